@@ -1,0 +1,188 @@
+"""PackedDataLoader: the batches of one step as a pure function of `place`, the step's number in the data.
+
+Nothing is iterated, so there is no state to save: to resume is to ask for the next place, at once and exactly, on any
+number of ranks. Rows are cut from the streams of the sources without padding, in an order shuffled per source and epoch.
+"""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.shards import TokenShards
+
+BLOCK = 1000  # rows in which the mixture holds exactly; weights are honoured to 1/BLOCK
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank. targets[i] is the token after tokens[i], or losses.IGNORE."""
+
+    tokens: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
+    docs: Tensor  # [B, T] int32, counts up at each document's first token
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(part.to(device, non_blocking=True) for part in self))
+
+
+class Step(NamedTuple):
+    """The share of one rank in one optimizer step."""
+
+    batches: list[Batch]
+    weight: int  # targets in the whole step, over all ranks: what the summed loss is divided by
+    tokens: int  # tokens in the whole step, over all ranks
+
+
+class Loader(Protocol):
+    fingerprint: str  # changes when the data, their order or their mixture change
+
+    def at(self, place: int) -> Step: ...
+
+
+class PackedDataLoader:
+    """Rows of sequence_length tokens from a mixture of sources, documents packed end to end.
+
+    sources: name -> TokenShards. mix: name -> weight, by tokens (all rows are equally long). rows: rows in one step over
+    all ranks; rank r of world gets an equal contiguous part of them, cut into micro-batches. No row is repeated before
+    every whole row of its source has been used; a remainder shorter than a row at a source's end is never used.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, TokenShards],
+        mix: dict[str, float],
+        sequence_length: int,
+        rows: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        if rows % (world * micro_batch_size):
+            raise ValueError(
+                f"{rows} rows a step do not divide over {world} rank(s) with micro-batches of {micro_batch_size}; "
+                "change data.tokens_per_step, data.micro_batch_size or the number of ranks"
+            )
+        for name, weight in mix.items():
+            if weight <= 0:
+                raise ValueError(f"data.mix.{name}={weight} must be above 0; leave out what is not to be read")
+            if len(sources[name]) <= sequence_length:
+                raise ValueError(
+                    f"source {name} has {len(sources[name])} tokens, too few for one row of {sequence_length}; "
+                    "add data or shorten data.sequence_length"
+                )
+        self.sources, self.names = sources, sorted(mix)
+        self.length, self.rows, self.micro_batch_size, self.seed = sequence_length, rows, micro_batch_size, seed
+        self.rank, self.world = rank, world
+        self.quota = _largest_remainder(np.array([mix[name] for name in self.names]), BLOCK)  # rows a block per source
+        if (self.quota == 0).any():
+            raise ValueError(f"data.mix.{self.names[int(self.quota.argmin())]} is below 1/{BLOCK} of the mixture; raise it")
+        self.source_rows = [(len(sources[name]) - 1) // sequence_length for name in self.names]
+        shares = dict(zip(self.names, self.quota.tolist(), strict=True))
+        hashes = [sources[name].fingerprint for name in self.names]
+        self.fingerprint = f"{hashes} {shares} length={sequence_length} rows={rows} seed={seed}"
+        self._order = lru_cache(maxsize=2 * len(self.names))(self._shuffle)
+        self._block = lru_cache(maxsize=4)(self._draw_block)
+
+    def at(self, place: int) -> Step:
+        """This rank's micro-batches of step `place` >= 0."""
+        share = self.rows // self.world
+        first = place * self.rows + self.rank * share
+        rows = [self._row(first + i) for i in range(share)]
+        batches = []
+        for i in range(0, share, self.micro_batch_size):
+            tokens, docs = (np.stack(part) for part in zip(*rows[i : i + self.micro_batch_size], strict=True))
+            text = torch.from_numpy(tokens)  # [B, T + 1]
+            batches.append(Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.from_numpy(docs)[:, :-1]))
+        return Step(batches, self.rows * self.length, self.rows * self.length)
+
+    def epochs(self, place: int) -> dict[str, float]:
+        """How often each source has been read through, after `place` steps."""
+        blocks = place * self.rows / BLOCK
+        return {
+            name: blocks * int(quota) / rows
+            for name, quota, rows in zip(self.names, self.quota, self.source_rows, strict=True)
+        }
+
+    def _row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        block, inside = divmod(row, BLOCK)
+        which, ordinal = self._block(block)
+        source = int(which[inside])
+        nth = block * int(self.quota[source]) + int(ordinal[inside])
+        epoch, index = divmod(nth, self.source_rows[source])
+        start = int(self._order(source, epoch)[index]) * self.length
+        return self.sources[self.names[source]].read(start, start + self.length + 1)
+
+    def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source of each row of a block, and how many rows of that source came before it in the block."""
+        which = np.repeat(np.arange(len(self.names)), self.quota)
+        np.random.default_rng((self.seed, 0, block)).shuffle(which)
+        ordinal = np.empty(BLOCK, dtype=np.int64)
+        for source, quota in enumerate(self.quota):
+            ordinal[which == source] = np.arange(quota)
+        return which, ordinal
+
+    def _shuffle(self, source: int, epoch: int) -> np.ndarray:
+        """Order of a source's rows in an epoch. Keyed by the source's name, so that other sources do not change it."""
+        name = int.from_bytes(self.names[source].encode(), "big")
+        return np.random.default_rng((self.seed, 1, name, epoch)).permutation(self.source_rows[source]).astype(np.uint32)
+
+
+def validation_batches(
+    shards: TokenShards, sequence_length: int, batch_size: int, rows: int | None, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    """The first `rows` rows (default: all) of a held-out split, split over ranks; every rank gets equally many batches.
+
+    Rows past the end are filled with ignored targets, so ranks make the same calls and every token is judged once.
+    """
+    whole = (len(shards) - 1) // sequence_length
+    wanted = min(rows or whole, whole)
+    if not wanted:
+        raise ValueError(
+            f"{shards.folder} has {len(shards)} held-out tokens, too few for one row of {sequence_length}; "
+            "hold out more or shorten data.sequence_length"
+        )
+    batches = []
+    for first in range(0, wanted, batch_size * world):
+        tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
+        targets = np.full((batch_size, sequence_length), -100, dtype=np.int64)
+        docs = np.zeros((batch_size, sequence_length), dtype=np.int32)
+        for i in range(batch_size):
+            row = first + rank * batch_size + i
+            if row < wanted:
+                text, begun = shards.read(row * sequence_length, (row + 1) * sequence_length + 1)
+                tokens[i], targets[i], docs[i] = text[:-1], text[1:], begun[:-1]
+        batches.append(Batch(*(torch.from_numpy(part) for part in (tokens, targets, docs))))
+    return batches
+
+
+class Prefetcher:
+    """A loader that has the next place ready: it is read in a thread while the current one trains, pinned for a GPU."""
+
+    def __init__(self, loader: Loader, device: torch.device):
+        self.loader, self.device, self.fingerprint = loader, device, loader.fingerprint
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self.ahead: tuple[int, Future[Step]] | None = None
+
+    def _load(self, place: int) -> Step:
+        step = self.loader.at(place)
+        if self.device.type == "cuda":
+            step = step._replace(batches=[Batch(*(part.pin_memory() for part in batch)) for batch in step.batches])
+        return step
+
+    def at(self, place: int) -> Step:
+        ahead = self.ahead
+        step = ahead[1].result() if ahead is not None and ahead[0] == place else self._load(place)
+        self.ahead = (place + 1, self.pool.submit(self._load, place + 1))
+        return step._replace(batches=[batch.to(self.device) for batch in step.batches])
+
+
+def _largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
+    """Integers in proportion to weights that add up to total exactly."""
+    exact = weights / weights.sum() * total
+    counts = np.floor(exact).astype(np.int64)
+    counts[np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]] += 1
+    return counts

@@ -1,0 +1,128 @@
+"""Token shards: flat files of token ids with document starts beside them, written once and read through a memory map.
+
+A folder holds, for each split ("train", "val"), `split-00000.bin` (little-endian uint16, or uint32 above 65,536 tokens) and
+`split-00000.starts.npy` (where documents begin, never inferred from a token), and manifest.json with counts, sizes and
+sha256 of every file, written last. Every document begins with the bos token.
+"""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from data import manifest
+
+SPLITS = ("train", "val")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes one folder of shards; use as a context manager. Leaves nothing at `folder` unless it ends without an error."""
+
+    def __init__(self, folder: Path, vocab_size: int, tokenizer_sha256: str, inputs: dict, shard_tokens: int = 100_000_000):
+        self.folder, self.part = folder, folder.with_name(folder.name + ".tmp")
+        self.vocab_size, self.dtype, self.shard_tokens = vocab_size, token_dtype(vocab_size), shard_tokens
+        self.content = {"inputs": inputs, "vocab_size": vocab_size, "dtype": self.dtype.str, "tokenizer": tokenizer_sha256}
+        self.splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
+        self.pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
+        self.pending_tokens = dict.fromkeys(SPLITS, 0)
+
+    def __enter__(self) -> "ShardWriter":
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.part.mkdir(parents=True)
+        return self
+
+    def add(self, split: str, document: list[int]) -> None:
+        """Append one document's tokens to a split; its first token must be bos."""
+        self.pending[split].append(np.asarray(document, dtype=self.dtype))
+        self.pending_tokens[split] += len(document)
+        if self.pending_tokens[split] >= self.shard_tokens:
+            self._write_shard(split)
+
+    def _write_shard(self, split: str) -> None:
+        documents = self.pending[split]
+        if not documents:
+            return
+        stem = f"{split}-{len(self.splits[split]):05d}"
+        starts = np.cumsum([0, *(len(document) for document in documents[:-1])], dtype=np.int64)
+        np.concatenate(documents).tofile(self.part / f"{stem}.bin")
+        np.save(self.part / f"{stem}.starts.npy", starts)
+        files = {name: manifest.file_hash(self.part / name) for name in (f"{stem}.bin", f"{stem}.starts.npy")}
+        entry = {"stem": stem, "tokens": self.pending_tokens[split], "documents": len(documents), "sha256": files}
+        self.splits[split].append(entry)
+        self.pending[split], self.pending_tokens[split] = [], 0
+
+    def __exit__(self, error, *_) -> None:
+        if error is None:
+            for split in SPLITS:
+                self._write_shard(split)
+            manifest.write(self.part, {**self.content, "splits": self.splits})
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.part.rename(self.folder)
+        else:
+            shutil.rmtree(self.part, ignore_errors=True)
+
+
+class TokenShards:
+    """One split of a folder of shards, as one long stream of tokens."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder = Path(folder)
+        content = manifest.read(self.folder)
+        if content is None:
+            raise ValueError(f"{folder} holds no finished token shards; make them with python -m scripts.prepare_data")
+        self.vocab_size: int = content["vocab_size"]
+        self.tokenizer: str = content["tokenizer"]
+        shards = content["splits"][split]
+        dtype = np.dtype(content["dtype"])
+        self.shards, self.starts, bounds = [], [], [0]
+        for shard in shards:
+            path, starts = self.folder / f"{shard['stem']}.bin", self.folder / f"{shard['stem']}.starts.npy"
+            for needed in (path, starts):
+                if not needed.is_file():
+                    raise ValueError(f"the shard {needed} is missing; put it back or run python -m scripts.prepare_data again")
+            if path.stat().st_size != shard["tokens"] * dtype.itemsize:
+                raise ValueError(
+                    f"the shard {path} has {path.stat().st_size} bytes, not {shard['tokens'] * dtype.itemsize}; "
+                    "delete its folder and run python -m scripts.prepare_data again"
+                )
+            self.shards.append(np.memmap(path, dtype=dtype, mode="r"))
+            self.starts.append(np.load(starts, mmap_mode="r"))
+            bounds.append(bounds[-1] + shard["tokens"])
+        self.bounds = np.asarray(bounds, dtype=np.int64)
+        self.documents: int = sum(shard["documents"] for shard in shards)
+        self.fingerprint: str = hashlib.sha256(repr([shard["sha256"] for shard in shards]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Tokens in this split."""
+        return int(self.bounds[-1])
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [start, stop) as int64, and for each the count of documents begun in (start, token]."""
+        assert 0 <= start < stop <= len(self), (start, stop, len(self))
+        tokens, begins = np.empty(stop - start, dtype=np.int64), np.zeros(stop - start, dtype=np.int32)
+        at = start
+        while at < stop:
+            shard = int(np.searchsorted(self.bounds, at, side="right")) - 1
+            base = int(self.bounds[shard])
+            end = min(stop, int(self.bounds[shard + 1]))
+            tokens[at - start : end - start] = self.shards[shard][at - base : end - base]
+            first, last = np.searchsorted(self.starts[shard], (at - base, end - base))
+            begins[self.starts[shard][first:last] + (base - start)] = 1
+            at = end
+        begins[0] = 0
+        return tokens, np.cumsum(begins, dtype=np.int32)
+
+    def verify(self) -> None:
+        """Compare every file with its checksum; ValueError names the first that differs."""
+        content = manifest.read(self.folder)
+        assert content is not None
+        for split in content["splits"].values():
+            for shard in split:
+                for name, expected in shard["sha256"].items():
+                    if not (self.folder / name).is_file() or manifest.file_hash(self.folder / name) != expected:
+                        raise ValueError(f"{self.folder / name} is damaged; run python -m scripts.prepare_data again")

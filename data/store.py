@@ -1,0 +1,81 @@
+"""Open a data store for training: its tokenizer and the shards of the sources in a mixture, checked against the model."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.manifest import file_hash
+from data.shards import ShardWriter, TokenShards
+from data.tokenizer import load_tokenizer, special_ids, token_bytes
+
+
+class StoreTokenizer(NamedTuple):
+    """What training needs to know of a store's tokenizer. Dummy data have none."""
+
+    folder: Path | None
+    special: dict[str, int]  # ids of bos, eos and pad
+    bytes_of: np.ndarray  # int64 [vocab], bytes of text a token stands for
+
+
+def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
+    """The tokenizer of a store; ValueError where the model's vocabulary has another size."""
+    folder = Path(store) / "tokenizer"
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no data store at {store}; make one with python -m scripts.download_data, train_tokenizer and prepare_data"
+        )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"the tokenizer of {store} has {tokenizer.get_vocab_size()} tokens but model.vocab_size={vocab_size}; make them equal"
+        )
+    return StoreTokenizer(folder, special_ids(tokenizer)._asdict(), token_bytes(tokenizer))
+
+
+def no_tokenizer(vocab_size: int) -> StoreTokenizer:
+    """For dummy data: every token counts as one byte."""
+    return StoreTokenizer(None, {}, np.ones(vocab_size, dtype=np.int64))
+
+
+def open_shards(store: str | Path, mix: dict[str, float], split: str, vocab_size: int) -> dict[str, TokenShards]:
+    """One split of every source in a mixture; ValueError where one is absent or was made for another tokenizer."""
+    present = sorted(path.name for path in (Path(store) / "tokens").glob("*") if path.is_dir() and path.suffix != ".tmp")
+    if not mix:
+        raise ValueError(f"data.mix names no source; {store} has {', '.join(present) or 'none'}")
+    tokenizer = Path(store) / "tokenizer" / "tokenizer.json"
+    expected = file_hash(tokenizer) if tokenizer.is_file() else DUMMY
+    shards = {}
+    for name in mix:
+        if name not in present:
+            raise ValueError(f"data.mix.{name}: {store} has no such source; it has {', '.join(present) or 'none'}")
+        shards[name] = TokenShards(Path(store) / "tokens" / name, split)
+        if shards[name].tokenizer != expected or shards[name].vocab_size != vocab_size:
+            raise ValueError(
+                f"the shards of {name} were made with another tokenizer than the store's or for another model.vocab_size than "
+                f"{vocab_size}; run python -m scripts.prepare_data again"
+            )
+    return shards
+
+
+DUMMY = "dummy"  # stands for the hash of a tokenizer
+
+
+def write_dummy_store(store: Path, vocab_size: int, tokens: int, seed: int) -> None:
+    """A store with one source, "dummy": a random walk over some tokens in which one step in ten is a surprise.
+
+    A model that learns at all learns it: the loss falls from ln(vocab_size) towards about 0.7 nats.
+    """
+    rng = np.random.default_rng(seed)
+    states = min(64, vocab_size - 1)
+    follows = 1 + rng.permutation(states)  # of token 1 + i; 0 is bos
+    with ShardWriter(store / "tokens" / DUMMY, vocab_size, DUMMY, inputs={}) as shards:
+        written = 0
+        while written < tokens:
+            length = int(rng.integers(32, 512))
+            surprises = np.where(rng.random(length) < 0.1, rng.integers(1, states + 1, length), 0)
+            walk = [int(rng.integers(1, states + 1))]
+            for surprise in surprises:
+                walk.append(int(surprise or follows[walk[-1] - 1]))
+            shards.add("val" if written < tokens // 10 else "train", [0, *walk])
+            written += len(walk) + 1

@@ -1,0 +1,32 @@
+"""What the commands share: a user's mistake ends in one clear sentence and exit status 2, never in a traceback."""
+
+import errno
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
+    """Print ValueErrors raised by our own code, and errors of the disk, as "error: ..."; all else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        ours = isinstance(error, ValueError) and raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts
+        disk = isinstance(error, OSError) and error.errno in DISK
+        if not (ours or disk):
+            raise
+        if rank:
+            time.sleep(2)  # rank 0 mostly meets the same and says it; its end then ends this one before it speaks too
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if world > 1:
+            os._exit(2)  # another rank may wait for this one in a collective: leave without a farewell
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Evaluations of a checkpoint folder. Imports models and data."""

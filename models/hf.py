@@ -1,0 +1,153 @@
+"""To and from a Hugging Face folder: config.json, model.safetensors, parameter names.
+
+NanoLlama exports as `LlamaForCausalLM`, or as `Qwen3ForCausalLM` with qk_norm; both are read back.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models.nanollama import ModelConfig, NanoLlama
+
+_SHARED = (  # fields that bear the same name on both sides
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "initializer_range",
+    "tie_word_embeddings",
+)
+
+
+def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None) -> dict:
+    """The content of config.json. theta stands under both names: `rope_parameters` (transformers 5) and `rope_theta` (4)."""
+    return {
+        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if config.qk_norm else "llama",
+        **{name: getattr(config, name) for name in _SHARED},
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": pad,
+    }
+
+
+def from_hf_config(hf: dict) -> ModelConfig:
+    """ModelConfig of a Llama or Qwen3 config.json; ValueError names what NanoLlama has no counterpart for."""
+    kind = hf.get("model_type")
+    if kind not in ("llama", "qwen3"):
+        raise ValueError(f"model_type {kind!r} is not supported; NanoLlama reads llama and qwen3 folders")
+    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    odd = {
+        "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
+        "hidden_act": hf.get("hidden_act", "silu") != "silu",
+        "attention_bias": bool(hf.get("attention_bias")),
+        "mlp_bias": bool(hf.get("mlp_bias")),
+        "use_sliding_window": bool(hf.get("use_sliding_window")),
+        "quantization_config": bool(hf.get("quantization_config")),
+    }
+    if any(odd.values()):
+        raise ValueError(f"NanoLlama has no counterpart for this model's {', '.join(k for k, v in odd.items() if v)}")
+    fields = {name: hf[name] for name in _SHARED if name in hf}
+    # Where a key is missing, the default is transformers' own, not ours.
+    fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
+    fields.setdefault("rms_norm_eps", 1e-6)
+    fields.setdefault("max_position_embeddings", 2048 if kind == "llama" else 32_768)
+    fields.setdefault("tie_word_embeddings", False)
+    if kind == "qwen3":
+        fields.setdefault("head_dim", 128)
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    return ModelConfig(**fields, rope_theta=float(theta), qk_norm=kind == "qwen3")
+
+
+def to_hf_name(name: str) -> str:
+    """Name of one of our parameters in a Hugging Face state dict."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def from_hf_name(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def save_hf(
+    folder: Path,
+    config: ModelConfig,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    bos: int | None = None,
+    eos: int | None = None,
+    pad: int | None = None,
+) -> None:
+    """Write config.json and model.safetensors of `weights` (our names, whole tensors) cast to dtype."""
+    folder.mkdir(parents=True, exist_ok=True)
+    hf_config = to_hf_config(config, dtype, bos, eos, pad)
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    tensors = {to_hf_name(name): value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_hf_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a Hugging Face folder under our names, whole or split by an index, in their stored dtype."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        files = ["model.safetensors"]
+    missing = [name for name in files if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote")
+    return {from_hf_name(name): value for file in files for name, value in load_file(folder / file).items()}
+
+
+def read_hf_config(folder: Path) -> ModelConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no config.json; give a folder that save_pretrained or train.py wrote")
+    return from_hf_config(json.loads(path.read_text()))
+
+
+def load_weights(model: NanoLlama, folder: Path) -> None:
+    """Copy a folder's weights into a model that is not yet sharded; ValueError where names or shapes do not fit."""
+    weights = read_hf_weights(folder)
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
+    own = model.state_dict()
+    if own.keys() != weights.keys():
+        names = sorted(own.keys() ^ weights.keys())
+        raise ValueError(f"{folder} and the model differ in {len(names)} weights, among them {names[0]}")
+    for name, value in weights.items():
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"{name} is {tuple(value.shape)} in {folder} but {tuple(own[name].shape)} in the model; "
+                "make the model section of the config agree with the checkpoint"
+            )
+    model.load_state_dict(weights)
+
+
+def load_hf(folder: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu") -> NanoLlama:
+    """The model of a Hugging Face folder. dtype of the parameters: None stands for the one they are stored in."""
+    folder = Path(folder)
+    model = NanoLlama(read_hf_config(folder))
+    load_weights(model, folder)
+    if dtype is None:
+        stored = json.loads((folder / "config.json").read_text())
+        dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
+    for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay fp32
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device)

@@ -1,0 +1,82 @@
+"""The loss head: negative log-likelihood and logsumexp of each token, without ever building [tokens, vocab] logits.
+
+The logits of one chunk of tokens exist at a time, forward and backward; the backward pass computes them again from the
+saved logsumexp, which costs one more head matmul (about 2 % of a 1.1B step) and saves 4 bytes * tokens * vocab.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100  # a target with this value has no loss; same value as torch and transformers
+
+
+class TokenLosses(NamedTuple):
+    """Per token, fp32, 0 where the target is ignored."""
+
+    nll: Tensor  # [B, T] negative log-likelihood, in nats
+    logsumexp: Tensor  # [B, T] log of the softmax normaliser, which z-loss keeps near 0
+
+
+class _ChunkedTokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int):  # type: ignore[override]
+        nll = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # [B, T]
+        lse = torch.empty_like(nll)
+        flat_nll, flat_lse = nll.view(-1), lse.view(-1)
+        for part, h, target, valid in _chunks(hidden, targets, chunk):
+            logits = F.linear(h, weight).float()  # [chunk, V]
+            normaliser = logits.logsumexp(-1)
+            flat_nll[part] = (normaliser - logits.gather(1, target[:, None]).squeeze(1)) * valid
+            flat_lse[part] = normaliser
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.chunk = chunk
+        return nll, lse * (targets != IGNORE)
+
+    @staticmethod
+    def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):  # type: ignore[override]
+        hidden, weight, targets, lse = ctx.saved_tensors
+        grad_nll, grad_lse, lse = grad_nll.flatten(), grad_lse.flatten(), lse.view(-1)
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+        flat_grad_hidden = grad_hidden.view(-1, hidden.shape[-1])
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over chunks in fp32 also for bf16 weights
+        for part, h, target, valid in _chunks(hidden, targets, ctx.chunk):
+            of_nll, of_lse = grad_nll[part] * valid, grad_lse[part] * valid
+            probs = F.linear(h, weight).float().sub_(lse[part, None]).exp_()
+            grad_logits = probs.mul_((of_nll + of_lse)[:, None])  # d nll = softmax - onehot, d logsumexp = softmax
+            grad_logits.scatter_add_(1, target[:, None], -of_nll[:, None])
+            grad_logits = grad_logits.to(weight.dtype)
+            flat_grad_hidden[part] = grad_logits @ weight
+            grad_weight += grad_logits.T @ h
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def _chunks(hidden: Tensor, targets: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Consecutive tokens of all rows: where they are, their hidden states, targets with 0 for IGNORE, and which count."""
+    flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
+    for at in range(0, len(flat_targets), size):
+        part = slice(at, at + size)
+        yield part, flat_hidden[part], flat_targets[part].clamp_min(0), flat_targets[part] != IGNORE
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None) -> TokenLosses:
+    """Losses of `softmax(hidden @ weight.T)` against `targets`, differentiable in `hidden` and `weight`.
+
+    hidden [B, T, D] and weight [V, D] share a dtype; targets [B, T] int64, IGNORE where there is no loss.
+    chunk: tokens whose logits exist at once (default 256 on a CPU, where the cache decides, else 4096).
+    """
+    chunk = chunk or (256 if hidden.device.type == "cpu" else 4096)
+    return TokenLosses(*_ChunkedTokenLoss.apply(hidden, weight, targets, chunk))
+
+
+def compute_loss_with_z_penalty(losses: TokenLosses, z_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum over tokens of `nll + z_weight * logsumexp^2` (PaLM, arXiv:2204.02311, section 5), and its two parts.
+
+    Ignored tokens add nothing to either. Divide by the count of unmasked targets of the *whole* step (all micro-batches,
+    all ranks); a mean of means is a different loss. The parts are detached sums: "loss" in nats, "z_loss" already weighted.
+    """
+    nll, z = losses.nll.sum(), z_weight * losses.logsumexp.square().sum()
+    return nll + z, {"loss": nll.detach(), "z_loss": z.detach()}

@@ -1,0 +1,173 @@
+"""NanoLlama: the Llama architecture, with Hugging Face parameter names. One device, one page a class.
+
+Sharding, compilation and activation checkpointing are put on from outside (training/fsdp_utils.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.layers import Mask, RMSNorm, RotaryEmbedding, apply_rotary, attend, document_mask
+from models.losses import TokenLosses, token_losses
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a NanoLlama; field names are those of a Hugging Face config. The defaults are the 1.1B model."""
+
+    vocab_size: int = 32_000
+    hidden_size: int = 2048
+    intermediate_size: int = 5632
+    num_hidden_layers: int = 22
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 4
+    head_dim: int | None = None  # default: hidden_size / num_attention_heads
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    qk_norm: bool = False  # RMSNorm on the heads of q and k: the Qwen3 architecture, and exported as such
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"model.num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"model.hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads; "
+                    "change one of them or set model.head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.heads_size % 2:
+            raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
+
+    @property
+    def heads_size(self) -> int:
+        """head_dim as a plain int."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Count of trained numbers; a tied head counts once. 1,100,048,384 for the defaults."""
+        d, heads = self.hidden_size, self.num_attention_heads + 2 * self.num_key_value_heads
+        attention = d * self.heads_size * (heads + self.num_attention_heads) + (2 * self.heads_size if self.qk_norm else 0)
+        block = attention + 3 * d * self.intermediate_size + 2 * d
+        return self.num_hidden_layers * block + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Causal self-attention in which several query heads share one key and value head (arXiv:2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.heads_size
+        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, heads, head_dim]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, head_dim]
+        out = attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, mask)
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, D]
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward (arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = GroupedQueryAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class NanoLlama(nn.Module):
+    """The whole network. `NanoLlama(config, seed)` gives the same weights on every machine and any number of ranks."""
+
+    def __init__(self, config: ModelConfig, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.rotary = RotaryEmbedding(config.heads_size, config.max_position_embeddings, config.rope_theta)
+        if seed is not None:
+            self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """All initialisation, drawn on the CPU in the order of `named_parameters`.
+
+        | parameters           | value                                        |
+        |----------------------|----------------------------------------------|
+        | *norm.weight         | 1                                            |
+        | o_proj, down_proj    | normal, initializer_range / sqrt(2 * layers) |
+        | every other matrix   | normal, initializer_range                    |
+        """
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+            else:
+                assert parameter.ndim == 2, f"no rule to initialise {name}"
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std
+                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, docs: Tensor | None = None) -> Tensor | TokenLosses:
+        """Logits [B, T, V] of tokens [B, T], or, with targets [B, T], the TokenLosses, fp32 [B, T].
+
+        docs [B, T] numbers the document of each token; tokens then see only their own document.
+        Raises ValueError where T exceeds max_position_embeddings.
+        """
+        if tokens.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens exceed the model's context of {self.config.max_position_embeddings}; "
+                "shorten the input or raise model.max_position_embeddings"
+            )
+        cos, sin = self.rotary(tokens.shape[1])
+        mask = document_mask(docs)
+        x = self.embed_tokens(tokens)  # [B, T, D]
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask)
+        x = self.norm(x)
+        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(x, head) if targets is None else token_losses(x, head, targets)

@@ -1,0 +1,90 @@
+"""Pretrain one phase.
+
+    python train.py --config configs/quickstart/base.yaml                       # one process
+    torchrun --nproc_per_node=2 train.py --config configs/phase1_pretrain.yaml  # two GPUs, or two CPU processes
+    torchrun --nproc_per_node=2 train.py --test_mode --steps 1000               # dummy data: does this machine train?
+
+The same command line again goes on from the newest whole checkpoint. Any setting can be given as section.key=value.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
+from data.store import no_tokenizer, open_shards, open_tokenizer, write_dummy_store
+from entrypoint import user_errors
+from evals.eval_perplexity import perplexity
+from training import selftest, setup
+from training.checkpoint import Checkpoints, on_main
+from training.config import RunConfig, load, to_dict
+from training.fsdp_utils import compute_dtype
+from training.logger import Log
+from training.loop import train
+from training.objectives import next_token
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="YAML file (default: the 1.1B model's first phase; with --test_mode a tiny model)")
+    parser.add_argument("--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)")
+    parser.add_argument("--resume_from", help="a step folder or phase folder of an earlier phase to go on from")
+    parser.add_argument("--steps", type=int, help="updates in this phase")
+    parser.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
+    parser.add_argument("--wandb_run_name")
+    parser.add_argument("--test_mode", action="store_true", help="train on dummy data and check that everything works")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
+    args = parser.parse_args()
+    rank, world = setup.rank_and_world()
+    with user_errors(rank, world):
+        flags = {
+            "output_dir": args.output_dir,
+            "resume_from": args.resume_from,
+            "steps": args.steps,
+            "log.wandb_project": args.wandb_project,
+            "log.wandb_run_name": args.wandb_run_name,
+        }
+        given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+        default = "configs/test_mode.yaml" if args.test_mode else "configs/phase1_pretrain.yaml"
+        test = selftest.overrides(args.steps) if args.test_mode else []
+        run = load(args.config or default, test + args.overrides + given)
+        with setup.ranks() as device:
+            finished = pretrain(run, rank, world, device, args.test_mode)
+    raise SystemExit(0 if finished else 143)
+
+
+def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool) -> bool:
+    """One phase from data to checkpoints. False if a signal stopped it; it has saved then."""
+    data, vocab = run.data, run.model.vocab_size
+    if test:
+        on_main(lambda: selftest.clear(run))
+        on_main(lambda: write_dummy_store(Path(data.store), vocab, 40 * data.tokens_per_step, run.seed))
+    tokenizer = no_tokenizer(vocab) if test else open_tokenizer(data.store, vocab)
+    shards = open_shards(data.store, data.mix, "train", vocab)
+    shape = (data.sequence_length, data.rows, data.micro_batch_size)
+    loader = Prefetcher(PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world), device)
+    saves = Checkpoints(run.checkpoints, run.checkpoint, compute_dtype(run.parallel, device), *tokenizer[:2])
+    log = Log(run.logs, run.log, main=rank == 0, run=to_dict(run))
+    state = setup.build(run, device)
+    log.say(f"{run.run} {run.phase}: {setup.start(run, state, saves, loader.fingerprint)}")
+    log.say(setup.describe(run, device))
+    if rank == 0:
+        setup.write_run_files(run, device)
+    batch_size = run.validation.batch_size or data.micro_batch_size
+    held_out = {
+        name: validation_batches(part, data.sequence_length, batch_size, run.validation.rows, rank, world)
+        for name, part in open_shards(data.store, data.mix, "val", vocab).items()
+    }
+    bytes_of = torch.from_numpy(tokenizer.bytes_of)
+    evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up)
+    finished = train(run, state, loader, next_token(run.optim.z_weight), saves, log, evaluate)
+    if test and finished:
+        selftest.check(run, state, saves, log)
+    log.say(f"{run.run} {run.phase}: {'complete' if finished else 'stopped on a signal and saved'} at step {state.step}")
+    return finished
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a run needs. Imports models; loaders and evaluators reach it as arguments."""

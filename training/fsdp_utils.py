@@ -1,0 +1,103 @@
+"""Sharding, put on a model from outside, in a fixed order: activation checkpointing, compile per block, FSDP2."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed import get_world_size
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is spread over ranks; none of it changes what is computed, beyond rounding."""
+
+    strategy: str = "zero2"  # zero2: parameters stay whole from forward to backward; zero3: gathered twice; ddp: not sharded
+    dtype: str = "auto"  # of parameters and activations in forward and backward: bfloat16, float32, or what the device has
+    activation_checkpointing: str = "none"  # none, selective (keep matmuls and attention), full
+    compile: bool | None = None  # each block with torch.compile; default: on a GPU
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("strategy", ("zero2", "zero3", "ddp")),
+            ("dtype", ("auto", *DTYPES)),
+            ("activation_checkpointing", ("none", "selective", "full")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"parallel.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+
+def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of forward and backward: as asked for, else bfloat16 where the device computes in it, else float32."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.device) -> FSDPModule:
+    """Shard a model that has `.layers`, in place, over all ranks of the default group. Parameters stay fp32 masters.
+
+    Gathers in the compute dtype, reduces gradients in fp32, and *sums* them over ranks: whoever calls backward divides by
+    the weight of the whole step. DDP is the same machinery with one shard and all ranks as replicas.
+    """
+    world = get_world_size()
+    layers = model.layers
+    assert isinstance(layers, nn.ModuleList)
+    model.to(device)
+    if config.activation_checkpointing != "none":
+        selective = config.activation_checkpointing == "selective"
+        context = partial(create_selective_checkpoint_contexts, _keep_matmuls) if selective else None
+        for i, block in enumerate(layers):
+            layers[i] = checkpoint_wrapper(block, **({"context_fn": context} if context else {}))
+    if config.compile if config.compile is not None else device.type == "cuda":
+        for block in layers:
+            block.compile(fullgraph=True)
+    if config.strategy == "ddp":
+        mesh = init_device_mesh(device.type, (world, 1), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    dtype = compute_dtype(config, device)
+    # No cast of inputs: hidden states already have the dtype, and the rotary tables must stay fp32.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=config.strategy == "zero3")
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+    assert isinstance(model, FSDPModule)
+    return model
+
+
+def set_last_micro_batch(model: FSDPModule, last: bool, strategy: str) -> None:
+    """Before each backward: reduce gradients only after the step's last one; until then zero2 keeps parameters gathered."""
+    model.set_requires_gradient_sync(last)
+    model.set_reshard_after_backward(last or strategy == "zero3")
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up gathered parameters, as after a forward pass without a backward one."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _keep_matmuls(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    kept = {
+        torch.ops.aten.mm.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+    }
+    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE

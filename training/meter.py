@@ -1,0 +1,49 @@
+"""Tokens per second, share of time spent waiting for data, model FLOPs utilisation and memory."""
+
+import resource
+import sys
+import time
+
+import torch
+
+from models.nanollama import ModelConfig
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16, per GPU
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Training FLOPs a token, PaLM convention: 6 a matmul parameter + 12 * layers * width * length, attention not halved."""
+    matmul = config.num_parameters - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
+    qk_norms = 2 * config.heads_size * config.num_hidden_layers if config.qk_norm else 0
+    width = config.num_attention_heads * config.heads_size
+    return 6 * (matmul - norms - qk_norms) + 12 * config.num_hidden_layers * width * length
+
+
+class Meter:
+    """Times one step at a time. What the loop does between steps (validation, saving) is outside, data wait is inside."""
+
+    def __init__(self, config: ModelConfig, length: int, world: int, device: torch.device):
+        self.flops, self.world, self.device = flops_per_token(config, length), world, device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name.split()), None)
+        self.began = self.waited = 0.0
+
+    def start(self) -> None:
+        self.began = time.perf_counter()
+
+    def data_ready(self) -> None:
+        self.waited = time.perf_counter() - self.began
+
+    def stop(self, tokens: int) -> dict[str, float]:
+        """Figures of the step that just ended; the caller has waited for the device. tokens: of all ranks."""
+        seconds = time.perf_counter() - self.began
+        figures = {"tokens_per_s": tokens / seconds, "step_s": seconds, "data_wait_frac": self.waited / seconds}
+        if self.peak:
+            figures["mfu"] = tokens / seconds / self.world * self.flops / self.peak
+        if self.device.type == "cuda":
+            figures["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        else:
+            unit = 1 if sys.platform == "darwin" else 1024
+            figures["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return figures

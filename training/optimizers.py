@@ -1,0 +1,45 @@
+"""Parameter groups and optimizers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 1.0e-3  # the schedule's peak
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1.0e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
+    z_weight: float = 1.0e-4
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr={self.lr} must be above 0")
+        for name in ("weight_decay", "grad_clip", "z_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"optim.beta1={self.beta1} and optim.beta2={self.beta2} must be in [0, 1)")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay for matrices of the blocks and the head; none for norms and the input embedding. Covers each parameter once."""
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        plain = name.endswith("norm.weight") or "embed_tokens" in name
+        assert plain or parameter.ndim == 2, f"no rule whether to decay {name}"
+        (kept if plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(ids) == len(set(ids)) and set(ids) == {id(parameter) for parameter in model.parameters()}
+    return groups
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Fused AdamW over parameter_groups; the loop sets the learning rate before each update."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)

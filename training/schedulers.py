@@ -1,0 +1,57 @@
+"""Learning rates as pure functions of the step."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Warmup-stable-decay over a whole run, all phases together. Steps are optimizer updates."""
+
+    warmup_steps: int = 2000
+    total_steps: int = 230_000
+    decay_steps: int = 23_000
+    decay: str = "linear"  # linear, cosine or 1-sqrt
+    min_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.decay not in DECAYS:
+            raise ValueError(f"schedule.decay={self.decay!r} is not one of {', '.join(DECAYS)}")
+        if min(self.warmup_steps, self.decay_steps, self.min_lr) < 0:
+            raise ValueError("schedule.warmup_steps, schedule.decay_steps and schedule.min_lr must not be negative")
+        if self.warmup_steps + self.decay_steps > self.total_steps:
+            raise ValueError(
+                f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps={self.decay_steps} "
+                f"do not fit into schedule.total_steps={self.total_steps}"
+            )
+
+
+DECAYS = {  # share of the way from the peak down to min_lr, at share x of the decay
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    "1-sqrt": math.sqrt,
+}
+
+
+class WSDScheduler:
+    """Warmup-stable-decay (arXiv:2404.06395). Called with the number of updates made so far, gives the next one's rate.
+
+    Update 0 has peak / warmup_steps, update warmup_steps - 1 the peak, the last update (total_steps - 1) exactly min_lr,
+    and so has every one after it.
+    """
+
+    def __init__(self, config: ScheduleConfig, peak: float):
+        if config.min_lr > peak:
+            raise ValueError(f"schedule.min_lr={config.min_lr} is above optim.lr={peak}")
+        self.config, self.peak = config, peak
+
+    def __call__(self, step: int) -> float:
+        config = self.config
+        if step < config.warmup_steps:
+            return self.peak * (step + 1) / config.warmup_steps
+        into_decay = step + 1 - (config.total_steps - config.decay_steps)
+        if into_decay <= 0:
+            return self.peak
+        if into_decay >= config.decay_steps:  # also where decay_steps is 0
+            return config.min_lr if config.decay_steps else self.peak
+        return self.peak - (self.peak - config.min_lr) * DECAYS[config.decay](into_decay / config.decay_steps)

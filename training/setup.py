@@ -1,0 +1,156 @@
+"""Ranks, device and environment of a run, and the State it starts from. The only reader of os.environ."""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from models.hf import load_weights, read_hf_config
+from models.nanollama import NanoLlama
+from training.checkpoint import Checkpoints, damage, load_state, on_main, step_folders
+from training.config import RunConfig, to_dict
+from training.fsdp_utils import compute_dtype, wrap_model_fsdp
+from training.optimizers import build_optimizer
+from training.state import State
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks, as torchrun set them; (0, 1) without it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def ranks() -> Iterator[torch.device]:
+    """The process group that torchrun describes (or one rank alone), and this rank's device."""
+    rank, world = rank_and_world()
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"rank {local} has no GPU: torchrun started more ranks than {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+    dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=10), **store)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def build(run: RunConfig, device: torch.device, seed: int | None = None) -> State:
+    """A sharded model and its optimizer, with weights from the seed (default run.seed) or from run.init_from, at step 0.
+
+    Every rank builds the whole model from the seed before it is sharded, so weights do not depend on the world size.
+    """
+    model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
+    if run.init_from:
+        load_weights(model, Path(run.init_from))
+    wrapped = wrap_model_fsdp(model, run.parallel, device)
+    return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase)
+
+
+def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) -> str:
+    """The start rule. Sets state to where this run begins and says which of the four cases it was.
+
+    1. this phase's own folder holds a whole checkpoint: go on from it (the same command line restarts a run);
+    2. resume_from: take over weights, moments and step; in another phase the data begin at place 0;
+    3. init_from: weights only, step 0;  4. from scratch.
+    """
+    own = saves.newest()
+    source = own or (on_main(lambda: _find_checkpoint(Path(run.resume_from))) if run.resume_from else None)
+    if source is None:
+        state.data = fingerprint
+        return f"starts from the weights of {run.init_from}" if run.init_from else f"starts from scratch, seed {run.seed}"
+    _check_fits(run, source, saves.tokenizer)
+    position = load_state(source, state)
+    if position["phase"] != run.phase:
+        state.place, state.phase_start, state.data = 0, state.step, fingerprint
+        return f"begins at step {state.step}, after {position['phase']}, from {source}"
+    state.place, state.phase_start, state.data = position["place"], position["phase_start"], fingerprint
+    if position["data"] != fingerprint and not run.data.accept_changed:
+        raise ValueError(
+            f"the data, their mixture or the batch changed since {source} was saved, so going on would repeat or skip text; "
+            "undo the change, or set data.accept_changed=true"
+        )
+    return f"goes on at step {state.step} from {source}"
+
+
+def _find_checkpoint(path: Path) -> Path:
+    """A step folder, or the newest whole one in a folder of them."""
+    if (path / "config.json").is_file():
+        return path
+    whole = [folder for folder in step_folders(path) if damage(folder) is None] if path.is_dir() else []
+    if not whole:
+        raise ValueError(f"{path} holds no whole checkpoint; resume_from takes a step_N folder or the folder of one phase")
+    return whole[-1]
+
+
+def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
+    """ValueError where a checkpoint has another shape or tokenizer than the run. Length and theta may differ."""
+    saved, wanted = read_hf_config(source), run.model
+    for name in vars(wanted):
+        if name in ("max_position_embeddings", "rope_theta", "initializer_range"):
+            continue
+        if getattr(saved, name) != getattr(wanted, name):
+            raise ValueError(
+                f"{source} has model.{name}={getattr(saved, name)} but the config says {getattr(wanted, name)}; "
+                "make them agree or choose another output_dir"
+            )
+    if tokenizer and (source / "tokenizer.json").read_bytes() != (tokenizer / "tokenizer.json").read_bytes():
+        raise ValueError(f"{source} was trained with another tokenizer than {tokenizer}; use its data or another output_dir")
+
+
+def describe(run: RunConfig, device: torch.device) -> str:
+    """One line on what will run, with every "auto" resolved."""
+    dtype = str(compute_dtype(run.parallel, device)).removeprefix("torch.")
+    world = dist.get_world_size()
+    compiled = run.parallel.compile if run.parallel.compile is not None else device.type == "cuda"
+    return (
+        f"{run.model.num_parameters:,} parameters, {dtype} on {world} {device.type} rank(s), {run.parallel.strategy}, "
+        f"{'compiled' if compiled else 'eager'}; {run.steps:,} steps of {run.data.rows} x {run.data.sequence_length} tokens, "
+        f"theta {run.model.rope_theta:,.0f}"
+    )
+
+
+def add_up(sums: torch.Tensor) -> torch.Tensor:
+    """Sum of a tensor over all ranks."""
+    dist.all_reduce(sums)
+    return sums
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """What a result depends on besides the config: code, versions, hardware."""
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True)
+    dirty = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True)
+    return {
+        "git": git.stdout.strip() or None,
+        "git_clean": not dirty.stdout.strip() if git.returncode == 0 else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "ranks": dist.get_world_size(),
+        "threads": torch.get_num_threads(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def write_run_files(run: RunConfig, device: torch.device) -> None:
+    """Write <phase>.config.yaml and <phase>.environment.json beside the log; the config file can be run again as it is."""
+    run.logs.mkdir(parents=True, exist_ok=True)
+    (run.logs / f"{run.phase}.config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
+    (run.logs / f"{run.phase}.environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")

@@ -1,0 +1,29 @@
+"""All that a run carries from one update to the next."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class State:
+    """The loop changes it in place; a checkpoint is a copy of it.
+
+    step and place differ on purpose: step counts updates over the whole run, place counts steps' worth of data read from
+    the current phase's loader.
+    """
+
+    model: Any  # a sharded NanoLlama
+    optimizer: torch.optim.Optimizer
+    phase: str
+    phase_start: int = 0  # step at which the phase began
+    step: int = 0
+    place: int = 0
+    tokens: int = 0  # seen by the run so far, all phases
+    data: str = ""  # the loader's fingerprint
+
+    def position(self) -> dict[str, Any]:
+        """What trainer.json holds."""
+        names = ("phase", "phase_start", "step", "place", "tokens", "data")
+        return {name: getattr(self, name) for name in names}
