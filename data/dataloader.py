@@ -103,8 +103,7 @@ class PackedDataLoader:
         """How often each source has been read through, after `place` steps."""
         blocks = place * self.rows / BLOCK
         return {
-            name: blocks * int(quota) / rows
-            for name, quota, rows in zip(self.names, self.quota, self.source_rows, strict=True)
+            name: blocks * int(quota) / rows for name, quota, rows in zip(self.names, self.quota, self.source_rows, strict=True)
         }
 
     def _row(self, row: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
 """Documents to token shards in three stages, each skipped when its output is current and whole or not at all.
 
-    <store>/documents/   <source>.jsonl, one {"id", "text"} a line
-    <store>/tokenizer/   tokenizer.json, tokenizer_config.json
-    <store>/tokens/      <source>/ with shards of the splits train and val
+<store>/documents/   <source>.jsonl, one {"id", "text"} a line
+<store>/tokenizer/   tokenizer.json, tokenizer_config.json
+<store>/tokens/      <source>/ with shards of the splits train and val
 """
 
 import hashlib

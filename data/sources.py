@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -62,7 +62,7 @@ def quickstart_sources() -> dict[str, Source]:
 
 def quickstart_documents(name: str, cache: Path) -> Iterator[Document]:
     """Documents of one quickstart source, in a fixed order. cache: where downloaded wheels are kept."""
-    readers = {
+    readers: dict[str, Callable[[], Iterator[Document]]] = {
         "wikipedia": partial(_wikipedia, cache, stem=False),
         "factbook": partial(_factbook, cache),
         "code": _standard_library,

@@ -1,12 +1,12 @@
 """Held-out loss, perplexity and bits per byte, per source.
 
-    python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold/step_300 --dataset data/store/quickstart
+python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold/step_300 --dataset data/store/quickstart
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from models.losses import IGNORE
 @torch.no_grad()
 def perplexity(
     model: nn.Module,
-    sources: dict[str, Iterable[Batch]],
+    sources: Mapping[str, Iterable[Batch]],
     bytes_of: Tensor,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, dict[str, float]]:

@@ -105,10 +105,9 @@ def save_hf(
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a Hugging Face folder under our names, whole or split by an index, in their stored dtype."""
     index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
     if index.is_file():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote")

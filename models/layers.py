@@ -80,5 +80,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if isinstance(mask, BlockMask):
         eager = torch.compiler.is_compiling() or q.device.type == "cpu"  # a compiled caller compiles it with itself
         flex = flex_attention if eager else _compiled_flex_attention()
-        return flex(q, k, v, block_mask=mask, enable_gqa=True)  # type: ignore[return-value]
+        return flex(q, k, v, block_mask=mask, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

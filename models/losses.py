@@ -23,7 +23,7 @@ class TokenLosses(NamedTuple):
 
 class _ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int):  # type: ignore[override]
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int):
         nll = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # [B, T]
         lse = torch.empty_like(nll)
         flat_nll, flat_lse = nll.view(-1), lse.view(-1)
@@ -37,7 +37,7 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         return nll, lse * (targets != IGNORE)
 
     @staticmethod
-    def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):  # type: ignore[override]
+    def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_nll, grad_lse, lse = grad_nll.flatten(), grad_lse.flatten(), lse.view(-1)
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)

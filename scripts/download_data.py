@@ -1,6 +1,6 @@
 """Fetch documents into a data store: <output>/documents/<source>.jsonl.
 
-    python -m scripts.download_data --dataset quickstart --output data/store/quickstart
+python -m scripts.download_data --dataset quickstart --output data/store/quickstart
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Tokenize the documents of a data store into shards: <store>/tokens/<source>/.
 
-    python -m scripts.prepare_data --store data/store/quickstart
+python -m scripts.prepare_data --store data/store/quickstart
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train the byte-level BPE tokenizer of a data store on its training documents: <store>/tokenizer/.
 
-    python -m scripts.train_tokenizer --store data/store/quickstart --vocab_size 4096
+python -m scripts.train_tokenizer --store data/store/quickstart --vocab_size 4096
 """
 
 import argparse

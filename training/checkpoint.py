@@ -154,6 +154,16 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def identity(folder: Path) -> str:
+    """A hash of all that is in a whole step folder."""
+    return _checksum(folder / MANIFEST)
+
+
+def read_phase(folder: Path) -> str:
+    """The phase that saved a step folder."""
+    return json.loads((folder / "state" / "trainer.json").read_text())["phase"]
+
+
 def check_whole(folder: Path) -> None:
     """ValueError where a step folder is damaged or cannot be resumed from."""
     problem = damage(folder)

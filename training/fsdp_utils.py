@@ -9,7 +9,7 @@ from torch.distributed import get_world_size
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts, noop_context_fn
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -45,7 +45,7 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.device) -> FSDPModule:
+def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
     """Shard a model that has `.layers`, in place, over all ranks of the default group. Parameters stay fp32 masters.
 
     Gathers in the compute dtype, reduces gradients in fp32, and *sums* them over ranks: whoever calls backward divides by
@@ -57,9 +57,9 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
     model.to(device)
     if config.activation_checkpointing != "none":
         selective = config.activation_checkpointing == "selective"
-        context = partial(create_selective_checkpoint_contexts, _keep_matmuls) if selective else None
+        context = partial(create_selective_checkpoint_contexts, _keep_matmuls) if selective else noop_context_fn
         for i, block in enumerate(layers):
-            layers[i] = checkpoint_wrapper(block, **({"context_fn": context} if context else {}))
+            layers[i] = checkpoint_wrapper(block, context_fn=context)
     if config.compile if config.compile is not None else device.type == "cuda":
         for block in layers:
             block.compile(fullgraph=True)
@@ -74,7 +74,6 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=config.strategy == "zero3")
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
-    assert isinstance(model, FSDPModule)
     return model
 
 

@@ -54,7 +54,7 @@ class Log:
             part = path.with_suffix(".tmp")
             part.write_text("".join(line + "\n" for line in kept))
             part.rename(path)
-        self.file = open(path, "a", buffering=1)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
         if sys.stderr.isatty():
             self.bar = tqdm(total=end, initial=step, desc=phase, unit="step")
 
@@ -83,8 +83,9 @@ class Log:
         elif due:
             print(f"step {values['step']:>6}/{values['end']}  {values['phase']}  {short}", flush=True)
         if "val/loss" in values:
-            parts = [f"{k.split('/')[1]} {v:.3f}" for k, v in values.items() if k.count("/") == 2 and k.endswith("/bits_per_byte")]
-            self.say(f"        held-out loss {values['val/loss']:.3f}, bits per byte: {', '.join(parts)}")
+            bits = {key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")}
+            parts = ", ".join(f"{source} {value:.3f}" for source, value in bits.items() if source != "bits_per_byte")
+            self.say(f"        held-out loss {values['val/loss']:.3f}, bits per byte: {parts}")
 
     def close(self) -> None:
         if self.main:

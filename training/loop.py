@@ -37,6 +37,8 @@ def train(
     schedule = WSDScheduler(run.schedule, run.optim.lr)
     meter = Meter(run.model, run.data.sequence_length, dist.get_world_size(), device)
     end = state.phase_start + run.steps
+    if state.step >= end:
+        return True
     model.train()
     log.open(state.step, end, state.phase)
     with StopSignal() as stop:

@@ -28,13 +28,14 @@ class OptimConfig:
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Decay for matrices of the blocks and the head; none for norms and the input embedding. Covers each parameter once."""
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = name.endswith("norm.weight") or "embed_tokens" in name
         assert plain or parameter.ndim == 2, f"no rule whether to decay {name}"
         (kept if plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    ids = [id(parameter) for group in groups for parameter in group["params"]]
+    ids = [id(parameter) for parameter in (*decayed, *kept)]
     assert len(ids) == len(set(ids)) and set(ids) == {id(parameter) for parameter in model.parameters()}
     return groups
 

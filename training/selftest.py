@@ -41,7 +41,8 @@ def overrides(steps: int | None) -> list[str]:
 
 def clear(run: RunConfig) -> None:
     """Remove what an earlier test run left; ValueError where the folder holds anything else."""
-    for folder, of_a_test in ((run.checkpoints, ("step_*",)), (run.logs, ("metrics.jsonl", "dummy.*")), (Path(run.data.store), ("tokens",))):
+    leftovers = {run.checkpoints: ("step_*",), run.logs: ("metrics.jsonl", "dummy.*"), Path(run.data.store): ("tokens",)}
+    for folder, of_a_test in leftovers.items():
         if folder.exists():
             known = {path for pattern in of_a_test for path in folder.glob(pattern)}
             if set(folder.iterdir()) - known or (folder == run.checkpoints and run.output_dir != "checkpoints/test_mode/dummy"):
@@ -78,7 +79,8 @@ def check(run: RunConfig, state: State, saves: Checkpoints, log: Log) -> None:
 def _tensors(state: State) -> list[Any]:
     """Every tensor that resuming needs, in a fixed order."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    moments = [value for values in optimizer["state"].values() for value in values.values()]
+    states: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
+    moments = [value for values in states.values() for value in values.values()]
     return [value for value in [*model.values(), *moments] if isinstance(value, torch.Tensor)]
 
 

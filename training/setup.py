@@ -16,7 +16,7 @@ import yaml
 
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
-from training.checkpoint import Checkpoints, damage, load_state, on_main, step_folders
+from training.checkpoint import Checkpoints, damage, identity, load_state, on_main, read_phase, step_folders
 from training.config import RunConfig, to_dict
 from training.fsdp_utils import compute_dtype, wrap_model_fsdp
 from training.optimizers import build_optimizer
@@ -43,8 +43,8 @@ def ranks() -> Iterator[torch.device]:
     else:
         device = torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = {} if "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
-    dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=10), **store)
+    store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
+    dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=10), store=store)
     try:
         yield device
     finally:
@@ -71,32 +71,39 @@ def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) ->
     3. init_from: weights only, step 0;  4. from scratch.
     """
     own = saves.newest()
-    source = own or (on_main(lambda: _find_checkpoint(Path(run.resume_from))) if run.resume_from else None)
+    resume = run.resume_from
+    earlier = on_main(lambda: _find_checkpoint(Path(resume), required=own is None)) if resume else None
+    source = own or earlier
+    state.data = fingerprint
     if source is None:
-        state.data = fingerprint
         return f"starts from the weights of {run.init_from}" if run.init_from else f"starts from scratch, seed {run.seed}"
     _check_fits(run, source, saves.tokenizer)
     position = load_state(source, state)
     if position["phase"] != run.phase:
-        state.place, state.phase_start, state.data = 0, state.step, fingerprint
+        state.place, state.phase_start, state.parent = 0, state.step, identity(source)
         return f"begins at step {state.step}, after {position['phase']}, from {source}"
-    state.place, state.phase_start, state.data = position["place"], position["phase_start"], fingerprint
+    state.place, state.phase_start, state.parent = position["place"], position["phase_start"], position["parent"]
     if position["data"] != fingerprint and not run.data.accept_changed:
         raise ValueError(
             f"the data, their mixture or the batch changed since {source} was saved, so going on would repeat or skip text; "
             "undo the change, or set data.accept_changed=true"
         )
+    if own and earlier and read_phase(earlier) != run.phase and identity(earlier) != state.parent:
+        raise ValueError(
+            f"{own} did not begin from {earlier} but from another checkpoint; move {own.parent} away to begin this phase "
+            "again, or leave out resume_from to go on with it"
+        )
     return f"goes on at step {state.step} from {source}"
 
 
-def _find_checkpoint(path: Path) -> Path:
-    """A step folder, or the newest whole one in a folder of them."""
+def _find_checkpoint(path: Path, required: bool) -> Path | None:
+    """A step folder, or the newest whole one in a folder of them; None, or ValueError if required, where there is none."""
     if (path / "config.json").is_file():
         return path
     whole = [folder for folder in step_folders(path) if damage(folder) is None] if path.is_dir() else []
-    if not whole:
+    if not whole and required:
         raise ValueError(f"{path} holds no whole checkpoint; resume_from takes a step_N folder or the folder of one phase")
-    return whole[-1]
+    return whole[-1] if whole else None
 
 
 def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:

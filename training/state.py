@@ -22,8 +22,9 @@ class State:
     place: int = 0
     tokens: int = 0  # seen by the run so far, all phases
     data: str = ""  # the loader's fingerprint
+    parent: str = ""  # identity of the checkpoint that this phase began from, "" for none
 
     def position(self) -> dict[str, Any]:
         """What trainer.json holds."""
-        names = ("phase", "phase_start", "step", "place", "tokens", "data")
+        names = ("phase", "phase_start", "step", "place", "tokens", "data", "parent")
         return {name: getattr(self, name) for name in names}

@@ -1,0 +1,122 @@
+"""Do sharded ranks compute what one process computes? Trains a few steps both ways on the same global batches.
+
+    torchrun --nproc_per_node=2 scripts/test_fsdp.py
+
+Each rank also trains the whole model alone with plain torch (no FSDP, one backward, mean over all targets): loss, gradient
+norm and every weight must agree after each step, for zero2, zero3 and ddp, with and without accumulation.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from data.dataloader import Batch, Step
+from entrypoint import user_errors
+from models.losses import IGNORE
+from models.nanollama import ModelConfig, NanoLlama
+from training import setup
+from training.checkpoint import whole_weights
+from training.config import DataConfig, RunConfig
+from training.fsdp_utils import ParallelConfig
+from training.loop import backward, reduce
+from training.objectives import next_token
+from training.optimizers import OptimConfig, build_optimizer
+
+MODEL = ModelConfig(
+    vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+STEPS, ROWS, LENGTH, TOLERANCE = 4, 8, 48, 2e-5
+
+
+def global_batch(step: int) -> Batch:
+    """ROWS x LENGTH random tokens with documents and unevenly ignored targets: the case in which a mean of means is wrong."""
+    generator = torch.Generator().manual_seed(step)
+    text = torch.randint(MODEL.vocab_size, (ROWS, LENGTH + 1), generator=generator)
+    targets = text[:, 1:].clone()
+    for row in range(ROWS):
+        targets[row, : row * LENGTH // ROWS] = IGNORE
+    docs = (torch.rand(ROWS, LENGTH, generator=generator) < 0.1).int().cumsum(1, dtype=torch.int32)
+    return Batch(text[:, :-1].contiguous(), targets, docs)
+
+
+def alone(optim: OptimConfig, device: torch.device) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+    """Loss, gradient norm and weights after each step of plain single-process training."""
+    model = NanoLlama(MODEL, seed=0).to(device)
+    optimizer = build_optimizer(model, optim)
+    trace = []
+    for step in range(STEPS):
+        batch = global_batch(step).to(device)
+        logits = model(batch.tokens, docs=batch.docs)
+        valid = batch.targets != IGNORE
+        ce = torch.nn.functional.cross_entropy(logits[valid], batch.targets[valid])
+        (ce + optim.z_weight * logits[valid].logsumexp(-1).square().mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        weights = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        trace.append((ce.item(), norm.item(), weights))
+    return trace
+
+
+def sharded(run: RunConfig, micro: int, device: torch.device) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+    """The same through FSDP over all ranks, `micro` rows at a time."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    state = setup.build(run, device, seed=0)
+    trace = []
+    for step in range(STEPS):
+        whole = global_batch(step)
+        own = Batch(*(part.chunk(world)[rank] for part in whole))
+        pieces = [Batch(*parts).to(device) for parts in zip(*(part.split(micro) for part in own), strict=True)]
+        weight = int((whole.targets != IGNORE).sum())
+        sums, norm = backward(run, state.model, Step(pieces, weight, whole.tokens.numel()), next_token(run.optim.z_weight))
+        means, _ = reduce({**sums, "stop": torch.zeros((), device=device)}, weight)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        trace.append((means["loss"], norm, whole_weights(state.model)))
+    return trace
+
+
+def compare(device: torch.device) -> bool:
+    world = dist.get_world_size()
+    optim = OptimConfig(lr=3e-3, z_weight=1e-2)
+    expected = alone(optim, device)
+    held = True
+    for strategy in ("zero2", "zero3", "ddp"):
+        for micro in (1, ROWS // world):
+            data = DataConfig(sequence_length=LENGTH, tokens_per_step=ROWS * LENGTH, micro_batch_size=micro)
+            parallel = ParallelConfig(strategy=strategy, dtype="float32", compile=False)
+            run = RunConfig(model=MODEL, data=data, optim=optim, parallel=parallel)
+            worst = [0.0, 0.0, 0.0]
+            for (loss, norm, weights), (loss0, norm0, weights0) in zip(sharded(run, micro, device), expected, strict=True):
+                apart = max((float((weights[n] - weights0[n]).abs().max()) for n in weights), default=0.0)
+                worst = [max(a, b) for a, b in zip(worst, (abs(loss - loss0), abs(norm - norm0), apart), strict=True)]
+            ok = setup.add_up(torch.tensor(float(max(worst) > TOLERANCE))).item() == 0
+            held &= ok
+            if dist.get_rank() == 0:
+                figures = "loss {:.1e}, gradient norm {:.1e}, weights {:.1e}".format(*worst)
+                print(
+                    f"{'ok    ' if ok else 'FAILED'}  {world} ranks, {strategy}, micro-batch {micro}: off by {figures}",
+                    flush=True,
+                )
+    return held
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rank, world = setup.rank_and_world()
+    if world == 1:  # started without torchrun: start again with two ranks
+        command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
+        os.execv(sys.executable, [sys.executable, "-m", *command])
+    with user_errors(rank, world):
+        if ROWS % world:
+            raise ValueError(f"{ROWS} rows do not divide over {world} ranks; use 2, 4 or 8")
+        with setup.ranks() as device:
+            held = compare(device)
+    raise SystemExit(0 if held else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Does the model learn at all? Overfits one random batch for 100 steps; the loss must reach 0.01.
+
+python -m scripts.verify_model                                # a tiny model, seconds on a CPU
+python -m scripts.verify_model --config configs/base_1b.yaml  # the real one, on a GPU
+"""
+
+import argparse
+
+import torch
+
+from entrypoint import user_errors
+from models.losses import compute_loss_with_z_penalty
+from models.nanollama import NanoLlama
+from training.config import load
+from training.optimizers import build_optimizer
+
+TARGET = 0.01
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/test_mode.yaml")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args()
+    with user_errors():
+        run = load(args.config, args.overrides)
+        model = NanoLlama(run.model, seed=run.seed).to(args.device)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, as expected: {run.model.num_parameters:,}")
+        loss = overfit(model, run, args.steps)
+        print(f"loss {loss:.4f} after {args.steps} steps: {'ok' if loss <= TARGET else f'FAILED, {TARGET} was to be reached'}")
+    raise SystemExit(0 if loss <= TARGET else 1)
+
+
+def overfit(model: NanoLlama, run, steps: int) -> float:
+    """Train on one batch of random tokens, at most 4 x 64, in which no two tokens have the same history."""
+    optimizer = build_optimizer(model, run.optim)
+    generator = torch.Generator().manual_seed(run.seed)
+    length = min(64, run.model.max_position_embeddings)
+    batch = torch.randint(run.model.vocab_size, (4, length + 1), generator=generator).to(next(model.parameters()).device)
+    batch[:, 0] = torch.arange(4)  # rows that begin alike could not be told apart
+    for step in range(steps):
+        losses = model(batch[:, :-1], batch[:, 1:])
+        loss, sums = compute_loss_with_z_penalty(losses, run.optim.z_weight)
+        optimizer.zero_grad()
+        (loss / losses.nll.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = run.optim.lr * min(1.0, (step + 1) / 10)
+        optimizer.step()
+        value = sums["loss"].item() / losses.nll.numel()
+        if step % 10 == 9:
+            print(f"step {step + 1:>4}  loss {value:.4f}")
+    return value
+
+
+if __name__ == "__main__":
+    main()
