@@ -19,8 +19,10 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        ours = isinstance(error, ValueError) and raised_in.is_relative_to(ROOT) and "site-packages" not in raised_in.parts
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        path = Path(frame.filename).resolve()
+        said = (frame.line or "").startswith("raise")  # not a ValueError that Python itself raised in our code
+        ours = isinstance(error, ValueError) and said and path.is_relative_to(ROOT) and "site-packages" not in path.parts
         disk = isinstance(error, OSError) and error.errno in DISK
         if not (ours or disk):
             raise

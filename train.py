@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
-from data.store import no_tokenizer, open_shards, open_tokenizer, write_dummy_store
+from data.store import open_shards, open_tokenizer, write_dummy_store
 from entrypoint import user_errors
 from evals.eval_perplexity import perplexity
 from training import selftest, setup
@@ -52,7 +52,7 @@ def main() -> None:
         run = load(args.config or default, test + args.overrides + given)
         with setup.ranks() as device:
             finished = pretrain(run, rank, world, device, args.test_mode)
-    raise SystemExit(0 if finished else 143)
+    setup.leave(0 if finished else 143)
 
 
 def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool) -> bool:
@@ -61,7 +61,7 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     if test:
         on_main(lambda: selftest.clear(run))
         on_main(lambda: write_dummy_store(Path(data.store), vocab, 40 * data.tokens_per_step, run.seed))
-    tokenizer = no_tokenizer(vocab) if test else open_tokenizer(data.store, vocab)
+    tokenizer = open_tokenizer(data.store, vocab)
     shards = open_shards(data.store, data.mix, "train", vocab)
     shape = (data.sequence_length, data.rows, data.micro_batch_size)
     loader = Prefetcher(PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world), device)

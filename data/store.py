@@ -9,6 +9,8 @@ from data.manifest import file_hash
 from data.shards import ShardWriter, TokenShards
 from data.tokenizer import load_tokenizer, special_ids, token_bytes
 
+DUMMY = "dummy"  # source of a store without text, and there in place of the tokenizer's hash
+
 
 class StoreTokenizer(NamedTuple):
     """What training needs to know of a store's tokenizer. Dummy data have none."""
@@ -21,6 +23,8 @@ class StoreTokenizer(NamedTuple):
 def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
     """The tokenizer of a store; ValueError where the model's vocabulary has another size."""
     folder = Path(store) / "tokenizer"
+    if not folder.is_dir() and (Path(store) / "tokens" / DUMMY).is_dir():
+        return StoreTokenizer(None, {}, np.ones(vocab_size, dtype=np.int64))  # every token counts as a byte
     if not folder.is_dir():
         raise ValueError(
             f"there is no data store at {store}; make one with python -m scripts.download_data, train_tokenizer and prepare_data"
@@ -31,11 +35,6 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
             f"the tokenizer of {store} has {tokenizer.get_vocab_size()} tokens but model.vocab_size={vocab_size}; make them equal"
         )
     return StoreTokenizer(folder, special_ids(tokenizer)._asdict(), token_bytes(tokenizer))
-
-
-def no_tokenizer(vocab_size: int) -> StoreTokenizer:
-    """For dummy data: every token counts as one byte."""
-    return StoreTokenizer(None, {}, np.ones(vocab_size, dtype=np.int64))
 
 
 def open_shards(store: str | Path, mix: dict[str, float], split: str, vocab_size: int) -> dict[str, TokenShards]:
@@ -56,9 +55,6 @@ def open_shards(store: str | Path, mix: dict[str, float], split: str, vocab_size
                 f"{vocab_size}; run python -m scripts.prepare_data again"
             )
     return shards
-
-
-DUMMY = "dummy"  # stands for the hash of a tokenizer
 
 
 def write_dummy_store(store: Path, vocab_size: int, tokens: int, seed: int) -> None:

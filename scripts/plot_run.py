@@ -35,18 +35,17 @@ def plot(rows: list[dict], title: str, output: Path) -> None:
 
     figure, (top, below) = plt.subplots(2, 1, sharex=True, figsize=(9, 6), height_ratios=[3, 1], layout="constrained")
     steps, losses = [row["step"] for row in rows], [float(row["loss"]) for row in rows]
-    smooth, mean = [], losses[0]
-    for loss in losses:
-        mean = 0.9 * mean + 0.1 * loss
-        smooth.append(mean)
     top.plot(steps, losses, color="0.75", linewidth=0.8, label="training")
-    top.plot(steps, smooth, color="black", linewidth=1.4, label="training, smoothed")
     sources = sorted({key.split("/")[1] for row in rows for key in row if key.startswith("val/") and key.count("/") == 2})
     for source in sources:
         points = [(row["step"], float(row[f"val/{source}/loss"])) for row in rows if f"val/{source}/loss" in row]
         top.plot(*zip(*points, strict=True), "o--", markersize=4, linewidth=0.9, label=f"held out: {source}")
     for i, (phase, part) in enumerate(groupby(rows, key=lambda row: row["phase"])):
-        of_phase = [row["step"] for row in part]
+        rows_of_phase = list(part)
+        of_phase, smooth = [row["step"] for row in rows_of_phase], [float(rows_of_phase[0]["loss"])]
+        for row in rows_of_phase[1:]:  # afresh in each phase: another phase is another text
+            smooth.append(0.9 * smooth[-1] + 0.1 * float(row["loss"]))
+        top.plot(of_phase, smooth, color="black", linewidth=1.4, label=None if i else "training, smoothed")
         for axis in (top, below):
             axis.axvspan(of_phase[0] - 1, of_phase[-1], color=f"C{i}", alpha=0.08)
         top.text((of_phase[0] + of_phase[-1]) / 2, 1.01, phase, transform=top.get_xaxis_transform(), ha="center", fontsize=9)

@@ -75,7 +75,8 @@ def sharded(run: RunConfig, micro: int, device: torch.device) -> list[tuple[floa
         means, _ = reduce({**sums, "stop": torch.zeros((), device=device)}, weight)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        trace.append((means["loss"], norm, whole_weights(state.model)))
+        weights = {name: value.clone() for name, value in whole_weights(state.model).items()}  # they may be the live ones
+        trace.append((means["loss"], norm, weights))
     return trace
 
 
@@ -115,7 +116,7 @@ def main() -> None:
             raise ValueError(f"{ROWS} rows do not divide over {world} ranks; use 2, 4 or 8")
         with setup.ranks() as device:
             held = compare(device)
-    raise SystemExit(0 if held else 1)
+    setup.leave(0 if held else 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Config, schedule, gates: strict, exact at the ends."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from training.config import RunConfig, load, read_yaml, to_dict
+from training.gates import Gate, decide, judge
+from training.optimizers import OptimConfig
+from training.schedulers import ScheduleConfig, WSDScheduler
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5))], ids=["linear", "cosine", "1-sqrt"]
+)
+def test_wsd_endpoints(kind, middle):
+    schedule = WSDScheduler(ScheduleConfig(warmup_steps=10, total_steps=100, decay_steps=20, decay=kind, min_lr=1e-4), 1e-2)
+    assert schedule(0) == pytest.approx(1e-3) and schedule(9) == 1e-2  # from peak / warmup to the peak
+    assert all(schedule(step) == 1e-2 for step in range(9, 80))
+    assert schedule(80) < 1e-2
+    assert schedule(89) == pytest.approx(1e-4 + (1e-2 - 1e-4) * middle)
+    assert schedule(99) == schedule(1000) == 1e-4
+    decaying = [schedule(step) for step in range(79, 100)]
+    assert decaying == sorted(decaying, reverse=True)
+
+
+def test_wsd_without_warmup_or_decay_and_down_to_zero():
+    assert {WSDScheduler(ScheduleConfig(0, 5, 0), 1.0)(step) for step in range(8)} == {1.0}
+    assert WSDScheduler(ScheduleConfig(0, 5, 5, min_lr=0.0), 1.0)(4) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"warmup_steps": 60, "total_steps": 100, "decay_steps": 50}, "do not fit into schedule.total_steps=100"),
+        ({"decay": "step"}, "not one of linear, cosine, 1-sqrt"),
+        ({"warmup_steps": -1}, "must not be negative"),
+    ],
+)
+def test_impossible_schedules(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduleConfig(**settings)
+
+
+BASE = ROOT / "configs" / "base_1b.yaml"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "optim.lrr is not a setting; did you mean 'lr'?"),
+        ("optimm.lr=1", "optimm is not a setting; did you mean 'optim'?"),
+        ("optim.lr=fast", "optim.lr='fast' must be a number"),
+        ("steps=1.5", "steps=1.5 must be a whole number"),
+        ("steps=true", "steps=True must be a whole number"),
+        ("parallel.compile=3", "parallel.compile=3 must be true or false"),
+        ("optim=3", "optim=3 must hold settings"),
+        ("optim.lr.x=3", "optim.lr is not a setting|has no parts"),
+        ("steps", "'steps' is not an override"),
+        ("data.sequence_length=8192", "exceeds the model's context"),
+        ("data.sequence_length=1000", "must be a multiple of data.sequence_length"),
+        ("model.num_key_value_heads=5", "must be a multiple of"),
+        ("parallel.strategy=zero1", "not one of zero2, zero3, ddp"),
+        ("gates=[{metric: x, go: 1}]", r"gates\[0\] lacks no_go"),
+        ("run=a/b", "must be a plain folder name"),
+        ("optim.lr=-1", "must be above 0"),
+    ],
+)
+def test_wrong_settings_say_what_and_how(override, message):
+    with pytest.raises(ValueError, match=message):
+        load(BASE, [override])
+
+
+def test_precedence_and_types(tmp_path):
+    (tmp_path / "parent.yaml").write_text("optim: {lr: 3e-4, beta2: 0.9}\ndata: {mix: {a: 1, b: 1}}\nsteps: 1e4\n")
+    (tmp_path / "child.yaml").write_text("extends: parent.yaml\noptim: {lr: 1e-3}\ndata: {mix: {c: 2}}\n")
+    run = load(tmp_path / "child.yaml", ["optim.eps=1e-9", "log.wandb_project=x", "data.mix.d=1"])
+    assert run.optim == OptimConfig(lr=1e-3, beta2=0.9, eps=1e-9)
+    assert run.data.mix == {"c": 2.0, "d": 1.0}  # a mixture is replaced whole, never merged with the parent's
+    assert run.steps == 10_000 and isinstance(run.steps, int) and run.log.wandb_project == "x"
+
+
+def test_extends_in_a_circle_and_missing_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ValueError, match="extends itself"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match=r"did you mean .*base_1b.yaml"):
+        load(ROOT / "configs" / "base_1.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="is not YAML"):
+        load(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+def test_every_config_reads_and_its_resolved_form_reads_back_equal(path, tmp_path):
+    run = load(path)
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(to_dict(run)))
+    assert load(tmp_path / "resolved.yaml") == run
+    assert path.read_text().startswith("# ")  # the command and what to expect
+
+
+def test_the_plan_of_the_1b_configs():
+    names = ("phase1_pretrain", "phase2_annealing", "phase2_16k", "phase3_crystallization")
+    runs = [load(ROOT / "configs" / f"{name}.yaml") for name in names]
+    assert [run.steps for run in runs] == [184_000, 10_000, 13_000, 23_000]
+    assert [run.data.sequence_length for run in runs] == [4096, 8192, 16_384, 4096]
+    assert [run.data.micro_batch_size for run in runs] == [16, 8, 4, 16]
+    assert [run.model.rope_theta for run in runs] == [10_000, 10_000, 500_000, 500_000]
+    assert {run.data.tokens_per_step for run in runs} == {131_072}
+    assert {2 * run.data.micro_batch_size * run.data.sequence_length for run in runs} == {131_072}
+    assert {run.schedule for run in runs} == {ScheduleConfig(2000, 230_000, 23_000)}
+    assert all(run.model.num_parameters == 1_100_048_384 for run in runs)
+    assert RunConfig().model.num_parameters == 1_100_048_384
+
+
+def test_quickstart_phases_add_up_to_its_schedule():
+    runs = [load(path) for path in (ROOT / "configs" / "quickstart").glob("*.yaml")]
+    assert len(runs) == 3 and {sum(run.steps for run in runs)} == {run.schedule.total_steps for run in runs}
+    assert all(5e6 <= run.model.num_parameters <= 10e6 for run in runs)
+
+
+def test_gates():
+    lower, higher = Gate("wiki.bpb", go=2.0, no_go=2.5), Gate("acc", go=0.3, no_go=0.2)
+    assert [judge(lower, {"wiki": {"bpb": value}}).outcome for value in (1.9, 2.0, 2.2, 2.5, 2.6)] == [
+        *("go", "go", "caution", "caution", "no-go")
+    ]
+    assert [judge(higher, {"acc": value}).outcome for value in (0.4, 0.3, 0.25, 0.2, 0.1)] == [
+        *("go", "go", "caution", "caution", "no-go")
+    ]
+    for missing in ({}, {"wiki": 3}, {"wiki": {"bpb": None}}, {"wiki": {"bpb": math.nan}}, {"wiki": {"bpb": "1.0"}}):
+        assert judge(lower, missing).outcome == "no-go"
+    assert "not measured" in str(judge(lower, {}))
+    verdicts = [judge(higher, {"acc": value}) for value in (0.4, 0.25)]
+    assert decide(verdicts) == "caution" and decide([]) == "no-go"
+    with pytest.raises(ValueError, match="set them apart"):
+        Gate("x", 1.0, 1.0)
+
+
+def test_paths():
+    run = load(BASE)
+    assert run.checkpoints == Path("checkpoints/nanollama_1b/phase1_pretrain") and run.logs == Path("logs/nanollama_1b")

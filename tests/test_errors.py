@@ -1,0 +1,160 @@
+"""A user's mistake ends in one sentence, a non-zero status, and nothing lost."""
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, VOCAB, one_thread, read_metrics, train_here, train_ranks
+
+import train
+from entrypoint import user_errors
+from training.guard import check_finite
+
+
+def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
+    """Run train.py's main in this process; the one line it ends with on stderr."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *arguments])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    error = capfd.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lrr=3", "optim.lrr is not a setting; did you mean 'lr'?"),
+        ("data.sequence_length=128", "exceeds the model's context"),
+        ("data.micro_batch_size=3", "8 rows a step do not divide over 1 rank(s) with micro-batches of 3"),
+        ("model.vocab_size=500", f"has {VOCAB} tokens but model.vocab_size=500"),
+        ("data.mix={third: 1}", "has no such source; it has first, second"),
+        ("data.store=nowhere", "there is no data store at nowhere"),
+        ("init_from=nowhere", "nowhere holds no model.safetensors"),
+        ("resume_from=nowhere", "nowhere holds no whole checkpoint"),
+        ("log.wandb_project=x", "wandb is not installed"),
+    ],
+)
+def test_one_sentence(settings, capfd, monkeypatch, override, expected):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert expected in complaint(capfd, monkeypatch, settings(override))
+
+
+def test_a_missing_config_and_a_short_test(capfd, monkeypatch):
+    assert "did you mean" in complaint(capfd, monkeypatch, ["--config", str(ROOT / "configs" / "test_mod.yaml")])
+    assert "--steps 5 is too few" in complaint(capfd, monkeypatch, ["--test_mode", "--steps", "5"])
+
+
+def test_a_missing_shard(settings, text_store, tmp_path, capfd, monkeypatch):
+    shutil.copytree(text_store, tmp_path / "store")
+    (tmp_path / "store" / "tokens" / "first" / "train-00000.bin").unlink()
+    said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
+    assert "train-00000.bin is missing; put it back or run python -m scripts.prepare_data again" in said
+
+
+def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(settings, text_store, tmp_path, capfd, monkeypatch):
+    assert train_here(settings(steps=1))
+    shutil.copytree(text_store, tmp_path / "store")
+    path = tmp_path / "store" / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text())))  # the same, written otherwise: other bytes, other hash
+    said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
+    assert "made with another tokenizer" in said
+    for name in ("first", "second"):
+        manifest = tmp_path / "store" / "tokens" / name / "manifest.json"
+        content = json.loads(manifest.read_text())
+        from data.manifest import file_hash
+
+        manifest.write_text(json.dumps({**content, "tokenizer": file_hash(path)}))
+    said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
+    assert "was trained with another tokenizer" in said
+
+
+def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_path):
+    assert train_here(settings(steps=3))
+    assert "the data, their mixture or the batch changed" in complaint(capfd, monkeypatch, settings("seed=2"))
+    said = complaint(capfd, monkeypatch, settings("model.num_hidden_layers=3"))
+    assert "num_hidden_layers=2 but the config says 3" in said
+    assert train_here(settings("data.tokens_per_step=256", "data.accept_changed=true", steps=4))
+    resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
+    assert train_here(settings(resume, phase="two", steps=2))
+    assert train_here(settings("data.tokens_per_step=256", steps=5))  # the first phase is extended afterwards
+    said = complaint(capfd, monkeypatch, settings(resume, phase="two", steps=4))
+    assert "did not begin from" in said and "move" in said
+
+
+def test_ranks_that_do_not_fit_the_batch_end_without_a_traceback(settings):
+    done = train_ranks(settings("data.tokens_per_step=192", "data.micro_batch_size=1"), ranks=2)
+    assert done.returncode == 2 and done.stderr.count("error: 3 rows a step do not divide over 2 rank(s)") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(settings, tmp_path, capfd, monkeypatch):
+    """A save that meets ENOSPC, in our own files or inside torch's writer, leaves the older checkpoint and no half folder."""
+    assert train_here(settings(steps=3))
+    folder = tmp_path / "checkpoints" / "one"
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for target in ("training.checkpoint.save_hf", "torch.distributed.checkpoint.filesystem._write_item"):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, full)
+            assert "No space left on device" in complaint(capfd, patched, settings(steps=6))
+        assert sorted(path.name for path in folder.iterdir()) == ["step_3"]
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+        assert "free some space or lower checkpoint.keep" in complaint(capfd, patched, settings(steps=6))
+    assert train_here(settings(steps=6))
+    assert [row["step"] for row in read_metrics(tmp_path / "logs")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path, capfd, monkeypatch):
+    assert train_here(settings(steps=3))
+    import torch
+
+    def nan_objective(z_weight):
+        return lambda model, batch: (
+            model(batch.tokens, batch.targets, batch.docs).nll.sum() * float("nan"),
+            {"loss": torch.ones(())},
+        )
+
+    monkeypatch.setattr(train, "next_token", nan_objective)
+    assert "gradient norm nan at step 4 (data place 3) are not finite" in complaint(capfd, monkeypatch, settings(steps=6))
+    assert [path.name for path in (tmp_path / "checkpoints" / "one").iterdir()] == ["step_3"]
+    check_finite(1.0, 2.0, 1, 1)
+    with pytest.raises(ValueError, match=r"lower optim\.lr"):
+        check_finite(float("inf"), 1.0, 1, 1)
+
+
+def test_our_own_faults_keep_their_traceback():
+    with pytest.raises(ValueError, match="invalid literal"), user_errors():
+        int("x")  # a ValueError, but Python's: nobody has said to the user what to do
+    with pytest.raises(KeyError), user_errors():
+        {}["x"]
+
+
+def test_evaluation_and_gate_commands_complain_in_one_line(tmp_path, text_store):
+    cases = [
+        (["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)], "holds no config.json"),
+        (["scripts.gate", "--config", "configs/quickstart/gold.yaml", "--results", "nowhere.json"], "there are no results"),
+        (["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"], "is no checkpoint"),
+        (["scripts.plot_run", str(tmp_path)], "has no metrics yet"),
+        (["scripts.prepare_data", "--store", str(tmp_path)], "holds no tokenizer.json"),
+        (["scripts.train_tokenizer", "--store", str(tmp_path)], "run python -m scripts.download_data first"),
+    ]
+    for (module, *rest), expected in cases:
+        done = subprocess.run([sys.executable, "-m", module, *rest], capture_output=True, text=True, cwd=ROOT, env=one_thread())
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, (module, done.stderr)
+
+
+def test_a_no_go_has_its_own_exit_status(tmp_path):
+    results = tmp_path / "results.json"
+    for bits, status in ((2.0, 0), (2.8, 0), (9.9, 3)):
+        figures = {"bits_per_byte": bits}
+        results.write_text(json.dumps({"metrics": {"stem": figures, "maths": figures}}))
+        gate = [sys.executable, "-m", "scripts.gate", "--config", "configs/quickstart/gold.yaml", "--results", str(results)]
+        done = subprocess.run(gate, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == status and "decision: " in done.stdout

@@ -1,0 +1,189 @@
+"""Rules of the house, and the small parts: which part may import which, how long a file may be, loggers, plots, measures."""
+
+import ast
+import inspect
+import json
+import math
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+from data.dataloader import Batch
+from evals.eval_perplexity import perplexity
+from models.nanollama import ModelConfig, NanoLlama
+from scripts.plot_run import plot
+from training.fsdp_utils import ParallelConfig, compute_dtype
+from training.logger import Log, LogConfig
+from training.loop import train
+from training.meter import flops_per_token
+from training.optimizers import OptimConfig, build_optimizer, parameter_groups
+
+PARTS = ("models", "data", "training", "evals", "scripts")
+MAY_IMPORT = {
+    "models": set(),
+    "data": set(),
+    "training": {"models"},
+    "evals": {"models", "data", "entrypoint"},
+    "scripts": {*PARTS, "entrypoint", "train"},
+}
+FILES = [path for part in PARTS for path in sorted((ROOT / part).glob("*.py"))] + [ROOT / "train.py", ROOT / "entrypoint.py"]
+
+
+def imports(path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_direction_of_imports_and_length(path):
+    ours = imports(path) & {*PARTS, "train", "entrypoint", "tests"}
+    part = path.parent.name
+    if part in MAY_IMPORT:
+        assert ours - {part} <= MAY_IMPORT[part]
+    text = path.read_text()
+    assert len(text.splitlines()) <= 500
+    if path.name != "setup.py" and part != "scripts":
+        assert "os.environ" not in text and "getenv" not in text
+    if part == "models":
+        assert "distributed" not in text
+
+
+def test_the_loop_and_the_entry_point_stay_short():
+    assert len(inspect.getsource(train).splitlines()) < 120
+    assert len((ROOT / "train.py").read_text().splitlines()) <= 110
+
+
+def test_the_core_path_needs_four_packages():
+    code = "import sys, training.loop, training.setup, models.hf; print(sorted(m.split('.')[0] for m in sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
+    for heavy in ("transformers", "tokenizers", "matplotlib", "datasets", "wandb", "pandas"):
+        assert f"'{heavy}'" not in loaded
+
+
+def test_ruff_is_content():
+    for how in (["check"], ["format", "--check"]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *how, "."], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout
+
+
+def test_optimizer_groups_cover_every_parameter_once():
+    config = ModelConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, qk_norm=True
+    )
+    model = NanoLlama(config, seed=0)
+    decayed, kept = parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)] for p in kept["params"]} == {n for n in names.values() if "norm" in n or n == "embed_tokens.weight"}
+    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
+    model.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(AssertionError, match="no rule whether to decay extra"):
+        parameter_groups(model, 0.1)
+
+
+def test_one_update_equals_adamw_by_hand():
+    model = NanoLlama(
+        ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4), seed=0
+    )
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.5))
+    tokens = torch.arange(12)[None]
+    model(tokens[:, :-1], tokens[:, 1:]).nll.mean().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name, p in model.named_parameters():
+        decay = 0.0 if "norm" in name or "embed" in name else 0.5
+        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)  # the first step of Adam
+        assert (p - expected).abs().max() <= 1e-5, name
+
+
+def test_flops_of_the_1b_model():
+    assert [round(flops_per_token(ModelConfig(), length) / 1e9, 2) for length in (2048, 4096, 8192, 16_384)] == [
+        7.31,
+        8.42,
+        10.64,
+        15.06,
+    ]
+
+
+def test_dtype_follows_the_request_else_the_device():
+    cpu = torch.device("cpu")
+    assert compute_dtype(ParallelConfig(dtype="float32"), cpu) == torch.float32
+    assert compute_dtype(ParallelConfig(dtype="bfloat16"), cpu) == torch.bfloat16
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    if "avx512_bf16" in flags or "amx_bf16" in flags:
+        assert compute_dtype(ParallelConfig(), cpu) == torch.bfloat16
+
+
+def test_perplexity_divides_totals_and_an_untrained_model_knows_nothing():
+    config = ModelConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    model = NanoLlama(config, seed=0)
+    generator = torch.Generator().manual_seed(0)
+
+    def batch(ignored):
+        tokens = torch.randint(256, (2, 40), generator=generator)
+        targets = torch.randint(256, (2, 40), generator=generator)
+        targets[:, :ignored] = -100
+        return Batch(tokens, targets, torch.zeros(2, 40, dtype=torch.int32))
+
+    batches = {"one": [batch(0), batch(35)], "two": [batch(10)]}
+    results = perplexity(model, batches, torch.ones(256, dtype=torch.int64))
+    assert [results[name]["tokens"] for name in ("one", "two", "all")] == [90, 60, 150]
+    assert results["all"]["bits_per_byte"] == pytest.approx(8.0, abs=0.02)  # 256 equally likely bytes
+    assert results["all"]["loss"] == pytest.approx((90 * results["one"]["loss"] + 60 * results["two"]["loss"]) / 150)
+    assert results["one"]["perplexity"] == pytest.approx(math.exp(results["one"]["loss"]))
+
+
+ROW = {"step": 1, "phase": "p", "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 3.0, "end": 2}
+
+
+def test_the_log_is_valid_json_and_forgets_what_a_resume_replaces(tmp_path):
+    log = Log(tmp_path, LogConfig(), True, {})
+    log.open(0, 3, "p")
+    for step in (1, 2, 3):
+        log.metrics({**ROW, "step": step, "loss": math.nan if step == 2 else 1.0})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # killed while writing
+    again = Log(tmp_path, LogConfig(), True, {})
+    again.open(2, 3, "p")
+    again.metrics({**ROW, "step": 3, "loss": 7.0})
+    again.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["loss"] == "nan" and rows[2]["loss"] == 7.0
+    silent = Log(tmp_path / "other", LogConfig(), False, {})
+    silent.open(0, 1, "p")
+    silent.metrics(ROW)
+    silent.close()
+    assert not (tmp_path / "other").exists()
+
+
+def test_wandb_gets_the_config_and_the_points(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values["loss"])), finish=lambda: calls.append("finish")
+    )
+    module = types.SimpleNamespace(init=lambda **how: calls.append(how) or run)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    log = Log(tmp_path, LogConfig(every=2, wandb_project="proj"), True, {"run": "name", "steps": 4})
+    log.open(0, 4, "p")
+    for step in (1, 2, 3, 4):
+        log.metrics({**ROW, "step": step, "loss": float(step)})
+    log.close()
+    assert calls[0]["project"] == "proj" and calls[0]["name"] == "name" and calls[0]["config"]["steps"] == 4
+    assert calls[1:] == [(2, 2.0), (4, 4.0), "finish"]
+
+
+def test_plot_is_a_png(tmp_path):
+    rows = [{**ROW, "step": i, "phase": "a" if i < 5 else "b", "loss": 5 / i} for i in range(1, 9)]
+    rows[-1] |= {"val/loss": 1.0, "val/wiki/loss": 1.1}
+    plot(rows, "run", tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "loss.png").stat().st_size > 20_000

@@ -1,0 +1,80 @@
+"""The chunked head against the plain formula."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.losses import IGNORE, compute_loss_with_z_penalty, token_losses
+
+
+def plain(hidden, weight, targets, z_weight):
+    """Sum of cross-entropy and weighted squared logsumexp over unmasked targets, from whole logits."""
+    logits = F.linear(hidden, weight).float().flatten(0, 1)
+    valid = targets.flatten() != IGNORE
+    ce = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return ce + z_weight * logits.logsumexp(-1)[valid].square().sum()
+
+
+def example(dtype=torch.float32, ignored=0.3):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 11, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(29, 16, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(29, (3, 11), generator=generator)
+    targets[torch.rand(3, 11, generator=generator) < ignored] = IGNORE
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 33, 1000])
+@pytest.mark.parametrize("z_weight", [0.0, 1e-4, 0.1])
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
+def test_loss_and_gradients_equal_the_plain_formula(chunk, z_weight, ignored):
+    hidden, weight, targets = example(ignored=ignored)
+    loss, sums = compute_loss_with_z_penalty(token_losses(hidden, weight, targets, chunk), z_weight)
+    expected = plain(hidden, weight, targets, z_weight)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sums["loss"].item() + sums["z_loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    ours = torch.autograd.grad(loss, (hidden, weight))
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a - b).abs().max() <= 1e-5
+
+
+def test_each_output_has_its_own_gradient():
+    hidden, weight, targets = example()
+    scale = torch.linspace(0.5, 2.0, targets.numel()).view_as(targets)
+    logits = F.linear(hidden, weight)
+    lse = logits.logsumexp(-1)
+    nll = lse - logits.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
+    losses = token_losses(hidden, weight, targets, 8)
+    for ours, plain_output in zip(losses, (nll, lse), strict=True):
+        a = torch.autograd.grad((ours * scale).sum(), (hidden, weight), retain_graph=True)
+        b = torch.autograd.grad((plain_output * scale * (targets != IGNORE)).sum(), (hidden, weight), retain_graph=True)
+        assert all((x - y).abs().max() <= 1e-5 for x, y in zip(a, b, strict=True))
+
+
+def test_ignored_targets_count_for_nothing():
+    hidden, weight, targets = example()
+    losses = token_losses(hidden, weight, targets, 8)
+    masked = targets == IGNORE
+    assert (losses.nll[masked] == 0).all() and (losses.logsumexp[masked] == 0).all() and (losses.nll[~masked] > 0).all()
+    nothing = token_losses(hidden, weight, torch.full_like(targets, IGNORE), 8)
+    loss, _ = compute_loss_with_z_penalty(nothing, 0.1)
+    assert loss.item() == 0
+    assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_bf16_weights_sum_their_gradient_in_fp32():
+    hidden, weight, targets = example(torch.bfloat16)
+    ours = torch.autograd.grad(token_losses(hidden, weight, targets, 1).nll.sum(), weight)[0].float()
+    exact_inputs = (hidden.detach().float(), weight.detach().float().requires_grad_())
+    exact = torch.autograd.grad(plain(*exact_inputs, targets, 0.0), exact_inputs[1])[0]
+    assert (ours - exact).abs().max() <= 2e-2 * exact.abs().max()
+
+
+def test_whole_logits_are_never_built(monkeypatch):
+    hidden, weight, targets = example()
+    sizes = []
+    linear = F.linear
+    monkeypatch.setattr("models.losses.F.linear", lambda *args: sizes.append(len(args[0])) or linear(*args))
+    compute_loss_with_z_penalty(token_losses(hidden, weight, targets, 8), 1e-4)[0].backward()
+    assert max(sizes) == 8 and sum(sizes) == 2 * targets.numel()

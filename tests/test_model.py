@@ -1,0 +1,141 @@
+"""The network against transformers, and its own promises."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from models.hf import from_hf_config, load_hf, save_hf
+from models.layers import RotaryEmbedding, apply_rotary, attend, document_mask
+from models.nanollama import ModelConfig, NanoLlama
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tiny(**more) -> NanoLlama:
+    """A tiny model whose norms and matrices are far from their initial values, so that nothing cancels."""
+    model = NanoLlama(ModelConfig(**{**TINY, **more}), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+TOKENS = torch.randint(97, (2, 37), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("variant", [{}, {"qk_norm": True}, {"tie_word_embeddings": True}, {"head_dim": 16}])
+def test_our_folder_gives_the_same_logits_in_transformers(tmp_path, theta, variant):
+    model = tiny(rope_theta=theta, **variant)
+    save_hf(tmp_path, model.config, model.state_dict(), torch.float32, bos=0, eos=0, pad=1)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(other) is (Qwen3ForCausalLM if variant.get("qk_norm") else LlamaForCausalLM)
+    assert (model(TOKENS) - other(TOKENS).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, Qwen3ForCausalLM])
+def test_a_transformers_folder_gives_the_same_logits_and_gradients_here(tmp_path, theta, kind):
+    torch.manual_seed(1)
+    config_class = LlamaConfig if kind is LlamaForCausalLM else Qwen3Config
+    rope = {"rope_type": "default", "rope_theta": theta}
+    other = kind(config_class(**TINY, rope_parameters=rope, head_dim=8, initializer_range=0.2, tie_word_embeddings=False))
+    other.save_pretrained(tmp_path)
+    model = load_hf(tmp_path)
+    assert model.config.rope_theta == theta
+    assert (model(TOKENS) - other(TOKENS).logits).abs().max() <= 1e-5
+    other(TOKENS, labels=TOKENS).loss.backward()
+    losses = model(TOKENS[:, :-1], TOKENS[:, 1:])
+    losses.nll.mean().backward()
+    for name, parameter in model.named_parameters():
+        reference = other.get_parameter(name if name.startswith("lm_head") else f"model.{name}").grad
+        assert (parameter.grad - reference).abs().max() <= 1e-5, name
+
+
+def test_theta_is_written_for_both_generations_of_transformers(tmp_path):
+    model = tiny(rope_theta=500_000.0)
+    save_hf(tmp_path, model.config, model.state_dict(), torch.bfloat16)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500_000.0
+    for absent in ("rope_theta", "rope_parameters"):
+        assert from_hf_config({k: v for k, v in config.items() if k != absent}).rope_theta == 500_000.0
+    assert load_hf(tmp_path, dtype=None).norm.weight.dtype == torch.bfloat16
+
+
+def test_what_has_no_counterpart_is_refused():
+    with pytest.raises(ValueError, match="model_type 'gpt2'"):
+        from_hf_config({"model_type": "gpt2"})
+    scaled = {"model_type": "llama", "num_attention_heads": 4, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    with pytest.raises(ValueError, match="rope_type"):
+        from_hf_config(scaled)
+
+
+def test_parameter_count_of_the_1b_model():
+    with torch.device("meta"):
+        model = NanoLlama(ModelConfig())
+    assert sum(p.numel() for p in model.parameters()) == ModelConfig().num_parameters == 1_100_048_384
+    for variant in ({"qk_norm": True}, {"tie_word_embeddings": True}, {"head_dim": 16}):
+        assert sum(p.numel() for p in tiny(**variant).parameters()) == tiny(**variant).config.num_parameters
+
+
+def test_initialisation_follows_its_table():
+    config = ModelConfig(vocab_size=1000, hidden_size=256, intermediate_size=700, num_hidden_layers=8, num_attention_heads=8)
+    weights = NanoLlama(config, seed=0).state_dict()
+    for name, weight in weights.items():
+        if "norm" in name:
+            assert (weight == 1).all(), name
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert weight.std().item() == pytest.approx(0.02 / math.sqrt(16) if residual else 0.02, rel=0.05), name
+    again = NanoLlama(config, seed=0).state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_packed_documents_equal_the_same_documents_apart():
+    model = tiny()
+    lengths = (9, 1, 27)
+    docs = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].expand(2, -1)
+    packed = model(TOKENS, docs=docs)
+    apart = torch.cat([model(part) for part in TOKENS.split(lengths, dim=1)], dim=1)
+    assert (packed - apart).abs().max() <= 1e-5
+    assert (packed - model(TOKENS)).abs().max() > 1e-2  # without the mask the neighbours are seen
+
+
+def test_flex_attention_block_mask_is_the_same_mask():
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 8, 160, 16, generator=generator)
+    k, v = (torch.randn(2, 2, 160, 16, generator=generator) for _ in range(2))
+    docs = (torch.rand(2, 160, generator=generator) < 0.05).int().cumsum(1)
+    dense, block = (attend(q, k, v, document_mask(docs, block=kind)) for kind in (False, True))
+    assert (dense - block).abs().max() <= 1e-5
+    weights = (q.double() @ k.double().repeat_interleave(4, 1).mT / 4).masked_fill(~document_mask(docs, block=False), -math.inf)
+    exact = weights.softmax(-1) @ v.double().repeat_interleave(4, 1)
+    assert (dense - exact).abs().max() <= 1e-5
+
+
+def test_rotary_scores_depend_on_distance_only_and_are_exact_far_out():
+    cos, sin = RotaryEmbedding(64, 16_384, 500_000.0)(16_384)
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 64, generator=generator), torch.randn(1, 1, 1, 64, generator=generator)
+    rotated_q, rotated_k = (apply_rotary(x.expand(1, 1, 16_384, 64), cos, sin)[0, 0] for x in (q, k))
+    scores = [float(rotated_q[at] @ rotated_k[at - 7]) for at in (7, 100, 16_383)]
+    assert scores == pytest.approx([scores[0]] * 3, abs=2e-2)
+    exact = 16_383.0 * 500_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    assert (cos[16_383, :32].double() - exact.cos()).abs().max() <= 2e-3  # fp32 angles of up to 16383 radians
+
+
+def test_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match=r"65 tokens exceed the model's context of 64"):
+        tiny()(torch.zeros(1, 65, dtype=torch.int64))

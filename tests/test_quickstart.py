@@ -1,0 +1,95 @@
+"""The README's first command, whole: the real corpus, all stages and three phases, with few training steps."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import ROOT, read_metrics
+from transformers import AutoModelForCausalLM
+
+
+def test_readme_names_commands_that_exist():
+    readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
+    first_screen = "\n".join(readme.splitlines()[:40])
+    assert "make quickstart" in first_screen and "make test" in first_screen
+    for target in set(re.findall(r"^ *make (\w+)", readme, flags=re.M)):
+        assert f"\n{target}:" in makefile
+    for path in set(re.findall(r"(?:configs|scripts|docs|models|training|data|evals)/[\w/]+\.(?:yaml|py|md|sh)", readme)):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """A working folder with the quickstart's configs cut down to a few steps, and the output of running it there."""
+    place = tmp_path_factory.mktemp("quickstart")
+    (place / "train.py").symlink_to(ROOT / "train.py")
+    shutil.copytree(ROOT / "configs" / "quickstart", place / "configs" / "quickstart")
+    for name, change in (
+        ("base", {"steps": 4, "schedule": {"warmup_steps": 1, "total_steps": 9, "decay_steps": 2, "min_lr": 1e-4}}),
+        ("long_context", {"steps": 2}),
+        ("gold", {"steps": 3, "gates": [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]}),
+    ):
+        path = place / "configs" / "quickstart" / f"{name}.yaml"
+        content = {**yaml.safe_load(path.read_text()), **change, "checkpoint": {"every": 2, "keep": 2}}
+        path.write_text(yaml.safe_dump(content))
+    return place, run(place)
+
+
+def run(place):
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.quickstart"], cwd=place, capture_output=True, text=True, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_stage_says_what_it_does(quickstart):
+    _, output = quickstart
+    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 11))
+    for sentence in ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "decision: "):
+        assert sentence in output
+    assert "> The capital of France is" in output
+
+
+def test_what_it_leaves(quickstart):
+    place, _ = quickstart
+    for phase, step, theta in (("base", 4, 10_000), ("long_context", 6, 500_000), ("gold", 9, 500_000)):
+        folder = place / "checkpoints" / "quickstart" / phase / f"step_{step}"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert model.config.rope_parameters["rope_theta"] == theta
+        assert model.config.max_position_embeddings == (256 if phase == "base" else 1024)
+    rows = read_metrics(place / "logs" / "quickstart")
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert all({"loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= row.keys() for row in rows)
+    assert (place / "logs" / "quickstart" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((place / "results" / "quickstart" / "perplexity.json").read_text())
+    assert set(report["metrics"]) == {"wikipedia", "factbook", "code", "maths", "stem", "all"}
+    for figures in report["metrics"].values():
+        assert 2 < figures["bits_per_byte"] < 6 and figures["tokens"] > 5_000
+
+
+def test_the_corpus_is_what_was_measured(quickstart):
+    place, _ = quickstart
+    sources = json.loads((place / "data" / "store" / "quickstart" / "documents" / "manifest.json").read_text())["sources"]
+    pinned = {
+        name: (sources[name]["documents"], sources[name]["sha256"][:12]) for name in ("wikipedia", "stem", "factbook", "maths")
+    }
+    assert pinned == CORPUS
+    assert sources["code"]["documents"] > 500  # this Python's own library: its text differs by version
+    assert 20e6 < sum(source["bytes"] for source in sources.values()) < 35e6
+
+
+CORPUS: dict[str, tuple[int, str]] = {}
+
+
+def test_a_second_run_skips_what_is_done(quickstart):
+    place, _ = quickstart
+    before = (place / "logs" / "quickstart" / "metrics.jsonl").read_text()
+    output = run(place)
+    assert output.count("already there") == 3 and "goes on at step 9" in output
+    assert (place / "logs" / "quickstart" / "metrics.jsonl").read_text() == before
