@@ -55,7 +55,7 @@ def document_mask(docs: Tensor | None, block: bool | None = None) -> Mask:
     """What a token may attend to: earlier tokens of its own document. docs [B, T] numbers the document of each token.
 
     None stands for plain causal attention. On a CPU the mask is a bool tensor [B, 1, T, T]; elsewhere (or with
-    block=True) a FlexAttention BlockMask, which skips whole blocks between documents and is never T x T in memory.
+    block=True) a FlexAttention BlockMask, which skips whole blocks between documents.
     """
     if docs is None:
         return None
@@ -65,20 +65,21 @@ def document_mask(docs: Tensor | None, block: bool | None = None) -> Mask:
         def same_document(b, h, q, k):
             return (q >= k) & (docs[b, q] == docs[b, k])
 
-        return create_block_mask(same_document, rows, None, length, length, device=docs.device)
+        create = create_block_mask if docs.device.type == "cpu" else _compiled(create_block_mask)  # eager builds T x T
+        return create(same_document, rows, None, length, length, device=docs.device)
     causal = torch.ones(length, length, dtype=torch.bool, device=docs.device).tril()
     return ((docs[:, :, None] == docs[:, None, :]) & causal)[:, None]
 
 
 @cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=False)  # not at import: torch.compile takes seconds to load
+def _compiled(function):
+    return torch.compile(function, dynamic=False)  # not at import: torch.compile takes seconds to load
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Softmax attention with grouped heads: q [B, H, T, head_dim], k and v [B, K, T, head_dim], H a multiple of K."""
     if isinstance(mask, BlockMask):
         eager = torch.compiler.is_compiling() or q.device.type == "cpu"  # a compiled caller compiles it with itself
-        flex = flex_attention if eager else _compiled_flex_attention()
+        flex = flex_attention if eager else _compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=True)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

@@ -36,6 +36,7 @@ def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
         ("init_from=nowhere", "nowhere holds no model.safetensors"),
         ("resume_from=nowhere", "nowhere holds no whole checkpoint"),
         ("log.wandb_project=x", "wandb is not installed"),
+        ("parallel.activation_checkpointing=some", "is not one of none, selective, full"),
     ],
 )
 def test_one_sentence(settings, capfd, monkeypatch, override, expected):

@@ -62,6 +62,24 @@ def test_loss_does_not_depend_on_micro_batches_or_ranks(settings, tmp_path):
     assert rows[0]["val/first/bits_per_byte"] == pytest.approx(rows[1]["val/first/bits_per_byte"], abs=1e-5)
 
 
+def test_checkpointed_activations_and_compiled_blocks_change_nothing(settings, tmp_path):
+    curves = {}
+    for name, override in (
+        ("none", "parallel.activation_checkpointing=none"),
+        ("selective", "parallel.activation_checkpointing=selective"),
+        ("full", "parallel.activation_checkpointing=full"),
+        ("compiled", "parallel.compile=true"),
+    ):
+        if name == "compiled" and not shutil.which("g++"):
+            continue  # torch.compile needs a compiler on a CPU; the tests must not
+        assert train_here(settings(override, f"output_dir={tmp_path / name}", f"log_dir={tmp_path / name / 'l'}", steps=3))
+        curves[name] = losses(tmp_path / name / "l")
+        weights = load_file(tmp_path / name / "step_3" / "model.safetensors")
+        assert "model.layers.1.mlp.up_proj.weight" in weights and len(weights) == 2 * 9 + 3
+    for name, curve in curves.items():
+        assert curve == pytest.approx(curves["none"], abs=1e-5), name
+
+
 def test_golden_loss(settings, tmp_path):
     """A refactor that does not change the maths reproduces these; they were first made on an AVX-512 CPU, torch 2.13."""
     train_here(["data.store=" + str(tmp_path / "dummy"), *golden_settings(tmp_path)])

@@ -74,8 +74,12 @@ class Checkpoints:
         for leftover in self.folder.glob("*.tmp"):
             shutil.rmtree(leftover)
         part.mkdir(parents=True)
-        count = state.model.config.num_parameters
-        need = count * (12 + self.dtype.itemsize)
+        self.check_room(state.model.config.num_parameters)
+
+    def check_room(self, parameters: int) -> None:
+        """OSError where the disk has no room for one more checkpoint: fp32 weights, two moments and the export."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        need = parameters * (12 + self.dtype.itemsize)
         free = shutil.disk_usage(self.folder).free
         if free < need:
             text = f"a checkpoint needs {need / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free"
@@ -166,11 +170,11 @@ def read_phase(folder: Path) -> str:
 
 def check_whole(folder: Path) -> None:
     """ValueError where a step folder is damaged or cannot be resumed from."""
+    if not (folder / "state").is_dir():
+        raise ValueError(f"{folder} has no state/ to resume from; use it as weights only with init_from={folder}")
     problem = damage(folder)
     if problem:
         raise ValueError(f"{folder} is damaged ({problem}); resume from another checkpoint")
-    if not (folder / "state").is_dir():
-        raise ValueError(f"{folder} has no state/ to resume from; use it as weights only with init_from={folder}")
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch
 
 from models.nanollama import ModelConfig
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "GH200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16, per GPU
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16, per GPU
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
@@ -26,7 +26,7 @@ class Meter:
     def __init__(self, config: ModelConfig, length: int, world: int, device: torch.device):
         self.flops, self.world, self.device = flops_per_token(config, length), world, device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-        self.peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name.split()), None)
+        self.peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
         self.began = self.waited = 0.0
 
     def start(self) -> None:

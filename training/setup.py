@@ -50,8 +50,11 @@ def ranks() -> Iterator[torch.device]:
     try:
         yield device
         dist.barrier()  # no rank takes its sockets away while another still reads from them
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        if world == 1:
+            dist.destroy_process_group()  # with several, others may be in a collective for good: do not wait for them
+        raise
+    dist.destroy_process_group()
 
 
 def leave(status: int) -> NoReturn:
@@ -92,6 +95,9 @@ def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) ->
     earlier = on_main(lambda: _find_checkpoint(Path(resume), required=own is None)) if resume else None
     source = own or earlier
     state.data = fingerprint
+    on_main(lambda: saves.check_room(run.model.num_parameters))
+    if source is None and run.init_from:
+        _check_tokenizer(Path(run.init_from), saves.tokenizer)
     if source is None:
         return f"starts from the weights of {run.init_from}" if run.init_from else f"starts from scratch, seed {run.seed}"
     _check_fits(run, source, saves.tokenizer)
@@ -134,8 +140,14 @@ def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
                 f"{source} has model.{name}={getattr(saved, name)} but the config says {getattr(wanted, name)}; "
                 "make them agree or choose another output_dir"
             )
-    if tokenizer and (source / "tokenizer.json").read_bytes() != (tokenizer / "tokenizer.json").read_bytes():
-        raise ValueError(f"{source} was trained with another tokenizer than {tokenizer}; use its data or another output_dir")
+    _check_tokenizer(source, tokenizer)
+
+
+def _check_tokenizer(source: Path, tokenizer: Path | None) -> None:
+    """ValueError where a folder of weights has a tokenizer, and not the data's."""
+    own = source / "tokenizer.json"
+    if tokenizer and own.is_file() and own.read_bytes() != (tokenizer / "tokenizer.json").read_bytes():
+        raise ValueError(f"{source} was trained with another tokenizer than {tokenizer}; use its data or start from others")
 
 
 def describe(run: RunConfig, device: torch.device) -> str:
