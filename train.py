@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--wandb_run_name")
     parser.add_argument("--test_mode", action="store_true", help="train on dummy data and check that everything works")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand between flags
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
         flags = {

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # settings may stand between flags
     with user_errors():
         run = load(args.config, args.overrides)
         model = NanoLlama(run.model, seed=run.seed).to(args.device)
