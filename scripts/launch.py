@@ -1,4 +1,4 @@
-"""torchrun without its traceback: when a rank stops on a mistake, its own sentence is the last word, and its status ours.
+"""torchrun without its tracebacks: when a rank stops on a mistake, its own sentence is the last word, and its status ours.
 
 python -m scripts.launch --nproc_per_node=2 train.py --config configs/quickstart/base.yaml
 """
@@ -7,16 +7,23 @@ import logging
 import sys
 
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # the launcher's own words; what the ranks print is untouched
     try:
         run.run(run.parse_args(["--standalone", *sys.argv[1:]]))
     except ChildFailedError as error:
-        codes = [abs(failure.exitcode) for failure in error.failures.values() if failure.exitcode]
-        raise SystemExit(codes[0] if codes else 1) from None
+        first = min(error.failures.values(), key=lambda failure: failure.timestamp)
+        if first.exitcode < 0:
+            print(
+                f"error: rank {first.local_rank} was ended by signal {-first.exitcode}; 9 often means no memory", file=sys.stderr
+            )
+        raise SystemExit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode) from None
+    except SignalException as error:  # passed on to the ranks, which have saved
+        raise SystemExit(128 + error.sigval) from None
 
 
 if __name__ == "__main__":

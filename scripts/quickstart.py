@@ -72,13 +72,15 @@ def run(number: int, sentence: str, command: list[str]) -> None:
     print(f"    python {subprocess.list2cmdline(command)}", flush=True)
     began = time.monotonic()
     threads = max(1, (os.cpu_count() or 1) // RANKS) if "train.py" in command else os.cpu_count() or 1
-    status = subprocess.run([sys.executable, *command], env={**os.environ, "OMP_NUM_THREADS": str(threads)}).returncode
+    process = subprocess.Popen([sys.executable, *command], env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the stage was told too: let it save
+        status = process.wait() or 130
     print(f"    {time.monotonic() - began:.0f} s", flush=True)
     if status:
-        print(
-            f"\nThe quickstart stopped at stage {number} (exit status {status}). What went wrong is said above;", file=sys.stderr
-        )
-        print("after putting it right, `make quickstart` goes on from here.", file=sys.stderr)
+        how = "was interrupted" if status in (130, 143) else f"stopped (exit status {status}); what went wrong is said above"
+        print(f"\nStage {number} {how}. `make quickstart` goes on from here.", file=sys.stderr)
         raise SystemExit(status)
 
 
