@@ -8,10 +8,10 @@ import yaml
 from conftest import ROOT
 
 from training.config import RunConfig, load, to_dict
-from training.settings import read_yaml
 from training.gates import Gate, decide, judge
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig, WSDScheduler
+from training.settings import read_yaml
 
 
 @pytest.mark.parametrize(
