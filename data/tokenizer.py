@@ -4,18 +4,23 @@ The recipe is one that llama.cpp reproduces exactly under the name "qwen2": no n
 tokens of at most 16 bytes. Every byte string has an encoding that decodes to itself.
 """
 
+import heapq
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+from data.ranks import SETTINGS, byte_level, load_tiktoken, ranks_of, write_ranks
 
 BOS = "<|endoftext|>"  # begins every document, and so also ends the one before
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (BOS, PAD)
 MAX_TOKEN_LENGTH = 16  # bytes; llama-cpp-python drops tokens of more than 32
+BLANK = 250_000  # characters; tiktoken's regex engine gives up at 1,000,000 of white space in a row
+LONGEST = 2_000_000  # characters; tokenizers' engine gives up at 5,000,000
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -29,10 +34,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
     """Train on texts; vocab_size counts special tokens and all 256 bytes. ValueError where the texts give fewer tokens."""
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens come first")
-    tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = byte_level(models.BPE(), QWEN2_SPLIT)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         max_token_length=MAX_TOKEN_LENGTH,
@@ -49,8 +51,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
     return tokenizer
 
 
+def sample_texts(sources: Sequence[Iterable[str]], max_bytes: int) -> Iterator[str]:
+    """Texts from all sources by turns, the one that gave the fewest bytes next, until max_bytes (UTF-8) or all are read.
+
+    So sources give equal shares, and a small one all it has. The same sources give the same sample. No more is read than is
+    yielded, from the front of each source; sample_texts over its parts is a source that is read at many places.
+    """
+    queue = [(0, i) for i in range(len(sources))]
+    iterators = [iter(source) for source in sources]
+    left = max_bytes
+    while queue and left > 0:
+        given, i = queue[0]
+        text = next(iterators[i], None)
+        if text is None:
+            heapq.heappop(queue)
+            continue
+        size = len(text.encode())
+        if size > left:
+            text = text.encode()[:left].decode(errors="ignore")
+        left -= size
+        heapq.heapreplace(queue, (given + size, i))
+        yield text
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the files that transformers' AutoTokenizer needs."""
+    """Write the files that transformers' AutoTokenizer needs, and a tiktoken export where tiktoken gives the same ids."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
@@ -62,6 +87,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / SETTINGS).unlink(missing_ok=True)
+    try:
+        write_ranks(ranks_of(tokenizer), folder)
+    except ValueError as error:
+        print(f"warning: {folder} gets no tiktoken export, so encoding with it is slower: {error}", flush=True)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -87,3 +117,48 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     for token, index in tokenizer.get_vocab().items():
         lengths[index] = 0 if index in special else len(token)  # the byte-level alphabet has one character a byte
     return lengths
+
+
+class Encoder:
+    """Texts to ids the fastest way that is exact: tiktoken where the folder holds its export, else tokenizers.
+
+    Text that looks like a special token is text. tiktoken works in the calling thread; tokenizers takes all cores unless the
+    environment says TOKENIZERS_PARALLELISM=false. Can be pickled.
+    """
+
+    def __init__(self, folder: str | Path):
+        """ValueError where the folder has no tokenizer, one without our special tokens, or the export of another one."""
+        self.folder = Path(folder)
+        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer.encode_special_tokens = True
+        self.tiktoken = load_tiktoken(folder) if (self.folder / SETTINGS).is_file() else None
+        self.bos: int = special_ids(self.tokenizer).bos
+        self.vocab_size: int = self.tokenizer.get_vocab_size()
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text, uint32, without bos."""
+        if self.tiktoken is None:
+            return self._by_tokenizers(texts)
+        by_tiktoken = self.tiktoken.encode_to_numpy
+        return [
+            self._by_tokenizers([text])[0] if _has_blank(text, BLANK) else by_tiktoken(text, disallowed_special=())
+            for text in texts
+        ]
+
+    def _by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
+        parts = [_cut(text) for text in texts]
+        encodings = iter(self.tokenizer.encode_batch_fast([part for cut in parts for part in cut]))
+        return [np.concatenate([np.array(next(encodings).ids, dtype=np.uint32) for _ in cut]) for cut in parts]
+
+    def __reduce__(self) -> tuple:
+        return Encoder, (self.folder,)
+
+
+def _has_blank(text: str, length: int) -> bool:
+    """Are there at least `length` characters of white space in a row? Surely True from 2 * length on."""
+    return any(text[i : i + length].isspace() for i in range(0, len(text) - length + 1, length))
+
+
+def _cut(text: str) -> list[str]:
+    """The text; in parts if its blanks are too long for tokenizers too, which costs a token or two at each cut, no byte."""
+    return [text[i : i + LONGEST] for i in range(0, len(text), LONGEST)] if _has_blank(text, LONGEST) else [text]
