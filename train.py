@@ -62,16 +62,17 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
         on_main(lambda: selftest.clear(run))
         on_main(lambda: write_dummy_store(Path(data.store), vocab, 40 * data.tokens_per_step, run.seed))
     tokenizer = open_tokenizer(data.store, vocab)
-    shards = open_shards(data.store, data.mix, "train", vocab)
+    shards = open_shards(data.store, data.mix, "train", vocab, data.min_document_tokens)
     shape = (data.sequence_length, data.rows, data.micro_batch_size)
-    packed = PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world)
+    packed = PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world, data.packing)
     loader = Prefetcher(packed, device)
     saves = Checkpoints(run.checkpoints, run.checkpoint, compute_dtype(run.parallel, device), *tokenizer[:2])
     log = Log(run.logs, run.log, main=rank == 0, run=to_dict(run))
     state = setup.build(run, device)
     log.say(f"{run.run} {run.phase}: {setup.start(run, state, saves, loader.fingerprint)}")
     log.say(setup.describe(run, device))
-    log.say("reads " + ", ".join(f"{name} {epochs:.2f}" for name, epochs in packed.epochs(run.steps).items()) + " times over")
+    for line in packed.describe(run.steps):
+        log.say(line)
     if rank == 0:
         setup.write_run_files(run, device)
     batch_size = run.validation.batch_size or data.micro_batch_size

@@ -1,9 +1,10 @@
 """PackedDataLoader: the batches of one step as a pure function of `place`, the step's number in the data.
 
 Nothing is iterated, so there is no state to save: to resume is to ask for the next place, at once and exactly, on any
-number of ranks. Rows are cut from the streams of the sources without padding, in an order shuffled per source and epoch.
+number of ranks. The rows of each source (packing.py) come in an order shuffled per source and epoch.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -12,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import TokenShards
+from data.packing import IGNORE, LongDocuments, Source, make_rows
 
 BLOCK = 1000  # rows in which the mixture holds exactly; weights are honoured to 1/BLOCK
+MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (Muennighoff et al. 2023, arXiv:2305.16264)
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. targets[i] is the token after tokens[i], or losses.IGNORE."""
+    """One micro-batch of one rank. targets[i] is the token after tokens[i] in its document, or IGNORE where that is padding."""
 
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
-    docs: Tensor  # [B, T] int32, counts up at each document's first token
+    docs: Tensor  # [B, T] int32, counts up at each document's first token, and where padding begins
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(part.to(device, non_blocking=True) for part in self))
@@ -33,7 +35,7 @@ class Step(NamedTuple):
 
     batches: list[Batch]
     weight: int  # targets in the whole step, over all ranks: what the summed loss is divided by
-    tokens: int  # tokens in the whole step, over all ranks
+    tokens: int  # tokens in the whole step, over all ranks, without padding
 
 
 class Loader(Protocol):
@@ -43,16 +45,17 @@ class Loader(Protocol):
 
 
 class PackedDataLoader:
-    """Rows of sequence_length tokens from a mixture of sources, documents packed end to end.
+    """Rows of sequence_length tokens from a mixture of sources, several documents in each.
 
-    sources: name -> TokenShards. mix: name -> weight, by tokens (all rows are equally long). rows: rows in one step over
-    all ranks; rank r of world gets an equal contiguous part of them, cut into micro-batches. No row is repeated before
-    every whole row of its source has been used; a remainder shorter than a row at a source's end is never used.
+    sources: name -> TokenShards, or LongDocuments of them. mix: name -> weight, by tokens. rows: rows in one step over all
+    ranks; rank r of world gets an equal contiguous part of them, cut into micro-batches. packing: "stream" (documents end to
+    end) or "best_fit" (only documents longer than a row are cut). No row is repeated before every row of its source has been
+    used.
     """
 
     def __init__(
         self,
-        sources: dict[str, TokenShards],
+        sources: Mapping[str, Source],
         mix: dict[str, float],
         sequence_length: int,
         rows: int,
@@ -60,6 +63,7 @@ class PackedDataLoader:
         seed: int,
         rank: int = 0,
         world: int = 1,
+        packing: str = "stream",
     ):
         if rows % (world * micro_batch_size):
             raise ValueError(
@@ -69,51 +73,70 @@ class PackedDataLoader:
         for name, weight in mix.items():
             if weight <= 0:
                 raise ValueError(f"data.mix.{name}={weight} must be above 0; leave out what is not to be read")
-            if len(sources[name]) <= sequence_length:
-                raise ValueError(
-                    f"source {name} has {len(sources[name])} tokens, too few for one row of {sequence_length}; "
-                    "add data or shorten data.sequence_length"
-                )
+            _check_enough(name, sources[name], sequence_length)
         self.sources, self.names = sources, sorted(mix)
         self.length, self.rows, self.micro_batch_size, self.seed = sequence_length, rows, micro_batch_size, seed
         self.rank, self.world = rank, world
-        self.quota = _largest_remainder(np.array([mix[name] for name in self.names]), BLOCK)  # rows a block per source
+        self.packed = [make_rows(packing, sources[name], sequence_length, seed) for name in self.names]
+        weights = [mix[name] / rows.share for name, rows in zip(self.names, self.packed, strict=True)]  # of rows, not tokens
+        self.quota = _largest_remainder(np.array(weights), BLOCK)  # rows a block per source
         if (self.quota == 0).any():
             raise ValueError(f"data.mix.{self.names[int(self.quota.argmin())]} is below 1/{BLOCK} of the mixture; raise it")
-        self.source_rows = [(len(sources[name]) - 1) // sequence_length for name in self.names]
         shares = dict(zip(self.names, self.quota.tolist(), strict=True))
         hashes = [sources[name].fingerprint for name in self.names]
         self.fingerprint = f"{hashes} {shares} length={sequence_length} rows={rows} seed={seed}"
+        if packing != "stream":
+            self.fingerprint += f" packing={packing}"
         self._order = lru_cache(maxsize=2 * len(self.names))(self._shuffle)
         self._block = lru_cache(maxsize=4)(self._draw_block)
 
     def at(self, place: int) -> Step:
         """This rank's micro-batches of step `place` >= 0."""
+        of_step = [self._locate(row) for row in range(place * self.rows, (place + 1) * self.rows)]
+        weight = sum(self.packed[source].targets(index) for source, index in of_step)
         share = self.rows // self.world
-        first = place * self.rows + self.rank * share
-        rows = [self._row(first + i) for i in range(share)]
-        batches = []
-        for i in range(0, share, self.micro_batch_size):
-            tokens, docs = (np.stack(part) for part in zip(*rows[i : i + self.micro_batch_size], strict=True))
-            text = torch.from_numpy(tokens)  # [B, T + 1]
-            batches.append(Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.from_numpy(docs)[:, :-1]))
-        return Step(batches, self.rows * self.length, self.rows * self.length)
+        shape = (share, self.length)
+        tokens, targets, docs = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
+        for i, (source, index) in enumerate(of_step[self.rank * share : (self.rank + 1) * share]):
+            self.packed[source].fill(index, tokens[i], targets[i], docs[i])
+        whole = [torch.from_numpy(part) for part in (tokens, targets, docs)]
+        batches = [Batch(*parts) for parts in zip(*(part.split(self.micro_batch_size) for part in whole), strict=True)]
+        return Step(batches, weight, weight)
 
     def epochs(self, place: int) -> dict[str, float]:
         """How often each source has been read through, after `place` steps."""
         blocks = place * self.rows / BLOCK
-        return {
-            name: blocks * int(quota) / rows for name, quota, rows in zip(self.names, self.quota, self.source_rows, strict=True)
-        }
+        each = zip(self.names, self.quota, self.packed, strict=True)
+        return {name: blocks * int(quota) / len(rows) for name, quota, rows in each}
 
-    def _row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def describe(self, steps: int) -> list[str]:
+        """One line a source on what `steps` steps read of it, and a warning where that is more than MOST_EPOCHS epochs."""
+        lines, warnings = [], []
+        for (name, epochs), rows in zip(self.epochs(steps).items(), self.packed, strict=True):
+            source = self.sources[name]
+            line = f"reads {name} {epochs:.2f} times over: {len(source):,} tokens in {source.documents:,} documents"
+            if isinstance(source, LongDocuments):
+                every = source.shards
+                line += (
+                    f" of {source.minimum:,} tokens or more ({len(source) / len(every):.1%} of its tokens, "
+                    f"{source.documents / every.documents:.1%} of its documents)"
+                )
+            lines.append(line + (f"; {rows.report}" if rows.report else ""))
+            if epochs > MOST_EPOCHS:
+                warnings.append(
+                    f"warning: {name} will be read {epochs:.1f} times; above {MOST_EPOCHS} epochs repeated tokens teach less and "
+                    f"less (arXiv:2305.16264): add data, lower data.mix.{name} or take fewer steps"
+                )
+        return lines + warnings
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """Source of a row of the mixture, and which of that source's rows it is."""
         block, inside = divmod(row, BLOCK)
         which, ordinal = self._block(block)
         source = int(which[inside])
         nth = block * int(self.quota[source]) + int(ordinal[inside])
-        epoch, index = divmod(nth, self.source_rows[source])
-        start = int(self._order(source, epoch)[index]) * self.length
-        return self.sources[self.names[source]].read(start, start + self.length + 1)
+        epoch, index = divmod(nth, len(self.packed[source]))
+        return source, int(self._order(source, epoch)[index])
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source of each row of a block, and how many rows of that source came before it in the block."""
@@ -127,11 +150,11 @@ class PackedDataLoader:
     def _shuffle(self, source: int, epoch: int) -> np.ndarray:
         """Order of a source's rows in an epoch. Keyed by the source's name, so that other sources do not change it."""
         name = int.from_bytes(self.names[source].encode(), "big")
-        return np.random.default_rng((self.seed, 1, name, epoch)).permutation(self.source_rows[source]).astype(np.uint32)
+        return np.random.default_rng((self.seed, 1, name, epoch)).permutation(len(self.packed[source])).astype(np.uint32)
 
 
 def validation_batches(
-    shards: TokenShards, sequence_length: int, batch_size: int, rows: int | None, rank: int = 0, world: int = 1
+    shards: Source, sequence_length: int, batch_size: int, rows: int | None, rank: int = 0, world: int = 1
 ) -> list[Batch]:
     """The first `rows` rows (default: all) of a held-out split, split over ranks; every rank gets equally many batches.
 
@@ -147,7 +170,7 @@ def validation_batches(
     batches = []
     for first in range(0, wanted, batch_size * world):
         tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
-        targets = np.full((batch_size, sequence_length), -100, dtype=np.int64)
+        targets = np.full((batch_size, sequence_length), IGNORE, dtype=np.int64)
         docs = np.zeros((batch_size, sequence_length), dtype=np.int32)
         for i in range(batch_size):
             row = first + rank * batch_size + i
@@ -163,7 +186,9 @@ class Prefetcher:
 
     def __init__(self, loader: Loader, device: torch.device):
         self.loader, self.device, self.fingerprint = loader, device, loader.fingerprint
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        cuda = device.type == "cuda"  # a new thread would pin memory through GPU 0, and open a context there
+        start = (torch.cuda.set_device, (device,)) if cuda else (None, ())
+        self.pool = ThreadPoolExecutor(1, "prefetch", *start)
         self.ahead: tuple[int, Future[Step]] | None = None
 
     def _load(self, place: int) -> Step:
@@ -177,6 +202,20 @@ class Prefetcher:
         step = ahead[1].result() if ahead is not None and ahead[0] == place else self._load(place)
         self.ahead = (place + 1, self.pool.submit(self._load, place + 1))
         return step._replace(batches=[batch.to(self.device) for batch in step.batches])
+
+
+def _check_enough(name: str, source: Source, length: int) -> None:
+    """ValueError where a source does not fill a row."""
+    if len(source) > length:
+        return
+    if isinstance(source, LongDocuments):
+        raise ValueError(
+            f"source {name} has {source.documents:,} documents of at least {source.minimum:,} tokens, {len(source):,} tokens "
+            f"together, too few for one row of {length}; lower data.min_document_tokens.{name} or add data"
+        )
+    raise ValueError(
+        f"source {name} has {len(source)} tokens, too few for one row of {length}; add data or shorten data.sequence_length"
+    )
 
 
 def _largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:

@@ -6,8 +6,11 @@ sha256 of every file, written last. Every document begins with the bos token.
 """
 
 import hashlib
+import os
 import shutil
+from array import array
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -20,16 +23,58 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
+class ShardFile:
+    """One shard being written. Tokens go straight to the disk; what is under its name is whole (written by rename)."""
+
+    def __init__(self, folder: Path, stem: str, dtype: np.dtype):
+        self.folder, self.stem, self.dtype = folder, stem, dtype
+        self.part = folder / f".{stem}.{os.getpid()}.tmp"
+        self.file = open(self.part, "wb")  # noqa: SIM115 - closed by close()
+        self.sha256, self.starts, self.tokens = hashlib.sha256(), array("q"), 0
+
+    def add(self, document: np.ndarray) -> None:
+        """Append one document's tokens, bos first, of the shard's dtype."""
+        data = document.tobytes()
+        self.starts.append(self.tokens)
+        self.sha256.update(data)
+        self.file.write(data)
+        self.tokens += len(document)
+
+    def close(self) -> dict:
+        """Put the shard in its place; returns its entry for the manifest."""
+        _sync(self.file)
+        starts = self.part.with_suffix(".starts.tmp")
+        with open(starts, "wb") as file:
+            np.save(file, np.frombuffer(self.starts, dtype=np.int64))
+            _sync(file)
+        names = (f"{self.stem}.bin", f"{self.stem}.starts.npy")
+        sums = dict(zip(names, (self.sha256.hexdigest(), manifest.file_hash(starts)), strict=True))
+        starts.rename(self.folder / names[1])
+        self.part.rename(self.folder / names[0])
+        return {"stem": self.stem, "tokens": self.tokens, "documents": len(self.starts), "sha256": sums}
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+def shards_manifest(vocab_size: int, tokenizer_sha256: str, inputs: dict, splits: dict[str, list[dict]]) -> dict:
+    """What manifest.json of a folder of shards holds; splits: the entries of its ShardFiles, in the order of reading."""
+    dtype = token_dtype(vocab_size).str
+    return {"inputs": inputs, "vocab_size": vocab_size, "dtype": dtype, "tokenizer": tokenizer_sha256, "splits": splits}
+
+
 class ShardWriter:
     """Writes one folder of shards; use as a context manager. Leaves nothing at `folder` unless it ends without an error."""
 
     def __init__(self, folder: Path, vocab_size: int, tokenizer_sha256: str, inputs: dict, shard_tokens: int = 100_000_000):
         self.folder, self.part = folder, folder.with_name(folder.name + ".tmp")
-        self.vocab_size, self.dtype, self.shard_tokens = vocab_size, token_dtype(vocab_size), shard_tokens
-        self.content = {"inputs": inputs, "vocab_size": vocab_size, "dtype": self.dtype.str, "tokenizer": tokenizer_sha256}
+        self.content = (vocab_size, tokenizer_sha256, inputs)
+        self.dtype, self.shard_tokens = token_dtype(vocab_size), shard_tokens
         self.splits: dict[str, list[dict]] = {split: [] for split in SPLITS}
-        self.pending: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
-        self.pending_tokens = dict.fromkeys(SPLITS, 0)
+        self.open: dict[str, ShardFile] = {}
 
     def __enter__(self) -> "ShardWriter":
         shutil.rmtree(self.part, ignore_errors=True)
@@ -38,29 +83,17 @@ class ShardWriter:
 
     def add(self, split: str, document: list[int]) -> None:
         """Append one document's tokens to a split; its first token must be bos."""
-        self.pending[split].append(np.asarray(document, dtype=self.dtype))
-        self.pending_tokens[split] += len(document)
-        if self.pending_tokens[split] >= self.shard_tokens:
-            self._write_shard(split)
-
-    def _write_shard(self, split: str) -> None:
-        documents = self.pending[split]
-        if not documents:
-            return
-        stem = f"{split}-{len(self.splits[split]):05d}"
-        starts = np.cumsum([0, *(len(document) for document in documents[:-1])], dtype=np.int64)
-        np.concatenate(documents).tofile(self.part / f"{stem}.bin")
-        np.save(self.part / f"{stem}.starts.npy", starts)
-        files = {name: manifest.file_hash(self.part / name) for name in (f"{stem}.bin", f"{stem}.starts.npy")}
-        entry = {"stem": stem, "tokens": self.pending_tokens[split], "documents": len(documents), "sha256": files}
-        self.splits[split].append(entry)
-        self.pending[split], self.pending_tokens[split] = [], 0
+        if split not in self.open:
+            self.open[split] = ShardFile(self.part, f"{split}-{len(self.splits[split]):05d}", self.dtype)
+        self.open[split].add(np.asarray(document, dtype=self.dtype))
+        if self.open[split].tokens >= self.shard_tokens:
+            self.splits[split].append(self.open.pop(split).close())
 
     def __exit__(self, error, *_) -> None:
         if error is None:
-            for split in SPLITS:
-                self._write_shard(split)
-            manifest.write(self.part, {**self.content, "splits": self.splits})
+            for split in list(self.open):
+                self.splits[split].append(self.open.pop(split).close())
+            manifest.write(self.part, shards_manifest(*self.content, self.splits))
             shutil.rmtree(self.folder, ignore_errors=True)
             self.part.rename(self.folder)
         else:

@@ -1,11 +1,13 @@
 """Open a data store for training: its tokenizer and the shards of the sources in a mixture, checked against the model."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data.manifest import file_hash
+from data.packing import LongDocuments, Source
 from data.shards import ShardWriter, TokenShards
 from data.tokenizer import load_tokenizer, special_ids, token_bytes
 
@@ -37,23 +39,30 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
     return StoreTokenizer(folder, special_ids(tokenizer)._asdict(), token_bytes(tokenizer))
 
 
-def open_shards(store: str | Path, mix: dict[str, float], split: str, vocab_size: int) -> dict[str, TokenShards]:
-    """One split of every source in a mixture; ValueError where one is absent or was made for another tokenizer."""
+def open_shards(
+    store: str | Path, mix: dict[str, float], split: str, vocab_size: int, min_document_tokens: Mapping[str, int] | None = None
+) -> dict[str, Source]:
+    """One split of every source in a mixture; ValueError where one is absent or was made for another tokenizer.
+
+    min_document_tokens: source -> take only documents of at least so many tokens from it.
+    """
     present = sorted(path.name for path in (Path(store) / "tokens").glob("*") if path.is_dir() and path.suffix != ".tmp")
     if not mix:
         raise ValueError(f"data.mix names no source; {store} has {', '.join(present) or 'none'}")
     tokenizer = Path(store) / "tokenizer" / "tokenizer.json"
     expected = file_hash(tokenizer) if tokenizer.is_file() else DUMMY
-    shards = {}
+    shards: dict[str, Source] = {}
     for name in mix:
         if name not in present:
             raise ValueError(f"data.mix.{name}: {store} has no such source; it has {', '.join(present) or 'none'}")
-        shards[name] = TokenShards(Path(store) / "tokens" / name, split)
-        if shards[name].tokenizer != expected or shards[name].vocab_size != vocab_size:
+        whole = TokenShards(Path(store) / "tokens" / name, split)
+        if whole.tokenizer != expected or whole.vocab_size != vocab_size:
             raise ValueError(
                 f"the shards of {name} were made with another tokenizer than the store's or for another model.vocab_size than "
                 f"{vocab_size}; run python -m scripts.prepare_data again"
             )
+        minimum = (min_document_tokens or {}).get(name)
+        shards[name] = whole if minimum is None else LongDocuments(whole, minimum)
     return shards
 
 

@@ -22,6 +22,8 @@ class DataConfig:
     sequence_length: int = 4096
     tokens_per_step: int = 131_072  # over all ranks and micro-batches
     micro_batch_size: int = 16  # rows a rank holds at once
+    packing: str = "stream"  # or best_fit: pad rows a little so that only documents longer than a row are cut
+    min_document_tokens: dict[str, int] = field(default_factory=dict)  # source -> read only documents at least this long
     accept_changed: bool = False  # resume in the middle of a phase although data, mixture or batch have changed
 
     def __post_init__(self) -> None:
@@ -31,6 +33,15 @@ class DataConfig:
             raise ValueError(
                 f"data.tokens_per_step={self.tokens_per_step} must be a multiple of data.sequence_length={self.sequence_length}"
             )
+        if self.packing not in ("stream", "best_fit"):
+            raise ValueError(f"data.packing={self.packing!r} must be stream or best_fit")
+        for name, tokens in self.min_document_tokens.items():
+            if name not in self.mix:
+                raise ValueError(
+                    f"data.min_document_tokens.{name}: data.mix reads {', '.join(self.mix) or 'nothing'}, not {name}"
+                )
+            if tokens < 1:
+                raise ValueError(f"data.min_document_tokens.{name}={tokens} must be at least 1")
 
     @property
     def rows(self) -> int:

@@ -30,6 +30,7 @@ def overrides(steps: int | None) -> list[str]:
         f"steps={steps}",
         f"schedule={{warmup_steps: {steps // 10}, total_steps: {steps}, decay_steps: {steps // 10}}}",
         "data.mix={dummy: 1.0}",
+        "data.min_document_tokens={}",
         f"data.store={'checkpoints/test_mode/data'}",
         f"checkpoint={{every: {steps // 2}, keep: 2}}",
         f"validation={{every: {steps // 2}, rows: 8}}",
