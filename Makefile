@@ -11,7 +11,8 @@ setup:
 quickstart: setup
 	@.venv/bin/python -m scripts.quickstart
 
-test: setup
+test:
+	@scripts/setup.sh requirements-cluster.txt
 	@.venv/bin/python -m pytest -n 2 --dist loadgroup
 
 check: setup

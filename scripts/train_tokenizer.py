@@ -1,24 +1,28 @@
-"""Train the byte-level BPE tokenizer of a data store on its training documents: <store>/tokenizer/.
+"""Train the byte-level BPE tokenizer of a data store on a sample of its training documents: <store>/tokenizer/.
 
-python -m scripts.train_tokenizer --store data/store/quickstart --vocab_size 4096
+python -m scripts.train_tokenizer --config configs/data/quickstart.yaml
 """
 
 import argparse
 from pathlib import Path
 
-from data.prepare import Split, train_store_tokenizer
+from data.prepare import train_store_tokenizer
+from data.recipe import Recipe
+from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
+from training.settings import load_settings
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, default=Path("data/store/quickstart"))
-    parser.add_argument("--vocab_size", type=int, default=32_000, help="special tokens and the 256 bytes included")
-    parser.add_argument("--val_fraction", type=float, default=Split().val_fraction, help="held-out documents, not trained on")
-    args = parser.parse_args()
+    parser.add_argument("--config", type=Path, required=True, help="the recipe")
+    parser.add_argument("overrides", nargs="*", help="settings of the recipe, as section.key=value")
+    args = parser.parse_intermixed_args()
     with user_errors():
-        fresh = train_store_tokenizer(args.store, args.vocab_size, Split(args.val_fraction))
-        print(f"tokenizer of {args.vocab_size:,} tokens {'trained' if fresh else 'already there'}: {args.store / 'tokenizer'}")
+        recipe = load_settings(Recipe, args.config, args.overrides)
+        fresh = train_store_tokenizer(recipe)
+        folder = Path(recipe.store) / "tokenizer"
+        print(f"tokenizer of {load_tokenizer(folder).get_vocab_size():,} tokens {'made' if fresh else 'already there'}: {folder}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from itertools import islice
 from pathlib import Path
 
@@ -18,22 +19,53 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def text_store(tmp_path_factory) -> Path:
-    """A store of two sources cut from Python's standard library, with a tokenizer of 384 tokens."""
-    from data import manifest, prepare, sources
+    """A store of two sources cut from Python's standard library, with a tokenizer of 384 tokens and shards."""
+    from data.manifest import file_hash
+    from data.recipe import Split
+    from data.shards import ShardWriter
+    from data.tokenizer import save_tokenizer, special_ids, train_tokenizer
 
-    store = tmp_path_factory.mktemp("store")
-    (store / "documents").mkdir()
-    documents = [d for d in islice(sources._standard_library(), 120) if len(d.text) < 20_000]
-    counts = {}
-    for name, part in (("first", documents[::2]), ("second", documents[1::2])):
-        path = store / "documents" / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(document._asdict()) + "\n" for document in part))
-        counts[name] = {"sha256": manifest.file_hash(path)}
-    manifest.write(store / "documents", {"inputs": {}, "sources": counts})
-    split = prepare.Split(0.1)
-    assert prepare.train_store_tokenizer(store, VOCAB, split)
-    assert prepare.tokenize_store(store, split)
+    store, split = tmp_path_factory.mktemp("store"), Split(0.1)
+    documents = {name: write_documents(store, name, library(120)[half::2]) for half, name in enumerate(("first", "second"))}
+    texts = [text for part in documents.values() for id, text in part if split.of(id) == "train"]
+    tokenizer = train_tokenizer(texts, VOCAB)
+    save_tokenizer(tokenizer, store / "tokenizer")
+    tokenizer.encode_special_tokens = True
+    for name, part in documents.items():
+        made_by = file_hash(store / "tokenizer" / "tokenizer.json")
+        with ShardWriter(store / "tokens" / name, VOCAB, made_by, inputs={}) as shards:
+            for id, text in part:
+                shards.add(split.of(id), [special_ids(tokenizer).bos, *tokenizer.encode(text).ids])
     return store
+
+
+def library(count: int) -> list[tuple[str, str]]:
+    """Ids and texts of the first modules of Python's standard library, but for long ones."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    paths = islice((p for p in sorted(root.rglob("*.py")) if "test" not in str(p) and "site-packages" not in str(p)), count)
+    found = ((f"python/{path.relative_to(root)}", path.read_text(errors="replace")) for path in paths)
+    return [(id, text) for id, text in found if text.strip() and len(text) < 20_000]
+
+
+def write_documents(store: Path, source: str, documents: list[tuple[str, str]], parts: int = 1) -> list[tuple[str, str]]:
+    """Put documents into a store as data/ingest.py leaves them; returns them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    from data import manifest
+
+    folder = store / "documents" / source
+    folder.mkdir(parents=True)
+    entries = []
+    for number in range(parts):
+        mine = documents[number * len(documents) // parts : (number + 1) * len(documents) // parts]
+        table = pyarrow.table({"id": [id for id, _ in mine], "text": [text for _, text in mine]})
+        path = folder / f"{number:05d}.parquet"
+        parquet.write_table(table, path, compression="zstd")
+        size = sum(len(text.encode()) for _, text in mine)
+        entries.append({"name": path.name, "documents": len(mine), "bytes": size, "sha256": manifest.file_hash(path)})
+    manifest.write(folder, {"inputs": {}, "licence": "PSF-2.0", "origin": "test", "parts": entries, "skipped": {}})
+    return documents
 
 
 @pytest.fixture

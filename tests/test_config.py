@@ -7,11 +7,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from data.recipe import Recipe
 from training.config import RunConfig, load, to_dict
 from training.gates import Gate, decide, judge
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig, WSDScheduler
-from training.settings import read_yaml
+from training.settings import load_settings, read_yaml
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,20 @@ def test_extends_in_a_circle_and_missing_files(tmp_path):
         load(tmp_path / "broken.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+RECIPES = sorted(ROOT.glob("configs/data/*.yaml"))
+RUNS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(RECIPES))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_reads_and_holds_what_its_runs_mix(path):
+    recipe = load_settings(Recipe, path)
+    runs = [run for run in map(load, RUNS) if run.data.store == recipe.store]
+    assert runs and {source for run in runs for source in run.data.mix} <= set(recipe.sources)
+    assert {run.model.vocab_size for run in runs} == {recipe.tokenizer.vocab_size}
+    assert path.read_text().startswith("# python -m scripts.prepare_data")
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_config_reads_and_its_resolved_form_reads_back_equal(path, tmp_path):
     run = load(path)
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(to_dict(run)))

@@ -5,11 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB
+from conftest import VOCAB, library
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from data import manifest, prepare, sources, wheels
+from data import manifest, quickstart_corpus, wheels
 from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
+from data.recipe import Split
 from data.shards import ShardWriter, TokenShards
 from data.store import open_shards, open_tokenizer
 from data.tokenizer import BOS, load_tokenizer, save_tokenizer, special_ids, token_bytes, train_tokenizer
@@ -51,7 +53,7 @@ def test_tokenizer_is_lossless_and_special_text_is_text(text_store):
     tokenizer = load_tokenizer(text_store / "tokenizer")
     tokenizer.encode_special_tokens = True
     lengths = token_bytes(tokenizer)
-    for text in [*HARD, (text_store / "documents" / "first.jsonl").read_text()[:50_000]]:
+    for text in [*HARD, "\n".join(text for _, text in library(20))[:50_000]]:
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
         assert lengths[ids].sum() == len(text.encode())
@@ -83,21 +85,20 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
 def test_shards_hold_every_token_once(text_store):
     tokenizer = load_tokenizer(text_store / "tokenizer")
     tokenizer.encode_special_tokens = True
-    bos, split = special_ids(tokenizer).bos, prepare.Split(0.1)
+    bos, split = special_ids(tokenizer).bos, Split(0.1)
     for name in ("first", "second"):
         expected: dict[str, list[int]] = {"train": [], "val": []}
         starts: dict[str, list[int]] = {"train": [], "val": []}
-        for document in prepare.read_documents(text_store, name):
-            which = split.of(document.id)
+        for row in parquet.read_table(text_store / "documents" / name / "00000.parquet").to_pylist():
+            which = split.of(row["id"])
             starts[which].append(len(expected[which]))
-            expected[which] += [bos, *tokenizer.encode(document.text).ids]
+            expected[which] += [bos, *tokenizer.encode(row["text"]).ids]
         for which in ("train", "val"):
             shards = TokenShards(text_store / "tokens" / name, which)
             tokens, docs = shards.read(0, len(shards))
             assert tokens.tolist() == expected[which] and shards.documents == len(starts[which]) > 0
             assert np.flatnonzero(np.diff(docs, prepend=-1)).tolist() == starts[which]
             shards.verify()
-    assert not prepare.tokenize_store(text_store, split)  # all current
 
 
 def test_reading_across_shards_and_documents(shards):
@@ -227,4 +228,4 @@ def test_factbook_fields_are_clean_text():
             "short": {"text": "no"},
         }
     }
-    assert list(sources._fields(node, ())) == ["Geography - Area: total: 643,801 sq km & more\n" + "x" * 60]
+    assert list(quickstart_corpus._fields(node, ())) == ["Geography - Area: total: 643,801 sq km & more\n" + "x" * 60]

@@ -138,13 +138,14 @@ def test_our_own_faults_keep_their_traceback():
 
 
 def test_evaluation_and_gate_commands_complain_in_one_line(tmp_path, text_store):
+    recipe = ["--config", "configs/data/quickstart.yaml", f"store={tmp_path}"]
     cases = [
         (["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)], "holds no config.json"),
         (["scripts.gate", "--config", "configs/quickstart/gold.yaml", "--results", "nowhere.json"], "there are no results"),
         (["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"], "is no checkpoint"),
         (["scripts.plot_run", str(tmp_path)], "has no metrics yet"),
-        (["scripts.prepare_data", "--store", str(tmp_path)], "holds no tokenizer.json"),
-        (["scripts.train_tokenizer", "--store", str(tmp_path)], "run python -m scripts.download_data first"),
+        (["scripts.prepare_data", *recipe], "holds no tokenizer.json"),
+        (["scripts.train_tokenizer", *recipe], "run python -m scripts.download_data first"),
     ]
     for (module, *rest), expected in cases:
         done = subprocess.run([sys.executable, "-m", module, *rest], capture_output=True, text=True, cwd=ROOT, env=one_thread())

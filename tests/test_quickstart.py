@@ -1,5 +1,6 @@
 """The README's first command, whole: the real corpus, all stages and three phases, with few training steps."""
 
+import hashlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import pytest
 import yaml
 from conftest import ROOT, read_metrics
+from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 
 
@@ -29,6 +31,7 @@ def quickstart(tmp_path_factory):
     place = tmp_path_factory.mktemp("quickstart")
     (place / "train.py").symlink_to(ROOT / "train.py")
     shutil.copytree(ROOT / "configs" / "quickstart", place / "configs" / "quickstart")
+    shutil.copytree(ROOT / "configs" / "data", place / "configs" / "data")
     for name, change in (
         ("base", {"steps": 4, "schedule": {"warmup_steps": 1, "total_steps": 9, "decay_steps": 2, "min_lr": 1e-4}}),
         ("long_context", {"steps": 2}),
@@ -75,14 +78,33 @@ def test_what_it_leaves(quickstart):
 
 def test_the_corpus_is_what_was_measured(quickstart):
     place, _ = quickstart
-    sources = json.loads((place / "data" / "store" / "quickstart" / "documents" / "manifest.json").read_text())["sources"]
-    assert {name: (sources[name]["documents"], sources[name]["sha256"][:12]) for name in CORPUS} == CORPUS
-    assert sources["maths"]["documents"] == 5521
-    assert sources["code"]["documents"] > 500  # this Python's own library: its text differs by version
-    assert 20e6 < sum(source["bytes"] for source in sources.values()) < 35e6
+    documents = place / "data" / "store" / "quickstart" / "documents"
+    size = sum(json.loads((folder / "manifest.json").read_text())["bytes"] for folder in documents.iterdir())
+    assert 20e6 < size < 35e6
+    for name, (count, sha256) in CORPUS.items():
+        rows = [row for part in sorted((documents / name).glob("*.parquet")) for row in parquet.read_table(part).to_pylist()]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        assert (len(rows), hashlib.sha256(lines.encode()).hexdigest()[:12]) == (count, sha256), name
 
 
 CORPUS = {"wikipedia": (6817, "694248341ad2"), "stem": (3216, "15155e572c39"), "factbook": (256, "07ef144d8f38")}
+
+
+def test_what_the_pipeline_made_of_it(quickstart):
+    place, _ = quickstart
+    store = place / "data" / "store" / "quickstart"
+    report = json.loads((store / "report.json").read_text())["sources"]
+    assert report["maths"]["documents"] == 5521 and report["maths"]["repeated"] == 238
+    assert report["code"]["documents"] > 500  # this Python's own library: its text differs by version
+    hits = json.loads((store / "contaminated_ids.json").read_text())
+    assert "wikipedia/Winter" in hits["documents"]  # "a result of the tilt of Earth's axis": an ARC question in so many words
+    assert 0 < len(hits["documents"]) < 20
+    assert sum(source["contaminated"] for source in report.values()) == len(hits["documents"])
+    table = (store / "contamination.md").read_text()
+    assert all(f"| {name} | {items:,} |" in table for name, items in TEST_ITEMS.items())
+
+
+TEST_ITEMS = {"mmlu": 14_042, "gsm8k": 1319, "hellaswag": 10_042, "arc": 3548}
 
 
 def test_a_second_run_skips_what_is_done(quickstart):

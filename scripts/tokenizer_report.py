@@ -1,0 +1,43 @@
+"""Bytes a token of each source of a store: its own tokenizer beside public ones.
+
+python -m scripts.tokenizer_report --store data/store/quickstart --against gpt2 cl100k_base o200k_base
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from data.compression import report
+from data.public_tokenizers import PUBLIC
+from entrypoint import user_errors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=Path("data/store/quickstart"))
+    parser.add_argument("--against", nargs="*", default=[*PUBLIC], choices=[*PUBLIC], help="public tokenizers")
+    parser.add_argument("--split", default="val", choices=["val", "train", "all"], help="documents to measure on; val: held out")
+    parser.add_argument("--sample_megabytes", type=float, default=2.0, help="of text from each source")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON too")
+    args = parser.parse_args()
+    with user_errors():
+        result = report(args.store, args.against, args.split, int(args.sample_megabytes * 1e6))
+        show(result)
+        if args.output:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def show(result: dict) -> None:
+    names = [*result["vocab_size"]]
+    width = max(map(len, [*result["sample_bytes"], "vocabulary"]))
+    print(f"bytes a token, {result['split']} documents of {result['store']}")
+    print(" " * width, f"{'MB':>7}", *(f"{name:>12}" for name in names))
+    print(f"{'vocabulary':{width}}", " " * 7, *(f"{result['vocab_size'][name]:>12,}" for name in names))
+    sizes = {**result["sample_bytes"], "all": sum(result["sample_bytes"].values())}
+    for source, size in sizes.items():
+        print(f"{source:{width}}", f"{size / 1e6:7.2f}", *(f"{result['bytes_per_token'][n][source]:12.3f}" for n in names))
+
+
+if __name__ == "__main__":
+    main()

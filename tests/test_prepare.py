@@ -1,0 +1,282 @@
+"""The pipeline: what becomes of each document, killed and resumed, on one machine, on Slurm and on Ray."""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, library, write_documents
+
+from data.prepare import prepare, train_store_tokenizer
+from data.recipe import Recipe, Split
+from data.shards import TokenShards
+from data.tokenizer import load_tokenizer, special_ids
+from training.settings import load_settings
+
+ITEM = (
+    "A farmer carries forty seven baskets of purple onions over the frozen bridge, sells nineteen of them to the miller's "
+    "youngest daughter and drops six into the river. How many baskets reach the market on the other side?"
+)
+SECRET = "Write to some.body@somewhere.org or 8.8.8.8 about it."
+FOREIGN = "Die Bauern trugen ihre Körbe über die gefrorene Brücke und verkauften sie auf dem Markt in der alten Stadt. " * 3
+
+
+def sentences(seed: int, count: int = 30) -> str:
+    """English-looking prose that shares no 5 words with that of another seed."""
+    rng = random.Random(seed)
+    words = ["the", "a", "river", "stone", "quiet", "morning", "found", "carried", "slowly", "near", "every", "garden", "letter"]
+    numbers = [f"{rng.choice(words)} {rng.choice(words)} {rng.choice(words)} {rng.randrange(10**6)}" for _ in range(count)]
+    return "The " + ". The ".join(f"{number} was {rng.choice(words)} and {rng.choice(words)}" for number in numbers) + "."
+
+
+def make_store(folder: Path) -> tuple[Path, dict[str, str]]:
+    """A store of three sources in five parts; returns its recipe and what should become of the documents that matter."""
+    prose = [(f"prose/{i}", sentences(i)) for i in range(40)]
+    fate = {}
+
+    def plant(source: list[tuple[str, str]], place: int, id: str, text: str, what: str) -> None:
+        source.insert(place, (id, text))
+        fate[id] = what
+
+    other = [(f"other/{i}", sentences(100 + i)) for i in range(20)]
+    plant(prose, 3, "foreign", FOREIGN, "language")
+    plant(prose, 9, "short", "Too short.", "too_short")
+    plant(prose, 30, "equal", sentences(2), "repeated")  # in another part than prose/2
+    plant(prose, 31, "loud", "Buy it now. " * 60, "dup")
+    plant(other, 5, "near", sentences(7).replace("was", "is", 1), "repeated")  # of another source's prose/7
+    plant(other, 8, "leak", f"{sentences(300, 10)} {ITEM} {sentences(301, 10)}", "contaminated")
+    plant(prose, 12, "mail", f"{sentences(302)} {SECRET}", "kept")
+    store = folder / "store"
+    write_documents(store, "prose", prose, parts=2)
+    write_documents(store, "other", other, parts=2)
+    write_documents(store, "code", library(40))
+    (folder / "tests.jsonl").write_text(json.dumps({"id": "q1", "text": ITEM}) + "\n" + json.dumps({"id": "q2", "text": "Why?"}))
+    clean = {"min_chars": 50, "language": "en", "min_language_score": 0.3, "filters": ["gopher_repetition"], "mask_pii": True}
+    recipe = {
+        "store": str(store),
+        "tokenizer": {"vocab_size": 400},
+        "sources": {"prose": clean, "other": {**clean, "filters": []}, "code": {}},
+        "val_fraction": 0.1,
+        "dedup": {"buckets": 4},
+        "decontaminate": {"test_sets": [str(folder / "tests.jsonl")]},
+        "executor": {"workers": 1},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))  # the order says which of two equal documents stays
+    train_store_tokenizer(load_settings(Recipe, path))
+    return path, fate
+
+
+def shards(store: Path) -> dict[str, bytes]:
+    """Every byte of a store's shards."""
+    paths = [path for path in sorted((store / "tokens").rglob("*")) if path.is_file()]
+    return {str(path.relative_to(store)): path.read_bytes() for path in paths if path.suffix != ".json"}
+
+
+def texts(store: Path, source: str, split: str) -> list[str]:
+    shards, tokenizer = TokenShards(store / "tokens" / source, split), load_tokenizer(store / "tokenizer")
+    tokens, docs = shards.read(0, len(shards))
+    bos = special_ids(tokenizer).bos
+    found = [tokens[docs == i].tolist() for i in range(shards.documents)]
+    assert all(ids[0] == bos and bos not in ids[1:] for ids in found)
+    return [tokenizer.decode(ids[1:], skip_special_tokens=False) for ids in found]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    path, fate = make_store(tmp_path_factory.mktemp("done"))
+    recipe = load_settings(Recipe, path)
+    assert prepare(recipe) == "done"
+    return path, fate, Path(recipe.store)
+
+
+def test_every_document_meets_its_fate(done):
+    path, _, store = done
+    recipe, split = load_settings(Recipe, path), Split(0.1)
+    made = {f"{source}/{s}": texts(store, source, s) for source in recipe.sources for s in ("train", "val")}
+    for source, prefix in (("prose", "prose"), ("other", "other")):
+        for i in range(40 if source == "prose" else 20):
+            text = sentences(i if source == "prose" else 100 + i)
+            which = split.of(f"{prefix}/{i}")
+            other = "val" if which == "train" else "train"
+            assert made[f"{source}/{which}"].count(text) == 1 and text not in made[f"{source}/{other}"], (source, i)
+    everything = "\n".join(text for part in made.values() for text in part)
+    assert not any(text in everything for text in (ITEM, FOREIGN, "Buy it now", "Too short"))
+    assert SECRET not in everything and "email@example.com or 22.214.171.124 about it." in everything
+    assert sentences(7) in made[f"prose/{split.of('prose/7')}"] and sentences(7).replace("was", "is", 1) not in everything
+    report = json.loads((store / "report.json").read_text())["sources"]
+    assert report["prose"]["dropped/language"] == report["prose"]["dropped/too_short"] == report["prose"]["masked"] == 1
+    assert sum(n for key, n in report["prose"].items() if key.startswith("dropped/")) == 3  # and the loud one
+    assert report["prose"]["repeated"] == report["other"]["repeated"] == 1 and report["other"]["contaminated"] == 1
+    for source, count in report.items():
+        gone = sum(n for key, n in count.items() if key.startswith("dropped/")) + count["repeated"] + count["contaminated"]
+        assert count["documents"] - gone == count["kept"] == len(made[f"{source}/train"]) + len(made[f"{source}/val"])
+    hits = json.loads((store / "contaminated_ids.json").read_text())
+    assert list(hits["documents"]) == ["leak"] and hits["documents"]["leak"][0]["test_id"] == "q1"
+    assert [ids for ids in hits["too_short"].values() if ids] == [["q2"]]
+    assert prepare(recipe) == "already there"
+
+
+def test_held_out_documents_are_in_no_training_shard(done):
+    path, _, store = done
+    for source in load_settings(Recipe, path).sources:
+        assert not set(texts(store, source, "train")) & set(texts(store, source, "val"))
+
+
+def test_cutting_keeps_the_rest_of_a_document(done, tmp_path):
+    path, _ = make_store(tmp_path)
+    recipe = load_settings(Recipe, path, ["decontaminate.action=cut", "dedup.kind=none"])
+    assert prepare(recipe) == "done"
+    everything = "\n".join(text for s in ("train", "val") for text in texts(Path(recipe.store), "other", s))
+    assert ITEM not in everything and "purple onions" not in everything
+    assert sentences(300, 10) in everything and sentences(301, 10) in everything
+    assert sentences(7).replace("was", "is", 1) in everything  # a repeat, and dedup is off
+
+
+def test_exact_dedup_drops_equal_texts_only(tmp_path):
+    path, _ = make_store(tmp_path)
+    recipe = load_settings(Recipe, path, ["dedup.kind=exact"])
+    assert prepare(recipe) == "done"
+    report = json.loads((Path(recipe.store) / "report.json").read_text())["sources"]
+    assert report["prose"]["repeated"] == 1 and report["other"]["repeated"] == 0
+
+
+def command(path: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "scripts.prepare_data", "--config", str(path), *more]
+
+
+def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
+    path, _ = make_store(tmp_path)
+    store, kills = Path(load_settings(Recipe, path).store), 0
+    for moment in (
+        "work/clean-*/documents/*.parquet",
+        "work/clean-*/signatures/*/*.sig",
+        "work/clean-*/stages/clean/completions/*",
+        "work/clean-*/stages/pairs/completions/*",
+        "work/tokens-*/tokens/*/.train-*.tmp",
+        "work/tokens-*/tokens/parts/*",
+        "tokens/*/manifest.json",
+    ):
+        run = subprocess.Popen(command(path, "executor.workers=2"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        while run.poll() is None and not list(store.glob(moment)):
+            time.sleep(0.001)
+        if run.poll() is None:
+            (os.killpg if kills % 2 else os.kill)(run.pid, signal.SIGKILL)  # with its tasks, or leaving them behind
+            kills += 1
+            run.wait()
+    assert kills >= 4
+    finished = subprocess.run(command(path, "executor.workers=2"), cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert shards(store) == shards(done[2])
+    report = [json.loads((folder / "report.json").read_text())["sources"] for folder in (store, done[2])]
+    assert report[0] == report[1] and not list(store.rglob("*.tmp*"))
+    assert "kept" in finished.stdout and not finished.stderr.strip()
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; pip install -r requirements-cluster.txt")
+def test_a_ray_cluster_makes_the_same_shards(done, tmp_path):
+    path, _ = make_store(tmp_path)
+    recipe = load_settings(Recipe, path, ["executor.kind=ray", "executor.workers=2", "executor.memory_gb=1"])
+    assert prepare(recipe) == "done"
+    assert shards(Path(recipe.store)) == shards(done[2])
+
+
+FAKE_SBATCH = """#!/bin/bash
+# Runs a job array at once, one task after the other, as Slurm would have.
+script="${@: -1}"; number=$(ls "$SLURM_SPOOL" | wc -l); cp "$script" "$SLURM_SPOOL/$number.sh"
+echo "$@" >"$SLURM_SPOOL/$number.args"
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
+for i in $(seq 0 "$last"); do
+    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" >>"$SLURM_SPOOL/$number.out" 2>&1 || exit 1
+done
+echo "Submitted batch job 10$number"
+"""
+
+
+def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
+    path, _ = make_store(tmp_path)
+    tools, spool = tmp_path / "bin", tmp_path / "spool"
+    for folder in (tools, spool):
+        folder.mkdir()
+    for name, text in (
+        ("sbatch", FAKE_SBATCH),
+        ("srun", '#!/bin/bash\nshift 3\nexec "$@"\n'),  # after -l -n 1
+        ("scontrol", '#!/bin/bash\necho "$3"\n'),
+    ):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_SPOOL", str(spool))
+    recipe = load_settings(Recipe, path, ["executor.kind=slurm", "executor.partition=cpu", "executor.workers=3"])
+    assert prepare(recipe) == "handed in"
+    scripts = [file.read_text() for file in sorted(spool.glob("*.sh"), key=lambda file: int(file.stem))]
+    jobs = [script for script in scripts if "launch_pickled_pipeline" in script]
+    assert [script.split("--job-name=nanollama-")[1].split("\n")[0] for script in jobs] == [
+        "clean",
+        "find_duplicates",
+        "choose_duplicates",
+        "tokenize",
+        "publish",
+    ]
+    for script, tasks in zip(jobs, (5, 4, 1, 5, 1), strict=True):
+        assert f"--array=0-{tasks - 1}%3\n" in script and "--partition=cpu\n" in script and "--mem-per-cpu=4G\n" in script
+    arguments = [file.read_text() for file in sorted(spool.glob("*.args"))]
+    assert sum("--dependency=afterok:" in text for text in arguments) == 4  # each but the first waits for the one before
+    assert shards(Path(recipe.store)) == shards(done[2])
+    assert prepare(recipe) == "already there"
+
+
+def test_a_full_disk_stops_it_and_nothing_half_written_is_taken_for_whole(done, tmp_path, monkeypatch):
+    import errno
+
+    from data import steps
+
+    path, _ = make_store(tmp_path)
+    recipe = load_settings(Recipe, path)
+
+    class FullDisk(steps.ShardFile):
+        def add(self, document):
+            if self.tokens > 3000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().add(document)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "ShardFile", FullDisk)
+        with pytest.raises(ValueError, match=r"tokenize stopped: .*No space left on device.*goes on with the tasks"):
+            prepare(recipe)
+    assert not (Path(recipe.store) / "tokens").exists()
+    assert prepare(recipe) == "done"
+    assert shards(Path(recipe.store)) == shards(done[2])
+
+
+def test_mistakes_get_a_sentence(done, tmp_path):
+    path, _ = make_store(tmp_path)
+    store = Path(load_settings(Recipe, path).store)
+
+    def said(*overrides: str) -> str:
+        run = subprocess.run(command(path, *overrides), cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
+        return run.stderr
+
+    assert "did you mean 'gopher_repetition'" in said("sources.prose.filters=[gopher_repetitoin]")
+    assert "executor.kind=slurm needs executor.partition" in said("executor.kind=slurm")
+    assert "needs sbatch, which this machine does not have" in said("executor.kind=slurm", "executor.partition=cpu")
+    assert "the store has code, other, prose" in said("sources.third={}")
+    damaged = store / "documents" / "other" / "00001.parquet"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert f"{damaged} is missing or damaged" in said()
+    with open(store / "work" / "lock", "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        began = time.monotonic()
+        assert "another prepare_data is at work" in said()
+        assert time.monotonic() - began < 30
+    (store / "tokenizer" / "tokenizer.json").unlink()
+    assert "train one with python -m scripts.train_tokenizer" in said()
