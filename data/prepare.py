@@ -8,7 +8,6 @@
 """
 
 import hashlib
-import itertools
 import json
 import shutil
 from collections import Counter
@@ -154,7 +153,7 @@ def _token_stages(recipe: Recipe, parts: list[Part], places: Places, inputs: dic
     if recipe.dedup.kind != "none":
         steps.append(MinhashDedupFilter(str(places.clean / "removed")))
     if recipe.decontaminate.test_sets:
-        steps.append(Decontaminate(places.test_index, recipe.decontaminate.action, work / "hits"))
+        steps.append(Decontaminate(places.test_index, recipe.decontaminate, work / "hits"))
     steps.append(WriteShards(parts, work / "tokens", places.store / "tokenizer", recipe.val_fraction))
     return [
         Stage("tokenize", work / "stages" / "tokenize", steps, len(parts)),
@@ -174,8 +173,9 @@ class Publish(PipelineStep):
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         entries = [read_json(self.work / "tokens" / "parts" / f"{rank:05d}.json") for rank in range(len(self.parts))]
-        hits = self._hits() if self.recipe.decontaminate.test_sets else [[] for _ in self.parts]
-        write_json(self.store / "report.json", {"inputs": self.inputs, "sources": self._report(entries, hits)})
+        if self.recipe.decontaminate.test_sets:
+            self._tell_hits()
+        write_json(self.store / "report.json", {"inputs": self.inputs, "sources": self._report(entries)})
         vocab_size = load_tokenizer(self.store / "tokenizer").get_vocab_size()
         for source in self.recipe.sources:
             place, made = self.store / "tokens" / source, self.work / "tokens" / source
@@ -191,17 +191,19 @@ class Publish(PipelineStep):
             shutil.rmtree(place, ignore_errors=True)
             made.rename(place)
 
-    def _hits(self) -> list[list[dict]]:
-        """Every part's hits; and what is told of them all."""
-        hits = [read_json(self.work / "hits" / f"{rank:05d}.json") for rank in range(len(self.parts))]
+    def _tell_hits(self) -> None:
+        """Which documents hold which items, over all parts."""
         index = decontamination.Index.load(self.index)
-        found = [decontamination.Hit(**hit) for hit in itertools.chain(*hits)]
-        told = decontamination.to_json(index, found)
+        hits = (hit for rank in range(len(self.parts)) for hit in self._hits(rank)["hits"])
+        told = decontamination.to_json(index, (decontamination.Hit(**hit) for hit in hits))
+        told["settings"] |= {"action": self.recipe.decontaminate.action, "by_rule": self.recipe.decontaminate.by_rule}
         write_json(self.store / "contaminated_ids.json", told)
         (self.store / "contamination.md").write_text(decontamination.report(index, told))
-        return hits
 
-    def _report(self, entries: list[dict], hits: list[list[dict]]) -> dict[str, dict]:
+    def _hits(self, rank: int) -> dict:
+        return read_json(self.work / "hits" / f"{rank:05d}.json")
+
+    def _report(self, entries: list[dict]) -> dict[str, dict]:
         """Documents of each source: read, dropped and why, repeated, contaminated, kept; and their tokens."""
         report: dict[str, Counter] = {source: Counter() for source in self.recipe.sources}
         for rank, (part, entry) in enumerate(zip(self.parts, entries, strict=True)):
@@ -209,7 +211,8 @@ class Publish(PipelineStep):
             count.update(read_json(self.clean / "counts" / f"{rank:05d}.json"))
             removed = self.clean / "removed" / f"{rank:06d}.remove"
             count["repeated"] += removed.stat().st_size // 4 if removed.is_file() else 0
-            count["contaminated"] += len({hit["train_id"] for hit in hits[rank]})
+            for what in ("contaminated", "cut"):
+                count[what] += self._hits(rank)[what] if self.recipe.decontaminate.test_sets else 0
             for split, shard in entry["splits"].items():
                 count["kept"] += shard["documents"]
                 count[f"{split}_tokens"] += shard["tokens"]

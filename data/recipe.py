@@ -4,6 +4,7 @@ import difflib
 import hashlib
 from dataclasses import dataclass, field
 
+RULES = ("exact", "coverage", "13-gram")
 FILTERS = ("gopher_repetition", "gopher_quality", "fineweb_quality", "c4_quality")
 
 
@@ -64,12 +65,22 @@ class DedupConfig:
 
 @dataclass(frozen=True)
 class DecontaminateConfig:
+    """Which test sets are looked for, and what is done where an item is found: drop the document, cut the span, or keep it.
+
+    The rules are those of data/decontamination.py: exact, coverage, 13-gram. What a set quotation shares with a test item
+    (the Declaration of Independence, in MMLU) is found by 13-gram alone, so by_rule: {13-gram: cut} spares such documents.
+    """
+
     test_sets: tuple[str, ...] = ("mmlu", "gsm8k", "hellaswag", "arc")  # names or paths, see data/testsets.py; [] for none
-    action: str = "drop"  # drop the document, or cut the span out of it
+    action: str = "drop"
+    by_rule: dict[str, str] = field(default_factory=dict)  # rule -> action, where it is not `action`
 
     def __post_init__(self) -> None:
-        if self.action not in ("drop", "cut"):
-            raise ValueError(f"decontaminate.action={self.action!r} must be drop or cut")
+        for rule, action in (("action", self.action), *self.by_rule.items()):
+            if rule not in ("action", *RULES):
+                raise ValueError(f"decontaminate.by_rule.{rule} is no rule; there are {', '.join(RULES)}")
+            if action not in ("drop", "cut", "keep"):
+                raise ValueError(f"decontaminate: {rule}={action!r} must be drop, cut or keep")
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,14 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data import decontamination
 from data.manifest import file_hash
-from data.recipe import CleanConfig, Split
+from data.recipe import CleanConfig, DecontaminateConfig, Split
 from data.shards import ShardFile, token_dtype
 from data.tokenizer import Encoder
+from data.words import hash_words, ngrams
 
 BATCH = 256  # documents handled at once
+PIECE = 1 << 22  # characters of a document whose words are hashed at once
+PRIME = np.uint64((1 << 61) - 1)
 
 
 class Part(NamedTuple):
@@ -177,7 +180,7 @@ def _reason_to_drop(document: Document, settings: CleanConfig, filters: list[Bas
 
 
 class Signature(MinhashDedupSignature):
-    """datatrove's MinHash signatures, with a faster word splitter. Documents of fewer words than an n-gram count as one.
+    """datatrove's MinHash signatures from word n-grams hashed in numpy; a document of fewer words is one n-gram.
 
     With n_grams=0 the whole text is the one shingle: equal texts have equal signatures, all others differ.
     """
@@ -187,37 +190,56 @@ class Signature(MinhashDedupSignature):
         self.hash = create_hash_func(config.hash_config)
 
     def get_shingles(self, text: str) -> np.ndarray:
-        if self.config.n_grams == 0:
-            return np.array([[self.hash(text)]], dtype=np.uint64)
-        shingles = super().get_shingles(text)
-        return shingles if shingles.size else np.array([[self.hash(text)]], dtype=np.uint64)
+        """uint64 [n-grams, 1]."""
+        if self.config.n_grams:
+            pieces = (text[at : at + PIECE] for at in range(0, len(text), PIECE))
+            shingles = ngrams(np.concatenate([hash_words([piece])[0] for piece in pieces]), self.config.n_grams)
+            if len(shingles):
+                return shingles[:, None]
+        return np.array([[self.hash(text)]], dtype=np.uint64)
+
+    def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
+        """What datatrove's own gives, with its 64-bit division as a fold (its prime is 2^61 - 1), in memory that is bounded."""
+        scale, shift = self.parameters
+        least = np.full(self.num_hashes, np.iinfo(np.uint64).max, dtype=np.uint64)
+        for at in range(0, len(shingles), 1024):
+            hashed = shingles[at : at + 1024] * scale + shift  # [n-grams, hashes], modulo 2^64
+            folded = (hashed & PRIME) + (hashed >> np.uint64(61))
+            least = np.minimum(least, np.minimum(folded, folded - PRIME).min(axis=0))
+        return [part.tolist() for part in np.split(least, self.config.num_buckets)]
 
 
 class Decontaminate(PipelineStep):
-    """Drops documents that hold items of the test sets, or cuts the items out; writes the hits down."""
+    """Drops documents that hold items of the test sets, or cuts the items out, as the settings say; writes the hits down."""
 
     type, name = "🔻 - FILTER", "decontaminate"
 
-    def __init__(self, index: Path, action: str, hits: Path):
+    def __init__(self, index: Path, settings: DecontaminateConfig, hits: Path):
         super().__init__()
-        self.index, self.action, self.hits = index, action, hits
+        self.index, self.settings, self.hits = index, settings, hits
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        index = decontamination.Index.load(self.index)
-        found = []
+        index, by_rule = decontamination.Index.load(self.index), self.settings.by_rule
+        found: list[dict] = []
+        count = {"contaminated": 0, "cut": 0}
         documents = iter(data)
         while batch := list(islice(documents, BATCH)):
             hits: dict[str, list[decontamination.Hit]] = {}
             for hit in index.scan((str(i), document.text) for i, document in enumerate(batch)):
                 hits.setdefault(hit.train_id, []).append(hit)
             for i, document in enumerate(batch):
-                spans = hits.get(str(i), [])
-                found += [hit._replace(train_id=document.id)._asdict() for hit in spans]
-                if spans and self.action == "cut":
-                    document.text = decontamination.cut(document.text, [hit.span for hit in spans])
-                if document.text.strip() and (not spans or self.action == "cut"):
-                    yield document
-        write_json(self.hits / f"{rank:05d}.json", found)
+                mine = hits.get(str(i), [])
+                found += [hit._replace(train_id=document.id)._asdict() for hit in mine]
+                actions = [by_rule.get(hit.rule, self.settings.action) for hit in mine]
+                spans = [hit.span for hit, action in zip(mine, actions, strict=True) if action == "cut"]
+                text = decontamination.cut(document.text, spans) if spans else document.text
+                if "drop" in actions or not text.strip():
+                    count["contaminated"] += 1
+                    continue
+                count["cut"] += bool(spans)
+                document.text = text
+                yield document
+        write_json(self.hits / f"{rank:05d}.json", {**count, "hits": found})
 
 
 class WriteShards(PipelineStep):

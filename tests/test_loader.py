@@ -364,7 +364,7 @@ def test_training_on_best_fit_rows_is_the_same_on_two_ranks_and_after_a_stop(set
     sources = open_shards(uneven_store, {"first": 0.5, "short": 0.5}, "train", VOCAB)
     one = PackedDataLoader(sources, {"first": 0.5, "short": 0.5}, 48, 8, 4, 1337, packing="best_fit")
     assert [row["tokens"] for row in rows] == np.cumsum([one.at(place).tokens for place in range(6)]).tolist()
-    assert rows[-1]["tokens"] < 0.95 * 6 * 384 and all(0 <= row["data_wait_frac"] < 1 for row in rows)
+    assert rows[-1]["tokens"] < 0.95 * 6 * 384 and all(0 <= row["data/wait_frac"] < 1 for row in rows)
 
 
 def test_training_says_how_often_it_reads_and_warns_above_four_epochs(settings, text_store, tmp_path, capsys):

@@ -11,13 +11,17 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, library, write_documents
+from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.dedup.minhash import MinhashConfig
 
 from data.prepare import prepare, train_store_tokenizer
 from data.recipe import Recipe, Split
 from data.shards import TokenShards
+from data.steps import Signature
 from data.tokenizer import load_tokenizer, special_ids
 from training.settings import load_settings
 
@@ -133,8 +137,10 @@ def test_held_out_documents_are_in_no_training_shard(done):
 
 def test_cutting_keeps_the_rest_of_a_document(done, tmp_path):
     path, _ = make_store(tmp_path)
-    recipe = load_settings(Recipe, path, ["decontaminate.action=cut", "dedup.kind=none"])
+    recipe = load_settings(Recipe, path, ["decontaminate.by_rule={exact: cut, 13-gram: keep}", "dedup.kind=none"])
     assert prepare(recipe) == "done"
+    report = json.loads((Path(recipe.store) / "report.json").read_text())["sources"]
+    assert report["other"]["cut"] == 1 and report["other"]["contaminated"] == 0
     everything = "\n".join(text for s in ("train", "val") for text in texts(Path(recipe.store), "other", s))
     assert ITEM not in everything and "purple onions" not in everything
     assert sentences(300, 10) in everything and sentences(301, 10) in everything
@@ -147,6 +153,20 @@ def test_exact_dedup_drops_equal_texts_only(tmp_path):
     assert prepare(recipe) == "done"
     report = json.loads((Path(recipe.store) / "report.json").read_text())["sources"]
     assert report["prose"]["repeated"] == 1 and report["other"]["repeated"] == 0
+
+
+def test_signatures_are_datatroves_and_agree_as_often_as_the_shingles_do():
+    step = Signature("unused", MinhashConfig(num_buckets=64, hashes_per_bucket=4))
+    one, other = sentences(1, 200), sentences(1, 200).replace("river", "lake").replace("stone", "brick", 5)
+    shingles = [step.get_shingles(text) for text in (one, other, one.upper() + " !")]
+    signatures = [step.get_signature(part) for part in shingles]
+    assert signatures == [MinhashDedupSignature.get_signature(step, part) for part in shingles]
+    assert signatures[2] == signatures[0]  # case and punctuation do not count
+    a, b = (set(part[:, 0].tolist()) for part in shingles[:2])
+    agree = np.mean([x == y for left, right in zip(*signatures[:2], strict=True) for x, y in zip(left, right, strict=True)])
+    assert 0.2 < len(a & b) / len(a | b) < 0.9 and agree == pytest.approx(len(a & b) / len(a | b), abs=0.1)
+    assert step.get_shingles("two words").shape == step.get_shingles("?!").shape == (1, 1)
+    assert (step.get_shingles("two words") != step.get_shingles("other words")).all()
 
 
 def command(path: Path, *more: str) -> list[str]:
@@ -267,6 +287,7 @@ def test_mistakes_get_a_sentence(done, tmp_path):
         return run.stderr
 
     assert "did you mean 'gopher_repetition'" in said("sources.prose.filters=[gopher_repetitoin]")
+    assert "there are exact, coverage, 13-gram" in said("decontaminate.by_rule={exakt: cut}")
     assert "executor.kind=slurm needs executor.partition" in said("executor.kind=slurm")
     assert "needs sbatch, which this machine does not have" in said("executor.kind=slurm", "executor.partition=cpu")
     assert "the store has code, other, prose" in said("sources.third={}")

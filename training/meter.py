@@ -38,7 +38,7 @@ class Meter:
     def stop(self, tokens: int) -> dict[str, float]:
         """Figures of the step that just ended; the caller has waited for the device. tokens: of all ranks."""
         seconds = time.perf_counter() - self.began
-        figures = {"tokens_per_s": tokens / seconds, "step_s": seconds, "data_wait_frac": self.waited / seconds}
+        figures = {"tokens_per_s": tokens / seconds, "step_s": seconds, "data/wait_frac": self.waited / seconds}
         if self.peak:
             figures["mfu"] = tokens / seconds / self.world * self.flops / self.peak
         if self.device.type == "cuda":
