@@ -18,6 +18,11 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
     """Print ValueErrors raised by our own code, and errors of the disk, as "error: ..."; all else keeps its traceback."""
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is whole", file=sys.stderr, flush=True)
+        if world > 1:
+            os._exit(130)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(frame.filename).resolve()

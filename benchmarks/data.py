@@ -1,9 +1,9 @@
 """MB of text a second on one core of every step of the data pipeline, beside datatrove's stock steps, in one run.
 
-python -m benchmarks.data --store data/store/quickstart --output benchmarks/results/data.json
+python -m benchmarks.data --output benchmarks/results/data.json
 
-CPU time of this process (steps) or of this and its children (whole pipeline), medians; text in MB of UTF-8. Stock steps
-split English words with spaCy: `pip install spacy` to have them measured too. Loader, tokenizer and decontamination have
+CPU time of this process: medians for single steps, one run for the whole pipeline; text in MB of UTF-8. Stock steps split
+English words with spaCy: `pip install spacy` to have them measured too. Loader, tokenizer and decontamination have
 benchmarks of their own beside this one.
 """
 

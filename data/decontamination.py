@@ -28,6 +28,7 @@ WORD = 1000  # characters in which a border between words is looked for
 LOAD = 64  # bits of the filter for each n-gram
 SMALL = 1 << 12  # words; in a test set of fewer, a word that stands there once is worth 12 bits all the same
 MANY = 1 << 20  # places of the index that one batch may point to before ...
+OVERLAID = 1 << 22  # words of items laid over text at once
 OFTEN = 64  # ... an n-gram is looked up so often only in each text
 MOST_IDS = 50  # training ids that a report lists
 EXCERPT = 200  # characters of a hit that are kept for the report
@@ -56,6 +57,7 @@ class Hit(NamedTuple):
     span: tuple[int, int]  # characters of the training text
     rule: str  # exact, coverage, 13-gram or minhash
     excerpt: str  # of the training text, from the span's start
+    source: str = ""  # or file, that the training text is of
 
 
 def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) -> "Index":
@@ -272,6 +274,21 @@ class Index:
         keys = (document * len(arrays["item_of"]) + variant) * shift_range + (at - place + len(arrays["words"]))
         keys, where = np.unique(keys, return_index=True)
         variant, document, shift = variant[where], document[where], (at - place)[where]
+        new = np.append(True, np.diff(keys) > settings.slack)  # overlays of a variant close to each other: one candidate
+        borders = np.append(np.flatnonzero(new), len(keys))
+        laid = np.append(0, np.cumsum(np.diff(arrays["bounds"])[variant]))[borders]  # words, up to each candidate
+        start = 0
+        while start < len(borders) - 1:  # usually all at once
+            stop = max(start + 1, int(np.searchsorted(laid, laid[start] + OVERLAID, side="right")) - 1)
+            part = slice(borders[start], borders[stop])
+            yield from self._weigh(words, bounds, variant[part], document[part], shift[part], new[part])
+            start = stop
+
+    def _weigh(
+        self, words: NDArray, bounds: NDArray, variant: NDArray, document: NDArray, shift: NDArray, new: NDArray
+    ) -> Iterator[tuple[int, int, float, int, int, str]]:
+        """_judge's findings from overlays of variants over documents; new: where a candidate's first overlay is."""
+        arrays, settings = self.arrays, self.settings
         begin = np.maximum(arrays["bounds"][variant], bounds[document] - shift)
         end = np.minimum(arrays["bounds"][variant + 1], bounds[document + 1] - shift)
         counts = end - begin
@@ -288,14 +305,12 @@ class Index:
         has_long = np.logical_or.reduceat(long, edges[:-1])
         information = arrays["information"][variant]
 
-        new = np.ones(len(keys), dtype=bool)  # overlays of one variant close to each other make one candidate
-        new[1:] = np.diff(keys) > settings.slack
         first = np.flatnonzero(new)
         enough = np.add.reduceat(matched, first) >= settings.coverage * information[first]
         short = lengths[first] < settings.exact_ngram
         any_whole = np.logical_or.reduceat(whole, first)
         candidates = np.flatnonzero(any_whole | (~short & (enough | np.logical_or.reduceat(has_long, first))))
-        stops = np.append(first[1:], len(keys))
+        stops = np.append(first[1:], len(new))
         for candidate in candidates:
             group = slice(first[candidate], stops[candidate])
             best = group.start + int(matched[group].argmax())
@@ -385,10 +400,11 @@ def report(index: Index, found: dict[str, Any], examples: int = 3) -> str:
                 texts[name, hit["test_id"]][:EXCERPT],
             )
             lines.append("| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |")
-    if entries:
-        ids = sorted(found["documents"])
-        more = f" and {len(ids) - MOST_IDS:,} more" if len(ids) > MOST_IDS else ""
-        lines += ["", f"Training documents hit ({len(ids):,}): {', '.join(ids[:MOST_IDS])}{more}"]
+    for name in index.sizes:
+        ids = sorted({train_id for train_id, hit in entries if hit["test_set"] == name})
+        if ids:
+            more = f" and {len(ids) - MOST_IDS:,} more" if len(ids) > MOST_IDS else ""
+            lines += ["", f"Training documents that hold items of {name} ({len(ids):,}): {', '.join(ids[:MOST_IDS])}{more}"]
     return "\n".join(lines)
 
 

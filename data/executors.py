@@ -10,11 +10,13 @@ import io
 import multiprocessing
 import os
 import select
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -35,16 +37,16 @@ class Stage(NamedTuple):
     tasks: int
 
 
-def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path) -> bool:
+def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Path) -> bool:
     """Run stages one after the other. False where they were only handed in (Slurm) and are still to run.
 
-    lock: a file that only one local run holds, and its tasks beside it. ValueError where a task stopped for a reason that
-    a user can do something about; the tasks that are done stay done.
+    lock: of `alone`, which is held; local tasks hold one beside it. jobs: where ids of Slurm jobs are kept. ValueError where
+    a task stopped for a reason that a user can do something about; the tasks that are done stay done.
     """
     logger.remove()  # the log goes to <stage>/logs; what a user should know is printed
     if config.kind == "slurm":
-        return not _submit(stages, config)
-    with _ray(config) if config.kind == "ray" else _alone(lock):
+        return not _submit(stages, config, jobs)
+    with _ray(config) if config.kind == "ray" else nullcontext():
         for stage in stages:
             executor = _ray_executor(stage, config) if config.kind == "ray" else _local_executor(stage, config, lock)
             try:
@@ -114,7 +116,7 @@ def _tasks(lock: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
     """Hold the lock of a store; waits for tasks that a killed run has left behind, refuses a second run."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "a+") as run, open(_tasks(lock), "a+") as tasks:
@@ -157,14 +159,28 @@ def _ray_executor(stage: Stage, config: ExecutorConfig) -> RayPipelineExecutor:
     )
 
 
-def _submit(stages: list[Stage], config: ExecutorConfig) -> bool:
+def check_queue(jobs: Path) -> None:
+    """ValueError where jobs that were handed in to Slurm are still queued or running: they and new ones would do the same."""
+    if jobs.is_file():
+        try:
+            queued = subprocess.run(["squeue", "-h", "-o", "%A", "-j", jobs.read_text()], capture_output=True, text=True)
+        except FileNotFoundError:
+            return
+        if queued.stdout.split():
+            raise ValueError(
+                f"Slurm jobs {', '.join(sorted(set(queued.stdout.split())))} of an earlier call are still queued or running; "
+                "wait for them, or end them with scancel"
+            )
+
+
+def _submit(stages: list[Stage], config: ExecutorConfig, jobs: Path) -> bool:
     """Hand the stages that are not done to Slurm as job arrays, each waiting for the one before. False where all are done."""
-    before, submitted = None, False
+    before, submitted = None, []
     for stage in stages:
         executor = SlurmPipelineExecutor(
             stage.steps,
             tasks=stage.tasks,
-            time=config.time,
+            time=f"{config.hours}:00:00",
             partition=config.partition,
             workers=config.workers or -1,
             mem_per_cpu_gb=config.memory_gb,
@@ -178,6 +194,8 @@ def _submit(stages: list[Stage], config: ExecutorConfig) -> bool:
             executor.run()
         except FileNotFoundError as error:
             raise ValueError(f"executor.kind=slurm needs {error.filename}, which this machine does not have") from None
-        submitted |= executor.job_id != -1
+        if executor.job_id != -1:
+            submitted.append(str(executor.job_id))
+            jobs.write_text(",".join(submitted))
         before = executor
-    return submitted
+    return bool(submitted)

@@ -37,6 +37,9 @@ def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None
     inputs = {"repo": REPO, "revision": revision, "files": names}
     if manifest.is_current(folder, inputs) and all((folder / name).is_file() for name in names):
         return False
+    before = manifest.read(folder)
+    if before is not None and before["inputs"]["revision"] != revision:
+        raise ValueError(f"{folder} holds shards of revision {before['inputs']['revision']}; give another --output")
     folder.mkdir(parents=True, exist_ok=True)
     check_free(folder, sum(not (folder / name).is_file() for name in names) * SHARD_BYTES, REPO)
     tokens = {name: _fetch(folder, name, revision) for name in tqdm(names, desc="fineweb10B", unit="shard", delay=1, leave=False)}

@@ -7,6 +7,7 @@ killed is taken up there and ends with the same bytes as if it had not been. The
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -54,7 +55,7 @@ def open_reader(
         raise ValueError(f"--dataset {dataset} is neither a path nor one of {', '.join((*HUB_SOURCES, *packaged))}, quickstart")
     if not name and "*" in dataset:
         raise ValueError(f"give the source at {dataset} a name in the store with --name")
-    return name or Path(dataset).name.split(".")[0], FileReader(dataset, text_column or "text", id_column or "id")
+    return name or Path(dataset).resolve().name.split(".")[0], FileReader(dataset, text_column or "text", id_column or "id")
 
 
 def ingest(reader: Reader, store: Path, name: str, max_tokens: float | None = None, part_bytes: int = PART_BYTES) -> bool:
@@ -63,6 +64,10 @@ def ingest(reader: Reader, store: Path, name: str, max_tokens: float | None = No
     The budget is kept in utf-8 bytes, max_tokens x reader.bytes_per_token: an estimate of tokens, made before there is a
     tokenizer. ValueError where the disk is too small or full, the source cannot be had, or it has no document.
     """
+    if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(".tmp"):
+        raise ValueError(f"{name!r} is no name for a source: it names a folder in the store; give another with --name")
+    if max_tokens is not None and not 0 < max_tokens < float("inf"):
+        raise ValueError(f"max_tokens={max_tokens} must be a number above 0")
     max_bytes = None if max_tokens is None else int(max_tokens * reader.bytes_per_token)
     inputs = json.loads(json.dumps({**reader.inputs, "max_bytes": max_bytes, "part_bytes": part_bytes}))
     target = store / "documents" / name

@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupCluster, MinhashDedupFilter
+from datatrove.pipeline.dedup import MinhashDedupFilter
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 
 from data import decontamination, manifest, testsets
-from data.executors import Stage, run_stages
-from data.public_tokenizers import load_ranks
+from data.executors import Stage, alone, check_queue, run_stages
+from data.public_tokenizers import load_public
 from data.recipe import Recipe, Split
-from data.shards import SPLITS, shards_manifest
+from data.shards import SPLITS, damaged_files, shards_manifest
 from data.steps import (
+    ChooseDuplicates,
     Clean,
     Decontaminate,
+    FindDuplicates,
     Part,
     ReadClean,
     ReadParts,
@@ -58,7 +60,8 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
     store, config = Path(recipe.store), recipe.tokenizer
     target, made = store / "tokenizer", store / "tokenizer.tmp"
     parts = document_parts(recipe)
-    inputs = {"documents": _hashes(parts), "val_fraction": recipe.val_fraction, **asdict(config)}
+    order = list(recipe.sources)
+    inputs = {"order": order, "documents": _hashes(parts), "val_fraction": recipe.val_fraction, **asdict(config)}
     if manifest.is_current(target, inputs):
         return False
     shutil.rmtree(made, ignore_errors=True)
@@ -72,7 +75,7 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
         return sample_texts([texts(part) for part in mine[:: -(-len(mine) // SAMPLED_PARTS)]], sample)
 
     if config.public:
-        save_tokenizer(load_ranks(config.public, store.parent / "wheels"), made)
+        save_tokenizer(load_public(config.public, store.parent / "wheels"), made)
     else:
         wanted = sample_texts([source_texts(source) for source in recipe.sources], sample)
         save_tokenizer(train_tokenizer(wanted, config.vocab_size), made)
@@ -88,20 +91,41 @@ def prepare(recipe: Recipe) -> str:
     load_tokenizer(store / "tokenizer")  # says what to do where there is none
     parts = document_parts(recipe)
     inputs = _inputs(recipe, parts)
-    if all(manifest.is_current(store / "tokens" / source, inputs) for source in recipe.sources):
-        return "already there"
-    cleaned = {key: inputs[key] for key in ("version", "documents", "clean", "dedup")}
-    clean = store / "work" / f"clean-{_key(cleaned)}"
-    tokens = store / "work" / f"tokens-{_key(inputs)}"
-    index = store / "work" / f"index-{_key(inputs['decontaminate'])}"
-    for folder in store.glob("work/*-*"):
-        if folder not in (clean, tokens, index):
-            shutil.rmtree(folder)  # of another recipe or other documents
-    if recipe.decontaminate.test_sets:
-        _write_index(recipe, index, store.parent / "wheels")
-    places = Places(store, clean, index, tokens)
-    stages = [*_clean_stages(recipe, parts, clean), *_token_stages(recipe, parts, places, inputs)]
-    return "done" if run_stages(stages, recipe.executor, store / "work" / "lock") else "handed in"
+    with alone(store / "work" / "lock"):
+        missing = [source for source in recipe.sources if not is_whole(store / "tokens" / source, inputs)]
+        if not missing:
+            return "already there"
+        cleaned = {key: inputs[key] for key in ("version", "order", "documents", "clean", "dedup")}
+        clean = store / "work" / f"clean-{_key(cleaned)}"
+        tokens = store / "work" / f"tokens-{_key(inputs)}"
+        index = store / "work" / f"index-{_key(inputs['decontaminate'])}"
+        jobs = store / "work" / "slurm_jobs"
+        check_queue(jobs)
+        for folder in store.glob("work/*-*"):
+            if folder not in (clean, tokens, index) or (folder == tokens and _lost(tokens, parts, missing)):
+                shutil.rmtree(folder)  # of another recipe or other documents, or its shards were deleted once published
+        if recipe.decontaminate.test_sets:
+            _write_index(recipe, index, store.parent / "wheels")
+        places = Places(store, clean, index, tokens)
+        stages = [*_clean_stages(recipe, parts, clean), *_token_stages(recipe, parts, places, inputs)]
+        return "done" if run_stages(stages, recipe.executor, store / "work" / "lock", jobs) else "handed in"
+
+
+def is_whole(folder: Path, inputs: dict) -> bool:
+    """Were these shards made from these inputs, and is every file there with its size?"""
+    content = manifest.read(folder)
+    return content is not None and content["inputs"] == inputs and not list(damaged_files(folder, content))
+
+
+def _lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
+    """Is a shard gone that a finished task has written, of a source that is not in its place?"""
+    for rank, part in enumerate(parts):
+        entry = tokens / "entries" / f"{rank:05d}.json"
+        if part.source in missing and entry.is_file():
+            stems = (shard["stem"] for shard in read_json(entry)["splits"].values())
+            if not all((tokens / "tokens" / part.source / f"{stem}.bin").is_file() for stem in stems):
+                return True
+    return False
 
 
 def document_parts(recipe: Recipe) -> list[Part]:
@@ -126,7 +150,7 @@ def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
     config = MinhashConfig(dedup.ngram, dedup.buckets, dedup.hashes)
     if dedup.kind == "exact":
         config = MinhashConfig(n_grams=0, num_buckets=1, hashes_per_bucket=1)
-    signatures, pairs, removed = (str(work / name) for name in ("signatures", "pairs", "removed"))
+    signatures, pairs = str(work / "signatures"), str(work / "pairs")
     steps: list[PipelineStep] = [
         ReadParts(parts),
         Clean(parts, recipe.sources, work / "counts"),
@@ -139,21 +163,21 @@ def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
         Stage(
             "find duplicates",
             work / "stages" / "pairs",
-            [MinhashDedupBuckets(signatures, pairs, config=config)],
+            [FindDuplicates(signatures, pairs, config=config)],
             config.num_buckets,
         ),
-        Stage("choose duplicates", work / "stages" / "removed", [MinhashDedupCluster(pairs, removed, config=config)], 1),
+        Stage("choose duplicates", work / "stages" / "removed", [ChooseDuplicates(work / "pairs", work / "removed")], 1),
     ]
 
 
 def _token_stages(recipe: Recipe, parts: list[Part], places: Places, inputs: dict) -> list[Stage]:
     """Leave out repeated and contaminated documents, tokenize the others, and put the shards in their place."""
     work = places.tokens
-    steps: list[PipelineStep] = [ReadClean(places.clean / "documents")]
+    steps: list[PipelineStep] = [ReadClean(places.clean / "documents", places.clean / "counts")]
     if recipe.dedup.kind != "none":
         steps.append(MinhashDedupFilter(str(places.clean / "removed")))
     if recipe.decontaminate.test_sets:
-        steps.append(Decontaminate(places.test_index, recipe.decontaminate, work / "hits"))
+        steps.append(Decontaminate(parts, places.test_index, recipe.decontaminate, work / "hits"))
     steps.append(WriteShards(parts, work / "tokens", places.store / "tokenizer", recipe.val_fraction))
     return [
         Stage("tokenize", work / "stages" / "tokenize", steps, len(parts)),
@@ -172,21 +196,26 @@ class Publish(PipelineStep):
         self.store, self.clean, self.index, self.work = places
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        entries = [read_json(self.work / "tokens" / "parts" / f"{rank:05d}.json") for rank in range(len(self.parts))]
+        entries = [read_json(self.work / "entries" / f"{rank:05d}.json") for rank in range(len(self.parts))]
         if self.recipe.decontaminate.test_sets:
             self._tell_hits()
-        write_json(self.store / "report.json", {"inputs": self.inputs, "sources": self._report(entries)})
+        report = self._report(entries)
+        write_json(self.store / "report.json", {"inputs": self.inputs, "sources": report})
         vocab_size = load_tokenizer(self.store / "tokenizer").get_vocab_size()
         for source in self.recipe.sources:
             place, made = self.store / "tokens" / source, self.work / "tokens" / source
-            if not made.is_dir() and manifest.is_current(place, self.inputs):
-                continue  # put there before this was killed
+            if is_whole(place, self.inputs):
+                shutil.rmtree(made, ignore_errors=True)  # put there before this was killed, or never lost
+                continue
             made.mkdir(exist_ok=True)
             for left in made.glob(".*.tmp"):
                 left.unlink()  # of a task that was killed
             mine = [entry["splits"] for entry in entries if entry["source"] == source]
             splits = {split: [entry[split] for entry in mine if split in entry] for split in SPLITS}
-            manifest.write(made, shards_manifest(vocab_size, self.inputs["tokenizer"], self.inputs, splits))
+            content = shards_manifest(vocab_size, self.inputs["tokenizer"], self.inputs, splits)
+            for name in damaged_files(made, content):
+                raise ValueError(f"{made / name} is missing or cut short; delete {self.work} and run the same command again")
+            manifest.write(made, {**content, "report": report[source]})
             place.parent.mkdir(exist_ok=True)
             shutil.rmtree(place, ignore_errors=True)
             made.rename(place)
@@ -234,6 +263,7 @@ def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
     """All that the shards depend on, as JSON gives it back."""
     inputs = {
         "version": VERSION,
+        "order": list(recipe.sources),  # says which of two equal documents stays, and which task reads which part
         "documents": _hashes(parts),
         "clean": {source: asdict(settings) for source, settings in recipe.sources.items()},
         "dedup": asdict(recipe.dedup),

@@ -73,6 +73,6 @@ def public_ranks(name: str, cache: Path) -> Ranks:
     return Ranks(public.pattern, ranks, special)
 
 
-def load_ranks(name: str, cache: Path) -> Tokenizer:
+def load_public(name: str, cache: Path) -> Tokenizer:
     """A public vocabulary as a tokenizer that save_tokenizer takes: a store can be tokenized with it. ValueError as above."""
     return tokenizer_of(public_ranks(name, cache))

@@ -7,6 +7,7 @@ reading can be taken up by another process; `inputs` (JSON) is all that the docu
 import glob
 import inspect
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -70,7 +71,9 @@ def find_files(where: str) -> dict[str, Path]:
     if root.is_dir():
         found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.name.endswith(SUFFIXES)}
     else:
-        found = {path.name: path for path in map(Path, sorted(glob.glob(where, recursive=True))) if path.name.endswith(SUFFIXES)}
+        paths = [Path(path) for path in sorted(glob.glob(where, recursive=True)) if path.endswith(SUFFIXES)]
+        above = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
+        found = {path.relative_to(above).as_posix(): path for path in paths}
     if not found:
         raise ValueError(f"there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file at {where}; check the path")
     return found
@@ -146,7 +149,7 @@ class FileReader:
                             if number > before:
                                 text, own = row[self.text_column], row.get(self.id_column)
                                 yield self._at(number, to_document(text, own, f"{name}:{number}"))
-                except (pa.ArrowException, OSError) as error:
+                except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                     where = f"{name}:{number + 1}-{end} ({_first_line(error)})"
                     yield self._at(end, Skipped("unreadable rows", where))
 
@@ -299,7 +302,7 @@ def parse_line(line: bytes | str, where: str, text_column: str, id_column: str) 
     except orjson.JSONDecodeError:
         try:
             row = json.loads(line)  # takes lone surrogates
-        except ValueError:
+        except (ValueError, RecursionError):
             return Skipped("not JSON", where)
     if not isinstance(row, dict):
         return Skipped("not a JSON object", where)

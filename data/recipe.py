@@ -91,7 +91,7 @@ class ExecutorConfig:
     workers: int = 0  # tasks at once; 0: one a core (local), no limit (slurm, ray)
     memory_gb: int = 4  # of a task, slurm and ray
     partition: str | None = None  # slurm
-    time: str = "24:00:00"  # slurm: the limit of a task
+    hours: int = 24  # slurm: the limit of a task
     ray_address: str | None = None  # "auto" or host:port of a running cluster; None starts one here
 
     def __post_init__(self) -> None:
@@ -99,8 +99,8 @@ class ExecutorConfig:
             raise ValueError(f"executor.kind={self.kind!r} must be local, slurm or ray")
         if self.kind == "slurm" and not self.partition:
             raise ValueError("executor.kind=slurm needs executor.partition; `sinfo` lists them")
-        if self.workers < 0 or self.memory_gb < 1:
-            raise ValueError("executor.workers must not be negative, executor.memory_gb at least 1")
+        if self.workers < 0 or self.memory_gb < 1 or self.hours < 1:
+            raise ValueError("executor.workers must not be negative, executor.memory_gb and .hours at least 1")
 
 
 @dataclass(frozen=True)

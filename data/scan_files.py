@@ -5,6 +5,7 @@ import multiprocessing
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import pairwise
@@ -16,8 +17,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.decontamination import EXCERPT, Hit, Index, Settings, build_index, to_json
-from data.readers import FileReader, find_files
-from data.sources import Document
+from data.ingest import open_reader
+from data.quickstart_corpus import quickstart_sources
+from data.readers import FileReader, Skipped, find_files
+from data.sources import HUB_SOURCES, Document
 from data.testsets import Item, load_testset
 from data.words import hash_words, ngrams
 
@@ -27,12 +30,16 @@ PERMUTATIONS = 64  # of MinHash
 def decontaminate(
     train: list[str], tests: list[str], output: Path, cache: Path, settings: Settings, rows: bool = False, workers: int = 1
 ) -> tuple[Index, dict[str, Any]]:
-    """Scan training files, folders or sources of a store (STORE:SOURCE) for test sets, given as load_testset takes them.
+    """Scan training data for test sets, given as load_testset takes them.
+
+    train: files, folders, sources of a store (STORE:SOURCE), or known names, which are streamed from the hub.
 
     Writes to_json to output, by rename, and returns it with the index. rows: similar_rows too. workers: processes, over files.
     """
     sets = {name: load_testset(name, cache) for name in tests}
-    files = [path for name in train for path in find_files(_place(name)).values()]
+    known_names = [name for name in train if name in HUB_SOURCES or name in quickstart_sources()]
+    files = [(name, Path(name)) for name in known_names]
+    files += [(name, path) for where in train if where not in known_names for name, path in find_files(_place(where)).items()]
     index = build_index(sets, settings)
     hits: list[Hit] = []
     seen: Counter[str] = Counter()
@@ -42,7 +49,8 @@ def decontaminate(
         if workers > 1:
             index.save(Path(scratch) / "index")
             index.folder = Path(scratch) / "index"
-            mapped = stack.enter_context(multiprocessing.get_context("spawn").Pool(min(workers, len(files)))).imap
+            context = multiprocessing.get_context("spawn")
+            mapped = stack.enter_context(ProcessPoolExecutor(min(workers, len(files)), context)).map
         for found, counts in tqdm(mapped(partial(_scan_file, index), files), desc="scan", unit="file", total=len(files)):
             hits += found
             seen.update(counts)
@@ -53,7 +61,7 @@ def decontaminate(
         raise ValueError(f"no document could be read from {', '.join(train)} ({reasons}); check the files")
     if rows:
         known = {hit[:3] for hit in hits}
-        texts = ((d.id, d.text) for path in files for d in FileReader(str(path)).read() if isinstance(d, Document))
+        texts = ((d.id, d.text) for file in files for d in _documents(file) if isinstance(d, Document))
         hits += [hit for hit in similar_rows(texts, sets, settings) if hit[:3] not in known]
     found = to_json(index, hits)
     found["settings"].update(train_datasets=train, documents=scanned, skipped=dict(seen))
@@ -63,19 +71,30 @@ def decontaminate(
     return index, found
 
 
-def _scan_file(index: Index, path: Path) -> tuple[list[Hit], Counter[str]]:
+def _documents(file: tuple[str, Path]) -> Iterator[Document | Skipped]:
+    """Documents of a file under the ids that download_data gives them: rows without one are <name>:<line>."""
+    name, path = file
+    if not path.exists():
+        yield from open_reader(name, Path("data/store/nanollama"))[1].read()
+        return
+    reader = FileReader(str(path))
+    reader.files = {name: path}
+    yield from reader.read()
+
+
+def _scan_file(index: Index, file: tuple[str, Path]) -> tuple[list[Hit], Counter[str]]:
     """Hits of a file; how many documents it has, and how many rows were skipped, and why."""
     counts: Counter[str] = Counter(documents=0)
 
     def documents() -> Iterator[tuple[str, str]]:
-        for document in FileReader(str(path)).read():
+        for document in _documents(file):
             if isinstance(document, Document):
                 counts["documents"] += 1
                 yield document.id, document.text
             else:
                 counts[document.reason] += 1
 
-    return list(index.scan(documents())), counts
+    return [hit._replace(source=file[0]) for hit in index.scan(documents())], counts
 
 
 def _place(name: str) -> str:

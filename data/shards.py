@@ -7,8 +7,10 @@ sha256 of every file, written last. Every document begins with the bos token.
 
 import hashlib
 import os
+import resource
 import shutil
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -100,6 +102,25 @@ class ShardWriter:
             shutil.rmtree(self.part, ignore_errors=True)
 
 
+def damaged_files(folder: Path, content: dict) -> Iterator[str]:
+    """Files that a folder's manifest (its content) tells of and that are absent or have another size."""
+    size = np.dtype(content["dtype"]).itemsize
+    for shard in (shard for split in content["splits"].values() for shard in split):
+        path, starts = folder / f"{shard['stem']}.bin", folder / f"{shard['stem']}.starts.npy"
+        if not path.is_file() or path.stat().st_size != shard["tokens"] * size:
+            yield path.name
+        if not starts.is_file():
+            yield starts.name
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit of open files, as far as it may: a mapped file keeps one open, and a store has hundreds."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1024 + count if hard == resource.RLIM_INFINITY else min(1024 + count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class TokenShards:
     """One split of a folder of shards, as one long stream of tokens."""
 
@@ -113,18 +134,14 @@ class TokenShards:
         shards = content["splits"][split]
         dtype = np.dtype(content["dtype"])
         self.shards, self.starts, bounds = [], [], [0]
+        for name in damaged_files(self.folder, content):
+            raise ValueError(
+                f"the shard {self.folder / name} is missing or cut short; put it back or run python -m scripts.prepare_data"
+            )
+        allow_open_files(4 * len(shards))
         for shard in shards:
-            path, starts = self.folder / f"{shard['stem']}.bin", self.folder / f"{shard['stem']}.starts.npy"
-            for needed in (path, starts):
-                if not needed.is_file():
-                    raise ValueError(f"the shard {needed} is missing; put it back or run python -m scripts.prepare_data again")
-            if path.stat().st_size != shard["tokens"] * dtype.itemsize:
-                raise ValueError(
-                    f"the shard {path} has {path.stat().st_size} bytes, not {shard['tokens'] * dtype.itemsize}; "
-                    "delete its folder and run python -m scripts.prepare_data again"
-                )
-            self.shards.append(np.memmap(path, dtype=dtype, mode="r"))
-            self.starts.append(np.load(starts, mmap_mode="r"))
+            self.shards.append(np.memmap(self.folder / f"{shard['stem']}.bin", dtype=dtype, mode="r"))
+            self.starts.append(np.load(self.folder / f"{shard['stem']}.starts.npy", mmap_mode="r"))
             bounds.append(bounds[-1] + shard["tokens"])
         self.bounds = np.asarray(bounds, dtype=np.int64)
         self.documents: int = sum(shard["documents"] for shard in shards)
@@ -158,4 +175,4 @@ class TokenShards:
             for shard in split:
                 for name, expected in shard["sha256"].items():
                     if not (self.folder / name).is_file() or manifest.file_hash(self.folder / name) != expected:
-                        raise ValueError(f"{self.folder / name} is damaged; run python -m scripts.prepare_data again")
+                        raise ValueError(f"{self.folder / name} is damaged; delete it and run python -m scripts.prepare_data")

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.pipeline.dedup import MinhashDedupSignature
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
@@ -27,11 +27,13 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from data import decontamination
 from data.manifest import file_hash
 from data.recipe import CleanConfig, DecontaminateConfig, Split
-from data.shards import ShardFile, token_dtype
+from data.shards import ShardFile, allow_open_files, token_dtype
 from data.tokenizer import Encoder
 from data.words import hash_words, ngrams
 
 BATCH = 256  # documents handled at once
+REACH = 320  # characters an e-mail address may have on either side of its @ (RFC 5321 has 64 and 255)
+BLANK = re.compile(r"\s")
 PIECE = 1 << 22  # characters of a document whose words are hashed at once
 PRIME = np.uint64((1 << 61) - 1)
 
@@ -78,33 +80,41 @@ class ReadParts(PipelineStep):
 
 
 class ReadClean(PipelineStep):
-    """Documents that the cleaning task of the same rank wrote; it wrote no file where none was left."""
+    """Documents that the cleaning task of the same rank wrote; it wrote no file where none was left.
+
+    ValueError where there are not as many as it says: a task that failed shall not pass for one that kept nothing.
+    """
 
     type, name = "📖 - READER", "clean"
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, counts: Path):
         super().__init__()
-        self.folder = folder
+        self.folder, self.counts = folder, counts
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        path = self.folder / f"{rank:05d}.parquet"
-        if path.is_file():
+        path, count = self.folder / f"{rank:05d}.parquet", self.counts / f"{rank:05d}.json"
+        expected = read_json(count)["clean"] if count.is_file() else -1
+        rows = parquet.read_metadata(path).num_rows if path.is_file() else 0
+        if rows != expected:
+            raise ValueError(f"{path} is not what the task before has written; delete {self.folder.parent} and begin again")
+        if rows:
             yield from read_documents(path)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of a parquet file with columns id and text, in order."""
+    """Documents of a parquet file with columns id and text, in order. Holds one row group, which ingest keeps to 16 MB."""
     with parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=1000, columns=["id", "text"]):
-            for row in batch.to_pylist():
-                yield Document(**row)
+        for group in range(file.num_row_groups):
+            for batch in file.iter_batches(batch_size=100, row_groups=[group], columns=["id", "text"]):
+                for row in batch.to_pylist():
+                    yield Document(**row)
 
 
 class WriteClean(ParquetWriter):
     """Writes id and text, one file a task; what it wrote goes on to the next step too."""
 
     def __init__(self, folder: str):
-        super().__init__(folder, "${rank}.parquet", "zstd", max_file_size=-1)
+        super().__init__(folder, "${rank}.parquet", "zstd", batch_size=100, max_file_size=-1)  # books are long: few a batch
 
     def _default_adapter(self, document: Document) -> dict[str, str]:
         return {"id": document.id, "text": document.text}
@@ -137,8 +147,8 @@ class Clean(PipelineStep):
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         settings = self.settings[self.parts[rank].source]
-        filters, mask = chosen_filters(settings), PIIFormatter()
-        seen: Counter[str] = Counter()
+        filters, mask = chosen_filters(settings), Mask()
+        seen: Counter[str] = Counter(clean=0)
         for document in data:
             seen["documents"] += 1
             seen["bytes"] += len(document.text.encode())
@@ -150,8 +160,25 @@ class Clean(PipelineStep):
                 text = mask.format(document.text)
                 seen["masked"] += text != document.text
                 document.text = text
+            seen["clean"] += 1
             yield document
         write_json(self.counts / f"{rank:05d}.json", dict(seen))
+
+
+class Mask(PIIFormatter):
+    """datatrove's mask for e-mail and public IP addresses, whose search for the former takes quadratic time in long words."""
+
+    def format(self, text: str) -> str:
+        parts, done = [], 0
+        for at in re.finditer("@", text):
+            if at.start() >= done:
+                begin = max(done, at.start() - REACH, text.rfind(" ", done, at.start()) + 1)
+                end = min(at.start() + REACH, len(text))
+                blank = BLANK.search(text, at.start(), end)
+                end = blank.start() if blank else end
+                parts += [text[done:begin], self.emails_replacer.replace(text[begin:end])]
+                done = end
+        return self.ip_replacer.replace("".join([*parts, text[done:]]))
 
 
 def chosen_filters(settings: CleanConfig) -> list[BaseFilter]:
@@ -209,18 +236,59 @@ class Signature(MinhashDedupSignature):
         return [part.tolist() for part in np.split(least, self.config.num_buckets)]
 
 
+class FindDuplicates(MinhashDedupBuckets):
+    """datatrove's search for equal signatures, which opens a file a part."""
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        allow_open_files(2 * len(self.input_folder.list_files(subdirectory=f"bucket_{rank:03d}")))
+        super().run(data, rank, world_size)
+
+
+class ChooseDuplicates(PipelineStep):
+    """Of documents that are linked by equal signatures, directly or over others, all but the earliest are to be removed.
+
+    datatrove's own step keeps the one whose cluster was larger when they met, which the order of sources does not decide.
+    Writes <part>.remove, uint32 numbers of documents, as MinhashDedupFilter reads them.
+    """
+
+    type, name = "🫂 - DEDUP", "choose duplicates"
+
+    def __init__(self, pairs: Path, removed: Path):
+        super().__init__()
+        self.pairs, self.removed = pairs, removed
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        links = np.concatenate([np.fromfile(path, dtype="<u4").reshape(-1, 2, 2) for path in sorted(self.pairs.glob("*.dups"))])
+        self.removed.mkdir(exist_ok=True)
+        if not len(links):
+            return
+        numbers = links[..., 0].astype(np.uint64) << np.uint64(32) | links[..., 1]  # [links, 2], in the order of documents
+        documents, ends = np.unique(numbers, return_inverse=True)
+        ends = ends.reshape(-1, 2)
+        graph = coo_array((np.ones(len(ends), dtype=bool), (ends[:, 0], ends[:, 1])), shape=(len(documents), len(documents)))
+        _, cluster = connected_components(graph, directed=False)
+        gone = np.ones(len(documents), dtype=bool)
+        gone[np.unique(cluster, return_index=True)[1]] = False
+        parts = (documents[gone] >> np.uint64(32)).astype(np.int64)
+        for part in np.unique(parts).tolist():
+            documents[gone][parts == part].astype("<u4").tofile(self.removed / f"{part:06d}.remove")
+
+
 class Decontaminate(PipelineStep):
     """Drops documents that hold items of the test sets, or cuts the items out, as the settings say; writes the hits down."""
 
     type, name = "🔻 - FILTER", "decontaminate"
 
-    def __init__(self, index: Path, settings: DecontaminateConfig, hits: Path):
+    def __init__(self, parts: list[Part], index: Path, settings: DecontaminateConfig, hits: Path):
         super().__init__()
-        self.index, self.settings, self.hits = index, settings, hits
+        self.parts, self.index, self.settings, self.hits = parts, index, settings, hits
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
         index, by_rule = decontamination.Index.load(self.index), self.settings.by_rule
-        found: list[dict] = []
+        source, found = self.parts[rank].source, []
         count = {"contaminated": 0, "cut": 0}
         documents = iter(data)
         while batch := list(islice(documents, BATCH)):
@@ -229,7 +297,7 @@ class Decontaminate(PipelineStep):
                 hits.setdefault(hit.train_id, []).append(hit)
             for i, document in enumerate(batch):
                 mine = hits.get(str(i), [])
-                found += [hit._replace(train_id=document.id)._asdict() for hit in mine]
+                found += [hit._replace(train_id=document.id, source=source)._asdict() for hit in mine]
                 actions = [by_rule.get(hit.rule, self.settings.action) for hit in mine]
                 spans = [hit.span for hit, action in zip(mine, actions, strict=True) if action == "cut"]
                 text = decontamination.cut(document.text, spans) if spans else document.text
@@ -243,7 +311,7 @@ class Decontaminate(PipelineStep):
 
 
 class WriteShards(PipelineStep):
-    """Tokenizes documents into this part's shard of each split; says in parts/<rank>.json what it wrote."""
+    """Tokenizes documents into this part's shard of each split; says in entries/<rank>.json what it wrote."""
 
     type, name = "✍️ - WRITER", "shards"
 
@@ -267,7 +335,7 @@ class WriteShards(PipelineStep):
                     shards[split] = ShardFile(folder, f"{split}-{part.number:05d}", dtype)
                 shards[split].add(np.concatenate([bos, ids]).astype(dtype))
         entries = {split: shard.close() for split, shard in shards.items()}
-        write_json(self.folder / "parts" / f"{rank:05d}.json", {"source": part.source, "splits": entries})
+        write_json(self.folder.with_name("entries") / f"{rank:05d}.json", {"source": part.source, "splits": entries})
 
 
 def write_json(path: Path, content: object) -> None:

@@ -3,10 +3,12 @@
 NanoLlama exports as `LlamaForCausalLM`, or as `Qwen3ForCausalLM` with qk_norm; both are read back.
 """
 
+import errno
 import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -99,7 +101,12 @@ def save_hf(
     hf_config = to_hf_config(config, dtype, bos, eos, pad)
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
     tensors = {to_hf_name(name): value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # what a full disk becomes in there
+        raise OSError(
+            errno.ENOSPC, f"{folder / 'model.safetensors'} could not be written ({error}); is the disk full?"
+        ) from error
 
 
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:

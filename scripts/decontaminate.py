@@ -14,7 +14,10 @@ from entrypoint import user_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--train_dataset", nargs="+", required=True, help="files (.parquet, .jsonl, .gz, .zst), folders, STORE:SOURCE"
+        "--train_dataset",
+        nargs="+",
+        required=True,
+        help=".parquet and .jsonl(.gz, .zst) files, folders, STORE:SOURCE, known names",
     )
     parser.add_argument("--test_datasets", required=True, help="names and files with id and text, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("data/contaminated_ids.json"))

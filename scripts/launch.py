@@ -4,6 +4,7 @@ python -m scripts.launch --nproc_per_node=2 train.py --config configs/quickstart
 """
 
 import logging
+import os
 import sys
 
 from torch.distributed import run
@@ -12,6 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 
 def main() -> None:
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal ranks save; torchrun would wait 30 s
     logging.disable(logging.ERROR)  # the launcher's own words; what the ranks print is untouched
     try:
         run.run(run.parse_args(["--standalone", *sys.argv[1:]]))

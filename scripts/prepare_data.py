@@ -45,11 +45,12 @@ def show(recipe: Recipe, verify: bool) -> None:
         ("held out", 12),
     )
     print(f"{'source':>16}", *(f"{name:>{width}}" for name, width in columns))
-    for name, count in read_json(store / "report.json")["sources"].items():
-        dropped = {key.removeprefix("dropped/"): n for key, n in sorted(count.items()) if key.startswith("dropped/")}
-        reasons += [f"{name}: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"] if dropped else []
+    for name in recipe.sources:
         shards = read(store / "tokens" / name)
         assert shards is not None
+        count = shards["report"]
+        dropped = {key.removeprefix("dropped/"): n for key, n in sorted(count.items()) if key.startswith("dropped/")}
+        reasons += [f"{name}: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"] if dropped else []
         train, val = (sum(shard["tokens"] for shard in shards["splits"][split]) for split in SPLITS)
         row = count["documents"], sum(dropped.values()), count["repeated"], count["contaminated"], count["kept"], train, val
         print(f"{name:>16}", *(f"{number:>{width},}" for number, (_, width) in zip(row, columns, strict=True)))
@@ -57,7 +58,7 @@ def show(recipe: Recipe, verify: bool) -> None:
             TokenShards(store / "tokens" / name, "train").verify()
     for reason in reasons:
         print(f"dropped from {reason}")
-    if recipe.decontaminate.test_sets:
+    if recipe.decontaminate.test_sets and read_json(store / "report.json")["inputs"] == (shards or {}).get("inputs"):
         table = (store / "contamination.md").read_text().split("\n\n")[0]
         print(f"\n{table}\nexamples: {store / 'contamination.md'}; which documents: {store / 'contaminated_ids.json'}")
 

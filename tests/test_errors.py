@@ -8,9 +8,11 @@ import sys
 
 import pytest
 from conftest import ROOT, VOCAB, one_thread, read_metrics, train_here, train_ranks
+from safetensors import SafetensorError
 
 import train
 from entrypoint import user_errors
+from training.checkpoint import _checksum
 from training.guard import check_finite
 
 
@@ -53,7 +55,7 @@ def test_a_missing_shard(settings, text_store, tmp_path, capfd, monkeypatch):
     shutil.copytree(text_store, tmp_path / "store")
     (tmp_path / "store" / "tokens" / "first" / "train-00000.bin").unlink()
     said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
-    assert "train-00000.bin is missing; put it back or run python -m scripts.prepare_data again" in said
+    assert "train-00000.bin is missing or cut short; put it back or run python -m scripts.prepare_data" in said
 
 
 def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(settings, text_store, tmp_path, capfd, monkeypatch):
@@ -86,6 +88,23 @@ def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_pat
     assert "did not begin from" in said and "move" in said
 
 
+def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(settings, tmp_path, capfd, monkeypatch):
+    assert "ends at step 13 but the learning rate is spent at schedule.total_steps=12" in complaint(
+        capfd, monkeypatch, settings(steps=13)
+    )
+    assert train_here(settings(steps=3))
+    trainer = tmp_path / "checkpoints" / "one" / "step_3" / "state" / "trainer.json"
+    trainer.write_text(trainer.read_text().replace('"phase_end": 3', '"phase_end": 6'))  # as if stopped by a signal
+    manifest = trainer.parent.parent / "manifest.json"
+    sums = json.loads(manifest.read_text())
+    sums["files"]["state/trainer.json"] = _checksum(trainer)
+    manifest.write_text(json.dumps(sums))
+    folder = tmp_path / "checkpoints" / "one"
+    said = complaint(capfd, monkeypatch, settings(f"resume_from={folder}", phase="two", steps=2))
+    assert "is step 3 of one, which goes on to 6; finish it first, or branch off there with resume_from=" in said
+    assert train_here(settings(f"resume_from={folder / 'step_3'}", phase="two", steps=2))
+
+
 def test_ranks_that_do_not_fit_the_batch_end_without_a_traceback(settings):
     done = train_ranks(settings("data.tokens_per_step=192", "data.micro_batch_size=1"), ranks=2)
     assert done.returncode == 2 and done.stderr.count("error: 3 rows a step do not divide over 2 rank(s)") == 1
@@ -100,6 +119,12 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(settings, tmp_p
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def full_safetensors(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("models.hf.save_file", full_safetensors)
+        assert "could not be written" in complaint(capfd, patched, settings(steps=6))
     for target in ("training.checkpoint.save_hf", "torch.distributed.checkpoint.filesystem._write_item"):
         with monkeypatch.context() as patched:
             patched.setattr(target, full)

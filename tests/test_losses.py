@@ -64,11 +64,14 @@ def test_ignored_targets_count_for_nothing():
 
 
 def test_bf16_weights_sum_their_gradient_in_fp32():
-    hidden, weight, targets = example(torch.bfloat16)
-    ours = torch.autograd.grad(token_losses(hidden, weight, targets, 1).nll.sum(), weight)[0].float()
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 8192, 64, generator=generator).bfloat16().requires_grad_()
+    weight = (0.1 * torch.randn(512, 64, generator=generator)).bfloat16().requires_grad_()
+    targets = torch.randint(512, (1, 8192), generator=generator)
+    ours = torch.autograd.grad(token_losses(hidden, weight, targets, 64).nll.sum(), weight)[0].float()
     exact_inputs = (hidden.detach().float(), weight.detach().float().requires_grad_())
     exact = torch.autograd.grad(plain(*exact_inputs, targets, 0.0), exact_inputs[1])[0]
-    assert (ours - exact).abs().max() <= 2e-2 * exact.abs().max()
+    assert (ours - exact).abs().max() <= 6e-3 * exact.abs().max()  # 3e-2 where chunks are summed in bf16
 
 
 def test_whole_logits_are_never_built(monkeypatch):

@@ -4,10 +4,12 @@ import fcntl
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,11 +19,12 @@ import yaml
 from conftest import ROOT, library, write_documents
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
+from datatrove.pipeline.formatters import PIIFormatter
 
 from data.prepare import prepare, train_store_tokenizer
 from data.recipe import Recipe, Split
 from data.shards import TokenShards
-from data.steps import Signature
+from data.steps import ChooseDuplicates, Mask, Signature
 from data.tokenizer import load_tokenizer, special_ids
 from training.settings import load_settings
 
@@ -182,7 +185,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
         "work/clean-*/stages/clean/completions/*",
         "work/clean-*/stages/pairs/completions/*",
         "work/tokens-*/tokens/*/.train-*.tmp",
-        "work/tokens-*/tokens/parts/*",
+        "work/tokens-*/entries/*",
         "tokens/*/manifest.json",
     ):
         run = subprocess.Popen(command(path, "executor.workers=2"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -230,6 +233,7 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
         ("sbatch", FAKE_SBATCH),
         ("srun", '#!/bin/bash\nshift 3\nexec "$@"\n'),  # after -l -n 1
         ("scontrol", '#!/bin/bash\necho "$3"\n'),
+        ("squeue", '#!/bin/bash\ncat "$SLURM_SPOOL"/queue 2>/dev/null\n'),
     ):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
@@ -252,6 +256,10 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
     assert sum("--dependency=afterok:" in text for text in arguments) == 4  # each but the first waits for the one before
     assert shards(Path(recipe.store)) == shards(done[2])
     assert prepare(recipe) == "already there"
+    shutil.rmtree(Path(recipe.store) / "tokens")
+    (spool / "queue").write_text("107\n107\n")
+    with pytest.raises(ValueError, match="Slurm jobs 107 of an earlier call are still queued"):
+        prepare(recipe)
 
 
 def test_a_full_disk_stops_it_and_nothing_half_written_is_taken_for_whole(done, tmp_path, monkeypatch):
@@ -277,6 +285,65 @@ def test_a_full_disk_stops_it_and_nothing_half_written_is_taken_for_whole(done, 
     assert shards(Path(recipe.store)) == shards(done[2])
 
 
+def test_the_order_of_sources_is_part_of_what_was_done(tmp_path):
+    path, _ = make_store(tmp_path)
+    recipe = load_settings(Recipe, path)
+    assert prepare(recipe) == "done"
+    turned = replace(recipe, sources=dict(reversed(recipe.sources.items())))
+    assert prepare(turned) == "done"
+    report = json.loads((Path(recipe.store) / "report.json").read_text())["sources"]
+    assert report["prose"]["repeated"] == 2 and report["other"]["repeated"] == 0  # now the other source keeps what both have
+    of_library = {text for _, text in library(40)}
+    assert set(texts(Path(recipe.store), "code", "train")) <= of_library
+
+
+def test_of_a_chain_of_repeats_the_earliest_stays(tmp_path):
+    links = {"a": [((0, 5), (1, 2))], "b": [((1, 2), (1, 9)), ((0, 7), (2, 0))], "c": [((1, 9), (2, 1)), ((0, 5), (2, 1))]}
+    for name, pairs in links.items():
+        np.array(pairs, dtype="<u4").tofile(tmp_path / f"{name}.dups")
+    ChooseDuplicates(tmp_path, tmp_path / "removed").run()
+    removed = {path.stem: np.fromfile(path, dtype="<u4").tolist() for path in (tmp_path / "removed").iterdir()}
+    assert removed == {"000001": [2, 9], "000002": [0, 1]}
+
+
+def test_shards_that_were_deleted_or_cut_are_made_again(tmp_path):
+    path, _ = make_store(tmp_path)
+    recipe = load_settings(Recipe, path)
+    store = Path(recipe.store)
+    assert prepare(recipe) == "done"
+    before = shards(store)
+    shutil.rmtree(store / "tokens" / "other")
+    assert prepare(recipe) == "done" and shards(store) == before
+    shard = store / "tokens" / "prose" / "train-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    assert prepare(recipe) == "done" and shards(store) == before
+    shutil.rmtree(store / "work")
+    assert prepare(recipe) == "already there"
+
+
+def test_e_mail_is_masked_as_datatrove_does_but_in_linear_time():
+    ours, stock = Mask(), PIIFormatter()
+    for text in (
+        "Write to a.b+c@some-where.co.uk, or (x_y@z.org); not @home, a@b, or me@localhost. 8.8.8.8 and 10.0.0.1.",
+        "one@example.net two@example.net three@sub.example.net\nfour@example.net:five@example.net",
+        "no address at all @ some place. a@b.c@d.e",
+    ):
+        assert ours.format(text) == stock.format(text) != text or "no address" in text
+    began = time.monotonic()
+    assert ours.format("ab12" * 250_000 + " @ x") == "ab12" * 250_000 + " @ x"
+    assert ours.format("a-" * 500_000 + "@b.org") and time.monotonic() - began < 5
+
+
+def test_a_task_that_left_no_file_does_not_pass_for_one_that_kept_nothing(tmp_path):
+    path, _ = make_store(tmp_path)
+    recipe = load_settings(Recipe, path)
+    assert prepare(recipe) == "done"
+    [clean] = Path(recipe.store).glob("work/clean-*")
+    (clean / "documents" / "00002.parquet").unlink()
+    with pytest.raises(ValueError, match=r"00002.parquet is not what the task before has written"):
+        prepare(load_settings(Recipe, path, ["val_fraction=0.2"]))
+
+
 def test_mistakes_get_a_sentence(done, tmp_path):
     path, _ = make_store(tmp_path)
     store = Path(load_settings(Recipe, path).store)
@@ -294,10 +361,11 @@ def test_mistakes_get_a_sentence(done, tmp_path):
     damaged = store / "documents" / "other" / "00001.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert f"{damaged} is missing or damaged" in said()
+    (store / "work" / "clean-of-a-running-job").mkdir(parents=True)
     with open(store / "work" / "lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         began = time.monotonic()
         assert "another prepare_data is at work" in said()
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 30 and (store / "work" / "clean-of-a-running-job").is_dir()
     (store / "tokenizer" / "tokenizer.json").unlink()
     assert "train one with python -m scripts.train_tokenizer" in said()

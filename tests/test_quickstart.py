@@ -94,7 +94,7 @@ def test_what_the_pipeline_made_of_it(quickstart):
     place, _ = quickstart
     store = place / "data" / "store" / "quickstart"
     report = json.loads((store / "report.json").read_text())["sources"]
-    assert report["maths"]["documents"] == 5521 and report["maths"]["repeated"] == 238
+    assert report["maths"]["documents"] == 5521 and 200 < report["maths"]["repeated"] < 300
     assert report["code"]["documents"] > 500  # this Python's own library: its text differs by version
     hits = json.loads((store / "contaminated_ids.json").read_text())
     assert "wikipedia/Winter" in hits["documents"]  # "a result of the tilt of Earth's axis": an ARC question in so many words

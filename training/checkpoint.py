@@ -8,6 +8,7 @@ All functions that take a State are collective: every rank calls them.
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -193,12 +194,19 @@ def on_main(work: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except (OSError, ValueError) as error:
-            outcome[1] = error
+        except Exception as error:  # the others wait for what came of it, whatever that is
+            outcome[1] = error if _travels(error) else RuntimeError(f"on the main rank: {type(error).__name__}: {error}")
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def _travels(error: Exception) -> bool:
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
 
 
 def on_every(work: Callable[[], object]) -> None:

@@ -9,7 +9,7 @@ from torch.distributed import get_world_size
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -56,10 +56,11 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
     assert isinstance(layers, nn.ModuleList)
     model.to(device)
     if config.activation_checkpointing != "none":
-        selective = config.activation_checkpointing == "selective"
-        context = partial(create_selective_checkpoint_contexts, _keep_matmuls) if selective else noop_context_fn
+        keep = {}  # torch.compile refuses a context_fn that does nothing, so "full" has none
+        if config.activation_checkpointing == "selective":
+            keep["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         for i, block in enumerate(layers):
-            layers[i] = checkpoint_wrapper(block, context_fn=context)
+            layers[i] = checkpoint_wrapper(block, **keep)
     if config.compile if config.compile is not None else device.type == "cuda":
         for block in layers:
             block.compile(fullgraph=True)

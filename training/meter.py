@@ -36,7 +36,7 @@ class Meter:
         self.waited = time.perf_counter() - self.began
 
     def stop(self, tokens: int) -> dict[str, float]:
-        """Figures of the step that just ended; the caller has waited for the device. tokens: of all ranks."""
+        """Figures of the step that just ended; the caller has waited for the loss (an optimizer step still queued counts to the next one). tokens: of all ranks."""
         seconds = time.perf_counter() - self.began
         figures = {"tokens_per_s": tokens / seconds, "step_s": seconds, "data/wait_frac": self.waited / seconds}
         if self.peak:

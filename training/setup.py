@@ -40,13 +40,14 @@ def ranks() -> Iterator[torch.device]:
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
             raise ValueError(f"rank {local} has no GPU: torchrun started more ranks than {torch.cuda.device_count()} GPUs")
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows of changing length fragment it
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=10), store=store)
+    dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store)
     try:
         yield device
         dist.barrier()  # no rank takes its sockets away while another still reads from them
@@ -96,6 +97,7 @@ def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) ->
     source = own or earlier
     state.data = fingerprint
     on_main(lambda: saves.check_room(run.model.num_parameters))
+    _check_end(run, state)
     if source is None and run.init_from:
         _check_tokenizer(Path(run.init_from), saves.tokenizer)
     if source is None:
@@ -103,9 +105,16 @@ def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) ->
     _check_fits(run, source, saves.tokenizer)
     position = load_state(source, state)
     if position["phase"] != run.phase:
+        if Path(resume or "") != source and position["phase_end"] > position["step"]:
+            raise ValueError(
+                f"{source} is step {state.step} of {position['phase']}, which goes on to {position['phase_end']}; finish it "
+                f"first, or branch off there with resume_from={source}"
+            )
         state.place, state.phase_start, state.parent = 0, state.step, identity(source)
+        _check_end(run, state)
         return f"begins at step {state.step}, after {position['phase']}, from {source}"
     state.place, state.phase_start, state.parent = position["place"], position["phase_start"], position["parent"]
+    _check_end(run, state)
     if position["data"] != fingerprint and not run.data.accept_changed:
         raise ValueError(
             f"the data, their mixture or the batch changed since {source} was saved, so going on would repeat or skip text; "
@@ -119,14 +128,25 @@ def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) ->
     return f"goes on at step {state.step} from {source}"
 
 
+def _check_end(run: RunConfig, state: State) -> None:
+    """Set where the phase ends; ValueError where the learning-rate schedule ends before."""
+    state.phase_end = state.phase_start + run.steps
+    if state.phase_end > run.schedule.total_steps:
+        raise ValueError(
+            f"{run.phase} ends at step {state.phase_end} but the learning rate is spent at schedule.total_steps="
+            f"{run.schedule.total_steps}; raise that or take fewer steps"
+        )
+
+
 def _find_checkpoint(path: Path, required: bool) -> Path | None:
     """A step folder, or the newest whole one in a folder of them; None, or ValueError if required, where there is none."""
     if (path / "config.json").is_file():
         return path
-    whole = [folder for folder in step_folders(path) if damage(folder) is None] if path.is_dir() else []
-    if not whole and required:
+    folders = reversed(step_folders(path)) if path.is_dir() else ()
+    newest = next((folder for folder in folders if damage(folder) is None), None)
+    if newest is None and required:
         raise ValueError(f"{path} holds no whole checkpoint; resume_from takes a step_N folder or the folder of one phase")
-    return whole[-1] if whole else None
+    return newest
 
 
 def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:

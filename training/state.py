@@ -18,6 +18,7 @@ class State:
     optimizer: torch.optim.Optimizer
     phase: str
     phase_start: int = 0  # step at which the phase began
+    phase_end: int = 0  # and at which it ends
     step: int = 0
     place: int = 0
     tokens: int = 0  # seen by the run so far, all phases
@@ -26,5 +27,5 @@ class State:
 
     def position(self) -> dict[str, Any]:
         """What trainer.json holds."""
-        names = ("phase", "phase_start", "step", "place", "tokens", "data", "parent")
+        names = ("phase", "phase_start", "phase_end", "step", "place", "tokens", "data", "parent")
         return {name: getattr(self, name) for name in names}
