@@ -7,7 +7,9 @@ import os
 import platform
 import shutil
 import sys
+import sysconfig
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -41,6 +43,13 @@ def main() -> None:
             properties = torch.cuda.get_device_properties(i)
             dtype = str(compute_dtype(ParallelConfig(), torch.device("cuda", i))).removeprefix("torch.")
             line(f"GPU {i}", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, trains in {dtype}")
+        compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
+        header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+        wanting = [what for what, there in (("a C compiler", compiler), (str(header), header.is_file())) if not there]
+        needs = (
+            f"torch.compile on a GPU needs {' and '.join(wanting)}; install them (gcc, python3-dev) or set parallel.compile=false"
+        )
+        line("compiler", compiler or "none", needs if wanting else None)
         line("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         line("GPU", "none: the quickstart and all tests run on the CPU, the 1.1B model needs a GPU")

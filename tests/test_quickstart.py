@@ -14,6 +14,8 @@ from conftest import ROOT, read_metrics
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.xdist_group("quickstart")  # so that one worker runs it once
+
 
 def test_readme_names_commands_that_exist():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
@@ -21,6 +23,12 @@ def test_readme_names_commands_that_exist():
     assert "make quickstart" in first_screen and "make test" in first_screen
     for target in set(re.findall(r"^ *make (\w+)", readme, flags=re.M)):
         assert f"\n{target}:" in makefile
+    for part, module in set(re.findall(r"python -m (scripts|benchmarks)\.(\w+)", readme)):
+        assert (ROOT / part / f"{module}.py").is_file(), module
+    for module, flags in re.findall(r"python -m scripts\.(\w+)(.*)", readme.replace(" # ", "\n# ")):
+        text = (ROOT / "scripts" / f"{module}.py").read_text()
+        for flag in re.findall(r" (--[a-z]\w*)", flags):
+            assert f'"{flag}"' in text or module == "launch", (module, flag)
     for path in set(re.findall(r"(?:configs|scripts|docs|models|training|data|evals)/[\w/]+\.(?:yaml|py|md|sh)", readme)):
         assert (ROOT / path).exists(), path
 

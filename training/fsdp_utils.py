@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,7 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
     assert isinstance(layers, nn.ModuleList)
     model.to(device)
     if config.activation_checkpointing != "none":
-        keep = {}  # torch.compile refuses a context_fn that does nothing, so "full" has none
+        keep: dict[str, Any] = {}  # torch.compile refuses a context_fn that does nothing, so "full" has none
         if config.activation_checkpointing == "selective":
             keep["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         for i, block in enumerate(layers):

@@ -36,7 +36,10 @@ class Meter:
         self.waited = time.perf_counter() - self.began
 
     def stop(self, tokens: int) -> dict[str, float]:
-        """Figures of the step that just ended; the caller has waited for the loss (an optimizer step still queued counts to the next one). tokens: of all ranks."""
+        """Figures of the step that just ended; the caller has waited for its loss. tokens: of all ranks.
+
+        An optimizer step that a GPU still has in its queue counts to the next step, so means are right.
+        """
         seconds = time.perf_counter() - self.began
         figures = {"tokens_per_s": tokens / seconds, "step_s": seconds, "data/wait_frac": self.waited / seconds}
         if self.peak:
