@@ -46,9 +46,7 @@ def main() -> None:
         compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
         wanting = [what for what, there in (("a C compiler", compiler), (str(header), header.is_file())) if not there]
-        needs = (
-            f"torch.compile on a GPU needs {' and '.join(wanting)}; install them (gcc, python3-dev) or set parallel.compile=false"
-        )
+        needs = f"torch.compile on a GPU needs {' and '.join(wanting)}; install them (gcc, python3-dev)"
         line("compiler", compiler or "none", needs if wanting else None)
         line("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     else:
