@@ -9,7 +9,7 @@ setup:
 	@scripts/setup.sh
 
 quickstart: setup
-	@.venv/bin/python -m scripts.quickstart
+	@.venv/bin/python -m scripts.pipeline --plan configs/quickstart/plan.yaml
 
 test:
 	@scripts/setup.sh requirements-cluster.txt

@@ -67,9 +67,14 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     packed = PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world, data.packing)
     loader = Prefetcher(packed, device)
     saves = Checkpoints(run.checkpoints, run.checkpoint, compute_dtype(run.parallel, device), *tokenizer[:2])
-    log = Log(run.logs, run.log, main=rank == 0, run=to_dict(run))
+    log = Log(run.logs, run.log, rank == 0, to_dict(run), setup.secrets(run.log.alerts.secrets))
     state = setup.build(run, device)
-    log.say(f"{run.run} {run.phase}: {setup.start(run, state, saves, loader.fingerprint)}")
+    begins = f"{run.run} {run.phase}: {setup.start(run, state, saves, loader.fingerprint)}"
+    to_do = state.step < min(state.phase_end, run.until or state.phase_end)
+    if to_do:
+        log.event("begun" if state.step == state.phase_start else "resumed", begins, step=state.step)
+    else:
+        log.say(begins)
     log.say(setup.describe(run, device))
     for line in packed.describe(run.steps):
         log.say(line)
@@ -82,10 +87,14 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     }
     bytes_of = torch.from_numpy(tokenizer.bytes_of)
     evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up)
-    finished = train(run, state, loader, next_token(run.optim.z_weight), saves, log, evaluate)
-    if test and finished:
-        selftest.check(run, state, saves, log)
-    log.say(f"{run.run} {run.phase}: {'complete' if finished else 'stopped on a signal and saved'} at step {state.step}")
+    with log:
+        finished = train(run, state, loader, next_token(run.optim.z_weight), saves, log, evaluate)
+        if test and finished:
+            selftest.check(run, state, saves, log)
+        kind = "stopped" if not finished else "ended" if state.step == state.phase_end else "paused"
+        how = {"stopped": "stopped on a signal and saved", "ended": "complete", "paused": "paused"}[kind]
+        ends = f"{run.run} {run.phase}: {how} at step {state.step}"
+        log.event(kind, ends, step=state.step) if to_do else log.say(ends)
     return finished
 
 

@@ -27,8 +27,7 @@ class RMSNorm(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Tables of cos and sin for rotary positions (arXiv:2104.09864), rotate-half layout as in Hugging Face Llama.
 
-    The tables are fp32 whatever the model's dtype, are no part of the state dict, and are built for one theta and one
-    length: to change either, build a new module.
+    The tables are fp32 whatever the model's dtype, and are no part of the state dict.
     """
 
     cos: Tensor
@@ -36,10 +35,17 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, head_dim: int, positions: int, theta: float):
         super().__init__()
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(positions, head_dim), persistent=False)
+        self.set_theta(theta)
+
+    def set_theta(self, theta: float) -> None:
+        """Fill the tables in place, with values that are computed on the CPU: the same on every device."""
+        positions, head_dim = self.cos.shape
         frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).repeat(1, 2)
-        self.register_buffer("cos", angles.cos(), persistent=False)  # [positions, head_dim]
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         return self.cos[:length], self.sin[:length]

@@ -3,7 +3,7 @@
 Sharding, compilation and activation checkpointing are put on from outside (training/fsdp_utils.py).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +130,11 @@ class NanoLlama(nn.Module):
         self.rotary = RotaryEmbedding(config.heads_size, config.max_position_embeddings, config.rope_theta)
         if seed is not None:
             self.init_weights(seed)
+
+    def set_rope_theta(self, theta: float) -> None:
+        """Change the base of the rotary embedding, here and in the config that is exported."""
+        self.config = replace(self.config, rope_theta=theta)
+        self.rotary.set_theta(theta)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

@@ -9,6 +9,7 @@ from conftest import ROOT
 
 from data.recipe import Recipe
 from training.config import RunConfig, load, to_dict
+from training.curriculum import load_plan, stretches
 from training.gates import Gate, decide, judge
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig, WSDScheduler
@@ -66,7 +67,7 @@ BASE = ROOT / "configs" / "base_1b.yaml"
         ("data.sequence_length=1000", "must be a multiple of data.sequence_length"),
         ("model.num_key_value_heads=5", "must be a multiple of"),
         ("parallel.strategy=zero1", "not one of zero2, zero3, ddp"),
-        ("gates=[{metric: x, go: 1}]", r"gates\[0\] lacks no_go"),
+        ("faults.lr_factor=0", r"faults.lr_factor=0.0 must be above 0"),
         ("run=a/b", "must be a plain folder name"),
         ("optim.lr=-1", "must be above 0"),
     ],
@@ -98,7 +99,8 @@ def test_extends_in_a_circle_and_missing_files(tmp_path):
 
 
 RECIPES = sorted(ROOT.glob("configs/data/*.yaml"))
-RUNS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(RECIPES))
+PLANS = sorted(ROOT.glob("configs/**/plan*.yaml"))
+RUNS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(RECIPES) - set(PLANS))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -133,9 +135,40 @@ def test_the_plan_of_the_1b_configs():
 
 
 def test_quickstart_phases_add_up_to_its_schedule():
-    runs = [load(path) for path in (ROOT / "configs" / "quickstart").glob("*.yaml")]
+    runs = [stretch.run for stretch in stretches(load_plan(ROOT / "configs" / "quickstart" / "plan.yaml"))]
     assert len(runs) == 3 and {sum(run.steps for run in runs)} == {run.schedule.total_steps for run in runs}
     assert all(5e6 <= run.model.num_parameters <= 10e6 for run in runs)
+
+
+def test_the_plan_of_the_1b_model(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan = load_plan("configs/plan_1b.yaml")
+    found = stretches(plan)
+    assert [(s.begin, s.end) for s in found] == [(0, 184_000), (184_000, 194_000), (194_000, 207_000), (207_000, 230_000)]
+    assert [s.run.rope_theta_end for s in found] == [None, 500_000, None, None]
+    longer = stretches(plan, {"phase1_pretrain": 20_000})
+    assert [s.end for s in longer] == [204_000, 214_000, 227_000, 250_000]
+    assert [m.at for s in longer for m in s.phase.milestones] == [50_000, 100_000, 150_000, 204_000, 250_000]
+    assert {s.run.schedule.total_steps for s in longer} == {250_000}
+    with pytest.raises(ValueError, match="phase9 is no phase of the plan; there are phase1_pretrain"):
+        stretches(plan, {"phase9": 1})
+
+
+def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    milestone = {"at": 190_000, "gates": [{"metric": "x", "go": 1, "no_go": 2}]}
+    plan = {"name": "p", "evals": {"perplexity": "true"}, "phases": [{"config": "configs/phase1_pretrain.yaml"}] * 2}
+    for change, said in (
+        ({}, "are both phase phase1_pretrain"),
+        ({"phases": [{"config": "configs/phase1_pretrain.yaml", "milestones": [milestone]}]}, "milestone 190000 lies outside"),
+        ({"evals": {}, "phases": [{"config": "x", "milestones": [milestone]}]}, "is not one of the plan's evals: none"),
+        ({"phases": [{"config": "x", "milestones": [milestone, milestone]}]}, "put them in order, each step once"),
+        ({"phases": [{"config": "configs/quickstart/base.yaml"}, {"config": "configs/phase2_16k.yaml"}]}, "make them agree"),
+    ):
+        path = tmp_path / "plan.yaml"
+        path.write_text(yaml.safe_dump({**plan, **change}))
+        with pytest.raises(ValueError, match=said):
+            stretches(load_plan(path))
 
 
 def test_gates():

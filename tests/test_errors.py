@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 import train
 from entrypoint import user_errors
 from training.checkpoint import _checksum
-from training.guard import check_finite
 
 
 def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
@@ -137,24 +136,6 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(settings, tmp_p
     assert [row["step"] for row in read_metrics(tmp_path / "logs")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(settings, tmp_path, capfd, monkeypatch):
-    assert train_here(settings(steps=3))
-    import torch
-
-    def nan_objective(z_weight):
-        return lambda model, batch: (
-            model(batch.tokens, batch.targets, batch.docs).nll.sum() * float("nan"),
-            {"loss": torch.ones(())},
-        )
-
-    monkeypatch.setattr(train, "next_token", nan_objective)
-    assert "gradient norm nan at step 4 (data place 3) are not finite" in complaint(capfd, monkeypatch, settings(steps=6))
-    assert [path.name for path in (tmp_path / "checkpoints" / "one").iterdir()] == ["step_3"]
-    check_finite(1.0, 2.0, 1, 1)
-    with pytest.raises(ValueError, match=r"lower optim\.lr"):
-        check_finite(float("inf"), 1.0, 1, 1)
-
-
 def test_our_own_faults_keep_their_traceback():
     with pytest.raises(ValueError, match="invalid literal"), user_errors():
         int("x")  # a ValueError, but Python's: nobody has said to the user what to do
@@ -162,11 +143,11 @@ def test_our_own_faults_keep_their_traceback():
         {}["x"]
 
 
-def test_evaluation_and_gate_commands_complain_in_one_line(tmp_path, text_store):
+def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store):
     recipe = ["--config", "configs/data/quickstart.yaml", f"store={tmp_path}"]
     cases = [
         (["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)], "holds no config.json"),
-        (["scripts.gate", "--config", "configs/quickstart/gold.yaml", "--results", "nowhere.json"], "there are no results"),
+        (["scripts.pipeline", "--plan", "nowhere.yaml"], "there is no config file nowhere.yaml"),
         (["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"], "is no checkpoint"),
         (["scripts.plot_run", str(tmp_path)], "has no metrics yet"),
         (["scripts.prepare_data", *recipe], "holds no tokenizer.json"),
@@ -175,13 +156,3 @@ def test_evaluation_and_gate_commands_complain_in_one_line(tmp_path, text_store)
     for (module, *rest), expected in cases:
         done = subprocess.run([sys.executable, "-m", module, *rest], capture_output=True, text=True, cwd=ROOT, env=one_thread())
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, (module, done.stderr)
-
-
-def test_a_no_go_has_its_own_exit_status(tmp_path):
-    results = tmp_path / "results.json"
-    for bits, status in ((2.0, 0), (2.8, 0), (9.9, 3)):
-        figures = {"bits_per_byte": bits}
-        results.write_text(json.dumps({"metrics": {"stem": figures, "maths": figures}}))
-        gate = [sys.executable, "-m", "scripts.gate", "--config", "configs/quickstart/gold.yaml", "--results", str(results)]
-        done = subprocess.run(gate, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == status and "decision: " in done.stdout

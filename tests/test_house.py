@@ -2,11 +2,9 @@
 
 import ast
 import inspect
-import json
 import math
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -16,9 +14,7 @@ from conftest import ROOT
 from data.dataloader import Batch
 from evals.eval_perplexity import perplexity
 from models.nanollama import ModelConfig, NanoLlama
-from scripts.plot_run import plot
 from training.fsdp_utils import ParallelConfig, compute_dtype
-from training.logger import Log, LogConfig
 from training.loop import train
 from training.meter import flops_per_token
 from training.optimizers import OptimConfig, build_optimizer, parameter_groups
@@ -140,50 +136,3 @@ def test_perplexity_divides_totals_and_an_untrained_model_knows_nothing():
     assert results["all"]["bits_per_byte"] == pytest.approx(8.0, abs=0.02)  # 256 equally likely bytes
     assert results["all"]["loss"] == pytest.approx((90 * results["one"]["loss"] + 60 * results["two"]["loss"]) / 150)
     assert results["one"]["perplexity"] == pytest.approx(math.exp(results["one"]["loss"]))
-
-
-ROW = {"step": 1, "phase": "p", "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 3.0, "end": 2}
-
-
-def test_the_log_is_valid_json_and_forgets_what_a_resume_replaces(tmp_path):
-    log = Log(tmp_path, LogConfig(), True, {})
-    log.open(0, 3, "p")
-    for step in (1, 2, 3):
-        log.metrics({**ROW, "step": step, "loss": math.nan if step == 2 else 1.0})
-    log.close()
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
-    again = Log(tmp_path, LogConfig(), True, {})
-    again.open(2, 3, "p")
-    again.metrics({**ROW, "step": 3, "loss": 7.0})
-    again.close()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["loss"] == "nan" and rows[2]["loss"] == 7.0
-    silent = Log(tmp_path / "other", LogConfig(), False, {})
-    silent.open(0, 1, "p")
-    silent.metrics(ROW)
-    silent.close()
-    assert not (tmp_path / "other").exists()
-
-
-def test_wandb_gets_the_config_and_the_points(tmp_path, monkeypatch):
-    calls = []
-    run = types.SimpleNamespace(
-        log=lambda values, step: calls.append((step, values["loss"])), finish=lambda: calls.append("finish")
-    )
-    module = types.SimpleNamespace(init=lambda **how: calls.append(how) or run)
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    log = Log(tmp_path, LogConfig(every=2, wandb_project="proj"), True, {"run": "name", "steps": 4})
-    log.open(0, 4, "p")
-    for step in (1, 2, 3, 4):
-        log.metrics({**ROW, "step": step, "loss": float(step)})
-    log.close()
-    assert calls[0]["project"] == "proj" and calls[0]["name"] == "name" and calls[0]["config"]["steps"] == 4
-    assert calls[1:] == [(2, 2.0), (4, 4.0), "finish"]
-
-
-def test_plot_is_a_png(tmp_path):
-    rows = [{**ROW, "step": i, "phase": "a" if i < 5 else "b", "loss": 5 / i} for i in range(1, 9)]
-    rows[-1] |= {"val/loss": 1.0, "val/wiki/loss": 1.1}
-    plot(rows, "run", tmp_path / "loss.png")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG") and (tmp_path / "loss.png").stat().st_size > 20_000

@@ -43,26 +43,31 @@ def quickstart(tmp_path_factory):
     for name, change in (
         ("base", {"steps": 4, "schedule": {"warmup_steps": 1, "total_steps": 9, "decay_steps": 2, "min_lr": 1e-4}}),
         ("long_context", {"steps": 2}),
-        ("gold", {"steps": 3, "gates": [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]}),
+        ("gold", {"steps": 3}),
     ):
         path = place / "configs" / "quickstart" / f"{name}.yaml"
         content = {**yaml.safe_load(path.read_text()), **change, "checkpoint": {"every": 2, "keep": 2}}
         path.write_text(yaml.safe_dump(content))
+    path = place / "configs" / "quickstart" / "plan.yaml"
+    plan = yaml.safe_load(path.read_text())
+    gates = [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]
+    plan["phases"][2]["milestones"] = [{"at": 7}, {"at": 9, "gates": gates}]  # one of them in the middle of the phase
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
     return place, run(place)
 
 
 def run(place):
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.quickstart"], cwd=place, capture_output=True, text=True, env=dict(os.environ)
-    )
+    command = [sys.executable, "-m", "scripts.pipeline", "--plan", "configs/quickstart/plan.yaml"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
 def test_every_stage_says_what_it_does(quickstart):
     _, output = quickstart
-    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 11))
-    for sentence in ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "decision: "):
+    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 12))
+    begins = ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "goes on at step 7")
+    for sentence in (*begins, "decision at step 9: GO"):
         assert sentence in output
     assert "> The capital of France is" in output
 
@@ -78,7 +83,7 @@ def test_what_it_leaves(quickstart):
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert all({"loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= row.keys() for row in rows)
     assert (place / "logs" / "quickstart" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads((place / "results" / "quickstart" / "perplexity.json").read_text())
+    report = json.loads((place / "results" / "quickstart" / "step_9" / "perplexity.json").read_text())
     assert set(report["metrics"]) == {"wikipedia", "factbook", "code", "maths", "stem", "all"}
     for figures in report["metrics"].values():
         assert 2 < figures["bits_per_byte"] < 6 and figures["tokens"] > 5_000
@@ -119,5 +124,5 @@ def test_a_second_run_skips_what_is_done(quickstart):
     place, _ = quickstart
     before = (place / "logs" / "quickstart" / "metrics.jsonl").read_text()
     output = run(place)
-    assert output.count("already there") == 3 and "goes on at step 9" in output
+    assert output.count("already there") == 3 and "train.py" not in output and "decision" not in output
     assert (place / "logs" / "quickstart" / "metrics.jsonl").read_text() == before

@@ -177,7 +177,8 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
             shape = (run.data.sequence_length, run.data.rows, run.data.micro_batch_size)
             loader = PackedDataLoader(shards, run.data.mix, *shape, run.seed)
             if run.phase == "two":
-                state.phase, state.phase_start, state.place = "two", state.step, 0
+                state.phase, state.phase_start, state.phase_end, state.place = "two", state.step, state.step + run.steps, 0
+                state.faults = state.faults.next_phase()
                 head_dim = run.model.heads_size
                 state.model.rotary = RotaryEmbedding(head_dim, run.model.max_position_embeddings, run.model.rope_theta)
             saves = Checkpoints(run.checkpoints, run.checkpoint, torch.float32, None, {})

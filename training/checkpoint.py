@@ -7,41 +7,64 @@ All functions that take a State are collective: every rank calls them.
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from hashlib import blake2b
+from datetime import timedelta
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from models.hf import save_hf
+from models.nanollama import ModelConfig
 from training.state import State
 
 MANIFEST = "manifest.json"
+TRAINER = "state/trainer.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+PATIENCE = timedelta(minutes=30)  # a background save waits so long for a rank that says nothing; one that died it notices at once
+HASHING_THREADS = min(8, os.cpu_count() or 1)
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 1000  # steps; the end of a phase is saved always
-    keep: int = 3  # newest ones kept in a phase's folder
+    keep: int = 3  # newest ones kept in a phase's folder; ends of phases stay too
+    keep_best: bool = True  # keep the one of lowest held-out loss too; once it is not among the newest, without its state/
+    asynchronous: bool | None = None  # write in the background while training goes on; default: on a GPU
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1")
 
 
+@dataclass
+class Snapshot:
+    """What one save writes, as it was at one moment."""
+
+    position: dict[str, Any]  # of trainer.json
+    config: ModelConfig
+    metric: float | None
+    weights: dict[str, torch.Tensor]  # whole; empty except on the main rank
+    tensors: dict[str, Any]  # of model and optimizer; live ones, for their shapes
+    copies: dict[str, torch.Tensor]  # of this rank's shards of them, by name; empty where training waits for the save
+
+
 class Checkpoints:
-    """The step folders of one phase, under `folder`.
+    """The step folders of one phase, under `folder`. As a context, it does not end before what it saves is written.
 
     dtype: of the exported weights. tokenizer: folder whose files are copied beside them, None for dummy data; special: ids
     of bos, eos and pad for config.json.
@@ -51,31 +74,113 @@ class Checkpoints:
         self, folder: Path, config: CheckpointConfig, dtype: torch.dtype, tokenizer: Path | None, special: dict[str, int]
     ):
         self.folder, self.config, self.dtype, self.tokenizer, self.special = folder, config, dtype, tokenizer, special
+        self._copies = Copies()
+        self._group: dist.ProcessGroup | None = None  # of the background: its collectives never meet the loop's
+        self._thread: threading.Thread | None = None
+        self._step = 0  # that the thread saves
+        self._problem: BaseException | None = None  # of the thread
 
-    def save(self, state: State) -> Path:
-        """Write `step_N` whole or not at all. OSError (no space, say) is raised on every rank; older folders stay."""
-        target = self.folder / f"step_{state.step}"
-        part = self.folder / f"step_{state.step}.tmp"
-        on_main(lambda: self._make_room(part, state))
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread:  # others may not be here to agree on how it ended
+            self._thread.join()
+
+    @property
+    def failed(self) -> bool:
+        """Whether this rank knows that the save in the background failed. Once any rank does, all of them call wait()."""
+        return self._problem is not None
+
+    def wait(self) -> None:
+        """Collective. Until no save is under way. OSError or RuntimeError, on every rank, where it failed on any."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        problem, self._thread, self._problem = self._problem, None, None
+        error: Exception | None = None
+        if problem:
+            what = (
+                problem.strerror if isinstance(problem, OSError) and problem.strerror else f"{type(problem).__name__}: {problem}"
+            )
+            text = f"the checkpoint of step {self._step} was not saved: {what}; the same command goes on from the one before"
+            error = OSError(problem.errno, text) if isinstance(problem, OSError) else RuntimeError(text)
+            error.__cause__ = problem
+        agree(error)
+
+    def save(self, state: State, metric: float | None = None) -> None:
+        """Write `step_N` whole or not at all; metric is its held-out loss, None where it was not measured.
+
+        In the background this returns as soon as everything is copied. An OSError (no space, say) is raised on every rank,
+        by this, or in the background by wait(); older folders stay.
+        """
+        self.wait()
+        cuda = next(state.model.parameters()).is_cuda
+        in_background = cuda if self.config.asynchronous is None else self.config.asynchronous
+        snapshot = self._take(state, metric, copy=in_background)
+        if not in_background:
+            self._write(snapshot, None)
+            return
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._step = state.step
+        self._thread = threading.Thread(target=self._write_in_background, args=(snapshot,), name="checkpoint")
+        self._thread.start()
+
+    def _take(self, state: State, metric: float | None, copy: bool) -> Snapshot:
+        model, optimizer = get_state_dict(state.model, state.optimizer)
+        tensors = {"model": model, "optimizer": optimizer}
+        copies: dict[str, torch.Tensor] = {}
+        if copy:
+            weights = whole_weights(state.model, lambda name, whole: self._copies.take(f"whole {name}", whole.to(self.dtype)))
+            copies = {name: self._copies.take(name, shard) for name, shard in _shards("", tensors)}
+            self._copies.finish()
+        else:
+            weights = whole_weights(state.model)
+        metric = metric if metric is not None and math.isfinite(metric) else None
+        return Snapshot(state.position(), state.model.config, metric, weights, tensors, copies)
+
+    def _write_in_background(self, snapshot: Snapshot) -> None:
         try:
-            weights = whole_weights(state.model)  # collective; empty except on the main rank
-            on_main(lambda: self._write_hf(part, state, weights))
-            model, optimizer = get_state_dict(state.model, state.optimizer)
-            on_every(lambda: dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=part / "state"))
-            on_main(lambda: _write_json(part / "state" / "trainer.json", state.position()))
-            sums = _checksums(part)
-            on_main(lambda: self._publish(part, target, sums))
+            self._write(snapshot, self._group)
+        except BaseException as error:
+            self._problem = error
+
+    def _write(self, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
+        """Collective over group."""
+        target = self.folder / f"step_{snapshot.position['step']}"
+        part = target.with_name(target.name + ".tmp")
+        try:
+            on_main(lambda: self._begin(part, snapshot), group)
+            planner, writer = _PlannerOfCopies(snapshot.copies), _Writer(part / "state")
+            on_every(lambda: dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group), group)
+            sums = _checksums(part, group)
+            on_main(lambda: self._publish(part, target, {"hash": "sha256", "metric": snapshot.metric, "files": sums}), group)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        on_main(self._prune)
-        return target
+        on_main(lambda: self._prune(target), group)
 
-    def _make_room(self, part: Path, state: State) -> None:
+    def _begin(self, part: Path, snapshot: Snapshot) -> None:
+        self._tidy()
+        (part / "state").mkdir(parents=True)
+        self.check_room(snapshot.config.num_parameters)
+        save_hf(part, snapshot.config, snapshot.weights, self.dtype, **self.special)
+        for name in TOKENIZER_FILES:
+            if self.tokenizer and (self.tokenizer / name).is_file():
+                shutil.copyfile(self.tokenizer / name, part / name)
+        _write_json(part / TRAINER, snapshot.position)
+
+    def _tidy(self) -> None:
+        """Undo what a killed run left half done."""
+        for replaced in self.folder.glob("step_*.replaced"):
+            if not replaced.with_suffix("").exists():
+                replaced.rename(replaced.with_suffix(""))
+            shutil.rmtree(replaced, ignore_errors=True)
         for leftover in self.folder.glob("*.tmp"):
-            shutil.rmtree(leftover)
-        part.mkdir(parents=True)
-        self.check_room(state.model.config.num_parameters)
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def check_room(self, parameters: int) -> None:
         """OSError where the disk has no room for one more checkpoint: fp32 weights, two moments and the export."""
@@ -86,33 +191,52 @@ class Checkpoints:
             text = f"a checkpoint needs {need / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free"
             raise OSError(errno.ENOSPC, text + "; free some space or lower checkpoint.keep")
 
-    def _write_hf(self, part: Path, state: State, weights: dict[str, torch.Tensor]) -> None:
-        save_hf(part, state.model.config, weights, self.dtype, **self.special)
-        for name in TOKENIZER_FILES:
-            if self.tokenizer and (self.tokenizer / name).is_file():
-                shutil.copyfile(self.tokenizer / name, part / name)
-
-    def _publish(self, part: Path, target: Path, sums: dict[str, str]) -> None:
-        _write_json(part / MANIFEST, {"files": sums})
+    def _publish(self, part: Path, target: Path, manifest: dict[str, Any]) -> None:
+        _write_json(part / MANIFEST, manifest)
         for path in [*part.rglob("*"), part]:
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        if target.exists():  # saved before, then gone back to an older one
-            shutil.rmtree(target)
+            _sync(path)
+        replaced = target.with_name(target.name + ".replaced")
+        if target.exists():  # saved before, then gone back to an older one; a kill between the renames is undone by _tidy
+            target.rename(replaced)
         part.rename(target)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
-    def _prune(self) -> None:
-        for path in step_folders(self.folder)[: -self.config.keep]:
-            doomed = path.rename(path.with_name(path.name + ".tmp"))  # never half a folder under a good name
-            shutil.rmtree(doomed)
+    def _prune(self, newest: Path) -> None:
+        """Keep the newest, ends of phases, and the best; of the best, where it is neither, the weights alone.
+
+        Only ever called right after `newest` was published whole. Folders without a readable manifest are not touched.
+        """
+        manifests = {path: content for path in step_folders(self.folder) if (content := read_manifest(path))}
+        with_state = [path for path, content in manifests.items() if TRAINER in content["files"]]
+        whole = {newest, *with_state[-self.config.keep :], *filter(_ends_a_phase, with_state)}
+        measured = {path: content["metric"] for path, content in manifests.items() if content.get("metric") is not None}
+        best = min(measured, key=measured.__getitem__) if measured and self.config.keep_best else None
+        for path, content in manifests.items():
+            if path in whole:
+                continue
+            if path != best:
+                doomed = path.rename(path.with_name(path.name + ".tmp"))  # never half a folder under a good name
+            elif (path / "state").exists():
+                files = {name: total for name, total in content["files"].items() if not name.startswith("state/")}
+                _write_json(path / "manifest.tmp", {**content, "files": files})
+                _sync(path / "manifest.tmp")
+                (path / "manifest.tmp").rename(path / MANIFEST)  # from here on state/ is no part of it
+                doomed = path / "state"
+            else:
+                continue
+            shutil.rmtree(doomed, ignore_errors=True)  # what is still read by others goes next time
 
     def newest(self) -> Path | None:
-        """The newest whole step folder, the same on all ranks. A damaged one is set aside as `step_N.damaged`."""
+        """Collective. The newest whole step folder with state/. A damaged one is set aside as `step_N.damaged`."""
+        self.wait()
         return on_main(self._newest)
 
     def _newest(self) -> Path | None:
+        self._tidy()
         for path in reversed(step_folders(self.folder)):
+            if not has_state(path):
+                continue
             problem = damage(path)
             if problem is None:
                 return path
@@ -121,6 +245,53 @@ class Checkpoints:
             path.rename(aside)
             print(f"warning: {path} is damaged ({problem}); set aside as {aside.name}", flush=True)
         return None
+
+
+class Copies:
+    """Copies of tensors on the CPU, pinned where they come from a GPU. The same memory serves the next save."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A copy of value, complete after finish(), good until the next take of that name."""
+        if name not in self.buffers:
+            self.buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return self.buffers[name].copy_(value.detach(), non_blocking=True)
+
+    def finish(self) -> None:
+        if any(buffer.is_pinned() for buffer in self.buffers.values()):
+            torch.cuda.synchronize()
+
+
+class _PlannerOfCopies(dcp.DefaultSavePlanner):
+    """Plans by the shapes of live tensors and writes the copies taken of them, where there are any."""
+
+    def __init__(self, copies: dict[str, torch.Tensor]):
+        super().__init__()
+        self.copies = copies
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self.copies[index.fqn] if index.fqn in self.copies else super().lookup_object(index)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """One file a rank, synced. Not several: torch 2.13 loses an error in any but the first of its writing threads."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder, per_thread_copy_ahead=0)  # no copying ahead: it waits for the GPU's stream
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # without torch's random id: equal states leave equal bytes
+
+
+def _shards(prefix: str, tree: dict[str, Any]) -> Iterable[tuple[str, torch.Tensor]]:
+    """This rank's shards of all tensors in nested dicts, under the names that DCP gives them."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _shards(f"{prefix}{key}.", value)
+        elif isinstance(value, torch.Tensor):
+            yield f"{prefix}{key}", value.to_local() if isinstance(value, DTensor) else value
 
 
 def load_state(folder: Path, state: State) -> dict[str, Any]:
@@ -133,7 +304,7 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for group, own in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(own)
-    position = json.loads((folder / "state" / "trainer.json").read_text())
+    position = read_position(folder)
     state.step, state.tokens = position["step"], position["tokens"]
     return position
 
@@ -144,104 +315,164 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """{"hash", "metric", "files": {name: checksum}} of a step folder; None where it has no readable one."""
+    try:
+        content = json.loads((folder / MANIFEST).read_text())
+        return content if isinstance(content["files"], dict) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a step folder is one to resume from, as far as its manifest says; also where that cannot be read."""
+    manifest = read_manifest(folder)
+    return (folder / "state").is_dir() if manifest is None else TRAINER in manifest["files"]
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a step folder, or None where every file of its manifest has its checksum."""
-    try:
-        sums = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+    manifest = read_manifest(folder)
+    if manifest is None:
         return f"no readable {MANIFEST}"
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
+    sums = manifest["files"]
+    for name in sums:
+        if not (folder / name).is_file():
             return f"{name} is missing"
-        if _checksum(path) != expected:
-            return f"{name} has changed"
-    return None
+    found = _hash_files(folder, list(sums), manifest.get("hash", "blake2b"))
+    return next((f"{name} has changed" for name in sums if found[name] != sums[name]), None)
 
 
 def identity(folder: Path) -> str:
     """A hash of all that is in a whole step folder."""
-    return _checksum(folder / MANIFEST)
+    return _checksum(folder / MANIFEST, "blake2b")
+
+
+def read_position(folder: Path) -> dict[str, Any]:
+    """trainer.json of a step folder."""
+    return json.loads((folder / TRAINER).read_text())
 
 
 def read_phase(folder: Path) -> str:
     """The phase that saved a step folder."""
-    return json.loads((folder / "state" / "trainer.json").read_text())["phase"]
+    return read_position(folder)["phase"]
 
 
 def check_whole(folder: Path) -> None:
     """ValueError where a step folder is damaged or cannot be resumed from."""
-    if not (folder / "state").is_dir():
+    if not has_state(folder):
         raise ValueError(f"{folder} has no state/ to resume from; use it as weights only with init_from={folder}")
     problem = damage(folder)
     if problem:
         raise ValueError(f"{folder} is damaged ({problem}); resume from another checkpoint")
 
 
-def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Collective. The model's whole weights on the CPU of the main rank, under its own names; {} on the others."""
+def _ends_a_phase(folder: Path) -> bool:
+    try:
+        position = read_position(folder)
+    except (OSError, ValueError):
+        return False
+    return position["step"] == position["phase_end"]
+
+
+def whole_weights(
+    model: torch.nn.Module, keep: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, whole: whole.cpu()
+) -> dict[str, torch.Tensor]:
+    """Collective. The model's whole weights on the CPU of the main rank, under its own names; {} on the others.
+
+    keep(name, whole) -> what is kept of one that is still on the device.
+    """
     weights = {}
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
-            weights[name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")] = whole.cpu()
+            weights[name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")] = keep(name, whole)
     return weights
 
 
-def on_main(work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Collective. Do it on the main rank; every rank gets what it returned, or raises what it raised."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
         except Exception as error:  # the others wait for what came of it, whatever that is
-            outcome[1] = error if _travels(error) else RuntimeError(f"on the main rank: {type(error).__name__}: {error}")
-    dist.broadcast_object_list(outcome, src=0)
+            outcome[1] = _portable(error)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def _travels(error: Exception) -> bool:
-    try:
-        return type(pickle.loads(pickle.dumps(error))) is type(error)
-    except Exception:
-        return False
-
-
-def on_every(work: Callable[[], object]) -> None:
-    """Collective. Do it on all ranks; if it fails with OSError on any, it fails so on all."""
-    problem: OSError | None = None
+def on_every(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+    """Collective. Do it on all ranks; if it fails on any, it fails so on all."""
+    problem: Exception | None = None
     try:
         work()
-    except OSError as error:
-        problem = error
     except dcp.api.CheckpointException as error:  # torch wraps what happened on each rank
         inner = next(iter(error.failures.values()))[0]
         problem = inner if isinstance(inner, OSError) else OSError(errno.EIO, f"the checkpoint was not written: {inner}")
+    except Exception as error:
+        problem = error
+    agree(problem, group)
+
+
+def agree(problem: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Collective. Raise on every rank what the first rank with a problem has; nothing where none has one."""
     problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    for found in problems:
-        if found is not None:
-            raise found
+    dist.all_gather_object(problems, problem and _portable(problem), group=group)
+    first = next((rank for rank, found in enumerate(problems) if found is not None), None)
+    if first is not None:
+        raise problem if problem and first == dist.get_rank() else problems[first]  # its own has its traceback
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Collective. Checksum of every file in a folder all ranks see, each rank hashing its share."""
-    names = on_main(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
-    rank, world = dist.get_rank(), dist.get_world_size()
-    own = {name: _checksum(folder / name) for name in names[rank::world]}
-    shares: list[Any] = [None] * world
-    dist.all_gather_object(shares, own)
-    return {name: total for share in shares for name, total in share.items()}
+def _portable(error: Exception) -> Exception:
+    """The error, or where it cannot travel between processes, one that says what it was."""
+    try:
+        if type(pickle.loads(pickle.dumps(error))) is type(error):
+            return error
+    except Exception:
+        pass
+    return RuntimeError(f"on rank {dist.get_rank()}: {type(error).__name__}: {error}")
 
 
-def _checksum(path: Path) -> str:
-    digest = blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
+def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
+    """Collective. Checksum of every file in a folder all ranks see, each rank hashing its share of the bytes."""
+    sizes = on_main(lambda: {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}, group)
+    loads = [0] * dist.get_world_size()
+    own = []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        loads[rank] += sizes[name]
+        if rank == dist.get_rank():
+            own.append(name)
+    mine: list[dict[str, str]] = []
+    on_every(lambda: mine.append(_hash_files(folder, own, "sha256")), group)
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, mine[0], group=group)
+    found = {name: total for share in shares for name, total in share.items()}
+    return {name: found[name] for name in sorted(found)}
+
+
+def _hash_files(folder: Path, names: list[str], kind: str) -> dict[str, str]:
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing and reading let other threads run
+        return dict(zip(names, pool.map(lambda name: _checksum(folder / name, kind), names), strict=True))
+
+
+def _checksum(path: Path, kind: str = "sha256") -> str:
+    digest = sha256() if kind == "sha256" else blake2b(digest_size=16)  # blake2b: of manifests that do not name a hash
+    block = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
     return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _write_json(path: Path, content: dict) -> None:

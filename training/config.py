@@ -8,7 +8,7 @@ from typing import Any
 from models.nanollama import ModelConfig
 from training.checkpoint import CheckpointConfig
 from training.fsdp_utils import ParallelConfig
-from training.gates import Gate
+from training.guard import FaultConfig
 from training.logger import LogConfig
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig
@@ -67,6 +67,8 @@ class RunConfig:
     run: str = "nanollama"
     phase: str = "phase1_pretrain"
     steps: int = 184_000  # updates in this phase
+    until: int | None = None  # step of the whole run to pause at, saved, before the phase ends
+    rope_theta_end: float | None = None  # theta rises evenly in its logarithm from model.rope_theta to this over the phase
     seed: int = 1337
     output_dir: str | None = None  # default: checkpoints/<run>/<phase>
     log_dir: str | None = None  # default: logs/<run>
@@ -80,9 +82,11 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
-    gates: tuple[Gate, ...] = ()
+    faults: FaultConfig = field(default_factory=FaultConfig)
 
     def __post_init__(self) -> None:
+        if self.rope_theta_end is not None and self.rope_theta_end <= 0:
+            raise ValueError(f"rope_theta_end={self.rope_theta_end} must be above 0")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
         if self.data.sequence_length > self.model.max_position_embeddings:
@@ -110,4 +114,4 @@ def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
     """The whole resolved config, as plain values that read back to the same run."""
-    return {**dataclasses.asdict(run), "gates": [dataclasses.asdict(gate) for gate in run.gates]}
+    return dataclasses.asdict(run)

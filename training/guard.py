@@ -4,6 +4,7 @@ import math
 import os
 import signal
 import time
+from dataclasses import dataclass, field, replace
 
 
 class StopSignal:
@@ -35,10 +36,73 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def check_finite(loss: float, grad_norm: float, step: int, place: int) -> None:
-    """ValueError where the global loss or gradient norm is not finite: the update is not applied, nothing is saved."""
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(
-            f"loss {loss} and gradient norm {grad_norm} at step {step} (data place {place}) are not finite, so the update was "
-            "not applied; go on from the last checkpoint with a lower optim.lr or longer schedule.warmup_steps"
+@dataclass(frozen=True)
+class FaultConfig:
+    """What is done about steps that are not fit to apply: skip them; after some in a row go back; after some of that stop."""
+
+    spike_sigma: float = 6.0  # a loss or gradient norm this many deviations above the window's mean is a spike; 0: never
+    window: int = 128  # good steps that mean and deviation are taken over; before it is full nothing is a spike
+    bad_in_a_row: int = 5  # skipped steps after which the run goes back to its newest checkpoint
+    max_rollbacks: int = 3  # more stop the run
+    lr_factor: float = 0.5  # of the learning rate, at each time it goes back
+    grad_clip: float = 0.5  # after it went back, where that is tighter than optim.grad_clip
+
+    def __post_init__(self) -> None:
+        if min(self.spike_sigma, self.max_rollbacks, self.grad_clip) < 0 or min(self.window, self.bad_in_a_row) < 1:
+            raise ValueError("faults: window and bad_in_a_row must be at least 1, the others not negative")
+        if not 0 < self.lr_factor <= 1:
+            raise ValueError(f"faults.lr_factor={self.lr_factor} must be above 0 and at most 1")
+
+
+@dataclass
+class Faults:
+    """What a run remembers of its good and bad steps; part of the State, so that a resumed run judges as it would have."""
+
+    losses: list[float] = field(default_factory=list)  # of the last good steps
+    norms: list[float] = field(default_factory=list)
+    bad_places: list[int] = field(default_factory=list)  # of the bad steps in a row up to now
+    left_out: list[int] = field(default_factory=list)  # places of this phase that are not read again
+    skipped: int = 0  # steps, over the whole run
+    rollbacks: int = 0
+    lr_scale: float = 1.0
+    grad_clip: float | None = None  # tightened to; None: as configured
+
+    def judge(self, loss: float, norm: float, config: FaultConfig) -> str | None:
+        """Why a step with this global loss and gradient norm is not to be applied; None, and remembered, where it is fit."""
+        for name, value, window in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
+            if not math.isfinite(value):
+                return f"{name} {value}"
+            if config.spike_sigma and len(window) >= config.window:
+                mean = math.fsum(window) / len(window)
+                deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in window) / len(window))
+                if value > mean + config.spike_sigma * deviation:
+                    return f"{name} {value:.3f}, more than {config.spike_sigma:g} deviations of {deviation:.3f} above {mean:.3f}"
+        self.losses, self.norms = [*self.losses, loss][-config.window :], [*self.norms, norm][-config.window :]
+        self.bad_places = []
+        return None
+
+    def note_bad(self, place: int) -> None:
+        """A step was skipped."""
+        self.skipped, self.bad_places = self.skipped + 1, [*self.bad_places, place]
+
+    def next_place(self, place: int) -> int:
+        """The first place from here on that is not left out."""
+        while place in self.left_out:
+            place += 1
+        return place
+
+    def go_back(self, earlier: "Faults", config: FaultConfig) -> "Faults":
+        """What is remembered after going back to a checkpoint that remembers `earlier`: its windows, and all that was learnt."""
+        return replace(
+            earlier,
+            bad_places=[],
+            left_out=sorted({*earlier.left_out, *self.left_out, *self.bad_places}),
+            skipped=self.skipped,
+            rollbacks=self.rollbacks + 1,
+            lr_scale=self.lr_scale * config.lr_factor,
+            grad_clip=config.grad_clip,
         )
+
+    def next_phase(self) -> "Faults":
+        """What is carried over a phase border: other data have other losses, and other places."""
+        return replace(self, losses=[], norms=[], bad_places=[], left_out=[])

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, load_state, read_phase
 from training.config import RunConfig
 from training.fsdp_utils import reshard, set_last_micro_batch
-from training.guard import StopSignal, check_finite
+from training.guard import Faults, StopSignal
 from training.logger import Log
 from training.meter import Meter
 from training.objectives import Objective
@@ -36,28 +36,42 @@ def train(
     model, device = state.model, next(state.model.parameters()).device
     schedule = WSDScheduler(run.schedule, run.optim.lr)
     meter = Meter(run.model, run.data.sequence_length, dist.get_world_size(), device)
-    end = state.phase_start + run.steps
+    end = min(state.phase_end, run.until or state.phase_end)
     if state.step >= end:
         return True
     model.train()
     log.open(state.step, end, state.phase)
-    with StopSignal() as stop:
+    with StopSignal() as stop, saves:  # does not leave before what it saves is written
         while state.step < end:
             meter.start()
-            step = loader.at(state.place)
+            if run.rope_theta_end:
+                model.set_rope_theta(theta_at(run, state))
+            place = state.faults.next_place(state.place)
+            step = loader.at(place)
             meter.data_ready()
-            lr = schedule(state.step)
-            sums, grad_norm = backward(run, model, step, objective)
+            lr = schedule(state.step) * state.faults.lr_scale
+            sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
             sums["stop"] = torch.tensor(float(stop.received > 0), device=device)
+            sums["save_failed"] = torch.tensor(float(saves.failed), device=device)
             means, stopping = reduce(sums, step.weight)
-            check_finite(means["loss"], grad_norm, state.step + 1, state.place)
+            if means.pop("save_failed"):
+                saves.wait()  # raises what went wrong, on every rank
+            state.place = place + 1
+            problem = state.faults.judge(means["loss"], grad_norm, run.faults)
+            if problem:
+                state.optimizer.zero_grad()
+                skip(run, state, saves, log, place, problem)
+                if stopping:
+                    saves.save(state)
+                    break
+                continue
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
             state.optimizer.step()
             state.optimizer.zero_grad()
-            state.step, state.place, state.tokens = state.step + 1, state.place + 1, state.tokens + step.tokens
+            state.step, state.tokens = state.step + 1, state.tokens + step.tokens
             last = stopping or state.step == end
-            metrics = {
+            metrics: dict[str, Any] = {
                 "step": state.step,
                 "phase": state.phase,
                 **means,
@@ -72,22 +86,69 @@ def train(
                 metrics |= validate(model, evaluate)
             log.metrics(metrics, last)
             if last or state.step % run.checkpoint.every == 0:
-                saves.save(state)
+                saves.save(state, metrics.get("val/loss"))
             if stopping:
                 break
-    log.close()
     return state.step == end
 
 
-def backward(run: RunConfig, model: Any, step: Any, objective: Objective) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of one step over its micro-batches, clipped. Returns this rank's sums and the global norm before clipping."""
+def theta_at(run: RunConfig, state: State) -> float:
+    """Rotary base of the next step: from model.rope_theta to rope_theta_end over the phase, evenly in its logarithm."""
+    assert run.rope_theta_end
+    done = (state.step - state.phase_start) / max(1, run.steps - 1)
+    return run.model.rope_theta * (run.rope_theta_end / run.model.rope_theta) ** done
+
+
+def skip(run: RunConfig, state: State, saves: Checkpoints, log: Log, place: int, problem: str) -> None:
+    """A step was not applied: write down which, and after too many in a row go back to the newest checkpoint.
+
+    ValueError where that has been done too often, or there is no checkpoint of this phase.
+    """
+    faults, policy = state.faults, run.faults
+    faults.note_bad(place)
+    where = f"step {state.step + 1} (data place {place})"
+    log.event("skipped", f"        {where} was not applied: {problem}", step=state.step + 1, place=place, problem=problem)
+    if len(faults.bad_places) < policy.bad_in_a_row:
+        return
+    if faults.rollbacks >= policy.max_rollbacks:
+        raise ValueError(
+            f"{problem} at {where}, {len(faults.bad_places)} bad steps in a row, and the run went back {faults.rollbacks} times "
+            "already: look at events.jsonl for what they share, then go on from the last checkpoint with a lower optim.lr"
+        )
+    newest = saves.newest()
+    if newest is None or read_phase(newest) != state.phase:
+        raise ValueError(
+            f"{problem} at {where}, {len(faults.bad_places)} bad steps in a row, and {state.phase} has no checkpoint to go back "
+            "to; begin it again with a lower optim.lr, a longer schedule.warmup_steps or a smaller checkpoint.every"
+        )
+    position = load_state(newest, state)
+    state.place, state.faults = position["place"], faults.go_back(Faults(**position["faults"]), policy)
+    log.open(state.step, state.phase_end, state.phase)
+    log.event(
+        "rollback",
+        f"        went back to {newest}; the learning rate is now {state.faults.lr_scale:g} of the schedule's",
+        step=state.step,
+        place=state.place,
+        left_out=faults.bad_places,
+        lr_scale=state.faults.lr_scale,
+        grad_clip=state.faults.grad_clip,
+    )
+
+
+def backward(
+    run: RunConfig, model: Any, step: Any, objective: Objective, grad_clip: float | None = None
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradients of one step over its micro-batches, clipped. Returns this rank's sums and the global norm before clipping.
+
+    grad_clip: tighter than run.optim.grad_clip, where not None.
+    """
     totals: dict[str, torch.Tensor] = {}
     for i, batch in enumerate(step.batches):
         set_last_micro_batch(model, i == len(step.batches) - 1, run.parallel.strategy)
         loss, sums = objective(model, batch)
         (loss / step.weight).backward()  # the shards add gradients up over ranks: no mean of means
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
-    limit = run.optim.grad_clip or float("inf")
+    limit = min(run.optim.grad_clip or float("inf"), grad_clip or float("inf"))
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     return totals, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 

@@ -34,7 +34,6 @@ def overrides(steps: int | None) -> list[str]:
         f"data.store={'checkpoints/test_mode/data'}",
         f"checkpoint={{every: {steps // 2}, keep: 2}}",
         f"validation={{every: {steps // 2}, rows: 8}}",
-        "gates=[]",
         "log_dir=logs/test_mode",
         "output_dir=checkpoints/test_mode/dummy",
     ]
@@ -42,7 +41,9 @@ def overrides(steps: int | None) -> list[str]:
 
 def clear(run: RunConfig) -> None:
     """Remove what an earlier test run left; ValueError where the folder holds anything else."""
-    leftovers = {run.checkpoints: ("step_*",), run.logs: ("metrics.jsonl", "dummy.*"), Path(run.data.store): ("tokens",)}
+    logs = ("metrics.jsonl", "events.jsonl", "training_log.md", "heartbeat", "hyperparameters.yaml", "git_commit_hash.txt")
+    more = ("dummy.*", "tensorboard", "wandb_run_urls.txt")
+    leftovers = {run.checkpoints: ("step_*",), run.logs: (*logs, *more), Path(run.data.store): ("tokens",)}
     for folder, of_a_test in leftovers.items():
         if folder.exists():
             known = {path for pattern in of_a_test for path in folder.glob(pattern)}

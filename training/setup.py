@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,9 +18,10 @@ import yaml
 
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
-from training.checkpoint import Checkpoints, damage, identity, load_state, on_main, read_phase, step_folders
+from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, on_main, read_phase, step_folders
 from training.config import RunConfig, to_dict
 from training.fsdp_utils import compute_dtype, wrap_model_fsdp
+from training.guard import Faults
 from training.optimizers import build_optimizer
 from training.state import State
 
@@ -81,7 +82,7 @@ def build(run: RunConfig, device: torch.device, seed: int | None = None) -> Stat
     if run.init_from:
         load_weights(model, Path(run.init_from))
     wrapped = wrap_model_fsdp(model, run.parallel, device)
-    return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase)
+    return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase, phase_end=run.steps)
 
 
 def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) -> str:
@@ -111,9 +112,11 @@ def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) ->
                 f"first, or branch off there with resume_from={source}"
             )
         state.place, state.phase_start, state.parent = 0, state.step, identity(source)
+        state.faults = Faults(**position["faults"]).next_phase()
         _check_end(run, state)
         return f"begins at step {state.step}, after {position['phase']}, from {source}"
     state.place, state.phase_start, state.parent = position["place"], position["phase_start"], position["parent"]
+    state.faults = Faults(**position["faults"])
     _check_end(run, state)
     if position["data"] != fingerprint and not run.data.accept_changed:
         raise ValueError(
@@ -143,7 +146,7 @@ def _find_checkpoint(path: Path, required: bool) -> Path | None:
     if (path / "config.json").is_file():
         return path
     folders = reversed(step_folders(path)) if path.is_dir() else ()
-    newest = next((folder for folder in folders if damage(folder) is None), None)
+    newest = next((folder for folder in folders if has_state(folder) and damage(folder) is None), None)
     if newest is None and required:
         raise ValueError(f"{path} holds no whole checkpoint; resume_from takes a step_N folder or the folder of one phase")
     return newest
@@ -206,7 +209,19 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def write_run_files(run: RunConfig, device: torch.device) -> None:
-    """Write <phase>.config.yaml and <phase>.environment.json beside the log; the config file can be run again as it is."""
+    """Write beside the log what this phase runs with: its config, which can be run again as it is, environment and commit.
+
+    hyperparameters.yaml and git_commit_hash.txt are of the start that was last; <phase>.config.yaml stays for each phase.
+    """
     run.logs.mkdir(parents=True, exist_ok=True)
-    (run.logs / f"{run.phase}.config.yaml").write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
-    (run.logs / f"{run.phase}.environment.json").write_text(json.dumps(environment(device), indent=2) + "\n")
+    found = environment(device)
+    for name in ("hyperparameters.yaml", f"{run.phase}.config.yaml"):
+        (run.logs / name).write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
+    (run.logs / f"{run.phase}.environment.json").write_text(json.dumps(found, indent=2) + "\n")
+    commit = f"{found['git']}{'' if found['git_clean'] else ' with uncommitted changes'}" if found["git"] else "no git checkout"
+    (run.logs / "git_commit_hash.txt").write_text(commit + "\n")
+
+
+def secrets(names: Iterable[str]) -> dict[str, str]:
+    """Values of those environment variables that are set."""
+    return {name: os.environ[name] for name in names if name in os.environ}

@@ -1,9 +1,11 @@
 """All that a run carries from one update to the next."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+
+from training.guard import Faults
 
 
 @dataclass
@@ -23,9 +25,10 @@ class State:
     place: int = 0
     tokens: int = 0  # seen by the run so far, all phases
     data: str = ""  # the loader's fingerprint
+    faults: Faults = field(default_factory=Faults)
     parent: str = ""  # identity of the checkpoint that this phase began from, "" for none
 
     def position(self) -> dict[str, Any]:
         """What trainer.json holds."""
         names = ("phase", "phase_start", "phase_end", "step", "place", "tokens", "data", "parent")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "faults": asdict(self.faults)}

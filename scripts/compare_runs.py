@@ -1,0 +1,232 @@
+"""Lay runs over each other: curves by step and by tokens as a PNG, figures as a Markdown table.
+
+python -m scripts.compare_runs logs/a logs/b --output results/compare      # compare.png and compare.md
+"""
+
+import argparse
+import math
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from entrypoint import user_errors
+from training.logger import read_lines
+
+MARKS = {  # kind of event, or outcome of a gate -> (marker, colour) on the loss curve
+    "go": ("D", "#2ca02c"),
+    "caution": ("D", "#ffbf00"),
+    "no-go": ("D", "#d62728"),
+    "extend": (">", "#2ca02c"),
+    "skipped": ("x", "#d62728"),
+    "rollback": ("v", "#d62728"),
+    "stuck": ("s", "#9467bd"),
+    "failed": ("X", "black"),
+    "stopped": ("P", "0.5"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    events: list[dict[str, Any]]
+
+    def column(self, key: str) -> np.ndarray:
+        """A metric of every step, NaN where a step has none."""
+        return np.array([float(row.get(key, math.nan)) for row in self.rows])
+
+    def smooth(self, key: str) -> np.ndarray:
+        """Running mean of the running median, both centred, so without lag and spikes; afresh in each phase of other text."""
+        import pandas
+
+        values = pandas.Series(self.column(key)).replace([np.inf, -np.inf], np.nan)
+        window = {"window": 1 + 2 * int(np.clip(len(values) / 100, 2, 100)), "center": True, "min_periods": 1}
+        parts = [values[a:b].rolling(**window).median().rolling(**window).mean() for _, a, b in self.phases()]
+        return np.concatenate(parts)
+
+    def measured(self, key: str) -> list[tuple[int, int, float, str]]:
+        """(step, tokens, value, phase) of the steps at which a held-out metric was measured."""
+        return [(row["step"], row["tokens"], float(row[key]), row["phase"]) for row in self.rows if key in row]
+
+    def sources(self) -> list[str]:
+        """Names of the held-out sources, as first measured."""
+        keys = dict.fromkeys(key for row in self.rows for key in row if key.startswith("val/") and key.count("/") == 2)
+        return list(dict.fromkeys(key.split("/")[1] for key in keys))
+
+    def phases(self) -> list[tuple[str, int, int]]:
+        """(phase, index of its first row, index after its last)."""
+        found, begin = [], 0
+        for phase, rows in groupby(self.rows, key=lambda row: row["phase"]):
+            end = begin + sum(1 for _ in rows)
+            found.append((phase, begin, end))
+            begin = end
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that hold metrics.jsonl")
+    parser.add_argument("--output", type=Path, default=Path("results/compare"), help="without suffix")
+    args = parser.parse_args()
+    with user_errors():
+        runs = open_runs(args.runs)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        picture, text = Path(f"{args.output}.png"), table(runs)
+        plot(runs, picture)
+        Path(f"{args.output}.md").write_text(text)
+        print(f"{text}\ncurves: {picture}, this table: {args.output}.md")
+
+
+def open_runs(folders: list[Path]) -> list[Run]:
+    """Runs by their folders' names, or whole paths where names are the same; ValueError where there are no metrics."""
+    names = [folder.resolve().name for folder in folders]
+    runs = []
+    for folder, name in zip(folders, names, strict=True):
+        rows = read_lines(folder / "metrics.jsonl")
+        if not rows:
+            raise ValueError(f"{folder / 'metrics.jsonl'} has no metrics yet; train first")
+        runs.append(Run(name if names.count(name) == 1 else str(folder), rows, read_lines(folder / "events.jsonl")))
+    return runs
+
+
+def table(runs: list[Run]) -> str:
+    """A Markdown table, a column a run. Skipped updates are counted once, however often a restart came past them."""
+    sources = list(dict.fromkeys(source for run in runs for source in run.sources()))
+    columns = [_figures(run, sources) for run in runs]
+    lines = ["| | " + " | ".join(run.name for run in runs) + " |", "|---|" + "---:|" * len(runs)]
+    lines += [f"| {name} | " + " | ".join(column[name] for column in columns) + " |" for name in columns[0]]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(run: Run, sources: list[str]) -> dict[str, str]:
+    losses = run.measured("val/loss")
+    finite = [found for found in losses if math.isfinite(found[2])]
+    best = min(finite, key=lambda found: found[2]) if finite else None
+    speed, seconds = run.column("tokens_per_s"), run.column("step_s")
+    skipped = {(event.get("phase"), event.get("place", event.get("step"))) for event in run.events if event["event"] == "skipped"}
+    figures = {
+        "last step, phase": f"{run.rows[-1]['step']:,}, {run.rows[-1]['phase']}",
+        "tokens": f"{run.rows[-1].get('tokens', math.nan):,}",
+        "hours in steps": f"{np.nansum(seconds) / 3600:.2f}",
+        "tokens/s, median": f"{np.nanmedian(speed):,.0f}",
+        "training loss, smoothed": f"{run.smooth('loss')[-1]:.3f}",
+        "held-out loss, last": f"{losses[-1][2]:.3f}" if losses else "-",
+        "held-out loss, best": f"{best[2]:.3f} (step {best[0]:,}, {best[3]})" if best else "-",
+    }
+    for source in sources:
+        bits = run.measured(f"val/{source}/bits_per_byte")
+        figures[f"bits per byte, {source}"] = f"{bits[-1][2]:.3f}" if bits else "-"
+    figures["skipped updates"] = str(len(skipped))
+    figures["roll-backs"] = str(sum(event["event"] == "rollback" for event in run.events))
+    return figures
+
+
+def plot(runs: list[Run], output: Path) -> None:
+    """Loss, held-out loss, learning rate, gradient norm and tokens per second by step; of several runs by tokens as well."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    alone, panels = len(runs) == 1, ("training loss", "held-out loss", "learning rate", "gradient norm", "tokens/s")
+    scales = ("step",) if alone else ("step", "tokens")
+    figure, grid = plt.subplots(
+        5,
+        len(scales),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        figsize=(3 + 6 * len(scales), 13),
+        height_ratios=[3, 3, 1.3, 1.3, 1.3],
+        layout="constrained",
+    )
+    named = [i for i, run in enumerate(runs) if i == 0 or not _alike(run, runs[0])]
+    levels = [3 * named[::-1].index(i) if i in named else None for i in range(len(runs))]
+    for axes, scale in zip(grid.T, scales, strict=True):
+        for i, run in enumerate(runs):
+            color, x = f"C{i}", run.column(scale)
+            for axis, key in ((axes[0], "loss"), (axes[3], "grad_norm"), (axes[4], "tokens_per_s")):
+                axis.plot(x, run.column(key), color=color, alpha=0.3 if alone else 0.15, linewidth=0.6, zorder=1)
+                axis.plot(x, run.smooth(key), color=color, linewidth=1.5, zorder=3, label=run.name)
+            axes[2].plot(x, run.column("lr"), color=color, linewidth=1.4)
+            _held_out(axes[1], run, scale, color, alone)
+            _borders(axes, run, x, "0.3" if len(named) == 1 else color, levels[i])
+        for run in runs:
+            _events(axes[0], run, run.column(scale))
+        axes[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes[-1].set_xlabel(scale)
+    axes = grid[:, 0]
+    axes[3].set_yscale("log")
+    axes[3].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[3].yaxis.set_major_formatter("{x:g}")
+    axes[3].yaxis.set_minor_formatter(NullFormatter())
+    axes[4].yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axis, name in zip(axes, panels, strict=True):
+        axis.set_ylabel(name)
+    _limit(axes[0], [run.column("loss") for run in runs])
+    _limit(axes[4], [run.column("tokens_per_s") for run in runs], floor=0.0)
+    for axis in axes[:2]:
+        labels = axis.get_legend_handles_labels()
+        handles = {name: handle for handle, name in zip(*labels, strict=True)}  # one entry a name
+        if handles:
+            axis.legend(handles.values(), handles.keys(), fontsize=8)
+    for axis in grid.flat:
+        axis.grid(alpha=0.25)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def _held_out(axis: Any, run: Run, scale: str, color: str, alone: bool) -> None:
+    """A line over all sources for each phase, as phases are measured on their own texts; a run alone shows each source."""
+    place = ("step", "tokens").index(scale)
+    keys = {source: f"val/{source}/loss" for source in run.sources()} if alone else {run.name: "val/loss"}
+    for i, (name, key) in enumerate(keys.items()):
+        style = {"color": f"C{i + 1}" if alone else color, "markersize": 4, "linewidth": 1.2, "label": name}
+        for _, points in groupby(run.measured(key), key=lambda found: found[3]):
+            part = list(points)
+            axis.plot([point[place] for point in part], [point[2] for point in part], "o-", **style)
+
+
+def _borders(axes: Any, run: Run, x: np.ndarray, color: str, level: int | None) -> None:
+    """A dotted line where a phase begins; its name above the top panel, on three lines by turns so that short phases fit."""
+    for i, (phase, begin, end) in enumerate(run.phases()):
+        if begin:
+            for axis in axes:
+                axis.axvline((x[begin - 1] + x[begin]) / 2, color=color, linestyle=":", linewidth=1.2)
+        if level is not None:
+            middle, height = (x[begin] + x[end - 1]) / 2, 1.02 + 0.05 * (level + i % 3)
+            axes[0].text(middle, height, phase, transform=axes[0].get_xaxis_transform(), ha="center", fontsize=8, color=color)
+
+
+def _alike(run: Run, other: Run) -> bool:
+    """Whether the phases of a run, as far as it got, begin where the other's do; then the other's names will do."""
+    begins = [[(phase, part.rows[begin]["step"]) for phase, begin, _ in part.phases()] for part in (run, other)]
+    return begins[0] == begins[1][: len(begins[0])]
+
+
+def _events(axis: Any, run: Run, x: np.ndarray) -> None:
+    """Marks on the smoothed loss at the steps of events."""
+    steps, losses = run.column("step"), run.smooth("loss")
+    for kind, (marker, color) in MARKS.items():
+        found = [event for event in run.events if kind in (event["event"], event.get("outcome"))]
+        places = [event["step"] for event in found if isinstance(event.get("step"), int)]
+        if places:
+            at = np.clip(np.searchsorted(steps, places), 0, len(steps) - 1)
+            axis.scatter(x[at], losses[at], marker=marker, color=color, s=42, zorder=5, label=kind)
+
+
+def _limit(axis: Any, values: list[np.ndarray], floor: float | None = None) -> None:
+    """Limits that a few wild values do not stretch."""
+    finite = np.concatenate([part[np.isfinite(part)] for part in values])
+    if len(finite):
+        low, high = np.quantile(finite, [0.0, 0.995])
+        margin = 0.05 * (high - low) or 1.0
+        axis.set_ylim(low - margin if floor is None else floor, high + margin)
+
+
+if __name__ == "__main__":
+    main()

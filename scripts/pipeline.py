@@ -1,0 +1,195 @@
+"""Carry a plan out: data, then phase after phase, pausing at milestones to measure, judge and decide, then what comes after.
+
+python -m scripts.pipeline --plan configs/plan_1b.yaml
+python -m scripts.pipeline --plan configs/plan_1b.yaml --extend phase1_pretrain=20000       # later steps move by as many
+python -m scripts.pipeline --plan configs/plan_1b.yaml --accept "HellaSwag is fine, text was looked at"
+python -m scripts.pipeline --plan configs/plan_1b.yaml --branch early --at 150000 --steps 15000   # a decay of its own
+
+Every stage is a command that can be run by hand; it is printed first. What is done is skipped, what was killed goes on
+where it stood: to go on, run this again. Exit status 3: a gate said no-go.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from entrypoint import user_errors
+from training import setup
+from training.checkpoint import damage, identity, step_folders
+from training.curriculum import Milestone, Plan, Stretch, load_plan, stretches
+from training.gates import decide, judge
+from training.logger import append_event, open_alerts
+
+NO_GO = 3
+
+
+class Pipeline:
+    """A plan being carried out. It keeps what it decided in logs/<run>/ and its measurements in results/<run>/."""
+
+    def __init__(self, plan: Plan, extend: dict[str, int], accept: str | None):
+        self.plan, self.number = plan, 0
+        self.accept = accept or (f"extended {extend}" if extend else None)  # that is what a no-go may advise
+        run = stretches(plan)[0].run
+        self.logs, self.results = run.logs, Path("results") / run.run
+        self.alerts = open_alerts(self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets))
+        self.longer = self._extensions(extend)
+        self.stretches = stretches(plan, self.longer)
+
+    def run(self) -> None:
+        for sentence, command in self.plan.before.items():
+            self.stage(sentence, shlex.split(command))
+        before: Path | None = None
+        for stretch in self.stretches:
+            for stop in sorted({milestone.at for milestone in stretch.phase.milestones} | {stretch.end}):
+                self.train(stretch, stop, before)
+                for milestone in stretch.phase.milestones:
+                    if milestone.at == stop:
+                        self.judge(milestone, stretch)
+            before = stretch.run.checkpoints
+        checkpoint = step_folders(self.stretches[-1].run.checkpoints)[-1]
+        for sentence, command in self.plan.after.items():
+            self.stage(sentence, shlex.split(command.format(checkpoint=checkpoint)))
+
+    def train(self, stretch: Stretch, stop: int, before: Path | None, extra: tuple[str, ...] = ()) -> None:
+        """Train a phase up to step `stop`, unless it is there already."""
+        run = stretch.run
+        folders = step_folders(run.checkpoints)
+        if folders and int(folders[-1].name[5:]) >= stop and damage(folders[-1]) is None:
+            return
+        launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={self.plan.ranks}", "train.py"]
+        settings = [f"until={stop}"] if stop < stretch.end else []
+        if self.longer:
+            settings += [f"steps={run.steps}", f"schedule.total_steps={run.schedule.total_steps}"]
+        resume = ["--resume_from", str(before)] if before else []
+        data = run.data
+        self.stage(
+            f"Training, phase {run.phase}, steps {stretch.begin} to {stop} of {stretch.end}: {', '.join(data.mix)}, "
+            f"{data.sequence_length} tokens a row, rope theta {run.model.rope_theta:,.0f}",
+            [*launch, "--config", stretch.phase.config, *resume, *settings, *extra],
+        )
+
+    def judge(self, milestone: Milestone, stretch: Stretch) -> None:
+        """Measure and judge a milestone, once; SystemExit(3) where that ends the plan here."""
+        folder = self.results / f"step_{milestone.at}"
+        path = folder / "decision.json"
+        done = json.loads(path.read_text()) if path.is_file() else {"gates": None}
+        if done["gates"] == _plain(milestone.gates) and (done["outcome"] != "no-go" or done["accepted"]):
+            return
+        checkpoint = stretch.run.checkpoints / f"step_{milestone.at}"
+        metrics: dict = {}
+        for name in milestone.evals:
+            output = folder / f"{name}.json"
+            wanted = identity(checkpoint)
+            measured = json.loads(output.read_text()) if output.is_file() else {}
+            if measured.get("of") != wanted:
+                command = self.plan.evals[name].format(checkpoint=checkpoint, output=output)
+                self.stage(f"Measuring {name} at step {milestone.at}", shlex.split(command))
+                measured = {**json.loads(output.read_text()), "of": wanted}
+                output.write_text(json.dumps(measured, indent=2) + "\n")
+            metrics |= measured["metrics"]
+        verdicts = [judge(gate, metrics) for gate in milestone.gates]
+        outcome = decide(verdicts) if verdicts else "go"
+        for verdict in verdicts:
+            print(f"    {verdict}")
+        accepted = self.accept if outcome == "no-go" else None
+        folder.mkdir(parents=True, exist_ok=True)
+        decision = {"step": milestone.at, "outcome": outcome, "accepted": accepted, "gates": _plain(milestone.gates)}
+        values = [verdict.value for verdict in verdicts]
+        path.write_text(json.dumps({**decision, "values": values, "of": identity(checkpoint)}, indent=2) + "\n")
+        text = f"{outcome} at step {milestone.at}: " + "; ".join(map(str, verdicts))
+        append_event(self.logs, "gate", text, **decision, values=values, advice=milestone.advice)
+        self.alerts.send("gate", f"{stretch.run.run}: {outcome} at step {milestone.at}", f"{text}\n{milestone.advice}")
+        self.alerts.flush()
+        print(f"decision at step {milestone.at}: {outcome.upper()}" + (f", accepted: {accepted}" if accepted else ""), flush=True)
+        if outcome != "go" and milestone.advice:
+            print(f"the plan advises: {milestone.advice}", flush=True)
+        if outcome == "no-go" and not accepted:
+            print('To go on all the same, give --accept "reason".', file=sys.stderr)
+            raise SystemExit(NO_GO)
+        self.accept = None if accepted else self.accept  # a reason is for one decision
+
+    def branch(self, name: str, at: int, steps: int) -> None:
+        """Decay the learning rate over `steps` steps from a checkpoint of the stable part, beside the run itself."""
+        found = [s for s in self.stretches if (s.run.checkpoints / f"step_{at}").is_dir()]
+        if not found:
+            raise ValueError(f"there is no checkpoint of step {at} to branch from; checkpoint.keep says how many are kept")
+        run = found[0].run
+        schedule = f"schedule={{warmup_steps: {run.schedule.warmup_steps}, total_steps: {at + steps}, decay_steps: {steps}}}"
+        where = f"checkpoints/{run.run}/branch_{name}"
+        launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={self.plan.ranks}", "train.py"]
+        folders = [f"output_dir={where}", f"log_dir={self.logs}/branch_{name}"]
+        settings = [f"phase=branch_{name}", f"steps={steps}", schedule, *folders]
+        resume = ["--config", found[0].phase.config, "--resume_from", str(run.checkpoints / f"step_{at}")]
+        self.stage(f"Branch {name}: the rate decays over steps {at} to {at + steps}", [*launch, *resume, *settings])
+
+    def stage(self, sentence: str, command: list[str]) -> None:
+        """Run one stage; if it fails, leave with its status after saying what to do."""
+        self.number += 1
+        print(f"\n[{self.number}] {sentence}\n    {subprocess.list2cmdline(command)}", flush=True)
+        began = time.monotonic()
+        ranks = self.plan.ranks if "train.py" in command else 1
+        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+        program = [sys.executable, *command[1:]] if command[0] == "python" else command
+        process = subprocess.Popen(program, env=environment)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the stage was told too: let it save
+            status = process.wait() or 130
+        print(f"    {time.monotonic() - began:.0f} s", flush=True)
+        if status:
+            how = "was interrupted" if status in (130, 143) else f"stopped (exit status {status}); what went wrong is said above"
+            print(f"\nStage {self.number} {how}. The same command goes on from here.", file=sys.stderr)
+            raise SystemExit(status)
+
+    def _extensions(self, asked: dict[str, int]) -> dict[str, int]:
+        """Steps that phases were extended by, now and in earlier calls."""
+        path = self.logs / "extensions.json"
+        longer = json.loads(path.read_text()) if path.is_file() else {}
+        if asked:
+            longer = {**longer, **asked}
+            stretches(self.plan, longer)  # complains before anything is written down
+            append_event(self.logs, "extend", f"phases run on: {asked}", **asked)
+            path.write_text(json.dumps(longer) + "\n")
+        return longer
+
+
+def _plain(gates) -> list[dict]:
+    return [vars(gate) for gate in gates]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", required=True, type=Path)
+    parser.add_argument("--extend", nargs="*", default=[], metavar="PHASE=STEPS", help="let a phase run on after its end")
+    parser.add_argument("--accept", metavar="REASON", help="go on after a no-go; the reason is recorded")
+    parser.add_argument("--branch", metavar="NAME", help="decay from a checkpoint, with --at and --steps, and do nothing else")
+    parser.add_argument("--at", type=int, help="step of the checkpoint that the branch begins from")
+    parser.add_argument("--steps", type=int, help="steps of the branch")
+    args = parser.parse_args()
+    began = time.monotonic()
+    with user_errors():
+        pipeline = Pipeline(load_plan(args.plan), dict(_extension(text) for text in args.extend), args.accept)
+        if args.branch:
+            if not (args.at and args.steps):
+                raise ValueError("--branch needs --at STEP and --steps N")
+            pipeline.branch(args.branch, args.at, args.steps)
+        else:
+            pipeline.run()
+    print(f"\nDone in {time.monotonic() - began:.0f} s.")
+
+
+def _extension(text: str) -> tuple[str, int]:
+    name, equals, steps = text.partition("=")
+    if not equals or not steps.lstrip("-").isdigit():
+        raise ValueError(f"--extend {text} must be PHASE=STEPS")
+    return name, int(steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Check that checkpoints are whole: every file against its checksum, and that what is in them can be read.
+
+python -m scripts.verify_checkpoint checkpoints/nanollama_1b                                        # a run, a phase or a step_N
+python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/phase1/step_2000        # and bit for bit the same?
+
+Exit status 1 if one is damaged, or differs.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from entrypoint import user_errors
+from training.checkpoint import damage, has_state, read_manifest, read_position, step_folders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="a step_N folder, the folder of a phase, or the folder of a run")
+    parser.add_argument("--against", type=Path, metavar="OTHER", help="a step_N folder whose weights and state must be equal")
+    args = parser.parse_args()
+    with user_errors():
+        folders = find(args.path)
+        if args.against and [folders, find(args.against)] != [[args.path], [args.against]]:
+            raise ValueError("--against compares one step_N folder with another; give two of them")
+        damaged = 0
+        for folder in [*folders, *([args.against] if args.against else [])]:
+            problem = damage(folder) or unreadable(folder)
+            damaged += problem is not None
+            print(f"{folder}: {'DAMAGED: ' + problem if problem else describe(folder)}", flush=True)
+        different = list(differences(args.path, args.against)) if args.against and not damaged else []
+        for line in different:
+            print(f"DIFFERENT: {line}")
+        if args.against and not damaged and not different:
+            print("the same, bit for bit")
+    raise SystemExit(1 if damaged or different else 0)
+
+
+def find(path: Path) -> list[Path]:
+    """The step folders at or under a path, oldest first in each phase; ValueError where there is none."""
+    if (path / "config.json").is_file() or path.name.startswith("step_"):
+        found = [path] if path.is_dir() else []
+    else:
+        found = [step for folder in [path, *sorted(path.glob("*/"))] for step in step_folders(folder)]
+    if not found:
+        raise ValueError(f"{path} holds no step_N folder; give one, the folder of a phase, or the folder of a run")
+    return found
+
+
+def describe(folder: Path) -> str:
+    """One line on a whole step folder."""
+    manifest = read_manifest(folder)
+    assert manifest
+    size = sum((folder / name).stat().st_size for name in manifest["files"])
+    metric = "" if manifest.get("metric") is None else f", held-out loss {manifest['metric']:.4f}"
+    if not has_state(folder):
+        return f"weights only, {len(manifest['files'])} files, {size / 1e9:.3f} GB{metric}"
+    position = read_position(folder)
+    end = ", end of the phase" if position["step"] == position["phase_end"] else ""
+    return f"whole, {len(manifest['files'])} files, {size / 1e9:.3f} GB, {position['phase']} step {position['step']}{end}{metric}"
+
+
+def unreadable(folder: Path) -> str | None:
+    """What cannot be read although its checksum is right: the weights' header, trainer.json, the index of the state."""
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            if not list(file.keys()):
+                return "model.safetensors holds no weights"
+        if has_state(folder):
+            position = read_position(folder)
+            if f"step_{position['step']}" != folder.name:
+                return f"state/trainer.json is of step {position['step']}"
+            index = dcp.FileSystemReader(folder / "state").read_metadata()
+            for place in (index.storage_data or {}).values():
+                if (folder / "state" / place.relative_path).stat().st_size < place.offset + place.length:
+                    return f"state/{place.relative_path} is shorter than its index says"
+    except (SafetensorError, OSError, ValueError, KeyError, EOFError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def differences(one: Path, other: Path) -> Iterator[str]:
+    """What differs between two step folders: weights, moments and counters bit by bit, then where they stand."""
+    with safe_open(one / "model.safetensors", framework="pt") as a, safe_open(other / "model.safetensors", framework="pt") as b:
+        yield from _compare("weights", set(a.keys()), set(b.keys()), a.get_tensor, b.get_tensor)
+    if not (has_state(one) and has_state(other)):
+        if has_state(one) or has_state(other):
+            yield f"{other if has_state(one) else one} has no state/"
+        return
+    (a_names, a_get), (b_names, b_get) = _state(one), _state(other)
+    yield from _compare("state", a_names, b_names, a_get, b_get)
+    positions = read_position(one), read_position(other)
+    for name in sorted(positions[0].keys() | positions[1].keys()):
+        values = [json.dumps(position.get(name)) for position in positions]
+        if values[0] != values[1]:
+            yield f"trainer.json: {name} is {values[0][:80]} and {values[1][:80]}"
+
+
+def _compare(what: str, a_names: set[str], b_names: set[str], a_get: Any, b_get: Any) -> Iterator[str]:
+    for name in sorted(a_names ^ b_names):
+        yield f"{what}: {name} is in one of them only"
+    for name in sorted(a_names & b_names):
+        if not _same(a_get(name), b_get(name)):
+            yield f"{what}: {name}"
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equal in type, shape and every bit: a NaN equals itself, 0.0 does not equal -0.0."""
+    if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
+        return a == b
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _state(folder: Path) -> tuple[set[str], Any]:
+    """The names of all that is in state/, and a function that reads one of them whole, however many ranks wrote it."""
+    index = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+
+    def read(name: str) -> Any:
+        entry = index[name]
+        content: dict[str, Any] = {name: None}
+        if isinstance(entry, TensorStorageMetadata):
+            content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that no ranks are here
+            dcp.load(content, checkpoint_id=folder / "state", no_dist=True)
+        return content[name]
+
+    return set(index), read
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Watch a run from outside and raise an alert when it no longer makes steps: killed, hung, or its machine gone.
+
+python -m scripts.watch logs/nanollama_1b --stale 600
+
+Alerts are those of the run's own config (log.alerts) and of --alert. Start it on another machine that sees the folder, if
+there is one: a machine that is gone says nothing. It watches until it is interrupted, over ends of phases and restarts.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from entrypoint import user_errors
+from training import setup
+from training.alerts import Alerts
+from training.config import load
+from training.logger import append_event, open_alerts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="the folder that holds heartbeat and hyperparameters.yaml")
+    parser.add_argument("--stale", type=float, default=600, help="seconds without a step; more than validation and saving take")
+    parser.add_argument("--alert", metavar="COMMAND", help="a shell command that reads the alert on its standard input")
+    args = parser.parse_args()
+    with user_errors():
+        config = load(args.run / "hyperparameters.yaml").log.alerts
+        config = replace(config, events=("stuck", "recovered"), command=args.alert or config.command, quiet_s=0.0, wandb=False)
+        alerts = open_alerts(args.run, config, setup.secrets(config.secrets))
+        print(f"watching {args.run / 'heartbeat'}; Ctrl-C ends it", flush=True)
+        watch(args.run, args.stale, alerts)
+
+
+def watch(run: Path, stale: float, alerts: Alerts) -> None:
+    """For ever: an event and an alert where a heartbeat that says running has not changed for `stale` seconds."""
+    seen, since, stuck = "", time.monotonic(), False  # by this machine's clock, as the run's may be another
+    while True:
+        text = (run / "heartbeat").read_text() if (run / "heartbeat").is_file() else ""
+        beat, was_stuck = json.loads(text or "{}"), stuck
+        if text != seen:
+            seen, since, stuck = text, time.monotonic(), False
+        elif beat.get("status") == "running" and time.monotonic() - since >= stale:
+            stuck = True
+        if stuck != was_stuck:
+            kind, what = ("stuck", f"no step for {stale:g} s") if stuck else ("recovered", "it moves again")
+            what += f"; step {beat.get('step')} of {beat.get('phase')}, process {beat.get('pid')} on {beat.get('host')}"
+            append_event(run, kind, what, phase=beat.get("phase"), step=beat.get("step"))
+            print(f"{kind}: {what}", flush=True)
+            alerts.send(kind, f"{run.absolute().name}: {kind}", f"{what}\n{run.absolute()}")
+            alerts.flush()
+        time.sleep(min(5.0, stale / 10))
+
+
+if __name__ == "__main__":
+    main()

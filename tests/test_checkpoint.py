@@ -1,0 +1,478 @@
+"""Checkpoints under all that can happen to them: killed, full, damaged, pruned, saved in the background."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, read_metrics, train_here
+from torch.distributed.checkpoint.state_dict import get_state_dict
+
+import train
+from models.hf import load_hf
+from scripts import verify_checkpoint
+from training import checkpoint, setup
+from training.checkpoint import CheckpointConfig, Checkpoints, damage, has_state, load_state, step_folders
+from training.config import load
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(folder)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def started(settings):
+    """Make a state and checkpoints of it: started("checkpoint.keep=1") -> (state, saves), in a group of one rank."""
+    with setup.ranks() as device:
+
+        def make(*overrides: str):
+            run = load(ROOT / "configs" / "test_mode.yaml", settings(*overrides))
+            state = setup.build(run, device)
+            state.phase_end = 1000
+            return state, Checkpoints(run.checkpoints, run.checkpoint, torch.bfloat16, None, {})
+
+        yield make
+
+
+def change(state) -> None:
+    """What a step does to a state, in place."""
+    state.step += 1
+    with torch.no_grad():
+        for parameter in state.model.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(state.step))
+            parameter.to_local().add_(noise, alpha=0.01)  # one rank holds all
+            parameter.grad = parameter.detach().clone()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+
+
+def tensors(state) -> list[torch.Tensor]:
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    moments = [value for values in optimizer["state"].values() for value in values.values()]
+    return [
+        value.full_tensor().clone() if hasattr(value, "full_tensor") else value.clone() for value in [*model.values(), *moments]
+    ]
+
+
+# Processes that begin in milliseconds: forked from one that has imported everything.
+
+
+@pytest.fixture(scope="module")
+def spawn():
+    """spawn(function, *arguments) -> a started process of its own session."""
+    before = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_checkpoint", "torch._dynamo", "torch.onnx", "torch._inductor.config"])
+
+    def start(function, *arguments):
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        return process
+
+    yield start
+    os.environ["PYTHONPATH"] = before
+
+
+def one_rank(overrides: list[str], rank: int = 0, ranks: int = 1, port: int = 0, sabotage=None, stderr: str = "") -> None:
+    """train.py's main as one of several ranks, as torchrun would begin it."""
+    if ranks > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if stderr:
+        sys.stderr = open(f"{stderr}.{rank}", "w")  # noqa: SIM115
+    if sabotage:
+        sabotage(rank)
+    sys.argv = ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *overrides]
+    os.chdir(ROOT)
+    train.main()
+
+
+@contextmanager
+def ranks_of(spawn, overrides: list[str], ranks: int, sabotage=None, stderr: str = ""):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [spawn(one_rank, overrides, rank, ranks, port, sabotage, stderr) for rank in range(ranks)]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def run_ranks(spawn, overrides: list[str], ranks: int, seconds: float = 60, **how) -> list[int | None]:
+    """The exit statuses of that many ranks."""
+    with ranks_of(spawn, overrides, ranks, **how) as processes:
+        end = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, end - time.monotonic()))
+        return [process.exitcode for process in processes]
+
+
+# In the background
+
+
+def test_what_is_saved_in_the_background_is_what_a_save_that_waits_writes(settings, tmp_path):
+    for name in ("true", "false"):
+        where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / 'logs' / name}"]
+        assert train_here(settings(f"checkpoint={{every: 1, keep: 9, asynchronous: {name}}}", *where))
+    background, waited = content(tmp_path / "true"), content(tmp_path / "false")
+    assert len([name for name in background if name.endswith(".distcp")]) == 6
+    assert background == waited
+
+
+def test_saves_back_to_back_hold_what_was_there_when_they_began(started, tmp_path):
+    state, saves = started("checkpoint={asynchronous: true, keep: 9}")
+    then = {}
+    for _ in range(5):
+        change(state)
+        saves.save(state)
+        then[state.step] = tensors(state)
+        change(state)  # while it is written
+    saves.wait()
+    assert [path.name for path in step_folders(saves.folder)] == [f"step_{step}" for step in then]
+    for step, expected in then.items():
+        fresh, _ = started(f"seed={step}")
+        load_state(saves.folder / f"step_{step}", fresh)
+        assert all(torch.equal(a, b) for a, b in zip(tensors(fresh), expected, strict=True))
+        exported = load_hf(saves.folder / f"step_{step}", dtype=None).state_dict()
+        assert torch.equal(exported["norm.weight"], expected[list(fresh.model.state_dict()).index("norm.weight")].bfloat16())
+
+
+def test_two_ranks_save_in_the_background_and_any_number_goes_on(spawn, settings, tmp_path):
+    def overrides(name: str, steps: int, asynchronous: str = "true") -> list[str]:
+        where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / name / 'logs'}"]
+        how = [f"checkpoint={{every: 2, keep: 2, asynchronous: {asynchronous}}}", "validation.every=0"]
+        return settings(*how, *where, steps=steps)
+
+    assert run_ranks(spawn, overrides("waited", 12, "false"), 2) == [0, 0]
+    for steps in (5, 12):
+        assert run_ranks(spawn, overrides("background", steps), 2) == [0, 0]
+    assert losses(tmp_path / "background" / "logs") == losses(tmp_path / "waited" / "logs")
+    one, two = (content(tmp_path / name / "step_12") for name in ("background", "waited"))
+    assert "state/__1_0.distcp" in one and one == two
+    for name, ranks in (("background", 1), ("waited", 2)):
+        assert (
+            run_ranks(spawn, [*overrides(name, 13), "schedule.total_steps=13", "data.accept_changed=true"], ranks) == [0] * ranks
+        )
+    rows = [losses(tmp_path / name / "logs")[-1] for name in ("background", "waited")]
+    assert rows[0] == pytest.approx(rows[1], abs=1e-5)
+
+
+# Killed
+
+
+def test_killed_at_twenty_moments_there_is_always_a_whole_one_and_it_goes_on_bit_for_bit(spawn, settings, tmp_path):
+    steps = 60
+
+    def overrides(name: str) -> list[str]:
+        where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / 'logs' / name}"]
+        how = ["checkpoint={every: 1, keep: 1, asynchronous: true}", "validation={every: 50, rows: 4}"]
+        return settings(*how, f"schedule.total_steps={steps}", *where, steps=steps)
+
+    began = time.monotonic()
+    assert run_ranks(spawn, overrides("straight"), 1) == [0]
+    pace = (time.monotonic() - began) / steps
+    moments, while_saving, kills = random.Random(4), 0, 0
+    folder, metrics = tmp_path / "killed", tmp_path / "logs" / "killed" / "metrics.jsonl"
+    while kills < 20:
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        process = spawn(one_rank, overrides("killed"))
+        while not step_folders(folder) or metrics.stat().st_mtime_ns == before:  # it trains
+            assert process.is_alive()
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 2 * pace))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        while_saving += any(path.suffix == ".tmp" for path in folder.iterdir())
+        assert step_folders(folder) and all(damage(path) is None and has_state(path) for path in step_folders(folder))
+    assert while_saving >= 5 and not (folder / f"step_{steps}").exists()
+    assert run_ranks(spawn, overrides("killed"), 1) == [0]
+    assert not [path for path in folder.iterdir() if ".damaged" in path.name]
+    assert losses(tmp_path / "logs" / "killed") == losses(tmp_path / "logs" / "straight")
+    assert content(folder / f"step_{steps}") == content(tmp_path / "straight" / f"step_{steps}")
+
+
+def test_killed_between_the_renames_of_a_step_that_is_saved_again(started):
+    state, saves = started("checkpoint.keep=1")
+    change(state)
+    for place in (1, 2):  # the same step again, as after a signal that follows a skipped step
+        state.place = place
+        saves.save(state)
+    assert [path.name for path in saves.folder.iterdir()] == ["step_1"]
+    (saves.folder / "step_1").rename(saves.folder / "step_1.replaced")
+    (saves.folder / "step_1.tmp").mkdir()
+    assert saves.newest() == saves.folder / "step_1"
+    assert load_state(saves.folder / "step_1", state)["place"] == 2
+    assert [path.name for path in saves.folder.iterdir()] == ["step_1"]
+
+
+def kill_rank_1_in_its_second_save(rank: int) -> None:
+    written = checkpoint._checksums
+    calls = []
+
+    def checksums(folder, group):
+        calls.append(folder)
+        if rank == 1 and len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return written(folder, group)
+
+    checkpoint._checksums = checksums
+
+
+def test_a_dead_rank_ends_the_others_and_publishes_nothing(spawn, settings, tmp_path):
+    overrides = settings("checkpoint={every: 3, asynchronous: true}", steps=12)
+    began = time.monotonic()
+    statuses = run_ranks(spawn, overrides, 2, 30, sabotage=kill_rank_1_in_its_second_save, stderr=str(tmp_path / "stderr"))
+    assert time.monotonic() - began < 25
+    assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None)
+    folders = step_folders(tmp_path / "checkpoints" / "one")
+    assert [path.name for path in folders] == ["step_3"] and damage(folders[0]) is None
+
+
+# A full disk
+
+
+def full(*_, **__):
+    raise FULL
+
+
+@pytest.mark.parametrize("target", ["training.checkpoint.save_hf", "torch.distributed.checkpoint.filesystem._write_item"])
+def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(settings, tmp_path, capfd, monkeypatch, target):
+    where = settings("checkpoint={every: 20, asynchronous: true}", "schedule.total_steps=60", "validation.every=0", steps=60)
+    assert train_here([*where, "steps=20"])
+    monkeypatch.setattr(target, full)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *where])
+    with pytest.raises(SystemExit) as left:
+        train.main()
+    error = capfd.readouterr().err
+    assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert "the checkpoint of step 40 was not saved: No space left on device; the same command goes on" in error
+    assert 40 <= len(read_metrics(tmp_path / "logs")) < 60
+    assert [path.name for path in (tmp_path / "checkpoints" / "one").iterdir()] == ["step_20"]
+    monkeypatch.undo()
+    assert train_here(where) and len(read_metrics(tmp_path / "logs")) == 60
+
+
+def fill_the_disk_of_rank_1(rank: int) -> None:
+    if rank == 1:
+        torch.distributed.checkpoint.filesystem._write_item = full
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_what_fails_on_one_rank_fails_on_all(spawn, settings, tmp_path, asynchronous):
+    how = settings(f"checkpoint={{every: 3, asynchronous: {asynchronous}}}", steps=12)
+    assert run_ranks(spawn, how, 2, sabotage=fill_the_disk_of_rank_1, stderr=str(tmp_path / "stderr")) == [2, 2]
+    for rank in (0, 1):
+        said = (tmp_path / f"stderr.{rank}").read_text()
+        assert "No space left on device" in said and said.count("\n") == 1
+    assert list((tmp_path / "checkpoints" / "one").iterdir()) == []
+
+
+def test_a_save_that_failed_for_another_reason_is_told_too(started, monkeypatch):
+    state, saves = started("checkpoint.asynchronous=true")
+    monkeypatch.setattr(checkpoint, "_write_json", lambda *_: 1 / 0)
+    saves.save(state)
+    while not saves.failed:
+        time.sleep(0.01)
+    with pytest.raises(RuntimeError, match=r"step 0 was not saved: ZeroDivisionError: division by zero"):
+        saves.wait()
+    assert not saves.failed and list(saves.folder.iterdir()) == []
+    monkeypatch.undo()
+    with saves:
+        saves.save(state)
+    assert saves.newest() == saves.folder / "step_0"
+
+
+# Retention
+
+W = "weights"  # only
+
+
+@pytest.mark.parametrize(
+    ("settings_of", "metrics", "ends", "expected"),
+    [
+        ("keep: 1", [None] * 4, (), {4: "all"}),
+        ("keep: 2", [None] * 4, (), {3: "all", 4: "all"}),
+        ("keep: 1", [5, 4, 3, 2], (), {4: "all"}),  # the best is the newest
+        ("keep: 1", [5, 1, 3, 2], (), {2: W, 4: "all"}),
+        ("keep: 2", [5, 1, 3, 2], (), {2: W, 3: "all", 4: "all"}),  # weights only do not count among the last
+        ("keep: 3", [5, 1, 3, 2], (), {2: "all", 3: "all", 4: "all"}),
+        ("keep: 1", [5, 3, 4, 2, 4], (), {4: W, 5: "all"}),  # a former best goes
+        ("keep: 1", [5, float("nan"), None, 6], (), {1: W, 4: "all"}),
+        ("keep: 1, keep_best: false", [1, 2, 3, 4], (), {4: "all"}),
+        ("keep: 1", [4, 3, 2, 5], (2,), {2: "all", 3: W, 4: "all"}),
+        ("keep: 1", [4, 1, 2, 5], (2,), {2: "all", 4: "all"}),  # the best ends a phase: all of it stays
+        ("keep: 1", [None] * 4, (1, 3), {1: "all", 3: "all", 4: "all"}),
+    ],
+)
+def test_what_is_kept(started, settings_of, metrics, ends, expected):
+    state, saves = started(f"checkpoint={{{settings_of}, asynchronous: true}}")
+    for step, metric in enumerate(metrics, 1):
+        state.step, state.phase_end = step, step if step in ends else 1000
+        saves.save(state, metric)
+    saves.wait()
+    found = {int(path.name[5:]): "all" if (path / "state").is_dir() else W for path in saves.folder.iterdir()}
+    assert found == expected
+    for path in step_folders(saves.folder):
+        assert damage(path) is None and has_state(path) == (expected[int(path.name[5:])] == "all")
+
+
+def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsys):
+    state, saves = started("checkpoint={keep: 1}")
+    for metric in (1.0, 2.0):
+        change(state)
+        saves.save(state, metric)
+    best = saves.folder / "step_1"
+    assert not has_state(best) and damage(best) is None
+    assert load_hf(best).config.vocab_size == state.model.config.vocab_size
+    with pytest.raises(ValueError, match="has no state/ to resume from; use it as weights only with init_from="):
+        load_state(best, state)
+    (best / "state").mkdir()  # as a kill leaves it that hit while state/ was deleted
+    (best / "state" / "trainer.json").write_text("{}")
+    assert not has_state(best) and damage(best) is None
+    (saves.folder / "step_2" / "model.safetensors").unlink()
+    assert saves.newest() is None
+    assert "step_2 is damaged (model.safetensors is missing)" in capsys.readouterr().out
+    run = load(ROOT / "configs" / "test_mode.yaml", settings(f"resume_from={saves.folder}", phase="two"))
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        setup.start(run, state, Checkpoints(tmp_path / "two", run.checkpoint, torch.float32, None, {}), "")
+    change(state)
+    saves.save(state, 3.0)
+    assert not (best / "state").exists() and has_state(saves.folder / "step_3")
+
+
+def test_a_checkpoint_that_is_still_read_does_not_stop_the_run(started, monkeypatch):
+    state, saves = started("checkpoint={keep: 1}")
+    monkeypatch.setattr(os, "rmdir", partial(full))
+    for _ in range(3):
+        change(state)
+        saves.save(state)
+    assert saves.newest() == saves.folder / "step_3"
+    monkeypatch.undo()
+    change(state)
+    saves.save(state)
+    assert [path.name for path in saves.folder.iterdir()] == ["step_4"]
+
+
+# Integrity
+
+
+def verify(capsys, monkeypatch, *arguments: object) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["verify_checkpoint", *map(str, arguments)])
+    with pytest.raises(SystemExit) as left:
+        verify_checkpoint.main()
+    captured = capsys.readouterr()
+    return left.value.code, captured.out + captured.err
+
+
+def flip(path: Path, *places: int) -> None:
+    data = bytearray(path.read_bytes())
+    for place in places:
+        data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_two_flipped_bytes_are_found_and_the_run_goes_on_from_the_one_before(settings, tmp_path, capfd, monkeypatch):
+    how = settings("checkpoint={every: 2, keep: 3, asynchronous: true}")
+    assert train_here([*how, f"output_dir={tmp_path / 'straight'}"])
+    assert train_here(how)
+    expected, folder = losses(tmp_path / "logs"), tmp_path / "checkpoints" / "one"
+    assert verify(capfd, monkeypatch, tmp_path / "checkpoints")[0] == 0
+    flip(folder / "step_6" / "state" / "__0_0.distcp", 5_000, 77_777)
+    status, said = verify(capfd, monkeypatch, tmp_path / "checkpoints")
+    assert status == 1 and said.count("whole, ") == 2
+    assert "step_6: DAMAGED: state/__0_0.distcp has changed" in said
+    assert train_here(how)
+    assert "step_6 is damaged (state/__0_0.distcp has changed)" in capfd.readouterr().out
+    assert losses(tmp_path / "logs") == expected
+    assert content(folder / "step_6") == content(tmp_path / "straight" / "step_6")
+
+
+def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
+    state, saves = started("checkpoint={keep: 9}", f"output_dir={tmp_path / 'a'}")
+    _, others = started("checkpoint={keep: 9}", f"output_dir={tmp_path / 'b'}")
+    change(state)
+    for place in (saves, others):
+        place.save(state, 1.5)
+    one, other = (folder / "step_1" for folder in (saves.folder, others.folder))
+    status, said = verify(capsys, monkeypatch, one, "--against", other)
+    assert status == 0 and "held-out loss 1.5000" in said and said.endswith("the same, bit for bit\n")
+    name, moments = next((n, state.optimizer.state[p]) for n, p in state.model.named_parameters() if p.ndim == 1)
+    moments["exp_avg"][:] = -moments["exp_avg"]
+    state.place = 7
+    others.save(state, 1.5)
+    status, said = verify(capsys, monkeypatch, one, "--against", other)
+    assert status == 1 and said.count("DIFFERENT") == 2
+    assert f"state: optimizer.state.{name}.exp_avg\n" in said and "trainer.json: place is 0 and 7" in said
+    assert verify(capsys, monkeypatch, tmp_path / "c")[0] == 2
+    assert verify(capsys, monkeypatch, tmp_path / "a", "--against", tmp_path / "b")[0] == 2
+
+
+def test_verify_finds_what_checksums_cannot(started, capsys, monkeypatch):
+    state, saves = started()
+    state.step = 3
+    saves.save(state)
+    (saves.folder / "step_3").rename(saves.folder / "step_4")
+    status, said = verify(capsys, monkeypatch, saves.folder)
+    assert status == 1 and "step_4: DAMAGED: state/trainer.json is of step 3" in said
+    (saves.folder / "step_4" / "manifest.json").write_text("{")
+    status, said = verify(capsys, monkeypatch, saves.folder / "step_4")
+    assert status == 1 and "no readable manifest.json" in said
+
+
+def test_sums_are_sha256_and_those_of_earlier_versions_still_hold(started):
+    from hashlib import blake2b, sha256
+
+    state, saves = started()
+    saves.save(state)
+    folder = saves.folder / "step_0"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    files = {name: data for name, data in content(folder).items() if name != "manifest.json"}
+    assert manifest["files"] == {name: sha256(data).hexdigest() for name, data in files.items()}
+    earlier = {"files": {name: blake2b(data, digest_size=16).hexdigest() for name, data in files.items()}}
+    (folder / "manifest.json").write_text(json.dumps(earlier))
+    assert saves.newest() == folder
+    state.step = 1
+    saves.config = CheckpointConfig(keep=1)
+    saves.save(state)
+    flip(saves.folder / "step_1" / "config.json", 3)
+    assert damage(saves.folder / "step_1") == "config.json has changed"
+
+
+def test_every_file_is_hashed_once_and_the_bytes_are_spread(tmp_path, monkeypatch):
+    """What each of two ranks hashes, without a second rank: the exchange is replaced, the sharing is not."""
+    sizes = {"a": 900, "b": 880, "c": 300, "d": 10, "e": 1}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    shares = []
+    for rank in (0, 1):
+        with monkeypatch.context() as patched:
+            patched.setattr(dist, "get_world_size", lambda: 2)
+            patched.setattr(dist, "get_rank", lambda rank=rank: rank)
+            patched.setattr(checkpoint, "on_main", lambda work, group: work())
+            patched.setattr(checkpoint, "on_every", lambda work, group: work())
+            patched.setattr(dist, "all_gather_object", lambda out, own, group: out.__setitem__(slice(None), [own, {}]))
+            shares.append(checkpoint._checksums(tmp_path, None))
+    assert sorted([*shares[0], *shares[1]]) == sorted(sizes)
+    assert [sum(sizes[name] for name in share) for share in shares] == [911, 1180]

@@ -1,0 +1,150 @@
+"""The plan's driver: pauses, decides once, stops on a no-go, goes on when told why, extends and branches."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, one_thread, read_metrics
+
+MEASURE = """
+import json, os, sys
+from pathlib import Path
+step = int(Path(sys.argv[1]).name[5:])
+assert (Path(sys.argv[1]) / "model.safetensors").is_file()
+Path(sys.argv[2]).parent.mkdir(parents=True, exist_ok=True)
+Path(sys.argv[2]).write_text(json.dumps({"metrics": {"all": {"perplexity": float(os.environ.get(f"AT_{step}", 10))}}}))
+print("measured", step)
+"""
+
+
+@pytest.fixture
+def plan(settings, tmp_path) -> Path:
+    """A plan of two phases of four steps on one rank, judged at steps 2, 4 and 8 by a script that reads the environment."""
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    (tmp_path / "measure.py").write_text(MEASURE)
+    base = yaml.safe_load((ROOT / "configs" / "test_mode.yaml").read_text())
+    for phase, more in (("one", []), ("two", ["model.rope_theta=20000"])):
+        content = {**base, "run": "tiny"}
+        for override in settings("schedule={warmup_steps: 2, total_steps: 8, decay_steps: 2}", *more, phase=phase, steps=4):
+            *sections, last = (key := override.split("=", 1))[0].split(".")
+            inner = content
+            for section in sections:
+                inner = inner.setdefault(section, {})
+            inner[last] = yaml.safe_load(key[1])
+        content["output_dir"], content["log_dir"] = f"checkpoints/tiny/{phase}", "logs/tiny"
+        content["validation"]["every"] = 0
+        (tmp_path / f"{phase}.yaml").write_text(yaml.safe_dump(content))
+    gate = {"metric": "all.perplexity", "go": 12, "no_go": 20}
+    marks = [{"at": 2, "gates": [gate], "advice": "wait"}, {"at": 4, "gates": [gate], "advice": "--extend one=2"}]
+    content = {
+        "name": "tiny",
+        "ranks": 1,
+        "before": {"Something first": "python -c print(41+1)"},
+        "evals": {"perplexity": "python measure.py {checkpoint} {output}"},
+        "phases": [
+            {"config": "one.yaml", "milestones": marks},
+            {"config": "two.yaml", "milestones": [{"at": 8, "gates": [gate]}]},
+        ],
+        "after": {"Something last": "python -c \"print('last', '{checkpoint}')\""},
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return tmp_path
+
+
+def run(place: Path, *more: str, status: int = 0, **figures: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "scripts.pipeline", "--plan", "plan.yaml", *more]
+    environment = {**one_thread(), **figures, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, env=environment)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def losses(place: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(place / "logs" / "tiny")]
+
+
+def events(place: Path, kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (place / "logs" / "tiny" / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan):
+    output = run(plan, AT_4="15").stdout
+    assert "\n42\n" in output and "\nlast checkpoints/tiny/two/step_8\n" in output
+    assert [line for line in output.splitlines() if line.startswith("decision")] == [
+        "decision at step 2: GO",
+        "decision at step 4: CAUTION",
+        "decision at step 8: GO",
+    ]
+    assert "the plan advises: --extend one=2" in output
+    again = run(plan).stdout  # nothing is trained, measured or decided twice
+    assert "train.py" not in again and "measured" not in again and "decision" not in again
+    paused = losses(plan)
+    assert len(paused) == 8
+    content = yaml.safe_load((plan / "plan.yaml").read_text())
+    content["phases"][0]["milestones"] = []
+    for folder in ("checkpoints", "logs", "results"):
+        (plan / folder).rename(plan / f"{folder}_before")
+    (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    run(plan)
+    assert losses(plan) == paused
+
+
+def test_a_no_go_stops_until_it_is_accepted_with_a_reason(plan):
+    done = run(plan, status=3, AT_4="30")
+    assert "decision at step 4: NO-GO" in done.stdout and "the plan advises: --extend one=2" in done.stdout
+    assert 'give --accept "reason"' in done.stderr and len(losses(plan)) == 4
+    assert run(plan, status=3, AT_4="30").stdout.count("measured") == 0  # the same checkpoint is not measured again
+    output = run(plan, "--accept", "the text reads well").stdout
+    assert "decision at step 4: NO-GO, accepted: the text reads well" in output and len(losses(plan)) == 8
+    assert [event["accepted"] for event in events(plan, "gate") if event["step"] == 4] == [None, None, "the text reads well"]
+    decision = json.loads((plan / "results" / "tiny" / "step_4" / "decision.json").read_text())
+    assert decision["outcome"] == "no-go" and decision["values"] == [30.0]
+
+
+def test_what_was_not_measured_is_no_pass(plan):
+    content = yaml.safe_load((plan / "plan.yaml").read_text())
+    content["phases"][0]["milestones"][0]["gates"].append({"metric": "hellaswag.accuracy", "go": 0.4, "no_go": 0.3})
+    (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    assert "hellaswag.accuracy = not measured" in run(plan, status=3).stdout
+
+
+def test_a_phase_is_extended_after_a_no_go_and_the_rest_moves(plan):
+    run(plan, status=3, AT_4="30")
+    first = losses(plan)
+    output = run(plan, "--extend", "one=2", AT_6="9").stdout
+    assert "steps 4 to 6" not in output and "steps 0 to 6 of 6" in output and "decision at step 10: GO" in output
+    assert losses(plan)[:4] == first and len(losses(plan)) == 10
+    assert (plan / "checkpoints" / "tiny" / "two" / "step_10").is_dir() and len(events(plan, "extend")) == 1
+    assert "train.py" not in run(plan).stdout  # the extension is remembered
+
+
+def test_a_branch_decays_beside_the_run(plan):
+    run(plan, status=3, AT_4="30")
+    output = run(plan, "--branch", "early", "--at", "4", "--steps", "2").stdout
+    assert "begins at step 4, after one" in output
+    rows = read_metrics(plan / "logs" / "tiny" / "branch_early")
+    assert [row["step"] for row in rows] == [5, 6] and rows[-1]["lr"] < rows[0]["lr"] and len(losses(plan)) == 4
+    said = run(plan, "--branch", "x", "--at", "99", "--steps", "2", status=2).stderr
+    assert "there is no checkpoint of step 99 to branch from" in said
+
+
+def test_mistakes(plan):
+    assert "--extend one must be PHASE=STEPS" in run(plan, "--extend", "one", status=2).stderr
+    assert "three is no phase of the plan" in run(plan, "--extend", "three=2", status=2).stderr
+    assert "--branch needs --at STEP and --steps N" in run(plan, "--branch", "x", status=2).stderr
+    content = yaml.safe_load((plan / "plan.yaml").read_text())
+    content["before"] = {"Broken": "python -c 1/0"}
+    (plan / "plan.yaml").write_text(yaml.safe_dump(content))
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.pipeline", "--plan", "plan.yaml"],
+        cwd=plan,
+        capture_output=True,
+        text=True,
+        env=one_thread(),
+    )
+    assert done.returncode == 1 and "Stage 1 stopped (exit status 1)" in done.stderr

@@ -1,0 +1,157 @@
+"""Alerts: tell people what happened by Slack webhook, email, any command, or Weights & Biases.
+
+Each is sent from a thread with a time limit, so no step waits for one, and one that fails stops nothing. What is secret is no
+setting: a setting names the environment variable that holds it.
+"""
+
+import json
+import os
+import signal
+import smtplib
+import ssl
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.message import EmailMessage
+
+TIMEOUT = 10.0  # seconds that a server or a command may take
+Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
+
+
+@dataclass(frozen=True)
+class EmailConfig:
+    to: str  # one address, or several with commas between them
+    host: str  # of the SMTP server
+    port: int = 587  # 465 speaks TLS from the first byte
+    sender: str | None = None  # default: the user, else the first recipient
+    user: str | None = None
+    password: str | None = None  # the NAME of the environment variable that holds it
+    starttls: bool = True
+
+    def __post_init__(self) -> None:
+        if (self.user is None) != (self.password is None):
+            raise ValueError("log.alerts.email needs both user and password (the name of an environment variable), or neither")
+
+
+@dataclass(frozen=True)
+class AlertConfig:
+    events: tuple[str, ...] = ("gate", "rollback", "failed", "stuck", "ended")  # kinds of events that are told
+    slack_webhook: str | None = None  # the NAME of the environment variable that holds the URL
+    email: EmailConfig | None = None
+    command: str | None = None  # a shell command that reads title and text on its standard input
+    wandb: bool = False  # an alert of the W&B run; needs log.wandb_project
+    quiet_s: float = 300.0  # after an alert, others of the same kind are not sent for that long
+
+    def __post_init__(self) -> None:
+        for name in self.secrets:
+            if not name.isidentifier():
+                raise ValueError(
+                    "log.alerts.slack_webhook and log.alerts.email.password take the name of an environment variable, such as "
+                    "SLACK_WEBHOOK, not the secret itself: settings are written into logs"
+                )
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Names of the environment variables that the channels need."""
+        names = (self.slack_webhook, self.email.password if self.email else None)
+        return tuple(name for name in names if name is not None)
+
+
+class Alerts:
+    """Sends to every channel of a config. failed(channel, error) is told, in the sending thread, what could not be sent.
+
+    secrets: values of the environment variables in config.secrets; ValueError where one is missing.
+    """
+
+    def __init__(self, config: AlertConfig, secrets: Mapping[str, str], failed: Callable[[str, str], None]):
+        self.config, self.failed, self.values = config, failed, [value for value in secrets.values() if value]
+        self.threads: list[tuple[str, threading.Thread]] = []
+        self.sent: dict[str, float] = {}
+        self.channels: dict[str, Channel] = {}
+        for name in config.secrets:
+            if not secrets.get(name):
+                raise ValueError(f"log.alerts needs the environment variable {name}, which is not set; set it or drop the alert")
+        if config.slack_webhook:
+            url = secrets[config.slack_webhook]
+            if not url.startswith(("https://", "http://")):
+                raise ValueError(f"the environment variable {config.slack_webhook} must hold the URL of a Slack webhook")
+            self.channels["slack"] = lambda title, text: send_slack(url, title, text)
+        if email := config.email:
+            password = secrets[email.password] if email.password else None
+            self.channels["email"] = lambda title, text: send_email(email, password, title, text)
+        if command := config.command:
+            self.channels["command"] = lambda title, text: send_to_command(command, title, text)
+
+    def send(self, kind: str, title: str, text: str) -> None:
+        """Send to all channels if this kind of event is told, and none of its kind was a moment ago. Returns at once."""
+        now = time.monotonic()
+        if kind not in self.config.events or now - self.sent.get(kind, -float("inf")) < self.config.quiet_s:
+            return
+        self.sent[kind] = now
+        title = " ".join(title.split())
+        for name, channel in self.channels.items():
+            thread = threading.Thread(target=self._send, args=(name, channel, title, text), daemon=True)
+            thread.start()
+            self.threads.append((name, thread))
+
+    def _send(self, name: str, channel: Channel, title: str, text: str) -> None:
+        try:
+            channel(title, text)
+        except Exception as error:  # whatever went wrong outside, training goes on
+            said = f"{type(error).__name__}: {error}"
+            for value in self.values:
+                said = said.replace(value, "***")
+            self.failed(name, said)
+
+    def flush(self, seconds: float = 1.5 * TIMEOUT) -> None:
+        """Wait, at most so long in all, until what was sent has arrived or failed."""
+        end = time.monotonic() + seconds
+        for name, thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+            if thread.is_alive():
+                self.failed(name, f"not sent within {seconds:g} s")
+        self.threads = []
+
+
+def send_slack(url: str, title: str, text: str) -> None:
+    """POST to an incoming webhook (https://api.slack.com/messaging/webhooks); OSError where it does not answer with 200."""
+    plain = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    body = json.dumps({"text": f"*{title}*\n{plain}"}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT):
+        pass
+
+
+def send_email(config: EmailConfig, password: str | None, title: str, text: str) -> None:
+    """One plain-text mail by SMTP; smtplib.SMTPException or OSError where it is not accepted."""
+    message = EmailMessage()
+    message["Subject"], message["To"] = title, config.to
+    message["From"] = config.sender or config.user or config.to.split(",")[0]
+    message.set_content(text)
+    tls = ssl.create_default_context()
+    if config.port == 465:
+        server: smtplib.SMTP = smtplib.SMTP_SSL(config.host, config.port, timeout=TIMEOUT, context=tls)
+    else:
+        server = smtplib.SMTP(config.host, config.port, timeout=TIMEOUT)
+    with server:
+        if config.starttls and config.port != 465:
+            server.starttls(context=tls)  # raises where the server has none: a password never goes out in the clear
+        if config.user and password:
+            server.login(config.user, password)
+        server.send_message(message)
+
+
+def send_to_command(command: str, title: str, text: str) -> None:
+    """Run a shell command with title and text on its standard input; OSError where it fails or takes too long."""
+    process = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        process.communicate(f"{title}\n{text}\n", timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
+        process.wait()
+        raise OSError(f"the command took more than {TIMEOUT:g} s") from None
+    if process.returncode:
+        raise OSError(f"the command ended with status {process.returncode}")

@@ -1,0 +1,120 @@
+"""The plan of a whole run: its phases in order, the milestones inside them, and what is done before and after.
+
+A plan is data. scripts/pipeline.py carries it out, training/plan.py says beforehand what it will cost.
+"""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from training.config import RunConfig, load
+from training.gates import Gate
+from training.settings import load_settings
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """A step at which training pauses, is measured and judged; it goes on exactly as if it had not paused."""
+
+    at: int  # step of the whole run, at most the end of the phase
+    evals: tuple[str, ...] = ("perplexity",)  # of Plan.evals
+    gates: tuple[Gate, ...] = ()
+    advice: str = ""  # what a no-go or a caution asks for, in one sentence
+
+
+@dataclass(frozen=True)
+class PlanPhase:
+    config: str  # a run's config, relative to the working folder
+    milestones: tuple[Milestone, ...] = ()  # in order of their steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    phases: tuple[PlanPhase, ...]
+    ranks: int = 2  # processes, one a GPU
+    before: dict[str, str] = field(default_factory=dict)  # sentence -> command, run before the first phase: data, tokenizer
+    after: dict[str, str] = field(default_factory=dict)  # sentence -> command, run after the last one; {checkpoint} is its end
+    # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
+    evals: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.phases or self.ranks < 1:
+            raise ValueError("a plan needs phases, and ranks of at least 1")
+        for phase in self.phases:
+            steps = [milestone.at for milestone in phase.milestones]
+            if steps != sorted(set(steps)):
+                raise ValueError(f"the milestones of {phase.config} are at {steps}; put them in order, each step once")
+            for milestone in phase.milestones:
+                for name in milestone.evals:
+                    if name not in self.evals:
+                        known = ", ".join(self.evals) or "none"
+                        raise ValueError(f"milestone {milestone.at}: {name} is not one of the plan's evals: {known}")
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A phase of a plan as it will run: where it begins and ends in steps of the whole run."""
+
+    phase: PlanPhase
+    run: RunConfig
+    begin: int
+    end: int
+
+
+def load_plan(path: str | Path) -> Plan:
+    """A plan from YAML; ValueError says which setting is wrong."""
+    return load_settings(Plan, path)
+
+
+def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]:
+    """The plan's phases on one line of steps. longer: phase -> steps that it runs on after what its config says.
+
+    Steps that are added move the learning-rate schedule's end, the phase's end and all that comes later by as many.
+    ValueError where phases do not fit each other: another schedule, run, model shape or batch, or milestones outside their
+    phase.
+    """
+    longer, at = longer or {}, 0
+    found: list[Stretch] = []
+    runs = [load(phase.config) for phase in plan.phases]
+    unknown = set(longer) - {run.phase for run in runs}
+    if unknown:
+        known = ", ".join(run.phase for run in runs)
+        raise ValueError(f"{', '.join(sorted(unknown))} is no phase of the plan; there are {known}")
+    added = sum(longer.values())
+    for phase, planned in zip(plan.phases, runs, strict=True):
+        shift = sum(longer.get(stretch.run.phase, 0) for stretch in found)
+        extra = longer.get(planned.phase, 0)
+        total = planned.schedule.total_steps + added
+        overrides = [f"steps={planned.steps + extra}", f"schedule.total_steps={total}"]
+        run = load(phase.config, overrides)
+        if found:
+            _check_follows(found[-1].run, run, found[-1].phase.config, phase.config)
+        planned_end = at - shift + planned.steps  # a milestone at the phase's end moves with it
+        moved = tuple(replace(m, at=m.at + shift + (extra if m.at == planned_end else 0)) for m in phase.milestones)
+        for milestone in moved:
+            if not at < milestone.at <= at + run.steps:
+                raise ValueError(f"milestone {milestone.at} lies outside {run.phase}, steps {at} to {at + run.steps}")
+        found.append(Stretch(PlanPhase(phase.config, moved), run, at, at + run.steps))
+        at += run.steps
+    total = found[-1].run.schedule.total_steps
+    if at > total:
+        raise ValueError(f"the phases take {at} steps but the learning rate is spent at schedule.total_steps={total}")
+    return found
+
+
+def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str) -> None:
+    """ValueError where a phase cannot go on from the one before."""
+    if before.phase == after.phase:
+        raise ValueError(f"{first} and {second} are both phase {before.phase}; give one another name")
+    pairs = {
+        "run": (before.run, after.run),
+        "schedule": (before.schedule, after.schedule),
+        "data.tokens_per_step": (before.data.tokens_per_step, after.data.tokens_per_step),
+        "optim.lr": (before.optim.lr, after.optim.lr),
+    }
+    for name in vars(before.model):
+        if name not in ("max_position_embeddings", "rope_theta", "initializer_range"):
+            pairs[f"model.{name}"] = (getattr(before.model, name), getattr(after.model, name))
+    for name, (one, other) in pairs.items():
+        if one != other:
+            raise ValueError(f"{name} is {one} in {first} and {other} in {second}; make them agree")
