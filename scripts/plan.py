@@ -1,0 +1,132 @@
+"""What a plan will cost, before it runs: no GPU and no data needed.
+
+python -m scripts.plan configs/plan_1b.yaml --gpu h100 --gpus 2
+python -m scripts.plan configs/plan_1b.yaml --gpu a100-40 --gpus 8 --mfu 0.5 --price 1.5 --json
+
+Exit status 2 where a phase does not fit into the GPU's memory; the last line then says which setting would make it fit.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from data import manifest
+from data.packing import LongDocuments
+from data.shards import TokenShards
+from entrypoint import user_errors
+from training.config import RunConfig
+from training.curriculum import load_plan
+from training.plan import GPUS, check, forecast
+
+HOW_TO_READ = """How to read this
+  FLOPs   6 a matmul parameter and token, plus attention. PaLM's convention counts attention as if nothing were masked, the
+          causal one half of that; MFU and hours follow PaLM's. Recomputed activations count as no work: they lower the MFU.
+  memory  Counted from shapes and compared with runs on a CPU; not measured on a GPU yet. 1 GB is 10^9 bytes.
+  loss    L = E + A / N^alpha + B / D^beta of N parameters and D tokens, {law}: values and
+          (standard errors) of Besiroglu et al. 2024, arXiv:2404.10102, for Hoffmann et al. 2022, arXiv:2203.15556. It is in
+          nats a token of their tokenizer on their text, after the learning rate has decayed: in a stable phase, what a decay
+          from there would reach. The error takes the standard errors as independent, which is too wide for the law on its own
+          runs; it leaves out that our text and tokens are others, and a token of 10 % fewer bytes has about 10 % less loss.
+          Use it to compare plans, not as a threshold."""
+
+
+def readable(run: RunConfig) -> dict[str, int]:
+    """Training tokens that a phase can read of each source its store has."""
+    found = {}
+    for name in run.data.mix:
+        folder = Path(run.data.store) / "tokens" / name
+        if manifest.read(folder) is not None:
+            shards = TokenShards(folder, "train")
+            least = run.data.min_document_tokens.get(name)
+            found[name] = len(shards if least is None else LongDocuments(shards, least))
+    return found
+
+
+def show(report: dict[str, Any]) -> str:
+    """The forecast as text."""
+    memory, peak, total = report["gpu_memory"] / 1e9, report["gpu_peak_flops"] / 1e12, report["total"]
+    lines = [
+        f"{report['plan']}: {report['parameters']:,} parameters, {total['steps']:,} steps, {_count(total['tokens'])} tokens "
+        f"on {report['gpus']} x {report['gpu']} ({memory:.1f} GB, {peak:.0f} TFLOP/s dense bf16 each)",
+    ]
+    for phase in report["phases"]:
+        lines += ["", *_phase(phase, memory)]
+    disk = {name: size / 1e9 for name, size in report["disk"].items()}
+    law = ", ".join(f"{name} {part['value']:g} ({part['standard_error']:g})" for name, part in report["loss_law"].items())
+    lines += [
+        "",
+        "Whole plan",
+        f"  FLOPs       {total['flops']:.2e}",
+        f"  time        {_time(total)} at an MFU of {report['mfu']:.0%}, which is assumed, not measured",
+        f"  disk        checkpoints {disk['checkpoints']:.0f} GB, each {disk['checkpoint']:.2f}; tokens {disk['tokens']:.0f} GB; "
+        f"text about {disk['text']:.0f} GB, uncompressed",
+        "",
+        HOW_TO_READ.format(law=law),
+    ]
+    if report["warnings"]:
+        lines += ["", *(f"warning: {text}" for text in report["warnings"])]
+    return "\n".join(lines)
+
+
+def _phase(phase: dict[str, Any], memory: float) -> list[str]:
+    need, flops, loss = (
+        phase["memory"],
+        phase["flops_per_token"],
+        "no forecast: outside the law's 70M-16B parameters and 5B-500B tokens",
+    )
+    if law := phase["loss"]:
+        loss = f"{law['nats_per_token']:.2f} +- {law['error']:.2f} nats a token, perplexity {law['perplexity']:.1f}"
+    lines = [
+        f"{phase['phase']}: steps {phase['begin']:,} to {phase['end']:,}, {_count(phase['tokens'])} tokens in rows of "
+        f"{phase['sequence_length']:,}, {phase['micro_batches']} x {phase['micro_batch_size']} rows a GPU and step"
+    ]
+    for name, source in phase["sources"].items():
+        long = f" in documents of {source['least_document']:,} tokens or more" if source["least_document"] else ""
+        if source["epochs"] is None:
+            what = "to be downloaded for one epoch"
+        else:
+            what = f"{source['epochs']:.2f} epochs of the {_count(source['readable'])} there are, {source['epochs_so_far']:.2f} with phases before"
+        lines.append(f"  data        {name}: {_count(source['tokens'])} tokens{long}; {what}")
+    moments = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need["moments"].items())
+    parts = [f"{name} {size / 1e9:.2f}" for name, size in need["parts"].items()]
+    how = f"{phase['strategy']}, activation checkpointing {phase['activation_checkpointing']}"
+    return [
+        *lines,
+        f"  rate        {phase['lr'][0]:.2e} to {phase['lr'][1]:.2e}",
+        f"  rope theta  {phase['rope_theta'][0]:,.0f} to {phase['rope_theta'][1]:,.0f}",
+        f"  FLOPs       {flops['palm']:.3g} a token (causal {flops['causal']:.3g}), {phase['flops']:.2e} in all",
+        f"  memory      {need['total'] / 1e9:.1f} of {memory:.1f} GB a GPU, {how}",
+        f"              at the {need['moment']}: {', '.join(parts[:4])},",
+        f"              {', '.join(parts[4:])}",
+        f"              in GB at other moments: {moments}",
+        f"  time        {_time(phase)}",
+        f"  loss        {loss}",
+    ]
+
+
+def _count(tokens: float) -> str:
+    return f"{tokens / 1e9:.2f}B" if tokens >= 1e9 else f"{tokens / 1e6:.2f}M"
+
+
+def _time(part: dict[str, Any]) -> str:
+    return f"{part['hours']:.1f} hours" + ("" if part["cost"] is None else f", costs {part['cost']:,.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--gpu", default="h100", help=", ".join(GPUS))
+    parser.add_argument("--gpus", type=int, help="default: the plan's ranks")
+    parser.add_argument("--mfu", type=float, default=0.45, help="share of the peak that training reaches; assumed (default 0.45)")
+    parser.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
+    parser.add_argument("--json", action="store_true", help="the same as JSON; bytes, FLOPs and hours")
+    args = parser.parse_args()
+    with user_errors():
+        report = forecast(load_plan(args.plan), args.gpu, args.gpus, args.mfu, args.price, readable)
+        print(json.dumps(report, indent=2) if args.json else show(report), flush=True)
+        check(report)
+
+
+if __name__ == "__main__":
+    main()
