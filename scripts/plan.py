@@ -23,9 +23,10 @@ HOW_TO_READ = """How to read this
   FLOPs   6 a matmul parameter and token, plus attention. PaLM's convention counts attention as if nothing were masked, the
           causal one half of that; MFU and hours follow PaLM's. Recomputed activations count as no work: they lower the MFU.
   memory  Counted from shapes and compared with runs on a CPU; not measured on a GPU yet. 1 GB is 10^9 bytes.
-  loss    L = E + A / N^alpha + B / D^beta of N parameters and D tokens, {law}: values and
-          (standard errors) of Besiroglu et al. 2024, arXiv:2404.10102, for Hoffmann et al. 2022, arXiv:2203.15556. It is in
-          nats a token of their tokenizer on their text, after the learning rate has decayed: in a stable phase, what a decay
+  loss    L = E + A / N^alpha + B / D^beta of N parameters and D tokens,
+          {law}: values and (standard errors) of
+          Besiroglu et al. 2024, arXiv:2404.10102, for the runs of Hoffmann et al. 2022, arXiv:2203.15556. Nats a token
+          of their tokenizer on their text, after the learning rate has decayed: in a stable phase, what a decay
           from there would reach. The error takes the standard errors as independent, which is too wide for the law on its own
           runs; it leaves out that our text and tokens are others, and a token of 10 % fewer bytes has about 10 % less loss.
           Use it to compare plans, not as a threshold."""
@@ -57,6 +58,7 @@ def show(report: dict[str, Any]) -> str:
     lines += [
         "",
         "Whole plan",
+        "  data        " + ", ".join(f"{name} {_count(tokens)}" for name, tokens in report["sources"].items()),
         f"  FLOPs       {total['flops']:.2e}",
         f"  time        {_time(total)} at an MFU of {report['mfu']:.0%}, which is assumed, not measured",
         f"  disk        checkpoints {disk['checkpoints']:.0f} GB, each {disk['checkpoint']:.2f}; tokens {disk['tokens']:.0f} GB; "
@@ -86,7 +88,8 @@ def _phase(phase: dict[str, Any], memory: float) -> list[str]:
         if source["epochs"] is None:
             what = "to be downloaded for one epoch"
         else:
-            what = f"{source['epochs']:.2f} epochs of the {_count(source['readable'])} there are, {source['epochs_so_far']:.2f} with phases before"
+            what = f"{source['epochs']:.2f} epochs of the {_count(source['readable'])} there are"
+            what += f", {source['epochs_so_far']:.2f} with the phases before"
         lines.append(f"  data        {name}: {_count(source['tokens'])} tokens{long}; {what}")
     moments = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need["moments"].items())
     parts = [f"{name} {size / 1e9:.2f}" for name, size in need["parts"].items()]
