@@ -396,14 +396,16 @@ def test_a_watcher_tells_of_a_run_that_is_killed_and_of_its_return(tmp_path):
     command = [sys.executable, "-m", "scripts.watch", str(tmp_path), "--stale", "0.3", "--alert", f"cat >> {tmp_path}/told"]
     told = lambda: (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""  # noqa: E731
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        until(lambda: "stuck" in told(), 20)
-        time.sleep(0.5)
-        log.beat(8, force=True)
-        until(lambda: "recovered" in told())
-        log.close()
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
+        try:
+            until(lambda: "stuck" in told(), 20)
+            time.sleep(0.5)
+            log.beat(8, force=True)
+            until(lambda: "recovered" in told())
+            log.close()
+            time.sleep(0.5)
+        finally:
+            process.kill()  # not by SIGINT, which a shell's background jobs ignore
+        output, _ = process.communicate()
     kinds = [event["event"] for event in read_lines(tmp_path / "events.jsonl")]
     assert kinds[:2] == ["stuck", "recovered"] and kinds.count("stuck") == told().count("no step for 0.3 s") <= 2
     assert f"step 7 of p, process {os.getpid()}" in told() and "watching" in output and "Traceback" not in output
