@@ -16,7 +16,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -46,7 +45,7 @@ def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Pa
     logger.remove()  # the log goes to <stage>/logs; what a user should know is printed
     if config.kind == "slurm":
         return not _submit(stages, config, jobs)
-    with _ray(config) if config.kind == "ray" else nullcontext():
+    with _ray(config) if config.kind == "ray" else contextlib.nullcontext():
         for stage in stages:
             executor = _ray_executor(stage, config) if config.kind == "ray" else _local_executor(stage, config, lock)
             try:

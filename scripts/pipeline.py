@@ -34,6 +34,7 @@ class Pipeline:
 
     def __init__(self, plan: Plan, extend: dict[str, int], accept: str | None):
         self.plan, self.number = plan, 0
+        self.launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={plan.ranks}", "train.py"]
         self.accept = accept or (f"extended {extend}" if extend else None)  # that is what a no-go may advise
         run = stretches(plan)[0].run
         self.logs, self.results = run.logs, Path("results") / run.run
@@ -56,13 +57,12 @@ class Pipeline:
         for sentence, command in self.plan.after.items():
             self.stage(sentence, shlex.split(command.format(checkpoint=checkpoint)))
 
-    def train(self, stretch: Stretch, stop: int, before: Path | None, extra: tuple[str, ...] = ()) -> None:
+    def train(self, stretch: Stretch, stop: int, before: Path | None) -> None:
         """Train a phase up to step `stop`, unless it is there already."""
         run = stretch.run
         folders = step_folders(run.checkpoints)
         if folders and int(folders[-1].name[5:]) >= stop and damage(folders[-1]) is None:
             return
-        launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={self.plan.ranks}", "train.py"]
         settings = [f"until={stop}"] if stop < stretch.end else []
         if self.longer:
             settings += [f"steps={run.steps}", f"schedule.total_steps={run.schedule.total_steps}"]
@@ -71,7 +71,7 @@ class Pipeline:
         self.stage(
             f"Training, phase {run.phase}, steps {stretch.begin} to {stop} of {stretch.end}: {', '.join(data.mix)}, "
             f"{data.sequence_length} tokens a row, rope theta {run.model.rope_theta:,.0f}",
-            [*launch, "--config", stretch.phase.config, *resume, *settings, *extra],
+            [*self.launch, "--config", stretch.phase.config, *resume, *settings],
         )
 
     def judge(self, milestone: Milestone, stretch: Stretch) -> None:
@@ -122,11 +122,10 @@ class Pipeline:
         run = found[0].run
         schedule = f"schedule={{warmup_steps: {run.schedule.warmup_steps}, total_steps: {at + steps}, decay_steps: {steps}}}"
         where = f"checkpoints/{run.run}/branch_{name}"
-        launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={self.plan.ranks}", "train.py"]
         folders = [f"output_dir={where}", f"log_dir={self.logs}/branch_{name}"]
         settings = [f"phase=branch_{name}", f"steps={steps}", schedule, *folders]
         resume = ["--config", found[0].phase.config, "--resume_from", str(run.checkpoints / f"step_{at}")]
-        self.stage(f"Branch {name}: the rate decays over steps {at} to {at + steps}", [*launch, *resume, *settings])
+        self.stage(f"Branch {name}: the rate decays over steps {at} to {at + steps}", [*self.launch, *resume, *settings])
 
     def stage(self, sentence: str, command: list[str]) -> None:
         """Run one stage; if it fails, leave with its status after saying what to do."""

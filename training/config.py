@@ -14,6 +14,8 @@ from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig
 from training.settings import load_settings
 
+PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")  # of the model; all else one run keeps
+
 
 @dataclass(frozen=True)
 class DataConfig:

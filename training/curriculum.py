@@ -6,7 +6,7 @@ A plan is data. scripts/pipeline.py carries it out, training/plan.py says before
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from training.config import RunConfig, load
+from training.config import PHASES_DIFFER, RunConfig, load
 from training.gates import Gate
 from training.settings import load_settings
 
@@ -113,7 +113,7 @@ def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str)
         "optim.lr": (before.optim.lr, after.optim.lr),
     }
     for name in vars(before.model):
-        if name not in ("max_position_embeddings", "rope_theta", "initializer_range"):
+        if name not in PHASES_DIFFER:
             pairs[f"model.{name}"] = (getattr(before.model, name), getattr(after.model, name))
     for name, (one, other) in pairs.items():
         if one != other:

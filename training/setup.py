@@ -19,7 +19,7 @@ import yaml
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
 from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, on_main, read_phase, step_folders
-from training.config import RunConfig, to_dict
+from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.fsdp_utils import compute_dtype, wrap_model_fsdp
 from training.guard import Faults
 from training.optimizers import build_optimizer
@@ -156,7 +156,7 @@ def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
     """ValueError where a checkpoint has another shape or tokenizer than the run. Length and theta may differ."""
     saved, wanted = read_hf_config(source), run.model
     for name in vars(wanted):
-        if name in ("max_position_embeddings", "rope_theta", "initializer_range"):
+        if name in PHASES_DIFFER:
             continue
         if getattr(saved, name) != getattr(wanted, name):
             raise ValueError(
