@@ -8,6 +8,7 @@ The same command line again goes on from the newest whole checkpoint. Any settin
 """
 
 import argparse
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
 from data.store import open_shards, open_tokenizer, write_dummy_store
 from entrypoint import user_errors
 from evals.eval_perplexity import perplexity
-from training import selftest, setup
+from training import profiling, selftest, setup
 from training.checkpoint import Checkpoints, on_main
 from training.config import RunConfig, load, to_dict
 from training.fsdp_utils import compute_dtype
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
     parser.add_argument("--wandb_run_name")
     parser.add_argument("--test_mode", action="store_true", help="train on dummy data and check that everything works")
+    parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6 from here into logs/<run>/profile/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
     args = parser.parse_intermixed_args()  # settings may stand between flags
     rank, world = setup.rank_and_world()
@@ -51,11 +53,11 @@ def main() -> None:
         test = selftest.overrides(args.steps) if args.test_mode else []
         run = load(args.config or default, test + args.overrides + given)
         with setup.ranks() as device:
-            finished = pretrain(run, rank, world, device, args.test_mode)
+            finished = pretrain(run, rank, world, device, args.test_mode, args.profile)
     setup.leave(0 if finished else 143)
 
 
-def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool) -> bool:
+def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool, profile: bool = False) -> bool:
     """One phase from data to checkpoints. False if a signal stopped it; it has saved then."""
     data, vocab = run.data, run.model.vocab_size
     if test:
@@ -87,8 +89,11 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     }
     bytes_of = torch.from_numpy(tokenizer.bytes_of)
     evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up)
-    with log:
-        finished = train(run, state, loader, next_token(run.optim.z_weight), saves, log, evaluate)
+    with log, profiling.out_of_memory(run, device):
+        if to_do:
+            profiling.dry_run(run, state, device)
+        with profiling.traced(run, state, device) if profile else nullcontext():
+            finished = train(run, state, loader, next_token(run.optim.z_weight), saves, log, evaluate)
         if test and finished:
             selftest.check(run, state, saves, log)
         kind = "stopped" if not finished else "ended" if state.step == state.phase_end else "paused"

@@ -49,6 +49,13 @@ def main() -> None:
         needs = f"torch.compile on a GPU needs {' and '.join(wanting)}; install them (gcc, python3-dev)"
         line("compiler", compiler or "none", needs if wanting else None)
         line("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+        if torch.cuda.device_count() > 1:
+            pairs = [(i, j) for i in range(torch.cuda.device_count()) for j in range(torch.cuda.device_count()) if i != j]
+            direct = sum(torch.cuda.can_device_access_peer(i, j) for i, j in pairs)
+            line("GPU to GPU", f"direct for {direct} of {len(pairs)} pairs; the others go through the host's memory, slowly")
+            shared = shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else 0.0
+            small = "NCCL needs /dev/shm of 1 GB or more; start the container with --shm-size=8g" if shared < 1 else None
+            line("/dev/shm", f"{shared:.1f} GB", small)
     else:
         line("GPU", "none: the quickstart and all tests run on the CPU, the 1.1B model needs a GPU")
     dtype = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")

@@ -310,7 +310,7 @@ W = "weights"  # only
 
 
 @pytest.mark.parametrize(
-    ("settings_of", "metrics", "ends", "expected"),
+    ("settings_of", "metrics", "milestones", "expected"),
     [
         ("keep: 1", [None] * 4, (), {4: "all"}),
         ("keep: 2", [None] * 4, (), {3: "all", 4: "all"}),
@@ -322,15 +322,15 @@ W = "weights"  # only
         ("keep: 1", [5, float("nan"), None, 6], (), {1: W, 4: "all"}),
         ("keep: 1, keep_best: false", [1, 2, 3, 4], (), {4: "all"}),
         ("keep: 1", [4, 3, 2, 5], (2,), {2: "all", 3: W, 4: "all"}),
-        ("keep: 1", [4, 1, 2, 5], (2,), {2: "all", 4: "all"}),  # the best ends a phase: all of it stays
+        ("keep: 1", [4, 1, 2, 5], (2,), {2: "all", 4: "all"}),  # the best is a milestone: all of it stays
         ("keep: 1", [None] * 4, (1, 3), {1: "all", 3: "all", 4: "all"}),
     ],
 )
-def test_what_is_kept(started, settings_of, metrics, ends, expected):
+def test_what_is_kept(started, settings_of, metrics, milestones, expected):
     state, saves = started(f"checkpoint={{{settings_of}, asynchronous: true}}")
     for step, metric in enumerate(metrics, 1):
-        state.step, state.phase_end = step, step if step in ends else 1000
-        saves.save(state, metric)
+        state.step = step
+        saves.save(state, metric, milestone=step in milestones)
     saves.wait()
     found = {int(path.name[5:]): "all" if (path / "state").is_dir() else W for path in saves.folder.iterdir()}
     assert found == expected

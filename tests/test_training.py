@@ -216,6 +216,15 @@ def wait_for(path: Path, seconds: float = 120) -> None:
         time.sleep(0.01)
 
 
+def wait_for_a_step(logs: Path) -> None:
+    """Until a run has done one: from then on all its ranks are in the loop."""
+    wait_for(logs / "metrics.jsonl")
+    end = time.monotonic() + 60
+    while not (logs / "metrics.jsonl").stat().st_size:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def wait_until_gone(mark: str) -> None:
     """Ranks are in sessions of their own and outlive a killed launcher for a moment."""
     for _ in range(100):
@@ -230,7 +239,7 @@ def wait_until_gone(mark: str) -> None:
 def test_sigterm_to_one_rank_saves_on_all_and_the_same_command_goes_on(settings, tmp_path):
     here = settings("checkpoint.every=1000", "validation.every=0", "schedule.total_steps=3000", steps=3000)
     with subprocess.Popen(command(here, 2), cwd=ROOT, env=one_thread(), text=True, stdout=subprocess.PIPE) as process:
-        wait_for(tmp_path / "logs" / "metrics.jsonl")
+        wait_for_a_step(tmp_path / "logs")
         ranks = subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path}"], capture_output=True, text=True).stdout.split()
         children = [int(pid) for pid in ranks if int(pid) != process.pid]
         os.kill(max(children), signal.SIGTERM)

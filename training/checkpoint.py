@@ -42,7 +42,7 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 1000  # steps; the end of a phase is saved always
-    keep: int = 3  # newest ones kept in a phase's folder; ends of phases stay too
+    keep: int = 3  # newest ones kept in a phase's folder; milestones and ends of phases stay too
     keep_best: bool = True  # keep the one of lowest held-out loss too; once it is not among the newest, without its state/
     asynchronous: bool | None = None  # write in the background while training goes on; default: on a GPU
 
@@ -58,6 +58,7 @@ class Snapshot:
     position: dict[str, Any]  # of trainer.json
     config: ModelConfig
     metric: float | None
+    milestone: bool
     weights: dict[str, torch.Tensor]  # whole; empty except on the main rank
     tensors: dict[str, Any]  # of model and optimizer; live ones, for their shapes
     copies: dict[str, torch.Tensor]  # of this rank's shards of them, by name; empty where training waits for the save
@@ -110,8 +111,10 @@ class Checkpoints:
             error.__cause__ = problem
         agree(error)
 
-    def save(self, state: State, metric: float | None = None) -> None:
+    def save(self, state: State, metric: float | None = None, milestone: bool = False) -> None:
         """Write `step_N` whole or not at all; metric is its held-out loss, None where it was not measured.
+
+        A milestone is never pruned.
 
         In the background this returns as soon as everything is copied. An OSError (no space, say) is raised on every rank,
         by this, or in the background by wait(); older folders stay.
@@ -119,7 +122,7 @@ class Checkpoints:
         self.wait()
         cuda = next(state.model.parameters()).is_cuda
         in_background = cuda if self.config.asynchronous is None else self.config.asynchronous
-        snapshot = self._take(state, metric, copy=in_background)
+        snapshot = self._take(state, metric, milestone, copy=in_background)
         if not in_background:
             self._write(snapshot, None)
             return
@@ -129,7 +132,7 @@ class Checkpoints:
         self._thread = threading.Thread(target=self._write_in_background, args=(snapshot,), name="checkpoint")
         self._thread.start()
 
-    def _take(self, state: State, metric: float | None, copy: bool) -> Snapshot:
+    def _take(self, state: State, metric: float | None, milestone: bool, copy: bool) -> Snapshot:
         model, optimizer = get_state_dict(state.model, state.optimizer)
         tensors = {"model": model, "optimizer": optimizer}
         copies: dict[str, torch.Tensor] = {}
@@ -140,7 +143,7 @@ class Checkpoints:
         else:
             weights = whole_weights(state.model)
         metric = metric if metric is not None and math.isfinite(metric) else None
-        return Snapshot(state.position(), state.model.config, metric, weights, tensors, copies)
+        return Snapshot(state.position(), state.model.config, metric, milestone, weights, tensors, copies)
 
     def _write_in_background(self, snapshot: Snapshot) -> None:
         try:
@@ -157,7 +160,8 @@ class Checkpoints:
             planner, writer = _PlannerOfCopies(snapshot.copies), _Writer(part / "state")
             on_every(lambda: dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group), group)
             sums = _checksums(part, group)
-            on_main(lambda: self._publish(part, target, {"hash": "sha256", "metric": snapshot.metric, "files": sums}), group)
+            manifest = {"hash": "sha256", "metric": snapshot.metric, "milestone": snapshot.milestone, "files": sums}
+            on_main(lambda: self._publish(part, target, manifest), group)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -203,13 +207,14 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _prune(self, newest: Path) -> None:
-        """Keep the newest, ends of phases, and the best; of the best, where it is neither, the weights alone.
+        """Keep the newest, milestones, and the best; of the best, where it is neither, the weights alone.
 
         Only ever called right after `newest` was published whole. Folders without a readable manifest are not touched.
         """
         manifests = {path: content for path in step_folders(self.folder) if (content := read_manifest(path))}
         with_state = [path for path, content in manifests.items() if TRAINER in content["files"]]
-        whole = {newest, *with_state[-self.config.keep :], *filter(_ends_a_phase, with_state)}
+        milestones = [path for path in with_state if manifests[path].get("milestone")]
+        whole = {newest, *with_state[-self.config.keep :], *milestones}
         measured = {path: content["metric"] for path, content in manifests.items() if content.get("metric") is not None}
         best = min(measured, key=measured.__getitem__) if measured and self.config.keep_best else None
         for path, content in manifests.items():
@@ -316,7 +321,7 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """{"hash", "metric", "files": {name: checksum}} of a step folder; None where it has no readable one."""
+    """{"hash", "metric", "milestone", "files": {name: checksum}} of a step folder; None where it has no readable one."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
         return content if isinstance(content["files"], dict) else None
@@ -365,14 +370,6 @@ def check_whole(folder: Path) -> None:
     problem = damage(folder)
     if problem:
         raise ValueError(f"{folder} is damaged ({problem}); resume from another checkpoint")
-
-
-def _ends_a_phase(folder: Path) -> bool:
-    try:
-        position = read_position(folder)
-    except (OSError, ValueError):
-        return False
-    return position["step"] == position["phase_end"]
 
 
 def whole_weights(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed import get_world_size
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -23,6 +23,8 @@ class ParallelConfig:
     dtype: str = "auto"  # of parameters and activations in forward and backward: bfloat16, float32, or what the device has
     activation_checkpointing: str = "none"  # none, selective (keep matmuls and attention), full
     compile: bool | None = None  # each block with torch.compile; default: on a GPU
+    replicas: int = 1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
+    timeout_s: float = 300  # a step (not the first) in which ranks wait longer for each other ends the run
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -32,6 +34,10 @@ class ParallelConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"parallel.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.replicas < 1 or self.timeout_s <= 0:
+            raise ValueError(f"parallel.replicas={self.replicas} must be at least 1, parallel.timeout_s={self.timeout_s} above 0")
+        if self.strategy == "ddp" and self.replicas > 1:
+            raise ValueError("with parallel.strategy=ddp every rank is a replica; leave out parallel.replicas, or take zero2")
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
@@ -50,9 +56,9 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
     """Shard a model that has `.layers`, in place, over all ranks of the default group. Parameters stay fp32 masters.
 
     Gathers in the compute dtype, reduces gradients in fp32, and *sums* them over ranks: whoever calls backward divides by
-    the weight of the whole step. DDP is the same machinery with one shard and all ranks as replicas.
+    the weight of the whole step. DDP and HSDP are the same machinery with some or all ranks as replicas.
     """
-    world = get_world_size()
+    mesh = _mesh(config, device)
     layers = model.layers
     assert isinstance(layers, nn.ModuleList)
     model.to(device)
@@ -65,10 +71,6 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
     if config.compile if config.compile is not None else device.type == "cuda":
         for block in layers:
             block.compile(fullgraph=True)
-    if config.strategy == "ddp":
-        mesh = init_device_mesh(device.type, (world, 1), mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
     dtype = compute_dtype(config, device)
     # No cast of inputs: hidden states already have the dtype, and the rotary tables must stay fp32.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -77,6 +79,18 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     return model
+
+
+def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
+    """Ranks as replicas x shards; ranks of one machine are neighbours, so a replica does not leave it if it fits there."""
+    world = get_world_size()
+    replicas = world if config.strategy == "ddp" else config.replicas
+    if world % replicas:
+        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        raise ValueError(f"parallel.replicas={replicas} does not divide {world} rank(s); take one of {fitting}")
+    if replicas == 1 and config.strategy != "ddp":
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 def set_last_micro_batch(model: FSDPModule, last: bool, strategy: str) -> None:

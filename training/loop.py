@@ -11,6 +11,7 @@ from training.checkpoint import Checkpoints, load_state, read_phase
 from training.config import RunConfig
 from training.fsdp_utils import reshard, set_last_micro_batch
 from training.guard import Faults, StopSignal
+from training.hangs import COMPUTES, READS, Watch
 from training.logger import Log
 from training.meter import Meter
 from training.objectives import Objective
@@ -40,20 +41,24 @@ def train(
     if state.step >= end:
         return True
     model.train()
-    log.open(state.step, end, state.phase)
-    with StopSignal() as stop, saves:  # does not leave before what it saves is written
+    watching = Watch(run.parallel.timeout_s, run.logs / "hang")  # the steps alone, not validation and saving
+    with StopSignal() as stop, watching as watch, saves:  # does not leave before what it saves is written
+        log.open(state.step, end, state.phase)
         while state.step < end:
             meter.start()
             if run.rope_theta_end:
                 model.set_rope_theta(theta_at(run, state))
             place = state.faults.next_place(state.place)
+            watch.begin(state.step + 1, READS)
             step = loader.at(place)
+            watch.begin(state.step + 1, COMPUTES)
             meter.data_ready()
             lr = schedule(state.step) * state.faults.lr_scale
             sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
             sums["stop"] = torch.tensor(float(stop.received > 0), device=device)
             sums["save_failed"] = torch.tensor(float(saves.failed), device=device)
             means, stopping = reduce(sums, step.weight)
+            watch.rest()
             if means.pop("save_failed"):
                 saves.wait()  # raises what went wrong, on every rank
             state.place = place + 1
@@ -86,7 +91,7 @@ def train(
                 metrics |= validate(model, evaluate)
             log.metrics(metrics, last)
             if last or state.step % run.checkpoint.every == 0:
-                saves.save(state, metrics.get("val/loss"))
+                saves.save(state, metrics.get("val/loss"), milestone=state.step == end)
             if stopping:
                 break
     return state.step == end

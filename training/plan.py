@@ -389,7 +389,9 @@ def _disk(parts: list[Stretch], tokens: int) -> dict[str, float]:
     saved = one  # the newest, while it is being written
     for part in parts:
         keeps = part.run.checkpoint
-        saved += one * min(keeps.keep, -(-(part.end - part.begin) // keeps.every)) + (weights if keeps.keep_best else 0)
+        milestones = sum(milestone.at < part.end for milestone in part.phase.milestones)
+        saved += one * (min(keeps.keep, -(-(part.end - part.begin) // keeps.every)) + milestones)
+        saved += weights if keeps.keep_best else 0
     return {
         "checkpoint": one,
         "checkpoints": saved,

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -22,6 +22,7 @@ from training.checkpoint import Checkpoints, damage, has_state, identity, load_s
 from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.fsdp_utils import compute_dtype, wrap_model_fsdp
 from training.guard import Faults
+from training.hangs import leave_if_lost
 from training.optimizers import build_optimizer
 from training.state import State
 
@@ -42,6 +43,9 @@ def ranks() -> Iterator[torch.device]:
         if local >= torch.cuda.device_count():
             raise ValueError(f"rank {local} has no GPU: torchrun started more ranks than {torch.cuda.device_count()} GPUs")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows of changing length fragment it
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # a rank whose peer is gone ends instead of waiting
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # Flight Recorder, read by training/hangs.py
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     else:
@@ -51,10 +55,14 @@ def ranks() -> Iterator[torch.device]:
     dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store)
     try:
         yield device
-        dist.barrier()  # no rank takes its sockets away while another still reads from them
-    except BaseException:
+        sys.stdout.flush()  # torchrun may end this rank as soon as another has left
+        with suppress(RuntimeError):  # no rank takes its sockets away while another still needs them; gloo's barrier may find
+            dist.barrier()  # its peer gone although that one has passed it, and then all is done
+    except BaseException as error:
         if world == 1:
             dist.destroy_process_group()  # with several, others may be in a collective for good: do not wait for them
+        else:
+            leave_if_lost(error, rank)
         raise
     dist.destroy_process_group()
 
