@@ -1,0 +1,445 @@
+"""Faults put into tiny runs of train.py, and whether tokens, losses and weights come out as without them: docs/faults.md.
+
+    python -m benchmarks.faults --output benchmarks/results/faults.json --docs docs/faults.md    # about 12 minutes on 2 cores
+    python -m benchmarks.faults --only sigterm nan --quick
+
+Each case launches train.py through scripts.launch on the CPU, puts the fault into it, gives the same command line again until it
+is complete, and compares with a run that nothing happened to. Exit status 1 where a case fails.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.fault_runs import (
+    EVERY,
+    LENGTH,
+    ROWS,
+    Failed,
+    Launch,
+    Run,
+    Verdict,
+    compare,
+    kill,
+    launch_here,
+    recorded,
+    settings,
+    write_store,
+)
+from benchmarks.faulty_train import Action, Fault
+from data.dataloader import PackedDataLoader
+from data.store import open_shards
+from entrypoint import user_errors
+from training.checkpoint import step_folders
+
+LOSS_TOLERANCE = 1e-5  # where the number of ranks changes, the order of summing does
+COLUMNS = ("fault", "what was done", "recovered", "tokens lost / repeated", "loss curve", "weights and state", "note")
+
+
+@dataclass
+class Row:
+    """A case's line of the table."""
+
+    name: str
+    fault: str
+    done: str
+    ok: bool
+    cells: tuple[str, str, str, str]  # recovered, tokens, loss curve, weights and state
+    note: str
+    launches: int
+    seconds: float = 0.0
+    stream: str = ""
+    kills: list[dict] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        return "| " + " | ".join((self.fault, self.done, *self.cells, self.note)) + " |"
+
+
+@dataclass
+class Lab:
+    """Where the cases run, and the runs that nothing happens to, which they share."""
+
+    folder: Path
+    launch: Launch
+    quick: bool
+    seed: int
+    imports: float  # seconds that a start-up may take: a kill in it comes within that
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    runs: dict[str, Run] = field(default_factory=dict)
+
+    @property
+    def store(self) -> Path:
+        return self.folder / "store"
+
+    def run(self, name: str, steps: int = 12, *more: str, store: Path | None = None, always: Fault | None = None) -> Run:
+        folder = self.folder / name
+        return Run(folder, [settings(store or self.store, folder, steps, "one", *more)], self.launch, always=always or Fault())
+
+    def straight(self, name: str, make: Callable[[str], Run]) -> Run:
+        """The run that make(name) makes, finished; made once."""
+        with self.lock:
+            if name not in self.runs:
+                self.runs[name] = make(name).finish()
+            return self.runs[name]
+
+    def plain(self, steps: int = 12) -> Run:
+        return self.straight(f"straight-{steps}", lambda name: self.run(name, steps))
+
+
+def row(run: Run, verdict: Verdict, fault: str, done: str, note: str, tolerance: float = 0.0) -> Row:
+    name = run.folder.name
+    tokens = f"{verdict.tokens_lost} / {verdict.tokens_repeated}, {'same stream' if verdict.stream_equal else 'ANOTHER STREAM'}"
+    curve = "equal, bitwise" if verdict.curve_equal else f"within {verdict.loss_difference:.1e}"
+    state = "equal, bitwise" if verdict.state_equal else f"within {verdict.weights_difference:.1e}"
+    if not tolerance:
+        curve, state = (cell if cell.startswith("equal") else f"DIFFERENT, {cell}" for cell in (curve, state))
+    if verdict.unmeasured:
+        curve += f", {verdict.unmeasured} held-out figure(s) never taken"
+    cells = ("yes", tokens, curve, state)
+    return Row(name, fault, done, verdict.holds(tolerance), cells, note, run.launches, stream=verdict.stream, kills=run.killed)
+
+
+# Kills
+
+
+def moments(lab: Lab, everyone: bool, steps: int) -> tuple[Run, int]:
+    """A run that is killed at random moments of all kinds: (run, how often). The last ones are around the end of the phase."""
+    run = lab.run(f"kill-{'all' if everyone else 'one'}", steps)
+    random_ = random.Random(lab.seed + everyone)
+    kinds = ["start"] * 5 + ["step"] * 6 + ["save"] * 6
+    random_.shuffle(kinds)
+    quick = ["save", "end"] if everyone else ["start", "step"]
+    kinds = quick if lab.quick else [*kinds, "last save", "last save", "end"]
+    for number, kind in enumerate(kinds):
+        rank, newest = random_.randrange(2), run.newest()
+        if kind == "start":
+            at, of, delay = random_.choice(("start", "start", "build")), 0, random_.uniform(0, lab.imports)
+        elif kind == "step":
+            at, of, delay = random_.choice(("batch", "step")), newest + random_.randint(1, 3), random_.uniform(0, 0.04)
+        elif kind == "save":
+            at, of, delay = random_.choice(("save", "state", "saved")), newest + EVERY, random_.uniform(0, 0.02)
+        else:
+            at, of, delay = ("end", 0, 0.0) if kind == "end" else (random_.choice(("save", "state")), steps, 0.0)
+        if at == "build":
+            delay = random_.uniform(0, 0.2)
+        if run.again(kill(at, of, rank, everyone, delay)).status == 0:
+            raise Failed(f"kill {number + 1} came too late: {kind} {at} {of} {delay:.3f}")
+    return run.finish(), len(kinds)
+
+
+def kill_ranks(lab: Lab, everyone: bool) -> Row:
+    steps = 12 if lab.quick else 40
+    run, times = moments(lab, everyone, steps)
+    half = sum(bool(found["half"]) for found in run.killed)
+    whom = "all ranks and the launcher" if everyone else "one rank of two"
+    spread = ", ".join(f"{sum(found['at'] in at for found in run.killed)} {what}" for what, at in KINDS.items())
+    done = f"{times} times at random: {spread}"
+    return row(run, compare(run, lab.plain(steps)), f"SIGKILL of {whom}", done, f"{half} left half a checkpoint, swept away")
+
+
+KINDS = {
+    "in start-up": ("start", "build"),
+    "in steps": ("batch", "step"),
+    "in saves": ("save", "state", "saved"),
+    "after the last step": ("end",),
+}
+
+
+def three_in_an_epoch(lab: Lab) -> Row:
+    """The source is just six steps long, so a token that is lost or repeated shows within the epoch itself too."""
+    only = f"data={{store: {lab.store}, mix: {{short: 1}}, sequence_length: {LENGTH}, tokens_per_step: {ROWS * LENGTH}, "
+
+    def make(name: str) -> Run:
+        return lab.run(name, 14, only + "micro_batch_size: 2}")
+
+    run = make("epoch").survive(kill("step", 2, 1), kill("step", 4, everyone=True), kill("batch", 5, 0))
+    shards = open_shards(lab.store, {"short": 1.0}, "train", 128)
+    stream, epoch = recorded(run), len(PackedDataLoader(shards, {"short": 1.0}, LENGTH, ROWS, ROWS, 0).packed[0])
+    read = [row for update in sorted(stream) for row in stream[update]]
+    epochs = [read[first : first + epoch] for first in range(0, 2 * epoch, epoch)]
+    once = epoch == 6 * ROWS and all(len(set(rows)) == epoch for rows in epochs) and set(epochs[0]) == set(epochs[1])
+    verdict = compare(run, lab.straight("straight-epochs", make))
+    found = row(run, verdict, "three kills in one epoch", "SIGKILL at steps 2, 4 and 6 of an epoch of 6", "")
+    found.ok &= once
+    found.note = f"each of {epoch} rows {'once' if once else 'NOT ONCE'} in either epoch"
+    return found
+
+
+def kill_in_save(lab: Lab) -> Row:
+    """At each stage between the start of the writing thread and the rename, in the background of training."""
+    every = [(at, rank, everyone) for at in ("save", "state") for rank, everyone in ((0, True), (0, False), (1, False))]
+    every += [(at, 0, everyone) for at in ("publish", "rename") for everyone in (True, False)]
+    stages = [("state", 0, True), ("rename", 0, True)] if lab.quick else every
+    run = lab.run("kill-in-save")
+    for at, rank, everyone in stages:
+        newest = run.newest()
+        wanted = kill(at, newest + EVERY if newest < 8 else 10, rank, everyone)
+        if run.again(wanted).status == 0 or run.newest() != newest:
+            raise Failed(f"a save that was killed at {at!r} was published all the same")
+    half = sum(bool(found["half"]) for found in run.finish().killed)
+    words = {"save": "as the thread begins", "state": "checksums", "publish": "the manifest", "rename": "the rename"}
+    named = [words[at] if at == "save" else f"before {words[at]}" for at in dict.fromkeys(at for at, _, _ in stages)]
+    done = f"{len(stages)} times: {', '.join(named)}"
+    return row(run, compare(run, lab.plain()), "SIGKILL during a background save", done, f"{half} left half a checkpoint")
+
+
+def kill_at_border(lab: Lab) -> Row:
+    def make(name: str) -> Run:
+        folder = lab.folder / name
+        more = [f"resume_from={folder / 'one'}", "schedule={warmup_steps: 2, total_steps: 12, decay_steps: 4}"]
+        more += ["data.mix={dummy: 0.3, more: 0.7}", "model.rope_theta=500000", "validation.every=0"]
+        first = settings(lab.store, folder, 6, "one", more[1])
+        return Run(folder, [first, settings(lab.store, folder, 6, "two", *more)], lab.launch)
+
+    run = make("border")
+    if run.again(kill("saved", 6, everyone=True)).status == 0 or run.newest() != 6:
+        raise Failed("it was not killed between the checkpoint of the phase's end and its own end")
+    if run.again().status:
+        raise Failed(f"a complete phase did not say so: {run.ended[-1].output[-300:]}")
+    faults = (kill("build", 0, everyone=True), kill("step", 7, 1), kill("rename", 8, everyone=True))
+    for fault in faults[2:] if lab.quick else faults:
+        if run.again(fault).status == 0 or run.newest():
+            raise Failed(f"the second phase was not killed before its first checkpoint: {fault}")
+    verdict = compare(run.finish(), lab.straight("straight-border", make))
+    done = "after the checkpoint of the phase's end; " + ("" if lab.quick else "at the next one's start and first step; ")
+    done = f"{len(run.killed)} times: {done}in its first save"
+    return row(run, verdict, "SIGKILL at a phase border", done, "data, mixture and theta differ across it")
+
+
+# Other ranks, other files
+
+
+def change_ranks(lab: Lab) -> Row:
+    run = lab.run("ranks")
+    for ranks, fault in ((2, kill("step", 5, everyone=True)), (1, kill("step", 9, everyone=True))):
+        if run.again(fault, ranks).status == 0:
+            raise Failed("it was not killed")
+    verdict = compare(run.finish(2), lab.plain())
+    done = "SIGKILL at steps 5 and 9, each time gone on with the other number"
+    return row(run, verdict, "2 -> 1 -> 2 ranks", done, f"at most {LOSS_TOLERANCE:g} allowed", LOSS_TOLERANCE)
+
+
+def flip_bytes(lab: Lab) -> Row:
+    run = lab.run("flipped")
+    seen = []
+    hurt = ("state/__1_0.distcp",) if lab.quick else ("state/__1_0.distcp", "model.safetensors", "state/trainer.json")
+    for number, name in enumerate(hurt):
+        if run.again(kill("step", 7 + number, everyone=True)).status == 0:
+            raise Failed("it was not killed")
+        newest = step_folders(run.folder / "one")[-1]
+        content = bytearray((newest / name).read_bytes())
+        for place in (len(content) // 3, len(content) // 2):
+            content[place] ^= 1
+        (newest / name).write_bytes(content)
+        seen.append((f"{newest.name} is damaged ({name} has changed)", f"goes on at step {int(newest.name[5:]) - EVERY}"))
+    run.finish()
+    said = "".join(ended.output for ended in run.ended)
+    if not all(part in said for pair in seen for part in pair) or not list(run.folder.glob("one/step_*.damaged")):
+        raise Failed(f"what was damaged was not set aside, or the one before it not used: {seen}")
+    done = f"{len(hurt)} times: {', '.join(hurt)}"
+    return row(
+        run, compare(run, lab.plain()), "two flipped bytes in the newest checkpoint", done, "set aside, the one before used"
+    )
+
+
+def full_disk(lab: Lab) -> Row:
+    run = lab.run("full")
+    cases = [(1, 4, "state")] if lab.quick else [(1, 4, "state"), (0, 8, "weights"), (0, 12, "state")]
+    for rank, step, what in cases:
+        ended = run.again({"full": {"rank": rank, "step": step, "what": what}})
+        told = f"the checkpoint of step {step} was not saved: No space left on device; the same command goes on"
+        if ended.status != 2 or told not in ended.output or run.newest() != step - EVERY:
+            raise Failed(f"status {ended.status}, newest {run.newest()}: {ended.output[-300:]}")
+    done = f"{len(cases)} times: in the background, on one rank; status 2 and a sentence on all"
+    return row(
+        run.finish(), compare(run, lab.plain()), "no space left during a save", done, "an injected ENOSPC, no real full disk"
+    )
+
+
+def hide_shard(lab: Lab) -> Row:
+    store = lab.folder / "store-of-shard"
+    shutil.copytree(lab.store, store)
+    shard = store / "tokens" / "more" / "train-00001.bin"
+    run = lab.run("shard", store=store)
+    gone: Action = {"at": "step", "of": 3, "rank": 0, "do": "hide", "path": str(shard)}
+    if run.again({"actions": [gone, *kill("step", 7, everyone=True)["actions"]]}).status == 0 or shard.exists():
+        raise Failed("the shard was not taken away, or the run not killed")
+    before = run.newest()
+    ended = run.again()
+    told = f"the shard {shard} is missing or cut short; put it back"
+    if before < 4 or ended.status != 2 or told not in ended.output or run.newest() != before:
+        raise Failed(f"status {ended.status}, newest {before}, then {run.newest()}: {ended.output[-300:]}")
+    shard.with_name(shard.name + ".hidden").rename(shard)
+    done = "once, at step 3; SIGKILL at step 7; restored after an attempt"
+    note = "goes on while it runs; a new start names the file and touches nothing"
+    return row(run.finish(), compare(run, lab.plain()), "a deleted shard", done, note)
+
+
+# Signals, numbers, clocks
+
+
+def sigterm(lab: Lab) -> Row:
+    run = lab.run("sigterm")
+    for rank, step in ((1, 3),) if lab.quick else ((1, 2), (0, 6), (1, 9)):
+        ended = run.again({"actions": [{"at": "step", "of": step, "rank": rank, "do": "terminate"}]})
+        if ended.status != 143 or "stopped on a signal and saved" not in ended.output or not step <= run.newest() <= step + 1:
+            raise Failed(f"status {ended.status}, newest {run.newest()}: {ended.output[-300:]}")
+    times = run.launches
+    note = "all ranks save that step or the next, status 143; a step that is stopped at is not measured"
+    return row(
+        run.finish(),
+        compare(run, lab.plain()),
+        "SIGTERM to one rank",
+        "once, rank 1" if times == 1 else f"{times} times, rank 1, 0 and 1",
+        note,
+    )
+
+
+def nan(lab: Lab) -> Row:
+    def make(name: str) -> Run:
+        return lab.run(name, always={"leave_out": [5]})
+
+    found: list[Row] = []
+    for what in ("gradient",) if lab.quick else ("gradient", "loss"):
+        run = lab.run(f"nan-{what}" if found else "nan", always={"nan": {"rank": 1, "place": 5, "what": what}}).finish()
+        if not any("step 6 (data place 5) was not applied" in ended.output for ended in run.ended):
+            raise Failed("the bad step was applied")
+        found.append(
+            row(run, compare(run, lab.straight("straight-without-5", make), skipped=True), "NaN in one rank's batch", "", "")
+        )
+    first = found[0]
+    first.ok = all(part.ok for part in found)
+    first.done = "place 5 on rank 1, in its gradients" + ("; in another run in its loss too" if len(found) > 1 else "")
+    first.note = "skipped on all ranks; compared with a run that leaves place 5 out"
+    return first
+
+
+def clocks(lab: Lab) -> Row:
+    run = lab.run("clocks")
+    first = {"clocks": [3600.0, -86400.0], "jump": {"at": 4, "by": -7200.0}, **kill("step", 7, everyone=True)}
+    if run.again(first).status == 0:  # type: ignore[arg-type]
+        raise Failed("it was not killed")
+    for age, path in enumerate(run.step_folders()):  # the newest checkpoint looks the oldest
+        for part in (*path.rglob("*"), path):
+            os.utime(part, (1e9 - 1e6 * age, 1e9 - 1e6 * age))
+    newest = run.newest()
+    if run.again({"clocks": [-86400.0, 7200.0]}).status or f"goes on at step {newest}" not in run.ended[-1].output:
+        raise Failed(f"it did not go on from step {newest}: {run.ended[-1].output[-300:]}")
+    done = "2 launches: 25 h apart, back by 2 h at step 4, SIGKILL at 7, then 26 h apart"
+    note = "file times of checkpoints reversed in between; Python's clocks, not the kernel's"
+    return row(run, compare(run, lab.plain()), "clock skew between ranks", done, note)
+
+
+CASES: dict[str, Callable[[Lab], Row]] = {
+    "kill_one": partial(kill_ranks, everyone=False),
+    "kill_all": partial(kill_ranks, everyone=True),
+    "three_in_an_epoch": three_in_an_epoch,
+    "kill_in_save": kill_in_save,
+    "kill_at_border": kill_at_border,
+    "change_ranks": change_ranks,
+    "flip_bytes": flip_bytes,
+    "full_disk": full_disk,
+    "sigterm": sigterm,
+    "nan": nan,
+    "hide_shard": hide_shard,
+    "clocks": clocks,
+}
+
+
+def examine(lab: Lab, name: str) -> Row:
+    """One case; one that does not survive is a row too."""
+    began = time.monotonic()
+    try:
+        found = CASES[name](lab)
+    except Failed as error:
+        found = Row(name, name, "", False, ("NO", "", "", ""), " ".join(str(error).split()), 0)
+    found.name, found.seconds = name, round(time.monotonic() - began, 1)
+    print(f"{'ok    ' if found.ok else 'FAILED'} {found.seconds:5.0f} s  {found.markdown()}", flush=True)
+    return found
+
+
+def make_lab(folder: Path, launch: Launch = launch_here, quick: bool = False, seed: int = 4, imports: float = 4.0) -> Lab:
+    lab = Lab(folder, launch, quick, seed, imports)
+    write_store(lab.store, seed)
+    return lab
+
+
+def table(rows: list[Row]) -> str:
+    return "\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *(row.markdown() for row in rows)])
+
+
+def page(rows: list[Row], about: dict[str, str]) -> str:
+    return f"""# Faults, and what is left of them
+
+Written by `{about["command"]}` on {about["date"]}:
+{about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]}; {sum(row.launches for row in rows)} launches of train.py in cases of up to 40 steps, {about["seconds"]} s.
+
+Each case trains a model of 2 layers and width 32 on 2 CPU ranks (gloo, ZeRO-2) with background saves every
+{EVERY} steps, is hurt, and is given the same command line again until it is complete. Then it is compared with a run that
+nothing happened to. Tokens: what the gradients of each update came from, recorded at the objective under the optimizer's own
+count of updates, which is saved and loaded with the weights; and read anew from the loader by the places in metrics.jsonl.
+Loss curve: step, place, tokens, rate, loss, z-loss, gradient norm and held-out loss of every step. Weights and state: checksums
+of every file of the last checkpoint, moments and position too.
+
+{table(rows)}
+
+The moments of the kills and the sha256 of each stream are in [faults.json](../benchmarks/results/faults.json). What is not shown
+here: GPUs, NCCL, several machines, a real full disk, a real clock that is wrong.
+"""
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser.add_argument("--quick", action="store_true", help="fewer times each")
+    parser.add_argument("--seed", type=int, default=4)
+    parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    parser.add_argument("--docs", type=Path, help="write the table here as Markdown")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with user_errors(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        lab = make_lab(Path(folder), quick=args.quick, seed=args.seed)
+        rows = list(pool.map(lambda name: examine(lab, name), args.only))
+    about = {
+        "command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": f"{os.cpu_count()} cores of {cpu()}, shared with other work",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seed": str(args.seed),
+        "seconds": f"{time.monotonic() - began:.0f}",
+    }
+    print("\n" + table(rows))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+    if args.docs:
+        args.docs.write_text(page(rows, about))
+    raise SystemExit(0 if all(row.ok for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
