@@ -1,14 +1,13 @@
-"""Steps that are not fit to apply: skipped, gone back from, resumed over, on one rank and on two; pauses and ramps."""
+"""Steps that are not fit to apply: skipped, gone back from, resumed over; pauses and ramps."""
 
 import json
 import math
-import subprocess
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, one_thread, read_metrics, train_here
+from conftest import read_metrics, train_here
 from safetensors.torch import load_file
 
 import train
@@ -128,34 +127,6 @@ def test_what_is_a_spike():
     assert faults.next_phase().losses == [] and faults.next_phase().skipped == faults.skipped
     faults.left_out = [3, 4, 7]
     assert [faults.next_place(place) for place in (2, 3, 4, 6, 7)] == [2, 5, 5, 6, 8]
-
-
-POISON_ONE_RANK = """
-import os, sys
-import train
-plain = train.next_token
-def next_token(z_weight):
-    objective, calls = plain(z_weight), []
-    def poisoned(model, batch):
-        loss, sums = objective(model, batch)
-        calls.append(1)
-        return (loss * float("nan"), sums) if model.training and os.environ["RANK"] == "1" and len(calls) == 4 else (loss, sums)
-    return poisoned
-train.next_token = next_token
-train.main()
-"""
-
-
-def test_nan_on_one_rank_is_skipped_on_all(settings, tmp_path):
-    script = tmp_path / "poisoned.py"
-    script.write_text(POISON_ONE_RANK)
-    environment = {**one_thread(), "PYTHONPATH": str(ROOT)}
-    run = command(settings("data.micro_batch_size=4", "validation.every=0"), 2)
-    done = subprocess.run([str(script) if part.endswith("train.py") else part for part in run], env=environment, cwd=ROOT)
-    assert done.returncode == 0
-    [event] = events(tmp_path / "logs", "skipped")
-    assert event["place"] == 3 and places(tmp_path / "logs") == [1, 2, 3, 5, 6, 7]
-    assert all(math.isfinite(row["loss"]) for row in read_metrics(tmp_path / "logs"))
 
 
 def test_pausing_changes_nothing(settings, tmp_path):

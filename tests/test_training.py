@@ -1,9 +1,7 @@
 """Training end to end: the same numbers on any number of ranks, and after any interruption."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -188,27 +186,6 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
     assert same_state(tmp_path / "live" / "two" / "step_12", tmp_path / "checkpoints" / "two" / "step_12", tmp_path)
 
 
-def test_killed_ranks_go_on_bit_for_bit_and_fewer_ranks_go_on_too(settings, tmp_path):
-    straight = train_ranks(settings(f"output_dir={tmp_path / 'straight'}", f"log_dir={tmp_path / 'ls'}", steps=12))
-    assert straight.returncode == 0, straight.stderr
-    here = settings(f"output_dir={tmp_path / 'killed'}", f"log_dir={tmp_path / 'lk'}", steps=12)
-    with subprocess.Popen(command(here, 2), cwd=ROOT, env=one_thread(), start_new_session=True) as process:
-        wait_for(tmp_path / "killed" / "step_6" / "manifest.json")
-        os.killpg(process.pid, signal.SIGKILL)
-    wait_until_gone(str(tmp_path / "killed"))
-    shutil.copytree(tmp_path / "killed", tmp_path / "fewer")
-    for name in ("killed", "fewer"):
-        (tmp_path / name / "step_12.tmp").mkdir(exist_ok=True)  # half of a save that never ended
-        (tmp_path / name / "step_9").mkdir(exist_ok=True)
-    done = train_ranks(here)
-    assert done.returncode == 0, done.stderr
-    assert same_state(tmp_path / "straight" / "step_12", tmp_path / "killed" / "step_12", tmp_path)
-    assert losses(tmp_path / "ls") == losses(tmp_path / "lk")
-    assert train_here(settings(f"output_dir={tmp_path / 'fewer'}", f"log_dir={tmp_path / 'lf'}", steps=12))
-    resumed = losses(tmp_path / "lf")
-    assert resumed == pytest.approx(losses(tmp_path / "ls")[-len(resumed) :], abs=1e-5)
-
-
 def wait_for(path: Path, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
@@ -223,32 +200,6 @@ def wait_for_a_step(logs: Path) -> None:
     while not (logs / "metrics.jsonl").stat().st_size:
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def wait_until_gone(mark: str) -> None:
-    """Ranks are in sessions of their own and outlive a killed launcher for a moment."""
-    for _ in range(100):
-        found = subprocess.run(["pgrep", "-f", mark], capture_output=True, text=True).stdout.split()
-        for process in found:
-            os.kill(int(process), signal.SIGKILL)
-        if not found:
-            return
-        time.sleep(0.1)
-
-
-def test_sigterm_to_one_rank_saves_on_all_and_the_same_command_goes_on(settings, tmp_path):
-    here = settings("checkpoint.every=1000", "validation.every=0", "schedule.total_steps=3000", steps=3000)
-    with subprocess.Popen(command(here, 2), cwd=ROOT, env=one_thread(), text=True, stdout=subprocess.PIPE) as process:
-        wait_for_a_step(tmp_path / "logs")
-        ranks = subprocess.run(["pgrep", "-f", f"train.py.*{tmp_path}"], capture_output=True, text=True).stdout.split()
-        children = [int(pid) for pid in ranks if int(pid) != process.pid]
-        os.kill(max(children), signal.SIGTERM)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped on a signal and saved" in output
-    rows = read_metrics(tmp_path / "logs")
-    assert (tmp_path / "checkpoints" / "one" / f"step_{len(rows)}" / "manifest.json").exists()
-    again = train_ranks([*here, f"steps={len(rows) + 2}"])
-    assert again.returncode == 0 and f"goes on at step {len(rows)}" in again.stdout, again.stdout + again.stderr
 
 
 def test_a_checkpoint_is_a_hugging_face_folder(settings, tmp_path):
