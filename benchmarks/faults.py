@@ -384,10 +384,12 @@ def table(rows: list[Row]) -> str:
 
 
 def page(rows: list[Row], about: dict[str, str]) -> str:
+    launches = sum(row.launches for row in rows)
     return f"""# Faults, and what is left of them
 
 Written by `{about["command"]}` on {about["date"]}:
-{about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]}; {sum(row.launches for row in rows)} launches of train.py in cases of up to 40 steps, {about["seconds"]} s.
+{about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]};
+{launches} launches of train.py in cases of up to 40 steps, {about["seconds"]} s.
 
 Each case trains a model of 2 layers and width 32 on 2 CPU ranks (gloo, ZeRO-2) with background saves every
 {EVERY} steps, is hurt, and is given the same command line again until it is complete. Then it is compared with a run that
