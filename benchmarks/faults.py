@@ -130,9 +130,11 @@ def moments(lab: Lab, everyone: bool, steps: int) -> tuple[Run, int]:
         if kind == "start":
             at, of, delay = random_.choice(("start", "start", "build")), 0, random_.uniform(0, lab.imports)
         elif kind == "step":
-            at, of, delay = random_.choice(("batch", "step")), newest + random_.randint(1, 3), random_.uniform(0, 0.04)
+            of = min(newest + random_.randint(1, 6), max(newest + 1, steps - 6))
+            at, delay = random_.choice(("batch", "step")), random_.uniform(0, 0.04)
         elif kind == "save":
-            at, of, delay = random_.choice(("save", "state", "saved")), newest + EVERY, random_.uniform(0, 0.02)
+            of = min(newest + EVERY * random_.randint(1, 3), max(newest + EVERY, steps - 6))
+            at, delay = random_.choice(("save", "state", "saved")), random_.uniform(0, 0.02)
         else:
             at, of, delay = ("end", 0, 0.0) if kind == "end" else (random_.choice(("save", "state")), steps, 0.0)
         if at == "build":
@@ -143,7 +145,7 @@ def moments(lab: Lab, everyone: bool, steps: int) -> tuple[Run, int]:
 
 
 def kill_ranks(lab: Lab, everyone: bool) -> Row:
-    steps = 12 if lab.quick else 40
+    steps = 12 if lab.quick else 60
     run, times = moments(lab, everyone, steps)
     half = sum(bool(found["half"]) for found in run.killed)
     whom = "all ranks and the launcher" if everyone else "one rank of two"
@@ -389,7 +391,7 @@ def page(rows: list[Row], about: dict[str, str]) -> str:
 
 Written by `{about["command"]}` on {about["date"]}:
 {about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]};
-{launches} launches of train.py in cases of up to 40 steps, {about["seconds"]} s.
+{launches} launches of train.py in cases of up to 60 steps.
 
 Each case trains a model of 2 layers and width 32 on 2 CPU ranks (gloo, ZeRO-2) with background saves every
 {EVERY} steps, is hurt, and is given the same command line again until it is complete. Then it is compared with a run that
