@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.layers import Mask, RMSNorm, RotaryEmbedding, apply_rotary, attend, document_mask
+from models.attention import Mask, attend, attention_mask
+from models.layers import RMSNorm, RotaryEmbedding, apply_rotary
 from models.losses import TokenLosses, token_losses
 
 
@@ -123,6 +124,8 @@ class NanoLlama(nn.Module):
     def __init__(self, config: ModelConfig, seed: int | None = None):
         super().__init__()
         self.config = config
+        self.attention = "auto"  # which kernel, one of models.attention.KERNELS
+        self.compile_head: bool | None = None  # the loss head with torch.compile; default: on a GPU
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -169,10 +172,10 @@ class NanoLlama(nn.Module):
                 "shorten the input or raise model.max_position_embeddings"
             )
         cos, sin = self.rotary(tokens.shape[1])
-        mask = document_mask(docs)
         x = self.embed_tokens(tokens)  # [B, T, D]
+        mask = attention_mask(docs, x, self.attention)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         x = self.norm(x)
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(x, head) if targets is None else token_losses(x, head, targets)
+        return F.linear(x, head) if targets is None else token_losses(x, head, targets, compiled=self.compile_head)

@@ -1,9 +1,12 @@
 """The chunked head against the plain formula."""
 
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from models import losses
 from models.losses import IGNORE, compute_loss_with_z_penalty, token_losses
 
 
@@ -81,3 +84,22 @@ def test_whole_logits_are_never_built(monkeypatch):
     monkeypatch.setattr("models.losses.F.linear", lambda *args: sizes.append(len(args[0])) or linear(*args))
     compute_loss_with_z_penalty(token_losses(hidden, weight, targets, 8), 1e-4)[0].backward()
     assert max(sizes) == 8 and sum(sizes) == 2 * targets.numel()
+
+
+@pytest.mark.parametrize(
+    "backend, dtype", [("aot_eager", torch.float32), ("aot_eager", torch.bfloat16), ("inductor", torch.bfloat16)]
+)
+def test_compiled_equals_eager(backend, dtype, monkeypatch):
+    """What a GPU runs; chunks of 8 tokens and a last one of 1."""
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("needs a C++ compiler")
+    torch._dynamo.reset()
+    made = {f: torch.compile(f, fullgraph=True, backend=backend) for f in (losses._forward, losses._backward)}
+    monkeypatch.setattr(losses, "_compiled", made.__getitem__)
+    hidden, weight, targets = example(dtype)
+    found = []
+    for compiled in (False, True):
+        loss, _ = compute_loss_with_z_penalty(token_losses(hidden, weight, targets, 8, compiled), 0.1)
+        found.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
+    for a, b in zip(*found, strict=True):
+        assert (a.float() - b.float()).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * a.float().abs().max()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from models.hf import from_hf_config, load_hf, save_hf
-from models.layers import RotaryEmbedding, apply_rotary, attend, document_mask
+from models.layers import RotaryEmbedding, apply_rotary
 from models.nanollama import ModelConfig, NanoLlama
 
 TINY = {
@@ -111,18 +111,6 @@ def test_packed_documents_equal_the_same_documents_apart():
     apart = torch.cat([model(part) for part in TOKENS.split(lengths, dim=1)], dim=1)
     assert (packed - apart).abs().max() <= 1e-5
     assert (packed - model(TOKENS)).abs().max() > 1e-2  # without the mask the neighbours are seen
-
-
-def test_flex_attention_block_mask_is_the_same_mask():
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 8, 160, 16, generator=generator)
-    k, v = (torch.randn(2, 2, 160, 16, generator=generator) for _ in range(2))
-    docs = (torch.rand(2, 160, generator=generator) < 0.05).int().cumsum(1)
-    dense, block = (attend(q, k, v, document_mask(docs, block=kind)) for kind in (False, True))
-    assert (dense - block).abs().max() <= 1e-5
-    weights = (q.double() @ k.double().repeat_interleave(4, 1).mT / 4).masked_fill(~document_mask(docs, block=False), -math.inf)
-    exact = weights.softmax(-1) @ v.double().repeat_interleave(4, 1)
-    assert (dense - exact).abs().max() <= 1e-5
 
 
 def test_rotary_scores_depend_on_distance_only_and_are_exact_far_out():

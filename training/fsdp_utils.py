@@ -1,4 +1,4 @@
-"""Sharding, put on a model from outside, in a fixed order: activation checkpointing, compile per block, FSDP2."""
+"""Sharding, put on a model from outside, in a fixed order: float8, activation checkpointing, compile per block, FSDP2."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from models.attention import KERNELS, kernel_operators
+from training.fp8 import convert_to_fp8
+
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -22,7 +25,9 @@ class ParallelConfig:
     strategy: str = "zero2"  # zero2: parameters stay whole from forward to backward; zero3: gathered twice; ddp: not sharded
     dtype: str = "auto"  # of parameters and activations in forward and backward: bfloat16, float32, or what the device has
     activation_checkpointing: str = "none"  # none, selective (keep matmuls and attention), full
-    compile: bool | None = None  # each block with torch.compile; default: on a GPU
+    compile: bool | None = None  # each block and the loss head with torch.compile; default: on a GPU
+    attention: str = "auto"  # sdpa, flex, varlen, flash (FlashAttention-2, -3 or -4, if installed); auto: see models/attention.py
+    fp8: bool = False  # matmuls of the blocks in float8, with torchao
     replicas: int = 1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
     timeout_s: float = 300  # a step (not the first) in which ranks wait longer for each other ends the run
 
@@ -31,6 +36,7 @@ class ParallelConfig:
             ("strategy", ("zero2", "zero3", "ddp")),
             ("dtype", ("auto", *DTYPES)),
             ("activation_checkpointing", ("none", "selective", "full")),
+            ("attention", KERNELS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"parallel.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -62,6 +68,8 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
     layers = model.layers
     assert isinstance(layers, nn.ModuleList)
     model.to(device)
+    if config.fp8:
+        convert_to_fp8(layers, device)
     if config.activation_checkpointing != "none":
         keep: dict[str, Any] = {}  # torch.compile refuses a context_fn that does nothing, so "full" has none
         if config.activation_checkpointing == "selective":
@@ -107,12 +115,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def _keep_matmuls(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    kept = {
-        torch.ops.aten.mm.default,
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-        torch.ops.higher_order.flex_attention,
-    }
-    return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
+    aten = torch.ops.aten
+    kept = {aten.mm.default, aten._scaled_mm.default, aten.max.default}  # the last two: of float8, and the maxima of its scales
+    keep = operator in kept or operator in kernel_operators()
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

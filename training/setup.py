@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from models.attention import choose_kernel
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
 from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, on_main, read_phase, step_folders
@@ -87,6 +88,8 @@ def build(run: RunConfig, device: torch.device, seed: int | None = None) -> Stat
     Every rank builds the whole model from the seed before it is sharded, so weights do not depend on the world size.
     """
     model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
+    choose_kernel(run.parallel.attention, device, compute_dtype(run.parallel, device), masked=True)  # or a sentence why not
+    model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     if run.init_from:
         load_weights(model, Path(run.init_from))
     wrapped = wrap_model_fsdp(model, run.parallel, device)
@@ -183,12 +186,14 @@ def _check_tokenizer(source: Path, tokenizer: Path | None) -> None:
 
 def describe(run: RunConfig, device: torch.device) -> str:
     """One line on what will run, with every "auto" resolved."""
-    dtype = str(compute_dtype(run.parallel, device)).removeprefix("torch.")
+    dtype = compute_dtype(run.parallel, device)
     world = dist.get_world_size()
     compiled = run.parallel.compile if run.parallel.compile is not None else device.type == "cuda"
+    how = ["compiled" if compiled else "eager", choose_kernel(run.parallel.attention, device, dtype, masked=True) + " attention"]
     return (
-        f"{run.model.num_parameters:,} parameters, {dtype} on {world} {device.type} rank(s), {run.parallel.strategy}, "
-        f"{'compiled' if compiled else 'eager'}; {run.steps:,} steps of {run.data.rows} x {run.data.sequence_length} tokens, "
+        f"{run.model.num_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {world} {device.type} rank(s), "
+        f"{run.parallel.strategy}, {', '.join(how + ['float8'] * run.parallel.fp8)}; {run.steps:,} steps of {run.data.rows} x "
+        f"{run.data.sequence_length} tokens, "
         f"theta {run.model.rope_theta:,.0f}"
     )
 

@@ -1,0 +1,223 @@
+"""Every attention kernel against softmax in double precision, and what it is told of documents and windows.
+
+Kernels that only a GPU has are compared when there is one; until then torch's varlen_attn runs on kernels written here.
+"""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from models import attention
+from models.attention import attend, attention_mask, block_mask, choose_kernel, dense_mask, varlen_mask
+from models.nanollama import ModelConfig, NanoLlama
+from training.fsdp_utils import ParallelConfig, _keep_matmuls
+
+CPU = torch.device("cpu")
+HEADS = {"8 to 1": (8, 1), "8 to 2": (8, 2), "equal": (2, 2)}
+GPU = ("sdpa", "flex", "varlen", "flash")
+
+
+def ragged(rows: int, length: int) -> torch.Tensor:
+    """Documents of 1 token, of a few, of nearly a row, and a border at a row's last token."""
+    docs = torch.zeros(rows, length, dtype=torch.int32)
+    for row, starts in enumerate(([1, 2, 9, length - 1], [length // 2 + 3], [])):
+        if row < rows:
+            docs[row, starts] = 1
+    return docs.cumsum(1, dtype=torch.int32)
+
+
+def example(heads: tuple[int, int], length: int, size: int = 16, rows: int = 3, dtype=torch.float32, device=CPU):
+    """q, k, v as the model makes them: [B, T, heads, size], transposed; and the gradient of what comes out."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, length, h, size) for h in (heads[0], heads[1], heads[1], heads[0])]
+    q, k, v, grad = (torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for shape in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
+
+
+def exact(q, k, v, grad, docs, window) -> list[torch.Tensor]:
+    """Output and gradients in double precision, from all scores, with repeated heads and a mask written out pair by pair."""
+    q, k, v = (x.detach().double().cpu().requires_grad_() for x in (q, k, v))
+    length, group = q.shape[2], q.shape[1] // k.shape[1]
+    seen = torch.zeros(len(q), 1, length, length, dtype=torch.bool)
+    for row in range(len(q)):
+        for i in range(length):
+            for j in range(max(0, i + 1 - (window or length)), i + 1):
+                seen[row, 0, i, j] = docs is None or docs[row, i] == docs[row, j]
+    scores = (q @ k.repeat_interleave(group, 1).mT / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
+    out = scores.softmax(-1) @ v.repeat_interleave(group, 1)
+    return [out, *torch.autograd.grad(out, (q, k, v), grad.double().cpu())]
+
+
+@pytest.fixture(scope="session")
+def varlen_on_cpu():
+    """torch's variable-length attention, whose kernels are for GPUs, with kernels written here: one document at a time."""
+    from torch.nn.attention import varlen
+
+    def documents(starts, longest, window, *tensors):
+        """Each document's part of tensors [tokens, heads, size], heads first, and which of its scores are masked."""
+        assert starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(tensors[0])
+        assert longest == starts.diff().max() and window[1] == 0
+        for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+            seen = dense_mask(None, end - begin, CPU, None if window[0] < 0 else window[0] + 1)
+            yield slice(begin, end), ~seen, [x[begin:end].transpose(0, 1) for x in tensors]
+
+    def softmax(q, k, hidden):
+        scores = q @ k.repeat_interleave(len(q) // len(k), 0).mT / math.sqrt(q.shape[2])
+        return scores.masked_fill(hidden, -math.inf).softmax(-1)
+
+    @varlen._varlen_attn.register_kernel("cpu")
+    def forward(q, k, v, starts, starts_k, longest, longest_k, causal=False, scale=None, window=None, gqa=False, *rest):
+        calls.append(len(starts) - 1)
+        out = torch.empty_like(q)
+        for part, hidden, (q1, k1, v1) in documents(starts, longest, window, q, k, v):
+            out[part] = (softmax(q1, k1, hidden) @ v1.repeat_interleave(len(q1) // len(v1), 0)).transpose(0, 1)
+        return out, q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
+
+    @varlen._varlen_attn_backward.register_kernel("cpu")
+    def backward(grad, q, k, v, out, lse, starts, starts_k, longest, longest_k, causal, rng, scale=None, window=None):
+        of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        for part, hidden, (g, q1, k1, v1) in documents(starts, longest, window, grad, q, k, v):
+            group, weights = len(q1) // len(k1), softmax(q1, k1, hidden)
+            of_weights = g @ v1.repeat_interleave(group, 0).mT
+            of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) / math.sqrt(q.shape[2])
+            of_q[part] = (of_scores @ k1.repeat_interleave(group, 0)).transpose(0, 1)
+            of_k[part] = (of_scores.mT @ q1).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+            of_v[part] = (weights.mT @ g).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+        return of_q, of_k, of_v
+
+    attention._load("varlen")
+    calls: list[int] = []
+    return calls
+
+
+def same(found: list[torch.Tensor], expected: list[torch.Tensor], bound: float) -> None:
+    for name, a, b in zip(("out", "q", "k", "v"), found, expected, strict=True):
+        assert a.shape == b.shape and (a.detach().double().cpu() - b).abs().max() <= bound * max(
+            1.0, float(b.detach().abs().max())
+        ), name
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("packed", [True, False], ids=["documents", "rows"])
+@pytest.mark.parametrize("kernel", ["fused", "math", "flex", "varlen"])
+def test_output_and_gradients_equal_double_precision(kernel, packed, window, heads, varlen_on_cpu, monkeypatch):
+    length = 40
+    docs = ragged(3, length) if packed else None
+    q, k, v, grad = example(heads, length)
+    if kernel == "flex":
+        monkeypatch.setattr(
+            "torch.nn.attention.flex_attention._validate_device", lambda *qkv: None
+        )  # torch trains it on GPUs only
+        mask = block_mask(docs, length, CPU, window)
+    elif kernel == "varlen":
+        mask = varlen_mask(docs, 3, length, CPU, window)
+    else:
+        mask = (
+            attention_mask(docs, q.transpose(1, 2), "auto", window)
+            if kernel == "fused"
+            else dense_mask(docs, length, CPU, window)
+        )
+    with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else sdpa_kernel(list(SDPBackend.__members__.values())):
+        out = attend(q, k, v, mask)
+        found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    same(found, exact(q, k, v, grad, docs, window), 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run the tests on one")
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("window", [None, 1, 100])
+@pytest.mark.parametrize("packed", [True, False], ids=["documents", "rows"])
+@pytest.mark.parametrize("kernel", GPU)
+def test_on_a_gpu_output_and_gradients_equal_double_precision(kernel, packed, window, heads):
+    device, length = torch.device("cuda"), 300
+    docs = ragged(3, length).to(device) if packed else None
+    q, k, v, grad = example(heads, length, 64, dtype=torch.bfloat16, device=device)
+    hidden = q.transpose(1, 2)
+    try:
+        mask = attention_mask(docs, hidden, kernel, window)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    out = attend(q, k, v, mask)
+    found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    same(found, exact(q, k, v, grad, None if docs is None else docs.cpu(), window), 2e-2)
+
+
+@pytest.mark.parametrize("kernel, graphs", [("flex", 1), ("varlen", 2)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointed, varlen_on_cpu, monkeypatch):
+    """Compiled blocks: a block mask needs one graph, starts of documents a second one when their number first changes."""
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
+    config = ModelConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
+    )
+    plain, compiled, made = NanoLlama(config, seed=0), NanoLlama(config, seed=0), []
+    torch._dynamo.reset()
+
+    def counting(graph, inputs):
+        made.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    for i, layer in enumerate(compiled.layers):
+        if checkpointed:
+            keep = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+            compiled.layers[i] = layer = checkpoint_wrapper(layer, context_fn=keep)
+        layer.compile(fullgraph=True, backend=counting)
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(64, (2, 96), generator=generator)
+        docs = (torch.rand(2, 96, generator=generator) < 0.02 * (seed + 1)).int().cumsum(1)
+        of_documents = block_mask(docs, 96, CPU) if kernel == "flex" else varlen_mask(docs, 2, 96, CPU)
+        gradients = []
+        for model, mask in ((plain, dense_mask(docs, 96, CPU)), (compiled, of_documents)):
+            monkeypatch.setattr("models.nanollama.attention_mask", lambda *args, mask=mask: mask)
+            model.zero_grad()
+            varlen_on_cpu.clear()
+            losses = model(tokens, tokens.roll(-1, 1), docs)
+            losses.nll.sum().backward()
+            gradients.append([losses.nll, *(parameter.grad for parameter in model.parameters())])
+        assert len(varlen_on_cpu) == (2 if kernel == "varlen" else 0)  # once a layer: its output was kept for backward
+        for a, b in zip(*gradients, strict=True):
+            assert (a - b).abs().max() <= 1e-4 * max(1.0, float(a.abs().max()))
+    assert len(made) == graphs
+
+
+def test_starts_of_documents():
+    docs = torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0], [5, 5, 6, 6]])
+    mask = varlen_mask(docs, 3, 4, CPU)
+    assert mask.starts.tolist() == [0, 2, 3, 4, 8, 10, 12] and mask.longest == 4 and mask.window == (-1, 0)
+    rows = varlen_mask(None, 3, 4, CPU, window=3)
+    assert rows.starts.tolist() == [0, 4, 8, 12] and rows.longest == 4 and rows.window == (2, 0)
+
+
+def test_a_window_as_long_as_the_row_is_none():
+    x = torch.zeros(1, 8, 4)
+    assert attention_mask(None, x, window=8) is None and attention_mask(None, x, window=7) is not None
+
+
+def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypatch):
+    cuda, bf16, fp32 = torch.device("cuda"), torch.bfloat16, torch.float32
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "_flash_version", lambda device: None)
+    chosen = partial(choose_kernel, "auto")
+    assert [chosen(CPU, bf16, True), chosen(CPU, fp32, False), chosen(cuda, bf16, False)] == ["sdpa"] * 3
+    assert chosen(cuda, bf16, True) == chosen(cuda, fp32, True) == "flex"
+    assert choose_kernel("varlen", cuda, bf16, True) == "varlen"
+    for wanted, device, dtype, sentence in (
+        ("varlen", CPU, bf16, "attention=varlen trains on an NVIDIA GPU only, and this is cpu; take parallel.attention=auto"),
+        ("flex", CPU, fp32, "attention=flex trains on an NVIDIA GPU only"),
+        ("varlen", cuda, fp32, "computes in bfloat16 only, not float32"),
+        ("sdpa", cuda, bf16, "would build the scores of all pairs"),
+        ("flash", cuda, bf16, "needs the package flash_attn"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            choose_kernel(wanted, device, dtype, masked=True)
+    monkeypatch.setattr(attention, "_flash_version", lambda device: "FA3")
+    assert choose_kernel("flash", cuda, bf16, True) == "FA3"
+    with pytest.raises(ValueError, match=r"parallel.attention='fast' is not one of auto, sdpa, flex, varlen, flash"):
+        ParallelConfig(attention="fast")
