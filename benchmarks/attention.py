@@ -1,0 +1,116 @@
+"""Attention kernels, forward and backward, by length, with and without documents: milliseconds and TFLOP/s.
+
+    python -m benchmarks.attention                                                    # a CPU, or all that a GPU has
+    python -m benchmarks.attention --lengths 4096 --output benchmarks/results/attention.json
+
+Grouped heads 8:1 of 64 (the 1.1B model's 32 and 4 on a GPU), bf16, kernels taking turns. FLOPs are those of the pairs that may be
+seen: 4 * heads * 64 a pair forward, 2.5 times that backward. Documents have lengths as on the web (lognormal, median 600 tokens,
+sigma 1.05). What is made once a forward pass of the model (block mask, starts of documents) is timed apart, as "mask_ms".
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.side_by_side import machine, median_ms, reason, wait, write
+from entrypoint import user_errors
+from models.attention import Mask, attend, attention_mask, dense_mask
+
+SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+GPU = ("sdpa", "sdpa cudnn", "sdpa flash", "flex", "varlen", "flash")  # flash last: it may take the place of torch's kernel
+CPU = ("sdpa", "math")
+
+
+def documents(rows: int, length: int) -> Tensor:
+    """[rows, length] int32, counting up at each document's first token."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(600), 1.05, rows * length // 20), 20, 200_000).astype(np.int64)
+    starts = np.zeros(rows * length, np.int32)
+    ends = np.cumsum(lengths)
+    starts[ends[ends < rows * length]] = 1
+    return torch.from_numpy(starts.reshape(rows, length).cumsum(1, dtype=np.int32))
+
+
+def seen_pairs(docs: Tensor | None, rows: int, length: int) -> int:
+    """How many (query, key) pairs are not masked."""
+    if docs is None:
+        return rows * length * (length + 1) // 2
+    return sum(int(n) * (int(n) + 1) // 2 for row in docs for n in row.unique_consecutive(return_counts=True)[1])
+
+
+def run(qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, mask: Mask, backend: SDPBackend | None, function: Callable) -> Any:
+    with sdpa_kernel(backend) if backend is not None else nullcontext():
+        out = function(*qkv, mask)
+        return torch.autograd.grad(out, qkv, grad)
+
+
+def measure(length: int, packed: bool, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    rows, (heads, groups) = max(1, args.tokens // length), (32, 4) if device.type == "cuda" else (8, 1)
+    docs = documents(rows, length) if packed else None
+    pairs = seen_pairs(docs, rows, length)
+    on_device = None if docs is None else docs.to(device)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(rows, length, h, 64) for h in (heads, groups, groups, heads)]
+    made = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).transpose(1, 2) for shape in shapes]
+    qkv, grad = tuple(x.requires_grad_() for x in made[:3]), made[3]
+    hidden = torch.empty(rows, length, heads * 64, dtype=torch.bfloat16, device=device)
+    results, calls = [], {}
+    for name in GPU if device.type == "cuda" else CPU:
+        result: dict[str, Any] = {"length": length, "rows": rows, "documents": packed, "kernel": name}
+        results.append(result)
+        try:
+            if name in SDPA and packed and device.type == "cuda":
+                raise ValueError("takes no documents without the scores of all pairs")
+            wanted = "sdpa" if name in SDPA else name
+            make = partial(attention_mask, on_device, hidden, wanted)
+            mask = dense_mask(on_device, length, device) if name == "math" and packed else make()
+            call = partial(run, qkv, grad, mask, SDPA.get(name), attend)
+            call()
+            wait(device)
+        except Exception as error:  # a kernel that is not installed, or cannot do this, is a row that says so
+            result["not measured"] = reason(error)
+            continue
+        result["mask_ms"] = median_ms({"mask": make}, 5, device)["mask"]
+        calls[name] = call
+    flops = 3.5 * 4 * heads * 64 * pairs
+    for name, ms in median_ms(calls, args.rounds, device).items():
+        result = next(result for result in results if result["kernel"] == name)
+        result |= {"ms": ms, "tflop_per_s": flops / ms / 1e9}
+    return results
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16_384] if cuda else [256, 1024])
+    parser.add_argument("--tokens", type=int, default=65_536 if cuda else 2048, help="in a batch, whatever the length")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if cuda else "cpu")
+    with user_errors():
+        rows: list[dict[str, Any]] = []
+        found = {"task": "attention", "machine": machine(device, "flash-attn", "flash-attn-3", "flash-attn-4"), "rows": rows}
+        for length in args.lengths:
+            for packed in (False, True):
+                for row in measure(length, packed, args, device):
+                    rows.append(row)
+                    head = f"{length:>6} x {row['rows']:<3} {'documents' if packed else 'rows':<10} {row['kernel']:<11}"
+                    figures = "{ms:9.2f} ms {tflop_per_s:8.2f} TFLOP/s, mask {mask_ms:.2f} ms"
+                    print(head, figures.format(**row) if "ms" in row else "not measured: " + row["not measured"], flush=True)
+                write(args.output, found)  # as far as it came, should the time be up
+    print("flash stands for the newest of FlashAttention-2, -3 and -4 that is installed") if cuda else None
+
+
+if __name__ == "__main__":
+    main()

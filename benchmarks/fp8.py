@@ -1,0 +1,88 @@
+"""What float8 matmuls cost in loss: the same model, batches and steps, with and without. Speed: benchmarks.train_speed.
+
+    python -m benchmarks.fp8 --steps 200 --output benchmarks/results/fp8.json
+
+On a GPU with float8 the 1.1B model's blocks (--layers of them), in bf16; on a CPU a tiny model, float8 emulated: rounded as it
+would be there, multiplied in fp32. Both read the text of Python's library byte by byte, so that there is something to learn.
+"""
+
+import argparse
+import statistics
+import sysconfig
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.side_by_side import machine, write
+from entrypoint import user_errors
+from models.nanollama import ModelConfig, NanoLlama
+from training import setup
+from training.fp8 import convert_to_fp8
+from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
+from training.optimizers import OptimConfig, build_optimizer
+
+TINY = ModelConfig(
+    vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1
+)
+
+
+def text(limit: int = 4_000_000) -> torch.Tensor:
+    """Bytes of the modules of Python's standard library, in the order of their names."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)[:limit]), dtype=torch.uint8).long()
+
+
+def train(config: ModelConfig, fp8: bool, args: argparse.Namespace, device: torch.device) -> list[float]:
+    """Loss of each step, in nats a byte."""
+    model = NanoLlama(config, seed=args.seed)
+    if fp8:
+        converted = convert_to_fp8(model.layers, device, emulate=device.type == "cpu")
+        print(f"float8{' emulated' if device.type == 'cpu' else ''}: {len(converted)} matrices", flush=True)
+    model = wrap_model_fsdp(model, ParallelConfig(dtype="bfloat16"), device)
+    optimizer = build_optimizer(model, OptimConfig(lr=args.lr))
+    source, losses = text(), []
+    generator = torch.Generator().manual_seed(args.seed)
+    for step in range(args.steps):
+        at = torch.randint(len(source) - args.length - 1, (args.rows, 1), generator=generator) + torch.arange(args.length + 1)
+        tokens = source[at].to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / 20) * (1 - step / args.steps)
+        loss = model(tokens[:, :-1], tokens[:, 1:]).nll.mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=500 if cuda else 200)
+    parser.add_argument("--length", type=int, default=2048 if cuda else 128)
+    parser.add_argument("--rows", type=int, default=16 if cuda else 8)
+    parser.add_argument("--layers", type=int, default=8, help="of the GPU's model")
+    parser.add_argument("--lr", type=float, default=1e-3 if cuda else 3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = replace(ModelConfig(vocab_size=256), num_hidden_layers=args.layers) if cuda else TINY
+    with user_errors(), setup.ranks() as device:
+        losses = {name: train(config, name == "float8", args, device) for name in ("bf16", "float8")}
+    last = {name: statistics.mean(each[-len(each) // 10 :]) for name, each in losses.items()}
+    gap = last["float8"] - last["bf16"]
+    share = gap / last["bf16"]
+    print(
+        f"mean loss of the last tenth: {last['bf16']:.4f} in bf16, {last['float8']:.4f} in float8: {gap:+.4f} nats, {share:+.2%}"
+    )
+    kind = "float8 of the device" if cuda else "emulated: rounded to float8, multiplied in fp32"
+    found = {"task": "fp8", "kind": kind, "machine": machine(device, "torchao"), "parameters": config.num_parameters}
+    write(args.output, found | {"last_tenth": last, "gap": gap, "losses": losses})
+
+
+if __name__ == "__main__":
+    main()
