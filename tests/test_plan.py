@@ -95,7 +95,7 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
     """Bytes of parameters and of the optimizer's state, the peak of a step, and that of the update alone, on one rank."""
     with pretended_ranks(ranks):
         model = wrap_model_fsdp(NanoLlama(run.model, seed=0), run.parallel, torch.device("cpu"))
-        optimizer, live = build_optimizer(model, OptimConfig()), LiveBytes()
+        optimizer, live = build_optimizer(model, run.optim), LiveBytes()
         for tensor in (*model.parameters(), *model.buffers()):
             live.watch(tensor)
         shape = (run.data.micro_batch_size, run.data.sequence_length)
@@ -128,6 +128,17 @@ def test_bytes_of_parameters_and_optimizer_state(strategy, ranks):
     assert moment_bytes(model, strategy, ranks) == pytest.approx(found["moments"], rel=0.01)
     if strategy == "ddp" or ranks == 1:
         assert sharded_bytes(model, strategy, ranks) == 4 * model.num_parameters
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("strategy", ["zero2", "ddp"])
+def test_bytes_of_muon(strategy, ranks):
+    parallel = ParallelConfig(strategy=strategy, dtype="float32", compile=False)
+    model = replace(SMALL, num_hidden_layers=4)  # the pretended group refuses empty messages, so each rank has every shape
+    run = replace(small_run(parallel, 1, ranks, model), optim=OptimConfig(name="muon"))
+    found, said = measure(run, ranks), memory(run, ranks)
+    assert moment_bytes(model, strategy, ranks, "muon") == pytest.approx(found["moments"], rel=0.01)
+    assert 1 <= (said.moments["optimizer step"] - planner.CONTEXT) / found["update"] <= 1.2
 
 
 @pytest.mark.parametrize(
@@ -211,6 +222,8 @@ def test_the_1b_model_by_hand():
     assert activation_bytes(model, "full") == 4096
     assert sharded_bytes(model, "zero2", 2) == 2 * model.num_parameters
     assert moment_bytes(model, "ddp", 2) == 8 * model.num_parameters + 4 * (22 * 9 + 3)
+    hidden = 22 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 2048 * 5632)
+    assert moment_bytes(model, "ddp", 2, "muon") == 8 * model.num_parameters - 4 * hidden + 4 * (22 * 2 + 3)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Checkpoints: save by rename after a manifest of checksums is whole, find the newest whole one, load exactly.
 
 `step_N/` is a Hugging Face folder (weights as the forward pass sees them, tokenizer, config) with a `state/` inside:
-fp32 weights and AdamW moments in torch's distributed format, which loads on any number of ranks, and trainer.json.
+fp32 weights and the optimizer's moments in torch's distributed format, which loads on any number of ranks, and trainer.json.
 All functions that take a State are collective: every rank calls them.
 """
 
@@ -303,6 +303,12 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
     """Load weights, moments and position of a step folder into state. Returns its trainer.json."""
     on_main(lambda: check_whole(folder))
     model, optimizer = get_state_dict(state.model, state.optimizer)
+    kept = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
+    if any(f"optimizer.state.{name}.{kind}" not in kept for name, kinds in moments.items() for kind in kinds):
+        raise ValueError(
+            f"{folder} was saved with another optim.name; keep to that, or take its weights only: init_from={folder}"
+        )
     # The optimizer's settings are the config's, not the checkpoint's: only moments and counters are loaded.
     settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
     dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "state")

@@ -5,18 +5,24 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from training.muon import Muon
+
 
 @dataclass(frozen=True)
 class OptimConfig:
+    name: str = "adamw"  # or muon: for the matrices of the blocks, at the same lr and weight_decay, and AdamW for all else
     lr: float = 1.0e-3  # the schedule's peak
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1.0e-8
+    momentum: float = 0.95  # Muon's, Nesterov
     weight_decay: float = 0.1
     grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
     z_weight: float = 1.0e-4
 
     def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optim.name={self.name!r} is not one of adamw, muon")
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr} must be above 0")
         for name in ("weight_decay", "grad_clip", "z_weight"):
@@ -24,23 +30,34 @@ class OptimConfig:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"optim.beta1={self.beta1} and optim.beta2={self.beta2} must be in [0, 1)")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optim.momentum={self.momentum} must be in [0, 1)")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay for matrices of the blocks and the head; none for norms and the input embedding. Covers each parameter once."""
+def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
+    """Decay for matrices of the blocks and the head; none for norms and the input embedding. Covers each parameter once.
+
+    muon: matrices of the blocks come first, in a group of their own with "muon": True.
+    """
+    hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = name.endswith("norm.weight") or "embed_tokens" in name
         assert plain or parameter.ndim == 2, f"no rule whether to decay {name}"
-        (kept if plain else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    ids = [id(parameter) for parameter in (*decayed, *kept)]
+        (kept if plain else hidden if muon and name.startswith("layers.") else decayed).append(parameter)
+    groups: list[dict] = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    if muon:
+        groups = [{"params": hidden, "weight_decay": weight_decay, "muon": True}, *(g for g in groups if g["params"])]
+    ids = [id(parameter) for group in groups for parameter in group["params"]]
     assert len(ids) == len(set(ids)) and set(ids) == {id(parameter) for parameter in model.parameters()}
     return groups
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW over parameter_groups; the loop sets the learning rate before each update."""
-    groups = parameter_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    """Fused AdamW, or Muon with it, over parameter_groups; the loop sets the learning rate before each update."""
+    groups = parameter_groups(model, config.weight_decay, config.name == "muon")
+    betas = (config.beta1, config.beta2)
+    if config.name == "muon":
+        return Muon(groups, config.lr, config.momentum, betas, config.eps)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)

@@ -17,6 +17,7 @@ from models.nanollama import ModelConfig, NanoLlama
 from training.config import RunConfig
 from training.curriculum import Plan, Stretch, stretches
 from training.meter import PEAK_FLOPS, flops_per_token
+from training.muon import ROUND
 from training.schedulers import WSDScheduler
 
 MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv:2305.16264)
@@ -63,9 +64,24 @@ def sharded_bytes(model: ModelConfig, strategy: str, gpus: int) -> int:
     return sum(4 * -(-shape[0] // shards) * math.prod(shape[1:]) for shape in parameter_shapes(model).values())
 
 
-def moment_bytes(model: ModelConfig, strategy: str, gpus: int) -> int:
-    """Bytes of AdamW's state on one GPU: two fp32 moments, and an fp32 step a tensor."""
-    return 2 * sharded_bytes(model, strategy, gpus) + 4 * len(parameter_shapes(model))
+def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
+    """Of the matrices that Muon updates, where optim.name says so."""
+    return [shape for name, shape in parameter_shapes(model).items() if name.startswith("layers.") and len(shape) == 2]
+
+
+def moment_bytes(model: ModelConfig, strategy: str, gpus: int, optimizer: str = "adamw") -> int:
+    """Bytes of the optimizer's state on one GPU: two fp32 moments, and an fp32 step a tensor; of Muon's matrices one moment."""
+    adamw = 2 * sharded_bytes(model, strategy, gpus) + 4 * len(parameter_shapes(model))
+    shards = 1 if strategy == "ddp" else gpus
+    hidden = hidden_shapes(model) if optimizer == "muon" else []
+    return adamw - sum(4 * -(-rows // shards) * columns + 4 for rows, columns in hidden)
+
+
+def update_bytes(model: ModelConfig, gpus: int, optimizer: str, size: int = 2) -> int:
+    """What an update holds on one GPU for a while, at most: AdamW nothing, Muon nine times what one rank's largest round has."""
+    shapes = hidden_shapes(model) if optimizer == "muon" else []
+    counts = {shape: -(-shapes.count(shape) // gpus) for shape in shapes}  # that one rank makes orthogonal
+    return max((9 * size * (r * c) * min(max(1, ROUND // (r * c)), count) for (r, c), count in counts.items()), default=0)
 
 
 def activation_bytes(model: ModelConfig, checkpointing: str, size: int = 2, compiled: bool = True) -> int:
@@ -134,7 +150,7 @@ def memory(run: RunConfig, gpus: int) -> Memory:
 
     always = {
         "fp32 masters": held,
-        "moments": moment_bytes(model, parallel.strategy, gpus),
+        "moments": moment_bytes(model, parallel.strategy, gpus, run.optim.name),
         "rotary tables": 8 * model.max_position_embeddings * model.heads_size,
         "CUDA context (assumed)": CONTEXT,
     }
@@ -170,8 +186,10 @@ def memory(run: RunConfig, gpus: int) -> Memory:
             "gathered": gathered if accumulated else size * root,  # the last micro-batch gives blocks up as it goes
             "activations": losses,
         },
-        "optimizer step": {"gradients": held},  # fused AdamW and clipping work in place
+        "optimizer step": {"gradients": held},  # fused AdamW and clipping work in place; Muon does not
     }
+    if rounds := update_bytes(model, gpus, run.optim.name, size):
+        moments["optimizer step"]["Newton-Schulz"] = rounds
     totals = {name: sum(always.values()) + sum(parts.values()) for name, parts in moments.items()}
     peak = max(totals, key=lambda name: totals[name])
     return Memory(peak, {**always, **moments[peak]}, totals)
@@ -385,7 +403,7 @@ def _disk(parts: list[Stretch], tokens: int) -> dict[str, float]:
     """Bytes on disk: checkpoints as training/checkpoint.py writes them, token shards and downloaded text for one epoch."""
     model = parts[0].run.model
     weights = model.num_parameters * (4 if parts[0].run.parallel.dtype == "float32" else 2)
-    one = model.num_parameters * 12 + weights
+    one = model.num_parameters * 4 + moment_bytes(model, "ddp", 1, parts[0].run.optim.name) + weights
     saved = one  # the newest, while it is being written
     for part in parts:
         keeps = part.run.checkpoint
