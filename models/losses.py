@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+KEPT = 2**24  # logits; 32 MB in bf16, and their gradient as much again
 IGNORE = -100  # a target with this value has no loss; same value as torch and transformers
 
 
@@ -74,6 +75,41 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
+class _KeptTokenLoss(torch.autograd.Function):
+    """The same for so few tokens that their logits, in the hidden states' dtype, may stay until backward: on a CPU a third
+    faster, since they are not computed again and the weight's gradient is one product. Logits are read in pieces for the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):
+        logits = F.linear(hidden.flatten(0, 1), weight)  # [B * T, V]
+        nll = torch.empty(len(logits), dtype=torch.float32, device=hidden.device)
+        target = targets.flatten().clamp_min(0)[:, None]
+        for part in _pieces(logits):
+            nll[part] = -logits[part].float().log_softmax(-1).gather(1, target[part]).squeeze(1)
+        lse = nll + logits.gather(1, target).squeeze(1)
+        ctx.save_for_backward(hidden, weight, targets, logits)
+        valid = targets != IGNORE
+        return nll.view_as(targets) * valid, lse.view_as(targets) * valid
+
+    @staticmethod
+    def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):
+        hidden, weight, targets, logits = ctx.saved_tensors
+        target, valid = targets.flatten().clamp_min(0)[:, None], (targets != IGNORE).flatten()[:, None]
+        of_nll, of_lse = grad_nll.flatten()[:, None] * valid, grad_lse.flatten()[:, None] * valid
+        gradient = torch.empty_like(logits)
+        for part in _pieces(logits):
+            probs = logits[part].float().softmax(-1).mul_(of_nll[part] + of_lse[part])
+            gradient[part] = probs.scatter_add_(1, target[part], -of_nll[part])
+        return (gradient @ weight).view_as(hidden), gradient.T @ hidden.flatten(0, 1), None
+
+
+def _pieces(logits: Tensor) -> list[slice]:
+    """Rows that fill about 1 MB in fp32."""
+    size = max(1, 2**18 // logits.shape[1])
+    return [slice(at, at + size) for at in range(0, len(logits), size)]
+
+
 def _chunks(hidden: Tensor, targets: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Consecutive tokens of all rows: where they are, their hidden states, targets with 0 for IGNORE, and which count."""
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
@@ -88,15 +124,15 @@ def token_losses(
     """Losses of `softmax(hidden @ weight.T)` against `targets`, differentiable in `hidden` and `weight`.
 
     hidden [B, T, D] and weight [V, D] share a dtype; targets [B, T] int64, IGNORE where there is no loss.
-    chunk: tokens whose logits exist at once (default 256 on a CPU, where the cache decides, else 4096).
+    chunk: tokens whose logits exist at once (default: 4096; on a CPU all where they are at most KEPT numbers, else 256).
     compiled: what is done to a chunk's logits, with torch.compile (default: on a GPU).
     """
     cpu = hidden.device.type == "cpu"
-    return TokenLosses(
-        *_ChunkedTokenLoss.apply(
-            hidden, weight, targets, chunk or (256 if cpu else 4096), not cpu if compiled is None else compiled
-        )
-    )
+    compiled = not cpu if compiled is None else compiled
+    if cpu and chunk is None and not compiled and targets.numel() * len(weight) <= KEPT:
+        return TokenLosses(*_KeptTokenLoss.apply(hidden, weight, targets))
+    chunk = chunk or (256 if cpu else 4096)
+    return TokenLosses(*_ChunkedTokenLoss.apply(hidden, weight, targets, chunk, compiled))
 
 
 def compute_loss_with_z_penalty(losses: TokenLosses, z_weight: float) -> tuple[Tensor, dict[str, Tensor]]:

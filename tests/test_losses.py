@@ -27,7 +27,7 @@ def example(dtype=torch.float32, ignored=0.3):
     return hidden, weight, targets
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 33, 1000])
+@pytest.mark.parametrize("chunk", [1, 7, 33, 1000, None])
 @pytest.mark.parametrize("z_weight", [0.0, 1e-4, 0.1])
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_loss_and_gradients_equal_the_plain_formula(chunk, z_weight, ignored):
@@ -42,25 +42,27 @@ def test_loss_and_gradients_equal_the_plain_formula(chunk, z_weight, ignored):
         assert (a - b).abs().max() <= 1e-5
 
 
-def test_each_output_has_its_own_gradient():
+@pytest.mark.parametrize("chunk", [8, None])
+def test_each_output_has_its_own_gradient(chunk):
     hidden, weight, targets = example()
     scale = torch.linspace(0.5, 2.0, targets.numel()).view_as(targets)
     logits = F.linear(hidden, weight)
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
-    losses = token_losses(hidden, weight, targets, 8)
+    losses = token_losses(hidden, weight, targets, chunk)
     for ours, plain_output in zip(losses, (nll, lse), strict=True):
         a = torch.autograd.grad((ours * scale).sum(), (hidden, weight), retain_graph=True)
         b = torch.autograd.grad((plain_output * scale * (targets != IGNORE)).sum(), (hidden, weight), retain_graph=True)
         assert all((x - y).abs().max() <= 1e-5 for x, y in zip(a, b, strict=True))
 
 
-def test_ignored_targets_count_for_nothing():
+@pytest.mark.parametrize("chunk", [8, None])
+def test_ignored_targets_count_for_nothing(chunk):
     hidden, weight, targets = example()
-    losses = token_losses(hidden, weight, targets, 8)
+    losses = token_losses(hidden, weight, targets, chunk)
     masked = targets == IGNORE
     assert (losses.nll[masked] == 0).all() and (losses.logsumexp[masked] == 0).all() and (losses.nll[~masked] > 0).all()
-    nothing = token_losses(hidden, weight, torch.full_like(targets, IGNORE), 8)
+    nothing = token_losses(hidden, weight, torch.full_like(targets, IGNORE), chunk)
     loss, _ = compute_loss_with_z_penalty(nothing, 0.1)
     assert loss.item() == 0
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight)))
@@ -103,3 +105,16 @@ def test_compiled_equals_eager(backend, dtype, monkeypatch):
         found.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
     for a, b in zip(*found, strict=True):
         assert (a.float() - b.float()).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * a.float().abs().max()
+
+
+def test_logits_that_are_kept_are_few_and_give_the_same_losses_in_bf16(monkeypatch):
+    hidden, weight, targets = example(torch.bfloat16)
+    chunked = token_losses(hidden, weight, targets, 8)
+    for ours, others in zip(token_losses(hidden, weight, targets), chunked, strict=True):
+        assert (ours - others).abs().max() <= 1e-5  # the logits are the same numbers
+    sizes = []
+    linear = F.linear
+    monkeypatch.setattr("models.losses.F.linear", lambda *args: sizes.append(args[0].numel()) or linear(*args))
+    monkeypatch.setattr("models.losses.KEPT", 33 * 29 - 1)
+    token_losses(torch.cat([hidden] * 30, 1), weight, torch.cat([targets] * 30, 1))
+    assert max(sizes) == 256 * 16  # chunks of 256 tokens, as on a CPU above the limit
