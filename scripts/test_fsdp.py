@@ -132,7 +132,7 @@ def distance(a: torch.Tensor, b: torch.Tensor, dtype: str) -> float:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     rank, world = setup.rank_and_world()
-    if world == 1:  # started without torchrun: start again with two ranks
+    if "WORLD_SIZE" not in os.environ:  # started without torchrun: start again with two ranks
         command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
         os.execv(sys.executable, [sys.executable, "-m", *command])
     with user_errors(rank, world):

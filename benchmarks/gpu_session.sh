@@ -1,0 +1,119 @@
+#!/usr/bin/env bash
+# What half an hour on a GPU should answer, in order of value. One part a call, each under ten minutes:
+#
+#   OUT=results/gpu benchmarks/gpu_session.sh 1     correctness: tests, one rank against plain torch, a run, resuming bit for bit
+#   OUT=results/gpu benchmarks/gpu_session.sh 2     speed at 4K, 8K and 16K, with memory beside the planner's
+#   OUT=results/gpu benchmarks/gpu_session.sh 3     Muon against AdamW to a loss, fp8, attention kernels, loss head
+#   OUT=results/gpu benchmarks/gpu_session.sh 4     others' loops on the same batches, DPO's memory, a small whole run at 1.1B
+#
+# A part goes on when a command fails or overruns; partN.json says how each ended, partN.log what it printed. What asks for a
+# file that is not here yet is "absent". --list says what a part would run; --tiny takes small shapes, for a CPU.
+# Needs torch 2.11 or newer and transformers, accelerate, numpy, PyYAML, safetensors, tokenizers, tqdm, pytest; no network.
+set -u
+cd "$(dirname "$0")/.." || exit 2
+
+part=${1:?which part: 1, 2, 3 or 4} mode=${2:-run} tiny=${3:-}
+[ "$mode" = --tiny ] && mode=run tiny=--tiny
+python=${PYTHON:-python3} out=${OUT:-results/gpu} limit=${PART_SECONDS:-570}
+mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
+log=$out/part$part.log status=$out/part$part.json entries=""
+scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=20
+began=$SECONDS
+
+note() {  # name status seconds command: one entry of partN.json, which is whole after each command
+  local command=${4//\\/\\\\}
+  entries+="${entries:+,}"$'\n'"  {\"name\": \"$1\", \"status\": \"$2\", \"seconds\": $3, \"command\": \"${command//\"/\\\"}\"}"
+  printf '{"part": %s, "tiny": %s, "commands": [%s\n]}\n' "$part" "$([ "$tiny" ] && echo true || echo false)" "$entries" >"$status"
+  printf '%-28s %s after %s s\n' "$1" "$2" "$3" | tee -a "$log"
+}
+
+try() {  # name most-seconds command...: run it in what time is left
+  local name=$1 most=$2 left=$((limit - SECONDS + began)) start=$SECONDS code
+  shift 2
+  [ "$mode" = --list ] && { echo "$name: $*"; return; }
+  [ "$left" -lt 15 ] && { note "$name" "no time left" 0 "$*"; return; }
+  printf '\n==== %s: %s\n' "$name" "$*" >>"$log"
+  timeout --kill-after=10 "$((left < most ? left : most))" "$@" >>"$log" 2>&1
+  code=$?
+  case $code in 0) code=ok ;; 124 | 137) code="overran" ;; *) code="failed with $code" ;; esac
+  note "$name" "$code" $((SECONDS - start)) "$*"
+}
+
+try_if() {  # file, or file:word in it, then as try
+  local file=${1%%:*} word=${1#*:}
+  shift
+  if [ -e "$file" ] && { [ "$word" = "$file" ] || grep -q "$word" "$file"; }; then try "$@"; return; fi
+  [ "$mode" = --list ] && { echo "$1: absent"; return; }
+  note "$1" absent 0 "${*:3}"
+}
+
+launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=1)
+speed=("$python" -m benchmarks.train_speed --rounds 2)
+real=(--config configs/phase1_pretrain.yaml model.max_position_embeddings=16384 data.tokens_per_step=65536)
+rows4k=16 rows8k=8 rows16k=4 short=4096 middle=8192 long=16384 peer_rows=4 whole=configs/base_1b.yaml
+whole_more=(data.tokens_per_step=65536 data.micro_batch_size=8) few=()
+muon=(--config configs/phase1_pretrain.yaml data.tokens_per_step=65536 data.micro_batch_size=8)
+if [ "$tiny" ]; then
+  speed+=(--steps 4 --warmup 2)
+  real=(--config configs/test_mode.yaml data.tokens_per_step=256)
+  rows4k=4 rows8k=2 rows16k=4 short=16 middle=32 long=64 peer_rows=2 whole=configs/test_mode.yaml whole_more=()
+  muon=(--config configs/test_mode.yaml --steps 2) few=(--rounds 1 --tokens 256)
+fi
+
+short_run() {  # name steps folder: a run on the dummy data of test_mode, up to a step
+  try "$1" 120 "$python" train.py --config configs/test_mode.yaml data.store=checkpoints/test_mode/data "data.mix={dummy: 1.0}" \
+    steps=40 "schedule={warmup_steps: 4, total_steps: 40, decay_steps: 4}" "checkpoint={every: 20, keep: 2}" validation.every=0 \
+    "until=$2" "output_dir=$scratch/$3" "log_dir=$scratch/$3.log"
+}
+
+case $part in
+  1)
+    try environment 60 "$python" -m scripts.check_env
+    [ "$tiny" ] || try gpu 20 nvidia-smi
+    found=()
+    for name in attention losses fp8 model muon meter; do [ -e "tests/test_$name.py" ] && found+=("tests/test_$name.py"); done
+    try tests 200 "$python" -m pytest -q -x --maxfail=20 -p no:cacheprovider "${found[@]}"
+    try one_rank_equals_plain_torch 240 "${launch[@]}" scripts/test_fsdp.py
+    try dummy_run 120 "$python" train.py --test_mode --steps 60
+    short_run uninterrupted 40 a
+    short_run first_half 20 b
+    short_run second_half 40 b
+    try resumed_equals_uninterrupted 20 cmp "$scratch/a/step_40/model.safetensors" "$scratch/b/step_40/model.safetensors"
+    try overfits_one_batch 150 "$python" -m scripts.verify_model --config "$whole"
+    ;;
+  2)
+    try speed_4k 180 "${speed[@]}" "${real[@]}" --contenders ours_documents data.sequence_length=$short \
+      data.micro_batch_size=$rows4k parallel.activation_checkpointing=none --output "$out/speed_4k.json"
+    try speed_8k 180 "${speed[@]}" "${real[@]}" --contenders ours_documents data.sequence_length=$middle \
+      data.micro_batch_size=$rows8k parallel.activation_checkpointing=none --output "$out/speed_8k.json"
+    try speed_16k 180 "${speed[@]}" "${real[@]}" --contenders ours_documents data.sequence_length=$long \
+      data.micro_batch_size=$rows16k parallel.activation_checkpointing=none --output "$out/speed_16k.json"
+    try speed_4k_checkpointing 240 "${speed[@]}" "${real[@]}" --contenders ours_documents data.sequence_length=$short \
+      data.micro_batch_size=$rows4k --vary parallel.activation_checkpointing=selective,full --output "$out/speed_checkpointing.json"
+    try profile_4k 150 "${speed[@]}" "${real[@]}" --contenders ours_documents data.sequence_length=$short \
+      data.micro_batch_size=$rows4k parallel.activation_checkpointing=none --profile --output "$out/profile_4k.json"
+    ;;
+  3)
+    try_if benchmarks/muon.py muon_cost 120 "$python" -m benchmarks.muon cost "${muon[@]}" --output "$out/muon.json"
+    try_if training/fsdp_utils.py:fp8 fp8 240 "${speed[@]}" "${real[@]}" --contenders ours_documents data.sequence_length=$short \
+      data.micro_batch_size=$rows4k parallel.activation_checkpointing=none --vary parallel.fp8=false,true --output "$out/fp8.json"
+    try_if benchmarks/attention.py attention 120 "$python" -m benchmarks.attention "${few[@]}" --output "$out/attention.json"
+    try_if benchmarks/loss_head.py loss_head 90 "$python" -m benchmarks.loss_head "${few[@]}" --output "$out/loss_head.json"
+    [ -e data/store/quickstart ] || [ "$mode" = --list ] || note muon_tokens "absent: data/store/quickstart" 0 ""
+    [ -e data/store/quickstart ] && [ ! "$tiny" ] &&
+      try_if benchmarks/muon.py muon_tokens 400 "$python" -m benchmarks.muon tokens --output "$out/muon.json"
+    ;;
+  4)
+    try peers 330 "${speed[@]}" "${real[@]}" data.sequence_length=$short data.micro_batch_size=$peer_rows \
+      parallel.activation_checkpointing=none --output "$out/peers.json" \
+      --contenders ours:1:$rows4k hf:1 plain:1 plain_compiled:1 hf_compiled:1 liger:1 litgpt:1 torchtitan
+    try_if benchmarks/dpo_memory.py dpo_memory 120 "$python" -m benchmarks.dpo_memory
+    try whole_run 200 "$python" train.py --config "$whole" --test_mode --steps 20 "${whole_more[@]}"
+    ;;
+  *)
+    echo "error: part $part is not one of 1, 2, 3, 4" >&2
+    exit 2
+    ;;
+esac
+[ "$mode" = --list ] || ! grep -qE '"status": "(failed|overran)' "$status"

@@ -1,0 +1,328 @@
+"""The contenders of benchmarks/train_speed.py: our own loop, and others' on the same weights, batches, precision and optimizer.
+
+Each is a function of Work that trains until work.pace, called after every step with the loss, raises Done. Peers read their
+rows from memory; ours reads them through its loader. Packages that only a peer needs are imported inside functions.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.dataloader import PackedDataLoader, Prefetcher, Step
+from data.store import open_shards
+from models.hf import to_hf_config, to_hf_name
+from models.nanollama import ModelConfig, NanoLlama
+from training import setup
+from training.checkpoint import Checkpoints
+from training.config import RunConfig, to_dict
+from training.fsdp_utils import compute_dtype
+from training.logger import Log
+from training.loop import train
+from training.objectives import next_token
+from training.optimizers import OptimConfig, build_optimizer
+from training.schedulers import WSDScheduler
+
+MISSING = {
+    "hf": "needs transformers and accelerate",
+    "hf_compiled": "needs transformers, accelerate and a compiler",
+    "liger": "needs liger-kernel, whose Triton kernels need a GPU",
+    "litgpt": "needs litgpt and lightning",
+    "torchtitan": "0.3.0 needs datasets<4.8, wandb and tensorboard: an environment of its own; there is no contender for it here",
+}
+
+
+class Done(Exception):
+    """Enough steps were taken."""
+
+
+class Work(NamedTuple):
+    run: RunConfig
+    device: torch.device
+    rank: int
+    world: int
+    steps: int  # at most
+    pace: Callable[[Tensor | float], None]  # after each step, with its loss (of this rank, or of all)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.run.parallel, self.device)
+
+    @property
+    def micro_batches(self) -> int:
+        return self.run.data.rows // (self.world * self.run.data.micro_batch_size)
+
+    def loader(self, rank: int, world: int) -> PackedDataLoader:
+        data = self.run.data
+        shards = open_shards(data.store, data.mix, "train", self.run.model.vocab_size, data.min_document_tokens)
+        shape = (data.sequence_length, data.rows, data.micro_batch_size)
+        return PackedDataLoader(shards, data.mix, *shape, self.run.seed, rank, world, data.packing)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of all steps, [steps * rows, T], in the order in which our loader gives them."""
+        whole = self.loader(0, 1)
+        batches = [batch for place in range(self.steps) for batch in whole.at(place).batches]
+        return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
+
+    def weights(self) -> dict[str, Tensor]:
+        return NanoLlama(self.run.model, seed=self.run.seed).state_dict()
+
+    def lr(self) -> WSDScheduler:
+        return WSDScheduler(self.run.schedule, self.run.optim.lr)
+
+
+def ours(work: Work, documents: bool = False) -> None:
+    """training/loop.train as train.py calls it, without validation. documents: with the document mask, as in a real run."""
+    run = work.run
+
+    class Paced(Log):
+        def metrics(self, metrics: dict[str, Any], last: bool = False) -> None:
+            super().metrics(metrics, last)
+            work.pace(metrics["loss"])
+
+    class Loader:
+        def __init__(self) -> None:
+            self.ahead = Prefetcher(work.loader(work.rank, work.world), work.device)
+
+        def at(self, place: int) -> Step:
+            step = self.ahead.at(place)
+            return step if documents else step._replace(batches=[batch._replace(docs=None) for batch in step.batches])
+
+    state = setup.build(run, work.device)
+    saves = Checkpoints(run.checkpoints, run.checkpoint, work.dtype, None, {})
+    log = Paced(run.logs, run.log, work.rank == 0, to_dict(run))
+    if work.rank:  # Log does nothing there
+        log.metrics = lambda metrics, last=False: work.pace(metrics["loss"])  # type: ignore[method-assign]
+    train(run, state, Loader(), next_token(run.optim.z_weight), saves, log)
+
+
+def hugging_face(work: Work, liger: bool = False, compiled: bool = False) -> None:
+    """transformers' LlamaForCausalLM under its Trainer: DDP over ranks, fp32 weights, autocast to the run's dtype."""
+    import transformers
+    from torch.utils.data import SequentialSampler
+
+    run, pace, losses = work.run, work.pace, []
+    transformers.logging.set_verbosity_error()
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig.from_dict({**to_hf_config(run.model, torch.float32, None, None, None), "use_cache": False})
+    )
+    model.load_state_dict({to_hf_name(name): value for name, value in work.weights().items()})
+    tokens, targets = work.rows()
+    rows = [{"input_ids": a, "labels": b, "shift_labels": b} for a, b in zip(tokens, targets, strict=True)]
+
+    class Trainer(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(rows)  # type: ignore[arg-type]
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.detach())  # of a micro-batch, divided by the targets of the step
+            return loss
+
+    class Pace(transformers.TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            pace(torch.stack(losses).sum())
+            losses.clear()
+
+    schedule, cuda = work.lr(), work.device.type == "cuda"
+    optimizer = build_optimizer(model, run.optim)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(run.checkpoints),
+        per_device_train_batch_size=run.data.micro_batch_size,
+        gradient_accumulation_steps=work.micro_batches,
+        gradient_checkpointing=run.parallel.activation_checkpointing == "full",
+        max_steps=work.steps,
+        max_grad_norm=run.optim.grad_clip,
+        bf16=work.dtype == torch.bfloat16,
+        use_cpu=not cuda,
+        use_liger_kernel=liger,
+        torch_compile=compiled,
+        ddp_backend="nccl" if cuda else "gloo",
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=cuda,
+    )
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step) / run.optim.lr)
+    Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, rate), callbacks=[Pace()]).train()
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d, heads, size = config.hidden_size, config.num_attention_heads, config.heads_size
+        self.size, self.eps = size, config.rms_norm_eps
+        linear = {"q": heads * size, "k": config.num_key_value_heads * size, "v": config.num_key_value_heads * size}
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(d, width, bias=False) for name, width in linear.items()})
+        self.self_attn["o_proj"] = nn.Linear(heads * size, d, bias=False)
+        wide = config.intermediate_size
+        shapes = {"gate_proj": (d, wide), "up_proj": (d, wide), "down_proj": (wide, d)}
+        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+        self.input_layernorm = nn.RMSNorm(d, self.eps)
+        self.post_attention_layernorm = nn.RMSNorm(d, self.eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y, attention = normed(self.input_layernorm, x), self.self_attn
+        q, k, v = (attention[name](y).unflatten(-1, (-1, self.size)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + attention["o_proj"](y.transpose(1, 2).flatten(2))
+        y = normed(self.post_attention_layernorm, x)
+        return x + self.mlp["down_proj"](F.silu(self.mlp["gate_proj"](y)) * self.mlp["up_proj"](y))
+
+
+def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+
+class PlainLlama(nn.Module):
+    """Llama as one would write it for one device and full logits, with our parameter names."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        frequencies = config.rope_theta ** -(torch.arange(0, config.heads_size, 2) / config.heads_size)
+        angles = torch.outer(torch.arange(config.max_position_embeddings), frequencies)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x, length, device = self.embed_tokens(tokens), tokens.shape[1], tokens.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        for layer in self.layers:
+            x = layer(x, self.cos[:length], self.sin[:length])
+        return F.cross_entropy(self.lm_head(normed(self.norm, x)).flatten(0, 1).float(), targets.flatten())
+
+
+def plain(work: Work, compiled: bool = False) -> None:
+    """A loop without a library around it: autocast, full logits, fused AdamW, DDP over ranks."""
+    model = PlainLlama(work.run.model)
+    model.load_state_dict(work.weights())
+    model.to(work.device)
+    if compiled:
+        model.compile(dynamic=False)
+    autocast = torch.autocast(work.device.type, torch.bfloat16) if work.dtype == torch.bfloat16 else nullcontext()
+
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        with autocast:
+            return whole(tokens, targets)
+
+    whole: nn.Module = model
+    if work.world > 1:
+        whole = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    follow(work, whole, build_optimizer(model, work.run.optim), loss_of, torch.Tensor.backward)
+
+
+def litgpt(work: Work) -> None:
+    """litgpt's GPT and chunked_cross_entropy under Lightning Fabric, as its pretraining command joins them; one rank."""
+    from lightning import Fabric
+    from litgpt.config import Config
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    run, shape = work.run, work.run.model
+    if work.world > 1:
+        raise ValueError("litgpt is measured on one rank only; give litgpt:1")
+    fabric = Fabric(
+        accelerator=work.device.type, devices=1, precision="bf16-mixed" if work.dtype == torch.bfloat16 else "32-true"
+    )
+    config = Config(
+        block_size=shape.max_position_embeddings,
+        vocab_size=shape.vocab_size,
+        padded_vocab_size=shape.vocab_size,
+        n_layer=shape.num_hidden_layers,
+        n_head=shape.num_attention_heads,
+        n_query_groups=shape.num_key_value_heads,
+        n_embd=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        rope_base=int(shape.rope_theta),
+        rotary_percentage=1.0,
+        parallel_residual=False,
+        bias=False,
+        norm_class_name="RMSNorm",
+        norm_eps=shape.rms_norm_eps,
+        mlp_class_name="LLaMAMLP",
+    )
+    model = GPT(config)
+    ours, names = work.weights(), {"embed_tokens": "transformer.wte", "norm": "transformer.ln_f", "lm_head": "lm_head"}
+    theirs = {f"{new}.weight": ours[f"{old}.weight"] for old, new in names.items()}
+    for i in range(shape.num_hidden_layers):
+        old, new = f"layers.{i}", f"transformer.h.{i}"
+        theirs[f"{new}.attn.qkv.weight"] = torch.cat([ours[f"{old}.self_attn.{x}_proj.weight"] for x in "qkv"])
+        theirs[f"{new}.attn.proj.weight"] = ours[f"{old}.self_attn.o_proj.weight"]
+        theirs[f"{new}.norm_1.weight"] = ours[f"{old}.input_layernorm.weight"]
+        theirs[f"{new}.norm_2.weight"] = ours[f"{old}.post_attention_layernorm.weight"]
+        for a, b in (("fc_1", "gate_proj"), ("fc_2", "up_proj"), ("proj", "down_proj")):
+            theirs[f"{new}.mlp.{a}.weight"] = ours[f"{old}.mlp.{b}.weight"]
+    model.load_state_dict(theirs)
+    plainly = [p for name, p in model.named_parameters() if p.ndim == 1 or "wte" in name]
+    decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name]
+    groups = [{"params": decayed, "weight_decay": run.optim.weight_decay}, {"params": plainly, "weight_decay": 0.0}]
+    model, optimizer = fabric.setup(model, adamw(groups, run.optim))
+
+    def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
+        return chunked_cross_entropy(model(tokens), targets, chunk_size=0)
+
+    follow(work, model, optimizer, loss_of, fabric.backward)
+
+
+def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+
+
+def follow(work: Work, model: Any, optimizer: Any, loss_of: Callable, backward: Callable[[Tensor], Any]) -> None:
+    """The loop of plain and litgpt. Losses are means over a micro-batch; all have equally many targets."""
+    tokens, targets = work.rows()
+    schedule, n, size = work.lr(), work.micro_batches, work.run.data.micro_batch_size
+    for step in range(work.steps):
+        first = step * work.run.data.rows + work.rank * n * size
+        total = torch.zeros((), device=work.device)
+        for i in range(n):
+            part = slice(first + i * size, first + (i + 1) * size)
+            accumulating = work.world > 1 and i < n - 1
+            with model.no_sync() if accumulating else nullcontext():
+                loss = loss_of(tokens[part].to(work.device), targets[part].to(work.device)) / n
+                backward(loss)
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), work.run.optim.grad_clip or float("inf"))
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        work.pace(total)
+
+
+CONTENDERS: dict[str, Callable[[Work], None]] = {
+    "ours": ours,
+    "ours_documents": lambda work: ours(work, documents=True),
+    "hf": hugging_face,
+    "hf_compiled": lambda work: hugging_face(work, compiled=True),
+    "liger": lambda work: hugging_face(work, liger=True),
+    "plain": plain,
+    "plain_compiled": lambda work: plain(work, compiled=True),
+    "litgpt": litgpt,
+}
+
+
+def missing(name: str, device: str) -> str | None:
+    """Why a contender cannot run here, or None."""
+    from importlib.util import find_spec
+
+    needs = {"hf": ("transformers", "accelerate"), "liger": ("transformers", "accelerate", "liger_kernel")}
+    needs |= {"hf_compiled": needs["hf"], "litgpt": ("litgpt", "lightning"), "torchtitan": ("no such contender",)}
+    absent = any(find_spec(package) is None for package in needs.get(name, ()))
+    return MISSING[name] if absent or (name == "liger" and device == "cpu") else None

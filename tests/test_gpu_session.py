@@ -1,0 +1,63 @@
+"""benchmarks/gpu_session.sh without a GPU: what it would run exists, and a part goes on when a command fails."""
+
+import json
+import os
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+from training.config import load
+
+SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
+
+
+def session(*arguments, **environment):
+    command = ["bash", str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+@pytest.mark.parametrize("tiny", [[], ["--tiny"]])
+@pytest.mark.parametrize("part", "1234")
+def test_every_command_names_what_exists(part, tiny, tmp_path):
+    listed = session(part, "--list", *tiny, OUT=str(tmp_path), PYTHON="python3")
+    assert listed.returncode == 0 and listed.stderr == ""
+    commands = [line.split(": ", 1)[1] for line in listed.stdout.splitlines()]
+    assert len(commands) >= 3
+    for command in commands:
+        words = shlex.split(command.replace("{", "'{").replace("}", "}'"))  # --list prints no quotes
+        if words[0] != "python3":
+            assert words[0] in ("absent", "cmp", "nvidia-smi")
+            continue
+        module = words[words.index("-m") + 1] if words[1] == "-m" else words[1]
+        if module == "torch.distributed.run":
+            module = next(word for word in words if word.endswith(".py"))
+        path = ROOT / (module if module.endswith(".py") else module.replace(".", "/") + ".py")
+        assert module == "pytest" or path.is_file(), command
+        assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
+        if "--config" in words and module in ("train.py", "benchmarks.train_speed"):
+            settings = [word for word in words if "=" in word and not word.startswith("-")]
+            for_all = [word for word in settings if "," not in word or "{" in word]
+            varied = [f"{key}={values.split(',')[0]}" for key, values in (w.split("=", 1) for w in settings if w not in for_all)]
+            run = load(ROOT / words[words.index("--config") + 1], for_all + varied)  # ValueError for a setting there is not
+            assert run.data.rows % run.data.micro_batch_size == 0
+
+
+def test_a_part_goes_on_when_commands_fail(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *check_env*) exit 3 ;; *pytest*) echo "said \\"no\\""; exit 1 ;; esac\n')
+    python.chmod(0o755)
+    done = session("1", "--tiny", OUT=str(tmp_path / "out"), PYTHON=str(python))
+    assert done.returncode == 1
+    report = json.loads((tmp_path / "out" / "part1.json").read_text())
+    found = {entry["name"]: entry["status"] for entry in report["commands"]}
+    assert found["environment"] == "failed with 3" and found["tests"] == "failed with 1"
+    assert found["dummy_run"] == found["overfits_one_batch"] == "ok"
+    assert found["resumed_equals_uninterrupted"] == "failed with 2"  # nothing was trained here
+    assert 'said "no"' in (tmp_path / "out" / "part1.log").read_text()
+    spent = session("1", "--tiny", OUT=str(tmp_path / "spent"), PYTHON=str(python), PART_SECONDS="0")
+    assert spent.returncode == 0
+    report = json.loads((tmp_path / "spent" / "part1.json").read_text())
+    assert {entry["status"] for entry in report["commands"]} == {"no time left"}
+    assert session("7", OUT=str(tmp_path)).returncode == 2
