@@ -133,7 +133,7 @@ def main() -> None:
                 off = ", ".join(f"{part} {share:.1e}" for part, share in row["error"].items())
                 peak = f"{row['peak_mb']:9.0f} MB" if row["peak_mb"] else ""
                 print(f"{row['name']:>30} {row['ms']:8.2f} ms {row['time / ours, eager']:6.2f} x {peak}  off by {off}")
-        write(args.output, result)
+            write(args.output, result)  # as far as it came
 
 
 if __name__ == "__main__":
