@@ -1,0 +1,183 @@
+"""What Muon costs a step, and what it saves in tokens, against AdamW.
+
+    python -m benchmarks.muon cost --config configs/quickstart/base.yaml
+    torchrun --nproc_per_node=2 -m benchmarks.muon cost --device cuda --config configs/phase1_pretrain.yaml
+    python -m benchmarks.muon tokens --output benchmarks/results/muon.json     # needs data/store/quickstart; about 15 minutes
+
+cost: one model, random tokens; after each backward pass both optimizers step on the same gradients. Medians over --steps.
+tokens: both learning rates are swept by factors of 2 until the best has worse neighbours on both sides; then Muon trains on
+less, each run with a schedule of its own, and what it needs for AdamW's best held-out loss is interpolated. Runs that are
+in --output already, with the same settings, are not done again.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from entrypoint import user_errors
+from training import setup
+from training.config import RunConfig, load
+from training.fsdp_utils import set_last_micro_batch
+from training.meter import flops_per_token
+from training.muon import newton_schulz_flops
+from training.optimizers import build_optimizer
+from training.plan import hidden_shapes, micro_batches
+
+SMALL = [  # 1.6M parameters and few tokens, so that two busy CPU cores suffice for nine runs and more
+    "model.hidden_size=128",
+    "model.intermediate_size=352",
+    "model.num_hidden_layers=3",
+    "model.initializer_range=0.07",
+    "data.tokens_per_step=1024",
+]
+
+
+def flops(run: RunConfig) -> dict[str, float]:
+    """Of one step: the model's, by the convention of training/meter.py, and Newton-Schulz's over all matrices of the blocks."""
+    model = flops_per_token(run.model, run.data.sequence_length) * run.data.tokens_per_step
+    newton_schulz = sum(map(newton_schulz_flops, hidden_shapes(run.model)))
+    return {"model": model, "newton_schulz": newton_schulz, "share": newton_schulz / model}
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[str, Any]:
+    """Median seconds of all backward passes of a step (with their forward ones), and of each optimizer's update."""
+    state = setup.build(run, device)
+    names = ("adamw", "muon")
+    optimizers = {name: build_optimizer(state.model, replace(run.optim, name=name, lr=1e-5)) for name in names}
+    size, count = (run.data.micro_batch_size, run.data.sequence_length), micro_batches(run, world)
+
+    def passes() -> None:
+        for i in range(count):
+            set_last_micro_batch(state.model, i == count - 1, run.parallel.strategy)
+            tokens = torch.randint(run.model.vocab_size, size, device=device)
+            (state.model(tokens, tokens).nll.sum() / run.data.tokens_per_step).backward()
+
+    times: dict[str, list[float]] = {"passes": [], "adamw": [], "muon": []}
+    for step in range(steps + 2):  # the first ones compile and allocate
+        found = {"passes": seconds(passes, device)}
+        found |= {name: seconds(optimizer.step, device) for name, optimizer in optimizers.items()}
+        state.optimizer.zero_grad()
+        if step >= 2:
+            for name, value in found.items():
+                times[name].append(value)
+    median = {name: statistics.median(values) for name, values in times.items()}
+    whole = median["passes"] + median["adamw"]
+    print(
+        f"passes {median['passes']:.4f} s, AdamW {median['adamw']:.4f} s, Muon {median['muon']:.4f} s: "
+        f"Muon adds {(median['muon'] - median['adamw']) / whole:.1%} to a step",
+        flush=True,
+    )
+    return {"seconds": median, "added_share_of_step": (median["muon"] - median["adamw"]) / whole, "steps": steps}
+
+
+def held_out_loss(settings: list[str], device: torch.device, name: str, lr: float, steps: int) -> float:
+    """Nats a token at the end of one run over `steps`, its rate warmed up over 10 and decayed over the last 40 %."""
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = f"schedule={{warmup_steps: 10, total_steps: {steps}, decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
+        where = [f"output_dir={folder}/checkpoints", f"log_dir={folder}/logs", "checkpoint={every: 100000, keep: 1}"]
+        optim = [f"optim.name={name}", f"optim.lr={lr}", "validation={every: 100000, rows: 48, batch_size: 8}"]
+        run = load("configs/quickstart/base.yaml", [*SMALL, *settings, schedule, *where, *optim, f"steps={steps}"])
+        train.pretrain(run, 0, 1, device, test=False)
+        lines = (Path(folder) / "logs" / "metrics.jsonl").read_text().splitlines()
+        return json.loads(lines[-1])["val/loss"]
+
+
+def tokens(settings: list[str], device: torch.device, steps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Every run's held-out loss, and the tokens that Muon needs for AdamW's best. runs: those that are done already."""
+
+    def loss(name: str, lr: float, steps: int) -> float:
+        for done in runs:
+            if (done["optimizer"], done["lr"], done["steps"]) == (name, lr, steps):
+                return done["loss"]
+        began = time.perf_counter()
+        found = held_out_loss(settings, device, name, lr, steps)
+        runs.append({"optimizer": name, "lr": lr, "steps": steps, "loss": found, "seconds": time.perf_counter() - began})
+        print(f"{name}, lr {lr:g}, {steps} steps: held-out loss {found:.4f}", file=sys.stderr, flush=True)
+        return found
+
+    best = {}
+    for name in ("adamw", "muon"):
+        rates = [1e-3, 2e-3, 4e-3]
+        while True:
+            best[name] = min(rates, key=lambda lr: loss(name, lr, steps))
+            if best[name] == rates[0]:
+                rates.insert(0, rates[0] / 2)
+            elif best[name] == rates[-1]:
+                rates.append(rates[-1] * 2)
+            else:
+                break
+    target = loss("adamw", best["adamw"], steps)
+    curve = [(steps, loss("muon", best["muon"], steps))]
+    if curve[0][1] < target:
+        curve.insert(0, (steps // 2, loss("muon", best["muon"], steps // 2)))
+        if curve[0][1] > target:  # once more, where a straight line in the logarithm of tokens meets the target
+            share = (curve[0][1] - target) / (curve[0][1] - curve[1][1])
+            between = round(steps / 2 * 2**share)
+            curve.insert(1, (between, loss("muon", best["muon"], between)))
+    ratio = None
+    for (few, above), (many, below) in pairwise(curve):
+        if below < target <= above:  # between the two the loss falls about evenly in the logarithm of tokens
+            ratio = math.exp(math.log(few) + (above - target) / (above - below) * math.log(many / few)) / steps
+    if ratio is None:
+        said = "AdamW's best is not reached" if curve[-1][1] >= target else f"at most {curve[0][0] / steps:.2f} of the tokens"
+    else:
+        said = f"{ratio:.2f} of the tokens"
+    print(
+        f"AdamW's best, lr {best['adamw']:g}: {target:.4f}; Muon, lr {best['muon']:g}: {curve[-1][1]:.4f}; to that loss: {said}"
+    )
+    return {"runs": runs, "best_lr": best, "target": target, "muon_at_best_lr": curve, "token_ratio": ratio}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("cost", "tokens"))
+    parser.add_argument("--config", default="configs/quickstart/base.yaml", help="of cost")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="refuse to run on another than this")
+    parser.add_argument("--steps", type=int, help="cost: measured (default 10); tokens: of a full run (default 192)")
+    parser.add_argument("--output", type=Path, help="add the results to this JSON file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_intermixed_args()
+    rank, world = setup.rank_and_world()
+    torch.set_num_threads(1)  # threads that wait for each other are no measure on cores that others share
+    with user_errors(rank, world), setup.ranks() as device:
+        if args.device and device.type != args.device:
+            raise ValueError(f"this would run on {device.type}, not on {args.device}; hide GPUs with CUDA_VISIBLE_DEVICES=")
+        found = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+        if args.part == "cost":
+            run = load(args.config, args.overrides)
+            results = {"flops_of_a_step": flops(run), **cost(run, device, world, args.steps or 10)}
+        else:
+            before = found.get("tokens", {})
+            done = before.get("runs", []) if before.get("settings") == [*SMALL, *args.overrides] else []
+            results = {"settings": [*SMALL, *args.overrides], **tokens(args.overrides, device, args.steps or 192, done)}
+        if args.output and rank == 0:
+            command = f"python -m benchmarks.muon {' '.join(sys.argv[1:])}"
+            found[args.part] = {"command": command, **setup.environment(device), **results}
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            args.output.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
