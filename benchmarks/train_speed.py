@@ -416,7 +416,8 @@ def on_these_ranks(args: argparse.Namespace, world: int) -> None:
     setup.leave(0)
 
 
-def main() -> None:
+def parse(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ValueError for a contender there is not. Settings may stand after any flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/quickstart/base.yaml")
     parser.add_argument("--contenders", nargs="+", metavar="NAME[:RANKS[:ROWS]]", help=", ".join([*CONTENDERS, "torchtitan"]))
@@ -431,17 +432,27 @@ def main() -> None:
     parser.add_argument("--total", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--trace", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(given)
+    words = args.contenders or []
+    args.overrides += [word for word in words if "=" in word]
+    args.contenders = [word for word in words if "=" not in word]
+    if not args.contenders:
+        args.contenders = ["ours", "ours_documents", "hf", "plain"] if torch.cuda.is_available() else CPU_PEERS
+    unknown = [spec for spec in args.contenders if spec.split(":")[0] not in (*CONTENDERS, "torchtitan")]
+    if unknown:
+        raise ValueError(f"--contenders {unknown[0]} is not one of {', '.join([*CONTENDERS, 'torchtitan'])}")
+    return args
+
+
+def main() -> None:
+    with user_errors():
+        args = parse()
     if args.worker:
         worker(args.worker, args.config, args.overrides, args.total, args.trace)
     with user_errors():
-        cuda, (_, world) = torch.cuda.is_available(), setup.rank_and_world()
+        _, world = setup.rank_and_world()
         if world > 1:
             on_these_ranks(args, world)
-        args.contenders = args.contenders or (["ours", "ours_documents", "hf", "plain"] if cuda else CPU_PEERS)
-        unknown = [spec for spec in args.contenders if spec.split(":")[0] not in (*CONTENDERS, "torchtitan")]
-        if unknown:
-            raise ValueError(f"--contenders {unknown[0]} is not one of {', '.join([*CONTENDERS, 'torchtitan'])}")
         cases = []
         for options in grid(args.vary):
             cases.append(case(args.config, [*args.overrides, *options], args))

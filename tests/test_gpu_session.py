@@ -8,6 +8,8 @@ import subprocess
 import pytest
 from conftest import ROOT
 
+from benchmarks import train_speed
+from benchmarks.train_speed import GOALS
 from training.config import load
 
 SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
@@ -36,12 +38,13 @@ def test_every_command_names_what_exists(part, tiny, tmp_path):
         path = ROOT / (module if module.endswith(".py") else module.replace(".", "/") + ".py")
         assert module == "pytest" or path.is_file(), command
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
-        if "--config" in words and module in ("train.py", "benchmarks.train_speed"):
-            settings = [word for word in words if "=" in word and not word.startswith("-")]
-            for_all = [word for word in settings if "," not in word or "{" in word]
-            varied = [f"{key}={values.split(',')[0]}" for key, values in (w.split("=", 1) for w in settings if w not in for_all)]
-            run = load(ROOT / words[words.index("--config") + 1], for_all + varied)  # ValueError for a setting there is not
-            assert run.data.rows % run.data.micro_batch_size == 0
+        if module == "benchmarks.train_speed":
+            args = train_speed.parse(words[words.index(module) + 1 :])
+            for options in train_speed.grid(args.vary):  # ValueError for a setting that there is not
+                run = load(ROOT / args.config, [*args.overrides, *options])
+                assert run.data.rows % run.data.micro_batch_size == 0 and run.data.sequence_length in (16, 32, 64, *GOALS)
+        elif module == "train.py" and "--config" in words:
+            load(ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
 
 
 def test_a_part_goes_on_when_commands_fail(tmp_path):
