@@ -3,8 +3,10 @@
 The trunk is written out a second time here, over the model's own leaves, so that training's forward knows of no cache.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch.nn import functional as F
 
 from models.layers import apply_rotary
 from models.nanollama import GroupedQueryAttention, ModelConfig, NanoLlama
+from models.sampling import Sampling, adjust, chances, draw
+
+GREEDY = Sampling()
 
 
 class Cache:
@@ -48,6 +53,7 @@ class Cache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.lengths = [0] * batch
+        self.graph: _Graph | None = None  # the step of one token as a CUDA graph, where one was made
 
     def select(self, rows: Sequence[int], length: int | None = None) -> "Cache":
         """A new cache of these rows, in this order, repeated where named twice; with room for `length` tokens if given."""
@@ -158,3 +164,202 @@ def _attention(
         out = F.scaled_dot_product_attention(grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
         out = out.reshape(q.shape)
     return attention.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+
+
+class Event(NamedTuple):
+    """One new token of a row. finish is given with a row's last: "stop" (a stop token, or `ended`) or "length"."""
+
+    row: int
+    token: int
+    logprob: float | None  # under the model itself, before temperature, penalties and constraints
+    finish: str | None
+
+
+class Constraint(Protocol):
+    """What one row may say (models/grammar.py has one for JSON)."""
+
+    def mask(self, scores: Tensor) -> None:
+        """Set the scores [V] of tokens that may not come next to -inf, in place."""
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that came."""
+
+
+def stream(
+    model: NanoLlama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    seed: int | Sequence[int] = 0,
+    stop_tokens: Sequence[int] = (),
+    ended: Callable[[int, list[int]], bool] | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
+    logprobs: bool = False,
+    cache: Cache | None = None,
+    compile: bool = False,
+) -> Iterator[Event]:
+    """Continue each prompt (token ids, at least one, of any lengths); yields tokens as they come, row by row.
+
+    seed: one for each row, or one number, of which row i takes seed + i; a row's draws do not depend on its neighbours.
+    ended(row, new tokens) may end a row after each of its tokens. constraints: one a row, or None for a free one.
+    cache: continue its rows, one prompt each. With one row it then holds all tokens but the last, and can be continued
+    again; with more it is of no further use, since rows that end early are dropped on the way.
+    compile: the step of one token as a compiled graph over the whole length of the cache, on a GPU as one CUDA graph;
+    compiling takes some tens of seconds, once for each shape of a cache.
+
+    ValueError where a prompt is empty, a token is not in the vocabulary, or prompt and new tokens exceed the context.
+    """
+    counts = [len(prompt) for prompt in prompts]
+    _check(model, prompts, max_new_tokens, cache)
+    weight = head(model)
+    cache = cache or Cache(model.config, len(prompts), max(counts) + max_new_tokens - 1, weight.device, weight.dtype)
+    luck = None
+    if sampling.temperature > 0:
+        seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        luck = chances(seeds, max_new_tokens).to(weight.device)
+    rows = list(range(len(prompts)))  # the numbers of the rows of the cache
+    new: list[list[int]] = [[] for _ in prompts]
+    alive = set(rows)
+    tokens = torch.tensor([[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts], device=weight.device)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=weight.device)
+        for row, prompt in enumerate(prompts):
+            seen[row, torch.tensor(prompt)] = True
+    hidden = forward(model, tokens, cache, counts)
+    scores = logits(model, hidden[torch.arange(len(prompts)), torch.tensor(counts) - 1])
+    for step in range(max_new_tokens):
+        with torch.no_grad():
+            plain = scores.float()
+            chosen = _choose(plain, sampling, seen, luck[rows, step] if luck is not None else None, constraints, rows, alive)
+            said = plain.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist() if logprobs else [None] * len(rows)
+        ids = chosen.tolist()
+        for place, row in enumerate(rows):
+            if row not in alive:
+                continue
+            new[row].append(ids[place])
+            if constraints is not None and (constraint := constraints[row]) is not None:
+                constraint.accept(ids[place])
+            stop = ids[place] in stop_tokens
+            stop = (ended is not None and ended(row, new[row])) or stop
+            finish = "stop" if stop else "length" if step + 1 == max_new_tokens else None
+            if finish:
+                alive.remove(row)
+            yield Event(row, ids[place], said[place], finish)
+        if not alive:
+            return
+        if seen is not None:
+            seen.scatter_(1, chosen[:, None], True)
+        if 2 * len(alive) <= len(rows) and not compile:  # go on with the rows that have not ended
+            places = [place for place, row in enumerate(rows) if row in alive]
+            rows, cache, chosen = [rows[place] for place in places], cache.select(places), chosen[places]
+            seen = seen[places] if seen is not None else None
+        scores = decode_compiled(model, chosen, cache) if compile else logits(model, forward(model, chosen[:, None], cache)[:, 0])
+
+
+def _check(model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: int, cache: Cache | None) -> None:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not prompts or not all(prompts):
+        raise ValueError("each prompt needs at least one token; begin an empty one with bos")
+    size = model.config.vocab_size
+    odd = [token for prompt in prompts for token in prompt if not 0 <= token < size]
+    if odd:
+        raise ValueError(f"token {odd[0]} is not in the model's vocabulary of {size}; take the model's own tokenizer")
+    if cache is not None:
+        if len(cache.lengths) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts do not fit a cache of {len(cache.lengths)} rows")
+        need = max(cache.lengths) + max(len(prompt) for prompt in prompts) + max_new_tokens - 1
+        if need > cache.length:
+            raise ValueError(f"the cache has room for {cache.length} tokens, not for {need}; make it longer")
+
+
+def _choose(
+    scores: Tensor,
+    sampling: Sampling,
+    seen: Tensor | None,
+    luck: Tensor | None,
+    constraints: Sequence[Constraint | None] | None,
+    rows: list[int],
+    alive: set[int],
+) -> Tensor:
+    """The next token [B] of scores [B, V], which stay as they are."""
+    if constraints is not None:
+        scores = scores.clone()
+        for place, row in enumerate(rows):
+            if row in alive and (constraint := constraints[row]) is not None:
+                constraint.mask(scores[place])
+    scores = adjust(scores, sampling, seen)
+    return scores.argmax(-1) if luck is None else draw(scores, luck)
+
+
+@dataclass
+class Row:
+    """What `generate` gives for a prompt: new tokens (with the stop token that ended them), log-probabilities, why it ended."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # empty unless asked for
+    finish: str = "length"
+
+
+def generate(model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: int, **how: Any) -> list[Row]:
+    """All of `stream` at once; the same arguments."""
+    rows = [Row() for _ in prompts]
+    for event in stream(model, prompts, max_new_tokens, **how):
+        rows[event.row].tokens.append(event.token)
+        if event.logprob is not None:
+            rows[event.row].logprobs.append(event.logprob)
+        rows[event.row].finish = event.finish or rows[event.row].finish
+    return rows
+
+
+def _decode(model: NanoLlama, tokens: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    """Logits [B, V] of one more token [B, 1] a row at positions [B, 1]; all shapes stay the same from step to step."""
+    mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
+    return F.linear(_trunk(model, tokens, cache, positions, mask, cache.length)[:, 0], head(model))
+
+
+@functools.cache
+def _compiled() -> Callable[[NanoLlama, Tensor, Tensor, Cache], Tensor]:
+    return torch.compile(_decode, fullgraph=True, dynamic=False)
+
+
+@torch.no_grad()
+def decode_compiled(model: NanoLlama, tokens: Tensor, cache: Cache) -> Tensor:
+    """Logits [B, V] after one more token [B] a row, by a compiled graph; on a GPU the CUDA graph of it belongs to the cache.
+
+    What is returned on a GPU is overwritten by the next call.
+    """
+    if max(cache.lengths) == cache.length:
+        raise ValueError(f"the cache has room for {cache.length} tokens, not for one more; make it longer")
+    positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]
+    if tokens.device.type != "cuda":
+        scores = _compiled()(model, tokens[:, None], positions, cache)
+    else:
+        if cache.graph is None:
+            cache.graph = _Graph(model, tokens[:, None].clone(), positions, cache)
+        scores = cache.graph(tokens, positions)
+    cache.lengths = [length + 1 for length in cache.lengths]
+    return scores
+
+
+class _Graph:
+    """`_decode` as one CUDA graph: its inputs and its output keep their place in memory, and nothing is launched from Python."""
+
+    def __init__(self, model: NanoLlama, tokens: Tensor, positions: Tensor, cache: Cache):
+        self.tokens, self.positions = tokens, positions
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # a step may be done again: it writes the same keys into the same slots
+            for _ in range(3):
+                _compiled()(model, tokens, positions, cache)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.scores = _compiled()(model, tokens, positions, cache)
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        self.tokens.copy_(tokens[:, None])
+        self.positions.copy_(positions)
+        self.graph.replay()
+        return self.scores

@@ -1,12 +1,20 @@
 """The cache against the plain forward, generation against transformers."""
 
+import json
+
 import pytest
 import torch
 from test_model import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from models.generation import Cache, forward, logits
+from models import generation
+from models.generation import Cache, forward, generate, logits
+from models.hf import load_hf, save_hf
 from models.losses import token_losses
 from models.nanollama import NanoLlama
+from models.sampling import Sampling, adjust, chances, draw
+from models.text import TextStream, complete, stream_text
 
 TOKENS = torch.randint(97, (4, 40), generator=torch.Generator().manual_seed(5))
 VARIANTS = [{}, {"qk_norm": True, "tie_word_embeddings": True}, {"head_dim": 16}]
@@ -63,3 +71,221 @@ def test_what_does_not_fit_is_refused():
         cache.expand(3).expand(2)
     with pytest.raises(ValueError, match="2 rows of tokens"):
         forward(model, TOKENS[:2, :1], cache)
+
+
+PROMPTS = [[5, 9, 33], [7], [60, 2, 2, 2, 81, 40, 3, 9, 12], [7, 90]]
+
+
+@pytest.fixture(scope="module", params=VARIANTS[:2], ids=["llama", "qwen3, tied"])
+def both(request, tmp_path_factory):
+    """The same folder read by us and by transformers."""
+    folder = tmp_path_factory.mktemp("model")
+    model = tiny(**request.param)
+    save_hf(folder, model.config, model.state_dict(), torch.float32)
+    return load_hf(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def by_transformers(other, prompts: list[list[int]], new: int, **how) -> list[list[int]]:
+    """What transformers' generate adds to each prompt, padded on the left; up to its stop token."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    out = other.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **{"do_sample": False, **how})
+    rows = out[:, width:].tolist()
+    stops = how.get("eos_token_id", [])
+    ends = [next((at + 1 for at, token in enumerate(row) if token in stops), new) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def test_greedy_tokens_are_those_of_transformers(both):
+    model, other = both
+    expected = by_transformers(other, PROMPTS, 50)
+    assert [row.tokens for row in generate(model, PROMPTS, 50)] == expected
+    assert [generate(model, [prompt], 50)[0].tokens for prompt in PROMPTS] == expected
+    stops = [expected[0][7], expected[2][20]]
+    stopped = generate(model, PROMPTS, 50, stop_tokens=stops)
+    assert [row.tokens for row in stopped] == by_transformers(other, PROMPTS, 50, eos_token_id=stops)
+    assert [row.finish for row in stopped] == ["stop" if row.tokens[-1] in stops else "length" for row in stopped]
+    assert len({len(row.tokens) for row in stopped}) > 1  # rows were dropped on the way
+    penalised = [row.tokens for row in generate(model, PROMPTS[:1], 50, sampling=Sampling(repetition_penalty=1.3))]
+    assert penalised == by_transformers(other, PROMPTS[:1], 50, repetition_penalty=1.3) != expected[:1]
+
+
+def test_a_prefix_in_the_cache_changes_nothing(both):
+    model, _ = both
+    expected = [row.tokens for row in generate(model, PROMPTS, 20)]
+    prefix, prompts = PROMPTS[2][:6], [PROMPTS[2][6:], [8], [9, 9, 9, 9]]
+    cache = Cache(model.config, 1, 6)
+    forward(model, torch.tensor([prefix]), cache)
+    whole = [row.tokens for row in generate(model, [prefix + prompt for prompt in prompts], 20)]
+    assert [row.tokens for row in generate(model, prompts, 20, cache=cache.expand(3, length=40))] == whole
+    chat, first = Cache(model.config, 1, 60), PROMPTS[2]
+    said = generate(model, [first], 20, cache=chat)[0].tokens
+    assert said == expected[2]
+    again = generate(model, [[said[-1], 4, 5]], 20, cache=chat)[0].tokens
+    assert again == generate(model, [[*first, *said, 4, 5]], 20)[0].tokens
+
+
+def test_the_compiled_step_is_one_graph_and_changes_nothing(monkeypatch):
+    compiled = torch.compile(generation._decode, backend="aot_eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(generation, "_compiled", lambda: compiled)
+    model = tiny(num_hidden_layers=1)
+    for how in ({}, {"stop_tokens": range(20)}):  # the second time with rows that end early
+        plain = generate(model, PROMPTS, 20, **how)
+        assert generate(model, PROMPTS, 20, compile=True, **how) == plain
+
+
+def test_log_probabilities_are_those_of_the_model(both):
+    model, other = both
+    for prompt, row in zip(PROMPTS, generate(model, PROMPTS, 12, sampling=Sampling(temperature=0.8), logprobs=True), strict=True):
+        ids = torch.tensor([prompt + row.tokens])
+        exact = other(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
+        assert (torch.tensor(row.logprobs) - exact).abs().max() <= 1e-5
+
+
+SCORES = 4 * torch.randn(6, 97, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "warper"),
+    [
+        ("temperature", TemperatureLogitsWarper(0.6)),
+        ("top_k", TopKLogitsWarper(7)),
+        ("top_p", TopPLogitsWarper(0.8)),
+        ("top_p", TopPLogitsWarper(0.01)),
+        ("min_p", MinPLogitsWarper(0.05)),
+    ],
+)
+def test_transforms_are_those_of_transformers(name, warper):
+    how = Sampling(**{"temperature": 1.0, name: getattr(warper, name)})
+    ours, theirs = adjust(SCORES, how), warper(torch.zeros(6, 1, dtype=torch.int64), SCORES)
+    assert torch.equal(ours, theirs) and not torch.equal(ours, SCORES)
+
+
+def test_all_transforms_together_are_those_of_transformers(both):
+    _, other = both
+    said = torch.randint(97, (6, 9), generator=torch.Generator().manual_seed(2))
+    how = {"repetition_penalty": 1.4, "temperature": 1.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02}
+    processors = other._get_logits_processor(GenerationConfig(**how, do_sample=True), said.shape[1])
+    seen = torch.zeros(6, 97, dtype=torch.bool).scatter_(1, said, True)
+    assert torch.equal(adjust(SCORES, Sampling(**how), seen), processors(said, SCORES))
+
+
+def test_draws_follow_the_distribution_and_the_seed_of_their_row(both):
+    scores = SCORES[:1].expand(200_000, -1)
+    tokens = draw(scores, chances([0], 200_000)[0])
+    shares = torch.bincount(tokens, minlength=97) / 200_000
+    assert (shares - SCORES[0].softmax(0)).abs().max() <= 4 * 0.5 / 200_000**0.5  # four deviations of a share of a half
+    masked = adjust(SCORES, Sampling(temperature=1.0, top_k=2))
+    for chance in (0.0, 0.5, 1 - 2**-53):  # the ends of the range fall on tokens that are left
+        assert masked.gather(1, draw(masked, torch.full((6,), chance, dtype=torch.float64))[:, None]).isfinite().all()
+    model, _ = both
+    how = Sampling(temperature=1.0, top_p=0.95)
+    together = [row.tokens for row in generate(model, PROMPTS, 15, sampling=how, seed=[3, 4, 5, 6])]
+    assert together == [row.tokens for row in generate(model, PROMPTS, 15, sampling=how, seed=3)]
+    alone = [generate(model, [prompt], 15, sampling=how, seed=3 + i)[0].tokens for i, prompt in enumerate(PROMPTS)]
+    assert together == alone != [row.tokens for row in generate(model, PROMPTS, 15, sampling=how, seed=7)]
+
+
+def letters(tokens: list[int]) -> str:
+    return bytes(tokens).decode(errors="replace")
+
+
+@pytest.mark.parametrize("stops", [[], ["zz"], ["é!", "é?"], ["\U0001f600 "], ["ab", "xabcd"]])
+def test_streamed_text_is_whole_and_ends_before_a_stop_string(stops):
+    whole = "xabxabcé\U0001f600\U0001f600 é?z ü"
+    texts = TextStream(letters, stops)
+    pieces = [texts.push(byte) for byte in whole.encode()]
+    pieces.append(texts.flush())
+    ends = [whole.find(stop) for stop in stops if stop in whole]
+    assert "".join(pieces) == whole[: min(ends, default=len(whole))]
+    assert texts.stopped == bool(ends) and not any("\ufffd" in piece for piece in pieces)
+    cut = TextStream(letters)
+    assert cut.push(195) == "" and cut.flush() == "\ufffd"  # half a character at the very end
+
+
+def test_text_of_rows_stops_at_strings_and_tokens(both):
+    model, _ = both
+    alphabet = [chr(0x4E00 + i) for i in range(97)]
+
+    def decode(tokens):
+        return "".join(alphabet[token] for token in tokens)
+
+    plain = complete(model, PROMPTS, 30, decode)
+    assert plain == [decode(row.tokens) for row in generate(model, PROMPTS, 30)]
+    stop = plain[1][4:6]
+    for text, whole in zip(complete(model, PROMPTS, 30, decode, stop_strings=[stop]), plain, strict=True):
+        assert text == whole.split(stop)[0]
+    token = alphabet.index(plain[0][9])
+    for text, whole in zip(complete(model, PROMPTS, 30, decode, stop_tokens=[token]), plain, strict=True):
+        assert text == whole.split(alphabet[token])[0]
+    rows = dict.fromkeys(range(len(PROMPTS)), "")
+    for row, piece in stream_text(model, PROMPTS, 30, decode):
+        rows[row] += piece
+        assert len(piece) == 1
+    assert list(rows.values()) == plain
+
+
+def test_a_row_is_held_to_its_grammar_and_no_other(text_store):
+    pytest.importorskip("xgrammar")
+    from models.grammar import JsonGrammar
+
+    tokenizer = AutoTokenizer.from_pretrained(text_store / "tokenizer")
+    model = tiny(vocab_size=400, max_position_embeddings=400)  # more rows than the tokenizer has tokens
+    schema = {
+        "type": "object",
+        "properties": {"name": {"enum": ["add", "find"]}, "text": {"type": "string", "maxLength": 12}, "on": {"type": "boolean"}},
+        "required": ["name", "text", "on"],
+        "additionalProperties": False,
+    }
+    grammar = JsonGrammar(schema, tokenizer, 400)
+    start, end = 7, 1
+    prompts = [[5, 6], [9, start], [5, 6], [8]]
+    sampling = Sampling(temperature=1.5)
+    held = [grammar.constraint(then=end), None, None, grammar.constraint(after=start, then=end)]
+    rows = generate(model, prompts, 120, sampling=sampling, constraints=held, logprobs=True)
+    free = generate(model, prompts, 120, sampling=sampling)
+    written = rows[0].tokens[: rows[0].tokens.index(end)]
+    found = json.loads(tokenizer.decode(written))
+    assert found["name"] in ("add", "find") and len(found["text"]) <= 12 and isinstance(found["on"], bool)
+    assert rows[1].tokens == free[1].tokens and rows[2].tokens == free[2].tokens
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(tokenizer.decode(free[0].tokens[: len(written)]))
+    triggered = generate(model, [[8]], 60, constraints=[Once(start, grammar.constraint(after=start, then=end))])[0].tokens
+    at = triggered.index(start)
+    assert json.loads(tokenizer.decode(triggered[at + 1 : triggered.index(end, at)]))["name"] in ("add", "find")
+
+
+class Once:
+    """Says `token` as its third word, and leaves the rest to another constraint."""
+
+    def __init__(self, token, other):
+        self.token, self.other, self.count = token, other, 0
+
+    def mask(self, scores):
+        if self.count == 2:
+            scores[self.token] = 1e9
+        self.other.mask(scores)
+
+    def accept(self, token):
+        self.count += 1
+        self.other.accept(token)
+
+
+def test_mistakes_are_named():
+    model = tiny()
+    for how, words in [
+        ({"prompts": [[1], []]}, "at least one token"),
+        ({"prompts": [[1, 97]]}, "token 97 is not in the model's vocabulary of 97"),
+        ({"prompts": [[1]], "max_new_tokens": 0}, "must be at least 1"),
+        ({"prompts": [[1]], "max_new_tokens": 65}, "65 tokens exceed the model's context of 64"),
+        ({"prompts": [[1, 2]], "cache": Cache(model.config, 1, 5)}, "room for 5 tokens, not for 6"),
+        ({"prompts": [[1], [2]], "cache": Cache(model.config, 1, 9)}, "2 prompts do not fit"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            generate(model, **{"max_new_tokens": 5, **how})
+    for how in ({"temperature": -1}, {"top_p": 0.0}, {"top_k": -2}, {"min_p": 2.0}, {"repetition_penalty": 0}):
+        with pytest.raises(ValueError, match=f"{next(iter(how))}="):
+            Sampling(**how)
+    with pytest.raises(ValueError, match="stop string"):
+        TextStream(letters, [""])

@@ -1,0 +1,67 @@
+"""Tool calls as valid JSON: xgrammar says which tokens may come next."""
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class JsonGrammar:
+    """A JSON schema made ready for one tokenizer; `constraint()` gives what holds one row to it.
+
+    tokenizer: of transformers; vocab_size: the model's, which may have more rows than the tokenizer has tokens.
+    White space between tokens of the JSON is not allowed, else a small model may write nothing else. Strings and
+    numbers should be bounded in the schema (`maxLength`, `maximum`), or nothing makes the model close them.
+    """
+
+    def __init__(self, schema: dict[str, Any] | str, tokenizer: Any, vocab_size: int):
+        try:
+            import xgrammar
+        except ImportError:
+            raise ValueError("generation by a grammar needs xgrammar; pip install xgrammar==0.2.8") from None
+        self.xgrammar, self.vocab_size = xgrammar, vocab_size
+        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        self.compiled = xgrammar.GrammarCompiler(info).compile_json_schema(text, any_whitespace=False)
+
+    def constraint(self, after: int | None = None, then: int | None = None) -> "JsonConstraint":
+        """For one row: JSON from the start, or whenever the token `after` came; the JSON is followed by the token `then`.
+
+        Markers are given as token ids, since a marker within a grammar may be spelled out in ordinary tokens.
+        """
+        return JsonConstraint(self, after, then)
+
+
+class JsonConstraint:
+    """Masks the scores of one row while it writes JSON; free text before and after."""
+
+    def __init__(self, grammar: JsonGrammar, after: int | None, then: int | None):
+        self.grammar, self.after, self.then = grammar, after, then
+        self.bits = grammar.xgrammar.allocate_token_bitmask(1, grammar.vocab_size)
+        self.force: int | None = None
+        self.matcher = self._start() if after is None else None
+
+    def _start(self) -> Any:
+        return self.grammar.xgrammar.GrammarMatcher(self.grammar.compiled, terminate_without_stop_token=True)
+
+    def mask(self, scores: Tensor) -> None:
+        """Set the scores [V] of tokens that may not come next to -inf."""
+        if self.force is not None:
+            kept = scores[self.force].clone()
+            scores.fill_(-torch.inf)[self.force] = kept
+        elif self.matcher is not None:
+            self.matcher.fill_next_token_bitmask(self.bits)
+            self.grammar.xgrammar.apply_token_bitmask_inplace(scores[None], self.bits.to(scores.device))
+
+    def accept(self, token: int) -> None:
+        """Take note of the token that came."""
+        if self.matcher is not None:
+            accepted = self.matcher.accept_token(token)
+            assert accepted, "a token was drawn that the mask forbids"
+            if self.matcher.is_terminated():
+                self.matcher, self.force = None, self.then
+            return
+        self.force = None
+        if token == self.after:
+            self.matcher = self._start()
