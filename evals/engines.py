@@ -18,11 +18,12 @@ from torch.nn import functional as F
 from data.manifest import file_hash
 from data.tokenizer import load_tokenizer
 from evals.harness import Answer, Choose, Read, Reading, Request, Scored, Text, TooLong, Write, Written
+from models.generation import Cache, forward, head
 from models.hf import load_hf
 from models.nanollama import NanoLlama
 
 HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
-MIN_SHARED = 32  # tokens that contexts must have in common for their keys and values to be kept
+MIN_SHARED, MIN_SAVED = 32, 1024  # tokens that contexts must have in common, and save together, to be computed once
 NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
@@ -240,7 +241,7 @@ def rolling(tokens: Sequence[int], begin: int, context: int, stride: int | None 
 
 
 class NanoLlamaEngine:
-    """Scores and writes with our own model. Options share the row of their context, rows share their common beginning."""
+    """Scores and writes with our own model. What contexts have in common, and each context itself, is computed once."""
 
     def __init__(self, model: NanoLlama, batch_size: int):
         self.model, self.batch_size = model, batch_size
@@ -250,93 +251,110 @@ class NanoLlamaEngine:
 
     @torch.inference_mode()
     def score(self, units: Sequence[Unit]) -> Iterator[list[tuple[int, list[Scored]]]]:
-        order = sorted(range(len(units)), key=lambda i: -sum(map(len, units[i].options)) - len(units[i].context))
-        for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            yield list(zip(places, self._batch([units[i] for i in places]), strict=True))
+        for shared, members in share(units):
+            start = None
+            if shared:
+                start = self._cache(1, shared)
+                forward(self.model, torch.tensor([units[members[0]].context[:shared]], device=self.device), start)
+            members.sort(key=lambda i: -units[i].longest)
+            for first in range(0, len(members), self.batch_size):
+                places = members[first : first + self.batch_size]
+                yield list(zip(places, self._batch([units[i] for i in places], shared, start), strict=True))
 
-    def _batch(self, units: Sequence[Unit]) -> list[list[Scored]]:
-        """One row a unit: its context, then its options side by side, which see the context and themselves only."""
-        rows = [_row(unit) for unit in units]
-        length = max(len(row.tokens) for row in rows)
-        shape = (len(rows), length)
-        tokens, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
-        owner = torch.full(shape, -1)
-        for i, row in enumerate(rows):
-            size = len(row.tokens)
-            tokens[i, :size], positions[i, :size], owner[i, :size] = map(torch.tensor, (row.tokens, row.positions, row.owner))
-        tokens, positions, owner = (part.to(self.device) for part in (tokens, positions, owner))
-        mask = None
-        if any(len(row.tokens) > len(unit.context) and len(unit.options) > 1 for row, unit in zip(rows, units, strict=True)):
-            causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-            mask = (causal & ((owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])))[:, None]
-        hidden = self._trunk(tokens, positions, mask)
-        return self._figures(hidden, rows, units)
+    def _cache(self, rows: int, length: int) -> Cache:
+        return Cache(self.model.config, rows, length, self.device, self.model.embed_tokens.weight.dtype)
 
-    def _trunk(self, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        model = self.model
-        cos, sin = model.rotary.cos[positions][:, None], model.rotary.sin[positions][:, None]  # [B, 1, T, head_dim]
-        x = model.embed_tokens(tokens)
-        for layer in model.layers:
-            x = layer(x, cos, sin, mask)
-        return model.norm(x)  # [B, T, D]
-
-    def _figures(self, hidden: Tensor, rows: Sequence["Row"], units: Sequence[Unit]) -> list[list[Scored]]:
-        """Log-probabilities of the options, from logits of only those places that predict one of their tokens."""
-        spots: dict[tuple[int, int], int] = {}  # (row, column) -> its number
-        at: list[int] = []
-        targets: list[int] = []
-        for i, (row, unit) in enumerate(zip(rows, units, strict=True)):
-            for columns, option in zip(row.predicts, unit.options, strict=True):
-                at += [spots.setdefault((i, column), len(spots)) for column in columns]
-                targets += option
-        index = torch.tensor(list(spots), device=hidden.device)
-        picked = hidden[index[:, 0], index[:, 1]]  # [spots, D]
-        head = self.model.embed_tokens.weight if self.model.lm_head is None else self.model.lm_head.weight
-        logprob, greedy = gather_logprobs(picked, head, torch.tensor(at), torch.tensor(targets))
-        values, hits = iter(logprob), iter(greedy)
-        return [
-            [
-                Scored(math.fsum(next(values) for _ in option), len(option), all([next(hits) for _ in option]))
-                for option in unit.options
-            ]
-            for unit in units
-        ]
+    def _batch(self, units: Sequence[Unit], shared: int, start: Cache | None) -> list[list[Scored]]:
+        """Contexts (without the tokens that `start` holds) as rows, then options as rows that continue them; a unit's only
+        option follows in the row of its context. Logits are made of those places only that predict an option's token."""
+        lone = [len(unit.options) == 1 for unit in units]
+        rows = [[*unit.context[shared:], *(unit.options[0][:-1] if one else ())] for unit, one in zip(units, lone, strict=True)]
+        more = [(i, k) for i, unit in enumerate(units) if not lone[i] for k, ids in enumerate(unit.options) if len(ids) > 1]
+        fed = max((len(units[i].options[k]) - 1 for i, k in more), default=0)
+        length = shared + max(map(len, rows))
+        if length + fed > self.context:  # a long context beside long options: they fit apart
+            return [scored for unit in units for scored in self._batch([unit], shared, start)]
+        cache = self._cache(len(rows), length) if start is None else start.expand(len(rows), length)
+        tokens, lengths = pad(rows, self.device)
+        hidden = forward(self.model, tokens, cache, lengths)
+        cells: list[tuple[int, int]] = []
+        places: list[list[list[int]]] = []
+        for i, unit in enumerate(units):
+            end, first = len(unit.context) - shared - 1, len(cells)
+            cells += [(i, end + k) for k in range(len(unit.options[0]) if lone[i] else 1)]
+            places.append([list(range(first, len(cells))) for _ in unit.options])
+        picked = [hidden[_columns(cells, self.device)]]
+        if more:
+            tokens, lengths = pad([units[i].options[k][:-1] for i, k in more], self.device)
+            hidden = forward(self.model, tokens, cache.select([i for i, _ in more], length + fed), lengths)
+            first = len(cells)
+            inside = []
+            for row, (i, k) in enumerate(more):
+                inside += [(row, column) for column in range(lengths[row])]
+                places[i][k] += range(first + len(inside) - lengths[row], first + len(inside))
+            picked.append(hidden[_columns(inside, self.device)])
+        at = [place for of_unit in places for of_option in of_unit for place in of_option]
+        targets = [token for unit in units for option in unit.options for token in option]
+        figures = gather_logprobs(torch.cat(picked), head(self.model), torch.tensor(at), torch.tensor(targets))
+        each = iter(zip(*figures, strict=True))
+        return [[_sum([next(each) for _ in option]) for option in unit.options] for unit in units]
 
     def write(self, prompts: Sequence[list[int]], requests: Sequence[Write], words: Words) -> Iterator[list[tuple[int, Written]]]:
         raise NotImplementedError
 
 
-class Row(NamedTuple):
-    """A unit as one row of tokens."""
-
-    tokens: list[int]
-    positions: list[int]
-    owner: list[int]  # 0: the context; k: option k
-    predicts: list[list[int]]  # of each option: the columns whose logits are about its tokens
+def _sum(figures: list[tuple[float, bool]]) -> Scored:
+    return Scored(math.fsum(logprob for logprob, _ in figures), len(figures), all(greedy for _, greedy in figures))
 
 
-def _row(unit: Unit) -> Row:
-    n = len(unit.context)
-    tokens, positions, owner, predicts = list(unit.context), list(range(n)), [0] * n, []
-    for k, option in enumerate(unit.options, 1):
-        fed = len(option) - 1
-        predicts.append([n - 1, *range(len(tokens), len(tokens) + fed)])
-        tokens += option[:-1]
-        positions += range(n, n + fed)
-        owner += [k] * fed
-    return Row(tokens, positions, owner, predicts)
+def _columns(cells: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.tensor(cells, device=device).unbind(1)
+    return rows, columns
 
 
-def gather_logprobs(hidden: Tensor, head: Tensor, at: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int]]:
+    """Rows of ids as one tensor [rows, longest], filled up with 0 on the right, and their lengths."""
+    tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return tokens.to(device), [len(row) for row in rows]
+
+
+def share(units: Sequence[Unit]) -> list[tuple[int, list[int]]]:
+    """Units whose contexts begin alike: how many tokens they share (never all of a context), and which they are.
+
+    Where that saves too little, units are in one group that shares nothing. Contexts are compared in sorted order, so those
+    that begin alike are neighbours.
+    """
+    groups: list[tuple[int, list[int]]] = []
+    for i in sorted(range(len(units)), key=lambda i: units[i].context):
+        context = units[i].context
+        if groups:
+            shared, members = groups[-1]
+            common = min(shared, len(context) - 1, _common(units[members[0]].context, context))
+            if common >= MIN_SHARED and (len(members) == 1 or common >= 0.9 * shared):
+                members.append(i)
+                groups[-1] = (common, members)
+                continue
+        groups.append((len(context) - 1, [i]))
+    worth = [group for group in groups if group[0] * (len(group[1]) - 1) >= MIN_SAVED]
+    rest = [i for shared, members in groups if shared * (len(members) - 1) < MIN_SAVED for i in members]
+    return [*worth, (0, rest)] if rest else worth
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def gather_logprobs(hidden: Tensor, weight: Tensor, at: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
     """Log-probability of targets[i] after hidden[at[i]], in fp32, and whether it is the most likely token.
 
-    hidden [N, D], head [V, D], at and targets [M] on the CPU. Logits of one chunk of rows exist at a time.
+    hidden [N, D], weight [V, D], at and targets [M] on the CPU. Logits of one chunk of rows exist at a time.
     """
     chunk = HEAD_CHUNK.get(hidden.device.type, 4096)
     logprob, greedy = torch.empty(len(at)), torch.empty(len(at), dtype=torch.bool)
     for start in range(0, len(hidden), chunk):
-        logits = F.linear(hidden[start : start + chunk], head).float()
+        logits = F.linear(hidden[start : start + chunk], weight).float()
         mine = ((at >= start) & (at < start + chunk)).nonzero()[:, 0]
         rows, wanted = (at[mine] - start).to(logits.device), targets[mine].to(logits.device)
         found = logits[rows, wanted]
