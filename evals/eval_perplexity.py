@@ -1,13 +1,20 @@
-"""Held-out loss, perplexity and bits per byte, per source.
+"""Held-out loss, perplexity and bits per byte, per source: of a data store's shards, or of texts.
 
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold/step_300 --dataset data/store/quickstart
+python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold/step_300 --dataset texts.jsonl --stride 128
+
+A store's held-out tokens are read in rows as in training. With --stride they are read document by document, and texts
+(.jsonl with `text`, and `source` if there are several) always are: in windows that move by --stride tokens, each token scored
+once. The default stride is a whole window, as lm-evaluation-harness reads; a smaller one gives tokens more to go by.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +24,9 @@ from data.manifest import file_hash
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer, token_bytes
 from entrypoint import user_errors
+from evals.engines import load_model
+from evals.harness import Estimate, Eval, Item, Read, Sample, Score
+from evals.run import evaluate, flags, ranks
 from models.hf import load_hf
 from models.losses import IGNORE
 
@@ -46,51 +56,109 @@ def perplexity(
             sums += torch.stack([nll.double().sum(), valid.sum(), bytes_of[batch.targets[valid]].sum()])
         sums = total(sums)
         everything += sums
-        results[name] = _figures(sums)
-    return {**results, "all": _figures(everything)}
+        results[name] = _figures(*sums.tolist())
+    return {**results, "all": _figures(*everything.tolist())}
 
 
-def _figures(sums: Tensor) -> dict[str, float]:
-    nats, tokens, text_bytes = sums.tolist()
+def _figures(nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
     loss = nats / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf
     bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens}
 
 
+def by_rows(args: argparse.Namespace) -> dict[str, Any]:
+    """The results of a store, read in rows as in training."""
+    model = load_hf(args.checkpoint, dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device)
+    tokenizer = load_tokenizer(args.checkpoint)
+    length = args.sequence_length or model.config.max_position_embeddings
+    sources = {n: validation_batches(s, length, args.batch_size, args.limit) for n, s in shards_of(args).items()}
+    metrics = perplexity(model.eval(), sources, torch.from_numpy(token_bytes(tokenizer)))
+    return {"task": "perplexity", "checkpoint": str(args.checkpoint), "sequence_length": length, "metrics": metrics}
+
+
+def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
+    """Held-out shards of the sources that were asked for; ValueError where there are none, or of another tokenizer."""
+    present = sorted(path.name for path in (args.dataset / "tokens").glob("*") if path.is_dir())
+    unknown = set(args.sources or []) - set(present)
+    if unknown or not present:
+        raise ValueError(f"{args.dataset} has no source {' '.join(sorted(unknown))}; it has: {', '.join(present) or 'none'}")
+    found = {name: TokenShards(args.dataset / "tokens" / name, "val") for name in args.sources or present}
+    for shards in found.values():
+        if shards.tokenizer != file_hash(args.checkpoint / "tokenizer.json"):
+            raise ValueError(f"{shards.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again")
+    return found
+
+
+def score(item: Item) -> Score:
+    reading = yield Read(item.row["text"], item.row["stride"])
+    return {"nats": -reading.logprob, "tokens": reading.tokens, "bytes": reading.bytes}
+
+
+def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
+    """loss, perplexity, bits_per_byte and tokens out of sums over documents."""
+    sums = [math.fsum(sample.scores[name] for sample in samples) for name in ("nats", "tokens", "bytes")]
+    return {name: Estimate(value, None) for name, value in _figures(*sums).items()}
+
+
+def documents(args: argparse.Namespace) -> Iterator[Item]:
+    """Documents of a store's held-out shards, with the bos that begins them, or the texts of a .jsonl file."""
+    if args.dataset.is_file():
+        counts: dict[str, int] = {}
+        for number, line in enumerate(args.dataset.read_text().splitlines(), 1):
+            row = json.loads(line) if line.strip().startswith("{") else {}
+            if "text" not in row:
+                raise ValueError(f"{args.dataset}:{number} is not a JSON object with a text; mend or remove the line")
+            source = str(row.get("source", args.dataset.stem))
+            counts[source] = counts.get(source, 0) + 1
+            if counts[source] <= (args.limit or counts[source]) and source in (args.sources or [source]):
+                yield Item(str(row.get("id", number)), {"text": row["text"], "stride": args.stride}, source)
+        return
+    for source, shards in shards_of(args).items():
+        tokens, numbers = shards.read(0, len(shards))
+        edges = [0, *((numbers[1:] != numbers[:-1]).nonzero()[0] + 1).tolist(), len(tokens)]
+        for i, (begin, end) in enumerate(pairwise(edges)):
+            if end - begin > 1 and i < (args.limit or i + 1):
+                yield Item(f"{source}/{i}", {"text": tuple(tokens[begin:end].tolist()), "stride": args.stride}, source)
+
+
+def by_documents(args: argparse.Namespace, rank: int, world: int, device: str) -> dict[str, Any]:
+    """The results of texts or of a store's documents, in windows, over ranks."""
+    model = load_model(args.checkpoint, device, args.dtype, args.batch_size)
+    model.context = min(model.context, args.sequence_length or model.context)
+    about = {"checkpoint": str(args.checkpoint), "sequence_length": model.context, "stride": args.stride}
+    evaluation = Eval("perplexity", 1, list(documents(args)), score, totals=totals, about=about)
+    found = evaluate(evaluation, model, args.output, None, rank, world)
+    if found:
+        parts = found.pop("subjects", {}) or {s.subject: {"metrics": found["metrics"]} for s in evaluation.items[:1]}
+        found.pop("macro", None)
+        sources = {name: {k: v["value"] for k, v in part["metrics"].items()} for name, part in parts.items()}
+        found["metrics"] = {**sources, "all": {name: estimate["value"] for name, estimate in found["metrics"].items()}}
+    return found
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or any Hugging Face Llama folder")
-    parser.add_argument("--dataset", required=True, type=Path, help="a data store; its held-out splits are measured")
+    parser = flags(__doc__, shots=None)
+    parser.add_argument("--dataset", type=Path, help="a data store, or a .jsonl file of texts; the same as --data")
     parser.add_argument("--sources", nargs="*", help="which sources of it (default: all)")
-    parser.add_argument("--sequence_length", type=int, help="tokens a row (default: the model's context)")
-    parser.add_argument("--limit", type=int, help="rows a source (default: all)")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="write the results here as JSON")
+    parser.add_argument("--sequence_length", type=int, help="tokens a row or window (default: the model's context)")
+    parser.add_argument("--stride", type=int, help="read documents in windows that move by so many tokens")
+    parser.set_defaults(batch_size=4)
     args = parser.parse_args()
-    with user_errors():
-        model = load_hf(args.checkpoint, dtype=None, device=args.device)
-        tokenizer = load_tokenizer(args.checkpoint)
-        present = sorted(path.name for path in (args.dataset / "tokens").glob("*") if path.is_dir())
-        unknown = set(args.sources or []) - set(present)
-        if unknown or not present:
-            raise ValueError(f"{args.dataset} has no source {' '.join(sorted(unknown))}; it has: {', '.join(present) or 'none'}")
-        length = args.sequence_length or model.config.max_position_embeddings
-        sources = {}
-        for name in args.sources or present:
-            shards = TokenShards(args.dataset / "tokens" / name, "val")
-            if shards.tokenizer != file_hash(args.checkpoint / "tokenizer.json"):
-                raise ValueError(f"{shards.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again")
-            sources[name] = validation_batches(shards, length, args.batch_size, args.limit)
-        results = perplexity(model.eval(), sources, torch.from_numpy(token_bytes(tokenizer)))
-        for name, figures in results.items():
+    args.dataset = args.dataset or (Path(args.data) if args.data else None)
+    with ranks(args.device) as (rank, world, device), user_errors(rank, world):
+        if args.dataset is None or not args.dataset.exists():
+            raise ValueError(f"there is no data at {args.dataset}; give --dataset a store or a .jsonl file of texts")
+        rows = args.stride is None and args.dataset.is_dir()
+        found = by_rows(args) if rows else by_documents(args, rank, world, device)
+        if rank:
+            return
+        for name, figures in found["metrics"].items():
             text = f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
             print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens)")
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            report = {"task": "perplexity", "checkpoint": str(args.checkpoint), "sequence_length": length, "metrics": results}
-            args.output.write_text(json.dumps(report, indent=2) + "\n")
+            args.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

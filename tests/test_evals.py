@@ -1,0 +1,367 @@
+"""Scores equal lm-evaluation-harness' on the same rows; the harness resumes, counts what is too long, splits over ranks."""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, VOCAB, one_thread
+
+from data.tokenizer import load_tokenizer, save_tokenizer
+from evals import eval_arc, eval_hellaswag, eval_mmlu, eval_perplexity, eval_truthfulqa
+from evals.engines import Unit, load_model, rolling, share
+from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, ask, means, results
+from evals.run import evaluate
+from models.hf import save_hf
+from models.nanollama import ModelConfig, NanoLlama
+from scripts.eval_data import write_mmlu_tasks, write_rows
+
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    initializer_range=0.2,  # so that options are far apart
+)
+WORDS = "the cat sat on a mat while rain fell over hills and nobody knew why it had begun so early".split(" ")  # noqa: SIM905
+
+
+def text(i: int, count: int = 6) -> str:
+    return " ".join(WORDS[(i * 7 + k * (1 + i % 3)) % len(WORDS)] for k in range(count))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, text_store) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "step_1"
+    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
+    save_tokenizer(load_tokenizer(text_store / "tokenizer"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    """A folder of data/store/evals in small, with the oddities of the real sets; returns the folder that holds data/."""
+    root = tmp_path_factory.mktemp("rows")
+    folder = root / "data" / "store" / "evals"
+    hellaswag = [
+        {
+            "activity_label": f"Topic {i}",
+            "ctx_a": text(i, 9) + (" [header] How to [title]" if i % 4 == 0 else "."),
+            "ctx_b": "" if i % 4 == 0 else "he",  # the context then ends in a space
+            "endings": [text(i + k, 3 + k) + (" [substeps] then." if k == 2 else "") for k in range(4)],
+            "label": str(i % 4),
+        }
+        for i in range(12)
+    ]
+    write_rows(folder / "hellaswag" / "validation.jsonl", hellaswag)
+    labels = (["A", "B", "C", "D"], ["1", "2", "3", "4"], ["A", "B", "C"], ["A", "B", "C", "D", "E"])
+    for part in ("arc_challenge", "arc_easy"):
+        for split, first, count in (("validation", 50, 8), ("test", 0, 8)):
+            made = [
+                {
+                    "id": f"{part}_{i}",
+                    "question": text(i, 8) + "?",
+                    "choices": {"text": [text(i + k, 1 + k) for k in range(len(labels[i % 4]))], "label": labels[i % 4]},
+                    "answerKey": labels[i % 4][i % 3],
+                }
+                for i in range(first, first + count)
+            ]
+            write_rows(folder / part / f"{split}.jsonl", made)
+    splits = {
+        split: [
+            {
+                "question": f" {text(i, 10)}? ",
+                "choices": [text(i + k, 2 + k) for k in range(4)],
+                "answer": i % 4,
+                "subject": subject,
+            }
+            for subject in ("high_school_cats", "rain")
+            for i in range(first, first + count)
+        ]
+        for split, first, count in (("dev", 70, 5), ("test", 0, 7))
+    }
+    for split, made in splits.items():
+        write_rows(folder / "mmlu" / f"{split}.jsonl", made)
+    write_mmlu_tasks(folder, splits)
+    truth = [
+        {
+            "question": text(i, 7) + "?",
+            "mc1_targets": {"choices": [text(i + k, 4) for k in range(3)], "labels": [1, 0, 0]},
+            "mc2_targets": {"choices": [text(i + k, 1 + k) for k in range(5)], "labels": [1, 1, 0, 0, 0]},
+        }
+        for i in range(8)
+    ]
+    write_rows(folder / "truthfulqa" / "validation.jsonl", truth)
+    return root
+
+
+def options(rows: Path, **more) -> argparse.Namespace:
+    given = {"data": str(rows / "data" / "store" / "evals"), "cache": Path("nowhere"), "limit": None, "seed": 1234}
+    return argparse.Namespace(**{**given, **more})
+
+
+def logprobs(sample, which: int = 0) -> list[float]:
+    return [scored.logprob for scored in sample.exchange[which][1]]
+
+
+def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(rows)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    folders = [str(ROOT / "evals" / "lm_eval_tasks"), str(rows / "data/store/evals/lm_eval_tasks")]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    theirs = HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4)
+    subjects = ("high_school_cats", "rain")
+    cases = [  # evaluation, shots, its tasks, and which request of an item is theirs
+        (eval_hellaswag.build(options(rows, shots=0)), 0, {"local_hellaswag": 0}),
+        (eval_arc.build(options(rows, shots=3, part="both")), 3, {"local_arc_challenge": 0, "local_arc_easy": 0}),
+        (eval_mmlu.build(options(rows, shots=5, format="letter")), 5, {f"local_mmlu_{s}": 0 for s in subjects}),
+        (eval_truthfulqa.build(options(rows)), 0, {"local_truthfulqa_mc1": 0, "local_truthfulqa_mc2": 1}),
+    ]
+    for evaluation, shots, tasks in cases:
+        mine = ask(evaluation.items, evaluation.score, model, Cache())
+        found = results(evaluation, mine, model)
+        told = simple_evaluate(
+            model=theirs, tasks=list(tasks), num_fewshot=shots, task_manager=manager, bootstrap_iters=0, log_samples=True
+        )
+        for task, which in tasks.items():
+            part = [s for s in mine if s.subject and task.endswith(s.subject)] or mine
+            samples = sorted(told["samples"][task], key=lambda sample: sample["doc_id"])
+            assert len(samples) == len(part)
+            for sample, own in zip(samples, part, strict=True):
+                expected = [float(response[0][0]) for response in sample["resps"]]
+                assert logprobs(own, which) == pytest.approx(expected, abs=1e-3), (task, own.id)
+                assert expected.index(max(expected)) == logprobs(own, which).index(max(logprobs(own, which)))
+        figures, metrics = told["results"], {name: estimate["value"] for name, estimate in found["metrics"].items()}
+        if "local_arc_easy" in tasks:
+            for name in ("acc", "acc_norm"):
+                assert metrics[f"challenge_{name}"] == pytest.approx(figures["local_arc_challenge"][f"{name},none"], abs=1e-9)
+                assert metrics[f"easy_{name}"] == pytest.approx(figures["local_arc_easy"][f"{name},none"], abs=1e-9)
+        elif "local_truthfulqa_mc1" in tasks:
+            assert metrics["mc1"] == pytest.approx(figures["local_truthfulqa_mc1"]["acc,none"], abs=1e-9)
+            assert metrics["mc2"] == pytest.approx(figures["local_truthfulqa_mc2"]["acc,none"], abs=1e-4)
+        elif "local_hellaswag" in tasks:
+            for name in ("acc", "acc_norm"):
+                assert metrics[name] == pytest.approx(figures["local_hellaswag"][f"{name},none"], abs=1e-9)
+        else:
+            for subject, task in zip(subjects, tasks, strict=True):
+                own = found["subjects"][subject]["metrics"]["acc"]["value"]
+                assert own == pytest.approx(figures[task]["acc,none"], abs=1e-9)
+    words = [text(i, 400) for i in range(2)]  # longer than the context
+    whole = ask([Item(w, {}) for w in words], reader(None), model, Cache())
+    rolled = theirs.loglikelihood_rolling([argparse.Namespace(args=(w,)) for w in words], disable_tqdm=True)
+    assert [sample.scores["logprob"] for sample in whole] == pytest.approx(rolled, rel=1e-5)
+
+
+def reader(stride):
+    def score(item):
+        reading = yield Read(item.id, stride)
+        return {"logprob": reading.logprob, "tokens": reading.tokens, "bytes": reading.bytes}
+
+    return score
+
+
+def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpoint, model):
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(2, VOCAB, (count,), generator=generator).tolist())
+
+    common = draw(120)
+    units = [Unit(common + draw(3 + i), (draw(1), draw(4), draw(2 + i))) for i in range(12)]
+    units += [Unit(draw(40 + 9 * i), (draw(6),)) for i in range(5)] + [Unit(draw(900), (draw(2), draw(120)))]
+    groups = share(units)
+    assert groups[0][0] == 120 and len(groups[0][1]) == 12 and groups[1][0] == 0
+    scored = {i: answer for batch in model.engine.score(units) for i, answer in batch}
+    assert sorted(scored) == list(range(len(units)))
+    for i, unit in enumerate(units):
+        for option, answer in zip(unit.options, scored[i], strict=True):
+            with torch.no_grad():
+                logits = net(torch.tensor([unit.context + option])).logits[0].log_softmax(-1)
+            places = range(len(unit.context) - 1, len(unit.context) + len(option) - 1)
+            expected = sum(logits[place, token].item() for place, token in zip(places, option, strict=True))
+            assert answer.logprob == pytest.approx(expected, abs=2e-4) and answer.tokens == len(option)
+
+
+@pytest.mark.parametrize("stride", [None, 1, 5, 8])
+def test_windows_score_every_token_once(stride):
+    tokens = list(range(100, 131))
+    windows = rolling(tokens, 0, 8, stride)
+    assert [token for window in windows for token in window.options[0]] == tokens
+    assert all(window.longest <= 8 for window in windows)
+    assert all(window.longest == 8 for window in windows[1:])  # later windows are full
+
+
+class Oracle:
+    """A model that knows the words it was told of, and counts what it is asked."""
+
+    name, hash, dtype, context = "oracle", "0" * 64, "float32", 50
+
+    def __init__(self, dies_after=math.inf):
+        self.asked, self.dies_after = [], dies_after
+
+    def answer(self, requests):
+        from evals.harness import Scored
+
+        for i, request in enumerate(requests):
+            if len(self.asked) >= self.dies_after:
+                raise KeyboardInterrupt
+            self.asked.append(request)
+            long = len(request.context) > self.context
+            known = [Scored(-float(len(option)), 1, True) for option in request.options]
+            yield [(i, TooLong(len(request.context), self.context) if long else known)]
+
+
+def two_turns(item):
+    first = yield Choose(item.id, ("a", "bb"))
+    again = yield [Choose(f"{item.id} {scored.logprob}", ("c",)) for scored in first]
+    return {"acc": float(item.id != "item 3"), "seen": [answers[0].logprob for answers in again]}
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
+    items = [Item(f"item {i}", {}) for i in range(6)] + [Item("x" * 60, {})]
+    evaluation = Eval("two", 1, items, two_turns)
+    whole = evaluate(evaluation, Oracle(), tmp_path / "whole" / "two.json")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(evaluation, Oracle(dies_after=9), tmp_path / "killed" / "two.json")
+    [kept] = (tmp_path / "killed" / "answers").glob("*.jsonl")
+    kept.write_text(kept.read_text()[:-3])  # a line that was cut while it was written
+    again = Oracle()
+    assert evaluate(evaluation, again, tmp_path / "killed" / "two.json") == whole
+    assert len(again.asked) == 7 + 12 - 8 + 1  # 8 answers were kept, one was cut, the item that is too long is asked again
+    assert whole["n"] == 6 and whole["too_long"]["n"] == 1 and whole["too_long"]["ids"] == ["x" * 60]
+    assert whole["metrics"]["acc"]["value"] == pytest.approx(5 / 6)
+    assert whole["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(5 / 36 * 6 / 5 / 6))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "two.samples.jsonl").read_text().splitlines()]
+    assert lines[0]["scores"]["seen"] == [-1.0, -1.0] and lines[-1]["too_long"] == 60
+
+
+def test_clean_items_and_subjects(tmp_path):
+    items = [Item(f"item {i}", {}, "even" if i % 2 == 0 else "odd") for i in range(5)]
+    report = tmp_path / "ids.json"
+    hits = [{"test_set": "two", "test_id": "item 3"}, {"test_set": "other", "test_id": "item 1"}]
+    report.write_text(json.dumps({"documents": {"d": hits}, "settings": {"test_sets": {"two": 5, "other": 9}}}))
+    found = evaluate(Eval("two", 1, items, two_turns), Oracle(), tmp_path / "two.json", report)
+    assert found["metrics"]["acc"]["value"] == 0.8 and found["clean"]["metrics"]["acc"]["value"] == 1.0
+    assert found["clean"]["n"] == 4 and found["clean"]["contaminated"] == ["item 3"]
+    assert found["subjects"]["odd"]["metrics"]["acc"]["value"] == 0.5 and found["macro"]["acc"] == 0.75
+    other = evaluate(Eval("three", 1, items, two_turns), Oracle(), None, report)
+    assert other["clean"] is None  # the report did not look for it
+    report.write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read as a contamination report"):
+        evaluate(Eval("two", 1, items, two_turns), Oracle(), None, report)
+
+
+def test_a_mean_is_over_the_items_that_have_the_number():
+    from evals.harness import Sample
+
+    scores = [{"acc": True, "note": "x"}, {"acc": False, "part": 3.0}, {"acc": True}]
+    found = means([Sample(str(i), "", score) for i, score in enumerate(scores)])
+    assert found["acc"].value == pytest.approx(2 / 3) and found["part"] == (3.0, None) and set(found) == {"acc", "part"}
+
+
+def test_two_ranks_find_what_one_finds(checkpoint, rows, tmp_path):
+    arguments = ["--checkpoint", str(checkpoint), "--data", str(rows / "data/store/evals"), "--device", "cpu", "--limit", "4"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m"]
+    for name, how in (("one", [sys.executable, "-m"]), ("two", launch)):
+        command = [*how, "evals.eval_mmlu", *arguments, "--output", str(tmp_path / name / "mmlu.json")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "mmlu.json").read_text()) for name in ("one", "two"))
+    assert one == two and one["n"] == 8
+    assert len(list((tmp_path / "two" / "answers").glob("*.jsonl"))) == 2
+
+
+def test_perplexity_of_rows_documents_and_texts(checkpoint, text_store, tmp_path, monkeypatch):
+    def measure(*more):
+        output = tmp_path / "perplexity.json"
+        arguments = ["--checkpoint", str(checkpoint), "--dataset", str(text_store), "--device", "cpu", "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["x", *arguments, "--limit", "2", *more])
+        eval_perplexity.main()
+        return json.loads(output.read_text())
+
+    rows = measure("--sequence_length", "64")
+    assert set(rows["metrics"]) == {"first", "second", "all"} and rows["metrics"]["all"]["tokens"] == 2 * 2 * 64
+    whole, sliding = (measure("--sequence_length", "256", "--stride", stride)["metrics"] for stride in ("256", "100"))
+    assert whole["all"]["tokens"] == sliding["all"]["tokens"] and whole["first"]["loss"] != sliding["first"]["loss"]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text(i, 60), "source": f"s{i % 2}"}) + "\n" for i in range(4)))
+    found = measure("--dataset", str(texts))
+    assert set(found["metrics"]) == {"s0", "s1", "all"}
+    letters = sum(len(text(i, 60).encode()) for i in range(4))
+    nats = found["metrics"]["all"]["loss"] * found["metrics"]["all"]["tokens"]
+    assert found["metrics"]["all"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / letters)
+
+
+def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "bare" / name).symlink_to(checkpoint / name)
+    broken = NanoLlama(CONFIG, seed=3)
+    torch.nn.init.constant_(broken.norm.weight, math.nan)
+    save_hf(tmp_path / "nan", CONFIG, broken.state_dict(), torch.float32, bos=0, eos=0, pad=1)
+    save_tokenizer(load_tokenizer(checkpoint), tmp_path / "nan")
+    (tmp_path / "odd.jsonl").write_text('{"question": "x"}\n')
+    data = str(rows / "data" / "store" / "evals")
+    cases = [
+        (eval_hellaswag, ["--checkpoint", str(tmp_path / "bare"), "--data", data], "holds no tokenizer.json"),
+        (eval_hellaswag, ["--checkpoint", "nowhere", "--data", data], "there is no checkpoint at nowhere"),
+        (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", "nowhere.jsonl"], "there is no nowhere.jsonl"),
+        (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "odd.jsonl")], "has no 'activity_label'"),
+        (eval_hellaswag, ["--checkpoint", str(tmp_path / "nan"), "--data", data], "logits that are not finite in float32"),
+        (eval_mmlu, ["--checkpoint", str(checkpoint), "--data", data, "--shots", "6"], "there are 5 solved examples"),
+        (eval_perplexity, ["--checkpoint", str(checkpoint), "--dataset", "nowhere"], "there is no data at nowhere"),
+    ]
+    for module, arguments, expected in cases:
+        monkeypatch.setattr(sys, "argv", ["x", *arguments, "--output", str(tmp_path / "out.json"), "--device", "cpu"])
+        with pytest.raises(SystemExit) as left:
+            module.main() if module is eval_perplexity else main_of(module)
+        error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert left.value.code == 2 and len(error) == 1 and expected in error[0], (expected, error)
+
+
+def main_of(module) -> None:
+    from evals.run import flags, main
+
+    parser = flags(module.__doc__, shots=0)
+    parser.add_argument("--format", default="letter")
+    main(parser, module.build)
+
+
+def test_prompts_beyond_the_context_are_counted_never_cut(checkpoint, rows):
+    config = json.loads((checkpoint / "config.json").read_text())
+    small = load_model(checkpoint)
+    small.context = 120
+    evaluation = eval_mmlu.build(options(rows, shots=0, format="letter"))
+    samples = ask(evaluation.items, evaluation.score, small, Cache())
+    assert not any(sample.too_long for sample in samples) or config["max_position_embeddings"] == 1024
+    long = [Item("long", {}), Item("short", {})]
+
+    def score(item):
+        yield Choose("a " * (500 if item.id == "long" else 3), (" b", " c"))
+        return {"acc": 1.0}
+
+    found = results(Eval("t", 1, long, score), ask(long, score, small, Cache()), small)
+    assert found["n"] == 1 and found["too_long"]["ids"] == ["long"]
+    with pytest.raises(ValueError, match="none of the 1 items of t fits the model's context of 120 tokens"):
+        results(Eval("t", 1, long[:1], score), ask(long[:1], score, small, Cache()), small)
