@@ -18,9 +18,10 @@ from torch.nn import functional as F
 from data.manifest import file_hash
 from data.tokenizer import load_tokenizer
 from evals.harness import Answer, Choose, Read, Reading, Request, Scored, Text, TooLong, Write, Written
-from models.generation import Cache, forward, head
+from models.generation import Cache, forward, generate, head
 from models.hf import load_hf
 from models.nanollama import NanoLlama
+from models.sampling import Sampling
 
 HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
 MIN_SHARED, MIN_SAVED = 32, 1024  # tokens that contexts must have in common, and save together, to be computed once
@@ -93,6 +94,18 @@ class Words:
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
+
+    def ended(self, new: Sequence[int], request: Write) -> bool:
+        """Has one of the request's stop strings been written?"""
+        tail = max((len(stop.encode()) for stop in request.stop), default=0) + 4  # a token has a byte or more
+        return bool(request.stop) and any(stop in self.decode(new[-tail:], request.keep_special) for stop in request.stop)
+
+    def written(self, new: Sequence[int], request: Write) -> Written:
+        """What the new tokens say, up to the first end token or stop string."""
+        end = next((i for i, token in enumerate(new) if token in self.stops), len(new))
+        text = self.decode(new[: end + 1] if request.keep_special else new[:end], request.keep_special)
+        cut = min((place for stop in request.stop if (place := text.find(stop)) >= 0), default=len(text))
+        return Written(text[:cut], len(new), end < len(new) or cut < len(text))
 
     def bytes_of(self, ids: Sequence[int]) -> int:
         return len(self.decode(ids).encode())
@@ -252,17 +265,22 @@ class NanoLlamaEngine:
     @torch.inference_mode()
     def score(self, units: Sequence[Unit]) -> Iterator[list[tuple[int, list[Scored]]]]:
         for shared, members in share(units):
-            start = None
-            if shared:
-                start = self._cache(1, shared)
-                forward(self.model, torch.tensor([units[members[0]].context[:shared]], device=self.device), start)
-            members.sort(key=lambda i: -units[i].longest)
+            start = self._begun(units[members[0]].context[:shared])
+            members.sort(key=lambda i: -len(units[i].context) - (len(units[i].options) == 1) * len(units[i].options[0]))
             for first in range(0, len(members), self.batch_size):
                 places = members[first : first + self.batch_size]
                 yield list(zip(places, self._batch([units[i] for i in places], shared, start), strict=True))
 
     def _cache(self, rows: int, length: int) -> Cache:
         return Cache(self.model.config, rows, length, self.device, self.model.embed_tokens.weight.dtype)
+
+    def _begun(self, shared: Sequence[int]) -> Cache | None:
+        """A cache of one row that holds what contexts share; None where they share nothing."""
+        if not shared:
+            return None
+        cache = self._cache(1, len(shared))
+        forward(self.model, torch.tensor([shared], device=self.device), cache)
+        return cache
 
     def _batch(self, units: Sequence[Unit], shared: int, start: Cache | None) -> list[list[Scored]]:
         """Contexts (without the tokens that `start` holds) as rows, then options as rows that continue them; a unit's only
@@ -284,14 +302,15 @@ class NanoLlamaEngine:
             cells += [(i, end + k) for k in range(len(unit.options[0]) if lone[i] else 1)]
             places.append([list(range(first, len(cells))) for _ in unit.options])
         picked = [hidden[_columns(cells, self.device)]]
-        if more:
-            tokens, lengths = pad([units[i].options[k][:-1] for i, k in more], self.device)
-            hidden = forward(self.model, tokens, cache.select([i for i, _ in more], length + fed), lengths)
-            first = len(cells)
-            inside = []
-            for row, (i, k) in enumerate(more):
-                inside += [(row, column) for column in range(lengths[row])]
-                places[i][k] += range(first + len(inside) - lengths[row], first + len(inside))
+        total = len(cells)
+        for part in alike([len(units[i].options[k]) - 1 for i, k in more]):
+            branch = [more[n] for n in part]
+            tokens, lengths = pad([units[i].options[k][:-1] for i, k in branch], self.device)
+            hidden = forward(self.model, tokens, cache.select([i for i, _ in branch], length + fed), lengths)
+            for (i, k), count in zip(branch, lengths, strict=True):
+                places[i][k] += range(total, total + count)
+                total += count
+            inside = [(row, column) for row, count in enumerate(lengths) for column in range(count)]
             picked.append(hidden[_columns(inside, self.device)])
         at = [place for of_unit in places for of_option in of_unit for place in of_option]
         targets = [token for unit in units for option in unit.options for token in option]
@@ -300,7 +319,49 @@ class NanoLlamaEngine:
         return [[_sum([next(each) for _ in option]) for option in unit.options] for unit in units]
 
     def write(self, prompts: Sequence[list[int]], requests: Sequence[Write], words: Words) -> Iterator[list[tuple[int, Written]]]:
-        raise NotImplementedError
+        units = [Unit(tuple(prompt), ((),)) for prompt in prompts]
+        for shared, members in share(units):
+            start = self._begun(units[members[0]].context[:shared])
+            kinds: dict[tuple[float, float], list[int]] = {}
+            for i in members:
+                kinds.setdefault((requests[i].temperature, requests[i].top_p), []).append(i)
+            for (temperature, top_p), places in kinds.items():
+                how = Sampling(temperature=temperature, top_p=top_p)
+                places.sort(key=lambda i: (requests[i].max_tokens, len(prompts[i])))
+                for first in range(0, len(places), self.batch_size):
+                    yield self._written(places[first : first + self.batch_size], shared, start, how, prompts, requests, words)
+
+    def _written(
+        self,
+        places: Sequence[int],
+        shared: int,
+        start: Cache | None,
+        how: Sampling,
+        prompts: Sequence[list[int]],
+        requests: Sequence[Write],
+        words: Words,
+    ) -> list[tuple[int, Written]]:
+        """One batch; rows that need fewer tokens than the longest end when they have them."""
+        most = max(requests[i].max_tokens for i in places)
+        length = max(len(prompts[i]) for i in places) + most
+        if length > self.context and len(places) > 1:  # a long prompt beside a long answer: they fit apart
+            return [one for i in places for one in self._written([i], shared, start, how, prompts, requests, words)]
+        cache = self._cache(len(places), length) if start is None else start.expand(len(places), length)
+
+        def ended(row: int, new: list[int]) -> bool:
+            return len(new) >= requests[places[row]].max_tokens or words.ended(new, requests[places[row]])
+
+        rows = generate(
+            self.model,
+            [prompts[i][shared:] for i in places],
+            most,
+            sampling=how,
+            seed=[requests[i].seed for i in places],
+            stop_tokens=tuple(words.stops),
+            ended=ended,
+            cache=cache,
+        )
+        return [(i, words.written(row.tokens, requests[i])) for i, row in zip(places, rows, strict=True)]
 
 
 def _sum(figures: list[tuple[float, bool]]) -> Scored:
@@ -318,6 +379,17 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, li
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
     return tokens.to(device), [len(row) for row in rows]
+
+
+def alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows in groups of similar lengths, so that little is padding: 8 or more, the shortest 3/4 of the longest or more."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and (len(groups[-1]) < 8 or 4 * lengths[i] >= 3 * lengths[groups[-1][0]]):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
 
 
 def share(units: Sequence[Unit]) -> list[tuple[int, list[int]]]:
@@ -397,5 +469,19 @@ class TransformersEngine:
             options = iter(scored)
             yield [(start + i, [next(options) for _ in unit.options]) for i, unit in enumerate(batch)]
 
+    @torch.inference_mode()
     def write(self, prompts: Sequence[list[int]], requests: Sequence[Write], words: Words) -> Iterator[list[tuple[int, Written]]]:
-        raise NotImplementedError
+        """One prompt at a time."""
+        for i, (ids, request) in enumerate(zip(prompts, requests, strict=True)):
+            torch.manual_seed(request.seed)
+            how = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
+            tokens = self.model.generate(
+                torch.tensor([ids], device=self.device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.device),
+                max_new_tokens=request.max_tokens,
+                do_sample=bool(request.temperature),
+                eos_token_id=sorted(words.stops),
+                pad_token_id=min(words.stops),
+                **how,
+            )
+            yield [(i, words.written(tokens[0, len(ids) :].tolist(), request))]

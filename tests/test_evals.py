@@ -14,7 +14,7 @@ from conftest import ROOT, VOCAB, one_thread
 from data.tokenizer import load_tokenizer, save_tokenizer
 from evals import eval_arc, eval_hellaswag, eval_mmlu, eval_perplexity, eval_truthfulqa
 from evals.engines import Unit, load_model, rolling, share
-from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, ask, means, results
+from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, Write, ask, means, results
 from evals.run import evaluate
 from models.hf import save_hf
 from models.nanollama import ModelConfig, NanoLlama
@@ -282,7 +282,7 @@ def test_a_mean_is_over_the_items_that_have_the_number():
 
 def test_two_ranks_find_what_one_finds(checkpoint, rows, tmp_path):
     arguments = ["--checkpoint", str(checkpoint), "--data", str(rows / "data/store/evals"), "--device", "cpu", "--limit", "4"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m"]
+    launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=2", "-m"]
     for name, how in (("one", [sys.executable, "-m"]), ("two", launch)):
         command = [*how, "evals.eval_mmlu", *arguments, "--output", str(tmp_path / name / "mmlu.json")]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
@@ -348,13 +348,9 @@ def main_of(module) -> None:
     main(parser, module.build)
 
 
-def test_prompts_beyond_the_context_are_counted_never_cut(checkpoint, rows):
-    config = json.loads((checkpoint / "config.json").read_text())
+def test_prompts_beyond_the_context_are_counted_never_cut(checkpoint):
     small = load_model(checkpoint)
     small.context = 120
-    evaluation = eval_mmlu.build(options(rows, shots=0, format="letter"))
-    samples = ask(evaluation.items, evaluation.score, small, Cache())
-    assert not any(sample.too_long for sample in samples) or config["max_position_embeddings"] == 1024
     long = [Item("long", {}), Item("short", {})]
 
     def score(item):
@@ -365,3 +361,24 @@ def test_prompts_beyond_the_context_are_counted_never_cut(checkpoint, rows):
     assert found["n"] == 1 and found["too_long"]["ids"] == ["long"]
     with pytest.raises(ValueError, match="none of the 1 items of t fits the model's context of 120 tokens"):
         results(Eval("t", 1, long[:1], score), ask(long[:1], score, small, Cache()), small)
+
+
+def test_writing_equals_transformers_and_stops(checkpoint, model):
+    from transformers import AutoModelForCausalLM
+
+    net = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    prompts = [text(i, 4 + i) for i in range(5)]
+    stops = tuple(model.words.stops)
+
+    def score(item):
+        whole = yield Write(item.id, max_tokens=12)
+        stop = whole.text[4:6] or " "
+        cut, drawn, again = yield [Write(item.id, (stop,), 12), *[Write(item.id, (), 6, temperature=1.0, seed=5)] * 2]
+        return {"whole": whole.text, "cut": cut, "stop": stop, "same": drawn == again}
+
+    for sample in ask([Item(prompt, {}) for prompt in prompts], score, model, Cache()):
+        ids = torch.tensor([model.words.encode([sample.id])[0]])
+        plain = net.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=list(stops), pad_token_id=1)[0, ids.shape[1] :]
+        expected = model.words.decode([token for token in plain.tolist() if token not in stops])
+        assert sample.scores["whole"] == expected and sample.scores["same"]
+        assert sample.scores["cut"].text == expected[: expected.index(sample.scores["stop"])] if expected[4:6] else True
