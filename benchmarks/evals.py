@@ -1,6 +1,6 @@
 """HellaSwag 0-shot and MMLU 5-shot beside lm-evaluation-harness: items a second, and are the scores the same?
 
-    pip install -r requirements-evals.txt
+    pip install -r requirements-parity.txt
     python -m benchmarks.evals --checkpoint smollm2 --output benchmarks/results/evals.json
 
 Both score the same items with the same weights in one process, by turns, from text to log-probabilities. Seconds are those of
@@ -122,7 +122,7 @@ def main() -> None:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ValueError(f"{error.name} is not installed; pip install -r requirements-evals.txt") from error
+            raise ValueError(f"{error.name} is not installed; pip install -r requirements-parity.txt") from error
 
         class Timed(HFLM):  # type: ignore[misc,valid-type]
             """lm-eval's model, which times from text to log-probabilities."""
