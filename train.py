@@ -8,7 +8,6 @@ The same command line again goes on from the newest whole checkpoint. Any settin
 """
 
 import argparse
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,13 +17,11 @@ from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
 from data.store import open_shards, open_tokenizer, write_dummy_store
 from entrypoint import user_errors
 from evals.eval_perplexity import perplexity
-from training import profiling, selftest, setup
-from training.checkpoint import Checkpoints, on_main
-from training.config import RunConfig, load, to_dict
-from training.fsdp_utils import compute_dtype
-from training.logger import Log
-from training.loop import train
+from training import selftest, setup
+from training.checkpoint import on_main
+from training.config import RunConfig, load
 from training.objectives import next_token
+from training.phase import TokenizerFiles, run_phase
 
 
 def main() -> None:
@@ -67,40 +64,15 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     shards = open_shards(data.store, data.mix, "train", vocab, data.min_document_tokens)
     shape = (data.sequence_length, data.rows, data.micro_batch_size)
     packed = PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world, data.packing)
-    loader = Prefetcher(packed, device)
-    saves = Checkpoints(run.checkpoints, run.checkpoint, compute_dtype(run.parallel, device), *tokenizer[:2])
-    log = Log(run.logs, run.log, rank == 0, to_dict(run), setup.secrets(run.log.alerts.secrets))
-    state = setup.build(run, device)
-    begins = f"{run.run} {run.phase}: {setup.start(run, state, saves, loader.fingerprint)}"
-    to_do = state.step < min(state.phase_end, run.until or state.phase_end)
-    if to_do:
-        log.event("begun" if state.step == state.phase_start else "resumed", begins, step=state.step)
-    else:
-        log.say(begins)
-    log.say(setup.describe(run, device))
-    for line in packed.describe(run.steps):
-        log.say(line)
-    if rank == 0:
-        setup.write_run_files(run, device)
     batch_size = run.validation.batch_size or data.micro_batch_size
     held_out = {
         name: validation_batches(part, data.sequence_length, batch_size, run.validation.rows, rank, world)
         for name, part in open_shards(data.store, data.mix, "val", vocab).items()
     }
-    bytes_of = torch.from_numpy(tokenizer.bytes_of)
-    evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up)
-    with log, profiling.out_of_memory(run, device):
-        if to_do:
-            profiling.dry_run(run, state, device)
-        with profiling.traced(run, state, device) if profile else nullcontext():
-            finished = train(run, state, loader, next_token(run.optim.z_weight), saves, log, evaluate)
-        if test and finished:
-            selftest.check(run, state, saves, log)
-        kind = "stopped" if not finished else "ended" if state.step == state.phase_end else "paused"
-        how = {"stopped": "stopped on a signal and saved", "ended": "complete", "paused": "paused"}[kind]
-        ends = f"{run.run} {run.phase}: {how} at step {state.step}"
-        log.event(kind, ends, step=state.step) if to_do else log.say(ends)
-    return finished
+    evaluate = partial(perplexity, sources=held_out, bytes_of=torch.from_numpy(tokenizer.bytes_of), total=setup.add_up)
+    files, objective = TokenizerFiles(*tokenizer[:2]), next_token(run.optim.z_weight)
+    check, lines = selftest.check if test else None, packed.describe(run.steps)
+    return run_phase(run, device, Prefetcher(packed, device), objective, evaluate, files, lines, profile, check)
 
 
 if __name__ == "__main__":

@@ -238,13 +238,13 @@ def index_of(tokenizer: Tokenizer, token: str) -> int:
 class Chat:
     """The template with one tokenizer, which has CHAT_TOKENS."""
 
-    def __init__(self, tokenizer: Tokenizer, bos: str | None = BOS):
+    def __init__(self, tokenizer: Tokenizer, bos: str | None = BOS, pad: str | None = PAD):
         """bos: begins every conversation, as it begins every document in pretraining; None for models without."""
         missing = [token for token in (*CHAT_TOKENS, *([bos] if bos else [])) if tokenizer.token_to_id(token) is None]
         if missing:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; it is no tokenizer for chat (train_sft.py makes one)")
         tokenizer.encode_special_tokens = True  # text that looks like a special token is text
-        self.tokenizer, self.bos = tokenizer, bos
+        self.tokenizer, self.bos, self.pad = tokenizer, bos, pad
         self.special = tuple(added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special)
         self.ids = {token: index_of(tokenizer, token) for token in self.special}
         self.names = {index: token for token, index in self.ids.items()}
@@ -256,7 +256,7 @@ class Chat:
         if not path.is_file() or not (Path(folder) / TEMPLATE).is_file():
             raise ValueError(f"{folder} holds no chat tokenizer ({TEMPLATE} beside tokenizer.json); train_sft.py writes one")
         config = json.loads((Path(folder) / "tokenizer_config.json").read_text())
-        return cls(Tokenizer.from_file(str(path)), config.get("bos_token"))
+        return cls(Tokenizer.from_file(str(path)), config.get("bos_token"), config.get("pad_token"))
 
     def clean(self, conversation: dict[str, Any], answered: bool = True) -> dict[str, Any]:
         """clean() against all special tokens of this tokenizer."""
@@ -289,6 +289,12 @@ class Chat:
             raise ValueError("a prompt must end with a user's message or a tool's response")
         header = self.tokenizer.encode("assistant\n", add_special_tokens=False).ids
         return [*self.encode([cleaned])[0].ids.tolist(), self.ids[IM_START], *header]
+
+    @property
+    def config_ids(self) -> dict[str, int]:
+        """bos, eos and pad of config.json; a reply ends with <|im_end|>."""
+        named = {"bos": self.bos, "eos": IM_END, "pad": self.pad}
+        return {name: index_of(self.tokenizer, token) for name, token in named.items() if token}
 
     @property
     def stop_ids(self) -> list[int]:

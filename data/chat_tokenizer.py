@@ -1,12 +1,15 @@
 """A base model's tokenizer made fit for chat: the chat tokens added after its own, the template beside it."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
 from data.chat import CHAT_TOKENS, IM_END, TEMPLATE, TRAINING_TEMPLATE, Chat, index_of, jinja_template
+from data.manifest import file_hash
 from data.tokenizer import BOS, PAD
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", TEMPLATE, TRAINING_TEMPLATE)
@@ -75,6 +78,18 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
 def _special_names(folder: str | Path) -> dict[str, str]:
     path = Path(folder) / "special_tokens_map.json"
     return _names(json.loads(path.read_text())) if path.is_file() else {}
+
+
+def keep_chat_tokenizer(base: Path, cache: Path) -> Path:
+    """Folder of a base model's chat tokenizer below `cache`, named by its content."""
+    part = cache / "tokenizer.tmp"
+    shutil.rmtree(part, ignore_errors=True)
+    save_chat_tokenizer(part, base)
+    content = repr([file_hash(part / name) for name in FILES])
+    folder = cache / f"tokenizer-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder
 
 
 def save_chat_tokenizer(folder: str | Path, base: str | Path) -> Chat:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.packing import IGNORE, LongDocuments, Source, make_rows
+from data.packing import IGNORE, LongDocuments, Rows, Source, StreamRows, make_rows
 
 BLOCK = 1000  # rows in which the mixture holds exactly; weights are honoured to 1/BLOCK
 MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (Muennighoff et al. 2023, arXiv:2305.16264)
@@ -25,6 +25,7 @@ class Batch(NamedTuple):
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
     docs: Tensor  # [B, T] int32, counts up at each document's first token, and where padding begins
+    rows: Tensor = torch.empty(0, dtype=torch.int64)  # [B], numbers of these rows in the order of training
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(part.to(device, non_blocking=True) for part in self))
@@ -44,18 +45,29 @@ class Loader(Protocol):
     def at(self, place: int) -> Step: ...
 
 
+class PackedSource(Protocol):
+    """A source that makes its own rows, as conversations do (sft.py)."""
+
+    fingerprint: str
+    documents: int
+
+    def __len__(self) -> int: ...
+
+    def pack(self, length: int, seed: int) -> Rows: ...
+
+
 class PackedDataLoader:
     """Rows of sequence_length tokens from a mixture of sources, several documents in each.
 
-    sources: name -> TokenShards, or LongDocuments of them. mix: name -> weight, by tokens. rows: rows in one step over all
-    ranks; rank r of world gets an equal contiguous part of them, cut into micro-batches. packing: "stream" (documents end to
-    end) or "best_fit" (only documents longer than a row are cut). No row is repeated before every row of its source has been
-    used.
+    sources: name -> TokenShards, LongDocuments of them, or PackedSource. mix: name -> weight, by targets with a loss. rows:
+    rows in one step over all ranks; rank r of world gets an equal contiguous part of them, cut into micro-batches. packing:
+    "stream" (documents end to end) or "best_fit" (only documents longer than a row are cut). No row is repeated before every
+    row of its source has been used.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, Source],
+        sources: Mapping[str, Source | PackedSource],
         mix: dict[str, float],
         sequence_length: int,
         rows: int,
@@ -73,11 +85,10 @@ class PackedDataLoader:
         for name, weight in mix.items():
             if weight <= 0:
                 raise ValueError(f"data.mix.{name}={weight} must be above 0; leave out what is not to be read")
-            _check_enough(name, sources[name], sequence_length)
         self.sources, self.names = sources, sorted(mix)
         self.length, self.rows, self.micro_batch_size, self.seed = sequence_length, rows, micro_batch_size, seed
         self.rank, self.world = rank, world
-        self.packed = [make_rows(packing, sources[name], sequence_length, seed) for name in self.names]
+        self.packed = [self._rows_of(name, packing) for name in self.names]
         weights = [mix[name] / rows.share for name, rows in zip(self.names, self.packed, strict=True)]  # of rows, not tokens
         self.quota = _largest_remainder(np.array(weights), BLOCK)  # rows a block per source
         if (self.quota == 0).any():
@@ -94,14 +105,24 @@ class PackedDataLoader:
         """This rank's micro-batches of step `place` >= 0."""
         of_step = [self._locate(row) for row in range(place * self.rows, (place + 1) * self.rows)]
         weight = sum(self.packed[source].targets(index) for source, index in of_step)
+        filled = sum(self.packed[source].tokens(index) for source, index in of_step)
         share = self.rows // self.world
         shape = (share, self.length)
         tokens, targets, docs = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
         for i, (source, index) in enumerate(of_step[self.rank * share : (self.rank + 1) * share]):
             self.packed[source].fill(index, tokens[i], targets[i], docs[i])
-        whole = [torch.from_numpy(part) for part in (tokens, targets, docs)]
+        numbers = np.arange(share) + (place * self.rows + self.rank * share)
+        whole = [torch.from_numpy(part) for part in (tokens, targets, docs, numbers)]
         batches = [Batch(*parts) for parts in zip(*(part.split(self.micro_batch_size) for part in whole), strict=True)]
-        return Step(batches, weight, weight)
+        return Step(batches, weight, filled)
+
+    def shares(self, first: int, last: int) -> dict[str, float]:
+        """Share of each source in the targets of the steps [first, last)."""
+        sums = dict.fromkeys(self.names, 0)
+        for row in range(first * self.rows, last * self.rows):
+            source, index = self._locate(row)
+            sums[self.names[source]] += self.packed[source].targets(index)
+        return {name: count / max(1, sum(sums.values())) for name, count in sums.items()}
 
     def epochs(self, place: int) -> dict[str, float]:
         """How often each source has been read through, after `place` steps."""
@@ -128,6 +149,13 @@ class PackedDataLoader:
                     f"less (arXiv:2305.16264): add data, lower data.mix.{name} or take fewer steps"
                 )
         return lines + warnings
+
+    def _rows_of(self, name: str, packing: str) -> Rows:
+        source = self.sources[name]
+        if not isinstance(source, Source):
+            return source.pack(self.length, self.seed)
+        _check_enough(name, source, self.length)
+        return make_rows(packing, source, self.length, self.seed)
 
     def _locate(self, row: int) -> tuple[int, int]:
         """Source of a row of the mixture, and which of that source's rows it is."""
@@ -167,16 +195,20 @@ def validation_batches(
             f"{shards.folder} has {len(shards)} held-out tokens, too few for one row of {sequence_length}; "
             "hold out more or shorten data.sequence_length"
         )
+    return row_batches(StreamRows(shards, sequence_length), sequence_length, batch_size, wanted, rank, world)
+
+
+def row_batches(source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    """The first `rows` rows of a source, split over ranks; see validation_batches."""
     batches = []
-    for first in range(0, wanted, batch_size * world):
+    for first in range(0, rows, batch_size * world):
         tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
         targets = np.full((batch_size, sequence_length), IGNORE, dtype=np.int64)
         docs = np.zeros((batch_size, sequence_length), dtype=np.int32)
         for i in range(batch_size):
             row = first + rank * batch_size + i
-            if row < wanted:
-                text, begun = shards.read(row * sequence_length, (row + 1) * sequence_length + 1)
-                tokens[i], targets[i], docs[i] = text[:-1], text[1:], begun[:-1]
+            if row < rows:
+                source.fill(row, tokens[i], targets[i], docs[i])
         batches.append(Batch(*(torch.from_numpy(part) for part in (tokens, targets, docs))))
     return batches
 

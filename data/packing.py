@@ -73,13 +73,17 @@ Source = TokenShards | LongDocuments
 class Rows(Protocol):
     """The rows of `length` tokens of one source, numbered from 0."""
 
-    share: float  # of a row that is tokens, on average; the rest is padding
+    share: float  # of a row that has a loss, on average; in pretraining all but padding
     report: str  # what the packing costs, for the console; "" where there is nothing to say
 
     def __len__(self) -> int: ...
 
     def targets(self, index: int) -> int:
         """Targets of a row that have a loss."""
+        ...
+
+    def tokens(self, index: int) -> int:
+        """Tokens of a row that are no padding."""
         ...
 
     def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
@@ -105,6 +109,8 @@ class StreamRows:
 
     def targets(self, index: int) -> int:
         return self.length
+
+    tokens = targets
 
     def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
         start = index * self.length
@@ -145,6 +151,8 @@ class BestFitRows:
 
     def targets(self, index: int) -> int:
         return int(self.filled[index])
+
+    tokens = targets
 
     def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
         first, last = self.plan.rows[index : index + 2].tolist()

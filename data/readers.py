@@ -115,11 +115,11 @@ class FileReader:
     def _lines(self, name: str, path: Path, before: int) -> Iterator[Document | Skipped]:
         number = 0
         try:
-            for line in _lines(path):
+            for line in read_lines(path):
                 number += 1
                 if number > before and line.strip():
                     yield self._at(number, parse_line(line, f"{name}:{number}", self.text_column, self.id_column))
-        except (EOFError, OSError, zlib.error, _zstd_error()) as error:
+        except (EOFError, OSError, zlib.error, zstd_error()) as error:
             yield self._at(number, Skipped("rest of the file cut off or damaged", f"{name}:{number + 1} ({_first_line(error)})"))
 
     def _parquet(self, name: str, path: Path, before: int) -> Iterator[Document | Skipped]:
@@ -316,7 +316,7 @@ def to_document(text: object, own: object, where: str) -> Document | Skipped:
     return Document(where if own is None else str(own), text)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def read_lines(path: Path) -> Iterator[bytes]:
     """Lines of a file without their ends. A last line without an end is one too, unless the file is cut off."""
     begun = b""
     for block in _blocks(path):
@@ -355,7 +355,7 @@ def _decoder(suffix: str):
     return zstandard.ZstdDecompressor().decompressobj()
 
 
-def _zstd_error() -> type[Exception]:
+def zstd_error() -> type[Exception]:
     import zstandard
 
     return zstandard.ZstdError

@@ -128,9 +128,16 @@ def read_hf_config(folder: Path) -> ModelConfig:
     return from_hf_config(json.loads(path.read_text()))
 
 
-def load_weights(model: NanoLlama, folder: Path) -> None:
-    """Copy a folder's weights into a model that is not yet sharded; ValueError where names or shapes do not fit."""
+def load_weights(model: NanoLlama, folder: Path, known_tokens: int | None = None) -> None:
+    """Copy a folder's weights into a model that is not yet sharded; ValueError where names or shapes do not fit.
+
+    known_tokens: the folder's vocabulary, where the model's is larger: new rows of embedding and head are the mean of known ones.
+    """
     weights = read_hf_weights(folder)
+    if known_tokens is not None:
+        for name in ("embed_tokens.weight", "lm_head.weight"):
+            if name in weights:
+                weights[name] = grow_vocabulary(weights[name], known_tokens, model.config.vocab_size)
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     own = model.state_dict()
@@ -144,6 +151,12 @@ def load_weights(model: NanoLlama, folder: Path) -> None:
                 "make the model section of the config agree with the checkpoint"
             )
     model.load_state_dict(weights)
+
+
+def grow_vocabulary(weight: Tensor, known: int, size: int) -> Tensor:
+    """A weight [at least known, D] as [size, D]: after the known rows, all are their mean."""
+    rows = weight[:known].float()
+    return torch.cat([rows, rows.mean(0).expand(size - known, -1)]).to(weight.dtype)
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu") -> NanoLlama:

@@ -33,7 +33,10 @@ from training.state import State
 
 MANIFEST = "manifest.json"
 TRAINER = "state/trainer.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *("chat_template.jinja", "chat_template_training.jinja"),
+)
 PATIENCE = timedelta(minutes=30)  # a background save waits so long for a rank that says nothing; one that died it notices at once
 HASHING_THREADS = min(8, os.cpu_count() or 1)
 T = TypeVar("T")

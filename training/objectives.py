@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from models.losses import compute_loss_with_z_penalty
@@ -21,3 +22,35 @@ def _next_token(model: nn.Module, batch: Any, z_weight: float) -> tuple[Tensor, 
 def next_token(z_weight: float) -> Objective:
     """Cross-entropy of the next token within its document, plus z-loss."""
     return partial(_next_token, z_weight=z_weight)
+
+
+def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
+    """The same with noise on the embeddings, uniform within alpha / sqrt(L * d) in a document of L tokens (arXiv:2310.05914).
+
+    The noise of a row depends on the seed and on the row's number in the order of training alone: not on ranks, micro-batches
+    or what was done before, so a resumed run draws the same.
+    """
+
+    def noisy(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        def add(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
+            return embedded + neftune_noise(batch.docs, batch.rows, embedded.shape[-1], alpha, seed).to(embedded.dtype)
+
+        hook = model.get_submodule("embed_tokens").register_forward_hook(add)
+        try:
+            return objective(model, batch)
+        finally:
+            hook.remove()
+
+    return noisy
+
+
+def neftune_noise(docs: Tensor, rows: Tensor, width: int, alpha: float, seed: int) -> Tensor:
+    """fp32 [B, T, width] for docs [B, T], which count up from 0 in each row, and rows [B]."""
+    index = docs.long()
+    ones = torch.ones_like(index)
+    length = torch.zeros_like(index).scatter_add_(1, index, ones).gather(1, index)  # [B, T], tokens in a token's document
+    noise = torch.empty(*docs.shape, width, device=docs.device)
+    for i, row in enumerate(rows.tolist()):
+        generator = torch.Generator(docs.device).manual_seed((seed * 1_000_003 + row) % 2**63)
+        noise[i].uniform_(-1, 1, generator=generator)
+    return noise * (alpha / (length * width).sqrt())[..., None]

@@ -82,35 +82,38 @@ def leave(status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-def build(run: RunConfig, device: torch.device, seed: int | None = None) -> State:
+def build(run: RunConfig, device: torch.device, seed: int | None = None, known_tokens: int | None = None) -> State:
     """A sharded model and its optimizer, with weights from the seed (default run.seed) or from run.init_from, at step 0.
 
+    known_tokens: vocabulary of run.init_from where the model's has grown.
     Every rank builds the whole model from the seed before it is sharded, so weights do not depend on the world size.
     """
     model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
     choose_kernel(run.parallel.attention, device, compute_dtype(run.parallel, device), masked=True)  # or a sentence why not
     model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     if run.init_from:
-        load_weights(model, Path(run.init_from))
+        load_weights(model, Path(run.init_from), known_tokens)
     wrapped = wrap_model_fsdp(model, run.parallel, device)
     return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase, phase_end=run.steps)
 
 
-def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str) -> str:
+def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str, grown: bool = False) -> str:
     """The start rule. Sets state to where this run begins and says which of the four cases it was.
 
     1. this phase's own folder holds a whole checkpoint: go on from it (the same command line restarts a run);
     2. resume_from: take over weights, moments and step; in another phase the data begin at place 0;
     3. init_from: weights only, step 0;  4. from scratch.
+
+    grown: the tokenizer is that of init_from with more tokens, not the same one.
     """
     own = saves.newest()
     resume = run.resume_from
-    earlier = on_main(lambda: _find_checkpoint(Path(resume), required=own is None)) if resume else None
+    earlier = on_main(lambda: find_checkpoint(Path(resume), required=own is None)) if resume else None
     source = own or earlier
     state.data = fingerprint
     on_main(lambda: saves.check_room(run.model.num_parameters))
     _check_end(run, state)
-    if source is None and run.init_from:
+    if source is None and run.init_from and not grown:
         _check_tokenizer(Path(run.init_from), saves.tokenizer)
     if source is None:
         return f"starts from the weights of {run.init_from}" if run.init_from else f"starts from scratch, seed {run.seed}"
@@ -152,14 +155,14 @@ def _check_end(run: RunConfig, state: State) -> None:
         )
 
 
-def _find_checkpoint(path: Path, required: bool) -> Path | None:
+def find_checkpoint(path: Path, required: bool) -> Path | None:
     """A step folder, or the newest whole one in a folder of them; None, or ValueError if required, where there is none."""
     if (path / "config.json").is_file():
         return path
     folders = reversed(step_folders(path)) if path.is_dir() else ()
     newest = next((folder for folder in folders if has_state(folder) and damage(folder) is None), None)
     if newest is None and required:
-        raise ValueError(f"{path} holds no whole checkpoint; resume_from takes a step_N folder or the folder of one phase")
+        raise ValueError(f"{path} holds no whole checkpoint; give a step_N folder or the folder of one phase")
     return newest
 
 

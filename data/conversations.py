@@ -1,0 +1,254 @@
+"""Conversations out of files and hub data sets, whatever form they have, as {"messages", "tools", "id", "group"}.
+
+What is no conversation is Skipped: with file:line where it is a fault, without where it only was not asked for. `group` is
+what must not be split between training and holding out: a tree, or the question that others are rephrasings of.
+"""
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.readers import Skipped, find_files, hub_complaint, read_lines, zstd_error
+
+HUB = "hf://"  # hf://owner/name or hf://owner/name@revision
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function_response": "tool"}
+Conversation = dict[str, Any]
+
+
+class Row(NamedTuple):
+    where: str  # file:line
+    value: dict[str, Any]
+
+
+def read_conversations(path: str, form: str, language: str | None = None) -> Iterator[Conversation | Skipped]:
+    """All conversations of a file, a folder, a glob or a hub data set (hf://owner/name) in one of FORMS.
+
+    language: of oasst, take only trees in it. ValueError where there is nothing, or the hub does not give it.
+    """
+    if form not in FORMS:
+        raise ValueError(f"{form!r} is no form of conversations; there are {', '.join(FORMS)}")
+    rows = _hub_rows(path.removeprefix(HUB)) if path.startswith(HUB) else _file_rows(path)
+    if form == "oasst":
+        yield from _oasst(rows, language)
+        return
+    for row in rows:
+        if isinstance(row, Skipped):
+            yield row
+            continue
+        try:
+            found = FORMS[form](row.value)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            yield Skipped(f"not of the form {form} ({type(error).__name__}: {error})", row.where)
+        except ValueError as error:
+            yield Skipped(str(error), row.where)
+        else:
+            own = found.get("id") or row.value.get("id")
+            yield {**found, "id": str(own or row.where), "where": row.where}
+
+
+def input_files(path: str) -> dict[str, Path]:
+    """The local files that a path stands for, by name; {} for the hub. ValueError where there is none."""
+    if path.startswith(HUB):
+        return {}
+    if path.endswith((".json", ".json.gz")):
+        if not Path(path).is_file():
+            raise ValueError(f"there is no file {path}; check the path")
+        return {Path(path).name: Path(path)}
+    return find_files(path)
+
+
+def _file_rows(path: str) -> Iterator[Row | Skipped]:
+    for name, file in input_files(path).items():
+        if name.endswith((".json", ".json.gz")):
+            yield from _array(name, file)
+        elif name.endswith(".parquet"):
+            yield from _parquet(name, file)
+        else:
+            number = 0
+            try:
+                for number, line in enumerate(read_lines(file), 1):
+                    if line.strip():
+                        yield _parse(line, f"{name}:{number}")
+            except (EOFError, OSError, zlib.error, zstd_error()):
+                yield Skipped("the rest of the file is cut off or damaged", f"{name}:{number + 1}")
+
+
+def _parse(line: bytes, where: str) -> Row | Skipped:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Skipped("invalid UTF-8", where)
+    except (ValueError, RecursionError):
+        return Skipped("broken JSON", where)
+    return Row(where, value) if isinstance(value, dict) else Skipped("not a JSON object", where)
+
+
+def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
+    """Rows of a file that is one JSON array, as Alpaca's are."""
+    try:
+        data = file.read_bytes()
+        rows = json.loads((gzip.decompress(data) if name.endswith(".gz") else data).decode())
+    except (ValueError, EOFError, OSError, zlib.error):
+        rows = None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} is not one JSON array; give one row a line as .jsonl, or mend it")
+    for number, value in enumerate(rows, 1):
+        yield Row(f"{name}:{number}", value) if isinstance(value, dict) else Skipped("not a JSON object", f"{name}:{number}")
+
+
+def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(f"{name}:{number}", value)
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        yield Skipped("the rest of the file is damaged", f"{name}:{number + 1}")
+
+
+def _hub_rows(repo: str) -> Iterator[Row | Skipped]:
+    name, _, revision = repo.partition("@")
+    try:
+        from datasets import load_dataset
+
+        for number, value in enumerate(load_dataset(name, split="train", revision=revision or None, streaming=True), 1):
+            yield Row(f"{name}:{number}", dict(value))
+    except Exception as error:
+        raise ValueError(hub_complaint(error, name)) from error
+
+
+def _messages(row: dict) -> Conversation:
+    tools = row.get("tools")
+    return {"messages": row["messages"], "tools": json.loads(tools) if isinstance(tools, str) and tools else tools}
+
+
+def _sharegpt(row: dict) -> Conversation:
+    messages: list[dict[str, Any]] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": row["system"]})
+    for turn in row["conversations"]:
+        role = SHAREGPT.get(turn["from"], turn["from"])
+        if role == "function_call":
+            called = json.loads(turn["value"])
+            calls = [{"function": call} for call in (called if isinstance(called, list) else [called])]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            messages.append({"role": role, "content": turn["value"]})
+    return _messages({"messages": messages, "tools": row.get("tools")})
+
+
+def _alpaca(row: dict) -> Conversation:
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    for question, answer in [*(row.get("history") or []), (asked, row["output"])]:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def _metamath(row: dict) -> Conversation:
+    """MetaMathQA: what stands before its last line, "The answer is: ...", is the thought."""
+    thought, found, answer = row["response"].rpartition("The answer is:")
+    if not found:
+        raise ValueError("no line 'The answer is:'")
+    thought = re.sub(r"\n?####[^\n]*\n?\s*$", "", thought).strip()
+    return {**_solved(row["query"], thought, answer), "group": row.get("original_question") or row["query"]}
+
+
+def _gsm8k(row: dict) -> Conversation:
+    """GSM8K: the steps are the thought, without the calculator's marks."""
+    thought, found, answer = row["answer"].rpartition("####")
+    if not found:
+        raise ValueError("no line '#### answer'")
+    return _solved(row["question"], re.sub(r"<<[^>]*>>", "", thought).strip(), answer)
+
+
+def _solved(question: str, thought: str, answer: str) -> Conversation:
+    reply = {"role": "assistant", "thought": thought, "content": f"The answer is: {answer.strip()}"}
+    return {"messages": [{"role": "user", "content": question}, reply]}
+
+
+def _toolformer(row: dict) -> Conversation:
+    """GPTeacher's Toolformer: tools in the instruction as two lines each, description and signature; calls in the answer."""
+    lines = row["instruction"].split("\n")
+    if not lines[0].startswith("toolformer:") or not lines[1].startswith("toolformer access:"):
+        raise ValueError("an instruction that names no tools")
+    names = [name.strip() for name in lines[1].partition(":")[2].split(",")]
+    tools, parameters = [], {}
+    for i, name in enumerate(names):
+        description, signature = lines[2 + 2 * i : 4 + 2 * i]
+        found = re.fullmatch(rf"{re.escape(name)}\((\w+)\)", signature.strip())
+        if not found:
+            raise ValueError(f"a tool whose signature is not {name}(parameter)")
+        parameters[name] = found[1]
+        schema = {"type": "object", "properties": {found[1]: {"type": "string"}}, "required": [found[1]]}
+        tools.append({"type": "function", "function": {"name": name, "description": description, "parameters": schema}})
+    asked = "\n".join(part for part in ("\n".join(lines[2 + 2 * len(names) :]), row.get("input")) if part)
+    called = rf"\b({'|'.join(map(re.escape, names))})\(\s*(?:\w+\s*=\s*)?(['\"])(.*?)(?<!\\)\2\s*\)"
+    calls = [
+        {"function": {"name": name, "arguments": {parameters[name]: argument}}}
+        for name, _, argument in re.findall(called, row["output"], re.DOTALL)
+    ]
+    reply = {"role": "assistant", "content": "" if calls else row["output"], "tool_calls": calls}
+    return {"messages": [{"role": "user", "content": asked}, reply], "tools": tools}
+
+
+def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conversation | Skipped]:
+    """The best path of each tree of OpenAssistant's, given as trees or, as on the hub, as a list of all their messages."""
+    flat: dict[str, list[dict]] = {}  # by parent
+    roots: list[tuple[str, dict]] = []
+    for row in rows:
+        if isinstance(row, Skipped):
+            yield row
+            continue
+        message = row.value.get("prompt", row.value)
+        if not isinstance(message, dict) or not {"message_id", "text", "role"} <= message.keys():
+            yield Skipped("not of the form oasst", row.where)
+        elif message.get("parent_id") is None:
+            roots.append((row.where, message))
+        else:
+            flat.setdefault(message["parent_id"], []).append(message)
+    for where, root in roots:
+        tree = str(root.get("message_tree_id") or root["message_id"])
+        if language and root.get("lang") not in (language, None):
+            yield Skipped("another language", "")
+            continue
+        path = _best_path(root, flat)
+        if len(path) < 2:
+            yield Skipped("a tree without an answer", "")
+            continue
+        messages = [{"role": {"prompter": "user"}.get(m["role"], m["role"]), "content": m["text"]} for m in path]
+        yield {"messages": messages, "id": tree, "group": tree, "where": where}
+
+
+def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
+    """From the root down, always the reply of the best rank, as long as there is one that was neither deleted nor rejected."""
+    path = [root]
+    while True:
+        replies = path[-1].get("replies") or flat.get(path[-1]["message_id"], [])
+        fit = [m for m in replies if not m.get("deleted") and m.get("review_result") is not False]
+        if not fit:
+            return path if path[-1]["role"] == "assistant" else path[:-1]
+        path.append(min(fit, key=lambda m: (m.get("rank") is None, m.get("rank") or 0)))
+
+
+def _stream(row: dict) -> Conversation:
+    raise AssertionError("oasst is read as a whole")
+
+
+FORMS: dict[str, Callable[[dict], Conversation]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "oasst": _stream,
+    "metamath": _metamath,
+    "gsm8k": _gsm8k,
+    "toolformer": _toolformer,
+}
