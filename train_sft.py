@@ -73,6 +73,7 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     if not run.init_from:
         raise ValueError("there is no model to start from; give --base_model")
     base = on_main(lambda: setup.find_checkpoint(Path(str(run.init_from)), required=True))
+    assert base
     folder = on_main(lambda: keep_chat_tokenizer(base, Path(run.chat.cache)))
     chat, config = Chat.from_folder(folder), read_hf_config(base)
     known, tokens = load_tokenizer(base).get_vocab_size(), chat.tokenizer.get_vocab_size()
