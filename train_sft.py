@@ -9,9 +9,9 @@ The same command line again goes on from the newest whole checkpoint. Any settin
 
 import argparse
 from dataclasses import dataclass, field, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +22,10 @@ from data.sft import ChatConfig, Conversations, describe, prepare
 from data.tokenizer import load_tokenizer, token_bytes
 from entrypoint import user_errors
 from evals.eval_perplexity import perplexity
+from evals.samples import write_samples
 from models.hf import read_hf_config
 from training import setup
-from training.checkpoint import on_main
+from training.checkpoint import on_main, whole_weights
 from training.config import RunConfig
 from training.objectives import next_token, with_neftune
 from training.phase import TokenizerFiles, run_phase
@@ -97,16 +98,19 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
         if part.documents
     }
 
-    def evaluate(model: torch.nn.Module) -> dict[str, dict[str, float]]:
-        results = measure(model)
-        read = loader.ahead[0] if loader.ahead else 0  # places
-        for name, share in packed.shares(max(0, read - run.validation.every), read).items():
+    def evaluate(model: Any) -> dict[str, dict[str, float]]:
+        results = perplexity(model, held_out, bytes_of, setup.add_up)
+        places = loader.ahead[0] if loader.ahead else 0  # read so far
+        for name, share in packed.shares(max(0, places - run.validation.every), places).items():
             results.setdefault(name, {})["trained_share"] = share
+        if run.chat.samples:
+            weights, title = whole_weights(model), f"{run.phase}, place {places}"
+            if rank == 0:
+                write_samples(run.logs / "samples.md", title, model.config, weights, chat, run.chat.samples, device)
         return results
 
     bytes_of = torch.zeros(model.vocab_size, dtype=torch.int64)
     bytes_of[:tokens] = torch.from_numpy(token_bytes(chat.tokenizer))
-    measure = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up)
     objective = next_token(run.optim.z_weight)
     if run.chat.neftune_alpha:
         objective = with_neftune(objective, run.chat.neftune_alpha, run.seed)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,15 @@ def _special_names(folder: str | Path) -> dict[str, str]:
 
 def keep_chat_tokenizer(base: Path, cache: Path) -> Path:
     """Folder of a base model's chat tokenizer below `cache`, named by its content."""
-    part = cache / "tokenizer.tmp"
+    part = cache / f".tokenizer.{os.getpid()}.tmp"
     shutil.rmtree(part, ignore_errors=True)
     save_chat_tokenizer(part, base)
     content = repr([file_hash(part / name) for name in FILES])
     folder = cache / f"tokenizer-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    if folder.is_dir():
+        shutil.rmtree(part)
+    else:
+        part.rename(folder)
     return folder
 
 

@@ -171,7 +171,7 @@ def _gsm8k(row: dict) -> Conversation:
 
 
 def _solved(question: str, thought: str, answer: str) -> Conversation:
-    reply = {"role": "assistant", "thought": thought, "content": f"The answer is: {answer.strip()}"}
+    reply = {"role": "assistant", "thought": thought, "content": f"The answer is {answer.strip().rstrip('.')}."}
     return {"messages": [{"role": "user", "content": question}, reply]}
 
 

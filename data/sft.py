@@ -6,6 +6,7 @@ best-fit; each conversation is a document of its own. The mixture is by trained 
 
 import hashlib
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -45,7 +46,7 @@ class ChatConfig:
     """What SFT reads. data.mix has the weight of each source, by trained tokens."""
 
     sources: dict[str, ChatSource]
-    cache: str = "data/store/chat"  # where prepared conversations are kept
+    cache: str = "data/store/sft"  # where prepared conversations are kept
     held_out: float = 0.02  # share of conversations, by a hash of the id
     max_bad: float = 0.01  # share of a source that may be faulty; above it the run is refused
     decontaminate: tuple[str, ...] = ()  # test sets; conversations that hold or are like an item are dropped
@@ -53,6 +54,7 @@ class ChatConfig:
     system: str | None = None  # a system prompt for conversations without one
     epochs: float | None = None  # passes over all rows of all sources, instead of steps
     neftune_alpha: float = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
+    samples: tuple[str, ...] = ("What is 12 + 7?", "What is the capital of France?")  # answered at each validation
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -72,7 +74,7 @@ class Conversations:
         self.folder, self.report = folder, content["report"]
         self.ids, self.trained, self.starts = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS)
         self.documents = len(self.starts) - 1
-        self.fingerprint = f"{content['key']} {split}"
+        self.fingerprint: str = content["sha256"][split]
 
     def __len__(self) -> int:
         """Tokens, each conversation's last one left out, which is only a target."""
@@ -151,11 +153,12 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
     report = _check_limit(name, manifest.read(folder), config, inputs)
     if report is not None:
         return folder
-    part = folder.with_name(f"{folder.name}.tmp")
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     report = _write_source(part, name, config, chat, length)
-    content = {"inputs": inputs, "key": key, "report": report}
+    sums = {split: [manifest.file_hash(part / f"{split}.{array}.npy") for array in PARTS] for split in ("train", "val")}
+    content = {"inputs": inputs, "report": report, "sha256": {split: " ".join(of) for split, of in sums.items()}}
     manifest.write(part, content)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

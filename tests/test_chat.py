@@ -222,10 +222,10 @@ def test_forms_are_read_into_one(tmp_path):
         json.dumps({"query": "2+2?", "response": "2 and 2.\n#### 4\nThe answer is: 4", "original_question": "o"}) + "\n"
     )
     [found] = read_conversations(str(path), "metamath")
-    assert found["messages"][1] == {"role": "assistant", "thought": "2 and 2.", "content": "The answer is: 4"}
+    assert found["messages"][1] == {"role": "assistant", "thought": "2 and 2.", "content": "The answer is 4."}
     path.write_text(json.dumps({"question": "2+2?", "answer": "2+2=<<2+2=4>>4.\n#### 4"}) + "\n")
     [found] = read_conversations(str(path), "gsm8k")
-    assert found["messages"][1] == {"role": "assistant", "thought": "2+2=4.", "content": "The answer is: 4"}
+    assert found["messages"][1] == {"role": "assistant", "thought": "2+2=4.", "content": "The answer is 4."}
     array = tmp_path / "tools.json"
     instruction = "toolformer: enabled\ntoolformer access: news\nThe news.\nnews(query)\nWhat is new?"
     array.write_text(json.dumps([{"instruction": instruction, "input": "", "output": "It is news('what\\'s (new)')."}]))

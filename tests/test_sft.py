@@ -149,7 +149,7 @@ def test_prepared_conversations_are_kept_until_something_changes(case, tmp_path)
     assert 20 <= held.documents <= 60 and held.documents + first.documents == 200
     for how in ({"length": 64}, {"system": "Be kind."}, {"held_out": 0.1}):
         [other] = rows_of(case, tmp_path, source, **{"held_out": 0.2, **how}).values()
-        assert other.fingerprint != first.fingerprint
+        assert other.folder != first.folder
     write(tmp_path / "rows.jsonl", [conversation("other", "a")] * 30)
     [other] = rows_of(case, tmp_path, source, held_out=0.2).values()
     assert other.fingerprint != first.fingerprint
@@ -227,6 +227,7 @@ def test_ranks_micro_batches_and_restarts_change_nothing(settings, case, tmp_pat
         assert [row[key] for row in two if key in row] == pytest.approx(expected, abs=1e-5, rel=1e-5), key
         assert [row[key] for row in again if key in row] == expected, key  # bit for bit
     assert 0 < one[-1]["val/rows/trained_share"] < 1
+    assert (split / "logs" / "samples.md").read_text().count("> What is 12 + 7?") == 2
     weights = [(folder / "out" / "step_6" / "model.safetensors").read_bytes() for folder in (whole, paused)]
     assert weights[0] == weights[1]
 
@@ -266,8 +267,9 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=272, tie_word_embeddings=True, max_position_embeddings=512, **shape)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
-    assert sft_here(*settings(tmp_path, f"init_from={tmp_path / 'hf'}", "steps=1"))
-    made = tmp_path / "out" / "step_1"
+    assert sft_here(*settings(tmp_path, f"init_from={tmp_path / 'hf'}", "chat.epochs=0.5"))
+    [row, *_] = read_metrics(tmp_path / "logs")
+    [made] = [folder for folder in (tmp_path / "out").iterdir() if folder.name == f"step_{row['end']}"]
     assert read_hf_config(made) == dataclasses.replace(read_hf_config(tmp_path / "hf"), vocab_size=272)
     ids = Chat.from_folder(made).ids
     assert (ids["<|im_start|>"], ids["<|im_end|>"], ids["<|start_thought|>"]) == (258, 259, 260)
