@@ -6,8 +6,9 @@ python -m benchmarks.parity_sft --output benchmarks/results/parity_sft.json
 
 import argparse
 import json
-import sys
+import platform
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,8 +157,9 @@ def main() -> None:
     if args.output:
         import trl as package
 
-        about = {"command": "python -m benchmarks.parity_sft", "trl": package.__version__, "torch": torch.__version__}
-        args.output.write_text(json.dumps({**about, "python": sys.version.split()[0], "table": table}, indent=2) + "\n")
+        about = {"command": "python -m benchmarks.parity_sft", "date": time.strftime("%Y-%m-%d"), "machine": platform.platform()}
+        about |= {"python": platform.python_version(), "torch": torch.__version__, "trl": package.__version__}
+        args.output.write_text(json.dumps({**about, "table": table}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
