@@ -51,7 +51,7 @@ def epoch(shards, source="a", packing="best_fit"):
     """Tokens, targets and docs [rows, LENGTH] of the first epoch of one source."""
     one = loader(shards, {source: 1.0}, rows=1, micro=1, packing=packing)
     batches = [one.at(place).batches[0] for place in range(len(one.packed[0]))]
-    return [torch.cat(parts).numpy() for parts in zip(*batches, strict=True)]
+    return [torch.cat(parts).numpy() for parts in zip(*(batch[:3] for batch in batches), strict=True)]
 
 
 def pairs_of(source):
@@ -159,7 +159,7 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
 def test_batches_have_the_types_and_layout_of_the_model(shards):
     for batch in loader(shards).at(0).batches:
         assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.docs.dtype == torch.int32
-        assert all(part.shape == (2, LENGTH) and part.is_contiguous() for part in batch)
+        assert all(part.shape == (2, LENGTH) and part.is_contiguous() for part in batch[:3])
 
 
 def test_what_changes_the_rows_changes_the_fingerprint(shards):
@@ -187,7 +187,7 @@ def test_a_packed_row_equals_its_documents_apart(text_store):
     rows = PackedDataLoader({"first": source}, {"first": 1.0}, 1024, 8, 8, seed=0, packing="best_fit")
     batch = next(batch for place in range(99) for batch in rows.at(place).batches if int(batch.docs.max()) >= 3)
     row = int(batch.docs.max(1).values.argmax())
-    tokens, targets, docs = (part[row : row + 1] for part in batch)
+    tokens, targets, docs = (part[row : row + 1] for part in batch[:3])
     with torch.no_grad():
         packed = model(tokens, targets, docs).nll
         pieces = [docs[0] == number for number in docs[0].unique()]
@@ -329,7 +329,7 @@ def test_for_a_gpu_the_thread_pins_memory_through_that_gpu(shards, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda part: calls.append(len(part)) or part)
     ahead = Prefetcher(loader(shards), torch.device("cuda", 1))
     ahead.pool.submit(ahead._load, 0).result()
-    assert calls == [torch.device("cuda", 1), *[2] * 3 * 4]  # three parts of four micro-batches
+    assert calls == [torch.device("cuda", 1), *[2] * 4 * 4]  # four parts of four micro-batches
 
 
 @pytest.fixture
