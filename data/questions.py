@@ -68,12 +68,12 @@ def asked(
 
 
 def answer_of(text: str, kind: str = "number") -> str:
-    """The final answer of a reply, normalised; "" where there is none. What comes before a thought's end does not count.
+    """The final answer of a reply, normalised; "" where there is none. Thoughts do not count.
 
     number: the last one, without separators. yes_no: the first such word. text: the last line in lower case without
     punctuation, but for dots that begin a word. call: the first JSON object with a name, its keys sorted.
     """
-    text = text.rpartition("<|end_thought|>")[2].replace("<|im_end|>", " ").strip()
+    text = text.rpartition("<|end_thought|>")[2].partition("<|start_thought|>")[0].replace("<|im_end|>", " ").strip()
     if kind == "call":
         return _call_of(text)
     if kind == "number":

