@@ -93,9 +93,13 @@ def about_countries(rng: Random, countries: Mapping[str, Country], easy: bool) -
     return way(rng, countries, easy)
 
 
+def known(countries: Mapping[str, Country], attribute: str) -> list[Country]:
+    """Countries with a value that is not in their name already, as Monaco's capital is."""
+    return [c for c in countries.values() if attribute in c.facts and _apart(c.name, c.facts[attribute])]
+
+
 def _any(rng: Random, countries: Mapping[str, Country], attribute: str) -> Country:
-    """A country with a known value."""
-    return rng.choice([country for country in countries.values() if attribute in country.facts])
+    return rng.choice(known(countries, attribute))
 
 
 def _sentence(text: str) -> str:
@@ -116,10 +120,10 @@ def landlocked_text(country: str, value: str) -> str:
 
 def other_values(rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, count: int = 3) -> list[str]:
     """What other countries have there, neighbours in the region first; distinct, and another value than the country's."""
-    known = [c for c in countries.values() if attribute in c.facts]
-    rng.shuffle(known)
-    known.sort(key=lambda c: c.facts.get("region") != country.facts.get("region"))
-    values = dict.fromkeys(c.facts[attribute] for c in known)
+    others = [c for c in countries.values() if attribute in c.facts]
+    rng.shuffle(others)
+    others.sort(key=lambda c: c.facts.get("region") != country.facts.get("region"))
+    values = dict.fromkeys(c.facts[attribute] for c in others)
     return list(islice((value for value in values if value != country.facts.get(attribute)), count))
 
 

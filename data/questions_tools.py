@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from data.factbook import Country, article
 from data.questions import Example, assistant, call, check, example, user
-from data.questions_facts import ASK, SAY, answer_type, fact_key, other_values, say_fact
+from data.questions_facts import ASK, SAY, answer_type, fact_key, known, other_values, say_fact
 from data.questions_math import expression_key
 from data.tools import TEMPERATURES, TOOLS, UNITS, run_tool, unit_name
 
@@ -243,12 +243,12 @@ def _wrong_unit(result: str, unit: str) -> str:
 
 def _look_up(rng: Random, countries: Mapping[str, Country], easy: bool) -> Plan:
     attribute = rng.choice(tuple(SAY))
-    known = [country for country in countries.values() if attribute in country.facts]
-    country = rng.choice(known)
+    choice = known(countries, attribute)
+    country = rng.choice(choice)
     question = rng.choice(ASK[attribute]).format(c=article(country.name))
     right = {"country": country.name, "attribute": attribute}
     other = rng.choice([a for a in SAY if a != attribute])
-    stranger = rng.choice([c.name for c in known if c is not country])
+    stranger = rng.choice([c.name for c in choice if c is not country])
     return _plan(
         "lookup",
         question[0].upper() + question[1:],
