@@ -1,0 +1,97 @@
+"""Held-out questions with known answers (data/synthetic.py): is the reply right, and is the right reply the likeliest?
+
+python -m evals.eval_chat --checkpoint checkpoints/quickstart/sft --data data/store/quickstart/chat
+
+acc: the greedy reply gives the right answer (synthetic.is_right). choice: the right reply is likelier, a token, than every
+wrong one that the example holds; choice_chance is what guessing would give. Each assistant turn with a known answer is one
+item, the turns before it given as they should be. A folder without chat template (a base model) gets the conversation as
+plain lines, User: ... Assistant: ..., so that the same questions can be put before SFT.
+"""
+
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.chat import TEMPLATE, Chat
+from data.synthetic import is_right
+from evals.harness import Choose, Eval, Item, Score, Write
+from evals.run import flags, main
+
+MAX_TOKENS = 96  # of a reply
+DATA = "data/store/quickstart/chat"
+SPEAKERS = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": "System"}
+
+
+def read_items(data: str | None, limit: int | None) -> list[Item]:
+    """One item for each check of each example in the *.heldout.jsonl files of a folder, or in one file."""
+    path = Path(data or DATA)
+    files = sorted(path.glob("*.heldout.jsonl")) if path.is_dir() else [path]
+    items: list[Item] = []
+    for file in files:
+        try:
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data") from error
+        rows = [row for row in rows if "checks" in row][:limit]
+        items += [item for row in rows for item in items_of(row)]
+    if not items:
+        raise ValueError(f"{path} holds no questions with checks; write some by python -m scripts.generate_chat_data")
+    return items
+
+
+def items_of(row: dict[str, Any]) -> list[Item]:
+    """A tool's call is a subject of its own."""
+    kind = row["source"].rpartition("/")[2]
+    return [
+        Item(f"{row['id']}/{i}", {"example": row, "check": i}, "tool calls" if check["type"] == "call" else kind)
+        for i, check in enumerate(row["checks"])
+    ]
+
+
+def plain(messages: Sequence[dict[str, Any]]) -> str:
+    """A conversation as lines, for models that know no template."""
+    return "".join(f"{SPEAKERS[message['role']]}: {_said(message)}\n" for message in messages)
+
+
+def _said(message: dict[str, Any]) -> str:
+    calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
+    return " ".join(part for part in (message.get("thought", ""), message["content"], *calls) if part)
+
+
+def build(args: Namespace) -> Eval:
+    """ValueError where there are no questions."""
+    chat = Chat.from_folder(args.checkpoint) if (args.checkpoint / TEMPLATE).is_file() else None
+
+    def score(item: Item) -> Score:
+        example, number = item.row["example"], item.row["check"]
+        check = example["checks"][number]
+        before, right = example["messages"][: check["turn"]], example["messages"][check["turn"]]
+        replies = [right, *check["wrong"]]
+        if chat is None:
+            prompt: Any = plain(before) + "Assistant:"
+            options: tuple[Any, ...] = tuple(f" {_said(reply)}" for reply in replies)
+        else:
+            prompt = tuple(chat.prompt(before, example.get("tools")))
+            options = tuple(reply_ids(chat, example, before, reply, len(prompt)) for reply in replies)
+        stop = ("\n",) if chat is None else ()
+        written, scored = yield [Write(prompt, stop, MAX_TOKENS, keep_special=True), Choose(prompt, options)]
+        scores = {"acc": float(is_right(example, written.text, number)), "ended": float(written.stopped)}
+        if len(options) > 1:
+            of_token = [option.logprob / option.tokens for option in scored]
+            scores |= {"choice": float(of_token[0] > max(of_token[1:])), "choice_chance": 1 / len(options)}
+        return scores
+
+    about = {"data": str(args.data or DATA), "prompts": "chat template" if chat else "plain lines"}
+    return Eval("chat", 1, read_items(args.data, args.limit), score, about=about)
+
+
+def reply_ids(chat: Chat, example: dict, before: list, reply: dict, begun: int) -> tuple[int, ...]:
+    """The ids of a reply after its prompt of `begun` ids, up to and with its end."""
+    whole = chat.encode([chat.clean({"messages": [*before, reply], "tools": example.get("tools")})])[0]
+    return tuple(whole.ids[begun : whole.ends[-1]].tolist())
+
+
+if __name__ == "__main__":
+    main(flags(__doc__, shots=None), build)

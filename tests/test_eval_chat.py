@@ -1,0 +1,73 @@
+"""The evaluation of generated questions: one that knows scores 1, one that guesses the first wrong reply scores 0."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+
+from data import synthetic
+from data.chat import Chat
+from data.chat_tokenizer import save_chat_tokenizer
+from data.tokenizer import save_tokenizer, train_tokenizer
+from evals import eval_chat
+from evals.harness import Cache, Choose, Scored, Written, ask, results
+
+
+class Knowing:
+    """Answers by the text that each prompt ends with; right: writes and prefers what is right, else what is wrong."""
+
+    name, hash, dtype, context = "knowing", "0" * 64, "float32", 10**6
+
+    def __init__(self, items, chat: Chat | None, right: bool):
+        self.replies, self.right, self.chat = {}, right, chat
+        for item in items:
+            example, check = item.row["example"], item.row["example"]["checks"][item.row["check"]]
+            before = example["messages"][: check["turn"]]
+            key = tuple(chat.prompt(before, example.get("tools"))) if chat else eval_chat.plain(before) + "Assistant:"
+            replies = [example["messages"][check["turn"]], *check["wrong"]]
+            self.replies[key] = eval_chat._said(replies[0] if right or len(replies) == 1 else replies[1])
+
+    def answer(self, requests):
+        for i, request in enumerate(requests):
+            if isinstance(request, Choose):
+                best = 0 if self.right else len(request.options) - 1
+                yield [(i, [Scored(-1.0 if k == best else -2.0 * len(o), len(o), False) for k, o in enumerate(request.options)])]
+            else:
+                yield [(i, Written(self.replies[request.prompt], 5, True))]
+
+
+@pytest.mark.parametrize("with_template", [False, True])
+@pytest.mark.parametrize("right", [False, True])
+def test_scores(tmp_path: Path, with_template: bool, right: bool):
+    rows = synthetic.generate_math_examples(30, 0, "heldout") + synthetic.generate_identity_examples(20, 0, "heldout")
+    data = tmp_path / "all.heldout.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = None
+    if with_template:
+        save_tokenizer(train_tokenizer([data.read_text()], 300), tmp_path / "base")
+        chat = save_chat_tokenizer(tmp_path / "model", tmp_path / "base")
+        assert isinstance(chat.tokenizer, Tokenizer)
+    evaluation = eval_chat.build(Namespace(checkpoint=tmp_path / "model", data=str(tmp_path), limit=None))
+    model = Knowing(evaluation.items, chat, right)
+    found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)
+    metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
+    assert metrics["acc"] == metrics["choice"] == float(right)
+    assert set(found["subjects"]) == {"math", "identity"} and 0.2 < metrics["choice_chance"] < 0.5
+
+
+def test_replies_end_with_the_stop_token(tmp_path: Path):
+    save_tokenizer(train_tokenizer(["What is 2 + 2? The answer is 4."], 270), tmp_path / "base")
+    chat = save_chat_tokenizer(tmp_path / "model", tmp_path / "base")
+    before = [{"role": "user", "content": "2 + 2?"}]
+    prompt = chat.prompt(before)
+    ids = eval_chat.reply_ids(chat, {}, before, {"role": "assistant", "content": "4."}, len(prompt))
+    assert chat.tokenizer.decode(list(ids), skip_special_tokens=False) == "4.<|im_end|>"
+
+
+def test_mistakes_are_named(tmp_path: Path):
+    (tmp_path / "a.heldout.jsonl").write_text("{")
+    for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "empty"):
+        with pytest.raises(ValueError, match="generate_chat_data"):
+            eval_chat.read_items(str(path), None)
