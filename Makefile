@@ -13,7 +13,7 @@ quickstart: setup
 
 test:
 	@scripts/setup.sh requirements-cluster.txt requirements-parity.txt
-	@.venv/bin/python -m pytest -n 2 --dist loadgroup
+	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -73,8 +73,8 @@ def sharded(run: RunConfig, micro: int, device: torch.device) -> list[tuple[floa
     trace = []
     for step in range(STEPS):
         whole = global_batch(step)
-        own = Batch(*(part.chunk(world)[rank] for part in whole))
-        pieces = [Batch(*parts).to(device) for parts in zip(*(part.split(micro) for part in own), strict=True)]
+        own = [part.chunk(world)[rank].split(micro) for part in whole[:3]]
+        pieces = [Batch(*parts).to(device) for parts in zip(*own, strict=True)]
         weight = int((whole.targets != IGNORE).sum())
         sums, norm = backward(run, state.model, Step(pieces, weight, whole.tokens.numel()), next_token(run.optim.z_weight))
         means, _ = reduce({**sums, "stop": torch.zeros((), device=device)}, weight)

@@ -15,6 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 384
 torch.set_num_threads(1)
+# Workers take whole files, so that what a file's fixtures run is run once (pytest 9.2 ignores xdist_group); these first, so that
+# none is left over at the end.
+LONG = ("test_quickstart", "test_pipeline", "test_nodes", "test_training", "test_fault_table", "test_prepare", "test_checkpoint")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

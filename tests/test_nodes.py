@@ -22,7 +22,6 @@ from training.config import load
 from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
 from training.hangs import LOST, Watch, leave_if_lost
 
-pytestmark = pytest.mark.xdist_group("nodes")  # the runs of the fixtures are shared
 STEPS = 12
 
 

@@ -14,8 +14,6 @@ from conftest import ROOT, read_metrics
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.xdist_group("quickstart")  # so that one worker runs it once
-
 
 def test_readme_names_commands_that_exist():
     readme, makefile = (ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text()
