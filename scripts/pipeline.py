@@ -23,7 +23,7 @@ from entrypoint import user_errors
 from training import setup
 from training.checkpoint import damage, identity, step_folders
 from training.curriculum import Milestone, Plan, Stretch, load_plan, stretches
-from training.gates import decide, judge
+from training.gates import by_name, decide, judge
 from training.logger import append_event, open_alerts
 
 NO_GO = 3
@@ -83,16 +83,16 @@ class Pipeline:
             return
         checkpoint = stretch.run.checkpoints / f"step_{milestone.at}"
         metrics: dict = {}
-        for name in milestone.evals:
+        for name in milestone.evals or self.plan.evals:
             output = folder / f"{name}.json"
             wanted = identity(checkpoint)
             measured = json.loads(output.read_text()) if output.is_file() else {}
-            if measured.get("of") != wanted:
+            if measured.get("of") != wanted or measured.get("not_measured"):
                 command = self.plan.evals[name].format(checkpoint=checkpoint, output=output)
                 self.stage(f"Measuring {name} at step {milestone.at}", shlex.split(command))
                 measured = {**json.loads(output.read_text()), "of": wanted}
                 output.write_text(json.dumps(measured, indent=2) + "\n")
-            metrics |= measured["metrics"]
+            metrics |= by_name(name, measured["metrics"])
         verdicts = [judge(gate, metrics) for gate in milestone.gates]
         outcome = decide(verdicts) if verdicts else "go"
         for verdict in verdicts:
@@ -132,7 +132,7 @@ class Pipeline:
         self.number += 1
         print(f"\n[{self.number}] {sentence}\n    {subprocess.list2cmdline(command)}", flush=True)
         began = time.monotonic()
-        ranks = self.plan.ranks if "train.py" in command else 1
+        ranks = self.plan.ranks if "scripts.launch" in command else 1
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
         program = [sys.executable, *command[1:]] if command[0] == "python" else command
         process = subprocess.Popen(program, env=environment)

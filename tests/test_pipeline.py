@@ -9,6 +9,8 @@ import pytest
 import yaml
 from conftest import ROOT, one_thread, read_metrics
 
+from training.gates import Gate, by_name, judge
+
 MEASURE = """
 import json, os, sys
 from pathlib import Path
@@ -111,6 +113,14 @@ def test_what_was_not_measured_is_no_pass(plan):
     content["phases"][0]["milestones"][0]["gates"].append({"metric": "hellaswag.accuracy", "go": 0.4, "no_go": 0.3})
     (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     assert "hellaswag.accuracy = not measured" in run(plan, status=3).stdout
+
+
+def test_two_tasks_may_name_a_metric_the_same():
+    task = {"acc_norm": {"value": 0.5, "stderr": 0.1}, "acc": {"value": 0.3, "stderr": 0.1}}
+    suite = {"arc": {"acc_norm": {"value": 0.2, "stderr": None}}, "wikipedia": {"perplexity": 12.0}}
+    metrics = by_name("hellaswag", task) | by_name("suite", suite) | by_name("plain", {"rate": 0.25})
+    wanted = {"hellaswag.acc_norm": 0.5, "arc.acc_norm": 0.2, "wikipedia.perplexity": 12.0, "plain.rate": 0.25, "arc": None}
+    assert {name: judge(Gate(name, 1, 0), metrics).value for name in wanted} == wanted
 
 
 def test_a_phase_is_extended_after_a_no_go_and_the_rest_moves(plan):

@@ -16,7 +16,7 @@ class Milestone:
     """A step at which training pauses, is measured and judged; it goes on exactly as if it had not paused."""
 
     at: int  # step of the whole run, at most the end of the phase
-    evals: tuple[str, ...] = ("perplexity",)  # of Plan.evals
+    evals: tuple[str, ...] = ()  # of Plan.evals; default: all of them
     gates: tuple[Gate, ...] = ()
     advice: str = ""  # what a no-go or a caution asks for, in one sentence
 
@@ -45,6 +45,8 @@ class Plan:
             if steps != sorted(set(steps)):
                 raise ValueError(f"the milestones of {phase.config} are at {steps}; put them in order, each step once")
             for milestone in phase.milestones:
+                if milestone.gates and not self.evals:
+                    raise ValueError(f"milestone {milestone.at} has gates, but the plan has no evals to measure them with")
                 for name in milestone.evals:
                     if name not in self.evals:
                         known = ", ".join(self.evals) or "none"

@@ -9,7 +9,7 @@ OUTCOMES = ("go", "caution", "no-go")
 class Gate:
     """One threshold pair. go < no_go: lower is better (perplexity); go > no_go: higher is better (accuracy)."""
 
-    metric: str  # dotted path into the results, as "wikipedia.bits_per_byte"
+    metric: str  # dotted path into the results, as "wikipedia.bits_per_byte" or "hellaswag.acc_norm"
     go: float  # at least this good: go
     no_go: float  # worse than this: no-go; in between: caution
 
@@ -35,12 +35,23 @@ def judge(gate: Gate, results: dict) -> Verdict:
     value: object = results
     for key in gate.metric.split("."):
         value = value.get(key) if isinstance(value, dict) else None
+    if isinstance(value, dict):
+        value = value.get("value")  # an estimate with its standard error
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
         return Verdict(gate, None, "no-go")
     sign = 1 if gate.go < gate.no_go else -1
     if sign * value <= sign * gate.go:
         return Verdict(gate, value, "go")
     return Verdict(gate, value, "no-go" if sign * value > sign * gate.no_go else "caution")
+
+
+def by_name(name: str, metrics: dict) -> dict:
+    """The metrics of one results file as gates name them, so that two tasks may both have an "acc_norm".
+
+    A task's own metrics go under its name; the sources of perplexity and the tasks of a suite bear names already.
+    """
+    own = any(not isinstance(metric, dict) or "value" in metric for metric in metrics.values())
+    return {name: metrics} if own else metrics
 
 
 def decide(verdicts: list[Verdict]) -> str:
