@@ -56,7 +56,11 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("arc", 1, items, score, args.shots, args.seed, about=about)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=25)
     parser.add_argument("--part", choices=("challenge", "easy", "both"), default="both")
-    main(parser, build)
+    return parser
+
+
+if __name__ == "__main__":
+    main(parser(), build)

@@ -42,5 +42,9 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("hellaswag", 1, items, best_option, args.shots, args.seed, about=about)
 
 
+def parser() -> argparse.ArgumentParser:
+    return flags(__doc__, shots=0)
+
+
 if __name__ == "__main__":
-    main(flags(__doc__, shots=0), build)
+    main(parser(), build)

@@ -63,7 +63,11 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("mmlu", 2, items, score, args.shots, about=about_data)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=5)
     parser.add_argument("--format", choices=("letter", "cloze", "both"), default="letter")
-    main(parser, build)
+    return parser
+
+
+if __name__ == "__main__":
+    main(parser(), build)

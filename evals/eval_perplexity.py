@@ -12,22 +12,23 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from data.dataloader import Batch, validation_batches
 from data.manifest import file_hash
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer, token_bytes
 from entrypoint import user_errors
-from evals.engines import load_model
+from evals.engines import LanguageModel, NanoLlamaEngine, load_model
 from evals.harness import Estimate, Eval, Item, Read, Sample, Score
 from evals.run import evaluate, flags, ranks
-from models.hf import load_hf
 from models.losses import IGNORE
 
 
@@ -67,14 +68,29 @@ def _figures(nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens}
 
 
-def by_rows(args: argparse.Namespace) -> dict[str, Any]:
-    """The results of a store, read in rows as in training."""
-    model = load_hf(args.checkpoint, dtype=getattr(torch, args.dtype) if args.dtype else None, device=args.device)
-    tokenizer = load_tokenizer(args.checkpoint)
-    length = args.sequence_length or model.config.max_position_embeddings
-    sources = {n: validation_batches(s, length, args.batch_size, args.limit) for n, s in shards_of(args).items()}
-    metrics = perplexity(model.eval(), sources, torch.from_numpy(token_bytes(tokenizer)))
-    return {"task": "perplexity", "checkpoint": str(args.checkpoint), "sequence_length": length, "metrics": metrics}
+def by_rows(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """The results of a store, read in rows as in training, over ranks."""
+    engine = model.engine
+    if not isinstance(engine, NanoLlamaEngine):
+        raise ValueError(f"{args.checkpoint} is not read as a NanoLlama; give --stride, which reads a store with any model")
+    length = args.sequence_length or model.context
+    sources = {n: validation_batches(s, length, args.batch_size, args.limit, rank, world) for n, s in shards_of(args).items()}
+
+    def total(sums: Tensor) -> Tensor:
+        if world > 1:
+            sums = sums.cpu()  # ranks speak over gloo
+            dist.all_reduce(sums)
+        return sums.to(engine.device)
+
+    bytes_of = torch.from_numpy(token_bytes(load_tokenizer(args.checkpoint)))
+    metrics = perplexity(engine.model, sources, bytes_of, total)
+    return {
+        "task": "perplexity",
+        "checkpoint": str(args.checkpoint),
+        "checkpoint_hash": model.hash,
+        "sequence_length": length,
+        "metrics": metrics,
+    }
 
 
 def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
@@ -122,9 +138,9 @@ def documents(args: argparse.Namespace) -> Iterator[Item]:
                 yield Item(f"{source}/{i}", {"text": tuple(tokens[begin:end].tolist()), "stride": args.stride}, source)
 
 
-def by_documents(args: argparse.Namespace, rank: int, world: int, device: str) -> dict[str, Any]:
+def by_documents(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """The results of texts or of a store's documents, in windows, over ranks."""
-    model = load_model(args.checkpoint, device, args.dtype, args.batch_size)
+    model = copy(model)
     model.context = min(model.context, args.sequence_length or model.context)
     about = {"checkpoint": str(args.checkpoint), "sequence_length": model.context, "stride": args.stride}
     evaluation = Eval("perplexity", 1, list(documents(args)), score, totals=totals, about=about)
@@ -137,28 +153,57 @@ def by_documents(args: argparse.Namespace, rank: int, world: int, device: str) -
     return found
 
 
-def main() -> None:
+def measure(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """The results (on rank 0), which also go to args.output."""
+    found = (by_rows if _in_rows(args) else by_documents)(args, model, rank, world)
+    if args.output and rank == 0:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(found, indent=2) + "\n")
+    return found if rank == 0 else {}
+
+
+def asked(args: argparse.Namespace) -> list[Any]:
+    """All that the figures depend on, but for the model; ValueError where there are no data."""
+    find_data(args)
+    files = [args.dataset] if args.dataset.is_file() else [s.folder / "manifest.json" for s in shards_of(args).values()]
+    how = [args.sources, args.sequence_length, args.stride, args.limit]
+    return [*how, *([str(path), file_hash(path)] for path in files)]
+
+
+def find_data(args: argparse.Namespace) -> None:
+    """Let --data stand for --dataset; ValueError where there is nothing."""
+    args.dataset = args.dataset or (Path(args.data) if args.data else None)
+    if args.dataset is None or not args.dataset.exists():
+        raise ValueError(f"there is no data at {args.dataset}; give --dataset a store or a .jsonl file of texts")
+
+
+def _in_rows(args: argparse.Namespace) -> bool:
+    return args.stride is None and args.dataset.is_dir()
+
+
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     parser.add_argument("--dataset", type=Path, help="a data store, or a .jsonl file of texts; the same as --data")
     parser.add_argument("--sources", nargs="*", help="which sources of it (default: all)")
     parser.add_argument("--sequence_length", type=int, help="tokens a row or window (default: the model's context)")
     parser.add_argument("--stride", type=int, help="read documents in windows that move by so many tokens")
     parser.set_defaults(batch_size=4)
-    args = parser.parse_args()
-    args.dataset = args.dataset or (Path(args.data) if args.data else None)
+    return parser
+
+
+def show(found: dict[str, Any]) -> None:
+    for name, figures in found["metrics"].items():
+        text = f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
+        print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens)")
+
+
+def main() -> None:
+    args = parser().parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
-        if args.dataset is None or not args.dataset.exists():
-            raise ValueError(f"there is no data at {args.dataset}; give --dataset a store or a .jsonl file of texts")
-        rows = args.stride is None and args.dataset.is_dir()
-        found = by_rows(args) if rows else by_documents(args, rank, world, device)
-        if rank:
-            return
-        for name, figures in found["metrics"].items():
-            text = f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
-            print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens)")
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(found, indent=2) + "\n")
+        find_data(args)
+        found = measure(args, load_model(args.checkpoint, device, args.dtype, args.batch_size), rank, world)
+        if rank == 0:
+            show(found)
 
 
 if __name__ == "__main__":

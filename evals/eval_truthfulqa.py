@@ -46,5 +46,9 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("truthfulqa", 3, items, score, about={"data": describe("truthfulqa", "validation", args.data)})
 
 
+def parser() -> argparse.ArgumentParser:
+    return flags(__doc__, shots=None)
+
+
 if __name__ == "__main__":
-    main(flags(__doc__, shots=None), build)
+    main(parser(), build)

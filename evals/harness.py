@@ -224,7 +224,7 @@ class Cache:
         if folder is None or model is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{model.hash[:16]}-{model.dtype}"
+        stem = f"{model.hash[:16]}-{model.dtype}-{model.context}"  # windows of a long text depend on the context too
         for path in sorted(folder.glob(f"{stem}.*.jsonl")):
             for line in path.read_text().splitlines():
                 try:

@@ -146,7 +146,7 @@ def test_our_own_faults_keep_their_traceback():
 def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store):
     recipe = ["--config", "configs/data/quickstart.yaml", f"store={tmp_path}"]
     cases = [
-        (["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)], "holds no config.json"),
+        (["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)], "holds no tokenizer.json"),
         (["scripts.pipeline", "--plan", "nowhere.yaml"], "there is no config file nowhere.yaml"),
         (["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"], "is no checkpoint"),
         (["scripts.plot_run", str(tmp_path)], "has no metrics yet"),

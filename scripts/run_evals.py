@@ -1,0 +1,148 @@
+"""Measure a checkpoint with a suite of evaluations, and judge it; the model is loaded once.
+
+python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold/step_430 --suite quick
+python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals --checkpoint ... --suite milestone --gates configs/plan_1b.yaml
+
+A suite is configs/evals/<suite>.yaml: names of evaluations, each with the flags of its own command. A suite that was killed
+goes on where it stopped, and what is current is not measured again. It reads a checkpoint only, so training may go on meanwhile.
+What cannot be measured is named, and the others go on; a gate on it is a no-go. Exit status 3: a gate says no-go.
+"""
+
+import argparse
+import json
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from entrypoint import ROOT, user_errors
+from evals.engines import load_model
+from evals.run import default_output, ranks
+from evals.suite import measure, parse, tell
+from training.curriculum import load_plan
+from training.gates import Gate, by_name, decide, judge
+from training.settings import load_settings
+
+NO_GO = 3
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What to measure, in order."""
+
+    evals: dict[str, str]  # name of an evals/eval_<name>.py -> its flags
+
+
+def main() -> None:
+    args = _flags().parse_args()
+    with ranks(args.device) as (rank, world, device), user_errors(rank, world):
+        args.device = device
+        suite, path = open_suite(args.suite)
+        gates = gates_of(args.gates, args.checkpoint, args.at) if args.gates else ()
+        data = dict(_named(text, suite) for text in args.data)
+        parsed = {name: parse(name, shlex.split(flags), args, data.get(name)) for name, flags in suite.evals.items()}
+        output = args.output or default_output(args.checkpoint, path.stem)
+        found = run(path.stem, parsed, args, output, rank, world)
+        verdicts = [judge(gate, found["metrics"]) for gate in gates]
+        if rank == 0:
+            found |= {"gates": [{**vars(v.gate), "value": v.value, "outcome": v.outcome} for v in verdicts]}
+            found |= {"outcome": decide(verdicts) if verdicts else None}
+            _write(output, found)
+            for verdict in verdicts:
+                print(f"    {verdict}")
+            if verdicts:
+                print(f"decision: {found['outcome'].upper()}")
+            print(f"written to {output}", flush=True)
+    if verdicts and decide(verdicts) == "no-go":
+        raise SystemExit(NO_GO)
+
+
+def run(
+    name: str, parsed: dict[str, argparse.Namespace], args: argparse.Namespace, output: Path, rank: int, world: int
+) -> dict[str, Any]:
+    """All evaluations of a suite, each written beside `output`; their summary, whose metrics all ranks have."""
+    model = load_model(args.checkpoint, args.device, args.dtype, args.batch_size or 16)
+    found: dict[str, Any] = {"task": name, "metrics": {}, "n": {}, "not_measured": {}, "seconds": {}}
+    found |= {"checkpoint": str(args.checkpoint), "checkpoint_hash": model.hash, "dtype": model.dtype}
+    for number, (task, flags) in enumerate(parsed.items(), 1):
+        if rank == 0:
+            print(f"[{number}/{len(parsed)}] {task}", flush=True)
+        began = time.monotonic()
+        results = _share(measure(task, flags, model, output.parent / f"{task}.json", rank, world), world)
+        found["seconds"][task] = round(time.monotonic() - began, 2)
+        if "not_measured" in results:
+            found["not_measured"][task] = results["not_measured"]
+        else:
+            found["metrics"] |= by_name(task, results["metrics"])
+            found["n"][task] = results.get("n")
+        if rank == 0:
+            tell(task, results)
+    if not found["metrics"]:
+        raise ValueError(f"nothing of the suite {name} could be measured: " + "; ".join(found["not_measured"].values()))
+    return found
+
+
+def _share(results: dict[str, Any], world: int) -> dict[str, Any]:
+    """Rank 0's results on all ranks."""
+    box = [results]
+    if world > 1:
+        torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def open_suite(name: str) -> tuple[Suite, Path]:
+    """A suite by its name, or by its file."""
+    path = Path(name) if name.endswith(".yaml") else ROOT / "configs" / "evals" / f"{name}.yaml"
+    suite = load_settings(Suite, path)
+    if not suite.evals:
+        raise ValueError(f"{path} names no evals")
+    return suite, path
+
+
+def gates_of(plan: Path, checkpoint: Path, at: int | None) -> tuple[Gate, ...]:
+    """The gates of a plan's milestone at that step (default: the one in the checkpoint's name)."""
+    number = checkpoint.name.removeprefix("step_")
+    step = at if at is not None else int(number) if number.isdigit() else None
+    milestones = {milestone.at: milestone for phase in load_plan(plan).phases for milestone in phase.milestones}
+    if step not in milestones:
+        known = ", ".join(map(str, milestones)) or "none"
+        raise ValueError(f"{plan} has no milestone at step {step}; it has them at {known}: give one with --at")
+    return milestones[step].gates
+
+
+def _named(text: str, suite: Suite) -> tuple[str, str]:
+    name, equals, where = text.partition("=")
+    if not equals or name not in suite.evals:
+        raise ValueError(f"--data {text} must be NAME=PATH with one of {', '.join(suite.evals)}")
+    return name, where
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(found, indent=2) + "\n")
+    part.rename(path)
+
+
+def _flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or any Hugging Face folder")
+    parser.add_argument("--suite", default="quick", help="quick, milestone or full, or a .yaml file of your own")
+    parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations")
+    parser.add_argument("--limit", type=int, help="no evaluation takes more items (of each subject) than this")
+    parser.add_argument("--output", type=Path, help="the summary; each evaluation's results go beside it (default: results/...)")
+    parser.add_argument("--gates", type=Path, metavar="PLAN", help="judge by the gates of a plan's milestone")
+    parser.add_argument("--at", type=int, help="which milestone (default: the step in the checkpoint's name)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as stored)")
+    parser.add_argument("--batch_size", type=int, help="items at a time (default: what each evaluation takes)")
+    parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data: scores of clean items as well")
+    parser.add_argument("--cache", type=Path, help="where downloaded test sets are kept (default: data/store/wheels)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
