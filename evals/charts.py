@@ -1,0 +1,112 @@
+"""Pictures of the report as HTML and inline SVG. Curves stretch with the page, their labels do not."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+Points = Sequence[Sequence[float]]
+
+
+def loss_chart(training: dict[str, Any]) -> str:
+    """Training loss by step, raw and smoothed, with phases, held-out losses and decisions."""
+    held_out = [[found["step"], found["loss"]] for found in training["held_out"]]
+    values = [y for _, y in [*training["smooth"], *held_out] if y is not None and math.isfinite(y)]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    low, high = low - 0.05 * (high - low), high + 0.02 * (high - low)
+    high = high if high > low else low + 1
+    last = training["steps"]
+
+    def x(step: float) -> float:
+        return 100 * step / last
+
+    def y(loss: float) -> float:
+        return 100 * (high - loss) / (high - low)
+
+    def line(points: Points, colour: str, width: float) -> str:
+        places = " ".join(f"{x(s):.2f},{y(v):.2f}" for s, v in points if v is not None and math.isfinite(v))
+        style = f"stroke:var(--{colour});stroke-width:{width}px;fill:none;stroke-linejoin:round"
+        return f'<polyline points="{places}" style="{style}" vector-effect="non-scaling-stroke"/>'
+
+    thin = 'style="stroke:var(--line)" vector-effect="non-scaling-stroke"'
+    grid = "".join(f'<line x1="0" x2="100" y1="{y(tick):.2f}" y2="{y(tick):.2f}" {thin}/>' for tick in ticks(low, high))
+    bands = "".join(
+        f'<div class="band" style="left:{x(phase["begin"]):.2f}%;width:{x(phase["end"] - phase["begin"]):.2f}%">'
+        f"<i>{escape(phase['name'])}</i></div>"
+        for phase in training["phases"]
+    )
+    dots = "".join(
+        f'<span class="dot" style="left:{x(s):.2f}%;top:{y(v):.2f}%" title="held-out loss at step {s:,}: {v:.3f}"></span>'
+        for s, v in held_out
+        if math.isfinite(v)
+    )
+    gates = "".join(
+        f'<span class="gate {gate["outcome"]}" style="left:{x(gate["step"]):.2f}%" title="{gate["outcome"]}"></span>'
+        for gate in training["gates"]
+    )
+    svg = (
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="training loss by step">'
+        f"{grid}{line(training['curve'], 'accent-soft', 1)}{line(training['smooth'], 'accent', 2.5)}</svg>"
+    )
+    ys = "".join(f'<i style="top:{y(tick):.2f}%">{tick:g}</i>' for tick in ticks(low, high))
+    xs = "".join(f'<i style="left:{x(tick):.2f}%">{tick:,.0f}</i>' for tick in ticks(0, last, 4))
+    legend = (
+        '<div class="legend"><span><i class="raw"></i>loss of a step</span><span><i></i>smoothed</span>'
+        '<span><i class="round"></i>held-out text</span></div>'
+    )
+    plot = f'<div class="y">{ys}</div><div class="area">{bands}{svg}{dots}{gates}</div><div class="x">{xs}</div>'
+    return f'<div class="plot">{plot}</div>{legend}'
+
+
+def bar(name: str, about: str, value: float, stderr: float | None, top: float, **more: Any) -> str:
+    """A value of 0 to `top` with its 95 % interval. more: chance; refs, pairs of name and value; unit."""
+
+    def place(number: float) -> float:
+        return 100 * min(max(number, 0.0), top) / top
+
+    parts = [f'<div class="fill" style="width:{place(value):.2f}%"></div>']
+    refs = sorted(more.get("refs", ()), key=lambda ref: ref[1])
+    parts += [
+        f'<span class="ref" style="left:{place(number):.2f}%" title="{escape(who)}: {number:g}"></span>' for who, number in refs
+    ]
+    if more.get("chance"):
+        parts.append(f'<span class="chance" style="left:{place(more["chance"]):.2f}%" title="chance"></span>')
+    error = ""
+    if stderr is not None:
+        begin, end = place(value - 1.96 * stderr), place(value + 1.96 * stderr)
+        parts.append(f'<span class="err" style="left:{begin:.2f}%;width:{end - begin:.2f}%"></span>')
+        error = f" <span>± {1.96 * stderr:.{more.get('digits', 1)}f}</span>"
+    ends = ""
+    if refs:
+        chosen = [refs[0], refs[-1]] if place(refs[-1][1]) - place(refs[0][1]) > 34 else [refs[-1]]
+        labels = "".join(
+            f'<i style="left:{min(max(place(number), 14), 84):.2f}%">{escape(who)} {number:g}</i>' for who, number in chosen
+        )
+        ends = f'<div class="ends">{labels}</div>'
+    return (
+        f'<div class="bar"><div class="what"><b>{escape(name)}</b><span>{escape(about)}</span></div>'
+        f'<div class="track">{"".join(parts)}</div>'
+        f'<div class="val"><b>{value:.{more.get("digits", 1)}f}</b>{error}</div>{ends}</div>'
+    )
+
+
+def heatmap(kind: str, lengths: Sequence[int], depths: Sequence[float], cells: dict[str, float]) -> str:
+    """Depth by length; cells: "length/depth" -> 0 to 1."""
+    rows = [f'<div class="head">{escape(kind)}</div>', *(f'<div class="head">{length:,}</div>' for length in lengths)]
+    for depth in depths:
+        rows.append(f'<div class="head">{100 * depth:.0f} %</div>')
+        for length in lengths:
+            value = cells.get(f"{length}/{depth}")
+            hue = "" if value is None else f"background:hsl({8 + 125 * value:.0f} 62% {68 - 8 * value:.0f}%)"
+            rows.append(f'<div class="cell" style="{hue}">{"" if value is None else f"{value:.2f}"}</div>')
+    columns = f"grid-template-columns:84px repeat({len(lengths)},minmax(44px,1fr))"
+    return f'<div class="scroll"><div class="heat" style="{columns}">{"".join(rows)}</div></div>'
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers between low and high."""
+    raw = (high - low) / count
+    size = 10 ** math.floor(math.log10(raw))
+    step = next((size * m for m in (1, 2, 5) if size * m >= raw), size * 10)
+    first = math.ceil(low / step)
+    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -1,0 +1,241 @@
+"""The report as one HTML page: no scripts, nothing loaded from anywhere, light and dark, on a phone and on paper."""
+
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from evals.charts import bar, heatmap, loss_chart
+
+Columns = dict[str, tuple[str, float | None]]
+
+
+def page(report: dict[str, Any], columns: Columns) -> str:
+    """The page of what evals.report.build gathered. columns: of the table -> (heading, chance in percent)."""
+    parts = [
+        _header(report, columns),
+        _benchmarks(report, columns),
+        _gates(report),
+        _loss(report),
+        _held_out(report),
+        _needle(report),
+        _samples(report),
+        _contamination(report),
+        _table(report, columns),
+        _about(report),
+    ]
+    css = Path(__file__).with_name("report.css").read_text()
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/><meta name="color-scheme" content="light dark"/>'
+        f"<title>{escape(report['name'])}</title><style>{css}</style></head><body><main>{''.join(parts)}"
+        f"<footer>Made {escape(report['made'])} by <code>python -m evals.report</code>; every figure here is in "
+        "<code>benchmark_results.json</code>.</footer></main></body></html>\n"
+    )
+
+
+def _header(report: dict[str, Any], columns: Columns) -> str:
+    training = report["training"] or {}
+    gates = training.get("gates") or []
+    chip = _chip(gates[-1]["outcome"]) if gates else ""
+    tiles = [(_short(report["parameters"]), "parameters")]
+    if training:
+        tiles += [(_short(training["tokens"] or 0), "tokens read"), (f"{training['steps']:,}", "steps")]
+    whole = report["evaluations"].get("perplexity", {}).get("metrics", {}).get("all", {})
+    if whole.get("bits_per_byte") is not None:
+        tiles.append((f"{whole['bits_per_byte']:.3f}", "bits per byte, held out"))
+    tiles += [(f"{score['value']:.1f}", columns[name][0]) for name, score in list(report["scores"].items())[:2]]
+    made = "".join(f'<div class="tile"><b>{value}</b><span>{escape(what)}</span></div>' for value, what in tiles)
+    return (
+        f'<header><div class="title"><h1>{escape(report["name"])}</h1>{chip}</div>'
+        f'<p>{escape(report["checkpoint"])} · {escape(report["made"])}</p></header><div class="tiles">{made}</div>'
+    )
+
+
+def _benchmarks(report: dict[str, Any], columns: Columns) -> str:
+    bars = []
+    for name, score in report["scores"].items():
+        heading, chance = columns[name]
+        refs = [
+            (f"{model['name']} {model['tokens']}", model["scores"][name]["value"])
+            for model in report["published"]["models"]
+            if model["kind"] == "base" and name in model["scores"]
+        ]
+        about = f"{score['shots']}-shot, {score['n']:,} items"
+        top = 10.0 if name == "mt_bench" else 100.0
+        bars.append(bar(heading, about, score["value"], score["stderr"], top, chance=chance, refs=refs))
+    bars += _other_metrics(report)
+    missing = "".join(f"<p>Not measured: <b>{escape(n)}</b>, {escape(why)}</p>" for n, why in report["not_measured"].items())
+    if not bars and not missing:
+        return ""
+    legend = (
+        '<div class="legend"><span><i></i>this model</span><span><i class="whisker"></i>95 % interval</span>'
+        '<span><i class="chance"></i>chance</span><span><i class="tick"></i>published base models, 0.5 to 1.7B</span></div>'
+    )
+    note = "Percent. Published models differ in shots and harness: the table below says which."
+    return _section("Benchmarks", note, f'<div class="bars">{"".join(bars)}</div>{legend}{missing}')
+
+
+def _other_metrics(report: dict[str, Any]) -> list[str]:
+    """Bars of rates that no column of the table quotes: cloze scores, ARC easy, tool use, ..."""
+    bars = []
+    for task, result in report["evaluations"].items():
+        for name, metric in result["metrics"].items():
+            rate = isinstance(metric, dict) and metric.get("stderr") is not None and 0 <= metric["value"] <= 1
+            quoted = (
+                any(abs(score["value"] - 100 * metric["value"]) < 1e-9 for score in report["scores"].values()) if rate else False
+            )
+            if rate and not quoted and task != "needle":
+                about = f"{result.get('shots', 0)}-shot, {result['n']:,} items"
+                label = f"{task} {name.replace('_', ' ')}"
+                bars.append(bar(label, about, 100 * metric["value"], 100 * metric["stderr"], 100.0))
+    return bars
+
+
+def _gates(report: dict[str, Any]) -> str:
+    gates = (report["training"] or {}).get("gates") or []
+    cards = []
+    for gate in gates:
+        rows = "".join(
+            f"<li><b>{escape(g['metric'])}</b> {'not measured' if value is None else f'{value:.3f}'} "
+            f"<small>go {'≤' if g['go'] < g['no_go'] else '≥'} {g['go']}, no-go beyond {g['no_go']}</small></li>"
+            for g, value in zip(gate["gates"], gate["values"], strict=True)
+        )
+        advice = gate["advice"] if gate["outcome"] != "go" else ""
+        said = f"<p>Accepted: {escape(gate['accepted'])}</p>" if gate["accepted"] else f"<p>{escape(advice or '')}</p>"
+        cards.append(
+            f'<div class="decision {gate["outcome"]}">{_chip(gate["outcome"])} <b>step {gate["step"]:,}</b> '
+            f"<small>{escape(gate['time'][:16].replace('T', ' '))}</small><ul>{rows}</ul>{said}</div>"
+        )
+    note = "What was decided at milestones, by thresholds that were set before."
+    return _section("Gates", note, f'<div class="gates">{"".join(cards)}</div>') if cards else ""
+
+
+def _loss(report: dict[str, Any]) -> str:
+    training = report["training"]
+    if not training:
+        return ""
+    names = {"skipped": "updates skipped", "rollback": "roll-backs", "stuck": "times stuck"}
+    incidents = (
+        ", ".join(f"{count} {names[kind]}" for kind, count in training["incidents"].items()) or "no skipped update, no roll-back"
+    )
+    note = f"Nats a token, by step. {training['hours']:.2f} hours in steps; {incidents}."
+    return _section("Training loss", note, loss_chart(training))
+
+
+def _held_out(report: dict[str, Any]) -> str:
+    metrics = report["evaluations"].get("perplexity", {}).get("metrics", {})
+    bits = {name: found["bits_per_byte"] for name, found in metrics.items() if found.get("bits_per_byte") is not None}
+    if not bits:
+        return ""
+    top = max(4.0, max(bits.values()))
+    bars = [
+        bar(name, f"perplexity {metrics[name]['perplexity']:,.1f}", value, None, top, digits=3)
+        for name, value in sorted(bits.items(), key=lambda pair: (pair[0] == "all", pair[1]))
+    ]
+    note = "Bits per byte of text that was never trained on; lower is better, whatever the tokenizer."
+    return _section("Held-out text", note, f'<div class="bars">{"".join(bars)}</div>')
+
+
+def _needle(report: dict[str, Any]) -> str:
+    grids = report.get("needle") or {}
+    maps = "".join(heatmap(kind, grid["lengths"], grid["depths"], grid["cells"]) for kind, grid in grids.items())
+    note = "Share of hidden numbers found, by depth (down) and context length in tokens (across)."
+    return _section("Needle in a haystack", note, maps) if maps else ""
+
+
+def _samples(report: dict[str, Any]) -> str:
+    cards = "".join(
+        f'<div class="sample"><small>{"temperature " + str(s["temperature"]) if s["temperature"] else "greedy"}</small>'
+        f"<b>{escape(s['prompt'])}</b>{escape(s['text'] or '(the prompt does not fit the context)')}</div>"
+        for s in report["samples"]
+    )
+    return (
+        _section("In its own words", "Grey is the prompt. Nothing was picked.", f'<div class="samples">{cards}</div>')
+        if cards
+        else ""
+    )
+
+
+def _contamination(report: dict[str, Any]) -> str:
+    found = report["contamination"]
+    if not found:
+        return ""
+    rows = []
+    for name, counts in found["sets"].items():
+        cells = [f"{counts[key]:,}" for key in ("items", "too_short", "items_hit", "documents_hit")]
+        clean = [_clean(result) for task, result in report["evaluations"].items() if task == name and result.get("clean")]
+        rows.append([name, *cells, clean[0] if clean else "-"])
+    head = ["test set", "items", "too short to look for", "items found", "documents removed or cut", "score, all → clean items"]
+    note = f"What of the test sets was found in the training text, by {found['file']}."
+    return _section("Contamination", note, _rows(head, rows))
+
+
+def _clean(result: dict[str, Any]) -> str:
+    name = next(iter(result["metrics"]))
+    clean = result["clean"]["metrics"].get(name)
+    return f"{name} {100 * result['metrics'][name]['value']:.1f} → {100 * clean['value']:.1f}" if clean else "-"
+
+
+def _table(report: dict[str, Any], columns: Columns) -> str:
+    head = ["model", "tokens", *(heading for heading, _ in columns.values()), "harness", "metric", "source"]
+    sources = report["published"]["sources"]
+    tokens = _short(report["training"]["tokens"] or 0) if report["training"] else "?"
+    own = [_score(report["scores"].get(name)) for name in columns]
+    rows = [
+        "".join(f"<td>{cell}</td>" for cell in [escape(report["name"]), tokens, *own, "ours, as lm-eval 0.4.13", "", "this run"])
+    ]
+    for model in report["published"]["models"]:
+        source = sources[model["from"]["source"]]
+        link = f'<a href="{escape(source["url"])}">{escape(source["title"])}</a>'
+        cells = [_score(model["scores"].get(name)) for name in columns]
+        by = [escape(str(model["from"]["harness"])), escape(model["from"]["metric"]), link]
+        rows.append("".join(f"<td>{cell}</td>" for cell in [escape(model["name"]), escape(model["tokens"]), *cells, *by]))
+    note = "Small figures are shots. Compare rows only where harness, metric and shots agree."
+    body = f'<tr class="own">{rows[0]}</tr>' + "".join(f"<tr>{row}</tr>" for row in rows[1:])
+    header = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return _section("Beside published models", note, f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>')
+
+
+def _about(report: dict[str, Any]) -> str:
+    training = report["training"] or {}
+    pairs = {f"measured with {name}": value for name, value in report["environment"].items()}
+    pairs |= {f"trained with {name}": value for name, value in training.get("environment", {}).items()}
+    shapes = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    pairs |= {name: report["config"].get(name) for name in (*shapes, "vocab_size", "max_position_embeddings")}
+    files = {
+        f"{task} results": f"{found['file']}, prompts {found.get('prompt_hash', '-')[:16]}"
+        for task, found in report["evaluations"].items()
+    }
+    hashes = {"checkpoint": report["checkpoint_hash"], **report["hashes"]}
+    listed = _list(pairs) + "<details><summary>Hashes and files</summary>" + _list({**hashes, **files}) + "</details>"
+    return _section("Environment", "", listed)
+
+
+def _list(pairs: dict[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in pairs.items()) + "</dl>"
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    header = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>'
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    return "-" if score is None else f"{score['value']:.1f} <small>{escape(str(score['shots']))}</small>"
+
+
+def _section(title: str, note: str, body: str) -> str:
+    return f'<section><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{body}</section>'
+
+
+def _chip(outcome: str) -> str:
+    return f'<span class="chip {outcome}">{outcome.upper()}</span>'
+
+
+def _short(number: float) -> str:
+    """1,100,048,384 as 1.10B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:,.0f}"

@@ -1,0 +1,310 @@
+"""What a checkpoint is worth, in one place: figures as JSON, a table beside published models, samples, and one HTML page.
+
+python -m evals.report --checkpoint checkpoints/quickstart/gold/step_430 --logs logs/quickstart
+
+Takes every result under --results that was measured on this very checkpoint (by its hash), the run's logs and gates, and lets the
+model write. Leaves benchmark_results.json, comparison_table.md, qualitative_samples.txt and report.html in --output; the page
+is made of the JSON alone, needs no network, and can be sent to somebody as it is.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from data.manifest import file_hash
+from entrypoint import user_errors
+from evals.engines import LanguageModel, load_model
+from evals.harness import Write
+from evals.page import page
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+COLUMNS = {  # column -> (heading, task, metric, chance in percent)
+    "mmlu": ("MMLU", "mmlu", "acc", 25.0),
+    "gsm8k": ("GSM8K", "gsm8k", "flexible", 0.0),
+    "hellaswag": ("HellaSwag", "hellaswag", "acc_norm", 25.0),
+    "arc_challenge": ("ARC challenge", "arc", "challenge_acc_norm", 25.0),
+    "arc_mean": ("ARC, mean of easy and challenge", "", "", 25.0),
+    "truthfulqa": ("TruthfulQA", "truthfulqa", "mc2", None),
+    "mt_bench": ("MT-bench, of 10", "mt_bench", "score", None),
+}
+OUT_OF_TEN = ("mt_bench",)
+PROMPTS = (
+    "The capital of France is",
+    "Photosynthesis is the process by which",
+    "Once upon a time, in a village by the sea,",
+    "Question: If a train travels 60 miles in an hour, how far does it travel in three hours?\nAnswer:",
+    "The three most important inventions of the nineteenth century were",
+    "def fibonacci(n):",
+)
+POINTS = 400  # of a curve, at most
+
+
+def measured(results: Path, checkpoint_hash: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Task -> its results on this checkpoint, of the largest number of items, the newest of equals; and what was not measured."""
+    found: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    for path in sorted(results.rglob("*.json"), key=lambda path: path.stat().st_mtime):
+        try:
+            read = json.loads(path.read_text())
+        except ValueError:
+            continue  # not ours, or being written
+        if not isinstance(read, dict) or read.get("checkpoint_hash") != checkpoint_hash or "task" not in read:
+            continue
+        if "not_measured" in read:  # a suite's summary; its evaluations have files of their own
+            missing |= read["not_measured"]
+        elif (read.get("n") or 0) >= (found.get(read["task"], {}).get("n") or 0):
+            found[read["task"]] = {**read, "file": str(path)}
+    return found, {name: why for name, why in missing.items() if name not in found}
+
+
+def training(logs: Path) -> dict[str, Any]:
+    """Curves, held-out figures, phases and decisions of a run, out of its metrics.jsonl and events.jsonl."""
+    rows, events = _lines(logs / "metrics.jsonl"), _lines(logs / "events.jsonl")
+    if not rows:
+        raise ValueError(f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run, or none")
+    steps, losses = [row["step"] for row in rows], [float(row["loss"]) for row in rows]
+    window = max(1, len(rows) // POINTS)
+    phases: list[dict[str, Any]] = []
+    for row in rows:
+        if not phases or phases[-1]["name"] != row["phase"]:
+            phases.append({"name": row["phase"], "begin": row["step"] - 1})
+        phases[-1]["end"] = row["step"]
+    held_out = [{"step": row["step"], "loss": row["val/loss"]} for row in rows if "val/loss" in row]
+    gates = [event for event in events if event["event"] == "gate"]
+    return {
+        "logs": str(logs),
+        "steps": steps[-1],
+        "tokens": rows[-1].get("tokens"),
+        "hours": sum(row.get("step_s", 0.0) for row in rows) / 3600,
+        "curve": [[steps[i], losses[i]] for i in range(0, len(rows), window)],
+        "smooth": _smooth(steps, losses, phases, window),
+        "held_out": held_out,
+        "phases": phases,
+        "gates": [
+            {name: gate.get(name) for name in ("time", "step", "outcome", "accepted", "gates", "values", "advice")}
+            for gate in gates
+        ],
+        "incidents": {kind: n for kind in ("skipped", "rollback", "stuck") if (n := sum(e["event"] == kind for e in events))},
+        "environment": next((json.loads(path.read_text()) for path in sorted(logs.glob("*.environment.json"))[-1:]), {}),
+    }
+
+
+def _smooth(steps: list[int], losses: list[float], phases: list[dict[str, Any]], window: int) -> list[list[float]]:
+    """Centred running means, afresh in each phase of other text."""
+    reach = max(2, len(steps) // 100)
+    values, found = np.array(losses), []
+    for phase in phases:
+        inside = [i for i, step in enumerate(steps) if phase["begin"] < step <= phase["end"]]
+        for i in inside[::window]:
+            near = values[max(inside[0], i - reach) : min(inside[-1], i + reach) + 1]
+            near = near[np.isfinite(near)]
+            if len(near):
+                found.append([steps[i], float(near.mean())])
+    return found
+
+
+def contamination(path: Path) -> dict[str, Any]:
+    """Per test set: items, how many were too short to be looked for, items and training documents hit."""
+    try:
+        read = json.loads(path.read_text())
+        sets = {}
+        for name, items in read["settings"]["test_sets"].items():
+            hits = [(document, hit) for document, found in read["documents"].items() for hit in found if hit["test_set"] == name]
+            sets[name] = {
+                "items": items,
+                "too_short": len(read["too_short"].get(name, [])),
+                "items_hit": len({hit["test_id"] for _, hit in hits}),
+                "documents_hit": len({document for document, _ in hits}),
+            }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as a contamination report; give what scripts.prepare_data wrote") from error
+    return {"file": str(path), "sets": sets}
+
+
+def samples(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
+    """What the model makes of prompts: greedy, and one draw at temperature 0.8."""
+    requests = [Write(prompt, max_tokens=tokens, temperature=t, top_p=0.95) for prompt in prompts for t in (0.0, 0.8)]
+    answers: dict[int, Any] = {i: answer for batch in model.answer(requests) for i, answer in batch}
+    return [
+        {"prompt": request.prompt, "temperature": request.temperature, "text": getattr(answers[i], "text", None)}
+        for i, request in enumerate(requests)
+    ]
+
+
+def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Kind -> lengths, depths and the mean accuracy of each cell, "length/depth", out of eval_needle's samples."""
+    if "needle" not in evaluations:
+        return {}
+    cells: dict[str, dict[tuple[int, float], list[float]]] = {}
+    for sample in _lines(Path(evaluations["needle"]["file"]).with_name(evaluations["needle"]["samples"])):
+        found = sample["scores"]
+        if "accuracy" in found:
+            where = int(found["length"]), float(found["depth"])
+            cells.setdefault(sample["subject"], {}).setdefault(where, []).append(found["accuracy"])
+    return {
+        kind: {
+            "lengths": sorted({length for length, _ in of_kind}),
+            "depths": sorted({depth for _, depth in of_kind}),
+            "cells": {f"{length}/{depth}": sum(tests) / len(tests) for (length, depth), tests in of_kind.items()},
+        }
+        for kind, of_kind in cells.items()
+    }
+
+
+def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Column -> value, standard error and shots of our own model, in the units of the published table."""
+    found = {}
+    for column, (_, task, metric, _) in COLUMNS.items():
+        estimate = evaluations.get(task, {}).get("metrics", {}).get(metric)
+        if estimate and estimate["value"] is not None:
+            scale = 1 if column in OUT_OF_TEN else 100
+            error = estimate["stderr"] and estimate["stderr"] * scale
+            result = evaluations[task]
+            found[column] = {"value": estimate["value"] * scale, "stderr": error, "shots": result.get("shots"), "n": result["n"]}
+    return found
+
+
+def published() -> dict[str, Any]:
+    """Scores of others: models as in published.yaml, each score as {value, shots}."""
+    read = yaml.safe_load(PUBLISHED.read_text())
+    for model in read["models"]:
+        default = model["from"]["shots"]
+        pairs = {name: score if isinstance(score, list) else [score, default] for name, score in model["scores"].items()}
+        model["scores"] = {name: {"value": value, "shots": shots} for name, (value, shots) in pairs.items()}
+    return read
+
+
+def comparison(report: dict[str, Any]) -> str:
+    """comparison_table.md: our row, then everybody else's; each row one source and harness, each cell its shots."""
+    columns = {name: heading for name, (heading, *_) in COLUMNS.items()}
+    head = ["Model", "Tokens", *columns.values(), "Harness", "Metric", "Source"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(columns) + "---|---|---|"]
+    own = {name: _cell(score) for name, score in report["scores"].items()}
+    tokens = f"{report['training']['tokens']:,}" if report.get("training") else "?"
+    ours = ["**" + report["name"] + "**", tokens, *(own.get(name, "-") for name in columns)]
+    lines.append("| " + " | ".join([*ours, "ours, as lm-eval 0.4.13", "acc_norm; MMLU acc; TruthfulQA mc2", "this run"]) + " |")
+    for model in report["published"]["models"]:
+        cells = [_cell(model["scores"][name]) if name in model["scores"] else "-" for name in columns]
+        source = report["published"]["sources"][model["from"]["source"]]
+        link = f"[{source['title']}]({source['url']})"
+        by = [model["from"]["harness"], model["from"]["metric"], link]
+        lines.append("| " + " | ".join([model["name"], model["tokens"], *cells, *by]) + " |")
+    note = (
+        "Percent; in brackets the shots, `?` where the source does not say. ± is one standard error. The same model moves by\n"
+        "15 to 30 points between harnesses, prompts and shots: compare rows only where those agree.\n"
+    )
+    return f"# {report['name']} beside published models\n\n{note}\n" + "\n".join(lines) + "\n"
+
+
+def _cell(score: dict[str, Any]) -> str:
+    error = f" ± {score['stderr']:.1f}" if score.get("stderr") is not None else ""
+    return f"{score['value']:.1f}{error} ({score['shots']})"
+
+
+def build(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the report shows, as plain JSON."""
+    model = load_model(args.checkpoint, args.device, args.dtype)
+    evaluations, missing = measured(args.results, model.hash)
+    config = json.loads((args.checkpoint / "config.json").read_text())
+    return {
+        "name": args.name or args.checkpoint.name,
+        "checkpoint": str(args.checkpoint),
+        "checkpoint_hash": model.hash,
+        "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "config": config,
+        "parameters": _parameters(args.checkpoint),
+        "scores": scores(evaluations),
+        "evaluations": evaluations,
+        "not_measured": missing,
+        "needle": needle(evaluations),
+        "training": training(args.logs) if args.logs else None,
+        "contamination": contamination(args.contaminated) if args.contaminated else None,
+        "samples": samples(model, args.prompt, args.max_new_tokens),
+        "environment": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "machine": platform.platform(),
+            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
+            "dtype": model.dtype,
+        },
+        "hashes": {
+            path.name: file_hash(path) for path in sorted(args.checkpoint.iterdir()) if path.suffix in (".safetensors", ".json")
+        },
+        "published": published(),
+    }
+
+
+def _parameters(checkpoint: Path) -> int:
+    """Numbers in the weights, a tied head once."""
+    from safetensors import safe_open
+
+    count = 0
+    for path in checkpoint.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118 - no mapping
+    return count
+
+
+def write(report: dict[str, Any], output: Path) -> list[Path]:
+    """The four files, in `output`."""
+    output.mkdir(parents=True, exist_ok=True)
+    texts = [f"{s['prompt']}[{s['text']}]\n(temperature {s['temperature']})\n" for s in report["samples"]]
+    about = f"{report['name']}, {report['checkpoint']}, {report['made']}. In brackets what the model wrote.\n\n"
+    files = {
+        "benchmark_results.json": json.dumps(_finite(report), indent=1) + "\n",
+        "comparison_table.md": comparison(report),
+        "qualitative_samples.txt": about + "\n".join(texts),
+        "report.html": page(report, {name: (heading, chance) for name, (heading, _, _, chance) in COLUMNS.items()}),
+    }
+    for name, text in files.items():
+        (output / name).write_text(text)
+    return [output / name for name in files]
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # being written
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--name", help="of the model (default: the checkpoint's)")
+    parser.add_argument("--logs", type=Path, help="logs/<run>: loss curves, gates, environment")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="where results of this checkpoint are looked for")
+    parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="what the model continues")
+    parser.add_argument("--max_new_tokens", type=int, default=60)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--output", type=Path, default=Path("results"))
+    args = parser.parse_args()
+    with user_errors():
+        for path in write(build(args), args.output):
+            print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()
