@@ -42,7 +42,7 @@ def _header(report: dict[str, Any], columns: Columns) -> str:
         tiles += [(_short(training["tokens"] or 0), "tokens read"), (f"{training['steps']:,}", "steps")]
     whole = report["evaluations"].get("perplexity", {}).get("metrics", {}).get("all", {})
     if whole.get("bits_per_byte") is not None:
-        tiles.append((f"{whole['bits_per_byte']:.3f}", "bits per byte, held out"))
+        tiles.append((f"{whole['bits_per_byte']:.3f}", "bits a byte, unseen text"))
     tiles += [(f"{score['value']:.1f}", columns[name][0]) for name, score in list(report["scores"].items())[:2]]
     made = "".join(f'<div class="tile"><b>{value}</b><span>{escape(what)}</span></div>' for value, what in tiles)
     return (
@@ -222,7 +222,8 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _score(score: dict[str, Any] | None) -> str:
-    return "-" if score is None else f"{score['value']:.1f} <small>{escape(str(score['shots']))}</small>"
+    value = "" if score is None else f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
+    return "-" if score is None else f"{value} <small>{escape(str(score['shots']))}</small>"
 
 
 def _section(title: str, note: str, body: str) -> str:

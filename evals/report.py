@@ -31,7 +31,7 @@ COLUMNS = {  # column -> (heading, task, metric, chance in percent)
     "gsm8k": ("GSM8K", "gsm8k", "flexible", 0.0),
     "hellaswag": ("HellaSwag", "hellaswag", "acc_norm", 25.0),
     "arc_challenge": ("ARC challenge", "arc", "challenge_acc_norm", 25.0),
-    "arc_mean": ("ARC, mean of easy and challenge", "", "", 25.0),
+    "arc_mean": ("ARC, both parts", "", "", 25.0),
     "truthfulqa": ("TruthfulQA", "truthfulqa", "mc2", None),
     "mt_bench": ("MT-bench, of 10", "mt_bench", "score", None),
 }
@@ -168,7 +168,8 @@ def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             scale = 1 if column in OUT_OF_TEN else 100
             error = estimate["stderr"] and estimate["stderr"] * scale
             result = evaluations[task]
-            found[column] = {"value": estimate["value"] * scale, "stderr": error, "shots": result.get("shots"), "n": result["n"]}
+            n = result.get("subjects", {}).get(metric.split("_")[0], result)["n"]  # of ARC's part
+            found[column] = {"value": estimate["value"] * scale, "stderr": error, "shots": result.get("shots"), "n": n}
     return found
 
 
@@ -206,7 +207,8 @@ def comparison(report: dict[str, Any]) -> str:
 
 def _cell(score: dict[str, Any]) -> str:
     error = f" ± {score['stderr']:.1f}" if score.get("stderr") is not None else ""
-    return f"{score['value']:.1f}{error} ({score['shots']})"
+    value = f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"  # others' as they are published
+    return f"{value}{error} ({score['shots']})"
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""Where a model looks: attention by distance for every layer, the share of the first token, and pictures of single heads.
+
+python -m scripts.visualize_attention --checkpoint checkpoints/nanollama_1b/phase2_16k/step_207000 --input_length 8192
+
+Probabilities are computed a few rows at a time, so no T x T matrix exists at any length.
+"""
+
+import argparse
+import math
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import load_tokenizer
+from entrypoint import user_errors
+from models.attention import attention_mask
+from models.hf import load_hf
+from models.layers import apply_rotary
+from models.nanollama import GroupedQueryAttention, NanoLlama
+from scripts.test_generation import borders
+
+CHUNK = 1 << 24  # probabilities at a time, all heads together
+
+
+class Attention(NamedTuple):
+    """Of every layer L and head H, means over queries; fp64 on the CPU."""
+
+    profile: Tensor  # [L, H, bins]: mass on distances 0, 1, 2-3, 4-7, ...
+    sink: Tensor  # [L, H]: mass on the first token, of the queries after it
+    pictures: Tensor  # [L, H, size, size]: mass that queries of a band put on a band of keys
+
+
+@torch.no_grad()
+def look(model: NanoLlama, tokens: Tensor, size: int = 64, chunk: int = CHUNK) -> Attention:
+    """Attention of a document's tokens [T]; chunk: how many probabilities exist at a time."""
+    x = model.embed_tokens(tokens[None])
+    cos, sin = model.rotary(len(tokens))
+    mask = attention_mask(None, x, model.attention)
+    found = []
+    layers: list[Any] = list(model.layers)
+    for layer in layers:
+        found.append(_head_statistics(layer.self_attn, layer.input_layernorm(x), cos, sin, size, chunk))
+        x = layer(x, cos, sin, mask)
+    return Attention(*(torch.stack(parts).cpu() for parts in zip(*found, strict=True)))
+
+
+def _head_statistics(
+    attention: GroupedQueryAttention, x: Tensor, cos: Tensor, sin: Tensor, size: int, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Profile, sink and pictures of one layer's heads, of its normed input [1, T, D]."""
+    length = x.shape[1]
+    q, k = (proj(x).view(length, -1, attention.head_dim) for proj in (attention.q_proj, attention.k_proj))
+    if attention.q_norm is not None and attention.k_norm is not None:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    q, k = (apply_rotary(part.transpose(0, 1)[None], cos, sin)[0] for part in (q, k))  # [heads, T, head_dim]
+    heads = len(q)
+    k = k.repeat_interleave(heads // len(k), 0).float().transpose(1, 2)
+    places = torch.arange(length, device=x.device)
+    bands = places * size // length
+    profile = torch.zeros(heads, int(_bin(torch.tensor(length - 1))) + 1, dtype=torch.float64, device=x.device)
+    sink = torch.zeros(heads, dtype=torch.float64, device=x.device)
+    pictures = torch.zeros(heads, size, size, dtype=torch.float64, device=x.device)
+    rows = max(1, chunk // (heads * length))
+    for first in range(0, length, rows):
+        queries = places[first : first + rows]
+        distance = queries[:, None] - places  # [rows, T]; of later keys below 0
+        scores = q[:, queries].float() @ k / math.sqrt(attention.head_dim)
+        mass = scores.masked_fill(distance < 0, -math.inf).softmax(-1).double()  # [heads, rows, T]
+        bins = _bin(distance.clamp(min=0)).expand(heads, -1, -1)
+        profile.scatter_add_(1, bins.flatten(1), mass.flatten(1))
+        sink += mass[:, queries > 0, 0].sum(1)
+        by_key = torch.zeros(heads, len(queries), size, dtype=torch.float64, device=x.device)
+        by_key.scatter_add_(2, bands.expand(heads, len(queries), -1), mass)
+        pictures.index_add_(1, bands[queries], by_key)
+    return profile / length, sink / max(1, length - 1), pictures / bands.bincount(minlength=size).clamp(min=1)[:, None]
+
+
+def _bin(distance: Tensor) -> Tensor:
+    """0 for distance 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, ..."""
+    return torch.where(distance > 0, distance.double().log2().floor() + 1, 0).long()
+
+
+def bin_names(count: int) -> list[str]:
+    return ["0", "1", *(f"{1 << (i - 1):,}+" for i in range(2, count))][:count]
+
+
+def draw(found: Attention, output: Path, title: str) -> None:
+    """Layers by distance, the first token's share, and heads of up to six layers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    layers, heads, bins = found.profile.shape
+    shown = sorted({round(i * (layers - 1) / 5) for i in range(6)})
+    columns = min(8, heads)
+    figure = pyplot.figure(figsize=(6 + columns, 5 + 1.5 * len(shown)), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[4, 1.5 * len(shown)])
+    above, below = parts
+    figure.suptitle(title)
+    profile, share = above.subplots(1, 2, width_ratios=[3, 1], sharey=True)
+    image = profile.imshow(found.profile.mean(1), aspect="auto", cmap="magma", vmin=0)
+    profile.set(xlabel="distance in tokens", ylabel="layer", title="attention mass by distance, mean of heads")
+    profile.set_xticks(range(bins), bin_names(bins), rotation=45, ha="right", fontsize=8)
+    above.colorbar(image, ax=profile)
+    share.barh(range(layers), found.sink.mean(1), color="#3656c8")
+    share.plot(found.sink.flatten(), torch.arange(layers).repeat_interleave(heads), ".", color="#d9822b", markersize=3)
+    share.set(xlim=(0, 1), xlabel="share of the first token", title="sink: mean, and each head")
+    axes = below.subplots(len(shown), columns, squeeze=False)
+    for row, layer in enumerate(shown):
+        for column in range(columns):
+            head = column * heads // columns
+            axes[row, column].imshow((found.pictures[layer, head] + 1e-4).log(), cmap="magma", interpolation="nearest")
+            axes[row, column].set_xticks([])
+            axes[row, column].set_yticks([])
+            axes[row, column].set_title(f"layer {layer}, head {head}", fontsize=7)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    pyplot.close(figure)
+
+
+def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
+    """bos, if the model has one, and the first tokens of a text, `length` in all; ValueError where the text is too short."""
+    if text is not None and not text.is_file():
+        raise ValueError(f"there is no text {text}")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    paths = [text] if text else [library / f"{name}.py" for name in ("argparse", "typing", "tarfile", "doctest", "pydoc")]
+    bos, _ = borders(checkpoint)
+    written = "\n\n".join(path.read_text() for path in paths)
+    ids = [*bos, *load_tokenizer(checkpoint).encode(written, add_special_tokens=False).ids][:length]
+    if len(ids) < length:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than {length}; give a longer --text or a smaller --input_length")
+    return torch.tensor(ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--input_length", type=int, default=8192, help="tokens (default: %(default)s)")
+    parser.add_argument("--text", type=Path, help="a document to read (default: modules of Python's library)")
+    parser.add_argument("--output", type=Path, default=Path("results/attention_visualizations.png"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    with user_errors():
+        if not (args.checkpoint / "config.json").is_file():
+            raise ValueError(f"{args.checkpoint} is no checkpoint: it holds no config.json")
+        model = load_hf(args.checkpoint, device=args.device).eval()
+        if not 2 <= args.input_length <= model.config.max_position_embeddings:
+            raise ValueError(f"--input_length must be 2 to {model.config.max_position_embeddings}, the model's context")
+        found = look(model, tokens_of(args.checkpoint, args.text, args.input_length).to(args.device))
+        draw(found, args.output, f"{args.checkpoint}, {args.input_length:,} tokens")
+        for layer, share in enumerate(found.sink.mean(1).tolist()):
+            print(f"layer {layer:>2}: {share:.3f} of the attention is on the first token")
+        print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

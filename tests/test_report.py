@@ -1,0 +1,252 @@
+"""The report's numbers are those of its JSON, the page stands alone and can be looked at; attention equals the full matrix."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import ROOT, VOCAB
+
+from data.tokenizer import load_tokenizer, save_tokenizer
+from evals import report
+from evals.engines import folder_hash
+from models.hf import load_hf, save_hf
+from models.nanollama import ModelConfig, NanoLlama
+from scripts import visualize_attention
+
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    initializer_range=0.2,
+)
+VOID = {"meta", "line", "polyline", "br", "link", "img", "input"}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, text_store):
+    folder = tmp_path_factory.mktemp("model") / "step_9"
+    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
+    save_tokenizer(load_tokenizer(text_store / "tokenizer"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(checkpoint, tmp_path_factory):
+    """A report over made-up results and logs, and the folder of its files."""
+    place = tmp_path_factory.mktemp("report")
+    results, logs = place / "results", place / "logs"
+    results.mkdir()
+    logs.mkdir()
+    of = {"checkpoint_hash": folder_hash(checkpoint)}
+
+    def put(name, task, metrics, n, **more):
+        estimates = {key: {"value": value, "stderr": error} for key, (value, error) in metrics.items()}
+        (results / name).write_text(json.dumps({"task": task, "metrics": estimates, "n": n, "shots": 0, **of, **more}))
+
+    put("hellaswag.json", "hellaswag", {"acc": (0.31, 0.01), "acc_norm": (0.4321, 0.0123)}, 800)
+    put("smaller.json", "hellaswag", {"acc_norm": (0.99, 0.01)}, 3)
+    put("other.json", "mmlu", {"acc": (0.77, 0.01)}, 9, checkpoint_hash="of another")
+    clean = {"metrics": {"acc": {"value": 0.2, "stderr": 0.1}}, "n": 3, "contaminated": ["x"]}
+    put("mmlu.json", "mmlu", {"acc": (0.2625, 0.004)}, 400, clean=clean)
+    put("needle.json", "needle", {"accuracy": (0.5, 0.1)}, 4, samples="needle.samples.jsonl")
+    cells = [("128", "0.000", 1.0), ("128", "0.000", 0.0), ("256", "0.000", 1.0), ("128", "1.000", 0.25)]
+    lines = [{"subject": "single", "scores": {"length": a, "depth": b, "accuracy": c}} for a, b, c in cells]
+    (results / "needle.samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    bits = {name: {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": value} for name, value in (("wiki", 1.25), ("all", 1.5))}
+    (results / "perplexity.json").write_text(json.dumps({"task": "perplexity", "metrics": bits, **of}))
+    summary = {"task": "quick", "metrics": {}, "not_measured": {"gsm8k": "no <data>", "mmlu": "was"}, **of}
+    (results / "quick.json").write_text(json.dumps(summary))
+    rows = [
+        {"step": i, "phase": "one" if i < 60 else "two", "loss": 9 / i**0.3, "tokens": 100 * i, "step_s": 2}
+        for i in range(1, 101)
+    ]
+    rows[50]["val/loss"], rows[70]["loss"] = 4.5, float("nan")
+    (logs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    gate = {"metric": "all.perplexity", "go": 8, "no_go": 9}
+    event = {"event": "gate", "time": "2026-01-01T00:00:00", "step": 100, "outcome": "caution", "accepted": None}
+    (logs / "events.jsonl").write_text(json.dumps({**event, "gates": [gate], "values": [8.5], "advice": "wait <a bit>"}) + "\n")
+    hits = [{"test_set": "mmlu", "test_id": "x"}, {"test_set": "mmlu", "test_id": "y"}]
+    found = {"documents": {"d": hits}, "too_short": {"mmlu": ["z"]}, "settings": {"test_sets": {"mmlu": 400, "arc": 30}}}
+    (place / "ids.json").write_text(json.dumps(found))
+    command = ["--checkpoint", str(checkpoint), "--logs", str(logs), "--results", str(results), "--device", "cpu"]
+    more = [
+        "--contaminated",
+        str(place / "ids.json"),
+        "--name",
+        "tiny <b>",
+        "--max_new_tokens",
+        "8",
+        "--output",
+        str(place / "out"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["x", *command, *more, "--prompt", "def f(", "x " * 400])
+        report.main()
+    return json.loads((place / "out" / "benchmark_results.json").read_text()), place / "out"
+
+
+class Page(HTMLParser):
+    """Well-formed? What does it link to, and what does it say?"""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.resources, self.texts = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+        self.resources += [
+            (tag, value) for name, value in attrs if name in ("src", "srcset", "data") or (tag, name) == ("link", "href")
+        ]
+
+    def handle_startendtag(self, tag, attrs):
+        assert tag in VOID, tag
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_results_are_of_this_checkpoint_and_the_largest_run(made):
+    found, _ = made
+    assert set(found["evaluations"]) == {"hellaswag", "mmlu", "needle", "perplexity"} and found["not_measured"] == {
+        "gsm8k": "no <data>"
+    }
+    assert found["scores"]["hellaswag"] == {"value": pytest.approx(43.21), "stderr": pytest.approx(1.23), "shots": 0, "n": 800}
+    assert found["scores"]["mmlu"]["value"] == pytest.approx(26.25)
+    assert found["needle"]["single"]["cells"] == {"128/0.0": 0.5, "256/0.0": 1.0, "128/1.0": 0.25}
+    assert found["contamination"]["sets"]["mmlu"] == {"items": 400, "too_short": 1, "items_hit": 2, "documents_hit": 1}
+    assert found["parameters"] == CONFIG.num_parameters
+    assert [phase["begin"] for phase in found["training"]["phases"]] == [0, 59] and found["training"]["tokens"] == 10_000
+    assert found["training"]["curve"][70][1] is None  # a NaN is no JSON, and no picture
+    assert found["samples"][0]["text"] and found["samples"][-1]["text"] is None
+
+
+def test_the_page_stands_alone_and_says_what_the_json_says(made):
+    found, out = made
+    text = (out / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert not page.open and not page.resources and "@import" not in text and "url(" not in text and "<script" not in text
+    said = " ".join(page.texts)
+    numbers = [f"{score['value']:.1f}" for score in found["scores"].values()]
+    numbers += [f"{1.96 * score['stderr']:.1f}" for score in found["scores"].values()]
+    numbers += [f"{m['bits_per_byte']:.3f}" for m in found["evaluations"]["perplexity"]["metrics"].values()]
+    numbers += [f"{value:.2f}" for value in found["needle"]["single"]["cells"].values()]
+    numbers += [found["checkpoint_hash"], "8.500", "CAUTION", "wait <a bit>", "no <data>", "tiny <b>", "acc 26.2 → 20.0"]
+    for number in numbers:
+        assert number in said, number
+    assert found["samples"][0]["text"] in said
+
+
+def test_every_published_score_has_its_source_and_shots(made):
+    found, out = made
+    table = (out / "comparison_table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(found["published"]["models"]) and len({row.count("|") for row in rows}) == 1
+    assert "43.2 ± 1.2 (0)" in rows[1]
+    for model in found["published"]["models"]:
+        assert model["from"]["source"] in found["published"]["sources"] and model["scores"].keys() <= report.COLUMNS.keys()
+        assert (
+            model["from"]["harness"] and model["from"]["metric"] and all(s["shots"] is not None for s in model["scores"].values())
+        )
+    for name in ("TinyLlama", "MobileLLM", "SmolLM2", "OLMo", "Llama-3.2", "Pythia", "nanochat"):
+        assert any(model["name"].startswith(name) for model in found["published"]["models"]), name
+    assert "def f([" in (out / "qualitative_samples.txt").read_text()
+
+
+def test_a_browser_shows_it(made, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed: apt-get install chromium")
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path}",
+        "--timeout=20000",
+    ]
+    picture = tmp_path / "page.png"
+    size = ["--window-size=1000,1400", f"--screenshot={picture}"]
+    done = subprocess.run([chromium, *flags, *size, f"file://{made[1]}/report.html"], capture_output=True, timeout=120)
+    assert done.returncode == 0
+    from PIL import Image
+
+    colours = Image.open(picture).convert("RGB").getcolors(1 << 20)
+    assert len(colours) > 200  # bars, curves and text, not an empty page
+
+
+def test_results_of_nothing(checkpoint, tmp_path, monkeypatch, capfd):
+    (tmp_path / "results").mkdir()
+    command = [
+        "x",
+        "--checkpoint",
+        str(checkpoint),
+        "--results",
+        str(tmp_path / "results"),
+        "--output",
+        str(tmp_path),
+        "--device",
+        "cpu",
+    ]
+    for more, expected in (
+        (["--logs", str(tmp_path)], "has no metrics; give the --logs of the run"),
+        (["--contaminated", str(tmp_path / "none.json")], "cannot be read as a contamination report"),
+    ):
+        monkeypatch.setattr(sys, "argv", [*command, *more, "--max_new_tokens", "2"])
+        with pytest.raises(SystemExit) as left:
+            report.main()
+        assert left.value.code == 2 and expected in capfd.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*command, "--max_new_tokens", "2"])
+    report.main()  # a page of what there is
+    assert "In its own words" in (tmp_path / "report.html").read_text()
+
+
+def test_attention_in_chunks_equals_the_whole_matrix(checkpoint, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    length, size = 100, 7
+    tokens = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(0))
+    found = visualize_attention.look(load_hf(checkpoint), tokens, size=size, chunk=4 * length * 9)  # nine rows at a time
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        whole = torch.stack(theirs(tokens[None], output_attentions=True).attentions)[:, 0].double()  # [L, H, T, T]
+    edges = [0, 1, 2, 4, 8, 16, 32, 64, 128]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    for i, (low, high) in enumerate(pairwise(edges)):
+        inside = (distance >= low) & (distance < high)
+        assert torch.allclose(found.profile[:, :, i], (whole * inside).sum((2, 3)) / length, atol=1e-5)
+    assert found.profile.shape == (2, 4, 8) and torch.allclose(found.profile.sum(-1), torch.ones(2, 4, dtype=torch.float64))
+    assert torch.allclose(found.sink, whole[:, :, 1:, 0].mean(-1), atol=1e-5)
+    bands = torch.arange(length) * size // length
+    for a in range(size):
+        for b in range(size):
+            part = whole[:, :, bands == a][..., bands == b].sum(-1).mean(-1)
+            assert torch.allclose(found.pictures[:, :, a, b], part, atol=1e-5)
+    output = tmp_path / "attention.png"
+    arguments = ["x", "--checkpoint", str(checkpoint), "--input_length", "200", "--output", str(output), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    visualize_attention.main()
+    assert output.read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--input_length", "257"])
+    with pytest.raises(SystemExit):
+        visualize_attention.main()
+
+
+def test_the_page_needs_no_package_beyond_the_core():
+    text = "".join((ROOT / "evals" / f"{name}.py").read_text() for name in ("page", "charts"))
+    imported = set(re.findall(r"^(?:from|import) (\w+)", text, flags=re.M))
+    assert imported <= {"math", "collections", "html", "typing", "pathlib", "evals"}
