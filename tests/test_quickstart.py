@@ -51,6 +51,8 @@ def quickstart(tmp_path_factory):
     gates = [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]
     plan["phases"][2]["milestones"] = [{"at": 7}, {"at": 9, "gates": gates}]  # one of them in the middle of the phase
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    path = place / "configs" / "quickstart" / "suite.yaml"
+    path.write_text(re.sub(r"--limit \d+", "--limit 2", path.read_text()))
     return place, run(place)
 
 
@@ -63,7 +65,7 @@ def run(place):
 
 def test_every_stage_says_what_it_does(quickstart):
     _, output = quickstart
-    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 12))
+    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 13))
     begins = ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "goes on at step 7")
     for sentence in (*begins, "decision at step 9: GO"):
         assert sentence in output
@@ -85,6 +87,10 @@ def test_what_it_leaves(quickstart):
     assert set(report["metrics"]) == {"wikipedia", "factbook", "code", "maths", "stem", "all"}
     for figures in report["metrics"].values():
         assert 2 < figures["bits_per_byte"] < 6 and figures["tokens"] > 5_000
+    found = json.loads((place / "results" / "quickstart" / "benchmark_results.json").read_text())
+    assert set(found["evaluations"]) == {"perplexity", "hellaswag", "arc"} and found["training"]["gates"][-1]["outcome"] == "go"
+    assert found["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"] and not found["not_measured"]
+    assert "<h1>quickstart</h1>" in (place / "results" / "quickstart" / "report.html").read_text()
 
 
 def test_the_corpus_is_what_was_measured(quickstart):

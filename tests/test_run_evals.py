@@ -1,0 +1,196 @@
+"""A suite loads the model once, goes on where it was killed, skips what is current, splits over ranks, and is judged."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, VOCAB, one_thread
+
+from data.tokenizer import load_tokenizer, save_tokenizer
+from evals import engines
+from models.hf import save_hf
+from models.nanollama import ModelConfig, NanoLlama
+from scripts import run_evals
+from scripts.eval_data import write_rows
+
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, text_store) -> Path:
+    """A folder with a checkpoint, rows of two tasks, a suite and a plan."""
+    place = tmp_path_factory.mktemp("suite")
+    folder = place / "step_6"
+    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
+    save_tokenizer(load_tokenizer(text_store / "tokenizer"), folder)
+    endings = [[f"goes {i} {word}" for word in ("up", "down the hill", "home", "nowhere")] for i in range(6)]
+    of = {"activity_label": "Walk", "ctx_a": "A dog runs.", "ctx_b": "it"}
+    rows = [{**of, "endings": ends, "label": str(i % 4), "id": f"h{i}"} for i, ends in enumerate(endings)]
+    write_rows(place / "hellaswag.jsonl", rows)
+    targets = {"choices": ["yes", "no", "it may be"], "labels": [1, 0, 0]}
+    more = {"choices": [*targets["choices"], "perhaps"], "labels": [1, 0, 0, 0]}
+    rows = [{"question": f"Is {i} even?", "mc1_targets": targets, "mc2_targets": more} for i in range(4)]
+    write_rows(place / "truthfulqa.jsonl", rows)
+    evals = {
+        "perplexity": f"--dataset {text_store} --sequence_length 64 --limit 5 --batch_size 1",
+        "hellaswag": "",
+        "truthfulqa": "",
+    }
+    (place / "tiny.yaml").write_text(yaml.safe_dump({"evals": evals}, sort_keys=False))
+    gates = [{"metric": "first.bits_per_byte", "go": 60, "no_go": 90}, {"metric": "hellaswag.acc_norm", "go": -1, "no_go": -2}]
+    missing = {"metric": "gsm8k.flexible", "go": 0.1, "no_go": 0.0}
+    marks = [{"at": 6, "gates": gates}, {"at": 7, "gates": [*gates, missing]}]
+    plan = {"name": "tiny", "evals": {"suite": "x"}, "phases": [{"config": "one.yaml", "milestones": marks}]}
+    (place / "plan.yaml").write_text(yaml.safe_dump(plan))
+    return place
+
+
+def arguments(place: Path, output: Path, *more: str) -> list[str]:
+    data = ["--data", *(f"{name}={place / name}.jsonl" for name in ("hellaswag", "truthfulqa"))]
+    common = [
+        "--checkpoint",
+        str(place / "step_6"),
+        "--suite",
+        str(place / "tiny.yaml"),
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+    ]
+    return [*common, *(data if "--data" not in more else []), *more]
+
+
+@pytest.fixture
+def run(place, monkeypatch, capfd):
+    """Run a suite here; its exit status, summary and output, and how many requests the model answered."""
+
+    def run(output: Path, *more: str):
+        asked = []
+        answer = engines_of().answer
+
+        def counted(self, requests):
+            asked.extend(requests)
+            return answer(self, requests)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engines_of(), "answer", counted)
+            patch.setattr(sys, "argv", ["x", *arguments(place, output, *more)])
+            try:
+                run_evals.main()
+                status = 0
+            except SystemExit as left:
+                status = left.code
+        said = capfd.readouterr()
+        return status, json.loads(output.read_text()) if output.is_file() else {}, said.out + said.err, len(asked)
+
+    return run
+
+
+def engines_of():
+    return engines.LanguageModel
+
+
+def test_a_suite_is_measured_once_and_judged(run, place, tmp_path):
+    output = tmp_path / "tiny.json"
+    status, found, said, asked = run(output, "--gates", str(place / "plan.yaml"))
+    assert status == 0 and asked == 6 + 2 * 4 and "decision: GO" in said and found["outcome"] == "go"
+    assert set(found["metrics"]) == {"first", "second", "all", "hellaswag", "truthfulqa"} and found["n"]["hellaswag"] == 6
+    assert found["metrics"]["hellaswag"] == json.loads((tmp_path / "hellaswag.json").read_text())["metrics"]
+    status, again, _, asked = run(output)
+    assert status == 0 and asked == 0 and again["metrics"] == found["metrics"] and again["outcome"] is None
+    (tmp_path / "hellaswag.json").unlink()  # as a killed suite leaves it: answers, but no results
+    _, again, _, asked = run(output)
+    assert asked == 0 and again["metrics"] == found["metrics"]
+    _, fewer, _, asked = run(output, "--limit", "2")
+    assert fewer["n"]["hellaswag"] == 2 and asked == 0  # other results, of answers that were known
+
+
+def test_another_checkpoint_is_measured_anew(run, place, tmp_path):
+    _, found, _, _ = run(tmp_path / "tiny.json")
+    weights = place / "step_6" / "model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        save_hf(place / "other", CONFIG, NanoLlama(CONFIG, seed=4).state_dict(), torch.float32, bos=0, eos=0, pad=1)
+        weights.write_bytes((place / "other" / "model.safetensors").read_bytes())
+        _, other, _, asked = run(tmp_path / "tiny.json")
+    finally:
+        weights.write_bytes(kept)
+    assert asked == 6 + 2 * 4 and other["checkpoint_hash"] != found["checkpoint_hash"]
+    assert other["metrics"]["all"] != found["metrics"]["all"]
+
+
+def test_what_cannot_be_measured_is_named_and_no_pass(run, place, tmp_path):
+    data = ["--data", f"hellaswag={place / 'hellaswag.jsonl'}", "truthfulqa=nowhere.jsonl"]
+    status, found, said, _ = run(tmp_path / "tiny.json", *data, "--gates", str(place / "plan.yaml"))
+    assert status == 0 and "there is no nowhere.jsonl" in found["not_measured"]["truthfulqa"] and "hellaswag" in found["metrics"]
+    assert "warning: truthfulqa was not measured" in said
+    status, found, said, _ = run(tmp_path / "tiny.json", "--gates", str(place / "plan.yaml"), "--at", "7")
+    assert status == 3 and "gsm8k.flexible = not measured" in said and found["outcome"] == "no-go" and not found["not_measured"]
+
+
+def test_two_ranks_find_what_one_finds(run, place, tmp_path):
+    _, one, _, _ = run(tmp_path / "one" / "tiny.json")
+    launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=2", "-m", "scripts.run_evals"]
+    more = [
+        "--data",
+        f"hellaswag={place / 'hellaswag.jsonl'}",
+        "truthfulqa=nowhere.jsonl",
+        "--gates",
+        str(place / "plan.yaml"),
+        "--at",
+        "7",
+    ]
+    command = [*launch, *arguments(place, tmp_path / "two" / "tiny.json", *more)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
+    two = json.loads((tmp_path / "two" / "tiny.json").read_text())
+    assert two["metrics"]["hellaswag"] == one["metrics"]["hellaswag"] and "truthfulqa" in two["not_measured"]
+    for name in ("first", "second", "all"):
+        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6)
+
+
+def test_mistakes(run, place, tmp_path):
+    (tmp_path / "odd.yaml").write_text("evals: {hellaswag: --shot 0 --wrong}\n")
+    (tmp_path / "who.yaml").write_text("evals: {hellaswga: --shots 0}\n")
+    (tmp_path / "key.yaml").write_text("eval: {hellaswag: --shots 0}\n")
+    for more, expected in (
+        (
+            ["--suite", str(tmp_path / "odd.yaml"), "--data", "hellaswag=x"],
+            "flags for hellaswag are not understood: --shot 0 --wrong",
+        ),
+        (["--suite", str(tmp_path / "who.yaml"), "--data", "hellaswga=x"], "there is no evaluation 'hellaswga'; there are arc, "),
+        (["--suite", str(tmp_path / "key.yaml")], "did you mean 'evals'?"),
+        (["--suite", "fulll"], "did you mean"),
+        (["--data", "mmlu=x"], "must be NAME=PATH with one of perplexity, hellaswag, truthfulqa"),
+        (["--gates", str(place / "plan.yaml"), "--at", "5"], "has no milestone at step 5; it has them at 6, 7"),
+        (
+            ["--data", "perplexity=nowhere", "hellaswag=nowhere", "truthfulqa=nowhere"],
+            "nothing of the suite tiny could be measured",
+        ),
+    ):
+        status, _, said, _ = run(tmp_path / "x.json", *more)
+        assert status == 2 and [line for line in said.splitlines() if line.startswith("error: ") and expected in line], (
+            expected,
+            said,
+        )
+
+
+def test_the_suites_that_are_shipped_are_understood():
+    for name in ("quick", "milestone", "full", str(ROOT / "configs" / "quickstart" / "suite.yaml")):
+        suite, _ = run_evals.open_suite(name)
+        for task, flags in suite.evals.items():
+            parser = __import__(f"evals.eval_{task}", fromlist=["parser"]).parser()
+            parser.parse_args(["--checkpoint", "x", *flags.split()])
