@@ -78,17 +78,20 @@ def _benchmarks(report: dict[str, Any], columns: Columns) -> str:
 def _other_metrics(report: dict[str, Any]) -> list[str]:
     """Bars of rates that no column of the table quotes: cloze scores, ARC easy, tool use, ..."""
     bars = []
+    quoted = {(score["task"], score["metric"]) for score in report["scores"].values()}
     for task, result in report["evaluations"].items():
         for name, metric in result["metrics"].items():
             rate = isinstance(metric, dict) and metric.get("stderr") is not None and 0 <= metric["value"] <= 1
-            quoted = (
-                any(abs(score["value"] - 100 * metric["value"]) < 1e-9 for score in report["scores"].values()) if rate else False
-            )
-            if rate and not quoted and task != "needle":
-                about = f"{result.get('shots', 0)}-shot, {result['n']:,} items"
+            if rate and (task, name) not in quoted and task != "needle":
+                about = f"{result.get('shots', 0)}-shot, {count(result, name):,} items"
                 label = f"{task} {name.replace('_', ' ')}"
                 bars.append(bar(label, about, 100 * metric["value"], 100 * metric["stderr"], 100.0))
     return bars
+
+
+def count(result: dict[str, Any], metric: str) -> int:
+    """Items behind a metric: of the subject that its name begins with (challenge_acc_norm), else all."""
+    return result.get("subjects", {}).get(metric.partition("_")[0], result)["n"]
 
 
 def _gates(report: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from data.manifest import file_hash
 from entrypoint import user_errors
 from evals.engines import LanguageModel, load_model
 from evals.harness import Write
-from evals.page import page
+from evals.page import count, page
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 COLUMNS = {  # column -> (heading, task, metric, chance in percent)
@@ -168,8 +168,8 @@ def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             scale = 1 if column in OUT_OF_TEN else 100
             error = estimate["stderr"] and estimate["stderr"] * scale
             result = evaluations[task]
-            n = result.get("subjects", {}).get(metric.split("_")[0], result)["n"]  # of ARC's part
-            found[column] = {"value": estimate["value"] * scale, "stderr": error, "shots": result.get("shots"), "n": n}
+            of = {"task": task, "metric": metric, "shots": result.get("shots"), "n": count(result, metric)}
+            found[column] = {"value": estimate["value"] * scale, "stderr": error, **of}
     return found
 
 

@@ -53,7 +53,7 @@ def made(checkpoint, tmp_path_factory):
         estimates = {key: {"value": value, "stderr": error} for key, (value, error) in metrics.items()}
         (results / name).write_text(json.dumps({"task": task, "metrics": estimates, "n": n, "shots": 0, **of, **more}))
 
-    put("hellaswag.json", "hellaswag", {"acc": (0.31, 0.01), "acc_norm": (0.4321, 0.0123)}, 800)
+    put("hellaswag.json", "hellaswag", {"acc": (0.4321, 0.01), "acc_norm": (0.4321, 0.0123)}, 800)
     put("smaller.json", "hellaswag", {"acc_norm": (0.99, 0.01)}, 3)
     put("other.json", "mmlu", {"acc": (0.77, 0.01)}, 9, checkpoint_hash="of another")
     clean = {"metrics": {"acc": {"value": 0.2, "stderr": 0.1}}, "n": 3, "contaminated": ["x"]}
@@ -124,7 +124,14 @@ def test_results_are_of_this_checkpoint_and_the_largest_run(made):
     assert set(found["evaluations"]) == {"hellaswag", "mmlu", "needle", "perplexity"} and found["not_measured"] == {
         "gsm8k": "no <data>"
     }
-    assert found["scores"]["hellaswag"] == {"value": pytest.approx(43.21), "stderr": pytest.approx(1.23), "shots": 0, "n": 800}
+    named = {"task": "hellaswag", "metric": "acc_norm"}
+    assert found["scores"]["hellaswag"] == {
+        "value": pytest.approx(43.21),
+        "stderr": pytest.approx(1.23),
+        "shots": 0,
+        "n": 800,
+        **named,
+    }
     assert found["scores"]["mmlu"]["value"] == pytest.approx(26.25)
     assert found["needle"]["single"]["cells"] == {"128/0.0": 0.5, "256/0.0": 1.0, "128/1.0": 0.25}
     assert found["contamination"]["sets"]["mmlu"] == {"items": 400, "too_short": 1, "items_hit": 2, "documents_hit": 1}
@@ -145,7 +152,16 @@ def test_the_page_stands_alone_and_says_what_the_json_says(made):
     numbers += [f"{1.96 * score['stderr']:.1f}" for score in found["scores"].values()]
     numbers += [f"{m['bits_per_byte']:.3f}" for m in found["evaluations"]["perplexity"]["metrics"].values()]
     numbers += [f"{value:.2f}" for value in found["needle"]["single"]["cells"].values()]
-    numbers += [found["checkpoint_hash"], "8.500", "CAUTION", "wait <a bit>", "no <data>", "tiny <b>", "acc 26.2 → 20.0"]
+    numbers += [
+        found["checkpoint_hash"],
+        "8.500",
+        "CAUTION",
+        "wait <a bit>",
+        "no <data>",
+        "tiny <b>",
+        "hellaswag acc",
+        "acc 26.2 → 20.0",
+    ]
     for number in numbers:
         assert number in said, number
     assert found["samples"][0]["text"] in said
