@@ -6,7 +6,8 @@ An evaluation is a function of one item that yields requests and returns its sco
         scored = yield Choose(item.row["question"], tuple(item.row["choices"]))     # one Scored an option
         return {"acc": float(max(scored).logprob == scored[item.row["answer"]].logprob)}
 
-What it yields: Choose, Write or Read, or a list of them (answered by a list). Text may be given as a tuple of token ids too.
+What it yields: Choose, Write or Read, or Judge, which another model answers, or a list of them (answered by a list). Text may be
+given as a tuple of token ids too.
 What it returns: numbers, which become metrics (the mean over the items that have them), and anything else, which is kept in
 the samples file. All items run at once: whatever they ask for in a round is answered in batches, so items of several turns
 cost no more. A request that does not fit the model's context ends its item, which is then counted, named and not scored.
@@ -43,6 +44,8 @@ class Write(NamedTuple):
     top_p: float = 1.0
     seed: int = 0  # samples of one prompt differ by it
     keep_special: bool = False  # special tokens stay in the text
+    schema: str = ""  # a JSON schema that the text keeps to
+    marker: int | None = None  # a token that ends the prompt and may begin more JSON after the first
 
 
 class Read(NamedTuple):
@@ -54,6 +57,13 @@ class Read(NamedTuple):
 
     text: Text
     stride: int | None = None
+
+
+class Judge(NamedTuple):
+    """A question to the evaluation's judge: an instruct model, a classifier. Answer: what it says, any JSON value."""
+
+    text: str
+    system: str = ""  # for a judge that takes instructions
 
 
 class Scored(NamedTuple):
@@ -81,21 +91,27 @@ class TooLong(NamedTuple):
     limit: int
 
 
-Request = Choose | Write | Read
-Answer = list[Scored] | Written | Reading
+class Failed(NamedTuple):
+    """In place of an answer: why the judge gave none."""
+
+    reason: str
+
+
+Request = Choose | Write | Read | Judge
+Answer = list[Scored] | Written | Reading | Any
 Scores = dict[str, Any]
 Score = Generator[Any, Any, Scores]
 
 
 class Model(Protocol):
-    """What answers: see evals/engines.py."""
+    """What answers: see evals/engines.py, and evals/judges.py for what answers Judge."""
 
     name: str
     hash: str  # of weights, config and tokenizer
     dtype: str
     context: int  # tokens
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer | TooLong]]]:
+    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer | TooLong | Failed]]]:
         """Batches of (index of the request, answer), in any order, each request once."""
         ...
 
@@ -121,6 +137,7 @@ class Sample:
     scores: Scores = field(default_factory=dict)
     exchange: list[tuple[Request, Any]] = field(default_factory=list)
     too_long: int = 0  # tokens that one of its requests needs, where that is more than the context
+    failed: str = ""  # why the judge did not answer
 
 
 def means(samples: Sequence[Sample]) -> dict[str, Estimate]:
@@ -153,10 +170,19 @@ class Eval:
     test_set: str = ""  # what decontamination calls it; default: the task
     totals: Callable[[Sequence[Sample]], dict[str, Estimate]] = means
     about: dict[str, Any] = field(default_factory=dict)  # more for the results file: data, variant, ...
+    judge: Model | None = None  # what answers Judge
 
 
-def ask(items: Sequence[Item], score: Callable[[Item], Score], model: Model, cache: "Cache", show: bool = False) -> list[Sample]:
-    """Run items to their end; rounds of requests, each answered from the cache or by the model."""
+def ask(
+    items: Sequence[Item],
+    score: Callable[[Item], Score],
+    model: Model,
+    cache: "Cache",
+    show: bool = False,
+    judge: Model | None = None,
+    judged: "Cache | None" = None,
+) -> list[Sample]:
+    """Run items to their end; rounds of requests, each answered from the cache or by the model, or by the judge with its own."""
     samples = [Sample(item.id, item.subject) for item in items]
     running = {i: score(item) for i, item in enumerate(items)}
     inbox: dict[int, Any] = dict.fromkeys(running)
@@ -176,35 +202,43 @@ def ask(items: Sequence[Item], score: Callable[[Item], Score], model: Model, cac
         if not asked:
             break
         places = [(i, j) for i, requests in asked.items() for j in range(len(requests))]
-        answers = _answers([asked[i][j] for i, j in places], model, cache, show)
+        requests = [asked[i][j] for i, j in places]
+        answers: list[Any] = [None] * len(requests)
+        for to_judge, who, kept in ((False, model, cache), (True, judge, judged or Cache())):
+            part = [k for k, request in enumerate(requests) if isinstance(request, Judge) is to_judge]
+            if part:
+                assert who is not None, "a Judge request in an evaluation without a judge"
+                for k, answer in zip(part, _answers([requests[k] for k in part], who, kept, show), strict=True):
+                    answers[k] = answer
         replies: dict[int, list] = defaultdict(list)
         for (i, _), answer in zip(places, answers, strict=True):
             replies[i].append(answer)
-        for i, requests in asked.items():
-            samples[i].exchange += zip(requests, replies[i], strict=True)
-            longest = max((answer.tokens for answer in replies[i] if isinstance(answer, TooLong)), default=0)
-            if longest:
-                samples[i].too_long = longest
+        for i, wanted in asked.items():
+            samples[i].exchange += zip(wanted, replies[i], strict=True)
+            samples[i].too_long = max((answer.tokens for answer in replies[i] if isinstance(answer, TooLong)), default=0)
+            samples[i].failed = next((answer.reason for answer in replies[i] if isinstance(answer, Failed)), "")
+            if samples[i].too_long or samples[i].failed:
                 running.pop(i).close()
             inbox[i] = replies[i][0] if i in single else replies[i]
     return samples
 
 
-def _answers(requests: list[Request], model: Model, cache: "Cache", show: bool) -> list[Answer | TooLong]:
-    """Answers in the order of requests; equal requests are asked once."""
+def _answers(requests: list[Request], model: Model, cache: "Cache", show: bool) -> list[Answer | TooLong | Failed]:
+    """Answers in the order of requests; equal requests are asked once. What was not answered is not kept."""
     wanted: dict[str, Request] = {}
     keys = [key_of(request) for request in requests]
     for key, request in zip(keys, requests, strict=True):
         if key not in cache:
             wanted.setdefault(key, request)
     names = list(wanted)
-    too_long: dict[str, TooLong] = {}
+    unanswered: dict[str, TooLong | Failed] = {}
     with tqdm(total=len(requests), initial=len(requests) - len(names), disable=not show, unit="request") as bar:
         for batch in model.answer(list(wanted.values())):
-            cache.add({names[i]: answer for i, answer in batch if not isinstance(answer, TooLong)})
-            too_long |= {names[i]: answer for i, answer in batch if isinstance(answer, TooLong)}
+            cache.add({names[i]: answer for i, answer in batch if not isinstance(answer, TooLong | Failed)})
+            unanswered |= {names[i]: answer for i, answer in batch if isinstance(answer, TooLong | Failed)}
             bar.update(len(batch))
-    return [too_long[key] if key in too_long else cache.get(key, request) for key, request in zip(keys, requests, strict=True)]
+    pairs = zip(keys, requests, strict=True)
+    return [unanswered[key] if key in unanswered else cache.get(key, request) for key, request in pairs]
 
 
 def key_of(request: Request) -> str:
@@ -244,6 +278,8 @@ class Cache:
         kept = self.found[key]
         if isinstance(request, Choose):
             return [Scored(*scored) for scored in kept]
+        if isinstance(request, Judge):
+            return kept
         return Written(*kept) if isinstance(request, Write) else Reading(*kept)
 
     def add(self, answers: dict[str, Any]) -> None:
@@ -269,9 +305,10 @@ def contaminated_ids(path: Path, test_set: str) -> set[str] | None:
 
 def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contaminated: set[str] | None = None) -> dict[str, Any]:
     """The results file: metrics over all items, over each subject, and over the items that are not in the training data."""
-    done = [sample for sample in samples if not sample.too_long]
+    done = [sample for sample in samples if not sample.too_long and not sample.failed]
+    failed = [sample for sample in samples if sample.failed]
     long = [sample for sample in samples if sample.too_long]
-    if not done:
+    if not done and not failed:
         needed = max((sample.too_long for sample in long), default=0)
         raise ValueError(
             f"none of the {len(samples)} items of {evaluation.task} fits the model's context of {model.context} tokens "
@@ -282,7 +319,7 @@ def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contamina
     subjects: dict[str, list[Sample]] = defaultdict(list)
     for sample in done:
         subjects[sample.subject].append(sample)
-    keys = "".join(key_of(request) for sample in samples for request, _ in sample.exchange)
+    keys = "".join(key_of(request) for sample in samples for request, _ in sample.exchange if not isinstance(request, Judge))
     clean = [sample for sample in done if sample.id not in (contaminated or ())]
     of_subjects = {name: _metrics(evaluation, part) for name, part in sorted(subjects.items())}
     return {
@@ -296,6 +333,8 @@ def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contamina
         if contaminated is None
         else {**_metrics(evaluation, clean), "contaminated": sorted({s.id for s in done} & contaminated)},
         "too_long": {"n": len(long), "ids": [sample.id for sample in long], "context": model.context},
+        **({"judge": evaluation.judge.name, "judge_hash": evaluation.judge.hash} if evaluation.judge else {}),
+        **({"failed": {"n": len(failed), "reason": failed[0].failed}} if failed else {}),
         "prompt_hash": hashlib.sha256(keys.encode()).hexdigest(),
         "model": model.name,
         "checkpoint_hash": model.hash,
@@ -329,6 +368,7 @@ def write_results(output: Path, found: dict[str, Any], samples: Iterable[Sample]
                 {"request": type(request).__name__, **request._asdict(), "answer": answer} for request, answer in sample.exchange
             ]
             line = {"id": sample.id, "subject": sample.subject, "scores": sample.scores, "too_long": sample.too_long}
+            line |= {"failed": sample.failed} if sample.failed else {}
             file.write(json.dumps({**line, "exchange": exchange}, ensure_ascii=False) + "\n")
     part.rename(kept)
     part = output.with_name(output.name + ".tmp")

@@ -56,9 +56,10 @@ def evaluate(
     evaluation: Eval, model: Model, output: Path | None, contaminated: Path | None = None, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
     """Run an evaluation on this rank's part of its items; the results (on rank 0, where they are also written)."""
-    cache = Cache(output.parent / "answers" if output else None, model, rank)
+    kept = output.parent / "answers" if output else None
+    judged = Cache(kept, evaluation.judge, rank) if evaluation.judge else None
     mine = slice(len(evaluation.items) * rank // world, len(evaluation.items) * (rank + 1) // world)
-    samples = ask(evaluation.items[mine], evaluation.score, model, cache, show=rank == 0)
+    samples = ask(evaluation.items[mine], evaluation.score, model, Cache(kept, model, rank), rank == 0, evaluation.judge, judged)
     if world > 1:
         parts: list[Any] = [None] * world
         dist.all_gather_object(parts, samples)
@@ -69,6 +70,14 @@ def evaluate(
         found = results(evaluation, samples, model, ids)
         if output:
             write_results(output, found, samples)
+        if "failed" in found:
+            assert evaluation.judge is not None
+            raise ValueError(
+                f"{evaluation.judge.name} did not judge {found['failed']['n']} of {len(samples)} items of {evaluation.task} "
+                f"({found['failed']['reason']}); what the model wrote is kept"
+                + (f" beside {output}" if output else "")
+                + "; the same command again asks only for what is missing"
+            )
     return found
 
 
@@ -88,13 +97,15 @@ def show(found: dict[str, Any]) -> None:
             f"{found['task']} {name}: {estimate['value']:.4f}{error}"
             + (f"  (clean items: {clean['value']:.4f})" if clean else "")
         )
+    if found.get("note"):
+        print(f"note: {found['note']}")
     left = found["too_long"]["n"]
     if left:
         print(f"warning: {left} items do not fit the context of {found['too_long']['context']} tokens and were not scored")
 
 
-def main(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], Eval]) -> None:
-    """The body of an evaluation command: `build` makes the evaluation out of the flags."""
+def main(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], Eval]) -> Path | None:
+    """The body of an evaluation command: `build` makes the evaluation out of the flags. The results file, on rank 0."""
     args = parser.parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
         evaluation = build(args)
@@ -104,3 +115,5 @@ def main(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], 
         if rank == 0:
             show(found)
             print(f"written to {output}")
+            return output
+    return None

@@ -1,6 +1,8 @@
 """Tool calls as valid JSON: xgrammar says which tokens may come next."""
 
+import functools
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,30 +18,44 @@ class JsonGrammar:
     """
 
     def __init__(self, schema: dict[str, Any] | str, tokenizer: Any, vocab_size: int):
-        try:
-            import xgrammar
-        except ImportError:
-            raise ValueError("generation by a grammar needs xgrammar; pip install xgrammar==0.2.8") from None
-        self.xgrammar, self.vocab_size = xgrammar, vocab_size
-        info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
+        self.xgrammar, compiler, self.barred = _compiler(tokenizer, vocab_size)
+        self.vocab_size = vocab_size
         text = schema if isinstance(schema, str) else json.dumps(schema)
-        self.compiled = xgrammar.GrammarCompiler(info).compile_json_schema(text, any_whitespace=False)
+        self.compiled = compiler.compile_json_schema(text, any_whitespace=False)
 
-    def constraint(self, after: int | None = None, then: int | None = None) -> "JsonConstraint":
-        """For one row: JSON from the start, or whenever the token `after` came; the JSON is followed by the token `then`.
+    def constraint(self, after: int | None = None, then: int | Sequence[int] | None = None) -> "JsonConstraint":
+        """For one row: JSON from the start, or whenever the token `after` came; it is followed by a token of `then`.
 
         Markers are given as token ids, since a marker within a grammar may be spelled out in ordinary tokens.
         """
         return JsonConstraint(self, after, then)
 
 
+@functools.lru_cache(maxsize=4)
+def _compiler(tokenizer: Any, vocab_size: int) -> tuple[Any, Any, Tensor]:
+    """xgrammar, its compiler for a tokenizer, and tokens that it allows in strings, but must not come.
+
+    What schemas have in common is compiled once (3 s for a string of 80). To xgrammar 0.2.8 a special token that is no end token
+    is text like any other, and a bounded string may hold control characters, which JSON forbids.
+    """
+    try:
+        import xgrammar
+    except ImportError:
+        raise ValueError("generation by a grammar needs xgrammar; pip install xgrammar==0.2.8") from None
+    info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
+    barred = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    barred |= {index for index, text in enumerate(info.decoded_vocab) if any(byte < 0x20 for byte in text)}
+    return xgrammar, xgrammar.GrammarCompiler(info), torch.tensor(sorted(barred), dtype=torch.long)
+
+
 class JsonConstraint:
     """Masks the scores of one row while it writes JSON; free text before and after."""
 
-    def __init__(self, grammar: JsonGrammar, after: int | None, then: int | None):
-        self.grammar, self.after, self.then = grammar, after, then
+    def __init__(self, grammar: JsonGrammar, after: int | None, then: int | Sequence[int] | None):
+        self.grammar, self.after = grammar, after
+        self.then = None if then is None else torch.tensor([then] if isinstance(then, int) else list(then))
         self.bits = grammar.xgrammar.allocate_token_bitmask(1, grammar.vocab_size)
-        self.force: int | None = None
+        self.force: Tensor | None = None
         self.matcher = self._start() if after is None else None
 
     def _start(self) -> Any:
@@ -48,11 +64,13 @@ class JsonConstraint:
     def mask(self, scores: Tensor) -> None:
         """Set the scores [V] of tokens that may not come next to -inf."""
         if self.force is not None:
-            kept = scores[self.force].clone()
-            scores.fill_(-torch.inf)[self.force] = kept
+            places = self.force.to(scores.device)
+            kept = scores[places].clone()
+            scores.fill_(-torch.inf)[places] = kept
         elif self.matcher is not None:
             self.matcher.fill_next_token_bitmask(self.bits)
             self.grammar.xgrammar.apply_token_bitmask_inplace(scores[None], self.bits.to(scores.device))
+            scores[self.grammar.barred.to(scores.device)] = -torch.inf
 
     def accept(self, token: int) -> None:
         """Take note of the token that came."""

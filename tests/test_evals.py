@@ -13,8 +13,9 @@ from conftest import ROOT, VOCAB, one_thread
 
 from data.tokenizer import load_tokenizer, save_tokenizer
 from evals import eval_arc, eval_hellaswag, eval_mmlu, eval_perplexity, eval_truthfulqa
-from evals.engines import Unit, load_model, rolling, share
+from evals.engines import load_model, share
 from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, Write, ask, means, results
+from evals.language_model import Unit, rolling
 from evals.run import evaluate
 from models.hf import save_hf
 from models.nanollama import ModelConfig, NanoLlama
