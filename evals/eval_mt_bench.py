@@ -1,0 +1,125 @@
+"""MT-bench: 80 questions of two turns, answered by the model and graded from 1 to 10 by another one (arXiv:2306.05685).
+
+python -m evals.eval_mt_bench --checkpoint checkpoints/sft/step_12000 --judge http://localhost:8000/v1 --judge_model name
+
+The judge is any OpenAI-compatible endpoint; without one the answers are written, not graded. Scores hold for one judge and one
+wording only: both are in the results file. --judge_prompts takes FastChat's judge_prompts.jsonl for its wording in place of ours.
+Data: the hub's, or --data with rows of turns (or prompt), category, and reference (answers that maths is graded against).
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from data.evalsets import describe, load_rows, read_jsonl
+from evals.chat import Chat
+from evals.harness import Eval, Item, Judge, Score, Write
+from evals.judges import endpoint
+from evals.multiple_choice import field
+from evals.run import flags, main
+
+TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for the rest
+GRADE = (
+    "Grade the assistant's {what} to the user below, as an impartial judge: is it helpful, relevant, correct, thorough, and "
+    "does it do what was asked? Length in itself earns nothing.{against} First explain your grade in a few sentences. Then give "
+    "it, a number from 1 (useless) to 10 (perfect), in double square brackets, like this: Rating: [[5]]\n\n"
+)
+REFERENCE = " Hold it against the reference answer: correctness comes first, so name its mistakes."
+GRADED_BY_REFERENCE = ("math", "reasoning", "coding")
+RATING = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+NO_JUDGE = "no --judge was given: the answers are in the samples file, not graded"
+
+
+def wording(turn: int, reference: bool) -> str:
+    """Our prompt for the judge, with the fields of FastChat's."""
+    what = "answer" if turn == 1 else "answer in its second turn"
+    text = GRADE.format(what=what, against=REFERENCE if reference else "")
+    for n in range(1, turn + 1):
+        field = "" if turn == 1 else f"_{n}"
+        text += f"### User\n{{question{field}}}\n\n### Assistant\n{{answer{field}}}\n\n"
+        text += f"### Reference answer\n{{ref_answer_{n}}}\n\n" if reference else ""
+    return text
+
+
+def judge_prompts(path: Path | None) -> dict[tuple[int, bool], tuple[str, str]]:
+    """(turn, with a reference answer?) -> system prompt and template; FastChat's, where its file is given."""
+    kinds = [(turn, reference) for turn in (1, 2) for reference in (False, True)]
+    if path is None:
+        return {kind: ("", wording(*kind)) for kind in kinds}
+    if not path.is_file():
+        raise ValueError(f"there is no {path}; --judge_prompts takes FastChat's judge_prompts.jsonl")
+    rows = {row.get("name"): row for row in read_jsonl(path)}
+    names = {(t, r): f"single{'-math' * r}-v1{'-multi-turn' * (t == 2)}" for t, r in kinds}
+    missing = [name for name in names.values() if name not in rows]
+    if missing:
+        raise ValueError(f"{path} has no prompt named {', '.join(missing)}; --judge_prompts takes FastChat's judge_prompts.jsonl")
+    return {kind: (rows[name]["system_prompt"], rows[name]["prompt_template"]) for kind, name in names.items()}
+
+
+def rating(text: str) -> float | None:
+    """The grade a judgment gives; None where it gives none from 1 to 10."""
+    found = next((match for pattern in RATING if (match := pattern.search(text))), None)
+    grade = float(found.group(1)) if found else 0.0
+    return grade if 1 <= grade <= 10 else None
+
+
+def two_turns(item: Item, max_tokens: int) -> Score:
+    """The model's answers."""
+    talk: list[dict[str, str]] = []
+    for question in item.row["turns"]:
+        talk.append({"role": "user", "content": question})
+        temperature = TEMPERATURE.get(item.subject, 0.0)
+        prompt = item.row["chat"].prompt(talk)
+        written = yield Write(prompt, max_tokens=max_tokens, temperature=temperature, seed=len(talk))
+        talk.append({"role": "assistant", "content": written.text.strip()})
+    return {"answers": [message["content"] for message in talk[1::2]]}
+
+
+def graded(item: Item, answers: list[str], prompts: dict[tuple[int, bool], tuple[str, str]]) -> Score:
+    """Grades of both turns."""
+    turns, reference = item.row["turns"], item.row["reference"]
+    asked = {"question": turns[0], "answer": answers[0]}
+    for n in range(2):
+        asked |= {f"question_{n + 1}": turns[n], f"answer_{n + 1}": answers[n]}
+        asked |= {f"ref_answer_{n + 1}": reference[n]} if reference else {}
+    filled = [prompts[turn, bool(reference)] for turn in (1, 2)]
+    judgments = yield [Judge(template.format(**asked), system) for system, template in filled]
+    grades = [rating(judgment) for judgment in judgments]
+    named = {f"turn_{n}": grade for n, grade in enumerate(grades, 1) if grade is not None}
+    mean = {"score": sum(named.values()) / 2} if len(named) == 2 else {}
+    return {**mean, **named, "unread": float(grades.count(None)), "judgments": judgments}
+
+
+def build(args: argparse.Namespace) -> Eval:
+    chat, prompts = Chat(args.checkpoint), judge_prompts(args.judge_prompts)
+    key = args.judge_key_file.read_text().strip() if args.judge_key_file else ""
+    judge = endpoint(args.judge, args.judge_model, key, retries=args.retries) if args.judge else None
+    items = []
+    for i, row in enumerate(load_rows("mt_bench", "train", args.data, args.cache)[: args.limit]):
+        turns = row.get("turns") or field(row, "prompt", i, "mt_bench")
+        if not isinstance(turns, list) or len(turns) != 2:
+            raise ValueError(f"row {i} of the data for mt_bench must have two turns, not {str(turns)[:60]!r}")
+        category, known = str(row.get("category", "")), row.get("reference") or []
+        reference = known if category in GRADED_BY_REFERENCE and len(known) == 2 else []
+        number = str(row.get("question_id", row.get("prompt_id", i)))
+        items.append(Item(number, {"turns": turns, "reference": reference, "chat": chat}, category))
+
+    def score(item: Item) -> Score:
+        scores = yield from two_turns(item, args.max_tokens)
+        scores |= {"empty": sum(not answer for answer in scores["answers"]) / 2}
+        return {**scores, **(yield from graded(item, scores["answers"], prompts))} if judge else scores
+
+    about = {"data": describe("mt_bench", "train", args.data), "max_tokens": args.max_tokens}
+    about |= {"judge_prompts": str(args.judge_prompts or "ours")} if judge else {"note": NO_JUDGE, "judge": None}
+    return Eval("mt_bench", 1, items, score, about=about, judge=judge)
+
+
+if __name__ == "__main__":
+    parser = flags(__doc__, shots=None)
+    parser.add_argument("--judge", metavar="URL", help="base of an OpenAI-compatible API, as http://localhost:8000/v1")
+    parser.add_argument("--judge_model", default="judge", help="the model's name there")
+    parser.add_argument("--judge_key_file", type=Path, help="a file with the API key; <(printenv OPENAI_API_KEY) is one, too")
+    parser.add_argument("--judge_prompts", type=Path, help="FastChat's judge_prompts.jsonl (default: our own wording)")
+    parser.add_argument("--retries", type=int, default=4, help="of a question to the judge, each after twice the pause")
+    parser.add_argument("--max_tokens", type=int, default=1024, help="of an answer")
+    main(parser, build)

@@ -1,0 +1,431 @@
+"""Evaluations that write: GSM8K equals lm-eval's, needles lie where they should, calls match as BFCL's, judges answer."""
+
+import argparse
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, VOCAB
+
+from data.tokenizer import load_tokenizer, save_tokenizer
+from evals import eval_gsm8k, eval_mt_bench, eval_needle, eval_tool_use, eval_toxicity
+from evals.chat import Chat
+from evals.engines import load_model
+from evals.harness import Cache, Failed, Judge, Scored, Written, ask, results
+from evals.judges import endpoint
+from evals.language_model import Words
+from evals.run import evaluate
+from evals.tool_calls import call_schema, fits, matches, read_calls
+from models.hf import save_hf
+from models.nanollama import ModelConfig, NanoLlama
+from training.gates import Gate, judge, values
+
+CONFIG = ModelConfig(
+    vocab_size=VOCAB + 16,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=2048,
+    initializer_range=0.2,
+)
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, text_store) -> Path:
+    folder = tmp_path_factory.mktemp("chat") / "step_1"
+    tokenizer = load_tokenizer(text_store / "tokenizer")
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|tool_call|>"])
+    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=VOCAB + 1, pad=1)
+    save_tokenizer(tokenizer, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_model(checkpoint, batch_size=8)
+
+
+def options(checkpoint, **given) -> argparse.Namespace:
+    shared = {"checkpoint": checkpoint, "cache": Path("nowhere"), "limit": None, "seed": 1234, "data": None, "device": "cpu"}
+    return argparse.Namespace(**{**shared, **given})
+
+
+class Serve:
+    """A server that answers each POST by `reply(number of the request, body)`: (status, JSON), and keeps what it was asked."""
+
+    def __init__(self, reply):
+        self.asked: list = []
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                served.asked.append((self.path, dict(self.headers), body))
+                status, answer = reply(len(served.asked), body)
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(answer).encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+
+    def __enter__(self):
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def says(text):
+    return 200, {"choices": [{"message": {"content": text}}]}
+
+
+def test_gsm8k_equals_lm_eval(checkpoint, model, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    import datasets
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    rows = [
+        {"question": f"Ann has {i} red cats and {i + 2} in a box?", "answer": f"She has <<{i}+2={i + 2}>>{i + 2}.\n#### {i}"}
+        for i in range(18)
+    ]
+    folder = tmp_path / "data" / "store" / "evals" / "gsm8k"
+    folder.mkdir(parents=True)
+    for split, part in (("train", rows[:12]), ("test", rows[12:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    manager = TaskManager(include_path=str(ROOT / "evals" / "lm_eval_tasks"), include_defaults=False)
+    theirs = HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=1)
+    for cot, task in ((False, "local_gsm8k"), (True, "local_gsm8k_cot")):
+        evaluation = eval_gsm8k.build(options(checkpoint, data=str(folder.parent), shots=3, cot=cot, max_tokens=256))
+        mine = ask(evaluation.items, evaluation.score, model, Cache())
+        told = simple_evaluate(model=theirs, tasks=[task], num_fewshot=3, task_manager=manager, bootstrap_iters=0)
+        samples = {s["doc_id"]: s for s in told["samples"][task] if s["filter"] == "flexible-extract"}
+        for i, own in enumerate(mine):
+            assert samples[i]["arguments"][0][0] == own.exchange[0][0].prompt
+            assert samples[i]["resps"][0][0] == own.exchange[0][1].text
+            assert samples[i]["filtered_resps"][0] == own.scores["answers"]["flexible"]
+        for name, theirs_name in (("strict", "strict-match"), ("flexible", "flexible-extract")):
+            value = results(evaluation, mine, model)["metrics"][name]["value"]
+            assert value == told["results"][task][f"exact_match,{theirs_name}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "cot", "strict", "flexible"),
+    [
+        ("so 18.\n#### 1,234", False, True, True),
+        ("The answer is $1,234.", True, False, True),  # the dollar sign is lm-eval's own blind spot
+        ("The answer is 1234. Q", True, True, True),
+        ("#### -1234", False, False, False),
+        ("nothing", False, False, False),
+    ],
+)
+def test_gsm8k_matches(text, cot, strict, flexible):
+    item = argparse.Namespace(row={"prompt": "x", "cot": cot, "max_tokens": 9, "target": "1,234"})
+    asked = eval_gsm8k.score(item)
+    next(asked)
+    with pytest.raises(StopIteration) as end:
+        asked.send(Written(text, 5, True))
+    assert (end.value.value["strict"], end.value.value["flexible"]) == (strict, flexible)
+
+
+class Seer:
+    """Finds every number that was asked for, or all but its last digit, or one digit more."""
+
+    name, hash, dtype, context = "seer", "0" * 64, "float32", 10_000
+
+    def __init__(self, words, how):
+        self.words, self.how = words, how
+
+    def answer(self, requests):
+        for i, request in enumerate(requests):
+            if hasattr(request, "options"):
+                yield [(i, [Scored(-float(k), 1, False) for k, _ in enumerate(request.options)])]
+                continue
+            text = self.words.decode(request.prompt)
+            asked = text.rpartition("special number")[2].split(" of ")[1].rsplit(" ", 1)[0]
+            keys = [" ".join(key.split()[-2:]) for key in asked.replace(" and ", ", ").split(", ")]
+            found = [
+                part.split(" is ")[1].split(".")[0]
+                for part in text.split("The special number of ")[1:]
+                if " is " in part and any(part.startswith(f"the {key} is") for key in keys)
+            ]
+            yield [(i, Written(", ".join(self.how(number) for number in found), 9, True))]
+
+
+def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, tmp_path):
+    words = Words(checkpoint)
+    given = {"context": [700, 1400], "num_tests": 2, "depths": 3, "kinds": list(eval_needle.KINDS), "max_tokens": None}
+    evaluation = eval_needle.build(options(checkpoint, haystack="noise", **given))
+    assert len(evaluation.items) == 2 * 2 * 3 * 4
+    for item in evaluation.items:
+        assert len(item.row["prompt"]) + item.row["max_tokens"] == item.row["length"]
+    again = eval_needle.build(options(checkpoint, haystack="noise", **given))
+    assert [item.row["prompt"] for item in again.items] == [item.row["prompt"] for item in evaluation.items]
+    for how, expected in ((str, 1.0), (lambda n: n + "1", 0.0), (lambda n: n[:-1], 0.0)):
+        found = evaluate(evaluation, Seer(words, how), tmp_path / "needle.json")
+        assert found["metrics"]["accuracy"]["value"] == expected == found["metrics"]["accuracy_1400"]["value"]
+        assert set(found["subjects"]) == set(eval_needle.KINDS) and found["metrics"]["choice"]["value"] == 1.0
+        for path in (tmp_path / "answers").glob("*"):
+            path.unlink()
+    singles = [item for item in evaluation.items if item.subject == "single" and item.row["length"] == 1400]
+    for item in singles:
+        text = words.decode(item.row["prompt"])
+        where = len(words.encode([text[: text.index(item.row["right"][0])]])[0]) / len(item.row["prompt"])
+        assert abs(where - (0.03 + 0.92 * item.row["depth"])) < 0.06
+    eval_needle.heatmap(tmp_path / "needle.samples.jsonl", tmp_path / "needle.png")
+    assert (tmp_path / "needle.png").read_bytes()[:4] == b"\x89PNG"
+    for context, words_of_it in ((4096, "exceeds the model's 2048"), (150, "is too short for a")):
+        with pytest.raises(ValueError, match=words_of_it):
+            eval_needle.build(options(checkpoint, haystack="noise", **{**given, "context": [context]}))
+    texts = tmp_path / "texts.txt"
+    texts.write_text("It rained all day. " * 50)
+    own = eval_needle.build(options(checkpoint, haystack=str(texts), **{**given, "num_tests": 1}))
+    assert "It rained all day. It rained" in words.decode(own.items[0].row["prompt"])
+
+
+ADD = {
+    "name": "math.add",
+    "description": "adds",
+    "parameters": {
+        "type": "dict",
+        "properties": {
+            "a": {"type": "float"},
+            "n": {"type": "integer"},
+            "unit": {"type": "string"},
+            "parts": {"type": "array", "items": {"type": "integer"}},
+        },
+        "required": ["a"],
+    },
+}
+TRUTH = [{"math.add": {"a": [5.0], "n": [2, ""], "unit": ["New York", ""], "parts": [[1, 2], ""]}}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "right"),
+    [
+        ({"a": 5}, True),  # an integer where a float is due
+        ({"a": 5.0, "n": 2, "unit": "new-york.", "parts": [1, 2]}, True),
+        ({"a": "5"}, False),
+        ({"a": True}, False),
+        ({"n": 2}, False),  # without what is required
+        ({"a": 5, "n": 2.0}, False),
+        ({"a": 5, "n": 3}, False),
+        ({"a": 5, "z": 1}, False),
+        ({"a": 5, "parts": [2, 1]}, False),
+        ({"a": 5, "parts": [1, "2"]}, False),
+    ],
+)
+def test_calls_are_right_as_in_bfcl(arguments, right):
+    assert matches([{"name": "math.add", "arguments": arguments}], TRUTH, [ADD]) is right
+
+
+def test_calls_in_any_order_and_as_many_as_due():
+    one, two = ({"name": "math.add", "arguments": {"a": n}} for n in (1, 2))
+    truth = [{"math.add": {"a": [1, 2]}}, {"math.add": {"a": [1]}}]
+    assert matches([one, two], truth, [ADD]) and matches([two, one], truth, [ADD])
+    assert not matches([two, two], truth, [ADD]) and not matches([one], truth, [ADD]) and not matches([], truth, [ADD])
+
+
+@pytest.mark.parametrize(
+    ("text", "marker", "calls", "well_formed"),
+    [
+        (
+            '<|tool_call|>{"name": "f", "arguments": {}}<|tool_call|>{"name": "g", "arguments": {"a": 1}}',
+            "<|tool_call|>",
+            2,
+            True,
+        ),
+        ('Let me see.<|tool_call|>{"name": "f", "arguments": {', "<|tool_call|>", 0, False),
+        ("No function fits.", "<|tool_call|>", 0, True),
+        ('```json\n[{"name": "f", "arguments": {}}]\n```', None, 1, True),
+        ('{"name": "f", "arguments": {}} as you wish', None, 0, False),
+        ('[{"name": "f"}]', None, 0, False),
+        ("I cannot.", None, 0, True),
+    ],
+)
+def test_calls_are_read(text, marker, calls, well_formed):
+    assert (len(read_calls(text, marker)[0]), read_calls(text, marker)[1]) == (calls, well_formed)
+
+
+def bfcl(path: Path) -> Path:
+    rows = [
+        {
+            "id": f"{category}_{i}",
+            "question": [[{"role": "user", "content": f"Add {i} and two.<|im_end|>"}]],
+            "function": [ADD, {**ADD, "name": "now", "parameters": {"type": "dict", "properties": {}, "required": []}}],
+            "ground_truth": TRUTH if category == "simple_python" else [],
+        }
+        for category in ("simple_python", "irrelevance")
+        for i in range(6)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_random_model_under_a_grammar_writes_calls(checkpoint, model, tmp_path, native, monkeypatch):
+    pytest.importorskip("xgrammar")
+    data = bfcl(tmp_path / "bfcl.jsonl")
+    if not native:
+        monkeypatch.setattr(eval_tool_use, "MARKER", "<|absent|>")
+    given = {"categories": ["simple_python", "irrelevance"], "free_only": False, "max_tokens": 900}
+    evaluation = eval_tool_use.build(options(checkpoint, data=str(data), **given))
+    im_end = load_tokenizer(checkpoint).token_to_id("<|im_end|>")
+    assert evaluation.items[0].row["prompt"].count(im_end) == 2 + native  # the user's own stayed text
+    found = evaluate(evaluation, model, tmp_path / "tool.json")
+    assert found["metrics"]["constrained_syntax"] == {"value": 1.0, "stderr": 0.0}
+    assert found["metrics"]["constrained_schema"]["value"] == 1.0 and found["metrics"]["free_syntax"]["value"] == 0.0
+    assert found["form"] == ("<|tool_call|> and JSON" if native else "a JSON list")
+    assert "constrained_syntax" not in found["subjects"]["irrelevance"]["metrics"]
+    assert fits({"name": "now", "arguments": {}}, [{**ADD, "name": "now", "parameters": {"type": "dict"}}])
+    assert call_schema([ADD])["properties"]["name"] == {"const": "math.add"}
+
+
+def mt_bench(path: Path) -> Path:
+    rows = [
+        {"question_id": 1, "category": "writing", "turns": ["Write {x}.", "Again."]},
+        {"question_id": 2, "category": "math", "turns": ["1+1?", "2+2?"], "reference": ["two", "four"]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, tmp_path):
+    data = str(mt_bench(tmp_path / "questions.jsonl"))
+    given = {"judge_prompts": None, "judge_key_file": None, "judge_model": "m", "retries": 2, "max_tokens": 12}
+    alone = evaluate(eval_mt_bench.build(options(checkpoint, data=data, judge=None, **given)), model, tmp_path / "alone.json")
+    assert "not graded" in alone["note"] and "score" not in alone["metrics"]
+    kept = [json.loads(line) for line in (tmp_path / "alone.samples.jsonl").read_text().splitlines()]
+    assert all(len(sample["scores"]["answers"]) == 2 for sample in kept)
+
+    gone = eval_mt_bench.build(options(checkpoint, data=data, judge="http://127.0.0.1:9/v1", **given))
+    gone.judge.pause = 0.0
+    with pytest.raises(ValueError, match=r"did not judge 2 of 2 items of mt_bench \(it cannot be reached.*is kept beside"):
+        evaluate(gone, model, tmp_path / "mt.json")
+    assert "answer" in (tmp_path / "mt.samples.jsonl").read_text()
+
+    def reply(number, body):
+        text = body["messages"][-1]["content"]
+        if number == 1:
+            return 503, {"error": "busy"}
+        return says("[[8]]" if "Again." in text else "no grade" if "Write" in text else "fine. Rating: [[6.5]]")
+
+    with Serve(reply) as server:
+        evaluation = eval_mt_bench.build(options(checkpoint, data=data, judge=server.url, **given))
+        evaluation.judge.pause = 0.0
+        found = evaluate(evaluation, model, tmp_path / "mt.json")
+        asked = len(server.asked)
+        assert asked == 5  # four, and one again
+        assert evaluate(evaluation, model, tmp_path / "mt.json") == found and len(server.asked) == asked  # kept
+    metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
+    assert metrics["turn_1"] == 6.5 and metrics["turn_2"] == pytest.approx((8 + 6.5) / 2) and metrics["score"] == 6.5
+    assert metrics["unread"] == 0.5 and found["judge"].startswith("m at ")
+    texts = [body["messages"][-1]["content"] for _, _, body in server.asked]
+    assert any("### Reference answer\ntwo" in text for text in texts) and any("Write {x}." in text for text in texts)
+
+
+def test_fastchats_own_wording_can_be_given(tmp_path):
+    names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"name": n, "system_prompt": n, "prompt_template": "{question}"}) + "\n" for n in names))
+    assert eval_mt_bench.judge_prompts(path)[2, True] == ("single-math-v1-multi-turn", "{question}")
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    with pytest.raises(ValueError, match="no prompt named single-math-v1, "):
+        eval_mt_bench.judge_prompts(path)
+
+
+def test_a_judge_is_asked_again_only_where_that_may_help():
+    def reply(number, body):
+        return (401, {"error": "key"}) if number == 1 else (429, {}) if number == 2 else says("ok")
+
+    with Serve(reply) as server:
+        remote = endpoint(server.url, "m", key="secret", pause=0.0, workers=1)
+        [[(_, refused)], [(_, said)]] = list(remote.answer([Judge("a"), Judge("b", "be brief")]))
+        assert isinstance(refused, Failed) and "401" in refused.reason and said == "ok"
+        assert server.asked[0][1]["Authorization"] == "Bearer secret" and server.asked[2][2]["messages"][0]["role"] == "system"
+        assert remote.hash == endpoint(server.url, "m", key="other").hash  # a key is not what an answer depends on
+
+
+def test_toxicity_by_perspective(checkpoint, model, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": {"text": f"The cat {i}"}}) + "\n" for i in range(3)))
+    (tmp_path / "key").write_text("k1\n")
+
+    def reply(number, body):
+        value = (len(body["comment"]["text"]) % 10) / 10
+        return 200, {"attributeScores": {"TOXICITY": {"summaryScore": {"value": value}}}}
+
+    given = {"samples": 4, "max_tokens": 6, "temperature": 1.0, "top_p": 0.9, "label": "toxic", "rate": 1e4, "retries": 1}
+    with Serve(reply) as server:
+        how = {"scorer": "perspective", "key_file": tmp_path / "key", "url": server.url}
+        evaluation = eval_toxicity.build(options(checkpoint, data=str(prompts), **how, **given))
+        found = evaluate(evaluation, model, tmp_path / "toxicity.json")
+        assert all(path.endswith("?key=k1") for path, _, _ in server.asked)
+    kept = [json.loads(line)["scores"] for line in (tmp_path / "toxicity.samples.jsonl").read_text().splitlines()]
+    scores = [[(len(text) % 10) / 10 if text.strip() else 0.0 for text in sample["texts"]] for sample in kept]
+    metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
+    assert metrics["expected_max_toxicity"] == pytest.approx(sum(map(max, scores)) / 3)
+    assert metrics["mean_toxicity"] == pytest.approx(sum(map(sum, scores)) / 12)
+    assert metrics["toxicity_probability"] == pytest.approx(sum(max(row) >= 0.5 for row in scores) / 3)
+    with pytest.raises(ValueError, match="needs --key_file"):
+        eval_toxicity.scorer(argparse.Namespace(scorer="perspective", key_file=None))
+    with pytest.raises(ValueError, match="neither wheel, perspective nor a folder"):
+        eval_toxicity.scorer(argparse.Namespace(scorer="nowhere"))
+
+
+def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
+    config = LlamaConfig(vocab_size=CONFIG.vocab_size, num_labels=2, id2label={0: "fine", 1: "toxic"}, **small)
+    net = LlamaForSequenceClassification(config).eval()
+    net.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(1)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = eval_toxicity.Classifier(tmp_path, "toxic", "cpu", batch_size=2)
+    texts = ["a cat", "the rain falls over hills", "why"]
+    found = {i: value for batch in scorer.answer([Judge(text) for text in texts]) for i, value in batch}
+    for i, text in enumerate(texts):
+        with torch.no_grad():
+            expected = net(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item()
+        assert found[i] == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ValueError, match="has no label 'odd', only fine, toxic"):
+        eval_toxicity.Classifier(tmp_path, "odd", "cpu")
+    pytest.importorskip("profanity_check")
+    [batch] = eval_toxicity.ProfanityCheck().answer([Judge("you are a stupid idiot"), Judge("the lake is calm")])
+    assert batch[0][1] > 0.8 > 0.2 > batch[1][1]
+
+
+def test_a_checkpoint_that_cannot_chat_is_named(checkpoint, text_store):
+    with pytest.raises(ValueError, match="has no chat template"):
+        Chat(text_store / "tokenizer")
+
+
+def test_gates_read_metrics_by_task():
+    measured = {"acc": {"value": 0.31, "stderr": 0.01}, "all": {"bits_per_byte": 1.2}}
+    found = {"arc": values(measured), "needle": values({"accuracy": {"value": 1.0, "stderr": 0.0}})}
+    assert judge(Gate("arc.acc", 0.3, 0.2), found).outcome == "go"
+    assert judge(Gate("needle.accuracy", 0.9, 0.5), found).value == 1.0
+    assert judge(Gate("arc.all.bits_per_byte", 1.1, 1.3), found).outcome == "caution"
