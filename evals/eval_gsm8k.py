@@ -72,8 +72,12 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("gsm8k", 3, items, score, args.shots, args.seed, about=about)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=8)
     parser.add_argument("--cot", action="store_true", help='solutions end with "The answer is N." in place of "#### N"')
     parser.add_argument("--max_tokens", type=int, default=256, help="of an answer (default: lm-eval's %(default)s)")
-    main(parser, build)
+    return parser
+
+
+if __name__ == "__main__":
+    main(parser(), build)

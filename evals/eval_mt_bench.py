@@ -114,7 +114,7 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("mt_bench", 1, items, score, about=about, judge=judge)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     parser.add_argument("--judge", metavar="URL", help="base of an OpenAI-compatible API, as http://localhost:8000/v1")
     parser.add_argument("--judge_model", default="judge", help="the model's name there")
@@ -122,4 +122,8 @@ if __name__ == "__main__":
     parser.add_argument("--judge_prompts", type=Path, help="FastChat's judge_prompts.jsonl (default: our own wording)")
     parser.add_argument("--retries", type=int, default=4, help="of a question to the judge, each after twice the pause")
     parser.add_argument("--max_tokens", type=int, default=1024, help="of an answer")
-    main(parser, build)
+    return parser
+
+
+if __name__ == "__main__":
+    main(parser(), build)

@@ -141,6 +141,7 @@ def by_length(samples: Sequence[Sample]) -> dict[str, Estimate]:
 
 
 def build(args: argparse.Namespace) -> Eval:
+    args.haystack = args.haystack or args.data or "noise"
     words = Words(args.checkpoint)
     limit = read_json(args.checkpoint / "config.json").get("max_position_embeddings", 0)
     lengths = args.context or [length for length in (4096, 8192, 16384) if length <= limit] or [limit]
@@ -207,7 +208,7 @@ def heatmap(samples: Path, output: Path) -> None:
     pyplot.close(figure)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     about = "tokens of prompt and answer (default: 4096 8192 16384, as far as the model goes)"
     parser.add_argument("--context", "--context_length", type=int, nargs="+", help=about)
@@ -216,12 +217,11 @@ if __name__ == "__main__":
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--haystack", help="noise, or a file of texts, best held-out ones (default: --data, else noise)")
     parser.add_argument("--max_tokens", type=int, help="of an answer (default: room for the numbers)")
+    return parser
 
-    def with_haystack(args: argparse.Namespace) -> Eval:
-        args.haystack = args.haystack or args.data or "noise"
-        return build(args)
 
-    written = main(parser, with_haystack)
+if __name__ == "__main__":
+    written = main(parser(), build)
     if written:
         picture = written.with_suffix(".png")
         heatmap(written.with_name(written.stem + ".samples.jsonl"), picture)

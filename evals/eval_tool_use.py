@@ -101,9 +101,13 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("tool_use", 1, items, score, about=about)
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     parser.add_argument("--categories", nargs="+", choices=BFCL_CATEGORIES, default=list(BFCL_CATEGORIES[:5]), metavar="NAME")
     parser.add_argument("--free_only", action="store_true", help="without the constrained part, which needs xgrammar")
     parser.add_argument("--max_tokens", type=int, default=512, help="of a reply")
-    main(parser, build)
+    return parser
+
+
+if __name__ == "__main__":
+    main(parser(), build)

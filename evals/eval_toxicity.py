@@ -67,7 +67,7 @@ def build(args: argparse.Namespace) -> Eval:
     return Eval("toxicity", 1, items, score, seed=args.seed, about=about, judge=scorer(args))
 
 
-if __name__ == "__main__":
+def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     parser.add_argument(
         "--scorer", default="wheel", help="wheel, perspective, or a folder of a classifier (default: %(default)s)"
@@ -81,4 +81,8 @@ if __name__ == "__main__":
     parser.add_argument("--max_tokens", type=int, default=20, help="of a sample")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=0.9)
-    main(parser, build)
+    return parser
+
+
+if __name__ == "__main__":
+    main(parser(), build)
