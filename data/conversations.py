@@ -31,7 +31,7 @@ def read_conversations(path: str, form: str, language: str | None = None) -> Ite
     """
     if form not in FORMS:
         raise ValueError(f"{form!r} is no form of conversations; there are {', '.join(FORMS)}")
-    rows = _hub_rows(path.removeprefix(HUB)) if path.startswith(HUB) else _file_rows(path)
+    rows = read_rows(path)
     if form == "oasst":
         yield from _oasst(rows, language)
         return
@@ -48,6 +48,11 @@ def read_conversations(path: str, form: str, language: str | None = None) -> Ite
         else:
             own = found.get("id") or row.value.get("id")
             yield {**found, "id": str(own or row.where), "where": row.where}
+
+
+def read_rows(path: str, split: str = "train") -> Iterator[Row | Skipped]:
+    """The rows of files or of a split of a hub data set, as JSON objects."""
+    return _hub_rows(path.removeprefix(HUB), split) if path.startswith(HUB) else _file_rows(path)
 
 
 def input_files(path: str) -> dict[str, Path]:
@@ -114,12 +119,12 @@ def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
         yield Skipped("the rest of the file is damaged", f"{name}:{number + 1}")
 
 
-def _hub_rows(repo: str) -> Iterator[Row | Skipped]:
+def _hub_rows(repo: str, split: str) -> Iterator[Row | Skipped]:
     name, _, revision = repo.partition("@")
     try:
         from datasets import load_dataset
 
-        for number, value in enumerate(load_dataset(name, split="train", revision=revision or None, streaming=True), 1):
+        for number, value in enumerate(load_dataset(name, split=split, revision=revision or None, streaming=True), 1):
             yield Row(f"{name}:{number}", dict(value))
     except Exception as error:
         raise ValueError(hub_complaint(error, name)) from error

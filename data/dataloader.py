@@ -226,7 +226,7 @@ class Prefetcher:
     def _load(self, place: int) -> Step:
         step = self.loader.at(place)
         if self.device.type == "cuda":
-            step = step._replace(batches=[Batch(*(part.pin_memory() for part in batch)) for batch in step.batches])
+            step = step._replace(batches=[type(batch)(*(part.pin_memory() for part in batch)) for batch in step.batches])
         return step
 
     def at(self, place: int) -> Step:

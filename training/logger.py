@@ -175,7 +175,10 @@ class Log:
         if "val/loss" in values:
             bits = {key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")}
             parts = ", ".join(f"{source} {value:.3f}" for source, value in bits.items() if source != "bits_per_byte")
-            self.say(f"        held-out loss {values['val/loss']:.3f}, bits per byte: {parts}")
+            parts = f"bits per byte: {parts}" if parts else ""
+            if "val/rewards/accuracies" in values:
+                parts = f"{values['val/rewards/accuracies']:.1%} of pairs the right way round"
+            self.say(", ".join(part for part in (f"        held-out loss {values['val/loss']:.3f}", parts) if part))
 
     def beat(self, step: int, force: bool = False) -> None:
         """Renew logs/<run>/heartbeat, at most once a second: what scripts/watch.py looks at."""

@@ -1,0 +1,304 @@
+"""Preference pairs made ready for training: one prompt, a chosen and a rejected answer to it, as token ids kept on the disk.
+
+What cannot be learned from (equal answers, empty ones, such as do not fit) is dropped and counted; malformed rows are named, and
+too many of them refused. Prompts are cut from the left at a turn's border; an answer is never cut.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data import manifest
+from data.chat import Chat, Encoded, jinja_template
+from data.conversations import Row, input_files, read_rows
+from data.readers import Skipped
+from data.recipe import Split
+
+VERSION = 1  # goes up when the same inputs give other pairs
+BATCH = 1000  # pairs encoded at once
+NAMED = 20  # faults of a source that are named
+FORMS = ("messages", "hh")
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+SAME, EMPTY, LONG = "chosen and rejected are the same", "an empty answer", "a pair that does not fit"
+
+
+@dataclass(frozen=True)
+class PairSource:
+    """Where pairs come from.
+
+    form "messages": {"prompt": text or messages, "chosen", "rejected": text or messages}, where chosen and rejected may begin
+    with the prompt, as UltraFeedback's do. "hh": {"chosen", "rejected": transcripts} of Anthropic's hh-rlhf.
+    """
+
+    path: str  # file, folder, glob, or hf://owner/name@revision
+    form: str = "messages"
+    split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
+    limit: int | None = None  # take no more pairs than that
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"{self.form!r} is no form of preference pairs; there are {', '.join(FORMS)}")
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    """What DPO reads. data.mix has the weight of each source, by pairs."""
+
+    sources: dict[str, PairSource]
+    cache: str = "data/store/preferences"  # where prepared pairs are kept
+    held_out: float = 0.02  # share of pairs, by a hash of the prompt
+    max_bad: float = 0.02  # share of a source that may be malformed; above it the run is refused
+    system: str | None = None  # a system prompt for prompts without one
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise ValueError("preferences.sources names no source; give at least one, as name: {path, form}")
+        if not (0 <= self.held_out < 1 and 0 <= self.max_bad < 1):
+            raise ValueError("preferences.held_out and preferences.max_bad must be at least 0 and below 1")
+
+
+class Pair(NamedTuple):
+    """messages end with a user or a tool; chosen and rejected are an assistant's messages."""
+
+    prompt: list[dict[str, Any]]
+    chosen: dict[str, Any]
+    rejected: dict[str, Any]
+    tools: list[dict[str, Any]]
+
+
+class Dropped(ValueError):
+    """A well-formed row that there is nothing to learn from."""
+
+
+class EncodedPair(NamedTuple):
+    chosen: np.ndarray  # uint32, prompt and answer up to its <|im_end|>
+    rejected: np.ndarray
+    prompt: int  # tokens that both begin with, the assistant's header included
+
+
+def parse_hh(row: dict[str, Any]) -> Pair:
+    """A row of hh-rlhf: the prompt is the common beginning of both transcripts, cut back to the last "Assistant:"."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if chosen.strip() == rejected.strip():
+        raise Dropped(SAME)
+    end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)  # noqa: RUF071 (of text, not paths)
+    if end < 0:
+        raise ValueError("no common prompt")
+    first, second = (text[end + len(ASSISTANT) :].strip() for text in (chosen, rejected))
+    if any(mark in answer for answer in (first, second) for mark in (HUMAN, ASSISTANT)):
+        raise ValueError("an answer of several turns")
+    before, *turns = re.split(r"\n\n(Human|Assistant):", chosen[:end])
+    if before.strip() or not turns:
+        raise ValueError("a transcript that does not begin with Human:")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    prompt = [{"role": roles[role], "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
+    return Pair(prompt, {"role": "assistant", "content": first}, {"role": "assistant", "content": second}, [])
+
+
+def parse_messages(row: dict[str, Any]) -> Pair:
+    """A row of the form "messages"; a prompt that chosen and rejected begin with is found as what they have in common."""
+    chosen, rejected = (_messages(row[name], "assistant") for name in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise Dropped(SAME)
+    if chosen and rejected and chosen[0].get("role") != "assistant":
+        shared = 0
+        while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+            shared += 1
+        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    else:
+        prompt = _messages(row.get("prompt") or [], "user")
+    if not prompt:
+        raise ValueError("no common prompt")
+    if len(chosen) != 1 or len(rejected) != 1:
+        raise ValueError("an answer of several turns" if chosen and rejected else EMPTY)
+    tools = row.get("tools") or []
+    return Pair(prompt, chosen[0], rejected[0], json.loads(tools) if isinstance(tools, str) else tools)
+
+
+PARSERS = {"messages": parse_messages, "hh": parse_hh}
+
+
+def _messages(value: Any, role: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError("an answer or a prompt that is neither text nor messages")
+    return value
+
+
+def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
+    """The pair with all messages as chat.clean leaves them; Dropped or ValueError says what is wrong with it."""
+    prompt = pair.prompt
+    if system and prompt and prompt[0].get("role") != "system":
+        prompt = [{"role": "system", "content": system}, *prompt]
+    for answer in (pair.chosen, pair.rejected):
+        if answer.get("role") != "assistant":
+            raise ValueError("an answer that is not the assistant's")
+        content = answer.get("content")
+        if not (answer.get("tool_calls") or answer.get("thought")) and (not content or not str(content).strip()):
+            raise Dropped(EMPTY)
+    cleaned = [chat.clean({"messages": [*prompt, answer], "tools": pair.tools}) for answer in (pair.chosen, pair.rejected)]
+    (*prompt, chosen), rejected = cleaned[0]["messages"], cleaned[1]["messages"][-1]
+    if chosen == rejected:
+        raise Dropped(SAME)
+    return Pair(prompt, chosen, rejected, cleaned[0]["tools"])
+
+
+def shorten(pair: Pair) -> Pair | None:
+    """The pair without the oldest turns of its prompt, up to the next user's; None where only the last is left."""
+    system = pair.prompt[: pair.prompt[0]["role"] == "system"]
+    users = [i for i, message in enumerate(pair.prompt) if message["role"] == "user"]
+    return pair._replace(prompt=[*system, *pair.prompt[users[1] :]]) if len(users) > 1 else None
+
+
+def encode_pairs(chat: Chat, pairs: list[Pair], length: int) -> list[tuple[EncodedPair | None, bool]]:
+    """Clean pairs as ids, None where one does not fit into `length` tokens, and whether its prompt was cut.
+
+    The last token of an answer is only a target, and not counted.
+    """
+    rows = [{"messages": [*p.prompt, answer], "tools": p.tools} for p in pairs for answer in (p.chosen, p.rejected)]
+    encoded = [_answer(row) for row in chat.encode(rows)]
+    found: list[tuple[EncodedPair | None, bool]] = []
+    for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
+        if max(len(chosen[0]), len(rejected[0])) - 1 <= length:
+            assert chosen[1] == rejected[1] and (chosen[0][: chosen[1]] == rejected[0][: chosen[1]]).all(), pair
+            found.append((EncodedPair(chosen[0], rejected[0], chosen[1]), False))
+        else:
+            shorter = shorten(pair)
+            found.append((encode_pairs(chat, [shorter], length)[0][0], True) if shorter else (None, True))
+    return found
+
+
+def _answer(row: Encoded) -> tuple[np.ndarray, int]:
+    """Ids up to the end of the last answer, and where in them it begins."""
+    before = row.ends[-2] if len(row.ends) > 1 else 0
+    return row.ids[: row.ends[-1]], before + int(row.trained[before:].argmax())
+
+
+def prepare(config: PreferenceConfig, mix: Iterable[str], tokenizer: Path, length: int) -> dict[str, Path]:
+    """Folders of the prepared sources in the mixture, made where they are not there yet. tokenizer: a chat tokenizer's folder.
+
+    ValueError where a source has too many faults or nothing that can be trained on.
+    """
+    for name in mix:
+        if name not in config.sources:
+            raise ValueError(f"data.mix.{name}: preferences.sources has no such source; it has {', '.join(config.sources)}")
+    chat, made_by = Chat.from_folder(tokenizer), manifest.file_hash(tokenizer / "tokenizer.json")
+    return {name: _prepare_source(name, config, chat, made_by, length) for name in mix}
+
+
+def _prepare_source(name: str, config: PreferenceConfig, chat: Chat, tokenizer: str, length: int) -> Path:
+    source = config.sources[name]
+    files = {file: manifest.file_hash(path) for file, path in input_files(source.path).items()}
+    inputs: dict[str, Any] = {
+        "version": VERSION,
+        "source": {**vars(source), "path": None if files else source.path, "files": files},
+        "tokenizer": tokenizer,
+        "template": hashlib.sha256(jinja_template(training=True).encode()).hexdigest(),
+        "length": length,
+        "system": config.system,
+        "held_out": config.held_out,
+    }
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    folder = Path(config.cache) / f"{name}-{key}"
+    found = manifest.read(folder)
+    if found is None or found["inputs"] != inputs:
+        part = folder.with_name(f"{folder.name}.tmp")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        found = {"inputs": inputs, "key": key, "report": _write_source(part, config, source, chat, length)}
+        manifest.write(part, found)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    _check(name, found["report"], config)
+    return folder
+
+
+def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
+    """ValueError where a prepared source has too many faults, or no pair."""
+    path, bad, pairs = config.sources[name].path, sum(report["bad"].values()), sum(report["pairs"].values())
+    if bad > config.max_bad * report["rows"]:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report["bad"].items())
+        raise ValueError(
+            f"{name}: {bad / report['rows']:.1%} of {report['rows']:,} pairs are faulty ({reasons}; the first is "
+            f"{report['named'][0]}); mend {path} or raise preferences.max_bad={config.max_bad:g}"
+        )
+    if not report["pairs"]["train"]:
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items()) or f"{pairs} held out"
+        raise ValueError(f"{name}: no pair of {path} is left to train on ({reasons}); check its path, form and length")
+
+
+def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, chat: Chat, length: int) -> dict[str, Any]:
+    """Read, check, encode and cut a source into the files of `folder`; returns its report."""
+    dropped, bad, named = Counter[str](), Counter[str](), list[str]()
+    split, parts = Split(config.held_out), {"train": list[EncodedPair](), "val": list[EncodedPair]()}
+    rows = cut = 0
+
+    def pairs() -> Iterator[Pair]:
+        nonlocal rows
+        for row in islice(read_rows(source.path, source.split), source.limit):
+            rows += 1
+            try:
+                yield clean_pair(chat, parse_row(row, source.form), config.system)
+            except Dropped as error:
+                dropped[str(error)] += 1
+            except ValueError as error:
+                bad[str(error)] += 1
+                if len(named) < NAMED:
+                    named.append(f"{row.where}: {error}")
+
+    left = pairs()
+    while batch := list(islice(left, BATCH)):
+        for pair, (encoded, shortened) in zip(batch, encode_pairs(chat, batch, length), strict=True):
+            if encoded is None:
+                dropped[LONG] += 1
+                continue
+            cut += shortened
+            parts[split.of(json.dumps([pair.prompt, pair.tools], sort_keys=True))].append(encoded)
+    for which, encoded_pairs in parts.items():
+        _write_split(folder, which, encoded_pairs)
+    return {
+        "rows": rows,
+        "pairs": {which: len(encoded_pairs) for which, encoded_pairs in parts.items()},
+        "cut": cut,
+        "dropped": dict(dropped.most_common()),
+        "bad": dict(bad.most_common()),
+        "named": named,
+    }
+
+
+def parse_row(row: Row | Skipped, form: str) -> Pair:
+    """Dropped or ValueError where it is no pair to learn from."""
+    if isinstance(row, Skipped):
+        raise ValueError(row.reason)
+    try:
+        return PARSERS[form](row.value)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not of the form {form} ({type(error).__name__}: {error})") from None
+
+
+def _write_split(folder: Path, split: str, pairs: list[EncodedPair]) -> None:
+    ids = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
+    np.save(folder / f"{split}.ids.npy", np.concatenate([np.empty(0, np.uint32), *ids]))
+    np.save(folder / f"{split}.starts.npy", np.cumsum([0, *map(len, ids)], dtype=np.int64))
+    np.save(folder / f"{split}.prompts.npy", np.array([pair.prompt for pair in pairs], dtype=np.int64))
+
+
+def describe(name: str, report: dict[str, Any]) -> list[str]:
+    """Lines on what became of a source."""
+    pairs, dropped = report["pairs"], "".join(f"; dropped {count:,}: {reason}" for reason, count in report["dropped"].items())
+    cut = f"; {report['cut']:,} prompts cut" if report["cut"] else ""
+    lines = [f"{name}: {pairs['train']:,} pairs, {pairs['val']:,} held out{cut}{dropped}"]
+    lines += [f"warning: {name}: left out {where}" for where in report["named"][:3]]
+    bad = sum(report["bad"].values())
+    return [*lines, f"warning: {name}: {bad} faulty rows left out in all"] if bad > 3 else lines

@@ -1,0 +1,152 @@
+"""Losses over pairs of answers: DPO and its kin. Metrics have TRL's names and meaning.
+
+An answer's log-probability is minus the sum of its tokens' negative log-likelihoods, which is what the model gives. All losses
+are sums over pairs; the loop divides by the pairs of the whole step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid, relu
+
+from training.objectives import Objective
+
+LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "simpo", "apo_zero")
+REFERENCES = ("precomputed", "cpu", "none")
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """What is minimised, and what the policy is compared with."""
+
+    loss: str = "sigmoid"
+    beta: float = 0.1
+    label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round: of sigmoid (cDPO), robust, simpo
+    margin: float = 0.5  # simpo's gamma: by how much beta times the mean log-probability of chosen should lead
+    sft_weight: float = 0.0  # of the chosen answers' mean nll per token, added to the loss
+    reference: str | None = None  # precomputed (default: once, kept on the disk), cpu (a frozen model there), none (for simpo)
+    reference_model: str | None = None  # default: the model that training starts from
+    reference_cache: str | None = None  # file of the precomputed ones; default: reference.safetensors beside the checkpoints
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"dpo.loss={self.loss!r} is not one of {', '.join(LOSSES)}")
+        if self.beta <= 0:
+            raise ValueError(f"dpo.beta={self.beta:g} must be above 0; 0.1 is usual, 5 for sigmoid_norm, 2 for simpo")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"dpo.label_smoothing={self.label_smoothing:g} must be at least 0 and below 0.5")
+        if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
+            raise ValueError(f"dpo.label_smoothing has no meaning for dpo.loss={self.loss}; leave it out")
+        if self.sft_weight < 0:
+            raise ValueError(f"dpo.sft_weight={self.sft_weight:g} must not be negative")
+        if self.reference not in (None, *REFERENCES):
+            raise ValueError(f"dpo.reference={self.reference!r} is not one of {', '.join(REFERENCES)}")
+        if self.loss == "simpo" and self.reference not in (None, "none"):
+            raise ValueError("dpo.loss=simpo has no reference; leave out dpo.reference")
+
+    @property
+    def referred(self) -> str:
+        """One of REFERENCES."""
+        return self.reference or ("none" if self.loss == "simpo" else "precomputed")
+
+
+def answer_logps(model: nn.Module, batch: Any) -> Tensor:
+    """Log-probability of each answer [2n], fp32: the n chosen ones, then the n rejected.
+
+    Gathered, not scattered, so that a GPU adds up in the same order every time.
+    """
+    nll = model(batch.tokens, batch.targets, batch.docs).nll.flatten()
+    return -torch.cat([nll, nll.new_zeros(1)])[batch.places].sum(1)
+
+
+def pair_losses(config: DPOConfig, ratios: Tensor, lengths: Tensor) -> Tensor:
+    """Loss of each pair [n] from log-ratios to the reference and lengths in tokens, both [2, n]: of chosen and of rejected.
+
+    sigmoid (arXiv:2305.18290; label_smoothing: cDPO, ericmitchell.ai/cdpo.pdf), sigmoid_norm (by token, as Tulu 3,
+    arXiv:2411.15124), ipo (arXiv:2310.12036, by token as its authors advise), hinge (arXiv:2305.10425), robust
+    (arXiv:2403.00409), simpo (arXiv:2405.14734; ratios are plain log-probabilities), apo_zero (arXiv:2408.06266).
+    """
+    beta, smoothing = config.beta, config.label_smoothing
+    if config.loss in ("sigmoid_norm", "ipo", "simpo"):
+        ratios = ratios / lengths
+    chosen, rejected = ratios
+    delta = chosen - rejected
+    if config.loss == "ipo":
+        return (delta - 1 / (2 * beta)) ** 2
+    if config.loss == "hinge":
+        return relu(1 - beta * delta)
+    if config.loss == "apo_zero":
+        return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+    scores = beta * delta - (config.margin if config.loss == "simpo" else 0)
+    right, wrong = -logsigmoid(scores), -logsigmoid(-scores)
+    if config.loss == "robust":
+        return ((1 - smoothing) * right - smoothing * wrong) / (1 - 2 * smoothing)
+    return (1 - smoothing) * right + smoothing * wrong
+
+
+def _preference(model: nn.Module, batch: Any, config: DPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    logps = answer_logps(model, batch).unflatten(0, (2, -1))  # [2, n]
+    lengths = (batch.places < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
+    ratios = logps - batch.reference.unflatten(0, (2, -1))
+    losses = pair_losses(config, ratios, lengths) * batch.counted
+    loss = losses.sum()
+    parts = {}
+    if config.sft_weight:
+        nll = -(logps[0] * batch.per_token * batch.counted).sum()
+        loss = loss + config.sft_weight * nll
+        parts["sft_loss"] = nll.detach()
+    with torch.no_grad():
+        sums = {"loss": loss.detach(), **parts, **_measures(config, logps.detach(), ratios.detach(), lengths, batch.counted)}
+    return loss, sums
+
+
+def _measures(config: DPOConfig, logps: Tensor, ratios: Tensor, lengths: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    """Sums over pairs. A tie of rewards counts as wrong, as in TRL: policy = reference has accuracy 0."""
+    rewards = config.beta * (ratios / lengths if config.loss == "simpo" else ratios)
+    of_pairs = {
+        "rewards/chosen": rewards[0],
+        "rewards/rejected": rewards[1],
+        "rewards/accuracies": rewards[0] > rewards[1],
+        "rewards/margins": rewards[0] - rewards[1],
+        "logps/chosen": logps[0],
+        "logps/rejected": logps[1],
+        "lengths/chosen": lengths[0],
+        "lengths/rejected": lengths[1],
+        "lengths/delta": lengths[0] - lengths[1],
+    }
+    if config.referred != "none":
+        # Over the answers at hand, not sampled ones: the first estimates KL(reference || policy), as if it had written them.
+        of_pairs["kl_per_token"] = -ratios.sum(0) / lengths.sum(0)
+        of_pairs["drift_per_token"] = ratios.abs().sum(0) / lengths.sum(0)
+    return {name: (values * counted).sum() for name, values in of_pairs.items()}
+
+
+def preference(config: DPOConfig) -> Objective:
+    """A loss over pairs, and what is measured beside it."""
+    return partial(_preference, config=config)
+
+
+def held_out(
+    model: nn.Module, objective: Objective, sources: Mapping[str, tuple[list[Any], int]], total: Callable[[Tensor], Tensor]
+) -> dict[str, dict[str, float]]:
+    """The objective's means by source and, as "all", over all pairs.
+
+    sources: batches of this rank and number of pairs over all ranks; total: adds a tensor up over ranks.
+    """
+    device = next(model.parameters()).device
+    results: dict[str, dict[str, float]] = {}
+    everything: dict[str, float] = {}
+    for name, (batches, pairs) in sources.items():
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            for key, value in objective(model, batch.to(device))[1].items():
+                sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
+        added = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        results[name] = {key: value / pairs for key, value in added.items()}
+        everything = {key: everything.get(key, 0.0) + value for key, value in added.items()}
+    pairs = sum(number for _, number in sources.values())
+    return {**results, "all": {key: value / pairs for key, value in everything.items()}}
