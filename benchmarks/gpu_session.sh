@@ -108,7 +108,7 @@ case $part in
     try peers 330 "${speed[@]}" "${real[@]}" data.sequence_length=$short data.micro_batch_size=$peer_rows \
       parallel.activation_checkpointing=none --output "$out/peers.json" \
       --contenders ours:1:$rows4k hf:1 plain:1 plain_compiled:1 hf_compiled:1 liger:1 litgpt:1 torchtitan
-    try_if benchmarks/dpo_memory.py dpo_memory 120 "$python" -m benchmarks.dpo_memory
+    try_if benchmarks/dpo_memory.py dpo_memory 120 "$python" -m benchmarks.dpo_memory --output "$out/dpo_memory.json"
     try whole_run 200 "$python" train.py --config "$whole" --test_mode --steps 20 "${whole_more[@]}"
     ;;
   *)

@@ -15,6 +15,7 @@ from torch import Tensor
 from data import manifest
 from data.dataloader import PackedDataLoader, Step
 from data.packing import IGNORE
+from data.preferences import PARTS
 
 
 class PairBatch(NamedTuple):
@@ -43,10 +44,8 @@ class Pairs:
     def __init__(self, folder: Path, split: str):
         content = manifest.read(folder)
         assert content is not None, folder
-        self.report, self.fingerprint = content["report"], f"{content['key']} {split}"
-        self.ids, self.starts, self.prompts = (
-            np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in ("ids", "starts", "prompts")
-        )
+        self.report, self.fingerprint = content["report"], content["sha256"][split]
+        self.ids, self.starts, self.prompts = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS)
         self.documents = 2 * len(self.prompts)
 
     def __len__(self) -> int:

@@ -27,6 +27,7 @@ from data.recipe import Split
 VERSION = 1  # goes up when the same inputs give other pairs
 BATCH = 1000  # pairs encoded at once
 NAMED = 20  # faults of a source that are named
+PARTS = ("ids", "starts", "prompts")
 FORMS = ("messages", "hh")
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SAME, EMPTY, LONG = "chosen and rejected are the same", "an empty answer", "a pair that does not fit"
@@ -213,10 +214,12 @@ def _prepare_source(name: str, config: PreferenceConfig, chat: Chat, tokenizer: 
     folder = Path(config.cache) / f"{name}-{key}"
     found = manifest.read(folder)
     if found is None or found["inputs"] != inputs:
-        part = folder.with_name(f"{folder.name}.tmp")
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        found = {"inputs": inputs, "key": key, "report": _write_source(part, config, source, chat, length)}
+        report = _write_source(part, config, source, chat, length)
+        sums = {split: [manifest.file_hash(part / f"{split}.{array}.npy") for array in PARTS] for split in ("train", "val")}
+        found = {"inputs": inputs, "report": report, "sha256": {split: " ".join(of) for split, of in sums.items()}}
         manifest.write(part, found)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)

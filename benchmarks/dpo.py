@@ -1,0 +1,299 @@
+"""DPO steps, ours and TRL's DPOTrainer, on the same pairs and weights: pairs a second, peak memory, cost of a kept reference.
+
+    pip install -r requirements.txt -r requirements-parity.txt
+    python -m benchmarks.dpo --output benchmarks/results/dpo.json          # a tiny model on a CPU
+    python -m benchmarks.dpo --shape 1b --rounds 2                         # 1.1B x 2,048 tokens in bf16, for a GPU
+
+Each contender is a process; they take turns, so that a busy machine is busy for all. Pairs have the lengths of hh-rlhf's in
+the tiny shape and random ones up to a whole row in the other; which tokens they hold makes no difference. Ours reads its
+batches through the loader and counts every metric; TRL trains by its Trainer with its defaults, but for the dtype, which is ours,
+and gradient checkpointing, which both have or have not.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.side_by_side import machine, wait, write
+from data import manifest
+from data.dataloader import Prefetcher
+from data.pair_batches import PairLoader, Pairs
+from data.preferences import PARTS
+from models.hf import read_hf_config, save_hf
+from models.nanollama import ModelConfig, NanoLlama
+from training import setup
+from training.config import DataConfig, RunConfig
+from training.fsdp_utils import ParallelConfig
+from training.loop import backward, reduce
+from training.optimizers import OptimConfig
+from training.preference_losses import DPOConfig, preference
+from training.reference import ReferenceLogps, build_reference, frozen_logps, sharded
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"length": 512, "pairs": 48, "batch": 4, "steps": 2, "dtype": "float32", "checkpointing": "none"},
+    "1b": {"length": 2048, "pairs": 64, "batch": 4, "steps": 4, "dtype": "bfloat16", "checkpointing": "full"},
+}
+TINY = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+CONTENDERS = ("ours", "ours_cpu_reference", "trl", "trl_precomputed")
+
+
+def lengths_of(shape: str, rng: np.random.Generator) -> tuple[int, int, int]:
+    """Tokens of a prompt and two answers: log-normal with hh-rlhf's medians and spread, or even up to a row."""
+    if shape == "tiny":
+        prompt, first, second = (np.exp(rng.normal(np.log(at), spread)) for at, spread in ((110, 0.8), (40, 0.8), (40, 0.8)))
+        return int(np.clip(prompt, 8, 256)), int(np.clip(first, 2, 250)), int(np.clip(second, 2, 250))
+    return int(rng.integers(100, 1000)), int(rng.integers(50, 1000)), int(rng.integers(50, 1000))
+
+
+def write_case(folder: Path, shape: str) -> None:
+    """A model with random weights, pairs as preferences.py leaves them, and shape.json."""
+    wanted, rng = SHAPES[shape], np.random.default_rng(0)
+    config = ModelConfig(**TINY, vocab_size=8192, max_position_embeddings=512) if shape == "tiny" else ModelConfig()
+    save_hf(folder / "model", config, NanoLlama(config, seed=0).state_dict(), torch.float32, bos=0, eos=1, pad=2)
+    ids, prompts = [], []
+    for _ in range(wanted["pairs"]):
+        prompt, *answers = lengths_of(shape, rng)
+        asked = rng.integers(3, config.vocab_size, prompt)
+        ids += [np.concatenate([asked, rng.integers(3, config.vocab_size, size)]).astype(np.uint32) for size in answers]
+        prompts.append(prompt)
+    (folder / "pairs").mkdir()
+    arrays = (np.concatenate(ids), np.cumsum([0, *map(len, ids)], dtype=np.int64), np.array(prompts))
+    for part, array in zip(PARTS, arrays, strict=True):
+        np.save(folder / "pairs" / f"train.{part}.npy", array)
+    manifest.write(folder / "pairs", {"report": {}, "sha256": {"train": "random"}})
+    (folder / "shape.json").write_text(json.dumps(wanted))
+
+
+Pace = Callable[[], None]  # after each step
+
+
+def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], reference: str) -> None:
+    """Steps as training/loop.py takes them."""
+    shape, pairs = json.loads((folder / "shape.json").read_text()), {"pairs": Pairs(folder / "pairs", "train")}
+    run = RunConfig(
+        model=read_hf_config(folder / "model"),
+        init_from=str(folder / "model"),
+        data=DataConfig(sequence_length=shape["length"], tokens_per_step=2 * shape["batch"] * shape["length"]),
+        parallel=ParallelConfig(dtype=shape["dtype"], activation_checkpointing=shape["checkpointing"]),
+        optim=OptimConfig(lr=1e-6, weight_decay=0.0, beta2=0.999),
+    )
+    loader = PairLoader(
+        *(pairs, {"pairs": 1.0}, shape["length"], shape["batch"], shape["batch"], 0),
+        multiple=64 if device.type == "cuda" else 1,
+    )
+    notes: dict[str, float] = {}
+    began = clock(device)
+    if reference == "cpu":
+        frozen = build_reference(folder / "model", run.model)
+        loader.reference = lambda names, batch: frozen_logps(frozen, batch)
+    else:
+        kept = ReferenceLogps(folder / "reference.safetensors", {}, {"train/pairs": shape["pairs"]})
+        make = lambda: sharded(build_reference(folder / "model", run.model), run, device)  # noqa: E731
+        count = kept.compute(make, {"train": loader.steps(shape["pairs"] // shape["batch"])})
+        wait(device)
+        took = clock(device) - began
+        notes = {"reference_s_a_pair": took / max(1, count), "reference_peak_gb": peak_gb(device)}
+        loader.reference = partial(kept.of, "train")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+    state = setup.build(run, device)
+    state.model.train()
+    read, objective, place = Prefetcher(loader, device), preference(DPOConfig()), 0
+    done = begin(notes)
+    while True:
+        step = read.at(place)
+        sums, _ = backward(run, state.model, step, objective)
+        sums["stop"] = torch.zeros((), device=device)
+        reduce(sums, step.weight)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        place += 1
+        done()
+
+
+def trl(folder: Path, device: torch.device, begin: Callable[[dict], Pace], precomputed: bool) -> None:
+    """DPOTrainer.train() on the same ids."""
+    from datasets import Dataset, disable_progress_bars
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, logging
+    from trl import DPOConfig as TRLConfig
+    from trl import DPOTrainer
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    shape, pairs = json.loads((folder / "shape.json").read_text()), Pairs(folder / "pairs", "train")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "a")), pad_token="c", eos_token="b"
+    )
+    bf16 = shape["dtype"] == "bfloat16"
+    load = partial(AutoModelForCausalLM.from_pretrained, folder / "model", attn_implementation="sdpa")
+    args = TRLConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=shape["batch"],
+        max_steps=100_000,
+        max_length=shape["length"] + 1,
+        precompute_ref_log_probs=precomputed,
+        bf16=bf16,
+        use_cpu=device.type == "cpu",
+        gradient_checkpointing=shape["checkpointing"] == "full",
+        learning_rate=1e-6,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
+    rows = []
+    for index in range(shape["pairs"]):
+        (chosen, rejected), prompt = pairs.read(index)
+        parts = {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
+        rows.append({name: part.tolist() for name, part in parts.items()})
+
+    class Ids(DPOTrainer):
+        def _prepare_dataset(self, dataset, *_, **__):
+            return dataset
+
+    class Paced(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            wait(device)
+            took = clock(device) - began
+            self.done = begin({"reference_s_a_pair": took / shape["pairs"]} if precomputed else {})
+
+        def on_step_end(self, *_, **__):
+            self.done()
+
+    model, frozen = load(dtype=torch.float32), load(dtype=torch.bfloat16 if bf16 else torch.float32)
+    began = clock(device)
+    trainer = Ids(model, frozen, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.add_callback(Paced())
+    trainer.train()
+
+
+def clock(device: torch.device) -> float:
+    """Seconds; on a CPU those that this process computed, over its threads."""
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def peak_gb(device: torch.device) -> float:
+    """Of GPU memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def worker(name: str, folder: Path) -> None:
+    """One contender: waits for a line, takes that many steps, prints seconds and peak memory."""
+    said = sys.stdout
+    sys.stdout = sys.stderr
+    left, began = 0, 0.0
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be counted
+    with setup.ranks() as device:
+
+        def turn(notes: dict[str, float]) -> None:
+            nonlocal left, began
+            print(json.dumps({**notes, "s": clock(device) - began, "peak_gb": peak_gb(device)}), file=said, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                raise SystemExit
+            left, began = int(line), clock(device)
+
+        def done() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                wait(device)
+                turn({})
+
+        def begin(notes: dict[str, float]) -> Pace:
+            turn(notes)
+            return done
+
+        if name.startswith("ours"):
+            ours(folder, device, begin, "cpu" if "cpu" in name else "precomputed")
+        else:
+            trl(folder, device, begin, "precomputed" in name)
+
+
+def start(name: str, folder: Path) -> subprocess.Popen:
+    code = f"from pathlib import Path; from benchmarks.dpo import worker; worker({name!r}, Path({str(folder)!r}))"
+    log = open(folder / f"{name}.log", "w")  # noqa: SIM115
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+
+
+def answer(process: subprocess.Popen) -> dict[str, float]:
+    line = process.stdout.readline() if process.stdout else ""
+    if not line:
+        raise RuntimeError("ended")
+    return json.loads(line)
+
+
+def turns(process: subprocess.Popen, steps: int) -> dict[str, float]:
+    assert process.stdin
+    process.stdin.write(f"{steps}\n")
+    process.stdin.flush()
+    return answer(process)
+
+
+def measure(names: list[str], shape: str, rounds: int, folder: Path, alone: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What each contender finds. alone: one after the other, for a GPU that does not hold two."""
+    write_case(folder, shape)
+    steps, batch = SHAPES[shape]["steps"], SHAPES[shape]["batch"]
+    for group in [[name] for name in names] if alone else [names]:
+        processes = {name: start(name, folder) for name in group}
+        found: dict[str, dict[str, Any]] = {}
+        for name, process in processes.items():
+            try:
+                found[name] = {"begun": answer(process), "rounds": []}
+            except RuntimeError:
+                said = (folder / f"{name}.log").read_text().strip().splitlines()
+                yield name, {"not measured": said[-1][:300] if said else "it ended without a word"}
+        for _ in range(rounds + 1):  # the first is not counted
+            for name in found:
+                found[name]["rounds"].append(turns(processes[name], steps))
+        for process in processes.values():
+            process.stdin.close()  # type: ignore[union-attr]
+            process.wait()
+        for name, one in found.items():
+            rate = statistics.median(steps * batch / each["s"] for each in one["rounds"][1:])
+            begun = {key: value for key, value in one["begun"].items() if key.startswith("reference")}
+            held = {"peak_gb": one["rounds"][-1]["peak_gb"], "peak_gb_before_steps": one["begun"]["peak_gb"]}
+            yield name, {"pairs_per_s": rate, **held, **begun}
+
+
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args(given)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = {**machine(device, "trl", "transformers"), "shape": {"name": args.shape, **SHAPES[args.shape]}, "contenders": {}}
+    result["unit"] = "pairs a second of GPU time" if device.type == "cuda" else "pairs a second that the process computed"
+    with tempfile.TemporaryDirectory() as name:
+        for contender, found in measure(args.contenders, args.shape, args.rounds, Path(name), device.type == "cuda"):
+            result["contenders"][contender] = found
+            print(f"{contender:>20}  {found}", flush=True)
+    whole = result["contenders"]
+    for other in ("trl", "trl_precomputed"):
+        if "pairs_per_s" in whole.get("ours", {}) and "pairs_per_s" in whole.get(other, {}):
+            ratio = {key: whole["ours"][key] / whole[other][key] for key in ("pairs_per_s", "peak_gb")}
+            result[f"ours over {other}"] = ratio
+            print(f"ours over {other}: {ratio['pairs_per_s']:.2f} x the pairs a second, {ratio['peak_gb']:.2f} x the memory")
+    write(args.output, result)
+
+
+if __name__ == "__main__":
+    main()

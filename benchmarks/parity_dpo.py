@@ -1,0 +1,205 @@
+"""Are our preference losses TRL's? The same tiny policy, reference and pairs through both; prints a table and writes it as JSON.
+
+pip install -r requirements.txt -r requirements-parity.txt
+python -m benchmarks.parity_dpo --output benchmarks/results/parity_dpo.json
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.chat import Chat
+from data.chat_tokenizer import save_chat_tokenizer
+from data.pair_batches import PairBatch, Pairs, make_batch
+from data.preferences import PairSource, PreferenceConfig, prepare
+from data.tokenizer import save_tokenizer, train_tokenizer
+from models.hf import load_hf, save_hf
+from models.nanollama import ModelConfig, NanoLlama
+from training.preference_losses import DPOConfig, answer_logps, pair_losses, preference
+from training.reference import frozen_logps
+
+LENGTH = 256
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "2+2?", "chosen": "4", "rejected": "Maybe 5."},
+    {"prompt": "Say hello to the world.", "chosen": "Hello, world!", "rejected": "No."},
+    {"prompt": "Name a colour", "chosen": "Red", "rejected": "Six"},
+    {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Lyon"},
+]
+# answers are short, so that sums of log-probabilities are exact to 1e-5 in fp32
+# ours: settings of dpo, and of TRL's trainer
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sigmoid": ({}, {"loss_types": ["sigmoid"]}),
+    "sigmoid, beta 0.5": ({"beta": 0.5}, {"loss_types": ["sigmoid"], "beta": 0.5}),
+    "sigmoid_norm, beta 1": ({"loss": "sigmoid_norm", "beta": 1.0}, {"loss_types": ["sigmoid_norm"], "beta": 1.0}),
+    "ipo": ({"loss": "ipo"}, {"loss_types": ["ipo"]}),
+    "hinge": ({"loss": "hinge"}, {"loss_types": ["hinge"]}),
+    "robust, smoothing 0.1": ({"loss": "robust", "label_smoothing": 0.1}, {"loss_types": ["robust"], "label_smoothing": 0.1}),
+    "apo_zero": ({"loss": "apo_zero"}, {"loss_types": ["apo_zero"]}),
+    "sigmoid + sft": ({"sft_weight": 1.0}, {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}),
+}
+SHARED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+
+
+def write_case(folder: Path) -> dict[str, Pairs]:
+    """A tiny policy and another reference with a tokenizer of bytes in `folder`, and the pairs, prepared."""
+    save_tokenizer(train_tokenizer([], 258), folder / "bytes")
+    for name, seed in (("policy", 7), ("reference", 8)):
+        chat = save_chat_tokenizer(folder / name, folder / "bytes")
+        config = ModelConfig(
+            vocab_size=chat.tokenizer.get_vocab_size(),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=LENGTH,
+            initializer_range=0.08,
+        )
+        weights = NanoLlama(config, seed=7).state_dict()
+        if name == "reference":
+            noise = NanoLlama(config, seed=seed).state_dict()
+            weights = {key: value + 0.1 * noise[key] for key, value in weights.items()}
+        save_hf(folder / name, config, weights, torch.float32, **chat.config_ids)
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = PreferenceConfig({"pairs": PairSource(str(folder / "pairs.jsonl"))}, str(folder / "cache"), held_out=0.0)
+    prepared = prepare(config, ["pairs"], folder / "policy", LENGTH)
+    return {name: Pairs(path, "train") for name, path in prepared.items()}
+
+
+def batch_of(pairs: dict[str, Pairs], reference: NanoLlama | None, indices: range = range(len(ROWS))) -> PairBatch:
+    """Some of the pairs, laid out as for training."""
+    per_token = len(ROWS) / sum(pairs["pairs"].chosen_tokens(i) for i in range(len(ROWS)))
+    batch = make_batch(pairs, [("pairs", i) for i in indices], per_token, LENGTH)
+    return batch if reference is None else batch._replace(reference=frozen_logps(reference, batch))
+
+
+def ours(folder: Path, batch: PairBatch, settings: dict[str, Any]) -> dict[str, float]:
+    """Means over the pairs, and the gradient norm of the mean loss."""
+    model = load_hf(folder / "policy")
+    loss, sums = preference(DPOConfig(**settings))(model, batch)
+    (loss / len(batch.counted)).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return {**{name: float(value) / len(batch.counted) for name, value in sums.items()}, "grad_norm": float(norm)}
+
+
+def trl_trainer(folder: Path, reference: str = "reference") -> Any:
+    """TRL's DPOTrainer on the same models and the same pairs as text, tokenized its own way."""
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoTokenizer, LlamaForCausalLM, logging
+    from trl import DPOConfig as TRLConfig
+    from trl import DPOTrainer
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    chat = Chat.from_folder(folder / "policy")
+    rows = []
+    for row in ROWS:
+        prompt = chat.clean({"messages": [{"role": "user", "content": row["prompt"]}]}, answered=False)
+        rows.append({**row, "prompt": chat.render(prompt) + "<|im_start|>assistant\n"})
+    models = [
+        LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32, attn_implementation="eager")
+        for name in ("policy", reference)
+    ]
+    args = TRLConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=len(rows),
+        max_steps=1,
+        max_length=LENGTH,
+        beta=0.1,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
+    return DPOTrainer(models[0], models[1], args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+
+
+def theirs(trainer: Any, settings: dict[str, Any], indices: range = range(len(ROWS))) -> dict[str, float]:
+    """What TRL computes and logs for one batch."""
+    given = {"beta": 0.1, "label_smoothing": 0.0, "loss_weights": [1.0], **settings}
+    for name, value in given.items():
+        setattr(trainer, name, value)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in indices])
+    trainer._metrics["train"].clear()
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+    logged = {name: trainer._metrics["train"][name][-1] for name in SHARED}
+    return {"loss": float(loss.detach()), **logged, "grad_norm": float(norm)}
+
+
+def trl_simpo(logps: Tensor, lengths: Tensor, settings: dict[str, Any]) -> Tensor:
+    """TRL's SimPO (its CPOTrainer's) of given log-probabilities, both [2, n]."""
+    from trl.experimental.cpo import CPOTrainer
+
+    config = DPOConfig(loss="simpo", **settings)
+    trainer = SimpleNamespace(
+        alpha=0.0,
+        loss_type="simpo",
+        simpo_gamma=config.margin,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
+        accelerator=SimpleNamespace(device="cpu"),
+    )
+    return CPOTrainer.cpo_loss(trainer, *(logps / lengths))[0]
+
+
+def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """By loss, what we and TRL find."""
+    pairs = write_case(folder)
+    reference, policy = load_hf(folder / "reference"), load_hf(folder / "policy")
+    batch, trainer = batch_of(pairs, reference), trl_trainer(folder)
+    found = {name: {"ours": ours(folder, batch, own), "trl": theirs(trainer, other)} for name, (own, other) in LOSSES.items()}
+    same, equal = trl_trainer(folder, "policy"), batch_of(pairs, policy)
+    found["policy = reference"] = {"ours": ours(folder, equal, {}), "trl": theirs(same, {"loss_types": ["sigmoid"]})}
+    one = range(1, 2)  # TRL's aot sorts pairs over the batch; of a single one it is cDPO
+    smooth = {"label_smoothing": 0.1}
+    found["cDPO, smoothing 0.1, of one pair"] = {
+        "ours": ours(folder, batch_of(pairs, reference, one), smooth),
+        "trl": theirs(trainer, {"loss_types": ["aot"], **smooth}, one),
+    }
+    with torch.no_grad():
+        logps = answer_logps(policy, batch).unflatten(0, (2, -1))
+    lengths = (batch.places < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
+    settings = {"beta": 2.0, "margin": 0.7, "label_smoothing": 0.1}
+    mine = pair_losses(DPOConfig(loss="simpo", **settings), logps, lengths)
+    found["simpo, beta 2, margin 0.7, smoothing 0.1"] = {
+        "ours": {"loss": float(mine.mean())},
+        "trl": {"loss": float(trl_simpo(logps, lengths, settings).mean())},
+    }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="write the table here as JSON")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        table = compare(Path(name))
+    for label, found in table.items():
+        mine, other = found["ours"], found["trl"]
+        worst = max(abs(mine[key] - other[key]) for key in other if key != "grad_norm")
+        line = f"{label:>40}  loss {mine['loss']:.6f}  TRL {other['loss']:.6f}  farthest of all {worst:.1e}"
+        norms = "" if "grad_norm" not in other else f"  gradient norm {mine['grad_norm']:.6f}  TRL {other['grad_norm']:.6f}"
+        print(line + norms)
+    if args.output:
+        import trl as package
+
+        about = {"command": "python -m benchmarks.parity_dpo", "trl": package.__version__, "torch": torch.__version__}
+        args.output.write_text(json.dumps({**about, "python": sys.version.split()[0], "table": table}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""DPO: losses against TRL, the kept reference and its refusals, train_dpo.py over ranks, micro-batches and restarts."""
+
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, one_thread, read_metrics
+from safetensors.torch import load_file, save_file
+
+from benchmarks import parity_dpo
+from models.hf import load_hf
+from training import setup
+from training.preference_losses import DPOConfig, preference
+from training.settings import load_settings
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("case")
+    parity_dpo.write_case(folder)
+    rng = random.Random(0)
+    word = lambda most: "".join(rng.choice("abc ") for _ in range(rng.randint(1, most))) + "."  # noqa: E731
+    rows = (f'{{"prompt": "{word(30)}", "chosen": "yes {word(60)}", "rejected": "no {word(60)}"}}\n' for _ in range(40))
+    (folder / "many.jsonl").write_text("".join(rows))
+    return folder
+
+
+def test_losses_metrics_and_gradients_equal_trl(tmp_path):
+    pytest.importorskip("trl", reason="needs requirements-parity.txt")
+    for label, found in parity_dpo.compare(tmp_path).items():
+        for name, value in found["trl"].items():
+            tolerance = 1e-4 if name == "grad_norm" else 1e-5
+            assert found["ours"][name] == pytest.approx(value, rel=tolerance, abs=1e-5), (label, name)
+
+
+def test_policy_equal_to_reference_and_answers_swapped(tmp_path):
+    pairs = parity_dpo.write_case(tmp_path)
+    policy, reference = load_hf(tmp_path / "policy"), load_hf(tmp_path / "reference")
+    sums = preference(DPOConfig())(policy, parity_dpo.batch_of(pairs, policy))[1]
+    assert float(sums["loss"]) == pytest.approx(4 * math.log(2), rel=1e-6)
+    assert {float(sums[name]) for name in ("rewards/accuracies", "rewards/margins", "kl_per_token", "drift_per_token")} == {0.0}
+    batch = parity_dpo.batch_of(pairs, reference)
+    swapped = batch._replace(places=batch.places.roll(4, 0), reference=batch.reference.roll(4))
+    straight, turned = (preference(DPOConfig())(policy, one)[1] for one in (batch, swapped))
+    assert float(turned["rewards/margins"]) == -float(straight["rewards/margins"]) != 0
+    assert float(turned["rewards/accuracies"]) == 4 - float(straight["rewards/accuracies"])
+    assert float(turned["lengths/delta"]) == -float(straight["lengths/delta"])
+    half = batch._replace(counted=torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    alone = [preference(DPOConfig())(policy, parity_dpo.batch_of(pairs, reference, range(i, i + 1)))[1] for i in (0, 3)]
+    for name, value in preference(DPOConfig())(policy, half)[1].items():
+        assert float(value) == pytest.approx(sum(float(one[name]) for one in alone), rel=1e-4, abs=1e-6), name
+
+
+def test_without_a_reference_rewards_are_log_probabilities(tmp_path):
+    pairs = parity_dpo.write_case(tmp_path)
+    policy, batch = load_hf(tmp_path / "policy"), parity_dpo.batch_of(pairs, None)
+    sums = preference(DPOConfig(reference="none"))(policy, batch)[1]
+    assert float(sums["rewards/chosen"]) == pytest.approx(0.1 * float(sums["logps/chosen"]), rel=1e-6)
+    assert "kl_per_token" not in sums and DPOConfig(loss="simpo").referred == "none"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"beta": 0}, "dpo.beta=0 must be above 0"),
+        ({"loss": "dpo"}, "dpo.loss='dpo' is not one of sigmoid"),
+        ({"label_smoothing": 0.5}, "below 0.5"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "has no meaning for dpo.loss=ipo"),
+        ({"sft_weight": -1}, "must not be negative"),
+        ({"reference": "disk"}, "is not one of precomputed"),
+        ({"loss": "simpo", "reference": "cpu"}, "has no reference"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, said):
+    with pytest.raises(ValueError, match=said):
+        DPOConfig(**settings)
+
+
+def settings(case: Path, where: Path, *more: str) -> list[str]:
+    """Six steps of configs/dpo.yaml on the pairs of the case; what is written goes under `where`."""
+    return [
+        f"preferences={{sources: {{many: {{path: {case / 'many.jsonl'}}}}}, cache: {case / 'cache'}, held_out: 0.2}}",
+        "data={mix: {many: 1}, sequence_length: 256, pairs_per_step: 4, micro_batch_size: 8}",
+        f"init_from={case / 'policy'}",
+        "steps=6",
+        "optim={lr: 1e-3, weight_decay: 0, z_weight: 0}",
+        "parallel={dtype: float32}",
+        "checkpoint={every: 3, asynchronous: false}",
+        "validation={every: 3, rows: 5}",
+        f"log_dir={where / 'logs'}",
+        f"output_dir={where / 'out'}",
+        *more,
+    ]
+
+
+def dpo_here(*overrides: str) -> bool:
+    from train_dpo import PreferenceRun, align
+
+    run = load_settings(PreferenceRun, ROOT / "configs" / "dpo.yaml", ["model.max_position_embeddings=1000000", *overrides])
+    with setup.ranks() as device:
+        return align(run, 0, 1, device)
+
+
+def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(case, tmp_path):
+    whole, split, paused, cpu = (tmp_path / name for name in ("whole", "split", "paused", "cpu"))
+    assert dpo_here(*settings(case, whole))
+    launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=2", str(ROOT / "train_dpo.py"), "--batch_size", "4"]
+    command = [*launch, "--config", str(ROOT / "configs" / "dpo.yaml"), *settings(case, split, "data.micro_batch_size=2")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    assert done.returncode == 0, done.stderr
+    dpo_here(*settings(case, paused, "until=3"))
+    kept = (paused / "out" / "reference.safetensors").read_bytes()
+    dpo_here(*settings(case, paused))
+    assert (paused / "out" / "reference.safetensors").read_bytes() == kept
+    assert dpo_here(*settings(case, cpu, "dpo.reference=cpu", "data.micro_batch_size=4"))
+    assert not (cpu / "out" / "reference.safetensors").exists()
+    one, two, again, frozen = (read_metrics(folder / "logs") for folder in (whole, split, paused, cpu))
+    assert (
+        one[0]["loss"] == pytest.approx(math.log(2), abs=1e-7) and one[0]["rewards/accuracies"] == 0 == one[0]["drift_per_token"]
+    )
+    assert one[-1]["rewards/margins"] > 0.05 and "val/rewards/accuracies" in one[-1]
+    for key in (key for key in one[-1] if key.startswith(("loss", "grad_norm", "rewards", "logps", "lengths", "kl", "val/"))):
+        if key == "rewards/accuracies":
+            continue  # of the first step, where rewards differ by rounding alone
+        expected = [row[key] for row in one if key in row]
+        assert [row[key] for row in again if key in row] == expected, key  # bit for bit
+        for other in (two, frozen):
+            assert [row[key] for row in other if key in row] == pytest.approx(expected, abs=1e-4, rel=1e-5), key
+            if "logps" not in key:
+                assert [row[key] for row in other if key in row] == pytest.approx(expected, abs=2e-5, rel=1e-5), key
+    weights = [(folder / "out" / "step_6" / "model.safetensors").read_bytes() for folder in (whole, paused)]
+    assert weights[0] == weights[1]
+
+
+def test_a_kept_reference_is_refused_for_anything_else(case, tmp_path):
+    cache = tmp_path / "reference.safetensors"
+    own = f"dpo.reference_cache={cache}"
+    dpo_here(*settings(case, tmp_path / "a", own, "steps=2"))
+    kept = load_file(cache)
+    assert set(kept) == {"train/many", "val/many"}
+    assert int((~kept["train/many"].isnan()).all(1).sum()) == 8 and not kept["val/many"].isnan().any()
+    dpo_here(*settings(case, tmp_path / "b", own, "steps=3"))  # more is added to it
+    more = load_file(cache)
+    known = ~kept["train/many"].isnan()
+    assert int((~more["train/many"].isnan()).all(1).sum()) == 12 and torch.equal(
+        more["train/many"][known], kept["train/many"][known]
+    )
+    for other, said in (
+        (f"init_from={case / 'reference'}", "made with other weights; remove it"),
+        ("data.sequence_length=250", "made with other length; remove it"),
+        ("parallel.dtype=bfloat16", "made with other dtype"),
+        ("preferences.system=Be kind.", "made with other data"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            dpo_here(*settings(case, tmp_path / "c", own, "steps=2", other))
+    metadata = read_header(cache)
+    more["val/many"][0] += 1
+    save_file(more, cache, metadata)
+    with pytest.raises(ValueError, match="is damaged: its log-probabilities have changed"):
+        dpo_here(*settings(case, tmp_path / "c", own, "steps=2"))
+    cache.write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="holds no reference log-probabilities that can be read"):
+        dpo_here(*settings(case, tmp_path / "c", own, "steps=2"))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
+        (["data.mix={others: 1}"], "data.mix.others: preferences.sources has no such source; it has many"),
+        (["data.sequence_length=2048"], "exceeds the model's context"),
+        (["data.sequence_length=16"], "no pair of .* is left to train on .* x a pair that does not fit"),
+        (["dpo.beta=-1"], "dpo.beta=-1 must be above 0"),
+        (["data.micro_batch_size=6"], "4 pairs a step do not divide over 1 rank.* with micro-batches of 3"),
+        (["data.pairs_per_step=0"], "data.pairs_per_step=0 must be at least 1"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(case, tmp_path, more, said):
+    with pytest.raises(ValueError, match=said):
+        dpo_here(*settings(case, tmp_path, *more))
