@@ -112,11 +112,11 @@ def watch(rank: Rank) -> None:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import train
-    from training import checkpoint, setup
+    from training import checkpoint, phase, setup
     from training.guard import Faults
 
     register_optimizer_step_post_hook(lambda optimizer, *_: rank.updated(optimizer))
-    plain, build, run, nan = train.next_token, setup.build, train.train, rank.fault.get("nan", {})
+    plain, build, run, nan = train.next_token, setup.build, phase.train, rank.fault.get("nan", {})
 
     def next_token(z_weight: float) -> Any:
         objective = plain(z_weight)
@@ -149,7 +149,7 @@ def watch(rank: Rank) -> None:
         rank.reach("end")
         return finished
 
-    train.next_token, train.Prefetcher, setup.build, train.train = next_token, Watched, built, trained  # type: ignore[misc]
+    train.next_token, train.Prefetcher, setup.build, phase.train = next_token, Watched, built, trained  # type: ignore[misc]
     if left_out := rank.fault.get("leave_out"):
         Faults.next_place = lambda self, place: next(p for p in range(place, 1 << 30) if p not in left_out)  # type: ignore
     watch_saves(rank, checkpoint)

@@ -8,6 +8,8 @@ import yaml
 from conftest import ROOT
 
 from data.recipe import Recipe
+from train_dpo import PreferenceRun
+from train_sft import SFTConfig
 from training.config import RunConfig, load, to_dict
 from training.curriculum import load_plan, stretches
 from training.gates import Gate, decide, judge
@@ -100,7 +102,11 @@ def test_extends_in_a_circle_and_missing_files(tmp_path):
 
 RECIPES = sorted(ROOT.glob("configs/data/*.yaml"))
 PLANS = sorted(ROOT.glob("configs/**/plan*.yaml"))
-RUNS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(RECIPES) - set(PLANS))
+SUITES = sorted({*ROOT.glob("configs/evals/*.yaml"), *ROOT.glob("configs/**/suite.yaml")})
+CHATS = {path: SFTConfig for path in ROOT.glob("configs/**/*.yaml") if path.stem in ("sft", "midtrain")}
+PAIRS = {path: PreferenceRun for path in ROOT.glob("configs/**/dpo.yaml")}
+KINDS = CHATS | PAIRS
+RUNS = sorted(set(ROOT.glob("configs/**/*.yaml")) - {*RECIPES, *PLANS, *SUITES, *KINDS})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -112,11 +118,12 @@ def test_every_recipe_reads_and_holds_what_its_runs_mix(path):
     assert path.read_text().startswith("# python -m scripts.prepare_data")
 
 
-@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RUNS, *sorted(KINDS)], ids=lambda path: path.stem)
 def test_every_config_reads_and_its_resolved_form_reads_back_equal(path, tmp_path):
-    run = load(path)
+    kind = KINDS.get(path, RunConfig)
+    run = load_settings(kind, path)
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(to_dict(run)))
-    assert load(tmp_path / "resolved.yaml") == run
+    assert load_settings(kind, tmp_path / "resolved.yaml") == run
     assert path.read_text().startswith("# ")  # the command and what to expect
 
 
@@ -148,7 +155,7 @@ def test_the_plan_of_the_1b_model(monkeypatch):
     assert [s.run.rope_theta_end for s in found] == [None, 500_000, None, None]
     longer = stretches(plan, {"phase1_pretrain": 20_000})
     assert [s.end for s in longer] == [204_000, 214_000, 227_000, 250_000]
-    assert [m.at for s in longer for m in s.phase.milestones] == [50_000, 100_000, 150_000, 204_000, 250_000]
+    assert [m.at for s in longer for m in s.phase.milestones] == [50_000, 100_000, 150_000, 204_000, 227_000, 250_000]
     assert {s.run.schedule.total_steps for s in longer} == {250_000}
     with pytest.raises(ValueError, match="phase9 is no phase of the plan; there are phase1_pretrain"):
         stretches(plan, {"phase9": 1})
@@ -161,7 +168,10 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
     for change, said in (
         ({}, "are both phase phase1_pretrain"),
         ({"phases": [{"config": "configs/phase1_pretrain.yaml", "milestones": [milestone]}]}, "milestone 190000 lies outside"),
-        ({"evals": {}, "phases": [{"config": "x", "milestones": [milestone]}]}, "is not one of the plan's evals: none"),
+        (
+            {"evals": {}, "phases": [{"config": "x", "milestones": [milestone]}]},
+            "has gates, but the plan has no evals to measure them with",
+        ),
         ({"phases": [{"config": "x", "milestones": [milestone, milestone]}]}, "put them in order, each step once"),
         ({"phases": [{"config": "configs/quickstart/base.yaml"}, {"config": "configs/phase2_16k.yaml"}]}, "make them agree"),
     ):

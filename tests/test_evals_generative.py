@@ -21,7 +21,6 @@ from evals.run import evaluate
 from evals.tool_calls import call_schema, fits, matches, read_calls
 from models.hf import save_hf
 from models.nanollama import ModelConfig, NanoLlama
-from training.gates import Gate, judge, values
 
 CONFIG = ModelConfig(
     vocab_size=VOCAB + 16,
@@ -421,11 +420,3 @@ def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
 def test_a_checkpoint_that_cannot_chat_is_named(checkpoint, text_store):
     with pytest.raises(ValueError, match="has no chat template"):
         Chat(text_store / "tokenizer")
-
-
-def test_gates_read_metrics_by_task():
-    measured = {"acc": {"value": 0.31, "stderr": 0.01}, "all": {"bits_per_byte": 1.2}}
-    found = {"arc": values(measured), "needle": values({"accuracy": {"value": 1.0, "stderr": 0.0}})}
-    assert judge(Gate("arc.acc", 0.3, 0.2), found).outcome == "go"
-    assert judge(Gate("needle.accuracy", 0.9, 0.5), found).value == 1.0
-    assert judge(Gate("arc.all.bits_per_byte", 1.1, 1.3), found).outcome == "caution"

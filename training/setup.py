@@ -53,16 +53,16 @@ def ranks() -> Iterator[torch.device]:
         device = torch.device("cpu")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store)
-    try:
+    try:  # a rank that has already ended on a mistake is missed while connecting, too
+        dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store)
         yield device
         sys.stdout.flush()  # torchrun may end this rank as soon as another has left
         with suppress(RuntimeError):  # no rank takes its sockets away while another still needs them; gloo's barrier may find
             dist.barrier()  # its peer gone although that one has passed it, and then all is done
     except BaseException as error:
-        if world == 1:
+        if world == 1 and dist.is_initialized():
             dist.destroy_process_group()  # with several, others may be in a collective for good: do not wait for them
-        else:
+        elif world > 1:
             leave_if_lost(error, rank)
         raise
     dist.destroy_process_group()
