@@ -22,7 +22,7 @@ from pathlib import Path
 from entrypoint import user_errors
 from training import setup
 from training.checkpoint import damage, identity, step_folders
-from training.curriculum import Milestone, Plan, Stretch, load_plan, stretches
+from training.curriculum import Milestone, Plan, PlanStage, Stretch, load_plan, stretches
 from training.gates import by_name, decide, judge
 from training.logger import append_event, open_alerts
 
@@ -51,9 +51,18 @@ class Pipeline:
                 self.train(stretch, stop, before)
                 for milestone in stretch.phase.milestones:
                     if milestone.at == stop:
-                        self.judge(milestone, stretch)
+                        checkpoint = stretch.run.checkpoints / f"step_{milestone.at}"
+                        self.judge(replace(milestone, evals=milestone.evals or tuple(self.plan.evals)), checkpoint)
             before = stretch.run.checkpoints
         checkpoint = step_folders(self.stretches[-1].run.checkpoints)[-1]
+        for stage in self.plan.stages:
+            for sentence, command in stage.commands.items():
+                self.stage(sentence, shlex.split(command.format(checkpoint=checkpoint)))
+            if not step_folders(Path(stage.leaves)):
+                raise ValueError(f"stage {stage.name} left no checkpoint in {stage.leaves}; make its commands write there")
+            checkpoint = step_folders(Path(stage.leaves))[-1]
+            if stage.evals:
+                self.judge(stage, checkpoint)
         for sentence, command in self.plan.after.items():
             self.stage(sentence, shlex.split(command.format(checkpoint=checkpoint)))
 
@@ -74,22 +83,23 @@ class Pipeline:
             [*self.launch, "--config", stretch.phase.config, *resume, *settings],
         )
 
-    def judge(self, milestone: Milestone, stretch: Stretch) -> None:
-        """Measure and judge a milestone, once; SystemExit(3) where that ends the plan here."""
-        folder = self.results / f"step_{milestone.at}"
+    def judge(self, milestone: Milestone | PlanStage, checkpoint: Path) -> None:
+        """Measure and judge a milestone or what a stage left, once; SystemExit(3) where that ends the plan here."""
+        step = milestone.at if isinstance(milestone, Milestone) else milestone.name
+        where = f"at step {step}" if isinstance(milestone, Milestone) else f"after {step}"
+        folder = self.results / (f"step_{step}" if isinstance(milestone, Milestone) else milestone.name)
         path = folder / "decision.json"
         done = json.loads(path.read_text()) if path.is_file() else {"gates": None}
         if done["gates"] == _plain(milestone.gates) and (done["outcome"] != "no-go" or done["accepted"]):
             return
-        checkpoint = stretch.run.checkpoints / f"step_{milestone.at}"
         metrics: dict = {}
-        for name in milestone.evals or self.plan.evals:
+        for name in milestone.evals:
             output = folder / f"{name}.json"
             wanted = identity(checkpoint)
             measured = json.loads(output.read_text()) if output.is_file() else {}
             if measured.get("of") != wanted or measured.get("not_measured"):
                 command = self.plan.evals[name].format(checkpoint=checkpoint, output=output)
-                self.stage(f"Measuring {name} at step {milestone.at}", shlex.split(command))
+                self.stage(f"Measuring {name} {where}", shlex.split(command))
                 measured = {**json.loads(output.read_text()), "of": wanted}
                 output.write_text(json.dumps(measured, indent=2) + "\n")
             metrics |= by_name(name, measured["metrics"])
@@ -99,14 +109,14 @@ class Pipeline:
             print(f"    {verdict}")
         accepted = self.accept if outcome == "no-go" else None
         folder.mkdir(parents=True, exist_ok=True)
-        decision = {"step": milestone.at, "outcome": outcome, "accepted": accepted, "gates": _plain(milestone.gates)}
+        decision = {"step": step, "outcome": outcome, "accepted": accepted, "gates": _plain(milestone.gates)}
         values = [verdict.value for verdict in verdicts]
         path.write_text(json.dumps({**decision, "values": values, "of": identity(checkpoint)}, indent=2) + "\n")
-        text = f"{outcome} at step {milestone.at}: " + "; ".join(map(str, verdicts))
+        text = f"{outcome} {where}: " + "; ".join(map(str, verdicts))
         append_event(self.logs, "gate", text, **decision, values=values, advice=milestone.advice)
-        self.alerts.send("gate", f"{stretch.run.run}: {outcome} at step {milestone.at}", f"{text}\n{milestone.advice}")
+        self.alerts.send("gate", f"{self.stretches[0].run.run}: {outcome} {where}", f"{text}\n{milestone.advice}")
         self.alerts.flush()
-        print(f"decision at step {milestone.at}: {outcome.upper()}" + (f", accepted: {accepted}" if accepted else ""), flush=True)
+        print(f"decision {where}: {outcome.upper()}" + (f", accepted: {accepted}" if accepted else ""), flush=True)
         if outcome != "go" and milestone.advice:
             print(f"the plan advises: {milestone.advice}", flush=True)
         if outcome == "no-go" and not accepted:

@@ -50,6 +50,16 @@ def plan(settings, tmp_path) -> Path:
             {"config": "one.yaml", "milestones": marks},
             {"config": "two.yaml", "milestones": [{"at": 8, "gates": [gate]}]},
         ],
+        "stages": [
+            {
+                "name": "tuned",
+                "leaves": "checkpoints/tiny/tuned",
+                "commands": {"Tuning": "cp -r {checkpoint}/. checkpoints/tiny/tuned/step_1"},
+                "evals": ["perplexity"],
+                "gates": [gate],
+                "advice": "tune again",
+            }
+        ],
         "after": {"Something last": "python -c \"print('last', '{checkpoint}')\""},
     }
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -75,12 +85,18 @@ def events(place: Path, kind: str) -> list[dict]:
 
 
 def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan):
-    output = run(plan, AT_4="15").stdout
-    assert "\n42\n" in output and "\nlast checkpoints/tiny/two/step_8\n" in output
+    (plan / "checkpoints" / "tiny" / "tuned").mkdir(parents=True)
+    stopped = run(plan, AT_4="15", AT_1="30", status=3).stdout
+    assert "decision after tuned: NO-GO" in stopped and "the plan advises: tune again" in stopped and "\nlast" not in stopped
+    output = stopped + run(plan, "--accept", "as it is").stdout
+    assert "\n42\n" in output and "\nlast checkpoints/tiny/tuned/step_1\n" in output
+    assert events(plan, "gate")[-1]["accepted"] == "as it is"
     assert [line for line in output.splitlines() if line.startswith("decision")] == [
         "decision at step 2: GO",
         "decision at step 4: CAUTION",
         "decision at step 8: GO",
+        "decision after tuned: NO-GO",
+        "decision after tuned: NO-GO, accepted: as it is",
     ]
     assert "the plan advises: --extend one=2" in output
     again = run(plan).stdout  # nothing is trained, measured or decided twice
@@ -91,6 +107,7 @@ def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan):
     content["phases"][0]["milestones"] = []
     for folder in ("checkpoints", "logs", "results"):
         (plan / folder).rename(plan / f"{folder}_before")
+    (plan / "checkpoints" / "tiny" / "tuned").mkdir(parents=True)
     (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     run(plan)
     assert losses(plan) == paused

@@ -28,18 +28,35 @@ class PlanPhase:
 
 
 @dataclass(frozen=True)
+class PlanStage:
+    """What comes after the phases: commands that make a checkpoint of the one before; it is judged as a milestone is."""
+
+    name: str
+    leaves: str  # folder whose newest checkpoint is {checkpoint} from here on
+    commands: dict[str, str]  # sentence -> command
+    evals: tuple[str, ...] = ()  # of Plan.evals; default: none
+    gates: tuple[Gate, ...] = ()
+    advice: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     name: str
     phases: tuple[PlanPhase, ...]
+    stages: tuple[PlanStage, ...] = ()  # SFT, DPO
     ranks: int = 2  # processes, one a GPU
     before: dict[str, str] = field(default_factory=dict)  # sentence -> command, run before the first phase: data, tokenizer
-    after: dict[str, str] = field(default_factory=dict)  # sentence -> command, run after the last one; {checkpoint} is its end
+    after: dict[str, str] = field(default_factory=dict)  # sentence -> command, run at the end; {checkpoint} is what is left
     # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
     evals: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.phases or self.ranks < 1:
             raise ValueError("a plan needs phases, and ranks of at least 1")
+        for stage in self.stages:
+            self._check_evals(f"stage {stage.name}", stage.evals)
+            if stage.gates and not stage.evals:
+                raise ValueError(f"stage {stage.name} has gates; name the evals that measure them")
         for phase in self.phases:
             steps = [milestone.at for milestone in phase.milestones]
             if steps != sorted(set(steps)):
@@ -47,10 +64,12 @@ class Plan:
             for milestone in phase.milestones:
                 if milestone.gates and not self.evals:
                     raise ValueError(f"milestone {milestone.at} has gates, but the plan has no evals to measure them with")
-                for name in milestone.evals:
-                    if name not in self.evals:
-                        known = ", ".join(self.evals) or "none"
-                        raise ValueError(f"milestone {milestone.at}: {name} is not one of the plan's evals: {known}")
+                self._check_evals(f"milestone {milestone.at}", milestone.evals)
+
+    def _check_evals(self, where: str, evals: tuple[str, ...]) -> None:
+        for name in evals:
+            if name not in self.evals:
+                raise ValueError(f"{where}: {name} is not one of the plan's evals: {', '.join(self.evals) or 'none'}")
 
 
 @dataclass(frozen=True)
