@@ -27,6 +27,7 @@ def plan(settings, tmp_path) -> Path:
     """A plan of two phases of four steps on one rank, judged at steps 2, 4 and 8 by a script that reads the environment."""
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     (tmp_path / "measure.py").write_text(MEASURE)
+    (tmp_path / "checkpoints" / "tiny" / "tuned").mkdir(parents=True)
     base = yaml.safe_load((ROOT / "configs" / "test_mode.yaml").read_text())
     for phase, more in (("one", []), ("two", ["model.rope_theta=20000"])):
         content = {**base, "run": "tiny"}
@@ -85,7 +86,6 @@ def events(place: Path, kind: str) -> list[dict]:
 
 
 def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan):
-    (plan / "checkpoints" / "tiny" / "tuned").mkdir(parents=True)
     stopped = run(plan, AT_4="15", AT_1="30", status=3).stdout
     assert "decision after tuned: NO-GO" in stopped and "the plan advises: tune again" in stopped and "\nlast" not in stopped
     output = stopped + run(plan, "--accept", "as it is").stdout
