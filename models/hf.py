@@ -109,8 +109,8 @@ def save_hf(
         ) from error
 
 
-def read_hf_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a Hugging Face folder under our names, whole or split by an index, in their stored dtype."""
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, one, or those that an index names; ValueError where one is missing."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
@@ -118,7 +118,12 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote")
-    return {from_hf_name(name): value for file in files for name, value in load_file(folder / file).items()}
+    return [folder / name for name in files]
+
+
+def read_hf_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a Hugging Face folder under our names, whole or split by an index, in their stored dtype."""
+    return {from_hf_name(name): value for path in weight_files(folder) for name, value in load_file(path).items()}
 
 
 def read_hf_config(folder: Path) -> ModelConfig:

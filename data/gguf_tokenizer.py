@@ -1,0 +1,154 @@
+"""A folder's tokenizer as the keys of a GGUF file, and back.
+
+llama.cpp splits text by rules that it has built in, one a name; only tokenizers that split by one of them are taken.
+Thought and tool markers are USER_DEFINED, since llama.cpp leaves CONTROL tokens out of all text that it writes.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from data.chat import END_THOUGHT, IM_END, START_THOUGHT, TEMPLATE, TOOL_CALL, TOOL_RESPONSE
+from data.tokenizer import QWEN2_SPLIT, load_tokenizer
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+SHOWN = (START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE)
+GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
+
+
+class Vocabulary(NamedTuple):
+    """What tokenizer.ggml.* and tokenizer.chat_template will say."""
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    pre: str
+    ids: dict[str, int]  # bos, eos, eot, pad; those that there are
+    add_bos: bool
+    template: str | None
+
+    def put(self, writer: Any) -> None:
+        """Add all of it to a gguf.GGUFWriter."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        add = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id}
+        add |= {"eot": writer.add_eot_token_id, "pad": writer.add_pad_token_id}
+        for name, index in self.ids.items():
+            add[name](index)
+        writer.add_add_bos_token(self.add_bos)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
+
+
+def read_vocabulary(folder: Path, size: int) -> Vocabulary:
+    """The vocabulary of a folder, filled up to the model's `size`; ValueError where llama.cpp could not do as it does."""
+    tokenizer = load_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    model = content["model"]
+    kind = model.get("type", "BPE")
+    odd = {
+        f"it is a {kind} model, not BPE": kind != "BPE",
+        "it normalises text": content.get("normalizer") is not None,
+        "it falls back to bytes": bool(model.get("byte_fallback")),
+        "it takes whole words without merges": bool(model.get("ignore_merges")),
+    }
+    if any(odd.values()):
+        raise ValueError(f"llama.cpp cannot do as the tokenizer of {folder} does: {next(k for k, v in odd.items() if v)}")
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    names = {index: token for token, index in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    if max(names) >= size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {max(names) + 1} tokens, more than the model's {size}; they do not belong together"
+        )
+    types = [UNUSED if i not in names else _type(added[i]) if i in added else NORMAL for i in range(size)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    ids = _special_ids(folder, tokenizer)
+    path = folder / TEMPLATE
+    template = GENERATION.sub(r"{{\1''\2}}", path.read_text()) if path.is_file() else None
+    tokens = [names.get(i, f"[PAD{i}]") for i in range(size)]
+    return Vocabulary(
+        tokens, types, merges, split_name(content.get("pre_tokenizer"), folder), ids, _adds_bos(tokenizer, ids, folder), template
+    )
+
+
+def _type(token: dict[str, Any]) -> int:
+    return CONTROL if token["special"] and token["content"] not in SHOWN else USER_DEFINED
+
+
+def split_name(pre: dict[str, Any] | None, folder: Path) -> str:
+    """llama.cpp's name of the rule by which a pre-tokenizer (of tokenizer.json) splits text."""
+    steps = pre.get("pretokenizers", [pre]) if pre else []
+    kinds = [step["type"] for step in steps]
+    plain = bool(steps) and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space")
+    own = plain and steps[-1].get("use_regex", True)  # GPT-2's expression, built into ByteLevel
+    if own and kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if own and kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if plain and not own and kinds == ["Split", "ByteLevel"]:
+        split = steps[0]
+        if split["pattern"] == {"Regex": QWEN2_SPLIT} and split["behavior"] == "Isolated" and not split["invert"]:
+            return "qwen2"
+    raise ValueError(
+        f"the tokenizer of {folder} splits text by no rule that is known to be one of llama.cpp's; "
+        "train one with python -m scripts.train_tokenizer"
+    )
+
+
+def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """bos, eos, eot and pad, by tokenizer_config.json and else by config.json; replies end with <|im_end|> where there is one."""
+    settings, config = (_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        token = settings.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        index = tokenizer.token_to_id(token) if token else config.get(f"{name}_token_id")
+        index = index[0] if isinstance(index, list) else index
+        if index is not None:
+            ids[name] = int(index)
+    if "eos" not in ids:
+        raise ValueError(f"{folder} names no eos token; name one in its tokenizer_config.json, or replies will not end")
+    end = tokenizer.token_to_id(IM_END)
+    return {**ids, "eot": ids["eos"] if end is None else end}
+
+
+def _adds_bos(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> bool:
+    around, bare = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    if around == bare:
+        return False
+    if around != [ids.get("bos"), *bare]:
+        raise ValueError(f"the tokenizer of {folder} puts more around a text than bos; llama.cpp would not")
+    return True
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def build_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> Tokenizer:
+    """The tokenizer whose vocabulary stands in a GGUF file; ValueError for a rule of splitting other than read_vocabulary's."""
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = {
+        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), bare]),
+        "gpt-2": whole,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
+    }
+    if pre not in split:
+        raise ValueError(f"its text is split by the rule {pre!r}; known here are {', '.join(split)}")
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge.split(" ", 1)) for merge in merges]))
+    tokenizer.pre_tokenizer = split[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            special = kind == CONTROL or token in SHOWN
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+    return tokenizer

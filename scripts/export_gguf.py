@@ -1,0 +1,67 @@
+"""Write a checkpoint as GGUF files for llama.cpp, Ollama and LM Studio.
+
+python -m scripts.export_gguf --checkpoint checkpoints/nanollama_1b/sft --outtype f16,q8_0,q4_k_m \
+    --outfile gguf/nanollama-1b-{outtype}.gguf
+
+Outtypes: f32, f16, bf16, q8_0, q4_k_m. Beside the files it leaves a Modelfile for Ollama, LM_STUDIO.md, and a model card,
+README.md; a file of these names that was not written by this command stays as it is.
+"""
+
+import argparse
+import resource
+import time
+from pathlib import Path
+
+from data.gguf_tokenizer import read_vocabulary
+from entrypoint import user_errors
+from models.gguf import OUTTYPES, export
+from models.hf import read_hf_config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or any Llama or Qwen3 folder")
+    parser.add_argument("--outtype", default="f16,q8_0,q4_k_m", help=f"one or several, by commas: {', '.join(OUTTYPES)}")
+    parser.add_argument("--outfile", required=True, help="where to; {outtype} in it stands for the type")
+    parser.add_argument("--threads", type=int, default=0, help="for quantising; 0: all that this process may use")
+    args = parser.parse_args()
+    with user_errors():
+        begun = time.monotonic()
+        folder = checkpoint_folder(args.checkpoint)
+        targets = target_files(args.outtype, args.outfile)
+        vocabulary = read_vocabulary(folder, read_hf_config(folder).vocab_size)
+        name = Path(args.outfile.replace("{outtype}", "")).stem.strip("-_.") or folder.name
+        types = export(folder, targets, vocabulary.put, name, args.threads)
+        for outtype, path in targets.items():
+            held = ", ".join(f"{count} {kind}" for kind, count in types[outtype].items())
+            print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {held}")
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{time.monotonic() - begun:.1f} s, at most {peak:.2f} GB of memory")
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder of a checkpoint with a tokenizer; ValueError says what it lacks."""
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is no checkpoint: it holds no config.json")
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(f"{path} holds no tokenizer.json; copy the tokenizer's files there, a GGUF file carries them")
+    return path
+
+
+def target_files(outtypes: str, outfile: str) -> dict[str, Path]:
+    """outtype -> file; ValueError for an unknown one, or for a name that several would share."""
+    kinds = list(dict.fromkeys(kind.strip().lower() for kind in outtypes.split(",") if kind.strip()))
+    unknown = [kind for kind in kinds if kind not in OUTTYPES]
+    if unknown or not kinds:
+        raise ValueError(f"--outtype {outtypes}: {unknown[0] if unknown else 'nothing'!r} is none of {', '.join(OUTTYPES)}")
+    if len(kinds) > 1 and "{outtype}" not in outfile:
+        raise ValueError(f"--outfile {outfile} is one name for {len(kinds)} files; put {{outtype}} into it")
+    targets = {kind: Path(outfile.replace("{outtype}", kind)) for kind in kinds}
+    folders = [path for path in targets.values() if path.is_dir()]
+    if folders:
+        raise ValueError(f"--outfile {folders[0]} is a folder; name a file in it, such as {folders[0]}/model-{{outtype}}.gguf")
+    return targets
+
+
+if __name__ == "__main__":
+    main()
