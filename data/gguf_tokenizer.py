@@ -144,7 +144,8 @@ def build_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequenc
     if pre not in split:
         raise ValueError(f"its text is split by the rule {pre!r}; known here are {', '.join(split)}")
     vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge.split(" ", 1)) for merge in merges]))
+    pairs = [(merge.split(" ", 1)[0], merge.split(" ", 1)[1]) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     tokenizer.pre_tokenizer = split[pre]
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=True):

@@ -1,7 +1,7 @@
 """From a Hugging Face folder to GGUF files, tensor by tensor: names, llama.cpp's order of q and k, the type each tensor takes.
 
 Types and fallbacks are those of llama.cpp's quantiser (llama-quant.cpp), weights are quantised from what is stored, never from
-f16. Needs the gguf package; q4_k_m takes its rows from libgguf or from a llama.cpp library (models/llamacpp.py).
+f16. Needs the gguf package; q4_k_m takes its rows from a llama.cpp library (models/llamacpp.py) or from libgguf.
 """
 
 import json
@@ -275,17 +275,18 @@ def quantise(values: np.ndarray, kind: str, name: str, pool: ThreadPoolExecutor,
 
 
 def k_rows() -> Quantise:
-    """What quantises rows to Q4_K and Q6_K: libgguf, or else a llama.cpp library; both give the same bytes."""
+    """What quantises rows to Q4_K and Q6_K: a llama.cpp library, or libgguf (the same bytes; its threads wait for each other)."""
+    from models.llamacpp import library, quantise_rows
+
+    try:
+        library()
+        return quantise_rows
+    except ValueError:
+        pass
     try:
         import libgguf
     except ImportError:
-        from models.llamacpp import find_library, quantise_rows
-
-        if find_library() is None:
-            raise ValueError(
-                "q4_k_m needs libgguf (pip install libgguf==0.2.2), xllamacpp or llama-cpp-python; install one of them"
-            ) from None
-        return quantise_rows
+        raise ValueError("q4_k_m needs libgguf or a llama.cpp; pip install libgguf==0.2.2, or -r requirements-gguf.txt") from None
     return lambda values, kind: np.asarray(libgguf.quantize_rows(values, kind)).reshape(len(values), -1)
 
 

@@ -49,7 +49,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_memory": (c_void_p, [c_void_p]),
     "llama_init_from_model": (c_void_p, [c_void_p, _Params]),
     "llama_log_set": (None, [c_void_p, c_void_p]),
-    "llama_memory_clear": (None, [c_void_p, c_bool]),
+    "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
     "llama_model_default_params": (_Params, []),
     "llama_model_free": (None, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
@@ -145,7 +145,7 @@ class LlamaCpp:
             raise ValueError(f"llama.cpp cannot run {path} with a context of {self.context} tokens: {_said()}")
         threads = threads or len(os.sched_getaffinity(0))
         lib.llama_set_n_threads(self.state, threads, threads)
-        self.held = 0  # tokens of the sequence
+        self.held: list[int] = []  # the sequence
 
     def close(self) -> None:
         if self.state:
@@ -181,15 +181,15 @@ class LlamaCpp:
         """Does llama.cpp end a reply at this token?"""
         return self.lib.llama_vocab_is_eog(self.vocab, token)
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.state), True)
-        self.held = 0
+    def keep(self, count: int = 0) -> None:
+        """Forget all of the sequence but its first tokens."""
+        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.state), 0, count, -1)
+        del self.held[count:]
 
     def feed(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
         """Continue the sequence; logits fp32 [1, V] after the last token, or [n, V] after every one."""
-        if self.held + len(ids) > self.context:
-            raise ValueError(f"{self.held + len(ids)} tokens do not fit a context of {self.context}")
+        if len(self.held) + len(ids) > self.context:
+            raise ValueError(f"{len(self.held) + len(ids)} tokens do not fit a context of {self.context}")
         odd = [index for index in ids if not 0 <= index < self.size]
         if odd or not ids:
             raise ValueError(f"token {odd[0]} is not in the vocabulary of {self.size}" if odd else "no tokens to feed")
@@ -203,7 +203,7 @@ class LlamaCpp:
             status = self.lib.llama_decode(self.state, batch)
             if status:
                 raise RuntimeError(f"llama_decode returned {status}: {_said()}")
-            self.held += n
+            self.held += part
             if rows := sum(wanted):
                 parts.append(np.ctypeslib.as_array(self.lib.llama_get_logits(self.state), (rows, self.size)).copy())
         return np.concatenate(parts)

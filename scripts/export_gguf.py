@@ -10,12 +10,15 @@ README.md; a file of these names that was not written by this command stays as i
 import argparse
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from data.gguf_tokenizer import read_vocabulary
+from data.chat import jinja_template
+from data.gguf_tokenizer import Vocabulary, read_vocabulary
 from entrypoint import user_errors
 from models.gguf import OUTTYPES, export
 from models.hf import read_hf_config
+from scripts.model_card import MARK, lm_studio, model_card, modelfile
 
 
 def main() -> None:
@@ -24,6 +27,8 @@ def main() -> None:
     parser.add_argument("--outtype", default="f16,q8_0,q4_k_m", help=f"one or several, by commas: {', '.join(OUTTYPES)}")
     parser.add_argument("--outfile", required=True, help="where to; {outtype} in it stands for the type")
     parser.add_argument("--threads", type=int, default=0, help="for quantising; 0: all that this process may use")
+    parser.add_argument("--logs", type=Path, help="what the model card tells of (default: the logs/<run> of the checkpoint)")
+    parser.add_argument("--results", type=Path, help="scores for the model card (default: the results/<run> of the checkpoint)")
     args = parser.parse_args()
     with user_errors():
         begun = time.monotonic()
@@ -35,8 +40,28 @@ def main() -> None:
         for outtype, path in targets.items():
             held = ", ".join(f"{count} {kind}" for kind, count in types[outtype].items())
             print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {held}")
+        for line in write_beside(folder, targets, name, vocabulary, args.logs, args.results):
+            print(line)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(f"{time.monotonic() - begun:.1f} s, at most {peak:.2f} GB of memory")
+
+
+def write_beside(
+    folder: Path, targets: dict[str, Path], name: str, vocabulary: Vocabulary, logs: Path | None, results: Path | None
+) -> Iterator[str]:
+    """Modelfile, LM_STUDIO.md and README.md beside the last file; yields what became of each."""
+    best = list(targets.values())[-1]
+    run = next((parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"), folder.name)
+    chat = vocabulary.template == jinja_template()
+    card = model_card(folder, targets, name, chat, logs or Path("logs") / run, results or Path("results") / run)
+    texts = {"Modelfile": modelfile(best.name, chat), "LM_STUDIO.md": lm_studio(best.name, chat), "README.md": card}
+    for file, text in texts.items():
+        path = best.parent / file
+        if path.is_file() and MARK not in path.read_text(errors="replace"):
+            yield f"{path} is not of this command and stays as it is"
+            continue
+        path.write_text(text)
+        yield f"{path} written"
 
 
 def checkpoint_folder(path: Path) -> Path:

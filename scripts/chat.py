@@ -1,0 +1,134 @@
+"""Talk to a model in the terminal: a checkpoint by our own generation, a GGUF file by llama.cpp.
+
+python -m scripts.chat --model gguf/nanollama-1b-q4_k_m.gguf                 # or a checkpoint folder; /reset and /quit
+python -m scripts.chat --model checkpoints/nanollama_1b/sft --prompt "What is 17 * 23?" "And half of it?"
+python -m scripts.chat --model gguf/nanollama-1b-q4_k_m.gguf --serve 8080    # llama.cpp's server, with OpenAI's interface
+
+Thoughts are dim; tools (arithmetic, dates, units, facts about countries) really run, unless --no_tools.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data.chat import Chat
+from data.gguf_tokenizer import build_tokenizer
+from data.session import Session
+from data.tools import TOOLS
+from entrypoint import user_errors
+from evals.gguf_parity import field, open_gguf
+from models.sampling import Sampling
+from models.speakers import GgufSpeaker, Speaker, TorchSpeaker
+
+STYLE = {"thought": "\033[2m", "content": "", "call": "\033[36m", "result": "\033[32m", "note": "\033[33m"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, type=Path, help="a .gguf file or a checkpoint folder")
+    parser.add_argument("--prompt", nargs="+", help="ask this and end; several are turns of one conversation")
+    parser.add_argument("--system", default="", help="a system prompt")
+    parser.add_argument("--no_tools", action="store_true")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
+    parser.add_argument("--context", type=int, help="tokens of the conversation (default: as many as the model was trained on)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0)
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--min_p", type=float, default=0.0)
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--serve", type=int, metavar="PORT", help="on 127.0.0.1 instead of talking here; 0: any free port")
+    args = parser.parse_args()
+    with user_errors():
+        if args.serve is not None:
+            serve(args.model, args.serve, args.context or 0)
+            return
+        chat, speaker = load(args.model, args.context)
+        sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
+
+        def speak(prompt: list[int]) -> Iterator[int]:
+            new = min(args.max_new_tokens, speaker.context - len(prompt))
+            if new < 1:
+                raise ValueError(f"the conversation fills the context of {speaker.context} tokens; /reset begins a new one")
+            return speaker.speak(prompt, new, sampling, args.seed, chat.stop_ids)
+
+        session = Session(chat, speak, args.system, [] if args.no_tools else TOOLS)
+        kept = list(session.messages)
+        for text in args.prompt or typed():
+            if text == "/reset":
+                session.messages = list(kept)
+            elif text.strip():
+                if args.prompt:
+                    print(f"> {text}")
+                show(session.ask(text))
+
+
+def load(path: Path, context: int | None) -> tuple[Chat, Speaker]:
+    """The template and the model of a GGUF file or of a folder; ValueError says what it is not."""
+    if path.is_file():
+        reader = open_gguf(path)
+        names = ("tokens", "token_type", "merges", "pre")
+        tokens, types, merges, pre = (field(reader, f"tokenizer.ggml.{name}") for name in names)
+        if field(reader, "tokenizer.ggml.model") != "gpt2" or merges is None:
+            raise ValueError(f"{path} holds no byte-level BPE; this command talks to files of scripts/export_gguf.py")
+        special = [field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding")]
+        bos, pad = (None if index is None else tokens[index] for index in special)
+        return Chat(build_tokenizer(tokens, types, merges, pre), bos, pad), GgufSpeaker(path, context)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{path} is neither a GGUF file nor a checkpoint: it holds no config.json")
+    return Chat.from_folder(path), TorchSpeaker(path, "cuda" if torch.cuda.is_available() else "cpu", context)
+
+
+def typed() -> Iterator[str]:
+    """Lines that the user types, until /quit or the end of input."""
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        if line.strip() in ("/quit", "/exit"):
+            return
+        yield line
+
+
+def show(pieces: Iterator[tuple[str, str]]) -> None:
+    """Print a turn as it comes; Ctrl-C ends the turn and forgets it."""
+    colour = sys.stdout.isatty()
+    last = ""
+    try:
+        for kind, text in pieces:
+            if kind != last or kind in ("call", "result", "note"):
+                label = "" if kind == "content" else f"[{kind}] "
+                print("\n" * bool(last) + (STYLE[kind] if colour else "") + label, end="")
+            print(text, end="", flush=True)
+            last = kind
+            if kind != "content" and colour:
+                print("\033[0m" + STYLE[kind], end="")
+    except KeyboardInterrupt:
+        print("\n[stopped; the turn is forgotten]", end="")
+    print("\033[0m" if colour else "")
+
+
+def serve(path: Path, port: int, context: int) -> None:
+    """llama.cpp's own server, until it is stopped."""
+    open_gguf(path)
+    try:
+        import xllamacpp
+    except ImportError:
+        raise ValueError("--serve needs xllamacpp; pip install -r requirements-gguf.txt") from None
+    params = xllamacpp.CommonParams()
+    params.model.path, params.port, params.n_ctx, params.verbosity = str(path), port, context, 1
+    ends = [signal.SIGINT, signal.SIGTERM]
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the server's threads too
+    server = xllamacpp.Server(params)
+    print(f"{server.listening_address}/v1 answers as OpenAI's interface; Ctrl-C ends it", flush=True)
+    signal.sigwait(ends)
+
+
+if __name__ == "__main__":
+    main()

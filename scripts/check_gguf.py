@@ -1,0 +1,59 @@
+"""Compare GGUF files with the checkpoint that they were made of, run by llama.cpp: weights, tokens, logits, text, speed.
+
+python -m scripts.check_gguf --checkpoint checkpoints/nanollama_1b/sft --gguf gguf/nanollama-1b-*.gguf
+
+The figures go to check_gguf.json and check_gguf.md beside the first file. Exit status 1 where a file is wrong.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from entrypoint import ROOT, user_errors
+from evals.gguf_parity import compare, open_gguf, reference, table
+from models.llamacpp import find_library, library
+from scripts.export_gguf import checkpoint_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, type=Path, help="the folder that the files were made of")
+    parser.add_argument("--gguf", required=True, nargs="+", type=Path)
+    parser.add_argument("--text", type=Path, help="real text for logits and perplexity (default: this repository's own)")
+    parser.add_argument("--tokens", type=int, default=2048, help="of the text that are scored")
+    parser.add_argument("--strings", type=int, default=5500, help="that both tokenizers encode")
+    parser.add_argument("--threads", type=int, default=0, help="0: all that this process may use")
+    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as markdown")
+    args = parser.parse_args()
+    with user_errors():
+        folder = checkpoint_folder(args.checkpoint)
+        for path in args.gguf:
+            open_gguf(path)
+        library()
+        if args.text and not args.text.is_file():
+            raise ValueError(f"there is no file {args.text}")
+        files = [args.text] if args.text else [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        text = "\n".join(path.read_text(errors="replace") for path in files)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        ref = reference(folder, text, args.tokens, args.strings)
+        rows = []
+        for path in args.gguf:
+            rows.append(compare(path, ref, args.threads))
+            print(f"{path}: {rows[-1]['verdict']}", *rows[-1]["because"], sep="; ", flush=True)
+        found = find_library()
+        runtime = found[0] if found else ""
+        result = {"checkpoint": str(folder), "text": [path.name for path in files], "runtime": runtime, "files": rows}
+        output = args.output or args.gguf[0].parent / "check_gguf.json"
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n")
+        output.with_suffix(".md").write_text(table(rows) + "\n")
+        print(table(rows))
+        sys.exit(any(row["verdict"] == "wrong" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

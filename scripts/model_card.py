@@ -1,0 +1,160 @@
+"""What goes beside exported files: Ollama's Modelfile, a note for LM Studio, and a model card of what the run left behind."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.hf import read_hf_config
+
+MARK = "written by scripts/export_gguf.py"
+OLLAMA = '''\
+TEMPLATE """<|endoftext|>{{- if or .System .Tools }}<|im_start|>system
+{{ .System }}{{ if .Tools }}{{ if .System }}
+
+{{ end }}You can call these tools:{{ range .Tools }}
+{{ . }}{{ end }}{{ end }}<|im_end|>
+{{ end }}{{- range $i, $_ := .Messages }}{{- $last := eq (len (slice $.Messages $i)) 1 -}}
+{{- if eq .Role "user" }}<|im_start|>user
+{{ .Content }}<|im_end|>
+{{ else if eq .Role "assistant" }}<|im_start|>assistant
+{{ if .Thinking }}<|start_thought|>{{ .Thinking }}<|end_thought|>{{ end }}{{ .Content }}{{ range .ToolCalls -}}
+<|tool_call|>{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}{{ end }}{{ if not $last }}<|im_end|>
+{{ end }}{{ else if eq .Role "tool" }}<|im_start|>tool
+<|tool_response|>{{ .Content }}<|im_end|>
+{{ end }}{{ if and $last (ne .Role "assistant") }}<|im_start|>assistant
+{{ end }}{{ end }}"""
+PARAMETER stop "<|im_end|>"
+PARAMETER stop "<|im_start|>"
+'''
+
+
+def modelfile(file: str, chat: bool) -> str:
+    """Ollama's: the template in Go's language, since Ollama does not read the one in the GGUF file."""
+    head = f"# {MARK}; ollama create nanollama -f Modelfile && ollama run nanollama\nFROM ./{file}\n"
+    if not chat:
+        return head + 'TEMPLATE """{{ .Prompt }}"""\n'
+    return head + OLLAMA + "PARAMETER temperature 0.7\nPARAMETER top_p 0.9\n"
+
+
+def lm_studio(file: str, chat: bool) -> str:
+    """How to bring the file into LM Studio."""
+    lines = [
+        f"<!-- {MARK} -->",
+        "# In LM Studio",
+        "",
+        f"`lms import {file}`, or put it into `~/.lmstudio/models/<you>/<model>/{file}`.",
+    ]
+    if chat:
+        lines += [
+            "The chat template is in the file. In the model's settings, under reasoning parsing, the start string is",
+            "`<|start_thought|>` and the end string `<|end_thought|>`; then thoughts are folded apart from answers.",
+        ]
+    else:
+        lines += ["This is a base model: it continues text, and has no chat template."]
+    return "\n".join(lines) + "\n"
+
+
+def model_card(folder: Path, targets: dict[str, Path], name: str, chat: bool, logs: Path, results: Path) -> str:
+    """The card, from config.json, logs/<run> and results/<run>; what is not there is said not to be."""
+    config = read_hf_config(folder)
+    phases = {path.name.removesuffix(".config.yaml"): _yaml(path) for path in logs.glob("*.config.yaml")}
+    order = _phases(logs)
+    phases = dict(sorted(phases.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    stores = dict.fromkeys(Path(phase["data"]["store"]) for phase in phases.values() if phase.get("data", {}).get("store"))
+    kind = "qwen3 (Llama with normalised q and k)" if config.qk_norm else "llama"
+    smallest = min(targets.values(), key=lambda path: path.stat().st_size)
+    usage = f"python -m scripts.chat --model {smallest.name}" if chat else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
+    parts = [
+        f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
+        f"{config.num_parameters / 1e6:,.1f}M parameters, architecture {kind}, {config.num_hidden_layers} layers of "
+        f"{config.hidden_size}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
+        f"{config.rope_theta:,.0f}. {'Speaks in a chat template of its own.' if chat else 'A base model, without chat.'}\n",
+        f"## Files\n\n{_rows(('file', 'type', 'MB'), _files(targets))}",
+        f"## Use\n\n```\n{usage}\nollama create nanollama -f Modelfile && ollama run nanollama\n```\n",
+        f"## Training\n\n{_rows(('phase', 'steps', 'tokens', 'row', 'peak lr', 'mixture'), _training(phases)) or _none(logs)}",
+        f"## Data\n\n{_rows(('store', 'source', 'documents', 'kept', 'tokens'), _data(stores)) or _none('a data report')}",
+        f"## Contamination\n\n{_contamination(stores) or _none('a contamination report')}",
+        f"## Gates\n\n{_gates(logs) or _none('decisions')}",
+        f"## Scores\n\n{_rows(('task', 'metric', 'value'), _scores(results)) or _none(results)}",
+        "## Licence\n\nThe owner's choice: put it here and above, with the terms of the data it was trained on.\n",
+    ]
+    return "\n".join(parts)
+
+
+def _none(what: Any) -> str:
+    return f"Not found: {what}.\n"
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text()) or {}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _phases(logs: Path) -> list[str]:
+    """Phases in the order in which they were trained."""
+    return list(dict.fromkeys(str(line.get("phase")) for line in _lines(logs / "metrics.jsonl")))
+
+
+def _rows(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
+    """A markdown table, empty where there are no rows."""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines]) + "\n" if lines else ""
+
+
+def _files(targets: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
+    for outtype, path in targets.items():
+        yield path.name, outtype, f"{path.stat().st_size / 1e6:.1f}"
+
+
+def _training(phases: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    for phase, run in phases.items():
+        data = run.get("data", {})
+        steps, tokens = run.get("steps") or 0, data.get("tokens_per_step") or 0
+        mix = ", ".join(f"{name} {share:g}" for name, share in (data.get("mix") or {}).items())
+        yield phase, f"{steps:,}", f"{steps * tokens:,}", data.get("sequence_length"), run.get("optim", {}).get("lr"), mix
+
+
+def _data(stores: dict[Path, None]) -> Iterator[tuple[Any, ...]]:
+    for store in stores:
+        for source, counts in _json(store / "report.json").get("sources", {}).items():
+            found = (counts.get(name) for name in ("documents", "kept", "train_tokens"))
+            yield store, source, *(f"{number:,}" if isinstance(number, int) else "" for number in found)
+
+
+def _contamination(stores: dict[Path, None]) -> str:
+    texts = [(store / "contamination.md").read_text() for store in stores if (store / "contamination.md").is_file()]
+    return "\n".join(text.split("\n\n")[0] + "\n" for text in texts)
+
+
+def _gates(logs: Path) -> str:
+    return "".join(f"- {line.get('text')}\n" for line in _lines(logs / "events.jsonl") if line.get("event") == "gate")
+
+
+def _scores(results: Path) -> Iterator[tuple[Any, ...]]:
+    for path in sorted(results.rglob("*.json")):
+        found = _json(path)
+        metrics = found.get("metrics")
+        for name, value in (metrics if isinstance(metrics, dict) else {}).items():
+            parts = value if isinstance(value, dict) else {"": value}
+            for part, number in parts.items():
+                if isinstance(number, (int, float)) and part != "tokens":
+                    label = f"{name} {part}".strip()
+                    yield f"{found.get('task', path.stem)} ({path.relative_to(results).with_suffix('')})", label, f"{number:.4g}"

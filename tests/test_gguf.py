@@ -1,0 +1,403 @@
+"""GGUF files against their checkpoint, read by gguf and transformers, run by llama.cpp; bad inputs; talking to a model."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.request
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import models.gguf
+from data.chat import CHAT_TOKENS, END_THOUGHT, IM_END, IM_START, START_THOUGHT, TOOL_CALL, Chat, jinja_template
+from data.chat_tokenizer import PROBE, save_chat_tokenizer
+from data.gguf_tokenizer import build_tokenizer, read_vocabulary
+from data.session import Session
+from data.tools import TOOLS
+from evals.gguf_parity import compare, compare_tokens, field, fuzz, open_gguf, reference
+from models.gguf import export, k_rows, tensor_type
+from models.hf import load_hf, save_hf
+from models.llamacpp import LlamaCpp, find_library, quantise_rows
+from models.nanollama import ModelConfig, NanoLlama
+from models.sampling import Sampling
+from models.speakers import GgufSpeaker, TorchSpeaker
+from scripts import chat as chat_script
+from scripts import check_gguf, export_gguf
+
+gguf = pytest.importorskip("gguf")
+runtime = pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip install -r requirements-gguf.txt")
+libgguf = pytest.mark.skipif(not __import__("importlib.util").util.find_spec("libgguf"), reason="libgguf is not installed")
+TEXT = (ROOT / "README.md").read_text()
+SHAPES = {
+    "dense": ModelConfig(392, 256, 512, 3, 8, 2, max_position_embeddings=256, rope_theta=500_000.0, initializer_range=0.06),
+    "qwen3": ModelConfig(400, 96, 256, 2, 4, 2, 128, 256, qk_norm=True, tie_word_embeddings=True),
+    "tied": ModelConfig(392, 72, 160, 2, 4, 4, head_dim=20, max_position_embeddings=256, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(text_store, tmp_path_factory) -> dict[str, Path]:
+    """Chat checkpoints of each shape, with random weights; norms are not all ones."""
+    found = {}
+    for name, config in SHAPES.items():
+        folder = found[name] = tmp_path_factory.mktemp(name)
+        chat = save_chat_tokenizer(folder, text_store / "tokenizer")
+        model = NanoLlama(config, seed=1)
+        draw = torch.Generator().manual_seed(0)
+        weights = {
+            k: v + (0.3 * torch.rand(v.shape, generator=draw) if v.dim() == 1 else 0) for k, v in model.state_dict().items()
+        }
+        save_hf(folder, config, weights, torch.float32 if name == "tied" else torch.bfloat16, **chat.config_ids)
+    return found
+
+
+@pytest.fixture(scope="module")
+def files(folders, tmp_path_factory) -> dict[str, dict[str, Path]]:
+    """All outtypes of each shape."""
+    return {name: make(folder, tmp_path_factory.mktemp("gguf"), *models.gguf.OUTTYPES) for name, folder in folders.items()}
+
+
+def make(folder: Path, out: Path, *outtypes: str, **how) -> dict[str, Path]:
+    targets = {outtype: out / f"m-{outtype}.gguf" for outtype in outtypes}
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    export(folder, targets, read_vocabulary(folder, size).put, "m", say=lambda line: None, **how)
+    assert sorted(out.iterdir()) == sorted(targets.values())  # and nothing temporary
+    return targets
+
+
+def test_keys_and_tensors(folders, files):
+    for name, arch in (("dense", "llama"), ("qwen3", "qwen3")):
+        config, chat = SHAPES[name], Chat.from_folder(folders[name])
+        for outtype, path in files[name].items():
+            reader = gguf.GGUFReader(path)
+            numbers = {
+                "block_count": config.num_hidden_layers,
+                "context_length": 256,
+                "embedding_length": config.hidden_size,
+                "feed_forward_length": config.intermediate_size,
+                "attention.head_count": config.num_attention_heads,
+                "attention.head_count_kv": 2,
+                "attention.key_length": config.heads_size,
+                "attention.value_length": config.heads_size,
+                "rope.dimension_count": config.heads_size,
+                "rope.freq_base": config.rope_theta,
+                "vocab_size": config.vocab_size,
+            }
+            assert {key: field(reader, f"{arch}.{key}") for key in numbers} == numbers
+            assert field(reader, f"{arch}.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
+            assert field(reader, "general.architecture") == arch
+            assert field(reader, "general.file_type") == {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "bf16": 32}[outtype]
+            assert field(reader, "tokenizer.ggml.pre") == "qwen2" and field(reader, "tokenizer.ggml.model") == "gpt2"
+            ids = {"bos": "<|endoftext|>", "eos": IM_END, "eot": IM_END, "padding": "<|pad|>"}
+            for key, token in ids.items():
+                assert field(reader, f"tokenizer.ggml.{key}_token_id") == chat.ids[token]
+            assert field(reader, "tokenizer.ggml.add_bos_token") is False
+            assert field(reader, "tokenizer.chat_template") == jinja_template()
+            assert "generation -" not in jinja_template()
+            tokens, types = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+            assert len(tokens) == len(types) == config.vocab_size
+            shown = {token for token, kind in zip(tokens, types, strict=True) if kind == 4}
+            assert shown == {START_THOUGHT, END_THOUGHT, TOOL_CALL, "<|tool_response|>"}
+            assert {token for token, kind in zip(tokens, types, strict=True) if kind == 3} == {
+                *CHAT_TOKENS,
+                *ids.values(),
+            } - shown
+            assert [token for token, kind in zip(tokens, types, strict=True) if kind == 5] == [
+                f"[PAD{i}]" for i in range(392, config.vocab_size)
+            ]
+            assert all(tensor.data_offset % reader.alignment == 0 for tensor in reader.tensors)
+            ends = [(tensor.data_offset, tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
+            assert all(one[1] <= other[0] for one, other in pairwise(ends)) and ends[-1][1] <= path.stat().st_size
+            assert ("output.weight" in {t.name for t in reader.tensors}) == (not config.tie_word_embeddings)
+
+
+def test_the_same_bytes_with_any_number_of_threads_and_files(folders, files, tmp_path):
+    again = make(folders["dense"], tmp_path, "q8_0", "q4_k_m", threads=3)
+    for outtype, path in again.items():
+        assert path.read_bytes() == files["dense"][outtype].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["dense", "qwen3"])
+def test_transformers_reads_the_checkpoint_back(name, folders, files):
+    from transformers import AutoModelForCausalLM
+
+    path = files[name]["f32"]
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    tokens = torch.randint(392, (2, 50), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = load_hf(folders[name])(tokens)
+        assert (theirs(tokens).logits - ours).abs().max() < 1e-4
+
+
+def test_types_of_q4_k_m_are_llama_cpps():
+    def more(layers: int) -> set[int]:
+        config = ModelConfig(num_hidden_layers=layers)
+        kinds = {i: tensor_type("q4_k_m", f"blk.{i}.ffn_down.weight", (2048, 5632), config) for i in range(layers)}
+        assert kinds == {i: tensor_type("q4_k_m", f"blk.{i}.attn_v.weight", (256, 2048), config) for i in range(layers)}
+        return {i for i, kind in kinds.items() if kind == "Q6_K"}
+
+    # what llama_model_quantize chose
+    assert more(22) == {0, 1, 4, 7, 10, 13, 16, 19, 20, 21}
+    assert [more(n) for n in (1, 2, 7, 8)] == [{0}, {1}, {2, 5, 6}, {0, 3, 6, 7}]
+    config = ModelConfig(num_hidden_layers=2)
+    tied = ModelConfig(num_hidden_layers=2, tie_word_embeddings=True)
+    for name, shape, shapes, wanted in (
+        ("output.weight", (32_000, 2048), config, "Q6_K"),
+        ("token_embd.weight", (32_000, 2048), config, "Q4_K"),
+        ("token_embd.weight", (32_000, 2048), tied, "Q6_K"),
+        ("token_embd.weight", (32_000, 576), tied, "Q8_0"),
+        ("blk.0.attn_q.weight", (576, 576), config, "Q5_0"),
+        ("blk.1.ffn_down.weight", (576, 1504), config, "Q8_0"),
+        ("blk.0.attn_q.weight", (80, 80), config, "F16"),
+        ("blk.0.attn_norm.weight", (2048,), config, "F32"),
+    ):
+        assert tensor_type("q4_k_m", name, shape, shapes) == wanted
+    assert tensor_type("q8_0", "blk.0.attn_q.weight", (80, 80), config) == "F16"
+
+
+@runtime
+def test_rows_equal_llama_cpps_and_libggufs():
+    rows = np.random.default_rng(0).standard_normal((64, 512)).astype(np.float32) ** 3
+    for kind in ("Q8_0", "Q5_0"):
+        number = gguf.GGMLQuantizationType[kind]
+        assert (quantise_rows(rows, number) == gguf.quants.quantize(rows, number)).all()
+    packed = pytest.importorskip("libgguf", reason="libgguf is not installed")
+    for kind in ("Q4_K", "Q6_K"):
+        number = gguf.GGMLQuantizationType[kind]
+        assert (quantise_rows(rows, number) == np.asarray(packed.quantize_rows(rows, number)).reshape(64, -1)).all()
+
+
+@libgguf
+def test_without_llama_cpp_libgguf_writes_the_same_file(folders, files, tmp_path, monkeypatch):
+    def missing():
+        raise ValueError("none")
+
+    monkeypatch.setattr("models.llamacpp.library", missing)
+    assert k_rows() is not quantise_rows
+    assert make(folders["dense"], tmp_path, "q4_k_m")["q4_k_m"].read_bytes() == files["dense"]["q4_k_m"].read_bytes()
+
+
+@runtime
+@pytest.mark.parametrize("name", SHAPES)
+def test_llama_cpp_computes_what_the_checkpoint_does(name, folders, files):
+    ref = reference(folders[name], TEXT, tokens=400, strings=900, new=20)
+    for outtype, path in files[name].items():
+        row = compare(path, ref, threads=1)
+        assert row["verdict"] == "ok", (outtype, row["because"])
+        assert row["outtype"] == outtype and row["tokenizer"]["mismatches"] == row["tokenizer"]["decoded_otherwise"] == 0
+        if outtype in ("f32", "f16"):
+            assert row["max_error"] < 0.02 and row["kl"] < 1e-5
+            assert row["perplexity"] == pytest.approx(row["checkpoint_perplexity"], rel=1e-3)
+
+
+@runtime
+def test_what_the_check_is_there_for_is_found(folders, tmp_path, monkeypatch):
+    ref = reference(folders["dense"], TEXT, tokens=400, strings=300, new=20)
+    vocabulary = read_vocabulary(folders["dense"], 392)
+    wrong = vocabulary._replace(pre="gpt-2", types=[kind if kind != 4 else 3 for kind in vocabulary.types])
+    export(folders["dense"], {"f16": tmp_path / "words.gguf"}, wrong.put, "m")
+    row = compare(tmp_path / "words.gguf", ref, threads=1)
+    assert row["verdict"] == "wrong" and row["tokenizer"]["mismatches"] > 20 and row["max_error"] < 0.02
+    monkeypatch.setattr(models.gguf, "permute", lambda weight, heads: weight)
+    path = make(folders["dense"], tmp_path / "turned", "f16")["f16"]
+    row = compare(path, ref, threads=1)
+    assert row["verdict"] == "wrong" and row["max_error"] > 0.1 and row["weight_error"]["F16"] > 0.5
+
+
+@runtime
+def test_5500_strings_get_the_same_ids_and_the_file_holds_the_tokenizer(folders, files):
+    chat = Chat.from_folder(folders["dense"])
+    texts = fuzz(TEXT, 5500)
+    with LlamaCpp(files["dense"]["q8_0"], 64) as llama:
+        found = compare_tokens(texts, chat.tokenizer, llama)
+        assert found["strings"] == 11_000 and found["mismatches"] == 0 and found["decoded_otherwise"] == 0
+        assert llama.ends(chat.ids[IM_END]) and not llama.ends(chat.ids[IM_START])
+    reader = open_gguf(files["dense"]["q8_0"])
+    keys = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges", "pre"))
+    rebuilt = build_tokenizer(*keys)
+    for special in (False, True):
+        rebuilt.encode_special_tokens = chat.tokenizer.encode_special_tokens = special
+        assert [e.ids for e in rebuilt.encode_batch(texts)] == [e.ids for e in chat.tokenizer.encode_batch(texts)]
+
+
+@runtime
+def test_checkpoint_and_file_say_the_same(folders, files):
+    speakers = TorchSpeaker(folders["dense"]), GgufSpeaker(files["dense"]["f32"], threads=1)
+    chat = Chat.from_folder(folders["dense"])
+    prompt = chat.prompt([{"role": "user", "content": "Hello there"}])
+    for sampling in (Sampling(), Sampling(1.2, temperature=0.8, top_p=0.9)):
+        said = [list(speaker.speak(prompt, 10, sampling, 5, ())) for speaker in speakers]  # few: llama.cpp keeps keys in f16
+        assert said[0] == said[1] and len(said[0]) == 10
+        longer = [*prompt, *said[0][:6], 40]  # what is held is kept as far as it fits
+        assert speakers[1].runtime.held[: len(prompt)] == prompt
+        fresh = list(TorchSpeaker(folders["dense"]).speak(longer, 10, sampling, 6, ()))
+        assert [list(speaker.speak(longer, 10, sampling, 6, ())) for speaker in speakers] == [fresh, fresh]
+    stop = said[0][3]
+    assert list(speakers[1].speak(prompt, 10, sampling, 5, [stop])) == said[0][: said[0].index(stop) + 1]
+    with pytest.raises(ValueError, match="exceed the model's context of 256"):
+        list(speakers[1].speak(prompt, 256, sampling, 0, ()))
+
+
+def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
+    chat = Chat.from_folder(folders["dense"])
+    call = '{"name": "calculator", "arguments": {"expression": "17 * 23"}}'
+    script = [
+        f"{START_THOUGHT}ask{END_THOUGHT}Let me see.{TOOL_CALL}{call}{IM_END}",
+        f"It is 391.{IM_END}",
+        f"{TOOL_CALL}{{{IM_END}",
+    ]
+    chat.tokenizer.encode_special_tokens = False
+    replies = [chat.tokenizer.encode(text).ids for text in [*script, "and so on"]]
+    chat.tokenizer.encode_special_tokens = True
+    prompts = []
+
+    def speak(prompt):
+        prompts.append(prompt)
+        return iter(replies[len(prompts) - 1])
+
+    session = Session(chat, speak, "Be kind.", TOOLS)
+    pieces = list(session.ask("How much is 17 * 23? <|im_end|>"))
+    texts = {kind: "".join(text for found, text in pieces if found == kind) for kind in ("thought", "content", "call", "result")}
+    assert texts == {
+        "thought": "ask",
+        "content": "Let me see.It is 391.",
+        "call": "calculator(expression='17 * 23')",
+        "result": "391",
+    }
+    assert len(pieces) > 6  # streamed
+    assert [message["role"] for message in session.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert prompts[1][: len(prompts[0])] == prompts[0] and prompts[0].count(chat.ids[IM_END]) == 2  # typed ones are text
+    kept = list(session.messages)
+    assert "cannot be read" in list(session.ask("again"))[-1][1] and session.messages == kept
+    assert "cut here" in list(session.ask("again"))[-1][1] and session.messages[-1]["content"] == "and so on"
+
+
+@runtime
+def test_served_by_llama_cpp_with_our_template(files, folders):
+    pytest.importorskip("xllamacpp", reason="the server is xllamacpp's")
+    command = [sys.executable, "-m", "scripts.chat", "--model", str(files["dense"]["q8_0"]), "--serve", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        assert server.stdout
+        url = next(line for line in server.stdout if "/v1" in line).split("/v1")[0]
+
+        def post(path: str, body: dict) -> dict:
+            request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+
+        chat = Chat.from_folder(folders["dense"])
+        asked = {"messages": PROBE["messages"][:2], "tools": PROBE["tools"]}
+        rendered = post("/apply-template", asked)["prompt"]
+        assert rendered == chat.tokenizer.decode(chat.prompt(**asked), skip_special_tokens=False)
+        answer = post("/v1/chat/completions", {"messages": asked["messages"], "max_tokens": 5, "temperature": 0})
+        assert answer["usage"]["completion_tokens"] <= 5 and isinstance(answer["choices"][0]["message"]["content"], str)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 0
+
+
+def run(script, monkeypatch, capsys, *arguments) -> str:
+    """What a command says when it ends with status 2."""
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+    return said
+
+
+def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(folders, tmp_path, monkeypatch, capsys):
+    good, out = folders["dense"], tmp_path / "out"
+
+    def failed(folder: Path, outtype="f16,q8_0", outfile="m-{outtype}.gguf") -> str:
+        said = run(export_gguf, monkeypatch, capsys, "--checkpoint", folder, "--outtype", outtype, "--outfile", out / outfile)
+        assert not out.exists() or not list(out.iterdir())
+        return said
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(good, tmp_path / name))
+
+    assert "is no checkpoint" in failed(tmp_path)
+    assert "'q3' is none of" in failed(good, "f16,q3")
+    assert "one name for 2 files" in failed(good, outfile="m.gguf")
+    bare = copy("bare")
+    (bare / "tokenizer.json").unlink()
+    assert "holds no tokenizer.json" in failed(bare)
+    other = copy("other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps({**content, "pre_tokenizer": {"type": "Whitespace"}}))
+    assert "splits text by no rule" in failed(other)
+    (other / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}))
+    assert "it normalises text" in failed(other)
+    cut = copy("cut")
+    os.truncate(cut / "model.safetensors", 100_000)
+    assert "is damaged" in failed(cut)
+    config = json.loads((good / "config.json").read_text())
+    small = copy("small")
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
+    assert "more than the model's 300" in failed(small)
+    (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    assert "do not agree in 9 tensors" in failed(small)
+    for value, words in ((float("nan"), "not finite"), (1e9, "beyond the range of f16")):
+        weights = {name: tensor.clone() for name, tensor in load_hf(good).state_dict().items()}
+        weights["layers.1.mlp.up_proj.weight"][3, 3] = value
+        save_hf(small, SHAPES["dense"], weights, torch.bfloat16, 0, 0, 0)
+        assert words in failed(small)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
+        assert "make room there" in failed(good)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(models.gguf, "quantise", full)
+    assert "No space left" in failed(good)
+
+
+@runtime
+def test_a_damaged_file_is_told_of(folders, files, tmp_path, monkeypatch, capsys):
+    whole = files["dense"]["f16"].read_bytes()
+    path = tmp_path / "m.gguf"
+    for size in (0, 3, 20, 5_000, len(whole) // 2, len(whole) - 40):
+        path.write_bytes(whole[:size])
+        said = run(check_gguf, monkeypatch, capsys, "--checkpoint", folders["dense"], "--gguf", path)
+        assert "is damaged" in said or "is no GGUF file" in said
+        assert "m.gguf" in run(chat_script, monkeypatch, capsys, "--model", path, "--prompt", "hi")
+        with pytest.raises(ValueError, match=r"llama.cpp cannot read"):
+            LlamaCpp(path)
+    assert "neither a GGUF file nor a checkpoint" in run(chat_script, monkeypatch, capsys, "--model", tmp_path)
+
+
+def test_the_card_tells_of_the_run_and_leaves_other_files_alone(folders, tmp_path, monkeypatch, capsys):
+    logs, results, out = tmp_path / "logs", tmp_path / "results", tmp_path / "out"
+    for folder in (logs, results, out, tmp_path / "store"):
+        folder.mkdir()
+    for phase, lr in (("late", 0.5), ("early", 0.25)):
+        data = f"{{store: {tmp_path / 'store'}, mix: {{books: 1.0}}, tokens_per_step: 100, sequence_length: 64}}"
+        (logs / f"{phase}.config.yaml").write_text(f"steps: 7\noptim: {{lr: {lr}}}\ndata: {data}\n")
+    (logs / "metrics.jsonl").write_text('{"phase": "early"}\n{"phase": "late"}\n')
+    (logs / "events.jsonl").write_text('{"event": "gate", "text": "go at step 7: fine"}\n')
+    (tmp_path / "store" / "report.json").write_text('{"sources": {"books": {"documents": 9, "kept": 8, "train_tokens": 1234}}}')
+    (results / "arc.json").write_text('{"task": "arc", "metrics": {"acc": 0.25}}')
+    (out / "Modelfile").write_text("mine")
+    flags = ("--outtype", "q8_0", "--outfile", out / "tiny.gguf", "--logs", logs, "--results", results)
+    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(folders["dense"]), *map(str, flags)])
+    export_gguf.main()
+    assert "Modelfile is not of this command" in capsys.readouterr().out and (out / "Modelfile").read_text() == "mine"
+    card = (out / "README.md").read_text()
+    early, late = (card.index(f"| {phase} | 7 | 700 | 64 | {lr} | books 1 |") for phase, lr in (("early", 0.25), ("late", 0.5)))
+    assert early < late
+    assert "| books | 9 | 8 | 1,234 |" in card and "- go at step 7: fine" in card and "| arc (arc) | acc | 0.25 |" in card
+    assert "Not found: a contamination report" in card and "The owner's choice" in card
+    (out / "Modelfile").unlink()
+    export_gguf.main()
+    assert "FROM ./tiny.gguf" in (out / "Modelfile").read_text()
