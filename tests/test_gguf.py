@@ -37,7 +37,7 @@ runtime = pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip i
 libgguf = pytest.mark.skipif(not __import__("importlib.util").util.find_spec("libgguf"), reason="libgguf is not installed")
 TEXT = (ROOT / "README.md").read_text()
 SHAPES = {
-    "dense": ModelConfig(392, 256, 512, 3, 8, 2, max_position_embeddings=256, rope_theta=500_000.0, initializer_range=0.06),
+    "dense": ModelConfig(392, 256, 512, 3, 8, 2, max_position_embeddings=256, rope_theta=500_000.0, initializer_range=0.04),
     "qwen3": ModelConfig(400, 96, 256, 2, 4, 2, 128, 256, qk_norm=True, tie_word_embeddings=True),
     "tied": ModelConfig(392, 72, 160, 2, 4, 4, head_dim=20, max_position_embeddings=256, tie_word_embeddings=True),
 }
