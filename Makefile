@@ -12,7 +12,7 @@ quickstart: setup
 	@.venv/bin/python -m scripts.pipeline --plan configs/quickstart/plan.yaml
 
 test:
-	@scripts/setup.sh requirements-cluster.txt requirements-parity.txt requirements-gguf.txt
+	@scripts/setup.sh requirements-cluster.txt requirements-parity.txt requirements-demo.txt
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup

@@ -286,7 +286,7 @@ def k_rows() -> Quantise:
     try:
         import libgguf
     except ImportError:
-        raise ValueError("q4_k_m needs libgguf or a llama.cpp; pip install libgguf==0.2.2, or -r requirements-gguf.txt") from None
+        raise ValueError("q4_k_m needs libgguf or a llama.cpp; pip install libgguf==0.2.2, or xllamacpp") from None
     return lambda values, kind: np.asarray(libgguf.quantize_rows(values, kind)).reshape(len(values), -1)
 
 

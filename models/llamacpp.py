@@ -85,7 +85,7 @@ def library() -> ctypes.CDLL:
     found = find_library()
     if found is None:
         raise ValueError(
-            "no llama.cpp is installed; pip install -r requirements-gguf.txt (a prebuilt wheel), or llama-cpp-python"
+            "no llama.cpp is installed; pip install xllamacpp (a prebuilt wheel) or llama-cpp-python"
         )
     for base in sorted(found[1].parent.glob("libggml-base.*")):  # llama-cpp-python has ggml in libraries of its own
         ctypes.CDLL(str(base), mode=ctypes.RTLD_GLOBAL)
@@ -97,7 +97,7 @@ def library() -> ctypes.CDLL:
         try:
             function = getattr(lib, name)
         except AttributeError:
-            raise ValueError(f"{found[0]} does not offer llama.cpp's {name}; pip install -r requirements-gguf.txt") from None
+            raise ValueError(f"{found[0]} does not offer llama.cpp's {name}; pip install xllamacpp") from None
         function.restype, function.argtypes = result, arguments
     lib.llama_log_set(ctypes.cast(_log, c_void_p), None)
     lib.llama_backend_init()

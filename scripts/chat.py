@@ -120,7 +120,7 @@ def serve(path: Path, port: int, context: int) -> None:
     try:
         import xllamacpp
     except ImportError:
-        raise ValueError("--serve needs xllamacpp; pip install -r requirements-gguf.txt") from None
+        raise ValueError("--serve needs xllamacpp; pip install xllamacpp") from None
     params = xllamacpp.CommonParams()
     params.model.path, params.port, params.n_ctx, params.verbosity = str(path), port, context, 1
     ends = [signal.SIGINT, signal.SIGTERM]

@@ -33,7 +33,7 @@ from scripts import chat as chat_script
 from scripts import check_gguf, export_gguf
 
 gguf = pytest.importorskip("gguf")
-runtime = pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip install -r requirements-gguf.txt")
+runtime = pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip install xllamacpp")
 libgguf = pytest.mark.skipif(not __import__("importlib.util").util.find_spec("libgguf"), reason="libgguf is not installed")
 TEXT = (ROOT / "README.md").read_text()
 SHAPES = {
