@@ -7,7 +7,6 @@
 The same command line again goes on from the newest whole checkpoint. Any setting can be given as section.key=value.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,23 +14,19 @@ from pathlib import Path
 
 import torch
 
-from data.chat import TRAINING_TEMPLATE, Chat
-from data.chat_tokenizer import keep_chat_tokenizer
+from data.chat import TRAINING_TEMPLATE
 from data.dataloader import Prefetcher
 from data.manifest import file_hash
 from data.pair_batches import HeldOutPairs, PairBatch, PairLoader, Pairs
 from data.preferences import PreferenceConfig, describe, prepare
-from data.tokenizer import load_tokenizer
-from entrypoint import user_errors
-from models.hf import read_hf_config
 from training import setup
 from training.checkpoint import on_main
-from training.config import DataConfig, RunConfig
+from training.config import DataConfig
 from training.fsdp_utils import compute_dtype
-from training.phase import TokenizerFiles, run_phase
+from training.phase import run_phase
 from training.preference_losses import DPOConfig, held_out, preference
 from training.reference import ReferenceLogps, build_reference, frozen_logps, sharded
-from training.settings import load_settings
+from tuning import TuningRun, parser, start, take_base
 
 
 @dataclass(frozen=True)
@@ -49,8 +44,8 @@ class PairDataConfig(DataConfig):
 
 
 @dataclass(frozen=True)
-class PreferenceRun(RunConfig):
-    """A run on pairs. The model is that of the base, init_from; the learning rate decays from warm-up to the end."""
+class PreferenceRun(TuningRun):
+    """A run on pairs."""
 
     data: PairDataConfig = field(default_factory=PairDataConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
@@ -58,47 +53,16 @@ class PreferenceRun(RunConfig):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/dpo.yaml", help="YAML file")
-    parser.add_argument("--base_model", help="a step folder, a phase folder or a Hugging Face folder to start from")
-    parser.add_argument("--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)")
-    parser.add_argument("--num_steps", type=int, help="updates")
-    parser.add_argument("--batch_size", type=int, help="pairs in one update, over all ranks")
-    parser.add_argument("--learning_rate", type=float)
-    parser.add_argument("--beta", type=float, help="how dear it is to leave the reference")
-    parser.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
-    parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6 from here into logs/<run>/profile/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
-    args = parser.parse_intermixed_args()
-    flags = {
-        "init_from": args.base_model,
-        "output_dir": args.output_dir,
-        "steps": args.num_steps,
-        "data.pairs_per_step": args.batch_size,
-        "optim.lr": args.learning_rate,
-        "dpo.beta": args.beta,
-        "log.wandb_project": args.wandb_project,
-    }
-    rank, world = setup.rank_and_world()
-    with user_errors(rank, world):
-        given = [f"{key}={value}" for key, value in flags.items() if value is not None]
-        any_length = "model.max_position_embeddings=1000000000"  # until the base's is known
-        run = load_settings(PreferenceRun, args.config, [any_length, *args.overrides, *given])
-        with setup.ranks() as device:
-            finished = align(run, rank, world, device, args.profile)
-    setup.leave(0 if finished else 143)
+    flags = parser(__doc__, "configs/dpo.yaml", "pairs in one update, over all ranks")
+    flags.add_argument("--beta", type=float, help="how dear it is to leave the reference")
+    args = flags.parse_intermixed_args()
+    start(PreferenceRun, args, {"data.pairs_per_step": args.batch_size, "dpo.beta": args.beta}, align)
 
 
 def align(run: PreferenceRun, rank: int, world: int, device: torch.device, profile: bool = False) -> bool:
     """From pairs to checkpoints. False if a signal stopped it; it has saved then."""
-    if not run.init_from:
-        raise ValueError("there is no model to start from; give --base_model")
-    base = on_main(lambda: setup.find_checkpoint(Path(str(run.init_from)), required=True))
-    folder = on_main(lambda: keep_chat_tokenizer(base, Path(run.preferences.cache)))
-    chat, config = Chat.from_folder(folder), read_hf_config(base)
-    known, tokens = load_tokenizer(base).get_vocab_size(), chat.tokenizer.get_vocab_size()
-    data, grown = run.data, known if tokens > known else None
-    run = replace(run, model=replace(config, vocab_size=max(config.vocab_size, tokens)), init_from=str(base))
+    _, folder, files, run = take_base(run, Path(run.preferences.cache))
+    data, grown = run.data, files.known_tokens
     prepared = on_main(lambda: prepare(run.preferences, data.mix, folder, data.sequence_length))
     train, val = ({name: Pairs(path, split) for name, path in prepared.items()} for split in ("train", "val"))
     size = max(1, min(data.micro_batch_size // 2, data.pairs_per_step // world))  # pairs
@@ -111,12 +75,9 @@ def align(run: PreferenceRun, rank: int, world: int, device: torch.device, profi
     )
     pairs.reference = partial(source, "train") if source else None
     sources = few.batches(partial(source, "val") if source else None)
-    warmup = min(run.schedule.warmup_steps, run.steps // 10)
-    schedule = replace(run.schedule, warmup_steps=warmup, total_steps=run.steps, decay_steps=run.steps - warmup)
-    run = replace(run, schedule=schedule, data=replace(data, micro_batch_size=2 * size))
+    run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
     objective = preference(run.dpo)
     evaluate = partial(held_out, objective=objective, sources=sources, total=setup.add_up) if sources else None
-    files = TokenizerFiles(folder, chat.config_ids, grown)
     lines = [line for name, source in train.items() for line in describe(name, source.report)] + pairs.describe(run.steps)
     return run_phase(run, device, Prefetcher(pairs, device), objective, evaluate, files, lines, profile)
 

@@ -5,7 +5,8 @@ python -m evals.eval_chat --checkpoint checkpoints/quickstart/sft --data data/st
 acc: the greedy reply gives the right answer (synthetic.is_right). choice: the right reply is likelier, a token, than every
 wrong one that the example holds; choice_chance is what guessing would give. Each assistant turn with a known answer is one
 item, the turns before it given as they should be. A folder without chat template (a base model) gets the conversation as
-plain lines, User: ... Assistant: ..., so that the same questions can be put before SFT.
+plain lines, User: ... Assistant: ..., so that the same questions can be put before SFT. preferred: of a preference pair, the
+chosen reply is likelier than the rejected one.
 """
 
 import json
@@ -34,7 +35,7 @@ def read_items(data: str | None, limit: int | None) -> list[Item]:
             rows = [json.loads(line) for line in file.read_text().splitlines()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data") from error
-        rows = [row for row in rows if "checks" in row][:limit]
+        rows = [row for row in rows if "checks" in row or "chosen" in row][:limit]
         items += [item for row in rows for item in items_of(row)]
     if not items:
         raise ValueError(f"{path} holds no questions with checks; write some by python -m scripts.generate_chat_data")
@@ -42,7 +43,11 @@ def read_items(data: str | None, limit: int | None) -> list[Item]:
 
 
 def items_of(row: dict[str, Any]) -> list[Item]:
-    """A tool's call is a subject of its own."""
+    """A tool's call is a subject of its own, and so is a preference pair."""
+    if "chosen" in row:
+        check = {"turn": len(row["prompt"]), "wrong": row["rejected"][:1]}
+        example = {"messages": [*row["prompt"], row["chosen"][0]], "tools": row.get("tools"), "checks": [check]}
+        return [Item(row["id"], {"example": example, "check": 0}, "pairs")]
     kind = row["source"].rpartition("/")[2]
     return [
         Item(f"{row['id']}/{i}", {"example": row, "check": i}, "tool calls" if check["type"] == "call" else kind)
@@ -75,6 +80,9 @@ def build(args: Namespace) -> Eval:
         else:
             prompt = tuple(chat.prompt(before, example.get("tools")))
             options = tuple(reply_ids(chat, example, before, reply, len(prompt)) for reply in replies)
+        if "type" not in check:
+            (scored,) = yield [Choose(prompt, options)]
+            return {"preferred": float(scored[0].logprob > scored[1].logprob)}
         stop = ("\n",) if chat is None else ()
         written, scored = yield [Write(prompt, stop, MAX_TOKENS, keep_special=True), Choose(prompt, options)]
         scores = {"acc": float(is_right(example, written.text, number)), "ended": float(written.stopped)}

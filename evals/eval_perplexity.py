@@ -101,9 +101,19 @@ def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
         raise ValueError(f"{args.dataset} has no source {' '.join(sorted(unknown))}; it has: {', '.join(present) or 'none'}")
     found = {name: TokenShards(args.dataset / "tokens" / name, "val") for name in args.sources or present}
     for shards in found.values():
-        if shards.tokenizer != file_hash(args.checkpoint / "tokenizer.json"):
+        if shards.tokenizer != file_hash(args.checkpoint / "tokenizer.json") and not _grown(args, shards.tokenizer):
             raise ValueError(f"{shards.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again")
     return found
+
+
+def _grown(args: argparse.Namespace, made_by: str) -> bool:
+    """Whether the checkpoint's tokenizer is the store's with special tokens added (chat): text has the same ids in both."""
+    files = [folder / "tokenizer.json" for folder in (args.dataset / "tokenizer", args.checkpoint)]
+    if not files[0].is_file() or file_hash(files[0]) != made_by:
+        return False
+    store, own = ({**json.loads(file.read_text()), "post_processor": None} for file in files)
+    added = [own.pop("added_tokens"), store.pop("added_tokens")]
+    return own == store and all(token in added[0] for token in added[1])
 
 
 def score(item: Item) -> Score:

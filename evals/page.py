@@ -15,6 +15,7 @@ def page(report: dict[str, Any], columns: Columns) -> str:
         _header(report, columns),
         _benchmarks(report, columns),
         _gates(report),
+        _stages(report),
         _loss(report),
         _held_out(report),
         _needle(report),
@@ -106,11 +107,30 @@ def _gates(report: dict[str, Any]) -> str:
         advice = gate["advice"] if gate["outcome"] != "go" else ""
         said = f"<p>Accepted: {escape(gate['accepted'])}</p>" if gate["accepted"] else f"<p>{escape(advice or '')}</p>"
         cards.append(
-            f'<div class="decision {gate["outcome"]}">{_chip(gate["outcome"])} <b>step {gate["step"]:,}</b> '
+            f'<div class="decision {gate["outcome"]}">{_chip(gate["outcome"])} <b>{_where(gate["step"])}</b> '
             f"<small>{escape(gate['time'][:16].replace('T', ' '))}</small><ul>{rows}</ul>{said}</div>"
         )
     note = "What was decided at milestones, by thresholds that were set before."
     return _section("Gates", note, f'<div class="gates">{"".join(cards)}</div>') if cards else ""
+
+
+def _where(step: int | str) -> str:
+    """A milestone's step, or the stage after the phases that was judged."""
+    return f"step {step:,}" if isinstance(step, int) else f"after {escape(step)}"
+
+
+def _stages(report: dict[str, Any]) -> str:
+    """What was measured more than once, as the model went on: pretraining, SFT, DPO."""
+    places = report["stages"]
+    names = dict.fromkeys(name for place in places.values() for name in place)
+    rows = [
+        [name, *(_estimate(place.get(name)) for place in places.values())]
+        for name in names
+        if sum(name in place for place in places.values()) > 1
+    ]
+    note = "The same items each time; ± is one standard error. A base model is asked in plain lines."
+    heads = ["", *(name.replace("_", " ") for name in places)]
+    return _section("Stage by stage", note, _rows(heads, rows)) if rows else ""
 
 
 def _loss(report: dict[str, Any]) -> str:
@@ -227,6 +247,12 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 def _score(score: dict[str, Any] | None) -> str:
     value = "" if score is None else f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
     return "-" if score is None else f"{value} <small>{escape(str(score['shots']))}</small>"
+
+
+def _estimate(estimate: dict[str, float | None] | None) -> str:
+    if estimate is None or estimate["value"] is None:
+        return "-"
+    return f"{estimate['value']:.3f}" + (f" ± {estimate['stderr']:.3f}" if estimate["stderr"] is not None else "")
 
 
 def _section(title: str, note: str, body: str) -> str:

@@ -11,7 +11,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,33 @@ def measured(results: Path, checkpoint_hash: str) -> tuple[dict[str, dict[str, A
         elif (read.get("n") or 0) >= (found.get(read["task"], {}).get("n") or 0):
             found[read["task"]] = {**read, "file": str(path)}
     return found, {name: why for name, why in missing.items() if name not in found}
+
+
+STAGE_METRICS = ("bits_per_byte", "acc", "acc_norm", "choice", "preferred", "accuracy", "strict", "flexible", "mc2")  # their ends
+
+
+def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Place -> metric -> value and stderr, of the places that scripts/pipeline.py judged, as the model went through them."""
+    decisions = sorted(results.glob("*/decision.json"), key=lambda path: path.stat().st_mtime)
+    return {
+        path.parent.name: {
+            name: estimate
+            for name, estimate in _leaves(json.loads(path.read_text()).get("metrics", {}))
+            if name.endswith(STAGE_METRICS)
+        }
+        for path in decisions
+    }
+
+
+def _leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Dotted name and estimate of each number in nested metrics."""
+    for name, value in metrics.items():
+        if isinstance(value, dict) and "value" in value:
+            yield prefix + name, {"value": value["value"], "stderr": value.get("stderr")}
+        elif isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)):
+            yield prefix + name, {"value": value, "stderr": None}
 
 
 def training(logs: Path) -> dict[str, Any]:
@@ -228,6 +255,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "not_measured": missing,
         "needle": needle(evaluations),
         "training": training(args.logs) if args.logs else None,
+        "stages": stages(args.results),
         "contamination": contamination(args.contaminated) if args.contaminated else None,
         "samples": samples(model, args.prompt, args.max_new_tokens),
         "environment": {

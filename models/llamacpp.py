@@ -84,9 +84,7 @@ def library() -> ctypes.CDLL:
     """The functions of llama.cpp; ValueError where no package brings them."""
     found = find_library()
     if found is None:
-        raise ValueError(
-            "no llama.cpp is installed; pip install xllamacpp (a prebuilt wheel) or llama-cpp-python"
-        )
+        raise ValueError("no llama.cpp is installed; pip install xllamacpp (a prebuilt wheel) or llama-cpp-python")
     for base in sorted(found[1].parent.glob("libggml-base.*")):  # llama-cpp-python has ggml in libraries of its own
         ctypes.CDLL(str(base), mode=ctypes.RTLD_GLOBAL)
     try:

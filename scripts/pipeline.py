@@ -35,6 +35,7 @@ class Pipeline:
     def __init__(self, plan: Plan, extend: dict[str, int], accept: str | None):
         self.plan, self.number = plan, 0
         self.launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={plan.ranks}", "train.py"]
+        self.measured: list[tuple[str, dict]] = []  # where, metrics by name
         self.accept = accept or (f"extended {extend}" if extend else None)  # that is what a no-go may advise
         run = stretches(plan)[0].run
         self.logs, self.results = run.logs, Path("results") / run.run
@@ -91,8 +92,8 @@ class Pipeline:
         path = folder / "decision.json"
         done = json.loads(path.read_text()) if path.is_file() else {"gates": None}
         if done["gates"] == _plain(milestone.gates) and (done["outcome"] != "no-go" or done["accepted"]):
+            self._remember(milestone.evals, folder, where)
             return
-        metrics: dict = {}
         for name in milestone.evals:
             output = folder / f"{name}.json"
             wanted = identity(checkpoint)
@@ -102,16 +103,19 @@ class Pipeline:
                 self.stage(f"Measuring {name} {where}", shlex.split(command))
                 measured = {**json.loads(output.read_text()), "of": wanted}
                 output.write_text(json.dumps(measured, indent=2) + "\n")
-            metrics |= by_name(name, measured["metrics"])
-        verdicts = [judge(gate, metrics) for gate in milestone.gates]
+        self._remember(milestone.evals, folder, where)
+        verdicts = [judge(gate, self.measured[-1][1]) for gate in milestone.gates]
         outcome = decide(verdicts) if verdicts else "go"
-        for verdict in verdicts:
-            print(f"    {verdict}")
+        for gate, verdict in zip(milestone.gates, verdicts, strict=True):
+            earlier = [(at, judge(gate, metrics).value) for at, metrics in self.measured[:-1]]
+            before = [f"; before, {at}: {value:.3f}" for at, value in earlier if value is not None]
+            print(f"    {verdict}{(before or [''])[-1]}")
         accepted = self.accept if outcome == "no-go" else None
         folder.mkdir(parents=True, exist_ok=True)
         decision = {"step": step, "outcome": outcome, "accepted": accepted, "gates": _plain(milestone.gates)}
         values = [verdict.value for verdict in verdicts]
-        path.write_text(json.dumps({**decision, "values": values, "of": identity(checkpoint)}, indent=2) + "\n")
+        found = {"values": values, "of": identity(checkpoint), "metrics": self.measured[-1][1]}
+        path.write_text(json.dumps({**decision, **found}, indent=2) + "\n")
         text = f"{outcome} {where}: " + "; ".join(map(str, verdicts))
         append_event(self.logs, "gate", text, **decision, values=values, advice=milestone.advice)
         self.alerts.send("gate", f"{self.stretches[0].run.run}: {outcome} {where}", f"{text}\n{milestone.advice}")
@@ -123,6 +127,12 @@ class Pipeline:
             print('To go on all the same, give --accept "reason".', file=sys.stderr)
             raise SystemExit(NO_GO)
         self.accept = None if accepted else self.accept  # a reason is for one decision
+
+    def _remember(self, names: tuple[str, ...], folder: Path, where: str) -> None:
+        """What was measured there, for the gates and for those that come later."""
+        files = {name: folder / f"{name}.json" for name in names}
+        read = [by_name(name, json.loads(file.read_text())["metrics"]) for name, file in files.items() if file.is_file()]
+        self.measured.append((where, {name: metrics for found in read for name, metrics in found.items()}))
 
     def branch(self, name: str, at: int, steps: int) -> None:
         """Decay the learning rate over `steps` steps from a checkpoint of the stable part, beside the run itself."""

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "scripts": {*PARTS, "entrypoint", "train"},
 }
 FILES = [path for part in PARTS for path in sorted((ROOT / part).glob("*.py"))] + [
-    ROOT / name for name in ("train.py", "train_sft.py", "train_dpo.py", "entrypoint.py")
+    ROOT / name for name in ("train.py", "train_sft.py", "train_dpo.py", "tuning.py", "entrypoint.py")
 ]
 
 

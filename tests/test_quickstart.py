@@ -35,13 +35,16 @@ def test_readme_names_commands_that_exist():
 def quickstart(tmp_path_factory):
     """A working folder with the quickstart's configs cut down to a few steps, and the output of running it there."""
     place = tmp_path_factory.mktemp("quickstart")
-    (place / "train.py").symlink_to(ROOT / "train.py")
+    for name in ("train.py", "train_sft.py", "train_dpo.py"):
+        (place / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "configs" / "quickstart", place / "configs" / "quickstart")
     shutil.copytree(ROOT / "configs" / "data", place / "configs" / "data")
     for name, change in (
         ("base", {"steps": 4, "schedule": {"warmup_steps": 1, "total_steps": 9, "decay_steps": 2, "min_lr": 1e-4}}),
         ("long_context", {"steps": 2}),
         ("gold", {"steps": 3}),
+        ("sft", {"steps": 3}),
+        ("dpo", {"steps": 2}),
     ):
         path = place / "configs" / "quickstart" / f"{name}.yaml"
         content = {**yaml.safe_load(path.read_text()), **change, "checkpoint": {"every": 2, "keep": 2}}
@@ -49,7 +52,10 @@ def quickstart(tmp_path_factory):
     path = place / "configs" / "quickstart" / "plan.yaml"
     plan = yaml.safe_load(path.read_text())
     gates = [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]
-    plan["phases"][2]["milestones"] = [{"at": 7}, {"at": 9, "gates": gates}]  # one of them in the middle of the phase
+    plan["phases"][2]["milestones"] = [{"at": 7, "evals": ["chat"]}, {"at": 9, "gates": gates}]  # one in the middle of the phase
+    for stage in plan["stages"]:
+        stage["gates"] = [{**gate, "go": 0.0, "no_go": -1.0} for gate in stage["gates"]]  # after 3 steps any score is fine
+    plan["evals"]["chat"] = plan["evals"]["chat"].replace("--limit 32", "--limit 2")
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     path = place / "configs" / "quickstart" / "suite.yaml"
     path.write_text(re.sub(r"--limit \d+", "--limit 2", path.read_text()))
@@ -67,11 +73,13 @@ def run(place):
 
 def test_every_stage_says_what_it_does(quickstart):
     _, output = quickstart
-    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 13))
+    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 21))
     begins = ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "goes on at step 7")
-    for sentence in (*begins, "decision at step 9: GO"):
+    for sentence in (*begins, "decision at step 9: GO", "decision after sft: GO", "decision after dpo: GO"):
         assert sentence in output
-    assert "> The capital of France is" in output
+    assert re.search(r"chat\.acc = \d\.\d+ .*; before, at step 9: \d", output)
+    assert re.search(r"chat\.preferred = \d\.\d+ .*; before, after sft: \d", output)
+    assert "> Who are you?" in output
 
 
 def test_what_it_leaves(quickstart):
@@ -83,6 +91,8 @@ def test_what_it_leaves(quickstart):
         assert model.config.max_position_embeddings == (256 if phase == "base" else 1024)
     rows = read_metrics(place / "logs" / "quickstart")
     assert [row["step"] for row in rows] == list(range(1, 10))
+    for stage, steps in (("sft", 3), ("dpo", 2)):  # which count for themselves, and leave the pretraining's log alone
+        assert [row["step"] for row in read_metrics(place / "logs" / "quickstart" / stage)] == list(range(1, steps + 1))
     assert all({"loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= row.keys() for row in rows)
     assert (place / "logs" / "quickstart" / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((place / "results" / "quickstart" / "step_9" / "perplexity.json").read_text())
@@ -90,9 +100,15 @@ def test_what_it_leaves(quickstart):
     for figures in report["metrics"].values():
         assert 2 < figures["bits_per_byte"] < 6 and figures["tokens"] > 5_000
     found = json.loads((place / "results" / "quickstart" / "benchmark_results.json").read_text())
-    assert set(found["evaluations"]) == {"perplexity", "hellaswag", "arc"} and found["training"]["gates"][-1]["outcome"] == "go"
+    assert set(found["evaluations"]) == {"perplexity", "hellaswag", "arc", "chat"}
+    assert [gate["outcome"] for gate in found["training"]["gates"]] == ["go"] * 4
+    assert set(found["stages"]) == {"step_7", "step_9", "sft", "dpo"} and "chat.acc" in found["stages"]["sft"]
     assert found["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"] and not found["not_measured"]
-    assert "<h1>quickstart</h1>" in (place / "results" / "quickstart" / "report.html").read_text()
+    page = (place / "results" / "quickstart" / "report.html").read_text()
+    assert "<h1>quickstart</h1>" in page and "Stage by stage" in page and "after sft" in page
+    files = sorted(path.name for path in (place / "checkpoints" / "quickstart" / "gguf").iterdir())
+    ggufs = [f"nanollama-quickstart-{kind}.gguf" for kind in ("f16", "q4_k_m", "q8_0")]
+    assert files == ["LM_STUDIO.md", "Modelfile", "README.md", *ggufs]
 
 
 def test_the_corpus_is_what_was_measured(quickstart):
@@ -130,5 +146,5 @@ def test_a_second_run_skips_what_is_done(quickstart):
     place, _ = quickstart
     before = (place / "logs" / "quickstart" / "metrics.jsonl").read_text()
     output = run(place)
-    assert output.count("already there") == 3 and "train.py" not in output and "decision" not in output
+    assert output.count("already there") == 3 and " train.py" not in output and "decision" not in output
     assert (place / "logs" / "quickstart" / "metrics.jsonl").read_text() == before

@@ -1,0 +1,93 @@
+"""What train_sft.py and train_dpo.py have in common: their flags, and a base model that is to speak in the chat template."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from data.chat import Chat
+from data.chat_tokenizer import keep_chat_tokenizer
+from data.tokenizer import load_tokenizer
+from entrypoint import user_errors
+from models.hf import read_hf_config
+from training import setup
+from training.checkpoint import on_main
+from training.config import RunConfig
+from training.phase import TokenizerFiles
+from training.settings import load_settings
+
+
+@dataclass(frozen=True)
+class TuningRun(RunConfig):
+    """A run that starts from the base init_from, with its shape, and counts its own steps: its logs have a folder of their own.
+
+    The learning rate decays from warm-up to the end.
+    """
+
+    @property
+    def logs(self) -> Path:
+        return Path(self.log_dir or f"logs/{self.run}/{self.phase}")
+
+    def with_schedule(self) -> Any:
+        """The same run, its schedule over its own steps."""
+        warmup = min(self.schedule.warmup_steps, self.steps // 10)
+        decay = self.steps - warmup
+        return replace(self, schedule=replace(self.schedule, warmup_steps=warmup, total_steps=self.steps, decay_steps=decay))
+
+
+class Base(NamedTuple):
+    chat: Chat
+    folder: Path  # of the chat tokenizer
+    files: TokenizerFiles
+    run: Any  # the run with the base's shape, and vocabulary for the chat tokens
+
+
+def parser(about: str | None, config: str, batch_size: str) -> argparse.ArgumentParser:
+    """The flags of both; batch_size: what that flag means."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--config", default=config, help="YAML file")
+    made.add_argument("--base_model", help="a step folder, a phase folder or a Hugging Face folder to start from")
+    made.add_argument("--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)")
+    made.add_argument("--num_steps", type=int, help="updates")
+    made.add_argument("--batch_size", type=int, help=batch_size)
+    made.add_argument("--learning_rate", type=float)
+    made.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
+    made.add_argument("--profile", action="store_true", help="trace steps 4 to 6 from here into logs/<run>/<phase>/profile/")
+    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
+    return made
+
+
+def start(
+    kind: type[TuningRun],
+    args: argparse.Namespace,
+    more: dict[str, Any],
+    train: Callable[[Any, int, int, torch.device, bool], bool],
+) -> None:
+    """Read the run, with flags over its config (more: setting -> value or None), train, and leave with the exit status."""
+    flags = {"init_from": args.base_model, "output_dir": args.output_dir, "steps": args.num_steps}
+    flags |= {"optim.lr": args.learning_rate, "log.wandb_project": args.wandb_project, **more}
+    rank, world = setup.rank_and_world()
+    with user_errors(rank, world):
+        given = [f"{key}={value}" for key, value in flags.items() if value is not None]
+        any_length = "model.max_position_embeddings=1000000000"  # until the base's is known
+        run = load_settings(kind, args.config, [any_length, *args.overrides, *given])
+        with setup.ranks() as device:
+            finished = train(run, rank, world, device, args.profile)
+    setup.leave(0 if finished else 143)
+
+
+def take_base(run: TuningRun, cache: Path) -> Base:
+    """The model to start from and its tokenizer, grown by the chat tokens and kept under `cache`; ValueError without one."""
+    if not run.init_from:
+        raise ValueError("there is no model to start from; give --base_model")
+    base = on_main(lambda: setup.find_checkpoint(Path(str(run.init_from)), required=True))
+    assert base
+    folder = on_main(lambda: keep_chat_tokenizer(base, cache))
+    chat, config = Chat.from_folder(folder), read_hf_config(base)
+    known, tokens = load_tokenizer(base).get_vocab_size(), chat.tokenizer.get_vocab_size()
+    files = TokenizerFiles(folder, chat.config_ids, known if tokens > known else None)
+    run = replace(run, model=replace(config, vocab_size=max(config.vocab_size, tokens)), init_from=str(base))
+    return Base(chat, folder, files, run)
