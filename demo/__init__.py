@@ -1,0 +1,1 @@
+"""The demo in a browser; demo_ui.py opens it."""

@@ -1,0 +1,98 @@
+"""The demo in a browser: talk to a model, or to two side by side.
+
+python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo
+python demo_ui.py --gguf gguf/nanollama-1b-q4_k_m.gguf --compare gguf/nanollama-1b-f16.gguf       # --compare checkpoints/..., too
+python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo --share --password ...                # a public link for a week
+
+Needs gradio: pip install -r requirements-demo.txt. Only this machine can open it, unless --share or --host says else.
+"""
+
+import argparse
+import hmac
+import importlib.util
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.tokenizer import load_tokenizer
+from demo.page import CSS, build
+from demo.talk import Voice
+from entrypoint import user_errors
+from models.speakers import TorchSpeaker
+from scripts.chat import load
+from scripts.test_generation import borders
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("--checkpoint", type=Path, help="a step folder, or any Llama or Qwen3 folder")
+    models.add_argument("--gguf", type=Path, help="a file of scripts/export_gguf.py, run by llama.cpp")
+    parser.add_argument("--compare", type=Path, help="a second model beside it: a folder or a .gguf file")
+    parser.add_argument("--context", type=int, help="tokens of a conversation (default: as many as the model was trained on)")
+    parser.add_argument("--host", default="127.0.0.1", help="another address lets others in, and needs --password")
+    parser.add_argument("--port", type=int, default=7860, help="0: any free one")
+    parser.add_argument("--share", action="store_true", help="a public link, by Gradio's servers; needs --password")
+    parser.add_argument("--password", help="that visitors must give, under any name")
+    args = parser.parse_args()
+    with user_errors():
+        begun = time.monotonic()
+        if importlib.util.find_spec("gradio") is None:
+            raise ValueError("the demo needs gradio; pip install -r requirements-demo.txt")
+        if (args.share or args.host not in ("127.0.0.1", "localhost", "::1")) and not args.password:
+            raise ValueError("with --share or another --host others can open the demo; give a --password for them")
+        port = free_port(args.host, args.port)
+        paths = [path for path in (args.checkpoint, args.gguf, args.compare) if path]
+        voices = [open_voice(path, args.context) for path in paths]
+        page = build(voices)
+        url = launch(page, args.host, port, args.password, args.share)
+        print(f"{url} after {time.monotonic() - begun:.1f} s; Ctrl-C ends it", flush=True)
+        page.block_thread()
+
+
+def launch(page: Any, host: str, port: int, password: str | None = None, share: bool = False) -> str:
+    """Serve the page in a thread; its address. ValueError where no public link could be made."""
+    auth = password and (lambda _, word: hmac.compare_digest(word.encode(), password.encode()))
+    quiet: dict[str, Any] = {"quiet": True, "footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
+    how = {"server_name": host, "server_port": port, "share": share, "auth": auth, "css": CSS, "show_error": True}
+    page.launch(prevent_thread_lock=True, **how, **quiet)
+    if share and not page.share_url:
+        raise ValueError("no public link could be made: Gradio's servers were not reached; try without --share")
+    return page.share_url or page.local_url
+
+
+def open_voice(path: Path, context: int | None) -> Voice:
+    """A model of a folder or of a file; ValueError says what it is not."""
+    base = (path / "config.json").is_file() and not (path / "chat_template.jinja").is_file()
+    if not base:
+        chat, speaker = load(path, context)
+        return Voice(name(path), speaker, chat)
+    bos, ends = borders(path)
+    tokenizer = load_tokenizer(path)
+    return Voice(name(path), TorchSpeaker(path, "cuda" if torch.cuda.is_available() else "cpu", context), tokenizer, bos, ends)
+
+
+def name(path: Path) -> str:
+    """What tells a model from others: the file, or the folders down from checkpoints/."""
+    parts = path.resolve().parts
+    if path.is_file():
+        return path.name
+    return "/".join(parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-2:])
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or any free one for 0; ValueError where it is taken or not ours to take."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"{host}:{port} cannot be opened ({error}); give another --port, or 0 for any free one") from None
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    main()
