@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
 from itertools import pairwise
 from pathlib import Path
 
@@ -281,25 +280,31 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
 
 
 @runtime
-def test_served_by_llama_cpp_with_our_template(files, folders):
+def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders):
     pytest.importorskip("xllamacpp", reason="the server is xllamacpp's")
-    command = [sys.executable, "-m", "scripts.chat", "--model", str(files["dense"]["q8_0"]), "--serve", "0"]
+    openai = pytest.importorskip("openai", reason="no openai: pip install -r requirements-parity.txt")
+    command = [sys.executable, "-m", "scripts.chat", "--model", str(files["dense"]["f32"]), "--serve", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert server.stdout
         url = next(line for line in server.stdout if "/v1" in line).split("/v1")[0]
-
-        def post(path: str, body: dict) -> dict:
-            request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)
-
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        assert len(client.models.list().data) == 1
         chat = Chat.from_folder(folders["dense"])
         asked = {"messages": PROBE["messages"][:2], "tools": PROBE["tools"]}
-        rendered = post("/apply-template", asked)["prompt"]
+        rendered = client.with_options(base_url=url).post("/apply-template", body=asked, cast_to=dict)["prompt"]
         assert rendered == chat.tokenizer.decode(chat.prompt(**asked), skip_special_tokens=False)
-        answer = post("/v1/chat/completions", {"messages": asked["messages"], "max_tokens": 5, "temperature": 0})
-        assert answer["usage"]["completion_tokens"] <= 5 and isinstance(answer["choices"][0]["message"]["content"], str)
+        messages = asked["messages"]
+        how = {"model": "m", "messages": messages, "max_tokens": 8, "temperature": 0}
+        answer = client.chat.completions.create(**how)
+        prompt = chat.prompt(messages)
+        ours = list(TorchSpeaker(folders["dense"]).speak(prompt, 8, Sampling(), 0, chat.stop_ids))
+        assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == len(ours)
+        text = answer.choices[0].message.content
+        assert text.strip() == chat.tokenizer.decode(ours, skip_special_tokens=True).strip()
+        pieces = [chunk.choices[0] for chunk in client.chat.completions.create(**how, stream=True) if chunk.choices]
+        assert "".join(piece.delta.content or "" for piece in pieces) == text and len(pieces) > 4
+        assert pieces[-1].finish_reason == answer.choices[0].finish_reason
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
