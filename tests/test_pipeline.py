@@ -200,7 +200,7 @@ def test_a_phase_is_extended_after_a_no_go_and_the_rest_moves(plan, run):
     assert "train.py" not in run().stdout  # the extension is remembered
 
 
-def test_a_branch_decays_beside_the_run():
+def test_a_branch_decays_beside_the_run(plan, run):
     run(status=3, AT_4="30")
     output = run("--branch", "early", "--at", "4", "--steps", "2").stdout
     assert "begins at step 4, after one" in output
