@@ -31,32 +31,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="a .gguf file or a checkpoint folder")
     parser.add_argument("--prompt", nargs="+", help="ask this and end; several are turns of one conversation")
-    parser.add_argument("--system", default="", help="a system prompt")
-    parser.add_argument("--no_tools", action="store_true")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--context", type=int, help="tokens of the conversation (default: as many as the model was trained on)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0)
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--min_p", type=float, default=0.0)
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    add_flags(parser)
     parser.add_argument("--serve", type=int, metavar="PORT", help="on 127.0.0.1 instead of talking here; 0: any free port")
     args = parser.parse_args()
     with user_errors():
         if args.serve is not None:
             serve(args.model, args.serve, args.context or 0)
             return
-        chat, speaker = load(args.model, args.context)
-        sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
-
-        def speak(prompt: list[int]) -> Iterator[int]:
-            new = min(args.max_new_tokens, speaker.context - len(prompt))
-            if new < 1:
-                raise ValueError(f"the conversation fills the context of {speaker.context} tokens; /reset begins a new one")
-            return speaker.speak(prompt, new, sampling, args.seed, chat.stop_ids)
-
-        session = Session(chat, speak, args.system, [] if args.no_tools else TOOLS)
+        session = begin(*load(args.model, args.context), args)
         kept = list(session.messages)
         for text in args.prompt or typed():
             if text == "/reset":
@@ -65,6 +49,35 @@ def main() -> None:
                 if args.prompt:
                     print(f"> {text}")
                 show(session.ask(text))
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """How a model speaks in a conversation, and how tokens are drawn."""
+    parser.add_argument("--system", default="", help="a system prompt")
+    parser.add_argument("--no_tools", action="store_true")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens, 0 from all")
+    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--min_p", type=float, default=0.0)
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
+
+
+def begin(chat: Chat, speaker: Speaker, args: argparse.Namespace) -> Session:
+    """A conversation by the flags."""
+    sampling = sampling_of(args)
+
+    def speak(prompt: list[int]) -> Iterator[int]:
+        new = min(args.max_new_tokens, speaker.context - len(prompt))
+        if new < 1:
+            raise ValueError(f"the conversation fills the context of {speaker.context} tokens; begin a new one (/reset)")
+        return speaker.speak(prompt, new, sampling, args.seed, chat.stop_ids)
+
+    return Session(chat, speak, args.system, [] if args.no_tools else TOOLS)
 
 
 def load(path: Path, context: int | None) -> tuple[Chat, Speaker]:

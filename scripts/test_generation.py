@@ -1,6 +1,9 @@
-"""Let a checkpoint continue some text, word by word.
+"""Let a checkpoint continue some text, or, where it has learned to chat, answer: thoughts, tool calls and answer apart.
 
 python -m scripts.test_generation --checkpoint checkpoints/quickstart/gold/step_1000 --prompt "The capital of"
+python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft/step_200 --prompt "What is 17 * 23?"
+
+Each prompt of a chat model is a conversation of its own; tools really run, unless --no_tools. --raw continues the text instead.
 """
 
 import argparse
@@ -9,44 +12,68 @@ from pathlib import Path
 
 import torch
 
+from data.chat import TEMPLATE, Chat
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
 from models.hf import load_hf
-from models.sampling import Sampling
+from models.speakers import TorchSpeaker
 from models.text import stream_text
+from scripts.chat import add_flags, begin, sampling_of, show
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or any Hugging Face folder")
     parser.add_argument("--prompt", required=True, nargs="+", help="one text or several")
-    parser.add_argument("--max_new_tokens", type=int, default=60)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens, 0 from all")
-    parser.add_argument("--top_p", type=float, default=0.9)
-    parser.add_argument("--min_p", type=float, default=0.0)
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--stop", nargs="+", default=[], help="end before any of these texts")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, also by a chat model")
+    parser.add_argument("--max_new_tokens", type=int, help="default: 60, of a reply 512")
+    parser.add_argument("--stop", nargs="+", default=[], help="end plain text before any of these texts")
+    add_flags(parser)
     args = parser.parse_args()
     with user_errors():
         if not (args.checkpoint / "config.json").is_file():
             raise ValueError(f"{args.checkpoint} is no checkpoint: it holds no config.json")
-        sampling = Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
-        tokenizer = load_tokenizer(args.checkpoint)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_hf(args.checkpoint, dtype=torch.float32 if device == "cpu" else None, device=device)
-        room = model.config.max_position_embeddings - args.max_new_tokens
-        bos, ends = borders(args.checkpoint)
-        for prompt in args.prompt:
-            ids = [*bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-            if len(ids) > room:
-                raise ValueError(f"the prompt has {len(ids)} tokens, more than {room}; shorten it or --max_new_tokens")
-            how = {"stop_strings": args.stop, "stop_tokens": ends, "sampling": sampling, "seed": args.seed}
-            print(f"> {prompt}\033[1m", end="", flush=True)
-            for _, piece in stream_text(model, [ids], args.max_new_tokens, tokenizer.decode, **how):
-                print(piece, end="", flush=True)
-            print("\033[0m\n")
+        chats = (args.checkpoint / TEMPLATE).is_file() and not args.raw
+        args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 512 if chats else 60
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
+        if chats:
+            converse(args)
+        else:
+            go_on(args)
+
+
+def converse(args: argparse.Namespace) -> None:
+    """Ask each prompt in a conversation of its own."""
+    if args.stop:
+        raise ValueError("--stop is for plain text, a reply ends itself; leave it out, or add --raw")
+    try:
+        chat = Chat.from_folder(args.checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error}; or add --raw, to continue plain text") from error
+    speaker = TorchSpeaker(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    for prompt in args.prompt:
+        print(f"> {prompt}")
+        show(begin(chat, speaker, args).ask(prompt))
+        print()
+
+
+def go_on(args: argparse.Namespace) -> None:
+    """Continue each prompt as plain text."""
+    tokenizer = load_tokenizer(args.checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_hf(args.checkpoint, dtype=torch.float32 if device == "cpu" else None, device=device)
+    room = model.config.max_position_embeddings - args.max_new_tokens
+    bos, ends = borders(args.checkpoint)
+    for prompt in args.prompt:
+        ids = [*bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
+        if len(ids) > room:
+            raise ValueError(f"the prompt has {len(ids)} tokens, more than {room}; shorten it or --max_new_tokens")
+        how = {"stop_strings": args.stop, "stop_tokens": ends, "sampling": sampling_of(args), "seed": args.seed}
+        print(f"> {prompt}\033[1m", end="", flush=True)
+        for _, piece in stream_text(model, [ids], args.max_new_tokens, tokenizer.decode, **how):
+            print(piece, end="", flush=True)
+        print("\033[0m\n")
 
 
 def borders(folder: Path) -> tuple[list[int], list[int]]:

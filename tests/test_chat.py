@@ -2,14 +2,21 @@
 
 import json
 import random
+import shutil
+import sys
 from itertools import pairwise
 
 import pytest
+import torch
+from test_model import tiny
 from transformers import AutoTokenizer
 
-from data.chat import BOS, CHAT_TOKENS, IM_END, IM_START, PAD, TRAINING_TEMPLATE, Chat, clean, neutralise, parse
+from data.chat import BOS, CHAT_TOKENS, IM_END, IM_START, PAD, TEMPLATE, TRAINING_TEMPLATE, Chat, clean, neutralise, parse
 from data.chat_tokenizer import PROBE, save_chat_tokenizer
 from data.conversations import Skipped, read_conversations
+from models.hf import save_hf
+from models.speakers import TorchSpeaker
+from scripts import test_generation as generation_script
 
 PIECES = [
     "",
@@ -247,3 +254,65 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     assert [f.where for f in found if isinstance(f, Skipped)] == [f"rows.jsonl:{line}" for line in (2, 3, 4, 5)]
     with pytest.raises(ValueError, match="no form of conversations"):
         list(read_conversations(str(tmp_path / "rows.jsonl"), "chatml"))
+
+
+@pytest.fixture(scope="module")
+def speaking(folder, tmp_path_factory):
+    """A tiny random model with the chat tokenizer."""
+    made = shutil.copytree(folder, tmp_path_factory.mktemp("speaking") / "step_1")
+    model = tiny(vocab_size=Chat.from_folder(folder).tokenizer.get_vocab_size(), max_position_embeddings=4096)
+    save_hf(made, model.config, model.state_dict(), torch.float32, **Chat.from_folder(folder).config_ids)
+    return made
+
+
+def run_script(monkeypatch, capsys, *flags) -> str:
+    monkeypatch.setattr(sys, "argv", ["test_generation", *map(str, flags)])
+    try:
+        generation_script.main()
+    except SystemExit as end:
+        assert end.code == 2
+    shown = capsys.readouterr()
+    return shown.out + shown.err
+
+
+def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(chat, speaking, monkeypatch, capsys):
+    call = '<|tool_call|>{"name": "calculator", "arguments": {"expression": "17 * 23"}}<|im_end|>'
+    script = ["<|start_thought|>I multiply.<|end_thought|>" + call, "It is 391.<|im_end|>"]
+    heard, left = [], script * 2
+
+    def speak(self, prompt, new, sampling, seed, stop):
+        heard.append(chat.tokenizer.decode(prompt, skip_special_tokens=False))
+        chat.tokenizer.encode_special_tokens = False
+        ids = chat.tokenizer.encode(left.pop(0), add_special_tokens=False).ids
+        chat.tokenizer.encode_special_tokens = True
+        assert ids[-1] in stop
+        yield from ids
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSpeaker, "speak", speak)
+        shown = run_script(patch, capsys, "--checkpoint", speaking, "--prompt", "How much is 17 * 23?", "And now?")
+    answer = "[thought] I multiply.\n[call] calculator(expression='17 * 23')\n[result] 391\nIt is 391.\n\n"
+    assert shown == f"> How much is 17 * 23?\n{answer}> And now?\n{answer}"
+    assert heard[1].startswith(heard[0]) and "<|im_start|>tool\n<|tool_response|>391<|im_end|>" in heard[1]
+    assert '"name": "calculator"' in heard[0] and "17 * 23" not in heard[2]  # tools are told of; each prompt begins anew
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchSpeaker, "speak", lambda *_: iter([chat.ids[IM_END]]))
+        flags = ("--checkpoint", speaking, "--no_tools", "--prompt", "Hi")
+        assert "[note] the model said nothing" in run_script(patch, capsys, *flags)
+
+
+def test_plain_text_goes_on_from_chat_models_too(speaking, folder, text_store, monkeypatch, capsys, tmp_path):
+    flags = ("--prompt", "The sun", "--temperature", 0, "--max_new_tokens", 12)
+    raw = run_script(monkeypatch, capsys, "--checkpoint", speaking, "--raw", *flags)
+    assert raw.startswith("> The sun\033[1m") and raw.endswith("\033[0m\n\n") and len(raw) > 24
+    base = shutil.copytree(speaking, tmp_path / "base")
+    for name in (TEMPLATE, TRAINING_TEMPLATE):
+        (base / name).unlink()
+    assert run_script(monkeypatch, capsys, "--checkpoint", base, *flags) == raw  # as a base model does
+    assert run_script(monkeypatch, capsys, "--checkpoint", speaking, "--no_tools", *flags).startswith("> The sun\n")
+    assert "or add --raw" in run_script(monkeypatch, capsys, "--checkpoint", speaking, "--stop", ".", *flags)
+    assert "at least 1" in run_script(monkeypatch, capsys, "--checkpoint", speaking, *flags[:-1], 0)
+    shutil.copy(text_store / "tokenizer" / "tokenizer.json", base)  # with a template that is not ours
+    shutil.copy(folder / TEMPLATE, base)
+    assert "lacks <|im_start|>" in (said := run_script(monkeypatch, capsys, "--checkpoint", base, *flags))
+    assert "add --raw" in said
