@@ -9,9 +9,10 @@ from typing import Protocol
 
 import torch
 
-from models.generation import Cache, head, stream
+from models.generation import Cache, stream
 from models.hf import load_hf
 from models.llamacpp import LlamaCpp
+from models.packed import head
 from models.sampling import Sampling, adjust, chances, draw
 
 

@@ -13,6 +13,7 @@ from models.generation import Cache, forward, generate, logits
 from models.hf import load_hf, save_hf
 from models.losses import token_losses
 from models.nanollama import NanoLlama
+from models.packed import packed, plain
 from models.sampling import Sampling, adjust, chances, draw
 from models.text import TextStream, complete, stream_text
 
@@ -124,6 +125,41 @@ def test_a_prefix_in_the_cache_changes_nothing(both):
     assert said == expected[2]
     again = generate(model, [[said[-1], 4, 5]], 20, cache=chat)[0].tokens
     assert again == generate(model, [[*first, *said, 4, 5]], 20)[0].tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_packed_matrices_give_the_same_products(dtype, rows):
+    model = tiny()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    ours, exact = packed(model, rows), plain(model)
+    generator = torch.Generator().manual_seed(1)
+    sizes = {"qkv": model.config.hidden_size, "out": model.config.num_attention_heads * model.config.heads_size}
+    sizes |= {"gate_up": model.config.hidden_size, "down": model.config.intermediate_size}
+    for layer, plainly in zip(ours.layers, exact.layers, strict=True):
+        for name, size in sizes.items():
+            x = torch.randn(rows, size, generator=generator).to(dtype)
+            found, expected = getattr(layer, name)(x), getattr(plainly, name)(x)
+            assert found.shape == expected.shape and found.dtype == dtype
+            assert (found - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-7 * expected.abs().max())
+
+
+def test_packed_matrices_follow_the_weights(monkeypatch):
+    model, other = tiny(), tiny()
+    first = [row.tokens for row in generate(model, PROMPTS, 20)]
+    assert packed(model, 4) is packed(model, 4)
+    with torch.no_grad():
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            one.mul_(1.3)
+            two.data = 1.3 * two
+    changed = [row.tokens for row in generate(model, PROMPTS, 20)]
+    assert changed == [row.tokens for row in generate(other, PROMPTS, 20)] != first
+    for parameter in model.parameters():
+        parameter.data.div_(1.3)  # which autograd does not count
+    assert [row.tokens for row in generate(model, PROMPTS, 20)] == first
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert [row.tokens for row in generate(tiny(), PROMPTS, 20)] == first  # plain ones, where there is no oneDNN
 
 
 def test_the_compiled_step_is_one_graph_and_changes_nothing(monkeypatch):
