@@ -174,7 +174,8 @@ def _check_limit(name: str, content: dict | None, config: ChatConfig, inputs: di
     bad = sum(report["bad"].values())
     share = bad / max(1, bad + report["conversations"])
     if share > config.max_bad:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in report["bad"].items())
+        kinds = [f"{count} x {reason}" for reason, count in report["bad"].items()]
+        reasons = ", ".join([*kinds[:5], *([f"{len(kinds) - 5} other faults"] if len(kinds) > 5 else [])])
         raise ValueError(
             f"{name}: {share:.1%} of {bad + report['conversations']:,} conversations are faulty ({reasons}; the first is "
             f"{report['named'][0]}); mend {config.sources[name].path} or raise chat.max_bad={config.max_bad:g}"

@@ -135,6 +135,9 @@ def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_pat
     assert {line.split(": ")[0] for line in found.report["named"]} == {f"rows.jsonl:{line}" for line in (7, 8, 9, 10)}
     with pytest.raises(ValueError, match="are faulty"):
         rows_of(case, tmp_path, source, max_bad=0.39)  # also where it lies there prepared
+    odd = [{"messages": [{"role": f"role {i}", "content": "x"}]} for i in range(9)]
+    with pytest.raises(ValueError, match=r"100.0% of 9 .*'role 4', 4 other faults; the first is odd.jsonl:1"):
+        rows_of(case, tmp_path, {"odd": write(tmp_path / "odd.jsonl", odd)})
     with pytest.raises(ValueError, match=r"no conversation of .* is left to train on"):
         rows_of(case, tmp_path, {"none": write(tmp_path / "none.jsonl", [])})
 
