@@ -32,7 +32,13 @@ class Matrices(NamedTuple):
     head: Product
 
 
-_packs: WeakKeyDictionary[NanoLlama, tuple[tuple, Matrices]] = WeakKeyDictionary()
+class _Kept(NamedTuple):
+    state: tuple  # of the weights
+    for_one: bool  # for one row only
+    matrices: Matrices
+
+
+_packs: WeakKeyDictionary[NanoLlama, _Kept] = WeakKeyDictionary()
 
 
 def plain(model: NanoLlama) -> Matrices:
@@ -49,12 +55,14 @@ def packed(model: NanoLlama, rows: int) -> Matrices:
     weight = model.embed_tokens.weight
     if not _can_pack(weight):
         return plain(model)
-    one = rows == 1 and weight.dtype == torch.float32
-    state = (one, *((p.data_ptr(), p._version, p[(0,) * p.ndim].item()) for p in model.parameters()))
-    if model not in _packs or _packs[model][0] != state:
+    state = tuple((p.data_ptr(), p._version, p[(0,) * p.ndim].item()) for p in model.parameters())
+    kept = _packs.get(model)
+    if kept is None or kept.state != state or (kept.for_one and rows > 1):
+        one = rows == 1 and weight.dtype == torch.float32
+        kept = None
         _packs.pop(model, None)  # before the new one needs memory
-        _packs[model] = state, _matrices(model, _turned if one else _blocked)
-    return _packs[model][1]
+        kept = _packs[model] = _Kept(state, one, _matrices(model, _turned if one else _blocked))
+    return kept.matrices
 
 
 def _matrices(model: NanoLlama, lay: Callable[..., Product]) -> Matrices:
