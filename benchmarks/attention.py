@@ -26,7 +26,7 @@ from models.attention import Mask, attend, attention_mask, dense_mask
 
 SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 GPU = ("sdpa", "sdpa cudnn", "sdpa flash", "flex", "varlen", "flash")  # flash last: it may take the place of torch's kernel
-CPU = ("sdpa", "math")
+CPU = ("blocks", "sdpa", "math")
 
 
 def documents(rows: int, length: int) -> Tensor:

@@ -14,7 +14,9 @@ from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-KERNELS = ("auto", "sdpa", "flex", "varlen", "flash")
+from models.attention_cpu import MOST, blocked_attention
+
+KERNELS = ("auto", "sdpa", "blocks", "flex", "varlen", "flash")
 
 
 class Varlen(NamedTuple):
@@ -26,24 +28,32 @@ class Varlen(NamedTuple):
     kernel: str  # key of VARLEN_KERNELS
 
 
-Mask = Tensor | BlockMask | Varlen | None
+class Added(NamedTuple):
+    """What blocked_attention adds to the scores: 0 or -inf."""
+
+    scores: Tensor  # [B or 1, T, T], in the dtype of q
+
+
+Mask = Tensor | BlockMask | Varlen | Added | None
 VARLEN_KERNELS: dict[str, Callable[..., Any]] = {}  # filled on first use, since torch's loads its compiler with it
 
 
 def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, masked: bool) -> str:
-    """The kernel to use for q, k, v of this dtype on this device: sdpa, flex, varlen, or FA2, FA3, FA4 for flash.
+    """The kernel to use for q, k, v of this dtype on this device: sdpa, blocks, flex, varlen, or FA2, FA3, FA4 for flash.
 
-    masked: there are documents or a window. auto takes sdpa where there is nothing to mask and on a CPU, else flex.
+    masked: there are documents or a window. auto takes blocks on a CPU, sdpa where there is nothing to mask, else flex.
     Raises ValueError where the wanted one cannot train here.
     """
     assert wanted in KERNELS
     cuda = device.type == "cuda"
     if wanted == "auto":
-        return "flex" if masked and cuda else "sdpa"
+        return "blocks" if device.type == "cpu" else "flex" if masked and cuda else "sdpa"
     refusal = ""
     if wanted == "sdpa" and masked and cuda:
         refusal = "would build the scores of all pairs of tokens to mask documents"
-    elif wanted != "sdpa" and not cuda:
+    elif wanted == "blocks" and device.type != "cpu":
+        refusal = f"is for a CPU, and this is {device.type}"
+    elif wanted not in ("sdpa", "blocks") and not cuda:
         refusal = f"trains on an NVIDIA GPU only, and this is {device.type}"
     elif wanted in ("varlen", "flash") and dtype not in (torch.bfloat16, torch.float16):
         refusal = f"computes in bfloat16 only, not {str(dtype).removeprefix('torch.')}"
@@ -72,12 +82,18 @@ def attention_mask(docs: Tensor | None, x: Tensor, wanted: str = "auto", window:
     """What a token may attend to: earlier tokens of its own document, of which the last `window` with itself (None: all).
 
     docs [B, T] counts up at each document's first token; None: each row is one. x [B, T, ...] has the device and dtype of the
-    hidden states. wanted: one of KERNELS. None stands for plain causal attention.
+    hidden states. wanted: one of KERNELS; blocks gives way to sdpa where it would keep too much. None stands for plain causal
+    attention.
     """
     if window is not None and window >= x.shape[1]:
         window = None
     masked = docs is not None or window is not None
     kernel = choose_kernel(wanted, x.device, x.dtype, masked)
+    if kernel == "blocks":
+        if x.shape[0] * x.shape[1] * x.shape[1] * x.shape[2] <= MOST:
+            seen = dense_mask(docs, x.shape[1], x.device, window).view(-1, x.shape[1], x.shape[1])
+            return Added(torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf))
+        kernel = "sdpa"
     if kernel == "sdpa":
         return dense_mask(docs, x.shape[1], x.device, window) if masked else None
     if kernel == "flex":
@@ -132,6 +148,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         bounds = (mask.starts, mask.starts, mask.longest, mask.longest)
         out = VARLEN_KERNELS[mask.kernel](*joined, *bounds, window_size=mask.window)
         return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
+    if isinstance(mask, Added):
+        return blocked_attention(q, k, v, mask.scores)
     if isinstance(mask, BlockMask):
         eager = torch.compiler.is_compiling() or q.device.type == "cpu"  # a compiled caller compiles it with itself
         flex = flex_attention if eager else _compiled(flex_attention)

@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-from models import attention
+from models import attention, attention_cpu
 from models.attention import attend, attention_mask, block_mask, choose_kernel, dense_mask, varlen_mask
 from models.nanollama import ModelConfig, NanoLlama
 from training.fsdp_utils import ParallelConfig, _keep_matmuls
@@ -105,7 +105,7 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor], bound: float) 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("packed", [True, False], ids=["documents", "rows"])
-@pytest.mark.parametrize("kernel", ["fused", "math", "flex", "varlen"])
+@pytest.mark.parametrize("kernel", ["blocks", "fused", "math", "flex", "varlen"])
 def test_output_and_gradients_equal_double_precision(kernel, packed, window, heads, varlen_on_cpu, monkeypatch):
     length = 40
     docs = ragged(3, length) if packed else None
@@ -117,9 +117,13 @@ def test_output_and_gradients_equal_double_precision(kernel, packed, window, hea
         mask = block_mask(docs, length, CPU, window)
     elif kernel == "varlen":
         mask = varlen_mask(docs, 3, length, CPU, window)
+    elif kernel == "blocks":
+        monkeypatch.setattr(attention_cpu, "BLOCK", 16)  # the last one is smaller
+        mask = attention_mask(docs, q.transpose(1, 2).flatten(2), "auto", window)
+        assert isinstance(mask, attention.Added)
     else:
         mask = (
-            attention_mask(docs, q.transpose(1, 2), "auto", window)
+            attention_mask(docs, q.transpose(1, 2).flatten(2), "sdpa", window)
             if kernel == "fused"
             else dense_mask(docs, length, CPU, window)
         )
@@ -127,6 +131,27 @@ def test_output_and_gradients_equal_double_precision(kernel, packed, window, hea
         out = attend(q, k, v, mask)
         found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
     same(found, exact(q, k, v, grad, docs, window), 1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["documents", "rows"])
+def test_blocks_in_bf16_are_as_near_to_double_precision_as_torchs_own_kernel(packed):
+    length = 300
+    docs = ragged(3, length) if packed else None
+    q, k, v, grad = example(HEADS["8 to 2"], length, 64, dtype=torch.bfloat16)
+    expected, apart = [x.detach() for x in exact(q, k, v, grad, docs, None)], {}
+    for kernel in ("sdpa", "blocks"):
+        out = attend(q, k, v, attention_mask(docs, q.transpose(1, 2).flatten(2), kernel))
+        found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+        apart[kernel] = [float((a.double() - b).detach().norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+    assert all(a < 2 * b < 2e-2 for a, b in zip(apart["blocks"], apart["sdpa"], strict=True)), apart
+
+
+def test_blocks_give_way_where_they_would_keep_too_much(monkeypatch):
+    x = torch.zeros(2, 8, 4)
+    monkeypatch.setattr(attention, "MOST", 2 * 8 * 8 * 4)
+    assert isinstance(attention_mask(None, x), attention.Added)
+    monkeypatch.setattr(attention, "MOST", 2 * 8 * 8 * 4 - 1)
+    assert attention_mask(None, x) is None and attention_mask(None, x, window=7).dtype == torch.bool
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run the tests on one")
@@ -197,7 +222,7 @@ def test_starts_of_documents():
 
 def test_a_window_as_long_as_the_row_is_none():
     x = torch.zeros(1, 8, 4)
-    assert attention_mask(None, x, window=8) is None and attention_mask(None, x, window=7) is not None
+    assert attention_mask(None, x, "sdpa", window=8) is None and attention_mask(None, x, "sdpa", window=7) is not None
 
 
 def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypatch):
@@ -205,13 +230,14 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "_flash_version", lambda device: None)
     chosen = partial(choose_kernel, "auto")
-    assert [chosen(CPU, bf16, True), chosen(CPU, fp32, False), chosen(cuda, bf16, False)] == ["sdpa"] * 3
+    assert [chosen(CPU, bf16, True), chosen(CPU, fp32, False), chosen(cuda, bf16, False)] == ["blocks", "blocks", "sdpa"]
     assert chosen(cuda, bf16, True) == chosen(cuda, fp32, True) == "flex"
     assert choose_kernel("varlen", cuda, bf16, True) == "varlen"
     for wanted, device, dtype, sentence in (
         ("varlen", CPU, bf16, "attention=varlen trains on an NVIDIA GPU only, and this is cpu; take parallel.attention=auto"),
         ("flex", CPU, fp32, "attention=flex trains on an NVIDIA GPU only"),
         ("varlen", cuda, fp32, "computes in bfloat16 only, not float32"),
+        ("blocks", cuda, bf16, "attention=blocks is for a CPU, and this is cuda"),
         ("sdpa", cuda, bf16, "would build the scores of all pairs"),
         ("flash", cuda, bf16, "needs the package flash_attn"),
     ):
@@ -219,5 +245,5 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
             choose_kernel(wanted, device, dtype, masked=True)
     monkeypatch.setattr(attention, "_flash_version", lambda device: "FA3")
     assert choose_kernel("flash", cuda, bf16, True) == "FA3"
-    with pytest.raises(ValueError, match=r"parallel.attention='fast' is not one of auto, sdpa, flex, varlen, flash"):
+    with pytest.raises(ValueError, match=r"parallel.attention='fast' is not one of auto, sdpa, blocks, flex, varlen, flash"):
         ParallelConfig(attention="fast")

@@ -26,7 +26,7 @@ class ParallelConfig:
     dtype: str = "auto"  # of parameters and activations in forward and backward: bfloat16, float32, or what the device has
     activation_checkpointing: str = "none"  # none, selective (keep matmuls and attention), full
     compile: bool | None = None  # each block and the loss head with torch.compile; default: on a GPU
-    attention: str = "auto"  # sdpa, flex, varlen, flash (FlashAttention-2, -3 or -4, if installed); auto: see models/attention.py
+    attention: str = "auto"  # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2 - 4, if there); auto: models/attention.py
     fp8: bool = False  # matmuls of the blocks in float8, with torchao
     replicas: int = 1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
     timeout_s: float = 300  # a step (not the first) in which ranks wait longer for each other ends the run
