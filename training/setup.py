@@ -1,5 +1,6 @@
 """Ranks, device and environment of a run, and the State it starts from. The only reader of os.environ."""
 
+import ctypes
 import json
 import os
 import platform
@@ -35,6 +36,17 @@ def rank_and_world() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what is freed for the next step; what goes back to the kernel comes again page by page.
+
+    A 5.8M-parameter step has 8,700 page faults without this. Other systems and C libraries stay as they are.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if set_option:
+        set_option(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger blocks alone have a mapping of their own
+        set_option(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+
+
 @contextmanager
 def ranks() -> Iterator[torch.device]:
     """The process group that torchrun describes (or one rank alone), and this rank's device."""
@@ -51,6 +63,7 @@ def ranks() -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     try:  # a rank that has already ended on a mistake is missed while connecting, too
