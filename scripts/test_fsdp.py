@@ -4,8 +4,8 @@
 
 Each rank also trains the whole model alone with plain torch (no FSDP, one backward, mean over all targets): loss, gradient
 norm and every weight must agree after each step, for zero2, zero3, ddp and, from four ranks on, replicas of shards, with and
-without accumulation. Then what trains on a GPU: bf16, compiled where there is a compiler, under each checkpointing of
-activations, must follow the fp32 run as closely as bf16 rounds.
+without accumulation, with AdamW and with Muon. Then what trains on a GPU: bf16, compiled where there is a compiler, under each
+checkpointing of activations, must follow the fp32 run as closely as bf16 rounds.
 """
 
 import argparse
@@ -88,12 +88,16 @@ def sharded(run: RunConfig, micro: int, device: torch.device) -> list[tuple[floa
 def compare(device: torch.device) -> bool:
     """Collective. Whether every configuration held; rank 0 prints a line for each."""
     world = dist.get_world_size()
-    optim = OptimConfig(lr=3e-3, z_weight=1e-2)
-    expected = alone(optim, device)
+    adamw = OptimConfig(lr=3e-3, z_weight=1e-2)
+    muon = replace(adamw, name="muon")
+    traces = {optim: alone(optim, device) for optim in (adamw, muon)}
     held = True
 
-    def check(parallel: ParallelConfig, micro: int, name: str, bounds: tuple[float, float, float]) -> None:
+    def check(
+        parallel: ParallelConfig, micro: int, name: str, bounds: tuple[float, float, float], optim: OptimConfig = adamw
+    ) -> None:
         nonlocal held
+        expected = traces[optim]
         data = DataConfig(sequence_length=LENGTH, tokens_per_step=ROWS * LENGTH, micro_batch_size=micro)
         run = RunConfig(model=MODEL, data=data, optim=optim, parallel=parallel)
         worst = [0.0, 0.0, 0.0]
@@ -114,6 +118,7 @@ def compare(device: torch.device) -> bool:
         name = parallel.strategy + (f" x {parallel.replicas} replicas" if parallel.replicas > 1 else "")
         for micro in (1, ROWS // world):
             check(parallel, micro, name, (TOLERANCE,) * 3)
+        check(parallel, 1, f"{name}, muon", (TOLERANCE,) * 3, muon)
     cuda = device.type == "cuda"
     for keep in ("none", "selective", "full"):
         compiled = cuda or (keep == "selective" and shutil.which("g++") is not None)  # on a CPU one takes long enough
