@@ -43,6 +43,7 @@ def loss_chart(training: dict[str, Any]) -> str:
     gates = "".join(
         f'<span class="gate {gate["outcome"]}" style="left:{x(gate["step"]):.2f}%" title="{gate["outcome"]}"></span>'
         for gate in training["gates"]
+        if isinstance(gate["step"], int)  # not a stage after the phases
     )
     svg = (
         '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="training loss by step">'
