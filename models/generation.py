@@ -101,8 +101,10 @@ def forward(
     mask = None
     if end > length and not (even and length == 1):
         mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # [1 or B, 1, T, end]
-    x = _trunk(model, matrices or plain(model), tokens, cache, positions, mask, end)
     counts = [length] * rows if lengths is None else [int(count) for count in lengths]
+    full = min(counts) == length
+    valid = None if full else (torch.arange(length) < torch.tensor(counts)[:, None]).flatten().nonzero()[:, 0].to(tokens.device)
+    x = _trunk(model, matrices or plain(model), tokens, cache, positions, mask, end, valid)
     cache.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     return x
 
@@ -114,11 +116,19 @@ def logits(model: NanoLlama, hidden: Tensor) -> Tensor:
 
 
 def _trunk(
-    model: NanoLlama, matrices: Matrices, tokens: Tensor, cache: Cache, positions: Tensor, mask: Tensor | None, end: int
+    model: NanoLlama,
+    matrices: Matrices,
+    tokens: Tensor,
+    cache: Cache,
+    positions: Tensor,
+    mask: Tensor | None,
+    end: int,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Hidden states [B, T, D]. positions [1 or B, T] are where the tokens go; `end` slots are looked at, by mask.
 
     mask [1 or B, 1, T, end] is None where it is causal from an empty cache, or where T is 1 and all slots count.
+    valid [N]: which of the B * T tokens are no padding; all but attention is computed of these only, others become 0.
     """
     rows, heads = tokens.shape[0], model.config.num_key_value_heads
     lines = torch.arange(rows * heads, device=tokens.device).view(rows, heads, 1) * cache.length
@@ -126,13 +136,14 @@ def _trunk(
     rotary = model.rotary.cos[positions][:, :, None], model.rotary.sin[positions][:, :, None]  # [1 or B, T, 1, head_dim]
     if mask is not None:
         mask = mask.repeat(1, 1, model.config.num_attention_heads // heads, 1)  # for the queries of a group in one matrix
-    x = model.embed_tokens(tokens.flatten())  # [B * T, D]: a matrix product of matrices is a step less each time
+    flat = tokens.flatten() if valid is None else tokens.flatten()[valid]
+    x = model.embed_tokens(flat)  # [B * T or N, D]: a matrix product of matrices is a step less each time
     layers: list[Any] = list(model.layers)
     for layer, by, keys, values in zip(layers, matrices.layers, cache.keys, cache.values, strict=True):
-        x = x + _attention(layer.self_attn, by, _norm(layer.input_layernorm, x), rotary, keys, values, slots, mask, end)
+        x = x + _attention(layer.self_attn, by, _norm(layer.input_layernorm, x), rotary, keys, values, slots, mask, end, valid)
         gate, up = by.gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
         x = x + by.down(F.silu(gate) * up)
-    return _norm(model.norm, x).view(*tokens.shape, -1)
+    return _spread(_norm(model.norm, x), valid, tokens.numel()).view(*tokens.shape, -1)
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -140,6 +151,11 @@ def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     scale = (size * size).mul_(1 / x.shape[-1]).add_(norm.eps).rsqrt_()
     return norm.weight * (x * scale).to(x.dtype)
+
+
+def _spread(x: Tensor, valid: Tensor | None, places: int) -> Tensor:
+    """Rows [N, ...] at their places among [places, ...], others 0."""
+    return x if valid is None else x.new_zeros(places, *x.shape[1:]).index_copy_(0, valid, x)
 
 
 def _attention(
@@ -152,15 +168,16 @@ def _attention(
     slots: Tensor,
     mask: Tensor | None,
     end: int,
+    valid: Tensor | None,
 ) -> Tensor:
-    """GroupedQueryAttention.forward over a cache, of x [B * T, D].
+    """GroupedQueryAttention.forward over a cache, of x [B * T, D], or of those rows of it that are `valid`.
 
     The query heads that share a key head are rows of one matrix, so that keys and values are read once and never copied;
     scaled_dot_product_attention(enable_gqa=True) takes 3 to 6 times as long for one token in bf16 on a CPU.
     """
     size, rows, heads = attention.head_dim, keys.shape[0], keys.shape[1]
-    length = x.shape[0] // rows
-    qkv = by.qkv(x).view(rows, length, -1, size)
+    length = slots.shape[0] // (rows * heads)
+    qkv = _spread(by.qkv(x), valid, rows * length).view(rows, length, -1, size)
     qk, v = qkv.split((qkv.shape[2] - heads, heads), dim=2)
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = qk.split((qk.shape[2] - heads, heads), dim=2)
@@ -178,7 +195,8 @@ def _attention(
         grouped = q.reshape(rows, -1, group * length, size)  # [B, key-value heads, group * T, head_dim]
         out = F.scaled_dot_product_attention(grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
         out = out.reshape(q.shape)
-    return by.out(out.transpose(1, 2).reshape(rows * length, -1))
+    out = out.transpose(1, 2).reshape(rows * length, -1)
+    return by.out(out if valid is None else out[valid])
 
 
 class Event(NamedTuple):
