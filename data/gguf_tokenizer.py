@@ -1,19 +1,21 @@
-"""A folder's tokenizer as the keys of a GGUF file, and back.
+"""A folder's tokenizer as the keys of a GGUF file, and back as a folder.
 
 llama.cpp splits text by rules that it has built in, one a name; only tokenizers that split by one of them are taken.
 Thought and tool markers are USER_DEFINED, since llama.cpp leaves CONTROL tokens out of all text that it writes.
 """
 
+import functools
 import json
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.chat import END_THOUGHT, IM_END, START_THOUGHT, TEMPLATE, TOOL_CALL, TOOL_RESPONSE
-from data.tokenizer import QWEN2_SPLIT, load_tokenizer
+from data.tokenizer import BOS, QWEN2_SPLIT, load_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SHOWN = (START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE)
@@ -153,3 +155,65 @@ def build_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequenc
             special = kind == CONTROL or token in SHOWN
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
     return tokenizer
+
+
+def open_gguf(path: Path) -> Any:
+    """A gguf.GGUFReader; ValueError where the file is no GGUF, or ends before its tensors do."""
+    import gguf
+
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{path} is no GGUF file")
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged: it ends before its tensors do, or holds nonsense ({error}); copy it again"
+        ) from error
+
+
+def field(reader: Any, name: str) -> Any:
+    """The value of a key, None where it is missing."""
+    found = reader.get_field(name)
+    return None if found is None else found.contents()
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's tokenizer, template, ids of special tokens and length of context are read: the folder itself, or a
+    temporary one made of a .gguf file. ValueError where there is no such file, or its text is split by an unknown rule."""
+    if checkpoint.suffix != ".gguf":
+        return checkpoint
+    path = checkpoint.resolve()
+    return Path(_unpacked(path, path.stat().st_mtime_ns if path.is_file() else 0).name)
+
+
+@functools.cache
+def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
+    """The folder of this state of a file; it goes when the process ends."""
+    reader = open_gguf(path)
+    tokens, types, merges, pre = (field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges", "pre"))
+    if field(reader, "tokenizer.ggml.model") != "gpt2" or merges is None:
+        raise ValueError(f"{path} holds no byte-level BPE; files of scripts/export_gguf.py do")
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot"}
+    ids = {name: field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    tokenizer = build_tokenizer(tokens, types, merges, pre)
+    if field(reader, "tokenizer.ggml.add_bos_token") and ids["bos"] is not None:
+        bos = tokens[ids["bos"]]
+        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos"])])
+    folder = tempfile.TemporaryDirectory(prefix="gguf-tokenizer-")
+    root = Path(folder.name)
+    tokenizer.save(str(root / "tokenizer.json"))
+    template = field(reader, "tokenizer.chat_template")
+    if template is not None:
+        (root / TEMPLATE).write_text(template)
+    special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if ids[name] is not None}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    config = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
+    config["max_position_embeddings"] = field(reader, f"{field(reader, 'general.architecture')}.context_length")
+    stops = sorted({i for i in (ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)) if i is not None})  # as llama.cpp ends text
+    written = {"tokenizer_config.json": settings, "config.json": config, "generation_config.json": {"eos_token_id": stops}}
+    for name, content in written.items():
+        (root / name).write_text(json.dumps(content, indent=2) + "\n")
+    return folder

@@ -4,22 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.gguf_tokenizer import tokenizer_folder
+
 Message = dict[str, Any]
 
 
 class Chat:
-    """The tokenizer of a folder with its chat template; ValueError where it has none."""
+    """The tokenizer of a checkpoint with its chat template; ValueError where it has none."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, checkpoint: Path):
         from transformers import AutoTokenizer
 
+        folder = tokenizer_folder(checkpoint)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
                 f"{folder} holds no tokenizer.json; copy the tokenizer's files there, an evaluation reads and writes text"
             )
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         if not self.tokenizer.chat_template:
-            raise ValueError(f"{folder} has no chat template, so it cannot be talked to; give a checkpoint of after SFT")
+            raise ValueError(f"{checkpoint} has no chat template, so it cannot be talked to; give a checkpoint of after SFT")
         self.takes_tools = "tools" in str(self.tokenizer.chat_template)
         self.special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
 

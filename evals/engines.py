@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.manifest import file_hash
+from evals.gguf_engine import GgufEngine
 from evals.harness import Scored, Write, Written
-from evals.language_model import Engine, LanguageModel, Unit, Words, read_json
+from evals.language_model import Engine, LanguageModel, Unit, Words, constraint_of, read_json
 from models.generation import Cache, forward, generate, head
-from models.grammar import JsonConstraint, JsonGrammar
+from models.grammar import JsonConstraint
 from models.hf import load_hf
 from models.nanollama import NanoLlama
 from models.sampling import Sampling
@@ -28,11 +29,14 @@ def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, 
     """The model of a folder, or of a GGUF file; ValueError where it cannot answer."""
     if not checkpoint.exists():
         raise ValueError(f"there is no checkpoint at {checkpoint}")
-    if checkpoint.suffix == ".gguf":
-        raise ValueError(f"{checkpoint}: GGUF files cannot be evaluated yet; give the folder that it was made of")
     words = Words(checkpoint)
-    kind = read_json(checkpoint / "config.json").get("model_type")
     engine: Engine
+    if checkpoint.suffix == ".gguf":
+        if dtype:
+            raise ValueError(f"the weights of {checkpoint} are of the types that the file has; leave --dtype out")
+        engine = GgufEngine(checkpoint, torch.get_num_threads())
+        return LanguageModel(str(checkpoint), file_hash(checkpoint), engine, words)
+    kind = read_json(checkpoint / "config.json").get("model_type")
     if kind in NANOLLAMA or not (checkpoint / "config.json").is_file():
         model = load_hf(checkpoint, getattr(torch, dtype) if dtype else None, device)
         engine = NanoLlamaEngine(model.eval(), batch_size)
@@ -97,11 +101,10 @@ class NanoLlamaEngine:
             places.append([list(range(first, len(cells))) for _ in unit.options])
         picked = [hidden[_columns(cells, self.device)]]
         total = len(cells)
-        for part in alike([len(units[i].options[k]) - 1 for i, k in more]):
-            branch = [more[n] for n in part]
-            tokens, lengths = pad([units[i].options[k][:-1] for i, k in branch], self.device)
-            hidden = forward(self.model, tokens, cache.select([i for i, _ in branch], length + fed), lengths)
-            for (i, k), count in zip(branch, lengths, strict=True):
+        if more:
+            tokens, lengths = pad([units[i].options[k][:-1] for i, k in more], self.device)
+            hidden = forward(self.model, tokens, cache.select([i for i, _ in more], length + fed), lengths)
+            for (i, k), count in zip(more, lengths, strict=True):
                 places[i][k] += range(total, total + count)
                 total += count
             inside = [(row, column) for row, count in enumerate(lengths) for column in range(count)]
@@ -160,20 +163,8 @@ class NanoLlamaEngine:
 
     def _constraints(self, requests: Sequence[Write], words: Words) -> list[JsonConstraint | None] | None:
         """What holds each row to its schema; None where no row has one."""
-        if not any(request.schema for request in requests):
-            return None
-        size, constraints = self.model.config.vocab_size, list[JsonConstraint | None]()
-        for request in requests:
-            if not request.schema:
-                constraints.append(None)
-                continue
-            marker = request.marker
-            then = sorted(words.stops) if marker is None else [marker, *sorted(words.stops)]
-            constraint = JsonGrammar(request.schema, words.for_grammars, size).constraint(after=marker, then=then)
-            if marker is not None:
-                constraint.accept(marker)  # it ends the prompt
-            constraints.append(constraint)
-        return constraints
+        found = [constraint_of(request, words, self.model.config.vocab_size) for request in requests]
+        return found if any(found) else None
 
 
 def _sum(figures: list[tuple[float, bool]]) -> Scored:
@@ -191,17 +182,6 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, li
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
     return tokens.to(device), [len(row) for row in rows]
-
-
-def alike(lengths: Sequence[int]) -> list[list[int]]:
-    """Rows in groups of similar lengths, so that little is padding: 8 or more, the shortest 3/4 of the longest or more."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) < 8 or 4 * lengths[i] >= 3 * lengths[groups[-1][0]]):
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
 
 
 def share(units: Sequence[Unit]) -> list[tuple[int, list[int]]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import TEMPLATE, Chat
+from data.gguf_tokenizer import tokenizer_folder
 from data.synthetic import is_right
 from evals.harness import Choose, Eval, Item, Score, Write
 from evals.run import flags, main
@@ -67,7 +68,8 @@ def _said(message: dict[str, Any]) -> str:
 
 def build(args: Namespace) -> Eval:
     """ValueError where there are no questions."""
-    chat = Chat.from_folder(args.checkpoint) if (args.checkpoint / TEMPLATE).is_file() else None
+    folder = tokenizer_folder(args.checkpoint)
+    chat = Chat.from_folder(folder) if (folder / TEMPLATE).is_file() else None
 
     def score(item: Item) -> Score:
         example, number = item.row["example"], item.row["check"]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.evalsets import read_jsonl
+from data.gguf_tokenizer import tokenizer_folder
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, Write, means
 from evals.language_model import Words, read_json
 from evals.multiple_choice import field
@@ -143,7 +144,7 @@ def by_length(samples: Sequence[Sample]) -> dict[str, Estimate]:
 def build(args: argparse.Namespace) -> Eval:
     args.haystack = args.haystack or args.data or "noise"
     words = Words(args.checkpoint)
-    limit = read_json(args.checkpoint / "config.json").get("max_position_embeddings", 0)
+    limit = read_json(tokenizer_folder(args.checkpoint) / "config.json").get("max_position_embeddings", 0)
     lengths = args.context or [length for length in (4096, 8192, 16384) if length <= limit] or [limit]
     if max(lengths) > limit:
         raise ValueError(f"a context of {max(lengths)} tokens exceeds the model's {limit}; give --context up to that")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from data.dataloader import Batch, validation_batches
+from data.gguf_tokenizer import tokenizer_folder
 from data.manifest import file_hash
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer, token_bytes
@@ -101,19 +102,20 @@ def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
         raise ValueError(f"{args.dataset} has no source {' '.join(sorted(unknown))}; it has: {', '.join(present) or 'none'}")
     found = {name: TokenShards(args.dataset / "tokens" / name, "val") for name in args.sources or present}
     for shards in found.values():
-        if shards.tokenizer != file_hash(args.checkpoint / "tokenizer.json") and not _grown(args, shards.tokenizer):
+        if not _made_with(args.checkpoint, shards, args.dataset / "tokenizer"):
             raise ValueError(f"{shards.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again")
     return found
 
 
-def _grown(args: argparse.Namespace, made_by: str) -> bool:
-    """Whether the checkpoint's tokenizer is the store's with special tokens added (chat): text has the same ids in both."""
-    files = [folder / "tokenizer.json" for folder in (args.dataset / "tokenizer", args.checkpoint)]
-    if not files[0].is_file() or file_hash(files[0]) != made_by:
+def _made_with(checkpoint: Path, shards: TokenShards, tokenizer: Path) -> bool:
+    """Has text the ids of the shards? A GGUF file, and a tokenizer grown by chat tokens, has their vocabulary, not that file."""
+    own = tokenizer_folder(checkpoint)
+    if shards.tokenizer == file_hash(own / "tokenizer.json"):
+        return True
+    if not (tokenizer / "tokenizer.json").is_file() or shards.tokenizer != file_hash(tokenizer / "tokenizer.json"):
         return False
-    store, own = ({**json.loads(file.read_text()), "post_processor": None} for file in files)
-    added = [own.pop("added_tokens"), store.pop("added_tokens")]
-    return own == store and all(token in added[0] for token in added[1])
+    of_store, grown = (load_tokenizer(folder).get_vocab() for folder in (tokenizer, own))
+    return of_store.items() <= grown.items()
 
 
 def score(item: Item) -> Score:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
-from data.gguf_tokenizer import SHOWN
+from data.gguf_tokenizer import SHOWN, field, open_gguf
 from data.tokenizer import load_tokenizer
 from models.generation import generate
 from models.gguf import OUTTYPES, permute, plan
@@ -184,7 +184,7 @@ def _compare_logits(ref: Reference, runtime: LlamaCpp) -> dict[str, Any]:
     errors, divergences, agree, nll, own_nll, count = [], 0.0, 0, 0.0, 0.0, 0
     for window, expected in zip(ref.windows, ref.logits, strict=True):
         runtime.keep(0)
-        found = torch.from_numpy(runtime.feed(window, every=True))
+        found = torch.from_numpy(runtime.feed(window, last=len(window)))
         errors.append(float((found - expected).abs().max()))
         p, q = expected.log_softmax(-1), found.log_softmax(-1)
         divergences += float((p.exp() * (p - q)).sum(-1).sum())
@@ -256,29 +256,6 @@ def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
         far = exact or not row["kl"] < FAR * limit
         (wrong if far else high).append(f"KL {row['kl']:.2g} is above {limit:g}")
     return "wrong" if wrong else "high" if high else "ok", wrong + high
-
-
-def open_gguf(path: Path) -> Any:
-    """A gguf.GGUFReader; ValueError where the file is no GGUF, or ends before its tensors do."""
-    import gguf
-
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is no GGUF file")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is damaged: it ends before its tensors do, or holds nonsense ({error}); copy it again"
-        ) from error
-
-
-def field(reader: Any, name: str) -> Any:
-    """The value of a key, None where it is missing."""
-    found = reader.get_field(name)
-    return None if found is None else found.contents()
 
 
 def _file_types() -> Iterator[tuple[str, int]]:

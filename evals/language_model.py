@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data.gguf_tokenizer import tokenizer_folder
 from data.tokenizer import load_tokenizer
 from evals.harness import Answer, Choose, Read, Reading, Request, Scored, Text, TooLong, Write, Written
+from models.grammar import JsonConstraint, JsonGrammar
 
 
 class Unit(NamedTuple):
@@ -45,9 +47,10 @@ class Engine(Protocol):
 
 
 class Words:
-    """The tokenizer of a checkpoint folder, and which ids begin and end a text."""
+    """The tokenizer of a checkpoint, and which ids begin and end a text."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, checkpoint: Path):
+        folder = tokenizer_folder(checkpoint)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
                 f"{folder} holds no tokenizer.json; copy the tokenizer's files there, an evaluation reads and writes text"
@@ -104,6 +107,17 @@ class Words:
 
     def bytes_of(self, ids: Sequence[int]) -> int:
         return len(self.decode(ids).encode())
+
+
+def constraint_of(request: Write, words: Words, size: int) -> JsonConstraint | None:
+    """What holds the text of a request to its schema; None where it has none. size: rows of the model's head."""
+    if not request.schema:
+        return None
+    then = sorted(words.stops) if request.marker is None else [request.marker, *sorted(words.stops)]
+    constraint = JsonGrammar(request.schema, words.for_grammars, size).constraint(request.marker, then, request.max_tokens)
+    if request.marker is not None:
+        constraint.accept(request.marker)  # it ends the prompt
+    return constraint
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -240,6 +240,8 @@ def _cell(score: dict[str, Any]) -> str:
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the report shows, as plain JSON."""
+    if args.checkpoint.is_file():
+        raise ValueError(f"{args.checkpoint} is a file; a report is made of a checkpoint folder")
     model = load_model(args.checkpoint, args.device, args.dtype)
     evaluations, missing = measured(args.results, model.hash)
     config = json.loads((args.checkpoint / "config.json").read_text())

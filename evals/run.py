@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from entrypoint import user_errors
 from evals.engines import load_model
-from evals.harness import Cache, Eval, Model, ask, contaminated_ids, results, write_results
+from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results
 
 
 def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
@@ -59,11 +59,13 @@ def evaluate(
     kept = output.parent / "answers" if output else None
     judged = Cache(kept, evaluation.judge, rank) if evaluation.judge else None
     mine = slice(len(evaluation.items) * rank // world, len(evaluation.items) * (rank + 1) // world)
-    samples = ask(evaluation.items[mine], evaluation.score, model, Cache(kept, model, rank), rank == 0, evaluation.judge, judged)
-    if world > 1:
-        parts: list[Any] = [None] * world
-        dist.all_gather_object(parts, samples)
-        samples = [sample for part in parts for sample in part]
+    samples, failure = list[Sample](), None
+    try:
+        items, kept_answers = evaluation.items[mine], Cache(kept, model, rank)
+        samples = ask(items, evaluation.score, model, kept_answers, rank == 0, evaluation.judge, judged)
+    except ValueError as error:
+        failure = error
+    samples = _gather(samples, failure, world)
     found: dict[str, Any] = {}
     if rank == 0:
         ids = contaminated_ids(contaminated, evaluation.test_set or evaluation.task) if contaminated else None
@@ -79,6 +81,20 @@ def evaluate(
                 + "; the same command again asks only for what is missing"
             )
     return found
+
+
+def _gather(samples: list[Sample], failure: ValueError | None, world: int) -> list[Sample]:
+    """The samples of all ranks; where one failed, all of them do."""
+    parts: list[Any] = [(samples, failure and str(failure))]
+    if world > 1:
+        parts *= world
+        dist.all_gather_object(parts, (samples, failure and str(failure)))
+    if failure:
+        raise failure
+    for number, (_, why) in enumerate(parts):
+        if why:
+            raise ValueError(f"rank {number} of {world} could not go on: {why}")
+    return [sample for part, _ in parts for sample in part]
 
 
 def default_output(checkpoint: Path, task: str) -> Path:

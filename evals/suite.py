@@ -72,9 +72,7 @@ def measure(
         else:
             evaluation = replace(evaluation, about={**evaluation.about, "asked": asked})
             found = evaluate(evaluation, model, output, args.contaminated, rank, world)
-    except ValueError as error:
-        if world > 1 and rank:
-            raise  # the other ranks wait for this one's answers: end them all; what was answered is kept
+    except ValueError as error:  # on all ranks, or when all have given their answers
         found = {"not_measured": str(error)}
     why = _first(found.get("not_measured"), world)
     return {"not_measured": why} if why else found

@@ -23,12 +23,15 @@ class JsonGrammar:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         self.compiled = compiler.compile_json_schema(text, any_whitespace=False)
 
-    def constraint(self, after: int | None = None, then: int | Sequence[int] | None = None) -> "JsonConstraint":
+    def constraint(
+        self, after: int | None = None, then: int | Sequence[int] | None = None, room: int | None = None
+    ) -> "JsonConstraint":
         """For one row: JSON from the start, or whenever the token `after` came; it is followed by a token of `then`.
 
-        Markers are given as token ids, since a marker within a grammar may be spelled out in ordinary tokens.
+        Markers are given as token ids, since a marker within a grammar may be spelled out in ordinary tokens. room: tokens
+        that the row may have; when half of them are used, `after` no longer comes out of `then`, or JSON would be cut off.
         """
-        return JsonConstraint(self, after, then)
+        return JsonConstraint(self, after, then, room)
 
 
 @functools.lru_cache(maxsize=4)
@@ -51,9 +54,10 @@ def _compiler(tokenizer: Any, vocab_size: int) -> tuple[Any, Any, Tensor]:
 class JsonConstraint:
     """Masks the scores of one row while it writes JSON; free text before and after."""
 
-    def __init__(self, grammar: JsonGrammar, after: int | None, then: int | Sequence[int] | None):
+    def __init__(self, grammar: JsonGrammar, after: int | None, then: int | Sequence[int] | None, room: int | None = None):
         self.grammar, self.after = grammar, after
         self.then = None if then is None else torch.tensor([then] if isinstance(then, int) else list(then))
+        self.room, self.came = room, 0
         self.bits = grammar.xgrammar.allocate_token_bitmask(1, grammar.vocab_size)
         self.force: Tensor | None = None
         self.matcher = self._start() if after is None else None
@@ -74,11 +78,14 @@ class JsonConstraint:
 
     def accept(self, token: int) -> None:
         """Take note of the token that came."""
+        self.came += 1
         if self.matcher is not None:
             accepted = self.matcher.accept_token(token)
             assert accepted, "a token was drawn that the mask forbids"
             if self.matcher.is_terminated():
                 self.matcher, self.force = None, self.then
+                if self.then is not None and self.room is not None and 2 * self.came >= self.room:
+                    self.force = self.then[self.then != self.after]
             return
         self.force = None
         if token == self.after:

@@ -184,8 +184,8 @@ class LlamaCpp:
         self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.state), 0, count, -1)
         del self.held[count:]
 
-    def feed(self, ids: Sequence[int], every: bool = False) -> np.ndarray:
-        """Continue the sequence; logits fp32 [1, V] after the last token, or [n, V] after every one."""
+    def feed(self, ids: Sequence[int], last: int = 1) -> np.ndarray:
+        """Continue the sequence; logits fp32 [last, V] after each of its last tokens."""
         if len(self.held) + len(ids) > self.context:
             raise ValueError(f"{len(self.held) + len(ids)} tokens do not fit a context of {self.context}")
         odd = [index for index in ids if not 0 <= index < self.size]
@@ -195,8 +195,7 @@ class LlamaCpp:
         for begin in range(0, len(ids), BATCH):
             part = ids[begin : begin + BATCH]
             n = len(part)
-            last = begin + n == len(ids)
-            wanted = [int(every or (last and i == n - 1)) for i in range(n)]
+            wanted = [int(begin + i >= len(ids) - last) for i in range(n)]
             batch = _Batch(n, (c_int32 * n)(*part), None, None, None, None, (c_int8 * n)(*wanted))
             status = self.lib.llama_decode(self.state, batch)
             if status:

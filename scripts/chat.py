@@ -16,11 +16,10 @@ from pathlib import Path
 import torch
 
 from data.chat import Chat
-from data.gguf_tokenizer import build_tokenizer
+from data.gguf_tokenizer import build_tokenizer, field, open_gguf
 from data.session import Session
 from data.tools import TOOLS
 from entrypoint import user_errors
-from evals.gguf_parity import field, open_gguf
 from models.sampling import Sampling
 from models.speakers import GgufSpeaker, Speaker, TorchSpeaker
 

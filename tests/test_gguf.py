@@ -18,10 +18,10 @@ from conftest import ROOT
 import models.gguf
 from data.chat import CHAT_TOKENS, END_THOUGHT, IM_END, IM_START, START_THOUGHT, TOOL_CALL, Chat, jinja_template
 from data.chat_tokenizer import PROBE, save_chat_tokenizer
-from data.gguf_tokenizer import build_tokenizer, read_vocabulary
+from data.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabulary
 from data.session import Session
 from data.tools import TOOLS
-from evals.gguf_parity import compare, compare_tokens, field, fuzz, open_gguf, reference
+from evals.gguf_parity import compare, compare_tokens, fuzz, reference
 from models.gguf import export, k_rows, tensor_type
 from models.hf import load_hf, save_hf
 from models.llamacpp import LlamaCpp, find_library, quantise_rows
