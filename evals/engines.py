@@ -22,6 +22,7 @@ from models.sampling import Sampling
 
 HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
 MIN_SHARED, MIN_SAVED = 32, 1024  # tokens that contexts must have in common, and save together, to be computed once
+STEP = 32  # tokens of a prompt that cost what a step of writing does; a group of its own has all steps once more
 NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
@@ -117,7 +118,8 @@ class NanoLlamaEngine:
 
     def write(self, prompts: Sequence[list[int]], requests: Sequence[Write], words: Words) -> Iterator[list[tuple[int, Written]]]:
         units = [Unit(tuple(prompt), ((),)) for prompt in prompts]
-        for shared, members in share(units):
+        steps = max((request.max_tokens for request in requests), default=0)
+        for shared, members in share(units, STEP * steps):
             start = self._begun(units[members[0]].context[:shared])
             kinds: dict[tuple[float, float], list[int]] = {}
             for i in members:
@@ -184,12 +186,13 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, li
     return tokens.to(device), [len(row) for row in rows]
 
 
-def share(units: Sequence[Unit]) -> list[tuple[int, list[int]]]:
+def share(units: Sequence[Unit], least: int = 0) -> list[tuple[int, list[int]]]:
     """Units whose contexts begin alike: how many tokens they share (never all of a context), and which they are.
 
-    Where that saves too little, units are in one group that shares nothing. Contexts are compared in sorted order, so those
-    that begin alike are neighbours.
+    Where that saves too little, `least` or MIN_SAVED tokens, units are in one group that shares nothing. Contexts are compared
+    in sorted order, so those that begin alike are neighbours.
     """
+    least = max(least, MIN_SAVED)
     groups: list[tuple[int, list[int]]] = []
     for i in sorted(range(len(units)), key=lambda i: units[i].context):
         context = units[i].context
@@ -201,8 +204,8 @@ def share(units: Sequence[Unit]) -> list[tuple[int, list[int]]]:
                 groups[-1] = (common, members)
                 continue
         groups.append((len(context) - 1, [i]))
-    worth = [group for group in groups if group[0] * (len(group[1]) - 1) >= MIN_SAVED]
-    rest = [i for shared, members in groups if shared * (len(members) - 1) < MIN_SAVED for i in members]
+    worth = [group for group in groups if group[0] * (len(group[1]) - 1) >= least]
+    rest = [i for shared, members in groups if shared * (len(members) - 1) < least for i in members]
     return [*worth, (0, rest)] if rest else worth
 
 

@@ -134,6 +134,7 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
         (eval_hellaswag.build(options(rows, shots=0)), 0, {"local_hellaswag": 0}),
         (eval_arc.build(options(rows, shots=3, part="both")), 3, {"local_arc_challenge": 0, "local_arc_easy": 0}),
         (eval_mmlu.build(options(rows, shots=5, format="letter")), 5, {f"local_mmlu_{s}": 0 for s in subjects}),
+        (eval_mmlu.build(options(rows, shots=2, format="both")), 2, {f"local_mmlu_cloze_{s}": 1 for s in subjects}),
         (eval_truthfulqa.build(options(rows)), 0, {"local_truthfulqa_mc1": 0, "local_truthfulqa_mc2": 1}),
     ]
     for evaluation, shots, tasks in cases:
@@ -163,8 +164,9 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
                 assert metrics[name] == pytest.approx(figures["local_hellaswag"][f"{name},none"], abs=1e-9)
         else:
             for subject, task in zip(subjects, tasks, strict=True):
-                own = found["subjects"][subject]["metrics"]["acc"]["value"]
-                assert own == pytest.approx(figures[task]["acc,none"], abs=1e-9)
+                for name in ("cloze_acc", "cloze_acc_norm") if "cloze" in task else ("acc",):
+                    own = found["subjects"][subject]["metrics"][name]["value"]
+                    assert own == pytest.approx(figures[task][f"{name.removeprefix('cloze_')},none"], abs=1e-9)
     words = [text(i, 400) for i in range(2)]  # longer than the context
     whole = ask([Item(w, {}) for w in words], reader(None), model, Cache())
     rolled = theirs.loglikelihood_rolling([argparse.Namespace(args=(w,)) for w in words], disable_tqdm=True)
@@ -193,6 +195,7 @@ def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpo
     units += [Unit(draw(40 + 9 * i), (draw(6),)) for i in range(5)] + [Unit(draw(900), (draw(2), draw(120)))]
     groups = share(units)
     assert groups[0][0] == 120 and len(groups[0][1]) == 12 and groups[1][0] == 0
+    assert share(units, least=120 * 11 + 1) == [(0, [i for _, members in groups for i in members])]
     scored = {i: answer for batch in model.engine.score(units) for i, answer in batch}
     assert sorted(scored) == list(range(len(units)))
     for i, unit in enumerate(units):
