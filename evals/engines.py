@@ -23,6 +23,7 @@ from models.sampling import Sampling
 HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
 MIN_SHARED, MIN_SAVED = 32, 1024  # tokens that contexts must have in common, and save together, to be computed once
 STEP = 32  # tokens of a prompt that cost what a step of writing does; a group of its own has all steps once more
+BRANCH = {"cpu": 24}  # options at a time, the longest first; all of a batch elsewhere
 NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
@@ -102,10 +103,13 @@ class NanoLlamaEngine:
             places.append([list(range(first, len(cells))) for _ in unit.options])
         picked = [hidden[_columns(cells, self.device)]]
         total = len(cells)
-        if more:
-            tokens, lengths = pad([units[i].options[k][:-1] for i, k in more], self.device)
-            hidden = forward(self.model, tokens, cache.select([i for i, _ in more], length + fed), lengths)
-            for (i, k), count in zip(more, lengths, strict=True):
+        more.sort(key=lambda place: -len(units[place[0]].options[place[1]]))
+        several = BRANCH.get(self.device.type, len(more) or 1)
+        for begin in range(0, len(more), several):  # attention is computed of padding too
+            branch = more[begin : begin + several]
+            tokens, lengths = pad([units[i].options[k][:-1] for i, k in branch], self.device)
+            hidden = forward(self.model, tokens, cache.select([i for i, _ in branch], length + fed), lengths)
+            for (i, k), count in zip(branch, lengths, strict=True):
                 places[i][k] += range(total, total + count)
                 total += count
             inside = [(row, column) for row, count in enumerate(lengths) for column in range(count)]
