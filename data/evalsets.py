@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -165,7 +166,9 @@ def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
     path = Path(where)
     if path.is_file():
         return _joined([row for row in read_jsonl(path) if row["id"].startswith(category)], [])
-    found = [sorted(folder.glob(f"BFCL_v*_{category}.json*")) for folder in (path, path / "possible_answer")]
+    name = re.compile(rf"BFCL_v\d+_{category}\.json(\.gz)?")  # "multiple" is not "live_multiple"
+    folders = [sorted(folder.glob("BFCL_v*")) for folder in (path, path / "possible_answer")]
+    found = [[file for file in files if name.fullmatch(file.name)] for files in folders]
     if not found[0]:
         raise ValueError(f"there is no BFCL_v4_{category}.json in {path}; --data takes BFCL's data folder, or one .jsonl file")
     return _joined(*[read_jsonl(paths[0]) if paths else [] for paths in found])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB
 
+from data.evalsets import load_bfcl
 from data.tokenizer import load_tokenizer, save_tokenizer
 from evals import eval_gsm8k, eval_mt_bench, eval_needle, eval_tool_use, eval_toxicity
 from evals.chat import Chat
@@ -298,6 +299,17 @@ def test_a_random_model_under_a_grammar_writes_calls(checkpoint, model, tmp_path
     assert "constrained_syntax" not in found["subjects"]["irrelevance"]["metrics"]
     assert fits({"name": "now", "arguments": {}}, [{**ADD, "name": "now", "parameters": {"type": "dict"}}])
     assert call_schema([ADD])["properties"]["name"] == {"const": "math.add"}
+
+
+def test_a_category_of_bfcl_is_read_from_its_own_file(tmp_path):
+    (tmp_path / "possible_answer").mkdir()
+    for category in ("live_parallel_multiple", "multiple", "parallel_multiple"):
+        for folder, more in ((tmp_path, {"question": []}), (tmp_path / "possible_answer", {"ground_truth": [category]})):
+            (folder / f"BFCL_v4_{category}.json").write_text(json.dumps({"id": f"{category}_0", **more}) + "\n")
+    [row] = load_bfcl("multiple", str(tmp_path), Path("nowhere"))
+    assert row == {"id": "multiple_0", "question": [], "ground_truth": ["multiple"]}
+    with pytest.raises(ValueError, match=r"there is no BFCL_v4_parallel\.json"):
+        load_bfcl("parallel", str(tmp_path), Path("nowhere"))
 
 
 def mt_bench(path: Path) -> Path:
