@@ -61,7 +61,7 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     def evaluate(model: Any) -> dict[str, dict[str, float]]:
         results = perplexity(model, held_out, bytes_of, setup.add_up)
         places = loader.ahead[0] if loader.ahead else 0  # read so far
-        for name, share in packed.shares(max(0, places - run.validation.every), places).items():
+        for name, share in (packed.shares(max(0, places - run.validation.every), places) if places else {}).items():
             results.setdefault(name, {})["trained_share"] = share
         if run.chat.samples:
             weights, title = whole_weights(model), f"{run.phase}, place {places}"

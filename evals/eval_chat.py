@@ -6,7 +6,7 @@ acc: the greedy reply gives the right answer (synthetic.is_right). choice: the r
 wrong one that the example holds; choice_chance is what guessing would give. Each assistant turn with a known answer is one
 item, the turns before it given as they should be. A folder without chat template (a base model) gets the conversation as
 plain lines, User: ... Assistant: ..., so that the same questions can be put before SFT. preferred: of a preference pair, the
-chosen reply is likelier than the rejected one.
+chosen reply is likelier than the rejected one (--data .../pairs.heldout.jsonl; a folder's pairs are not among its questions).
 """
 
 import json
@@ -27,9 +27,9 @@ SPEAKERS = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": 
 
 
 def read_items(data: str | None, limit: int | None) -> list[Item]:
-    """One item for each check of each example in the *.heldout.jsonl files of a folder, or in one file."""
+    """One item for each check of each example in the *.heldout.jsonl files of a folder (but pairs), or in one file."""
     path = Path(data or DATA)
-    files = sorted(path.glob("*.heldout.jsonl")) if path.is_dir() else [path]
+    files = sorted(set(path.glob("*.heldout.jsonl")) - {path / "pairs.heldout.jsonl"}) if path.is_dir() else [path]
     items: list[Item] = []
     for file in files:
         try:
@@ -94,7 +94,9 @@ def build(args: Namespace) -> Eval:
         return scores
 
     about = {"data": str(args.data or DATA), "prompts": "chat template" if chat else "plain lines"}
-    return Eval("chat", 1, read_items(args.data, args.limit), score, about=about)
+    items = read_items(args.data, args.limit)
+    task = "pairs" if all(item.subject == "pairs" for item in items) else "chat"
+    return Eval(task, 1, items, score, about=about)
 
 
 def reply_ids(chat: Chat, example: dict, before: list, reply: dict, begun: int) -> tuple[int, ...]:

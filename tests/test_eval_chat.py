@@ -71,3 +71,17 @@ def test_mistakes_are_named(tmp_path: Path):
     for path in (tmp_path, tmp_path / "none.jsonl", tmp_path / "empty"):
         with pytest.raises(ValueError, match="generate_chat_data"):
             eval_chat.read_items(str(path), None)
+
+
+def test_pairs_are_a_task_of_their_own(tmp_path: Path):
+    rows = synthetic.generate_preference_pairs(20, 0, "heldout", easy=True)
+    (tmp_path / "pairs.heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(tmp_path / "pairs.heldout.jsonl")
+    for right in (False, True):
+        evaluation = eval_chat.build(Namespace(checkpoint=tmp_path / "model", data=data, limit=None))
+        model = Knowing(evaluation.items, None, right)
+        found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)
+        assert found["task"] == "pairs" and found["n"] == 20
+        assert {name: estimate["value"] for name, estimate in found["metrics"].items()} == {"preferred": float(right)}
+    with pytest.raises(ValueError, match="no questions"):
+        eval_chat.read_items(str(tmp_path), None)  # a folder's questions are not its pairs

@@ -55,7 +55,8 @@ def quickstart(tmp_path_factory):
     plan["phases"][2]["milestones"] = [{"at": 7, "evals": ["chat"]}, {"at": 9, "gates": gates}]  # one in the middle of the phase
     for stage in plan["stages"]:
         stage["gates"] = [{**gate, "go": 0.0, "no_go": -1.0} for gate in stage["gates"]]  # after 3 steps any score is fine
-    plan["evals"]["chat"] = plan["evals"]["chat"].replace("--limit 32", "--limit 2")
+    for name in ("chat", "pairs"):
+        plan["evals"][name] = plan["evals"][name].replace(" --limit 32", "") + " --limit 2"
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     path = place / "configs" / "quickstart" / "suite.yaml"
     path.write_text(re.sub(r"--limit \d+", "--limit 2", path.read_text()))
@@ -73,13 +74,14 @@ def run(place):
 
 def test_every_stage_says_what_it_does(quickstart):
     _, output = quickstart
-    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 21))
+    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 23))
     begins = ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "goes on at step 7")
     for sentence in (*begins, "decision at step 9: GO", "decision after sft: GO", "decision after dpo: GO"):
         assert sentence in output
     assert re.search(r"chat\.acc = \d\.\d+ .*; before, at step 9: \d", output)
-    assert re.search(r"chat\.preferred = \d\.\d+ .*; before, after sft: \d", output)
-    assert "> Who are you?" in output
+    assert re.search(r"pairs\.preferred = \d\.\d+ .*; before, after sft: \d", output)
+    assert len(re.findall(r"before the first step: held-out loss \d", output)) == 2  # SFT, DPO
+    assert "held-out loss 0.693, 0.0% of pairs the right way round" in output and "> Who are you?" in output
 
 
 def test_what_it_leaves(quickstart):
@@ -100,7 +102,7 @@ def test_what_it_leaves(quickstart):
     for figures in report["metrics"].values():
         assert 2 < figures["bits_per_byte"] < 6 and figures["tokens"] > 5_000
     found = json.loads((place / "results" / "quickstart" / "benchmark_results.json").read_text())
-    assert set(found["evaluations"]) == {"perplexity", "hellaswag", "arc", "chat"}
+    assert set(found["evaluations"]) == {"perplexity", "hellaswag", "arc", "chat", "pairs"}
     assert [gate["outcome"] for gate in found["training"]["gates"]] == ["go"] * 4
     assert set(found["stages"]) == {"step_7", "step_9", "sft", "dpo"} and "chat.acc" in found["stages"]["sft"]
     assert found["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"] and not found["not_measured"]

@@ -54,6 +54,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class ValidationConfig:
     every: int = 1000  # steps; the end of a phase is measured always; 0 turns validation off
+    before: bool = False  # measure before the first step, too
     rows: int = 64  # held-out rows a source
     batch_size: int | None = None  # rows a rank holds at once; default: data.micro_batch_size
 

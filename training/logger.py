@@ -134,7 +134,8 @@ class Log:
         """Something happened: a line on the console and in both event files, and an alert if asked for.
 
         kind, as used here: begun, resumed, ended, paused, stopped (by a signal), failed, skipped (an update), rollback, gate,
-        extend, checkpoint, stuck, recovered, alert_failed. fields: whatever JSON can hold; phase and step are known.
+        extend, checkpoint, measured (before the first step), stuck, recovered, alert_failed. fields: whatever JSON can hold;
+        phase and step are known.
         """
         if not self.main:
             return
@@ -173,12 +174,7 @@ class Log:
         elif due:
             print(f"step {values['step']:>6}/{values['end']}  {values['phase']}  {short}", flush=True)
         if "val/loss" in values:
-            bits = {key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")}
-            parts = ", ".join(f"{source} {value:.3f}" for source, value in bits.items() if source != "bits_per_byte")
-            parts = f"bits per byte: {parts}" if parts else ""
-            if "val/rewards/accuracies" in values:
-                parts = f"{values['val/rewards/accuracies']:.1%} of pairs the right way round"
-            self.say(", ".join(part for part in (f"        held-out loss {values['val/loss']:.3f}", parts) if part))
+            self.say(f"        {held_out_text(values)}")
 
     def beat(self, step: int, force: bool = False) -> None:
         """Renew logs/<run>/heartbeat, at most once a second: what scripts/watch.py looks at."""
@@ -233,6 +229,16 @@ def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -
             append_event(folder, "alert_failed", f"{channel}: {error}", channel=channel)
 
     return Alerts(config, secrets, failed)
+
+
+def held_out_text(values: dict[str, Any]) -> str:
+    """What training.loop.validate measured, in a line."""
+    bits = {key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")}
+    parts = ", ".join(f"{source} {value:.3f}" for source, value in bits.items() if source != "bits_per_byte")
+    parts = f"bits per byte: {parts}" if parts else ""
+    if "val/rewards/accuracies" in values:
+        parts = f"{values['val/rewards/accuracies']:.1%} of pairs the right way round"
+    return ", ".join(part for part in (f"held-out loss {values['val/loss']:.3f}", parts) if part)
 
 
 def append_event(folder: Path, kind: str, text: str = "", **fields: Any) -> None:

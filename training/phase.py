@@ -12,8 +12,8 @@ from training import profiling, setup
 from training.checkpoint import Checkpoints
 from training.config import RunConfig, to_dict
 from training.fsdp_utils import compute_dtype
-from training.logger import Log
-from training.loop import Evaluate, train
+from training.logger import Log, held_out_text
+from training.loop import Evaluate, train, validate
 from training.objectives import Objective
 from training.state import State
 
@@ -61,6 +61,9 @@ def run_phase(
     with log, profiling.out_of_memory(run, device):
         if to_do:
             profiling.dry_run(run, state, device)
+        if to_do and evaluate and run.validation.before and state.step == state.phase_start:
+            found = validate(state.model, evaluate)
+            log.event("measured", f"        before the first step: {held_out_text(found)}", step=state.step, **found)
         with profiling.traced(run, state, device) if profile else nullcontext():
             finished = train(run, state, loader, objective, saves, log, evaluate)
         if check and finished:
