@@ -21,6 +21,7 @@ from data.tokenizer import load_tokenizer
 from demo.page import CSS, build
 from demo.talk import Voice
 from entrypoint import user_errors
+from models.hf import newest_step
 from models.speakers import TorchSpeaker
 from scripts.chat import load
 from scripts.test_generation import borders
@@ -29,9 +30,9 @@ from scripts.test_generation import borders
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--checkpoint", type=Path, help="a step folder, or any Llama or Qwen3 folder")
+    models.add_argument("--checkpoint", type=newest_step, help="a step or phase folder, or any Llama or Qwen3 folder")
     models.add_argument("--gguf", type=Path, help="a file of scripts/export_gguf.py, run by llama.cpp")
-    parser.add_argument("--compare", type=Path, help="a second model beside it: a folder or a .gguf file")
+    parser.add_argument("--compare", type=newest_step, help="a second model beside it: a folder or a .gguf file")
     parser.add_argument("--context", type=int, help="tokens of a conversation (default: as many as the model was trained on)")
     parser.add_argument("--host", default="127.0.0.1", help="another address lets others in, and needs --password")
     parser.add_argument("--port", type=int, default=7860, help="0: any free one")

@@ -24,6 +24,7 @@ from entrypoint import user_errors
 from evals.engines import LanguageModel, load_model
 from evals.harness import Write
 from evals.page import count, page
+from models.hf import newest_step
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 COLUMNS = {  # column -> (heading, task, metric, chance in percent)
@@ -322,7 +323,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=newest_step)
     parser.add_argument("--name", help="of the model (default: the checkpoint's)")
     parser.add_argument("--logs", type=Path, help="logs/<run>: loss curves, gates, environment")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results of this checkpoint are looked for")

@@ -12,12 +12,15 @@ from torch import distributed as dist
 from entrypoint import user_errors
 from evals.engines import load_model
 from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results
+from models.hf import newest_step
 
 
 def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
     """The flags that every evaluation takes; shots None: it has no few-shot examples."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, a Hugging Face folder, or a .gguf file")
+    parser.add_argument(
+        "--checkpoint", required=True, type=newest_step, help="a step or phase folder, a Hugging Face folder, or a .gguf file"
+    )
     parser.add_argument("--data", help="local .jsonl in the hub's schema, or a folder of <split>.jsonl (default: see above)")
     parser.add_argument("--limit", type=int, help="only the first N items (of each subject)")
     parser.add_argument("--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)")

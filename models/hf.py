@@ -29,6 +29,15 @@ _SHARED = (  # fields that bear the same name on both sides
 )
 
 
+def newest_step(path: str) -> Path:
+    """The path; of a folder that holds no model but step_N folders that do, the newest of them. What --checkpoint flags take."""
+    folder = Path(path)
+    steps = [step for step in folder.glob("step_*") if step.name[5:].isdigit() and (step / "config.json").is_file()]
+    if (folder / "config.json").is_file() or not steps:
+        return folder
+    return max(steps, key=lambda step: int(step.name[5:]))
+
+
 def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None) -> dict:
     """The content of config.json. theta stands under both names: `rope_parameters` (transformers 5) and `rope_theta` (4)."""
     return {

@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 
 from data.chat import Chat
-from data.gguf_tokenizer import build_tokenizer, field, open_gguf
+from data.gguf_tokenizer import open_gguf, tokenizer_folder
 from data.session import Session
 from data.tools import TOOLS
 from entrypoint import user_errors
+from models.hf import newest_step
 from models.sampling import Sampling
 from models.speakers import GgufSpeaker, Speaker, TorchSpeaker
 
@@ -28,7 +29,7 @@ STYLE = {"thought": "\033[2m", "content": "", "call": "\033[36m", "result": "\03
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, type=Path, help="a .gguf file or a checkpoint folder")
+    parser.add_argument("--model", required=True, type=newest_step, help="a .gguf file or a checkpoint folder")
     parser.add_argument("--prompt", nargs="+", help="ask this and end; several are turns of one conversation")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
     parser.add_argument("--context", type=int, help="tokens of the conversation (default: as many as the model was trained on)")
@@ -82,14 +83,7 @@ def begin(chat: Chat, speaker: Speaker, args: argparse.Namespace) -> Session:
 def load(path: Path, context: int | None) -> tuple[Chat, Speaker]:
     """The template and the model of a GGUF file or of a folder; ValueError says what it is not."""
     if path.is_file():
-        reader = open_gguf(path)
-        names = ("tokens", "token_type", "merges", "pre")
-        tokens, types, merges, pre = (field(reader, f"tokenizer.ggml.{name}") for name in names)
-        if field(reader, "tokenizer.ggml.model") != "gpt2" or merges is None:
-            raise ValueError(f"{path} holds no byte-level BPE; this command talks to files of scripts/export_gguf.py")
-        special = [field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding")]
-        bos, pad = (None if index is None else tokens[index] for index in special)
-        return Chat(build_tokenizer(tokens, types, merges, pre), bos, pad), GgufSpeaker(path, context)
+        return Chat.from_folder(tokenizer_folder(path)), GgufSpeaker(path, context)
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is neither a GGUF file nor a checkpoint: it holds no config.json")
     return Chat.from_folder(path), TorchSpeaker(path, "cuda" if torch.cuda.is_available() else "cpu", context)

@@ -14,13 +14,14 @@ import torch
 
 from entrypoint import ROOT, user_errors
 from evals.gguf_parity import compare, open_gguf, reference, table
+from models.hf import newest_step
 from models.llamacpp import find_library, library
 from scripts.export_gguf import checkpoint_folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="the folder that the files were made of")
+    parser.add_argument("--checkpoint", required=True, type=newest_step, help="the folder that the files were made of")
     parser.add_argument("--gguf", required=True, nargs="+", type=Path)
     parser.add_argument("--text", type=Path, help="real text for logits and perplexity (default: this repository's own)")
     parser.add_argument("--tokens", type=int, default=2048, help="of the text that are scored")

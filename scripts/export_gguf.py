@@ -17,13 +17,15 @@ from data.chat import jinja_template
 from data.gguf_tokenizer import Vocabulary, read_vocabulary
 from entrypoint import user_errors
 from models.gguf import OUTTYPES, export
-from models.hf import read_hf_config
+from models.hf import newest_step, read_hf_config
 from scripts.model_card import MARK, lm_studio, model_card, modelfile
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or any Llama or Qwen3 folder")
+    parser.add_argument(
+        "--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Llama or Qwen3 folder"
+    )
     parser.add_argument("--outtype", default="f16,q8_0,q4_k_m", help=f"one or several, by commas: {', '.join(OUTTYPES)}")
     parser.add_argument("--outfile", required=True, help="where to; {outtype} in it stands for the type")
     parser.add_argument("--threads", type=int, default=0, help="for quantising; 0: all that this process may use")

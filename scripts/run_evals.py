@@ -22,6 +22,7 @@ from entrypoint import ROOT, user_errors
 from evals.engines import load_model
 from evals.run import default_output, ranks
 from evals.suite import measure, parse, tell
+from models.hf import newest_step
 from training.curriculum import load_plan
 from training.gates import Gate, by_name, decide, judge
 from training.settings import load_settings
@@ -129,7 +130,7 @@ def _write(path: Path, found: dict[str, Any]) -> None:
 
 def _flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or any Hugging Face folder")
+    parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
     parser.add_argument("--suite", default="quick", help="quick, milestone or full, or a .yaml file of your own")
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations")
     parser.add_argument("--limit", type=int, help="no evaluation takes more items (of each subject) than this")

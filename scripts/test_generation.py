@@ -15,7 +15,7 @@ import torch
 from data.chat import TEMPLATE, Chat
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
-from models.hf import load_hf
+from models.hf import load_hf, newest_step
 from models.speakers import TorchSpeaker
 from models.text import stream_text
 from scripts.chat import add_flags, begin, sampling_of, show
@@ -23,7 +23,7 @@ from scripts.chat import add_flags, begin, sampling_of, show
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a step folder, or any Hugging Face folder")
+    parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
     parser.add_argument("--prompt", required=True, nargs="+", help="one text or several")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, also by a chat model")
     parser.add_argument("--max_new_tokens", type=int, help="default: 60, of a reply 512")

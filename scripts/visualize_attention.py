@@ -17,7 +17,7 @@ from torch import Tensor
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
 from models.attention import attention_mask
-from models.hf import load_hf
+from models.hf import load_hf, newest_step
 from models.layers import apply_rotary
 from models.nanollama import GroupedQueryAttention, NanoLlama
 from scripts.test_generation import borders
@@ -138,7 +138,7 @@ def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=Path)
+    parser.add_argument("--checkpoint", required=True, type=newest_step)
     parser.add_argument("--input_length", type=int, default=8192, help="tokens (default: %(default)s)")
     parser.add_argument("--text", type=Path, help="a document to read (default: modules of Python's library)")
     parser.add_argument("--output", type=Path, default=Path("results/attention_visualizations.png"))

@@ -17,7 +17,10 @@ VOCAB = 384
 torch.set_num_threads(1)
 # Workers take whole files, so that what a file's fixtures run is run once (pytest 9.2 ignores xdist_group); these first, so that
 # none is left over at the end.
-LONG = ("test_quickstart", "test_pipeline", "test_nodes", "test_training", "test_fault_table", "test_prepare", "test_checkpoint")
+LONG = (
+    *("test_quickstart", "test_nodes", "test_training", "test_fault_table", "test_demo", "test_prepare", "test_pipeline"),
+    "test_checkpoint",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from models.hf import from_hf_config, load_hf, save_hf
+from models.hf import from_hf_config, load_hf, newest_step, save_hf
 from models.layers import RotaryEmbedding, apply_rotary
 from models.nanollama import ModelConfig, NanoLlama
 
@@ -72,6 +72,16 @@ def test_theta_is_written_for_both_generations_of_transformers(tmp_path):
     for absent in ("rope_theta", "rope_parameters"):
         assert from_hf_config({k: v for k, v in config.items() if k != absent}).rope_theta == 500_000.0
     assert load_hf(tmp_path, dtype=None).norm.weight.dtype == torch.bfloat16
+
+
+def test_a_phase_folder_stands_for_its_newest_model(tmp_path):
+    for step in ("step_9", "step_10", "step_11"):
+        (tmp_path / step).mkdir()
+    for step in ("step_9", "step_10"):
+        (tmp_path / step / "config.json").touch()
+    assert newest_step(str(tmp_path)) == tmp_path / "step_10"  # step_11 is still being written
+    for other in (tmp_path / "step_9", tmp_path / "step_11", tmp_path / "none.gguf"):
+        assert newest_step(str(other)) == other
 
 
 def test_what_has_no_counterpart_is_refused():

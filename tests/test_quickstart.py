@@ -74,7 +74,7 @@ def run(place):
 
 def test_every_stage_says_what_it_does(quickstart):
     _, output = quickstart
-    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 23))
+    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 24))
     begins = ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "goes on at step 7")
     for sentence in (*begins, "decision at step 9: GO", "decision after sft: GO", "decision after dpo: GO"):
         assert sentence in output
