@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -132,7 +131,7 @@ def url(browser, folder) -> Iterator[str]:
     try:
         yield lines[-1].split()[0]
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()  # SIGINT is ignored by what a shell began in the background
         rest = server.communicate(timeout=30)[0]
     assert "OUTSIDE" not in "".join(lines) + rest
 
@@ -194,7 +193,7 @@ def test_a_thought_a_tool_and_an_answer(browser, url):
         assert window.page.locator(".message.bot strong", has_text="391").is_visible()  # markdown
         window.see("Tool: calculator(expression='17 * 23') \u2192 391")
         thought = window.page.get_by_text("I had better calculate.")
-        assert not thought.is_visible()
+        thought.wait_for(state="hidden")
         window.page.get_by_text("Thought", exact=True).click()
         thought.wait_for()
         assert "tokens/s" in window.page.locator(".meter").inner_text()

@@ -303,7 +303,7 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
         text = answer.choices[0].message.content
         assert text.strip() == chat.tokenizer.decode(ours, skip_special_tokens=True).strip()
         pieces = [chunk.choices[0] for chunk in client.chat.completions.create(**how, stream=True) if chunk.choices]
-        assert "".join(piece.delta.content or "" for piece in pieces) == text and len(pieces) > 4
+        assert "".join(piece.delta.content or "" for piece in pieces) == text and len(pieces) > 1
         assert pieces[-1].finish_reason == answer.choices[0].finish_reason
     finally:
         server.send_signal(signal.SIGTERM)
