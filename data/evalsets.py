@@ -72,7 +72,7 @@ def _from_file(name: str, split: str, path: Path) -> Rows:
 
 
 def read_jsonl(path: Path) -> Rows:
-    """Rows of a .jsonl file, which may be .gz; ValueError where it has none or one is no JSON."""
+    """Rows of a .jsonl file, which may be .gz; ValueError where it has none or one is no JSON object."""
     rows = []
     for number, line in enumerate((gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).splitlines(), 1):
         if line.strip():
@@ -80,6 +80,8 @@ def read_jsonl(path: Path) -> Rows:
                 rows.append(json.loads(line))
             except ValueError as error:
                 raise ValueError(f"{path}:{number} is not JSON ({error}); mend or remove the line") from error
+            if not isinstance(rows[-1], dict):
+                raise ValueError(f"{path}:{number} is a {type(rows[-1]).__name__}, not an object; a .jsonl file has one a line")
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows

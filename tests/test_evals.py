@@ -327,8 +327,10 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
     save_hf(tmp_path / "nan", CONFIG, broken.state_dict(), torch.float32, bos=0, eos=0, pad=1)
     save_tokenizer(load_tokenizer(checkpoint), tmp_path / "nan")
     (tmp_path / "odd.jsonl").write_text('{"question": "x"}\n')
+    (tmp_path / "list.jsonl").write_text('[{"question": "x"}]\n')
     data = str(rows / "data" / "store" / "evals")
     cases = [
+        (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "list.jsonl")], "is a list, not an object"),
         (eval_hellaswag, ["--checkpoint", str(tmp_path / "bare"), "--data", data], "holds no tokenizer.json"),
         (eval_hellaswag, ["--checkpoint", "nowhere", "--data", data], "there is no checkpoint at nowhere"),
         (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", "nowhere.jsonl"], "there is no nowhere.jsonl"),
