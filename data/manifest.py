@@ -7,7 +7,10 @@ written last, so that an output without one is unfinished.
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 NAME = "manifest.json"
 
@@ -44,3 +47,27 @@ def write(folder: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.rename(folder / NAME)
+
+
+def keep(
+    cache: Path, name: str, inputs: dict[str, Any], arrays: Sequence[str], prepare: Callable[[Path], dict[str, Any]]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder under `cache` of what was prepared from these inputs, and the report on it; prepared now if it is not there.
+
+    prepare(folder) writes <split>.<array>.npy for the splits train and val and returns the report. Published by rename.
+    """
+    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache / f"{name}-{key}"
+    found = read(folder)
+    if found is not None and found["inputs"] == inputs:
+        return folder, found["report"]
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    report = prepare(part)
+    sums = {split: " ".join(file_hash(part / f"{split}.{array}.npy") for array in arrays) for split in ("train", "val")}
+    content = {"inputs": inputs, "report": report, "sha256": sums}
+    write(part, content)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    return folder, report

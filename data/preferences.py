@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -210,20 +210,9 @@ def _prepare_source(name: str, config: PreferenceConfig, chat: Chat, tokenizer: 
         "system": config.system,
         "held_out": config.held_out,
     }
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(config.cache) / f"{name}-{key}"
-    found = manifest.read(folder)
-    if found is None or found["inputs"] != inputs:
-        part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        report = _write_source(part, config, source, chat, length)
-        sums = {split: [manifest.file_hash(part / f"{split}.{array}.npy") for array in PARTS] for split in ("train", "val")}
-        found = {"inputs": inputs, "report": report, "sha256": {split: " ".join(of) for split, of in sums.items()}}
-        manifest.write(part, found)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    _check(name, found["report"], config)
+    prepare = partial(_write_source, config=config, source=source, chat=chat, length=length)
+    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare)
+    _check(name, report, config)
     return folder
 
 

@@ -4,13 +4,10 @@ One folder a source, keyed by a hash of all that it depends on, so that a second
 best-fit; each conversation is a document of its own. The mixture is by trained tokens.
 """
 
-import hashlib
-import json
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -148,29 +145,14 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
         "held_out": config.held_out,
         "decontaminate": [list(config.decontaminate), own_tests],
     }
-    key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(config.cache) / f"{name}-{key}"
-    report = _check_limit(name, manifest.read(folder), config, inputs)
-    if report is not None:
-        return folder
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    report = _write_source(part, name, config, chat, length)
-    sums = {split: [manifest.file_hash(part / f"{split}.{array}.npy") for array in PARTS] for split in ("train", "val")}
-    content = {"inputs": inputs, "report": report, "sha256": {split: " ".join(of) for split, of in sums.items()}}
-    manifest.write(part, content)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
-    _check_limit(name, content, config, inputs)
+    prepare = partial(_write_source, name=name, config=config, chat=chat, length=length)
+    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare)
+    _check_limit(name, report, config)
     return folder
 
 
-def _check_limit(name: str, content: dict | None, config: ChatConfig, inputs: dict) -> dict | None:
-    """The report of a prepared source, None where it is not there; ValueError where it has too many faults."""
-    if content is None or content["inputs"] != inputs:
-        return None
-    report = content["report"]
+def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
+    """ValueError where a prepared source has too many faults, or no conversation."""
     bad = sum(report["bad"].values())
     share = bad / max(1, bad + report["conversations"])
     if share > config.max_bad:
@@ -182,7 +164,6 @@ def _check_limit(name: str, content: dict | None, config: ChatConfig, inputs: di
         )
     if not report["splits"]["train"]["conversations"]:
         raise ValueError(f"{name}: no conversation of {config.sources[name].path} is left to train on; check its path and form")
-    return report
 
 
 def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, length: int) -> dict[str, Any]:

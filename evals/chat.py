@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.gguf_tokenizer import tokenizer_folder
+from data.chat import neutralise
+from evals.language_model import whole_tokenizer
 
 Message = dict[str, Any]
 
@@ -15,12 +16,7 @@ class Chat:
     def __init__(self, checkpoint: Path):
         from transformers import AutoTokenizer
 
-        folder = tokenizer_folder(checkpoint)
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(
-                f"{folder} holds no tokenizer.json; copy the tokenizer's files there, an evaluation reads and writes text"
-            )
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(whole_tokenizer(checkpoint))
         if not self.tokenizer.chat_template:
             raise ValueError(f"{checkpoint} has no chat template, so it cannot be talked to; give a checkpoint of after SFT")
         self.takes_tools = "tools" in str(self.tokenizer.chat_template)
@@ -28,16 +24,10 @@ class Chat:
 
     def prompt(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> tuple[int, ...]:
         """Ids up to where the assistant's turn begins. No special token can come out of what messages say."""
-        plain = [{**message, "content": self.neutral(message["content"])} for message in messages]
-        tools = json.loads(self.neutral(json.dumps(tools))) if tools else None
+        plain = [{**message, "content": neutralise(message["content"], self.special)} for message in messages]
+        tools = json.loads(neutralise(json.dumps(tools), self.special)) if tools else None
         text = self.tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=True, tokenize=False)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def neutral(self, text: str) -> str:
-        """Text in which no special token is left: "<|im_end|>" becomes "< |im_end|>"."""
-        for token in self.special:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
 
     def token(self, text: str) -> int | None:
         """The id of a token, None where the tokenizer has none of that text."""

@@ -9,7 +9,7 @@ from data.gguf_tokenizer import field, open_gguf
 from evals.harness import Scored, Write, Written
 from evals.language_model import Unit, Words, constraint_of
 from models.llamacpp import BATCH, LlamaCpp
-from models.sampling import Sampling, adjust, chances, draw
+from models.sampling import Sampling, chances, choose
 from models.speakers import common
 
 
@@ -66,8 +66,7 @@ class GgufEngine:
         while True:
             if constraint is not None:
                 constraint.mask(logits[0])
-            logits = adjust(logits, how, None)
-            new.append(int(draw(logits, luck[len(new) : len(new) + 1])[0] if request.temperature else logits.argmax(-1)[0]))
+            new.append(int(choose(logits, how, None, luck[len(new) : len(new) + 1])[0]))
             if len(new) == request.max_tokens or new[-1] in words.stops or words.ended(new, request):
                 return words.written(new, request)
             if constraint is not None:

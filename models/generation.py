@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from models.layers import RMSNorm, apply_rotary
 from models.nanollama import GroupedQueryAttention, ModelConfig, NanoLlama
 from models.packed import Layer, Matrices, head, packed, plain
-from models.sampling import Sampling, adjust, chances, draw
+from models.sampling import Sampling, chances, choose
 
 GREEDY = Sampling()
 WORTH_PACKING = 8  # new tokens from which on another layout of the weights saves more time than it takes
@@ -330,8 +330,7 @@ def _choose(
         for place, row in enumerate(rows):
             if row in alive and (constraint := constraints[row]) is not None:
                 constraint.mask(scores[place])
-    scores = adjust(scores, sampling, seen)
-    return scores.argmax(-1) if luck is None else draw(scores, luck)
+    return choose(scores, sampling, seen, luck)
 
 
 @dataclass

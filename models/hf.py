@@ -38,6 +38,12 @@ def newest_step(path: str) -> Path:
     return max(steps, key=lambda step: int(step.name[5:]))
 
 
+def check_model_folder(folder: Path) -> None:
+    """ValueError where a folder is no checkpoint."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} is no checkpoint: it holds no config.json")
+
+
 def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None) -> dict:
     """The content of config.json. theta stands under both names: `rope_parameters` (transformers 5) and `rope_theta` (4)."""
     return {

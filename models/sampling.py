@@ -58,6 +58,15 @@ def draw(scores: Tensor, chance: Tensor) -> Tensor:
     return torch.searchsorted(sums, (chance * sums[:, -1])[:, None], right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
 
 
+def choose(scores: Tensor, how: Sampling, seen: Tensor | None, chance: Tensor | None) -> Tensor:
+    """The next token [B] of scores [B, V], fp32; chance [B] may be None where temperature is 0, which takes the likeliest."""
+    scores = adjust(scores, how, seen)
+    if how.temperature == 0:
+        return scores.argmax(-1)
+    assert chance is not None
+    return draw(scores, chance)
+
+
 def chances(seeds: list[int], count: int) -> Tensor:
     """Numbers [B, count] in [0, 1), fp64, a row of them for each seed: a row's draws do not depend on its neighbours."""
     rows = [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]

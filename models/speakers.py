@@ -13,7 +13,7 @@ from models.generation import Cache, stream
 from models.hf import load_hf
 from models.llamacpp import LlamaCpp
 from models.packed import head
-from models.sampling import Sampling, adjust, chances, draw
+from models.sampling import Sampling, chances, choose
 
 
 class Speaker(Protocol):
@@ -67,8 +67,7 @@ class GgufSpeaker:
         seen[0, list(prompt)] = True
         ids = [*prompt[shared:]]
         for i in range(new):
-            scores = adjust(torch.from_numpy(self.runtime.feed(ids)), sampling, seen)
-            token = int(draw(scores, luck[i : i + 1])[0] if sampling.temperature > 0 else scores.argmax(-1)[0])
+            token = int(choose(torch.from_numpy(self.runtime.feed(ids)), sampling, seen, luck[i : i + 1])[0])
             yield token
             if token in stop:
                 return

@@ -17,7 +17,7 @@ from data.chat import jinja_template
 from data.gguf_tokenizer import Vocabulary, read_vocabulary
 from entrypoint import user_errors
 from models.gguf import OUTTYPES, export
-from models.hf import newest_step, read_hf_config
+from models.hf import check_model_folder, newest_step, read_hf_config
 from scripts.model_card import MARK, lm_studio, model_card, modelfile
 
 
@@ -68,8 +68,7 @@ def write_beside(
 
 def checkpoint_folder(path: Path) -> Path:
     """The folder of a checkpoint with a tokenizer; ValueError says what it lacks."""
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is no checkpoint: it holds no config.json")
+    check_model_folder(path)
     if not (path / "tokenizer.json").is_file():
         raise ValueError(f"{path} holds no tokenizer.json; copy the tokenizer's files there, a GGUF file carries them")
     return path

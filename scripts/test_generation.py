@@ -15,7 +15,7 @@ import torch
 from data.chat import TEMPLATE, Chat
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
-from models.hf import load_hf, newest_step
+from models.hf import check_model_folder, load_hf, newest_step
 from models.speakers import TorchSpeaker
 from models.text import stream_text
 from scripts.chat import add_flags, begin, sampling_of, show
@@ -31,8 +31,7 @@ def main() -> None:
     add_flags(parser)
     args = parser.parse_args()
     with user_errors():
-        if not (args.checkpoint / "config.json").is_file():
-            raise ValueError(f"{args.checkpoint} is no checkpoint: it holds no config.json")
+        check_model_folder(args.checkpoint)
         chats = (args.checkpoint / TEMPLATE).is_file() and not args.raw
         args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 512 if chats else 60
         if args.max_new_tokens < 1:

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
 from models.attention import attention_mask
-from models.hf import load_hf, newest_step
+from models.hf import check_model_folder, load_hf, newest_step
 from models.layers import apply_rotary
 from models.nanollama import GroupedQueryAttention, NanoLlama
 from scripts.test_generation import borders
@@ -145,8 +145,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     with user_errors():
-        if not (args.checkpoint / "config.json").is_file():
-            raise ValueError(f"{args.checkpoint} is no checkpoint: it holds no config.json")
+        check_model_folder(args.checkpoint)
         model = load_hf(args.checkpoint, device=args.device).eval()
         if not 2 <= args.input_length <= model.config.max_position_embeddings:
             raise ValueError(f"--input_length must be 2 to {model.config.max_position_embeddings}, the model's context")

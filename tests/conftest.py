@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,6 +112,41 @@ def train_here(overrides: list[str]) -> bool:
     run = load(ROOT / "configs" / "test_mode.yaml", overrides)
     with setup.ranks() as device:
         return pretrain(run, 0, 1, device, test=False)
+
+
+def tiny_config(**changes: Any) -> Any:
+    """The ModelConfig of the evaluations' random models; so wide an initialisation sets options far apart."""
+    from models.nanollama import ModelConfig
+
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return ModelConfig(**{"vocab_size": VOCAB, **shape, "initializer_range": 0.2, **changes})
+
+
+def save_tiny(folder: Path, config: Any, store: Path) -> Path:
+    """A checkpoint of that shape with random weights and the tokenizer of text_store; returns its folder."""
+    from data.tokenizer import load_tokenizer, save_tokenizer
+    from models.hf import save_hf
+    from models.nanollama import NanoLlama
+
+    save_hf(folder, config, NanoLlama(config, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
+    save_tokenizer(load_tokenizer(store / "tokenizer"), folder)
+    return folder
+
+
+def complaint_of(main: Callable[[], None], arguments: Sequence[Any], capture: Any, monkeypatch: Any) -> str:
+    """The one line with which a command, run in this process, ends on a user's mistake. capture: capsys or capfd."""
+    monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    said = capture.readouterr().err
+    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said
+    return said
 
 
 def command(overrides: list[str], ranks: int) -> list[str]:

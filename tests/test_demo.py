@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, complaint_of
 
 import demo_ui
 from data.chat import IM_END, Chat
@@ -311,12 +311,7 @@ def test_a_base_model_continues_what_is_typed(folder, tmp_path):
 
 def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkeypatch, capsys):
     def said(*flags: Any) -> str:
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, flags)])
-        with pytest.raises(SystemExit) as end:
-            demo_ui.main()
-        text = capsys.readouterr().err
-        assert end.value.code == 2 and text.startswith("error: ") and text.count("\n") == 1
-        return text
+        return complaint_of(demo_ui.main, flags, capsys, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("importlib.util.find_spec", lambda name: None)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, VOCAB, one_thread, read_metrics, train_here, train_ranks
+from conftest import ROOT, VOCAB, complaint_of, one_thread, read_metrics, train_here, train_ranks
 from safetensors import SafetensorError
 
 import train
@@ -16,13 +16,8 @@ from training.checkpoint import _checksum
 
 
 def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
-    """Run train.py's main in this process; the one line it ends with on stderr."""
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *arguments])
-    with pytest.raises(SystemExit) as left:
-        train.main()
-    error = capfd.readouterr().err
-    assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
-    return error
+    """Of train.py's main."""
+    return complaint_of(train.main, ["--config", ROOT / "configs" / "test_mode.yaml", *arguments], capfd, monkeypatch)
 
 
 @pytest.mark.parametrize(

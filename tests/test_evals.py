@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, VOCAB, one_thread
+from conftest import ROOT, VOCAB, one_thread, save_tiny, tiny_config
 
 from data.tokenizer import load_tokenizer, save_tokenizer
 from evals import eval_arc, eval_hellaswag, eval_mmlu, eval_perplexity, eval_truthfulqa
@@ -18,19 +18,10 @@ from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, Write, ask, 
 from evals.language_model import Unit, rolling
 from evals.run import evaluate
 from models.hf import save_hf
-from models.nanollama import ModelConfig, NanoLlama
+from models.nanollama import NanoLlama
 from scripts.eval_data import write_mmlu_tasks, write_rows
 
-CONFIG = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    initializer_range=0.2,  # so that options are far apart
-)
+CONFIG = tiny_config(intermediate_size=128, max_position_embeddings=1024)
 WORDS = "the cat sat on a mat while rain fell over hills and nobody knew why it had begun so early".split(" ")  # noqa: SIM905
 
 
@@ -40,10 +31,7 @@ def text(i: int, count: int = 6) -> str:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, text_store) -> Path:
-    folder = tmp_path_factory.mktemp("model") / "step_1"
-    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
-    save_tokenizer(load_tokenizer(text_store / "tokenizer"), folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model") / "step_1", CONFIG, text_store)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, VOCAB
+from conftest import ROOT, VOCAB, tiny_config
 
 from data.evalsets import load_bfcl
 from data.tokenizer import load_tokenizer, save_tokenizer
@@ -21,18 +21,9 @@ from evals.language_model import Words
 from evals.run import evaluate
 from evals.tool_calls import call_schema, fits, matches, read_calls
 from models.hf import save_hf
-from models.nanollama import ModelConfig, NanoLlama
+from models.nanollama import NanoLlama
 
-CONFIG = ModelConfig(
-    vocab_size=VOCAB + 16,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    initializer_range=0.2,
-)
+CONFIG = tiny_config(vocab_size=VOCAB + 16, intermediate_size=128, max_position_embeddings=2048)
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -10,34 +10,20 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, VOCAB
+from conftest import ROOT, VOCAB, save_tiny, tiny_config
 
-from data.tokenizer import load_tokenizer, save_tokenizer
 from evals import report
 from evals.engines import folder_hash
-from models.hf import load_hf, save_hf
-from models.nanollama import ModelConfig, NanoLlama
+from models.hf import load_hf
 from scripts import visualize_attention
 
-CONFIG = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.2,
-)
+CONFIG = tiny_config(max_position_embeddings=256)
 VOID = {"meta", "line", "polyline", "br", "link", "img", "input"}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, text_store):
-    folder = tmp_path_factory.mktemp("model") / "step_9"
-    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
-    save_tokenizer(load_tokenizer(text_store / "tokenizer"), folder)
-    return folder
+    return save_tiny(tmp_path_factory.mktemp("model") / "step_9", CONFIG, text_store)
 
 
 @pytest.fixture(scope="module")

@@ -8,25 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, VOCAB, one_thread
+from conftest import ROOT, one_thread, save_tiny, tiny_config
 
-from data.tokenizer import load_tokenizer, save_tokenizer
 from evals import engines
 from models.hf import save_hf
-from models.nanollama import ModelConfig, NanoLlama
+from models.nanollama import NanoLlama
 from scripts import run_evals
 from scripts.eval_data import write_rows
 
-CONFIG = ModelConfig(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.2,
-)
+CONFIG = tiny_config(max_position_embeddings=512)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +24,7 @@ def place(tmp_path_factory, text_store) -> Path:
     """A folder with a checkpoint, rows of two tasks, a suite and a plan."""
     place = tmp_path_factory.mktemp("suite")
     folder = place / "step_6"
-    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
-    save_tokenizer(load_tokenizer(text_store / "tokenizer"), folder)
+    save_tiny(folder, CONFIG, text_store)
     endings = [[f"goes {i} {word}" for word in ("up", "down the hill", "home", "nowhere")] for i in range(6)]
     of = {"activity_label": "Walk", "ctx_a": "A dog runs.", "ctx_b": "it"}
     rows = [{**of, "endings": ends, "label": str(i % 4), "id": f"h{i}"} for i, ends in enumerate(endings)]
