@@ -28,6 +28,7 @@ from training.schedulers import WSDScheduler
 
 MISSING = {
     "hf": "needs transformers and accelerate",
+    "hf_default": "needs transformers and accelerate",
     "hf_compiled": "needs transformers, accelerate and a compiler",
     "liger": "needs liger-kernel, whose Triton kernels need a GPU",
     "litgpt": "needs litgpt and lightning",
@@ -99,8 +100,11 @@ def ours(work: Work, documents: bool = False) -> None:
     train(run, state, Loader(), next_token(run.optim.z_weight), saves, log)
 
 
-def hugging_face(work: Work, liger: bool = False, compiled: bool = False) -> None:
-    """transformers' LlamaForCausalLM under its Trainer: DDP over ranks, fp32 weights, autocast to the run's dtype."""
+def hugging_face(work: Work, liger: bool = False, compiled: bool = False, default: bool = False) -> None:
+    """transformers' LlamaForCausalLM under its Trainer: DDP over ranks, fp32 weights, autocast to the run's dtype.
+
+    default: without autocast, as Trainer comes if not told otherwise.
+    """
     import transformers
     from torch.utils.data import SequentialSampler
 
@@ -136,7 +140,7 @@ def hugging_face(work: Work, liger: bool = False, compiled: bool = False) -> Non
         gradient_checkpointing=run.parallel.activation_checkpointing == "full",
         max_steps=work.steps,
         max_grad_norm=run.optim.grad_clip,
-        bf16=work.dtype == torch.bfloat16,
+        bf16=work.dtype == torch.bfloat16 and not default,
         use_cpu=not cuda,
         use_liger_kernel=liger,
         torch_compile=compiled,
@@ -310,6 +314,7 @@ CONTENDERS: dict[str, Callable[[Work], None]] = {
     "ours": ours,
     "ours_documents": lambda work: ours(work, documents=True),
     "hf": hugging_face,
+    "hf_default": lambda work: hugging_face(work, default=True),
     "hf_compiled": lambda work: hugging_face(work, compiled=True),
     "liger": lambda work: hugging_face(work, liger=True),
     "plain": plain,
@@ -323,6 +328,11 @@ def missing(name: str, device: str) -> str | None:
     from importlib.util import find_spec
 
     needs = {"hf": ("transformers", "accelerate"), "liger": ("transformers", "accelerate", "liger_kernel")}
-    needs |= {"hf_compiled": needs["hf"], "litgpt": ("litgpt", "lightning"), "torchtitan": ("no such contender",)}
+    needs |= {
+        "hf_default": needs["hf"],
+        "hf_compiled": needs["hf"],
+        "litgpt": ("litgpt", "lightning"),
+        "torchtitan": ("no such contender",),
+    }
     absent = any(find_spec(package) is None for package in needs.get(name, ()))
     return MISSING[name] if absent or (name == "liger" and device == "cpu") else None

@@ -25,31 +25,35 @@ class _Blocked(torch.autograd.Function):
         each = heads // groups
         ctx.shapes = q.shape, k.shape
         q, k, v = (_fold(x, groups) for x in (q, k, v))
-        out, probs = torch.empty_like(q), []
+        out, probs = [], []
         for begin, end in _blocks(length):
             part = slice(begin * each, end * each)
             bias = added[:, None, begin:end, None, :end].expand(rows, groups, -1, each, -1)
             scores = bias.clone(memory_format=torch.contiguous_format).view(rows * groups, -1, end)  # reshape may give a view
             scores.baddbmm_(q[:, part], k[:, :end].mT, alpha=size**-0.5)
             probs.append(scores.softmax(-1))
-            torch.bmm(probs[-1], v[:, :end], out=out[:, part])
+            out.append(probs[-1] @ v[:, :end])
         ctx.save_for_backward(q, k, v, *probs)
-        return _unfold(out, *ctx.shapes[0])
+        return _unfold(torch.cat(out, 1), *ctx.shapes[0])
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         q, k, v, *probs = ctx.saved_tensors
         (_, heads, length, size), groups = ctx.shapes[0], ctx.shapes[1][1]
         each, grad = heads // groups, _fold(grad, groups)
-        of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        of_q, of_k, of_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
         for (begin, end), p in zip(_blocks(length), probs, strict=True):
             part = slice(begin * each, end * each)
             of_v[:, :end] += p.mT @ grad[:, part]
             of_scores = torch._softmax_backward_data(grad[:, part] @ v[:, :end].mT, p, -1, p.dtype)
             of_k[:, :end] += of_scores.mT @ q[:, part]
-            torch.bmm(of_scores, k[:, :end], out=of_q[:, part])
-        of_q, of_k = of_q.mul_(size**-0.5), of_k.mul_(size**-0.5)
-        return (_unfold(of_q, *ctx.shapes[0]), *(_unfold(x.to(k.dtype), *ctx.shapes[1]) for x in (of_k, of_v)), None)
+            of_q.append(of_scores @ k[:, :end])
+        of_k *= size**-0.5
+        return (
+            _unfold(torch.cat(of_q, 1).mul_(size**-0.5), *ctx.shapes[0]),
+            *(_unfold(x.to(k.dtype), *ctx.shapes[1]) for x in (of_k, of_v)),
+            None,
+        )
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:

@@ -173,11 +173,12 @@ def test_on_a_gpu_output_and_gradients_equal_double_precision(kernel, packed, wi
     same(found, exact(q, k, v, grad, None if docs is None else docs.cpu(), window), 2e-2)
 
 
-@pytest.mark.parametrize("kernel, graphs", [("flex", 1), ("varlen", 2)])
+@pytest.mark.parametrize("kernel, graphs", [("blocks", 1), ("flex", 1), ("varlen", 2)])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointed, varlen_on_cpu, monkeypatch):
     """Compiled blocks: a block mask needs one graph, starts of documents a second one when their number first changes."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
+    monkeypatch.setattr("models.attention_cpu.BLOCK", 40)
     config = ModelConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
     )
@@ -197,7 +198,8 @@ def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointe
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(64, (2, 96), generator=generator)
         docs = (torch.rand(2, 96, generator=generator) < 0.02 * (seed + 1)).int().cumsum(1)
-        of_documents = block_mask(docs, 96, CPU) if kernel == "flex" else varlen_mask(docs, 2, 96, CPU)
+        blocks = attention_mask(docs, torch.empty(2, 96, 32), "blocks")
+        of_documents = {"blocks": blocks, "flex": block_mask(docs, 96, CPU), "varlen": varlen_mask(docs, 2, 96, CPU)}[kernel]
         gradients = []
         for model, mask in ((plain, dense_mask(docs, 96, CPU)), (compiled, of_documents)):
             monkeypatch.setattr("models.nanollama.attention_mask", lambda *args, mask=mask: mask)
