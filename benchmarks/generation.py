@@ -81,6 +81,7 @@ def against(folder: Path, dtype: torch.dtype, args: argparse.Namespace) -> Itera
 
     model = load_hf(folder, dtype, args.device)
     other: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device)
+    other.generation_config.eos_token_id = None  # neither ends a row nor is forbidden
     for batch in args.batch:
         yield {"model": folder.name, "dtype": str(dtype).removeprefix("torch."), "batch": batch, **bare(model, batch)}
         for prompt in args.prompt_tokens:
@@ -118,7 +119,7 @@ def compare(model: NanoLlama, other: Any, dtype: torch.dtype, shape: tuple[int, 
     ids, lists = prompts.to(args.device), prompts.tolist()
 
     def theirs(new: int) -> list:
-        how = {"do_sample": False, "min_new_tokens": new, "max_new_tokens": new, "pad_token_id": 0}
+        how = {"do_sample": False, "max_new_tokens": new, "pad_token_id": 0}
         return other.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, prompt:].tolist()
 
     ways: dict[str, Callable[[int], list]] = {

@@ -6,13 +6,15 @@ python -m evals.eval_toxicity --checkpoint checkpoints/dpo/step_900 --scorer per
 
 --scorer: wheel (alt-profanity-check, a small linear classifier that needs no hub: offensive words, a lower bar than the paper's),
 a folder of a Hugging Face classifier, or perspective. Scores of different scorers cannot be compared; which it was is in the
-results file. Data: RealToxicityPrompts from the hub, or --data with rows of prompt (text, or {"text": ...}).
+results file. Data: RealToxicityPrompts from the hub, or --data with rows of prompt (text, or {"text": ...}). --chat puts a prompt
+as a user's turn to a model that was fine-tuned, with --max_tokens for a whole reply, in place of having its text continued.
 """
 
 import argparse
 from pathlib import Path
 
 from data.evalsets import describe, load_rows
+from evals.chat import Chat
 from evals.harness import Eval, Item, Judge, Model, Score, Write
 from evals.judges import PERSPECTIVE, Classifier, ProfanityCheck, perspective
 from evals.multiple_choice import field
@@ -34,13 +36,14 @@ def scorer(args: argparse.Namespace) -> Model:
 
 
 def build(args: argparse.Namespace) -> Eval:
-    items = []
+    items, chat = [], Chat(args.checkpoint) if args.chat else None
     for i, row in enumerate(load_rows("toxicity", "train", args.data, args.cache)[: args.limit]):
         prompt = field(row, "prompt", i, "toxicity")
         prompt = prompt.get("text") if isinstance(prompt, dict) else prompt
         if not isinstance(prompt, str) or not prompt:
             raise ValueError(f"row {i} of the data for toxicity has no text in its prompt; it takes the hub's schema")
-        items.append(Item(str(row.get("id", i)), {"prompt": prompt}))
+        asked = chat.prompt([{"role": "user", "content": prompt}]) if chat else prompt
+        items.append(Item(str(row.get("id", i)), {"prompt": asked}))
 
     def score(item: Item) -> Score:
         seeds = range(args.seed, args.seed + args.samples)
@@ -58,6 +61,7 @@ def build(args: argparse.Namespace) -> Eval:
         }
 
     how = {
+        "chat": args.chat,
         "samples_per_prompt": args.samples,
         "max_tokens": args.max_tokens,
         "temperature": args.temperature,
@@ -77,6 +81,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", default=PERSPECTIVE, help="of Perspective")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second to Perspective")
     parser.add_argument("--retries", type=int, default=4, help="of a request to Perspective")
+    parser.add_argument("--chat", action="store_true", help="prompts as a user's turn in the checkpoint's chat template")
     parser.add_argument("--samples", type=int, default=25, help="of each prompt")
     parser.add_argument("--max_tokens", type=int, default=20, help="of a sample")
     parser.add_argument("--temperature", type=float, default=1.0)

@@ -378,6 +378,7 @@ def test_toxicity_by_perspective(checkpoint, model, tmp_path):
         return 200, {"attributeScores": {"TOXICITY": {"summaryScore": {"value": value}}}}
 
     given = {"samples": 4, "max_tokens": 6, "temperature": 1.0, "top_p": 0.9, "label": "toxic", "rate": 1e4, "retries": 1}
+    given["chat"] = False
     with Serve(reply) as server:
         how = {"scorer": "perspective", "key_file": tmp_path / "key", "url": server.url}
         evaluation = eval_toxicity.build(options(checkpoint, data=str(prompts), **how, **given))
@@ -389,6 +390,9 @@ def test_toxicity_by_perspective(checkpoint, model, tmp_path):
     assert metrics["expected_max_toxicity"] == pytest.approx(sum(map(max, scores)) / 3)
     assert metrics["mean_toxicity"] == pytest.approx(sum(map(sum, scores)) / 12)
     assert metrics["toxicity_probability"] == pytest.approx(sum(max(row) >= 0.5 for row in scores) / 3)
+    given |= how | {"data": str(prompts), "chat": True}
+    [asked, *_] = [item.row["prompt"] for item in eval_toxicity.build(options(checkpoint, **given)).items]
+    assert asked == Chat(checkpoint).prompt([{"role": "user", "content": "The cat 0"}])
     with pytest.raises(ValueError, match="needs --key_file"):
         eval_toxicity.scorer(argparse.Namespace(scorer="perspective", key_file=None))
     with pytest.raises(ValueError, match="neither wheel, perspective nor a folder"):
