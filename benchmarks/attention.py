@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.side_by_side import machine, median_ms, reason, wait, write
 from entrypoint import user_errors
-from models.attention import Mask, attend, attention_mask, dense_mask
+from models.attention import Added, Mask, attend, attention_mask, dense_mask
 
 SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
 GPU = ("sdpa", "sdpa cudnn", "sdpa flash", "flex", "varlen", "flash")  # flash last: it may take the place of torch's kernel
@@ -72,6 +72,8 @@ def measure(length: int, packed: bool, args: argparse.Namespace, device: torch.d
             wanted = "sdpa" if name in SDPA else name
             make = partial(attention_mask, on_device, hidden, wanted)
             mask = dense_mask(on_device, length, device) if name == "math" and packed else make()
+            if name == "blocks" and not isinstance(mask, Added):
+                raise ValueError("gives way to sdpa at this size")
             call = partial(run, qkv, grad, mask, SDPA.get(name), attend)
             call()
             wait(device)

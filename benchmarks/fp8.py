@@ -8,13 +8,13 @@ would be there, multiplied in fp32. Both read the text of Python's library byte 
 
 import argparse
 import statistics
-import sysconfig
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from benchmarks.side_by_side import machine, write
+from benchmarks.side_by_side import machine, modules, write
 from entrypoint import user_errors
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
@@ -29,8 +29,7 @@ TINY = ModelConfig(
 
 def text(limit: int = 4_000_000) -> torch.Tensor:
     """Bytes of the modules of Python's standard library, in the order of their names."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)[:limit]), dtype=torch.uint8).long()
+    return torch.frombuffer(bytearray(b"".join(modules())[:limit]), dtype=torch.uint8).long()
 
 
 def train(config: ModelConfig, fp8: bool, args: argparse.Namespace, device: torch.device) -> list[float]:
@@ -70,6 +69,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    with user_errors():
+        if min(args.steps, args.length, args.rows, args.layers) < 1:
+            raise ValueError("--steps, --length, --rows and --layers must be at least 1")
+        if find_spec("torchao") is None:
+            raise ValueError("float8 needs the package torchao: pip install torchao")
     config = replace(ModelConfig(vocab_size=256), num_hidden_layers=args.layers) if cuda else TINY
     with user_errors(), setup.ranks() as device:
         losses = {name: train(config, name == "float8", args, device) for name in ("bf16", "float8")}

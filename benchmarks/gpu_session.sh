@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
-# What half an hour on a GPU should answer, in order of value. One part a call, each under ten minutes:
+# What an hour on a GPU should answer, in order of value. One part a call, each under ten minutes:
 #
 #   OUT=results/gpu benchmarks/gpu_session.sh 1     correctness: tests, one rank against plain torch, a run, resuming bit for bit
 #   OUT=results/gpu benchmarks/gpu_session.sh 2     speed at 4K, 8K and 16K, with memory beside the planner's
-#   OUT=results/gpu benchmarks/gpu_session.sh 3     Muon against AdamW to a loss, fp8, attention kernels, loss head
-#   OUT=results/gpu benchmarks/gpu_session.sh 4     others' loops on the same batches, DPO's memory, a small whole run at 1.1B
+#   OUT=results/gpu benchmarks/gpu_session.sh 3     fp8: speed and loss gap; what Muon costs a step
+#   OUT=results/gpu benchmarks/gpu_session.sh 4     Muon against AdamW to a loss, attention kernels, loss head
+#   OUT=results/gpu benchmarks/gpu_session.sh 5     others' loops on the same batches, DPO's memory, a small whole run at 1.1B
 #
-# A part goes on when a command fails or overruns; partN.json says how each ended, partN.log what it printed. What asks for a
-# file that is not here yet is "absent". --list says what a part would run; --tiny takes small shapes, for a CPU.
+# A part goes on when a command fails or overruns; partN.json says how each ended, partN.log what it printed.
+# --list says what a part would run; --tiny takes small shapes, for a CPU.
 # Needs torch 2.11 or newer and transformers, accelerate, numpy, PyYAML, safetensors, tokenizers, tqdm, pytest; no network.
+# float8 needs torchao too: without it those commands say so and fail.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
-part=${1:?which part: 1, 2, 3 or 4} mode=${2:-run} tiny=${3:-}
+part=${1:?which part: 1 to 5} mode=${2:-run} tiny=${3:-}
 [ "$mode" = --tiny ] && mode=run tiny=--tiny
 python=${PYTHON:-python3} out=${OUT:-results/gpu} limit=${PART_SECONDS:-570}
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 2
@@ -40,25 +42,17 @@ try() {  # name most-seconds command...: run it in what time is left
   note "$name" "$code" $((SECONDS - start)) "$*"
 }
 
-try_if() {  # file, or file:word in it, then as try
-  local file=${1%%:*} word=${1#*:}
-  shift
-  if [ -e "$file" ] && { [ "$word" = "$file" ] || grep -q "$word" "$file"; }; then try "$@"; return; fi
-  [ "$mode" = --list ] && { echo "$1: absent"; return; }
-  note "$1" absent 0 "${*:3}"
-}
-
 launch=("$python" -m torch.distributed.run --standalone --nproc_per_node=1)
 speed=("$python" -m benchmarks.train_speed --rounds 2)
 real=(--config configs/phase1_pretrain.yaml model.max_position_embeddings=16384 data.tokens_per_step=65536)
 rows4k=16 rows8k=8 rows16k=4 short=4096 middle=8192 long=16384 peer_rows=4 whole=configs/base_1b.yaml
-whole_more=(data.tokens_per_step=65536 data.micro_batch_size=8) few=()
+whole_more=(data.tokens_per_step=65536 data.micro_batch_size=8) few=() gap=() few_steps=()
 muon=(--config configs/phase1_pretrain.yaml data.tokens_per_step=65536 data.micro_batch_size=8)
 if [ "$tiny" ]; then
   speed+=(--steps 4 --warmup 2)
   real=(--config configs/test_mode.yaml data.tokens_per_step=256)
   rows4k=4 rows8k=2 rows16k=4 short=16 middle=32 long=64 peer_rows=2 whole=configs/test_mode.yaml whole_more=()
-  muon=(--config configs/test_mode.yaml --steps 2) few=(--rounds 1 --tokens 256)
+  muon=(--config configs/test_mode.yaml --steps 2) few=(--rounds 1 --tokens 256) gap=(--steps 3) few_steps=(--steps 12)
 fi
 
 short_run() {  # name steps folder: a run on the dummy data of test_mode, up to a step
@@ -95,24 +89,28 @@ case $part in
       data.micro_batch_size=$rows4k parallel.activation_checkpointing=none --profile --output "$out/profile_4k.json"
     ;;
   3)
-    try_if benchmarks/muon.py muon_cost 120 "$python" -m benchmarks.muon cost "${muon[@]}" --output "$out/muon.json"
-    try_if training/fsdp_utils.py:fp8 fp8 240 "${speed[@]}" "${real[@]}" --contenders ours_documents data.sequence_length=$short \
-      data.micro_batch_size=$rows4k parallel.activation_checkpointing=none --vary parallel.fp8=false,true --output "$out/fp8.json"
-    try_if benchmarks/attention.py attention 120 "$python" -m benchmarks.attention "${few[@]}" --output "$out/attention.json"
-    try_if benchmarks/loss_head.py loss_head 90 "$python" -m benchmarks.loss_head "${few[@]}" --output "$out/loss_head.json"
-    [ -e data/store/quickstart ] || [ "$mode" = --list ] || note muon_tokens "absent: data/store/quickstart" 0 ""
-    [ -e data/store/quickstart ] && [ ! "$tiny" ] &&
-      try_if benchmarks/muon.py muon_tokens 400 "$python" -m benchmarks.muon tokens --output "$out/muon.json"
+    for at in "4k $short $rows4k" "8k $middle $rows8k" "16k $long $rows16k"; do
+      read -r name length rows <<<"$at"
+      try "fp8_$name" 110 "${speed[@]}" "${real[@]}" --contenders ours_documents "data.sequence_length=$length" \
+        "data.micro_batch_size=$rows" parallel.activation_checkpointing=none parallel.fp8=true --output "$out/fp8_$name.json"
+    done
+    try fp8_gap 150 "$python" -m benchmarks.fp8 "${gap[@]}" --output "$out/fp8_gap.json"
+    try muon_cost 90 "$python" -m benchmarks.muon cost "${muon[@]}" --output "$out/muon.json"
     ;;
   4)
+    try muon_tokens 400 "$python" -m benchmarks.muon tokens "${few_steps[@]}" --output "$out/muon.json"
+    try attention 90 "$python" -m benchmarks.attention "${few[@]}" --output "$out/attention.json"
+    try loss_head 80 "$python" -m benchmarks.loss_head "${few[@]}" --output "$out/loss_head.json"
+    ;;
+  5)
     try peers 330 "${speed[@]}" "${real[@]}" data.sequence_length=$short data.micro_batch_size=$peer_rows \
       parallel.activation_checkpointing=none --output "$out/peers.json" \
       --contenders ours:1:$rows4k hf:1 plain:1 plain_compiled:1 hf_compiled:1 liger:1 litgpt:1 torchtitan
-    try_if benchmarks/dpo_memory.py dpo_memory 120 "$python" -m benchmarks.dpo_memory --output "$out/dpo_memory.json"
+    try dpo_memory 120 "$python" -m benchmarks.dpo_memory --output "$out/dpo_memory.json"
     try whole_run 200 "$python" train.py --config "$whole" --test_mode --steps 20 "${whole_more[@]}"
     ;;
   *)
-    echo "error: part $part is not one of 1, 2, 3, 4" >&2
+    echo "error: part $part is not one of 1 to 5" >&2
     exit 2
     ;;
 esac

@@ -2,12 +2,13 @@
 
     python -m benchmarks.muon cost --config configs/quickstart/base.yaml
     torchrun --nproc_per_node=2 -m benchmarks.muon cost --device cuda --config configs/phase1_pretrain.yaml
-    python -m benchmarks.muon tokens --output benchmarks/results/muon.json     # needs data/store/quickstart; about 15 minutes
+    python -m benchmarks.muon tokens --output benchmarks/results/muon.json     # about 15 minutes on a CPU
 
 cost: one model, random tokens; after each backward pass both optimizers step on the same gradients. Medians over --steps.
 tokens: both learning rates are swept by factors of 2 until the best has worse neighbours on both sides; then Muon trains on
-less, each run with a schedule of its own, and what it needs for AdamW's best held-out loss is interpolated. Runs that are
-in --output already, with the same settings, are not done again.
+less, each run with a schedule of its own, and what it needs for AdamW's best held-out loss is interpolated. Each run goes to
+--output when it is done, and those that are there already, with the same settings, are not done again. The text is the
+quickstart's on a CPU, where it is there; else the modules of Python's standard library, byte by byte.
 """
 
 import argparse
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 
 import train
-from entrypoint import user_errors
+from benchmarks.side_by_side import modules
+from data.shards import ShardWriter
+from entrypoint import ROOT, user_errors
 from training import setup
 from training.config import RunConfig, load
 from training.fsdp_utils import set_last_micro_batch
@@ -42,6 +45,29 @@ SMALL = [  # 1.6M parameters and few tokens, so that two busy CPU cores suffice 
     "model.initializer_range=0.07",
     "data.tokens_per_step=1024",
 ]
+
+
+LARGER = [  # 27M parameters, 16,384 tokens a step: a minute or so for each run on a GPU
+    "model.hidden_size=512",
+    "model.intermediate_size=1408",
+    "model.num_hidden_layers=8",
+    "model.num_attention_heads=8",
+    "model.num_key_value_heads=2",
+    "model.initializer_range=0.04",
+    "data.tokens_per_step=16384",
+    "data.micro_batch_size=64",
+]
+
+
+def shape_and_text(device: torch.device, folder: Path) -> list[str]:
+    """Settings of the model, and of what it reads; a store of Python's standard library is written where there is no other."""
+    shape = LARGER if device.type == "cuda" else SMALL
+    if device.type != "cuda" and (ROOT / "data" / "store" / "quickstart" / "tokens").is_dir():
+        return shape
+    with ShardWriter(folder / "tokens" / "stdlib", 257, "bytes", inputs={}) as shards:
+        for i, module in enumerate(modules()):
+            shards.add("val" if i % 20 == 0 else "train", [256, *module])
+    return [*shape, "model.vocab_size=257", f"data.store={folder}", "data.mix={stdlib: 1.0}"]
 
 
 def flops(run: RunConfig) -> dict[str, float]:
@@ -98,14 +124,16 @@ def held_out_loss(settings: list[str], device: torch.device, name: str, lr: floa
         schedule = f"schedule={{warmup_steps: 10, total_steps: {steps}, decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
         where = [f"output_dir={folder}/checkpoints", f"log_dir={folder}/logs", "checkpoint={every: 100000, keep: 1}"]
         optim = [f"optim.name={name}", f"optim.lr={lr}", "validation={every: 100000, rows: 48, batch_size: 8}"]
-        run = load("configs/quickstart/base.yaml", [*SMALL, *settings, schedule, *where, *optim, f"steps={steps}"])
+        run = load("configs/quickstart/base.yaml", [*settings, schedule, *where, *optim, f"steps={steps}"])
         train.pretrain(run, 0, 1, device, test=False)
         lines = (Path(folder) / "logs" / "metrics.jsonl").read_text().splitlines()
         return json.loads(lines[-1])["val/loss"]
 
 
-def tokens(settings: list[str], device: torch.device, steps: int, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Every run's held-out loss, and the tokens that Muon needs for AdamW's best. runs: those that are done already."""
+def tokens(
+    settings: list[str], device: torch.device, steps: int, runs: list[dict[str, Any]], keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Every run's held-out loss, and the tokens that Muon needs for AdamW's best. runs: those done already; keep: takes more."""
 
     def loss(name: str, lr: float, steps: int) -> float:
         for done in runs:
@@ -114,6 +142,7 @@ def tokens(settings: list[str], device: torch.device, steps: int, runs: list[dic
         began = time.perf_counter()
         found = held_out_loss(settings, device, name, lr, steps)
         runs.append({"optimizer": name, "lr": lr, "steps": steps, "loss": found, "seconds": time.perf_counter() - began})
+        keep({"runs": runs})
         print(f"{name}, lr {lr:g}, {steps} steps: held-out loss {found:.4f}", file=sys.stderr, flush=True)
         return found
 
@@ -150,6 +179,19 @@ def tokens(settings: list[str], device: torch.device, steps: int, runs: list[dic
     return {"runs": runs, "best_lr": best, "target": target, "muon_at_best_lr": curve, "token_ratio": ratio}
 
 
+def before_now(path: Path | None) -> dict[str, Any]:
+    """What a results file holds; ValueError where it is no JSON object."""
+    if not path or not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no results of this benchmark; name another --output")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("cost", "tokens"))
@@ -164,19 +206,26 @@ def main() -> None:
     with user_errors(rank, world), setup.ranks() as device:
         if args.device and device.type != args.device:
             raise ValueError(f"this would run on {device.type}, not on {args.device}; hide GPUs with CUDA_VISIBLE_DEVICES=")
-        found = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+        found = before_now(args.output)
+        about = {"command": f"python -m benchmarks.muon {' '.join(sys.argv[1:])}", **setup.environment(device)}
+
+        def keep(results: dict[str, Any]) -> None:
+            if args.output and rank == 0:
+                found[args.part] = about | results
+                args.output.parent.mkdir(parents=True, exist_ok=True)
+                args.output.write_text(json.dumps(found, indent=2) + "\n")
+
         if args.part == "cost":
             run = load(args.config, args.overrides)
-            results = {"flops_of_a_step": flops(run), **cost(run, device, world, args.steps or 10)}
+            keep({"flops_of_a_step": flops(run), **cost(run, device, world, args.steps or 10)})
         else:
-            before = found.get("tokens", {})
-            done = before.get("runs", []) if before.get("settings") == [*SMALL, *args.overrides] else []
-            results = {"settings": [*SMALL, *args.overrides], **tokens(args.overrides, device, args.steps or 192, done)}
-        if args.output and rank == 0:
-            command = f"python -m benchmarks.muon {' '.join(sys.argv[1:])}"
-            found[args.part] = {"command": command, **setup.environment(device), **results}
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(found, indent=2) + "\n")
+            with tempfile.TemporaryDirectory() as place:
+                settings = [*shape_and_text(device, Path(place)), *args.overrides]
+                named = {"settings": [setting for setting in settings if place not in setting]}
+                before = found.get("tokens", {})
+                done = before.get("runs", []) if before.get("settings") == named["settings"] else []
+                keep_runs = lambda more: keep(named | more)  # noqa: E731
+                keep_runs(tokens(settings, device, args.steps or 192, done, keep_runs))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import platform
 import re
 import statistics
 import sys
+import sysconfig
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -46,6 +47,13 @@ def peak_mb(call: Call, device: torch.device) -> float | None:
     before = torch.cuda.memory_allocated(device)
     call()
     return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+
+
+def modules() -> list[bytes]:
+    """The modules of Python's standard library, those of packages last: real text that every machine has, some 12 MB."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [path for path in root.rglob("*.py") if not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts)]
+    return [path.read_bytes() for path in sorted(files, key=lambda path: (len(path.parts), path))]
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:

@@ -25,8 +25,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -196,7 +198,7 @@ class Group:
             return None
         losses = [statistics.fmean(values) for values in zip(*(report["losses"] for report in reports), strict=True)]
         busy = [sum(values) for values in zip(*(report["cpu_s"] for report in reports), strict=True)]
-        return {**reports[0], "losses": losses, "cpu_s": busy, "memory_gb": sum(report["memory_gb"] for report in reports)}
+        return {**reports[0], "losses": losses, "cpu_s": busy, "memory_gb": max(report["memory_gb"] for report in reports)}
 
     def stop(self) -> None:
         for process in self.processes:
@@ -284,7 +286,7 @@ def shape_of(run: RunConfig) -> dict[str, Any]:
     return {**{name: getattr(run.data, name) for name in names}, "dtype": run.parallel.dtype}
 
 
-def result_of(group: Group, run: RunConfig) -> dict[str, Any]:
+def result_of(group: Any, run: RunConfig) -> dict[str, Any]:
     """The figures of a contender, or why there are none."""
     about = {"contender": group.spec, "ranks": group.ranks, "threads": group.threads, "micro_batch_size": group.rows}
     if group.why or not group.warm:
@@ -309,7 +311,8 @@ def result_of(group: Group, run: RunConfig) -> dict[str, Any]:
         for name, counted in (("mfu_palm", length), ("mfu_causal", length / 2)):
             result[name] = rate / group.ranks * flops_per_token(run.model, counted) / peak
         if group.name.startswith("ours"):
-            result["planner_gb"] = (memory(run, group.ranks).total - CONTEXT) / 1e9  # torch does not count its context either
+            own = replace(run, data=replace(run.data, micro_batch_size=group.rows))
+            result["planner_gb"] = (memory(own, group.ranks).total - CONTEXT) / 1e9  # torch does not count its context either
     if group.traced:
         result["profile"] = group.traced["profile"]
     return result
@@ -347,7 +350,7 @@ def table(found: dict[str, Any]) -> str:
         ("tokens/s", 10),
         ("ms/step", 9),
         ("CPU ms", 8),
-        ("GB", 6),
+        ("GB/rank", 7),
         ("MFU palm", 8),
         ("causal", 7),
         ("1st/this", 8),
@@ -362,7 +365,7 @@ def table(found: dict[str, Any]) -> str:
         loss = {True: "same", False: "DIFFERS", None: "masked"}[result["same_loss"]]
         lines.append(
             f"{result['contender']:20} {result['tokens_per_s']:>10,.0f} {1e3 * result['step_s']:>9.1f} "
-            f"{1e3 * result.get('cpu_s', 0):>8.1f} {result['memory_gb']:>6.2f} "
+            f"{1e3 * result.get('cpu_s', 0):>8.1f} {result['memory_gb']:>7.2f} "
             f"{mfu[0]:>8} {mfu[1]:>7} {result['first_is_faster_by']:>8.2f} {loss:>9}"
             + (f"  planner {result['planner_gb']:.1f} GB" if "planner_gb" in result else "")
         )
@@ -395,7 +398,10 @@ def grid(vary: list[str]) -> list[list[str]]:
 
 
 def on_these_ranks(args: argparse.Namespace, world: int) -> None:
-    """Under torchrun: ours, each rank a process that is here already."""
+    """Under torchrun: ours, each rank a process that is here already; rank 0 writes a case of that one contender."""
+    name, *more_of_it = args.contenders
+    if more_of_it or not name.startswith("ours") or ":" in name or args.vary or args.profile:
+        raise ValueError("under torchrun this measures --contenders ours or ours_documents alone, without --vary and --profile")
     steps = -(-args.steps // args.rounds) + 1
     total = args.warmup + args.rounds * steps
     run = load(args.config, args.overrides)
@@ -405,14 +411,19 @@ def on_these_ranks(args: argparse.Namespace, world: int) -> None:
         more = [*prepare(run, total, folder), f"output_dir={folder}", f"log_dir={folder / 'log'}"]
         run = load(args.config, [*args.overrides, *more])
         commands = iter([f"go {args.warmup}", *[f"go {steps}"] * args.rounds])
-        take_part("ours", run, total, lambda device: Pace(device, commands, reports.append))
+        take_part(name, run, total, lambda device: Pace(device, commands, reports.append))
     if setup.rank_and_world()[0] == 0:
-        seconds = statistics.median(second for report in reports[1:] for second in report["seconds"][1:])
-        held = max(report["memory_gb"] for report in reports)
-        print(
-            f"ours on {world} ranks: {run.data.tokens_per_step / seconds:,.0f} tokens/s, {1e3 * seconds:.1f} ms a step, "
-            f"{held:.2f} GB a rank"
-        )
+        cuda = torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if cuda else cpu_name()
+        rounds = [report | {"device": device} for report in reports[1:]]
+        group = SimpleNamespace(spec=f"{name}:{world}", name=name, ranks=world, threads=torch.get_num_threads())
+        group.rows, group.why, group.warm, group.rounds, group.traced = run.data.micro_batch_size, None, reports[0], rounds, None
+        found = {"settings": args.overrides, "parameters": run.model.num_parameters, **shape_of(run)}
+        found["contenders"] = [result_of(group, run)]
+        compare(found, 0.0)
+        print(table(found))
+        if args.output:
+            write(args.output, [found])
     setup.leave(0)
 
 
@@ -436,11 +447,18 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     words = args.contenders or []
     args.overrides += [word for word in words if "=" in word]
     args.contenders = [word for word in words if "=" not in word]
+    if not args.contenders and setup.rank_and_world()[1] > 1:
+        args.contenders = ["ours_documents"]
     if not args.contenders:
         args.contenders = ["ours", "ours_documents", "hf", "plain"] if torch.cuda.is_available() else CPU_PEERS
-    unknown = [spec for spec in args.contenders if spec.split(":")[0] not in (*CONTENDERS, "torchtitan")]
-    if unknown:
-        raise ValueError(f"--contenders {unknown[0]} is not one of {', '.join([*CONTENDERS, 'torchtitan'])}")
+    for spec in args.contenders:
+        name, *numbers = spec.split(":")
+        if name not in (*CONTENDERS, "torchtitan"):
+            raise ValueError(f"--contenders {spec} is not one of {', '.join([*CONTENDERS, 'torchtitan'])}")
+        if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
+            raise ValueError(f"--contenders {spec} must be NAME, NAME:RANKS or NAME:RANKS:ROWS, with numbers of at least 1")
+    if min(args.warmup, args.steps, args.rounds) < 1:
+        raise ValueError("--warmup, --steps and --rounds must be at least 1")
     return args
 
 
@@ -459,8 +477,14 @@ def main() -> None:
             print(table(cases[-1]), "", sep="\n", flush=True)
             if args.output:
                 write(args.output, cases)
-    ok = all(result.get("same_loss") is not False for found in cases for result in found["contenders"])
-    raise SystemExit(0 if ok else 1)
+    raise SystemExit(0 if all(map(whole, cases)) else 1)
+
+
+def whole(found: dict[str, Any]) -> bool:
+    """Was something measured, ours wherever it was asked for, and do all losses agree?"""
+    results = found["contenders"]
+    missed = [result for result in results if "not_measured" in result and result["contender"].startswith("ours")]
+    return not missed and any("step_s" in r for r in results) and all(r.get("same_loss") is not False for r in results)
 
 
 def write(path: Path, cases: list[dict[str, Any]]) -> None:

@@ -38,16 +38,19 @@ Mask = Tensor | BlockMask | Varlen | Added | None
 VARLEN_KERNELS: dict[str, Callable[..., Any]] = {}  # filled on first use, since torch's loads its compiler with it
 
 
-def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, masked: bool) -> str:
+def choose_kernel(
+    wanted: str, device: torch.device, dtype: torch.dtype, masked: bool, shape: tuple[int, int, int] = (0, 0, 0)
+) -> str:
     """The kernel to use for q, k, v of this dtype on this device: sdpa, blocks, flex, varlen, or FA2, FA3, FA4 for flash.
 
-    masked: there are documents or a window. auto takes blocks on a CPU, sdpa where there is nothing to mask, else flex.
+    masked: there are documents or a window. shape: rows, length and width of the hidden states. auto takes blocks on a CPU,
+    sdpa where there is nothing to mask, else flex; blocks gives way to sdpa where it would keep too much.
     Raises ValueError where the wanted one cannot train here.
     """
     assert wanted in KERNELS
     cuda = device.type == "cuda"
     if wanted == "auto":
-        return "blocks" if device.type == "cpu" else "flex" if masked and cuda else "sdpa"
+        wanted = "blocks" if device.type == "cpu" else "flex" if masked and cuda else "sdpa"
     refusal = ""
     if wanted == "sdpa" and masked and cuda:
         refusal = "would build the scores of all pairs of tokens to mask documents"
@@ -63,6 +66,8 @@ def choose_kernel(wanted: str, device: torch.device, dtype: torch.dtype, masked:
         refusal = "needs the package flash_attn, flash_attn_interface (FlashAttention-3) or flash-attn-4"
     if refusal:
         raise ValueError(f"parallel.attention={wanted} {refusal}; take parallel.attention=auto")
+    if wanted == "blocks" and shape[0] * shape[1] ** 2 * shape[2] > MOST:
+        return "sdpa"
     return _flash_version(device) or wanted if wanted == "flash" else wanted
 
 
@@ -82,18 +87,15 @@ def attention_mask(docs: Tensor | None, x: Tensor, wanted: str = "auto", window:
     """What a token may attend to: earlier tokens of its own document, of which the last `window` with itself (None: all).
 
     docs [B, T] counts up at each document's first token; None: each row is one. x [B, T, ...] has the device and dtype of the
-    hidden states. wanted: one of KERNELS; blocks gives way to sdpa where it would keep too much. None stands for plain causal
-    attention.
+    hidden states. wanted: one of KERNELS. None stands for plain causal attention.
     """
     if window is not None and window >= x.shape[1]:
         window = None
     masked = docs is not None or window is not None
-    kernel = choose_kernel(wanted, x.device, x.dtype, masked)
+    kernel = choose_kernel(wanted, x.device, x.dtype, masked, (x.shape[0], x.shape[1], x.shape[2]))
     if kernel == "blocks":
-        if x.shape[0] * x.shape[1] * x.shape[1] * x.shape[2] <= MOST:
-            seen = dense_mask(docs, x.shape[1], x.device, window).view(-1, x.shape[1], x.shape[1])
-            return Added(torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf))
-        kernel = "sdpa"
+        seen = dense_mask(docs, x.shape[1], x.device, window).view(-1, x.shape[1], x.shape[1])
+        return Added(torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf))
     if kernel == "sdpa":
         return dense_mask(docs, x.shape[1], x.device, window) if masked else None
     if kernel == "flex":

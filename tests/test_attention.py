@@ -150,8 +150,10 @@ def test_blocks_give_way_where_they_would_keep_too_much(monkeypatch):
     x = torch.zeros(2, 8, 4)
     monkeypatch.setattr(attention, "MOST", 2 * 8 * 8 * 4)
     assert isinstance(attention_mask(None, x), attention.Added)
+    assert choose_kernel("auto", CPU, x.dtype, False, (2, 8, 4)) == "blocks"
     monkeypatch.setattr(attention, "MOST", 2 * 8 * 8 * 4 - 1)
     assert attention_mask(None, x) is None and attention_mask(None, x, window=7).dtype == torch.bool
+    assert choose_kernel("blocks", CPU, x.dtype, False, (2, 8, 4)) == "sdpa"  # and so it is logged
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run the tests on one")

@@ -32,11 +32,13 @@ def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
         ("init_from=nowhere", "nowhere holds no model.safetensors"),
         ("resume_from=nowhere", "nowhere holds no whole checkpoint"),
         ("log.wandb_project=x", "wandb is not installed"),
+        ("parallel.compile=true", "torch.compile needs a compiler: install gcc"),
         ("parallel.activation_checkpointing=some", "is not one of none, selective, full"),
     ],
 )
 def test_one_sentence(settings, capfd, monkeypatch, override, expected):
     monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     assert expected in complaint(capfd, monkeypatch, settings(override))
 
 

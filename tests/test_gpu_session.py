@@ -21,7 +21,7 @@ def session(*arguments, **environment):
 
 
 @pytest.mark.parametrize("tiny", [[], ["--tiny"]])
-@pytest.mark.parametrize("part", "1234")
+@pytest.mark.parametrize("part", "12345")
 def test_every_command_names_what_exists(part, tiny, tmp_path):
     listed = session(part, "--list", *tiny, OUT=str(tmp_path), PYTHON="python3")
     assert listed.returncode == 0 and listed.stderr == ""

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,6 +233,20 @@ def test_a_killed_rank_is_started_again_by_itself_and_goes_on_bit_for_bit(make, 
 
 
 PIPES: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+
+@pytest.mark.parametrize("kernel, rows, ways", [("auto", 2, [[1]]), ("auto", 4, [[1, 2]]), ("varlen", 2, [[1], [2]])])
+def test_a_dry_run_shows_kernels_that_take_starts_of_documents_two_counts_of_them(kernel, rows, ways, monkeypatch):
+    """torch.compile makes a second graph when the count first changes, which must be in no timed step."""
+    seen = []
+    monkeypatch.setattr(
+        profiling, "backward", lambda run, model, step, _: seen.append([b.docs.unique().numel() for b in step.batches])
+    )
+    monkeypatch.setattr(profiling.dist, "get_world_size", lambda: 1)
+    data = SimpleNamespace(micro_batch_size=2, sequence_length=8, rows=rows)
+    run = SimpleNamespace(data=data, parallel=ParallelConfig(attention=kernel), optim=SimpleNamespace(z_weight=0.0))
+    state = SimpleNamespace(model=torch.nn.Linear(1, 1), optimizer=torch.optim.SGD([torch.zeros(1)]))
+    assert profiling.dry_run(run, state, torch.device("cpu")) == 0 and seen == ways
 
 
 def test_a_dry_run_changes_nothing(make, monkeypatch):

@@ -75,6 +75,35 @@ def test_a_case_for_each_combination():
         train_speed.grid(["a.b"])
 
 
+@pytest.mark.parametrize(
+    "given", ["--rounds 0", "--steps 0", "--warmup 0", "--contenders ours:0", "--contenders hf:x", "--contenders a"]
+)
+def test_numbers_below_one_and_unknown_contenders_are_refused(given):
+    with pytest.raises(ValueError, match=r"must be at least 1|numbers of at least 1|is not one of ours"):
+        train_speed.parse(given.split())
+
+
+def test_ranks_of_torchrun_measure_one_contender(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_speed.parse([]).contenders == ["ours_documents"]
+    for given in (["--contenders", "ours", "plain"], ["--contenders", "hf"], ["--vary", "optim.lr=1,2"], ["--profile"]):
+        with pytest.raises(ValueError, match="measures --contenders ours or ours_documents alone"):
+            train_speed.on_these_ranks(train_speed.parse(given), 2)
+
+
+def test_a_case_in_which_ours_was_not_measured_is_a_failure():
+    ours, peer = (
+        {"contender": "ours:2", "step_s": 1.0, "same_loss": True},
+        {"contender": "liger:1", "not_measured": "needs a GPU"},
+    )
+    assert train_speed.whole({"contenders": [ours, peer]})
+    assert not train_speed.whole({"contenders": [peer]})
+    assert not train_speed.whole(
+        {"contenders": [{"contender": "ours:1", "not_measured": "out of memory"}, {**ours, "contender": "hf:1"}]}
+    )
+    assert not train_speed.whole({"contenders": [ours, {**ours, "same_loss": False}]})
+
+
 def test_ratios_are_medians_over_rounds_and_losses_are_compared():
     def result(name, rounds, losses):
         return {"contender": name, "step_s": 1.0, "rounds_s": rounds, "warm_up_losses": losses}

@@ -24,7 +24,7 @@ class ParallelConfig:
 
     strategy: str = "zero2"  # zero2: parameters stay whole from forward to backward; zero3: gathered twice; ddp: not sharded
     dtype: str = "auto"  # of parameters and activations in forward and backward: bfloat16, float32, or what the device has
-    activation_checkpointing: str = "none"  # none, selective (keep matmuls and attention), full
+    activation_checkpointing: str = "none"  # none, selective (keep matmuls and fused attention), full
     compile: bool | None = None  # each block and the loss head with torch.compile; default: on a GPU
     attention: str = "auto"  # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2 - 4, if there); auto: models/attention.py
     fp8: bool = False  # matmuls of the blocks in float8, with torchao
@@ -44,6 +44,11 @@ class ParallelConfig:
             raise ValueError(f"parallel.replicas={self.replicas} must be at least 1, parallel.timeout_s={self.timeout_s} above 0")
         if self.strategy == "ddp" and self.replicas > 1:
             raise ValueError("with parallel.strategy=ddp every rank is a replica; leave out parallel.replicas, or take zero2")
+
+
+def compiles(config: ParallelConfig, device: torch.device) -> bool:
+    """Are blocks compiled: as asked for, else on a GPU."""
+    return device.type == "cuda" if config.compile is None else config.compile
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
@@ -76,7 +81,7 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
             keep["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         for i, block in enumerate(layers):
             layers[i] = checkpoint_wrapper(block, **keep)
-    if config.compile if config.compile is not None else device.type == "cuda":
+    if compiles(config, device):
         for block in layers:
             block.compile(fullgraph=True)
     dtype = compute_dtype(config, device)

@@ -166,6 +166,8 @@ class Log:
                     self.board.add_scalar(name, value, values["step"])
         short = f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
         short += f"{values['tokens_per_s']:,.0f} tok/s"
+        if values.get("data/wait_frac", 0) >= 0.01:
+            short += f"  {values['data/wait_frac']:.0%} of it waiting for data"
         if "mfu" in values:
             short += f"  mfu {values['mfu']:.1%}"
         if self.bar:

@@ -8,7 +8,15 @@ import torch
 
 from models.nanollama import ModelConfig
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # dense bf16, per GPU
+PEAK_FLOPS = {  # dense bf16, per GPU; the first name that is in the device's counts
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "B200": 2250e12,
+}
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:

@@ -23,25 +23,26 @@ def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objec
     small shows now. Changes nothing: gradients are dropped, nothing random is drawn. Returns the peak in GB (0 on a CPU).
 
     Two micro-batches where a step has more, since gradients then wait whole for the last one; AdamW's moments, which a new
-    run has not made yet, are stood in for.
+    run has not made yet, are stood in for. Kernels that take starts of documents see two counts of them, since they are
+    compiled anew when the count first changes.
     """
     data, model, cuda = run.data, state.model, device.type == "cuda"
     zeros = torch.zeros(data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device)
-    batch = SimpleNamespace(tokens=zeros, targets=zeros, docs=zeros.int())
-    count = min(2, max(1, data.rows // dist.get_world_size() // data.micro_batch_size))
+    docs = torch.zeros_like(zeros, dtype=torch.int32)
+    whole, halves = docs, torch.cat((docs[:, data.sequence_length // 2 :], docs[:, : data.sequence_length // 2] + 1), dim=1)
+    batches = [SimpleNamespace(tokens=zeros, targets=zeros, docs=each) for each in (whole, halves)]
+    several = data.rows // dist.get_world_size() // data.micro_batch_size > 1
+    ways = [batches] if several else [[each] for each in batches[: 2 if run.parallel.attention in ("varlen", "flash") else 1]]
     moments = []
     if cuda and not state.optimizer.state:
         own = sum(part.to_local().numel() for part in model.parameters())
         moments = [torch.empty(2 * own, device=device)]
     model.train()
     with memory_history(cuda):
-        backward(
-            run,
-            model,
-            SimpleNamespace(batches=[batch] * count, weight=zeros.numel()),
-            objective or next_token(run.optim.z_weight),
-        )
-    state.optimizer.zero_grad()
+        for way in ways:
+            step = SimpleNamespace(batches=way, weight=zeros.numel())
+            backward(run, model, step, objective or next_token(run.optim.z_weight))
+            state.optimizer.zero_grad()
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else 0.0
     del moments
     if cuda:

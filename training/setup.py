@@ -4,6 +4,7 @@ import ctypes
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
 from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, on_main, read_phase, step_folders
 from training.config import PHASES_DIFFER, RunConfig, to_dict
-from training.fsdp_utils import compute_dtype, wrap_model_fsdp
+from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
 from training.guard import Faults
 from training.hangs import leave_if_lost
 from training.optimizers import build_optimizer
@@ -42,8 +43,8 @@ def keep_freed_memory() -> None:
     A 5.8M-parameter step has 8,700 page faults without this. Other systems and C libraries stay as they are.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option:
-        set_option(-3, 1 << 30)  # M_MMAP_THRESHOLD: larger blocks alone have a mapping of their own
+    # M_MMAP_THRESHOLD: larger blocks alone have a mapping of their own; glibc before 2.35 takes at most 32 MB
+    if set_option and (set_option(-3, 1 << 30) or set_option(-3, 1 << 25)):
         set_option(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
@@ -95,6 +96,12 @@ def leave(status: int) -> NoReturn:
     raise SystemExit(status)
 
 
+def has_compiler(device: torch.device) -> bool:
+    """Is there what torch.compile calls: a C compiler for Triton on a GPU, a C++ one on a CPU?"""
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++", "clang++", "c++"))
+    return any(shutil.which(name) for name in (os.environ.get(variable, ""), *names))
+
+
 def build(run: RunConfig, device: torch.device, seed: int | None = None, known_tokens: int | None = None) -> State:
     """A sharded model and its optimizer, with weights from the seed (default run.seed) or from run.init_from, at step 0.
 
@@ -103,6 +110,8 @@ def build(run: RunConfig, device: torch.device, seed: int | None = None, known_t
     """
     model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
     choose_kernel(run.parallel.attention, device, compute_dtype(run.parallel, device), masked=True)  # or a sentence why not
+    if compiles(run.parallel, device) and not has_compiler(device):
+        raise ValueError("torch.compile needs a compiler: install gcc (and g++ for a CPU), or set parallel.compile=false")
     model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     if run.init_from:
         load_weights(model, Path(run.init_from), known_tokens)
@@ -204,8 +213,9 @@ def describe(run: RunConfig, device: torch.device) -> str:
     """One line on what will run, with every "auto" resolved."""
     dtype = compute_dtype(run.parallel, device)
     world = dist.get_world_size()
-    compiled = run.parallel.compile if run.parallel.compile is not None else device.type == "cuda"
-    how = ["compiled" if compiled else "eager", choose_kernel(run.parallel.attention, device, dtype, masked=True) + " attention"]
+    shape = run.data.micro_batch_size, run.data.sequence_length, run.model.hidden_size
+    kernel = choose_kernel(run.parallel.attention, device, dtype, masked=True, shape=shape)
+    how = ["compiled" if compiles(run.parallel, device) else "eager", kernel + " attention"]
     return (
         f"{run.model.num_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {world} {device.type} rank(s), "
         f"{run.parallel.strategy}, {', '.join(how + ['float8'] * run.parallel.fp8)}; {run.steps:,} steps of {run.data.rows} x "
