@@ -29,6 +29,7 @@ import torch
 import train
 from benchmarks.side_by_side import modules
 from data.shards import ShardWriter
+from data.store import DUMMY
 from entrypoint import ROOT, user_errors
 from training import setup
 from training.config import RunConfig, load
@@ -64,10 +65,10 @@ def shape_and_text(device: torch.device, folder: Path) -> list[str]:
     shape = LARGER if device.type == "cuda" else SMALL
     if device.type != "cuda" and (ROOT / "data" / "store" / "quickstart" / "tokens").is_dir():
         return shape
-    with ShardWriter(folder / "tokens" / "stdlib", 257, "bytes", inputs={}) as shards:
+    with ShardWriter(folder / "tokens" / DUMMY, 257, DUMMY, inputs={}) as shards:
         for i, module in enumerate(modules()):
             shards.add("val" if i % 20 == 0 else "train", [256, *module])
-    return [*shape, "model.vocab_size=257", f"data.store={folder}", "data.mix={stdlib: 1.0}"]
+    return [*shape, "model.vocab_size=257", f"data.store={folder}", f"data.mix={{{DUMMY}: 1.0}}"]
 
 
 def flops(run: RunConfig) -> dict[str, float]:
@@ -121,7 +122,9 @@ def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[s
 def held_out_loss(settings: list[str], device: torch.device, name: str, lr: float, steps: int) -> float:
     """Nats a token at the end of one run over `steps`, its rate warmed up over 10 and decayed over the last 40 %."""
     with tempfile.TemporaryDirectory() as folder:
-        schedule = f"schedule={{warmup_steps: 10, total_steps: {steps}, decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
+        schedule = (
+            f"schedule={{warmup_steps: {min(10, steps // 5)}, total_steps: {steps}, decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
+        )
         where = [f"output_dir={folder}/checkpoints", f"log_dir={folder}/logs", "checkpoint={every: 100000, keep: 1}"]
         optim = [f"optim.name={name}", f"optim.lr={lr}", "validation={every: 100000, rows: 48, batch_size: 8}"]
         run = load("configs/quickstart/base.yaml", [*settings, schedule, *where, *optim, f"steps={steps}"])
