@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from data.tokenizer import BOS, PAD
+from data.manifest import read_json
+from data.tokenizer import BOS, PAD, load_tokenizer
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 START_THOUGHT, END_THOUGHT = "<|start_thought|>", "<|end_thought|>"
@@ -255,8 +256,8 @@ class Chat:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file() or not (Path(folder) / TEMPLATE).is_file():
             raise ValueError(f"{folder} holds no chat tokenizer ({TEMPLATE} beside tokenizer.json); train_sft.py writes one")
-        config = json.loads((Path(folder) / "tokenizer_config.json").read_text())
-        return cls(Tokenizer.from_file(str(path)), config.get("bos_token"), config.get("pad_token"))
+        config = read_json(Path(folder) / "tokenizer_config.json")
+        return cls(load_tokenizer(folder), config.get("bos_token"), config.get("pad_token"))
 
     def clean(self, conversation: dict[str, Any], answered: bool = True) -> dict[str, Any]:
         """clean() against all special tokens of this tokenizer."""

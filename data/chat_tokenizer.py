@@ -10,8 +10,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from data.chat import CHAT_TOKENS, IM_END, TEMPLATE, TRAINING_TEMPLATE, Chat, index_of, jinja_template
-from data.manifest import file_hash
-from data.tokenizer import BOS, PAD
+from data.manifest import file_hash, read_json
+from data.tokenizer import BOS, PAD, load_tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", TEMPLATE, TRAINING_TEMPLATE)
 CALL = {"function": {"name": "f", "arguments": {"x": 1}}}
@@ -42,12 +42,12 @@ def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no tokenizer.json; give a folder that train.py or save_pretrained wrote")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = load_tokenizer(folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS])
-    settings = Path(folder) / "tokenizer_config.json"
-    own = {**_special_names(folder), **_names(json.loads(settings.read_text()) if settings.is_file() else {})}
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    own = {key: text for name in names for key, text in _names(read_json(Path(folder) / name)).items()}
     bos = BOS if tokenizer.token_to_id(BOS) is not None else own.get("bos_token")
     bos = None if bos in CHAT_TOKENS else bos
     pad = PAD if tokenizer.token_to_id(PAD) is not None else own.get("pad_token") or bos or IM_END
@@ -74,11 +74,6 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
     """The special tokens that a tokenizer's settings name, as plain text."""
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}
     return {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
-
-
-def _special_names(folder: str | Path) -> dict[str, str]:
-    path = Path(folder) / "special_tokens_map.json"
-    return _names(json.loads(path.read_text())) if path.is_file() else {}
 
 
 def keep_chat_tokenizer(base: Path, cache: Path) -> Path:

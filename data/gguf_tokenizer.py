@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.chat import END_THOUGHT, IM_END, START_THOUGHT, TEMPLATE, TOOL_CALL, TOOL_RESPONSE
+from data.manifest import read_json
 from data.tokenizer import BOS, QWEN2_SPLIT, load_tokenizer
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -106,7 +107,7 @@ def split_name(pre: dict[str, Any] | None, folder: Path) -> str:
 
 def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     """bos, eos, eot and pad, by tokenizer_config.json and else by config.json; replies end with <|im_end|> where there is one."""
-    settings, config = (_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    settings, config = (read_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
     ids = {}
     for name in ("bos", "eos", "pad"):
         token = settings.get(f"{name}_token")
@@ -128,10 +129,6 @@ def _adds_bos(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> bool:
     if around != [ids.get("bos"), *bare]:
         raise ValueError(f"the tokenizer of {folder} puts more around a text than bos; llama.cpp would not")
     return True
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def build_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> Tokenizer:

@@ -21,6 +21,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no file; ValueError where it holds none."""
+    try:
+        return dict(json.loads(path.read_text())) if path.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
+
+
 def read(folder: Path) -> dict | None:
     """The manifest of a folder, or None where it has none that can be read."""
     try:

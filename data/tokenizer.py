@@ -95,11 +95,14 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder; ValueError where there is none."""
+    """The tokenizer of a folder; ValueError where there is none, or none that can be read."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no tokenizer.json; train one with python -m scripts.train_tokenizer")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises this very class
+        raise ValueError(f"{path} is damaged: it is no tokenizer ({error}); take another copy of it") from error
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:

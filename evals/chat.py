@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from data.chat import neutralise
-from evals.language_model import whole_tokenizer
+from evals.language_model import Words
 
 Message = dict[str, Any]
 
 
 class Chat:
-    """The tokenizer of a checkpoint with its chat template; ValueError where it has none."""
+    """The tokenizer of a checkpoint with its chat template; ValueError where it has none, or is damaged."""
 
     def __init__(self, checkpoint: Path):
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(whole_tokenizer(checkpoint))
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(Words(checkpoint).folder)
         if not self.tokenizer.chat_template:
             raise ValueError(f"{checkpoint} has no chat template, so it cannot be talked to; give a checkpoint of after SFT")
         self.takes_tools = "tools" in str(self.tokenizer.chat_template)

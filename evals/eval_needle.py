@@ -9,7 +9,6 @@ fill the context to the token. A heatmap, depth by length, is drawn beside the r
 """
 
 import argparse
-import json
 import random
 import re
 from collections import defaultdict
@@ -21,8 +20,9 @@ from typing import Any
 
 from data.evalsets import read_jsonl
 from data.gguf_tokenizer import tokenizer_folder
+from data.manifest import read_json
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, Write, means
-from evals.language_model import Words, read_json
+from evals.language_model import Words
 from evals.multiple_choice import field
 from evals.run import flags, main
 
@@ -51,7 +51,7 @@ def sentences(haystack: str) -> list[str]:
     if not path.is_file():
         raise ValueError(f"--haystack {haystack} is neither noise nor a file of texts (.txt, or .jsonl with text)")
     rows = [{"text": path.read_text()}] if path.suffix == ".txt" else read_jsonl(path)
-    texts = [field(row, "text", i, "needle") for i, row in enumerate(rows)]
+    texts = [field(row, "text", i, "needle", str) for i, row in enumerate(rows)]
     found = [part for text in texts for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
     if not found:
         raise ValueError(f"{haystack} holds no text")
@@ -171,8 +171,7 @@ Grid = dict[str, dict[tuple[int, float], list[float]]]
 def grid(samples: Path, metric: str = "accuracy") -> Grid:
     """kind -> (length, depth) -> the scores of its tests, out of a samples file."""
     cells: Grid = defaultdict(lambda: defaultdict(list))
-    for line in samples.read_text().splitlines():
-        sample = json.loads(line)
+    for sample in read_jsonl(samples):
         if metric in sample["scores"]:
             where = int(sample["scores"]["length"]), float(sample["scores"]["depth"])
             cells[sample["subject"]][where].append(sample["scores"][metric])

@@ -145,18 +145,21 @@ def compare_tokens(texts: Sequence[str], tokenizer: Tokenizer, runtime: LlamaCpp
 
 
 def weight_errors(folder: Path, reader: Any) -> dict[str, float]:
-    """The largest relative error of a tensor in the file, for each type, against the checkpoint's own weights."""
+    """The largest relative error of a tensor in the file, for each type, against the checkpoint's own weights.
+
+    A tensor that the file lacks, or has in another shape, stands under its name, with an infinite one; it ends the comparison.
+    """
     import gguf
 
     held = {tensor.name: tensor for tensor in reader.tensors}
     worst: dict[str, float] = {}
     for planned in plan(folder, read_hf_config(folder)):
-        if planned.name not in held:
+        tensor = held.get(planned.name)
+        if tensor is None or tuple(map(int, tensor.shape[::-1])) != planned.stored.shape:  # ggml counts dimensions from the last
             return {**worst, planned.name: float("inf")}
-        tensor = held[planned.name]
         values = planned.stored.read()
         values = permute(values, planned.heads) if planned.heads else values
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(values.shape)
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         error = float(np.sqrt(np.mean((found - values) ** 2)) / max(float(np.sqrt(np.mean(values**2))), 1e-12))
         worst[tensor.tensor_type.name] = max(worst.get(tensor.tensor_type.name, 0.0), error)
     return worst
@@ -168,7 +171,11 @@ def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
     kind = str(field(reader, "general.file_type"))
     names = {str(number): name for name, number in _file_types()}
     row: dict[str, Any] = {"file": path.name, "outtype": names.get(kind, kind), "bytes": path.stat().st_size}
-    row["weight_error"] = weight_errors(ref.folder, reader)
+    errors = weight_errors(ref.folder, reader)
+    lacking = [name for name in errors if name.endswith(".weight")]  # not a type
+    if lacking:
+        return {**row, "verdict": "wrong", "because": [f"it is of another model: {lacking[0]} is missing or of another shape"]}
+    row["weight_error"] = errors
     with LlamaCpp(path, max(map(len, ref.windows)) + len(ref.written[0]), threads) as runtime:
         row["tokenizer"] = compare_tokens(ref.texts, ref.tokenizer, runtime)
         ends = [field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
@@ -270,6 +277,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     head = ("file", "MB", "verdict", "max error", "KL", "top-1", "perplexity", "greedy", "tokens", "prompt tok/s", "new tok/s")
     lines = [head, ("---",) * len(head)]
     for row in rows:
+        if "kl" not in row:  # it was not run
+            lines.append((row["file"], f"{row['bytes'] / 1e6:.1f}", row["verdict"], *["-"] * (len(head) - 3)))
+            continue
         greedy, tokens = row["greedy"], row["tokenizer"]
         lines.append(
             (

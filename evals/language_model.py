@@ -5,13 +5,13 @@ after spaces at the context's end have gone to the option; an empty context is b
 """
 
 import functools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from data.gguf_tokenizer import tokenizer_folder
+from data.manifest import read_json
 from data.tokenizer import load_tokenizer
 from evals.harness import Answer, Choose, Read, Reading, Request, Scored, Text, TooLong, Write, Written
 from models.grammar import JsonConstraint, JsonGrammar
@@ -123,10 +123,6 @@ def constraint_of(request: Write, words: Words, size: int) -> JsonConstraint | N
     if request.marker is not None:
         constraint.accept(request.marker)  # it ends the prompt
     return constraint
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 class LanguageModel:

@@ -53,8 +53,21 @@ def accuracies(scored: Sequence[Scored], options: Sequence[str], gold: int, pref
     }
 
 
-def field(row: dict[str, Any], name: str, number: int, task: str) -> Any:
-    """A field of a row; ValueError says which row lacks it."""
-    if name not in row:
-        raise ValueError(f"row {number} of the data for {task} has no {name!r}, only {', '.join(row)}; it takes the hub's schema")
+def field(row: dict[str, Any], name: str, number: int, task: str, kind: type = object) -> Any:
+    """A field of a row; ValueError says which row lacks it, or has another type there."""
+    require(name in row, number, task, f"has no {name!r}, only {', '.join(row)}")
+    require(isinstance(row[name], kind), number, task, f"has {row[name]!r} as {name}, which is no {kind.__name__}")
     return row[name]
+
+
+def texts(found: Any, name: str, number: int, task: str) -> list[str]:
+    """What a row has as `name`, if it is a list of two or more texts."""
+    fine = isinstance(found, list) and len(found) > 1 and all(isinstance(text, str) for text in found)
+    require(fine, number, task, f"has {found!r} as {name}, which is no list of two or more texts")
+    return found
+
+
+def require(fine: bool, number: int, task: str, what: str) -> None:
+    """ValueError unless a row is as it should be; what: is wrong with it."""
+    if not fine:
+        raise ValueError(f"row {number} of the data for {task} {what}; it takes the hub's schema")

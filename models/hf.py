@@ -129,7 +129,7 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(_json(index).get("weight_map", {}).values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote")
@@ -137,15 +137,31 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a Hugging Face folder under our names, whole or split by an index, in their stored dtype."""
-    return {from_hf_name(name): value for path in weight_files(folder) for name, value in load_file(path).items()}
+    """The weights of a Hugging Face folder under our names, whole or split by an index, in their stored dtype.
+
+    ValueError where a file is missing or damaged.
+    """
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            weights |= {from_hf_name(name): value for name, value in load_file(path).items()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); take another copy of it") from error
+    return weights
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; give a folder that save_pretrained or train.py wrote")
-    return from_hf_config(json.loads(path.read_text()))
+    return from_hf_config(_json(path))
+
+
+def _json(path: Path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
 
 
 def load_weights(model: NanoLlama, folder: Path, known_tokens: int | None = None) -> None:
@@ -185,7 +201,7 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = torch.float32, devic
     model = NanoLlama(read_hf_config(folder))
     load_weights(model, folder)
     if dtype is None:
-        stored = json.loads((folder / "config.json").read_text())
+        stored = _json(folder / "config.json")
         dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
     for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay fp32
         parameter.data = parameter.data.to(dtype)

@@ -7,12 +7,12 @@ Each prompt of a chat model is a conversation of its own; tools really run, unle
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from data.chat import TEMPLATE, Chat
+from data.manifest import read_json
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
 from models.hf import check_model_folder, load_hf, newest_step
@@ -77,8 +77,7 @@ def go_on(args: argparse.Namespace) -> None:
 
 def borders(folder: Path) -> tuple[list[int], list[int]]:
     """The token that begins a text, if any, and those that end one, by a folder's config files."""
-    files = (folder / "config.json", folder / "generation_config.json")
-    config = {name: value for path in files if path.is_file() for name, value in json.loads(path.read_text()).items()}
+    config = {**read_json(folder / "config.json"), **read_json(folder / "generation_config.json")}
     bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
     return [] if bos is None else [bos], eos if isinstance(eos, list) else [] if eos is None else [eos]
 
