@@ -148,14 +148,30 @@ def _bfcl(category: str) -> Callable[[zipfile.ZipFile], Rows]:
     def read(archive: zipfile.ZipFile) -> Rows:
         names = [f"bfcl_eval/data/{folder}BFCL_v4_{category}.json" for folder in ("", "possible_answer/")]
         known = set(archive.namelist())
-        return _joined(*[[json.loads(line) for line in archive.read(n).splitlines()] if n in known else [] for n in names])
+        parts = [[json.loads(line) for line in archive.read(n).splitlines()] if n in known else [] for n in names]
+        return _joined(category, *parts)
 
     return read
 
 
-def _joined(rows: Rows, answers: Rows) -> Rows:
-    truth = {row["id"]: row["ground_truth"] for row in answers}
-    return [{**row, "ground_truth": row.get("ground_truth", truth.get(row["id"], []))} for row in rows]
+def _joined(category: str, rows: Rows, answers: Rows) -> Rows:
+    """Rows of a category with their possible answers; ValueError where there is none although something is to be called."""
+    truth = {_id(row, i): row.get("ground_truth") for i, row in enumerate(answers)}
+    joined = []
+    for i, row in enumerate(rows):
+        answer = row.get("ground_truth") or truth.get(_id(row, i)) or []
+        if not answer and not category.endswith("irrelevance"):
+            raise ValueError(
+                f"{row['id']} of BFCL's {category} has no ground_truth; give it in the row, or in the folder's possible_answer/"
+            )
+        joined.append({**row, "ground_truth": answer})
+    return joined
+
+
+def _id(row: dict[str, Any], number: int) -> str:
+    if not isinstance(row.get("id"), str):
+        raise ValueError(f"row {number} of the data for BFCL has no 'id' of text, only {', '.join(row)}; it takes BFCL's rows")
+    return row["id"]
 
 
 def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
@@ -167,13 +183,14 @@ def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
         return _from_wheel("bfcl", category, cache)
     path = Path(where)
     if path.is_file():
-        return _joined([row for row in read_jsonl(path) if row["id"].startswith(category)], [])
+        of = re.compile(rf"{category}_[\d-]+")  # "parallel_0" is of parallel, "parallel_multiple_0" is not
+        return _joined(category, [row for i, row in enumerate(read_jsonl(path)) if of.fullmatch(_id(row, i))], [])
     name = re.compile(rf"BFCL_v\d+_{category}\.json(\.gz)?")  # "multiple" is not "live_multiple"
     folders = [sorted(folder.glob("BFCL_v*")) for folder in (path, path / "possible_answer")]
     found = [[file for file in files if name.fullmatch(file.name)] for files in folders]
     if not found[0]:
         raise ValueError(f"there is no BFCL_v4_{category}.json in {path}; --data takes BFCL's data folder, or one .jsonl file")
-    return _joined(*[read_jsonl(paths[0]) if paths else [] for paths in found])
+    return _joined(category, *[read_jsonl(paths[0]) if paths else [] for paths in found])
 
 
 WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {

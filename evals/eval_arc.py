@@ -13,16 +13,19 @@ from typing import Any
 
 from data.evalsets import describe, load_rows
 from evals.harness import Eval, Item, Score
-from evals.multiple_choice import Shots, best_option, field, prompt
+from evals.multiple_choice import Shots, best_option, field, prompt, require, texts
 from evals.run import flags, main
+
+FIELDS = {"question": str, "choices": dict, "answerKey": str}
 
 
 def read(row: dict[str, Any], number: int, task: str) -> tuple[str, list[str], int]:
     """Question, options and index of the right one."""
-    text, choices, key = (field(row, name, number, task) for name in ("question", "choices", "answerKey"))
-    if key not in choices["label"]:
-        raise ValueError(f"row {number} of {task} has answerKey {key!r}, which is none of its labels {choices['label']}")
-    return f"Question: {text}\nAnswer:", choices["text"], choices["label"].index(key)
+    text, choices, key = (field(row, n, number, task, kind) for n, kind in FIELDS.items())
+    options, labels = (texts(choices.get(name), f"choices.{name}", number, task) for name in ("text", "label"))
+    require(len(options) == len(labels), number, task, f"has {len(options)} choices and {len(labels)} labels")
+    require(key in labels, number, task, f"has answerKey {key!r}, which is none of its labels {labels}")
+    return f"Question: {text}\nAnswer:", options, labels.index(key)
 
 
 def score(item: Item) -> Score:

@@ -33,7 +33,7 @@ def read_items(data: str | None, limit: int | None) -> list[Item]:
     items: list[Item] = []
     for file in files:
         try:
-            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            rows = [json.loads(line) for line in file.read_text().split("\n") if line.strip()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data") from error
         rows = [row for row in rows if "checks" in row or "chosen" in row][:limit]

@@ -59,7 +59,7 @@ def build(args: argparse.Namespace) -> Eval:
     rows = load_rows("gsm8k", "test", args.data, args.cache)
     train = load_rows("gsm8k", "train", args.data, args.cache) if args.shots else []
     pairs: dict[str, list[tuple[Any, Any]]] = {
-        split: [(field(row, "question", i, "gsm8k"), field(row, "answer", i, "gsm8k")) for i, row in enumerate(of)]
+        split: [(field(row, "question", i, "gsm8k", str), field(row, "answer", i, "gsm8k", str)) for i, row in enumerate(of)]
         for split, of in (("test", rows), ("train", train))
     }
     shots, form = Shots(pairs["train"], args.shots, args.seed), "Q: {}\nA:" if args.cot else "Question: {}\nAnswer:"

@@ -11,10 +11,10 @@ from typing import Any
 
 from data.evalsets import describe, load_rows
 from evals.harness import Eval, Item
-from evals.multiple_choice import Shots, best_option, field, prompt
+from evals.multiple_choice import Shots, best_option, field, prompt, require, texts
 from evals.run import flags, main
 
-FIELDS = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
+FIELDS = ("activity_label", "ctx_a", "ctx_b")
 
 
 def tidy(text: str) -> str:
@@ -25,7 +25,11 @@ def tidy(text: str) -> str:
 
 def read(row: dict[str, Any], number: int) -> tuple[str, list[str], int]:
     """What precedes, the endings, and the index of the right one."""
-    label, begin, end, endings, gold = (field(row, name, number, "hellaswag") for name in FIELDS)
+    label, begin, end = (field(row, name, number, "hellaswag", str) for name in FIELDS)
+    endings = texts(field(row, "endings", number, "hellaswag"), "endings", number, "hellaswag")
+    gold = str(field(row, "label", number, "hellaswag"))
+    known = gold in map(str, range(len(endings)))
+    require(known, number, "hellaswag", f"has {gold!r} as label, which is the number of none of its {len(endings)} endings")
     return tidy(f"{label}: {begin} {end.capitalize()}"), [tidy(ending) for ending in endings], int(gold)
 
 

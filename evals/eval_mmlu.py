@@ -12,11 +12,19 @@ from typing import Any
 
 from data.evalsets import describe, load_rows
 from evals.harness import Choose, Eval, Item, Score
-from evals.multiple_choice import accuracies, field, first_shots, prompt
+from evals.multiple_choice import accuracies, field, first_shots, prompt, require, texts
 from evals.run import flags, main
 
 LETTERS = ("A", "B", "C", "D")
 KIND = {"letter": "multiple choice questions", "cloze": "questions"}
+
+
+def check(row: dict[str, Any], number: int, task: str) -> None:
+    """ValueError where a row is none of the schema."""
+    _, _, answer = (field(row, n, number, task, kind) for n, kind in {"question": str, "subject": str, "answer": int}.items())
+    choices = texts(field(row, "choices", number, task), "choices", number, task)
+    require(len(choices) == len(LETTERS), number, task, f"has {len(choices)} choices, not {len(LETTERS)}")
+    require(0 <= answer < len(LETTERS), number, task, f"has {answer} as answer, which is not from 0 to {len(LETTERS) - 1}")
 
 
 def question(row: dict[str, Any], kind: str) -> str:
@@ -47,8 +55,8 @@ def build(args: argparse.Namespace) -> Eval:
     subjects: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: {"test": [], "dev": []})
     for split in ("test", "dev") if args.shots else ("test",):
         for i, row in enumerate(load_rows("mmlu", split, args.data, args.cache)):
-            _, _, _, subject = (field(row, name, i, f"mmlu ({split})") for name in ("question", "choices", "answer", "subject"))
-            subjects[subject][split].append(row)
+            check(row, i, f"mmlu ({split})")
+            subjects[row["subject"]][split].append(row)
     items = []
     for subject, rows in subjects.items():
         shots = first_shots(rows["dev"], args.shots) if rows["test"] else []

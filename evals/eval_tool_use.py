@@ -15,7 +15,7 @@ import json
 from data.evalsets import BFCL_CATEGORIES, describe, load_bfcl
 from evals.chat import Chat
 from evals.harness import Eval, Item, Score, Write, Written
-from evals.multiple_choice import field
+from evals.multiple_choice import field, require
 from evals.run import flags, main
 from evals.tool_calls import call_schema, fits, matches, read_calls, tools
 
@@ -71,9 +71,13 @@ def build(args: argparse.Namespace) -> Eval:
     for category in args.categories:
         rows = load_bfcl(category, args.data, args.cache)
         for i, row in enumerate(rows[: args.limit]):
-            question, functions = field(row, "question", i, category), field(row, "function", i, category)
+            question, functions = (field(row, name, i, category, list) for name in ("question", "function"))
+            talk = question[0] if question and isinstance(question[0], list) else question
+            require(bool(talk), i, category, "has no question")
+            for name, parts, keys in (("question", talk, {"role", "content"}), ("function", functions, {"name", "parameters"})):
+                fine = all(isinstance(part, dict) and keys <= part.keys() for part in parts)
+                require(fine, i, category, f"has {parts!r} as {name}, which are no objects with {' and '.join(sorted(keys))}")
             one = call_schema(functions)
-            talk = question[0] if isinstance(question[0], list) else question
             listed = "\n".join(json.dumps(tool["function"]) for tool in tools(functions))
             native = marker is not None and chat.takes_tools
             told = SYSTEM if native else INSTRUCTION.format(functions=listed)

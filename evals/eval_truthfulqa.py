@@ -8,10 +8,11 @@ Data: the hub's validation split; --data takes rows with question, mc1_targets a
 
 import argparse
 import math
+from typing import Any
 
 from data.evalsets import describe, load_rows
 from evals.harness import Choose, Eval, Item, Score
-from evals.multiple_choice import field
+from evals.multiple_choice import field, require, texts
 from evals.run import flags, main
 
 # The fixed examples of the paper's prompt (arXiv:2109.07958), of which six stand before every question.
@@ -37,11 +38,22 @@ def score(item: Item) -> Score:
     return {"mc1": float(logprobs.index(max(logprobs)) == 0), "mc2": true / math.fsum(mass)}
 
 
+def check(row: dict[str, Any], number: int, task: str) -> None:
+    """ValueError where a row is none of the schema."""
+    field(row, "question", number, task, str)
+    for name in ("mc1_targets", "mc2_targets"):
+        targets = field(row, name, number, task, dict)
+        choices, labels = texts(targets.get("choices"), f"{name}.choices", number, task), targets.get("labels")
+        fits = isinstance(labels, list) and len(labels) == len(choices)
+        require(fits, number, task, f"has {labels!r} as {name}.labels, not one for each of its {len(choices)} choices")
+        true = labels[:1] if name == "mc1_targets" else labels
+        require(1 in true, number, task, f"has {labels!r} as {name}.labels, without a 1 for a true choice (of mc1: the first)")
+
+
 def build(args: argparse.Namespace) -> Eval:
     rows = load_rows("truthfulqa", "validation", args.data, args.cache)
     for i, row in enumerate(rows):
-        for name in ("question", "mc1_targets", "mc2_targets"):
-            field(row, name, i, "truthfulqa")
+        check(row, i, "truthfulqa")
     items = [Item(str(row.get("id", f"multiple_choice/{i}")), row) for i, row in enumerate(rows[: args.limit])]
     return Eval("truthfulqa", 3, items, score, about={"data": describe("truthfulqa", "validation", args.data)})
 

@@ -126,6 +126,7 @@ class Item:
 class Estimate(NamedTuple):
     value: float
     stderr: float | None  # standard error of the mean over items; None where it has none
+    n: int | None = None  # items that have it; None where it is no mean over items
 
 
 @dataclass
@@ -153,8 +154,8 @@ def means(samples: Sequence[Sample]) -> dict[str, Estimate]:
 def _mean(numbers: list[float]) -> Estimate:
     n, mean = len(numbers), math.fsum(numbers) / len(numbers)
     if n < 2:
-        return Estimate(mean, None)
-    return Estimate(mean, math.sqrt(math.fsum((x - mean) ** 2 for x in numbers) / (n - 1) / n))
+        return Estimate(mean, None, n)
+    return Estimate(mean, math.sqrt(math.fsum((x - mean) ** 2 for x in numbers) / (n - 1) / n), n)
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{model.hash[:16]}-{model.dtype}-{model.context}"  # windows of a long text depend on the context too
         for path in sorted(folder.glob(f"{stem}.*.jsonl")):
-            for line in path.read_text().splitlines():
+            for line in path.read_text().split("\n"):
                 try:
                     self.found.update(json.loads(line))
                 except ValueError:  # the end of a killed write

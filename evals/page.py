@@ -91,8 +91,8 @@ def _other_metrics(report: dict[str, Any]) -> list[str]:
 
 
 def count(result: dict[str, Any], metric: str) -> int:
-    """Items behind a metric: of the subject that its name begins with (challenge_acc_norm), else all."""
-    return result.get("subjects", {}).get(metric.partition("_")[0], result)["n"]
+    """Items that have a metric; all of the evaluation where its file does not say."""
+    return result["metrics"][metric].get("n") or result["n"]
 
 
 def _gates(report: dict[str, Any]) -> str:

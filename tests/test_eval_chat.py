@@ -73,6 +73,13 @@ def test_mistakes_are_named(tmp_path: Path):
             eval_chat.read_items(str(path), None)
 
 
+def test_a_row_ends_where_its_line_does(tmp_path: Path):
+    [row] = synthetic.generate_preference_pairs(1, 0, "heldout", easy=True)
+    row["prompt"][-1]["content"] += "\u2028 \u0085"  # ends of lines to str.splitlines
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    assert [item.id for item in eval_chat.read_items(str(tmp_path / "pairs.jsonl"), None)] == [row["id"]]
+
+
 def test_pairs_are_a_task_of_their_own(tmp_path: Path):
     rows = synthetic.generate_preference_pairs(20, 0, "heldout", easy=True)
     (tmp_path / "pairs.heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

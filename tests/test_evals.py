@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -270,7 +271,7 @@ def test_a_mean_is_over_the_items_that_have_the_number():
 
     scores = [{"acc": True, "note": "x"}, {"acc": False, "part": 3.0}, {"acc": True}]
     found = means([Sample(str(i), "", score) for i, score in enumerate(scores)])
-    assert found["acc"].value == pytest.approx(2 / 3) and found["part"] == (3.0, None) and set(found) == {"acc", "part"}
+    assert found["acc"].value == pytest.approx(2 / 3) and found["part"] == (3.0, None, 1) and set(found) == {"acc", "part"}
 
 
 def test_two_ranks_find_what_one_finds(checkpoint, rows, tmp_path):
@@ -317,7 +318,12 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
     (tmp_path / "odd.jsonl").write_text('{"question": "x"}\n')
     (tmp_path / "list.jsonl").write_text('[{"question": "x"}]\n')
     data = str(rows / "data" / "store" / "evals")
+    damaged = {"config.json": b"{", "tokenizer_config.json": b'"text"', "tokenizer.json": b"{}", "model.safetensors": b""}
+    for name, content in damaged.items():
+        shutil.copytree(checkpoint, tmp_path / name)
+        (tmp_path / name / name).write_bytes(content)
     cases = [
+        *((eval_hellaswag, ["--checkpoint", str(tmp_path / name), "--data", data], f"{name} is damaged") for name in damaged),
         (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "list.jsonl")], "is a list, not an object"),
         (eval_hellaswag, ["--checkpoint", str(tmp_path / "bare"), "--data", data], "holds no tokenizer.json"),
         (eval_hellaswag, ["--checkpoint", "nowhere", "--data", data], "there is no checkpoint at nowhere"),
@@ -333,6 +339,32 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
             module.main() if module is eval_perplexity else main_of(module)
         error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         assert left.value.code == 2 and len(error) == 1 and expected in error[0], (expected, error)
+
+
+HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "1"}
+ARC = {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answerKey": "B"}
+MMLU = {"question": "a", "choices": ["b", "c", "d", "e"], "answer": 3, "subject": "s"}
+TRUTH = {"question": "a", **{f"{kind}_targets": {"choices": ["b", "c"], "labels": [1, 0]} for kind in ("mc1", "mc2")}}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "good", "changes"),
+    [
+        (eval_hellaswag, "validation", HELLASWAG, [{"label": ""}, {"label": "9"}, {"label": -1}, {"endings": "d"}, {"ctx_b": 5}]),
+        (eval_arc, "test", ARC, [{"choices": ["b", "c"]}, {"choices": {"text": ["b", "c"]}}, {"answerKey": "C"}]),
+        (eval_mmlu, "test", MMLU, [{"answer": "B"}, {"answer": 4}, {"choices": ["b", "c", "d"]}, {"question": None}]),
+        (eval_truthfulqa, "validation", TRUTH, [{"mc2_targets": {"choices": ["b", "c"], "labels": [0, 0]}}]),
+        (eval_truthfulqa, "validation", TRUTH, [{"mc1_targets": {"choices": ["b", "c"], "labels": [0, 1]}}]),
+    ],
+)
+def test_rows_that_are_not_of_the_schema_are_refused(module, name, good, changes, tmp_path):
+    given = options(tmp_path, data=str(tmp_path), shots=0, part="easy", format="letter")
+    write_rows(tmp_path / f"{name}.jsonl", [good])
+    assert len(module.build(given).items) == 1
+    for change in changes:
+        write_rows(tmp_path / f"{name}.jsonl", [good, {**good, **change}])
+        with pytest.raises(ValueError, match=r"row 1 of the data for .* (has|which)"):
+            module.build(given)
 
 
 def main_of(module) -> None:

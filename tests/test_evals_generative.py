@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -284,7 +285,7 @@ def test_a_random_model_under_a_grammar_writes_calls(checkpoint, model, tmp_path
     im_end = load_tokenizer(checkpoint).token_to_id("<|im_end|>")
     assert evaluation.items[0].row["prompt"].count(im_end) == 2 + native  # the user's own stayed text
     found = evaluate(evaluation, model, tmp_path / "tool.json")
-    assert found["metrics"]["constrained_syntax"] == {"value": 1.0, "stderr": 0.0}
+    assert found["metrics"]["constrained_syntax"] == {"value": 1.0, "stderr": 0.0, "n": 6}  # of 12 items
     assert found["metrics"]["constrained_schema"]["value"] == 1.0 and found["metrics"]["free_syntax"]["value"] == 0.0
     assert found["form"] == ("<|tool_call|> and JSON" if native else "a JSON list")
     assert "constrained_syntax" not in found["subjects"]["irrelevance"]["metrics"]
@@ -301,6 +302,19 @@ def test_a_category_of_bfcl_is_read_from_its_own_file(tmp_path):
     assert row == {"id": "multiple_0", "question": [], "ground_truth": ["multiple"]}
     with pytest.raises(ValueError, match=r"there is no BFCL_v4_parallel\.json"):
         load_bfcl("parallel", str(tmp_path), Path("nowhere"))
+    rows = [{"id": f"{kind}_{i}-0", "ground_truth": [kind]} for kind in ("parallel", "parallel_multiple") for i in range(2)]
+    one = tmp_path / "all.jsonl"
+    one.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for category in ("parallel", "parallel_multiple"):
+        assert load_bfcl(category, str(one), Path()) == [row for row in rows if row["ground_truth"] == [category]]
+    shutil.rmtree(tmp_path / "possible_answer")
+    with pytest.raises(ValueError, match="multiple_0 of BFCL's multiple has no ground_truth"):
+        load_bfcl("multiple", str(tmp_path), Path())
+    (tmp_path / "BFCL_v4_irrelevance.json").write_text('{"id": "irrelevance_0"}\n')
+    assert load_bfcl("irrelevance", str(tmp_path), Path()) == [{"id": "irrelevance_0", "ground_truth": []}]
+    one.write_text('{"question": []}\n')
+    with pytest.raises(ValueError, match="row 0 of the data for BFCL has no 'id'"):
+        load_bfcl("multiple", str(one), Path())
 
 
 def mt_bench(path: Path) -> Path:
