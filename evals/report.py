@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import yaml
 
-from data.manifest import file_hash
+from data.manifest import file_hash, read_json
 from entrypoint import user_errors
 from evals.engines import LanguageModel, load_model
 from evals.harness import Write
@@ -75,36 +75,59 @@ def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
     return {
         path.parent.name: {
             name: estimate
-            for name, estimate in _leaves(json.loads(path.read_text()).get("metrics", {}))
+            for name, estimate in leaves(json.loads(path.read_text()).get("metrics", {}))
             if name.endswith(STAGE_METRICS)
         }
         for path in decisions
     }
 
 
-def _leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float | None]]]:
-    """Dotted name and estimate of each number in nested metrics."""
+def leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Dotted name and estimate (value, stderr, n where it is known) of each number in nested metrics."""
     for name, value in metrics.items():
         if isinstance(value, dict) and "value" in value:
-            yield prefix + name, {"value": value["value"], "stderr": value.get("stderr")}
+            yield prefix + name, {"stderr": None, **value}
         elif isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)):
             yield prefix + name, {"value": value, "stderr": None}
 
 
-def training(logs: Path) -> dict[str, Any]:
-    """Curves, held-out figures, phases and decisions of a run, out of its metrics.jsonl and events.jsonl."""
-    rows, events = _lines(logs / "metrics.jsonl"), _lines(logs / "events.jsonl")
-    if not rows:
-        raise ValueError(f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run, or none")
-    steps, losses = [row["step"] for row in rows], [float(row["loss"]) for row in rows]
-    window = max(1, len(rows) // POINTS)
+def history(logs: Path, checkpoint: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows of metrics.jsonl and of events.jsonl up to a checkpoint's step.
+
+    All of them where its phase is none of these logs', as after SFT. Phase and step: by state/trainer.json, without it by the
+    folder, <phase>/step_N.
+    """
+    rows, events = (read_lines(logs / f"{name}.jsonl") for name in ("metrics", "events"))
+    folder = checkpoint.resolve()
+    named = {"phase": folder.parent.name, "step": folder.name.removeprefix("step_")}
+    at = {**named, **read_json(folder / "state" / "trainer.json")}
+    if not str(at["step"]).isdecimal() or all(row.get("phase") != at["phase"] for row in rows):
+        return rows, events
+    last = int(at["step"])
+    events = [event for event in events if isinstance(event.get("step", 0), int) and event.get("step", 0) <= last]
+    return [row for row in rows if row["step"] <= last], events
+
+
+def phases_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Name, begin and end, in steps, of each phase in metrics.jsonl."""
     phases: list[dict[str, Any]] = []
     for row in rows:
         if not phases or phases[-1]["name"] != row["phase"]:
             phases.append({"name": row["phase"], "begin": row["step"] - 1})
         phases[-1]["end"] = row["step"]
+    return phases
+
+
+def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
+    """Curves, held-out figures, phases and decisions of a run up to a checkpoint, out of its metrics.jsonl and events.jsonl."""
+    rows, events = history(logs, checkpoint)
+    if not rows:
+        raise ValueError(f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run, or none")
+    steps, losses = [row["step"] for row in rows], [float(row["loss"]) for row in rows]
+    window = max(1, len(rows) // POINTS)
+    phases = phases_of(rows)
     held_out = [{"step": row["step"], "loss": row["val/loss"]} for row in rows if "val/loss" in row]
     gates = [event for event in events if event["event"] == "gate"]
     return {
@@ -172,7 +195,7 @@ def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if "needle" not in evaluations:
         return {}
     cells: dict[str, dict[tuple[int, float], list[float]]] = {}
-    for sample in _lines(Path(evaluations["needle"]["file"]).with_name(evaluations["needle"]["samples"])):
+    for sample in read_lines(Path(evaluations["needle"]["file"]).with_name(evaluations["needle"]["samples"])):
         found = sample["scores"]
         if "accuracy" in found:
             where = int(found["length"]), float(found["depth"])
@@ -245,19 +268,18 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.checkpoint} is a file; a report is made of a checkpoint folder")
     model = load_model(args.checkpoint, args.device, args.dtype)
     evaluations, missing = measured(args.results, model.hash)
-    config = json.loads((args.checkpoint / "config.json").read_text())
     return {
         "name": args.name or args.checkpoint.name,
         "checkpoint": str(args.checkpoint),
         "checkpoint_hash": model.hash,
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "config": config,
+        "config": read_json(args.checkpoint / "config.json"),
         "parameters": _parameters(args.checkpoint),
         "scores": scores(evaluations),
         "evaluations": evaluations,
         "not_measured": missing,
         "needle": needle(evaluations),
-        "training": training(args.logs) if args.logs else None,
+        "training": training(args.logs, args.checkpoint) if args.logs else None,
         "stages": stages(args.results),
         "contamination": contamination(args.contaminated) if args.contaminated else None,
         "samples": samples(model, args.prompt, args.max_new_tokens),
@@ -311,9 +333,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, without a line that is being written; none where there is no file."""
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_text().split("\n") if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:  # being written

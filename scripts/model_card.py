@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from evals.engines import folder_hash
+from evals.report import history, leaves, measured, phases_of
 from models.hf import read_hf_config
 
 MARK = "written by scripts/export_gguf.py"
@@ -58,15 +60,15 @@ def lm_studio(file: str, chat: bool) -> str:
 
 
 def model_card(folder: Path, targets: dict[str, Path], name: str, chat: bool, logs: Path, results: Path) -> str:
-    """The card, from config.json, logs/<run> and results/<run>; what is not there is said not to be."""
+    """The card, from config.json, logs/<run> up to this checkpoint and its own results; what is not there is said not to be."""
     config = read_hf_config(folder)
-    phases = {path.name.removesuffix(".config.yaml"): _yaml(path) for path in logs.glob("*.config.yaml")}
-    order = _phases(logs)
-    phases = dict(sorted(phases.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
+    rows, events = history(logs, folder)
+    phases = {phase["name"]: _config(logs, phase) for phase in phases_of(rows)}
     stores = dict.fromkeys(Path(phase["data"]["store"]) for phase in phases.values() if phase.get("data", {}).get("store"))
     kind = "qwen3 (Llama with normalised q and k)" if config.qk_norm else "llama"
     smallest = min(targets.values(), key=lambda path: path.stat().st_size)
     usage = f"python -m scripts.chat --model {smallest.name}" if chat else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
+    scores = _scores(measured(results, folder_hash(folder))[0])
     parts = [
         f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
         f"{config.num_parameters / 1e6:,.1f}M parameters, architecture {kind}, {config.num_hidden_layers} layers of "
@@ -77,8 +79,8 @@ def model_card(folder: Path, targets: dict[str, Path], name: str, chat: bool, lo
         f"## Training\n\n{_rows(('phase', 'steps', 'tokens', 'row', 'peak lr', 'mixture'), _training(phases)) or _none(logs)}",
         f"## Data\n\n{_rows(('store', 'source', 'documents', 'kept', 'tokens'), _data(stores)) or _none('a data report')}",
         f"## Contamination\n\n{_contamination(stores) or _none('a contamination report')}",
-        f"## Gates\n\n{_gates(logs) or _none('decisions')}",
-        f"## Scores\n\n{_rows(('task', 'metric', 'value'), _scores(results)) or _none(results)}",
+        f"## Gates\n\n{_gates(events) or _none('decisions')}",
+        f"## Scores\n\n{_rows(('task', 'metric', 'value', 'shots', 'n'), scores) or _none(f'its results in {results}')}",
         "## Licence\n\nThe owner's choice: put it here and above, with the terms of the data it was trained on.\n",
     ]
     return "\n".join(parts)
@@ -88,8 +90,10 @@ def _none(what: Any) -> str:
     return f"Not found: {what}.\n"
 
 
-def _yaml(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text()) or {}
+def _config(logs: Path, phase: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a phase, with the steps that were made."""
+    path = logs / f"{phase['name']}.config.yaml"
+    return {**((yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}), "steps": phase["end"] - phase["begin"]}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -98,19 +102,6 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
-def _phases(logs: Path) -> list[str]:
-    """Phases in the order in which they were trained."""
-    return list(dict.fromkeys(str(line.get("phase")) for line in _lines(logs / "metrics.jsonl")))
 
 
 def _rows(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
@@ -127,7 +118,7 @@ def _files(targets: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
 def _training(phases: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     for phase, run in phases.items():
         data = run.get("data", {})
-        steps, tokens = run.get("steps") or 0, data.get("tokens_per_step") or 0
+        steps, tokens = run["steps"], data.get("tokens_per_step") or 0
         mix = ", ".join(f"{name} {share:g}" for name, share in (data.get("mix") or {}).items())
         yield phase, f"{steps:,}", f"{steps * tokens:,}", data.get("sequence_length"), run.get("optim", {}).get("lr"), mix
 
@@ -144,17 +135,14 @@ def _contamination(stores: dict[Path, None]) -> str:
     return "\n".join(text.split("\n\n")[0] + "\n" for text in texts)
 
 
-def _gates(logs: Path) -> str:
-    return "".join(f"- {line.get('text')}\n" for line in _lines(logs / "events.jsonl") if line.get("event") == "gate")
+def _gates(events: list[dict[str, Any]]) -> str:
+    return "".join(f"- {event.get('text')}\n" for event in events if event.get("event") == "gate")
 
 
-def _scores(results: Path) -> Iterator[tuple[Any, ...]]:
-    for path in sorted(results.rglob("*.json")):
-        found = _json(path)
-        metrics = found.get("metrics")
-        for name, value in (metrics if isinstance(metrics, dict) else {}).items():
-            parts = value if isinstance(value, dict) else {"": value}
-            for part, number in parts.items():
-                if isinstance(number, (int, float)) and part != "tokens":
-                    label = f"{name} {part}".strip()
-                    yield f"{found.get('task', path.stem)} ({path.relative_to(results).with_suffix('')})", label, f"{number:.4g}"
+def _scores(evaluations: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    for task, result in sorted(evaluations.items()):
+        for name, estimate in leaves(result["metrics"]):
+            if estimate["value"] is not None and not name.endswith("tokens"):
+                error = f" ± {estimate['stderr']:.2g}" if estimate["stderr"] is not None else ""
+                n = estimate.get("n") or result.get("n", "")
+                yield task, name, f"{estimate['value']:.4g}{error}", result.get("shots", ""), n

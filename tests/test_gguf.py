@@ -21,7 +21,8 @@ from data.chat_tokenizer import PROBE, save_chat_tokenizer
 from data.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabulary
 from data.session import Session
 from data.tools import TOOLS
-from evals.gguf_parity import compare, compare_tokens, fuzz, reference
+from evals.engines import folder_hash
+from evals.gguf_parity import compare, compare_tokens, fuzz, reference, table
 from models.gguf import export, k_rows, tensor_type
 from models.hf import load_hf, save_hf
 from models.llamacpp import LlamaCpp, find_library, quantise_rows
@@ -209,6 +210,10 @@ def test_what_the_check_is_there_for_is_found(folders, tmp_path, monkeypatch):
     path = make(folders["dense"], tmp_path / "turned", "f16")["f16"]
     row = compare(path, ref, threads=1)
     assert row["verdict"] == "wrong" and row["max_error"] > 0.1 and row["weight_error"]["F16"] > 0.5
+    other = make(folders["tied"], tmp_path / "other", "q8_0")["q8_0"]  # of other shapes, and with another vocabulary
+    row = compare(other, ref, threads=1)
+    assert row["verdict"] == "wrong" and "of another model: token_embd.weight" in row["because"][0]
+    assert "| m-q8_0.gguf | 0.3 | wrong | - | - |" in table([row])
 
 
 @runtime
@@ -336,10 +341,14 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(folders, tm
     assert "splits text by no rule" in failed(other)
     (other / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}))
     assert "it normalises text" in failed(other)
+    (other / "tokenizer.json").write_text("{")
+    assert "tokenizer.json is damaged" in failed(other)
     cut = copy("cut")
     os.truncate(cut / "model.safetensors", 100_000)
     assert "is damaged" in failed(cut)
     config = json.loads((good / "config.json").read_text())
+    (cut / "config.json").write_text("[1]")
+    assert "config.json is damaged" in failed(cut)
     small = copy("small")
     (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     assert "more than the model's 300" in failed(small)
@@ -382,19 +391,28 @@ def test_the_card_tells_of_the_run_and_leaves_other_files_alone(folders, tmp_pat
     for phase, lr in (("late", 0.5), ("early", 0.25)):
         data = f"{{store: {tmp_path / 'store'}, mix: {{books: 1.0}}, tokens_per_step: 100, sequence_length: 64}}"
         (logs / f"{phase}.config.yaml").write_text(f"steps: 7\noptim: {{lr: {lr}}}\ndata: {data}\n")
-    (logs / "metrics.jsonl").write_text('{"phase": "early"}\n{"phase": "late"}\n')
-    (logs / "events.jsonl").write_text('{"event": "gate", "text": "go at step 7: fine"}\n')
+    steps = [{"phase": "early" if step <= 7 else "late", "step": step} for step in range(1, 22)]
+    (logs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+    gates = [{"event": "gate", "step": step, "text": f"go at step {step}: fine"} for step in (7, 21)]
+    (logs / "events.jsonl").write_text("".join(json.dumps(gate) + "\n" for gate in gates))
+    shutil.copytree(folders["dense"], tmp_path / "late" / "step_14")
     (tmp_path / "store" / "report.json").write_text('{"sources": {"books": {"documents": 9, "kept": 8, "train_tokens": 1234}}}')
-    (results / "arc.json").write_text('{"task": "arc", "metrics": {"acc": 0.25}}')
+    acc = {"acc": {"value": 0.25, "stderr": 0.125, "n": 4}}
+    for task, made_by in (("arc", folder_hash(folders["dense"])), ("mmlu", "another")):
+        result = {"task": task, "metrics": acc, "n": 9, "shots": 25, "checkpoint_hash": made_by}
+        (results / f"{task}.json").write_text(json.dumps(result))
+    (results / "decision.json").write_text(json.dumps({"step": 14, "metrics": {"arc": acc}}))
     (out / "Modelfile").write_text("mine")
     flags = ("--outtype", "q8_0", "--outfile", out / "tiny.gguf", "--logs", logs, "--results", results)
-    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(folders["dense"]), *map(str, flags)])
+    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(tmp_path / "late" / "step_14"), *map(str, flags)])
     export_gguf.main()
     assert "Modelfile is not of this command" in capsys.readouterr().out and (out / "Modelfile").read_text() == "mine"
     card = (out / "README.md").read_text()
     early, late = (card.index(f"| {phase} | 7 | 700 | 64 | {lr} | books 1 |") for phase, lr in (("early", 0.25), ("late", 0.5)))
     assert early < late
-    assert "| books | 9 | 8 | 1,234 |" in card and "- go at step 7: fine" in card and "| arc (arc) | acc | 0.25 |" in card
+    assert "| books | 9 | 8 | 1,234 |" in card and "- go at step 7: fine" in card and "go at step 21" not in card
+    scores = card[card.index("## Scores") : card.index("## Licence")].splitlines()
+    assert [line for line in scores if line.startswith("| ")][2:] == ["| arc | acc | 0.25 ± 0.12 | 25 | 4 |"]
     assert "Not found: a contamination report" in card and "The owner's choice" in card
     (out / "Modelfile").unlink()
     export_gguf.main()

@@ -12,12 +12,13 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, save_tiny, tiny_config
 
-from evals import report
+from evals import eval_needle, report
 from evals.engines import folder_hash
 from models.hf import load_hf
 from scripts import visualize_attention
 
 CONFIG = tiny_config(max_position_embeddings=256)
+BREAKS = "one\u2028two\u2029three\u0085four\x0bfive"  # what str.splitlines takes for ends of lines, and json leaves as they are
 VOID = {"meta", "line", "polyline", "br", "link", "img", "input"}
 
 
@@ -35,19 +36,23 @@ def made(checkpoint, tmp_path_factory):
     logs.mkdir()
     of = {"checkpoint_hash": folder_hash(checkpoint)}
 
-    def put(name, task, metrics, n, **more):
+    def put(name, task, metrics, n, n_of=None, **more):
         estimates = {key: {"value": value, "stderr": error} for key, (value, error) in metrics.items()}
+        for key, count in (n_of or {}).items():
+            estimates[key]["n"] = count
         (results / name).write_text(json.dumps({"task": task, "metrics": estimates, "n": n, "shots": 0, **of, **more}))
 
     put("hellaswag.json", "hellaswag", {"acc": (0.4321, 0.01), "acc_norm": (0.4321, 0.0123)}, 800)
+    put("tool_use.json", "tool_use", {"free_syntax": (0.5, 0.3)}, 8, n_of={"free_syntax": 3})
     put("smaller.json", "hellaswag", {"acc_norm": (0.99, 0.01)}, 3)
     put("other.json", "mmlu", {"acc": (0.77, 0.01)}, 9, checkpoint_hash="of another")
     clean = {"metrics": {"acc": {"value": 0.2, "stderr": 0.1}}, "n": 3, "contaminated": ["x"]}
     put("mmlu.json", "mmlu", {"acc": (0.2625, 0.004)}, 400, clean=clean)
     put("needle.json", "needle", {"accuracy": (0.5, 0.1)}, 4, samples="needle.samples.jsonl")
     cells = [("128", "0.000", 1.0), ("128", "0.000", 0.0), ("256", "0.000", 1.0), ("128", "1.000", 0.25)]
-    lines = [{"subject": "single", "scores": {"length": a, "depth": b, "accuracy": c}} for a, b, c in cells]
-    (results / "needle.samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"subject": "single", "scores": {"length": a, "depth": b, "accuracy": c, "text": BREAKS}} for a, b, c in cells]
+    (results / "needle.samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    assert eval_needle.grid(results / "needle.samples.jsonl")["single"][128, 0.0] == [1.0, 0.0]
     bits = {name: {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": value} for name, value in (("wiki", 1.25), ("all", 1.5))}
     (results / "perplexity.json").write_text(json.dumps({"task": "perplexity", "metrics": bits, **of}))
     summary = {"task": "quick", "metrics": {}, "not_measured": {"gsm8k": "no <data>", "mmlu": "was"}, **of}
@@ -107,7 +112,7 @@ class Page(HTMLParser):
 
 def test_results_are_of_this_checkpoint_and_the_largest_run(made):
     found, _ = made
-    assert set(found["evaluations"]) == {"hellaswag", "mmlu", "needle", "perplexity"} and found["not_measured"] == {
+    assert set(found["evaluations"]) == {"hellaswag", "mmlu", "needle", "perplexity", "tool_use"} and found["not_measured"] == {
         "gsm8k": "no <data>"
     }
     named = {"task": "hellaswag", "metric": "acc_norm"}
@@ -146,11 +151,38 @@ def test_the_page_stands_alone_and_says_what_the_json_says(made):
         "no <data>",
         "tiny <b>",
         "hellaswag acc",
+        "0-shot, 3 items",
         "acc 26.2 → 20.0",
     ]
     for number in numbers:
         assert number in said, number
     assert found["samples"][0]["text"] in said
+
+
+def test_training_is_told_up_to_the_checkpoint(tmp_path):
+    rows = [{"step": i, "phase": "a" if i < 4 else "b", "loss": 1.0, "tokens": 10 * i, "val/loss": 2.0} for i in range(1, 7)]
+    events = [{"event": "gate", "step": step, "outcome": "go"} for step in (2, 6, "sft")] + [{"event": "skipped", "step": 5}]
+    for name, lines in (("metrics", rows), ("events", events)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = {}
+    for place, phase in (("a/step_2", "a"), ("b/step_6", "b"), ("b/step_5", ""), ("sft/step_3", "sft"), ("elsewhere", "b")):
+        folder = tmp_path / place
+        folder.mkdir(parents=True)
+        if phase:  # else its state/ is gone, and its name tells
+            (folder / "state").mkdir()
+            step = 4 if place == "elsewhere" else int(place.rpartition("_")[2])
+            (folder / "state" / "trainer.json").write_text(json.dumps({"phase": phase, "step": step}))
+        told = report.training(tmp_path, folder)
+        where = (told["steps"], told["tokens"], len(told["curve"]), len(told["held_out"]))
+        found[place] = (*where, [phase["name"] for phase in told["phases"]], [gate["step"] for gate in told["gates"]])
+        assert told["incidents"] == ({"skipped": 1} if told["steps"] >= 5 else {})
+    assert found == {
+        "a/step_2": (2, 20, 2, 2, ["a"], [2]),
+        "b/step_6": (6, 60, 6, 6, ["a", "b"], [2, 6]),
+        "b/step_5": (5, 50, 5, 5, ["a", "b"], [2]),
+        "sft/step_3": (6, 60, 6, 6, ["a", "b"], [2, 6, "sft"]),  # what it was made of
+        "elsewhere": (4, 40, 4, 4, ["a", "b"], [2]),
+    }
 
 
 def test_every_published_score_has_its_source_and_shots(made):
