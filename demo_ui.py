@@ -10,21 +10,15 @@ Needs gradio: pip install -r requirements-demo.txt. Only this machine can open i
 import argparse
 import hmac
 import importlib.util
-import socket
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from data.tokenizer import load_tokenizer
 from demo.page import CSS, build
 from demo.talk import Voice
 from entrypoint import user_errors
 from models.hf import newest_step
-from models.speakers import TorchSpeaker
-from scripts.chat import load
-from scripts.test_generation import borders
+from scripts.chat import free_port, load
 
 
 def main() -> None:
@@ -67,13 +61,8 @@ def launch(page: Any, host: str, port: int, password: str | None = None, share: 
 
 def open_voice(path: Path, context: int | None) -> Voice:
     """A model of a folder or of a file; ValueError says what it is not."""
-    base = (path / "config.json").is_file() and not (path / "chat_template.jinja").is_file()
-    if not base:
-        chat, speaker = load(path, context)
-        return Voice(name(path), speaker, chat)
-    bos, ends = borders(path)
-    tokenizer = load_tokenizer(path)
-    return Voice(name(path), TorchSpeaker(path, "cuda" if torch.cuda.is_available() else "cpu", context), tokenizer, bos, ends)
+    chat, speaker = load(path, context)
+    return Voice(name(path), speaker, chat)
 
 
 def name(path: Path) -> str:
@@ -82,17 +71,6 @@ def name(path: Path) -> str:
     if path.is_file():
         return path.name
     return "/".join(parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-2:])
-
-
-def free_port(host: str, port: int) -> int:
-    """The port, or any free one for 0; ValueError where it is taken or not ours to take."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise ValueError(f"{host}:{port} cannot be opened ({error}); give another --port, or 0 for any free one") from None
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -195,7 +195,10 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
         raise ValueError(f"{path} holds no byte-level BPE; files of scripts/export_gguf.py do")
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot"}
     ids = {name: field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
-    tokenizer = build_tokenizer(tokens, types, merges, pre)
+    try:
+        tokenizer = build_tokenizer(tokens, types, merges, pre)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if field(reader, "tokenizer.ggml.add_bos_token") and ids["bos"] is not None:
         bos = tokens[ids["bos"]]
         tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos"])])

@@ -1,12 +1,23 @@
 """A conversation that goes on: the user asks, the model thinks, calls tools that are really run, and answers."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from data.chat import Chat, Reply
+from data.chat import Reply
 from data.tools import run_tool
 
 MAX_CALLS = 6  # rounds of tool calls in a turn
+
+
+class Talk(Protocol):
+    """How a model is talked to: data.chat.Chat, or one of data/other_chats.py."""
+
+    @property
+    def stop_ids(self) -> list[int]: ...
+
+    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]: ...
+
+    def parse(self, ids: Sequence[int], partial: bool = False) -> Reply: ...
 
 
 class Session:
@@ -14,7 +25,7 @@ class Session:
 
     def __init__(
         self,
-        chat: Chat,
+        chat: Talk,
         speak: Callable[[list[int]], Iterator[int]],
         system: str = "",
         tools: Sequence[dict[str, Any]] = (),

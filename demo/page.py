@@ -161,7 +161,7 @@ def build(voices: Sequence[Voice]) -> Any:
                         min_height=260,
                         buttons=["copy"],
                         feedback_options=None,
-                        placeholder="Ask something" if voice.chat else "Type the beginning of a text",
+                        placeholder="Type the beginning of a text" if voice.is_base else "Ask something",
                     )
                     columns += [chat, gr.HTML(meter(None, voice.context))]
         box = gr.Textbox(show_label=False, placeholder="Message", submit_btn=True, autofocus=True, max_lines=8, elem_id="box")
@@ -198,5 +198,5 @@ def build(voices: Sequence[Voice]) -> Any:
 
 def about(voices: Sequence[Voice]) -> str:
     names = " and ".join(voice.name for voice in voices)
-    base = [voice for voice in voices if voice.chat is None]
+    base = [voice for voice in voices if voice.is_base]
     return f"{names}; a base model continues what you type" if base else names

@@ -6,14 +6,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from data.chat import Chat
-from data.session import Session
+from data.other_chats import Continuation
+from data.session import Session, Talk
 from data.tools import TOOLS
 from models.sampling import Sampling
 from models.speakers import Speaker
-from models.text import TextStream
 
 Steps = Generator[None, None, None]
 Pieces = Generator[tuple[str, str], None, None]
@@ -52,22 +49,17 @@ class Turn:
 
 
 class Voice:
-    """A model that can be talked to: by the chat template, or, of a base model, one that continues what was typed."""
+    """A model that can be talked to: by a chat template, or, of a base model, one that continues what was typed."""
 
-    def __init__(self, name: str, speaker: Speaker, chat: Chat | Tokenizer, bos: Sequence[int] = (), ends: Sequence[int] = ()):
-        """bos, ends: ids that begin a text and that end one, of a base model, whose tokenizer is given for a chat."""
-        self.name, self.speaker, self.context = name, speaker, speaker.context
-        self.chat = chat if isinstance(chat, Chat) else None
-        self.tokenizer = chat.tokenizer if isinstance(chat, Chat) else chat
-        self.bos, self.ends = list(bos), list(ends)
-        self.tokenizer.encode_special_tokens = True  # text that looks like a special token is text
+    def __init__(self, name: str, speaker: Speaker, chat: Talk):
+        self.name, self.speaker, self.context, self.chat = name, speaker, speaker.context, chat
+        self.is_base = isinstance(chat, Continuation)
 
     def answer(self, turn: Turn, before: Sequence[Turn], how: How, stopped: Callable[[], bool]) -> Steps:
         """Fill a turn that follows others; yields after each token and each piece. A mistake ends it with a note."""
         turn.seed = how.seed
-        said = self._ask(turn, before, how, stopped) if self.chat else self._continue(turn, how, stopped)
         try:
-            with closing(said):
+            with closing(self._ask(turn, before, how, stopped)) as said:
                 for kind, text in said:
                     if kind == "note" and stopped():
                         text = "stopped" if "cut here" in text else "stopped; the turn is forgotten"
@@ -77,7 +69,6 @@ class Voice:
             turn.add("note", str(error))
 
     def _ask(self, turn: Turn, before: Sequence[Turn], how: How, stopped: Callable[[], bool]) -> Pieces:
-        assert self.chat
         stop = self.chat.stop_ids
         tools = TOOLS if how.tools else []
         session = Session(self.chat, lambda prompt: self._speak(prompt, turn, how, stop, stopped), how.system, tools)
@@ -85,13 +76,6 @@ class Voice:
         known = len(session.messages)
         yield from session.ask(turn.text)
         turn.messages = session.messages[known:]
-
-    def _continue(self, turn: Turn, how: How, stopped: Callable[[], bool]) -> Pieces:
-        text = TextStream(lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True))
-        ids = [*self.bos, *self.tokenizer.encode(turn.text, add_special_tokens=False).ids]
-        for token in self._speak(ids, turn, how, self.ends, stopped):
-            yield "content", text.push(token)
-        yield "content", text.flush()
 
     def _speak(self, prompt: list[int], turn: Turn, how: How, stop: Sequence[int], stopped: Callable[[], bool]) -> Iterator[int]:
         """The tokens of one reply, counted and timed."""

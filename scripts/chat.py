@@ -5,19 +5,22 @@ python -m scripts.chat --model checkpoints/nanollama_1b/sft --prompt "What is 17
 python -m scripts.chat --model gguf/nanollama-1b-q4_k_m.gguf --serve 8080    # llama.cpp's server, with OpenAI's interface
 
 Thoughts are dim; tools (arithmetic, dates, units, facts about countries) really run, unless --no_tools.
+A model with another chat template than ours speaks in that, without tools; one that has none continues what you type.
 """
 
 import argparse
+import io
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from data.chat import Chat
-from data.gguf_tokenizer import open_gguf, tokenizer_folder
-from data.session import Session
+from data.gguf_tokenizer import open_gguf
+from data.other_chats import Continuation, OwnTemplate, open_chat
+from data.session import Session, Talk
 from data.tools import TOOLS
 from entrypoint import user_errors
 from models.hf import newest_step
@@ -38,17 +41,32 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         if args.serve is not None:
-            serve(args.model, args.serve, args.context or 0)
+            serve(args.model, args.serve, args.context)
             return
-        session = begin(*load(args.model, args.context), args)
-        kept = list(session.messages)
-        for text in args.prompt or typed():
-            if text == "/reset":
-                session.messages = list(kept)
-            elif text.strip():
-                if args.prompt:
-                    print(f"> {text}")
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
+        chat, speaker = load(args.model, args.context)
+        session = begin(chat, speaker, args)
+        if isinstance(chat, OwnTemplate | Continuation):
+            print("a base model: it continues what you type" if isinstance(chat, Continuation) else "its own template: no tools")
+        talk(session, args.prompt)
+
+
+def talk(session: Session, prompts: list[str] | None) -> None:
+    """Answer prompts, or what is typed, where a mistake ends a turn and not the conversation."""
+    kept = list(session.messages)
+    for text in prompts or typed():
+        if text == "/reset":
+            session.messages = list(kept)
+        elif text.strip():
+            if prompts:
+                print(f"> {text}")
+            try:
                 show(session.ask(text))
+            except ValueError as error:
+                if prompts:
+                    raise
+                print(f"[note] {error}", flush=True)
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,30 +85,38 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
 
 
-def begin(chat: Chat, speaker: Speaker, args: argparse.Namespace) -> Session:
+def begin(chat: Talk, speaker: Speaker, args: argparse.Namespace) -> Session:
     """A conversation by the flags."""
     sampling = sampling_of(args)
 
     def speak(prompt: list[int]) -> Iterator[int]:
         new = min(args.max_new_tokens, speaker.context - len(prompt))
         if new < 1:
-            raise ValueError(f"the conversation fills the context of {speaker.context} tokens; begin a new one (/reset)")
+            raise ValueError(f"{len(prompt)} tokens fill the context of {speaker.context}; begin anew (/reset) or write less")
         return speaker.speak(prompt, new, sampling, args.seed, chat.stop_ids)
 
     return Session(chat, speak, args.system, [] if args.no_tools else TOOLS)
 
 
-def load(path: Path, context: int | None) -> tuple[Chat, Speaker]:
-    """The template and the model of a GGUF file or of a folder; ValueError says what it is not."""
-    if path.is_file():
-        return Chat.from_folder(tokenizer_folder(path)), GgufSpeaker(path, context)
+def load(path: Path, context: int | None) -> tuple[Talk, Speaker]:
+    """How to talk to the model of a GGUF file or of a folder, and the model; ValueError says what it is not."""
+    check_context(context)
+    if path.suffix == ".gguf":
+        return open_chat(path), GgufSpeaker(path, context)
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is neither a GGUF file nor a checkpoint: it holds no config.json")
-    return Chat.from_folder(path), TorchSpeaker(path, "cuda" if torch.cuda.is_available() else "cpu", context)
+        raise ValueError(f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json")
+    return open_chat(path), TorchSpeaker(path, "cuda" if torch.cuda.is_available() else "cpu", context)
+
+
+def check_context(context: int | None) -> None:
+    if context is not None and context < 1:
+        raise ValueError(f"--context {context} must be at least 1")
 
 
 def typed() -> Iterator[str]:
     """Lines that the user types, until /quit or the end of input."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no text
     while True:
         try:
             line = input("> ")
@@ -120,20 +146,36 @@ def show(pieces: Iterator[tuple[str, str]]) -> None:
     print("\033[0m" if colour else "")
 
 
-def serve(path: Path, port: int, context: int) -> None:
+def serve(path: Path, port: int, context: int | None) -> None:
     """llama.cpp's own server, until it is stopped."""
     open_gguf(path)
+    check_context(context)
     try:
         import xllamacpp
     except ImportError:
         raise ValueError("--serve needs xllamacpp; pip install xllamacpp") from None
     params = xllamacpp.CommonParams()
-    params.model.path, params.port, params.n_ctx, params.verbosity = str(path), port, context, 1
+    params.model.path, params.n_ctx, params.verbosity = str(path), context or 0, 1
+    params.port = free_port("127.0.0.1", port)
     ends = [signal.SIGINT, signal.SIGTERM]
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the server's threads too
-    server = xllamacpp.Server(params)
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ValueError(f"llama.cpp cannot serve {path}: {error}") from error
     print(f"{server.listening_address}/v1 answers as OpenAI's interface; Ctrl-C ends it", flush=True)
     signal.sigwait(ends)
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or any free one for 0; ValueError where it is taken or not ours to take."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"{host}:{port} cannot be opened ({error}); give another port, or 0 for any free one") from None
+        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

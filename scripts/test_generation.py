@@ -7,12 +7,10 @@ Each prompt of a chat model is a conversation of its own; tools really run, unle
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 
-from data.chat import TEMPLATE, Chat
-from data.manifest import read_json
+from data.other_chats import borders, open_chat, template_of
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
 from models.hf import check_model_folder, load_hf, newest_step
@@ -32,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         check_model_folder(args.checkpoint)
-        chats = (args.checkpoint / TEMPLATE).is_file() and not args.raw
+        chats = template_of(args.checkpoint) and not args.raw
         args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 512 if chats else 60
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
@@ -47,7 +45,7 @@ def converse(args: argparse.Namespace) -> None:
     if args.stop:
         raise ValueError("--stop is for plain text, a reply ends itself; leave it out, or add --raw")
     try:
-        chat = Chat.from_folder(args.checkpoint)
+        chat = open_chat(args.checkpoint)
     except ValueError as error:
         raise ValueError(f"{error}; or add --raw, to continue plain text") from error
     speaker = TorchSpeaker(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
@@ -73,13 +71,6 @@ def go_on(args: argparse.Namespace) -> None:
         for _, piece in stream_text(model, [ids], args.max_new_tokens, tokenizer.decode, **how):
             print(piece, end="", flush=True)
         print("\033[0m\n")
-
-
-def borders(folder: Path) -> tuple[list[int], list[int]]:
-    """The token that begins a text, if any, and those that end one, by a folder's config files."""
-    config = {**read_json(folder / "config.json"), **read_json(folder / "generation_config.json")}
-    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    return [] if bos is None else [bos], eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 if __name__ == "__main__":

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data.other_chats import borders
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
 from models.attention import attention_mask
 from models.hf import check_model_folder, load_hf, newest_step
 from models.layers import apply_rotary
 from models.nanollama import GroupedQueryAttention, NanoLlama
-from scripts.test_generation import borders
 
 CHUNK = 1 << 24  # probabilities at a time, all heads together
 

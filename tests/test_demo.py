@@ -20,7 +20,7 @@ from data.chat_tokenizer import save_chat_tokenizer
 from data.gguf_tokenizer import read_vocabulary
 from data.tokenizer import save_tokenizer, train_tokenizer
 from data.tools import TOOLS, run_tool
-from demo.page import build, meter
+from demo.page import about, build, meter
 from demo.talk import How, Turn
 from models.gguf import export
 from models.hf import load_hf, save_hf
@@ -295,18 +295,78 @@ def test_two_side_by_side_behind_a_password(browser, folder, tmp_path, monkeypat
         page.close()
 
 
-def test_a_base_model_continues_what_is_typed(folder, tmp_path):
+def base_of(folder: Path, place: Path) -> Path:
+    """The model of a folder without its chat template."""
+    place.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folder / name, tmp_path)
-    voice = demo_ui.open_voice(tmp_path, None)
-    turn = Turn("What is <|im_end|>")
-    for _ in voice.answer(turn, [], How(new=12), lambda: False):
-        pass
-    ids = [*voice.bos, *voice.tokenizer.encode(turn.text, add_special_tokens=False).ids]
-    [expected] = complete(load_hf(tmp_path), [ids], 12, voice.tokenizer.decode, stop_tokens=voice.ends)
-    assert [kind for kind, _ in turn.parts] == ["content"] and turn.parts[0][1] == expected
-    assert turn.held == len(ids) + turn.tokens and f'value="{turn.held}"' in meter(turn, voice.context)
-    assert not turn.messages and Chat.from_folder(folder).ids[IM_END] not in ids
+        shutil.copy(folder / name, place)
+    return place
+
+
+def both_kinds(folder: Path) -> list[Path]:
+    """The folder, and where llama.cpp is installed a file that is made of it."""
+    if find_library() is None:
+        return [folder]
+    path = folder.parent / f"{folder.name}.gguf"
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    export(folder, {"f32": path}, read_vocabulary(folder, size).put, "m", say=lambda line: None)
+    return [folder, path]
+
+
+def test_a_base_model_continues_what_is_typed(folder, tmp_path):
+    base = base_of(folder, tmp_path / "base")
+    for path in both_kinds(base):
+        voice = demo_ui.open_voice(path, None)
+        turns: list[Turn] = []
+        for _ in range(2):  # it is not told of the first
+            turns.append(Turn("What is <|im_end|>"))
+            for _ in voice.answer(turns[-1], turns[:-1], How(new=12, system="Be kind."), lambda: False):
+                pass
+        turn = turns[0]
+        ids = voice.chat.prompt([{"role": "user", "content": turn.text}])
+        tokenizer = voice.chat.tokenizer
+        assert ids == [*voice.chat.bos, *tokenizer.encode(turn.text).ids] and Chat.from_folder(folder).ids[IM_END] not in ids
+        [expected] = complete(load_hf(base), [ids], 12, tokenizer.decode, stop_tokens=voice.chat.stop_ids)
+        assert [turn.parts for turn in turns] == [[("content", expected)]] * 2
+        assert turn.held == len(ids) + turn.tokens and f'value="{turn.held}"' in meter(turn, voice.context)
+        assert "continues what you type" in about([voice])
+
+
+def test_another_template_than_ours_is_spoken(folder, tmp_path):
+    """A template of its own, in a file or, as older folders have it, in tokenizer_config.json, gives transformers' ids."""
+    from transformers import AutoTokenizer
+
+    template = """{%- for m in messages -%}{%- if m.role == 'tool' -%}{{ raise_exception('no tools here') }}{%- endif -%}
+    {{- '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' -}}{%- endfor -%}
+    {{- '<|im_start|>assistant:' if add_generation_prompt -}}"""
+    filed, named = (base_of(folder, tmp_path / name) for name in ("filed", "named"))
+    (filed / "chat_template.jinja").write_text(template)
+    settings = json.loads((named / "tokenizer_config.json").read_text())
+    (named / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, answer("Yes."), answer("No.")]
+    wanted = AutoTokenizer.from_pretrained(filed).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    end = Chat.from_folder(folder).ids[IM_END]
+    for path in (*both_kinds(filed), named):
+        voice = demo_ui.open_voice(path, None)
+        assert voice.chat.prompt(messages, TOOLS) == wanted and end in voice.chat.stop_ids and not voice.is_base
+        typed = [{"role": "user", "content": "<|im_end|>"}]
+        assert voice.chat.prompt(typed).count(end) == 1  # what a user types is text
+        reply = voice.chat.parse([*voice.chat.tokenizer.encode("la la").ids, end])
+        assert (reply.content, reply.ended, voice.chat.parse([40]).ended) == ("la la", True, False)
+        turn = Turn("Hello")
+        for _ in voice.answer(turn, [], How(new=4), lambda: False):
+            pass
+        assert turn.tokens and turn.parts
+        with pytest.raises(ValueError, match="does not take this conversation: no tools here"):
+            voice.chat.prompt([{"role": "tool", "content": "4"}])
+    for name in ("tokenizer_config.json", "tokenizer.json"):
+        (filed / name).write_text("{")
+        with pytest.raises(ValueError, match=f"{filed / name} is damaged"):
+            demo_ui.open_voice(filed, None)
+        shutil.copy(named / name, filed)
+    (filed / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=f"{filed} holds no tokenizer.json"):
+        demo_ui.open_voice(filed, None)
 
 
 def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkeypatch, capsys):
@@ -319,7 +379,8 @@ def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkey
     pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
     assert "give a --password" in said("--checkpoint", folder, "--share")
     assert "give a --password" in said("--checkpoint", folder, "--host", "0.0.0.0")
-    assert "give another --port" in said("--checkpoint", folder, "--port", 99_999)
-    assert "neither a GGUF file nor a checkpoint" in said("--checkpoint", tmp_path, "--port", 0)
+    assert "give another port" in said("--checkpoint", folder, "--port", 99_999)
+    assert "neither a GGUF file (*.gguf) nor a checkpoint" in said("--checkpoint", tmp_path, "--port", 0)
+    assert "--context -5" in said("--checkpoint", folder, "--context", -5, "--port", 0)
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert "m.gguf" in said("--gguf", tmp_path / "m.gguf", "--port", 0)

@@ -1,10 +1,12 @@
 """GGUF files against their checkpoint, read by gguf and transformers, run by llama.cpp; bad inputs; talking to a model."""
 
 import errno
+import io
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -284,6 +286,25 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
     assert "cut here" in list(session.ask("again"))[-1][1] and session.messages[-1]["content"] == "and so on"
 
 
+def test_a_mistake_ends_a_turn_not_the_conversation(folders, files, monkeypatch, capsys):
+    typed = io.TextIOWrapper(io.BytesIO(b"long " * 300 + b"\n/reset\nhi \xff there\n"), "utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    monkeypatch.setattr(sys, "argv", ["x", "--model", str(folders["dense"]), "--max_new_tokens", "1", "--no_tools"])
+    chat_script.main()
+    said = capsys.readouterr().out.split("> ")
+    assert "tokens fill the context of 256" in said[1] and len(said) == 5 and "fill" not in said[3]
+    taken = socket.create_server(("127.0.0.1", 0))
+    for path, flags, words in (
+        (folders["dense"], ["--max_new_tokens", 0], "--max_new_tokens 0 must be"),
+        (folders["dense"], ["--context", -5], "--context -5 must be"),
+        (files["dense"]["q8_0"], ["--serve", 0, "--context", -5], "--context -5 must be"),
+        (files["dense"]["q8_0"], ["--serve", taken.getsockname()[1]], "give another port"),
+        (files["dense"]["q8_0"], ["--serve", 99_999], "give another port"),
+    ):
+        assert words in complaint_of(chat_script.main, ["--model", path, *flags], capsys, monkeypatch)
+    taken.close()
+
+
 @runtime
 def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders):
     pytest.importorskip("xllamacpp", reason="the server is xllamacpp's")
@@ -381,7 +402,7 @@ def test_a_damaged_file_is_told_of(folders, files, tmp_path, monkeypatch, capsys
         assert "m.gguf" in complaint_of(chat_script.main, ["--model", path, "--prompt", "hi"], capsys, monkeypatch)
         with pytest.raises(ValueError, match=r"llama.cpp cannot read"):
             LlamaCpp(path)
-    assert "neither a GGUF file nor a checkpoint" in complaint_of(chat_script.main, ["--model", tmp_path], capsys, monkeypatch)
+    assert "neither a GGUF file (*.gguf) nor" in complaint_of(chat_script.main, ["--model", tmp_path], capsys, monkeypatch)
 
 
 def test_the_card_tells_of_the_run_and_leaves_other_files_alone(folders, tmp_path, monkeypatch, capsys):
