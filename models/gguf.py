@@ -6,20 +6,24 @@ f16. Needs the gguf package; q4_k_m takes its rows from a llama.cpp library (mod
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from models.hf import from_hf_name, read_hf_config, weight_files
+from models.hf import config_json, from_hf_config, from_hf_name, weight_files
 from models.nanollama import ModelConfig
 
 OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_k_m": "MOSTLY_Q4_K_M"}
-FALLBACK = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
+OF_EIGHT = {"attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K"}  # in q4_k_m, where there are 8 experts
+EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+\.weight)")
 SLAB = 2**20  # weights that a thread quantises at a time
 BLOCK = {
     "input_layernorm": "attn_norm",
@@ -33,8 +37,46 @@ BLOCK = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 Quantise = Callable[[np.ndarray, int], np.ndarray]  # fp32 [rows, width], ggml's number of a type -> uint8 [rows, bytes]
+
+
+@dataclass(frozen=True)
+class MoeConfig(ModelConfig):
+    """The shape of a Qwen3-MoE, whose feed-forwards are all of experts. We have no such model: it is exported only."""
+
+    num_experts: int = 128
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+
+    @property
+    def num_parameters(self) -> int:
+        expert = 3 * self.hidden_size * self.moe_intermediate_size + self.hidden_size  # with its row of the router
+        dense = 3 * self.hidden_size * self.intermediate_size
+        return super().num_parameters + self.num_hidden_layers * (self.num_experts * expert - dense)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a folder that can be exported; ValueError names what llama.cpp or NanoLlama has no counterpart for."""
+    hf = config_json(folder)
+    if hf.get("model_type") != "qwen3_moe":
+        return from_hf_config(hf)
+    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+        raise ValueError(f"{folder} has layers without experts; only models with experts in every layer are exported")
+    if not hf.get("norm_topk_prob"):
+        raise ValueError(f"{folder} has norm_topk_prob false, but llama.cpp always makes the chosen experts' weights add up to 1")
+    dense = from_hf_config({"head_dim": hf["hidden_size"] // hf["num_attention_heads"], **hf, "model_type": "qwen3"})
+    own = {name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size") if name in hf}
+    return MoeConfig(**asdict(dense), num_experts=hf.get("num_experts", hf.get("num_local_experts", 128)), **own)
+
+
+def architecture(config: ModelConfig) -> str:
+    """llama.cpp's name of it."""
+    return "qwen3moe" if isinstance(config, MoeConfig) else "qwen3" if config.qk_norm else "llama"
 
 
 class Stored(NamedTuple):
@@ -53,11 +95,28 @@ class Stored(NamedTuple):
         return values.reshape(self.shape)
 
 
+class Stacked(NamedTuple):
+    """Tensors of one shape that lie in a GGUF file as one."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.parts), *self.parts[0].shape
+
+    def read(self) -> np.ndarray:
+        return np.stack([part.read() for part in self.parts])
+
+
 class Planned(NamedTuple):
     """A tensor of the file that is written."""
 
     name: str
-    stored: Stored
+    stored: Stored | Stacked
     heads: int  # of q or k where rows must be put in ggml's order, else 0
 
 
@@ -83,9 +142,25 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
+def stack_experts(stored: Mapping[str, Stored]) -> dict[str, Stored | Stacked]:
+    """The tensors, those of a layer's experts as one: mlp.experts.3.up_proj is part 3 of mlp.experts.up_proj."""
+    result: dict[str, Stored | Stacked] = {}
+    experts: dict[str, dict[int, Stored]] = {}
+    for name, tensor in stored.items():
+        if found := EXPERT.fullmatch(name):
+            experts.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = tensor
+        else:
+            result[name] = tensor
+    for name, parts in experts.items():
+        if set(parts) != set(range(len(parts))) or len({(part.dtype, part.shape) for part in parts.values()}) > 1:
+            raise ValueError(f"{name}: an expert is missing, or unlike the others; take another copy of the model")
+        result[name] = Stacked(tuple(parts[i] for i in sorted(parts)))
+    return result
+
+
 def plan(folder: Path, config: ModelConfig) -> list[Planned]:
     """What the file will hold, in its order; ValueError where the folder's tensors are not those of its config."""
-    stored = stored_tensors(folder)
+    stored = stack_experts(stored_tensors(folder))
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # llama.cpp takes token_embd for it
     wanted = layout(config)
@@ -109,6 +184,11 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our name of each tensor -> its name in GGUF and its shape."""
     d, ffn, size = config.hidden_size, config.intermediate_size, config.heads_size
     q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
+    feed_forward: dict[str, tuple[int, ...]] = {"gate_proj": (ffn, d), "up_proj": (ffn, d), "down_proj": (d, ffn)}
+    if isinstance(config, MoeConfig):
+        n, ffn = config.num_experts, config.moe_intermediate_size
+        feed_forward = {"gate": (n, d), "experts.gate_proj": (n, ffn, d), "experts.up_proj": (n, ffn, d)}
+        feed_forward["experts.down_proj"] = (n, d, ffn)
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (d,),
         "self_attn.q_proj": (q, d),
@@ -117,9 +197,7 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
         "self_attn.o_proj": (d, q),
         **({"self_attn.q_norm": (size,), "self_attn.k_norm": (size,)} if config.qk_norm else {}),
         "post_attention_layernorm": (d,),
-        "mlp.gate_proj": (ffn, d),
-        "mlp.up_proj": (ffn, d),
-        "mlp.down_proj": (d, ffn),
+        **{f"mlp.{part}": shape for part, shape in feed_forward.items()},
     }
     result: dict[str, tuple[str, tuple[int, ...]]] = {
         "embed_tokens.weight": ("token_embd.weight", (config.vocab_size, d)),
@@ -142,7 +220,7 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 def tensor_type(outtype: str, name: str, shape: tuple[int, ...], config: ModelConfig) -> str:
     """ggml's name of the type that a tensor takes in a file of this outtype, as llama.cpp decides it."""
-    if len(shape) == 1:
+    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     if outtype in ("f32", "f16", "bf16"):
         return outtype.upper()
@@ -151,11 +229,13 @@ def tensor_type(outtype: str, name: str, shape: tuple[int, ...], config: ModelCo
         kind = "Q4_K"
         if name == "output.weight" or (name == "token_embd.weight" and config.tie_word_embeddings):
             kind = "Q6_K"
-        elif name.endswith(("attn_v.weight", "ffn_down.weight")):
+        elif name.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
             layer, layers = int(name.split(".")[1]), config.num_hidden_layers
             more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
             kind = "Q6_K" if more else "Q4_K"
-        kind = FALLBACK[kind] if shape[-1] % 256 else kind
+        if isinstance(config, MoeConfig) and config.num_experts == 8:
+            kind = OF_EIGHT.get(name.split(".")[-2], kind)
+        kind = FALLBACK.get(kind, kind) if shape[-1] % 256 else kind
     return "F16" if shape[-1] % 32 else kind
 
 
@@ -177,7 +257,7 @@ def export(
     """
     import gguf
 
-    config = read_hf_config(folder)
+    config = read_config(folder)
     unknown = [outtype for outtype in targets if outtype not in OUTTYPES]
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no outtype; there are {', '.join(OUTTYPES)}")
@@ -191,7 +271,7 @@ def export(
     with _temporary(targets) as parts, ThreadPoolExecutor(threads) as pool:
         writers = {}
         for outtype, part in parts.items():
-            writer = writers[outtype] = gguf.GGUFWriter(None, "qwen3" if config.qk_norm else "llama")
+            writer = writers[outtype] = gguf.GGUFWriter(None, architecture(config))
             _describe(writer, config, name, outtype)
             vocabulary(writer)
             for tensor, kind in zip(tensors, types[outtype], strict=True):
@@ -231,6 +311,10 @@ def _describe(writer: Any, config: ModelConfig, name: str, outtype: str) -> None
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
+    if isinstance(config, MoeConfig):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.heads_size)
@@ -252,7 +336,7 @@ def _announce(writer: Any, tensor: Planned, kind: Any) -> None:
 
 
 def quantise(values: np.ndarray, kind: str, name: str, pool: ThreadPoolExecutor, rows: Quantise | None) -> np.ndarray:
-    """fp32 values as they lie in a file: [..., bytes] of a quantised type, else of the type itself."""
+    """fp32 values as they lie in a file: rows [n, bytes] of a quantised type, else of the type itself."""
     import gguf
 
     if kind == "F32":
@@ -269,6 +353,7 @@ def quantise(values: np.ndarray, kind: str, name: str, pool: ThreadPoolExecutor,
             return rows(slab, int(qtype))
         return gguf.quants.quantize(slab, qtype)
 
+    values = values.reshape(-1, values.shape[-1])
     count = max(1, SLAB // values.shape[-1])
     slabs = [values[i : i + count] for i in range(0, len(values), count)]
     return np.concatenate(list(pool.map(part, slabs)))

@@ -151,10 +151,15 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
+    return from_hf_config(config_json(folder))
+
+
+def config_json(folder: Path) -> dict:
+    """What a folder's config.json says; ValueError where there is none, or a damaged one."""
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; give a folder that save_pretrained or train.py wrote")
-    return from_hf_config(_json(path))
+    return _json(path)
 
 
 def _json(path: Path) -> dict:

@@ -14,6 +14,7 @@ import torch
 
 from entrypoint import ROOT, user_errors
 from evals.gguf_parity import compare, open_gguf, reference, table
+from models.gguf import MoeConfig, read_config
 from models.hf import newest_step
 from models.llamacpp import find_library, library
 from scripts.export_gguf import checkpoint_folder
@@ -31,6 +32,8 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         folder = checkpoint_folder(args.checkpoint)
+        if isinstance(read_config(folder), MoeConfig):
+            raise ValueError(f"{folder} is a mixture of experts; only files of dense models (llama, qwen3) can be checked")
         for path in args.gguf:
             open_gguf(path)
         library()

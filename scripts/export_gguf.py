@@ -16,15 +16,15 @@ from pathlib import Path
 from data.chat import jinja_template
 from data.gguf_tokenizer import Vocabulary, read_vocabulary
 from entrypoint import user_errors
-from models.gguf import OUTTYPES, export
-from models.hf import check_model_folder, newest_step, read_hf_config
+from models.gguf import OUTTYPES, export, read_config
+from models.hf import check_model_folder, newest_step
 from scripts.model_card import MARK, lm_studio, model_card, modelfile
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Llama or Qwen3 folder"
+        "--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Llama, Qwen3 or Qwen3-MoE folder"
     )
     parser.add_argument("--outtype", default="f16,q8_0,q4_k_m", help=f"one or several, by commas: {', '.join(OUTTYPES)}")
     parser.add_argument("--outfile", required=True, help="where to; {outtype} in it stands for the type")
@@ -36,7 +36,7 @@ def main() -> None:
         begun = time.monotonic()
         folder = checkpoint_folder(args.checkpoint)
         targets = target_files(args.outtype, args.outfile)
-        vocabulary = read_vocabulary(folder, read_hf_config(folder).vocab_size)
+        vocabulary = read_vocabulary(folder, read_config(folder).vocab_size)
         name = Path(args.outfile.replace("{outtype}", "")).stem.strip("-_.") or folder.name
         types = export(folder, targets, vocabulary.put, name, args.threads)
         for outtype, path in targets.items():

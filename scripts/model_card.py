@@ -9,7 +9,7 @@ import yaml
 
 from evals.engines import folder_hash
 from evals.report import history, leaves, measured, phases_of
-from models.hf import read_hf_config
+from models.gguf import architecture, read_config
 
 MARK = "written by scripts/export_gguf.py"
 OLLAMA = '''\
@@ -61,11 +61,11 @@ def lm_studio(file: str, chat: bool) -> str:
 
 def model_card(folder: Path, targets: dict[str, Path], name: str, chat: bool, logs: Path, results: Path) -> str:
     """The card, from config.json, logs/<run> up to this checkpoint and its own results; what is not there is said not to be."""
-    config = read_hf_config(folder)
+    config = read_config(folder)
     rows, events = history(logs, folder)
     phases = {phase["name"]: _config(logs, phase) for phase in phases_of(rows)}
     stores = dict.fromkeys(Path(phase["data"]["store"]) for phase in phases.values() if phase.get("data", {}).get("store"))
-    kind = "qwen3 (Llama with normalised q and k)" if config.qk_norm else "llama"
+    kind = architecture(config) + " (Llama with normalised q and k)" * (architecture(config) == "qwen3")
     smallest = min(targets.values(), key=lambda path: path.stat().st_size)
     usage = f"python -m scripts.chat --model {smallest.name}" if chat else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
     scores = _scores(measured(results, folder_hash(folder))[0])

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, complaint_of
+from safetensors.torch import load_file, save_file
 
 import models.gguf
 from data.chat import CHAT_TOKENS, END_THOUGHT, IM_END, IM_START, START_THOUGHT, TOOL_CALL, Chat, jinja_template
@@ -24,8 +25,8 @@ from data.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabula
 from data.session import Session
 from data.tools import TOOLS
 from evals.engines import folder_hash
-from evals.gguf_parity import compare, compare_tokens, fuzz, reference, table
-from models.gguf import export, k_rows, tensor_type
+from evals.gguf_parity import FAR, MAX_KL, compare, compare_tokens, fuzz, reference, table
+from models.gguf import export, k_rows, read_config, tensor_type
 from models.hf import load_hf, save_hf
 from models.llamacpp import LlamaCpp, find_library, quantise_rows
 from models.nanollama import ModelConfig, NanoLlama
@@ -175,6 +176,76 @@ def test_rows_equal_llama_cpps_and_libggufs():
     for kind in ("Q4_K", "Q6_K"):
         number = gguf.GGMLQuantizationType[kind]
         assert (quantise_rows(rows, number) == np.asarray(packed.quantize_rows(rows, number)).reshape(64, -1)).all()
+
+
+def moe_folder(folder: Path, store: Path, **shape: int) -> Path:
+    """A random Qwen3MoeForCausalLM of transformers with our tokenizer."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    chat = save_chat_tokenizer(folder, store / "tokenizer")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
+    ids = {f"{name}_token_id": index for name, index in chat.config_ids.items()}
+    torch.manual_seed(0)
+    how = {"norm_topk_prob": True, "initializer_range": 0.05, "max_position_embeddings": 256, "dtype": "float32"}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=392, head_dim=32, **heads, **how, **ids, **shape))
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.data.normal_(std=0.5)  # few choices between experts are close
+    model.save_pretrained(folder)
+    return folder
+
+
+@runtime
+@pytest.mark.parametrize(("experts", "width", "inner"), [(8, 256, 256), (5, 96, 160)])
+def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(experts, width, inner, text_store, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    shape = {"num_experts": experts, "num_experts_per_tok": 2, "hidden_size": width, "moe_intermediate_size": inner}
+    folder = moe_folder(tmp_path / "moe", text_store, **shape)
+    written = make(folder, tmp_path / "out", *models.gguf.OUTTYPES)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    ids = Chat.from_folder(folder).tokenizer.encode(TEXT).ids[:200]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0]
+    expected = logits.log_softmax(-1)
+    for outtype, limit in (MAX_KL | {"q4_k_m": 0.05}).items():
+        with LlamaCpp(written[outtype], 256, threads=1) as llama:
+            found = torch.from_numpy(llama.feed(ids, last=len(ids)))
+        kl = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1)
+        assert kl.median() < limit and kl.mean() < FAR * limit, outtype  # a rounding may choose another expert, rarely
+    assert read_config(folder).num_parameters == model.num_parameters()
+    reader = open_gguf(written["q4_k_m"])
+    keys = {"expert_count": experts, "expert_used_count": 2, "expert_feed_forward_length": inner, "feed_forward_length": 96}
+    assert {key: field(reader, f"qwen3moe.{key}") for key in keys} == keys
+    held = {tensor.name.removeprefix("blk.0."): tensor for tensor in reader.tensors}
+    kinds = {name: held[f"{name}.weight"].tensor_type.name for name in ("attn_v", "attn_output", "ffn_up_exps", "ffn_gate_inp")}
+    # what llama-quant.cpp says of 8 experts, and of rows that are no multiple of 256
+    eight, narrow = ("Q8_0", "Q5_1", "Q4_K", "F32"), ("Q5_0", "Q5_0", "Q5_0", "F32")
+    assert tuple(kinds.values()) == (eight if experts == 8 else narrow)
+    stacked = held["ffn_down_exps.weight"]
+    rows = model.model.layers[0].mlp.experts.down_proj.detach().numpy()  # [experts, width, inner]
+    assert stacked.tensor_type.name == ("Q4_K" if experts == 8 else "Q5_0") and len(stacked.data) == experts
+    for one, data in zip(rows, stacked.data, strict=True):
+        assert (quantise_rows(one, stacked.tensor_type) == data).all()
+
+
+def test_what_of_a_mixture_of_experts_is_refused(text_store, tmp_path, monkeypatch, capsys):
+    folder = moe_folder(tmp_path / "moe", text_store, num_experts=2, hidden_size=32, moe_intermediate_size=32)
+    flags = ["--checkpoint", folder]
+    path = make(folder, tmp_path / "out", "q8_0")["q8_0"]
+    capsys.readouterr()  # what transformers wrote
+    assert "only files of dense models" in complaint_of(check_gguf.main, [*flags, "--gguf", path], capsys, monkeypatch)
+    config = json.loads((folder / "config.json").read_text())
+    flags += ["--outtype", "q8_0", "--outfile", tmp_path / "m.gguf"]
+    for change, words in (
+        ({"norm_topk_prob": False}, "norm_topk_prob"),
+        ({"mlp_only_layers": [1]}, "layers without experts"),
+        ({"num_local_experts": 3}, "mlp.gate.weight is (2, 32), but (3, 32) by config.json"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+        assert words in complaint_of(export_gguf.main, flags, capsys, monkeypatch)
+    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if "1.mlp.experts.0.up" not in name}
+    save_file(weights, folder / "model.safetensors")
+    assert "an expert is missing" in complaint_of(export_gguf.main, flags, capsys, monkeypatch)
 
 
 @libgguf
