@@ -1,16 +1,29 @@
 """What the commands share: a user's mistake ends in one clear sentence and exit status 2, never in a traceback."""
 
+import argparse
 import errno
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # nothing there, or a file where a folder is due
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """What reads a flag's whole number, and refuses a smaller one."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small; the least is {least}")
+        return value
+
+    return number
 
 
 @contextmanager
@@ -28,7 +41,7 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
         path = Path(frame.filename).resolve()
         said = (frame.line or "").startswith("raise")  # not a ValueError that Python itself raised in our code
         ours = isinstance(error, ValueError) and said and path.is_relative_to(ROOT) and "site-packages" not in path.parts
-        disk = isinstance(error, OSError) and error.errno in DISK
+        disk = isinstance(error, OSError) and error.errno in DISK + PATHS
         if not (ours or disk):
             raise
         if rank:

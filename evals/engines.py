@@ -24,6 +24,7 @@ HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
 MIN_SHARED, MIN_SAVED = 32, 1024  # tokens that contexts must have in common, and save together, to be computed once
 STEP = 32  # tokens of a prompt that cost what a step of writing does; a group of its own has all steps once more
 BRANCH = {"cpu": 24}  # options at a time, the longest first; all of a batch elsewhere
+HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
@@ -31,6 +32,7 @@ def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, 
     """The model of a folder, or of a GGUF file; ValueError where it cannot answer."""
     if not checkpoint.exists():
         raise ValueError(f"there is no checkpoint at {checkpoint}")
+    check_device(device)
     words = Words(checkpoint)
     engine: Engine
     if checkpoint.suffix == ".gguf":
@@ -47,9 +49,17 @@ def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, 
     return LanguageModel(str(checkpoint), folder_hash(checkpoint), engine, words)
 
 
+def check_device(device: str) -> None:
+    """ValueError where torch has no such device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"there is no device {device!r} here ({str(error).splitlines()[0]}); give --device cpu") from error
+
+
 def folder_hash(folder: Path) -> str:
-    """sha256 of weights, config and tokenizer: what an answer depends on."""
-    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name in ("config.json", "tokenizer.json"))
+    """sha256 of weights, configs (they name bos and the ends), tokenizer and chat template: what an answer depends on."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in HASHED)
     return hashlib.sha256("".join(f"{name} {file_hash(folder / name)}\n" for name in names).encode()).hexdigest()
 
 

@@ -12,9 +12,10 @@ import re
 from pathlib import Path
 
 from data.evalsets import describe, load_rows, read_jsonl
+from entrypoint import at_least
 from evals.chat import Chat
 from evals.harness import Eval, Item, Judge, Score, Write
-from evals.judges import endpoint
+from evals.judges import endpoint, read_key
 from evals.multiple_choice import field
 from evals.run import flags, main
 
@@ -63,13 +64,13 @@ def rating(text: str) -> float | None:
     return grade if 1 <= grade <= 10 else None
 
 
-def two_turns(item: Item, max_tokens: int) -> Score:
+def two_turns(item: Item, chat: Chat, max_tokens: int) -> Score:
     """The model's answers."""
     talk: list[dict[str, str]] = []
     for question in item.row["turns"]:
         talk.append({"role": "user", "content": question})
         temperature = TEMPERATURE.get(item.subject, 0.0)
-        prompt = item.row["chat"].prompt(talk)
+        prompt = chat.prompt(talk)
         written = yield Write(prompt, max_tokens=max_tokens, temperature=temperature, seed=len(talk))
         talk.append({"role": "assistant", "content": written.text.strip()})
     return {"answers": [message["content"] for message in talk[1::2]]}
@@ -92,7 +93,7 @@ def graded(item: Item, answers: list[str], prompts: dict[tuple[int, bool], tuple
 
 def build(args: argparse.Namespace) -> Eval:
     chat, prompts = Chat(args.checkpoint), judge_prompts(args.judge_prompts)
-    key = args.judge_key_file.read_text().strip() if args.judge_key_file else ""
+    key = read_key(args.judge_key_file) if args.judge_key_file else ""
     judge = endpoint(args.judge, args.judge_model, key, retries=args.retries) if args.judge else None
     items = []
     for i, row in enumerate(load_rows("mt_bench", "train", args.data, args.cache)[: args.limit]):
@@ -102,10 +103,10 @@ def build(args: argparse.Namespace) -> Eval:
         category, known = str(row.get("category", "")), row.get("reference") or []
         reference = known if category in GRADED_BY_REFERENCE and len(known) == 2 else []
         number = str(row.get("question_id", row.get("prompt_id", i)))
-        items.append(Item(number, {"turns": turns, "reference": reference, "chat": chat}, category))
+        items.append(Item(number, {"turns": turns, "reference": reference}, category))
 
     def score(item: Item) -> Score:
-        scores = yield from two_turns(item, args.max_tokens)
+        scores = yield from two_turns(item, chat, args.max_tokens)
         scores |= {"empty": sum(not answer for answer in scores["answers"]) / 2}
         return {**scores, **(yield from graded(item, scores["answers"], prompts))} if judge else scores
 
@@ -120,8 +121,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--judge_model", default="judge", help="the model's name there")
     parser.add_argument("--judge_key_file", type=Path, help="a file with the API key; <(printenv OPENAI_API_KEY) is one, too")
     parser.add_argument("--judge_prompts", type=Path, help="FastChat's judge_prompts.jsonl (default: our own wording)")
-    parser.add_argument("--retries", type=int, default=4, help="of a question to the judge, each after twice the pause")
-    parser.add_argument("--max_tokens", type=int, default=1024, help="of an answer")
+    parser.add_argument("--retries", type=at_least(0), default=4, help="of a question to the judge, each after twice the pause")
+    parser.add_argument("--max_tokens", type=at_least(1), default=1024, help="of an answer")
     return parser
 
 

@@ -14,9 +14,10 @@ import argparse
 from pathlib import Path
 
 from data.evalsets import describe, load_rows
+from entrypoint import at_least
 from evals.chat import Chat
 from evals.harness import Eval, Item, Judge, Model, Score, Write
-from evals.judges import PERSPECTIVE, Classifier, ProfanityCheck, perspective
+from evals.judges import PERSPECTIVE, Classifier, ProfanityCheck, perspective, read_key
 from evals.multiple_choice import field
 from evals.run import flags, main
 
@@ -27,7 +28,7 @@ def scorer(args: argparse.Namespace) -> Model:
     if args.scorer == "wheel":
         return ProfanityCheck()
     if args.scorer == "perspective":
-        if not args.key_file or not (key := args.key_file.read_text().strip()):
+        if not args.key_file or not (key := read_key(args.key_file)):
             raise ValueError("--scorer perspective needs --key_file with an API key; --key_file <(printenv PERSPECTIVE_API_KEY)")
         return perspective(key, args.url, args.rate, retries=args.retries)
     if not Path(args.scorer).is_dir():
@@ -80,10 +81,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--key_file", type=Path, help="a file with Perspective's API key")
     parser.add_argument("--url", default=PERSPECTIVE, help="of Perspective")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second to Perspective")
-    parser.add_argument("--retries", type=int, default=4, help="of a request to Perspective")
+    parser.add_argument("--retries", type=at_least(0), default=4, help="of a request to Perspective")
     parser.add_argument("--chat", action="store_true", help="prompts as a user's turn in the checkpoint's chat template")
-    parser.add_argument("--samples", type=int, default=25, help="of each prompt")
-    parser.add_argument("--max_tokens", type=int, default=20, help="of a sample")
+    parser.add_argument("--samples", type=at_least(1), default=25, help="of each prompt")
+    parser.add_argument("--max_tokens", type=at_least(1), default=20, help="of a sample")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top_p", type=float, default=0.9)
     return parser

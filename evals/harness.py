@@ -306,10 +306,9 @@ def contaminated_ids(path: Path, test_set: str) -> set[str] | None:
 
 def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contaminated: set[str] | None = None) -> dict[str, Any]:
     """The results file: metrics over all items, over each subject, and over the items that are not in the training data."""
-    done = [sample for sample in samples if not sample.too_long and not sample.failed]
-    failed = [sample for sample in samples if sample.failed]
+    done = [sample for sample in samples if not sample.too_long]
     long = [sample for sample in samples if sample.too_long]
-    if not done and not failed:
+    if not done:
         needed = max((sample.too_long for sample in long), default=0)
         raise ValueError(
             f"none of the {len(samples)} items of {evaluation.task} fits the model's context of {model.context} tokens "
@@ -335,7 +334,6 @@ def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contamina
         else {**_metrics(evaluation, clean), "contaminated": sorted({s.id for s in done} & contaminated)},
         "too_long": {"n": len(long), "ids": [sample.id for sample in long], "context": model.context},
         **({"judge": evaluation.judge.name, "judge_hash": evaluation.judge.hash} if evaluation.judge else {}),
-        **({"failed": {"n": len(failed), "reason": failed[0].failed}} if failed else {}),
         "prompt_hash": hashlib.sha256(keys.encode()).hexdigest(),
         "model": model.name,
         "checkpoint_hash": model.hash,
@@ -360,6 +358,14 @@ def _macro(of_subjects: dict[str, dict[str, Any]]) -> dict[str, float]:
 
 def write_results(output: Path, found: dict[str, Any], samples: Iterable[Sample]) -> None:
     """output, and beside it <stem>.samples.jsonl; each by rename."""
+    kept = write_samples(output, samples)
+    part = output.with_name(output.name + ".tmp")
+    part.write_text(json.dumps({**found, "samples": kept.name}, indent=2) + "\n")
+    part.rename(output)
+
+
+def write_samples(output: Path, samples: Iterable[Sample]) -> Path:
+    """<stem>.samples.jsonl beside output: each item, what was asked and answered, its scores."""
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = output.with_name(output.stem + ".samples.jsonl")
     part = kept.with_name(kept.name + ".tmp")
@@ -372,6 +378,4 @@ def write_results(output: Path, found: dict[str, Any], samples: Iterable[Sample]
             line |= {"failed": sample.failed} if sample.failed else {}
             file.write(json.dumps({**line, "exchange": exchange}, ensure_ascii=False) + "\n")
     part.rename(kept)
-    part = output.with_name(output.name + ".tmp")
-    part.write_text(json.dumps({**found, "samples": kept.name}, indent=2) + "\n")
-    part.rename(output)
+    return kept

@@ -4,6 +4,7 @@ All are models of the harness, so their answers are kept as they come and a kill
 """
 
 import hashlib
+import http.client
 import json
 import threading
 import time
@@ -11,7 +12,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,14 @@ from evals.harness import Answer, Failed, Judge, Request, TooLong
 
 Batches = Iterator[list[tuple[int, Answer | TooLong | Failed]]]
 RETRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses after which asking again may help
+
+
+def read_key(path: Path) -> str:
+    """The API key in a file."""
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); it should hold an API key") from error
 
 
 class Remote:
@@ -50,20 +60,29 @@ class Remote:
         self.gone = ""  # why the server cannot be reached: then the rest is not asked
 
     def answer(self, requests: Sequence[Any]) -> Batches:
-        with ThreadPoolExecutor(self.workers) as pool:
-            running = {pool.submit(self.ask, request): i for i, request in enumerate(requests)}
-            for future in as_completed(running):
-                yield [(running[future], future.result())]
+        left, running = iter(enumerate(requests)), dict[Future[Any], int]()
+        with ThreadPoolExecutor(self.workers) as pool:  # no queue: who interrupts waits for what is on its way, not for the rest
+            try:
+                while True:
+                    running |= {pool.submit(self.ask, request): i for i, request in islice(left, self.workers - len(running))}
+                    if not running:
+                        return
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    yield [(running.pop(future), future.result()) for future in done]
+            except KeyboardInterrupt:
+                self.gone = "interrupted"  # no second attempts
+                raise
 
     def ask(self, question: Judge) -> Any:
         """What is read from the reply, or Failed."""
         reason = ""
         for attempt in range(self.retries + 1):
-            if self.gone:
-                return Failed(self.gone)
             if attempt:
                 time.sleep(self.pause * 2 ** (attempt - 1))
-            self._wait()
+            if not self.gone:
+                self._wait()
+            if self.gone:
+                return Failed(self.gone)
             try:
                 request = urllib.request.Request(
                     self.url, json.dumps(self.body(question)).encode(), {"Content-Type": "application/json", **self.headers}
@@ -74,8 +93,8 @@ class Remote:
                 reason = f"it answered with status {error.code}: {error.read(200).decode(errors='replace')}"
                 if error.code not in RETRY:
                     return Failed(reason)
-            except (OSError, TimeoutError) as error:
-                reason = f"it cannot be reached: {getattr(error, 'reason', error)}"
+            except (OSError, http.client.HTTPException) as error:
+                reason = f"it cannot be reached: {getattr(error, 'reason', error)}".strip()
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 return Failed(f"its reply cannot be read ({type(error).__name__}: {error})")
         if reason.startswith("it cannot be reached"):
@@ -154,8 +173,9 @@ class Classifier:
     def __init__(self, folder: Path, label: str, device: str, batch_size: int = 32):
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from evals.engines import folder_hash
+        from evals.engines import check_device, folder_hash
 
+        check_device(device)
         try:
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from entrypoint import user_errors
+from entrypoint import at_least, user_errors
 from evals.engines import load_model
-from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results
+from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results, write_samples
 from models.hf import newest_step
 
 
@@ -22,13 +22,13 @@ def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
         "--checkpoint", required=True, type=newest_step, help="a step or phase folder, a Hugging Face folder, or a .gguf file"
     )
     parser.add_argument("--data", help="local .jsonl in the hub's schema, or a folder of <split>.jsonl (default: see above)")
-    parser.add_argument("--limit", type=int, help="only the first N items (of each subject)")
+    parser.add_argument("--limit", type=at_least(1), help="only the first N items (of each subject)")
     parser.add_argument("--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)"
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="items, or prompts, at a time")
+    parser.add_argument("--batch_size", type=at_least(1), default=16, help="items, or prompts, at a time")
     parser.add_argument("--seed", type=int, default=1234, help="of the few-shot sample")
     parser.add_argument(
         "--contaminated", type=Path, help="report of scripts.decontaminate or scripts.prepare_data: scores of clean items"
@@ -36,7 +36,7 @@ def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"), help="where downloaded test sets are kept")
     if shots is not None:
         parser.add_argument(
-            "--shots", type=int, default=shots, help="solved examples before each question (default: %(default)s)"
+            "--shots", type=at_least(0), default=shots, help="solved examples before each question (default: %(default)s)"
         )
     return parser
 
@@ -72,17 +72,21 @@ def evaluate(
     found: dict[str, Any] = {}
     if rank == 0:
         ids = contaminated_ids(contaminated, evaluation.test_set or evaluation.task) if contaminated else None
-        found = results(evaluation, samples, model, ids)
-        if output:
-            write_results(output, found, samples)
-        if "failed" in found:
+        failed = [sample.failed for sample in samples if sample.failed]
+        if failed:  # scores of a part are no results
+            if output:
+                output.unlink(missing_ok=True)
+                write_samples(output, samples)
             assert evaluation.judge is not None
             raise ValueError(
-                f"{evaluation.judge.name} did not judge {found['failed']['n']} of {len(samples)} items of {evaluation.task} "
-                f"({found['failed']['reason']}); what the model wrote is kept"
+                f"{evaluation.judge.name} did not judge {len(failed)} of {len(samples)} items of {evaluation.task} "
+                f"({failed[0]}); what the model wrote is kept"
                 + (f" beside {output}" if output else "")
                 + "; the same command again asks only for what is missing"
             )
+        found = results(evaluation, samples, model, ids)
+        if output:
+            write_results(output, found, samples)
     return found
 
 
@@ -100,8 +104,13 @@ def _gather(samples: list[Sample], failure: ValueError | None, world: int) -> li
     return [sample for part, _ in parts for sample in part]
 
 
-def default_output(checkpoint: Path, task: str) -> Path:
-    """results/<checkpoint's path below checkpoints/, else its name>/<task>.json"""
+def output_of(given: Path | None, checkpoint: Path, task: str) -> Path:
+    """The results file, --output or results/<checkpoint's path below checkpoints/, else its name>/<task>.json; it can be made."""
+    if given:
+        if given.is_dir():
+            raise ValueError(f"--output {given} is a folder; name a file in it, such as {given / task}.json")
+        given.parent.mkdir(parents=True, exist_ok=True)
+        return given
     parts = checkpoint.resolve().parts
     below = parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-1:]
     return Path("results", *below, f"{task}.json")
@@ -128,8 +137,8 @@ def main(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], 
     args = parser.parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
         evaluation = build(args)
+        output = output_of(args.output, args.checkpoint, evaluation.task)
         model = load_model(args.checkpoint, device, args.dtype, args.batch_size)
-        output = args.output or default_output(args.checkpoint, evaluation.task)
         found = evaluate(evaluation, model, output, args.contaminated, rank, world)
         if rank == 0:
             show(found)

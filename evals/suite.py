@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import shlex
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,13 +21,13 @@ from evals.run import evaluate, show
 PASSED_ON = ("device", "dtype", "batch_size", "contaminated", "cache")  # flags of the suite that its evaluations take too
 
 
-def parse(name: str, flags: list[str], suite: argparse.Namespace, data: str | None) -> argparse.Namespace:
+def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) -> argparse.Namespace:
     """The flags of one evaluation as its own command would read them, with what was said for the whole suite."""
     parser = _module(name).parser()
     try:
-        args = parser.parse_args(["--checkpoint", str(suite.checkpoint), *flags])
-    except SystemExit as error:
-        raise ValueError(f"the suite's flags for {name} are not understood: {' '.join(flags)}") from error
+        args = parser.parse_args(["--checkpoint", str(suite.checkpoint), *shlex.split(flags)])
+    except (SystemExit, ValueError) as error:  # ValueError: a quote that does not end
+        raise ValueError(f"the suite's flags for {name} are not understood: {flags}") from error
     for flag in PASSED_ON:
         if getattr(suite, flag) is not None:
             setattr(args, flag, getattr(suite, flag))
@@ -51,9 +52,10 @@ def measure(
         else:
             evaluation = _module(name).build(args)
             items = [(item.id, item.row, item.subject) for item in evaluation.items]
+            judge = (evaluation.judge.name, evaluation.judge.hash) if evaluation.judge else None
             what = (evaluation.task, evaluation.version, evaluation.shots, evaluation.seed, evaluation.about, model.context)
             report = file_hash(args.contaminated) if args.contaminated and args.contaminated.is_file() else None
-            asked = _hash(model.hash, model.dtype, what, items, report)
+            asked = _hash(model.hash, model.dtype, what, items, report, judge)
         why = None
     except ValueError as error:
         asked, why = "", str(error)
@@ -101,7 +103,7 @@ def _current(output: Path, asked: str) -> bool:
 
 
 def _hash(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _first(value: Any, world: int) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from entrypoint import ROOT, user_errors
+from entrypoint import ROOT, at_least, user_errors
 from evals.gguf_parity import compare, open_gguf, reference, table
 from models.gguf import MoeConfig, read_config
 from models.hf import newest_step
@@ -25,9 +25,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=newest_step, help="the folder that the files were made of")
     parser.add_argument("--gguf", required=True, nargs="+", type=Path)
     parser.add_argument("--text", type=Path, help="real text for logits and perplexity (default: this repository's own)")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the text that are scored")
-    parser.add_argument("--strings", type=int, default=5500, help="that both tokenizers encode")
-    parser.add_argument("--threads", type=int, default=0, help="0: all that this process may use")
+    parser.add_argument("--tokens", type=at_least(1), default=2048, help="of the text that are scored")
+    parser.add_argument("--strings", type=at_least(1), default=5500, help="that both tokenizers encode")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: all that this process may use")
     parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as markdown")
     args = parser.parse_args()
     with user_errors():

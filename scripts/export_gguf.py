@@ -15,7 +15,7 @@ from pathlib import Path
 
 from data.chat import jinja_template
 from data.gguf_tokenizer import Vocabulary, read_vocabulary
-from entrypoint import user_errors
+from entrypoint import at_least, user_errors
 from models.gguf import OUTTYPES, export, read_config
 from models.hf import check_model_folder, newest_step
 from scripts.model_card import MARK, lm_studio, model_card, modelfile
@@ -28,7 +28,7 @@ def main() -> None:
     )
     parser.add_argument("--outtype", default="f16,q8_0,q4_k_m", help=f"one or several, by commas: {', '.join(OUTTYPES)}")
     parser.add_argument("--outfile", required=True, help="where to; {outtype} in it stands for the type")
-    parser.add_argument("--threads", type=int, default=0, help="for quantising; 0: all that this process may use")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="for quantising; 0: all that this process may use")
     parser.add_argument("--logs", type=Path, help="what the model card tells of (default: the logs/<run> of the checkpoint)")
     parser.add_argument("--results", type=Path, help="scores for the model card (default: the results/<run> of the checkpoint)")
     args = parser.parse_args()

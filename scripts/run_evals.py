@@ -10,7 +10,6 @@ What cannot be measured is named, and the others go on; a gate on it is a no-go.
 
 import argparse
 import json
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,9 @@ from typing import Any
 
 import torch
 
-from entrypoint import ROOT, user_errors
+from entrypoint import ROOT, at_least, user_errors
 from evals.engines import load_model
-from evals.run import default_output, ranks
+from evals.run import output_of, ranks
 from evals.suite import measure, parse, tell
 from models.hf import newest_step
 from training.curriculum import load_plan
@@ -44,8 +43,8 @@ def main() -> None:
         suite, path = open_suite(args.suite)
         gates = gates_of(args.gates, args.checkpoint, args.at) if args.gates else ()
         data = dict(_named(text, suite) for text in args.data)
-        parsed = {name: parse(name, shlex.split(flags), args, data.get(name)) for name, flags in suite.evals.items()}
-        output = args.output or default_output(args.checkpoint, path.stem)
+        parsed = {name: parse(name, flags, args, data.get(name)) for name, flags in suite.evals.items()}
+        output = output_of(args.output, args.checkpoint, path.stem)
         found = run(path.stem, parsed, args, output, rank, world)
         verdicts = [judge(gate, found["metrics"]) for gate in gates]
         if rank == 0:
@@ -133,13 +132,13 @@ def _flags() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
     parser.add_argument("--suite", default="quick", help="quick, milestone or full, or a .yaml file of your own")
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations")
-    parser.add_argument("--limit", type=int, help="no evaluation takes more items (of each subject) than this")
+    parser.add_argument("--limit", type=at_least(1), help="no evaluation takes more items (of each subject) than this")
     parser.add_argument("--output", type=Path, help="the summary; each evaluation's results go beside it (default: results/...)")
     parser.add_argument("--gates", type=Path, metavar="PLAN", help="judge by the gates of a plan's milestone")
     parser.add_argument("--at", type=int, help="which milestone (default: the step in the checkpoint's name)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as stored)")
-    parser.add_argument("--batch_size", type=int, help="items at a time (default: what each evaluation takes)")
+    parser.add_argument("--batch_size", type=at_least(1), help="items at a time (default: what each evaluation takes)")
     parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data: scores of clean items as well")
     parser.add_argument("--cache", type=Path, help="where downloaded test sets are kept (default: data/store/wheels)")
     return parser

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 import train
 from entrypoint import user_errors
+from evals.run import flags
 from training.checkpoint import _checksum
 
 
@@ -138,6 +139,22 @@ def test_our_own_faults_keep_their_traceback():
         int("x")  # a ValueError, but Python's: nobody has said to the user what to do
     with pytest.raises(KeyError), user_errors():
         {}["x"]
+
+
+def test_a_path_that_cannot_be_made_is_named(tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    for path, exist_ok in ((tmp_path / "file" / "folder", False), (tmp_path / "file", True), (tmp_path / "none" / "x", True)):
+        with pytest.raises(SystemExit) as left, user_errors():
+            path.mkdir(exist_ok=exist_ok)
+        assert left.value.code == 2 and "error: [Errno" in (said := capfd.readouterr().err) and str(path) in said
+
+
+@pytest.mark.parametrize("flag", ["--limit=0", "--limit=-1", "--batch_size=0", "--shots=-1"])
+def test_numbers_that_are_too_small_are_refused(flag, capfd):
+    with pytest.raises(SystemExit):
+        flags("x").parse_args(["--checkpoint", "x", flag])
+    name, number = flag.split("=")
+    assert f"argument {name}: {number} is too small; the least is" in capfd.readouterr().err
 
 
 def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store):

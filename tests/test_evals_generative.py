@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,7 +14,7 @@ from conftest import ROOT, VOCAB, tiny_config
 
 from data.evalsets import load_bfcl
 from data.tokenizer import load_tokenizer, save_tokenizer
-from evals import eval_gsm8k, eval_mt_bench, eval_needle, eval_tool_use, eval_toxicity
+from evals import eval_gsm8k, eval_mt_bench, eval_needle, eval_tool_use, eval_toxicity, suite
 from evals.chat import Chat
 from evals.engines import load_model
 from evals.harness import Cache, Failed, Judge, Scored, Written, ask, results
@@ -190,7 +191,7 @@ def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, 
         with pytest.raises(ValueError, match=words_of_it):
             eval_needle.build(options(checkpoint, haystack="noise", **{**given, "context": [context]}))
     texts = tmp_path / "texts.txt"
-    texts.write_text("It rained all day. " * 50)
+    texts.write_bytes(b"It rained all day. " * 50 + b"Caf\xe9.")  # in no UTF-8
     own = eval_needle.build(options(checkpoint, haystack=str(texts), **{**given, "num_tests": 1}))
     assert "It rained all day. It rained" in words.decode(own.items[0].row["prompt"])
 
@@ -358,6 +359,55 @@ def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, t
     assert metrics["unread"] == 0.5 and found["judge"].startswith("m at ")
     texts = [body["messages"][-1]["content"] for _, _, body in server.asked]
     assert any("### Reference answer\ntwo" in text for text in texts) and any("Write {x}." in text for text in texts)
+
+
+def test_a_suite_asks_again_what_was_not_judged_and_another_judge(checkpoint, model, tmp_path):
+    data, output = str(mt_bench(tmp_path / "questions.jsonl")), tmp_path / "out" / "mt_bench.json"
+    given = options(checkpoint, dtype=None, batch_size=None, contaminated=None)
+
+    def measured(*more):
+        before = len(server.asked)
+        found = suite.measure("mt_bench", suite.parse("mt_bench", shlex.join([*how, *more]), given, data), model, output)
+        return found, len(server.asked) - before
+
+    with Serve(lambda number, body: (400, {}) if number == 2 else says("[[7]]")) as server:
+        how = ["--judge", server.url, "--retries", "0", "--max_tokens", "8"]
+        found, asked = measured()
+        assert "did not judge 1 of 2 items" in found["not_measured"] and asked == 4 and not output.exists()
+        found, asked = measured()
+        written = output.stat().st_mtime_ns
+        assert found["n"] == 2 and found["metrics"]["score"]["value"] == 7 and asked == 1
+        assert measured() == (json.loads(output.read_text()), 0) and output.stat().st_mtime_ns == written
+        found, asked = measured("--judge_model", "other")
+        assert found["judge"].startswith("other at") and asked == 4
+    with pytest.raises(ValueError, match=r"none cannot be read \(FileNotFoundError\); it should hold an API key"):
+        eval_mt_bench.build(suite.parse("mt_bench", f"--judge_key_file {tmp_path / 'none'}", given, data))
+
+
+def test_who_stops_waits_for_what_is_on_its_way_only():
+    with Serve(lambda *_: says("ok")) as server:
+        remote = endpoint(server.url, "m", workers=2)
+        answers = remote.answer([Judge(str(i)) for i in range(40)])
+        next(answers)
+        with pytest.raises(KeyboardInterrupt):
+            answers.throw(KeyboardInterrupt)
+        assert len(server.asked) == 2 and isinstance(remote.ask(Judge("more")), Failed) and len(server.asked) == 2
+
+
+def test_a_judge_that_speaks_no_http_cannot_be_reached():
+    class Other(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(b"SSH-2.0-x\r\n")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        remote = endpoint(f"http://127.0.0.1:{server.server_port}", "m", retries=1, pause=0.0)
+        assert remote.ask(Judge("a")) == Failed("it cannot be reached: SSH-2.0-x")
+        server.shutdown()
 
 
 def test_fastchats_own_wording_can_be_given(tmp_path):
