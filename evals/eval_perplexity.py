@@ -22,15 +22,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from data.dataloader import Batch, validation_batches
+from data.evalsets import read_jsonl
 from data.gguf_tokenizer import tokenizer_folder
 from data.manifest import file_hash
 from data.shards import TokenShards
 from data.tokenizer import load_tokenizer, token_bytes
-from entrypoint import user_errors
+from entrypoint import at_least, user_errors
 from evals.engines import LanguageModel, NanoLlamaEngine, load_model
 from evals.harness import Estimate, Eval, Item, Read, Sample, Score
-from evals.run import evaluate, flags, ranks
+from evals.run import evaluate, flags, output_of, ranks
 from models.losses import IGNORE
+
+VERSION = 1  # of how texts are read and scored
 
 
 @torch.no_grad()
@@ -84,14 +87,28 @@ def by_rows(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world
         return sums.to(engine.device)
 
     bytes_of = torch.from_numpy(token_bytes(load_tokenizer(args.checkpoint)))
-    metrics = perplexity(engine.model, sources, bytes_of, total)
+    figures = perplexity(engine.model, sources, bytes_of, total)
+    rows = sum((batch.targets != IGNORE).any(1).sum() for batches in sources.values() for batch in batches)
     return {
         "task": "perplexity",
-        "checkpoint": str(args.checkpoint),
+        "metrics": {source: _estimates(of_source) for source, of_source in figures.items()},
+        "n": int(total(torch.as_tensor(rows))),
+        "version": VERSION,
+        "model": model.name,
         "checkpoint_hash": model.hash,
-        "sequence_length": length,
-        "metrics": metrics,
+        "dtype": model.dtype,
+        **_about(args, length),
     }
+
+
+def _estimates(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
+    return {name: {"value": value, "stderr": None} for name, value in figures.items()}
+
+
+def _about(args: argparse.Namespace, length: int) -> dict[str, Any]:
+    """What else the results file says: how the data were read, and which they were."""
+    how = {"sequence_length": length, "stride": args.stride}
+    return {"checkpoint": str(args.checkpoint), "data": str(args.dataset), "data_hashes": data_hashes(args), **how}
 
 
 def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
@@ -126,6 +143,8 @@ def score(item: Item) -> Score:
 def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
     """loss, perplexity, bits_per_byte and tokens out of sums over documents."""
     sums = [math.fsum(sample.scores[name] for sample in samples) for name in ("nats", "tokens", "bytes")]
+    if not sums[1]:
+        raise ValueError(f"every text of {samples[0].subject} is empty; give texts that can be scored")
     return {name: Estimate(value, None) for name, value in _figures(*sums).items()}
 
 
@@ -133,10 +152,9 @@ def documents(args: argparse.Namespace) -> Iterator[Item]:
     """Documents of a store's held-out shards, with the bos that begins them, or the texts of a .jsonl file."""
     if args.dataset.is_file():
         counts: dict[str, int] = {}
-        for number, line in enumerate(args.dataset.read_text().splitlines(), 1):
-            row = json.loads(line) if line.strip().startswith("{") else {}
-            if "text" not in row:
-                raise ValueError(f"{args.dataset}:{number} is not a JSON object with a text; mend or remove the line")
+        for number, row in enumerate(read_jsonl(args.dataset), 1):
+            if not isinstance(row.get("text"), str):
+                raise ValueError(f"row {number} of {args.dataset} has no text; mend or remove the line")
             source = str(row.get("source", args.dataset.stem))
             counts[source] = counts.get(source, 0) + 1
             if counts[source] <= (args.limit or counts[source]) and source in (args.sources or [source]):
@@ -154,14 +172,13 @@ def by_documents(args: argparse.Namespace, model: LanguageModel, rank: int = 0, 
     """The results of texts or of a store's documents, in windows, over ranks."""
     model = copy(model)
     model.context = min(model.context, args.sequence_length or model.context)
-    about = {"checkpoint": str(args.checkpoint), "sequence_length": model.context, "stride": args.stride}
-    evaluation = Eval("perplexity", 1, list(documents(args)), score, totals=totals, about=about)
+    about = _about(args, model.context)
+    evaluation = Eval("perplexity", VERSION, list(documents(args)), score, totals=totals, about=about)
     found = evaluate(evaluation, model, args.output, None, rank, world)
     if found:
         parts = found.pop("subjects", {}) or {s.subject: {"metrics": found["metrics"]} for s in evaluation.items[:1]}
         found.pop("macro", None)
-        sources = {name: {k: v["value"] for k, v in part["metrics"].items()} for name, part in parts.items()}
-        found["metrics"] = {**sources, "all": {name: estimate["value"] for name, estimate in found["metrics"].items()}}
+        found["metrics"] = {**{name: part["metrics"] for name, part in parts.items()}, "all": found["metrics"]}
     return found
 
 
@@ -177,9 +194,13 @@ def measure(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world
 def asked(args: argparse.Namespace) -> list[Any]:
     """All that the figures depend on, but for the model; ValueError where there are no data."""
     find_data(args)
+    return [VERSION, args.sources, args.sequence_length, args.stride, args.limit, data_hashes(args)]
+
+
+def data_hashes(args: argparse.Namespace) -> dict[str, str]:
+    """sha256 of a file of texts, or of the manifest of each source's shards, which holds theirs."""
     files = [args.dataset] if args.dataset.is_file() else [s.folder / "manifest.json" for s in shards_of(args).values()]
-    how = [args.sources, args.sequence_length, args.stride, args.limit]
-    return [*how, *([str(path), file_hash(path)] for path in files)]
+    return {str(path): file_hash(path) for path in files}
 
 
 def find_data(args: argparse.Namespace) -> None:
@@ -197,14 +218,15 @@ def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     parser.add_argument("--dataset", type=Path, help="a data store, or a .jsonl file of texts; the same as --data")
     parser.add_argument("--sources", nargs="*", help="which sources of it (default: all)")
-    parser.add_argument("--sequence_length", type=int, help="tokens a row or window (default: the model's context)")
-    parser.add_argument("--stride", type=int, help="read documents in windows that move by so many tokens")
+    parser.add_argument("--sequence_length", type=at_least(1), help="tokens a row or window (default: the model's context)")
+    parser.add_argument("--stride", type=at_least(1), help="read documents in windows that move by so many tokens")
     parser.set_defaults(batch_size=4)
     return parser
 
 
 def show(found: dict[str, Any]) -> None:
-    for name, figures in found["metrics"].items():
+    for name, estimates in found["metrics"].items():
+        figures = {metric: estimate["value"] for metric, estimate in estimates.items()}
         text = f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
         print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens)")
 
@@ -213,9 +235,11 @@ def main() -> None:
     args = parser().parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
         find_data(args)
+        args.output = output_of(args.output, args.checkpoint, "perplexity")
         found = measure(args, load_model(args.checkpoint, device, args.dtype, args.batch_size), rank, world)
         if rank == 0:
             show(found)
+            print(f"written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def _header(report: dict[str, Any], columns: Columns) -> str:
     tiles = [(_short(report["parameters"]), "parameters")]
     if training:
         tiles += [(_short(training["tokens"] or 0), "tokens read"), (f"{training['steps']:,}", "steps")]
-    whole = report["evaluations"].get("perplexity", {}).get("metrics", {}).get("all", {})
-    if whole.get("bits_per_byte") is not None:
-        tiles.append((f"{whole['bits_per_byte']:.3f}", "bits a byte, unseen text"))
+    whole = report["evaluations"].get("perplexity", {}).get("metrics", {}).get("all", {}).get("bits_per_byte", {})
+    if whole.get("value") is not None:
+        tiles.append((f"{whole['value']:.3f}", "bits a byte, unseen text"))
     tiles += [(f"{score['value']:.1f}", columns[name][0]) for name, score in list(report["scores"].items())[:2]]
     made = "".join(f'<div class="tile"><b>{value}</b><span>{escape(what)}</span></div>' for value, what in tiles)
     return (
@@ -147,12 +147,12 @@ def _loss(report: dict[str, Any]) -> str:
 
 def _held_out(report: dict[str, Any]) -> str:
     metrics = report["evaluations"].get("perplexity", {}).get("metrics", {})
-    bits = {name: found["bits_per_byte"] for name, found in metrics.items() if found.get("bits_per_byte") is not None}
+    bits = {name: value for name, found in metrics.items() if (value := found["bits_per_byte"]["value"]) is not None}
     if not bits:
         return ""
     top = max(4.0, max(bits.values()))
     bars = [
-        bar(name, f"perplexity {metrics[name]['perplexity']:,.1f}", value, None, top, digits=3)
+        bar(name, f"perplexity {metrics[name]['perplexity']['value']:,.1f}", value, None, top, digits=3)
         for name, value in sorted(bits.items(), key=lambda pair: (pair[0] == "all", pair[1]))
     ]
     note = "Bits per byte of text that was never trained on; lower is better, whatever the tokenizer."

@@ -287,24 +287,34 @@ def test_two_ranks_find_what_one_finds(checkpoint, rows, tmp_path):
 
 
 def test_perplexity_of_rows_documents_and_texts(checkpoint, text_store, tmp_path, monkeypatch):
-    def measure(*more):
-        output = tmp_path / "perplexity.json"
-        arguments = ["--checkpoint", str(checkpoint), "--dataset", str(text_store), "--device", "cpu", "--output", str(output)]
+    monkeypatch.chdir(tmp_path)
+
+    def results_of(*more):
+        arguments = ["--checkpoint", str(checkpoint), "--dataset", str(text_store), "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["x", *arguments, "--limit", "2", *more])
         eval_perplexity.main()
-        return json.loads(output.read_text())
+        return json.loads(Path("results", "step_1", "perplexity.json").read_text())
+
+    def measure(*more):
+        found = results_of(*more)["metrics"]
+        assert all(set(estimate) >= {"value", "stderr"} for part in found.values() for estimate in part.values())
+        return {source: {name: estimate["value"] for name, estimate in part.items()} for source, part in found.items()}
 
     rows = measure("--sequence_length", "64")
-    assert set(rows["metrics"]) == {"first", "second", "all"} and rows["metrics"]["all"]["tokens"] == 2 * 2 * 64
-    whole, sliding = (measure("--sequence_length", "256", "--stride", stride)["metrics"] for stride in ("256", "100"))
+    assert set(rows) == {"first", "second", "all"} and rows["all"]["tokens"] == 2 * 2 * 64
+    by_rows, by_documents = results_of("--sequence_length", "64"), results_of("--sequence_length", "64", "--stride", "64")
+    assert set(by_rows) <= set(by_documents) and by_rows["n"] == by_documents["n"] == 4 and by_rows["dtype"] == "float32"
+    assert by_rows["data_hashes"] == by_documents["data_hashes"] and len(by_rows["data_hashes"]) == 2
+    whole, sliding = (measure("--sequence_length", "256", "--stride", stride) for stride in ("256", "100"))
     assert whole["all"]["tokens"] == sliding["all"]["tokens"] and whole["first"]["loss"] != sliding["first"]["loss"]
     texts = tmp_path / "texts.jsonl"
-    texts.write_text("".join(json.dumps({"text": text(i, 60), "source": f"s{i % 2}"}) + "\n" for i in range(4)))
+    words = [text(i, 60) + "\u2028\x85" for i in range(4)]  # which end a line for str.splitlines, not for JSON
+    lines = [json.dumps({"text": word, "source": f"s{i % 2}"}, ensure_ascii=False) + "\n" for i, word in enumerate(words)]
+    texts.write_text("".join(lines))
     found = measure("--dataset", str(texts))
-    assert set(found["metrics"]) == {"s0", "s1", "all"}
-    letters = sum(len(text(i, 60).encode()) for i in range(4))
-    nats = found["metrics"]["all"]["loss"] * found["metrics"]["all"]["tokens"]
-    assert found["metrics"]["all"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / letters)
+    assert set(found) == {"s0", "s1", "all"}
+    nats = found["all"]["loss"] * found["all"]["tokens"]
+    assert found["all"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(word.encode()) for word in words))
 
 
 def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
@@ -332,9 +342,21 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
         (eval_hellaswag, ["--checkpoint", str(tmp_path / "nan"), "--data", data], "logits that are not finite in float32"),
         (eval_mmlu, ["--checkpoint", str(checkpoint), "--data", data, "--shots", "6"], "there are 5 solved examples"),
         (eval_perplexity, ["--checkpoint", str(checkpoint), "--dataset", "nowhere"], "there is no data at nowhere"),
+        (eval_mmlu, ["--checkpoint", str(checkpoint), "--data", data, "--device", "gpu"], "there is no device 'gpu' here"),
+        (eval_mmlu, ["--checkpoint", str(checkpoint), "--data", data, "--output", str(tmp_path)], "name a file in it, such as"),
     ]
+    lines = {
+        b'{"text": "caf\xe9"}': "is not JSON",
+        b'["text"]': "is a list",
+        b'{"text": 5}': "has no text",
+        b'{"text": ""}': "is empty",
+    }
+    for i, (line, expected) in enumerate(lines.items()):
+        (tmp_path / f"{i}.jsonl").write_bytes(line + b"\n")
+        path = str(tmp_path / f"{i}.jsonl")
+        cases.append((eval_perplexity, ["--checkpoint", str(checkpoint), "--dataset", path], expected))
     for module, arguments, expected in cases:
-        monkeypatch.setattr(sys, "argv", ["x", *arguments, "--output", str(tmp_path / "out.json"), "--device", "cpu"])
+        monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path / "out.json"), "--device", "cpu", *arguments])
         with pytest.raises(SystemExit) as left:
             module.main() if module is eval_perplexity else main_of(module)
         error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]

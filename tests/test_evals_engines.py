@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from data.gguf_tokenizer import read_vocabulary, tokenizer_folder
 from data.tokenizer import load_tokenizer, save_tokenizer
 from evals import eval_needle, eval_perplexity, eval_tool_use
 from evals.chat import Chat
-from evals.engines import NanoLlamaEngine, TransformersEngine, load_model
+from evals.engines import NanoLlamaEngine, TransformersEngine, folder_hash, load_model
 from evals.harness import Cache, Choose, Item, Read, Write, ask
 from evals.language_model import Words
 from models.gguf import export
@@ -90,6 +91,15 @@ def test_a_folder_of_another_architecture_is_read_by_transformers(checkpoint, tm
     assert found.logprob == pytest.approx(expected, abs=1e-4) and found.tokens == len(whole) - len(ids)
 
 
+def test_the_hash_of_a_folder_is_of_its_ends_and_its_template_too(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "step_1")
+    found = [folder_hash(tmp_path / "step_1")]
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "step_1" / name).write_text('{"eos_token_id": [2, 5]}')
+        found.append(folder_hash(tmp_path / "step_1"))
+    assert found[0] == folder_hash(checkpoint) and len(set(found)) == 4
+
+
 def files(checkpoint: Path, out: Path, *outtypes: str) -> dict[str, Path]:
     targets = {outtype: out / f"m-{outtype}.gguf" for outtype in outtypes}
     export(checkpoint, targets, read_vocabulary(checkpoint, CONFIG.vocab_size).put, "m", say=lambda line: None)
@@ -130,7 +140,8 @@ def test_a_gguf_file_answers_as_its_checkpoint(checkpoint, text_store, tmp_path,
     save_tokenizer(load_tokenizer(text_store / "tokenizer"), tmp_path / "base")
     windows = ["--stride", "512", "--sequence_length", "512", "--limit", "1"]
     one, two = run(eval_perplexity, "--dataset", str(text_store), *windows, folder=tmp_path / "base")
-    assert two["metrics"]["all"]["loss"] == pytest.approx(one["metrics"]["all"]["loss"], abs=1e-3)
+    losses = [found["metrics"]["all"]["loss"]["value"] for found in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     one, two = run(eval_needle, "--context", "700", "--num_tests", "1", "--depths", "2", "--kinds", "single")
     assert one["prompt_hash"] == two["prompt_hash"]
     for name, estimate in one["metrics"].items():

@@ -53,8 +53,9 @@ def made(checkpoint, tmp_path_factory):
     lines = [{"subject": "single", "scores": {"length": a, "depth": b, "accuracy": c, "text": BREAKS}} for a, b, c in cells]
     (results / "needle.samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     assert eval_needle.grid(results / "needle.samples.jsonl")["single"][128, 0.0] == [1.0, 0.0]
-    bits = {name: {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": value} for name, value in (("wiki", 1.25), ("all", 1.5))}
-    (results / "perplexity.json").write_text(json.dumps({"task": "perplexity", "metrics": bits, **of}))
+    given, names = {"wiki": (2.0, 7.4, 1.25), "all": (2.0, 7.4, 1.5)}, ("loss", "perplexity", "bits_per_byte")
+    bits = {key: {n: {"value": v, "stderr": None} for n, v in zip(names, row, strict=True)} for key, row in given.items()}
+    (results / "perplexity.json").write_text(json.dumps({"task": "perplexity", "metrics": bits, "n": 9, **of}))
     summary = {"task": "quick", "metrics": {}, "not_measured": {"gsm8k": "no <data>", "mmlu": "was"}, **of}
     (results / "quick.json").write_text(json.dumps(summary))
     rows = [
@@ -141,7 +142,7 @@ def test_the_page_stands_alone_and_says_what_the_json_says(made):
     said = " ".join(page.texts)
     numbers = [f"{score['value']:.1f}" for score in found["scores"].values()]
     numbers += [f"{1.96 * score['stderr']:.1f}" for score in found["scores"].values()]
-    numbers += [f"{m['bits_per_byte']:.3f}" for m in found["evaluations"]["perplexity"]["metrics"].values()]
+    numbers += [f"{m['bits_per_byte']['value']:.3f}" for m in found["evaluations"]["perplexity"]["metrics"].values()]
     numbers += [f"{value:.2f}" for value in found["needle"]["single"]["cells"].values()]
     numbers += [
         found["checkpoint_hash"],

@@ -148,13 +148,17 @@ def test_two_ranks_find_what_one_finds(run, place, tmp_path):
     two = json.loads((tmp_path / "two" / "tiny.json").read_text())
     assert two["metrics"]["hellaswag"] == one["metrics"]["hellaswag"] and "truthfulqa" in two["not_measured"]
     for name in ("first", "second", "all"):
-        assert two["metrics"][name] == pytest.approx(one["metrics"][name], rel=1e-6)
+        for metric, estimate in one["metrics"][name].items():
+            assert two["metrics"][name][metric]["value"] == pytest.approx(estimate["value"], rel=1e-6)
+    ranked = json.loads((tmp_path / "two" / "perplexity.json").read_text())
+    assert ranked["n"] == json.loads((tmp_path / "one" / "perplexity.json").read_text())["n"] == 2 * 5
 
 
 def test_mistakes(run, place, tmp_path):
     (tmp_path / "odd.yaml").write_text("evals: {hellaswag: --shot 0 --wrong}\n")
     (tmp_path / "who.yaml").write_text("evals: {hellaswga: --shots 0}\n")
     (tmp_path / "key.yaml").write_text("eval: {hellaswag: --shots 0}\n")
+    (tmp_path / "quote.yaml").write_text('evals: {hellaswag: "--shots \'0"}\n')
     for more, expected in (
         (
             ["--suite", str(tmp_path / "odd.yaml"), "--data", "hellaswag=x"],
@@ -162,7 +166,12 @@ def test_mistakes(run, place, tmp_path):
         ),
         (["--suite", str(tmp_path / "who.yaml"), "--data", "hellaswga=x"], "there is no evaluation 'hellaswga'; there are arc, "),
         (["--suite", str(tmp_path / "key.yaml")], "did you mean 'evals'?"),
+        (
+            ["--suite", str(tmp_path / "quote.yaml"), "--data", "hellaswag=x"],
+            "flags for hellaswag are not understood: --shots '0",
+        ),
         (["--suite", "fulll"], "did you mean"),
+        (["--output", str(tmp_path)], "is a folder; name a file in it, such as"),
         (["--data", "mmlu=x"], "must be NAME=PATH with one of perplexity, hellaswag, truthfulqa"),
         (["--gates", str(place / "plan.yaml"), "--at", "5"], "has no milestone at step 5; it has them at 6, 7"),
         (
