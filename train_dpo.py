@@ -92,17 +92,19 @@ def reference(
         return lambda split, names, batch: frozen_logps(model, batch)
     if dpo.referred == "none":
         return None
+    sources = [(split, name, source) for split, part in pairs.items() for name, source in sorted(part.items())]
     made_of = on_main(
         lambda: {
             "weights": " ".join(file_hash(path) for path in sorted(base.glob("*.safetensors"))),
+            "model": file_hash(base / "config.json"),
             "tokenizer": file_hash(tokenizer / "tokenizer.json"),
             "template": file_hash(tokenizer / TRAINING_TEMPLATE),
             "length": str(run.data.sequence_length),
             "dtype": str(compute_dtype(run.parallel, device)),
-            "data": " ".join(f"{name} {source.fingerprint}" for name, source in sorted(pairs["train"].items())),
+            "data": " ".join(f"{split} {name} {source.fingerprint}" for split, name, source in sources),
         }
     )
-    sizes = {f"{split}/{name}": len(source.prompts) for split, part in pairs.items() for name, source in part.items()}
+    sizes = {f"{split}/{name}": len(source.prompts) for split, name, source in sources}
     logps = ReferenceLogps(Path(dpo.reference_cache or run.checkpoints / "reference.safetensors"), made_of, sizes)
     logps.compute(
         lambda: sharded(build_reference(base, run.model, grown), run, device),

@@ -34,7 +34,7 @@ class PairBatch(NamedTuple):
 
 
 Name = tuple[str, int]  # source, and which of its pairs
-Make = Callable[[], Iterable[tuple[list[Name], "PairBatch"]]]  # batches of this rank, and the pairs of each
+Make = Callable[[], Iterable[tuple[list[Name], "PairBatch"]]]  # batches of this rank, and the pairs of each that count
 Reference = Callable[[list[Name], PairBatch], Tensor]  # [2n] fp32 for the pairs of a batch
 
 
@@ -221,4 +221,4 @@ class HeldOutPairs:
             mine = range(first + self.rank * self.size, first + (self.rank + 1) * self.size)
             names = [(name, index if index < number else 0) for index in mine]
             counted = sum(index < number for index in mine)
-            yield names, make_batch(self.pairs, names, per_token, *self.shape, reference, counted)
+            yield names[:counted], make_batch(self.pairs, names, per_token, *self.shape, reference, counted)

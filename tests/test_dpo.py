@@ -1,7 +1,9 @@
 """DPO: losses against TRL, the kept reference and its refusals, train_dpo.py over ranks, micro-batches and restarts."""
 
+import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from conftest import ROOT, one_thread, read_metrics
 from safetensors.torch import load_file, save_file
 
 from benchmarks import parity_dpo
+from data.recipe import Split
 from models.hf import load_hf
 from training import setup
 from training.preference_losses import DPOConfig, preference
@@ -149,11 +152,21 @@ def test_a_kept_reference_is_refused_for_anything_else(case, tmp_path):
     assert int((~more["train/many"].isnan()).all(1).sum()) == 12 and torch.equal(
         more["train/many"][known], kept["train/many"][known]
     )
+    turned = shutil.copytree(case / "policy", tmp_path / "turned")  # the same weights
+    config = (turned / "config.json").read_text()
+    (turned / "config.json").write_text(config.replace('"rope_theta": 10000.0', '"rope_theta": 10.0'))
+    edited = tmp_path / "edited.jsonl"  # in a pair that is held out
+    rows = [json.loads(line) for line in (case / "many.jsonl").read_text().splitlines()]
+    held_out = lambda row: Split(0.2).of(json.dumps([[{"role": "user", "content": row["prompt"].strip()}], []])) == "val"  # noqa: E731
+    next(row for row in rows if held_out(row))["chosen"] += " indeed"
+    edited.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for other, said in (
         (f"init_from={case / 'reference'}", "made with other weights; remove it"),
         ("data.sequence_length=250", "made with other length; remove it"),
         ("parallel.dtype=bfloat16", "made with other dtype"),
         ("preferences.system=Be kind.", "made with other data"),
+        (f"init_from={turned}", "made with other model; remove it"),
+        (f"preferences.sources.many.path={edited}", "made with other data"),
     ):
         with pytest.raises(ValueError, match=said):
             dpo_here(*settings(case, tmp_path / "c", own, "steps=2", other))

@@ -190,6 +190,8 @@ def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, 
     batches = [part.batches()["own"] for part in held]
     assert [number for _, number in batches] == [7, 7] and len(batches[0][0]) == len(batches[1][0]) == 2
     assert sum(float(batch.counted.sum()) for part, _ in batches for batch in part) == 7
+    named = [name for part in held for _, make in part.steps() for names, _ in make() for name in names]
+    assert sorted(named) == [("own", index) for index in range(7)]  # each once: what fills up has no name
 
 
 def answers_of(batch):

@@ -29,7 +29,6 @@ class DPOConfig:
     margin: float = 0.5  # simpo's gamma: by how much beta times the mean log-probability of chosen should lead
     sft_weight: float = 0.0  # of the chosen answers' mean nll per token, added to the loss
     reference: str | None = None  # precomputed (default: once, kept on the disk), cpu (a frozen model there), none (for simpo)
-    reference_model: str | None = None  # default: the model that training starts from
     reference_cache: str | None = None  # file of the precomputed ones; default: reference.safetensors beside the checkpoints
 
     def __post_init__(self) -> None:
