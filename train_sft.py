@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from data.chat import Chat
 from data.dataloader import PackedDataLoader, Prefetcher, row_batches
 from data.sft import ChatConfig, Conversations, describe, prepare
 from data.tokenizer import token_bytes
@@ -36,12 +37,14 @@ class SFTConfig(TuningRun):
 def main() -> None:
     flags = parser(__doc__, "configs/sft.yaml", "rows a rank holds at once; a step stays data.tokens_per_step")
     args = flags.parse_intermixed_args()
-    start(SFTConfig, args, {"data.micro_batch_size": args.batch_size}, finetune)
+    counted = None if args.num_steps is None else "null"  # a flag goes before what the config says
+    start(SFTConfig, args, {"data.micro_batch_size": args.batch_size, "chat.epochs": counted}, finetune)
 
 
 def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profile: bool = False) -> bool:
     """From conversations to checkpoints. False if a signal stopped it; it has saved then."""
     chat, folder, files, run = take_base(run, Path(run.chat.cache))
+    check_samples(run, chat)
     data, length = run.data, run.data.sequence_length
     prepared = on_main(lambda: prepare(run.chat, data.mix, folder, length))
     sources = {name: Conversations(path, "train") for name, path in prepared.items()}
@@ -59,7 +62,7 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     }
 
     def evaluate(model: Any) -> dict[str, dict[str, float]]:
-        results = perplexity(model, held_out, bytes_of, setup.add_up)
+        results = perplexity(model, held_out, bytes_of, setup.add_up) if held_out else {}
         places = loader.ahead[0] if loader.ahead else 0  # read so far
         for name, share in (packed.shares(max(0, places - run.validation.every), places) if places else {}).items():
             results.setdefault(name, {})["trained_share"] = share
@@ -76,7 +79,22 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     if run.chat.neftune_alpha:
         objective = with_neftune(objective, run.chat.neftune_alpha, run.seed)
     lines = [line for name, source in sources.items() for line in describe(name, source.report)] + packed.describe(run.steps)
-    return run_phase(run, device, loader, objective, evaluate if held_out else None, files, lines, profile)
+    measured = evaluate if held_out or run.chat.samples else None
+    return run_phase(run, device, loader, objective, measured, files, lines, profile)
+
+
+def check_samples(run: SFTConfig, chat: Chat) -> None:
+    """ValueError where one of chat.samples cannot be asked, before there is anything to lose."""
+    for text in run.chat.samples:
+        try:
+            used = len(chat.prompt([{"role": "user", "content": text}]))
+        except ValueError as error:
+            raise ValueError(f"chat.samples: {text[:40]!r} cannot be asked ({error}); change it or leave it out") from None
+        if used >= run.model.max_position_embeddings:
+            raise ValueError(
+                f"chat.samples: {text[:40]!r} leaves no room for a reply: with the template it has {used} tokens of the model's "
+                f"{run.model.max_position_embeddings}; shorten it"
+            )
 
 
 if __name__ == "__main__":

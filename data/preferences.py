@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -49,6 +49,8 @@ class PairSource:
     def __post_init__(self) -> None:
         if self.form not in FORMS:
             raise ValueError(f"{self.form!r} is no form of preference pairs; there are {', '.join(FORMS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} of {self.path} must be at least 1; leave it out to take all")
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,13 @@ def _answer(row: Encoded) -> tuple[np.ndarray, int]:
     return row.ids[: row.ends[-1]], before + int(row.trained[before:].argmax())
 
 
-def prepare(config: PreferenceConfig, mix: Iterable[str], tokenizer: Path, length: int) -> dict[str, Path]:
+def prepare(config: PreferenceConfig, mix: Collection[str], tokenizer: Path, length: int) -> dict[str, Path]:
     """Folders of the prepared sources in the mixture, made where they are not there yet. tokenizer: a chat tokenizer's folder.
 
     ValueError where a source has too many faults or nothing that can be trained on.
     """
+    if not mix:
+        raise ValueError(f"data.mix names no source; preferences.sources has {', '.join(config.sources)}")
     for name in mix:
         if name not in config.sources:
             raise ValueError(f"data.mix.{name}: preferences.sources has no such source; it has {', '.join(config.sources)}")

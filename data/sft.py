@@ -5,7 +5,7 @@ best-fit; each conversation is a document of its own. The mixture is by trained 
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -37,6 +37,10 @@ class ChatSource:
     language: str | None = None  # of oasst, take only trees in it
     limit: int | None = None  # take no more conversations than that
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit} of {self.path} must be at least 1; leave it out to take all")
+
 
 @dataclass(frozen=True)
 class ChatConfig:
@@ -49,7 +53,7 @@ class ChatConfig:
     decontaminate: tuple[str, ...] = ()  # test sets; conversations that hold or are like an item are dropped
     testsets: str = "data/store/wheels"  # where downloaded test sets are kept
     system: str | None = None  # a system prompt for conversations without one
-    epochs: float | None = None  # passes over all rows of all sources, instead of steps
+    epochs: float | None = None  # passes over all rows of all sources, instead of steps; --num_steps goes before it
     neftune_alpha: float = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
     samples: tuple[str, ...] = ("What is 12 + 7?", "What is the capital of France?")  # answered at each validation
 
@@ -118,11 +122,13 @@ class ConversationRows:
         tokens[at:], targets[at:], docs[at:] = 0, IGNORE, count
 
 
-def prepare(config: ChatConfig, mix: Iterable[str], tokenizer: Path, length: int) -> dict[str, Path]:
+def prepare(config: ChatConfig, mix: Collection[str], tokenizer: Path, length: int) -> dict[str, Path]:
     """Folders of the prepared sources in the mixture, made where they are not there yet. tokenizer: a chat tokenizer's folder.
 
     ValueError where a source has too many faults or nothing that can be trained on.
     """
+    if not mix:
+        raise ValueError(f"data.mix names no source; chat.sources has {', '.join(config.sources)}")
     for name in mix:
         if name not in config.sources:
             raise ValueError(f"data.mix.{name}: chat.sources has no such source; it has {', '.join(config.sources)}")

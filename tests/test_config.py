@@ -58,7 +58,11 @@ BASE = ROOT / "configs" / "base_1b.yaml"
     [
         ("optim.lrr=1", "optim.lrr is not a setting; did you mean 'lr'?"),
         ("optimm.lr=1", "optimm is not a setting; did you mean 'optim'?"),
-        ("optim.lr=fast", "optim.lr='fast' must be a number"),
+        ("optim.lr=fast", "optim.lr='fast' must be a finite number"),
+        ("optim.lr=nan", "optim.lr='nan' must be a finite number"),
+        ("optim.grad_clip=.inf", "optim.grad_clip=inf must be a finite number"),
+        ("seed=-1", "seed=-1 must be at least 0 and below 2"),
+        ("seed=99999999999999999999", "below 2"),
         ("steps=1.5", "steps=1.5 must be a whole number"),
         ("steps=true", "steps=True must be a whole number"),
         ("parallel.compile=3", "parallel.compile=3 must be true or false"),

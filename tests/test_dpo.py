@@ -191,6 +191,9 @@ def read_header(path: Path) -> dict[str, str]:
     ("more", "said"),
     [
         (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
+        (["data.mix={}"], "data.mix names no source; preferences.sources has many"),
+        (["preferences.sources.many.limit=0"], "limit=0 of .*many.jsonl must be at least 1"),
+        (["dpo.beta=nan"], "dpo.beta='nan' must be a finite number"),
         (["data.mix={others: 1}"], "data.mix.others: preferences.sources has no such source; it has many"),
         (["data.sequence_length=2048"], "exceeds the model's context"),
         (["data.sequence_length=16"], "no pair of .* is left to train on .* x a pair that does not fit"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, one_thread, read_metrics
 
+import train_sft
 from benchmarks import parity_sft
 from data.chat import Chat
 from data.chat_tokenizer import save_chat_tokenizer
@@ -260,7 +261,7 @@ def test_what_sft_leaves_loads_in_transformers_and_goes_on(settings, tmp_path, c
     assert read_hf_config(second) == read_hf_config(folder)
 
 
-def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case):
+def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case, monkeypatch):
     """Tied embeddings, rows beyond the tokenizer, and a tokenizer that knows <|im_start|> already."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -270,8 +271,14 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=272, tie_word_embeddings=True, max_position_embeddings=512, **shape)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
-    assert sft_here(*settings(tmp_path, f"init_from={tmp_path / 'hf'}", "chat.epochs=0.5"))
+    own = [f"init_from={tmp_path / 'hf'}", "chat.held_out=0"]
+    assert sft_here(*settings(tmp_path, *own, "chat.epochs=0.5"))
     [row, *_] = read_metrics(tmp_path / "logs")
+    assert (tmp_path / "logs" / "samples.md").read_text().count("> What is 12 + 7?") >= 2  # before and after
+    monkeypatch.setattr(sys, "argv", ["train_sft.py", "--num_steps", "1", *settings(tmp_path / "b", *own, "chat.epochs=0.5")])
+    with pytest.raises(SystemExit):
+        train_sft.main()
+    assert [row["end"] for row in read_metrics(tmp_path / "b" / "logs")] == [1]  # the flag goes before the config
     [made] = [folder for folder in (tmp_path / "out").iterdir() if folder.name == f"step_{row['end']}"]
     assert read_hf_config(made) == dataclasses.replace(read_hf_config(tmp_path / "hf"), vocab_size=272)
     ids = Chat.from_folder(made).ids
@@ -282,6 +289,11 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case):
     ("more", "said"),
     [
         (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
+        (["data.mix={}"], "data.mix names no source; chat.sources has rows, more"),
+        (["chat.sources.rows.limit=-1"], "limit=-1 of .*rows.jsonl must be at least 1"),
+        (["chat.epochs=inf"], "chat.epochs='inf' must be a finite number"),
+        (["chat.samples=['']"], "chat.samples: '' cannot be asked .an empty user turn."),
+        ([f"chat.samples=['{'word ' * 400}']"], "chat.samples: 'word word .* leaves no room for a reply"),
         (["data.mix={others: 1}"], "data.mix.others: chat.sources has no such source; it has rows, more"),
         (["data.sequence_length=2048", "data.tokens_per_step=4096"], "exceeds the model's context"),
         (["chat.sources.rows.form=chatml"], "'chatml' is no form of conversations"),

@@ -92,6 +92,8 @@ class RunConfig:
             raise ValueError(f"rope_theta_end={self.rope_theta_end} must be above 0")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must be at least 0 and below 2**63")
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds the model's context, "

@@ -61,8 +61,8 @@ def run_phase(
     with log, profiling.out_of_memory(run, device):
         if to_do:
             profiling.dry_run(run, state, device)
-        if to_do and evaluate and run.validation.before and state.step == state.phase_start:
-            found = validate(state.model, evaluate)
+        before = to_do and run.validation.before and state.step == state.phase_start
+        if before and evaluate and (found := validate(state.model, evaluate)):
             log.event("measured", f"        before the first step: {held_out_text(found)}", step=state.step, **found)
         with profiling.traced(run, state, device) if profile else nullcontext():
             finished = train(run, state, loader, objective, saves, log, evaluate)

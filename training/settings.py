@@ -5,6 +5,7 @@ Precedence: default < extended file < file < override. A key that does not exist
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -72,15 +73,15 @@ def _make(kind: Any, value: Any, name: str) -> Any:
     if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)  # PyYAML reads 3e-4 as a string
-            if kind is float:
+            if kind is float and math.isfinite(number):
                 return number
-            if number == int(number):
+            if kind is int and number == int(number):
                 return value if isinstance(value, int) else int(number)
         except (ValueError, OverflowError):
             pass
     elif kind in (bool, str) and isinstance(value, kind):
         return value
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
     raise ValueError(f"{name}={value!r} must be {wanted.get(kind, 'a list' if origin is tuple else 'settings, as key: value')}")
 
 
