@@ -24,7 +24,7 @@ from training.settings import load_settings
 class TuningRun(RunConfig):
     """A run that starts from the base init_from, with its shape, and counts its own steps: its logs have a folder of their own.
 
-    The learning rate decays from warm-up to the end.
+    The learning rate decays from warm-up to the end, as transformers' (and so TRL's) does: the next update would have min_lr.
     """
 
     @property
@@ -34,8 +34,8 @@ class TuningRun(RunConfig):
     def with_schedule(self) -> Any:
         """The same run, its schedule over its own steps."""
         warmup = min(self.schedule.warmup_steps, self.steps // 10)
-        decay = self.steps - warmup
-        return replace(self, schedule=replace(self.schedule, warmup_steps=warmup, total_steps=self.steps, decay_steps=decay))
+        decay, total = self.steps - warmup, self.steps + 1
+        return replace(self, schedule=replace(self.schedule, warmup_steps=warmup, total_steps=total, decay_steps=decay))
 
 
 class Base(NamedTuple):

@@ -21,7 +21,9 @@ from data.sft import ChatConfig, ChatSource, Conversations, prepare
 from models.hf import load_hf, read_hf_config
 from training import setup
 from training.objectives import neftune_noise, next_token, with_neftune
+from training.schedulers import ScheduleConfig, WSDScheduler
 from training.settings import load_settings
+from tuning import TuningRun
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +243,7 @@ def test_what_sft_leaves_loads_in_transformers_and_goes_on(settings, tmp_path, c
 
     from models.hf import grow_vocabulary
 
-    sft_here(*settings(tmp_path / "one", "steps=1"))
+    sft_here(*settings(tmp_path / "one", "steps=1", "optim.lr=1e-30"))
     folder = tmp_path / "one" / "out" / "step_1"
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     assert len(tokenizer) == model.config.vocab_size == 258 + 8
@@ -283,6 +285,22 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case, monkeypatch):
     assert read_hf_config(made) == dataclasses.replace(read_hf_config(tmp_path / "hf"), vocab_size=272)
     ids = Chat.from_folder(made).ids
     assert (ids["<|im_start|>"], ids["<|im_end|>"], ids["<|start_thought|>"]) == (258, 259, 260)
+
+
+@pytest.mark.parametrize(("kind", "steps", "warmup"), [("linear", 1, 0), ("linear", 50, 5), ("cosine", 7, 0)])
+def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
+    """No update is spent on a rate of 0."""
+    from transformers import get_scheduler
+
+    run = TuningRun(steps=steps, schedule=ScheduleConfig(warmup, decay=kind)).with_schedule()
+    ours = WSDScheduler(run.schedule, 1e-3)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    theirs = get_scheduler(kind, optimizer, warmup, steps)
+    for step in range(steps):
+        if step >= warmup:
+            assert 0 < ours(step) == pytest.approx(theirs.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        theirs.step()
 
 
 @pytest.mark.parametrize(
