@@ -24,6 +24,7 @@ MARKERS = (*CHAT_TOKENS, BOS, PAD)
 ROLES = ("system", "user", "assistant", "tool")
 MAY_FOLLOW = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool")}
 MAY_FOLLOW["tool"] = ("tool", "assistant")
+MAX_DEPTH = 100  # lists and objects in each other, in a call's arguments or a tool's schema
 TOOLS = "You can call these tools:"
 TEMPLATE, TRAINING_TEMPLATE = "chat_template.jinja", "chat_template_training.jinja"  # the second marks what is trained
 JINJA = """\
@@ -92,8 +93,10 @@ def neutralise(text: str, tokens: Iterable[str] = MARKERS) -> str:
     return text
 
 
-def _neutralise_all(value: Any, tokens: Sequence[str]) -> Any:
-    """A JSON value with all its texts neutralised; ValueError where one is not Unicode."""
+def _neutralise_all(value: Any, tokens: Sequence[str], depth: int = 0) -> Any:
+    """A JSON value with all its texts neutralised; ValueError where one is not Unicode, or values lie too deep."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"values nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
         try:
             value.encode()
@@ -101,8 +104,8 @@ def _neutralise_all(value: Any, tokens: Sequence[str]) -> Any:
             raise ValueError("text that is not valid Unicode") from None
         return neutralise(value, tokens)
     if isinstance(value, dict):
-        return {_neutralise_all(str(key), tokens): _neutralise_all(part, tokens) for key, part in value.items()}
-    return [_neutralise_all(part, tokens) for part in value] if isinstance(value, (list, tuple)) else value
+        return {_neutralise_all(str(key), tokens): _neutralise_all(part, tokens, depth + 1) for key, part in value.items()}
+    return [_neutralise_all(part, tokens, depth + 1) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def clean(
@@ -145,7 +148,10 @@ def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, 
     cleaned: dict[str, Any] = {"role": role, "content": content}
     if thought := _neutralise_all(_text(message.get("thought")), tokens):
         cleaned["thought"] = thought
-    if calls := [_clean_call(call, tokens) for call in message.get("tool_calls") or []]:
+    given = message.get("tool_calls") or []
+    if not isinstance(given, list):
+        raise ValueError("tool_calls that are no list")
+    if calls := [_clean_call(call, tokens) for call in given]:
         cleaned["tool_calls"] = calls
     if not content and not thought and not calls:
         raise ValueError("an empty assistant turn")
@@ -156,7 +162,7 @@ def _clean_call(call: Any, tokens: Sequence[str]) -> dict[str, Any]:
     try:
         name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (TypeError, KeyError, AttributeError, ValueError):
+    except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
         raise ValueError("a tool call that is no {function: {name, arguments}}") from None
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError("a tool call that is no {function: {name, arguments}}")
@@ -323,7 +329,7 @@ class Chat:
 
 
 class Reply(NamedTuple):
-    """What an assistant said. broken: tool calls that are no JSON object with name and arguments. ended: it stopped itself."""
+    """What an assistant said. broken: tool calls that clean() would not take, or no JSON at all. ended: it stopped itself."""
 
     thought: str
     content: str
@@ -388,12 +394,14 @@ def _read(pieces: list[tuple[str, bool]], partial: bool) -> Reply:
 
 
 def _read_call(text: str) -> tuple[dict[str, Any] | None, str]:
-    """The call that a text begins with, None where it is none, and what follows."""
+    """The call that a text begins with, None where it is none that clean() takes, and what follows."""
     begun = text.lstrip()
     try:
         call, end = json.JSONDecoder().raw_decode(begun)
+        if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+            return None, ""
+        made = {"function": {"name": call.get("name"), "arguments": call["arguments"]}}
+        _clean_call(made, ())
     except (ValueError, RecursionError):
         return None, ""
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
-        return None, ""
-    return {"function": {"name": call["name"], "arguments": call["arguments"]}}, begun[end:]
+    return made, begun[end:]

@@ -39,15 +39,21 @@ def read_conversations(path: str, form: str, language: str | None = None) -> Ite
         if isinstance(row, Skipped):
             yield row
             continue
-        try:
-            found = FORMS[form](row.value)
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            yield Skipped(f"not of the form {form} ({type(error).__name__}: {error})", row.where)
-        except ValueError as error:
-            yield Skipped(str(error), row.where)
-        else:
+        found = _made(form, row.where, FORMS[form], row.value)
+        if isinstance(found, dict):
             own = found.get("id") or row.value.get("id")
-            yield {**found, "id": str(own or row.where), "where": row.where}
+            found = {**found, "id": str(own or row.where), "where": row.where}
+        yield found
+
+
+def _made(form: str, where: str, make: Callable[..., Conversation | Skipped], *given: Any) -> Conversation | Skipped:
+    """What `make` makes of a row; Skipped with the reason where the row is not what it should be."""
+    try:
+        return make(*given)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        return Skipped(f"not of the form {form} ({type(error).__name__}: {error})", where)
+    except ValueError as error:
+        return Skipped(str(error), where)
 
 
 def read_rows(path: str, split: str = "train") -> Iterator[Row | Skipped]:
@@ -216,28 +222,35 @@ def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conv
         message = row.value.get("prompt", row.value)
         if not isinstance(message, dict) or not {"message_id", "text", "role"} <= message.keys():
             yield Skipped("not of the form oasst", row.where)
+        elif not all(isinstance(id, (str, int)) for id in (message["message_id"], message.get("parent_id") or "")):
+            yield Skipped("not of the form oasst (an id that is no text)", row.where)
         elif message.get("parent_id") is None:
             roots.append((row.where, message))
         else:
             flat.setdefault(message["parent_id"], []).append(message)
+    messages = [*(root for _, root in roots), *(message for replies in flat.values() for message in replies)]
+    for parent in flat.keys() - {message["message_id"] for message in messages}:
+        yield from [Skipped("a reply to a message that is not there", "")] * len(flat[parent])
     for where, root in roots:
-        tree = str(root.get("message_tree_id") or root["message_id"])
-        if language and root.get("lang") not in (language, None):
-            yield Skipped("another language", "")
-            continue
-        path = _best_path(root, flat)
-        if len(path) < 2:
-            yield Skipped("a tree without an answer", "")
-            continue
-        messages = [{"role": {"prompter": "user"}.get(m["role"], m["role"]), "content": m["text"]} for m in path]
-        yield {"messages": messages, "id": tree, "group": tree, "where": where}
+        yield _made("oasst", where, _tree, root, flat, language, where)
+
+
+def _tree(root: dict, flat: dict[str, list[dict]], language: str | None, where: str) -> Conversation | Skipped:
+    tree = str(root.get("message_tree_id") or root["message_id"])
+    if language and root.get("lang") not in (language, None):
+        return Skipped("another language", "")
+    path = _best_path(root, flat)
+    if len(path) < 2:
+        return Skipped("a tree without an answer", "")
+    messages = [{"role": {"prompter": "user"}.get(m["role"], m["role"]), "content": m["text"]} for m in path]
+    return {"messages": messages, "id": tree, "group": tree, "where": where}
 
 
 def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
     """From the root down, always the reply of the best rank, as long as there is one that was neither deleted nor rejected."""
     path = [root]
     while True:
-        replies = path[-1].get("replies") or flat.get(path[-1]["message_id"], [])
+        replies = path[-1].get("replies") or flat.pop(path[-1]["message_id"], [])  # taken once, so no circle has no end
         fit = [m for m in replies if not m.get("deleted") and m.get("review_result") is not False]
         if not fit:
             return path if path[-1]["role"] == "assistant" else path[:-1]

@@ -279,7 +279,7 @@ def parse_row(row: Row | Skipped, form: str) -> Pair:
         raise ValueError(row.reason)
     try:
         return PARSERS[form](row.value)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not of the form {form} ({type(error).__name__}: {error})") from None
 
 

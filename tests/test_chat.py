@@ -143,7 +143,10 @@ def test_replies_are_read_back(chat, given):
     assert read("<|start_thought|>a<|end_thought|>b<|start_thought|>c<|end_thought|>d")[:2] == ("a\nc", "bd")
     broken = '<|tool_call|>{"name": "f", "argu'
     assert read(broken).broken and not read(broken, partial=True).broken
-    assert read('<|tool_call|>{"name": 1, "arguments": {}}<|im_end|>').broken == ['{"name": 1, "arguments": {}}']
+    lists = '{"name": "f", "arguments": {"x": ' + "[" * 500 + "]" * 500 + "}}"
+    for call in ('{"name": 1, "arguments": {}}', '{"name": "f", "arguments": {"x": "\\ud800"}}', lists):
+        reply = read(f"<|tool_call|>{call}<|im_end|>")  # none of these could stand in the next prompt
+        assert reply.broken == [call] and not reply.tool_calls
 
 
 def test_a_stream_never_shows_what_it_takes_back():
@@ -160,6 +163,14 @@ def user(content):
     return {"role": "user", "content": content}
 
 
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+DEEP = '{"a": ' * 10**5  # more than a parser takes
 BAD = [
     ([], "a conversation without messages"),
     ([user("a"), user("b")], "two user turns in a row"),
@@ -172,6 +183,12 @@ BAD = [
         [user("a"), {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
         "tool call",
     ),
+    ([user("a"), {"role": "assistant", "content": "b", "tool_calls": 5}], "tool_calls that are no list"),
+    (
+        [user("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": nested(600)}}]}],
+        "more than 100 deep",
+    ),
+    ([user("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}], "tool call that is no"),
     ([user("a\ud800"), {"role": "assistant", "content": "b"}], "not valid Unicode"),
     ([user(7), {"role": "assistant", "content": "b"}], "content that is not text"),
 ]
@@ -254,6 +271,27 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     assert [f.where for f in found if isinstance(f, Skipped)] == [f"rows.jsonl:{line}" for line in (2, 3, 4, 5)]
     with pytest.raises(ValueError, match="no form of conversations"):
         list(read_conversations(str(tmp_path / "rows.jsonl"), "chatml"))
+
+
+def test_trees_that_are_broken_are_named(tmp_path):
+    root = {"message_id": "1", "text": "Q", "role": "prompter"}
+    answer = {"message_id": "2", "parent_id": "1", "text": "A", "role": "assistant"}
+    replies = [{"replies": ["a"]}, {"replies": 3}, {"replies": [{"role": "assistant"}]}, {"replies": [{**answer, "text": None}]}]
+    replies += [{"replies": [{**answer, "rank": rank} for rank in ("0", 1)]}, {"role": ["prompter"], "replies": [answer]}]
+    replies += [{"parent_id": ["1"]}]
+    trees = [{**root, **broken} for broken in replies]
+    path = tmp_path / "trees.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in trees))
+    *faults, odd = sorted(read_conversations(str(path), "oasst"), key=lambda found: isinstance(found, dict))
+    assert {fault.where for fault in faults} == {f"trees.jsonl:{line}" for line in (1, 2, 3, 5, 6, 7)}
+    assert all(fault.reason.startswith("not of the form oasst (") for fault in faults)
+    with pytest.raises(ValueError, match="an empty assistant turn"):  # text: null
+        clean(odd)
+    rows = [root, {**answer, "message_id": "1"}, {**answer, "parent_id": "9"}]  # an answer with its question's id, one to nothing
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lost, found = read_conversations(str(path), "oasst")
+    assert lost == Skipped("a reply to a message that is not there", "")
+    assert [message["content"] for message in found["messages"]] == ["Q", "A"]
 
 
 @pytest.fixture(scope="module")
