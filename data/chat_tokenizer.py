@@ -80,13 +80,14 @@ def keep_chat_tokenizer(base: Path, cache: Path) -> Path:
     """Folder of a base model's chat tokenizer below `cache`, named by its content."""
     part = cache / f".tokenizer.{os.getpid()}.tmp"
     shutil.rmtree(part, ignore_errors=True)
-    save_chat_tokenizer(part, base)
-    content = repr([file_hash(part / name) for name in FILES])
-    folder = cache / f"tokenizer-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    if folder.is_dir():
-        shutil.rmtree(part)
-    else:
-        part.rename(folder)
+    try:
+        save_chat_tokenizer(part, base)
+        content = repr([file_hash(part / name) for name in FILES])
+        folder = cache / f"tokenizer-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+        if not folder.is_dir():
+            part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

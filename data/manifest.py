@@ -72,10 +72,12 @@ def keep(
     part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    report = prepare(part)
-    sums = {split: " ".join(file_hash(part / f"{split}.{array}.npy") for array in arrays) for split in ("train", "val")}
-    content = {"inputs": inputs, "report": report, "sha256": sums}
-    write(part, content)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        report = prepare(part)
+        sums = {split: " ".join(file_hash(part / f"{split}.{array}.npy") for array in arrays) for split in ("train", "val")}
+        write(part, {"inputs": inputs, "report": report, "sha256": sums})
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # what failed leaves nothing
     return folder, report

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+COLDEST = 1e-6  # scores divided by less may leave fp32's range; 0 is the limit
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -19,8 +21,11 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
-            "temperature": (self.temperature >= 0 and math.isfinite(self.temperature), "0 or above"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite"),
+            "temperature": (
+                self.temperature == 0 or COLDEST <= self.temperature < math.inf,
+                f"0, or finite and at least {COLDEST:g}",
+            ),
             "top_k": (self.top_k >= 0, "0 or above"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
@@ -69,5 +74,8 @@ def choose(scores: Tensor, how: Sampling, seen: Tensor | None, chance: Tensor | 
 
 def chances(seeds: list[int], count: int) -> Tensor:
     """Numbers [B, count] in [0, 1), fp64, a row of them for each seed: a row's draws do not depend on its neighbours."""
+    for seed in seeds:
+        if not -(2**63) <= seed < 2**64:
+            raise ValueError(f"seed={seed} must be at least -2**63 and below 2**64")
     rows = [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)

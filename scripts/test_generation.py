@@ -7,6 +7,7 @@ Each prompt of a chat model is a conversation of its own; tools really run, unle
 """
 
 import argparse
+import sys
 
 import torch
 
@@ -60,17 +61,25 @@ def go_on(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_hf(args.checkpoint, dtype=torch.float32 if device == "cpu" else None, device=device)
-    room = model.config.max_position_embeddings - args.max_new_tokens
+    context = model.config.max_position_embeddings
     bos, ends = borders(args.checkpoint)
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for prompt in args.prompt:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ValueError("--prompt is not valid UTF-8; save or type it as UTF-8") from None
         ids = [*bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
-        if len(ids) > room:
-            raise ValueError(f"the prompt has {len(ids)} tokens, more than {room}; shorten it or --max_new_tokens")
+        if len(ids) + args.max_new_tokens > context:
+            raise ValueError(
+                f"the prompt's {len(ids)} tokens and --max_new_tokens {args.max_new_tokens} are more than the model's {context}; "
+                "shorten one"
+            )
         how = {"stop_strings": args.stop, "stop_tokens": ends, "sampling": sampling_of(args), "seed": args.seed}
-        print(f"> {prompt}\033[1m", end="", flush=True)
+        print(f"> {prompt}{bold}", end="", flush=True)
         for _, piece in stream_text(model, [ids], args.max_new_tokens, tokenizer.decode, **how):
             print(piece, end="", flush=True)
-        print("\033[0m\n")
+        print(f"{plain}\n")
 
 
 if __name__ == "__main__":

@@ -191,6 +191,7 @@ def read_header(path: Path) -> dict[str, str]:
     ("more", "said"),
     [
         (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
+        ([f"dpo.reference_cache={ROOT}"], "is a folder; name a file in it as dpo.reference_cache"),
         (["data.mix={}"], "data.mix names no source; preferences.sources has many"),
         (["preferences.sources.many.limit=0"], "limit=0 of .*many.jsonl must be at least 1"),
         (["dpo.beta=nan"], "dpo.beta='nan' must be a finite number"),

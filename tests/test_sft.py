@@ -143,6 +143,9 @@ def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_pat
         rows_of(case, tmp_path, {"odd": write(tmp_path / "odd.jsonl", odd)})
     with pytest.raises(ValueError, match=r"no conversation of .* is left to train on"):
         rows_of(case, tmp_path, {"none": write(tmp_path / "none.jsonl", [])})
+    with pytest.raises(ValueError, match="no form of conversations"):
+        rows_of(case, tmp_path, {"rows": ChatSource(str(tmp_path / "rows.jsonl"), "chatml")})
+    assert not list((tmp_path / "cache").glob(".*"))  # what failed half-way leaves nothing
 
 
 def test_prepared_conversations_are_kept_until_something_changes(case, tmp_path):

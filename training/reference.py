@@ -100,6 +100,8 @@ def _write(path: Path, made_of: dict[str, str], values: dict[str, Tensor]) -> No
 
 
 def _read(path: Path, made_of: dict[str, str]) -> dict[str, Tensor]:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file in it as dpo.reference_cache")
     if not path.is_file():
         return {}
     ways = "remove it, or name another file as dpo.reference_cache"
