@@ -413,13 +413,12 @@ def on_these_ranks(args: argparse.Namespace, world: int) -> None:
         commands = iter([f"go {args.warmup}", *[f"go {steps}"] * args.rounds])
         take_part(name, run, total, lambda device: Pace(device, commands, reports.append))
     if setup.rank_and_world()[0] == 0:
-        cuda = torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if cuda else cpu_name()
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
         rounds = [report | {"device": device} for report in reports[1:]]
         group = SimpleNamespace(spec=f"{name}:{world}", name=name, ranks=world, threads=torch.get_num_threads())
         group.rows, group.why, group.warm, group.rounds, group.traced = run.data.micro_batch_size, None, reports[0], rounds, None
-        found = {"settings": args.overrides, "parameters": run.model.num_parameters, **shape_of(run)}
-        found["contenders"] = [result_of(group, run)]
+        about = {"settings": args.overrides, "parameters": run.model.num_parameters}
+        found = {**about, **shape_of(run), "contenders": [result_of(group, run)]}
         compare(found, 0.0)
         print(table(found))
         if args.output:
