@@ -25,7 +25,7 @@ from data.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabula
 from data.session import Session
 from data.tools import TOOLS
 from evals.engines import folder_hash
-from evals.gguf_parity import FAR, MAX_KL, compare, compare_tokens, fuzz, reference, table
+from evals.gguf_parity import FAR, MAX_KL, compare, compare_tokens, fuzz, judge, reference, table
 from models.gguf import export, k_rows, read_config, tensor_type
 from models.hf import load_hf, save_hf
 from models.llamacpp import LlamaCpp, find_library, quantise_rows
@@ -269,6 +269,14 @@ def test_llama_cpp_computes_what_the_checkpoint_does(name, folders, files):
         if outtype in ("f32", "f16"):
             assert row["max_error"] < 0.02 and row["kl"] < 1e-5
             assert row["perplexity"] == pytest.approx(row["checkpoint_perplexity"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "error, kl, verdict", [(0.05, 1e-6, "ok"), (0.07, 1e-6, "high"), (0.07, 2e-5, "wrong"), (0.7, 1e-6, "wrong")]
+)
+def test_the_worst_logit_alone_is_rounding_until_it_is_far_off(error, kl, verdict):
+    row = {"weight_error": {}, "tokenizer": {"mismatches": 0}, "ends": True, "outtype": "f16", "greedy": {"largest_gap": 0.0}}
+    assert judge({**row, "max_error": error, "kl": kl}, spread=3.0)[0] == verdict
 
 
 @runtime
