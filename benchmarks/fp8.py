@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.side_by_side import machine, modules, write
-from entrypoint import user_errors
+from entrypoint import at_least, user_errors
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.fp8 import convert_to_fp8
@@ -59,10 +59,10 @@ def train(config: ModelConfig, fp8: bool, args: argparse.Namespace, device: torc
 def main() -> None:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500 if cuda else 200)
-    parser.add_argument("--length", type=int, default=2048 if cuda else 128)
-    parser.add_argument("--rows", type=int, default=16 if cuda else 8)
-    parser.add_argument("--layers", type=int, default=8, help="of the GPU's model")
+    parser.add_argument("--steps", type=at_least(1), default=500 if cuda else 200)
+    parser.add_argument("--length", type=at_least(1), default=2048 if cuda else 128)
+    parser.add_argument("--rows", type=at_least(1), default=16 if cuda else 8)
+    parser.add_argument("--layers", type=at_least(1), default=8, help="of the GPU's model")
     parser.add_argument("--lr", type=float, default=1e-3 if cuda else 3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
@@ -70,8 +70,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with user_errors():
-        if min(args.steps, args.length, args.rows, args.layers) < 1:
-            raise ValueError("--steps, --length, --rows and --layers must be at least 1")
         if find_spec("torchao") is None:
             raise ValueError("float8 needs the package torchao: pip install torchao")
     config = replace(ModelConfig(vocab_size=256), num_hidden_layers=args.layers) if cuda else TINY

@@ -28,6 +28,7 @@ import torch
 
 import train
 from benchmarks.side_by_side import modules
+from data.manifest import read_json
 from data.shards import ShardWriter
 from data.store import DUMMY
 from entrypoint import ROOT, user_errors
@@ -182,19 +183,6 @@ def tokens(
     return {"runs": runs, "best_lr": best, "target": target, "muon_at_best_lr": curve, "token_ratio": ratio}
 
 
-def before_now(path: Path | None) -> dict[str, Any]:
-    """What a results file holds; ValueError where it is no JSON object."""
-    if not path or not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no results of this benchmark; name another --output")
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("cost", "tokens"))
@@ -209,7 +197,7 @@ def main() -> None:
     with user_errors(rank, world), setup.ranks() as device:
         if args.device and device.type != args.device:
             raise ValueError(f"this would run on {device.type}, not on {args.device}; hide GPUs with CUDA_VISIBLE_DEVICES=")
-        found = before_now(args.output)
+        found = read_json(args.output) if args.output else {}
         about = {"command": f"python -m benchmarks.muon {' '.join(sys.argv[1:])}", **setup.environment(device)}
 
         def keep(results: dict[str, Any]) -> None:

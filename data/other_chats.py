@@ -19,7 +19,7 @@ class OwnTemplate:
         self.tokenizer = load_tokenizer(folder)
         self.renderer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
         self.special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
-        self.stop_ids = sorted({*borders(folder)[1], *filter(None, [self.renderer.eos_token_id])})
+        self.stop_ids = sorted({*borders(folder)[1], self.renderer.eos_token_id} - {None})
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids up to where the assistant's turn begins; special tokens come from the template only, not from what messages say.

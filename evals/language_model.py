@@ -46,21 +46,15 @@ class Engine(Protocol):
         ...
 
 
-def whole_tokenizer(checkpoint: Path) -> Path:
-    """The folder of a checkpoint's tokenizer; ValueError where it holds none."""
-    folder = tokenizer_folder(checkpoint)
-    if not (folder / "tokenizer.json").is_file():
-        raise ValueError(
-            f"{folder} holds no tokenizer.json; copy the tokenizer's files there, an evaluation reads and writes text"
-        )
-    return folder
-
-
 class Words:
     """The tokenizer of a checkpoint, and which ids begin and end a text."""
 
     def __init__(self, checkpoint: Path):
-        self.folder = folder = whole_tokenizer(checkpoint)
+        self.folder = folder = tokenizer_folder(checkpoint)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(
+                f"{folder} holds no tokenizer.json; copy the tokenizer's files there, an evaluation reads and writes text"
+            )
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()

@@ -22,6 +22,7 @@ import yaml
 from data.manifest import file_hash, read_json
 from entrypoint import user_errors
 from evals.engines import LanguageModel, load_model
+from evals.eval_needle import grid
 from evals.harness import Write
 from evals.page import count, page
 from models.hf import newest_step
@@ -194,19 +195,14 @@ def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Kind -> lengths, depths and the mean accuracy of each cell, "length/depth", out of eval_needle's samples."""
     if "needle" not in evaluations:
         return {}
-    cells: dict[str, dict[tuple[int, float], list[float]]] = {}
-    for sample in read_lines(Path(evaluations["needle"]["file"]).with_name(evaluations["needle"]["samples"])):
-        found = sample["scores"]
-        if "accuracy" in found:
-            where = int(found["length"]), float(found["depth"])
-            cells.setdefault(sample["subject"], {}).setdefault(where, []).append(found["accuracy"])
+    samples = Path(evaluations["needle"]["file"]).with_name(evaluations["needle"]["samples"])
     return {
         kind: {
             "lengths": sorted({length for length, _ in of_kind}),
             "depths": sorted({depth for _, depth in of_kind}),
             "cells": {f"{length}/{depth}": sum(tests) / len(tests) for (length, depth), tests in of_kind.items()},
         }
-        for kind, of_kind in cells.items()
+        for kind, of_kind in (grid(samples) if samples.is_file() else {}).items()
     }
 
 

@@ -203,10 +203,10 @@ def grow_vocabulary(weight: Tensor, known: int, size: int) -> Tensor:
 def load_hf(folder: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu") -> NanoLlama:
     """The model of a Hugging Face folder. dtype of the parameters: None stands for the one they are stored in."""
     folder = Path(folder)
-    model = NanoLlama(read_hf_config(folder))
+    stored = config_json(folder)
+    model = NanoLlama(from_hf_config(stored))
     load_weights(model, folder)
     if dtype is None:
-        stored = _json(folder / "config.json")
         dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
     for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay fp32
         parameter.data = parameter.data.to(dtype)

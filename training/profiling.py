@@ -28,9 +28,9 @@ def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objec
     """
     data, model, cuda = run.data, state.model, device.type == "cuda"
     zeros = torch.zeros(data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device)
-    docs = torch.zeros_like(zeros, dtype=torch.int32)
-    whole, halves = docs, torch.cat((docs[:, data.sequence_length // 2 :], docs[:, : data.sequence_length // 2] + 1), dim=1)
-    batches = [SimpleNamespace(tokens=zeros, targets=zeros, docs=each) for each in (whole, halves)]
+    whole, halves = zeros.int(), zeros.int()
+    halves[:, data.sequence_length // 2 :] = 1
+    batches = [SimpleNamespace(tokens=zeros, targets=zeros, docs=docs) for docs in (whole, halves)]
     several = data.rows // dist.get_world_size() // data.micro_batch_size > 1
     ways = [batches] if several else [[each] for each in batches[: 2 if run.parallel.attention in ("varlen", "flash") else 1]]
     moments = []
