@@ -16,11 +16,14 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from training.supervisor import DRIVER, end_with_driver
+
 SEVERAL = ("nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "master_addr", "master_port")
 REASONS = {6: "6 is how NCCL ends a rank when another is gone", 9: "9 often means no memory"}
 
 
 def main() -> None:
+    end_with_driver(os.environ.pop(DRIVER, None))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # after a signal ranks save; torchrun would wait 30 s
     # torch 2.13 keeps one store over restarts, in which new ranks find the addresses of the dead: let rank 0 open a new one
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")

@@ -21,12 +21,15 @@ from training.logger import append_event, open_alerts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder that holds heartbeat and hyperparameters.yaml")
+    parser.add_argument("run", type=Path, help="the folder that holds heartbeat and <phase>.config.yaml")
     parser.add_argument("--stale", type=float, default=600, help="seconds without a step; more than validation and saving take")
     parser.add_argument("--alert", metavar="COMMAND", help="a shell command that reads the alert on its standard input")
     args = parser.parse_args()
     with user_errors():
-        config = load(args.run / "hyperparameters.yaml").log.alerts
+        configs = sorted(args.run.glob("*.config.yaml"), key=lambda path: path.stat().st_mtime)
+        if not configs:
+            raise ValueError(f"{args.run} holds no <phase>.config.yaml; give the log folder of a run that has begun")
+        config = load(configs[-1]).log.alerts
         config = replace(config, events=("stuck", "recovered"), command=args.alert or config.command, quiet_s=0.0, wandb=False)
         alerts = open_alerts(args.run, config, setup.secrets(config.secrets))
         print(f"watching {args.run / 'heartbeat'}; Ctrl-C ends it", flush=True)

@@ -35,7 +35,11 @@ def losses(folder: Path) -> list[float]:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, by its path."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.stem != "run"
+    }
 
 
 @pytest.fixture
@@ -269,7 +273,7 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(se
     assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert "the checkpoint of step 40 was not saved: No space left on device; the same command goes on" in error
     assert 40 <= len(read_metrics(tmp_path / "logs")) < 60
-    assert [path.name for path in (tmp_path / "checkpoints" / "one").iterdir()] == ["step_20"]
+    assert [path.name for path in (tmp_path / "checkpoints" / "one").glob("step_*")] == ["step_20"]
     monkeypatch.undo()
     assert train_here(where) and len(read_metrics(tmp_path / "logs")) == 60
 
@@ -286,7 +290,7 @@ def test_what_fails_on_one_rank_fails_on_all(spawn, settings, tmp_path, asynchro
     for rank in (0, 1):
         said = (tmp_path / f"stderr.{rank}").read_text()
         assert "No space left on device" in said and said.count("\n") == 1
-    assert list((tmp_path / "checkpoints" / "one").iterdir()) == []
+    assert list((tmp_path / "checkpoints" / "one").glob("step_*")) == []
 
 
 def test_a_save_that_failed_for_another_reason_is_told_too(started, monkeypatch):
@@ -356,7 +360,7 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
     assert "step_2 is damaged (model.safetensors is missing)" in capsys.readouterr().out
     run = load(ROOT / "configs" / "test_mode.yaml", settings(f"resume_from={saves.folder}", phase="two"))
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        setup.start(run, state, Checkpoints(tmp_path / "two", run.checkpoint, torch.float32, None, {}), "")
+        setup.restore_or_init(run, state, Checkpoints(tmp_path / "two", run.checkpoint, torch.float32, None, {}), "")
     change(state)
     saves.save(state, 3.0)
     assert not (best / "state").exists() and has_state(saves.folder / "step_3")
@@ -395,7 +399,7 @@ def flip(path: Path, *places: int) -> None:
 
 def test_two_flipped_bytes_are_found_and_the_run_goes_on_from_the_one_before(settings, tmp_path, capfd, monkeypatch):
     how = settings("checkpoint={every: 2, keep: 3, asynchronous: true}")
-    assert train_here([*how, f"output_dir={tmp_path / 'straight'}"])
+    assert train_here([*how, f"output_dir={tmp_path / 'straight'}", f"log_dir={tmp_path / 'apart'}"])
     assert train_here(how)
     expected, folder = losses(tmp_path / "logs"), tmp_path / "checkpoints" / "one"
     assert verify(capfd, monkeypatch, tmp_path / "checkpoints")[0] == 0

@@ -126,7 +126,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(settings, tmp_p
         with monkeypatch.context() as patched:
             patched.setattr(target, full)
             assert "No space left on device" in complaint(capfd, patched, settings(steps=6))
-        assert sorted(path.name for path in folder.iterdir()) == ["step_3"]
+        assert sorted(path.name for path in folder.glob("step_*")) == ["step_3"]
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
         assert "free some space or lower checkpoint.keep" in complaint(capfd, patched, settings(steps=6))

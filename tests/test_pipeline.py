@@ -3,9 +3,14 @@
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,11 +18,16 @@ from conftest import ROOT, read_metrics
 
 import train
 from scripts import pipeline
+from training import supervisor
 from training.gates import Gate, by_name, judge
+from training.logger import Log
 
+TUNING = "cp -r {checkpoint}/. checkpoints/tiny/tuned/step_1"
 MEASURE = """
 import json, os, sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 step = int(Path(sys.argv[1]).name[5:])
 assert (Path(sys.argv[1]) / "model.safetensors").is_file()
 Path(sys.argv[2]).parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +69,7 @@ def plan(settings, tmp_path) -> Path:
             {
                 "name": "tuned",
                 "leaves": "checkpoints/tiny/tuned",
-                "commands": {"Tuning": "cp -r {checkpoint}/. checkpoints/tiny/tuned/step_1"},
+                "commands": {"Its folder": "mkdir -p checkpoints/tiny/tuned/step_1", "Tuning": TUNING},
                 "evals": ["perplexity"],
                 "gates": [gate],
                 "advice": "tune again",
@@ -82,6 +92,9 @@ class Forked:
         self.process = context.Process(target=train_there, args=arguments)
         self.process.start()
 
+    def send_signal(self, number: int) -> None:
+        os.kill(self.process.pid, number)
+
     def wait(self) -> int:
         self.process.join()
         print(self.output.read_text(), end="")
@@ -94,7 +107,24 @@ def train_there(arguments: list[str], place: str, environment: dict[str, str], o
     os.dup2(file, 1), os.dup2(file, 2)
     sys.argv = arguments
     os.chdir(place)
+    if "SLOW" in environment:
+        metrics = Log.metrics
+        Log.metrics = lambda self, *more: (time.sleep(float(environment["SLOW"])), metrics(self, *more))[1]
+    if "KILL_AT" in environment:
+        Log.metrics = killing(Log.metrics, int(environment["KILL_AT"]), environment.get("KILL_ONCE"))
     train.main()
+
+
+def killing(metrics, at: int, once: str | None):
+    """Log.metrics, but SIGKILL at a step, the first time only where a file `once` remembers it."""
+
+    def recorded(self, values, *more):
+        if values["step"] == at and not (once and Path(once).exists()):
+            Path(once or "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return metrics(self, values, *more)
+
+    return recorded
 
 
 @pytest.fixture
@@ -104,9 +134,11 @@ def run(plan, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(["test_pipeline", "torch._dynamo", "torch.distributed.checkpoint"])
-    popen = subprocess.Popen
-    start = lambda command, env: Forked(command, env) if "scripts.launch" in command else popen(command, env=env)  # noqa: E731
-    monkeypatch.setattr(pipeline.subprocess, "Popen", start)
+
+    def start(command: list[str], env: dict[str, str]) -> Forked | subprocess.Popen:
+        return Forked(command, env) if "scripts.launch" in command else subprocess.Popen(command, env=env)
+
+    monkeypatch.setattr(supervisor, "subprocess", SimpleNamespace(Popen=start))
 
     def one(*more: str, status: int = 0, **figures: str) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["pipeline", "--plan", "plan.yaml", *more])
@@ -218,3 +250,115 @@ def test_mistakes(plan, run):
     content["before"] = {"Broken": "python -c exit(1)"}
     (plan / "plan.yaml").write_text(yaml.safe_dump(content))
     assert "Stage 1 stopped (exit status 1)" in run(status=1).stderr
+
+
+def test_a_damaged_or_foreign_decision_is_made_again(plan, run):
+    run(AT_4="11")
+    path = plan / "results" / "tiny" / "step_4" / "decision.json"
+    path.write_text("")  # as a full disk leaves it
+    assert "decision at step 4: GO" in run().stdout
+    path.write_text(json.dumps({**json.loads(path.read_text()), "of": "another checkpoint"}))
+    output = run().stdout
+    assert "decision at step 4: GO" in output and "measured" not in output
+
+
+def edit_plan(plan: Path, **changes) -> None:
+    content = yaml.safe_load((plan / "plan.yaml").read_text())
+    (plan / "plan.yaml").write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+
+
+def test_extending_a_phase_that_decayed_repeats_its_decay_without_a_rise(plan, run):
+    """The last phase, steps 4 to 8, decays over 6 to 8; extended by 4 it decays over 6 to 12, from a stable checkpoint."""
+    run()
+    tuned = plan / "checkpoints" / "tiny" / "tuned" / "step_1" / "manifest.json"
+    before = tuned.read_bytes()
+    output = run("--extend", "two=4").stdout
+    assert "the decay is done again, longer" in output and "decision at step 12: GO" in output
+    rows = read_metrics(plan / "logs" / "tiny")
+    rates = [row["lr"] for row in rows]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    peak = max(rates)
+    assert rates[1:6] == [peak] * 5 and rates[-1] == 0.0
+    falls = [a - b for a, b in pairwise(rates[5:])]
+    assert falls == pytest.approx([peak / 6] * 6)  # one straight line over the join: no step rises
+    redone = [json.loads(line) for line in (plan / "logs" / "tiny" / "metrics_redone.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in redone] == [7, 8]  # nothing that was measured is lost
+    assert (plan / "checkpoints" / "tiny" / "two.old1" / "step_8" / "model.safetensors").is_file()
+    assert "tuned was made from another model" in output and tuned.read_bytes() != before
+    assert "train.py" not in run().stdout
+    subprocess.run([sys.executable, "-m", "scripts.plot_run", "logs/tiny"], check=True, cwd=plan)
+    assert (plan / "logs" / "tiny" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, monkeypatch):
+    run()
+    command = ["train.py", "--config", "two.yaml", "--resume_from", "checkpoints/tiny/one"]
+    monkeypatch.setattr(sys, "argv", [*command, "steps=8", "schedule.total_steps=12"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and "the learning rate would rise from 0.0e+00 to 3.0e-03 at step 8" in said
+    monkeypatch.setattr(sys, "argv", [*command, "steps=8", "schedule.total_steps=12", "schedule.allow_rise=true"])
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert not end.value.code and len(losses(plan)) == 12
+
+
+def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run):
+    run()
+    assert "Tuning" in run("--redo", "tuned").stdout and (plan / "checkpoints/tiny/tuned.old1/step_1").is_dir()
+    assert "--redo three: the plan has one, two, tuned" in run("--redo", "three", status=2).stderr
+    output = run("--redo", "two").stdout
+    assert "two is done again, as --redo asks" in output and (plan / "checkpoints/tiny/two.old1/step_8").is_dir()
+    assert "tuned was made from another" not in output  # the same bits came out: it is still current
+    stages = yaml.safe_load((plan / "plan.yaml").read_text())["stages"]
+    stages[0]["commands"] = {"Tuning": TUNING}
+    edit_plan(plan, stages=stages)
+    assert "stage tuned was made with other settings" in run(status=2).stderr
+    (plan / "checkpoints/tiny/tuned").rename(plan / "checkpoints/tiny/elsewhere")
+    (plan / "checkpoints/tiny/tuned").mkdir()
+    output = run("--skip", "tuned").stdout
+    assert "stage tuned is left out" in output and "\nlast checkpoints/tiny/two/step_8\n" in output
+    assert "--skip one: the plan has tuned" in run("--skip", "one", status=2).stderr
+
+
+def test_a_rank_that_dies_is_restarted_and_one_that_dies_at_the_same_step_twice_is_not(plan, run):
+    output = run(KILL_AT="7", KILL_ONCE="once").stdout
+    assert "the launcher was killed (SIGKILL) at step 6 (status -9); restart 1 of 3 from the newest checkpoint" in output
+    assert len(losses(plan)) == 8 and events(plan, "restarted")[0]["step"] == 6
+    for folder in ("checkpoints", "logs", "results"):
+        (plan / folder).rename(plan / f"{folder}_before")
+    (plan / "checkpoints" / "tiny" / "tuned").mkdir(parents=True)
+    done = run(KILL_AT="7", status=137)
+    assert "at step 6 again; the same step failed twice, so it is not restarted" in done.stdout
+    assert [event["step"] for event in events(plan, "gave_up")] == [6]
+    (plan / "killed").unlink()
+    edit_plan(plan, restarts=0)
+    assert "it was restarted 0 times already" in run(KILL_AT="7", status=137).stdout
+
+
+def test_a_closed_terminal_stops_the_stage_which_saves(plan, run, monkeypatch):
+    def close() -> None:
+        path = plan / "logs" / "tiny" / "metrics.jsonl"
+        while not (path.is_file() and path.stat().st_size):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    done = run(status=129, SLOW="0.3")
+    thread.join()
+    assert "was interrupted. The same command continues from here." in done.stderr
+    saved = [json.loads(line)["step"] for line in (plan / "logs/tiny/metrics.jsonl").read_text().splitlines()]
+    assert (plan / "checkpoints" / "tiny" / "one" / f"step_{saved[-1]}").is_dir() and saved[-1] < 8
+    run()
+    assert len(losses(plan)) == 8
+
+
+def test_two_drivers_do_not_carry_out_one_plan(plan, run):
+    from training.run_folder import locked
+
+    (plan / "logs" / "tiny").mkdir(parents=True)
+    with locked(plan / "logs" / "tiny" / "plan"):
+        said = run(status=2).stderr
+    assert f"logs/tiny/plan is in use by process {os.getpid()} on " in said

@@ -41,8 +41,8 @@ def quickstart(tmp_path_factory):
     shutil.copytree(ROOT / "configs" / "data", place / "configs" / "data")
     for name, change in (
         ("base", {"steps": 4, "schedule": {"warmup_steps": 1, "total_steps": 9, "decay_steps": 2, "min_lr": 1e-4}}),
-        ("long_context", {"steps": 2}),
-        ("gold", {"steps": 3}),
+        ("long_context", {"start_step": 4, "steps": 2}),
+        ("gold", {"start_step": 6, "steps": 3}),
         ("sft", {"steps": 3}),
         ("dpo", {"steps": 2}),
     ):

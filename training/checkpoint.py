@@ -358,8 +358,17 @@ def damage(folder: Path) -> str | None:
 
 
 def identity(folder: Path) -> str:
-    """A hash of all that is in a whole step folder."""
-    return _checksum(folder / MANIFEST, "blake2b")
+    """A hash of the model in a step folder, by its manifest, or in a Hugging Face folder, by its files.
+
+    What resuming needs is left out: the model stays the same when state/ of an old checkpoint is dropped.
+    """
+    manifest = read_manifest(folder)
+    if manifest:
+        sums = {name: total for name, total in manifest["files"].items() if not name.startswith("state/")}
+    else:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        sums = _hash_files(folder, names, "sha256")
+    return blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def read_position(folder: Path) -> dict[str, Any]:

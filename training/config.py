@@ -70,12 +70,13 @@ class RunConfig:
     run: str = "nanollama"
     phase: str = "phase1_pretrain"
     steps: int = 184_000  # updates in this phase
+    start_step: int | None = None  # step of the whole run at which this phase must begin
     until: int | None = None  # step of the whole run to pause at, saved, before the phase ends
     rope_theta_end: float | None = None  # theta rises evenly in its logarithm from model.rope_theta to this over the phase
     seed: int = 1337
     output_dir: str | None = None  # default: checkpoints/<run>/<phase>
     log_dir: str | None = None  # default: logs/<run>
-    resume_from: str | None = None  # a step folder, or a folder of them, whose weights, moments and step go on here
+    resume_from: str | None = None  # an earlier phase by name, its folder, or a step folder: continues its state
     init_from: str | None = None  # a Hugging Face folder whose weights start a new run
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -92,6 +93,8 @@ class RunConfig:
             raise ValueError(f"rope_theta_end={self.rope_theta_end} must be above 0")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
+        if self.start_step is not None and self.start_step < 0:
+            raise ValueError(f"start_step={self.start_step} must not be negative")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} must be at least 0 and below 2**63")
         if self.data.sequence_length > self.model.max_position_embeddings:
@@ -102,6 +105,17 @@ class RunConfig:
         for name in ("run", "phase"):
             if not getattr(self, name) or Path(getattr(self, name)).name != getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a plain folder name")
+
+    @property
+    def earlier(self) -> Path | None:
+        """Where resume_from points: a phase by name lies beside this phase's folder, or in checkpoints/<run>."""
+        if self.resume_from is None:
+            return None
+        path = Path(self.resume_from)
+        if len(path.parts) > 1 or path.is_dir():
+            return path
+        beside = self.checkpoints.parent / path
+        return beside if beside.is_dir() else Path("checkpoints") / self.run / path
 
     @property
     def checkpoints(self) -> Path:

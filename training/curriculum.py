@@ -40,19 +40,42 @@ class PlanStage:
 
 
 @dataclass(frozen=True)
+class Target:
+    """One line of the results table (evals/targets.py): a score and the values that three tiers ask for."""
+
+    metric: str  # dotted path into the results, as a gate's
+    title: str
+    mvp: float  # the least that is worth showing
+    success: float  # what the plan aims at
+    stretch: float
+    stage: str = "final"  # the phase or stage that it is measured after; "final": the model that is left
+    lower: bool = False  # lower is better
+    percent: bool = True  # the metric is a share, and shown in percent
+    note: str = ""  # where the three values come from
+
+    def __post_init__(self) -> None:
+        tiers = (self.mvp, self.success, self.stretch)
+        if list(tiers) != sorted(tiers, reverse=self.lower):
+            order = "fall" if self.lower else "rise"
+            raise ValueError(f"target {self.metric}: mvp, success and stretch are {tiers}; they must {order}")
+
+
+@dataclass(frozen=True)
 class Plan:
     name: str
     phases: tuple[PlanPhase, ...]
     stages: tuple[PlanStage, ...] = ()  # SFT, DPO
     ranks: int = 2  # processes, one a GPU
+    restarts: int = 3  # times that a stage which died is started again from its newest checkpoint
     before: dict[str, str] = field(default_factory=dict)  # sentence -> command, run before the first phase: data, tokenizer
     after: dict[str, str] = field(default_factory=dict)  # sentence -> command, run at the end; {checkpoint} is what is left
     # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
     evals: dict[str, str] = field(default_factory=dict)
+    targets: tuple[Target, ...] = ()  # the results table of evals/report.py
 
     def __post_init__(self) -> None:
-        if not self.phases or self.ranks < 1:
-            raise ValueError("a plan needs phases, and ranks of at least 1")
+        if not self.phases or self.ranks < 1 or self.restarts < 0:
+            raise ValueError("a plan needs phases, ranks of at least 1, and restarts that are not negative")
         for stage in self.stages:
             self._check_evals(f"stage {stage.name}", stage.evals)
             if stage.gates and not stage.evals:
@@ -90,9 +113,9 @@ def load_plan(path: str | Path) -> Plan:
 def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]:
     """The plan's phases on one line of steps. longer: phase -> steps that it runs on after what its config says.
 
-    Steps that are added move the learning-rate schedule's end, the phase's end and all that comes later by as many.
-    ValueError where phases do not fit each other: another schedule, run, model shape or batch, or milestones outside their
-    phase.
+    Steps that are added move the learning-rate schedule's end, the phase's end and all that comes later by as many. In a
+    phase that decays they make the decay longer; its begin stays. ValueError where phases do not fit each other (another
+    schedule, run, model shape or batch), begin elsewhere than their start_step, or have milestones outside.
     """
     longer, at = longer or {}, 0
     found: list[Stretch] = []
@@ -101,12 +124,20 @@ def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]
     if unknown:
         known = ", ".join(run.phase for run in runs)
         raise ValueError(f"{', '.join(sorted(unknown))} is no phase of the plan; there are {known}")
-    added = sum(longer.values())
+    added, slower, end = sum(longer.values()), 0, 0
+    for planned in runs:
+        end += planned.steps
+        if end > planned.schedule.total_steps - planned.schedule.decay_steps:
+            slower += longer.get(planned.phase, 0)
     for phase, planned in zip(plan.phases, runs, strict=True):
         shift = sum(longer.get(stretch.run.phase, 0) for stretch in found)
         extra = longer.get(planned.phase, 0)
-        total = planned.schedule.total_steps + added
-        overrides = [f"steps={planned.steps + extra}", f"schedule.total_steps={total}"]
+        schedule = planned.schedule
+        overrides = [f"steps={planned.steps + extra}", f"schedule.total_steps={schedule.total_steps + added}"]
+        overrides += [f"schedule.decay_steps={schedule.decay_steps + slower}"]
+        if planned.start_step is not None:
+            _check_start(planned, at - shift, found[-1].run.phase if found else None, phase.config)
+            overrides += [f"start_step={at}"]
         run = load(phase.config, overrides)
         if found:
             _check_follows(found[-1].run, run, found[-1].phase.config, phase.config)
@@ -121,6 +152,14 @@ def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]
     if at > total:
         raise ValueError(f"the phases take {at} steps but the learning rate is spent at schedule.total_steps={total}")
     return found
+
+
+def _check_start(run: RunConfig, begin: int, before: str | None, config: str) -> None:
+    """ValueError where a config names another first step, or another phase to continue, than its place in the plan."""
+    if run.start_step != begin:
+        raise ValueError(f"start_step is {run.start_step} in {config}, but the phases before it end at step {begin}")
+    if before and run.resume_from not in (None, before) and Path(str(run.resume_from)).name == run.resume_from:
+        raise ValueError(f"resume_from is {run.resume_from} in {config}, but the plan has {before} before it")
 
 
 def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str) -> None:

@@ -12,6 +12,7 @@ class Gate:
     metric: str  # dotted path into the results, as "wikipedia.bits_per_byte" or "hellaswag.acc_norm"
     go: float  # at least this good: go
     no_go: float  # worse than this: no-go; in between: caution
+    advice: str = ""  # what to do where this gate is not "go", with commands in backquotes
 
     def __post_init__(self) -> None:
         if self.go == self.no_go:

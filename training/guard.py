@@ -6,9 +6,11 @@ import signal
 import time
 from dataclasses import dataclass, field, replace
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGHUP: a terminal was closed
+
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT instead of dying of them; the loop adds the note into its per-step reduction.
+    """Notes the signals in STOPPING instead of dying of them; the loop adds the note into its per-step reduction.
 
     So all ranks learn of a signal to any of them at the same step, save there, and leave. A second signal kills at once,
     unless it comes within GRACE seconds: on Ctrl-C a rank hears from the terminal and from torchrun too.
@@ -21,7 +23,7 @@ class StopSignal:
         self.at = 0.0
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def _note(self, number: int, frame: object) -> None:

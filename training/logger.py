@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from files import write_text
 from training.alerts import AlertConfig, Alerts
 
 
@@ -72,7 +73,7 @@ class Log:
                 ) from error
 
     def open(self, step: int, end: int, phase: str) -> None:
-        """Begin or go on at `step`: what metrics.jsonl says of later steps came from a run that was cut short and goes."""
+        """Begin or continue at `step`. Rows of metrics.jsonl for later steps move to metrics_redone.jsonl."""
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +99,11 @@ class Log:
     def _begin_at(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            kept = [json.dumps(row) + "\n" for row in read_lines(path) if row.get("step", math.inf) <= step]
-            _replace(path, "".join(kept))
+            lines = [(row.get("step", math.inf) <= step, json.dumps(row) + "\n") for row in read_lines(path)]
+            if redone := "".join(line for kept, line in lines if not kept):
+                with open(self.folder / "metrics_redone.jsonl", "a", encoding="utf-8") as file:
+                    file.write(redone)
+            write_text(path, "".join(line for kept, line in lines if kept))
         self.file = open(path, "a", buffering=1)  # noqa: SIM115
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -145,10 +149,10 @@ class Log:
             self.beat(self.step)
         fields = {"phase": self.phase, "step": self.step, **fields}
         title = f"{kind} at step {fields['step']}"
-        self.say(text or f"{title}: {_spell(fields)}")
+        append_event(self.folder, kind, text, **fields)  # before the console, which may be gone
         where = f"{self.folder.absolute()} on {socket.gethostname()}"
         self.alerts.send(kind, f"{self.name}: {title}", f"{text or _spell(fields)}\n{where}")
-        append_event(self.folder, kind, text, **fields)
+        self.say(text or f"{title}: {_spell(fields)}")
 
     def metrics(self, values: dict[str, Any], last: bool = False) -> None:
         """Record one step. `values` holds at least step, loss, lr, grad_norm and tokens_per_s."""
@@ -184,7 +188,7 @@ class Log:
             return
         self.beaten = time.monotonic()
         who = {"phase": self.phase, "status": self.status, "pid": os.getpid(), "host": socket.gethostname()}
-        _replace(self.folder / "heartbeat", json.dumps({"time": now(), "step": step, **who}) + "\n", sync=False)
+        write_text(self.folder / "heartbeat", json.dumps({"time": now(), "step": step, **who}) + "\n", sync=False)
 
     def close(self) -> None:
         """Close what open() opened and wait for alerts that are under way. Can be called again, or without open()."""
@@ -284,17 +288,6 @@ def _append(path: Path, line: str) -> None:
             torn = file.read(1) != b"\n"
         file.write(("\n" * torn + line + "\n").encode())
         os.fsync(file.fileno())
-
-
-def _replace(path: Path, content: str, sync: bool = True) -> None:
-    """Write a whole file so that a reader, or a crash, finds the old one or the new one."""
-    part = path.with_name(path.name + ".tmp")
-    with open(part, "w") as file:
-        file.write(content)
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
-    part.rename(path)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ class ScheduleConfig:
     decay_steps: int = 23_000
     decay: str = "linear"  # linear, cosine or 1-sqrt
     min_lr: float = 0.0
+    allow_rise: bool = False  # continue although the rate would rise again after its decay has begun
 
     def __post_init__(self) -> None:
         if self.decay not in DECAYS:

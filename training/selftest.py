@@ -36,14 +36,25 @@ def overrides(steps: int | None) -> list[str]:
         f"validation={{every: {steps // 2}, rows: 8}}",
         "log_dir=logs/test_mode",
         "output_dir=checkpoints/test_mode/dummy",
+        "resume_from=null",
+        "start_step=null",
     ]
 
 
 def clear(run: RunConfig) -> None:
     """Remove what an earlier test run left; ValueError where the folder holds anything else."""
-    logs = ("metrics.jsonl", "events.jsonl", "training_log.md", "heartbeat", "hyperparameters.yaml", "git_commit_hash.txt")
+    logs = (
+        "metrics.jsonl",
+        "events.jsonl",
+        "training_log.md",
+        "heartbeat",
+        "hyperparameters.yaml",
+        "git_commit_hash.txt",
+        "run.*",
+        "metrics_*.jsonl",
+    )
     more = ("dummy.*", "tensorboard", "wandb_run_urls.txt")
-    leftovers = {run.checkpoints: ("step_*",), run.logs: (*logs, *more), Path(run.data.store): ("tokens",)}
+    leftovers = {run.checkpoints: ("step_*", "run.*"), run.logs: (*logs, *more), Path(run.data.store): ("tokens",)}
     for folder, of_a_test in leftovers.items():
         if folder.exists():
             known = {path for pattern in of_a_test for path in folder.glob(pattern)}

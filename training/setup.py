@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 import yaml
 
+from files import write_text
 from models.attention import choose_kernel
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
@@ -27,6 +28,7 @@ from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
 from training.guard import Faults
 from training.hangs import leave_if_lost
 from training.optimizers import build_optimizer
+from training.schedulers import ScheduleConfig, WSDScheduler
 from training.state import State
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,40 +122,48 @@ def build(run: RunConfig, device: torch.device, seed: int | None = None, known_t
     return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase, phase_end=run.steps)
 
 
-def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str, grown: bool = False) -> str:
-    """The start rule. Sets state to where this run begins and says which of the four cases it was.
+def restore_or_init(
+    run: RunConfig, state: State, saves: Checkpoints, fingerprint: str, grown: bool = False
+) -> tuple[str, Path | None]:
+    """Set state to where this run begins. Returns a sentence on it, and the step folder it continues from, if any.
 
-    1. this phase's own folder holds a whole checkpoint: go on from it (the same command line restarts a run);
+    1. this phase's own folder holds a whole checkpoint: continue it (the same command line restarts a run);
     2. resume_from: take over weights, moments and step; in another phase the data begin at place 0;
     3. init_from: weights only, step 0;  4. from scratch.
 
-    grown: the tokenizer is that of init_from with more tokens, not the same one.
+    grown: the tokenizer is that of init_from with more tokens, not the same one. ValueError where the phase would begin
+    at another step than start_step, or continue anything but what it was made from.
     """
     own = saves.newest()
-    resume = run.resume_from
-    earlier = on_main(lambda: find_checkpoint(Path(resume), required=own is None)) if resume else None
+    earlier = on_main(lambda: _find_earlier(run, required=own is None))
     source = own or earlier
-    state.data = fingerprint
+    state.data, state.rate = fingerprint, {"peak": run.optim.lr, **vars(run.schedule)}
     on_main(lambda: saves.check_room(run.model.num_parameters))
     _check_end(run, state)
+    base = on_main(lambda: identity(Path(str(run.init_from)))) if run.init_from else ""
     if source is None and run.init_from and not grown:
         _check_tokenizer(Path(run.init_from), saves.tokenizer)
     if source is None:
-        return f"starts from the weights of {run.init_from}" if run.init_from else f"starts from scratch, seed {run.seed}"
+        _check_start(run, 0, None)
+        state.parent = base
+        return (f"starts from the weights of {run.init_from}" if base else f"starts from scratch, seed {run.seed}"), None
     _check_fits(run, source, saves.tokenizer)
     position = load_state(source, state)
     if position["phase"] != run.phase:
-        if Path(resume or "") != source and position["phase_end"] > position["step"]:
+        if Path(run.resume_from or "") != source and position["phase_end"] > position["step"]:
             raise ValueError(
                 f"{source} is step {state.step} of {position['phase']}, which goes on to {position['phase_end']}; finish it "
                 f"first, or branch off there with resume_from={source}"
             )
+        _check_start(run, state.step, source)
         state.place, state.phase_start, state.parent = 0, state.step, identity(source)
         state.faults = Faults(**position["faults"]).next_phase()
         _check_end(run, state)
-        return f"begins at step {state.step}, after {position['phase']}, from {source}"
+        _check_rate(run, position, source)
+        return f"begins at step {state.step}, after {position['phase']}, from {source}", source
     state.place, state.phase_start, state.parent = position["place"], position["phase_start"], position["parent"]
     state.faults = Faults(**position["faults"])
+    _check_start(run, state.phase_start, source)
     _check_end(run, state)
     if position["data"] != fingerprint and not run.data.accept_changed:
         raise ValueError(
@@ -165,7 +175,60 @@ def start(run: RunConfig, state: State, saves: Checkpoints, fingerprint: str, gr
             f"{own} did not begin from {earlier} but from another checkpoint; move {own.parent} away to begin this phase "
             "again, or leave out resume_from to go on with it"
         )
-    return f"goes on at step {state.step} from {source}"
+    if own and base and state.parent not in ("", base):
+        raise ValueError(
+            f"{own} was made from another base model than {run.init_from}; move {own.parent} away to start again "
+            "from this one, or choose another output_dir"
+        )
+    _check_rate(run, position, source)
+    return f"goes on at step {state.step} from {source}", source
+
+
+def _find_earlier(run: RunConfig, required: bool) -> Path | None:
+    """The checkpoint that resume_from points to; None without one, ValueError where it is required and missing."""
+    folder = run.earlier
+    if folder is None:
+        return None
+    found = find_checkpoint(folder, required=False)
+    if found is None and required and folder.name == run.resume_from:
+        raise ValueError(
+            f"{run.phase} continues {folder.name}, but {folder} holds no whole checkpoint; train {folder.name} first, "
+            "or give --resume_from with the folder of a checkpoint"
+        )
+    return found or find_checkpoint(folder, required)
+
+
+def _check_start(run: RunConfig, step: int, source: Path | None) -> None:
+    """ValueError where a phase that must begin at start_step would begin, or began, at another step."""
+    if run.start_step in (None, step):
+        return
+    begin = f"{run.phase} begins at step {run.start_step:,} of the run"
+    if source is None:
+        raise ValueError(
+            f"{begin}, and there is no checkpoint to continue; give --resume_from, or start it as a run of its own with "
+            "start_step=0 run=NAME"
+        )
+    raise ValueError(
+        f"{begin} (start_step), but {source} would make it begin at step {step:,}; continue from a checkpoint of step "
+        f"{run.start_step:,}, or set start_step={step}"
+    )
+
+
+def _check_rate(run: RunConfig, position: dict[str, Any], source: Path) -> None:
+    """ValueError where the learning rate had begun to decay and this run would raise it again."""
+    saved, step = dict(position.get("rate") or {}), position["step"]
+    if not saved or run.schedule.allow_rise:
+        return
+    peak = saved.pop("peak")
+    known = {name: value for name, value in saved.items() if name in ScheduleConfig.__dataclass_fields__}
+    used = WSDScheduler(ScheduleConfig(**known), peak)(step - 1)  # by the last update
+    now = WSDScheduler(run.schedule, run.optim.lr)(step)
+    if step > known["total_steps"] - known["decay_steps"] and now > 1.01 * used:
+        raise ValueError(
+            f"the learning rate would rise from {used:.1e} to {now:.1e} at step {step}, after its decay had begun; to "
+            "train longer continue from a checkpoint before the decay (scripts.pipeline --extend does), or set "
+            "schedule.allow_rise=true"
+        )
 
 
 def _check_end(run: RunConfig, state: State) -> None:
@@ -251,15 +314,18 @@ def environment(device: torch.device) -> dict[str, object]:
 def write_run_files(run: RunConfig, device: torch.device) -> None:
     """Write beside the log what this phase runs with: its config, which can be run again as it is, environment and commit.
 
-    hyperparameters.yaml and git_commit_hash.txt are of the start that was last; <phase>.config.yaml stays for each phase.
+    hyperparameters.yaml holds the config of every phase in this log, by name; git_commit_hash.txt the commit of the last
+    start. <phase>.config.yaml and <phase>.environment.json stay for each phase.
     """
     run.logs.mkdir(parents=True, exist_ok=True)
-    found = environment(device)
-    for name in ("hyperparameters.yaml", f"{run.phase}.config.yaml"):
-        (run.logs / name).write_text(yaml.safe_dump(to_dict(run), sort_keys=False))
-    (run.logs / f"{run.phase}.environment.json").write_text(json.dumps(found, indent=2) + "\n")
+    found, own = environment(device), f"{run.phase}.config.yaml"
+    write_text(run.logs / own, yaml.safe_dump(to_dict(run), sort_keys=False))
+    configs = sorted(run.logs.glob("*.config.yaml"), key=lambda path: (path.name == own, path.stat().st_mtime))
+    phases = {path.name.removesuffix(".config.yaml"): yaml.safe_load(path.read_text(encoding="utf-8")) for path in configs}
+    write_text(run.logs / "hyperparameters.yaml", yaml.safe_dump(phases, sort_keys=False))
+    write_text(run.logs / f"{run.phase}.environment.json", json.dumps(found, indent=2) + "\n")
     commit = f"{found['git']}{'' if found['git_clean'] else ' with uncommitted changes'}" if found["git"] else "no git checkout"
-    (run.logs / "git_commit_hash.txt").write_text(commit + "\n")
+    write_text(run.logs / "git_commit_hash.txt", commit + "\n")
 
 
 def secrets(names: Iterable[str]) -> dict[str, str]:

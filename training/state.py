@@ -27,8 +27,9 @@ class State:
     data: str = ""  # the loader's fingerprint
     faults: Faults = field(default_factory=Faults)
     parent: str = ""  # identity of the checkpoint that this phase began from, "" for none
+    rate: dict[str, Any] = field(default_factory=dict)  # peak and settings of the learning-rate schedule
 
     def position(self) -> dict[str, Any]:
         """What trainer.json holds."""
-        names = ("phase", "phase_start", "phase_end", "step", "place", "tokens", "data", "parent")
+        names = ("phase", "phase_start", "phase_end", "step", "place", "tokens", "data", "parent", "rate")
         return {**{name: getattr(self, name) for name in names}, "faults": asdict(self.faults)}
