@@ -94,7 +94,7 @@ def test_after_too_many_rollbacks_it_stops_with_its_checkpoint(settings, tmp_pat
     small = ["checkpoint.every=3", "faults.bad_in_a_row=2", "faults.max_rollbacks=2"]
     with pytest.raises(ValueError, match=r"2 bad steps in a row, and the run went back 2 times already"):
         train_here(settings(*small))
-    assert [path.name for path in (tmp_path / "checkpoints" / "one").iterdir()] == ["step_3"]
+    assert [path.name for path in (tmp_path / "checkpoints" / "one").glob("step_*")] == ["step_3"]
     assert len(events(tmp_path / "logs", "rollback")) == 2 and len(events(tmp_path / "logs", "skipped")) == 6
 
 

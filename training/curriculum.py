@@ -75,7 +75,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not self.phases or self.ranks < 1 or self.restarts < 0:
-            raise ValueError("a plan needs phases, ranks of at least 1, and restarts that are not negative")
+            raise ValueError("a plan needs phases, and ranks of at least 1; restarts must not be negative")
         for stage in self.stages:
             self._check_evals(f"stage {stage.name}", stage.evals)
             if stage.gates and not stage.evals:
