@@ -135,12 +135,12 @@ def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]
         schedule = planned.schedule
         overrides = [f"steps={planned.steps + extra}", f"schedule.total_steps={schedule.total_steps + added}"]
         overrides += [f"schedule.decay_steps={schedule.decay_steps + slower}"]
+        if found:
+            _check_follows(runs[len(found) - 1], planned, found[-1].phase.config, phase.config)
         if planned.start_step is not None:
             _check_start(planned, at - shift, found[-1].run.phase if found else None, phase.config)
             overrides += [f"start_step={at}"]
         run = load(phase.config, overrides)
-        if found:
-            _check_follows(found[-1].run, run, found[-1].phase.config, phase.config)
         planned_end = at - shift + planned.steps  # a milestone at the phase's end moves with it
         moved = tuple(replace(m, at=m.at + shift + (extra if m.at == planned_end else 0)) for m in phase.milestones)
         for milestone in moved:
