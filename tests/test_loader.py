@@ -375,7 +375,7 @@ def test_training_says_how_often_it_reads_and_warns_above_four_epochs(settings, 
         steps = int(epochs * tokens / 4096)
         long = ("data.mix={second: 1}", f"data.min_document_tokens={{second: {minimum}}}", "checkpoint.every=1000")
         more = (f"schedule.total_steps={steps}", "validation.every=0", f"output_dir={tmp_path / name}")
-        more += ("data.tokens_per_step=4096", "data.micro_batch_size=64")
+        more += (f"log_dir={tmp_path / name / 'logs'}", "data.tokens_per_step=4096", "data.micro_batch_size=64")
         assert train_here(settings(*long, *more, steps=steps))
         output = capsys.readouterr().out
         times = re.search(rf"reads second ([0-9.]+) times over: {tokens:,} tokens in 2 documents of {minimum:,} tokens", output)
