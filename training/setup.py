@@ -159,7 +159,7 @@ def restore_or_init(
         state.place, state.phase_start, state.parent = 0, state.step, identity(source)
         state.faults = Faults(**position["faults"]).next_phase()
         _check_end(run, state)
-        _check_rate(run, position, source)
+        _check_rate(run, position)
         return f"begins at step {state.step}, after {position['phase']}, from {source}", source
     state.place, state.phase_start, state.parent = position["place"], position["phase_start"], position["parent"]
     state.faults = Faults(**position["faults"])
@@ -180,7 +180,7 @@ def restore_or_init(
             f"{own} was made from another base model than {run.init_from}; move {own.parent} away to start again "
             "from this one, or choose another output_dir"
         )
-    _check_rate(run, position, source)
+    _check_rate(run, position)
     return f"goes on at step {state.step} from {source}", source
 
 
@@ -189,13 +189,14 @@ def _find_earlier(run: RunConfig, required: bool) -> Path | None:
     folder = run.earlier
     if folder is None:
         return None
-    found = find_checkpoint(folder, required=False)
-    if found is None and required and folder.name == run.resume_from:
+    named = folder.name == run.resume_from  # else the user gave a path, and find_checkpoint's own message fits
+    found = find_checkpoint(folder, required and not named)
+    if found is None and required:
         raise ValueError(
             f"{run.phase} continues {folder.name}, but {folder} holds no whole checkpoint; train {folder.name} first, "
             "or give --resume_from with the folder of a checkpoint"
         )
-    return found or find_checkpoint(folder, required)
+    return found
 
 
 def _check_start(run: RunConfig, step: int, source: Path | None) -> None:
@@ -214,7 +215,7 @@ def _check_start(run: RunConfig, step: int, source: Path | None) -> None:
     )
 
 
-def _check_rate(run: RunConfig, position: dict[str, Any], source: Path) -> None:
+def _check_rate(run: RunConfig, position: dict[str, Any]) -> None:
     """ValueError where the learning rate had begun to decay and this run would raise it again."""
     saved, step = dict(position.get("rate") or {}), position["step"]
     if not saved or run.schedule.allow_rise:
@@ -317,7 +318,6 @@ def write_run_files(run: RunConfig, device: torch.device) -> None:
     hyperparameters.yaml holds the config of every phase in this log, by name; git_commit_hash.txt the commit of the last
     start. <phase>.config.yaml and <phase>.environment.json stay for each phase.
     """
-    run.logs.mkdir(parents=True, exist_ok=True)
     found, own = environment(device), f"{run.phase}.config.yaml"
     write_text(run.logs / own, yaml.safe_dump(to_dict(run), sort_keys=False))
     configs = sorted(run.logs.glob("*.config.yaml"), key=lambda path: (path.name == own, path.stat().st_mtime))

@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from training.hangs import LOST
+
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGINT reaches the stage from the terminal
 DRIVER = "NANOLLAMA_DRIVER"  # environment variable: the process that a launcher must not outlive
-LOST = 75  # training/hangs.py: another rank is stuck or gone
 DEATHS = {  # exit status of a launcher -> why; other statuses are a decision or a user's mistake
     1: "a rank ended with an error",
     LOST: "a rank was lost",
@@ -44,23 +45,20 @@ class Supervisor:
         for attempt in range(self.restarts + 1):
             before = self._logged()
             status = self._once(program, {**environment, DRIVER: str(os.getpid())})
-            if self.stopped:
-                return status
             why = DEATHS.get(status) if launches else None
-            if why is None:
-                return status if status >= 0 else 128 - status
+            if self.stopped or why is None:
+                break
             step = self._step(before)
             where = "before its first step" if step is None else f"at step {step:,}"
             if attempt and step == reached:
                 self.event("gave_up", f"{why} {where} again; the same step failed twice, so it is not restarted", step=step)
-            elif attempt == self.restarts:
+                break
+            if attempt == self.restarts:
                 self.event("gave_up", f"{why} {where}; it was restarted {self.restarts} times already", step=step)
-            else:
-                text = f"{why} {where} (status {status}); restart {attempt + 1} of {self.restarts} from the newest checkpoint"
-                self.event("restarted", text, step=step, status=status)
-                reached = step
-                continue
-            break
+                break
+            text = f"{why} {where} (status {status}); restart {attempt + 1} of {self.restarts} from the newest checkpoint"
+            self.event("restarted", text, step=step, status=status)
+            reached = step
         return status if status >= 0 else 128 - status
 
     def _once(self, program: Sequence[str], environment: Mapping[str, str]) -> int:
@@ -78,7 +76,7 @@ class Supervisor:
         return 128 + self.stopped if self.stopped else status
 
     @contextmanager
-    def _passing_signals_on(self) -> Iterator[list[subprocess.Popen]]:
+    def _passing_signals_on(self) -> Iterator[list[Any]]:
         started: list[Any] = []
 
         def note(number: int, frame: object) -> None:
