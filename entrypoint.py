@@ -2,16 +2,19 @@
 
 import argparse
 import errno
+import io
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+GONE = (errno.EPIPE, errno.EIO)  # of an output whose reader has ended, or whose terminal was closed
 PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # nothing there, or a file where a folder is due
 
 
@@ -26,9 +29,71 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def boolean(text: str) -> bool:
+    """The value of a boolean flag; ArgumentTypeError for anything but true, false, yes, no, on, off, 1 and 0."""
+    if (word := text.lower()) in ("true", "yes", "on", "1"):
+        return True
+    if word in ("false", "no", "off", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def add_boolean(parser: argparse.ArgumentParser, name: str, about: str) -> None:
+    """Add a flag that is false by default and takes an optional value: --cot, --cot True, --cot=0.
+
+    Only for commands without positional arguments: one that follows the flag would be read as its value.
+    """
+    optional: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+    parser.add_argument(name, type=boolean, help=about, **optional)
+
+
+class Output(io.FileIO):
+    """A file descriptor to write to; once its reader is gone, os.devnull takes its place."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in GONE:
+                raise
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())  # also for C libraries and for processes started from here on
+        os.close(null)
+        return memoryview(data).nbytes
+
+
+def outlive_readers() -> None:
+    """Let a closed pipe or terminal on stdout or stderr end the output, not the program.
+
+    Holds for print, tqdm, warnings and the flush at exit. Streams that something else has replaced
+    (pytest, a notebook) stay as they are.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream is not getattr(sys, f"__{name}__") or not hasattr(stream, "buffer"):
+            continue
+        buffered = hasattr(stream.buffer, "raw")  # not with python -u or PYTHONUNBUFFERED
+        if isinstance(stream.buffer.raw if buffered else stream.buffer, Output):
+            continue
+        raw = Output(stream.fileno(), "wb", closefd=False)
+        with suppress(OSError):  # what was printed before, for a reader that is gone already
+            stream.flush()
+        guarded = io.TextIOWrapper(
+            io.BufferedWriter(raw) if buffered else raw,
+            stream.encoding,
+            stream.errors,
+            newline="\n",
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+        setattr(sys, name, guarded)
+        setattr(sys, f"__{name}__", guarded)
+
+
 @contextmanager
 def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
     """Print ValueErrors raised by our own code, and errors of the disk, as "error: ..."; all else keeps its traceback."""
+    outlive_readers()
     try:
         yield
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
     python train.py --config configs/quickstart/base.yaml                       # one process
     torchrun --nproc_per_node=2 train.py --config configs/phase1_pretrain.yaml  # two GPUs, or two CPU processes
     torchrun --nproc_per_node=2 train.py --test_mode --steps 1000               # dummy data: does this machine train?
+    accelerate launch --multi_gpu --num_processes 2 train.py --config configs/phase1_pretrain.yaml     # the same as torchrun
 
 The same command line again goes on from the newest whole checkpoint. Any setting can be given as section.key=value.
 """
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--resume_from", help="a step folder or phase folder of an earlier phase to go on from")
     parser.add_argument("--steps", type=int, help="updates in this phase")
     parser.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
-    parser.add_argument("--wandb_run_name")
+    parser.add_argument("--wandb_run_name", help="name of the run there (default: the run's)")
     parser.add_argument("--test_mode", action="store_true", help="train on dummy data and check that everything works")
     parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6 from here into logs/<run>/profile/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
@@ -50,12 +51,12 @@ def main() -> None:
         test = selftest.overrides(args.steps) if args.test_mode else []
         run = load(args.config or default, test + args.overrides + given)
         with setup.ranks() as device:
-            finished = pretrain(run, rank, world, device, args.test_mode, args.profile)
-    setup.leave(0 if finished else 143)
+            status = pretrain(run, rank, world, device, args.test_mode, args.profile)
+    setup.leave(status)
 
 
-def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool, profile: bool = False) -> bool:
-    """One phase from data to checkpoints. False if a signal stopped it; it has saved then."""
+def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool, profile: bool = False) -> int:
+    """One phase from data to checkpoints. Returns the exit status, 0 if it is complete; it has saved in any case."""
     data, vocab = run.data, run.model.vocab_size
     if test:
         on_main(lambda: selftest.clear(run))

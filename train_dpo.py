@@ -59,8 +59,8 @@ def main() -> None:
     start(PreferenceRun, args, {"data.pairs_per_step": args.batch_size, "dpo.beta": args.beta}, align)
 
 
-def align(run: PreferenceRun, rank: int, world: int, device: torch.device, profile: bool = False) -> bool:
-    """From pairs to checkpoints. False if a signal stopped it; it has saved then."""
+def align(run: PreferenceRun, rank: int, world: int, device: torch.device, profile: bool = False) -> int:
+    """From pairs to checkpoints. Returns the exit status, 0 if complete; it has saved in any case."""
     _, folder, files, run = take_base(run, Path(run.preferences.cache))
     data, grown = run.data, files.known_tokens
     prepared = on_main(lambda: prepare(run.preferences, data.mix, folder, data.sequence_length))

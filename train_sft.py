@@ -41,8 +41,8 @@ def main() -> None:
     start(SFTConfig, args, {"data.micro_batch_size": args.batch_size, "chat.epochs": counted}, finetune)
 
 
-def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profile: bool = False) -> bool:
-    """From conversations to checkpoints. False if a signal stopped it; it has saved then."""
+def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profile: bool = False) -> int:
+    """From conversations to checkpoints. Returns the exit status, 0 if complete; it has saved in any case."""
     chat, folder, files, run = take_base(run, Path(run.chat.cache))
     check_samples(run, chat)
     data, length = run.data, run.data.sequence_length

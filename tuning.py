@@ -55,6 +55,7 @@ def parser(about: str | None, config: str, batch_size: str) -> argparse.Argument
     made.add_argument("--batch_size", type=int, help=batch_size)
     made.add_argument("--learning_rate", type=float)
     made.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
+    made.add_argument("--wandb_run_name", help="name of the run there (default: the run's)")
     made.add_argument("--profile", action="store_true", help="trace steps 4 to 6 from here into logs/<run>/<phase>/profile/")
     made.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
     return made
@@ -64,19 +65,24 @@ def start(
     kind: type[TuningRun],
     args: argparse.Namespace,
     more: dict[str, Any],
-    train: Callable[[Any, int, int, torch.device, bool], bool],
+    train: Callable[[Any, int, int, torch.device, bool], int],
 ) -> None:
     """Read the run, with flags over its config (more: setting -> value or None), train, and leave with the exit status."""
     flags = {"init_from": args.base_model, "output_dir": args.output_dir, "steps": args.num_steps}
-    flags |= {"optim.lr": args.learning_rate, "log.wandb_project": args.wandb_project, **more}
+    flags |= {
+        "optim.lr": args.learning_rate,
+        "log.wandb_project": args.wandb_project,
+        "log.wandb_run_name": args.wandb_run_name,
+        **more,
+    }
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
         given = [f"{key}={value}" for key, value in flags.items() if value is not None]
         any_length = "model.max_position_embeddings=1000000000"  # until the base's is known
         run = load_settings(kind, args.config, [any_length, *args.overrides, *given])
         with setup.ranks() as device:
-            finished = train(run, rank, world, device, args.profile)
-    setup.leave(0 if finished else 143)
+            status = train(run, rank, world, device, args.profile)
+    setup.leave(status)
 
 
 def take_base(run: TuningRun, cache: Path) -> Base:

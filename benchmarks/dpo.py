@@ -115,7 +115,6 @@ def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], refe
     while True:
         step = read.at(place)
         sums, _ = backward(run, state.model, step, objective)
-        sums["stop"] = torch.zeros((), device=device)
         reduce(sums, step.weight)
         state.optimizer.step()
         state.optimizer.zero_grad()

@@ -299,7 +299,7 @@ def sigterm(lab: Lab) -> Row:
     run = lab.run("sigterm")
     for rank, step in ((1, 3),) if lab.quick else ((1, 2), (0, 6), (1, 9)):
         ended = run.again({"actions": [{"at": "step", "of": step, "rank": rank, "do": "terminate"}]})
-        if ended.status != 143 or "stopped on a signal and saved" not in ended.output or not step <= run.newest() <= step + 1:
+        if ended.status != 143 or "stopped by a signal and saved" not in ended.output or not step <= run.newest() <= step + 1:
             raise Failed(f"status {ended.status}, newest {run.newest()}: {ended.output[-300:]}")
     times = run.launches
     note = "all ranks save that step or the next, status 143; a step that is stopped at is not measured"

@@ -225,6 +225,7 @@ def prepare(run: RunConfig, steps: int, folder: Path) -> list[str]:
         "optim.z_weight=0",
         "checkpoint={every: 1000000000}",
         "validation.every=0",
+        "startup.steps=0",
         "log={every: 1000000000}",
         f"data.store={Path(run.data.store).absolute() if own else folder / 'store'}",
     ]

@@ -104,14 +104,14 @@ def settings(text_store, tmp_path):
 
 
 def train_here(overrides: list[str]) -> bool:
-    """Run train.py's pretrain in this process, as one rank."""
+    """Run train.py's pretrain in this process, as one rank. True if it is complete."""
     from train import pretrain
     from training import setup
     from training.config import load
 
     run = load(ROOT / "configs" / "test_mode.yaml", overrides)
     with setup.ranks() as device:
-        return pretrain(run, 0, 1, device, test=False)
+        return pretrain(run, 0, 1, device, test=False) == 0
 
 
 def tiny_config(**changes: Any) -> Any:

@@ -96,7 +96,7 @@ def run_with(clock, tmp_path, objective_takes=lambda call: COMPUTE / 2, dry=Fals
         state.optimizer.register_step_pre_hook(lambda *_: clock.spend(UPDATE))
         if dry:
             dry_run(run, state, device, objective)
-        assert train(run, state, Loader(), objective, saves, log, evaluate)
+        assert train(run, state, Loader(), objective, saves, log, evaluate) == 0
     assert saves.saved == 2 and sum("val/loss" in row for row in log.rows) == 2
     return log.rows
 

@@ -67,7 +67,7 @@ from training.config import load
 rank, world = setup.rank_and_world()
 with setup.ranks() as device:
     for overrides in json.loads(sys.argv[1]):
-        assert pretrain(load("configs/test_mode.yaml", overrides), rank, world, device, False)
+        assert pretrain(load("configs/test_mode.yaml", overrides), rank, world, device, False) == 0
 setup.leave(0)
 """
 
@@ -169,7 +169,7 @@ def test_sigterm_to_one_of_two_launchers_saves_on_all(make):
     agents[1].send_signal(signal.SIGTERM)
     said = "".join(agent.communicate(timeout=60)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [143, 143] and "2 cpu rank(s)" in said
-    assert said.count("stopped on a signal and saved") == 1
+    assert said.count("stopped by a signal and saved") == 1
     assert (make.root / "agents" / f"step_{len(read_metrics(make.root / 'agents-logs'))}" / "manifest.json").exists()
 
 

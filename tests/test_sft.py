@@ -195,7 +195,7 @@ def sft_here(*overrides: str) -> bool:
 
     run = load_settings(SFTConfig, ROOT / "configs" / "sft.yaml", ["model.max_position_embeddings=1000000", *overrides])
     with setup.ranks() as device:
-        return finetune(run, 0, 1, device)
+        return finetune(run, 0, 1, device) == 0
 
 
 @pytest.fixture(scope="module")

@@ -180,7 +180,7 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
                 head_dim = run.model.heads_size
                 state.model.rotary = RotaryEmbedding(head_dim, run.model.max_position_embeddings, run.model.rope_theta)
             saves = Checkpoints(run.checkpoints, run.checkpoint, torch.float32, None, {})
-            assert train(run, state, loader, next_token(run.optim.z_weight), saves, Log(run.logs, run.log, True, {}))
+            assert not train(run, state, loader, next_token(run.optim.z_weight), saves, Log(run.logs, run.log, True, {}))
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings()) and train_here(settings(resume, *border, phase="two"))
     assert same_state(tmp_path / "live" / "two" / "step_12", tmp_path / "checkpoints" / "two" / "step_12", tmp_path)

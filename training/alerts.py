@@ -1,7 +1,7 @@
 """Alerts: tell people what happened by Slack webhook, email, any command, or Weights & Biases.
 
 Each is sent from a thread with a time limit, so no step waits for one, and one that fails stops nothing. What is secret is no
-setting: a setting names the environment variable that holds it.
+setting: a setting names the environment variable that holds it. A channel whose variables are not all set is off.
 """
 
 import json
@@ -14,8 +14,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.message import EmailMessage
+from typing import Any
 
 TIMEOUT = 10.0  # seconds that a server or a command may take
 Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
@@ -23,6 +24,8 @@ Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
 
 @dataclass(frozen=True)
 class EmailConfig:
+    """$NAME in place of a text takes it from an environment variable."""
+
     to: str  # one address, or several with commas between them
     host: str  # of the SMTP server
     port: int = 587  # 465 speaks TLS from the first byte
@@ -35,10 +38,23 @@ class EmailConfig:
         if (self.user is None) != (self.password is None):
             raise ValueError("log.alerts.email needs both user and password (the name of an environment variable), or neither")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the environment variables that this channel needs."""
+        texts = (self.to, self.host, self.sender, self.user)
+        named = [text[1:] for text in texts if text and text.startswith("$")]
+        return (*named, self.password) if self.password else (*named,)
+
+    def filled(self, values: Mapping[str, str]) -> "EmailConfig":
+        """The same with the values of environment variables in place of $NAME."""
+        texts = {name: getattr(self, name) for name in ("to", "host", "sender", "user")}
+        known: dict[str, Any] = {name: values[text[1:]] for name, text in texts.items() if text and text.startswith("$")}
+        return replace(self, **known)
+
 
 @dataclass(frozen=True)
 class AlertConfig:
-    events: tuple[str, ...] = ("gate", "rollback", "failed", "stuck", "ended")  # kinds of events that are told
+    events: tuple[str, ...] = ("startup", "gate", "rollback", "failed", "stuck", "ended")  # kinds of events that are told
     slack_webhook: str | None = None  # the NAME of the environment variable that holds the URL
     email: EmailConfig | None = None
     command: str | None = None  # a shell command that reads title and text on its standard input
@@ -54,16 +70,26 @@ class AlertConfig:
                 )
 
     @property
+    def needs(self) -> dict[str, tuple[str, ...]]:
+        """Names of the environment variables that each channel of this config needs."""
+        slack = {"slack": (self.slack_webhook,)} if self.slack_webhook else {}
+        return slack | ({"email": self.email.needs} if self.email else {})
+
+    @property
     def secrets(self) -> tuple[str, ...]:
         """Names of the environment variables that the channels need."""
-        names = (self.slack_webhook, self.email.password if self.email else None)
-        return tuple(name for name in names if name is not None)
+        return tuple(dict.fromkeys(name for names in self.needs.values() for name in names))
+
+    def off(self, secrets: Mapping[str, str]) -> dict[str, str]:
+        """Channels that are off, each with the variables to set for it, in words."""
+        missing = {channel: [name for name in names if not secrets.get(name)] for channel, names in self.needs.items()}
+        return {channel: ", ".join(names) for channel, names in missing.items() if names}
 
 
 class Alerts:
     """Sends to every channel of a config. failed(channel, error) is told, in the sending thread, what could not be sent.
 
-    secrets: values of the environment variables in config.secrets; ValueError where one is missing.
+    secrets: values of the environment variables in config.secrets. off: channels without theirs; nothing is sent to them.
     """
 
     def __init__(self, config: AlertConfig, secrets: Mapping[str, str], failed: Callable[[str, str], None]):
@@ -71,15 +97,14 @@ class Alerts:
         self.threads: list[tuple[str, threading.Thread]] = []
         self.sent: dict[str, float] = {}
         self.channels: dict[str, Channel] = {}
-        for name in config.secrets:
-            if not secrets.get(name):
-                raise ValueError(f"log.alerts needs the environment variable {name}, which is not set; set it or drop the alert")
-        if config.slack_webhook:
+        self.off = config.off(secrets)
+        if config.slack_webhook and "slack" not in self.off:
             url = secrets[config.slack_webhook]
             if not url.startswith(("https://", "http://")):
                 raise ValueError(f"the environment variable {config.slack_webhook} must hold the URL of a Slack webhook")
             self.channels["slack"] = lambda title, text: send_slack(url, title, text)
-        if email := config.email:
+        if config.email and "email" not in self.off:
+            email = config.email.filled(secrets)
             password = secrets[email.password] if email.password else None
             self.channels["email"] = lambda title, text: send_email(email, password, title, text)
         if command := config.command:

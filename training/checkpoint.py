@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterable
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b, sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,32 +26,40 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from files import write_json
+from files import read_object, write_json
 from models.hf import save_hf
 from models.nanollama import ModelConfig
+from training.distributed import agree, on_every, on_main
 from training.state import State
 
 MANIFEST = "manifest.json"
 TRAINER = "state/trainer.json"
+ROLLED_BACK = ".rolled_back"  # suffix of checkpoints that a rollback went behind
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
     *("chat_template.jinja", "chat_template_training.jinja"),
 )
 PATIENCE = timedelta(minutes=30)  # a background save waits so long for a rank that says nothing; one that died it notices at once
 HASHING_THREADS = min(8, os.cpu_count() or 1)
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = 1000  # steps; the end of a phase is saved always
     keep: int = 3  # newest ones kept in a phase's folder; milestones and ends of phases stay too
+    milestones: tuple[int, ...] = ()  # steps of the whole run that are always saved and never deleted
     keep_best: bool = True  # keep the one of lowest held-out loss too; once it is not among the newest, without its state/
     asynchronous: bool | None = None  # write in the background while training goes on; default: on a GPU
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise ValueError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1")
+        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+            raise ValueError(f"checkpoint.milestones={list(self.milestones)} must be steps above 0, in rising order")
+
+    def is_due(self, step: int) -> bool:
+        """True if this step is saved."""
+        return step % self.every == 0 or step in self.milestones
 
 
 @dataclass
@@ -118,7 +125,8 @@ class Checkpoints:
     def save(self, state: State, metric: float | None = None, milestone: bool = False) -> None:
         """Write `step_N` whole or not at all; metric is its held-out loss, None where it was not measured.
 
-        A milestone is never pruned.
+        A milestone, or a step of config.milestones, is never pruned. The same step saved again, as after a signal that
+        follows a skipped step, stays a milestone and keeps its metric.
 
         In the background this returns as soon as everything is copied. An OSError (no space, say) is raised on every rank,
         by this, or in the background by wait(); older folders stay.
@@ -164,8 +172,7 @@ class Checkpoints:
             planner, writer = _PlannerOfCopies(snapshot.copies), _Writer(part / "state")
             on_every(lambda: dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group), group)
             sums = _checksums(part, group)
-            manifest = {"hash": "sha256", "metric": snapshot.metric, "milestone": snapshot.milestone, "files": sums}
-            on_main(lambda: self._publish(part, target, manifest), group)
+            on_main(lambda: self._publish(part, target, snapshot, sums), group)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -199,8 +206,11 @@ class Checkpoints:
             text = f"a checkpoint needs {need / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free"
             raise OSError(errno.ENOSPC, text + "; free some space or lower checkpoint.keep")
 
-    def _publish(self, part: Path, target: Path, manifest: dict[str, Any]) -> None:
-        _write_json(part / MANIFEST, manifest)
+    def _publish(self, part: Path, target: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
+        before = read_manifest(target) or {}
+        metric = snapshot.metric if snapshot.metric is not None else before.get("metric")
+        milestone = snapshot.milestone or before.get("milestone") or step_of(target) in self.config.milestones
+        _write_json(part / MANIFEST, {"hash": "sha256", "metric": metric, "milestone": milestone, "files": sums})
         for path in [*part.rglob("*"), part]:
             _sync(path)
         replaced = target.with_name(target.name + ".replaced")
@@ -208,7 +218,8 @@ class Checkpoints:
             target.rename(replaced)
         part.rename(target)
         _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        for old in (replaced, target.with_name(target.name + ROLLED_BACK)):
+            shutil.rmtree(old, ignore_errors=True)
 
     def _prune(self, newest: Path) -> None:
         """Keep the newest, milestones, and the best; of the best, where it is neither, the weights alone.
@@ -217,7 +228,8 @@ class Checkpoints:
         """
         manifests = {path: content for path in step_folders(self.folder) if (content := read_manifest(path))}
         with_state = [path for path, content in manifests.items() if TRAINER in content["files"]]
-        milestones = [path for path in with_state if manifests[path].get("milestone")]
+        listed = self.config.milestones
+        milestones = [path for path in with_state if manifests[path].get("milestone") or step_of(path) in listed]
         whole = {newest, *with_state[-self.config.keep :], *milestones}
         measured = {path: content["metric"] for path, content in manifests.items() if content.get("metric") is not None}
         best = min(measured, key=measured.__getitem__) if measured and self.config.keep_best else None
@@ -241,17 +253,43 @@ class Checkpoints:
 
     def _newest(self) -> Path | None:
         self._tidy()
-        for path in reversed(step_folders(self.folder)):
+        return self._first_whole(reversed(step_folders(self.folder)))
+
+    def go_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
+        """Collective. The newest whole step folder of `phase` at or before `step`, else the oldest, else None.
+
+        Newer folders are set aside as `step_N.rolled_back`, so that no later start resumes from them; each is deleted when
+        its step is saved again. Their names are returned too.
+        """
+        self.wait()
+        return on_main(lambda: self._go_back(step, phase))
+
+    def _go_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
+        folders = step_folders(self.folder)
+        saved_by = {path: (read_object(path / TRAINER) or {}).get("phase", phase) for path in folders if has_state(path)}
+        of_phase = [path for path in folders if saved_by.get(path) == phase]
+        older = [path for path in of_phase if step_of(path) <= step]
+        found = self._first_whole([*reversed(older), *of_phase[len(older) :]])
+        newer = [path for path in folders if found and path.is_dir() and step_of(path) > step_of(found)]
+        return found, [self._set_aside(path, ROLLED_BACK).name for path in reversed(newer)]
+
+    def _first_whole(self, folders: Iterable[Path]) -> Path | None:
+        for path in folders:
             if not has_state(path):
                 continue
             problem = damage(path)
             if problem is None:
                 return path
-            aside = path.with_name(path.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
+            aside = self._set_aside(path, ".damaged")
             print(f"warning: {path} is damaged ({problem}); set aside as {aside.name}", flush=True)
         return None
+
+    def _set_aside(self, path: Path, suffix: str) -> Path:
+        aside = path.with_name(path.name + suffix)
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        _sync(self.folder)
+        return aside
 
 
 class Copies:
@@ -325,7 +363,12 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
 def step_folders(folder: Path) -> list[Path]:
     """The step_N folders under `folder`, oldest first."""
     found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """N of a folder step_N."""
+    return int(folder.name[5:])
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -402,52 +445,6 @@ def whole_weights(
         if dist.get_rank() == 0:
             weights[name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")] = keep(name, whole)
     return weights
-
-
-def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Collective. Do it on the main rank; every rank gets what it returned, or raises what it raised."""
-    outcome: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            outcome[0] = work()
-        except Exception as error:  # the others wait for what came of it, whatever that is
-            outcome[1] = _portable(error)
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def on_every(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
-    """Collective. Do it on all ranks; if it fails on any, it fails so on all."""
-    problem: Exception | None = None
-    try:
-        work()
-    except dcp.api.CheckpointException as error:  # torch wraps what happened on each rank
-        inner = next(iter(error.failures.values()))[0]
-        problem = inner if isinstance(inner, OSError) else OSError(errno.EIO, f"the checkpoint was not written: {inner}")
-    except Exception as error:
-        problem = error
-    agree(problem, group)
-
-
-def agree(problem: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Collective. Raise on every rank what the first rank with a problem has; nothing where none has one."""
-    problems: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem and _portable(problem), group=group)
-    first = next((rank for rank, found in enumerate(problems) if found is not None), None)
-    if first is not None:
-        raise problem if problem and first == dist.get_rank() else problems[first]  # its own has its traceback
-
-
-def _portable(error: Exception) -> Exception:
-    """The error, or where it cannot travel between processes, one that says what it was."""
-    try:
-        if type(pickle.loads(pickle.dumps(error))) is type(error):
-            return error
-    except Exception:
-        pass
-    return RuntimeError(f"on rank {dist.get_rank()}: {type(error).__name__}: {error}")
 
 
 def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:

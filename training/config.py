@@ -13,6 +13,7 @@ from training.logger import LogConfig
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig
 from training.settings import load_settings
+from training.startup import StartupConfig
 
 PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")  # of the model; all else one run keeps
 
@@ -87,6 +88,7 @@ class RunConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     log: LogConfig = field(default_factory=LogConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)
+    startup: StartupConfig = field(default_factory=StartupConfig)
 
     def __post_init__(self) -> None:
         if self.rope_theta_end is not None and self.rope_theta_end <= 0:
@@ -101,6 +103,12 @@ class RunConfig:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds the model's context, "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}; shorten one or raise the other"
+            )
+        reach, back = (self.checkpoint.keep - 1) * self.checkpoint.every, self.faults.rollback_steps
+        if reach < back < self.steps:
+            raise ValueError(
+                f"faults.rollback_steps={back} needs older checkpoints than the {self.checkpoint.keep} that are kept, one "
+                f"every {self.checkpoint.every} steps; set checkpoint.keep={-(-back // self.checkpoint.every) + 1}"
             )
         for name in ("run", "phase"):
             if not getattr(self, name) or Path(getattr(self, name)).name != getattr(self, name):

@@ -4,16 +4,19 @@ import math
 import os
 import signal
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # SIGHUP: a terminal was closed
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Notes the signals in STOPPING instead of dying of them; the loop adds the note into its per-step reduction.
+    """Records a signal of SIGNALS; the loop adds the record to its per-step reduction.
 
-    So all ranks learn of a signal to any of them at the same step, save there, and leave. A second signal kills at once,
-    unless it comes within GRACE seconds: on Ctrl-C a rank hears from the terminal and from torchrun too.
+    So all ranks learn of a signal to any of them at the same step, save there, and exit. A second
+    SIGTERM or SIGINT kills at once, unless it comes within GRACE seconds: on Ctrl-C a rank gets
+    SIGINT from the terminal and from torchrun. A closed terminal (SIGHUP) never interrupts a save.
+    SIGHUP stays ignored where it was ignored before: that is how nohup starts a command.
     """
 
     GRACE = 5.0
@@ -23,19 +26,30 @@ class StopSignal:
         self.at = 0.0
 
     def __enter__(self) -> "StopSignal":
-        self.before = {number: signal.signal(number, self._note) for number in STOPPING}
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        handled = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        self.before = {number: signal.signal(number, self._note) for number in handled}
         return self
 
     def _note(self, number: int, frame: object) -> None:
-        if self.received and time.monotonic() - self.at > self.GRACE:
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
+        elif number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - self.at > self.GRACE:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.received:
-            self.received, self.at = number, time.monotonic()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def flags(self) -> list[bool]:
+        """One flag for each of SIGNALS: did this rank receive it?"""
+        return [self.received == number for number in SIGNALS]
+
+
+def stop_status(flags: Sequence[bool]) -> int:
+    """Exit status of a run that a signal stopped: 128 + its number; 0 if no flag is set."""
+    return next((128 + number for number, flag in zip(SIGNALS, flags, strict=True) if flag), 0)
 
 
 @dataclass(frozen=True)
@@ -44,13 +58,15 @@ class FaultConfig:
 
     spike_sigma: float = 6.0  # a loss or gradient norm this many deviations above the window's mean is a spike; 0: never
     window: int = 128  # good steps that mean and deviation are taken over; before it is full nothing is a spike
-    bad_in_a_row: int = 5  # skipped steps after which the run goes back to its newest checkpoint
+    bad_in_a_row: int = 5  # skipped steps after which the run goes back to an earlier checkpoint
+    rollback_steps: int = 0  # at least so many steps back; 0: the newest checkpoint
     max_rollbacks: int = 3  # more stop the run
     lr_factor: float = 0.5  # of the learning rate, at each time it goes back
     grad_clip: float = 0.5  # after it went back, where that is tighter than optim.grad_clip
 
     def __post_init__(self) -> None:
-        if min(self.spike_sigma, self.max_rollbacks, self.grad_clip) < 0 or min(self.window, self.bad_in_a_row) < 1:
+        not_negative = (self.spike_sigma, self.max_rollbacks, self.grad_clip, self.rollback_steps)
+        if min(not_negative) < 0 or min(self.window, self.bad_in_a_row) < 1:
             raise ValueError("faults: window and bad_in_a_row must be at least 1, the others not negative")
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"faults.lr_factor={self.lr_factor} must be above 0 and at most 1")
@@ -68,6 +84,7 @@ class Faults:
     rollbacks: int = 0
     lr_scale: float = 1.0
     grad_clip: float | None = None  # tightened to; None: as configured
+    no_go: str = ""  # what the start-up checks ended the run for, until it is accepted
 
     def judge(self, loss: float, norm: float, config: FaultConfig) -> str | None:
         """Why a step with this global loss and gradient norm is not to be applied; None, and remembered, where it is fit."""
@@ -103,8 +120,9 @@ class Faults:
             rollbacks=self.rollbacks + 1,
             lr_scale=self.lr_scale * config.lr_factor,
             grad_clip=config.grad_clip,
+            no_go=self.no_go,
         )
 
     def next_phase(self) -> "Faults":
         """What is carried over a phase border: other data have other losses, and other places."""
-        return replace(self, losses=[], norms=[], bad_places=[], left_out=[])
+        return replace(self, losses=[], norms=[], bad_places=[], left_out=[], no_go="")

@@ -32,6 +32,8 @@ class LogConfig:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"log.every={self.every} must be at least 1")
+        if self.wandb_run_name and not self.wandb_project:
+            raise ValueError("log.wandb_run_name needs a W&B project; give --wandb_project, or set log.wandb_project")
         if self.alerts.wandb and not self.wandb_project:
             raise ValueError("log.alerts.wandb needs a W&B run; set log.wandb_project")
 
@@ -135,11 +137,11 @@ class Log:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
     def event(self, kind: str, text: str = "", **fields: Any) -> None:
-        """Something happened: a line on the console and in both event files, and an alert if asked for.
+        """Something happened: a line in both event files, then on the console, and an alert if configured.
 
-        kind, as used here: begun, resumed, ended, paused, stopped (by a signal), failed, skipped (an update), rollback, gate,
-        extend, checkpoint, measured (before the first step), stuck, recovered, alert_failed. fields: whatever JSON can hold;
-        phase and step are known.
+        kind, as used here: begun, resumed, ended, paused, stopped (by a signal or a no-go), failed, skipped (an update),
+        rollback, startup, gate, extend, checkpoint, measured (before the first step), stuck, recovered, set_aside,
+        alert_failed. fields: whatever JSON can hold; phase and step are known.
         """
         if not self.main:
             return
@@ -149,10 +151,14 @@ class Log:
             self.beat(self.step)
         fields = {"phase": self.phase, "step": self.step, **fields}
         title = f"{kind} at step {fields['step']}"
-        append_event(self.folder, kind, text, **fields)  # before the console, which may be gone
-        where = f"{self.folder.absolute()} on {socket.gethostname()}"
-        self.alerts.send(kind, f"{self.name}: {title}", f"{text or _spell(fields)}\n{where}")
-        self.say(text or f"{title}: {_spell(fields)}")
+        try:
+            append_event(self.folder, kind, text, **fields)  # before the console, which may be gone
+        finally:  # a full disk must not silence the alert and the console
+            where = f"{self.folder.absolute()} on {socket.gethostname()}"
+            if fields.get("outcome") == "no-go":
+                self.alerts.sent.pop(kind, None)  # an earlier "go" of its kind does not silence it
+            self.alerts.send(kind, f"{self.name}: {title}", f"{text or _spell(fields)}\n{where}")
+            self.say(text or f"{title}: {_spell(fields)}")
 
     def metrics(self, values: dict[str, Any], last: bool = False) -> None:
         """Record one step. `values` holds at least step, loss, lr, grad_norm and tokens_per_s."""
@@ -228,13 +234,16 @@ class Log:
 
 
 def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -> Alerts:
-    """Alerts of the run in `folder`; one that fails is an event there. ValueError where a secret is missing."""
+    """Alerts of the run in `folder`; one that fails is an event there. Says in one line which channels are off."""
 
     def failed(channel: str, error: str) -> None:
         with suppress(OSError):  # in a thread, where nobody could do anything about it
             append_event(folder, "alert_failed", f"{channel}: {error}", channel=channel)
 
-    return Alerts(config, secrets, failed)
+    alerts = Alerts(config, secrets, failed)
+    if alerts.off:
+        print("alerts: " + ", ".join(f"{name} off (set {wanting})" for name, wanting in alerts.off.items()), flush=True)
+    return alerts
 
 
 def held_out_text(values: dict[str, Any]) -> str:

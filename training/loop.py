@@ -1,21 +1,22 @@
 """The one training loop. A stage hands it where batches come from, what is minimised and what is measured."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from training.checkpoint import Checkpoints, load_state, read_phase
+from training.checkpoint import Checkpoints, load_state
 from training.config import RunConfig
 from training.fsdp_utils import reshard, set_last_micro_batch
-from training.guard import Faults, StopSignal
+from training.guard import Faults, StopSignal, stop_status
 from training.hangs import COMPUTES, READS, Watch
 from training.logger import Log
 from training.meter import Meter
 from training.objectives import Objective
 from training.schedulers import WSDScheduler
+from training.startup import NO_GO, check_startup, refused
 from training.state import State
 
 Evaluate = Callable[[torch.nn.Module], dict[str, dict[str, float]]]
@@ -29,17 +30,20 @@ def train(
     saves: Checkpoints,
     log: Log,
     evaluate: Evaluate | None = None,
-) -> bool:
-    """Train until the end of the phase, from wherever state is. False if a signal stopped it before; then it has saved.
+) -> int:
+    """Train until the end of the phase, from wherever state is. Returns the exit status, see below; it has saved.
 
+    0: reached the end; 128 + signal: stopped by a signal; 3: stopped by the start-up checks.
     loader.at(place) -> (batches of this rank, weight, tokens) of one step. evaluate(model) -> {source: {metric: value}}.
     """
     model, device = state.model, next(state.model.parameters()).device
     schedule = WSDScheduler(run.schedule, run.optim.lr)
-    meter = Meter(run.model, run.data.sequence_length, dist.get_world_size(), device)
-    end = min(state.phase_end, run.until or state.phase_end)
+    meter = Meter(run.model, run.data.sequence_length, dist.get_world_size(), device, run.log.every)
+    end, stopping, no_go = min(state.phase_end, run.until or state.phase_end), 0, False
+    if refused(run, state, log):
+        return NO_GO
     if state.step >= end:
-        return True
+        return 0
     model.train()
     watching = Watch(run.parallel.timeout_s, run.logs / "hang")  # the steps alone, not validation and saving
     with StopSignal() as stop, watching as watch, saves:  # does not leave before what it saves is written
@@ -55,11 +59,10 @@ def train(
             meter.data_ready()
             lr = schedule(state.step) * state.faults.lr_scale
             sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
-            sums["stop"] = torch.tensor(float(stop.received > 0), device=device)
-            sums["save_failed"] = torch.tensor(float(saves.failed), device=device)
-            means, stopping = reduce(sums, step.weight)
+            means, (save_failed, *signals) = reduce(sums, step.weight, [saves.failed, *stop.flags()])
             watch.rest()
-            if means.pop("save_failed"):
+            stopping = stop_status(signals)
+            if save_failed:
                 saves.wait()  # raises what went wrong, on every rank
             state.place = place + 1
             problem = state.faults.judge(means["loss"], grad_norm, run.faults)
@@ -75,7 +78,7 @@ def train(
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step, state.tokens = state.step + 1, state.tokens + step.tokens
-            last = stopping or state.step == end
+            last = bool(stopping) or state.step == end
             metrics: dict[str, Any] = {
                 "step": state.step,
                 "phase": state.phase,
@@ -90,11 +93,12 @@ def train(
             if evaluate and run.validation.every and not stopping and (last or state.step % run.validation.every == 0):
                 metrics |= validate(model, evaluate)
             log.metrics(metrics, last)
-            if last or state.step % run.checkpoint.every == 0:
+            no_go = check_startup(run, state, log)
+            if last or no_go or run.checkpoint.is_due(state.step):
                 saves.save(state, metrics.get("val/loss"), milestone=state.step == end)
-            if stopping:
+            if stopping or no_go:
                 break
-    return state.step == end
+    return NO_GO if no_go else 0 if state.step == end else stopping
 
 
 def theta_at(run: RunConfig, state: State) -> float:
@@ -105,9 +109,10 @@ def theta_at(run: RunConfig, state: State) -> float:
 
 
 def skip(run: RunConfig, state: State, saves: Checkpoints, log: Log, place: int, problem: str) -> None:
-    """A step was not applied: write down which, and after too many in a row go back to the newest checkpoint.
+    """Record a step that was not applied; after too many in a row go back to an earlier checkpoint.
 
-    ValueError where that has been done too often, or there is no checkpoint of this phase.
+    That checkpoint is saved again with what was learned since: which batches to leave out, the lower
+    learning rate. ValueError if the run went back too often, or this phase has no checkpoint.
     """
     faults, policy = state.faults, run.faults
     faults.note_bad(place)
@@ -120,21 +125,25 @@ def skip(run: RunConfig, state: State, saves: Checkpoints, log: Log, place: int,
             f"{problem} at {where}, {len(faults.bad_places)} bad steps in a row, and the run went back {faults.rollbacks} times "
             "already: look at events.jsonl for what they share, then go on from the last checkpoint with a lower optim.lr"
         )
-    newest = saves.newest()
-    if newest is None or read_phase(newest) != state.phase:
+    earlier, newer = saves.go_back(state.step - policy.rollback_steps, state.phase)
+    if earlier is None:
         raise ValueError(
             f"{problem} at {where}, {len(faults.bad_places)} bad steps in a row, and {state.phase} has no checkpoint to go back "
             "to; begin it again with a lower optim.lr, a longer schedule.warmup_steps or a smaller checkpoint.every"
         )
-    position = load_state(newest, state)
+    failed_at, position = state.step, load_state(earlier, state)
     state.place, state.faults = position["place"], faults.go_back(Faults(**position["faults"]), policy)
+    saves.save(state)
     log.open(state.step, state.phase_end, state.phase)
+    aside = f"; set aside {', '.join(newer)}" if newer else ""
     log.event(
         "rollback",
-        f"        went back to {newest}; the learning rate is now {state.faults.lr_scale:g} of the schedule's",
+        f"        went back {failed_at - state.step} steps to {earlier}{aside}; "
+        f"the learning rate is now {state.faults.lr_scale:g} of the schedule's",
         step=state.step,
         place=state.place,
         left_out=faults.bad_places,
+        set_aside=newer,
         lr_scale=state.faults.lr_scale,
         grad_clip=state.faults.grad_clip,
     )
@@ -158,13 +167,14 @@ def backward(
     return totals, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def reduce(sums: dict[str, torch.Tensor], weight: int) -> tuple[dict[str, float], bool]:
-    """Sums over ranks divided by the step's weight, and whether any rank was asked to stop; one collective."""
-    totals = torch.stack([value.double() for value in sums.values()])
+def reduce(sums: dict[str, torch.Tensor], weight: int, flags: Sequence[bool] = ()) -> tuple[dict[str, float], list[bool]]:
+    """Sums over ranks divided by the step's weight, and which flags any rank has set; one collective."""
+    values = [value.double() for value in sums.values()]
+    totals = torch.stack([*values, *values[0].new_tensor([float(flag) for flag in flags])])
     dist.all_reduce(totals)
-    means = dict(zip(sums, totals.tolist(), strict=True))
-    stopping = means.pop("stop") > 0
-    return {name: value / weight for name, value in means.items()}, stopping
+    added = totals.tolist()
+    means = {name: total / weight for name, total in zip(sums, added, strict=False)}
+    return means, [total > 0 for total in added[len(sums) :]]
 
 
 def validate(model: Any, evaluate: Evaluate) -> dict[str, float]:

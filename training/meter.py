@@ -1,4 +1,4 @@
-"""Tokens per second, share of time spent waiting for data, model FLOPs utilisation and memory."""
+"""Tokens per second, share of time spent waiting for data, model FLOPs utilisation, GPU utilisation and memory."""
 
 import resource
 import sys
@@ -29,13 +29,17 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 class Meter:
-    """Times one step at a time. What the loop does between steps (validation, saving) is outside, data wait is inside."""
+    """Times one step at a time. What the loop does between steps (validation, saving) is outside, data wait is inside.
 
-    def __init__(self, config: ModelConfig, length: int, world: int, device: torch.device):
+    every: steps between samples of the GPU's utilisation.
+    """
+
+    def __init__(self, config: ModelConfig, length: int, world: int, device: torch.device, every: int = 1):
         self.flops, self.world, self.device = flops_per_token(config, length), world, device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
         self.began = self.waited = 0.0
+        self.steps, self.every, self.samples = 0, every, device.type == "cuda"
 
     def start(self) -> None:
         self.began = time.perf_counter()
@@ -54,7 +58,19 @@ class Meter:
             figures["mfu"] = tokens / seconds / self.world * self.flops / self.peak
         if self.device.type == "cuda":
             figures["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            figures |= self._gpu_utilization()
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             figures["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
         return figures
+
+    def _gpu_utilization(self) -> dict[str, float]:
+        """Share of the last second in which the GPU ran kernels, every few steps; {} where it cannot be read."""
+        self.steps += 1
+        if not self.samples or self.steps % self.every:
+            return {}
+        try:
+            return {"gpu_util": torch.cuda.utilization(self.device) / 100}
+        except Exception:  # nvidia-ml-py is not installed, or this GPU does not report it (MIG)
+            self.samples = False
+            return {}

@@ -1,5 +1,6 @@
 """One phase of a run from its start to its last checkpoint: what train.py and train_sft.py have in common."""
 
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -16,6 +17,7 @@ from training.logger import Log, held_out_text
 from training.loop import Evaluate, train, validate
 from training.objectives import Objective
 from training.run_folder import claim, locked
+from training.startup import NO_GO
 from training.state import State
 
 Check = Callable[[RunConfig, State, Checkpoints, Log], None]
@@ -39,8 +41,8 @@ def run_phase(
     lines: Iterable[str] = (),
     profile: bool = False,
     check: Check | None = None,
-) -> bool:
-    """Train from wherever this run is. False if a signal stopped it; it has saved then.
+) -> int:
+    """Train from wherever this run is. Returns the exit status of train(): 0 where it came to its end.
 
     lines: what the console is told of the data. check: looks at what a complete phase has left.
     """
@@ -65,17 +67,20 @@ def run_phase(
         if to_do and dist.get_rank() == 0:
             setup.write_run_files(run, device)
         with log, profiling.out_of_memory(run, device):
-            if to_do:
+            if to_do and not state.faults.no_go:
                 profiling.dry_run(run, state, device)
             before = to_do and run.validation.before and state.step == state.phase_start
             if before and evaluate and (found := validate(state.model, evaluate)):
                 log.event("measured", f"        before the first step: {held_out_text(found)}", step=state.step, **found)
             with profiling.traced(run, state, device) if profile else nullcontext():
-                finished = train(run, state, loader, objective, saves, log, evaluate)
-            if check and finished:
+                status = train(run, state, loader, objective, saves, log, evaluate)
+            if check and not status:
                 check(run, state, saves, log)
-            kind = "stopped" if not finished else "ended" if state.step == state.phase_end else "paused"
-            how = {"stopped": "stopped on a signal and saved", "ended": "complete", "paused": "paused"}[kind]
+            kind = "stopped" if status else "ended" if state.step == state.phase_end else "paused"
+            why = "the start-up checks" if status == NO_GO else "a signal"
+            how = {"stopped": f"stopped by {why} and saved", "ended": "complete", "paused": "paused"}[kind]
             ends = f"{run.run} {run.phase}: {how} at step {state.step}"
             log.event(kind, ends, step=state.step) if to_do else log.say(ends)
-        return finished
+        if state.faults.no_go and dist.get_rank() == 0:
+            print(f"error: {state.faults.no_go}", file=sys.stderr, flush=True)
+        return status

@@ -38,6 +38,7 @@ def overrides(steps: int | None) -> list[str]:
         "output_dir=checkpoints/test_mode/dummy",
         "resume_from=null",
         "start_step=null",
+        "startup.steps=0",
     ]
 
 

@@ -1,0 +1,168 @@
+"""Start-up checks: go, no-go with its exit status, an accepted no-go, a resumed run."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from conftest import ROOT, VOCAB, command, one_thread, read_metrics
+from test_faults import equal, events, weights
+
+import train
+from training.config import load
+from training.meter import Meter
+from training.startup import NO_GO
+
+QUIET = ("validation.every=0", "checkpoint={every: 100, keep: 2}")
+
+
+@pytest.fixture
+def start(monkeypatch, capfd):
+    """Run train.py in this process; check its exit status; return what it printed to stderr."""
+
+    def start(overrides: list[str], status: int = 0) -> str:
+        config = str(ROOT / "configs" / "test_mode.yaml")
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", config, *overrides])
+        with pytest.raises(SystemExit) as end:
+            train.main()
+        said = capfd.readouterr().err
+        assert (end.value.code or 0) == status, said
+        return said
+
+    return start
+
+
+def figures(logs: Path) -> list[tuple[int, str, dict[str, float | None]]]:
+    """Step, outcome and values of the start-up events, in order."""
+    return [
+        (
+            event["step"],
+            event["outcome"],
+            {figure["name"]: figure["value"] for figure in event["figures"]},
+        )
+        for event in events(logs, "startup")
+        if "figures" in event
+    ]
+
+
+def test_a_go_is_an_event_and_is_judged_once_over_a_resume(settings, tmp_path, start):
+    bounds = "{steps: 5, fall: 0.01, max_grad_norm: 99, min_tokens_per_s: 1}"
+    for until in (3, 5, 6):
+        start(settings(*QUIET, f"startup={bounds}", f"until={until}"))
+    logs, rows = tmp_path / "logs", read_metrics(tmp_path / "logs")
+    [(one, outcome_1, first), (five, outcome_5, window)] = figures(logs)
+    assert (one, outcome_1, five, outcome_5) == (1, "go", 5, "go")
+    assert first == {"first loss": rows[0]["loss"]} and abs(rows[0]["loss"] - math.log(VOCAB)) < 1
+    assert list(window) == ["fall of the loss", "median gradient norm", "tokens/s"]
+    assert window["fall of the loss"] == pytest.approx(rows[0]["loss"] - rows[4]["loss"])
+    assert window["median gradient norm"] == median(row["grad_norm"] for row in rows[:5])
+    timed = rows[2:5]  # the first half is left out
+    seconds = sum(row["step_s"] for row in timed)
+    assert window["tokens/s"] == pytest.approx(3 * 512 / seconds)
+    text = (logs / "training_log.md").read_text()
+    assert "start-up checks at step 1: go; first loss" in text and "at most 99 required: go" in text
+
+
+def test_a_no_go_saves_ends_with_status_3_and_goes_on_only_when_accepted(settings, tmp_path, start):
+    told = tmp_path / "told"
+    alert = f"log.alerts.command='cat >> {told}'"
+    bad = [*QUIET, alert, "startup={steps: 4, fall: null, max_grad_norm: 1.0e-6}"]
+    said = start(settings(*bad), NO_GO)
+    logs, saved = tmp_path / "logs", tmp_path / "checkpoints" / "one"
+    assert said.startswith("error: the start-up checks say no-go at step 4: median gradient norm ")
+    assert said.count("\n") == 1 and "grad_norm in metrics.jsonl" in said
+    assert 'give the same command with startup.accept="reason"' in said
+    assert [(step, outcome) for step, outcome, _ in figures(logs)] == [(1, "go"), (4, "no-go")]
+    assert [path.name for path in saved.glob("step_*")] == ["step_4"]
+    [stopped] = events(logs, "stopped")
+    assert stopped["text"].endswith("stopped by the start-up checks and saved at step 4")
+    assert told.read_text().count("startup at step") == 2  # the go does not silence the no-go
+    assert start(settings(*bad), NO_GO) == said
+    assert len(read_metrics(logs)) == 4  # it trains nothing
+    start(settings(*bad, "startup.accept=a small model"))
+    accepted = events(logs, "startup")[-1]
+    assert accepted["accepted"] == "a small model" and "median gradient norm" in accepted["text"]
+    plain = [f"output_dir={tmp_path / 'plain'}", f"log_dir={tmp_path / 'plain_logs'}"]
+    start(settings(*QUIET, *plain))
+    assert len(read_metrics(logs)) == 6 and equal(weights(saved, 6), weights(tmp_path / "plain", 6))
+    assert not events(tmp_path / "plain_logs", "startup")  # steps: 0 in test_mode.yaml
+
+
+def test_a_wrong_first_loss_ends_the_run_after_one_step(settings, tmp_path, start):
+    wrong = "startup={steps: 4, loss_margin: 1.0e-9}"
+    said = start(settings(*QUIET, wrong), NO_GO)
+    assert "no-go at step 1: first loss 5.9" in said and "model.initializer_range" in said
+    assert (tmp_path / "checkpoints" / "one" / "step_1" / "state").is_dir()
+    again = [f"output_dir={tmp_path / 'b'}", f"log_dir={tmp_path / 'lb'}"]
+    start(settings(*QUIET, *again, wrong, "startup.accept=known", "startup.fall=0.01"))
+    outcomes = [(step, outcome) for step, outcome, _ in figures(tmp_path / "lb")]
+    assert outcomes == [(1, "no-go"), (4, "go")]
+
+
+def test_a_run_from_other_weights_is_not_asked_for_its_loss(settings, tmp_path, start):
+    start(settings(*QUIET, steps=3))
+    base = tmp_path / "checkpoints" / "one"
+    strict = "startup={steps: 50, loss_margin: 1.0e-9, fall: 90, max_grad_norm: 99}"
+    for name, source, end in (
+        ("weights", f"init_from={base / 'step_3'}", 2),
+        ("phase", f"resume_from={base}", 5),
+    ):
+        start(settings(*QUIET, strict, source, f"log_dir={tmp_path / name}", phase=name, steps=2))
+        [(step, outcome, values)] = figures(tmp_path / name)  # the phase is shorter than the window
+        assert (step, outcome, list(values)) == (end, "go", ["median gradient norm"])
+
+
+def test_what_was_not_measured_is_a_no_go(settings, start):
+    asked = "startup={steps: 2, fall: null, min_gpu_utilization: 0.5}"
+    said = start(settings(*QUIET, asked), NO_GO)
+    assert "GPU utilization not measured, at least 0.5 required" in said and "nvidia-ml-py" in said
+
+
+def test_a_no_go_ends_all_ranks_under_the_launcher(settings, tmp_path):
+    bad = settings(*QUIET, "data.micro_batch_size=2", "startup={steps: 2, fall: 90}")
+    how = {"capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run(command(bad, 2), cwd=ROOT, env=one_thread(), **how)
+    assert done.returncode == NO_GO, done.stderr
+    assert done.stderr.count("error:") == 1 and "fall of the loss" in done.stderr
+    assert (tmp_path / "checkpoints" / "one" / "step_2" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("startup.steps=-1", "startup.steps=-1 must not be negative; 0 turns the checks off"),
+        ("startup.fall=0", r"startup.fall=0.* must be above 0; null turns this check off"),
+        ("startup.min_gpu_utilization=90", r"must be a share of at most 1, e.g. 0.9"),
+        ("startup.max_norm=3", "max_norm.* is not a setting"),
+    ],
+)
+def test_wrong_bounds(override, said):
+    with pytest.raises(ValueError, match=said):
+        load(ROOT / "configs" / "test_mode.yaml", [override])
+
+
+def test_every_phase_of_the_1b_model_has_the_floor_of_the_plan():
+    phases = sorted((ROOT / "configs").glob("phase*.yaml"))
+    floors = {path.stem: load(path).startup.min_tokens_per_s for path in phases}
+    assert len(floors) >= 3 and set(floors.values()) == {20_000}, floors
+
+
+def test_gpu_utilization_is_sampled_and_absent_where_it_cannot_be_read(monkeypatch):
+    model = load(ROOT / "configs" / "test_mode.yaml").model
+    meter = Meter(model, 64, 1, torch.device("cpu"), every=3)
+    assert "gpu_util" not in meter.stop(512)
+    meter.samples, asked = True, []
+
+    def utilization(device):
+        asked.append(device)
+        if len(asked) > 2:
+            raise ModuleNotFoundError("pynvml")
+        return 87
+
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    found = [meter._gpu_utilization() for _ in range(15)]
+    assert found == [{"gpu_util": 0.87} if step in (3, 6) else {} for step in range(1, 16)]
+    assert len(asked) == 3  # not again after it failed
