@@ -1,6 +1,6 @@
 """Beside lm-evaluation-harness: items a second of HellaSwag 0-shot and MMLU 5-shot, and with --scores the scores of every task.
 
-    pip install -r requirements-parity.txt
+    pip install -r requirements.txt
     python -m benchmarks.evals --checkpoint smollm2 --output benchmarks/results/evals.json
     python -m benchmarks.evals --checkpoint smollm2 --scores --data folder --output benchmarks/results/scores_135m.json
 
@@ -252,7 +252,7 @@ def main() -> None:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ValueError(f"{error.name} is not installed; pip install -r requirements-parity.txt") from error
+            raise ValueError(f"{error.name} is not installed; pip install -r requirements.txt") from error
 
         class Timed(HFLM):  # type: ignore[misc,valid-type]
             """lm-eval's model, which times from text to log-probabilities, or to text."""

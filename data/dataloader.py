@@ -4,16 +4,17 @@ Nothing is iterated, so there is no state to save: to resume is to ask for the n
 number of ranks. The rows of each source (packing.py) come in an order shuffled per source and epoch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.packing import IGNORE, LongDocuments, Rows, Source, StreamRows, make_rows
+from data.tokenizer import document_encoder
 
 BLOCK = 1000  # rows in which the mixture holds exactly; weights are honoured to 1/BLOCK
 MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (Muennighoff et al. 2023, arXiv:2305.16264)
@@ -63,7 +64,13 @@ class PackedDataLoader:
     rows in one step over all ranks; rank r of world gets an equal contiguous part of them, cut into micro-batches. packing:
     "stream" (documents end to end) or "best_fit" (only documents longer than a row are cut). No row is repeated before every
     row of its source has been used.
+
+    `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` makes a TextLoader, which iterates.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "PackedDataLoader":
+        of_texts = "tokenizer" in kwargs or (len(args) > 1 and not isinstance(args[1], Mapping))
+        return super().__new__(TextLoader if of_texts else cls)
 
     def __init__(
         self,
@@ -181,6 +188,42 @@ class PackedDataLoader:
         return np.random.default_rng((self.seed, 1, name, epoch)).permutation(len(self.packed[source])).astype(np.uint32)
 
 
+class TextLoader(PackedDataLoader):
+    """Batches of packed rows from texts in order, in one process; training reads a store instead (see PackedDataLoader).
+
+    dataset: texts, or rows with a text under text_column. tokenizer: of tokenizers or of transformers. Documents begin with
+    bos (eos if there is no bos) and lie end to end; they are tokenized as they are read. Tokens that do not fill a batch at
+    the end are left out. Each iteration starts from the first text, if the dataset can be iterated again.
+    """
+
+    def __init__(
+        self,
+        dataset: Iterable[str | Mapping[str, Any]],
+        tokenizer: Any,
+        seq_len: int,
+        batch_size: int,
+        text_column: str = "text",
+    ):
+        if min(seq_len, batch_size) < 1:
+            raise ValueError(f"seq_len={seq_len} and batch_size={batch_size} must be at least 1")
+        self.dataset, self.length, self.batch_size = dataset, seq_len, batch_size
+        self.text_column, self.encode = text_column, document_encoder(tokenizer)
+
+    def __iter__(self) -> Iterator[Batch]:
+        needed = self.batch_size * self.length
+        tokens, docs = np.empty(0, np.int64), np.empty(0, np.int32)
+        for number, row in enumerate(self.dataset):
+            ids = self.encode(row if isinstance(row, str) else row[self.text_column])
+            tokens = np.concatenate([tokens, np.array(ids, np.int64)])
+            docs = np.concatenate([docs, np.full(len(ids), number, np.int32)])
+            while len(tokens) > needed:  # one more: the target of the last
+                parts = (tokens[:needed], tokens[1 : needed + 1], docs[:needed])
+                shaped = [part.reshape(self.batch_size, self.length).copy() for part in parts]
+                shaped[2] -= shaped[2][:, :1]  # in each row documents count from 0
+                yield Batch(*map(torch.from_numpy, shaped))
+                tokens, docs = tokens[needed:], docs[needed:]
+
+
 def validation_batches(
     shards: Source, sequence_length: int, batch_size: int, rows: int | None, rank: int = 0, world: int = 1
 ) -> list[Batch]:
@@ -200,7 +243,13 @@ def validation_batches(
 
 def row_batches(source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1) -> list[Batch]:
     """The first `rows` rows of a source, split over ranks; see validation_batches."""
-    batches = []
+    return list(stream_batches(source, sequence_length, batch_size, rows, rank, world))
+
+
+def stream_batches(
+    source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1
+) -> Iterator[Batch]:
+    """The same, one batch in memory at a time."""
     for first in range(0, rows, batch_size * world):
         tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
         targets = np.full((batch_size, sequence_length), IGNORE, dtype=np.int64)
@@ -209,8 +258,7 @@ def row_batches(source: Rows, sequence_length: int, batch_size: int, rows: int, 
             row = first + rank * batch_size + i
             if row < rows:
                 source.fill(row, tokens[i], targets[i], docs[i])
-        batches.append(Batch(*(torch.from_numpy(part) for part in (tokens, targets, docs))))
-    return batches
+        yield Batch(*(torch.from_numpy(part) for part in (tokens, targets, docs)))
 
 
 class Prefetcher:

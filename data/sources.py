@@ -91,3 +91,25 @@ HUB_SOURCES = {
         keep=is_stem,
     ),
 }
+
+GROUPS = {  # names that stand for several sources
+    "pg19_and_stack_mixed": ("pg19", "the_stack_python"),
+    "gold_sources_mixed": ("open_web_math", "stackexchange", "stem_wiki"),
+}
+HELD_OUT = "_validation"
+
+
+def sources_of(name: str) -> tuple[str, ...]:
+    """The sources that a name stands for, with hyphens as underscores; other names are returned as they are.
+
+    fineweb-edu -> fineweb_edu, gold_sources_mixed -> its three members.
+    """
+    plain = name.lower().replace("-", "_")
+    return GROUPS.get(plain) or ((plain,) if plain in HUB_SOURCES else (name,))
+
+
+def held_out_of(name: str) -> tuple[str, ...]:
+    """The sources whose held-out split a name ending in -validation means; none for any other name."""
+    plain = name.lower().replace("-", "_")
+    sources = sources_of(plain.removesuffix(HELD_OUT))
+    return sources if plain.endswith(HELD_OUT) and set(sources) <= set(HUB_SOURCES) else ()

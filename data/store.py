@@ -9,6 +9,7 @@ import numpy as np
 from data.manifest import file_hash
 from data.packing import LongDocuments, Source
 from data.shards import ShardWriter, TokenShards
+from data.sources import sources_of
 from data.tokenizer import load_tokenizer, special_ids, token_bytes
 
 DUMMY = "dummy"  # source of a store without text, and there in place of the tokenizer's hash
@@ -54,7 +55,9 @@ def open_shards(
     shards: dict[str, Source] = {}
     for name in mix:
         if name not in present:
-            raise ValueError(f"data.mix.{name}: {store} has no such source; it has {', '.join(present) or 'none'}")
+            means = ", ".join(sources_of(name))
+            hint = f"; {name} is {means} here" if means != name else ""
+            raise ValueError(f"data.mix.{name}: {store} has no such source; it has {', '.join(present) or 'none'}{hint}")
         whole = TokenShards(Path(store) / "tokens" / name, split)
         if whole.tokenizer != expected or whole.vocab_size != vocab_size:
             raise ValueError(

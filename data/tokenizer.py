@@ -6,9 +6,9 @@ tokens of at most 16 bytes. Every byte string has an encoding that decodes to it
 
 import heapq
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
@@ -155,6 +155,22 @@ class Encoder:
 
     def __reduce__(self) -> tuple:
         return Encoder, (self.folder,)
+
+
+def document_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """A function from a document to its ids, bos first, by a tokenizer of tokenizers or of transformers.
+
+    Text that looks like a special token is text. ValueError if the tokenizer has neither bos nor eos.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        bos, own = special_ids(tokenizer).bos, Tokenizer.from_str(tokenizer.to_str())
+        own.encode_special_tokens = True
+        return lambda text: [bos, *own.encode(text, add_special_tokens=False).ids]
+    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if first is None:
+        raise ValueError("the tokenizer has neither bos nor eos; documents need one of them as border")
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+    return lambda text: [first, *tokenizer(text, **options)["input_ids"]]
 
 
 def _has_blank(text: str, length: int) -> bool:

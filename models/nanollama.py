@@ -4,6 +4,7 @@ Sharding, compilation and activation checkpointing are put on from outside (trai
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,40 @@ class ModelConfig:
         return self.num_hidden_layers * block + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
 
 
+OTHER_NAMES = {  # field of ModelConfig -> its names elsewhere, which NanoLlama(**shape) takes too
+    "vocab_size": "n_vocab",
+    "hidden_size": "hidden_dim d_model dim n_embd embed_dim",
+    "intermediate_size": "ffn_dim intermediate_dim ffn_hidden_size ffn_hidden_dim mlp_dim",
+    "num_hidden_layers": "n_layers n_layer num_layers",
+    "num_attention_heads": "n_heads n_head num_heads",
+    "num_key_value_heads": "n_kv_heads n_kv_head num_kv_heads",
+    "max_position_embeddings": "max_seq_len max_position n_ctx n_positions",
+    "rope_theta": "rope_base theta",
+    "rms_norm_eps": "norm_eps rms_eps layer_norm_eps",
+    "initializer_range": "init_std",
+    "tie_word_embeddings": "tie_embeddings tie_weights weight_tying",
+}
+
+
+def make_config(**shape: Any) -> ModelConfig:
+    """A ModelConfig from its fields or their OTHER_NAMES; TypeError for an unknown or doubled name.
+
+    A feed-forward width that is not given follows from hidden_size as in Llama: 8/3 of it, rounded
+    up to a multiple of 256 (2048 -> 5632).
+    """
+    fields = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
+    known: dict[str, Any] = {}
+    for given, value in shape.items():
+        name = fields.get(given, given)
+        if name not in ModelConfig.__dataclass_fields__ or name in known:
+            reason = "is given twice" if name in known else "is not a part of a model's shape"
+            raise TypeError(f"NanoLlama: {given} {reason}; see models.nanollama.ModelConfig")
+        known[name] = value
+    if "hidden_size" in known:
+        known.setdefault("intermediate_size", -(-8 * known["hidden_size"] // 3) + 255 & -256)
+    return ModelConfig(**known)
+
+
 class GroupedQueryAttention(nn.Module):
     """Causal self-attention in which several query heads share one key and value head (arXiv:2305.13245)."""
 
@@ -119,10 +154,17 @@ class TransformerBlock(nn.Module):
 
 
 class NanoLlama(nn.Module):
-    """The whole network. `NanoLlama(config, seed)` gives the same weights on every machine and any number of ranks."""
+    """The whole network. `NanoLlama(config, seed)` gives the same weights on every machine and any number of ranks.
 
-    def __init__(self, config: ModelConfig, seed: int | None = None):
+    `NanoLlama(vocab_size=32000, n_layers=22, hidden_dim=2048, ...)` is the same with make_config(...), seed 0 by default.
+    """
+
+    def __init__(self, config: ModelConfig | None = None, seed: int | None = None, **shape: Any):
         super().__init__()
+        if config is None:
+            config, seed = make_config(**shape), 0 if seed is None else seed
+        elif shape:
+            raise TypeError(f"NanoLlama: give a config or {', '.join(shape)}, not both")
         self.config = config
         self.attention = "auto"  # which kernel, one of models.attention.KERNELS
         self.compile_head: bool | None = None  # the loss head with torch.compile; default: on a GPU

@@ -22,7 +22,7 @@ from data.gguf_tokenizer import open_gguf
 from data.other_chats import Continuation, OwnTemplate, open_chat
 from data.session import Session, Talk
 from data.tools import TOOLS
-from entrypoint import user_errors
+from entrypoint import add_boolean, user_errors
 from models.hf import newest_step
 from models.sampling import Sampling
 from models.speakers import GgufSpeaker, Speaker, TorchSpeaker
@@ -72,7 +72,7 @@ def talk(session: Session, prompts: list[str] | None) -> None:
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """How a model speaks in a conversation, and how tokens are drawn."""
     parser.add_argument("--system", default="", help="a system prompt")
-    parser.add_argument("--no_tools", action="store_true")
+    add_boolean(parser, "--no_tools", "run no tools")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens, 0 from all")
     parser.add_argument("--top_p", type=float, default=0.9)

@@ -1,8 +1,10 @@
-"""What this machine has for training: Python, torch, GPUs, bf16, memory, disk. Exit status 1 where something is missing.
+"""What this machine has for training: Python, torch, GPUs, bf16, memory, disk, alerts; what it is ready for.
 
-python -m scripts.check_env
+python -m scripts.check_env                               # exit status 1: the quickstart cannot run here
+python -m scripts.check_env --plan configs/plan_1b.yaml   # exit status 1: this plan cannot run here
 """
 
+import argparse
 import os
 import platform
 import shutil
@@ -13,14 +15,65 @@ from pathlib import Path
 
 import torch
 
+from entrypoint import user_errors
 from models.nanollama import ModelConfig
+from training.config import RunConfig, load
+from training.curriculum import load_plan
 from training.fsdp_utils import ParallelConfig, compute_dtype
 
+PLAN_1B = "configs/plan_1b.yaml"
+LARGE = 1e9  # parameters from which a plan needs one GPU per rank, and DISK_GB
+DISK_GB = 500  # text, tokens, checkpoints and results of the 1.1B plan
+QUICKSTART_GB = 2
 NEEDED = ("torch", "numpy", "PyYAML", "safetensors", "tokenizers", "transformers", "tqdm", "matplotlib")
 OPTIONAL = ("wandb", "flash-attn", "torchao")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", help=f"check for this plan too (default: only tell of {PLAN_1B})")
+    args = parser.parse_args()
+    with user_errors():
+        plan = load_plan(args.plan or PLAN_1B)
+        run = load(plan.phases[0].config)
+    problems = check_machine()
+    for name, state in alerts(run).items():
+        print(f"ok  {name:<22} {state}")
+    missing = missing_for(run, plan.ranks)
+    print(f"ready for: quickstart {verdict(problems)}")
+    size = run.model.num_parameters
+    if size >= LARGE:
+        print(f"           {size / 1e9:.1f}B plan {verdict(problems + missing)}")
+    for problem in problems + (missing if args.plan else []):
+        print(f"to do: {problem}")
+    raise SystemExit(1 if problems or (args.plan and missing) else 0)
+
+
+def verdict(missing: list[str]) -> str:
+    return f"no: {'; '.join(missing)}" if missing else "yes"
+
+
+def missing_for(run: RunConfig, ranks: int) -> list[str]:
+    """What a plan needs and this machine lacks; small models train on the CPU."""
+    if run.model.num_parameters < LARGE:
+        return []
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    free = shutil.disk_usage(".").free / 1e9
+    missing = [f"needs {ranks} GPUs ({gpus} found)"] if gpus < ranks else []
+    return missing + ([f"needs {DISK_GB} GB of disk ({free:.0f} GB free here)"] if free < DISK_GB else [])
+
+
+def alerts(run: RunConfig) -> dict[str, str]:
+    """Whether each alert of a config is on: it is if its environment variables are set."""
+    config = run.log.alerts
+    off = config.off(os.environ)
+    states = {name: f"off (set {off[name]})" if name in off else "on" for name in config.needs}
+    states |= {name: "on" for name in ("command", "wandb") if getattr(config, name)}
+    return {f"alert: {name}": state for name, state in states.items()} or {"alerts": "none in the config"}
+
+
+def check_machine() -> list[str]:
+    """Print what there is, a line for each thing, and return what to do before anything can run."""
     problems = []
 
     def line(name: str, value: object, problem: str | None = None) -> None:
@@ -61,12 +114,11 @@ def main() -> None:
     dtype = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")
     line("CPU", f"{os.cpu_count()} cores, trains in {dtype}")
     free = shutil.disk_usage(".").free / 1e9
-    line("disk", f"{free:.0f} GB free here", "the quickstart needs 2 GB of free disk" if free < 2 else None)
+    few = f"the quickstart needs {QUICKSTART_GB} GB of free disk" if free < QUICKSTART_GB else None
+    line("disk", f"{free:.0f} GB free here", few)
     parameters = ModelConfig().num_parameters
     print(f"    a training checkpoint of the {parameters / 1e9:.1f}B model takes {parameters * 14 / 1e9:.1f} GB")
-    for problem in problems:
-        print(f"to do: {problem}")
-    raise SystemExit(1 if problems else 0)
+    return problems
 
 
 def _version(name: str) -> str | None:

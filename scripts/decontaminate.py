@@ -4,11 +4,14 @@ python -m scripts.decontaminate --train_dataset data/store/quickstart:wikipedia 
 """
 
 import argparse
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from data.decontamination import Settings, report
+from data.decontamination import Settings, build_index, report
 from data.scan_files import decontaminate
-from entrypoint import user_errors
+from data.sources import sources_of
+from data.testsets import Item
+from entrypoint import add_boolean, user_errors
 
 
 def main() -> None:
@@ -22,9 +25,7 @@ def main() -> None:
     parser.add_argument("--test_datasets", required=True, help="names and files with id and text, separated by commas")
     parser.add_argument("--output", type=Path, default=Path("data/contaminated_ids.json"))
     parser.add_argument("--report", type=Path, help="write the report to this file too, as Markdown")
-    parser.add_argument(
-        "--rows", action="store_true", help="short rows (SFT, preferences): look for similar ones too, by MinHash"
-    )
+    add_boolean(parser, "--rows", "short rows (SFT, preferences): look for similar ones too, by MinHash")
     parser.add_argument("--workers", type=int, default=1, help="processes, over files")
     parser.add_argument("--coverage", type=float, default=Settings.coverage, help="share of an item that counts as holding it")
     parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"), help="where downloaded test sets are kept")
@@ -32,13 +33,42 @@ def main() -> None:
     with user_errors():
         tests = [name.strip() for name in args.test_datasets.split(",") if name.strip()]
         settings = Settings(coverage=args.coverage)
-        index, found = decontaminate(args.train_dataset, tests, args.output, args.cache, settings, args.rows, args.workers)
+        trains = [name for given in args.train_dataset for name in _names(given)]
+        index, found = decontaminate(trains, tests, args.output, args.cache, settings, args.rows, args.workers)
         text = report(index, found)
         if args.report:
             args.report.parent.mkdir(parents=True, exist_ok=True)
             args.report.write_text(text + "\n")
         scanned = found["settings"]["documents"]
         print(f"{text}\n\n{scanned:,} documents scanned, {len(found['documents']):,} hit; written to {args.output}")
+
+
+def _names(given: str) -> tuple[str, ...]:
+    """The data sets that a name stands for; a path stays a path."""
+    return (given,) if Path(given).exists() else sources_of(given)
+
+
+def find_contaminated_examples(
+    train_texts: Iterable[str] | Mapping[str, str],
+    test_texts: Iterable[str],
+    settings: Settings | None = None,
+) -> set[int | str]:
+    """Return the ids of training texts that hold a test text, by the rules of the whole pipeline.
+
+    The id of a text is its key in a mapping, else its index. Training texts may be a generator: they
+    are streamed. ValueError if there are no test texts.
+    """
+    named: Iterable[tuple[int | str, str]] = train_texts.items() if isinstance(train_texts, Mapping) else enumerate(train_texts)
+    items = [Item(str(number), (text,)) for number, text in enumerate(test_texts)]
+    ids: dict[str, int | str] = {}
+
+    def documents() -> Iterable[tuple[str, str]]:
+        for number, (name, text) in enumerate(named):
+            ids[str(number)] = name
+            yield str(number), text
+
+    hits = build_index({"test": items}, settings or Settings()).scan(documents())
+    return {ids[hit.train_id] for hit in hits}
 
 
 if __name__ == "__main__":

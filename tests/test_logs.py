@@ -346,7 +346,7 @@ def test_wandb_raises_the_alert_of_its_run(tmp_path, wandb):
     assert [call[0] for call in wandb.calls[1:]] == ["r: skipped at step 2", "finish"]
 
 
-def test_alerts_are_settings_and_secrets_are_not(tmp_path):
+def test_alerts_are_settings_and_secrets_are_not(tmp_path, capfd):
     text = (
         "log:\n  alerts:\n    events: [failed]\n    slack_webhook: HOOK\n    email: {to: a@x.org, host: h, user: u, password: PW}"
     )
@@ -355,8 +355,11 @@ def test_alerts_are_settings_and_secrets_are_not(tmp_path):
     assert run.log.alerts.email.port == 587 and run.log.alerts.events == ("failed",) and run.log.alerts.secrets == ("HOOK", "PW")
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_dict(run)))
     assert load(tmp_path / "again.yaml") == run
-    with pytest.raises(ValueError, match="needs the environment variable PW, which is not set"):
-        Log(tmp_path / "l", run.log, True, {}, {"HOOK": "https://x"})
+    capfd.readouterr()
+    channels = Log(tmp_path / "l", run.log, True, {}, {"HOOK": "https://x"}).alerts.channels
+    assert capfd.readouterr().out == "alerts: email off (set PW)\n" and list(channels) == ["slack"]
+    channels = Log(tmp_path / "l", run.log, True, {}, {"HOOK": "https://x", "PW": "p"}).alerts.channels
+    assert capfd.readouterr().out == "" and list(channels) == ["slack", "email"]
     for wrong, sentence in [
         ("slack_webhook: https://hooks.example/T0/hush", "not the secret itself"),
         ("email: {to: a@x.org}", "log.alerts.email lacks host"),
@@ -366,6 +369,21 @@ def test_alerts_are_settings_and_secrets_are_not(tmp_path):
         (tmp_path / "c.yaml").write_text(f"log: {{alerts: {{{wrong}}}}}")
         with pytest.raises(ValueError, match=sentence):
             load(tmp_path / "c.yaml")
+
+
+def test_an_email_whose_texts_are_environment_variables(tmp_path, smtp, capfd):
+    email = {"to": "$ALERT_EMAIL", "host": "$SMTP_HOST", "port": smtp.server_address[1], "starttls": False}
+    config = LogConfig(alerts=AlertConfig(email=EmailConfig(**email)))
+    assert config.alerts.secrets == ("ALERT_EMAIL", "SMTP_HOST")
+    with Log(tmp_path / "off", config, True, {"run": "r"}) as log:
+        log.open(0, 9, "p")
+        log.event("rollback", "not sent")
+    assert "alerts: email off (set ALERT_EMAIL, SMTP_HOST)" in capfd.readouterr().out and not smtp.lines
+    values = {"ALERT_EMAIL": "me@x.org", "SMTP_HOST": "127.0.0.1"}
+    with Log(tmp_path / "on", config, True, {"run": "r"}, values) as log:
+        log.open(0, 9, "p")
+        log.event("rollback", "sent")
+    assert "RCPT TO:<ME@X.ORG>" in smtp.lines and "Subject: r: rollback at step 0" in smtp.mail
 
 
 # heartbeat

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed import get_world_size
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -63,12 +64,18 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.device) -> nn.Module:
+def wrap_model_fsdp(model: nn.Module, config: ParallelConfig | None = None, device: torch.device | None = None) -> nn.Module:
     """Shard a model that has `.layers`, in place, over all ranks of the default group. Parameters stay fp32 masters.
 
     Gathers in the compute dtype, reduces gradients in fp32, and *sums* them over ranks: whoever calls backward divides by
     the weight of the whole step. DDP and HSDP are the same machinery with some or all ranks as replicas.
+    Defaults: ParallelConfig(), and this rank's GPU or the CPU. Without a config and a process group it makes a group: of
+    torchrun's ranks, or of this process alone.
     """
+    device = device or _device()
+    if config is None:
+        config = ParallelConfig()
+        _join(device)
     mesh = _mesh(config, device)
     layers = model.layers
     assert isinstance(layers, nn.ModuleList)
@@ -92,6 +99,22 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig, device: torch.devi
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     return model
+
+
+def _device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    local = dist.get_node_local_rank(fallback_rank=0)
+    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _join(device: torch.device) -> None:
+    """Make the default process group, if there is none."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if dist.is_torchelastic_launched():
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:

@@ -2,6 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,13 @@ class WSDScheduler:
 
     Update 0 has peak / warmup_steps, update warmup_steps - 1 the peak, the last update (total_steps - 1) exactly min_lr,
     and so has every one after it.
+
+    `WSDScheduler(optimizer, warmup_steps, stable_steps, decay_steps)` makes an OptimizerSchedule.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "WSDScheduler":
+        wanted = OptimizerSchedule if isinstance((*args, None)[0], Optimizer) or "optimizer" in kwargs else cls
+        return super().__new__(wanted)
 
     def __init__(self, config: ScheduleConfig, peak: float):
         if config.min_lr > peak:
@@ -56,3 +65,46 @@ class WSDScheduler:
         if into_decay >= config.decay_steps:  # also where decay_steps is 0
             return config.min_lr if config.decay_steps else self.peak
         return self.peak - (self.peak - config.min_lr) * DECAYS[config.decay](into_decay / config.decay_steps)
+
+
+class OptimizerSchedule(WSDScheduler):
+    """The same schedule in the form of torch.optim.lr_scheduler: it sets the optimizer's rates.
+
+    The peak of a parameter group is its rate when this is made. The rates are set for the first update at once, and by
+    step(), to be called after optimizer.step(), for the next.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        stable_steps: int,
+        decay_steps: int,
+        min_lr: float = 0.0,
+        decay: str = "linear",
+    ):
+        total = warmup_steps + stable_steps + decay_steps
+        config = ScheduleConfig(warmup_steps, total, decay_steps, decay, min_lr)
+        peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+        super().__init__(config, peaks[0])
+        self.optimizer, self.rates = optimizer, [WSDScheduler(config, peak) for peak in peaks]
+        self.last_epoch = 0  # updates made, by torch's name
+        self._set()
+
+    def step(self) -> None:
+        self.last_epoch += 1
+        self._set()
+
+    def _set(self) -> None:
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate(self.last_epoch)
+
+    def get_last_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.last_epoch = state["last_epoch"]
+        self._set()

@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 import yaml
 
+from training.aliases import renamed
+
+ROOT = Path(__file__).resolve().parent.parent
 Kind = TypeVar("Kind")
 
 
@@ -34,11 +37,18 @@ def load_settings(kind: type[Kind], path: str | Path, overrides: list[str] | Non
             if not isinstance(inner, dict):
                 raise ValueError(f"{key} is not a setting: {section} has no parts")
         inner[last] = value
+    if clauses := renamed(kind, values):
+        raise ValueError("; ".join(clauses))
     return _make(kind, values, "")
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file laid over the one it `extends` (a path beside it). Sections are merged key by key, values replaced."""
+    """A YAML file laid over the one it `extends` (a path beside it). Sections are merged key by key, values replaced.
+
+    A relative path that does not exist in the working folder is read from the project's folder.
+    """
+    if not path.is_file() and (ROOT / path).is_file():
+        path = ROOT / path
     if not path.is_file():
         raise ValueError(f"there is no config file {path}" + _nearest(path))
     if path.resolve() in seen:
@@ -104,6 +114,6 @@ def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
 
 
 def _nearest(path: Path) -> str:
-    names = [found.name for found in path.parent.glob("*.yaml")]
+    names = [found.name for folder in (path, ROOT / path) for found in folder.parent.glob("*.yaml")]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""

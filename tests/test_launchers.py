@@ -1,0 +1,150 @@
+"""Plain torchrun and accelerate launch: a user's mistake is one sentence, and training is the same."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, one_thread, train_here
+from test_training import losses, wait_for_a_step
+
+import torchrun_plugin
+
+BIN = Path(sys.executable).parent
+
+
+def launch(*command: object, where: Path = ROOT) -> subprocess.CompletedProcess:
+    line = [str(part) for part in command]
+    return subprocess.run(line, capture_output=True, text=True, cwd=where, env=one_thread())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config", "does_not_exist.yaml"], "error: there is no config file does_not_exist.yaml"),
+        (
+            ["--config", "configs/test_mode.yaml", "optim.lrr=3"],
+            "error: optim.lrr is not a setting; did you mean 'lr'?",
+        ),
+    ],
+    ids=["config", "key"],
+)
+def test_torchrun_ends_with_the_ranks_sentence_and_status(arguments, said, tmp_path):
+    script = ROOT / "train.py"
+    done = launch(BIN / "torchrun", "--nproc_per_node=2", script, *arguments, where=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1] == said and "Traceback" not in done.stderr
+
+
+def test_accelerate_and_torch_distributed_run_do_so_too(tmp_path):
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    for launcher in (
+        [BIN / "accelerate", "launch", *flags],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"],
+    ):
+        if launcher[0] == BIN / "accelerate" and not launcher[0].exists():
+            continue
+        done = launch(*launcher, ROOT / "train_sft.py", "--config", "nope.yaml", where=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.splitlines()[-1] == "error: there is no config file nope.yaml"
+        assert "Traceback" not in done.stderr
+
+
+def test_scripts_of_others_keep_torchruns_own_behaviour(tmp_path):
+    (tmp_path / "other.py").write_text("raise SystemExit(5)\n")
+    done = launch(BIN / "torchrun", "--nproc_per_node=2", "other.py", where=tmp_path)
+    assert done.returncode == 1 and "ChildFailedError" in done.stderr and "Traceback" in done.stderr
+    assert "exitcode  : 5" in done.stderr and "plugin" not in done.stderr
+
+
+def test_a_rank_that_is_killed_is_named(tmp_path):
+    code = "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(), 9)\n"
+    package = tmp_path / "ours.py"
+    package.write_text(code)
+    driver = (
+        "import sys, runpy, pathlib, torchrun_plugin;"
+        "torchrun_plugin.ROOT = pathlib.Path.cwd();"
+        "sys.argv = ['torchrun', '--nproc_per_node=2', 'ours.py'];"
+        "sys.orig_argv = ['python', *sys.argv];"
+        "from torch.distributed.run import main; main()"
+    )
+    done = launch(sys.executable, "-c", driver, where=tmp_path)
+    assert done.returncode == 137, done.stderr
+    said = "error: rank 1 was ended by signal 9; 9 often means no memory"
+    assert done.stderr.splitlines()[-1] == said
+
+
+def test_which_command_lines_are_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    ours, theirs = str(ROOT / "train.py"), str(tmp_path / "mine.py")
+    for line, expected in (
+        (["torchrun", "--nproc_per_node=2", ours, "--config", "x"], True),
+        (["torchrun", theirs, ours], False),
+        (["torchrun", "-m", "scripts.run_evals"], True),
+        (["torchrun", "--module", "torch.distributed.run"], False),
+        (["torchrun", "-m", "no.such.module"], False),
+        (["torchrun", "--no-python", "train"], False),
+    ):
+        assert torchrun_plugin.starts_our_script(line[1:]) is expected, line
+    (tmp_path / "scripts").mkdir()  # another project with a package of the same name
+    (tmp_path / "scripts" / "run_evals.py").write_text("")
+    assert not torchrun_plugin.starts_our_script(["-m", "scripts.run_evals"])
+    for line, expected in (
+        (["python", "/x/bin/torchrun", "a.py"], True),
+        (["python", "-m", "torch.distributed.run", "a.py"], True),
+        (["python", "/x/bin/accelerate", "launch", "a.py"], True),
+        (["python", ours, "torchrun"], False),
+        (["python", "-m", "pytest", "x"], False),
+    ):
+        assert torchrun_plugin.is_launcher(line) is expected, line
+
+
+def test_the_plugin_never_breaks_another_launcher():
+    """Loaded by a process that is no launcher it changes nothing, and gives torch a handler."""
+    code = (
+        "import sys, logging, torch.distributed.elastic.rendezvous as r;"
+        "from torch.distributed.elastic.rendezvous.api import rendezvous_handler_registry as known;"
+        "assert 'nanollama' in known._registry, list(known._registry);"
+        "assert sys.excepthook is sys.__excepthook__ and logging.root.manager.disable == 0"
+    )
+    done = launch(sys.executable, "-c", code)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_accelerate_launch_trains_as_one_process_does(settings, tmp_path):
+    """Two CPU processes: --multi_gpu is accelerate's name for torchrun; --cpu would start one."""
+    pytest.importorskip("accelerate", reason="no accelerate: pip install -r requirements.txt")
+    assert train_here(settings(f"log_dir={tmp_path / 'one'}", f"output_dir={tmp_path / 'c1'}"))
+    more = settings("data.micro_batch_size=2", f"log_dir={tmp_path / 'two'}", f"output_dir={tmp_path / 'c2'}")
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    script = [ROOT / "train.py", "--config", "configs/test_mode.yaml", *more]
+    done = launch(BIN / "accelerate", "launch", *flags, *script, where=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert len(one) == 6 and max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-5
+    assert "on 2 cpu rank(s)" in done.stdout, done.stdout
+
+
+def test_sigterm_to_plain_torchrun_saves_and_gives_its_status(settings, tmp_path):
+    more = settings("schedule.total_steps=5000", "checkpoint.every=4000", steps=4000)
+    line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
+    line += ["--config", ROOT / "configs" / "test_mode.yaml", *more, "data.micro_batch_size=2"]
+    process = subprocess.Popen(
+        list(map(str, line)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**one_thread(), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"},
+    )
+    wait_for_a_step(tmp_path / "logs")
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=90)
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert "Traceback" not in errors
+    assert len(list((tmp_path / "checkpoints" / "one").glob("step_*/manifest.json"))) == 1

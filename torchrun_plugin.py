@@ -1,0 +1,118 @@
+"""What torchrun does differently for this project's scripts: a rank's own sentence stays last.
+
+torch loads the entry points of the group "torchrun.handlers" in the launcher's process (pyproject.toml
+names `plug_in`). For a script of another project `plug_in` changes nothing. scripts/launch.py uses the
+same functions. The module lies at the top level because torch must find it from any folder.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent
+LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
+LAUNCHER_MODULES = ("torch.distributed.run", "accelerate.commands.launch")
+REASONS = {
+    6: "6 is how NCCL ends a rank when another is gone",
+    9: "9 often means no memory",
+}
+
+
+def plug_in() -> Callable[..., Any]:
+    """Prepare the launcher if it starts a script of this project; always return torch's own handler.
+
+    torch registers the result as rendezvous backend "nanollama", which nobody has to use.
+    """
+    if is_launcher(sys.orig_argv) and starts_our_script(sys.orig_argv[1:]):
+        prepare()
+        sys.excepthook = end
+    return static_rendezvous
+
+
+def static_rendezvous(parameters: Any) -> Any:
+    """torch's "static" rendezvous; imported late, because torch is still loading."""
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import create_rdzv_handler
+
+    return create_rdzv_handler(parameters)
+
+
+def is_launcher(argv: Sequence[str]) -> bool:
+    """Return True for the command line (sys.orig_argv) of torchrun or of accelerate launch."""
+    programs = [Path(argument).name for argument in argv[:2]]
+    module = any(argument in LAUNCHER_MODULES for argument in argv[:4])
+    return module or any(program in LAUNCHERS for program in programs)
+
+
+def starts_our_script(arguments: Sequence[str]) -> bool:
+    """Return True if the first script (or the module after -m) that the launcher names is ours."""
+    for previous, argument in zip(("", *arguments), arguments, strict=False):
+        if argument in LAUNCHER_MODULES:
+            continue
+        if previous in ("-m", "--module"):
+            return is_ours(_module_file(argument))
+        if argument.endswith(".py"):
+            return is_ours(Path(argument))
+    return False
+
+
+def is_ours(path: Path) -> bool:
+    """Return True for a file of this project that is not an installed package of another."""
+    path = path.resolve()
+    return path.is_file() and path.is_relative_to(ROOT) and "site-packages" not in path.parts
+
+
+def _module_file(name: str) -> Path:
+    """The file that `python -m name` runs: the working folder comes before this project.
+
+    Nothing is imported: that would run code of other projects in the launcher.
+    """
+    path = Path(*name.split(".")).with_suffix(".py")
+    return path if path.is_file() else ROOT / path
+
+
+def prepare() -> None:
+    """Give ranks time to save after a signal, and keep the launcher itself quiet."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun would kill after 30 s
+    # torchrun would die of SIGUSR1, and would end a run under nohup when the terminal is closed
+    handled = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        handled.remove("SIGHUP")
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(handled))
+    # torch 2.13 keeps one store over restarts, in which new ranks find the addresses of the dead:
+    # let rank 0 open a new one.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    logging.disable(logging.ERROR)  # the launcher's own log; what ranks print is untouched
+
+
+def exit_status(error: BaseException) -> int | None:
+    """The exit status for an error of torchrun, or None if this is another kind of error.
+
+    For a rank that ended by itself it is the rank's status; for a signal, 128 + its number.
+    """
+    name = type(error).__name__  # by name: importing torch's classes while torch loads is a cycle
+    if name == "ChildFailedError":
+        failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
+        rank, first = min(failures.items(), key=lambda failed: failed[1].timestamp)
+        if first.exitcode > 0:
+            return first.exitcode
+        number = -first.exitcode
+        reason = f"; {REASONS[number]}" if number in REASONS else ""
+        print(f"error: rank {rank} was ended by signal {number}{reason}", file=sys.stderr)
+        return 128 + number
+    if name == "SignalException":  # passed on to the ranks, which have saved
+        return 128 + int(error.sigval)  # type: ignore[attr-defined]
+    return None
+
+
+def end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """An excepthook that ends the launcher with the status of the rank, without a traceback."""
+    status = exit_status(error)
+    if status is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        raise SystemExit(status)
