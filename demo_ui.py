@@ -1,5 +1,6 @@
 """The demo in a browser: talk to a model, or to two side by side.
 
+python demo_ui.py                                                   # the newest model under checkpoints/
 python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo
 python demo_ui.py --gguf gguf/nanollama-1b-q4_k_m.gguf --compare gguf/nanollama-1b-f16.gguf       # --compare checkpoints/..., too
 python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo --share --password ...                # a public link for a week
@@ -16,21 +17,24 @@ from typing import Any
 
 from demo.page import CSS, build
 from demo.talk import Voice
-from entrypoint import user_errors
+from entrypoint import ROOT, add_boolean, user_errors
 from models.hf import newest_step
 from scripts.chat import free_port, load
+
+STAGES = ("midtrain", "sft", "dpo")  # in order; all others are phases of pretraining
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("--checkpoint", type=newest_step, help="a step or phase folder, or any Llama or Qwen3 folder")
+    models = parser.add_mutually_exclusive_group()
+    about = "a step or phase folder, or any Llama or Qwen3 folder (default: the newest model under checkpoints/)"
+    models.add_argument("--checkpoint", type=newest_step, help=about)
     models.add_argument("--gguf", type=Path, help="a file of scripts/export_gguf.py, run by llama.cpp")
     parser.add_argument("--compare", type=newest_step, help="a second model beside it: a folder or a .gguf file")
     parser.add_argument("--context", type=int, help="tokens of a conversation (default: as many as the model was trained on)")
     parser.add_argument("--host", default="127.0.0.1", help="another address lets others in, and needs --password")
     parser.add_argument("--port", type=int, default=7860, help="0: any free one")
-    parser.add_argument("--share", action="store_true", help="a public link, by Gradio's servers; needs --password")
+    add_boolean(parser, "--share", "a public link, by Gradio's servers; needs --password")
     parser.add_argument("--password", help="that visitors must give, under any name")
     args = parser.parse_args()
     with user_errors():
@@ -39,13 +43,37 @@ def main() -> None:
             raise ValueError("the demo needs gradio; pip install -r requirements-demo.txt")
         if (args.share or args.host not in ("127.0.0.1", "localhost", "::1")) and not args.password:
             raise ValueError("with --share or another --host others can open the demo; give a --password for them")
+        first = args.checkpoint or args.gguf
+        if first is None:
+            first = newest_model(Path.cwd(), ROOT)
+            print(f"opens {first}, the newest model found; --checkpoint takes another", flush=True)
         port = free_port(args.host, args.port)
-        paths = [path for path in (args.checkpoint, args.gguf, args.compare) if path]
+        paths = [path for path in (first, args.compare) if path]
         voices = [open_voice(path, args.context) for path in paths]
         page = build(voices)
         url = launch(page, args.host, port, args.password, args.share)
         print(f"{url} after {time.monotonic() - begun:.1f} s; Ctrl-C ends it", flush=True)
         page.block_thread()
+
+
+def newest_model(*places: Path) -> Path:
+    """The newest model folder under checkpoints/ of the first place that has one; ValueError without any.
+
+    One of a later stage comes first: DPO, SFT, mid-training, pretraining.
+    """
+    for place in places:
+        found = []
+        for config in place.glob("checkpoints/**/config.json"):
+            folder = config.parent
+            if folder.suffix == ".tmp" or not any(folder.glob("model*.safetensors")):
+                continue
+            is_step = folder.name.startswith("step_")
+            stage = folder.parent.name if is_step else folder.name
+            rank = STAGES.index(stage) if stage in STAGES else -1
+            found.append((rank, config.stat().st_mtime_ns, folder))  # the folder's own time changes when it is pruned
+        if found:
+            return max(found)[2]
+    raise ValueError("there is no model under checkpoints/; give --checkpoint or --gguf, or make one: make quickstart")
 
 
 def launch(page: Any, host: str, port: int, password: str | None = None, share: bool = False) -> str:

@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,18 +73,25 @@ def _from_file(name: str, split: str, path: Path) -> Rows:
 
 def read_jsonl(path: Path) -> Rows:
     """Rows of a .jsonl file, which may be .gz; ValueError where it has none or one is no JSON object."""
-    rows = []
-    for number, line in enumerate((gzip.decompress if path.suffix == ".gz" else bytes)(path.read_bytes()).splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error}); mend or remove the line") from error
-            if not isinstance(rows[-1], dict):
-                raise ValueError(f"{path}:{number} is a {type(rows[-1]).__name__}, not an object; a .jsonl file has one a line")
+    rows = list(stream_jsonl(path))
     if not rows:
         raise ValueError(f"{path} has no rows")
     return rows
+
+
+def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The same rows, one in memory at a time."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        lines = (line for ended_by_newline in file for line in ended_by_newline.splitlines())
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number} is not JSON ({error}); mend or remove the line") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{number} is a {type(row).__name__}, not an object; a .jsonl file has one a line")
+                yield row
 
 
 def _from_hub(name: str, split: str) -> Rows:

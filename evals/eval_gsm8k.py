@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from data.evalsets import describe, load_rows
-from entrypoint import at_least
+from entrypoint import add_boolean, at_least
 from evals.harness import Eval, Item, Score, Write
 from evals.multiple_choice import Shots, field, prompt
 from evals.run import flags, main
@@ -75,7 +75,7 @@ def build(args: argparse.Namespace) -> Eval:
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=8)
-    parser.add_argument("--cot", action="store_true", help='solutions end with "The answer is N." in place of "#### N"')
+    add_boolean(parser, "--cot", 'solutions end with "The answer is N." in place of "#### N"')
     parser.add_argument("--max_tokens", type=at_least(1), default=256, help="of an answer (default: lm-eval's %(default)s)")
     return parser
 

@@ -1,7 +1,9 @@
 """Needle in a haystack: numbers hidden at a depth of a long text, asked for at its end; RULER's four kinds (arXiv:2404.06654).
 
-python -m evals.eval_needle --checkpoint checkpoints/nanollama_1b/phase2_16k/step_9000 --context 4096 8192 16384 --num_tests 5
+python -m evals.eval_needle --checkpoint checkpoints/nanollama_1b/phase2_16k --context_length 4096 16384 --num_tests 100
+python -m evals.eval_needle --checkpoint checkpoints/nanollama_1b/phase2_16k --kinds single multi_key multi_value multi_query
 
+--num_tests counts the tests of each kind at each length; their depths are spread evenly over --depths places.
 single: one key, one number. multi_key: needles of other keys lie about. multi_value: four numbers of one key. multi_query:
 four keys are asked for. accuracy: the share of the numbers that the model writes, each as a number of its own. choice: is a
 right number likelier than nine wrong ones (chance: 0.1)? It tells of weak models too, as does margin, in nats. Prompt and answer
@@ -27,6 +29,7 @@ from evals.multiple_choice import field
 from evals.run import flags, main
 
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
+NUM_TESTS = 100
 MANY, DISTRACTORS, WRONG = 4, 12, 9  # numbers asked for, needles of other keys, wrong options
 FIRST = "amber brave calm dusty eager faint gentle hollow ivory jolly keen lunar mossy narrow ochre plain quiet rusty silent tidy"
 SECOND = "anchor basket candle dagger engine feather garden hammer island jacket kettle ladder marble needle orchard pillow"
@@ -150,19 +153,20 @@ def build(args: argparse.Namespace) -> Eval:
         raise ValueError(f"a context of {max(lengths)} tokens exceeds the model's {limit}; give --context up to that")
     if args.depths < 1 or args.num_tests < 1:
         raise ValueError("--depths and --num_tests must be at least 1")
+    depths = min(args.depths, args.num_tests)
     hay, items = Hay(words, sentences(args.haystack)), []
     digits = max(len(hay.ids(f" {number}")) for number in (1234567, 9080706))
     for kind in args.kinds:
         room = args.max_tokens or (digits + 4) * (MANY + 1 if kind in ("multi_value", "multi_query") else 2)
         for length in sorted(set(lengths)):
-            for step in range(args.depths):
-                depth = step / (args.depths - 1) if args.depths > 1 else 0.5
-                for test in range(args.num_tests)[: args.limit]:
-                    name = f"{kind}/{length}/{depth:.3f}/{test}"
-                    row = make(kind, length, depth, hay, random.Random(f"{args.seed} {name}"), room)
-                    items.append(Item(name, {**row, "length": length, "depth": depth}, kind))
-    how = {"haystack": args.haystack, "lengths": sorted(set(lengths)), "depths": args.depths, "num_tests": args.num_tests}
-    return Eval("needle", 1, items, partial(score, ids=hay.ids), seed=args.seed, totals=by_length, about=how)
+            for number in range(args.num_tests)[: args.limit]:
+                test, step = divmod(number, depths)
+                depth = step / (depths - 1) if depths > 1 else 0.5
+                name = f"{kind}/{length}/{depth:.3f}/{test}"
+                row = make(kind, length, depth, hay, random.Random(f"{args.seed} {name}"), room)
+                items.append(Item(name, {**row, "length": length, "depth": depth}, kind))
+    how = {"haystack": args.haystack, "lengths": sorted(set(lengths)), "depths": depths, "num_tests": args.num_tests}
+    return Eval("needle", 2, items, partial(score, ids=hay.ids), seed=args.seed, totals=by_length, about=how)
 
 
 Grid = dict[str, dict[tuple[int, float], list[float]]]
@@ -196,8 +200,8 @@ def heatmap(samples: Path, output: Path) -> None:
             shown = axis.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
-            tests = len(next(iter(found[kind].values())))
-            axis.set_title(f"{kind}, {metric} ({tests} a cell)", fontsize=9)
+            tests = sum(len(scores) for (length, _), scores in found[kind].items() if length == lengths[0])
+            axis.set_title(f"{kind}, {metric} ({tests} tests a length)", fontsize=9)
             for y, of_depth in enumerate(cells):
                 for x, value in enumerate(of_depth):
                     axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7)
@@ -212,9 +216,12 @@ def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     about = "tokens of prompt and answer (default: 4096 8192 16384, as far as the model goes)"
     parser.add_argument("--context", "--context_length", type=int, nargs="+", help=about)
-    parser.add_argument("--num_tests", type=int, default=5, help="of each kind, length and depth (default: %(default)s)")
-    parser.add_argument("--depths", type=int, default=11, help="from 0 to 100 %% (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help=", ".join(KINDS))
+    about = "tests of each kind at each length, over all depths (default: %(default)s)"
+    parser.add_argument("--num_tests", type=int, default=NUM_TESTS, help=about)
+    about = "places of the needle, from 0 to 100 %% of the text (default: %(default)s)"
+    parser.add_argument("--depths", type=int, default=11, help=about)
+    about = f"{', '.join(KINDS)} (default: single)"
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["single"], metavar="KIND", help=about)
     parser.add_argument("--haystack", help="noise, or a file of texts, best held-out ones (default: --data, else noise)")
     parser.add_argument("--max_tokens", type=int, help="of an answer (default: room for the numbers)")
     return parser

@@ -1,11 +1,13 @@
 """Held-out loss, perplexity and bits per byte, per source: of a data store's shards, or of texts.
 
-python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold/step_300 --dataset data/store/quickstart
-python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold/step_300 --dataset texts.jsonl --stride 128
+python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold
+python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset stem-validation
+python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset texts.jsonl --stride 128
 
-A store's held-out tokens are read in rows as in training. With --stride they are read document by document, and texts
-(.jsonl with `text`, and `source` if there are several) always are: in windows that move by --stride tokens, each token scored
-once. The default stride is a whole window, as lm-evaluation-harness reads; a smaller one gives tokens more to go by.
+Without --dataset the held-out split of the run's own data store is scored: about --tokens tokens of each source, evenly
+spread over the split, in rows as in training. With --stride a store is read document by document. Texts (.jsonl with
+`text`, and `source` if there are several; .txt) always are: in windows that move by --stride tokens, each token scored
+once. The default stride is a whole window, as in lm-evaluation-harness; a smaller one gives each token more context.
 """
 
 import argparse
@@ -13,27 +15,32 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from data.dataloader import Batch, validation_batches
-from data.evalsets import read_jsonl
-from data.gguf_tokenizer import tokenizer_folder
-from data.manifest import file_hash
-from data.shards import TokenShards
+from data.dataloader import Batch, stream_batches
 from data.tokenizer import load_tokenizer, token_bytes
 from entrypoint import at_least, user_errors
 from evals.engines import LanguageModel, NanoLlamaEngine, load_model
 from evals.harness import Estimate, Eval, Item, Read, Sample, Score
+from evals.held_out import (
+    TOKENS,
+    ChosenRows,
+    data_hashes,
+    documents,
+    find_data,
+    is_store,
+    shards_of,
+    token_count,
+)
+from evals.progress import progress
 from evals.run import evaluate, flags, output_of, ranks
 from models.losses import IGNORE
 
-VERSION = 1  # of how texts are read and scored
+VERSION = 2  # of how texts are read and scored; 2: --tokens, where 1 read all of a split
 
 
 @torch.no_grad()
@@ -78,7 +85,14 @@ def by_rows(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world
     if not isinstance(engine, NanoLlamaEngine):
         raise ValueError(f"{args.checkpoint} is not read as a NanoLlama; give --stride, which reads a store with any model")
     length = args.sequence_length or model.context
-    sources = {n: validation_batches(s, length, args.batch_size, args.limit, rank, world) for n, s in shards_of(args).items()}
+    rows = {name: ChosenRows(shards, length, args.tokens, args.limit) for name, shards in shards_of(args).items()}
+
+    def batches(name: str) -> Iterator[Batch]:
+        of_source, shape = rows[name], (length, args.batch_size)
+        with progress(len(of_source), "row", rank == 0, name) as bar:
+            for batch in stream_batches(of_source, *shape, len(of_source), rank, world):
+                yield batch
+                bar.update(min(args.batch_size * world, len(of_source) - bar.n))
 
     def total(sums: Tensor) -> Tensor:
         if world > 1:
@@ -87,17 +101,16 @@ def by_rows(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world
         return sums.to(engine.device)
 
     bytes_of = torch.from_numpy(token_bytes(load_tokenizer(args.checkpoint)))
-    figures = perplexity(engine.model, sources, bytes_of, total)
-    rows = sum((batch.targets != IGNORE).any(1).sum() for batches in sources.values() for batch in batches)
+    figures = perplexity(engine.model, {name: batches(name) for name in rows}, bytes_of, total)
     return {
         "task": "perplexity",
         "metrics": {source: _estimates(of_source) for source, of_source in figures.items()},
-        "n": int(total(torch.as_tensor(rows))),
+        "n": sum(map(len, rows.values())),
         "version": VERSION,
         "model": model.name,
         "checkpoint_hash": model.hash,
         "dtype": model.dtype,
-        **_about(args, length),
+        **_about(args, length, {name: of_source.coverage for name, of_source in rows.items()}),
     }
 
 
@@ -105,34 +118,11 @@ def _estimates(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
     return {name: {"value": value, "stderr": None} for name, value in figures.items()}
 
 
-def _about(args: argparse.Namespace, length: int) -> dict[str, Any]:
-    """What else the results file says: how the data were read, and which they were."""
-    how = {"sequence_length": length, "stride": args.stride}
-    return {"checkpoint": str(args.checkpoint), "data": str(args.dataset), "data_hashes": data_hashes(args), **how}
-
-
-def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
-    """Held-out shards of the sources that were asked for; ValueError where there are none, or of another tokenizer."""
-    present = sorted(path.name for path in (args.dataset / "tokens").glob("*") if path.is_dir())
-    unknown = set(args.sources or []) - set(present)
-    if unknown or not present:
-        raise ValueError(f"{args.dataset} has no source {' '.join(sorted(unknown))}; it has: {', '.join(present) or 'none'}")
-    found = {name: TokenShards(args.dataset / "tokens" / name, "val") for name in args.sources or present}
-    for shards in found.values():
-        if not _made_with(args.checkpoint, shards, args.dataset / "tokenizer"):
-            raise ValueError(f"{shards.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again")
-    return found
-
-
-def _made_with(checkpoint: Path, shards: TokenShards, tokenizer: Path) -> bool:
-    """Has text the ids of the shards? A GGUF file, and a tokenizer grown by chat tokens, has their vocabulary, not that file."""
-    own = tokenizer_folder(checkpoint)
-    if shards.tokenizer == file_hash(own / "tokenizer.json"):
-        return True
-    if not (tokenizer / "tokenizer.json").is_file() or shards.tokenizer != file_hash(tokenizer / "tokenizer.json"):
-        return False
-    of_store, grown = (load_tokenizer(folder).get_vocab() for folder in (tokenizer, own))
-    return of_store.items() <= grown.items()
+def _about(args: argparse.Namespace, length: int, coverage: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """What else the results file says: which data were read, how, and how much of them."""
+    how = {"sequence_length": length, "stride": args.stride, "tokens_per_source": args.tokens or None}
+    data = {"data": str(args.dataset), "data_hashes": data_hashes(args), "coverage": coverage}
+    return {"checkpoint": str(args.checkpoint), **data, **how}
 
 
 def score(item: Item) -> Score:
@@ -148,32 +138,13 @@ def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
     return {name: Estimate(value, None) for name, value in _figures(*sums).items()}
 
 
-def documents(args: argparse.Namespace) -> Iterator[Item]:
-    """Documents of a store's held-out shards, with the bos that begins them, or the texts of a .jsonl file."""
-    if args.dataset.is_file():
-        counts: dict[str, int] = {}
-        for number, row in enumerate(read_jsonl(args.dataset), 1):
-            if not isinstance(row.get("text"), str):
-                raise ValueError(f"row {number} of {args.dataset} has no text; mend or remove the line")
-            source = str(row.get("source", args.dataset.stem))
-            counts[source] = counts.get(source, 0) + 1
-            if counts[source] <= (args.limit or counts[source]) and source in (args.sources or [source]):
-                yield Item(str(row.get("id", number)), {"text": row["text"], "stride": args.stride}, source)
-        return
-    for source, shards in shards_of(args).items():
-        tokens, numbers = shards.read(0, len(shards))
-        edges = [0, *((numbers[1:] != numbers[:-1]).nonzero()[0] + 1).tolist(), len(tokens)]
-        for i, (begin, end) in enumerate(pairwise(edges)):
-            if end - begin > 1 and i < (args.limit or i + 1):
-                yield Item(f"{source}/{i}", {"text": tuple(tokens[begin:end].tolist()), "stride": args.stride}, source)
-
-
 def by_documents(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1) -> dict[str, Any]:
     """The results of texts or of a store's documents, in windows, over ranks."""
     model = copy(model)
     model.context = min(model.context, args.sequence_length or model.context)
-    about = _about(args, model.context)
-    evaluation = Eval("perplexity", VERSION, list(documents(args)), score, totals=totals, about=about)
+    items, coverage = documents(args)
+    about = _about(args, model.context, coverage)
+    evaluation = Eval("perplexity", VERSION, items, score, totals=totals, about=about)
     found = evaluate(evaluation, model, args.output, None, rank, world)
     if found:
         parts = found.pop("subjects", {}) or {s.subject: {"metrics": found["metrics"]} for s in evaluation.items[:1]}
@@ -194,29 +165,20 @@ def measure(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world
 def asked(args: argparse.Namespace) -> list[Any]:
     """All that the figures depend on, but for the model; ValueError where there are no data."""
     find_data(args)
-    return [VERSION, args.sources, args.sequence_length, args.stride, args.limit, data_hashes(args)]
-
-
-def data_hashes(args: argparse.Namespace) -> dict[str, str]:
-    """sha256 of a file of texts, or of the manifest of each source's shards, which holds theirs."""
-    files = [args.dataset] if args.dataset.is_file() else [s.folder / "manifest.json" for s in shards_of(args).values()]
-    return {str(path): file_hash(path) for path in files}
-
-
-def find_data(args: argparse.Namespace) -> None:
-    """Let --data stand for --dataset; ValueError where there is nothing."""
-    args.dataset = args.dataset or (Path(args.data) if args.data else None)
-    if args.dataset is None or not args.dataset.exists():
-        raise ValueError(f"there is no data at {args.dataset}; give --dataset a store or a .jsonl file of texts")
+    what = [args.sources, args.tokens, args.limit, data_hashes(args)]
+    return [VERSION, args.sequence_length, args.stride, *what]
 
 
 def _in_rows(args: argparse.Namespace) -> bool:
-    return args.stride is None and args.dataset.is_dir()
+    return args.stride is None and is_store(args.dataset)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
-    parser.add_argument("--dataset", type=Path, help="a data store, or a .jsonl file of texts; the same as --data")
+    about = "a data store, a .jsonl or .txt file, a folder of .txt files, or a source of the run's store"
+    parser.add_argument("--dataset", help=f"{about}, such as fineweb-edu-validation (default: that store)")
+    about = "to score of each source, evenly spread; 0 or all: everything, in memory where --stride is given"
+    parser.add_argument("--tokens", type=token_count, default=TOKENS, help=f"{about} (default: {TOKENS:,})")
     parser.add_argument("--sources", nargs="*", help="which sources of it (default: all)")
     parser.add_argument("--sequence_length", type=at_least(1), help="tokens a row or window (default: the model's context)")
     parser.add_argument("--stride", type=at_least(1), help="read documents in windows that move by so many tokens")
@@ -225,10 +187,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show(found: dict[str, Any]) -> None:
+    """Print one line per source, with how much of its held-out text was scored."""
     for name, estimates in found["metrics"].items():
         figures = {metric: estimate["value"] for metric, estimate in estimates.items()}
         text = f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
-        print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens)")
+        there = _share_of(found["coverage"].get(name, {}))
+        print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens{there})")
+
+
+def _share_of(coverage: dict[str, int]) -> str:
+    """How much of a source that is: " of 780,000,000", ", 4,000 of 9,000 bytes"."""
+    if "available_tokens" in coverage:
+        return f" of {coverage['available_tokens']:,}"
+    if "available_bytes" in coverage:
+        return f", {coverage['bytes']:,} of {coverage['available_bytes']:,} bytes"
+    return ""
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import argparse
 import json
 
 from data.evalsets import BFCL_CATEGORIES, describe, load_bfcl
-from entrypoint import at_least
+from entrypoint import add_boolean, at_least
 from evals.chat import Chat
 from evals.harness import Eval, Item, Score, Write, Written
 from evals.multiple_choice import field, require
@@ -109,7 +109,7 @@ def build(args: argparse.Namespace) -> Eval:
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     parser.add_argument("--categories", nargs="+", choices=BFCL_CATEGORIES, default=list(BFCL_CATEGORIES[:5]), metavar="NAME")
-    parser.add_argument("--free_only", action="store_true", help="without the constrained part, which needs xgrammar")
+    add_boolean(parser, "--free_only", "without the constrained part, which needs xgrammar")
     parser.add_argument("--max_tokens", type=at_least(1), default=512, help="of a reply")
     return parser
 

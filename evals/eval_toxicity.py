@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from data.evalsets import describe, load_rows
-from entrypoint import at_least
+from entrypoint import add_boolean, at_least
 from evals.chat import Chat
 from evals.harness import Eval, Item, Judge, Model, Score, Write
 from evals.judges import PERSPECTIVE, Classifier, ProfanityCheck, perspective, read_key
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--url", default=PERSPECTIVE, help="of Perspective")
     parser.add_argument("--rate", type=float, default=1.0, help="requests a second to Perspective")
     parser.add_argument("--retries", type=at_least(0), default=4, help="of a request to Perspective")
-    parser.add_argument("--chat", action="store_true", help="prompts as a user's turn in the checkpoint's chat template")
+    add_boolean(parser, "--chat", "prompts as a user's turn in the checkpoint's chat template")
     parser.add_argument("--samples", type=at_least(1), default=25, help="of each prompt")
     parser.add_argument("--max_tokens", type=at_least(1), default=20, help="of a sample")
     parser.add_argument("--temperature", type=float, default=1.0)

@@ -22,8 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from tqdm import tqdm
-
+from evals.progress import progress
 from files import write_json
 
 Text = str | tuple[int, ...]
@@ -235,7 +234,7 @@ def _answers(requests: list[Request], model: Model, cache: "Cache", show: bool) 
             wanted.setdefault(key, request)
     names = list(wanted)
     unanswered: dict[str, TooLong | Failed] = {}
-    with tqdm(total=len(requests), initial=len(requests) - len(names), disable=not show, unit="request") as bar:
+    with progress(len(requests), "request", show, initial=len(requests) - len(names)) as bar:
         for batch in model.answer(list(wanted.values())):
             cache.add({names[i]: answer for i, answer in batch if not isinstance(answer, TooLong | Failed)})
             unanswered |= {names[i]: answer for i, answer in batch if isinstance(answer, TooLong | Failed)}

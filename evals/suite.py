@@ -33,7 +33,7 @@ def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) ->
             setattr(args, flag, getattr(suite, flag))
     args.data = data or args.data
     if data and hasattr(args, "dataset"):
-        args.dataset = Path(data)
+        args.dataset = data
     limits = [limit for limit in (args.limit, suite.limit) if limit is not None]
     args.limit = min(limits, default=None)
     return args

@@ -7,7 +7,14 @@ Exit status 2 where a phase does not fit into the GPU's memory; the last line th
 """
 
 import argparse
+import io
 import json
+import re
+import shlex
+import textwrap
+from contextlib import redirect_stderr
+from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +22,12 @@ from data import manifest
 from data.packing import LongDocuments
 from data.shards import TokenShards
 from entrypoint import user_errors
+from evals.cost import workload
+from evals.suite import parse
+from scripts import run_evals
 from training.config import RunConfig
 from training.curriculum import load_plan
+from training.eval_cost import WRITING_MFU, Tokens
 from training.plan import GPUS, check, forecast
 
 HOW_TO_READ = """How to read this
@@ -44,6 +55,43 @@ def readable(run: RunConfig) -> dict[str, int]:
     return found
 
 
+def reads(command: str, run: RunConfig, sources: int) -> tuple[int, dict[str, list[Tokens] | None]]:
+    """Processes of an evaluation command, and the tokens that each of its evaluations reads and writes.
+
+    None for an evaluation that evals/cost.py does not know, and for a command that is not of this repository.
+    """
+    processes = re.search(r"--nproc[_-]per[_-]node[= ](\d+)", command)
+    context = run.model.max_position_embeddings
+    try:
+        work = {name: workload(name, args, context, sources) for name, args in _evaluations(command).items()}
+    except ValueError:
+        work = {command: None}
+    tokens = {
+        name: None if parts is None else [(part.read, part.written, part.length) for part in parts]
+        for name, parts in work.items()
+    }
+    return int(processes[1]) if processes else 1, tokens
+
+
+def _evaluations(command: str) -> dict[str, argparse.Namespace]:
+    """Name -> flags of the evaluations that a command runs; ValueError where it is not an evaluation or has wrong flags."""
+    words = shlex.split(command)
+    modules = [(i, word) for i, (flag, word) in enumerate(pairwise(words), 1) if flag == "-m"]
+    place, module = next((m for m in modules if m[1].startswith(("evals.eval_", "scripts.run_evals"))), (0, ""))
+    flags = words[place + 1 :]
+    try:
+        with redirect_stderr(io.StringIO()):
+            if module == "scripts.run_evals":
+                args = run_evals._flags().parse_args(flags)
+                suite, _ = run_evals.open_suite(args.suite)
+                return {name: parse(name, text, args, None) for name, text in suite.evals.items()}
+            if module:
+                return {module.removeprefix("evals.eval_"): import_module(module).parser().parse_args(flags)}
+    except (SystemExit, ImportError, AttributeError) as error:  # AttributeError: an evaluation without parser()
+        raise ValueError(f"the flags of {command} are not understood") from error
+    raise ValueError(f"{command} is not an evaluation")
+
+
 def show(report: dict[str, Any]) -> str:
     """The forecast as text."""
     memory, peak, total = report["gpu_memory"] / 1e9, report["gpu_peak_flops"] / 1e12, report["total"]
@@ -53,6 +101,8 @@ def show(report: dict[str, Any]) -> str:
     ]
     for phase in report["phases"]:
         lines += ["", *_phase(phase, memory)]
+    if report["evaluations"]:
+        lines += ["", *_evaluation_lines(report["evaluations"])]
     disk = {name: size / 1e9 for name, size in report["disk"].items()}
     law = ", ".join(f"{name} {part['value']:g} ({part['standard_error']:g})" for name, part in report["loss_law"].items())
     lines += [
@@ -61,6 +111,7 @@ def show(report: dict[str, Any]) -> str:
         "  data        " + ", ".join(f"{name} {_count(tokens)}" for name, tokens in report["sources"].items()),
         f"  FLOPs       {total['flops']:.2e}",
         f"  time        {_time(total)} at an MFU of {report['mfu']:.0%}, which is assumed, not measured",
+        f"              and for its evaluations {_time(report['evaluations_total'])}",
         f"  disk        checkpoints {disk['checkpoints']:.0f} GB, each {disk['checkpoint']:.2f}; tokens {disk['tokens']:.0f} GB; "
         f"text about {disk['text']:.0f} GB, uncompressed",
         "",
@@ -108,6 +159,29 @@ def _phase(phase: dict[str, Any], memory: float) -> list[str]:
     ]
 
 
+def _evaluation_lines(entries: list[dict[str, Any]]) -> list[str]:
+    """What is read at each milestone and stage, how long that takes, and what is not counted."""
+    lines = [
+        "Evaluations (estimates, without loading models and without judges)",
+        f"  prompts at the MFU of training; answers at {WRITING_MFU:.0%} of the peak, each as long as --max_tokens lets it be",
+    ]
+    for entry in entries:
+        evals = entry["evals"]
+        parts = [f"{e['name']} {_count(e['read'])} read" + _written(e["written"]) for e in evals if e["known"]]
+        unknown = [e["name"] for e in evals if not e["known"]]
+        lines.append(f"  {entry['where']}: {60 * entry['hours']:.1f} minutes, {entry['flops']:.2e} FLOPs")
+        text = ", ".join(part.replace(" ", "\xa0") for part in parts)  # lines break between evaluations
+        wrapped = textwrap.wrap(text, 100, initial_indent="    tokens: ", subsequent_indent=" " * 12)
+        lines += [line.replace("\xa0", " ") for line in wrapped]
+        if unknown:
+            lines.append(f"    not counted: {', '.join(unknown)}")
+    return lines
+
+
+def _written(tokens: float) -> str:
+    return f" and {_count(tokens)} written" if tokens else ""
+
+
 def _count(tokens: float) -> str:
     return f"{tokens / 1e9:.2f}B" if tokens >= 1e9 else f"{tokens / 1e6:.2f}M"
 
@@ -126,7 +200,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the same as JSON; bytes, FLOPs and hours")
     args = parser.parse_args()
     with user_errors():
-        report = forecast(load_plan(args.plan), args.gpu, args.gpus, args.mfu, args.price, readable)
+        report = forecast(load_plan(args.plan), args.gpu, args.gpus, args.mfu, args.price, readable, reads)
         print(json.dumps(report, indent=2) if args.json else show(report), flush=True)
         check(report)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from entrypoint import ROOT, at_least, user_errors
+from entrypoint import at_least, user_errors
 from evals.engines import load_model
 from evals.run import output_of, ranks
 from evals.suite import measure, parse, tell
@@ -95,7 +95,7 @@ def _share(results: dict[str, Any], world: int) -> dict[str, Any]:
 
 def open_suite(name: str) -> tuple[Suite, Path]:
     """A suite by its name, or by its file."""
-    path = Path(name) if name.endswith(".yaml") else ROOT / "configs" / "evals" / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else Path("configs/evals") / f"{name}.yaml"
     suite = load_settings(Suite, path)
     if not suite.evals:
         raise ValueError(f"{path} names no evals")

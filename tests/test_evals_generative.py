@@ -167,9 +167,9 @@ class Seer:
 
 def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, tmp_path):
     words = Words(checkpoint)
-    given = {"context": [700, 1400], "num_tests": 2, "depths": 3, "kinds": list(eval_needle.KINDS), "max_tokens": None}
+    given = {"context": [700, 1400], "num_tests": 6, "depths": 3, "kinds": list(eval_needle.KINDS), "max_tokens": None}
     evaluation = eval_needle.build(options(checkpoint, haystack="noise", **given))
-    assert len(evaluation.items) == 2 * 2 * 3 * 4
+    assert len(evaluation.items) == 2 * 6 * 4
     for item in evaluation.items:
         assert len(item.row["prompt"]) + item.row["max_tokens"] == item.row["length"]
     again = eval_needle.build(options(checkpoint, haystack="noise", **given))

@@ -16,6 +16,7 @@ import torch
 from models.nanollama import ModelConfig, NanoLlama
 from training.config import RunConfig
 from training.curriculum import Plan, Stretch, stretches
+from training.eval_cost import Reads, forecast_evaluations
 from training.meter import PEAK_FLOPS, flops_per_token
 from training.muon import ROUND
 from training.schedulers import WSDScheduler
@@ -280,11 +281,18 @@ Readable = Callable[[RunConfig], dict[str, int]]  # source -> training tokens th
 
 
 def forecast(
-    plan: Plan, gpu: str, gpus: int | None = None, mfu: float = 0.45, price: float | None = None, readable: Readable | None = None
+    plan: Plan,
+    gpu: str,
+    gpus: int | None = None,
+    mfu: float = 0.45,
+    price: float | None = None,
+    readable: Readable | None = None,
+    reads: Reads | None = None,
 ) -> dict[str, Any]:
     """What a plan will cost on `gpus` GPUs (default: the plan's ranks), as plain values; check() says whether it fits.
 
     mfu: share of the peak that is reached, in the convention of training/meter.py; assumed. price: of one GPU for an hour.
+    reads: what each evaluation reads; without it evaluations are left out. Their hours are not in "total".
     """
     gpus = plan.ranks if gpus is None else gpus
     if gpu not in GPUS:
@@ -299,6 +307,8 @@ def forecast(
         for name, source in phase["sources"].items():
             sources[name] += source["tokens"]
     total = {key: sum(phase[key] for phase in phases) for key in ("steps", "tokens", "flops", "hours")}
+    measured = forecast_evaluations(plan, parts, reads, GPUS[gpu].flops, gpus, mfu) if reads else []
+    measuring = {key: math.fsum(entry[key] for entry in measured) for key in ("flops", "hours")}
     return {
         "plan": plan.name,
         "gpu": gpu,
@@ -309,6 +319,8 @@ def forecast(
         "parameters": run.model.num_parameters,
         "phases": phases,
         "total": {**total, "cost": None if price is None else total["hours"] * gpus * price},
+        "evaluations": measured,
+        "evaluations_total": {**measuring, "cost": None if price is None else measuring["hours"] * gpus * price},
         "sources": dict(sources),
         "disk": _disk(parts, total["tokens"]),
         "loss_law": {name: {"value": value, "standard_error": error} for name, (value, error) in LOSS_LAW.items()},
@@ -407,7 +419,8 @@ def _disk(parts: list[Stretch], tokens: int) -> dict[str, float]:
     saved = one  # the newest, while it is being written
     for part in parts:
         keeps = part.run.checkpoint
-        milestones = sum(milestone.at < part.end for milestone in part.phase.milestones)
+        kept = {milestone.at for milestone in part.phase.milestones} | set(keeps.milestones)
+        milestones = sum(part.begin < step < part.end for step in kept)
         saved += one * (min(keeps.keep, -(-(part.end - part.begin) // keeps.every)) + milestones)
         saved += weights if keeps.keep_best else 0
     return {

@@ -1,0 +1,103 @@
+"""How many tokens an evaluation reads and writes, from its flags alone: what scripts.plan forecasts. No data are read.
+
+Test sets are described by the mean size of their items in UTF-8 bytes, as the evaluations here put them into prompts.
+"""
+
+import argparse
+from typing import NamedTuple
+
+from evals.held_out import BYTES_PER_TOKEN
+
+
+class ItemSizes(NamedTuple):
+    """Bytes are means over the items. Options are read once each, after the prompt that they share."""
+
+    items: int
+    prompt: float  # bytes of the question as it is asked
+    options: float = 0  # bytes of all options together; one-token options are read with the prompt
+    shot: float = 0  # bytes of one solved example
+
+
+# Counted from the pinned wheels of data/evalsets.py: HellaSwag, ARC, MMLU, GSM8K, and BFCL's default categories.
+# TruthfulQA, toxicity and MT-bench are assumed: their rows come from the hub.
+TEST_SETS = {
+    "hellaswag": ItemSizes(10_042, 241, 563, 382),
+    "arc_challenge": ItemSizes(1172, 150, 116, 179),
+    "arc_easy": ItemSizes(2376, 132, 90, 154),
+    "mmlu": ItemSizes(14_042, 467, 0, 411),
+    "mmlu_cloze": ItemSizes(14_042, 275, 168, 267),
+    "gsm8k": ItemSizes(1319, 240, 0, 533),
+    "truthfulqa": ItemSizes(817, 60, 600),
+    "toxicity": ItemSizes(99_442, 60),
+    "tool_use": ItemSizes(1240, 1200),
+    "mt_bench": ItemSizes(160, 800),  # 80 conversations of two turns; the second prompt holds the first answer
+}
+SUBJECTS = 57  # of MMLU, whose solved examples are read once a subject; elsewhere they are drawn anew for each item
+CATEGORIES = 5  # of tool_use's default
+NEEDLE_READS = 2  # a needle prompt is read once to write the answer and once to score the options
+NEEDLE_WRITES = 24  # tokens of the answer, unless --max_tokens is given
+
+
+class Workload(NamedTuple):
+    """Tokens of one evaluation, over all its items."""
+
+    read: float
+    written: float = 0  # at most: as if each answer took --max_tokens
+    length: int = 0  # tokens of one row, mean
+
+
+def workload(name: str, args: argparse.Namespace, context: int, sources: int) -> list[Workload] | None:
+    """What evals/eval_<name>.py does with these flags; None for one that is not described here.
+
+    context: the model's. sources: how many sources perplexity reads, unless --sources names them.
+    """
+    if name == "perplexity":
+        return _perplexity(args, context, sources)
+    if name == "needle":
+        return _needle(args, context)
+    if name == "arc":
+        parts = ("challenge", "easy") if args.part == "both" else (args.part,)
+        return [_items(f"arc_{part}", args) for part in parts]
+    if name == "mmlu":
+        formats = {"letter": ("mmlu",), "cloze": ("mmlu_cloze",), "both": ("mmlu", "mmlu_cloze")}
+        return [_items(task, args, groups=SUBJECTS, limit_of=SUBJECTS) for task in formats[args.format]]
+    if name == "tool_use":
+        return [_items(name, args, replies=1 if args.free_only else 2, limit_of=CATEGORIES)]
+    if name == "toxicity":
+        return [_items(name, args, replies=args.samples)]
+    return [_items(name, args)] if name in TEST_SETS else None
+
+
+def _items(
+    task: str,
+    args: argparse.Namespace,
+    groups: int | None = None,
+    replies: int = 1,
+    limit_of: int = 1,
+) -> Workload:
+    """groups: how often the solved examples are read (default: with each item). limit_of: parts that --limit cuts."""
+    of = TEST_SETS[task]
+    items = min(of.items, args.limit * limit_of) if args.limit else of.items
+    shots = of.shot * getattr(args, "shots", 0) / BYTES_PER_TOKEN
+    asked, options = of.prompt / BYTES_PER_TOKEN, of.options / BYTES_PER_TOKEN
+    read = items * (asked * replies + options) + shots * (items if groups is None else min(groups, items))
+    answer = getattr(args, "max_tokens", None) or 0
+    return Workload(read, items * replies * answer, round(shots + asked + answer))
+
+
+def _perplexity(args: argparse.Namespace, context: int, sources: int) -> list[Workload] | None:
+    if not args.tokens and not args.limit:
+        return None  # all of a split whose size only the data tell
+    length = args.sequence_length or context
+    tokens = max(length, args.tokens or args.limit * length)
+    if args.limit:
+        tokens = min(tokens, args.limit * length)
+    windows = length / args.stride if args.stride else 1  # each window reads what came before once more
+    return [Workload(tokens * windows * len(args.sources or range(sources)), length=length)]
+
+
+def _needle(args: argparse.Namespace, context: int) -> list[Workload]:
+    lengths = args.context or [length for length in (4096, 8192, 16384) if length <= context] or [context]
+    tests = min(args.num_tests, args.limit or args.num_tests) * len(args.kinds)
+    written = tests * (args.max_tokens or NEEDLE_WRITES)
+    return [Workload(NEEDLE_READS * tests * length, written, length) for length in sorted(set(lengths))]
