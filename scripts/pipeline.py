@@ -144,7 +144,8 @@ class Pipeline:
         self._remember(milestone.evals, folder, where)
         verdicts = [judge(gate, self.measured[-1][1]) for gate in milestone.gates]
         outcome = decide(verdicts) if verdicts else "go"
-        accepted = self.accept if outcome == "no-go" else None
+        known = current and done.get("outcome") == "no-go"  # a reason is for a no-go that was seen
+        accepted = self.accept if outcome == "no-go" and known else None
         decision = {"step": step, "outcome": outcome, "accepted": accepted, "gates": _plain(milestone.gates)}
         values = [verdict.value for verdict in verdicts]
         write_json(path, {**decision, "values": values, "of": of, "metrics": self.measured[-1][1]})
@@ -303,6 +304,8 @@ def main() -> None:
                 pipeline.branch(args.branch, args.at, args.steps)
             else:
                 pipeline.run(frozenset(args.redo), frozenset(args.skip))
+    if args.accept and pipeline.accept == args.accept:
+        print("\n--accept was not used: no decision that it could apply to was a no-go")
     print(f"\nDone in {time.monotonic() - began:.0f} s.")
 
 

@@ -232,6 +232,15 @@ def test_a_phase_is_extended_after_a_no_go_and_the_rest_moves(plan, run):
     assert "train.py" not in run().stdout  # the extension is remembered
 
 
+def test_a_reason_is_for_a_no_go_that_was_seen(plan, run):
+    run("--accept", "whatever comes", status=3, AT_2="30")
+    run("--accept", "it was read", status=3, AT_2="30", AT_4="30")
+    assert [gate["accepted"] for gate in events(plan, "gate")] == [None, "it was read", None]
+    run("--extend", "one=2", status=3, AT_6="30")  # the longer phase is judged anew
+    run("--accept", "enough")
+    assert "--accept was not used" in run("--accept", "again").stdout
+
+
 def test_a_branch_decays_beside_the_run(plan, run):
     run(status=3, AT_4="30")
     output = run("--branch", "early", "--at", "4", "--steps", "2").stdout
