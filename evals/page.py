@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.charts import bar, heatmap, loss_chart
+from evals.targets import HEAD, cells
 
 Columns = dict[str, tuple[str, float | None]]
 
@@ -13,10 +14,12 @@ def page(report: dict[str, Any], columns: Columns) -> str:
     """The page of what evals.report.build gathered. columns: of the table -> (heading, chance in percent)."""
     parts = [
         _header(report, columns),
+        _targets(report),
         _benchmarks(report, columns),
         _gates(report),
         _stages(report),
         _loss(report),
+        _tuning(report),
         _held_out(report),
         _needle(report),
         _samples(report),
@@ -40,7 +43,9 @@ def _header(report: dict[str, Any], columns: Columns) -> str:
     chip = _chip(gates[-1]["outcome"]) if gates else ""
     tiles = [(_short(report["parameters"]), "parameters")]
     if training:
-        tiles += [(_short(training["tokens"] or 0), "tokens read"), (f"{training['steps']:,}", "steps")]
+        of = "pretraining " if training["tuning"] else ""
+        tiles += [(_short(training["tokens"] or 0), f"{of}tokens"), (f"{training['steps']:,}", f"{of}steps")]
+        tiles += [(f"{stage['steps']:,}", f"{stage['name']} steps") for stage in training["tuning"]]
     whole = report["evaluations"].get("perplexity", {}).get("metrics", {}).get("all", {}).get("bits_per_byte", {})
     if whole.get("value") is not None:
         tiles.append((f"{whole['value']:.3f}", "bits a byte, unseen text"))
@@ -50,6 +55,17 @@ def _header(report: dict[str, Any], columns: Columns) -> str:
         f'<header><div class="title"><h1>{escape(report["name"])}</h1>{chip}</div>'
         f'<p>{escape(report["checkpoint"])} · {escape(report["made"])}</p></header><div class="tiles">{made}</div>'
     )
+
+
+def _targets(report: dict[str, Any]) -> str:
+    """The results table: each score beside the plan's targets."""
+    if not report["targets"]:
+        return ""
+    rows = [cells(row) for row in report["targets"]]
+    notes = _list({row["title"]: row["note"] for row in report["targets"] if row["note"]})
+    more = f"<details><summary>Where the targets come from</summary>{notes}</details>"
+    note = "Status is the highest tier that the value reaches; ≥ and ≤ say which way is better."
+    return _section("Results", note, _rows(list(HEAD), rows) + more)
 
 
 def _benchmarks(report: dict[str, Any], columns: Columns) -> str:
@@ -143,6 +159,40 @@ def _loss(report: dict[str, Any]) -> str:
     )
     note = f"Nats a token, by step. {training['hours']:.2f} hours in steps; {incidents}."
     return _section("Training loss", note, loss_chart(training))
+
+
+def _tuning(report: dict[str, Any]) -> str:
+    """Mid-training, SFT and DPO: what each trained on, and its losses."""
+    stages = (report["training"] or {}).get("tuning") or []
+    rows, charts = [], []
+    for stage in stages:
+        mix = ", ".join(f"{name} {share:g}" for name, share in stage["mix"].items())
+        held_out = [found["loss"] for found in stage["held_out"]]
+        preferred = [100 * found["share"] for found in stage["preferred"]]
+        rows.append(
+            [
+                stage["name"],
+                f"{stage['steps']:,}",
+                f"{stage['tokens'] or 0:,}",
+                "-" if stage["lr"] is None else f"{stage['lr']:g}",
+                mix or "-",
+                change(held_out, 3),
+                change(preferred, 1),
+                f"{stage['hours']:.2f}",
+            ]
+        )
+        charts.append(f"<h3>{escape(stage['name'])}</h3>{loss_chart(stage)}" if stage["steps"] else "")
+    head = ["stage", "steps", "tokens", "peak rate", "data (share)", "held-out loss", "pairs preferred, %", "hours in steps"]
+    note = "What the base model was trained on after pretraining. Each figure is the first and the last measured."
+    return _section("After pretraining", note, _rows(head, rows) + "".join(charts)) if rows else ""
+
+
+def change(values: list[float], digits: int) -> str:
+    """First and last of a series, as text."""
+    if not values:
+        return "-"
+    ends = [values[0], values[-1]] if len(values) > 1 else values
+    return " → ".join(f"{value:.{digits}f}" if isinstance(value, (int, float)) else str(value) for value in ends)
 
 
 def _held_out(report: dict[str, Any]) -> str:

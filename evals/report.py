@@ -4,7 +4,8 @@ python -m evals.report --checkpoint checkpoints/quickstart/gold/step_430 --logs 
 
 Takes every result under --results that was measured on this very checkpoint (by its hash), the run's logs and gates, and lets the
 model write. Leaves benchmark_results.json, comparison_table.md, qualitative_samples.txt and report.html in --output; the page
-is made of the JSON alone, needs no network, and can be sent to somebody as it is.
+is made of the JSON alone, needs no network, and can be sent to somebody as it is. --plan: the table begins with the plan's
+targets, and which of their tiers each score reaches.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from evals.engines import LanguageModel, load_model
 from evals.eval_needle import grid
 from evals.harness import Write
 from evals.page import count, page
+from evals.targets import judged, markdown, place_of, read_targets, table
+from evals.trained import training
 from models.hf import newest_step
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -46,7 +49,6 @@ PROMPTS = (
     "The three most important inventions of the nineteenth century were",
     "def fibonacci(n):",
 )
-POINTS = 400  # of a curve, at most
 
 
 def measured(results: Path, checkpoint_hash: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -92,75 +94,6 @@ def leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dic
             yield from leaves(value, f"{prefix}{name}.")
         elif isinstance(value, (int, float)):
             yield prefix + name, {"value": value, "stderr": None}
-
-
-def history(logs: Path, checkpoint: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of metrics.jsonl and of events.jsonl up to a checkpoint's step.
-
-    All of them where its phase is none of these logs', as after SFT. Phase and step: by state/trainer.json, without it by the
-    folder, <phase>/step_N.
-    """
-    rows, events = (read_lines(logs / f"{name}.jsonl") for name in ("metrics", "events"))
-    folder = checkpoint.resolve()
-    named = {"phase": folder.parent.name, "step": folder.name.removeprefix("step_")}
-    at = {**named, **read_json(folder / "state" / "trainer.json")}
-    if not str(at["step"]).isdecimal() or all(row.get("phase") != at["phase"] for row in rows):
-        return rows, events
-    last = int(at["step"])
-    events = [event for event in events if isinstance(event.get("step", 0), int) and event.get("step", 0) <= last]
-    return [row for row in rows if row["step"] <= last], events
-
-
-def phases_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Name, begin and end, in steps, of each phase in metrics.jsonl."""
-    phases: list[dict[str, Any]] = []
-    for row in rows:
-        if not phases or phases[-1]["name"] != row["phase"]:
-            phases.append({"name": row["phase"], "begin": row["step"] - 1})
-        phases[-1]["end"] = row["step"]
-    return phases
-
-
-def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
-    """Curves, held-out figures, phases and decisions of a run up to a checkpoint, out of its metrics.jsonl and events.jsonl."""
-    rows, events = history(logs, checkpoint)
-    if not rows:
-        raise ValueError(f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run, or none")
-    steps, losses = [row["step"] for row in rows], [float(row["loss"]) for row in rows]
-    window = max(1, len(rows) // POINTS)
-    phases = phases_of(rows)
-    held_out = [{"step": row["step"], "loss": row["val/loss"]} for row in rows if "val/loss" in row]
-    gates = [event for event in events if event["event"] == "gate"]
-    return {
-        "logs": str(logs),
-        "steps": steps[-1],
-        "tokens": rows[-1].get("tokens"),
-        "hours": sum(row.get("step_s", 0.0) for row in rows) / 3600,
-        "curve": [[steps[i], losses[i]] for i in range(0, len(rows), window)],
-        "smooth": _smooth(steps, losses, phases, window),
-        "held_out": held_out,
-        "phases": phases,
-        "gates": [
-            {name: gate.get(name) for name in ("time", "step", "outcome", "accepted", "gates", "values", "advice")}
-            for gate in gates
-        ],
-        "incidents": {kind: n for kind in ("skipped", "rollback", "stuck") if (n := sum(e["event"] == kind for e in events))},
-        "environment": next((json.loads(path.read_text()) for path in sorted(logs.glob("*.environment.json"))[-1:]), {}),
-    }
-
-
-def _smooth(steps: list[int], losses: list[float], phases: list[dict[str, Any]], window: int) -> list[list[float]]:
-    """Centred running means, afresh in each phase of other text."""
-    reach = max(2, len(steps) // 100)
-    values, found = np.array(losses), []
-    for phase in phases:
-        inside = [i for i, step in enumerate(steps) if phase["begin"] < step <= phase["end"]]
-        for i in inside[::window]:
-            near = values[max(inside[0], i - reach) : min(inside[-1], i + reach) + 1]
-            near = near[np.isfinite(near)]
-            if len(near):
-                found.append([steps[i], float(near.mean())])
-    return found
 
 
 def contamination(path: Path) -> dict[str, Any]:
@@ -220,6 +153,22 @@ def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def results_table(
+    plan: Path, results: Path, evaluations: dict[str, dict[str, Any]], trained: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """The targets of a plan with what was measured. evaluations: of the report's checkpoint; trained: by training()."""
+    phases = trained["phases"] if trained else []
+
+    def measured_after(stage: str) -> dict[str, dict[str, Any]]:
+        if stage == "final":
+            return evaluations
+        folder = results / place_of(stage, phases)
+        digest = judged(folder, stage)
+        return measured(folder, digest)[0] if digest else {}
+
+    return table(read_targets(plan), measured_after)
+
+
 def published() -> dict[str, Any]:
     """Scores of others: models as in published.yaml, each score as {value, shots}."""
     read = yaml.safe_load(PUBLISHED.read_text())
@@ -230,8 +179,17 @@ def published() -> dict[str, Any]:
     return read
 
 
+TARGETS_NOTE = (
+    "Status is the highest tier that the value reaches. A value within one standard error of a border could as well lie on\n"
+    "its other side."
+)
+
+
 def comparison(report: dict[str, Any]) -> str:
-    """comparison_table.md: our row, then everybody else's; each row one source and harness, each cell its shots."""
+    """comparison_table.md: the targets and what was reached, then our scores beside published ones.
+
+    Each row of published scores is of one source and harness; each cell says its shots.
+    """
     columns = {name: heading for name, (heading, *_) in COLUMNS.items()}
     head = ["Model", "Tokens", *columns.values(), "Harness", "Metric", "Source"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(columns) + "---|---|---|"]
@@ -245,11 +203,15 @@ def comparison(report: dict[str, Any]) -> str:
         link = f"[{source['title']}]({source['url']})"
         by = [model["from"]["harness"], model["from"]["metric"], link]
         lines.append("| " + " | ".join([model["name"], model["tokens"], *cells, *by]) + " |")
+    targets = ""
+    if report["targets"]:
+        targets = f"# Results of {report['name']}\n\n{TARGETS_NOTE}\n\n{markdown(report['targets'])}\n"
     note = (
         "Percent; in brackets the shots, `?` where the source does not say. ± is one standard error. The same model moves by\n"
         "15 to 30 points between harnesses, prompts and shots: compare rows only where those agree.\n"
     )
-    return f"# {report['name']} beside published models\n\n{note}\n" + "\n".join(lines) + "\n"
+    heading = f"{'##' if targets else '#'} {report['name']} beside published models"
+    return f"{targets}{heading}\n\n{note}\n" + "\n".join(lines) + "\n"
 
 
 def _cell(score: dict[str, Any]) -> str:
@@ -264,6 +226,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"{args.checkpoint} is a file; a report is made of a checkpoint folder")
     model = load_model(args.checkpoint, args.device, args.dtype)
     evaluations, missing = measured(args.results, model.hash)
+    trained = training(args.logs, args.checkpoint) if args.logs else None
     return {
         "name": args.name or args.checkpoint.name,
         "checkpoint": str(args.checkpoint),
@@ -271,11 +234,12 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "config": read_json(args.checkpoint / "config.json"),
         "parameters": _parameters(args.checkpoint),
+        "targets": results_table(args.plan, args.results, evaluations, trained) if args.plan else [],
         "scores": scores(evaluations),
         "evaluations": evaluations,
         "not_measured": missing,
         "needle": needle(evaluations),
-        "training": training(args.logs, args.checkpoint) if args.logs else None,
+        "training": trained,
         "stages": stages(args.results),
         "contamination": contamination(args.contaminated) if args.contaminated else None,
         "samples": samples(model, args.prompt, args.max_new_tokens),
@@ -304,40 +268,36 @@ def _parameters(checkpoint: Path) -> int:
     return count
 
 
+def texts(report: dict[str, Any]) -> dict[str, str]:
+    """The four files by their names. All but the first are made from the first alone."""
+    content = json.dumps(finite(report), indent=1) + "\n"
+    report = json.loads(content)
+    written = [f"{s['prompt']}[{s['text']}]\n(temperature {s['temperature']})\n" for s in report["samples"]]
+    about = f"{report['name']}, {report['checkpoint']}, {report['made']}. In brackets what the model wrote.\n\n"
+    return {
+        "benchmark_results.json": content,
+        "comparison_table.md": comparison(report),
+        "qualitative_samples.txt": about + "\n".join(written),
+        "report.html": page(report, {name: (heading, chance) for name, (heading, _, _, chance) in COLUMNS.items()}),
+    }
+
+
 def write(report: dict[str, Any], output: Path) -> list[Path]:
     """The four files, in `output`."""
     output.mkdir(parents=True, exist_ok=True)
-    texts = [f"{s['prompt']}[{s['text']}]\n(temperature {s['temperature']})\n" for s in report["samples"]]
-    about = f"{report['name']}, {report['checkpoint']}, {report['made']}. In brackets what the model wrote.\n\n"
-    files = {
-        "benchmark_results.json": json.dumps(_finite(report), indent=1) + "\n",
-        "comparison_table.md": comparison(report),
-        "qualitative_samples.txt": about + "\n".join(texts),
-        "report.html": page(report, {name: (heading, chance) for name, (heading, _, _, chance) in COLUMNS.items()}),
-    }
+    files = texts(report)
     for name, text in files.items():
         (output / name).write_text(text)
     return [output / name for name in files]
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: null instead."""
     if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
+        return {key: finite(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
+        return [finite(part) for part in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, without a line that is being written; none where there is no file."""
-    found = []
-    for line in path.read_text().split("\n") if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # being written
-            continue
-    return found
 
 
 def main() -> None:
@@ -346,6 +306,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the model (default: the checkpoint's)")
     parser.add_argument("--logs", type=Path, help="logs/<run>: loss curves, gates, environment")
     parser.add_argument("--results", type=Path, default=Path("results"), help="where results of this checkpoint are looked for")
+    parser.add_argument("--plan", type=Path, help="a plan, whose targets the scores are compared with")
     parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="what the model continues")
     parser.add_argument("--max_new_tokens", type=int, default=60)

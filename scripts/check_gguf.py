@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from entrypoint import ROOT, at_least, user_errors
+from evals.engines import folder_hash
 from evals.gguf_parity import compare, open_gguf, reference, table
 from models.gguf import MoeConfig, read_config
 from models.hf import newest_step
@@ -50,7 +51,8 @@ def main() -> None:
             print(f"{path}: {rows[-1]['verdict']}", *rows[-1]["because"], sep="; ", flush=True)
         found = find_library()
         runtime = found[0] if found else ""
-        result = {"checkpoint": str(folder), "text": [path.name for path in files], "runtime": runtime, "files": rows}
+        source = {"checkpoint": str(folder), "checkpoint_hash": folder_hash(folder)}
+        result = {**source, "text": [path.name for path in files], "runtime": runtime, "files": rows}
         output = args.output or args.gguf[0].parent / "check_gguf.json"
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=2) + "\n")

@@ -33,6 +33,7 @@ class Run:
     name: str
     rows: list[dict[str, Any]]  # of metrics.jsonl
     events: list[dict[str, Any]]
+    redone: list[dict[str, Any]]  # of metrics_redone.jsonl: steps that were done again later
 
     def column(self, key: str) -> np.ndarray:
         """A metric of every step, NaN where a step has none."""
@@ -88,7 +89,8 @@ def open_runs(folders: list[Path]) -> list[Run]:
         rows = read_lines(folder / "metrics.jsonl")
         if not rows:
             raise ValueError(f"{folder / 'metrics.jsonl'} has no metrics yet; train first")
-        runs.append(Run(name if names.count(name) == 1 else str(folder), rows, read_lines(folder / "events.jsonl")))
+        events, redone = (read_lines(folder / f"{kind}.jsonl") for kind in ("events", "metrics_redone"))
+        runs.append(Run(name if names.count(name) == 1 else str(folder), rows, events, redone))
     return runs
 
 
@@ -124,6 +126,16 @@ def _figures(run: Run, sources: list[str]) -> dict[str, str]:
     return figures
 
 
+def _attempts(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows cut where their steps do not follow each other: each part was recorded by one start of the run."""
+    attempts: list[list[dict[str, Any]]] = []
+    for row in rows:
+        if not attempts or row["step"] != attempts[-1][-1]["step"] + 1:
+            attempts.append([])
+        attempts[-1].append(row)
+    return attempts
+
+
 def plot(runs: list[Run], output: Path) -> None:
     """Loss, held-out loss, learning rate, gradient norm and tokens per second by step; of several runs by tokens as well."""
     import matplotlib
@@ -153,6 +165,9 @@ def plot(runs: list[Run], output: Path) -> None:
                 axis.plot(x, run.column(key), color=color, alpha=0.3 if alone else 0.15, linewidth=0.6, zorder=1)
                 axis.plot(x, run.smooth(key), color=color, linewidth=1.5, zorder=3, label=run.name)
             axes[2].plot(x, run.column("lr"), color=color, linewidth=1.4)
+            for rows in _attempts(run.redone):
+                redone = [[row[key] for row in rows] for key in (scale, "lr")]
+                axes[2].plot(*redone, "--", color="0.4", linewidth=1.2, label="done again later")
             _held_out(axes[1], run, scale, color, alone)
             _borders(axes, run, x, "0.3" if len(named) == 1 else color, levels[i])
         for run in runs:
@@ -169,7 +184,7 @@ def plot(runs: list[Run], output: Path) -> None:
         axis.set_ylabel(name)
     _limit(axes[0], [run.column("loss") for run in runs])
     _limit(axes[4], [run.column("tokens_per_s") for run in runs], floor=0.0)
-    for axis in axes[:2]:
+    for axis in axes[:3]:
         labels = axis.get_legend_handles_labels()
         handles = {name: handle for handle, name in zip(*labels, strict=True)}  # one entry a name
         if handles:

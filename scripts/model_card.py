@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from evals.engines import folder_hash
-from evals.report import history, leaves, measured, phases_of
+from evals.page import change
+from evals.report import leaves, measured
+from evals.trained import phases_of, settings, story
 from models.gguf import architecture, read_config
 
 MARK = "written by scripts/export_gguf.py"
@@ -60,30 +60,34 @@ def lm_studio(file: str, chat: bool) -> str:
 
 
 def model_card(folder: Path, targets: dict[str, Path], name: str, chat: bool, logs: Path, results: Path) -> str:
-    """The card, from config.json, logs/<run> up to this checkpoint and its own results; what is not there is said not to be."""
+    """The card, from config.json, logs/<run> up to this checkpoint and its own results. It says what is not there."""
     config = read_config(folder)
-    rows, events = history(logs, folder)
+    tuned, rows, events = story(logs, folder)
     phases = {phase["name"]: _config(logs, phase) for phase in phases_of(rows)}
+    phases |= {stage["name"]: _config(logs / stage["name"], stage["phases"][-1]) for stage in tuned if stage["phases"]}
     stores = dict.fromkeys(Path(phase["data"]["store"]) for phase in phases.values() if phase.get("data", {}).get("store"))
     kind = architecture(config) + " (Llama with normalised q and k)" * (architecture(config) == "qwen3")
     smallest = min(targets.values(), key=lambda path: path.stat().st_size)
     usage = f"python -m scripts.chat --model {smallest.name}" if chat else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
-    scores = _scores(measured(results, folder_hash(folder))[0])
+    digest = folder_hash(folder)
+    scores = _scores(measured(results, digest)[0])
     parts = [
         f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
         f"{config.num_parameters / 1e6:,.1f}M parameters, architecture {kind}, {config.num_hidden_layers} layers of "
         f"{config.hidden_size}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
         f"{config.rope_theta:,.0f}. {'Speaks in a chat template of its own.' if chat else 'A base model, without chat.'}\n",
+        f"Made from the checkpoint `{folder}`, sha256 `{digest}`.\n",
         f"## Files\n\n{_rows(('file', 'type', 'MB'), _files(targets))}",
         f"## Use\n\n```\n{usage}\nollama create nanollama -f Modelfile && ollama run nanollama\n```\n",
         f"## Training\n\n{_rows(('phase', 'steps', 'tokens', 'row', 'peak lr', 'mixture'), _training(phases)) or _none(logs)}",
+        _rows(("stage", "started from", "data", "held-out loss", "pairs preferred, %"), _tuning(tuned)),
         f"## Data\n\n{_rows(('store', 'source', 'documents', 'kept', 'tokens'), _data(stores)) or _none('a data report')}",
         f"## Contamination\n\n{_contamination(stores) or _none('a contamination report')}",
         f"## Gates\n\n{_gates(events) or _none('decisions')}",
         f"## Scores\n\n{_rows(('task', 'metric', 'value', 'shots', 'n'), scores) or _none(f'its results in {results}')}",
         "## Licence\n\nThe owner's choice: put it here and above, with the terms of the data it was trained on.\n",
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def _none(what: Any) -> str:
@@ -91,9 +95,9 @@ def _none(what: Any) -> str:
 
 
 def _config(logs: Path, phase: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a phase, with the steps that were made."""
-    path = logs / f"{phase['name']}.config.yaml"
-    return {**((yaml.safe_load(path.read_text()) or {}) if path.is_file() else {}), "steps": phase["end"] - phase["begin"]}
+    """The settings of a phase, with the steps that were made and the tokens that they read."""
+    made = {"steps": phase["end"] - phase["begin"], "tokens": phase["tokens"]}
+    return {**settings(logs / f"{phase['name']}.config.yaml"), **made}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -118,9 +122,17 @@ def _files(targets: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
 def _training(phases: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     for phase, run in phases.items():
         data = run.get("data", {})
-        steps, tokens = run["steps"], data.get("tokens_per_step") or 0
+        rate = run.get("optim", {}).get("lr")
         mix = ", ".join(f"{name} {share:g}" for name, share in (data.get("mix") or {}).items())
-        yield phase, f"{steps:,}", f"{steps * tokens:,}", data.get("sequence_length"), run.get("optim", {}).get("lr"), mix
+        yield phase, f"{run['steps']:,}", f"{run['tokens']:,}" if run["tokens"] else "?", data.get("sequence_length"), rate, mix
+
+
+def _tuning(stages: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    for stage in stages:
+        data = ", ".join(f"{name}: {path}" for name, path in stage["sources"].items())
+        held_out = [measured["loss"] for measured in stage["held_out"]]
+        preferred = [100 * measured["share"] for measured in stage["preferred"]]
+        yield stage["name"], stage["started_from"], data, change(held_out, 3), change(preferred, 1)
 
 
 def _data(stores: dict[Path, None]) -> Iterator[tuple[Any, ...]]:

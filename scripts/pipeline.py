@@ -151,7 +151,7 @@ class Pipeline:
         write_json(path, {**decision, "values": values, "of": of, "metrics": self.measured[-1][1]})
         advice = [verdict.gate.advice for verdict in verdicts if verdict.outcome != "go" and verdict.gate.advice]
         advice = list(dict.fromkeys(advice)) or ([milestone.advice] if milestone.advice and outcome != "go" else [])
-        text = f"{outcome} {where}: " + "; ".join(map(str, verdicts))
+        text = f"{outcome} {where}: " + "; ".join(map(str, verdicts)) + (f"; accepted: {accepted}" if accepted else "")
         append_event(self.logs, "gate", text, **decision, values=values, advice="; ".join(advice))
         self.alerts.send("gate", f"{self.stretches[0].run.run}: {outcome} {where}", "\n".join([text, *advice]))
         self.alerts.flush()

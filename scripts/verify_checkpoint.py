@@ -1,9 +1,10 @@
 """Check that checkpoints are whole: every file against its checksum, and that what is in them can be read.
 
 python -m scripts.verify_checkpoint checkpoints/nanollama_1b                                        # a run, a phase or a step_N
+python -m scripts.verify_checkpoint checkpoints/nanollama_1b/phase2_16k/step_207000 --model         # rope theta and document mask
 python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/phase1/step_2000        # and bit for bit the same?
 
-Exit status 1 if one is damaged, or differs.
+Exit status 1 if one is damaged, wrong, or differs.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from entrypoint import user_errors
+from evals.trained import settings
+from models.hf import load_hf
 from training.checkpoint import damage, has_state, read_manifest, read_position, step_folders
 
 
@@ -26,6 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, help="a step_N folder, the folder of a phase, or the folder of a run")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="a step_N folder whose weights and state must be equal")
+    parser.add_argument("--model", action="store_true", help="load the newest weights; check rope theta and the document mask")
     args = parser.parse_args()
     with user_errors():
         folders = find(args.path)
@@ -39,6 +43,11 @@ def main() -> None:
         different = list(differences(args.path, args.against)) if args.against and not damaged else []
         for line in different:
             print(f"DIFFERENT: {line}")
+        if args.model and not damaged:
+            wrong = list(model_faults(folders[-1]))
+            damaged += bool(wrong)
+            for line in wrong:
+                print(f"WRONG: {line}")
         if args.against and not damaged and not different:
             print("the same, bit for bit")
     raise SystemExit(1 if damaged or different else 0)
@@ -66,6 +75,37 @@ def describe(folder: Path) -> str:
     position = read_position(folder)
     end = ", end of the phase" if position["step"] == position["phase_end"] else ""
     return f"whole, {len(manifest['files'])} files, {size / 1e9:.3f} GB, {position['phase']} step {position['step']}{end}{metric}"
+
+
+def model_faults(folder: Path) -> Iterator[str]:
+    """What is wrong with a checkpoint's rope theta or document mask; prints both.
+
+    Theta is compared with the config that the phase left in logs/<run>. The mask is checked by logits: two documents packed
+    in one row must get those that each gets alone.
+    """
+    model = load_hf(folder).float().eval()
+    theta, context = model.config.rope_theta, model.config.max_position_embeddings
+    phase = folder.resolve().parent
+    path = Path("logs") / phase.parent.name / f"{phase.name}.config.yaml"
+    run = settings(path)
+    wanted = run.get("rope_theta_end") or run.get("model", {}).get("rope_theta")
+    known = f"as {path} says" if wanted == theta else f"{path} says {wanted}" if wanted else f"there is no {path} to compare with"
+    print(f"{folder}: rope theta {theta:,.0f} ({known}), context {context:,} tokens")
+    at_end = not has_state(folder) or (position := read_position(folder))["step"] == position["phase_end"]
+    if wanted and wanted != theta and (at_end or not run.get("rope_theta_end")):
+        yield f"rope theta is {theta:,.0f}, but {path} says {wanted:,.0f}"
+    length = min(context, 256)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    cut = length // 3
+    docs = (torch.arange(length)[None] >= cut).int()
+    with torch.no_grad():
+        packed = model(tokens, docs=docs)
+        apart = torch.cat([model(tokens[:, :cut]), model(tokens[:, cut:])], dim=1)
+        mixed = (model(tokens) - packed)[:, cut:].abs().max().item()
+    error = (packed - apart).abs().max().item()
+    print(f"{folder}: document mask: packed and separate logits differ by at most {error:.1e}; without the mask by {mixed:.1e}")
+    if not error <= 1e-3 * max(1.0, apart.abs().max().item()):
+        yield f"packed documents do not get the logits that they get alone: the largest difference is {error:.2g}"
 
 
 def unreadable(folder: Path) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from data.other_chats import borders
 from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
+from evals.engines import folder_hash
 from models.attention import attention_mask
 from models.hf import check_model_folder, load_hf, newest_step
 from models.layers import apply_rotary
@@ -87,8 +88,8 @@ def bin_names(count: int) -> list[str]:
     return ["0", "1", *(f"{1 << (i - 1):,}+" for i in range(2, count))][:count]
 
 
-def draw(found: Attention, output: Path, title: str) -> None:
-    """Layers by distance, the first token's share, and heads of up to six layers."""
+def draw(found: Attention, output: Path, title: str, about: dict[str, str] | None = None) -> None:
+    """Layers by distance, the first token's share, and heads of up to six layers. about: text that the PNG file carries."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,7 +119,7 @@ def draw(found: Attention, output: Path, title: str) -> None:
             axes[row, column].set_yticks([])
             axes[row, column].set_title(f"layer {layer}, head {head}", fontsize=7)
     output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=110)
+    figure.savefig(output, dpi=110, format="png", metadata=about)
     pyplot.close(figure)
 
 
@@ -150,7 +151,8 @@ def main() -> None:
         if not 2 <= args.input_length <= model.config.max_position_embeddings:
             raise ValueError(f"--input_length must be 2 to {model.config.max_position_embeddings}, the model's context")
         found = look(model, tokens_of(args.checkpoint, args.text, args.input_length).to(args.device))
-        draw(found, args.output, f"{args.checkpoint}, {args.input_length:,} tokens")
+        about = {"checkpoint_hash": folder_hash(args.checkpoint), "input_length": str(args.input_length)}
+        draw(found, args.output, f"{args.checkpoint}, {args.input_length:,} tokens", about)
         for layer, share in enumerate(found.sink.mean(1).tolist()):
             print(f"layer {layer:>2}: {share:.3f} of the attention is on the first token")
         print(f"written to {args.output}")

@@ -20,8 +20,8 @@ torch.set_num_threads(1)
 # Workers take whole files, so that what a file's fixtures run is run once (pytest 9.2 ignores xdist_group); these first, so that
 # none is left over at the end.
 LONG = (
-    *("test_quickstart", "test_nodes", "test_training", "test_fault_table", "test_demo", "test_prepare", "test_pipeline"),
-    "test_checkpoint",
+    *("test_timeline", "test_quickstart", "test_nodes", "test_training", "test_fault_table", "test_demo"),
+    *("test_prepare", "test_pipeline", "test_checkpoint"),
 )
 
 

@@ -491,7 +491,7 @@ def test_the_card_tells_of_the_run_and_leaves_other_files_alone(folders, tmp_pat
     for phase, lr in (("late", 0.5), ("early", 0.25)):
         data = f"{{store: {tmp_path / 'store'}, mix: {{books: 1.0}}, tokens_per_step: 100, sequence_length: 64}}"
         (logs / f"{phase}.config.yaml").write_text(f"steps: 7\noptim: {{lr: {lr}}}\ndata: {data}\n")
-    steps = [{"phase": "early" if step <= 7 else "late", "step": step} for step in range(1, 22)]
+    steps = [{"phase": "early" if step <= 7 else "late", "step": step, "tokens": 100 * step} for step in range(1, 22)]
     (logs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     gates = [{"event": "gate", "step": step, "text": f"go at step {step}: fine"} for step in (7, 21)]
     (logs / "events.jsonl").write_text("".join(json.dumps(gate) + "\n" for gate in gates))

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, one_thread, read_metrics, train_here, train_ranks
+from conftest import ROOT, read_metrics, train_here, train_ranks
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -230,19 +229,3 @@ def test_damaged_checkpoints_are_set_aside_and_old_ones_pruned(settings, tmp_pat
     output = capfd.readouterr().out
     assert "step_6 is damaged (model.safetensors has changed)" in output and "goes on at step 4" in output
     assert {"step_5.damaged", "step_6.damaged", "step_6"} <= {path.name for path in folder.iterdir()}
-
-
-def test_test_mode_says_that_everything_works(tmp_path):
-    launch = [*command([], 2)[:4], "train.py", "--test_mode", "--steps", "40"]
-    where = [f"data.store={tmp_path / 'd'}", f"log_dir={tmp_path / 'l'}", "--output_dir", str(tmp_path / "c")]
-    done = subprocess.run([*launch, *where], capture_output=True, text=True, cwd=ROOT, env=one_thread())
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test mode: ok") == 4 and "FAILED" not in done.stdout
-    again = subprocess.run([*launch, *where], capture_output=True, text=True, cwd=ROOT, env=one_thread())
-    assert again.returncode == 2 and "is not empty; give test mode an --output_dir of its own" in again.stderr
-
-
-def test_verify_model_and_test_fsdp_hold():
-    for script in (["-m", "scripts.verify_model"], ["scripts/test_fsdp.py"]):
-        done = subprocess.run([command([], 1)[0], *script], capture_output=True, text=True, cwd=ROOT, env=one_thread())
-        assert done.returncode == 0 and "FAILED" not in done.stdout and "ok" in done.stdout, done.stdout + done.stderr

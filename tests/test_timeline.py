@@ -1,0 +1,211 @@
+"""docs/timeline.md followed to its end in miniature: its commands verbatim but for sizes, with what goes wrong in four weeks.
+
+The plan's driver is killed a rank, loses its terminal, meets a no-go and follows its advice; then each command of the
+document's table is given by hand and must change no checkpoint. miniature.py says what is small and what is simulated: the
+hub, and torchrun in all launches but the one whose rank is killed (the launcher itself: test_launchers.py, test_nodes.py).
+"""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from conftest import ROOT, read_metrics
+from miniature import Command, build, small, table_commands
+
+from scripts import pipeline
+from training import supervisor
+
+RUN, LOGS, RESULTS = "nanollama_1b", Path("logs/nanollama_1b"), Path("results/nanollama_1b")
+DOCUMENT = (ROOT / "docs" / "timeline.md").read_text()
+BY_HAND = [small(command) for command in table_commands(DOCUMENT)]
+PLAN = "python -m scripts.pipeline --plan configs/plan_1b.yaml"
+WAIT = 120  # seconds for something to happen
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The working folder, with a 1B plan whose gate at the end of pretraining no model of this size can pass."""
+    folder, before = tmp_path_factory.mktemp("timeline"), os.getcwd()
+    build(folder)
+    path = folder / "configs" / "plan_1b.yaml"
+    plan = yaml.safe_load(path.read_text())
+    (gate,) = (gate for gate in plan["phases"][3]["milestones"][0]["gates"] if gate["metric"] == "all.perplexity")
+    gate |= {"go": 1.0, "no_go": 1.1}
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+def give(command: str, status: int = 0) -> str:
+    """Run a command of the document; returns its output."""
+    given = Command(shlex.split(command), dict(os.environ))
+    found, output = given.wait(), given.output.read_text()
+    assert found == status and "Traceback" not in output, output
+    return output
+
+
+@pytest.fixture
+def drive(monkeypatch, capfd):
+    """drive(command, status): the plan's driver in this process, its commands in forked ones; the first launch as told."""
+
+    def one(command: str, status: int = 0, first_launch=None) -> str:
+        launches = [first_launch] if first_launch else []
+
+        def popen(words, env):
+            trains = any(word.endswith("train.py") for word in words)
+            return launches.pop()(words, env) if launches and trains else Command(words, env)
+
+        monkeypatch.setattr(supervisor, "subprocess", SimpleNamespace(Popen=popen))
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "scripts.pipeline"]
+        monkeypatch.setattr(sys, "argv", words[2:])
+        try:
+            ended = pipeline.main() or 0
+        except SystemExit as error:
+            ended = error.code
+        output = "".join(capfd.readouterr())
+        assert ended == status and "Traceback" not in output, output[-6000:]
+        return output
+
+    return one
+
+
+def when(condition, act) -> threading.Thread:
+    """Do something, in a thread, as soon as a condition holds."""
+
+    def wait() -> None:
+        end = time.monotonic() + WAIT
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def step() -> int:
+    path = LOGS / "metrics.jsonl"
+    return supervisor.last_step(path) or 0 if path.is_file() and path.stat().st_size else 0
+
+
+def events(kind: str) -> list[dict]:
+    rows = [json.loads(line) for line in (LOGS / "events.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["event"] == kind]
+
+
+def checkpoints() -> dict[str, str]:
+    """Every checkpoint's manifest, which holds the checksums of its files."""
+    return {str(path): path.read_text() for path in sorted(Path("checkpoints", RUN).rglob("manifest.json"))}
+
+
+def lock_holder() -> int:
+    """The process that holds the run's checkpoints: rank 0."""
+    return int(Path("checkpoints", RUN, "phase1_pretrain", "run.lock").read_text().split()[1])
+
+
+def test_day_1(place):
+    commands = BY_HAND[: next(i for i, command in enumerate(BY_HAND) if "download_data" in command)]
+    assert commands[0] == "make setup" and re.search(r"^setup:", Path("Makefile").read_text(), re.M)
+    output = give(commands[1])
+    assert "ready for: quickstart yes" in output and "alert: slack" in output  # a plan of this size needs no GPU
+    output = give(commands[2])
+    assert output.count("test mode: ok") == 4 and "FAILED" not in output
+    assert "is not empty; give test mode an --output_dir of its own" in give(f"{commands[2]} --output_dir configs", status=2)
+    for command in commands[3:]:  # test_fsdp, verify_model
+        output = give(command)
+        assert "ok" in output and "FAILED" not in output
+
+
+def test_the_plan_survives_four_weeks(place, drive):
+    def real(words, env):
+        """scripts.launch itself, whose rank 0 is killed at step 20."""
+        launched = subprocess.Popen(words, env={**env, "OMP_NUM_THREADS": "1"})
+        when(lambda: step() >= 20, lambda: os.kill(lock_holder(), signal.SIGKILL))
+        return launched
+
+    closing = when(lambda: step() >= 60, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    output = drive(PLAN, status=129, first_launch=real)
+    closing.join()
+    assert "was interrupted. The same command continues from here." in output
+    assert len(events("restarted")) == 1 and "SIGKILL" in events("restarted")[0]["text"]
+    assert events("stopped")[-1]["step"] == step() < 100
+
+    output = drive(PLAN, status=3)
+    assert "decision at step 230: NO-GO" in output and step() == 230
+    assert [gate["outcome"] for gate in events("gate")] == ["go"] * 5 + ["no-go"]
+    (advised,) = set(re.findall(r"`(python -m scripts\.pipeline [^`]*--extend phase3_crystallization=\d+)`", output))
+    output = drive(advised, status=3)
+    assert "decision at step 235: NO-GO" in output and step() == 235
+    output = drive(f'{PLAN} --accept "a model of this size"')
+    assert "deliverables are there and agree" in output and "missing" not in output.rpartition("[")[2]
+
+    rows = read_metrics(LOGS)
+    assert [row["step"] for row in rows] == list(range(1, 236))  # each step once, over a kill, a signal and an extension
+    rates = [row["lr"] for row in rows if row["step"] >= 10]
+    assert all(before >= after for before, after in pairwise(rates)) and rates[-1] == 0
+    assert rates[-30] == rates[0]  # the decay of 28 steps begins where that of 23 did
+    for milestone in (50, 100, 150, 184, 207):
+        assert list(Path("checkpoints", RUN).glob(f"*/step_{milestone}/model.safetensors")), milestone
+
+
+def test_each_command_of_the_table_can_be_given_again(place):
+    before, metrics = checkpoints(), (LOGS / "metrics.jsonl").read_text()
+    begin = next(i for i, command in enumerate(BY_HAND) if "download_data" in command)
+    end = next(i for i, command in enumerate(BY_HAND) if "demo_ui" in command)
+    commands = [command for command in BY_HAND[begin:end] if "phase3_crystallization.yaml" not in command]  # was extended
+    assert len(commands) > 20
+    for command in commands:
+        output = give(command)
+        if "download_data" in command:
+            assert output.endswith("already there\n")
+    assert checkpoints() == before and (LOGS / "metrics.jsonl").read_text() == metrics
+    (check,) = (command for command in BY_HAND[end:] if "verify_checkpoint" in command)
+    assert "rope theta 500,000 (as logs/nanollama_1b/phase2_16k.config.yaml says)" in give(check)
+
+
+def test_what_the_four_weeks_leave(place):
+    content = json.loads(Path("results/benchmark_results.json").read_text())
+    texts = {path: Path(path).read_text() for path in ("results/comparison_table.md", "results/report.html", "gguf/README.md")}
+    assert len(content["targets"]) == 10 and all(target["value"] is not None for target in content["targets"])
+    measured = json.loads((RESULTS / "dpo" / "aligned.json").read_text())
+    for task, metric in (("mmlu", "acc"), ("truthfulqa", "mc2")):
+        value = content["evaluations"][task]["metrics"][metric]["value"]
+        assert value == measured["metrics"][task][metric]["value"]
+        for path, text in texts.items():
+            assert f"{100 * value:.1f}" in text or f"{value:.4f}" in text, (path, task)
+    of_all = yaml.safe_load(Path("results/hyperparameters.yaml").read_text())
+    phases = ("phase1_pretrain", "phase2_annealing", "phase2_16k", "phase3_crystallization", "midtrain", "sft", "dpo")
+    assert list(of_all) == list(phases)
+    assert [of_all[name]["steps"] for name in phases] == [184, 10, 13, 28, 2, 12, 5]
+    told = Path("results/training_log.md").read_text()
+    assert "restart 1 of 3" in told and "a model of this size" in told
+    assert Path("results/wandb_run_urls.txt").read_text() == "none: W&B was off\n"
+    assert Path("results/attention_visualizations.png").read_bytes().startswith(b"\x89PNG")
+    links = {"phase1": "phase1_pretrain/step_184", "phase3": "phase3_crystallization/step_235", "dpo": "dpo/step_5"}
+    for name, folder in links.items():
+        assert Path("checkpoints", name, Path(folder).name).samefile(Path("checkpoints", RUN, folder))
+
+
+def test_the_demo_opens_the_last_model(place):
+    (command,) = (command for command in BY_HAND if "demo_ui" in command)
+    demo = Command(shlex.split(command), dict(os.environ))
+    end = time.monotonic() + WAIT
+    while "http://" not in demo.output.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    demo.send_signal(signal.SIGKILL)
+    assert demo.wait() == 128 + signal.SIGKILL
+    output = demo.output.read_text()
+    assert f"opens {place / 'checkpoints'}" in output and "/dpo/step_5, the newest model found" in output and "http://" in output
