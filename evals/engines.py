@@ -28,10 +28,15 @@ HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_
 NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
-def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, batch_size: int = 16) -> LanguageModel:
-    """The model of a folder, or of a GGUF file; ValueError where it cannot answer."""
+def check_there(checkpoint: Path) -> None:
+    """ValueError where there is no such folder or file: said before what else would miss it."""
     if not checkpoint.exists():
         raise ValueError(f"there is no checkpoint at {checkpoint}")
+
+
+def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, batch_size: int = 16) -> LanguageModel:
+    """The model of a folder, or of a GGUF file; ValueError where it cannot answer."""
+    check_there(checkpoint)
     check_device(device)
     words = Words(checkpoint)
     engine: Engine
@@ -251,7 +256,9 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM
 
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
+            )
         except (ValueError, OSError) as error:
             raise ValueError(f"{folder} cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
         self.model = model.to(device).eval()

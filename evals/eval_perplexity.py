@@ -24,7 +24,7 @@ from torch import distributed as dist
 from data.dataloader import Batch, stream_batches
 from data.tokenizer import load_tokenizer, token_bytes
 from entrypoint import at_least, user_errors
-from evals.engines import LanguageModel, NanoLlamaEngine, load_model
+from evals.engines import LanguageModel, NanoLlamaEngine, check_there, load_model
 from evals.harness import Estimate, Eval, Item, Read, Sample, Score
 from evals.held_out import (
     TOKENS,
@@ -207,6 +207,7 @@ def _share_of(coverage: dict[str, int]) -> str:
 def main() -> None:
     args = parser().parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
+        check_there(args.checkpoint)
         find_data(args)
         args.output = output_of(args.output, args.checkpoint, "perplexity")
         found = measure(args, load_model(args.checkpoint, device, args.dtype, args.batch_size), rank, world)

@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 
 from entrypoint import at_least, user_errors
-from evals.engines import load_model
+from evals.engines import check_there, load_model
 from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results, write_samples
 from models.hf import newest_step
 
@@ -136,6 +136,7 @@ def main(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], 
     """The body of an evaluation command: `build` makes the evaluation out of the flags. The results file, on rank 0."""
     args = parser.parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
+        check_there(args.checkpoint)
         evaluation = build(args)
         output = output_of(args.output, args.checkpoint, evaluation.task)
         model = load_model(args.checkpoint, device, args.dtype, args.batch_size)

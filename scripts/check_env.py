@@ -14,16 +14,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from huggingface_hub import get_token
 
+from data.sources import HUB_SOURCES, sources_of
 from entrypoint import user_errors
+from machine import cpus
 from models.nanollama import ModelConfig
 from training.config import RunConfig, load
-from training.curriculum import load_plan
+from training.curriculum import Plan, load_plan
 from training.fsdp_utils import ParallelConfig, compute_dtype
+from training.plan import forecast
 
 PLAN_1B = "configs/plan_1b.yaml"
-LARGE = 1e9  # parameters from which a plan needs one GPU per rank, and DISK_GB
-DISK_GB = 500  # text, tokens, checkpoints and results of the 1.1B plan
+LARGE = 1e9  # parameters from which a plan needs one GPU per rank, and LEAST_DISK_GB
+LEAST_DISK_GB = 500  # of such a plan; scripts.plan may ask for more
 QUICKSTART_GB = 2
 NEEDED = ("torch", "numpy", "PyYAML", "safetensors", "tokenizers", "transformers", "tqdm", "matplotlib")
 OPTIONAL = ("wandb", "flash-attn", "torchao")
@@ -39,7 +43,7 @@ def main() -> None:
     problems = check_machine()
     for name, state in alerts(run).items():
         print(f"ok  {name:<22} {state}")
-    missing = missing_for(run, plan.ranks)
+    missing = missing_for(plan, run)
     print(f"ready for: quickstart {verdict(problems)}")
     size = run.model.num_parameters
     if size >= LARGE:
@@ -53,14 +57,28 @@ def verdict(missing: list[str]) -> str:
     return f"no: {'; '.join(missing)}" if missing else "yes"
 
 
-def missing_for(run: RunConfig, ranks: int) -> list[str]:
+def missing_for(plan: Plan, run: RunConfig) -> list[str]:
     """What a plan needs and this machine lacks; small models train on the CPU."""
     if run.model.num_parameters < LARGE:
         return []
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     free = shutil.disk_usage(".").free / 1e9
-    missing = [f"needs {ranks} GPUs ({gpus} found)"] if gpus < ranks else []
-    return missing + ([f"needs {DISK_GB} GB of disk ({free:.0f} GB free here)"] if free < DISK_GB else [])
+    disk = forecast(plan, "h100")["disk"]
+    need = max(LEAST_DISK_GB, round((disk["checkpoints"] + disk["tokens"] + disk["text"]) / 1e9))
+    missing = [f"needs {plan.ranks} GPUs ({gpus} found)"] if gpus < plan.ranks else []
+    if free < need:
+        missing.append(f"needs {need} GB of disk, of which text may be compressed ({free:.0f} GB free here)")
+    gated = [name for name in gated_sources(plan) if not (Path(run.data.store) / "documents" / name).is_dir()]
+    if gated and get_token() is None:
+        sets = ", ".join(f"https://huggingface.co/datasets/{HUB_SOURCES[name].repo}" for name in gated)
+        missing.append(f"needs a login to the Hugging Face hub (accept the terms of {sets}, then run hf auth login)")
+    return missing
+
+
+def gated_sources(plan: Plan) -> list[str]:
+    """Sources that a plan downloads and that ask for terms to be accepted."""
+    words = [word for command in plan.before.values() for word in command.split()]
+    return [name for word in words for name in sources_of(word) if name in HUB_SOURCES and HUB_SOURCES[name].gated]
 
 
 def alerts(run: RunConfig) -> dict[str, str]:
@@ -112,7 +130,7 @@ def check_machine() -> list[str]:
     else:
         line("GPU", "none: the quickstart and all tests run on the CPU, the 1.1B model needs a GPU")
     dtype = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")
-    line("CPU", f"{os.cpu_count()} cores, trains in {dtype}")
+    line("CPU", f"{cpus()} cores, trains in {dtype}")
     free = shutil.disk_usage(".").free / 1e9
     few = f"the quickstart needs {QUICKSTART_GB} GB of free disk" if free < QUICKSTART_GB else None
     line("disk", f"{free:.0f} GB free here", few)

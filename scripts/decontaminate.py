@@ -6,6 +6,7 @@ python -m scripts.decontaminate --train_dataset data/store/quickstart:wikipedia 
 import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from data.decontamination import Settings, build_index, report
 from data.scan_files import decontaminate
@@ -38,7 +39,7 @@ def main() -> None:
         text = report(index, found)
         if args.report:
             args.report.parent.mkdir(parents=True, exist_ok=True)
-            args.report.write_text(text + "\n")
+            args.report.write_text(text + "\n", encoding="utf-8")
         scanned = found["settings"]["documents"]
         print(f"{text}\n\n{scanned:,} documents scanned, {len(found['documents']):,} hit; written to {args.output}")
 
@@ -49,23 +50,28 @@ def _names(given: str) -> tuple[str, ...]:
 
 
 def find_contaminated_examples(
-    train_texts: Iterable[str] | Mapping[str, str],
-    test_texts: Iterable[str],
+    train_texts: Iterable[str | Mapping[str, Any]] | Mapping[str, str],
+    test_texts: Iterable[str] | Mapping[str, str],
     settings: Settings | None = None,
 ) -> set[int | str]:
     """Return the ids of training texts that hold a test text, by the rules of the whole pipeline.
 
-    The id of a text is its key in a mapping, else its index. Training texts may be a generator: they
-    are streamed. ValueError if there are no test texts.
+    The id of a text is its key in a mapping, else its index; a row may be {"text": ...}. Training
+    texts may be a generator: they are streamed. Test texts of fewer than Settings.minimum_words (8) words are
+    not looked for. ValueError if there are no test texts, or a single str is given for several.
     """
-    named: Iterable[tuple[int | str, str]] = train_texts.items() if isinstance(train_texts, Mapping) else enumerate(train_texts)
+    if isinstance(train_texts, str) or isinstance(test_texts, str):
+        raise ValueError("find_contaminated_examples takes several texts; put a single one in a list")
+    if isinstance(test_texts, Mapping):
+        test_texts = test_texts.values()
+    named: Iterable[tuple[Any, Any]] = train_texts.items() if isinstance(train_texts, Mapping) else enumerate(train_texts)
     items = [Item(str(number), (text,)) for number, text in enumerate(test_texts)]
     ids: dict[str, int | str] = {}
 
     def documents() -> Iterable[tuple[str, str]]:
         for number, (name, text) in enumerate(named):
             ids[str(number)] = name
-            yield str(number), text
+            yield str(number), text["text"] if isinstance(text, Mapping) else text
 
     hits = build_index({"test": items}, settings or Settings()).scan(documents())
     return {ids[hit.train_id] for hit in hits}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch.distributed import run
 
-from entrypoint import outlive_readers
+from entrypoint import user_errors
 from torchrun_plugin import ROOT, exit_status, prepare
 from training.supervisor import DRIVER, end_with_driver
 
@@ -24,11 +24,12 @@ SEVERAL = ("nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "r
 
 
 def main() -> None:
-    outlive_readers()
     end_with_driver(os.environ.pop(DRIVER, None))
     prepare()
+    with user_errors():
+        arguments = _arguments(sys.argv[1:])
     try:
-        run.run(_arguments(sys.argv[1:]))
+        run.run(arguments)
     except Exception as error:
         if (status := exit_status(error)) is None:
             raise
@@ -41,9 +42,16 @@ def _arguments(given: list[str]) -> argparse.Namespace:
     asked = [name for name in SEVERAL if getattr(arguments, name) != default(name) or f"PET_{name.upper()}" in os.environ]
     if not asked or (asked == ["nnodes"] and arguments.nnodes == "1"):
         arguments.standalone = True
+    number = str(arguments.nproc_per_node)
+    if not number.isdecimal() and number not in ("cpu", "gpu", "auto"):
+        raise ValueError(f"--nproc_per_node={number} must be a number of processes, or cpu, gpu or auto")
+    if arguments.module:
+        return arguments
     script = Path(str(arguments.training_script))
     if not script.exists() and (ROOT / script).is_file():  # train.py, from another working folder
         arguments.training_script = str(ROOT / script)
+    elif not arguments.no_python and not script.exists():
+        raise ValueError(f"there is no script {script}; the entry points are train.py, train_sft.py and train_dpo.py")
     return arguments
 
 

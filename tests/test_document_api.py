@@ -158,6 +158,9 @@ def test_contaminated_examples_are_found_by_the_real_rules():
     assert find_contaminated_examples([clean, f"Before. {item} After.", changed], [item]) == {1, 2}
     named = {"a": clean, "b": clean + item}
     assert find_contaminated_examples(named, [item, "short"]) == {"b"}
+    assert find_contaminated_examples([{"text": clean}, {"text": clean + item}], {"t": item}) == {1}
+    with pytest.raises(ValueError, match="put a single one in a list"):
+        find_contaminated_examples([clean], item)
     assert find_contaminated_examples((text for text in [clean]), [item]) == set()
     with pytest.raises(ValueError, match="the test sets hold no items"):
         find_contaminated_examples([clean], [])

@@ -53,6 +53,18 @@ def test_accelerate_and_torch_distributed_run_do_so_too(tmp_path):
         assert "Traceback" not in done.stderr
 
 
+def test_a_wrong_script_or_number_of_processes_is_one_sentence(tmp_path):
+    launcher = [sys.executable, "-m", "scripts.launch"]
+    for flags, said in (
+        (["--nproc_per_node=2", "trian.py"], "error: there is no script trian.py; the entry points are train.py,"),
+        (["--nproc_per_node=two", "train.py"], "error: --nproc_per_node=two must be a number of processes"),
+    ):
+        done = launch(*launcher, *flags, where=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1, done.stderr
+    done = launch(BIN / "torchrun", "--nproc_per_node=2", "train.py", where=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and "can't open file" in done.stderr.splitlines()[-1]
+
+
 def test_scripts_of_others_keep_torchruns_own_behaviour(tmp_path):
     (tmp_path / "other.py").write_text("raise SystemExit(5)\n")
     done = launch(BIN / "torchrun", "--nproc_per_node=2", "other.py", where=tmp_path)

@@ -199,6 +199,7 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
     monkeypatch.setattr(check_env, "check_machine", lambda: ["small"] if free < 2 else [])
     monkeypatch.setattr(check_env.torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(check_env.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(check_env, "get_token", lambda: None if gpus == 1 else "token")
     monkeypatch.setenv("SLACK_WEBHOOK", "https://x")
     monkeypatch.chdir(tmp_path)
 
@@ -213,7 +214,9 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
     assert "alert: slack           on\n" in said and "alert: email           off (set ALERT" in said
     assert f"ready for: quickstart {'no: small' if free < 2 else 'yes'}\n" in said
     needs = [f"needs 2 GPUs ({gpus} found)"] if gpus < 2 else []
-    needs += [f"needs 500 GB of disk ({free} GB free here)"] if free < 500 else []
+    needs += [f"needs 650 GB of disk, of which text may be compressed ({free} GB free here)"] if free < 650 else []
+    login = "https://huggingface.co/datasets/bigcode/the-stack-dedup, then run hf auth login)"
+    needs += [f"needs a login to the Hugging Face hub (accept the terms of {login}"] if gpus == 1 else []
     needs = (["small"] if free < 2 else []) + needs
     assert f"1.1B plan {'no: ' + '; '.join(needs) if needs else 'yes'}\n" in said
     status, said = run("--plan", "configs/plan_1b.yaml")

@@ -236,7 +236,11 @@ def test_a_reason_is_for_a_no_go_that_was_seen(plan, run):
     run("--accept", "whatever comes", status=3, AT_2="30")
     run("--accept", "it was read", status=3, AT_2="30", AT_4="30")
     assert [gate["accepted"] for gate in events(plan, "gate")] == [None, "it was read", None]
+    run("--extend", "two=2", status=3, AT_4="30")  # accepts no-go decisions of its own phase only
     run("--extend", "one=2", status=3, AT_6="30")  # the longer phase is judged anew
+    again = run("--extend", "one=2", status=2).stderr  # adds no step, so it accepts nothing
+    assert "one is extended by 2 steps already" in again and "--extend one=4 makes it 4" in again
+    assert "must be PHASE=STEPS, with at least 1 step" in run("--extend", "one=-2", status=2).stderr
     run("--accept", "enough")
     assert "--accept was not used" in run("--accept", "again").stdout
 

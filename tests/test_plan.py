@@ -263,8 +263,9 @@ def test_plan_1b_on_two_h100(plan_1b):
     hours = 184_000 * 131_072 * flops_per_token(ModelConfig(), 4096) / (2 * 989e12 * 0.4) / 3600
     assert first["hours"] == pytest.approx(hours) and first["cost"] == pytest.approx(hours * 2 * 2.5)
     assert long["flops_per_token"]["palm"] - long["flops_per_token"]["causal"] == 6 * 22 * 2048 * 16_384
-    counters = 20 * 4 * len(parameter_shapes(ModelConfig()))  # AdamW's steps
-    assert report["disk"]["checkpoints"] == (20 * 14 + 4 * 2) * 1_100_048_384 + counters
+    counters = 26 * 4 * len(parameter_shapes(ModelConfig()))  # AdamW's steps
+    assert report["disk"]["checkpoints"] == (26 * 14 + 7 * 2) * 1_100_048_384 + counters  # phases and three stages
+    assert report["disk"]["tokens"] == 2 * (26e9 + 1.8e9 + 8e9 + 3 * 1.1e9)  # what is downloaded, not what is read
     text = show(report)
     for words in ("fineweb_edu: 24.12B tokens", "10,000 to 500,000", "not measured on a GPU", "arXiv:2404.10102", "assumed"):
         assert words in text

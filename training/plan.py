@@ -4,22 +4,27 @@ Bytes of weights, gradients, moments and saved activations are counted from the 
 run on a CPU; what a GPU adds to them is assumed and says so. GPU memory has not been measured yet.
 """
 
+import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from models.nanollama import ModelConfig, NanoLlama
+from training.checkpoint import CheckpointConfig
 from training.config import RunConfig
 from training.curriculum import Plan, Stretch, stretches
 from training.eval_cost import Reads, forecast_evaluations
 from training.meter import PEAK_FLOPS, flops_per_token
 from training.muon import ROUND
 from training.schedulers import WSDScheduler
+from training.settings import read_yaml
 
 MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv:2305.16264)
 TEXT_BYTES = 4.0  # UTF-8 bytes a token of ours stands for, about: docs/performance.md
@@ -322,7 +327,7 @@ def forecast(
         "evaluations": measured,
         "evaluations_total": {**measuring, "cost": None if price is None else measuring["hours"] * gpus * price},
         "sources": dict(sources),
-        "disk": _disk(parts, total["tokens"]),
+        "disk": _disk(plan, parts, total["tokens"]),
         "loss_law": {name: {"value": value, "standard_error": error} for name, (value, error) in LOSS_LAW.items()},
         "warnings": [f"{phase['phase']}: {text}" for phase in phases for text in phase["warnings"]],
         "fits": not any(phase["problem"] for phase in phases),
@@ -411,21 +416,42 @@ def _phases(
         }
 
 
-def _disk(parts: list[Stretch], tokens: int) -> dict[str, float]:
-    """Bytes on disk: checkpoints as training/checkpoint.py writes them, token shards and downloaded text for one epoch."""
+def _disk(plan: Plan, parts: list[Stretch], tokens: int) -> dict[str, float]:
+    """Bytes on disk: checkpoints as training/checkpoint.py writes them, of phases and stages; token shards; downloaded text.
+
+    Text and shards are of the tokens that the plan downloads, at least of those that it trains on.
+    """
     model = parts[0].run.model
     weights = model.num_parameters * (4 if parts[0].run.parallel.dtype == "float32" else 2)
     one = model.num_parameters * 4 + moment_bytes(model, "ddp", 1, parts[0].run.optim.name) + weights
     saved = one  # the newest, while it is being written
     for part in parts:
-        keeps = part.run.checkpoint
-        kept = {milestone.at for milestone in part.phase.milestones} | set(keeps.milestones)
+        kept = {milestone.at for milestone in part.phase.milestones} | set(part.run.checkpoint.milestones)
         milestones = sum(part.begin < step < part.end for step in kept)
-        saved += one * (min(keeps.keep, -(-(part.end - part.begin) // keeps.every)) + milestones)
-        saved += weights if keeps.keep_best else 0
+        saved += one * milestones + _kept(part.run.checkpoint, part.end - part.begin, one, weights)
+    for stage in plan.stages:
+        for command in stage.commands.values():
+            if config := re.search(r"--config (\S+)", command):
+                content = read_yaml(Path(config[1]))
+                saved += _kept(CheckpointConfig(**content.get("checkpoint", {})), content.get("steps", 1), one, weights)
+    tokens = max(tokens, sum(_downloaded(command) for command in plan.before.values()))
     return {
         "checkpoint": one,
         "checkpoints": saved,
         "tokens": tokens * (2 if model.vocab_size <= 1 << 16 else 4),
         "text": tokens * TEXT_BYTES,
     }
+
+
+def _kept(keeps: CheckpointConfig, steps: int, one: int, weights: int) -> int:
+    """Bytes of the checkpoints that stay of a phase or stage, without milestones."""
+    return one * min(keeps.keep, -(-steps // keeps.every)) + (weights if keeps.keep_best else 0)
+
+
+def _downloaded(command: str) -> int:
+    """Tokens that a command of scripts.download_data fetches at most; 0 for another command, or one without a limit."""
+    words = command.split()
+    if "scripts.download_data" not in words or "--max_tokens" not in words or "--dataset" not in words:
+        return 0
+    names = itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--dataset") + 1 :])
+    return int(float(words[words.index("--max_tokens") + 1])) * len(list(names))
