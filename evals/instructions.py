@@ -1,0 +1,300 @@
+"""IFEval's 25 verifiable instructions (arXiv:2311.07911), as lm-evaluation-harness 0.4.13 checks them.
+
+A check takes the response and the arguments of the instruction. Where lm-eval draws a missing or unusable argument at
+random, this module refuses the row, except for a letter outside a to z: that character is counted as it is. langdetect
+is seeded, so a check has the same outcome every time.
+"""
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.wheels import Wheel, fetch_wheel
+
+Arguments = dict[str, Any]
+
+# Punkt's English sentence model: on PyPI only inside this wheel, which is read as an archive and not installed.
+PUNKT = Wheel("llama-index-core", "0.14.25", "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1")
+PUNKT_FOLDER = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english"
+RELATIONS = ("less than", "at least")
+CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
+PUNCTUATION = ".,?!'\""
+
+
+class Tools:
+    """Language detection and sentence splitting, loaded on first use. cache: where the wheel is kept."""
+
+    def __init__(self, cache: Path):
+        self.cache = cache
+        self.punkt: Any = None  # nltk's PunktSentenceTokenizer
+
+    def is_language(self, text: str, language: str) -> bool:
+        """As lm-eval: a text whose language cannot be detected, such as digits, passes."""
+        import langdetect
+
+        langdetect.DetectorFactory.seed = 0
+        try:
+            return langdetect.detect(text) == language
+        except langdetect.LangDetectException:
+            return True
+
+    def sentences(self, text: str) -> list[str]:
+        if self.punkt is None:
+            self.punkt = _punkt(self.cache)
+        return self.punkt.tokenize(text)
+
+    def words(self, text: str) -> list[str]:
+        """Tokens of nltk.word_tokenize."""
+        from nltk.tokenize import NLTKWordTokenizer
+
+        tokenizer = NLTKWordTokenizer()
+        return [word for sentence in self.sentences(text) for word in tokenizer.tokenize(sentence)]
+
+
+def _punkt(cache: Path) -> Any:
+    from nltk.tabdata import PunktDecoder
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+    decoder, parameters = PunktDecoder(), PunktParameters()
+    with zipfile.ZipFile(fetch_wheel(PUNKT, cache)) as archive:
+
+        def read(name: str) -> io.StringIO:
+            return io.StringIO(archive.read(f"{PUNKT_FOLDER}/{name}").decode(), newline=None)
+
+        parameters.collocations = set(decoder.tab2tups(read("collocations.tab")))
+        parameters.sent_starters = decoder.txt2set(read("sent_starters.txt"))
+        parameters.abbrev_types = decoder.txt2set(read("abbrev_types.txt"))
+        parameters.ortho_context = decoder.tab2intdict(read("ortho_context.tab"))
+    return PunktSentenceTokenizer(parameters)
+
+
+def compare(count: int, relation: str, threshold: float) -> bool:
+    return count < threshold if relation == "less than" else count >= threshold
+
+
+def keywords_exist(text: str, of: Arguments, tools: Tools) -> bool:
+    return all(re.search(word, text, flags=re.IGNORECASE) for word in of["keywords"])
+
+
+def keyword_frequency(text: str, of: Arguments, tools: Tools) -> bool:
+    count = len(re.findall(of["keyword"].strip(), text, flags=re.IGNORECASE))
+    return compare(count, of["relation"], of["frequency"])
+
+
+def forbidden_words(text: str, of: Arguments, tools: Tools) -> bool:
+    return not any(re.search(rf"\b{word}\b", text, flags=re.IGNORECASE) for word in of["forbidden_words"])
+
+
+def letter_frequency(text: str, of: Arguments, tools: Tools) -> bool:
+    return compare(text.lower().count(of["letter"].strip().lower()), of["let_relation"], of["let_frequency"])
+
+
+def response_language(text: str, of: Arguments, tools: Tools) -> bool:
+    return tools.is_language(text, of["language"])
+
+
+def number_sentences(text: str, of: Arguments, tools: Tools) -> bool:
+    return compare(len(tools.sentences(text)), of["relation"], of["num_sentences"])
+
+
+def number_paragraphs(text: str, of: Arguments, tools: Tools) -> bool:
+    """Paragraphs are separated by ***; an empty one counts at neither end, and fails elsewhere."""
+    paragraphs = re.split(r"\s?\*\*\*\s?", text)
+    if not all(paragraph.strip() for paragraph in paragraphs[1:-1]):
+        return False
+    return sum(bool(paragraph.strip()) for paragraph in paragraphs) == of["num_paragraphs"]
+
+
+def number_words(text: str, of: Arguments, tools: Tools) -> bool:
+    return compare(len(re.findall(r"\w+", text)), of["relation"], of["num_words"])
+
+
+def nth_paragraph_first_word(text: str, of: Arguments, tools: Tools) -> bool:
+    """Paragraphs are separated by blank lines. As in lm-eval, empty ones are indexed but not counted."""
+    paragraphs = text.split("\n\n")
+    count, nth = sum(bool(paragraph.strip()) for paragraph in paragraphs), of["nth_paragraph"]
+    paragraph = paragraphs[nth - 1].strip() if nth <= count else ""
+    if not paragraph:
+        return False
+    word = paragraph.split()[0].lstrip("'").lstrip('"')
+    end = next((i for i, letter in enumerate(word) if letter in PUNCTUATION), len(word))
+    return count == of["num_paragraphs"] and word[:end].lower() == of["first_word"].lower()
+
+
+def number_placeholders(text: str, of: Arguments, tools: Tools) -> bool:
+    return len(re.findall(r"\[.*?\]", text)) >= of["num_placeholders"]
+
+
+def postscript(text: str, of: Arguments, tools: Tools) -> bool:
+    marker = of["postscript_marker"].strip()
+    known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
+    pattern = known.get(marker, rf"\s*{marker.lower()}.*$")
+    return bool(re.search(pattern, text.lower(), flags=re.MULTILINE))
+
+
+def number_bullet_lists(text: str, of: Arguments, tools: Tools) -> bool:
+    stars = re.findall(r"^\s*\*[^\*].*$", text, flags=re.MULTILINE)
+    dashes = re.findall(r"^\s*-.*$", text, flags=re.MULTILINE)
+    return len(stars) + len(dashes) == of["num_bullets"]
+
+
+def constrained_response(text: str, of: Arguments, tools: Tools) -> bool:
+    return any(answer in text for answer in CONSTRAINED)
+
+
+def number_highlighted_sections(text: str, of: Arguments, tools: Tools) -> bool:
+    single = [part.strip("*") for part in re.findall(r"\*[^\n\*]*\*", text)]
+    double = [part.removeprefix("**").removesuffix("**") for part in re.findall(r"\*\*[^\n\*]*\*\*", text)]
+    return sum(bool(part.strip()) for part in single + double) >= of["num_highlights"]
+
+
+def multiple_sections(text: str, of: Arguments, tools: Tools) -> bool:
+    splitter = rf"\s?{of['section_spliter'].strip()}\s?\d+\s?"
+    return len(re.split(splitter, text)) - 1 >= of["num_sections"]
+
+
+def json_format(text: str, of: Arguments, tools: Tools) -> bool:
+    text = text.strip()
+    for fence in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(fence)
+    try:
+        json.loads(text.removesuffix("```").strip())
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def title(text: str, of: Arguments, tools: Tools) -> bool:
+    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", text))
+
+
+def two_responses(text: str, of: Arguments, tools: Tools) -> bool:
+    """Two different responses, separated by ******; only the first and the last part may be empty."""
+    parts = text.split("******")
+    if not all(part.strip() for part in parts[1:-1]):
+        return False
+    responses = [part.strip() for part in parts if part.strip()]
+    return len(responses) == 2 and responses[0] != responses[1]
+
+
+def repeat_prompt(text: str, of: Arguments, tools: Tools) -> bool:
+    return text.strip().lower().startswith(of["prompt_to_repeat"].strip().lower())
+
+
+def end_checker(text: str, of: Arguments, tools: Tools) -> bool:
+    return text.strip().strip('"').lower().endswith(of["end_phrase"].strip().lower())
+
+
+def capital_word_frequency(text: str, of: Arguments, tools: Tools) -> bool:
+    count = sum(word.isupper() for word in tools.words(text))
+    return compare(count, of["capital_relation"], of["capital_frequency"])
+
+
+def english_capital(text: str, of: Arguments, tools: Tools) -> bool:
+    return text.isupper() and tools.is_language(text, "en")
+
+
+def english_lowercase(text: str, of: Arguments, tools: Tools) -> bool:
+    return text.islower() and tools.is_language(text, "en")
+
+
+def no_comma(text: str, of: Arguments, tools: Tools) -> bool:
+    return "," not in text
+
+
+def quotation(text: str, of: Arguments, tools: Tools) -> bool:
+    text = text.strip()
+    return len(text) > 1 and text[0] == '"' and text[-1] == '"'
+
+
+@dataclass(frozen=True)
+class Instruction:
+    check: Callable[[str, Arguments, Tools], bool]
+    needs: dict[str, str] = field(default_factory=dict)  # argument -> number, text, pattern, patterns or relation
+    modules: tuple[str, ...] = ()  # packages that the check imports
+
+
+LANGUAGE, SENTENCES = ("langdetect",), ("nltk",)
+INSTRUCTIONS = {
+    "keywords:existence": Instruction(keywords_exist, {"keywords": "patterns"}),
+    "keywords:frequency": Instruction(keyword_frequency, {"keyword": "pattern", "relation": "relation", "frequency": "number"}),
+    "keywords:forbidden_words": Instruction(forbidden_words, {"forbidden_words": "patterns"}),
+    "keywords:letter_frequency": Instruction(
+        letter_frequency, {"letter": "text", "let_relation": "relation", "let_frequency": "number"}
+    ),
+    "language:response_language": Instruction(response_language, {"language": "text"}, LANGUAGE),
+    "length_constraints:number_sentences": Instruction(
+        number_sentences, {"relation": "relation", "num_sentences": "number"}, SENTENCES
+    ),
+    "length_constraints:number_paragraphs": Instruction(number_paragraphs, {"num_paragraphs": "number"}),
+    "length_constraints:number_words": Instruction(number_words, {"relation": "relation", "num_words": "number"}),
+    "length_constraints:nth_paragraph_first_word": Instruction(
+        nth_paragraph_first_word, {"num_paragraphs": "number", "nth_paragraph": "number", "first_word": "text"}
+    ),
+    "detectable_content:number_placeholders": Instruction(number_placeholders, {"num_placeholders": "number"}),
+    "detectable_content:postscript": Instruction(postscript, {"postscript_marker": "pattern"}),
+    "detectable_format:number_bullet_lists": Instruction(number_bullet_lists, {"num_bullets": "number"}),
+    "detectable_format:constrained_response": Instruction(constrained_response),
+    "detectable_format:number_highlighted_sections": Instruction(number_highlighted_sections, {"num_highlights": "number"}),
+    "detectable_format:multiple_sections": Instruction(
+        multiple_sections, {"section_spliter": "pattern", "num_sections": "number"}
+    ),
+    "detectable_format:json_format": Instruction(json_format),
+    "detectable_format:title": Instruction(title),
+    "combination:two_responses": Instruction(two_responses),
+    "combination:repeat_prompt": Instruction(repeat_prompt, {"prompt_to_repeat": "text"}),
+    "startend:end_checker": Instruction(end_checker, {"end_phrase": "text"}),
+    "change_case:capital_word_frequency": Instruction(
+        capital_word_frequency, {"capital_relation": "relation", "capital_frequency": "number"}, SENTENCES
+    ),
+    "change_case:english_capital": Instruction(english_capital, {}, LANGUAGE),
+    "change_case:english_lowercase": Instruction(english_lowercase, {}, LANGUAGE),
+    "punctuation:no_comma": Instruction(no_comma),
+    "startend:quotation": Instruction(quotation),
+}
+
+
+def fault(name: str, of: Arguments) -> str | None:
+    """What is wrong with an instruction's name or arguments; None if it can be checked."""
+    if name not in INSTRUCTIONS:
+        return f"names the instruction {name!r}, which is not one of IFEval's {len(INSTRUCTIONS)}"
+    for argument, kind in INSTRUCTIONS[name].needs.items():
+        if not _usable(of.get(argument), kind):
+            return f"has {of.get(argument)!r} as {argument} of {name}, which needs a {kind}"
+    return None
+
+
+def _usable(value: Any, kind: str) -> bool:
+    if kind == "number":
+        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and value == int(value)
+    if kind == "relation":
+        return value in RELATIONS
+    if kind == "patterns":
+        return isinstance(value, list) and bool(value) and all(_usable(part, "pattern") for part in value)
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        return kind == "text" or bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def variants(response: str) -> list[str]:
+    """The forms of a response of which one must pass in the loose score: without first or last line, without asterisks."""
+    lines = response.split("\n")
+    cut = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    return [form for text in (response, *cut) for form in (text, text.replace("*", ""))]
+
+
+def follows(response: str, name: str, of: Arguments, tools: Tools) -> bool:
+    """The strict score of one instruction; an empty response fails."""
+    return bool(response.strip()) and INSTRUCTIONS[name].check(response, of, tools)
+
+
+def follows_loosely(response: str, name: str, of: Arguments, tools: Tools) -> bool:
+    return any(follows(form, name, of, tools) for form in variants(response))

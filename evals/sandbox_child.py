@@ -1,0 +1,79 @@
+"""The child process of evals/sandbox.py: sets its own limits, forbids side effects, runs one program, reports.
+
+Reads {"program", "nonce", "cpu_s", "memory", "file_bytes"} from stdin. Writes the nonce on the original stdout if the
+program ends without an exception, else the exception. A program that exits early therefore does not count as passed.
+Imports the standard library only, because it runs with `python -I`.
+"""
+
+import json
+import os
+import resource
+import sys
+
+BLOCKED = ("socket.", "subprocess.", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.kill", "pty.", "ftplib.")
+BLOCKED_EVENTS = {"os.system", "os.startfile", "os.chdir", "os.fchdir", "ctypes.dlopen"}
+FILE_EVENTS = {
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
+    *("os.utime", "os.setxattr", "os.removexattr", "os.chflags", "os.lockf", "shutil.rmtree", "shutil.move"),
+}
+MAX_FILES = 100  # opened for writing, over the whole run: bounds the disk space
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+
+
+def guard(folder):
+    """An audit hook that refuses network, processes and writes outside `folder`; audit hooks cannot be removed."""
+    realpath, join, separator = os.path.realpath, os.path.join, os.sep
+    opened = 0
+
+    def inside(path):
+        path = os.fsdecode(path) if isinstance(path, bytes) else path
+        return not isinstance(path, str) or (realpath(join(folder, path)) + separator).startswith(folder + separator)
+
+    def hook(event, arguments):
+        nonlocal opened
+        if event == "open":
+            path, _, flags = arguments
+            if not flags & WRITES or path == os.devnull:
+                return
+            opened += 1
+            if not inside(path):
+                raise PermissionError(f"writing {path} is not allowed here")
+            if opened > MAX_FILES:
+                raise PermissionError(f"opening more than {MAX_FILES} files is not allowed here")
+        elif event in FILE_EVENTS:
+            if not all(inside(path) for path in arguments):
+                raise PermissionError(f"{event} is not allowed outside the scratch folder")
+        elif (event in BLOCKED_EVENTS and arguments[:1] != (None,)) or event.startswith(BLOCKED):
+            raise PermissionError(f"{event} is not allowed here")
+
+    return hook
+
+
+def main():
+    asked = json.load(sys.stdin)
+    report = os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    limits = {
+        resource.RLIMIT_CPU: asked["cpu_s"],
+        resource.RLIMIT_AS: asked["memory"],
+        resource.RLIMIT_FSIZE: asked["file_bytes"],
+        resource.RLIMIT_NOFILE: 64,
+        resource.RLIMIT_CORE: 0,
+    }
+    for limit, value in limits.items():
+        resource.setrlimit(limit, (value, value))
+    sys.argv = [""]
+    sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+    sys.addaudithook(guard(os.path.realpath(os.getcwd())))
+    try:
+        exec(compile(asked["program"], "<program>", "exec"), {})  # as code_eval does, __name__ is not "__main__"
+        said = {"nonce": asked["nonce"]}
+    except BaseException as error:
+        said = {"error": f"{type(error).__name__}: {error}"[:200]}
+    os.write(report, b"\n" + json.dumps(said).encode())
+    os._exit(0)
+
+
+main()
