@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from data.chat import END_THOUGHT, IM_END, START_THOUGHT, TEMPLATE, TOOL_CALL, TOOL_RESPONSE
 from data.manifest import read_json
 from data.tokenizer import BOS, QWEN2_SPLIT, load_tokenizer
+from gguf_file import check_gguf
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SHOWN = (START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE)
@@ -155,20 +156,11 @@ def build_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequenc
 
 
 def open_gguf(path: Path) -> Any:
-    """A gguf.GGUFReader; ValueError where the file is no GGUF, or ends before its tensors do."""
+    """A gguf.GGUFReader; ValueError where the file is missing, damaged or not GGUF (gguf_file.py)."""
     import gguf
 
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is no GGUF file")
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is damaged: it ends before its tensors do, or holds nonsense ({error}); copy it again"
-        ) from error
+    check_gguf(path)
+    return gguf.GGUFReader(path)
 
 
 def field(reader: Any, name: str) -> Any:
@@ -196,12 +188,12 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot"}
     ids = {name: field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     try:
-        tokenizer = build_tokenizer(tokens, types, merges, pre)
-    except ValueError as error:
+        tokenizer = build_tokenizer(tokens, [NORMAL] * len(tokens) if types is None else types, merges, pre)
+        if field(reader, "tokenizer.ggml.add_bos_token") and ids["bos"] is not None:
+            bos = tokens[ids["bos"]]
+            tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos"])])
+    except Exception as error:  # tokenizers raises this very class
         raise ValueError(f"{path}: {error}") from error
-    if field(reader, "tokenizer.ggml.add_bos_token") and ids["bos"] is not None:
-        bos = tokens[ids["bos"]]
-        tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos"])])
     folder = tempfile.TemporaryDirectory(prefix="gguf-tokenizer-")
     root = Path(folder.name)
     tokenizer.save(str(root / "tokenizer.json"))

@@ -8,11 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from files import write_text
+import numpy as np
+
+from data.verified import damaged
+from files import check_room, is_full, no_room, read_object, sweep, temporary, write_text
 
 NAME = "manifest.json"
 
@@ -26,17 +29,14 @@ def file_hash(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no file; ValueError where it holds none."""
     try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
 
 
 def read(folder: Path) -> dict | None:
     """The manifest of a folder, or None where it has none that can be read."""
-    try:
-        return json.loads((folder / NAME).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
-        return None
+    return read_object(folder / NAME)
 
 
 def is_current(folder: Path, inputs: dict) -> bool:
@@ -54,27 +54,63 @@ def write(folder: Path, content: dict) -> None:
     write_text(folder / NAME, json.dumps(content, indent=2))
 
 
+def save_arrays(folder: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write <split>.<name>.npy of each array; OSError, before anything is written, if the disk has no room for them."""
+    check_room(folder, sum(array.nbytes for array in arrays.values()), f"the prepared {split} split")
+    for name, array in arrays.items():
+        np.save(folder / f"{split}.{name}.npy", array)
+
+
+def _cache_fault(folder: Path, content: dict[str, Any], arrays: Sequence[str]) -> str | None:
+    """What is wrong with a folder that `keep` made, or None where every array has its checksum."""
+    sums: dict[str, str] = {}
+    for split in ("train", "val"):
+        names = [f"{split}.{array}.npy" for array in arrays]
+        if missing := next((name for name in names if not (folder / name).is_file()), None):
+            return f"{folder / missing} is missing"
+        sums |= dict(zip(names, content["sha256"][split].split(), strict=True))
+    return damaged(folder, sums)
+
+
 def keep(
-    cache: Path, name: str, inputs: dict[str, Any], arrays: Sequence[str], prepare: Callable[[Path], dict[str, Any]]
+    cache: Path,
+    name: str,
+    inputs: dict[str, Any],
+    arrays: Sequence[str],
+    prepare: Callable[[Path], dict[str, Any]],
+    files: Iterable[Path] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """The folder under `cache` of what was prepared from these inputs, and the report on it; prepared now if it is not there.
 
     prepare(folder) writes <split>.<array>.npy for the splits train and val and returns the report. Published by rename.
+    files: what is read whole. Less free space than a quarter of their size is refused before the work.
     """
+    if Path(name).name in ("", "..") or Path(name).name != name:
+        raise ValueError(f"the source name {name!r} must be a plain folder name, such as my_rows")
     key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache / f"{name}-{key}"
     found = read(folder)
-    if found is not None and found["inputs"] == inputs:
-        return folder, found["report"]
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    if found and found.get("inputs") == inputs:
+        problem = _cache_fault(folder, found, arrays)
+        if problem is None:
+            return folder, found["report"]
+        print(f"warning: {problem}; the rows of {name} are prepared again", flush=True)
+    part = temporary(folder)
+    sweep(cache)
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    check_room(cache, sum(path.stat().st_size for path in files) // 4, f"the prepared source {name}")
     try:
+        part.mkdir(parents=True)
         report = prepare(part)
         sums = {split: " ".join(file_hash(part / f"{split}.{array}.npy") for array in arrays) for split in ("train", "val")}
         write(part, {"inputs": inputs, "report": report, "sha256": sums})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
+    except Exception as error:
+        if is_full(error) and str(cache) not in str(error):
+            todo = f"the prepared rows of {name} were not kept; free some space there and run the same command again"
+            raise no_room(cache, error, todo) from error
+        raise
     finally:
         shutil.rmtree(part, ignore_errors=True)  # what failed leaves nothing
     return folder, report

@@ -4,33 +4,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.chat import TEMPLATE, Chat, Reply, jinja_template, neutralise
+from data.bounded_template import BoundedTemplate
+from data.chat import TEMPLATE, Chat, Reply, neutralise
+from data.chat_template import is_our_template
 from data.gguf_tokenizer import tokenizer_folder
 from data.manifest import read_json
 from data.tokenizer import load_tokenizer
 
 
 class OwnTemplate:
-    """A folder's own chat template, rendered by transformers. Its replies are text: tools are not offered."""
+    """A folder's own chat template, rendered in bounds (bounded_template.py). Its replies are text: tools are not offered."""
 
     def __init__(self, folder: Path):
         from transformers import PreTrainedTokenizerFast
 
         self.tokenizer = load_tokenizer(folder)
-        self.renderer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            self.renderer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+            self.template = BoundedTemplate(self.renderer.get_chat_template())
+        except Exception as error:  # transformers raises many classes on a damaged tokenizer_config.json
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"transformers cannot read the tokenizer or chat template of {folder}: {reason}") from error
         self.special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
         self.stop_ids = sorted({*borders(folder)[1], self.renderer.eos_token_id} - {None})
 
     def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids up to where the assistant's turn begins; special tokens come from the template only, not from what messages say.
         ValueError where the template refuses them."""
-        from jinja2 import TemplateError
-
         plain = [{**message, "content": neutralise(message["content"], self.special)} for message in messages]
-        try:
-            text = self.renderer.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template does not take this conversation: {error}") from error
+        text = self.template.render(plain, **self.renderer.special_tokens_map)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def parse(self, ids: Sequence[int], partial: bool = False) -> Reply:
@@ -62,7 +64,7 @@ def open_chat(checkpoint: Path) -> Chat | OwnTemplate | Continuation:
     template = template_of(folder)
     if not template:
         return Continuation(folder)
-    if template != jinja_template():
+    if not is_our_template(template):
         return OwnTemplate(folder)
     try:
         return Chat.from_folder(folder)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from data.manifest import file_hash
+from data.manifest import file_hash, read_json
 
 if TYPE_CHECKING:
     import tiktoken
@@ -150,13 +150,23 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
 def read_ranks(folder: str | Path) -> Ranks:
     """The tiktoken export of a tokenizer folder; ValueError where it has none, or that of another tokenizer.json."""
     folder = Path(folder)
-    try:
-        settings, content = json.loads((folder / SETTINGS).read_text()), (folder / RANKS).read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"{folder} holds no {RANKS} and {SETTINGS}; train its tokenizer again or use tokenizer.json") from None
-    if file_hash(folder / "tokenizer.json") != settings["tokenizer_sha256"]:
+    path = folder / "tokenizer.json"
+    if not (folder / SETTINGS).is_file() or not (folder / RANKS).is_file():
+        raise ValueError(f"{folder} holds no {RANKS} and {SETTINGS}; train its tokenizer again or use tokenizer.json")
+    settings = read_json(folder / SETTINGS)
+    if file_hash(path) != settings.get("tokenizer_sha256"):
         raise ValueError(f"{folder / RANKS} belongs to another tokenizer.json than lies beside it; delete it and {SETTINGS}")
-    return Ranks(settings["pattern"], parse_ranks(content), settings["special_tokens"])
+    content = read_json(path)
+    special = {token["content"]: token["id"] for token in content["added_tokens"]}
+    letters = {token: rank for token, rank in content["model"]["vocab"].items() if token not in special}
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    try:
+        given = Ranks(settings["pattern"], parse_ranks((folder / RANKS).read_bytes()), settings["special_tokens"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder / RANKS} or {SETTINGS} is damaged ({error}); delete both") from error
+    if given != Ranks(pattern, {to_bytes(token): rank for token, rank in letters.items()}, special):
+        raise ValueError(f"{folder / RANKS} or {SETTINGS} differs from the tokenizer.json beside it; delete both")
+    return given
 
 
 def load_tiktoken(folder: str | Path) -> "tiktoken.Encoding":

@@ -17,6 +17,7 @@ from typing import IO
 import numpy as np
 
 from data import manifest
+from data.verified import damaged
 
 SPLITS = ("train", "val")
 
@@ -113,6 +114,45 @@ def damaged_files(folder: Path, content: dict) -> Iterator[str]:
             yield starts.name
 
 
+def read_shards_manifest(folder: Path) -> dict:
+    """manifest.json of a folder of shards; ValueError where it has none, or one whose keys have other types."""
+    content = manifest.read(folder)
+    if content is None:
+        raise ValueError(f"{folder} holds no finished token shards; make them with python -m scripts.prepare_data")
+    try:
+        whole = (
+            type(content["vocab_size"]) is int and content["dtype"] in ("<u2", "<u4") and set(SPLITS) <= set(content["splits"])
+        )
+        whole = whole and isinstance(content["tokenizer"], str)
+        for shard in (shard for split in content["splits"].values() for shard in split):
+            names = {f"{shard['stem']}.bin", f"{shard['stem']}.starts.npy"}
+            counts = shard["tokens"], shard["documents"]
+            whole = whole and Path(shard["stem"]).name == shard["stem"] and set(shard["sha256"]) == names
+            whole = whole and all(type(count) is int and count >= 0 for count in counts)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{folder / manifest.NAME} is damaged; run python -m scripts.prepare_data again")
+    return content
+
+
+def _read_starts(folder: Path, shard: dict) -> np.ndarray:
+    """Where the documents of a shard begin, memory-mapped; ValueError unless they rise from 0 and lie in it."""
+    path = folder / f"{shard['stem']}.starts.npy"
+    problem = ""
+    try:
+        starts = np.load(path, mmap_mode="r")
+        if starts.dtype != np.int64 or starts.shape != (shard["documents"],):
+            problem = f"it has {starts.shape} {starts.dtype}, not {shard['documents']} int64"
+        elif len(starts) and (starts[0] != 0 or starts[-1] >= shard["tokens"] or not (starts[1:] > starts[:-1]).all()):
+            problem = f"its offsets do not rise from 0 to below {shard['tokens']}"
+    except (ValueError, EOFError, SyntaxError) as error:
+        problem = str(error).split("\n")[0]
+    if problem:
+        raise ValueError(f"{path} is damaged: {problem}; delete it and run python -m scripts.prepare_data")
+    return starts
+
+
 def allow_open_files(count: int) -> None:
     """Raise this process's limit of open files, as far as it may: a mapped file keeps one open, and a store has hundreds."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -126,9 +166,7 @@ class TokenShards:
 
     def __init__(self, folder: str | Path, split: str):
         self.folder = Path(folder)
-        content = manifest.read(self.folder)
-        if content is None:
-            raise ValueError(f"{folder} holds no finished token shards; make them with python -m scripts.prepare_data")
+        content = read_shards_manifest(self.folder)
         self.vocab_size: int = content["vocab_size"]
         self.tokenizer: str = content["tokenizer"]
         shards = content["splits"][split]
@@ -138,10 +176,11 @@ class TokenShards:
             raise ValueError(
                 f"the shard {self.folder / name} is missing or cut short; put it back or run python -m scripts.prepare_data"
             )
+        self._verify(split, content)
         allow_open_files(4 * len(shards))
         for shard in shards:
             self.shards.append(np.memmap(self.folder / f"{shard['stem']}.bin", dtype=dtype, mode="r"))
-            self.starts.append(np.load(self.folder / f"{shard['stem']}.starts.npy", mmap_mode="r"))
+            self.starts.append(_read_starts(self.folder, shard))
             bounds.append(bounds[-1] + shard["tokens"])
         self.bounds = np.asarray(bounds, dtype=np.int64)
         self.documents: int = sum(shard["documents"] for shard in shards)
@@ -168,11 +207,21 @@ class TokenShards:
         return tokens, np.cumsum(begins, dtype=np.int32)
 
     def verify(self) -> None:
-        """Compare every file with its checksum; ValueError names the first that differs."""
-        content = manifest.read(self.folder)
-        assert content is not None
-        for split in content["splits"].values():
-            for shard in split:
-                for name, expected in shard["sha256"].items():
-                    if not (self.folder / name).is_file() or manifest.file_hash(self.folder / name) != expected:
-                        raise ValueError(f"{self.folder / name} is damaged; delete it and run python -m scripts.prepare_data")
+        """Compare every file of all splits with its checksum and ids with the vocabulary; ValueError names the first fault."""
+        content = read_shards_manifest(self.folder)
+        for split in content["splits"]:
+            self._verify(split, content)
+
+    def _verify(self, split: str, content: dict) -> None:
+        """ValueError where a file of a split has changed or holds ids beyond the vocabulary; files are read once."""
+        dtype, size = np.dtype(content["dtype"]), content["vocab_size"]
+
+        def too_large(path: Path) -> str | None:
+            if path.suffix != ".bin" or not path.stat().st_size:
+                return None
+            largest = int(np.memmap(path, dtype=dtype, mode="r").max())
+            return None if largest < size else f"it holds the id {largest}, but the vocabulary has {size}"
+
+        sums = {name: total for shard in content["splits"][split] for name, total in shard["sha256"].items()}
+        if problem := damaged(self.folder, sums, too_large):
+            raise ValueError(f"{problem}; delete it and run python -m scripts.prepare_data")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data.bounded_template import BoundedTemplate
 from data.chat import neutralise
 from evals.language_model import Words
 
@@ -16,7 +17,13 @@ class Chat:
     def __init__(self, checkpoint: Path):
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(Words(checkpoint).folder)
+        folder = Words(checkpoint).folder
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # transformers raises many classes on a damaged tokenizer_config.json
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"transformers cannot read the tokenizer of {folder}: {reason}") from error
+        self.templates: dict[str, BoundedTemplate] = {}
         if not self.tokenizer.chat_template:
             raise ValueError(f"{checkpoint} has no chat template, so it cannot be talked to; give a checkpoint of after SFT")
         self.takes_tools = "tools" in str(self.tokenizer.chat_template)
@@ -26,7 +33,9 @@ class Chat:
         """Ids up to where the assistant's turn begins. No special token can come out of what messages say."""
         plain = [{**message, "content": neutralise(message["content"], self.special)} for message in messages]
         tools = json.loads(neutralise(json.dumps(tools), self.special)) if tools else None
-        text = self.tokenizer.apply_chat_template(plain, tools=tools, add_generation_prompt=True, tokenize=False)
+        source = self.tokenizer.get_chat_template(None, tools)
+        template = self.templates.setdefault(source, BoundedTemplate(source))
+        text = template.render(plain, tools, **self.tokenizer.special_tokens_map)
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def token(self, text: str) -> int | None:

@@ -26,7 +26,7 @@ RETRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # statuses after which as
 def read_key(path: Path) -> str:
     """The API key in a file."""
     try:
-        return path.read_text().strip()
+        return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}); it should hold an API key") from error
 
@@ -177,8 +177,11 @@ class Classifier:
 
         check_device(device)
         try:
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True
+            )
+            self.model = self.model.to(device).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError) as error:
             raise ValueError(f"{folder} cannot be loaded as a text classifier: {str(error).splitlines()[0]}") from error
         config = self.model.config

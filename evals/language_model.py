@@ -102,7 +102,7 @@ class Words:
         """The tokenizer in transformers' form, which xgrammar reads."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
     def bytes_of(self, ids: Sequence[int]) -> int:
         return len(self.decode(ids).encode())

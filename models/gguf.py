@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from models.hf import config_json, from_hf_config, from_hf_name, weight_files
 from models.nanollama import ModelConfig
@@ -125,6 +126,11 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     found = {}
     for path in weight_files(folder):
         size = path.stat().st_size
+        try:
+            with safe_open(path, framework="np"):  # checks that shapes and offsets fit the file
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); take another copy of it") from error
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = file.read(length) if length < size else b""

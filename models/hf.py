@@ -29,6 +29,9 @@ _SHARED = (  # fields that bear the same name on both sides
 )
 
 
+_REAL = ("rms_norm_eps", "initializer_range", "rope_theta")
+
+
 def newest_step(path: str) -> Path:
     """The path; of a folder that holds no model but step_N folders that do, the newest of them. What --checkpoint flags take."""
     folder = Path(path)
@@ -70,7 +73,10 @@ def from_hf_config(hf: dict) -> ModelConfig:
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen3"):
         raise ValueError(f"model_type {kind!r} is not supported; NanoLlama reads llama and qwen3 folders")
-    rope = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError("rope_scaling and rope_parameters of config.json must be objects")
+    rope = {**parts[0], **parts[1]}
     odd = {
         "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
@@ -81,7 +87,16 @@ def from_hf_config(hf: dict) -> ModelConfig:
     }
     if any(odd.values()):
         raise ValueError(f"NanoLlama has no counterpart for this model's {', '.join(k for k, v in odd.items() if v)}")
-    fields = {name: hf[name] for name in _SHARED if name in hf}
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    fields = {name: hf[name] for name in _SHARED if hf.get(name) is not None or (name == "head_dim" and name in hf)}
+    missing = [name for name in _SHARED[:5] if name not in fields]
+    if missing:
+        raise ValueError(f"config.json has no {missing[0]}")
+    for name, value in {**fields, "rope_theta": theta}.items():
+        right = bool if name == "tie_word_embeddings" else int | float if name in _REAL else int
+        wrong = (isinstance(value, bool) and right is not bool) or not isinstance(value, right)
+        if wrong and not (name == "head_dim" and value is None):
+            raise ValueError(f"{name} of config.json is {str(value)[:50]!r}, of the wrong type")
     # Where a key is missing, the default is transformers' own, not ours.
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("rms_norm_eps", 1e-6)
@@ -89,7 +104,6 @@ def from_hf_config(hf: dict) -> ModelConfig:
     fields.setdefault("tie_word_embeddings", False)
     if kind == "qwen3":
         fields.setdefault("head_dim", 128)
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
     return ModelConfig(**fields, rope_theta=float(theta), qk_norm=kind == "qwen3")
 
 
@@ -129,7 +143,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(_json(index).get("weight_map", {}).values()))
+        named = _json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) and Path(name).name == name for name in named.values()):
+            raise ValueError(f"{index} is damaged: its weight_map does not name files of this folder")
+        files = sorted(set(named.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote")
@@ -204,10 +221,17 @@ def load_hf(folder: str | Path, dtype: torch.dtype | None = torch.float32, devic
     """The model of a Hugging Face folder. dtype of the parameters: None stands for the one they are stored in."""
     folder = Path(folder)
     stored = config_json(folder)
-    model = NanoLlama(from_hf_config(stored))
+    config = from_hf_config(stored)
+    size = sum(path.stat().st_size for path in weight_files(folder))
+    if config.num_parameters > size:  # before memory is taken for them
+        raise ValueError(f"{folder}: config.json asks for {config.num_parameters:,} parameters; the weights have {size:,} bytes")
+    model = NanoLlama(config)
     load_weights(model, folder)
     if dtype is None:
-        dtype = getattr(torch, stored.get("dtype") or stored.get("torch_dtype") or "float32")
+        name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+        dtype = getattr(torch, name, None) if name in ("float32", "float16", "bfloat16", "float64") else None
+        if dtype is None:
+            raise ValueError(f"{folder}: config.json names the dtype {str(name)[:50]!r}; float32, float16 and bfloat16 are read")
     for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay fp32
         parameter.data = parameter.data.to(dtype)
     return model.to(device)

@@ -8,6 +8,8 @@ import ctypes
 import functools
 import importlib.util
 import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from pathlib import Path
@@ -15,8 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from gguf_file import check_gguf
+
 BATCH = 512  # tokens that are computed at once
 KEPT = 4  # lines of llama.cpp's errors that are repeated
+PROBE_CONTEXT, PROBE_SECONDS, PROBE_RATE = 64, 10, 50e6  # tokens; s for any file; bytes/s that a load takes at most besides
 _errors: list[str] = []
 
 
@@ -39,6 +44,7 @@ class _Batch(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_validate_row_data": (c_bool, [c_int32, c_void_p, c_size_t]),
     "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
     "llama_backend_init": (None, []),
     "llama_context_default_params": (_Params, []),
@@ -119,14 +125,85 @@ def _said() -> str:
     return "; ".join(_errors) or "it does not say why"
 
 
+def probe(path: Path) -> None:
+    """Load a GGUF file in a process of its own and compute a token; ValueError where that fails, crashes or does not end.
+
+    Catches what check_gguf does not know of, before this process runs the same code. Once for each state of a file.
+    """
+    check_gguf(path)
+    status = path.stat()
+    _probed(path.resolve(), status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+@functools.lru_cache(maxsize=64)
+def _probed(path: Path, size: int, changed: int, inode: int) -> None:
+    library()  # a missing library is not the file's fault
+    command = [sys.executable, "-m", "models.llamacpp", str(path)]
+    root, seconds = Path(__file__).resolve().parent.parent, PROBE_SECONDS + size / PROBE_RATE
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"llama.cpp does not finish reading {path} in {seconds:.0f} s; it is damaged") from None
+    if done.returncode == REFUSED:
+        raise ValueError(done.stdout.decode(errors="replace").strip())
+    if done.returncode:
+        raise ValueError(f"llama.cpp cannot read {path}: it ends with status {done.returncode}; the file is damaged")
+
+
+REFUSED = 3  # exit status of _probe
+
+
+def _probe(path: Path) -> int:
+    """What the process of `probe` does."""
+    try:
+        check_weights(path)
+        with LlamaCpp(path, PROBE_CONTEXT, threads=1, probed=True) as runtime:
+            runtime.encode("a b\n1")
+            runtime.feed([0])
+            runtime.decode([0])
+    except (ValueError, RuntimeError) as error:
+        print(error)
+        return REFUSED
+    return 0
+
+
+def check_weights(path: Path) -> None:
+    """ValueError where a tensor of a GGUF file holds values or scales that are not finite, by ggml's own check."""
+    raw = np.memmap(path, dtype=np.uint8, mode="r")
+    for name, tensor in check_gguf(path).tensors.items():
+        data = raw[tensor.offset : tensor.offset + tensor.size]
+        if not library().ggml_validate_row_data(tensor.kind, data.ctypes.data, tensor.size):
+            raise ValueError(f"{path} is damaged: the tensor {name} holds values that are not finite; copy or export it again")
+
+
+def _available_memory() -> float:
+    """Bytes that this machine can give; infinite where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
 class LlamaCpp:
     """A GGUF file on the CPU: one sequence, which `feed` continues."""
 
-    def __init__(self, path: Path, context: int | None = None, threads: int = 0):
-        """context: tokens that fit, by default as many as the file says. ValueError where llama.cpp cannot read the file."""
+    def __init__(self, path: Path, context: int | None = None, threads: int = 0, probed: bool = False):
+        """context: tokens that fit, by default as many as the file says. probed: skip `probe`.
+
+        ValueError where the file is damaged, llama.cpp cannot read it, or the context does not fit the memory.
+        """
         self.model = self.state = None
-        if not path.is_file():
-            raise ValueError(f"there is no file {path}")
+        content = check_gguf(path)
+        length = min(context or content.of_model("context_length"), content.of_model("context_length"))
+        need, free = content.cache_bytes(length), _available_memory()
+        if need > free:
+            raise ValueError(
+                f"a context of {length:,} tokens needs {need / 1e9:.1f} GB of memory for {path.name}, but {free / 1e9:.1f} GB "
+                "are available; give a smaller --context"
+            )
+        if not probed:
+            probe(path)
         self.lib = lib = library()
         _errors.clear()
         self.model = lib.llama_model_load_from_file(os.fsencode(path), lib.llama_model_default_params())
@@ -203,4 +280,11 @@ class LlamaCpp:
             self.held += part
             if rows := sum(wanted):
                 parts.append(np.ctypeslib.as_array(self.lib.llama_get_logits(self.state), (rows, self.size)).copy())
-        return np.concatenate(parts)
+        logits = np.concatenate(parts)
+        if not np.isfinite(logits).all():
+            raise ValueError("the model's logits are not finite; its weights are damaged, take another copy of the file")
+        return logits
+
+
+if __name__ == "__main__":
+    sys.exit(_probe(Path(sys.argv[1])))

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -23,6 +22,7 @@ from entrypoint import user_errors
 from evals.trained import settings
 from models.hf import load_hf
 from training.checkpoint import damage, has_state, read_manifest, read_position, step_folders
+from training.safe_pickle import load, read_index
 
 
 def main() -> None:
@@ -118,10 +118,7 @@ def unreadable(folder: Path) -> str | None:
             position = read_position(folder)
             if f"step_{position['step']}" != folder.name:
                 return f"state/trainer.json is of step {position['step']}"
-            index = dcp.FileSystemReader(folder / "state").read_metadata()
-            for place in (index.storage_data or {}).values():
-                if (folder / "state" / place.relative_path).stat().st_size < place.offset + place.length:
-                    return f"state/{place.relative_path} is shorter than its index says"
+            read_index(folder / "state")
     except (SafetensorError, OSError, ValueError, KeyError, EOFError) as error:
         return f"{type(error).__name__}: {error}"
     return None
@@ -163,7 +160,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _state(folder: Path) -> tuple[set[str], Any]:
     """The names of all that is in state/, and a function that reads one of them whole, however many ranks wrote it."""
-    index = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    index = read_index(folder / "state").state_dict_metadata
 
     def read(name: str) -> Any:
         entry = index[name]
@@ -172,7 +169,7 @@ def _state(folder: Path) -> tuple[set[str], Any]:
             content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says that no ranks are here
-            dcp.load(content, checkpoint_id=folder / "state", no_dist=True)
+            load(content, folder / "state", no_dist=True)
         return content[name]
 
     return set(index), read

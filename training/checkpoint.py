@@ -22,15 +22,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from files import read_object, write_json
+from machine import cpus
 from models.hf import save_hf
 from models.nanollama import ModelConfig
+from training.checkpoint_writer import Copies, PlannerOfCopies, Writer, local_shards
 from training.distributed import agree, on_every, on_main
-from training.state import State
+from training.safe_pickle import load, read_index
+from training.state import State, is_position
 
 MANIFEST = "manifest.json"
 TRAINER = "state/trainer.json"
@@ -40,7 +42,7 @@ TOKENIZER_FILES = (
     *("chat_template.jinja", "chat_template_training.jinja"),
 )
 PATIENCE = timedelta(minutes=30)  # a background save waits so long for a rank that says nothing; one that died it notices at once
-HASHING_THREADS = min(8, os.cpu_count() or 1)
+HASHING_THREADS = min(8, cpus())
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Checkpoints:
         copies: dict[str, torch.Tensor] = {}
         if copy:
             weights = whole_weights(state.model, lambda name, whole: self._copies.take(f"whole {name}", whole.to(self.dtype)))
-            copies = {name: self._copies.take(name, shard) for name, shard in _shards("", tensors)}
+            copies = {name: self._copies.take(name, shard) for name, shard in local_shards("", tensors)}
             self._copies.finish()
         else:
             weights = whole_weights(state.model)
@@ -169,7 +171,7 @@ class Checkpoints:
         part = target.with_name(target.name + ".tmp")
         try:
             on_main(lambda: self._begin(part, snapshot), group)
-            planner, writer = _PlannerOfCopies(snapshot.copies), _Writer(part / "state")
+            planner, writer = PlannerOfCopies(snapshot.copies), Writer(part / "state")
             on_every(lambda: dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group), group)
             sums = _checksums(part, group)
             on_main(lambda: self._publish(part, target, snapshot, sums), group)
@@ -190,11 +192,11 @@ class Checkpoints:
 
     def _tidy(self) -> None:
         """Undo what a killed run left half done."""
-        for replaced in self.folder.glob("step_*.replaced"):
+        for replaced in _leftovers(self.folder, ".replaced"):
             if not replaced.with_suffix("").exists():
                 replaced.rename(replaced.with_suffix(""))
             shutil.rmtree(replaced, ignore_errors=True)
-        for leftover in self.folder.glob("*.tmp"):
+        for leftover in _leftovers(self.folder, ".tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def check_room(self, parameters: int) -> None:
@@ -292,58 +294,11 @@ class Checkpoints:
         return aside
 
 
-class Copies:
-    """Copies of tensors on the CPU, pinned where they come from a GPU. The same memory serves the next save."""
-
-    def __init__(self) -> None:
-        self.buffers: dict[str, torch.Tensor] = {}
-
-    def take(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A copy of value, complete after finish(), good until the next take of that name."""
-        if name not in self.buffers:
-            self.buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return self.buffers[name].copy_(value.detach(), non_blocking=True)
-
-    def finish(self) -> None:
-        if any(buffer.is_pinned() for buffer in self.buffers.values()):
-            torch.cuda.synchronize()
-
-
-class _PlannerOfCopies(dcp.DefaultSavePlanner):
-    """Plans by the shapes of live tensors and writes the copies taken of them, where there are any."""
-
-    def __init__(self, copies: dict[str, torch.Tensor]):
-        super().__init__()
-        self.copies = copies
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return self.copies[index.fqn] if index.fqn in self.copies else super().lookup_object(index)
-
-
-class _Writer(dcp.FileSystemWriter):
-    """One file a rank, synced. Not several: torch 2.13 loses an error in any but the first of its writing threads."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder, per_thread_copy_ahead=0)  # no copying ahead: it waits for the GPU's stream
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # without torch's random id: equal states leave equal bytes
-
-
-def _shards(prefix: str, tree: dict[str, Any]) -> Iterable[tuple[str, torch.Tensor]]:
-    """This rank's shards of all tensors in nested dicts, under the names that DCP gives them."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _shards(f"{prefix}{key}.", value)
-        elif isinstance(value, torch.Tensor):
-            yield f"{prefix}{key}", value.to_local() if isinstance(value, DTensor) else value
-
-
 def load_state(folder: Path, state: State) -> dict[str, Any]:
     """Load weights, moments and position of a step folder into state. Returns its trainer.json."""
     on_main(lambda: check_whole(folder))
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    kept = dcp.FileSystemReader(folder / "state").read_metadata().state_dict_metadata
+    kept = read_index(folder / "state").state_dict_metadata
     moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
     if any(f"optimizer.state.{name}.{kind}" not in kept for name, kinds in moments.items() for kind in kinds):
         raise ValueError(
@@ -351,7 +306,7 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
         )
     # The optimizer's settings are the config's, not the checkpoint's: only moments and counters are loaded.
     settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
-    dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "state")
+    load({"model": model, "optimizer": optimizer}, folder / "state")
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for group, own in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(own)
@@ -366,6 +321,12 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def _leftovers(folder: Path, suffix: str) -> list[Path]:
+    """Folders step_N<suffix>, which only this module makes; other names are the user's."""
+    found = (path for path in folder.glob(f"step_*{suffix}") if path.is_dir())
+    return [path for path in found if path.name.removesuffix(suffix)[5:].isdecimal()]
+
+
 def step_of(folder: Path) -> int:
     """N of a folder step_N."""
     return int(folder.name[5:])
@@ -374,9 +335,12 @@ def step_of(folder: Path) -> int:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """{"hash", "metric", "milestone", "files": {name: checksum}} of a step folder; None where it has no readable one."""
     try:
-        content = json.loads((folder / MANIFEST).read_text())
-        return content if isinstance(content["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        paths = [Path(name) for name in content["files"]]
+        inside = not any(path.is_absolute() or ".." in path.parts for path in paths)
+        known = isinstance(content["files"], dict) and isinstance(content.get("metric"), int | float | None)
+        return content if inside and known else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -414,8 +378,11 @@ def identity(folder: Path) -> str:
 
 
 def read_position(folder: Path) -> dict[str, Any]:
-    """trainer.json of a step folder."""
-    return json.loads((folder / TRAINER).read_text())
+    """trainer.json of a step folder; ValueError where it is damaged."""
+    position = read_object(folder / TRAINER)
+    if position is None or not is_position(position):
+        raise ValueError(f"{folder / TRAINER} is damaged; take another copy of the checkpoint")
+    return position
 
 
 def read_phase(folder: Path) -> str:

@@ -33,3 +33,14 @@ class State:
         """What trainer.json holds."""
         names = ("phase", "phase_start", "phase_end", "step", "place", "tokens", "data", "parent", "rate")
         return {**{name: getattr(self, name) for name in names}, "faults": asdict(self.faults)}
+
+
+def is_position(content: dict[str, Any]) -> bool:
+    """Whether an object has the keys and types that State.position writes. Older ones have no rate."""
+    expected = State(None, None, phase="").position()  # type: ignore[arg-type]
+    faults = content.get("faults")
+    if not isinstance(faults, dict) or not faults.keys() <= expected["faults"].keys():
+        return False
+    same = all(type(content.get(name, {})) is type(value) for name, value in expected.items())
+    numbers = [content[name] for name in ("phase_start", "phase_end", "step", "place", "tokens")] if same else [-1]
+    return min(numbers) >= 0
