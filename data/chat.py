@@ -1,7 +1,9 @@
 """Chat: what a conversation looks like as tokens, which of them are trained, and how a reply is read back.
 
-The only place that knows the template. A conversation is {"messages": [...], "tools": [...]}, in OpenAI's form; an assistant's
-message may have a "thought" besides. Trained are the assistant's thoughts, answers, tool calls and its <|im_end|>, nothing else.
+A conversation is {"messages": [...], "tools": [...]} in OpenAI's format; an assistant's message may
+also have a "thought". data/messages.py says which keys a message may have; data/chat_template.py
+has the same template as Jinja text. The loss covers the assistant's thoughts, answers, tool calls
+and <|im_end|>, unless the turn has "weight": 0.
 """
 
 import json
@@ -13,77 +15,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from data.chat_template import (
+    CHAT_TOKENS,
+    END_THOUGHT,
+    IM_END,
+    IM_START,
+    MARKERS,
+    START_THOUGHT,
+    TEMPLATE,
+    TOOL_CALL,
+    TOOL_RESPONSE,
+)
+from data.chat_template import TRAINING_TEMPLATE as TRAINING_TEMPLATE
+from data.chat_template import jinja_template as jinja_template
 from data.manifest import read_json
+from data.messages import read_call, read_messages
 from data.tokenizer import BOS, PAD, load_tokenizer
 
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-START_THOUGHT, END_THOUGHT = "<|start_thought|>", "<|end_thought|>"
-TOOL_CALL, TOOL_RESPONSE = "<|tool_call|>", "<|tool_response|>"
-CHAT_TOKENS = (IM_START, IM_END, START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE, "<|reserved_0|>", "<|reserved_1|>")
-MARKERS = (*CHAT_TOKENS, BOS, PAD)
-ROLES = ("system", "user", "assistant", "tool")
 MAY_FOLLOW = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool")}
 MAY_FOLLOW["tool"] = ("tool", "assistant")
 MAX_DEPTH = 100  # lists and objects in each other, in a call's arguments or a tool's schema
 TOOLS = "You can call these tools:"
-TEMPLATE, TRAINING_TEMPLATE = "chat_template.jinja", "chat_template_training.jinja"  # the second marks what is trained
-JINJA = """\
-{{- bos_token -}}
-{%- set system = '' -%}
-{%- set turns = messages -%}
-{%- if messages and messages[0]['role'] == 'system' -%}
-  {%- set system = messages[0]['content'] | trim -%}
-  {%- set turns = messages[1:] -%}
-{%- endif -%}
-{%- if system or tools -%}
-  {{- '<|im_start|>system\\n' + system -}}
-  {%- if tools -%}
-    {{- ('\\n\\n' if system else '') + 'You can call these tools:' -}}
-    {%- for tool in tools -%}
-      {{- '\\n' + (tool | tojson) -}}
-    {%- endfor -%}
-  {%- endif -%}
-  {{- '<|im_end|>\\n' -}}
-{%- endif -%}
-{%- for message in turns -%}
-  {%- if message['role'] == 'assistant' -%}
-    {{- '<|im_start|>assistant\\n' -}}
-    {%- generation -%}
-    {%- if message['thought'] -%}
-      {{- '<|start_thought|>' + message['thought'] + '<|end_thought|>' -}}
-    {%- endif -%}
-    {%- if message['content'] -%}
-      {{- message['content'] | trim -}}
-    {%- endif -%}
-    {%- if message['tool_calls'] -%}
-      {%- for call in message['tool_calls'] -%}
-        {{- '<|tool_call|>{"name": ' + (call['function']['name'] | tojson) + ', "arguments": ' -}}
-        {%- if call['function']['arguments'] is string -%}
-          {{- call['function']['arguments'] + '}' -}}
-        {%- else -%}
-          {{- (call['function']['arguments'] | tojson) + '}' -}}
-        {%- endif -%}
-      {%- endfor -%}
-    {%- endif -%}
-    {{- '<|im_end|>' -}}
-    {%- endgeneration -%}
-    {{- '\\n' -}}
-  {%- elif message['role'] == 'tool' -%}
-    {{- '<|im_start|>tool\\n<|tool_response|>' + message['content'] + '<|im_end|>\\n' -}}
-  {%- else -%}
-    {{- '<|im_start|>' + message['role'] + '\\n' + (message['content'] | trim) + '<|im_end|>\\n' -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
-
-def jinja_template(training: bool = False) -> str:
-    """The template for transformers and llama.cpp; for training, with {% generation %} around what is trained."""
-    marks = {"    {%- generation -%}\n", "    {%- endgeneration -%}\n"}
-    return JINJA if training else "".join(line for line in JINJA.splitlines(keepends=True) if line not in marks)
 
 
 def neutralise(text: str, tokens: Iterable[str] = MARKERS) -> str:
@@ -115,30 +67,26 @@ def clean(
 
     answered: an assistant must speak in it (as in training, not in a prompt). ValueError names what is wrong with it.
     """
-    given, tools = conversation.get("messages"), conversation.get("tools") or []
-    if not isinstance(given, list) or not given:
-        raise ValueError("a conversation without messages")
+    tools = conversation.get("tools") or []
+    given, _ = read_messages(conversation.get("messages"))
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools that are no list of JSON schemas")
-    messages: list[dict[str, Any]] = []
-    for message in given:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise ValueError(f"the unknown role {str(role)[:40]!r}")
-        role, before = message["role"], messages[-1]["role"] if messages else ""
+    before = ""
+    for number, message in enumerate(given):
+        role = message["role"]
         if role not in MAY_FOLLOW[before]:
             raise ValueError(f"two {role} turns in a row" if role == before else f"{role} after {before or 'nothing'}")
-        if role == "tool" and before == "assistant" and "tool_calls" not in messages[-1]:
+        if role == "tool" and before == "assistant" and "tool_calls" not in given[number - 1]:
             raise ValueError("a tool's response that nobody called for")
-        messages.append(_clean_message(message, tokens))
-    if answered and not any(message["role"] == "assistant" for message in messages):
+        before = role
+    if answered and not any(message["role"] == "assistant" for message in given):
         raise ValueError("a conversation in which no assistant speaks")
-    return {"messages": messages, "tools": _neutralise_all(tools, tokens)}
+    return {"messages": [_clean_message(m, tokens) for m in given], "tools": _neutralise_all(tools, tokens)}
 
 
 def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
     role = message["role"]
-    content = _neutralise_all(_text(message.get("content")), tokens)
+    content = _neutralise_all(message["content"], tokens)
     if role != "tool":
         content = content.strip()  # or else white space would melt into the newline of the header
     if role != "assistant":
@@ -146,38 +94,18 @@ def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, 
             raise ValueError("an empty user turn")
         return {"role": role, "content": content}
     cleaned: dict[str, Any] = {"role": role, "content": content}
-    if thought := _neutralise_all(_text(message.get("thought")), tokens):
+    if thought := _neutralise_all(message.get("thought", ""), tokens):
         cleaned["thought"] = thought
-    given = message.get("tool_calls") or []
-    if not isinstance(given, list):
-        raise ValueError("tool_calls that are no list")
-    if calls := [_clean_call(call, tokens) for call in given]:
+    if calls := [_clean_call(call, tokens) for call in message.get("tool_calls", ())]:
         cleaned["tool_calls"] = calls
     if not content and not thought and not calls:
         raise ValueError("an empty assistant turn")
-    return cleaned
+    return {**cleaned, "weight": 0} if "weight" in message else cleaned
 
 
 def _clean_call(call: Any, tokens: Sequence[str]) -> dict[str, Any]:
-    try:
-        name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
-        raise ValueError("a tool call that is no {function: {name, arguments}}") from None
-    if not isinstance(name, str) or not name or not isinstance(arguments, dict):
-        raise ValueError("a tool call that is no {function: {name, arguments}}")
-    return {"function": {"name": _neutralise_all(name, tokens), "arguments": _neutralise_all(arguments, tokens)}}
-
-
-def _text(content: Any) -> str:
-    """Content as text; OpenAI's lists of text parts are joined."""
-    if isinstance(content, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-        content = "".join(part["text"] for part in content)
-    if content is None:
-        return ""
-    if not isinstance(content, str):
-        raise ValueError("content that is not text")
-    return content
+    function = read_call(call)["function"]
+    return {"function": {key: _neutralise_all(value, tokens) for key, value in function.items()}}
 
 
 class Segment(NamedTuple):
@@ -186,6 +114,7 @@ class Segment(NamedTuple):
     text: str
     trained: bool = False
     special: bool = False
+    ends_reply: bool = False
 
 
 def segments(conversation: dict[str, Any], bos: str | None) -> Iterator[Segment]:
@@ -201,7 +130,7 @@ def segments(conversation: dict[str, Any], bos: str | None) -> Iterator[Segment]
         yield from _turn(Segment(f"system\n{system}"))
     for message in messages[messages[0]["role"] == "system" :]:
         if message["role"] == "assistant":
-            yield from _turn(Segment("assistant\n"), *_reply(message))
+            yield from _turn(Segment("assistant\n"), *_reply(message), reply=True)
         elif message["role"] == "tool":
             response = [Segment(TOOL_RESPONSE, special=True), Segment(message["content"])]
             yield from _turn(Segment("tool\n"), *response)
@@ -209,21 +138,24 @@ def segments(conversation: dict[str, Any], bos: str | None) -> Iterator[Segment]
             yield from _turn(Segment(f"{message['role']}\n{message['content']}"))
 
 
-def _turn(*inside: Segment) -> Iterator[Segment]:
+def _turn(*inside: Segment, reply: bool = False) -> Iterator[Segment]:
     yield Segment(IM_START, special=True)
     yield from inside
-    yield Segment(IM_END, trained=inside[-1].trained, special=True)
+    yield Segment(IM_END, trained=inside[-1].trained, special=True, ends_reply=reply)
     yield Segment("\n")
 
 
 def _reply(message: dict[str, Any]) -> Iterator[Segment]:
+    trained = "weight" not in message
     if "thought" in message:
-        yield from (Segment(START_THOUGHT, True, True), Segment(message["thought"], True), Segment(END_THOUGHT, True, True))
-    yield Segment(message["content"], True)
+        yield Segment(START_THOUGHT, trained, True)
+        yield Segment(message["thought"], trained)
+        yield Segment(END_THOUGHT, trained, True)
+    yield Segment(message["content"], trained)
     for call in message.get("tool_calls", ()):
         function = call["function"]
-        yield Segment(TOOL_CALL, True, True)
-        yield Segment(_json({"name": function["name"], "arguments": function["arguments"]}), True)
+        yield Segment(TOOL_CALL, trained, True)
+        yield Segment(_json({"name": function["name"], "arguments": function["arguments"]}), trained)
 
 
 def _json(value: Any) -> str:
@@ -269,6 +201,11 @@ class Chat:
         """clean() against all special tokens of this tokenizer."""
         return clean(conversation, self.special, answered)
 
+    def holds_special(self, value: Any) -> bool:
+        """Whether a text in a JSON value holds a special token, which clean() neutralises."""
+        text = json.dumps(value, ensure_ascii=False)
+        return any(token in text for token in self.special)
+
     def encode(self, conversations: Sequence[dict[str, Any]]) -> list[Encoded]:
         """Ids of clean conversations, what of them is trained, and where they may be cut."""
         parts = [list(segments(conversation, self.bos)) for conversation in conversations]
@@ -285,7 +222,7 @@ class Chat:
             new = [self.ids[part.text]] if part.special else ids_of[part.text]
             ids += new
             trained += [part.trained] * len(new)
-            if part.trained and part.special and part.text == IM_END:
+            if part.ends_reply:
                 ends.append(len(ids))
         return Encoded(np.array(ids, dtype=np.uint32), np.array(trained, dtype=bool), ends)
 

@@ -4,16 +4,32 @@ What is no conversation is Skipped: with file:line where it is a fault, without 
 what must not be split between training and holding out: a tree, or the question that others are rephrasings of.
 """
 
-import gzip
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.readers import Skipped, find_files, hub_complaint, read_lines, zstd_error
+from data.local_files import blocks, find_files, read_lines, rows_at_once, zstd_error
+from data.messages import (
+    NOT_TRAINED,
+    ROW_FLAGS,
+    THOUGHTS,
+    is_given,
+    is_trained,
+    read_messages,
+    read_row,
+    row_tools,
+    with_row_system,
+)
+from data.readers import Skipped, hub_complaint
 
+OASST = {
+    *("message_id", "parent_id", "message_tree_id", "tree_state", "prompt", "replies", "text", "role", "lang", "rank", "deleted"),
+    *("user_id", "created_date", "review_count", "review_result", "synthetic", "model_name", "detoxify", "emojis", "labels"),
+}  # keys of its messages
 HUB = "hf://"  # hf://owner/name or hf://owner/name@revision
 SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function_response": "tool"}
 Conversation = dict[str, Any]
@@ -24,14 +40,17 @@ class Row(NamedTuple):
     value: dict[str, Any]
 
 
-def read_conversations(path: str, form: str, language: str | None = None) -> Iterator[Conversation | Skipped]:
+def read_conversations(
+    path: str, form: str, language: str | None = None, split: str = "train", config: str | None = None
+) -> Iterator[Conversation | Skipped]:
     """All conversations of a file, a folder, a glob or a hub data set (hf://owner/name) in one of FORMS.
 
-    language: of oasst, take only trees in it. ValueError where there is nothing, or the hub does not give it.
+    language: of oasst, take only trees in it. split, config: of a hub data set.
+    ValueError where there is nothing, or the hub does not give it.
     """
     if form not in FORMS:
         raise ValueError(f"{form!r} is no form of conversations; there are {', '.join(FORMS)}")
-    rows = read_rows(path)
+    rows = read_rows(path, split, config)
     if form == "oasst":
         yield from _oasst(rows, language)
         return
@@ -39,7 +58,7 @@ def read_conversations(path: str, form: str, language: str | None = None) -> Ite
         if isinstance(row, Skipped):
             yield row
             continue
-        found = _made(form, row.where, FORMS[form], row.value)
+        found = _made(form, row.where, _read, form, row.value)
         if isinstance(found, dict):
             own = found.get("id") or row.value.get("id")
             found = {**found, "id": str(own or row.where), "where": row.where}
@@ -56,9 +75,25 @@ def _made(form: str, where: str, make: Callable[..., Conversation | Skipped], *g
         return Skipped(str(error), where)
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[Row | Skipped]:
-    """The rows of files or of a split of a hub data set, as JSON objects."""
-    return _hub_rows(path.removeprefix(HUB), split) if path.startswith(HUB) else _file_rows(path)
+def _read(form: str, row: dict[str, Any]) -> Conversation | Skipped:
+    """A row with its messages as read_messages gives them, and "ignored": keys and columns."""
+    if not is_trained(row, ROW_FLAGS):
+        return Skipped(NOT_TRAINED, "")
+    columns = read_row(row, COLUMNS[form])
+    found = FORMS[form](row)
+    messages, keys = read_messages(with_row_system(row, found["messages"]))
+    tools = found.get("tools") or row_tools(row)
+    ignored = [*keys, *columns, *found.get("ignored", ())]
+    return {**found, "messages": messages, "tools": tools, "ignored": ignored}
+
+
+def read_rows(path: str, split: str = "train", config: str | None = None) -> Iterator[Row | Skipped]:
+    """The rows of files, or of a split of a hub data set (of one of its configs), as JSON objects."""
+    if path.startswith(HUB):
+        return _hub_rows(path.removeprefix(HUB), split, config)
+    if split != "train" or config:
+        raise ValueError(f"split and config choose rows of a hub data set; {path} is a local path, so leave them out")
+    return _file_rows(path)
 
 
 def input_files(path: str) -> dict[str, Path]:
@@ -101,8 +136,7 @@ def _parse(line: bytes, where: str) -> Row | Skipped:
 def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
     """Rows of a file that is one JSON array, as Alpaca's are."""
     try:
-        data = file.read_bytes()
-        rows = json.loads((gzip.decompress(data) if name.endswith(".gz") else data).decode())
+        rows = json.loads(b"".join(blocks(file)).decode())
     except (ValueError, EOFError, OSError, zlib.error):
         rows = None
     if not isinstance(rows, list):
@@ -117,50 +151,64 @@ def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
 
     number = 0
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(f"{name}:{number}", value)
+        table = pq.ParquetFile(file)
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(batch_size=rows_at_once(table, group), row_groups=[group]):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{name}:{number}", _present(value))
     except (pa.ArrowException, OSError, UnicodeDecodeError):
         yield Skipped("the rest of the file is damaged", f"{name}:{number + 1}")
 
 
-def _hub_rows(repo: str, split: str) -> Iterator[Row | Skipped]:
+def _hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row | Skipped]:
     name, _, revision = repo.partition("@")
     try:
         from datasets import load_dataset
 
-        for number, value in enumerate(load_dataset(name, split=split, revision=revision or None, streaming=True), 1):
-            yield Row(f"{name}:{number}", dict(value))
+        rows = load_dataset(name, config, split=split, revision=revision or None, streaming=True)
+        for number, value in enumerate(rows, 1):
+            yield Row(f"{name}:{number}", _present(dict(value)))
     except Exception as error:
         raise ValueError(hub_complaint(error, name)) from error
 
 
+def _present(value: Any) -> Any:
+    """A value of a table without the keys that are null: structs have the keys of all rows."""
+    if isinstance(value, dict):
+        return {key: _present(part) for key, part in value.items() if part is not None}
+    if isinstance(value, bytes):  # of a binary column, which may hold text
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return [_present(part) for part in value] if isinstance(value, list) else value
+
+
 def _messages(row: dict) -> Conversation:
-    tools = row.get("tools")
-    return {"messages": row["messages"], "tools": json.loads(tools) if isinstance(tools, str) and tools else tools}
+    return {"messages": row["messages"]}
 
 
 def _sharegpt(row: dict) -> Conversation:
     messages: list[dict[str, Any]] = []
-    if row.get("system"):
-        messages.append({"role": "system", "content": row["system"]})
     for turn in row["conversations"]:
-        role = SHAREGPT.get(turn["from"], turn["from"])
+        role, value = SHAREGPT.get(turn["from"], turn["from"]), turn["value"]
+        rest = {key: part for key, part in turn.items() if key not in ("from", "value")}
+        if any(is_given(rest.get(key)) for key in ("role", "content")):
+            raise ValueError("a turn with both from, value and role, content")
         if role == "function_call":
-            called = json.loads(turn["value"])
+            called = json.loads(value)
             calls = [{"function": call} for call in (called if isinstance(called, list) else [called])]
-            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            messages.append({**rest, "role": "assistant", "content": "", "tool_calls": calls})
         else:
-            messages.append({"role": role, "content": turn["value"]})
-    return _messages({"messages": messages, "tools": row.get("tools")})
+            messages.append({**rest, "role": role, "content": value})
+    return {"messages": messages}
 
 
 def _alpaca(row: dict) -> Conversation:
-    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    messages: list[dict[str, Any]] = []
     asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
     for question, answer in [*(row.get("history") or []), (asked, row["output"])]:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages[-1] |= {key: row[key] for key in THOUGHTS if is_given(row.get(key))}
     return {"messages": messages}
 
 
@@ -208,7 +256,9 @@ def _toolformer(row: dict) -> Conversation:
         for name, _, argument in re.findall(called, row["output"], re.DOTALL)
     ]
     reply = {"role": "assistant", "content": "" if calls else row["output"], "tool_calls": calls}
-    return {"messages": [{"role": "user", "content": asked}, reply], "tools": tools}
+    around = calls and re.search(r"\w", re.sub(called, "", row["output"], flags=re.DOTALL))
+    ignored = ["text around the calls"] if around else []
+    return {"messages": [{"role": "user", "content": asked}, reply], "tools": tools, "ignored": ignored}
 
 
 def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conversation | Skipped]:
@@ -242,8 +292,12 @@ def _tree(root: dict, flat: dict[str, list[dict]], language: str | None, where: 
     path = _best_path(root, flat)
     if len(path) < 2:
         return Skipped("a tree without an answer", "")
-    messages = [{"role": {"prompter": "user"}.get(m["role"], m["role"]), "content": m["text"]} for m in path]
-    return {"messages": messages, "id": tree, "group": tree, "where": where}
+    messages = []
+    for m in path:
+        role, rest = {"prompter": "user"}.get(m["role"], m["role"]), {k: v for k, v in m.items() if k not in OASST}
+        messages.append({**rest, "role": role, "content": m["text"]})
+    read, ignored = read_messages(messages)
+    return {"messages": read, "id": tree, "group": tree, "where": where, "ignored": ignored}
 
 
 def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
@@ -261,6 +315,15 @@ def _stream(row: dict) -> Conversation:
     raise AssertionError("oasst is read as a whole")
 
 
+OWN_COLUMNS = ("source", "key", "checks")  # of generated rows; evaluation reads them
+COLUMNS: dict[str, tuple[str, ...]] = {  # columns that each form reads
+    "messages": ("messages", *OWN_COLUMNS),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "input", "output", "history", *THOUGHTS),
+    "metamath": ("query", "response", "original_question"),
+    "gsm8k": ("question", "answer"),
+    "toolformer": ("instruction", "input", "output"),
+}
 FORMS: dict[str, Callable[[dict], Conversation]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,

@@ -21,14 +21,29 @@ import numpy as np
 from data import manifest
 from data.chat import Chat, Encoded, jinja_template
 from data.conversations import Row, input_files, read_rows
+from data.messages import (
+    NEUTRALISED,
+    NOT_TRAINED,
+    ROW_FLAGS,
+    ignored_line,
+    is_trained,
+    read_message,
+    read_row,
+    row_tools,
+    with_row_system,
+)
 from data.readers import Skipped
 from data.recipe import Split
 
-VERSION = 1  # goes up when the same inputs give other pairs
+VERSION = 2  # goes up when the same inputs give other pairs
 BATCH = 1000  # pairs encoded at once
 NAMED = 20  # faults of a source that are named
 PARTS = ("ids", "starts", "prompts")
 FORMS = ("messages", "hh")
+COLUMNS = {  # columns that each form reads; source and key are of generated pairs
+    "messages": ("prompt", "chosen", "rejected", "source", "key"),
+    "hh": ("chosen", "rejected"),
+}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SAME, EMPTY, LONG = "chosen and rejected are the same", "an empty answer", "a pair that does not fit"
 
@@ -44,6 +59,7 @@ class PairSource:
     path: str  # file, folder, glob, or hf://owner/name@revision
     form: str = "messages"
     split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
+    config: str | None = None  # of a hub data set, where it has several
     limit: int | None = None  # take no more pairs than that
 
     def __post_init__(self) -> None:
@@ -77,6 +93,7 @@ class Pair(NamedTuple):
     chosen: dict[str, Any]
     rejected: dict[str, Any]
     tools: list[dict[str, Any]]
+    ignored: tuple[str, ...] = ()  # keys and columns of its row that are not read
 
 
 class Dropped(ValueError):
@@ -109,34 +126,52 @@ def parse_hh(row: dict[str, Any]) -> Pair:
 
 
 def parse_messages(row: dict[str, Any]) -> Pair:
-    """A row of the form "messages"; a prompt that chosen and rejected begin with is found as what they have in common."""
-    chosen, rejected = (_messages(row[name], "assistant") for name in ("chosen", "rejected"))
+    """A row of the form "messages"; the prompt may be what chosen and rejected begin with."""
+    (chosen, keys), (rejected, others) = (_messages(row[name], "assistant") for name in ("chosen", "rejected"))
+    given, unread = _messages(row.get("prompt") or [], "user")
     if chosen == rejected:
         raise Dropped(SAME)
-    if chosen and rejected and chosen[0].get("role") != "assistant":
+    if chosen and rejected and chosen[0]["role"] != "assistant":
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        prompt, others = _with_prompt(given, prompt) if prompt else [], others[shared:]
     else:
-        prompt = _messages(row.get("prompt") or [], "user")
+        prompt, keys = given, [*unread, *keys]
     if not prompt:
         raise ValueError("no common prompt")
     if len(chosen) != 1 or len(rejected) != 1:
         raise ValueError("an answer of several turns" if chosen and rejected else EMPTY)
-    tools = row.get("tools") or []
-    return Pair(prompt, chosen[0], rejected[0], json.loads(tools) if isinstance(tools, str) else tools)
+    ignored = (*(key for of_message in (*keys, *others) for key in of_message),)
+    return Pair(prompt, chosen[0], rejected[0], [], ignored)
 
 
 PARSERS = {"messages": parse_messages, "hh": parse_hh}
 
 
-def _messages(value: Any, role: str) -> list[dict[str, Any]]:
+def _messages(value: Any, role: str) -> tuple[list[dict[str, Any]], list[list[str]]]:
+    """Messages, and of each the keys that are not read; text is one message."""
     if isinstance(value, str):
-        return [{"role": role, "content": value}]
+        return [{"role": role, "content": value}], [[]]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError("an answer or a prompt that is neither text nor messages")
-    return value
+    read = [read_message(message) for message in value]
+    return [message for message, _ in read], [keys for _, keys in read]
+
+
+def _with_prompt(prompt: list[dict[str, Any]], shared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The turns that both answers begin with, after a system turn of `prompt`.
+
+    ValueError if `prompt` holds other turns.
+    """
+    system = [message for message in prompt[:1] if message["role"] == "system"]
+    if system and shared and shared[0]["role"] != "system":
+        shared = [*system, *shared]
+    texts = [(message["role"], message["content"].strip()) for message in shared]
+    if any((message["role"], message["content"].strip()) not in texts for message in prompt):
+        raise ValueError("a prompt that is not among the turns before the answers")
+    return shared
 
 
 def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
@@ -147,6 +182,8 @@ def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
     for answer in (pair.chosen, pair.rejected):
         if answer.get("role") != "assistant":
             raise ValueError("an answer that is not the assistant's")
+        if "weight" in answer:
+            raise ValueError("an answer without loss (weight 0)")
         content = answer.get("content")
         if not (answer.get("tool_calls") or answer.get("thought")) and (not content or not str(content).strip()):
             raise Dropped(EMPTY)
@@ -154,7 +191,7 @@ def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
     (*prompt, chosen), rejected = cleaned[0]["messages"], cleaned[1]["messages"][-1]
     if chosen == rejected:
         raise Dropped(SAME)
-    return Pair(prompt, chosen, rejected, cleaned[0]["tools"])
+    return Pair(prompt, chosen, rejected, cleaned[0]["tools"], pair.ignored)
 
 
 def shorten(pair: Pair) -> Pair | None:
@@ -204,7 +241,8 @@ def prepare(config: PreferenceConfig, mix: Collection[str], tokenizer: Path, len
 
 def _prepare_source(name: str, config: PreferenceConfig, chat: Chat, tokenizer: str, length: int) -> Path:
     source = config.sources[name]
-    files = {file: manifest.file_hash(path) for file, path in input_files(source.path).items()}
+    paths = input_files(source.path)
+    files = {file: manifest.file_hash(path) for file, path in paths.items()}
     inputs: dict[str, Any] = {
         "version": VERSION,
         "source": {**vars(source), "path": None if files else source.path, "files": files},
@@ -215,7 +253,7 @@ def _prepare_source(name: str, config: PreferenceConfig, chat: Chat, tokenizer: 
         "held_out": config.held_out,
     }
     prepare = partial(_write_source, config=config, source=source, chat=chat, length=length)
-    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare)
+    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values())
     _check(name, report, config)
     return folder
 
@@ -229,23 +267,31 @@ def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
             f"{name}: {bad / report['rows']:.1%} of {report['rows']:,} pairs are faulty ({reasons}; the first is "
             f"{report['named'][0]}); mend {path} or raise preferences.max_bad={config.max_bad:g}"
         )
+    if pairs and not report["pairs"]["train"]:
+        raise ValueError(
+            f"{name}: all {pairs:,} pairs are held out, by preferences.held_out={config.held_out:g}; lower it or add data"
+        )
     if not report["pairs"]["train"]:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items()) or f"{pairs} held out"
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items()) or "it is empty"
         raise ValueError(f"{name}: no pair of {path} is left to train on ({reasons}); check its path, form and length")
 
 
 def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, chat: Chat, length: int) -> dict[str, Any]:
     """Read, check, encode and cut a source into the files of `folder`; returns its report."""
-    dropped, bad, named = Counter[str](), Counter[str](), list[str]()
+    dropped, bad, ignored, named = Counter[str](), Counter[str](), Counter[str](), list[str]()
     split, parts = Split(config.held_out), {"train": list[EncodedPair](), "val": list[EncodedPair]()}
-    rows = cut = 0
+    rows = cut = neutralised = 0
 
     def pairs() -> Iterator[Pair]:
-        nonlocal rows
-        for row in islice(read_rows(source.path, source.split), source.limit):
+        nonlocal rows, neutralised
+        for row in islice(read_rows(source.path, source.split, source.config), source.limit):
             rows += 1
             try:
-                yield clean_pair(chat, parse_row(row, source.form), config.system)
+                pair = parse_row(row, source.form)
+                cleaned = clean_pair(chat, pair, config.system)
+                ignored.update(pair.ignored)
+                neutralised += chat.holds_special(pair[:4])
+                yield cleaned
             except Dropped as error:
                 dropped[str(error)] += 1
             except ValueError as error:
@@ -267,9 +313,11 @@ def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, ch
         "rows": rows,
         "pairs": {which: len(encoded_pairs) for which, encoded_pairs in parts.items()},
         "cut": cut,
+        "neutralised": neutralised,
         "dropped": dict(dropped.most_common()),
         "bad": dict(bad.most_common()),
         "named": named,
+        "ignored": dict(ignored.most_common()),
     }
 
 
@@ -278,23 +326,31 @@ def parse_row(row: Row | Skipped, form: str) -> Pair:
     if isinstance(row, Skipped):
         raise ValueError(row.reason)
     try:
-        return PARSERS[form](row.value)
+        if not is_trained(row.value, ROW_FLAGS):
+            raise Dropped(NOT_TRAINED)
+        columns = read_row(row.value, COLUMNS[form])
+        pair = PARSERS[form](row.value)
+        prompt, tools = with_row_system(row.value, pair.prompt), row_tools(row.value) or []
+        return pair._replace(prompt=prompt, tools=tools, ignored=(*pair.ignored, *columns))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"not of the form {form} ({type(error).__name__}: {error})") from None
 
 
 def _write_split(folder: Path, split: str, pairs: list[EncodedPair]) -> None:
     ids = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
-    np.save(folder / f"{split}.ids.npy", np.concatenate([np.empty(0, np.uint32), *ids]))
-    np.save(folder / f"{split}.starts.npy", np.cumsum([0, *map(len, ids)], dtype=np.int64))
-    np.save(folder / f"{split}.prompts.npy", np.array([pair.prompt for pair in pairs], dtype=np.int64))
+    starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
+    prompts = np.array([pair.prompt for pair in pairs], dtype=np.int64)
+    arrays = {"ids": np.concatenate([np.empty(0, np.uint32), *ids]), "starts": starts, "prompts": prompts}
+    manifest.save_arrays(folder, split, arrays)
 
 
 def describe(name: str, report: dict[str, Any]) -> list[str]:
     """Lines on what became of a source."""
     pairs, dropped = report["pairs"], "".join(f"; dropped {count:,}: {reason}" for reason, count in report["dropped"].items())
     cut = f"; {report['cut']:,} prompts cut" if report["cut"] else ""
+    cut += f"; {report['neutralised']:,} {NEUTRALISED}" if report["neutralised"] else ""
     lines = [f"{name}: {pairs['train']:,} pairs, {pairs['val']:,} held out{cut}{dropped}"]
+    lines += ignored_line(name, report["ignored"])
     lines += [f"warning: {name}: left out {where}" for where in report["named"][:3]]
     bad = sum(report["bad"].values())
     return [*lines, f"warning: {name}: {bad} faulty rows left out in all"] if bad > 3 else lines

@@ -17,11 +17,12 @@ import numpy as np
 from data import manifest
 from data.chat import Chat, Encoded, jinja_template
 from data.conversations import Conversation, input_files, read_conversations
+from data.messages import NEUTRALISED, NOT_TRAINED, ignored_line
 from data.packing import IGNORE, make_plan
 from data.readers import Skipped
 from data.recipe import Split
 
-VERSION = 2  # goes up when the same inputs give other rows
+VERSION = 3  # goes up when the same inputs give other rows
 BATCH = 2000  # conversations encoded at once
 CHECKED = 100  # one conversation in so many is held against the template's own rendering
 NAMED = 20  # faults of a source that are named
@@ -35,6 +36,8 @@ class ChatSource:
     path: str  # file, folder, glob, or hf://owner/name@revision
     form: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
     language: str | None = None  # of oasst, take only trees in it
+    split: str = "train"  # of a hub data set
+    config: str | None = None  # of a hub data set, where it has several
     limit: int | None = None  # take no more conversations than that
 
     def __post_init__(self) -> None:
@@ -138,7 +141,8 @@ def prepare(config: ChatConfig, mix: Collection[str], tokenizer: Path, length: i
 
 def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, length: int) -> Path:
     source = config.sources[name]
-    files = {file: manifest.file_hash(path) for file, path in input_files(source.path).items()}
+    paths = input_files(source.path)
+    files = {file: manifest.file_hash(path) for file, path in paths.items()}
     own_tests = {test: manifest.file_hash(Path(test)) for test in config.decontaminate if Path(test).is_file()}
     inputs: dict[str, Any] = {
         "version": VERSION,
@@ -152,7 +156,7 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
         "decontaminate": [list(config.decontaminate), own_tests],
     }
     prepare = partial(_write_source, name=name, config=config, chat=chat, length=length)
-    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare)
+    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values())
     _check_limit(name, report, config)
     return folder
 
@@ -168,14 +172,20 @@ def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
             f"{name}: {share:.1%} of {bad + report['conversations']:,} conversations are faulty ({reasons}; the first is "
             f"{report['named'][0]}); mend {config.sources[name].path} or raise chat.max_bad={config.max_bad:g}"
         )
+    if not report["splits"]["train"]["conversations"] and (held := report["splits"]["val"]["conversations"]):
+        raise ValueError(
+            f"{name}: all {held:,} conversations are held out, by chat.held_out={config.held_out:g}; lower it or add data"
+        )
     if not report["splits"]["train"]["conversations"]:
-        raise ValueError(f"{name}: no conversation of {config.sources[name].path} is left to train on; check its path and form")
+        path, counts = config.sources[name].path, report["counts"].items()
+        reasons = ", ".join(f"{count:,} {kind}" for kind, count in counts if count) or "it holds none"
+        raise ValueError(f"{name}: no conversation of {path} is left to train on ({reasons}); check its path and form")
 
 
 def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, length: int) -> dict[str, Any]:
     """Read, check, decontaminate, encode and cut a source into the files of `folder`; returns its report."""
     source, counts = config.sources[name], Counter[str]()
-    bad, named = Counter[str](), list[str]()
+    bad, named, ignored = Counter[str](), list[str](), Counter[str]()
 
     def fault(reason: str, where: str) -> None:
         bad[reason] += 1
@@ -183,16 +193,25 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
             named.append(f"{where}: {reason}")
 
     def cleaned() -> Iterator[Conversation]:
-        for found in read_conversations(source.path, source.form, source.language):
+        for found in read_conversations(source.path, source.form, source.language, source.split, source.config):
             if isinstance(found, Skipped) and not found.where:
                 counts[found.reason] += 1
             elif isinstance(found, Skipped):
                 fault(found.reason, found.where)
             else:
                 try:
-                    yield {**found, **chat.clean(_with_system(found, config.system))}
+                    conversation = {**found, **chat.clean(_with_system(found, config.system))}
                 except ValueError as error:
                     fault(str(error), found["where"])
+                    continue
+                replies = [m for m in conversation["messages"] if m["role"] == "assistant"]
+                if all("weight" in reply for reply in replies):
+                    counts[NOT_TRAINED] += 1
+                    continue
+                ignored.update(found["ignored"])
+                counts["assistant turns without loss (weight 0)"] += sum("weight" in reply for reply in replies)
+                counts[NEUTRALISED] += chat.holds_special([found["messages"], found.get("tools")])
+                yield conversation
 
     conversations = list(islice(cleaned(), source.limit))
     kept = _decontaminated(conversations, config)
@@ -204,13 +223,14 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
         for number, (conversation, encoded) in enumerate(zip(batch, chat.encode(batch), strict=True)):
             if number % CHECKED == 0:
                 check_against_template(chat, conversation, encoded)
-            fitting = [end for end in encoded.ends if end - 1 <= length]
+            ends = [end for end in encoded.ends if encoded.trained[end - 1]]
+            fitting = [end for end in ends if end - 1 <= length]
             if not fitting:
                 fault(f"no assistant turn ends within {length} tokens", conversation["where"])
                 continue
             end = fitting[-1]
-            counts["cut"] += end < encoded.ends[-1]
-            counts["tokens cut off"] += max(0, encoded.ends[-1] - end)
+            counts["cut"] += end < ends[-1]
+            counts["tokens cut off"] += max(0, ends[-1] - end)
             part = parts[split.of(str(conversation.get("group") or conversation["id"]))]
             part.append(Encoded(encoded.ids[:end], encoded.trained[:end], []))
     report: dict[str, Any] = {
@@ -219,6 +239,7 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
         "counts": dict(counts),
         "bad": dict(bad.most_common()),
         "named": named,
+        "ignored": dict(ignored.most_common()),
     }
     return report
 
@@ -227,8 +248,7 @@ def _write_split(folder: Path, split: str, rows: list[Encoded]) -> dict[str, int
     ids = np.concatenate([np.empty(0, np.uint32), *(row.ids for row in rows)])
     trained = np.concatenate([np.empty(0, bool), *(row.trained for row in rows)])
     starts = np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int64)
-    for part, array in zip(PARTS, (ids, trained, starts), strict=True):
-        np.save(folder / f"{split}.{part}.npy", array)
+    manifest.save_arrays(folder, split, dict(zip(PARTS, (ids, trained, starts), strict=True)))
     return {"conversations": len(rows), "tokens": len(ids), "trained": int(trained.sum())}
 
 
@@ -287,6 +307,7 @@ def describe(name: str, report: dict[str, Any]) -> list[str]:
         f"{splits['train']['tokens']:,} tokens trained; {splits['val']['conversations']:,} held out"
     )
     lines = ["; ".join([line, *(f"{value:,} {key}" for key, value in counts.items())])]
+    lines += ignored_line(name, report["ignored"])
     for where in report["named"][:3]:
         lines.append(f"warning: {name}: left out {where}")
     bad = sum(report["bad"].values())

@@ -11,12 +11,16 @@ chosen reply is likelier than the rejected one (--data .../pairs.heldout.jsonl; 
 
 import json
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data.chat import TEMPLATE, Chat
+from data.conversations import Row
 from data.gguf_tokenizer import tokenizer_folder
+from data.messages import read_message, read_messages, read_row, row_tools, with_row_system
+from data.preferences import Dropped, parse_row
 from data.synthetic import is_right
 from evals.harness import Choose, Eval, Item, Score, Write
 from evals.run import flags, main
@@ -26,33 +30,54 @@ DATA = "data/store/quickstart/chat"
 SPEAKERS = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": "System"}
 
 
-def read_items(data: str | None, limit: int | None) -> list[Item]:
-    """One item for each check of each example in the *.heldout.jsonl files of a folder (but pairs), or in one file."""
+def read_items(data: str | None, limit: int | None, dropped: Counter[str] | None = None) -> list[Item]:
+    """One item for each check of each example in the *.heldout.jsonl files of a folder (but pairs), or in one file.
+
+    Rows mean what they mean in SFT and DPO. ValueError names a faulty row; pairs that DPO drops are counted in `dropped`.
+    """
     path = Path(data or DATA)
     files = sorted(set(path.glob("*.heldout.jsonl")) - {path / "pairs.heldout.jsonl"}) if path.is_dir() else [path]
     items: list[Item] = []
     for file in files:
         try:
-            rows = [json.loads(line) for line in file.read_text().split("\n") if line.strip()]
+            lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
+            rows = [Row(f"{file}:{number}", json.loads(line)) for number, line in lines if line.strip()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data") from error
-        rows = [row for row in rows if "checks" in row or "chosen" in row][:limit]
-        items += [item for row in rows for item in items_of(row)]
+        for row in [row for row in rows if "checks" in row.value or "chosen" in row.value][:limit]:
+            try:
+                items += items_of(row)
+            except Dropped as error:
+                (Counter() if dropped is None else dropped)[str(error)] += 1
+            except ValueError as error:
+                raise ValueError(f"{row.where}: {error}") from error
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise ValueError(f"{row.where} is not a question or a pair ({type(error).__name__}: {error})") from error
     if not items:
         raise ValueError(f"{path} holds no questions with checks; write some by python -m scripts.generate_chat_data")
     return items
 
 
-def items_of(row: dict[str, Any]) -> list[Item]:
+def items_of(named: Row) -> list[Item]:
     """A tool's call is a subject of its own, and so is a preference pair."""
+    row, number = named.value, str(named.value.get("id") or Path(named.where).name)
     if "chosen" in row:
-        check = {"turn": len(row["prompt"]), "wrong": row["rejected"][:1]}
-        example = {"messages": [*row["prompt"], row["chosen"][0]], "tools": row.get("tools"), "checks": [check]}
-        return [Item(row["id"], {"example": example, "check": 0}, "pairs")]
+        pair = parse_row(named, "messages")
+        check: dict[str, Any] = {"turn": len(pair.prompt), "wrong": [pair.rejected]}
+        example = {"messages": [*pair.prompt, pair.chosen], "tools": pair.tools, "checks": [check]}
+        return [Item(number, {"example": example, "check": 0}, "pairs")]
+    read_row(row, row)
+    messages, _ = read_messages(with_row_system(row, row["messages"]))
+    turns = len(messages) - len(row["messages"])  # 1 where the row has a system prompt of its own
+    checks = [
+        {**check, "turn": check["turn"] + turns, "wrong": [read_message(wrong)[0] for wrong in check["wrong"]]}
+        for check in row["checks"]
+    ]
+    example = {**row, "messages": messages, "tools": row_tools(row), "checks": checks}
     kind = row["source"].rpartition("/")[2]
     return [
-        Item(f"{row['id']}/{i}", {"example": row, "check": i}, "tool calls" if check["type"] == "call" else kind)
-        for i, check in enumerate(row["checks"])
+        Item(f"{number}/{i}", {"example": example, "check": i}, "tool calls" if check["type"] == "call" else kind)
+        for i, check in enumerate(checks)
     ]
 
 
@@ -93,8 +118,10 @@ def build(args: Namespace) -> Eval:
             scores |= {"choice": float(of_token[0] > max(of_token[1:])), "choice_chance": 1 / len(options)}
         return scores
 
-    about = {"data": str(args.data or DATA), "prompts": "chat template" if chat else "plain lines"}
-    items = read_items(args.data, args.limit)
+    dropped = Counter[str]()
+    items = read_items(args.data, args.limit, dropped)
+    about: dict[str, Any] = {"data": str(args.data or DATA), "prompts": "chat template" if chat else "plain lines"}
+    about |= {"dropped": dict(dropped)} if dropped else {}
     task = "pairs" if all(item.subject == "pairs" for item in items) else "chat"
     return Eval(task, 1, items, score, about=about)
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from data.chat import jinja_template
+from data.chat_template import is_our_template
 from data.gguf_tokenizer import read_vocabulary
 from data.manifest import file_hash
 from entrypoint import user_errors
@@ -78,13 +79,13 @@ class Work:
         """The plan's command that has a word in it, filled in; the pipeline itself where there is none."""
         stages = [command for stage in self.plan.stages for command in stage.commands.values()]
         for command in [*self.plan.before.values(), *stages, *self.plan.after.values()]:
-            if part in command.split():
-                return command.format(checkpoint=self.checkpoint, run=self.run)
+            if part in shlex.split(command):
+                return command.format(checkpoint=shlex.quote(str(self.checkpoint)), run=shlex.quote(self.run))
         return f"python -m scripts.pipeline --plan {self.path}"
 
     def flag(self, module: str, name: str, default: str) -> str:
         """The value of a flag in the plan's command of a module."""
-        words = self.command(module).split()
+        words = shlex.split(self.command(module))
         return words[words.index(name) + 1] if module in words and name in words[:-1] else default
 
     def made_by(self) -> list[str]:
@@ -189,7 +190,7 @@ def small_files(work: Work) -> Iterator[tuple[str, bytes | None, str]]:
     parts += [(stage, work.logs_of(stage)) for stage in work.made_by()]
     train = f"python -m scripts.pipeline --plan {work.path}"
     logs = dict.fromkeys(folder for _, folder in parts)
-    told = [(folder / "training_log.md").read_text() for folder in logs if (folder / "training_log.md").is_file()]
+    told = [(folder / "training_log.md").read_text(encoding="utf-8") for folder in logs if (folder / "training_log.md").is_file()]
     yield "results/training_log.md", "\n".join(told).encode() if told else None, train
     configs = {name: settings(folder / f"{_phase(work, name)}.config.yaml") for name, folder in parts}
     configs = {name: config for name, config in configs.items() if config}
@@ -197,7 +198,7 @@ def small_files(work: Work) -> Iterator[tuple[str, bytes | None, str]]:
     yield "results/hyperparameters.yaml", content.encode() if configs else None, train
     off = [name for name, config in configs.items() if not (config.get("log") or {}).get("wandb_project")]
     files = [folder / "wandb_run_urls.txt" for folder in logs]
-    urls = [line for path in files if path.is_file() for line in path.read_text().split("\n") if line]
+    urls = [line for path in files if path.is_file() for line in path.read_text(encoding="utf-8").split("\n") if line]
     urls += ["none: W&B was off" + ("" if len(off) == len(configs) else f" in {', '.join(off)}")] if off else []
     yield "results/wandb_run_urls.txt", ("\n".join(urls) + "\n").encode() if urls else None, train
     commits = {name: commit(folder / f"{_phase(work, name)}.environment.json") for name, folder in parts}
@@ -266,7 +267,9 @@ def report(work: Work) -> Iterator[Row]:
         if not file.is_file():
             yield Row(str(file), "missing", command)
         else:
-            yield Row(str(file), "" if file.read_text() == expected[name] else f"does not say what {path} says", command)
+            yield Row(
+                str(file), "" if file.read_text(encoding="utf-8") == expected[name] else f"does not say what {path} says", command
+            )
 
 
 def disagreements(work: Work, content: dict[str, Any]) -> Iterator[str]:
@@ -307,7 +310,7 @@ def disagreements(work: Work, content: dict[str, Any]) -> Iterator[str]:
                 yield f"{metric} is {said['value']:g}, but {estimate['value']:g} in {decided}"
     known = work.named("results/git_commit_hash.txt")
     git = (content["training"] or {}).get("environment", {}).get("git")
-    if git and known.is_file() and git not in known.read_text():
+    if git and known.is_file() and git not in known.read_text(encoding="utf-8"):
         yield f"its commit {git} is not in {known}"
 
 
@@ -374,13 +377,15 @@ def _card(work: Work, files: dict[str, Path], outfile: str, command: str) -> Row
     place = list(files.values())[-1].parent / "README.md"
     if not place.is_file():
         return Row(str(place), "missing", command)
-    if MARK not in place.read_text():
+    if MARK not in place.read_text(encoding="utf-8"):
         return Row(str(place), note="not written by scripts.export_gguf; not checked")
     name = Path(outfile.replace("{outtype}", "")).stem.strip("-_.")
     vocabulary = read_vocabulary(work.checkpoint, read_config(work.checkpoint).vocab_size)
-    chat = vocabulary.template == jinja_template()
+    chat = is_our_template(vocabulary.template)
     wanted = model_card(work.checkpoint, files, name, chat, work.logs, work.results)
-    problem = "" if place.read_text() == wanted else "says something else than the results, the logs and the checkpoint"
+    problem = (
+        "" if place.read_text(encoding="utf-8") == wanted else "says something else than the results, the logs and the checkpoint"
+    )
     return Row(str(place), problem, command)
 
 

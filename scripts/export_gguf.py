@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.chat import jinja_template
+from data.chat_template import is_our_template
 from data.gguf_tokenizer import Vocabulary, read_vocabulary
 from entrypoint import at_least, user_errors
 from models.gguf import OUTTYPES, export, read_config
@@ -54,15 +54,15 @@ def write_beside(
     """Modelfile, LM_STUDIO.md and README.md beside the last file; yields what became of each."""
     best = list(targets.values())[-1]
     run = next((parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"), folder.name)
-    chat = vocabulary.template == jinja_template()
+    chat = is_our_template(vocabulary.template)
     card = model_card(folder, targets, name, chat, logs or Path("logs") / run, results or Path("results") / run)
     texts = {"Modelfile": modelfile(best.name, chat), "LM_STUDIO.md": lm_studio(best.name, chat), "README.md": card}
     for file, text in texts.items():
         path = best.parent / file
-        if path.is_file() and MARK not in path.read_text(errors="replace"):
+        if path.is_file() and MARK not in path.read_text(errors="replace", encoding="utf-8"):
             yield f"{path} is not of this command and stays as it is"
             continue
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         yield f"{path} written"
 
 

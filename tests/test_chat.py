@@ -1,5 +1,6 @@
 """The chat template against transformers' rendering of it, what is trained, what users may type, and reading replies back."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -11,9 +12,11 @@ import torch
 from test_model import tiny
 from transformers import AutoTokenizer
 
+from data import chat_template
 from data.chat import BOS, CHAT_TOKENS, IM_END, IM_START, PAD, TEMPLATE, TRAINING_TEMPLATE, Chat, clean, neutralise, parse
 from data.chat_tokenizer import PROBE, save_chat_tokenizer
 from data.conversations import Skipped, read_conversations
+from data.other_chats import open_chat
 from models.hf import save_hf
 from models.speakers import TorchSpeaker
 from scripts import test_generation as generation_script
@@ -121,6 +124,15 @@ def test_no_hidden_system_prompt_and_the_tokenizer_grows_once(chat, folder, text
     save_chat_tokenizer(tmp_path, folder)
     assert all((tmp_path / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
     assert AutoTokenizer.from_pretrained(folder).eos_token == IM_END
+
+
+def test_a_checkpoint_with_an_earlier_template_still_speaks_ours(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    earlier = "{# earlier #}" + (tmp_path / TEMPLATE).read_text(encoding="utf-8")
+    (tmp_path / TEMPLATE).write_text(earlier, encoding="utf-8")
+    assert not isinstance(open_chat(tmp_path), Chat)
+    monkeypatch.setattr(chat_template, "FORMER", {hashlib.sha256(earlier.encode()).hexdigest()})
+    assert isinstance(open_chat(tmp_path), Chat)
 
 
 @pytest.mark.parametrize("given", ["text", "ids"])
