@@ -21,6 +21,7 @@ from evals.eval_perplexity import perplexity
 from training import selftest, setup
 from training.checkpoint import on_main
 from training.config import RunConfig, load
+from training.logger import log_in
 from training.objectives import next_token
 from training.phase import TokenizerFiles, run_phase
 
@@ -46,11 +47,11 @@ def main() -> None:
             "log.wandb_project": args.wandb_project,
             "log.wandb_run_name": args.wandb_run_name,
         }
-        given = [f"{key}={value}" for key, value in flags.items() if value is not None]
         default = "configs/test_mode.yaml" if args.test_mode else "configs/phase1_pretrain.yaml"
         test = selftest.overrides(args.steps) if args.test_mode else []
-        run = load(args.config or default, test + args.overrides + given)
+        run = load(args.config or default, test + args.overrides, flags)
         with setup.ranks() as device:
+            on_main(lambda: log_in(run.log))
             status = pretrain(run, rank, world, device, args.test_mode, args.profile)
     setup.leave(status)
 
@@ -66,11 +67,13 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     shape = (data.sequence_length, data.rows, data.micro_batch_size)
     packed = PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world, data.packing)
     batch_size = run.validation.batch_size or data.micro_batch_size
+    measured = run.validation.every or run.validation.before
     held_out = {
         name: validation_batches(part, data.sequence_length, batch_size, run.validation.rows, rank, world)
-        for name, part in open_shards(data.store, data.mix, "val", vocab).items()
+        for name, part in (open_shards(data.store, data.mix, "val", vocab) if measured else {}).items()
     }
-    evaluate = partial(perplexity, sources=held_out, bytes_of=torch.from_numpy(tokenizer.bytes_of), total=setup.add_up)
+    bytes_of = torch.from_numpy(tokenizer.bytes_of)
+    evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up) if measured else None
     files, objective = TokenizerFiles(*tokenizer[:2]), next_token(run.optim.z_weight)
     check, lines = selftest.check if test else None, packed.describe(run.steps)
     return run_phase(run, device, Prefetcher(packed, device), objective, evaluate, files, lines, profile, check)

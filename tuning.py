@@ -16,6 +16,7 @@ from models.hf import read_hf_config
 from training import setup
 from training.checkpoint import on_main
 from training.config import RunConfig
+from training.logger import log_in
 from training.phase import TokenizerFiles
 from training.settings import load_settings
 
@@ -77,10 +78,10 @@ def start(
     }
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
-        given = [f"{key}={value}" for key, value in flags.items() if value is not None]
         any_length = "model.max_position_embeddings=1000000000"  # until the base's is known
-        run = load_settings(kind, args.config, [any_length, *args.overrides, *given])
+        run = load_settings(kind, args.config, [any_length, *args.overrides], flags)
         with setup.ranks() as device:
+            on_main(lambda: log_in(run.log))
             status = train(run, rank, world, device, args.profile)
     setup.leave(status)
 

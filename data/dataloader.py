@@ -233,10 +233,11 @@ def validation_batches(
     """
     whole = (len(shards) - 1) // sequence_length
     wanted = min(rows or whole, whole)
-    if not wanted:
+    if wanted < 1:
         raise ValueError(
-            f"{shards.folder} has {len(shards)} held-out tokens, too few for one row of {sequence_length}; "
-            "hold out more or shorten data.sequence_length"
+            f"source {shards.folder.name} has {len(shards):,} held-out tokens, too few for one row of {sequence_length}; raise "
+            "val_fraction in the recipe and run scripts.prepare_data again, add data, leave the source out of data.mix, or "
+            "train without validation (validation.every=0)"
         )
     return row_batches(StreamRows(shards, sequence_length), sequence_length, batch_size, wanted, rank, world)
 

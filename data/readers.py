@@ -4,21 +4,22 @@ A reader yields Document or Skipped. Its `position` (JSON) always says where to 
 reading can be taken up by another process; `inputs` (JSON) is all that the documents depend on.
 """
 
-import glob
 import inspect
 import json
-import os
 import re
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data.local_files import SUFFIXES, list_files, read_lines, rows_at_once, zstd_error
 from data.manifest import file_hash
 from data.sources import Document, HubSource
 
-SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-BLOCK = 1 << 16  # bytes read from a compressed file at once
+NOT_JSON, NOT_UTF8, NOT_OBJECT = "not JSON", "not UTF-8 text", "not a JSON object"
+ARRAY, NO_COLUMN = "a JSON array; one object a line is read", "no column with text"
+UNREADABLE = (NOT_JSON, NOT_UTF8, NOT_OBJECT, ARRAY, NO_COLUMN)  # rows that count against ingest's max_bad
+NOT_READ = f"another file than {', '.join(SUFFIXES)}"
 HUB_PACKAGES = ("huggingface_hub", "datasets", "httpx", "httpx2", "aiohttp", "pyarrow")
 PARQUET_SHARE = 0.6  # bytes on the disk for a byte of text, an upper estimate: 0.25 to 0.42 in the quickstart corpus
 
@@ -65,22 +66,10 @@ class CorpusReader:
                 yield document
 
 
-def find_files(where: str) -> dict[str, Path]:
-    """Data files of a path, a folder (with all below it) or a glob, sorted; their names below it. ValueError for none."""
-    root = Path(where)
-    if root.is_dir():
-        found = {path.relative_to(root).as_posix(): path for path in sorted(root.rglob("*")) if path.name.endswith(SUFFIXES)}
-    else:
-        paths = [Path(path) for path in sorted(glob.glob(where, recursive=True)) if path.endswith(SUFFIXES)]
-        above = Path(os.path.commonpath([path.parent for path in paths])) if paths else root
-        found = {path.relative_to(above).as_posix(): path for path in paths}
-    if not found:
-        raise ValueError(f"there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file at {where}; check the path")
-    return found
-
-
 class FileReader:
     """Local parquet and JSON-lines files. What cannot be read in them is skipped and named; a missing column is refused.
+
+    excluded: folders that are not read, such as the output of the store itself.
 
     Files count as unchanged while name, size and time of change are. The checksum of a .gz stands at its end: what is garbled
     within it may be read before the file is named as damaged.
@@ -89,8 +78,8 @@ class FileReader:
     bytes_per_token = 4.0
     licence = "not stated"
 
-    def __init__(self, where: str, text_column: str = "text", id_column: str = "id"):
-        self.files = find_files(where)
+    def __init__(self, where: str, text_column: str = "text", id_column: str = "id", excluded: Collection[Path] = ()):
+        self.files, self.not_read = list_files(where, excluded)
         self.text_column, self.id_column, self.origin = text_column, id_column, where
         stats = {name: path.stat() for name, path in self.files.items()}
         self.sizes = {name: stat.st_size for name, stat in stats.items()}
@@ -106,6 +95,8 @@ class FileReader:
 
     def read(self) -> Generator[Document | Skipped, None, None]:
         names = list(self.files)
+        if self.position == {"file": 0, "row": 0}:
+            yield from (Skipped(NOT_READ, name) for name in self.not_read)
         while self.position["file"] < len(names):
             name = names[self.position["file"]]
             read = self._parquet if name.endswith(".parquet") else self._lines
@@ -135,6 +126,9 @@ class FileReader:
             columns = file.schema_arrow.names
             if self.text_column not in columns:
                 raise ValueError(f"{path} has no column {self.text_column}, only {', '.join(columns)}; give --text_column")
+            kind = file.schema_arrow.field(self.text_column).type
+            if not _is_text(kind):
+                raise ValueError(f"column {self.text_column} of {path} holds {kind}, not text; give --text_column")
             wanted = [self.text_column, *({self.id_column} & set(columns))]
             end = 0
             for group in range(file.num_row_groups):
@@ -143,11 +137,13 @@ class FileReader:
                     continue
                 number = start
                 try:
-                    for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=wanted):
-                        for row in batch.to_pylist():
+                    size = rows_at_once(file, group)
+                    for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
+                        columns = [batch.column(column) for column in wanted]
+                        for i in range(batch.num_rows):  # one text in memory at a time
                             number += 1
                             if number > before:
-                                text, own = row[self.text_column], row.get(self.id_column)
+                                text, own = columns[0][i].as_py(), columns[-1][i].as_py() if len(columns) > 1 else None
                                 yield self._at(number, to_document(text, own, f"{name}:{number}"))
                 except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                     where = f"{name}:{number + 1}-{end} ({_first_line(error)})"
@@ -273,7 +269,13 @@ class HubReader:
 
 def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
     """One sentence on why the hub did not give what was asked for, and what to do."""
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     chain: list[BaseException] = [error]  # the hub's file system wraps what the hub said
     while cause := chain[-1].__cause__ or chain[-1].__context__:
@@ -288,9 +290,40 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
         return f"{repo} is gated: accept its terms on https://huggingface.co/datasets/{repo}, run `hf auth login`, then {again}"
     if any_is(RevisionNotFoundError):
         return f"{repo} has no such revision; give another with --revision"
+    if any_is(RepositoryNotFoundError):
+        return f"the hub has no public data set {repo}; check its name, or run `hf auth login` if it is private"
+    if any_is(RemoteEntryNotFoundError):
+        return f"{repo} lacks a file ({_first_line(error)}); check its name, configuration and split"
+    if choice := _choice(chain, repo):
+        return choice
     if any_is(OfflineModeIsEnabled):
         return f"{repo} lies on the hub and HF_HUB_OFFLINE is set; unset it and {again}"
     return f"the hub did not give {repo} ({type(error).__name__}: {_first_line(error)}); when it does, {again}"
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether an arrow type holds text, or bytes that may be text."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    named = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    return str(kind) in named or pa.types.is_fixed_size_binary(kind)
+
+
+def _choice(chain: list[BaseException], repo: str) -> str | None:
+    """What to set where the split or the config of a data set is not one that it has."""
+    kinds = {
+        "split": r"(?:Bad split: |Unknown split \")(?P<asked>[^\". ]+).*?(?P<known>\[.*?\])",
+        "config": r"(?:Config name is missing|BuilderConfig '(?P<asked>.*?)' not found).*?(?P<known>\[.*?\])",
+    }
+    for error in map(str, chain):
+        for key, pattern in kinds.items():
+            if found := re.search(pattern, error, re.DOTALL):
+                asked = f"no {key} {found['asked']}" if found["asked"] else f"several {key}s"
+                known = ", ".join(re.findall(r"'(.*?)'", found["known"]))
+                return f"{repo} has {asked}; set {key} of the source to one of {known}"
+    return None
 
 
 def parse_line(line: bytes | str, where: str, text_column: str, id_column: str) -> Document | Skipped:
@@ -301,64 +334,30 @@ def parse_line(line: bytes | str, where: str, text_column: str, id_column: str) 
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            row = json.loads(line)  # takes lone surrogates
+            row = json.loads(line if isinstance(line, str) else line.decode())  # takes lone surrogates
+        except UnicodeDecodeError:
+            return Skipped(NOT_UTF8, where)
         except (ValueError, RecursionError):
-            return Skipped("not JSON", where)
+            return Skipped(NOT_JSON, where)
     if not isinstance(row, dict):
-        return Skipped("not a JSON object", where)
-    return to_document(row.get(text_column), row.get(id_column), where)
+        rows = isinstance(row, list) and row and isinstance(row[0], dict)
+        return Skipped(ARRAY if rows else NOT_OBJECT, where)
+    if text_column not in row:
+        return Skipped(NO_COLUMN, where)
+    return to_document(row[text_column], row.get(id_column), where)
 
 
 def to_document(text: object, own: object, where: str) -> Document | Skipped:
-    """The document of one row; its id is its own, else where it stands."""
-    if not isinstance(text, str) or not text.strip():
+    """The document of one row; without an id of its own it is named by its place. Bytes are read as UTF-8."""
+    try:
+        text, own = (part.decode() if isinstance(part, bytes) else part for part in (text, own))
+    except UnicodeDecodeError:
+        return Skipped(NOT_UTF8, where)
+    if not isinstance(text, str | None):
+        return Skipped(NO_COLUMN, where)
+    if not text or not text.strip():
         return Skipped("no text", where)
     return Document(where if own is None else str(own), text)
-
-
-def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file without their ends. A last line without an end is one too, unless the file is cut off."""
-    begun = b""
-    for block in _blocks(path):
-        first, *rest = block.split(b"\n")
-        begun += first
-        for line in rest:
-            yield begun
-            begun = line
-    if begun:
-        yield begun
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
-    """Content of a plain, .gz or .zst file. EOFError where a compressed one ends too early."""
-    with open(path, "rb") as file:
-        if path.suffix == ".jsonl":
-            while block := file.read(BLOCK * 16):
-                yield block
-            return
-        decoder = _decoder(path.suffix)
-        while block := file.read(BLOCK):
-            while block:
-                if decoder.eof:
-                    decoder = _decoder(path.suffix)  # files may hold several streams
-                yield decoder.decompress(block)
-                block = decoder.unused_data
-        if not decoder.eof:
-            raise EOFError("the compressed file ends too early")
-
-
-def _decoder(suffix: str):
-    if suffix == ".gz":
-        return zlib.decompressobj(wbits=31)
-    import zstandard
-
-    return zstandard.ZstdDecompressor().decompressobj()
-
-
-def zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
 
 
 def _code_hash(function: Callable) -> str:

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from data.decontamination import EXCERPT, Hit, Index, Settings, build_index, to_json
 from data.ingest import open_reader
+from data.local_files import find_files
 from data.quickstart_corpus import quickstart_sources
-from data.readers import FileReader, Skipped, find_files
+from data.readers import FileReader, Skipped
 from data.sources import HUB_SOURCES, Document
 from data.testsets import Item, load_testset
 from data.words import hash_words, ngrams
@@ -40,7 +41,7 @@ def decontaminate(
     sets = {name: load_testset(name, cache) for name in tests}
     known_names = [name for name in train if name in HUB_SOURCES or name in quickstart_sources()]
     files = [(name, Path(name)) for name in known_names]
-    files += [(name, path) for where in train if where not in known_names for name, path in find_files(_place(where)).items()]
+    files += _files([where for where in train if where not in known_names])
     index = build_index(sets, settings)
     hits: list[Hit] = []
     seen: Counter[str] = Counter()
@@ -68,6 +69,13 @@ def decontaminate(
     found["settings"].update(train_datasets=train, documents=scanned, skipped=dict(seen))
     write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return index, found
+
+
+def _files(train: list[str]) -> list[tuple[str, Path]]:
+    """The files of all training data; those whose names are equal are named by their paths."""
+    found = [(name, path) for where in train for name, path in find_files(_place(where)).items()]
+    count = Counter(name for name, _ in found)
+    return [(name if count[name] == 1 else str(path), path) for name, path in found]
 
 
 def _documents(file: tuple[str, Path]) -> Iterator[Document | Skipped]:

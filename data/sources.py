@@ -4,6 +4,7 @@ A revision is a commit of the data set's repository, so that the same command gi
 names a branch instead, its commit is resolved at the first download, kept in the manifest and used by every later run.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -97,6 +98,18 @@ GROUPS = {  # names that stand for several sources
     "gold_sources_mixed": ("open_web_math", "stackexchange", "stem_wiki"),
 }
 HELD_OUT = "_validation"
+HUB = "hf://"  # begins the address of any data set on the hub
+
+
+def hub_files(address: str) -> tuple[str, str, str]:
+    """Repository, file pattern and revision (default: main) of hf://owner/name/FILES@revision; ValueError for another form."""
+    parts = re.fullmatch(r"([^/@]+/[^/@]+)/([^@]+)(?:@(.+))?", address.removeprefix(HUB))
+    if not parts or not parts[2].endswith((".parquet", ".json", ".jsonl", ".gz", ".zst")):
+        raise ValueError(
+            f"{address} must name the files to read, .parquet or with a JSON object a line, as in "
+            "hf://owner/name/data/train-*.parquet@revision; a split or a config of a data set is some of its files"
+        )
+    return parts[1], parts[2], parts[3] or "main"
 
 
 def sources_of(name: str) -> tuple[str, ...]:

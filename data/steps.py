@@ -7,9 +7,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as parquet
@@ -25,13 +24,14 @@ from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from data import decontamination
+from data.local_files import rows_at_once
 from data.manifest import file_hash
 from data.recipe import CleanConfig, DecontaminateConfig, Split
 from data.shards import ShardFile, allow_open_files, token_dtype
 from data.tokenizer import Encoder
 from data.words import hash_words, ngrams
 
-BATCH = 256  # documents handled at once
+BATCH, BATCH_CHARS = 256, 8_000_000  # documents handled at once, and characters of them; one longer document is alone
 REACH = 320  # characters an e-mail address may have on either side of its @ (RFC 5321 has 64 and 255)
 BLANK = re.compile(r"\s")
 PIECE = 1 << 22  # characters of a document whose words are hashed at once
@@ -105,9 +105,24 @@ def read_documents(path: Path) -> Iterator[Document]:
     """Documents of a parquet file with columns id and text, in order. Holds one row group, which ingest keeps to 16 MB."""
     with parquet.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
-            for batch in file.iter_batches(batch_size=100, row_groups=[group], columns=["id", "text"]):
+            size = min(100, rows_at_once(file, group))
+            for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=["id", "text"]):
                 for row in batch.to_pylist():
                     yield Document(**row)
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents in lists of at most BATCH, and of BATCH_CHARS or one document."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        if batch and (len(batch) == BATCH or size + len(document.text) > BATCH_CHARS):
+            yield batch
+            batch, size = [], 0
+        batch.append(document)
+        size += len(document.text)
+    if batch:
+        yield batch
 
 
 class WriteClean(ParquetWriter):
@@ -115,6 +130,16 @@ class WriteClean(ParquetWriter):
 
     def __init__(self, folder: str):
         super().__init__(folder, "${rank}.parquet", "zstd", batch_size=100, max_file_size=-1)  # books are long: few a batch
+        self.held: Counter[str] = Counter()  # characters not written yet, by file
+
+    def _write(self, document: dict[str, str], file_handler: Any, filename: str) -> None:
+        """Write a row group early where its documents are long."""
+        self.held[filename] += len(document["text"])
+        super()._write(document, file_handler, filename)
+        if self.held[filename] >= BATCH_CHARS:
+            self._write_batch(filename)
+        if not self._batches[filename]:
+            self.held[filename] = 0
 
     def _default_adapter(self, document: Document) -> dict[str, str]:
         return {"id": document.id, "text": document.text}
@@ -290,8 +315,7 @@ class Decontaminate(PipelineStep):
         index, by_rule = decontamination.Index.load(self.index), self.settings.by_rule
         source, found = self.parts[rank].source, []
         count = {"contaminated": 0, "cut": 0}
-        documents = iter(data)
-        while batch := list(islice(documents, BATCH)):
+        for batch in batches(data):
             hits: dict[str, list[decontamination.Hit]] = {}
             for hit in index.scan((str(i), document.text) for i, document in enumerate(batch)):
                 hits.setdefault(hit.train_id, []).append(hit)
@@ -327,8 +351,7 @@ class WriteShards(PipelineStep):
         bos = np.array([encoder.bos])
         dtype = token_dtype(encoder.vocab_size)
         shards: dict[str, ShardFile] = {}
-        documents = iter(data)
-        while batch := list(islice(documents, BATCH)):
+        for batch in batches(data):
             for document, ids in zip(batch, encoder([document.text for document in batch]), strict=True):
                 split = self.split.of(document.id)
                 if split not in shards:
@@ -340,8 +363,8 @@ class WriteShards(PipelineStep):
 
 def write_json(path: Path, content: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False))
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
 
 def read_json(path: Path):
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))

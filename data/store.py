@@ -64,6 +64,11 @@ def open_shards(
                 f"the shards of {name} were made with another tokenizer than the store's or for another model.vocab_size than "
                 f"{vocab_size}; run python -m scripts.prepare_data again"
             )
+        if split == "train" and not len(whole):
+            raise ValueError(
+                f"every document of source {name} is held out, or none was kept; lower val_fraction in the recipe, look at "
+                f"{Path(store) / 'report.json'}, and run python -m scripts.prepare_data again"
+            )
         minimum = (min_document_tokens or {}).get(name)
         shards[name] = whole if minimum is None else LongDocuments(whole, minimum)
     return shards

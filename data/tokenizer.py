@@ -6,6 +6,7 @@ tokens of at most 16 bytes. Every byte string has an encoding that decodes to it
 
 import heapq
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ SPECIAL_TOKENS = (BOS, PAD)
 MAX_TOKEN_LENGTH = 16  # bytes; llama-cpp-python drops tokens of more than 32
 BLANK = 250_000  # characters; tiktoken's regex engine gives up at 1,000,000 of white space in a row
 LONGEST = 2_000_000  # characters; tokenizers' engine gives up at 5,000,000
+MAX_PIECE = 1_000  # characters of a word that training sees together: BPE training takes quadratic time in it
+LONG_PIECES = re.compile(rf"[^\W\d_]{{{MAX_PIECE},}}|(?:[^\w\s]|_){{{MAX_PIECE},}}|\s{{{MAX_PIECE},}}")
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -42,13 +45,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _cut_long_pieces(text)), trainer)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
             f"the texts give a vocabulary of {tokenizer.get_vocab_size()}, not {vocab_size}; "
             "give more text or ask for a smaller vocab_size"
         )
     return tokenizer
+
+
+def _cut_long_pieces(text: str) -> Iterator[str]:
+    """The text in parts, so that no run of letters, of signs or of white space in it is longer than MAX_PIECE."""
+    done = 0
+    for match in LONG_PIECES.finditer(text):
+        for end in range(match.start() + MAX_PIECE, match.end() + 1, MAX_PIECE):
+            yield text[done:end]
+            done = end
+    yield text[done:]
 
 
 def sample_texts(sources: Sequence[Iterable[str]], max_bytes: int) -> Iterator[str]:
@@ -86,7 +99,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / SETTINGS).unlink(missing_ok=True)
     try:
         write_ranks(ranks_of(tokenizer), folder)

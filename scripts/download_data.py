@@ -1,9 +1,10 @@
 """Fetch documents into a data store: <output>/documents/<source>/.
 
 python -m scripts.download_data --dataset quickstart --output data/store/quickstart
-python -m scripts.download_data --dataset fineweb_edu --max_tokens 24e9 --output data/store/nanollama_1b
-python -m scripts.download_data --dataset pg19_and_stack_mixed --max_tokens 2e9 --output data/store/nanollama_1b
+python -m scripts.download_data --dataset fineweb_edu --max_tokens 26e9 --output data/store/nanollama_1b
+python -m scripts.download_data --dataset pg19_and_stack_mixed --max_tokens 8e9 --output data/store/nanollama_1b
 python -m scripts.download_data --dataset my_texts.jsonl.zst --name mine --output data/store/mine
+python -m scripts.download_data --dataset "hf://allenai/c4/en/*.json.gz" --name c4_en --max_tokens 1e9 --output data/store/mine
 python -m scripts.download_data --dataset fineweb10B --shards 9 --output data/fineweb10B
 python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa --output data/store/nanollama_1b
 
@@ -17,22 +18,27 @@ from pathlib import Path
 
 from data import manifest, testsets
 from data.fineweb10b import SHARDS, download_fineweb10b
-from data.ingest import ingest, open_reader
+from data.ingest import MAX_BAD, ingest, open_reader, source_name
 from data.quickstart_corpus import quickstart_sources
 from data.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
 from entrypoint import user_errors
 
+KNOWN = (*HUB_SOURCES, *GROUPS, "fineweb10B", *testsets.TEST_SETS, *quickstart_sources())
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = ", ".join((*HUB_SOURCES, *GROUPS, "fineweb10B", *testsets.TEST_SETS, *quickstart_sources()))
-    parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=f"quickstart, a path or glob, or of {known}")
+    known = ", ".join(KNOWN)
+    ways = "a path or glob, files of a data set on the hub as hf://owner/name/FILES@revision, quickstart, or of"
+    parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=f"{ways} {known}")
     parser.add_argument("--output", type=Path, default=Path("data/store/quickstart"), help="data store")
     parser.add_argument("--max_tokens", type=float, help="stop at about that many tokens of each source, such as 24e9")
     parser.add_argument("--name", help="of a path in the store; default: the file's or folder's")
     parser.add_argument("--revision", help="commit or branch on the hub; default: the pinned commit")
     parser.add_argument("--text_column", help="default: text, for a set of the hub its own")
     parser.add_argument("--id_column", help="default: id, for a set of the hub its own")
+    about = "share of a source's rows that may be unreadable; above it the source is refused"
+    parser.add_argument("--max_bad", type=float, default=MAX_BAD, help=f"{about} (default: {MAX_BAD})")
     parser.add_argument("--shards", type=int, default=SHARDS, help="of fineweb10B, of 100 million tokens each")
     args = parser.parse_args()
     datasets = [name for given in args.dataset for name in _names(given)]
@@ -40,6 +46,7 @@ def main() -> None:
         parser.error("--name is for one --dataset")
     fresh = False
     with user_errors():
+        _check_names(datasets)
         for dataset in datasets:
             if held_out := held_out_of(dataset):
                 _check_held_out(dataset, held_out, args.output)
@@ -51,7 +58,7 @@ def main() -> None:
                 print(f"{dataset:>16} {testsets.TEST_SETS[dataset].split}; {testsets.TEST_SETS[dataset].licence}; {path}")
             else:
                 name, reader = open_reader(dataset, args.output, args.name, args.revision, args.text_column, args.id_column)
-                fresh |= ingest(reader, args.output, name, args.max_tokens)
+                fresh |= ingest(reader, args.output, name, args.max_tokens, max_bad=args.max_bad)
                 found = manifest.read(args.output / "documents" / name)
                 assert found is not None
                 size = f"{found['documents']:>10,} documents {found['bytes'] / 1e6:>10,.2f} MB"
@@ -64,7 +71,22 @@ def _names(given: str) -> Iterable[str]:
     """The data sets that one value of --dataset stands for; a path stays a path."""
     if given == "quickstart":
         return quickstart_sources()
+    if given in KNOWN and Path(given).exists():
+        print(f"note: {given} is the data set of that name; give ./{given} for the path", file=sys.stderr)
     return [given] if Path(given).exists() else sources_of(given)
+
+
+def _check_names(datasets: Sequence[str]) -> None:
+    """ValueError where two data sets would have one name in the store."""
+    named: dict[str, str] = {}
+    for dataset in datasets:
+        if held_out_of(dataset) or dataset == "fineweb10B" or dataset in testsets.TEST_SETS:
+            continue
+        name = source_name(dataset)
+        if name and named.setdefault(name, dataset) != dataset:
+            raise ValueError(
+                f"{named[name]} and {dataset} would both be the source {name}; download them one by one, each with --name"
+            )
 
 
 def _check_held_out(name: str, sources: Sequence[str], store: Path) -> None:

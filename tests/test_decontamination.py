@@ -277,7 +277,7 @@ def test_bad_input_ends_in_one_sentence(files):
         ((train, "gsm9k"), "did you mean gsm8k?"),
         ((train, "questions"), "known are mmlu, gsm8k, hellaswag, arc, truthfulqa"),
         ((train, str(files / "absent.jsonl")), "there is no test set at"),
-        ((train, str(files / "bad.jsonl")), "bad.jsonl:1 no text"),
+        ((train, str(files / "bad.jsonl")), "bad.jsonl:1 no column with text"),
         ((train, str(files / "bad.parquet")), "unreadable file"),
         ((train, str(files / "empty.jsonl")), "hold no items"),
         ((str(files / "absent"), own), "absent; check the path"),

@@ -96,7 +96,7 @@ def once(moment, left):
     Path.rename, ingest._Part.add = killing_rename, killing_add
     source = HubSource(where, "main", "data/*.parquet", "", "", 4.0, id_column="id")
     reader = FileReader(where) if kind == "files" else HubReader(source)
-    ingest.ingest(reader, Path(store), "s", float(budget[0]) if budget else None, part_bytes=20_000)
+    ingest.ingest(reader, Path(store), "s", float(budget[0]) if budget else None, part_bytes=20_000, max_bad=0.05)
 
 for moment in json.loads(moments):
     child = os.fork()
@@ -150,7 +150,7 @@ def test_killed_before_the_folder_has_its_name(mixed, tmp_path):
 
 
 def test_killed_when_the_budget_is_spent(mixed, tmp_path):
-    assert ingest(FileReader(str(mixed)), tmp_path / "whole", "s", 11_000, part_bytes=PART)
+    assert ingest(FileReader(str(mixed)), tmp_path / "whole", "s", 11_000, part_bytes=PART, max_bad=0.05)
     whole = contents(tmp_path / "whole" / "documents" / "s")
     assert [f"{i:05d}.parquet" for i in range(3)] + ["manifest.json"] == list(whole)
     moments = [("after", 2 * 3), ("never", 1)]  # renames of three parts and of progress.json after each
@@ -170,7 +170,7 @@ def test_files_of_every_kind(mixed, tmp_path, capsys):
     named = [*(f"d{i}" for i in range(5)), *(f"d{i}" for i in range(120))]
     assert [d.id for d in got] == [*named, *(f"c.jsonl.zst:{i}" for i in range(1, 61)), *(f"d{i}" for i in range(180, 300))]
     assert [d.text for d in got] == TEXTS[:5] + TEXTS
-    assert found["skipped"] == {"not JSON": 1, "not a JSON object": 1, "no text": 1}
+    assert found["skipped"] == {"not JSON": 1, "not a JSON object": 1, "no column with text": 1}
     assert [*found["skipped_examples"].values()] == [["a.jsonl:6"], ["a.jsonl:8"], ["a.jsonl:9"]]
     assert "skipped 1 (not JSON): a.jsonl:6" in said
     assert found["documents"] == len(got) and found["bytes"] == sum(len(d.text.encode()) for d in got)
@@ -196,7 +196,7 @@ def test_a_damaged_archive_gives_what_is_readable_and_is_named(suffix, damage, t
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(data[:half] if damage == "cut off" else data[:half] + b"\0" * 5_000 + data[half + 5_000 :])
     (tmp_path / "b.jsonl").write_bytes(lines(ROWS[:3]))
-    assert ingest(FileReader(str(tmp_path)), tmp_path / "store", "s")
+    assert ingest(FileReader(str(tmp_path)), tmp_path / "store", "s", max_bad=0.3)
     found = manifest.read(tmp_path / "store" / "documents" / "s")
     got = [document for document in documents(tmp_path / "store" / "documents" / "s") if document.id.isdigit()]
     assert 50 < len(got) < 350 and found["documents"] == len(got) + 3  # the next file is read
@@ -238,7 +238,7 @@ def test_columns_budget_and_ids(tmp_path):
     sizes = np.cumsum([len(text) for text in TEXTS])
     assert [d.id for d in got] == [str(i) for i in range(int(np.searchsorted(sizes, 40_000)) + 1)]  # 4 bytes a token
     (tmp_path / "b.jsonl").write_bytes(lines([{"body": "x"}]))
-    with pytest.raises(ValueError, match=r"b.jsonl gives no document \(1 x no text\); check the path, --text_column"):
+    with pytest.raises(ValueError, match=r"b.jsonl gives no document \(1 x no column with text\); check the path, --text_column"):
         ingest(FileReader(str(tmp_path / "b.jsonl")), tmp_path, "t")
     with pytest.raises(ValueError, match=r"there is no .parquet, .jsonl"):
         FileReader(str(tmp_path / "nothing"))
@@ -250,10 +250,10 @@ def test_text_is_kept_as_it_is_but_for_lone_surrogates(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         raw + b'{"id": "s\\udc00", "text": "half \\ud83d, whole \\ud83d\\ude00"}\n{"text": "\xff"}\n'
     )
-    assert ingest(FileReader(str(tmp_path / "a.jsonl")), tmp_path, "s")
+    assert ingest(FileReader(str(tmp_path / "a.jsonl")), tmp_path, "s", max_bad=0.2)
     got, found = documents(tmp_path / "documents" / "s"), manifest.read(tmp_path / "documents" / "s")
     assert [d.text for d in got] == [*odd, "half \ufffd, whole 😀"] and got[-1].id == "s\ufffd"
-    assert found["repaired"] == 1 and found["skipped_examples"] == {"not JSON": ["a.jsonl:5"]}
+    assert found["repaired"] == 1 and found["skipped_examples"] == {"not UTF-8 text": ["a.jsonl:5"]}
 
 
 def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatch):

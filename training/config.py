@@ -111,7 +111,7 @@ class RunConfig:
                 f"every {self.checkpoint.every} steps; set checkpoint.keep={-(-back // self.checkpoint.every) + 1}"
             )
         for name in ("run", "phase"):
-            if not getattr(self, name) or Path(getattr(self, name)).name != getattr(self, name):
+            if Path(getattr(self, name)).name in ("", "..") or Path(getattr(self, name)).name != getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a plain folder name")
 
     @property
@@ -134,9 +134,9 @@ class RunConfig:
         return Path(self.log_dir or f"logs/{self.run}")
 
 
-def load(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """The run of a YAML file with `section.key=value` overrides; ValueError says which setting is wrong and how."""
-    return load_settings(RunConfig, path, overrides)
+def load(path: str | Path, overrides: list[str] | None = None, flags: dict[str, Any] | None = None) -> RunConfig:
+    """Read the run of a YAML file, with overrides and flags as load_settings takes them."""
+    return load_settings(RunConfig, path, overrides, flags)
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:

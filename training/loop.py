@@ -1,6 +1,7 @@
 """The one training loop. A stage hands it where batches come from, what is minimised and what is measured."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from training.schedulers import WSDScheduler
 from training.startup import NO_GO, check_startup, refused
 from training.state import State
 
+FAILED_TOGETHER = timedelta(seconds=60)  # that a rank whose validation failed waits for the others
 Evaluate = Callable[[torch.nn.Module], dict[str, dict[str, float]]]
 
 
@@ -91,7 +93,11 @@ def train(
                 **meter.stop(step.tokens),
             }
             if evaluate and run.validation.every and not stopping and (last or state.step % run.validation.every == 0):
-                metrics |= validate(model, evaluate)
+                try:
+                    metrics |= validate(model, evaluate)
+                except Exception:
+                    save_after_failure(state, saves, log, metrics)
+                    raise
             log.metrics(metrics, last)
             no_go = check_startup(run, state, log)
             if last or no_go or run.checkpoint.is_due(state.step):
@@ -175,6 +181,24 @@ def reduce(sums: dict[str, torch.Tensor], weight: int, flags: Sequence[bool] = (
     added = totals.tolist()
     means = {name: total / weight for name, total in zip(sums, added, strict=False)}
     return means, [total > 0 for total in added[len(sums) :]]
+
+
+def save_after_failure(state: State, saves: Checkpoints, log: Log, metrics: dict[str, Any]) -> None:
+    """Save the step whose validation failed, so that a restart continues after it. Nothing where only some ranks failed.
+
+    Ranks meet in the store, not in a collective: one that did not fail may wait in validation's own.
+    """
+    log.metrics(metrics, True)
+    ranks = [f"validation of step {state.step} failed on rank {rank}" for rank in range(dist.get_world_size())]
+    store = dist.distributed_c10d._get_default_store()
+    store.set(ranks[dist.get_rank()], "1")
+    try:
+        store.wait(ranks, FAILED_TOGETHER)
+    except RuntimeError:  # dist.DistStoreError: a rank did not fail
+        return
+    reshard(state.model)
+    saves.save(state, milestone=state.step == state.phase_end)
+    saves.wait()
 
 
 def validate(model: Any, evaluate: Evaluate) -> dict[str, float]:

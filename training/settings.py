@@ -1,6 +1,6 @@
 """Settings from YAML files laid over each other, then dotted overrides, read strictly into frozen dataclasses.
 
-Precedence: default < extended file < file < override. A key that does not exist stops the run with a suggestion.
+Precedence: default < extended file < file < override < flag. A key that does not exist stops the run with a suggestion.
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ import difflib
 import math
 import types
 import typing
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,27 +20,94 @@ ROOT = Path(__file__).resolve().parent.parent
 Kind = TypeVar("Kind")
 
 
-def load_settings(kind: type[Kind], path: str | Path, overrides: list[str] | None = None) -> Kind:
-    """`kind` from a YAML file with `section.key=value` overrides; ValueError says which setting is wrong and how."""
+def load_settings(
+    kind: type[Kind],
+    path: str | Path,
+    overrides: list[str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Kind:
+    """Read `kind` from a YAML file, with `section.key=value` overrides and then flags over it.
+
+    The value of a text setting is taken as typed; any other value is YAML. An empty value, or "null" in
+    an override, clears an optional text setting. flags: dotted setting -> value of a command-line flag, None where it
+    was not given. ValueError says which setting is wrong and how.
+    """
     values = read_yaml(Path(path))
-    for override in overrides or []:
-        key, found, text = override.partition("=")
-        if not found:
-            raise ValueError(f"{override!r} is not an override; write section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of {override!r} is not YAML") from error
+    given = [(*_split(override), False) for override in overrides or []]
+    given += [(key, str(value), True) for key, value in (flags or {}).items() if value is not None]
+    for key, text, is_flag in given:
         *sections, last = key.split(".")
         inner = values
         for section in sections:
             inner = inner.setdefault(section, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"{key} is not a setting: {section} has no parts")
-        inner[last] = value
+        inner[last] = _value(key, text, _setting_type(kind, key), is_flag)
     if clauses := renamed(kind, values):
         raise ValueError("; ".join(clauses))
     return _make(kind, values, "")
+
+
+def _split(override: str) -> tuple[str, str]:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"{override!r} is not an override; write section.key=value")
+    return key, text
+
+
+def _value(key: str, text: str, kind: Any, is_flag: bool) -> Any:
+    """The value of an override or a flag for a setting of type `kind`."""
+    if _optional(kind) is str:
+        cleared = kind is not str and (not text or (text == "null" and not is_flag))
+        return None if cleared else text
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(f"the value of {key + '=' + text!r} is not YAML{_twice(error)}") from error
+
+
+def _setting_type(kind: Any, key: str) -> Any:
+    """The declared type of a dotted setting; None where there is no such setting."""
+    for name in key.split("."):
+        kind = _optional(kind)
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        elif dataclasses.is_dataclass(kind):
+            kind = typing.get_type_hints(kind).get(name)
+        else:
+            return None
+    return kind
+
+
+def _optional(kind: Any) -> Any:
+    """X of X | None; any other type as it is."""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, which keeps only the last of two equal keys; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in keys:
+                    raise _TwiceError(None, None, key.value, key.start_mark)
+                keys.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+class _TwiceError(yaml.constructor.ConstructorError):
+    """A mapping that holds the key `problem` twice."""
+
+
+def _twice(error: yaml.YAMLError) -> str:
+    if isinstance(error, _TwiceError):
+        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
+        return f": it has the key {error.problem!r} twice{line}; remove one"
+    return f": {' '.join(str(error).split())}"
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -54,9 +122,11 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ValueError(f"{path} extends itself")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is not YAML{_twice(error)}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold settings, as key: value")
     parent = values.pop("extends", None)
@@ -75,7 +145,7 @@ def _make(kind: Any, value: Any, name: str) -> Any:
         return _make_dataclass(kind, value, name)
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):  # X | None
-        return None if value is None else _make(next(k for k in typing.get_args(kind) if k is not type(None)), value, name)
+        return None if value is None else _make(_optional(kind), value, name)
     if origin is dict and isinstance(value, dict):
         return {str(k): _make(typing.get_args(kind)[1], v, f"{name}.{k}") for k, v in value.items()}
     if origin is tuple and isinstance(value, list):
