@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from files import FULL, is_full
+
 ROOT = Path(__file__).resolve().parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 GONE = (errno.EPIPE, errno.EIO)  # of an output whose reader has ended, or whose terminal was closed
@@ -48,12 +50,20 @@ def add_boolean(parser: argparse.ArgumentParser, name: str, about: str) -> None:
 
 
 class Output(io.FileIO):
-    """A file descriptor to write to; once its reader is gone, os.devnull takes its place."""
+    """A file descriptor to write to; once its reader is gone, os.devnull takes its place.
+
+    A full disk under a redirected output drops what does not fit: a log must not end a run. `dropped` counts its bytes.
+    """
+
+    dropped = 0
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except OSError as error:
+            if error.errno in FULL:
+                self.dropped += memoryview(data).nbytes
+                return memoryview(data).nbytes
             if error.errno not in GONE:
                 raise
         null = os.open(os.devnull, os.O_WRONLY)
@@ -81,7 +91,7 @@ def outlive_readers() -> None:
         guarded = io.TextIOWrapper(
             io.BufferedWriter(raw) if buffered else raw,
             stream.encoding,
-            stream.errors,
+            "backslashreplace",  # any locale takes any text, and half a character ends nothing
             newline="\n",
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
@@ -90,28 +100,47 @@ def outlive_readers() -> None:
         setattr(sys, f"__{name}__", guarded)
 
 
+def _check_dropped() -> None:
+    """OSError, once the work is done, if a full disk took less than the whole output."""
+    dropped = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)
+        dropped += raw.dropped if isinstance(raw, Output) else 0
+    if dropped:
+        raise OSError(
+            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the work is done, but {dropped:,} bytes of its output are lost"
+        )
+
+
 @contextmanager
 def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
     """Print ValueErrors raised by our own code, and errors of the disk, as "error: ..."; all else keeps its traceback."""
     outlive_readers()
     try:
         yield
+        _check_dropped()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from what is whole", file=sys.stderr, flush=True)
+        print("interrupted; no half-written file was kept, so the same command can be run again", file=sys.stderr, flush=True)
         if world > 1:
             os._exit(130)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(frame.filename).resolve()
         said = (frame.line or "").startswith("raise")  # not a ValueError that Python itself raised in our code
         ours = isinstance(error, ValueError) and said and path.is_relative_to(ROOT) and "site-packages" not in path.parts
         disk = isinstance(error, OSError) and error.errno in DISK + PATHS
-        if not (ours or disk):
+        full = is_full(error)
+        if not (ours or disk or full):
             raise
         if rank:
             time.sleep(2)  # rank 0 mostly meets the same and says it; its end then ends this one before it speaks too
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        text = " ".join(str(error).split())
+        if full and not (ours or disk):
+            text = f"the disk is full ({text[:200]}); free some space, then run the same command again"
+        print(f"error: {text if full else error}", file=sys.stderr, flush=True)
         if world > 1:
             os._exit(2)  # another rank may wait for this one in a collective: leave without a farewell
         sys.exit(2)

@@ -147,7 +147,9 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         machine = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "datatrove": version("datatrove")}
-        args.output.write_text(json.dumps({**machine, "megabytes": size, "mb_per_s_per_core": rates}, indent=2) + "\n")
+        args.output.write_text(
+            json.dumps({**machine, "megabytes": size, "mb_per_s_per_core": rates}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

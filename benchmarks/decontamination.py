@@ -58,7 +58,7 @@ def main() -> None:
         results["memory"] = memory(index, hosts)
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(results, indent=1) + "\n")
+            args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def read_hosts(paths: list[str] | None, cache: Path) -> Iterator[Document]:
@@ -141,7 +141,7 @@ def memory(index: Index, hosts: list[Document]) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as scratch:
         index.save(Path(scratch) / "index")
         index.folder = None
-        (Path(scratch) / "text").write_text("\n\n".join(document.text for document in hosts)[: 8 << 20])
+        (Path(scratch) / "text").write_text("\n\n".join(document.text for document in hosts)[: 8 << 20], encoding="utf-8")
         for size in (50, 500):
             command = [
                 sys.executable,
@@ -152,13 +152,15 @@ def memory(index: Index, hosts: list[Document]) -> dict[str, dict]:
                 f"{scratch}/text",
                 str(size),
             ]
-            table[f"{size} MB"] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            table[f"{size} MB"] = json.loads(
+                subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout
+            )
             print(f"peak memory over {size} MB of text: {table[f'{size} MB']['peak_mb']:.0f} MB")
     return table
 
 
 def stream(index: Path, path: Path, size: int) -> dict[str, float]:
-    text, scanner = path.read_text(), Index.load(index)
+    text, scanner = path.read_text(encoding="utf-8"), Index.load(index)
     pages = [(str(i), text[i : i + SHORT]) for i in range(0, len(text), SHORT)]
     wanted = size * 1_000_000 // SHORT
     before = resident()
@@ -168,7 +170,7 @@ def stream(index: Path, path: Path, size: int) -> dict[str, float]:
 
 def resident() -> float:
     """Peak resident memory of this process so far, in MB; of that, the index is mapped and shared between processes."""
-    [peak] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    [peak] = [line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")]
     return int(peak.split()[1]) / 1e3
 
 

@@ -73,7 +73,7 @@ def write_case(folder: Path, shape: str) -> None:
     for part, array in zip(PARTS, arrays, strict=True):
         np.save(folder / "pairs" / f"train.{part}.npy", array)
     manifest.write(folder / "pairs", {"report": {}, "sha256": {"train": "random"}})
-    (folder / "shape.json").write_text(json.dumps(wanted))
+    (folder / "shape.json").write_text(json.dumps(wanted), encoding="utf-8")
 
 
 Pace = Callable[[], None]  # after each step
@@ -81,7 +81,7 @@ Pace = Callable[[], None]  # after each step
 
 def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], reference: str) -> None:
     """Steps as training/loop.py takes them."""
-    shape, pairs = json.loads((folder / "shape.json").read_text()), {"pairs": Pairs(folder / "pairs", "train")}
+    shape, pairs = json.loads((folder / "shape.json").read_text(encoding="utf-8")), {"pairs": Pairs(folder / "pairs", "train")}
     run = RunConfig(
         model=read_hf_config(folder / "model"),
         init_from=str(folder / "model"),
@@ -132,7 +132,7 @@ def trl(folder: Path, device: torch.device, begin: Callable[[dict], Pace], preco
 
     logging.set_verbosity_error()
     disable_progress_bars()
-    shape, pairs = json.loads((folder / "shape.json").read_text()), Pairs(folder / "pairs", "train")
+    shape, pairs = json.loads((folder / "shape.json").read_text(encoding="utf-8")), Pairs(folder / "pairs", "train")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "a")), pad_token="c", eos_token="b"
     )
@@ -227,8 +227,10 @@ def worker(name: str, folder: Path) -> None:
 
 def start(name: str, folder: Path) -> subprocess.Popen:
     code = f"from pathlib import Path; from benchmarks.dpo import worker; worker({name!r}, Path({str(folder)!r}))"
-    log = open(folder / f"{name}.log", "w")  # noqa: SIM115
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    log = open(folder / f"{name}.log", "w", encoding="utf-8")  # noqa: SIM115
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
+    )
 
 
 def answer(process: subprocess.Popen) -> dict[str, float]:
@@ -256,7 +258,7 @@ def measure(names: list[str], shape: str, rounds: int, folder: Path, alone: bool
             try:
                 found[name] = {"begun": answer(process), "rounds": []}
             except RuntimeError:
-                said = (folder / f"{name}.log").read_text().strip().splitlines()
+                said = (folder / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
                 yield name, {"not measured": said[-1][:300] if said else "it ended without a word"}
         for _ in range(rounds + 1):  # the first is not counted
             for name in found:

@@ -151,7 +151,7 @@ def truthfulqa_rows(folder: Path, cache: Path) -> Rows:
     names = ("mc1_targets", "mc2_targets")
     return [
         {"question": row["question"]} | {n: {"choices": list(row[n]), "labels": list(row[n].values())} for n in names}
-        for row in json.loads(path.read_text())
+        for row in json.loads(path.read_text(encoding="utf-8"))
     ]
 
 
@@ -159,7 +159,9 @@ def write_tasks(folder: Path) -> None:
     """evals/lm_eval_tasks, over the data of this folder."""
     for path in (ROOT / "evals" / "lm_eval_tasks").iterdir():
         if path.suffix in (".yaml", ".py"):
-            (folder / "lm_eval_tasks" / path.name).write_text(path.read_text().replace("data/store/evals", str(folder)))
+            (folder / "lm_eval_tasks" / path.name).write_text(
+                path.read_text(encoding="utf-8").replace("data/store/evals", str(folder)), encoding="utf-8"
+            )
 
 
 def speed_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) -> dict[str, Case]:
@@ -290,7 +292,9 @@ def main() -> None:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lm_eval": lm_eval.__version__},
             "model": f"{Path(checkpoint).name} {model.hash[:16]}",
         }
-        report = json.loads(args.output.read_text()) if args.only and args.output and args.output.is_file() else {}
+        report = (
+            json.loads(args.output.read_text(encoding="utf-8")) if args.only and args.output and args.output.is_file() else {}
+        )
         report |= about
         for name in args.only or cases:
             found = compare(cases[name], model, theirs, tasks, 1 if args.scores else args.rounds)
@@ -298,7 +302,7 @@ def main() -> None:
             print(json.dumps({name: report[name]}, indent=2), flush=True)
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(report, indent=2) + "\n")
+                args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -49,18 +49,18 @@ def launch_here(arguments: list[str], ranks: int, fault: Fault, record: Path) ->
     """scripts.launch on this machine, as a user would; its status once no process of it is left."""
     command = [sys.executable, "-m", "scripts.launch", f"--nproc_per_node={ranks}", "-m", "benchmarks.faulty_train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault)}
-    with open(f"{record}.output", "w+") as output:
+    with open(f"{record}.output", "w+", encoding="utf-8") as output:
         process = subprocess.Popen(
             [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
         )
-        Path(f"{record}.launcher.pid").write_text(str(process.pid))
+        Path(f"{record}.launcher.pid").write_text(str(process.pid), encoding="utf-8")
         try:
             status = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             status = -1
             process.kill()
         for path in record.parent.glob(f"{record.name}.rank*.pid"):
-            wait_until_gone(int(path.read_text() or 0), kill=status == -1)
+            wait_until_gone(int(path.read_text(encoding="utf-8") or 0), kill=status == -1)
         output.seek(0)
         said = output.read()
     if status == -1:
@@ -73,7 +73,7 @@ def wait_until_gone(process: int, kill: bool = False) -> None:
     begun = time.monotonic()
     while process and (stat := Path(f"/proc/{process}/stat")).exists():
         try:
-            if stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            if stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
                 return
             if kill or time.monotonic() - begun > 60:
                 os.kill(process, 9)

@@ -409,7 +409,7 @@ here: GPUs, NCCL, several machines, a real full disk, a real clock that is wrong
 
 def cpu() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
@@ -439,9 +439,9 @@ def main() -> None:
     print("\n" + table(rows))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        args.output.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
     if args.docs:
-        args.docs.write_text(page(rows, about))
+        args.docs.write_text(page(rows, about), encoding="utf-8")
     raise SystemExit(0 if all(row.ok for row in rows) else 1)
 
 

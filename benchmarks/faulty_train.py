@@ -51,7 +51,7 @@ class Rank:
         self.rows: list[str] = []
         self.place = self.saving = 0
         if self.record:
-            self._file(f"rank{rank}.pid").write_text(str(os.getpid()))
+            self._file(f"rank{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
             if self._file("killed").exists():  # all were killed before this one was heard of
                 os._exit(137)
 
@@ -77,7 +77,7 @@ class Rank:
         elif action["do"] == "kill_all":
             self._file("killed").touch()
             folder, name = self._file("pid").parent, self._file("").name
-            found = {int(path.read_text() or 0) for path in folder.glob(f"{name}*.pid")} - {0, os.getpid()}
+            found = {int(path.read_text(encoding="utf-8") or 0) for path in folder.glob(f"{name}*.pid")} - {0, os.getpid()}
             for process in found:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -95,7 +95,7 @@ class Rank:
         number = int(next(iter(optimizer.state.values()))["step"])
         line = {"update": number, "rank": self.rank, "world": self.world, "place": self.place, "rows": self.rows}
         if self.record:
-            with open(self._file(f"rank{self.rank}.jsonl"), "a") as file:
+            with open(self._file(f"rank{self.rank}.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         self.rows = []
         self.reach("step", number)

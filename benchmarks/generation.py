@@ -72,7 +72,7 @@ def main() -> None:
 def save(result: dict[str, Any], path: Path | None) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def against(folder: Path, dtype: torch.dtype, args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -144,7 +144,9 @@ def main() -> None:
         print(f"{name:>32} {value:10.4g}")
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"task": "loader", "batches": batches, "start": start}, indent=2) + "\n")
+        args.output.write_text(
+            json.dumps({"task": "loader", "batches": batches, "start": start}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

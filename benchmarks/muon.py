@@ -130,7 +130,7 @@ def held_out_loss(settings: list[str], device: torch.device, name: str, lr: floa
         optim = [f"optim.name={name}", f"optim.lr={lr}", "validation={every: 100000, rows: 48, batch_size: 8}"]
         run = load("configs/quickstart/base.yaml", [*settings, schedule, *where, *optim, f"steps={steps}"])
         train.pretrain(run, 0, 1, device, test=False)
-        lines = (Path(folder) / "logs" / "metrics.jsonl").read_text().splitlines()
+        lines = (Path(folder) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return json.loads(lines[-1])["val/loss"]
 
 
@@ -204,7 +204,7 @@ def main() -> None:
             if args.output and rank == 0:
                 found[args.part] = about | results
                 args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(found, indent=2) + "\n")
+                args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
         if args.part == "cost":
             run = load(args.config, args.overrides)

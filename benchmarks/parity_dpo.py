@@ -67,7 +67,7 @@ def write_case(folder: Path) -> dict[str, Pairs]:
             noise = NanoLlama(config, seed=seed).state_dict()
             weights = {key: value + 0.1 * noise[key] for key, value in weights.items()}
         save_hf(folder / name, config, weights, torch.float32, **chat.config_ids)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     config = PreferenceConfig({"pairs": PairSource(str(folder / "pairs.jsonl"))}, str(folder / "cache"), held_out=0.0)
     prepared = prepare(config, ["pairs"], folder / "policy", LENGTH)
     return {name: Pairs(path, "train") for name, path in prepared.items()}
@@ -198,7 +198,9 @@ def main() -> None:
         import trl as package
 
         about = {"command": "python -m benchmarks.parity_dpo", "trl": package.__version__, "torch": torch.__version__}
-        args.output.write_text(json.dumps({**about, "python": sys.version.split()[0], "table": table}, indent=2) + "\n")
+        args.output.write_text(
+            json.dumps({**about, "python": sys.version.split()[0], "table": table}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

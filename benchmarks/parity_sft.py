@@ -69,7 +69,7 @@ def write_case(folder: Path) -> Path:
         initializer_range=0.2,
     )
     save_hf(base, config, NanoLlama(config, seed=7).state_dict(), torch.float32, bos=0, eos=0, pad=1)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CONVERSATIONS))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CONVERSATIONS), encoding="utf-8")
     return base
 
 
@@ -95,7 +95,7 @@ def ours(folder: Path, length: int, rows: int, batch: int) -> dict[str, float]:
     run = load_settings(SFTConfig, CONFIG, overrides(folder, length, rows, batch, *more))
     with setup.ranks() as device:
         finetune(run, 0, 1, device)
-    first = json.loads((where / "logs" / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads((where / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
     return {"loss": first["loss"], "grad_norm": first["grad_norm"]}
 
 
@@ -108,7 +108,7 @@ def trl(folder: Path, batch: int, accumulate: int, packing: bool) -> dict[str, f
     logging.set_verbosity_error()
     chat = save_chat_tokenizer(folder / "chat", folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder / "chat")
-    tokenizer.chat_template = (folder / "chat" / TRAINING_TEMPLATE).read_text()
+    tokenizer.chat_template = (folder / "chat" / TRAINING_TEMPLATE).read_text(encoding="utf-8")
     model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager")
     size = chat.tokenizer.get_vocab_size()
     model.resize_token_embeddings(size, mean_resizing=False)
@@ -159,7 +159,7 @@ def main() -> None:
 
         about = {"command": "python -m benchmarks.parity_sft", "date": time.strftime("%Y-%m-%d"), "machine": platform.platform()}
         about |= {"python": platform.python_version(), "torch": torch.__version__, "trl": package.__version__}
-        args.output.write_text(json.dumps({**about, "table": table}, indent=2) + "\n")
+        args.output.write_text(json.dumps({**about, "table": table}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,11 @@ def modules() -> list[bytes]:
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:
     """What a figure depends on besides the code."""
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    cpu = (
+        re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        if Path("/proc/cpuinfo").exists()
+        else None
+    )
     found: dict[str, Any] = {
         "command": " ".join(["python -m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
@@ -83,4 +87,4 @@ def reason(error: BaseException) -> str:
 def write(path: Path | None, result: dict[str, Any]) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -57,7 +57,7 @@ def main() -> None:
         print(f"the ids of all {result['exact']:,} documents are equal")
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=2) + "\n")
+            args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def choose(texts: list[str], max_bytes: int) -> list[str]:

@@ -137,7 +137,7 @@ def worker(name: str, config: str, overrides: list[str], steps: int, trace: bool
     """A process that Group started: commands come on stdin, reports go to stdout, one a line."""
     out = os.dup(1)
     os.dup2(2, 1)  # whatever else is printed
-    report = os.fdopen(out, "w", buffering=1)
+    report = os.fdopen(out, "w", buffering=1, encoding="utf-8")
 
     def pace_of(device: torch.device) -> Pace:
         about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()}
@@ -170,7 +170,7 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.errors, self.processes = open(folder / f"{spec}.err", "w+"), []  # noqa: SIM115
+        self.errors, self.processes = open(folder / f"{spec}.err", "w+", encoding="utf-8"), []  # noqa: SIM115
         for rank in range(self.ranks):
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             given = {name: str(value) for name, value in (place if self.ranks > 1 else {}).items()}
@@ -178,7 +178,14 @@ class Group:
             pipe = subprocess.PIPE
             self.processes.append(
                 subprocess.Popen(
-                    command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, bufsize=1, env={**os.environ, **given}
+                    command,
+                    stdin=pipe,
+                    stdout=pipe,
+                    stderr=self.errors,
+                    text=True,
+                    bufsize=1,
+                    env={**os.environ, **given},
+                    encoding="utf-8",
                 )
             )
 
@@ -338,7 +345,7 @@ def compare(found: dict[str, Any], tolerance: float) -> None:
 
 def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{os.cpu_count()} cores of {name}"
 
@@ -494,7 +501,7 @@ def write(path: Path, cases: list[dict[str, Any]]) -> None:
     about = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": cpu_name(), "versions": versions()}
     about |= {"mfu": CONVENTION, "goals_tokens_per_s_1b_h100": goals}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n")
+    path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

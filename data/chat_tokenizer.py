@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer
 from data.chat import CHAT_TOKENS, IM_END, TEMPLATE, TRAINING_TEMPLATE, Chat, index_of, jinja_template
 from data.manifest import file_hash, read_json
 from data.tokenizer import BOS, PAD, load_tokenizer
+from files import sweep, temporary
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", TEMPLATE, TRAINING_TEMPLATE)
 CALL = {"function": {"name": "f", "arguments": {"x": 1}}}
@@ -78,7 +78,8 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
 
 def keep_chat_tokenizer(base: Path, cache: Path) -> Path:
     """Folder of a base model's chat tokenizer below `cache`, named by its content."""
-    part = cache / f".tokenizer.{os.getpid()}.tmp"
+    part = temporary(cache / "tokenizer")
+    sweep(cache)
     shutil.rmtree(part, ignore_errors=True)
     try:
         save_chat_tokenizer(part, base)
@@ -97,11 +98,11 @@ def save_chat_tokenizer(folder: str | Path, base: str | Path) -> Chat:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     ids = {name: index_of(tokenizer, config[name]) for name in ("bos_token", "pad_token") if name in config}
     stops = [index_of(tokenizer, IM_END), *([ids["bos_token"]] if "bos_token" in ids else [])]
     generation = {**{f"{name}_id": index for name, index in ids.items()}, "eos_token_id": stops}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    (folder / TEMPLATE).write_text(jinja_template())
-    (folder / TRAINING_TEMPLATE).write_text(jinja_template(training=True))
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (folder / TEMPLATE).write_text(jinja_template(), encoding="utf-8")
+    (folder / TRAINING_TEMPLATE).write_text(jinja_template(training=True), encoding="utf-8")
     return Chat.from_folder(folder)

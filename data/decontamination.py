@@ -167,7 +167,7 @@ class Index:
     def items(self) -> list[tuple[int, str, str]]:
         """(number of the set, id, beginning of the text) of each item; read when the first hit asks for it."""
         assert self.folder is not None
-        return json.loads((self.folder / "items.json").read_text())
+        return json.loads((self.folder / "items.json").read_text(encoding="utf-8"))
 
     def save(self, folder: Path) -> None:
         """Write the index as a folder, by rename."""
@@ -176,9 +176,9 @@ class Index:
         part.mkdir(parents=True)
         for name, array in self.arrays.items():
             np.save(part / f"{name}.npy", array)
-        (part / "items.json").write_text(json.dumps(self.items))
+        (part / "items.json").write_text(json.dumps(self.items), encoding="utf-8")
         about = {"settings": asdict(self.settings), "sizes": self.sizes, "too_short": self.too_short, "arrays": list(self.arrays)}
-        (part / "index.json").write_text(json.dumps(about))
+        (part / "index.json").write_text(json.dumps(about), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
 
@@ -186,7 +186,7 @@ class Index:
     def load(cls, folder: Path, mmap: bool = True) -> "Index":
         """The index of a folder; ValueError where there is none, or one of another version of this code."""
         try:
-            about = json.loads((folder / "index.json").read_text())
+            about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             arrays = {
                 name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if mmap else None)) for name in about["arrays"]
             }

@@ -27,6 +27,8 @@ from loguru import logger
 from tqdm import tqdm
 
 from data.recipe import ExecutorConfig
+from files import is_full
+from machine import cpus
 
 
 class Stage(NamedTuple):
@@ -51,9 +53,10 @@ def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Pa
             try:
                 executor.run()
             except (ValueError, OSError, BrokenProcessPool) as error:
+                todo = "Free some space" if is_full(error) else "Mend that"
                 raise ValueError(
                     f"{stage.name} stopped: {error}; the log is {stage.folder / 'logs'}. "
-                    "The same command goes on with the tasks that are left"
+                    f"{todo}; the same command then goes on with the tasks that are left"
                 ) from error
             left = executor.get_incomplete_ranks(skip_completed=True)
             if left:  # Ray gives up on a task after some attempts
@@ -90,7 +93,7 @@ class _Local(LocalPipelineExecutor):
 
     def task(self, rank: int) -> None:
         """Run one task; the lock is held for as long as it may write."""
-        with open(_tasks(self.lock), "a+") as file, contextlib.redirect_stderr(io.StringIO()):
+        with open(_tasks(self.lock), "a+", encoding="utf-8") as file, contextlib.redirect_stderr(io.StringIO()):
             fcntl.lockf(file, fcntl.LOCK_SH)
             self._run_for_rank(rank)
 
@@ -107,7 +110,7 @@ def _die_with(parent: int) -> None:
 
 
 def _local_executor(stage: Stage, config: ExecutorConfig, lock: Path) -> _Local:
-    return _Local(stage, lock, min(config.workers or os.cpu_count() or 1, stage.tasks))
+    return _Local(stage, lock, min(config.workers or cpus(), stage.tasks))
 
 
 def _tasks(lock: Path) -> Path:
@@ -118,7 +121,7 @@ def _tasks(lock: Path) -> Path:
 def alone(lock: Path) -> Iterator[None]:
     """Hold the lock of a store; waits for tasks that a killed run has left behind, refuses a second run."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a+") as run, open(_tasks(lock), "a+") as tasks:
+    with open(lock, "a+", encoding="utf-8") as run, open(_tasks(lock), "a+", encoding="utf-8") as tasks:
         try:
             fcntl.lockf(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -162,7 +165,12 @@ def check_queue(jobs: Path) -> None:
     """ValueError where jobs that were handed in to Slurm are still queued or running: they and new ones would do the same."""
     if jobs.is_file():
         try:
-            queued = subprocess.run(["squeue", "-h", "-o", "%A", "-j", jobs.read_text()], capture_output=True, text=True)
+            queued = subprocess.run(
+                ["squeue", "-h", "-o", "%A", "-j", jobs.read_text(encoding="utf-8")],
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+            )
         except FileNotFoundError:
             return
         if queued.stdout.split():
@@ -195,6 +203,6 @@ def _submit(stages: list[Stage], config: ExecutorConfig, jobs: Path) -> bool:
             raise ValueError(f"executor.kind=slurm needs {error.filename}, which this machine does not have") from None
         if executor.job_id != -1:
             submitted.append(str(executor.job_id))
-            jobs.write_text(",".join(submitted))
+            jobs.write_text(",".join(submitted), encoding="utf-8")
         before = executor
     return bool(submitted)

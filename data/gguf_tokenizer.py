@@ -54,7 +54,7 @@ class Vocabulary(NamedTuple):
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     """The vocabulary of a folder, filled up to the model's `size`; ValueError where llama.cpp could not do as it does."""
     tokenizer = load_tokenizer(folder)
-    content = json.loads((folder / "tokenizer.json").read_text())
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
     kind = model.get("type", "BPE")
     odd = {
@@ -75,7 +75,7 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = _special_ids(folder, tokenizer)
     path = folder / TEMPLATE
-    template = GENERATION.sub(r"{{\1''\2}}", path.read_text()) if path.is_file() else None
+    template = GENERATION.sub(r"{{\1''\2}}", path.read_text(encoding="utf-8")) if path.is_file() else None
     tokens = [names.get(i, f"[PAD{i}]") for i in range(size)]
     return Vocabulary(
         tokens, types, merges, split_name(content.get("pre_tokenizer"), folder), ids, _adds_bos(tokenizer, ids, folder), template
@@ -199,7 +199,7 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
     tokenizer.save(str(root / "tokenizer.json"))
     template = field(reader, "tokenizer.chat_template")
     if template is not None:
-        (root / TEMPLATE).write_text(template)
+        (root / TEMPLATE).write_text(template, encoding="utf-8")
     special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if ids[name] is not None}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     config = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
@@ -207,5 +207,5 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
     stops = sorted({i for i in (ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)) if i is not None})  # as llama.cpp ends text
     written = {"tokenizer_config.json": settings, "config.json": config, "generation_config.json": {"eos_token_id": stops}}
     for name, content in written.items():
-        (root / name).write_text(json.dumps(content, indent=2) + "\n")
+        (root / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder

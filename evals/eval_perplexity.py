@@ -158,7 +158,7 @@ def measure(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world
     found = (by_rows if _in_rows(args) else by_documents)(args, model, rank, world)
     if args.output and rank == 0:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
+        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return found if rank == 0 else {}
 
 

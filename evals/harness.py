@@ -262,14 +262,14 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"{model.hash[:16]}-{model.dtype}-{model.context}"  # windows of a long text depend on the context too
         for path in sorted(folder.glob(f"{stem}.*.jsonl")):
-            for line in path.read_text().split("\n"):
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
                     self.found.update(json.loads(line))
                 except ValueError:  # the end of a killed write
                     continue
         path = folder / f"{stem}.{rank}.jsonl"
         torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self.file = open(path, "a")  # noqa: SIM115 - open as long as the run lasts
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
         if torn:
             self.file.write("\n")
 
@@ -294,7 +294,7 @@ class Cache:
 def contaminated_ids(path: Path, test_set: str) -> set[str] | None:
     """Items of a test set that a decontamination report found in training data; None where it was not looked for."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if test_set not in found["settings"]["test_sets"]:
             return None
         return {hit["test_id"] for hits in found["documents"].values() for hit in hits if hit["test_set"] == test_set}
@@ -368,7 +368,7 @@ def write_samples(output: Path, samples: Iterable[Sample]) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     kept = output.with_name(output.stem + ".samples.jsonl")
     part = kept.with_name(kept.name + ".tmp")
-    with open(part, "w") as file:
+    with open(part, "w", encoding="utf-8") as file:
         for sample in samples:
             exchange = [
                 {"request": type(request).__name__, **request._asdict(), "answer": answer} for request, answer in sample.exchange

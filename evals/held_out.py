@@ -122,7 +122,7 @@ def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
     for base in dict.fromkeys((Path.cwd(), *step.parents)):
         for path in sorted((base / "logs").rglob("*.config.yaml")):
             try:
-                config = yaml.safe_load(path.read_text())
+                config = yaml.safe_load(path.read_text(encoding="utf-8"))
                 output = config["output_dir"] or f"checkpoints/{config['run']}/{config['phase']}"
             except (yaml.YAMLError, KeyError, TypeError):  # not the config of a run
                 continue

@@ -28,7 +28,7 @@ def write_samples(
     prompts: Sequence[str],
     device: torch.device,
 ) -> None:
-    """Append what whole weights answer to a Markdown file."""
+    """Append what whole weights answer to a Markdown file; a file that cannot be written is a warning."""
     model = NanoLlama(config)
     model.load_state_dict(weights)
     for parameter in model.parameters() if device.type == "cuda" else ():
@@ -37,6 +37,9 @@ def write_samples(
     lines = [f"## {title}", ""]
     for prompt, reply in zip(prompts, sample_replies(model, chat, prompts), strict=True):
         lines += [f"> {prompt}", "", f"```\n{reply}\n```", ""]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write("\n".join(lines) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as error:  # samples must not end training before it has saved
+        print(f"warning: {path} cannot be written ({error.strerror}); the samples of {title} are not kept", flush=True)

@@ -18,7 +18,7 @@ Evaluations = dict[str, dict[str, Any]]  # task -> its results file
 def read_targets(plan: Path) -> list[dict[str, Any]]:
     """The targets of a plan (training.curriculum.Target) as plain values, with defaults filled in."""
     try:
-        found = yaml.safe_load((plan if plan.is_file() else ROOT / plan).read_text())
+        found = yaml.safe_load((plan if plan.is_file() else ROOT / plan).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{plan} cannot be read as a plan; give the YAML file of one") from error
     targets = (found or {}).get("targets") or [] if isinstance(found, dict) else []
@@ -80,7 +80,7 @@ def judged(folder: Path, stage: str) -> str | None:
     of, hashes = read_json(folder / "decision.json").get("of"), set()
     for path in folder.glob("*.json"):
         try:
-            read = json.loads(path.read_text())
+            read = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:  # being written
             continue
         if not isinstance(read, dict) or "checkpoint_hash" not in read:

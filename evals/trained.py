@@ -163,14 +163,14 @@ def _smooth(steps: list[int], losses: list[float], phases: Rows, window: int) ->
 
 def settings(path: Path) -> dict[str, Any]:
     """A resolved config that a run left beside its log; {} where there is none."""
-    found = yaml.safe_load(path.read_text()) if path.is_file() else None
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found if isinstance(found, dict) else {}
 
 
 def read_lines(path: Path) -> Rows:
     """The objects of a .jsonl file, without a line that is being written; none where there is no file."""
     found = []
-    for line in path.read_text().split("\n") if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
         try:
             found.append(json.loads(line))
         except ValueError:  # being written

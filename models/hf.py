@@ -128,7 +128,7 @@ def save_hf(
     """Write config.json and model.safetensors of `weights` (our names, whole tensors) cast to dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     hf_config = to_hf_config(config, dtype, bos, eos, pad)
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     tensors = {to_hf_name(name): value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -181,7 +181,7 @@ def config_json(folder: Path) -> dict:
 
 def _json(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
 

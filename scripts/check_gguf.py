@@ -41,7 +41,7 @@ def main() -> None:
         if args.text and not args.text.is_file():
             raise ValueError(f"there is no file {args.text}")
         files = [args.text] if args.text else [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-        text = "\n".join(path.read_text(errors="replace") for path in files)
+        text = "\n".join(path.read_text(errors="replace", encoding="utf-8") for path in files)
         if args.threads:
             torch.set_num_threads(args.threads)
         ref = reference(folder, text, args.tokens, args.strings)
@@ -55,8 +55,8 @@ def main() -> None:
         result = {**source, "text": [path.name for path in files], "runtime": runtime, "files": rows}
         output = args.output or args.gguf[0].parent / "check_gguf.json"
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n")
-        output.with_suffix(".md").write_text(table(rows) + "\n")
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        output.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
         print(table(rows))
         sys.exit(any(row["verdict"] == "wrong" for row in rows))
 

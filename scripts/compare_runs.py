@@ -77,7 +77,7 @@ def main() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         picture, text = Path(f"{args.output}.png"), table(runs)
         plot(runs, picture)
-        Path(f"{args.output}.md").write_text(text)
+        Path(f"{args.output}.md").write_text(text, encoding="utf-8")
         print(f"{text}\ncurves: {picture}, this table: {args.output}.md")
 
 

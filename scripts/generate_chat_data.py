@@ -77,7 +77,7 @@ def write(output: Path, counts: dict[str, dict[str, int]], seed: int, easy: bool
             if split == "train" and kind != "pairs":
                 examples = [{field: example[field] for field in FIELDS if field in example} for example in examples]
             path = output / f"{kind}.{split}.jsonl"
-            path.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
+            path.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8")
             files[path.name] = manifest.file_hash(path)
             print(f"{path}: {len(examples):,} examples", flush=True)
     manifest.write(output, {"inputs": inputs, "files": files})

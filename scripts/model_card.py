@@ -102,7 +102,7 @@ def _config(logs: Path, phase: dict[str, Any]) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -143,7 +143,9 @@ def _data(stores: dict[Path, None]) -> Iterator[tuple[Any, ...]]:
 
 
 def _contamination(stores: dict[Path, None]) -> str:
-    texts = [(store / "contamination.md").read_text() for store in stores if (store / "contamination.md").is_file()]
+    texts = [
+        (store / "contamination.md").read_text(encoding="utf-8") for store in stores if (store / "contamination.md").is_file()
+    ]
     return "\n".join(text.split("\n\n")[0] + "\n" for text in texts)
 
 

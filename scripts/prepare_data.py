@@ -59,7 +59,7 @@ def show(recipe: Recipe, verify: bool) -> None:
     for reason in reasons:
         print(f"dropped from {reason}")
     if recipe.decontaminate.test_sets and read_json(store / "report.json")["inputs"] == (shards or {}).get("inputs"):
-        table = (store / "contamination.md").read_text().split("\n\n")[0]
+        table = (store / "contamination.md").read_text(encoding="utf-8").split("\n\n")[0]
         print(f"\n{table}\nexamples: {store / 'contamination.md'}; which documents: {store / 'contaminated_ids.json'}")
 
 

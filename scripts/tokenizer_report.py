@@ -25,7 +25,7 @@ def main() -> None:
         show(result)
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=2) + "\n")
+            args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def show(result: dict) -> None:

@@ -130,7 +130,7 @@ def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = [text] if text else [library / f"{name}.py" for name in ("argparse", "typing", "tarfile", "doctest", "pydoc")]
     bos, _ = borders(checkpoint)
-    written = "\n\n".join(path.read_text(errors="replace") for path in paths)
+    written = "\n\n".join(path.read_text(errors="replace", encoding="utf-8") for path in paths)
     ids = [*bos, *load_tokenizer(checkpoint).encode(written, add_special_tokens=False).ids][:length]
     if len(ids) < length:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than {length}; give a longer --text or a smaller --input_length")

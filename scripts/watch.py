@@ -40,7 +40,7 @@ def watch(run: Path, stale: float, alerts: Alerts) -> None:
     """For ever: an event and an alert where a heartbeat that says running has not changed for `stale` seconds."""
     seen, since, stuck = "", time.monotonic(), False  # by this machine's clock, as the run's may be another
     while True:
-        text = (run / "heartbeat").read_text() if (run / "heartbeat").is_file() else ""
+        text = (run / "heartbeat").read_text(encoding="utf-8") if (run / "heartbeat").is_file() else ""
         beat, was_stuck = json.loads(text or "{}"), stuck
         if text != seen:
             seen, since, stuck = text, time.monotonic(), False

@@ -485,7 +485,7 @@ def test_a_damaged_file_is_told_of(folders, files, tmp_path, monkeypatch, capsys
         said = complaint_of(check_gguf.main, ["--checkpoint", folders["dense"], "--gguf", path], capsys, monkeypatch)
         assert "is damaged" in said or "is no GGUF file" in said
         assert "m.gguf" in complaint_of(chat_script.main, ["--model", path, "--prompt", "hi"], capsys, monkeypatch)
-        with pytest.raises(ValueError, match="is damaged|is no GGUF file"):
+        with pytest.raises(ValueError, match=r"is damaged|is no GGUF file"):
             LlamaCpp(path)
     assert "neither a GGUF file (*.gguf) nor" in complaint_of(chat_script.main, ["--model", tmp_path], capsys, monkeypatch)
 

@@ -35,7 +35,7 @@ FILES = [path for part in PARTS for path in sorted((ROOT / part).glob("*.py"))] 
 
 def imports(path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -49,7 +49,7 @@ def test_direction_of_imports_and_length(path):
     part = path.parent.name
     if part in MAY_IMPORT:
         assert ours - {part} <= MAY_IMPORT[part]
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 500
     if path.name != "setup.py" and part != "scripts":
         assert "os.environ" not in text and "getenv" not in text
@@ -69,6 +69,31 @@ def test_the_core_path_needs_four_packages():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
     for heavy in ("transformers", "tokenizers", "matplotlib", "datasets", "wandb", "pandas"):
         assert f"'{heavy}'" not in loaded
+
+
+def text_opens_without_encoding(source: str) -> list[int]:
+    """Lines of calls that open text, or run a program for its text, in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+            continue
+        name = ast.unparse(node.func)
+        values = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
+        binary = any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in values)
+        opens = name in ("open", "io.open", "os.fdopen") and not binary
+        temporary = name.endswith(("NamedTemporaryFile", "TemporaryFile")) and "w" in ast.unparse(node) and not binary
+        runs = name.startswith("subprocess.") and any(keyword.arg in ("text", "universal_newlines") for keyword in node.keywords)
+        if opens or temporary or runs or name.endswith((".read_text", ".write_text")):
+            found.append(node.lineno)
+    return found
+
+
+def test_text_files_are_utf_8_in_every_locale():
+    paths = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *FILES]
+    found = {str(path.relative_to(ROOT)): text_opens_without_encoding(path.read_text(encoding="utf-8")) for path in paths}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    sample = 'open("x")\nopen("x", "rb")\nopen("x", "w", encoding="utf-8")\npath.read_text()\nsubprocess.run([], text=True)\n'
+    assert sorted(text_opens_without_encoding(sample)) == [1, 4, 5]
 
 
 def test_ruff_is_content():

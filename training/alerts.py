@@ -171,7 +171,7 @@ def send_email(config: EmailConfig, password: str | None, title: str, text: str)
 
 def send_to_command(command: str, title: str, text: str) -> None:
     """Run a shell command with title and text on its standard input; OSError where it fails or takes too long."""
-    process = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True, encoding="utf-8")
     try:
         process.communicate(f"{title}\n{text}\n", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -1,12 +1,15 @@
 """Work that ranks do together: on the main rank or on all, with one outcome for every rank."""
 
 import errno
+import os
 import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+
+from files import is_full
 
 T = TypeVar("T")
 
@@ -32,7 +35,12 @@ def on_every(work: Callable[[], object], group: dist.ProcessGroup | None = None)
         work()
     except dcp.api.CheckpointException as error:  # torch wraps what happened on each rank
         inner = next(iter(error.failures.values()))[0]
-        problem = inner if isinstance(inner, OSError) else OSError(errno.EIO, f"the checkpoint was not written: {inner}")
+        if isinstance(inner, OSError):
+            problem = inner
+        elif is_full(inner):
+            problem = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        else:
+            problem = OSError(errno.EIO, f"the checkpoint was not written: {inner}")
     except Exception as error:
         problem = error
     agree(problem, group)

@@ -123,6 +123,10 @@ class Faults:
             no_go=self.no_go,
         )
 
+    def other_data(self) -> "Faults":
+        """The same without what holds for the data so far: losses, gradient norms and places."""
+        return replace(self, losses=[], norms=[], bad_places=[], left_out=[])
+
     def next_phase(self) -> "Faults":
         """What is carried over a phase border: other data have other losses, and other places."""
-        return replace(self, losses=[], norms=[], bad_places=[], left_out=[], no_go="")
+        return replace(self.other_data(), no_go="")

@@ -96,7 +96,8 @@ class Watch:
                 file=sys.stderr,
                 flush=True,
             )
-        self._dump()
+        with suppress(OSError):  # a full disk must not keep this rank alive
+            self._dump()
         os._exit(LOST)
 
     def _ask(self, answer: list[str | None]) -> None:
@@ -125,7 +126,7 @@ class Watch:
 
     def _dump(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / f"stacks_{self.rank}.txt", "w") as file:
+        with open(self.folder / f"stacks_{self.rank}.txt", "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         bindings = torch._C._distributed_c10d
         record = getattr(bindings, "_dump_nccl_trace", None) or getattr(bindings, "_dump_fr_trace", None)

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from files import write_text
 from training.alerts import AlertConfig, Alerts
+
+MARKDOWN = "training_log.md"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,9 @@ class Log:
 
     `with log:` around training closes it, and writes a "failed" event where an exception ends it. Nothing is sent to W&B or
     TensorBoard before open(). secrets: environment variables that config.alerts names.
+
+    After open() a full disk, or a folder that is removed or read-only, does not end training: rows and events wait in
+    memory, and each later write tries again.
     """
 
     def __init__(
@@ -51,7 +56,9 @@ class Log:
         self.folder, self.config, self.main, self.run = folder, config, main, run
         self.name, self.phase, self.step = run.get("run", folder.name), run.get("phase"), 0
         self.bar: tqdm | None = None
-        self.file: Any = None
+        self.file: Rows | None = None
+        self.waiting: list[tuple[str, str]] = []  # (file name, line) of events that are not written yet
+        self.broken = False  # the last write to the folder failed
         self.wandb: Any = None
         self.board: Any = None
         self.status, self.beaten = "running", -math.inf
@@ -80,8 +87,9 @@ class Log:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.phase, self.step, self.status = phase, step, "running"
+        waiting = self._waiting_until(step)
         self._close_files()
-        self._begin_at(step)
+        self._begin_at(step, waiting)
         if sys.stderr.isatty():
             self.bar = tqdm(total=end, initial=step, desc=phase, unit="step")
         if self.config.wandb_project and not self.wandb:
@@ -93,12 +101,15 @@ class Log:
         if not self.main:
             return
         self.step = step
-        self.file.close()
-        self._begin_at(step)
+        waiting = self._waiting_until(step)
+        self._keep(lambda: self._begin_at(step, waiting))
         if self.bar:
             self.bar.update(step - self.bar.n)
 
-    def _begin_at(self, step: int) -> None:
+    def _waiting_until(self, step: int) -> list[dict[str, Any]]:
+        return [row for row in self.file.waiting if row["step"] <= step] if self.file else []
+
+    def _begin_at(self, step: int, waiting: list[dict[str, Any]]) -> None:
         path = self.folder / "metrics.jsonl"
         if path.exists():
             lines = [(row.get("step", math.inf) <= step, json.dumps(row) + "\n") for row in read_lines(path)]
@@ -106,7 +117,9 @@ class Log:
                 with open(self.folder / "metrics_redone.jsonl", "a", encoding="utf-8") as file:
                     file.write(redone)
             write_text(path, "".join(line for kept, line in lines if kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        before, self.file = self.file, Rows(path, waiting)
+        if before:
+            before.close()
         if self.config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -117,16 +130,19 @@ class Log:
     def _open_wandb(self, project: str) -> None:
         import wandb
 
-        self.wandb = wandb.init(
-            project=project,
-            name=self.config.wandb_run_name or self.name,
-            group=self.name,  # each start of train.py is a W&B run of its own
-            job_type=self.phase,
-            config=self.run,
-            dir=str(self.folder.parent),
-        )
+        try:
+            self.wandb = wandb.init(
+                project=project,
+                name=self.config.wandb_run_name or self.name,
+                group=self.name,  # each start of train.py is a W&B run of its own
+                job_type=self.phase,
+                config=self.run,
+                dir=str(self.folder.parent),
+            )
+        except Exception as error:
+            raise _unusable(error) from error
         self.wandb.define_metric("*", step_metric="step")  # W&B's own step could not go back
-        with open(self.folder / "wandb_run_urls.txt", "a") as file:
+        with open(self.folder / "wandb_run_urls.txt", "a", encoding="utf-8") as file:
             file.write(f"{self.wandb.url or 'offline, to be sent by: wandb sync ' + str(Path(self.wandb.dir).parent)}\n")
         if self.config.alerts.wandb:
             self.alerts.channels["wandb"] = lambda title, text: self.wandb.alert(title=title, text=text)
@@ -151,8 +167,9 @@ class Log:
             self.beat(self.step)
         fields = {"phase": self.phase, "step": self.step, **fields}
         title = f"{kind} at step {fields['step']}"
+        self.waiting += _event_lines(kind, text, fields)
         try:
-            append_event(self.folder, kind, text, **fields)  # before the console, which may be gone
+            self._keep(self._write_events)  # before the console, which may be gone
         finally:  # a full disk must not silence the alert and the console
             where = f"{self.folder.absolute()} on {socket.gethostname()}"
             if fields.get("outcome") == "no-go":
@@ -164,16 +181,16 @@ class Log:
         """Record one step. `values` holds at least step, loss, lr, grad_norm and tokens_per_s."""
         if not self.main:
             return
-        self.file.write(json.dumps(_plain(values)) + "\n")
+        assert self.file
+        self.file.waiting.append(_plain(values))
+        self._keep(self._write_waiting)
         self.step = values["step"]
         self.beat(self.step)
         due = last or values["step"] % self.config.every == 0 or "val/loss" in values
         if due and self.wandb:
             self.wandb.log(values)
         if due and self.board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and name not in ("step", "end"):
-                    self.board.add_scalar(name, value, values["step"])
+            self._keep(lambda: self._draw(values))
         short = f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
         short += f"{values['tokens_per_s']:,.0f} tok/s"
         if values.get("data/wait_frac", 0) >= 0.01:
@@ -188,13 +205,47 @@ class Log:
         if "val/loss" in values:
             self.say(f"        {held_out_text(values)}")
 
+    def _draw(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and name not in ("step", "end"):
+                self.board.add_scalar(name, value, values["step"])
+
+    def _write_waiting(self) -> None:
+        """Write the rows and events that wait; OSError if the folder still takes none."""
+        assert self.file
+        if self.file.write():
+            self.say(f"warning: {self.file.path} was removed while the run writes it; its rows were written again")
+        self._write_events()
+        if self.broken:
+            self.broken = False
+            self.say(f"{self.folder} can be written again; nothing was lost")
+
+    def _write_events(self) -> None:
+        while self.waiting:
+            name, line = self.waiting[0]
+            _append(self.folder / name, line)
+            del self.waiting[0]
+
+    def _keep(self, work: Callable[[], None]) -> None:
+        """Do work on the folder. In training a failure is a warning, once, since a log must not end a run."""
+        try:
+            work()
+        except OSError as error:
+            if not self.file:
+                raise
+            if not self.broken:
+                self.broken = True
+                why = error.strerror or error
+                self.say(f"warning: {self.folder} cannot be written ({why}); training goes on and keeps its log in memory")
+
     def beat(self, step: int, force: bool = False) -> None:
         """Renew logs/<run>/heartbeat, at most once a second: what scripts/watch.py looks at."""
         if not self.main or (time.monotonic() - self.beaten < 1 and not force):
             return
         self.beaten = time.monotonic()
         who = {"phase": self.phase, "status": self.status, "pid": os.getpid(), "host": socket.gethostname()}
-        write_text(self.folder / "heartbeat", json.dumps({"time": now(), "step": step, **who}) + "\n", sync=False)
+        content = json.dumps({"time": now(), "step": step, **who}) + "\n"
+        self._keep(lambda: write_text(self.folder / "heartbeat", content, sync=False))
 
     def close(self) -> None:
         """Close what open() opened and wait for alerts that are under way. Can be called again, or without open()."""
@@ -203,6 +254,10 @@ class Log:
         if self.file:
             self.status = "ended" if self.status == "running" else self.status
             self.beat(self.step, force=True)
+            self._keep(self._write_waiting)
+            if lost := len(self.file.waiting) + len(self.waiting):
+                first = self.file.waiting[0]["step"] if self.file.waiting else self.step
+                self.say(f"warning: {lost} rows and events from step {first} on are not in {self.folder}, which takes no writes")
         self._close_files()
         self.alerts.flush()
         if self.wandb:
@@ -213,10 +268,9 @@ class Log:
         if self.bar:
             self.bar.close()
         if self.file:
-            os.fsync(self.file.fileno())
-            self.file.close()
+            self._keep(self.file.close)
         if self.board:
-            self.board.close()
+            self._keep(self.board.close)
         self.bar = self.file = self.board = None
 
     def __enter__(self) -> "Log":
@@ -231,6 +285,82 @@ class Log:
         finally:
             with suppress(*([OSError] if error else [])):
                 self.close()
+
+
+class Rows:
+    """A file of JSON objects, one a line. Rows that cannot be written wait; a file that was removed is written again."""
+
+    def __init__(self, path: Path, waiting: list[dict[str, Any]]):
+        self.path, self.waiting = path, waiting
+        self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
+
+    def write(self) -> bool:
+        """Append what waits; True if the file had to be made anew. OSError if the disk does not take it."""
+        restored = self._restore()
+        while self.waiting:
+            end = self.file.seek(0, os.SEEK_END)
+            try:
+                _write_all(self.file, (json.dumps(self.waiting[0]) + "\n").encode())
+            except OSError:
+                self.file.truncate(end)  # no half row
+                raise
+            del self.waiting[0]
+        return restored
+
+    def _restore(self) -> bool:
+        """Write the whole file anew if no file, or another one, has its path."""
+        try:
+            found = os.stat(self.path)
+        except FileNotFoundError:
+            found = None
+        own = os.fstat(self.file.fileno())
+        if found and (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino):
+            return False
+        self.file.seek(0)
+        content = self.file.read()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        again = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            if not found:
+                _write_all(again, content)
+        except OSError:
+            again.close()
+            self.path.unlink(missing_ok=True)
+            raise
+        self.file.close()
+        self.file = again
+        return not found
+
+    def close(self) -> None:
+        try:
+            os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    """Write to an unbuffered file; OSError unless all of it was taken."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def log_in(config: LogConfig) -> None:
+    """Make sure that W&B can be used, if it is asked for; asks for a key on a terminal. ValueError if it cannot."""
+    if not config.wandb_project:
+        return
+    try:
+        import wandb
+    except ImportError:
+        return  # Log has a sentence for that
+    try:
+        wandb.login()  # False without a check if WANDB_MODE is offline or disabled
+    except Exception as error:
+        raise _unusable(error) from error
+
+
+def _unusable(error: Exception) -> ValueError:
+    ways = "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to send the run later"
+    return ValueError(f"W&B cannot be used ({' '.join(str(error).split())[:300]}); {ways}")
 
 
 def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -> Alerts:
@@ -261,22 +391,24 @@ def append_event(folder: Path, kind: str, text: str = "", **fields: Any) -> None
 
     Each line is one write and is synced; half a line, left by a process that was killed in it, is ended before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    for name, line in _event_lines(kind, text, fields):
+        _append(folder / name, line)
+
+
+def _event_lines(kind: str, text: str, fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """(file name, line) of an event that happens now, for each file that records it."""
     time_now = now()
     line = {"time": time_now, "event": kind, **fields, **({"text": text} if text else {})}
-    _append(folder / "events.jsonl", json.dumps(_plain(line), default=str))
-    log = folder / "training_log.md"
-    if not log.exists():
-        _append(log, f"# Training log of {folder.absolute().name}\n")
     where = f" · step {fields['step']:,}" if isinstance(fields.get("step"), int) else ""
     what = " ".join((text or _spell(fields)).split())
-    _append(log, f"- {time_now[:19].replace('T', ' ')} UTC{where} · **{kind}**{': ' + what if what else ''}")
+    plain = f"- {time_now[:19].replace('T', ' ')} UTC{where} · **{kind}**{': ' + what if what else ''}"
+    return [("events.jsonl", json.dumps(_plain(line), default=str)), (MARKDOWN, plain)]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, without lines that a killed process left unfinished; [] where there is no file."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+    for line in path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else ():
         with suppress(json.JSONDecodeError):
             row = json.loads(line)
             if isinstance(row, dict):
@@ -290,12 +422,15 @@ def now() -> str:
 
 
 def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == MARKDOWN and not path.exists():
+        line = f"# Training log of {path.parent.absolute().name}\n\n{line}"
     with open(path, "a+b", buffering=0) as file:
         torn = False
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
-        file.write(("\n" * torn + line + "\n").encode())
+        _write_all(file, ("\n" * torn + line + "\n").encode(errors="backslashreplace"))
         os.fsync(file.fileno())
 
 

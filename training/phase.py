@@ -1,14 +1,16 @@
 """One phase of a run from its start to its last checkpoint: what train.py and train_sft.py have in common."""
 
+import os
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from files import FULL, is_full, no_room
 from training import profiling, setup
 from training.checkpoint import Checkpoints, on_main
 from training.config import RunConfig, to_dict
@@ -20,6 +22,7 @@ from training.run_folder import claim, locked
 from training.startup import NO_GO
 from training.state import State
 
+FULL_SAID = tuple(os.strerror(code) for code in FULL)
 Check = Callable[[RunConfig, State, Checkpoints, Log], None]
 
 
@@ -29,6 +32,19 @@ class TokenizerFiles(NamedTuple):
     folder: Path | None
     special: dict[str, int]  # ids of bos, eos and pad
     known_tokens: int | None = None  # vocabulary of run.init_from, where this tokenizer has more
+
+
+@contextmanager
+def _full_disk(run: RunConfig) -> Iterator[None]:
+    """Turn a full disk, however a library reports it, into one sentence; checkpoints that were saved stay."""
+    try:
+        yield
+    except Exception as error:
+        said = error.strerror if isinstance(error, OSError) and error.errno in FULL else None
+        if not is_full(error) or (said and said not in FULL_SAID):  # our own error, with a sentence
+            raise
+        todo = "free some space and run the same command again: it continues from the newest checkpoint"
+        raise no_room(run.checkpoints, error, todo) from error
 
 
 def run_phase(
@@ -46,7 +62,7 @@ def run_phase(
 
     lines: what the console is told of the data. check: looks at what a complete phase has left.
     """
-    with ExitStack() as held:
+    with ExitStack() as held, _full_disk(run):
         on_main(lambda: held.enter_context(locked(run.checkpoints, run.logs)))
         saves = Checkpoints(run.checkpoints, run.checkpoint, compute_dtype(run.parallel, device), *tokenizer[:2])
         log = Log(run.logs, run.log, dist.get_rank() == 0, to_dict(run), setup.secrets(run.log.alerts.secrets))

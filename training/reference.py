@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from files import check_room, is_full, no_room
 from models.hf import load_weights
 from models.nanollama import ModelConfig, NanoLlama
 from training.checkpoint import on_main
@@ -93,10 +94,18 @@ class ReferenceLogps:
 
 
 def _write(path: Path, made_of: dict[str, str], values: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    size = sum(tensor.nbytes for tensor in values.values())
+    check_room(path.parent, size, "the file of reference log-probabilities (dpo.reference_cache)")
     part = path.with_name(path.name + ".part")
-    save_file(values, part, {"made_of": json.dumps(made_of), "sha256": _sum(values)})
-    part.rename(path)
+    try:
+        save_file(values, part, {"made_of": json.dumps(made_of), "sha256": _sum(values)})
+        part.rename(path)
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        if not is_full(error):
+            raise
+        todo = f"{path} was not written; free some space there and run the same command again"
+        raise no_room(path.parent, error, todo) from error
 
 
 def _read(path: Path, made_of: dict[str, str]) -> dict[str, Tensor]:

@@ -67,7 +67,7 @@ def clear(run: RunConfig) -> None:
 def check(run: RunConfig, state: State, saves: Checkpoints, log: Log) -> None:
     """Collective. Say for each check whether it held; ValueError where one did not."""
     path = run.logs / "metrics.jsonl"
-    rows = on_main(lambda: [json.loads(line) for line in path.read_text().splitlines()])
+    rows = on_main(lambda: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     tenth = max(1, run.steps // 10)
     first, last = (sum(row["loss"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"}

@@ -165,7 +165,8 @@ def restore_or_init(
     state.faults = Faults(**position["faults"])
     _check_start(run, state.phase_start, source)
     _check_end(run, state)
-    if position["data"] != fingerprint and not run.data.accept_changed:
+    changed = position["data"] != fingerprint
+    if changed and not run.data.accept_changed:
         raise ValueError(
             f"the data, their mixture or the batch changed since {source} was saved, so going on would repeat or skip text; "
             "undo the change, or set data.accept_changed=true"
@@ -181,7 +182,14 @@ def restore_or_init(
             "from this one, or choose another output_dir"
         )
     _check_rate(run, position)
-    return f"goes on at step {state.step} from {source}", source
+    begins = f"goes on at step {state.step} from {source}"
+    if changed:
+        state.faults = state.faults.other_data()
+        begins += (
+            "; its data changed (data.accept_changed), so a jump of the loss is expected: steps are compared with earlier "
+            f"ones again after {run.faults.window} steps"
+        )
+    return begins, source
 
 
 def _find_earlier(run: RunConfig, required: bool) -> Path | None:
@@ -295,13 +303,21 @@ def add_up(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
+def _git(*arguments: str) -> str:
+    """What git prints about this project's folder; "" if git is not installed, or the folder is not a checkout."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
+    except OSError:
+        return ""
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else ""
+
+
 def environment(device: torch.device) -> dict[str, object]:
     """What a result depends on besides the config: code, versions, hardware."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--verify", "-q", "HEAD"], capture_output=True, text=True)
-    dirty = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True)
+    commit, changes = _git("rev-parse", "--verify", "-q", "HEAD"), _git("status", "--porcelain")
     return {
-        "git": git.stdout.strip() or None,
-        "git_clean": not dirty.stdout.strip() if git.returncode == 0 else None,
+        "git": commit or None,
+        "git_clean": not changes if commit else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
