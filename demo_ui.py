@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from demo.guard import LOCAL, LOOPBACK, Guard
+from demo.markup import SCRIPT
 from demo.page import CSS, build
 from demo.talk import Voice
 from entrypoint import ROOT, add_boolean, user_errors
@@ -41,7 +43,7 @@ def main() -> None:
         begun = time.monotonic()
         if importlib.util.find_spec("gradio") is None:
             raise ValueError("the demo needs gradio; pip install -r requirements-demo.txt")
-        if (args.share or args.host not in ("127.0.0.1", "localhost", "::1")) and not args.password:
+        if (args.share or args.host not in LOOPBACK) and not args.password:
             raise ValueError("with --share or another --host others can open the demo; give a --password for them")
         first = args.checkpoint or args.gguf
         if first is None:
@@ -80,7 +82,10 @@ def launch(page: Any, host: str, port: int, password: str | None = None, share: 
     """Serve the page in a thread; its address. ValueError where no public link could be made."""
     auth = password and (lambda _, word: hmac.compare_digest(word.encode(), password.encode()))
     quiet: dict[str, Any] = {"quiet": True, "footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
+    hosts = LOCAL if host in LOOPBACK and not share else ()
+    guard = {"middleware": [(Guard, (), {"hosts": hosts, "same_origin": not share})]}
     how = {"server_name": host, "server_port": port, "share": share, "auth": auth, "css": CSS, "show_error": True}
+    how |= {"head": SCRIPT, "app_kwargs": guard}
     page.launch(prevent_thread_lock=True, **how, **quiet)
     if share and not page.share_url:
         raise ValueError("no public link could be made: Gradio's servers were not reached; try without --share")

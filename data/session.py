@@ -39,6 +39,8 @@ class Session:
         """The turn that answers a text, in pieces of ("thought" | "content" | "call" | "result" | "note", text) as they come."""
         before = len(self.messages)
         whole = False
+        if text != text.encode(errors="replace").decode():
+            raise ValueError("the text is not valid Unicode: it holds half a character")
         try:
             self.messages.append({"role": "user", "content": text})
             whole = yield from self._answer()

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from demo.markup import markdown, plain
 from demo.talk import How, Turn, Voice, in_turns
 from models.sampling import Sampling
+from models.text import whole_characters
 
 EVERY = 0.05  # seconds between two pictures of a turn that is being said
 SHORT = 60  # characters of a tool's result that are seen without unfolding it
@@ -24,6 +26,7 @@ CSS = """
 .heading { display: flex; flex-wrap: wrap; align-items: baseline; gap: 0 12px; }
 .heading b { font-size: 1.15rem; }
 .heading span { opacity: 0.7; font-size: 0.85rem; }
+.message.user .md p { white-space: pre-wrap; }
 .thought-group > .title p { margin: 0 !important; overflow-wrap: anywhere; }
 """
 
@@ -40,26 +43,32 @@ def bubbles(turns: Sequence[Turn], live: bool = False) -> list[dict[str, Any]]:
     """Turns as messages of gr.Chatbot; thoughts, and tools with their results, can be folded."""
     shown: list[dict[str, Any]] = []
     for turn in turns:
-        shown.append({"role": "user", "content": turn.text})
+        shown.append({"role": "user", "content": _text(plain(turn.text))})
         calls: list[dict[str, Any]] = []  # without a result yet
         for number, (kind, text) in enumerate(turn.parts):
             growing = live and turn is turns[-1] and number == len(turn.parts) - 1
             if kind == "result" and calls:
                 call = calls.pop(0)
                 about = call["metadata"]
-                about["title"] += f" \u2192 {text}" if len(text) <= SHORT and "\n" not in text else ""
-                call["content"], about["status"] = _fenced(text), "done"
+                about["title"] += f" \u2192 {plain(text)}" if len(text) <= SHORT and "\n" not in text else ""
+                call["content"], about["status"] = _text(_fenced(whole_characters(text))), "done"
             elif kind in ("thought", "call"):
-                title = "Thought" if kind == "thought" else f"Tool: {text}"
-                content = text if kind == "thought" else ""
+                title = "Thought" if kind == "thought" else f"Tool: {plain(text)}"
+                content = _text(markdown(text) if kind == "thought" else "")
                 status = "pending" if growing else "done"
                 shown.append({"role": "assistant", "content": content, "metadata": {"title": title, "status": status}})
                 calls += [shown[-1]] if kind == "call" else []
             elif text:
-                shown.append({"role": "assistant", "content": f"\u26a0 *{text}*" if kind == "note" else text})
+                content = _text(f"\u26a0 *{plain(text)}*" if kind == "note" else markdown(text))
+                shown.append({"role": "assistant", "content": content})
         if live and turn is turns[-1] and not turn.parts:
             shown.append({"role": "assistant", "content": "\u2026"})
     return shown
+
+
+def _text(content: str) -> dict[str, str]:
+    """Content that Gradio takes as it is; it removes the indentation of a bare string."""
+    return {"type": "text", "text": content}
 
 
 def _fenced(text: str) -> str:
@@ -103,9 +112,10 @@ def build(voices: Sequence[Voice]) -> Any:
             yield [gr.Textbox(), *picture(visit)]
             return
         system, tools, temperature, top_p, top_k, new, seed = settings
+        text, system = whole_characters(text), whole_characters(system or "")
         visit.stopped = False
         seed = int(seed) if seed is not None and seed >= 0 else random.randrange(2**31)
-        how = How(Sampling(1.0, temperature, int(top_k), top_p), int(new), seed, system or "", tools)
+        how = How(Sampling(1.0, temperature, int(top_k), top_p), int(new), seed, system, tools)
         row = [Turn(text) for _ in voices]
         visit.turns.append(row)
         yield [typing(True, value=""), *picture(visit, live=True)]

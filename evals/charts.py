@@ -41,8 +41,8 @@ def loss_chart(training: dict[str, Any]) -> str:
         if math.isfinite(v)
     )
     gates = "".join(
-        f'<span class="gate {gate["outcome"]}" style="left:{x(gate["step"]):.2f}%" title="{gate["outcome"]}"></span>'
-        for gate in training["gates"]
+        f'<span class="gate {outcome}" style="left:{x(gate["step"]):.2f}%" title="{outcome}"></span>'
+        for gate, outcome in ((gate, escape(gate["outcome"])) for gate in training["gates"])
         if isinstance(gate["step"], int)  # not a stage after the phases
     )
     svg = (

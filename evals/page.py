@@ -27,9 +27,10 @@ def page(report: dict[str, Any], columns: Columns) -> str:
         _table(report, columns),
         _about(report),
     ]
-    css = Path(__file__).with_name("report.css").read_text()
+    css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
         '<meta name="viewport" content="width=device-width, initial-scale=1"/><meta name="color-scheme" content="light dark"/>'
         f"<title>{escape(report['name'])}</title><style>{css}</style></head><body><main>{''.join(parts)}"
         f"<footer>Made {escape(report['made'])} by <code>python -m evals.report</code>; every figure here is in "
@@ -123,7 +124,7 @@ def _gates(report: dict[str, Any]) -> str:
         advice = gate["advice"] if gate["outcome"] != "go" else ""
         said = f"<p>Accepted: {escape(gate['accepted'])}</p>" if gate["accepted"] else f"<p>{escape(advice or '')}</p>"
         cards.append(
-            f'<div class="decision {gate["outcome"]}">{_chip(gate["outcome"])} <b>{_where(gate["step"])}</b> '
+            f'<div class="decision {escape(gate["outcome"])}">{_chip(gate["outcome"])} <b>{_where(gate["step"])}</b> '
             f"<small>{escape(gate['time'][:16].replace('T', ' '))}</small><ul>{rows}</ul>{said}</div>"
         )
     note = "What was decided at milestones, by thresholds that were set before."
@@ -259,7 +260,7 @@ def _table(report: dict[str, Any], columns: Columns) -> str:
     ]
     for model in report["published"]["models"]:
         source = sources[model["from"]["source"]]
-        link = f'<a href="{escape(source["url"])}">{escape(source["title"])}</a>'
+        link = f'<a rel="noreferrer" href="{escape(source["url"])}">{escape(source["title"])}</a>'
         cells = [_score(model["scores"].get(name)) for name in columns]
         by = [escape(str(model["from"]["harness"])), escape(model["from"]["metric"]), link]
         rows.append("".join(f"<td>{cell}</td>" for cell in [escape(model["name"]), escape(model["tokens"]), *cells, *by]))
@@ -310,7 +311,7 @@ def _section(title: str, note: str, body: str) -> str:
 
 
 def _chip(outcome: str) -> str:
-    return f'<span class="chip {outcome}">{outcome.upper()}</span>'
+    return f'<span class="chip {escape(outcome)}">{escape(outcome.upper())}</span>'
 
 
 def _short(number: float) -> str:

@@ -9,6 +9,11 @@ from models.nanollama import NanoLlama
 Decode = Callable[[list[int]], str]
 
 
+def whole_characters(text: str) -> str:
+    """Text that UTF-8 can encode: surrogate pairs are joined, half of one becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class TextStream:
     """Text that will not change any more: whole characters, and nothing that may be the beginning of a stop string.
 

@@ -10,23 +10,30 @@ A model with another chat template than ours speaks in that, without tools; one 
 
 import argparse
 import io
+import os
+import re
 import signal
 import socket
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from data.gguf_tokenizer import open_gguf
+from data.bounded_template import BoundedTemplate
+from data.gguf_tokenizer import field, open_gguf
 from data.other_chats import Continuation, OwnTemplate, open_chat
 from data.session import Session, Talk
 from data.tools import TOOLS
 from entrypoint import add_boolean, user_errors
 from models.hf import newest_step
+from models.llamacpp import probe
 from models.sampling import Sampling
 from models.speakers import GgufSpeaker, Speaker, TorchSpeaker
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not command the terminal
 STYLE = {"thought": "\033[2m", "content": "", "call": "\033[36m", "result": "\033[32m", "note": "\033[33m"}
 
 
@@ -38,10 +45,18 @@ def main() -> None:
     parser.add_argument("--context", type=int, help="tokens of the conversation (default: as many as the model was trained on)")
     add_flags(parser)
     parser.add_argument("--serve", type=int, metavar="PORT", help="on 127.0.0.1 instead of talking here; 0: any free port")
+    parser.add_argument("--api_key", metavar="NAME", help="with --serve: the environment variable that holds the key of clients")
+    parser.add_argument(
+        "--allow_origin",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="with --serve: web pages that may use the server, e.g. http://localhost:3000 (default: none)",
+    )
     args = parser.parse_args()
     with user_errors():
         if args.serve is not None:
-            serve(args.model, args.serve, args.context)
+            serve(args.model, args.serve, args.context, args.api_key, args.allow_origin)
             return
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
@@ -137,7 +152,7 @@ def show(pieces: Iterator[tuple[str, str]]) -> None:
             if kind != last or kind in ("call", "result", "note"):
                 label = "" if kind == "content" else f"[{kind}] "
                 print("\n" * bool(last) + (STYLE[kind] if colour else "") + label, end="")
-            print(text, end="", flush=True)
+            print(CONTROL.sub("\ufffd", text), end="", flush=True)
             last = kind
             if kind != "content" and colour:
                 print("\033[0m" + STYLE[kind], end="")
@@ -146,25 +161,39 @@ def show(pieces: Iterator[tuple[str, str]]) -> None:
     print("\033[0m" if colour else "")
 
 
-def serve(path: Path, port: int, context: int | None) -> None:
-    """llama.cpp's own server, until it is stopped."""
-    open_gguf(path)
+def serve(path: Path, port: int, context: int | None, key_name: str | None, origins: list[str]) -> None:
+    """Serve a GGUF file by llama.cpp behind demo/gateway.py, until a signal ends it."""
+    from demo.gateway import Gateway, special_tokens
+
+    reader = open_gguf(path)
+    special = special_tokens(reader)
     check_context(context)
+    probe(path)
+    if template := field(reader, "tokenizer.chat_template"):
+        BoundedTemplate(template).render([{"role": "user", "content": "Hello"}])  # llama.cpp renders it without bounds
+    key = os.environ.get(key_name, "").strip() if key_name else ""
+    if key_name and not key:
+        raise ValueError(f"--api_key {key_name}: the environment variable {key_name} is not set or empty")
     try:
         import xllamacpp
     except ImportError:
         raise ValueError("--serve needs xllamacpp; pip install xllamacpp") from None
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.verbosity = str(path), context or 0, 1
-    params.port = free_port("127.0.0.1", port)
+    params.model_alias, params.ui, params.endpoint_slots, params.cors_origins = {path.name}, False, False, ""
+    port = free_port("127.0.0.1", port)
     ends = [signal.SIGINT, signal.SIGTERM]
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the server's threads too
-    try:
-        server = xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise ValueError(f"llama.cpp cannot serve {path}: {error}") from error
-    print(f"{server.listening_address}/v1 answers as OpenAI's interface; Ctrl-C ends it", flush=True)
-    signal.sigwait(ends)
+    with tempfile.TemporaryDirectory(prefix="nanollama-serve-") as folder:  # only this user can enter it
+        params.hostnames = [f"{folder}/llama.sock"]
+        try:
+            server = xllamacpp.Server(params)
+        except RuntimeError as error:
+            raise ValueError(f"llama.cpp cannot serve {path}: {error}") from error
+        gateway = Gateway(port, server.listening_address.removeprefix("unix://"), special, key, origins)
+        threading.Thread(target=gateway.serve_forever, daemon=True).start()
+        print(f"http://127.0.0.1:{port}/v1 answers as OpenAI's interface; Ctrl-C ends it", flush=True)
+        signal.sigwait(ends)
 
 
 def free_port(host: str, port: int) -> int:

@@ -1,8 +1,8 @@
 """The demo in a real browser: a tiny model that has learned four conversations by heart answers, thinks and calls tools."""
+# ruff: noqa: F811
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from browsing import Window, browser, foreign  # noqa: F401  (fixtures)
 from conftest import ROOT, complaint_of
 
 import demo_ui
@@ -29,8 +30,6 @@ from models.nanollama import ModelConfig, NanoLlama
 from models.text import complete
 
 CONTEXT = 4096
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync", "--disable-quic"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
 WATCHED = """
 import runpy, sys
 def hook(event, args):
@@ -102,20 +101,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """A headless Chromium; the tests that use it are skipped where there is none."""
-    pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
-    driver = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r requirements-parity.txt")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not program:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with driver.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=program, headless=True, args=FLAGS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture(scope="module")
 def url(browser, folder) -> Iterator[str]:
     """python demo_ui.py, watched: it may ask nobody but this machine."""
     shown = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GRADIO_"))}
@@ -134,56 +119,6 @@ def url(browser, folder) -> Iterator[str]:
         server.terminate()  # SIGINT is ignored by what a shell began in the background
         rest = server.communicate(timeout=30)[0]
     assert "OUTSIDE" not in "".join(lines) + rest
-
-
-class Window:
-    """A browser window on the demo."""
-
-    def __init__(self, browser, url: str, login: str = "", **how: Any):
-        self.page = browser.new_page(**how)
-        self.page.set_default_timeout(30_000)
-        self.asked: set[str] = set()
-        self.page.on("request", lambda request: self.asked.add(request.url.split("/")[2]))
-        self.page.goto(url, wait_until="domcontentloaded")
-        for word in ("wrong", login) if login else ():
-            self.page.get_by_label("username").fill("any")
-            self.page.get_by_label("password").fill(word)
-            self.page.get_by_role("button", name="Login").click()
-            if word == "wrong":
-                self.page.get_by_text("Incorrect Credentials").wait_for()
-        self.box = self.page.get_by_placeholder("Message")
-        self.box.wait_for()
-
-    def ask(self, text: str, wait_for: str = "") -> None:
-        self.box.fill(text)
-        self.box.press("Enter")
-        if wait_for:
-            self.see(wait_for)
-            self.idle()
-
-    def see(self, text: str) -> None:
-        self.page.get_by_text(text).last.wait_for()
-
-    def idle(self) -> None:
-        self.page.locator("#box .submit-button").wait_for()
-
-    def press(self, name: str) -> None:
-        self.page.get_by_role("button", name=name, exact=True).last.click()
-
-    def said(self, of: str) -> list[str]:
-        return self.page.locator(f".message.{of}").all_inner_texts()
-
-    def meter(self) -> tuple[int, int]:
-        """Tokens of the context, and of the turn."""
-        found = re.search(r"context ([\d,]+) / 4,096\s+([\d,]+) tokens", self.page.locator(".meter").first.inner_text())
-        assert found
-        return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
-
-    def __enter__(self) -> "Window":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.page.close()
 
 
 def test_a_thought_a_tool_and_an_answer(browser, url):
