@@ -17,7 +17,8 @@ from data.store import open_shards
 from models.nanollama import OTHER_NAMES, ModelConfig
 from scripts import check_env, download_data
 from training.aliases import DATA_MIXES, NEW_NAMES, NOTES, RENAMED, _settings
-from training.config import load
+from training.config import RunConfig, load
+from training.curriculum import Plan
 from training.settings import load_settings, read_yaml
 
 KINDS = (train_sft.SFTConfig, train_dpo.PreferenceRun)
@@ -143,6 +144,24 @@ def test_settings_of_another_kind_of_run_are_not_promised():
         load(ROOT / "configs" / "base_1b.yaml", ["num_epochs=1"])
     with pytest.raises(ValueError, match=r"num_epochs is chat\.epochs here"):
         load_settings(train_sft.SFTConfig, ROOT / "configs" / "sft.yaml", ["num_epochs=1"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "said"),
+    [
+        (RunConfig, "plan_1b.yaml", "a plan; give it to scripts.pipeline"),
+        (RunConfig, "sft.yaml", "a config of fine-tuning; give it to train_sft.py"),
+        (RunConfig, "dpo.yaml", "a config of preference alignment; give it to train_dpo.py"),
+        (RunConfig, "data/nanollama_1b.yaml", "a data recipe; give it to scripts.prepare_data"),
+        (RunConfig, "evals/full.yaml", "a suite of evaluations; give it to scripts.run_evals"),
+        (train_sft.SFTConfig, "dpo.yaml", "a config of preference alignment"),
+        (Plan, "base_1b.yaml", "a config of pretraining; give it to train.py"),
+        (Plan, "evals/milestone.yaml", "the config lacks name"),
+    ],
+)
+def test_a_config_of_another_command_is_named(kind, path, said):
+    with pytest.raises(ValueError, match=said):
+        load_settings(kind, ROOT / "configs" / path)
 
 
 # flags

@@ -18,6 +18,15 @@ from training.aliases import renamed
 
 ROOT = Path(__file__).resolve().parent.parent
 Kind = TypeVar("Kind")
+OF_COMMANDS = {  # a key of a config -> what the whole file is, and for which command
+    "phases": "a plan; give it to scripts.pipeline --plan",
+    "chat": "a config of fine-tuning; give it to train_sft.py",
+    "preferences": "a config of preference alignment; give it to train_dpo.py",
+    "tokenizer": "a data recipe; give it to scripts.prepare_data",
+    "evals": "a suite of evaluations; give it to scripts.run_evals --suite",
+    "model": "a config of pretraining; give it to train.py",
+    "schedule": "a config of pretraining; give it to train.py",
+}
 
 
 def load_settings(
@@ -33,6 +42,7 @@ def load_settings(
     was not given. ValueError says which setting is wrong and how.
     """
     values = read_yaml(Path(path))
+    _check_kind(kind, values, path)
     given = [(*_split(override), False) for override in overrides or []]
     given += [(key, str(value), True) for key, value in (flags or {}).items() if value is not None]
     for key, text, is_flag in given:
@@ -46,6 +56,14 @@ def load_settings(
     if clauses := renamed(kind, values):
         raise ValueError("; ".join(clauses))
     return _make(kind, values, "")
+
+
+def _check_kind(kind: Any, values: dict[str, Any], path: str | Path) -> None:
+    """ValueError where a file is the config of another command, by a key that only such a config has."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    for key, what in OF_COMMANDS.items():
+        if key in values and key not in known:
+            raise ValueError(f"{path} is {what}")
 
 
 def _split(override: str) -> tuple[str, str]:
@@ -178,7 +196,7 @@ def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
     for f in dataclasses.fields(kind):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in value:
-            raise ValueError(f"{name} lacks {f.name}")
+            raise ValueError(f"{name or 'the config'} lacks {f.name}")
     prefix = f"{name}." if name else ""
     return kind(**{key: _make(fields[key], part, prefix + key) for key, part in value.items()})
 
