@@ -329,11 +329,12 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
     (tmp_path / "list.jsonl").write_text('[{"question": "x"}]\n')
     data = str(rows / "data" / "store" / "evals")
     damaged = {"config.json": b"{", "tokenizer_config.json": b'"text"', "tokenizer.json": b"{}", "model.safetensors": b""}
+    said = {name: f"{name} is damaged" for name in damaged} | {"model.safetensors": "the weights have 0 bytes"}
     for name, content in damaged.items():
         shutil.copytree(checkpoint, tmp_path / name)
         (tmp_path / name / name).write_bytes(content)
     cases = [
-        *((eval_hellaswag, ["--checkpoint", str(tmp_path / name), "--data", data], f"{name} is damaged") for name in damaged),
+        *((eval_hellaswag, ["--checkpoint", str(tmp_path / name), "--data", data], said[name]) for name in damaged),
         (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "list.jsonl")], "is a list, not an object"),
         (eval_hellaswag, ["--checkpoint", str(tmp_path / "bare"), "--data", data], "holds no tokenizer.json"),
         (eval_hellaswag, ["--checkpoint", "nowhere", "--data", data], "there is no checkpoint at nowhere"),

@@ -68,7 +68,7 @@ def test_a_go_is_an_event_and_is_judged_once_over_a_resume(settings, tmp_path, s
 
 def test_a_no_go_saves_ends_with_status_3_and_goes_on_only_when_accepted(settings, tmp_path, start):
     told = tmp_path / "told"
-    alert = f"log.alerts.command='cat >> {told}'"
+    alert = f"log.alerts.command=cat >> {told}"
     bad = [*QUIET, alert, "startup={steps: 4, fall: null, max_grad_norm: 1.0e-6}"]
     said = start(settings(*bad), NO_GO)
     logs, saved = tmp_path / "logs", tmp_path / "checkpoints" / "one"
