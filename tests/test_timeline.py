@@ -165,7 +165,8 @@ def test_each_command_of_the_table_can_be_given_again(place):
     before, metrics = checkpoints(), (LOGS / "metrics.jsonl").read_text()
     begin = next(i for i, command in enumerate(BY_HAND) if "download_data" in command)
     end = next(i for i, command in enumerate(BY_HAND) if "demo_ui" in command)
-    commands = [command for command in BY_HAND[begin:end] if "phase3_crystallization.yaml" not in command]  # was extended
+    extended = ("phase3_crystallization.yaml", "phase3_crystallization --gates")  # only the plan knows its new steps
+    commands = [command for command in BY_HAND[begin:end] if not any(words in command for words in extended)]
     assert len(commands) > 20
     for command in commands:
         output = give(command)
