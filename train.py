@@ -19,8 +19,8 @@ from data.store import open_shards, open_tokenizer, write_dummy_store
 from entrypoint import user_errors
 from evals.eval_perplexity import perplexity
 from training import selftest, setup
-from training.checkpoint import on_main
 from training.config import RunConfig, load
+from training.distributed import on_main
 from training.logger import log_in
 from training.objectives import next_token
 from training.phase import TokenizerFiles, run_phase

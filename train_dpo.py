@@ -20,8 +20,8 @@ from data.manifest import file_hash
 from data.pair_batches import HeldOutPairs, PairBatch, PairLoader, Pairs
 from data.preferences import PreferenceConfig, describe, prepare
 from training import setup
-from training.checkpoint import on_main
 from training.config import DataConfig
+from training.distributed import on_main
 from training.fsdp_utils import compute_dtype
 from training.phase import run_phase
 from training.preference_losses import DPOConfig, held_out, preference

@@ -21,7 +21,8 @@ from data.tokenizer import token_bytes
 from evals.eval_perplexity import perplexity
 from evals.samples import write_samples
 from training import setup
-from training.checkpoint import on_main, whole_weights
+from training.checkpoint import whole_weights
+from training.distributed import on_main
 from training.objectives import next_token, with_neftune
 from training.phase import run_phase
 from tuning import TuningRun, parser, start, take_base

@@ -14,8 +14,8 @@ from data.tokenizer import load_tokenizer
 from entrypoint import user_errors
 from models.hf import read_hf_config
 from training import setup
-from training.checkpoint import on_main
 from training.config import RunConfig
+from training.distributed import on_main
 from training.logger import log_in
 from training.phase import TokenizerFiles
 from training.settings import load_settings

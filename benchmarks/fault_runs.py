@@ -21,9 +21,9 @@ from benchmarks.faulty_train import Action, Fault, row_hashes
 from data.dataloader import PackedDataLoader
 from data.shards import ShardWriter
 from data.store import DUMMY, open_shards
+from files import read_lines
 from training.checkpoint import damage, read_manifest, read_position, step_folders
 from training.config import load
-from training.logger import read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "test_mode.yaml"

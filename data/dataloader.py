@@ -192,8 +192,8 @@ class TextLoader(PackedDataLoader):
     """Batches of packed rows from texts in order, in one process; training reads a store instead (see PackedDataLoader).
 
     dataset: texts, or rows with a text under text_column. tokenizer: of tokenizers or of transformers. Documents begin with
-    bos (eos if there is no bos) and lie end to end; they are tokenized as they are read. Tokens that do not fill a batch at
-    the end are left out. Each iteration starts from the first text, if the dataset can be iterated again.
+    bos (eos if there is no bos) and are packed end to end, tokenized on the fly. The last incomplete batch
+    is dropped. Each iteration starts from the first text, if the dataset can be iterated again.
     """
 
     def __init__(

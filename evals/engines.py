@@ -29,7 +29,7 @@ NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
 def check_there(checkpoint: Path) -> None:
-    """ValueError where there is no such folder or file: said before what else would miss it."""
+    """Raise ValueError if the checkpoint does not exist."""
     if not checkpoint.exists():
         raise ValueError(f"there is no checkpoint at {checkpoint}")
 

@@ -61,9 +61,9 @@ def spread(lengths: np.ndarray, budget: int) -> np.ndarray:
 
 
 def find_data(args: argparse.Namespace) -> None:
-    """Set args.dataset to a path that exists, and args.sources where it names a source.
+    """Set args.dataset to an existing path, and args.sources if the name is that of a source.
 
-    ValueError where there is no text.
+    Raises ValueError if no text is found.
     """
     named = args.dataset or args.data
     if named is None:

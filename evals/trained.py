@@ -1,6 +1,5 @@
 """What the logs of a run say about a checkpoint: its stages back to pretraining, curves, held-out losses and decisions."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 import yaml
 
 from data.manifest import read_json
+from files import read_lines
 
 POINTS = 400  # of a curve, at most
 Rows = list[dict[str, Any]]
@@ -165,14 +165,3 @@ def settings(path: Path) -> dict[str, Any]:
     """A resolved config that a run left beside its log; {} where there is none."""
     found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
     return found if isinstance(found, dict) else {}
-
-
-def read_lines(path: Path) -> Rows:
-    """The objects of a .jsonl file, without a line that is being written; none where there is no file."""
-    found = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.is_file() else ():
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # being written
-            continue
-    return found

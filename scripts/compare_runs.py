@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from entrypoint import user_errors
-from training.logger import read_lines
+from files import read_lines
 
 MARKS = {  # kind of event, or outcome of a gate -> (marker, colour) on the loss curve
     "go": ("D", "#2ca02c"),

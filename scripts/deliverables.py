@@ -27,8 +27,8 @@ from entrypoint import user_errors
 from evals.engines import folder_hash
 from evals.report import finite, leaves, measured, results_table, texts
 from evals.targets import LABELS, find
-from evals.trained import read_lines, settings, training
-from files import read_object, write_json, write_text
+from evals.trained import settings, training
+from files import read_lines, read_object, write_json, write_text
 from models.gguf import read_config
 from models.hf import newest_step
 from scripts.export_gguf import target_files

@@ -17,10 +17,11 @@ from test_launchers import BIN
 from test_training import wait_for, wait_for_a_step
 
 import train
+from files import read_lines
 from training import guard
 from training.checkpoint import damage
 from training.guard import StopSignal
-from training.logger import Log, LogConfig, read_lines
+from training.logger import Log, LogConfig
 
 QUIET = ("validation.every=0", "checkpoint={every: 100, keep: 2}")
 CONFIG = ROOT / "configs" / "test_mode.yaml"

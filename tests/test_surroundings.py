@@ -26,10 +26,10 @@ import train_sft
 from data import manifest
 from data.chat_tokenizer import keep_chat_tokenizer
 from entrypoint import user_errors
-from files import is_full, sweep, temporary, write_json
+from files import is_full, read_lines, sweep, temporary, write_json
 from training import setup
 from training.guard import Faults
-from training.logger import Log, LogConfig, append_event, log_in, read_lines
+from training.logger import Log, LogConfig, append_event, log_in
 from training.reference import ReferenceLogps
 
 KB = 1024

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from files import write_text
+from files import read_lines, write_text
 from training.alerts import AlertConfig, Alerts
 
 MARKDOWN = "training_log.md"
@@ -403,17 +403,6 @@ def _event_lines(kind: str, text: str, fields: dict[str, Any]) -> list[tuple[str
     what = " ".join((text or _spell(fields)).split())
     plain = f"- {time_now[:19].replace('T', ' ')} UTC{where} · **{kind}**{': ' + what if what else ''}"
     return [("events.jsonl", json.dumps(_plain(line), default=str)), (MARKDOWN, plain)]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, without lines that a killed process left unfinished; [] where there is no file."""
-    rows = []
-    for line in path.read_text(errors="replace", encoding="utf-8").splitlines() if path.is_file() else ():
-        with suppress(json.JSONDecodeError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
 
 
 def now() -> str:

@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from files import FULL, is_full, no_room
 from training import profiling, setup
-from training.checkpoint import Checkpoints, on_main
+from training.checkpoint import Checkpoints
 from training.config import RunConfig, to_dict
+from training.distributed import on_main
 from training.fsdp_utils import compute_dtype
 from training.logger import Log, held_out_text
 from training.loop import Evaluate, train, validate

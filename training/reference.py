@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from files import check_room, is_full, no_room
 from models.hf import load_weights
 from models.nanollama import ModelConfig, NanoLlama
-from training.checkpoint import on_main
 from training.config import RunConfig
+from training.distributed import on_main
 from training.fsdp_utils import wrap_model_fsdp
 from training.preference_losses import answer_logps
 

@@ -11,8 +11,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
 from training import setup
-from training.checkpoint import Checkpoints, load_state, on_main
+from training.checkpoint import Checkpoints, load_state
 from training.config import RunConfig
+from training.distributed import on_main
 from training.logger import Log
 from training.state import State
 

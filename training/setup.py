@@ -22,8 +22,9 @@ from files import write_text
 from models.attention import choose_kernel
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
-from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, on_main, read_phase, step_folders
+from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, read_phase, step_folders
 from training.config import PHASES_DIFFER, RunConfig, to_dict
+from training.distributed import on_main
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
 from training.guard import Faults
 from training.hangs import leave_if_lost

@@ -7,8 +7,9 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from training.checkpoint import on_main
-from training.logger import Log, read_lines
+from files import read_lines
+from training.distributed import on_main
+from training.logger import Log
 from training.state import State
 
 if TYPE_CHECKING:
