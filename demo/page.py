@@ -154,7 +154,7 @@ def build(voices: Sequence[Voice]) -> Any:
     def clear(visit: Visit) -> list[Any]:
         visit.stopped = True
         visit.turns.clear()
-        return [typing(False, value=""), *picture(visit)]
+        return [typing(False), *picture(visit)]  # the box keeps what the visitor has typed meanwhile
 
     with gr.Blocks(title="NanoLlama", analytics_enabled=False, fill_width=True) as page:
         visit = gr.State(Visit())

@@ -91,6 +91,11 @@ class Window:
     def press(self, name: str) -> None:
         self.page.get_by_role("button", name=name, exact=True).last.click()
 
+    def clear(self) -> None:
+        """Press Clear and wait until the conversation is empty."""
+        self.press("Clear")
+        self.page.locator(".message.user").first.wait_for(state="detached")
+
     def said(self, of: str) -> list[str]:
         return self.page.locator(f".message.{of}").all_inner_texts()
 

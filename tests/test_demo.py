@@ -161,7 +161,7 @@ def test_stop_retry_edit_clear_and_leaving(browser, url):
         window.see("stopped")
         window.idle()
         assert "la la la" in window.said("bot")[0] and window.meter()[1] < 3500
-        window.press("Clear")
+        window.clear()
         window.page.get_by_text("stopped").wait_for(state="detached")
         window.ask(HELLO, "I am a small model.")
         before = window.page.locator(".meter").inner_text()
@@ -175,7 +175,7 @@ def test_stop_retry_edit_clear_and_leaving(browser, url):
         window.see("17 times 23 is")
         window.idle()
         assert window.said("user") == [PRODUCT]
-        window.press("Clear")
+        window.clear()
         window.page.get_by_text("17 times 23 is").wait_for(state="detached")
         window.ask(SING)
         window.see("la la la")

@@ -129,7 +129,7 @@ def test_half_an_emoji_does_not_end_the_conversation(browser, monkeypatch):
             window.page.locator(".message.user").nth(number).wait_for()
             window.idle()
             assert model.heard[-1][0] == heard
-        window.press("Clear")
+        window.clear()
         window.ask("again", "done")
 
 
