@@ -8,34 +8,35 @@ python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo --share --password .
 Needs gradio: pip install -r requirements-demo.txt. Only this machine can open it, unless --share or --host says else.
 """
 
-import argparse
 import hmac
 import importlib.util
 import time
 from pathlib import Path
 from typing import Any
 
+from data.trained_chat import offered
 from demo.guard import LOCAL, LOOPBACK, Guard
 from demo.markup import SCRIPT
 from demo.page import CSS, build
-from demo.talk import Voice
-from entrypoint import ROOT, add_boolean, user_errors
+from demo.talk import Voice, title
+from entrypoint import PORT, ROOT, CommandParser, add_boolean, at_least, user_errors
 from models.hf import newest_step
-from scripts.chat import free_port, load
+from scripts.chat import free_port, load, trained_chat
 
 STAGES = ("midtrain", "sft", "dpo")  # in order; all others are phases of pretraining
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     models = parser.add_mutually_exclusive_group()
     about = "a step or phase folder, or any Llama or Qwen3 folder (default: the newest model under checkpoints/)"
     models.add_argument("--checkpoint", type=newest_step, help=about)
     models.add_argument("--gguf", type=Path, help="a file of scripts/export_gguf.py, run by llama.cpp")
     parser.add_argument("--compare", type=newest_step, help="a second model beside it: a folder or a .gguf file")
-    parser.add_argument("--context", type=int, help="tokens of a conversation (default: as many as the model was trained on)")
+    parser.add_argument("--context", type=at_least(1), help="tokens of a conversation (default: those of the training rows)")
+    parser.add_argument("--tools", nargs="+", metavar="NAME", help="tools to offer, or all (default: as the model was trained)")
     parser.add_argument("--host", default="127.0.0.1", help="another address lets others in, and needs --password")
-    parser.add_argument("--port", type=int, default=7860, help="0: any free one")
+    parser.add_argument("--port", type=PORT, default=7860, help="0: any free one")
     add_boolean(parser, "--share", "a public link, by Gradio's servers; needs --password")
     parser.add_argument("--password", help="that visitors must give, under any name")
     args = parser.parse_args()
@@ -51,7 +52,7 @@ def main() -> None:
             print(f"opens {first}, the newest model found; --checkpoint takes another", flush=True)
         port = free_port(args.host, args.port)
         paths = [path for path in (first, args.compare) if path]
-        voices = [open_voice(path, args.context) for path in paths]
+        voices = [open_voice(path, args.context, args.tools) for path in paths]
         page = build(voices)
         url = launch(page, args.host, port, args.password, args.share)
         print(f"{url} after {time.monotonic() - begun:.1f} s; Ctrl-C ends it", flush=True)
@@ -92,18 +93,10 @@ def launch(page: Any, host: str, port: int, password: str | None = None, share: 
     return page.share_url or page.local_url
 
 
-def open_voice(path: Path, context: int | None) -> Voice:
-    """A model of a folder or of a file; ValueError says what it is not."""
+def open_voice(path: Path, context: int | None, tools: list[str] | None = None) -> Voice:
+    """A model of a folder or of a file; ValueError says what it is not. tools: names, default: as it was trained."""
     chat, speaker = load(path, context)
-    return Voice(name(path), speaker, chat)
-
-
-def name(path: Path) -> str:
-    """What tells a model from others: the file, or the folders down from checkpoints/."""
-    parts = path.resolve().parts
-    if path.is_file():
-        return path.name
-    return "/".join(parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-2:])
+    return Voice(title(path), speaker, chat, offered(trained_chat(path), tools))
 
 
 if __name__ == "__main__":

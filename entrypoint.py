@@ -10,9 +10,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from files import FULL, is_full
+from ranges import MAX_INT, Range, shown
 
 ROOT = Path(__file__).resolve().parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -20,15 +21,41 @@ GONE = (errno.EPIPE, errno.EIO)  # of an output whose reader has ended, or whose
 PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # nothing there, or a file where a folder is due
 
 
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command: `about` as written in --help, one sentence on standard error for a wrong flag."""
+
+    def __init__(self, about: str | None):
+        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+
+
 def at_least(least: int) -> Callable[[str], int]:
-    """What reads a flag's whole number, and refuses a smaller one."""
+    """The type of a flag that takes a whole number of at least `least`."""
 
     def number(text: str) -> int:
         if (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{value} is too small; the least is {least}")
+        if value >= MAX_INT:
+            raise argparse.ArgumentTypeError(f"{shown(value)} must be below 2**63")
         return value
 
     return number
+
+
+def within(kind: type, allowed: Range) -> Callable[[str], Any]:
+    """The type of a flag that takes a number, int or float, in a range."""
+
+    def number(text: str) -> Any:
+        if (value := kind(text)) not in allowed:
+            raise argparse.ArgumentTypeError(f"{shown(value)} {allowed}")
+        return value
+
+    return number
+
+
+PORT = within(int, Range(0, 65_535))  # the type of a flag that takes a TCP port
 
 
 def boolean(text: str) -> bool:
@@ -140,7 +167,8 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
         text = " ".join(str(error).split())
         if full and not (ours or disk):
             text = f"the disk is full ({text[:200]}); free some space, then run the same command again"
-        print(f"error: {text if full else error}", file=sys.stderr, flush=True)
+        line = text if full else " ".join(str(error).splitlines())  # names of files may hold line breaks
+        print(f"error: {line}", file=sys.stderr, flush=True)
         if world > 1:
             os._exit(2)  # another rank may wait for this one in a collective: leave without a farewell
         sys.exit(2)

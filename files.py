@@ -45,10 +45,25 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError if it is not JSON or nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("values are nested too deeply") from None
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """The object of a JSON text; ValueError for any other JSON value, also for a list of pairs."""
+    if not isinstance(value := parse_json(text), dict):
+        raise ValueError(f"it holds {'a list' if isinstance(value, list) else repr(value)[:50]}")
+    return value
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
     """The object in a JSON file; None where there is no such file, or it holds anything else (as after a full disk)."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
@@ -59,7 +74,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
         with suppress(ValueError):
-            row = json.loads(line)
+            row = parse_json(line)
             if isinstance(row, dict):
                 rows.append(row)
     return rows

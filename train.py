@@ -8,7 +8,6 @@
 The same command line again goes on from the newest whole checkpoint. Any setting can be given as section.key=value.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -16,18 +15,18 @@ import torch
 
 from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
 from data.store import open_shards, open_tokenizer, write_dummy_store
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from evals.eval_perplexity import perplexity
 from training import selftest, setup
 from training.config import RunConfig, load
 from training.distributed import on_main
 from training.logger import log_in
 from training.objectives import next_token
-from training.phase import TokenizerFiles, run_phase
+from training.phase import Stage, TokenizerFiles, run_phase
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", help="YAML file (default: the 1.1B model's first phase; with --test_mode a tiny model)")
     parser.add_argument("--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)")
     parser.add_argument("--resume_from", help="a step folder or phase folder of an earlier phase to go on from")
@@ -74,9 +73,15 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     }
     bytes_of = torch.from_numpy(tokenizer.bytes_of)
     evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up) if measured else None
-    files, objective = TokenizerFiles(*tokenizer[:2]), next_token(run.optim.z_weight)
-    check, lines = selftest.check if test else None, packed.describe(run.steps)
-    return run_phase(run, device, Prefetcher(packed, device), objective, evaluate, files, lines, profile, check)
+    stage = Stage(
+        loader=Prefetcher(packed, device),
+        objective=next_token(run.optim.z_weight),
+        tokenizer=TokenizerFiles(tokenizer.folder, tokenizer.special),
+        evaluate=evaluate,
+        data_lines=packed.describe(run.steps),
+        check=selftest.check if test else None,
+    )
+    return run_phase(run, device, stage, profile)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from training import setup
 from training.checkpoint import whole_weights
 from training.distributed import on_main
 from training.objectives import next_token, with_neftune
-from training.phase import run_phase
-from tuning import TuningRun, parser, start, take_base
+from training.phase import Stage, run_phase
+from tuning import TuningRun, parser, start, take_base, with_record
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,18 @@ def main() -> None:
 
 def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profile: bool = False) -> int:
     """From conversations to checkpoints. Returns the exit status, 0 if complete; it has saved in any case."""
-    chat, folder, files, run = take_base(run, Path(run.chat.cache))
+    base = take_base(run, Path(run.chat.cache))
+    chat, folder, _, run = base
     check_samples(run, chat)
     data, length = run.data, run.data.sequence_length
     prepared = on_main(lambda: prepare(run.chat, data.mix, folder, length))
     sources = {name: Conversations(path, "train") for name, path in prepared.items()}
+    files = with_record(base, [source.report for source in sources.values()], length)
     shape = (length, data.rows, data.micro_batch_size)
     packed = PackedDataLoader(sources, data.mix, *shape, run.seed, rank, world)
     if run.chat.epochs:
         run = replace(run, steps=ceil(run.chat.epochs * sum(map(len, packed.packed)) / data.rows))
-    run, loader = run.with_schedule(), Prefetcher(packed, device)
+    lines, run, loader = run.schedule_lines(), run.with_schedule(), Prefetcher(packed, device)
     batch_size, rows = run.validation.batch_size or data.micro_batch_size, run.validation.rows
     parts = {name: Conversations(path, "val") for name, path in prepared.items()}
     held_out = {
@@ -64,7 +66,7 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
 
     def evaluate(model: Any) -> dict[str, dict[str, float]]:
         results = perplexity(model, held_out, bytes_of, setup.add_up) if held_out else {}
-        places = loader.ahead[0] if loader.ahead else 0  # read so far
+        places = loader.position
         for name, share in (packed.shares(max(0, places - run.validation.every), places) if places else {}).items():
             results.setdefault(name, {})["trained_share"] = share
         if run.chat.samples:
@@ -79,9 +81,10 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     objective = next_token(run.optim.z_weight)
     if run.chat.neftune_alpha:
         objective = with_neftune(objective, run.chat.neftune_alpha, run.seed)
-    lines = [line for name, source in sources.items() for line in describe(name, source.report)] + packed.describe(run.steps)
+    lines += [line for name, source in sources.items() for line in describe(name, source.report)]
+    lines += packed.describe(run.steps)
     measured = evaluate if held_out or run.chat.samples else None
-    return run_phase(run, device, loader, objective, measured, files, lines, profile)
+    return run_phase(run, device, Stage(loader, objective, files, measured, data_lines=lines), profile)
 
 
 def check_samples(run: SFTConfig, chat: Chat) -> None:

@@ -1,32 +1,49 @@
 """What train_sft.py and train_dpo.py have in common: their flags, and a base model that is to speak in the chat template."""
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
 from data.chat import Chat
 from data.chat_tokenizer import keep_chat_tokenizer
-from data.tokenizer import load_tokenizer
-from entrypoint import user_errors
+from data.tokenizer import load_tokenizer, vocabulary_size
+from data.trained_chat import KEY, record
+from entrypoint import CommandParser, user_errors
 from models.hf import read_hf_config
+from models.nanollama import ModelConfig
 from training import setup
 from training.config import RunConfig
 from training.distributed import on_main
 from training.logger import log_in
 from training.phase import TokenizerFiles
-from training.settings import load_settings
+from training.settings import NoEffect, load_settings
+
+UNKNOWN_LENGTH = 10**9  # stands for the base model's context until its config is read
 
 
 @dataclass(frozen=True)
 class TuningRun(RunConfig):
-    """A run that starts from the base init_from, with its shape, and counts its own steps: its logs have a folder of their own.
+    """A run that starts from the base model init_from, with its shape, and counts its own steps. Its logs have their own folder.
 
     The learning rate decays from warm-up to the end, as transformers' (and so TRL's) does: the next update would have min_lr.
+    Settings that follow from the base model or from `steps` are refused in a config.
     """
+
+    SHAPE_FROM_BASE: ClassVar[bool] = True
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = RunConfig.NO_EFFECT | {
+        "model": NoEffect("has no effect in SFT and DPO: the shape is that of the base model (init_from); remove it"),
+        "schedule.total_steps": NoEffect("has no effect in SFT and DPO: the schedule ends with steps; remove it"),
+        "schedule.decay_steps": NoEffect("has no effect in SFT and DPO: the rate decays from warm-up to the end; remove it"),
+        "data.store": NoEffect("has no effect in SFT and DPO, which read the files of their sources; remove it"),
+        "data.packing": NoEffect("has no effect in SFT and DPO, which never cut a row; remove it"),
+        "data.min_document_tokens": NoEffect("has no effect in SFT and DPO; filter the files of the source", ({},)),
+    }
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(max_position_embeddings=UNKNOWN_LENGTH))
 
     @property
     def logs(self) -> Path:
@@ -38,6 +55,11 @@ class TuningRun(RunConfig):
         decay, total = self.steps - warmup, self.steps + 1
         return replace(self, schedule=replace(self.schedule, warmup_steps=warmup, total_steps=total, decay_steps=decay))
 
+    def schedule_lines(self) -> list[str]:
+        """What with_schedule changes, for the log: a warm-up of more than a tenth of the steps is shortened."""
+        wanted, used = self.schedule.warmup_steps, self.with_schedule().schedule.warmup_steps
+        return [f"warm-up: {used} steps, a tenth of the run, instead of schedule.warmup_steps={wanted}"] * (used < wanted)
+
 
 class Base(NamedTuple):
     chat: Chat
@@ -48,7 +70,7 @@ class Base(NamedTuple):
 
 def parser(about: str | None, config: str, batch_size: str) -> argparse.ArgumentParser:
     """The flags of both; batch_size: what that flag means."""
-    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = CommandParser(about)
     made.add_argument("--config", default=config, help="YAML file")
     made.add_argument("--base_model", help="a step folder, a phase folder or a Hugging Face folder to start from")
     made.add_argument("--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)")
@@ -78,12 +100,17 @@ def start(
     }
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
-        any_length = "model.max_position_embeddings=1000000000"  # until the base's is known
-        run = load_settings(kind, args.config, [any_length, *args.overrides], flags)
+        run = load_settings(kind, args.config, args.overrides, flags)
         with setup.ranks() as device:
             on_main(lambda: log_in(run.log))
             status = train(run, rank, world, device, args.profile)
     setup.leave(status)
+
+
+def with_record(base: Base, reports: Iterable[dict[str, Any]], length: int) -> TokenizerFiles:
+    """The tokenizer files, and for config.json what the conversations are like: the defaults of chat and demo."""
+    trained = record(Path(str(base.run.init_from)), reports, length)
+    return base.files._replace(special={**base.files.special, KEY: trained})
 
 
 def take_base(run: TuningRun, cache: Path) -> Base:
@@ -94,7 +121,11 @@ def take_base(run: TuningRun, cache: Path) -> Base:
     assert base
     folder = on_main(lambda: keep_chat_tokenizer(base, cache))
     chat, config = Chat.from_folder(folder), read_hf_config(base)
-    known, tokens = load_tokenizer(base).get_vocab_size(), chat.tokenizer.get_vocab_size()
-    files = TokenizerFiles(folder, chat.config_ids, known if tokens > known else None)
-    run = replace(run, model=replace(config, vocab_size=max(config.vocab_size, tokens)), init_from=str(base))
+    known, tokens = vocabulary_size(load_tokenizer(base)), vocabulary_size(chat.tokenizer)
+    if known > config.vocab_size:
+        raise ValueError(f"{base}: the tokenizer has the id {known - 1}, but its model has {config.vocab_size} rows of embedding")
+    files = TokenizerFiles(folder, chat.config_ids, range(known, tokens) if tokens > known else None)
+    theta = config.rope_theta if run.rope_theta is None else run.rope_theta
+    model = replace(config, vocab_size=max(config.vocab_size, tokens))
+    run = replace(run, model=model, rope_theta=theta, init_from=str(base))
     return Base(chat, folder, files, run)

@@ -28,9 +28,10 @@ from data.chat_template import (
 )
 from data.chat_template import TRAINING_TEMPLATE as TRAINING_TEMPLATE
 from data.chat_template import jinja_template as jinja_template
+from data.folder_templates import template_of
 from data.manifest import read_json
 from data.messages import read_call, read_messages
-from data.tokenizer import BOS, PAD, load_tokenizer
+from data.tokenizer import BOS, PAD, load_tokenizer, special_text
 
 MAY_FOLLOW = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool")}
 MAY_FOLLOW["tool"] = ("tool", "assistant")
@@ -192,7 +193,7 @@ class Chat:
     def from_folder(cls, folder: str | Path) -> "Chat":
         """The chat tokenizer of a folder that save_chat_tokenizer or train_sft.py wrote."""
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file() or not (Path(folder) / TEMPLATE).is_file():
+        if not path.is_file() or not template_of(Path(folder)):
             raise ValueError(f"{folder} holds no chat tokenizer ({TEMPLATE} beside tokenizer.json); train_sft.py writes one")
         config = read_json(Path(folder) / "tokenizer_config.json")
         return cls(load_tokenizer(folder), config.get("bos_token"), config.get("pad_token"))

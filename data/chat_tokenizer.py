@@ -6,11 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 
 from data.chat import CHAT_TOKENS, IM_END, TEMPLATE, TRAINING_TEMPLATE, Chat, index_of, jinja_template
 from data.manifest import file_hash, read_json
-from data.tokenizer import BOS, PAD, load_tokenizer
+from data.tokenizer import BOS, PAD, add_special_tokens, load_tokenizer
 from files import sweep, temporary
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", TEMPLATE, TRAINING_TEMPLATE)
@@ -45,7 +45,7 @@ def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CHAT_TOKENS])
+    tokenizer = add_special_tokens(tokenizer, CHAT_TOKENS)
     names = ("special_tokens_map.json", "tokenizer_config.json")
     own = {key: text for name in names for key, text in _names(read_json(Path(folder) / name)).items()}
     bos = BOS if tokenizer.token_to_id(BOS) is not None else own.get("bos_token")

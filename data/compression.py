@@ -10,7 +10,7 @@ import numpy as np
 from data import manifest
 from data.public_tokenizers import public_ranks
 from data.recipe import Recipe, Split
-from data.steps import read_documents
+from data.steps import listed_parts, read_documents
 from data.tokenizer import Encoder, sample_texts
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def store_samples(store: Path, split: str, max_bytes: int) -> dict[str, list[str
 
     samples = {}
     for source, content in found.items():
-        parts = [documents / source / part["name"] for part in (content or {}).get("parts", [])]
+        parts = [documents / source / name for name, _ in listed_parts(documents / source, content)] if content else []
         samples[source] = list(sample_texts([texts(parts)], max_bytes))
     samples = {source: sample for source, sample in samples.items() if sample}
     if not samples:

@@ -25,6 +25,7 @@ from data.messages import (
     with_row_system,
 )
 from data.readers import Skipped, hub_complaint
+from files import parse_json
 
 OASST = {
     *("message_id", "parent_id", "message_tree_id", "tree_state", "prompt", "replies", "text", "role", "lang", "rank", "deleted"),
@@ -136,7 +137,7 @@ def _parse(line: bytes, where: str) -> Row | Skipped:
 def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
     """Rows of a file that is one JSON array, as Alpaca's are."""
     try:
-        rows = json.loads(b"".join(blocks(file)).decode())
+        rows = parse_json(b"".join(blocks(file)).decode())
     except (ValueError, EOFError, OSError, zlib.error):
         rows = None
     if not isinstance(rows, list):
@@ -264,7 +265,7 @@ def _toolformer(row: dict) -> Conversation:
 def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conversation | Skipped]:
     """The best path of each tree of OpenAssistant's, given as trees or, as on the hub, as a list of all their messages."""
     flat: dict[str, list[dict]] = {}  # by parent
-    roots: list[tuple[str, dict]] = []
+    roots: list[tuple[Row, dict]] = []
     for row in rows:
         if isinstance(row, Skipped):
             yield row
@@ -275,17 +276,22 @@ def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conv
         elif not all(isinstance(id, (str, int)) for id in (message["message_id"], message.get("parent_id") or "")):
             yield Skipped("not of the form oasst (an id that is no text)", row.where)
         elif message.get("parent_id") is None:
-            roots.append((row.where, message))
+            roots.append((row, message))
         else:
             flat.setdefault(message["parent_id"], []).append(message)
     messages = [*(root for _, root in roots), *(message for replies in flat.values() for message in replies)]
     for parent in flat.keys() - {message["message_id"] for message in messages}:
         yield from [Skipped("a reply to a message that is not there", "")] * len(flat[parent])
-    for where, root in roots:
-        yield _made("oasst", where, _tree, root, flat, language, where)
+    for row, root in roots:
+        yield _made("oasst", row.where, _tree, row, root, flat, language)
 
 
-def _tree(root: dict, flat: dict[str, list[dict]], language: str | None, where: str) -> Conversation | Skipped:
+def _tree(row: Row, root: dict, flat: dict[str, list[dict]], language: str | None) -> Conversation | Skipped:
+    columns = []
+    if row.value is not root:  # a tree with its messages inside, and keys of its own
+        if not is_trained(row.value, ROW_FLAGS):
+            return Skipped(NOT_TRAINED, "")
+        columns = read_row(row.value, OASST)
     tree = str(root.get("message_tree_id") or root["message_id"])
     if language and root.get("lang") not in (language, None):
         return Skipped("another language", "")
@@ -297,7 +303,7 @@ def _tree(root: dict, flat: dict[str, list[dict]], language: str | None, where: 
         role, rest = {"prompter": "user"}.get(m["role"], m["role"]), {k: v for k, v in m.items() if k not in OASST}
         messages.append({**rest, "role": role, "content": m["text"]})
     read, ignored = read_messages(messages)
-    return {"messages": read, "id": tree, "group": tree, "where": where, "ignored": ignored}
+    return {"messages": read, "id": tree, "group": tree, "where": row.where, "ignored": [*ignored, *columns]}
 
 
 def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:

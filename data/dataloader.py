@@ -272,6 +272,11 @@ class Prefetcher:
         self.pool = ThreadPoolExecutor(1, "prefetch", *start)
         self.ahead: tuple[int, Future[Step]] | None = None
 
+    @property
+    def position(self) -> int:
+        """The place after the last one that at() gave; 0 before the first."""
+        return self.ahead[0] if self.ahead else 0
+
     def _load(self, place: int) -> Step:
         step = self.loader.at(place)
         if self.device.type == "cuda":

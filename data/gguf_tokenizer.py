@@ -15,12 +15,15 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.chat import END_THOUGHT, IM_END, START_THOUGHT, TEMPLATE, TOOL_CALL, TOOL_RESPONSE
+from data.folder_templates import DEFAULT, NAMED, choose, read_templates
 from data.manifest import read_json
-from data.tokenizer import BOS, QWEN2_SPLIT, load_tokenizer
+from data.tokenizer import BOS, QWEN2_SPLIT, listed_ids, load_tokenizer, special_text
+from data.trained_chat import KEY, to_text
 from gguf_file import check_gguf
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 SHOWN = (START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE)
+TRAINED = "nanollama.chat"
 GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 
@@ -34,6 +37,8 @@ class Vocabulary(NamedTuple):
     ids: dict[str, int]  # bos, eos, eot, pad; those that there are
     add_bos: bool
     template: str | None
+    named: dict[str, str]  # further templates, by name
+    trained: str | None  # trained_chat.py's record, as JSON
 
     def put(self, writer: Any) -> None:
         """Add all of it to a gguf.GGUFWriter."""
@@ -49,6 +54,12 @@ class Vocabulary(NamedTuple):
         writer.add_add_bos_token(self.add_bos)
         if self.template is not None:
             writer.add_chat_template(self.template)
+        for name, template in sorted(self.named.items()):
+            writer.add_string(f"tokenizer.chat_template.{name}", template)
+        if self.named:
+            writer.add_array("tokenizer.chat_templates", sorted(self.named))
+        if self.trained:
+            writer.add_string(TRAINED, self.trained)
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
@@ -74,12 +85,12 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
     types = [UNUSED if i not in names else _type(added[i]) if i in added else NORMAL for i in range(size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = _special_ids(folder, tokenizer)
-    path = folder / TEMPLATE
-    template = GENERATION.sub(r"{{\1''\2}}", path.read_text(encoding="utf-8")) if path.is_file() else None
+    templates = {name: GENERATION.sub(r"{{\1''\2}}", text) for name, text in read_templates(folder).items()}
+    template = choose(templates)
+    named = {name: text for name, text in templates.items() if name != DEFAULT and text != template}
     tokens = [names.get(i, f"[PAD{i}]") for i in range(size)]
-    return Vocabulary(
-        tokens, types, merges, split_name(content.get("pre_tokenizer"), folder), ids, _adds_bos(tokenizer, ids, folder), template
-    )
+    pre = split_name(content.get("pre_tokenizer"), folder)
+    return Vocabulary(tokens, types, merges, pre, ids, _adds_bos(tokenizer, ids, folder), template, named, to_text(folder))
 
 
 def _type(token: dict[str, Any]) -> int:
@@ -111,12 +122,10 @@ def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     settings, config = (read_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
     ids = {}
     for name in ("bos", "eos", "pad"):
-        token = settings.get(f"{name}_token")
-        token = token.get("content") if isinstance(token, dict) else token
-        index = tokenizer.token_to_id(token) if token else config.get(f"{name}_token_id")
-        index = index[0] if isinstance(index, list) else index
+        token = special_text(settings, f"{name}_token")
+        index = tokenizer.token_to_id(token) if token else next(iter(listed_ids(config, f"{name}_token_id")), None)
         if index is not None:
-            ids[name] = int(index)
+            ids[name] = index
     if "eos" not in ids:
         raise ValueError(f"{folder} names no eos token; name one in its tokenizer_config.json, or replies will not end")
     end = tokenizer.token_to_id(IM_END)
@@ -169,6 +178,22 @@ def field(reader: Any, name: str) -> Any:
     return None if found is None else found.contents()
 
 
+def file_templates(reader: Any) -> dict[str, str]:
+    """The chat templates of a GGUF file by name. Names that are not words are left out: they may hold a path."""
+    names = [name for name in field(reader, "tokenizer.chat_templates") or [] if re.fullmatch(r"\w+", str(name), re.ASCII)]
+    keys = {DEFAULT: "tokenizer.chat_template", **{name: f"tokenizer.chat_template.{name}" for name in names}}
+    found = {name: field(reader, key) for name, key in keys.items()}
+    return {name: template for name, template in found.items() if isinstance(template, str)}
+
+
+def json_of(text: Any) -> Any:
+    """The value of a JSON text; the text itself if it is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
+
+
 def tokenizer_folder(checkpoint: Path) -> Path:
     """Where a checkpoint's tokenizer, template, ids of special tokens and length of context are read: the folder itself, or a
     temporary one made of a .gguf file. ValueError where there is no such file, or its text is split by an unknown rule."""
@@ -197,13 +222,16 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
     folder = tempfile.TemporaryDirectory(prefix="gguf-tokenizer-")
     root = Path(folder.name)
     tokenizer.save(str(root / "tokenizer.json"))
-    template = field(reader, "tokenizer.chat_template")
-    if template is not None:
-        (root / TEMPLATE).write_text(template, encoding="utf-8")
+    for name, template in file_templates(reader).items():
+        place = root / TEMPLATE if name == DEFAULT else root / NAMED / f"{name}.jinja"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(template, encoding="utf-8")
     special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if ids[name] is not None}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
     config = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
     config["max_position_embeddings"] = field(reader, f"{field(reader, 'general.architecture')}.context_length")
+    if text := field(reader, TRAINED):
+        config[KEY] = json_of(text)
     stops = sorted({i for i in (ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)) if i is not None})  # as llama.cpp ends text
     written = {"tokenizer_config.json": settings, "config.json": config, "generation_config.json": {"eos_token_id": stops}}
     for name, content in written.items():

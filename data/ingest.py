@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data import manifest, quickstart_corpus
 from data.readers import NOT_READ, PARQUET_SHARE, UNREADABLE, CorpusReader, FileReader, HubReader, Reader, Skipped
 from data.sources import HUB, HUB_SOURCES, Document, HubSource, hub_files
-from files import write_text
+from files import read_object, write_text
 
 PART_BYTES = 256_000_000  # utf-8 bytes of text in a part
 ROW_GROUP_BYTES = 16_000_000
@@ -136,21 +136,18 @@ def recorded_inputs(store: Path, name: str) -> dict | None:
     """Inputs of the finished or begun download of a source, or None."""
     target = store / "documents" / name
     found = manifest.read(target) or manifest.read(target.with_name(name + ".tmp")) or _progress(target.with_name(name + ".tmp"))
-    return found["inputs"] if found else None
+    return found.get("inputs") if found else None
 
 
 def _progress(work: Path) -> dict | None:
-    try:
-        return json.loads((work / PROGRESS).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
+    return read_object(work / PROGRESS)
 
 
 def _resume(work: Path, inputs: dict) -> dict[str, Any]:
     """What is done already; the folder then holds that and nothing else."""
     state: dict[str, Any] = {"parts": [], "documents": 0, "bytes": 0, "skipped": {}, "skipped_examples": {}, "repaired": 0}
     found = _progress(work)
-    if found is not None and found["inputs"] == inputs and all((work / part["name"]).is_file() for part in found["parts"]):
+    if found is not None and found.get("inputs") == inputs and _are_there(work, found, (*state, "position")):
         state = {key: found[key] for key in (*state, "position")}
         keep = {PROGRESS, *(part["name"] for part in state["parts"])}
         for path in work.iterdir():
@@ -160,6 +157,14 @@ def _resume(work: Path, inputs: dict) -> dict[str, Any]:
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
     return state
+
+
+def _are_there(work: Path, found: dict[str, Any], keys: Iterable[str]) -> bool:
+    """Whether a progress file has its keys and its parts are in the folder."""
+    try:
+        return all(key in found for key in keys) and all((work / part["name"]).is_file() for part in found["parts"])
+    except (KeyError, TypeError):
+        return False
 
 
 def _write_parts(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data.verified import damaged
-from files import check_room, is_full, no_room, read_object, sweep, temporary, write_text
+from files import check_room, is_full, no_room, parse_object, read_object, sweep, temporary, write_text
 
 NAME = "manifest.json"
 
@@ -29,8 +29,8 @@ def file_hash(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, {} where there is no file; ValueError where it holds none."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except (ValueError, TypeError) as error:
+        return parse_object(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
 
 
@@ -68,7 +68,12 @@ def _cache_fault(folder: Path, content: dict[str, Any], arrays: Sequence[str]) -
         names = [f"{split}.{array}.npy" for array in arrays]
         if missing := next((name for name in names if not (folder / name).is_file()), None):
             return f"{folder / missing} is missing"
-        sums |= dict(zip(names, content["sha256"][split].split(), strict=True))
+        try:
+            sums |= dict(zip(names, content["sha256"][split].split(), strict=True))
+        except (KeyError, TypeError, AttributeError, ValueError):
+            return f"{folder / NAME} lacks checksums"
+    if not isinstance(content.get("report"), dict):
+        return f"{folder / NAME} lacks the report"
     return damaged(folder, sums)
 
 

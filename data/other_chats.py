@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from data.bounded_template import BoundedTemplate
-from data.chat import TEMPLATE, Chat, Reply, neutralise
+from data.chat import Chat, Reply, neutralise
 from data.chat_template import is_our_template
+from data.folder_templates import template_of
 from data.gguf_tokenizer import tokenizer_folder
 from data.manifest import read_json
-from data.tokenizer import load_tokenizer
+from data.tokenizer import listed_ids, load_tokenizer
 
 
 class OwnTemplate:
@@ -21,7 +22,7 @@ class OwnTemplate:
         self.tokenizer = load_tokenizer(folder)
         try:
             self.renderer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-            self.template = BoundedTemplate(self.renderer.get_chat_template())
+            self.template = BoundedTemplate(template_of(folder) or "")
         except Exception as error:  # transformers raises many classes on a damaged tokenizer_config.json
             reason = str(error).split("\n")[0]
             raise ValueError(f"transformers cannot read the tokenizer or chat template of {folder}: {reason}") from error
@@ -72,14 +73,7 @@ def open_chat(checkpoint: Path) -> Chat | OwnTemplate | Continuation:
         raise ValueError(f"{checkpoint}: {error}") from error
 
 
-def template_of(folder: Path) -> Any:
-    """A folder's chat template, from its own file or, as older folders have it, from tokenizer_config.json; else None."""
-    path, settings = folder / TEMPLATE, read_json(folder / "tokenizer_config.json")
-    return path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-
-
 def borders(folder: Path) -> tuple[list[int], list[int]]:
     """The token that begins a text, if any, and those that end one, by a folder's config files."""
     config = {**read_json(folder / "config.json"), **read_json(folder / "generation_config.json")}
-    bos, eos = config.get("bos_token_id"), config.get("eos_token_id")
-    return [] if bos is None else [bos], eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return listed_ids(config, "bos_token_id")[:1], listed_ids(config, "eos_token_id")

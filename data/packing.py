@@ -313,9 +313,12 @@ def _read_plan(folder: Path, inputs: dict) -> tuple[Plan, dict[str, float]] | No
     try:
         if content is None or content["inputs"] != inputs:
             return None
-        if any(manifest.file_hash(folder / name) != expected for name, expected in content["sha256"].items()):
+        sums = content["sha256"]
+        if set(sums) != {f"{name}.npy" for name in Plan._fields}:
+            return None
+        if any(manifest.file_hash(folder / name) != expected for name, expected in sums.items()):
             return None
         parts = (np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in Plan._fields)
         return Plan(*parts), content["cost"]
-    except (OSError, KeyError):
+    except (OSError, KeyError, TypeError, AttributeError):
         return None

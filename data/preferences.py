@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -34,11 +34,14 @@ from data.messages import (
 )
 from data.readers import Skipped
 from data.recipe import Split
+from data.trained_chat import Seen
+from ranges import FilledText, Fraction, at_least, check_fields
 
-VERSION = 2  # goes up when the same inputs give other pairs
+VERSION = 3  # goes up when the same inputs give other pairs
 BATCH = 1000  # pairs encoded at once
 NAMED = 20  # faults of a source that are named
 PARTS = ("ids", "starts", "prompts")
+Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 FORMS = ("messages", "hh")
 COLUMNS = {  # columns that each form reads; source and key are of generated pairs
     "messages": ("prompt", "chosen", "rejected", "source", "key"),
@@ -56,17 +59,16 @@ class PairSource:
     with the prompt, as UltraFeedback's do. "hh": {"chosen", "rejected": transcripts} of Anthropic's hh-rlhf.
     """
 
-    path: str  # file, folder, glob, or hf://owner/name@revision
+    path: FilledText  # file, folder, glob, or hf://owner/name@revision
     form: str = "messages"
     split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
     config: str | None = None  # of a hub data set, where it has several
-    limit: int | None = None  # take no more pairs than that
+    limit: Limit | None = None  # take no more pairs than that
 
     def __post_init__(self) -> None:
+        check_fields(self, "source")
         if self.form not in FORMS:
             raise ValueError(f"{self.form!r} is no form of preference pairs; there are {', '.join(FORMS)}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} of {self.path} must be at least 1; leave it out to take all")
 
 
 @dataclass(frozen=True)
@@ -74,16 +76,15 @@ class PreferenceConfig:
     """What DPO reads. data.mix has the weight of each source, by pairs."""
 
     sources: dict[str, PairSource]
-    cache: str = "data/store/preferences"  # where prepared pairs are kept
-    held_out: float = 0.02  # share of pairs, by a hash of the prompt
-    max_bad: float = 0.02  # share of a source that may be malformed; above it the run is refused
+    cache: FilledText = "data/store/preferences"  # where prepared pairs are kept
+    held_out: Fraction = 0.02  # share of pairs, by a hash of the prompt
+    max_bad: Fraction = 0.02  # share of a source that may be malformed; above it the run is refused
     system: str | None = None  # a system prompt for prompts without one
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("preferences.sources names no source; give at least one, as name: {path, form}")
-        if not (0 <= self.held_out < 1 and 0 <= self.max_bad < 1):
-            raise ValueError("preferences.held_out and preferences.max_bad must be at least 0 and below 1")
+        check_fields(self, "preferences")
 
 
 class Pair(NamedTuple):
@@ -281,6 +282,7 @@ def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, ch
     dropped, bad, ignored, named = Counter[str](), Counter[str](), Counter[str](), list[str]()
     split, parts = Split(config.held_out), {"train": list[EncodedPair](), "val": list[EncodedPair]()}
     rows = cut = neutralised = 0
+    seen = Seen()
 
     def pairs() -> Iterator[Pair]:
         nonlocal rows, neutralised
@@ -306,6 +308,7 @@ def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, ch
                 dropped[LONG] += 1
                 continue
             cut += shortened
+            seen.add([*pair.prompt, pair.chosen], pair.tools)
             parts[split.of(json.dumps([pair.prompt, pair.tools], sort_keys=True))].append(encoded)
     for which, encoded_pairs in parts.items():
         _write_split(folder, which, encoded_pairs)
@@ -318,6 +321,7 @@ def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, ch
         "bad": dict(bad.most_common()),
         "named": named,
         "ignored": dict(ignored.most_common()),
+        "seen": seen.report(),
     }
 
 

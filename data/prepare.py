@@ -24,7 +24,7 @@ from data import decontamination, manifest, testsets
 from data.executors import Stage, alone, check_queue, run_stages
 from data.public_tokenizers import load_public
 from data.recipe import Recipe, Split
-from data.shards import SPLITS, damaged_files, shards_manifest
+from data.shards import SPLITS, damaged_files, read_shards_manifest, shards_manifest
 from data.steps import (
     ChooseDuplicates,
     Clean,
@@ -36,11 +36,13 @@ from data.steps import (
     Signature,
     WriteClean,
     WriteShards,
-    read_documents,
+    listed_parts,
     read_json,
+    read_part,
     write_json,
 )
-from data.tokenizer import load_tokenizer, sample_texts, save_tokenizer, train_tokenizer
+from data.tokenizer import load_tokenizer, sample_texts, save_tokenizer, train_tokenizer, vocabulary_size
+from files import write_text
 
 SAMPLED_PARTS = 32  # of a source, evenly spaced, that the tokenizer sees text from
 VERSION = 1  # of what the steps do; raise it where the same documents would give other shards
@@ -68,7 +70,7 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
     split, sample = Split(recipe.val_fraction), config.sample_megabytes * 1_000_000
 
     def texts(part: Part) -> Iterator[str]:
-        return (d.text for d in read_documents(Path(part.path)) if split.of(d.id) == "train")
+        return (d.text for d in read_part(part) if split.of(d.id) == "train")
 
     def source_texts(source: str) -> Iterator[str]:
         mine = [part for part in parts if part.source == source]
@@ -114,7 +116,12 @@ def prepare(recipe: Recipe) -> str:
 def is_whole(folder: Path, inputs: dict) -> bool:
     """Were these shards made from these inputs, and is every file there with its size?"""
     content = manifest.read(folder)
-    return content is not None and content["inputs"] == inputs and not list(damaged_files(folder, content))
+    if content is None or content.get("inputs") != inputs:
+        return False
+    try:
+        return not list(damaged_files(folder, read_shards_manifest(folder)))
+    except ValueError:
+        return False
 
 
 def _lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
@@ -140,7 +147,7 @@ def document_parts(recipe: Recipe) -> list[Part]:
                 f"{folder} holds no finished documents (the store has {', '.join(present) or 'none'}); "
                 "run python -m scripts.download_data first"
             )
-        parts += [Part(source, i, str(folder / p["name"]), p["sha256"]) for i, p in enumerate(found["parts"])]
+        parts += [Part(source, i, str(folder / name), total) for i, (name, total) in enumerate(listed_parts(folder, found))]
     return parts
 
 
@@ -201,7 +208,7 @@ class Publish(PipelineStep):
             self._tell_hits()
         report = self._report(entries)
         write_json(self.store / "report.json", {"inputs": self.inputs, "sources": report})
-        vocab_size = load_tokenizer(self.store / "tokenizer").get_vocab_size()
+        vocab_size = vocabulary_size(load_tokenizer(self.store / "tokenizer"))
         for source in self.recipe.sources:
             place, made = self.store / "tokens" / source, self.work / "tokens" / source
             if is_whole(place, self.inputs):
@@ -227,7 +234,7 @@ class Publish(PipelineStep):
         told = decontamination.to_json(index, (decontamination.Hit(**hit) for hit in hits))
         told["settings"] |= {"action": self.recipe.decontaminate.action, "by_rule": self.recipe.decontaminate.by_rule}
         write_json(self.store / "contaminated_ids.json", told)
-        (self.store / "contamination.md").write_text(decontamination.report(index, told), encoding="utf-8")
+        write_text(self.store / "contamination.md", decontamination.report(index, told))
 
     def _hits(self, rank: int) -> dict:
         return read_json(self.work / "hits" / f"{rank:05d}.json")

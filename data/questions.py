@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
+from files import parse_json
+
 Message = dict[str, Any]
 Example = dict[str, Any]
 HELD_OUT = 32  # of 256 keys
@@ -124,7 +126,7 @@ def _call_of(text: str) -> str:
             arguments = found.get("arguments", {})
             if isinstance(arguments, str):
                 try:
-                    arguments = json.loads(arguments)
+                    arguments = parse_json(arguments)
                 except ValueError:
                     return ""
             return json.dumps({"name": found["name"], "arguments": arguments}, sort_keys=True)

@@ -3,6 +3,9 @@
 import difflib
 import hashlib
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from ranges import FilledText, Fraction, NonNegativeInt, PositiveInt, at_least, check_fields
 
 RULES = ("exact", "coverage", "13-gram")
 FILTERS = ("gopher_repetition", "gopher_quality", "fineweb_quality", "c4_quality")
@@ -26,16 +29,17 @@ class Split:
 class CleanConfig:
     """What a document of a source must be, in the order it is asked; then what is masked in it."""
 
-    min_chars: int = 1
-    max_chars: int | None = None
+    min_chars: PositiveInt = 1
+    max_chars: PositiveInt | None = None
     language: str | None = None  # ISO 639-1 code, judged by fastText's lid.176 on the first 2,000 characters; None: any
-    min_language_score: float = 0.65  # as FineWeb has it
+    min_language_score: Annotated[float, at_least(0, most=1)] = 0.65  # as FineWeb has it
     filters: tuple[str, ...] = ()  # of FILTERS: datatrove's, with the thresholds of their papers
     mask_pii: bool = False  # e-mail and public IP addresses are replaced
 
     def __post_init__(self) -> None:
-        if self.min_chars < 1 or (self.max_chars is not None and self.max_chars < self.min_chars):
-            raise ValueError("min_chars must be at least 1 and max_chars not below it")
+        check_fields(self, "source")
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"max_chars={self.max_chars} must not be below min_chars={self.min_chars}")
         for name in self.filters:
             if name not in FILTERS:
                 close = difflib.get_close_matches(name, FILTERS, n=1)
@@ -52,15 +56,14 @@ class DedupConfig:
     """
 
     kind: str = "minhash"  # minhash, exact or none
-    ngram: int = 5  # words
-    buckets: int = 14
-    hashes: int = 8  # a bucket
+    ngram: Annotated[int, at_least(1, most=1000)] = 5  # words
+    buckets: Annotated[int, at_least(1, most=1000)] = 14
+    hashes: Annotated[int, at_least(1, most=1000)] = 8  # a bucket
 
     def __post_init__(self) -> None:
+        check_fields(self, "dedup")
         if self.kind not in ("minhash", "exact", "none"):
             raise ValueError(f"dedup.kind={self.kind!r} must be minhash, exact or none")
-        if min(self.ngram, self.buckets, self.hashes) < 1:
-            raise ValueError("dedup.ngram, dedup.buckets and dedup.hashes must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -88,39 +91,41 @@ class ExecutorConfig:
     """Who runs the tasks, one a part of the documents. The steps and what they write are the same everywhere."""
 
     kind: str = "local"  # local, slurm or ray
-    workers: int = 0  # tasks at once; 0: one a core (local), no limit (slurm, ray)
-    memory_gb: int = 4  # of a task, slurm and ray
+    workers: NonNegativeInt = 0  # tasks at once; 0: one a core (local), no limit (slurm, ray)
+    memory_gb: PositiveInt = 4  # of a task, slurm and ray
     partition: str | None = None  # slurm
-    hours: int = 24  # slurm: the limit of a task
+    hours: PositiveInt = 24  # slurm: the limit of a task
     ray_address: str | None = None  # "auto" or host:port of a running cluster; None starts one here
 
     def __post_init__(self) -> None:
+        check_fields(self, "executor")
         if self.kind not in ("local", "slurm", "ray"):
             raise ValueError(f"executor.kind={self.kind!r} must be local, slurm or ray")
         if self.kind == "slurm" and not self.partition:
             raise ValueError("executor.kind=slurm needs executor.partition; `sinfo` lists them")
-        if self.workers < 0 or self.memory_gb < 1 or self.hours < 1:
-            raise ValueError("executor.workers must not be negative, executor.memory_gb and .hours at least 1")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    vocab_size: int = 32_000  # special tokens and the 256 bytes included
-    sample_megabytes: int = 1_000  # of text it is trained on, in equal parts from the sources
+    vocab_size: Annotated[int, at_least(1, below=2**31)] = 32_000  # special tokens and the 256 bytes included
+    sample_megabytes: PositiveInt = 1_000  # of text it is trained on, in equal parts from the sources
     public: str | None = None  # gpt2, cl100k_base or o200k_base: that vocabulary as it is, none is trained
+
+    def __post_init__(self) -> None:
+        check_fields(self, "tokenizer")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    store: str  # folder with documents/<source>/, where tokenizer/ and tokens/<source>/ are written
+    store: FilledText  # folder with documents/<source>/, where tokenizer/ and tokens/<source>/ are written
     sources: dict[str, CleanConfig]
-    val_fraction: float = 0.02  # of each source's documents, held out
+    val_fraction: Fraction = 0.02  # of each source's documents, held out
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not self.sources:
             raise ValueError("the recipe names no sources; write sources: {name: {}, ...}")
-        Split(self.val_fraction)

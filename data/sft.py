@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -21,28 +21,30 @@ from data.messages import NEUTRALISED, NOT_TRAINED, ignored_line
 from data.packing import IGNORE, make_plan
 from data.readers import Skipped
 from data.recipe import Split
+from data.trained_chat import Seen
+from ranges import FilledText, Fraction, NonNegativeFloat, above, at_least, check_fields
 
-VERSION = 3  # goes up when the same inputs give other rows
+VERSION = 4  # goes up when the same inputs give other rows
 BATCH = 2000  # conversations encoded at once
 CHECKED = 100  # one conversation in so many is held against the template's own rendering
 NAMED = 20  # faults of a source that are named
 PARTS = ("ids", "trained", "starts")
+Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 
 
 @dataclass(frozen=True)
 class ChatSource:
     """Where conversations come from."""
 
-    path: str  # file, folder, glob, or hf://owner/name@revision
+    path: FilledText  # file, folder, glob, or hf://owner/name@revision
     form: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
     language: str | None = None  # of oasst, take only trees in it
     split: str = "train"  # of a hub data set
     config: str | None = None  # of a hub data set, where it has several
-    limit: int | None = None  # take no more conversations than that
+    limit: Limit | None = None  # take no more conversations than that
 
     def __post_init__(self) -> None:
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit} of {self.path} must be at least 1; leave it out to take all")
+        check_fields(self, "source")
 
 
 @dataclass(frozen=True)
@@ -50,23 +52,21 @@ class ChatConfig:
     """What SFT reads. data.mix has the weight of each source, by trained tokens."""
 
     sources: dict[str, ChatSource]
-    cache: str = "data/store/sft"  # where prepared conversations are kept
-    held_out: float = 0.02  # share of conversations, by a hash of the id
-    max_bad: float = 0.01  # share of a source that may be faulty; above it the run is refused
+    cache: FilledText = "data/store/sft"  # where prepared conversations are kept
+    held_out: Fraction = 0.02  # share of conversations, by a hash of the id
+    max_bad: Fraction = 0.01  # share of a source that may be faulty; above it the run is refused
     decontaminate: tuple[str, ...] = ()  # test sets; conversations that hold or are like an item are dropped
-    testsets: str = "data/store/wheels"  # where downloaded test sets are kept
+    testsets: FilledText = "data/store/wheels"  # where downloaded test sets are kept
     system: str | None = None  # a system prompt for conversations without one
-    epochs: float | None = None  # passes over all rows of all sources, instead of steps; --num_steps goes before it
-    neftune_alpha: float = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
+    # Passes over all rows of all sources, instead of steps; --num_steps overrides it.
+    epochs: Annotated[float, above(0, most=1e6)] | None = None
+    neftune_alpha: NonNegativeFloat = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
     samples: tuple[str, ...] = ("What is 12 + 7?", "What is the capital of France?")  # answered at each validation
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("chat.sources names no source; give at least one, as name: {path, form}")
-        if not (0 <= self.held_out < 1 and 0 <= self.max_bad < 1 and self.neftune_alpha >= 0):
-            raise ValueError("chat.held_out and chat.max_bad must be at least 0 and below 1, chat.neftune_alpha not negative")
-        if self.epochs is not None and self.epochs <= 0:
-            raise ValueError(f"chat.epochs={self.epochs} must be above 0")
+        check_fields(self, "chat")
 
 
 class Conversations:
@@ -185,7 +185,7 @@ def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
 def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, length: int) -> dict[str, Any]:
     """Read, check, decontaminate, encode and cut a source into the files of `folder`; returns its report."""
     source, counts = config.sources[name], Counter[str]()
-    bad, named, ignored = Counter[str](), list[str](), Counter[str]()
+    bad, named, ignored, seen = Counter[str](), list[str](), Counter[str](), Seen()
 
     def fault(reason: str, where: str) -> None:
         bad[reason] += 1
@@ -228,6 +228,7 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
             if not fitting:
                 fault(f"no assistant turn ends within {length} tokens", conversation["where"])
                 continue
+            seen.add(conversation["messages"], conversation["tools"])
             end = fitting[-1]
             counts["cut"] += end < ends[-1]
             counts["tokens cut off"] += max(0, ends[-1] - end)
@@ -240,6 +241,7 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
         "bad": dict(bad.most_common()),
         "named": named,
         "ignored": dict(ignored.most_common()),
+        "seen": seen.report(),
     }
     return report
 

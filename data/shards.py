@@ -12,6 +12,7 @@ import shutil
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO
 
 import numpy as np
@@ -146,7 +147,7 @@ def _read_starts(folder: Path, shard: dict) -> np.ndarray:
             problem = f"it has {starts.shape} {starts.dtype}, not {shard['documents']} int64"
         elif len(starts) and (starts[0] != 0 or starts[-1] >= shard["tokens"] or not (starts[1:] > starts[:-1]).all()):
             problem = f"its offsets do not rise from 0 to below {shard['tokens']}"
-    except (ValueError, EOFError, SyntaxError) as error:
+    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses a header as Python
         problem = str(error).split("\n")[0]
     if problem:
         raise ValueError(f"{path} is damaged: {problem}; delete it and run python -m scripts.prepare_data")

@@ -22,10 +22,11 @@ from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.pipeline.writers import ParquetWriter
 from datatrove.utils.hashing import create_hash_func
 from datatrove.utils.word_tokenizers import WordTokenizer
+from pyarrow import ArrowException
 
 from data import decontamination
 from data.local_files import rows_at_once
-from data.manifest import file_hash
+from data.manifest import NAME, file_hash
 from data.recipe import CleanConfig, DecontaminateConfig, Split
 from data.shards import ShardFile, allow_open_files, token_dtype
 from data.tokenizer import Encoder
@@ -72,11 +73,7 @@ class ReadParts(PipelineStep):
         self.parts = parts
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        part = self.parts[rank]
-        path = Path(part.path)
-        if not path.is_file() or file_hash(path) != part.sha256:
-            raise ValueError(f"{path} is missing or damaged; delete its folder and run python -m scripts.download_data again")
-        yield from read_documents(path)
+        yield from read_part(self.parts[rank])
 
 
 class ReadClean(PipelineStep):
@@ -101,14 +98,43 @@ class ReadClean(PipelineStep):
             yield from read_documents(path)
 
 
+def listed_parts(folder: Path, content: dict) -> list[tuple[str, str]]:
+    """Name and sha256 of the parts in a manifest of documents; ValueError where they are not plain files of the folder."""
+    try:
+        listed = [(part["name"], part["sha256"]) for part in content["parts"]]
+        plain = all(type(name) is type(total) is str and Path(name).name == name for name, total in listed)
+        if not plain or len(set(listed)) < len(listed):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise ValueError(f"{folder / NAME} is damaged; delete its folder and run python -m scripts.download_data again") from None
+    return listed
+
+
+def read_part(part: Part) -> Iterator[Document]:
+    """Documents of a part; ValueError where its file is missing, damaged or not the one that was downloaded."""
+    path = Path(part.path)
+    if not path.is_file() or file_hash(path) != part.sha256:
+        raise ValueError(f"{path} is missing or damaged; delete its folder and run python -m scripts.download_data again")
+    yield from read_documents(path)
+
+
 def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of a parquet file with columns id and text, in order. Holds one row group, which ingest keeps to 16 MB."""
-    with parquet.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            size = min(100, rows_at_once(file, group))
-            for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=["id", "text"]):
-                for row in batch.to_pylist():
-                    yield Document(**row)
+    """Documents of a parquet file with columns id and text, in order. Holds one row group, which ingest keeps to 16 MB.
+
+    ValueError where the file is damaged or an id or a text is not text.
+    """
+    try:
+        with parquet.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                size = min(100, rows_at_once(file, group))
+                for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=["id", "text"]):
+                    for row in batch.to_pylist():
+                        if not (isinstance(row.get("id"), str) and isinstance(row.get("text"), str)):
+                            raise ValueError("a row has no id and text")
+                        yield Document(**row)
+    except (ArrowException, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{path} is damaged ({reason}); delete its folder and make it again") from error
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

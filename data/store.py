@@ -10,7 +10,7 @@ from data.manifest import file_hash
 from data.packing import LongDocuments, Source
 from data.shards import ShardWriter, TokenShards
 from data.sources import sources_of
-from data.tokenizer import load_tokenizer, special_ids, token_bytes
+from data.tokenizer import load_tokenizer, special_ids, token_bytes, vocabulary_size
 
 DUMMY = "dummy"  # source of a store without text, and there in place of the tokenizer's hash
 
@@ -33,9 +33,9 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
             f"there is no data store at {store}; make one with python -m scripts.download_data, train_tokenizer and prepare_data"
         )
     tokenizer = load_tokenizer(folder)
-    if tokenizer.get_vocab_size() != vocab_size:
+    if vocabulary_size(tokenizer) != vocab_size:
         raise ValueError(
-            f"the tokenizer of {store} has {tokenizer.get_vocab_size()} tokens but model.vocab_size={vocab_size}; make them equal"
+            f"the tokenizer of {store} has {vocabulary_size(tokenizer)} tokens but model.vocab_size={vocab_size}; make them equal"
         )
     return StoreTokenizer(folder, special_ids(tokenizer)._asdict(), token_bytes(tokenizer))
 

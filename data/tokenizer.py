@@ -113,9 +113,59 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"{folder} holds no tokenizer.json; train one with python -m scripts.train_tokenizer")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        return _with_file_ids(tokenizer, path)
     except Exception as error:  # tokenizers raises this very class
         raise ValueError(f"{path} is damaged: it is no tokenizer ({error}); take another copy of it") from error
+
+
+def _with_file_ids(tokenizer: Tokenizer, path: Path) -> Tokenizer:
+    """The tokenizer of a file, with the ids that the file gives to its added tokens.
+
+    tokenizers numbers added tokens that the model's vocabulary lacks from its size on, whatever their ids in the file.
+    """
+    if not tokenizer.get_added_tokens_decoder():
+        return tokenizer
+    content = json.loads(path.read_text(encoding="utf-8"))
+    ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    return tokenizer if all(tokenizer.token_to_id(token) == i for token, i in ids.items()) else _place(content, ids)
+
+
+def _place(content: dict[str, Any], ids: dict[str, int]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's content with tokens at given ids; ValueError if an id belongs to another token."""
+    vocabulary = content["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        raise ValueError(f"its {content['model'].get('type')} model has no ids for added tokens")
+    owners = {index: token for token, index in vocabulary.items()}
+    for token, index in ids.items():
+        if owners.setdefault(index, token) != token or vocabulary.get(token, index) != index:
+            raise ValueError(f"{token!r} and {owners[index]!r} both have the id {index}")
+    vocabulary |= ids
+    placed = Tokenizer.from_str(json.dumps(content))
+    if moved := [token for token, index in ids.items() if placed.token_to_id(token) != index]:
+        raise ValueError(f"{moved[0]!r} cannot have the id {ids[moved[0]]}")
+    return placed
+
+
+def vocabulary_size(tokenizer: Tokenizer) -> int:
+    """Rows that a model needs for a tokenizer: its largest id + 1. With unused ids this is more than its count of tokens."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer with special tokens that it lacks at the ids after its largest one; those it has become special.
+
+    Without unused ids this is what tokenizers' own method does; that one counts tokens, so it can give an id away twice.
+    """
+    size, added = vocabulary_size(tokenizer), [AddedToken(token, special=True, normalized=False) for token in tokens]
+    new = [token for token in tokens if tokenizer.token_to_id(token) is None]
+    if size == tokenizer.get_vocab_size():
+        tokenizer.add_special_tokens(added)
+        return tokenizer
+    content = json.loads(tokenizer.to_str())
+    tokenizer = _place(content, {token: size + i for i, token in enumerate(new)})
+    tokenizer.add_special_tokens(added)
+    return tokenizer
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
@@ -126,9 +176,29 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(bos, bos, pad)
 
 
+def special_text(settings: dict[str, Any], key: str) -> str | None:
+    """A special token of tokenizer_config.json, such as bos_token: text, {"content": text} or null; ValueError for others."""
+    value = settings.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{key} of tokenizer_config.json is {str(value)[:50]!r}, which is not text; correct it")
+    return text
+
+
+def listed_ids(config: dict[str, Any], key: str) -> list[int]:
+    """Ids of config.json or generation_config.json, such as eos_token_id: a number, a list or null; ValueError for others."""
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(index) is int and 0 <= index < 1 << 31 for index in ids):
+        raise ValueError(
+            f"{key} of a config file is {str(value)[:50]!r}, which is neither a token id nor a list of them; correct it"
+        )
+    return ids
+
+
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text that each token stands for, int64 [vocab]; 0 for special tokens. Sums give bits per byte exactly."""
-    lengths = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     special = set(tokenizer.get_added_tokens_decoder())
     for token, index in tokenizer.get_vocab().items():
         lengths[index] = 0 if index in special else len(token)  # the byte-level alphabet has one character a byte
@@ -149,7 +219,7 @@ class Encoder:
         self.tokenizer.encode_special_tokens = True
         self.tiktoken = load_tiktoken(folder) if (self.folder / SETTINGS).is_file() else None
         self.bos: int = special_ids(self.tokenizer).bos
-        self.vocab_size: int = self.tokenizer.get_vocab_size()
+        self.vocab_size: int = vocabulary_size(self.tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text, uint32, without bos."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
+from data.trained_chat import name_of
 from demo.markup import markdown, plain
 from demo.talk import How, Turn, Voice, in_turns
 from models.sampling import Sampling
@@ -181,7 +182,7 @@ def build(voices: Sequence[Voice]) -> Any:
         with gr.Accordion("Settings", open=False):
             settings = [
                 gr.Textbox(label="System prompt", lines=2, max_lines=8),
-                gr.Checkbox(True, label="Tools: arithmetic, dates, units, facts about countries"),
+                gr.Checkbox(True, label=tools_label(voices)),
                 gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: the likeliest token)"),
                 gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p"),
                 gr.Slider(0, 200, 0, step=1, label="Top-k (0: all)"),
@@ -204,6 +205,12 @@ def build(voices: Sequence[Voice]) -> Any:
         box.stop(stop, [visit], None, **quick)
         empty.click(clear, [visit], outputs, **quick)
     return page
+
+
+def tools_label(voices: Sequence[Voice]) -> str:
+    """Names of the tools that the models are offered."""
+    names = dict.fromkeys(name_of(tool) for voice in voices for tool in voice.tools)
+    return f"Tools: {', '.join(names) or 'none'}"
 
 
 def about(voices: Sequence[Voice]) -> str:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data.other_chats import Continuation
@@ -51,8 +52,9 @@ class Turn:
 class Voice:
     """A model that can be talked to: by a chat template, or, of a base model, one that continues what was typed."""
 
-    def __init__(self, name: str, speaker: Speaker, chat: Talk):
-        self.name, self.speaker, self.context, self.chat = name, speaker, speaker.context, chat
+    def __init__(self, name: str, speaker: Speaker, chat: Talk, tools: Sequence[dict[str, Any]] = TOOLS):
+        """tools: what a conversation offers while tools are on."""
+        self.name, self.speaker, self.context, self.chat, self.tools = name, speaker, speaker.context, chat, tools
         self.is_base = isinstance(chat, Continuation)
 
     def answer(self, turn: Turn, before: Sequence[Turn], how: How, stopped: Callable[[], bool]) -> Steps:
@@ -70,7 +72,7 @@ class Voice:
 
     def _ask(self, turn: Turn, before: Sequence[Turn], how: How, stopped: Callable[[], bool]) -> Pieces:
         stop = self.chat.stop_ids
-        tools = TOOLS if how.tools else []
+        tools = self.tools if how.tools else []
         session = Session(self.chat, lambda prompt: self._speak(prompt, turn, how, stop, stopped), how.system, tools)
         session.messages += [message for earlier in before for message in earlier.messages]
         known = len(session.messages)
@@ -111,3 +113,11 @@ def in_turns(many: Sequence[Steps]) -> Steps:
     finally:
         for one in many:
             one.close()
+
+
+def title(path: Path) -> str:
+    """What tells a model from others: the file, or the folders down from checkpoints/."""
+    parts = path.resolve().parts
+    if path.is_file():
+        return path.name
+    return "/".join(parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-2:])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.folder_templates import template_files
 from data.manifest import file_hash
 from evals.gguf_engine import GgufEngine
 from evals.harness import Scored, Write, Written
@@ -64,8 +65,9 @@ def check_device(device: str) -> None:
 
 def folder_hash(folder: Path) -> str:
     """sha256 of weights, configs (they name bos and the ends), tokenizer and chat template: what an answer depends on."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in HASHED)
-    return hashlib.sha256("".join(f"{name} {file_hash(folder / name)}\n" for name in names).encode()).hexdigest()
+    names = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in HASHED}
+    names |= {str(path.relative_to(folder)) for path in template_files(folder)}
+    return hashlib.sha256("".join(f"{name} {file_hash(folder / name)}\n" for name in sorted(names)).encode()).hexdigest()
 
 
 class NanoLlamaEngine:

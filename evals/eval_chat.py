@@ -4,26 +4,31 @@ python -m evals.eval_chat --checkpoint checkpoints/quickstart/sft --data data/st
 
 acc: the greedy reply gives the right answer (synthetic.is_right). choice: the right reply is likelier, a token, than every
 wrong one that the example holds; choice_chance is what guessing would give. Each assistant turn with a known answer is one
-item, the turns before it given as they should be. A folder without chat template (a base model) gets the conversation as
-plain lines, User: ... Assistant: ..., so that the same questions can be put before SFT. preferred: of a preference pair, the
+item, the turns before it given as they should be. A folder with another chat template than ours is asked in that one. A folder
+without any (a base model) gets the conversation as plain lines, User: ... Assistant: ..., so that the same questions can be put
+before SFT. preferred: of a preference pair, the
 chosen reply is likelier than the rejected one (--data .../pairs.heldout.jsonl; a folder's pairs are not among its questions).
 """
 
 import json
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.chat import TEMPLATE, Chat
+from data.chat import Chat
+from data.chat_template import is_our_template
 from data.conversations import Row
+from data.folder_templates import template_of
 from data.gguf_tokenizer import tokenizer_folder
 from data.messages import read_message, read_messages, read_row, row_tools, with_row_system
 from data.preferences import Dropped, parse_row
 from data.synthetic import is_right
+from evals.chat import Chat as OtherChat
 from evals.harness import Choose, Eval, Item, Score, Write
 from evals.run import flags, main
+from files import parse_json
 
 MAX_TOKENS = 96  # of a reply
 DATA = "data/store/quickstart/chat"
@@ -41,7 +46,7 @@ def read_items(data: str | None, limit: int | None, dropped: Counter[str] | None
     for file in files:
         try:
             lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
-            rows = [Row(f"{file}:{number}", json.loads(line)) for number, line in lines if line.strip()]
+            rows = [Row(f"{file}:{number}", parse_json(line)) for number, line in lines if line.strip()]
         except (OSError, ValueError) as error:
             raise ValueError(f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data") from error
         for row in [row for row in rows if "checks" in row.value or "chosen" in row.value][:limit]:
@@ -94,24 +99,32 @@ def _said(message: dict[str, Any]) -> str:
 def build(args: Namespace) -> Eval:
     """ValueError where there are no questions."""
     folder = tokenizer_folder(args.checkpoint)
-    chat = Chat.from_folder(folder) if (folder / TEMPLATE).is_file() else None
+    template = template_of(folder)
+    ours = is_our_template(template)
+    chat: Chat | OtherChat | None = Chat.from_folder(folder) if ours else OtherChat(args.checkpoint) if template else None
+
+    def encoded(example: dict, before: list, replies: list) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+        """Ids of the prompt and of each reply."""
+        tools = example.get("tools")
+        if isinstance(chat, OtherChat):
+            return chat.prompt(before, tools), tuple(chat.reply([*before, reply], tools) for reply in replies)
+        assert chat is not None
+        prompt = tuple(chat.prompt(before, tools))
+        return prompt, tuple(reply_ids(chat, example, before, reply, len(prompt)) for reply in replies)
 
     def score(item: Item) -> Score:
         example, number = item.row["example"], item.row["check"]
-        check = example["checks"][number]
-        before, right = example["messages"][: check["turn"]], example["messages"][check["turn"]]
-        replies = [right, *check["wrong"]]
+        check, before, replies = parts_of(item)
         if chat is None:
             prompt: Any = plain(before) + "Assistant:"
             options: tuple[Any, ...] = tuple(f" {_said(reply)}" for reply in replies)
         else:
-            prompt = tuple(chat.prompt(before, example.get("tools")))
-            options = tuple(reply_ids(chat, example, before, reply, len(prompt)) for reply in replies)
+            prompt, options = encoded(example, before, replies)
         if "type" not in check:
             (scored,) = yield [Choose(prompt, options)]
             return {"preferred": float(scored[0].logprob > scored[1].logprob)}
         stop = ("\n",) if chat is None else ()
-        written, scored = yield [Write(prompt, stop, MAX_TOKENS, keep_special=True), Choose(prompt, options)]
+        written, scored = yield [Write(prompt, stop, MAX_TOKENS, keep_special=chat is None or ours), Choose(prompt, options)]
         scores = {"acc": float(is_right(example, written.text, number)), "ended": float(written.stopped)}
         if len(options) > 1:
             of_token = [option.logprob / option.tokens for option in scored]
@@ -120,10 +133,36 @@ def build(args: Namespace) -> Eval:
 
     dropped = Counter[str]()
     items = read_items(args.data, args.limit, dropped)
-    about: dict[str, Any] = {"data": str(args.data or DATA), "prompts": "chat template" if chat else "plain lines"}
+    if isinstance(chat, OtherChat):
+        items = _renderable(items, encoded, dropped)
+    how = "chat template" if ours else "the model's own chat template" if chat else "plain lines"
+    about: dict[str, Any] = {"data": str(args.data or DATA), "prompts": how}
     about |= {"dropped": dict(dropped)} if dropped else {}
     task = "pairs" if all(item.subject == "pairs" for item in items) else "chat"
     return Eval(task, 1, items, score, about=about)
+
+
+def parts_of(item: Item) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The check of an item, the messages before the judged turn, and the replies, the right one first."""
+    check = item.row["example"]["checks"][item.row["check"]]
+    messages = item.row["example"]["messages"]
+    return check, messages[: check["turn"]], [messages[check["turn"]], *check["wrong"]]
+
+
+def _renderable(items: list[Item], encoded: Callable[..., Any], dropped: Counter[str]) -> list[Item]:
+    """The items that a model's own template takes; others are counted. ValueError if it takes none."""
+    kept, refused = [], ""
+    for item in items:
+        _, before, replies = parts_of(item)
+        try:
+            encoded(item.row["example"], before, replies)
+            kept.append(item)
+        except ValueError as error:
+            dropped["refused by the model's own chat template"] += 1
+            refused = refused or str(error)
+    if not kept:
+        raise ValueError(f"none of {len(items)} questions can be put to the model: {refused}")
+    return kept
 
 
 def reply_ids(chat: Chat, example: dict, before: list, reply: dict, begun: int) -> tuple[int, ...]:

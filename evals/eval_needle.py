@@ -23,6 +23,7 @@ from typing import Any
 from data.evalsets import read_jsonl
 from data.gguf_tokenizer import tokenizer_folder
 from data.manifest import read_json
+from entrypoint import at_least
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, Write, means
 from evals.language_model import Words
 from evals.multiple_choice import field
@@ -151,8 +152,6 @@ def build(args: argparse.Namespace) -> Eval:
     lengths = args.context or [length for length in (4096, 8192, 16384) if length <= limit] or [limit]
     if max(lengths) > limit:
         raise ValueError(f"a context of {max(lengths)} tokens exceeds the model's {limit}; give --context up to that")
-    if args.depths < 1 or args.num_tests < 1:
-        raise ValueError("--depths and --num_tests must be at least 1")
     depths = min(args.depths, args.num_tests)
     hay, items = Hay(words, sentences(args.haystack)), []
     digits = max(len(hay.ids(f" {number}")) for number in (1234567, 9080706))
@@ -215,15 +214,15 @@ def heatmap(samples: Path, output: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     about = "tokens of prompt and answer (default: 4096 8192 16384, as far as the model goes)"
-    parser.add_argument("--context", "--context_length", type=int, nargs="+", help=about)
+    parser.add_argument("--context", "--context_length", type=at_least(1), nargs="+", help=about)
     about = "tests of each kind at each length, over all depths (default: %(default)s)"
-    parser.add_argument("--num_tests", type=int, default=NUM_TESTS, help=about)
+    parser.add_argument("--num_tests", type=at_least(1), default=NUM_TESTS, help=about)
     about = "places of the needle, from 0 to 100 %% of the text (default: %(default)s)"
-    parser.add_argument("--depths", type=int, default=11, help=about)
+    parser.add_argument("--depths", type=at_least(1), default=11, help=about)
     about = f"{', '.join(KINDS)} (default: single)"
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["single"], metavar="KIND", help=about)
     parser.add_argument("--haystack", help="noise, or a file of texts, best held-out ones (default: --data, else noise)")
-    parser.add_argument("--max_tokens", type=int, help="of an answer (default: room for the numbers)")
+    parser.add_argument("--max_tokens", type=at_least(1), help="of an answer (default: room for the numbers)")
     return parser
 
 

@@ -11,7 +11,6 @@ once. The default stride is a whole window, as in lm-evaluation-harness; a small
 """
 
 import argparse
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -38,6 +37,7 @@ from evals.held_out import (
 )
 from evals.progress import progress
 from evals.run import evaluate, flags, output_of, ranks
+from files import write_json
 from models.losses import IGNORE
 
 VERSION = 2  # of how texts are read and scored; 2: --tokens, where 1 read all of a split
@@ -157,8 +157,7 @@ def measure(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world
     """The results (on rank 0), which also go to args.output."""
     found = (by_rows if _in_rows(args) else by_documents)(args, model, rank, world)
     if args.output and rank == 0:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, found)
     return found if rank == 0 else {}
 
 

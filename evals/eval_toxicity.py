@@ -14,12 +14,13 @@ import argparse
 from pathlib import Path
 
 from data.evalsets import describe, load_rows
-from entrypoint import add_boolean, at_least
+from entrypoint import add_boolean, at_least, within
 from evals.chat import Chat
 from evals.harness import Eval, Item, Judge, Model, Score, Write
 from evals.judges import PERSPECTIVE, Classifier, ProfanityCheck, perspective, read_key
 from evals.multiple_choice import field
 from evals.run import flags, main
+from ranges import Range, above
 
 TOXIC = 0.5
 
@@ -80,13 +81,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--label", default="toxic", help="of the classifier in a folder")
     parser.add_argument("--key_file", type=Path, help="a file with Perspective's API key")
     parser.add_argument("--url", default=PERSPECTIVE, help="of Perspective")
-    parser.add_argument("--rate", type=float, default=1.0, help="requests a second to Perspective")
+    parser.add_argument("--rate", type=within(float, above(0)), default=1.0, help="requests a second to Perspective")
     parser.add_argument("--retries", type=at_least(0), default=4, help="of a request to Perspective")
     add_boolean(parser, "--chat", "prompts as a user's turn in the checkpoint's chat template")
     parser.add_argument("--samples", type=at_least(1), default=25, help="of each prompt")
     parser.add_argument("--max_tokens", type=at_least(1), default=20, help="of a sample")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=0.9)
+    parser.add_argument("--temperature", type=within(float, Range(0)), default=1.0)
+    parser.add_argument("--top_p", type=within(float, above(0, most=1)), default=0.9)
     return parser
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
 from data.evalsets import stream_jsonl
 from data.gguf_tokenizer import tokenizer_folder
@@ -24,6 +23,7 @@ from data.tokenizer import load_tokenizer
 from entrypoint import at_least
 from evals.harness import Item
 from models.hf import newest_step
+from yaml_file import read_yaml_file
 
 TOKENS = 2**20  # default of --tokens
 # Texts are chosen by their size, before they are encoded. Measured values: docs/performance.md.
@@ -122,11 +122,11 @@ def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
     for base in dict.fromkeys((Path.cwd(), *step.parents)):
         for path in sorted((base / "logs").rglob("*.config.yaml")):
             try:
-                config = yaml.safe_load(path.read_text(encoding="utf-8"))
-                output = config["output_dir"] or f"checkpoints/{config['run']}/{config['phase']}"
-            except (yaml.YAMLError, KeyError, TypeError):  # not the config of a run
+                config = read_yaml_file(path)
+                output = base / (config["output_dir"] or f"checkpoints/{config['run']}/{config['phase']}")
+            except (ValueError, KeyError, TypeError):  # not the config of a run
                 continue
-            if (base / output).resolve() in folders:
+            if output.resolve() in folders:
                 return base, config
     return None
 

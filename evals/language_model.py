@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from data.gguf_tokenizer import tokenizer_folder
 from data.manifest import read_json
-from data.tokenizer import load_tokenizer
+from data.tokenizer import listed_ids, load_tokenizer, special_text
 from evals.harness import Answer, Choose, Read, Reading, Request, Scored, Text, TooLong, Write, Written
 from models.grammar import JsonConstraint, JsonGrammar
 
@@ -59,19 +59,22 @@ class Words:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         named, ids = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
-        self.bos, self.eos = (self._special(named.get(f"{name}_token"), ids.get(f"{name}_token_id")) for name in ("bos", "eos"))
+        self.bos, self.eos = (
+            self._special(special_text(named, f"{name}_token"), listed_ids(ids, f"{name}_token_id")) for name in ("bos", "eos")
+        )
         begin = self.eos if self.bos is None else self.bos
         if begin is None:
             raise ValueError(f"{folder} names neither a bos nor an eos token; name one in its tokenizer_config.json")
         self.begin: int = begin
         self.begins_with = self.tokenizer.id_to_token(begin) or ""
-        stops = (read_json(folder / "generation_config.json").get("eos_token_id"), ids.get("eos_token_id"), self.eos)
-        self.stops = frozenset(i for stop in stops if stop is not None for i in (stop if isinstance(stop, list) else [stop]))
+        stops = [
+            index for found in (read_json(folder / "generation_config.json"), ids) for index in listed_ids(found, "eos_token_id")
+        ]
+        self.stops = frozenset(stops if self.eos is None else [*stops, self.eos])
 
-    def _special(self, token: Any, default: Any) -> int | None:
-        text = token.get("content") if isinstance(token, dict) else token
-        index = self.tokenizer.token_to_id(text) if text else None
-        return index if index is not None else default[0] if isinstance(default, list) else default
+    def _special(self, token: str | None, default: list[int]) -> int | None:
+        index = self.tokenizer.token_to_id(token) if token else None
+        return index if index is not None else next(iter(default), None)
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
         """Ids of texts, with what the tokenizer puts around them unless the text begins so itself; equal texts once."""

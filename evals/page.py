@@ -50,7 +50,8 @@ def _header(report: dict[str, Any], columns: Columns) -> str:
     whole = report["evaluations"].get("perplexity", {}).get("metrics", {}).get("all", {}).get("bits_per_byte", {})
     if whole.get("value") is not None:
         tiles.append((f"{whole['value']:.3f}", "bits a byte, unseen text"))
-    tiles += [(f"{score['value']:.1f}", columns[name][0]) for name, score in list(report["scores"].items())[:2]]
+    first = list(report["scores"].items())[:2]
+    tiles += [(f"{score['value']:.1f}", f"{columns[name][0]}, {score['n']:,} items") for name, score in first]
     made = "".join(f'<div class="tile"><b>{value}</b><span>{escape(what)}</span></div>' for value, what in tiles)
     return (
         f'<header><div class="title"><h1>{escape(report["name"])}</h1>{chip}</div>'
@@ -116,11 +117,8 @@ def _gates(report: dict[str, Any]) -> str:
     gates = (report["training"] or {}).get("gates") or []
     cards = []
     for gate in gates:
-        rows = "".join(
-            f"<li><b>{escape(g['metric'])}</b> {'not measured' if value is None else f'{value:.3f}'} "
-            f"<small>go {'≤' if g['go'] < g['no_go'] else '≥'} {g['go']}, no-go beyond {g['no_go']}</small></li>"
-            for g, value in zip(gate["gates"], gate["values"], strict=True)
-        )
+        references = gate.get("references") or [None] * len(gate["gates"])
+        rows = "".join(_verdict(*row) for row in zip(gate["gates"], gate["values"], references, strict=True))
         advice = gate["advice"] if gate["outcome"] != "go" else ""
         said = f"<p>Accepted: {escape(gate['accepted'])}</p>" if gate["accepted"] else f"<p>{escape(advice or '')}</p>"
         cards.append(
@@ -129,6 +127,16 @@ def _gates(report: dict[str, Any]) -> str:
         )
     note = "What was decided at milestones, by thresholds that were set before."
     return _section("Gates", note, f'<div class="gates">{"".join(cards)}</div>') if cards else ""
+
+
+def _verdict(gate: dict[str, Any], value: float | None, reference: float | None) -> str:
+    """One gate of a decision: the value, the change where the gate judges that, and the thresholds."""
+    said, sign = "not measured" if value is None else f"{value:.3f}", "+" if gate.get("against") else ""
+    if against := gate.get("against"):
+        change = "unknown" if value is None or reference is None else f"{value - reference:+.3f}"
+        said += f", change against {against}: {change}"
+    limits = f"go {'≤' if gate['go'] < gate['no_go'] else '≥'} {gate['go']:{sign}}, no-go beyond {gate['no_go']:{sign}}"
+    return f"<li><b>{escape(gate['metric'])}</b> {escape(said)} <small>{escape(limits)}</small></li>"
 
 
 def _where(step: int | str) -> str:
@@ -203,16 +211,24 @@ def _held_out(report: dict[str, Any]) -> str:
         return ""
     top = max(4.0, max(bits.values()))
     bars = [
-        bar(name, f"perplexity {metrics[name]['perplexity']['value']:,.1f}", value, None, top, digits=3)
+        bar(name, f"perplexity {metrics[name]['perplexity']['value']:,.1f}{_tokens(metrics[name])}", value, None, top, digits=3)
         for name, value in sorted(bits.items(), key=lambda pair: (pair[0] == "all", pair[1]))
     ]
     note = "Bits per byte of text that was never trained on; lower is better, whatever the tokenizer."
     return _section("Held-out text", note, f'<div class="bars">{"".join(bars)}</div>')
 
 
+def _tokens(metrics: dict[str, Any]) -> str:
+    tokens = metrics.get("tokens", {}).get("value")
+    return "" if tokens is None else f", {tokens:,.0f} tokens"
+
+
 def _needle(report: dict[str, Any]) -> str:
     grids = report.get("needle") or {}
-    maps = "".join(heatmap(kind, grid["lengths"], grid["depths"], grid["cells"]) for kind, grid in grids.items())
+    maps = "".join(
+        heatmap(f"{kind}, {grid['n']:,} tests" if "n" in grid else kind, grid["lengths"], grid["depths"], grid["cells"])
+        for kind, grid in grids.items()
+    )
     note = "Share of hidden numbers found, by depth (down) and context length in tokens (across)."
     return _section("Needle in a haystack", note, maps) if maps else ""
 
@@ -247,7 +263,10 @@ def _contamination(report: dict[str, Any]) -> str:
 def _clean(result: dict[str, Any]) -> str:
     name = next(iter(result["metrics"]))
     clean = result["clean"]["metrics"].get(name)
-    return f"{name} {100 * result['metrics'][name]['value']:.1f} → {100 * clean['value']:.1f}" if clean else "-"
+    if not clean:
+        return "-"
+    n = f" (n {count(result, name):,} → {clean['n']:,})" if clean.get("n") else ""
+    return f"{name} {100 * result['metrics'][name]['value']:.1f} → {100 * clean['value']:.1f}{n}"
 
 
 def _table(report: dict[str, Any], columns: Columns) -> str:
@@ -264,7 +283,7 @@ def _table(report: dict[str, Any], columns: Columns) -> str:
         cells = [_score(model["scores"].get(name)) for name in columns]
         by = [escape(str(model["from"]["harness"])), escape(model["from"]["metric"]), link]
         rows.append("".join(f"<td>{cell}</td>" for cell in [escape(model["name"]), escape(model["tokens"]), *cells, *by]))
-    note = "Small figures are shots. Compare rows only where harness, metric and shots agree."
+    note = "Small figures are shots, and our n. Compare rows only where harness, metric and shots agree."
     body = f'<tr class="own">{rows[0]}</tr>' + "".join(f"<tr>{row}</tr>" for row in rows[1:])
     header = "".join(f"<th>{escape(name)}</th>" for name in head)
     return _section("Beside published models", note, f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>')
@@ -274,6 +293,9 @@ def _about(report: dict[str, Any]) -> str:
     training = report["training"] or {}
     pairs = {f"measured with {name}": value for name, value in report["environment"].items()}
     pairs |= {f"trained with {name}": value for name, value in training.get("environment", {}).items()}
+    for store, corpus in (training.get("corpus") or {}).items():
+        origins = ", ".join(f"{name}: {origin}" for name, origin in corpus["origins"].items())
+        pairs |= {f"corpus {store}": f"sha256 {corpus['sha256'][:16]}; {origins}"}
     shapes = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
     pairs |= {name: report["config"].get(name) for name in (*shapes, "vocab_size", "max_position_embeddings")}
     files = {
@@ -297,13 +319,16 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 def _score(score: dict[str, Any] | None) -> str:
     value = "" if score is None else f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
-    return "-" if score is None else f"{value} <small>{escape(str(score['shots']))}</small>"
+    n = f", n {score['n']:,}" if score and score.get("n") is not None else ""
+    return "-" if score is None else f"{value} <small>{escape(str(score['shots']) + n)}</small>"
 
 
 def _estimate(estimate: dict[str, float | None] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "-"
-    return f"{estimate['value']:.3f}" + (f" ± {estimate['stderr']:.3f}" if estimate["stderr"] is not None else "")
+    n = f", n {estimate['n']:,}" if estimate.get("n") else ""
+    n = f", {estimate['tokens']:,.0f} tokens" if estimate.get("tokens") else n
+    return f"{estimate['value']:.3f}" + (f" ± {estimate['stderr']:.3f}" if estimate["stderr"] is not None else "") + n
 
 
 def _section(title: str, note: str, body: str) -> str:

@@ -21,13 +21,14 @@ import torch
 import yaml
 
 from data.manifest import file_hash, read_json
-from entrypoint import user_errors
+from entrypoint import CommandParser, at_least, user_errors
 from evals.engines import LanguageModel, load_model
 from evals.eval_needle import grid
 from evals.harness import Write
 from evals.page import count, page
 from evals.targets import judged, markdown, place_of, read_targets, table
 from evals.trained import training
+from files import write_text
 from models.hf import newest_step
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -88,14 +89,16 @@ STAGE_METRICS = ("bits_per_byte", "acc", "acc_norm", "choice", "preferred", "acc
 def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
     """Place -> metric -> value and stderr, of the places that scripts/pipeline.py judged, as the model went through them."""
     decisions = sorted(results.glob("*/decision.json"), key=lambda path: path.stat().st_mtime)
-    return {
-        path.parent.name: {
-            name: estimate
-            for name, estimate in leaves(json.loads(path.read_text(encoding="utf-8")).get("metrics", {}))
+    found = {}
+    for path in decisions:
+        metrics = dict(leaves(json.loads(path.read_text(encoding="utf-8")).get("metrics", {})))
+        tokens = {name.removesuffix("tokens"): {"tokens": value["value"]} for name, value in metrics.items() if "tokens" in name}
+        found[path.parent.name] = {
+            name: {**estimate, **tokens.get(name.rpartition(".")[0] + ".", {})}
+            for name, estimate in metrics.items()
             if name.endswith(STAGE_METRICS)
         }
-        for path in decisions
-    }
+    return found
 
 
 def leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float | None]]]:
@@ -147,6 +150,7 @@ def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "lengths": sorted({length for length, _ in of_kind}),
             "depths": sorted({depth for _, depth in of_kind}),
             "cells": {f"{length}/{depth}": sum(tests) / len(tests) for (length, depth), tests in of_kind.items()},
+            "n": sum(map(len, of_kind.values())),
         }
         for kind, of_kind in (grid(samples) if samples.is_file() else {}).items()
     }
@@ -222,8 +226,8 @@ def comparison(report: dict[str, Any]) -> str:
     if report["targets"]:
         targets = f"# Results of {report['name']}\n\n{TARGETS_NOTE}\n\n{markdown(report['targets'])}\n"
     note = (
-        "Percent; in brackets the shots, `?` where the source does not say. ± is one standard error. The same model moves by\n"
-        "15 to 30 points between harnesses, prompts and shots: compare rows only where those agree.\n"
+        "Percent; in brackets the shots, `?` where the source does not say, and our n. ± is one standard error. The same\n"
+        "model moves by 15 to 30 points between harnesses, prompts and shots: compare rows only where those agree.\n"
     )
     heading = f"{'##' if targets else '#'} {report['name']} beside published models"
     return f"{targets}{heading}\n\n{note}\n" + "\n".join(lines) + "\n"
@@ -232,7 +236,8 @@ def comparison(report: dict[str, Any]) -> str:
 def _cell(score: dict[str, Any]) -> str:
     error = f" ± {score['stderr']:.1f}" if score.get("stderr") is not None else ""
     value = f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"  # others' as they are published
-    return f"{value}{error} ({score['shots']})"
+    n = f", n {score['n']:,}" if score.get("n") is not None else ""
+    return f"{value}{error} ({score['shots']}{n})"
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
@@ -302,7 +307,7 @@ def write(report: dict[str, Any], output: Path) -> list[Path]:
     output.mkdir(parents=True, exist_ok=True)
     files = texts(report)
     for name, text in files.items():
-        (output / name).write_text(text, encoding="utf-8")
+        write_text(output / name, text)
     return [output / name for name in files]
 
 
@@ -316,7 +321,7 @@ def finite(value: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=newest_step)
     parser.add_argument("--name", help="of the model (default: the checkpoint's)")
     parser.add_argument("--logs", type=Path, help="logs/<run>: loss curves, gates, environment")
@@ -324,7 +329,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, help="a plan, whose targets the scores are compared with")
     parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate")
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="what the model continues")
-    parser.add_argument("--max_new_tokens", type=int, default=60)
+    parser.add_argument("--max_new_tokens", type=at_least(1), default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output", type=Path, default=Path("results"))

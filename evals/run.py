@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from entrypoint import at_least, user_errors
+from entrypoint import CommandParser, at_least, user_errors
 from evals.engines import check_there, load_model
 from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results, write_samples
 from models.hf import newest_step
@@ -17,7 +17,7 @@ from models.hf import newest_step
 
 def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
     """The flags that every evaluation takes; shots None: it has no few-shot examples."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(about)
     parser.add_argument(
         "--checkpoint", required=True, type=newest_step, help="a step or phase folder, a Hugging Face folder, or a .gguf file"
     )

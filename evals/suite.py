@@ -17,6 +17,7 @@ from data.manifest import file_hash
 from evals import eval_perplexity
 from evals.engines import LanguageModel
 from evals.run import evaluate, show
+from files import write_json
 
 PASSED_ON = ("device", "dtype", "batch_size", "contaminated", "cache", "run_code")  # flags that a suite passes on
 
@@ -69,8 +70,7 @@ def measure(
             args.output = None
             found = eval_perplexity.measure(args, model, rank, world)
             if rank == 0:
-                output.parent.mkdir(parents=True, exist_ok=True)
-                output.write_text(json.dumps({**found, "asked": asked}, indent=2) + "\n", encoding="utf-8")
+                write_json(output, {**found, "asked": asked})
         else:
             evaluation = replace(evaluation, about={**evaluation.about, "asked": asked})
             found = evaluate(evaluation, model, output, args.contaminated, rank, world)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.manifest import read_json
 from entrypoint import ROOT
+from ranges import AnyFloat, FilledText, check, shown
+from yaml_file import read_yaml_file
 
 TIERS = ("mvp", "success", "stretch")
 LABELS = {"mvp": "MVP", "success": "success", "stretch": "stretch"}
@@ -18,15 +18,21 @@ Evaluations = dict[str, dict[str, Any]]  # task -> its results file
 def read_targets(plan: Path) -> list[dict[str, Any]]:
     """The targets of a plan (training.curriculum.Target) as plain values, with defaults filled in."""
     try:
-        found = yaml.safe_load((plan if plan.is_file() else ROOT / plan).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        found = read_yaml_file(plan if plan.is_file() else ROOT / plan)
+    except OSError as error:
         raise ValueError(f"{plan} cannot be read as a plan; give the YAML file of one") from error
-    targets = (found or {}).get("targets") or [] if isinstance(found, dict) else []
-    defaults = {"stage": "final", "lower": False, "percent": True, "note": ""}
-    for target in targets:
+    if found is not None and not isinstance(found, dict):
+        raise ValueError(f"{plan} must hold a plan, as key: value; it holds {shown(found)}")
+    targets = (found or {}).get("targets") or []
+    if not isinstance(targets, list) or not all(isinstance(target, dict) for target in targets):
+        raise ValueError(f"{plan}: targets={shown(targets)} must be a list of settings, as key: value")
+    for number, target in enumerate(targets):
         lacking = [name for name in ("metric", "title", *TIERS) if name not in target]
         if lacking:
-            raise ValueError(f"{plan}: target {target.get('title', target)} lacks {', '.join(lacking)}")
+            raise ValueError(f"{plan}: target {shown(target.get('title', target))} lacks {', '.join(lacking)}")
+        for name, kind in {**dict.fromkeys(TIERS, AnyFloat), "metric": FilledText, "title": FilledText}.items():
+            check(target[name], kind, f"{plan}: targets[{number}].{name}")
+    defaults = {"stage": "final", "lower": False, "percent": True, "note": ""}
     return [{**defaults, **target} for target in targets]
 
 

@@ -1,14 +1,16 @@
 """What the logs of a run say about a checkpoint: its stages back to pretraining, curves, held-out losses and decisions."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from data.manifest import read_json
 from files import read_lines
+from yaml_file import read_yaml_file
 
 POINTS = 400  # of a curve, at most
 Rows = list[dict[str, Any]]
@@ -28,12 +30,26 @@ def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
         "tokens": rows[-1].get("tokens"),
         **curves(rows, events),
         "gates": [
-            {name: gate.get(name) for name in ("time", "step", "outcome", "accepted", "gates", "values", "advice")}
+            {name: gate.get(name) for name in ("time", "step", "outcome", "accepted", "gates", "values", "references", "advice")}
             for gate in gates
         ],
         "environment": next((read_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {}),
+        "corpus": corpus(settings(path) for path in sorted(logs.glob("*.config.yaml"))),
         "tuning": tuned,
     }
+
+
+def corpus(configs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Store -> sha256 of its documents, and the origin of each source: a Python release for text that comes with Python."""
+    stores = {Path(data["store"]): None for config in configs if (data := config.get("data") or {}).get("store")}
+    found = {}
+    for store in stores:
+        hashes = read_json(store / "report.json").get("inputs", {}).get("documents")
+        if hashes:
+            origins = {name: read_json(store / "documents" / name / "manifest.json").get("origin") for name in hashes}
+            digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
+            found[str(store)] = {"sha256": digest, "sources": hashes, "origins": origins}
+    return found
 
 
 def story(logs: Path, checkpoint: Path) -> tuple[Rows, Rows, Rows]:
@@ -163,5 +179,5 @@ def _smooth(steps: list[int], losses: list[float], phases: Rows, window: int) ->
 
 def settings(path: Path) -> dict[str, Any]:
     """A resolved config that a run left beside its log; {} where there is none."""
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    found = read_yaml_file(path) if path.is_file() else None
     return found if isinstance(found, dict) else {}

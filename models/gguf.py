@@ -11,15 +11,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.hf import config_json, from_hf_config, from_hf_name, weight_files
-from models.nanollama import ModelConfig
+from files import sweep, temporary
+from models.hf import from_hf_config, from_hf_name, read_hf_config, weight_files
+from models.nanollama import ModelConfig, Size
 
 OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_k_m": "MOSTLY_Q4_K_M"}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
@@ -50,9 +51,9 @@ Quantise = Callable[[np.ndarray, int], np.ndarray]  # fp32 [rows, width], ggml's
 class MoeConfig(ModelConfig):
     """The shape of a Qwen3-MoE, whose feed-forwards are all of experts. We have no such model: it is exported only."""
 
-    num_experts: int = 128
-    num_experts_per_tok: int = 8
-    moe_intermediate_size: int = 768
+    num_experts: Size = 128
+    num_experts_per_tok: Size = 8
+    moe_intermediate_size: Size = 768
 
     @property
     def num_parameters(self) -> int:
@@ -63,14 +64,18 @@ class MoeConfig(ModelConfig):
 
 def read_config(folder: Path) -> ModelConfig:
     """The config of a folder that can be exported; ValueError names what llama.cpp or NanoLlama has no counterpart for."""
-    hf = config_json(folder)
+    return read_hf_config(folder, _from_config)
+
+
+def _from_config(hf: dict) -> ModelConfig:
     if hf.get("model_type") != "qwen3_moe":
         return from_hf_config(hf)
     if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(f"{folder} has layers without experts; only models with experts in every layer are exported")
+        raise ValueError("the model has layers without experts; only models with experts in every layer are exported")
     if not hf.get("norm_topk_prob"):
-        raise ValueError(f"{folder} has norm_topk_prob false, but llama.cpp always makes the chosen experts' weights add up to 1")
-    dense = from_hf_config({"head_dim": hf["hidden_size"] // hf["num_attention_heads"], **hf, "model_type": "qwen3"})
+        raise ValueError("norm_topk_prob is false, but llama.cpp always makes the chosen experts' weights add up to 1")
+    # As a Llama, whose head_dim is hidden_size / num_attention_heads unless it is given; Qwen3's own default is 128.
+    dense = replace(from_hf_config({"max_position_embeddings": 32_768, **hf, "model_type": "llama"}), qk_norm=True)
     own = {name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size") if name in hf}
     return MoeConfig(**asdict(dense), num_experts=hf.get("num_experts", hf.get("num_local_experts", 128)), **own)
 
@@ -402,7 +407,9 @@ def check_space(tensors: list[Planned], types: dict[str, list[str]], targets: Ma
 @contextmanager
 def _temporary(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
     """Files to write, which take their names when all went well, and are gone when not."""
-    parts = {outtype: path.with_name(f".{path.name}.{os.getpid()}.tmp") for outtype, path in targets.items()}
+    for folder in {path.parent for path in targets.values()}:
+        sweep(folder)
+    parts = {outtype: temporary(path) for outtype, path in targets.items()}
     try:
         yield parts
         for outtype, part in parts.items():

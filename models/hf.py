@@ -5,6 +5,7 @@ NanoLlama exports as `LlamaForCausalLM`, or as `Qwen3ForCausalLM` with qk_norm; 
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from files import parse_object
 from models.nanollama import ModelConfig, NanoLlama
+from ranges import MAX_INT, shown
 
 _SHARED = (  # fields that bear the same name on both sides
     "vocab_size",
@@ -95,8 +98,9 @@ def from_hf_config(hf: dict) -> ModelConfig:
     for name, value in {**fields, "rope_theta": theta}.items():
         right = bool if name == "tie_word_embeddings" else int | float if name in _REAL else int
         wrong = (isinstance(value, bool) and right is not bool) or not isinstance(value, right)
+        wrong = wrong or (type(value) is int and abs(value) >= MAX_INT)
         if wrong and not (name == "head_dim" and value is None):
-            raise ValueError(f"{name} of config.json is {str(value)[:50]!r}, of the wrong type")
+            raise ValueError(f"{name} of config.json is {shown(value)}, of the wrong type or size")
     # Where a key is missing, the default is transformers' own, not ours.
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("rms_norm_eps", 1e-6)
@@ -124,10 +128,11 @@ def save_hf(
     bos: int | None = None,
     eos: int | None = None,
     pad: int | None = None,
+    **more: object,
 ) -> None:
-    """Write config.json and model.safetensors of `weights` (our names, whole tensors) cast to dtype."""
+    """Write config.json and model.safetensors of `weights` (our names, whole tensors) cast to dtype. more: further keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    hf_config = to_hf_config(config, dtype, bos, eos, pad)
+    hf_config = {**to_hf_config(config, dtype, bos, eos, pad), **more}
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     tensors = {to_hf_name(name): value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
     try:
@@ -167,35 +172,42 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def read_hf_config(folder: Path) -> ModelConfig:
-    return from_hf_config(config_json(folder))
+def read_hf_config(folder: Path, make: Callable[[dict], ModelConfig] = from_hf_config) -> ModelConfig:
+    """The config that `make` makes of a folder's config.json; ValueError names the file and the wrong key."""
+    content = config_json(folder)
+    try:
+        return make(content)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
 def config_json(folder: Path) -> dict:
     """What a folder's config.json says; ValueError where there is none, or a damaged one."""
     path = folder / "config.json"
     if not path.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} holds an adapter, not a model; merge it into its base model (PEFT's merge_and_unload)")
         raise ValueError(f"{folder} holds no config.json; give a folder that save_pretrained or train.py wrote")
     return _json(path)
 
 
 def _json(path: Path) -> dict:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return parse_object(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
 
 
-def load_weights(model: NanoLlama, folder: Path, known_tokens: int | None = None) -> None:
+def load_weights(model: NanoLlama, folder: Path, new_tokens: range | None = None) -> None:
     """Copy a folder's weights into a model that is not yet sharded; ValueError where names or shapes do not fit.
 
-    known_tokens: the folder's vocabulary, where the model's is larger: new rows of embedding and head are the mean of known ones.
+    new_tokens: ids that the model's tokenizer has and the folder's lacks; their rows of embedding and head are set.
     """
     weights = read_hf_weights(folder)
-    if known_tokens is not None:
+    if new_tokens is not None:
         for name in ("embed_tokens.weight", "lm_head.weight"):
             if name in weights:
-                weights[name] = grow_vocabulary(weights[name], known_tokens, model.config.vocab_size)
+                weights[name] = grow_vocabulary(weights[name], new_tokens, model.config.vocab_size)
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     own = model.state_dict()
@@ -211,17 +223,22 @@ def load_weights(model: NanoLlama, folder: Path, known_tokens: int | None = None
     model.load_state_dict(weights)
 
 
-def grow_vocabulary(weight: Tensor, known: int, size: int) -> Tensor:
-    """A weight [at least known, D] as [size, D]: after the known rows, all are their mean."""
-    rows = weight[:known].float()
-    return torch.cat([rows, rows.mean(0).expand(size - known, -1)]).to(weight.dtype)
+def grow_vocabulary(weight: Tensor, new: range, size: int) -> Tensor:
+    """A weight [rows, D] as [size, D]. The rows of new ids, and all after the old ones, are the mean of the rows before `new`.
+
+    All other rows stay, also unused ones.
+    """
+    mean = weight[: new.start].float().mean(0).to(weight.dtype)
+    grown = torch.cat([weight[:size], mean.expand(max(0, size - len(weight)), -1)])
+    grown[new.start : new.stop] = mean
+    return grown
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu") -> NanoLlama:
     """The model of a Hugging Face folder. dtype of the parameters: None stands for the one they are stored in."""
     folder = Path(folder)
     stored = config_json(folder)
-    config = from_hf_config(stored)
+    config = read_hf_config(folder)
     size = sum(path.stat().st_size for path in weight_files(folder))
     if config.num_parameters > size:  # before memory is taken for them
         raise ValueError(f"{folder}: config.json asks for {config.num_parameters:,} parameters; the weights have {size:,} bytes")

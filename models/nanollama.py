@@ -4,7 +4,7 @@ Sharding, compilation and activation checkpointing are put on from outside (trai
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,27 +13,31 @@ from torch.nn import functional as F
 from models.attention import Mask, attend, attention_mask
 from models.layers import RMSNorm, RotaryEmbedding, apply_rotary
 from models.losses import TokenLosses, token_losses
+from ranges import NonNegativeFloat, PositiveFloat, at_least, check_fields
+
+Size = Annotated[int, at_least(1, below=2**31)]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a NanoLlama; field names are those of a Hugging Face config. The defaults are the 1.1B model."""
 
-    vocab_size: int = 32_000
-    hidden_size: int = 2048
-    intermediate_size: int = 5632
-    num_hidden_layers: int = 22
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 4
-    head_dim: int | None = None  # default: hidden_size / num_attention_heads
-    max_position_embeddings: int = 4096
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
+    vocab_size: Size = 32_000
+    hidden_size: Size = 2048
+    intermediate_size: Size = 5632
+    num_hidden_layers: Annotated[int, at_least(1, most=10_000)] = 22
+    num_attention_heads: Size = 32
+    num_key_value_heads: Size = 4
+    head_dim: Size | None = None  # default: hidden_size / num_attention_heads
+    max_position_embeddings: Size = 4096
+    rope_theta: PositiveFloat = 10_000.0
+    rms_norm_eps: PositiveFloat = 1e-5
+    initializer_range: NonNegativeFloat = 0.02
     tie_word_embeddings: bool = False
     qk_norm: bool = False  # RMSNorm on the heads of q and k: the Qwen3 architecture, and exported as such
 
     def __post_init__(self) -> None:
+        check_fields(self, "model")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -48,9 +52,6 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.heads_size % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be at least 1")
 
     @property
     def heads_size(self) -> int:

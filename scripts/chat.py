@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 
 from data.bounded_template import BoundedTemplate
-from data.gguf_tokenizer import field, open_gguf
+from data.gguf_tokenizer import TRAINED, field, file_templates, json_of, open_gguf, tokenizer_folder
 from data.other_chats import Continuation, OwnTemplate, open_chat
 from data.session import Session, Talk
-from data.tools import TOOLS
-from entrypoint import add_boolean, user_errors
+from data.trained_chat import TrainedChat, name_of, offered, parse, read_trained_chat
+from entrypoint import CommandParser, add_boolean, user_errors
 from models.hf import newest_step
 from models.llamacpp import probe
 from models.sampling import Sampling
@@ -38,11 +38,11 @@ STYLE = {"thought": "\033[2m", "content": "", "call": "\033[36m", "result": "\03
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", required=True, type=newest_step, help="a .gguf file or a checkpoint folder")
     parser.add_argument("--prompt", nargs="+", help="ask this and end; several are turns of one conversation")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
-    parser.add_argument("--context", type=int, help="tokens of the conversation (default: as many as the model was trained on)")
+    parser.add_argument("--context", type=int, help="tokens of the conversation (default: those of the training rows)")
     add_flags(parser)
     parser.add_argument("--serve", type=int, metavar="PORT", help="on 127.0.0.1 instead of talking here; 0: any free port")
     parser.add_argument("--api_key", metavar="NAME", help="with --serve: the environment variable that holds the key of clients")
@@ -61,7 +61,10 @@ def main() -> None:
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
         chat, speaker = load(args.model, args.context)
-        session = begin(chat, speaker, args)
+        session = begin(chat, speaker, args, args.model)
+        if trained_chat(args.model) and session.tools:
+            names = ", ".join(name_of(tool) for tool in session.tools)
+            print(f"context {speaker.context:,}, tools: {names}; --context and --tools change them")
         if isinstance(chat, OwnTemplate | Continuation):
             print("a base model: it continues what you type" if isinstance(chat, Continuation) else "its own template: no tools")
         talk(session, args.prompt)
@@ -88,6 +91,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """How a model speaks in a conversation, and how tokens are drawn."""
     parser.add_argument("--system", default="", help="a system prompt")
     add_boolean(parser, "--no_tools", "run no tools")
+    parser.add_argument("--tools", nargs="+", metavar="NAME", help="tools to offer, or all (default: as the model was trained)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens, 0 from all")
     parser.add_argument("--top_p", type=float, default=0.9)
@@ -100,8 +104,10 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
 
 
-def begin(chat: Talk, speaker: Speaker, args: argparse.Namespace) -> Session:
-    """A conversation by the flags."""
+def begin(chat: Talk, speaker: Speaker, args: argparse.Namespace, model: Path) -> Session:
+    """A conversation by the flags; what they leave open is as the model was trained."""
+    if args.no_tools and args.tools:
+        raise ValueError("--tools and --no_tools exclude each other; give one of them")
     sampling = sampling_of(args)
 
     def speak(prompt: list[int]) -> Iterator[int]:
@@ -110,17 +116,29 @@ def begin(chat: Talk, speaker: Speaker, args: argparse.Namespace) -> Session:
             raise ValueError(f"{len(prompt)} tokens fill the context of {speaker.context}; begin anew (/reset) or write less")
         return speaker.speak(prompt, new, sampling, args.seed, chat.stop_ids)
 
-    return Session(chat, speak, args.system, [] if args.no_tools else TOOLS)
+    return Session(chat, speak, args.system, [] if args.no_tools else offered(trained_chat(model), args.tools))
 
 
 def load(path: Path, context: int | None) -> tuple[Talk, Speaker]:
     """How to talk to the model of a GGUF file or of a folder, and the model; ValueError says what it is not."""
     check_context(context)
     if path.suffix == ".gguf":
-        return open_chat(path), GgufSpeaker(path, context)
+        return open_chat(path), GgufSpeaker(path, context or trained_context(path))
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json")
-    return open_chat(path), TorchSpeaker(path, "cuda" if torch.cuda.is_available() else "cpu", context)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return open_chat(path), TorchSpeaker(path, device, context or trained_context(path))
+
+
+def trained_chat(model: Path) -> TrainedChat | None:
+    """What the conversations of a folder's or file's model were like in training; None where that is unknown."""
+    return read_trained_chat(tokenizer_folder(model))
+
+
+def trained_context(model: Path) -> int | None:
+    """Tokens of the rows that a chat model was trained on; None: as many as the model can take."""
+    trained = trained_chat(model)
+    return trained.context if trained else None
 
 
 def check_context(context: int | None) -> None:
@@ -169,7 +187,8 @@ def serve(path: Path, port: int, context: int | None, key_name: str | None, orig
     special = special_tokens(reader)
     check_context(context)
     probe(path)
-    if template := field(reader, "tokenizer.chat_template"):
+    trained = parse(json_of(field(reader, TRAINED)))
+    for template in file_templates(reader).values():
         BoundedTemplate(template).render([{"role": "user", "content": "Hello"}])  # llama.cpp renders it without bounds
     key = os.environ.get(key_name, "").strip() if key_name else ""
     if key_name and not key:
@@ -179,7 +198,7 @@ def serve(path: Path, port: int, context: int | None, key_name: str | None, orig
     except ImportError:
         raise ValueError("--serve needs xllamacpp; pip install xllamacpp") from None
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(path), context or 0, 1
+    params.model.path, params.n_ctx, params.verbosity = str(path), context or (trained.context if trained else 0), 1
     params.model_alias, params.ui, params.endpoint_slots, params.cors_origins = {path.name}, False, False, ""
     port = free_port("127.0.0.1", port)
     ends = [signal.SIGINT, signal.SIGTERM]

@@ -4,7 +4,6 @@ python -m scripts.check_env                               # exit status 1: the q
 python -m scripts.check_env --plan configs/plan_1b.yaml   # exit status 1: this plan cannot run here
 """
 
-import argparse
 import os
 import platform
 import shutil
@@ -17,7 +16,7 @@ import torch
 from huggingface_hub import get_token
 
 from data.sources import HUB_SOURCES, sources_of
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from machine import cpus
 from models.nanollama import ModelConfig
 from training.config import RunConfig, load
@@ -34,7 +33,7 @@ OPTIONAL = ("wandb", "flash-attn", "torchao")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--plan", help=f"check for this plan too (default: only tell of {PLAN_1B})")
     args = parser.parse_args()
     with user_errors():

@@ -5,16 +5,15 @@ python -m scripts.check_gguf --checkpoint checkpoints/nanollama_1b/sft --gguf gg
 The figures go to check_gguf.json and check_gguf.md beside the first file. Exit status 1 where a file is wrong.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 
-from entrypoint import ROOT, at_least, user_errors
+from entrypoint import ROOT, CommandParser, at_least, user_errors
 from evals.engines import folder_hash
 from evals.gguf_parity import compare, open_gguf, reference, table
+from files import write_json, write_text
 from models.gguf import MoeConfig, read_config
 from models.hf import newest_step
 from models.llamacpp import find_library, library
@@ -22,7 +21,7 @@ from scripts.export_gguf import checkpoint_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=newest_step, help="the folder that the files were made of")
     parser.add_argument("--gguf", required=True, nargs="+", type=Path)
     parser.add_argument("--text", type=Path, help="real text for logits and perplexity (default: this repository's own)")
@@ -54,9 +53,8 @@ def main() -> None:
         source = {"checkpoint": str(folder), "checkpoint_hash": folder_hash(folder)}
         result = {**source, "text": [path.name for path in files], "runtime": runtime, "files": rows}
         output = args.output or args.gguf[0].parent / "check_gguf.json"
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        output.with_suffix(".md").write_text(table(rows) + "\n", encoding="utf-8")
+        write_json(output, result)
+        write_text(output.with_suffix(".md"), table(rows) + "\n")
         print(table(rows))
         sys.exit(any(row["verdict"] == "wrong" for row in rows))
 

@@ -3,7 +3,6 @@
 python -m scripts.compare_runs logs/a logs/b --output results/compare      # compare.png and compare.md
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 from itertools import groupby
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from files import read_lines
 
 MARKS = {  # kind of event, or outcome of a gate -> (marker, colour) on the loss curve
@@ -68,7 +67,7 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold metrics.jsonl")
     parser.add_argument("--output", type=Path, default=Path("results/compare"), help="without suffix")
     args = parser.parse_args()

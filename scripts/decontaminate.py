@@ -3,7 +3,6 @@
 python -m scripts.decontaminate --train_dataset data/store/quickstart:wikipedia --test_datasets mmlu,gsm8k,hellaswag,arc
 """
 
-import argparse
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ from data.decontamination import Settings, build_index, report
 from data.scan_files import decontaminate
 from data.sources import sources_of
 from data.testsets import Item
-from entrypoint import add_boolean, user_errors
+from entrypoint import CommandParser, add_boolean, at_least, user_errors, within
+from files import write_text
+from ranges import above
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--train_dataset",
         nargs="+",
@@ -27,8 +28,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("data/contaminated_ids.json"))
     parser.add_argument("--report", type=Path, help="write the report to this file too, as Markdown")
     add_boolean(parser, "--rows", "short rows (SFT, preferences): look for similar ones too, by MinHash")
-    parser.add_argument("--workers", type=int, default=1, help="processes, over files")
-    parser.add_argument("--coverage", type=float, default=Settings.coverage, help="share of an item that counts as holding it")
+    parser.add_argument("--workers", type=at_least(1), default=1, help="processes, over files")
+    parser.add_argument(
+        "--coverage",
+        type=within(float, above(0, most=1)),
+        default=Settings.coverage,
+        help="share of an item that counts as holding it",
+    )
     parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"), help="where downloaded test sets are kept")
     args = parser.parse_args()
     with user_errors():
@@ -38,8 +44,7 @@ def main() -> None:
         index, found = decontaminate(trains, tests, args.output, args.cache, settings, args.rows, args.workers)
         text = report(index, found)
         if args.report:
-            args.report.parent.mkdir(parents=True, exist_ok=True)
-            args.report.write_text(text + "\n", encoding="utf-8")
+            write_text(args.report, text + "\n")
         scanned = found["settings"]["documents"]
         print(f"{text}\n\n{scanned:,} documents scanned, {len(found['documents']):,} hit; written to {args.output}")
 

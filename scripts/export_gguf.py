@@ -7,22 +7,21 @@ Outtypes: f32, f16, bf16, q8_0, q4_k_m. Beside the files it leaves a Modelfile f
 README.md; a file of these names that was not written by this command stays as it is.
 """
 
-import argparse
 import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.chat_template import is_our_template
 from data.gguf_tokenizer import Vocabulary, read_vocabulary
-from entrypoint import at_least, user_errors
+from entrypoint import CommandParser, at_least, user_errors
+from files import write_text
 from models.gguf import OUTTYPES, export, read_config
 from models.hf import check_model_folder, newest_step
 from scripts.model_card import MARK, lm_studio, model_card, modelfile
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Llama, Qwen3 or Qwen3-MoE folder"
     )
@@ -54,15 +53,15 @@ def write_beside(
     """Modelfile, LM_STUDIO.md and README.md beside the last file; yields what became of each."""
     best = list(targets.values())[-1]
     run = next((parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"), folder.name)
-    chat = is_our_template(vocabulary.template)
-    card = model_card(folder, targets, name, chat, logs or Path("logs") / run, results or Path("results") / run)
-    texts = {"Modelfile": modelfile(best.name, chat), "LM_STUDIO.md": lm_studio(best.name, chat), "README.md": card}
+    template = vocabulary.template
+    card = model_card(folder, targets, name, template, logs or Path("logs") / run, results or Path("results") / run)
+    texts = {"Modelfile": modelfile(best.name, template), "LM_STUDIO.md": lm_studio(best.name, template), "README.md": card}
     for file, text in texts.items():
         path = best.parent / file
         if path.is_file() and MARK not in path.read_text(errors="replace", encoding="utf-8"):
             yield f"{path} is not of this command and stays as it is"
             continue
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
         yield f"{path} written"
 
 

@@ -6,7 +6,6 @@ Writes {math,tools,factbook,identity,pairs}.{train,heldout}.jsonl and a manifest
 files; what is current is left alone.
 """
 
-import argparse
 import json
 import re
 from functools import partial
@@ -17,7 +16,8 @@ from data import manifest
 from data import synthetic as make
 from data.quickstart_corpus import FACTBOOK
 from data.tools import WHEELS
-from entrypoint import ROOT, add_boolean, user_errors
+from entrypoint import ROOT, CommandParser, add_boolean, user_errors
+from files import write_text
 
 TRAIN = {"math": 4000, "tools": 4000, "factbook": 3000, "identity": 800, "pairs": 2000}
 HELD_OUT = {"math": 200, "tools": 200, "factbook": 200, "identity": 100, "pairs": 200}
@@ -25,7 +25,7 @@ FIELDS = ("id", "source", "messages", "tools")  # of a conversation that is only
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("data/store/quickstart/chat"), help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--counts", nargs="*", default=[], metavar="KIND=N", help=f"of training examples (default: {TRAIN})")
@@ -77,7 +77,7 @@ def write(output: Path, counts: dict[str, dict[str, int]], seed: int, easy: bool
             if split == "train" and kind != "pairs":
                 examples = [{field: example[field] for field in FIELDS if field in example} for example in examples]
             path = output / f"{kind}.{split}.jsonl"
-            path.write_text("".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples), encoding="utf-8")
+            write_text(path, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
             files[path.name] = manifest.file_hash(path)
             print(f"{path}: {len(examples):,} examples", flush=True)
     manifest.write(output, {"inputs": inputs, "files": files})

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.chat_template import is_our_template
 from evals.engines import folder_hash
 from evals.page import change
 from evals.report import leaves, measured
@@ -33,15 +34,18 @@ PARAMETER stop "<|im_start|>"
 '''
 
 
-def modelfile(file: str, chat: bool) -> str:
-    """Ollama's: the template in Go's language, since Ollama does not read the one in the GGUF file."""
+def modelfile(file: str, template: str | None) -> str:
+    """Ollama's Modelfile with our template in Go's language. template: the one in the GGUF file."""
     head = f"# {MARK}; ollama create nanollama -f Modelfile && ollama run nanollama\nFROM ./{file}\n"
-    if not chat:
+    if not template:
         return head + 'TEMPLATE """{{ .Prompt }}"""\n'
+    if not is_our_template(template):
+        note = "The model's own chat template is in the file. Ollama uses it if it knows it; else write it here in Go's language:"
+        return head + f"# {note} TEMPLATE ...\n"
     return head + OLLAMA + "PARAMETER temperature 0.7\nPARAMETER top_p 0.9\n"
 
 
-def lm_studio(file: str, chat: bool) -> str:
+def lm_studio(file: str, template: str | None) -> str:
     """How to bring the file into LM Studio."""
     lines = [
         f"<!-- {MARK} -->",
@@ -49,17 +53,19 @@ def lm_studio(file: str, chat: bool) -> str:
         "",
         f"`lms import {file}`, or put it into `~/.lmstudio/models/<you>/<model>/{file}`.",
     ]
-    if chat:
+    if is_our_template(template):
         lines += [
             "The chat template is in the file. In the model's settings, under reasoning parsing, the start string is",
             "`<|start_thought|>` and the end string `<|end_thought|>`; then thoughts are folded apart from answers.",
         ]
+    elif template:
+        lines += ["The model's own chat template is in the file."]
     else:
         lines += ["This is a base model: it continues text, and has no chat template."]
     return "\n".join(lines) + "\n"
 
 
-def model_card(folder: Path, targets: dict[str, Path], name: str, chat: bool, logs: Path, results: Path) -> str:
+def model_card(folder: Path, targets: dict[str, Path], name: str, template: str | None, logs: Path, results: Path) -> str:
     """The card, from config.json, logs/<run> up to this checkpoint and its own results. It says what is not there."""
     config = read_config(folder)
     tuned, rows, events = story(logs, folder)
@@ -68,26 +74,39 @@ def model_card(folder: Path, targets: dict[str, Path], name: str, chat: bool, lo
     stores = dict.fromkeys(Path(phase["data"]["store"]) for phase in phases.values() if phase.get("data", {}).get("store"))
     kind = architecture(config) + " (Llama with normalised q and k)" * (architecture(config) == "qwen3")
     smallest = min(targets.values(), key=lambda path: path.stat().st_size)
-    usage = f"python -m scripts.chat --model {smallest.name}" if chat else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
+    usage = f"python -m scripts.chat --model {smallest.name}" if template else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
     digest = folder_hash(folder)
     scores = _scores(measured(results, digest)[0])
+    made_with = next((_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {})
+    versions = ", ".join(f"{part} {made_with[part]}" for part in ("python", "torch") if made_with.get(part))
+    data_head = ("store", "source", "documents", "kept", "tokens", "origin", "sha256")
     parts = [
         f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
         f"{config.num_parameters / 1e6:,.1f}M parameters, architecture {kind}, {config.num_hidden_layers} layers of "
         f"{config.hidden_size}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
-        f"{config.rope_theta:,.0f}. {'Speaks in a chat template of its own.' if chat else 'A base model, without chat.'}\n",
+        f"{config.rope_theta:,.0f}. {_talks(template)}\n",
         f"Made from the checkpoint `{folder}`, sha256 `{digest}`.\n",
         f"## Files\n\n{_rows(('file', 'type', 'MB'), _files(targets))}",
         f"## Use\n\n```\n{usage}\nollama create nanollama -f Modelfile && ollama run nanollama\n```\n",
         f"## Training\n\n{_rows(('phase', 'steps', 'tokens', 'row', 'peak lr', 'mixture'), _training(phases)) or _none(logs)}",
         _rows(("stage", "started from", "data", "held-out loss", "pairs preferred, %"), _tuning(tuned)),
-        f"## Data\n\n{_rows(('store', 'source', 'documents', 'kept', 'tokens'), _data(stores)) or _none('a data report')}",
+        f"Trained with {versions}.\n" if versions else "",
+        f"## Data\n\n{_rows(data_head, _data(stores)) or _none('a data report')}",
         f"## Contamination\n\n{_contamination(stores) or _none('a contamination report')}",
         f"## Gates\n\n{_gates(events) or _none('decisions')}",
         f"## Scores\n\n{_rows(('task', 'metric', 'value', 'shots', 'n'), scores) or _none(f'its results in {results}')}",
         "## Licence\n\nThe owner's choice: put it here and above, with the terms of the data it was trained on.\n",
     ]
     return "\n".join(part for part in parts if part)
+
+
+def _talks(template: str | None) -> str:
+    """How to talk to the model."""
+    if is_our_template(template):
+        return "Speaks in a chat template of its own."
+    if template:
+        return "Speaks in the chat template that its checkpoint came with; it is in the files."
+    return "A base model, without chat."
 
 
 def _none(what: Any) -> str:
@@ -137,9 +156,13 @@ def _tuning(stages: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
 
 def _data(stores: dict[Path, None]) -> Iterator[tuple[Any, ...]]:
     for store in stores:
-        for source, counts in _json(store / "report.json").get("sources", {}).items():
+        report = _json(store / "report.json")
+        hashes = report.get("inputs", {}).get("documents", {})
+        for source, counts in report.get("sources", {}).items():
             found = (counts.get(name) for name in ("documents", "kept", "train_tokens"))
-            yield store, source, *(f"{number:,}" if isinstance(number, int) else "" for number in found)
+            numbers = (f"{number:,}" if isinstance(number, int) else "" for number in found)
+            origin = _json(store / "documents" / source / "manifest.json").get("origin", "")
+            yield store, source, *numbers, origin, hashes.get(source, "")[:16]
 
 
 def _contamination(stores: dict[Path, None]) -> str:

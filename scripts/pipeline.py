@@ -12,7 +12,6 @@ again to continue. A training stage that dies is restarted from its newest check
 whose base model has changed is set aside and made again. Exit status 3: a gate said no-go.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -20,14 +19,15 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from entrypoint import ROOT, user_errors
+from entrypoint import ROOT, CommandParser, at_least, user_errors
 from files import read_object, write_json
 from machine import cpus
 from training import setup
 from training.checkpoint import damage, identity, step_folders
 from training.curriculum import Milestone, Plan, PlanStage, Stretch, load_plan, stretches
-from training.gates import Gate, by_name, decide, judge
+from training.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
 from training.logger import append_event, open_alerts
 from training.run_folder import locked
 from training.settings import read_yaml
@@ -42,7 +42,7 @@ class Pipeline:
     def __init__(self, plan: Plan, extend: dict[str, int], accept: str | None):
         self.plan, self.number = plan, 0
         self.launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={plan.ranks}", "train.py"]
-        self.measured: list[tuple[str, dict]] = []  # where, metrics by name
+        self.measured: list[Measured] = []  # in order of the plan
         self.accept, self.extended = accept, extend  # an extension accepts the no-go of its phase that advised it
         run = stretches(plan)[0].run
         if not run.logs.exists() and (ROOT / run.logs).exists() and Path.cwd() != ROOT:
@@ -92,7 +92,7 @@ class Pipeline:
         data = run.data
         self.stage(
             f"Training, phase {run.phase}, steps {stretch.begin} to {stop} of {stretch.end}: {', '.join(data.mix)}, "
-            f"{data.sequence_length} tokens a row, rope theta {run.model.rope_theta:,.0f}",
+            f"{data.sequence_length} tokens a row, rope theta {run.theta_text}",
             [*self.launch, "--config", stretch.phase.config, *resume, *settings],
         )
 
@@ -130,9 +130,16 @@ class Pipeline:
         folder = self.results / (f"step_{step}" if isinstance(milestone, Milestone) else milestone.name)
         path, of = folder / "decision.json", identity(checkpoint)
         done = read_object(path) or {}
+        phase = stretch.run.phase if stretch else str(step)
+        compared = [reference_of(gate, self.measured) for gate in milestone.gates]
+        known = [
+            estimate(gate.metric, found.metrics) if found else None for gate, found in zip(milestone.gates, compared, strict=True)
+        ]
+        references = [found.value if found else None for found in known]
         current = done.get("of") == of and done.get("gates") == _plain(milestone.gates)
+        current = current and done.get("references", [None] * len(references)) == references
         if current and (done.get("outcome") != "no-go" or done.get("accepted")):
-            self._remember(milestone.evals, folder, where)
+            self._remember(milestone.evals, folder, phase, where)
             return
         for name in milestone.evals:
             output, key = folder / f"{name}.json", {"of": of, "command": self.plan.evals[name]}
@@ -144,16 +151,18 @@ class Pipeline:
                 if found is None:
                     raise ValueError(f"the evaluation {name} left no results in {output}; make its command write {{output}}")
                 write_json(output, {**found, **key})
-        self._remember(milestone.evals, folder, where)
-        verdicts = [judge(gate, self.measured[-1][1]) for gate in milestone.gates]
+        metrics = self._remember(milestone.evals, folder, phase, where)
+        verdicts = [judge(gate, metrics, found) for gate, found in zip(milestone.gates, compared, strict=True)]
         outcome = decide(verdicts) if verdicts else "go"
-        known = current and done.get("outcome") == "no-go"  # a reason is for a no-go that was seen
+        was_seen = current and done.get("outcome") == "no-go"  # a reason is for a no-go that was seen
         steps = self.extended.get(stretch.run.phase) if stretch else None
         reason = self.accept or (f"{stretch.run.phase} extended by {steps} steps" if stretch and steps else None)
-        accepted = reason if outcome == "no-go" and known else None
-        decision = {"step": step, "outcome": outcome, "accepted": accepted, "gates": _plain(milestone.gates)}
+        accepted = reason if outcome == "no-go" and was_seen else None
+        decision: dict[str, Any] = {"step": step, "outcome": outcome, "accepted": accepted}
+        decision["gates"] = _plain(milestone.gates)
+        decision |= {"references": references} if any(gate.against for gate in milestone.gates) else {}
         values = [verdict.value for verdict in verdicts]
-        write_json(path, {**decision, "values": values, "of": of, "metrics": self.measured[-1][1]})
+        write_json(path, {**decision, "values": values, "of": of, "metrics": metrics})
         advice = [verdict.gate.advice for verdict in verdicts if verdict.outcome != "go" and verdict.gate.advice]
         advice = list(dict.fromkeys(advice)) or ([milestone.advice] if milestone.advice and outcome != "go" else [])
         text = f"{outcome} {where}: " + "; ".join(map(str, verdicts)) + (f"; accepted: {accepted}" if accepted else "")
@@ -161,8 +170,8 @@ class Pipeline:
         self.alerts.send("gate", f"{self.stretches[0].run.run}: {outcome} {where}", "\n".join([text, *advice]))
         self.alerts.flush()
         for gate, verdict in zip(milestone.gates, verdicts, strict=True):
-            earlier = [(at, judge(gate, metrics).value) for at, metrics in self.measured[:-1]]
-            before = [f"; before, {at}: {value:.3f}" for at, value in earlier if value is not None]
+            earlier = [] if gate.against else [(m.where, estimate(gate.metric, m.metrics)) for m in self.measured[:-1]]
+            before = [f"; before, {at}: {found.value:.3f}" for at, found in earlier if found]
             print(f"    {verdict}{(before or [''])[-1]}")
         print(f"decision {where}: {outcome.upper()}" + (f", accepted: {accepted}" if accepted else ""), flush=True)
         for sentence in advice:
@@ -172,11 +181,12 @@ class Pipeline:
             raise SystemExit(NO_GO)
         self.accept = None if accepted else self.accept  # a reason is for one decision
 
-    def _remember(self, names: tuple[str, ...], folder: Path, where: str) -> None:
+    def _remember(self, names: tuple[str, ...], folder: Path, phase: str, where: str) -> dict:
         """What was measured there, for the gates and for those that come later."""
         read = [(name, read_object(folder / f"{name}.json")) for name in names]
         metrics = [by_name(name, content["metrics"]) for name, content in read if content]
-        self.measured.append((where, {name: values for found in metrics for name, values in found.items()}))
+        self.measured.append(Measured(phase, where, {name: values for found in metrics for name, values in found.items()}))
+        return self.measured[-1].metrics
 
     def _renew(self, stretch: Stretch, before: Path | None, redo: bool) -> None:
         """Set aside what a phase left where it can't be continued: redone, begun from another model, or its decay cut short."""
@@ -279,7 +289,10 @@ class Pipeline:
 
 def _plain(gates: tuple[Gate, ...]) -> list[dict]:
     """Gates as they are kept beside a decision: what it depends on, without the advice."""
-    return [{"metric": gate.metric, "go": gate.go, "no_go": gate.no_go} for gate in gates]
+    return [
+        {"metric": gate.metric, "go": gate.go, "no_go": gate.no_go, **({"against": gate.against} if gate.against else {})}
+        for gate in gates
+    ]
 
 
 def _settings(stage: PlanStage) -> dict[str, dict]:
@@ -294,15 +307,15 @@ def _entry_point(word: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--plan", required=True, type=Path)
     parser.add_argument("--extend", nargs="+", default=[], metavar="PHASE=STEPS", help="let a phase run on after its end")
     parser.add_argument("--accept", metavar="REASON", help="go on after a no-go; the reason is recorded")
     parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="set aside a phase or stage, and do it again")
     parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="leave out a stage, such as dpo")
     parser.add_argument("--branch", metavar="NAME", help="decay from a checkpoint, with --at and --steps, and do nothing else")
-    parser.add_argument("--at", type=int, help="step of the checkpoint that the branch begins from")
-    parser.add_argument("--steps", type=int, help="steps of the branch")
+    parser.add_argument("--at", type=at_least(1), help="step of the checkpoint that the branch begins from")
+    parser.add_argument("--steps", type=at_least(1), help="steps of the branch")
     args = parser.parse_args()
     began = time.monotonic()
     with user_errors():

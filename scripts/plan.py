@@ -21,9 +21,10 @@ from typing import Any
 from data import manifest
 from data.packing import LongDocuments
 from data.shards import TokenShards
-from entrypoint import user_errors
+from entrypoint import CommandParser, at_least, user_errors, within
 from evals.cost import workload
 from evals.suite import parse
+from ranges import Range, above
 from scripts import run_evals
 from training.config import RunConfig
 from training.curriculum import load_plan
@@ -191,12 +192,17 @@ def _time(part: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--gpu", default="h100", help=", ".join(GPUS))
-    parser.add_argument("--gpus", type=int, help="default: the plan's ranks")
-    parser.add_argument("--mfu", type=float, default=0.45, help="share of the peak that training reaches; assumed (default 0.45)")
-    parser.add_argument("--price", type=float, help="of one GPU for an hour, in any currency")
+    parser.add_argument("--gpus", type=at_least(1), help="default: the plan's ranks")
+    parser.add_argument(
+        "--mfu",
+        type=within(float, above(0, most=1)),
+        default=0.45,
+        help="share of the peak that training reaches; assumed (default 0.45)",
+    )
+    parser.add_argument("--price", type=within(float, Range(0)), help="of one GPU for an hour, in any currency")
     parser.add_argument("--json", action="store_true", help="the same as JSON; bytes, FLOPs and hours")
     args = parser.parse_args()
     with user_errors():

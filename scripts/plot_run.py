@@ -3,15 +3,14 @@
 python -m scripts.plot_run logs/quickstart
 """
 
-import argparse
 from pathlib import Path
 
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from scripts.compare_runs import open_runs, plot
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("run", type=Path, help="the folder that holds metrics.jsonl")
     parser.add_argument("--output", type=Path, help="default: loss.png in that folder")
     args = parser.parse_args()

@@ -4,7 +4,6 @@ python -m scripts.prepare_data --config configs/data/quickstart.yaml
 python -m scripts.prepare_data --config configs/data/nanollama_1b.yaml executor.kind=slurm executor.partition=cpu
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -13,12 +12,12 @@ from data.prepare import prepare
 from data.recipe import Recipe
 from data.shards import SPLITS, TokenShards
 from data.steps import read_json
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from training.settings import load_settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
     parser.add_argument("--verify", action="store_true", help="then compare every shard with its checksum")
     parser.add_argument("overrides", nargs="*", help="settings of the recipe, as section.key=value")

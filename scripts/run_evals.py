@@ -6,6 +6,7 @@ python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals --checkpoint ..
 A suite is configs/evals/<suite>.yaml: names of evaluations, each with the flags of its own command. A suite that was killed
 goes on where it stopped, and what is current is not measured again. It reads a checkpoint only, so training may go on meanwhile.
 What cannot be measured is named, and the others go on; a gate on it is a no-go. Exit status 3: a gate says no-go.
+A gate with `against` compares with the results of that stage's newest checkpoint under results/.
 """
 
 import argparse
@@ -16,14 +17,17 @@ from typing import Any
 
 import torch
 
-from entrypoint import add_boolean, at_least, user_errors
-from evals.engines import load_model
+from entrypoint import CommandParser, add_boolean, at_least, user_errors
+from evals.engines import folder_hash, load_model
+from evals.report import measured
 from evals.run import output_of, ranks
 from evals.suite import measure, parse, tell
-from files import write_json
+from evals.targets import judged
+from files import read_object, write_json
 from models.hf import newest_step
-from training.curriculum import load_plan
-from training.gates import Gate, by_name, decide, judge
+from training.checkpoint import identity, step_folders
+from training.curriculum import Place, Plan, load_plan, places, stretches
+from training.gates import Gate, Measured, Verdict, by_name, decide, judge, reference_of
 from training.settings import load_settings
 
 NO_GO = 3
@@ -43,13 +47,14 @@ def main() -> None:
         args.device = device
         suite, path = open_suite(args.suite)
         gates = gates_of(args.gates, args.checkpoint, args.at) if args.gates else ()
+        earlier = references(gates, args.gates, args.checkpoint, args.at)
         data = dict(_named(text, suite) for text in args.data)
         parsed = {name: parse(name, flags, args, data.get(name)) for name, flags in suite.evals.items()}
         output = output_of(args.output, args.checkpoint, path.stem)
         found = run(path.stem, parsed, args, output, rank, world)
-        verdicts = [judge(gate, found["metrics"]) for gate in gates]
+        verdicts = [judge(gate, found["metrics"], reference) for gate, reference in zip(gates, earlier, strict=True)]
         if rank == 0:
-            found |= {"gates": [{**vars(v.gate), "value": v.value, "outcome": v.outcome} for v in verdicts]}
+            found |= {"gates": [_record(verdict) for verdict in verdicts]}
             found |= {"outcome": decide(verdicts) if verdicts else None}
             write_json(output, found)
             for verdict in verdicts:
@@ -110,13 +115,60 @@ def gates_of(path: Path, checkpoint: Path, at: str | None) -> tuple[Gate, ...]:
     plan = load_plan(path)
     milestones = {str(milestone.at): milestone for phase in plan.phases for milestone in phase.milestones}
     stages = {stage.name: stage for stage in plan.stages}
-    folder = next((stage.name for stage in plan.stages if Path(stage.leaves).name == checkpoint.resolve().parent.name), None)
-    wanted = at or folder or checkpoint.name.removeprefix("step_")
+    wanted = _name_of(plan, checkpoint, at)
     if wanted not in milestones | stages:
         known = ", ".join(milestones) or "none"
         stages_too = f", and stages {', '.join(stages)}" if stages else ""
         raise ValueError(f"{path} has no milestone at step {wanted}; it has them at {known}{stages_too}: give one with --at")
     return (milestones | stages)[wanted].gates
+
+
+def _name_of(plan: Plan, checkpoint: Path, at: str | None) -> str:
+    folder = next((stage.name for stage in plan.stages if Path(stage.leaves).name == checkpoint.resolve().parent.name), None)
+    return at or folder or checkpoint.name.removeprefix("step_")
+
+
+def references(gates: tuple[Gate, ...], path: Path, checkpoint: Path, at: str | None) -> list[Measured | None]:
+    """Of each gate, the earlier measurement that it compares with; None without `against`."""
+    if not any(gate.against for gate in gates):
+        return [None] * len(gates)
+    plan = load_plan(path)
+    first = stretches(plan)[0].run
+    wanted, longer = _name_of(plan, checkpoint, at), read_object(first.logs / "extensions.json") or {}
+    listed = places(plan, stretches(plan, longer))
+    if wanted not in [place.name for place in listed]:  # a step of the plan as it was before --extend
+        listed = places(plan, stretches(plan))
+    earlier = listed[: [place.name for place in listed].index(wanted)]
+    found = [reference_of(gate, earlier) for gate in gates]
+    results = Path("results")
+    read = {place: Measured(place.phase, place.where, results_of(place, results, first.run)) for place in found if place}
+    return [read[place] if place else None for place in found]
+
+
+def results_of(place: Place, results: Path, run: str) -> dict[str, Any]:
+    """Metrics of a place's checkpoint, from the decision of scripts.pipeline and from any results under `results`."""
+    folder = results / run / place.folder
+    steps = step_folders(place.checkpoints)
+    is_step = place.folder.startswith("step_")
+    checkpoint = place.checkpoints / place.folder if is_step else steps[-1] if steps else place.checkpoints
+    there = (checkpoint / "config.json").is_file()
+    digest = folder_hash(checkpoint) if there else judged(folder, place.phase)
+    decision = read_object(folder / "decision.json") or {}
+    decided = decision.get("metrics", {}) if not there or decision.get("of") == identity(checkpoint) else {}
+    tasks = measured(results, digest)[0] if digest else {}
+    by_task = [by_name(task, found["metrics"]) for task, found in tasks.items()]
+    return {name: values for metrics in [*by_task, decided] for name, values in metrics.items()}
+
+
+def _record(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as the summary holds it."""
+    compared = {"reference": verdict.reference, "change_stderr": verdict.error, "compared": verdict.where}
+    return {
+        **vars(verdict.gate),
+        "value": verdict.value,
+        "outcome": verdict.outcome,
+        **(compared if verdict.gate.against else {}),
+    }
 
 
 def _named(text: str, suite: Suite) -> tuple[str, str]:
@@ -127,7 +179,7 @@ def _named(text: str, suite: Suite) -> tuple[str, str]:
 
 
 def _flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
     parser.add_argument("--suite", default="quick", help=f"{', '.join(SUITES)}, or a .yaml file of your own")
     parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations")

@@ -8,7 +8,6 @@ without accumulation, with AdamW and with Muon. Then what trains on a GPU: bf16,
 checkpointing of activations, must follow the fp32 run as closely as bf16 rounds.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data.dataloader import Batch, Step
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from models.losses import IGNORE
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
@@ -135,7 +134,7 @@ def distance(a: torch.Tensor, b: torch.Tensor, dtype: str) -> float:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    CommandParser(__doc__).parse_args()
     rank, world = setup.rank_and_world()
     if "WORLD_SIZE" not in os.environ:  # started without torchrun: start again with two ranks
         command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]

@@ -11,21 +11,22 @@ import sys
 
 import torch
 
-from data.other_chats import borders, open_chat, template_of
+from data.folder_templates import template_of
+from data.other_chats import borders, open_chat
 from data.tokenizer import load_tokenizer
-from entrypoint import add_boolean, user_errors
+from entrypoint import CommandParser, add_boolean, at_least, user_errors
 from models.hf import check_model_folder, load_hf, newest_step
 from models.speakers import TorchSpeaker
 from models.text import stream_text
-from scripts.chat import add_flags, begin, sampling_of, show
+from scripts.chat import add_flags, begin, sampling_of, show, trained_context
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
     parser.add_argument("--prompt", required=True, nargs="+", help="one text or several")
     add_boolean(parser, "--raw", "continue the text as it is, also by a chat model")
-    parser.add_argument("--max_new_tokens", type=int, help="default: 60, of a reply 512")
+    parser.add_argument("--max_new_tokens", type=at_least(1), help="default: 60, of a reply 512")
     parser.add_argument("--stop", nargs="+", default=[], help="end plain text before any of these texts")
     add_flags(parser)
     args = parser.parse_args()
@@ -33,8 +34,6 @@ def main() -> None:
         check_model_folder(args.checkpoint)
         chats = template_of(args.checkpoint) and not args.raw
         args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 512 if chats else 60
-        if args.max_new_tokens < 1:
-            raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
         if chats:
             converse(args)
         else:
@@ -49,10 +48,11 @@ def converse(args: argparse.Namespace) -> None:
         chat = open_chat(args.checkpoint)
     except ValueError as error:
         raise ValueError(f"{error}; or add --raw, to continue plain text") from error
-    speaker = TorchSpeaker(args.checkpoint, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    speaker = TorchSpeaker(args.checkpoint, device, trained_context(args.checkpoint))
     for prompt in args.prompt:
         print(f"> {prompt}")
-        show(begin(chat, speaker, args).ask(prompt))
+        show(begin(chat, speaker, args, args.checkpoint).ask(prompt))
         print()
 
 

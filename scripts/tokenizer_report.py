@@ -3,29 +3,28 @@
 python -m scripts.tokenizer_report --store data/store/quickstart --against gpt2 cl100k_base o200k_base
 """
 
-import argparse
-import json
 from pathlib import Path
 
 from data.compression import report
 from data.public_tokenizers import PUBLIC
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors, within
+from files import write_json
+from ranges import above
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--store", type=Path, default=Path("data/store/quickstart"))
     parser.add_argument("--against", nargs="*", default=[*PUBLIC], choices=[*PUBLIC], help="public tokenizers")
     parser.add_argument("--split", default="val", choices=["val", "train", "all"], help="documents to measure on; val: held out")
-    parser.add_argument("--sample_megabytes", type=float, default=2.0, help="of text from each source")
+    parser.add_argument("--sample_megabytes", type=within(float, above(0)), default=2.0, help="of text from each source")
     parser.add_argument("--output", type=Path, help="write the figures as JSON too")
     args = parser.parse_args()
     with user_errors():
         result = report(args.store, args.against, args.split, int(args.sample_megabytes * 1e6))
         show(result)
         if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            write_json(args.output, result)
 
 
 def show(result: dict) -> None:

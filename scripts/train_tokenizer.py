@@ -3,18 +3,17 @@
 python -m scripts.train_tokenizer --config configs/data/quickstart.yaml
 """
 
-import argparse
 from pathlib import Path
 
 from data.prepare import train_store_tokenizer
 from data.recipe import Recipe
 from data.tokenizer import load_tokenizer
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from training.settings import load_settings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
     parser.add_argument("overrides", nargs="*", help="settings of the recipe, as section.key=value")
     args = parser.parse_intermixed_args()

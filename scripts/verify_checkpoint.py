@@ -7,7 +7,6 @@ python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/pha
 Exit status 1 if one is damaged, wrong, or differs.
 """
 
-import argparse
 import json
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors
 from evals.trained import settings
 from models.hf import load_hf
 from training.checkpoint import damage, has_state, read_manifest, read_position, step_folders
@@ -26,7 +25,7 @@ from training.safe_pickle import load, read_index
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("path", type=Path, help="a step_N folder, the folder of a phase, or the folder of a run")
     parser.add_argument("--against", type=Path, metavar="OTHER", help="a step_N folder whose weights and state must be equal")
     parser.add_argument("--model", action="store_true", help="load the newest weights; check rope theta and the document mask")
@@ -88,11 +87,12 @@ def model_faults(folder: Path) -> Iterator[str]:
     phase = folder.resolve().parent
     path = Path("logs") / phase.parent.name / f"{phase.name}.config.yaml"
     run = settings(path)
-    wanted = run.get("rope_theta_end") or run.get("model", {}).get("rope_theta")
+    says = run.get("rope_theta")
+    first, wanted = says if isinstance(says, list) else (says, says)
     known = f"as {path} says" if wanted == theta else f"{path} says {wanted}" if wanted else f"there is no {path} to compare with"
     print(f"{folder}: rope theta {theta:,.0f} ({known}), context {context:,} tokens")
     at_end = not has_state(folder) or (position := read_position(folder))["step"] == position["phase_end"]
-    if wanted and wanted != theta and (at_end or not run.get("rope_theta_end")):
+    if wanted and wanted != theta and (at_end or first == wanted):
         yield f"rope theta is {theta:,.0f}, but {path} says {wanted:,.0f}"
     length = min(context, 256)
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))

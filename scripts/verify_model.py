@@ -4,11 +4,9 @@ python -m scripts.verify_model                                # a tiny model, se
 python -m scripts.verify_model --config configs/base_1b.yaml  # the real one, on a GPU
 """
 
-import argparse
-
 import torch
 
-from entrypoint import user_errors
+from entrypoint import CommandParser, at_least, user_errors
 from models.losses import compute_loss_with_z_penalty
 from models.nanollama import NanoLlama
 from training.config import load
@@ -18,9 +16,9 @@ TARGET = 0.01
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", default="configs/test_mode.yaml")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=at_least(1), default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()  # settings may stand between flags

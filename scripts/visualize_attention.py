@@ -5,7 +5,6 @@ python -m scripts.visualize_attention --checkpoint checkpoints/nanollama_1b/phas
 Probabilities are computed a few rows at a time, so no T x T matrix exists at any length.
 """
 
-import argparse
 import math
 import sysconfig
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from data.other_chats import borders
 from data.tokenizer import load_tokenizer
-from entrypoint import user_errors
+from entrypoint import CommandParser, at_least, user_errors
 from evals.engines import folder_hash
 from models.attention import attention_mask
 from models.hf import check_model_folder, load_hf, newest_step
@@ -138,9 +137,9 @@ def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=newest_step)
-    parser.add_argument("--input_length", type=int, default=8192, help="tokens (default: %(default)s)")
+    parser.add_argument("--input_length", type=at_least(2), default=8192, help="tokens (default: %(default)s)")
     parser.add_argument("--text", type=Path, help="a document to read (default: modules of Python's library)")
     parser.add_argument("--output", type=Path, default=Path("results/attention_visualizations.png"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -6,13 +6,13 @@ Alerts are those of the run's own config (log.alerts) and of --alert. Start it o
 there is one: a machine that is gone says nothing. It watches until it is interrupted, over ends of phases and restarts.
 """
 
-import argparse
 import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
-from entrypoint import user_errors
+from entrypoint import CommandParser, user_errors, within
+from ranges import above
 from training import setup
 from training.alerts import Alerts
 from training.config import load
@@ -20,9 +20,11 @@ from training.logger import append_event, open_alerts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("run", type=Path, help="the folder that holds heartbeat and <phase>.config.yaml")
-    parser.add_argument("--stale", type=float, default=600, help="seconds without a step; more than validation and saving take")
+    parser.add_argument(
+        "--stale", type=within(float, above(0)), default=600, help="seconds without a step; more than validation and saving take"
+    )
     parser.add_argument("--alert", metavar="COMMAND", help="a shell command that reads the alert on its standard input")
     args = parser.parse_args()
     with user_errors():

@@ -133,7 +133,7 @@ def _shrink_plan(plan: dict[str, Any]) -> None:
             gate["metric"] = small(gate["metric"].replace("_", " _ ")).replace(" _ ", "_")
             gate["advice"] = small(gate.get("advice", ""))
             lower = gate["go"] < gate["no_go"]
-            gate |= {"go": 1e6, "no_go": 2e6} if lower else {"go": 0.0, "no_go": -1.0}  # any model of this size passes
+            gate |= {"go": 1e6, "no_go": 2e6} if lower else {"go": -1.0, "no_go": -2.0}  # any model of this size passes
     for stage in plan["stages"]:
         stage["commands"] = {title: small(command) for title, command in stage["commands"].items()}
     for target in plan["targets"]:

@@ -368,7 +368,7 @@ def test_plain_text_goes_on_from_chat_models_too(speaking, folder, text_store, m
     ):
         assert said in run_script(monkeypatch, capsys, "--checkpoint", speaking, "--raw", *flags, *more)
     assert "or add --raw" in run_script(monkeypatch, capsys, "--checkpoint", speaking, "--stop", ".", *flags)
-    assert "at least 1" in run_script(monkeypatch, capsys, "--checkpoint", speaking, *flags[:-1], 0)
+    assert "the least is 1" in run_script(monkeypatch, capsys, "--checkpoint", speaking, *flags[:-1], 0)
     shutil.copy(text_store / "tokenizer" / "tokenizer.json", base)  # with a template that is not ours
     shutil.copy(folder / TEMPLATE, base)
     assert "lacks <|im_start|>" in (said := run_script(monkeypatch, capsys, "--checkpoint", base, *flags))

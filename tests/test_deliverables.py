@@ -382,7 +382,7 @@ def test_a_stage_that_was_left_out_is_not_missing(work, gather):
 def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "checkpoints" / "tiny" / "one"
     places = [f"output_dir={folder}", f"log_dir={tmp_path / 'logs' / 'tiny'}", "run=tiny"]
-    assert train_here(settings(*places, "rope_theta_end=80000", "model.rope_theta=10000"))
+    assert train_here(settings(*places, "rope_theta=[10000, 80000]"))
     monkeypatch.chdir(tmp_path)
 
     def check(code: int, step: int = 6) -> str:

@@ -103,7 +103,7 @@ def settings(case: Path, where: Path, *more: str) -> list[str]:
 def dpo_here(*overrides: str) -> bool:
     from train_dpo import PreferenceRun, align
 
-    run = load_settings(PreferenceRun, ROOT / "configs" / "dpo.yaml", ["model.max_position_embeddings=1000000", *overrides])
+    run = load_settings(PreferenceRun, ROOT / "configs" / "dpo.yaml", list(overrides))
     with setup.ranks() as device:
         return align(run, 0, 1, device) == 0
 
@@ -193,7 +193,7 @@ def read_header(path: Path) -> dict[str, str]:
         (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
         ([f"dpo.reference_cache={ROOT}"], "is a folder; name a file in it as dpo.reference_cache"),
         (["data.mix={}"], "data.mix names no source; preferences.sources has many"),
-        (["preferences.sources.many.limit=0"], "limit=0 of .*many.jsonl must be at least 1"),
+        (["preferences.sources.many.limit=0"], "preferences.sources.many.limit=0 must be at least 1; leave it out to take all"),
         (["dpo.beta=nan"], "dpo.beta='nan' must be a finite number"),
         (["data.mix={others: 1}"], "data.mix.others: preferences.sources has no such source; it has many"),
         (["data.sequence_length=2048"], "exceeds the model's context"),

@@ -170,3 +170,21 @@ def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store)
     for (module, *rest), expected in cases:
         done = subprocess.run([sys.executable, "-m", module, *rest], capture_output=True, text=True, cwd=ROOT, env=one_thread())
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, (module, done.stderr)
+
+
+def test_a_wrong_flag_ends_in_one_sentence():
+    plain = [
+        str(path.relative_to(ROOT))
+        for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "evals").rglob("*.py")]
+        if "argparse.ArgumentParser(" in path.read_text(encoding="utf-8")
+    ]
+    assert plain == []  # commands use CommandParser
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plan", "plan.yaml", "--gpus", "-1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        encoding="utf-8",
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: argument --gpus: -1 ") and "--help lists the flags" in done.stderr

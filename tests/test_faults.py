@@ -35,7 +35,7 @@ def poison(monkeypatch):
 
             def poisoned(model, batch):
                 loss, sums = objective(model, batch)
-                factor = factors.get(places[-1], 1.0)
+                factor = factors.get(places[-1], 1.0) if places else 1.0  # none is read in the dry run
                 return loss * factor, {name: value * factor for name, value in sums.items()}
 
             return poisoned
@@ -139,7 +139,7 @@ def test_pausing_changes_nothing(settings, tmp_path):
 
 
 def test_theta_rises_over_the_phase_and_a_resume_finds_it(settings, tmp_path):
-    ramp = ["rope_theta_end=500000", "checkpoint.every=1", "checkpoint.keep=9", "validation.every=0"]
+    ramp = ["rope_theta=[10000, 500000]", "checkpoint.every=1", "checkpoint.keep=9", "validation.every=0"]
     assert train_here(settings(*ramp, f"output_dir={tmp_path / 'a'}", f"log_dir={tmp_path / 'la'}"))
     thetas = [read_hf_config(tmp_path / "a" / f"step_{step}").rope_theta for step in range(1, 7)]
     assert thetas[0] == 10_000 and thetas[-1] == pytest.approx(500_000)

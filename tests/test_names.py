@@ -107,7 +107,7 @@ def test_every_key_that_is_answered_with_exists():
         ("sequence_length", "data.sequence_length here (tokens in a row)"),  # of our own, misplaced
         ("warmup_steps", "schedule.warmup_steps here"),
         ("optim.warmup_steps", "schedule.warmup_steps here"),
-        ("rope_theta", "model.rope_theta here"),
+        ("rope_base", "rope_theta here"),
         ("weight_decay", "optim.weight_decay here"),
         ("z-loss-weight", "optim.z_weight here"),
         ("wandb_project", "log.wandb_project here"),

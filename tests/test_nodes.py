@@ -99,7 +99,7 @@ def test_replicas_of_shards_compute_what_one_rank_computes(make, two_by_two):
         ({"replicas": 3}, 4, r"parallel.replicas=3 does not divide 4 rank\(s\); take one of 1, 2, 4"),
         ({"replicas": 8}, 4, r"does not divide 4 rank\(s\)"),
         ({"replicas": 0}, 4, "must be at least 1"),
-        ({"timeout_s": 0}, 4, "timeout_s=0 above 0"),
+        ({"timeout_s": 0}, 4, "timeout_s=0 must be above 0"),
         ({"replicas": 2, "strategy": "ddp"}, 4, "every rank is a replica; leave out parallel.replicas"),
     ],
 )

@@ -19,7 +19,7 @@ from evals import page as evals_page
 class Scripted:
     """A model that says given parts."""
 
-    context, is_base = 1000, False
+    context, is_base, tools = 1000, False, ()
 
     def __init__(self, name: str, parts: list[tuple[str, str]]):
         self.name, self.parts, self.heard = name, parts, []

@@ -43,7 +43,7 @@ def plan(settings, tmp_path) -> Path:
     (tmp_path / "measure.py").write_text(MEASURE)
     (tmp_path / "checkpoints" / "tiny" / "tuned").mkdir(parents=True)
     base = yaml.safe_load((ROOT / "configs" / "test_mode.yaml").read_text())
-    for phase, more in (("one", []), ("two", ["model.rope_theta=20000"])):
+    for phase, more in (("one", []), ("two", ["rope_theta=20000", "allow_theta_jump=true"])):
         content = {**base, "run": "tiny"}
         for override in settings("schedule={warmup_steps: 2, total_steps: 8, decay_steps: 2}", *more, phase=phase, steps=4):
             *sections, last = (key := override.split("=", 1))[0].split(".")
@@ -212,6 +212,22 @@ def test_what_was_not_measured_is_no_pass(plan, run):
     content["phases"][0]["milestones"][0]["gates"].append({"metric": "hellaswag.accuracy", "go": 0.4, "no_go": 0.3})
     (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     assert "hellaswag.accuracy = not measured" in run(status=3).stdout
+
+
+def test_a_stage_is_judged_against_an_earlier_one(plan, run):
+    stages = yaml.safe_load((plan / "plan.yaml").read_text(encoding="utf-8"))["stages"]
+    gate = {"metric": "all.perplexity", "go": 1, "no_go": 5, "against": "before"}
+    edit_plan(plan, stages=[{**stages[0], "gates": [gate]}])
+    output = run(AT_8="12", AT_1="18", status=3).stdout
+    assert "all.perplexity = 18.000, +6.000 against 12.000 at step 8 (go <= +1.0, no-go beyond +5.0): no-go" in output
+    decision = json.loads((plan / "results" / "tiny" / "tuned" / "decision.json").read_text(encoding="utf-8"))
+    assert decision["references"] == [12.0] and decision["values"] == [18.0]
+    assert "accepted: as it is" in run("--accept", "as it is").stdout
+    assert "decision" not in run().stdout
+    edit_plan(plan, stages=[{**stages[0], "gates": [{**gate, "against": "one"}]}])
+    assert "+8.000 against 10.000 at step 4" in run(status=3).stdout
+    edit_plan(plan, stages=[{**stages[0], "gates": [{**gate, "against": "tuned"}]}])
+    assert "it can be against before, one, two" in run(status=2).stderr
 
 
 def test_two_tasks_may_name_a_metric_the_same():

@@ -54,7 +54,7 @@ def quickstart(tmp_path_factory):
     gates = [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]
     plan["phases"][2]["milestones"] = [{"at": 7, "evals": ["chat"]}, {"at": 9, "gates": gates}]  # one in the middle of the phase
     for stage in plan["stages"]:
-        stage["gates"] = [{**gate, "go": 0.0, "no_go": -1.0} for gate in stage["gates"]]  # after 3 steps any score is fine
+        stage["gates"] = [{**gate, "go": -9.0, "no_go": -10.0} for gate in stage["gates"]]  # after 3 steps any score is fine
     for name in ("chat", "pairs"):
         plan["evals"][name] = plan["evals"][name].replace(" --limit 32", "") + " --limit 2"
     path.write_text(yaml.safe_dump(plan, sort_keys=False))

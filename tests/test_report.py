@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, save_tiny, tiny_config
 
-from evals import eval_needle, report
+from evals import eval_needle, page, report, trained
 from evals.engines import folder_hash
 from models.hf import load_hf
 from scripts import visualize_attention
@@ -191,7 +191,7 @@ def test_every_published_score_has_its_source_and_shots(made):
     table = (out / "comparison_table.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == 2 + len(found["published"]["models"]) and len({row.count("|") for row in rows}) == 1
-    assert "43.2 ± 1.2 (0)" in rows[1]
+    assert "43.2 ± 1.2 (0, n 800)" in rows[1]
     for model in found["published"]["models"]:
         assert model["from"]["source"] in found["published"]["sources"] and model["scores"].keys() <= report.COLUMNS.keys()
         assert (
@@ -285,3 +285,34 @@ def test_the_page_needs_no_package_beyond_the_core():
     text = "".join((ROOT / "evals" / f"{name}.py").read_text() for name in ("page", "charts"))
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, flags=re.M))
     assert imported <= {"math", "collections", "html", "typing", "pathlib", "evals"}
+
+
+def test_rows_say_n_and_changes_say_what_they_are_against(tmp_path):
+    estimate = {"value": 0.5, "stderr": 0.1, "n": 25}
+    metrics = {"chat": {"acc": estimate}, "all": {"bits_per_byte": {"value": 2.0, "stderr": None}, "tokens": {"value": 1234.0}}}
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    (folder / "decision.json").write_text(json.dumps({"metrics": metrics}), encoding="utf-8")
+    found = report.stages(tmp_path)["sft"]
+    assert page._estimate(found["chat.acc"]) == "0.500 ± 0.100, n 25"
+    assert page._estimate(found["all.bits_per_byte"]) == "2.000, 1,234 tokens"
+    assert (
+        page._tokens(metrics["all"]) == ", 1,234 tokens" and page._score({**estimate, "shots": 0}) == "0.5 <small>0, n 25</small>"
+    )
+    gate = {"metric": "chat.acc", "go": 0.0, "no_go": -0.1, "against": "sft"}
+    assert "0.400, change against sft: -0.100" in page._verdict(gate, 0.4, 0.5)
+    assert "change against sft: unknown" in page._verdict(gate, 0.4, None)
+    assert "change" not in page._verdict({"metric": "x", "go": 1, "no_go": 2}, 0.4, None)
+
+
+def test_the_corpus_of_a_run_is_told_by_hash_and_origin(tmp_path):
+    store = tmp_path / "store"
+    (store / "documents" / "code").mkdir(parents=True)
+    origins = []
+    for release, digest in (("python 3.11.7", "a1"), ("python 3.12.1", "b2")):
+        (store / "report.json").write_text(json.dumps({"inputs": {"documents": {"code": digest}}}), encoding="utf-8")
+        (store / "documents" / "code" / "manifest.json").write_text(json.dumps({"origin": release}), encoding="utf-8")
+        origins.append(trained.corpus([{"data": {"store": str(store)}}, {}])[str(store)])
+    assert [found["origins"]["code"] for found in origins] == ["python 3.11.7", "python 3.12.1"]
+    assert origins[0]["sha256"] != origins[1]["sha256"]
+    assert trained.corpus([{"data": {"store": str(tmp_path)}}]) == {}

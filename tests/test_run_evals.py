@@ -197,8 +197,10 @@ def test_the_suites_that_are_shipped_are_understood():
 
 def test_gates_of_a_stage_are_found_by_its_folder(tmp_path):
     plan, folder = ROOT / "configs" / "plan_1b.yaml", tmp_path / "checkpoints" / "nanollama_1b"
-    assert [gate.metric for gate in gates_of(plan, folder / "sft" / "step_50000", None)] == ["mmlu.acc", "gsm8k.flexible"]
-    assert len(gates_of(plan, folder / "dpo" / "step_5000", None)) == 8
+    assert [gate.metric for gate in gates_of(plan, folder / "sft" / "step_50000", None)] == [
+        *("mmlu.acc", "gsm8k.flexible", "all.bits_per_byte", "hellaswag.acc_norm")
+    ]
+    assert len(gates_of(plan, folder / "dpo" / "step_5000", None)) == 13
     assert gates_of(plan, folder / "elsewhere" / "step_1", "dpo") == gates_of(plan, folder / "dpo" / "step_5000", None)
     assert gates_of(plan, folder / "phase1_pretrain" / "step_50000", None)[0].go == 25
     with pytest.raises(ValueError, match=r"230000, and stages midtrain, sft, dpo: give one with --at"):

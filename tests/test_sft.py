@@ -194,7 +194,7 @@ def test_noise_is_bounded_by_row_and_only_in_training(case):
 def sft_here(*overrides: str) -> bool:
     from train_sft import SFTConfig, finetune
 
-    run = load_settings(SFTConfig, ROOT / "configs" / "sft.yaml", ["model.max_position_embeddings=1000000", *overrides])
+    run = load_settings(SFTConfig, ROOT / "configs" / "sft.yaml", list(overrides))
     with setup.ranks() as device:
         return finetune(run, 0, 1, device) == 0
 
@@ -259,7 +259,7 @@ def test_what_sft_leaves_loads_in_transformers_and_goes_on(settings, tmp_path, c
         (model.lm_head.weight, before.lm_head.weight),
     ):
         assert torch.equal(new[:258], old) and torch.allclose(new[258:], old.mean(0).expand(8, -1), atol=1e-6)
-    assert torch.equal(grow_vocabulary(old, 258, 258), old)
+    assert torch.equal(grow_vocabulary(old, range(258, 258), 258), old)
     base = f"init_from={tmp_path / 'one' / 'out'}"  # a folder of steps: the newest, whose tokenizer has the chat tokens
     assert sft_here(*settings(tmp_path / "two", base, "steps=1", "phase=again"))
     second = tmp_path / "two" / "out" / "step_1"
@@ -312,7 +312,7 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
     [
         (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
         (["data.mix={}"], "data.mix names no source; chat.sources has rows, more"),
-        (["chat.sources.rows.limit=-1"], "limit=-1 of .*rows.jsonl must be at least 1"),
+        (["chat.sources.rows.limit=-1"], "chat.sources.rows.limit=-1 must be at least 1; leave it out to take all"),
         (["chat.epochs=inf"], "chat.epochs='inf' must be a finite number"),
         (["chat.samples=['']"], "chat.samples: '' cannot be asked .an empty user turn."),
         ([f"chat.samples=['{'word ' * 400}']"], "chat.samples: 'word word .* leaves no room for a reply"),

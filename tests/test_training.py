@@ -132,7 +132,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit_over_a_phase_border(settings, 
     def phases(name: str, first: list[str], second: list[str]) -> Path:
         place = lambda phase: f"output_dir={tmp_path / name / phase}"  # noqa: E731
         log = f"log_dir={tmp_path / name / 'logs'}"
-        longer = ("data.sequence_length=32", "data.mix={second: 1.0}", "model.rope_theta=500000", "data.micro_batch_size=4")
+        longer = ("data.sequence_length=32", "data.mix={second: 1.0}", "rope_theta=500000", "allow_theta_jump=true")
+        longer += ("data.micro_batch_size=4",)
         for stop in first:
             train_here(settings(place("one"), log, f"steps={stop}", "checkpoint.every=2"))
         for stop in second:
@@ -163,7 +164,7 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
     from training.loop import train
     from training.objectives import next_token
 
-    border = ("model.rope_theta=500000", "data.mix={second: 1.0}")
+    border = ("rope_theta=500000", "allow_theta_jump=true", "data.mix={second: 1.0}")
     config = ROOT / "configs" / "test_mode.yaml"
     live = [load(config, settings(f"output_dir={tmp_path / 'live' / phase}", f"log_dir={tmp_path / 'live'}", *more, phase=phase))
             for phase, more in (("one", ()), ("two", border))]  # fmt: skip

@@ -135,7 +135,8 @@ def pretrained(text_store: Path) -> None:
         data |= {"sequence_length": 64, "tokens_per_step": 512}
         settings = {"run": "tiny", "phase": phase, "steps": 4 if end == 4 else 2, "data": data}
         settings["schedule"] = {"warmup_steps": 1, "total_steps": 6, "decay_steps": 2}
-        put(f"{phase}.yaml", {**settings, "model": vars(config)})
+        shape = {key: value for key, value in vars(config).items() if key != "rope_theta"}
+        put(f"{phase}.yaml", {**settings, "rope_theta": config.rope_theta, "model": shape})
         put(f"logs/tiny/{phase}.config.yaml", to_dict(load(f"{phase}.yaml")))
         put(f"logs/tiny/{phase}.environment.json", {"git": "abc123", "git_clean": True})
     phases = ["phase1_pretrain"] * 4 + ["phase3_gold"] * 2

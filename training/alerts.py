@@ -16,7 +16,9 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from email.message import EmailMessage
-from typing import Any
+from typing import Annotated, Any
+
+from ranges import FilledText, NonNegativeFloat, at_least, check_fields
 
 TIMEOUT = 10.0  # seconds that a server or a command may take
 Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
@@ -26,15 +28,16 @@ Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
 class EmailConfig:
     """$NAME in place of a text takes it from an environment variable."""
 
-    to: str  # one address, or several with commas between them
-    host: str  # of the SMTP server
-    port: int = 587  # 465 speaks TLS from the first byte
+    to: FilledText  # one address, or several with commas between them
+    host: FilledText  # of the SMTP server
+    port: Annotated[int, at_least(1, most=65_535)] = 587  # 465 speaks TLS from the first byte
     sender: str | None = None  # default: the user, else the first recipient
     user: str | None = None
     password: str | None = None  # the NAME of the environment variable that holds it
     starttls: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "log.alerts.email")
         if (self.user is None) != (self.password is None):
             raise ValueError("log.alerts.email needs both user and password (the name of an environment variable), or neither")
 
@@ -59,9 +62,10 @@ class AlertConfig:
     email: EmailConfig | None = None
     command: str | None = None  # a shell command that reads title and text on its standard input
     wandb: bool = False  # an alert of the W&B run; needs log.wandb_project
-    quiet_s: float = 300.0  # after an alert, others of the same kind are not sent for that long
+    quiet_s: NonNegativeFloat = 300.0  # after an alert, others of the same kind are not sent for that long
 
     def __post_init__(self) -> None:
+        check_fields(self, "log.alerts")
         for name in self.secrets:
             if not name.isidentifier():
                 raise ValueError(

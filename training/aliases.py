@@ -16,6 +16,7 @@ RENAMED = {  # setting -> its names elsewhere
     "steps": "num_steps max_steps train_steps num_train_steps max_train_steps max_iters",
     "chat.epochs": "epochs num_epochs num_train_epochs",
     "until": "end_step stop_step",
+    "rope_theta": "rope_theta_end rope_base theta",
     "run": "run_name experiment_name exp_name",
     "phase": "phase_name stage",
     "output_dir": "output_path save_dir checkpoint_dir ckpt_dir out_dir",
@@ -61,7 +62,7 @@ RENAMED = {  # setting -> its names elsewhere
     "log.wandb_project": "project project_name wandb_project_name",
     "log.wandb_run_name": "wandb_run wandb_name",
     "log.alerts.slack_webhook": "slack_webhook_url",
-} | {f"model.{name}": others for name, others in OTHER_NAMES.items()}
+} | {f"model.{name}": others for name, others in OTHER_NAMES.items() if name != "rope_theta"}
 NEW_NAMES = {other: new for new, others in RENAMED.items() for other in others.split()}
 
 ACCUMULATION = (
@@ -69,6 +70,7 @@ ACCUMULATION = (
 )
 NOTES = {  # of a setting, or of one of its other names, where unit or values differ
     "steps": "updates in this phase",
+    "rope_theta_end": "[first, last] over the phase",
     "data.mix": "name: weight",
     "data.sequence_length": "tokens in a row",
     "data.micro_batch_size": "rows",

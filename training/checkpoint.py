@@ -25,10 +25,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from files import read_object, write_json
+from files import parse_json, read_object, write_json
 from machine import cpus
 from models.hf import save_hf
 from models.nanollama import ModelConfig
+from ranges import PositiveInt, check_fields
 from training.checkpoint_writer import Copies, PlannerOfCopies, Writer, local_shards
 from training.distributed import agree, on_every, on_main
 from training.safe_pickle import load, read_index
@@ -47,16 +48,15 @@ HASHING_THREADS = min(8, cpus())
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = 1000  # steps; the end of a phase is saved always
-    keep: int = 3  # newest ones kept in a phase's folder; milestones and ends of phases stay too
-    milestones: tuple[int, ...] = ()  # steps of the whole run that are always saved and never deleted
+    every: PositiveInt = 1000  # steps; the end of a phase is saved always
+    keep: PositiveInt = 3  # newest ones kept in a phase's folder; milestones and ends of phases stay too
+    milestones: tuple[PositiveInt, ...] = ()  # steps of the whole run that are always saved and never deleted
     keep_best: bool = True  # keep the one of lowest held-out loss too; once it is not among the newest, without its state/
     asynchronous: bool | None = None  # write in the background while training goes on; default: on a GPU
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep < 1:
-            raise ValueError(f"checkpoint.every={self.every} and checkpoint.keep={self.keep} must be at least 1")
-        if list(self.milestones) != sorted(set(self.milestones)) or min(self.milestones, default=1) < 1:
+        check_fields(self, "checkpoint")
+        if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"checkpoint.milestones={list(self.milestones)} must be steps above 0, in rising order")
 
     def is_due(self, step: int) -> bool:
@@ -81,11 +81,11 @@ class Checkpoints:
     """The step folders of one phase, under `folder`. As a context, it does not end before what it saves is written.
 
     dtype: of the exported weights. tokenizer: folder whose files are copied beside them, None for dummy data; special: ids
-    of bos, eos and pad for config.json.
+    of bos, eos and pad for config.json, and further keys of it.
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, dtype: torch.dtype, tokenizer: Path | None, special: dict[str, int]
+        self, folder: Path, config: CheckpointConfig, dtype: torch.dtype, tokenizer: Path | None, special: dict[str, Any]
     ):
         self.folder, self.config, self.dtype, self.tokenizer, self.special = folder, config, dtype, tokenizer, special
         self._copies = Copies()
@@ -335,7 +335,7 @@ def step_of(folder: Path) -> int:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """{"hash", "metric", "milestone", "files": {name: checksum}} of a step folder; None where it has no readable one."""
     try:
-        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         paths = [Path(name) for name in content["files"]]
         inside = not any(path.is_absolute() or ".." in path.parts for path in paths)
         known = isinstance(content["files"], dict) and isinstance(content.get("metric"), int | float | None)
@@ -351,7 +351,7 @@ def has_state(folder: Path) -> bool:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a step folder, or None where every file of its manifest has its checksum."""
+    """What is wrong with a step folder, or None where its model and state are in the manifest and have their checksums."""
     manifest = read_manifest(folder)
     if manifest is None:
         return f"no readable {MANIFEST}"
@@ -359,6 +359,10 @@ def damage(folder: Path) -> str | None:
     for name in sums:
         if not (folder / name).is_file():
             return f"{name} is missing"
+    needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
+    needed |= {f"state/{path.name}" for path in (folder / "state").glob("*")} if TRAINER in sums else set()
+    if unlisted := sorted(needed - sums.keys()):
+        return f"{unlisted[0]} has no checksum in {MANIFEST}"
     found = _hash_files(folder, list(sums), manifest.get("hash", "blake2b"))
     return next((f"{name} has changed" for name in sums if found[name] != sums[name]), None)
 

@@ -1,50 +1,48 @@
 """A run's config: what train.py reads, one frozen dataclass a section. How YAML becomes that: settings.py."""
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 from models.nanollama import ModelConfig
+from ranges import FilledText, NonNegativeInt, PositiveFloat, PositiveInt, at_least, check_fields
 from training.checkpoint import CheckpointConfig
 from training.fsdp_utils import ParallelConfig
 from training.guard import FaultConfig
 from training.logger import LogConfig
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig
-from training.settings import load_settings
+from training.settings import NoEffect, load_settings, without_no_effect
 from training.startup import StartupConfig
 
-PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")  # of the model; all else one run keeps
+PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")  # of the model; setup checks theta by itself
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    store: str = "data/store/nanollama"  # folder with tokenizer/ and tokens/<source>/
-    mix: dict[str, float] = field(default_factory=dict)  # source -> weight, by tokens
-    sequence_length: int = 4096
-    tokens_per_step: int = 131_072  # over all ranks and micro-batches
-    micro_batch_size: int = 16  # rows a rank holds at once
+    store: FilledText = "data/store/nanollama"  # folder with tokenizer/ and tokens/<source>/
+    mix: dict[str, PositiveFloat] = field(default_factory=dict)  # source -> weight, by tokens
+    sequence_length: PositiveInt = 4096
+    tokens_per_step: PositiveInt = 131_072  # over all ranks and micro-batches
+    micro_batch_size: PositiveInt = 16  # rows a rank holds at once
     packing: str = "stream"  # or best_fit: pad rows a little so that only documents longer than a row are cut
-    min_document_tokens: dict[str, int] = field(default_factory=dict)  # source -> read only documents at least this long
+    min_document_tokens: dict[str, PositiveInt] = field(default_factory=dict)  # source -> read only documents at least this long
     accept_changed: bool = False  # resume in the middle of a phase although data, mixture or batch have changed
 
     def __post_init__(self) -> None:
-        if min(self.sequence_length, self.micro_batch_size) < 1:
-            raise ValueError("data.sequence_length and data.micro_batch_size must be at least 1")
-        if self.tokens_per_step < 1 or self.tokens_per_step % self.sequence_length:
+        check_fields(self, "data")
+        if self.tokens_per_step % self.sequence_length:
             raise ValueError(
                 f"data.tokens_per_step={self.tokens_per_step} must be a multiple of data.sequence_length={self.sequence_length}"
             )
         if self.packing not in ("stream", "best_fit"):
             raise ValueError(f"data.packing={self.packing!r} must be stream or best_fit")
-        for name, tokens in self.min_document_tokens.items():
+        for name in self.min_document_tokens:
             if name not in self.mix:
                 raise ValueError(
                     f"data.min_document_tokens.{name}: data.mix reads {', '.join(self.mix) or 'nothing'}, not {name}"
                 )
-            if tokens < 1:
-                raise ValueError(f"data.min_document_tokens.{name}={tokens} must be at least 1")
 
     @property
     def rows(self) -> int:
@@ -54,27 +52,33 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every: int = 1000  # steps; the end of a phase is measured always; 0 turns validation off
+    every: NonNegativeInt = 1000  # steps; the end of a phase is measured always; 0 turns validation off
     before: bool = False  # measure before the first step, too
-    rows: int = 64  # held-out rows a source
-    batch_size: int | None = None  # rows a rank holds at once; default: data.micro_batch_size
+    rows: PositiveInt = 64  # held-out rows a source
+    batch_size: PositiveInt | None = None  # rows a rank holds at once; default: data.micro_batch_size
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.rows < 1 or (self.batch_size or 1) < 1:
-            raise ValueError("validation.every must not be negative; validation.rows and .batch_size must be at least 1")
+        check_fields(self, "validation")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """One phase of one run, as `train.py --config` reads it."""
 
+    SHAPE_FROM_BASE: ClassVar[bool] = False  # the model section follows from init_from
+    NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
+        "model.rope_theta": NoEffect("is rope_theta here: one number, or [first, last] over the phase")
+    }
+
     run: str = "nanollama"
     phase: str = "phase1_pretrain"
-    steps: int = 184_000  # updates in this phase
-    start_step: int | None = None  # step of the whole run at which this phase must begin
-    until: int | None = None  # step of the whole run to pause at, saved, before the phase ends
-    rope_theta_end: float | None = None  # theta rises evenly in its logarithm from model.rope_theta to this over the phase
-    seed: int = 1337
+    steps: PositiveInt = 184_000  # updates in this phase
+    start_step: NonNegativeInt | None = None  # step of the whole run at which this phase must begin
+    until: PositiveInt | None = None  # step of the whole run to pause at, saved, before the phase ends
+    # Base of the rotary embedding: one value, or [first, last], which it takes over the phase evenly in its logarithm.
+    rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = None  # default: 10000, or that of the base model
+    allow_theta_jump: bool = False  # begin with another rope theta than the checkpoint before was trained with
+    seed: Annotated[int, at_least(0, below=2**63)] = 1337
     output_dir: str | None = None  # default: checkpoints/<run>/<phase>
     log_dir: str | None = None  # default: logs/<run>
     resume_from: str | None = None  # an earlier phase by name, its folder, or a step folder: continues its state
@@ -91,14 +95,8 @@ class RunConfig:
     startup: StartupConfig = field(default_factory=StartupConfig)
 
     def __post_init__(self) -> None:
-        if self.rope_theta_end is not None and self.rope_theta_end <= 0:
-            raise ValueError(f"rope_theta_end={self.rope_theta_end} must be above 0")
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
-        if self.start_step is not None and self.start_step < 0:
-            raise ValueError(f"start_step={self.start_step} must not be negative")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed} must be at least 0 and below 2**63")
+        check_fields(self)
+        self._settle_theta()
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds the model's context, "
@@ -113,6 +111,28 @@ class RunConfig:
         for name in ("run", "phase"):
             if Path(getattr(self, name)).name in ("", "..") or Path(getattr(self, name)).name != getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a plain folder name")
+
+    def _settle_theta(self) -> None:
+        """Make rope_theta the one place that says theta: check it, fill in its default, give the model its first value."""
+        if isinstance(self.rope_theta, tuple) and len(self.rope_theta) != 2:
+            raise ValueError(f"rope_theta={list(self.rope_theta)} must be one number or two, [first, last]")
+        if self.rope_theta is not None:
+            first = self.rope_theta[0] if isinstance(self.rope_theta, tuple) else self.rope_theta
+            object.__setattr__(self, "model", replace(self.model, rope_theta=first))
+        elif not self.SHAPE_FROM_BASE:
+            object.__setattr__(self, "rope_theta", self.model.rope_theta)
+        if min(self.theta_range) <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta} must be above 0")
+
+    @property
+    def theta_range(self) -> tuple[float, float]:
+        """Rope theta of the first and of the last step of the phase."""
+        last = self.rope_theta[1] if isinstance(self.rope_theta, tuple) else self.rope_theta
+        return self.model.rope_theta, last or self.model.rope_theta
+
+    @property
+    def theta_text(self) -> str:
+        return " to ".join(f"{theta:,.0f}" for theta in dict.fromkeys(self.theta_range))
 
     @property
     def earlier(self) -> Path | None:
@@ -140,5 +160,8 @@ def load(path: str | Path, overrides: list[str] | None = None, flags: dict[str, 
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
-    """The whole resolved config, as plain values that read back to the same run."""
-    return dataclasses.asdict(run)
+    """The whole resolved config, as plain values that read back to the same run, without settings of no effect."""
+    values = dataclasses.asdict(run)
+    if isinstance(run.rope_theta, tuple):
+        values["rope_theta"] = list(run.rope_theta)
+    return without_no_effect(run.NO_EFFECT, values)

@@ -5,9 +5,11 @@ A plan is data. scripts/pipeline.py carries it out, training/plan.py says before
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from ranges import AnyFloat, FilledText, NonNegativeInt, PositiveInt, check_fields
 from training.config import PHASES_DIFFER, RunConfig, load
-from training.gates import Gate
+from training.gates import BEFORE, Gate
 from training.settings import load_settings
 
 
@@ -15,15 +17,18 @@ from training.settings import load_settings
 class Milestone:
     """A step at which training pauses, is measured and judged; it goes on exactly as if it had not paused."""
 
-    at: int  # step of the whole run, at most the end of the phase
+    at: PositiveInt  # step of the whole run, at most the end of the phase
     evals: tuple[str, ...] = ()  # of Plan.evals; default: all of them
     gates: tuple[Gate, ...] = ()
     advice: str = ""  # what a no-go or a caution asks for, in one sentence
 
+    def __post_init__(self) -> None:
+        check_fields(self, "milestone")
+
 
 @dataclass(frozen=True)
 class PlanPhase:
-    config: str  # a run's config, relative to the working folder
+    config: FilledText  # a run's config, relative to the working folder
     milestones: tuple[Milestone, ...] = ()  # in order of their steps
 
 
@@ -31,9 +36,9 @@ class PlanPhase:
 class PlanStage:
     """What comes after the phases: commands that make a checkpoint of the one before; it is judged as a milestone is."""
 
-    name: str
-    leaves: str  # folder whose newest checkpoint is {checkpoint} from here on
-    commands: dict[str, str]  # sentence -> command
+    name: FilledText
+    leaves: FilledText  # folder whose newest checkpoint is {checkpoint} from here on
+    commands: dict[str, FilledText]  # sentence -> command
     evals: tuple[str, ...] = ()  # of Plan.evals; default: none
     gates: tuple[Gate, ...] = ()
     advice: str = ""
@@ -43,17 +48,18 @@ class PlanStage:
 class Target:
     """One line of the results table (evals/targets.py): a score and the values that three tiers ask for."""
 
-    metric: str  # dotted path into the results, as a gate's
+    metric: FilledText  # dotted path into the results, as a gate's
     title: str
-    mvp: float  # the least that is worth showing
-    success: float  # what the plan aims at
-    stretch: float
+    mvp: AnyFloat  # the least that is worth showing
+    success: AnyFloat  # what the plan aims at
+    stretch: AnyFloat
     stage: str = "final"  # the phase or stage that it is measured after; "final": the model that is left
     lower: bool = False  # lower is better
     percent: bool = True  # the metric is a share, and shown in percent
     note: str = ""  # where the three values come from
 
     def __post_init__(self) -> None:
+        check_fields(self, "target")
         tiers = (self.mvp, self.success, self.stretch)
         if list(tiers) != sorted(tiers, reverse=self.lower):
             order = "fall" if self.lower else "rise"
@@ -62,20 +68,23 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
-    name: str
+    name: FilledText
     phases: tuple[PlanPhase, ...]
     stages: tuple[PlanStage, ...] = ()  # SFT, DPO
-    ranks: int = 2  # processes, one a GPU
-    restarts: int = 3  # times that a stage which died is started again from its newest checkpoint
-    before: dict[str, str] = field(default_factory=dict)  # sentence -> command, run before the first phase: data, tokenizer
-    after: dict[str, str] = field(default_factory=dict)  # sentence -> command, run at the end; {checkpoint} is what is left
+    ranks: PositiveInt = 2  # processes, one a GPU
+    restarts: NonNegativeInt = 3  # times that a stage which died is started again from its newest checkpoint
+    # sentence -> command, run before the first phase: data, tokenizer
+    before: dict[str, FilledText] = field(default_factory=dict)
+    # sentence -> command, run at the end; {checkpoint} is the final checkpoint
+    after: dict[str, FilledText] = field(default_factory=dict)
     # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
-    evals: dict[str, str] = field(default_factory=dict)
+    evals: dict[str, FilledText] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()  # the results table of evals/report.py
 
     def __post_init__(self) -> None:
-        if not self.phases or self.ranks < 1 or self.restarts < 0:
-            raise ValueError("a plan needs phases, and ranks of at least 1; restarts must not be negative")
+        check_fields(self)
+        if not self.phases:
+            raise ValueError("a plan needs phases; list at least one, as phases: [{config: FILE}]")
         for stage in self.stages:
             self._check_evals(f"stage {stage.name}", stage.evals)
             if stage.gates and not stage.evals:
@@ -151,7 +160,38 @@ def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]
     total = found[-1].run.schedule.total_steps
     if at > total:
         raise ValueError(f"the phases take {at} steps but the learning rate is spent at schedule.total_steps={total}")
+    places(plan, found)
     return found
+
+
+class Place(NamedTuple):
+    """A milestone or stage that a plan measures, in the order of the plan."""
+
+    name: str  # as --at names it: a step, or a stage
+    folder: str  # in results/<run>
+    phase: str  # the phase, or the stage itself
+    checkpoints: Path  # folder of its step folders
+    gates: tuple[Gate, ...]
+
+    @property
+    def where(self) -> str:
+        return f"at step {self.name}" if self.name.isdecimal() else f"after {self.name}"
+
+
+def places(plan: Plan, found: list[Stretch]) -> list[Place]:
+    """What a plan measures, in order; found: its phases, by stretches(). ValueError for a gate with an unknown `against`."""
+    listed: list[Place] = []
+    for stretch in found:
+        phase, folder = stretch.run.phase, stretch.run.checkpoints
+        listed += [Place(str(m.at), f"step_{m.at}", phase, folder, m.gates) for m in stretch.phase.milestones]
+    listed += [Place(stage.name, stage.name, stage.name, Path(stage.leaves), stage.gates) for stage in plan.stages if stage.evals]
+    for number, place in enumerate(listed):
+        known = [earlier.phase for earlier in listed[:number]]
+        for gate in place.gates:
+            if gate.against and gate.against not in ([BEFORE, *known] if known else []):
+                options = ", ".join(dict.fromkeys([BEFORE, *known])) if known else "nothing, since it is the first"
+                raise ValueError(f"{place.where}: {gate.metric} is against {gate.against}; it can be against {options}")
+    return listed
 
 
 def _check_start(run: RunConfig, begin: int, before: str | None, config: str) -> None:
@@ -178,3 +218,9 @@ def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str)
     for name, (one, other) in pairs.items():
         if one != other:
             raise ValueError(f"{name} is {one} in {first} and {other} in {second}; make them agree")
+    end, begin = before.theta_range[1], after.theta_range[0]
+    if end != begin and not after.allow_theta_jump:
+        raise ValueError(
+            f"rope_theta ends at {end:,.0f} in {first} and begins at {begin:,.0f} in {second}; make them meet, or set "
+            f"allow_theta_jump: true in {second}"
+        )

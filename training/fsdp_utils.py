@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.attention import KERNELS, kernel_operators
+from ranges import PositiveInt, above, check_fields
 from training.fp8 import convert_to_fp8
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -29,10 +30,12 @@ class ParallelConfig:
     compile: bool | None = None  # each block and the loss head with torch.compile; default: on a GPU
     attention: str = "auto"  # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2 - 4, if there); auto: models/attention.py
     fp8: bool = False  # matmuls of the blocks in float8, with torchao
-    replicas: int = 1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
-    timeout_s: float = 300  # a step (not the first) in which ranks wait longer for each other ends the run
+    replicas: PositiveInt = 1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
+    # A step (not the first) in which ranks wait longer for each other ends the run.
+    timeout_s: Annotated[float, above(0, most=1e9)] = 300
 
     def __post_init__(self) -> None:
+        check_fields(self, "parallel")
         for name, allowed in (
             ("strategy", ("zero2", "zero3", "ddp")),
             ("dtype", ("auto", *DTYPES)),
@@ -41,8 +44,6 @@ class ParallelConfig:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"parallel.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        if self.replicas < 1 or self.timeout_s <= 0:
-            raise ValueError(f"parallel.replicas={self.replicas} must be at least 1, parallel.timeout_s={self.timeout_s} above 0")
         if self.strategy == "ddp" and self.replicas > 1:
             raise ValueError("with parallel.strategy=ddp every rank is a replica; leave out parallel.replicas, or take zero2")
 

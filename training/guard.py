@@ -6,12 +6,15 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated, NamedTuple
+
+from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, above, check_fields
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Records a signal of SIGNALS; the loop adds the record to its per-step reduction.
+    """Records a signal of SIGNALS; the loop reduces its flags over ranks at each step.
 
     So all ranks learn of a signal to any of them at the same step, save there, and exit. A second
     SIGTERM or SIGINT kills at once, unless it comes within GRACE seconds: on Ctrl-C a rank gets
@@ -42,9 +45,9 @@ class StopSignal:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def flags(self) -> list[bool]:
+    def flags(self) -> tuple[bool, ...]:
         """One flag for each of SIGNALS: did this rank receive it?"""
-        return [self.received == number for number in SIGNALS]
+        return tuple(self.received == number for number in SIGNALS)
 
 
 def stop_status(flags: Sequence[bool]) -> int:
@@ -52,24 +55,28 @@ def stop_status(flags: Sequence[bool]) -> int:
     return next((128 + number for number, flag in zip(SIGNALS, flags, strict=True) if flag), 0)
 
 
+class StepFlags(NamedTuple):
+    """What a rank reports beside its metric sums at each step; after the reduction, what any rank reported."""
+
+    save_failed: bool = False
+    signals: tuple[bool, ...] = ()  # one for each of SIGNALS
+
+
 @dataclass(frozen=True)
 class FaultConfig:
     """What is done about steps that are not fit to apply: skip them; after some in a row go back; after some of that stop."""
 
-    spike_sigma: float = 6.0  # a loss or gradient norm this many deviations above the window's mean is a spike; 0: never
-    window: int = 128  # good steps that mean and deviation are taken over; before it is full nothing is a spike
-    bad_in_a_row: int = 5  # skipped steps after which the run goes back to an earlier checkpoint
-    rollback_steps: int = 0  # at least so many steps back; 0: the newest checkpoint
-    max_rollbacks: int = 3  # more stop the run
-    lr_factor: float = 0.5  # of the learning rate, at each time it goes back
-    grad_clip: float = 0.5  # after it went back, where that is tighter than optim.grad_clip
+    # A loss or gradient norm this many deviations above the window's mean is a spike; 0: never.
+    spike_sigma: NonNegativeFloat = 6.0
+    window: PositiveInt = 128  # good steps that mean and deviation are taken over; before it is full nothing is a spike
+    bad_in_a_row: PositiveInt = 5  # skipped steps after which the run goes back to an earlier checkpoint
+    rollback_steps: NonNegativeInt = 0  # at least so many steps back; 0: the newest checkpoint
+    max_rollbacks: NonNegativeInt = 3  # more stop the run
+    lr_factor: Annotated[float, above(0, most=1)] = 0.5  # of the learning rate, at each time it goes back
+    grad_clip: NonNegativeFloat = 0.5  # after it went back, where that is tighter than optim.grad_clip
 
     def __post_init__(self) -> None:
-        not_negative = (self.spike_sigma, self.max_rollbacks, self.grad_clip, self.rollback_steps)
-        if min(not_negative) < 0 or min(self.window, self.bad_in_a_row) < 1:
-            raise ValueError("faults: window and bad_in_a_row must be at least 1, the others not negative")
-        if not 0 < self.lr_factor <= 1:
-            raise ValueError(f"faults.lr_factor={self.lr_factor} must be above 0 and at most 1")
+        check_fields(self, "faults")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from files import read_lines, write_text
+from ranges import PositiveInt, check_fields
 from training.alerts import AlertConfig, Alerts
 
 MARKDOWN = "training_log.md"
@@ -25,15 +26,15 @@ MARKDOWN = "training_log.md"
 
 @dataclass(frozen=True)
 class LogConfig:
-    every: int = 10  # steps between console lines (where the console is no terminal) and between points of W&B and TensorBoard
+    # Steps between console lines (if the console is not a terminal) and between points of W&B and TensorBoard.
+    every: PositiveInt = 10
     wandb_project: str | None = None  # set to send metrics to Weights & Biases; WANDB_MODE=offline keeps them local
     wandb_run_name: str | None = None
     tensorboard: bool = False  # write logs/<run>/tensorboard
     alerts: AlertConfig = field(default_factory=AlertConfig)
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"log.every={self.every} must be at least 1")
+        check_fields(self, "log")
         if self.wandb_run_name and not self.wandb_project:
             raise ValueError("log.wandb_run_name needs a W&B project; give --wandb_project, or set log.wandb_project")
         if self.alerts.wandb and not self.wandb_project:

@@ -1,4 +1,4 @@
-"""The one training loop. A stage hands it where batches come from, what is minimised and what is measured."""
+"""The one training loop. A stage hands it a loader, an objective, schedules and an evaluation."""
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -11,17 +11,17 @@ from torch.distributed.tensor import DTensor
 from training.checkpoint import Checkpoints, load_state
 from training.config import RunConfig
 from training.fsdp_utils import reshard, set_last_micro_batch
-from training.guard import Faults, StopSignal, stop_status
-from training.hangs import COMPUTES, READS, Watch
+from training.guard import Faults, StepFlags, StopSignal, stop_status
 from training.logger import Log
-from training.meter import Meter
+from training.meter import StepClock
 from training.objectives import Objective
-from training.schedulers import WSDScheduler
+from training.schedulers import Schedule, apply_schedules, run_schedules
 from training.startup import NO_GO, check_startup, refused
 from training.state import State
 
 FAILED_TOGETHER = timedelta(seconds=60)  # that a rank whose validation failed waits for the others
 Evaluate = Callable[[torch.nn.Module], dict[str, dict[str, float]]]
+MakeSchedules = Callable[[RunConfig, State], list[Schedule]]
 
 
 def train(
@@ -32,65 +32,57 @@ def train(
     saves: Checkpoints,
     log: Log,
     evaluate: Evaluate | None = None,
+    make_schedules: MakeSchedules = run_schedules,
 ) -> int:
-    """Train until the end of the phase, from wherever state is. Returns the exit status, see below; it has saved.
+    """Train from the step of `state` to state.end. Saves before it returns an exit status:
 
     0: reached the end; 128 + signal: stopped by a signal; 3: stopped by the start-up checks.
     loader.at(place) -> (batches of this rank, weight, tokens) of one step. evaluate(model) -> {source: {metric: value}}.
     """
-    model, device = state.model, next(state.model.parameters()).device
-    schedule = WSDScheduler(run.schedule, run.optim.lr)
-    meter = Meter(run.model, run.data.sequence_length, dist.get_world_size(), device, run.log.every)
-    end, stopping, no_go = min(state.phase_end, run.until or state.phase_end), 0, False
     if refused(run, state, log):
         return NO_GO
-    if state.step >= end:
+    if state.step >= state.end:
         return 0
+    model, device = state.model, next(state.model.parameters()).device
+    schedules, stopping, no_go = make_schedules(run, state), 0, False
     model.train()
-    watching = Watch(run.parallel.timeout_s, run.logs / "hang")  # the steps alone, not validation and saving
-    with StopSignal() as stop, watching as watch, saves:  # does not leave before what it saves is written
-        log.open(state.step, end, state.phase)
-        while state.step < end:
-            meter.start()
-            if run.rope_theta_end:
-                model.set_rope_theta(theta_at(run, state))
+    with StopSignal() as stop, StepClock(run, device) as clock, saves:  # leaves when the last save is written
+        log.open(state.step, state.end, state.phase)
+        while state.step < state.end:
+            clock.begin(state.step + 1)
+            scheduled = apply_schedules(schedules, state.step)
             place = state.faults.next_place(state.place)
-            watch.begin(state.step + 1, READS)
             step = loader.at(place)
-            watch.begin(state.step + 1, COMPUTES)
-            meter.data_ready()
-            lr = schedule(state.step) * state.faults.lr_scale
+            clock.data_ready()
             sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
-            means, (save_failed, *signals) = reduce(sums, step.weight, [saves.failed, *stop.flags()])
-            watch.rest()
-            stopping = stop_status(signals)
-            if save_failed:
+            means, flags = reduce(sums, step.weight, StepFlags(saves.failed, stop.flags()))
+            clock.computed()
+            stopping = stop_status(flags.signals)
+            if flags.save_failed:
                 saves.wait()  # raises what went wrong, on every rank
             state.place = place + 1
             problem = state.faults.judge(means["loss"], grad_norm, run.faults)
             if problem:
                 state.optimizer.zero_grad()
-                skip(run, state, saves, log, place, problem)
+                skip(run, state, saves, log, place, problem, schedules)
                 if stopping:
                     saves.save(state)
                     break
                 continue
-            for group in state.optimizer.param_groups:
-                group["lr"] = lr
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step, state.tokens = state.step + 1, state.tokens + step.tokens
-            last = bool(stopping) or state.step == end
+            last = bool(stopping) or state.step == state.end
             metrics: dict[str, Any] = {
                 "step": state.step,
                 "phase": state.phase,
                 **means,
-                "lr": lr,
+                **scheduled,
                 "grad_norm": grad_norm,
                 "tokens": state.tokens,
                 "place": state.place,
-                "end": end,
-                **meter.stop(step.tokens),
+                "end": state.end,
+                **clock.figures(step.tokens),
             }
             if evaluate and run.validation.every and not stopping and (last or state.step % run.validation.every == 0):
                 try:
@@ -101,27 +93,24 @@ def train(
             log.metrics(metrics, last)
             no_go = check_startup(run, state, log)
             if last or no_go or run.checkpoint.is_due(state.step):
-                saves.save(state, metrics.get("val/loss"), milestone=state.step == end)
+                saves.save(state, metrics.get("val/loss"), milestone=state.step == state.end)
             if stopping or no_go:
                 break
-    return NO_GO if no_go else 0 if state.step == end else stopping
+    return NO_GO if no_go else 0 if state.step == state.end else stopping
 
 
-def theta_at(run: RunConfig, state: State) -> float:
-    """Rotary base of the next step: from model.rope_theta to rope_theta_end over the phase, evenly in its logarithm."""
-    assert run.rope_theta_end
-    done = (state.step - state.phase_start) / max(1, run.steps - 1)
-    return run.model.rope_theta * (run.rope_theta_end / run.model.rope_theta) ** done
-
-
-def skip(run: RunConfig, state: State, saves: Checkpoints, log: Log, place: int, problem: str) -> None:
+def skip(
+    run: RunConfig, state: State, saves: Checkpoints, log: Log, place: int, problem: str, schedules: Sequence[Schedule]
+) -> None:
     """Record a step that was not applied; after too many in a row go back to an earlier checkpoint.
 
+    Scheduled settings return to those of the last applied step, so that a checkpoint saved now is exact.
     That checkpoint is saved again with what was learned since: which batches to leave out, the lower
     learning rate. ValueError if the run went back too often, or this phase has no checkpoint.
     """
     faults, policy = state.faults, run.faults
     faults.note_bad(place)
+    apply_schedules(schedules, state.step - 1)
     where = f"step {state.step + 1} (data place {place})"
     log.event("skipped", f"        {where} was not applied: {problem}", step=state.step + 1, place=place, problem=problem)
     if len(faults.bad_places) < policy.bad_in_a_row:
@@ -139,8 +128,9 @@ def skip(run: RunConfig, state: State, saves: Checkpoints, log: Log, place: int,
         )
     failed_at, position = state.step, load_state(earlier, state)
     state.place, state.faults = position["place"], faults.go_back(Faults(**position["faults"]), policy)
+    apply_schedules(schedules, state.step - 1)
     saves.save(state)
-    log.open(state.step, state.phase_end, state.phase)
+    log.open(state.step, state.end, state.phase)
     aside = f"; set aside {', '.join(newer)}" if newer else ""
     log.event(
         "rollback",
@@ -173,14 +163,19 @@ def backward(
     return totals, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def reduce(sums: dict[str, torch.Tensor], weight: int, flags: Sequence[bool] = ()) -> tuple[dict[str, float], list[bool]]:
-    """Sums over ranks divided by the step's weight, and which flags any rank has set; one collective."""
-    values = [value.double() for value in sums.values()]
-    totals = torch.stack([*values, *values[0].new_tensor([float(flag) for flag in flags])])
+def reduce(sums: dict[str, torch.Tensor], weight: int, flags: StepFlags | None = None) -> tuple[dict[str, float], StepFlags]:
+    """Metric sums over ranks divided by the step's weight, and beside them the flags that any rank has set.
+
+    Both travel in one collective; only the metric sums are divided.
+    """
+    flags = flags or StepFlags()
+    values = torch.stack([value.double() for value in sums.values()])
+    raised = values.new_tensor([float(flag) for flag in (flags.save_failed, *flags.signals)])
+    totals = torch.cat([values, raised])
     dist.all_reduce(totals)
-    added = totals.tolist()
-    means = {name: total / weight for name, total in zip(sums, added, strict=False)}
-    return means, [total > 0 for total in added[len(sums) :]]
+    added, (save_failed, *signals) = (part.tolist() for part in totals.split([len(values), len(raised)]))
+    means = {name: total / weight for name, total in zip(sums, added, strict=True)}
+    return means, StepFlags(save_failed > 0, tuple(count > 0 for count in signals))
 
 
 def save_after_failure(state: State, saves: Checkpoints, log: Log, metrics: dict[str, Any]) -> None:
@@ -197,7 +192,7 @@ def save_after_failure(state: State, saves: Checkpoints, log: Log, metrics: dict
     except RuntimeError:  # dist.DistStoreError: a rank did not fail
         return
     reshard(state.model)
-    saves.save(state, milestone=state.step == state.phase_end)
+    saves.save(state, milestone=state.step == state.end)
     saves.wait()
 
 

@@ -5,8 +5,11 @@ import sys
 import time
 
 import torch
+import torch.distributed as dist
 
 from models.nanollama import ModelConfig
+from training.config import RunConfig
+from training.hangs import COMPUTES, READS, Watch
 
 PEAK_FLOPS = {  # dense bf16, per GPU; the first name that is in the device's counts
     "H100 PCIe": 756e12,
@@ -74,3 +77,42 @@ class Meter:
         except Exception:  # nvidia-ml-py is not installed, or this GPU does not report it (MIG)
             self.samples = False
             return {}
+
+
+class StepClock:
+    """The one clock of the training loop. It times a step for the metrics and limits how long the step may take.
+
+    A step runs from begin() to figures(): first its data, then its computation. The time limit (parallel.timeout_s) covers
+    begin() to computed(). Validation, logging and saving lie outside both.
+    """
+
+    def __init__(self, run: RunConfig, device: torch.device):
+        self.meter = Meter(run.model, run.data.sequence_length, dist.get_world_size(), device, run.log.every)
+        self.watch = Watch(run.parallel.timeout_s, run.logs / "hang")
+        self.step = 0
+
+    def __enter__(self) -> "StepClock":
+        self.watch.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.watch.__exit__(*error)
+
+    def begin(self, step: int) -> None:
+        """Start step number `step`, counted from 1; this rank waits for data."""
+        self.step = step
+        self.meter.start()
+        self.watch.begin(step, READS)
+
+    def data_ready(self) -> None:
+        """The data of the step are here; this rank computes."""
+        self.watch.begin(self.step, COMPUTES)
+        self.meter.data_ready()
+
+    def computed(self) -> None:
+        """All ranks have met in the step's reduction, so the time limit no longer applies."""
+        self.watch.rest()
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        """End the step; tokens/s, seconds and memory of it, as Meter.stop gives them. tokens: of all ranks."""
+        return self.meter.stop(tokens)

@@ -5,33 +5,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ranges import Fraction, NonNegativeFloat, PositiveFloat, check_fields
 from training.muon import Muon
 
 
 @dataclass(frozen=True)
 class OptimConfig:
     name: str = "adamw"  # or muon: for the matrices of the blocks, at the same lr and weight_decay, and AdamW for all else
-    lr: float = 1.0e-3  # the schedule's peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1.0e-8
-    momentum: float = 0.95  # Muon's, Nesterov
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0  # largest global gradient norm; 0 turns clipping off
-    z_weight: float = 1.0e-4
+    lr: PositiveFloat = 1.0e-3  # the schedule's peak
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    eps: PositiveFloat = 1.0e-8
+    momentum: Fraction = 0.95  # Muon's, Nesterov
+    weight_decay: NonNegativeFloat = 0.1
+    grad_clip: NonNegativeFloat = 1.0  # largest global gradient norm; 0 turns clipping off
+    z_weight: NonNegativeFloat = 1.0e-4
 
     def __post_init__(self) -> None:
+        check_fields(self, "optim")
         if self.name not in ("adamw", "muon"):
             raise ValueError(f"optim.name={self.name!r} is not one of adamw, muon")
-        if self.lr <= 0:
-            raise ValueError(f"optim.lr={self.lr} must be above 0")
-        for name in ("weight_decay", "grad_clip", "z_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"optim.beta1={self.beta1} and optim.beta2={self.beta2} must be in [0, 1)")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"optim.momentum={self.momentum} must be in [0, 1)")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:

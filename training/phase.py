@@ -1,9 +1,10 @@
-"""One phase of a run from its start to its last checkpoint: what train.py and train_sft.py have in common."""
+"""One phase of a run from its start to its last checkpoint: the common part of pretraining, SFT and DPO."""
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,14 @@ import torch.distributed as dist
 from files import FULL, is_full, no_room
 from training import profiling, setup
 from training.checkpoint import Checkpoints
-from training.config import RunConfig, to_dict
+from training.config import RunConfig
 from training.distributed import on_main
 from training.fsdp_utils import compute_dtype
 from training.logger import Log, held_out_text
-from training.loop import Evaluate, train, validate
+from training.loop import Evaluate, MakeSchedules, train, validate
 from training.objectives import Objective
 from training.run_folder import claim, locked
+from training.schedulers import run_schedules
 from training.startup import NO_GO
 from training.state import State
 
@@ -31,8 +33,8 @@ class TokenizerFiles(NamedTuple):
     """What checkpoints hold of a tokenizer."""
 
     folder: Path | None
-    special: dict[str, int]  # ids of bos, eos and pad
-    known_tokens: int | None = None  # vocabulary of run.init_from, where this tokenizer has more
+    special: dict[str, Any]  # ids of bos, eos and pad; further keys of config.json
+    new_tokens: range | None = None  # ids that the tokenizer of run.init_from lacks
 
 
 @contextmanager
@@ -48,56 +50,71 @@ def _full_disk(run: RunConfig) -> Iterator[None]:
         raise no_room(run.checkpoints, error, todo) from error
 
 
-def run_phase(
-    run: RunConfig,
-    device: torch.device,
-    loader: Any,
-    objective: Objective,
-    evaluate: Evaluate | None,
-    tokenizer: TokenizerFiles,
-    lines: Iterable[str] = (),
-    profile: bool = False,
-    check: Check | None = None,
-) -> int:
-    """Train from wherever this run is. Returns the exit status of train(): 0 where it came to its end.
+@dataclass(frozen=True)
+class Stage:
+    """What differs between pretraining, SFT and DPO: the plain values that run_phase hands to the loop."""
 
-    lines: what the console is told of the data. check: looks at what a complete phase has left.
+    loader: Any  # loader.at(place) gives the batches of one step; loader.fingerprint names its data
+    objective: Objective
+    tokenizer: TokenizerFiles
+    evaluate: Evaluate | None = None
+    make_schedules: MakeSchedules = run_schedules
+    data_lines: Sequence[str] = ()  # printed at the start: what the data are
+    largest_batch: Any = None  # zeros in the shape of the largest micro-batch; default: rows of tokens
+    check: Check | None = None  # looks at what a complete phase has left
+
+
+def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool = False) -> int:
+    """Train from wherever this run is. Returns the exit status of train(), 0 if it reached the end of the command.
+
+    profile: trace some steps.
     """
     with ExitStack() as held, _full_disk(run):
         on_main(lambda: held.enter_context(locked(run.checkpoints, run.logs)))
-        saves = Checkpoints(run.checkpoints, run.checkpoint, compute_dtype(run.parallel, device), *tokenizer[:2])
-        log = Log(run.logs, run.log, dist.get_rank() == 0, to_dict(run), setup.secrets(run.log.alerts.secrets))
-        state = setup.build(run, device, known_tokens=tokenizer.known_tokens)
-        grown = tokenizer.known_tokens is not None
-        restored, source = setup.restore_or_init(run, state, saves, loader.fingerprint, grown)
-        begins = f"{run.run} {run.phase}: {restored}"
-        to_do = state.step < min(state.phase_end, run.until or state.phase_end)
+        tokenizer, dtype = stage.tokenizer, compute_dtype(run.parallel, device)
+        saves = Checkpoints(run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.special)
+        log = Log(run.logs, run.log, dist.get_rank() == 0, asdict(run), setup.secrets(run.log.alerts.secrets))
+        state = setup.build(run, device, new_tokens=tokenizer.new_tokens)
+        grown = tokenizer.new_tokens is not None
+        restored, source = setup.restore_or_init(run, state, saves, stage.loader.fingerprint, grown)
+        begins, to_do = f"{run.run} {run.phase}: {restored}", state.step < state.end
         if to_do:
             if set_aside := on_main(lambda: claim(run, source)):
                 log.event("set_aside", set_aside)
             log.event("begun" if state.step == state.phase_start else "resumed", begins, step=state.step)
         else:
             log.say(begins)
-        log.say(setup.describe(run, device))
-        for line in lines:
+        for line in (setup.describe(run, device), *stage.data_lines):
             log.say(line)
         if to_do and dist.get_rank() == 0:
             setup.write_run_files(run, device)
         with log, profiling.out_of_memory(run, device):
             if to_do and not state.faults.no_go:
-                profiling.dry_run(run, state, device)
-            before = to_do and run.validation.before and state.step == state.phase_start
-            if before and evaluate and (found := validate(state.model, evaluate)):
-                log.event("measured", f"        before the first step: {held_out_text(found)}", step=state.step, **found)
+                profiling.dry_run(run, state, device, stage.objective, stage.largest_batch)
+            if to_do and run.validation.before and stage.evaluate and state.step == state.phase_start:
+                _measure_before(state, log, stage.evaluate)
             with profiling.traced(run, state, device) if profile else nullcontext():
-                status = train(run, state, loader, objective, saves, log, evaluate)
-            if check and not status:
-                check(run, state, saves, log)
-            kind = "stopped" if status else "ended" if state.step == state.phase_end else "paused"
-            why = "the start-up checks" if status == NO_GO else "a signal"
-            how = {"stopped": f"stopped by {why} and saved", "ended": "complete", "paused": "paused"}[kind]
-            ends = f"{run.run} {run.phase}: {how} at step {state.step}"
-            log.event(kind, ends, step=state.step) if to_do else log.say(ends)
+                objective, schedules = stage.objective, stage.make_schedules
+                status = train(run, state, stage.loader, objective, saves, log, stage.evaluate, schedules)
+            if stage.check and not status:
+                stage.check(run, state, saves, log)
+            _report_end(run, state, log, status, to_do)
         if state.faults.no_go and dist.get_rank() == 0:
             print(f"error: {state.faults.no_go}", file=sys.stderr, flush=True)
         return status
+
+
+def _measure_before(state: State, log: Log, evaluate: Evaluate) -> None:
+    """Log the held-out metrics of the model before its first step."""
+    if metrics := validate(state.model, evaluate):
+        text = f"        before the first step: {held_out_text(metrics)}"
+        log.event("measured", text, step=state.step, **metrics)
+
+
+def _report_end(run: RunConfig, state: State, log: Log, status: int, to_do: bool) -> None:
+    """Say whether the phase is stopped, complete or paused; an event if this command trained."""
+    kind = "stopped" if status else "ended" if state.step == state.phase_end else "paused"
+    reason = "the start-up checks" if status == NO_GO else "a signal"
+    outcome = {"stopped": f"stopped by {reason} and saved", "ended": "complete", "paused": "paused"}[kind]
+    text = f"{run.run} {run.phase}: {outcome} at step {state.step}"
+    log.event(kind, text, step=state.step) if to_do else log.say(text)

@@ -404,7 +404,7 @@ def _phases(
             "activation_checkpointing": run.parallel.activation_checkpointing,
             "sources": sources,
             "lr": [rate(part.begin), rate(part.end - 1)],
-            "rope_theta": [model.rope_theta, run.rope_theta_end or model.rope_theta],
+            "rope_theta": list(run.theta_range),
             "flops_per_token": {"palm": flops, "causal": flops - attention / 2},
             "flops": tokens * flops,
             "memory": {"moment": need.moment, "total": need.total, "parts": need.parts, "moments": need.moments},

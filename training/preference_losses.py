@@ -7,12 +7,13 @@ are sums over pairs; the loop divides by the pairs of the whole step.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, relu
 
+from ranges import AnyFloat, NonNegativeFloat, above, at_least, check_fields
 from training.objectives import Objective
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "simpo", "apo_zero")
@@ -24,28 +25,28 @@ class DPOConfig:
     """What is minimised, and what the policy is compared with."""
 
     loss: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round: of sigmoid (cDPO), robust, simpo
-    margin: float = 0.5  # simpo's gamma: by how much beta times the mean log-probability of chosen should lead
-    sft_weight: float = 0.0  # of the chosen answers' mean nll per token, added to the loss
+    beta: Annotated[float, above(0, hint="0.1 is usual, 5 for sigmoid_norm, 2 for simpo")] = 0.1
+    # Share of pairs assumed to be labelled the wrong way round: of sigmoid (cDPO), robust, simpo.
+    label_smoothing: Annotated[float, at_least(0, below=0.5)] = 0.0
+    margin: AnyFloat = 0.5  # simpo's gamma: by how much beta times the mean log-probability of chosen should lead
+    sft_weight: NonNegativeFloat = 0.0  # of the chosen answers' mean nll per token, added to the loss
     reference: str | None = None  # precomputed (default: once, kept on the disk), cpu (a frozen model there), none (for simpo)
     reference_cache: str | None = None  # file of the precomputed ones; default: reference.safetensors beside the checkpoints
 
     def __post_init__(self) -> None:
+        check_fields(self, "dpo")
         if self.loss not in LOSSES:
             raise ValueError(f"dpo.loss={self.loss!r} is not one of {', '.join(LOSSES)}")
-        if self.beta <= 0:
-            raise ValueError(f"dpo.beta={self.beta:g} must be above 0; 0.1 is usual, 5 for sigmoid_norm, 2 for simpo")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"dpo.label_smoothing={self.label_smoothing:g} must be at least 0 and below 0.5")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
             raise ValueError(f"dpo.label_smoothing has no meaning for dpo.loss={self.loss}; leave it out")
-        if self.sft_weight < 0:
-            raise ValueError(f"dpo.sft_weight={self.sft_weight:g} must not be negative")
         if self.reference not in (None, *REFERENCES):
             raise ValueError(f"dpo.reference={self.reference!r} is not one of {', '.join(REFERENCES)}")
         if self.loss == "simpo" and self.reference not in (None, "none"):
             raise ValueError("dpo.loss=simpo has no reference; leave out dpo.reference")
+        if self.reference_cache and self.referred != "precomputed":
+            raise ValueError(f"dpo.reference_cache has no effect with dpo.reference={self.referred}; leave it out")
+        if self.margin != 0.5 and self.loss != "simpo":
+            raise ValueError(f"dpo.margin={self.margin:g} has no effect with dpo.loss={self.loss}; leave it out")
 
     @property
     def referred(self) -> str:

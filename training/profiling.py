@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,19 +19,33 @@ WAIT, WARMUP, ACTIVE = 1, 2, 3  # steps: the first compiles, the next warm the p
 HISTORY = 100_000  # allocations and frees that a memory snapshot remembers with their stacks
 
 
-def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objective | None = None) -> float:
-    """Collective. One step without its update on zeros of [micro_batch_size, sequence_length], so that memory that is too
-    small shows now. Changes nothing: gradients are dropped, nothing random is drawn. Returns the peak in GB (0 on a CPU).
+class ZeroBatch(NamedTuple):
+    """Rows of zeros as one micro-batch."""
+
+    tokens: torch.Tensor  # [B, T] int64
+    targets: torch.Tensor  # [B, T] int64
+    docs: torch.Tensor  # [B, T] int32
+    rows: torch.Tensor  # [B] int64
+
+
+def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objective | None = None, largest: Any = None) -> float:
+    """Collective. Run the largest step on zeros, without its update, so that too little memory shows before training.
+
+    objective: of the stage (default: next token). largest: its largest micro-batch, a NamedTuple with `tokens` and `docs`
+    (default: a ZeroBatch of micro_batch_size rows). Gradients are dropped and nothing random is drawn, so nothing changes.
+    Returns the peak in GB (0 on a CPU).
 
     Two micro-batches where a step has more, since gradients then wait whole for the last one; AdamW's moments, which a new
     run has not made yet, are stood in for. Kernels that take starts of documents see two counts of them, since they are
     compiled anew when the count first changes.
     """
     data, model, cuda = run.data, state.model, device.type == "cuda"
-    zeros = torch.zeros(data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device)
-    whole, halves = zeros.int(), zeros.int()
-    halves[:, data.sequence_length // 2 :] = 1
-    batches = [SimpleNamespace(tokens=zeros, targets=zeros, docs=docs) for docs in (whole, halves)]
+    if largest is None:
+        zeros = torch.zeros(data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device)
+        largest = ZeroBatch(zeros, zeros, zeros.int(), torch.arange(len(zeros), device=device))
+    halves = largest.docs.clone()
+    halves[:, halves.shape[1] // 2 :] = 1
+    batches = [largest, largest._replace(docs=halves)]
     several = data.rows // dist.get_world_size() // data.micro_batch_size > 1
     ways = [batches] if several else [[each] for each in batches[: 2 if run.parallel.attention in ("varlen", "flash") else 1]]
     moments = []
@@ -40,7 +55,7 @@ def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objec
     model.train()
     with memory_history(cuda):
         for way in ways:
-            step = SimpleNamespace(batches=way, weight=zeros.numel())
+            step = SimpleNamespace(batches=way, weight=largest.tokens.numel())
             backward(run, model, step, objective or next_token(run.optim.z_weight))
             state.optimizer.zero_grad()
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else 0.0
@@ -85,7 +100,7 @@ def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]
     """
     rank, folder, cuda = dist.get_rank(), run.logs / "profile", device.type == "cuda"
     need = WAIT + WARMUP + ACTIVE
-    left = min(state.phase_end, run.until or state.phase_end) - state.step
+    left = state.end - state.step
     if left < need:
         raise ValueError(f"--profile needs {need} steps and {left} are left of {run.phase}; profile an earlier part of it")
     folder.mkdir(parents=True, exist_ok=True)

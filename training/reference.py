@@ -7,6 +7,7 @@ are computed, in the batches in which it reads them, so the first step finds pol
 import gc
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import check_room, is_full, no_room
+from files import check_room, is_full, no_room, sweep, temporary
 from models.hf import load_weights
 from models.nanollama import ModelConfig, NanoLlama
 from training.config import RunConfig
@@ -96,16 +97,19 @@ class ReferenceLogps:
 def _write(path: Path, made_of: dict[str, str], values: dict[str, Tensor]) -> None:
     size = sum(tensor.nbytes for tensor in values.values())
     check_room(path.parent, size, "the file of reference log-probabilities (dpo.reference_cache)")
-    part = path.with_name(path.name + ".part")
+    sweep(path.parent)
+    part = temporary(path)  # a folder: safetensors writes to a file with a random name first
     try:
-        save_file(values, part, {"made_of": json.dumps(made_of), "sha256": _sum(values)})
-        part.rename(path)
+        part.mkdir()
+        save_file(values, part / path.name, {"made_of": json.dumps(made_of), "sha256": _sum(values)})
+        (part / path.name).rename(path)
     except (SafetensorError, OSError) as error:
-        part.unlink(missing_ok=True)
         if not is_full(error):
             raise
         todo = f"{path} was not written; free some space there and run the same command again"
         raise no_room(path.parent, error, todo) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _read(path: Path, made_of: dict[str, str]) -> dict[str, Tensor]:
@@ -136,10 +140,10 @@ def _sum(values: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def build_reference(folder: Path, config: ModelConfig, known: int | None = None) -> NanoLlama:
-    """The frozen model of a folder, fp32 on the CPU. known: vocabulary of the folder, where config's is larger."""
+def build_reference(folder: Path, config: ModelConfig, new_tokens: range | None = None) -> NanoLlama:
+    """The frozen model of a folder, fp32 on the CPU. new_tokens: ids that the folder's tokenizer lacks."""
     model = NanoLlama(config)
-    load_weights(model, folder, known)
+    load_weights(model, folder, new_tokens)
     return model.requires_grad_(False).eval()
 
 

@@ -1,28 +1,38 @@
-"""Learning rates as pure functions of the step."""
+"""Schedules: what changes over the steps, as pure functions of the step.
+
+`run_schedules` lists every setting of the model and the optimizer that changes during a run. The loop applies the list
+before each step and logs each value under its name. Nothing else changes these settings.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim import Optimizer
+
+from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
+
+if TYPE_CHECKING:
+    from training.config import RunConfig
+    from training.state import State
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Warmup-stable-decay over a whole run, all phases together. Steps are optimizer updates."""
 
-    warmup_steps: int = 2000
-    total_steps: int = 230_000
-    decay_steps: int = 23_000
+    warmup_steps: NonNegativeInt = 2000
+    total_steps: PositiveInt = 230_000
+    decay_steps: NonNegativeInt = 23_000
     decay: str = "linear"  # linear, cosine or 1-sqrt
-    min_lr: float = 0.0
+    min_lr: NonNegativeFloat = 0.0
     allow_rise: bool = False  # continue although the rate would rise again after its decay has begun
 
     def __post_init__(self) -> None:
+        check_fields(self, "schedule")
         if self.decay not in DECAYS:
             raise ValueError(f"schedule.decay={self.decay!r} is not one of {', '.join(DECAYS)}")
-        if min(self.warmup_steps, self.decay_steps, self.min_lr) < 0:
-            raise ValueError("schedule.warmup_steps, schedule.decay_steps and schedule.min_lr must not be negative")
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps={self.decay_steps} "
@@ -108,3 +118,43 @@ class OptimizerSchedule(WSDScheduler):
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.last_epoch = state["last_epoch"]
         self._set()
+
+
+class Schedule(NamedTuple):
+    """One setting that changes over the steps."""
+
+    name: str  # in metrics.jsonl
+    value: Callable[[int], float]  # of the number of updates made so far: the value for the next update
+    apply: Callable[[float], None]  # set it on the model or the optimizer
+
+
+def run_schedules(run: "RunConfig", state: "State") -> list[Schedule]:
+    """Everything that changes over the steps of this phase: the learning rate, and rope theta where it has a range."""
+    rate = WSDScheduler(run.schedule, run.optim.lr)
+    first, last = run.theta_range
+
+    def set_rate(value: float) -> None:
+        for group in state.optimizer.param_groups:
+            group["lr"] = value
+
+    # A rollback lowers lr_scale, which the checkpoint keeps.
+    schedules = [Schedule("lr", lambda step: rate(step) * state.faults.lr_scale, set_rate)]
+    if first != last:
+        phase = state.phase_start, state.phase_end
+        theta = Schedule("rope_theta", lambda step: theta_at(first, last, step, *phase), state.model.set_rope_theta)
+        schedules.append(theta)
+    return schedules
+
+
+def theta_at(first: float, last: float, step: int, phase_start: int, phase_end: int) -> float:
+    """Rope theta of the update after `step` updates: from first to last over the phase, evenly in its logarithm."""
+    done = max(0, step - phase_start) / max(1, phase_end - phase_start - 1)
+    return first * (last / first) ** done
+
+
+def apply_schedules(schedules: Sequence[Schedule], step: int) -> dict[str, float]:
+    """Set every scheduled setting for the update after `step` updates; the values by name."""
+    values = {schedule.name: schedule.value(step) for schedule in schedules}
+    for schedule in schedules:
+        schedule.apply(values[schedule.name])
+    return values

@@ -6,17 +6,17 @@ Precedence: default < extended file < file < override < flag. A key that does no
 import dataclasses
 import difflib
 import math
-import types
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
-import yaml
-
+from ranges import WORDS, check, hints, member, shown
 from training.aliases import renamed
+from yaml_file import parse_yaml, read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
+MAX_EXTENDS = 50
 Kind = TypeVar("Kind")
 OF_COMMANDS = {  # a key of a config -> what the whole file is, and for which command
     "phases": "a plan; give it to scripts.pipeline --plan",
@@ -55,7 +55,43 @@ def load_settings(
         inner[last] = _value(key, text, _setting_type(kind, key), is_flag)
     if clauses := renamed(kind, values):
         raise ValueError("; ".join(clauses))
+    _check_effect(getattr(kind, "NO_EFFECT", {}), values)
     return _make(kind, values, "")
+
+
+class NoEffect(NamedTuple):
+    """Why a setting, or a whole section, is refused in the config of one command."""
+
+    reason: str
+    harmless: tuple[Any, ...] = ()  # values that are accepted, since they ask for nothing
+
+
+def _check_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> None:
+    """ValueError if the config gives a setting that the command would not read."""
+    for key, (reason, harmless) in no_effect.items():
+        section, name = _place(key, values)
+        value = section.get(name)
+        if name in section and value not in harmless and value != {}:
+            given = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
+            raise ValueError(f"{given} {reason}")
+
+
+def without_no_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config, less those that load_settings would refuse. Changes `values`."""
+    for key, (_, harmless) in no_effect.items():
+        section, name = _place(key, values)
+        if section.get(name) not in harmless:
+            section.pop(name, None)
+    return values
+
+
+def _place(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The section that holds a dotted key, {} if there is none, and the key's last part."""
+    *sections, last = key.split(".")
+    for section in sections:
+        inner = values.get(section)
+        values = inner if isinstance(inner, dict) else {}
+    return values, last
 
 
 def _check_kind(kind: Any, values: dict[str, Any], path: str | Path) -> None:
@@ -79,9 +115,9 @@ def _value(key: str, text: str, kind: Any, is_flag: bool) -> Any:
         cleared = kind is not str and (not text or (text == "null" and not is_flag))
         return None if cleared else text
     try:
-        return yaml.load(text, _UniqueKeys)
-    except yaml.YAMLError as error:
-        raise ValueError(f"the value of {key + '=' + text!r} is not YAML{_twice(error)}") from error
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"the value of {shown(key + '=' + text)} {error}") from error
 
 
 def _setting_type(kind: Any, key: str) -> Any:
@@ -99,33 +135,9 @@ def _setting_type(kind: Any, key: str) -> Any:
 
 def _optional(kind: Any) -> Any:
     """X of X | None; any other type as it is."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+    if type(None) in typing.get_args(kind):
         return next(k for k in typing.get_args(kind) if k is not type(None))
     return kind
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, which keeps only the last of two equal keys; this one refuses them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if (key.tag, key.value) in keys:
-                    raise _TwiceError(None, None, key.value, key.start_mark)
-                keys.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
-
-
-class _TwiceError(yaml.constructor.ConstructorError):
-    """A mapping that holds the key `problem` twice."""
-
-
-def _twice(error: yaml.YAMLError) -> str:
-    if isinstance(error, _TwiceError):
-        line = f" (line {error.problem_mark.line + 1})" if error.problem_mark else ""
-        return f": it has the key {error.problem!r} twice{line}; remove one"
-    return f": {' '.join(str(error).split())}"
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -139,18 +151,18 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"there is no config file {path}" + _nearest(path))
     if path.resolve() in seen:
         raise ValueError(f"{path} extends itself")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML{_twice(error)}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    values = read_yaml_file(path)
+    values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold settings, as key: value")
+        raise ValueError(f"{path} must hold settings, as key: value; it holds {shown(values)}")
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    merged = read_yaml(path.parent / str(parent), (*seen, path.resolve()))
+    if not isinstance(parent, str):
+        raise ValueError(f"{path}: extends={shown(parent)} must be the path of one config")
+    if len(seen) == MAX_EXTENDS:
+        raise ValueError(f"{path} extends more than {MAX_EXTENDS} configs, each the next one")
+    merged = read_yaml(path.parent / parent, (*seen, path.resolve()))
     for key, value in values.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = {**merged[key], **value} if both else value
@@ -158,41 +170,76 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _make(kind: Any, value: Any, name: str) -> Any:
-    """`value` from YAML as the type `kind`; name is the dotted setting, for messages."""
+    """`value` from YAML as the type `kind`, within its range; name is the dotted setting, for messages."""
     if dataclasses.is_dataclass(kind):
         return _make_dataclass(kind, value, name)
-    origin = typing.get_origin(kind)
-    if origin in (types.UnionType, typing.Union):  # X | None
-        return None if value is None else _make(_optional(kind), value, name)
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        made = _make(parts[0], value, name)
+        check(made, kind, name)
+        return made
+    if type(None) in parts:  # X | None
+        inner = member(parts, value)
+        cleared = value is None or (value == "" and _plain(inner) is str)  # as an empty override does
+        return None if cleared else _make(inner, value, name)
     if origin is dict and isinstance(value, dict):
-        return {str(k): _make(typing.get_args(kind)[1], v, f"{name}.{k}") for k, v in value.items()}
+        return {_key(k, name): _make(parts[1], v, f"{name}.{k}") for k, v in value.items()}
     if origin is tuple and isinstance(value, list):
-        return tuple(_make(typing.get_args(kind)[0], v, f"{name}[{i}]") for i, v in enumerate(value))
+        return tuple(_make(parts[0], v, f"{name}[{i}]") for i, v in enumerate(value))
     if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            number = float(value)  # PyYAML reads 3e-4 as a string
-            if kind is float and math.isfinite(number):
-                return number
-            if kind is int and number == int(number):
-                return value if isinstance(value, int) else int(number)
-        except (ValueError, OverflowError):
-            pass
-    elif kind in (bool, str) and isinstance(value, kind):
+        number = _number(value)
+        if kind is float and math.isfinite(number):
+            return float(number)
+        if kind is int and math.isfinite(number) and number == int(number):
+            return int(number)
+    elif kind is str and isinstance(value, str):
+        return _text(value, name)
+    elif kind is bool and isinstance(value, bool):
         return value
-    wanted = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
-    raise ValueError(f"{name}={value!r} must be {wanted.get(kind, 'a list' if origin is tuple else 'settings, as key: value')}")
+    words = "a list" if origin is tuple else WORDS.get(kind, "settings, as key: value")
+    raise ValueError(f"{name}={shown(value)} must be {words}")
+
+
+def _plain(kind: Any) -> Any:
+    """A type without its range."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+
+
+def _number(value: int | float | str) -> int | float:
+    """A number of YAML, which reads 3e-4 as text; NaN if it is not one, or beyond the largest float."""
+    try:
+        if isinstance(value, str):
+            value = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
+        float(value)
+        return value
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def _key(key: Any, name: str) -> str:
+    """The name of an entry, as in data.mix; YAML reads a bare no, on or 1 as another type than text."""
+    if not isinstance(key, str):
+        raise ValueError(f"{name} has the entry {shown(key)}, which YAML does not read as text; write its name in quotes")
+    return _text(key, f"an entry of {name}")
+
+
+def _text(value: str, name: str) -> str:
+    """The text; ValueError if a path, a log or a config cannot hold it."""
+    if "\0" in value or (not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value)):
+        raise ValueError(f"{name}={shown(value)} has a NUL character or is not UTF-8 text")
+    return value
 
 
 def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must hold settings, as key: value")
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
+        raise ValueError(f"{name}={shown(value)} must hold settings, as key: value")
+    fields = {f.name: hints(kind)[f.name] for f in dataclasses.fields(kind)}
     for key in value:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(fields)}"
-            raise ValueError(f"{name}{'.' if name else ''}{key} is not a setting; {hint}")
+            path = f"{name}{'.' if name else ''}{key if isinstance(key, str) else shown(key)}"
+            raise ValueError(f"{path[:200]} is not a setting; {hint}")
     for f in dataclasses.fields(kind):
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and f.name not in value:

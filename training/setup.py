@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import os
 import platform
 import shutil
@@ -22,6 +23,7 @@ from files import write_text
 from models.attention import choose_kernel
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
+from torchrun_plugin import LAUNCHER
 from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, read_phase, step_folders
 from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.distributed import on_main
@@ -29,8 +31,10 @@ from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
 from training.guard import Faults
 from training.hangs import leave_if_lost
 from training.optimizers import build_optimizer
-from training.schedulers import ScheduleConfig, WSDScheduler
+from training.schedulers import ScheduleConfig, WSDScheduler, theta_at
 from training.state import State
+from training.supervisor import end_with_launcher
+from yaml_file import read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -56,6 +60,7 @@ def keep_freed_memory() -> None:
 def ranks() -> Iterator[torch.device]:
     """The process group that torchrun describes (or one rank alone), and this rank's device."""
     rank, world = rank_and_world()
+    end_with_launcher(os.environ.get(LAUNCHER))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -106,10 +111,10 @@ def has_compiler(device: torch.device) -> bool:
     return any(shutil.which(name) for name in (os.environ.get(variable, ""), *names))
 
 
-def build(run: RunConfig, device: torch.device, seed: int | None = None, known_tokens: int | None = None) -> State:
+def build(run: RunConfig, device: torch.device, seed: int | None = None, new_tokens: range | None = None) -> State:
     """A sharded model and its optimizer, with weights from the seed (default run.seed) or from run.init_from, at step 0.
 
-    known_tokens: vocabulary of run.init_from where the model's has grown.
+    new_tokens: ids that the tokenizer of run.init_from lacks.
     Every rank builds the whole model from the seed before it is sharded, so weights do not depend on the world size.
     """
     model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
@@ -118,9 +123,9 @@ def build(run: RunConfig, device: torch.device, seed: int | None = None, known_t
         raise ValueError("torch.compile needs a compiler: install gcc (and g++ for a CPU), or set parallel.compile=false")
     model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     if run.init_from:
-        load_weights(model, Path(run.init_from), known_tokens)
+        load_weights(model, Path(run.init_from), new_tokens)
     wrapped = wrap_model_fsdp(model, run.parallel, device)
-    return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase, phase_end=run.steps)
+    return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase, phase_end=run.steps, until=run.until)
 
 
 def restore_or_init(
@@ -146,6 +151,8 @@ def restore_or_init(
         _check_tokenizer(Path(run.init_from), saves.tokenizer)
     if source is None:
         _check_start(run, 0, None)
+        if run.init_from:
+            _check_theta(run, Path(run.init_from), run.theta_range[0])
         state.parent = base
         return (f"starts from the weights of {run.init_from}" if base else f"starts from scratch, seed {run.seed}"), None
     _check_fits(run, source, saves.tokenizer)
@@ -161,11 +168,13 @@ def restore_or_init(
         state.faults = Faults(**position["faults"]).next_phase()
         _check_end(run, state)
         _check_rate(run, position)
+        _check_theta(run, source, run.theta_range[0])
         return f"begins at step {state.step}, after {position['phase']}, from {source}", source
     state.place, state.phase_start, state.parent = position["place"], position["phase_start"], position["parent"]
     state.faults = Faults(**position["faults"])
     _check_start(run, state.phase_start, source)
     _check_end(run, state)
+    _check_theta(run, source, theta_at(*run.theta_range, state.step - 1, state.phase_start, state.phase_end))
     changed = position["data"] != fingerprint
     if changed and not run.data.accept_changed:
         raise ValueError(
@@ -229,15 +238,31 @@ def _check_rate(run: RunConfig, position: dict[str, Any]) -> None:
     saved, step = dict(position.get("rate") or {}), position["step"]
     if not saved or run.schedule.allow_rise:
         return
-    peak = saved.pop("peak")
     known = {name: value for name, value in saved.items() if name in ScheduleConfig.__dataclass_fields__}
-    used = WSDScheduler(ScheduleConfig(**known), peak)(step - 1)  # by the last update
+    try:
+        stable = known["total_steps"] - known["decay_steps"]
+        used = WSDScheduler(ScheduleConfig(**known), saved["peak"])(step - 1)  # by the last update
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            "the learning-rate schedule in the checkpoint's trainer.json is damaged; take another copy of the checkpoint"
+        ) from error
     now = WSDScheduler(run.schedule, run.optim.lr)(step)
-    if step > known["total_steps"] - known["decay_steps"] and now > 1.01 * used:
+    if step > stable and now > 1.01 * used:
         raise ValueError(
             f"the learning rate would rise from {used:.1e} to {now:.1e} at step {step}, after its decay had begun; to "
             "train longer continue from a checkpoint before the decay (scripts.pipeline --extend does), or set "
             "schedule.allow_rise=true"
+        )
+
+
+def _check_theta(run: RunConfig, source: Path, expected: float) -> None:
+    """ValueError if the weights of source were trained last with another rope theta than `expected`."""
+    trained = read_hf_config(source).rope_theta
+    if not run.allow_theta_jump and not math.isclose(trained, expected, rel_tol=1e-6):
+        raise ValueError(
+            f"rope theta would jump: {source} was trained with {trained:,.0f}, but rope_theta={run.theta_text} asks for "
+            f"{expected:,.0f} there; set rope_theta to {trained:.10g}, or to [{trained:.10g}, last] to change it over the "
+            "phase, or set allow_theta_jump=true"
         )
 
 
@@ -294,7 +319,7 @@ def describe(run: RunConfig, device: torch.device) -> str:
         f"{run.model.num_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {world} {device.type} rank(s), "
         f"{run.parallel.strategy}, {', '.join(how + ['float8'] * run.parallel.fp8)}; {run.steps:,} steps of {run.data.rows} x "
         f"{run.data.sequence_length} tokens, "
-        f"theta {run.model.rope_theta:,.0f}"
+        f"theta {run.theta_text}"
     )
 
 
@@ -338,7 +363,7 @@ def write_run_files(run: RunConfig, device: torch.device) -> None:
     found, own = environment(device), f"{run.phase}.config.yaml"
     write_text(run.logs / own, yaml.safe_dump(to_dict(run), sort_keys=False))
     configs = sorted(run.logs.glob("*.config.yaml"), key=lambda path: (path.name == own, path.stat().st_mtime))
-    phases = {path.name.removesuffix(".config.yaml"): yaml.safe_load(path.read_text(encoding="utf-8")) for path in configs}
+    phases = {path.name.removesuffix(".config.yaml"): read_yaml_file(path) for path in configs}
     write_text(run.logs / "hyperparameters.yaml", yaml.safe_dump(phases, sort_keys=False))
     write_text(run.logs / f"{run.phase}.environment.json", json.dumps(found, indent=2) + "\n")
     commit = f"{found['git']}{'' if found['git_clean'] else ' with uncommitted changes'}" if found["git"] else "no git checkout"

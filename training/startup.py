@@ -5,9 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from files import read_lines
+from ranges import above, at_least, check_fields
 from training.distributed import on_main
 from training.logger import Log
 from training.state import State
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from training.config import RunConfig
 
 NO_GO = 3  # exit status, the same as that of a plan's gates
+OFF = "null turns this check off"
+Bound = Annotated[float, above(0, hint=OFF)]
 WARM_UP = 10  # steps that throughput and GPU utilization leave out: clocks and caches settle in them
 
 
@@ -23,24 +26,17 @@ WARM_UP = 10  # steps that throughput and GPU utilization leave out: clocks and 
 class StartupConfig:
     """Bounds on the first steps of a phase. None: not checked."""
 
-    steps: int = 500  # length of the window; a shorter phase is its own window; 0: no checks
-    loss_margin: float | None = 1.0  # nats between the first loss and ln(vocabulary); from scratch only
-    fall: float | None = 0.5  # nats that the loss must fall over the whole window; from scratch only
-    max_grad_norm: float | None = None  # bound on the median over the window, before clipping
-    min_tokens_per_s: float | None = None  # over all ranks
-    min_gpu_utilization: float | None = None  # of rank 0's GPU, 0 to 1; needs nvidia-ml-py
+    # Length of the window; a shorter phase is its own window; 0: no checks.
+    steps: Annotated[int, at_least(0, hint="0 turns the checks off")] = 500
+    loss_margin: Bound | None = 1.0  # nats between the first loss and ln(vocabulary); from scratch only
+    fall: Bound | None = 0.5  # nats that the loss must fall over the whole window; from scratch only
+    max_grad_norm: Bound | None = None  # bound on the median over the window, before clipping
+    min_tokens_per_s: Bound | None = None  # over all ranks
+    min_gpu_utilization: Annotated[float, above(0, most=1, hint=OFF)] | None = None  # of rank 0's GPU, 0 to 1; needs nvidia-ml-py
     accept: str | None = None  # reason to continue after a no-go; it is recorded
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"startup.steps={self.steps} must not be negative; 0 turns the checks off")
-        bounds = ("loss_margin", "fall", "max_grad_norm", "min_tokens_per_s", "min_gpu_utilization")
-        for name in bounds:
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"startup.{name}={value} must be above 0; null turns this check off")
-        if (self.min_gpu_utilization or 0) > 1:
-            value = self.min_gpu_utilization
-            raise ValueError(f"startup.min_gpu_utilization={value} must be a share of at most 1, e.g. 0.9")
+        check_fields(self, "startup")
 
 
 class Figure(NamedTuple):

@@ -1,5 +1,6 @@
 """All that a run carries from one update to the next."""
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,6 +29,12 @@ class State:
     faults: Faults = field(default_factory=Faults)
     parent: str = ""  # identity of the checkpoint that this phase began from, "" for none
     rate: dict[str, Any] = field(default_factory=dict)  # peak and settings of the learning-rate schedule
+    until: int | None = None  # step at which this command pauses; not saved: each command sets its own
+
+    @property
+    def end(self) -> int:
+        """The step at which this command stops: the end of the phase, or `until` if that comes first."""
+        return self.phase_end if self.until is None else min(self.phase_end, self.until)
 
     def position(self) -> dict[str, Any]:
         """What trainer.json holds."""
@@ -39,8 +46,21 @@ def is_position(content: dict[str, Any]) -> bool:
     """Whether an object has the keys and types that State.position writes. Older ones have no rate."""
     expected = State(None, None, phase="").position()  # type: ignore[arg-type]
     faults = content.get("faults")
-    if not isinstance(faults, dict) or not faults.keys() <= expected["faults"].keys():
+    if not isinstance(faults, dict) or not all(_is_fault(name, value, expected["faults"]) for name, value in faults.items()):
         return False
     same = all(type(content.get(name, {})) is type(value) for name, value in expected.items())
     numbers = [content[name] for name in ("phase_start", "phase_end", "step", "place", "tokens")] if same else [-1]
     return min(numbers) >= 0
+
+
+def _is_fault(name: str, value: Any, expected: dict[str, Any]) -> bool:
+    """Whether a field of Faults holds text, finite numbers or, as grad_clip may, nothing."""
+    if name not in expected or (value is None and name != "grad_clip"):
+        return False
+    if isinstance(expected[name], str) or value is None:
+        return isinstance(value, str | None)
+    if isinstance(expected[name], list) != isinstance(value, list):
+        return False
+    whole = isinstance(expected[name], int) or name in ("bad_places", "left_out")
+    numbers = value if isinstance(value, list) else [value]
+    return all(type(n) is int or (type(n) is float and not whole and math.isfinite(n)) for n in numbers)

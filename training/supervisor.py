@@ -119,3 +119,19 @@ def end_with_driver(driver: str | None) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(driver):  # it has died already
             raise SystemExit(128 + signal.SIGTERM)
+
+
+def end_with_launcher(launcher: str | None) -> None:
+    """Do the same in a rank, for its launcher. A program between the two, such as a profiler, is allowed."""
+    if launcher and (os.getppid() == int(launcher) or not _runs(int(launcher))):
+        end_with_driver(launcher)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -1,0 +1,155 @@
+"""Ranges of settings, declared beside their types, and the functions that check them.
+
+A field of a config dataclass declares its range in its type: `steps: PositiveInt = 1000`, or
+`lr_factor: Annotated[float, above(0, most=1)] = 0.5`. training/settings.py checks values from YAML,
+overrides and flags. `check_fields` checks a dataclass that code creates.
+"""
+
+import math
+import typing
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any
+
+MAX_INT = 2**63  # integers of configs reach torch and numpy as int64
+MAX_SHOWN = 80  # characters of a value in an error message
+
+
+@dataclass(frozen=True)
+class Range:
+    """Allowed values of a number. NaN and infinities are never allowed."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    open_least: bool = False  # least itself is not allowed
+    open_most: bool = False  # most itself is not allowed
+    hint: str = ""  # what to do about a value outside the range
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, Integral):
+            if not -MAX_INT < int(value) < MAX_INT:
+                return False
+        elif not math.isfinite(value):
+            return False
+        high_enough = value > self.least if self.open_least else value >= self.least
+        low_enough = value < self.most if self.open_most else value <= self.most
+        return bool(high_enough and low_enough)
+
+    def __str__(self) -> str:
+        words = (("at least", "above")[self.open_least], self.least), (("at most", "below")[self.open_most], self.most)
+        bounds = [f"{word} {_number(bound)}" for word, bound in words if math.isfinite(bound)]
+        text = "must not be negative" if bounds == ["at least 0"] else f"must be {' and '.join(bounds)}"
+        return text if bounds else "must be a finite number"
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Text that must not be empty or blank."""
+
+    hint: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value.strip())
+
+    def __str__(self) -> str:
+        return "must not be empty"
+
+
+def at_least(least: float, *, most: float = math.inf, below: float | None = None, hint: str = "") -> Range:
+    """The range from `least`, included, up to `most`, or to a value below `below`."""
+    return Range(least, most if below is None else below, open_most=below is not None, hint=hint)
+
+
+def above(least: float, *, most: float = math.inf, below: float | None = None, hint: str = "") -> Range:
+    """The range above `least`, up to `most`, or to a value below `below`."""
+    return Range(least, most if below is None else below, True, below is not None, hint)
+
+
+PositiveInt = Annotated[int, at_least(1)]
+NonNegativeInt = Annotated[int, at_least(0)]
+PositiveFloat = Annotated[float, above(0)]
+NonNegativeFloat = Annotated[float, at_least(0)]
+AnyFloat = Annotated[float, Range()]
+Fraction = Annotated[float, at_least(0, below=1)]
+FilledText = Annotated[str, Filled()]
+WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
+
+
+def check(value: Any, hint: Any, name: str) -> None:
+    """ValueError if a value, or an element of it, is outside the range that the type `hint` declares for it."""
+    rules = getattr(hint, "__metadata__", ())
+    kind = typing.get_args(hint)[0] if rules else hint
+    for rule in rules:
+        if isinstance(rule, (Range, Filled)):
+            if not _is_kind(value, kind):
+                raise ValueError(f"{name}={shown(value)} must be {WORDS.get(kind, 'of another type')}")
+            if value not in rule:
+                what = "must be a finite number" if _is_infinite(value) else f"{_limit(value, rule)}"
+                raise ValueError(f"{name}={shown(value)} {what}" + (f"; {rule.hint}" if rule.hint else ""))
+    if rules:
+        return
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict and isinstance(value, dict):
+        for key, inner in value.items():
+            check(inner, parts[1], f"{name}.{key}")
+    elif origin is tuple and isinstance(value, (tuple, list)):
+        for index, inner in enumerate(value):
+            check(inner, parts[0], f"{name}[{index}]")
+    elif value is not None and type(None) in parts:
+        check(value, member(parts, value), name)
+
+
+def member(parts: tuple[Any, ...], value: Any) -> Any:
+    """The type of X | tuple[X, ...] | None that a value belongs to: the tuple for a list or a tuple, else X."""
+    several = [part for part in parts if typing.get_origin(part) is tuple and isinstance(value, (list, tuple))]
+    return next(part for part in [*several, *parts] if part is not type(None))
+
+
+def check_fields(config: Any, section: str = "") -> None:
+    """ValueError if a field of a config dataclass is outside its range; section: its dotted name, for the message."""
+    for name, hint in hints(type(config)).items():
+        if name in config.__dataclass_fields__:
+            check(getattr(config, name), hint, f"{section}.{name}" if section else name)
+
+
+def hints(kind: Any) -> dict[str, Any]:
+    """The declared types of a class, with their ranges."""
+    if kind not in _HINTS:
+        _HINTS[kind] = typing.get_type_hints(kind, include_extras=True)
+    return _HINTS[kind]
+
+
+_HINTS: dict[Any, dict[str, Any]] = {}
+
+
+def shown(value: Any) -> str:
+    """A value for an error message, at most MAX_SHOWN characters long."""
+    try:
+        text = f"{value:.15g}" if isinstance(value, float) else repr(value)
+    except (ValueError, RecursionError):  # an integer of more than 4,300 digits
+        text = "a value that is too large to show"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _is_infinite(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value)
+
+
+def _limit(value: Any, rule: Range | Filled) -> str:
+    """What a rule asks for; the bound of int64 where only that is exceeded."""
+    if isinstance(rule, Range) and isinstance(value, Integral) and int(value) >= MAX_INT and not math.isfinite(rule.most):
+        return "must be below 2**63"
+    return str(rule)
+
+
+def _number(value: float) -> str:
+    power = int(value).bit_length() - 1 if value == int(value) and value > 0 else 0
+    if power > 20 and value == 2**power:
+        return f"2**{power}"
+    return str(int(value)) if value == int(value) and abs(value) < MAX_INT else f"{value:g}"

@@ -1,0 +1,154 @@
+"""Base models whose token ids have a hole: new tokens get ids after the largest one, and only their rows change."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from data.chat import CHAT_TOKENS, Chat
+from data.chat_tokenizer import save_chat_tokenizer
+from data.gguf_tokenizer import NORMAL, UNUSED, build_tokenizer, read_vocabulary
+from data.tokenizer import load_tokenizer, token_bytes, train_tokenizer, vocabulary_size
+from models.hf import load_weights, save_hf
+from models.nanollama import ModelConfig, NanoLlama
+from training import setup
+from training.reference import build_reference
+from tuning import take_base
+
+
+def tokenizer_with(change) -> str:
+    content = json.loads(train_tokenizer(["a b c"], 258).to_str())
+    change(content)
+    return json.dumps(content)
+
+
+def added(index: int, text: str) -> dict:
+    return {
+        "id": index,
+        "content": text,
+        **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        "special": True,
+    }
+
+
+def hole_in_vocabulary(content: dict) -> None:
+    """Ids 0 to 257 and 259: tokenizers' own method would give 259 away again."""
+    content["model"]["vocab"]["zz"] = 259
+
+
+def hole_in_added_tokens(content: dict) -> None:
+    content["added_tokens"] += [added(262, "<|one|>"), added(270, "<|two|>")]
+
+
+def hole_in_both(content: dict) -> None:
+    content["model"]["vocab"] |= {"<|one|>": 262, "zz": 261}
+    content["added_tokens"] += [added(262, "<|one|>")]
+
+
+CASES = {
+    "vocabulary": (hole_in_vocabulary, {"zz": 259}),
+    "added tokens": (hole_in_added_tokens, {"<|one|>": 262, "<|two|>": 270}),
+    "both": (hole_in_both, {"<|one|>": 262, "zz": 261}),
+}
+
+
+@pytest.fixture(params=[(name, padded) for name in CASES for padded in (0, 30)], ids=lambda p: f"{p[0]}-{p[1]}")
+def base(request, tmp_path):
+    """(folder, ids of its tokens, its model); padded: rows of embedding after the largest id."""
+    name, padded = request.param
+    change, ids = CASES[name]
+    folder = tmp_path / "base"
+    config = ModelConfig(max(ids.values()) + 1 + padded, 32, 64, 1, 2, 2, max_position_embeddings=4096)
+    model = NanoLlama(config, seed=0)
+    save_hf(folder, config, model.state_dict(), torch.float32)
+    (folder / "tokenizer.json").write_text(tokenizer_with(change), encoding="utf-8")
+    return folder, ids, model
+
+
+def test_new_tokens_come_after_the_largest_id_and_only_their_rows_are_set(base, tmp_path):
+    from train_sft import SFTConfig
+
+    folder, ids, model = base
+    size = max(ids.values()) + 1
+    assert vocabulary_size(load_tokenizer(folder)) == size == len(token_bytes(load_tokenizer(folder)))
+    run = SFTConfig(init_from=str(folder), chat=None)
+    with setup.ranks():
+        taken = take_base(run, tmp_path / "cache")
+    new = [taken.chat.tokenizer.token_to_id(token) for token in CHAT_TOKENS]
+    assert new == list(range(size, size + len(CHAT_TOKENS)))
+    assert {token: taken.chat.tokenizer.token_to_id(token) for token in ids} == ids
+    assert taken.files.new_tokens == range(size, new[-1] + 1)
+    assert taken.run.model.vocab_size == max(model.config.vocab_size, new[-1] + 1)
+    own = {token: taken.chat.tokenizer.id_to_token(index) for token, index in ids.items()}
+    assert own == {token: token for token in ids}
+
+    grown = NanoLlama(taken.run.model)
+    load_weights(grown, folder, taken.files.new_tokens)
+    reference = build_reference(folder, taken.run.model, taken.files.new_tokens)
+    for made in (grown, reference):
+        for rows, before in (
+            (made.embed_tokens.weight, model.embed_tokens.weight),
+            (made.lm_head.weight, model.lm_head.weight),
+        ):
+            kept = [i for i in range(len(before)) if i not in new]
+            assert torch.equal(rows[kept], before[kept])
+            assert torch.allclose(rows[new], before[:size].mean(0).expand(len(new), -1), atol=1e-6)
+
+
+def test_a_chat_tokenizer_with_holes_goes_on_to_gguf_transformers_and_a_second_stage(base, tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    folder, ids, _ = base
+    chat = save_chat_tokenizer(tmp_path / "chat", folder)
+    size, text = vocabulary_size(chat.tokenizer), "a zz <|one|> b"
+    again = save_chat_tokenizer(tmp_path / "again", tmp_path / "chat")
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "chat/tokenizer.json").read_bytes()
+    assert again.ids == chat.ids
+
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "chat/tokenizer.json"))
+    plain = Tokenizer.from_file(str(tmp_path / "chat/tokenizer.json"))
+    expected = plain.encode(text, add_special_tokens=False).ids
+    assert theirs(text, add_special_tokens=False)["input_ids"] == expected
+    assert {token: theirs.convert_tokens_to_ids(token) for token in chat.ids} == chat.ids
+
+    found = read_vocabulary(tmp_path / "chat", size + 5)
+    assert {found.tokens.index(token): token for token in ids} == {index: token for token, index in ids.items()}
+    assert all(found.tokens[index] == token for token, index in chat.ids.items())
+    known = set(plain.get_vocab().values())
+    assert [i for i, kind in enumerate(found.types) if kind == UNUSED] == [i for i in range(size + 5) if i not in known]
+    assert NORMAL in found.types
+    back = build_tokenizer(found.tokens, found.types, found.merges, found.pre)
+    assert back.get_vocab() == plain.get_vocab()
+    assert back.encode(text, add_special_tokens=False).ids == expected
+
+
+def test_ids_that_contradict_each_other_are_refused(tmp_path):
+    def same_id(content: dict) -> None:
+        content["added_tokens"] += [added(300, "<|one|>"), added(300, "<|two|>")]
+
+    def taken_id(content: dict) -> None:
+        content["added_tokens"] += [added(100, "<|one|>")]
+
+    for change in (same_id, taken_id):
+        (tmp_path / "tokenizer.json").write_text(tokenizer_with(change), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"tokenizer\.json is damaged.* both have the id"):
+            load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_rows_is_refused(tmp_path):
+    from train_sft import SFTConfig
+
+    config = ModelConfig(260, 32, 64, 1, 2, 2, max_position_embeddings=4096)
+    save_hf(tmp_path, config, NanoLlama(config, seed=0).state_dict(), torch.float32)
+    (tmp_path / "tokenizer.json").write_text(tokenizer_with(hole_in_added_tokens), encoding="utf-8")
+    with pytest.raises(ValueError, match="has the id 270, but its model has 260 rows"), setup.ranks():
+        take_base(SFTConfig(init_from=str(tmp_path), chat=None), tmp_path / "cache")
+
+
+def test_a_tokenizer_without_holes_stays_byte_for_byte(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(tokenizer_with(lambda content: None), encoding="utf-8")
+    plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path).to_str() == plain.to_str()
+    chat = save_chat_tokenizer(tmp_path / "chat", tmp_path)
+    assert isinstance(chat, Chat) and "<|im_end|>" not in json.loads(chat.tokenizer.to_str())["model"]["vocab"]
