@@ -1,11 +1,12 @@
 # make setup        every package (requirements.txt); the other commands install what they need
 # make quickstart   from nothing to a trained, evaluated, talking model on this machine
 # make test         the tests
+# make fuzz         50,000 changed inputs (configs, data, checkpoints, GGUF, templates); FUZZ_INPUTS=N for another number
 # make demo         talk to the newest model under checkpoints/ in a browser
 # make check        linter and type checker
 # make clean        forget the quickstart run (its data stay)
 
-.PHONY: core setup quickstart test demo check clean
+.PHONY: core setup quickstart test fuzz demo check clean
 
 core:
 	@scripts/setup.sh
@@ -19,6 +20,10 @@ quickstart: core
 test:
 	@scripts/setup.sh requirements.txt requirements-cluster.txt requirements-parity.txt requirements-demo.txt
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+fuzz:
+	@scripts/setup.sh requirements.txt requirements-parity.txt
+	@FUZZ_INPUTS=$${FUZZ_INPUTS:-50000} .venv/bin/python -m pytest tests/fuzz
 
 demo:
 	@scripts/setup.sh requirements-demo.txt

@@ -44,6 +44,7 @@ KEYS: dict[str, tuple[str, float, float]] = {  # after "<architecture>.": type a
     "expert_used_count": ("u32", 0, 4096),
     "expert_feed_forward_length": WIDTH,
 }
+NOT_WEIGHTS = (24, 25, 26, 27, 28)  # GGML's I8, I16, I32, I64 and F64; llama.cpp crashes on weights of these types
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 REQUIRED = ("block_count", "context_length", "embedding_length", "attention.head_count")
 OTHER_KEYS: dict[str, tuple[str, float, float]] = {
@@ -327,3 +328,5 @@ def _check_shapes(content: Gguf) -> None:
     for name, tensor in content.tensors.items():
         if len(tensor.shape) == 1 and tensor.kind != 0:
             raise ValueError(f"the tensor {name} is not fp32")
+        if tensor.kind in NOT_WEIGHTS:
+            raise ValueError(f"the tensor {name} has GGML type {tensor.kind}, which llama.cpp does not multiply")

@@ -1,0 +1,1 @@
+"""Fuzzers of what users and downloads hand to the project, one file a subject."""

@@ -1,0 +1,106 @@
+"""Configs of training, SFT, DPO, plans, data recipes and suites: YAML text and overrides."""
+
+import dataclasses
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import ROOT
+from hypothesis import strategies as st
+
+from data.recipe import Recipe
+from fuzz.mutate import EXTREMES, LEAVES, byte_changes, change_bytes, change_json, dump, json_changes, paths_of
+from fuzz.sandbox import fuzz
+from scripts.plan import readable, reads, show
+from scripts.run_evals import Suite
+from train_dpo import PreferenceRun
+from train_sft import SFTConfig
+from training.config import RunConfig, to_dict
+from training.curriculum import Plan
+from training.plan import forecast, memory
+from training.schedulers import WSDScheduler
+from training.settings import load_settings
+
+CONFIGS: dict[str, type] = {
+    "configs/test_mode.yaml": RunConfig,
+    "configs/phase1_pretrain.yaml": RunConfig,
+    "configs/quickstart/sft.yaml": SFTConfig,
+    "configs/sft.yaml": SFTConfig,
+    "configs/quickstart/dpo.yaml": PreferenceRun,
+    "configs/quickstart/plan.yaml": Plan,
+    "configs/data/quickstart.yaml": Recipe,
+    "configs/quickstart/suite.yaml": Suite,
+}
+
+
+@cache
+def text_of(name: str) -> bytes:
+    return (ROOT / name).read_bytes()
+
+
+@cache
+def content_of(name: str) -> Any:
+    content = yaml.safe_load(text_of(name))
+    if "extends" in content:
+        content["extends"] = str(ROOT / Path(name).parent / content["extends"])
+    return content
+
+
+def fields_of(kind: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all settings of a dataclass."""
+    found = []
+    for field in dataclasses.fields(kind):
+        found.append(prefix + field.name)
+        default = field.default_factory if field.default_factory is not dataclasses.MISSING else None
+        if dataclasses.is_dataclass(default):
+            found += fields_of(default, f"{prefix}{field.name}.")
+    return found
+
+
+@cache
+def settings_of(name: str) -> list[str]:
+    keys = {".".join(map(str, path)) for path in paths_of(content_of(name))}
+    return sorted(keys | set(fields_of(CONFIGS[name])))
+
+
+@cache
+def changed(name: str) -> st.SearchStrategy[Any]:
+    texts = ["yes", "1_0", "0x10", "{a: 1}", "[1", "&a [*a]", "=", "2026-01-01", *(dump(leaf)[:6000] for leaf in LEAVES)]
+    values = st.sampled_from(texts)
+    numbers = st.sampled_from(EXTREMES).map(dump) | st.integers(-3, 2**40).map(str) | st.floats().map(str)
+    override = st.tuples(st.sampled_from(settings_of(name)), numbers | values).map("=".join)
+    words = tuple(setting.rpartition(".")[2] for setting in settings_of(name))
+    return st.tuples(
+        st.just(name),
+        st.just([]) | st.just([]) | byte_changes(len(text_of(name))),
+        json_changes(content_of(name), words, most=2),
+        st.lists(override, max_size=2) | st.lists(override | st.text(max_size=8), max_size=1),
+    )
+
+
+@fuzz(st.sampled_from(sorted(CONFIGS)).flatmap(changed), share=0.27, accepted=(0.1, 0.7))
+def test_configs(given: tuple[str, list, list, list[str]], folder: Path) -> None:
+    name, of_text, of_content, overrides = given
+    kind, path = CONFIGS[name], folder / "config.yaml"
+    if of_text:
+        content = change_bytes(text_of(name), of_text).replace(b"extends: ", b"extends: " + bytes(ROOT / "configs") + b"/")
+    else:
+        content = dump(change_json(content_of(name), of_content)).encode()  # JSON is YAML
+    path.write_bytes(content)
+    found: Any = load_settings(kind, path, overrides)
+    if isinstance(found, RunConfig):
+        use_run(found, folder)
+    elif isinstance(found, Plan):
+        assert show(forecast(found, "h100", None, 0.45, None, readable, reads))
+
+
+def use_run(run: RunConfig, folder: Path) -> None:
+    """What commands make of a run before they need data: the kept config, learning rates, memory."""
+    kept = folder / "kept.yaml"
+    kept.write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
+    assert load_settings(type(run), kept) == run
+    rate = WSDScheduler(run.schedule, run.optim.lr)
+    assert all(math.isfinite(rate(step)) for step in (0, run.schedule.warmup_steps, run.steps - 1, run.steps))
+    assert memory(run, 1).total > 0
