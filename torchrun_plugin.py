@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
 LAUNCHER_MODULES = ("torch.distributed.run", "accelerate.commands.launch")
+LAUNCHER = "NANOLLAMA_LAUNCHER"  # environment variable: the process that its ranks must not outlive
 REASONS = {
     6: "6 is how NCCL ends a rank when another is gone",
     9: "9 often means no memory",
@@ -77,6 +78,7 @@ def _module_file(name: str) -> Path:
 
 def prepare() -> None:
     """Give ranks time to save after a signal, and keep the launcher itself quiet."""
+    os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun would kill after 30 s
     # torchrun would die of SIGUSR1, and would end a run under nohup when the terminal is closed
     handled = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"]

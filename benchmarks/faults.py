@@ -1,31 +1,32 @@
-"""Faults put into tiny runs of train.py, and whether tokens, losses and weights come out as without them: docs/faults.md.
+"""Faults put into tiny runs and plans, and whether all that they leave equals undisturbed ones: docs/faults.md.
 
     python -m benchmarks.faults --output benchmarks/results/faults.json --docs docs/faults.md    # about 12 minutes on 2 cores
     python -m benchmarks.faults --only sigterm nan --quick
+    python -m benchmarks.faults --only kill_sft --output ... --docs ... --keep    # other rows stay, with their dates
 
-Each case launches train.py through scripts.launch on the CPU, puts the fault into it, gives the same command line again until it
-is complete, and compares with a run that nothing happened to. Exit status 1 where a case fails.
+Each case gives commands on the CPU, puts the fault into them, gives the same command line again until
+it is complete, and compares with a run that nothing happened to. Exit status 1 where a case fails.
 """
 
 import argparse
-import json
 import os
 import platform
 import random
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from benchmarks import fault_pipeline, fault_stages
+from benchmarks.fault_lab import Lab, Row, cpu, page, row, table
 from benchmarks.fault_runs import (
     EVERY,
     LENGTH,
@@ -33,7 +34,6 @@ from benchmarks.fault_runs import (
     Failed,
     Launch,
     Run,
-    Verdict,
     compare,
     kill,
     launch_here,
@@ -41,77 +41,15 @@ from benchmarks.fault_runs import (
     settings,
     write_store,
 )
-from benchmarks.faulty_train import Action, Fault
+from benchmarks.fault_sites import Sites, Start, start_here
+from benchmarks.faulty_train import Action
 from data.dataloader import PackedDataLoader
 from data.store import open_shards
 from entrypoint import user_errors
+from files import read_object, write_json, write_text
 from training.checkpoint import step_folders
 
 LOSS_TOLERANCE = 1e-5  # where the number of ranks changes, the order of summing does
-COLUMNS = ("fault", "what was done", "recovered", "tokens lost / repeated", "loss curve", "weights and state", "note")
-
-
-@dataclass
-class Row:
-    """A case's line of the table."""
-
-    name: str
-    fault: str
-    done: str
-    ok: bool
-    cells: tuple[str, str, str, str]  # recovered, tokens, loss curve, weights and state
-    note: str
-    launches: int
-    seconds: float = 0.0
-    stream: str = ""
-    kills: list[dict] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        return "| " + " | ".join((self.fault, self.done, *self.cells, self.note)) + " |"
-
-
-@dataclass
-class Lab:
-    """Where the cases run, and the runs that nothing happens to, which they share."""
-
-    folder: Path
-    launch: Launch
-    quick: bool
-    seed: int
-    imports: float  # seconds that a start-up may take: a kill in it comes within that
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    runs: dict[str, Run] = field(default_factory=dict)
-
-    @property
-    def store(self) -> Path:
-        return self.folder / "store"
-
-    def run(self, name: str, steps: int = 12, *more: str, store: Path | None = None, always: Fault | None = None) -> Run:
-        folder = self.folder / name
-        return Run(folder, [settings(store or self.store, folder, steps, "one", *more)], self.launch, always=always or Fault())
-
-    def straight(self, name: str, make: Callable[[str], Run]) -> Run:
-        """The run that make(name) makes, finished; made once."""
-        with self.lock:
-            if name not in self.runs:
-                self.runs[name] = make(name).finish()
-            return self.runs[name]
-
-    def plain(self, steps: int = 12) -> Run:
-        return self.straight(f"straight-{steps}", lambda name: self.run(name, steps))
-
-
-def row(run: Run, verdict: Verdict, fault: str, done: str, note: str, tolerance: float = 0.0) -> Row:
-    name = run.folder.name
-    tokens = f"{verdict.tokens_lost} / {verdict.tokens_repeated}, {'same stream' if verdict.stream_equal else 'ANOTHER STREAM'}"
-    curve = "equal, bitwise" if verdict.curve_equal else f"within {verdict.loss_difference:.1e}"
-    state = "equal, bitwise" if verdict.state_equal else f"within {verdict.weights_difference:.1e}"
-    if not tolerance:
-        curve, state = (cell if cell.startswith("equal") else f"DIFFERENT, {cell}" for cell in (curve, state))
-    if verdict.unmeasured:
-        curve += f", {verdict.unmeasured} held-out figure(s) never taken"
-    cells = ("yes", tokens, curve, state)
-    return Row(name, fault, done, verdict.holds(tolerance), cells, note, run.launches, stream=verdict.stream, kills=run.killed)
 
 
 # Kills
@@ -204,7 +142,7 @@ def kill_at_border(lab: Lab) -> Row:
     def make(name: str) -> Run:
         folder = lab.folder / name
         more = [f"resume_from={folder / 'one'}", "schedule={warmup_steps: 2, total_steps: 12, decay_steps: 4}"]
-        more += ["data.mix={dummy: 0.3, more: 0.7}", "model.rope_theta=500000", "validation.every=0"]
+        more += ["data.mix={dummy: 0.3, more: 0.7}", "rope_theta=500000", "allow_theta_jump=true", "validation.every=0"]
         first = settings(lab.store, folder, 6, "one", more[1])
         return Run(folder, [first, settings(lab.store, folder, 6, "two", *more)], lab.launch)
 
@@ -360,6 +298,8 @@ CASES: dict[str, Callable[[Lab], Row]] = {
     "nan": nan,
     "hide_shard": hide_shard,
     "clocks": clocks,
+    **fault_pipeline.CASES,
+    **fault_stages.CASES,
 }
 
 
@@ -368,49 +308,40 @@ def examine(lab: Lab, name: str) -> Row:
     began = time.monotonic()
     try:
         found = CASES[name](lab)
+    except fault_stages.NoMount as error:
+        found = Row(name, name, "", True, ("not run here", "", "", ""), str(error), 0, skipped=str(error))
     except Failed as error:
         found = Row(name, name, "", False, ("NO", "", "", ""), " ".join(str(error).split()), 0)
     found.name, found.seconds = name, round(time.monotonic() - began, 1)
+    found.date = datetime.now(UTC).date().isoformat()
+    found.versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(f"{'ok    ' if found.ok else 'FAILED'} {found.seconds:5.0f} s  {found.markdown()}", flush=True)
     return found
 
 
-def make_lab(folder: Path, launch: Launch = launch_here, quick: bool = False, seed: int = 4, imports: float = 4.0) -> Lab:
-    lab = Lab(folder, launch, quick, seed, imports)
+def make_lab(
+    folder: Path,
+    launch: Launch = launch_here,
+    start: Start = start_here,
+    quick: bool = False,
+    seed: int = 4,
+    imports: float = 4.0,
+) -> Lab:
+    lab = Lab(folder, launch, Sites(folder / "sites", start, quick), quick, seed, imports)
     write_store(lab.store, seed)
     return lab
 
 
-def table(rows: list[Row]) -> str:
-    return "\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *(row.markdown() for row in rows)])
-
-
-def page(rows: list[Row], about: dict[str, str]) -> str:
-    launches = sum(row.launches for row in rows)
-    return f"""# Faults, and what is left of them
-
-Written by `{about["command"]}` on {about["date"]}:
-{about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]};
-{launches} launches of train.py in cases of up to 60 steps.
-
-Each case trains a model of 2 layers and width 32 on 2 CPU ranks (gloo, ZeRO-2) with background saves every
-{EVERY} steps, is hurt, and is given the same command line again until it is complete. Then it is compared with a run that
-nothing happened to. Tokens: what the gradients of each update came from, recorded at the objective under the optimizer's own
-count of updates, which is saved and loaded with the weights; and read anew from the loader by the places in metrics.jsonl.
-Loss curve: step, place, tokens, rate, loss, z-loss, gradient norm and held-out loss of every step. Weights and state: checksums
-of every file of the last checkpoint, moments and position too.
-
-{table(rows)}
-
-The moments of the kills and the sha256 of each stream are in [faults.json](../benchmarks/results/faults.json). What is not shown
-here: GPUs, NCCL, several machines, a real full disk, a real clock that is wrong.
-"""
-
-
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+def merged(rows: list[Row], path: Path) -> list[Row]:
+    """New rows, and those of other cases that a file of results holds, in the order of CASES."""
+    content = read_object(path) or {}
+    kept = {}
+    for old in content.get("rows", []):
+        versions = f"Python {content['python']}, torch {content['torch']}"
+        dated = {"date": content["date"], "versions": versions, **old, "cells": tuple(old["cells"])}
+        kept[old["name"]] = Row(**dated)
+    known = kept | {row.name: row for row in rows}
+    return [known[name] for name in CASES if name in known]
 
 
 def main() -> None:
@@ -421,12 +352,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     parser.add_argument("--docs", type=Path, help="write the table here as Markdown")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of other cases in --output")
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
     with user_errors(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
         lab = make_lab(Path(folder), quick=args.quick, seed=args.seed)
         rows = list(pool.map(lambda name: examine(lab, name), args.only))
+        if args.keep and args.output:
+            rows = merged(rows, args.output)
     about = {
         "command": " ".join(["python -m benchmarks.faults", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
@@ -438,10 +372,9 @@ def main() -> None:
     }
     print("\n" + table(rows))
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, {**about, "rows": [asdict(row) for row in rows]})
     if args.docs:
-        args.docs.write_text(page(rows, about), encoding="utf-8")
+        write_text(args.docs, page(rows, about))
     raise SystemExit(0 if all(row.ok for row in rows) else 1)
 
 

@@ -91,7 +91,7 @@ def ours(folder: Path, length: int, rows: int, batch: int) -> dict[str, float]:
     from train_sft import SFTConfig, finetune
 
     where = Path(tempfile.mkdtemp(dir=folder))
-    more = (f"log_dir={where / 'logs'}", f"output_dir={where / 'out'}", "model.max_position_embeddings=1000000")
+    more = (f"log_dir={where / 'logs'}", f"output_dir={where / 'out'}")
     run = load_settings(SFTConfig, CONFIG, overrides(folder, length, rows, batch, *more))
     with setup.ranks() as device:
         finetune(run, 0, 1, device)

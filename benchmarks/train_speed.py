@@ -225,7 +225,7 @@ def prepare(run: RunConfig, steps: int, folder: Path) -> list[str]:
     own = all((Path(run.data.store) / "tokens" / name).is_dir() for name in run.data.mix) and bool(run.data.mix)
     given = [
         f"steps={steps + 1}",
-        "rope_theta_end=null",
+        f"rope_theta={run.model.rope_theta}",
         "until=null",
         "resume_from=null",
         f"schedule={{warmup_steps: 20, total_steps: {steps + 21}, decay_steps: 0}}",

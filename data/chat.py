@@ -180,7 +180,8 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer, bos: str | None = BOS, pad: str | None = PAD):
         """bos: begins every conversation, as it begins every document in pretraining; None for models without."""
-        missing = [token for token in (*CHAT_TOKENS, *([bos] if bos else [])) if tokenizer.token_to_id(token) is None]
+        special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
+        missing = [token for token in (*CHAT_TOKENS, *([bos] if bos else [])) if token not in special]
         if missing:
             raise ValueError(f"the tokenizer lacks {', '.join(missing)}; it is no tokenizer for chat (train_sft.py makes one)")
         tokenizer.encode_special_tokens = True  # text that looks like a special token is text
@@ -196,7 +197,7 @@ class Chat:
         if not path.is_file() or not template_of(Path(folder)):
             raise ValueError(f"{folder} holds no chat tokenizer ({TEMPLATE} beside tokenizer.json); train_sft.py writes one")
         config = read_json(Path(folder) / "tokenizer_config.json")
-        return cls(load_tokenizer(folder), config.get("bos_token"), config.get("pad_token"))
+        return cls(load_tokenizer(folder), special_text(config, "bos_token"), special_text(config, "pad_token"))
 
     def clean(self, conversation: dict[str, Any], answered: bool = True) -> dict[str, Any]:
         """clean() against all special tokens of this tokenizer."""

@@ -164,6 +164,8 @@ def read_ranks(folder: str | Path) -> Ranks:
         given = Ranks(settings["pattern"], parse_ranks((folder / RANKS).read_bytes()), settings["special_tokens"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder / RANKS} or {SETTINGS} is damaged ({error}); delete both") from error
+    if not isinstance(given.special, dict) or not all(type(index) is int for index in given.special.values()):
+        raise ValueError(f"{folder / SETTINGS} is damaged: its special_tokens have no ids; delete it and {RANKS}")
     if given != Ranks(pattern, {to_bytes(token): rank for token, rank in letters.items()}, special):
         raise ValueError(f"{folder / RANKS} or {SETTINGS} differs from the tokenizer.json beside it; delete both")
     return given

@@ -22,6 +22,7 @@ SPECIAL_TOKENS = (BOS, PAD)
 MAX_TOKEN_LENGTH = 16  # bytes; llama-cpp-python drops tokens of more than 32
 BLANK = 250_000  # characters; tiktoken's regex engine gives up at 1,000,000 of white space in a row
 LONGEST = 2_000_000  # characters; tokenizers' engine gives up at 5,000,000
+MAX_VOCABULARY = 1 << 24  # with larger ids, a damaged file would take memory and time without end
 MAX_PIECE = 1_000  # characters of a word that training sees together: BPE training takes quadratic time in it
 LONG_PIECES = re.compile(rf"[^\W\d_]{{{MAX_PIECE},}}|(?:[^\w\s]|_){{{MAX_PIECE},}}|\s{{{MAX_PIECE},}}")
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -114,8 +115,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise ValueError(f"{folder} holds no tokenizer.json; train one with python -m scripts.train_tokenizer")
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        if (size := vocabulary_size(tokenizer)) > MAX_VOCABULARY:
+            raise ValueError(f"its largest id is {size - 1:,}")
         return _with_file_ids(tokenizer, path)
-    except Exception as error:  # tokenizers raises this very class
+    except BaseException as error:  # tokenizers raises Exception itself, and panics that are none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"{path} is damaged: it is no tokenizer ({error}); take another copy of it") from error
 
 

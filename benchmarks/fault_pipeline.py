@@ -1,0 +1,207 @@
+"""Faults of the pipeline driver, of its stages' borders, of the launcher and of the terminal."""
+
+import signal
+import time
+from collections.abc import Callable
+
+from benchmarks.fault_lab import Lab, Row
+from benchmarks.fault_points import Point, point
+from benchmarks.fault_runs import Failed
+from benchmarks.fault_sites import (
+    JUDGED,
+    MILESTONE,
+    TRAIN,
+    TUNED,
+    Comparison,
+    Site,
+    compare_sites,
+    tune,
+)
+
+ALL_TRAINED = ("one", "midtrain", "sft", "dpo")
+STORE = ("store/tokens", "store/tokenizer")
+DONE_ONE = ("checkpoints/tiny/one", "logs/tiny", *STORE)  # the phase is trained, and not judged
+
+
+def saved(phase: str, step: int) -> str:
+    """The pattern of the name that a checkpoint gets when it is whole."""
+    return f"*{phase}/step_{step}"
+
+
+def at_save(phase: str, step: int, whom: str, **more: object) -> Point:
+    """A signal once rank 0 gives a checkpoint its name."""
+    script = {"one": "train.py.0", "dpo": "train_dpo.py.0"}.get(phase, "train_sft.py.0")
+    return point("rename", saved(phase, step), program=script, whom=whom, **more)
+
+
+def row_of(site: Site, found: Comparison, fault: str, done: str, note: str = "") -> Row:
+    cells = found.cells()
+    name, commands = site.folder.name, site.commands
+    return Row(name, fault, done, found.holds, cells, note, commands, kills=site.faults)
+
+
+def check_stops(site: Site, times: int) -> None:
+    """Failed unless training that lost its driver or launcher has saved and ended that many times."""
+    paths = sorted((site.folder / "logs").rglob("training_log.md"))
+    said = "".join(path.read_text(encoding="utf-8") for path in paths)
+    if (count := said.count("stopped by a signal and saved")) != times:
+        raise Failed(f"training saved and ended {count} times, not {times}: {said[-500:]}")
+
+
+def kill_driver(lab: Lab) -> Row:
+    """The driver alone; the stage that it leaves is still ending when the same command is given."""
+    site = lab.sites.site("driver", *STORE)
+    cases = [("one", 6)] if lab.quick else [("one", 6), ("one", 8), ("sft", 2), ("dpo", 2)]
+    plan, parts = (JUDGED, ("one",)) if lab.quick else (TUNED, ALL_TRAINED)
+    for phase, step in cases:
+        site.hurt(plan, at_save(phase, step, "scripts.pipeline", pause=1.0), settle=False)
+    site.finish(plan)
+    site.settle_all()
+    check_stops(site, len(cases))
+    found = compare_sites(site, lab.sites.reference(), *parts, "decision")
+    done = f"{len(cases)} times, while its stage trains; the same command at once"
+    note = "the stage saves and ends; no second trainer, no process left"
+    return row_of(site, found, "SIGKILL of the pipeline driver alone", done, note)
+
+
+def kill_in_decision(lab: Lab) -> Row:
+    site = lab.sites.site("decision", *DONE_ONE)
+    driver = {"program": "scripts.pipeline"}
+    write = point("write", "*decision.json.tmp", "limit", size=64, **driver)
+    rename = point("rename", "*decision.json", **driver)
+    for fault in (write,) if lab.quick else (write, rename):
+        site.hurt(JUDGED, fault)
+        if (site.folder / "results/tiny" / f"step_{MILESTONE}" / "decision.json").exists():
+            raise Failed("half a decision.json has its final name")
+    site.finish(JUDGED)
+    decision = site.folder / "results" / "tiny" / f"step_{MILESTONE}" / "decision.json"
+    whole = decision.read_text(encoding="utf-8")
+    halves = (len(whole) // 2,) if lab.quick else (0, len(whole) // 2)
+    for size in halves:
+        decision.write_text(whole[:size], encoding="utf-8")
+        site.finish(JUDGED)
+    found = compare_sites(site, lab.sites.reference(), "one", "decision")
+    done = "in the middle of decision.json, before its rename; then an empty and a half one"
+    if lab.quick:
+        done = "in the middle of decision.json; then a half one"
+    return row_of(site, found, "SIGKILL of the driver as it judges", done, "measured once, judged again")
+
+
+def kill_evaluation(lab: Lab) -> Row:
+    site = lab.sites.site("evaluation", *DONE_ONE)
+    evaluation = {"program": "evals.eval_perplexity"}
+    points = [
+        point("write", "*held_out.json*", "limit", size=100, **evaluation),
+        point("start", delay=0.5, whom="*", **evaluation),
+        point("rename", "*held_out.json", **evaluation),
+    ]
+    for fault in points[:1] if lab.quick else points:
+        site.hurt(JUDGED, fault)
+    output = site.folder / "results" / "tiny" / f"step_{MILESTONE}" / "held_out.json"
+    if output.exists():
+        raise Failed("half a result has its final name")
+    site.finish(JUDGED)
+    if not lab.quick:
+        whole = output.read_text(encoding="utf-8")
+        output.write_text(whole[: len(whole) // 2], encoding="utf-8")
+        output.with_name("decision.json").unlink()
+        site.finish(JUDGED)
+    found = compare_sites(site, lab.sites.reference(), "one", "decision")
+    done = "in the middle of its results, in start-up with the driver, before the rename; half a file"
+    done = "in the middle of its results" if lab.quick else done
+    return row_of(site, found, "SIGKILL of an evaluation", done, "measured again, no half JSON")
+
+
+def kill_launcher(lab: Lab) -> Row:
+    site = lab.sites.site("launcher", *STORE)
+    cases = [(TRAIN, "one", 4)]
+    if not lab.quick:
+        cases = [(TRAIN, "one", 2), (TRAIN, "one", 4), (tune("midtrain"), "midtrain", 2)]
+    for command, phase, step in cases:
+        if phase == "midtrain":
+            site.finish(TRAIN)
+        site.hurt(command, at_save(phase, step, "scripts.launch", pause=1.0), settle=False)
+    parts = ("one",) if lab.quick else ("one", "midtrain")
+    site.finish(cases[-1][0])
+    site.settle_all()
+    check_stops(site, len(cases))
+    found = compare_sites(site, lab.sites.reference(), *parts)
+    done = f"{len(cases)} times, while ranks train; the same command at once"
+    note = "the ranks save and end; no process left"
+    return row_of(site, found, "SIGKILL of the launcher alone", done, note)
+
+
+def hang_up(lab: Lab) -> Row:
+    site = lab.sites.site("terminal", *STORE)
+    number = signal.SIGHUP
+    cases = [("one", 2, "*")] if lab.quick else [("one", 2, "scripts.pipeline"), ("midtrain", 2, "*"), ("dpo", 2, "*")]
+    plan, parts = (JUDGED, ("one",)) if lab.quick else (TUNED, ALL_TRAINED)
+    for phase, step, whom in cases:
+        ended = site.hurt(plan, at_save(phase, step, whom, number=number))
+        if ended.status != 128 + number or "The same command continues" not in ended.output:
+            raise Failed(f"status {ended.status} after SIGHUP: {ended.output[-300:]}")
+    site.finish(plan)
+    found = compare_sites(site, lab.sites.reference(), *parts, "decision")
+    done = "to all processes of the plan" if lab.quick else "3 times: to the driver; to all processes, twice"
+    return row_of(site, found, "SIGHUP, as a closed terminal sends it", done, "status 129, saved at that step or the next")
+
+
+def kill_between_stages(lab: Lab) -> Row:
+    site = lab.sites.site("borders", *DONE_ONE, "results")
+    driver = {"program": "scripts.pipeline"}
+    borders = [
+        at_save("midtrain", 6, "*", delay=0.02),
+        point("write", "*sft/stage.json.tmp", "limit", size=40, **driver),
+        point("rename", "*sft/stage.json", whom="*", **driver),
+        point("start", program="train_sft.py.1", whom="*"),
+        at_save("sft", 6, "*"),
+        point("start", program="train_dpo.py.0", whom="*"),
+        at_save("dpo", 6, "*", delay=0.01),
+    ]
+    chosen = [borders[1], borders[5]] if lab.quick else borders
+    for fault in chosen:
+        site.hurt(TUNED, fault)
+    site.finish(TUNED)
+    found = compare_sites(site, lab.sites.reference(), *ALL_TRAINED)
+    done = f"{len(chosen)} times: after a stage's last checkpoint, in stage.json, at the next one's start"
+    return row_of(site, found, "SIGKILL at the borders midtrain, SFT, DPO", done, "")
+
+
+def two_commands(lab: Lab) -> Row:
+    """A second command waits for some seconds, then ends; the first goes on."""
+    site = lab.sites.site("two", *STORE)
+    commands = [TRAIN] if lab.quick else [TRAIN, TUNED]
+    for command in commands:
+        go = site.folder / "go"
+        go.unlink(missing_ok=True)
+        phase = "one" if command == TRAIN else "midtrain"
+        script = "train.py.0" if command == TRAIN else "train_sft.py.0"
+        hold = point("rename", saved(phase, 2), "wait", program=script, folder=str(go))
+        first, register = site.begin(command, hold), site.register
+        end = time.monotonic() + 60
+        while not (register / "point-0").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        second = site.give(command)
+        go.touch()
+        first.wait(60)
+        site.settle(register)
+        if second.status != 2 or "is in use by process" not in second.output or "Traceback" in second.output:
+            raise Failed(f"the second command: status {second.status}: {second.output[-400:]}")
+        site.faults.append({"command": command, "status": second.status, "points": [hold]})
+    site.finish(commands[-1])
+    parts = ("one",) if lab.quick else (*ALL_TRAINED, "decision")
+    found = compare_sites(site, lab.sites.reference(), *parts)
+    done = "train.py" if lab.quick else "train.py, then the pipeline"
+    note = "the second names the first's process, status 2; the first goes on"
+    return row_of(site, found, "two commands in one folder", f"twice {done}", note)
+
+
+CASES: dict[str, Callable[[Lab], Row]] = {
+    "kill_driver": kill_driver,
+    "kill_in_decision": kill_in_decision,
+    "kill_evaluation": kill_evaluation,
+    "kill_launcher": kill_launcher,
+    "hang_up": hang_up,
+    "kill_between_stages": kill_between_stages,
+    "two_commands": two_commands,
+}
