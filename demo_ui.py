@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.trained_chat import offered
+from cli import PORT, ROOT, CommandParser, add_boolean, at_least, user_errors
+from data.chat.trained_chat import offered
 from demo.guard import LOCAL, LOOPBACK, Guard
 from demo.markup import SCRIPT
 from demo.page import CSS, build
 from demo.talk import Voice, title
-from entrypoint import PORT, ROOT, CommandParser, add_boolean, at_least, user_errors
 from models.hf import newest_step
 from scripts.chat import free_port, load, trained_chat
 

@@ -13,15 +13,16 @@ from pathlib import Path
 
 import torch
 
+from cli import CommandParser, user_errors
 from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
 from data.store import open_shards, open_tokenizer, write_dummy_store
-from entrypoint import CommandParser, user_errors
 from evals.eval_perplexity import perplexity
-from training import selftest, setup
+from training import setup
 from training.config import RunConfig, load
 from training.distributed import on_main
 from training.logger import log_in
 from training.objectives import next_token
+from training.ops import self_test as selftest
 from training.phase import Stage, TokenizerFiles, run_phase
 
 

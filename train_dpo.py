@@ -15,11 +15,11 @@ from typing import ClassVar
 
 import torch
 
-from data.chat import TRAINING_TEMPLATE
+from data.chat.pair_batches import HeldOutPairs, PairBatch, PairLoader, Pairs
+from data.chat.preferences import PreferenceConfig, describe, prepare
+from data.chat.rendering import TRAINING_TEMPLATE
 from data.dataloader import Prefetcher
 from data.manifest import file_hash
-from data.pair_batches import HeldOutPairs, PairBatch, PairLoader, Pairs
-from data.preferences import PreferenceConfig, describe, prepare
 from ranges import PositiveInt, check_fields
 from training import setup
 from training.config import DataConfig
@@ -29,7 +29,7 @@ from training.phase import Stage, run_phase
 from training.preference_losses import DPOConfig, held_out, preference
 from training.reference import ReferenceLogps, build_reference, frozen_logps, sharded
 from training.settings import NoEffect
-from tuning import TuningRun, parser, start, take_base, with_record
+from training.tuning import TuningRun, parser, start, take_base, with_record
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from data.chat import Chat
+from data.chat.rendering import Chat
+from data.chat.sft import ChatConfig, Conversations, describe, prepare
 from data.dataloader import PackedDataLoader, Prefetcher, row_batches
-from data.sft import ChatConfig, Conversations, describe, prepare
-from data.tokenizer import token_bytes
+from data.tokenizers.bpe import token_bytes
 from evals.eval_perplexity import perplexity
 from evals.samples import write_samples
 from training import setup
@@ -25,7 +25,7 @@ from training.checkpoint import whole_weights
 from training.distributed import on_main
 from training.objectives import next_token, with_neftune
 from training.phase import Stage, run_phase
-from tuning import TuningRun, parser, start, take_base, with_record
+from training.tuning import TuningRun, parser, start, take_base, with_record
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.side_by_side import machine, median_ms, reason, wait, write
-from entrypoint import user_errors
+from cli import user_errors
 from models.attention import Added, Mask, attend, attention_mask, dense_mask
 
 SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}

@@ -30,10 +30,11 @@ from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.pipeline.tokens import DocumentTokenizer
 from loguru import logger
 
-from data import decontamination, testsets
-from data.prepare import document_parts, prepare
-from data.recipe import CleanConfig, Recipe
-from data.steps import Signature, Words, WriteShards, chosen_filters, read_documents
+from data.decontamination import index as decontamination
+from data.decontamination import test_sets as testsets
+from data.pipeline.prepare import document_parts, prepare
+from data.pipeline.recipe import CleanConfig, Recipe
+from data.pipeline.steps import Signature, Words, WriteShards, chosen_filters, read_documents
 from training.settings import load_settings
 
 

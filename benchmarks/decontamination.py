@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.decontamination import Index, Settings, build_index
-from data.quickstart_corpus import quickstart_documents
-from data.readers import FileReader
-from data.sources import Document
-from data.testsets import Item, load_testset
-from data.words import hash_words
-from entrypoint import user_errors
+from cli import user_errors
+from data.corpus.quickstart_corpus import quickstart_documents
+from data.corpus.readers import FileReader
+from data.corpus.sources import Document
+from data.decontamination.index import Index, Settings, build_index
+from data.decontamination.test_sets import Item, load_testset
+from data.decontamination.words import hash_words
 
 HOSTS = ("wikipedia", "stem", "factbook")
 LENGTHS = (100, 300, 1000, 3000)  # words of a document that an item is planted in

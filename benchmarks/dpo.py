@@ -28,9 +28,9 @@ import torch
 
 from benchmarks.side_by_side import machine, wait, write
 from data import manifest
+from data.chat.pair_batches import PairLoader, Pairs
+from data.chat.preferences import PARTS
 from data.dataloader import Prefetcher
-from data.pair_batches import PairLoader, Pairs
-from data.preferences import PARTS
 from models.hf import read_hf_config, save_hf
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup

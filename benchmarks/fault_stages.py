@@ -114,16 +114,17 @@ def kill_data(lab: Lab) -> Row:
         faults = [] if lab.quick or name == "second" else downloads[:1]
         hurt_all(site, DOWNLOAD.format(name), faults)
     worker = "scripts.prepare_data" if lab.quick else "worker"
+    shard = "*tokens/*/.train-*.tmp"
     points = [
-        point("write", "*tokens/*/.train-*.tmp", "limit", size=KB, program=worker),
-        point("rename", "*store/tokens/second"),
         point("start", program="scripts.prepare_data", delay=1.5),
-        point("write", "*tokens/*/.train-*.tmp", nth=2, whom="*"),
         point("write", "*counts*", whom="*"),
-        point("rename", "*store/tokens/first", whom="*"),
+        point("write", shard, "limit", size=KB, program=worker),
+        point("write", shard, whom="*"),
         point("write", "*report.json*", "limit", size=60),
+        point("rename", "*store/tokens/first", whom="*"),
+        point("rename", "*store/tokens/second"),
     ]
-    hurt_all(site, PREPARE, points[:2] if lab.quick else points)
+    hurt_all(site, PREPARE, [points[2], points[6]] if lab.quick else points)
     found = compare_sites(site, lab.sites.reference(), "data", "documents")
     done = "8 times: download, start-up, cleaning, in a shard (a worker, all), manifests, the report"
     done = "twice: in a shard, between two sources" if lab.quick else done

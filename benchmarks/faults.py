@@ -43,9 +43,9 @@ from benchmarks.fault_runs import (
 )
 from benchmarks.fault_sites import Sites, Start, start_here
 from benchmarks.faulty_train import Action
+from cli import user_errors
 from data.dataloader import PackedDataLoader
 from data.store import open_shards
-from entrypoint import user_errors
 from files import read_object, write_json, write_text
 from training.checkpoint import step_folders
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.side_by_side import machine, modules, write
-from entrypoint import at_least, user_errors
+from cli import at_least, user_errors
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.fp8 import convert_to_fp8

@@ -1,6 +1,6 @@
-"""Tokens a second of models/generation.py and of transformers' generate on the same folder, in turns; with and without the cache.
+"""Tokens a second of inference/generation.py and of transformers' generate on the same folder, in turns; with and without the cache.
 
-bare_products: one step's matrix products alone, in torch's layout and in models/packed.py's: no step can take less.
+bare_products: one step's matrix products alone, in torch's layout and in inference/packed_weights.py's: no step can take less.
 
 python -m benchmarks.generation --checkpoint DIR --output benchmarks/results/generation.json
 """
@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from entrypoint import user_errors
-from models.generation import generate
+from cli import user_errors
+from inference.generation import generate
+from inference.packed_weights import Matrices, head, packed, plain
 from models.hf import load_hf, save_hf
 from models.nanollama import ModelConfig, NanoLlama
-from models.packed import Matrices, head, packed, plain
 
 TINY = ModelConfig(vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=4)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

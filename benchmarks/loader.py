@@ -19,11 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cli import user_errors
 from data import manifest
 from data.dataloader import PackedDataLoader, Prefetcher
 from data.packing import LongDocuments, keep_plan
 from data.shards import ShardWriter, TokenShards
-from entrypoint import user_errors
 
 VOCAB, MIX = 32_000, {"web": 0.5, "code": 0.3, "maths": 0.2}
 MEDIAN_TOKENS = {"web": 600, "code": 400, "maths": 900}  # of a document; lognormal, sigma 1.05

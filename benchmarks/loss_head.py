@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.side_by_side import machine, median_ms, peak_mb, reason, write
-from entrypoint import user_errors
+from cli import user_errors
 from models.losses import IGNORE, token_losses
 from training.fsdp_utils import DTYPES
 

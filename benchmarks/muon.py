@@ -28,17 +28,17 @@ import torch
 
 import train
 from benchmarks.side_by_side import modules
+from cli import ROOT, user_errors
 from data.manifest import read_json
 from data.shards import ShardWriter
 from data.store import DUMMY
-from entrypoint import ROOT, user_errors
 from training import setup
 from training.config import RunConfig, load
 from training.fsdp_utils import set_last_micro_batch
 from training.meter import flops_per_token
 from training.muon import newton_schulz_flops
 from training.optimizers import build_optimizer
-from training.plan import hidden_shapes, micro_batches
+from training.planning.cost import hidden_shapes, micro_batches
 
 SMALL = [  # 1.6M parameters and few tokens, so that two busy CPU cores suffice for nine runs and more
     "model.hidden_size=128",

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.chat import Chat
-from data.chat_tokenizer import save_chat_tokenizer
-from data.pair_batches import PairBatch, Pairs, make_batch
-from data.preferences import PairSource, PreferenceConfig, prepare
-from data.tokenizer import save_tokenizer, train_tokenizer
+from data.chat.pair_batches import PairBatch, Pairs, make_batch
+from data.chat.preferences import PairSource, PreferenceConfig, prepare
+from data.chat.rendering import Chat
+from data.chat.tokenizer import save_chat_tokenizer
+from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from models.hf import load_hf, save_hf
 from models.nanollama import ModelConfig, NanoLlama
 from training.preference_losses import DPOConfig, answer_logps, pair_losses, preference

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from data.chat import TRAINING_TEMPLATE
-from data.chat_tokenizer import save_chat_tokenizer
-from data.tokenizer import save_tokenizer, train_tokenizer
+from data.chat.rendering import TRAINING_TEMPLATE
+from data.chat.tokenizer import save_chat_tokenizer
+from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from models.hf import save_hf
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup

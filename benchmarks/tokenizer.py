@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data.compression import store_samples
-from data.ranks import load_tiktoken
-from data.tokenizer import Encoder, save_tokenizer, train_tokenizer
-from entrypoint import user_errors
+from cli import user_errors
+from data.tokenizers.bpe import Encoder, save_tokenizer, train_tokenizer
+from data.tokenizers.compression import store_samples
+from data.tokenizers.tiktoken_export import load_tiktoken
 
 BATCH = 256  # documents at once, as in the pipeline
 LENGTHS = {"short": (1, 1_000), "medium": (2_000, 5_000), "long": (30_000, 1_000_000)}  # characters

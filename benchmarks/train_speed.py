@@ -35,13 +35,13 @@ import numpy as np
 import torch
 
 from benchmarks.peers import CONTENDERS, Done, Work, missing
+from cli import user_errors
 from data.shards import ShardWriter
 from data.store import DUMMY
-from entrypoint import user_errors
 from training import setup
 from training.config import RunConfig, load
 from training.meter import PEAK_FLOPS, flops_per_token
-from training.plan import CONTEXT, memory
+from training.planning.cost import CONTEXT, memory
 
 GOALS = {4096: (50e3, 66e3, 78e3), 8192: (40e3, 52e3, 60e3), 16_384: (28e3, 37e3, 42e3)}  # 1.1B, one H100: floor, goal, fp8
 CONVENTION = (

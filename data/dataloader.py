@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.packing import IGNORE, LongDocuments, Rows, Source, StreamRows, make_rows
-from data.tokenizer import document_encoder
+from data.tokenizers.bpe import document_encoder
 
 BLOCK = 1000  # rows in which the mixture holds exactly; weights are honoured to 1/BLOCK
 MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (Muennighoff et al. 2023, arXiv:2305.16264)

@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.corpus.sources import sources_of
 from data.manifest import file_hash
 from data.packing import LongDocuments, Source
 from data.shards import ShardWriter, TokenShards
-from data.sources import sources_of
-from data.tokenizer import load_tokenizer, special_ids, token_bytes, vocabulary_size
+from data.tokenizers.bpe import load_tokenizer, special_ids, token_bytes, vocabulary_size
 
 DUMMY = "dummy"  # source of a store without text, and there in place of the tokenizer's hash
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from markdown_it import MarkdownIt
 
-from models.text import whole_characters
+from inference.streaming import whole_characters
 
 SCRIPT = """<script>
 {

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
-from data.trained_chat import name_of
+from data.chat.trained_chat import name_of
 from demo.markup import markdown, plain
 from demo.talk import How, Turn, Voice, in_turns
-from models.sampling import Sampling
-from models.text import whole_characters
+from inference.sampling import Sampling
+from inference.streaming import whole_characters
 
 EVERY = 0.05  # seconds between two pictures of a turn that is being said
 SHORT = 60  # characters of a tool's result that are seen without unfolding it

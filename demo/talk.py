@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.other_chats import Continuation
-from data.session import Session, Talk
-from data.tools import TOOLS
-from models.sampling import Sampling
-from models.speakers import Speaker
+from data.chat.tools import TOOLS
+from inference.chat_formats import Continuation
+from inference.chat_session import Session, Talk
+from inference.runners import Speaker
+from inference.sampling import Sampling
 
 Steps = Generator[None, None, None]
 Pieces = Generator[tuple[str, str], None, None]

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.bounded_template import BoundedTemplate
-from data.chat import neutralise
-from data.folder_templates import choose, read_templates
+from data.chat.bounded_template import BoundedTemplate
+from data.chat.folder_templates import choose, read_templates
+from data.chat.rendering import neutralise
 from evals.language_model import Words
 
 Message = dict[str, Any]

@@ -18,7 +18,7 @@ class ItemSizes(NamedTuple):
     shot: float = 0  # bytes of one solved example
 
 
-# Counted from the pinned wheels of data/evalsets.py: HellaSwag, ARC, MMLU, GSM8K, BFCL's default categories, and the sets of
+# Counted from the pinned wheels of data/decontamination/benchmarks.py: HellaSwag, ARC, MMLU, GSM8K, BFCL's default categories, and the sets of
 # eval_choice, eval_lambada, eval_open_qa and eval_code. TruthfulQA, toxicity, MT-bench and IFEval are assumed: their rows come
 # from the hub.
 TEST_SETS = {

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.folder_templates import template_files
+from data.chat.folder_templates import template_files
 from data.manifest import file_hash
 from evals.gguf_engine import GgufEngine
 from evals.harness import Scored, Write, Written
 from evals.language_model import Engine, LanguageModel, Unit, Words, constraint_of, read_json
-from models.generation import Cache, forward, generate, head
-from models.grammar import JsonConstraint
+from inference.generation import Cache, forward, generate, head
+from inference.grammar import JsonConstraint
+from inference.sampling import Sampling
 from models.hf import load_hf
 from models.nanollama import NanoLlama
-from models.sampling import Sampling
 
 HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
 MIN_SHARED, MIN_SAVED = 32, 1024  # tokens that contexts must have in common, and save together, to be computed once

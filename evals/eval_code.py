@@ -11,8 +11,8 @@ MBPP has lm-eval's three fixed examples. Like lm-eval, it does not run `test_set
 import argparse
 from typing import Any, NamedTuple
 
-from data.evalsets import describe, load_rows
-from entrypoint import add_boolean, at_least
+from cli import add_boolean, at_least
+from data.decontamination.benchmarks import describe, load_rows
 from evals.eval_choice import Row, tasks_of
 from evals.harness import Eval, Item, Judge, Score, Write
 from evals.multiple_choice import field

@@ -12,8 +12,8 @@ import argparse
 import re
 from typing import Any
 
-from data.evalsets import describe, load_rows
-from entrypoint import add_boolean, at_least
+from cli import add_boolean, at_least
+from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Eval, Item, Score, Write
 from evals.multiple_choice import Shots, field, prompt
 from evals.run import flags, main

@@ -9,7 +9,7 @@ import argparse
 import re
 from typing import Any
 
-from data.evalsets import describe, load_rows
+from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Eval, Item
 from evals.multiple_choice import Shots, best_option, field, prompt, require, texts
 from evals.run import flags, main

@@ -14,8 +14,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from data.evalsets import describe, load_rows
-from entrypoint import add_boolean, at_least
+from cli import add_boolean, at_least
+from data.decontamination.benchmarks import describe, load_rows
 from evals.chat import Chat
 from evals.harness import Estimate, Eval, Item, Sample, Score, Write, means
 from evals.instructions import INSTRUCTIONS, Tools, fault, follows, follows_loosely

@@ -10,7 +10,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from data.evalsets import describe, load_rows
+from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, means
 from evals.multiple_choice import field, require
 from evals.run import flags, main

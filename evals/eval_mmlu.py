@@ -10,7 +10,7 @@ import argparse
 from collections import defaultdict
 from typing import Any
 
-from data.evalsets import describe, load_rows
+from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Choose, Eval, Item, Score
 from evals.multiple_choice import accuracies, field, first_shots, prompt, require, texts
 from evals.run import flags, main

@@ -11,8 +11,8 @@ import argparse
 import re
 from pathlib import Path
 
-from data.evalsets import describe, load_rows, read_jsonl
-from entrypoint import at_least
+from cli import at_least
+from data.decontamination.benchmarks import describe, load_rows, read_jsonl
 from evals.chat import Chat
 from evals.harness import Eval, Item, Judge, Score, Write
 from evals.judges import endpoint, read_key

@@ -20,14 +20,14 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
-from data.evalsets import read_jsonl
-from data.gguf_tokenizer import tokenizer_folder
+from cli import at_least
+from data.decontamination.benchmarks import read_jsonl
 from data.manifest import read_json
-from entrypoint import at_least
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, Write, means
 from evals.language_model import Words
 from evals.multiple_choice import field
 from evals.run import flags, main
+from inference.gguf_tokenizer import tokenizer_folder
 
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
 NUM_TESTS = 100

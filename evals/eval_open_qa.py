@@ -13,8 +13,8 @@ import re
 import string
 from typing import Any, NamedTuple
 
-from data.evalsets import describe, load_rows
-from entrypoint import at_least
+from cli import at_least
+from data.decontamination.benchmarks import describe, load_rows
 from evals.eval_choice import Row, tasks_of
 from evals.harness import Eval, Item, Score, Write
 from evals.multiple_choice import Shots, field

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from cli import at_least, user_errors
 from data.dataloader import Batch, stream_batches
-from data.tokenizer import load_tokenizer, token_bytes
-from entrypoint import at_least, user_errors
+from data.tokenizers.bpe import load_tokenizer, token_bytes
 from evals.engines import LanguageModel, NanoLlamaEngine, check_there, load_model
 from evals.harness import Estimate, Eval, Item, Read, Sample, Score
 from evals.held_out import (

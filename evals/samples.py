@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.chat import Chat
-from models.generation import generate
+from data.chat.rendering import Chat
+from inference.generation import generate
 from models.nanollama import ModelConfig, NanoLlama
 
 

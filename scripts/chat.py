@@ -22,16 +22,16 @@ from pathlib import Path
 
 import torch
 
-from data.bounded_template import BoundedTemplate
-from data.gguf_tokenizer import TRAINED, field, file_templates, json_of, open_gguf, tokenizer_folder
-from data.other_chats import Continuation, OwnTemplate, open_chat
-from data.session import Session, Talk
-from data.trained_chat import TrainedChat, name_of, offered, parse, read_trained_chat
-from entrypoint import CommandParser, add_boolean, user_errors
+from cli import CommandParser, add_boolean, user_errors
+from data.chat.bounded_template import BoundedTemplate
+from data.chat.trained_chat import TrainedChat, name_of, offered, parse, read_trained_chat
+from inference.chat_formats import Continuation, OwnTemplate, open_chat
+from inference.chat_session import Session, Talk
+from inference.gguf_tokenizer import TRAINED, field, file_templates, json_of, open_gguf, tokenizer_folder
+from inference.llamacpp import probe
+from inference.runners import GgufSpeaker, Speaker, TorchSpeaker
+from inference.sampling import Sampling
 from models.hf import newest_step
-from models.llamacpp import probe
-from models.sampling import Sampling
-from models.speakers import GgufSpeaker, Speaker, TorchSpeaker
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not command the terminal
 STYLE = {"thought": "\033[2m", "content": "", "call": "\033[36m", "result": "\033[32m", "note": "\033[33m"}
@@ -180,8 +180,8 @@ def show(pieces: Iterator[tuple[str, str]]) -> None:
 
 
 def serve(path: Path, port: int, context: int | None, key_name: str | None, origins: list[str]) -> None:
-    """Serve a GGUF file by llama.cpp behind demo/gateway.py, until a signal ends it."""
-    from demo.gateway import Gateway, special_tokens
+    """Serve a GGUF file by llama.cpp behind inference/gateway.py, until a signal ends it."""
+    from inference.gateway import Gateway, special_tokens
 
     reader = open_gguf(path)
     special = special_tokens(reader)

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import get_token
 
-from data.sources import HUB_SOURCES, sources_of
-from entrypoint import CommandParser, user_errors
+from cli import CommandParser, user_errors
+from data.corpus.sources import HUB_SOURCES, sources_of
 from machine import cpus
 from models.nanollama import ModelConfig
 from training.config import RunConfig, load
-from training.curriculum import Plan, load_plan
 from training.fsdp_utils import ParallelConfig, compute_dtype
-from training.plan import forecast
+from training.planning.cost import forecast
+from training.planning.plan import Plan, load_plan
 
 PLAN_1B = "configs/plan_1b.yaml"
 LARGE = 1e9  # parameters from which a plan needs one GPU per rank, and LEAST_DISK_GB

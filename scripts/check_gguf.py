@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-from entrypoint import ROOT, CommandParser, at_least, user_errors
+from cli import ROOT, CommandParser, at_least, user_errors
 from evals.engines import folder_hash
-from evals.gguf_parity import compare, open_gguf, reference, table
+from export.gguf import MoeConfig, read_config
+from export.gguf_check import compare, open_gguf, reference, table
 from files import write_json, write_text
-from models.gguf import MoeConfig, read_config
+from inference.llamacpp import find_library, library
 from models.hf import newest_step
-from models.llamacpp import find_library, library
 from scripts.export_gguf import checkpoint_folder
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from entrypoint import CommandParser, user_errors
+from cli import CommandParser, user_errors
 from files import read_lines
 
 MARKS = {  # kind of event, or outcome of a gate -> (marker, colour) on the loss curve

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data.decontamination import Settings, build_index, report
-from data.scan_files import decontaminate
-from data.sources import sources_of
-from data.testsets import Item
-from entrypoint import CommandParser, add_boolean, at_least, user_errors, within
+from cli import CommandParser, add_boolean, at_least, user_errors, within
+from data.corpus.sources import sources_of
+from data.decontamination.index import Settings, build_index, report
+from data.decontamination.scan import decontaminate
+from data.decontamination.test_sets import Item
 from files import write_text
 from ranges import above
 

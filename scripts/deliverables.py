@@ -19,20 +19,20 @@ from typing import Any
 
 import yaml
 
-from data.gguf_tokenizer import read_vocabulary
+from cli import CommandParser, user_errors
 from data.manifest import file_hash
-from entrypoint import CommandParser, user_errors
 from evals.engines import folder_hash
-from evals.report import finite, leaves, measured, results_table, texts
-from evals.targets import LABELS, find
-from evals.trained import settings, training
+from evals.report.build import finite, leaves, measured, results_table, texts
+from evals.report.targets import LABELS, find
+from evals.report.trained import settings, training
+from export.gguf import read_config
 from files import read_lines, read_object, write_json, write_text
-from models.gguf import read_config
+from inference.gguf_tokenizer import read_vocabulary
 from models.hf import newest_step
 from scripts.export_gguf import target_files
 from scripts.model_card import MARK, model_card
 from training.checkpoint import identity, step_folders, step_of
-from training.curriculum import Plan, load_plan, stretches
+from training.planning.plan import Plan, load_plan, stretches
 
 LEFT_OUT = "by --skip"
 RECORD = "deliverables.json"  # sha256 of what this command wrote, by path

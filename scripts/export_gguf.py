@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.gguf_tokenizer import Vocabulary, read_vocabulary
-from entrypoint import CommandParser, at_least, user_errors
+from cli import CommandParser, at_least, user_errors
+from export.gguf import OUTTYPES, export, read_config
 from files import write_text
-from models.gguf import OUTTYPES, export, read_config
+from inference.gguf_tokenizer import Vocabulary, read_vocabulary
 from models.hf import check_model_folder, newest_step
 from scripts.model_card import MARK, lm_studio, model_card, modelfile
 

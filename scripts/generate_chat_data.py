@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cli import ROOT, CommandParser, add_boolean, user_errors
 from data import manifest
-from data import synthetic as make
-from data.quickstart_corpus import FACTBOOK
-from data.tools import WHEELS
-from entrypoint import ROOT, CommandParser, add_boolean, user_errors
+from data.chat.tools import WHEELS
+from data.corpus.quickstart_corpus import FACTBOOK
+from data.synthetic import generate as make
 from files import write_text
 
 TRAIN = {"math": 4000, "tools": 4000, "factbook": 3000, "identity": 800, "pairs": 2000}

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from torch.distributed import run
 
-from entrypoint import user_errors
+from cli import user_errors
 from torchrun_plugin import ROOT, exit_status, prepare
-from training.supervisor import DRIVER, end_with_driver
+from training.ops.supervisor import DRIVER, end_with_driver
 
 SEVERAL = ("nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "master_addr", "master_port")
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.chat_template import is_our_template
+from data.chat.template import is_our_template
 from evals.engines import folder_hash
-from evals.page import change
-from evals.report import leaves, measured
-from evals.trained import phases_of, settings, story
-from models.gguf import architecture, read_config
+from evals.report.build import leaves, measured
+from evals.report.page import change
+from evals.report.trained import phases_of, settings, story
+from export.gguf import architecture, read_config
 
 MARK = "written by scripts/export_gguf.py"
 OLLAMA = '''\

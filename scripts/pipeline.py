@@ -21,17 +21,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from entrypoint import ROOT, CommandParser, at_least, user_errors
+from cli import ROOT, CommandParser, at_least, user_errors
 from files import read_object, write_json
 from machine import cpus
 from training import setup
 from training.checkpoint import damage, identity, step_folders
-from training.curriculum import Milestone, Plan, PlanStage, Stretch, load_plan, stretches
-from training.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
 from training.logger import append_event, open_alerts
+from training.ops.supervisor import Supervisor
+from training.planning.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
+from training.planning.plan import Milestone, Plan, PlanStage, Stretch, load_plan, stretches
 from training.run_folder import locked
 from training.settings import read_yaml
-from training.supervisor import Supervisor
 
 NO_GO = 3
 

@@ -18,18 +18,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from cli import CommandParser, at_least, user_errors, within
 from data import manifest
 from data.packing import LongDocuments
 from data.shards import TokenShards
-from entrypoint import CommandParser, at_least, user_errors, within
 from evals.cost import workload
 from evals.suite import parse
 from ranges import Range, above
 from scripts import run_evals
 from training.config import RunConfig
-from training.curriculum import load_plan
-from training.eval_cost import WRITING_MFU, Tokens
-from training.plan import GPUS, check, forecast
+from training.planning.cost import GPUS, check, forecast
+from training.planning.eval_cost import WRITING_MFU, Tokens
+from training.planning.plan import load_plan
 
 HOW_TO_READ = """How to read this
   FLOPs   6 a matmul parameter and token, plus attention. PaLM's convention counts attention as if nothing were masked, the

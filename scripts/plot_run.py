@@ -5,7 +5,7 @@ python -m scripts.plot_run logs/quickstart
 
 from pathlib import Path
 
-from entrypoint import CommandParser, user_errors
+from cli import CommandParser, user_errors
 from scripts.compare_runs import open_runs, plot
 
 

@@ -7,12 +7,12 @@ python -m scripts.prepare_data --config configs/data/nanollama_1b.yaml executor.
 import os
 from pathlib import Path
 
+from cli import CommandParser, user_errors
 from data.manifest import read
-from data.prepare import prepare
-from data.recipe import Recipe
+from data.pipeline.prepare import prepare
+from data.pipeline.recipe import Recipe
+from data.pipeline.steps import read_json
 from data.shards import SPLITS, TokenShards
-from data.steps import read_json
-from entrypoint import CommandParser, user_errors
 from training.settings import load_settings
 
 

@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from entrypoint import CommandParser, add_boolean, at_least, user_errors
+from cli import CommandParser, add_boolean, at_least, user_errors
 from evals.engines import folder_hash, load_model
-from evals.report import measured
+from evals.report.build import measured
+from evals.report.targets import judged
 from evals.run import output_of, ranks
 from evals.suite import measure, parse, tell
-from evals.targets import judged
 from files import read_object, write_json
 from models.hf import newest_step
 from training.checkpoint import identity, step_folders
-from training.curriculum import Place, Plan, load_plan, places, stretches
-from training.gates import Gate, Measured, Verdict, by_name, decide, judge, reference_of
+from training.planning.gates import Gate, Measured, Verdict, by_name, decide, judge, reference_of
+from training.planning.plan import Place, Plan, load_plan, places, stretches
 from training.settings import load_settings
 
 NO_GO = 3

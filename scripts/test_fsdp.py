@@ -16,8 +16,8 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 
+from cli import CommandParser, user_errors
 from data.dataloader import Batch, Step
-from entrypoint import CommandParser, user_errors
 from models.losses import IGNORE
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup

@@ -11,13 +11,13 @@ import sys
 
 import torch
 
-from data.folder_templates import template_of
-from data.other_chats import borders, open_chat
-from data.tokenizer import load_tokenizer
-from entrypoint import CommandParser, add_boolean, at_least, user_errors
+from cli import CommandParser, add_boolean, at_least, user_errors
+from data.chat.folder_templates import template_of
+from data.tokenizers.bpe import load_tokenizer
+from inference.chat_formats import borders, open_chat
+from inference.runners import TorchSpeaker
+from inference.streaming import stream_text
 from models.hf import check_model_folder, load_hf, newest_step
-from models.speakers import TorchSpeaker
-from models.text import stream_text
 from scripts.chat import add_flags, begin, sampling_of, show, trained_context
 
 

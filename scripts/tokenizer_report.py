@@ -5,9 +5,9 @@ python -m scripts.tokenizer_report --store data/store/quickstart --against gpt2 
 
 from pathlib import Path
 
-from data.compression import report
-from data.public_tokenizers import PUBLIC
-from entrypoint import CommandParser, user_errors, within
+from cli import CommandParser, user_errors, within
+from data.tokenizers.compression import report
+from data.tokenizers.public import PUBLIC
 from files import write_json
 from ranges import above
 

@@ -5,10 +5,10 @@ python -m scripts.train_tokenizer --config configs/data/quickstart.yaml
 
 from pathlib import Path
 
-from data.prepare import train_store_tokenizer
-from data.recipe import Recipe
-from data.tokenizer import load_tokenizer
-from entrypoint import CommandParser, user_errors
+from cli import CommandParser, user_errors
+from data.pipeline.prepare import train_store_tokenizer
+from data.pipeline.recipe import Recipe
+from data.tokenizers.bpe import load_tokenizer
 from training.settings import load_settings
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from entrypoint import CommandParser, user_errors
-from evals.trained import settings
+from cli import CommandParser, user_errors
+from evals.report.trained import settings
 from models.hf import load_hf
 from training.checkpoint import damage, has_state, read_manifest, read_position, step_folders
 from training.safe_pickle import load, read_index

@@ -6,7 +6,7 @@ python -m scripts.verify_model --config configs/base_1b.yaml  # the real one, on
 
 import torch
 
-from entrypoint import CommandParser, at_least, user_errors
+from cli import CommandParser, at_least, user_errors
 from models.losses import compute_loss_with_z_penalty
 from models.nanollama import NanoLlama
 from training.config import load

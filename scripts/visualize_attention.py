@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.other_chats import borders
-from data.tokenizer import load_tokenizer
-from entrypoint import CommandParser, at_least, user_errors
+from cli import CommandParser, at_least, user_errors
+from data.tokenizers.bpe import load_tokenizer
 from evals.engines import folder_hash
+from inference.chat_formats import borders
 from models.attention import attention_mask
 from models.hf import check_model_folder, load_hf, newest_step
 from models.layers import apply_rotary

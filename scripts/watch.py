@@ -11,12 +11,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from entrypoint import CommandParser, user_errors, within
+from cli import CommandParser, user_errors, within
 from ranges import above
 from training import setup
-from training.alerts import Alerts
 from training.config import load
 from training.logger import append_event, open_alerts
+from training.ops.alerts import Alerts
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def text_store(tmp_path_factory) -> Path:
     """A store of two sources cut from Python's standard library, with a tokenizer of 384 tokens and shards."""
     from data.manifest import file_hash
-    from data.recipe import Split
+    from data.pipeline.recipe import Split
     from data.shards import ShardWriter
-    from data.tokenizer import save_tokenizer, special_ids, train_tokenizer
+    from data.tokenizers.bpe import save_tokenizer, special_ids, train_tokenizer
 
     store, split = tmp_path_factory.mktemp("store"), Split(0.1)
     documents = {name: write_documents(store, name, library(120)[half::2]) for half, name in enumerate(("first", "second"))}
@@ -60,7 +60,7 @@ def library(count: int) -> list[tuple[str, str]]:
 
 
 def write_documents(store: Path, source: str, documents: list[tuple[str, str]], parts: int = 1) -> list[tuple[str, str]]:
-    """Put documents into a store as data/ingest.py leaves them; returns them."""
+    """Put documents into a store as data/corpus/ingest.py leaves them; returns them."""
     import pyarrow
     from pyarrow import parquet
 
@@ -130,7 +130,7 @@ def tiny_config(**changes: Any) -> Any:
 
 def save_tiny(folder: Path, config: Any, store: Path) -> Path:
     """A checkpoint of that shape with random weights and the tokenizer of text_store; returns its folder."""
-    from data.tokenizer import load_tokenizer, save_tokenizer
+    from data.tokenizers.bpe import load_tokenizer, save_tokenizer
     from models.hf import save_hf
     from models.nanollama import NanoLlama
 

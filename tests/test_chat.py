@@ -12,13 +12,25 @@ import torch
 from test_model import tiny
 from transformers import AutoTokenizer
 
-from data import chat_template
-from data.chat import BOS, CHAT_TOKENS, IM_END, IM_START, PAD, TEMPLATE, TRAINING_TEMPLATE, Chat, clean, neutralise, parse
-from data.chat_tokenizer import PROBE, save_chat_tokenizer
-from data.conversations import Skipped, read_conversations
-from data.other_chats import open_chat
+from data.chat import template as chat_template
+from data.chat.conversations import Skipped, read_conversations
+from data.chat.rendering import (
+    BOS,
+    CHAT_TOKENS,
+    IM_END,
+    IM_START,
+    PAD,
+    TEMPLATE,
+    TRAINING_TEMPLATE,
+    Chat,
+    clean,
+    neutralise,
+    parse,
+)
+from data.chat.tokenizer import PROBE, save_chat_tokenizer
+from inference.chat_formats import open_chat
+from inference.runners import TorchSpeaker
 from models.hf import save_hf
-from models.speakers import TorchSpeaker
 from scripts import test_generation as generation_script
 
 PIECES = [

@@ -7,13 +7,13 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from data.recipe import Recipe
+from data.pipeline.recipe import Recipe
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import RunConfig, load, to_dict
-from training.curriculum import load_plan, stretches
-from training.gates import Gate, decide, judge
 from training.optimizers import OptimConfig
+from training.planning.gates import Gate, decide, judge
+from training.planning.plan import load_plan, stretches
 from training.schedulers import ScheduleConfig, WSDScheduler
 from training.settings import load_settings, read_yaml
 

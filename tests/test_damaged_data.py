@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from data.manifest import file_hash, keep
-from data.ranks import RANKS, SETTINGS, load_tiktoken, ranks_of, read_ranks, write_ranks
 from data.shards import ShardWriter, TokenShards
-from data.tokenizer import load_tokenizer
+from data.tokenizers.bpe import load_tokenizer
+from data.tokenizers.tiktoken_export import RANKS, SETTINGS, load_tiktoken, ranks_of, read_ranks, write_ranks
 
 
 def shards(folder: Path) -> Path:

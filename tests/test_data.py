@@ -9,12 +9,13 @@ from conftest import VOCAB, library
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
-from data import manifest, quickstart_corpus, wheels
+from data import manifest
+from data.corpus import quickstart_corpus, wheels
 from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
-from data.recipe import Split
+from data.pipeline.recipe import Split
 from data.shards import ShardWriter, TokenShards
 from data.store import open_shards, open_tokenizer
-from data.tokenizer import BOS, load_tokenizer, save_tokenizer, special_ids, token_bytes, train_tokenizer
+from data.tokenizers.bpe import BOS, load_tokenizer, save_tokenizer, special_ids, token_bytes, train_tokenizer
 from models.hf import save_hf
 from models.nanollama import ModelConfig, NanoLlama
 

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from data import decontamination, scan_files, testsets
-from data.decontamination import Hit, Index, Settings, build_index, cut, report, to_json
-from data.scan_files import decontaminate, similar_rows
-from data.testsets import Item, load_testset
-from data.words import hash_words, normalise
+from data.decontamination import index as decontamination
+from data.decontamination import scan as scan_files
+from data.decontamination import test_sets as testsets
+from data.decontamination.index import Hit, Index, Settings, build_index, cut, report, to_json
+from data.decontamination.scan import decontaminate, similar_rows
+from data.decontamination.test_sets import Item, load_testset
+from data.decontamination.words import hash_words, normalise
 
 WHEELS = ROOT / "data" / "store" / "wheels"
 QUESTION = (

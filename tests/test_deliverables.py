@@ -18,16 +18,16 @@ from tiny_plan import AFTER, DPO, SHAPE, TARGETS, build, change, put, run
 
 from data.manifest import file_hash
 from evals.engines import folder_hash
-from evals.report import measured
-from evals.targets import TIERS, cells, judged, read_targets, status, table
+from evals.report.build import measured
+from evals.report.targets import TIERS, cells, judged, read_targets, status, table
 from models import nanollama
 from models.hf import save_hf
 from models.nanollama import NanoLlama
 from scripts import deliverables, verify_checkpoint
 from scripts.run_evals import open_suite
-from training.curriculum import load_plan, stretches
-from training.gates import Gate, judge
 from training.logger import append_event
+from training.planning.gates import Gate, judge
+from training.planning.plan import load_plan, stretches
 
 PLAN_1B = ROOT / "configs" / "plan_1b.yaml"
 

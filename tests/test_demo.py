@@ -16,18 +16,18 @@ from browsing import Window, browser, foreign  # noqa: F401  (fixtures)
 from conftest import ROOT, complaint_of
 
 import demo_ui
-from data.chat import IM_END, Chat
-from data.chat_tokenizer import save_chat_tokenizer
-from data.gguf_tokenizer import read_vocabulary
-from data.tokenizer import save_tokenizer, train_tokenizer
-from data.tools import TOOLS, run_tool
+from data.chat.rendering import IM_END, Chat
+from data.chat.tokenizer import save_chat_tokenizer
+from data.chat.tools import TOOLS, run_tool
+from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from demo.page import about, build, meter
 from demo.talk import How, Turn
-from models.gguf import export
+from export.gguf import export
+from inference.gguf_tokenizer import read_vocabulary
+from inference.llamacpp import find_library
+from inference.streaming import complete
 from models.hf import load_hf, save_hf
-from models.llamacpp import find_library
 from models.nanollama import ModelConfig, NanoLlama
-from models.text import complete
 
 CONTEXT = 4096
 WATCHED = """

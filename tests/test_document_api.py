@@ -11,9 +11,9 @@ from pyarrow import parquet
 
 from data.dataloader import PackedDataLoader
 from data.packing import StreamRows
-from data.recipe import Split
+from data.pipeline.recipe import Split
 from data.shards import TokenShards
-from data.tokenizer import load_tokenizer
+from data.tokenizers.bpe import load_tokenizer
 from models.losses import compute_loss_with_z_penalty, token_losses
 from models.nanollama import ModelConfig, NanoLlama
 from scripts.decontaminate import find_contaminated_examples

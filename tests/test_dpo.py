@@ -14,7 +14,7 @@ from conftest import ROOT, one_thread, read_metrics
 from safetensors.torch import load_file, save_file
 
 from benchmarks import parity_dpo
-from data.recipe import Split
+from data.pipeline.recipe import Split
 from models.hf import load_hf
 from training import setup
 from training.preference_losses import DPOConfig, preference

@@ -11,7 +11,7 @@ from conftest import ROOT, VOCAB, complaint_of, one_thread, read_metrics, train_
 from safetensors import SafetensorError
 
 import train
-from entrypoint import user_errors
+from cli import user_errors
 from evals.run import flags
 from training.checkpoint import _checksum
 

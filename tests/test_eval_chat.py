@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from data import synthetic
-from data.chat import Chat
-from data.chat_tokenizer import save_chat_tokenizer
-from data.tokenizer import save_tokenizer, train_tokenizer
+from data.chat.rendering import Chat
+from data.chat.tokenizer import save_chat_tokenizer
+from data.synthetic import generate as synthetic
+from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from evals import eval_chat
 from evals.harness import Cache, Choose, Scored, Written, ask, results
 

@@ -15,8 +15,8 @@ from evals import eval_gsm8k, eval_needle, eval_tool_use, eval_toxicity
 from scripts import plan as plan_command
 from scripts.plan import reads, show
 from training.config import load
-from training.curriculum import Milestone, Plan, PlanPhase, load_plan
-from training.plan import GPUS, forecast
+from training.planning.cost import GPUS, forecast
+from training.planning.plan import Milestone, Plan, PlanPhase, load_plan
 
 
 @pytest.mark.parametrize("name", ["--context", "--context_length"])

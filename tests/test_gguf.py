@@ -18,20 +18,20 @@ import torch
 from conftest import ROOT, complaint_of
 from safetensors.torch import load_file, save_file
 
-import models.gguf
-from data.chat import CHAT_TOKENS, END_THOUGHT, IM_END, IM_START, START_THOUGHT, TOOL_CALL, Chat, jinja_template
-from data.chat_tokenizer import PROBE, save_chat_tokenizer
-from data.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabulary
-from data.session import Session
-from data.tools import TOOLS
+import export.gguf
+from data.chat.rendering import CHAT_TOKENS, END_THOUGHT, IM_END, IM_START, START_THOUGHT, TOOL_CALL, Chat, jinja_template
+from data.chat.tokenizer import PROBE, save_chat_tokenizer
+from data.chat.tools import TOOLS
 from evals.engines import folder_hash
-from evals.gguf_parity import FAR, MAX_KL, compare, compare_tokens, fuzz, judge, reference, table
-from models.gguf import export, k_rows, read_config, tensor_type
+from export.gguf import export, k_rows, read_config, tensor_type
+from export.gguf_check import FAR, MAX_KL, compare, compare_tokens, fuzz, judge, reference, table
+from inference.chat_session import Session
+from inference.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabulary
+from inference.llamacpp import LlamaCpp, find_library, quantise_rows
+from inference.runners import GgufSpeaker, TorchSpeaker
+from inference.sampling import Sampling
 from models.hf import load_hf, save_hf
-from models.llamacpp import LlamaCpp, find_library, quantise_rows
 from models.nanollama import ModelConfig, NanoLlama
-from models.sampling import Sampling
-from models.speakers import GgufSpeaker, TorchSpeaker
 from scripts import chat as chat_script
 from scripts import check_gguf, export_gguf
 
@@ -65,7 +65,7 @@ def folders(text_store, tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def files(folders, tmp_path_factory) -> dict[str, dict[str, Path]]:
     """All outtypes of each shape."""
-    return {name: make(folder, tmp_path_factory.mktemp("gguf"), *models.gguf.OUTTYPES) for name, folder in folders.items()}
+    return {name: make(folder, tmp_path_factory.mktemp("gguf"), *export.gguf.OUTTYPES) for name, folder in folders.items()}
 
 
 def make(folder: Path, out: Path, *outtypes: str, **how) -> dict[str, Path]:
@@ -201,7 +201,7 @@ def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(exper
 
     shape = {"num_experts": experts, "num_experts_per_tok": 2, "hidden_size": width, "moe_intermediate_size": inner}
     folder = moe_folder(tmp_path / "moe", text_store, **shape)
-    written = make(folder, tmp_path / "out", *models.gguf.OUTTYPES)
+    written = make(folder, tmp_path / "out", *export.gguf.OUTTYPES)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = Chat.from_folder(folder).tokenizer.encode(TEXT).ids[:200]
     with torch.no_grad():
@@ -253,7 +253,7 @@ def test_without_llama_cpp_libgguf_writes_the_same_file(folders, files, tmp_path
     def missing():
         raise ValueError("none")
 
-    monkeypatch.setattr("models.llamacpp.library", missing)
+    monkeypatch.setattr("inference.llamacpp.library", missing)
     assert k_rows() is not quantise_rows
     assert make(folders["dense"], tmp_path, "q4_k_m")["q4_k_m"].read_bytes() == files["dense"]["q4_k_m"].read_bytes()
 
@@ -287,7 +287,7 @@ def test_what_the_check_is_there_for_is_found(folders, tmp_path, monkeypatch):
     export(folders["dense"], {"f16": tmp_path / "words.gguf"}, wrong.put, "m")
     row = compare(tmp_path / "words.gguf", ref, threads=1)
     assert row["verdict"] == "wrong" and row["tokenizer"]["mismatches"] > 20 and row["max_error"] < 0.02
-    monkeypatch.setattr(models.gguf, "permute", lambda weight, heads: weight)
+    monkeypatch.setattr(export.gguf, "permute", lambda weight, heads: weight)
     path = make(folders["dense"], tmp_path / "turned", "f16")["f16"]
     row = compare(path, ref, threads=1)
     assert row["verdict"] == "wrong" and row["max_error"] > 0.1 and row["weight_error"]["F16"] > 0.5
@@ -472,7 +472,7 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(folders, tm
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(models.gguf, "quantise", full)
+    monkeypatch.setattr(export.gguf, "quantise", full)
     assert "No space left" in failed(good)
 
 

@@ -13,10 +13,10 @@ import torch
 from conftest import ROOT, complaint_of, save_tiny, tiny_config
 
 from data.dataloader import validation_batches
-from data.evalsets import stream_jsonl
+from data.decontamination.benchmarks import stream_jsonl
 from data.packing import StreamRows
 from data.shards import TokenShards
-from data.tokenizer import load_tokenizer, token_bytes
+from data.tokenizers.bpe import load_tokenizer, token_bytes
 from evals import eval_perplexity, held_out, progress
 from evals.engines import load_model
 from evals.eval_perplexity import perplexity
@@ -220,7 +220,7 @@ def test_progress_is_lines_in_a_log_file_and_a_bar_on_a_terminal(run, monkeypatc
     _, _, err = run("--tokens", "2560")
     assert sum(line.startswith("pg19: ") for line in err.splitlines()) > 9
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("entrypoint.outlive_readers", lambda: None)
+    monkeypatch.setattr("cli.outlive_readers", lambda: None)
     _, _, err = run("--tokens", "2560")
     assert "\r" in err and "40/40" in err
 

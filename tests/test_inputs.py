@@ -14,18 +14,20 @@ from conftest import complaint_of, read_metrics, train_here
 from datatrove.data import Document as StepDocument
 
 import scripts.download_data as download
-from data import local_files, manifest, readers, steps
-from data.conversations import read_conversations, read_rows
-from data.ingest import ingest, open_reader, source_name
-from data.local_files import BLOCK, blocks, find_files, list_files, read_lines
-from data.preferences import PairSource, PreferenceConfig
-from data.preferences import _check as check_pairs
-from data.readers import FileReader, Skipped
-from data.scan_files import _files
-from data.sft import ChatConfig, ChatSource, _check_limit
+from data import manifest
+from data.chat.conversations import read_conversations, read_rows
+from data.chat.preferences import PairSource, PreferenceConfig
+from data.chat.preferences import _check as check_pairs
+from data.chat.sft import ChatConfig, ChatSource, _check_limit
+from data.corpus import local_files, readers
+from data.corpus.ingest import ingest, open_reader, source_name
+from data.corpus.local_files import BLOCK, blocks, find_files, list_files, read_lines
+from data.corpus.readers import FileReader, Skipped
+from data.corpus.sources import Document, hub_files
+from data.decontamination.scan import _files
+from data.pipeline import steps
 from data.shards import ShardWriter
-from data.sources import Document, hub_files
-from data.tokenizer import MAX_PIECE, _cut_long_pieces, train_tokenizer
+from data.tokenizers.bpe import MAX_PIECE, _cut_long_pieces, train_tokenizer
 
 ROWS = [{"id": f"d{i}", "text": f"The quick brown fox number {i} jumps over the lazy dog."} for i in range(300)]
 

@@ -191,7 +191,7 @@ def test_a_terminal_that_is_closed(settings, tmp_path, nohup):
 
 GUARDED = """
 import os, subprocess, sys
-from entrypoint import user_errors
+from cli import user_errors
 print("before")
 with user_errors():
     for number in range(9):
@@ -217,14 +217,14 @@ def test_print_libraries_children_and_the_flush_at_exit_outlive_the_reader(strea
 def test_output_that_is_not_buffered_stays_so(monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     said = "print('out'), print('err', file=sys.stderr), os.kill(os.getpid(), 9)"
-    code = f"import os, sys\nfrom entrypoint import user_errors\nwith user_errors(): {said}"
+    code = f"import os, sys\nfrom cli import user_errors\nwith user_errors(): {said}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
 
 
 def test_a_full_disk_behind_stdout_is_still_an_error():
     with open("/dev/full", "w") as full:
-        code = "from entrypoint import user_errors\nwith user_errors(): print('x', flush=True)"
+        code = "from cli import user_errors\nwith user_errors(): print('x', flush=True)"
         streams = {"stdout": full, "stderr": subprocess.PIPE}
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, **streams)
     assert done.returncode != 0 and b"No space left on device" in done.stderr

@@ -20,10 +20,10 @@ from conftest import ROOT
 from files import read_lines
 from scripts.compare_runs import main as compare
 from scripts.compare_runs import open_runs, table
-from training import alerts
-from training.alerts import AlertConfig, Alerts, EmailConfig
 from training.config import load, to_dict
 from training.logger import Log, LogConfig, append_event
+from training.ops import alerts
+from training.ops.alerts import AlertConfig, Alerts, EmailConfig
 
 ROW = {"step": 1, "phase": "p", "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 3.0, "end": 2}
 

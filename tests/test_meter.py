@@ -10,7 +10,7 @@ from training.config import load
 from training.loop import train
 from training.meter import Meter, flops_per_token
 from training.objectives import next_token
-from training.profiling import dry_run
+from training.ops.profiling import dry_run
 
 DATA, COMPUTE, UPDATE, VALIDATION, SAVE, LOGGING = 3.0, 5.0, 0.5, 100.0, 1000.0, 10_000.0  # seconds a step
 STEPS, TOKENS = 4, 4 * 16

@@ -12,13 +12,13 @@ from conftest import ROOT, complaint_of, one_thread
 import train
 import train_dpo
 import train_sft
-from data.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
+from data.corpus.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
 from data.store import open_shards
 from models.nanollama import OTHER_NAMES, ModelConfig
 from scripts import check_env, download_data
 from training.aliases import DATA_MIXES, NEW_NAMES, NOTES, RENAMED, _settings
 from training.config import RunConfig, load
-from training.curriculum import Plan
+from training.planning.plan import Plan
 from training.settings import load_settings, read_yaml
 
 KINDS = (train_sft.SFTConfig, train_dpo.PreferenceRun)
@@ -199,7 +199,7 @@ def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatc
 
     done = said("-m", "scripts.prepare_data", "--config", "configs/data/quickstart.yaml")
     assert "/data/store/quickstart/tokenizer holds no tokenizer.json" in done.stderr, done.stderr
-    assert said("-c", "import data.sources, train, tuning").returncode == 0
+    assert said("-c", "import data.corpus.sources, train, training.tuning").returncode == 0
     quickstart = ["--config", "configs/quickstart/base.yaml"]
     for launcher in ([str(ROOT / "train.py")], ["-m", "scripts.launch", "train.py"]):
         done = said(*launcher, *quickstart)

@@ -18,10 +18,10 @@ from conftest import ROOT, VOCAB, command, one_thread, read_metrics, train_here
 from test_training import losses, same_state, wait_for, wait_for_a_step
 
 from models.nanollama import NanoLlama, TransformerBlock
-from training import profiling
 from training.config import load
 from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
-from training.hangs import LOST, Watch, leave_if_lost
+from training.ops import profiling
+from training.ops.watchdog import LOST, Watch, leave_if_lost
 
 STEPS = 12
 
@@ -211,8 +211,8 @@ def test_the_cause_is_who_is_gone_else_who_is_behind_else_what_is_between():
 
 
 def test_a_lost_connection_is_told_from_other_errors(monkeypatch, capsys):
-    monkeypatch.setattr("training.hangs.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("training.hangs.os._exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
+    monkeypatch.setattr("training.ops.watchdog.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("training.ops.watchdog.os._exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
     for error in (RuntimeError("shape mismatch"), ValueError("Timed out"), torch.OutOfMemoryError("CUDA out of memory")):
         leave_if_lost(error, 0)
     with pytest.raises(SystemExit, match=str(LOST)):

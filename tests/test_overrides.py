@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from data.recipe import Recipe
+from data.pipeline.recipe import Recipe
 from training.settings import load_settings, read_yaml
 
 

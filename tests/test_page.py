@@ -13,7 +13,7 @@ from browsing import Window, asked_by_page, browser, foreign  # noqa: F401  (fix
 import demo_ui
 from demo.page import build
 from demo.talk import How, Turn
-from evals import page as evals_page
+from evals.report import page as evals_page
 
 
 class Scripted:

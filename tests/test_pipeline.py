@@ -18,9 +18,9 @@ from conftest import ROOT, read_metrics
 
 import train
 from scripts import pipeline
-from training import supervisor
-from training.gates import Gate, by_name, judge
 from training.logger import Log
+from training.ops import supervisor
+from training.planning.gates import Gate, by_name, judge
 
 TUNING = "cp -r {checkpoint}/. checkpoints/tiny/tuned/step_1"
 MEASURE = """

@@ -26,13 +26,12 @@ from data.store import open_shards
 from models.losses import compute_loss_with_z_penalty
 from models.nanollama import ModelConfig, NanoLlama
 from scripts.plan import readable, show
-from training import plan as planner
 from training.config import DataConfig, RunConfig, load, to_dict
-from training.curriculum import Plan, PlanPhase, load_plan
 from training.fsdp_utils import ParallelConfig, _keep_matmuls, set_last_micro_batch, wrap_model_fsdp
 from training.meter import flops_per_token
 from training.optimizers import OptimConfig, build_optimizer
-from training.plan import (
+from training.planning import cost as planner
+from training.planning.cost import (
     GPUS,
     activation_bytes,
     check,
@@ -44,6 +43,7 @@ from training.plan import (
     sharded_bytes,
     what_fits,
 )
+from training.planning.plan import Plan, PlanPhase, load_plan
 
 SMALL = ModelConfig(  # no two widths are equal, and 3 ranks do not divide them
     vocab_size=2000,

@@ -13,12 +13,12 @@ import yaml
 from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
+from evals.report.targets import markdown, read_targets, table
 from evals.suite import parse as parse_suite
-from evals.targets import markdown, read_targets, table
 from scripts.run_evals import open_suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
-from training.curriculum import Plan, load_plan
+from training.planning.plan import Plan, load_plan
 from training.settings import load_settings
 
 PLANS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if re.search(r"^phases:", path.read_text(), re.M))

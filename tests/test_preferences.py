@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from benchmarks import parity_dpo
-from data.chat import Chat
-from data.chat_tokenizer import save_chat_tokenizer
+from data.chat.pair_batches import HeldOutPairs, PairLoader, Pairs, lay_out, make_batch
+from data.chat.preferences import Dropped, PairSource, PreferenceConfig, clean_pair, parse_hh, parse_messages, prepare
+from data.chat.rendering import Chat
+from data.chat.tokenizer import save_chat_tokenizer
 from data.packing import IGNORE
-from data.pair_batches import HeldOutPairs, PairLoader, Pairs, lay_out, make_batch
-from data.preferences import Dropped, PairSource, PreferenceConfig, clean_pair, parse_hh, parse_messages, prepare
-from data.tokenizer import save_tokenizer, train_tokenizer
+from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from models.hf import load_hf
 from training.preference_losses import answer_logps
 

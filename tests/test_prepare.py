@@ -21,11 +21,11 @@ from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.formatters import PIIFormatter
 
-from data.prepare import prepare, train_store_tokenizer
-from data.recipe import Recipe, Split
+from data.pipeline.prepare import prepare, train_store_tokenizer
+from data.pipeline.recipe import Recipe, Split
+from data.pipeline.steps import ChooseDuplicates, Mask, Signature
 from data.shards import TokenShards
-from data.steps import ChooseDuplicates, Mask, Signature
-from data.tokenizer import load_tokenizer, special_ids
+from data.tokenizers.bpe import load_tokenizer, special_ids
 from training.settings import load_settings
 
 ITEM = (
@@ -265,7 +265,7 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
 def test_a_full_disk_stops_it_and_nothing_half_written_is_taken_for_whole(done, tmp_path, monkeypatch):
     import errno
 
-    from data import steps
+    from data.pipeline import steps
 
     path, _ = make_store(tmp_path)
     recipe = load_settings(Recipe, path)

@@ -14,10 +14,10 @@ import torch
 import yaml
 from conftest import ROOT
 
+from cli import PORT, at_least, within
 from data.manifest import read_json
-from data.recipe import Recipe
-from entrypoint import PORT, at_least, within
-from evals.targets import read_targets
+from data.pipeline.recipe import Recipe
+from evals.report.targets import read_targets
 from models.hf import load_hf, read_hf_config, save_hf, weight_files
 from models.nanollama import ModelConfig, NanoLlama
 from ranges import Filled, Range, above, check, check_fields, hints, shown
@@ -25,8 +25,8 @@ from scripts.run_evals import Suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import RunConfig
-from training.curriculum import Plan
-from training.gates import Gate
+from training.planning.gates import Gate
+from training.planning.plan import Plan
 from training.settings import load_settings, read_yaml
 from yaml_file import MAX_BYTES, parse_yaml
 
@@ -409,7 +409,7 @@ CHECKED_LATER = {  # flags of a plain number: (file or None for any, flag) -> wh
     **{("scripts/chat.py", flag): "the command, in a sentence" for flag in ("--context", "--max_new_tokens", "--serve")},
     (None, "--seed"): "any integer will do",
 }
-WITH_CONFIG = ("train.py", "tuning.py", "train_dpo.py")
+WITH_CONFIG = ("train.py", "training/tuning.py", "train_dpo.py")
 
 
 def plain_numbers(path: str) -> list[str]:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from conftest import ROOT, VOCAB, save_tiny, tiny_config
 
-from evals import eval_needle, page, report, trained
+from evals import eval_needle
 from evals.engines import folder_hash
+from evals.report import build as report
+from evals.report import page, trained
 from models.hf import load_hf
 from scripts import visualize_attention
 

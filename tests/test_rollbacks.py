@@ -10,8 +10,8 @@ from test_faults import equal, events, places, weights
 import train
 from training.checkpoint import Checkpoints, read_manifest, read_position, step_folders
 from training.config import load
-from training.curriculum import load_plan
 from training.logger import Log
+from training.planning.plan import load_plan
 
 CONFIG = ROOT / "configs" / "test_mode.yaml"
 

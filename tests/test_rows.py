@@ -8,17 +8,17 @@ from argparse import Namespace
 import pytest
 from transformers import AutoTokenizer
 
-from data.chat import TRAINING_TEMPLATE, Chat
-from data.chat_tokenizer import save_chat_tokenizer
-from data.conversations import Skipped, read_conversations
-from data.messages import FLAGS, MEDIA, REFUSED, THOUGHTS, read_message
-from data.pair_batches import Pairs
-from data.preferences import PairSource, PreferenceConfig
-from data.preferences import describe as describe_pairs
-from data.preferences import prepare as prepare_pairs
-from data.sft import ChatConfig, ChatSource, Conversations, describe
-from data.sft import prepare as prepare_sft
-from data.tokenizer import save_tokenizer, train_tokenizer
+from data.chat.conversations import Skipped, read_conversations
+from data.chat.messages import FLAGS, MEDIA, REFUSED, THOUGHTS, read_message
+from data.chat.pair_batches import Pairs
+from data.chat.preferences import PairSource, PreferenceConfig
+from data.chat.preferences import describe as describe_pairs
+from data.chat.preferences import prepare as prepare_pairs
+from data.chat.rendering import TRAINING_TEMPLATE, Chat
+from data.chat.sft import ChatConfig, ChatSource, Conversations, describe
+from data.chat.sft import prepare as prepare_sft
+from data.chat.tokenizer import save_chat_tokenizer
+from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from evals import eval_chat
 
 

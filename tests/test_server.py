@@ -20,16 +20,16 @@ import pytest
 import torch
 from conftest import ROOT, complaint_of, tiny_config
 
-from data.chat import IM_END, IM_START, MARKERS, Chat, neutralise
-from data.chat_tokenizer import save_chat_tokenizer
-from data.gguf_tokenizer import open_gguf, read_vocabulary
-from data.session import Session
-from data.tools import TOOLS
-from demo import gateway
-from demo.gateway import MAX_BODY, Gateway, clean_request, special_tokens
-from models.gguf import export
+from data.chat.rendering import IM_END, IM_START, MARKERS, Chat, neutralise
+from data.chat.tokenizer import save_chat_tokenizer
+from data.chat.tools import TOOLS
+from export.gguf import export
+from inference import gateway
+from inference.chat_session import Session
+from inference.gateway import MAX_BODY, Gateway, clean_request, special_tokens
+from inference.gguf_tokenizer import open_gguf, read_vocabulary
+from inference.llamacpp import find_library
 from models.hf import save_hf
-from models.llamacpp import find_library
 from models.nanollama import NanoLlama
 from scripts import chat as chat_script
 

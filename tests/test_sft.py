@@ -13,17 +13,17 @@ from conftest import ROOT, one_thread, read_metrics
 
 import train_sft
 from benchmarks import parity_sft
-from data.chat import Chat
-from data.chat_tokenizer import save_chat_tokenizer
+from data.chat.rendering import Chat
+from data.chat.sft import ChatConfig, ChatSource, Conversations, prepare
+from data.chat.tokenizer import save_chat_tokenizer
 from data.dataloader import PackedDataLoader
 from data.packing import IGNORE
-from data.sft import ChatConfig, ChatSource, Conversations, prepare
 from models.hf import load_hf, read_hf_config
 from training import setup
 from training.objectives import neftune_noise, next_token, with_neftune
 from training.schedulers import ScheduleConfig, WSDScheduler
 from training.settings import load_settings
-from tuning import TuningRun
+from training.tuning import TuningRun
 
 
 @pytest.fixture(scope="module")

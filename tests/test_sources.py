@@ -18,12 +18,13 @@ import zstandard
 from conftest import ROOT
 from hub import local_hub
 
-from data import fineweb10b, manifest, quickstart_corpus
-from data.ingest import PROGRESS, ingest, open_reader, recorded_inputs
-from data.readers import CorpusReader, FileReader, HubReader, hub_complaint
-from data.sources import HUB_SOURCES, Document, HubSource
-from data.stem import is_stem
-from data.wheels import fetch_wheel
+from data import manifest
+from data.corpus import fineweb10b, quickstart_corpus
+from data.corpus.ingest import PROGRESS, ingest, open_reader, recorded_inputs
+from data.corpus.readers import CorpusReader, FileReader, HubReader, hub_complaint
+from data.corpus.sources import HUB_SOURCES, Document, HubSource
+from data.corpus.stem_filter import is_stem
+from data.corpus.wheels import fetch_wheel
 
 WHEELS = ROOT / "data" / "store" / "wheels"
 TEXTS = [f"Document {i}. " + f"The quick brown fox number {i} jumps. " * (1 + i % 23) for i in range(300)]
@@ -72,8 +73,8 @@ KILLED = """
 import json, os, pyarrow.dataset, pyarrow.parquet, signal, sys
 from pathlib import Path
 from data import ingest
-from data.readers import FileReader, HubReader
-from data.sources import HubSource
+from data.corpus.readers import FileReader, HubReader
+from data.corpus.sources import HubSource
 
 kind, where, store, moments, *budget = sys.argv[1:]
 if kind == "hub":

@@ -20,14 +20,15 @@ from data.dataloader import Batch, Prefetcher, Step
 from models.hf import read_hf_config
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
-from training import meter, profiling, setup
+from training import meter, setup
 from training.config import RunConfig, load, to_dict
-from training.curriculum import load_plan, stretches
 from training.guard import StepFlags
-from training.hangs import COMPUTES, READS
 from training.logger import Log
 from training.loop import reduce, train
 from training.objectives import next_token
+from training.ops import profiling
+from training.ops.watchdog import COMPUTES, READS
+from training.planning.plan import load_plan, stretches
 from training.preference_losses import DPOConfig, preference
 from training.schedulers import Schedule, run_schedules, theta_at
 from training.settings import load_settings
@@ -156,7 +157,7 @@ def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(settings, tmp_pa
 
 def test_no_call_that_changes_a_run_hides_in_a_text():
     acts = {"restore_or_init", "train", "run_phase", "load_state", "claim", "build", "save", "go_back", "on_main"}
-    for path in [*ROOT.glob("train*.py"), ROOT / "tuning.py", *(ROOT / "training").glob("*.py")]:
+    for path in [*ROOT.glob("train*.py"), ROOT / "training/tuning.py", *(ROOT / "training").glob("*.py")]:
         texts = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.JoinedStr)]
         calls = [ast.unparse(n.func) for text in texts for n in ast.walk(text) if isinstance(n, ast.Call)]
         assert not {call.rpartition(".")[2] for call in calls} & acts, path

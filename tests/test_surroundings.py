@@ -23,9 +23,9 @@ import machine
 import train
 import train_dpo
 import train_sft
+from cli import user_errors
 from data import manifest
-from data.chat_tokenizer import keep_chat_tokenizer
-from entrypoint import user_errors
+from data.chat.tokenizer import keep_chat_tokenizer
 from files import is_full, read_lines, sweep, temporary, write_json
 from training import setup
 from training.guard import Faults
@@ -97,7 +97,7 @@ def test_a_really_full_disk_ends_training_in_one_sentence(settings, disk, quota,
 
 def test_libraries_that_report_a_full_disk_in_words_are_understood(disk, tmp_path, text_store, capfd):
     """numpy, safetensors, tokenizers and torch's container, each by its own error; other errors keep their traceback."""
-    from data.tokenizer import load_tokenizer
+    from data.tokenizers.bpe import load_tokenizer
 
     tokenizer, big = load_tokenizer(text_store / "tokenizer"), torch.zeros(1 << 20)
     writers = {
@@ -317,7 +317,7 @@ def test_a_wandb_that_cannot_be_used_is_a_sentence_before_the_model(settings, tm
 
 @pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed; pip install -r requirements.txt")
 def test_the_real_wandb_without_a_key_and_offline(tmp_path):
-    code = "from training.logger import LogConfig, log_in\nfrom entrypoint import user_errors\n"
+    code = "from training.logger import LogConfig, log_in\nfrom cli import user_errors\n"
     code += "with user_errors(): log_in(LogConfig(wandb_project='x')); print('ready')"
     known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     for more, status in (({}, 2), ({"WANDB_MODE": "offline"}, 0)):
@@ -447,7 +447,7 @@ def test_what_a_killed_preparation_leaves_is_swept_by_the_next_one(tmp_path, tex
 DRIVER = """
 import os, sys
 from pathlib import Path
-from training.supervisor import Supervisor
+from training.ops.supervisor import Supervisor
 Supervisor(Path(sys.argv[1]), 0, print).run(sys.argv[2:], os.environ)
 """
 
@@ -535,7 +535,7 @@ def test_files_and_output_are_the_same_in_every_locale(name, locales, chats, tmp
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "gb18030", "utf-8"])
 def test_printing_never_fails_on_a_character(encoding):
     """PYTHONIOENCODING and half a character: what the output cannot hold is escaped."""
-    code = f"from entrypoint import user_errors\nwith user_errors(): print({TEXT!r}, chr(0xD83D))"
+    code = f"from cli import user_errors\nwith user_errors(): print({TEXT!r}, chr(0xD83D))"
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=env)
     assert done.returncode == 0 and b"\\ud83d" in done.stdout, done.stderr

@@ -15,13 +15,13 @@ from itertools import pairwise
 import pytest
 from conftest import ROOT
 
-from data import synthetic
-from data.factbook import ATTRIBUTES, Country, article
-from data.questions import held_out
-from data.questions_math import STORIES
-from data.quickstart_corpus import FACTBOOK
-from data.synthetic import answer_of, is_right
-from data.tools import TOOLS, run_tool
+from data.chat.factbook import ATTRIBUTES, Country, article
+from data.chat.tools import TOOLS, run_tool
+from data.corpus.quickstart_corpus import FACTBOOK
+from data.synthetic import generate as synthetic
+from data.synthetic.generate import answer_of, is_right
+from data.synthetic.mathematics import STORIES
+from data.synthetic.questions import held_out
 
 COUNTRIES = {
     **{
@@ -54,7 +54,7 @@ KINDS = {
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
     """Facts without a download."""
-    for module in ("data.tools", "data.synthetic"):
+    for module in ("data.chat.tools", "data.synthetic.generate"):
         monkeypatch.setattr(f"{module}.load_countries", lambda wheels, download=True: COUNTRIES)
 
 

@@ -11,16 +11,16 @@ from conftest import save_tiny, tiny_config
 from gguf import GGUFReader
 from transformers import AutoTokenizer
 
-from data import synthetic
-from data.chat import Chat
-from data.chat_template import jinja_template
-from data.chat_tokenizer import save_chat_tokenizer
-from data.folder_templates import choose, read_templates, template_of
-from data.gguf_tokenizer import tokenizer_folder
-from data.other_chats import Continuation, OwnTemplate, open_chat
+from data.chat.folder_templates import choose, read_templates, template_of
+from data.chat.rendering import Chat
+from data.chat.template import jinja_template
+from data.chat.tokenizer import save_chat_tokenizer
+from data.synthetic import generate as synthetic
 from evals import eval_chat
 from evals.chat import Chat as OtherChat
 from evals.engines import folder_hash
+from inference.chat_formats import Continuation, OwnTemplate, open_chat
+from inference.gguf_tokenizer import tokenizer_folder
 from scripts import export_gguf
 
 OWN = (

@@ -24,7 +24,7 @@ from conftest import ROOT, read_metrics
 from miniature import Command, build, small, table_commands
 
 from scripts import pipeline
-from training import supervisor
+from training.ops import supervisor
 
 RUN, LOGS, RESULTS = "nanollama_1b", Path("logs/nanollama_1b"), Path("results/nanollama_1b")
 DOCUMENT = (ROOT / "docs" / "timeline.md").read_text()

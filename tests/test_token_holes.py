@@ -6,15 +6,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from data.chat import CHAT_TOKENS, Chat
-from data.chat_tokenizer import save_chat_tokenizer
-from data.gguf_tokenizer import NORMAL, UNUSED, build_tokenizer, read_vocabulary
-from data.tokenizer import load_tokenizer, token_bytes, train_tokenizer, vocabulary_size
+from data.chat.rendering import CHAT_TOKENS, Chat
+from data.chat.tokenizer import save_chat_tokenizer
+from data.tokenizers.bpe import load_tokenizer, token_bytes, train_tokenizer, vocabulary_size
+from inference.gguf_tokenizer import NORMAL, UNUSED, build_tokenizer, read_vocabulary
 from models.hf import load_weights, save_hf
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.reference import build_reference
-from tuning import take_base
+from training.tuning import take_base
 
 
 def tokenizer_with(change) -> str:

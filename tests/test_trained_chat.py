@@ -13,14 +13,14 @@ from test_dpo import settings as dpo_settings
 import demo_ui
 import train_sft
 from benchmarks import parity_dpo
-from data import synthetic
-from data.chat_tokenizer import save_chat_tokenizer
-from data.gguf_tokenizer import read_vocabulary, tokenizer_folder
+from data.chat.tokenizer import save_chat_tokenizer
+from data.chat.tools import TOOLS
+from data.chat.trained_chat import KEY, TrainedChat, name_of, offered, read_trained_chat, record
 from data.manifest import read_json
-from data.tools import TOOLS
-from data.trained_chat import KEY, TrainedChat, name_of, offered, read_trained_chat, record
+from data.synthetic import generate as synthetic
 from demo.page import tools_label
-from models.gguf import export, read_config
+from export.gguf import export, read_config
+from inference.gguf_tokenizer import read_vocabulary, tokenizer_folder
 from scripts import chat
 from training import setup
 from training.settings import load_settings

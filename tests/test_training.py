@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.tokenizer import load_tokenizer
+from data.tokenizers.bpe import load_tokenizer
 from models.hf import load_hf
 from models.nanollama import TransformerBlock
 

@@ -15,10 +15,10 @@ import torch
 import yaml
 from conftest import VOCAB, library, save_tiny, tiny_config
 
-from data.chat_tokenizer import save_chat_tokenizer
+from data.chat.tokenizer import save_chat_tokenizer
 from data.manifest import file_hash
 from data.shards import ShardWriter
-from data.tokenizer import load_tokenizer
+from data.tokenizers.bpe import load_tokenizer
 from evals.engines import folder_hash
 from models.hf import save_hf
 from models.nanollama import NanoLlama

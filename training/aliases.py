@@ -91,7 +91,7 @@ NOTES = {  # of a setting, or of one of its other names, where unit or values di
     "log.alerts.slack_webhook": "the NAME of an environment variable",
 }
 
-DATA_MIXES = {  # data sets by the names of data/sources.py, as data.mix
+DATA_MIXES = {  # data sets by the names of data/corpus/sources.py, as data.mix
     "fineweb_edu": "{fineweb_edu: 1.0}",
     "pg19_and_stack_mixed": "{pg19: 0.5, the_stack_python: 0.5}",
     "gold_sources_mixed": "{open_web_math: 0.34, stackexchange: 0.33, stem_wiki: 0.33}",

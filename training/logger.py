@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from files import read_lines, write_text
 from ranges import PositiveInt, check_fields
-from training.alerts import AlertConfig, Alerts
+from training.ops.alerts import AlertConfig, Alerts
 
 MARKDOWN = "training_log.md"
 

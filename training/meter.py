@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from models.nanollama import ModelConfig
 from training.config import RunConfig
-from training.hangs import COMPUTES, READS, Watch
+from training.ops.watchdog import COMPUTES, READS, Watch
 
 PEAK_FLOPS = {  # dense bf16, per GPU; the first name that is in the device's counts
     "H100 PCIe": 756e12,

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from files import FULL, is_full, no_room
-from training import profiling, setup
+from training import setup
 from training.checkpoint import Checkpoints
 from training.config import RunConfig
 from training.distributed import on_main
@@ -20,6 +20,7 @@ from training.fsdp_utils import compute_dtype
 from training.logger import Log, held_out_text
 from training.loop import Evaluate, MakeSchedules, train, validate
 from training.objectives import Objective
+from training.ops import profiling
 from training.run_folder import claim, locked
 from training.schedulers import run_schedules
 from training.startup import NO_GO

@@ -29,11 +29,11 @@ from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.distributed import on_main
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
 from training.guard import Faults
-from training.hangs import leave_if_lost
+from training.ops.supervisor import end_with_launcher
+from training.ops.watchdog import leave_if_lost
 from training.optimizers import build_optimizer
 from training.schedulers import ScheduleConfig, WSDScheduler, theta_at
 from training.state import State
-from training.supervisor import end_with_launcher
 from yaml_file import read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +67,7 @@ def ranks() -> Iterator[torch.device]:
             raise ValueError(f"rank {local} has no GPU: torchrun started more ranks than {torch.cuda.device_count()} GPUs")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows of changing length fragment it
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # a rank whose peer is gone ends instead of waiting
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # Flight Recorder, read by training/hangs.py
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # Flight Recorder, read by training/ops/watchdog.py
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from conftest import VOCAB, library, save_tiny, tiny_config, write_documents
 
-from data.chat_tokenizer import save_chat_tokenizer
-from data.tokenizer import save_tokenizer, train_tokenizer
+from data.chat.tokenizer import save_chat_tokenizer
+from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 
 Files = Mapping[str, bytes]
 

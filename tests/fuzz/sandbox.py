@@ -20,7 +20,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, example, given, settings
 
-from entrypoint import user_errors
+from cli import user_errors
 
 INPUTS = int(os.environ.get("FUZZ_INPUTS", "2000"))  # of all fuzzers together
 SECONDS = 10  # that an input may take

@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT
 from hypothesis import strategies as st
 
-from data.recipe import Recipe
+from data.pipeline.recipe import Recipe
 from fuzz.mutate import EXTREMES, LEAVES, byte_changes, change_bytes, change_json, dump, json_changes, paths_of
 from fuzz.sandbox import fuzz
 from scripts.plan import readable, reads, show
@@ -18,8 +18,8 @@ from scripts.run_evals import Suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import RunConfig, to_dict
-from training.curriculum import Plan
-from training.plan import forecast, memory
+from training.planning.cost import forecast, memory
+from training.planning.plan import Plan
 from training.schedulers import WSDScheduler
 from training.settings import load_settings
 

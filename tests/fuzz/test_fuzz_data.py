@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from data.manifest import keep
 from data.packing import keep_plan
-from data.prepare import document_parts, is_whole
-from data.recipe import CleanConfig, Recipe
+from data.pipeline.prepare import document_parts, is_whole
+from data.pipeline.recipe import CleanConfig, Recipe
+from data.pipeline.steps import ReadParts
 from data.shards import ShardWriter, TokenShards
-from data.steps import ReadParts
 from fuzz.bases import Files, document_files, files_of, write_files
 from fuzz.mutate import Change, change_folder, folder_changes
 from fuzz.sandbox import fuzz

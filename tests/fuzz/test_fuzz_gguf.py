@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from data import gguf_tokenizer
-from data.gguf_tokenizer import open_gguf, read_vocabulary, tokenizer_folder
-from data.tokenizer import load_tokenizer
+from data.tokenizers.bpe import load_tokenizer
+from export.gguf import export
 from fuzz.bases import chat_files, write_files
 from fuzz.mutate import EXTREMES, Change, byte_changes, change_bytes
 from fuzz.sandbox import fuzz
-from gguf_file import ARRAY, SCALARS, STRING, check_gguf
-from models.gguf import export
-from models.llamacpp import LlamaCpp, check_weights, find_library
+from inference import gguf_tokenizer
+from inference.gguf_file import ARRAY, SCALARS, STRING, check_gguf
+from inference.gguf_tokenizer import open_gguf, read_vocabulary, tokenizer_folder
+from inference.llamacpp import LlamaCpp, check_weights, find_library
 
 Key = tuple[str, int, int, Any]  # name, type, type of elements or -1, value
 Tensor = tuple[str, list[int], int, int]  # name, shape, type, offset

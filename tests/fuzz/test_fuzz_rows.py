@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from data.chat import Chat
-from data.conversations import OASST, OWN_COLUMNS
+from data.chat.conversations import OASST, OWN_COLUMNS
+from data.chat.messages import FLAGS, MEDIA, REFUSED, ROW_COLUMNS, THOUGHTS
+from data.chat.pair_batches import Pairs
+from data.chat.preferences import PairSource, PreferenceConfig
+from data.chat.preferences import prepare as prepare_pairs
+from data.chat.rendering import Chat
+from data.chat.sft import ChatConfig, ChatSource, Conversations
+from data.chat.sft import prepare as prepare_conversations
 from data.manifest import read
-from data.messages import FLAGS, MEDIA, REFUSED, ROW_COLUMNS, THOUGHTS
-from data.pair_batches import Pairs
-from data.preferences import PairSource, PreferenceConfig
-from data.preferences import prepare as prepare_pairs
-from data.sft import ChatConfig, ChatSource, Conversations
-from data.sft import prepare as prepare_conversations
 from fuzz.bases import chat_files, write_files
 from fuzz.mutate import Change, byte_changes, change_bytes, change_json, dump, json_changes, paths_of
 from fuzz.sandbox import fuzz

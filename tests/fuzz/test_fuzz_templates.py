@@ -6,9 +6,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from data import bounded_template
-from data.bounded_template import MAX_OUTPUT, BoundedTemplate
-from data.chat_template import jinja_template
+from data.chat import bounded_template
+from data.chat.bounded_template import MAX_OUTPUT, BoundedTemplate
+from data.chat.template import jinja_template
 from fuzz.mutate import Change, change_json, json_changes
 from fuzz.sandbox import fuzz
 

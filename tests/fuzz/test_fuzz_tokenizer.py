@@ -4,15 +4,15 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from data.chat import Chat
-from data.chat_tokenizer import save_chat_tokenizer
-from data.gguf_tokenizer import read_vocabulary
-from data.other_chats import open_chat
+from data.chat.rendering import Chat
+from data.chat.tokenizer import save_chat_tokenizer
 from data.store import open_tokenizer
-from data.tokenizer import Encoder
+from data.tokenizers.bpe import Encoder
 from fuzz.bases import chat_files, tokenizer_files, write_files
 from fuzz.mutate import Change, change_folder, folder_changes
 from fuzz.sandbox import fuzz
+from inference.chat_formats import open_chat
+from inference.gguf_tokenizer import read_vocabulary
 
 WORDS = ("type", "BPE", "WordPiece", "Unigram", "byte_fallback", "ignore_merges", "chat_template", "lstrip", "normalizer", "NFC")
 FOUND_IN_STORE = [

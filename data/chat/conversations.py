@@ -1,0 +1,341 @@
+"""Conversations out of files and hub data sets, whatever form they have, as {"messages", "tools", "id", "group"}.
+
+What is no conversation is Skipped: with file:line where it is a fault, without where it only was not asked for. `group` is
+what must not be split between training and holding out: a tree, or the question that others are rephrasings of.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.chat.messages import (
+    NOT_TRAINED,
+    ROW_FLAGS,
+    THOUGHTS,
+    is_given,
+    is_trained,
+    read_messages,
+    read_row,
+    row_tools,
+    with_row_system,
+)
+from data.corpus.local_files import blocks, find_files, read_lines, rows_at_once, zstd_error
+from data.corpus.readers import Skipped, hub_complaint
+from files import parse_json
+
+OASST = {
+    *("message_id", "parent_id", "message_tree_id", "tree_state", "prompt", "replies", "text", "role", "lang", "rank", "deleted"),
+    *("user_id", "created_date", "review_count", "review_result", "synthetic", "model_name", "detoxify", "emojis", "labels"),
+}  # keys of its messages
+HUB = "hf://"  # hf://owner/name or hf://owner/name@revision
+SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function_response": "tool"}
+Conversation = dict[str, Any]
+
+
+class Row(NamedTuple):
+    where: str  # file:line
+    value: dict[str, Any]
+
+
+def read_conversations(
+    path: str, form: str, language: str | None = None, split: str = "train", config: str | None = None
+) -> Iterator[Conversation | Skipped]:
+    """All conversations of a file, a folder, a glob or a hub data set (hf://owner/name) in one of FORMS.
+
+    language: of oasst, take only trees in it. split, config: of a hub data set.
+    ValueError where there is nothing, or the hub does not give it.
+    """
+    if form not in FORMS:
+        raise ValueError(f"{form!r} is no form of conversations; there are {', '.join(FORMS)}")
+    rows = read_rows(path, split, config)
+    if form == "oasst":
+        yield from _oasst(rows, language)
+        return
+    for row in rows:
+        if isinstance(row, Skipped):
+            yield row
+            continue
+        found = _made(form, row.where, _read, form, row.value)
+        if isinstance(found, dict):
+            own = found.get("id") or row.value.get("id")
+            found = {**found, "id": str(own or row.where), "where": row.where}
+        yield found
+
+
+def _made(form: str, where: str, make: Callable[..., Conversation | Skipped], *given: Any) -> Conversation | Skipped:
+    """What `make` makes of a row; Skipped with the reason where the row is not what it should be."""
+    try:
+        return make(*given)
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        return Skipped(f"not of the form {form} ({type(error).__name__}: {error})", where)
+    except ValueError as error:
+        return Skipped(str(error), where)
+
+
+def _read(form: str, row: dict[str, Any]) -> Conversation | Skipped:
+    """A row with its messages as read_messages gives them, and "ignored": keys and columns."""
+    if not is_trained(row, ROW_FLAGS):
+        return Skipped(NOT_TRAINED, "")
+    columns = read_row(row, COLUMNS[form])
+    found = FORMS[form](row)
+    messages, keys = read_messages(with_row_system(row, found["messages"]))
+    tools = found.get("tools") or row_tools(row)
+    ignored = [*keys, *columns, *found.get("ignored", ())]
+    return {**found, "messages": messages, "tools": tools, "ignored": ignored}
+
+
+def read_rows(path: str, split: str = "train", config: str | None = None) -> Iterator[Row | Skipped]:
+    """The rows of files, or of a split of a hub data set (of one of its configs), as JSON objects."""
+    if path.startswith(HUB):
+        return _hub_rows(path.removeprefix(HUB), split, config)
+    if split != "train" or config:
+        raise ValueError(f"split and config choose rows of a hub data set; {path} is a local path, so leave them out")
+    return _file_rows(path)
+
+
+def input_files(path: str) -> dict[str, Path]:
+    """The local files that a path stands for, by name; {} for the hub. ValueError where there is none."""
+    if path.startswith(HUB):
+        return {}
+    if path.endswith((".json", ".json.gz")):
+        if not Path(path).is_file():
+            raise ValueError(f"there is no file {path}; check the path")
+        return {Path(path).name: Path(path)}
+    return find_files(path)
+
+
+def _file_rows(path: str) -> Iterator[Row | Skipped]:
+    for name, file in input_files(path).items():
+        if name.endswith((".json", ".json.gz")):
+            yield from _array(name, file)
+        elif name.endswith(".parquet"):
+            yield from _parquet(name, file)
+        else:
+            number = 0
+            try:
+                for number, line in enumerate(read_lines(file), 1):
+                    if line.strip():
+                        yield _parse(line, f"{name}:{number}")
+            except (EOFError, OSError, zlib.error, zstd_error()):
+                yield Skipped("the rest of the file is cut off or damaged", f"{name}:{number + 1}")
+
+
+def _parse(line: bytes, where: str) -> Row | Skipped:
+    try:
+        value = json.loads(line.decode())
+    except UnicodeDecodeError:
+        return Skipped("invalid UTF-8", where)
+    except (ValueError, RecursionError):
+        return Skipped("broken JSON", where)
+    return Row(where, value) if isinstance(value, dict) else Skipped("not a JSON object", where)
+
+
+def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
+    """Rows of a file that is one JSON array, as Alpaca's are."""
+    try:
+        rows = parse_json(b"".join(blocks(file)).decode())
+    except (ValueError, EOFError, OSError, zlib.error):
+        rows = None
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} is not one JSON array; give one row a line as .jsonl, or mend it")
+    for number, value in enumerate(rows, 1):
+        yield Row(f"{name}:{number}", value) if isinstance(value, dict) else Skipped("not a JSON object", f"{name}:{number}")
+
+
+def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        table = pq.ParquetFile(file)
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(batch_size=rows_at_once(table, group), row_groups=[group]):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{name}:{number}", _present(value))
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        yield Skipped("the rest of the file is damaged", f"{name}:{number + 1}")
+
+
+def _hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row | Skipped]:
+    name, _, revision = repo.partition("@")
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(name, config, split=split, revision=revision or None, streaming=True)
+        for number, value in enumerate(rows, 1):
+            yield Row(f"{name}:{number}", _present(dict(value)))
+    except Exception as error:
+        raise ValueError(hub_complaint(error, name)) from error
+
+
+def _present(value: Any) -> Any:
+    """A value of a table without the keys that are null: structs have the keys of all rows."""
+    if isinstance(value, dict):
+        return {key: _present(part) for key, part in value.items() if part is not None}
+    if isinstance(value, bytes):  # of a binary column, which may hold text
+        with suppress(UnicodeDecodeError):
+            return value.decode()
+    return [_present(part) for part in value] if isinstance(value, list) else value
+
+
+def _messages(row: dict) -> Conversation:
+    return {"messages": row["messages"]}
+
+
+def _sharegpt(row: dict) -> Conversation:
+    messages: list[dict[str, Any]] = []
+    for turn in row["conversations"]:
+        role, value = SHAREGPT.get(turn["from"], turn["from"]), turn["value"]
+        rest = {key: part for key, part in turn.items() if key not in ("from", "value")}
+        if any(is_given(rest.get(key)) for key in ("role", "content")):
+            raise ValueError("a turn with both from, value and role, content")
+        if role == "function_call":
+            called = json.loads(value)
+            calls = [{"function": call} for call in (called if isinstance(called, list) else [called])]
+            messages.append({**rest, "role": "assistant", "content": "", "tool_calls": calls})
+        else:
+            messages.append({**rest, "role": role, "content": value})
+    return {"messages": messages}
+
+
+def _alpaca(row: dict) -> Conversation:
+    messages: list[dict[str, Any]] = []
+    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    for question, answer in [*(row.get("history") or []), (asked, row["output"])]:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages[-1] |= {key: row[key] for key in THOUGHTS if is_given(row.get(key))}
+    return {"messages": messages}
+
+
+def _metamath(row: dict) -> Conversation:
+    """MetaMathQA: what stands before its last line, "The answer is: ...", is the thought."""
+    thought, found, answer = row["response"].rpartition("The answer is:")
+    if not found:
+        raise ValueError("no line 'The answer is:'")
+    thought = re.sub(r"\n?####[^\n]*\n?\s*$", "", thought).strip()
+    return {**_solved(row["query"], thought, answer), "group": row.get("original_question") or row["query"]}
+
+
+def _gsm8k(row: dict) -> Conversation:
+    """GSM8K: the steps are the thought, without the calculator's marks."""
+    thought, found, answer = row["answer"].rpartition("####")
+    if not found:
+        raise ValueError("no line '#### answer'")
+    return _solved(row["question"], re.sub(r"<<[^>]*>>", "", thought).strip(), answer)
+
+
+def _solved(question: str, thought: str, answer: str) -> Conversation:
+    reply = {"role": "assistant", "thought": thought, "content": f"The answer is {answer.strip().rstrip('.')}."}
+    return {"messages": [{"role": "user", "content": question}, reply]}
+
+
+def _toolformer(row: dict) -> Conversation:
+    """GPTeacher's Toolformer: tools in the instruction as two lines each, description and signature; calls in the answer."""
+    lines = row["instruction"].split("\n")
+    if not lines[0].startswith("toolformer:") or not lines[1].startswith("toolformer access:"):
+        raise ValueError("an instruction that names no tools")
+    names = [name.strip() for name in lines[1].partition(":")[2].split(",")]
+    tools, parameters = [], {}
+    for i, name in enumerate(names):
+        description, signature = lines[2 + 2 * i : 4 + 2 * i]
+        found = re.fullmatch(rf"{re.escape(name)}\((\w+)\)", signature.strip())
+        if not found:
+            raise ValueError(f"a tool whose signature is not {name}(parameter)")
+        parameters[name] = found[1]
+        schema = {"type": "object", "properties": {found[1]: {"type": "string"}}, "required": [found[1]]}
+        tools.append({"type": "function", "function": {"name": name, "description": description, "parameters": schema}})
+    asked = "\n".join(part for part in ("\n".join(lines[2 + 2 * len(names) :]), row.get("input")) if part)
+    called = rf"\b({'|'.join(map(re.escape, names))})\(\s*(?:\w+\s*=\s*)?(['\"])(.*?)(?<!\\)\2\s*\)"
+    calls = [
+        {"function": {"name": name, "arguments": {parameters[name]: argument}}}
+        for name, _, argument in re.findall(called, row["output"], re.DOTALL)
+    ]
+    reply = {"role": "assistant", "content": "" if calls else row["output"], "tool_calls": calls}
+    around = calls and re.search(r"\w", re.sub(called, "", row["output"], flags=re.DOTALL))
+    ignored = ["text around the calls"] if around else []
+    return {"messages": [{"role": "user", "content": asked}, reply], "tools": tools, "ignored": ignored}
+
+
+def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conversation | Skipped]:
+    """The best path of each tree of OpenAssistant's, given as trees or, as on the hub, as a list of all their messages."""
+    flat: dict[str, list[dict]] = {}  # by parent
+    roots: list[tuple[Row, dict]] = []
+    for row in rows:
+        if isinstance(row, Skipped):
+            yield row
+            continue
+        message = row.value.get("prompt", row.value)
+        if not isinstance(message, dict) or not {"message_id", "text", "role"} <= message.keys():
+            yield Skipped("not of the form oasst", row.where)
+        elif not all(isinstance(id, (str, int)) for id in (message["message_id"], message.get("parent_id") or "")):
+            yield Skipped("not of the form oasst (an id that is no text)", row.where)
+        elif message.get("parent_id") is None:
+            roots.append((row, message))
+        else:
+            flat.setdefault(message["parent_id"], []).append(message)
+    messages = [*(root for _, root in roots), *(message for replies in flat.values() for message in replies)]
+    for parent in flat.keys() - {message["message_id"] for message in messages}:
+        yield from [Skipped("a reply to a message that is not there", "")] * len(flat[parent])
+    for row, root in roots:
+        yield _made("oasst", row.where, _tree, row, root, flat, language)
+
+
+def _tree(row: Row, root: dict, flat: dict[str, list[dict]], language: str | None) -> Conversation | Skipped:
+    columns = []
+    if row.value is not root:  # a tree with its messages inside, and keys of its own
+        if not is_trained(row.value, ROW_FLAGS):
+            return Skipped(NOT_TRAINED, "")
+        columns = read_row(row.value, OASST)
+    tree = str(root.get("message_tree_id") or root["message_id"])
+    if language and root.get("lang") not in (language, None):
+        return Skipped("another language", "")
+    path = _best_path(root, flat)
+    if len(path) < 2:
+        return Skipped("a tree without an answer", "")
+    messages = []
+    for m in path:
+        role, rest = {"prompter": "user"}.get(m["role"], m["role"]), {k: v for k, v in m.items() if k not in OASST}
+        messages.append({**rest, "role": role, "content": m["text"]})
+    read, ignored = read_messages(messages)
+    return {"messages": read, "id": tree, "group": tree, "where": row.where, "ignored": [*ignored, *columns]}
+
+
+def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
+    """From the root down, always the reply of the best rank, as long as there is one that was neither deleted nor rejected."""
+    path = [root]
+    while True:
+        replies = path[-1].get("replies") or flat.pop(path[-1]["message_id"], [])  # taken once, so no circle has no end
+        fit = [m for m in replies if not m.get("deleted") and m.get("review_result") is not False]
+        if not fit:
+            return path if path[-1]["role"] == "assistant" else path[:-1]
+        path.append(min(fit, key=lambda m: (m.get("rank") is None, m.get("rank") or 0)))
+
+
+def _stream(row: dict) -> Conversation:
+    raise AssertionError("oasst is read as a whole")
+
+
+OWN_COLUMNS = ("source", "key", "checks")  # of generated rows; evaluation reads them
+COLUMNS: dict[str, tuple[str, ...]] = {  # columns that each form reads
+    "messages": ("messages", *OWN_COLUMNS),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "input", "output", "history", *THOUGHTS),
+    "metamath": ("query", "response", "original_question"),
+    "gsm8k": ("question", "answer"),
+    "toolformer": ("instruction", "input", "output"),
+}
+FORMS: dict[str, Callable[[dict], Conversation]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "oasst": _stream,
+    "metamath": _metamath,
+    "gsm8k": _gsm8k,
+    "toolformer": _toolformer,
+}

@@ -1,0 +1,66 @@
+"""The chat templates of a model folder, in every form that transformers writes; no other module reads them."""
+
+from pathlib import Path
+from typing import Any
+
+from data.chat.template import TEMPLATE
+from data.manifest import read_json
+
+DEFAULT, WITH_TOOLS = "default", "tool_use"
+NAMED = "additional_chat_templates"  # folder of NAME.jinja
+OLD_FILE = "chat_template.json"  # of a processor: {"chat_template": ...}
+
+
+def template_files(folder: Path) -> list[Path]:
+    """The files of a folder that hold nothing but templates."""
+    single = [path for name in (TEMPLATE, OLD_FILE) if (path := folder / name).is_file()]
+    return single + sorted((folder / NAMED).glob("*.jinja"))
+
+
+def read_templates(folder: Path) -> dict[str, str]:
+    """Name -> template, empty for a base model. Files take priority over tokenizer_config.json, as in transformers.
+
+    ValueError if a template is not text.
+    """
+    files = {path.stem: path for path in template_files(folder) if path.parent.name == NAMED}
+    if (folder / TEMPLATE).is_file():
+        files[DEFAULT] = folder / TEMPLATE
+    settings = {path: read_json(path).get("chat_template") for path in (folder / OLD_FILE, folder / "tokenizer_config.json")}
+    found: dict[str, str] = {}
+    for name, path in files.items():
+        try:
+            found[name] = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    if DEFAULT in found:
+        return found
+    for path, value in settings.items():
+        found = {**_named(value, path), **found}
+    return found
+
+
+def _named(value: Any, path: Path) -> dict[str, str]:
+    """A template or several named ones, as a list of {"name", "template"} or an object."""
+    if not value:
+        return {}
+    if isinstance(value, str):
+        return {DEFAULT: value}
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {entry.get("name"): entry.get("template") for entry in value}
+    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
+        raise ValueError(f"chat_template of {path} is neither text nor a list of named texts; mend it or remove it")
+    return value
+
+
+def choose(templates: dict[str, str], tools: Any = None) -> str | None:
+    """The template for a conversation, as transformers chooses it; None of none. ValueError if no name says which."""
+    if tools and WITH_TOOLS in templates:
+        return templates[WITH_TOOLS]
+    if DEFAULT in templates or len(templates) < 2:
+        return next((templates[name] for name in (DEFAULT, *templates) if name in templates), None)
+    raise ValueError(f"the model has chat templates named {', '.join(sorted(templates))}; name one of them {DEFAULT!r}")
+
+
+def template_of(folder: Path) -> str | None:
+    """A folder's chat template; None for a base model."""
+    return choose(read_templates(folder))

@@ -1,0 +1,284 @@
+"""Tools that a model may call, really run: arithmetic, dates, units, facts about countries. Exact, bounded, without eval.
+
+TOOLS are their JSON schemas as OpenAI writes them; run_tool takes any name and arguments, and answers in text, errors too.
+"""
+
+import ast
+import json
+import math
+import operator
+import re
+from collections.abc import Callable
+from datetime import date, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from data.chat.factbook import ATTRIBUTES, article, find_country, load_countries
+
+WHEELS = Path("data/store/wheels")
+MAX_EXPRESSION = 200  # characters
+MAX_BITS = 1024  # of numerator or denominator, about 300 digits
+MAX_PLACES = 12  # decimals that are written out; longer ones become fractions
+MAX_VALUE = 10**15
+ARITHMETIC: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: lambda a, b: Fraction(a // b),
+    ast.Mod: operator.mod,
+}
+SPELLINGS = {"\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\u2212": "-", "\u2013": "-", "^": "**"}
+
+# what one unit is in the first unit of its kind
+UNITS: dict[str, dict[str, Fraction]] = {
+    "length": {
+        "metre": Fraction(1),
+        "kilometre": Fraction(1000),
+        "centimetre": Fraction(1, 100),
+        "millimetre": Fraction(1, 1000),
+        "mile": Fraction("1609.344"),
+        "yard": Fraction("0.9144"),
+        "foot": Fraction("0.3048"),
+        "inch": Fraction("0.0254"),
+    },
+    "mass": {
+        "kilogram": Fraction(1),
+        "gram": Fraction(1, 1000),
+        "tonne": Fraction(1000),
+        "pound": Fraction("0.45359237"),
+        "ounce": Fraction("0.028349523125"),
+    },
+    "volume": {"litre": Fraction(1), "millilitre": Fraction(1, 1000), "gallon": Fraction("3.785411784")},
+    "time": {
+        "second": Fraction(1),
+        "minute": Fraction(60),
+        "hour": Fraction(3600),
+        "day": Fraction(86_400),
+        "week": Fraction(604_800),
+    },
+    "area": {"square metre": Fraction(1), "square kilometre": Fraction(10**6), "hectare": Fraction(10_000)},
+}
+TEMPERATURES = ("celsius", "fahrenheit", "kelvin")
+ALIASES = {
+    **{"m": "metre", "km": "kilometre", "cm": "centimetre", "mm": "millimetre", "mi": "mile", "yd": "yard", "ft": "foot"},
+    **{"in": "inch", "kg": "kilogram", "g": "gram", "t": "tonne", "lb": "pound", "oz": "ounce", "l": "litre"},
+    **{"ml": "millilitre", "s": "second", "min": "minute", "h": "hour", "feet": "foot", "inches": "inch"},
+    **{"c": "celsius", "f": "fahrenheit", "k": "kelvin"},
+}
+PLURALS = {"foot": "feet", "inch": "inches"}
+
+
+def _schema(name: str, description: str, **parameters: dict[str, Any]) -> dict[str, Any]:
+    properties = {"type": "object", "properties": parameters, "required": list(parameters)}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": properties}}
+
+
+_TEXT = {"type": "string"}
+_DATE = {"type": "string", "description": "YYYY-MM-DD"}
+TOOLS: list[dict[str, Any]] = [
+    _schema("calculator", "Compute an arithmetic expression exactly.", expression=_TEXT),
+    _schema("weekday", "Which day of the week is a date?", date=_DATE),
+    _schema("days_between", "How many days is it from start to end?", start=_DATE, end=_DATE),
+    _schema("add_days", "Which date is so many days later?", date=_DATE, days={"type": "integer"}),
+    _schema("convert", "Convert a value between units.", value={"type": "number"}, unit=_TEXT, to=_TEXT),
+    _schema("lookup", "A fact about a country.", country=_TEXT, attribute={"type": "string", "enum": list(ATTRIBUTES)}),
+]
+
+
+class ToolError(Exception):
+    """What a tool answers instead of a result."""
+
+
+def run_tool(name: str, arguments: Any, wheels: Path = WHEELS) -> str:
+    """The result of a call as text; "error: ..." whatever was wrong with it. wheels: where the facts of `lookup` lie."""
+    functions: dict[str, Callable[..., str]] = {
+        "calculator": calculator,
+        "weekday": weekday,
+        "days_between": days_between,
+        "add_days": add_days,
+        "convert": convert,
+        "lookup": lambda country, attribute: lookup(country, attribute, wheels),
+    }
+    try:
+        if not isinstance(name, str) or name not in functions:
+            raise ToolError(f"there is no tool named {str(name)[:40]!r}; there are {', '.join(functions)}")
+        return functions[name](**_checked(name, arguments))
+    except ToolError as error:
+        return f"error: {error}"
+
+
+def _checked(name: str, arguments: Any) -> dict[str, Any]:
+    """Arguments that are what the tool's schema says; a JSON string of them is read first."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise ToolError("the arguments are not JSON") from None
+    if not isinstance(arguments, dict):
+        raise ToolError("the arguments must be a JSON object")
+    schema = next(tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == name)
+    wanted = schema["properties"]
+    if set(arguments) != set(wanted):
+        raise ToolError(f"{name} takes {', '.join(wanted)}")
+    kinds: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "number": (int, float)}
+    for key, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, kinds[wanted[key]["type"]]):
+            raise ToolError(f"{key} must be of type {wanted[key]['type']}")
+    return arguments
+
+
+def calculator(expression: str) -> str:
+    """The exact value of an expression of numbers, + - * / // % ** and parentheses. ToolError where it has none in bounds."""
+    if len(expression) > MAX_EXPRESSION:
+        raise ToolError(f"the expression is longer than {MAX_EXPRESSION} characters")
+    text = "".join(SPELLINGS.get(character, character) for character in expression).strip()
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    if not text or re.search(r"[^0-9.+\-*/%() ]", text):
+        raise ToolError("an expression has only numbers, + - * / // % ** and parentheses")
+    try:
+        value = _value(ast.parse(text, mode="eval").body, text)
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        raise ToolError("the expression is not well formed") from None
+    except ZeroDivisionError:
+        raise ToolError("division by zero") from None
+    return show_number(value)
+
+
+def _value(node: ast.expr, text: str) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = Fraction(ast.get_source_segment(text, node) or "")  # exactly as written, not as a binary float
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        value = _value(node.operand, text) * (-1 if isinstance(node.op, ast.USub) else 1)
+    elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
+        value = _power(_value(node.left, text), _value(node.right, text))
+    elif isinstance(node, ast.BinOp) and type(node.op) in ARITHMETIC:
+        value = ARITHMETIC[type(node.op)](_value(node.left, text), _value(node.right, text))
+    else:
+        raise ToolError("the expression is not arithmetic")
+    if _bits(value) > MAX_BITS:
+        raise ToolError("the numbers become too large")
+    return value
+
+
+def _power(base: Fraction, exponent: Fraction) -> Fraction:
+    if exponent.denominator != 1:
+        raise ToolError("an exponent must be a whole number")
+    if abs(exponent) > MAX_BITS or _bits(base) * abs(exponent) > 2 * MAX_BITS:
+        raise ToolError("the numbers become too large")
+    return base ** int(exponent)
+
+
+def _bits(value: Fraction) -> int:
+    return max(abs(value.numerator), value.denominator).bit_length()
+
+
+def show_number(value: Fraction) -> str:
+    """An integer, a decimal where it ends within 12 places, else a fraction with its rounded value."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    if 10**MAX_PLACES % value.denominator == 0:
+        scaled = value * 10**MAX_PLACES
+        sign, digits = "-" * (scaled < 0), str(abs(scaled.numerator)).rjust(MAX_PLACES + 1, "0")
+        return f"{sign}{digits[:-MAX_PLACES]}.{digits[-MAX_PLACES:]}".rstrip("0")
+    return f"{value.numerator}/{value.denominator} (about {rounded(value)})"
+
+
+def rounded(value: Fraction) -> str:
+    """To 4 places, half to even, without trailing zeros; to 4 significant digits below 0.001, where places would leave one."""
+    if 0 < abs(value) < Fraction(1, 1000):
+        digits = f"{float(value):.4g}"
+        return f"{Decimal(digits):f}" if abs(value) > Fraction(1, 10**MAX_PLACES) else digits
+    return show_number(Fraction(round(value * 10**4), 10**4))
+
+
+def _date(text: str) -> date:
+    if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", text, re.ASCII):
+        raise ToolError(f"{text[:20]!r} is not a date of the form YYYY-MM-DD")
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise ToolError(f"there is no date {text}") from None
+
+
+def weekday(date: str) -> str:
+    """The English name of the day of the week."""
+    days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+    return days[_date(date).weekday()]
+
+
+def days_between(start: str, end: str) -> str:
+    """Days from start to end, negative where the end is earlier."""
+    return str((_date(end) - _date(start)).days)
+
+
+def add_days(date: str, days: int) -> str:
+    """The date so many days later, or earlier where days is negative."""
+    try:
+        return (_date(date) + timedelta(days=days)).isoformat()
+    except OverflowError:
+        raise ToolError("the result is not between the years 1 and 9999") from None
+
+
+def convert(value: float, unit: str, to: str) -> str:
+    """The value in another unit with its name, as rounded() gives it."""
+    if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > MAX_VALUE:
+        raise ToolError(f"the value must lie between -{MAX_VALUE:.0e} and {MAX_VALUE:.0e}")
+    exact = Fraction(Decimal(str(value)))
+    old, new = _unit(unit), _unit(to)
+    if old in TEMPERATURES and new in TEMPERATURES:
+        celsius = _to_celsius(exact, old)
+        if celsius < Fraction("-273.15"):
+            raise ToolError("there is no temperature below absolute zero")
+        result = _from_celsius(celsius, new)
+    else:
+        kinds = [kind for kind in UNITS.values() if old in kind and new in kind]
+        if not kinds:
+            raise ToolError(f"{old} cannot be converted to {new}")
+        result = exact * kinds[0][old] / kinds[0][new]
+    number = rounded(result)
+    return f"{number} {unit_name(new, number)}"
+
+
+def _unit(name: str) -> str:
+    plain = name.strip().lower().removeprefix("degrees ")
+    spelled = re.sub(r"(met|lit)er", r"\1re", plain)
+    known = [unit for kind in UNITS.values() for unit in kind] + list(TEMPERATURES)
+    for candidate in (plain, spelled, spelled.removesuffix("s")):
+        found = ALIASES.get(candidate, candidate)
+        if found in known:
+            return found
+    raise ToolError(f"{name[:20]!r} is not a unit known here; there are {', '.join(known)}")
+
+
+def unit_name(unit: str, number: str) -> str:
+    """A unit as it follows a number: 1 mile, 2 miles, 3 degrees Celsius, 4 kelvin."""
+    if unit in TEMPERATURES:
+        return unit if unit == "kelvin" else f"degrees {unit.capitalize()}"
+    return unit if number == "1" else PLURALS.get(unit, unit + "s")
+
+
+def _to_celsius(value: Fraction, unit: str) -> Fraction:
+    return {"celsius": value, "kelvin": value - Fraction("273.15"), "fahrenheit": (value - 32) * Fraction(5, 9)}[unit]
+
+
+def _from_celsius(value: Fraction, unit: str) -> Fraction:
+    return {"celsius": value, "kelvin": value + Fraction("273.15"), "fahrenheit": value * Fraction(9, 5) + 32}[unit]
+
+
+def lookup(country: str, attribute: str, wheels: Path = WHEELS) -> str:
+    """A fact about a country out of the World Factbook, which must lie in `wheels`: a tool reaches for no network."""
+    if attribute not in ATTRIBUTES:
+        raise ToolError(f"{attribute[:20]!r} is not among the attributes {', '.join(ATTRIBUTES)}")
+    try:
+        countries = load_countries(wheels, download=False)
+    except (ValueError, OSError) as error:
+        raise ToolError(f"the facts cannot be read: {error}") from None
+    found = find_country(countries, country)
+    if found is None:
+        raise ToolError(f"no country named {country[:40]!r} is known")
+    if attribute not in found.facts:
+        raise ToolError(f"the {attribute} of {article(found.name)} is not known")
+    return found.facts[attribute]

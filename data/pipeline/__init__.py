@@ -1,0 +1,1 @@
+"""Clean, deduplicate and tokenize documents with datatrove."""

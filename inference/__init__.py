@@ -1,0 +1,1 @@
+"""From weights to text: generation, chat and llama.cpp."""

@@ -1,0 +1,239 @@
+"""A folder's tokenizer as the keys of a GGUF file, and back as a folder.
+
+llama.cpp splits text by rules that it has built in, one a name; only tokenizers that split by one of them are taken.
+Thought and tool markers are USER_DEFINED, since llama.cpp leaves CONTROL tokens out of all text that it writes.
+"""
+
+import functools
+import json
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from data.chat.folder_templates import DEFAULT, NAMED, choose, read_templates
+from data.chat.rendering import END_THOUGHT, IM_END, START_THOUGHT, TEMPLATE, TOOL_CALL, TOOL_RESPONSE
+from data.chat.trained_chat import KEY, to_text
+from data.manifest import read_json
+from data.tokenizers.bpe import BOS, QWEN2_SPLIT, listed_ids, load_tokenizer, special_text
+from inference.gguf_file import check_gguf
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+SHOWN = (START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE)
+TRAINED = "nanollama.chat"
+GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
+
+
+class Vocabulary(NamedTuple):
+    """What tokenizer.ggml.* and tokenizer.chat_template will say."""
+
+    tokens: list[str]
+    types: list[int]
+    merges: list[str]
+    pre: str
+    ids: dict[str, int]  # bos, eos, eot, pad; those that there are
+    add_bos: bool
+    template: str | None
+    named: dict[str, str]  # further templates, by name
+    trained: str | None  # trained_chat.py's record, as JSON
+
+    def put(self, writer: Any) -> None:
+        """Add all of it to a gguf.GGUFWriter."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        writer.add_token_merges(self.merges)
+        add = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id}
+        add |= {"eot": writer.add_eot_token_id, "pad": writer.add_pad_token_id}
+        for name, index in self.ids.items():
+            add[name](index)
+        writer.add_add_bos_token(self.add_bos)
+        if self.template is not None:
+            writer.add_chat_template(self.template)
+        for name, template in sorted(self.named.items()):
+            writer.add_string(f"tokenizer.chat_template.{name}", template)
+        if self.named:
+            writer.add_array("tokenizer.chat_templates", sorted(self.named))
+        if self.trained:
+            writer.add_string(TRAINED, self.trained)
+
+
+def read_vocabulary(folder: Path, size: int) -> Vocabulary:
+    """The vocabulary of a folder, filled up to the model's `size`; ValueError where llama.cpp could not do as it does."""
+    tokenizer = load_tokenizer(folder)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model = content["model"]
+    kind = model.get("type", "BPE")
+    odd = {
+        f"it is a {kind} model, not BPE": kind != "BPE",
+        "it normalises text": content.get("normalizer") is not None,
+        "it falls back to bytes": bool(model.get("byte_fallback")),
+        "it takes whole words without merges": bool(model.get("ignore_merges")),
+    }
+    if any(odd.values()):
+        raise ValueError(f"llama.cpp cannot do as the tokenizer of {folder} does: {next(k for k, v in odd.items() if v)}")
+    added = {token["id"]: token for token in content.get("added_tokens", [])}
+    names = {index: token for token, index in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    if max(names) >= size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {max(names) + 1} tokens, more than the model's {size}; they do not belong together"
+        )
+    types = [UNUSED if i not in names else _type(added[i]) if i in added else NORMAL for i in range(size)]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    ids = _special_ids(folder, tokenizer)
+    templates = {name: GENERATION.sub(r"{{\1''\2}}", text) for name, text in read_templates(folder).items()}
+    template = choose(templates)
+    named = {name: text for name, text in templates.items() if name != DEFAULT and text != template}
+    tokens = [names.get(i, f"[PAD{i}]") for i in range(size)]
+    pre = split_name(content.get("pre_tokenizer"), folder)
+    return Vocabulary(tokens, types, merges, pre, ids, _adds_bos(tokenizer, ids, folder), template, named, to_text(folder))
+
+
+def _type(token: dict[str, Any]) -> int:
+    return CONTROL if token["special"] and token["content"] not in SHOWN else USER_DEFINED
+
+
+def split_name(pre: dict[str, Any] | None, folder: Path) -> str:
+    """llama.cpp's name of the rule by which a pre-tokenizer (of tokenizer.json) splits text."""
+    steps = pre.get("pretokenizers", [pre]) if pre else []
+    kinds = [step["type"] for step in steps]
+    plain = bool(steps) and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space")
+    own = plain and steps[-1].get("use_regex", True)  # GPT-2's expression, built into ByteLevel
+    if own and kinds == ["ByteLevel"]:
+        return "gpt-2"
+    if own and kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+        return "smollm"
+    if plain and not own and kinds == ["Split", "ByteLevel"]:
+        split = steps[0]
+        if split["pattern"] == {"Regex": QWEN2_SPLIT} and split["behavior"] == "Isolated" and not split["invert"]:
+            return "qwen2"
+    raise ValueError(
+        f"the tokenizer of {folder} splits text by no rule that is known to be one of llama.cpp's; "
+        "train one with python -m scripts.train_tokenizer"
+    )
+
+
+def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
+    """bos, eos, eot and pad, by tokenizer_config.json and else by config.json; replies end with <|im_end|> where there is one."""
+    settings, config = (read_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    ids = {}
+    for name in ("bos", "eos", "pad"):
+        token = special_text(settings, f"{name}_token")
+        index = tokenizer.token_to_id(token) if token else next(iter(listed_ids(config, f"{name}_token_id")), None)
+        if index is not None:
+            ids[name] = index
+    if "eos" not in ids:
+        raise ValueError(f"{folder} names no eos token; name one in its tokenizer_config.json, or replies will not end")
+    end = tokenizer.token_to_id(IM_END)
+    return {**ids, "eot": ids["eos"] if end is None else end}
+
+
+def _adds_bos(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> bool:
+    around, bare = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    if around == bare:
+        return False
+    if around != [ids.get("bos"), *bare]:
+        raise ValueError(f"the tokenizer of {folder} puts more around a text than bos; llama.cpp would not")
+    return True
+
+
+def build_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> Tokenizer:
+    """The tokenizer whose vocabulary stands in a GGUF file; ValueError for a rule of splitting other than read_vocabulary's."""
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = {
+        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), bare]),
+        "gpt-2": whole,
+        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
+    }
+    if pre not in split:
+        raise ValueError(f"its text is split by the rule {pre!r}; known here are {', '.join(split)}")
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+    pairs = [(merge.split(" ", 1)[0], merge.split(" ", 1)[1]) for merge in merges]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    tokenizer.pre_tokenizer = split[pre]
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, types, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            special = kind == CONTROL or token in SHOWN
+            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+    return tokenizer
+
+
+def open_gguf(path: Path) -> Any:
+    """A gguf.GGUFReader; ValueError where the file is missing, damaged or not GGUF (inference/gguf_file.py)."""
+    import gguf
+
+    check_gguf(path)
+    return gguf.GGUFReader(path)
+
+
+def field(reader: Any, name: str) -> Any:
+    """The value of a key, None where it is missing."""
+    found = reader.get_field(name)
+    return None if found is None else found.contents()
+
+
+def file_templates(reader: Any) -> dict[str, str]:
+    """The chat templates of a GGUF file by name. Names that are not words are left out: they may hold a path."""
+    names = [name for name in field(reader, "tokenizer.chat_templates") or [] if re.fullmatch(r"\w+", str(name), re.ASCII)]
+    keys = {DEFAULT: "tokenizer.chat_template", **{name: f"tokenizer.chat_template.{name}" for name in names}}
+    found = {name: field(reader, key) for name, key in keys.items()}
+    return {name: template for name, template in found.items() if isinstance(template, str)}
+
+
+def json_of(text: Any) -> Any:
+    """The value of a JSON text; the text itself if it is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
+
+
+def tokenizer_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's tokenizer, template, ids of special tokens and length of context are read: the folder itself, or a
+    temporary one made of a .gguf file. ValueError where there is no such file, or its text is split by an unknown rule."""
+    if checkpoint.suffix != ".gguf":
+        return checkpoint
+    path = checkpoint.resolve()
+    return Path(_unpacked(path, path.stat().st_mtime_ns if path.is_file() else 0).name)
+
+
+@functools.cache
+def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
+    """The folder of this state of a file; it goes when the process ends."""
+    reader = open_gguf(path)
+    tokens, types, merges, pre = (field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges", "pre"))
+    if field(reader, "tokenizer.ggml.model") != "gpt2" or merges is None:
+        raise ValueError(f"{path} holds no byte-level BPE; files of scripts/export_gguf.py do")
+    names = {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot"}
+    ids = {name: field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    try:
+        tokenizer = build_tokenizer(tokens, [NORMAL] * len(tokens) if types is None else types, merges, pre)
+        if field(reader, "tokenizer.ggml.add_bos_token") and ids["bos"] is not None:
+            bos = tokens[ids["bos"]]
+            tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos"])])
+    except Exception as error:  # tokenizers raises this very class
+        raise ValueError(f"{path}: {error}") from error
+    folder = tempfile.TemporaryDirectory(prefix="gguf-tokenizer-")
+    root = Path(folder.name)
+    tokenizer.save(str(root / "tokenizer.json"))
+    for name, template in file_templates(reader).items():
+        place = root / TEMPLATE if name == DEFAULT else root / NAMED / f"{name}.jinja"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(template, encoding="utf-8")
+    special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if ids[name] is not None}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    config = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
+    config["max_position_embeddings"] = field(reader, f"{field(reader, 'general.architecture')}.context_length")
+    if text := field(reader, TRAINED):
+        config[KEY] = json_of(text)
+    stops = sorted({i for i in (ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)) if i is not None})  # as llama.cpp ends text
+    written = {"tokenizer_config.json": settings, "config.json": config, "generation_config.json": {"eos_token_id": stops}}
+    for name, content in written.items():
+        (root / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,1 @@
+"""Watch, restart and profile runs."""

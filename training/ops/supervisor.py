@@ -1,0 +1,137 @@
+"""Runs the commands of a plan: passes signals on, and restarts a training stage that died from its newest checkpoint."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from training.ops.watchdog import LOST
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGINT reaches the stage from the terminal
+DRIVER = "NANOLLAMA_DRIVER"  # environment variable: the process that a launcher must not outlive
+DEATHS = {  # exit status of a launcher -> why; other statuses are a decision or a user's mistake
+    1: "a rank ended with an error",
+    LOST: "a rank was lost",
+    128 + signal.SIGABRT: "a rank was aborted (SIGABRT), as NCCL does when another is gone",
+    128 + signal.SIGBUS: "a rank was ended by SIGBUS, often for want of shared memory",
+    128 + signal.SIGKILL: "a rank was killed (SIGKILL), often for want of memory",
+    128 + signal.SIGSEGV: "a rank crashed (SIGSEGV)",
+    -signal.SIGKILL: "the launcher was killed (SIGKILL)",
+    -signal.SIGSEGV: "the launcher crashed (SIGSEGV)",
+}
+
+
+class Supervisor:
+    """Runs one command after another. A signal to this process reaches the command, which may save before it ends.
+
+    logs: folder of the run, whose metrics.jsonl tell how far a stage came. restarts: of one stage at most.
+    event(kind, text, **fields) is told of each restart.
+    """
+
+    def __init__(self, logs: Path, restarts: int, event: Callable[..., None]):
+        self.logs, self.restarts, self.event = logs, restarts, event
+        self.stopped = 0  # the signal that ended the last command, 0 for none
+
+    def run(self, program: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Exit status of a command, 0 for success; 128 + signal where a signal stopped it."""
+        launches = "scripts.launch" in program
+        reached: int | None = None
+        for attempt in range(self.restarts + 1):
+            before = self._logged()
+            status = self._once(program, {**environment, DRIVER: str(os.getpid())})
+            why = DEATHS.get(status) if launches else None
+            if self.stopped or why is None:
+                break
+            step = self._step(before)
+            where = "before its first step" if step is None else f"at step {step:,}"
+            if attempt and step == reached:
+                self.event("gave_up", f"{why} {where} again; the same step failed twice, so it is not restarted", step=step)
+                break
+            if attempt == self.restarts:
+                self.event("gave_up", f"{why} {where}; it was restarted {self.restarts} times already", step=step)
+                break
+            text = f"{why} {where} (status {status}); restart {attempt + 1} of {self.restarts} from the newest checkpoint"
+            self.event("restarted", text, step=step, status=status)
+            reached = step
+        return status if status >= 0 else 128 - status
+
+    def _once(self, program: Sequence[str], environment: Mapping[str, str]) -> int:
+        self.stopped = 0
+        with self._passing_signals_on() as started:
+            process = subprocess.Popen(program, env=dict(environment))
+            started.append(process)
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:  # the stage was told too: let it save
+                self.stopped = signal.SIGINT
+                status = process.wait() or 128 + signal.SIGINT
+        if status in (130, 143, -signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGHUP, 128 + signal.SIGUSR1):
+            self.stopped = self.stopped or signal.SIGTERM
+        return 128 + self.stopped if self.stopped else status
+
+    @contextmanager
+    def _passing_signals_on(self) -> Iterator[list[Any]]:
+        started: list[Any] = []
+
+        def note(number: int, frame: object) -> None:
+            self.stopped = number
+            for process in started:
+                process.send_signal(number)
+
+        before = {number: signal.signal(number, note) for number in SIGNALS}
+        try:
+            yield started
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _logged(self) -> dict[Path, tuple[int, int]]:
+        """Time and size of each metrics.jsonl of the run and its stages."""
+        found = {path: path.stat() for path in self.logs.rglob("metrics.jsonl")}
+        return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
+
+    def _step(self, before: dict[Path, tuple[int, int]]) -> int | None:
+        """The last step in the metrics that have changed; None where none have."""
+        changed = [path for path, stat in self._logged().items() if before.get(path) != stat]
+        return max((step for path in changed if (step := last_step(path)) is not None), default=None)
+
+
+def last_step(path: Path) -> int | None:
+    """The step of the last whole row of a metrics.jsonl; None where it has none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        lines = file.read().splitlines()
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):
+            return int(json.loads(line)["step"])
+    return None
+
+
+def end_with_driver(driver: str | None) -> None:
+    """Have the kernel send this process SIGTERM when the driver that started it dies (Linux only)."""
+    if driver and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(driver):  # it has died already
+            raise SystemExit(128 + signal.SIGTERM)
+
+
+def end_with_launcher(launcher: str | None) -> None:
+    """Do the same in a rank, for its launcher. A program between the two, such as a profiler, is allowed."""
+    if launcher and (os.getppid() == int(launcher) or not _runs(int(launcher))):
+        end_with_driver(launcher)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
