@@ -19,7 +19,7 @@ from data.chat.trained_chat import offered
 from demo.guard import LOCAL, LOOPBACK, Guard
 from demo.markup import SCRIPT
 from demo.page import CSS, build
-from demo.talk import Voice, title
+from demo.talk import ChatModel, title
 from models.hf import newest_step
 from scripts.chat import free_port, load, trained_chat
 
@@ -93,10 +93,10 @@ def launch(page: Any, host: str, port: int, password: str | None = None, share: 
     return page.share_url or page.local_url
 
 
-def open_voice(path: Path, context: int | None, tools: list[str] | None = None) -> Voice:
+def open_voice(path: Path, context: int | None, tools: list[str] | None = None) -> ChatModel:
     """A model of a folder or of a file; ValueError says what it is not. tools: names, default: as it was trained."""
-    chat, speaker = load(path, context)
-    return Voice(title(path), speaker, chat, offered(trained_chat(path), tools))
+    chat, runner = load(path, context)
+    return ChatModel(title(path), runner, chat, offered(trained_chat(path), tools))
 
 
 if __name__ == "__main__":

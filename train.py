@@ -19,7 +19,7 @@ from data.store import open_shards, open_tokenizer, write_dummy_store
 from evals.eval_perplexity import perplexity
 from training import setup
 from training.config import RunConfig, load
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.logger import log_in
 from training.objectives import next_token
 from training.ops import self_test as selftest
@@ -51,17 +51,17 @@ def main() -> None:
         test = selftest.overrides(args.steps) if args.test_mode else []
         run = load(args.config or default, test + args.overrides, flags)
         with setup.ranks() as device:
-            on_main(lambda: log_in(run.log))
+            run_on_rank0(lambda: log_in(run.log))
             status = pretrain(run, rank, world, device, args.test_mode, args.profile)
-    setup.leave(status)
+    setup.exit_process(status)
 
 
 def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool, profile: bool = False) -> int:
     """One phase from data to checkpoints. Returns the exit status, 0 if it is complete; it has saved in any case."""
     data, vocab = run.data, run.model.vocab_size
     if test:
-        on_main(lambda: selftest.clear(run))
-        on_main(lambda: write_dummy_store(Path(data.store), vocab, 40 * data.tokens_per_step, run.seed))
+        run_on_rank0(lambda: selftest.clear(run))
+        run_on_rank0(lambda: write_dummy_store(Path(data.store), vocab, 40 * data.tokens_per_step, run.seed))
     tokenizer = open_tokenizer(data.store, vocab)
     shards = open_shards(data.store, data.mix, "train", vocab, data.min_document_tokens)
     shape = (data.sequence_length, data.rows, data.micro_batch_size)
@@ -73,7 +73,7 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
         for name, part in (open_shards(data.store, data.mix, "val", vocab) if measured else {}).items()
     }
     bytes_of = torch.from_numpy(tokenizer.bytes_of)
-    evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.add_up) if measured else None
+    evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.all_reduce_sum) if measured else None
     stage = Stage(
         loader=Prefetcher(packed, device),
         objective=next_token(run.optim.z_weight),

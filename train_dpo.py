@@ -23,7 +23,7 @@ from data.manifest import file_hash
 from ranges import PositiveInt, check_fields
 from training import setup
 from training.config import DataConfig
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.fsdp_utils import compute_dtype
 from training.phase import Stage, run_phase
 from training.preference_losses import DPOConfig, held_out, preference
@@ -78,7 +78,7 @@ def align(run: PreferenceRun, rank: int, world: int, device: torch.device, profi
     base = take_base(run, Path(run.preferences.cache))
     _, folder, files, run = base
     data, new_tokens = run.data, files.new_tokens
-    prepared = on_main(lambda: prepare(run.preferences, data.mix, folder, data.sequence_length))
+    prepared = run_on_rank0(lambda: prepare(run.preferences, data.mix, folder, data.sequence_length))
     train, val = ({name: Pairs(path, split) for name, path in prepared.items()} for split in ("train", "val"))
     files = with_record(base, [source.report for source in train.values()], data.sequence_length)
     size = max(1, min(data.micro_batch_size // 2, data.pairs_per_step // world))  # pairs
@@ -96,7 +96,7 @@ def align(run: PreferenceRun, rank: int, world: int, device: torch.device, profi
         lines.append(f"micro-batches: {2 * size} rows, a rank's share, instead of data.micro_batch_size={data.micro_batch_size}")
     run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
     objective = preference(run.dpo)
-    evaluate = partial(held_out, objective=objective, sources=sources, total=setup.add_up) if sources else None
+    evaluate = partial(held_out, objective=objective, sources=sources, total=setup.all_reduce_sum) if sources else None
     lines += [line for name, source in train.items() for line in describe(name, source.report)] + pairs.describe(run.steps)
     stage = Stage(
         loader=Prefetcher(pairs, device),
@@ -133,7 +133,7 @@ def reference(
     if dpo.referred == "none":
         return None
     sources = [(split, name, source) for split, part in pairs.items() for name, source in sorted(part.items())]
-    made_of = on_main(
+    made_of = run_on_rank0(
         lambda: {
             "weights": " ".join(file_hash(path) for path in sorted(base.glob("*.safetensors"))),
             "model": file_hash(base / "config.json"),

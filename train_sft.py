@@ -22,7 +22,7 @@ from evals.eval_perplexity import perplexity
 from evals.samples import write_samples
 from training import setup
 from training.checkpoint import whole_weights
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.objectives import next_token, with_neftune
 from training.phase import Stage, run_phase
 from training.tuning import TuningRun, parser, start, take_base, with_record
@@ -48,7 +48,7 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     chat, folder, _, run = base
     check_samples(run, chat)
     data, length = run.data, run.data.sequence_length
-    prepared = on_main(lambda: prepare(run.chat, data.mix, folder, length))
+    prepared = run_on_rank0(lambda: prepare(run.chat, data.mix, folder, length))
     sources = {name: Conversations(path, "train") for name, path in prepared.items()}
     files = with_record(base, [source.report for source in sources.values()], length)
     shape = (length, data.rows, data.micro_batch_size)
@@ -65,7 +65,7 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     }
 
     def evaluate(model: Any) -> dict[str, dict[str, float]]:
-        results = perplexity(model, held_out, bytes_of, setup.add_up) if held_out else {}
+        results = perplexity(model, held_out, bytes_of, setup.all_reduce_sum) if held_out else {}
         places = loader.position
         for name, share in (packed.shares(max(0, places - run.validation.every), places) if places else {}).items():
             results.setdefault(name, {})["trained_share"] = share

@@ -39,11 +39,11 @@ def documents(rows: int, length: int) -> Tensor:
     return torch.from_numpy(starts.reshape(rows, length).cumsum(1, dtype=np.int32))
 
 
-def seen_pairs(docs: Tensor | None, rows: int, length: int) -> int:
+def seen_pairs(doc_ids: Tensor | None, rows: int, length: int) -> int:
     """How many (query, key) pairs are not masked."""
-    if docs is None:
+    if doc_ids is None:
         return rows * length * (length + 1) // 2
-    return sum(int(n) * (int(n) + 1) // 2 for row in docs for n in row.unique_consecutive(return_counts=True)[1])
+    return sum(int(n) * (int(n) + 1) // 2 for row in doc_ids for n in row.unique_consecutive(return_counts=True)[1])
 
 
 def run(qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, mask: Mask, backend: SDPBackend | None, function: Callable) -> Any:
@@ -54,9 +54,9 @@ def run(qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, mask: Mask, backend: S
 
 def measure(length: int, packed: bool, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     rows, (heads, groups) = max(1, args.tokens // length), (32, 4) if device.type == "cuda" else (8, 1)
-    docs = documents(rows, length) if packed else None
-    pairs = seen_pairs(docs, rows, length)
-    on_device = None if docs is None else docs.to(device)
+    doc_ids = documents(rows, length) if packed else None
+    pairs = seen_pairs(doc_ids, rows, length)
+    on_device = None if doc_ids is None else doc_ids.to(device)
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, length, h, 64) for h in (heads, groups, groups, heads)]
     made = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).transpose(1, 2) for shape in shapes]

@@ -34,7 +34,7 @@ from data.decontamination import index as decontamination
 from data.decontamination import test_sets as testsets
 from data.pipeline.prepare import document_parts, prepare
 from data.pipeline.recipe import CleanConfig, Recipe
-from data.pipeline.steps import Signature, Words, WriteShards, chosen_filters, read_documents
+from data.pipeline.steps import EvalTokenizer, Signature, WriteShards, chosen_filters, read_documents
 from training.settings import load_settings
 
 
@@ -95,7 +95,7 @@ def steps(recipe: Recipe, documents: list[Document], scratch: Path) -> dict[str,
     languages, quality = chosen_filters(CleanConfig(language="en")), chosen_filters(CleanConfig(filters=("gopher_quality",)))
     return {
         "language": filtering(languages[0]),
-        "gopher_repetition": filtering(GopherRepetitionFilter(language=Words())),
+        "gopher_repetition": filtering(GopherRepetitionFilter(language=EvalTokenizer())),
         **({"gopher_repetition, stock": filtering(GopherRepetitionFilter())} if spacy else {}),
         "gopher_quality": filtering(quality[0]),
         "mask_pii": lambda: [mask.format(document.text) for document in documents],

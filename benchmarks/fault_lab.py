@@ -91,7 +91,7 @@ def page(rows: list[Row], about: dict[str, str]) -> str:
     skipped = sum(bool(row.skipped) for row in rows)
     dates = Counter(row.date for row in rows)
     measured = ", ".join(f"{count} on {date}" for date, count in sorted(dates.items()))
-    return f"""# Faults, and what is left of them
+    return f"""# FaultState, and what is left of them
 
 Written by `{about["command"]}` on {about["date"]}:
 {about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]};
@@ -108,7 +108,7 @@ There are two kinds of case. Each ends with a comparison with a run that nothing
   on 2 ranks. The undisturbed plan is run once and shared by all these cases; each case has a
   working folder of its own, with the parts of the undisturbed plan that come before.
 
-Faults of the second kind act at file operations: a Python audit hook in every process sends a signal
+FaultState of the second kind act at file operations: a Python audit hook in every process sends a signal
 at a chosen open or rename, or lets the kernel end the process (SIGXFSZ) in the middle of a file.
 
 Columns: the same command line is given again until it is complete ("recovered"). Tokens lost /

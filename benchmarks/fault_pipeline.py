@@ -1,4 +1,4 @@
-"""Faults of the pipeline driver, of its stages' borders, of the launcher and of the terminal."""
+"""FaultState of the pipeline driver, of its stages' borders, of the launcher and of the terminal."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""Faults at file operations of any Python command, without changes to the command.
+"""FaultState at file operations of any Python command, without changes to the command.
 
 `install` adds an audit hook. The environment variable FAULT_POINTS holds, as JSON, the folder where processes register and
 the points: which program, which operation, which path, and what then happens. `write_hook` makes a sitecustomize.py, by

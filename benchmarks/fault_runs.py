@@ -28,7 +28,7 @@ from training.config import load
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "test_mode.yaml"
 VOCAB, LENGTH, ROWS, EVERY = 128, 32, 8, 2  # tokens known; tokens a row; rows a step; steps between checkpoints
-CURVE = ("step", "phase", "place", "tokens", "lr", "loss", "z_loss", "grad_norm")
+CURVE = ("step", "phase", "batch_index", "tokens", "lr", "loss", "z_loss", "grad_norm")
 HELD_OUT = "val/loss"
 PATIENCE = 150.0  # seconds that a launch may take
 
@@ -210,7 +210,7 @@ def by_places(run: Run) -> dict[int, list[str]]:
             data = config.data
             shards = open_shards(data.store, data.mix, "train", config.model.vocab_size)
             loaders[phase] = PackedDataLoader(shards, data.mix, data.sequence_length, data.rows, data.rows, config.seed)
-        [batch] = loaders[phase].at(row["place"] - 1).batches
+        [batch] = loaders[phase].at(row["batch_index"] - 1).batches
         found[row["step"]] = row_hashes(batch)
     return found
 

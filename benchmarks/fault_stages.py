@@ -1,4 +1,4 @@
-"""Faults of single commands: SFT, DPO, GGUF export, data and tokenizer; real full disks; a removed log folder."""
+"""FaultState of single commands: SFT, DPO, GGUF export, data and tokenizer; real full disks; a removed log folder."""
 
 import shutil
 import subprocess

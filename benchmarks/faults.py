@@ -1,4 +1,4 @@
-"""Faults put into tiny runs and plans, and whether all that they leave equals undisturbed ones: docs/faults.md.
+"""FaultState put into tiny runs and plans, and whether all that they leave equals undisturbed ones: docs/faults.md.
 
     python -m benchmarks.faults --output benchmarks/results/faults.json --docs docs/faults.md    # about 12 minutes on 2 cores
     python -m benchmarks.faults --only sigterm nan --quick
@@ -256,7 +256,7 @@ def nan(lab: Lab) -> Row:
 
     found: list[Row] = []
     for what in ("gradient",) if lab.quick else ("gradient", "loss"):
-        run = lab.run(f"nan-{what}" if found else "nan", always={"nan": {"rank": 1, "place": 5, "what": what}}).finish()
+        run = lab.run(f"nan-{what}" if found else "nan", always={"nan": {"rank": 1, "batch_index": 5, "what": what}}).finish()
         if not any("step 6 (data place 5) was not applied" in ended.output for ended in run.ended):
             raise Failed("the bad step was applied")
         found.append(

@@ -49,7 +49,7 @@ class Rank:
         self.fault, self.rank, self.world = fault, rank, world
         self.record = Path(fault["record"]) if "record" in fault else None
         self.rows: list[str] = []
-        self.place = self.saving = 0
+        self.batch_index = self.saving = 0
         if self.record:
             self._file(f"rank{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
             if self._file("killed").exists():  # all were killed before this one was heard of
@@ -93,7 +93,7 @@ class Rank:
         if not self.rows:  # torch makes the state of a new optimizer by an update without gradients
             return
         number = int(next(iter(optimizer.state.values()))["step"])
-        line = {"update": number, "rank": self.rank, "world": self.world, "place": self.place, "rows": self.rows}
+        line = {"update": number, "rank": self.rank, "world": self.world, "batch_index": self.batch_index, "rows": self.rows}
         if self.record:
             with open(self._file(f"rank{self.rank}.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -103,7 +103,7 @@ class Rank:
 
 def row_hashes(batch: Any) -> list[str]:
     """A hash of each row of a batch: its tokens, targets and document ids."""
-    rows = zip(batch.tokens.numpy(), batch.targets.numpy(), batch.docs.numpy(), strict=True)
+    rows = zip(batch.tokens.numpy(), batch.targets.numpy(), batch.doc_ids.numpy(), strict=True)
     return [sha256(b"".join(part.tobytes() for part in row)).hexdigest()[:16] for row in rows]
 
 
@@ -113,7 +113,7 @@ def watch(rank: Rank) -> None:
 
     import train
     from training import checkpoint, phase, setup
-    from training.guard import Faults
+    from training.guard import FaultState
 
     register_optimizer_step_post_hook(lambda optimizer, *_: rank.updated(optimizer))
     plain, build, run, nan = train.next_token, setup.build, phase.train, rank.fault.get("nan", {})
@@ -125,7 +125,7 @@ def watch(rank: Rank) -> None:
             loss, sums = objective(model, batch)
             if model.training:
                 rank.fed(batch)
-                if nan and (rank.rank, rank.place) == (nan["rank"], nan["place"]):
+                if nan and (rank.rank, rank.batch_index) == (nan["rank"], nan["batch_index"]):
                     loss = loss * float("nan")
                     sums = {name: value * float("nan") for name, value in sums.items()} if nan["what"] == "loss" else sums
             return loss, sums
@@ -133,10 +133,10 @@ def watch(rank: Rank) -> None:
         return watched
 
     class Watched(train.Prefetcher):
-        def at(self, place: int) -> Any:
-            step = super().at(place)
-            rank.place, rank.rows = place, []
-            rank.reach("batch", place)
+        def at(self, batch_index: int) -> Any:
+            step = super().at(batch_index)
+            rank.batch_index, rank.rows = batch_index, []
+            rank.reach("batch", batch_index)
             return step
 
     def built(*arguments: Any, **named: Any) -> Any:
@@ -150,14 +150,16 @@ def watch(rank: Rank) -> None:
         return finished
 
     train.next_token, train.Prefetcher, setup.build, phase.train = next_token, Watched, built, trained  # type: ignore[misc]
-    if left_out := rank.fault.get("leave_out"):
-        Faults.next_place = lambda self, place: next(p for p in range(place, 1 << 30) if p not in left_out)  # type: ignore
+    if excluded_batches := rank.fault.get("leave_out"):
+        FaultState.next_batch_index = lambda self, batch_index: next(
+            p for p in range(batch_index, 1 << 30) if p not in excluded_batches
+        )  # type: ignore
     watch_saves(rank, checkpoint)
 
 
 def watch_saves(rank: Rank, checkpoint: Any) -> None:
-    saves = checkpoint.Checkpoints
-    write, publish, checksums, sync = saves._write, saves._publish, checkpoint._checksums, checkpoint._sync
+    checkpointer = checkpoint.Checkpointer
+    write, publish, checksums, sync = checkpointer._write, checkpointer._publish, checkpoint._checksums, checkpoint._sync
 
     def written(self: Any, snapshot: Any, group: Any) -> None:
         rank.saving = snapshot.position["step"]
@@ -178,7 +180,7 @@ def watch_saves(rank: Rank, checkpoint: Any) -> None:
         if path.suffix == ".tmp":  # the whole folder: what is left is its name
             rank.reach("rename", rank.saving)
 
-    saves._write, saves._publish, checkpoint._checksums, checkpoint._sync = written, published, summed, synced
+    checkpointer._write, checkpointer._publish, checkpoint._checksums, checkpoint._sync = written, published, summed, synced
     if full := rank.fault.get("full"):
         fill_the_disk(rank, checkpoint, full)
 

@@ -22,7 +22,7 @@ import torch
 
 from cli import user_errors
 from inference.generation import generate
-from inference.packed_weights import Matrices, head, packed, plain
+from inference.packed_weights import LinearOps, head, packed, plain
 from models.hf import load_hf, save_hf
 from models.nanollama import ModelConfig, NanoLlama
 
@@ -94,10 +94,10 @@ def bare(model: NanoLlama, batch: int) -> dict[str, Any]:
     ways = {"torch": plain(model), "packed": packed(model, batch)}
     dtype, device = head(model).dtype, head(model).device
     size, inner = model.config.hidden_size, model.config.intermediate_size
-    attended = model.config.num_attention_heads * model.config.heads_size
+    attended = model.config.num_attention_heads * model.config.resolved_head_dim
     x, y, z = (torch.ones(batch, width, dtype=dtype, device=device) for width in (size, attended, inner))
 
-    def run(matrices: Matrices) -> None:
+    def run(matrices: LinearOps) -> None:
         for layer in matrices.layers:
             layer.qkv(x), layer.out(y), layer.gate_up(x), layer.down(z)
         matrices.head(x)

@@ -80,10 +80,10 @@ def measure_batches(folder: Path, tokens_per_step: int, rate: float, places: int
             rows = tokens_per_step // length
             loader = PackedDataLoader(sources, MIX, length, rows, rows, seed=0, packing=packing)
             loader.at(0)
-            times = [seconds(lambda: loader.at(place)) for place in range(places)]
+            times = [seconds(lambda: loader.at(batch_index)) for batch_index in range(places)]
             ahead, waits = Prefetcher(loader, torch.device("cpu")), []
-            for place in range(places // 4):
-                waits.append(seconds(lambda: ahead.at(place)))
+            for batch_index in range(places // 4):
+                waits.append(seconds(lambda: ahead.at(batch_index)))
                 time.sleep(0.03)  # a step, if a short one
             at = statistics.median(times)
             wait = statistics.median(waits[1:])

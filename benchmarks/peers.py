@@ -17,7 +17,7 @@ from data.store import open_shards
 from models.hf import to_hf_config, to_hf_name
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpointer
 from training.config import RunConfig, to_dict
 from training.fsdp_utils import compute_dtype
 from training.logger import Log
@@ -90,14 +90,14 @@ def ours(work: Work, documents: bool = False) -> None:
 
         def at(self, place: int) -> Step:
             step = self.ahead.at(place)
-            return step if documents else step._replace(batches=[batch._replace(docs=None) for batch in step.batches])
+            return step if documents else step._replace(batches=[batch._replace(doc_ids=None) for batch in step.batches])
 
     state = setup.build(run, work.device)
-    saves = Checkpoints(run.checkpoints, run.checkpoint, work.dtype, None, {})
+    checkpointer = Checkpointer(run.checkpoints, run.checkpoint, work.dtype, None, {})
     log = Paced(run.logs, run.log, work.rank == 0, to_dict(run))
     if work.rank:  # Log does nothing there
         log.metrics = lambda metrics, last=False: work.pace(metrics["loss"])  # type: ignore[method-assign]
-    train(run, state, Loader(), next_token(run.optim.z_weight), saves, log)
+    train(run, state, Loader(), next_token(run.optim.z_weight), checkpointer, log)
 
 
 def hugging_face(work: Work, liger: bool = False, compiled: bool = False, default: bool = False) -> None:
@@ -159,7 +159,7 @@ def hugging_face(work: Work, liger: bool = False, compiled: bool = False, defaul
 class PlainBlock(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d, heads, size = config.hidden_size, config.num_attention_heads, config.heads_size
+        d, heads, size = config.hidden_size, config.num_attention_heads, config.resolved_head_dim
         self.size, self.eps = size, config.rms_norm_eps
         linear = {"q": heads * size, "k": config.num_key_value_heads * size, "v": config.num_key_value_heads * size}
         self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(d, width, bias=False) for name, width in linear.items()})
@@ -198,7 +198,7 @@ class PlainLlama(nn.Module):
         self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        frequencies = config.rope_theta ** -(torch.arange(0, config.heads_size, 2) / config.heads_size)
+        frequencies = config.rope_theta ** -(torch.arange(0, config.resolved_head_dim, 2) / config.resolved_head_dim)
         angles = torch.outer(torch.arange(config.max_position_embeddings), frequencies)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)

@@ -17,7 +17,7 @@ from data.packing import IGNORE, LongDocuments, Rows, Source, StreamRows, make_r
 from data.tokenizers.bpe import document_encoder
 
 BLOCK = 1000  # rows in which the mixture holds exactly; weights are honoured to 1/BLOCK
-MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (Muennighoff et al. 2023, arXiv:2305.16264)
+MAX_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (Muennighoff et al. 2023, arXiv:2305.16264)
 
 
 class Batch(NamedTuple):
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
-    docs: Tensor  # [B, T] int32, counts up at each document's first token, and where padding begins
+    doc_ids: Tensor  # [B, T] int32, counts up at each document's first token, and where padding begins
     rows: Tensor = torch.empty(0, dtype=torch.int64)  # [B], numbers of these rows in the order of training
 
     def to(self, device: torch.device) -> "Batch":
@@ -43,7 +43,7 @@ class Step(NamedTuple):
 class Loader(Protocol):
     fingerprint: str  # changes when the data, their order or their mixture change
 
-    def at(self, place: int) -> Step: ...
+    def at(self, batch_index: int) -> Step: ...
 
 
 class PackedSource(Protocol):
@@ -108,18 +108,18 @@ class PackedDataLoader:
         self._order = lru_cache(maxsize=2 * len(self.names))(self._shuffle)
         self._block = lru_cache(maxsize=4)(self._draw_block)
 
-    def at(self, place: int) -> Step:
+    def at(self, batch_index: int) -> Step:
         """This rank's micro-batches of step `place` >= 0."""
-        of_step = [self._locate(row) for row in range(place * self.rows, (place + 1) * self.rows)]
+        of_step = [self._locate(row) for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)]
         weight = sum(self.packed[source].targets(index) for source, index in of_step)
         filled = sum(self.packed[source].tokens(index) for source, index in of_step)
         share = self.rows // self.world
         shape = (share, self.length)
-        tokens, targets, docs = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
+        tokens, targets, doc_ids = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
         for i, (source, index) in enumerate(of_step[self.rank * share : (self.rank + 1) * share]):
-            self.packed[source].fill(index, tokens[i], targets[i], docs[i])
-        numbers = np.arange(share) + (place * self.rows + self.rank * share)
-        whole = [torch.from_numpy(part) for part in (tokens, targets, docs, numbers)]
+            self.packed[source].fill(index, tokens[i], targets[i], doc_ids[i])
+        numbers = np.arange(share) + (batch_index * self.rows + self.rank * share)
+        whole = [torch.from_numpy(part) for part in (tokens, targets, doc_ids, numbers)]
         batches = [Batch(*parts) for parts in zip(*(part.split(self.micro_batch_size) for part in whole), strict=True)]
         return Step(batches, weight, filled)
 
@@ -131,14 +131,14 @@ class PackedDataLoader:
             sums[self.names[source]] += self.packed[source].targets(index)
         return {name: count / max(1, sum(sums.values())) for name, count in sums.items()}
 
-    def epochs(self, place: int) -> dict[str, float]:
+    def epochs(self, batch_index: int) -> dict[str, float]:
         """How often each source has been read through, after `place` steps."""
-        blocks = place * self.rows / BLOCK
+        blocks = batch_index * self.rows / BLOCK
         each = zip(self.names, self.quota, self.packed, strict=True)
         return {name: blocks * int(quota) / len(rows) for name, quota, rows in each}
 
     def describe(self, steps: int) -> list[str]:
-        """One line a source on what `steps` steps read of it, and a warning where that is more than MOST_EPOCHS epochs."""
+        """One line a source on what `steps` steps read of it, and a warning where that is more than MAX_EPOCHS epochs."""
         lines, warnings = [], []
         for (name, epochs), rows in zip(self.epochs(steps).items(), self.packed, strict=True):
             source = self.sources[name]
@@ -150,9 +150,9 @@ class PackedDataLoader:
                     f"{source.documents / every.documents:.1%} of its documents)"
                 )
             lines.append(line + (f"; {rows.report}" if rows.report else ""))
-            if epochs > MOST_EPOCHS:
+            if epochs > MAX_EPOCHS:
                 warnings.append(
-                    f"warning: {name} will be read {epochs:.1f} times; above {MOST_EPOCHS} epochs repeated tokens teach less and "
+                    f"warning: {name} will be read {epochs:.1f} times; above {MAX_EPOCHS} epochs repeated tokens teach less and "
                     f"less (arXiv:2305.16264): add data, lower data.mix.{name} or take fewer steps"
                 )
         return lines + warnings
@@ -211,17 +211,17 @@ class TextLoader(PackedDataLoader):
 
     def __iter__(self) -> Iterator[Batch]:
         needed = self.batch_size * self.length
-        tokens, docs = np.empty(0, np.int64), np.empty(0, np.int32)
+        tokens, doc_ids = np.empty(0, np.int64), np.empty(0, np.int32)
         for number, row in enumerate(self.dataset):
             ids = self.encode(row if isinstance(row, str) else row[self.text_column])
             tokens = np.concatenate([tokens, np.array(ids, np.int64)])
-            docs = np.concatenate([docs, np.full(len(ids), number, np.int32)])
+            doc_ids = np.concatenate([doc_ids, np.full(len(ids), number, np.int32)])
             while len(tokens) > needed:  # one more: the target of the last
-                parts = (tokens[:needed], tokens[1 : needed + 1], docs[:needed])
+                parts = (tokens[:needed], tokens[1 : needed + 1], doc_ids[:needed])
                 shaped = [part.reshape(self.batch_size, self.length).copy() for part in parts]
                 shaped[2] -= shaped[2][:, :1]  # in each row documents count from 0
                 yield Batch(*map(torch.from_numpy, shaped))
-                tokens, docs = tokens[needed:], docs[needed:]
+                tokens, doc_ids = tokens[needed:], doc_ids[needed:]
 
 
 def validation_batches(
@@ -254,12 +254,12 @@ def stream_batches(
     for first in range(0, rows, batch_size * world):
         tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
         targets = np.full((batch_size, sequence_length), IGNORE, dtype=np.int64)
-        docs = np.zeros((batch_size, sequence_length), dtype=np.int32)
+        doc_ids = np.zeros((batch_size, sequence_length), dtype=np.int32)
         for i in range(batch_size):
             row = first + rank * batch_size + i
             if row < rows:
-                source.fill(row, tokens[i], targets[i], docs[i])
-        yield Batch(*(torch.from_numpy(part) for part in (tokens, targets, docs)))
+                source.fill(row, tokens[i], targets[i], doc_ids[i])
+        yield Batch(*(torch.from_numpy(part) for part in (tokens, targets, doc_ids)))
 
 
 class Prefetcher:
@@ -277,16 +277,16 @@ class Prefetcher:
         """The place after the last one that at() gave; 0 before the first."""
         return self.ahead[0] if self.ahead else 0
 
-    def _load(self, place: int) -> Step:
-        step = self.loader.at(place)
+    def _load(self, batch_index: int) -> Step:
+        step = self.loader.at(batch_index)
         if self.device.type == "cuda":
             step = step._replace(batches=[type(batch)(*(part.pin_memory() for part in batch)) for batch in step.batches])
         return step
 
-    def at(self, place: int) -> Step:
+    def at(self, batch_index: int) -> Step:
         ahead = self.ahead
-        step = ahead[1].result() if ahead is not None and ahead[0] == place else self._load(place)
-        self.ahead = (place + 1, self.pool.submit(self._load, place + 1))
+        step = ahead[1].result() if ahead is not None and ahead[0] == batch_index else self._load(batch_index)
+        self.ahead = (batch_index + 1, self.pool.submit(self._load, batch_index + 1))
         return step._replace(batches=[batch.to(self.device) for batch in step.batches])
 
 

@@ -54,7 +54,7 @@ class LongDocuments:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) of these documents end to end, as int64, and for each the count of documents begun after start."""
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
-        tokens, docs = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int32)
+        tokens, doc_ids = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int32)
         first = document = int(np.searchsorted(self.ends, start, side="right"))
         at = start
         while at < stop:
@@ -62,9 +62,9 @@ class LongDocuments:
             source = int(self.starts[document]) + int(self.lengths[document]) - (end - at)
             part = slice(at - start, min(end, stop) - start)
             tokens[part] = self.shards.read(source, source + part.stop - part.start)[0]
-            docs[part] = document - first
+            doc_ids[part] = document - first
             at, document = end, document + 1
-        return tokens, docs
+        return tokens, doc_ids
 
 
 Source = TokenShards | LongDocuments
@@ -86,7 +86,7 @@ class Rows(Protocol):
         """Tokens of a row that are no padding."""
         ...
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
+    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
         """Write a row into three arrays of `length`."""
         ...
 
@@ -112,10 +112,10 @@ class StreamRows:
 
     tokens = targets
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
+    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
         start = index * self.length
         text, begun = self.source.read(start, start + self.length + 1)
-        tokens[:], targets[:], docs[:] = text[:-1], text[1:], begun[:-1]
+        tokens[:], targets[:], doc_ids[:] = text[:-1], text[1:], begun[:-1]
 
 
 class Plan(NamedTuple):
@@ -154,14 +154,14 @@ class BestFitRows:
 
     tokens = targets
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
+    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
         first, last = self.plan.rows[index : index + 2].tolist()
         at = count = 0
         for start, length in zip(self.plan.starts[first:last].tolist(), self.plan.lengths[first:last].tolist(), strict=True):
             text, end = self._read(start, length + 1), at + length
-            tokens[at:end], targets[at:end], docs[at:end] = text[:-1], text[1:], count
+            tokens[at:end], targets[at:end], doc_ids[at:end] = text[:-1], text[1:], count
             at, count = end, count + 1
-        tokens[at:], targets[at:], docs[at:] = 0, IGNORE, count
+        tokens[at:], targets[at:], doc_ids[at:] = 0, IGNORE, count
 
     def _read(self, start: int, length: int) -> np.ndarray:
         """Tokens [start, start + length) of the shards; bos after the very last."""

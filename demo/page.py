@@ -11,7 +11,7 @@ from typing import Any
 
 from data.chat.trained_chat import name_of
 from demo.markup import markdown, plain
-from demo.talk import How, Turn, Voice, in_turns
+from demo.talk import ChatModel, GenerationSettings, Turn, in_turns
 from inference.sampling import Sampling
 from inference.streaming import whole_characters
 
@@ -89,7 +89,7 @@ def meter(turn: Turn | None, context: int) -> str:
     return f'<div class="meter"><progress value="{held}" max="{context}"></progress>{spans}</div>'
 
 
-def build(voices: Sequence[Voice]) -> Any:
+def build(voices: Sequence[ChatModel]) -> Any:
     """gr.Blocks of the demo; the models speak to one visitor at a time."""
     import gradio as gr
 
@@ -116,7 +116,7 @@ def build(voices: Sequence[Voice]) -> Any:
         text, system = whole_characters(text), whole_characters(system or "")
         visit.stopped = False
         seed = int(seed) if seed is not None and seed >= 0 else random.randrange(2**31)
-        how = How(Sampling(1.0, temperature, int(top_k), top_p), int(new), seed, system, tools)
+        how = GenerationSettings(Sampling(1.0, temperature, int(top_k), top_p), int(new), seed, system, tools)
         row = [Turn(text) for _ in voices]
         visit.turns.append(row)
         yield [typing(True, value=""), *picture(visit, live=True)]
@@ -207,13 +207,13 @@ def build(voices: Sequence[Voice]) -> Any:
     return page
 
 
-def tools_label(voices: Sequence[Voice]) -> str:
+def tools_label(voices: Sequence[ChatModel]) -> str:
     """Names of the tools that the models are offered."""
     names = dict.fromkeys(name_of(tool) for voice in voices for tool in voice.tools)
     return f"Tools: {', '.join(names) or 'none'}"
 
 
-def about(voices: Sequence[Voice]) -> str:
+def about(voices: Sequence[ChatModel]) -> str:
     names = " and ".join(voice.name for voice in voices)
     base = [voice for voice in voices if voice.is_base]
     return f"{names}; a base model continues what you type" if base else names

@@ -10,7 +10,7 @@ from typing import Any
 from data.chat.tools import TOOLS
 from inference.chat_formats import Continuation
 from inference.chat_session import Session, Talk
-from inference.runners import Speaker
+from inference.runners import Runner
 from inference.sampling import Sampling
 
 Steps = Generator[None, None, None]
@@ -18,7 +18,7 @@ Pieces = Generator[tuple[str, str], None, None]
 
 
 @dataclass(frozen=True)
-class How:
+class GenerationSettings:
     """What a turn is asked with."""
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -49,15 +49,15 @@ class Turn:
         self.parts.append((kind, text))
 
 
-class Voice:
+class ChatModel:
     """A model that can be talked to: by a chat template, or, of a base model, one that continues what was typed."""
 
-    def __init__(self, name: str, speaker: Speaker, chat: Talk, tools: Sequence[dict[str, Any]] = TOOLS):
+    def __init__(self, name: str, runner: Runner, chat: Talk, tools: Sequence[dict[str, Any]] = TOOLS):
         """tools: what a conversation offers while tools are on."""
-        self.name, self.speaker, self.context, self.chat, self.tools = name, speaker, speaker.context, chat, tools
+        self.name, self.runner, self.context, self.chat, self.tools = name, runner, runner.context, chat, tools
         self.is_base = isinstance(chat, Continuation)
 
-    def answer(self, turn: Turn, before: Sequence[Turn], how: How, stopped: Callable[[], bool]) -> Steps:
+    def answer(self, turn: Turn, before: Sequence[Turn], how: GenerationSettings, stopped: Callable[[], bool]) -> Steps:
         """Fill a turn that follows others; yields after each token and each piece. A mistake ends it with a note."""
         turn.seed = how.seed
         try:
@@ -70,7 +70,7 @@ class Voice:
         except ValueError as error:
             turn.add("note", str(error))
 
-    def _ask(self, turn: Turn, before: Sequence[Turn], how: How, stopped: Callable[[], bool]) -> Pieces:
+    def _ask(self, turn: Turn, before: Sequence[Turn], how: GenerationSettings, stopped: Callable[[], bool]) -> Pieces:
         stop = self.chat.stop_ids
         tools = self.tools if how.tools else []
         session = Session(self.chat, lambda prompt: self._speak(prompt, turn, how, stop, stopped), how.system, tools)
@@ -79,14 +79,16 @@ class Voice:
         yield from session.ask(turn.text)
         turn.messages = session.messages[known:]
 
-    def _speak(self, prompt: list[int], turn: Turn, how: How, stop: Sequence[int], stopped: Callable[[], bool]) -> Iterator[int]:
+    def _speak(
+        self, prompt: list[int], turn: Turn, how: GenerationSettings, stop: Sequence[int], stopped: Callable[[], bool]
+    ) -> Iterator[int]:
         """The tokens of one reply, counted and timed."""
         turn.held = len(prompt)
         room = self.context - len(prompt)
         if room < 1:
             raise ValueError(f"{len(prompt)} tokens fill the context of {self.context}; clear the conversation or write less")
         begun, first = time.perf_counter(), True
-        for token in self.speaker.speak(prompt, min(how.new, room), how.sampling, how.seed, stop):
+        for token in self.runner.speak(prompt, min(how.new, room), how.sampling, how.seed, stop):
             took = time.perf_counter() - begun
             turn.tokens, turn.held = turn.tokens + 1, turn.held + 1
             if first:

@@ -7,7 +7,7 @@ from typing import Any
 from data.chat.bounded_template import BoundedTemplate
 from data.chat.folder_templates import choose, read_templates
 from data.chat.rendering import neutralise
-from evals.language_model import Words
+from evals.language_model import EvalTokenizer
 
 Message = dict[str, Any]
 TEXTS = ("content", "thought")  # of a message
@@ -19,7 +19,7 @@ class Chat:
     def __init__(self, checkpoint: Path):
         from transformers import AutoTokenizer
 
-        folder = Words(checkpoint).folder
+        folder = EvalTokenizer(checkpoint).folder
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # transformers raises many classes on a damaged tokenizer_config.json

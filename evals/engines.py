@@ -14,7 +14,7 @@ from data.chat.folder_templates import template_files
 from data.manifest import file_hash
 from evals.gguf_engine import GgufEngine
 from evals.harness import Scored, Write, Written
-from evals.language_model import Engine, LanguageModel, Unit, Words, constraint_of, read_json
+from evals.language_model import Engine, EvalTokenizer, LanguageModel, ScoreRequest, constraint_of, read_json
 from inference.generation import Cache, forward, generate, head
 from inference.grammar import JsonConstraint
 from inference.sampling import Sampling
@@ -39,7 +39,7 @@ def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, 
     """The model of a folder, or of a GGUF file; ValueError where it cannot answer."""
     check_there(checkpoint)
     check_device(device)
-    words = Words(checkpoint)
+    words = EvalTokenizer(checkpoint)
     engine: Engine
     if checkpoint.suffix == ".gguf":
         if dtype:
@@ -80,7 +80,7 @@ class NanoLlamaEngine:
         self.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def score(self, units: Sequence[Unit]) -> Iterator[list[tuple[int, list[Scored]]]]:
+    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
         for shared, members in share(units):
             start = self._begun(units[members[0]].context[:shared])
             members.sort(key=lambda i: -len(units[i].context) - (len(units[i].options) == 1) * len(units[i].options[0]))
@@ -99,7 +99,7 @@ class NanoLlamaEngine:
         forward(self.model, torch.tensor([shared], device=self.device), cache)
         return cache
 
-    def _batch(self, units: Sequence[Unit], shared: int, start: Cache | None) -> list[list[Scored]]:
+    def _batch(self, units: Sequence[ScoreRequest], shared: int, start: Cache | None) -> list[list[Scored]]:
         """Contexts (without the tokens that `start` holds) as rows, then options as rows that continue them; a unit's only
         option follows in the row of its context. Logits are made of those places only that predict an option's token."""
         lone = [len(unit.options) == 1 for unit in units]
@@ -137,8 +137,10 @@ class NanoLlamaEngine:
         each = iter(zip(*figures, strict=True))
         return [[_sum([next(each) for _ in option]) for option in unit.options] for unit in units]
 
-    def write(self, prompts: Sequence[list[int]], requests: Sequence[Write], words: Words) -> Iterator[list[tuple[int, Written]]]:
-        units = [Unit(tuple(prompt), ((),)) for prompt in prompts]
+    def write(
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: EvalTokenizer
+    ) -> Iterator[list[tuple[int, Written]]]:
+        units = [ScoreRequest(tuple(prompt), ((),)) for prompt in prompts]
         steps = max((request.max_tokens for request in requests), default=0)
         for shared, members in share(units, STEP * steps):
             start = self._begun(units[members[0]].context[:shared])
@@ -159,7 +161,7 @@ class NanoLlamaEngine:
         how: Sampling,
         prompts: Sequence[list[int]],
         requests: Sequence[Write],
-        words: Words,
+        words: EvalTokenizer,
     ) -> list[tuple[int, Written]]:
         """One batch; rows that need fewer tokens than the longest end when they have them."""
         most = max(requests[i].max_tokens for i in places)
@@ -184,7 +186,7 @@ class NanoLlamaEngine:
         )
         return [(i, words.written(row.tokens, requests[i])) for i, row in zip(places, rows, strict=True)]
 
-    def _constraints(self, requests: Sequence[Write], words: Words) -> list[JsonConstraint | None] | None:
+    def _constraints(self, requests: Sequence[Write], words: EvalTokenizer) -> list[JsonConstraint | None] | None:
         """What holds each row to its schema; None where no row has one."""
         found = [constraint_of(request, words, self.model.config.vocab_size) for request in requests]
         return found if any(found) else None
@@ -207,7 +209,7 @@ def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, li
     return tokens.to(device), [len(row) for row in rows]
 
 
-def share(units: Sequence[Unit], least: int = 0) -> list[tuple[int, list[int]]]:
+def share(units: Sequence[ScoreRequest], least: int = 0) -> list[tuple[int, list[int]]]:
     """Units whose contexts begin alike: how many tokens they share (never all of a context), and which they are.
 
     Where that saves too little, `least` or MIN_SAVED tokens, units are in one group that shares nothing. Contexts are compared
@@ -268,7 +270,7 @@ class TransformersEngine:
         self.batch_size, self.device, self.dtype = batch_size, device, str(self.model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def score(self, units: Sequence[Unit]) -> Iterator[list[tuple[int, list[Scored]]]]:
+    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
         for start in range(0, len(units), self.batch_size):
             batch = units[start : start + self.batch_size]
             rows = [(unit.context, option) for unit in batch for option in unit.options]
@@ -288,7 +290,9 @@ class TransformersEngine:
             yield [(start + i, [next(options) for _ in unit.options]) for i, unit in enumerate(batch)]
 
     @torch.inference_mode()
-    def write(self, prompts: Sequence[list[int]], requests: Sequence[Write], words: Words) -> Iterator[list[tuple[int, Written]]]:
+    def write(
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: EvalTokenizer
+    ) -> Iterator[list[tuple[int, Written]]]:
         """One prompt at a time."""
         if any(request.schema for request in requests):
             raise ValueError("JSON by a grammar is written by Llama and Qwen3 folders only; leave the constrained part out")

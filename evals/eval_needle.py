@@ -24,7 +24,7 @@ from cli import at_least
 from data.decontamination.benchmarks import read_jsonl
 from data.manifest import read_json
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, Write, means
-from evals.language_model import Words
+from evals.language_model import EvalTokenizer
 from evals.multiple_choice import field
 from evals.run import flags, main
 from inference.gguf_tokenizer import tokenizer_folder
@@ -65,7 +65,7 @@ def sentences(haystack: str) -> list[str]:
 class Hay:
     """What is hidden in: sentences as ids, encoded once."""
 
-    def __init__(self, words: Words, texts: Sequence[str]):
+    def __init__(self, words: EvalTokenizer, texts: Sequence[str]):
         self.words, self.texts, self.known = words, texts, dict[str, list[int]]()
 
     def ids(self, text: str) -> list[int]:
@@ -147,7 +147,7 @@ def by_length(samples: Sequence[Sample]) -> dict[str, Estimate]:
 
 def build(args: argparse.Namespace) -> Eval:
     args.haystack = args.haystack or args.data or "noise"
-    words = Words(args.checkpoint)
+    words = EvalTokenizer(args.checkpoint)
     limit = read_json(tokenizer_folder(args.checkpoint) / "config.json").get("max_position_embeddings", 0)
     lengths = args.context or [length for length in (4096, 8192, 16384) if length <= limit] or [limit]
     if max(lengths) > limit:

@@ -64,7 +64,7 @@ def perplexity(
         for batch in batches:
             batch = batch.to(device)
             valid = batch.targets != IGNORE
-            nll = model(batch.tokens, batch.targets, batch.docs).nll
+            nll = model(batch.tokens, batch.targets, batch.doc_ids).nll
             sums += torch.stack([nll.double().sum(), valid.sum(), bytes_of[batch.targets[valid]].sum()])
         sums = total(sums)
         everything += sums

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from evals.harness import Scored, Write, Written
-from evals.language_model import Unit, Words, constraint_of
+from evals.language_model import EvalTokenizer, ScoreRequest, constraint_of
 from inference.gguf_tokenizer import field, open_gguf
 from inference.llamacpp import BATCH, LlamaCpp
 from inference.runners import common
-from inference.sampling import Sampling, chances, choose
+from inference.sampling import Sampling, choose, uniforms
 
 
 class GgufEngine:
@@ -31,7 +31,7 @@ class GgufEngine:
         self.runtime.keep(shared)
         return torch.from_numpy(self.runtime.feed(ids[shared:]))
 
-    def score(self, units: Sequence[Unit]) -> Iterator[list[tuple[int, list[Scored]]]]:
+    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
         for i in sorted(range(len(units)), key=lambda i: units[i].context):  # neighbours begin alike
             context, after = units[i].context, self._after(units[i].context)
             scored = []
@@ -54,13 +54,15 @@ class GgufEngine:
                 logits = torch.from_numpy(self.runtime.feed(fed, last=len(fed)))
         return Scored(total, len(option), greedy)
 
-    def write(self, prompts: Sequence[list[int]], requests: Sequence[Write], words: Words) -> Iterator[list[tuple[int, Written]]]:
+    def write(
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: EvalTokenizer
+    ) -> Iterator[list[tuple[int, Written]]]:
         for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
             yield [(i, self._written(prompts[i], requests[i], words))]
 
-    def _written(self, prompt: list[int], request: Write, words: Words) -> Written:
+    def _written(self, prompt: list[int], request: Write, words: EvalTokenizer) -> Written:
         how = Sampling(temperature=request.temperature, top_p=request.top_p)
-        luck = chances([request.seed], request.max_tokens)[0]
+        luck = uniforms([request.seed], request.max_tokens)[0]
         constraint = constraint_of(request, words, self.runtime.size)
         logits, new = self._after(prompt), list[int]()
         while True:

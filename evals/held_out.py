@@ -207,8 +207,8 @@ class ChosenRows(StreamRows):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
-        super().fill(int(self.indices[index]), tokens, targets, docs)
+    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
+        super().fill(int(self.indices[index]), tokens, targets, doc_ids)
 
 
 def documents(args: argparse.Namespace) -> Documents:

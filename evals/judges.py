@@ -204,5 +204,5 @@ class Classifier:
             batch = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
             with torch.inference_mode():
                 logits = self.model(**batch.to(self.device)).logits.float()
-            chances = logits.sigmoid() if self.many else logits.softmax(-1)
-            yield list(zip(places, chances[:, self.place].tolist(), strict=True))
+            uniforms = logits.sigmoid() if self.many else logits.softmax(-1)
+            yield list(zip(places, uniforms[:, self.place].tolist(), strict=True))

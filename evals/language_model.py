@@ -17,7 +17,7 @@ from inference.gguf_tokenizer import tokenizer_folder
 from inference.grammar import JsonConstraint, JsonGrammar
 
 
-class Unit(NamedTuple):
+class ScoreRequest(NamedTuple):
     """What scoring is made of: token ids after which each option's ids are scored."""
 
     context: tuple[int, ...]
@@ -35,18 +35,18 @@ class Engine(Protocol):
     context: int
     dtype: str
 
-    def score(self, units: Sequence[Unit]) -> Iterator[list[tuple[int, list[Scored]]]]:
+    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
         """Batches of (index of the unit, one Scored an option)."""
         ...
 
     def write(
-        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: "Words"
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: "EvalTokenizer"
     ) -> Iterator[list[tuple[int, Written]]]:
         """Batches of (index of the prompt, what follows)."""
         ...
 
 
-class Words:
+class EvalTokenizer:
     """The tokenizer of a checkpoint, and which ids begin and end a text."""
 
     def __init__(self, checkpoint: Path):
@@ -111,7 +111,7 @@ class Words:
         return len(self.decode(ids).encode())
 
 
-def constraint_of(request: Write, words: Words, size: int) -> JsonConstraint | None:
+def constraint_of(request: Write, words: EvalTokenizer, size: int) -> JsonConstraint | None:
     """What holds the text of a request to its schema; None where it has none. size: rows of the model's head."""
     if not request.schema:
         return None
@@ -125,7 +125,7 @@ def constraint_of(request: Write, words: Words, size: int) -> JsonConstraint | N
 class LanguageModel:
     """Requests of the harness as ids for an engine."""
 
-    def __init__(self, name: str, hash: str, engine: Engine, words: Words):
+    def __init__(self, name: str, hash: str, engine: Engine, words: EvalTokenizer):
         self.name, self.hash, self.engine, self.words = name, hash, engine, words
         self.context, self.dtype = engine.context, engine.dtype
 
@@ -151,7 +151,7 @@ class LanguageModel:
         for batch in self._score([unit for _, unit in fitting]):
             yield [(fitting[i][0], scored) for i, scored in batch]
 
-    def units(self, requests: Sequence[Choose]) -> list[Unit]:
+    def units(self, requests: Sequence[Choose]) -> list[ScoreRequest]:
         """Context and options of each request in ids, cut where lm-evaluation-harness cuts them."""
         contexts, pairs = [], []
         for context, options in requests:
@@ -164,15 +164,15 @@ class LanguageModel:
         for context, options in requests:
             if not isinstance(context, str) or not all(isinstance(option, str) for option in options):
                 first, *rest = self.ids([context, *options])
-                units.append(Unit(tuple(first), tuple(map(tuple, rest))))
+                units.append(ScoreRequest(tuple(first), tuple(map(tuple, rest))))
                 continue
             head, whole = next(alone), [next(together) for _ in options]
             if context.rstrip():
-                units.append(Unit(tuple(head), tuple(tuple(ids[len(head) :]) for ids in whole)))
+                units.append(ScoreRequest(tuple(head), tuple(tuple(ids[len(head) :]) for ids in whole)))
             else:  # lm-eval encodes these without special tokens
                 bare_ids = self.words.encode([context + str(option) for option in options], special=False)
                 begun = [ids[1:] if ids[:1] == [self.words.begin] else ids for ids in bare_ids]
-                units.append(Unit((self.words.begin,), tuple(map(tuple, begun))))
+                units.append(ScoreRequest((self.words.begin,), tuple(map(tuple, begun))))
         for request, unit in zip(requests, units, strict=True):
             if not unit.context or not all(unit.options):
                 raise ValueError(
@@ -201,7 +201,7 @@ class LanguageModel:
                     done.append((i, readings[i]))
             yield done
 
-    def _score(self, units: Sequence[Unit]) -> Iterator[list[tuple[int, list[Scored]]]]:
+    def _score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
         for batch in self.engine.score(units):
             if not all(math.isfinite(scored.logprob) for _, options in batch for scored in options):
                 raise ValueError(
@@ -223,15 +223,15 @@ class LanguageModel:
             yield [(places[i], written) for i, written in batch]
 
 
-def rolling(tokens: Sequence[int], begin: int, context: int, stride: int | None = None) -> list[Unit]:
+def rolling(tokens: Sequence[int], begin: int, context: int, stride: int | None = None) -> list[ScoreRequest]:
     """Windows that score each token once: the first begins after `begin`, later ones end `stride` tokens (default: a whole
     context) further and see as much before them as the context holds. As lm-evaluation-harness with context_len =
     context - stride + 1."""
     step = context if stride is None else stride
     if not 1 <= step <= context:
         raise ValueError(f"a window cannot move by {step} tokens in a context of {context}; give a stride from 1 to {context}")
-    windows = [Unit((begin,), (tuple(tokens[:context]),))] if tokens else []
+    windows = [ScoreRequest((begin,), (tuple(tokens[:context]),))] if tokens else []
     for first in range(context, len(tokens), step):
         end = min(first + step, len(tokens))
-        windows.append(Unit(tuple(tokens[end - context - 1 : first]), (tuple(tokens[first:end]),)))
+        windows.append(ScoreRequest(tuple(tokens[end - context - 1 : first]), (tuple(tokens[first:end]),)))
     return windows

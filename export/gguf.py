@@ -193,7 +193,7 @@ def plan(folder: Path, config: ModelConfig) -> list[Planned]:
 
 def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our name of each tensor -> its name in GGUF and its shape."""
-    d, ffn, size = config.hidden_size, config.intermediate_size, config.heads_size
+    d, ffn, size = config.hidden_size, config.intermediate_size, config.resolved_head_dim
     q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
     feed_forward: dict[str, tuple[int, ...]] = {"gate_proj": (ffn, d), "up_proj": (ffn, d), "down_proj": (d, ffn)}
     if isinstance(config, MoeConfig):
@@ -328,9 +328,9 @@ def _describe(writer: Any, config: ModelConfig, name: str, outtype: str) -> None
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.heads_size)
-    writer.add_value_length(config.heads_size)
-    writer.add_rope_dimension_count(config.heads_size)
+    writer.add_key_length(config.resolved_head_dim)
+    writer.add_value_length(config.resolved_head_dim)
+    writer.add_rope_dimension_count(config.resolved_head_dim)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 

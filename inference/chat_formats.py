@@ -13,7 +13,7 @@ from data.tokenizers.bpe import listed_ids, load_tokenizer
 from inference.gguf_tokenizer import tokenizer_folder
 
 
-class OwnTemplate:
+class TemplateChat:
     """A folder's own chat template, rendered in bounds (bounded_template.py). Its replies are text: tools are not offered."""
 
     def __init__(self, folder: Path):
@@ -59,14 +59,14 @@ class Continuation:
         return Reply("", text.rstrip("\ufffd") if partial else text, [], [], True)
 
 
-def open_chat(checkpoint: Path) -> Chat | OwnTemplate | Continuation:
+def open_chat(checkpoint: Path) -> Chat | TemplateChat | Continuation:
     """How the model of a folder or a .gguf file is talked to; ValueError where it has no tokenizer that can be read."""
     folder = tokenizer_folder(checkpoint)
     template = template_of(folder)
     if not template:
         return Continuation(folder)
     if not is_our_template(template):
-        return OwnTemplate(folder)
+        return TemplateChat(folder)
     try:
         return Chat.from_folder(folder)
     except ValueError as error:

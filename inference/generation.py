@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from inference.packed_weights import Layer, Matrices, head, packed, plain
-from inference.sampling import Sampling, chances, choose
+from inference.packed_weights import Layer, LinearOps, head, packed, plain
+from inference.sampling import Sampling, choose, uniforms
 from models.layers import RMSNorm, apply_rotary
 from models.nanollama import GroupedQueryAttention, ModelConfig, NanoLlama
 
@@ -50,7 +50,7 @@ class Cache:
                 f"{length} tokens exceed the model's context of {config.max_position_embeddings}; "
                 "shorten the prompt or ask for fewer new tokens"
             )
-        shape = (batch, config.num_key_value_heads, length, config.heads_size)
+        shape = (batch, config.num_key_value_heads, length, config.resolved_head_dim)
         self.config, self.length = config, length
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
@@ -79,7 +79,7 @@ class Cache:
 
 @torch.no_grad()
 def forward(
-    model: NanoLlama, tokens: Tensor, cache: Cache, lengths: Sequence[int] | None = None, matrices: Matrices | None = None
+    model: NanoLlama, tokens: Tensor, cache: Cache, lengths: Sequence[int] | None = None, matrices: LinearOps | None = None
 ) -> Tensor:
     """Continue every row of the cache by its tokens [B, T]; returns the normed hidden states [B, T, D] for `logits`.
 
@@ -117,7 +117,7 @@ def logits(model: NanoLlama, hidden: Tensor) -> Tensor:
 
 def _trunk(
     model: NanoLlama,
-    matrices: Matrices,
+    matrices: LinearOps,
     tokens: Tensor,
     cache: Cache,
     positions: Tensor,
@@ -249,7 +249,7 @@ def stream(
     luck = None
     if sampling.temperature > 0:
         seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        luck = chances(seeds, max_new_tokens).to(weight.device)
+        luck = uniforms(seeds, max_new_tokens).to(weight.device)
     rows = list(range(len(prompts)))  # the numbers of the rows of the cache
     new: list[list[int]] = [[] for _ in prompts]
     alive = set(rows)
@@ -293,7 +293,7 @@ def stream(
 
 
 @torch.inference_mode()  # a tenth faster than no_grad on a CPU
-def _step(model: NanoLlama, matrices: Matrices, tokens: Tensor, cache: Cache) -> Tensor:
+def _step(model: NanoLlama, matrices: LinearOps, tokens: Tensor, cache: Cache) -> Tensor:
     """Logits [B, V] after one more token [B] a row."""
     return matrices.head(forward(model, tokens[:, None], cache, matrices=matrices)[:, 0])
 

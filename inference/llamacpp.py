@@ -20,7 +20,7 @@ import numpy as np
 from inference.gguf_file import check_gguf
 
 BATCH = 512  # tokens that are computed at once
-KEPT = 4  # lines of llama.cpp's errors that are repeated
+MAX_ERROR_LINES = 4  # lines of llama.cpp's errors that are repeated
 PROBE_CONTEXT, PROBE_SECONDS, PROBE_RATE = 64, 10, 50e6  # tokens; s for any file; bytes/s that a load takes at most besides
 _errors: list[str] = []
 
@@ -72,7 +72,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 def _log(level: int, text: bytes, _: Any) -> None:
     if level == 4 and text:  # GGML_LOG_LEVEL_ERROR
         _errors.append(text.decode(errors="replace").strip())
-        del _errors[:-KEPT]
+        del _errors[:-MAX_ERROR_LINES]
 
 
 def find_library() -> tuple[str, Path] | None:

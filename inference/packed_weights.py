@@ -27,7 +27,7 @@ class Layer(NamedTuple):
     down: Product
 
 
-class Matrices(NamedTuple):
+class LinearOps(NamedTuple):
     layers: list[Layer]
     head: Product
 
@@ -35,18 +35,18 @@ class Matrices(NamedTuple):
 class _Kept(NamedTuple):
     state: tuple  # of the weights
     for_one: bool  # for one row only
-    matrices: Matrices
+    matrices: LinearOps
 
 
 _packs: WeakKeyDictionary[NanoLlama, _Kept] = WeakKeyDictionary()
 
 
-def plain(model: NanoLlama) -> Matrices:
+def plain(model: NanoLlama) -> LinearOps:
     """The matrices as they lie in the model."""
     return _matrices(model, lambda *weights: lambda x: _joined([F.linear(x, weight) for weight in weights]))
 
 
-def packed(model: NanoLlama, rows: int) -> Matrices:
+def packed(model: NanoLlama, rows: int) -> LinearOps:
     """The matrices in the best layout for `rows` rows; the plain ones where there is no better one.
 
     Kept with the model until a weight changes: its place in memory, autograd's count of changes, or, since neither tells of
@@ -61,18 +61,18 @@ def packed(model: NanoLlama, rows: int) -> Matrices:
         one = rows == 1 and weight.dtype == torch.float32
         kept = None
         _packs.pop(model, None)  # before the new one needs memory
-        kept = _packs[model] = _Kept(state, one, _matrices(model, _turned if one else _blocked))
+        kept = _packs[model] = _Kept(state, one, _matrices(model, _transposed if one else _blocked))
     return kept.matrices
 
 
-def _matrices(model: NanoLlama, lay: Callable[..., Product]) -> Matrices:
+def _matrices(model: NanoLlama, lay: Callable[..., Product]) -> LinearOps:
     def layer(block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         qkv = lay(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
         return Layer(qkv, lay(attention.o_proj.weight), lay(mlp.gate_proj.weight, mlp.up_proj.weight), lay(mlp.down_proj.weight))
 
     with torch.no_grad():
-        return Matrices([layer(block) for block in model.layers], lay(head(model)))
+        return LinearOps([layer(block) for block in model.layers], lay(head(model)))
 
 
 def head(model: NanoLlama) -> Tensor:
@@ -96,7 +96,7 @@ def _blocked(*weights: Tensor) -> Product:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocks, None, "none", [], "")
 
 
-def _turned(*weights: Tensor) -> Product:
+def _transposed(*weights: Tensor) -> Product:
     """For one row in fp32: wide matrices are read fastest with the outputs side by side, others as they are."""
     whole = _joined_rows(weights)
     if whole.shape[0] <= whole.shape[1]:

@@ -12,11 +12,11 @@ import torch
 from inference.generation import Cache, stream
 from inference.llamacpp import LlamaCpp
 from inference.packed_weights import head
-from inference.sampling import Sampling, chances, choose
+from inference.sampling import Sampling, choose, uniforms
 from models.hf import load_hf
 
 
-class Speaker(Protocol):
+class Runner(Protocol):
     context: int  # tokens that fit, prompt and reply together
 
     def speak(self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]) -> Iterator[int]:
@@ -24,7 +24,7 @@ class Speaker(Protocol):
         ...
 
 
-class TorchSpeaker:
+class TorchRunner:
     """A Hugging Face folder that NanoLlama reads."""
 
     def __init__(self, folder: Path, device: str = "cpu", context: int | None = None):
@@ -51,7 +51,7 @@ class TorchSpeaker:
             self.held = [*prompt, *said][: self.cache.lengths[0]]
 
 
-class GgufSpeaker:
+class GgufRunner:
     """A GGUF file, run by llama.cpp; tokens are drawn from its logits as everywhere here."""
 
     def __init__(self, path: Path, context: int | None = None, threads: int = 0):
@@ -62,7 +62,7 @@ class GgufSpeaker:
         _check(prompt, new, self.context)
         shared = common(self.runtime.held, prompt)
         self.runtime.keep(shared)
-        luck = chances([seed], new)[0]
+        luck = uniforms([seed], new)[0]
         seen = torch.zeros(1, self.runtime.size, dtype=torch.bool)
         seen[0, list(prompt)] = True
         ids = [*prompt[shared:]]

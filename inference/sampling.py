@@ -72,7 +72,7 @@ def choose(scores: Tensor, how: Sampling, seen: Tensor | None, chance: Tensor | 
     return draw(scores, chance)
 
 
-def chances(seeds: list[int], count: int) -> Tensor:
+def uniforms(seeds: list[int], count: int) -> Tensor:
     """Numbers [B, count] in [0, 1), fp64, a row of them for each seed: a row's draws do not depend on its neighbours."""
     for seed in seeds:
         if not -(2**63) <= seed < 2**64:

@@ -14,7 +14,7 @@ from torch.nn import attention as torch_attention
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from models.attention_cpu import MOST, blocked_attention
+from models.attention_cpu import MAX_PROBABILITIES, blocked_attention
 
 KERNELS = ("auto", "sdpa", "blocks", "flex", "varlen", "flash")
 
@@ -66,7 +66,7 @@ def choose_kernel(
         refusal = "needs the package flash_attn, flash_attn_interface (FlashAttention-3) or flash-attn-4"
     if refusal:
         raise ValueError(f"parallel.attention={wanted} {refusal}; take parallel.attention=auto")
-    if wanted == "blocks" and shape[0] * shape[1] ** 2 * shape[2] > MOST:
+    if wanted == "blocks" and shape[0] * shape[1] ** 2 * shape[2] > MAX_PROBABILITIES:
         return "sdpa"
     return _flash_version(device) or wanted if wanted == "flash" else wanted
 
@@ -83,7 +83,7 @@ def _flash_version(device: torch.device) -> str | None:
     return "FA2" if package and find_spec("flash_attn.flash_attn_interface") else None
 
 
-def attention_mask(docs: Tensor | None, x: Tensor, wanted: str = "auto", window: int | None = None) -> Mask:
+def attention_mask(doc_ids: Tensor | None, x: Tensor, wanted: str = "auto", window: int | None = None) -> Mask:
     """What a token may attend to: earlier tokens of its own document, of which the last `window` with itself (None: all).
 
     docs [B, T] counts up at each document's first token; None: each row is one. x [B, T, ...] has the device and dtype of the
@@ -91,41 +91,41 @@ def attention_mask(docs: Tensor | None, x: Tensor, wanted: str = "auto", window:
     """
     if window is not None and window >= x.shape[1]:
         window = None
-    masked = docs is not None or window is not None
+    masked = doc_ids is not None or window is not None
     kernel = choose_kernel(wanted, x.device, x.dtype, masked, (x.shape[0], x.shape[1], x.shape[2]))
     if kernel == "blocks":
-        seen = dense_mask(docs, x.shape[1], x.device, window).view(-1, x.shape[1], x.shape[1])
+        seen = dense_mask(doc_ids, x.shape[1], x.device, window).view(-1, x.shape[1], x.shape[1])
         return Added(torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf))
     if kernel == "sdpa":
-        return dense_mask(docs, x.shape[1], x.device, window) if masked else None
+        return dense_mask(doc_ids, x.shape[1], x.device, window) if masked else None
     if kernel == "flex":
-        return block_mask(docs, x.shape[1], x.device, window)
+        return block_mask(doc_ids, x.shape[1], x.device, window)
     _load(kernel)
-    return varlen_mask(docs, x.shape[0], x.shape[1], x.device, window, kernel)
+    return varlen_mask(doc_ids, x.shape[0], x.shape[1], x.device, window, kernel)
 
 
-def dense_mask(docs: Tensor | None, length: int, device: torch.device, window: int | None = None) -> Tensor:
+def dense_mask(doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None) -> Tensor:
     """A bool tensor [B, 1, T, T], or [T, T] without documents: exact everywhere, and quadratic in memory."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if window is not None:
         seen = seen.triu(1 - window)
-    return seen if docs is None else ((docs[:, :, None] == docs[:, None, :]) & seen)[:, None]
+    return seen if doc_ids is None else ((doc_ids[:, :, None] == doc_ids[:, None, :]) & seen)[:, None]
 
 
-def block_mask(docs: Tensor | None, length: int, device: torch.device, window: int | None = None) -> BlockMask:
+def block_mask(doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None) -> BlockMask:
     """FlexAttention's: whole blocks of 128 x 128 between documents are skipped."""
-    docs = None if docs is None else docs.to(device, non_blocking=True)
+    doc_ids = None if doc_ids is None else doc_ids.to(device, non_blocking=True)
 
     def seen(b, h, q, k):
         near = q >= k if window is None else (q >= k) & (q - k < window)
-        return near if docs is None else near & (docs[b, q] == docs[b, k])
+        return near if doc_ids is None else near & (doc_ids[b, q] == doc_ids[b, k])
 
     create = create_block_mask if device.type == "cpu" else _compiled(create_block_mask)  # eager builds T x T
-    return create(seen, None if docs is None else len(docs), None, length, length, device=device)
+    return create(seen, None if doc_ids is None else len(doc_ids), None, length, length, device=device)
 
 
 def varlen_mask(
-    docs: Tensor | None, rows: int, length: int, device: torch.device, window: int | None = None, kernel: str = "varlen"
+    doc_ids: Tensor | None, rows: int, length: int, device: torch.device, window: int | None = None, kernel: str = "varlen"
 ) -> Varlen:
     """Where documents begin, in the batch laid end to end.
 
@@ -133,12 +133,12 @@ def varlen_mask(
     docs on the CPU are not.
     """
     left = -1 if window is None else window - 1
-    if docs is None:
+    if doc_ids is None:
         starts = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
         return Varlen(starts, length, (left, 0), kernel)
-    first = torch.ones_like(docs, dtype=torch.bool)
-    first[:, 1:] = docs[:, 1:] != docs[:, :-1]
-    starts = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=docs.numel())
+    first = torch.ones_like(doc_ids, dtype=torch.bool)
+    first[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    starts = F.pad(first.flatten().nonzero().flatten(), (0, 1), value=doc_ids.numel())
     longest = int(starts.diff().max())
     return Varlen(starts.int().to(device, non_blocking=True), longest, (left, 0), kernel)
 

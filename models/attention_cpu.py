@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # queries whose scores are made at once, over the keys up to the last of them
-MOST = 2**30  # rows * length^2 * width of which the probabilities are kept: 32 MB a layer in bf16, for heads of 64
+MAX_PROBABILITIES = 2**30  # rows * length^2 * width of which the probabilities are kept: 32 MB a layer in bf16, for heads of 64
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-KEPT = 2**24  # logits; 32 MB in bf16, and their gradient as much again
+MAX_KEPT_LOGITS = 2**24  # logits; 32 MB in bf16, and their gradient as much again
 IGNORE = -100  # a target with this value has no loss; same value as torch and transformers
 
 
@@ -30,14 +30,14 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
     return normaliser - logits.gather(1, target[:, None]).squeeze(1), normaliser
 
 
-def _backward(h: Tensor, weight: Tensor, target: Tensor, lse: Tensor, of_nll: Tensor, of_lse: Tensor) -> Tensor:
+def _backward(h: Tensor, weight: Tensor, target: Tensor, lse: Tensor, grad_nll_rows: Tensor, grad_lse_rows: Tensor) -> Tensor:
     """Gradient of one chunk's logits, in the weight's dtype: d nll = softmax - onehot, d logsumexp = softmax."""
-    grad = F.linear(h, weight).float().sub_(lse[:, None]).exp_().mul_((of_nll + of_lse)[:, None])
+    grad = F.linear(h, weight).float().sub_(lse[:, None]).exp_().mul_((grad_nll_rows + grad_lse_rows)[:, None])
     if torch.compiler.is_compiling():  # the same sum in one pass; scattering would need the fp32 logits in memory
         here = torch.arange(grad.shape[1], device=grad.device) == target[:, None]
-        grad = torch.where(here, grad - of_nll[:, None], grad)
+        grad = torch.where(here, grad - grad_nll_rows[:, None], grad)
     else:
-        grad.scatter_add_(1, target[:, None], -of_nll[:, None])
+        grad.scatter_add_(1, target[:, None], -grad_nll_rows[:, None])
     return grad.to(weight.dtype)
 
 
@@ -96,11 +96,11 @@ class _KeptTokenLoss(torch.autograd.Function):
     def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):
         hidden, weight, targets, logits = ctx.saved_tensors
         target, valid = targets.flatten().clamp_min(0)[:, None], (targets != IGNORE).flatten()[:, None]
-        of_nll, of_lse = grad_nll.flatten()[:, None] * valid, grad_lse.flatten()[:, None] * valid
+        grad_nll_rows, grad_lse_rows = grad_nll.flatten()[:, None] * valid, grad_lse.flatten()[:, None] * valid
         gradient = torch.empty_like(logits)
         for part in _pieces(logits):
-            probs = logits[part].float().softmax(-1).mul_(of_nll[part] + of_lse[part])
-            gradient[part] = probs.scatter_add_(1, target[part], -of_nll[part])
+            probs = logits[part].float().softmax(-1).mul_(grad_nll_rows[part] + grad_lse_rows[part])
+            gradient[part] = probs.scatter_add_(1, target[part], -grad_nll_rows[part])
         return (gradient @ weight).view_as(hidden), gradient.T @ hidden.flatten(0, 1), None
 
 
@@ -129,7 +129,7 @@ def token_losses(
     """
     cpu = hidden.device.type == "cpu"
     compiled = not cpu if compiled is None else compiled
-    if cpu and chunk is None and not compiled and targets.numel() * len(weight) <= KEPT:
+    if cpu and chunk is None and not compiled and targets.numel() * len(weight) <= MAX_KEPT_LOGITS:
         return TokenLosses(*_KeptTokenLoss.apply(hidden, weight, targets))
     chunk = chunk or (256 if cpu else 4096)
     return TokenLosses(*_ChunkedTokenLoss.apply(hidden, weight, targets, chunk, compiled))

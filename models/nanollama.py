@@ -50,11 +50,11 @@ class ModelConfig:
                     "change one of them or set model.head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        if self.heads_size % 2:
+        if self.resolved_head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
 
     @property
-    def heads_size(self) -> int:
+    def resolved_head_dim(self) -> int:
         """head_dim as a plain int."""
         assert self.head_dim is not None
         return self.head_dim
@@ -63,7 +63,9 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Count of trained numbers; a tied head counts once. 1,100,048,384 for the defaults."""
         d, heads = self.hidden_size, self.num_attention_heads + 2 * self.num_key_value_heads
-        attention = d * self.heads_size * (heads + self.num_attention_heads) + (2 * self.heads_size if self.qk_norm else 0)
+        attention = d * self.resolved_head_dim * (heads + self.num_attention_heads) + (
+            2 * self.resolved_head_dim if self.qk_norm else 0
+        )
         block = attention + 3 * d * self.intermediate_size + 2 * d
         return self.num_hidden_layers * block + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
 
@@ -107,7 +109,7 @@ class GroupedQueryAttention(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_dim = config.heads_size
+        self.head_dim = config.resolved_head_dim
         width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -173,7 +175,7 @@ class NanoLlama(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryEmbedding(config.heads_size, config.max_position_embeddings, config.rope_theta)
+        self.rotary = RotaryEmbedding(config.resolved_head_dim, config.max_position_embeddings, config.rope_theta)
         if seed is not None:
             self.init_weights(seed)
 
@@ -203,7 +205,7 @@ class NanoLlama(nn.Module):
                 scale = std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std
                 parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, docs: Tensor | None = None) -> Tensor | TokenLosses:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None) -> Tensor | TokenLosses:
         """Logits [B, T, V] of tokens [B, T], or, with targets [B, T], the TokenLosses, fp32 [B, T].
 
         docs [B, T] numbers the document of each token; tokens then see only their own document.
@@ -216,7 +218,7 @@ class NanoLlama(nn.Module):
             )
         cos, sin = self.rotary(tokens.shape[1])
         x = self.embed_tokens(tokens)  # [B, T, D]
-        mask = attention_mask(docs, x, self.attention)
+        mask = attention_mask(doc_ids, x, self.attention)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         x = self.norm(x)

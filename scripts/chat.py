@@ -25,11 +25,11 @@ import torch
 from cli import CommandParser, add_boolean, user_errors
 from data.chat.bounded_template import BoundedTemplate
 from data.chat.trained_chat import TrainedChat, name_of, offered, parse, read_trained_chat
-from inference.chat_formats import Continuation, OwnTemplate, open_chat
+from inference.chat_formats import Continuation, TemplateChat, open_chat
 from inference.chat_session import Session, Talk
 from inference.gguf_tokenizer import TRAINED, field, file_templates, json_of, open_gguf, tokenizer_folder
 from inference.llamacpp import probe
-from inference.runners import GgufSpeaker, Speaker, TorchSpeaker
+from inference.runners import GgufRunner, Runner, TorchRunner
 from inference.sampling import Sampling
 from models.hf import newest_step
 
@@ -60,12 +60,12 @@ def main() -> None:
             return
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
-        chat, speaker = load(args.model, args.context)
-        session = begin(chat, speaker, args, args.model)
+        chat, runner = load(args.model, args.context)
+        session = begin(chat, runner, args, args.model)
         if trained_chat(args.model) and session.tools:
             names = ", ".join(name_of(tool) for tool in session.tools)
-            print(f"context {speaker.context:,}, tools: {names}; --context and --tools change them")
-        if isinstance(chat, OwnTemplate | Continuation):
+            print(f"context {runner.context:,}, tools: {names}; --context and --tools change them")
+        if isinstance(chat, TemplateChat | Continuation):
             print("a base model: it continues what you type" if isinstance(chat, Continuation) else "its own template: no tools")
         talk(session, args.prompt)
 
@@ -104,30 +104,30 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
     return Sampling(args.repetition_penalty, args.temperature, args.top_k, args.top_p, args.min_p)
 
 
-def begin(chat: Talk, speaker: Speaker, args: argparse.Namespace, model: Path) -> Session:
+def begin(chat: Talk, runner: Runner, args: argparse.Namespace, model: Path) -> Session:
     """A conversation by the flags; what they leave open is as the model was trained."""
     if args.no_tools and args.tools:
         raise ValueError("--tools and --no_tools exclude each other; give one of them")
     sampling = sampling_of(args)
 
     def speak(prompt: list[int]) -> Iterator[int]:
-        new = min(args.max_new_tokens, speaker.context - len(prompt))
+        new = min(args.max_new_tokens, runner.context - len(prompt))
         if new < 1:
-            raise ValueError(f"{len(prompt)} tokens fill the context of {speaker.context}; begin anew (/reset) or write less")
-        return speaker.speak(prompt, new, sampling, args.seed, chat.stop_ids)
+            raise ValueError(f"{len(prompt)} tokens fill the context of {runner.context}; begin anew (/reset) or write less")
+        return runner.speak(prompt, new, sampling, args.seed, chat.stop_ids)
 
     return Session(chat, speak, args.system, [] if args.no_tools else offered(trained_chat(model), args.tools))
 
 
-def load(path: Path, context: int | None) -> tuple[Talk, Speaker]:
+def load(path: Path, context: int | None) -> tuple[Talk, Runner]:
     """How to talk to the model of a GGUF file or of a folder, and the model; ValueError says what it is not."""
     check_context(context)
     if path.suffix == ".gguf":
-        return open_chat(path), GgufSpeaker(path, context or trained_context(path))
+        return open_chat(path), GgufRunner(path, context or trained_context(path))
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_chat(path), TorchSpeaker(path, device, context or trained_context(path))
+    return open_chat(path), TorchRunner(path, device, context or trained_context(path))
 
 
 def trained_chat(model: Path) -> TrainedChat | None:

@@ -107,7 +107,9 @@ def _figures(run: Run, sources: list[str]) -> dict[str, str]:
     finite = [found for found in losses if math.isfinite(found[2])]
     best = min(finite, key=lambda found: found[2]) if finite else None
     speed, seconds = run.column("tokens_per_s"), run.column("step_s")
-    skipped = {(event.get("phase"), event.get("place", event.get("step"))) for event in run.events if event["event"] == "skipped"}
+    skipped = {
+        (event.get("phase"), event.get("batch_index", event.get("step"))) for event in run.events if event["event"] == "skipped"
+    }
     figures = {
         "last step, phase": f"{run.rows[-1]['step']:,}, {run.rows[-1]['phase']}",
         "tokens": f"{run.rows[-1].get('tokens', math.nan):,}",

@@ -32,7 +32,7 @@ from models.hf import newest_step
 from scripts.export_gguf import target_files
 from scripts.model_card import MARK, model_card
 from training.checkpoint import identity, step_folders, step_of
-from training.planning.plan import Plan, load_plan, stretches
+from training.planning.plan import Plan, load_plan, scheduled_phases
 
 LEFT_OUT = "by --skip"
 RECORD = "deliverables.json"  # sha256 of what this command wrote, by path
@@ -121,7 +121,7 @@ def main() -> None:
 def open_plan(path: Path, checkpoint: Path | None, folder: Path | None) -> Work:
     """The plan and where its parts lie; ValueError where it has no checkpoint yet."""
     plan = load_plan(path)
-    runs = [stretch.run for stretch in stretches(plan)]
+    runs = [scheduled.run for scheduled in scheduled_phases(plan)]
     stages = {stage.name: Path(stage.leaves) for stage in plan.stages}
     phases = {run.phase: run.checkpoints for run in runs}
     if checkpoint is None:

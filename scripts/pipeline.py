@@ -29,7 +29,7 @@ from training.checkpoint import damage, identity, step_folders
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
 from training.planning.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
-from training.planning.plan import Milestone, Plan, PlanStage, Stretch, load_plan, stretches
+from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, load_plan, scheduled_phases
 from training.run_folder import locked
 from training.settings import read_yaml
 
@@ -44,30 +44,30 @@ class Pipeline:
         self.launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={plan.ranks}", "train.py"]
         self.measured: list[Measured] = []  # in order of the plan
         self.accept, self.extended = accept, extend  # an extension accepts the no-go of its phase that advised it
-        run = stretches(plan)[0].run
+        run = scheduled_phases(plan)[0].run
         if not run.logs.exists() and (ROOT / run.logs).exists() and Path.cwd() != ROOT:
             print(f"warning: {Path.cwd()} has no run {run.run}, but {ROOT} has one; to continue it, give the command there")
         self.logs, self.results = run.logs, Path("results") / run.run
         self.alerts = open_alerts(self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets))
         self.supervisor = Supervisor(self.logs, plan.restarts, self.event)
         self.longer = self._extensions(extend)
-        self.stretches = stretches(plan, self.longer)
+        self.scheduled_phases = scheduled_phases(plan, self.longer)
 
     def run(self, redo: frozenset[str] = frozenset(), skip: frozenset[str] = frozenset()) -> None:
         self._check_names(redo, skip)
         for sentence, command in self.plan.before.items():
             self.stage(sentence, shlex.split(command))
         before: Path | None = None
-        for stretch in self.stretches:
-            self._renew(stretch, before, stretch.run.phase in redo)
-            for stop in sorted({milestone.at for milestone in stretch.phase.milestones} | {stretch.end}):
-                self.train(stretch, stop, before)
-                for milestone in stretch.phase.milestones:
+        for scheduled in self.scheduled_phases:
+            self._renew(scheduled, before, scheduled.run.phase in redo)
+            for stop in sorted({milestone.at for milestone in scheduled.phase.milestones} | {scheduled.end}):
+                self.train(scheduled, stop, before)
+                for milestone in scheduled.phase.milestones:
                     if milestone.at == stop:
-                        checkpoint = stretch.run.checkpoints / f"step_{milestone.at}"
-                        self.judge(replace(milestone, evals=milestone.evals or tuple(self.plan.evals)), checkpoint, stretch)
-            before = stretch.run.checkpoints
-        checkpoint = step_folders(self.stretches[-1].run.checkpoints)[-1]
+                        checkpoint = scheduled.run.checkpoints / f"step_{milestone.at}"
+                        self.judge(replace(milestone, evals=milestone.evals or tuple(self.plan.evals)), checkpoint, scheduled)
+            before = scheduled.run.checkpoints
+        checkpoint = step_folders(self.scheduled_phases[-1].run.checkpoints)[-1]
         for stage in self.plan.stages:
             if stage.name in skip:
                 self.event("skipped_stage", f"stage {stage.name} is left out, as --skip asks", stage=stage.name)
@@ -76,13 +76,13 @@ class Pipeline:
         for sentence, command in self.plan.after.items():
             self.stage(sentence, self._fill(command, checkpoint=checkpoint))
 
-    def train(self, stretch: Stretch, stop: int, before: Path | None) -> None:
+    def train(self, scheduled: ScheduledPhase, stop: int, before: Path | None) -> None:
         """Train a phase up to step `stop`, unless it is there already."""
-        run = stretch.run
+        run = scheduled.run
         folders = step_folders(run.checkpoints)
         if folders and int(folders[-1].name[5:]) >= stop and damage(folders[-1]) is None:
             return
-        settings = [f"until={stop}"] if stop < stretch.end else []
+        settings = [f"until={stop}"] if stop < scheduled.end else []
         if self.longer:
             schedule = run.schedule
             settings += [f"steps={run.steps}", f"schedule.total_steps={schedule.total_steps}"]
@@ -91,9 +91,9 @@ class Pipeline:
         resume = ["--resume_from", str(before)] if before else []
         data = run.data
         self.stage(
-            f"Training, phase {run.phase}, steps {stretch.begin} to {stop} of {stretch.end}: {', '.join(data.mix)}, "
+            f"Training, phase {run.phase}, steps {scheduled.begin} to {stop} of {scheduled.end}: {', '.join(data.mix)}, "
             f"{data.sequence_length} tokens a row, rope theta {run.theta_text}",
-            [*self.launch, "--config", stretch.phase.config, *resume, *settings],
+            [*self.launch, "--config", scheduled.phase.config, *resume, *settings],
         )
 
     def carry_out(self, stage: PlanStage, checkpoint: Path, redo: bool) -> Path:
@@ -123,14 +123,14 @@ class Pipeline:
             self.judge(stage, newest)
         return newest
 
-    def judge(self, milestone: Milestone | PlanStage, checkpoint: Path, stretch: Stretch | None = None) -> None:
+    def judge(self, milestone: Milestone | PlanStage, checkpoint: Path, scheduled: ScheduledPhase | None = None) -> None:
         """Measure and judge a milestone or what a stage left, once; SystemExit(3) where that ends the plan here."""
         step = milestone.at if isinstance(milestone, Milestone) else milestone.name
         where = f"at step {step}" if isinstance(milestone, Milestone) else f"after {step}"
         folder = self.results / (f"step_{step}" if isinstance(milestone, Milestone) else milestone.name)
         path, of = folder / "decision.json", identity(checkpoint)
         done = read_object(path) or {}
-        phase = stretch.run.phase if stretch else str(step)
+        phase = scheduled.run.phase if scheduled else str(step)
         compared = [reference_of(gate, self.measured) for gate in milestone.gates]
         known = [
             estimate(gate.metric, found.metrics) if found else None for gate, found in zip(milestone.gates, compared, strict=True)
@@ -155,8 +155,8 @@ class Pipeline:
         verdicts = [judge(gate, metrics, found) for gate, found in zip(milestone.gates, compared, strict=True)]
         outcome = decide(verdicts) if verdicts else "go"
         was_seen = current and done.get("outcome") == "no-go"  # a reason is for a no-go that was seen
-        steps = self.extended.get(stretch.run.phase) if stretch else None
-        reason = self.accept or (f"{stretch.run.phase} extended by {steps} steps" if stretch and steps else None)
+        steps = self.extended.get(scheduled.run.phase) if scheduled else None
+        reason = self.accept or (f"{scheduled.run.phase} extended by {steps} steps" if scheduled and steps else None)
         accepted = reason if outcome == "no-go" and was_seen else None
         decision: dict[str, Any] = {"step": step, "outcome": outcome, "accepted": accepted}
         decision["gates"] = _plain(milestone.gates)
@@ -167,7 +167,7 @@ class Pipeline:
         advice = list(dict.fromkeys(advice)) or ([milestone.advice] if milestone.advice and outcome != "go" else [])
         text = f"{outcome} {where}: " + "; ".join(map(str, verdicts)) + (f"; accepted: {accepted}" if accepted else "")
         append_event(self.logs, "gate", text, **decision, values=values, advice="; ".join(advice))
-        self.alerts.send("gate", f"{self.stretches[0].run.run}: {outcome} {where}", "\n".join([text, *advice]))
+        self.alerts.send("gate", f"{self.scheduled_phases[0].run.run}: {outcome} {where}", "\n".join([text, *advice]))
         self.alerts.flush()
         for gate, verdict in zip(milestone.gates, verdicts, strict=True):
             earlier = [] if gate.against else [(m.where, estimate(gate.metric, m.metrics)) for m in self.measured[:-1]]
@@ -188,9 +188,9 @@ class Pipeline:
         self.measured.append(Measured(phase, where, {name: values for found in metrics for name, values in found.items()}))
         return self.measured[-1].metrics
 
-    def _renew(self, stretch: Stretch, before: Path | None, redo: bool) -> None:
+    def _renew(self, scheduled: ScheduledPhase, before: Path | None, redo: bool) -> None:
         """Set aside what a phase left where it can't be continued: redone, begun from another model, or its decay cut short."""
-        run, folders = stretch.run, step_folders(stretch.run.checkpoints)
+        run, folders = scheduled.run, step_folders(scheduled.run.checkpoints)
         known = [(folder, position) for folder in folders if (position := read_object(folder / "state" / "trainer.json"))]
         if not known:
             return
@@ -203,7 +203,7 @@ class Pipeline:
         elif self.longer and position.get("rate", {}).get("total_steps") not in (None, run.schedule.total_steps):
             stable = run.schedule.total_steps - run.schedule.decay_steps  # the decay begins there
             cut = [folder for folder, found in known if found["step"] > stable]
-            if cut and position["step"] < stretch.end:
+            if cut and position["step"] < scheduled.end:
                 text = f"the learning rate of {newest} has decayed for a shorter {run.phase}; the decay is done again, longer"
                 self._set_aside(run.checkpoints, text, cut)
 
@@ -227,17 +227,17 @@ class Pipeline:
 
     def _fill(self, command: str, **values: object) -> list[str]:
         """The words of a plan's command, with {checkpoint}, {output} and {run} filled in."""
-        return [word.format(run=self.stretches[0].run.run, **values) for word in shlex.split(command)]
+        return [word.format(run=self.scheduled_phases[0].run.run, **values) for word in shlex.split(command)]
 
     def _check_names(self, redo: frozenset[str], skip: frozenset[str]) -> None:
-        stages, phases = [stage.name for stage in self.plan.stages], [s.run.phase for s in self.stretches]
+        stages, phases = [stage.name for stage in self.plan.stages], [s.run.phase for s in self.scheduled_phases]
         for flag, asked, known in (("--redo", redo, [*phases, *stages]), ("--skip", skip, stages)):
             if unknown := sorted(asked - set(known)):
                 raise ValueError(f"{flag} {unknown[0]}: the plan has {', '.join(known) or 'none'}")
 
     def branch(self, name: str, at: int, steps: int) -> None:
         """Decay the learning rate over `steps` steps from a checkpoint of the stable part, beside the run itself."""
-        found = [s for s in self.stretches if (s.run.checkpoints / f"step_{at}").is_dir()]
+        found = [s for s in self.scheduled_phases if (s.run.checkpoints / f"step_{at}").is_dir()]
         if not found:
             raise ValueError(f"there is no checkpoint of step {at} to branch from; checkpoint.keep says how many are kept")
         run = found[0].run
@@ -281,7 +281,7 @@ class Pipeline:
                         f"--extend {phase}={now + steps} makes it {now + steps}"
                     )
             longer = {**longer, **asked}
-            stretches(self.plan, longer)  # complains before anything is written down
+            scheduled_phases(self.plan, longer)  # complains before anything is written down
             append_event(self.logs, "extend", f"phases run on: {asked}", **asked)
             write_json(path, longer)
         return longer
@@ -320,7 +320,7 @@ def main() -> None:
     began = time.monotonic()
     with user_errors():
         plan = load_plan(args.plan)
-        with locked(stretches(plan)[0].run.logs / "plan"):
+        with locked(scheduled_phases(plan)[0].run.logs / "plan"):
             pipeline = Pipeline(plan, dict(_extension(text) for text in args.extend), args.accept)
             if args.branch:
                 if not (args.at and args.steps):

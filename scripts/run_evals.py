@@ -27,7 +27,7 @@ from files import read_object, write_json
 from models.hf import newest_step
 from training.checkpoint import identity, step_folders
 from training.planning.gates import Gate, Measured, Verdict, by_name, decide, judge, reference_of
-from training.planning.plan import Place, Plan, load_plan, places, stretches
+from training.planning.plan import Place, Plan, load_plan, places, scheduled_phases
 from training.settings import load_settings
 
 NO_GO = 3
@@ -133,11 +133,11 @@ def references(gates: tuple[Gate, ...], path: Path, checkpoint: Path, at: str | 
     if not any(gate.against for gate in gates):
         return [None] * len(gates)
     plan = load_plan(path)
-    first = stretches(plan)[0].run
+    first = scheduled_phases(plan)[0].run
     wanted, longer = _name_of(plan, checkpoint, at), read_object(first.logs / "extensions.json") or {}
-    listed = places(plan, stretches(plan, longer))
+    listed = places(plan, scheduled_phases(plan, longer))
     if wanted not in [place.name for place in listed]:  # a step of the plan as it was before --extend
-        listed = places(plan, stretches(plan))
+        listed = places(plan, scheduled_phases(plan))
     earlier = listed[: [place.name for place in listed].index(wanted)]
     found = [reference_of(gate, earlier) for gate in gates]
     results = Path("results")

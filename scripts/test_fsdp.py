@@ -42,8 +42,8 @@ def global_batch(step: int) -> Batch:
     targets = text[:, 1:].clone()
     for row in range(ROWS):
         targets[row, : row * LENGTH // ROWS] = IGNORE
-    docs = (torch.rand(ROWS, LENGTH, generator=generator) < 0.1).int().cumsum(1, dtype=torch.int32)
-    return Batch(text[:, :-1].contiguous(), targets, docs)
+    doc_ids = (torch.rand(ROWS, LENGTH, generator=generator) < 0.1).int().cumsum(1, dtype=torch.int32)
+    return Batch(text[:, :-1].contiguous(), targets, doc_ids)
 
 
 def alone(optim: OptimConfig, device: torch.device) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
@@ -53,7 +53,7 @@ def alone(optim: OptimConfig, device: torch.device) -> list[tuple[float, float, 
     trace = []
     for step in range(STEPS):
         batch = global_batch(step).to(device)
-        logits = model(batch.tokens, docs=batch.docs)
+        logits = model(batch.tokens, doc_ids=batch.doc_ids)
         valid = batch.targets != IGNORE
         ce = torch.nn.functional.cross_entropy(logits[valid], batch.targets[valid])
         (ce + optim.z_weight * logits[valid].logsumexp(-1).square().mean()).backward()
@@ -104,7 +104,7 @@ def compare(device: torch.device) -> bool:
             apart = max((distance(weights[n], weights0[n], parallel.dtype) for n in weights), default=0.0)
             worst = [max(a, b) for a, b in zip(worst, (abs(loss - loss0), abs(norm - norm0), apart), strict=True)]
         failed = any(not value <= bound for value, bound in zip(worst, bounds, strict=True))
-        ok = setup.add_up(torch.tensor(float(failed))).item() == 0
+        ok = setup.all_reduce_sum(torch.tensor(float(failed))).item() == 0
         held &= ok
         if dist.get_rank() == 0:
             figures = "loss {:.1e}, gradient norm {:.1e}, weights {:.1e}".format(*worst)
@@ -144,7 +144,7 @@ def main() -> None:
             raise ValueError(f"{ROWS} rows do not divide over {world} ranks; use 2, 4 or 8")
         with setup.ranks() as device:
             held = compare(device)
-    setup.leave(0 if held else 1)
+    setup.exit_process(0 if held else 1)
 
 
 if __name__ == "__main__":

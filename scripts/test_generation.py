@@ -15,7 +15,7 @@ from cli import CommandParser, add_boolean, at_least, user_errors
 from data.chat.folder_templates import template_of
 from data.tokenizers.bpe import load_tokenizer
 from inference.chat_formats import borders, open_chat
-from inference.runners import TorchSpeaker
+from inference.runners import TorchRunner
 from inference.streaming import stream_text
 from models.hf import check_model_folder, load_hf, newest_step
 from scripts.chat import add_flags, begin, sampling_of, show, trained_context
@@ -49,10 +49,10 @@ def converse(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{error}; or add --raw, to continue plain text") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    speaker = TorchSpeaker(args.checkpoint, device, trained_context(args.checkpoint))
+    runner = TorchRunner(args.checkpoint, device, trained_context(args.checkpoint))
     for prompt in args.prompt:
         print(f"> {prompt}")
-        show(begin(chat, speaker, args, args.checkpoint).ask(prompt))
+        show(begin(chat, runner, args, args.checkpoint).ask(prompt))
         print()
 
 

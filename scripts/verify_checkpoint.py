@@ -97,9 +97,9 @@ def model_faults(folder: Path) -> Iterator[str]:
     length = min(context, 256)
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     cut = length // 3
-    docs = (torch.arange(length)[None] >= cut).int()
+    doc_ids = (torch.arange(length)[None] >= cut).int()
     with torch.no_grad():
-        packed = model(tokens, docs=docs)
+        packed = model(tokens, doc_ids=doc_ids)
         apart = torch.cat([model(tokens[:, :cut]), model(tokens[:, cut:])], dim=1)
         mixed = (model(tokens) - packed)[:, cut:].abs().max().item()
     error = (packed - apart).abs().max().item()

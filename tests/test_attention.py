@@ -24,11 +24,11 @@ GPU = ("sdpa", "flex", "varlen", "flash")
 
 def ragged(rows: int, length: int) -> torch.Tensor:
     """Documents of 1 token, of a few, of nearly a row, and a border at a row's last token."""
-    docs = torch.zeros(rows, length, dtype=torch.int32)
+    doc_ids = torch.zeros(rows, length, dtype=torch.int32)
     for row, starts in enumerate(([1, 2, 9, length - 1], [length // 2 + 3], [])):
         if row < rows:
-            docs[row, starts] = 1
-    return docs.cumsum(1, dtype=torch.int32)
+            doc_ids[row, starts] = 1
+    return doc_ids.cumsum(1, dtype=torch.int32)
 
 
 def example(heads: tuple[int, int], length: int, size: int = 16, rows: int = 3, dtype=torch.float32, device=CPU):
@@ -39,7 +39,7 @@ def example(heads: tuple[int, int], length: int, size: int = 16, rows: int = 3, 
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
-def exact(q, k, v, grad, docs, window) -> list[torch.Tensor]:
+def exact(q, k, v, grad, doc_ids, window) -> list[torch.Tensor]:
     """Output and gradients in double precision, from all scores, with repeated heads and a mask written out pair by pair."""
     q, k, v = (x.detach().double().cpu().requires_grad_() for x in (q, k, v))
     length, group = q.shape[2], q.shape[1] // k.shape[1]
@@ -47,7 +47,7 @@ def exact(q, k, v, grad, docs, window) -> list[torch.Tensor]:
     for row in range(len(q)):
         for i in range(length):
             for j in range(max(0, i + 1 - (window or length)), i + 1):
-                seen[row, 0, i, j] = docs is None or docs[row, i] == docs[row, j]
+                seen[row, 0, i, j] = doc_ids is None or doc_ids[row, i] == doc_ids[row, j]
     scores = (q @ k.repeat_interleave(group, 1).mT / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
     out = scores.softmax(-1) @ v.repeat_interleave(group, 1)
     return [out, *torch.autograd.grad(out, (q, k, v), grad.double().cpu())]
@@ -108,39 +108,39 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor], bound: float) 
 @pytest.mark.parametrize("kernel", ["blocks", "fused", "math", "flex", "varlen"])
 def test_output_and_gradients_equal_double_precision(kernel, packed, window, heads, varlen_on_cpu, monkeypatch):
     length = 40
-    docs = ragged(3, length) if packed else None
+    doc_ids = ragged(3, length) if packed else None
     q, k, v, grad = example(heads, length)
     if kernel == "flex":
         monkeypatch.setattr(
             "torch.nn.attention.flex_attention._validate_device", lambda *qkv: None
         )  # torch trains it on GPUs only
-        mask = block_mask(docs, length, CPU, window)
+        mask = block_mask(doc_ids, length, CPU, window)
     elif kernel == "varlen":
-        mask = varlen_mask(docs, 3, length, CPU, window)
+        mask = varlen_mask(doc_ids, 3, length, CPU, window)
     elif kernel == "blocks":
         monkeypatch.setattr(attention_cpu, "BLOCK", 16)  # the last one is smaller
-        mask = attention_mask(docs, q.transpose(1, 2).flatten(2), "auto", window)
+        mask = attention_mask(doc_ids, q.transpose(1, 2).flatten(2), "auto", window)
         assert isinstance(mask, attention.Added)
     else:
         mask = (
-            attention_mask(docs, q.transpose(1, 2).flatten(2), "sdpa", window)
+            attention_mask(doc_ids, q.transpose(1, 2).flatten(2), "sdpa", window)
             if kernel == "fused"
-            else dense_mask(docs, length, CPU, window)
+            else dense_mask(doc_ids, length, CPU, window)
         )
     with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else sdpa_kernel(list(SDPBackend.__members__.values())):
         out = attend(q, k, v, mask)
         found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-    same(found, exact(q, k, v, grad, docs, window), 1e-5)
+    same(found, exact(q, k, v, grad, doc_ids, window), 1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["documents", "rows"])
 def test_blocks_in_bf16_are_as_near_to_double_precision_as_torchs_own_kernel(packed):
     length = 300
-    docs = ragged(3, length) if packed else None
+    doc_ids = ragged(3, length) if packed else None
     q, k, v, grad = example(HEADS["8 to 2"], length, 64, dtype=torch.bfloat16)
-    expected, apart = [x.detach() for x in exact(q, k, v, grad, docs, None)], {}
+    expected, apart = [x.detach() for x in exact(q, k, v, grad, doc_ids, None)], {}
     for kernel in ("sdpa", "blocks"):
-        out = attend(q, k, v, attention_mask(docs, q.transpose(1, 2).flatten(2), kernel))
+        out = attend(q, k, v, attention_mask(doc_ids, q.transpose(1, 2).flatten(2), kernel))
         found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
         apart[kernel] = [float((a.double() - b).detach().norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
     assert all(a < 2 * b < 2e-2 for a, b in zip(apart["blocks"], apart["sdpa"], strict=True)), apart
@@ -148,10 +148,10 @@ def test_blocks_in_bf16_are_as_near_to_double_precision_as_torchs_own_kernel(pac
 
 def test_blocks_give_way_where_they_would_keep_too_much(monkeypatch):
     x = torch.zeros(2, 8, 4)
-    monkeypatch.setattr(attention, "MOST", 2 * 8 * 8 * 4)
+    monkeypatch.setattr(attention, "MAX_PROBABILITIES", 2 * 8 * 8 * 4)
     assert isinstance(attention_mask(None, x), attention.Added)
     assert choose_kernel("auto", CPU, x.dtype, False, (2, 8, 4)) == "blocks"
-    monkeypatch.setattr(attention, "MOST", 2 * 8 * 8 * 4 - 1)
+    monkeypatch.setattr(attention, "MAX_PROBABILITIES", 2 * 8 * 8 * 4 - 1)
     assert attention_mask(None, x) is None and attention_mask(None, x, window=7).dtype == torch.bool
     assert choose_kernel("blocks", CPU, x.dtype, False, (2, 8, 4)) == "sdpa"  # and so it is logged
 
@@ -163,16 +163,16 @@ def test_blocks_give_way_where_they_would_keep_too_much(monkeypatch):
 @pytest.mark.parametrize("kernel", GPU)
 def test_on_a_gpu_output_and_gradients_equal_double_precision(kernel, packed, window, heads):
     device, length = torch.device("cuda"), 300
-    docs = ragged(3, length).to(device) if packed else None
+    doc_ids = ragged(3, length).to(device) if packed else None
     q, k, v, grad = example(heads, length, 64, dtype=torch.bfloat16, device=device)
     hidden = q.transpose(1, 2)
     try:
-        mask = attention_mask(docs, hidden, kernel, window)
+        mask = attention_mask(doc_ids, hidden, kernel, window)
     except ValueError as reason:
         pytest.skip(str(reason))
     out = attend(q, k, v, mask)
     found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-    same(found, exact(q, k, v, grad, None if docs is None else docs.cpu(), window), 2e-2)
+    same(found, exact(q, k, v, grad, None if doc_ids is None else doc_ids.cpu(), window), 2e-2)
 
 
 @pytest.mark.parametrize("kernel, graphs", [("blocks", 1), ("flex", 1), ("varlen", 2)])
@@ -199,15 +199,17 @@ def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointe
     for seed in range(4):
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(64, (2, 96), generator=generator)
-        docs = (torch.rand(2, 96, generator=generator) < 0.02 * (seed + 1)).int().cumsum(1)
-        blocks = attention_mask(docs, torch.empty(2, 96, 32), "blocks")
-        of_documents = {"blocks": blocks, "flex": block_mask(docs, 96, CPU), "varlen": varlen_mask(docs, 2, 96, CPU)}[kernel]
+        doc_ids = (torch.rand(2, 96, generator=generator) < 0.02 * (seed + 1)).int().cumsum(1)
+        blocks = attention_mask(doc_ids, torch.empty(2, 96, 32), "blocks")
+        of_documents = {"blocks": blocks, "flex": block_mask(doc_ids, 96, CPU), "varlen": varlen_mask(doc_ids, 2, 96, CPU)}[
+            kernel
+        ]
         gradients = []
-        for model, mask in ((plain, dense_mask(docs, 96, CPU)), (compiled, of_documents)):
+        for model, mask in ((plain, dense_mask(doc_ids, 96, CPU)), (compiled, of_documents)):
             monkeypatch.setattr("models.nanollama.attention_mask", lambda *args, mask=mask: mask)
             model.zero_grad()
             varlen_on_cpu.clear()
-            losses = model(tokens, tokens.roll(-1, 1), docs)
+            losses = model(tokens, tokens.roll(-1, 1), doc_ids)
             losses.nll.sum().backward()
             gradients.append([losses.nll, *(parameter.grad for parameter in model.parameters())])
         assert len(varlen_on_cpu) == (2 if kernel == "varlen" else 0)  # once a layer: its output was kept for backward
@@ -217,8 +219,8 @@ def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointe
 
 
 def test_starts_of_documents():
-    docs = torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0], [5, 5, 6, 6]])
-    mask = varlen_mask(docs, 3, 4, CPU)
+    doc_ids = torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0], [5, 5, 6, 6]])
+    mask = varlen_mask(doc_ids, 3, 4, CPU)
     assert mask.starts.tolist() == [0, 2, 3, 4, 8, 10, 12] and mask.longest == 4 and mask.window == (-1, 0)
     rows = varlen_mask(None, 3, 4, CPU, window=3)
     assert rows.starts.tolist() == [0, 4, 8, 12] and rows.longest == 4 and rows.window == (2, 0)

@@ -29,7 +29,7 @@ from data.chat.rendering import (
 )
 from data.chat.tokenizer import PROBE, save_chat_tokenizer
 from inference.chat_formats import open_chat
-from inference.runners import TorchSpeaker
+from inference.runners import TorchRunner
 from models.hf import save_hf
 from scripts import test_generation as generation_script
 
@@ -351,14 +351,14 @@ def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(chat, s
         yield from ids
 
     with monkeypatch.context() as patch:
-        patch.setattr(TorchSpeaker, "speak", speak)
+        patch.setattr(TorchRunner, "speak", speak)
         shown = run_script(patch, capsys, "--checkpoint", speaking, "--prompt", "How much is 17 * 23?", "And now?")
     answer = "[thought] I multiply.\n[call] calculator(expression='17 * 23')\n[result] 391\nIt is 391.\n\n"
     assert shown == f"> How much is 17 * 23?\n{answer}> And now?\n{answer}"
     assert heard[1].startswith(heard[0]) and "<|im_start|>tool\n<|tool_response|>391<|im_end|>" in heard[1]
     assert '"name": "calculator"' in heard[0] and "17 * 23" not in heard[2]  # tools are told of; each prompt begins anew
     with monkeypatch.context() as patch:
-        patch.setattr(TorchSpeaker, "speak", lambda *_: iter([chat.ids[IM_END]]))
+        patch.setattr(TorchRunner, "speak", lambda *_: iter([chat.ids[IM_END]]))
         flags = ("--checkpoint", speaking, "--no_tools", "--prompt", "Hi")
         assert "[note] the model said nothing" in run_script(patch, capsys, *flags)
 

@@ -23,7 +23,7 @@ import train
 from models.hf import load_hf
 from scripts import verify_checkpoint
 from training import checkpoint, setup
-from training.checkpoint import CheckpointConfig, Checkpoints, damage, has_state, load_state, step_folders
+from training.checkpoint import CheckpointConfig, Checkpointer, damage, has_state, load_state, step_folders
 from training.config import load
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -51,7 +51,7 @@ def started(settings):
             run = load(ROOT / "configs" / "test_mode.yaml", settings(*overrides))
             state = setup.build(run, device)
             state.phase_end = 1000
-            return state, Checkpoints(run.checkpoints, run.checkpoint, torch.bfloat16, None, {})
+            return state, Checkpointer(run.checkpoints, run.checkpoint, torch.bfloat16, None, {})
 
         yield make
 
@@ -144,20 +144,20 @@ def test_what_is_saved_in_the_background_is_what_a_save_that_waits_writes(settin
 
 
 def test_saves_back_to_back_hold_what_was_there_when_they_began(started, tmp_path):
-    state, saves = started("checkpoint={asynchronous: true, keep: 9}")
+    state, checkpointer = started("checkpoint={asynchronous: true, keep: 9}")
     then = {}
     for _ in range(5):
         change(state)
-        saves.save(state)
+        checkpointer.save(state)
         then[state.step] = tensors(state)
         change(state)  # while it is written
-    saves.wait()
-    assert [path.name for path in step_folders(saves.folder)] == [f"step_{step}" for step in then]
+    checkpointer.wait()
+    assert [path.name for path in step_folders(checkpointer.folder)] == [f"step_{step}" for step in then]
     for step, expected in then.items():
         fresh, _ = started(f"seed={step}")
-        load_state(saves.folder / f"step_{step}", fresh)
+        load_state(checkpointer.folder / f"step_{step}", fresh)
         assert all(torch.equal(a, b) for a, b in zip(tensors(fresh), expected, strict=True))
-        exported = load_hf(saves.folder / f"step_{step}", dtype=None).state_dict()
+        exported = load_hf(checkpointer.folder / f"step_{step}", dtype=None).state_dict()
         assert torch.equal(exported["norm.weight"], expected[list(fresh.model.state_dict()).index("norm.weight")].bfloat16())
 
 
@@ -218,17 +218,17 @@ def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_f
 
 
 def test_killed_between_the_renames_of_a_step_that_is_saved_again(started):
-    state, saves = started("checkpoint.keep=1")
+    state, checkpointer = started("checkpoint.keep=1")
     change(state)
     for place in (1, 2):  # the same step again, as after a signal that follows a skipped step
-        state.place = place
-        saves.save(state)
-    assert [path.name for path in saves.folder.iterdir()] == ["step_1"]
-    (saves.folder / "step_1").rename(saves.folder / "step_1.replaced")
-    (saves.folder / "step_1.tmp").mkdir()
-    assert saves.newest() == saves.folder / "step_1"
-    assert load_state(saves.folder / "step_1", state)["place"] == 2
-    assert [path.name for path in saves.folder.iterdir()] == ["step_1"]
+        state.batch_index = place
+        checkpointer.save(state)
+    assert [path.name for path in checkpointer.folder.iterdir()] == ["step_1"]
+    (checkpointer.folder / "step_1").rename(checkpointer.folder / "step_1.replaced")
+    (checkpointer.folder / "step_1.tmp").mkdir()
+    assert checkpointer.newest() == checkpointer.folder / "step_1"
+    assert load_state(checkpointer.folder / "step_1", state)["batch_index"] == 2
+    assert [path.name for path in checkpointer.folder.iterdir()] == ["step_1"]
 
 
 def kill_rank_1_in_its_second_save(rank: int) -> None:
@@ -294,18 +294,18 @@ def test_what_fails_on_one_rank_fails_on_all(spawn, settings, tmp_path, asynchro
 
 
 def test_a_save_that_failed_for_another_reason_is_told_too(started, monkeypatch):
-    state, saves = started("checkpoint.asynchronous=true")
+    state, checkpointer = started("checkpoint.asynchronous=true")
     monkeypatch.setattr(checkpoint, "_write_json", lambda *_: 1 / 0)
-    saves.save(state)
-    while not saves.failed:
+    checkpointer.save(state)
+    while not checkpointer.failed:
         time.sleep(0.01)
     with pytest.raises(RuntimeError, match=r"step 0 was not saved: ZeroDivisionError: division by zero"):
-        saves.wait()
-    assert not saves.failed and list(saves.folder.iterdir()) == []
+        checkpointer.wait()
+    assert not checkpointer.failed and list(checkpointer.folder.iterdir()) == []
     monkeypatch.undo()
-    with saves:
-        saves.save(state)
-    assert saves.newest() == saves.folder / "step_0"
+    with checkpointer:
+        checkpointer.save(state)
+    assert checkpointer.newest() == checkpointer.folder / "step_0"
 
 
 # Retention
@@ -331,23 +331,23 @@ W = "weights"  # only
     ],
 )
 def test_what_is_kept(started, settings_of, metrics, milestones, expected):
-    state, saves = started(f"checkpoint={{{settings_of}, asynchronous: true}}")
+    state, checkpointer = started(f"checkpoint={{{settings_of}, asynchronous: true}}")
     for step, metric in enumerate(metrics, 1):
         state.step = step
-        saves.save(state, metric, milestone=step in milestones)
-    saves.wait()
-    found = {int(path.name[5:]): "all" if (path / "state").is_dir() else W for path in saves.folder.iterdir()}
+        checkpointer.save(state, metric, milestone=step in milestones)
+    checkpointer.wait()
+    found = {int(path.name[5:]): "all" if (path / "state").is_dir() else W for path in checkpointer.folder.iterdir()}
     assert found == expected
-    for path in step_folders(saves.folder):
+    for path in step_folders(checkpointer.folder):
         assert damage(path) is None and has_state(path) == (expected[int(path.name[5:])] == "all")
 
 
 def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsys):
-    state, saves = started("checkpoint={keep: 1}")
+    state, checkpointer = started("checkpoint={keep: 1}")
     for metric in (1.0, 2.0):
         change(state)
-        saves.save(state, metric)
-    best = saves.folder / "step_1"
+        checkpointer.save(state, metric)
+    best = checkpointer.folder / "step_1"
     assert not has_state(best) and damage(best) is None
     assert load_hf(best).config.vocab_size == state.model.config.vocab_size
     with pytest.raises(ValueError, match="has no state/ to resume from; use it as weights only with init_from="):
@@ -355,28 +355,28 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
     (best / "state").mkdir()  # as a kill leaves it that hit while state/ was deleted
     (best / "state" / "trainer.json").write_text("{}")
     assert not has_state(best) and damage(best) is None
-    (saves.folder / "step_2" / "model.safetensors").unlink()
-    assert saves.newest() is None
+    (checkpointer.folder / "step_2" / "model.safetensors").unlink()
+    assert checkpointer.newest() is None
     assert "step_2 is damaged (model.safetensors is missing)" in capsys.readouterr().out
-    run = load(ROOT / "configs" / "test_mode.yaml", settings(f"resume_from={saves.folder}", phase="two"))
+    run = load(ROOT / "configs" / "test_mode.yaml", settings(f"resume_from={checkpointer.folder}", phase="two"))
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        setup.restore_or_init(run, state, Checkpoints(tmp_path / "two", run.checkpoint, torch.float32, None, {}), "")
+        setup.restore_or_init(run, state, Checkpointer(tmp_path / "two", run.checkpoint, torch.float32, None, {}), "")
     change(state)
-    saves.save(state, 3.0)
-    assert not (best / "state").exists() and has_state(saves.folder / "step_3")
+    checkpointer.save(state, 3.0)
+    assert not (best / "state").exists() and has_state(checkpointer.folder / "step_3")
 
 
 def test_a_checkpoint_that_is_still_read_does_not_stop_the_run(started, monkeypatch):
-    state, saves = started("checkpoint={keep: 1}")
+    state, checkpointer = started("checkpoint={keep: 1}")
     monkeypatch.setattr(os, "rmdir", partial(full))
     for _ in range(3):
         change(state)
-        saves.save(state)
-    assert saves.newest() == saves.folder / "step_3"
+        checkpointer.save(state)
+    assert checkpointer.newest() == checkpointer.folder / "step_3"
     monkeypatch.undo()
     change(state)
-    saves.save(state)
-    assert [path.name for path in saves.folder.iterdir()] == ["step_4"]
+    checkpointer.save(state)
+    assert [path.name for path in checkpointer.folder.iterdir()] == ["step_4"]
 
 
 # Integrity
@@ -414,17 +414,17 @@ def test_two_flipped_bytes_are_found_and_the_run_goes_on_from_the_one_before(set
 
 
 def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
-    state, saves = started("checkpoint={keep: 9}", f"output_dir={tmp_path / 'a'}")
+    state, checkpointer = started("checkpoint={keep: 9}", f"output_dir={tmp_path / 'a'}")
     _, others = started("checkpoint={keep: 9}", f"output_dir={tmp_path / 'b'}")
     change(state)
-    for place in (saves, others):
+    for place in (checkpointer, others):
         place.save(state, 1.5)
-    one, other = (folder / "step_1" for folder in (saves.folder, others.folder))
+    one, other = (folder / "step_1" for folder in (checkpointer.folder, others.folder))
     status, said = verify(capsys, monkeypatch, one, "--against", other)
     assert status == 0 and "held-out loss 1.5000" in said and said.endswith("the same, bit for bit\n")
     name, moments = next((n, state.optimizer.state[p]) for n, p in state.model.named_parameters() if p.ndim == 1)
     moments["exp_avg"][:] = -moments["exp_avg"]
-    state.place = 7
+    state.batch_index = 7
     others.save(state, 1.5)
     status, said = verify(capsys, monkeypatch, one, "--against", other)
     assert status == 1 and said.count("DIFFERENT") == 2
@@ -434,34 +434,34 @@ def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
 
 
 def test_verify_finds_what_checksums_cannot(started, capsys, monkeypatch):
-    state, saves = started()
+    state, checkpointer = started()
     state.step = 3
-    saves.save(state)
-    (saves.folder / "step_3").rename(saves.folder / "step_4")
-    status, said = verify(capsys, monkeypatch, saves.folder)
+    checkpointer.save(state)
+    (checkpointer.folder / "step_3").rename(checkpointer.folder / "step_4")
+    status, said = verify(capsys, monkeypatch, checkpointer.folder)
     assert status == 1 and "step_4: DAMAGED: state/trainer.json is of step 3" in said
-    (saves.folder / "step_4" / "manifest.json").write_text("{")
-    status, said = verify(capsys, monkeypatch, saves.folder / "step_4")
+    (checkpointer.folder / "step_4" / "manifest.json").write_text("{")
+    status, said = verify(capsys, monkeypatch, checkpointer.folder / "step_4")
     assert status == 1 and "no readable manifest.json" in said
 
 
 def test_sums_are_sha256_and_those_of_earlier_versions_still_hold(started):
     from hashlib import blake2b, sha256
 
-    state, saves = started()
-    saves.save(state)
-    folder = saves.folder / "step_0"
+    state, checkpointer = started()
+    checkpointer.save(state)
+    folder = checkpointer.folder / "step_0"
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {name: data for name, data in content(folder).items() if name != "manifest.json"}
     assert manifest["files"] == {name: sha256(data).hexdigest() for name, data in files.items()}
     earlier = {"files": {name: blake2b(data, digest_size=16).hexdigest() for name, data in files.items()}}
     (folder / "manifest.json").write_text(json.dumps(earlier))
-    assert saves.newest() == folder
+    assert checkpointer.newest() == folder
     state.step = 1
-    saves.config = CheckpointConfig(keep=1)
-    saves.save(state)
-    flip(saves.folder / "step_1" / "config.json", 3)
-    assert damage(saves.folder / "step_1") == "config.json has changed"
+    checkpointer.config = CheckpointConfig(keep=1)
+    checkpointer.save(state)
+    flip(checkpointer.folder / "step_1" / "config.json", 3)
+    assert damage(checkpointer.folder / "step_1") == "config.json has changed"
 
 
 def test_every_file_is_hashed_once_and_the_bytes_are_spread(tmp_path, monkeypatch):
@@ -474,8 +474,8 @@ def test_every_file_is_hashed_once_and_the_bytes_are_spread(tmp_path, monkeypatc
         with monkeypatch.context() as patched:
             patched.setattr(dist, "get_world_size", lambda: 2)
             patched.setattr(dist, "get_rank", lambda rank=rank: rank)
-            patched.setattr(checkpoint, "on_main", lambda work, group: work())
-            patched.setattr(checkpoint, "on_every", lambda work, group: work())
+            patched.setattr(checkpoint, "run_on_rank0", lambda work, group: work())
+            patched.setattr(checkpoint, "run_on_every_rank", lambda work, group: work())
             patched.setattr(dist, "all_gather_object", lambda out, own, group: out.__setitem__(slice(None), [own, {}]))
             shares.append(checkpoint._checksums(tmp_path, None))
     assert sorted([*shares[0], *shares[1]]) == sorted(sizes)

@@ -13,7 +13,7 @@ from train_sft import SFTConfig
 from training.config import RunConfig, load, to_dict
 from training.optimizers import OptimConfig
 from training.planning.gates import Gate, decide, judge
-from training.planning.plan import load_plan, stretches
+from training.planning.plan import load_plan, scheduled_phases
 from training.schedulers import ScheduleConfig, WSDScheduler
 from training.settings import load_settings, read_yaml
 
@@ -146,7 +146,7 @@ def test_the_plan_of_the_1b_configs():
 
 
 def test_quickstart_phases_add_up_to_its_schedule():
-    runs = [stretch.run for stretch in stretches(load_plan(ROOT / "configs" / "quickstart" / "plan.yaml"))]
+    runs = [scheduled.run for scheduled in scheduled_phases(load_plan(ROOT / "configs" / "quickstart" / "plan.yaml"))]
     assert len(runs) == 3 and {sum(run.steps for run in runs)} == {run.schedule.total_steps for run in runs}
     assert all(5e6 <= run.model.num_parameters <= 10e6 for run in runs)
 
@@ -154,15 +154,15 @@ def test_quickstart_phases_add_up_to_its_schedule():
 def test_the_plan_of_the_1b_model(monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = load_plan("configs/plan_1b.yaml")
-    found = stretches(plan)
+    found = scheduled_phases(plan)
     assert [(s.begin, s.end) for s in found] == [(0, 184_000), (184_000, 194_000), (194_000, 207_000), (207_000, 230_000)]
     assert [s.run.rope_theta for s in found] == [10_000, (10_000, 500_000), 500_000, 500_000]
-    longer = stretches(plan, {"phase1_pretrain": 20_000})
+    longer = scheduled_phases(plan, {"phase1_pretrain": 20_000})
     assert [s.end for s in longer] == [204_000, 214_000, 227_000, 250_000]
     assert [m.at for s in longer for m in s.phase.milestones] == [50_000, 100_000, 150_000, 204_000, 227_000, 250_000]
     assert {s.run.schedule.total_steps for s in longer} == {250_000}
     with pytest.raises(ValueError, match="phase9 is no phase of the plan; there are phase1_pretrain"):
-        stretches(plan, {"phase9": 1})
+        scheduled_phases(plan, {"phase9": 1})
 
 
 def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
@@ -182,7 +182,7 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
         path = tmp_path / "plan.yaml"
         path.write_text(yaml.safe_dump({**plan, **change}))
         with pytest.raises(ValueError, match=said):
-            stretches(load_plan(path))
+            scheduled_phases(load_plan(path))
 
 
 def test_gates():

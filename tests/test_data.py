@@ -96,19 +96,19 @@ def test_shards_hold_every_token_once(text_store):
             expected[which] += [bos, *tokenizer.encode(row["text"]).ids]
         for which in ("train", "val"):
             shards = TokenShards(text_store / "tokens" / name, which)
-            tokens, docs = shards.read(0, len(shards))
+            tokens, doc_ids = shards.read(0, len(shards))
             assert tokens.tolist() == expected[which] and shards.documents == len(starts[which]) > 0
-            assert np.flatnonzero(np.diff(docs, prepend=-1)).tolist() == starts[which]
+            assert np.flatnonzero(np.diff(doc_ids, prepend=-1)).tolist() == starts[which]
             shards.verify()
 
 
 def test_reading_across_shards_and_documents(shards):
     assert len(shards["a"].shards) > 3
     for start, stop in ((0, 30_000), (3_990, 4_300), (11_111, 11_112), (25_000, 29_999)):
-        tokens, docs = shards["a"].read(start, stop)
-        assert len(tokens) == stop - start and docs[0] == 0 and (np.diff(docs) >= 0).all()
+        tokens, doc_ids = shards["a"].read(start, stop)
+        assert len(tokens) == stop - start and doc_ids[0] == 0 and (np.diff(doc_ids) >= 0).all()
         whole, all_docs = shards["a"].read(0, len(shards["a"]))
-        assert (tokens == whole[start:stop]).all() and (docs == all_docs[start:stop] - all_docs[start]).all()
+        assert (tokens == whole[start:stop]).all() and (doc_ids == all_docs[start:stop] - all_docs[start]).all()
 
 
 def test_an_epoch_reads_every_row_once_then_reshuffles(shards):
@@ -124,10 +124,10 @@ def test_an_epoch_reads_every_row_once_then_reshuffles(shards):
 def test_targets_are_the_next_tokens_and_docs_mark_each_documents_first_token(shards):
     for batch in loader(shards).at(3).batches:
         assert (batch.targets[:, :-1] == batch.tokens[:, 1:]).all()
-        for tokens, docs in zip(batch.tokens, batch.docs, strict=True):
-            begins = torch.diff(docs) == 1
+        for tokens, doc_ids in zip(batch.tokens, batch.doc_ids, strict=True):
+            begins = torch.diff(doc_ids) == 1
             assert ((torch.diff(tokens) == 1) | begins).all()  # numbered tokens run on except where a document begins
-            assert docs[0] == 0 and batch.docs.dtype == torch.int32
+            assert doc_ids[0] == 0 and batch.doc_ids.dtype == torch.int32
 
 
 def test_batches_do_not_depend_on_ranks_micro_batches_or_history(shards):

@@ -27,7 +27,7 @@ from scripts import deliverables, verify_checkpoint
 from scripts.run_evals import open_suite
 from training.logger import append_event
 from training.planning.gates import Gate, judge
-from training.planning.plan import load_plan, stretches
+from training.planning.plan import load_plan, scheduled_phases
 
 PLAN_1B = ROOT / "configs" / "plan_1b.yaml"
 
@@ -121,7 +121,7 @@ def test_every_metric_that_the_plan_names_is_reported(tree, monkeypatch):
     plan = load_plan(PLAN_1B)
     reported = json.loads((tree / "results/tiny/dpo/aligned.json").read_text())["metrics"]
     texts = {"all", "fineweb_edu"}
-    assert "fineweb_edu" in stretches(plan)[0].run.data.mix and texts < reported.keys()
+    assert "fineweb_edu" in scheduled_phases(plan)[0].run.data.mix and texts < reported.keys()
 
     def lacking(gates, evals) -> list[str]:
         tasks = set()
@@ -400,7 +400,7 @@ def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, mon
     assert "WRONG" not in check(0, step=3)  # theta is still rising there
     with monkeypatch.context() as patch:
         mask = nanollama.attention_mask
-        patch.setattr(nanollama, "attention_mask", lambda docs, *rest: mask(None, *rest))
+        patch.setattr(nanollama, "attention_mask", lambda doc_ids, *rest: mask(None, *rest))
         assert "WRONG: packed documents do not get the logits that they get alone" in check(1)
     config, manifest = (folder / "step_6" / name for name in ("config.json", "manifest.json"))
     rope = {"rope_type": "default", "rope_theta": 1e4}

@@ -21,7 +21,7 @@ from data.chat.tokenizer import save_chat_tokenizer
 from data.chat.tools import TOOLS, run_tool
 from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from demo.page import about, build, meter
-from demo.talk import How, Turn
+from demo.talk import GenerationSettings, Turn
 from export.gguf import export
 from inference.gguf_tokenizer import read_vocabulary
 from inference.llamacpp import find_library
@@ -255,7 +255,7 @@ def test_a_base_model_continues_what_is_typed(folder, tmp_path):
         turns: list[Turn] = []
         for _ in range(2):  # it is not told of the first
             turns.append(Turn("What is <|im_end|>"))
-            for _ in voice.answer(turns[-1], turns[:-1], How(new=12, system="Be kind."), lambda: False):
+            for _ in voice.answer(turns[-1], turns[:-1], GenerationSettings(new=12, system="Be kind."), lambda: False):
                 pass
         turn = turns[0]
         ids = voice.chat.prompt([{"role": "user", "content": turn.text}])
@@ -289,7 +289,7 @@ def test_another_template_than_ours_is_spoken(folder, tmp_path):
         reply = voice.chat.parse([*voice.chat.tokenizer.encode("la la").ids, end])
         assert (reply.content, reply.ended, voice.chat.parse([40]).ended) == ("la la", True, False)
         turn = Turn("Hello")
-        for _ in voice.answer(turn, [], How(new=4), lambda: False):
+        for _ in voice.answer(turn, [], GenerationSettings(new=4), lambda: False):
             pass
         assert turn.tokens and turn.parts
         with pytest.raises(ValueError, match="does not take this conversation: no tools here"):

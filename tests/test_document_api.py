@@ -105,13 +105,13 @@ def test_packed_texts_equal_the_rows_of_a_store(text_store):
     loader = PackedDataLoader(rows, tokenizer, 64, 4)
     batches = list(loader)
     assert len(batches) == len(stored) // 4 > 100
-    tokens, targets, docs = (np.empty(64, np.int64) for _ in range(3))
+    tokens, targets, doc_ids = (np.empty(64, np.int64) for _ in range(3))
     for number in range(4 * len(batches)):
-        stored.fill(number, tokens, targets, docs)
+        stored.fill(number, tokens, targets, doc_ids)
         batch = batches[number // 4]
         assert (batch.tokens[number % 4].numpy() == tokens).all()
         assert (batch.targets[number % 4].numpy() == targets).all()
-        assert (batch.docs[number % 4].numpy() == docs).all()
+        assert (batch.doc_ids[number % 4].numpy() == doc_ids).all()
     assert torch.equal(next(iter(loader)).tokens, batches[0].tokens)  # iterates again from the start
 
 

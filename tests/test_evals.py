@@ -16,7 +16,7 @@ from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_arc, eval_hellaswag, eval_mmlu, eval_perplexity, eval_truthfulqa
 from evals.engines import load_model, share
 from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, Write, ask, means, results
-from evals.language_model import Unit, rolling
+from evals.language_model import ScoreRequest, rolling
 from evals.run import evaluate
 from models.hf import save_hf
 from models.nanollama import NanoLlama
@@ -180,8 +180,8 @@ def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpo
         return tuple(torch.randint(2, VOCAB, (count,), generator=generator).tolist())
 
     common = draw(120)
-    units = [Unit(common + draw(3 + i), (draw(1), draw(4), draw(2 + i))) for i in range(12)]
-    units += [Unit(draw(40 + 9 * i), (draw(6),)) for i in range(5)] + [Unit(draw(900), (draw(2), draw(120)))]
+    units = [ScoreRequest(common + draw(3 + i), (draw(1), draw(4), draw(2 + i))) for i in range(12)]
+    units += [ScoreRequest(draw(40 + 9 * i), (draw(6),)) for i in range(5)] + [ScoreRequest(draw(900), (draw(2), draw(120)))]
     groups = share(units)
     assert groups[0][0] == 120 and len(groups[0][1]) == 12 and groups[1][0] == 0
     [(shared, together)] = share(units, least=120 * 11 + 1)

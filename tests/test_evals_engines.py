@@ -17,7 +17,7 @@ from evals import eval_needle, eval_perplexity, eval_tool_use
 from evals.chat import Chat
 from evals.engines import NanoLlamaEngine, TransformersEngine, folder_hash, load_model
 from evals.harness import Cache, Choose, Item, Read, Write, ask
-from evals.language_model import Words
+from evals.language_model import EvalTokenizer
 from export.gguf import export
 from inference.gguf_tokenizer import read_vocabulary, tokenizer_folder
 from inference.llamacpp import find_library
@@ -115,7 +115,10 @@ def test_a_gguf_file_answers_as_its_checkpoint(checkpoint, text_store, tmp_path,
         model = load_model(path)
         assert model.context == 1024 and model.dtype in ("gguf_f32", "gguf_f16") and outtype in model.dtype
         assert_alike(mine, answers(model), 0.02)
-    assert Words(path).stops == Words(checkpoint).stops and Words(path).begin == Words(checkpoint).begin
+    assert (
+        EvalTokenizer(path).stops == EvalTokenizer(checkpoint).stops
+        and EvalTokenizer(path).begin == EvalTokenizer(checkpoint).begin
+    )
     talk = [{"role": "user", "content": "How much is 2 + 2? <|im_end|>"}]
     assert Chat(path).prompt(talk) == Chat(checkpoint).prompt(talk)
     with pytest.raises(ValueError, match="leave --dtype out"):
@@ -167,7 +170,7 @@ def test_bad_gguf_files(tmp_path):
 
 def test_logits_that_are_not_finite_on_one_rank_end_both(checkpoint, tmp_path):
     """The token of a question that only the second rank has is NaN."""
-    words = Words(checkpoint)
+    words = EvalTokenizer(checkpoint)
     bad = next(i for i in range(300, 400) if words.decode([i]).strip().isalpha())
     model = load_hf(checkpoint)
     model.embed_tokens.weight.data[bad] = math.nan

@@ -19,7 +19,7 @@ from evals.chat import Chat
 from evals.engines import load_model
 from evals.harness import Cache, Failed, Judge, Scored, Written, ask, results
 from evals.judges import endpoint
-from evals.language_model import Words
+from evals.language_model import EvalTokenizer
 from evals.run import evaluate
 from evals.tool_calls import call_schema, fits, matches, read_calls
 from models.hf import save_hf
@@ -166,7 +166,7 @@ class Seer:
 
 
 def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, tmp_path):
-    words = Words(checkpoint)
+    words = EvalTokenizer(checkpoint)
     given = {"context": [700, 1400], "num_tests": 6, "depths": 3, "kinds": list(eval_needle.KINDS), "max_tokens": None}
     evaluation = eval_needle.build(options(checkpoint, haystack="noise", **given))
     assert len(evaluation.items) == 2 * 6 * 4

@@ -109,12 +109,12 @@ def test_each_instruction_is_checked_as_in_lm_eval(name, lm_eval_checks):
 def test_ifeval_adds_up_as_lm_eval_does(lm_eval_checks, tmp_path, capsys):
     draw, texts, tools = random.Random(2), responses(), Tools(WHEELS)
     known = [name for name in INSTRUCTIONS if not INSTRUCTIONS[name].modules]
-    docs = []
+    doc_ids = []
     for i in range(40):
         names = draw.sample(known, draw.randint(1, 3))
         kwargs = [{"num_words": None, "language": None, **ARGUMENTS.get(name, {})} for name in names]
-        docs.append({"key": 100 + i, "prompt": f"Say {i}", "instruction_id_list": names, "kwargs": kwargs})
-    write_rows(tmp_path / "train.jsonl", docs)
+        doc_ids.append({"key": 100 + i, "prompt": f"Say {i}", "instruction_id_list": names, "kwargs": kwargs})
+    write_rows(tmp_path / "train.jsonl", doc_ids)
     evaluation = build(str(tmp_path), max_tokens=1280)
 
     class Model:
@@ -125,13 +125,13 @@ def test_ifeval_adds_up_as_lm_eval_does(lm_eval_checks, tmp_path, capsys):
 
     model = Model()
     found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)["metrics"]
-    theirs = [lm_eval_checks.process_results(doc, [texts[i * 7]]) for i, doc in enumerate(docs)]
+    theirs = [lm_eval_checks.process_results(doc, [texts[i * 7]]) for i, doc in enumerate(doc_ids)]
     for kind in ("strict", "loose"):
         prompts = [of[f"prompt_level_{kind}_acc"] for of in theirs]
         flat = lm_eval_checks.agg_inst_level_acc([of[f"inst_level_{kind}_acc"] for of in theirs])
         assert found[f"prompt_level_{kind}_acc"]["value"] == pytest.approx(sum(prompts) / len(prompts))
         assert found[f"inst_level_{kind}_acc"]["value"] == pytest.approx(flat) and 0 < flat < 1
-    assert found["inst_level_strict_acc"]["n"] == sum(len(doc["kwargs"]) for doc in docs)
+    assert found["inst_level_strict_acc"]["n"] == sum(len(doc["kwargs"]) for doc in doc_ids)
     assert evaluation.items[3].id == "103" and tools.punkt is None
 
 

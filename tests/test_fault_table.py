@@ -88,7 +88,7 @@ def test_a_signal_to_one_rank_under_the_launcher(lab):
 
 
 def line(update: int, rank: int, *rows: str) -> dict:
-    return {"update": update, "rank": rank, "world": 2, "place": update - 1, "rows": list(rows)}
+    return {"update": update, "rank": rank, "world": 2, "batch_index": update - 1, "rows": list(rows)}
 
 
 STRAIGHT = [[line(update, rank, f"{update}{rank}") for rank in (1, 0) for update in range(1, 5)]]
@@ -115,7 +115,7 @@ def test_a_resume_at_the_wrong_place_or_with_other_weights_is_found(lab, monkeyp
 
     folder = run.step_folders()[-1]
     position, manifest = json.loads((folder / "state" / "trainer.json").read_text()), deepcopy(read_manifest(folder))
-    position["place"] += 1
+    position["batch_index"] += 1
     (folder / "state" / "trainer.json").write_text(json.dumps(position))
     manifest["files"]["state/trainer.json"] = fault_runs.hashlib.sha256(
         (folder / "state" / "trainer.json").read_bytes()

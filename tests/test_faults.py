@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from models.hf import read_hf_config
-from training.guard import FaultConfig, Faults
+from training.guard import FaultConfig, FaultState
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 
 def places(folder: Path) -> list[int]:
-    return [row["place"] for row in read_metrics(folder)]
+    return [row["batch_index"] for row in read_metrics(folder)]
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ def equal(one: dict, other: dict) -> bool:
 
 def test_a_bad_step_is_skipped_as_if_its_place_had_been_left_out(settings, tmp_path, poison, monkeypatch):
     with monkeypatch.context() as clean:
-        clean.setattr(Faults, "next_place", lambda self, place: place + 1 if place == 3 else place)
+        clean.setattr(FaultState, "next_batch_index", lambda self, place: place + 1 if place == 3 else place)
         assert train_here(settings(f"output_dir={tmp_path / 'out'}", f"log_dir={tmp_path / 'lo'}"))
     for name, factor in (("nan", math.nan), ("inf", math.inf)):
         poison({3: factor})
@@ -73,20 +73,22 @@ def test_a_bad_step_is_skipped_as_if_its_place_had_been_left_out(settings, tmp_p
         assert equal(weights(tmp_path / name, 6), weights(tmp_path / "out", 6))
         assert places(tmp_path / f"l{name}") == places(tmp_path / "lo") == [1, 2, 3, 5, 6, 7]
         [event] = events(tmp_path / f"l{name}", "skipped")
-        assert event["place"] == 3 and event["step"] == 4 and name in event["problem"]
+        assert event["batch_index"] == 3 and event["step"] == 4 and name in event["problem"]
 
 
 def test_many_bad_steps_in_a_row_go_back_leave_them_out_and_train_on_gently(settings, tmp_path, poison):
     poison(dict.fromkeys(range(4, 7), math.nan))
     assert train_here(settings("checkpoint.every=2", "faults.bad_in_a_row=3", "validation.every=0", steps=8))
     [event] = events(tmp_path / "logs", "rollback")
-    assert event["left_out"] == [4, 5, 6] and event["lr_scale"] == 0.5 and event["grad_clip"] == 0.5 and event["step"] == 4
+    assert (
+        event["excluded_batches"] == [4, 5, 6] and event["lr_scale"] == 0.5 and event["grad_clip"] == 0.5 and event["step"] == 4
+    )
     rows = read_metrics(tmp_path / "logs")
     assert [row["step"] for row in rows] == list(range(1, 9)) and places(tmp_path / "logs") == [1, 2, 3, 4, 8, 9, 10, 11]
     before, after = rows[3]["lr"], rows[4]["lr"]
     assert after == pytest.approx(before / 2)
     trainer = json.loads((tmp_path / "checkpoints" / "one" / "step_8" / "state" / "trainer.json").read_text())
-    assert trainer["faults"]["left_out"] == [4, 5, 6] and trainer["faults"]["skipped"] == 3
+    assert trainer["faults"]["excluded_batches"] == [4, 5, 6] and trainer["faults"]["skipped"] == 3
 
 
 def test_after_too_many_rollbacks_it_stops_with_its_checkpoint(settings, tmp_path, poison):
@@ -108,7 +110,7 @@ def test_a_spike_is_skipped_and_stays_out_of_the_window_also_over_a_resume(setti
     poison({5: 100.0, 8: 100.0})
     guarded = ["faults.window=4", "faults.spike_sigma=20", "checkpoint.every=4", "validation.every=0", "schedule.warmup_steps=8"]
     assert train_here(settings(*guarded, f"output_dir={tmp_path / 'a'}", f"log_dir={tmp_path / 'la'}", steps=9))
-    assert [event["place"] for event in events(tmp_path / "la", "skipped")] == [5, 8]
+    assert [event["batch_index"] for event in events(tmp_path / "la", "skipped")] == [5, 8]
     for stop in (4, 6, 9):
         assert train_here(
             settings(*guarded, f"output_dir={tmp_path / 'b'}", f"log_dir={tmp_path / 'lb'}", f"until={stop}", steps=9)
@@ -117,16 +119,16 @@ def test_a_spike_is_skipped_and_stays_out_of_the_window_also_over_a_resume(setti
 
 
 def test_what_is_a_spike():
-    config, faults = FaultConfig(window=4, spike_sigma=6), Faults()
+    config, faults = FaultConfig(window=4, spike_sigma=6), FaultState()
     for loss in (1.0, 1.1, 0.9, 1.0):
         assert faults.judge(loss, 1.0, config) is None
     assert faults.judge(1.4, 1.0, config) is None or "loss" in str(faults.judge(1.4, 1.0, config))
     assert "deviations" in str(faults.judge(9.0, 1.0, config)) and 9.0 not in faults.losses
     assert "gradient norm nan" in str(faults.judge(1.0, math.nan, config))
-    assert Faults().judge(1e9, 1e9, config) is None  # nothing to compare with yet
+    assert FaultState().judge(1e9, 1e9, config) is None  # nothing to compare with yet
     assert faults.next_phase().losses == [] and faults.next_phase().skipped == faults.skipped
-    faults.left_out = [3, 4, 7]
-    assert [faults.next_place(place) for place in (2, 3, 4, 6, 7)] == [2, 5, 5, 6, 8]
+    faults.excluded_batches = [3, 4, 7]
+    assert [faults.next_batch_index(place) for place in (2, 3, 4, 6, 7)] == [2, 5, 5, 6, 8]
 
 
 def test_pausing_changes_nothing(settings, tmp_path):

@@ -23,7 +23,7 @@ from data.chat.tokenizer import save_chat_tokenizer
 from evals.chat import Chat
 from export.gguf import export
 from inference import llamacpp
-from inference.chat_formats import OwnTemplate, open_chat
+from inference.chat_formats import TemplateChat, open_chat
 from inference.gguf_file import check_gguf
 from inference.gguf_tokenizer import open_gguf, read_vocabulary
 from inference.llamacpp import LlamaCpp, find_library, probe
@@ -272,7 +272,7 @@ def test_chat_and_evaluation_bound_foreign_templates(model, tmp_path, quick, cap
     shutil.copytree(model, folder)
     (folder / "chat_template.jinja").write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
     chat = open_chat(folder)
-    assert isinstance(chat, OwnTemplate)
+    assert isinstance(chat, TemplateChat)
     for speaks in (chat, Chat(folder)):
         with pytest.raises(ValueError, match="more than"):
             speaks.prompt(HELLO)

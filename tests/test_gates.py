@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from scripts import pipeline, run_evals
 from training.planning.gates import Gate, Measured, judge, reference_of
-from training.planning.plan import load_plan, places, stretches
+from training.planning.plan import load_plan, places, scheduled_phases
 
 HIGHER = Gate("chat.acc", go=0.0, no_go=-0.1, against="before")
 LOWER = Gate("all.bits_per_byte", go=0.2, no_go=0.5, against="sft")
@@ -79,7 +79,7 @@ def small_plan(place: Path, against: str, evals: bool = True) -> Path:
 )
 def test_a_plan_with_an_impossible_reference_is_refused(tmp_path, against, evals, said):
     with pytest.raises(ValueError, match=said):
-        stretches(load_plan(small_plan(tmp_path, against, evals)))
+        scheduled_phases(load_plan(small_plan(tmp_path, against, evals)))
 
 
 @pytest.mark.parametrize("against", ["before", "sft"])
@@ -116,7 +116,7 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
 def test_forgetting_is_gated_after_every_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = load_plan(Path("configs", name))
-    listed = {place.name: place for place in places(plan, stretches(plan))}
+    listed = {place.name: place for place in places(plan, scheduled_phases(plan))}
     for stage in plan.stages:
         against = {gate.metric for gate in listed[stage.name].gates if gate.against}
         assert {"all.bits_per_byte", "hellaswag.acc_norm"} <= against, stage.name

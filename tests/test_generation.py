@@ -11,7 +11,7 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 from inference import generation
 from inference.generation import Cache, forward, generate, logits
 from inference.packed_weights import packed, plain
-from inference.sampling import Sampling, adjust, chances, draw
+from inference.sampling import Sampling, adjust, draw, uniforms
 from inference.streaming import TextStream, complete, stream_text
 from models.hf import load_hf, save_hf
 from models.losses import token_losses
@@ -135,7 +135,7 @@ def test_packed_matrices_give_the_same_products(dtype, rows):
         parameter.data = parameter.data.to(dtype)
     ours, exact = packed(model, rows), plain(model)
     generator = torch.Generator().manual_seed(1)
-    sizes = {"qkv": model.config.hidden_size, "out": model.config.num_attention_heads * model.config.heads_size}
+    sizes = {"qkv": model.config.hidden_size, "out": model.config.num_attention_heads * model.config.resolved_head_dim}
     sizes |= {"gate_up": model.config.hidden_size, "down": model.config.intermediate_size}
     for layer, plainly in zip(ours.layers, exact.layers, strict=True):
         for name, size in sizes.items():
@@ -209,7 +209,7 @@ def test_all_transforms_together_are_those_of_transformers(both):
 
 def test_draws_follow_the_distribution_and_the_seed_of_their_row(both):
     scores = SCORES[:1].expand(200_000, -1)
-    tokens = draw(scores, chances([0], 200_000)[0])
+    tokens = draw(scores, uniforms([0], 200_000)[0])
     shares = torch.bincount(tokens, minlength=97) / 200_000
     assert (shares - SCORES[0].softmax(0)).abs().max() <= 4 * 0.5 / 200_000**0.5  # four deviations of a share of a half
     masked = adjust(SCORES, Sampling(temperature=1.0, top_k=2))

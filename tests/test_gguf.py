@@ -28,7 +28,7 @@ from export.gguf_check import FAR, MAX_KL, compare, compare_tokens, fuzz, judge,
 from inference.chat_session import Session
 from inference.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabulary
 from inference.llamacpp import LlamaCpp, find_library, quantise_rows
-from inference.runners import GgufSpeaker, TorchSpeaker
+from inference.runners import GgufRunner, TorchRunner
 from inference.sampling import Sampling
 from models.hf import load_hf, save_hf
 from models.nanollama import ModelConfig, NanoLlama
@@ -88,9 +88,9 @@ def test_keys_and_tensors(folders, files):
                 "feed_forward_length": config.intermediate_size,
                 "attention.head_count": config.num_attention_heads,
                 "attention.head_count_kv": 2,
-                "attention.key_length": config.heads_size,
-                "attention.value_length": config.heads_size,
-                "rope.dimension_count": config.heads_size,
+                "attention.key_length": config.resolved_head_dim,
+                "attention.value_length": config.resolved_head_dim,
+                "rope.dimension_count": config.resolved_head_dim,
                 "rope.freq_base": config.rope_theta,
                 "vocab_size": config.vocab_size,
             }
@@ -315,16 +315,16 @@ def test_5500_strings_get_the_same_ids_and_the_file_holds_the_tokenizer(folders,
 
 @runtime
 def test_checkpoint_and_file_say_the_same(folders, files):
-    speakers = TorchSpeaker(folders["dense"]), GgufSpeaker(files["dense"]["f32"], threads=1)
+    speakers = TorchRunner(folders["dense"]), GgufRunner(files["dense"]["f32"], threads=1)
     chat = Chat.from_folder(folders["dense"])
     prompt = chat.prompt([{"role": "user", "content": "Hello there"}])
     for sampling in (Sampling(), Sampling(1.2, temperature=0.8, top_p=0.9)):
-        said = [list(speaker.speak(prompt, 10, sampling, 5, ())) for speaker in speakers]  # few: llama.cpp keeps keys in f16
+        said = [list(runner.speak(prompt, 10, sampling, 5, ())) for runner in speakers]  # few: llama.cpp keeps keys in f16
         assert said[0] == said[1] and len(said[0]) == 10
         longer = [*prompt, *said[0][:6], 40]  # what is held is kept as far as it fits
         assert speakers[1].runtime.held[: len(prompt)] == prompt
-        fresh = list(TorchSpeaker(folders["dense"]).speak(longer, 10, sampling, 6, ()))
-        assert [list(speaker.speak(longer, 10, sampling, 6, ())) for speaker in speakers] == [fresh, fresh]
+        fresh = list(TorchRunner(folders["dense"]).speak(longer, 10, sampling, 6, ()))
+        assert [list(runner.speak(longer, 10, sampling, 6, ())) for runner in speakers] == [fresh, fresh]
     stop = said[0][3]
     assert list(speakers[1].speak(prompt, 10, sampling, 5, [stop])) == said[0][: said[0].index(stop) + 1]
     with pytest.raises(ValueError, match="exceed the model's context of 256"):
@@ -409,7 +409,7 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
         how = {"model": "m", "messages": messages, "max_tokens": 8, "temperature": 0}
         answer = client.chat.completions.create(**how)
         prompt = chat.prompt(messages)
-        ours = list(TorchSpeaker(folders["dense"]).speak(prompt, 8, Sampling(), 0, chat.stop_ids))
+        ours = list(TorchRunner(folders["dense"]).speak(prompt, 8, Sampling(), 0, chat.stop_ids))
         assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == len(ours)
         text = answer.choices[0].message.content
         assert text.strip() == chat.tokenizer.decode(ours, skip_special_tokens=True).strip()

@@ -111,8 +111,8 @@ def test_rows_are_spread_evenly(root):
     rows = held_out.ChosenRows(shards, LENGTH, 20 * LENGTH, None)
     gaps = np.diff([*rows.indices, count])
     assert len(rows) == 20 and rows.indices[0] == 0 and gaps.min() > 1 and np.ptp(gaps) <= 1
-    tokens, targets, docs = (np.zeros(LENGTH, dtype) for dtype in (np.int64, np.int64, np.int32))
-    rows.fill(7, tokens, targets, docs)
+    tokens, targets, doc_ids = (np.zeros(LENGTH, dtype) for dtype in (np.int64, np.int64, np.int32))
+    rows.fill(7, tokens, targets, doc_ids)
     start = int(rows.indices[7]) * LENGTH
     assert tokens.tolist() == shards.read(start, start + LENGTH)[0].tolist() and targets[:-1].tolist() == tokens[1:].tolist()
     lengths = np.array([50, 900, 10, 40, 60, 30, 20, 90, 5, 70])

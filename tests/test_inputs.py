@@ -380,12 +380,12 @@ def test_all_rows_held_out_names_the_share():
     chat = ChatConfig({"x": ChatSource("a.jsonl")}, held_out=0.9)
     with pytest.raises(ValueError, match=r"x: all 3 conversations are held out, by chat.held_out=0.9; lower it or add data"):
         _check_limit("x", report(0, 3, "chat"), chat)
-    with pytest.raises(ValueError, match="check its path and form"):
+    with pytest.raises(ValueError, match="check its path and format"):
         _check_limit("x", report(0, 0, "chat"), chat)
     pairs = PreferenceConfig({"x": PairSource("a.jsonl")}, held_out=0.8)
     with pytest.raises(ValueError, match=r"x: all 2 pairs are held out, by preferences.held_out=0.8"):
         check_pairs("x", report(0, 2, "pairs"), pairs)
-    with pytest.raises(ValueError, match="check its path, form and length"):
+    with pytest.raises(ValueError, match="check its path, format and length"):
         check_pairs("x", report(0, 0, "pairs"), pairs)
 
 

@@ -50,7 +50,7 @@ def loader(shards, mix=None, rows=8, micro=2, packing="best_fit", **more):
 def epoch(shards, source="a", packing="best_fit"):
     """Tokens, targets and docs [rows, LENGTH] of the first epoch of one source."""
     one = loader(shards, {source: 1.0}, rows=1, micro=1, packing=packing)
-    batches = [one.at(place).batches[0] for place in range(len(one.packed[0]))]
+    batches = [one.at(batch_index).batches[0] for batch_index in range(len(one.packed[0]))]
     return [torch.cat(parts).numpy() for parts in zip(*(batch[:3] for batch in batches), strict=True)]
 
 
@@ -63,13 +63,13 @@ def pairs_of(source):
 @pytest.mark.parametrize("minimum", [None, 100])
 def test_best_fit_reads_every_token_once_with_its_next_and_pads_the_rest(shards, minimum):
     source = shards["a"] if minimum is None else LongDocuments(shards["a"], minimum)
-    tokens, targets, docs = epoch({"a": source})
+    tokens, targets, doc_ids = epoch({"a": source})
     real = targets != IGNORE
     assert Counter(zip(tokens[real].tolist(), targets[real].tolist(), strict=True)) == pairs_of(source)
     assert real.sum() == len(source) and (np.diff(real.astype(int), axis=1) <= 0).all()  # padding at the end of a row only
     assert (tokens[~real] == 0).all() and IGNORE == LOSS_IGNORE
-    assert (docs[:, 0] == 0).all() and np.isin(np.diff(docs, axis=1), (0, 1)).all()
-    begins = np.diff(docs, axis=1) == 1
+    assert (doc_ids[:, 0] == 0).all() and np.isin(np.diff(doc_ids, axis=1), (0, 1)).all()
+    begins = np.diff(doc_ids, axis=1) == 1
     assert ((np.diff(tokens, axis=1) == 1) | (tokens[:, :-1] == 0) | begins | ~real[:, 1:]).all()  # a piece runs on
     assert (begins | real[:, 1:] | ~real[:, :-1]).all()  # padding is a document of its own
 
@@ -137,15 +137,15 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
     sources = {name: part if minimum is None else LongDocuments(part, minimum) for name, part in shards.items()}
     sources["c"] = write(tmp_path / "c", [39] * 300)  # rows with 25 tokens of padding, if they are not cut from a stream
     how = {"mix": {"a": 0.6, "b": 0.2, "c": 0.2}, "packing": packing}
-    place = 130  # beyond the first epoch of a and b
-    whole = loader(sources, **how).at(place)
-    assert sum(epochs > 1 for epochs in loader(sources, **how).epochs(place).values()) >= 2
+    batch_index = 130  # beyond the first epoch of a and b
+    whole = loader(sources, **how).at(batch_index)
+    assert sum(epochs > 1 for epochs in loader(sources, **how).epochs(batch_index).values()) >= 2
     assert (whole.weight < 8 * LENGTH) == (packing == "best_fit")
     for world in (1, 2, 4):
         for micro in (1, 2, 4):
             if 8 % (world * micro):
                 continue
-            parts = [loader(sources, micro=micro, rank=rank, world=world, **how).at(place) for rank in range(world)]
+            parts = [loader(sources, micro=micro, rank=rank, world=world, **how).at(batch_index) for rank in range(world)]
             for field in ("tokens", "targets", "docs"):
                 joined = torch.cat([getattr(batch, field) for part in parts for batch in part.batches])
                 assert torch.equal(joined, torch.cat([getattr(batch, field) for batch in whole.batches]))
@@ -158,7 +158,7 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
 
 def test_batches_have_the_types_and_layout_of_the_model(shards):
     for batch in loader(shards).at(0).batches:
-        assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.docs.dtype == torch.int32
+        assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.doc_ids.dtype == torch.int32
         assert all(part.shape == (2, LENGTH) and part.is_contiguous() for part in batch[:3])
 
 
@@ -172,7 +172,7 @@ def test_what_changes_the_rows_changes_the_fingerprint(shards):
 def test_the_mixture_is_by_tokens_also_where_rows_of_a_source_are_mostly_padding(tmp_path):
     sources = {"half": write(tmp_path / "half", [33] * 3000), "full": write(tmp_path / "full", [64] * 3000)}
     one = loader(sources, {"half": 0.5, "full": 0.5}, rows=50, micro=50)
-    steps = [one.at(place) for place in range(20)]  # one block
+    steps = [one.at(batch_index) for batch_index in range(20)]  # one block
     full_rows = sum(int((batch.targets != IGNORE).all(1).sum()) for step in steps for batch in step.batches)
     assert full_rows * 64 / sum(step.tokens for step in steps) == pytest.approx(0.5, abs=0.002)
 
@@ -185,12 +185,12 @@ def test_a_packed_row_equals_its_documents_apart(text_store):
     )  # fmt: skip
     model = NanoLlama(config, seed=0)
     rows = PackedDataLoader({"first": source}, {"first": 1.0}, 1024, 8, 8, seed=0, packing="best_fit")
-    batch = next(batch for place in range(99) for batch in rows.at(place).batches if int(batch.docs.max()) >= 3)
-    row = int(batch.docs.max(1).values.argmax())
-    tokens, targets, docs = (part[row : row + 1] for part in batch[:3])
+    batch = next(batch for batch_index in range(99) for batch in rows.at(batch_index).batches if int(batch.doc_ids.max()) >= 3)
+    row = int(batch.doc_ids.max(1).values.argmax())
+    tokens, targets, doc_ids = (part[row : row + 1] for part in batch[:3])
     with torch.no_grad():
-        packed = model(tokens, targets, docs).nll
-        pieces = [docs[0] == number for number in docs[0].unique()]
+        packed = model(tokens, targets, doc_ids).nll
+        pieces = [doc_ids[0] == number for number in doc_ids[0].unique()]
         apart = torch.cat([model(tokens[:, piece], targets[:, piece]).nll for piece in pieces], dim=1)
     assert len(pieces) >= 4 and (packed - apart).abs().max() <= 1e-5
     assert (packed[targets == IGNORE] == 0).all() and (packed[targets != IGNORE] > 0).all()
@@ -264,9 +264,9 @@ def test_long_documents_read_as_a_stream_of_their_own(shards):
     number = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     assert 10 < long.documents == len(texts) < len(starts) / 2 and len(long) == len(whole)
     for start, stop in [(0, len(long)), (0, 1), (len(texts[0]) - 1, len(texts[0]) + 1), (777, 2777), (len(long) - 5, len(long))]:
-        tokens, docs = long.read(start, stop)
-        assert np.array_equal(tokens, whole[start:stop]) and np.array_equal(docs, number[start:stop] - number[start])
-        assert tokens.dtype == np.int64 and docs.dtype == np.int32
+        tokens, doc_ids = long.read(start, stop)
+        assert np.array_equal(tokens, whole[start:stop]) and np.array_equal(doc_ids, number[start:stop] - number[start])
+        assert tokens.dtype == np.int64 and doc_ids.dtype == np.int32
     tokens, targets, _ = epoch({"a": long}, packing="stream")
     assert sorted(tokens.flatten()) == sorted(whole[: tokens.size]) and set(targets.flatten()) <= set(whole)
     every = LongDocuments(shards["a"], 1)
@@ -310,8 +310,8 @@ def test_a_start_says_what_is_read_how_often_and_at_what_cost(shards):
 class Failing:
     fingerprint = ""
 
-    def at(self, place):
-        if place == 1:
+    def at(self, batch_index):
+        if batch_index == 1:
             raise OSError(errno.EIO, "the disk is gone")
         return Step([], 7, 7)
 
@@ -363,7 +363,7 @@ def test_training_on_best_fit_rows_is_the_same_on_two_ranks_and_after_a_stop(set
     rows = read_metrics(tmp_path / "two" / "logs")
     sources = open_shards(uneven_store, {"first": 0.5, "short": 0.5}, "train", VOCAB)
     one = PackedDataLoader(sources, {"first": 0.5, "short": 0.5}, 48, 8, 4, 1337, packing="best_fit")
-    assert [row["tokens"] for row in rows] == np.cumsum([one.at(place).tokens for place in range(6)]).tolist()
+    assert [row["tokens"] for row in rows] == np.cumsum([one.at(batch_index).tokens for batch_index in range(6)]).tolist()
     assert rows[-1]["tokens"] < 0.95 * 6 * 384 and all(0 <= row["data/wait_frac"] < 1 for row in rows)
 
 

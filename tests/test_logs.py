@@ -74,11 +74,11 @@ def test_an_event_is_a_line_in_both_files_and_what_was_written_stays(tmp_path, c
     assert all(new.startswith(old) for new, old in zip(after, before, strict=True))
     one, two, three = read_lines(tmp_path / "run" / "events.jsonl")
     assert one["event"] == "begun" and one["phase"] == "one" and one["step"] == 0 and one["time"].endswith("+00:00")
-    assert (two["step"], two["place"], two["loss"]) == (4, 7, "nan") and three["outcome"] == "go" and three["of"] == "x"
+    assert (two["step"], two["batch_index"], two["loss"]) == (4, 7, "nan") and three["outcome"] == "go" and three["of"] == "x"
     text = (tmp_path / "run" / "training_log.md").read_text().splitlines()
     assert text[0] == "# Training log of run" and text[2].endswith("UTC · step 0 · **begun**: r one: starts from scratch")
-    assert "step 4 · **skipped**: phase one, place 7, problem loss nan" in text[3] and "step 10,000 · **gate**" in text[4]
-    assert "skipped at step 4: phase one, place 7" in capsys.readouterr().out
+    assert "step 4 · **skipped**: phase one, batch_index 7, problem loss nan" in text[3] and "step 10,000 · **gate**" in text[4]
+    assert "skipped at step 4: phase one, batch_index 7" in capsys.readouterr().out
 
 
 def test_killed_at_any_moment_the_event_files_stay_whole(tmp_path):
@@ -445,10 +445,10 @@ def make_run(folder: Path, offset: float, events: list[dict]) -> Path:
 
 
 def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
-    skip = {"event": "skipped", "phase": "a", "step": 10, "place": 9}
+    skip = {"event": "skipped", "phase": "a", "step": 10, "batch_index": 9}
     rest = [{"event": "rollback", "step": 8}, {"event": "gate", "step": 59, "outcome": "go"}, {"event": "failed", "step": 999}]
     one = make_run(tmp_path / "one", 0.0, [])
-    two = make_run(tmp_path / "two", 1.0, [skip, skip, {**skip, "place": 12}, *rest])
+    two = make_run(tmp_path / "two", 1.0, [skip, skip, {**skip, "batch_index": 12}, *rest])
     monkeypatch.setattr(sys, "argv", ["x", str(one), str(two), "--output", str(tmp_path / "out" / "v1.2")])
     compare()
     text = (tmp_path / "out" / "v1.2.md").read_text()

@@ -115,6 +115,6 @@ def test_logits_that_are_kept_are_few_and_give_the_same_losses_in_bf16(monkeypat
     sizes = []
     linear = F.linear
     monkeypatch.setattr("models.losses.F.linear", lambda *args: sizes.append(args[0].numel()) or linear(*args))
-    monkeypatch.setattr("models.losses.KEPT", 33 * 29 - 1)
+    monkeypatch.setattr("models.losses.MAX_KEPT_LOGITS", 33 * 29 - 1)
     token_losses(torch.cat([hidden] * 30, 1), weight, torch.cat([targets] * 30, 1))
     assert max(sizes) == 256 * 16  # chunks of 256 tokens, as on a CPU above the limit

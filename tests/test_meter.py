@@ -74,9 +74,9 @@ def run_with(clock, tmp_path, objective_takes=lambda call: COMPUTE / 2, dry=Fals
     inner, calls = next_token(0.0), []
 
     class Loader:
-        def at(self, place):
+        def at(self, batch_index):
             clock.spend(DATA)
-            text = torch.randint(512, (2, 17), generator=torch.Generator().manual_seed(place))
+            text = torch.randint(512, (2, 17), generator=torch.Generator().manual_seed(batch_index))
             batch = Batch(text[:, :-1], text[:, 1:], torch.zeros(2, 16, dtype=torch.int32))
             return Step([batch, batch], TOKENS, TOKENS)
 
@@ -89,15 +89,15 @@ def run_with(clock, tmp_path, objective_takes=lambda call: COMPUTE / 2, dry=Fals
         clock.spend(VALIDATION)
         return {"all": {"loss": 1.0}}
 
-    log, saves = Log(clock), Saves(clock)
+    log, checkpointer = Log(clock), Saves(clock)
     with setup.ranks() as device:
         state = setup.build(run, device)
         state.phase_end = STEPS
         state.optimizer.register_step_pre_hook(lambda *_: clock.spend(UPDATE))
         if dry:
             dry_run(run, state, device, objective)
-        assert train(run, state, Loader(), objective, saves, log, evaluate) == 0
-    assert saves.saved == 2 and sum("val/loss" in row for row in log.rows) == 2
+        assert train(run, state, Loader(), objective, checkpointer, log, evaluate) == 0
+    assert checkpointer.saved == 2 and sum("val/loss" in row for row in log.rows) == 2
     return log.rows
 
 

@@ -116,8 +116,8 @@ def test_initialisation_follows_its_table():
 def test_packed_documents_equal_the_same_documents_apart():
     model = tiny()
     lengths = (9, 1, 27)
-    docs = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].expand(2, -1)
-    packed = model(TOKENS, docs=docs)
+    doc_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].expand(2, -1)
+    packed = model(TOKENS, doc_ids=doc_ids)
     apart = torch.cat([model(part) for part in TOKENS.split(lengths, dim=1)], dim=1)
     assert (packed - apart).abs().max() <= 1e-5
     assert (packed - model(TOKENS)).abs().max() > 1e-2  # without the mask the neighbours are seen

@@ -240,7 +240,7 @@ def test_a_dry_run_shows_kernels_that_take_starts_of_documents_two_counts_of_the
     """torch.compile makes a second graph when the count first changes, which must be in no timed step."""
     seen = []
     monkeypatch.setattr(
-        profiling, "backward", lambda run, model, step, _: seen.append([b.docs.unique().numel() for b in step.batches])
+        profiling, "backward", lambda run, model, step, _: seen.append([b.doc_ids.unique().numel() for b in step.batches])
     )
     monkeypatch.setattr(profiling.dist, "get_world_size", lambda: 1)
     data = SimpleNamespace(micro_batch_size=2, sequence_length=8, rows=rows)

@@ -74,7 +74,7 @@ def test_the_words_of_a_plan_keep_their_spaces():
     from scripts.pipeline import Pipeline
 
     driver = Pipeline.__new__(Pipeline)
-    driver.stretches = [SimpleNamespace(run=SimpleNamespace(run="my run"))]
+    driver.scheduled_phases = [SimpleNamespace(run=SimpleNamespace(run="my run"))]
     command = "python -m x --checkpoint {checkpoint} --out 'a b/{run}.json' --set {{outtype}} --into {output}/{run}"
     path, output = Path("/a dir/it's #1"), '$HOME/*/"q"'
     assert driver._fill(command, checkpoint=path, output=output) == [

@@ -12,7 +12,7 @@ from browsing import Window, asked_by_page, browser, foreign  # noqa: F401  (fix
 
 import demo_ui
 from demo.page import build
-from demo.talk import How, Turn
+from demo.talk import GenerationSettings, Turn
 from evals.report import page as evals_page
 
 
@@ -24,7 +24,7 @@ class Scripted:
     def __init__(self, name: str, parts: list[tuple[str, str]]):
         self.name, self.parts, self.heard = name, parts, []
 
-    def answer(self, turn: Turn, before: Any, how: How, stopped: Any) -> Iterator[None]:
+    def answer(self, turn: Turn, before: Any, how: GenerationSettings, stopped: Any) -> Iterator[None]:
         self.heard.append((turn.text, how.system))
         for kind, text in self.parts:
             for piece in re.findall(r".{1,40}", text, re.DOTALL) if kind in ("thought", "content") else [text]:

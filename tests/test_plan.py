@@ -169,7 +169,7 @@ def test_bytes_of_muon(strategy, ranks):
 def test_peak_of_an_eager_step(strategy, checkpointing, dtype, micro_batches, monkeypatch):
     monkeypatch.setattr(planner, "CONTEXT", 0)
     monkeypatch.setattr(planner, "LOGITS_CHUNK", 256)  # what a CPU takes
-    monkeypatch.setattr("models.losses.KEPT", 0)  # a GPU never keeps logits
+    monkeypatch.setattr("models.losses.MAX_KEPT_LOGITS", 0)  # a GPU never keeps logits
     parallel = ParallelConfig(strategy=strategy, activation_checkpointing=checkpointing, dtype=dtype, compile=False)
     run = small_run(parallel, micro_batches, 2)
     found, said = measure(run, 2), memory(run, 2)

@@ -129,7 +129,7 @@ def test_too_many_faults_and_nothing_left_are_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"no pair of .* is left to train on .1 x chosen and rejected are the same"):
         prepared(tokenizer, tmp_path, same, 100)
     with pytest.raises(ValueError, match="is no form of preference pairs"):
-        PairSource("x", form="hhh")
+        PairSource("x", format="hhh")
 
 
 def test_a_prompt_is_on_one_side_of_the_split(tokenizer, tmp_path):

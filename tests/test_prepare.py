@@ -90,9 +90,9 @@ def shards(store: Path) -> dict[str, bytes]:
 
 def texts(store: Path, source: str, split: str) -> list[str]:
     shards, tokenizer = TokenShards(store / "tokens" / source, split), load_tokenizer(store / "tokenizer")
-    tokens, docs = shards.read(0, len(shards))
+    tokens, doc_ids = shards.read(0, len(shards))
     bos = special_ids(tokenizer).bos
-    found = [tokens[docs == i].tolist() for i in range(shards.documents)]
+    found = [tokens[doc_ids == i].tolist() for i in range(shards.documents)]
     assert all(ids[0] == bos and bos not in ids[1:] for ids in found)
     return [tokenizer.decode(ids[1:], skip_special_tokens=False) for ids in found]
 

@@ -8,7 +8,7 @@ from conftest import ROOT, train_here
 from test_faults import equal, events, places, weights
 
 import train
-from training.checkpoint import Checkpoints, read_manifest, read_position, step_folders
+from training.checkpoint import Checkpointer, read_manifest, read_position, step_folders
 from training.config import load
 from training.logger import Log
 from training.planning.plan import load_plan
@@ -43,12 +43,12 @@ def test_milestones_are_saved_and_kept_without_the_driver(settings, tmp_path):
 
 
 def test_a_step_that_is_saved_again_stays_a_milestone_and_keeps_its_loss(settings, tmp_path, spoil):
-    saves = "checkpoint={every: 100, keep: 1, keep_best: false}"
-    assert train_here(settings(saves, steps=3))  # the end of a phase is a milestone
+    checkpointer = "checkpoint={every: 100, keep: 1, keep_best: false}"
+    assert train_here(settings(checkpointer, steps=3))  # the end of a phase is a milestone
     folder = tmp_path / "checkpoints" / "one"
     before = read_manifest(folder / "step_3")
     spoil({4, 5})
-    again = settings(saves, "faults.bad_in_a_row=2", steps=8)
+    again = settings(checkpointer, "faults.bad_in_a_row=2", steps=8)
     assert train_here(again)  # goes back to step 3 and saves it again
     after = read_manifest(folder / "step_3")
     assert steps_in(folder) == ["step_3", "step_8"] and after["files"] != before["files"]
@@ -99,7 +99,7 @@ def test_killed_right_after_a_rollback(settings, tmp_path, spoil, monkeypatch, m
             raise Killed
         return original(self, *given, **_)
 
-    kind, name = (Checkpoints, "save") if moment == "set aside" else (Log, "event")
+    kind, name = (Checkpointer, "save") if moment == "set aside" else (Log, "event")
     original = getattr(kind, name)
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(kind, name, kill)
@@ -112,7 +112,7 @@ def test_killed_right_after_a_rollback(settings, tmp_path, spoil, monkeypatch, m
     assert events(tmp_path / "killed" / "logs", "resumed")[0]["step"] == 2
     assert equal(weights(tmp_path / "killed", 9), weights(tmp_path / "straight", 9))
     position = read_position(tmp_path / "killed" / "step_9")
-    assert position["faults"]["left_out"] == [5, 6]
+    assert position["faults"]["excluded_batches"] == [5, 6]
 
 
 def test_a_rollback_without_so_old_a_checkpoint_goes_to_the_oldest(settings, tmp_path, spoil):

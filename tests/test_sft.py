@@ -59,7 +59,7 @@ def test_packed_loss_equals_transformers_one_by_one(case, tmp_path):
     [batch] = loader.at(0).batches
     model = load_hf(case / "base")
     batch = batch._replace(tokens=batch.tokens.clamp_max(257), targets=batch.targets.clamp_max(257))  # chat tokens as one
-    ours = model(batch.tokens, batch.targets, batch.docs).nll
+    ours = model(batch.tokens, batch.targets, batch.doc_ids).nll
     theirs = LlamaForCausalLM.from_pretrained(case / "base", dtype=torch.float32)
     tokenizer, training = AutoTokenizer.from_pretrained(case / "tokenizer"), case / "tokenizer" / "chat_template_training.jinja"
     total = torch.zeros(())
@@ -78,8 +78,8 @@ def test_packed_loss_equals_transformers_one_by_one(case, tmp_path):
         total += theirs(ids, labels=labels).loss * count
     assert ours.sum().item() == pytest.approx(total.item(), rel=1e-6)
     assert loader.at(0).weight == int((batch.targets != IGNORE).sum()) == int((ours != 0).sum())
-    first = batch.docs[0] == 0
-    changed = model(batch.tokens.where(~first, 5), batch.targets, batch.docs).nll
+    first = batch.doc_ids[0] == 0
+    changed = model(batch.tokens.where(~first, 5), batch.targets, batch.doc_ids).nll
     assert torch.equal(changed[0][~first], ours[0][~first]) and not torch.equal(changed[0][first], ours[0][first])
 
 
@@ -107,9 +107,9 @@ def test_the_mixture_is_by_trained_tokens_and_each_row_is_whole(case, tmp_path):
     assert torch.cat([batch.rows for step in steps for batch in step.batches]).tolist() == list(range(40, 48))
     chat = Chat.from_folder(case / "tokenizer")
     for batch in steps[0].batches:
-        for tokens, docs in zip(batch.tokens, batch.docs, strict=True):
-            for doc in docs.unique()[:-1]:
-                piece = chat.tokenizer.decode(tokens[docs == doc].tolist(), skip_special_tokens=False)
+        for tokens, doc_ids in zip(batch.tokens, batch.doc_ids, strict=True):
+            for doc in doc_ids.unique()[:-1]:
+                piece = chat.tokenizer.decode(tokens[doc_ids == doc].tolist(), skip_special_tokens=False)
                 assert piece.startswith("<|endoftext|><|im_start|>user\n")
 
 
@@ -176,12 +176,12 @@ def test_test_items_are_taken_out(case, tmp_path):
 
 
 def test_noise_is_bounded_by_row_and_only_in_training(case):
-    docs = torch.tensor([[0] * 8 + [1] * 24, [0] * 32], dtype=torch.int32)
-    noise = neftune_noise(docs, torch.tensor([5, 6]), 64, alpha=5.0, seed=1)
+    doc_ids = torch.tensor([[0] * 8 + [1] * 24, [0] * 32], dtype=torch.int32)
+    noise = neftune_noise(doc_ids, torch.tensor([5, 6]), 64, alpha=5.0, seed=1)
     for part, length in ((noise[0, :8], 8), (noise[0, 8:], 24), (noise[1], 32)):
         assert 0.9 < part.abs().max().item() / (5 / (length * 64) ** 0.5) <= 1
-    assert torch.equal(neftune_noise(docs[1:], torch.tensor([6]), 64, 5.0, 1), noise[1:])  # whatever the micro-batch
-    assert not torch.equal(neftune_noise(docs[1:], torch.tensor([7]), 64, 5.0, 1), noise[1:])
+    assert torch.equal(neftune_noise(doc_ids[1:], torch.tensor([6]), 64, 5.0, 1), noise[1:])  # whatever the micro-batch
+    assert not torch.equal(neftune_noise(doc_ids[1:], torch.tensor([7]), 64, 5.0, 1), noise[1:])
     sources = rows_of(case, case, {"rows": ChatSource(str(case / "rows.jsonl"))}, 600)
     [batch] = PackedDataLoader(sources, {"rows": 1.0}, 600, 1, 1, seed=0).at(0).batches
     batch = batch._replace(tokens=batch.tokens.clamp_max(257), targets=batch.targets.clamp_max(257))
@@ -318,7 +318,7 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
         ([f"chat.samples=['{'word ' * 400}']"], "chat.samples: 'word word .* leaves no room for a reply"),
         (["data.mix={others: 1}"], "data.mix.others: chat.sources has no such source; it has rows, more"),
         (["data.sequence_length=2048", "data.tokens_per_step=4096"], "exceeds the model's context"),
-        (["chat.sources.rows.form=chatml"], "'chatml' is no form of conversations"),
+        (["chat.sources.rows.format=chatml"], "'chatml' is no form of conversations"),
         (["chat.sources.rows.path=nowhere.jsonl"], "no .parquet"),
     ],
 )

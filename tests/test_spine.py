@@ -28,7 +28,7 @@ from training.loop import reduce, train
 from training.objectives import next_token
 from training.ops import profiling
 from training.ops.watchdog import COMPUTES, READS
-from training.planning.plan import load_plan, stretches
+from training.planning.plan import load_plan, scheduled_phases
 from training.preference_losses import DPOConfig, preference
 from training.schedulers import Schedule, run_schedules, theta_at
 from training.settings import load_settings
@@ -68,8 +68,8 @@ def test_every_schedule_is_applied_before_its_step_and_logged_under_its_name(clo
             assert len({group["lr"] for group in groups}) == 1
             return inner(model, batch)
 
-        log, saves = test_meter.Log(clock), test_meter.Saves(clock)
-        assert train(run, state, Loader(), objective, saves, log, make_schedules=schedules) == 0
+        log, checkpointer = test_meter.Log(clock), test_meter.Saves(clock)
+        assert train(run, state, Loader(), objective, checkpointer, log, make_schedules=schedules) == 0
     assert seen == [(row["lr"], row["rope_theta"], row["weight_decay"]) for row in log.rows]
     rates, thetas, decays = zip(*seen, strict=True)
     assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
@@ -138,13 +138,13 @@ def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(settings, tmp_pa
     opened = Log.open
     monkeypatch.setattr(Log, "open", lambda self, step, end, phase: (ends.append(end), opened(self, step, end, phase))[1])
     ramp, saved = "rope_theta=[10000, 90000]", {}
-    save = setup.Checkpoints.save
+    save = setup.Checkpointer.save
 
     def watched(self, state, *how, **more):
         saved.setdefault(state.step, []).append(state.model.config.rope_theta)
         save(self, state, *how, **more)
 
-    monkeypatch.setattr(setup.Checkpoints, "save", watched)
+    monkeypatch.setattr(setup.Checkpointer, "save", watched)
     spoil({5, 6})
     assert train_here(settings(*FAR, ramp, "until=8", steps=9))
     assert ends == [8, 8] and len(saved[2]) == 2
@@ -156,7 +156,7 @@ def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(settings, tmp_pa
 
 
 def test_no_call_that_changes_a_run_hides_in_a_text():
-    acts = {"restore_or_init", "train", "run_phase", "load_state", "claim", "build", "save", "go_back", "on_main"}
+    acts = {"restore_or_init", "train", "run_phase", "load_state", "claim", "build", "save", "go_back", "run_on_rank0"}
     for path in [*ROOT.glob("train*.py"), ROOT / "training/tuning.py", *(ROOT / "training").glob("*.py")]:
         texts = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.JoinedStr)]
         calls = [ast.unparse(n.func) for text in texts for n in ast.walk(text) if isinstance(n, ast.Call)]
@@ -240,7 +240,7 @@ def test_a_plan_whose_thetas_do_not_meet_is_refused(tmp_path, monkeypatch):
             Path(f"{phase}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         phases = [{"config": "one.yaml"}, {"config": "two.yaml"}]
         Path("plan.yaml").write_text(yaml.safe_dump({"name": "p", "phases": phases}), encoding="utf-8")
-        return stretches(load_plan("plan.yaml"))
+        return scheduled_phases(load_plan("plan.yaml"))
 
     for second in ({}, {"rope_theta": 10_000}, {"rope_theta": [10_000, 40_000]}):
         with pytest.raises(ValueError, match=r"rope_theta ends at 40,000 in one.yaml and begins at 10,000 in two.yaml"):

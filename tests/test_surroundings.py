@@ -28,7 +28,7 @@ from data import manifest
 from data.chat.tokenizer import keep_chat_tokenizer
 from files import is_full, read_lines, sweep, temporary, write_json
 from training import setup
-from training.guard import Faults
+from training.guard import FaultState
 from training.logger import Log, LogConfig, append_event, log_in
 from training.reference import ReferenceLogps
 
@@ -385,8 +385,10 @@ def test_data_that_changed_on_purpose_are_not_one_long_spike(settings, tmp_path,
     assert "a jump of the loss is expected: steps are compared with earlier ones again after 4 steps" in capfd.readouterr().out
     events = read_lines(tmp_path / "logs" / "events.jsonl")
     assert not [event for event in events if event["event"] == "skipped"]
-    kept = Faults(losses=[1.0], norms=[2.0], bad_places=[3], left_out=[4], skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
-    assert kept.other_data() == Faults(skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
+    kept = FaultState(
+        losses=[1.0], norms=[2.0], bad_batches=[3], excluded_batches=[4], skipped=5, rollbacks=1, lr_scale=0.5, no_go="x"
+    )
+    assert kept.other_data() == FaultState(skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../x", "../..", "/x", "a/b", ""])

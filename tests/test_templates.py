@@ -19,7 +19,7 @@ from data.synthetic import generate as synthetic
 from evals import eval_chat
 from evals.chat import Chat as OtherChat
 from evals.engines import folder_hash
-from inference.chat_formats import Continuation, OwnTemplate, open_chat
+from inference.chat_formats import Continuation, TemplateChat, open_chat
 from inference.gguf_tokenizer import tokenizer_folder
 from scripts import export_gguf
 
@@ -31,7 +31,7 @@ OWN = (
 FORMS = ("string", "list", "jinja", "json", "additional", "with_tools", "none")
 
 
-def put_template(folder: Path, form: str, template: str) -> None:
+def put_template(folder: Path, format: str, template: str) -> None:
     """Keep a template in a folder in one of FORMS."""
     settings = folder / "tokenizer_config.json"
     content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -67,7 +67,7 @@ def model(form, tmp_path, text_store) -> Path:
 
 def test_every_form_is_read(form, model):
     assert template_of(model) == (None if form == "none" else OWN)
-    assert isinstance(open_chat(model), Continuation if form == "none" else OwnTemplate)
+    assert isinstance(open_chat(model), Continuation if form == "none" else TemplateChat)
     if form not in ("none", "json"):  # transformers reads chat_template.json by a processor only
         assert AutoTokenizer.from_pretrained(model).get_chat_template() == OWN
     if form == "none":
@@ -91,7 +91,7 @@ def test_the_export_keeps_it_and_the_card_calls_it_no_base_model(form, model, tm
     assert kept.contents() == OWN and not any("base model" in text for text in texts.values())
     assert "{{ .Prompt }}" not in texts["Modelfile"] and "scripts.chat" in texts["README.md"]
     unpacked = tokenizer_folder(out.parent / "m-f32.gguf")
-    assert read_templates(unpacked) == read_templates(model) and isinstance(open_chat(out.parent / "m-f32.gguf"), OwnTemplate)
+    assert read_templates(unpacked) == read_templates(model) and isinstance(open_chat(out.parent / "m-f32.gguf"), TemplateChat)
 
 
 def test_eval_chat_asks_in_it(form, model, tmp_path):

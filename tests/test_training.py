@@ -35,7 +35,7 @@ def same_state(a: Path, b: Path, tmp_path: Path) -> bool:
     one, two = whole_state(a, tmp_path / "a.pt"), whole_state(b, tmp_path / "b.pt")
     assert one.keys() == two.keys() and sum(name.startswith("exp_avg ") for name in one) > 10
     position = [json.loads((folder / "state" / "trainer.json").read_text()) for folder in (a, b)]
-    assert position[0]["step"] == position[1]["step"] and position[0]["place"] == position[1]["place"]
+    assert position[0]["step"] == position[1]["step"] and position[0]["batch_index"] == position[1]["batch_index"]
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -146,7 +146,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit_over_a_phase_border(settings, 
     assert same_state(straight, stopped, tmp_path)
     assert losses(tmp_path / "straight" / "logs") == losses(tmp_path / "stopped" / "logs")
     rows = read_metrics(tmp_path / "stopped" / "logs")
-    assert [row["step"] for row in rows] == list(range(1, 13)) and [row["place"] for row in rows] == [*range(1, 7)] * 2
+    assert [row["step"] for row in rows] == list(range(1, 13)) and [row["batch_index"] for row in rows] == [*range(1, 7)] * 2
     assert [row["phase"] for row in rows] == ["one"] * 6 + ["two"] * 6
     assert rows[-1]["lr"] == 0.0 and rows[-1]["tokens"] == 12 * 512
     assert load_hf(straight).config.rope_theta == 500_000
@@ -158,7 +158,7 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
     from data.store import open_shards
     from models.layers import RotaryEmbedding
     from training import setup
-    from training.checkpoint import Checkpoints
+    from training.checkpoint import Checkpointer
     from training.config import load
     from training.logger import Log
     from training.loop import train
@@ -175,12 +175,12 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
             shape = (run.data.sequence_length, run.data.rows, run.data.micro_batch_size)
             loader = PackedDataLoader(shards, run.data.mix, *shape, run.seed)
             if run.phase == "two":
-                state.phase, state.phase_start, state.phase_end, state.place = "two", state.step, state.step + run.steps, 0
+                state.phase, state.phase_start, state.phase_end, state.batch_index = "two", state.step, state.step + run.steps, 0
                 state.faults = state.faults.next_phase()
-                head_dim = run.model.heads_size
+                head_dim = run.model.resolved_head_dim
                 state.model.rotary = RotaryEmbedding(head_dim, run.model.max_position_embeddings, run.model.rope_theta)
-            saves = Checkpoints(run.checkpoints, run.checkpoint, torch.float32, None, {})
-            assert not train(run, state, loader, next_token(run.optim.z_weight), saves, Log(run.logs, run.log, True, {}))
+            checkpointer = Checkpointer(run.checkpoints, run.checkpoint, torch.float32, None, {})
+            assert not train(run, state, loader, next_token(run.optim.z_weight), checkpointer, Log(run.logs, run.log, True, {}))
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings()) and train_here(settings(resume, *border, phase="two"))
     assert same_state(tmp_path / "live" / "two" / "step_12", tmp_path / "checkpoints" / "two" / "step_12", tmp_path)

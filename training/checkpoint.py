@@ -31,7 +31,7 @@ from models.hf import save_hf
 from models.nanollama import ModelConfig
 from ranges import PositiveInt, check_fields
 from training.checkpoint_writer import Copies, PlannerOfCopies, Writer, local_shards
-from training.distributed import agree, on_every, on_main
+from training.distributed import raise_on_any_rank, run_on_every_rank, run_on_rank0
 from training.safe_pickle import load, read_index
 from training.state import State, is_position
 
@@ -77,7 +77,7 @@ class Snapshot:
     copies: dict[str, torch.Tensor]  # of this rank's shards of them, by name; empty where training waits for the save
 
 
-class Checkpoints:
+class Checkpointer:
     """The step folders of one phase, under `folder`. As a context, it does not end before what it saves is written.
 
     dtype: of the exported weights. tokenizer: folder whose files are copied beside them, None for dummy data; special: ids
@@ -94,7 +94,7 @@ class Checkpoints:
         self._step = 0  # that the thread saves
         self._problem: BaseException | None = None  # of the thread
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -122,7 +122,7 @@ class Checkpoints:
             text = f"the checkpoint of step {self._step} was not saved: {what}; the same command goes on from the one before"
             error = OSError(problem.errno, text) if isinstance(problem, OSError) else RuntimeError(text)
             error.__cause__ = problem
-        agree(error)
+        raise_on_any_rank(error)
 
     def save(self, state: State, metric: float | None = None, milestone: bool = False) -> None:
         """Write `step_N` whole or not at all; metric is its held-out loss, None where it was not measured.
@@ -170,15 +170,17 @@ class Checkpoints:
         target = self.folder / f"step_{snapshot.position['step']}"
         part = target.with_name(target.name + ".tmp")
         try:
-            on_main(lambda: self._begin(part, snapshot), group)
+            run_on_rank0(lambda: self._begin(part, snapshot), group)
             planner, writer = PlannerOfCopies(snapshot.copies), Writer(part / "state")
-            on_every(lambda: dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group), group)
+            run_on_every_rank(
+                lambda: dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group), group
+            )
             sums = _checksums(part, group)
-            on_main(lambda: self._publish(part, target, snapshot, sums), group)
+            run_on_rank0(lambda: self._publish(part, target, snapshot, sums), group)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
-        on_main(lambda: self._prune(target), group)
+        run_on_rank0(lambda: self._prune(target), group)
 
     def _begin(self, part: Path, snapshot: Snapshot) -> None:
         self._tidy()
@@ -251,7 +253,7 @@ class Checkpoints:
     def newest(self) -> Path | None:
         """Collective. The newest whole step folder with state/. A damaged one is set aside as `step_N.damaged`."""
         self.wait()
-        return on_main(self._newest)
+        return run_on_rank0(self._newest)
 
     def _newest(self) -> Path | None:
         self._tidy()
@@ -264,7 +266,7 @@ class Checkpoints:
         its step is saved again. Their names are returned too.
         """
         self.wait()
-        return on_main(lambda: self._go_back(step, phase))
+        return run_on_rank0(lambda: self._go_back(step, phase))
 
     def _go_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
         folders = step_folders(self.folder)
@@ -296,7 +298,7 @@ class Checkpoints:
 
 def load_state(folder: Path, state: State) -> dict[str, Any]:
     """Load weights, moments and position of a step folder into state. Returns its trainer.json."""
-    on_main(lambda: check_whole(folder))
+    run_on_rank0(lambda: check_whole(folder))
     model, optimizer = get_state_dict(state.model, state.optimizer)
     kept = read_index(folder / "state").state_dict_metadata
     moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
@@ -420,7 +422,7 @@ def whole_weights(
 
 def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
     """Collective. Checksum of every file in a folder all ranks see, each rank hashing its share of the bytes."""
-    sizes = on_main(lambda: {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}, group)
+    sizes = run_on_rank0(lambda: {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}, group)
     loads = [0] * dist.get_world_size()
     own = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -429,7 +431,7 @@ def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
         if rank == dist.get_rank():
             own.append(name)
     mine: list[dict[str, str]] = []
-    on_every(lambda: mine.append(_hash_files(folder, own, "sha256")), group)
+    run_on_every_rank(lambda: mine.append(_hash_files(folder, own, "sha256")), group)
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine[0], group=group)
     found = {name: total for share in shares for name, total in share.items()}

@@ -14,7 +14,7 @@ from files import is_full
 T = TypeVar("T")
 
 
-def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+def run_on_rank0(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Collective. Do it on the main rank; every rank gets what it returned, or raises what it raised."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -28,7 +28,7 @@ def on_main(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     return outcome[0]
 
 
-def on_every(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
+def run_on_every_rank(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
     """Collective. Do it on all ranks; if it fails on any, it fails so on all."""
     problem: Exception | None = None
     try:
@@ -43,10 +43,10 @@ def on_every(work: Callable[[], object], group: dist.ProcessGroup | None = None)
             problem = OSError(errno.EIO, f"the checkpoint was not written: {inner}")
     except Exception as error:
         problem = error
-    agree(problem, group)
+    raise_on_any_rank(problem, group)
 
 
-def agree(problem: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+def raise_on_any_rank(problem: Exception | None, group: dist.ProcessGroup | None = None) -> None:
     """Collective. Raise on every rank what the first rank with a problem has; nothing where none has one."""
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem and _portable(problem), group=group)

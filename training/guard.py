@@ -80,13 +80,13 @@ class FaultConfig:
 
 
 @dataclass
-class Faults:
+class FaultState:
     """What a run remembers of its good and bad steps; part of the State, so that a resumed run judges as it would have."""
 
     losses: list[float] = field(default_factory=list)  # of the last good steps
     norms: list[float] = field(default_factory=list)
-    bad_places: list[int] = field(default_factory=list)  # of the bad steps in a row up to now
-    left_out: list[int] = field(default_factory=list)  # places of this phase that are not read again
+    bad_batches: list[int] = field(default_factory=list)  # of the bad steps in a row up to now
+    excluded_batches: list[int] = field(default_factory=list)  # places of this phase that are not read again
     skipped: int = 0  # steps, over the whole run
     rollbacks: int = 0
     lr_scale: float = 1.0
@@ -104,25 +104,25 @@ class Faults:
                 if value > mean + config.spike_sigma * deviation:
                     return f"{name} {value:.3f}, more than {config.spike_sigma:g} deviations of {deviation:.3f} above {mean:.3f}"
         self.losses, self.norms = [*self.losses, loss][-config.window :], [*self.norms, norm][-config.window :]
-        self.bad_places = []
+        self.bad_batches = []
         return None
 
-    def note_bad(self, place: int) -> None:
+    def note_bad(self, batch_index: int) -> None:
         """A step was skipped."""
-        self.skipped, self.bad_places = self.skipped + 1, [*self.bad_places, place]
+        self.skipped, self.bad_batches = self.skipped + 1, [*self.bad_batches, batch_index]
 
-    def next_place(self, place: int) -> int:
+    def next_batch_index(self, batch_index: int) -> int:
         """The first place from here on that is not left out."""
-        while place in self.left_out:
-            place += 1
-        return place
+        while batch_index in self.excluded_batches:
+            batch_index += 1
+        return batch_index
 
-    def go_back(self, earlier: "Faults", config: FaultConfig) -> "Faults":
+    def go_back(self, earlier: "FaultState", config: FaultConfig) -> "FaultState":
         """What is remembered after going back to a checkpoint that remembers `earlier`: its windows, and all that was learnt."""
         return replace(
             earlier,
-            bad_places=[],
-            left_out=sorted({*earlier.left_out, *self.left_out, *self.bad_places}),
+            bad_batches=[],
+            excluded_batches=sorted({*earlier.excluded_batches, *self.excluded_batches, *self.bad_batches}),
             skipped=self.skipped,
             rollbacks=self.rollbacks + 1,
             lr_scale=self.lr_scale * config.lr_factor,
@@ -130,10 +130,10 @@ class Faults:
             no_go=self.no_go,
         )
 
-    def other_data(self) -> "Faults":
+    def other_data(self) -> "FaultState":
         """The same without what holds for the data so far: losses, gradient norms and places."""
-        return replace(self, losses=[], norms=[], bad_places=[], left_out=[])
+        return replace(self, losses=[], norms=[], bad_batches=[], excluded_batches=[])
 
-    def next_phase(self) -> "Faults":
+    def next_phase(self) -> "FaultState":
         """What is carried over a phase border: other data have other losses, and other places."""
         return replace(self.other_data(), no_go="")

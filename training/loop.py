@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from training.checkpoint import Checkpoints, load_state
+from training.checkpoint import Checkpointer, load_state
 from training.config import RunConfig
 from training.fsdp_utils import reshard, set_last_micro_batch
-from training.guard import Faults, StepFlags, StopSignal, stop_status
+from training.guard import FaultState, StepFlags, StopSignal, stop_status
 from training.logger import Log
 from training.meter import StepClock
 from training.objectives import Objective
@@ -29,7 +29,7 @@ def train(
     state: State,
     loader: Any,
     objective: Objective,
-    saves: Checkpoints,
+    checkpointer: Checkpointer,
     log: Log,
     evaluate: Evaluate | None = None,
     make_schedules: MakeSchedules = run_schedules,
@@ -46,27 +46,27 @@ def train(
     model, device = state.model, next(state.model.parameters()).device
     schedules, stopping, no_go = make_schedules(run, state), 0, False
     model.train()
-    with StopSignal() as stop, StepClock(run, device) as clock, saves:  # leaves when the last save is written
+    with StopSignal() as stop, StepClock(run, device) as clock, checkpointer:  # leaves when the last save is written
         log.open(state.step, state.end, state.phase)
         while state.step < state.end:
             clock.begin(state.step + 1)
             scheduled = apply_schedules(schedules, state.step)
-            place = state.faults.next_place(state.place)
-            step = loader.at(place)
+            batch_index = state.faults.next_batch_index(state.batch_index)
+            step = loader.at(batch_index)
             clock.data_ready()
             sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
-            means, flags = reduce(sums, step.weight, StepFlags(saves.failed, stop.flags()))
+            means, flags = reduce(sums, step.weight, StepFlags(checkpointer.failed, stop.flags()))
             clock.computed()
             stopping = stop_status(flags.signals)
             if flags.save_failed:
-                saves.wait()  # raises what went wrong, on every rank
-            state.place = place + 1
+                checkpointer.wait()  # raises what went wrong, on every rank
+            state.batch_index = batch_index + 1
             problem = state.faults.judge(means["loss"], grad_norm, run.faults)
             if problem:
                 state.optimizer.zero_grad()
-                skip(run, state, saves, log, place, problem, schedules)
+                skip(run, state, checkpointer, log, batch_index, problem, schedules)
                 if stopping:
-                    saves.save(state)
+                    checkpointer.save(state)
                     break
                 continue
             state.optimizer.step()
@@ -80,7 +80,7 @@ def train(
                 **scheduled,
                 "grad_norm": grad_norm,
                 "tokens": state.tokens,
-                "place": state.place,
+                "batch_index": state.batch_index,
                 "end": state.end,
                 **clock.figures(step.tokens),
             }
@@ -88,19 +88,25 @@ def train(
                 try:
                     metrics |= validate(model, evaluate)
                 except Exception:
-                    save_after_failure(state, saves, log, metrics)
+                    save_after_failure(state, checkpointer, log, metrics)
                     raise
             log.metrics(metrics, last)
             no_go = check_startup(run, state, log)
             if last or no_go or run.checkpoint.is_due(state.step):
-                saves.save(state, metrics.get("val/loss"), milestone=state.step == state.end)
+                checkpointer.save(state, metrics.get("val/loss"), milestone=state.step == state.end)
             if stopping or no_go:
                 break
     return NO_GO if no_go else 0 if state.step == state.end else stopping
 
 
 def skip(
-    run: RunConfig, state: State, saves: Checkpoints, log: Log, place: int, problem: str, schedules: Sequence[Schedule]
+    run: RunConfig,
+    state: State,
+    checkpointer: Checkpointer,
+    log: Log,
+    batch_index: int,
+    problem: str,
+    schedules: Sequence[Schedule],
 ) -> None:
     """Record a step that was not applied; after too many in a row go back to an earlier checkpoint.
 
@@ -109,27 +115,29 @@ def skip(
     learning rate. ValueError if the run went back too often, or this phase has no checkpoint.
     """
     faults, policy = state.faults, run.faults
-    faults.note_bad(place)
+    faults.note_bad(batch_index)
     apply_schedules(schedules, state.step - 1)
-    where = f"step {state.step + 1} (data place {place})"
-    log.event("skipped", f"        {where} was not applied: {problem}", step=state.step + 1, place=place, problem=problem)
-    if len(faults.bad_places) < policy.bad_in_a_row:
+    where = f"step {state.step + 1} (batch index {batch_index})"
+    log.event(
+        "skipped", f"        {where} was not applied: {problem}", step=state.step + 1, batch_index=batch_index, problem=problem
+    )
+    if len(faults.bad_batches) < policy.bad_in_a_row:
         return
     if faults.rollbacks >= policy.max_rollbacks:
         raise ValueError(
-            f"{problem} at {where}, {len(faults.bad_places)} bad steps in a row, and the run went back {faults.rollbacks} times "
+            f"{problem} at {where}, {len(faults.bad_batches)} bad steps in a row, and the run went back {faults.rollbacks} times "
             "already: look at events.jsonl for what they share, then go on from the last checkpoint with a lower optim.lr"
         )
-    earlier, newer = saves.go_back(state.step - policy.rollback_steps, state.phase)
+    earlier, newer = checkpointer.go_back(state.step - policy.rollback_steps, state.phase)
     if earlier is None:
         raise ValueError(
-            f"{problem} at {where}, {len(faults.bad_places)} bad steps in a row, and {state.phase} has no checkpoint to go back "
+            f"{problem} at {where}, {len(faults.bad_batches)} bad steps in a row, and {state.phase} has no checkpoint to go back "
             "to; begin it again with a lower optim.lr, a longer schedule.warmup_steps or a smaller checkpoint.every"
         )
     failed_at, position = state.step, load_state(earlier, state)
-    state.place, state.faults = position["place"], faults.go_back(Faults(**position["faults"]), policy)
+    state.batch_index, state.faults = position["batch_index"], faults.go_back(FaultState(**position["faults"]), policy)
     apply_schedules(schedules, state.step - 1)
-    saves.save(state)
+    checkpointer.save(state)
     log.open(state.step, state.end, state.phase)
     aside = f"; set aside {', '.join(newer)}" if newer else ""
     log.event(
@@ -137,8 +145,8 @@ def skip(
         f"        went back {failed_at - state.step} steps to {earlier}{aside}; "
         f"the learning rate is now {state.faults.lr_scale:g} of the schedule's",
         step=state.step,
-        place=state.place,
-        left_out=faults.bad_places,
+        batch_index=state.batch_index,
+        excluded_batches=faults.bad_batches,
         set_aside=newer,
         lr_scale=state.faults.lr_scale,
         grad_clip=state.faults.grad_clip,
@@ -178,7 +186,7 @@ def reduce(sums: dict[str, torch.Tensor], weight: int, flags: StepFlags | None =
     return means, StepFlags(save_failed > 0, tuple(count > 0 for count in signals))
 
 
-def save_after_failure(state: State, saves: Checkpoints, log: Log, metrics: dict[str, Any]) -> None:
+def save_after_failure(state: State, checkpointer: Checkpointer, log: Log, metrics: dict[str, Any]) -> None:
     """Save the step whose validation failed, so that a restart continues after it. Nothing where only some ranks failed.
 
     Ranks meet in the store, not in a collective: one that did not fail may wait in validation's own.
@@ -192,8 +200,8 @@ def save_after_failure(state: State, saves: Checkpoints, log: Log, metrics: dict
     except RuntimeError:  # dist.DistStoreError: a rank did not fail
         return
     reshard(state.model)
-    saves.save(state, milestone=state.step == state.end)
-    saves.wait()
+    checkpointer.save(state, milestone=state.step == state.end)
+    checkpointer.wait()
 
 
 def validate(model: Any, evaluate: Evaluate) -> dict[str, float]:

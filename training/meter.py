@@ -26,8 +26,8 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
     """Training FLOPs a token, PaLM convention: 6 a matmul parameter + 12 * layers * width * length, attention not halved."""
     matmul = config.num_parameters - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
-    qk_norms = 2 * config.heads_size * config.num_hidden_layers if config.qk_norm else 0
-    width = config.num_attention_heads * config.heads_size
+    qk_norms = 2 * config.resolved_head_dim * config.num_hidden_layers if config.qk_norm else 0
+    width = config.num_attention_heads * config.resolved_head_dim
     return 6 * (matmul - norms - qk_norms) + 12 * config.num_hidden_layers * width * length
 
 

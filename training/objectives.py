@@ -16,7 +16,7 @@ Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
 def _next_token(model: nn.Module, batch: Any, z_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    return compute_loss_with_z_penalty(model(batch.tokens, batch.targets, batch.docs), z_weight)
+    return compute_loss_with_z_penalty(model(batch.tokens, batch.targets, batch.doc_ids), z_weight)
 
 
 def next_token(z_weight: float) -> Objective:
@@ -33,7 +33,7 @@ def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
 
     def noisy(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         def add(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
-            return embedded + neftune_noise(batch.docs, batch.rows, embedded.shape[-1], alpha, seed).to(embedded.dtype)
+            return embedded + neftune_noise(batch.doc_ids, batch.rows, embedded.shape[-1], alpha, seed).to(embedded.dtype)
 
         hook = model.get_submodule("embed_tokens").register_forward_hook(add)
         try:
@@ -44,13 +44,13 @@ def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
     return noisy
 
 
-def neftune_noise(docs: Tensor, rows: Tensor, width: int, alpha: float, seed: int) -> Tensor:
+def neftune_noise(doc_ids: Tensor, rows: Tensor, width: int, alpha: float, seed: int) -> Tensor:
     """fp32 [B, T, width] for docs [B, T], which count up from 0 in each row, and rows [B]."""
-    index = docs.long()
+    index = doc_ids.long()
     ones = torch.ones_like(index)
     length = torch.zeros_like(index).scatter_add_(1, index, ones).gather(1, index)  # [B, T], tokens in a token's document
-    noise = torch.empty(*docs.shape, width, device=docs.device)
+    noise = torch.empty(*doc_ids.shape, width, device=doc_ids.device)
     for i, row in enumerate(rows.tolist()):
-        generator = torch.Generator(docs.device).manual_seed((seed * 1_000_003 + row) % 2**63)
+        generator = torch.Generator(doc_ids.device).manual_seed((seed * 1_000_003 + row) % 2**63)
         noise[i].uniform_(-1, 1, generator=generator)
     return noise * (alpha / (length * width).sqrt())[..., None]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from files import FULL, is_full, no_room
 from training import setup
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpointer
 from training.config import RunConfig
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.fsdp_utils import compute_dtype
 from training.logger import Log, held_out_text
 from training.loop import Evaluate, MakeSchedules, train, validate
@@ -27,7 +27,7 @@ from training.startup import NO_GO
 from training.state import State
 
 FULL_SAID = tuple(os.strerror(code) for code in FULL)
-Check = Callable[[RunConfig, State, Checkpoints, Log], None]
+Check = Callable[[RunConfig, State, Checkpointer, Log], None]
 
 
 class TokenizerFiles(NamedTuple):
@@ -71,16 +71,16 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
     profile: trace some steps.
     """
     with ExitStack() as held, _full_disk(run):
-        on_main(lambda: held.enter_context(locked(run.checkpoints, run.logs)))
+        run_on_rank0(lambda: held.enter_context(locked(run.checkpoints, run.logs)))
         tokenizer, dtype = stage.tokenizer, compute_dtype(run.parallel, device)
-        saves = Checkpoints(run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.special)
+        checkpointer = Checkpointer(run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.special)
         log = Log(run.logs, run.log, dist.get_rank() == 0, asdict(run), setup.secrets(run.log.alerts.secrets))
         state = setup.build(run, device, new_tokens=tokenizer.new_tokens)
         grown = tokenizer.new_tokens is not None
-        restored, source = setup.restore_or_init(run, state, saves, stage.loader.fingerprint, grown)
+        restored, source = setup.restore_or_init(run, state, checkpointer, stage.loader.fingerprint, grown)
         begins, to_do = f"{run.run} {run.phase}: {restored}", state.step < state.end
         if to_do:
-            if set_aside := on_main(lambda: claim(run, source)):
+            if set_aside := run_on_rank0(lambda: claim(run, source)):
                 log.event("set_aside", set_aside)
             log.event("begun" if state.step == state.phase_start else "resumed", begins, step=state.step)
         else:
@@ -96,9 +96,9 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
                 _measure_before(state, log, stage.evaluate)
             with profiling.traced(run, state, device) if profile else nullcontext():
                 objective, schedules = stage.objective, stage.make_schedules
-                status = train(run, state, stage.loader, objective, saves, log, stage.evaluate, schedules)
+                status = train(run, state, stage.loader, objective, checkpointer, log, stage.evaluate, schedules)
             if stage.check and not status:
-                stage.check(run, state, saves, log)
+                stage.check(run, state, checkpointer, log)
             _report_end(run, state, log, status, to_do)
         if state.faults.no_go and dist.get_rank() == 0:
             print(f"error: {state.faults.no_go}", file=sys.stderr, flush=True)

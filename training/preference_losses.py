@@ -59,7 +59,7 @@ def answer_logps(model: nn.Module, batch: Any) -> Tensor:
 
     Gathered, not scattered, so that a GPU adds up in the same order every time.
     """
-    nll = model(batch.tokens, batch.targets, batch.docs).nll.flatten()
+    nll = model(batch.tokens, batch.targets, batch.doc_ids).nll.flatten()
     return -torch.cat([nll, nll.new_zeros(1)])[batch.places].sum(1)
 
 

@@ -22,7 +22,7 @@ from files import check_room, is_full, no_room, sweep, temporary
 from models.hf import load_weights
 from models.nanollama import ModelConfig, NanoLlama
 from training.config import RunConfig
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.fsdp_utils import wrap_model_fsdp
 from training.preference_losses import answer_logps
 
@@ -37,7 +37,7 @@ class ReferenceLogps:
     def __init__(self, path: Path, made_of: dict[str, str], sizes: dict[str, int]):
         """ValueError where the file exists and is of something else, or damaged."""
         self.path, self.made_of = path, made_of
-        found = on_main(lambda: _read(path, made_of))
+        found = run_on_rank0(lambda: _read(path, made_of))
         self.values = {name: torch.full((size, 2), torch.nan) for name, size in sizes.items()}
         for name, values in found.items():
             if name in sizes:
@@ -90,7 +90,7 @@ class ReferenceLogps:
         found = {name: value for share in reversed(shares) for name, value in share.items()}
         for (name, index), value in found.items():
             self.values[name][index] = value
-        on_main(lambda: _write(self.path, self.made_of, self.values))
+        run_on_rank0(lambda: _write(self.path, self.made_of, self.values))
         return len(found)
 
 

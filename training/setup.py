@@ -24,11 +24,11 @@ from models.attention import choose_kernel
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
 from torchrun_plugin import LAUNCHER
-from training.checkpoint import Checkpoints, damage, has_state, identity, load_state, read_phase, step_folders
+from training.checkpoint import Checkpointer, damage, has_state, identity, load_state, read_phase, step_folders
 from training.config import PHASES_DIFFER, RunConfig, to_dict
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
-from training.guard import Faults
+from training.guard import FaultState
 from training.ops.supervisor import end_with_launcher
 from training.ops.watchdog import leave_if_lost
 from training.optimizers import build_optimizer
@@ -91,7 +91,7 @@ def ranks() -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End this process after its work is done and its files are closed.
 
     With several ranks, skip the interpreter's own clean-up: in it, threads of torch 2.13's gloo abort the process now and
@@ -129,7 +129,7 @@ def build(run: RunConfig, device: torch.device, seed: int | None = None, new_tok
 
 
 def restore_or_init(
-    run: RunConfig, state: State, saves: Checkpoints, fingerprint: str, grown: bool = False
+    run: RunConfig, state: State, checkpointer: Checkpointer, fingerprint: str, grown: bool = False
 ) -> tuple[str, Path | None]:
     """Set state to where this run begins. Returns a sentence on it, and the step folder it continues from, if any.
 
@@ -140,22 +140,22 @@ def restore_or_init(
     grown: the tokenizer is that of init_from with more tokens, not the same one. ValueError where the phase would begin
     at another step than start_step, or continue anything but what it was made from.
     """
-    own = saves.newest()
-    earlier = on_main(lambda: _find_earlier(run, required=own is None))
+    own = checkpointer.newest()
+    earlier = run_on_rank0(lambda: _find_earlier(run, required=own is None))
     source = own or earlier
     state.data, state.rate = fingerprint, {"peak": run.optim.lr, **vars(run.schedule)}
-    on_main(lambda: saves.check_room(run.model.num_parameters))
+    run_on_rank0(lambda: checkpointer.check_room(run.model.num_parameters))
     _check_end(run, state)
-    base = on_main(lambda: identity(Path(str(run.init_from)))) if run.init_from else ""
+    base = run_on_rank0(lambda: identity(Path(str(run.init_from)))) if run.init_from else ""
     if source is None and run.init_from and not grown:
-        _check_tokenizer(Path(run.init_from), saves.tokenizer)
+        _check_tokenizer(Path(run.init_from), checkpointer.tokenizer)
     if source is None:
         _check_start(run, 0, None)
         if run.init_from:
             _check_theta(run, Path(run.init_from), run.theta_range[0])
         state.parent = base
         return (f"starts from the weights of {run.init_from}" if base else f"starts from scratch, seed {run.seed}"), None
-    _check_fits(run, source, saves.tokenizer)
+    _check_fits(run, source, checkpointer.tokenizer)
     position = load_state(source, state)
     if position["phase"] != run.phase:
         if Path(run.resume_from or "") != source and position["phase_end"] > position["step"]:
@@ -164,14 +164,14 @@ def restore_or_init(
                 f"first, or branch off there with resume_from={source}"
             )
         _check_start(run, state.step, source)
-        state.place, state.phase_start, state.parent = 0, state.step, identity(source)
-        state.faults = Faults(**position["faults"]).next_phase()
+        state.batch_index, state.phase_start, state.parent = 0, state.step, identity(source)
+        state.faults = FaultState(**position["faults"]).next_phase()
         _check_end(run, state)
         _check_rate(run, position)
         _check_theta(run, source, run.theta_range[0])
         return f"begins at step {state.step}, after {position['phase']}, from {source}", source
-    state.place, state.phase_start, state.parent = position["place"], position["phase_start"], position["parent"]
-    state.faults = Faults(**position["faults"])
+    state.batch_index, state.phase_start, state.parent = position["batch_index"], position["phase_start"], position["parent"]
+    state.faults = FaultState(**position["faults"])
     _check_start(run, state.phase_start, source)
     _check_end(run, state)
     _check_theta(run, source, theta_at(*run.theta_range, state.step - 1, state.phase_start, state.phase_end))
@@ -323,7 +323,7 @@ def describe(run: RunConfig, device: torch.device) -> str:
     )
 
 
-def add_up(sums: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(sums: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all ranks."""
     dist.all_reduce(sums)
     return sums

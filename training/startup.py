@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from files import read_lines
 from ranges import above, at_least, check_fields
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.logger import Log
 from training.state import State
 
@@ -75,7 +75,7 @@ def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
         rows = _rows(run.logs, state)
         return [figure for part in wanted for figure in part(run, state, rows)]
 
-    figures = on_main(judged)
+    figures = run_on_rank0(judged)
     bad = [figure for figure in figures if not figure.go]
     accepted = run.startup.accept if bad else None
     text = f"start-up checks at step {state.step:,}: {'no-go' if bad else 'go'}"

@@ -17,7 +17,7 @@ from models.hf import read_hf_config
 from models.nanollama import ModelConfig
 from training import setup
 from training.config import RunConfig
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.logger import log_in
 from training.phase import TokenizerFiles
 from training.settings import NoEffect, load_settings
@@ -102,9 +102,9 @@ def start(
     with user_errors(rank, world):
         run = load_settings(kind, args.config, args.overrides, flags)
         with setup.ranks() as device:
-            on_main(lambda: log_in(run.log))
+            run_on_rank0(lambda: log_in(run.log))
             status = train(run, rank, world, device, args.profile)
-    setup.leave(status)
+    setup.exit_process(status)
 
 
 def with_record(base: Base, reports: Iterable[dict[str, Any]], length: int) -> TokenizerFiles:
@@ -117,9 +117,9 @@ def take_base(run: TuningRun, cache: Path) -> Base:
     """The model to start from and its tokenizer, grown by the chat tokens and kept under `cache`; ValueError without one."""
     if not run.init_from:
         raise ValueError("there is no model to start from; give --base_model")
-    base = on_main(lambda: setup.find_checkpoint(Path(str(run.init_from)), required=True))
+    base = run_on_rank0(lambda: setup.find_checkpoint(Path(str(run.init_from)), required=True))
     assert base
-    folder = on_main(lambda: keep_chat_tokenizer(base, cache))
+    folder = run_on_rank0(lambda: keep_chat_tokenizer(base, cache))
     chat, config = Chat.from_folder(folder), read_hf_config(base)
     known, tokens = vocabulary_size(load_tokenizer(base)), vocabulary_size(chat.tokenizer)
     if known > config.vocab_size:

@@ -42,46 +42,46 @@ class Row(NamedTuple):
 
 
 def read_conversations(
-    path: str, form: str, language: str | None = None, split: str = "train", config: str | None = None
+    path: str, format: str, language: str | None = None, split: str = "train", config: str | None = None
 ) -> Iterator[Conversation | Skipped]:
     """All conversations of a file, a folder, a glob or a hub data set (hf://owner/name) in one of FORMS.
 
     language: of oasst, take only trees in it. split, config: of a hub data set.
     ValueError where there is nothing, or the hub does not give it.
     """
-    if form not in FORMS:
-        raise ValueError(f"{form!r} is no form of conversations; there are {', '.join(FORMS)}")
+    if format not in FORMS:
+        raise ValueError(f"{format!r} is no form of conversations; there are {', '.join(FORMS)}")
     rows = read_rows(path, split, config)
-    if form == "oasst":
+    if format == "oasst":
         yield from _oasst(rows, language)
         return
     for row in rows:
         if isinstance(row, Skipped):
             yield row
             continue
-        found = _made(form, row.where, _read, form, row.value)
+        found = _made(format, row.where, _read, format, row.value)
         if isinstance(found, dict):
             own = found.get("id") or row.value.get("id")
             found = {**found, "id": str(own or row.where), "where": row.where}
         yield found
 
 
-def _made(form: str, where: str, make: Callable[..., Conversation | Skipped], *given: Any) -> Conversation | Skipped:
+def _made(format: str, where: str, make: Callable[..., Conversation | Skipped], *given: Any) -> Conversation | Skipped:
     """What `make` makes of a row; Skipped with the reason where the row is not what it should be."""
     try:
         return make(*given)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        return Skipped(f"not of the form {form} ({type(error).__name__}: {error})", where)
+        return Skipped(f"not of the form {format} ({type(error).__name__}: {error})", where)
     except ValueError as error:
         return Skipped(str(error), where)
 
 
-def _read(form: str, row: dict[str, Any]) -> Conversation | Skipped:
+def _read(format: str, row: dict[str, Any]) -> Conversation | Skipped:
     """A row with its messages as read_messages gives them, and "ignored": keys and columns."""
     if not is_trained(row, ROW_FLAGS):
         return Skipped(NOT_TRAINED, "")
-    columns = read_row(row, COLUMNS[form])
-    found = FORMS[form](row)
+    columns = read_row(row, COLUMNS[format])
+    found = FORMS[format](row)
     messages, keys = read_messages(with_row_system(row, found["messages"]))
     tools = found.get("tools") or row_tools(row)
     ignored = [*keys, *columns, *found.get("ignored", ())]

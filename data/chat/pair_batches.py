@@ -23,7 +23,7 @@ class PairBatch(NamedTuple):
 
     tokens: Tensor  # [R, L] int64
     targets: Tensor  # [R, L] int64, IGNORE but for the answers
-    docs: Tensor  # [R, L] int32
+    doc_ids: Tensor  # [R, L] int32
     places: Tensor  # [2n, longest answer] int64, where in the flat targets each answer's tokens are; R * L fills up
     reference: Tensor  # [2n] fp32, log-probabilities of the answers under the reference model
     counted: Tensor  # [n] fp32, 1; 0 for a pair that only fills up
@@ -83,7 +83,7 @@ class PairRows:
     def targets(self, index: int) -> int:
         return 1
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
+    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
         raise AssertionError("pairs have no rows of a fixed length")
 
 
@@ -114,21 +114,21 @@ class PairLoader(PackedDataLoader):
         super().__init__(sources, mix, length, pairs, micro_batch_size, seed, rank, world)
         self.pairs, self.multiple, self.reference = sources, multiple, reference
 
-    def at(self, place: int) -> Step:
+    def at(self, batch_index: int) -> Step:
         """This rank's micro-batches of step `place` >= 0; the weight is the pairs of the whole step."""
-        of_step = self._of_step(place)
+        of_step = self._of_step(batch_index)
         tokens = sum(self.pairs[name].tokens(index) for name, index in of_step)
         batches = [batch for _, batch in self._mine(of_step)]
         return Step(batches, self.rows, tokens)  # type: ignore[arg-type]  # the loop and the Prefetcher take any batch
 
     def steps(self, count: int) -> Iterator[tuple[list[Name], Make]]:
         """Of the first steps, the pairs over all ranks, and what makes the batches of this one."""
-        for place in range(count):
-            of_step = self._of_step(place)
+        for batch_index in range(count):
+            of_step = self._of_step(batch_index)
             yield of_step, partial(self._mine, of_step)
 
-    def _of_step(self, place: int) -> list[Name]:
-        located = (self._locate(row) for row in range(place * self.rows, (place + 1) * self.rows))
+    def _of_step(self, batch_index: int) -> list[Name]:
+        located = (self._locate(row) for row in range(batch_index * self.rows, (batch_index + 1) * self.rows))
         return [(self.names[source], index) for source, index in located]
 
     def _mine(self, of_step: list[Name]) -> Iterator[tuple[list[Name], PairBatch]]:
@@ -154,7 +154,7 @@ def make_batch(
     lengths = [len(ids) - 1 for ids, _ in documents]
     rows, width = lay_out(lengths, length, multiple)
     shape = (len(rows), width)
-    tokens, targets, docs = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64), np.zeros(shape, np.int32)
+    tokens, targets, doc_ids = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64), np.zeros(shape, np.int32)
     longest = max(len(ids) - prompt for ids, prompt in documents)
     places = np.full((len(documents), longest), tokens.size, np.int64)
     for row, inside in enumerate(rows):
@@ -162,14 +162,14 @@ def make_batch(
         for count, document in enumerate(inside):
             ids, prompt = documents[document]
             end, first = at + lengths[document], at + prompt - 1  # the token before the answer predicts its first
-            tokens[row, at:end], docs[row, at:end], targets[row, first:end] = ids[:-1], count, ids[prompt:]
+            tokens[row, at:end], doc_ids[row, at:end], targets[row, first:end] = ids[:-1], count, ids[prompt:]
             places[document, : end - first] = row * width + np.arange(first, end)
             at = end
-        docs[row, at:] = len(inside)
+        doc_ids[row, at:] = len(inside)
     counts = np.zeros(len(names), np.float32)
     counts[:counted] = 1
     zeros, scale = np.zeros(len(documents), np.float32), np.full(len(names), per_token, np.float32)
-    batch = PairBatch(*(torch.from_numpy(part) for part in (tokens, targets, docs, places, zeros, counts, scale)))
+    batch = PairBatch(*(torch.from_numpy(part) for part in (tokens, targets, doc_ids, places, zeros, counts, scale)))
     return batch._replace(reference=reference(names, batch)) if reference else batch
 
 

@@ -60,15 +60,15 @@ class PairSource:
     """
 
     path: FilledText  # file, folder, glob, or hf://owner/name@revision
-    form: str = "messages"
+    format: str = "messages"
     split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
     config: str | None = None  # of a hub data set, where it has several
     limit: Limit | None = None  # take no more pairs than that
 
     def __post_init__(self) -> None:
         check_fields(self, "source")
-        if self.form not in FORMS:
-            raise ValueError(f"{self.form!r} is no form of preference pairs; there are {', '.join(FORMS)}")
+        if self.format not in FORMS:
+            raise ValueError(f"{self.format!r} is no form of preference pairs; there are {', '.join(FORMS)}")
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("preferences.sources names no source; give at least one, as name: {path, form}")
+            raise ValueError("preferences.sources names no source; give at least one, as name: {path, format}")
         check_fields(self, "preferences")
 
 
@@ -274,7 +274,7 @@ def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
         )
     if not report["pairs"]["train"]:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items()) or "it is empty"
-        raise ValueError(f"{name}: no pair of {path} is left to train on ({reasons}); check its path, form and length")
+        raise ValueError(f"{name}: no pair of {path} is left to train on ({reasons}); check its path, format and length")
 
 
 def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, chat: Chat, length: int) -> dict[str, Any]:
@@ -289,7 +289,7 @@ def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, ch
         for row in islice(read_rows(source.path, source.split, source.config), source.limit):
             rows += 1
             try:
-                pair = parse_row(row, source.form)
+                pair = parse_row(row, source.format)
                 cleaned = clean_pair(chat, pair, config.system)
                 ignored.update(pair.ignored)
                 neutralised += chat.holds_special(pair[:4])
@@ -325,19 +325,19 @@ def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, ch
     }
 
 
-def parse_row(row: Row | Skipped, form: str) -> Pair:
+def parse_row(row: Row | Skipped, format: str) -> Pair:
     """Dropped or ValueError where it is no pair to learn from."""
     if isinstance(row, Skipped):
         raise ValueError(row.reason)
     try:
         if not is_trained(row.value, ROW_FLAGS):
             raise Dropped(NOT_TRAINED)
-        columns = read_row(row.value, COLUMNS[form])
-        pair = PARSERS[form](row.value)
+        columns = read_row(row.value, COLUMNS[format])
+        pair = PARSERS[format](row.value)
         prompt, tools = with_row_system(row.value, pair.prompt), row_tools(row.value) or []
         return pair._replace(prompt=prompt, tools=tools, ignored=(*pair.ignored, *columns))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not of the form {form} ({type(error).__name__}: {error})") from None
+        raise ValueError(f"not of the form {format} ({type(error).__name__}: {error})") from None
 
 
 def _write_split(folder: Path, split: str, pairs: list[EncodedPair]) -> None:

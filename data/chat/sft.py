@@ -37,7 +37,7 @@ class ChatSource:
     """Where conversations come from."""
 
     path: FilledText  # file, folder, glob, or hf://owner/name@revision
-    form: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
+    format: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
     language: str | None = None  # of oasst, take only trees in it
     split: str = "train"  # of a hub data set
     config: str | None = None  # of a hub data set, where it has several
@@ -65,7 +65,7 @@ class ChatConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("chat.sources names no source; give at least one, as name: {path, form}")
+            raise ValueError("chat.sources names no source; give at least one, as name: {path, format}")
         check_fields(self, "chat")
 
 
@@ -114,15 +114,15 @@ class ConversationRows:
     def tokens(self, index: int) -> int:
         return int(self.filled[index])
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, docs: np.ndarray) -> None:
+    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
         at = count = 0
         pieces = slice(*self.first[index : index + 2].tolist())
         for start, size in zip(self.plan.starts[pieces].tolist(), self.plan.lengths[pieces].tolist(), strict=True):
             ids, end = self.source.ids[start : start + size + 1].astype(np.int64), at + size
-            tokens[at:end], docs[at:end] = ids[:-1], count
+            tokens[at:end], doc_ids[at:end] = ids[:-1], count
             targets[at:end] = np.where(self.source.trained[start + 1 : start + size + 1], ids[1:], IGNORE)
             at, count = end, count + 1
-        tokens[at:], targets[at:], docs[at:] = 0, IGNORE, count
+        tokens[at:], targets[at:], doc_ids[at:] = 0, IGNORE, count
 
 
 def prepare(config: ChatConfig, mix: Collection[str], tokenizer: Path, length: int) -> dict[str, Path]:
@@ -179,7 +179,7 @@ def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
     if not report["splits"]["train"]["conversations"]:
         path, counts = config.sources[name].path, report["counts"].items()
         reasons = ", ".join(f"{count:,} {kind}" for kind, count in counts if count) or "it holds none"
-        raise ValueError(f"{name}: no conversation of {path} is left to train on ({reasons}); check its path and form")
+        raise ValueError(f"{name}: no conversation of {path} is left to train on ({reasons}); check its path and format")
 
 
 def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, length: int) -> dict[str, Any]:
@@ -193,7 +193,7 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
             named.append(f"{where}: {reason}")
 
     def cleaned() -> Iterator[Conversation]:
-        for found in read_conversations(source.path, source.form, source.language, source.split, source.config):
+        for found in read_conversations(source.path, source.format, source.language, source.split, source.config):
             if isinstance(found, Skipped) and not found.where:
                 counts[found.reason] += 1
             elif isinstance(found, Skipped):

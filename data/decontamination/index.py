@@ -30,7 +30,7 @@ SMALL = 1 << 12  # words; in a test set of fewer, a word that stands there once 
 MANY = 1 << 20  # places of the index that one batch may point to before ...
 OVERLAID = 1 << 22  # words of items laid over text at once
 OFTEN = 64  # ... an n-gram is looked up so often only in each text
-MOST_IDS = 50  # training ids that a report lists
+MAX_LISTED_IDS = 50  # training ids that a report lists
 EXCERPT = 200  # characters of a hit that are kept for the report
 
 
@@ -110,11 +110,11 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
     judged = (lengths >= settings.minimum_words) & enough & (copies[same] <= settings.common_items)
 
     posted = rare.copy()  # and where a stretch has no rare n-gram, but is no template as a whole, its rarest
-    stretch = np.minimum(lengths, settings.exact_ngram)[variant_of]
-    starts = np.flatnonzero(judged[variant_of] & (np.arange(len(words)) + stretch <= bounds[1:][variant_of]) & ~template)
+    scheduled = np.minimum(lengths, settings.exact_ngram)[variant_of]
+    starts = np.flatnonzero(judged[variant_of] & (np.arange(len(words)) + scheduled <= bounds[1:][variant_of]) & ~template)
     before = np.append(0, np.cumsum(rare))
-    for at in starts[before[starts + stretch[starts] - settings.ngram + 1] == before[starts]].tolist():
-        inside = slice(at, at + int(stretch[at]) - settings.ngram + 1)
+    for at in starts[before[starts + scheduled[starts] - settings.ngram + 1] == before[starts]].tolist():
+        inside = slice(at, at + int(scheduled[at]) - settings.ngram + 1)
         if not posted[inside].any():
             posted[at + int(frequency[inside].argmin())] = True
     places = np.flatnonzero(posted & judged[variant_of])
@@ -403,8 +403,8 @@ def report(index: Index, found: dict[str, Any], examples: int = 3) -> str:
     for name in index.sizes:
         ids = sorted({train_id for train_id, hit in entries if hit["test_set"] == name})
         if ids:
-            more = f" and {len(ids) - MOST_IDS:,} more" if len(ids) > MOST_IDS else ""
-            lines += ["", f"Training documents that hold items of {name} ({len(ids):,}): {', '.join(ids[:MOST_IDS])}{more}"]
+            more = f" and {len(ids) - MAX_LISTED_IDS:,} more" if len(ids) > MAX_LISTED_IDS else ""
+            lines += ["", f"Training documents that hold items of {name} ({len(ids):,}): {', '.join(ids[:MAX_LISTED_IDS])}{more}"]
     return "\n".join(lines)
 
 

@@ -119,7 +119,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [title + where, number(row["value"]), number(row["stderr"]), count, *tiers, said]
 
 
-HEAD = ("Score", "Value", "Standard error", "n", "MVP", "Target (success)", "Stretch", "Status")
+HEAD = ("Score", "Value", "Standard error", "n", "MVP", "Target (success)", "ScheduledPhase", "Status")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ from fuzz.sandbox import fuzz
 from models.hf import load_hf
 from scripts import verify_checkpoint
 from training import setup
-from training.checkpoint import CheckpointConfig, Checkpoints, load_state
+from training.checkpoint import CheckpointConfig, Checkpointer, load_state
 from training.config import DataConfig, RunConfig
 from training.state import State
 
@@ -40,8 +40,8 @@ def device() -> torch.device:
     return OPEN.enter_context(setup.ranks())
 
 
-def checkpoints(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(), torch.float32, None, {"bos": 0, "eos": 0, "pad": 1})
+def checkpoints(folder: Path) -> Checkpointer:
+    return Checkpointer(folder, CheckpointConfig(), torch.float32, None, {"bos": 0, "eos": 0, "pad": 1})
 
 
 @cache

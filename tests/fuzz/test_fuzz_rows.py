@@ -92,7 +92,7 @@ SILENT = {*OASST, *OWN_COLUMNS, "id", "group", "tool_call_id", "original_questio
 
 
 @cache
-def changed(form: str, pairs: bool) -> st.SearchStrategy[Any]:
+def changed(format: str, pairs: bool) -> st.SearchStrategy[Any]:
     rows = (PAIRS if pairs else ROWS)[form]
     text = "\n".join(map(json.dumps, rows))
     of_text = st.just([]) | st.just([]) | st.just([]) | byte_changes(len(text.encode()), most=2)
@@ -125,7 +125,7 @@ UNREAD_OF_TREE = [("oasst", [("add", (4,), "history", MARK)], [], ".jsonl")]
 
 
 @fuzz(
-    st.sampled_from(sorted(ROWS)).flatmap(lambda form: changed(form, False)),
+    st.sampled_from(sorted(ROWS)).flatmap(lambda format: changed(form, False)),
     share=0.12,
     accepted=(0.1, 0.8),
     examples=UNREAD_OF_TREE,
@@ -139,9 +139,9 @@ def test_conversations(given: tuple[str, list[Change], list[Change], str], folde
     prepared = prepare_conversations(config, ["a"], tokenizer, LENGTH)["a"]
     source = Conversations(prepared, "train")
     rows = source.pack(LENGTH, 0)
-    tokens, targets, docs = (np.zeros(LENGTH, dtype=np.int64) for _ in range(3))
+    tokens, targets, doc_ids = (np.zeros(LENGTH, dtype=np.int64) for _ in range(3))
     for index in range(len(rows)):
-        rows.fill(index, tokens, targets, docs)
+        rows.fill(index, tokens, targets, doc_ids)
         assert (targets != -100).sum() == rows.targets(index) > 0
     chat = Chat.from_folder(tokenizer)
     assert int(source.ids.max()) < chat.tokenizer.get_vocab_size()
@@ -153,7 +153,7 @@ FOUND = [("messages", [("put", (0, "tools", 0, "function"), "add")], [], ".jsonl
 
 
 @fuzz(
-    st.sampled_from(sorted(PAIRS)).flatmap(lambda form: changed(form, True)),
+    st.sampled_from(sorted(PAIRS)).flatmap(lambda format: changed(form, True)),
     share=0.08,
     accepted=(0.1, 0.8),
     examples=FOUND,

@@ -24,7 +24,7 @@ class ZeroBatch(NamedTuple):
 
     tokens: torch.Tensor  # [B, T] int64
     targets: torch.Tensor  # [B, T] int64
-    docs: torch.Tensor  # [B, T] int32
+    doc_ids: torch.Tensor  # [B, T] int32
     rows: torch.Tensor  # [B] int64
 
 
@@ -43,9 +43,9 @@ def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objec
     if largest is None:
         zeros = torch.zeros(data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device)
         largest = ZeroBatch(zeros, zeros, zeros.int(), torch.arange(len(zeros), device=device))
-    halves = largest.docs.clone()
+    halves = largest.doc_ids.clone()
     halves[:, halves.shape[1] // 2 :] = 1
-    batches = [largest, largest._replace(docs=halves)]
+    batches = [largest, largest._replace(doc_ids=halves)]
     several = data.rows // dist.get_world_size() // data.micro_batch_size > 1
     ways = [batches] if several else [[each] for each in batches[: 2 if run.parallel.attention in ("varlen", "flash") else 1]]
     moments = []

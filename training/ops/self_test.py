@@ -11,9 +11,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
 from training import setup
-from training.checkpoint import Checkpoints, load_state
+from training.checkpoint import Checkpointer, load_state
 from training.config import RunConfig
-from training.distributed import on_main
+from training.distributed import run_on_rank0
 from training.logger import Log
 from training.state import State
 
@@ -65,15 +65,15 @@ def clear(run: RunConfig) -> None:
             shutil.rmtree(folder)
 
 
-def check(run: RunConfig, state: State, saves: Checkpoints, log: Log) -> None:
+def check(run: RunConfig, state: State, checkpointer: Checkpointer, log: Log) -> None:
     """Collective. Say for each check whether it held; ValueError where one did not."""
     path = run.logs / "metrics.jsonl"
-    rows = on_main(lambda: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    rows = run_on_rank0(lambda: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
     tenth = max(1, run.steps // 10)
     first, last = (sum(row["loss"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"}
     norms = [row["grad_norm"] for row in rows]
-    newest = saves.newest()
+    newest = checkpointer.newest()
     fresh = setup.build(run, next(state.model.parameters()).device, seed=run.seed + 1)
     same = False
     if newest:

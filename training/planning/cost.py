@@ -22,11 +22,11 @@ from training.config import RunConfig
 from training.meter import PEAK_FLOPS, flops_per_token
 from training.muon import ROUND
 from training.planning.eval_cost import Reads, forecast_evaluations
-from training.planning.plan import Plan, Stretch, stretches
+from training.planning.plan import Plan, ScheduledPhase, scheduled_phases
 from training.schedulers import WSDScheduler
 from training.settings import read_yaml
 
-MOST_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv:2305.16264)
+MAX_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv:2305.16264)
 TEXT_BYTES = 4.0  # UTF-8 bytes a token of ours stands for, about: docs/performance.md
 CONTEXT = 2.0e9  # bytes; assumed for what torch does not count: CUDA context and kernels, NCCL, cuBLAS, rounding of blocks
 TIGHT = 0.92  # of a GPU's memory; a plan that needs more may not fit although it does on paper
@@ -98,7 +98,7 @@ def activation_bytes(model: ModelConfig, checkpointing: str, size: int = 2, comp
     attention output and logsumexp. full: block input. Eager, each norm keeps an fp32 copy and a normalised one, and so on.
     """
     d, ff, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
-    width, kv = heads * model.heads_size, model.num_key_value_heads * model.heads_size
+    width, kv = heads * model.resolved_head_dim, model.num_key_value_heads * model.resolved_head_dim
     attention = size * (2 * width + 2 * kv) + 4 * heads  # q, k, v, output, logsumexp
     normed_heads = (width + kv, 4 * (heads + model.num_key_value_heads)) if model.qk_norm else (0, 0)  # numbers, statistics
     if checkpointing == "full":
@@ -157,7 +157,7 @@ def memory(run: RunConfig, gpus: int) -> Memory:
     always = {
         "fp32 masters": held,
         "moments": moment_bytes(model, parallel.strategy, gpus, run.optim.name),
-        "rotary tables": 8 * model.max_position_embeddings * model.heads_size,
+        "rotary tables": 8 * model.max_position_embeddings * model.resolved_head_dim,
         "CUDA context (assumed)": CONTEXT,
     }
     accumulated = 4 * model.num_parameters if micro_batches(run, gpus) > 1 else 0  # whole, fp32, until the last micro-batch
@@ -304,7 +304,7 @@ def forecast(
         raise ValueError(f"--gpu {gpu} is not one of {', '.join(GPUS)}")
     if gpus < 1 or not 0 < mfu <= 1 or (price is not None and price < 0):
         raise ValueError("--gpus must be at least 1, --mfu above 0 and at most 1, --price not negative")
-    parts = stretches(plan)
+    parts = scheduled_phases(plan)
     phases = list(_phases(parts, GPUS[gpu], gpus, mfu, price, readable))
     run = parts[0].run
     sources: dict[str, float] = defaultdict(float)
@@ -342,7 +342,7 @@ def check(report: dict[str, Any]) -> None:
 
 
 def _phases(
-    parts: list[Stretch], gpu: Gpu, gpus: int, mfu: float, price: float | None, readable: Readable | None
+    parts: list[ScheduledPhase], gpu: Gpu, gpus: int, mfu: float, price: float | None, readable: Readable | None
 ) -> Iterator[dict[str, Any]]:
     epochs: dict[str, float] = defaultdict(float)  # of each source, over the phases so far
     for part in parts:
@@ -361,9 +361,9 @@ def _phases(
                 )
             if have:
                 epochs[name] += asked / have
-                if epochs[name] > MOST_EPOCHS:
+                if epochs[name] > MAX_EPOCHS:
                     warnings.append(
-                        f"{name} will have been read {epochs[name]:.1f} times; above {MOST_EPOCHS} epochs repeated tokens teach "
+                        f"{name} will have been read {epochs[name]:.1f} times; above {MAX_EPOCHS} epochs repeated tokens teach "
                         f"less and less (arXiv:2305.16264): add data, lower data.mix.{name} or take fewer steps"
                     )
             sources[name] = {
@@ -385,7 +385,7 @@ def _phases(
                 "train.py --test_mode with this shape first, and keep a smaller data.micro_batch_size ready"
             )
         flops = flops_per_token(model, data.sequence_length)
-        attention = 12 * model.num_hidden_layers * model.num_attention_heads * model.heads_size * data.sequence_length
+        attention = 12 * model.num_hidden_layers * model.num_attention_heads * model.resolved_head_dim * data.sequence_length
         hours = tokens * flops / (gpus * gpu.flops * mfu) / 3600
         rate = WSDScheduler(run.schedule, run.optim.lr)
         seen = {"parameters": model.num_parameters, "tokens": part.end * data.tokens_per_step}
@@ -416,7 +416,7 @@ def _phases(
         }
 
 
-def _disk(plan: Plan, parts: list[Stretch], tokens: int) -> dict[str, float]:
+def _disk(plan: Plan, parts: list[ScheduledPhase], tokens: int) -> dict[str, float]:
     """Bytes on disk: checkpoints as training/checkpoint.py writes them, of phases and stages; token shards; downloaded text.
 
     Text and shards are of the tokens that the plan downloads, at least of those that it trains on.

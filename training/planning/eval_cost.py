@@ -10,7 +10,7 @@ from typing import Any
 from models.nanollama import ModelConfig
 from training.config import RunConfig
 from training.meter import flops_per_token
-from training.planning.plan import Plan, Stretch
+from training.planning.plan import Plan, ScheduledPhase
 
 WRITING_MFU = 0.01  # assumed: writing token by token waits for weights and launches, not for matmuls
 
@@ -26,7 +26,7 @@ def forward_flops(model: ModelConfig, tokens: float, length: int) -> float:
 
 
 def forecast_evaluations(
-    plan: Plan, parts: list[Stretch], reads: Reads, peak: float, gpus: int, mfu: float
+    plan: Plan, parts: list[ScheduledPhase], reads: Reads, peak: float, gpus: int, mfu: float
 ) -> list[dict[str, Any]]:
     """One entry per milestone and stage that is measured, and one for evaluations after the last stage.
 
@@ -49,7 +49,7 @@ def forecast_evaluations(
     return entries
 
 
-def _measured(plan: Plan, parts: list[Stretch]) -> Iterator[tuple[str, RunConfig, list[str]]]:
+def _measured(plan: Plan, parts: list[ScheduledPhase]) -> Iterator[tuple[str, RunConfig, list[str]]]:
     """Where the plan measures a checkpoint, the run that made it, and the commands that measure it."""
     for part in parts:
         for milestone in part.phase.milestones:

@@ -52,7 +52,7 @@ class Target:
     title: str
     mvp: AnyFloat  # the least that is worth showing
     success: AnyFloat  # what the plan aims at
-    stretch: AnyFloat
+    scheduled: AnyFloat
     stage: str = "final"  # the phase or stage that it is measured after; "final": the model that is left
     lower: bool = False  # lower is better
     percent: bool = True  # the metric is a share, and shown in percent
@@ -60,7 +60,7 @@ class Target:
 
     def __post_init__(self) -> None:
         check_fields(self, "target")
-        tiers = (self.mvp, self.success, self.stretch)
+        tiers = (self.mvp, self.success, self.scheduled)
         if list(tiers) != sorted(tiers, reverse=self.lower):
             order = "fall" if self.lower else "rise"
             raise ValueError(f"target {self.metric}: mvp, success and stretch are {tiers}; they must {order}")
@@ -105,7 +105,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ScheduledPhase:
     """A phase of a plan as it will run: where it begins and ends in steps of the whole run."""
 
     phase: PlanPhase
@@ -119,7 +119,7 @@ def load_plan(path: str | Path) -> Plan:
     return load_settings(Plan, path)
 
 
-def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]:
+def scheduled_phases(plan: Plan, longer: dict[str, int] | None = None) -> list[ScheduledPhase]:
     """The plan's phases on one line of steps. longer: phase -> steps that it runs on after what its config says.
 
     Steps that are added move the learning-rate schedule's end, the phase's end and all that comes later by as many. In a
@@ -127,7 +127,7 @@ def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]
     schedule, run, model shape or batch), begin elsewhere than their start_step, or have milestones outside.
     """
     longer, at = longer or {}, 0
-    found: list[Stretch] = []
+    found: list[ScheduledPhase] = []
     runs = [load(phase.config) for phase in plan.phases]
     unknown = set(longer) - {run.phase for run in runs}
     if unknown:
@@ -139,7 +139,7 @@ def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]
         if end > planned.schedule.total_steps - planned.schedule.decay_steps:
             slower += longer.get(planned.phase, 0)
     for phase, planned in zip(plan.phases, runs, strict=True):
-        shift = sum(longer.get(stretch.run.phase, 0) for stretch in found)
+        shift = sum(longer.get(scheduled.run.phase, 0) for scheduled in found)
         extra = longer.get(planned.phase, 0)
         schedule = planned.schedule
         overrides = [f"steps={planned.steps + extra}", f"schedule.total_steps={schedule.total_steps + added}"]
@@ -155,7 +155,7 @@ def stretches(plan: Plan, longer: dict[str, int] | None = None) -> list[Stretch]
         for milestone in moved:
             if not at < milestone.at <= at + run.steps:
                 raise ValueError(f"milestone {milestone.at} lies outside {run.phase}, steps {at} to {at + run.steps}")
-        found.append(Stretch(PlanPhase(phase.config, moved), run, at, at + run.steps))
+        found.append(ScheduledPhase(PlanPhase(phase.config, moved), run, at, at + run.steps))
         at += run.steps
     total = found[-1].run.schedule.total_steps
     if at > total:
@@ -178,12 +178,12 @@ class Place(NamedTuple):
         return f"at step {self.name}" if self.name.isdecimal() else f"after {self.name}"
 
 
-def places(plan: Plan, found: list[Stretch]) -> list[Place]:
-    """What a plan measures, in order; found: its phases, by stretches(). ValueError for a gate with an unknown `against`."""
+def places(plan: Plan, found: list[ScheduledPhase]) -> list[Place]:
+    """What a plan measures, in order; found: its phases, by scheduled_phases(). ValueError for a gate with an unknown `against`."""
     listed: list[Place] = []
-    for stretch in found:
-        phase, folder = stretch.run.phase, stretch.run.checkpoints
-        listed += [Place(str(m.at), f"step_{m.at}", phase, folder, m.gates) for m in stretch.phase.milestones]
+    for scheduled in found:
+        phase, folder = scheduled.run.phase, scheduled.run.checkpoints
+        listed += [Place(str(m.at), f"step_{m.at}", phase, folder, m.gates) for m in scheduled.phase.milestones]
     listed += [Place(stage.name, stage.name, stage.name, Path(stage.leaves), stage.gates) for stage in plan.stages if stage.evals]
     for number, place in enumerate(listed):
         known = [earlier.phase for earlier in listed[:number]]
