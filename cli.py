@@ -18,7 +18,12 @@ from ranges import MAX_INT, Range, shown
 ROOT = Path(__file__).resolve().parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 GONE = (errno.EPIPE, errno.EIO)  # of an output whose reader has ended, or whose terminal was closed
-PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # nothing there, or a file where a folder is due
+PATHS = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+)  # nothing there, or a file where a folder is due
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -72,7 +77,12 @@ def add_boolean(parser: argparse.ArgumentParser, name: str, about: str) -> None:
 
     Only for commands without positional arguments: one that follows the flag would be read as its value.
     """
-    optional: dict[str, Any] = {"nargs": "?", "const": True, "default": False, "metavar": "true|false"}
+    optional: dict[str, Any] = {
+        "nargs": "?",
+        "const": True,
+        "default": False,
+        "metavar": "true|false",
+    }
     parser.add_argument(name, type=boolean, help=about, **optional)
 
 
@@ -107,7 +117,11 @@ def outlive_readers() -> None:
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None or stream is not getattr(sys, f"__{name}__") or not hasattr(stream, "buffer"):
+        if (
+            stream is None
+            or stream is not getattr(sys, f"__{name}__")
+            or not hasattr(stream, "buffer")
+        ):
             continue
         buffered = hasattr(stream.buffer, "raw")  # not with python -u or PYTHONUNBUFFERED
         if isinstance(stream.buffer.raw if buffered else stream.buffer, Output):
@@ -137,7 +151,8 @@ def _check_dropped() -> None:
         dropped += raw.dropped if isinstance(raw, Output) else 0
     if dropped:
         raise OSError(
-            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: the work is done, but {dropped:,} bytes of its output are lost"
+            errno.ENOSPC,
+            f"{os.strerror(errno.ENOSPC)}: the work is done, but {dropped:,} bytes of its output are lost",
         )
 
 
@@ -149,26 +164,45 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
         yield
         _check_dropped()
     except KeyboardInterrupt:
-        print("interrupted; no half-written file was kept, so the same command can be run again", file=sys.stderr, flush=True)
+        print(
+            "interrupted; no half-written file was kept, so the same command can be run again",
+            file=sys.stderr,
+            flush=True,
+        )
         if world > 1:
             os._exit(130)
         sys.exit(130)
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(frame.filename).resolve()
-        said = (frame.line or "").startswith("raise")  # not a ValueError that Python itself raised in our code
-        ours = isinstance(error, ValueError) and said and path.is_relative_to(ROOT) and "site-packages" not in path.parts
+        said = (frame.line or "").startswith(
+            "raise"
+        )  # not a ValueError that Python itself raised in our code
+        ours = (
+            isinstance(error, ValueError)
+            and said
+            and path.is_relative_to(ROOT)
+            and "site-packages" not in path.parts
+        )
         disk = isinstance(error, OSError) and error.errno in DISK + PATHS
         full = is_full(error)
         if not (ours or disk or full):
             raise
         if rank:
-            time.sleep(2)  # rank 0 mostly meets the same and says it; its end then ends this one before it speaks too
+            time.sleep(
+                2
+            )  # rank 0 mostly meets the same and says it; its end then ends this one before it speaks too
         text = " ".join(str(error).split())
         if full and not (ours or disk):
-            text = f"the disk is full ({text[:200]}); free some space, then run the same command again"
-        line = text if full else " ".join(str(error).splitlines())  # names of files may hold line breaks
+            text = (
+                f"the disk is full ({text[:200]}); free some space, then run the same command again"
+            )
+        line = (
+            text if full else " ".join(str(error).splitlines())
+        )  # names of files may hold line breaks
         print(f"error: {line}", file=sys.stderr, flush=True)
         if world > 1:
-            os._exit(2)  # another rank may wait for this one in a collective: leave without a farewell
+            os._exit(
+                2
+            )  # another rank may wait for this one in a collective: leave without a farewell
         sys.exit(2)

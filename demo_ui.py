@@ -31,11 +31,26 @@ def main() -> None:
     models = parser.add_mutually_exclusive_group()
     about = "a step or phase folder, or any Llama or Qwen3 folder (default: the newest model under checkpoints/)"
     models.add_argument("--checkpoint", type=newest_step, help=about)
-    models.add_argument("--gguf", type=Path, help="a file of scripts/export_gguf.py, run by llama.cpp")
-    parser.add_argument("--compare", type=newest_step, help="a second model beside it: a folder or a .gguf file")
-    parser.add_argument("--context", type=at_least(1), help="tokens of a conversation (default: those of the training rows)")
-    parser.add_argument("--tools", nargs="+", metavar="NAME", help="tools to offer, or all (default: as the model was trained)")
-    parser.add_argument("--host", default="127.0.0.1", help="another address lets others in, and needs --password")
+    models.add_argument(
+        "--gguf", type=Path, help="a file of scripts/export_gguf.py, run by llama.cpp"
+    )
+    parser.add_argument(
+        "--compare", type=newest_step, help="a second model beside it: a folder or a .gguf file"
+    )
+    parser.add_argument(
+        "--context",
+        type=at_least(1),
+        help="tokens of a conversation (default: those of the training rows)",
+    )
+    parser.add_argument(
+        "--tools",
+        nargs="+",
+        metavar="NAME",
+        help="tools to offer, or all (default: as the model was trained)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="another address lets others in, and needs --password"
+    )
     parser.add_argument("--port", type=PORT, default=7860, help="0: any free one")
     add_boolean(parser, "--share", "a public link, by Gradio's servers; needs --password")
     parser.add_argument("--password", help="that visitors must give, under any name")
@@ -45,7 +60,9 @@ def main() -> None:
         if importlib.util.find_spec("gradio") is None:
             raise ValueError("the demo needs gradio; pip install -r requirements-demo.txt")
         if (args.share or args.host not in LOOPBACK) and not args.password:
-            raise ValueError("with --share or another --host others can open the demo; give a --password for them")
+            raise ValueError(
+                "with --share or another --host others can open the demo; give a --password for them"
+            )
         first = args.checkpoint or args.gguf
         if first is None:
             first = newest_model(Path.cwd(), ROOT)
@@ -73,23 +90,44 @@ def newest_model(*places: Path) -> Path:
             is_step = folder.name.startswith("step_")
             stage = folder.parent.name if is_step else folder.name
             rank = STAGES.index(stage) if stage in STAGES else -1
-            found.append((rank, config.stat().st_mtime_ns, folder))  # the folder's own time changes when it is pruned
+            found.append(
+                (rank, config.stat().st_mtime_ns, folder)
+            )  # the folder's own time changes when it is pruned
         if found:
             return max(found)[2]
-    raise ValueError("there is no model under checkpoints/; give --checkpoint or --gguf, or make one: make quickstart")
+    raise ValueError(
+        "there is no model under checkpoints/; give --checkpoint or --gguf, or make one: make quickstart"
+    )
 
 
-def launch(page: Any, host: str, port: int, password: str | None = None, share: bool = False) -> str:
+def launch(
+    page: Any, host: str, port: int, password: str | None = None, share: bool = False
+) -> str:
     """Serve the page in a thread; its address. ValueError where no public link could be made."""
     auth = password and (lambda _, word: hmac.compare_digest(word.encode(), password.encode()))
-    quiet: dict[str, Any] = {"quiet": True, "footer_links": [], "run_history": False, "ssr_mode": False, "mcp_server": False}
+    quiet: dict[str, Any] = {
+        "quiet": True,
+        "footer_links": [],
+        "run_history": False,
+        "ssr_mode": False,
+        "mcp_server": False,
+    }
     hosts = LOCAL if host in LOOPBACK and not share else ()
     guard = {"middleware": [(Guard, (), {"hosts": hosts, "same_origin": not share})]}
-    how = {"server_name": host, "server_port": port, "share": share, "auth": auth, "css": CSS, "show_error": True}
+    how = {
+        "server_name": host,
+        "server_port": port,
+        "share": share,
+        "auth": auth,
+        "css": CSS,
+        "show_error": True,
+    }
     how |= {"head": SCRIPT, "app_kwargs": guard}
     page.launch(prevent_thread_lock=True, **how, **quiet)
     if share and not page.share_url:
-        raise ValueError("no public link could be made: Gradio's servers were not reached; try without --share")
+        raise ValueError(
+            "no public link could be made: Gradio's servers were not reached; try without --share"
+        )
     return page.share_url or page.local_url
 
 

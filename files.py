@@ -72,7 +72,9 @@ def read_object(path: Path) -> dict[str, Any] | None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file, without lines that a killed process left unfinished; [] where there is no file."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+    for line in (
+        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
+    ):
         with suppress(ValueError):
             row = parse_json(line)
             if isinstance(row, dict):
@@ -97,7 +99,9 @@ def no_room(folder: Path, error: BaseException, todo: str) -> OSError:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
-    code = errno.EDQUOT if isinstance(error, OSError) and error.errno == errno.EDQUOT else errno.ENOSPC
+    code = (
+        errno.EDQUOT if isinstance(error, OSError) and error.errno == errno.EDQUOT else errno.ENOSPC
+    )
     return OSError(code, f"{os.strerror(code)}: {folder} has {free:.3f} GB free; {todo}")
 
 
@@ -120,8 +124,14 @@ def sweep(folder: Path) -> list[Path]:
     gone = []
     for path in sorted(folder.glob(".*.tmp")):
         stem, _, number = path.name.removesuffix(".tmp").rpartition(".")
-        if stem.endswith(f".{socket.gethostname()}") and number.isdecimal() and not _is_running(int(number)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        if (
+            stem.endswith(f".{socket.gethostname()}")
+            and number.isdecimal()
+            and not _is_running(int(number))
+        ):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
+                missing_ok=True
+            )
             gone.append(path)
     return gone
 

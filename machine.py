@@ -10,7 +10,9 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 def cpus() -> int:
     """CPU cores that this process may use, at least 1: its affinity (cpuset, taskset), bounded by the cgroup's quota."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min([allowed, *(math.ceil(quota) for quota in _quotas())]))
 
 
@@ -31,7 +33,9 @@ def _quotas() -> list[float]:
 def _quota(folder: Path) -> list[float]:
     words = " ".join(_lines(folder / "cpu.max")).split()  # v2: "200000 100000" or "max 100000"
     if not words:  # v1: -1 without a quota
-        words = [line for name in ("quota", "period") for line in _lines(folder / f"cpu.cfs_{name}_us")]
+        words = [
+            line for name in ("quota", "period") for line in _lines(folder / f"cpu.cfs_{name}_us")
+        ]
     if len(words) == 2 and all(word.isdecimal() for word in words) and int(words[1]):
         return [int(words[0]) / int(words[1])]
     return []

@@ -36,9 +36,16 @@ class Range:
         return bool(high_enough and low_enough)
 
     def __str__(self) -> str:
-        words = (("at least", "above")[self.open_least], self.least), (("at most", "below")[self.open_most], self.most)
+        words = (
+            (("at least", "above")[self.open_least], self.least),
+            (("at most", "below")[self.open_most], self.most),
+        )
         bounds = [f"{word} {_number(bound)}" for word, bound in words if math.isfinite(bound)]
-        text = "must not be negative" if bounds == ["at least 0"] else f"must be {' and '.join(bounds)}"
+        text = (
+            "must not be negative"
+            if bounds == ["at least 0"]
+            else f"must be {' and '.join(bounds)}"
+        )
         return text if bounds else "must be a finite number"
 
 
@@ -55,12 +62,16 @@ class Filled:
         return "must not be empty"
 
 
-def at_least(least: float, *, most: float = math.inf, below: float | None = None, hint: str = "") -> Range:
+def at_least(
+    least: float, *, most: float = math.inf, below: float | None = None, hint: str = ""
+) -> Range:
     """The range from `least`, included, up to `most`, or to a value below `below`."""
     return Range(least, most if below is None else below, open_most=below is not None, hint=hint)
 
 
-def above(least: float, *, most: float = math.inf, below: float | None = None, hint: str = "") -> Range:
+def above(
+    least: float, *, most: float = math.inf, below: float | None = None, hint: str = ""
+) -> Range:
     """The range above `least`, up to `most`, or to a value below `below`."""
     return Range(least, most if below is None else below, True, below is not None, hint)
 
@@ -82,10 +93,16 @@ def check(value: Any, hint: Any, name: str) -> None:
     for rule in rules:
         if isinstance(rule, (Range, Filled)):
             if not _is_kind(value, kind):
-                raise ValueError(f"{name}={shown(value)} must be {WORDS.get(kind, 'of another type')}")
+                raise ValueError(
+                    f"{name}={shown(value)} must be {WORDS.get(kind, 'of another type')}"
+                )
             if value not in rule:
-                what = "must be a finite number" if _is_infinite(value) else f"{_limit(value, rule)}"
-                raise ValueError(f"{name}={shown(value)} {what}" + (f"; {rule.hint}" if rule.hint else ""))
+                what = (
+                    "must be a finite number" if _is_infinite(value) else f"{_limit(value, rule)}"
+                )
+                raise ValueError(
+                    f"{name}={shown(value)} {what}" + (f"; {rule.hint}" if rule.hint else "")
+                )
     if rules:
         return
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -101,7 +118,11 @@ def check(value: Any, hint: Any, name: str) -> None:
 
 def member(parts: tuple[Any, ...], value: Any) -> Any:
     """The type of X | tuple[X, ...] | None that a value belongs to: the tuple for a list or a tuple, else X."""
-    several = [part for part in parts if typing.get_origin(part) is tuple and isinstance(value, (list, tuple))]
+    several = [
+        part
+        for part in parts
+        if typing.get_origin(part) is tuple and isinstance(value, (list, tuple))
+    ]
     return next(part for part in [*several, *parts] if part is not type(None))
 
 
@@ -143,7 +164,12 @@ def _is_infinite(value: Any) -> bool:
 
 def _limit(value: Any, rule: Range | Filled) -> str:
     """What a rule asks for; the bound of int64 where only that is exceeded."""
-    if isinstance(rule, Range) and isinstance(value, Integral) and int(value) >= MAX_INT and not math.isfinite(rule.most):
+    if (
+        isinstance(rule, Range)
+        and isinstance(value, Integral)
+        and int(value) >= MAX_INT
+        and not math.isfinite(rule.most)
+    ):
         return "must be below 2**63"
     return str(rule)
 

@@ -57,7 +57,9 @@ def starts_our_script(arguments: Sequence[str]) -> bool:
         if previous in ("-m", "--module"):
             return is_ours(_module_file(argument))
         if argument.endswith(".py"):  # train.py in a folder without one is meant to be ours, too
-            return is_ours(Path(argument)) or (not Path(argument).exists() and is_ours(ROOT / Path(argument).name))
+            return is_ours(Path(argument)) or (
+                not Path(argument).exists() and is_ours(ROOT / Path(argument).name)
+            )
     return False
 
 

@@ -28,15 +28,32 @@ from training.phase import Stage, TokenizerFiles, run_phase
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--config", help="YAML file (default: the 1.1B model's first phase; with --test_mode a tiny model)")
-    parser.add_argument("--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)")
-    parser.add_argument("--resume_from", help="a step folder or phase folder of an earlier phase to go on from")
+    parser.add_argument(
+        "--config",
+        help="YAML file (default: the 1.1B model's first phase; with --test_mode a tiny model)",
+    )
+    parser.add_argument(
+        "--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)"
+    )
+    parser.add_argument(
+        "--resume_from", help="a step folder or phase folder of an earlier phase to go on from"
+    )
     parser.add_argument("--steps", type=int, help="updates in this phase")
     parser.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
     parser.add_argument("--wandb_run_name", help="name of the run there (default: the run's)")
-    parser.add_argument("--test_mode", action="store_true", help="train on dummy data and check that everything works")
-    parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6 from here into logs/<run>/profile/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
+    parser.add_argument(
+        "--test_mode",
+        action="store_true",
+        help="train on dummy data and check that everything works",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="trace steps 4 to 6 from here into logs/<run>/profile/",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="any other setting of the config"
+    )
     args = parser.parse_intermixed_args()  # settings may stand between flags
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
@@ -56,12 +73,16 @@ def main() -> None:
     setup.exit_process(status)
 
 
-def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: bool, profile: bool = False) -> int:
+def pretrain(
+    run: RunConfig, rank: int, world: int, device: torch.device, test: bool, profile: bool = False
+) -> int:
     """One phase from data to checkpoints. Returns the exit status, 0 if it is complete; it has saved in any case."""
     data, vocab = run.data, run.model.vocab_size
     if test:
         run_on_rank0(lambda: selftest.clear(run))
-        run_on_rank0(lambda: write_dummy_store(Path(data.store), vocab, 40 * data.tokens_per_step, run.seed))
+        run_on_rank0(
+            lambda: write_dummy_store(Path(data.store), vocab, 40 * data.tokens_per_step, run.seed)
+        )
     tokenizer = open_tokenizer(data.store, vocab)
     shards = open_shards(data.store, data.mix, "train", vocab, data.min_document_tokens)
     shape = (data.sequence_length, data.rows, data.micro_batch_size)
@@ -69,11 +90,19 @@ def pretrain(run: RunConfig, rank: int, world: int, device: torch.device, test: 
     batch_size = run.validation.batch_size or data.micro_batch_size
     measured = run.validation.every or run.validation.before
     held_out = {
-        name: validation_batches(part, data.sequence_length, batch_size, run.validation.rows, rank, world)
-        for name, part in (open_shards(data.store, data.mix, "val", vocab) if measured else {}).items()
+        name: validation_batches(
+            part, data.sequence_length, batch_size, run.validation.rows, rank, world
+        )
+        for name, part in (
+            open_shards(data.store, data.mix, "val", vocab) if measured else {}
+        ).items()
     }
     bytes_of = torch.from_numpy(tokenizer.bytes_of)
-    evaluate = partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.all_reduce_sum) if measured else None
+    evaluate = (
+        partial(perplexity, sources=held_out, bytes_of=bytes_of, total=setup.all_reduce_sum)
+        if measured
+        else None
+    )
     stage = Stage(
         loader=Prefetcher(packed, device),
         objective=next_token(run.optim.z_weight),

@@ -50,8 +50,12 @@ class PreferenceRun(TuningRun):
     """A run on pairs."""
 
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = TuningRun.NO_EFFECT | {
-        "data.tokens_per_step": NoEffect("has no effect in DPO: a step has data.pairs_per_step pairs; set that"),
-        "optim.z_weight": NoEffect("has no effect in DPO, whose losses have no z-loss; remove it", (0, None)),
+        "data.tokens_per_step": NoEffect(
+            "has no effect in DPO: a step has data.pairs_per_step pairs; set that"
+        ),
+        "optim.z_weight": NoEffect(
+            "has no effect in DPO, whose losses have no z-loss; remove it", (0, None)
+        ),
     }
 
     data: PairDataConfig = field(default_factory=PairDataConfig)
@@ -60,7 +64,10 @@ class PreferenceRun(TuningRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = {"data.micro_batch_size": self.data.micro_batch_size, "validation.batch_size": self.validation.batch_size}
+        sizes = {
+            "data.micro_batch_size": self.data.micro_batch_size,
+            "validation.batch_size": self.validation.batch_size,
+        }
         for name, rows in sizes.items():
             if rows and rows % 2:
                 raise ValueError(f"{name}={rows} must be even in DPO, since a pair is two rows")
@@ -70,34 +77,69 @@ def main() -> None:
     flags = parser(__doc__, "configs/dpo.yaml", "pairs in one update, over all ranks")
     flags.add_argument("--beta", type=float, help="how dear it is to leave the reference")
     args = flags.parse_intermixed_args()
-    start(PreferenceRun, args, {"data.pairs_per_step": args.batch_size, "dpo.beta": args.beta}, align)
+    start(
+        PreferenceRun, args, {"data.pairs_per_step": args.batch_size, "dpo.beta": args.beta}, align
+    )
 
 
-def align(run: PreferenceRun, rank: int, world: int, device: torch.device, profile: bool = False) -> int:
+def align(
+    run: PreferenceRun, rank: int, world: int, device: torch.device, profile: bool = False
+) -> int:
     """From pairs to checkpoints. Returns the exit status, 0 if complete; it has saved in any case."""
     base = take_base(run, Path(run.preferences.cache))
     _, folder, files, run = base
     data, new_tokens = run.data, files.new_tokens
-    prepared = run_on_rank0(lambda: prepare(run.preferences, data.mix, folder, data.sequence_length))
-    train, val = ({name: Pairs(path, split) for name, path in prepared.items()} for split in ("train", "val"))
+    prepared = run_on_rank0(
+        lambda: prepare(run.preferences, data.mix, folder, data.sequence_length)
+    )
+    train, val = (
+        {name: Pairs(path, split) for name, path in prepared.items()} for split in ("train", "val")
+    )
     files = with_record(base, [source.report for source in train.values()], data.sequence_length)
     size = max(1, min(data.micro_batch_size // 2, data.pairs_per_step // world))  # pairs
-    multiple = 64 if device.type == "cuda" else 1  # few lengths of rows, for kernels and compilation
-    pairs = PairLoader(train, data.mix, data.sequence_length, data.pairs_per_step, size, run.seed, rank, world, multiple)
+    multiple = (
+        64 if device.type == "cuda" else 1
+    )  # few lengths of rows, for kernels and compilation
+    pairs = PairLoader(
+        train,
+        data.mix,
+        data.sequence_length,
+        data.pairs_per_step,
+        size,
+        run.seed,
+        rank,
+        world,
+        multiple,
+    )
     held = (run.validation.batch_size or 2 * size) // 2
-    few = HeldOutPairs(val, run.validation.rows, max(1, held), data.sequence_length, rank, world, multiple)
+    few = HeldOutPairs(
+        val, run.validation.rows, max(1, held), data.sequence_length, rank, world, multiple
+    )
     source = reference(
-        run, folder, new_tokens, device, {"train": pairs.steps(run.steps), "val": few.steps()}, {"train": train, "val": val}
+        run,
+        folder,
+        new_tokens,
+        device,
+        {"train": pairs.steps(run.steps), "val": few.steps()},
+        {"train": train, "val": val},
     )
     pairs.reference = partial(source, "train") if source else None
     sources = few.batches(partial(source, "val") if source else None)
     lines = run.schedule_lines()
     if 2 * size < data.micro_batch_size:
-        lines.append(f"micro-batches: {2 * size} rows, a rank's share, instead of data.micro_batch_size={data.micro_batch_size}")
+        lines.append(
+            f"micro-batches: {2 * size} rows, a rank's share, instead of data.micro_batch_size={data.micro_batch_size}"
+        )
     run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
     objective = preference(run.dpo)
-    evaluate = partial(held_out, objective=objective, sources=sources, total=setup.all_reduce_sum) if sources else None
-    lines += [line for name, source in train.items() for line in describe(name, source.report)] + pairs.describe(run.steps)
+    evaluate = (
+        partial(held_out, objective=objective, sources=sources, total=setup.all_reduce_sum)
+        if sources
+        else None
+    )
+    lines += [
+        line for name, source in train.items() for line in describe(name, source.report)
+    ] + pairs.describe(run.steps)
     stage = Stage(
         loader=Prefetcher(pairs, device),
         objective=objective,
@@ -132,7 +174,11 @@ def reference(
         return lambda split, names, batch: frozen_logps(model, batch)
     if dpo.referred == "none":
         return None
-    sources = [(split, name, source) for split, part in pairs.items() for name, source in sorted(part.items())]
+    sources = [
+        (split, name, source)
+        for split, part in pairs.items()
+        for name, source in sorted(part.items())
+    ]
     made_of = run_on_rank0(
         lambda: {
             "weights": " ".join(file_hash(path) for path in sorted(base.glob("*.safetensors"))),
@@ -141,11 +187,15 @@ def reference(
             "template": file_hash(tokenizer / TRAINING_TEMPLATE),
             "length": str(run.data.sequence_length),
             "dtype": str(compute_dtype(run.parallel, device)),
-            "data": " ".join(f"{split} {name} {source.fingerprint}" for split, name, source in sources),
+            "data": " ".join(
+                f"{split} {name} {source.fingerprint}" for split, name, source in sources
+            ),
         }
     )
     sizes = {f"{split}/{name}": len(source.prompts) for split, name, source in sources}
-    logps = ReferenceLogps(Path(dpo.reference_cache or run.checkpoints / "reference.safetensors"), made_of, sizes)
+    logps = ReferenceLogps(
+        Path(dpo.reference_cache or run.checkpoints / "reference.safetensors"), made_of, sizes
+    )
     logps.compute(
         lambda: sharded(build_reference(base, run.model, new_tokens), run, device),
         steps,

@@ -36,13 +36,22 @@ class SFTConfig(TuningRun):
 
 
 def main() -> None:
-    flags = parser(__doc__, "configs/sft.yaml", "rows a rank holds at once; a step stays data.tokens_per_step")
+    flags = parser(
+        __doc__, "configs/sft.yaml", "rows a rank holds at once; a step stays data.tokens_per_step"
+    )
     args = flags.parse_intermixed_args()
     counted = None if args.num_steps is None else "null"  # a flag goes before what the config says
-    start(SFTConfig, args, {"data.micro_batch_size": args.batch_size, "chat.epochs": counted}, finetune)
+    start(
+        SFTConfig,
+        args,
+        {"data.micro_batch_size": args.batch_size, "chat.epochs": counted},
+        finetune,
+    )
 
 
-def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profile: bool = False) -> int:
+def finetune(
+    run: SFTConfig, rank: int, world: int, device: torch.device, profile: bool = False
+) -> int:
     """From conversations to checkpoints. Returns the exit status, 0 if complete; it has saved in any case."""
     base = take_base(run, Path(run.chat.cache))
     chat, folder, _, run = base
@@ -59,7 +68,14 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     batch_size, rows = run.validation.batch_size or data.micro_batch_size, run.validation.rows
     parts = {name: Conversations(path, "val") for name, path in prepared.items()}
     held_out = {
-        name: row_batches(kept := part.pack(length, run.seed), length, batch_size, min(rows, len(kept)), rank, world)
+        name: row_batches(
+            kept := part.pack(length, run.seed),
+            length,
+            batch_size,
+            min(rows, len(kept)),
+            rank,
+            world,
+        )
         for name, part in parts.items()
         if part.documents
     }
@@ -67,12 +83,22 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     def evaluate(model: Any) -> dict[str, dict[str, float]]:
         results = perplexity(model, held_out, bytes_of, setup.all_reduce_sum) if held_out else {}
         places = loader.position
-        for name, share in (packed.shares(max(0, places - run.validation.every), places) if places else {}).items():
+        for name, share in (
+            packed.shares(max(0, places - run.validation.every), places) if places else {}
+        ).items():
             results.setdefault(name, {})["trained_share"] = share
         if run.chat.samples:
             weights, title = whole_weights(model), f"{run.phase}, place {places}"
             if rank == 0:
-                write_samples(run.logs / "samples.md", title, model.config, weights, chat, run.chat.samples, device)
+                write_samples(
+                    run.logs / "samples.md",
+                    title,
+                    model.config,
+                    weights,
+                    chat,
+                    run.chat.samples,
+                    device,
+                )
         return results
 
     known = torch.from_numpy(token_bytes(chat.tokenizer))
@@ -84,7 +110,9 @@ def finetune(run: SFTConfig, rank: int, world: int, device: torch.device, profil
     lines += [line for name, source in sources.items() for line in describe(name, source.report)]
     lines += packed.describe(run.steps)
     measured = evaluate if held_out or run.chat.samples else None
-    return run_phase(run, device, Stage(loader, objective, files, measured, data_lines=lines), profile)
+    return run_phase(
+        run, device, Stage(loader, objective, files, measured, data_lines=lines), profile
+    )
 
 
 def check_samples(run: SFTConfig, chat: Chat) -> None:
@@ -93,7 +121,9 @@ def check_samples(run: SFTConfig, chat: Chat) -> None:
         try:
             used = len(chat.prompt([{"role": "user", "content": text}]))
         except ValueError as error:
-            raise ValueError(f"chat.samples: {text[:40]!r} cannot be asked ({error}); change it or leave it out") from None
+            raise ValueError(
+                f"chat.samples: {text[:40]!r} cannot be asked ({error}); change it or leave it out"
+            ) from None
         if used >= run.model.max_position_embeddings:
             raise ValueError(
                 f"chat.samples: {text[:40]!r} leaves no room for a reply: with the template it has {used} tokens of the model's "

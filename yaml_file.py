@@ -30,7 +30,9 @@ class UniqueKeys(yaml.SafeLoader):
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         super().flatten_mapping(node)
         if len(node.value) > MAX_NODES:
-            raise yaml.constructor.ConstructorError(None, None, f"merges give more than {MAX_NODES:,} keys")
+            raise yaml.constructor.ConstructorError(
+                None, None, f"merges give more than {MAX_NODES:,} keys"
+            )
 
 
 class _TwiceError(yaml.constructor.ConstructorError):
@@ -44,10 +46,14 @@ def parse_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(f"is not YAML{_reason(error)}") from error
     except RecursionError as error:
-        raise ValueError(f"is not a config: it is nested more than {MAX_DEPTH} levels deep or refers to itself") from error
+        raise ValueError(
+            f"is not a config: it is nested more than {MAX_DEPTH} levels deep or refers to itself"
+        ) from error
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
         # of PyYAML's constructors: an integer of more than 4,300 digits, the 13th month, !!int ''
-        raise ValueError(f"holds a value that YAML cannot read ({str(error)[:80]}); write it in quotes or shorten it") from error
+        raise ValueError(
+            f"holds a value that YAML cannot read ({str(error)[:80]}); write it in quotes or shorten it"
+        ) from error
     _check_size(value)
     return value
 
@@ -59,7 +65,9 @@ def read_yaml_file(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     try:
         return parse_yaml(text)
     except ValueError as error:
@@ -76,12 +84,16 @@ def _check_size(value: Any) -> None:
             if isinstance(children, (list, tuple, set)):
                 count += len(children)
                 if count > MAX_NODES:
-                    raise ValueError(f"is not a config: it has more than {MAX_NODES:,} values, with its aliases expanded")
+                    raise ValueError(
+                        f"is not a config: it has more than {MAX_NODES:,} values, with its aliases expanded"
+                    )
                 inner += children
         level = inner
         if not level:
             return
-    raise ValueError(f"is not a config: it is nested more than {MAX_DEPTH} levels deep or refers to itself")
+    raise ValueError(
+        f"is not a config: it is nested more than {MAX_DEPTH} levels deep or refers to itself"
+    )
 
 
 def _reason(error: yaml.YAMLError) -> str:

@@ -24,15 +24,28 @@ from benchmarks.side_by_side import machine, median_ms, reason, wait, write
 from cli import user_errors
 from models.attention import Added, Mask, attend, attention_mask, dense_mask
 
-SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
-GPU = ("sdpa", "sdpa cudnn", "sdpa flash", "flex", "varlen", "flash")  # flash last: it may take the place of torch's kernel
+SDPA = {
+    "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa flash": SDPBackend.FLASH_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+GPU = (
+    "sdpa",
+    "sdpa cudnn",
+    "sdpa flash",
+    "flex",
+    "varlen",
+    "flash",
+)  # flash last: it may take the place of torch's kernel
 CPU = ("blocks", "sdpa", "math")
 
 
 def documents(rows: int, length: int) -> Tensor:
     """[rows, length] int32, counting up at each document's first token."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(600), 1.05, rows * length // 20), 20, 200_000).astype(np.int64)
+    lengths = np.clip(rng.lognormal(np.log(600), 1.05, rows * length // 20), 20, 200_000).astype(
+        np.int64
+    )
     starts = np.zeros(rows * length, np.int32)
     ends = np.cumsum(lengths)
     starts[ends[ends < rows * length]] = 1
@@ -43,28 +56,51 @@ def seen_pairs(doc_ids: Tensor | None, rows: int, length: int) -> int:
     """How many (query, key) pairs are not masked."""
     if doc_ids is None:
         return rows * length * (length + 1) // 2
-    return sum(int(n) * (int(n) + 1) // 2 for row in doc_ids for n in row.unique_consecutive(return_counts=True)[1])
+    return sum(
+        int(n) * (int(n) + 1) // 2
+        for row in doc_ids
+        for n in row.unique_consecutive(return_counts=True)[1]
+    )
 
 
-def run(qkv: tuple[Tensor, Tensor, Tensor], grad: Tensor, mask: Mask, backend: SDPBackend | None, function: Callable) -> Any:
+def run(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    mask: Mask,
+    backend: SDPBackend | None,
+    function: Callable,
+) -> Any:
     with sdpa_kernel(backend) if backend is not None else nullcontext():
         out = function(*qkv, mask)
         return torch.autograd.grad(out, qkv, grad)
 
 
-def measure(length: int, packed: bool, args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    rows, (heads, groups) = max(1, args.tokens // length), (32, 4) if device.type == "cuda" else (8, 1)
+def measure(
+    length: int, packed: bool, args: argparse.Namespace, device: torch.device
+) -> list[dict[str, Any]]:
+    rows, (heads, groups) = (
+        max(1, args.tokens // length),
+        (32, 4) if device.type == "cuda" else (8, 1),
+    )
     doc_ids = documents(rows, length) if packed else None
     pairs = seen_pairs(doc_ids, rows, length)
     on_device = None if doc_ids is None else doc_ids.to(device)
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, length, h, 64) for h in (heads, groups, groups, heads)]
-    made = [torch.randn(shape, generator=generator).to(device, torch.bfloat16).transpose(1, 2) for shape in shapes]
+    made = [
+        torch.randn(shape, generator=generator).to(device, torch.bfloat16).transpose(1, 2)
+        for shape in shapes
+    ]
     qkv, grad = tuple(x.requires_grad_() for x in made[:3]), made[3]
     hidden = torch.empty(rows, length, heads * 64, dtype=torch.bfloat16, device=device)
     results, calls = [], {}
     for name in GPU if device.type == "cuda" else CPU:
-        result: dict[str, Any] = {"length": length, "rows": rows, "documents": packed, "kernel": name}
+        result: dict[str, Any] = {
+            "length": length,
+            "rows": rows,
+            "documents": packed,
+            "kernel": name,
+        }
         results.append(result)
         try:
             if name in SDPA and packed and device.type == "cuda":
@@ -77,7 +113,9 @@ def measure(length: int, packed: bool, args: argparse.Namespace, device: torch.d
             call = partial(run, qkv, grad, mask, SDPA.get(name), attend)
             call()
             wait(device)
-        except Exception as error:  # a kernel that is not installed, or cannot do this, is a row that says so
+        except (
+            Exception
+        ) as error:  # a kernel that is not installed, or cannot do this, is a row that says so
             result["not measured"] = reason(error)
             continue
         result["mask_ms"] = median_ms({"mask": make}, 5, device)["mask"]
@@ -91,9 +129,18 @@ def measure(length: int, packed: bool, args: argparse.Namespace, device: torch.d
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16_384] if cuda else [256, 1024])
-    parser.add_argument("--tokens", type=int, default=65_536 if cuda else 2048, help="in a batch, whatever the length")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[4096, 8192, 16_384] if cuda else [256, 1024]
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=65_536 if cuda else 2048,
+        help="in a batch, whatever the length",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
@@ -102,16 +149,28 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     with user_errors():
         rows: list[dict[str, Any]] = []
-        found = {"task": "attention", "machine": machine(device, "flash-attn", "flash-attn-3", "flash-attn-4"), "rows": rows}
+        found = {
+            "task": "attention",
+            "machine": machine(device, "flash-attn", "flash-attn-3", "flash-attn-4"),
+            "rows": rows,
+        }
         for length in args.lengths:
             for packed in (False, True):
                 for row in measure(length, packed, args, device):
                     rows.append(row)
                     head = f"{length:>6} x {row['rows']:<3} {'documents' if packed else 'rows':<10} {row['kernel']:<11}"
                     figures = "{ms:9.2f} ms {tflop_per_s:8.2f} TFLOP/s, mask {mask_ms:.2f} ms"
-                    print(head, figures.format(**row) if "ms" in row else "not measured: " + row["not measured"], flush=True)
+                    print(
+                        head,
+                        figures.format(**row)
+                        if "ms" in row
+                        else "not measured: " + row["not measured"],
+                        flush=True,
+                    )
                 write(args.output, found)  # as far as it came, should the time be up
-    print("flash stands for the newest of FlashAttention-2, -3 and -4 that is installed") if cuda else None
+    print(
+        "flash stands for the newest of FlashAttention-2, -3 and -4 that is installed"
+    ) if cuda else None
 
 
 if __name__ == "__main__":

@@ -34,7 +34,13 @@ from data.decontamination import index as decontamination
 from data.decontamination import test_sets as testsets
 from data.pipeline.prepare import document_parts, prepare
 from data.pipeline.recipe import CleanConfig, Recipe
-from data.pipeline.steps import EvalTokenizer, Signature, WriteShards, chosen_filters, read_documents
+from data.pipeline.steps import (
+    EvalTokenizer,
+    Signature,
+    WriteShards,
+    chosen_filters,
+    read_documents,
+)
 from training.settings import load_settings
 
 
@@ -56,7 +62,10 @@ def seconds(work: Callable[[], object], repeats: int, children: bool = False) ->
     """Median CPU seconds of work()."""
 
     def clock() -> float:
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)[: 1 + children]]
+        used = [
+            resource.getrusage(who)
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)[: 1 + children]
+        ]
         return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
     taken = []
@@ -67,32 +76,47 @@ def seconds(work: Callable[[], object], repeats: int, children: bool = False) ->
     return statistics.median(taken)
 
 
-def steps(recipe: Recipe, documents: list[Document], scratch: Path) -> dict[str, Callable[[], object]]:
+def steps(
+    recipe: Recipe, documents: list[Document], scratch: Path
+) -> dict[str, Callable[[], object]]:
     """What is timed: each takes all the documents."""
     store = Path(recipe.store).resolve()
     part = document_parts(recipe)[0]
     spacy = find_spec("spacy") is not None
     index = decontamination.build_index(
-        {name: testsets.load_testset(name, store.parent / "wheels") for name in recipe.decontaminate.test_sets}
+        {
+            name: testsets.load_testset(name, store.parent / "wheels")
+            for name in recipe.decontaminate.test_sets
+        }
     )
 
     def filtering(step) -> Callable[[], object]:
         return lambda: [step.filter(document) for document in documents]
 
     def signing(step) -> Callable[[], object]:
-        return lambda: [step.get_signature(s) for d in documents if (s := step.get_shingles(d.text)).size]
+        return lambda: [
+            step.get_signature(s) for d in documents if (s := step.get_shingles(d.text)).size
+        ]
 
     def tokenizing() -> None:
-        WriteShards([part], scratch / "shards", store / "tokenizer", recipe.val_fraction).run(iter(documents))
+        WriteShards([part], scratch / "shards", store / "tokenizer", recipe.val_fraction).run(
+            iter(documents)
+        )
 
     def stock_tokenizing() -> None:
         stock = DocumentTokenizer(
-            str(scratch / "stock"), str(store / "tokenizer" / "tokenizer.json"), shuffle_documents=False, eos_token=None
+            str(scratch / "stock"),
+            str(store / "tokenizer" / "tokenizer.json"),
+            shuffle_documents=False,
+            eos_token=None,
         )
         stock.run(iter(documents))
 
     config, mask = MinhashConfig(), PIIFormatter()
-    languages, quality = chosen_filters(CleanConfig(language="en")), chosen_filters(CleanConfig(filters=("gopher_quality",)))
+    languages, quality = (
+        chosen_filters(CleanConfig(language="en")),
+        chosen_filters(CleanConfig(filters=("gopher_quality",))),
+    )
     return {
         "language": filtering(languages[0]),
         "gopher_repetition": filtering(GopherRepetitionFilter(language=EvalTokenizer())),
@@ -100,7 +124,11 @@ def steps(recipe: Recipe, documents: list[Document], scratch: Path) -> dict[str,
         "gopher_quality": filtering(quality[0]),
         "mask_pii": lambda: [mask.format(document.text) for document in documents],
         "minhash signature": signing(Signature(str(scratch), config)),
-        **({"minhash signature, stock": signing(MinhashDedupSignature(str(scratch), config))} if spacy else {}),
+        **(
+            {"minhash signature, stock": signing(MinhashDedupSignature(str(scratch), config))}
+            if spacy
+            else {}
+        ),
         "decontaminate": lambda: list(index.scan((d.id, d.text) for d in documents)),
         "tokenize and write shards": tokenizing,
         "tokenize and write, stock": stock_tokenizing,
@@ -114,7 +142,9 @@ def whole(recipe: Recipe, scratch: Path) -> Callable[[], object]:
     for name in ("documents", "tokenizer"):
         (store / name).symlink_to(Path(recipe.store).resolve() / name)
     (scratch / "stores" / "wheels").symlink_to(Path(recipe.store).resolve().parent / "wheels")
-    mine = replace(recipe, store=str(store), executor=replace(recipe.executor, kind="local", workers=1))
+    mine = replace(
+        recipe, store=str(store), executor=replace(recipe.executor, kind="local", workers=1)
+    )
 
     def run() -> None:
         for made in (*store.glob("work/clean-*"), *store.glob("work/tokens-*"), store / "tokens"):
@@ -126,7 +156,9 @@ def whole(recipe: Recipe, scratch: Path) -> Callable[[], object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/data/quickstart.yaml"))
     parser.add_argument("--megabytes", type=float, default=5, help="of text for the single steps")
     parser.add_argument("--repeats", type=int, default=3)
@@ -142,14 +174,30 @@ def main() -> None:
         for name, work in steps(recipe, documents, Path(scratch)).items():
             rates[name] = size / seconds(work, args.repeats)
             print(f"{name:>28} {rates[name]:8.2f} MB/s", flush=True)
-        everything = sum(len(d.text.encode()) for part in document_parts(recipe) for d in read_documents(Path(part.path))) / 1e6
-        rates["whole pipeline"] = everything / seconds(whole(recipe, Path(scratch)), 1, children=True)
-        print(f"{'whole pipeline':>28} {rates['whole pipeline']:8.2f} MB/s of {everything:.1f} MB, after the index is built")
+        everything = (
+            sum(
+                len(d.text.encode())
+                for part in document_parts(recipe)
+                for d in read_documents(Path(part.path))
+            )
+            / 1e6
+        )
+        rates["whole pipeline"] = everything / seconds(
+            whole(recipe, Path(scratch)), 1, children=True
+        )
+        print(
+            f"{'whole pipeline':>28} {rates['whole pipeline']:8.2f} MB/s of {everything:.1f} MB, after the index is built"
+        )
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "datatrove": version("datatrove")}
+        machine = {
+            "date": time.strftime("%Y-%m-%d"),
+            "python": platform.python_version(),
+            "datatrove": version("datatrove"),
+        }
         args.output.write_text(
-            json.dumps({**machine, "megabytes": size, "mb_per_s_per_core": rates}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({**machine, "megabytes": size, "mb_per_s_per_core": rates}, indent=2) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -42,34 +42,80 @@ from training.preference_losses import DPOConfig, preference
 from training.reference import ReferenceLogps, build_reference, frozen_logps, sharded
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"length": 512, "pairs": 48, "batch": 4, "steps": 2, "dtype": "float32", "checkpointing": "none"},
-    "1b": {"length": 2048, "pairs": 64, "batch": 4, "steps": 4, "dtype": "bfloat16", "checkpointing": "full"},
+    "tiny": {
+        "length": 512,
+        "pairs": 48,
+        "batch": 4,
+        "steps": 2,
+        "dtype": "float32",
+        "checkpointing": "none",
+    },
+    "1b": {
+        "length": 2048,
+        "pairs": 64,
+        "batch": 4,
+        "steps": 4,
+        "dtype": "bfloat16",
+        "checkpointing": "full",
+    },
 }
-TINY = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
+TINY = {
+    "hidden_size": 256,
+    "intermediate_size": 704,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 CONTENDERS = ("ours", "ours_cpu_reference", "trl", "trl_precomputed")
 
 
 def lengths_of(shape: str, rng: np.random.Generator) -> tuple[int, int, int]:
     """Tokens of a prompt and two answers: log-normal with hh-rlhf's medians and spread, or even up to a row."""
     if shape == "tiny":
-        prompt, first, second = (np.exp(rng.normal(np.log(at), spread)) for at, spread in ((110, 0.8), (40, 0.8), (40, 0.8)))
-        return int(np.clip(prompt, 8, 256)), int(np.clip(first, 2, 250)), int(np.clip(second, 2, 250))
+        prompt, first, second = (
+            np.exp(rng.normal(np.log(at), spread))
+            for at, spread in ((110, 0.8), (40, 0.8), (40, 0.8))
+        )
+        return (
+            int(np.clip(prompt, 8, 256)),
+            int(np.clip(first, 2, 250)),
+            int(np.clip(second, 2, 250)),
+        )
     return int(rng.integers(100, 1000)), int(rng.integers(50, 1000)), int(rng.integers(50, 1000))
 
 
 def write_case(folder: Path, shape: str) -> None:
     """A model with random weights, pairs as preferences.py leaves them, and shape.json."""
     wanted, rng = SHAPES[shape], np.random.default_rng(0)
-    config = ModelConfig(**TINY, vocab_size=8192, max_position_embeddings=512) if shape == "tiny" else ModelConfig()
-    save_hf(folder / "model", config, NanoLlama(config, seed=0).state_dict(), torch.float32, bos=0, eos=1, pad=2)
+    config = (
+        ModelConfig(**TINY, vocab_size=8192, max_position_embeddings=512)
+        if shape == "tiny"
+        else ModelConfig()
+    )
+    save_hf(
+        folder / "model",
+        config,
+        NanoLlama(config, seed=0).state_dict(),
+        torch.float32,
+        bos=0,
+        eos=1,
+        pad=2,
+    )
     ids, prompts = [], []
     for _ in range(wanted["pairs"]):
         prompt, *answers = lengths_of(shape, rng)
         asked = rng.integers(3, config.vocab_size, prompt)
-        ids += [np.concatenate([asked, rng.integers(3, config.vocab_size, size)]).astype(np.uint32) for size in answers]
+        ids += [
+            np.concatenate([asked, rng.integers(3, config.vocab_size, size)]).astype(np.uint32)
+            for size in answers
+        ]
         prompts.append(prompt)
     (folder / "pairs").mkdir()
-    arrays = (np.concatenate(ids), np.cumsum([0, *map(len, ids)], dtype=np.int64), np.array(prompts))
+    arrays = (
+        np.concatenate(ids),
+        np.cumsum([0, *map(len, ids)], dtype=np.int64),
+        np.array(prompts),
+    )
     for part, array in zip(PARTS, arrays, strict=True):
         np.save(folder / "pairs" / f"train.{part}.npy", array)
     manifest.write(folder / "pairs", {"report": {}, "sha256": {"train": "random"}})
@@ -81,12 +127,19 @@ Pace = Callable[[], None]  # after each step
 
 def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], reference: str) -> None:
     """Steps as training/loop.py takes them."""
-    shape, pairs = json.loads((folder / "shape.json").read_text(encoding="utf-8")), {"pairs": Pairs(folder / "pairs", "train")}
+    shape, pairs = (
+        json.loads((folder / "shape.json").read_text(encoding="utf-8")),
+        {"pairs": Pairs(folder / "pairs", "train")},
+    )
     run = RunConfig(
         model=read_hf_config(folder / "model"),
         init_from=str(folder / "model"),
-        data=DataConfig(sequence_length=shape["length"], tokens_per_step=2 * shape["batch"] * shape["length"]),
-        parallel=ParallelConfig(dtype=shape["dtype"], activation_checkpointing=shape["checkpointing"]),
+        data=DataConfig(
+            sequence_length=shape["length"], tokens_per_step=2 * shape["batch"] * shape["length"]
+        ),
+        parallel=ParallelConfig(
+            dtype=shape["dtype"], activation_checkpointing=shape["checkpointing"]
+        ),
         optim=OptimConfig(lr=1e-6, weight_decay=0.0, beta2=0.999),
     )
     loader = PairLoader(
@@ -122,7 +175,9 @@ def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], refe
         done()
 
 
-def trl(folder: Path, device: torch.device, begin: Callable[[dict], Pace], precomputed: bool) -> None:
+def trl(
+    folder: Path, device: torch.device, begin: Callable[[dict], Pace], precomputed: bool
+) -> None:
     """DPOTrainer.train() on the same ids."""
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models
@@ -132,12 +187,19 @@ def trl(folder: Path, device: torch.device, begin: Callable[[dict], Pace], preco
 
     logging.set_verbosity_error()
     disable_progress_bars()
-    shape, pairs = json.loads((folder / "shape.json").read_text(encoding="utf-8")), Pairs(folder / "pairs", "train")
+    shape, pairs = (
+        json.loads((folder / "shape.json").read_text(encoding="utf-8")),
+        Pairs(folder / "pairs", "train"),
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "a")), pad_token="c", eos_token="b"
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, "a")),
+        pad_token="c",
+        eos_token="b",
     )
     bf16 = shape["dtype"] == "bfloat16"
-    load = partial(AutoModelForCausalLM.from_pretrained, folder / "model", attn_implementation="sdpa")
+    load = partial(
+        AutoModelForCausalLM.from_pretrained, folder / "model", attn_implementation="sdpa"
+    )
     args = TRLConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=shape["batch"],
@@ -156,7 +218,11 @@ def trl(folder: Path, device: torch.device, begin: Callable[[dict], Pace], preco
     rows = []
     for index in range(shape["pairs"]):
         (chosen, rejected), prompt = pairs.read(index)
-        parts = {"prompt_ids": chosen[:prompt], "chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
+        parts = {
+            "prompt_ids": chosen[:prompt],
+            "chosen_ids": chosen[prompt:],
+            "rejected_ids": rejected[prompt:],
+        }
         rows.append({name: part.tolist() for name, part in parts.items()})
 
     class Ids(DPOTrainer):
@@ -174,7 +240,9 @@ def trl(folder: Path, device: torch.device, begin: Callable[[dict], Pace], preco
 
     model, frozen = load(dtype=torch.float32), load(dtype=torch.bfloat16 if bf16 else torch.float32)
     began = clock(device)
-    trainer = Ids(model, frozen, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = Ids(
+        model, frozen, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     trainer.add_callback(Paced())
     trainer.train()
 
@@ -197,12 +265,18 @@ def worker(name: str, folder: Path) -> None:
     sys.stdout = sys.stderr
     left, began = 0, 0.0
     if not torch.cuda.is_available():
-        torch.set_num_threads(1)  # threads that wait for each other on a busy machine would be counted
+        torch.set_num_threads(
+            1
+        )  # threads that wait for each other on a busy machine would be counted
     with setup.ranks() as device:
 
         def turn(notes: dict[str, float]) -> None:
             nonlocal left, began
-            print(json.dumps({**notes, "s": clock(device) - began, "peak_gb": peak_gb(device)}), file=said, flush=True)
+            print(
+                json.dumps({**notes, "s": clock(device) - began, "peak_gb": peak_gb(device)}),
+                file=said,
+                flush=True,
+            )
             line = sys.stdin.readline()
             if not line:
                 raise SystemExit
@@ -229,7 +303,12 @@ def start(name: str, folder: Path) -> subprocess.Popen:
     code = f"from pathlib import Path; from benchmarks.dpo import worker; worker({name!r}, Path({str(folder)!r}))"
     log = open(folder / f"{name}.log", "w", encoding="utf-8")  # noqa: SIM115
     return subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        encoding="utf-8",
     )
 
 
@@ -247,7 +326,9 @@ def turns(process: subprocess.Popen, steps: int) -> dict[str, float]:
     return answer(process)
 
 
-def measure(names: list[str], shape: str, rounds: int, folder: Path, alone: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure(
+    names: list[str], shape: str, rounds: int, folder: Path, alone: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """What each contender finds. alone: one after the other, for a GPU that does not hold two."""
     write_case(folder, shape)
     steps, batch = SHAPES[shape]["steps"], SHAPES[shape]["batch"]
@@ -268,31 +349,52 @@ def measure(names: list[str], shape: str, rounds: int, folder: Path, alone: bool
             process.wait()
         for name, one in found.items():
             rate = statistics.median(steps * batch / each["s"] for each in one["rounds"][1:])
-            begun = {key: value for key, value in one["begun"].items() if key.startswith("reference")}
-            held = {"peak_gb": one["rounds"][-1]["peak_gb"], "peak_gb_before_steps": one["begun"]["peak_gb"]}
+            begun = {
+                key: value for key, value in one["begun"].items() if key.startswith("reference")
+            }
+            held = {
+                "peak_gb": one["rounds"][-1]["peak_gb"],
+                "peak_gb_before_steps": one["begun"]["peak_gb"],
+            }
             yield name, {"pairs_per_s": rate, **held, **begun}
 
 
 def main(given: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = {**machine(device, "trl", "transformers"), "shape": {"name": args.shape, **SHAPES[args.shape]}, "contenders": {}}
-    result["unit"] = "pairs a second of GPU time" if device.type == "cuda" else "pairs a second that the process computed"
+    result = {
+        **machine(device, "trl", "transformers"),
+        "shape": {"name": args.shape, **SHAPES[args.shape]},
+        "contenders": {},
+    }
+    result["unit"] = (
+        "pairs a second of GPU time"
+        if device.type == "cuda"
+        else "pairs a second that the process computed"
+    )
     with tempfile.TemporaryDirectory() as name:
-        for contender, found in measure(args.contenders, args.shape, args.rounds, Path(name), device.type == "cuda"):
+        for contender, found in measure(
+            args.contenders, args.shape, args.rounds, Path(name), device.type == "cuda"
+        ):
             result["contenders"][contender] = found
             print(f"{contender:>20}  {found}", flush=True)
     whole = result["contenders"]
     for other in ("trl", "trl_precomputed"):
         if "pairs_per_s" in whole.get("ours", {}) and "pairs_per_s" in whole.get(other, {}):
-            ratio = {key: whole["ours"][key] / whole[other][key] for key in ("pairs_per_s", "peak_gb")}
+            ratio = {
+                key: whole["ours"][key] / whole[other][key] for key in ("pairs_per_s", "peak_gb")
+            }
             result[f"ours over {other}"] = ratio
-            print(f"ours over {other}: {ratio['pairs_per_s']:.2f} x the pairs a second, {ratio['peak_gb']:.2f} x the memory")
+            print(
+                f"ours over {other}: {ratio['pairs_per_s']:.2f} x the pairs a second, {ratio['peak_gb']:.2f} x the memory"
+            )
     write(args.output, result)
 
 

@@ -11,4 +11,16 @@ from benchmarks.dpo import main
 
 if __name__ == "__main__":
     shape = "1b" if torch.cuda.is_available() else "tiny"
-    main(["--shape", shape, "--rounds", "1", "--contenders", "ours", "trl_precomputed", "trl", *sys.argv[1:]])
+    main(
+        [
+            "--shape",
+            shape,
+            "--rounds",
+            "1",
+            "--contenders",
+            "ours",
+            "trl_precomputed",
+            "trl",
+            *sys.argv[1:],
+        ]
+    )

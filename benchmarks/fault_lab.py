@@ -11,7 +11,15 @@ from benchmarks.fault_runs import EVERY, Launch, Run, Verdict, settings
 from benchmarks.fault_sites import Sites
 from benchmarks.faulty_train import Fault
 
-COLUMNS = ("fault", "what was done", "recovered", "tokens lost / repeated", "loss curve", "weights, state, files", "note")
+COLUMNS = (
+    "fault",
+    "what was done",
+    "recovered",
+    "tokens lost / repeated",
+    "loss curve",
+    "weights, state, files",
+    "note",
+)
 
 
 @dataclass
@@ -54,9 +62,21 @@ class Lab:
     def store(self) -> Path:
         return self.folder / "store"
 
-    def run(self, name: str, steps: int = 12, *more: str, store: Path | None = None, always: Fault | None = None) -> Run:
+    def run(
+        self,
+        name: str,
+        steps: int = 12,
+        *more: str,
+        store: Path | None = None,
+        always: Fault | None = None,
+    ) -> Run:
         folder = self.folder / name
-        return Run(folder, [settings(store or self.store, folder, steps, "one", *more)], self.launch, always=always or Fault())
+        return Run(
+            folder,
+            [settings(store or self.store, folder, steps, "one", *more)],
+            self.launch,
+            always=always or Fault(),
+        )
 
     def straight(self, name: str, make: Callable[[str], Run]) -> Run:
         """The run that make(name) makes, finished; made once."""
@@ -69,21 +89,41 @@ class Lab:
         return self.straight(f"straight-{steps}", lambda name: self.run(name, steps))
 
 
-def row(run: Run, verdict: Verdict, fault: str, done: str, note: str, tolerance: float = 0.0) -> Row:
+def row(
+    run: Run, verdict: Verdict, fault: str, done: str, note: str, tolerance: float = 0.0
+) -> Row:
     name = run.folder.name
     tokens = f"{verdict.tokens_lost} / {verdict.tokens_repeated}, {'same stream' if verdict.stream_equal else 'ANOTHER STREAM'}"
     curve = "equal, bitwise" if verdict.curve_equal else f"within {verdict.loss_difference:.1e}"
     state = "equal, bitwise" if verdict.state_equal else f"within {verdict.weights_difference:.1e}"
     if not tolerance:
-        curve, state = (cell if cell.startswith("equal") else f"DIFFERENT, {cell}" for cell in (curve, state))
+        curve, state = (
+            cell if cell.startswith("equal") else f"DIFFERENT, {cell}" for cell in (curve, state)
+        )
     if verdict.unmeasured:
         curve += f", {verdict.unmeasured} held-out figure(s) never taken"
     cells = ("yes", tokens, curve, state)
-    return Row(name, fault, done, verdict.holds(tolerance), cells, note, run.launches, stream=verdict.stream, kills=run.killed)
+    return Row(
+        name,
+        fault,
+        done,
+        verdict.holds(tolerance),
+        cells,
+        note,
+        run.launches,
+        stream=verdict.stream,
+        kills=run.killed,
+    )
 
 
 def table(rows: list[Row]) -> str:
-    return "\n".join(["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|", *(row.markdown() for row in rows)])
+    return "\n".join(
+        [
+            "| " + " | ".join(COLUMNS) + " |",
+            "|---" * len(COLUMNS) + "|",
+            *(row.markdown() for row in rows),
+        ]
+    )
 
 
 def page(rows: list[Row], about: dict[str, str]) -> str:
@@ -132,4 +172,7 @@ machines, a power failure, a real clock that is wrong.
 def cpu() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )

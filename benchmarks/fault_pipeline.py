@@ -86,7 +86,9 @@ def kill_in_decision(lab: Lab) -> Row:
     done = "in the middle of decision.json, before its rename; then an empty and a half one"
     if lab.quick:
         done = "in the middle of decision.json; then a half one"
-    return row_of(site, found, "SIGKILL of the driver as it judges", done, "measured once, judged again")
+    return row_of(
+        site, found, "SIGKILL of the driver as it judges", done, "measured once, judged again"
+    )
 
 
 def kill_evaluation(lab: Lab) -> Row:
@@ -109,7 +111,9 @@ def kill_evaluation(lab: Lab) -> Row:
         output.with_name("decision.json").unlink()
         site.finish(JUDGED)
     found = compare_sites(site, lab.sites.reference(), "one", "decision")
-    done = "in the middle of its results, in start-up with the driver, before the rename; half a file"
+    done = (
+        "in the middle of its results, in start-up with the driver, before the rename; half a file"
+    )
     done = "in the middle of its results" if lab.quick else done
     return row_of(site, found, "SIGKILL of an evaluation", done, "measured again, no half JSON")
 
@@ -136,7 +140,11 @@ def kill_launcher(lab: Lab) -> Row:
 def hang_up(lab: Lab) -> Row:
     site = lab.sites.site("terminal", *STORE)
     number = signal.SIGHUP
-    cases = [("one", 2, "*")] if lab.quick else [("one", 2, "scripts.pipeline"), ("midtrain", 2, "*"), ("dpo", 2, "*")]
+    cases = (
+        [("one", 2, "*")]
+        if lab.quick
+        else [("one", 2, "scripts.pipeline"), ("midtrain", 2, "*"), ("dpo", 2, "*")]
+    )
     plan, parts = (JUDGED, ("one",)) if lab.quick else (TUNED, ALL_TRAINED)
     for phase, step, whom in cases:
         ended = site.hurt(plan, at_save(phase, step, whom, number=number))
@@ -144,8 +152,18 @@ def hang_up(lab: Lab) -> Row:
             raise Failed(f"status {ended.status} after SIGHUP: {ended.output[-300:]}")
     site.finish(plan)
     found = compare_sites(site, lab.sites.reference(), *parts, "decision")
-    done = "to all processes of the plan" if lab.quick else "3 times: to the driver; to all processes, twice"
-    return row_of(site, found, "SIGHUP, as a closed terminal sends it", done, "status 129, saved at that step or the next")
+    done = (
+        "to all processes of the plan"
+        if lab.quick
+        else "3 times: to the driver; to all processes, twice"
+    )
+    return row_of(
+        site,
+        found,
+        "SIGHUP, as a closed terminal sends it",
+        done,
+        "status 129, saved at that step or the next",
+    )
 
 
 def kill_between_stages(lab: Lab) -> Row:

@@ -91,14 +91,20 @@ class Hook:
             self.seen[index] += 1
             if self.seen[index] == point.get("nth", 1):
                 with suppress(FileExistsError):  # another process came first
-                    os.close(os.open(self.folder / f"point-{index}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+                    os.close(
+                        os.open(
+                            self.folder / f"point-{index}", os.O_CREAT | os.O_EXCL | os.O_WRONLY
+                        )
+                    )
                     self.act(point)
 
     def act(self, point: Point) -> None:
         if point["do"] == "limit":
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (point["size"], resource.RLIM_INFINITY))
-            ctypes.CDLL(None).signal(signal.SIGXFSZ, 0)  # signal.signal works in the main thread only
+            ctypes.CDLL(None).signal(
+                signal.SIGXFSZ, 0
+            )  # signal.signal works in the main thread only
         elif point["do"] == "delete":
             shutil.rmtree(point["folder"])
         elif point["do"] == "fill":
@@ -116,7 +122,9 @@ class Hook:
 
     def signal(self, point: Point) -> None:
         targets = pids(self.folder, point["whom"]) if "whom" in point else [os.getpid()]
-        for process in sorted(targets, key=lambda process: process == os.getpid()):  # this process last
+        for process in sorted(
+            targets, key=lambda process: process == os.getpid()
+        ):  # this process last
             with suppress(ProcessLookupError):
                 os.kill(process, point.get("number", signal.SIGKILL))
 
@@ -136,7 +144,10 @@ def pids(folder: Path, program: str = "*") -> list[int]:
 def runs(process: int) -> bool:
     """True unless the process has ended; one that only waits to be collected has ended."""
     try:
-        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] not in "ZX"
+        return (
+            Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+            not in "ZX"
+        )
     except (OSError, IndexError):
         return False
 
@@ -144,7 +155,13 @@ def runs(process: int) -> bool:
 def program_name(argv: list[str], rank: str | None) -> str:
     """train.py.0, scripts.pipeline, or "worker" for a process of multiprocessing."""
     words = [word for word in argv[1:] if word != "-u"]
-    name = words[1] if words[:1] == ["-m"] and len(words) > 1 else Path(words[0]).name if words else "python"
+    name = (
+        words[1]
+        if words[:1] == ["-m"] and len(words) > 1
+        else Path(words[0]).name
+        if words
+        else "python"
+    )
     if words[:1] == ["-c"]:
         name = "worker"
     return f"{name}.{rank}" if rank is not None else name

@@ -27,12 +27,19 @@ from training.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "test_mode.yaml"
-VOCAB, LENGTH, ROWS, EVERY = 128, 32, 8, 2  # tokens known; tokens a row; rows a step; steps between checkpoints
+VOCAB, LENGTH, ROWS, EVERY = (
+    128,
+    32,
+    8,
+    2,
+)  # tokens known; tokens a row; rows a step; steps between checkpoints
 CURVE = ("step", "phase", "batch_index", "tokens", "lr", "loss", "z_loss", "grad_norm")
 HELD_OUT = "val/loss"
 PATIENCE = 150.0  # seconds that a launch may take
 
-Launch = Callable[[list[str], int, Fault, Path], "Ended"]  # arguments of train.py, ranks, fault, path of the record
+Launch = Callable[
+    [list[str], int, Fault, Path], "Ended"
+]  # arguments of train.py, ranks, fault, path of the record
 
 
 class Failed(Exception):
@@ -47,11 +54,23 @@ class Ended:
 
 def launch_here(arguments: list[str], ranks: int, fault: Fault, record: Path) -> Ended:
     """scripts.launch on this machine, as a user would; its status once no process of it is left."""
-    command = [sys.executable, "-m", "scripts.launch", f"--nproc_per_node={ranks}", "-m", "benchmarks.faulty_train"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.launch",
+        f"--nproc_per_node={ranks}",
+        "-m",
+        "benchmarks.faulty_train",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": json.dumps(fault)}
     with open(f"{record}.output", "w+", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*command, *arguments], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
+            [*command, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         Path(f"{record}.launcher.pid").write_text(str(process.pid), encoding="utf-8")
         try:
@@ -86,11 +105,16 @@ def write_store(store: Path, seed: int) -> None:
     """Three sources of skewed random tokens in many small shards; one is just six steps long, for epochs."""
     rng = np.random.default_rng(seed)
     for name, tokens in ((DUMMY, 24_000), ("more", 24_000), ("short", 6 * ROWS * LENGTH + 1)):
-        with ShardWriter(store / "tokens" / name, VOCAB, DUMMY, inputs={}, shard_tokens=4_000) as shards:
+        with ShardWriter(
+            store / "tokens" / name, VOCAB, DUMMY, inputs={}, shard_tokens=4_000
+        ) as shards:
             for split, left in (("val", 1_000), ("train", tokens)):
                 while left:
                     length = min(int(rng.integers(20, 200)), left)
-                    shards.add(split, [0, *(VOCAB * rng.random(length - 1) ** 2).astype(int).clip(1).tolist()])
+                    shards.add(
+                        split,
+                        [0, *(VOCAB * rng.random(length - 1) ** 2).astype(int).clip(1).tolist()],
+                    )
                     left -= length
 
 
@@ -142,7 +166,14 @@ class Run:
         if any(action["do"].startswith("kill") for action in actions):
             halves = sorted(path.name for path in self.folder.glob("*/step_*.tmp"))
             rows = read_lines(self.folder / "logs" / "metrics.jsonl")
-            self.killed.append({**actions[-1], "status": ended.status, "step": rows[-1]["step"] if rows else 0, "half": halves})
+            self.killed.append(
+                {
+                    **actions[-1],
+                    "status": ended.status,
+                    "step": rows[-1]["step"] if rows else 0,
+                    "half": halves,
+                }
+            )
         for path in self.step_folders():
             if problem := damage(path):
                 raise Failed(f"after launch {self.launches} {path.name} is damaged: {problem}")
@@ -162,7 +193,9 @@ class Run:
         """Go on through faults, which must end what they are put into, and to the end."""
         for number, fault in enumerate(faults, 1):
             if self.again(fault).status == 0:
-                raise Failed(f"fault {number} of {len(faults)} did not stop the run: {fault.get('actions', fault)}")
+                raise Failed(
+                    f"fault {number} of {len(faults)} did not stop the run: {fault.get('actions', fault)}"
+                )
         return self.finish()
 
     def finish(self, ranks: int | None = None) -> "Run":
@@ -188,14 +221,18 @@ def trained_on(records: list[list[dict[str, Any]]]) -> dict[int, list[str]]:
         if lines:
             first = min(line["update"] for line in lines)
             kept = {update: rows for update, rows in kept.items() if update < first}
-        for line in sorted(lines, key=lambda line: line["rank"]):  # a rank's rows are a contiguous part of the step
+        for line in sorted(
+            lines, key=lambda line: line["rank"]
+        ):  # a rank's rows are a contiguous part of the step
             kept.setdefault(line["update"], []).extend(line["rows"])
     return kept
 
 
 def recorded(run: Run) -> dict[int, list[str]]:
     """trained_on of a run."""
-    launches = [sorted(run.folder.glob(f"launch-{number:03}.rank*.jsonl")) for number in range(run.launches)]
+    launches = [
+        sorted(run.folder.glob(f"launch-{number:03}.rank*.jsonl")) for number in range(run.launches)
+    ]
     return trained_on([[line for path in paths for line in read_lines(path)] for paths in launches])
 
 
@@ -209,7 +246,9 @@ def by_places(run: Run) -> dict[int, list[str]]:
             config = load(run.folder / "logs" / f"{phase}.config.yaml")
             data = config.data
             shards = open_shards(data.store, data.mix, "train", config.model.vocab_size)
-            loaders[phase] = PackedDataLoader(shards, data.mix, data.sequence_length, data.rows, data.rows, config.seed)
+            loaders[phase] = PackedDataLoader(
+                shards, data.mix, data.sequence_length, data.rows, data.rows, config.seed
+            )
         [batch] = loaders[phase].at(row["batch_index"] - 1).batches
         found[row["step"]] = row_hashes(batch)
     return found
@@ -219,9 +258,13 @@ def stream_hash(stream: dict[int, list[str]]) -> str:
     return hashlib.sha256(json.dumps(sorted(stream.items())).encode()).hexdigest()
 
 
-def lost_and_repeated(stream: dict[int, list[str]], expected: dict[int, list[str]]) -> tuple[int, int]:
+def lost_and_repeated(
+    stream: dict[int, list[str]], expected: dict[int, list[str]]
+) -> tuple[int, int]:
     """Rows that are in expected and not in stream, and the other way round, each as often as it is there."""
-    have, want = (Counter(row for rows in part.values() for row in rows) for part in (stream, expected))
+    have, want = (
+        Counter(row for rows in part.values() for row in rows) for part in (stream, expected)
+    )
     return (want - have).total(), (have - want).total()
 
 
@@ -246,7 +289,11 @@ class Verdict:
         """Nothing lost or repeated, and equal bit for bit, or where a tolerance is given, losses and weights within it."""
         tokens = self.stream_equal and not self.tokens_lost and not self.tokens_repeated
         exact = self.curve_equal and self.state_equal
-        return tokens and (exact if not tolerance else max(self.loss_difference, self.weights_difference) <= tolerance)
+        return tokens and (
+            exact
+            if not tolerance
+            else max(self.loss_difference, self.weights_difference) <= tolerance
+        )
 
 
 def compare(run: Run, reference: Run, skipped: bool = False) -> Verdict:
@@ -293,5 +340,11 @@ def _largest_difference(a: Path, b: Path) -> float:
 
 def kill(at: str, of: int, rank: int = 0, everyone: bool = False, delay: float = 0.0) -> Fault:
     """SIGKILL of one rank, or of all and the launcher with them."""
-    action: Action = {"at": at, "of": of, "rank": rank, "do": "kill_all" if everyone else "kill", "delay": delay}
+    action: Action = {
+        "at": at,
+        "of": of,
+        "rank": rank,
+        "do": "kill_all" if everyone else "kill",
+        "delay": delay,
+    }
     return {"actions": [action]}

@@ -31,24 +31,41 @@ from training.checkpoint import damage, step_folders
 PHASE_STEPS, STAGE_STEPS, MILESTONE = 12, {"midtrain": 6, "sft": 6, "dpo": 6}, 4
 LOGS = {"one": "logs/tiny", **{name: f"logs/tiny/{name}" for name in STAGE_STEPS}}
 STEPS = {"one": PHASE_STEPS, **STAGE_STEPS}
-TIMES = ("step_s", "tokens_per_s", "data/wait_frac", "memory_gb", "mfu")  # differ between equal runs
+TIMES = (
+    "step_s",
+    "tokens_per_s",
+    "data/wait_frac",
+    "memory_gb",
+    "mfu",
+)  # differ between equal runs
 TIMES += ("end",)  # where the command given pauses
-FOLDERS = {"data": "store/tokens", "tokenizer": "store/tokenizer", "documents": "store/documents", "gguf": "gguf"}
+FOLDERS = {
+    "data": "store/tokens",
+    "tokenizer": "store/tokenizer",
+    "documents": "store/documents",
+    "gguf": "gguf",
+}
 TOKENS = 512  # of a step
 VERIFIED = ".verified.json"  # files with the times of other files
 LEFTOVERS = re.compile(r"\.tmp|\.part$")  # in names of temporary files and folders
 PATIENCE = 600.0  # seconds that a command, such as a whole plan, may take
 GONE_AFTER = 30.0  # seconds within which every process of a command must end
 
-Start = Callable[[list[str], Path, dict[str, str], Path], Any]  # command, working folder, environment, output: a process
+Start = Callable[
+    [list[str], Path, dict[str, str], Path], Any
+]  # command, working folder, environment, output: a process
 
 
-def start_here(command: list[str], folder: Path, environment: dict[str, str], output: Path) -> subprocess.Popen:
+def start_here(
+    command: list[str], folder: Path, environment: dict[str, str], output: Path
+) -> subprocess.Popen:
     """A command as a user gives it. command: what follows python."""
     with open(output, "w", encoding="utf-8") as file:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
         whole = {**os.environ, **environment}
-        return subprocess.Popen([sys.executable, *command], cwd=folder, env=whole, start_new_session=True, **streams)
+        return subprocess.Popen(
+            [sys.executable, *command], cwd=folder, env=whole, start_new_session=True, **streams
+        )
 
 
 @dataclass
@@ -72,7 +89,9 @@ class Site:
         self.register.mkdir(parents=True)
         hook = self.folder / "faults" / "hook"
         write_hook(hook)
-        paths = os.pathsep.join([str(hook), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        paths = os.pathsep.join([str(hook), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        )
         told = json.dumps({"folder": str(self.register), "points": points})
         environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", VARIABLE: told}
         return self.start(command.split(), self.folder, environment, self.register / "output.txt")
@@ -97,7 +116,11 @@ class Site:
         end = time.monotonic() + GONE_AFTER
         while left := pids(register):
             if time.monotonic() > end:
-                names = [path.name for path in register.iterdir() if path.name.partition(".")[0] in map(str, left)]
+                names = [
+                    path.name
+                    for path in register.iterdir()
+                    if path.name.partition(".")[0] in map(str, left)
+                ]
                 kill_all(register)
                 raise Failed(f"processes were left: {', '.join(names)}")
             time.sleep(0.02)
@@ -146,19 +169,34 @@ def kill_all(register: Path) -> None:
 def write_site(folder: Path, quick: bool) -> None:
     """Texts, conversations, pairs, configs and the plan, the same bytes each time."""
     chance = random.Random(5)
-    words = ["".join(chance.choice("aeioulnrst") for _ in range(chance.randint(2, 7))) for _ in range(300)]
+    words = [
+        "".join(chance.choice("aeioulnrst") for _ in range(chance.randint(2, 7)))
+        for _ in range(300)
+    ]
 
     def text(count: int) -> str:
         return " ".join(chance.choice(words) for _ in range(count)).capitalize() + "."
 
     sizes = (60, 120) if quick else (200, 120)
     for name in ("first", "second"):
-        rows = [{"id": f"{name}/{i}", "text": " ".join(text(12) for _ in range(8))} for i in range(sizes[0])]
+        rows = [
+            {"id": f"{name}/{i}", "text": " ".join(text(12) for _ in range(8))}
+            for i in range(sizes[0])
+        ]
         _write_rows(folder / "texts" / f"{name}.jsonl", rows)
     for name, seed in (("chats", 1), ("facts", 2)):
-        said = [[{"role": "user", "content": text(4)}, {"role": "assistant", "content": text(6)}] for _ in range(sizes[1])]
-        _write_rows(folder / f"{name}.jsonl", [{"id": f"{seed}-{i}", "messages": turns} for i, turns in enumerate(said)])
-    pairs = [{"id": str(i), "prompt": text(4), "chosen": text(5), "rejected": text(5)} for i in range(sizes[1])]
+        said = [
+            [{"role": "user", "content": text(4)}, {"role": "assistant", "content": text(6)}]
+            for _ in range(sizes[1])
+        ]
+        _write_rows(
+            folder / f"{name}.jsonl",
+            [{"id": f"{seed}-{i}", "messages": turns} for i, turns in enumerate(said)],
+        )
+    pairs = [
+        {"id": str(i), "prompt": text(4), "chosen": text(5), "rejected": text(5)}
+        for i in range(sizes[1])
+    ]
     _write_rows(folder / "pairs.jsonl", pairs)
     for name, content in _configs(quick).items():
         (folder / name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -171,25 +209,66 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _configs(quick: bool) -> dict[str, Any]:
-    common = {"run": "tiny", "parallel": {"dtype": "float32"}, "validation": {"every": 2, "rows": 8}, "startup": {"steps": 0}}
+    common = {
+        "run": "tiny",
+        "parallel": {"dtype": "float32"},
+        "validation": {"every": 2, "rows": 8},
+        "startup": {"steps": 0},
+    }
     common["checkpoint"] = {"every": 2, "keep": 4, "asynchronous": True}
     model = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
     data = {"store": "store", "mix": {"first": 0.6, "second": 0.4}, "sequence_length": 64}
-    one = {"phase": "one", "steps": PHASE_STEPS, "model": model, "data": {**data, "tokens_per_step": 512, "micro_batch_size": 2}}
+    one = {
+        "phase": "one",
+        "steps": PHASE_STEPS,
+        "model": model,
+        "data": {**data, "tokens_per_step": 512, "micro_batch_size": 2},
+    }
     one["schedule"] = {"warmup_steps": 2, "total_steps": PHASE_STEPS, "decay_steps": 2}
     configs: dict[str, Any] = {"one.yaml": {**common, **one}}
     for name, rows in (("midtrain", "facts"), ("sft", "chats")):
-        data = {"mix": {rows: 1}, "sequence_length": 128, "tokens_per_step": 512, "micro_batch_size": 2}
-        chat = {"cache": "store/sft", "held_out": 0.1, "samples": [], "sources": {rows: {"path": f"{rows}.jsonl"}}}
-        stage = {"phase": name, "steps": STAGE_STEPS[name], "chat": chat, "data": data, "optim": {"lr": 1e-3}}
+        data = {
+            "mix": {rows: 1},
+            "sequence_length": 128,
+            "tokens_per_step": 512,
+            "micro_batch_size": 2,
+        }
+        chat = {
+            "cache": "store/sft",
+            "held_out": 0.1,
+            "samples": [],
+            "sources": {rows: {"path": f"{rows}.jsonl"}},
+        }
+        stage = {
+            "phase": name,
+            "steps": STAGE_STEPS[name],
+            "chat": chat,
+            "data": data,
+            "optim": {"lr": 1e-3},
+        }
         configs[f"{name}.yaml"] = {**common, **stage}
-    source = {"cache": "store/pairs", "held_out": 0.1, "sources": {"pairs": {"path": "pairs.jsonl"}}}
+    source = {
+        "cache": "store/pairs",
+        "held_out": 0.1,
+        "sources": {"pairs": {"path": "pairs.jsonl"}},
+    }
     data = {"mix": {"pairs": 1}, "sequence_length": 128, "pairs_per_step": 4, "micro_batch_size": 4}
-    dpo = {"phase": "dpo", "steps": STAGE_STEPS["dpo"], "preferences": source, "data": data, "optim": {"lr": 1e-4}}
+    dpo = {
+        "phase": "dpo",
+        "steps": STAGE_STEPS["dpo"],
+        "preferences": source,
+        "data": data,
+        "optim": {"lr": 1e-4},
+    }
     configs["dpo.yaml"] = {**common, **dpo}
     sources = {"first": {}, "second": {}}
-    recipe = {"store": "store", "tokenizer": {"vocab_size": 384}, "sources": sources, "val_fraction": 0.1}
+    recipe = {
+        "store": "store",
+        "tokenizer": {"vocab_size": 384},
+        "sources": sources,
+        "val_fraction": 0.1,
+    }
     recipe |= {"decontaminate": {"test_sets": []}, "executor": {"workers": 1 if quick else 2}}
     whole = _plan()
     tuned = {key: value for key, value in whole.items() if key not in ("before", "after")}
@@ -202,9 +281,13 @@ DOWNLOAD = "-m scripts.download_data --dataset texts/{0}.jsonl --name {0} --outp
 TOKENIZER = "-m scripts.train_tokenizer --config recipe.yaml"
 PREPARE = "-m scripts.prepare_data --config recipe.yaml"
 EVALUATE = "-m evals.eval_perplexity --checkpoint {checkpoint} --sequence_length 64 --tokens 1000 --device cpu --output {output}"
-TUNE = "-m scripts.launch --nproc_per_node=2 {script} --config {name}.yaml --base_model {checkpoint}"
+TUNE = (
+    "-m scripts.launch --nproc_per_node=2 {script} --config {name}.yaml --base_model {checkpoint}"
+)
 EXPORT = "-m scripts.export_gguf --checkpoint {checkpoint} --outtype f16,q8_0 --outfile gguf/tiny-{{outtype}}.gguf --threads 1"
-PLAN, TUNED, JUDGED = (f"-m scripts.pipeline --plan {name}.yaml" for name in ("plan", "tuned", "judged"))
+PLAN, TUNED, JUDGED = (
+    f"-m scripts.pipeline --plan {name}.yaml" for name in ("plan", "tuned", "judged")
+)
 TRAIN = f"-m scripts.launch --nproc_per_node=2 {ROOT}/train.py --config one.yaml"
 
 
@@ -215,7 +298,9 @@ def tune(name: str) -> str:
 
 
 def _tune(name: str, checkpoint: str) -> str:
-    return TUNE.format(script="train_dpo.py" if name == "dpo" else "train_sft.py", name=name, checkpoint=checkpoint)
+    return TUNE.format(
+        script="train_dpo.py" if name == "dpo" else "train_sft.py", name=name, checkpoint=checkpoint
+    )
 
 
 def _plan() -> dict[str, Any]:
@@ -223,11 +308,21 @@ def _plan() -> dict[str, Any]:
     before = {f"Texts {name}": f"python {DOWNLOAD.format(name)}" for name in ("first", "second")}
     before |= {"Tokenizer": f"python {TOKENIZER}", "Shards": f"python {PREPARE}"}
     stages = [
-        {"name": name, "leaves": f"checkpoints/tiny/{name}", "commands": {name: f"python {_tune(name, '{checkpoint}')}"}}
+        {
+            "name": name,
+            "leaves": f"checkpoints/tiny/{name}",
+            "commands": {name: f"python {_tune(name, '{checkpoint}')}"},
+        }
         for name in STAGE_STEPS
     ]
     phases = [{"config": "one.yaml", "milestones": [{"at": MILESTONE, "gates": gates}]}]
-    plan = {"name": "tiny", "ranks": 2, "before": before, "evals": {"held_out": f"python {EVALUATE}"}, "phases": phases}
+    plan = {
+        "name": "tiny",
+        "ranks": 2,
+        "before": before,
+        "evals": {"held_out": f"python {EVALUATE}"},
+        "phases": phases,
+    }
     return {**plan, "stages": stages, "after": {"GGUF": f"python {EXPORT}"}}
 
 
@@ -296,13 +391,20 @@ def compare_sites(site: Site, reference: Site, *parts: str, since: int = 0) -> C
     for part in parts:
         if part == "decision":
             files += 2
-            differing += ["decision"] if judged(site) != judged(reference) or None in judged(site) else []
+            differing += (
+                ["decision"] if judged(site) != judged(reference) or None in judged(site) else []
+            )
             continue
         one, other = checksums(site, part), checksums(reference, part)
         files += len(other)
-        differing += sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+        differing += sorted(
+            name for name in one.keys() | other.keys() if one.get(name) != other.get(name)
+        )
         if part in STEPS:
-            rows, expected = ([row for row in curve(where, part) if row["step"] > since] for where in (site, reference))
+            rows, expected = (
+                [row for row in curve(where, part) if row["step"] > since]
+                for where in (site, reference)
+            )
             have, want = (Counter(row["step"] for row in found) for found in (rows, expected))
             lost += (want - have).total() * TOKENS
             repeated += (have - want).total() * TOKENS
@@ -314,7 +416,9 @@ def compare_sites(site: Site, reference: Site, *parts: str, since: int = 0) -> C
             equal.append(rows == expected)
     found = [path for path in site.folder.rglob("*") if LEFTOVERS.search(path.name)]
     left = [str(path.relative_to(site.folder)) for path in found]
-    return Comparison(lost, repeated, all(equal) if equal else None, differing, files, left, unmeasured)
+    return Comparison(
+        lost, repeated, all(equal) if equal else None, differing, files, left, unmeasured
+    )
 
 
 @dataclass

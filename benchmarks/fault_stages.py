@@ -126,7 +126,9 @@ def kill_data(lab: Lab) -> Row:
     ]
     hurt_all(site, PREPARE, [points[2], points[6]] if lab.quick else points)
     found = compare_sites(site, lab.sites.reference(), "data", "documents")
-    done = "8 times: download, start-up, cleaning, in a shard (a worker, all), manifests, the report"
+    done = (
+        "8 times: download, start-up, cleaning, in a shard (a worker, all), manifests, the report"
+    )
     done = "twice: in a shard, between two sources" if lab.quick else done
     return row_of(site, found, "SIGKILL of the data pipeline", done, "")
 
@@ -167,7 +169,13 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def fill_disk(
-    lab: Lab, name: str, command: str, disk: str, faults: list[Point], parts: tuple[str, ...], copied: tuple[str, ...]
+    lab: Lab,
+    name: str,
+    command: str,
+    disk: str,
+    faults: list[Point],
+    parts: tuple[str, ...],
+    copied: tuple[str, ...],
 ) -> Row:
     site = lab.sites.site(name)
     reference = lab.sites.reference()
@@ -184,7 +192,11 @@ def fill_disk(
             (folder / FILLER).unlink()
         site.finish(command)
         found = compare_sites(site, reference, *parts)
-    titles = {"disk-save": "a pretraining save", "disk-cache": "SFT's prepared rows", "disk-export": "GGUF export"}
+    titles = {
+        "disk-save": "a pretraining save",
+        "disk-cache": "SFT's prepared rows",
+        "disk-export": "GGUF export",
+    }
     done = f"{len(faults)} time(s) on a tmpfs of 64 MB that fills up"
     note = "status 2 and a sentence; the same command continues"
     return row_of(site, found, f"a real full disk in {titles[name]}", done, note)
@@ -199,7 +211,9 @@ def full_disk_save(lab: Lab) -> Row:
         point("start", do="fill", size=8 * KB, program="train.py.1"),
     ]
     disk = "checkpoints"
-    return fill_disk(lab, "disk-save", TRAIN, disk, faults[: 1 if lab.quick else 4], ("one",), STORE)
+    return fill_disk(
+        lab, "disk-save", TRAIN, disk, faults[: 1 if lab.quick else 4], ("one",), STORE
+    )
 
 
 def full_disk_cache(lab: Lab) -> Row:
@@ -220,7 +234,9 @@ def full_disk_export(lab: Lab) -> Row:
         point("start", do="fill", size=0),
     ]
     copied = ("checkpoints/tiny/dpo", "logs", "results", "store")
-    return fill_disk(lab, "disk-export", GGUF, "gguf", faults[: 2 if lab.quick else 3], ("gguf",), copied)
+    return fill_disk(
+        lab, "disk-export", GGUF, "gguf", faults[: 2 if lab.quick else 3], ("gguf",), copied
+    )
 
 
 def remove_logs(lab: Lab) -> Row:

@@ -66,7 +66,11 @@ def moments(lab: Lab, everyone: bool, steps: int) -> tuple[Run, int]:
     for number, kind in enumerate(kinds):
         rank, newest = random_.randrange(2), run.newest()
         if kind == "start":
-            at, of, delay = random_.choice(("start", "start", "build")), 0, random_.uniform(0, lab.imports)
+            at, of, delay = (
+                random_.choice(("start", "start", "build")),
+                0,
+                random_.uniform(0, lab.imports),
+            )
         elif kind == "step":
             of = min(newest + random_.randint(1, 6), max(newest + 1, steps - 6))
             at, delay = random_.choice(("batch", "step")), random_.uniform(0, 0.04)
@@ -74,7 +78,11 @@ def moments(lab: Lab, everyone: bool, steps: int) -> tuple[Run, int]:
             of = min(newest + EVERY * random_.randint(1, 3), max(newest + EVERY, steps - 6))
             at, delay = random_.choice(("save", "state", "saved")), random_.uniform(0, 0.02)
         else:
-            at, of, delay = ("end", 0, 0.0) if kind == "end" else (random_.choice(("save", "state")), steps, 0.0)
+            at, of, delay = (
+                ("end", 0, 0.0)
+                if kind == "end"
+                else (random_.choice(("save", "state")), steps, 0.0)
+            )
         if at == "build":
             delay = random_.uniform(0, 0.2)
         if run.again(kill(at, of, rank, everyone, delay)).status == 0:
@@ -87,9 +95,17 @@ def kill_ranks(lab: Lab, everyone: bool) -> Row:
     run, times = moments(lab, everyone, steps)
     half = sum(bool(found["half"]) for found in run.killed)
     whom = "all ranks and the launcher" if everyone else "one rank of two"
-    spread = ", ".join(f"{sum(found['at'] in at for found in run.killed)} {what}" for what, at in KINDS.items())
+    spread = ", ".join(
+        f"{sum(found['at'] in at for found in run.killed)} {what}" for what, at in KINDS.items()
+    )
     done = f"{times} times at random: {spread}"
-    return row(run, compare(run, lab.plain(steps)), f"SIGKILL of {whom}", done, f"{half} left half a checkpoint, swept away")
+    return row(
+        run,
+        compare(run, lab.plain(steps)),
+        f"SIGKILL of {whom}",
+        done,
+        f"{half} left half a checkpoint, swept away",
+    )
 
 
 KINDS = {
@@ -107,14 +123,25 @@ def three_in_an_epoch(lab: Lab) -> Row:
     def make(name: str) -> Run:
         return lab.run(name, 14, only + "micro_batch_size: 2}")
 
-    run = make("epoch").survive(kill("step", 2, 1), kill("step", 4, everyone=True), kill("batch", 5, 0))
+    run = make("epoch").survive(
+        kill("step", 2, 1), kill("step", 4, everyone=True), kill("batch", 5, 0)
+    )
     shards = open_shards(lab.store, {"short": 1.0}, "train", 128)
-    stream, epoch = recorded(run), len(PackedDataLoader(shards, {"short": 1.0}, LENGTH, ROWS, ROWS, 0).packed[0])
+    stream, epoch = (
+        recorded(run),
+        len(PackedDataLoader(shards, {"short": 1.0}, LENGTH, ROWS, ROWS, 0).packed[0]),
+    )
     read = [row for update in sorted(stream) for row in stream[update]]
     epochs = [read[first : first + epoch] for first in range(0, 2 * epoch, epoch)]
-    once = epoch == 6 * ROWS and all(len(set(rows)) == epoch for rows in epochs) and set(epochs[0]) == set(epochs[1])
+    once = (
+        epoch == 6 * ROWS
+        and all(len(set(rows)) == epoch for rows in epochs)
+        and set(epochs[0]) == set(epochs[1])
+    )
     verdict = compare(run, lab.straight("straight-epochs", make))
-    found = row(run, verdict, "three kills in one epoch", "SIGKILL at steps 2, 4 and 6 of an epoch of 6", "")
+    found = row(
+        run, verdict, "three kills in one epoch", "SIGKILL at steps 2, 4 and 6 of an epoch of 6", ""
+    )
     found.ok &= once
     found.note = f"each of {epoch} rows {'once' if once else 'NOT ONCE'} in either epoch"
     return found
@@ -122,7 +149,11 @@ def three_in_an_epoch(lab: Lab) -> Row:
 
 def kill_in_save(lab: Lab) -> Row:
     """At each stage between the start of the writing thread and the rename, in the background of training."""
-    every = [(at, rank, everyone) for at in ("save", "state") for rank, everyone in ((0, True), (0, False), (1, False))]
+    every = [
+        (at, rank, everyone)
+        for at in ("save", "state")
+        for rank, everyone in ((0, True), (0, False), (1, False))
+    ]
     every += [(at, 0, everyone) for at in ("publish", "rename") for everyone in (True, False)]
     stages = [("state", 0, True), ("rename", 0, True)] if lab.quick else every
     run = lab.run("kill-in-save")
@@ -132,17 +163,39 @@ def kill_in_save(lab: Lab) -> Row:
         if run.again(wanted).status == 0 or run.newest() != newest:
             raise Failed(f"a save that was killed at {at!r} was published all the same")
     half = sum(bool(found["half"]) for found in run.finish().killed)
-    words = {"save": "as the thread begins", "state": "checksums", "publish": "the manifest", "rename": "the rename"}
-    named = [words[at] if at == "save" else f"before {words[at]}" for at in dict.fromkeys(at for at, _, _ in stages)]
+    words = {
+        "save": "as the thread begins",
+        "state": "checksums",
+        "publish": "the manifest",
+        "rename": "the rename",
+    }
+    named = [
+        words[at] if at == "save" else f"before {words[at]}"
+        for at in dict.fromkeys(at for at, _, _ in stages)
+    ]
     done = f"{len(stages)} times: {', '.join(named)}"
-    return row(run, compare(run, lab.plain()), "SIGKILL during a background save", done, f"{half} left half a checkpoint")
+    return row(
+        run,
+        compare(run, lab.plain()),
+        "SIGKILL during a background save",
+        done,
+        f"{half} left half a checkpoint",
+    )
 
 
 def kill_at_border(lab: Lab) -> Row:
     def make(name: str) -> Run:
         folder = lab.folder / name
-        more = [f"resume_from={folder / 'one'}", "schedule={warmup_steps: 2, total_steps: 12, decay_steps: 4}"]
-        more += ["data.mix={dummy: 0.3, more: 0.7}", "rope_theta=500000", "allow_theta_jump=true", "validation.every=0"]
+        more = [
+            f"resume_from={folder / 'one'}",
+            "schedule={warmup_steps: 2, total_steps: 12, decay_steps: 4}",
+        ]
+        more += [
+            "data.mix={dummy: 0.3, more: 0.7}",
+            "rope_theta=500000",
+            "allow_theta_jump=true",
+            "validation.every=0",
+        ]
         first = settings(lab.store, folder, 6, "one", more[1])
         return Run(folder, [first, settings(lab.store, folder, 6, "two", *more)], lab.launch)
 
@@ -156,9 +209,13 @@ def kill_at_border(lab: Lab) -> Row:
         if run.again(fault).status == 0 or run.newest():
             raise Failed(f"the second phase was not killed before its first checkpoint: {fault}")
     verdict = compare(run.finish(), lab.straight("straight-border", make))
-    done = "after the checkpoint of the phase's end; " + ("" if lab.quick else "at the next one's start and first step; ")
+    done = "after the checkpoint of the phase's end; " + (
+        "" if lab.quick else "at the next one's start and first step; "
+    )
     done = f"{len(run.killed)} times: {done}in its first save"
-    return row(run, verdict, "SIGKILL at a phase border", done, "data, mixture and theta differ across it")
+    return row(
+        run, verdict, "SIGKILL at a phase border", done, "data, mixture and theta differ across it"
+    )
 
 
 # Other ranks, other files
@@ -171,13 +228,24 @@ def change_ranks(lab: Lab) -> Row:
             raise Failed("it was not killed")
     verdict = compare(run.finish(2), lab.plain())
     done = "SIGKILL at steps 5 and 9, each time gone on with the other number"
-    return row(run, verdict, "2 -> 1 -> 2 ranks", done, f"at most {LOSS_TOLERANCE:g} allowed", LOSS_TOLERANCE)
+    return row(
+        run,
+        verdict,
+        "2 -> 1 -> 2 ranks",
+        done,
+        f"at most {LOSS_TOLERANCE:g} allowed",
+        LOSS_TOLERANCE,
+    )
 
 
 def flip_bytes(lab: Lab) -> Row:
     run = lab.run("flipped")
     seen = []
-    hurt = ("state/__1_0.distcp",) if lab.quick else ("state/__1_0.distcp", "model.safetensors", "state/trainer.json")
+    hurt = (
+        ("state/__1_0.distcp",)
+        if lab.quick
+        else ("state/__1_0.distcp", "model.safetensors", "state/trainer.json")
+    )
     for number, name in enumerate(hurt):
         if run.again(kill("step", 7 + number, everyone=True)).status == 0:
             raise Failed("it was not killed")
@@ -186,20 +254,33 @@ def flip_bytes(lab: Lab) -> Row:
         for place in (len(content) // 3, len(content) // 2):
             content[place] ^= 1
         (newest / name).write_bytes(content)
-        seen.append((f"{newest.name} is damaged ({name} has changed)", f"goes on at step {int(newest.name[5:]) - EVERY}"))
+        seen.append(
+            (
+                f"{newest.name} is damaged ({name} has changed)",
+                f"goes on at step {int(newest.name[5:]) - EVERY}",
+            )
+        )
     run.finish()
     said = "".join(ended.output for ended in run.ended)
-    if not all(part in said for pair in seen for part in pair) or not list(run.folder.glob("one/step_*.damaged")):
+    if not all(part in said for pair in seen for part in pair) or not list(
+        run.folder.glob("one/step_*.damaged")
+    ):
         raise Failed(f"what was damaged was not set aside, or the one before it not used: {seen}")
     done = f"{len(hurt)} times: {', '.join(hurt)}"
     return row(
-        run, compare(run, lab.plain()), "two flipped bytes in the newest checkpoint", done, "set aside, the one before used"
+        run,
+        compare(run, lab.plain()),
+        "two flipped bytes in the newest checkpoint",
+        done,
+        "set aside, the one before used",
     )
 
 
 def full_disk(lab: Lab) -> Row:
     run = lab.run("full")
-    cases = [(1, 4, "state")] if lab.quick else [(1, 4, "state"), (0, 8, "weights"), (0, 12, "state")]
+    cases = (
+        [(1, 4, "state")] if lab.quick else [(1, 4, "state"), (0, 8, "weights"), (0, 12, "state")]
+    )
     for rank, step, what in cases:
         ended = run.again({"full": {"rank": rank, "step": step, "what": what}})
         told = f"the checkpoint of step {step} was not saved: No space left on device; the same command goes on"
@@ -207,7 +288,11 @@ def full_disk(lab: Lab) -> Row:
             raise Failed(f"status {ended.status}, newest {run.newest()}: {ended.output[-300:]}")
     done = f"{len(cases)} times: in the background, on one rank; status 2 and a sentence on all"
     return row(
-        run.finish(), compare(run, lab.plain()), "no space left during a save", done, "an injected ENOSPC, no real full disk"
+        run.finish(),
+        compare(run, lab.plain()),
+        "no space left during a save",
+        done,
+        "an injected ENOSPC, no real full disk",
     )
 
 
@@ -217,13 +302,18 @@ def hide_shard(lab: Lab) -> Row:
     shard = store / "tokens" / "more" / "train-00001.bin"
     run = lab.run("shard", store=store)
     gone: Action = {"at": "step", "of": 3, "rank": 0, "do": "hide", "path": str(shard)}
-    if run.again({"actions": [gone, *kill("step", 7, everyone=True)["actions"]]}).status == 0 or shard.exists():
+    if (
+        run.again({"actions": [gone, *kill("step", 7, everyone=True)["actions"]]}).status == 0
+        or shard.exists()
+    ):
         raise Failed("the shard was not taken away, or the run not killed")
     before = run.newest()
     ended = run.again()
     told = f"the shard {shard} is missing or cut short; put it back"
     if before < 4 or ended.status != 2 or told not in ended.output or run.newest() != before:
-        raise Failed(f"status {ended.status}, newest {before}, then {run.newest()}: {ended.output[-300:]}")
+        raise Failed(
+            f"status {ended.status}, newest {before}, then {run.newest()}: {ended.output[-300:]}"
+        )
     shard.with_name(shard.name + ".hidden").rename(shard)
     done = "once, at step 3; SIGKILL at step 7; restored after an attempt"
     note = "goes on while it runs; a new start names the file and touches nothing"
@@ -236,8 +326,14 @@ def hide_shard(lab: Lab) -> Row:
 def sigterm(lab: Lab) -> Row:
     run = lab.run("sigterm")
     for rank, step in ((1, 3),) if lab.quick else ((1, 2), (0, 6), (1, 9)):
-        ended = run.again({"actions": [{"at": "step", "of": step, "rank": rank, "do": "terminate"}]})
-        if ended.status != 143 or "stopped by a signal and saved" not in ended.output or not step <= run.newest() <= step + 1:
+        ended = run.again(
+            {"actions": [{"at": "step", "of": step, "rank": rank, "do": "terminate"}]}
+        )
+        if (
+            ended.status != 143
+            or "stopped by a signal and saved" not in ended.output
+            or not step <= run.newest() <= step + 1
+        ):
             raise Failed(f"status {ended.status}, newest {run.newest()}: {ended.output[-300:]}")
     times = run.launches
     note = "all ranks save that step or the next, status 143; a step that is stopped at is not measured"
@@ -256,29 +352,47 @@ def nan(lab: Lab) -> Row:
 
     found: list[Row] = []
     for what in ("gradient",) if lab.quick else ("gradient", "loss"):
-        run = lab.run(f"nan-{what}" if found else "nan", always={"nan": {"rank": 1, "batch_index": 5, "what": what}}).finish()
+        run = lab.run(
+            f"nan-{what}" if found else "nan",
+            always={"nan": {"rank": 1, "batch_index": 5, "what": what}},
+        ).finish()
         if not any("step 6 (data place 5) was not applied" in ended.output for ended in run.ended):
             raise Failed("the bad step was applied")
         found.append(
-            row(run, compare(run, lab.straight("straight-without-5", make), skipped=True), "NaN in one rank's batch", "", "")
+            row(
+                run,
+                compare(run, lab.straight("straight-without-5", make), skipped=True),
+                "NaN in one rank's batch",
+                "",
+                "",
+            )
         )
     first = found[0]
     first.ok = all(part.ok for part in found)
-    first.done = "place 5 on rank 1, in its gradients" + ("; in another run in its loss too" if len(found) > 1 else "")
+    first.done = "place 5 on rank 1, in its gradients" + (
+        "; in another run in its loss too" if len(found) > 1 else ""
+    )
     first.note = "skipped on all ranks; compared with a run that leaves place 5 out"
     return first
 
 
 def clocks(lab: Lab) -> Row:
     run = lab.run("clocks")
-    first = {"clocks": [3600.0, -86400.0], "jump": {"at": 4, "by": -7200.0}, **kill("step", 7, everyone=True)}
+    first = {
+        "clocks": [3600.0, -86400.0],
+        "jump": {"at": 4, "by": -7200.0},
+        **kill("step", 7, everyone=True),
+    }
     if run.again(first).status == 0:  # type: ignore[arg-type]
         raise Failed("it was not killed")
     for age, path in enumerate(run.step_folders()):  # the newest checkpoint looks the oldest
         for part in (*path.rglob("*"), path):
             os.utime(part, (1e9 - 1e6 * age, 1e9 - 1e6 * age))
     newest = run.newest()
-    if run.again({"clocks": [-86400.0, 7200.0]}).status or f"goes on at step {newest}" not in run.ended[-1].output:
+    if (
+        run.again({"clocks": [-86400.0, 7200.0]}).status
+        or f"goes on at step {newest}" not in run.ended[-1].output
+    ):
         raise Failed(f"it did not go on from step {newest}: {run.ended[-1].output[-300:]}")
     done = "2 launches: 25 h apart, back by 2 h at step 4, SIGKILL at 7, then 26 h apart"
     note = "file times of checkpoints reversed in between; Python's clocks, not the kernel's"
@@ -309,13 +423,18 @@ def examine(lab: Lab, name: str) -> Row:
     try:
         found = CASES[name](lab)
     except fault_stages.NoMount as error:
-        found = Row(name, name, "", True, ("not run here", "", "", ""), str(error), 0, skipped=str(error))
+        found = Row(
+            name, name, "", True, ("not run here", "", "", ""), str(error), 0, skipped=str(error)
+        )
     except Failed as error:
         found = Row(name, name, "", False, ("NO", "", "", ""), " ".join(str(error).split()), 0)
     found.name, found.seconds = name, round(time.monotonic() - began, 1)
     found.date = datetime.now(UTC).date().isoformat()
     found.versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    print(f"{'ok    ' if found.ok else 'FAILED'} {found.seconds:5.0f} s  {found.markdown()}", flush=True)
+    print(
+        f"{'ok    ' if found.ok else 'FAILED'} {found.seconds:5.0f} s  {found.markdown()}",
+        flush=True,
+    )
     return found
 
 
@@ -345,18 +464,33 @@ def merged(rows: list[Row], path: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), metavar="NAME", help=", ".join(CASES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=CASES,
+        default=list(CASES),
+        metavar="NAME",
+        help=", ".join(CASES),
+    )
     parser.add_argument("--quick", action="store_true", help="fewer times each")
     parser.add_argument("--seed", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     parser.add_argument("--docs", type=Path, help="write the table here as Markdown")
-    parser.add_argument("--keep", action="store_true", help="keep the rows of other cases in --output")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the rows of other cases in --output"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     began = time.monotonic()
-    with user_errors(), tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+    with (
+        user_errors(),
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(args.jobs) as pool,
+    ):
         lab = make_lab(Path(folder), quick=args.quick, seed=args.seed)
         rows = list(pool.map(lambda name: examine(lab, name), args.only))
         if args.keep and args.output:

@@ -37,7 +37,9 @@ class Fault(TypedDict, total=False):
     actions: list[Action]
     nan: dict[str, Any]  # rank, place, what (gradient, loss): multiplied by NaN there
     leave_out: list[int]  # places that are not read: the run without a bad step
-    full: dict[str, Any]  # rank, step, what (state, weights): no space left for that in the save of that step
+    full: dict[
+        str, Any
+    ]  # rank, step, what (state, weights): no space left for that in the save of that step
     clocks: list[float]  # seconds that each rank's clock is off
     jump: dict[str, float]  # at (update), by (seconds): from there on all clocks are off by more
 
@@ -61,7 +63,11 @@ class Rank:
 
     def reach(self, point: str, number: int = 0) -> None:
         for action in self.fault.get("actions", []):
-            if (action["at"], action.get("of", 0), action.get("rank", 0)) == (point, number, self.rank):
+            if (action["at"], action.get("of", 0), action.get("rank", 0)) == (
+                point,
+                number,
+                self.rank,
+            ):
                 if delay := action.get("delay", 0.0):
                     timer = threading.Timer(delay, self.act, [action])
                     timer.daemon = True
@@ -77,7 +83,9 @@ class Rank:
         elif action["do"] == "kill_all":
             self._file("killed").touch()
             folder, name = self._file("pid").parent, self._file("").name
-            found = {int(path.read_text(encoding="utf-8") or 0) for path in folder.glob(f"{name}*.pid")} - {0, os.getpid()}
+            found = {
+                int(path.read_text(encoding="utf-8") or 0) for path in folder.glob(f"{name}*.pid")
+            } - {0, os.getpid()}
             for process in found:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -93,7 +101,13 @@ class Rank:
         if not self.rows:  # torch makes the state of a new optimizer by an update without gradients
             return
         number = int(next(iter(optimizer.state.values()))["step"])
-        line = {"update": number, "rank": self.rank, "world": self.world, "batch_index": self.batch_index, "rows": self.rows}
+        line = {
+            "update": number,
+            "rank": self.rank,
+            "world": self.world,
+            "batch_index": self.batch_index,
+            "rows": self.rows,
+        }
         if self.record:
             with open(self._file(f"rank{self.rank}.jsonl"), "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -127,7 +141,11 @@ def watch(rank: Rank) -> None:
                 rank.fed(batch)
                 if nan and (rank.rank, rank.batch_index) == (nan["rank"], nan["batch_index"]):
                     loss = loss * float("nan")
-                    sums = {name: value * float("nan") for name, value in sums.items()} if nan["what"] == "loss" else sums
+                    sums = (
+                        {name: value * float("nan") for name, value in sums.items()}
+                        if nan["what"] == "loss"
+                        else sums
+                    )
             return loss, sums
 
         return watched
@@ -149,7 +167,12 @@ def watch(rank: Rank) -> None:
         rank.reach("end")
         return finished
 
-    train.next_token, train.Prefetcher, setup.build, phase.train = next_token, Watched, built, trained  # type: ignore[misc]
+    train.next_token, train.Prefetcher, setup.build, phase.train = (
+        next_token,
+        Watched,
+        built,
+        trained,
+    )  # type: ignore[misc]
     if excluded_batches := rank.fault.get("leave_out"):
         FaultState.next_batch_index = lambda self, batch_index: next(
             p for p in range(batch_index, 1 << 30) if p not in excluded_batches
@@ -159,7 +182,12 @@ def watch(rank: Rank) -> None:
 
 def watch_saves(rank: Rank, checkpoint: Any) -> None:
     checkpointer = checkpoint.Checkpointer
-    write, publish, checksums, sync = checkpointer._write, checkpointer._publish, checkpoint._checksums, checkpoint._sync
+    write, publish, checksums, sync = (
+        checkpointer._write,
+        checkpointer._publish,
+        checkpoint._checksums,
+        checkpoint._sync,
+    )
 
     def written(self: Any, snapshot: Any, group: Any) -> None:
         rank.saving = snapshot.position["step"]
@@ -180,7 +208,12 @@ def watch_saves(rank: Rank, checkpoint: Any) -> None:
         if path.suffix == ".tmp":  # the whole folder: what is left is its name
             rank.reach("rename", rank.saving)
 
-    checkpointer._write, checkpointer._publish, checkpoint._checksums, checkpoint._sync = written, published, summed, synced
+    checkpointer._write, checkpointer._publish, checkpoint._checksums, checkpoint._sync = (
+        written,
+        published,
+        summed,
+        synced,
+    )
     if full := rank.fault.get("full"):
         fill_the_disk(rank, checkpoint, full)
 
@@ -191,7 +224,9 @@ def fill_the_disk(rank: Rank, checkpoint: Any, full: dict[str, Any]) -> None:
 
     from torch.distributed.checkpoint import filesystem
 
-    owner, name = (checkpoint, "save_hf") if full["what"] == "weights" else (filesystem, "_write_item")
+    owner, name = (
+        (checkpoint, "save_hf") if full["what"] == "weights" else (filesystem, "_write_item")
+    )
     plain = getattr(owner, name)
 
     def write(*arguments: Any, **named: Any) -> Any:
@@ -231,7 +266,9 @@ def turn_the_clock(rank: Rank) -> None:
 
 def main() -> None:
     rank = Rank(
-        json.loads(os.environ.get("FAULT", "{}")), int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        json.loads(os.environ.get("FAULT", "{}")),
+        int(os.environ.get("RANK", "0")),
+        int(os.environ.get("WORLD_SIZE", "1")),
     )
     rank.reach("start")
     if "clocks" in rank.fault:

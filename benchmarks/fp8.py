@@ -23,7 +23,12 @@ from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
 from training.optimizers import OptimConfig, build_optimizer
 
 TINY = ModelConfig(
-    vocab_size=256, hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=1,
 )
 
 
@@ -32,18 +37,25 @@ def text(limit: int = 4_000_000) -> torch.Tensor:
     return torch.frombuffer(bytearray(b"".join(modules())[:limit]), dtype=torch.uint8).long()
 
 
-def train(config: ModelConfig, fp8: bool, args: argparse.Namespace, device: torch.device) -> list[float]:
+def train(
+    config: ModelConfig, fp8: bool, args: argparse.Namespace, device: torch.device
+) -> list[float]:
     """Loss of each step, in nats a byte."""
     model = NanoLlama(config, seed=args.seed)
     if fp8:
         converted = convert_to_fp8(model.layers, device, emulate=device.type == "cpu")
-        print(f"float8{' emulated' if device.type == 'cpu' else ''}: {len(converted)} matrices", flush=True)
+        print(
+            f"float8{' emulated' if device.type == 'cpu' else ''}: {len(converted)} matrices",
+            flush=True,
+        )
     model = wrap_model_fsdp(model, ParallelConfig(dtype="bfloat16"), device)
     optimizer = build_optimizer(model, OptimConfig(lr=args.lr))
     source, losses = text(), []
     generator = torch.Generator().manual_seed(args.seed)
     for step in range(args.steps):
-        at = torch.randint(len(source) - args.length - 1, (args.rows, 1), generator=generator) + torch.arange(args.length + 1)
+        at = torch.randint(
+            len(source) - args.length - 1, (args.rows, 1), generator=generator
+        ) + torch.arange(args.length + 1)
         tokens = source[at].to(device)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 20) * (1 - step / args.steps)
@@ -58,7 +70,9 @@ def train(config: ModelConfig, fp8: bool, args: argparse.Namespace, device: torc
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=at_least(1), default=500 if cuda else 200)
     parser.add_argument("--length", type=at_least(1), default=2048 if cuda else 128)
     parser.add_argument("--rows", type=at_least(1), default=16 if cuda else 8)
@@ -74,7 +88,9 @@ def main() -> None:
             raise ValueError("float8 needs the package torchao: pip install torchao")
     config = replace(ModelConfig(vocab_size=256), num_hidden_layers=args.layers) if cuda else TINY
     with user_errors(), setup.ranks() as device:
-        losses = {name: train(config, name == "float8", args, device) for name in ("bf16", "float8")}
+        losses = {
+            name: train(config, name == "float8", args, device) for name in ("bf16", "float8")
+        }
     last = {name: statistics.mean(each[-len(each) // 10 :]) for name, each in losses.items()}
     gap = last["float8"] - last["bf16"]
     share = gap / last["bf16"]
@@ -82,7 +98,12 @@ def main() -> None:
         f"mean loss of the last tenth: {last['bf16']:.4f} in bf16, {last['float8']:.4f} in float8: {gap:+.4f} nats, {share:+.2%}"
     )
     kind = "float8 of the device" if cuda else "emulated: rounded to float8, multiplied in fp32"
-    found = {"task": "fp8", "kind": kind, "machine": machine(device, "torchao"), "parameters": config.num_parameters}
+    found = {
+        "task": "fp8",
+        "kind": kind,
+        "machine": machine(device, "torchao"),
+        "parameters": config.num_parameters,
+    }
     write(args.output, found | {"last_tenth": last, "gap": gap, "losses": losses})
 
 

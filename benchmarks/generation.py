@@ -26,21 +26,45 @@ from inference.packed_weights import LinearOps, head, packed, plain
 from models.hf import load_hf, save_hf
 from models.nanollama import ModelConfig, NanoLlama
 
-TINY = ModelConfig(vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=5, num_attention_heads=4)
+TINY = ModelConfig(
+    vocab_size=4096,
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=5,
+    num_attention_heads=4,
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, nargs="*", default=[], help="Hugging Face folders; a tiny model comes first")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        nargs="*",
+        default=[],
+        help="Hugging Face folders; a tiny model comes first",
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--prompt_tokens", type=int, nargs="+", default=[128])
     parser.add_argument("--new_tokens", type=int, nargs="+", default=[32])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256], help="new tokens, with and without the cache")
+    parser.add_argument(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[64, 128, 256],
+        help="new tokens, with and without the cache",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), nargs="+", default=list(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compile", action="store_true", help="our step of one token as a compiled graph")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, for both")
+    parser.add_argument(
+        "--compile", action="store_true", help="our step of one token as a compiled graph"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch, for both"
+    )
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -61,7 +85,9 @@ def main() -> None:
         for folder in (Path(scratch) / "tiny", *args.checkpoint):
             for dtype in args.dtype:
                 for row in against(folder, DTYPES[dtype], args):
-                    result["bare_products" if "milliseconds" in row else "against_transformers"].append(row)
+                    result[
+                        "bare_products" if "milliseconds" in row else "against_transformers"
+                    ].append(row)
                     print(json.dumps(row), flush=True)
                     save(result, args.output)
         result["with_and_without_cache"] = by_length(tiny.to(args.device), args.lengths, args.runs)
@@ -83,10 +109,18 @@ def against(folder: Path, dtype: torch.dtype, args: argparse.Namespace) -> Itera
     other: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(args.device)
     other.generation_config.eos_token_id = None  # neither ends a row nor is forbidden
     for batch in args.batch:
-        yield {"model": folder.name, "dtype": str(dtype).removeprefix("torch."), "batch": batch, **bare(model, batch)}
+        yield {
+            "model": folder.name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "batch": batch,
+            **bare(model, batch),
+        }
         for prompt in args.prompt_tokens:
             for new in args.new_tokens:
-                yield {"model": folder.name, **compare(model, other, dtype, (batch, prompt, new), args)}
+                yield {
+                    "model": folder.name,
+                    **compare(model, other, dtype, (batch, prompt, new), args),
+                }
 
 
 def bare(model: NanoLlama, batch: int) -> dict[str, Any]:
@@ -95,7 +129,9 @@ def bare(model: NanoLlama, batch: int) -> dict[str, Any]:
     dtype, device = head(model).dtype, head(model).device
     size, inner = model.config.hidden_size, model.config.intermediate_size
     attended = model.config.num_attention_heads * model.config.resolved_head_dim
-    x, y, z = (torch.ones(batch, width, dtype=dtype, device=device) for width in (size, attended, inner))
+    x, y, z = (
+        torch.ones(batch, width, dtype=dtype, device=device) for width in (size, attended, inner)
+    )
 
     def run(matrices: LinearOps) -> None:
         for layer in matrices.layers:
@@ -103,8 +139,13 @@ def bare(model: NanoLlama, batch: int) -> dict[str, Any]:
         matrices.head(x)
 
     with torch.inference_mode():
-        seconds = {way: statistics.median(timed(lambda: run(of))[1] for _ in range(20)) for way, of in ways.items()}
-    bytes_read = dtype.itemsize * sum(p.numel() for name, p in model.named_parameters() if "norm" not in name)
+        seconds = {
+            way: statistics.median(timed(lambda: run(of))[1] for _ in range(20))
+            for way, of in ways.items()
+        }
+    bytes_read = dtype.itemsize * sum(
+        p.numel() for name, p in model.named_parameters() if "norm" not in name
+    )
     bytes_read -= 0 if model.lm_head is None else dtype.itemsize * model.embed_tokens.weight.numel()
     return {
         "milliseconds": {way: round(1000 * time, 1) for way, time in seconds.items()},
@@ -112,10 +153,14 @@ def bare(model: NanoLlama, batch: int) -> dict[str, Any]:
     }
 
 
-def compare(model: NanoLlama, other: Any, dtype: torch.dtype, shape: tuple[int, int, int], args: Any) -> dict[str, Any]:
+def compare(
+    model: NanoLlama, other: Any, dtype: torch.dtype, shape: tuple[int, int, int], args: Any
+) -> dict[str, Any]:
     """New tokens a second, prompts included in the time, greedy; the ways take turns. equal: rows with the same tokens."""
     batch, prompt, new = shape
-    prompts = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
+    prompts = torch.randint(
+        3, model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)
+    )
     ids, lists = prompts.to(args.device), prompts.tolist()
 
     def theirs(new: int) -> list:
@@ -123,7 +168,9 @@ def compare(model: NanoLlama, other: Any, dtype: torch.dtype, shape: tuple[int, 
         return other.generate(ids, attention_mask=torch.ones_like(ids), **how)[:, prompt:].tolist()
 
     ways: dict[str, Callable[[int], list]] = {
-        "ours": lambda new: [row.tokens for row in generate(model, lists, new, compile=args.compile)],
+        "ours": lambda new: [
+            row.tokens for row in generate(model, lists, new, compile=args.compile)
+        ],
         "transformers": theirs,
     }
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
@@ -133,7 +180,10 @@ def compare(model: NanoLlama, other: Any, dtype: torch.dtype, shape: tuple[int, 
     for _ in range(args.runs):
         for way, run in ways.items():
             seconds[way].append(timed(lambda: tokens.update({way: run(new)})))
-    wall, cpu = ({way: statistics.median(time[i] for time in times) for way, times in seconds.items()} for i in (0, 1))
+    wall, cpu = (
+        {way: statistics.median(time[i] for time in times) for way, times in seconds.items()}
+        for i in (0, 1)
+    )
     return {
         "parameters": model.config.num_parameters,
         "dtype": str(dtype).removeprefix("torch."),
@@ -144,7 +194,9 @@ def compare(model: NanoLlama, other: Any, dtype: torch.dtype, shape: tuple[int, 
         "ratio": round(wall["transformers"] / wall["ours"], 2),
         "cpu_seconds": {way: round(time, 3) for way, time in cpu.items()},
         "cpu_ratio": round(cpu["transformers"] / cpu["ours"], 2),
-        "equal": sum(mine == its for mine, its in zip(tokens["ours"], tokens["transformers"], strict=True)),
+        "equal": sum(
+            mine == its for mine, its in zip(tokens["ours"], tokens["transformers"], strict=True)
+        ),
     }
 
 
@@ -152,9 +204,20 @@ def by_length(model: NanoLlama, lengths: list[int], runs: int) -> list[dict[str,
     """CPU seconds to write so many tokens greedily after a prompt of 8, with the cache and by reading all anew for each token."""
     prompt, found = list(range(8)), []
     for length in lengths:
-        ways = {"with": lambda n: generate(model, [prompt], n), "without": lambda n: reread(model, prompt, n)}
-        seconds = {way: statistics.median(timed(lambda: run(length))[1] for _ in range(runs)) for way, run in ways.items()}
-        found.append({"new_tokens": length, "cpu_seconds": {way: round(value, 4) for way, value in seconds.items()}})
+        ways = {
+            "with": lambda n: generate(model, [prompt], n),
+            "without": lambda n: reread(model, prompt, n),
+        }
+        seconds = {
+            way: statistics.median(timed(lambda: run(length))[1] for _ in range(runs))
+            for way, run in ways.items()
+        }
+        found.append(
+            {
+                "new_tokens": length,
+                "cpu_seconds": {way: round(value, 4) for way, value in seconds.items()},
+            }
+        )
     return found
 
 

@@ -53,7 +53,13 @@ def write_huge_source(folder: Path, documents: int) -> None:
     with open(folder / "train-00000.bin", "wb") as file:
         file.truncate(2 * tokens)
     shard = {"stem": "train-00000", "tokens": tokens, "documents": documents, "sha256": {}}
-    content = {"inputs": {}, "vocab_size": VOCAB, "dtype": "<u2", "tokenizer": "synthetic", "splits": {"train": [shard]}}
+    content = {
+        "inputs": {},
+        "vocab_size": VOCAB,
+        "dtype": "<u2",
+        "tokenizer": "synthetic",
+        "splits": {"train": [shard]},
+    }
     manifest.write(folder, content)
 
 
@@ -108,32 +114,54 @@ def measure_start(folder: Path, rows: int, documents: int) -> dict[str, float]:
     source = TokenShards(folder / "huge", "train")
     costs = {
         "open_shards_s": seconds(lambda: TokenShards(folder / "huge", "train")),
-        f"shuffle_{rows}_rows_s": seconds(lambda: np.random.default_rng(0).permutation(rows).astype(np.uint32)),
+        f"shuffle_{rows}_rows_s": seconds(
+            lambda: np.random.default_rng(0).permutation(rows).astype(np.uint32)
+        ),
         "long_documents_s": seconds(lambda: LongDocuments(source, 4096)),
         f"plan_{documents}_documents_s": seconds(lambda: keep_plan(source, 4096, 0)),
         "open_plan_s": seconds(lambda: keep_plan(source, 4096, 0)),
         "plan_mb": sum(path.stat().st_size for path in source.folder.glob("plans/*/*.npy")) / 1e6,
-        "plan_peak_memory_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9,
+        "plan_peak_memory_gb": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        * 1024
+        / 1e9,
     }
     return costs | {f"plan_{name}": share for name, share in keep_plan(source, 4096, 0)[1].items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=50_000_000, help="tokens a source")
-    parser.add_argument("--documents", type=int, default=25_000_000, help="documents of the plan whose making is timed")
-    parser.add_argument("--shuffled_rows", type=int, default=6_000_000, help="rows of the shuffle that is timed")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=25_000_000,
+        help="documents of the plan whose making is timed",
+    )
+    parser.add_argument(
+        "--shuffled_rows", type=int, default=6_000_000, help="rows of the shuffle that is timed"
+    )
     parser.add_argument("--places", type=int, default=200, help="steps measured")
     parser.add_argument("--tokens_per_step", type=int, default=131_072)
-    parser.add_argument("--training_rate", type=float, default=70_000, help="tokens a second of the training to be fed")
+    parser.add_argument(
+        "--training_rate",
+        type=float,
+        default=70_000,
+        help="tokens a second of the training to be fed",
+    )
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with user_errors(), tempfile.TemporaryDirectory() as folder:
-        start = measure_start(Path(folder), args.shuffled_rows, args.documents)  # first, while the peak of memory is its own
+        start = measure_start(
+            Path(folder), args.shuffled_rows, args.documents
+        )  # first, while the peak of memory is its own
         for seed, name in enumerate(MIX):
             write_source(Path(folder) / name, args.tokens, MEDIAN_TOKENS[name], seed)
-        batches = measure_batches(Path(folder), args.tokens_per_step, args.training_rate, args.places)
+        batches = measure_batches(
+            Path(folder), args.tokens_per_step, args.training_rate, args.places
+        )
     for row in batches:
         print(
             f"{row['sequence_length']:>6} tokens a row, {row['rows']:<30} {row['tokens_per_s'] / 1e6:6.1f} M tokens/s "
@@ -145,7 +173,8 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(
-            json.dumps({"task": "loader", "batches": batches, "start": start}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({"task": "loader", "batches": batches, "start": start}, indent=2) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -25,24 +25,32 @@ from training.fsdp_utils import DTYPES
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool, chunk: int | None = None) -> Tensor:
+def ours(
+    hidden: Tensor, weight: Tensor, targets: Tensor, compiled: bool, chunk: int | None = None
+) -> Tensor:
     return token_losses(hidden[None], weight, targets[None], chunk, compiled).nll.sum()
 
 
 def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight).float(), targets, ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        F.linear(hidden, weight).float(), targets, ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def torch_fused(hidden: Tensor, weight: Tensor, targets: Tensor, chunked: bool) -> Tensor:
     """torch.nn.functional.linear_cross_entropy, of torch 2.13 and newer."""
     options: dict[str, Any] = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
-    return F.linear_cross_entropy(hidden, weight, targets, ignore_index=IGNORE, reduction="sum", **options)
+    return F.linear_cross_entropy(
+        hidden, weight, targets, ignore_index=IGNORE, reduction="sum", **options
+    )
 
 
 def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum")(weight, hidden, targets)
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE, reduction="sum")(
+        weight, hidden, targets
+    )
 
 
 CONTENDERS: dict[str, tuple[Loss, bool]] = {  # and whether they can give a z-loss
@@ -56,11 +64,16 @@ CONTENDERS: dict[str, tuple[Loss, bool]] = {  # and whether they can give a z-lo
 }
 
 
-def errors(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], exact: list[Tensor]) -> dict[str, float]:
+def errors(
+    loss: Loss, inputs: tuple[Tensor, Tensor, Tensor], exact: list[Tensor]
+) -> dict[str, float]:
     hidden, weight, targets = inputs
     value = loss(hidden, weight, targets)
     found = [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
-    shares = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)]
+    shares = [
+        float((a.double() - b).abs().max() / b.abs().max())
+        for a, b in zip(found, exact, strict=True)
+    ]
     return dict(zip(("loss", "hidden", "weight"), shares, strict=True))
 
 
@@ -69,17 +82,25 @@ def in_double(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 2048
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     total = torch.zeros((), dtype=torch.float64, device=h.device)
     for part in torch.arange(len(h), device=h.device).split(chunk):
-        loss = F.cross_entropy(F.linear(h[part], w), targets[part], ignore_index=IGNORE, reduction="sum")
+        loss = F.cross_entropy(
+            F.linear(h[part], w), targets[part], ignore_index=IGNORE, reduction="sum"
+        )
         loss.backward()
         total += loss.detach()
     assert h.grad is not None and w.grad is not None
     return [total, h.grad, w.grad]
 
 
-def measure(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device, rounds: int) -> list[dict]:
+def measure(
+    tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device: torch.device, rounds: int
+) -> list[dict]:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=generator).to(device, dtype).requires_grad_()
-    weight = (torch.randn(vocabulary, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
+    weight = (
+        (torch.randn(vocabulary, width, generator=generator) / width**0.5)
+        .to(device, dtype)
+        .requires_grad_()
+    )
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
     targets[torch.rand(tokens, generator=generator) < 0.1] = IGNORE
     inputs = (hidden, weight, targets.to(device))
@@ -91,7 +112,9 @@ def measure(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device
         try:
             torch.compiler.reset()
             rows[name]["error"] = errors(loss, inputs, exact)
-        except Exception as error:  # one that is not installed, or does not run here, is a row that says so
+        except (
+            Exception
+        ) as error:  # one that is not installed, or does not run here, is a row that says so
             rows[name]["not measured"] = reason(error)
             continue
         calls[name] = lambda loss=loss: torch.autograd.grad(loss(*inputs), (hidden, weight))  # type: ignore[misc]
@@ -109,11 +132,18 @@ def measure(tokens: int, width: int, vocabulary: int, dtype: torch.dtype, device
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=65_536 if cuda else 2048)
     parser.add_argument("--width", type=int, default=2048 if cuda else 256)
     parser.add_argument("--vocabulary", type=int, default=32_000 if cuda else 4096)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"] if cuda else ["bfloat16", "float32"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        default=["bfloat16"] if cuda else ["bfloat16", "float32"],
+    )
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
@@ -121,7 +151,11 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     torch.set_num_threads(args.threads)
     with user_errors():
-        result = {"task": "loss_head", "machine": machine(device, "liger-kernel", "triton"), **vars(args) | {"output": None}}
+        result = {
+            "task": "loss_head",
+            "machine": machine(device, "liger-kernel", "triton"),
+            **vars(args) | {"output": None},
+        }
         for name in args.dtypes:
             shape = (args.tokens, args.width, args.vocabulary)
             rows = result[name] = measure(*shape, DTYPES[name], device, args.rounds)
@@ -132,7 +166,9 @@ def main() -> None:
                     continue
                 off = ", ".join(f"{part} {share:.1e}" for part, share in row["error"].items())
                 peak = f"{row['peak_mb']:9.0f} MB" if row["peak_mb"] else ""
-                print(f"{row['name']:>30} {row['ms']:8.2f} ms {row['time / ours, eager']:6.2f} x {peak}  off by {off}")
+                print(
+                    f"{row['name']:>30} {row['ms']:8.2f} ms {row['time / ours, eager']:6.2f} x {peak}  off by {off}"
+                )
             write(args.output, result)  # as far as it came
 
 

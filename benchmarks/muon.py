@@ -93,7 +93,9 @@ def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[s
     """Median seconds of all backward passes of a step (with their forward ones), and of each optimizer's update."""
     state = setup.build(run, device)
     names = ("adamw", "muon")
-    optimizers = {name: build_optimizer(state.model, replace(run.optim, name=name, lr=1e-5)) for name in names}
+    optimizers = {
+        name: build_optimizer(state.model, replace(run.optim, name=name, lr=1e-5)) for name in names
+    }
     size, count = (run.data.micro_batch_size, run.data.sequence_length), micro_batches(run, world)
 
     def passes() -> None:
@@ -117,25 +119,43 @@ def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[s
         f"Muon adds {(median['muon'] - median['adamw']) / whole:.1%} to a step",
         flush=True,
     )
-    return {"seconds": median, "added_share_of_step": (median["muon"] - median["adamw"]) / whole, "steps": steps}
+    return {
+        "seconds": median,
+        "added_share_of_step": (median["muon"] - median["adamw"]) / whole,
+        "steps": steps,
+    }
 
 
-def held_out_loss(settings: list[str], device: torch.device, name: str, lr: float, steps: int) -> float:
+def held_out_loss(
+    settings: list[str], device: torch.device, name: str, lr: float, steps: int
+) -> float:
     """Nats a token at the end of one run over `steps`, its rate warmed up over 10 and decayed over the last 40 %."""
     with tempfile.TemporaryDirectory() as folder:
-        schedule = (
-            f"schedule={{warmup_steps: {min(10, steps // 5)}, total_steps: {steps}, decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
+        schedule = f"schedule={{warmup_steps: {min(10, steps // 5)}, total_steps: {steps}, decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
+        where = [
+            f"output_dir={folder}/checkpoints",
+            f"log_dir={folder}/logs",
+            "checkpoint={every: 100000, keep: 1}",
+        ]
+        optim = [
+            f"optim.name={name}",
+            f"optim.lr={lr}",
+            "validation={every: 100000, rows: 48, batch_size: 8}",
+        ]
+        run = load(
+            "configs/quickstart/base.yaml", [*settings, schedule, *where, *optim, f"steps={steps}"]
         )
-        where = [f"output_dir={folder}/checkpoints", f"log_dir={folder}/logs", "checkpoint={every: 100000, keep: 1}"]
-        optim = [f"optim.name={name}", f"optim.lr={lr}", "validation={every: 100000, rows: 48, batch_size: 8}"]
-        run = load("configs/quickstart/base.yaml", [*settings, schedule, *where, *optim, f"steps={steps}"])
         train.pretrain(run, 0, 1, device, test=False)
         lines = (Path(folder) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return json.loads(lines[-1])["val/loss"]
 
 
 def tokens(
-    settings: list[str], device: torch.device, steps: int, runs: list[dict[str, Any]], keep: Callable[[dict[str, Any]], None]
+    settings: list[str],
+    device: torch.device,
+    steps: int,
+    runs: list[dict[str, Any]],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Every run's held-out loss, and the tokens that Muon needs for AdamW's best. runs: those done already; keep: takes more."""
 
@@ -145,9 +165,21 @@ def tokens(
                 return done["loss"]
         began = time.perf_counter()
         found = held_out_loss(settings, device, name, lr, steps)
-        runs.append({"optimizer": name, "lr": lr, "steps": steps, "loss": found, "seconds": time.perf_counter() - began})
+        runs.append(
+            {
+                "optimizer": name,
+                "lr": lr,
+                "steps": steps,
+                "loss": found,
+                "seconds": time.perf_counter() - began,
+            }
+        )
         keep({"runs": runs})
-        print(f"{name}, lr {lr:g}, {steps} steps: held-out loss {found:.4f}", file=sys.stderr, flush=True)
+        print(
+            f"{name}, lr {lr:g}, {steps} steps: held-out loss {found:.4f}",
+            file=sys.stderr,
+            flush=True,
+        )
         return found
 
     best = {}
@@ -165,40 +197,70 @@ def tokens(
     curve = [(steps, loss("muon", best["muon"], steps))]
     if curve[0][1] < target:
         curve.insert(0, (steps // 2, loss("muon", best["muon"], steps // 2)))
-        if curve[0][1] > target:  # once more, where a straight line in the logarithm of tokens meets the target
+        if (
+            curve[0][1] > target
+        ):  # once more, where a straight line in the logarithm of tokens meets the target
             share = (curve[0][1] - target) / (curve[0][1] - curve[1][1])
             between = round(steps / 2 * 2**share)
             curve.insert(1, (between, loss("muon", best["muon"], between)))
     ratio = None
     for (few, above), (many, below) in pairwise(curve):
-        if below < target <= above:  # between the two the loss falls about evenly in the logarithm of tokens
-            ratio = math.exp(math.log(few) + (above - target) / (above - below) * math.log(many / few)) / steps
+        if (
+            below < target <= above
+        ):  # between the two the loss falls about evenly in the logarithm of tokens
+            ratio = (
+                math.exp(math.log(few) + (above - target) / (above - below) * math.log(many / few))
+                / steps
+            )
     if ratio is None:
-        said = "AdamW's best is not reached" if curve[-1][1] >= target else f"at most {curve[0][0] / steps:.2f} of the tokens"
+        said = (
+            "AdamW's best is not reached"
+            if curve[-1][1] >= target
+            else f"at most {curve[0][0] / steps:.2f} of the tokens"
+        )
     else:
         said = f"{ratio:.2f} of the tokens"
     print(
         f"AdamW's best, lr {best['adamw']:g}: {target:.4f}; Muon, lr {best['muon']:g}: {curve[-1][1]:.4f}; to that loss: {said}"
     )
-    return {"runs": runs, "best_lr": best, "target": target, "muon_at_best_lr": curve, "token_ratio": ratio}
+    return {
+        "runs": runs,
+        "best_lr": best,
+        "target": target,
+        "muon_at_best_lr": curve,
+        "token_ratio": ratio,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=("cost", "tokens"))
     parser.add_argument("--config", default="configs/quickstart/base.yaml", help="of cost")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="refuse to run on another than this")
-    parser.add_argument("--steps", type=int, help="cost: measured (default 10); tokens: of a full run (default 192)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="refuse to run on another than this"
+    )
+    parser.add_argument(
+        "--steps", type=int, help="cost: measured (default 10); tokens: of a full run (default 192)"
+    )
     parser.add_argument("--output", type=Path, help="add the results to this JSON file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     rank, world = setup.rank_and_world()
-    torch.set_num_threads(1)  # threads that wait for each other are no measure on cores that others share
+    torch.set_num_threads(
+        1
+    )  # threads that wait for each other are no measure on cores that others share
     with user_errors(rank, world), setup.ranks() as device:
         if args.device and device.type != args.device:
-            raise ValueError(f"this would run on {device.type}, not on {args.device}; hide GPUs with CUDA_VISIBLE_DEVICES=")
+            raise ValueError(
+                f"this would run on {device.type}, not on {args.device}; hide GPUs with CUDA_VISIBLE_DEVICES="
+            )
         found = read_json(args.output) if args.output else {}
-        about = {"command": f"python -m benchmarks.muon {' '.join(sys.argv[1:])}", **setup.environment(device)}
+        about = {
+            "command": f"python -m benchmarks.muon {' '.join(sys.argv[1:])}",
+            **setup.environment(device),
+        }
 
         def keep(results: dict[str, Any]) -> None:
             if args.output and rank == 0:

@@ -37,14 +37,30 @@ ROWS: list[dict[str, Any]] = [
 LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sigmoid": ({}, {"loss_types": ["sigmoid"]}),
     "sigmoid, beta 0.5": ({"beta": 0.5}, {"loss_types": ["sigmoid"], "beta": 0.5}),
-    "sigmoid_norm, beta 1": ({"loss": "sigmoid_norm", "beta": 1.0}, {"loss_types": ["sigmoid_norm"], "beta": 1.0}),
+    "sigmoid_norm, beta 1": (
+        {"loss": "sigmoid_norm", "beta": 1.0},
+        {"loss_types": ["sigmoid_norm"], "beta": 1.0},
+    ),
     "ipo": ({"loss": "ipo"}, {"loss_types": ["ipo"]}),
     "hinge": ({"loss": "hinge"}, {"loss_types": ["hinge"]}),
-    "robust, smoothing 0.1": ({"loss": "robust", "label_smoothing": 0.1}, {"loss_types": ["robust"], "label_smoothing": 0.1}),
+    "robust, smoothing 0.1": (
+        {"loss": "robust", "label_smoothing": 0.1},
+        {"loss_types": ["robust"], "label_smoothing": 0.1},
+    ),
     "apo_zero": ({"loss": "apo_zero"}, {"loss_types": ["apo_zero"]}),
-    "sigmoid + sft": ({"sft_weight": 1.0}, {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]}),
+    "sigmoid + sft": (
+        {"sft_weight": 1.0},
+        {"loss_types": ["sigmoid", "sft"], "loss_weights": [1.0, 1.0]},
+    ),
 }
-SHARED = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+SHARED = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 
 
 def write_case(folder: Path) -> dict[str, Pairs]:
@@ -67,13 +83,19 @@ def write_case(folder: Path) -> dict[str, Pairs]:
             noise = NanoLlama(config, seed=seed).state_dict()
             weights = {key: value + 0.1 * noise[key] for key, value in weights.items()}
         save_hf(folder / name, config, weights, torch.float32, **chat.config_ids)
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
-    config = PreferenceConfig({"pairs": PairSource(str(folder / "pairs.jsonl"))}, str(folder / "cache"), held_out=0.0)
+    (folder / "pairs.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8"
+    )
+    config = PreferenceConfig(
+        {"pairs": PairSource(str(folder / "pairs.jsonl"))}, str(folder / "cache"), held_out=0.0
+    )
     prepared = prepare(config, ["pairs"], folder / "policy", LENGTH)
     return {name: Pairs(path, "train") for name, path in prepared.items()}
 
 
-def batch_of(pairs: dict[str, Pairs], reference: NanoLlama | None, indices: range = range(len(ROWS))) -> PairBatch:
+def batch_of(
+    pairs: dict[str, Pairs], reference: NanoLlama | None, indices: range = range(len(ROWS))
+) -> PairBatch:
     """Some of the pairs, laid out as for training."""
     per_token = len(ROWS) / sum(pairs["pairs"].chosen_tokens(i) for i in range(len(ROWS)))
     batch = make_batch(pairs, [("pairs", i) for i in indices], per_token, LENGTH)
@@ -86,7 +108,10 @@ def ours(folder: Path, batch: PairBatch, settings: dict[str, Any]) -> dict[str, 
     loss, sums = preference(DPOConfig(**settings))(model, batch)
     (loss / len(batch.counted)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return {**{name: float(value) / len(batch.counted) for name, value in sums.items()}, "grad_norm": float(norm)}
+    return {
+        **{name: float(value) / len(batch.counted) for name, value in sums.items()},
+        "grad_norm": float(norm),
+    }
 
 
 def trl_trainer(folder: Path, reference: str = "reference") -> Any:
@@ -101,10 +126,14 @@ def trl_trainer(folder: Path, reference: str = "reference") -> Any:
     chat = Chat.from_folder(folder / "policy")
     rows = []
     for row in ROWS:
-        prompt = chat.clean({"messages": [{"role": "user", "content": row["prompt"]}]}, answered=False)
+        prompt = chat.clean(
+            {"messages": [{"role": "user", "content": row["prompt"]}]}, answered=False
+        )
         rows.append({**row, "prompt": chat.render(prompt) + "<|im_start|>assistant\n"})
     models = [
-        LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32, attn_implementation="eager")
+        LlamaForCausalLM.from_pretrained(
+            folder / name, dtype=torch.float32, attn_implementation="eager"
+        )
         for name in ("policy", reference)
     ]
     args = TRLConfig(
@@ -121,10 +150,18 @@ def trl_trainer(folder: Path, reference: str = "reference") -> Any:
         disable_tqdm=True,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
-    return DPOTrainer(models[0], models[1], args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    return DPOTrainer(
+        models[0],
+        models[1],
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+    )
 
 
-def theirs(trainer: Any, settings: dict[str, Any], indices: range = range(len(ROWS))) -> dict[str, float]:
+def theirs(
+    trainer: Any, settings: dict[str, Any], indices: range = range(len(ROWS))
+) -> dict[str, float]:
     """What TRL computes and logs for one batch."""
     given = {"beta": 0.1, "label_smoothing": 0.0, "loss_weights": [1.0], **settings}
     for name, value in given.items():
@@ -135,7 +172,9 @@ def theirs(trainer: Any, settings: dict[str, Any], indices: range = range(len(RO
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trainer.model.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    )
     logged = {name: trainer._metrics["train"][name][-1] for name in SHARED}
     return {"loss": float(loss.detach()), **logged, "grad_norm": float(norm)}
 
@@ -161,9 +200,15 @@ def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     pairs = write_case(folder)
     reference, policy = load_hf(folder / "reference"), load_hf(folder / "policy")
     batch, trainer = batch_of(pairs, reference), trl_trainer(folder)
-    found = {name: {"ours": ours(folder, batch, own), "trl": theirs(trainer, other)} for name, (own, other) in LOSSES.items()}
+    found = {
+        name: {"ours": ours(folder, batch, own), "trl": theirs(trainer, other)}
+        for name, (own, other) in LOSSES.items()
+    }
     same, equal = trl_trainer(folder, "policy"), batch_of(pairs, policy)
-    found["policy = reference"] = {"ours": ours(folder, equal, {}), "trl": theirs(same, {"loss_types": ["sigmoid"]})}
+    found["policy = reference"] = {
+        "ours": ours(folder, equal, {}),
+        "trl": theirs(same, {"loss_types": ["sigmoid"]}),
+    }
     one = range(1, 2)  # TRL's aot sorts pairs over the batch; of a single one it is cDPO
     smooth = {"label_smoothing": 0.1}
     found["cDPO, smoothing 0.1, of one pair"] = {
@@ -183,7 +228,9 @@ def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, help="write the table here as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -192,14 +239,24 @@ def main() -> None:
         mine, other = found["ours"], found["trl"]
         worst = max(abs(mine[key] - other[key]) for key in other if key != "grad_norm")
         line = f"{label:>40}  loss {mine['loss']:.6f}  TRL {other['loss']:.6f}  farthest of all {worst:.1e}"
-        norms = "" if "grad_norm" not in other else f"  gradient norm {mine['grad_norm']:.6f}  TRL {other['grad_norm']:.6f}"
+        norms = (
+            ""
+            if "grad_norm" not in other
+            else f"  gradient norm {mine['grad_norm']:.6f}  TRL {other['grad_norm']:.6f}"
+        )
         print(line + norms)
     if args.output:
         import trl as package
 
-        about = {"command": "python -m benchmarks.parity_dpo", "trl": package.__version__, "torch": torch.__version__}
+        about = {
+            "command": "python -m benchmarks.parity_dpo",
+            "trl": package.__version__,
+            "torch": torch.__version__,
+        }
         args.output.write_text(
-            json.dumps({**about, "python": sys.version.split()[0], "table": table}, indent=2) + "\n", encoding="utf-8"
+            json.dumps({**about, "python": sys.version.split()[0], "table": table}, indent=2)
+            + "\n",
+            encoding="utf-8",
         )
 
 

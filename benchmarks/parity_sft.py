@@ -25,7 +25,12 @@ from training.settings import load_settings
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sft.yaml"
 ROW = 384  # tokens: so the conversations fill two rows, one of them with two; twice that holds them all
 CALL = {"function": {"name": "now", "arguments": {"zone": "UTC"}}}
-TOOLS = [{"type": "function", "function": {"name": "now", "description": "The time.", "parameters": {"type": "object"}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "now", "description": "The time.", "parameters": {"type": "object"}},
+    }
+]
 CONVERSATIONS: list[dict[str, Any]] = [
     {
         "messages": [
@@ -68,8 +73,12 @@ def write_case(folder: Path) -> Path:
         max_position_embeddings=1024,
         initializer_range=0.2,
     )
-    save_hf(base, config, NanoLlama(config, seed=7).state_dict(), torch.float32, bos=0, eos=0, pad=1)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CONVERSATIONS), encoding="utf-8")
+    save_hf(
+        base, config, NanoLlama(config, seed=7).state_dict(), torch.float32, bos=0, eos=0, pad=1
+    )
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in CONVERSATIONS), encoding="utf-8"
+    )
     return base
 
 
@@ -81,7 +90,12 @@ def overrides(folder: Path, length: int, rows: int, batch: int, *more: str) -> l
         f"init_from={folder / 'base'}",
         f"log_dir={folder / 'logs'}",
         f"output_dir={folder / 'out'}",
-        *("steps=1", "parallel={dtype: float32}", "validation.every=0", "checkpoint.asynchronous=false"),
+        *(
+            "steps=1",
+            "parallel={dtype: float32}",
+            "validation.every=0",
+            "checkpoint.asynchronous=false",
+        ),
         *more,
     ]
 
@@ -95,7 +109,9 @@ def ours(folder: Path, length: int, rows: int, batch: int) -> dict[str, float]:
     run = load_settings(SFTConfig, CONFIG, overrides(folder, length, rows, batch, *more))
     with setup.ranks() as device:
         finetune(run, 0, 1, device)
-    first = json.loads((where / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    first = json.loads(
+        (where / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    )
     return {"loss": first["loss"], "grad_norm": first["grad_norm"]}
 
 
@@ -109,7 +125,9 @@ def trl(folder: Path, batch: int, accumulate: int, packing: bool) -> dict[str, f
     chat = save_chat_tokenizer(folder / "chat", folder / "base")
     tokenizer = AutoTokenizer.from_pretrained(folder / "chat")
     tokenizer.chat_template = (folder / "chat" / TRAINING_TEMPLATE).read_text(encoding="utf-8")
-    model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager")
+    model = LlamaForCausalLM.from_pretrained(
+        folder / "base", dtype=torch.float32, attn_implementation="eager"
+    )
     size = chat.tokenizer.get_vocab_size()
     model.resize_token_embeddings(size, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
@@ -130,15 +148,22 @@ def trl(folder: Path, batch: int, accumulate: int, packing: bool) -> dict[str, f
         save_strategy="no",
         disable_tqdm=True,
     )
-    rows = [{"messages": row["messages"], "tools": json.dumps(row.get("tools") or [])} for row in CONVERSATIONS]
-    trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    rows = [
+        {"messages": row["messages"], "tools": json.dumps(row.get("tools") or [])}
+        for row in CONVERSATIONS
+    ]
+    trainer = SFTTrainer(
+        model=model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     trainer.train()
     first = next(entry for entry in trainer.state.log_history if "loss" in entry)
     return {"loss": first["loss"], "grad_norm": first["grad_norm"]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, help="write the table here as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -157,9 +182,19 @@ def main() -> None:
     if args.output:
         import trl as package
 
-        about = {"command": "python -m benchmarks.parity_sft", "date": time.strftime("%Y-%m-%d"), "machine": platform.platform()}
-        about |= {"python": platform.python_version(), "torch": torch.__version__, "trl": package.__version__}
-        args.output.write_text(json.dumps({**about, "table": table}, indent=2) + "\n", encoding="utf-8")
+        about = {
+            "command": "python -m benchmarks.parity_sft",
+            "date": time.strftime("%Y-%m-%d"),
+            "machine": platform.platform(),
+        }
+        about |= {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "trl": package.__version__,
+        }
+        args.output.write_text(
+            json.dumps({**about, "table": table}, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ class Work(NamedTuple):
     rank: int
     world: int
     steps: int  # at most
-    pace: Callable[[Tensor | float], None]  # after each step, with its loss (of this rank, or of all)
+    pace: Callable[
+        [Tensor | float], None
+    ]  # after each step, with its loss (of this rank, or of all)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -58,7 +60,9 @@ class Work(NamedTuple):
 
     def loader(self, rank: int, world: int) -> PackedDataLoader:
         data = self.run.data
-        shards = open_shards(data.store, data.mix, "train", self.run.model.vocab_size, data.min_document_tokens)
+        shards = open_shards(
+            data.store, data.mix, "train", self.run.model.vocab_size, data.min_document_tokens
+        )
         shape = (data.sequence_length, data.rows, data.micro_batch_size)
         return PackedDataLoader(shards, data.mix, *shape, self.run.seed, rank, world, data.packing)
 
@@ -66,7 +70,9 @@ class Work(NamedTuple):
         """Tokens and targets of all steps, [steps * rows, T], in the order in which our loader gives them."""
         whole = self.loader(0, 1)
         batches = [batch for place in range(self.steps) for batch in whole.at(place).batches]
-        return torch.cat([batch.tokens for batch in batches]), torch.cat([batch.targets for batch in batches])
+        return torch.cat([batch.tokens for batch in batches]), torch.cat(
+            [batch.targets for batch in batches]
+        )
 
     def weights(self) -> dict[str, Tensor]:
         return NanoLlama(self.run.model, seed=self.run.seed).state_dict()
@@ -90,7 +96,11 @@ def ours(work: Work, documents: bool = False) -> None:
 
         def at(self, place: int) -> Step:
             step = self.ahead.at(place)
-            return step if documents else step._replace(batches=[batch._replace(doc_ids=None) for batch in step.batches])
+            return (
+                step
+                if documents
+                else step._replace(batches=[batch._replace(doc_ids=None) for batch in step.batches])
+            )
 
     state = setup.build(run, work.device)
     checkpointer = Checkpointer(run.checkpoints, run.checkpoint, work.dtype, None, {})
@@ -100,7 +110,9 @@ def ours(work: Work, documents: bool = False) -> None:
     train(run, state, Loader(), next_token(run.optim.z_weight), checkpointer, log)
 
 
-def hugging_face(work: Work, liger: bool = False, compiled: bool = False, default: bool = False) -> None:
+def hugging_face(
+    work: Work, liger: bool = False, compiled: bool = False, default: bool = False
+) -> None:
     """transformers' LlamaForCausalLM under its Trainer: DDP over ranks, fp32 weights, autocast to the run's dtype.
 
     default: without autocast, as Trainer comes if not told otherwise.
@@ -111,11 +123,16 @@ def hugging_face(work: Work, liger: bool = False, compiled: bool = False, defaul
     run, pace, losses = work.run, work.pace, []
     transformers.logging.set_verbosity_error()
     model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig.from_dict({**to_hf_config(run.model, torch.float32, None, None, None), "use_cache": False})
+        transformers.LlamaConfig.from_dict(
+            {**to_hf_config(run.model, torch.float32, None, None, None), "use_cache": False}
+        )
     )
     model.load_state_dict({to_hf_name(name): value for name, value in work.weights().items()})
     tokens, targets = work.rows()
-    rows = [{"input_ids": a, "labels": b, "shift_labels": b} for a, b in zip(tokens, targets, strict=True)]
+    rows = [
+        {"input_ids": a, "labels": b, "shift_labels": b}
+        for a, b in zip(tokens, targets, strict=True)
+    ]
 
     class Trainer(transformers.Trainer):
         def _get_train_sampler(self, *_: Any) -> Any:
@@ -153,7 +170,9 @@ def hugging_face(work: Work, liger: bool = False, compiled: bool = False, defaul
         dataloader_pin_memory=cuda,
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step) / run.optim.lr)
-    Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, rate), callbacks=[Pace()]).train()
+    Trainer(
+        model, arguments, train_dataset=rows, optimizers=(optimizer, rate), callbacks=[Pace()]
+    ).train()
 
 
 class PlainBlock(nn.Module):
@@ -161,18 +180,29 @@ class PlainBlock(nn.Module):
         super().__init__()
         d, heads, size = config.hidden_size, config.num_attention_heads, config.resolved_head_dim
         self.size, self.eps = size, config.rms_norm_eps
-        linear = {"q": heads * size, "k": config.num_key_value_heads * size, "v": config.num_key_value_heads * size}
-        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(d, width, bias=False) for name, width in linear.items()})
+        linear = {
+            "q": heads * size,
+            "k": config.num_key_value_heads * size,
+            "v": config.num_key_value_heads * size,
+        }
+        self.self_attn = nn.ModuleDict(
+            {f"{name}_proj": nn.Linear(d, width, bias=False) for name, width in linear.items()}
+        )
         self.self_attn["o_proj"] = nn.Linear(heads * size, d, bias=False)
         wide = config.intermediate_size
         shapes = {"gate_proj": (d, wide), "up_proj": (d, wide), "down_proj": (wide, d)}
-        self.mlp = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+        self.mlp = nn.ModuleDict(
+            {name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()}
+        )
         self.input_layernorm = nn.RMSNorm(d, self.eps)
         self.post_attention_layernorm = nn.RMSNorm(d, self.eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         y, attention = normed(self.input_layernorm, x), self.self_attn
-        q, k, v = (attention[name](y).unflatten(-1, (-1, self.size)).transpose(1, 2) for name in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (
+            attention[name](y).unflatten(-1, (-1, self.size)).transpose(1, 2)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
         q, k = turn(q, cos, sin), turn(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + attention["o_proj"](y.transpose(1, 2).flatten(2))
@@ -198,7 +228,9 @@ class PlainLlama(nn.Module):
         self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        frequencies = config.rope_theta ** -(torch.arange(0, config.resolved_head_dim, 2) / config.resolved_head_dim)
+        frequencies = config.rope_theta ** -(
+            torch.arange(0, config.resolved_head_dim, 2) / config.resolved_head_dim
+        )
         angles = torch.outer(torch.arange(config.max_position_embeddings), frequencies)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
@@ -209,7 +241,9 @@ class PlainLlama(nn.Module):
             x = x.to(torch.get_autocast_dtype(device))
         for layer in self.layers:
             x = layer(x, self.cos[:length], self.sin[:length])
-        return F.cross_entropy(self.lm_head(normed(self.norm, x)).flatten(0, 1).float(), targets.flatten())
+        return F.cross_entropy(
+            self.lm_head(normed(self.norm, x)).flatten(0, 1).float(), targets.flatten()
+        )
 
 
 def plain(work: Work, compiled: bool = False) -> None:
@@ -219,7 +253,11 @@ def plain(work: Work, compiled: bool = False) -> None:
     model.to(work.device)
     if compiled:
         model.compile(dynamic=False)
-    autocast = torch.autocast(work.device.type, torch.bfloat16) if work.dtype == torch.bfloat16 else nullcontext()
+    autocast = (
+        torch.autocast(work.device.type, torch.bfloat16)
+        if work.dtype == torch.bfloat16
+        else nullcontext()
+    )
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         with autocast:
@@ -242,7 +280,9 @@ def litgpt(work: Work) -> None:
     if work.world > 1:
         raise ValueError("litgpt is measured on one rank only; give litgpt:1")
     fabric = Fabric(
-        accelerator=work.device.type, devices=1, precision="bf16-mixed" if work.dtype == torch.bfloat16 else "32-true"
+        accelerator=work.device.type,
+        devices=1,
+        precision="bf16-mixed" if work.dtype == torch.bfloat16 else "32-true",
     )
     config = Config(
         block_size=shape.max_position_embeddings,
@@ -262,11 +302,16 @@ def litgpt(work: Work) -> None:
         mlp_class_name="LLaMAMLP",
     )
     model = GPT(config)
-    ours, names = work.weights(), {"embed_tokens": "transformer.wte", "norm": "transformer.ln_f", "lm_head": "lm_head"}
+    ours, names = (
+        work.weights(),
+        {"embed_tokens": "transformer.wte", "norm": "transformer.ln_f", "lm_head": "lm_head"},
+    )
     theirs = {f"{new}.weight": ours[f"{old}.weight"] for old, new in names.items()}
     for i in range(shape.num_hidden_layers):
         old, new = f"layers.{i}", f"transformer.h.{i}"
-        theirs[f"{new}.attn.qkv.weight"] = torch.cat([ours[f"{old}.self_attn.{x}_proj.weight"] for x in "qkv"])
+        theirs[f"{new}.attn.qkv.weight"] = torch.cat(
+            [ours[f"{old}.self_attn.{x}_proj.weight"] for x in "qkv"]
+        )
         theirs[f"{new}.attn.proj.weight"] = ours[f"{old}.self_attn.o_proj.weight"]
         theirs[f"{new}.norm_1.weight"] = ours[f"{old}.input_layernorm.weight"]
         theirs[f"{new}.norm_2.weight"] = ours[f"{old}.post_attention_layernorm.weight"]
@@ -275,7 +320,10 @@ def litgpt(work: Work) -> None:
     model.load_state_dict(theirs)
     plainly = [p for name, p in model.named_parameters() if p.ndim == 1 or "wte" in name]
     decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name]
-    groups = [{"params": decayed, "weight_decay": run.optim.weight_decay}, {"params": plainly, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": run.optim.weight_decay},
+        {"params": plainly, "weight_decay": 0.0},
+    ]
     model, optimizer = fabric.setup(model, adamw(groups, run.optim))
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
@@ -285,10 +333,14 @@ def litgpt(work: Work) -> None:
 
 
 def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
+    )
 
 
-def follow(work: Work, model: Any, optimizer: Any, loss_of: Callable, backward: Callable[[Tensor], Any]) -> None:
+def follow(
+    work: Work, model: Any, optimizer: Any, loss_of: Callable, backward: Callable[[Tensor], Any]
+) -> None:
     """The loop of plain and litgpt. Losses are means over a micro-batch; all have equally many targets."""
     tokens, targets = work.rows()
     schedule, n, size = work.lr(), work.micro_batches, work.run.data.micro_batch_size
@@ -327,7 +379,10 @@ def missing(name: str, device: str) -> str | None:
     """Why a contender cannot run here, or None."""
     from importlib.util import find_spec
 
-    needs = {"hf": ("transformers", "accelerate"), "liger": ("transformers", "accelerate", "liger_kernel")}
+    needs = {
+        "hf": ("transformers", "accelerate"),
+        "liger": ("transformers", "accelerate", "liger_kernel"),
+    }
     needs |= {
         "hf_default": needs["hf"],
         "hf_compiled": needs["hf"],

@@ -52,7 +52,11 @@ def peak_mb(call: Call, device: torch.device) -> float | None:
 def modules() -> list[bytes]:
     """The modules of Python's standard library, those of packages last: real text that every machine has, some 12 MB."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in root.rglob("*.py") if not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts)]
+    files = [
+        path
+        for path in root.rglob("*.py")
+        if not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts)
+    ]
     return [path.read_bytes() for path in sorted(files, key=lambda path: (len(path.parts), path))]
 
 
@@ -66,7 +70,11 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "command": " ".join(["python -m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu[1] if cpu else platform.processor(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else cpu[1]
+        if cpu
+        else platform.processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -81,7 +89,9 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
 
 def reason(error: BaseException) -> str:
     """Why something was not measured, in one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[
+        :300
+    ]
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:

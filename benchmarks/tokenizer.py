@@ -25,16 +25,26 @@ LENGTHS = {"short": (1, 1_000), "medium": (2_000, 5_000), "long": (30_000, 1_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--store", type=Path, default=Path("data/store/quickstart"), help="whose documents are read")
-    parser.add_argument("--vocab_size", type=int, help="train a tokenizer of this size; default: the store's")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--store", type=Path, default=Path("data/store/quickstart"), help="whose documents are read"
+    )
+    parser.add_argument(
+        "--vocab_size", type=int, help="train a tokenizer of this size; default: the store's"
+    )
     parser.add_argument("--megabytes", type=float, default=3.0, help="of text of each length")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
     with user_errors(), tempfile.TemporaryDirectory() as scratch:
-        texts = [text for sample in store_samples(args.store, "all", 20_000_000).values() for text in sample]
+        texts = [
+            text
+            for sample in store_samples(args.store, "all", 20_000_000).values()
+            for text in sample
+        ]
         folder = args.store / "tokenizer"
         if args.vocab_size:
             folder = Path(scratch) / "tokenizer"
@@ -48,12 +58,19 @@ def main() -> None:
             "megabytes_per_s": {},
         }
         for name, (low, high) in LENGTHS.items():
-            chosen = choose([text for text in texts if low <= len(text) < high], int(args.megabytes * 1e6))
+            chosen = choose(
+                [text for text in texts if low <= len(text) < high], int(args.megabytes * 1e6)
+            )
             result["exact"] += compare(encoder, chosen)
-            result["megabytes_per_s"][name] = speeds = measure(contestants(folder, encoder), chosen, args.runs)
+            result["megabytes_per_s"][name] = speeds = measure(
+                contestants(folder, encoder), chosen, args.runs
+            )
             ratio = speeds["Encoder"] / speeds["tokenizers"]
             figures = ", ".join(f"{way} {speed:.1f}" for way, speed in speeds.items())
-            print(f"{name:>7} documents, MB/s on one core: {figures}; Encoder / tokenizers = {ratio:.2f}", flush=True)
+            print(
+                f"{name:>7} documents, MB/s on one core: {figures}; Encoder / tokenizers = {ratio:.2f}",
+                flush=True,
+            )
         print(f"the ids of all {result['exact']:,} documents are equal")
         if args.output:
             args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -73,13 +90,17 @@ def contestants(folder: Path, encoder: Encoder) -> dict[str, Callable[[Sequence[
     """Ways to get the ids of a batch of texts, as lists or arrays, whichever a way is faster with."""
     tokenizer, tiktoken = encoder.tokenizer, load_tiktoken(folder)
     return {
-        "tokenizers": lambda texts: [encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))],
+        "tokenizers": lambda texts: [
+            encoding.ids for encoding in tokenizer.encode_batch_fast(list(texts))
+        ],
         "tiktoken": lambda texts: [tiktoken.encode_ordinary(text) for text in texts],
         "Encoder": encoder,
     }
 
 
-def measure(ways: dict[str, Callable[[Sequence[str]], list]], texts: list[str], runs: int) -> dict[str, float]:
+def measure(
+    ways: dict[str, Callable[[Sequence[str]], list]], texts: list[str], runs: int
+) -> dict[str, float]:
     """Median megabytes (UTF-8) a second of each way; the ways take turns, so that a busy moment meets all of them."""
     size = sum(len(text.encode()) for text in texts) / 1e6
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -94,7 +115,9 @@ def measure(ways: dict[str, Callable[[Sequence[str]], list]], texts: list[str], 
 
 def compare(encoder: Encoder, texts: list[str]) -> int:
     """How many documents were compared; an error where Encoder and tokenizers give different ids."""
-    for ids, encoding in zip(encoder(texts), encoder.tokenizer.encode_batch_fast(texts), strict=True):
+    for ids, encoding in zip(
+        encoder(texts), encoder.tokenizer.encode_batch_fast(texts), strict=True
+    ):
         assert ids.tolist() == encoding.ids
     return len(texts)
 

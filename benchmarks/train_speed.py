@@ -43,13 +43,28 @@ from training.config import RunConfig, load
 from training.meter import PEAK_FLOPS, flops_per_token
 from training.planning.cost import CONTEXT, memory
 
-GOALS = {4096: (50e3, 66e3, 78e3), 8192: (40e3, 52e3, 60e3), 16_384: (28e3, 37e3, 42e3)}  # 1.1B, one H100: floor, goal, fp8
+GOALS = {
+    4096: (50e3, 66e3, 78e3),
+    8192: (40e3, 52e3, 60e3),
+    16_384: (28e3, 37e3, 42e3),
+}  # 1.1B, one H100: floor, goal, fp8
 CONVENTION = (
     "share of 989 TFLOP/s, the dense bf16 peak of an H100 or H200 (other GPUs: training/meter.py); mfu_palm: 6 a matmul "
     "parameter + 12 * layers * width * length FLOPs a token; mfu_causal: attention halved. Recomputing counts as no work."
 )
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the loss, between contenders, while warming up
-CPU_PEERS = ["ours:2", "ours:1", "ours_documents:2", "hf:1", "hf:1:8", "hf:2", "plain:1", "plain:2", "litgpt:1", "liger:1"]
+CPU_PEERS = [
+    "ours:2",
+    "ours:1",
+    "ours_documents:2",
+    "hf:1",
+    "hf:1:8",
+    "hf:2",
+    "plain:1",
+    "plain:2",
+    "litgpt:1",
+    "liger:1",
+]
 
 
 # ---- one rank of one contender
@@ -58,7 +73,13 @@ CPU_PEERS = ["ours:2", "ours:1", "ours_documents:2", "hf:1", "hf:1:8", "hf:2", "
 class Pace:
     """Called after each step; when a round is over it reports, and waits for the next command: `go STEPS` or nothing more."""
 
-    def __init__(self, device: torch.device, commands: Iterator[str], report: Callable[[dict], None], trace: bool = False):
+    def __init__(
+        self,
+        device: torch.device,
+        commands: Iterator[str],
+        report: Callable[[dict], None],
+        trace: bool = False,
+    ):
         self.device, self.commands, self.report, self.trace = device, commands, report, trace
         self.profiler: torch.profiler.profile | None = None
 
@@ -87,7 +108,10 @@ class Pace:
         self.left -= 1
         if self.left:
             return
-        pairs, busy = itertools.pairwise(self.marks), [b - a for a, b in itertools.pairwise(self.busy)]
+        pairs, busy = (
+            itertools.pairwise(self.marks),
+            [b - a for a, b in itertools.pairwise(self.busy)],
+        )
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             times = [a.elapsed_time(b) / 1e3 for a, b in pairs]
@@ -109,18 +133,30 @@ class Pace:
         self.begin()
 
 
-def operators(profiler: torch.profiler.profile, steps: int, cuda: bool, rows: int = 20) -> list[dict[str, Any]]:
+def operators(
+    profiler: torch.profiler.profile, steps: int, cuda: bool, rows: int = 20
+) -> list[dict[str, Any]]:
     """The operators that take longest by their own time: ms and calls a step, share of all."""
-    events = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in profiler.key_averages()]
+    events = [
+        (e.self_device_time_total if cuda else e.self_cpu_time_total, e)
+        for e in profiler.key_averages()
+    ]
     total = sum(time for time, _ in events) or 1
     events.sort(key=lambda pair: -pair[0])
     return [
-        {"operator": e.key[:80], "ms": spent / 1e3 / steps, "calls": e.count / steps, "share": spent / total}
+        {
+            "operator": e.key[:80],
+            "ms": spent / 1e3 / steps,
+            "calls": e.count / steps,
+            "share": spent / total,
+        }
         for spent, e in events[:rows]
     ]
 
 
-def take_part(name: str, run: RunConfig, steps: int, pace_of: Callable[[torch.device], Pace]) -> None:
+def take_part(
+    name: str, run: RunConfig, steps: int, pace_of: Callable[[torch.device], Pace]
+) -> None:
     """Be the rank that the environment says, of a contender, until no more steps are asked for."""
     rank, world = setup.rank_and_world()
     with setup.ranks() as device:
@@ -140,8 +176,15 @@ def worker(name: str, config: str, overrides: list[str], steps: int, trace: bool
     report = os.fdopen(out, "w", buffering=1, encoding="utf-8")
 
     def pace_of(device: torch.device) -> Pace:
-        about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()}
-        return Pace(device, iter(sys.stdin), lambda found: print(json.dumps({**found, **about}), file=report), trace)
+        about = {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+        }
+        return Pace(
+            device,
+            iter(sys.stdin),
+            lambda found: print(json.dumps({**found, **about}), file=report),
+            trace,
+        )
 
     take_part(name, load(config, overrides), steps, pace_of)
     setup.leave(0)
@@ -153,7 +196,16 @@ def worker(name: str, config: str, overrides: list[str], steps: int, trace: bool
 class Group:
     """The processes of one contender."""
 
-    def __init__(self, spec: str, run: RunConfig, config: str, overrides: list[str], steps: int, trace: bool, folder: Path):
+    def __init__(
+        self,
+        spec: str,
+        run: RunConfig,
+        config: str,
+        overrides: list[str],
+        steps: int,
+        trace: bool,
+        folder: Path,
+    ):
         self.spec = spec
         self.name, ranks, rows = ([*spec.split(":"), "", ""])[:3]
         self.ranks = int(ranks or 1)
@@ -164,15 +216,33 @@ class Group:
         self.rounds: list[dict[str, Any]] = []
         self.traced: dict[str, Any] | None = None
         self.why: str | None = None
-        more = [f"data.micro_batch_size={self.rows}", f"output_dir={folder / 'checkpoints'}", f"log_dir={folder / spec}"]
-        command = [sys.executable, "-m", "benchmarks.train_speed", "--worker", self.name, "--config", config]
+        more = [
+            f"data.micro_batch_size={self.rows}",
+            f"output_dir={folder / 'checkpoints'}",
+            f"log_dir={folder / spec}",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.train_speed",
+            "--worker",
+            self.name,
+            "--config",
+            config,
+        ]
         command += ["--total", str(steps), *(["--trace"] if trace else []), *overrides, *more]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.errors, self.processes = open(folder / f"{spec}.err", "w+", encoding="utf-8"), []  # noqa: SIM115
         for rank in range(self.ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            place = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": self.ranks,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             given = {name: str(value) for name, value in (place if self.ranks > 1 else {}).items()}
             given |= {"OMP_NUM_THREADS": str(self.threads), "HF_HUB_OFFLINE": "1"}
             pipe = subprocess.PIPE
@@ -195,17 +265,37 @@ class Group:
             for process in self.processes:
                 assert process.stdin
                 process.stdin.write(f"go {steps}{' trace' if trace else ''}\n")
-            reports = [json.loads(process.stdout.readline()) for process in self.processes if process.stdout]
+            reports = [
+                json.loads(process.stdout.readline())
+                for process in self.processes
+                if process.stdout
+            ]
         except (BrokenPipeError, json.JSONDecodeError):
             self.errors.seek(0)
-            said = [line.strip() for line in self.errors if line.strip()] or ["a process ended without a word"]
+            said = [line.strip() for line in self.errors if line.strip()] or [
+                "a process ended without a word"
+            ]
             memory = any("out of memory" in line.lower() for line in said)
-            self.why = "out of memory" if memory else next((x for x in reversed(said) if "Error" in x), said[-1])[:300]
+            self.why = (
+                "out of memory"
+                if memory
+                else next((x for x in reversed(said) if "Error" in x), said[-1])[:300]
+            )
             self.stop()
             return None
-        losses = [statistics.fmean(values) for values in zip(*(report["losses"] for report in reports), strict=True)]
-        busy = [sum(values) for values in zip(*(report["cpu_s"] for report in reports), strict=True)]
-        return {**reports[0], "losses": losses, "cpu_s": busy, "memory_gb": max(report["memory_gb"] for report in reports)}
+        losses = [
+            statistics.fmean(values)
+            for values in zip(*(report["losses"] for report in reports), strict=True)
+        ]
+        busy = [
+            sum(values) for values in zip(*(report["cpu_s"] for report in reports), strict=True)
+        ]
+        return {
+            **reports[0],
+            "losses": losses,
+            "cpu_s": busy,
+            "memory_gb": max(report["memory_gb"] for report in reports),
+        }
 
     def stop(self) -> None:
         for process in self.processes:
@@ -222,7 +312,9 @@ class Group:
 
 def prepare(run: RunConfig, steps: int, folder: Path) -> list[str]:
     """Overrides for a run of `steps` steps that saves nothing, on the config's own store or, without it, on random tokens."""
-    own = all((Path(run.data.store) / "tokens" / name).is_dir() for name in run.data.mix) and bool(run.data.mix)
+    own = all((Path(run.data.store) / "tokens" / name).is_dir() for name in run.data.mix) and bool(
+        run.data.mix
+    )
     given = [
         f"steps={steps + 1}",
         f"rope_theta={run.model.rope_theta}",
@@ -239,8 +331,13 @@ def prepare(run: RunConfig, steps: int, folder: Path) -> list[str]:
     if own:
         return given
     length, rng = run.data.sequence_length, np.random.default_rng(run.seed)
-    median, left = 600 if length <= 4096 else length // 4, (steps + 2) * run.data.tokens_per_step + length + 1
-    with ShardWriter(folder / "store" / "tokens" / DUMMY, run.model.vocab_size, DUMMY, inputs={}) as shards:
+    median, left = (
+        600 if length <= 4096 else length // 4,
+        (steps + 2) * run.data.tokens_per_step + length + 1,
+    )
+    with ShardWriter(
+        folder / "store" / "tokens" / DUMMY, run.model.vocab_size, DUMMY, inputs={}
+    ) as shards:
         while left > 0:
             document = int(np.clip(rng.lognormal(np.log(median), 1.05), 20, 200_000))
             shards.add("train", rng.integers(1, run.model.vocab_size, document, dtype=np.uint16))
@@ -250,10 +347,17 @@ def prepare(run: RunConfig, steps: int, folder: Path) -> list[str]:
 
 def case(config: str, given: list[str], args: argparse.Namespace) -> dict[str, Any]:
     """All contenders on one setting of the config."""
-    steps_of_round = -(-args.steps // args.rounds) + 1  # the first of a round is not counted: caches are cold
+    steps_of_round = (
+        -(-args.steps // args.rounds) + 1
+    )  # the first of a round is not counted: caches are cold
     total = args.warmup + args.rounds * steps_of_round + (steps_of_round if args.profile else 0)
     run, cuda = load(config, given), torch.cuda.is_available()
-    found: dict[str, Any] = {"settings": given, "parameters": run.model.num_parameters, **shape_of(run), "contenders": []}
+    found: dict[str, Any] = {
+        "settings": given,
+        "parameters": run.model.num_parameters,
+        **shape_of(run),
+        "contenders": [],
+    }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         overrides = [*given, *prepare(run, total, folder)]
@@ -263,7 +367,14 @@ def case(config: str, given: list[str], args: argparse.Namespace) -> dict[str, A
             if why:
                 absent[spec] = why
             else:
-                groups.append((spec, lambda spec=spec: Group(spec, run, config, overrides, total, args.profile, folder)))
+                groups.append(
+                    (
+                        spec,
+                        lambda spec=spec: Group(
+                            spec, run, config, overrides, total, args.profile, folder
+                        ),
+                    )
+                )
         for turn in [[group] for group in groups] if args.one_by_one or cuda else [groups]:
             ready = [start() for _, start in turn]
             try:
@@ -272,7 +383,9 @@ def case(config: str, given: list[str], args: argparse.Namespace) -> dict[str, A
                 for group in ready:
                     group.stop()
             found["contenders"] += [result_of(group, run) for group in ready]
-    found["contenders"] += [{"contender": spec, "not_measured": why} for spec, why in absent.items()]
+    found["contenders"] += [
+        {"contender": spec, "not_measured": why} for spec, why in absent.items()
+    ]
     compare(found, TOLERANCE[run.parallel.dtype if run.parallel.dtype in TOLERANCE else "bfloat16"])
     return found
 
@@ -296,7 +409,12 @@ def shape_of(run: RunConfig) -> dict[str, Any]:
 
 def result_of(group: Any, run: RunConfig) -> dict[str, Any]:
     """The figures of a contender, or why there are none."""
-    about = {"contender": group.spec, "ranks": group.ranks, "threads": group.threads, "micro_batch_size": group.rows}
+    about = {
+        "contender": group.spec,
+        "ranks": group.ranks,
+        "threads": group.threads,
+        "micro_batch_size": group.rows,
+    }
     if group.why or not group.warm:
         return {**about, "not_measured": group.why}
     rounds = [statistics.median(found["seconds"][1:]) for found in group.rounds]
@@ -320,7 +438,9 @@ def result_of(group: Any, run: RunConfig) -> dict[str, Any]:
             result[name] = rate / group.ranks * flops_per_token(run.model, counted) / peak
         if group.name.startswith("ours"):
             own = replace(run, data=replace(run.data, micro_batch_size=group.rows))
-            result["planner_gb"] = (memory(own, group.ranks).total - CONTEXT) / 1e9  # torch does not count its context either
+            result["planner_gb"] = (
+                memory(own, group.ranks).total - CONTEXT
+            ) / 1e9  # torch does not count its context either
     if group.traced:
         result["profile"] = group.traced["profile"]
     return result
@@ -334,7 +454,9 @@ def compare(found: dict[str, Any], tolerance: float) -> None:
         pairs = list(zip(first["warm_up_losses"], result["warm_up_losses"], strict=True))
         result["loss_apart"] = max(abs(a - b) / abs(a) for a, b in pairs)
         # its attention sees less, by design
-        result["same_loss"] = result["loss_apart"] <= tolerance if "documents" not in result["contender"] else None
+        result["same_loss"] = (
+            result["loss_apart"] <= tolerance if "documents" not in result["contender"] else None
+        )
         result["first_is_faster_by"] = statistics.median(
             b / a for a, b in zip(first["rounds_s"], result["rounds_s"], strict=True)
         )
@@ -346,7 +468,10 @@ def compare(found: dict[str, Any], tolerance: float) -> None:
 def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
     return f"{os.cpu_count()} cores of {name}"
 
 
@@ -369,7 +494,9 @@ def table(found: dict[str, Any]) -> str:
         if "not_measured" in result:
             lines.append(f"{result['contender']:20} not measured: {result['not_measured']}")
             continue
-        mfu = [f"{result[name]:.1%}" if name in result else "-" for name in ("mfu_palm", "mfu_causal")]
+        mfu = [
+            f"{result[name]:.1%}" if name in result else "-" for name in ("mfu_palm", "mfu_causal")
+        ]
         loss = {True: "same", False: "DIFFERS", None: "masked"}[result["same_loss"]]
         lines.append(
             f"{result['contender']:20} {result['tokens_per_s']:>10,.0f} {1e3 * result['step_s']:>9.1f} "
@@ -378,16 +505,28 @@ def table(found: dict[str, Any]) -> str:
             + (f"  planner {result['planner_gb']:.1f} GB" if "planner_gb" in result else "")
         )
         for row in result.get("profile", ()):
-            lines.append(f"    {row['share']:>6.1%} {row['ms']:>8.2f} ms {row['calls']:>7.1f} calls  {row['operator']}")
+            lines.append(
+                f"    {row['share']:>6.1%} {row['ms']:>8.2f} ms {row['calls']:>7.1f} calls  {row['operator']}"
+            )
     if found["parameters"] > 1e9 and found["sequence_length"] in GOALS:
         floor, goal, fp8 = GOALS[found["sequence_length"]]
-        lines.append(f"for ours on one H100: floor {floor:,.0f}, goal {goal:,.0f}, with fp8 {fp8:,.0f} tokens/s")
+        lines.append(
+            f"for ours on one H100: floor {floor:,.0f}, goal {goal:,.0f}, with fp8 {fp8:,.0f} tokens/s"
+        )
     return "\n".join(lines)
 
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "liger-kernel", "litgpt", "lightning", "numpy"):
+    for name in (
+        "torch",
+        "transformers",
+        "accelerate",
+        "liger-kernel",
+        "litgpt",
+        "lightning",
+        "numpy",
+    ):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -399,9 +538,14 @@ def grid(vary: list[str]) -> list[list[str]]:
     """["a=1,2", "b=x"] -> [["a=1", "b=x"], ["a=2", "b=x"]]."""
     for option in vary:
         if "=" not in option:
-            raise ValueError(f"--vary {option} must be a setting and its values, section.key=one,two")
+            raise ValueError(
+                f"--vary {option} must be a setting and its values, section.key=one,two"
+            )
     return [
-        list(one) for one in itertools.product(*([f"{o.split('=')[0]}={v}" for v in o.split("=")[1].split(",")] for o in vary))
+        list(one)
+        for one in itertools.product(
+            *([f"{o.split('=')[0]}={v}" for v in o.split("=")[1].split(",")] for o in vary)
+        )
     ]
 
 
@@ -409,7 +553,9 @@ def on_these_ranks(args: argparse.Namespace, world: int) -> None:
     """Under torchrun: ours, each rank a process that is here already; rank 0 writes a case of that one contender."""
     name, *more_of_it = args.contenders
     if more_of_it or not name.startswith("ours") or ":" in name or args.vary or args.profile:
-        raise ValueError("under torchrun this measures --contenders ours or ours_documents alone, without --vary and --profile")
+        raise ValueError(
+            "under torchrun this measures --contenders ours or ours_documents alone, without --vary and --profile"
+        )
     steps = -(-args.steps // args.rounds) + 1
     total = args.warmup + args.rounds * steps
     run = load(args.config, args.overrides)
@@ -423,8 +569,16 @@ def on_these_ranks(args: argparse.Namespace, world: int) -> None:
     if setup.rank_and_world()[0] == 0:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
         rounds = [report | {"device": device} for report in reports[1:]]
-        group = SimpleNamespace(spec=f"{name}:{world}", name=name, ranks=world, threads=torch.get_num_threads())
-        group.rows, group.why, group.warm, group.rounds, group.traced = run.data.micro_batch_size, None, reports[0], rounds, None
+        group = SimpleNamespace(
+            spec=f"{name}:{world}", name=name, ranks=world, threads=torch.get_num_threads()
+        )
+        group.rows, group.why, group.warm, group.rounds, group.traced = (
+            run.data.micro_batch_size,
+            None,
+            reports[0],
+            rounds,
+            None,
+        )
         about = {"settings": args.overrides, "parameters": run.model.num_parameters}
         found = {**about, **shape_of(run), "contenders": [result_of(group, run)]}
         compare(found, 0.0)
@@ -436,15 +590,36 @@ def on_these_ranks(args: argparse.Namespace, world: int) -> None:
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
     """The command line; ValueError for a contender there is not. Settings may stand after any flag."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/quickstart/base.yaml")
-    parser.add_argument("--contenders", nargs="+", metavar="NAME[:RANKS[:ROWS]]", help=", ".join([*CONTENDERS, "torchtitan"]))
-    parser.add_argument("--vary", nargs="+", default=[], metavar="section.key=a,b", help="a case for each combination")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        metavar="NAME[:RANKS[:ROWS]]",
+        help=", ".join([*CONTENDERS, "torchtitan"]),
+    )
+    parser.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="section.key=a,b",
+        help="a case for each combination",
+    )
     parser.add_argument("--warmup", type=int, default=3, help="steps before any is timed")
-    parser.add_argument("--steps", type=int, default=20, help="steps that are timed, over all rounds")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="steps that are timed, over all rounds"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--one_by_one", action="store_true", help="one contender at a time (always so on a GPU)")
-    parser.add_argument("--profile", action="store_true", help="then trace one more round, and say which operators take longest")
+    parser.add_argument(
+        "--one_by_one", action="store_true", help="one contender at a time (always so on a GPU)"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="then trace one more round, and say which operators take longest",
+    )
     parser.add_argument("--output", type=Path, help="JSON with all figures")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--total", type=int, help=argparse.SUPPRESS)
@@ -457,13 +632,19 @@ def parse(given: list[str] | None = None) -> argparse.Namespace:
     if not args.contenders and setup.rank_and_world()[1] > 1:
         args.contenders = ["ours_documents"]
     if not args.contenders:
-        args.contenders = ["ours", "ours_documents", "hf", "plain"] if torch.cuda.is_available() else CPU_PEERS
+        args.contenders = (
+            ["ours", "ours_documents", "hf", "plain"] if torch.cuda.is_available() else CPU_PEERS
+        )
     for spec in args.contenders:
         name, *numbers = spec.split(":")
         if name not in (*CONTENDERS, "torchtitan"):
-            raise ValueError(f"--contenders {spec} is not one of {', '.join([*CONTENDERS, 'torchtitan'])}")
+            raise ValueError(
+                f"--contenders {spec} is not one of {', '.join([*CONTENDERS, 'torchtitan'])}"
+            )
         if len(numbers) > 2 or not all(number.isdecimal() and int(number) for number in numbers):
-            raise ValueError(f"--contenders {spec} must be NAME, NAME:RANKS or NAME:RANKS:ROWS, with numbers of at least 1")
+            raise ValueError(
+                f"--contenders {spec} must be NAME, NAME:RANKS or NAME:RANKS:ROWS, with numbers of at least 1"
+            )
     if min(args.warmup, args.steps, args.rounds) < 1:
         raise ValueError("--warmup, --steps and --rounds must be at least 1")
     return args
@@ -490,15 +671,31 @@ def main() -> None:
 def whole(found: dict[str, Any]) -> bool:
     """Was something measured, ours wherever it was asked for, and do all losses agree?"""
     results = found["contenders"]
-    missed = [result for result in results if "not_measured" in result and result["contender"].startswith("ours")]
-    return not missed and any("step_s" in r for r in results) and all(r.get("same_loss") is not False for r in results)
+    missed = [
+        result
+        for result in results
+        if "not_measured" in result and result["contender"].startswith("ours")
+    ]
+    return (
+        not missed
+        and any("step_s" in r for r in results)
+        and all(r.get("same_loss") is not False for r in results)
+    )
 
 
 def write(path: Path, cases: list[dict[str, Any]]) -> None:
     """All that is known so far: a command that is cut short leaves its whole cases."""
     command = "python -m benchmarks.train_speed " + shlex.join(sys.argv[1:])
-    goals = {str(length): dict(zip(("floor", "goal", "fp8_goal"), three, strict=True)) for length, three in GOALS.items()}
-    about = {"command": command, "date": time.strftime("%Y-%m-%d"), "hardware": cpu_name(), "versions": versions()}
+    goals = {
+        str(length): dict(zip(("floor", "goal", "fp8_goal"), three, strict=True))
+        for length, three in GOALS.items()
+    }
+    about = {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": cpu_name(),
+        "versions": versions(),
+    }
     about |= {"mfu": CONVENTION, "goals_tokens_per_s_1b_h100": goals}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, "cases": cases}, indent=1) + "\n", encoding="utf-8")

@@ -25,8 +25,12 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
-    doc_ids: Tensor  # [B, T] int32, counts up at each document's first token, and where padding begins
-    rows: Tensor = torch.empty(0, dtype=torch.int64)  # [B], numbers of these rows in the order of training
+    doc_ids: (
+        Tensor  # [B, T] int32, counts up at each document's first token, and where padding begins
+    )
+    rows: Tensor = torch.empty(
+        0, dtype=torch.int64
+    )  # [B], numbers of these rows in the order of training
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(part.to(device, non_blocking=True) for part in self))
@@ -91,15 +95,26 @@ class PackedDataLoader:
             )
         for name, weight in mix.items():
             if weight <= 0:
-                raise ValueError(f"data.mix.{name}={weight} must be above 0; leave out what is not to be read")
+                raise ValueError(
+                    f"data.mix.{name}={weight} must be above 0; leave out what is not to be read"
+                )
         self.sources, self.names = sources, sorted(mix)
-        self.length, self.rows, self.micro_batch_size, self.seed = sequence_length, rows, micro_batch_size, seed
+        self.length, self.rows, self.micro_batch_size, self.seed = (
+            sequence_length,
+            rows,
+            micro_batch_size,
+            seed,
+        )
         self.rank, self.world = rank, world
         self.packed = [self._rows_of(name, packing) for name in self.names]
-        weights = [mix[name] / rows.share for name, rows in zip(self.names, self.packed, strict=True)]  # of rows, not tokens
+        weights = [
+            mix[name] / rows.share for name, rows in zip(self.names, self.packed, strict=True)
+        ]  # of rows, not tokens
         self.quota = _largest_remainder(np.array(weights), BLOCK)  # rows a block per source
         if (self.quota == 0).any():
-            raise ValueError(f"data.mix.{self.names[int(self.quota.argmin())]} is below 1/{BLOCK} of the mixture; raise it")
+            raise ValueError(
+                f"data.mix.{self.names[int(self.quota.argmin())]} is below 1/{BLOCK} of the mixture; raise it"
+            )
         shares = dict(zip(self.names, self.quota.tolist(), strict=True))
         hashes = [sources[name].fingerprint for name in self.names]
         self.fingerprint = f"{hashes} {shares} length={sequence_length} rows={rows} seed={seed}"
@@ -110,17 +125,27 @@ class PackedDataLoader:
 
     def at(self, batch_index: int) -> Step:
         """This rank's micro-batches of step `place` >= 0."""
-        of_step = [self._locate(row) for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)]
+        of_step = [
+            self._locate(row)
+            for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)
+        ]
         weight = sum(self.packed[source].targets(index) for source, index in of_step)
         filled = sum(self.packed[source].tokens(index) for source, index in of_step)
         share = self.rows // self.world
         shape = (share, self.length)
-        tokens, targets, doc_ids = np.empty(shape, np.int64), np.empty(shape, np.int64), np.empty(shape, np.int32)
+        tokens, targets, doc_ids = (
+            np.empty(shape, np.int64),
+            np.empty(shape, np.int64),
+            np.empty(shape, np.int32),
+        )
         for i, (source, index) in enumerate(of_step[self.rank * share : (self.rank + 1) * share]):
             self.packed[source].fill(index, tokens[i], targets[i], doc_ids[i])
         numbers = np.arange(share) + (batch_index * self.rows + self.rank * share)
         whole = [torch.from_numpy(part) for part in (tokens, targets, doc_ids, numbers)]
-        batches = [Batch(*parts) for parts in zip(*(part.split(self.micro_batch_size) for part in whole), strict=True)]
+        batches = [
+            Batch(*parts)
+            for parts in zip(*(part.split(self.micro_batch_size) for part in whole), strict=True)
+        ]
         return Step(batches, weight, filled)
 
     def shares(self, first: int, last: int) -> dict[str, float]:
@@ -185,7 +210,11 @@ class PackedDataLoader:
     def _shuffle(self, source: int, epoch: int) -> np.ndarray:
         """Order of a source's rows in an epoch. Keyed by the source's name, so that other sources do not change it."""
         name = int.from_bytes(self.names[source].encode(), "big")
-        return np.random.default_rng((self.seed, 1, name, epoch)).permutation(len(self.packed[source])).astype(np.uint32)
+        return (
+            np.random.default_rng((self.seed, 1, name, epoch))
+            .permutation(len(self.packed[source]))
+            .astype(np.uint32)
+        )
 
 
 class TextLoader(PackedDataLoader):
@@ -225,7 +254,12 @@ class TextLoader(PackedDataLoader):
 
 
 def validation_batches(
-    shards: Source, sequence_length: int, batch_size: int, rows: int | None, rank: int = 0, world: int = 1
+    shards: Source,
+    sequence_length: int,
+    batch_size: int,
+    rows: int | None,
+    rank: int = 0,
+    world: int = 1,
 ) -> list[Batch]:
     """The first `rows` rows (default: all) of a held-out split, split over ranks; every rank gets equally many batches.
 
@@ -239,10 +273,14 @@ def validation_batches(
             "val_fraction in the recipe and run scripts.prepare_data again, add data, leave the source out of data.mix, or "
             "train without validation (validation.every=0)"
         )
-    return row_batches(StreamRows(shards, sequence_length), sequence_length, batch_size, wanted, rank, world)
+    return row_batches(
+        StreamRows(shards, sequence_length), sequence_length, batch_size, wanted, rank, world
+    )
 
 
-def row_batches(source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1) -> list[Batch]:
+def row_batches(
+    source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1
+) -> list[Batch]:
     """The first `rows` rows of a source, split over ranks; see validation_batches."""
     return list(stream_batches(source, sequence_length, batch_size, rows, rank, world))
 
@@ -267,7 +305,9 @@ class Prefetcher:
 
     def __init__(self, loader: Loader, device: torch.device):
         self.loader, self.device, self.fingerprint = loader, device, loader.fingerprint
-        cuda = device.type == "cuda"  # a new thread would pin memory through GPU 0, and open a context there
+        cuda = (
+            device.type == "cuda"
+        )  # a new thread would pin memory through GPU 0, and open a context there
         start = (torch.cuda.set_device, (device,)) if cuda else (None, ())
         self.pool = ThreadPoolExecutor(1, "prefetch", *start)
         self.ahead: tuple[int, Future[Step]] | None = None
@@ -280,12 +320,20 @@ class Prefetcher:
     def _load(self, batch_index: int) -> Step:
         step = self.loader.at(batch_index)
         if self.device.type == "cuda":
-            step = step._replace(batches=[type(batch)(*(part.pin_memory() for part in batch)) for batch in step.batches])
+            step = step._replace(
+                batches=[
+                    type(batch)(*(part.pin_memory() for part in batch)) for batch in step.batches
+                ]
+            )
         return step
 
     def at(self, batch_index: int) -> Step:
         ahead = self.ahead
-        step = ahead[1].result() if ahead is not None and ahead[0] == batch_index else self._load(batch_index)
+        step = (
+            ahead[1].result()
+            if ahead is not None and ahead[0] == batch_index
+            else self._load(batch_index)
+        )
         self.ahead = (batch_index + 1, self.pool.submit(self._load, batch_index + 1))
         return step._replace(batches=[batch.to(self.device) for batch in step.batches])
 

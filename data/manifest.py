@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 
 from data.verified import damaged
-from files import check_room, is_full, no_room, parse_object, read_object, sweep, temporary, write_text
+from files import (
+    check_room,
+    is_full,
+    no_room,
+    parse_object,
+    read_object,
+    sweep,
+    temporary,
+    write_text,
+)
 
 NAME = "manifest.json"
 
@@ -31,7 +40,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return parse_object(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
+        raise ValueError(
+            f"{path} is damaged: it is no JSON object ({error}); take another copy of it"
+        ) from error
 
 
 def read(folder: Path) -> dict | None:
@@ -56,7 +67,9 @@ def write(folder: Path, content: dict) -> None:
 
 def save_arrays(folder: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write <split>.<name>.npy of each array; OSError, before anything is written, if the disk has no room for them."""
-    check_room(folder, sum(array.nbytes for array in arrays.values()), f"the prepared {split} split")
+    check_room(
+        folder, sum(array.nbytes for array in arrays.values()), f"the prepared {split} split"
+    )
     for name, array in arrays.items():
         np.save(folder / f"{split}.{name}.npy", array)
 
@@ -103,11 +116,16 @@ def keep(
     part = temporary(folder)
     sweep(cache)
     shutil.rmtree(part, ignore_errors=True)
-    check_room(cache, sum(path.stat().st_size for path in files) // 4, f"the prepared source {name}")
+    check_room(
+        cache, sum(path.stat().st_size for path in files) // 4, f"the prepared source {name}"
+    )
     try:
         part.mkdir(parents=True)
         report = prepare(part)
-        sums = {split: " ".join(file_hash(part / f"{split}.{array}.npy") for array in arrays) for split in ("train", "val")}
+        sums = {
+            split: " ".join(file_hash(part / f"{split}.{array}.npy") for array in arrays)
+            for split in ("train", "val")
+        }
         write(part, {"inputs": inputs, "report": report, "sha256": sums})
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)

@@ -23,7 +23,9 @@ from files import sweep, temporary
 IGNORE = -100  # target without a loss; models.losses.IGNORE
 PACKINGS = ("stream", "best_fit")
 ALGORITHM = 1  # goes up when the same inputs give another plan
-Pattern = tuple[tuple[int, int], ...]  # what lies in a row: (piece length, number of such pieces), longest first
+Pattern = tuple[
+    tuple[int, int], ...
+]  # what lies in a row: (piece length, number of such pieces), longest first
 
 
 def document_table(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +41,11 @@ class LongDocuments:
 
     def __init__(self, shards: TokenShards, minimum: int):
         self.shards, self.minimum = shards, minimum
-        self.folder, self.vocab_size, self.tokenizer = shards.folder, shards.vocab_size, shards.tokenizer
+        self.folder, self.vocab_size, self.tokenizer = (
+            shards.folder,
+            shards.vocab_size,
+            shards.tokenizer,
+        )
         starts, lengths = document_table(shards)
         kept = lengths >= minimum
         self.starts, self.lengths = starts[kept], lengths[kept]
@@ -54,7 +60,10 @@ class LongDocuments:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) of these documents end to end, as int64, and for each the count of documents begun after start."""
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
-        tokens, doc_ids = np.empty(stop - start, dtype=np.int64), np.empty(stop - start, dtype=np.int32)
+        tokens, doc_ids = (
+            np.empty(stop - start, dtype=np.int64),
+            np.empty(stop - start, dtype=np.int32),
+        )
         first = document = int(np.searchsorted(self.ends, start, side="right"))
         at = start
         while at < stop:
@@ -86,14 +95,18 @@ class Rows(Protocol):
         """Tokens of a row that are no padding."""
         ...
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
+    def fill(
+        self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
+    ) -> None:
         """Write a row into three arrays of `length`."""
         ...
 
 
 def make_rows(packing: str, source: Source, length: int, seed: int) -> Rows:
     assert packing in PACKINGS, packing
-    return BestFitRows(source, length, seed) if packing == "best_fit" else StreamRows(source, length)
+    return (
+        BestFitRows(source, length, seed) if packing == "best_fit" else StreamRows(source, length)
+    )
 
 
 class StreamRows:
@@ -112,7 +125,9 @@ class StreamRows:
 
     tokens = targets
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
+    def fill(
+        self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
+    ) -> None:
         start = index * self.length
         text, begun = self.source.read(start, start + self.length + 1)
         tokens[:], targets[:], doc_ids[:] = text[:-1], text[1:], begun[:-1]
@@ -135,14 +150,18 @@ class BestFitRows:
     def __init__(self, source: Source, length: int, seed: int):
         self.length = length
         self.plan, cost = keep_plan(source, length, seed)
-        self.filled = np.add.reduceat(self.plan.lengths, self.plan.rows[:-1], dtype=np.int64).astype(np.uint32)  # [rows]
+        self.filled = np.add.reduceat(
+            self.plan.lengths, self.plan.rows[:-1], dtype=np.int64
+        ).astype(np.uint32)  # [rows]
         self.share = 1 - cost["padding"]
         self.report = (
             f"best-fit rows, {cost['padding']:.2%} padding, {cost['cut']:.1%} of documents cut "
             f"(end to end: {cost['cut_by_stream']:.1%})"
         )
         self.shards = source.shards if isinstance(source, LongDocuments) else source
-        self.files = [file.view(np.ndarray) for file in self.shards.shards]  # slicing a memmap itself is slow
+        self.files = [
+            file.view(np.ndarray) for file in self.shards.shards
+        ]  # slicing a memmap itself is slow
         self.bounds: list[int] = self.shards.bounds.tolist()
         self.bos = int(self.shards.read(0, 1)[0][0])
 
@@ -154,10 +173,16 @@ class BestFitRows:
 
     tokens = targets
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
+    def fill(
+        self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
+    ) -> None:
         first, last = self.plan.rows[index : index + 2].tolist()
         at = count = 0
-        for start, length in zip(self.plan.starts[first:last].tolist(), self.plan.lengths[first:last].tolist(), strict=True):
+        for start, length in zip(
+            self.plan.starts[first:last].tolist(),
+            self.plan.lengths[first:last].tolist(),
+            strict=True,
+        ):
             text, end = self._read(start, length + 1), at + length
             tokens[at:end], targets[at:end], doc_ids[at:end] = text[:-1], text[1:], count
             at, count = end, count + 1
@@ -198,7 +223,9 @@ def best_fit_decreasing(counts: Sequence[int], capacity: int) -> list[tuple[int,
                     spaces ^= 1 << space
             else:
                 space, rows, pattern = capacity, -(-left // (capacity // length)), ()
-            each = space // length  # the row that took one is then the tightest, until it holds no more
+            each = (
+                space // length
+            )  # the row that took one is then the tightest, until it holds no more
             full = min(rows, left // each)
             if full:
                 put(space - each * length, full, (*pattern, (length, each)))
@@ -211,26 +238,38 @@ def best_fit_decreasing(counts: Sequence[int], capacity: int) -> list[tuple[int,
     return [group for space in sorted(groups) for group in groups[space]]
 
 
-def cut_into_pieces(starts: np.ndarray, lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+def cut_into_pieces(
+    starts: np.ndarray, lengths: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Pieces of documents, as start and size: whole rows of those longer than a row, then what is left of each document."""
     whole, rest = np.divmod(lengths, capacity)
     long, short = np.flatnonzero(whole), np.flatnonzero(rest)
     many = whole[long]
-    nth = np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)  # of the pieces of one document
-    begins = np.concatenate([np.repeat(starts[long], many) + nth * capacity, starts[short] + whole[short] * capacity])
+    nth = np.arange(many.sum()) - np.repeat(
+        np.cumsum(many) - many, many
+    )  # of the pieces of one document
+    begins = np.concatenate(
+        [np.repeat(starts[long], many) + nth * capacity, starts[short] + whole[short] * capacity]
+    )
     kind = np.dtype("<u2" if capacity < 1 << 16 else "<u4")
-    return begins, np.concatenate([np.full(len(nth), capacity, dtype=kind), rest[short].astype(kind)])
+    return begins, np.concatenate(
+        [np.full(len(nth), capacity, dtype=kind), rest[short].astype(kind)]
+    )
 
 
 def lay_out(groups: list[tuple[int, Pattern]], kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """The size of each piece, row after row, and the first piece of each row, of groups of like rows."""
     rows = np.array([rows for rows, _ in groups])
     sizes = np.array([size for _, pattern in groups for size, _ in pattern], dtype=kind)
-    patterns = np.repeat(sizes, [number for _, pattern in groups for _, number in pattern])  # one row of each group
+    patterns = np.repeat(
+        sizes, [number for _, pattern in groups for _, number in pattern]
+    )  # one row of each group
     many = np.array([sum(number for _, number in pattern) for _, pattern in groups])  # pieces in it
     counts = np.repeat(many, rows)
     first = np.concatenate([[0], np.cumsum(counts)])
-    at = np.repeat(np.repeat(np.cumsum(many) - many, rows) - first[:-1], counts) + np.arange(first[-1])
+    at = np.repeat(np.repeat(np.cumsum(many) - many, rows) - first[:-1], counts) + np.arange(
+        first[-1]
+    )
     return patterns[at], first
 
 
@@ -252,7 +291,11 @@ def plan_cost(plan: Plan, lengths: np.ndarray, capacity: int) -> dict[str, float
     across = (ends - lengths) // capacity != (ends - 1) // capacity
     rows = len(plan.rows) - 1
     padding = 1 - int(lengths.sum()) / (rows * capacity)
-    return {"padding": padding, "cut": float((lengths > capacity).mean()), "cut_by_stream": float(across.mean())}
+    return {
+        "padding": padding,
+        "cut": float((lengths > capacity).mean()),
+        "cut_by_stream": float(across.mean()),
+    }
 
 
 def plan_folder(source: Source, length: int, seed: int) -> tuple[Path, dict]:
@@ -274,8 +317,16 @@ def keep_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, f
     if found:
         return found
     if there:
-        print(f"warning: the packing plan {folder} is damaged; it is made again", file=sys.stderr, flush=True)
-    starts, lengths = (source.starts, source.lengths) if isinstance(source, LongDocuments) else document_table(source)
+        print(
+            f"warning: the packing plan {folder} is damaged; it is made again",
+            file=sys.stderr,
+            flush=True,
+        )
+    starts, lengths = (
+        (source.starts, source.lengths)
+        if isinstance(source, LongDocuments)
+        else document_table(source)
+    )
     plan = make_plan(starts, lengths, length, seed)
     cost = plan_cost(plan, lengths, length)
     try:
@@ -303,7 +354,10 @@ def _write_plan(folder: Path, plan: Plan, content: dict, replace: bool) -> None:
         own.rename(folder)
     except OSError as error:
         shutil.rmtree(own, ignore_errors=True)
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was first, with the same plan
+        if error.errno not in (
+            errno.ENOTEMPTY,
+            errno.EEXIST,
+        ):  # another process was first, with the same plan
             raise
 
 
@@ -318,7 +372,9 @@ def _read_plan(folder: Path, inputs: dict) -> tuple[Plan, dict[str, float]] | No
             return None
         if any(manifest.file_hash(folder / name) != expected for name, expected in sums.items()):
             return None
-        parts = (np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in Plan._fields)
+        parts = (
+            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in Plan._fields
+        )
         return Plan(*parts), content["cost"]
     except (OSError, KeyError, TypeError, AttributeError):
         return None

@@ -55,7 +55,12 @@ class ShardFile:
         sums = dict(zip(names, (self.sha256.hexdigest(), manifest.file_hash(starts)), strict=True))
         starts.rename(self.folder / names[1])
         self.part.rename(self.folder / names[0])
-        return {"stem": self.stem, "tokens": self.tokens, "documents": len(self.starts), "sha256": sums}
+        return {
+            "stem": self.stem,
+            "tokens": self.tokens,
+            "documents": len(self.starts),
+            "sha256": sums,
+        }
 
 
 def _sync(file: IO[bytes]) -> None:
@@ -64,16 +69,31 @@ def _sync(file: IO[bytes]) -> None:
     file.close()
 
 
-def shards_manifest(vocab_size: int, tokenizer_sha256: str, inputs: dict, splits: dict[str, list[dict]]) -> dict:
+def shards_manifest(
+    vocab_size: int, tokenizer_sha256: str, inputs: dict, splits: dict[str, list[dict]]
+) -> dict:
     """What manifest.json of a folder of shards holds; splits: the entries of its ShardFiles, in the order of reading."""
     dtype = token_dtype(vocab_size).str
-    return {"inputs": inputs, "vocab_size": vocab_size, "dtype": dtype, "tokenizer": tokenizer_sha256, "splits": splits}
+    return {
+        "inputs": inputs,
+        "vocab_size": vocab_size,
+        "dtype": dtype,
+        "tokenizer": tokenizer_sha256,
+        "splits": splits,
+    }
 
 
 class ShardWriter:
     """Writes one folder of shards; use as a context manager. Leaves nothing at `folder` unless it ends without an error."""
 
-    def __init__(self, folder: Path, vocab_size: int, tokenizer_sha256: str, inputs: dict, shard_tokens: int = 100_000_000):
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        tokenizer_sha256: str,
+        inputs: dict,
+        shard_tokens: int = 100_000_000,
+    ):
         self.folder, self.part = folder, folder.with_name(folder.name + ".tmp")
         self.content = (vocab_size, tokenizer_sha256, inputs)
         self.dtype, self.shard_tokens = token_dtype(vocab_size), shard_tokens
@@ -88,7 +108,9 @@ class ShardWriter:
     def add(self, split: str, document: list[int]) -> None:
         """Append one document's tokens to a split; its first token must be bos."""
         if split not in self.open:
-            self.open[split] = ShardFile(self.part, f"{split}-{len(self.splits[split]):05d}", self.dtype)
+            self.open[split] = ShardFile(
+                self.part, f"{split}-{len(self.splits[split]):05d}", self.dtype
+            )
         self.open[split].add(np.asarray(document, dtype=self.dtype))
         if self.open[split].tokens >= self.shard_tokens:
             self.splits[split].append(self.open.pop(split).close())
@@ -119,21 +141,31 @@ def read_shards_manifest(folder: Path) -> dict:
     """manifest.json of a folder of shards; ValueError where it has none, or one whose keys have other types."""
     content = manifest.read(folder)
     if content is None:
-        raise ValueError(f"{folder} holds no finished token shards; make them with python -m scripts.prepare_data")
+        raise ValueError(
+            f"{folder} holds no finished token shards; make them with python -m scripts.prepare_data"
+        )
     try:
         whole = (
-            type(content["vocab_size"]) is int and content["dtype"] in ("<u2", "<u4") and set(SPLITS) <= set(content["splits"])
+            type(content["vocab_size"]) is int
+            and content["dtype"] in ("<u2", "<u4")
+            and set(SPLITS) <= set(content["splits"])
         )
         whole = whole and isinstance(content["tokenizer"], str)
         for shard in (shard for split in content["splits"].values() for shard in split):
             names = {f"{shard['stem']}.bin", f"{shard['stem']}.starts.npy"}
             counts = shard["tokens"], shard["documents"]
-            whole = whole and Path(shard["stem"]).name == shard["stem"] and set(shard["sha256"]) == names
+            whole = (
+                whole
+                and Path(shard["stem"]).name == shard["stem"]
+                and set(shard["sha256"]) == names
+            )
             whole = whole and all(type(count) is int and count >= 0 for count in counts)
     except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
-        raise ValueError(f"{folder / manifest.NAME} is damaged; run python -m scripts.prepare_data again")
+        raise ValueError(
+            f"{folder / manifest.NAME} is damaged; run python -m scripts.prepare_data again"
+        )
     return content
 
 
@@ -145,12 +177,21 @@ def _read_starts(folder: Path, shard: dict) -> np.ndarray:
         starts = np.load(path, mmap_mode="r")
         if starts.dtype != np.int64 or starts.shape != (shard["documents"],):
             problem = f"it has {starts.shape} {starts.dtype}, not {shard['documents']} int64"
-        elif len(starts) and (starts[0] != 0 or starts[-1] >= shard["tokens"] or not (starts[1:] > starts[:-1]).all()):
+        elif len(starts) and (
+            starts[0] != 0 or starts[-1] >= shard["tokens"] or not (starts[1:] > starts[:-1]).all()
+        ):
             problem = f"its offsets do not rise from 0 to below {shard['tokens']}"
-    except (ValueError, EOFError, SyntaxError, TokenError) as error:  # numpy parses a header as Python
+    except (
+        ValueError,
+        EOFError,
+        SyntaxError,
+        TokenError,
+    ) as error:  # numpy parses a header as Python
         problem = str(error).split("\n")[0]
     if problem:
-        raise ValueError(f"{path} is damaged: {problem}; delete it and run python -m scripts.prepare_data")
+        raise ValueError(
+            f"{path} is damaged: {problem}; delete it and run python -m scripts.prepare_data"
+        )
     return starts
 
 
@@ -180,12 +221,16 @@ class TokenShards:
         self._verify(split, content)
         allow_open_files(4 * len(shards))
         for shard in shards:
-            self.shards.append(np.memmap(self.folder / f"{shard['stem']}.bin", dtype=dtype, mode="r"))
+            self.shards.append(
+                np.memmap(self.folder / f"{shard['stem']}.bin", dtype=dtype, mode="r")
+            )
             self.starts.append(_read_starts(self.folder, shard))
             bounds.append(bounds[-1] + shard["tokens"])
         self.bounds = np.asarray(bounds, dtype=np.int64)
         self.documents: int = sum(shard["documents"] for shard in shards)
-        self.fingerprint: str = hashlib.sha256(repr([shard["sha256"] for shard in shards]).encode()).hexdigest()
+        self.fingerprint: str = hashlib.sha256(
+            repr([shard["sha256"] for shard in shards]).encode()
+        ).hexdigest()
 
     def __len__(self) -> int:
         """Tokens in this split."""
@@ -194,7 +239,10 @@ class TokenShards:
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, stop) as int64, and for each the count of documents begun in (start, token]."""
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
-        tokens, begins = np.empty(stop - start, dtype=np.int64), np.zeros(stop - start, dtype=np.int32)
+        tokens, begins = (
+            np.empty(stop - start, dtype=np.int64),
+            np.zeros(stop - start, dtype=np.int32),
+        )
         at = start
         while at < stop:
             shard = int(np.searchsorted(self.bounds, at, side="right")) - 1
@@ -221,8 +269,16 @@ class TokenShards:
             if path.suffix != ".bin" or not path.stat().st_size:
                 return None
             largest = int(np.memmap(path, dtype=dtype, mode="r").max())
-            return None if largest < size else f"it holds the id {largest}, but the vocabulary has {size}"
+            return (
+                None
+                if largest < size
+                else f"it holds the id {largest}, but the vocabulary has {size}"
+            )
 
-        sums = {name: total for shard in content["splits"][split] for name, total in shard["sha256"].items()}
+        sums = {
+            name: total
+            for shard in content["splits"][split]
+            for name, total in shard["sha256"].items()
+        }
         if problem := damaged(self.folder, sums, too_large):
             raise ValueError(f"{problem}; delete it and run python -m scripts.prepare_data")

@@ -27,7 +27,9 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
     """The tokenizer of a store; ValueError where the model's vocabulary has another size."""
     folder = Path(store) / "tokenizer"
     if not folder.is_dir() and (Path(store) / "tokens" / DUMMY).is_dir():
-        return StoreTokenizer(None, {}, np.ones(vocab_size, dtype=np.int64))  # every token counts as a byte
+        return StoreTokenizer(
+            None, {}, np.ones(vocab_size, dtype=np.int64)
+        )  # every token counts as a byte
     if not folder.is_dir():
         raise ValueError(
             f"there is no data store at {store}; make one with python -m scripts.download_data, train_tokenizer and prepare_data"
@@ -41,13 +43,21 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
 
 
 def open_shards(
-    store: str | Path, mix: dict[str, float], split: str, vocab_size: int, min_document_tokens: Mapping[str, int] | None = None
+    store: str | Path,
+    mix: dict[str, float],
+    split: str,
+    vocab_size: int,
+    min_document_tokens: Mapping[str, int] | None = None,
 ) -> dict[str, Source]:
     """One split of every source in a mixture; ValueError where one is absent or was made for another tokenizer.
 
     min_document_tokens: source -> take only documents of at least so many tokens from it.
     """
-    present = sorted(path.name for path in (Path(store) / "tokens").glob("*") if path.is_dir() and path.suffix != ".tmp")
+    present = sorted(
+        path.name
+        for path in (Path(store) / "tokens").glob("*")
+        if path.is_dir() and path.suffix != ".tmp"
+    )
     if not mix:
         raise ValueError(f"data.mix names no source; {store} has {', '.join(present) or 'none'}")
     tokenizer = Path(store) / "tokenizer" / "tokenizer.json"
@@ -57,7 +67,9 @@ def open_shards(
         if name not in present:
             means = ", ".join(sources_of(name))
             hint = f"; {name} is {means} here" if means != name else ""
-            raise ValueError(f"data.mix.{name}: {store} has no such source; it has {', '.join(present) or 'none'}{hint}")
+            raise ValueError(
+                f"data.mix.{name}: {store} has no such source; it has {', '.join(present) or 'none'}{hint}"
+            )
         whole = TokenShards(Path(store) / "tokens" / name, split)
         if whole.tokenizer != expected or whole.vocab_size != vocab_size:
             raise ValueError(

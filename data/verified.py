@@ -18,7 +18,9 @@ from machine import cpus
 TOLD = 2e9  # bytes from which on the console says what takes time
 
 
-def damaged(folder: Path, sums: Mapping[str, str], check: Callable[[Path], str | None] | None = None) -> str | None:
+def damaged(
+    folder: Path, sums: Mapping[str, str], check: Callable[[Path], str | None] | None = None
+) -> str | None:
     """What is wrong with the first damaged file of a folder, or None where each has its sha256.
 
     sums: name -> sha256. check: finds another fault in a file, such as ids beyond the vocabulary. Processes that ask at the
@@ -55,7 +57,13 @@ def _changed(folder: Path, sums: Mapping[str, str], note: Path) -> dict[str, lis
     states = {}
     for name, total in sums.items():
         status = (folder / name).stat()
-        states[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, total]
+        states[name] = [
+            status.st_size,
+            status.st_mtime_ns,
+            status.st_ctime_ns,
+            status.st_ino,
+            total,
+        ]
     return {name: state for name, state in states.items() if known.get(name) != state}
 
 

@@ -18,8 +18,27 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "x-dns-prefetch-control": "off",  # Chromium resolves the hosts of links otherwise
 }
-EXACT: tuple[str, ...] = ("/", "/config", "/login", "/logout", "/theme.css", "/favicon.ico", "/manifest.json", "/user", "/token")
-EXACT += ("/login_check", "/app_id", "/heartbeat", "/startup-events", "/reset", "/cancel", "/queue/join", "/queue/data")
+EXACT: tuple[str, ...] = (
+    "/",
+    "/config",
+    "/login",
+    "/logout",
+    "/theme.css",
+    "/favicon.ico",
+    "/manifest.json",
+    "/user",
+    "/token",
+)
+EXACT += (
+    "/login_check",
+    "/app_id",
+    "/heartbeat",
+    "/startup-events",
+    "/reset",
+    "/cancel",
+    "/queue/join",
+    "/queue/data",
+)
 EXACT += ("/info", "/run/predict")
 FOLDERS = ("/assets/", "/static/", "/svelte/", "/heartbeat/")
 CALLS = ("/queue/join", "/run/predict")
@@ -33,7 +52,9 @@ class Guard:
         """hosts: names in the Host header, empty for any. same_origin: compare the Origin header with the Host header."""
         self.app, self.hosts, self.same_origin = app, hosts, same_origin
 
-    async def __call__(self, scope: Message, receive: Any, send: Callable[[Message], Awaitable[None]]) -> None:
+    async def __call__(
+        self, scope: Message, receive: Any, send: Callable[[Message], Awaitable[None]]
+    ) -> None:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
@@ -44,7 +65,13 @@ class Guard:
             for _ in range(1000):  # a browser that is still sending sees the answer, not a reset
                 if not (await receive()).get("more_body"):
                     break
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+            await send(
+                {
+                    "type": "http.response.start",
+                    "status": status,
+                    "headers": [(b"content-type", b"text/plain")],
+                }
+            )
             await send({"type": "http.response.body", "body": b"refused"})
             return
 
@@ -58,7 +85,13 @@ class Guard:
                 return  # the browser has left
             body, original = b"".join(parts), receive
             if not _is_plain(body):
-                await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+                await send(
+                    {
+                        "type": "http.response.start",
+                        "status": 403,
+                        "headers": [(b"content-type", b"text/plain")],
+                    }
+                )
                 await send({"type": "http.response.body", "body": b"refused"})
                 return
             rest = [{"type": "http.request", "body": body}]
@@ -68,8 +101,15 @@ class Guard:
 
         async def secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                kept = [(name, value) for name, value in message["headers"] if name.lower().decode() not in HEADERS]
-                message = {**message, "headers": [*kept, *((n.encode(), v.encode()) for n, v in HEADERS.items())]}
+                kept = [
+                    (name, value)
+                    for name, value in message["headers"]
+                    if name.lower().decode() not in HEADERS
+                ]
+                message = {
+                    **message,
+                    "headers": [*kept, *((n.encode(), v.encode()) for n, v in HEADERS.items())],
+                }
             await send(message)
 
         await self.app(scope, receive, secured)

@@ -58,7 +58,9 @@ def markdown(text: str) -> str:
     for token in PARSER.parse(text):
         if token.map and token.type in ("fence", "code_block"):
             code |= {*range(*token.map)}
-            lines[token.map[0]] = re.sub(r"^```mermaid", "``` mermaid", lines[token.map[0]])  # else a diagram
+            lines[token.map[0]] = re.sub(
+                r"^```mermaid", "``` mermaid", lines[token.map[0]]
+            )  # else a diagram
         elif token.map and token.type == "inline":
             spans[token.map[0]] = token.map[1]
     shown, number = [], 0
@@ -79,4 +81,7 @@ def _escape_outside_code(text: str) -> str:
 
 
 def _entities(found: re.Match[str]) -> str:
-    return "".join(char if char in " >" and found.group() != " " else f"&#00{ord(char)};" for char in found.group())
+    return "".join(
+        char if char in " >" and found.group() != " " else f"&#00{ord(char)};"
+        for char in found.group()
+    )

@@ -51,13 +51,21 @@ def bubbles(turns: Sequence[Turn], live: bool = False) -> list[dict[str, Any]]:
             if kind == "result" and calls:
                 call = calls.pop(0)
                 about = call["metadata"]
-                about["title"] += f" \u2192 {plain(text)}" if len(text) <= SHORT and "\n" not in text else ""
+                about["title"] += (
+                    f" \u2192 {plain(text)}" if len(text) <= SHORT and "\n" not in text else ""
+                )
                 call["content"], about["status"] = _text(_fenced(whole_characters(text))), "done"
             elif kind in ("thought", "call"):
                 title = "Thought" if kind == "thought" else f"Tool: {plain(text)}"
                 content = _text(markdown(text) if kind == "thought" else "")
                 status = "pending" if growing else "done"
-                shown.append({"role": "assistant", "content": content, "metadata": {"title": title, "status": status}})
+                shown.append(
+                    {
+                        "role": "assistant",
+                        "content": content,
+                        "metadata": {"title": title, "status": status},
+                    }
+                )
                 calls += [shown[-1]] if kind == "call" else []
             elif text:
                 content = _text(f"\u26a0 *{plain(text)}*" if kind == "note" else markdown(text))
@@ -73,7 +81,9 @@ def _text(content: str) -> dict[str, str]:
 
 
 def _fenced(text: str) -> str:
-    fence = "`" * max(3, 1 + max((len(run) for run in text.split() if set(run) == {"`"}), default=0))
+    fence = "`" * max(
+        3, 1 + max((len(run) for run in text.split() if set(run) == {"`"}), default=0)
+    )
     return f"{fence}\n{text}\n{fence}"
 
 
@@ -116,12 +126,19 @@ def build(voices: Sequence[ChatModel]) -> Any:
         text, system = whole_characters(text), whole_characters(system or "")
         visit.stopped = False
         seed = int(seed) if seed is not None and seed >= 0 else random.randrange(2**31)
-        how = GenerationSettings(Sampling(1.0, temperature, int(top_k), top_p), int(new), seed, system, tools)
+        how = GenerationSettings(
+            Sampling(1.0, temperature, int(top_k), top_p), int(new), seed, system, tools
+        )
         row = [Turn(text) for _ in voices]
         visit.turns.append(row)
         yield [typing(True, value=""), *picture(visit, live=True)]
-        before = [[earlier[number] for earlier in visit.turns[:-1]] for number in range(len(voices))]
-        said = [voice.answer(row[i], before[i], how, lambda: visit.stopped) for i, voice in enumerate(voices)]
+        before = [
+            [earlier[number] for earlier in visit.turns[:-1]] for number in range(len(voices))
+        ]
+        said = [
+            voice.answer(row[i], before[i], how, lambda: visit.stopped)
+            for i, voice in enumerate(voices)
+        ]
         try:
             with busy, closing(in_turns(said)) as steps:
                 last = 0.0
@@ -155,7 +172,10 @@ def build(voices: Sequence[ChatModel]) -> Any:
     def clear(visit: Visit) -> list[Any]:
         visit.stopped = True
         visit.turns.clear()
-        return [typing(False), *picture(visit)]  # the box keeps what the visitor has typed meanwhile
+        return [
+            typing(False),
+            *picture(visit),
+        ]  # the box keeps what the visitor has typed meanwhile
 
     with gr.Blocks(title="NanoLlama", analytics_enabled=False, fill_width=True) as page:
         visit = gr.State(Visit())
@@ -172,10 +192,19 @@ def build(voices: Sequence[ChatModel]) -> Any:
                         min_height=260,
                         buttons=["copy"],
                         feedback_options=None,
-                        placeholder="Type the beginning of a text" if voice.is_base else "Ask something",
+                        placeholder="Type the beginning of a text"
+                        if voice.is_base
+                        else "Ask something",
                     )
                     columns += [chat, gr.HTML(meter(None, voice.context))]
-        box = gr.Textbox(show_label=False, placeholder="Message", submit_btn=True, autofocus=True, max_lines=8, elem_id="box")
+        box = gr.Textbox(
+            show_label=False,
+            placeholder="Message",
+            submit_btn=True,
+            autofocus=True,
+            max_lines=8,
+            elem_id="box",
+        )
         with gr.Row():
             retry = gr.Button("Retry", size="sm", min_width=80)
             empty = gr.Button("Clear", size="sm", min_width=80)
@@ -186,7 +215,9 @@ def build(voices: Sequence[ChatModel]) -> Any:
                 gr.Slider(0, 2, 0.7, step=0.05, label="Temperature (0: the likeliest token)"),
                 gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p"),
                 gr.Slider(0, 200, 0, step=1, label="Top-k (0: all)"),
-                gr.Slider(1, smallest, min(512, smallest), step=1, label="Tokens of a reply at most"),
+                gr.Slider(
+                    1, smallest, min(512, smallest), step=1, label="Tokens of a reply at most"
+                ),
                 gr.Number(-1, precision=0, label="Seed (-1: another each time)"),
             ]
         outputs = [box, *columns]
@@ -196,7 +227,11 @@ def build(voices: Sequence[ChatModel]) -> Any:
             "show_progress": "hidden",
             "api_visibility": "private",
         }
-        quick: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        quick: dict[str, Any] = {
+            "queue": False,
+            "show_progress": "hidden",
+            "api_visibility": "private",
+        }
         box.submit(answer, [visit, box, *settings], outputs, **asks)
         retry.click(again, [visit, *settings], outputs, **asks)
         for number, chat in enumerate(columns[::2]):

@@ -33,8 +33,12 @@ class Turn:
     """What a user typed and what came of it."""
 
     text: str
-    parts: list[tuple[str, str]] = field(default_factory=list)  # ("thought" | "content" | "call" | "result" | "note", text)
-    messages: list[dict[str, Any]] = field(default_factory=list)  # what the model is told of it later; none if it went wrong
+    parts: list[tuple[str, str]] = field(
+        default_factory=list
+    )  # ("thought" | "content" | "call" | "result" | "note", text)
+    messages: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # what the model is told of it later; none if it went wrong
     seed: int = 0
     held: int = 0  # tokens of the context in use
     tokens: int = 0  # that the model said
@@ -52,12 +56,26 @@ class Turn:
 class ChatModel:
     """A model that can be talked to: by a chat template, or, of a base model, one that continues what was typed."""
 
-    def __init__(self, name: str, runner: Runner, chat: Talk, tools: Sequence[dict[str, Any]] = TOOLS):
+    def __init__(
+        self, name: str, runner: Runner, chat: Talk, tools: Sequence[dict[str, Any]] = TOOLS
+    ):
         """tools: what a conversation offers while tools are on."""
-        self.name, self.runner, self.context, self.chat, self.tools = name, runner, runner.context, chat, tools
+        self.name, self.runner, self.context, self.chat, self.tools = (
+            name,
+            runner,
+            runner.context,
+            chat,
+            tools,
+        )
         self.is_base = isinstance(chat, Continuation)
 
-    def answer(self, turn: Turn, before: Sequence[Turn], how: GenerationSettings, stopped: Callable[[], bool]) -> Steps:
+    def answer(
+        self,
+        turn: Turn,
+        before: Sequence[Turn],
+        how: GenerationSettings,
+        stopped: Callable[[], bool],
+    ) -> Steps:
         """Fill a turn that follows others; yields after each token and each piece. A mistake ends it with a note."""
         turn.seed = how.seed
         try:
@@ -70,23 +88,41 @@ class ChatModel:
         except ValueError as error:
             turn.add("note", str(error))
 
-    def _ask(self, turn: Turn, before: Sequence[Turn], how: GenerationSettings, stopped: Callable[[], bool]) -> Pieces:
+    def _ask(
+        self,
+        turn: Turn,
+        before: Sequence[Turn],
+        how: GenerationSettings,
+        stopped: Callable[[], bool],
+    ) -> Pieces:
         stop = self.chat.stop_ids
         tools = self.tools if how.tools else []
-        session = Session(self.chat, lambda prompt: self._speak(prompt, turn, how, stop, stopped), how.system, tools)
+        session = Session(
+            self.chat,
+            lambda prompt: self._speak(prompt, turn, how, stop, stopped),
+            how.system,
+            tools,
+        )
         session.messages += [message for earlier in before for message in earlier.messages]
         known = len(session.messages)
         yield from session.ask(turn.text)
         turn.messages = session.messages[known:]
 
     def _speak(
-        self, prompt: list[int], turn: Turn, how: GenerationSettings, stop: Sequence[int], stopped: Callable[[], bool]
+        self,
+        prompt: list[int],
+        turn: Turn,
+        how: GenerationSettings,
+        stop: Sequence[int],
+        stopped: Callable[[], bool],
     ) -> Iterator[int]:
         """The tokens of one reply, counted and timed."""
         turn.held = len(prompt)
         room = self.context - len(prompt)
         if room < 1:
-            raise ValueError(f"{len(prompt)} tokens fill the context of {self.context}; clear the conversation or write less")
+            raise ValueError(
+                f"{len(prompt)} tokens fill the context of {self.context}; clear the conversation or write less"
+            )
         begun, first = time.perf_counter(), True
         for token in self.runner.speak(prompt, min(how.new, room), how.sampling, how.seed, stop):
             took = time.perf_counter() - begun
@@ -122,4 +158,6 @@ def title(path: Path) -> str:
     parts = path.resolve().parts
     if path.is_file():
         return path.name
-    return "/".join(parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-2:])
+    return "/".join(
+        parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-2:]
+    )

@@ -31,7 +31,9 @@ TEST_SETS = {
     "truthfulqa": ItemSizes(817, 60, 600),
     "toxicity": ItemSizes(99_442, 60),
     "tool_use": ItemSizes(1240, 1200),
-    "mt_bench": ItemSizes(160, 800),  # 80 conversations of two turns; the second prompt holds the first answer
+    "mt_bench": ItemSizes(
+        160, 800
+    ),  # 80 conversations of two turns; the second prompt holds the first answer
     "piqa": ItemSizes(1838, 54, 199, 155),
     "winogrande": ItemSizes(1267, 0, 211, 108),  # two contexts per item, each read whole
     "boolq": ItemSizes(3270, 647, 0, 653),
@@ -62,7 +64,9 @@ class Workload(NamedTuple):
     length: int = 0  # tokens of one row, mean
 
 
-def workload(name: str, args: argparse.Namespace, context: int, sources: int) -> list[Workload] | None:
+def workload(
+    name: str, args: argparse.Namespace, context: int, sources: int
+) -> list[Workload] | None:
     """What evals/eval_<name>.py does with these flags; None for one that is not described here.
 
     context: the model's. sources: how many sources perplexity reads, unless --sources names them.
@@ -76,7 +80,9 @@ def workload(name: str, args: argparse.Namespace, context: int, sources: int) ->
         return [_items(f"arc_{part}", args) for part in parts]
     if name == "mmlu":
         formats = {"letter": ("mmlu",), "cloze": ("mmlu_cloze",), "both": ("mmlu", "mmlu_cloze")}
-        return [_items(task, args, groups=SUBJECTS, limit_of=SUBJECTS) for task in formats[args.format]]
+        return [
+            _items(task, args, groups=SUBJECTS, limit_of=SUBJECTS) for task in formats[args.format]
+        ]
     if name == "tool_use":
         return [_items(name, args, replies=1 if args.free_only else 2, limit_of=CATEGORIES)]
     if name == "toxicity":
@@ -85,7 +91,9 @@ def workload(name: str, args: argparse.Namespace, context: int, sources: int) ->
         forms = {"commonsense_qa": ("commonsense_qa", "commonsense_qa_cloze")}
         return [_items(form, args) for task in args.tasks for form in forms.get(task, (task,))]
     if name == "code":  # without --run_code it ends at once
-        return [_items(task, args, answer=CODE_TOKENS[task]) for task in args.tasks if args.run_code]
+        return [
+            _items(task, args, answer=CODE_TOKENS[task]) for task in args.tasks if args.run_code
+        ]
     return [_items(name, args)] if name in TEST_SETS else None
 
 
@@ -105,7 +113,9 @@ def _items(
     items = min(of.items, args.limit * limit_of) if args.limit else of.items
     shots = of.shot * getattr(args, "shots", 0) / BYTES_PER_TOKEN
     asked, options = of.prompt / BYTES_PER_TOKEN, of.options / BYTES_PER_TOKEN
-    read = items * (asked * replies + options) + shots * (items if groups is None else min(groups, items))
+    read = items * (asked * replies + options) + shots * (
+        items if groups is None else min(groups, items)
+    )
     answer = getattr(args, "max_tokens", None) or answer
     return Workload(read, items * replies * answer, round(shots + asked + answer))
 
@@ -117,12 +127,18 @@ def _perplexity(args: argparse.Namespace, context: int, sources: int) -> list[Wo
     tokens = max(length, args.tokens or args.limit * length)
     if args.limit:
         tokens = min(tokens, args.limit * length)
-    windows = length / args.stride if args.stride else 1  # each window reads what came before once more
+    windows = (
+        length / args.stride if args.stride else 1
+    )  # each window reads what came before once more
     return [Workload(tokens * windows * len(args.sources or range(sources)), length=length)]
 
 
 def _needle(args: argparse.Namespace, context: int) -> list[Workload]:
-    lengths = args.context or [length for length in (4096, 8192, 16384) if length <= context] or [context]
+    lengths = (
+        args.context or [length for length in (4096, 8192, 16384) if length <= context] or [context]
+    )
     tests = min(args.num_tests, args.limit or args.num_tests) * len(args.kinds)
     written = tests * (args.max_tokens or NEEDLE_WRITES)
-    return [Workload(NEEDLE_READS * tests * length, written, length) for length in sorted(set(lengths))]
+    return [
+        Workload(NEEDLE_READS * tests * length, written, length) for length in sorted(set(lengths))
+    ]

@@ -14,7 +14,14 @@ from data.chat.folder_templates import template_files
 from data.manifest import file_hash
 from evals.gguf_engine import GgufEngine
 from evals.harness import Scored, Write, Written
-from evals.language_model import Engine, EvalTokenizer, LanguageModel, ScoreRequest, constraint_of, read_json
+from evals.language_model import (
+    Engine,
+    EvalTokenizer,
+    LanguageModel,
+    ScoreRequest,
+    constraint_of,
+    read_json,
+)
 from inference.generation import Cache, forward, generate, head
 from inference.grammar import JsonConstraint
 from inference.sampling import Sampling
@@ -22,10 +29,19 @@ from models.hf import load_hf
 from models.nanollama import NanoLlama
 
 HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
-MIN_SHARED, MIN_SAVED = 32, 1024  # tokens that contexts must have in common, and save together, to be computed once
+MIN_SHARED, MIN_SAVED = (
+    32,
+    1024,
+)  # tokens that contexts must have in common, and save together, to be computed once
 STEP = 32  # tokens of a prompt that cost what a step of writing does; a group of its own has all steps once more
 BRANCH = {"cpu": 24}  # options at a time, the longest first; all of a batch elsewhere
-HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+HASHED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
@@ -35,7 +51,9 @@ def check_there(checkpoint: Path) -> None:
         raise ValueError(f"there is no checkpoint at {checkpoint}")
 
 
-def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, batch_size: int = 16) -> LanguageModel:
+def load_model(
+    checkpoint: Path, device: str = "cpu", dtype: str | None = None, batch_size: int = 16
+) -> LanguageModel:
     """The model of a folder, or of a GGUF file; ValueError where it cannot answer."""
     check_there(checkpoint)
     check_device(device)
@@ -43,7 +61,9 @@ def load_model(checkpoint: Path, device: str = "cpu", dtype: str | None = None, 
     engine: Engine
     if checkpoint.suffix == ".gguf":
         if dtype:
-            raise ValueError(f"the weights of {checkpoint} are of the types that the file has; leave --dtype out")
+            raise ValueError(
+                f"the weights of {checkpoint} are of the types that the file has; leave --dtype out"
+            )
         engine = GgufEngine(checkpoint, torch.get_num_threads())
         return LanguageModel(str(checkpoint), file_hash(checkpoint), engine, words)
     kind = read_json(checkpoint / "config.json").get("model_type")
@@ -60,14 +80,22 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"there is no device {device!r} here ({str(error).splitlines()[0]}); give --device cpu") from error
+        raise ValueError(
+            f"there is no device {device!r} here ({str(error).splitlines()[0]}); give --device cpu"
+        ) from error
 
 
 def folder_hash(folder: Path) -> str:
     """sha256 of weights, configs (they name bos and the ends), tokenizer and chat template: what an answer depends on."""
-    names = {path.name for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in HASHED}
+    names = {
+        path.name
+        for path in folder.iterdir()
+        if path.suffix == ".safetensors" or path.name in HASHED
+    }
     names |= {str(path.relative_to(folder)) for path in template_files(folder)}
-    return hashlib.sha256("".join(f"{name} {file_hash(folder / name)}\n" for name in sorted(names)).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{name} {file_hash(folder / name)}\n" for name in sorted(names)).encode()
+    ).hexdigest()
 
 
 class NanoLlamaEngine:
@@ -83,13 +111,21 @@ class NanoLlamaEngine:
     def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
         for shared, members in share(units):
             start = self._begun(units[members[0]].context[:shared])
-            members.sort(key=lambda i: -len(units[i].context) - (len(units[i].options) == 1) * len(units[i].options[0]))
+            members.sort(
+                key=lambda i: (
+                    -len(units[i].context) - (len(units[i].options) == 1) * len(units[i].options[0])
+                )
+            )
             for first in range(0, len(members), self.batch_size):
                 places = members[first : first + self.batch_size]
-                yield list(zip(places, self._batch([units[i] for i in places], shared, start), strict=True))
+                yield list(
+                    zip(places, self._batch([units[i] for i in places], shared, start), strict=True)
+                )
 
     def _cache(self, rows: int, length: int) -> Cache:
-        return Cache(self.model.config, rows, length, self.device, self.model.embed_tokens.weight.dtype)
+        return Cache(
+            self.model.config, rows, length, self.device, self.model.embed_tokens.weight.dtype
+        )
 
     def _begun(self, shared: Sequence[int]) -> Cache | None:
         """A cache of one row that holds what contexts share; None where they share nothing."""
@@ -99,12 +135,23 @@ class NanoLlamaEngine:
         forward(self.model, torch.tensor([shared], device=self.device), cache)
         return cache
 
-    def _batch(self, units: Sequence[ScoreRequest], shared: int, start: Cache | None) -> list[list[Scored]]:
+    def _batch(
+        self, units: Sequence[ScoreRequest], shared: int, start: Cache | None
+    ) -> list[list[Scored]]:
         """Contexts (without the tokens that `start` holds) as rows, then options as rows that continue them; a unit's only
         option follows in the row of its context. Logits are made of those places only that predict an option's token."""
         lone = [len(unit.options) == 1 for unit in units]
-        rows = [[*unit.context[shared:], *(unit.options[0][:-1] if one else ())] for unit, one in zip(units, lone, strict=True)]
-        more = [(i, k) for i, unit in enumerate(units) if not lone[i] for k, ids in enumerate(unit.options) if len(ids) > 1]
+        rows = [
+            [*unit.context[shared:], *(unit.options[0][:-1] if one else ())]
+            for unit, one in zip(units, lone, strict=True)
+        ]
+        more = [
+            (i, k)
+            for i, unit in enumerate(units)
+            if not lone[i]
+            for k, ids in enumerate(unit.options)
+            if len(ids) > 1
+        ]
         fed = max((len(units[i].options[k]) - 1 for i, k in more), default=0)
         length = shared + max(map(len, rows))
         if length + fed > self.context:  # a long context beside long options: they fit apart
@@ -125,7 +172,9 @@ class NanoLlamaEngine:
         for begin in range(0, len(more), several):  # attention is computed of padding too
             branch = more[begin : begin + several]
             tokens, lengths = pad([units[i].options[k][:-1] for i, k in branch], self.device)
-            hidden = forward(self.model, tokens, cache.select([i for i, _ in branch], length + fed), lengths)
+            hidden = forward(
+                self.model, tokens, cache.select([i for i, _ in branch], length + fed), lengths
+            )
             for (i, k), count in zip(branch, lengths, strict=True):
                 places[i][k] += range(total, total + count)
                 total += count
@@ -133,7 +182,9 @@ class NanoLlamaEngine:
             picked.append(hidden[_columns(inside, self.device)])
         at = [place for of_unit in places for of_option in of_unit for place in of_option]
         targets = [token for unit in units for option in unit.options for token in option]
-        figures = gather_logprobs(torch.cat(picked), head(self.model), torch.tensor(at), torch.tensor(targets))
+        figures = gather_logprobs(
+            torch.cat(picked), head(self.model), torch.tensor(at), torch.tensor(targets)
+        )
         each = iter(zip(*figures, strict=True))
         return [[_sum([next(each) for _ in option]) for option in unit.options] for unit in units]
 
@@ -151,7 +202,15 @@ class NanoLlamaEngine:
                 how = Sampling(temperature=temperature, top_p=top_p)
                 places.sort(key=lambda i: (requests[i].max_tokens, len(prompts[i])))
                 for first in range(0, len(places), self.batch_size):
-                    yield self._written(places[first : first + self.batch_size], shared, start, how, prompts, requests, words)
+                    yield self._written(
+                        places[first : first + self.batch_size],
+                        shared,
+                        start,
+                        how,
+                        prompts,
+                        requests,
+                        words,
+                    )
 
     def _written(
         self,
@@ -166,12 +225,22 @@ class NanoLlamaEngine:
         """One batch; rows that need fewer tokens than the longest end when they have them."""
         most = max(requests[i].max_tokens for i in places)
         length = max(len(prompts[i]) for i in places) + most
-        if length > self.context and len(places) > 1:  # a long prompt beside a long answer: they fit apart
-            return [one for i in places for one in self._written([i], shared, start, how, prompts, requests, words)]
-        cache = self._cache(len(places), length) if start is None else start.expand(len(places), length)
+        if (
+            length > self.context and len(places) > 1
+        ):  # a long prompt beside a long answer: they fit apart
+            return [
+                one
+                for i in places
+                for one in self._written([i], shared, start, how, prompts, requests, words)
+            ]
+        cache = (
+            self._cache(len(places), length) if start is None else start.expand(len(places), length)
+        )
 
         def ended(row: int, new: list[int]) -> bool:
-            return len(new) >= requests[places[row]].max_tokens or words.ended(new, requests[places[row]])
+            return len(new) >= requests[places[row]].max_tokens or words.ended(
+                new, requests[places[row]]
+            )
 
         rows = generate(
             self.model,
@@ -184,16 +253,26 @@ class NanoLlamaEngine:
             constraints=self._constraints([requests[i] for i in places], words),
             cache=cache,
         )
-        return [(i, words.written(row.tokens, requests[i])) for i, row in zip(places, rows, strict=True)]
+        return [
+            (i, words.written(row.tokens, requests[i])) for i, row in zip(places, rows, strict=True)
+        ]
 
-    def _constraints(self, requests: Sequence[Write], words: EvalTokenizer) -> list[JsonConstraint | None] | None:
+    def _constraints(
+        self, requests: Sequence[Write], words: EvalTokenizer
+    ) -> list[JsonConstraint | None] | None:
         """What holds each row to its schema; None where no row has one."""
-        found = [constraint_of(request, words, self.model.config.vocab_size) for request in requests]
+        found = [
+            constraint_of(request, words, self.model.config.vocab_size) for request in requests
+        ]
         return found if any(found) else None
 
 
 def _sum(figures: list[tuple[float, bool]]) -> Scored:
-    return Scored(math.fsum(logprob for logprob, _ in figures), len(figures), all(greedy for _, greedy in figures))
+    return Scored(
+        math.fsum(logprob for logprob, _ in figures),
+        len(figures),
+        all(greedy for _, greedy in figures),
+    )
 
 
 def _columns(cells: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -233,10 +312,14 @@ def share(units: Sequence[ScoreRequest], least: int = 0) -> list[tuple[int, list
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
-def gather_logprobs(hidden: Tensor, weight: Tensor, at: Tensor, targets: Tensor) -> tuple[list[float], list[bool]]:
+def gather_logprobs(
+    hidden: Tensor, weight: Tensor, at: Tensor, targets: Tensor
+) -> tuple[list[float], list[bool]]:
     """Log-probability of targets[i] after hidden[at[i]], in fp32, and whether it is the most likely token.
 
     hidden [N, D], weight [V, D], at and targets [M] on the CPU. Logits of one chunk of rows exist at a time.
@@ -264,10 +347,18 @@ class TransformersEngine:
                 folder, dtype=dtype or "auto", trust_remote_code=False, use_safetensors=True
             )
         except (ValueError, OSError) as error:
-            raise ValueError(f"{folder} cannot be loaded as a causal language model: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"{folder} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+            ) from error
         self.model = model.to(device).eval()
-        self.context = int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 2048))
-        self.batch_size, self.device, self.dtype = batch_size, device, str(self.model.dtype).removeprefix("torch.")
+        self.context = int(
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", 2048)
+        )
+        self.batch_size, self.device, self.dtype = (
+            batch_size,
+            device,
+            str(self.model.dtype).removeprefix("torch."),
+        )
 
     @torch.inference_mode()
     def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
@@ -275,19 +366,30 @@ class TransformersEngine:
             batch = units[start : start + self.batch_size]
             rows = [(unit.context, option) for unit in batch for option in unit.options]
             length = max(len(context) + len(option) - 1 for context, option in rows)
-            tokens = torch.zeros(len(rows), length, dtype=torch.long)  # padded on the right, where causal models do not look
+            tokens = torch.zeros(
+                len(rows), length, dtype=torch.long
+            )  # padded on the right, where causal models do not look
             for i, (context, option) in enumerate(rows):
                 ids = [*context, *option[:-1]]
                 tokens[i, : len(ids)] = torch.tensor(ids)
             logits = self.model(tokens.to(self.device), use_cache=False).logits
             scored = []
             for i, (context, option) in enumerate(rows):
-                log_probs = logits[i, len(context) - 1 : len(context) - 1 + len(option)].float().log_softmax(-1).cpu()
+                log_probs = (
+                    logits[i, len(context) - 1 : len(context) - 1 + len(option)]
+                    .float()
+                    .log_softmax(-1)
+                    .cpu()
+                )
                 wanted = torch.tensor(option)
                 total = log_probs.gather(1, wanted[:, None]).double().sum().item()
-                scored.append(Scored(total, len(option), bool((log_probs.argmax(-1) == wanted).all())))
+                scored.append(
+                    Scored(total, len(option), bool((log_probs.argmax(-1) == wanted).all()))
+                )
             options = iter(scored)
-            yield [(start + i, [next(options) for _ in unit.options]) for i, unit in enumerate(batch)]
+            yield [
+                (start + i, [next(options) for _ in unit.options]) for i, unit in enumerate(batch)
+            ]
 
     @torch.inference_mode()
     def write(
@@ -295,10 +397,16 @@ class TransformersEngine:
     ) -> Iterator[list[tuple[int, Written]]]:
         """One prompt at a time."""
         if any(request.schema for request in requests):
-            raise ValueError("JSON by a grammar is written by Llama and Qwen3 folders only; leave the constrained part out")
+            raise ValueError(
+                "JSON by a grammar is written by Llama and Qwen3 folders only; leave the constrained part out"
+            )
         for i, (ids, request) in enumerate(zip(prompts, requests, strict=True)):
             torch.manual_seed(request.seed)
-            how = {"temperature": request.temperature, "top_p": request.top_p} if request.temperature else {}
+            how = (
+                {"temperature": request.temperature, "top_p": request.top_p}
+                if request.temperature
+                else {}
+            )
             tokens = self.model.generate(
                 torch.tensor([ids], device=self.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.device),

@@ -22,9 +22,18 @@ FIELDS = {"question": str, "choices": dict, "answerKey": str}
 def read(row: dict[str, Any], number: int, task: str) -> tuple[str, list[str], int]:
     """Question, options and index of the right one."""
     text, choices, key = (field(row, n, number, task, kind) for n, kind in FIELDS.items())
-    options, labels = (texts(choices.get(name), f"choices.{name}", number, task) for name in ("text", "label"))
-    require(len(options) == len(labels), number, task, f"has {len(options)} choices and {len(labels)} labels")
-    require(key in labels, number, task, f"has answerKey {key!r}, which is none of its labels {labels}")
+    options, labels = (
+        texts(choices.get(name), f"choices.{name}", number, task) for name in ("text", "label")
+    )
+    require(
+        len(options) == len(labels),
+        number,
+        task,
+        f"has {len(options)} choices and {len(labels)} labels",
+    )
+    require(
+        key in labels, number, task, f"has answerKey {key!r}, which is none of its labels {labels}"
+    )
     return f"Question: {text}\nAnswer:", options, labels.index(key)
 
 
@@ -39,7 +48,9 @@ def shots_split(task: str, where: str | None) -> str:
     if where is None:
         return "validation"
     folder = Path(where)
-    local = folder.is_dir() and not any((place / "train.jsonl").is_file() for place in (folder / task, folder))
+    local = folder.is_dir() and not any(
+        (place / "train.jsonl").is_file() for place in (folder / task, folder)
+    )
     return "validation" if local else "train"
 
 
@@ -49,12 +60,27 @@ def build(args: argparse.Namespace) -> Eval:
         task = f"arc_{part}"
         rows = load_rows(task, "test", args.data, args.cache)
         split = shots_split(task, args.data)
-        pool = [read(row, i, task) for i, row in enumerate(load_rows(task, split, args.data, args.cache))] if args.shots else []
+        pool = (
+            [
+                read(row, i, task)
+                for i, row in enumerate(load_rows(task, split, args.data, args.cache))
+            ]
+            if args.shots
+            else []
+        )
         shots = Shots(pool, args.shots, args.seed)
         for i, row in enumerate(rows[: args.limit]):
             text, options, gold = read(row, i, task)
-            context = prompt("", [(question, choices[right]) for question, choices, right in shots.draw()], text)
-            items.append(Item(f"{part}/{row.get('id', i)}", {"context": context, "options": options, "gold": gold}, part))
+            context = prompt(
+                "", [(question, choices[right]) for question, choices, right in shots.draw()], text
+            )
+            items.append(
+                Item(
+                    f"{part}/{row.get('id', i)}",
+                    {"context": context, "options": options, "gold": gold},
+                    part,
+                )
+            )
         about[task] = {"data": describe(task, "test", args.data), "shots_from": split}
     return Eval("arc", 1, items, score, args.shots, args.seed, about=about)
 

@@ -35,20 +35,30 @@ DATA = "data/store/quickstart/chat"
 SPEAKERS = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": "System"}
 
 
-def read_items(data: str | None, limit: int | None, dropped: Counter[str] | None = None) -> list[Item]:
+def read_items(
+    data: str | None, limit: int | None, dropped: Counter[str] | None = None
+) -> list[Item]:
     """One item for each check of each example in the *.heldout.jsonl files of a folder (but pairs), or in one file.
 
     Rows mean what they mean in SFT and DPO. ValueError names a faulty row; pairs that DPO drops are counted in `dropped`.
     """
     path = Path(data or DATA)
-    files = sorted(set(path.glob("*.heldout.jsonl")) - {path / "pairs.heldout.jsonl"}) if path.is_dir() else [path]
+    files = (
+        sorted(set(path.glob("*.heldout.jsonl")) - {path / "pairs.heldout.jsonl"})
+        if path.is_dir()
+        else [path]
+    )
     items: list[Item] = []
     for file in files:
         try:
             lines = enumerate(file.read_text(encoding="utf-8").split("\n"), 1)
-            rows = [Row(f"{file}:{number}", parse_json(line)) for number, line in lines if line.strip()]
+            rows = [
+                Row(f"{file}:{number}", parse_json(line)) for number, line in lines if line.strip()
+            ]
         except (OSError, ValueError) as error:
-            raise ValueError(f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data") from error
+            raise ValueError(
+                f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data"
+            ) from error
         for row in [row for row in rows if "checks" in row.value or "chosen" in row.value][:limit]:
             try:
                 items += items_of(row)
@@ -57,9 +67,13 @@ def read_items(data: str | None, limit: int | None, dropped: Counter[str] | None
             except ValueError as error:
                 raise ValueError(f"{row.where}: {error}") from error
             except (KeyError, TypeError, AttributeError, IndexError) as error:
-                raise ValueError(f"{row.where} is not a question or a pair ({type(error).__name__}: {error})") from error
+                raise ValueError(
+                    f"{row.where} is not a question or a pair ({type(error).__name__}: {error})"
+                ) from error
     if not items:
-        raise ValueError(f"{path} holds no questions with checks; write some by python -m scripts.generate_chat_data")
+        raise ValueError(
+            f"{path} holds no questions with checks; write some by python -m scripts.generate_chat_data"
+        )
     return items
 
 
@@ -75,13 +89,21 @@ def items_of(named: Row) -> list[Item]:
     messages, _ = read_messages(with_row_system(row, row["messages"]))
     turns = len(messages) - len(row["messages"])  # 1 where the row has a system prompt of its own
     checks = [
-        {**check, "turn": check["turn"] + turns, "wrong": [read_message(wrong)[0] for wrong in check["wrong"]]}
+        {
+            **check,
+            "turn": check["turn"] + turns,
+            "wrong": [read_message(wrong)[0] for wrong in check["wrong"]],
+        }
         for check in row["checks"]
     ]
     example = {**row, "messages": messages, "tools": row_tools(row), "checks": checks}
     kind = row["source"].rpartition("/")[2]
     return [
-        Item(f"{number}/{i}", {"example": example, "check": i}, "tool calls" if check["type"] == "call" else kind)
+        Item(
+            f"{number}/{i}",
+            {"example": example, "check": i},
+            "tool calls" if check["type"] == "call" else kind,
+        )
         for i, check in enumerate(checks)
     ]
 
@@ -93,7 +115,9 @@ def plain(messages: Sequence[dict[str, Any]]) -> str:
 
 def _said(message: dict[str, Any]) -> str:
     calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
-    return " ".join(part for part in (message.get("thought", ""), message["content"], *calls) if part)
+    return " ".join(
+        part for part in (message.get("thought", ""), message["content"], *calls) if part
+    )
 
 
 def build(args: Namespace) -> Eval:
@@ -101,16 +125,24 @@ def build(args: Namespace) -> Eval:
     folder = tokenizer_folder(args.checkpoint)
     template = template_of(folder)
     ours = is_our_template(template)
-    chat: Chat | OtherChat | None = Chat.from_folder(folder) if ours else OtherChat(args.checkpoint) if template else None
+    chat: Chat | OtherChat | None = (
+        Chat.from_folder(folder) if ours else OtherChat(args.checkpoint) if template else None
+    )
 
-    def encoded(example: dict, before: list, replies: list) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    def encoded(
+        example: dict, before: list, replies: list
+    ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """Ids of the prompt and of each reply."""
         tools = example.get("tools")
         if isinstance(chat, OtherChat):
-            return chat.prompt(before, tools), tuple(chat.reply([*before, reply], tools) for reply in replies)
+            return chat.prompt(before, tools), tuple(
+                chat.reply([*before, reply], tools) for reply in replies
+            )
         assert chat is not None
         prompt = tuple(chat.prompt(before, tools))
-        return prompt, tuple(reply_ids(chat, example, before, reply, len(prompt)) for reply in replies)
+        return prompt, tuple(
+            reply_ids(chat, example, before, reply, len(prompt)) for reply in replies
+        )
 
     def score(item: Item) -> Score:
         example, number = item.row["example"], item.row["check"]
@@ -124,11 +156,20 @@ def build(args: Namespace) -> Eval:
             (scored,) = yield [Choose(prompt, options)]
             return {"preferred": float(scored[0].logprob > scored[1].logprob)}
         stop = ("\n",) if chat is None else ()
-        written, scored = yield [Write(prompt, stop, MAX_TOKENS, keep_special=chat is None or ours), Choose(prompt, options)]
-        scores = {"acc": float(is_right(example, written.text, number)), "ended": float(written.stopped)}
+        written, scored = yield [
+            Write(prompt, stop, MAX_TOKENS, keep_special=chat is None or ours),
+            Choose(prompt, options),
+        ]
+        scores = {
+            "acc": float(is_right(example, written.text, number)),
+            "ended": float(written.stopped),
+        }
         if len(options) > 1:
             of_token = [option.logprob / option.tokens for option in scored]
-            scores |= {"choice": float(of_token[0] > max(of_token[1:])), "choice_chance": 1 / len(options)}
+            scores |= {
+                "choice": float(of_token[0] > max(of_token[1:])),
+                "choice_chance": 1 / len(options),
+            }
         return scores
 
     dropped = Counter[str]()
@@ -149,7 +190,9 @@ def parts_of(item: Item) -> tuple[dict[str, Any], list[dict[str, Any]], list[dic
     return check, messages[: check["turn"]], [messages[check["turn"]], *check["wrong"]]
 
 
-def _renderable(items: list[Item], encoded: Callable[..., Any], dropped: Counter[str]) -> list[Item]:
+def _renderable(
+    items: list[Item], encoded: Callable[..., Any], dropped: Counter[str]
+) -> list[Item]:
     """The items that a model's own template takes; others are counted. ValueError if it takes none."""
     kept, refused = [], ""
     for item in items:
@@ -167,7 +210,9 @@ def _renderable(items: list[Item], encoded: Callable[..., Any], dropped: Counter
 
 def reply_ids(chat: Chat, example: dict, before: list, reply: dict, begun: int) -> tuple[int, ...]:
     """The ids of a reply after its prompt of `begun` ids, up to and with its end."""
-    whole = chat.encode([chat.clean({"messages": [*before, reply], "tools": example.get("tools")})])[0]
+    whole = chat.encode(
+        [chat.clean({"messages": [*before, reply], "tools": example.get("tools")})]
+    )[0]
     return tuple(whole.ids[begun : whole.ends[-1]].tolist())
 
 

@@ -33,7 +33,11 @@ class Question(NamedTuple):
     @property
     def solved(self) -> tuple[str, str]:
         """The question and its answer, for a solved example."""
-        return (self.options[self.gold], self.ending) if self.ending else (self.context, self.options[self.gold])
+        return (
+            (self.options[self.gold], self.ending)
+            if self.ending
+            else (self.context, self.options[self.gold])
+        )
 
 
 class Row:
@@ -49,14 +53,23 @@ class Row:
         """A label as an index below `count`. first: the label of the first option."""
         label = str(field(self.values, name, self.number, self.task)).strip()
         known = [str(first + i) for i in range(count)]
-        self.require(label in known, f"has {label!r} as {name}, which is none of {', '.join(known)}")
+        self.require(
+            label in known, f"has {label!r} as {name}, which is none of {', '.join(known)}"
+        )
         return known.index(label)
 
     def choices(self) -> tuple[list[str], int]:
         """Options and index of the gold one, of a row with choices (text and label) and answerKey."""
-        choices, key = field(self.values, "choices", self.number, self.task, dict), self.text("answerKey").strip()
-        options, labels = (texts(choices.get(n), f"choices.{n}", self.number, self.task) for n in ("text", "label"))
-        self.require(len(options) == len(labels), f"has {len(options)} choices and {len(labels)} labels")
+        choices, key = (
+            field(self.values, "choices", self.number, self.task, dict),
+            self.text("answerKey").strip(),
+        )
+        options, labels = (
+            texts(choices.get(n), f"choices.{n}", self.number, self.task) for n in ("text", "label")
+        )
+        self.require(
+            len(options) == len(labels), f"has {len(options)} choices and {len(labels)} labels"
+        )
         self.require(key in labels, f"has answerKey {key!r}, which is none of its labels {labels}")
         return options, labels.index(key)
 
@@ -73,7 +86,10 @@ def _winogrande(row: Row) -> dict[str, Question]:
     """The sentence up to the blank with each option, continued by the rest of the sentence."""
     sentence = row.text("sentence")
     begin, blank, end = sentence.partition("_")
-    row.require(bool(blank and end.strip()), f"has {sentence!r} as sentence, without a blank (_) that text follows")
+    row.require(
+        bool(blank and end.strip()),
+        f"has {sentence!r} as sentence, without a blank (_) that text follows",
+    )
     options = [begin + row.text(name) for name in ("option1", "option2")]
     return {"": Question("", options, row.index("answer", 2, first=1), end.strip())}
 
@@ -88,8 +104,14 @@ def _openbookqa(row: Row) -> dict[str, Question]:
 
 
 def _sciq(row: Row) -> dict[str, Question]:
-    options = [row.text(name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return {"": Question(f"{row.text('support').lstrip()}\nQuestion: {row.text('question')}\nAnswer:", options, 3)}
+    options = [
+        row.text(name) for name in ("distractor1", "distractor2", "distractor3", "correct_answer")
+    ]
+    return {
+        "": Question(
+            f"{row.text('support').lstrip()}\nQuestion: {row.text('question')}\nAnswer:", options, 3
+        )
+    }
 
 
 def _siqa(row: Row) -> dict[str, Question]:
@@ -100,9 +122,13 @@ def _siqa(row: Row) -> dict[str, Question]:
 
 def _commonsense_qa(row: Row) -> dict[str, Question]:
     options, gold = row.choices()
-    row.require(len(options) == len(LETTERS), f"has {len(options)} choices; the set has {len(LETTERS)}")
+    row.require(
+        len(options) == len(LETTERS), f"has {len(options)} choices; the set has {len(LETTERS)}"
+    )
     question = f"Question: {row.text('question').strip()}\n"
-    listed = "".join(f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=True))
+    listed = "".join(
+        f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=True)
+    )
     return {
         "": Question(f"{question}{listed}Answer:", list(LETTERS), gold),
         "cloze_": Question(f"{question}Answer:", options, gold),
@@ -142,7 +168,9 @@ def tasks_of(args: argparse.Namespace) -> list[str]:
     """--tasks, each once; ValueError if one data file is given for several."""
     tasks = list(dict.fromkeys(args.tasks))
     if args.data and Path(args.data).is_file() and len(tasks) > 1:
-        raise ValueError(f"--data {args.data} is one file, for {len(tasks)} tasks; name one with --tasks, or give a folder")
+        raise ValueError(
+            f"--data {args.data} is one file, for {len(tasks)} tasks; name one with --tasks, or give a folder"
+        )
     return tasks
 
 
@@ -161,7 +189,10 @@ def score(item: Item) -> Score:
         scored: list[Scored] = [answer[0] for answer in answers] if question.ending else answers
         part = accuracies(scored, question.options, question.gold, f"{item.subject}_{prefix}")
         kept = ("acc", "acc_norm") if TASKS[item.subject].normalised or prefix else ("acc",)
-        found |= {f"{item.subject}_{prefix}{name}": part[f"{item.subject}_{prefix}{name}"] for name in kept}
+        found |= {
+            f"{item.subject}_{prefix}{name}": part[f"{item.subject}_{prefix}{name}"]
+            for name in kept
+        }
     return found
 
 
@@ -172,11 +203,16 @@ def build(args: argparse.Namespace) -> Eval:
         split, forms = split_of(task, args.data), TASKS[task].forms
         rows = load_rows(task, split, args.data, args.cache)
         train = load_rows(task, "train", args.data, args.cache) if args.shots else []
-        shots = Shots([forms(Row(row, i, task)) for i, row in enumerate(train)], args.shots, args.seed)
+        shots = Shots(
+            [forms(Row(row, i, task)) for i, row in enumerate(train)], args.shots, args.seed
+        )
         for i, row in enumerate(rows[: args.limit]):
             questions, solved = forms(Row(row, i, task)), shots.draw()
             asked = {
-                prefix: {"question": list(question), "shots": prompt("", [shot[prefix].solved for shot in solved], "")}
+                prefix: {
+                    "question": list(question),
+                    "shots": prompt("", [shot[prefix].solved for shot in solved], ""),
+                }
                 for prefix, question in questions.items()
             }
             items.append(Item(f"{task}/{row.get('id', i)}", {"forms": asked}, task))
@@ -186,7 +222,9 @@ def build(args: argparse.Namespace) -> Eval:
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=0)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all"
+    )
     return parser
 
 

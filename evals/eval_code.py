@@ -66,8 +66,13 @@ def _humaneval(row: Row) -> Problem:
 
 def _mbpp(row: Row) -> Problem:
     tests = field(row.values, "test_list", row.number, row.task, list)
-    row.require(len(tests) >= TESTS and all(isinstance(test, str) for test in tests), f"has fewer than {TESTS} tests")
-    solved = "".join(f"{ASKED.format(text, chr(10).join(of))}{code}\n[DONE]\n\n" for text, code, of in SOLVED)
+    row.require(
+        len(tests) >= TESTS and all(isinstance(test, str) for test in tests),
+        f"has fewer than {TESTS} tests",
+    )
+    solved = "".join(
+        f"{ASKED.format(text, chr(10).join(of))}{code}\n[DONE]\n\n" for text, code, of in SOLVED
+    )
     run = "\n".join(tests[:TESTS])
     return Problem(solved + ASKED.format(row.text("text"), run), "", run)
 
@@ -91,7 +96,11 @@ def score(item: Item) -> Score:
     written = yield Write(row["prompt"], tuple(row["stop"]), row["max_tokens"])
     ran = yield Judge(f"{row['begun']}{written.text}\n{row['tests']}")
     error = {} if ran["passed"] else {"error": ran["error"]}
-    return {f"{item.subject}_pass@1": float(ran["passed"]), f"{item.subject}_stopped": float(written.stopped), **error}
+    return {
+        f"{item.subject}_pass@1": float(ran["passed"]),
+        f"{item.subject}_stopped": float(written.stopped),
+        **error,
+    }
 
 
 def build(args: argparse.Namespace) -> Eval:
@@ -109,15 +118,26 @@ def build(args: argparse.Namespace) -> Eval:
             of = {**problem, "stop": task.stop, "max_tokens": args.max_tokens or task.max_tokens}
             items.append(Item(f"{name}/{row.get('task_id', i)}", of, name))
         about[name] = {"data": describe(name, "test", args.data), "shots": task.shots}
-    return Eval("code", 1, items, score, test_set="humaneval_mbpp", about=about, judge=Sandbox(args.timeout))
+    return Eval(
+        "code", 1, items, score, test_set="humaneval_mbpp", about=about, judge=Sandbox(args.timeout)
+    )
 
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both"
+    )
     add_boolean(parser, "--run_code", "run the programs that the model writes")
-    parser.add_argument("--timeout", type=at_least(1), default=3, help="CPU seconds per program (default: %(default)s)")
-    parser.add_argument("--max_tokens", type=at_least(1), help="of an answer (default: lm-eval's, 1024 and 256)")
+    parser.add_argument(
+        "--timeout",
+        type=at_least(1),
+        default=3,
+        help="CPU seconds per program (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max_tokens", type=at_least(1), help="of an answer (default: lm-eval's, 1024 and 256)"
+    )
     return parser
 
 

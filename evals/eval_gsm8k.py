@@ -37,7 +37,9 @@ def found(text: str, pattern: str, which: int) -> str:
     if not matches:
         return "[invalid]"
     match = matches[which]
-    return (next((part for part in match if part), "") if isinstance(match, tuple) else match).strip()
+    return (
+        next((part for part in match if part), "") if isinstance(match, tuple) else match
+    ).strip()
 
 
 def solution(answer: str, cot: bool) -> str:
@@ -51,7 +53,10 @@ def solution(answer: str, cot: bool) -> str:
 def score(item: Item) -> Score:
     row = item.row
     written = yield Write(row["prompt"], STOP[row["cot"]], row["max_tokens"])
-    matches = {"strict": found(written.text, STRICT[row["cot"]], 0), "flexible": found(written.text, FLEXIBLE, -1)}
+    matches = {
+        "strict": found(written.text, STRICT[row["cot"]], 0),
+        "flexible": found(written.text, FLEXIBLE, -1),
+    }
     right = {name: float(plain(match) == plain(row["target"])) for name, match in matches.items()}
     return {**right, "stopped": written.stopped, "answers": matches, "target": row["target"]}
 
@@ -60,23 +65,44 @@ def build(args: argparse.Namespace) -> Eval:
     rows = load_rows("gsm8k", "test", args.data, args.cache)
     train = load_rows("gsm8k", "train", args.data, args.cache) if args.shots else []
     pairs: dict[str, list[tuple[Any, Any]]] = {
-        split: [(field(row, "question", i, "gsm8k", str), field(row, "answer", i, "gsm8k", str)) for i, row in enumerate(of)]
+        split: [
+            (field(row, "question", i, "gsm8k", str), field(row, "answer", i, "gsm8k", str))
+            for i, row in enumerate(of)
+        ]
         for split, of in (("test", rows), ("train", train))
     }
-    shots, form = Shots(pairs["train"], args.shots, args.seed), "Q: {}\nA:" if args.cot else "Question: {}\nAnswer:"
+    shots, form = (
+        Shots(pairs["train"], args.shots, args.seed),
+        "Q: {}\nA:" if args.cot else "Question: {}\nAnswer:",
+    )
     items = []
     for i, (question, answer) in enumerate(pairs["test"][: args.limit]):
         solved = [(form.format(text), solution(steps, args.cot)) for text, steps in shots.draw()]
-        row = {"prompt": prompt("", solved, form.format(question)), "cot": args.cot, "max_tokens": args.max_tokens}
-        items.append(Item(str(rows[i].get("id", i)), {**row, "target": answer.rpartition("####")[2].strip()}))
-    about = {"data": describe("gsm8k", "test", args.data), "cot": args.cot, "max_tokens": args.max_tokens}
+        row = {
+            "prompt": prompt("", solved, form.format(question)),
+            "cot": args.cot,
+            "max_tokens": args.max_tokens,
+        }
+        items.append(
+            Item(str(rows[i].get("id", i)), {**row, "target": answer.rpartition("####")[2].strip()})
+        )
+    about = {
+        "data": describe("gsm8k", "test", args.data),
+        "cot": args.cot,
+        "max_tokens": args.max_tokens,
+    }
     return Eval("gsm8k", 3, items, score, args.shots, args.seed, about=about)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=8)
     add_boolean(parser, "--cot", 'solutions end with "The answer is N." in place of "#### N"')
-    parser.add_argument("--max_tokens", type=at_least(1), default=256, help="of an answer (default: lm-eval's %(default)s)")
+    parser.add_argument(
+        "--max_tokens",
+        type=at_least(1),
+        default=256,
+        help="of an answer (default: lm-eval's %(default)s)",
+    )
     return parser
 
 

@@ -29,8 +29,17 @@ def read(row: dict[str, Any], number: int) -> tuple[str, list[str], int]:
     endings = texts(field(row, "endings", number, "hellaswag"), "endings", number, "hellaswag")
     gold = str(field(row, "label", number, "hellaswag"))
     known = gold in map(str, range(len(endings)))
-    require(known, number, "hellaswag", f"has {gold!r} as label, which is the number of none of its {len(endings)} endings")
-    return tidy(f"{label}: {begin} {end.capitalize()}"), [tidy(ending) for ending in endings], int(gold)
+    require(
+        known,
+        number,
+        "hellaswag",
+        f"has {gold!r} as label, which is the number of none of its {len(endings)} endings",
+    )
+    return (
+        tidy(f"{label}: {begin} {end.capitalize()}"),
+        [tidy(ending) for ending in endings],
+        int(gold),
+    )
 
 
 def build(args: argparse.Namespace) -> Eval:
@@ -40,8 +49,12 @@ def build(args: argparse.Namespace) -> Eval:
     shots = Shots([read(row, i) for i, row in enumerate(train)], args.shots, args.seed)
     items = []
     for i, (question, options, gold) in enumerate(docs[: args.limit]):
-        context = prompt("", [(text, choices[right]) for text, choices, right in shots.draw()], question)
-        items.append(Item(str(rows[i].get("id", i)), {"context": context, "options": options, "gold": gold}))
+        context = prompt(
+            "", [(text, choices[right]) for text, choices, right in shots.draw()], question
+        )
+        items.append(
+            Item(str(rows[i].get("id", i)), {"context": context, "options": options, "gold": gold})
+        )
     about = {"data": describe("hellaswag", "validation", args.data)}
     return Eval("hellaswag", 1, items, best_option, args.shots, args.seed, about=about)
 

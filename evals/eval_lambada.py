@@ -26,7 +26,10 @@ def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
     found = means(samples)
     mean, error, n = found.pop("logprob")
     perplexity = math.exp(min(-mean, 700.0))  # exp overflows above 709
-    return {**found, "perplexity": Estimate(perplexity, None if error is None else perplexity * error, n)}
+    return {
+        **found,
+        "perplexity": Estimate(perplexity, None if error is None else perplexity * error, n),
+    }
 
 
 def build(args: argparse.Namespace) -> Eval:
@@ -35,7 +38,14 @@ def build(args: argparse.Namespace) -> Eval:
         context, space, word = field(row, "text", i, "lambada", str).rpartition(" ")
         require(bool(space and word), i, "lambada", "has a text of fewer than two words")
         items.append(Item(str(row.get("id", i)), {"context": context, "word": f" {word}"}))
-    return Eval("lambada", 1, items, score, totals=totals, about={"data": describe("lambada", "test", args.data)})
+    return Eval(
+        "lambada",
+        1,
+        items,
+        score,
+        totals=totals,
+        about={"data": describe("lambada", "test", args.data)},
+    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -21,16 +21,31 @@ KIND = {"letter": "multiple choice questions", "cloze": "questions"}
 
 def check(row: dict[str, Any], number: int, task: str) -> None:
     """ValueError where a row is none of the schema."""
-    _, _, answer = (field(row, n, number, task, kind) for n, kind in {"question": str, "subject": str, "answer": int}.items())
+    _, _, answer = (
+        field(row, n, number, task, kind)
+        for n, kind in {"question": str, "subject": str, "answer": int}.items()
+    )
     choices = texts(field(row, "choices", number, task), "choices", number, task)
-    require(len(choices) == len(LETTERS), number, task, f"has {len(choices)} choices, not {len(LETTERS)}")
-    require(0 <= answer < len(LETTERS), number, task, f"has {answer} as answer, which is not from 0 to {len(LETTERS) - 1}")
+    require(
+        len(choices) == len(LETTERS),
+        number,
+        task,
+        f"has {len(choices)} choices, not {len(LETTERS)}",
+    )
+    require(
+        0 <= answer < len(LETTERS),
+        number,
+        task,
+        f"has {answer} as answer, which is not from 0 to {len(LETTERS) - 1}",
+    )
 
 
 def question(row: dict[str, Any], kind: str) -> str:
     if kind == "cloze":
         return f"Question: {row['question'].strip()}\nAnswer:"
-    listed = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=True))
+    listed = "".join(
+        f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=True)
+    )
     return f"{row['question'].strip()}\n{listed}Answer:"
 
 
@@ -41,7 +56,10 @@ def options(row: dict[str, Any], kind: str) -> tuple[str, ...]:
 def score(item: Item) -> Score:
     """acc of letters; cloze_acc and cloze_acc_norm."""
     row, kinds = item.row, list(item.row["contexts"])
-    scored = yield [Choose(row["contexts"][kind], tuple(f" {option}" for option in options(row, kind))) for kind in kinds]
+    scored = yield [
+        Choose(row["contexts"][kind], tuple(f" {option}" for option in options(row, kind)))
+        for kind in kinds
+    ]
     found = dict(zip(kinds, scored, strict=True))
     scores = {}
     if "letter" in found:
@@ -52,7 +70,9 @@ def score(item: Item) -> Score:
 
 
 def build(args: argparse.Namespace) -> Eval:
-    subjects: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: {"test": [], "dev": []})
+    subjects: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(
+        lambda: {"test": [], "dev": []}
+    )
     for split in ("test", "dev") if args.shots else ("test",):
         for i, row in enumerate(load_rows("mmlu", split, args.data, args.cache)):
             check(row, i, f"mmlu ({split})")
@@ -64,9 +84,13 @@ def build(args: argparse.Namespace) -> Eval:
             contexts = {}
             for kind in ("letter", "cloze") if args.format == "both" else (args.format,):
                 about = f"The following are {KIND[kind]} (with answers) about {' '.join(subject.split('_'))}.\n\n"
-                solved = [(question(shot, kind), options(shot, kind)[shot["answer"]]) for shot in shots]
+                solved = [
+                    (question(shot, kind), options(shot, kind)[shot["answer"]]) for shot in shots
+                ]
                 contexts[kind] = prompt(about, solved, question(row, kind))
-            items.append(Item(str(row.get("id", f"{subject}/{i}")), {**row, "contexts": contexts}, subject))
+            items.append(
+                Item(str(row.get("id", f"{subject}/{i}")), {**row, "contexts": contexts}, subject)
+            )
     about_data = {"data": describe("mmlu", "test", args.data), "format": args.format}
     return Eval("mmlu", 2, items, score, args.shots, about=about_data)
 

@@ -19,7 +19,12 @@ from evals.judges import endpoint, read_key
 from evals.multiple_choice import field
 from evals.run import flags, main
 
-TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # FastChat's; 0 for the rest
+TEMPERATURE = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "stem": 0.1,
+    "humanities": 0.1,
+}  # FastChat's; 0 for the rest
 GRADE = (
     "Grade the assistant's {what} to the user below, as an impartial judge: is it helpful, relevant, correct, thorough, and "
     "does it do what was asked? Length in itself earns nothing.{against} First explain your grade in a few sentences. Then give "
@@ -48,13 +53,20 @@ def judge_prompts(path: Path | None) -> dict[tuple[int, bool], tuple[str, str]]:
     if path is None:
         return {kind: ("", wording(*kind)) for kind in kinds}
     if not path.is_file():
-        raise ValueError(f"there is no {path}; --judge_prompts takes FastChat's judge_prompts.jsonl")
+        raise ValueError(
+            f"there is no {path}; --judge_prompts takes FastChat's judge_prompts.jsonl"
+        )
     rows = {row.get("name"): row for row in read_jsonl(path)}
     names = {(t, r): f"single{'-math' * r}-v1{'-multi-turn' * (t == 2)}" for t, r in kinds}
     missing = [name for name in names.values() if name not in rows]
     if missing:
-        raise ValueError(f"{path} has no prompt named {', '.join(missing)}; --judge_prompts takes FastChat's judge_prompts.jsonl")
-    return {kind: (rows[name]["system_prompt"], rows[name]["prompt_template"]) for kind, name in names.items()}
+        raise ValueError(
+            f"{path} has no prompt named {', '.join(missing)}; --judge_prompts takes FastChat's judge_prompts.jsonl"
+        )
+    return {
+        kind: (rows[name]["system_prompt"], rows[name]["prompt_template"])
+        for kind, name in names.items()
+    }
 
 
 def rating(text: str) -> float | None:
@@ -71,12 +83,16 @@ def two_turns(item: Item, chat: Chat, max_tokens: int) -> Score:
         talk.append({"role": "user", "content": question})
         temperature = TEMPERATURE.get(item.subject, 0.0)
         prompt = chat.prompt(talk)
-        written = yield Write(prompt, max_tokens=max_tokens, temperature=temperature, seed=len(talk))
+        written = yield Write(
+            prompt, max_tokens=max_tokens, temperature=temperature, seed=len(talk)
+        )
         talk.append({"role": "assistant", "content": written.text.strip()})
     return {"answers": [message["content"] for message in talk[1::2]]}
 
 
-def graded(item: Item, answers: list[str], prompts: dict[tuple[int, bool], tuple[str, str]]) -> Score:
+def graded(
+    item: Item, answers: list[str], prompts: dict[tuple[int, bool], tuple[str, str]]
+) -> Score:
     """Grades of both turns."""
     turns, reference = item.row["turns"], item.row["reference"]
     asked = {"question": turns[0], "answer": answers[0]}
@@ -94,12 +110,16 @@ def graded(item: Item, answers: list[str], prompts: dict[tuple[int, bool], tuple
 def build(args: argparse.Namespace) -> Eval:
     chat, prompts = Chat(args.checkpoint), judge_prompts(args.judge_prompts)
     key = read_key(args.judge_key_file) if args.judge_key_file else ""
-    judge = endpoint(args.judge, args.judge_model, key, retries=args.retries) if args.judge else None
+    judge = (
+        endpoint(args.judge, args.judge_model, key, retries=args.retries) if args.judge else None
+    )
     items = []
     for i, row in enumerate(load_rows("mt_bench", "train", args.data, args.cache)[: args.limit]):
         turns = row.get("turns") or field(row, "prompt", i, "mt_bench")
         if not isinstance(turns, list) or len(turns) != 2:
-            raise ValueError(f"row {i} of the data for mt_bench must have two turns, not {str(turns)[:60]!r}")
+            raise ValueError(
+                f"row {i} of the data for mt_bench must have two turns, not {str(turns)[:60]!r}"
+            )
         category, known = str(row.get("category", "")), row.get("reference") or []
         reference = known if category in GRADED_BY_REFERENCE and len(known) == 2 else []
         number = str(row.get("question_id", row.get("prompt_id", i)))
@@ -108,20 +128,43 @@ def build(args: argparse.Namespace) -> Eval:
     def score(item: Item) -> Score:
         scores = yield from two_turns(item, chat, args.max_tokens)
         scores |= {"empty": sum(not answer for answer in scores["answers"]) / 2}
-        return {**scores, **(yield from graded(item, scores["answers"], prompts))} if judge else scores
+        return (
+            {**scores, **(yield from graded(item, scores["answers"], prompts))} if judge else scores
+        )
 
     about = {"data": describe("mt_bench", "train", args.data), "max_tokens": args.max_tokens}
-    about |= {"judge_prompts": str(args.judge_prompts or "ours")} if judge else {"note": NO_JUDGE, "judge": None}
+    about |= (
+        {"judge_prompts": str(args.judge_prompts or "ours")}
+        if judge
+        else {"note": NO_JUDGE, "judge": None}
+    )
     return Eval("mt_bench", 1, items, score, about=about, judge=judge)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
-    parser.add_argument("--judge", metavar="URL", help="base of an OpenAI-compatible API, as http://localhost:8000/v1")
+    parser.add_argument(
+        "--judge",
+        metavar="URL",
+        help="base of an OpenAI-compatible API, as http://localhost:8000/v1",
+    )
     parser.add_argument("--judge_model", default="judge", help="the model's name there")
-    parser.add_argument("--judge_key_file", type=Path, help="a file with the API key; <(printenv OPENAI_API_KEY) is one, too")
-    parser.add_argument("--judge_prompts", type=Path, help="FastChat's judge_prompts.jsonl (default: our own wording)")
-    parser.add_argument("--retries", type=at_least(0), default=4, help="of a question to the judge, each after twice the pause")
+    parser.add_argument(
+        "--judge_key_file",
+        type=Path,
+        help="a file with the API key; <(printenv OPENAI_API_KEY) is one, too",
+    )
+    parser.add_argument(
+        "--judge_prompts",
+        type=Path,
+        help="FastChat's judge_prompts.jsonl (default: our own wording)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=at_least(0),
+        default=4,
+        help="of a question to the judge, each after twice the pause",
+    )
     parser.add_argument("--max_tokens", type=at_least(1), default=1024, help="of an answer")
     return parser
 

@@ -53,8 +53,14 @@ def sentences(haystack: str) -> list[str]:
         return []
     path = Path(haystack)
     if not path.is_file():
-        raise ValueError(f"--haystack {haystack} is neither noise nor a file of texts (.txt, or .jsonl with text)")
-    rows = [{"text": path.read_text(encoding="utf-8", errors="replace")}] if path.suffix == ".txt" else read_jsonl(path)
+        raise ValueError(
+            f"--haystack {haystack} is neither noise nor a file of texts (.txt, or .jsonl with text)"
+        )
+    rows = (
+        [{"text": path.read_text(encoding="utf-8", errors="replace")}]
+        if path.suffix == ".txt"
+        else read_jsonl(path)
+    )
     texts = [field(row, "text", i, "needle", str) for i, row in enumerate(rows)]
     found = [part for text in texts for part in re.split(r"(?<=[.!?])\s+", text) if part.strip()]
     if not found:
@@ -76,7 +82,9 @@ class Hay:
     def draw(self, tokens: int, draw: random.Random) -> list[list[int]]:
         """Sentences in a row, as ids: `tokens` of them, the last sentence cut."""
         first = draw.randrange(len(self.texts)) if self.texts else 0
-        stream = (self.texts[i % len(self.texts)] for i in count(first)) if self.texts else noise(draw)
+        stream = (
+            (self.texts[i % len(self.texts)] for i in count(first)) if self.texts else noise(draw)
+        )
         parts, left = list[list[int]](), tokens
         while left > 0:
             parts.append(self.ids(f" {next(stream)}")[:left])
@@ -93,21 +101,35 @@ def place(parts: list[list[int]], needles: Sequence[tuple[float, list[int]]]) ->
     return [token for i, part in enumerate([*parts, []]) for token in (*at[i], *part)]
 
 
-def make(kind: str, length: int, depth: float, hay: Hay, draw: random.Random, max_tokens: int) -> dict[str, Any]:
+def make(
+    kind: str, length: int, depth: float, hay: Hay, draw: random.Random, max_tokens: int
+) -> dict[str, Any]:
     """One test: the prompt, in ids, so that it and an answer of max_tokens are `length` tokens, what is right, what is wrong."""
     keys = [f"{a} {b}" for a in FIRST.split() for b in SECOND.split()]
     draw.shuffle(keys)
-    numbers = [str(number) for number in draw.sample(range(1_000_000, 10_000_000), MANY + DISTRACTORS + WRONG)]
+    numbers = [
+        str(number)
+        for number in draw.sample(range(1_000_000, 10_000_000), MANY + DISTRACTORS + WRONG)
+    ]
     wanted = MANY if kind in ("multi_value", "multi_query") else 1
     others = DISTRACTORS if kind == "multi_key" else 0
     names = [keys[0] if kind == "multi_value" else key for key in keys[: wanted + others]]
-    ids = [hay.ids(f" The special number of the {name} is {number}.") for name, number in zip(names, numbers, strict=False)]
+    ids = [
+        hay.ids(f" The special number of the {name} is {number}.")
+        for name, number in zip(names, numbers, strict=False)
+    ]
     depths = [depth, *(draw.random() for _ in ids[1:])]
     asked = list(dict.fromkeys(names[:wanted]))
-    which = f"the {asked[0]}" if len(asked) == 1 else ", ".join(f"the {name}" for name in asked[:-1]) + f" and the {asked[-1]}"
+    which = (
+        f"the {asked[0]}"
+        if len(asked) == 1
+        else ", ".join(f"the {name}" for name in asked[:-1]) + f" and the {asked[-1]}"
+    )
     be, plural = ("is", "") if wanted == 1 else ("are", "s")
     begun = f"The special number{plural} of {which} {be}"
-    question = hay.ids(f"\n\nQuestion: What {be} the special number{plural} of {which}?\nAnswer: {begun}")
+    question = hay.ids(
+        f"\n\nQuestion: What {be} the special number{plural} of {which}?\nAnswer: {begun}"
+    )
     head = [hay.words.begin, *hay.ids(PREFACE)]
     left = length - max_tokens - len(head) - len(question) - sum(map(len, ids))
     if left < 0:
@@ -117,7 +139,12 @@ def make(kind: str, length: int, depth: float, hay: Hay, draw: random.Random, ma
         )
     prompt = (*head, *place(hay.draw(left, draw), list(zip(depths, ids, strict=True))), *question)
     options = [*numbers[:wanted], *numbers[-WRONG:]]
-    return {"prompt": prompt, "right": numbers[:wanted], "options": options, "max_tokens": max_tokens}
+    return {
+        "prompt": prompt,
+        "right": numbers[:wanted],
+        "options": options,
+        "max_tokens": max_tokens,
+    }
 
 
 def score(item: Item, ids: Any) -> Score:
@@ -132,7 +159,13 @@ def score(item: Item, ids: Any) -> Score:
     logprobs = [option.logprob for option in scored]
     margin = max(logprobs[: len(row["right"])]) - max(logprobs[len(row["right"]) :])
     where = {"length": str(row["length"]), "depth": f"{row['depth']:.3f}"}
-    return {"accuracy": found, "choice": float(margin > 0), "margin": margin, "text": written.text, **where}
+    return {
+        "accuracy": found,
+        "choice": float(margin > 0),
+        "margin": margin,
+        "text": written.text,
+        **where,
+    }
 
 
 def by_length(samples: Sequence[Sample]) -> dict[str, Estimate]:
@@ -148,15 +181,23 @@ def by_length(samples: Sequence[Sample]) -> dict[str, Estimate]:
 def build(args: argparse.Namespace) -> Eval:
     args.haystack = args.haystack or args.data or "noise"
     words = EvalTokenizer(args.checkpoint)
-    limit = read_json(tokenizer_folder(args.checkpoint) / "config.json").get("max_position_embeddings", 0)
-    lengths = args.context or [length for length in (4096, 8192, 16384) if length <= limit] or [limit]
+    limit = read_json(tokenizer_folder(args.checkpoint) / "config.json").get(
+        "max_position_embeddings", 0
+    )
+    lengths = (
+        args.context or [length for length in (4096, 8192, 16384) if length <= limit] or [limit]
+    )
     if max(lengths) > limit:
-        raise ValueError(f"a context of {max(lengths)} tokens exceeds the model's {limit}; give --context up to that")
+        raise ValueError(
+            f"a context of {max(lengths)} tokens exceeds the model's {limit}; give --context up to that"
+        )
     depths = min(args.depths, args.num_tests)
     hay, items = Hay(words, sentences(args.haystack)), []
     digits = max(len(hay.ids(f" {number}")) for number in (1234567, 9080706))
     for kind in args.kinds:
-        room = args.max_tokens or (digits + 4) * (MANY + 1 if kind in ("multi_value", "multi_query") else 2)
+        room = args.max_tokens or (digits + 4) * (
+            MANY + 1 if kind in ("multi_value", "multi_query") else 2
+        )
         for length in sorted(set(lengths)):
             for number in range(args.num_tests)[: args.limit]:
                 test, step = divmod(number, depths)
@@ -164,8 +205,15 @@ def build(args: argparse.Namespace) -> Eval:
                 name = f"{kind}/{length}/{depth:.3f}/{test}"
                 row = make(kind, length, depth, hay, random.Random(f"{args.seed} {name}"), room)
                 items.append(Item(name, {**row, "length": length, "depth": depth}, kind))
-    how = {"haystack": args.haystack, "lengths": sorted(set(lengths)), "depths": depths, "num_tests": args.num_tests}
-    return Eval("needle", 2, items, partial(score, ids=hay.ids), seed=args.seed, totals=by_length, about=how)
+    how = {
+        "haystack": args.haystack,
+        "lengths": sorted(set(lengths)),
+        "depths": depths,
+        "num_tests": args.num_tests,
+    }
+    return Eval(
+        "needle", 2, items, partial(score, ids=hay.ids), seed=args.seed, totals=by_length, about=how
+    )
 
 
 Grid = dict[str, dict[tuple[int, float], list[float]]]
@@ -191,15 +239,24 @@ def heatmap(samples: Path, output: Path) -> None:
     metrics = ("accuracy", "choice")
     grids = [grid(samples, metric) for metric in metrics]
     kinds = list(grids[0])
-    figure, axes = pyplot.subplots(2, len(kinds), figsize=(1 + 3.2 * len(kinds), 7), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(
+        2, len(kinds), figsize=(1 + 3.2 * len(kinds), 7), squeeze=False, layout="constrained"
+    )
     for row, (metric, found) in enumerate(zip(metrics, grids, strict=True)):
         for axis, kind in zip(axes[row], kinds, strict=True):
-            lengths, depths = sorted({x for x, _ in found[kind]}), sorted({y for _, y in found[kind]})
-            cells = [[sum(found[kind][x, y]) / len(found[kind][x, y]) for x in lengths] for y in depths]
+            lengths, depths = (
+                sorted({x for x, _ in found[kind]}),
+                sorted({y for _, y in found[kind]}),
+            )
+            cells = [
+                [sum(found[kind][x, y]) / len(found[kind][x, y]) for x in lengths] for y in depths
+            ]
             shown = axis.imshow(cells, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
             axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths])
-            tests = sum(len(scores) for (length, _), scores in found[kind].items() if length == lengths[0])
+            tests = sum(
+                len(scores) for (length, _), scores in found[kind].items() if length == lengths[0]
+            )
             axis.set_title(f"{kind}, {metric} ({tests} tests a length)", fontsize=9)
             for y, of_depth in enumerate(cells):
                 for x, value in enumerate(of_depth):
@@ -220,9 +277,16 @@ def parser() -> argparse.ArgumentParser:
     about = "places of the needle, from 0 to 100 %% of the text (default: %(default)s)"
     parser.add_argument("--depths", type=at_least(1), default=11, help=about)
     about = f"{', '.join(KINDS)} (default: single)"
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["single"], metavar="KIND", help=about)
-    parser.add_argument("--haystack", help="noise, or a file of texts, best held-out ones (default: --data, else noise)")
-    parser.add_argument("--max_tokens", type=at_least(1), help="of an answer (default: room for the numbers)")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=KINDS, default=["single"], metavar="KIND", help=about
+    )
+    parser.add_argument(
+        "--haystack",
+        help="noise, or a file of texts, best held-out ones (default: --data, else noise)",
+    )
+    parser.add_argument(
+        "--max_tokens", type=at_least(1), help="of an answer (default: room for the numbers)"
+    )
     return parser
 
 

@@ -49,7 +49,11 @@ def read(row: dict[str, Any], number: int, task: str) -> tuple[str, list[str]]:
     answers: Any = field(row, "answer", number, task)
     answers = answers.get("aliases") if isinstance(answers, dict) else answers
     of = Row(row, number, task)
-    listed = isinstance(answers, list) and bool(answers) and all(isinstance(answer, str) for answer in answers)
+    listed = (
+        isinstance(answers, list)
+        and bool(answers)
+        and all(isinstance(answer, str) for answer in answers)
+    )
     of.require(listed, f"has {answers!r} as answers, which is not a list of texts")
     return of.text("question"), answers
 
@@ -71,7 +75,9 @@ def build(args: argparse.Namespace) -> Eval:
         shots = Shots([read(row, i, name) for i, row in enumerate(train)], args.shots, args.seed)
         for i, row in enumerate(rows[: args.limit]):
             question, answers = read(row, i, name)
-            solved = "".join(f"{form.format(q)} {right[0]}{task.delimiter}" for q, right in shots.draw())
+            solved = "".join(
+                f"{form.format(q)} {right[0]}{task.delimiter}" for q, right in shots.draw()
+            )
             prompt = task.description + solved + form.format(question)
             of = {"prompt": prompt, "answers": answers, "max_tokens": args.max_tokens}
             items.append(Item(f"{name}/{row.get('question_id', i)}", of, name))
@@ -81,8 +87,15 @@ def build(args: argparse.Namespace) -> Eval:
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=0)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both")
-    parser.add_argument("--max_tokens", type=at_least(1), default=256, help="of an answer (default: lm-eval's %(default)s)")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both"
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=at_least(1),
+        default=256,
+        help="of an answer (default: lm-eval's %(default)s)",
+    )
     return parser
 
 

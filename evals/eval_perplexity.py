@@ -65,7 +65,9 @@ def perplexity(
             batch = batch.to(device)
             valid = batch.targets != IGNORE
             nll = model(batch.tokens, batch.targets, batch.doc_ids).nll
-            sums += torch.stack([nll.double().sum(), valid.sum(), bytes_of[batch.targets[valid]].sum()])
+            sums += torch.stack(
+                [nll.double().sum(), valid.sum(), bytes_of[batch.targets[valid]].sum()]
+            )
         sums = total(sums)
         everything += sums
         results[name] = _figures(*sums.tolist())
@@ -79,13 +81,20 @@ def _figures(nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
     return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens}
 
 
-def by_rows(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1) -> dict[str, Any]:
+def by_rows(
+    args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
     """The results of a store, read in rows as in training, over ranks."""
     engine = model.engine
     if not isinstance(engine, NanoLlamaEngine):
-        raise ValueError(f"{args.checkpoint} is not read as a NanoLlama; give --stride, which reads a store with any model")
+        raise ValueError(
+            f"{args.checkpoint} is not read as a NanoLlama; give --stride, which reads a store with any model"
+        )
     length = args.sequence_length or model.context
-    rows = {name: ChosenRows(shards, length, args.tokens, args.limit) for name, shards in shards_of(args).items()}
+    rows = {
+        name: ChosenRows(shards, length, args.tokens, args.limit)
+        for name, shards in shards_of(args).items()
+    }
 
     def batches(name: str) -> Iterator[Batch]:
         of_source, shape = rows[name], (length, args.batch_size)
@@ -118,9 +127,15 @@ def _estimates(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
     return {name: {"value": value, "stderr": None} for name, value in figures.items()}
 
 
-def _about(args: argparse.Namespace, length: int, coverage: dict[str, dict[str, int]]) -> dict[str, Any]:
+def _about(
+    args: argparse.Namespace, length: int, coverage: dict[str, dict[str, int]]
+) -> dict[str, Any]:
     """What else the results file says: which data were read, how, and how much of them."""
-    how = {"sequence_length": length, "stride": args.stride, "tokens_per_source": args.tokens or None}
+    how = {
+        "sequence_length": length,
+        "stride": args.stride,
+        "tokens_per_source": args.tokens or None,
+    }
     data = {"data": str(args.dataset), "data_hashes": data_hashes(args), "coverage": coverage}
     return {"checkpoint": str(args.checkpoint), **data, **how}
 
@@ -132,13 +147,19 @@ def score(item: Item) -> Score:
 
 def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
     """loss, perplexity, bits_per_byte and tokens out of sums over documents."""
-    sums = [math.fsum(sample.scores[name] for sample in samples) for name in ("nats", "tokens", "bytes")]
+    sums = [
+        math.fsum(sample.scores[name] for sample in samples) for name in ("nats", "tokens", "bytes")
+    ]
     if not sums[1]:
-        raise ValueError(f"every text of {samples[0].subject} is empty; give texts that can be scored")
+        raise ValueError(
+            f"every text of {samples[0].subject} is empty; give texts that can be scored"
+        )
     return {name: Estimate(value, None) for name, value in _figures(*sums).items()}
 
 
-def by_documents(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1) -> dict[str, Any]:
+def by_documents(
+    args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
     """The results of texts or of a store's documents, in windows, over ranks."""
     model = copy(model)
     model.context = min(model.context, args.sequence_length or model.context)
@@ -147,13 +168,20 @@ def by_documents(args: argparse.Namespace, model: LanguageModel, rank: int = 0, 
     evaluation = Eval("perplexity", VERSION, items, score, totals=totals, about=about)
     found = evaluate(evaluation, model, args.output, None, rank, world)
     if found:
-        parts = found.pop("subjects", {}) or {s.subject: {"metrics": found["metrics"]} for s in evaluation.items[:1]}
+        parts = found.pop("subjects", {}) or {
+            s.subject: {"metrics": found["metrics"]} for s in evaluation.items[:1]
+        }
         found.pop("macro", None)
-        found["metrics"] = {**{name: part["metrics"] for name, part in parts.items()}, "all": found["metrics"]}
+        found["metrics"] = {
+            **{name: part["metrics"] for name, part in parts.items()},
+            "all": found["metrics"],
+        }
     return found
 
 
-def measure(args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1
+) -> dict[str, Any]:
     """The results (on rank 0), which also go to args.output."""
     found = (by_rows if _in_rows(args) else by_documents)(args, model, rank, world)
     if args.output and rank == 0:
@@ -175,12 +203,22 @@ def _in_rows(args: argparse.Namespace) -> bool:
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
     about = "a data store, a .jsonl or .txt file, a folder of .txt files, or a source of the run's store"
-    parser.add_argument("--dataset", help=f"{about}, such as fineweb-edu-validation (default: that store)")
+    parser.add_argument(
+        "--dataset", help=f"{about}, such as fineweb-edu-validation (default: that store)"
+    )
     about = "to score of each source, evenly spread; 0 or all: everything, in memory where --stride is given"
-    parser.add_argument("--tokens", type=token_count, default=TOKENS, help=f"{about} (default: {TOKENS:,})")
+    parser.add_argument(
+        "--tokens", type=token_count, default=TOKENS, help=f"{about} (default: {TOKENS:,})"
+    )
     parser.add_argument("--sources", nargs="*", help="which sources of it (default: all)")
-    parser.add_argument("--sequence_length", type=at_least(1), help="tokens a row or window (default: the model's context)")
-    parser.add_argument("--stride", type=at_least(1), help="read documents in windows that move by so many tokens")
+    parser.add_argument(
+        "--sequence_length",
+        type=at_least(1),
+        help="tokens a row or window (default: the model's context)",
+    )
+    parser.add_argument(
+        "--stride", type=at_least(1), help="read documents in windows that move by so many tokens"
+    )
     parser.set_defaults(batch_size=4)
     return parser
 
@@ -189,7 +227,9 @@ def show(found: dict[str, Any]) -> None:
     """Print one line per source, with how much of its held-out text was scored."""
     for name, estimates in found["metrics"].items():
         figures = {metric: estimate["value"] for metric, estimate in estimates.items()}
-        text = f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
+        text = (
+            f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
+        )
         there = _share_of(found["coverage"].get(name, {}))
         print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens{there})")
 
@@ -209,7 +249,9 @@ def main() -> None:
         check_there(args.checkpoint)
         find_data(args)
         args.output = output_of(args.output, args.checkpoint, "perplexity")
-        found = measure(args, load_model(args.checkpoint, device, args.dtype, args.batch_size), rank, world)
+        found = measure(
+            args, load_model(args.checkpoint, device, args.dtype, args.batch_size), rank, world
+        )
         if rank == 0:
             show(found)
             print(f"written to {args.output}")

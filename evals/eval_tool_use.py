@@ -50,13 +50,20 @@ def score(item: Item) -> Score:
     if row["schema"] and row["ground_truth"]:
         begun = row["prompt"] if row["marker"] is None else (*row["prompt"], row["marker"])
         requests["constrained"] = Write(
-            begun, (), row["max_tokens"], keep_special=True, schema=row["schema"], marker=row["marker"]
+            begun,
+            (),
+            row["max_tokens"],
+            keep_special=True,
+            schema=row["schema"],
+            marker=row["marker"],
         )
     written = yield list(requests.values())
     scores: dict[str, object] = {}
     for kind, reply in zip(requests, written, strict=True):
         begun_by_us = MARKER if kind == "constrained" and row["marker"] is not None else ""
-        scores |= judge_reply(reply._replace(text=strip_end(reply.text, row["ends"])), begun_by_us, item, kind)
+        scores |= judge_reply(
+            reply._replace(text=strip_end(reply.text, row["ends"])), begun_by_us, item, kind
+        )
     return scores
 
 
@@ -72,12 +79,22 @@ def build(args: argparse.Namespace) -> Eval:
     for category in args.categories:
         rows = load_bfcl(category, args.data, args.cache)
         for i, row in enumerate(rows[: args.limit]):
-            question, functions = (field(row, name, i, category, list) for name in ("question", "function"))
+            question, functions = (
+                field(row, name, i, category, list) for name in ("question", "function")
+            )
             talk = question[0] if question and isinstance(question[0], list) else question
             require(bool(talk), i, category, "has no question")
-            for name, parts, keys in (("question", talk, {"role", "content"}), ("function", functions, {"name", "parameters"})):
+            for name, parts, keys in (
+                ("question", talk, {"role", "content"}),
+                ("function", functions, {"name", "parameters"}),
+            ):
                 fine = all(isinstance(part, dict) and keys <= part.keys() for part in parts)
-                require(fine, i, category, f"has {parts!r} as {name}, which are no objects with {' and '.join(sorted(keys))}")
+                require(
+                    fine,
+                    i,
+                    category,
+                    f"has {parts!r} as {name}, which are no objects with {' and '.join(sorted(keys))}",
+                )
             one = call_schema(functions)
             listed = "\n".join(json.dumps(tool["function"]) for tool in tools(functions))
             native = marker is not None and chat.takes_tools
@@ -85,7 +102,9 @@ def build(args: argparse.Namespace) -> Eval:
             if talk[0]["role"] == "system":
                 told, talk = f"{talk[0]['content']}\n\n{told}", talk[1:]
             messages = [{"role": "system", "content": told}, *talk]
-            schema = one if native else {"type": "array", "items": one, "minItems": 1, "maxItems": 8}
+            schema = (
+                one if native else {"type": "array", "items": one, "minItems": 1, "maxItems": 8}
+            )
             items.append(
                 Item(
                     str(row.get("id", f"{category}_{i}")),
@@ -102,13 +121,23 @@ def build(args: argparse.Namespace) -> Eval:
                 )
             )
     form = f"{MARKER} and JSON" if marker is not None and chat.takes_tools else "a JSON list"
-    about = {"data": describe("bfcl", args.categories[0], args.data), "form": form, "max_tokens": args.max_tokens}
+    about = {
+        "data": describe("bfcl", args.categories[0], args.data),
+        "form": form,
+        "max_tokens": args.max_tokens,
+    }
     return Eval("tool_use", 1, items, score, about=about)
 
 
 def parser() -> argparse.ArgumentParser:
     parser = flags(__doc__, shots=None)
-    parser.add_argument("--categories", nargs="+", choices=BFCL_CATEGORIES, default=list(BFCL_CATEGORIES[:5]), metavar="NAME")
+    parser.add_argument(
+        "--categories",
+        nargs="+",
+        choices=BFCL_CATEGORIES,
+        default=list(BFCL_CATEGORIES[:5]),
+        metavar="NAME",
+    )
     add_boolean(parser, "--free_only", "without the constrained part, which needs xgrammar")
     parser.add_argument("--max_tokens", type=at_least(1), default=512, help="of a reply")
     return parser

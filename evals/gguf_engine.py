@@ -20,7 +20,10 @@ class GgufEngine:
         import gguf
 
         kind = field(open_gguf(path), "general.file_type")
-        kinds = {int(each): each.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for each in gguf.LlamaFileType}
+        kinds = {
+            int(each): each.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+            for each in gguf.LlamaFileType
+        }
         self.runtime = LlamaCpp(path, threads=threads)
         self.context = self.runtime.context
         self.dtype = f"gguf_{kinds.get(kind, kind)}"
@@ -32,7 +35,9 @@ class GgufEngine:
         return torch.from_numpy(self.runtime.feed(ids[shared:]))
 
     def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
-        for i in sorted(range(len(units)), key=lambda i: units[i].context):  # neighbours begin alike
+        for i in sorted(
+            range(len(units)), key=lambda i: units[i].context
+        ):  # neighbours begin alike
             context, after = units[i].context, self._after(units[i].context)
             scored = []
             for option in units[i].options:
@@ -69,7 +74,11 @@ class GgufEngine:
             if constraint is not None:
                 constraint.mask(logits[0])
             new.append(int(choose(logits, how, None, luck[len(new) : len(new) + 1])[0]))
-            if len(new) == request.max_tokens or new[-1] in words.stops or words.ended(new, request):
+            if (
+                len(new) == request.max_tokens
+                or new[-1] in words.stops
+                or words.ended(new, request)
+            ):
                 return words.written(new, request)
             if constraint is not None:
                 constraint.accept(new[-1])

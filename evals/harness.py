@@ -46,7 +46,9 @@ class Write(NamedTuple):
     seed: int = 0  # samples of one prompt differ by it
     keep_special: bool = False  # special tokens stay in the text
     schema: str = ""  # a JSON schema that the text keeps to
-    marker: int | None = None  # a token that ends the prompt and may begin more JSON after the first
+    marker: int | None = (
+        None  # a token that ends the prompt and may begin more JSON after the first
+    )
 
 
 class Read(NamedTuple):
@@ -112,7 +114,9 @@ class Model(Protocol):
     dtype: str
     context: int  # tokens
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer | TooLong | Failed]]]:
+    def answer(
+        self, requests: Sequence[Request]
+    ) -> Iterator[list[tuple[int, Answer | TooLong | Failed]]]:
         """Batches of (index of the request, answer), in any order, each request once."""
         ...
 
@@ -171,7 +175,9 @@ class Eval:
     seed: int | None = None  # of the few-shot sample
     test_set: str = ""  # what decontamination calls it; default: the task
     totals: Callable[[Sequence[Sample]], dict[str, Estimate]] = means
-    about: dict[str, Any] = field(default_factory=dict)  # more for the results file: data, variant, ...
+    about: dict[str, Any] = field(
+        default_factory=dict
+    )  # more for the results file: data, variant, ...
     judge: Model | None = None  # what answers Judge
 
 
@@ -207,25 +213,35 @@ def ask(
         requests = [asked[i][j] for i, j in places]
         answers: list[Any] = [None] * len(requests)
         for to_judge, who, kept in ((False, model, cache), (True, judge, judged or Cache())):
-            part = [k for k, request in enumerate(requests) if isinstance(request, Judge) is to_judge]
+            part = [
+                k for k, request in enumerate(requests) if isinstance(request, Judge) is to_judge
+            ]
             if part:
                 assert who is not None, "a Judge request in an evaluation without a judge"
-                for k, answer in zip(part, _answers([requests[k] for k in part], who, kept, show), strict=True):
+                for k, answer in zip(
+                    part, _answers([requests[k] for k in part], who, kept, show), strict=True
+                ):
                     answers[k] = answer
         replies: dict[int, list] = defaultdict(list)
         for (i, _), answer in zip(places, answers, strict=True):
             replies[i].append(answer)
         for i, wanted in asked.items():
             samples[i].exchange += zip(wanted, replies[i], strict=True)
-            samples[i].too_long = max((answer.tokens for answer in replies[i] if isinstance(answer, TooLong)), default=0)
-            samples[i].failed = next((answer.reason for answer in replies[i] if isinstance(answer, Failed)), "")
+            samples[i].too_long = max(
+                (answer.tokens for answer in replies[i] if isinstance(answer, TooLong)), default=0
+            )
+            samples[i].failed = next(
+                (answer.reason for answer in replies[i] if isinstance(answer, Failed)), ""
+            )
             if samples[i].too_long or samples[i].failed:
                 running.pop(i).close()
             inbox[i] = replies[i][0] if i in single else replies[i]
     return samples
 
 
-def _answers(requests: list[Request], model: Model, cache: "Cache", show: bool) -> list[Answer | TooLong | Failed]:
+def _answers(
+    requests: list[Request], model: Model, cache: "Cache", show: bool
+) -> list[Answer | TooLong | Failed]:
     """Answers in the order of requests; equal requests are asked once. What was not answered is not kept."""
     wanted: dict[str, Request] = {}
     keys = [key_of(request) for request in requests]
@@ -236,11 +252,21 @@ def _answers(requests: list[Request], model: Model, cache: "Cache", show: bool) 
     unanswered: dict[str, TooLong | Failed] = {}
     with progress(len(requests), "request", show, initial=len(requests) - len(names)) as bar:
         for batch in model.answer(list(wanted.values())):
-            cache.add({names[i]: answer for i, answer in batch if not isinstance(answer, TooLong | Failed)})
-            unanswered |= {names[i]: answer for i, answer in batch if isinstance(answer, TooLong | Failed)}
+            cache.add(
+                {
+                    names[i]: answer
+                    for i, answer in batch
+                    if not isinstance(answer, TooLong | Failed)
+                }
+            )
+            unanswered |= {
+                names[i]: answer for i, answer in batch if isinstance(answer, TooLong | Failed)
+            }
             bar.update(len(batch))
     pairs = zip(keys, requests, strict=True)
-    return [unanswered[key] if key in unanswered else cache.get(key, request) for key, request in pairs]
+    return [
+        unanswered[key] if key in unanswered else cache.get(key, request) for key, request in pairs
+    ]
 
 
 def key_of(request: Request) -> str:
@@ -287,7 +313,9 @@ class Cache:
     def add(self, answers: dict[str, Any]) -> None:
         self.found |= answers
         if self.file is not None and answers:
-            self.file.write("".join(json.dumps({key: answer}) + "\n" for key, answer in answers.items()))
+            self.file.write(
+                "".join(json.dumps({key: answer}) + "\n" for key, answer in answers.items())
+            )
             self.file.flush()
 
 
@@ -297,7 +325,12 @@ def contaminated_ids(path: Path, test_set: str) -> set[str] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if test_set not in found["settings"]["test_sets"]:
             return None
-        return {hit["test_id"] for hits in found["documents"].values() for hit in hits if hit["test_set"] == test_set}
+        return {
+            hit["test_id"]
+            for hits in found["documents"].values()
+            for hit in hits
+            if hit["test_set"] == test_set
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read as a contamination report ({type(error).__name__}); "
@@ -305,7 +338,9 @@ def contaminated_ids(path: Path, test_set: str) -> set[str] | None:
         ) from error
 
 
-def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contaminated: set[str] | None = None) -> dict[str, Any]:
+def results(
+    evaluation: Eval, samples: Sequence[Sample], model: Model, contaminated: set[str] | None = None
+) -> dict[str, Any]:
     """The results file: metrics over all items, over each subject, and over the items that are not in the training data."""
     done = [sample for sample in samples if not sample.too_long]
     long = [sample for sample in samples if sample.too_long]
@@ -320,7 +355,12 @@ def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contamina
     subjects: dict[str, list[Sample]] = defaultdict(list)
     for sample in done:
         subjects[sample.subject].append(sample)
-    keys = "".join(key_of(request) for sample in samples for request, _ in sample.exchange if not isinstance(request, Judge))
+    keys = "".join(
+        key_of(request)
+        for sample in samples
+        for request, _ in sample.exchange
+        if not isinstance(request, Judge)
+    )
     clean = [sample for sample in done if sample.id not in (contaminated or ())]
     of_subjects = {name: _metrics(evaluation, part) for name, part in sorted(subjects.items())}
     return {
@@ -332,9 +372,20 @@ def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contamina
         **({"subjects": of_subjects, "macro": _macro(of_subjects)} if len(of_subjects) > 1 else {}),
         "clean": None
         if contaminated is None
-        else {**_metrics(evaluation, clean), "contaminated": sorted({s.id for s in done} & contaminated)},
-        "too_long": {"n": len(long), "ids": [sample.id for sample in long], "context": model.context},
-        **({"judge": evaluation.judge.name, "judge_hash": evaluation.judge.hash} if evaluation.judge else {}),
+        else {
+            **_metrics(evaluation, clean),
+            "contaminated": sorted({s.id for s in done} & contaminated),
+        },
+        "too_long": {
+            "n": len(long),
+            "ids": [sample.id for sample in long],
+            "context": model.context,
+        },
+        **(
+            {"judge": evaluation.judge.name, "judge_hash": evaluation.judge.hash}
+            if evaluation.judge
+            else {}
+        ),
         "prompt_hash": hashlib.sha256(keys.encode()).hexdigest(),
         "model": model.name,
         "checkpoint_hash": model.hash,
@@ -345,7 +396,10 @@ def results(evaluation: Eval, samples: Sequence[Sample], model: Model, contamina
 
 def _metrics(evaluation: Eval, samples: Sequence[Sample]) -> dict[str, Any]:
     totals = evaluation.totals(samples) if samples else {}
-    return {"metrics": {name: estimate._asdict() for name, estimate in totals.items()}, "n": len(samples)}
+    return {
+        "metrics": {name: estimate._asdict() for name, estimate in totals.items()},
+        "n": len(samples),
+    }
 
 
 def _macro(of_subjects: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -371,9 +425,15 @@ def write_samples(output: Path, samples: Iterable[Sample]) -> Path:
     with open(part, "w", encoding="utf-8") as file:
         for sample in samples:
             exchange = [
-                {"request": type(request).__name__, **request._asdict(), "answer": answer} for request, answer in sample.exchange
+                {"request": type(request).__name__, **request._asdict(), "answer": answer}
+                for request, answer in sample.exchange
             ]
-            line = {"id": sample.id, "subject": sample.subject, "scores": sample.scores, "too_long": sample.too_long}
+            line = {
+                "id": sample.id,
+                "subject": sample.subject,
+                "scores": sample.scores,
+                "too_long": sample.too_long,
+            }
             line |= {"failed": sample.failed} if sample.failed else {}
             file.write(json.dumps({**line, "exchange": exchange}, ensure_ascii=False) + "\n")
     part.rename(kept)

@@ -76,7 +76,9 @@ def find_data(args: argparse.Namespace) -> None:
             raise ValueError(f"--dataset {named} names one source already; leave out --sources")
         args.sources = [source]
     if args.dataset.is_dir() and not is_store(args.dataset) and not _txt_files(args.dataset):
-        raise ValueError(f"{args.dataset} is not a data store (no tokens/) and has no .txt files; {ADVICE}")
+        raise ValueError(
+            f"{args.dataset} is not a data store (no tokens/) and has no .txt files; {ADVICE}"
+        )
 
 
 def is_store(path: Path) -> bool:
@@ -95,7 +97,9 @@ def _named_source(name: str, checkpoint: Path) -> tuple[Path, str]:
     for candidate in (wanted, wanted.removesuffix("_validation")):
         if candidate in plain:
             return store, plain[candidate]
-    raise ValueError(f"there is no data at {name}, and {store} has no such source; it has: {', '.join(present) or 'none'}")
+    raise ValueError(
+        f"there is no data at {name}, and {store} has no such source; it has: {', '.join(present) or 'none'}"
+    )
 
 
 def _run_store(checkpoint: Path) -> Path:
@@ -109,7 +113,9 @@ def _run_store(checkpoint: Path) -> Path:
                 raise ValueError(f"the data store of {checkpoint}, {store}, is not here; {ADVICE}")
             return store
         folder = newest_step(str(base / str(config.get("init_from"))))
-    raise ValueError(f"no run config under logs/ says with which data {checkpoint} was trained; {ADVICE}")
+    raise ValueError(
+        f"no run config under logs/ says with which data {checkpoint} was trained; {ADVICE}"
+    )
 
 
 def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -123,7 +129,9 @@ def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
         for path in sorted((base / "logs").rglob("*.config.yaml")):
             try:
                 config = read_yaml_file(path)
-                output = base / (config["output_dir"] or f"checkpoints/{config['run']}/{config['phase']}")
+                output = base / (
+                    config["output_dir"] or f"checkpoints/{config['run']}/{config['phase']}"
+                )
             except (ValueError, KeyError, TypeError):  # not the config of a run
                 continue
             if output.resolve() in folders:
@@ -133,7 +141,11 @@ def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
 
 def source_names(store: Path) -> list[str]:
     """The sources of a store that have token shards."""
-    return sorted(path.name for path in (store / "tokens").glob("*") if path.is_dir() and path.suffix != ".tmp")
+    return sorted(
+        path.name
+        for path in (store / "tokens").glob("*")
+        if path.is_dir() and path.suffix != ".tmp"
+    )
 
 
 def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
@@ -142,17 +154,23 @@ def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
     if not present:
         raise ValueError(f"{args.dataset} has no token shards; make them with scripts.prepare_data")
     _check_sources(args, present)
-    shards = {name: TokenShards(args.dataset / "tokens" / name, "val") for name in args.sources or present}
+    shards = {
+        name: TokenShards(args.dataset / "tokens" / name, "val") for name in args.sources or present
+    }
     for part in shards.values():
         if not _same_tokenizer(args.checkpoint, part, args.dataset / "tokenizer"):
-            raise ValueError(f"{part.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again")
+            raise ValueError(
+                f"{part.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again"
+            )
     return shards
 
 
 def _check_sources(args: argparse.Namespace, present: Iterable[str]) -> None:
     """ValueError where a requested source is missing."""
     if unknown := sorted(set(args.sources or ()).difference(present)):
-        raise ValueError(f"{args.dataset} has no source {', '.join(unknown)}; it has: {', '.join(present)}")
+        raise ValueError(
+            f"{args.dataset} has no source {', '.join(unknown)}; it has: {', '.join(present)}"
+        )
 
 
 def _same_tokenizer(checkpoint: Path, shards: TokenShards, tokenizer: Path) -> bool:
@@ -163,7 +181,9 @@ def _same_tokenizer(checkpoint: Path, shards: TokenShards, tokenizer: Path) -> b
     own = tokenizer_folder(checkpoint)
     if shards.tokenizer == file_hash(own / "tokenizer.json"):
         return True
-    if not (tokenizer / "tokenizer.json").is_file() or shards.tokenizer != file_hash(tokenizer / "tokenizer.json"):
+    if not (tokenizer / "tokenizer.json").is_file() or shards.tokenizer != file_hash(
+        tokenizer / "tokenizer.json"
+    ):
         return False
     of_store, grown = (load_tokenizer(folder).get_vocab() for folder in (tokenizer, own))
     return of_store.items() <= grown.items()
@@ -176,7 +196,9 @@ def data_hashes(args: argparse.Namespace) -> dict[str, str]:
         return {str(path): file_hash(path) for path in files}
     if args.dataset.is_file():
         return {str(args.dataset): file_hash(args.dataset)}
-    lines = "".join(f"{path.relative_to(args.dataset)} {file_hash(path)}\n" for path in _txt_files(args.dataset))
+    lines = "".join(
+        f"{path.relative_to(args.dataset)} {file_hash(path)}\n" for path in _txt_files(args.dataset)
+    )
     return {str(args.dataset): hashlib.sha256(lines.encode()).hexdigest()}
 
 
@@ -207,7 +229,9 @@ class ChosenRows(StreamRows):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
+    def fill(
+        self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
+    ) -> None:
         super().fill(int(self.indices[index]), tokens, targets, doc_ids)
 
 
@@ -226,7 +250,9 @@ def _store_documents(args: argparse.Namespace) -> Documents:
         for i in chosen.tolist():
             length = min(int(lengths[i]), args.tokens + 1 if args.tokens else int(lengths[i]))
             ids = shards.read(int(starts[i]), int(starts[i]) + length)[0]
-            items.append(Item(f"{source}/{i}", {"text": tuple(ids.tolist()), "stride": args.stride}, source))
+            items.append(
+                Item(f"{source}/{i}", {"text": tuple(ids.tolist()), "stride": args.stride}, source)
+            )
             scored += length - 1
         coverage[source] = {"tokens": scored, "available_tokens": len(shards)}
         coverage[source] |= {"documents": len(chosen), "available_documents": len(present)}
@@ -262,7 +288,11 @@ def _read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
     """Id, source and text of each document of a file or folder."""
     if path.is_dir():
         for file in _txt_files(path):
-            yield str(file.relative_to(path)), path.resolve().name, file.read_bytes().decode(errors="replace")
+            yield (
+                str(file.relative_to(path)),
+                path.resolve().name,
+                file.read_bytes().decode(errors="replace"),
+            )
     elif path.suffix == ".txt":
         yield path.name, path.stem, path.read_bytes().decode(errors="replace")
     else:

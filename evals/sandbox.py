@@ -33,18 +33,30 @@ def namespace() -> tuple[str, ...]:
     """The command that begins a process without a network; empty where the kernel or a container forbids it."""
     if not shutil.which(UNSHARE[0]):
         return ()
-    done = subprocess.run([*UNSHARE, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    done = subprocess.run(
+        [*UNSHARE, "true"], stdin=subprocess.DEVNULL, capture_output=True, timeout=30
+    )
     return UNSHARE if done.returncode == 0 else ()
 
 
 def isolation() -> str:
-    return "network namespace and audit hook" if namespace() else "audit hook only (no network namespace allowed here)"
+    return (
+        "network namespace and audit hook"
+        if namespace()
+        else "audit hook only (no network namespace allowed here)"
+    )
 
 
 def run_program(program: str, timeout: int = 3) -> dict[str, Any]:
     """{"passed": True}, or {"passed": False, "error": why}. timeout: seconds of CPU time."""
     nonce = secrets.token_hex(16)
-    asked = {"program": program, "nonce": nonce, "cpu_s": timeout, "memory": MEMORY, "file_bytes": FILE_BYTES}
+    asked = {
+        "program": program,
+        "nonce": nonce,
+        "cpu_s": timeout,
+        "memory": MEMORY,
+        "file_bytes": FILE_BYTES,
+    }
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch,
         tempfile.TemporaryFile() as report,  # not a pipe: the file limit holds for it too
@@ -55,7 +67,13 @@ def run_program(program: str, timeout: int = 3) -> dict[str, Any]:
             stdout=report,
             stderr=subprocess.DEVNULL,
             cwd=scratch,
-            env={"PATH": "/usr/bin:/bin", "HOME": scratch, "TMPDIR": scratch, "OMP_NUM_THREADS": "1", "LANG": "C.UTF-8"},
+            env={
+                "PATH": "/usr/bin:/bin",
+                "HOME": scratch,
+                "TMPDIR": scratch,
+                "OMP_NUM_THREADS": "1",
+                "LANG": "C.UTF-8",
+            },
             start_new_session=True,
         )
         try:
@@ -91,6 +109,9 @@ class Sandbox:
 
     def answer(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            running = {pool.submit(run_program, request.text, self.timeout): i for i, request in enumerate(requests)}
+            running = {
+                pool.submit(run_program, request.text, self.timeout): i
+                for i, request in enumerate(requests)
+            }
             for done in as_completed(running):
                 yield [(running[done], done.result())]

@@ -10,11 +10,39 @@ import os
 import resource
 import sys
 
-BLOCKED = ("socket.", "subprocess.", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "os.kill", "pty.", "ftplib.")
+BLOCKED = (
+    "socket.",
+    "subprocess.",
+    "os.exec",
+    "os.spawn",
+    "os.posix_spawn",
+    "os.fork",
+    "os.kill",
+    "pty.",
+    "ftplib.",
+)
 BLOCKED_EVENTS = {"os.system", "os.startfile", "os.chdir", "os.fchdir", "ctypes.dlopen"}
 FILE_EVENTS = {
-    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown"),
-    *("os.utime", "os.setxattr", "os.removexattr", "os.chflags", "os.lockf", "shutil.rmtree", "shutil.move"),
+    *(
+        "os.remove",
+        "os.rename",
+        "os.rmdir",
+        "os.mkdir",
+        "os.link",
+        "os.symlink",
+        "os.truncate",
+        "os.chmod",
+        "os.chown",
+    ),
+    *(
+        "os.utime",
+        "os.setxattr",
+        "os.removexattr",
+        "os.chflags",
+        "os.lockf",
+        "shutil.rmtree",
+        "shutil.move",
+    ),
 }
 MAX_FILES = 100  # opened for writing, over the whole run: bounds the disk space
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -27,7 +55,9 @@ def guard(folder):
 
     def inside(path):
         path = os.fsdecode(path) if isinstance(path, bytes) else path
-        return not isinstance(path, str) or (realpath(join(folder, path)) + separator).startswith(folder + separator)
+        return not isinstance(path, str) or (realpath(join(folder, path)) + separator).startswith(
+            folder + separator
+        )
 
     def hook(event, arguments):
         nonlocal opened
@@ -68,7 +98,9 @@ def main():
     sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     sys.addaudithook(guard(os.path.realpath(os.getcwd())))
     try:
-        exec(compile(asked["program"], "<program>", "exec"), {})  # as code_eval does, __name__ is not "__main__"
+        exec(
+            compile(asked["program"], "<program>", "exec"), {}
+        )  # as code_eval does, __name__ is not "__main__"
         said = {"nonce": asked["nonce"]}
     except BaseException as error:
         said = {"error": f"{type(error).__name__}: {error}"[:200]}

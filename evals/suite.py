@@ -19,7 +19,14 @@ from evals.engines import LanguageModel
 from evals.run import evaluate, show
 from files import write_json
 
-PASSED_ON = ("device", "dtype", "batch_size", "contaminated", "cache", "run_code")  # flags that a suite passes on
+PASSED_ON = (
+    "device",
+    "dtype",
+    "batch_size",
+    "contaminated",
+    "cache",
+    "run_code",
+)  # flags that a suite passes on
 
 
 def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) -> argparse.Namespace:
@@ -41,7 +48,12 @@ def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) ->
 
 
 def measure(
-    name: str, args: argparse.Namespace, model: LanguageModel, output: Path, rank: int = 0, world: int = 1
+    name: str,
+    args: argparse.Namespace,
+    model: LanguageModel,
+    output: Path,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, Any]:
     """The results of one evaluation (on rank 0); read from `output` where it has been measured with all the same.
 
@@ -54,8 +66,19 @@ def measure(
             evaluation = _module(name).build(args)
             items = [(item.id, item.row, item.subject) for item in evaluation.items]
             judge = (evaluation.judge.name, evaluation.judge.hash) if evaluation.judge else None
-            what = (evaluation.task, evaluation.version, evaluation.shots, evaluation.seed, evaluation.about, model.context)
-            report = file_hash(args.contaminated) if args.contaminated and args.contaminated.is_file() else None
+            what = (
+                evaluation.task,
+                evaluation.version,
+                evaluation.shots,
+                evaluation.seed,
+                evaluation.about,
+                model.context,
+            )
+            report = (
+                file_hash(args.contaminated)
+                if args.contaminated and args.contaminated.is_file()
+                else None
+            )
             asked = _hash(model.hash, model.dtype, what, items, report, judge)
         why = None
     except ValueError as error:
@@ -90,7 +113,11 @@ def tell(name: str, found: dict[str, Any]) -> None:
 
 def _module(name: str) -> ModuleType:
     if not name.isidentifier() or find_spec(f"evals.eval_{name}") is None:
-        known = ", ".join(sorted(path.stem.removeprefix("eval_") for path in Path(__file__).parent.glob("eval_*.py")))
+        known = ", ".join(
+            sorted(
+                path.stem.removeprefix("eval_") for path in Path(__file__).parent.glob("eval_*.py")
+            )
+        )
         raise ValueError(f"there is no evaluation {name!r}; there are {known}")
     return import_module(f"evals.eval_{name}")
 

@@ -5,10 +5,35 @@ import re
 from typing import Any
 
 Call = dict[str, Any]  # {"name", "arguments"}
-TYPES = {"dict": "object", "hashmap": "object", "float": "number", "double": "number", "long": "integer", "tuple": "array"}
-TYPES |= {"list": "array", "arraylist": "array", "char": "string", "bool": "boolean", "int": "integer", "byte": "integer"}
-PYTHON = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
-TEXT, ITEMS, SIZE = 80, 8, 10**9  # bounds without which a small model does not close a string, a list, a number
+TYPES = {
+    "dict": "object",
+    "hashmap": "object",
+    "float": "number",
+    "double": "number",
+    "long": "integer",
+    "tuple": "array",
+}
+TYPES |= {
+    "list": "array",
+    "arraylist": "array",
+    "char": "string",
+    "bool": "boolean",
+    "int": "integer",
+    "byte": "integer",
+}
+PYTHON = {
+    "string": str,
+    "integer": int,
+    "number": float,
+    "boolean": bool,
+    "array": list,
+    "object": dict,
+}
+TEXT, ITEMS, SIZE = (
+    80,
+    8,
+    10**9,
+)  # bounds without which a small model does not close a string, a list, a number
 
 
 def tools(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -22,17 +47,28 @@ def tools(functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def call_schema(functions: list[dict[str, Any]]) -> dict[str, Any]:
     """The schema of one call: its name and arguments, all bounded."""
-    options = [_object({"name": {"const": f["name"]}, "arguments": schema(f["parameters"])}) for f in functions]
+    options = [
+        _object({"name": {"const": f["name"]}, "arguments": schema(f["parameters"])})
+        for f in functions
+    ]
     return options[0] if len(options) == 1 else {"anyOf": options}
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def _properties(spec: dict[str, Any], bounded: bool) -> dict[str, Any]:
     inner = {name: schema(part, bounded) for name, part in spec.get("properties", {}).items()}
-    return {"properties": inner, "required": [name for name in spec.get("required", []) if name in inner]}
+    return {
+        "properties": inner,
+        "required": [name for name in spec.get("required", []) if name in inner],
+    }
 
 
 def schema(spec: dict[str, Any], bounded: bool = True) -> dict[str, Any]:
@@ -45,7 +81,11 @@ def schema(spec: dict[str, Any], bounded: bool = True) -> dict[str, Any]:
     if spec.get("enum") and all(type(value) is PYTHON[kind] for value in spec["enum"]):
         return {**made, "enum": spec["enum"]}
     if kind == "object" and spec.get("properties"):
-        return {**made, **_properties(spec, bounded), **({"additionalProperties": False} if bounded else {})}
+        return {
+            **made,
+            **_properties(spec, bounded),
+            **({"additionalProperties": False} if bounded else {}),
+        }
     if kind == "array":
         made["items"] = schema(spec.get("items") or {"type": "string"}, bounded)
     if bounded:
@@ -80,7 +120,11 @@ def read_calls(text: str, marker: str | None) -> tuple[list[Call], bool]:
 
 
 def _is_call(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("name"), str) and isinstance(value.get("arguments"), dict)
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("name"), str)
+        and isinstance(value.get("arguments"), dict)
+    )
 
 
 def fits(call: Call, functions: list[dict[str, Any]]) -> bool:
@@ -105,10 +149,16 @@ def _has_type(value: Any, spec: dict[str, Any]) -> bool:
     inner = spec.get("items")
     if kind != "array" or not inner:
         return True
-    return isinstance(value, list) and all(_has_type(part, {**inner, "items": None}) for part in value)
+    return isinstance(value, list) and all(
+        _has_type(part, {**inner, "items": None}) for part in value
+    )
 
 
-def matches(calls: list[Call], possible: list[dict[str, dict[str, list[Any]]]], functions: list[dict[str, Any]]) -> bool:
+def matches(
+    calls: list[Call],
+    possible: list[dict[str, dict[str, list[Any]]]],
+    functions: list[dict[str, Any]],
+) -> bool:
     """Are these the calls that were due, in any order? possible: BFCL's ground_truth, a list of {name: {argument: values}}."""
     if len(calls) != len(possible) or not all(fits(call, functions) for call in calls):
         return False
@@ -128,9 +178,14 @@ def _is_right(call: Call, truth: dict[str, dict[str, list[Any]]]) -> bool:
     if call["name"] != name or not set(call["arguments"]) <= set(arguments):
         return False
     left_out = set(arguments) - set(call["arguments"])
-    if any("" not in arguments[argument] for argument in left_out):  # "" among the values: it may be left out
+    if any(
+        "" not in arguments[argument] for argument in left_out
+    ):  # "" among the values: it may be left out
         return False
-    return all(any(_same(value, right) for right in arguments[argument]) for argument, value in call["arguments"].items())
+    return all(
+        any(_same(value, right) for right in arguments[argument])
+        for argument, value in call["arguments"].items()
+    )
 
 
 def _same(value: Any, right: Any) -> bool:
@@ -146,7 +201,9 @@ def _same(value: Any, right: Any) -> bool:
         if any("" not in choices[key] for key in set(right) - set(value)):
             return False
         return all(any(_same(value[key], choice) for choice in choices[key]) for key in value)
-    return (type(value) is not bool and type(right) is not bool and value == right) or value is right
+    return (
+        type(value) is not bool and type(right) is not bool and value == right
+    ) or value is right
 
 
 def _letters(text: str) -> str:

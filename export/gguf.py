@@ -22,9 +22,19 @@ from files import sweep, temporary
 from models.hf import from_hf_config, from_hf_name, read_hf_config, weight_files
 from models.nanollama import ModelConfig, Size
 
-OUTTYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_k_m": "MOSTLY_Q4_K_M"}
+OUTTYPES = {
+    "f32": "ALL_F32",
+    "f16": "MOSTLY_F16",
+    "bf16": "MOSTLY_BF16",
+    "q8_0": "MOSTLY_Q8_0",
+    "q4_k_m": "MOSTLY_Q4_K_M",
+}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
-OF_EIGHT = {"attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K"}  # in q4_k_m, where there are 8 experts
+OF_EIGHT = {
+    "attn_k": "Q8_0",
+    "attn_v": "Q8_0",
+    "attn_output": "Q5_K",
+}  # in q4_k_m, where there are 8 experts
 EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+\.weight)")
 SLAB = 2**20  # weights that a thread quantises at a time
 BLOCK = {
@@ -44,7 +54,9 @@ BLOCK = {
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
 }
-Quantise = Callable[[np.ndarray, int], np.ndarray]  # fp32 [rows, width], ggml's number of a type -> uint8 [rows, bytes]
+Quantise = Callable[
+    [np.ndarray, int], np.ndarray
+]  # fp32 [rows, width], ggml's number of a type -> uint8 [rows, bytes]
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,9 @@ class MoeConfig(ModelConfig):
 
     @property
     def num_parameters(self) -> int:
-        expert = 3 * self.hidden_size * self.moe_intermediate_size + self.hidden_size  # with its row of the router
+        expert = (
+            3 * self.hidden_size * self.moe_intermediate_size + self.hidden_size
+        )  # with its row of the router
         dense = 3 * self.hidden_size * self.intermediate_size
         return super().num_parameters + self.num_hidden_layers * (self.num_experts * expert - dense)
 
@@ -71,13 +85,24 @@ def _from_config(hf: dict) -> ModelConfig:
     if hf.get("model_type") != "qwen3_moe":
         return from_hf_config(hf)
     if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
-        raise ValueError("the model has layers without experts; only models with experts in every layer are exported")
+        raise ValueError(
+            "the model has layers without experts; only models with experts in every layer are exported"
+        )
     if not hf.get("norm_topk_prob"):
-        raise ValueError("norm_topk_prob is false, but llama.cpp always makes the chosen experts' weights add up to 1")
+        raise ValueError(
+            "norm_topk_prob is false, but llama.cpp always makes the chosen experts' weights add up to 1"
+        )
     # As a Llama, whose head_dim is hidden_size / num_attention_heads unless it is given; Qwen3's own default is 128.
-    dense = replace(from_hf_config({"max_position_embeddings": 32_768, **hf, "model_type": "llama"}), qk_norm=True)
-    own = {name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size") if name in hf}
-    return MoeConfig(**asdict(dense), num_experts=hf.get("num_experts", hf.get("num_local_experts", 128)), **own)
+    dense = replace(
+        from_hf_config({"max_position_embeddings": 32_768, **hf, "model_type": "llama"}),
+        qk_norm=True,
+    )
+    own = {
+        name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size") if name in hf
+    }
+    return MoeConfig(
+        **asdict(dense), num_experts=hf.get("num_experts", hf.get("num_local_experts", 128)), **own
+    )
 
 
 def architecture(config: ModelConfig) -> str:
@@ -97,7 +122,11 @@ class Stored(NamedTuple):
         """Its values in fp32; 2 or 4 bytes each are read, and nothing is mapped."""
         kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
         raw = np.fromfile(self.path, kind, int(np.prod(self.shape)), offset=self.offset)
-        values = (raw.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else raw.astype(np.float32)
+        values = (
+            (raw.astype(np.uint32) << 16).view(np.float32)
+            if self.dtype == "BF16"
+            else raw.astype(np.float32)
+        )
         return values.reshape(self.shape)
 
 
@@ -144,11 +173,19 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
         except ValueError:
             entries = {"": {"data_offsets": [0, size]}}
         begin = 8 + length
-        if any(begin + entry["data_offsets"][1] > size for name, entry in entries.items() if name != "__metadata__"):
-            raise ValueError(f"{path} is damaged: it ends before its tensors do; take another copy of it")
+        if any(
+            begin + entry["data_offsets"][1] > size
+            for name, entry in entries.items()
+            if name != "__metadata__"
+        ):
+            raise ValueError(
+                f"{path} is damaged: it ends before its tensors do; take another copy of it"
+            )
         for name, entry in entries.items():
             if name != "__metadata__":
-                where = Stored(path, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0])
+                where = Stored(
+                    path, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0]
+                )
                 found[from_hf_name(name)] = where
     return found
 
@@ -163,8 +200,13 @@ def stack_experts(stored: Mapping[str, Stored]) -> dict[str, Stored | Stacked]:
         else:
             result[name] = tensor
     for name, parts in experts.items():
-        if set(parts) != set(range(len(parts))) or len({(part.dtype, part.shape) for part in parts.values()}) > 1:
-            raise ValueError(f"{name}: an expert is missing, or unlike the others; take another copy of the model")
+        if (
+            set(parts) != set(range(len(parts)))
+            or len({(part.dtype, part.shape) for part in parts.values()}) > 1
+        ):
+            raise ValueError(
+                f"{name}: an expert is missing, or unlike the others; take another copy of the model"
+            )
         result[name] = Stacked(tuple(parts[i] for i in sorted(parts)))
     return result
 
@@ -177,7 +219,9 @@ def plan(folder: Path, config: ModelConfig) -> list[Planned]:
     wanted = layout(config)
     odd = sorted(wanted.keys() ^ stored.keys())
     if odd:
-        raise ValueError(f"{folder}: config.json and the weights do not agree in {len(odd)} tensors, among them {odd[0]}")
+        raise ValueError(
+            f"{folder}: config.json and the weights do not agree in {len(odd)} tensors, among them {odd[0]}"
+        )
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     result = []
     for name, (new, shape) in wanted.items():
@@ -185,9 +229,13 @@ def plan(folder: Path, config: ModelConfig) -> list[Planned]:
         if tensor.shape != shape:
             raise ValueError(f"{folder}: {name} is {tensor.shape}, but {shape} by config.json")
         if tensor.dtype not in ("F32", "F16", "BF16"):
-            raise ValueError(f"{folder}: {name} is stored as {tensor.dtype}; save the model in float32 or bfloat16")
+            raise ValueError(
+                f"{folder}: {name} is stored as {tensor.dtype}; save the model in float32 or bfloat16"
+            )
         # arch llama rotates neighbours, Hugging Face the two halves of a head; arch qwen3 rotates halves too
-        result.append(Planned(new, tensor, 0 if config.qk_norm else heads.get(name.split(".")[-2], 0)))
+        result.append(
+            Planned(new, tensor, 0 if config.qk_norm else heads.get(name.split(".")[-2], 0))
+        )
     return result
 
 
@@ -195,10 +243,18 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Our name of each tensor -> its name in GGUF and its shape."""
     d, ffn, size = config.hidden_size, config.intermediate_size, config.resolved_head_dim
     q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
-    feed_forward: dict[str, tuple[int, ...]] = {"gate_proj": (ffn, d), "up_proj": (ffn, d), "down_proj": (d, ffn)}
+    feed_forward: dict[str, tuple[int, ...]] = {
+        "gate_proj": (ffn, d),
+        "up_proj": (ffn, d),
+        "down_proj": (d, ffn),
+    }
     if isinstance(config, MoeConfig):
         n, ffn = config.num_experts, config.moe_intermediate_size
-        feed_forward = {"gate": (n, d), "experts.gate_proj": (n, ffn, d), "experts.up_proj": (n, ffn, d)}
+        feed_forward = {
+            "gate": (n, d),
+            "experts.gate_proj": (n, ffn, d),
+            "experts.up_proj": (n, ffn, d),
+        }
         feed_forward["experts.down_proj"] = (n, d, ffn)
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (d,),
@@ -226,7 +282,9 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of q or k [heads * head_dim, D] with the two halves of each head interleaved, as arch llama rotates them."""
-    return np.ascontiguousarray(weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2)).reshape(weight.shape)
+    return np.ascontiguousarray(
+        weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2)
+    ).reshape(weight.shape)
 
 
 def tensor_type(outtype: str, name: str, shape: tuple[int, ...], config: ModelConfig) -> str:
@@ -273,8 +331,12 @@ def export(
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no outtype; there are {', '.join(OUTTYPES)}")
     tensors = plan(folder, config)
-    types = {out: [tensor_type(out, t.name, t.stored.shape, config) for t in tensors] for out in targets}
-    rows = k_rows() if any(kind.endswith("_K") for kinds in types.values() for kind in kinds) else None
+    types = {
+        out: [tensor_type(out, t.name, t.stored.shape, config) for t in tensors] for out in targets
+    }
+    rows = (
+        k_rows() if any(kind.endswith("_K") for kinds in types.values() for kind in kinds) else None
+    )
     for path in targets.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     check_space(tensors, types, targets)
@@ -294,7 +356,9 @@ def export(
             for i, tensor in enumerate(tensors):
                 values = tensor.stored.read()
                 if not np.isfinite(values).all():
-                    raise ValueError(f"{folder}: {tensor.name} holds values that are not finite; take an earlier checkpoint")
+                    raise ValueError(
+                        f"{folder}: {tensor.name} holds values that are not finite; take an earlier checkpoint"
+                    )
                 values = permute(values, tensor.heads) if tensor.heads else values
                 done: dict[str, np.ndarray] = {}
                 for outtype, writer in writers.items():
@@ -307,7 +371,10 @@ def export(
         finally:
             for writer in writers.values():
                 writer.close()
-    return {out: {kind: kinds.count(kind) for kind in sorted(set(kinds))} for out, kinds in types.items()}
+    return {
+        out: {kind: kinds.count(kind) for kind in sorted(set(kinds))}
+        for out, kinds in types.items()
+    }
 
 
 def _describe(writer: Any, config: ModelConfig, name: str, outtype: str) -> None:
@@ -341,12 +408,18 @@ def _announce(writer: Any, tensor: Planned, kind: Any) -> None:
     shape = gguf.quant_shape_to_byte_shape(tensor.stored.shape, kind)
     if kind.name in ("F32", "F16", "BF16"):
         size = int(np.prod(tensor.stored.shape)) * (4 if kind.name == "F32" else 2)
-        writer.add_tensor_info(tensor.name, tensor.stored.shape, np.dtype(np.float32), size, raw_dtype=kind)
+        writer.add_tensor_info(
+            tensor.name, tensor.stored.shape, np.dtype(np.float32), size, raw_dtype=kind
+        )
     else:
-        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind)
+        writer.add_tensor_info(
+            tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), raw_dtype=kind
+        )
 
 
-def quantise(values: np.ndarray, kind: str, name: str, pool: ThreadPoolExecutor, rows: Quantise | None) -> np.ndarray:
+def quantise(
+    values: np.ndarray, kind: str, name: str, pool: ThreadPoolExecutor, rows: Quantise | None
+) -> np.ndarray:
     """fp32 values as they lie in a file: rows [n, bytes] of a quantised type, else of the type itself."""
     import gguf
 
@@ -354,7 +427,9 @@ def quantise(values: np.ndarray, kind: str, name: str, pool: ThreadPoolExecutor,
         return values
     if kind == "F16":
         if float(np.abs(values).max(initial=0)) > 65_504:
-            raise ValueError(f"{name} holds values beyond the range of f16; export bf16 or f32 instead")
+            raise ValueError(
+                f"{name} holds values beyond the range of f16; export bf16 or f32 instead"
+            )
         return values.astype(np.float16)
     qtype = gguf.GGMLQuantizationType[kind]
 
@@ -382,26 +457,38 @@ def k_rows() -> Quantise:
     try:
         import libgguf
     except ImportError:
-        raise ValueError("q4_k_m needs libgguf or a llama.cpp; pip install libgguf==0.2.2, or xllamacpp") from None
-    return lambda values, kind: np.asarray(libgguf.quantize_rows(values, kind)).reshape(len(values), -1)
+        raise ValueError(
+            "q4_k_m needs libgguf or a llama.cpp; pip install libgguf==0.2.2, or xllamacpp"
+        ) from None
+    return lambda values, kind: np.asarray(libgguf.quantize_rows(values, kind)).reshape(
+        len(values), -1
+    )
 
 
-def check_space(tensors: list[Planned], types: dict[str, list[str]], targets: Mapping[str, Path]) -> None:
+def check_space(
+    tensors: list[Planned], types: dict[str, list[str]], targets: Mapping[str, Path]
+) -> None:
     """ValueError where the files of a folder need more than its disk has left; 16 MB a file are for the vocabulary."""
     import gguf
 
     need: dict[Path, int] = {}
     for outtype, kinds in types.items():
         shapes = (
-            (t.stored.shape, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[k]]) for t, k in zip(tensors, kinds, strict=True)
+            (t.stored.shape, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[k]])
+            for t, k in zip(tensors, kinds, strict=True)
         )
-        size = sum(int(np.prod(shape)) // block * width for shape, (block, width) in shapes) + 16_000_000
+        size = (
+            sum(int(np.prod(shape)) // block * width for shape, (block, width) in shapes)
+            + 16_000_000
+        )
         folder = targets[outtype].parent
         need[folder] = need.get(folder, 0) + size
     for folder, size in need.items():
         free = shutil.disk_usage(folder).free
         if free < size:
-            raise ValueError(f"{folder} has {free / 1e9:.2f} GB left, but the files take {size / 1e9:.2f} GB; make room there")
+            raise ValueError(
+                f"{folder} has {free / 1e9:.2f} GB left, but the files take {size / 1e9:.2f} GB; make room there"
+            )
 
 
 @contextmanager

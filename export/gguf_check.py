@@ -23,13 +23,50 @@ from models.nanollama import NanoLlama
 
 WINDOW = 512  # tokens of a window of text, without what came before
 MAX_ERROR = 0.02  # of a logit, in units of the logits' standard deviation where that is above 1
-MAX_KL = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3}  # nats a token; llama.cpp rounds activations to the weights' type
+MAX_KL = {
+    "f32": 1e-5,
+    "f16": 1e-5,
+    "bf16": 1e-4,
+    "q8_0": 1e-3,
+}  # nats a token; llama.cpp rounds activations to the weights' type
 FAR = 10  # times the limit of KL: no longer the rounding of activations
 # relative root mean square error of a tensor by its type; normal weights have 0, 0.0002, 0.0017, 0.006, 0.02, 0.04, 0.08
-MAX_WEIGHT_ERROR = {"F32": 0.0, "F16": 5e-4, "BF16": 3e-3, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_0": 0.1, "Q4_K": 0.16}
+MAX_WEIGHT_ERROR = {
+    "F32": 0.0,
+    "F16": 5e-4,
+    "BF16": 3e-3,
+    "Q8_0": 0.02,
+    "Q6_K": 0.05,
+    "Q5_0": 0.1,
+    "Q4_K": 0.16,
+}
 ODD = (
-    *("", " ", "  ", "\n", "\r\n", "\n\n\n", "\t", " \n ", "\u00a0", "\u3000", "\u200b", "\u0000", "\ufeff", "\u0301"),
-    *("I'm you'LL they'Ve it's", "don\u2019t", "1234567890", "3.14159", "1,000,000", "\u0661\u0662\u0663", "x\u00b2", "\u00bd"),
+    *(
+        "",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\n\n\n",
+        "\t",
+        " \n ",
+        "\u00a0",
+        "\u3000",
+        "\u200b",
+        "\u0000",
+        "\ufeff",
+        "\u0301",
+    ),
+    *(
+        "I'm you'LL they'Ve it's",
+        "don\u2019t",
+        "1234567890",
+        "3.14159",
+        "1,000,000",
+        "\u0661\u0662\u0663",
+        "x\u00b2",
+        "\u00bd",
+    ),
     *(
         "caf\u00e9",
         "cafe\u0301",
@@ -38,7 +75,12 @@ ODD = (
         "\u4f60\u597d\uff0c\u4e16\u754c",
         "\u3053\u3093\u306b\u3061\u306f",
     ),
-    *("\ud55c\uad6d\uc5b4", "\u0645\u0631\u062d\u0628\u0627", "\u05e9\u05dc\u05d5\u05dd", "\u0928\u092e\u0938\u094d\u0924\u0947"),
+    *(
+        "\ud55c\uad6d\uc5b4",
+        "\u0645\u0631\u062d\u0628\u0627",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "\u0928\u092e\u0938\u094d\u0924\u0947",
+    ),
     *(
         "\U0001f469\u200d\U0001f469\u200d\U0001f467",
         "\U0001f1e9\U0001f1ea",
@@ -87,15 +129,31 @@ def reference(folder: Path, text: str, tokens: int, strings: int, new: int = 40)
     prompt = min(32, len(windows[0]))
     written = [generate(model, [window[:prompt]], new)[0].tokens for window in windows[:4]]
     spread = float(torch.stack([part.std(-1).mean() for part in logits]).mean())
-    return Reference(folder, tokenizer, model, fuzz(text, strings), windows, logits, written, prompt, spread)
+    return Reference(
+        folder, tokenizer, model, fuzz(text, strings), windows, logits, written, prompt, spread
+    )
 
 
 def fuzz(text: str, count: int, seed: int = 0) -> list[str]:
     """Strings that try a tokenizer: odd ones, spans of a real text, random Unicode, digits, white space, bytes."""
     draw = random.Random(seed)
     pieces = [*ODD, "a", "Z", "7", "_", "'s", "'RE", "--", "...", "\u2014", "$", "#!", "://"]
-    blocks = [(32, 127), (128, 0x250), (0x370, 0x500), (0x590, 0x700), (0x900, 0xD00), (0x3040, 0x3100), (0x4E00, 0x9000)]
-    blocks += [(0xAC00, 0xD7A0), (0x2000, 0x2C00), (0x1F300, 0x1FB00), (1, 0xD800), (0xE000, 0x10FFFF)]
+    blocks = [
+        (32, 127),
+        (128, 0x250),
+        (0x370, 0x500),
+        (0x590, 0x700),
+        (0x900, 0xD00),
+        (0x3040, 0x3100),
+        (0x4E00, 0x9000),
+    ]
+    blocks += [
+        (0xAC00, 0xD7A0),
+        (0x2000, 0x2C00),
+        (0x1F300, 0x1FB00),
+        (1, 0xD800),
+        (0xE000, 0x10FFFF),
+    ]
 
     def one(kind: int) -> str:
         size = draw.randint(1, 40)
@@ -103,7 +161,10 @@ def fuzz(text: str, count: int, seed: int = 0) -> list[str]:
             begin = draw.randrange(max(1, len(text) - size))
             return text[begin : begin + 4 * size]
         if kind == 1:
-            return "".join(draw.choice(pieces) + draw.choice(("", "", " ", "\n", "  ")) for _ in range(size // 3 + 1))
+            return "".join(
+                draw.choice(pieces) + draw.choice(("", "", " ", "\n", "  "))
+                for _ in range(size // 3 + 1)
+            )
         if kind == 2:
             block = draw.choice(blocks)
             return "".join(chr(draw.randrange(*block)) for _ in range(size))
@@ -120,20 +181,28 @@ def compare_tokens(texts: Sequence[str], tokenizer: Tokenizer, runtime: LlamaCpp
     """How many texts get other ids from llama.cpp, as plain text and with special tokens read, and how many ids other text."""
     shown = [token for token in SHOWN if tokenizer.token_to_id(token) is not None]
     # a vocabulary may lack bytes: tokenizers then merges what stood around one, llama.cpp does not
-    lacking = {char for char in pre_tokenizers.ByteLevel.alphabet() if tokenizer.token_to_id(char) is None}
+    lacking = {
+        char for char in pre_tokenizers.ByteLevel.alphabet() if tokenizer.token_to_id(char) is None
+    }
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
-    texts = [text for text in texts if not (lacking and text and lacking & set(to_bytes(text)[0][0]))]
+    texts = [
+        text for text in texts if not (lacking and text and lacking & set(to_bytes(text)[0][0]))
+    ]
     wrong, first, decoded = 0, None, 0
     for special in (False, True):
         tokenizer.encode_special_tokens = not special
-        for text, encoding in zip(texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True):
+        for text, encoding in zip(
+            texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True
+        ):
             if not special and any(token in text for token in shown):
                 continue  # llama.cpp takes USER_DEFINED tokens out of any text; prompts are made of ids here
             if runtime.encode(text, special) != encoding.ids:
                 wrong += 1
                 first = first or text
             if special and encoding.ids:
-                decoded += runtime.decode(encoding.ids) != tokenizer.decode(encoding.ids, skip_special_tokens=False)
+                decoded += runtime.decode(encoding.ids) != tokenizer.decode(
+                    encoding.ids, skip_special_tokens=False
+                )
     tokenizer.encode_special_tokens = False
     return {
         "strings": 2 * len(texts),
@@ -155,12 +224,16 @@ def weight_errors(folder: Path, reader: Any) -> dict[str, float]:
     worst: dict[str, float] = {}
     for planned in plan(folder, read_hf_config(folder)):
         tensor = held.get(planned.name)
-        if tensor is None or tuple(map(int, tensor.shape[::-1])) != planned.stored.shape:  # ggml counts dimensions from the last
+        if (
+            tensor is None or tuple(map(int, tensor.shape[::-1])) != planned.stored.shape
+        ):  # ggml counts dimensions from the last
             return {**worst, planned.name: float("inf")}
         values = planned.stored.read()
         values = permute(values, planned.heads) if planned.heads else values
         found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        error = float(np.sqrt(np.mean((found - values) ** 2)) / max(float(np.sqrt(np.mean(values**2))), 1e-12))
+        error = float(
+            np.sqrt(np.mean((found - values) ** 2)) / max(float(np.sqrt(np.mean(values**2))), 1e-12)
+        )
         worst[tensor.tensor_type.name] = max(worst.get(tensor.tensor_type.name, 0.0), error)
     return worst
 
@@ -170,11 +243,19 @@ def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
     reader = open_gguf(path)
     kind = str(field(reader, "general.file_type"))
     names = {str(number): name for name, number in _file_types()}
-    row: dict[str, Any] = {"file": path.name, "outtype": names.get(kind, kind), "bytes": path.stat().st_size}
+    row: dict[str, Any] = {
+        "file": path.name,
+        "outtype": names.get(kind, kind),
+        "bytes": path.stat().st_size,
+    }
     errors = weight_errors(ref.folder, reader)
     lacking = [name for name in errors if name.endswith(".weight")]  # not a type
     if lacking:
-        return {**row, "verdict": "wrong", "because": [f"it is of another model: {lacking[0]} is missing or of another shape"]}
+        return {
+            **row,
+            "verdict": "wrong",
+            "because": [f"it is of another model: {lacking[0]} is missing or of another shape"],
+        }
     row["weight_error"] = errors
     with LlamaCpp(path, max(map(len, ref.windows)) + len(ref.written[0]), threads) as runtime:
         row["tokenizer"] = compare_tokens(ref.texts, ref.tokenizer, runtime)
@@ -220,7 +301,9 @@ def _compare_text(ref: Reference, runtime: LlamaCpp) -> dict[str, Any]:
         for i, wanted in enumerate(expected):
             if token != wanted:
                 with torch.no_grad():
-                    scores = ref.model(torch.tensor([[*window[: ref.prompt], *expected[:i]]]))[0, -1].float()
+                    scores = ref.model(torch.tensor([[*window[: ref.prompt], *expected[:i]]]))[
+                        0, -1
+                    ].float()
                 gap = max(gap, float(scores[wanted] - scores[token]))
                 break
             token = int(runtime.feed([token]).argmax())
@@ -238,7 +321,10 @@ def _speed(ref: Reference, runtime: LlamaCpp) -> dict[str, float]:
     begun = time.perf_counter()
     for token in ref.written[0]:
         runtime.feed([token])
-    return {"prompt_tokens_per_s": prompt, "new_tokens_per_s": len(ref.written[0]) / (time.perf_counter() - begun)}
+    return {
+        "prompt_tokens_per_s": prompt,
+        "new_tokens_per_s": len(ref.written[0]) / (time.perf_counter() - begun),
+    }
 
 
 def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
@@ -252,7 +338,9 @@ def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
         if not error <= MAX_WEIGHT_ERROR.get(kind, 0.0):
             wrong.append(f"weights of type {kind} are off by {error:.2g}")
     if row["tokenizer"]["mismatches"]:
-        wrong.append(f"{row['tokenizer']['mismatches']} texts get other tokens, such as {row['tokenizer']['first']!r}")
+        wrong.append(
+            f"{row['tokenizer']['mismatches']} texts get other tokens, such as {row['tokenizer']['first']!r}"
+        )
     if not row["ends"]:
         wrong.append("llama.cpp does not end at eos and eot")
     exact = row["outtype"] in ("f32", "f16")
@@ -260,7 +348,9 @@ def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
     limit = MAX_KL.get(row["outtype"])
     if exact and not row["max_error"] < allowed:
         far = not (row["max_error"] < FAR * allowed and limit is not None and row["kl"] < limit)
-        (wrong if far else high).append(f"a logit is off by {row['max_error']:.3g}, more than {allowed:.3g}")
+        (wrong if far else high).append(
+            f"a logit is off by {row['max_error']:.3g}, more than {allowed:.3g}"
+        )
     if exact and row["greedy"]["largest_gap"] > 2 * allowed:
         wrong.append("greedy texts part where there is no tie")
     if limit is not None and not row["kl"] < limit:
@@ -278,11 +368,25 @@ def _file_types() -> Iterator[tuple[str, int]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The figures as a markdown table."""
-    head = ("file", "MB", "verdict", "max error", "KL", "top-1", "perplexity", "greedy", "tokens", "prompt tok/s", "new tok/s")
+    head = (
+        "file",
+        "MB",
+        "verdict",
+        "max error",
+        "KL",
+        "top-1",
+        "perplexity",
+        "greedy",
+        "tokens",
+        "prompt tok/s",
+        "new tok/s",
+    )
     lines = [head, ("---",) * len(head)]
     for row in rows:
         if "kl" not in row:  # it was not run
-            lines.append((row["file"], f"{row['bytes'] / 1e6:.1f}", row["verdict"], *["-"] * (len(head) - 3)))
+            lines.append(
+                (row["file"], f"{row['bytes'] / 1e6:.1f}", row["verdict"], *["-"] * (len(head) - 3))
+            )
             continue
         greedy, tokens = row["greedy"], row["tokenizer"]
         lines.append(

@@ -23,16 +23,29 @@ class TemplateChat:
         try:
             self.renderer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
             self.template = BoundedTemplate(template_of(folder) or "")
-        except Exception as error:  # transformers raises many classes on a damaged tokenizer_config.json
+        except (
+            Exception
+        ) as error:  # transformers raises many classes on a damaged tokenizer_config.json
             reason = str(error).split("\n")[0]
-            raise ValueError(f"transformers cannot read the tokenizer or chat template of {folder}: {reason}") from error
-        self.special = [token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special]
+            raise ValueError(
+                f"transformers cannot read the tokenizer or chat template of {folder}: {reason}"
+            ) from error
+        self.special = [
+            token.content
+            for token in self.tokenizer.get_added_tokens_decoder().values()
+            if token.special
+        ]
         self.stop_ids = sorted({*borders(folder)[1], self.renderer.eos_token_id} - {None})
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def prompt(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Ids up to where the assistant's turn begins; special tokens come from the template only, not from what messages say.
         ValueError where the template refuses them."""
-        plain = [{**message, "content": neutralise(message["content"], self.special)} for message in messages]
+        plain = [
+            {**message, "content": neutralise(message["content"], self.special)}
+            for message in messages
+        ]
         text = self.template.render(plain, **self.renderer.special_tokens_map)
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -50,8 +63,13 @@ class Continuation:
         self.tokenizer.encode_special_tokens = True  # text that looks like a special token is text
         self.bos, self.stop_ids = borders(folder)
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
-        return [*self.bos, *self.tokenizer.encode(messages[-1]["content"], add_special_tokens=False).ids]
+    def prompt(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        return [
+            *self.bos,
+            *self.tokenizer.encode(messages[-1]["content"], add_special_tokens=False).ids,
+        ]
 
     def parse(self, ids: Sequence[int], partial: bool = False) -> Reply:
         """What was written, as an answer that is whole at any length."""

@@ -15,7 +15,9 @@ class Talk(Protocol):
     @property
     def stop_ids(self) -> list[int]: ...
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]: ...
+    def prompt(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]: ...
 
     def parse(self, ids: Sequence[int], partial: bool = False) -> Reply: ...
 
@@ -33,7 +35,9 @@ class Session:
     ):
         """speak: token ids of a prompt -> those of the reply, one by one. run: a tool's name and arguments -> its result."""
         self.chat, self.speak, self.tools, self.run = chat, speak, list(tools), run
-        self.messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, Any]] = (
+            [{"role": "system", "content": system}] if system else []
+        )
 
     def ask(self, text: str) -> Iterator[tuple[str, str]]:
         """The turn that answers a text, in pieces of ("thought" | "content" | "call" | "result" | "note", text) as they come."""
@@ -53,7 +57,11 @@ class Session:
         for _ in range(MAX_CALLS):
             reply = yield from self._reply()
             if reply.broken or not (reply.content or reply.thought or reply.tool_calls):
-                said = f"a tool call that cannot be read: {reply.broken[0][:200]}" if reply.broken else "the model said nothing"
+                said = (
+                    f"a tool call that cannot be read: {reply.broken[0][:200]}"
+                    if reply.broken
+                    else "the model said nothing"
+                )
                 yield "note", f"{said}; the turn is forgotten"
                 return False
             self.messages.append(reply.message())
@@ -65,7 +73,10 @@ class Session:
                 result = self.run(call["function"]["name"], call["function"]["arguments"])
                 yield "result", result
                 self.messages.append({"role": "tool", "content": result})
-        yield "note", f"the model called tools {MAX_CALLS} times without an answer; the turn is forgotten"
+        yield (
+            "note",
+            f"the model called tools {MAX_CALLS} times without an answer; the turn is forgotten",
+        )
         return False
 
     def _reply(self) -> Generator[tuple[str, str], None, Reply]:
@@ -83,9 +94,14 @@ class Session:
 
 
 def _news(old: Reply, new: Reply) -> Iterator[tuple[str, str]]:
-    for kind, before, after in (("thought", old.thought, new.thought), ("content", old.content, new.content)):
+    for kind, before, after in (
+        ("thought", old.thought, new.thought),
+        ("content", old.content, new.content),
+    ):
         if after != before:
             yield kind, after[len(before) :] if after.startswith(before) else f"\n{after}"
     for call in new.tool_calls[len(old.tool_calls) :]:
-        arguments = ", ".join(f"{name}={value!r}" for name, value in call["function"]["arguments"].items())
+        arguments = ", ".join(
+            f"{name}={value!r}" for name, value in call["function"]["arguments"].items()
+        )
         yield "call", f"{call['function']['name']}({arguments})"

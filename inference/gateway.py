@@ -33,7 +33,13 @@ READ_S = 20  # seconds for a request to arrive, and for each part of a reply to 
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 PLAIN = ("/tokenize", "/detokenize")  # no model reads the text
-CHAT = ("/v1/chat/completions", "/chat/completions", "/v1/completions", "/completions", "/completion")
+CHAT = (
+    "/v1/chat/completions",
+    "/chat/completions",
+    "/v1/completions",
+    "/completions",
+    "/completion",
+)
 REFERENCE = re.compile(r"#/(\$defs|definitions)/[\w.-]+")
 ALLOWED = {
     "GET": ("/health", "/v1/health", "/v1/models", "/models"),
@@ -59,7 +65,14 @@ class Gateway(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, port: int, upstream: str, special: Sequence[str], key: str = "", origins: Collection[str] = ()):
+    def __init__(
+        self,
+        port: int,
+        upstream: str,
+        special: Sequence[str],
+        key: str = "",
+        origins: Collection[str] = (),
+    ):
         """upstream: path of llama.cpp's socket. special: tokens that no text may contain. origins: web pages with access."""
         self.upstream, self.special, self.key, self.origins = upstream, special, key, origins
         self.active = threading.BoundedSemaphore(MAX_ACTIVE)
@@ -91,7 +104,9 @@ class Gateway(ThreadingHTTPServer):
         for connection in late:
             self.received(connection)
             with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)  # the thread that reads from it then meets the end
+                connection.shutdown(
+                    socket.SHUT_RDWR
+                )  # the thread that reads from it then meets the end
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore a lost client; report anything else."""
@@ -168,13 +183,21 @@ class Handler(BaseHTTPRequestHandler):
     def _admitted(self) -> bool:
         """Check everything that the head of a request says; refuse it where a check fails."""
         hosts, path = self.headers.get_all("Host") or [], self.path.partition("?")[0]
-        name = hosts[0].rsplit(":", 1)[0] if len(hosts) == 1 and not hosts[0].endswith("]") else "".join(hosts)
+        name = (
+            hosts[0].rsplit(":", 1)[0]
+            if len(hosts) == 1 and not hosts[0].endswith("]")
+            else "".join(hosts)
+        )
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site")
         foreign = origin not in (None, f"http://{hosts[0]}") if hosts else True
-        foreign = (foreign or site in ("cross-site", "same-site")) and origin not in self.server.origins
+        foreign = (
+            foreign or site in ("cross-site", "same-site")
+        ) and origin not in self.server.origins
         sizes = self.headers.get_all("Content-Length") or []
         given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        locked = self.server.key and not hmac.compare_digest(given.encode("latin-1", "replace"), self.server.key.encode())
+        locked = self.server.key and not hmac.compare_digest(
+            given.encode("latin-1", "replace"), self.server.key.encode()
+        )
         if name.lower() not in HOSTS:
             self._refuse(403, f"the Host header must name this machine: {', '.join(HOSTS)}")
         elif foreign:
@@ -189,7 +212,9 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(411, "a request needs one Content-Length and no Transfer-Encoding")
         elif self.command == "POST" and not (sizes and sizes[0].isascii() and sizes[0].isdigit()):
             self._refuse(411, "a POST request needs a Content-Length")
-        elif sizes and (len(sizes[0]) > 12 or int(sizes[0]) > (MAX_BODY if self.command == "POST" else 0)):
+        elif sizes and (
+            len(sizes[0]) > 12 or int(sizes[0]) > (MAX_BODY if self.command == "POST" else 0)
+        ):
             self._refuse(413, f"the body is larger than {MAX_BODY:,} bytes")
         else:
             return True
@@ -200,7 +225,9 @@ class Handler(BaseHTTPRequestHandler):
         if not self.answered:
             self.answered = True
             self.close_connection = True
-            body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": status}}).encode()
+            body = json.dumps(
+                {"error": {"message": message, "type": "invalid_request_error", "code": status}}
+            ).encode()
             self.send_response(status)
             self._common_headers()
             self.send_header("Content-Type", "application/json")
@@ -258,7 +285,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(response.status)
         self._common_headers()
         self.send_header("Content-Type", response.getheader("Content-Type") or "application/json")
-        self.send_header(*(("Transfer-Encoding", "chunked") if length is None else ("Content-Length", length)))
+        self.send_header(
+            *(("Transfer-Encoding", "chunked") if length is None else ("Content-Length", length))
+        )
         self.end_headers()
         while piece := response.read1(2**16):
             self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece) if length is None else piece)
@@ -268,16 +297,28 @@ class Handler(BaseHTTPRequestHandler):
 
 def special_tokens(reader: Any) -> list[str]:
     """The tokens of a gguf.GGUFReader that no text may become: control tokens and our markers."""
-    tokens, types = (field(reader, f"tokenizer.ggml.{name}") or [] for name in ("tokens", "token_type"))
-    return [token for token, kind in zip(tokens, types, strict=False) if kind == CONTROL or token in SHOWN]
+    tokens, types = (
+        field(reader, f"tokenizer.ggml.{name}") or [] for name in ("tokens", "token_type")
+    )
+    return [
+        token
+        for token, kind in zip(tokens, types, strict=False)
+        if kind == CONTROL or token in SHOWN
+    ]
 
 
 def clean_request(request: dict[str, Any], special: Sequence[str]) -> dict[str, Any]:
     """A request in which no text holds a special token. ValueError where it holds more than text."""
     messages = request.get("messages", [])
-    if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") in ROLES for m in messages):
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and m.get("role") in ROLES for m in messages
+    ):
         raise ValueError(f"messages must be objects with one of the roles {', '.join(ROLES)}")
-    request = {**request, "messages": [_message(message) for message in messages]} if messages else request
+    request = (
+        {**request, "messages": [_message(message) for message in messages]}
+        if messages
+        else request
+    )
     if unsafe := [name for name in request if name.startswith("grammar") and request[name]]:
         raise ValueError(f"{unsafe[0]} is not accepted; use response_format with a JSON schema")
     for name in ("tools", "functions", "response_format", "json_schema"):
@@ -293,9 +334,13 @@ def _check_schema(schema: Any) -> None:
     graph: dict[str, set[str]] = {}
     for part in _parts(schema):
         if any(isinstance(size := part.get(name), int) and size > MAX_REPEATS for name in REPEATS):
-            raise ValueError(f"{', '.join(REPEATS)} of a JSON schema must be at most {MAX_REPEATS:,}")
+            raise ValueError(
+                f"{', '.join(REPEATS)} of a JSON schema must be at most {MAX_REPEATS:,}"
+            )
         if len(str(part.get("pattern", ""))) > MAX_REPEATS:
-            raise ValueError(f"a pattern of a JSON schema must have at most {MAX_REPEATS:,} characters")
+            raise ValueError(
+                f"a pattern of a JSON schema must have at most {MAX_REPEATS:,} characters"
+            )
         for kind in ("$defs", "definitions"):
             if isinstance(definitions := part.get(kind), dict):
                 for name, body in definitions.items():
@@ -312,7 +357,9 @@ def _references(schema: Any) -> set[str]:
     targets = [part["$ref"] for part in _parts(schema) if "$ref" in part]
     for target in targets:
         if not (isinstance(target, str) and REFERENCE.fullmatch(target)):
-            raise ValueError(f"$ref must name a definition, e.g. #/$defs/name, not {str(target)[:100]!r}")
+            raise ValueError(
+                f"$ref must name a definition, e.g. #/$defs/name, not {str(target)[:100]!r}"
+            )
     return set(targets)
 
 
@@ -322,7 +369,9 @@ def _parts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
         raise ValueError(f"a JSON schema is nested more than {MAX_DEPTH} deep")
     if isinstance(value, dict):
         yield value
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for part in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    ):
         yield from _parts(part, depth + 1)
 
 
@@ -347,7 +396,9 @@ def _neutralised(value: Any, special: Sequence[str]) -> Any:
         value.encode()
         return neutralise(value, special)
     if isinstance(value, dict):
-        return {neutralise(key, special): _neutralised(part, special) for key, part in value.items()}
+        return {
+            neutralise(key, special): _neutralised(part, special) for key, part in value.items()
+        }
     if isinstance(value, list):
         return [_neutralised(part, special) for part in value]
     if isinstance(value, int | float) and not abs(value) <= 2**53:

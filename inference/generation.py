@@ -18,7 +18,9 @@ from models.layers import RMSNorm, apply_rotary
 from models.nanollama import GroupedQueryAttention, ModelConfig, NanoLlama
 
 GREEDY = Sampling()
-WORTH_PACKING = 8  # new tokens from which on another layout of the weights saves more time than it takes
+WORTH_PACKING = (
+    8  # new tokens from which on another layout of the weights saves more time than it takes
+)
 
 
 class Cache:
@@ -52,19 +54,33 @@ class Cache:
             )
         shape = (batch, config.num_key_value_heads, length, config.resolved_head_dim)
         self.config, self.length = config, length
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        self.keys = [
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)
+        ]
+        self.values = [
+            torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)
+        ]
         self.lengths = [0] * batch
-        self.graph: _Graph | None = None  # the step of one token as a CUDA graph, where one was made
+        self.graph: _Graph | None = (
+            None  # the step of one token as a CUDA graph, where one was made
+        )
 
     def select(self, rows: Sequence[int], length: int | None = None) -> "Cache":
         """A new cache of these rows, in this order, repeated where named twice; with room for `length` tokens if given."""
         first = self.keys[0]
-        new = Cache(self.config, len(rows), self.length if length is None else length, first.device, first.dtype)
+        new = Cache(
+            self.config,
+            len(rows),
+            self.length if length is None else length,
+            first.device,
+            first.dtype,
+        )
         new.lengths = [self.lengths[row] for row in rows]
         held = max(new.lengths, default=0)
         if held > new.length:
-            raise ValueError(f"a cache for {new.length} tokens cannot take rows of {held}; give it more length")
+            raise ValueError(
+                f"a cache for {new.length} tokens cannot take rows of {held}; give it more length"
+            )
         index = torch.tensor(rows, dtype=torch.int64, device=first.device)
         for old, copy in zip(self.keys + self.values, new.keys + new.values, strict=True):
             copy[:, :, :held] = old[index, :, :held]
@@ -73,13 +89,19 @@ class Cache:
     def expand(self, rows: int, length: int | None = None) -> "Cache":
         """A new cache of `rows` copies of the only row, with room for `length` tokens if given."""
         if len(self.lengths) != 1:
-            raise ValueError(f"only a cache of one row expands, this one has {len(self.lengths)}; use select")
+            raise ValueError(
+                f"only a cache of one row expands, this one has {len(self.lengths)}; use select"
+            )
         return self.select([0] * rows, length)
 
 
 @torch.no_grad()
 def forward(
-    model: NanoLlama, tokens: Tensor, cache: Cache, lengths: Sequence[int] | None = None, matrices: LinearOps | None = None
+    model: NanoLlama,
+    tokens: Tensor,
+    cache: Cache,
+    lengths: Sequence[int] | None = None,
+    matrices: LinearOps | None = None,
 ) -> Tensor:
     """Continue every row of the cache by its tokens [B, T]; returns the normed hidden states [B, T, D] for `logits`.
 
@@ -94,16 +116,27 @@ def forward(
     if rows != len(starts):
         raise ValueError(f"{rows} rows of tokens do not fit a cache of {len(starts)} rows")
     if end > cache.length:
-        raise ValueError(f"the cache has room for {cache.length} tokens, not for {end}; make it longer")
+        raise ValueError(
+            f"the cache has room for {cache.length} tokens, not for {end}; make it longer"
+        )
     even = min(starts) == max(starts)
     first = torch.tensor(starts[:1] if even else starts, device=tokens.device)
     positions = first[:, None] + torch.arange(length, device=tokens.device)  # [1 or B, T]
     mask = None
     if end > length and not (even and length == 1):
-        mask = torch.arange(end, device=tokens.device) <= positions[:, None, :, None]  # [1 or B, 1, T, end]
+        mask = (
+            torch.arange(end, device=tokens.device) <= positions[:, None, :, None]
+        )  # [1 or B, 1, T, end]
     counts = [length] * rows if lengths is None else [int(count) for count in lengths]
     full = min(counts) == length
-    valid = None if full else (torch.arange(length) < torch.tensor(counts)[:, None]).flatten().nonzero()[:, 0].to(tokens.device)
+    valid = (
+        None
+        if full
+        else (torch.arange(length) < torch.tensor(counts)[:, None])
+        .flatten()
+        .nonzero()[:, 0]
+        .to(tokens.device)
+    )
     x = _trunk(model, matrices or plain(model), tokens, cache, positions, mask, end, valid)
     cache.lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     return x
@@ -132,15 +165,37 @@ def _trunk(
     """
     rows, heads = tokens.shape[0], model.config.num_key_value_heads
     lines = torch.arange(rows * heads, device=tokens.device).view(rows, heads, 1) * cache.length
-    slots = (lines + positions[:, None, :]).flatten()  # of the cache as [B * heads * slots, head_dim]
-    rotary = model.rotary.cos[positions][:, :, None], model.rotary.sin[positions][:, :, None]  # [1 or B, T, 1, head_dim]
+    slots = (
+        lines + positions[:, None, :]
+    ).flatten()  # of the cache as [B * heads * slots, head_dim]
+    rotary = (
+        model.rotary.cos[positions][:, :, None],
+        model.rotary.sin[positions][:, :, None],
+    )  # [1 or B, T, 1, head_dim]
     if mask is not None:
-        mask = mask.repeat(1, 1, model.config.num_attention_heads // heads, 1)  # for the queries of a group in one matrix
+        mask = mask.repeat(
+            1, 1, model.config.num_attention_heads // heads, 1
+        )  # for the queries of a group in one matrix
     flat = tokens.flatten() if valid is None else tokens.flatten()[valid]
-    x = model.embed_tokens(flat)  # [B * T or N, D]: a matrix product of matrices is a step less each time
+    x = model.embed_tokens(
+        flat
+    )  # [B * T or N, D]: a matrix product of matrices is a step less each time
     layers: list[Any] = list(model.layers)
-    for layer, by, keys, values in zip(layers, matrices.layers, cache.keys, cache.values, strict=True):
-        x = x + _attention(layer.self_attn, by, _norm(layer.input_layernorm, x), rotary, keys, values, slots, mask, end, valid)
+    for layer, by, keys, values in zip(
+        layers, matrices.layers, cache.keys, cache.values, strict=True
+    ):
+        x = x + _attention(
+            layer.self_attn,
+            by,
+            _norm(layer.input_layernorm, x),
+            rotary,
+            keys,
+            values,
+            slots,
+            mask,
+            end,
+            valid,
+        )
         gate, up = by.gate_up(_norm(layer.post_attention_layernorm, x)).chunk(2, dim=-1)
         x = x + by.down(F.silu(gate) * up)
     return _spread(_norm(model.norm, x), valid, tokens.numel()).view(*tokens.shape, -1)
@@ -192,8 +247,12 @@ def _attention(
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     else:
-        grouped = q.reshape(rows, -1, group * length, size)  # [B, key-value heads, group * T, head_dim]
-        out = F.scaled_dot_product_attention(grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask)
+        grouped = q.reshape(
+            rows, -1, group * length, size
+        )  # [B, key-value heads, group * T, head_dim]
+        out = F.scaled_dot_product_attention(
+            grouped, keys[:, :, :end], values[:, :, :end], attn_mask=mask
+        )
         out = out.reshape(q.shape)
     out = out.transpose(1, 2).reshape(rows * length, -1)
     return by.out(out if valid is None else out[valid])
@@ -245,7 +304,9 @@ def stream(
     counts = [len(prompt) for prompt in prompts]
     _check(model, prompts, max_new_tokens, cache)
     weight = head(model)
-    cache = cache or Cache(model.config, len(prompts), max(counts) + max_new_tokens - 1, weight.device, weight.dtype)
+    cache = cache or Cache(
+        model.config, len(prompts), max(counts) + max_new_tokens - 1, weight.device, weight.dtype
+    )
     luck = None
     if sampling.temperature > 0:
         seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
@@ -253,21 +314,41 @@ def stream(
     rows = list(range(len(prompts)))  # the numbers of the rows of the cache
     new: list[list[int]] = [[] for _ in prompts]
     alive = set(rows)
-    tokens = torch.tensor([[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts], device=weight.device)
+    tokens = torch.tensor(
+        [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts], device=weight.device
+    )
     seen = None
     if sampling.repetition_penalty != 1:
-        seen = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=weight.device)
+        seen = torch.zeros(
+            len(prompts), model.config.vocab_size, dtype=torch.bool, device=weight.device
+        )
         for row, prompt in enumerate(prompts):
             seen[row, torch.tensor(prompt)] = True
-    matrices = packed(model, len(prompts)) if max_new_tokens >= WORTH_PACKING and not compile else plain(model)
+    matrices = (
+        packed(model, len(prompts))
+        if max_new_tokens >= WORTH_PACKING and not compile
+        else plain(model)
+    )
     hidden = forward(model, tokens, cache, counts, matrices)
     with torch.no_grad():
         scores = matrices.head(hidden[torch.arange(len(prompts)), torch.tensor(counts) - 1])
     for step in range(max_new_tokens):
         with torch.no_grad():
             exact = scores.float()
-            chosen = _choose(exact, sampling, seen, luck[rows, step] if luck is not None else None, constraints, rows, alive)
-            said = exact.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist() if logprobs else [None] * len(rows)
+            chosen = _choose(
+                exact,
+                sampling,
+                seen,
+                luck[rows, step] if luck is not None else None,
+                constraints,
+                rows,
+                alive,
+            )
+            said = (
+                exact.log_softmax(-1).gather(-1, chosen[:, None])[:, 0].tolist()
+                if logprobs
+                else [None] * len(rows)
+            )
         ids = chosen.tolist()
         for place, row in enumerate(rows):
             if row not in alive:
@@ -287,9 +368,17 @@ def stream(
             seen.scatter_(1, chosen[:, None], True)
         if 2 * len(alive) <= len(rows) and not compile:  # go on with the rows that have not ended
             places = [place for place, row in enumerate(rows) if row in alive]
-            rows, cache, chosen = [rows[place] for place in places], cache.select(places), chosen[places]
+            rows, cache, chosen = (
+                [rows[place] for place in places],
+                cache.select(places),
+                chosen[places],
+            )
             seen = seen[places] if seen is not None else None
-        scores = decode_compiled(model, chosen, cache) if compile else _step(model, matrices, chosen, cache)
+        scores = (
+            decode_compiled(model, chosen, cache)
+            if compile
+            else _step(model, matrices, chosen, cache)
+        )
 
 
 @torch.inference_mode()  # a tenth faster than no_grad on a CPU
@@ -298,7 +387,9 @@ def _step(model: NanoLlama, matrices: LinearOps, tokens: Tensor, cache: Cache) -
     return matrices.head(forward(model, tokens[:, None], cache, matrices=matrices)[:, 0])
 
 
-def _check(model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: int, cache: Cache | None) -> None:
+def _check(
+    model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: int, cache: Cache | None
+) -> None:
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if not prompts or not all(prompts):
@@ -306,13 +397,19 @@ def _check(model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: i
     size = model.config.vocab_size
     odd = [token for prompt in prompts for token in prompt if not 0 <= token < size]
     if odd:
-        raise ValueError(f"token {odd[0]} is not in the model's vocabulary of {size}; take the model's own tokenizer")
+        raise ValueError(
+            f"token {odd[0]} is not in the model's vocabulary of {size}; take the model's own tokenizer"
+        )
     if cache is not None:
         if len(cache.lengths) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts do not fit a cache of {len(cache.lengths)} rows")
+            raise ValueError(
+                f"{len(prompts)} prompts do not fit a cache of {len(cache.lengths)} rows"
+            )
         need = max(cache.lengths) + max(len(prompt) for prompt in prompts) + max_new_tokens - 1
         if need > cache.length:
-            raise ValueError(f"the cache has room for {cache.length} tokens, not for {need}; make it longer")
+            raise ValueError(
+                f"the cache has room for {cache.length} tokens, not for {need}; make it longer"
+            )
 
 
 def _choose(
@@ -342,7 +439,9 @@ class Row:
     finish: str = "length"
 
 
-def generate(model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: int, **how: Any) -> list[Row]:
+def generate(
+    model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: int, **how: Any
+) -> list[Row]:
     """All of `stream` at once; the same arguments."""
     rows = [Row() for _ in prompts]
     for event in stream(model, prompts, max_new_tokens, **how):
@@ -357,7 +456,9 @@ def _decode(model: NanoLlama, tokens: Tensor, positions: Tensor, cache: Cache) -
     """Logits [B, V] of one more token [B, 1] a row at positions [B, 1]; all shapes stay the same from step to step."""
     mask = torch.arange(cache.length, device=tokens.device) <= positions[:, None, :, None]
     matrices = plain(model)
-    return matrices.head(_trunk(model, matrices, tokens, cache, positions, mask, cache.length)[:, 0])
+    return matrices.head(
+        _trunk(model, matrices, tokens, cache, positions, mask, cache.length)[:, 0]
+    )
 
 
 @functools.cache
@@ -372,7 +473,9 @@ def decode_compiled(model: NanoLlama, tokens: Tensor, cache: Cache) -> Tensor:
     What is returned on a GPU is overwritten by the next call.
     """
     if max(cache.lengths) == cache.length:
-        raise ValueError(f"the cache has room for {cache.length} tokens, not for one more; make it longer")
+        raise ValueError(
+            f"the cache has room for {cache.length} tokens, not for one more; make it longer"
+        )
     positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]
     if tokens.device.type != "cuda":
         scores = _compiled()(model, tokens[:, None], positions, cache)
@@ -391,7 +494,9 @@ class _Graph:
         self.tokens, self.positions = tokens, positions
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):  # a step may be done again: it writes the same keys into the same slots
+        with torch.cuda.stream(
+            aside
+        ):  # a step may be done again: it writes the same keys into the same slots
             for _ in range(3):
                 _compiled()(model, tokens, positions, cache)
         torch.cuda.current_stream().wait_stream(aside)

@@ -16,13 +16,31 @@ from typing import Any, NamedTuple
 import numpy as np
 
 STRING, ARRAY = 8, 9
-SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # GGUF's number of a type
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # GGUF's number of a type
 UNSIGNED, SIGNED, FLOATS = (0, 2, 4, 10), (1, 3, 5, 11), (6, 12)
-MAX_KEY, MAX_NAME, MAX_DIMENSIONS = 65_535, 63, 4  # of a key, a tensor's name, a tensor; as llama.cpp has them
+MAX_KEY, MAX_NAME, MAX_DIMENSIONS = (
+    65_535,
+    63,
+    4,
+)  # of a key, a tensor's name, a tensor; as llama.cpp has them
 MAX_VOCABULARY, MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH = 1 << 24, 1 << 24, 512, 1 << 20
 KINDS = {"u32": (4,), "i32": (5,), "f32": (6,), "bool": (7,), "str": (STRING,), "u64": (10,)}
 COUNT, WIDTH = ("u32", 1, MAX_WIDTH), ("u32", 1, MAX_WIDTH)
-KEYS: dict[str, tuple[str, float, float]] = {  # after "<architecture>.": type and range; a count may be an array, one a layer
+KEYS: dict[
+    str, tuple[str, float, float]
+] = {  # after "<architecture>.": type and range; a count may be an array, one a layer
     "block_count": ("u32", 1, MAX_LAYERS),
     "context_length": ("u32", 1, MAX_CONTEXT),
     "embedding_length": WIDTH,
@@ -44,7 +62,13 @@ KEYS: dict[str, tuple[str, float, float]] = {  # after "<architecture>.": type a
     "expert_used_count": ("u32", 0, 4096),
     "expert_feed_forward_length": WIDTH,
 }
-NOT_WEIGHTS = (24, 25, 26, 27, 28)  # GGML's I8, I16, I32, I64 and F64; llama.cpp crashes on weights of these types
+NOT_WEIGHTS = (
+    24,
+    25,
+    26,
+    27,
+    28,
+)  # GGML's I8, I16, I32, I64 and F64; llama.cpp crashes on weights of these types
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 REQUIRED = ("block_count", "context_length", "embedding_length", "attention.head_count")
 OTHER_KEYS: dict[str, tuple[str, float, float]] = {
@@ -95,7 +119,13 @@ class Gguf(NamedTuple):
         heads = self.of_model("attention.head_count")
         width = self.of_model("embedding_length") // heads
         sizes = [self.of_model(f"attention.{part}_length", width) for part in ("key", "value")]
-        return 2 * sum(sizes) * self.of_model("attention.head_count_kv", heads) * self.of_model("block_count") * context
+        return (
+            2
+            * sum(sizes)
+            * self.of_model("attention.head_count_kv", heads)
+            * self.of_model("block_count")
+            * context
+        )
 
 
 def check_gguf(path: Path) -> Gguf:
@@ -188,8 +218,14 @@ class _Cursor:
                 raise ValueError(f"the key {name!r} is empty or there twice")
             values[name] = self.value()
         alignment = values.get("general.alignment", Value(4, -1, 32))
-        if alignment.kind != 4 or not 8 <= alignment.value <= 1 << 16 or alignment.value & (alignment.value - 1):
-            raise ValueError(f"general.alignment is {alignment.value!r}, not a power of two from 8 to 65536")
+        if (
+            alignment.kind != 4
+            or not 8 <= alignment.value <= 1 << 16
+            or alignment.value & (alignment.value - 1)
+        ):
+            raise ValueError(
+                f"general.alignment is {alignment.value!r}, not a power of two from 8 to 65536"
+            )
         found: dict[str, tuple[tuple[int, ...], int, int, int]] = {}
         end = 0
         for _ in range(tensors):
@@ -209,14 +245,22 @@ class _Cursor:
                 raise ValueError(f"{name} has the shape {shape}, which its type cannot have")
             size = math.prod(shape) // block * width
             if offset != end:
-                raise ValueError(f"{name} lies at offset {offset}, not {end}, where the tensor before it ends")
+                raise ValueError(
+                    f"{name} lies at offset {offset}, not {end}, where the tensor before it ends"
+                )
             end = -(-(offset + size) // alignment.value) * alignment.value
             found[name] = (shape, kind, offset, size)
         begin = -(-self.at // alignment.value) * alignment.value
         for name, (_, _, offset, size) in found.items():
             if begin + offset + size > self.size:
                 raise ValueError(f"it ends before its tensors do, in {name}")
-        return Gguf(values, {name: Tensor(s, k, begin + offset, size) for name, (s, k, offset, size) in found.items()})
+        return Gguf(
+            values,
+            {
+                name: Tensor(s, k, begin + offset, size)
+                for name, (s, k, offset, size) in found.items()
+            },
+        )
 
 
 def _check_values(content: Gguf) -> None:
@@ -230,7 +274,9 @@ def _check_values(content: Gguf) -> None:
     if not (architecture := content.get("general.architecture")):
         raise ValueError("it has no general.architecture")
     layers = content.values.get(f"{architecture}.block_count")
-    _check_known(content, KEYS, architecture + ".", layers.value if layers and layers.kind == 4 else 0)
+    _check_known(
+        content, KEYS, architecture + ".", layers.value if layers and layers.kind == 4 else 0
+    )
     for name in REQUIRED:
         if f"{architecture}.{name}" not in content.values:
             raise ValueError(f"it has no {architecture}.{name}")
@@ -245,19 +291,30 @@ def _check_values(content: Gguf) -> None:
         raise ValueError("it uses more experts than it has")
 
 
-def _check_known(content: Gguf, keys: Mapping[str, tuple[str, float, float]], prefix: str, layers: int) -> None:
+def _check_known(
+    content: Gguf, keys: Mapping[str, tuple[str, float, float]], prefix: str, layers: int
+) -> None:
     for name, (kind, least, most) in keys.items():
         found = content.values.get(prefix + name)
         if found is None:
             continue
         values = [found.value]
-        if found.kind == ARRAY and name in PER_LAYER and found.of in (4, 5) and len(found.value) == layers:
+        if (
+            found.kind == ARRAY
+            and name in PER_LAYER
+            and found.of in (4, 5)
+            and len(found.value) == layers
+        ):
             values = found.value.tolist()
         elif found.kind not in KINDS[kind]:
             raise ValueError(f"{prefix}{name} has GGUF type {found.kind}, not {kind}")
-        odd = next((value for value in values if kind != "str" and not least <= value <= most), None)
+        odd = next(
+            (value for value in values if kind != "str" and not least <= value <= most), None
+        )
         if odd is not None or (kind == "f32" and values == [0.0]):
-            raise ValueError(f"{prefix}{name} is {odd if odd is not None else 0.0}, not from {least:g} to {most:g}")
+            raise ValueError(
+                f"{prefix}{name} is {odd if odd is not None else 0.0}, not from {least:g} to {most:g}"
+            )
 
 
 def _check_vocabulary(content: Gguf) -> None:
@@ -266,13 +323,19 @@ def _check_vocabulary(content: Gguf) -> None:
     for name, of in lists.items():
         found = content.values.get(f"tokenizer.ggml.{name}")
         if found is not None and (found.kind != ARRAY or found.of != of):
-            raise ValueError(f"tokenizer.ggml.{name} is not a list of {'texts' if of == STRING else 'numbers'}")
+            raise ValueError(
+                f"tokenizer.ggml.{name} is not a list of {'texts' if of == STRING else 'numbers'}"
+            )
     tokens = content.get("tokenizer.ggml.tokens")
     if not tokens or content.get("tokenizer.ggml.model") is None:
         raise ValueError("it has no vocabulary")
     types = content.get("tokenizer.ggml.token_type", np.ones(len(tokens), dtype=np.int32))
-    if len(types) != len(tokens) or len(content.get("tokenizer.ggml.scores", tokens)) != len(tokens):
-        raise ValueError(f"{len(tokens)} tokens have {len(types)} types, or another number of scores")
+    if len(types) != len(tokens) or len(content.get("tokenizer.ggml.scores", tokens)) != len(
+        tokens
+    ):
+        raise ValueError(
+            f"{len(tokens)} tokens have {len(types)} types, or another number of scores"
+        )
     if types.min() < 0 or types.max() > 6:
         raise ValueError("a token has an unknown type")
     known = set(tokens)
@@ -283,7 +346,9 @@ def _check_vocabulary(content: Gguf) -> None:
     for name, found in content.values.items():
         is_id = name.startswith("tokenizer.ggml.") and name.endswith("_token_id")
         if is_id and (found.kind != 4 or not 0 <= found.value < len(tokens)):
-            raise ValueError(f"{name} is {found.value}, which is not an id of its {len(tokens)} tokens")
+            raise ValueError(
+                f"{name} is {found.value}, which is not an id of its {len(tokens)} tokens"
+            )
     if content.get("tokenizer.ggml.model") == "gpt2":
         if content.get("tokenizer.ggml.merges") is None:
             raise ValueError("it has no merges")
@@ -295,15 +360,22 @@ def _check_vocabulary(content: Gguf) -> None:
 
 def _check_shapes(content: Gguf) -> None:
     """Raise ValueError unless tensors have the shapes that the numbers ask for; dense llama and qwen3 files only."""
-    width, vocabulary = content.of_model("embedding_length"), len(content.get("tokenizer.ggml.tokens"))
+    width, vocabulary = (
+        content.of_model("embedding_length"),
+        len(content.get("tokenizer.ggml.tokens")),
+    )
     embedding = content.tensors.get("token_embd.weight")
     if embedding is None or embedding.shape != (width, vocabulary):
-        raise ValueError(f"token_embd.weight is {embedding and embedding.shape}, not {(width, vocabulary)}")
+        raise ValueError(
+            f"token_embd.weight is {embedding and embedding.shape}, not {(width, vocabulary)}"
+        )
     architecture = content.get("general.architecture")
     if architecture not in ("llama", "qwen3") or content.of_model("expert_count", 0):
         return
     needed = ("feed_forward_length", "attention.layer_norm_rms_epsilon")
-    if missing := next((name for name in needed if f"{architecture}.{name}" not in content.values), None):
+    if missing := next(
+        (name for name in needed if f"{architecture}.{name}" not in content.values), None
+    ):
         raise ValueError(f"it has no {architecture}.{missing}")
     if any(isinstance(content.get(f"{architecture}.{name}"), np.ndarray) for name in PER_LAYER):
         return  # layers of different shapes
@@ -313,15 +385,34 @@ def _check_shapes(content: Gguf) -> None:
     value = content.of_model("attention.value_length", width // heads)
     if not kv:
         raise ValueError("attention.head_count_kv is 0")
-    layer = {"attn_norm": (width,), "attn_q": (width, heads * key), "attn_k": (width, kv * key), "attn_v": (width, kv * value)}
-    layer |= {"attn_output": (heads * value, width), "ffn_norm": (width,), "ffn_gate": (width, ffn), "ffn_up": (width, ffn)}
-    layer |= {"ffn_down": (ffn, width), **({"attn_q_norm": (key,), "attn_k_norm": (key,)} if architecture == "qwen3" else {})}
-    wanted = {f"blk.{i}.{name}.weight": shape for i in range(content.of_model("block_count")) for name, shape in layer.items()}
+    layer = {
+        "attn_norm": (width,),
+        "attn_q": (width, heads * key),
+        "attn_k": (width, kv * key),
+        "attn_v": (width, kv * value),
+    }
+    layer |= {
+        "attn_output": (heads * value, width),
+        "ffn_norm": (width,),
+        "ffn_gate": (width, ffn),
+        "ffn_up": (width, ffn),
+    }
+    layer |= {
+        "ffn_down": (ffn, width),
+        **({"attn_q_norm": (key,), "attn_k_norm": (key,)} if architecture == "qwen3" else {}),
+    }
+    wanted = {
+        f"blk.{i}.{name}.weight": shape
+        for i in range(content.of_model("block_count"))
+        for name, shape in layer.items()
+    }
     wanted["output_norm.weight"] = (width,)
     for name, shape in wanted.items():
         found = content.tensors.get(name)
         if found is None or found.shape != shape:
-            raise ValueError(f"the tensor {name} is {found.shape if found else 'missing'}, not {shape}")
+            raise ValueError(
+                f"the tensor {name} is {found.shape if found else 'missing'}, not {shape}"
+            )
     output = content.tensors.get("output.weight", embedding)
     if output.shape != (width, vocabulary):
         raise ValueError(f"output.weight is {output.shape}, not {(width, vocabulary)}")
@@ -329,4 +420,6 @@ def _check_shapes(content: Gguf) -> None:
         if len(tensor.shape) == 1 and tensor.kind != 0:
             raise ValueError(f"the tensor {name} is not fp32")
         if tensor.kind in NOT_WEIGHTS:
-            raise ValueError(f"the tensor {name} has GGML type {tensor.kind}, which llama.cpp does not multiply")
+            raise ValueError(
+                f"the tensor {name} has GGML type {tensor.kind}, which llama.cpp does not multiply"
+            )

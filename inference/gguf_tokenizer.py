@@ -15,7 +15,14 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.chat.folder_templates import DEFAULT, NAMED, choose, read_templates
-from data.chat.rendering import END_THOUGHT, IM_END, START_THOUGHT, TEMPLATE, TOOL_CALL, TOOL_RESPONSE
+from data.chat.rendering import (
+    END_THOUGHT,
+    IM_END,
+    START_THOUGHT,
+    TEMPLATE,
+    TOOL_CALL,
+    TOOL_RESPONSE,
+)
 from data.chat.trained_chat import KEY, to_text
 from data.manifest import read_json
 from data.tokenizers.bpe import BOS, QWEN2_SPLIT, listed_ids, load_tokenizer, special_text
@@ -75,22 +82,40 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         "it takes whole words without merges": bool(model.get("ignore_merges")),
     }
     if any(odd.values()):
-        raise ValueError(f"llama.cpp cannot do as the tokenizer of {folder} does: {next(k for k, v in odd.items() if v)}")
+        raise ValueError(
+            f"llama.cpp cannot do as the tokenizer of {folder} does: {next(k for k, v in odd.items() if v)}"
+        )
     added = {token["id"]: token for token in content.get("added_tokens", [])}
-    names = {index: token for token, index in model["vocab"].items()} | {i: token["content"] for i, token in added.items()}
+    names = {index: token for token, index in model["vocab"].items()} | {
+        i: token["content"] for i, token in added.items()
+    }
     if max(names) >= size:
         raise ValueError(
             f"the tokenizer of {folder} has {max(names) + 1} tokens, more than the model's {size}; they do not belong together"
         )
-    types = [UNUSED if i not in names else _type(added[i]) if i in added else NORMAL for i in range(size)]
+    types = [
+        UNUSED if i not in names else _type(added[i]) if i in added else NORMAL for i in range(size)
+    ]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ids = _special_ids(folder, tokenizer)
-    templates = {name: GENERATION.sub(r"{{\1''\2}}", text) for name, text in read_templates(folder).items()}
+    templates = {
+        name: GENERATION.sub(r"{{\1''\2}}", text) for name, text in read_templates(folder).items()
+    }
     template = choose(templates)
     named = {name: text for name, text in templates.items() if name != DEFAULT and text != template}
     tokens = [names.get(i, f"[PAD{i}]") for i in range(size)]
     pre = split_name(content.get("pre_tokenizer"), folder)
-    return Vocabulary(tokens, types, merges, pre, ids, _adds_bos(tokenizer, ids, folder), template, named, to_text(folder))
+    return Vocabulary(
+        tokens,
+        types,
+        merges,
+        pre,
+        ids,
+        _adds_bos(tokenizer, ids, folder),
+        template,
+        named,
+        to_text(folder),
+    )
 
 
 def _type(token: dict[str, Any]) -> int:
@@ -109,7 +134,11 @@ def split_name(pre: dict[str, Any] | None, folder: Path) -> str:
         return "smollm"
     if plain and not own and kinds == ["Split", "ByteLevel"]:
         split = steps[0]
-        if split["pattern"] == {"Regex": QWEN2_SPLIT} and split["behavior"] == "Isolated" and not split["invert"]:
+        if (
+            split["pattern"] == {"Regex": QWEN2_SPLIT}
+            and split["behavior"] == "Isolated"
+            and not split["invert"]
+        ):
             return "qwen2"
     raise ValueError(
         f"the tokenizer of {folder} splits text by no rule that is known to be one of llama.cpp's; "
@@ -119,40 +148,62 @@ def split_name(pre: dict[str, Any] | None, folder: Path) -> str:
 
 def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
     """bos, eos, eot and pad, by tokenizer_config.json and else by config.json; replies end with <|im_end|> where there is one."""
-    settings, config = (read_json(folder / name) for name in ("tokenizer_config.json", "config.json"))
+    settings, config = (
+        read_json(folder / name) for name in ("tokenizer_config.json", "config.json")
+    )
     ids = {}
     for name in ("bos", "eos", "pad"):
         token = special_text(settings, f"{name}_token")
-        index = tokenizer.token_to_id(token) if token else next(iter(listed_ids(config, f"{name}_token_id")), None)
+        index = (
+            tokenizer.token_to_id(token)
+            if token
+            else next(iter(listed_ids(config, f"{name}_token_id")), None)
+        )
         if index is not None:
             ids[name] = index
     if "eos" not in ids:
-        raise ValueError(f"{folder} names no eos token; name one in its tokenizer_config.json, or replies will not end")
+        raise ValueError(
+            f"{folder} names no eos token; name one in its tokenizer_config.json, or replies will not end"
+        )
     end = tokenizer.token_to_id(IM_END)
     return {**ids, "eot": ids["eos"] if end is None else end}
 
 
 def _adds_bos(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> bool:
-    around, bare = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    around, bare = (
+        tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False)
+    )
     if around == bare:
         return False
     if around != [ids.get("bos"), *bare]:
-        raise ValueError(f"the tokenizer of {folder} puts more around a text than bos; llama.cpp would not")
+        raise ValueError(
+            f"the tokenizer of {folder} puts more around a text than bos; llama.cpp would not"
+        )
     return True
 
 
-def build_tokenizer(tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str) -> Tokenizer:
+def build_tokenizer(
+    tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str
+) -> Tokenizer:
     """The tokenizer whose vocabulary stands in a GGUF file; ValueError for a rule of splitting other than read_vocabulary's."""
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = {
-        "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), bare]),
+        "qwen2": pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), bare]
+        ),
         "gpt-2": whole,
         "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
     }
     if pre not in split:
-        raise ValueError(f"its text is split by the rule {pre!r}; known here are {', '.join(split)}")
-    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
+        raise ValueError(
+            f"its text is split by the rule {pre!r}; known here are {', '.join(split)}"
+        )
+    vocab = {
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != UNUSED
+    }
     pairs = [(merge.split(" ", 1)[0], merge.split(" ", 1)[1]) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
     tokenizer.pre_tokenizer = split[pre]
@@ -180,8 +231,15 @@ def field(reader: Any, name: str) -> Any:
 
 def file_templates(reader: Any) -> dict[str, str]:
     """The chat templates of a GGUF file by name. Names that are not words are left out: they may hold a path."""
-    names = [name for name in field(reader, "tokenizer.chat_templates") or [] if re.fullmatch(r"\w+", str(name), re.ASCII)]
-    keys = {DEFAULT: "tokenizer.chat_template", **{name: f"tokenizer.chat_template.{name}" for name in names}}
+    names = [
+        name
+        for name in field(reader, "tokenizer.chat_templates") or []
+        if re.fullmatch(r"\w+", str(name), re.ASCII)
+    ]
+    keys = {
+        DEFAULT: "tokenizer.chat_template",
+        **{name: f"tokenizer.chat_template.{name}" for name in names},
+    }
     found = {name: field(reader, key) for name, key in keys.items()}
     return {name: template for name, template in found.items() if isinstance(template, str)}
 
@@ -207,16 +265,23 @@ def tokenizer_folder(checkpoint: Path) -> Path:
 def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
     """The folder of this state of a file; it goes when the process ends."""
     reader = open_gguf(path)
-    tokens, types, merges, pre = (field(reader, f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges", "pre"))
+    tokens, types, merges, pre = (
+        field(reader, f"tokenizer.ggml.{name}")
+        for name in ("tokens", "token_type", "merges", "pre")
+    )
     if field(reader, "tokenizer.ggml.model") != "gpt2" or merges is None:
         raise ValueError(f"{path} holds no byte-level BPE; files of scripts/export_gguf.py do")
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot"}
     ids = {name: field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     try:
-        tokenizer = build_tokenizer(tokens, [NORMAL] * len(tokens) if types is None else types, merges, pre)
+        tokenizer = build_tokenizer(
+            tokens, [NORMAL] * len(tokens) if types is None else types, merges, pre
+        )
         if field(reader, "tokenizer.ggml.add_bos_token") and ids["bos"] is not None:
             bos = tokens[ids["bos"]]
-            tokenizer.post_processor = processors.TemplateProcessing(single=[bos, "$A"], special_tokens=[(bos, ids["bos"])])
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], special_tokens=[(bos, ids["bos"])]
+            )
     except Exception as error:  # tokenizers raises this very class
         raise ValueError(f"{path}: {error}") from error
     folder = tempfile.TemporaryDirectory(prefix="gguf-tokenizer-")
@@ -226,14 +291,30 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
         place = root / TEMPLATE if name == DEFAULT else root / NAMED / f"{name}.jinja"
         place.parent.mkdir(exist_ok=True)
         place.write_text(template, encoding="utf-8")
-    special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "pad") if ids[name] is not None}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+    special = {
+        f"{name}_token": tokens[ids[name]]
+        for name in ("bos", "eos", "pad")
+        if ids[name] is not None
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
     config = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
-    config["max_position_embeddings"] = field(reader, f"{field(reader, 'general.architecture')}.context_length")
+    config["max_position_embeddings"] = field(
+        reader, f"{field(reader, 'general.architecture')}.context_length"
+    )
     if text := field(reader, TRAINED):
         config[KEY] = json_of(text)
-    stops = sorted({i for i in (ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)) if i is not None})  # as llama.cpp ends text
-    written = {"tokenizer_config.json": settings, "config.json": config, "generation_config.json": {"eos_token_id": stops}}
+    stops = sorted(
+        {i for i in (ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)) if i is not None}
+    )  # as llama.cpp ends text
+    written = {
+        "tokenizer_config.json": settings,
+        "config.json": config,
+        "generation_config.json": {"eos_token_id": stops},
+    }
     for name, content in written.items():
         (root / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder

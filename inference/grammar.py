@@ -24,7 +24,10 @@ class JsonGrammar:
         self.compiled = compiler.compile_json_schema(text, any_whitespace=False)
 
     def constraint(
-        self, after: int | None = None, then: int | Sequence[int] | None = None, room: int | None = None
+        self,
+        after: int | None = None,
+        then: int | Sequence[int] | None = None,
+        room: int | None = None,
     ) -> "JsonConstraint":
         """For one row: JSON from the start, or whenever the token `after` came; it is followed by a token of `then`.
 
@@ -44,26 +47,40 @@ def _compiler(tokenizer: Any, vocab_size: int) -> tuple[Any, Any, Tensor]:
     try:
         import xgrammar
     except ImportError:
-        raise ValueError("generation by a grammar needs xgrammar; pip install xgrammar==0.2.8") from None
+        raise ValueError(
+            "generation by a grammar needs xgrammar; pip install xgrammar==0.2.8"
+        ) from None
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
     barred = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    barred |= {index for index, text in enumerate(info.decoded_vocab) if any(byte < 0x20 for byte in text)}
+    barred |= {
+        index for index, text in enumerate(info.decoded_vocab) if any(byte < 0x20 for byte in text)
+    }
     return xgrammar, xgrammar.GrammarCompiler(info), torch.tensor(sorted(barred), dtype=torch.long)
 
 
 class JsonConstraint:
     """Masks the scores of one row while it writes JSON; free text before and after."""
 
-    def __init__(self, grammar: JsonGrammar, after: int | None, then: int | Sequence[int] | None, room: int | None = None):
+    def __init__(
+        self,
+        grammar: JsonGrammar,
+        after: int | None,
+        then: int | Sequence[int] | None,
+        room: int | None = None,
+    ):
         self.grammar, self.after = grammar, after
-        self.then = None if then is None else torch.tensor([then] if isinstance(then, int) else list(then))
+        self.then = (
+            None if then is None else torch.tensor([then] if isinstance(then, int) else list(then))
+        )
         self.room, self.came = room, 0
         self.bits = grammar.xgrammar.allocate_token_bitmask(1, grammar.vocab_size)
         self.force: Tensor | None = None
         self.matcher = self._start() if after is None else None
 
     def _start(self) -> Any:
-        return self.grammar.xgrammar.GrammarMatcher(self.grammar.compiled, terminate_without_stop_token=True)
+        return self.grammar.xgrammar.GrammarMatcher(
+            self.grammar.compiled, terminate_without_stop_token=True
+        )
 
     def mask(self, scores: Tensor) -> None:
         """Set the scores [V] of tokens that may not come next to -inf."""
@@ -73,7 +90,9 @@ class JsonConstraint:
             scores.fill_(-torch.inf)[places] = kept
         elif self.matcher is not None:
             self.matcher.fill_next_token_bitmask(self.bits)
-            self.grammar.xgrammar.apply_token_bitmask_inplace(scores[None], self.bits.to(scores.device))
+            self.grammar.xgrammar.apply_token_bitmask_inplace(
+                scores[None], self.bits.to(scores.device)
+            )
             scores[self.grammar.barred.to(scores.device)] = -torch.inf
 
     def accept(self, token: int) -> None:

@@ -21,7 +21,11 @@ from inference.gguf_file import check_gguf
 
 BATCH = 512  # tokens that are computed at once
 MAX_ERROR_LINES = 4  # lines of llama.cpp's errors that are repeated
-PROBE_CONTEXT, PROBE_SECONDS, PROBE_RATE = 64, 10, 50e6  # tokens; s for any file; bytes/s that a load takes at most besides
+PROBE_CONTEXT, PROBE_SECONDS, PROBE_RATE = (
+    64,
+    10,
+    50e6,
+)  # tokens; s for any file; bytes/s that a load takes at most besides
 _errors: list[str] = []
 
 
@@ -45,11 +49,17 @@ class _Batch(ctypes.Structure):
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_validate_row_data": (c_bool, [c_int32, c_void_p, c_size_t]),
-    "ggml_quantize_chunk": (c_size_t, [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]),
+    "ggml_quantize_chunk": (
+        c_size_t,
+        [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p],
+    ),
     "llama_backend_init": (None, []),
     "llama_context_default_params": (_Params, []),
     "llama_decode": (c_int32, [c_void_p, _Batch]),
-    "llama_detokenize": (c_int32, [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool]),
+    "llama_detokenize": (
+        c_int32,
+        [c_void_p, POINTER(c_int32), c_int32, c_char_p, c_int32, c_bool, c_bool],
+    ),
     "llama_free": (None, [c_void_p]),
     "llama_get_logits": (POINTER(ctypes.c_float), [c_void_p]),
     "llama_get_memory": (c_void_p, [c_void_p]),
@@ -62,7 +72,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_load_from_file": (c_void_p, [c_char_p, _Params]),
     "llama_model_n_ctx_train": (c_int32, [c_void_p]),
     "llama_set_n_threads": (None, [c_void_p, c_int32, c_int32]),
-    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
+    "llama_tokenize": (
+        c_int32,
+        [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool],
+    ),
     "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
 }
@@ -90,8 +103,12 @@ def library() -> ctypes.CDLL:
     """The functions of llama.cpp; ValueError where no package brings them."""
     found = find_library()
     if found is None:
-        raise ValueError("no llama.cpp is installed; pip install xllamacpp (a prebuilt wheel) or llama-cpp-python")
-    for base in sorted(found[1].parent.glob("libggml-base.*")):  # llama-cpp-python has ggml in libraries of its own
+        raise ValueError(
+            "no llama.cpp is installed; pip install xllamacpp (a prebuilt wheel) or llama-cpp-python"
+        )
+    for base in sorted(
+        found[1].parent.glob("libggml-base.*")
+    ):  # llama-cpp-python has ggml in libraries of its own
         ctypes.CDLL(str(base), mode=ctypes.RTLD_GLOBAL)
     try:
         lib = ctypes.CDLL(str(found[1]))
@@ -101,7 +118,9 @@ def library() -> ctypes.CDLL:
         try:
             function = getattr(lib, name)
         except AttributeError:
-            raise ValueError(f"{found[0]} does not offer llama.cpp's {name}; pip install xllamacpp") from None
+            raise ValueError(
+                f"{found[0]} does not offer llama.cpp's {name}; pip install xllamacpp"
+            ) from None
         function.restype, function.argtypes = result, arguments
     lib.llama_log_set(ctypes.cast(_log, c_void_p), None)
     lib.llama_backend_init()
@@ -116,7 +135,9 @@ def quantise_rows(values: np.ndarray, kind: int) -> np.ndarray:
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     rows, width = values.shape
     result = np.empty((rows, width // block * size), dtype=np.uint8)
-    done = library().ggml_quantize_chunk(kind, values.ctypes.data, result.ctypes.data, 0, rows, width, None)
+    done = library().ggml_quantize_chunk(
+        kind, values.ctypes.data, result.ctypes.data, 0, rows, width, None
+    )
     assert done == result.nbytes
     return result
 
@@ -141,13 +162,19 @@ def _probed(path: Path, size: int, changed: int, inode: int) -> None:
     command = [sys.executable, "-m", "inference.llamacpp", str(path)]
     root, seconds = Path(__file__).resolve().parent.parent, PROBE_SECONDS + size / PROBE_RATE
     try:
-        done = subprocess.run(command, cwd=root, capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds)
+        done = subprocess.run(
+            command, cwd=root, capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds
+        )
     except subprocess.TimeoutExpired:
-        raise ValueError(f"llama.cpp does not finish reading {path} in {seconds:.0f} s; it is damaged") from None
+        raise ValueError(
+            f"llama.cpp does not finish reading {path} in {seconds:.0f} s; it is damaged"
+        ) from None
     if done.returncode == REFUSED:
         raise ValueError(done.stdout.decode(errors="replace").strip())
     if done.returncode:
-        raise ValueError(f"llama.cpp cannot read {path}: it ends with status {done.returncode}; the file is damaged")
+        raise ValueError(
+            f"llama.cpp cannot read {path}: it ends with status {done.returncode}; the file is damaged"
+        )
 
 
 REFUSED = 3  # exit status of _probe
@@ -173,14 +200,18 @@ def check_weights(path: Path) -> None:
     for name, tensor in check_gguf(path).tensors.items():
         data = raw[tensor.offset : tensor.offset + tensor.size]
         if not library().ggml_validate_row_data(tensor.kind, data.ctypes.data, tensor.size):
-            raise ValueError(f"{path} is damaged: the tensor {name} holds values that are not finite; copy or export it again")
+            raise ValueError(
+                f"{path} is damaged: the tensor {name} holds values that are not finite; copy or export it again"
+            )
 
 
 def _available_memory() -> float:
     """Bytes that this machine can give; infinite where it does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return next(
+            float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        )
     except (OSError, StopIteration):
         return float("inf")
 
@@ -188,14 +219,18 @@ def _available_memory() -> float:
 class LlamaCpp:
     """A GGUF file on the CPU: one sequence, which `feed` continues."""
 
-    def __init__(self, path: Path, context: int | None = None, threads: int = 0, probed: bool = False):
+    def __init__(
+        self, path: Path, context: int | None = None, threads: int = 0, probed: bool = False
+    ):
         """context: tokens that fit, by default as many as the file says. probed: skip `probe`.
 
         ValueError where the file is damaged, llama.cpp cannot read it, or the context does not fit the memory.
         """
         self.model = self.state = None
         content = check_gguf(path)
-        length = min(context or content.of_model("context_length"), content.of_model("context_length"))
+        length = min(
+            context or content.of_model("context_length"), content.of_model("context_length")
+        )
         need, free = content.cache_bytes(length), _available_memory()
         if need > free:
             raise ValueError(
@@ -206,7 +241,9 @@ class LlamaCpp:
             probe(path)
         self.lib = lib = library()
         _errors.clear()
-        self.model = lib.llama_model_load_from_file(os.fsencode(path), lib.llama_model_default_params())
+        self.model = lib.llama_model_load_from_file(
+            os.fsencode(path), lib.llama_model_default_params()
+        )
         if not self.model:
             raise ValueError(f"llama.cpp cannot read {path}: {_said()}")
         self.vocab = lib.llama_model_get_vocab(self.model)
@@ -217,7 +254,9 @@ class LlamaCpp:
         params.numbers[0], params.numbers[1], params.numbers[2] = self.context, BATCH, BATCH
         self.state = lib.llama_init_from_model(self.model, params)
         if not self.state:
-            raise ValueError(f"llama.cpp cannot run {path} with a context of {self.context} tokens: {_said()}")
+            raise ValueError(
+                f"llama.cpp cannot run {path} with a context of {self.context} tokens: {_said()}"
+            )
         threads = threads or len(os.sched_getaffinity(0))
         lib.llama_set_n_threads(self.state, threads, threads)
         self.held: list[int] = []  # the sequence
@@ -248,7 +287,9 @@ class LlamaCpp:
         """Text of ids, special tokens included, as llama.cpp writes it."""
         room = 64 + 64 * len(ids)
         buffer = ctypes.create_string_buffer(room)
-        count = self.lib.llama_detokenize(self.vocab, (c_int32 * len(ids))(*ids), len(ids), buffer, room, False, True)
+        count = self.lib.llama_detokenize(
+            self.vocab, (c_int32 * len(ids))(*ids), len(ids), buffer, room, False, True
+        )
         assert count >= 0
         return buffer.raw[:count].decode(errors="replace")
 
@@ -264,10 +305,16 @@ class LlamaCpp:
     def feed(self, ids: Sequence[int], last: int = 1) -> np.ndarray:
         """Continue the sequence; logits fp32 [last, V] after each of its last tokens."""
         if len(self.held) + len(ids) > self.context:
-            raise ValueError(f"{len(self.held) + len(ids)} tokens do not fit a context of {self.context}")
+            raise ValueError(
+                f"{len(self.held) + len(ids)} tokens do not fit a context of {self.context}"
+            )
         odd = [index for index in ids if not 0 <= index < self.size]
         if odd or not ids:
-            raise ValueError(f"token {odd[0]} is not in the vocabulary of {self.size}" if odd else "no tokens to feed")
+            raise ValueError(
+                f"token {odd[0]} is not in the vocabulary of {self.size}"
+                if odd
+                else "no tokens to feed"
+            )
         parts = []
         for begin in range(0, len(ids), BATCH):
             part = ids[begin : begin + BATCH]
@@ -279,10 +326,16 @@ class LlamaCpp:
                 raise RuntimeError(f"llama_decode returned {status}: {_said()}")
             self.held += part
             if rows := sum(wanted):
-                parts.append(np.ctypeslib.as_array(self.lib.llama_get_logits(self.state), (rows, self.size)).copy())
+                parts.append(
+                    np.ctypeslib.as_array(
+                        self.lib.llama_get_logits(self.state), (rows, self.size)
+                    ).copy()
+                )
         logits = np.concatenate(parts)
         if not np.isfinite(logits).all():
-            raise ValueError("the model's logits are not finite; its weights are damaged, take another copy of the file")
+            raise ValueError(
+                "the model's logits are not finite; its weights are damaged, take another copy of the file"
+            )
         return logits
 
 

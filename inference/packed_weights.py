@@ -43,7 +43,9 @@ _packs: WeakKeyDictionary[NanoLlama, _Kept] = WeakKeyDictionary()
 
 def plain(model: NanoLlama) -> LinearOps:
     """The matrices as they lie in the model."""
-    return _matrices(model, lambda *weights: lambda x: _joined([F.linear(x, weight) for weight in weights]))
+    return _matrices(
+        model, lambda *weights: lambda x: _joined([F.linear(x, weight) for weight in weights])
+    )
 
 
 def packed(model: NanoLlama, rows: int) -> LinearOps:
@@ -69,7 +71,12 @@ def _matrices(model: NanoLlama, lay: Callable[..., Product]) -> LinearOps:
     def layer(block: Any) -> Layer:
         attention, mlp = block.self_attn, block.mlp
         qkv = lay(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        return Layer(qkv, lay(attention.o_proj.weight), lay(mlp.gate_proj.weight, mlp.up_proj.weight), lay(mlp.down_proj.weight))
+        return Layer(
+            qkv,
+            lay(attention.o_proj.weight),
+            lay(mlp.gate_proj.weight, mlp.up_proj.weight),
+            lay(mlp.down_proj.weight),
+        )
 
     with torch.no_grad():
         return LinearOps([layer(block) for block in model.layers], lay(head(model)))
@@ -85,9 +92,15 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _can_pack(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.is_inference():
+    if (
+        weight.device.type != "cpu"
+        or not torch.backends.mkldnn.is_available()
+        or weight.is_inference()
+    ):
         return False
-    return weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
 
 
 def _blocked(*weights: Tensor) -> Product:
@@ -106,4 +119,8 @@ def _transposed(*weights: Tensor) -> Product:
 
 
 def _joined_rows(weights: tuple[Tensor, ...]) -> Tensor:
-    return weights[0].detach() if len(weights) == 1 else torch.cat([weight.detach() for weight in weights])
+    return (
+        weights[0].detach()
+        if len(weights) == 1
+        else torch.cat([weight.detach() for weight in weights])
+    )

@@ -19,7 +19,9 @@ from models.hf import load_hf
 class Runner(Protocol):
     context: int  # tokens that fit, prompt and reply together
 
-    def speak(self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]) -> Iterator[int]:
+    def speak(
+        self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]
+    ) -> Iterator[int]:
         """At most `new` tokens after a prompt, one by one; a token of `stop` is the last. ValueError where they do not fit."""
         ...
 
@@ -28,23 +30,31 @@ class TorchRunner:
     """A Hugging Face folder that NanoLlama reads."""
 
     def __init__(self, folder: Path, device: str = "cpu", context: int | None = None):
-        self.model = load_hf(folder, dtype=torch.float32 if device == "cpu" else None, device=device)
+        self.model = load_hf(
+            folder, dtype=torch.float32 if device == "cpu" else None, device=device
+        )
         trained = self.model.config.max_position_embeddings
         self.context = min(context or trained, trained)
         weight = head(self.model)
         self.cache = Cache(self.model.config, 1, self.context, weight.device, weight.dtype)
         self.held: list[int] = []  # what the cache holds
 
-    def speak(self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]) -> Iterator[int]:
+    def speak(
+        self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]
+    ) -> Iterator[int]:
         _check(prompt, new, self.context)
         shared = common(self.held, prompt)
         self.held = [*prompt[:shared]]
         self.cache.lengths = [shared]
-        if sampling.repetition_penalty != 1 and shared:  # it counts all tokens of the prompt that `stream` is given
+        if (
+            sampling.repetition_penalty != 1 and shared
+        ):  # it counts all tokens of the prompt that `stream` is given
             shared, self.held, self.cache.lengths = 0, [], [0]
         said: list[int] = []
         try:
-            for event in stream(self.model, [prompt[shared:]], new, sampling, seed, stop, cache=self.cache):
+            for event in stream(
+                self.model, [prompt[shared:]], new, sampling, seed, stop, cache=self.cache
+            ):
                 said.append(event.token)
                 yield event.token
         finally:
@@ -58,7 +68,9 @@ class GgufRunner:
         self.runtime = LlamaCpp(path, context, threads)
         self.context = self.runtime.context
 
-    def speak(self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]) -> Iterator[int]:
+    def speak(
+        self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]
+    ) -> Iterator[int]:
         _check(prompt, new, self.context)
         shared = common(self.runtime.held, prompt)
         self.runtime.keep(shared)
@@ -67,7 +79,9 @@ class GgufRunner:
         seen[0, list(prompt)] = True
         ids = [*prompt[shared:]]
         for i in range(new):
-            token = int(choose(torch.from_numpy(self.runtime.feed(ids)), sampling, seen, luck[i : i + 1])[0])
+            token = int(
+                choose(torch.from_numpy(self.runtime.feed(ids)), sampling, seen, luck[i : i + 1])[0]
+            )
             yield token
             if token in stop:
                 return

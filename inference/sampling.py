@@ -13,11 +13,17 @@ COLDEST = 1e-6  # scores divided by less may leave fp32's range; 0 is the limit
 class Sampling:
     """How the next token is drawn; the defaults take the likeliest. In this order, as in transformers' `generate`."""
 
-    repetition_penalty: float = 1.0  # divides positive scores of tokens that came before, multiplies negative ones
-    temperature: float = 0.0  # divides the scores; 0 takes the likeliest token, and what follows has no part
+    repetition_penalty: float = (
+        1.0  # divides positive scores of tokens that came before, multiplies negative ones
+    )
+    temperature: float = (
+        0.0  # divides the scores; 0 takes the likeliest token, and what follows has no part
+    )
     top_k: int = 0  # keep the k likeliest tokens, 0 all
     top_p: float = 1.0  # keep the likeliest tokens whose probabilities first reach p together
-    min_p: float = 0.0  # keep tokens that have at least this share of the likeliest one's probability
+    min_p: float = (
+        0.0  # keep tokens that have at least this share of the likeliest one's probability
+    )
 
     def __post_init__(self) -> None:
         ranges = {
@@ -38,7 +44,9 @@ class Sampling:
 def adjust(scores: Tensor, how: Sampling, seen: Tensor | None = None) -> Tensor:
     """Scores [B, V], fp32, whose softmax is the distribution to draw from. seen [B, V] marks tokens that came before."""
     if seen is not None and how.repetition_penalty != 1:
-        penalised = torch.where(scores < 0, scores * how.repetition_penalty, scores / how.repetition_penalty)
+        penalised = torch.where(
+            scores < 0, scores * how.repetition_penalty, scores / how.repetition_penalty
+        )
         scores = torch.where(seen, penalised, scores)
     if how.temperature == 0:
         return scores
@@ -60,7 +68,9 @@ def adjust(scores: Tensor, how: Sampling, seen: Tensor | None = None) -> Tensor:
 def draw(scores: Tensor, chance: Tensor) -> Tensor:
     """A token [B] of each row's softmax: the one in whose part of [0, 1), laid out by token id, its chance [B] (fp64) falls."""
     sums = scores.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(sums, (chance * sums[:, -1])[:, None], right=True)[:, 0].clamp(max=scores.shape[-1] - 1)
+    return torch.searchsorted(sums, (chance * sums[:, -1])[:, None], right=True)[:, 0].clamp(
+        max=scores.shape[-1] - 1
+    )
 
 
 def choose(scores: Tensor, how: Sampling, seen: Tensor | None, chance: Tensor | None) -> Tensor:
@@ -77,5 +87,8 @@ def uniforms(seeds: list[int], count: int) -> Tensor:
     for seed in seeds:
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed} must be at least -2**63 and below 2**64")
-    rows = [torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    rows = [
+        torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
     return torch.stack(rows)

@@ -25,7 +25,9 @@ class TextStream:
         if not all(stop_strings):
             raise ValueError("a stop string must not be empty")
         self.decode, self.stop_strings = decode, stop_strings
-        self.before: list[int] = []  # the last tokens whose text was taken: some decoders treat a first token differently
+        self.before: list[
+            int
+        ] = []  # the last tokens whose text was taken: some decoders treat a first token differently
         self.tokens: list[int] = []  # tokens whose text was not taken yet
         self.held = ""  # text that may be the beginning of a stop string
         self.stopped = False
@@ -57,7 +59,9 @@ class TextStream:
         if found:
             self.stopped, self.held = True, ""
             return text[: min(found)]
-        sizes = [n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        sizes = [
+            n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])
+        ]
         certain = len(text) - max(sizes, default=0)
         self.held = text[certain:]
         return text[:certain]
@@ -83,13 +87,21 @@ def stream_text(
         return texts[row].stopped
 
     pieces: dict[int, str] = {}
-    for event in stream(model, prompts, max_new_tokens, stop_tokens=stop_tokens, ended=ended, **how):
+    for event in stream(
+        model, prompts, max_new_tokens, stop_tokens=stop_tokens, ended=ended, **how
+    ):
         piece = pieces.pop(event.row) + (texts[event.row].flush() if event.finish else "")
         if piece:
             yield event.row, piece
 
 
-def complete(model: NanoLlama, prompts: Sequence[Sequence[int]], max_new_tokens: int, decode: Decode, **how: Any) -> list[str]:
+def complete(
+    model: NanoLlama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    decode: Decode,
+    **how: Any,
+) -> list[str]:
     """The texts of all rows; arguments as for `stream_text`."""
     texts = [""] * len(prompts)
     for row, piece in stream_text(model, prompts, max_new_tokens, decode, **how):

@@ -35,11 +35,17 @@ class Added(NamedTuple):
 
 
 Mask = Tensor | BlockMask | Varlen | Added | None
-VARLEN_KERNELS: dict[str, Callable[..., Any]] = {}  # filled on first use, since torch's loads its compiler with it
+VARLEN_KERNELS: dict[
+    str, Callable[..., Any]
+] = {}  # filled on first use, since torch's loads its compiler with it
 
 
 def choose_kernel(
-    wanted: str, device: torch.device, dtype: torch.dtype, masked: bool, shape: tuple[int, int, int] = (0, 0, 0)
+    wanted: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    masked: bool,
+    shape: tuple[int, int, int] = (0, 0, 0),
 ) -> str:
     """The kernel to use for q, k, v of this dtype on this device: sdpa, blocks, flex, varlen, or FA2, FA3, FA4 for flash.
 
@@ -63,7 +69,9 @@ def choose_kernel(
     elif wanted in ("varlen", "flash") and torch.cuda.get_device_capability(device) < (8, 0):
         refusal = f"needs an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
     elif wanted == "flash" and _flash_version(device) is None:
-        refusal = "needs the package flash_attn, flash_attn_interface (FlashAttention-3) or flash-attn-4"
+        refusal = (
+            "needs the package flash_attn, flash_attn_interface (FlashAttention-3) or flash-attn-4"
+        )
     if refusal:
         raise ValueError(f"parallel.attention={wanted} {refusal}; take parallel.attention=auto")
     if wanted == "blocks" and shape[0] * shape[1] ** 2 * shape[2] > MAX_PROBABILITIES:
@@ -83,7 +91,9 @@ def _flash_version(device: torch.device) -> str | None:
     return "FA2" if package and find_spec("flash_attn.flash_attn_interface") else None
 
 
-def attention_mask(doc_ids: Tensor | None, x: Tensor, wanted: str = "auto", window: int | None = None) -> Mask:
+def attention_mask(
+    doc_ids: Tensor | None, x: Tensor, wanted: str = "auto", window: int | None = None
+) -> Mask:
     """What a token may attend to: earlier tokens of its own document, of which the last `window` with itself (None: all).
 
     docs [B, T] counts up at each document's first token; None: each row is one. x [B, T, ...] has the device and dtype of the
@@ -104,15 +114,21 @@ def attention_mask(doc_ids: Tensor | None, x: Tensor, wanted: str = "auto", wind
     return varlen_mask(doc_ids, x.shape[0], x.shape[1], x.device, window, kernel)
 
 
-def dense_mask(doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None) -> Tensor:
+def dense_mask(
+    doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None
+) -> Tensor:
     """A bool tensor [B, 1, T, T], or [T, T] without documents: exact everywhere, and quadratic in memory."""
     seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if window is not None:
         seen = seen.triu(1 - window)
-    return seen if doc_ids is None else ((doc_ids[:, :, None] == doc_ids[:, None, :]) & seen)[:, None]
+    return (
+        seen if doc_ids is None else ((doc_ids[:, :, None] == doc_ids[:, None, :]) & seen)[:, None]
+    )
 
 
-def block_mask(doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None) -> BlockMask:
+def block_mask(
+    doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None
+) -> BlockMask:
     """FlexAttention's: whole blocks of 128 x 128 between documents are skipped."""
     doc_ids = None if doc_ids is None else doc_ids.to(device, non_blocking=True)
 
@@ -120,12 +136,21 @@ def block_mask(doc_ids: Tensor | None, length: int, device: torch.device, window
         near = q >= k if window is None else (q >= k) & (q - k < window)
         return near if doc_ids is None else near & (doc_ids[b, q] == doc_ids[b, k])
 
-    create = create_block_mask if device.type == "cpu" else _compiled(create_block_mask)  # eager builds T x T
-    return create(seen, None if doc_ids is None else len(doc_ids), None, length, length, device=device)
+    create = (
+        create_block_mask if device.type == "cpu" else _compiled(create_block_mask)
+    )  # eager builds T x T
+    return create(
+        seen, None if doc_ids is None else len(doc_ids), None, length, length, device=device
+    )
 
 
 def varlen_mask(
-    doc_ids: Tensor | None, rows: int, length: int, device: torch.device, window: int | None = None, kernel: str = "varlen"
+    doc_ids: Tensor | None,
+    rows: int,
+    length: int,
+    device: torch.device,
+    window: int | None = None,
+    kernel: str = "varlen",
 ) -> Varlen:
     """Where documents begin, in the batch laid end to end.
 
@@ -153,10 +178,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     if isinstance(mask, Added):
         return blocked_attention(q, k, v, mask.scores)
     if isinstance(mask, BlockMask):
-        eager = torch.compiler.is_compiling() or q.device.type == "cpu"  # a compiled caller compiles it with itself
+        eager = (
+            torch.compiler.is_compiling() or q.device.type == "cpu"
+        )  # a compiled caller compiles it with itself
         flex = flex_attention if eager else _compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
 
 
 @cache
@@ -170,9 +199,13 @@ def _load(kernel: str) -> None:
     from torch.nn.attention.varlen import varlen_attn
 
     if kernel in ("FA3", "FA4"):
-        torch_attention.activate_flash_attention_impl(kernel)  # from now on what varlen_attn calls, in this process
+        torch_attention.activate_flash_attention_impl(
+            kernel
+        )  # from now on what varlen_attn calls, in this process
     # torch 2.12 began to ask whether fewer heads of k and v are meant; before, they were taken as they came
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
+    )
     VARLEN_KERNELS[kernel] = partial(varlen_attn, **grouped)
 
 
@@ -186,8 +219,13 @@ def kernel_operators() -> set[Any]:
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.higher_order.flex_attention,
     }
-    for library, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
-        operator = getattr(getattr(torch.ops, library), name, None)  # there once its package is imported
+    for library, name in (
+        ("torch_attn", "_varlen_attn"),
+        ("flash_attn", "_flash_attn_varlen_forward"),
+    ):
+        operator = getattr(
+            getattr(torch.ops, library), name, None
+        )  # there once its package is imported
         if operator is not None:
             found.add(operator.default)
     return found
@@ -195,4 +233,6 @@ def kernel_operators() -> set[Any]:
 
 @cache
 def _compiled(function):
-    return torch.compile(function, dynamic=False)  # not at import: torch.compile takes seconds to load
+    return torch.compile(
+        function, dynamic=False
+    )  # not at import: torch.compile takes seconds to load

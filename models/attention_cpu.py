@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # queries whose scores are made at once, over the keys up to the last of them
-MAX_PROBABILITIES = 2**30  # rows * length^2 * width of which the probabilities are kept: 32 MB a layer in bf16, for heads of 64
+MAX_PROBABILITIES = (
+    2**30
+)  # rows * length^2 * width of which the probabilities are kept: 32 MB a layer in bf16, for heads of 64
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor, added: Tensor) -> Tensor:
@@ -29,7 +31,9 @@ class _Blocked(torch.autograd.Function):
         for begin, end in _blocks(length):
             part = slice(begin * each, end * each)
             bias = added[:, None, begin:end, None, :end].expand(rows, groups, -1, each, -1)
-            scores = bias.clone(memory_format=torch.contiguous_format).view(rows * groups, -1, end)  # reshape may give a view
+            scores = bias.clone(memory_format=torch.contiguous_format).view(
+                rows * groups, -1, end
+            )  # reshape may give a view
             scores.baddbmm_(q[:, part], k[:, :end].mT, alpha=size**-0.5)
             probs.append(scores.softmax(-1))
             out.append(probs[-1] @ v[:, :end])
@@ -41,7 +45,11 @@ class _Blocked(torch.autograd.Function):
         q, k, v, *probs = ctx.saved_tensors
         (_, heads, length, size), groups = ctx.shapes[0], ctx.shapes[1][1]
         each, grad = heads // groups, _fold(grad, groups)
-        of_q, of_k, of_v = [], torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        of_q, of_k, of_v = (
+            [],
+            torch.zeros_like(k, dtype=torch.float32),
+            torch.zeros_like(v, dtype=torch.float32),
+        )
         for (begin, end), p in zip(_blocks(length), probs, strict=True):
             part = slice(begin * each, end * each)
             of_v[:, :end] += p.mT @ grad[:, part]
@@ -67,5 +75,7 @@ def _fold(x: Tensor, groups: int) -> Tensor:
 
 def _unfold(x: Tensor, rows: int, heads: int, length: int, size: int) -> Tensor:
     """Back to [B, H, T, head_dim]; in memory [B, T, H, head_dim], as the projections read it."""
-    x = x.view(rows, -1, length, heads * rows // len(x), size).transpose(1, 2)  # [B, T, K, H / K, head_dim]
+    x = x.view(rows, -1, length, heads * rows // len(x), size).transpose(
+        1, 2
+    )  # [B, T, K, H / K, head_dim]
     return x.reshape(rows, length, heads, size).transpose(1, 2)

@@ -38,7 +38,11 @@ _REAL = ("rms_norm_eps", "initializer_range", "rope_theta")
 def newest_step(path: str) -> Path:
     """The path; of a folder that holds no model but step_N folders that do, the newest of them. What --checkpoint flags take."""
     folder = Path(path)
-    steps = [step for step in folder.glob("step_*") if step.name[5:].isdigit() and (step / "config.json").is_file()]
+    steps = [
+        step
+        for step in folder.glob("step_*")
+        if step.name[5:].isdigit() and (step / "config.json").is_file()
+    ]
     if (folder / "config.json").is_file() or not steps:
         return folder
     return max(steps, key=lambda step: int(step.name[5:]))
@@ -50,7 +54,9 @@ def check_model_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is no checkpoint: it holds no config.json")
 
 
-def to_hf_config(config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None) -> dict:
+def to_hf_config(
+    config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None
+) -> dict:
     """The content of config.json. theta stands under both names: `rope_parameters` (transformers 5) and `rope_theta` (4)."""
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
@@ -75,7 +81,9 @@ def from_hf_config(hf: dict) -> ModelConfig:
     """ModelConfig of a Llama or Qwen3 config.json; ValueError names what NanoLlama has no counterpart for."""
     kind = hf.get("model_type")
     if kind not in ("llama", "qwen3"):
-        raise ValueError(f"model_type {kind!r} is not supported; NanoLlama reads llama and qwen3 folders")
+        raise ValueError(
+            f"model_type {kind!r} is not supported; NanoLlama reads llama and qwen3 folders"
+        )
     parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
     if not all(isinstance(part, dict) for part in parts):
         raise ValueError("rope_scaling and rope_parameters of config.json must be objects")
@@ -89,9 +97,15 @@ def from_hf_config(hf: dict) -> ModelConfig:
         "quantization_config": bool(hf.get("quantization_config")),
     }
     if any(odd.values()):
-        raise ValueError(f"NanoLlama has no counterpart for this model's {', '.join(k for k, v in odd.items() if v)}")
+        raise ValueError(
+            f"NanoLlama has no counterpart for this model's {', '.join(k for k, v in odd.items() if v)}"
+        )
     theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
-    fields = {name: hf[name] for name in _SHARED if hf.get(name) is not None or (name == "head_dim" and name in hf)}
+    fields = {
+        name: hf[name]
+        for name in _SHARED
+        if hf.get(name) is not None or (name == "head_dim" and name in hf)
+    }
     missing = [name for name in _SHARED[:5] if name not in fields]
     if missing:
         raise ValueError(f"config.json has no {missing[0]}")
@@ -134,12 +148,16 @@ def save_hf(
     folder.mkdir(parents=True, exist_ok=True)
     hf_config = {**to_hf_config(config, dtype, bos, eos, pad), **more}
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-    tensors = {to_hf_name(name): value.detach().to("cpu", dtype).contiguous() for name, value in weights.items()}
+    tensors = {
+        to_hf_name(name): value.detach().to("cpu", dtype).contiguous()
+        for name, value in weights.items()
+    }
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # what a full disk becomes in there
         raise OSError(
-            errno.ENOSPC, f"{folder / 'model.safetensors'} could not be written ({error}); is the disk full?"
+            errno.ENOSPC,
+            f"{folder / 'model.safetensors'} could not be written ({error}); is the disk full?",
         ) from error
 
 
@@ -149,12 +167,18 @@ def weight_files(folder: Path) -> list[Path]:
     files = ["model.safetensors"]
     if index.is_file():
         named = _json(index).get("weight_map")
-        if not isinstance(named, dict) or not all(isinstance(name, str) and Path(name).name == name for name in named.values()):
-            raise ValueError(f"{index} is damaged: its weight_map does not name files of this folder")
+        if not isinstance(named, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in named.values()
+        ):
+            raise ValueError(
+                f"{index} is damaged: its weight_map does not name files of this folder"
+            )
         files = sorted(set(named.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote")
+        raise ValueError(
+            f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote"
+        )
     return [folder / name for name in files]
 
 
@@ -172,7 +196,9 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def read_hf_config(folder: Path, make: Callable[[dict], ModelConfig] = from_hf_config) -> ModelConfig:
+def read_hf_config(
+    folder: Path, make: Callable[[dict], ModelConfig] = from_hf_config
+) -> ModelConfig:
     """The config that `make` makes of a folder's config.json; ValueError names the file and the wrong key."""
     content = config_json(folder)
     try:
@@ -186,8 +212,12 @@ def config_json(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{folder} holds an adapter, not a model; merge it into its base model (PEFT's merge_and_unload)")
-        raise ValueError(f"{folder} holds no config.json; give a folder that save_pretrained or train.py wrote")
+            raise ValueError(
+                f"{folder} holds an adapter, not a model; merge it into its base model (PEFT's merge_and_unload)"
+            )
+        raise ValueError(
+            f"{folder} holds no config.json; give a folder that save_pretrained or train.py wrote"
+        )
     return _json(path)
 
 
@@ -195,7 +225,9 @@ def _json(path: Path) -> dict:
     try:
         return parse_object(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no JSON object ({error}); take another copy of it") from error
+        raise ValueError(
+            f"{path} is damaged: it is no JSON object ({error}); take another copy of it"
+        ) from error
 
 
 def load_weights(model: NanoLlama, folder: Path, new_tokens: range | None = None) -> None:
@@ -213,7 +245,9 @@ def load_weights(model: NanoLlama, folder: Path, new_tokens: range | None = None
     own = model.state_dict()
     if own.keys() != weights.keys():
         names = sorted(own.keys() ^ weights.keys())
-        raise ValueError(f"{folder} and the model differ in {len(names)} weights, among them {names[0]}")
+        raise ValueError(
+            f"{folder} and the model differ in {len(names)} weights, among them {names[0]}"
+        )
     for name, value in weights.items():
         if value.shape != own[name].shape:
             raise ValueError(
@@ -234,21 +268,33 @@ def grow_vocabulary(weight: Tensor, new: range, size: int) -> Tensor:
     return grown
 
 
-def load_hf(folder: str | Path, dtype: torch.dtype | None = torch.float32, device: str | torch.device = "cpu") -> NanoLlama:
+def load_hf(
+    folder: str | Path,
+    dtype: torch.dtype | None = torch.float32,
+    device: str | torch.device = "cpu",
+) -> NanoLlama:
     """The model of a Hugging Face folder. dtype of the parameters: None stands for the one they are stored in."""
     folder = Path(folder)
     stored = config_json(folder)
     config = read_hf_config(folder)
     size = sum(path.stat().st_size for path in weight_files(folder))
     if config.num_parameters > size:  # before memory is taken for them
-        raise ValueError(f"{folder}: config.json asks for {config.num_parameters:,} parameters; the weights have {size:,} bytes")
+        raise ValueError(
+            f"{folder}: config.json asks for {config.num_parameters:,} parameters; the weights have {size:,} bytes"
+        )
     model = NanoLlama(config)
     load_weights(model, folder)
     if dtype is None:
         name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-        dtype = getattr(torch, name, None) if name in ("float32", "float16", "bfloat16", "float64") else None
+        dtype = (
+            getattr(torch, name, None)
+            if name in ("float32", "float16", "bfloat16", "float64")
+            else None
+        )
         if dtype is None:
-            raise ValueError(f"{folder}: config.json names the dtype {str(name)[:50]!r}; float32, float16 and bfloat16 are read")
+            raise ValueError(
+                f"{folder}: config.json names the dtype {str(name)[:50]!r}; float32, float16 and bfloat16 are read"
+            )
     for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay fp32
         parameter.data = parameter.data.to(dtype)
     return model.to(device)

@@ -30,10 +30,25 @@ def _forward(h: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
     return normaliser - logits.gather(1, target[:, None]).squeeze(1), normaliser
 
 
-def _backward(h: Tensor, weight: Tensor, target: Tensor, lse: Tensor, grad_nll_rows: Tensor, grad_lse_rows: Tensor) -> Tensor:
+def _backward(
+    h: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    grad_nll_rows: Tensor,
+    grad_lse_rows: Tensor,
+) -> Tensor:
     """Gradient of one chunk's logits, in the weight's dtype: d nll = softmax - onehot, d logsumexp = softmax."""
-    grad = F.linear(h, weight).float().sub_(lse[:, None]).exp_().mul_((grad_nll_rows + grad_lse_rows)[:, None])
-    if torch.compiler.is_compiling():  # the same sum in one pass; scattering would need the fp32 logits in memory
+    grad = (
+        F.linear(h, weight)
+        .float()
+        .sub_(lse[:, None])
+        .exp_()
+        .mul_((grad_nll_rows + grad_lse_rows)[:, None])
+    )
+    if (
+        torch.compiler.is_compiling()
+    ):  # the same sum in one pass; scattering would need the fp32 logits in memory
         here = torch.arange(grad.shape[1], device=grad.device) == target[:, None]
         grad = torch.where(here, grad - grad_nll_rows[:, None], grad)
     else:
@@ -43,7 +58,9 @@ def _backward(h: Tensor, weight: Tensor, target: Tensor, lse: Tensor, grad_nll_r
 
 @cache
 def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, fullgraph=True)  # not at import: torch.compile takes seconds to load
+    return torch.compile(
+        function, fullgraph=True
+    )  # not at import: torch.compile takes seconds to load
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
@@ -66,10 +83,14 @@ class _ChunkedTokenLoss(torch.autograd.Function):
         grad_nll, grad_lse, lse = grad_nll.flatten(), grad_lse.flatten(), lse.view(-1)
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         flat_grad_hidden = grad_hidden.view(-1, hidden.shape[-1])
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)  # summed over chunks in fp32 also for bf16 weights
+        grad_weight = torch.zeros_like(
+            weight, dtype=torch.float32
+        )  # summed over chunks in fp32 also for bf16 weights
         gradient = _compiled(_backward) if ctx.compiled else _backward
         for part, h, target, valid in _chunks(hidden, targets, ctx.chunk):
-            grad_logits = gradient(h, weight, target, lse[part], grad_nll[part] * valid, grad_lse[part] * valid)
+            grad_logits = gradient(
+                h, weight, target, lse[part], grad_nll[part] * valid, grad_lse[part] * valid
+            )
             flat_grad_hidden[part] = grad_logits @ weight
             grad_weight += grad_logits.T @ h
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
@@ -95,8 +116,14 @@ class _KeptTokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):
         hidden, weight, targets, logits = ctx.saved_tensors
-        target, valid = targets.flatten().clamp_min(0)[:, None], (targets != IGNORE).flatten()[:, None]
-        grad_nll_rows, grad_lse_rows = grad_nll.flatten()[:, None] * valid, grad_lse.flatten()[:, None] * valid
+        target, valid = (
+            targets.flatten().clamp_min(0)[:, None],
+            (targets != IGNORE).flatten()[:, None],
+        )
+        grad_nll_rows, grad_lse_rows = (
+            grad_nll.flatten()[:, None] * valid,
+            grad_lse.flatten()[:, None] * valid,
+        )
         gradient = torch.empty_like(logits)
         for part in _pieces(logits):
             probs = logits[part].float().softmax(-1).mul_(grad_nll_rows[part] + grad_lse_rows[part])
@@ -110,7 +137,9 @@ def _pieces(logits: Tensor) -> list[slice]:
     return [slice(at, at + size) for at in range(0, len(logits), size)]
 
 
-def _chunks(hidden: Tensor, targets: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+def _chunks(
+    hidden: Tensor, targets: Tensor, size: int
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Consecutive tokens of all rows: where they are, their hidden states, targets with 0 for IGNORE, and which count."""
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
     for at in range(0, len(flat_targets), size):
@@ -119,7 +148,11 @@ def _chunks(hidden: Tensor, targets: Tensor, size: int) -> Iterator[tuple[slice,
 
 
 def token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None, compiled: bool | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    chunk: int | None = None,
+    compiled: bool | None = None,
 ) -> TokenLosses:
     """Losses of `softmax(hidden @ weight.T)` against `targets`, differentiable in `hidden` and `weight`.
 
@@ -136,11 +169,15 @@ def token_losses(
 
 
 @overload
-def compute_loss_with_z_penalty(losses: TokenLosses, labels: float) -> tuple[Tensor, dict[str, Tensor]]: ...
+def compute_loss_with_z_penalty(
+    losses: TokenLosses, labels: float
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 @overload
-def compute_loss_with_z_penalty(losses: Tensor, labels: Tensor, z_weight: float = ...) -> Tensor: ...
+def compute_loss_with_z_penalty(
+    losses: Tensor, labels: Tensor, z_weight: float = ...
+) -> Tensor: ...
 
 
 def compute_loss_with_z_penalty(

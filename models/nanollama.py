@@ -34,7 +34,9 @@ class ModelConfig:
     rms_norm_eps: PositiveFloat = 1e-5
     initializer_range: NonNegativeFloat = 0.02
     tie_word_embeddings: bool = False
-    qk_norm: bool = False  # RMSNorm on the heads of q and k: the Qwen3 architecture, and exported as such
+    qk_norm: bool = (
+        False  # RMSNorm on the heads of q and k: the Qwen3 architecture, and exported as such
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -67,7 +69,11 @@ class ModelConfig:
             2 * self.resolved_head_dim if self.qk_norm else 0
         )
         block = attention + 3 * d * self.intermediate_size + 2 * d
-        return self.num_hidden_layers * block + d + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return (
+            self.num_hidden_layers * block
+            + d
+            + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        )
 
 
 OTHER_NAMES = {  # field of ModelConfig -> its names elsewhere, which NanoLlama(**shape) takes too
@@ -110,7 +116,10 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.resolved_head_dim
-        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        width, kv_width = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
@@ -120,7 +129,9 @@ class GroupedQueryAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # [B, T, heads, head_dim]
+        q, k, v = (
+            proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [B, T, heads, head_dim]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, head_dim]
@@ -172,10 +183,18 @@ class NanoLlama(nn.Module):
         self.attention = "auto"  # which kernel, one of models.attention.KERNELS
         self.compile_head: bool | None = None  # the loss head with torch.compile; default: on a GPU
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            TransformerBlock(config) for _ in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.rotary = RotaryEmbedding(config.resolved_head_dim, config.max_position_embeddings, config.rope_theta)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.rotary = RotaryEmbedding(
+            config.resolved_head_dim, config.max_position_embeddings, config.rope_theta
+        )
         if seed is not None:
             self.init_weights(seed)
 
@@ -203,9 +222,13 @@ class NanoLlama(nn.Module):
                 assert parameter.ndim == 2, f"no rule to initialise {name}"
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 scale = std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, scale, generator=generator))
+                parameter.copy_(
+                    torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
+                )
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None) -> Tensor | TokenLosses:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
+    ) -> Tensor | TokenLosses:
         """Logits [B, T, V] of tokens [B, T], or, with targets [B, T], the TokenLosses, fp32 [B, T].
 
         docs [B, T] numbers the document of each token; tokens then see only their own document.
@@ -223,4 +246,8 @@ class NanoLlama(nn.Module):
             x = layer(x, cos, sin, mask)
         x = self.norm(x)
         head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(x, head) if targets is None else token_losses(x, head, targets, compiled=self.compile_head)
+        return (
+            F.linear(x, head)
+            if targets is None
+            else token_losses(x, head, targets, compiled=self.compile_head)
+        )

@@ -27,25 +27,55 @@ from data.chat.bounded_template import BoundedTemplate
 from data.chat.trained_chat import TrainedChat, name_of, offered, parse, read_trained_chat
 from inference.chat_formats import Continuation, TemplateChat, open_chat
 from inference.chat_session import Session, Talk
-from inference.gguf_tokenizer import TRAINED, field, file_templates, json_of, open_gguf, tokenizer_folder
+from inference.gguf_tokenizer import (
+    TRAINED,
+    field,
+    file_templates,
+    json_of,
+    open_gguf,
+    tokenizer_folder,
+)
 from inference.llamacpp import probe
 from inference.runners import GgufRunner, Runner, TorchRunner
 from inference.sampling import Sampling
 from models.hf import newest_step
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a model must not command the terminal
-STYLE = {"thought": "\033[2m", "content": "", "call": "\033[36m", "result": "\033[32m", "note": "\033[33m"}
+STYLE = {
+    "thought": "\033[2m",
+    "content": "",
+    "call": "\033[36m",
+    "result": "\033[32m",
+    "note": "\033[33m",
+}
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--model", required=True, type=newest_step, help="a .gguf file or a checkpoint folder")
-    parser.add_argument("--prompt", nargs="+", help="ask this and end; several are turns of one conversation")
+    parser.add_argument(
+        "--model", required=True, type=newest_step, help="a .gguf file or a checkpoint folder"
+    )
+    parser.add_argument(
+        "--prompt", nargs="+", help="ask this and end; several are turns of one conversation"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of one reply")
-    parser.add_argument("--context", type=int, help="tokens of the conversation (default: those of the training rows)")
+    parser.add_argument(
+        "--context",
+        type=int,
+        help="tokens of the conversation (default: those of the training rows)",
+    )
     add_flags(parser)
-    parser.add_argument("--serve", type=int, metavar="PORT", help="on 127.0.0.1 instead of talking here; 0: any free port")
-    parser.add_argument("--api_key", metavar="NAME", help="with --serve: the environment variable that holds the key of clients")
+    parser.add_argument(
+        "--serve",
+        type=int,
+        metavar="PORT",
+        help="on 127.0.0.1 instead of talking here; 0: any free port",
+    )
+    parser.add_argument(
+        "--api_key",
+        metavar="NAME",
+        help="with --serve: the environment variable that holds the key of clients",
+    )
     parser.add_argument(
         "--allow_origin",
         nargs="+",
@@ -66,7 +96,11 @@ def main() -> None:
             names = ", ".join(name_of(tool) for tool in session.tools)
             print(f"context {runner.context:,}, tools: {names}; --context and --tools change them")
         if isinstance(chat, TemplateChat | Continuation):
-            print("a base model: it continues what you type" if isinstance(chat, Continuation) else "its own template: no tools")
+            print(
+                "a base model: it continues what you type"
+                if isinstance(chat, Continuation)
+                else "its own template: no tools"
+            )
         talk(session, args.prompt)
 
 
@@ -91,9 +125,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """How a model speaks in a conversation, and how tokens are drawn."""
     parser.add_argument("--system", default="", help="a system prompt")
     add_boolean(parser, "--no_tools", "run no tools")
-    parser.add_argument("--tools", nargs="+", metavar="NAME", help="tools to offer, or all (default: as the model was trained)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 always takes the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k likeliest tokens, 0 from all")
+    parser.add_argument(
+        "--tools",
+        nargs="+",
+        metavar="NAME",
+        help="tools to offer, or all (default: as the model was trained)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.7, help="0 always takes the likeliest token"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="draw from the k likeliest tokens, 0 from all"
+    )
     parser.add_argument("--top_p", type=float, default=0.9)
     parser.add_argument("--min_p", type=float, default=0.0)
     parser.add_argument("--repetition_penalty", type=float, default=1.0)
@@ -113,10 +156,14 @@ def begin(chat: Talk, runner: Runner, args: argparse.Namespace, model: Path) -> 
     def speak(prompt: list[int]) -> Iterator[int]:
         new = min(args.max_new_tokens, runner.context - len(prompt))
         if new < 1:
-            raise ValueError(f"{len(prompt)} tokens fill the context of {runner.context}; begin anew (/reset) or write less")
+            raise ValueError(
+                f"{len(prompt)} tokens fill the context of {runner.context}; begin anew (/reset) or write less"
+            )
         return runner.speak(prompt, new, sampling, args.seed, chat.stop_ids)
 
-    return Session(chat, speak, args.system, [] if args.no_tools else offered(trained_chat(model), args.tools))
+    return Session(
+        chat, speak, args.system, [] if args.no_tools else offered(trained_chat(model), args.tools)
+    )
 
 
 def load(path: Path, context: int | None) -> tuple[Talk, Runner]:
@@ -125,7 +172,9 @@ def load(path: Path, context: int | None) -> tuple[Talk, Runner]:
     if path.suffix == ".gguf":
         return open_chat(path), GgufRunner(path, context or trained_context(path))
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json")
+        raise ValueError(
+            f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return open_chat(path), TorchRunner(path, device, context or trained_context(path))
 
@@ -179,7 +228,9 @@ def show(pieces: Iterator[tuple[str, str]]) -> None:
     print("\033[0m" if colour else "")
 
 
-def serve(path: Path, port: int, context: int | None, key_name: str | None, origins: list[str]) -> None:
+def serve(
+    path: Path, port: int, context: int | None, key_name: str | None, origins: list[str]
+) -> None:
     """Serve a GGUF file by llama.cpp behind inference/gateway.py, until a signal ends it."""
     from inference.gateway import Gateway, special_tokens
 
@@ -189,29 +240,48 @@ def serve(path: Path, port: int, context: int | None, key_name: str | None, orig
     probe(path)
     trained = parse(json_of(field(reader, TRAINED)))
     for template in file_templates(reader).values():
-        BoundedTemplate(template).render([{"role": "user", "content": "Hello"}])  # llama.cpp renders it without bounds
+        BoundedTemplate(template).render(
+            [{"role": "user", "content": "Hello"}]
+        )  # llama.cpp renders it without bounds
     key = os.environ.get(key_name, "").strip() if key_name else ""
     if key_name and not key:
-        raise ValueError(f"--api_key {key_name}: the environment variable {key_name} is not set or empty")
+        raise ValueError(
+            f"--api_key {key_name}: the environment variable {key_name} is not set or empty"
+        )
     try:
         import xllamacpp
     except ImportError:
         raise ValueError("--serve needs xllamacpp; pip install xllamacpp") from None
     params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(path), context or (trained.context if trained else 0), 1
-    params.model_alias, params.ui, params.endpoint_slots, params.cors_origins = {path.name}, False, False, ""
+    params.model.path, params.n_ctx, params.verbosity = (
+        str(path),
+        context or (trained.context if trained else 0),
+        1,
+    )
+    params.model_alias, params.ui, params.endpoint_slots, params.cors_origins = (
+        {path.name},
+        False,
+        False,
+        "",
+    )
     port = free_port("127.0.0.1", port)
     ends = [signal.SIGINT, signal.SIGTERM]
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)  # in the server's threads too
-    with tempfile.TemporaryDirectory(prefix="nanollama-serve-") as folder:  # only this user can enter it
+    with tempfile.TemporaryDirectory(
+        prefix="nanollama-serve-"
+    ) as folder:  # only this user can enter it
         params.hostnames = [f"{folder}/llama.sock"]
         try:
             server = xllamacpp.Server(params)
         except RuntimeError as error:
             raise ValueError(f"llama.cpp cannot serve {path}: {error}") from error
-        gateway = Gateway(port, server.listening_address.removeprefix("unix://"), special, key, origins)
+        gateway = Gateway(
+            port, server.listening_address.removeprefix("unix://"), special, key, origins
+        )
         threading.Thread(target=gateway.serve_forever, daemon=True).start()
-        print(f"http://127.0.0.1:{port}/v1 answers as OpenAI's interface; Ctrl-C ends it", flush=True)
+        print(
+            f"http://127.0.0.1:{port}/v1 answers as OpenAI's interface; Ctrl-C ends it", flush=True
+        )
         signal.sigwait(ends)
 
 
@@ -222,7 +292,9 @@ def free_port(host: str, port: int) -> int:
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise ValueError(f"{host}:{port} cannot be opened ({error}); give another port, or 0 for any free one") from None
+            raise ValueError(
+                f"{host}:{port} cannot be opened ({error}); give another port, or 0 for any free one"
+            ) from None
         return int(probe.getsockname()[1])
 
 

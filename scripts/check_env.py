@@ -28,7 +28,16 @@ PLAN_1B = "configs/plan_1b.yaml"
 LARGE = 1e9  # parameters from which a plan needs one GPU per rank, and LEAST_DISK_GB
 LEAST_DISK_GB = 500  # of such a plan; scripts.plan may ask for more
 QUICKSTART_GB = 2
-NEEDED = ("torch", "numpy", "PyYAML", "safetensors", "tokenizers", "transformers", "tqdm", "matplotlib")
+NEEDED = (
+    "torch",
+    "numpy",
+    "PyYAML",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "tqdm",
+    "matplotlib",
+)
 OPTIONAL = ("wandb", "flash-attn", "torchao")
 
 
@@ -66,18 +75,33 @@ def missing_for(plan: Plan, run: RunConfig) -> list[str]:
     need = max(LEAST_DISK_GB, round((disk["checkpoints"] + disk["tokens"] + disk["text"]) / 1e9))
     missing = [f"needs {plan.ranks} GPUs ({gpus} found)"] if gpus < plan.ranks else []
     if free < need:
-        missing.append(f"needs {need} GB of disk, of which text may be compressed ({free:.0f} GB free here)")
-    gated = [name for name in gated_sources(plan) if not (Path(run.data.store) / "documents" / name).is_dir()]
+        missing.append(
+            f"needs {need} GB of disk, of which text may be compressed ({free:.0f} GB free here)"
+        )
+    gated = [
+        name
+        for name in gated_sources(plan)
+        if not (Path(run.data.store) / "documents" / name).is_dir()
+    ]
     if gated and get_token() is None:
-        sets = ", ".join(f"https://huggingface.co/datasets/{HUB_SOURCES[name].repo}" for name in gated)
-        missing.append(f"needs a login to the Hugging Face hub (accept the terms of {sets}, then run hf auth login)")
+        sets = ", ".join(
+            f"https://huggingface.co/datasets/{HUB_SOURCES[name].repo}" for name in gated
+        )
+        missing.append(
+            f"needs a login to the Hugging Face hub (accept the terms of {sets}, then run hf auth login)"
+        )
     return missing
 
 
 def gated_sources(plan: Plan) -> list[str]:
     """Sources that a plan downloads and that ask for terms to be accepted."""
     words = [word for command in plan.before.values() for word in command.split()]
-    return [name for word in words for name in sources_of(word) if name in HUB_SOURCES and HUB_SOURCES[name].gated]
+    return [
+        name
+        for word in words
+        for name in sources_of(word)
+        if name in HUB_SOURCES and HUB_SOURCES[name].gated
+    ]
 
 
 def alerts(run: RunConfig) -> dict[str, str]:
@@ -86,7 +110,9 @@ def alerts(run: RunConfig) -> dict[str, str]:
     off = config.off(os.environ)
     states = {name: f"off (set {off[name]})" if name in off else "on" for name in config.needs}
     states |= {name: "on" for name in ("command", "wandb") if getattr(config, name)}
-    return {f"alert: {name}": state for name, state in states.items()} or {"alerts": "none in the config"}
+    return {f"alert: {name}": state for name, state in states.items()} or {
+        "alerts": "none in the config"
+    }
 
 
 def check_machine() -> list[str]:
@@ -111,20 +137,43 @@ def check_machine() -> list[str]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
-            dtype = str(compute_dtype(ParallelConfig(), torch.device("cuda", i))).removeprefix("torch.")
-            line(f"GPU {i}", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, trains in {dtype}")
+            dtype = str(compute_dtype(ParallelConfig(), torch.device("cuda", i))).removeprefix(
+                "torch."
+            )
+            line(
+                f"GPU {i}",
+                f"{properties.name}, {properties.total_memory / 1e9:.0f} GB, trains in {dtype}",
+            )
         compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        wanting = [what for what, there in (("a C compiler", compiler), (str(header), header.is_file())) if not there]
-        needs = f"torch.compile on a GPU needs {' and '.join(wanting)}; install them (gcc, python3-dev)"
+        wanting = [
+            what
+            for what, there in (("a C compiler", compiler), (str(header), header.is_file()))
+            if not there
+        ]
+        needs = (
+            f"torch.compile on a GPU needs {' and '.join(wanting)}; install them (gcc, python3-dev)"
+        )
         line("compiler", compiler or "none", needs if wanting else None)
         line("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
         if torch.cuda.device_count() > 1:
-            pairs = [(i, j) for i in range(torch.cuda.device_count()) for j in range(torch.cuda.device_count()) if i != j]
+            pairs = [
+                (i, j)
+                for i in range(torch.cuda.device_count())
+                for j in range(torch.cuda.device_count())
+                if i != j
+            ]
             direct = sum(torch.cuda.can_device_access_peer(i, j) for i, j in pairs)
-            line("GPU to GPU", f"direct for {direct} of {len(pairs)} pairs; the others go through the host's memory, slowly")
+            line(
+                "GPU to GPU",
+                f"direct for {direct} of {len(pairs)} pairs; the others go through the host's memory, slowly",
+            )
             shared = shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else 0.0
-            small = "NCCL needs /dev/shm of 1 GB or more; start the container with --shm-size=8g" if shared < 1 else None
+            small = (
+                "NCCL needs /dev/shm of 1 GB or more; start the container with --shm-size=8g"
+                if shared < 1
+                else None
+            )
             line("/dev/shm", f"{shared:.1f} GB", small)
     else:
         line("GPU", "none: the quickstart and all tests run on the CPU, the 1.1B model needs a GPU")
@@ -134,7 +183,9 @@ def check_machine() -> list[str]:
     few = f"the quickstart needs {QUICKSTART_GB} GB of free disk" if free < QUICKSTART_GB else None
     line("disk", f"{free:.0f} GB free here", few)
     parameters = ModelConfig().num_parameters
-    print(f"    a training checkpoint of the {parameters / 1e9:.1f}B model takes {parameters * 14 / 1e9:.1f} GB")
+    print(
+        f"    a training checkpoint of the {parameters / 1e9:.1f}B model takes {parameters * 14 / 1e9:.1f} GB"
+    )
     return problems
 
 

@@ -22,24 +22,47 @@ from scripts.export_gguf import checkpoint_folder
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=newest_step, help="the folder that the files were made of")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=newest_step,
+        help="the folder that the files were made of",
+    )
     parser.add_argument("--gguf", required=True, nargs="+", type=Path)
-    parser.add_argument("--text", type=Path, help="real text for logits and perplexity (default: this repository's own)")
-    parser.add_argument("--tokens", type=at_least(1), default=2048, help="of the text that are scored")
-    parser.add_argument("--strings", type=at_least(1), default=5500, help="that both tokenizers encode")
-    parser.add_argument("--threads", type=at_least(0), default=0, help="0: all that this process may use")
-    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as markdown")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="real text for logits and perplexity (default: this repository's own)",
+    )
+    parser.add_argument(
+        "--tokens", type=at_least(1), default=2048, help="of the text that are scored"
+    )
+    parser.add_argument(
+        "--strings", type=at_least(1), default=5500, help="that both tokenizers encode"
+    )
+    parser.add_argument(
+        "--threads", type=at_least(0), default=0, help="0: all that this process may use"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="JSON file; the table goes beside it as markdown"
+    )
     args = parser.parse_args()
     with user_errors():
         folder = checkpoint_folder(args.checkpoint)
         if isinstance(read_config(folder), MoeConfig):
-            raise ValueError(f"{folder} is a mixture of experts; only files of dense models (llama, qwen3) can be checked")
+            raise ValueError(
+                f"{folder} is a mixture of experts; only files of dense models (llama, qwen3) can be checked"
+            )
         for path in args.gguf:
             open_gguf(path)
         library()
         if args.text and not args.text.is_file():
             raise ValueError(f"there is no file {args.text}")
-        files = [args.text] if args.text else [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        files = (
+            [args.text]
+            if args.text
+            else [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+        )
         text = "\n".join(path.read_text(errors="replace", encoding="utf-8") for path in files)
         if args.threads:
             torch.set_num_threads(args.threads)
@@ -51,7 +74,12 @@ def main() -> None:
         found = find_library()
         runtime = found[0] if found else ""
         source = {"checkpoint": str(folder), "checkpoint_hash": folder_hash(folder)}
-        result = {**source, "text": [path.name for path in files], "runtime": runtime, "files": rows}
+        result = {
+            **source,
+            "text": [path.name for path in files],
+            "runtime": runtime,
+            "files": rows,
+        }
         output = args.output or args.gguf[0].parent / "check_gguf.json"
         write_json(output, result)
         write_text(output.with_suffix(".md"), table(rows) + "\n")

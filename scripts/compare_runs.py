@@ -43,17 +43,33 @@ class Run:
         import pandas
 
         values = pandas.Series(self.column(key)).replace([np.inf, -np.inf], np.nan)
-        window = {"window": 1 + 2 * int(np.clip(len(values) / 100, 2, 100)), "center": True, "min_periods": 1}
-        parts = [values[a:b].rolling(**window).median().rolling(**window).mean() for _, a, b in self.phases()]
+        window = {
+            "window": 1 + 2 * int(np.clip(len(values) / 100, 2, 100)),
+            "center": True,
+            "min_periods": 1,
+        }
+        parts = [
+            values[a:b].rolling(**window).median().rolling(**window).mean()
+            for _, a, b in self.phases()
+        ]
         return np.concatenate(parts)
 
     def measured(self, key: str) -> list[tuple[int, int, float, str]]:
         """(step, tokens, value, phase) of the steps at which a held-out metric was measured."""
-        return [(row["step"], row["tokens"], float(row[key]), row["phase"]) for row in self.rows if key in row]
+        return [
+            (row["step"], row["tokens"], float(row[key]), row["phase"])
+            for row in self.rows
+            if key in row
+        ]
 
     def sources(self) -> list[str]:
         """Names of the held-out sources, as first measured."""
-        keys = dict.fromkeys(key for row in self.rows for key in row if key.startswith("val/") and key.count("/") == 2)
+        keys = dict.fromkeys(
+            key
+            for row in self.rows
+            for key in row
+            if key.startswith("val/") and key.count("/") == 2
+        )
         return list(dict.fromkeys(key.split("/")[1] for key in keys))
 
     def phases(self) -> list[tuple[str, int, int]]:
@@ -69,7 +85,9 @@ class Run:
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("results/compare"), help="without suffix")
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/compare"), help="without suffix"
+    )
     args = parser.parse_args()
     with user_errors():
         runs = open_runs(args.runs)
@@ -88,7 +106,9 @@ def open_runs(folders: list[Path]) -> list[Run]:
         rows = read_lines(folder / "metrics.jsonl")
         if not rows:
             raise ValueError(f"{folder / 'metrics.jsonl'} has no metrics yet; train first")
-        events, redone = (read_lines(folder / f"{kind}.jsonl") for kind in ("events", "metrics_redone"))
+        events, redone = (
+            read_lines(folder / f"{kind}.jsonl") for kind in ("events", "metrics_redone")
+        )
         runs.append(Run(name if names.count(name) == 1 else str(folder), rows, events, redone))
     return runs
 
@@ -98,7 +118,10 @@ def table(runs: list[Run]) -> str:
     sources = list(dict.fromkeys(source for run in runs for source in run.sources()))
     columns = [_figures(run, sources) for run in runs]
     lines = ["| | " + " | ".join(run.name for run in runs) + " |", "|---|" + "---:|" * len(runs)]
-    lines += [f"| {name} | " + " | ".join(column[name] for column in columns) + " |" for name in columns[0]]
+    lines += [
+        f"| {name} | " + " | ".join(column[name] for column in columns) + " |"
+        for name in columns[0]
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -108,7 +131,9 @@ def _figures(run: Run, sources: list[str]) -> dict[str, str]:
     best = min(finite, key=lambda found: found[2]) if finite else None
     speed, seconds = run.column("tokens_per_s"), run.column("step_s")
     skipped = {
-        (event.get("phase"), event.get("batch_index", event.get("step"))) for event in run.events if event["event"] == "skipped"
+        (event.get("phase"), event.get("batch_index", event.get("step")))
+        for event in run.events
+        if event["event"] == "skipped"
     }
     figures = {
         "last step, phase": f"{run.rows[-1]['step']:,}, {run.rows[-1]['phase']}",
@@ -145,7 +170,10 @@ def plot(runs: list[Run], output: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-    alone, panels = len(runs) == 1, ("training loss", "held-out loss", "learning rate", "gradient norm", "tokens/s")
+    alone, panels = (
+        len(runs) == 1,
+        ("training loss", "held-out loss", "learning rate", "gradient norm", "tokens/s"),
+    )
     scales = ("step",) if alone else ("step", "tokens")
     figure, grid = plt.subplots(
         5,
@@ -163,7 +191,14 @@ def plot(runs: list[Run], output: Path) -> None:
         for i, run in enumerate(runs):
             color, x = f"C{i}", run.column(scale)
             for axis, key in ((axes[0], "loss"), (axes[3], "grad_norm"), (axes[4], "tokens_per_s")):
-                axis.plot(x, run.column(key), color=color, alpha=0.3 if alone else 0.15, linewidth=0.6, zorder=1)
+                axis.plot(
+                    x,
+                    run.column(key),
+                    color=color,
+                    alpha=0.3 if alone else 0.15,
+                    linewidth=0.6,
+                    zorder=1,
+                )
                 axis.plot(x, run.smooth(key), color=color, linewidth=1.5, zorder=3, label=run.name)
             axes[2].plot(x, run.column("lr"), color=color, linewidth=1.4)
             for rows in _attempts(run.redone):
@@ -199,9 +234,18 @@ def plot(runs: list[Run], output: Path) -> None:
 def _held_out(axis: Any, run: Run, scale: str, color: str, alone: bool) -> None:
     """A line over all sources for each phase, as phases are measured on their own texts; a run alone shows each source."""
     place = ("step", "tokens").index(scale)
-    keys = {source: f"val/{source}/loss" for source in run.sources()} if alone else {run.name: "val/loss"}
+    keys = (
+        {source: f"val/{source}/loss" for source in run.sources()}
+        if alone
+        else {run.name: "val/loss"}
+    )
     for i, (name, key) in enumerate(keys.items()):
-        style = {"color": f"C{i + 1}" if alone else color, "markersize": 4, "linewidth": 1.2, "label": name}
+        style = {
+            "color": f"C{i + 1}" if alone else color,
+            "markersize": 4,
+            "linewidth": 1.2,
+            "label": name,
+        }
         for _, points in groupby(run.measured(key), key=lambda found: found[3]):
             part = list(points)
             axis.plot([point[place] for point in part], [point[2] for point in part], "o-", **style)
@@ -212,15 +256,28 @@ def _borders(axes: Any, run: Run, x: np.ndarray, color: str, level: int | None) 
     for i, (phase, begin, end) in enumerate(run.phases()):
         if begin:
             for axis in axes:
-                axis.axvline((x[begin - 1] + x[begin]) / 2, color=color, linestyle=":", linewidth=1.2)
+                axis.axvline(
+                    (x[begin - 1] + x[begin]) / 2, color=color, linestyle=":", linewidth=1.2
+                )
         if level is not None:
             middle, height = (x[begin] + x[end - 1]) / 2, 1.02 + 0.05 * (level + i % 3)
-            axes[0].text(middle, height, phase, transform=axes[0].get_xaxis_transform(), ha="center", fontsize=8, color=color)
+            axes[0].text(
+                middle,
+                height,
+                phase,
+                transform=axes[0].get_xaxis_transform(),
+                ha="center",
+                fontsize=8,
+                color=color,
+            )
 
 
 def _alike(run: Run, other: Run) -> bool:
     """Whether the phases of a run, as far as it got, begin where the other's do; then the other's names will do."""
-    begins = [[(phase, part.rows[begin]["step"]) for phase, begin, _ in part.phases()] for part in (run, other)]
+    begins = [
+        [(phase, part.rows[begin]["step"]) for phase, begin, _ in part.phases()]
+        for part in (run, other)
+    ]
     return begins[0] == begins[1][: len(begins[0])]
 
 

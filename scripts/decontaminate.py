@@ -24,10 +24,18 @@ def main() -> None:
         required=True,
         help=".parquet and .jsonl(.gz, .zst) files, folders, STORE:SOURCE, known names",
     )
-    parser.add_argument("--test_datasets", required=True, help="names and files with id and text, separated by commas")
+    parser.add_argument(
+        "--test_datasets",
+        required=True,
+        help="names and files with id and text, separated by commas",
+    )
     parser.add_argument("--output", type=Path, default=Path("data/contaminated_ids.json"))
-    parser.add_argument("--report", type=Path, help="write the report to this file too, as Markdown")
-    add_boolean(parser, "--rows", "short rows (SFT, preferences): look for similar ones too, by MinHash")
+    parser.add_argument(
+        "--report", type=Path, help="write the report to this file too, as Markdown"
+    )
+    add_boolean(
+        parser, "--rows", "short rows (SFT, preferences): look for similar ones too, by MinHash"
+    )
     parser.add_argument("--workers", type=at_least(1), default=1, help="processes, over files")
     parser.add_argument(
         "--coverage",
@@ -35,18 +43,27 @@ def main() -> None:
         default=Settings.coverage,
         help="share of an item that counts as holding it",
     )
-    parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"), help="where downloaded test sets are kept")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("data/store/wheels"),
+        help="where downloaded test sets are kept",
+    )
     args = parser.parse_args()
     with user_errors():
         tests = [name.strip() for name in args.test_datasets.split(",") if name.strip()]
         settings = Settings(coverage=args.coverage)
         trains = [name for given in args.train_dataset for name in _names(given)]
-        index, found = decontaminate(trains, tests, args.output, args.cache, settings, args.rows, args.workers)
+        index, found = decontaminate(
+            trains, tests, args.output, args.cache, settings, args.rows, args.workers
+        )
         text = report(index, found)
         if args.report:
             write_text(args.report, text + "\n")
         scanned = found["settings"]["documents"]
-        print(f"{text}\n\n{scanned:,} documents scanned, {len(found['documents']):,} hit; written to {args.output}")
+        print(
+            f"{text}\n\n{scanned:,} documents scanned, {len(found['documents']):,} hit; written to {args.output}"
+        )
 
 
 def _names(given: str) -> tuple[str, ...]:
@@ -66,10 +83,14 @@ def find_contaminated_examples(
     not looked for. ValueError if there are no test texts, or a single str is given for several.
     """
     if isinstance(train_texts, str) or isinstance(test_texts, str):
-        raise ValueError("find_contaminated_examples takes several texts; put a single one in a list")
+        raise ValueError(
+            "find_contaminated_examples takes several texts; put a single one in a list"
+        )
     if isinstance(test_texts, Mapping):
         test_texts = test_texts.values()
-    named: Iterable[tuple[Any, Any]] = train_texts.items() if isinstance(train_texts, Mapping) else enumerate(train_texts)
+    named: Iterable[tuple[Any, Any]] = (
+        train_texts.items() if isinstance(train_texts, Mapping) else enumerate(train_texts)
+    )
     items = [Item(str(number), (text,)) for number, text in enumerate(test_texts)]
     ids: dict[str, int | str] = {}
 

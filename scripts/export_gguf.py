@@ -23,13 +23,35 @@ from scripts.model_card import MARK, lm_studio, model_card, modelfile
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Llama, Qwen3 or Qwen3-MoE folder"
+        "--checkpoint",
+        required=True,
+        type=newest_step,
+        help="a step or phase folder, or a Llama, Qwen3 or Qwen3-MoE folder",
     )
-    parser.add_argument("--outtype", default="f16,q8_0,q4_k_m", help=f"one or several, by commas: {', '.join(OUTTYPES)}")
-    parser.add_argument("--outfile", required=True, help="where to; {outtype} in it stands for the type")
-    parser.add_argument("--threads", type=at_least(0), default=0, help="for quantising; 0: all that this process may use")
-    parser.add_argument("--logs", type=Path, help="what the model card tells of (default: the logs/<run> of the checkpoint)")
-    parser.add_argument("--results", type=Path, help="scores for the model card (default: the results/<run> of the checkpoint)")
+    parser.add_argument(
+        "--outtype",
+        default="f16,q8_0,q4_k_m",
+        help=f"one or several, by commas: {', '.join(OUTTYPES)}",
+    )
+    parser.add_argument(
+        "--outfile", required=True, help="where to; {outtype} in it stands for the type"
+    )
+    parser.add_argument(
+        "--threads",
+        type=at_least(0),
+        default=0,
+        help="for quantising; 0: all that this process may use",
+    )
+    parser.add_argument(
+        "--logs",
+        type=Path,
+        help="what the model card tells of (default: the logs/<run> of the checkpoint)",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="scores for the model card (default: the results/<run> of the checkpoint)",
+    )
     args = parser.parse_args()
     with user_errors():
         begun = time.monotonic()
@@ -48,14 +70,33 @@ def main() -> None:
 
 
 def write_beside(
-    folder: Path, targets: dict[str, Path], name: str, vocabulary: Vocabulary, logs: Path | None, results: Path | None
+    folder: Path,
+    targets: dict[str, Path],
+    name: str,
+    vocabulary: Vocabulary,
+    logs: Path | None,
+    results: Path | None,
 ) -> Iterator[str]:
     """Modelfile, LM_STUDIO.md and README.md beside the last file; yields what became of each."""
     best = list(targets.values())[-1]
-    run = next((parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"), folder.name)
+    run = next(
+        (parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"),
+        folder.name,
+    )
     template = vocabulary.template
-    card = model_card(folder, targets, name, template, logs or Path("logs") / run, results or Path("results") / run)
-    texts = {"Modelfile": modelfile(best.name, template), "LM_STUDIO.md": lm_studio(best.name, template), "README.md": card}
+    card = model_card(
+        folder,
+        targets,
+        name,
+        template,
+        logs or Path("logs") / run,
+        results or Path("results") / run,
+    )
+    texts = {
+        "Modelfile": modelfile(best.name, template),
+        "LM_STUDIO.md": lm_studio(best.name, template),
+        "README.md": card,
+    }
     for file, text in texts.items():
         path = best.parent / file
         if path.is_file() and MARK not in path.read_text(errors="replace", encoding="utf-8"):
@@ -69,22 +110,32 @@ def checkpoint_folder(path: Path) -> Path:
     """The folder of a checkpoint with a tokenizer; ValueError says what it lacks."""
     check_model_folder(path)
     if not (path / "tokenizer.json").is_file():
-        raise ValueError(f"{path} holds no tokenizer.json; copy the tokenizer's files there, a GGUF file carries them")
+        raise ValueError(
+            f"{path} holds no tokenizer.json; copy the tokenizer's files there, a GGUF file carries them"
+        )
     return path
 
 
 def target_files(outtypes: str, outfile: str) -> dict[str, Path]:
     """outtype -> file; ValueError for an unknown one, or for a name that several would share."""
-    kinds = list(dict.fromkeys(kind.strip().lower() for kind in outtypes.split(",") if kind.strip()))
+    kinds = list(
+        dict.fromkeys(kind.strip().lower() for kind in outtypes.split(",") if kind.strip())
+    )
     unknown = [kind for kind in kinds if kind not in OUTTYPES]
     if unknown or not kinds:
-        raise ValueError(f"--outtype {outtypes}: {unknown[0] if unknown else 'nothing'!r} is none of {', '.join(OUTTYPES)}")
+        raise ValueError(
+            f"--outtype {outtypes}: {unknown[0] if unknown else 'nothing'!r} is none of {', '.join(OUTTYPES)}"
+        )
     if len(kinds) > 1 and "{outtype}" not in outfile:
-        raise ValueError(f"--outfile {outfile} is one name for {len(kinds)} files; put {{outtype}} into it")
+        raise ValueError(
+            f"--outfile {outfile} is one name for {len(kinds)} files; put {{outtype}} into it"
+        )
     targets = {kind: Path(outfile.replace("{outtype}", kind)) for kind in kinds}
     folders = [path for path in targets.values() if path.is_dir()]
     if folders:
-        raise ValueError(f"--outfile {folders[0]} is a folder; name a file in it, such as {folders[0]}/model-{{outtype}}.gguf")
+        raise ValueError(
+            f"--outfile {folders[0]} is a folder; name a file in it, such as {folders[0]}/model-{{outtype}}.gguf"
+        )
     return targets
 
 

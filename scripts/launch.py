@@ -20,7 +20,16 @@ from cli import user_errors
 from torchrun_plugin import ROOT, exit_status, prepare
 from training.ops.supervisor import DRIVER, end_with_driver
 
-SEVERAL = ("nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "master_addr", "master_port")
+SEVERAL = (
+    "nnodes",
+    "node_rank",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
+    "rdzv_conf",
+    "master_addr",
+    "master_port",
+)
 
 
 def main() -> None:
@@ -39,19 +48,27 @@ def main() -> None:
 def _arguments(given: list[str]) -> argparse.Namespace:
     """torchrun's, with --standalone, which finds a free port of this machine, unless a flag or PET_<FLAG> is for several."""
     arguments, default = run.parse_args(given), run.get_args_parser().get_default
-    asked = [name for name in SEVERAL if getattr(arguments, name) != default(name) or f"PET_{name.upper()}" in os.environ]
+    asked = [
+        name
+        for name in SEVERAL
+        if getattr(arguments, name) != default(name) or f"PET_{name.upper()}" in os.environ
+    ]
     if not asked or (asked == ["nnodes"] and arguments.nnodes == "1"):
         arguments.standalone = True
     number = str(arguments.nproc_per_node)
     if not number.isdecimal() and number not in ("cpu", "gpu", "auto"):
-        raise ValueError(f"--nproc_per_node={number} must be a number of processes, or cpu, gpu or auto")
+        raise ValueError(
+            f"--nproc_per_node={number} must be a number of processes, or cpu, gpu or auto"
+        )
     if arguments.module:
         return arguments
     script = Path(str(arguments.training_script))
     if not script.exists() and (ROOT / script).is_file():  # train.py, from another working folder
         arguments.training_script = str(ROOT / script)
     elif not arguments.no_python and not script.exists():
-        raise ValueError(f"there is no script {script}; the entry points are train.py, train_sft.py and train_dpo.py")
+        raise ValueError(
+            f"there is no script {script}; the entry points are train.py, train_sft.py and train_dpo.py"
+        )
     return arguments
 
 

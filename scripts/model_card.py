@@ -36,7 +36,9 @@ PARAMETER stop "<|im_start|>"
 
 def modelfile(file: str, template: str | None) -> str:
     """Ollama's Modelfile with our template in Go's language. template: the one in the GGUF file."""
-    head = f"# {MARK}; ollama create nanollama -f Modelfile && ollama run nanollama\nFROM ./{file}\n"
+    head = (
+        f"# {MARK}; ollama create nanollama -f Modelfile && ollama run nanollama\nFROM ./{file}\n"
+    )
     if not template:
         return head + 'TEMPLATE """{{ .Prompt }}"""\n'
     if not is_our_template(template):
@@ -65,20 +67,43 @@ def lm_studio(file: str, template: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def model_card(folder: Path, targets: dict[str, Path], name: str, template: str | None, logs: Path, results: Path) -> str:
+def model_card(
+    folder: Path,
+    targets: dict[str, Path],
+    name: str,
+    template: str | None,
+    logs: Path,
+    results: Path,
+) -> str:
     """The card, from config.json, logs/<run> up to this checkpoint and its own results. It says what is not there."""
     config = read_config(folder)
     tuned, rows, events = story(logs, folder)
     phases = {phase["name"]: _config(logs, phase) for phase in phases_of(rows)}
-    phases |= {stage["name"]: _config(logs / stage["name"], stage["phases"][-1]) for stage in tuned if stage["phases"]}
-    stores = dict.fromkeys(Path(phase["data"]["store"]) for phase in phases.values() if phase.get("data", {}).get("store"))
-    kind = architecture(config) + " (Llama with normalised q and k)" * (architecture(config) == "qwen3")
+    phases |= {
+        stage["name"]: _config(logs / stage["name"], stage["phases"][-1])
+        for stage in tuned
+        if stage["phases"]
+    }
+    stores = dict.fromkeys(
+        Path(phase["data"]["store"])
+        for phase in phases.values()
+        if phase.get("data", {}).get("store")
+    )
+    kind = architecture(config) + " (Llama with normalised q and k)" * (
+        architecture(config) == "qwen3"
+    )
     smallest = min(targets.values(), key=lambda path: path.stat().st_size)
-    usage = f"python -m scripts.chat --model {smallest.name}" if template else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
+    usage = (
+        f"python -m scripts.chat --model {smallest.name}"
+        if template
+        else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
+    )
     digest = folder_hash(folder)
     scores = _scores(measured(results, digest)[0])
     made_with = next((_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {})
-    versions = ", ".join(f"{part} {made_with[part]}" for part in ("python", "torch") if made_with.get(part))
+    versions = ", ".join(
+        f"{part} {made_with[part]}" for part in ("python", "torch") if made_with.get(part)
+    )
     data_head = ("store", "source", "documents", "kept", "tokens", "origin", "sha256")
     parts = [
         f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
@@ -89,7 +114,9 @@ def model_card(folder: Path, targets: dict[str, Path], name: str, template: str 
         f"## Files\n\n{_rows(('file', 'type', 'MB'), _files(targets))}",
         f"## Use\n\n```\n{usage}\nollama create nanollama -f Modelfile && ollama run nanollama\n```\n",
         f"## Training\n\n{_rows(('phase', 'steps', 'tokens', 'row', 'peak lr', 'mixture'), _training(phases)) or _none(logs)}",
-        _rows(("stage", "started from", "data", "held-out loss", "pairs preferred, %"), _tuning(tuned)),
+        _rows(
+            ("stage", "started from", "data", "held-out loss", "pairs preferred, %"), _tuning(tuned)
+        ),
         f"Trained with {versions}.\n" if versions else "",
         f"## Data\n\n{_rows(data_head, _data(stores)) or _none('a data report')}",
         f"## Contamination\n\n{_contamination(stores) or _none('a contamination report')}",
@@ -130,7 +157,11 @@ def _json(path: Path) -> dict[str, Any]:
 def _rows(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
     """A markdown table, empty where there are no rows."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines]) + "\n" if lines else ""
+    return (
+        "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines]) + "\n"
+        if lines
+        else ""
+    )
 
 
 def _files(targets: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
@@ -143,7 +174,14 @@ def _training(phases: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
         data = run.get("data", {})
         rate = run.get("optim", {}).get("lr")
         mix = ", ".join(f"{name} {share:g}" for name, share in (data.get("mix") or {}).items())
-        yield phase, f"{run['steps']:,}", f"{run['tokens']:,}" if run["tokens"] else "?", data.get("sequence_length"), rate, mix
+        yield (
+            phase,
+            f"{run['steps']:,}",
+            f"{run['tokens']:,}" if run["tokens"] else "?",
+            data.get("sequence_length"),
+            rate,
+            mix,
+        )
 
 
 def _tuning(stages: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
@@ -167,7 +205,9 @@ def _data(stores: dict[Path, None]) -> Iterator[tuple[Any, ...]]:
 
 def _contamination(stores: dict[Path, None]) -> str:
     texts = [
-        (store / "contamination.md").read_text(encoding="utf-8") for store in stores if (store / "contamination.md").is_file()
+        (store / "contamination.md").read_text(encoding="utf-8")
+        for store in stores
+        if (store / "contamination.md").is_file()
     ]
     return "\n".join(text.split("\n\n")[0] + "\n" for text in texts)
 

@@ -29,7 +29,14 @@ from training.checkpoint import damage, identity, step_folders
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
 from training.planning.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
-from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, load_plan, scheduled_phases
+from training.planning.plan import (
+    Milestone,
+    Plan,
+    PlanStage,
+    ScheduledPhase,
+    load_plan,
+    scheduled_phases,
+)
 from training.run_folder import locked
 from training.settings import read_yaml
 
@@ -41,14 +48,27 @@ class Pipeline:
 
     def __init__(self, plan: Plan, extend: dict[str, int], accept: str | None):
         self.plan, self.number = plan, 0
-        self.launch = ["python", "-m", "scripts.launch", f"--nproc_per_node={plan.ranks}", "train.py"]
+        self.launch = [
+            "python",
+            "-m",
+            "scripts.launch",
+            f"--nproc_per_node={plan.ranks}",
+            "train.py",
+        ]
         self.measured: list[Measured] = []  # in order of the plan
-        self.accept, self.extended = accept, extend  # an extension accepts the no-go of its phase that advised it
+        self.accept, self.extended = (
+            accept,
+            extend,
+        )  # an extension accepts the no-go of its phase that advised it
         run = scheduled_phases(plan)[0].run
         if not run.logs.exists() and (ROOT / run.logs).exists() and Path.cwd() != ROOT:
-            print(f"warning: {Path.cwd()} has no run {run.run}, but {ROOT} has one; to continue it, give the command there")
+            print(
+                f"warning: {Path.cwd()} has no run {run.run}, but {ROOT} has one; to continue it, give the command there"
+            )
         self.logs, self.results = run.logs, Path("results") / run.run
-        self.alerts = open_alerts(self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets))
+        self.alerts = open_alerts(
+            self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets)
+        )
         self.supervisor = Supervisor(self.logs, plan.restarts, self.event)
         self.longer = self._extensions(extend)
         self.scheduled_phases = scheduled_phases(plan, self.longer)
@@ -60,17 +80,27 @@ class Pipeline:
         before: Path | None = None
         for scheduled in self.scheduled_phases:
             self._renew(scheduled, before, scheduled.run.phase in redo)
-            for stop in sorted({milestone.at for milestone in scheduled.phase.milestones} | {scheduled.end}):
+            for stop in sorted(
+                {milestone.at for milestone in scheduled.phase.milestones} | {scheduled.end}
+            ):
                 self.train(scheduled, stop, before)
                 for milestone in scheduled.phase.milestones:
                     if milestone.at == stop:
                         checkpoint = scheduled.run.checkpoints / f"step_{milestone.at}"
-                        self.judge(replace(milestone, evals=milestone.evals or tuple(self.plan.evals)), checkpoint, scheduled)
+                        self.judge(
+                            replace(milestone, evals=milestone.evals or tuple(self.plan.evals)),
+                            checkpoint,
+                            scheduled,
+                        )
             before = scheduled.run.checkpoints
         checkpoint = step_folders(self.scheduled_phases[-1].run.checkpoints)[-1]
         for stage in self.plan.stages:
             if stage.name in skip:
-                self.event("skipped_stage", f"stage {stage.name} is left out, as --skip asks", stage=stage.name)
+                self.event(
+                    "skipped_stage",
+                    f"stage {stage.name} is left out, as --skip asks",
+                    stage=stage.name,
+                )
                 continue
             checkpoint = self.carry_out(stage, checkpoint, stage.name in redo)
         for sentence, command in self.plan.after.items():
@@ -99,7 +129,11 @@ class Pipeline:
     def carry_out(self, stage: PlanStage, checkpoint: Path, redo: bool) -> Path:
         """Run a stage's commands on a checkpoint, judge what they leave, and return that; made before from other: redone."""
         leaves, record = Path(stage.leaves), self.results / stage.name / "stage.json"
-        made_of = {"checkpoint": identity(checkpoint), "commands": stage.commands, "settings": _settings(stage)}
+        made_of = {
+            "checkpoint": identity(checkpoint),
+            "commands": stage.commands,
+            "settings": _settings(stage),
+        }
         done, folders = read_object(record), step_folders(leaves)
         position = (read_object(folders[-1] / "state" / "trainer.json") if folders else None) or {}
         parent = position.get("parent") if position.get("phase") == stage.name else None
@@ -107,8 +141,15 @@ class Pipeline:
         if folders and redo:
             self._set_aside(leaves, f"{stage.name} is done again, as --redo asks")
         elif folders and of not in (None, "", made_of["checkpoint"]):
-            self._set_aside(leaves, f"{stage.name} was made from another model than {checkpoint}, and is made again")
-        elif folders and done and any(done.get(name) != made_of[name] for name in ("commands", "settings")):
+            self._set_aside(
+                leaves,
+                f"{stage.name} was made from another model than {checkpoint}, and is made again",
+            )
+        elif (
+            folders
+            and done
+            and any(done.get(name) != made_of[name] for name in ("commands", "settings"))
+        ):
             raise ValueError(
                 f"stage {stage.name} was made with other settings than the plan and its configs have now; give "
                 f"--redo {stage.name} to make it again, or undo the change"
@@ -117,23 +158,33 @@ class Pipeline:
         for sentence, command in stage.commands.items():
             self.stage(sentence, self._fill(command, checkpoint=checkpoint))
         if not step_folders(leaves):
-            raise ValueError(f"stage {stage.name} left no checkpoint in {leaves}; make its commands write there")
+            raise ValueError(
+                f"stage {stage.name} left no checkpoint in {leaves}; make its commands write there"
+            )
         newest = step_folders(leaves)[-1]
         if stage.evals:
             self.judge(stage, newest)
         return newest
 
-    def judge(self, milestone: Milestone | PlanStage, checkpoint: Path, scheduled: ScheduledPhase | None = None) -> None:
+    def judge(
+        self,
+        milestone: Milestone | PlanStage,
+        checkpoint: Path,
+        scheduled: ScheduledPhase | None = None,
+    ) -> None:
         """Measure and judge a milestone or what a stage left, once; SystemExit(3) where that ends the plan here."""
         step = milestone.at if isinstance(milestone, Milestone) else milestone.name
         where = f"at step {step}" if isinstance(milestone, Milestone) else f"after {step}"
-        folder = self.results / (f"step_{step}" if isinstance(milestone, Milestone) else milestone.name)
+        folder = self.results / (
+            f"step_{step}" if isinstance(milestone, Milestone) else milestone.name
+        )
         path, of = folder / "decision.json", identity(checkpoint)
         done = read_object(path) or {}
         phase = scheduled.run.phase if scheduled else str(step)
         compared = [reference_of(gate, self.measured) for gate in milestone.gates]
         known = [
-            estimate(gate.metric, found.metrics) if found else None for gate, found in zip(milestone.gates, compared, strict=True)
+            estimate(gate.metric, found.metrics) if found else None
+            for gate, found in zip(milestone.gates, compared, strict=True)
         ]
         references = [found.value if found else None for found in known]
         current = done.get("of") == of and done.get("gates") == _plain(milestone.gates)
@@ -144,36 +195,71 @@ class Pipeline:
         for name in milestone.evals:
             output, key = folder / f"{name}.json", {"of": of, "command": self.plan.evals[name]}
             measured = read_object(output) or {}
-            if any(measured.get(part) != value for part, value in key.items()) or measured.get("not_measured"):
+            if any(measured.get(part) != value for part, value in key.items()) or measured.get(
+                "not_measured"
+            ):
                 command = self._fill(self.plan.evals[name], checkpoint=checkpoint, output=output)
                 self.stage(f"Measuring {name} {where}", command)
                 found = read_object(output)
                 if found is None:
-                    raise ValueError(f"the evaluation {name} left no results in {output}; make its command write {{output}}")
+                    raise ValueError(
+                        f"the evaluation {name} left no results in {output}; make its command write {{output}}"
+                    )
                 write_json(output, {**found, **key})
         metrics = self._remember(milestone.evals, folder, phase, where)
-        verdicts = [judge(gate, metrics, found) for gate, found in zip(milestone.gates, compared, strict=True)]
+        verdicts = [
+            judge(gate, metrics, found)
+            for gate, found in zip(milestone.gates, compared, strict=True)
+        ]
         outcome = decide(verdicts) if verdicts else "go"
-        was_seen = current and done.get("outcome") == "no-go"  # a reason is for a no-go that was seen
+        was_seen = (
+            current and done.get("outcome") == "no-go"
+        )  # a reason is for a no-go that was seen
         steps = self.extended.get(scheduled.run.phase) if scheduled else None
-        reason = self.accept or (f"{scheduled.run.phase} extended by {steps} steps" if scheduled and steps else None)
+        reason = self.accept or (
+            f"{scheduled.run.phase} extended by {steps} steps" if scheduled and steps else None
+        )
         accepted = reason if outcome == "no-go" and was_seen else None
         decision: dict[str, Any] = {"step": step, "outcome": outcome, "accepted": accepted}
         decision["gates"] = _plain(milestone.gates)
-        decision |= {"references": references} if any(gate.against for gate in milestone.gates) else {}
+        decision |= (
+            {"references": references} if any(gate.against for gate in milestone.gates) else {}
+        )
         values = [verdict.value for verdict in verdicts]
         write_json(path, {**decision, "values": values, "of": of, "metrics": metrics})
-        advice = [verdict.gate.advice for verdict in verdicts if verdict.outcome != "go" and verdict.gate.advice]
-        advice = list(dict.fromkeys(advice)) or ([milestone.advice] if milestone.advice and outcome != "go" else [])
-        text = f"{outcome} {where}: " + "; ".join(map(str, verdicts)) + (f"; accepted: {accepted}" if accepted else "")
+        advice = [
+            verdict.gate.advice
+            for verdict in verdicts
+            if verdict.outcome != "go" and verdict.gate.advice
+        ]
+        advice = list(dict.fromkeys(advice)) or (
+            [milestone.advice] if milestone.advice and outcome != "go" else []
+        )
+        text = (
+            f"{outcome} {where}: "
+            + "; ".join(map(str, verdicts))
+            + (f"; accepted: {accepted}" if accepted else "")
+        )
         append_event(self.logs, "gate", text, **decision, values=values, advice="; ".join(advice))
-        self.alerts.send("gate", f"{self.scheduled_phases[0].run.run}: {outcome} {where}", "\n".join([text, *advice]))
+        self.alerts.send(
+            "gate",
+            f"{self.scheduled_phases[0].run.run}: {outcome} {where}",
+            "\n".join([text, *advice]),
+        )
         self.alerts.flush()
         for gate, verdict in zip(milestone.gates, verdicts, strict=True):
-            earlier = [] if gate.against else [(m.where, estimate(gate.metric, m.metrics)) for m in self.measured[:-1]]
+            earlier = (
+                []
+                if gate.against
+                else [(m.where, estimate(gate.metric, m.metrics)) for m in self.measured[:-1]]
+            )
             before = [f"; before, {at}: {found.value:.3f}" for at, found in earlier if found]
             print(f"    {verdict}{(before or [''])[-1]}")
-        print(f"decision {where}: {outcome.upper()}" + (f", accepted: {accepted}" if accepted else ""), flush=True)
+        print(
+            f"decision {where}: {outcome.upper()}"
+            + (f", accepted: {accepted}" if accepted else ""),
+            flush=True,
+        )
         for sentence in advice:
             print(f"the plan advises: {sentence}", flush=True)
         if outcome == "no-go" and not accepted:
@@ -185,22 +271,39 @@ class Pipeline:
         """What was measured there, for the gates and for those that come later."""
         read = [(name, read_object(folder / f"{name}.json")) for name in names]
         metrics = [by_name(name, content["metrics"]) for name, content in read if content]
-        self.measured.append(Measured(phase, where, {name: values for found in metrics for name, values in found.items()}))
+        self.measured.append(
+            Measured(
+                phase, where, {name: values for found in metrics for name, values in found.items()}
+            )
+        )
         return self.measured[-1].metrics
 
     def _renew(self, scheduled: ScheduledPhase, before: Path | None, redo: bool) -> None:
         """Set aside what a phase left where it can't be continued: redone, begun from another model, or its decay cut short."""
         run, folders = scheduled.run, step_folders(scheduled.run.checkpoints)
-        known = [(folder, position) for folder in folders if (position := read_object(folder / "state" / "trainer.json"))]
+        known = [
+            (folder, position)
+            for folder in folders
+            if (position := read_object(folder / "state" / "trainer.json"))
+        ]
         if not known:
             return
         newest, position = known[-1]
         earlier = step_folders(before)[-1] if before and step_folders(before) else None
         if redo:
             self._set_aside(run.checkpoints, f"{run.phase} is done again, as --redo asks")
-        elif earlier and position["phase"] == run.phase and position["parent"] not in ("", identity(earlier)):
-            self._set_aside(run.checkpoints, f"{run.phase} did not begin from {earlier}, and is done again")
-        elif self.longer and position.get("rate", {}).get("total_steps") not in (None, run.schedule.total_steps):
+        elif (
+            earlier
+            and position["phase"] == run.phase
+            and position["parent"] not in ("", identity(earlier))
+        ):
+            self._set_aside(
+                run.checkpoints, f"{run.phase} did not begin from {earlier}, and is done again"
+            )
+        elif self.longer and position.get("rate", {}).get("total_steps") not in (
+            None,
+            run.schedule.total_steps,
+        ):
             stable = run.schedule.total_steps - run.schedule.decay_steps  # the decay begins there
             cut = [folder for folder, found in known if found["step"] > stable]
             if cut and position["step"] < scheduled.end:
@@ -209,7 +312,9 @@ class Pipeline:
 
     def _set_aside(self, folder: Path, why: str, steps: list[Path] | None = None) -> None:
         """Move a folder of checkpoints, or some of its step folders, out of the way; nothing is deleted."""
-        number = next(n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists())
+        number = next(
+            n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists()
+        )
         aside = folder.with_name(f"{folder.name}.old{number}")
         if steps is None:
             folder.rename(aside)
@@ -227,10 +332,16 @@ class Pipeline:
 
     def _fill(self, command: str, **values: object) -> list[str]:
         """The words of a plan's command, with {checkpoint}, {output} and {run} filled in."""
-        return [word.format(run=self.scheduled_phases[0].run.run, **values) for word in shlex.split(command)]
+        return [
+            word.format(run=self.scheduled_phases[0].run.run, **values)
+            for word in shlex.split(command)
+        ]
 
     def _check_names(self, redo: frozenset[str], skip: frozenset[str]) -> None:
-        stages, phases = [stage.name for stage in self.plan.stages], [s.run.phase for s in self.scheduled_phases]
+        stages, phases = (
+            [stage.name for stage in self.plan.stages],
+            [s.run.phase for s in self.scheduled_phases],
+        )
         for flag, asked, known in (("--redo", redo, [*phases, *stages]), ("--skip", skip, stages)):
             if unknown := sorted(asked - set(known)):
                 raise ValueError(f"{flag} {unknown[0]}: the plan has {', '.join(known) or 'none'}")
@@ -239,14 +350,30 @@ class Pipeline:
         """Decay the learning rate over `steps` steps from a checkpoint of the stable part, beside the run itself."""
         found = [s for s in self.scheduled_phases if (s.run.checkpoints / f"step_{at}").is_dir()]
         if not found:
-            raise ValueError(f"there is no checkpoint of step {at} to branch from; checkpoint.keep says how many are kept")
+            raise ValueError(
+                f"there is no checkpoint of step {at} to branch from; checkpoint.keep says how many are kept"
+            )
         run = found[0].run
         schedule = f"schedule={{warmup_steps: {run.schedule.warmup_steps}, total_steps: {at + steps}, decay_steps: {steps}}}"
         where = f"checkpoints/{run.run}/branch_{name}"
         folders = [f"output_dir={where}", f"log_dir={self.logs}/branch_{name}"]
-        settings = [f"phase=branch_{name}", f"steps={steps}", f"start_step={at}", schedule, *folders]
-        resume = ["--config", found[0].phase.config, "--resume_from", str(run.checkpoints / f"step_{at}")]
-        self.stage(f"Branch {name}: the rate decays over steps {at} to {at + steps}", [*self.launch, *resume, *settings])
+        settings = [
+            f"phase=branch_{name}",
+            f"steps={steps}",
+            f"start_step={at}",
+            schedule,
+            *folders,
+        ]
+        resume = [
+            "--config",
+            found[0].phase.config,
+            "--resume_from",
+            str(run.checkpoints / f"step_{at}"),
+        ]
+        self.stage(
+            f"Branch {name}: the rate decays over steps {at} to {at + steps}",
+            [*self.launch, *resume, *settings],
+        )
 
     def stage(self, sentence: str, command: list[str]) -> None:
         """Run one stage, again if it dies; if it fails, leave with its status after saying what to do."""
@@ -271,7 +398,9 @@ class Pipeline:
         """Steps that phases were extended by, now and in earlier calls."""
         path = self.logs / "extensions.json"
         if path.is_file() and read_object(path) is None:
-            raise ValueError(f"{path} is damaged; restore it: it holds the steps that phases were extended by, as JSON")
+            raise ValueError(
+                f"{path} is damaged; restore it: it holds the steps that phases were extended by, as JSON"
+            )
         longer = read_object(path) or {}
         if asked:
             for phase, steps in asked.items():
@@ -290,7 +419,12 @@ class Pipeline:
 def _plain(gates: tuple[Gate, ...]) -> list[dict]:
     """Gates as they are kept beside a decision: what it depends on, without the advice."""
     return [
-        {"metric": gate.metric, "go": gate.go, "no_go": gate.no_go, **({"against": gate.against} if gate.against else {})}
+        {
+            "metric": gate.metric,
+            "go": gate.go,
+            "no_go": gate.no_go,
+            **({"against": gate.against} if gate.against else {}),
+        }
         for gate in gates
     ]
 
@@ -298,7 +432,9 @@ def _plain(gates: tuple[Gate, ...]) -> list[dict]:
 def _settings(stage: PlanStage) -> dict[str, dict]:
     """Content of the configs that a stage's commands name."""
     words = {word for command in stage.commands.values() for word in shlex.split(command)}
-    return {word: read_yaml(Path(word)) for word in sorted(words) if word.endswith((".yaml", ".yml"))}
+    return {
+        word: read_yaml(Path(word)) for word in sorted(words) if word.endswith((".yaml", ".yml"))
+    }
 
 
 def _entry_point(word: str) -> bool:
@@ -309,12 +445,34 @@ def _entry_point(word: str) -> bool:
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--plan", required=True, type=Path)
-    parser.add_argument("--extend", nargs="+", default=[], metavar="PHASE=STEPS", help="let a phase run on after its end")
-    parser.add_argument("--accept", metavar="REASON", help="go on after a no-go; the reason is recorded")
-    parser.add_argument("--redo", nargs="+", default=[], metavar="NAME", help="set aside a phase or stage, and do it again")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="STAGE", help="leave out a stage, such as dpo")
-    parser.add_argument("--branch", metavar="NAME", help="decay from a checkpoint, with --at and --steps, and do nothing else")
-    parser.add_argument("--at", type=at_least(1), help="step of the checkpoint that the branch begins from")
+    parser.add_argument(
+        "--extend",
+        nargs="+",
+        default=[],
+        metavar="PHASE=STEPS",
+        help="let a phase run on after its end",
+    )
+    parser.add_argument(
+        "--accept", metavar="REASON", help="go on after a no-go; the reason is recorded"
+    )
+    parser.add_argument(
+        "--redo",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="set aside a phase or stage, and do it again",
+    )
+    parser.add_argument(
+        "--skip", nargs="+", default=[], metavar="STAGE", help="leave out a stage, such as dpo"
+    )
+    parser.add_argument(
+        "--branch",
+        metavar="NAME",
+        help="decay from a checkpoint, with --at and --steps, and do nothing else",
+    )
+    parser.add_argument(
+        "--at", type=at_least(1), help="step of the checkpoint that the branch begins from"
+    )
     parser.add_argument("--steps", type=at_least(1), help="steps of the branch")
     args = parser.parse_args()
     began = time.monotonic()

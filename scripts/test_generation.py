@@ -23,17 +23,26 @@ from scripts.chat import add_flags, begin, sampling_of, show, trained_context
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=newest_step, help="a step or phase folder, or a Hugging Face one")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        type=newest_step,
+        help="a step or phase folder, or a Hugging Face one",
+    )
     parser.add_argument("--prompt", required=True, nargs="+", help="one text or several")
     add_boolean(parser, "--raw", "continue the text as it is, also by a chat model")
     parser.add_argument("--max_new_tokens", type=at_least(1), help="default: 60, of a reply 512")
-    parser.add_argument("--stop", nargs="+", default=[], help="end plain text before any of these texts")
+    parser.add_argument(
+        "--stop", nargs="+", default=[], help="end plain text before any of these texts"
+    )
     add_flags(parser)
     args = parser.parse_args()
     with user_errors():
         check_model_folder(args.checkpoint)
         chats = template_of(args.checkpoint) and not args.raw
-        args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 512 if chats else 60
+        args.max_new_tokens = (
+            args.max_new_tokens if args.max_new_tokens is not None else 512 if chats else 60
+        )
         if chats:
             converse(args)
         else:
@@ -43,7 +52,9 @@ def main() -> None:
 def converse(args: argparse.Namespace) -> None:
     """Ask each prompt in a conversation of its own."""
     if args.stop:
-        raise ValueError("--stop is for plain text, a reply ends itself; leave it out, or add --raw")
+        raise ValueError(
+            "--stop is for plain text, a reply ends itself; leave it out, or add --raw"
+        )
     try:
         chat = open_chat(args.checkpoint)
     except ValueError as error:
@@ -60,7 +71,9 @@ def go_on(args: argparse.Namespace) -> None:
     """Continue each prompt as plain text."""
     tokenizer = load_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_hf(args.checkpoint, dtype=torch.float32 if device == "cpu" else None, device=device)
+    model = load_hf(
+        args.checkpoint, dtype=torch.float32 if device == "cpu" else None, device=device
+    )
     context = model.config.max_position_embeddings
     bos, ends = borders(args.checkpoint)
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
@@ -75,7 +88,12 @@ def go_on(args: argparse.Namespace) -> None:
                 f"the prompt's {len(ids)} tokens and --max_new_tokens {args.max_new_tokens} are more than the model's {context}; "
                 "shorten one"
             )
-        how = {"stop_strings": args.stop, "stop_tokens": ends, "sampling": sampling_of(args), "seed": args.seed}
+        how = {
+            "stop_strings": args.stop,
+            "stop_tokens": ends,
+            "sampling": sampling_of(args),
+            "seed": args.seed,
+        }
         print(f"> {prompt}{bold}", end="", flush=True)
         for _, piece in stream_text(model, [ids], args.max_new_tokens, tokenizer.decode, **how):
             print(piece, end="", flush=True)

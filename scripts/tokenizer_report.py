@@ -15,9 +15,21 @@ from ranges import above
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--store", type=Path, default=Path("data/store/quickstart"))
-    parser.add_argument("--against", nargs="*", default=[*PUBLIC], choices=[*PUBLIC], help="public tokenizers")
-    parser.add_argument("--split", default="val", choices=["val", "train", "all"], help="documents to measure on; val: held out")
-    parser.add_argument("--sample_megabytes", type=within(float, above(0)), default=2.0, help="of text from each source")
+    parser.add_argument(
+        "--against", nargs="*", default=[*PUBLIC], choices=[*PUBLIC], help="public tokenizers"
+    )
+    parser.add_argument(
+        "--split",
+        default="val",
+        choices=["val", "train", "all"],
+        help="documents to measure on; val: held out",
+    )
+    parser.add_argument(
+        "--sample_megabytes",
+        type=within(float, above(0)),
+        default=2.0,
+        help="of text from each source",
+    )
     parser.add_argument("--output", type=Path, help="write the figures as JSON too")
     args = parser.parse_args()
     with user_errors():
@@ -32,10 +44,18 @@ def show(result: dict) -> None:
     width = max(map(len, [*result["sample_bytes"], "vocabulary"]))
     print(f"bytes a token, {result['split']} documents of {result['store']}")
     print(" " * width, f"{'MB':>7}", *(f"{name:>12}" for name in names))
-    print(f"{'vocabulary':{width}}", " " * 7, *(f"{result['vocab_size'][name]:>12,}" for name in names))
+    print(
+        f"{'vocabulary':{width}}",
+        " " * 7,
+        *(f"{result['vocab_size'][name]:>12,}" for name in names),
+    )
     sizes = {**result["sample_bytes"], "all": sum(result["sample_bytes"].values())}
     for source, size in sizes.items():
-        print(f"{source:{width}}", f"{size / 1e6:7.2f}", *(f"{result['bytes_per_token'][n][source]:12.3f}" for n in names))
+        print(
+            f"{source:{width}}",
+            f"{size / 1e6:7.2f}",
+            *(f"{result['bytes_per_token'][n][source]:12.3f}" for n in names),
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def main() -> None:
         recipe = load_settings(Recipe, args.config, args.overrides)
         fresh = train_store_tokenizer(recipe)
         folder = Path(recipe.store) / "tokenizer"
-        print(f"tokenizer of {load_tokenizer(folder).get_vocab_size():,} tokens {'made' if fresh else 'already there'}: {folder}")
+        print(
+            f"tokenizer of {load_tokenizer(folder).get_vocab_size():,} tokens {'made' if fresh else 'already there'}: {folder}"
+        )
 
 
 if __name__ == "__main__":

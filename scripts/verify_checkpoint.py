@@ -26,9 +26,20 @@ from training.safe_pickle import load, read_index
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("path", type=Path, help="a step_N folder, the folder of a phase, or the folder of a run")
-    parser.add_argument("--against", type=Path, metavar="OTHER", help="a step_N folder whose weights and state must be equal")
-    parser.add_argument("--model", action="store_true", help="load the newest weights; check rope theta and the document mask")
+    parser.add_argument(
+        "path", type=Path, help="a step_N folder, the folder of a phase, or the folder of a run"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OTHER",
+        help="a step_N folder whose weights and state must be equal",
+    )
+    parser.add_argument(
+        "--model",
+        action="store_true",
+        help="load the newest weights; check rope theta and the document mask",
+    )
     args = parser.parse_args()
     with user_errors():
         folders = find(args.path)
@@ -39,7 +50,9 @@ def main() -> None:
             problem = damage(folder) or unreadable(folder)
             damaged += problem is not None
             print(f"{folder}: {'DAMAGED: ' + problem if problem else describe(folder)}", flush=True)
-        different = list(differences(args.path, args.against)) if args.against and not damaged else []
+        different = (
+            list(differences(args.path, args.against)) if args.against and not damaged else []
+        )
         for line in different:
             print(f"DIFFERENT: {line}")
         if args.model and not damaged:
@@ -57,9 +70,13 @@ def find(path: Path) -> list[Path]:
     if (path / "config.json").is_file() or path.name.startswith("step_"):
         found = [path] if path.is_dir() else []
     else:
-        found = [step for folder in [path, *sorted(path.glob("*/"))] for step in step_folders(folder)]
+        found = [
+            step for folder in [path, *sorted(path.glob("*/"))] for step in step_folders(folder)
+        ]
     if not found:
-        raise ValueError(f"{path} holds no step_N folder; give one, the folder of a phase, or the folder of a run")
+        raise ValueError(
+            f"{path} holds no step_N folder; give one, the folder of a phase, or the folder of a run"
+        )
     return found
 
 
@@ -89,13 +106,24 @@ def model_faults(folder: Path) -> Iterator[str]:
     run = settings(path)
     says = run.get("rope_theta")
     first, wanted = says if isinstance(says, list) else (says, says)
-    known = f"as {path} says" if wanted == theta else f"{path} says {wanted}" if wanted else f"there is no {path} to compare with"
+    known = (
+        f"as {path} says"
+        if wanted == theta
+        else f"{path} says {wanted}"
+        if wanted
+        else f"there is no {path} to compare with"
+    )
     print(f"{folder}: rope theta {theta:,.0f} ({known}), context {context:,} tokens")
-    at_end = not has_state(folder) or (position := read_position(folder))["step"] == position["phase_end"]
+    at_end = (
+        not has_state(folder)
+        or (position := read_position(folder))["step"] == position["phase_end"]
+    )
     if wanted and wanted != theta and (at_end or first == wanted):
         yield f"rope theta is {theta:,.0f}, but {path} says {wanted:,.0f}"
     length = min(context, 256)
-    tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)
+    )
     cut = length // 3
     doc_ids = (torch.arange(length)[None] >= cut).int()
     with torch.no_grad():
@@ -103,7 +131,9 @@ def model_faults(folder: Path) -> Iterator[str]:
         apart = torch.cat([model(tokens[:, :cut]), model(tokens[:, cut:])], dim=1)
         mixed = (model(tokens) - packed)[:, cut:].abs().max().item()
     error = (packed - apart).abs().max().item()
-    print(f"{folder}: document mask: packed and separate logits differ by at most {error:.1e}; without the mask by {mixed:.1e}")
+    print(
+        f"{folder}: document mask: packed and separate logits differ by at most {error:.1e}; without the mask by {mixed:.1e}"
+    )
     if not error <= 1e-3 * max(1.0, apart.abs().max().item()):
         yield f"packed documents do not get the logits that they get alone: the largest difference is {error:.2g}"
 
@@ -126,7 +156,10 @@ def unreadable(folder: Path) -> str | None:
 
 def differences(one: Path, other: Path) -> Iterator[str]:
     """What differs between two step folders: weights, moments and counters bit by bit, then where they stand."""
-    with safe_open(one / "model.safetensors", framework="pt") as a, safe_open(other / "model.safetensors", framework="pt") as b:
+    with (
+        safe_open(one / "model.safetensors", framework="pt") as a,
+        safe_open(other / "model.safetensors", framework="pt") as b,
+    ):
         yield from _compare("weights", set(a.keys()), set(b.keys()), a.get_tensor, b.get_tensor)
     if not (has_state(one) and has_state(other)):
         if has_state(one) or has_state(other):
@@ -141,7 +174,9 @@ def differences(one: Path, other: Path) -> Iterator[str]:
             yield f"trainer.json: {name} is {values[0][:80]} and {values[1][:80]}"
 
 
-def _compare(what: str, a_names: set[str], b_names: set[str], a_get: Any, b_get: Any) -> Iterator[str]:
+def _compare(
+    what: str, a_names: set[str], b_names: set[str], a_get: Any, b_get: Any
+) -> Iterator[str]:
     for name in sorted(a_names ^ b_names):
         yield f"{what}: {name} is in one of them only"
     for name in sorted(a_names & b_names):
@@ -155,7 +190,9 @@ def _same(a: Any, b: Any) -> bool:
         return a == b
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(
+        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
+    )
 
 
 def _state(folder: Path) -> tuple[set[str], Any]:

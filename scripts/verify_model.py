@@ -25,9 +25,13 @@ def main() -> None:
     with user_errors():
         run = load(args.config, args.overrides)
         model = NanoLlama(run.model, seed=run.seed).to(args.device)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, as expected: {run.model.num_parameters:,}")
+        print(
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, as expected: {run.model.num_parameters:,}"
+        )
         loss = overfit(model, run, args.steps)
-        print(f"loss {loss:.4f} after {args.steps} steps: {'ok' if loss <= TARGET else f'FAILED, {TARGET} was to be reached'}")
+        print(
+            f"loss {loss:.4f} after {args.steps} steps: {'ok' if loss <= TARGET else f'FAILED, {TARGET} was to be reached'}"
+        )
     raise SystemExit(0 if loss <= TARGET else 1)
 
 
@@ -36,7 +40,9 @@ def overfit(model: NanoLlama, run, steps: int) -> float:
     optimizer = build_optimizer(model, run.optim)
     generator = torch.Generator().manual_seed(run.seed)
     length = min(64, run.model.max_position_embeddings)
-    batch = torch.randint(run.model.vocab_size, (4, length + 1), generator=generator).to(next(model.parameters()).device)
+    batch = torch.randint(run.model.vocab_size, (4, length + 1), generator=generator).to(
+        next(model.parameters()).device
+    )
     batch[:, 0] = torch.arange(4)  # rows that begin alike could not be told apart
     for step in range(steps):
         losses = model(batch[:, :-1], batch[:, 1:])

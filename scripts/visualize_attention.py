@@ -42,7 +42,9 @@ def look(model: NanoLlama, tokens: Tensor, size: int = 64, chunk: int = CHUNK) -
     found = []
     layers: list[Any] = list(model.layers)
     for layer in layers:
-        found.append(_head_statistics(layer.self_attn, layer.input_layernorm(x), cos, sin, size, chunk))
+        found.append(
+            _head_statistics(layer.self_attn, layer.input_layernorm(x), cos, sin, size, chunk)
+        )
         x = layer(x, cos, sin, mask)
     return Attention(*(torch.stack(parts).cpu() for parts in zip(*found, strict=True)))
 
@@ -52,15 +54,22 @@ def _head_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Profile, sink and pictures of one layer's heads, of its normed input [1, T, D]."""
     length = x.shape[1]
-    q, k = (proj(x).view(length, -1, attention.head_dim) for proj in (attention.q_proj, attention.k_proj))
+    q, k = (
+        proj(x).view(length, -1, attention.head_dim)
+        for proj in (attention.q_proj, attention.k_proj)
+    )
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = (apply_rotary(part.transpose(0, 1)[None], cos, sin)[0] for part in (q, k))  # [heads, T, head_dim]
+    q, k = (
+        apply_rotary(part.transpose(0, 1)[None], cos, sin)[0] for part in (q, k)
+    )  # [heads, T, head_dim]
     heads = len(q)
     k = k.repeat_interleave(heads // len(k), 0).float().transpose(1, 2)
     places = torch.arange(length, device=x.device)
     bands = places * size // length
-    profile = torch.zeros(heads, int(_bin(torch.tensor(length - 1))) + 1, dtype=torch.float64, device=x.device)
+    profile = torch.zeros(
+        heads, int(_bin(torch.tensor(length - 1))) + 1, dtype=torch.float64, device=x.device
+    )
     sink = torch.zeros(heads, dtype=torch.float64, device=x.device)
     pictures = torch.zeros(heads, size, size, dtype=torch.float64, device=x.device)
     rows = max(1, chunk // (heads * length))
@@ -75,7 +84,11 @@ def _head_statistics(
         by_key = torch.zeros(heads, len(queries), size, dtype=torch.float64, device=x.device)
         by_key.scatter_add_(2, bands.expand(heads, len(queries), -1), mass)
         pictures.index_add_(1, bands[queries], by_key)
-    return profile / length, sink / max(1, length - 1), pictures / bands.bincount(minlength=size).clamp(min=1)[:, None]
+    return (
+        profile / length,
+        sink / max(1, length - 1),
+        pictures / bands.bincount(minlength=size).clamp(min=1)[:, None],
+    )
 
 
 def _bin(distance: Tensor) -> Tensor:
@@ -103,17 +116,29 @@ def draw(found: Attention, output: Path, title: str, about: dict[str, str] | Non
     figure.suptitle(title)
     profile, share = above.subplots(1, 2, width_ratios=[3, 1], sharey=True)
     image = profile.imshow(found.profile.mean(1), aspect="auto", cmap="magma", vmin=0)
-    profile.set(xlabel="distance in tokens", ylabel="layer", title="attention mass by distance, mean of heads")
+    profile.set(
+        xlabel="distance in tokens",
+        ylabel="layer",
+        title="attention mass by distance, mean of heads",
+    )
     profile.set_xticks(range(bins), bin_names(bins), rotation=45, ha="right", fontsize=8)
     above.colorbar(image, ax=profile)
     share.barh(range(layers), found.sink.mean(1), color="#3656c8")
-    share.plot(found.sink.flatten(), torch.arange(layers).repeat_interleave(heads), ".", color="#d9822b", markersize=3)
+    share.plot(
+        found.sink.flatten(),
+        torch.arange(layers).repeat_interleave(heads),
+        ".",
+        color="#d9822b",
+        markersize=3,
+    )
     share.set(xlim=(0, 1), xlabel="share of the first token", title="sink: mean, and each head")
     axes = below.subplots(len(shown), columns, squeeze=False)
     for row, layer in enumerate(shown):
         for column in range(columns):
             head = column * heads // columns
-            axes[row, column].imshow((found.pictures[layer, head] + 1e-4).log(), cmap="magma", interpolation="nearest")
+            axes[row, column].imshow(
+                (found.pictures[layer, head] + 1e-4).log(), cmap="magma", interpolation="nearest"
+            )
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
             axes[row, column].set_title(f"layer {layer}, head {head}", fontsize=7)
@@ -127,20 +152,32 @@ def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
     if text is not None and not text.is_file():
         raise ValueError(f"there is no text {text}")
     library = Path(sysconfig.get_paths()["stdlib"])
-    paths = [text] if text else [library / f"{name}.py" for name in ("argparse", "typing", "tarfile", "doctest", "pydoc")]
+    paths = (
+        [text]
+        if text
+        else [
+            library / f"{name}.py" for name in ("argparse", "typing", "tarfile", "doctest", "pydoc")
+        ]
+    )
     bos, _ = borders(checkpoint)
     written = "\n\n".join(path.read_text(errors="replace", encoding="utf-8") for path in paths)
     ids = [*bos, *load_tokenizer(checkpoint).encode(written, add_special_tokens=False).ids][:length]
     if len(ids) < length:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than {length}; give a longer --text or a smaller --input_length")
+        raise ValueError(
+            f"the text has {len(ids)} tokens, fewer than {length}; give a longer --text or a smaller --input_length"
+        )
     return torch.tensor(ids)
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=newest_step)
-    parser.add_argument("--input_length", type=at_least(2), default=8192, help="tokens (default: %(default)s)")
-    parser.add_argument("--text", type=Path, help="a document to read (default: modules of Python's library)")
+    parser.add_argument(
+        "--input_length", type=at_least(2), default=8192, help="tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text", type=Path, help="a document to read (default: modules of Python's library)"
+    )
     parser.add_argument("--output", type=Path, default=Path("results/attention_visualizations.png"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -148,9 +185,16 @@ def main() -> None:
         check_model_folder(args.checkpoint)
         model = load_hf(args.checkpoint, device=args.device).eval()
         if not 2 <= args.input_length <= model.config.max_position_embeddings:
-            raise ValueError(f"--input_length must be 2 to {model.config.max_position_embeddings}, the model's context")
-        found = look(model, tokens_of(args.checkpoint, args.text, args.input_length).to(args.device))
-        about = {"checkpoint_hash": folder_hash(args.checkpoint), "input_length": str(args.input_length)}
+            raise ValueError(
+                f"--input_length must be 2 to {model.config.max_position_embeddings}, the model's context"
+            )
+        found = look(
+            model, tokens_of(args.checkpoint, args.text, args.input_length).to(args.device)
+        )
+        about = {
+            "checkpoint_hash": folder_hash(args.checkpoint),
+            "input_length": str(args.input_length),
+        }
         draw(found, args.output, f"{args.checkpoint}, {args.input_length:,} tokens", about)
         for layer, share in enumerate(found.sink.mean(1).tolist()):
             print(f"layer {layer:>2}: {share:.3f} of the attention is on the first token")

@@ -21,18 +21,35 @@ from training.ops.alerts import Alerts
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder that holds heartbeat and <phase>.config.yaml")
     parser.add_argument(
-        "--stale", type=within(float, above(0)), default=600, help="seconds without a step; more than validation and saving take"
+        "run", type=Path, help="the folder that holds heartbeat and <phase>.config.yaml"
     )
-    parser.add_argument("--alert", metavar="COMMAND", help="a shell command that reads the alert on its standard input")
+    parser.add_argument(
+        "--stale",
+        type=within(float, above(0)),
+        default=600,
+        help="seconds without a step; more than validation and saving take",
+    )
+    parser.add_argument(
+        "--alert",
+        metavar="COMMAND",
+        help="a shell command that reads the alert on its standard input",
+    )
     args = parser.parse_args()
     with user_errors():
         configs = sorted(args.run.glob("*.config.yaml"), key=lambda path: path.stat().st_mtime)
         if not configs:
-            raise ValueError(f"{args.run} holds no <phase>.config.yaml; give the log folder of a run that has begun")
+            raise ValueError(
+                f"{args.run} holds no <phase>.config.yaml; give the log folder of a run that has begun"
+            )
         config = load(configs[-1]).log.alerts
-        config = replace(config, events=("stuck", "recovered"), command=args.alert or config.command, quiet_s=0.0, wandb=False)
+        config = replace(
+            config,
+            events=("stuck", "recovered"),
+            command=args.alert or config.command,
+            quiet_s=0.0,
+            wandb=False,
+        )
         alerts = open_alerts(args.run, config, setup.secrets(config.secrets))
         print(f"watching {args.run / 'heartbeat'}; Ctrl-C ends it", flush=True)
         watch(args.run, args.stale, alerts)
@@ -40,16 +57,24 @@ def main() -> None:
 
 def watch(run: Path, stale: float, alerts: Alerts) -> None:
     """For ever: an event and an alert where a heartbeat that says running has not changed for `stale` seconds."""
-    seen, since, stuck = "", time.monotonic(), False  # by this machine's clock, as the run's may be another
+    seen, since, stuck = (
+        "",
+        time.monotonic(),
+        False,
+    )  # by this machine's clock, as the run's may be another
     while True:
-        text = (run / "heartbeat").read_text(encoding="utf-8") if (run / "heartbeat").is_file() else ""
+        text = (
+            (run / "heartbeat").read_text(encoding="utf-8") if (run / "heartbeat").is_file() else ""
+        )
         beat, was_stuck = json.loads(text or "{}"), stuck
         if text != seen:
             seen, since, stuck = text, time.monotonic(), False
         elif beat.get("status") == "running" and time.monotonic() - since >= stale:
             stuck = True
         if stuck != was_stuck:
-            kind, what = ("stuck", f"no step for {stale:g} s") if stuck else ("recovered", "it moves again")
+            kind, what = (
+                ("stuck", f"no step for {stale:g} s") if stuck else ("recovered", "it moves again")
+            )
             what += f"; step {beat.get('step')} of {beat.get('phase')}, process {beat.get('pid')} on {beat.get('host')}"
             append_event(run, kind, what, phase=beat.get("phase"), step=beat.get("step"))
             print(f"{kind}: {what}", flush=True)

@@ -9,9 +9,18 @@ from typing import Any
 
 import pytest
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--disable-sync", "--disable-quic"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-quic",
+]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
-OWN = re.compile(r"(https?://)?(?!fonts)[\w.-]*(google\.com|googleapis\.com|gvt1\.com|gstatic\.com)[:/]")
+OWN = re.compile(
+    r"(https?://)?(?!fonts)[\w.-]*(google\.com|googleapis\.com|gvt1\.com|gstatic\.com)[:/]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +49,21 @@ def foreign() -> Iterator[Any]:
 def browser(foreign) -> Iterator[Any]:
     """A headless Chromium; the tests that use it are skipped where there is none."""
     pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
-    driver = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install -r requirements-parity.txt")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    driver = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright: pip install -r requirements-parity.txt"
+    )
+    program = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if not program:
         pytest.skip("no Chromium: apt-get install chromium")
     proxy = f"--proxy-server=127.0.0.1:{foreign.server_port}"  # all but this machine's addresses goes there
     with driver.sync_playwright() as play:
-        chromium = play.chromium.launch(executable_path=program, headless=True, args=[*FLAGS, proxy])
+        chromium = play.chromium.launch(
+            executable_path=program, headless=True, args=[*FLAGS, proxy]
+        )
         yield chromium
         chromium.close()
 
@@ -101,7 +118,10 @@ class Window:
 
     def meter(self) -> tuple[int, int]:
         """Tokens of the context, and of the turn."""
-        found = re.search(r"context ([\d,]+) / 4,096\s+([\d,]+) tokens", self.page.locator(".meter").first.inner_text())
+        found = re.search(
+            r"context ([\d,]+) / 4,096\s+([\d,]+) tokens",
+            self.page.locator(".meter").first.inner_text(),
+        )
         assert found
         return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
 

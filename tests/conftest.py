@@ -20,7 +20,14 @@ torch.set_num_threads(1)
 # Workers take whole files, so that what a file's fixtures run is run once (pytest 9.2 ignores xdist_group); these first, so that
 # none is left over at the end.
 LONG = (
-    *("test_timeline", "test_quickstart", "test_nodes", "test_training", "test_fault_table", "test_demo"),
+    *(
+        "test_timeline",
+        "test_quickstart",
+        "test_nodes",
+        "test_training",
+        "test_fault_table",
+        "test_demo",
+    ),
     *("test_prepare", "test_pipeline", "test_checkpoint"),
 )
 
@@ -38,7 +45,10 @@ def text_store(tmp_path_factory) -> Path:
     from data.tokenizers.bpe import save_tokenizer, special_ids, train_tokenizer
 
     store, split = tmp_path_factory.mktemp("store"), Split(0.1)
-    documents = {name: write_documents(store, name, library(120)[half::2]) for half, name in enumerate(("first", "second"))}
+    documents = {
+        name: write_documents(store, name, library(120)[half::2])
+        for half, name in enumerate(("first", "second"))
+    }
     texts = [text for part in documents.values() for id, text in part if split.of(id) == "train"]
     tokenizer = train_tokenizer(texts, VOCAB)
     save_tokenizer(tokenizer, store / "tokenizer")
@@ -54,12 +64,23 @@ def text_store(tmp_path_factory) -> Path:
 def library(count: int) -> list[tuple[str, str]]:
     """Ids and texts of the first modules of Python's standard library, but for long ones."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    paths = islice((p for p in sorted(root.rglob("*.py")) if "test" not in str(p) and "site-packages" not in str(p)), count)
-    found = ((f"python/{path.relative_to(root)}", path.read_text(errors="replace")) for path in paths)
+    paths = islice(
+        (
+            p
+            for p in sorted(root.rglob("*.py"))
+            if "test" not in str(p) and "site-packages" not in str(p)
+        ),
+        count,
+    )
+    found = (
+        (f"python/{path.relative_to(root)}", path.read_text(errors="replace")) for path in paths
+    )
     return [(id, text) for id, text in found if text.strip() and len(text) < 20_000]
 
 
-def write_documents(store: Path, source: str, documents: list[tuple[str, str]], parts: int = 1) -> list[tuple[str, str]]:
+def write_documents(
+    store: Path, source: str, documents: list[tuple[str, str]], parts: int = 1
+) -> list[tuple[str, str]]:
     """Put documents into a store as data/corpus/ingest.py leaves them; returns them."""
     import pyarrow
     from pyarrow import parquet
@@ -75,8 +96,18 @@ def write_documents(store: Path, source: str, documents: list[tuple[str, str]], 
         path = folder / f"{number:05d}.parquet"
         parquet.write_table(table, path, compression="zstd")
         size = sum(len(text.encode()) for _, text in mine)
-        entries.append({"name": path.name, "documents": len(mine), "bytes": size, "sha256": manifest.file_hash(path)})
-    manifest.write(folder, {"inputs": {}, "licence": "PSF-2.0", "origin": "test", "parts": entries, "skipped": {}})
+        entries.append(
+            {
+                "name": path.name,
+                "documents": len(mine),
+                "bytes": size,
+                "sha256": manifest.file_hash(path),
+            }
+        )
+    manifest.write(
+        folder,
+        {"inputs": {}, "licence": "PSF-2.0", "origin": "test", "parts": entries, "skipped": {}},
+    )
     return documents
 
 
@@ -134,29 +165,46 @@ def save_tiny(folder: Path, config: Any, store: Path) -> Path:
     from models.hf import save_hf
     from models.nanollama import NanoLlama
 
-    save_hf(folder, config, NanoLlama(config, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1)
+    save_hf(
+        folder, config, NanoLlama(config, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1
+    )
     save_tokenizer(load_tokenizer(store / "tokenizer"), folder)
     return folder
 
 
-def complaint_of(main: Callable[[], None], arguments: Sequence[Any], capture: Any, monkeypatch: Any) -> str:
+def complaint_of(
+    main: Callable[[], None], arguments: Sequence[Any], capture: Any, monkeypatch: Any
+) -> str:
     """The one line with which a command, run in this process, ends on a user's mistake. capture: capsys or capfd."""
     monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
     said = capture.readouterr().err
-    assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said
+    assert (
+        end.value.code == 2
+        and said.startswith("error: ")
+        and said.count("\n") == 1
+        and "Traceback" not in said
+    )
     return said
 
 
 def command(overrides: list[str], ranks: int) -> list[str]:
     launch = [sys.executable, "-m", "scripts.launch", f"--nproc_per_node={ranks}"]
-    return [*launch, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "test_mode.yaml"), *overrides]
+    return [
+        *launch,
+        str(ROOT / "train.py"),
+        "--config",
+        str(ROOT / "configs" / "test_mode.yaml"),
+        *overrides,
+    ]
 
 
 def train_ranks(overrides: list[str], ranks: int = 2) -> subprocess.CompletedProcess:
     """Run train.py under torchrun with that many ranks."""
-    return subprocess.run(command(overrides, ranks), capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    return subprocess.run(
+        command(overrides, ranks), capture_output=True, text=True, cwd=ROOT, env=one_thread()
+    )
 
 
 def one_thread() -> dict[str, str]:

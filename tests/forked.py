@@ -18,8 +18,20 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = (
-    *("train", "train_sft", "train_dpo", "scripts.pipeline", "scripts.launch", "scripts.export_gguf"),
-    *("scripts.prepare_data", "scripts.train_tokenizer", "scripts.download_data", "evals.eval_perplexity"),
+    *(
+        "train",
+        "train_sft",
+        "train_dpo",
+        "scripts.pipeline",
+        "scripts.launch",
+        "scripts.export_gguf",
+    ),
+    *(
+        "scripts.prepare_data",
+        "scripts.train_tokenizer",
+        "scripts.download_data",
+        "evals.eval_perplexity",
+    ),
     *("torch._dynamo", "torch.distributed.checkpoint", "transformers.utils.chat_template_utils"),
     *("training.run_folder", "benchmarks.faulty_train"),
 )
@@ -63,7 +75,10 @@ def run_python(argv: list[str], environment: dict[str, str]) -> None:
     try:
         for number in STATES:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                signal.signal(
+                    number,
+                    signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL,
+                )
         os.environ.clear()
         os.environ.update(environment)
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
@@ -105,12 +120,24 @@ def _main(words: list[str]) -> int:
     return 0
 
 
-def _execute_child(self: Any, args: Any, executable: Any, preexec: Any, close: Any, passed: Any, cwd: Any, env: Any, *more: Any):
+def _execute_child(
+    self: Any,
+    args: Any,
+    executable: Any,
+    preexec: Any,
+    close: Any,
+    passed: Any,
+    cwd: Any,
+    env: Any,
+    *more: Any,
+):
     """Popen's own, but for a Python script or module, which is forked and not executed."""
     words = [os.fspath(word) for word in args] if not isinstance(args, str) else [args]
     if words[0] != sys.executable or "-c" in words[:3]:
         return plain_child(self, args, executable, preexec, close, passed, cwd, env, *more)
-    _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, _, _, _, _, _, session, _ = more
+    _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, _, _, _, _, _, session, _ = (
+        more
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     self.pid = os.fork()

@@ -39,15 +39,25 @@ def local_hub(folder: Path, commit: str, gated: bool = False) -> Iterator[str]:
             if (api and api[3] not in ("main", commit)) or not (api or file):
                 self.answer(404, b"{}", X_Error_Code="RevisionNotFound" if api else "EntryNotFound")
             elif api and api[2] == "revision":
-                self.answer(200, json.dumps({"id": api[1], "sha": commit, "siblings": [], "tags": []}).encode())
+                self.answer(
+                    200,
+                    json.dumps({"id": api[1], "sha": commit, "siblings": [], "tags": []}).encode(),
+                )
             elif api:
                 root = folder / api[1]
-                self.answer(200, json.dumps([entry(path, root) for path in sorted((root / api[4]).iterdir())]).encode())
+                self.answer(
+                    200,
+                    json.dumps(
+                        [entry(path, root) for path in sorted((root / api[4]).iterdir())]
+                    ).encode(),
+                )
             elif gated:
                 self.answer(403, b"{}", X_Error_Code="GatedRepo")
             else:
                 data = (folder / file[1] / file[3]).read_bytes()
-                first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-")).groups()
+                first, last = re.fullmatch(
+                    r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-")
+                ).groups()
                 part = data[int(first) : int(last or len(data)) + 1]
                 where = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
                 self.answer(206, part, Content_Range=where, X_Repo_Commit=commit, ETag='"x"')
@@ -55,7 +65,12 @@ def local_hub(folder: Path, commit: str, gated: bool = False) -> Iterator[str]:
     def entry(path: Path, root: Path) -> dict:
         name = path.relative_to(root).as_posix()
         kind = "directory" if path.is_dir() else "file"
-        return {"type": kind, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": path.stat().st_size, "path": name}
+        return {
+            "type": kind,
+            "oid": hashlib.sha1(name.encode()).hexdigest(),
+            "size": path.stat().st_size,
+            "path": name,
+        }
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     Thread(target=server.serve_forever, daemon=True).start()

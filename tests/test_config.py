@@ -19,11 +19,18 @@ from training.settings import load_settings, read_yaml
 
 
 @pytest.mark.parametrize(
-    ("kind", "middle"), [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5))], ids=["linear", "cosine", "1-sqrt"]
+    ("kind", "middle"),
+    [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5))],
+    ids=["linear", "cosine", "1-sqrt"],
 )
 def test_wsd_endpoints(kind, middle):
-    schedule = WSDScheduler(ScheduleConfig(warmup_steps=10, total_steps=100, decay_steps=20, decay=kind, min_lr=1e-4), 1e-2)
-    assert schedule(0) == pytest.approx(1e-3) and schedule(9) == 1e-2  # from peak / warmup to the peak
+    schedule = WSDScheduler(
+        ScheduleConfig(warmup_steps=10, total_steps=100, decay_steps=20, decay=kind, min_lr=1e-4),
+        1e-2,
+    )
+    assert (
+        schedule(0) == pytest.approx(1e-3) and schedule(9) == 1e-2
+    )  # from peak / warmup to the peak
     assert all(schedule(step) == 1e-2 for step in range(9, 80))
     assert schedule(80) < 1e-2
     assert schedule(89) == pytest.approx(1e-4 + (1e-2 - 1e-4) * middle)
@@ -40,7 +47,10 @@ def test_wsd_without_warmup_or_decay_and_down_to_zero():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"warmup_steps": 60, "total_steps": 100, "decay_steps": 50}, "do not fit into schedule.total_steps=100"),
+        (
+            {"warmup_steps": 60, "total_steps": 100, "decay_steps": 50},
+            "do not fit into schedule.total_steps=100",
+        ),
         ({"decay": "step"}, "not one of linear, cosine, 1-sqrt"),
         ({"warmup_steps": -1}, "must not be negative"),
     ],
@@ -84,11 +94,18 @@ def test_wrong_settings_say_what_and_how(override, message):
 
 
 def test_precedence_and_types(tmp_path):
-    (tmp_path / "parent.yaml").write_text("optim: {lr: 3e-4, beta2: 0.9}\ndata: {mix: {a: 1, b: 1}}\nsteps: 1e4\n")
-    (tmp_path / "child.yaml").write_text("extends: parent.yaml\noptim: {lr: 1e-3}\ndata: {mix: {c: 2}}\n")
+    (tmp_path / "parent.yaml").write_text(
+        "optim: {lr: 3e-4, beta2: 0.9}\ndata: {mix: {a: 1, b: 1}}\nsteps: 1e4\n"
+    )
+    (tmp_path / "child.yaml").write_text(
+        "extends: parent.yaml\noptim: {lr: 1e-3}\ndata: {mix: {c: 2}}\n"
+    )
     run = load(tmp_path / "child.yaml", ["optim.eps=1e-9", "log.wandb_project=x", "data.mix.d=1"])
     assert run.optim == OptimConfig(lr=1e-3, beta2=0.9, eps=1e-9)
-    assert run.data.mix == {"c": 2.0, "d": 1.0}  # a mixture is replaced whole, never merged with the parent's
+    assert run.data.mix == {
+        "c": 2.0,
+        "d": 1.0,
+    }  # a mixture is replaced whole, never merged with the parent's
     assert run.steps == 10_000 and isinstance(run.steps, int) and run.log.wandb_project == "x"
 
 
@@ -107,7 +124,9 @@ def test_extends_in_a_circle_and_missing_files(tmp_path):
 RECIPES = sorted(ROOT.glob("configs/data/*.yaml"))
 PLANS = sorted(ROOT.glob("configs/**/plan*.yaml"))
 SUITES = sorted({*ROOT.glob("configs/evals/*.yaml"), *ROOT.glob("configs/**/suite.yaml")})
-CHATS = {path: SFTConfig for path in ROOT.glob("configs/**/*.yaml") if path.stem in ("sft", "midtrain")}
+CHATS = {
+    path: SFTConfig for path in ROOT.glob("configs/**/*.yaml") if path.stem in ("sft", "midtrain")
+}
 PAIRS = {path: PreferenceRun for path in ROOT.glob("configs/**/dpo.yaml")}
 KINDS = CHATS | PAIRS
 RUNS = sorted(set(ROOT.glob("configs/**/*.yaml")) - {*RECIPES, *PLANS, *SUITES, *KINDS})
@@ -146,8 +165,13 @@ def test_the_plan_of_the_1b_configs():
 
 
 def test_quickstart_phases_add_up_to_its_schedule():
-    runs = [scheduled.run for scheduled in scheduled_phases(load_plan(ROOT / "configs" / "quickstart" / "plan.yaml"))]
-    assert len(runs) == 3 and {sum(run.steps for run in runs)} == {run.schedule.total_steps for run in runs}
+    runs = [
+        scheduled.run
+        for scheduled in scheduled_phases(load_plan(ROOT / "configs" / "quickstart" / "plan.yaml"))
+    ]
+    assert len(runs) == 3 and {sum(run.steps for run in runs)} == {
+        run.schedule.total_steps for run in runs
+    }
     assert all(5e6 <= run.model.num_parameters <= 10e6 for run in runs)
 
 
@@ -155,29 +179,61 @@ def test_the_plan_of_the_1b_model(monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = load_plan("configs/plan_1b.yaml")
     found = scheduled_phases(plan)
-    assert [(s.begin, s.end) for s in found] == [(0, 184_000), (184_000, 194_000), (194_000, 207_000), (207_000, 230_000)]
+    assert [(s.begin, s.end) for s in found] == [
+        (0, 184_000),
+        (184_000, 194_000),
+        (194_000, 207_000),
+        (207_000, 230_000),
+    ]
     assert [s.run.rope_theta for s in found] == [10_000, (10_000, 500_000), 500_000, 500_000]
     longer = scheduled_phases(plan, {"phase1_pretrain": 20_000})
     assert [s.end for s in longer] == [204_000, 214_000, 227_000, 250_000]
-    assert [m.at for s in longer for m in s.phase.milestones] == [50_000, 100_000, 150_000, 204_000, 227_000, 250_000]
+    assert [m.at for s in longer for m in s.phase.milestones] == [
+        50_000,
+        100_000,
+        150_000,
+        204_000,
+        227_000,
+        250_000,
+    ]
     assert {s.run.schedule.total_steps for s in longer} == {250_000}
-    with pytest.raises(ValueError, match="phase9 is no phase of the plan; there are phase1_pretrain"):
+    with pytest.raises(
+        ValueError, match="phase9 is no phase of the plan; there are phase1_pretrain"
+    ):
         scheduled_phases(plan, {"phase9": 1})
 
 
 def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     milestone = {"at": 190_000, "gates": [{"metric": "x", "go": 1, "no_go": 2}]}
-    plan = {"name": "p", "evals": {"perplexity": "true"}, "phases": [{"config": "configs/phase1_pretrain.yaml"}] * 2}
+    plan = {
+        "name": "p",
+        "evals": {"perplexity": "true"},
+        "phases": [{"config": "configs/phase1_pretrain.yaml"}] * 2,
+    }
     for change, said in (
         ({}, "are both phase phase1_pretrain"),
-        ({"phases": [{"config": "configs/phase1_pretrain.yaml", "milestones": [milestone]}]}, "milestone 190000 lies outside"),
+        (
+            {"phases": [{"config": "configs/phase1_pretrain.yaml", "milestones": [milestone]}]},
+            "milestone 190000 lies outside",
+        ),
         (
             {"evals": {}, "phases": [{"config": "x", "milestones": [milestone]}]},
             "the plan has no evals to measure them with",
         ),
-        ({"phases": [{"config": "x", "milestones": [milestone, milestone]}]}, "put them in order, each step once"),
-        ({"phases": [{"config": "configs/quickstart/base.yaml"}, {"config": "configs/phase2_16k.yaml"}]}, "make them agree"),
+        (
+            {"phases": [{"config": "x", "milestones": [milestone, milestone]}]},
+            "put them in order, each step once",
+        ),
+        (
+            {
+                "phases": [
+                    {"config": "configs/quickstart/base.yaml"},
+                    {"config": "configs/phase2_16k.yaml"},
+                ]
+            },
+            "make them agree",
+        ),
     ):
         path = tmp_path / "plan.yaml"
         path.write_text(yaml.safe_dump({**plan, **change}))
@@ -187,13 +243,19 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
 
 def test_gates():
     lower, higher = Gate("wiki.bpb", go=2.0, no_go=2.5), Gate("acc", go=0.3, no_go=0.2)
-    assert [judge(lower, {"wiki": {"bpb": value}}).outcome for value in (1.9, 2.0, 2.2, 2.5, 2.6)] == [
-        *("go", "go", "caution", "caution", "no-go")
-    ]
+    assert [
+        judge(lower, {"wiki": {"bpb": value}}).outcome for value in (1.9, 2.0, 2.2, 2.5, 2.6)
+    ] == [*("go", "go", "caution", "caution", "no-go")]
     assert [judge(higher, {"acc": value}).outcome for value in (0.4, 0.3, 0.25, 0.2, 0.1)] == [
         *("go", "go", "caution", "caution", "no-go")
     ]
-    for missing in ({}, {"wiki": 3}, {"wiki": {"bpb": None}}, {"wiki": {"bpb": math.nan}}, {"wiki": {"bpb": "1.0"}}):
+    for missing in (
+        {},
+        {"wiki": 3},
+        {"wiki": {"bpb": None}},
+        {"wiki": {"bpb": math.nan}},
+        {"wiki": {"bpb": "1.0"}},
+    ):
         assert judge(lower, missing).outcome == "no-go"
     assert "not measured" in str(judge(lower, {}))
     verdicts = [judge(higher, {"acc": value}) for value in (0.4, 0.25)]
@@ -204,4 +266,6 @@ def test_gates():
 
 def test_paths():
     run = load(BASE)
-    assert run.checkpoints == Path("checkpoints/nanollama_1b/phase1_pretrain") and run.logs == Path("logs/nanollama_1b")
+    assert run.checkpoints == Path("checkpoints/nanollama_1b/phase1_pretrain") and run.logs == Path(
+        "logs/nanollama_1b"
+    )

@@ -12,7 +12,14 @@ import pytest
 from data.manifest import file_hash, keep
 from data.shards import ShardWriter, TokenShards
 from data.tokenizers.bpe import load_tokenizer
-from data.tokenizers.tiktoken_export import RANKS, SETTINGS, load_tiktoken, ranks_of, read_ranks, write_ranks
+from data.tokenizers.tiktoken_export import (
+    RANKS,
+    SETTINGS,
+    load_tiktoken,
+    ranks_of,
+    read_ranks,
+    write_ranks,
+)
 
 
 def shards(folder: Path) -> Path:
@@ -56,7 +63,9 @@ def test_files_that_did_not_change_are_hashed_once(tmp_path, monkeypatch):
     folder = shards(tmp_path / "s")
     read = []
     given = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or given(file, kind))
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: read.append(file.name) or given(file, kind)
+    )
     for _ in range(3):
         TokenShards(folder, "train")
         TokenShards(folder, "val").verify()
@@ -80,14 +89,20 @@ def test_ids_beyond_the_vocabulary_and_offsets_that_fall_are_refused(tmp_path):
     sums(folder)
     with pytest.raises(ValueError, match="holds the id 100, but the vocabulary has 100"):
         TokenShards(folder, "train")
-    for number, starts in enumerate(([0, 60, 50], [1, 51, 102], [0, 51, 153], [0, 51], [0.0, 51.0, 102.0])):
+    for number, starts in enumerate(
+        ([0, 60, 50], [1, 51, 102], [0, 51, 153], [0, 51], [0.0, 51.0, 102.0])
+    ):
         folder = shards(tmp_path / f"b{number}")
         np.save(folder / "train-00000.starts.npy", np.array(starts))
         sums(folder)
         with pytest.raises(ValueError, match=r"starts.npy is damaged"):
             TokenShards(folder, "train")
     folder = shards(tmp_path / "c")
-    np.save(folder / "train-00000.starts.npy", np.array([Touches(tmp_path / "ran")] * 3), allow_pickle=True)
+    np.save(
+        folder / "train-00000.starts.npy",
+        np.array([Touches(tmp_path / "ran")] * 3),
+        allow_pickle=True,
+    )
     sums(folder)
     with pytest.raises(ValueError, match=r"starts.npy is damaged"):
         TokenShards(folder, "train")
@@ -102,7 +117,10 @@ def test_a_damaged_manifest_of_shards_is_told_of(tmp_path):
         {**content, "dtype": "O"},
         {**content, "vocab_size": "100"},
         {**content, "splits": {"train": [shard]}},
-        {**content, "splits": {**content["splits"], "train": [{**shard, "stem": "../s/train-00000"}]}},
+        {
+            **content,
+            "splits": {**content["splits"], "train": [{**shard, "stem": "../s/train-00000"}]},
+        },
         {**content, "splits": {**content["splits"], "train": [{**shard, "tokens": -1}]}},
         {**content, "splits": {**content["splits"], "train": [{**shard, "sha256": {}}]}},
         {"inputs": {}},

@@ -15,7 +15,14 @@ from data.dataloader import PackedDataLoader, Prefetcher, validation_batches
 from data.pipeline.recipe import Split
 from data.shards import ShardWriter, TokenShards
 from data.store import open_shards, open_tokenizer
-from data.tokenizers.bpe import BOS, load_tokenizer, save_tokenizer, special_ids, token_bytes, train_tokenizer
+from data.tokenizers.bpe import (
+    BOS,
+    load_tokenizer,
+    save_tokenizer,
+    special_ids,
+    token_bytes,
+    train_tokenizer,
+)
 from models.hf import save_hf
 from models.nanollama import ModelConfig, NanoLlama
 
@@ -47,7 +54,9 @@ def shards(tmp_path_factory):
 
 
 def loader(shards, mix=None, rows=8, micro=2, **more):
-    return PackedDataLoader(shards, mix or {"a": 0.7, "b": 0.2, "c": 0.1}, 64, rows, micro, seed=5, **more)
+    return PackedDataLoader(
+        shards, mix or {"a": 0.7, "b": 0.2, "c": 0.1}, 64, rows, micro, seed=5, **more
+    )
 
 
 def test_tokenizer_is_lossless_and_special_text_is_text(text_store):
@@ -59,15 +68,29 @@ def test_tokenizer_is_lossless_and_special_text_is_text(text_store):
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
         assert lengths[ids].sum() == len(text.encode())
         assert special_ids(tokenizer).bos not in ids
-    assert tokenizer.get_vocab_size() == VOCAB and (lengths > 16).sum() == 0 and (lengths == 0).sum() == 2
-    assert all(len(tokenizer.encode(digits).ids) == len(digits) for digits in ("7", "12", "2026"))  # single digits
+    assert (
+        tokenizer.get_vocab_size() == VOCAB
+        and (lengths > 16).sum() == 0
+        and (lengths == 0).sum() == 2
+    )
+    assert all(
+        len(tokenizer.encode(digits).ids) == len(digits) for digits in ("7", "12", "2026")
+    )  # single digits
 
 
 def test_transformers_reads_the_tokenizer_beside_a_model(text_store, tmp_path):
     tokenizer = load_tokenizer(text_store / "tokenizer")
     ids = special_ids(tokenizer)
-    config = ModelConfig(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4)
-    save_hf(tmp_path, config, NanoLlama(config, seed=0).state_dict(), torch.float32, **ids._asdict())
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    save_hf(
+        tmp_path, config, NanoLlama(config, seed=0).state_dict(), torch.float32, **ids._asdict()
+    )
     save_tokenizer(tokenizer, tmp_path)
     other = AutoTokenizer.from_pretrained(tmp_path)
     assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == ids
@@ -90,7 +113,9 @@ def test_shards_hold_every_token_once(text_store):
     for name in ("first", "second"):
         expected: dict[str, list[int]] = {"train": [], "val": []}
         starts: dict[str, list[int]] = {"train": [], "val": []}
-        for row in parquet.read_table(text_store / "documents" / name / "00000.parquet").to_pylist():
+        for row in parquet.read_table(
+            text_store / "documents" / name / "00000.parquet"
+        ).to_pylist():
             which = split.of(row["id"])
             starts[which].append(len(expected[which]))
             expected[which] += [bos, *tokenizer.encode(row["text"]).ids]
@@ -108,13 +133,17 @@ def test_reading_across_shards_and_documents(shards):
         tokens, doc_ids = shards["a"].read(start, stop)
         assert len(tokens) == stop - start and doc_ids[0] == 0 and (np.diff(doc_ids) >= 0).all()
         whole, all_docs = shards["a"].read(0, len(shards["a"]))
-        assert (tokens == whole[start:stop]).all() and (doc_ids == all_docs[start:stop] - all_docs[start]).all()
+        assert (tokens == whole[start:stop]).all() and (
+            doc_ids == all_docs[start:stop] - all_docs[start]
+        ).all()
 
 
 def test_an_epoch_reads_every_row_once_then_reshuffles(shards):
     one = loader({"c": shards["c"]}, {"c": 1.0}, rows=4, micro=4)
     rows = (len(shards["c"]) - 1) // 64
-    firsts = [int(row[0]) for place in range(2 * rows // 4 + 1) for row in one.at(place).batches[0].tokens]
+    firsts = [
+        int(row[0]) for place in range(2 * rows // 4 + 1) for row in one.at(place).batches[0].tokens
+    ]
     first, second = firsts[:rows], firsts[rows : 2 * rows]
     starts = sorted(int(shards["c"].read(i * 64, i * 64 + 1)[0][0]) for i in range(rows))
     assert sorted(first) == sorted(second) == starts and first != second
@@ -126,19 +155,27 @@ def test_targets_are_the_next_tokens_and_docs_mark_each_documents_first_token(sh
         assert (batch.targets[:, :-1] == batch.tokens[:, 1:]).all()
         for tokens, doc_ids in zip(batch.tokens, batch.doc_ids, strict=True):
             begins = torch.diff(doc_ids) == 1
-            assert ((torch.diff(tokens) == 1) | begins).all()  # numbered tokens run on except where a document begins
+            assert (
+                (torch.diff(tokens) == 1) | begins
+            ).all()  # numbered tokens run on except where a document begins
             assert doc_ids[0] == 0 and batch.doc_ids.dtype == torch.int32
 
 
 def test_batches_do_not_depend_on_ranks_micro_batches_or_history(shards):
     whole = torch.cat([batch.tokens for batch in loader(shards).at(17).batches])
     for world, micro in ((1, 1), (1, 8), (2, 2), (4, 1), (4, 2)):
-        parts = [loader(shards, micro=micro, rank=rank, world=world).at(17) for rank in range(world)]
-        assert torch.equal(torch.cat([batch.tokens for part in parts for batch in part.batches]), whole)
+        parts = [
+            loader(shards, micro=micro, rank=rank, world=world).at(17) for rank in range(world)
+        ]
+        assert torch.equal(
+            torch.cat([batch.tokens for part in parts for batch in part.batches]), whole
+        )
         assert {part.weight for part in parts} == {8 * 64}
     ahead = Prefetcher(loader(shards, micro=8), torch.device("cpu"))
     for place in (5, 6, 17, 18, 17):  # in order, jumping, going back
-        assert torch.equal(ahead.at(place).batches[0].tokens, loader(shards, micro=8).at(place).batches[0].tokens)
+        assert torch.equal(
+            ahead.at(place).batches[0].tokens, loader(shards, micro=8).at(place).batches[0].tokens
+        )
     assert loader(shards).fingerprint != loader(shards, mix={"a": 0.5, "b": 0.5}).fingerprint
 
 
@@ -169,7 +206,9 @@ def test_validation_judges_every_target_once_on_any_number_of_ranks(text_store):
         assert len({len(batches) for batches in per_rank}) == 1
         targets = torch.cat([batch.targets.flatten() for batches in per_rank for batch in batches])
         judged = torch.sort(targets[targets != -100]).values
-        assert torch.equal(judged, torch.sort(torch.from_numpy(shards.read(1, rows * 32 + 1)[0])).values)
+        assert torch.equal(
+            judged, torch.sort(torch.from_numpy(shards.read(1, rows * 32 + 1)[0])).values
+        )
 
 
 def test_damaged_and_missing_shards_are_named(tmp_path):
@@ -192,7 +231,10 @@ def test_damaged_and_missing_shards_are_named(tmp_path):
 
 
 def test_an_interrupted_writer_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path / "s", 100, "test", {}, shard_tokens=10) as writer:
+    with (
+        pytest.raises(RuntimeError),
+        ShardWriter(tmp_path / "s", 100, "test", {}, shard_tokens=10) as writer,
+    ):
         writer.add("train", list(range(50)))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
@@ -229,4 +271,6 @@ def test_factbook_fields_are_clean_text():
             "short": {"text": "no"},
         }
     }
-    assert list(quickstart_corpus._fields(node, ())) == ["Geography - Area: total: 643,801 sq km & more\n" + "x" * 60]
+    assert list(quickstart_corpus._fields(node, ())) == [
+        "Geography - Area: total: 643,801 sq km & more\n" + "x" * 60
+    ]

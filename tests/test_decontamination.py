@@ -22,16 +22,16 @@ from data.decontamination.test_sets import Item, load_testset
 from data.decontamination.words import hash_words, normalise
 
 WHEELS = ROOT / "data" / "store" / "wheels"
-QUESTION = (
-    "A farmer keeps seventeen brown goats behind an old stone barn and sells their milk each Friday. How much does he earn?"
-)
+QUESTION = "A farmer keeps seventeen brown goats behind an old stone barn and sells their milk each Friday. How much does he earn?"
 PROSE = "It rained all the way to the coast, and nobody in the carriage spoke until the lamps of the harbour came into view. "
 
 
 @pytest.fixture(scope="session")
 def sets():
     """The first part of real test sets, in which templates and shared passages stand too."""
-    return {name: load_testset(name, WHEELS)[:1500] for name in ("mmlu", "gsm8k", "hellaswag", "arc")}
+    return {
+        name: load_testset(name, WHEELS)[:1500] for name in ("mmlu", "gsm8k", "hellaswag", "arc")
+    }
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +46,9 @@ def host() -> list[str]:
     import statistics
     import subprocess as process
 
-    return " ".join(Path(module.__file__).read_text() for module in (email.message, statistics, process)).split()
+    return " ".join(
+        Path(module.__file__).read_text() for module in (email.message, statistics, process)
+    ).split()
 
 
 def small(*texts: str) -> Index:
@@ -57,8 +59,13 @@ def spans(found: Index, text: str) -> list[str]:
     return [text[hit.span[0] : hit.span[1]] for hit in found.scan([("x", text)])]
 
 
-def planted(text: str, every: int, phase: int, host: list[str], length: int, rng: random.Random) -> str:
-    words = [rng.choice(host) if every and i % every == phase else word for i, word in enumerate(text.split())]
+def planted(
+    text: str, every: int, phase: int, host: list[str], length: int, rng: random.Random
+) -> str:
+    words = [
+        rng.choice(host) if every and i % every == phase else word
+        for i, word in enumerate(text.split())
+    ]
     begin, at = rng.randrange(len(host) - length), rng.randrange(length + 1)
     before, after = host[begin : begin + at], host[begin + at : begin + length]
     return f"{' '.join(before)}\n{text if not every else ' '.join(words)}\n{' '.join(after)}"
@@ -68,13 +75,27 @@ def planted(text: str, every: int, phase: int, host: list[str], length: int, rng
 def test_recall_on_real_items(sets, index, host, every, least):
     rng = random.Random(every)
     for name, items in sets.items():
-        texts = [(item.id, text) for item in items for text in item.variants if len(hash_words([text])[0]) >= 13]
+        texts = [
+            (item.id, text)
+            for item in items
+            for text in item.variants
+            if len(hash_words([text])[0]) >= 13
+        ]
         for length in (100, 1000, 3000):
             chosen = rng.sample(texts, 100)
             phases = [i % every if every else 0 for i in range(len(chosen))]
-            documents = [(str(i), planted(text, every, phases[i], host, length, rng)) for i, (_, text) in enumerate(chosen)]
-            hits = {(hit.train_id, hit.test_id) for hit in index.scan(documents) if hit.test_set == name}
-            share = 100 * sum((str(i), test_id) in hits for i, (test_id, _) in enumerate(chosen)) / len(chosen)
+            documents = [
+                (str(i), planted(text, every, phases[i], host, length, rng))
+                for i, (_, text) in enumerate(chosen)
+            ]
+            hits = {
+                (hit.train_id, hit.test_id) for hit in index.scan(documents) if hit.test_set == name
+            }
+            share = (
+                100
+                * sum((str(i), test_id) in hits for i, (test_id, _) in enumerate(chosen))
+                / len(chosen)
+            )
             assert share >= least, (name, length, share)
 
 
@@ -89,9 +110,20 @@ def test_real_text_without_items_is_clean(index, host):
 def test_span_is_exact_whatever_the_script():
     """Offsets are those of the original characters, also where normalising changes the number of letters."""
     found = small(QUESTION)
-    decomposed = QUESTION.replace("a farmer", "a\u0301 farmer").replace("e", "e\u0301").replace("barn", "BA\u00adRN")
+    decomposed = (
+        QUESTION.replace("a farmer", "a\u0301 farmer")
+        .replace("e", "e\u0301")
+        .replace("barn", "BA\u00adRN")
+    )
     wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in QUESTION)
-    for copy in (QUESTION, QUESTION.upper(), decomposed, wide, QUESTION.replace("fi", "ﬁ"), QUESTION.replace(" ", " — ")):
+    for copy in (
+        QUESTION,
+        QUESTION.upper(),
+        decomposed,
+        wide,
+        QUESTION.replace("fi", "ﬁ"),
+        QUESTION.replace(" ", " — "),
+    ):
         for around in (("", ""), ("漢字 ½ ﬃ ß İ \ud800 🤖 ", " ﷽ الله"), (PROSE * 20, PROSE * 20)):
             text = around[0] + copy + around[1]
             [span] = spans(found, text)
@@ -154,19 +186,29 @@ def test_every_copy_is_found_also_in_a_text_scanned_in_pieces(monkeypatch):
 def test_repeats_without_end_take_bounded_memory(monkeypatch):
     monkeypatch.setattr(decontamination, "MANY", 1000)
     [*hits] = small(QUESTION).scan([("x", f"{QUESTION}\n" * 500), ("y", QUESTION)])
-    assert sum(hit.train_id == "x" for hit in hits) == decontamination.OFTEN and hits[-1].train_id == "y"
+    assert (
+        sum(hit.train_id == "x" for hit in hits) == decontamination.OFTEN
+        and hits[-1].train_id == "y"
+    )
 
 
 def test_short_items_and_templates():
     template = "Read the following passage with great care and then choose the one statement that is best supported by it. "
-    questions = [f"{template} The {animal} of the {place} hunts {prey} at dusk." for animal, place, prey in animals()]
-    sets = {"own": [Item(str(i), (text,)) for i, text in enumerate([*questions, "Why?", "", template])]}
+    questions = [
+        f"{template} The {animal} of the {place} hunts {prey} at dusk."
+        for animal, place, prey in animals()
+    ]
+    sets = {
+        "own": [Item(str(i), (text,)) for i, text in enumerate([*questions, "Why?", "", template])]
+    }
     found = build_index(sets, Settings())
     assert found.too_short == {"own": [str(len(questions)), str(len(questions) + 1)]}
     hits = {hit.test_id for hit in found.scan([("x", PROSE + questions[3] + PROSE)])}
     assert {"3"} <= hits <= {"3", str(len(questions) + 2)}
     short = "Which planet has rings of bright frozen methane dust?"  # 9 words: whole or not at all
-    assert len(spans(small(short), PROSE + short)) == 1 and not spans(small(short), PROSE + short.replace("dust", "sand"))
+    assert len(spans(small(short), PROSE + short)) == 1 and not spans(
+        small(short), PROSE + short.replace("dust", "sand")
+    )
 
 
 def animals() -> list[tuple[str, str, str]]:
@@ -178,10 +220,18 @@ def test_cut():
     assert cut("one two three four", [(4, 7)]) == "one three four"
     assert cut("one two three four", [(5, 6), (9, 10)]) == "one four"  # widened to whole words
     assert cut("one, two. three", [(0, 9)]) == " three" and cut("one two", [(4, 7)]) == "one "
-    assert cut("a\n\nb\n\nc", [(3, 4)]) == "a\n\n\n\nc" and cut("same", []) == "same" and cut("all", [(0, 3)]) == ""
+    assert (
+        cut("a\n\nb\n\nc", [(3, 4)]) == "a\n\n\n\nc"
+        and cut("same", []) == "same"
+        and cut("all", [(0, 3)]) == ""
+    )
     text = PROSE + QUESTION + PROSE
     left = cut(text, [hit.span for hit in small(QUESTION).scan([("x", text)])])
-    assert not list(small(QUESTION).scan([("x", left)])) and left.startswith(PROSE.strip()) and left.endswith(PROSE)
+    assert (
+        not list(small(QUESTION).scan([("x", left)]))
+        and left.startswith(PROSE.strip())
+        and left.endswith(PROSE)
+    )
 
 
 def test_saved_index_finds_the_same_and_is_pickled_by_its_path(index, sets, tmp_path):
@@ -189,7 +239,11 @@ def test_saved_index_finds_the_same_and_is_pickled_by_its_path(index, sets, tmp_
     loaded = Index.load(tmp_path / "index")
     assert len(pickle.dumps(loaded)) < 1000
     documents = [(item.id, PROSE + item.variants[0]) for item in sets["gsm8k"][:50]]
-    assert list(pickle.loads(pickle.dumps(loaded)).scan(documents)) == list(index.scan(documents)) != []
+    assert (
+        list(pickle.loads(pickle.dumps(loaded)).scan(documents))
+        == list(index.scan(documents))
+        != []
+    )
     assert to_json(loaded, loaded.scan(documents)) == to_json(index, index.scan(documents))
     (tmp_path / "index" / "words.npy").unlink()
     with pytest.raises(ValueError, match="build it again"):
@@ -197,16 +251,25 @@ def test_saved_index_finds_the_same_and_is_pickled_by_its_path(index, sets, tmp_
 
 
 def test_similar_rows_finds_what_was_rearranged():
-    first, second = "Tom has twelve red apples and gives five to his sister", "How many apples does he keep for lunch"
+    first, second = (
+        "Tom has twelve red apples and gives five to his sister",
+        "How many apples does he keep for lunch",
+    )
     sets = {"own": [Item("q", (f"{first}. {second}?",)), Item("r", (QUESTION,))]}
     rows = [("turned", f"{second}? {first}."), ("other", PROSE), ("empty", "")]
-    assert [(hit.train_id, hit.test_id, hit.rule) for hit in similar_rows(rows, sets, Settings())] == [("turned", "q", "minhash")]
+    assert [
+        (hit.train_id, hit.test_id, hit.rule) for hit in similar_rows(rows, sets, Settings())
+    ] == [("turned", "q", "minhash")]
 
 
 def test_hash_words_agrees_with_splitting():
     texts = [PROSE, "", "  ", "Ünïcode, ünicode UNICODE", "日本 x²"]
     hashes, _, bounds = hash_words(texts)
-    assert np.diff(bounds).tolist() == [len(normalise(text).split()) for text in texts] == [23, 0, 0, 3, 4]
+    assert (
+        np.diff(bounds).tolist()
+        == [len(normalise(text).split()) for text in texts]
+        == [23, 0, 0, 3, 4]
+    )
     assert len(set(hashes[bounds[3] : bounds[4]].tolist())) == 1
     words = [word for text in texts for word in normalise(text).split()]
     assert len(set(words)) == len(set(hashes.tolist()))
@@ -215,9 +278,13 @@ def test_hash_words_agrees_with_splitting():
 @pytest.fixture
 def files(tmp_path):
     """A training file of 40 documents, the 8th of which holds the test item; another with one; and the test set."""
-    rows = [{"id": f"d{i}", "text": PROSE + (QUESTION if i == 7 else "") + PROSE} for i in range(40)]
+    rows = [
+        {"id": f"d{i}", "text": PROSE + (QUESTION if i == 7 else "") + PROSE} for i in range(40)
+    ]
     (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
+    (tmp_path / "train" / "a.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + "not json\n"
+    )
     with gzip.open(tmp_path / "train" / "b.jsonl.gz", "wt") as file:
         file.write(json.dumps({"id": "e0", "text": f"| {QUESTION}"}))
     items = [{"id": "q1", "text": QUESTION}, {"id": "q2", "text": "Why?"}]
@@ -241,32 +308,59 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
 def test_command_writes_the_schema_and_a_report(files):
     own = str(files / "own.jsonl")
     done = run(
-        files, "--train_dataset", str(files / "train"), "--test_datasets", own, "--report", str(files / "report.md"), "--rows"
+        files,
+        "--train_dataset",
+        str(files / "train"),
+        "--test_datasets",
+        own,
+        "--report",
+        str(files / "report.md"),
+        "--rows",
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((files / "out" / "ids.json").read_text())
-    assert list(found) == ["documents", "too_short", "settings"] and found["too_short"] == {own: ["q2"]}
+    assert list(found) == ["documents", "too_short", "settings"] and found["too_short"] == {
+        own: ["q2"]
+    }
     assert list(found["documents"]) == ["d7", "e0"]
     [entry] = found["documents"]["d7"]
-    assert {"test_set": own, "test_id": "q1", "score": 1.0, "rule": "exact"}.items() <= entry.items()
+    assert {
+        "test_set": own,
+        "test_id": "q1",
+        "score": 1.0,
+        "rule": "exact",
+    }.items() <= entry.items()
     text = PROSE + QUESTION + PROSE
     assert text[slice(*entry["span"])] == QUESTION.rstrip("?")
     assert found["settings"]["documents"] == 41 and found["settings"]["skipped"] == {"not JSON": 1}
     told = (files / "report.md").read_text()
-    assert f"| {own} | 2 | 1 | 1 | 1 | 2 | exact 2 |" in told and "d7, e0" in told and told.strip() in done.stdout
+    assert (
+        f"| {own} | 2 | 1 | 1 | 1 | 2 | exact 2 |" in told
+        and "d7, e0" in told
+        and told.strip() in done.stdout
+    )
     assert sorted(path.name for path in (files / "out").iterdir()) == ["ids.json"]
 
 
 def test_workers_find_the_same(files):
     train, own = [str(files / "train")], [str(files / "own.jsonl")]
-    results = [decontaminate(train, own, files / "ids.json", WHEELS, Settings(), workers=workers)[1] for workers in (1, 2)]
+    results = [
+        decontaminate(train, own, files / "ids.json", WHEELS, Settings(), workers=workers)[1]
+        for workers in (1, 2)
+    ]
     assert results[0] == results[1] and len(results[0]["documents"]) == 2
 
 
 def test_a_source_of_a_store(files):
     (files / "store" / "documents").mkdir(parents=True)
     (files / "train").rename(files / "store" / "documents" / "web")
-    _, found = decontaminate([f"{files / 'store'}:web"], [str(files / "own.jsonl")], files / "ids.json", WHEELS, Settings())
+    _, found = decontaminate(
+        [f"{files / 'store'}:web"],
+        [str(files / "own.jsonl")],
+        files / "ids.json",
+        WHEELS,
+        Settings(),
+    )
     assert list(found["documents"]) == ["d7", "e0"]
 
 
@@ -290,7 +384,10 @@ def test_bad_input_ends_in_one_sentence(files):
             decontaminate([arguments[0]], [arguments[1]], files / "ids.json", WHEELS, Settings())
     assert not (files / "ids.json").exists()
     done = run(files, "--train_dataset", train, "--test_datasets", "gsm9k")
-    assert done.returncode == 2 and done.stderr == "error: " + done.stderr.splitlines()[0].removeprefix("error: ") + "\n"
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: " + done.stderr.splitlines()[0].removeprefix("error: ") + "\n"
+    )
 
 
 def test_known_test_sets_are_whole():
@@ -298,10 +395,12 @@ def test_known_test_sets_are_whole():
     for name, size in sizes.items():
         items = load_testset(name, WHEELS)
         assert len(items) == len({item.id for item in items}) == size
-        assert all(item.variants and all(text.strip() for text in item.variants[:1]) for item in items)
-    assert "<<" not in load_testset("gsm8k", WHEELS)[0].variants[1] and testsets.fingerprint("gsm8k") != testsets.fingerprint(
-        "truthfulqa"
-    )
+        assert all(
+            item.variants and all(text.strip() for text in item.variants[:1]) for item in items
+        )
+    assert "<<" not in load_testset("gsm8k", WHEELS)[0].variants[1] and testsets.fingerprint(
+        "gsm8k"
+    ) != testsets.fingerprint("truthfulqa")
 
 
 def test_truthfulqa_without_a_hub_says_what_to_do(tmp_path, monkeypatch):
@@ -321,7 +420,9 @@ def test_truthfulqa_without_a_hub_says_what_to_do(tmp_path, monkeypatch):
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [row])
     items = load_testset("truthfulqa", tmp_path)
-    assert [item.id for item in items] == ["generation/0", "multiple_choice/0"] and items[1].variants[1].endswith("Ten\nTwo")
+    assert [item.id for item in items] == ["generation/0", "multiple_choice/0"] and items[
+        1
+    ].variants[1].endswith("Ten\nTwo")
     monkeypatch.setattr(datasets, "load_dataset", offline)
     assert load_testset("truthfulqa", tmp_path) == items  # from the cache
 

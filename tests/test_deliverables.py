@@ -291,13 +291,19 @@ DISAGREEMENTS = {
         lambda: replace_text("checkpoints/tiny/phase3_gold/step_6/tokenizer.json", "{", "{ "),
         "models/tokenizer: checkpoints/tiny/phase3_gold/step_6 has another tokenizer",
     ),
-    "picture of another model": (lambda: repaint(checkpoint_hash="x"), f"is not a picture of {DPO}"),
+    "picture of another model": (
+        lambda: repaint(checkpoint_hash="x"),
+        f"is not a picture of {DPO}",
+    ),
     "length of the picture": (lambda: repaint(input_length="32"), "shows 32 tokens; the plan"),
     "card": (
         lambda: replace_text("gguf/README.md", "0.41", "0.43"),
         "gguf/README.md: says something else than the results",
     ),
-    "size of a GGUF file": (lambda: grow(Path("gguf/tiny-q8_0.gguf")), f"is not compared with {DPO} yet"),
+    "size of a GGUF file": (
+        lambda: grow(Path("gguf/tiny-q8_0.gguf")),
+        f"is not compared with {DPO} yet",
+    ),
     "a GGUF file made anew": (
         lambda: os.utime("gguf/tiny-q8_0.gguf"),
         f"gguf/tiny-q8_0.gguf: is not compared with {DPO} yet",

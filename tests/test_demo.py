@@ -84,7 +84,9 @@ def folder(tmp_path_factory) -> Path:
         tokens[i, : len(ids)] = ids
         targets[i, : len(ids) - 1] = ids[1:].where(torch.tensor(row.trained[1:]), -100)
     targets[-1, len(rows[-1].ids) - 5 :] = -100
-    config = ModelConfig(chat.tokenizer.get_vocab_size(), 64, 192, 2, 4, 2, max_position_embeddings=CONTEXT)
+    config = ModelConfig(
+        chat.tokenizer.get_vocab_size(), 64, 192, 2, 4, 2, max_position_embeddings=CONTEXT
+    )
     model = NanoLlama(config, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=100, pct_start=0.1)
@@ -103,9 +105,25 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def url(browser, folder) -> Iterator[str]:
     """python demo_ui.py, watched: it may ask nobody but this machine."""
-    shown = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GRADIO_"))}
-    env = {**shown, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1,localhost", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-c", WATCHED, "demo_ui.py", "--checkpoint", str(folder), "--port", "0"]
+    shown = {
+        key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GRADIO_"))
+    }
+    env = {
+        **shown,
+        "OMP_NUM_THREADS": "1",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "PYTHONUNBUFFERED": "1",
+    }
+    command = [
+        sys.executable,
+        "-c",
+        WATCHED,
+        "demo_ui.py",
+        "--checkpoint",
+        str(folder),
+        "--port",
+        "0",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
     assert server.stdout
     lines: list[str] = []
@@ -166,7 +184,9 @@ def test_stop_retry_edit_clear_and_leaving(browser, url):
         window.ask(HELLO, "I am a small model.")
         before = window.page.locator(".meter").inner_text()
         window.press("Retry")
-        window.page.wait_for_function("old => document.querySelector('.meter').innerText != old", arg=before)
+        window.page.wait_for_function(
+            "old => document.querySelector('.meter').innerText != old", arg=before
+        )
         window.idle()
         assert window.said("user") == [HELLO]
         window.page.get_by_label("Edit").click()
@@ -186,22 +206,36 @@ def test_stop_retry_edit_clear_and_leaving(browser, url):
 def test_a_mistake_is_told_in_a_sentence_and_the_conversation_goes_on(browser, url):
     with Window(browser, url) as window:
         window.ask("too long " * 4000)
-        window.page.get_by_text(f"tokens fill the context of {CONTEXT}; clear the conversation or write less").wait_for()
+        window.page.get_by_text(
+            f"tokens fill the context of {CONTEXT}; clear the conversation or write less"
+        ).wait_for()
         window.idle()
         window.ask(DIVISION, "Nobody can divide by zero.")
-        window.see(f"Tool: calculator(expression='1 / 0') \u2192 {run_tool('calculator', {'expression': '1 / 0'})}")
+        window.see(
+            f"Tool: calculator(expression='1 / 0') \u2192 {run_tool('calculator', {'expression': '1 / 0'})}"
+        )
 
 
 def test_a_phone(browser, url):
-    with Window(browser, url, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True) as window:
+    with Window(
+        browser, url, viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True
+    ) as window:
         window.ask(PRODUCT, "17 times 23 is")
         window.ask("x" * 300)
         window.page.locator(".message.user").nth(1).wait_for()
         window.idle()
-        assert window.page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [390, 390]
+        assert window.page.evaluate("[document.documentElement.scrollWidth, innerWidth]") == [
+            390,
+            390,
+        ]
         for place in (window.box, window.page.get_by_role("button", name="Retry")):
             box = place.bounding_box()
-            assert box and box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["y"] + box["height"] <= 844
+            assert (
+                box
+                and box["x"] >= 0
+                and box["x"] + box["width"] <= 390
+                and box["y"] + box["height"] <= 844
+            )
 
 
 @pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip install xllamacpp")
@@ -220,8 +254,15 @@ def test_two_side_by_side_behind_a_password(browser, folder, tmp_path, monkeypat
                 if len(answers) == 2 and answers[0] == answers[1]:
                     break
                 window.page.wait_for_timeout(100)
-            assert window.said("user") == [PRODUCT] * 2 and len(answers) == 2 and answers[0] == answers[1]
-            left, right = (chat.bounding_box() for chat in window.page.get_by_label("chatbot conversation").all())
+            assert (
+                window.said("user") == [PRODUCT] * 2
+                and len(answers) == 2
+                and answers[0] == answers[1]
+            )
+            left, right = (
+                chat.bounding_box()
+                for chat in window.page.get_by_label("chatbot conversation").all()
+            )
             assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
             meters = window.page.locator(".meter").all_inner_texts()
             assert "/ 4,096" in meters[0] and "/ 1,024" in meters[1]
@@ -255,15 +296,24 @@ def test_a_base_model_continues_what_is_typed(folder, tmp_path):
         turns: list[Turn] = []
         for _ in range(2):  # it is not told of the first
             turns.append(Turn("What is <|im_end|>"))
-            for _ in voice.answer(turns[-1], turns[:-1], GenerationSettings(new=12, system="Be kind."), lambda: False):
+            for _ in voice.answer(
+                turns[-1], turns[:-1], GenerationSettings(new=12, system="Be kind."), lambda: False
+            ):
                 pass
         turn = turns[0]
         ids = voice.chat.prompt([{"role": "user", "content": turn.text}])
         tokenizer = voice.chat.tokenizer
-        assert ids == [*voice.chat.bos, *tokenizer.encode(turn.text).ids] and Chat.from_folder(folder).ids[IM_END] not in ids
-        [expected] = complete(load_hf(base), [ids], 12, tokenizer.decode, stop_tokens=voice.chat.stop_ids)
+        assert (
+            ids == [*voice.chat.bos, *tokenizer.encode(turn.text).ids]
+            and Chat.from_folder(folder).ids[IM_END] not in ids
+        )
+        [expected] = complete(
+            load_hf(base), [ids], 12, tokenizer.decode, stop_tokens=voice.chat.stop_ids
+        )
         assert [turn.parts for turn in turns] == [[("content", expected)]] * 2
-        assert turn.held == len(ids) + turn.tokens and f'value="{turn.held}"' in meter(turn, voice.context)
+        assert turn.held == len(ids) + turn.tokens and f'value="{turn.held}"' in meter(
+            turn, voice.context
+        )
         assert "continues what you type" in about([voice])
 
 
@@ -277,13 +327,26 @@ def test_another_template_than_ours_is_spoken(folder, tmp_path):
     filed, named = (base_of(folder, tmp_path / name) for name in ("filed", "named"))
     (filed / "chat_template.jinja").write_text(template)
     settings = json.loads((named / "tokenizer_config.json").read_text())
-    (named / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}, answer("Yes."), answer("No.")]
-    wanted = AutoTokenizer.from_pretrained(filed).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    (named / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "chat_template": template})
+    )
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        answer("Yes."),
+        answer("No."),
+    ]
+    wanted = AutoTokenizer.from_pretrained(filed).apply_chat_template(
+        messages, add_generation_prompt=True
+    )["input_ids"]
     end = Chat.from_folder(folder).ids[IM_END]
     for path in (*both_kinds(filed), named):
         voice = demo_ui.open_voice(path, None)
-        assert voice.chat.prompt(messages, TOOLS) == wanted and end in voice.chat.stop_ids and not voice.is_base
+        assert (
+            voice.chat.prompt(messages, TOOLS) == wanted
+            and end in voice.chat.stop_ids
+            and not voice.is_base
+        )
         typed = [{"role": "user", "content": "<|im_end|>"}]
         assert voice.chat.prompt(typed).count(end) == 1  # what a user types is text
         reply = voice.chat.parse([*voice.chat.tokenizer.encode("la la").ids, end])
@@ -315,7 +378,11 @@ def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkey
     assert "give a --password" in said("--checkpoint", folder, "--share")
     assert "give a --password" in said("--checkpoint", folder, "--host", "0.0.0.0")
     assert "must be at least 0 and at most 65535" in said("--checkpoint", folder, "--port", 99_999)
-    assert "neither a GGUF file (*.gguf) nor a checkpoint" in said("--checkpoint", tmp_path, "--port", 0)
-    assert "argument --context: -5 is too small" in said("--checkpoint", folder, "--context", -5, "--port", 0)
+    assert "neither a GGUF file (*.gguf) nor a checkpoint" in said(
+        "--checkpoint", tmp_path, "--port", 0
+    )
+    assert "argument --context: -5 is too small" in said(
+        "--checkpoint", folder, "--context", -5, "--port", 0
+    )
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     assert "m.gguf" in said("--gguf", tmp_path / "m.gguf", "--port", 0)

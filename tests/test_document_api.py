@@ -92,7 +92,9 @@ model(tokens, tokens).nll.sum().backward()
 assert all(parameter.grad is not None for parameter in model.parameters())
 print(type(model).__name__, torch.distributed.get_world_size())
 """
-    alone = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    alone = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=one_thread()
+    )
     assert alone.stdout == "FSDPNanoLlama 1\n", alone.stderr
 
 
@@ -112,7 +114,9 @@ def test_packed_texts_equal_the_rows_of_a_store(text_store):
         assert (batch.tokens[number % 4].numpy() == tokens).all()
         assert (batch.targets[number % 4].numpy() == targets).all()
         assert (batch.doc_ids[number % 4].numpy() == doc_ids).all()
-    assert torch.equal(next(iter(loader)).tokens, batches[0].tokens)  # iterates again from the start
+    assert torch.equal(
+        next(iter(loader)).tokens, batches[0].tokens
+    )  # iterates again from the start
 
 
 def test_packed_texts_with_a_tokenizer_of_transformers(text_store):

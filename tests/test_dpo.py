@@ -27,7 +27,10 @@ def case(tmp_path_factory) -> Path:
     parity_dpo.write_case(folder)
     rng = random.Random(0)
     word = lambda most: "".join(rng.choice("abc ") for _ in range(rng.randint(1, most))) + "."  # noqa: E731
-    rows = (f'{{"prompt": "{word(30)}", "chosen": "yes {word(60)}", "rejected": "no {word(60)}"}}\n' for _ in range(40))
+    rows = (
+        f'{{"prompt": "{word(30)}", "chosen": "yes {word(60)}", "rejected": "no {word(60)}"}}\n'
+        for _ in range(40)
+    )
     (folder / "many.jsonl").write_text("".join(rows))
     return folder
 
@@ -37,7 +40,10 @@ def test_losses_metrics_and_gradients_equal_trl(tmp_path):
     for label, found in parity_dpo.compare(tmp_path).items():
         for name, value in found["trl"].items():
             tolerance = 1e-4 if name == "grad_norm" else 1e-5
-            assert found["ours"][name] == pytest.approx(value, rel=tolerance, abs=1e-5), (label, name)
+            assert found["ours"][name] == pytest.approx(value, rel=tolerance, abs=1e-5), (
+                label,
+                name,
+            )
 
 
 def test_policy_equal_to_reference_and_answers_swapped(tmp_path):
@@ -45,7 +51,10 @@ def test_policy_equal_to_reference_and_answers_swapped(tmp_path):
     policy, reference = load_hf(tmp_path / "policy"), load_hf(tmp_path / "reference")
     sums = preference(DPOConfig())(policy, parity_dpo.batch_of(pairs, policy))[1]
     assert float(sums["loss"]) == pytest.approx(4 * math.log(2), rel=1e-6)
-    assert {float(sums[name]) for name in ("rewards/accuracies", "rewards/margins", "kl_per_token", "drift_per_token")} == {0.0}
+    assert {
+        float(sums[name])
+        for name in ("rewards/accuracies", "rewards/margins", "kl_per_token", "drift_per_token")
+    } == {0.0}
     batch = parity_dpo.batch_of(pairs, reference)
     swapped = batch._replace(places=batch.places.roll(4, 0), reference=batch.reference.roll(4))
     straight, turned = (preference(DPOConfig())(policy, one)[1] for one in (batch, swapped))
@@ -53,16 +62,23 @@ def test_policy_equal_to_reference_and_answers_swapped(tmp_path):
     assert float(turned["rewards/accuracies"]) == 4 - float(straight["rewards/accuracies"])
     assert float(turned["lengths/delta"]) == -float(straight["lengths/delta"])
     half = batch._replace(counted=torch.tensor([1.0, 0.0, 0.0, 1.0]))
-    alone = [preference(DPOConfig())(policy, parity_dpo.batch_of(pairs, reference, range(i, i + 1)))[1] for i in (0, 3)]
+    alone = [
+        preference(DPOConfig())(policy, parity_dpo.batch_of(pairs, reference, range(i, i + 1)))[1]
+        for i in (0, 3)
+    ]
     for name, value in preference(DPOConfig())(policy, half)[1].items():
-        assert float(value) == pytest.approx(sum(float(one[name]) for one in alone), rel=1e-4, abs=1e-6), name
+        assert float(value) == pytest.approx(
+            sum(float(one[name]) for one in alone), rel=1e-4, abs=1e-6
+        ), name
 
 
 def test_without_a_reference_rewards_are_log_probabilities(tmp_path):
     pairs = parity_dpo.write_case(tmp_path)
     policy, batch = load_hf(tmp_path / "policy"), parity_dpo.batch_of(pairs, None)
     sums = preference(DPOConfig(reference="none"))(policy, batch)[1]
-    assert float(sums["rewards/chosen"]) == pytest.approx(0.1 * float(sums["logps/chosen"]), rel=1e-6)
+    assert float(sums["rewards/chosen"]) == pytest.approx(
+        0.1 * float(sums["logps/chosen"]), rel=1e-6
+    )
     assert "kl_per_token" not in sums and DPOConfig(loss="simpo").referred == "none"
 
 
@@ -111,8 +127,21 @@ def dpo_here(*overrides: str) -> bool:
 def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(case, tmp_path):
     whole, split, paused, cpu = (tmp_path / name for name in ("whole", "split", "paused", "cpu"))
     assert dpo_here(*settings(case, whole))
-    launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=2", str(ROOT / "train_dpo.py"), "--batch_size", "4"]
-    command = [*launch, "--config", str(ROOT / "configs" / "dpo.yaml"), *settings(case, split, "data.micro_batch_size=2")]
+    launch = [
+        sys.executable,
+        "-m",
+        "scripts.launch",
+        "--nproc_per_node=2",
+        str(ROOT / "train_dpo.py"),
+        "--batch_size",
+        "4",
+    ]
+    command = [
+        *launch,
+        "--config",
+        str(ROOT / "configs" / "dpo.yaml"),
+        *settings(case, split, "data.micro_batch_size=2"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
     assert done.returncode == 0, done.stderr
     dpo_here(*settings(case, paused, "until=3"))
@@ -121,21 +150,34 @@ def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(c
     assert (paused / "out" / "reference.safetensors").read_bytes() == kept
     assert dpo_here(*settings(case, cpu, "dpo.reference=cpu", "data.micro_batch_size=4"))
     assert not (cpu / "out" / "reference.safetensors").exists()
-    one, two, again, frozen = (read_metrics(folder / "logs") for folder in (whole, split, paused, cpu))
+    one, two, again, frozen = (
+        read_metrics(folder / "logs") for folder in (whole, split, paused, cpu)
+    )
     assert (
-        one[0]["loss"] == pytest.approx(math.log(2), abs=1e-7) and one[0]["rewards/accuracies"] == 0 == one[0]["drift_per_token"]
+        one[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+        and one[0]["rewards/accuracies"] == 0 == one[0]["drift_per_token"]
     )
     assert one[-1]["rewards/margins"] > 0.05 and "val/rewards/accuracies" in one[-1]
-    for key in (key for key in one[-1] if key.startswith(("loss", "grad_norm", "rewards", "logps", "lengths", "kl", "val/"))):
+    for key in (
+        key
+        for key in one[-1]
+        if key.startswith(("loss", "grad_norm", "rewards", "logps", "lengths", "kl", "val/"))
+    ):
         if key == "rewards/accuracies":
             continue  # of the first step, where rewards differ by rounding alone
         expected = [row[key] for row in one if key in row]
         assert [row[key] for row in again if key in row] == expected, key  # bit for bit
         for other in (two, frozen):
-            assert [row[key] for row in other if key in row] == pytest.approx(expected, abs=1e-4, rel=1e-5), key
+            assert [row[key] for row in other if key in row] == pytest.approx(
+                expected, abs=1e-4, rel=1e-5
+            ), key
             if "logps" not in key:
-                assert [row[key] for row in other if key in row] == pytest.approx(expected, abs=2e-5, rel=1e-5), key
-    weights = [(folder / "out" / "step_6" / "model.safetensors").read_bytes() for folder in (whole, paused)]
+                assert [row[key] for row in other if key in row] == pytest.approx(
+                    expected, abs=2e-5, rel=1e-5
+                ), key
+    weights = [
+        (folder / "out" / "step_6" / "model.safetensors").read_bytes() for folder in (whole, paused)
+    ]
     assert weights[0] == weights[1]
 
 
@@ -145,7 +187,9 @@ def test_a_kept_reference_is_refused_for_anything_else(case, tmp_path):
     dpo_here(*settings(case, tmp_path / "a", own, "steps=2"))
     kept = load_file(cache)
     assert set(kept) == {"train/many", "val/many"}
-    assert int((~kept["train/many"].isnan()).all(1).sum()) == 8 and not kept["val/many"].isnan().any()
+    assert (
+        int((~kept["train/many"].isnan()).all(1).sum()) == 8 and not kept["val/many"].isnan().any()
+    )
     dpo_here(*settings(case, tmp_path / "b", own, "steps=3"))  # more is added to it
     more = load_file(cache)
     known = ~kept["train/many"].isnan()
@@ -154,10 +198,15 @@ def test_a_kept_reference_is_refused_for_anything_else(case, tmp_path):
     )
     turned = shutil.copytree(case / "policy", tmp_path / "turned")  # the same weights
     config = (turned / "config.json").read_text()
-    (turned / "config.json").write_text(config.replace('"rope_theta": 10000.0', '"rope_theta": 10.0'))
+    (turned / "config.json").write_text(
+        config.replace('"rope_theta": 10000.0', '"rope_theta": 10.0')
+    )
     edited = tmp_path / "edited.jsonl"  # in a pair that is held out
     rows = [json.loads(line) for line in (case / "many.jsonl").read_text().splitlines()]
-    held_out = lambda row: Split(0.2).of(json.dumps([[{"role": "user", "content": row["prompt"].strip()}], []])) == "val"  # noqa: E731
+    held_out = lambda row: (
+        Split(0.2).of(json.dumps([[{"role": "user", "content": row["prompt"].strip()}], []]))
+        == "val"
+    )  # noqa: E731
     next(row for row in rows if held_out(row))["chosen"] += " indeed"
     edited.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for other, said in (
@@ -193,13 +242,25 @@ def read_header(path: Path) -> dict[str, str]:
         (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
         ([f"dpo.reference_cache={ROOT}"], "is a folder; name a file in it as dpo.reference_cache"),
         (["data.mix={}"], "data.mix names no source; preferences.sources has many"),
-        (["preferences.sources.many.limit=0"], "preferences.sources.many.limit=0 must be at least 1; leave it out to take all"),
+        (
+            ["preferences.sources.many.limit=0"],
+            "preferences.sources.many.limit=0 must be at least 1; leave it out to take all",
+        ),
         (["dpo.beta=nan"], "dpo.beta='nan' must be a finite number"),
-        (["data.mix={others: 1}"], "data.mix.others: preferences.sources has no such source; it has many"),
+        (
+            ["data.mix={others: 1}"],
+            "data.mix.others: preferences.sources has no such source; it has many",
+        ),
         (["data.sequence_length=2048"], "exceeds the model's context"),
-        (["data.sequence_length=16"], "no pair of .* is left to train on .* x a pair that does not fit"),
+        (
+            ["data.sequence_length=16"],
+            "no pair of .* is left to train on .* x a pair that does not fit",
+        ),
         (["dpo.beta=-1"], "dpo.beta=-1 must be above 0"),
-        (["data.micro_batch_size=6"], "4 pairs a step do not divide over 1 rank.* with micro-batches of 3"),
+        (
+            ["data.micro_batch_size=6"],
+            "4 pairs a step do not divide over 1 rank.* with micro-batches of 3",
+        ),
         (["data.pairs_per_step=0"], "data.pairs_per_step=0 must be at least 1"),
     ],
 )

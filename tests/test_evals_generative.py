@@ -38,7 +38,15 @@ def checkpoint(tmp_path_factory, text_store) -> Path:
     folder = tmp_path_factory.mktemp("chat") / "step_1"
     tokenizer = load_tokenizer(text_store / "tokenizer")
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|tool_call|>"])
-    save_hf(folder, CONFIG, NanoLlama(CONFIG, seed=3).state_dict(), torch.float32, bos=0, eos=VOCAB + 1, pad=1)
+    save_hf(
+        folder,
+        CONFIG,
+        NanoLlama(CONFIG, seed=3).state_dict(),
+        torch.float32,
+        bos=0,
+        eos=VOCAB + 1,
+        pad=1,
+    )
     save_tokenizer(tokenizer, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     return folder
@@ -50,7 +58,14 @@ def model(checkpoint):
 
 
 def options(checkpoint, **given) -> argparse.Namespace:
-    shared = {"checkpoint": checkpoint, "cache": Path("nowhere"), "limit": None, "seed": 1234, "data": None, "device": "cpu"}
+    shared = {
+        "checkpoint": checkpoint,
+        "cache": Path("nowhere"),
+        "limit": None,
+        "seed": 1234,
+        "data": None,
+        "device": "cpu",
+    }
     return argparse.Namespace(**{**shared, **given})
 
 
@@ -97,7 +112,10 @@ def test_gsm8k_equals_lm_eval(checkpoint, model, tmp_path, monkeypatch):
     from lm_eval.tasks import TaskManager
 
     rows = [
-        {"question": f"Ann has {i} red cats and {i + 2} in a box?", "answer": f"She has <<{i}+2={i + 2}>>{i + 2}.\n#### {i}"}
+        {
+            "question": f"Ann has {i} red cats and {i + 2} in a box?",
+            "answer": f"She has <<{i}+2={i + 2}>>{i + 2}.\n#### {i}",
+        }
         for i in range(18)
     ]
     folder = tmp_path / "data" / "store" / "evals" / "gsm8k"
@@ -106,13 +124,21 @@ def test_gsm8k_equals_lm_eval(checkpoint, model, tmp_path, monkeypatch):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    manager = TaskManager(include_path=str(ROOT / "evals" / "lm_eval_tasks"), include_defaults=False)
+    manager = TaskManager(
+        include_path=str(ROOT / "evals" / "lm_eval_tasks"), include_defaults=False
+    )
     theirs = HFLM(pretrained=str(checkpoint), device="cpu", dtype="float32", batch_size=1)
     for cot, task in ((False, "local_gsm8k"), (True, "local_gsm8k_cot")):
-        evaluation = eval_gsm8k.build(options(checkpoint, data=str(folder.parent), shots=3, cot=cot, max_tokens=256))
+        evaluation = eval_gsm8k.build(
+            options(checkpoint, data=str(folder.parent), shots=3, cot=cot, max_tokens=256)
+        )
         mine = ask(evaluation.items, evaluation.score, model, Cache())
-        told = simple_evaluate(model=theirs, tasks=[task], num_fewshot=3, task_manager=manager, bootstrap_iters=0)
-        samples = {s["doc_id"]: s for s in told["samples"][task] if s["filter"] == "flexible-extract"}
+        told = simple_evaluate(
+            model=theirs, tasks=[task], num_fewshot=3, task_manager=manager, bootstrap_iters=0
+        )
+        samples = {
+            s["doc_id"]: s for s in told["samples"][task] if s["filter"] == "flexible-extract"
+        }
         for i, own in enumerate(mine):
             assert samples[i]["arguments"][0][0] == own.exchange[0][0].prompt
             assert samples[i]["resps"][0][0] == own.exchange[0][1].text
@@ -167,29 +193,50 @@ class Seer:
 
 def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, tmp_path):
     words = EvalTokenizer(checkpoint)
-    given = {"context": [700, 1400], "num_tests": 6, "depths": 3, "kinds": list(eval_needle.KINDS), "max_tokens": None}
+    given = {
+        "context": [700, 1400],
+        "num_tests": 6,
+        "depths": 3,
+        "kinds": list(eval_needle.KINDS),
+        "max_tokens": None,
+    }
     evaluation = eval_needle.build(options(checkpoint, haystack="noise", **given))
     assert len(evaluation.items) == 2 * 6 * 4
     for item in evaluation.items:
         assert len(item.row["prompt"]) + item.row["max_tokens"] == item.row["length"]
     again = eval_needle.build(options(checkpoint, haystack="noise", **given))
-    assert [item.row["prompt"] for item in again.items] == [item.row["prompt"] for item in evaluation.items]
+    assert [item.row["prompt"] for item in again.items] == [
+        item.row["prompt"] for item in evaluation.items
+    ]
     for how, expected in ((str, 1.0), (lambda n: n + "1", 0.0), (lambda n: n[:-1], 0.0)):
         found = evaluate(evaluation, Seer(words, how), tmp_path / "needle.json")
-        assert found["metrics"]["accuracy"]["value"] == expected == found["metrics"]["accuracy_1400"]["value"]
-        assert set(found["subjects"]) == set(eval_needle.KINDS) and found["metrics"]["choice"]["value"] == 1.0
+        assert (
+            found["metrics"]["accuracy"]["value"]
+            == expected
+            == found["metrics"]["accuracy_1400"]["value"]
+        )
+        assert (
+            set(found["subjects"]) == set(eval_needle.KINDS)
+            and found["metrics"]["choice"]["value"] == 1.0
+        )
         for path in (tmp_path / "answers").glob("*"):
             path.unlink()
-    singles = [item for item in evaluation.items if item.subject == "single" and item.row["length"] == 1400]
+    singles = [
+        item for item in evaluation.items if item.subject == "single" and item.row["length"] == 1400
+    ]
     for item in singles:
         text = words.decode(item.row["prompt"])
-        where = len(words.encode([text[: text.index(item.row["right"][0])]])[0]) / len(item.row["prompt"])
+        where = len(words.encode([text[: text.index(item.row["right"][0])]])[0]) / len(
+            item.row["prompt"]
+        )
         assert abs(where - (0.03 + 0.92 * item.row["depth"])) < 0.06
     eval_needle.heatmap(tmp_path / "needle.samples.jsonl", tmp_path / "needle.png")
     assert (tmp_path / "needle.png").read_bytes()[:4] == b"\x89PNG"
     for context, words_of_it in ((4096, "exceeds the model's 2048"), (150, "is too short for a")):
         with pytest.raises(ValueError, match=words_of_it):
-            eval_needle.build(options(checkpoint, haystack="noise", **{**given, "context": [context]}))
+            eval_needle.build(
+                options(checkpoint, haystack="noise", **{**given, "context": [context]})
+            )
     texts = tmp_path / "texts.txt"
     texts.write_bytes(b"It rained all day. " * 50 + b"Caf\xe9.")  # in no UTF-8
     own = eval_needle.build(options(checkpoint, haystack=str(texts), **{**given, "num_tests": 1}))
@@ -236,7 +283,11 @@ def test_calls_in_any_order_and_as_many_as_due():
     one, two = ({"name": "math.add", "arguments": {"a": n}} for n in (1, 2))
     truth = [{"math.add": {"a": [1, 2]}}, {"math.add": {"a": [1]}}]
     assert matches([one, two], truth, [ADD]) and matches([two, one], truth, [ADD])
-    assert not matches([two, two], truth, [ADD]) and not matches([one], truth, [ADD]) and not matches([], truth, [ADD])
+    assert (
+        not matches([two, two], truth, [ADD])
+        and not matches([one], truth, [ADD])
+        and not matches([], truth, [ADD])
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,7 +316,14 @@ def bfcl(path: Path) -> Path:
         {
             "id": f"{category}_{i}",
             "question": [[{"role": "user", "content": f"Add {i} and two.<|im_end|>"}]],
-            "function": [ADD, {**ADD, "name": "now", "parameters": {"type": "dict", "properties": {}, "required": []}}],
+            "function": [
+                ADD,
+                {
+                    **ADD,
+                    "name": "now",
+                    "parameters": {"type": "dict", "properties": {}, "required": []},
+                },
+            ],
             "ground_truth": TRUTH if category == "simple_python" else [],
         }
         for category in ("simple_python", "irrelevance")
@@ -276,7 +334,9 @@ def bfcl(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_random_model_under_a_grammar_writes_calls(checkpoint, model, tmp_path, native, monkeypatch):
+def test_a_random_model_under_a_grammar_writes_calls(
+    checkpoint, model, tmp_path, native, monkeypatch
+):
     pytest.importorskip("xgrammar")
     data = bfcl(tmp_path / "bfcl.jsonl")
     if not native:
@@ -284,35 +344,59 @@ def test_a_random_model_under_a_grammar_writes_calls(checkpoint, model, tmp_path
     given = {"categories": ["simple_python", "irrelevance"], "free_only": False, "max_tokens": 900}
     evaluation = eval_tool_use.build(options(checkpoint, data=str(data), **given))
     im_end = load_tokenizer(checkpoint).token_to_id("<|im_end|>")
-    assert evaluation.items[0].row["prompt"].count(im_end) == 2 + native  # the user's own stayed text
+    assert (
+        evaluation.items[0].row["prompt"].count(im_end) == 2 + native
+    )  # the user's own stayed text
     found = evaluate(evaluation, model, tmp_path / "tool.json")
-    assert found["metrics"]["constrained_syntax"] == {"value": 1.0, "stderr": 0.0, "n": 6}  # of 12 items
-    assert found["metrics"]["constrained_schema"]["value"] == 1.0 and found["metrics"]["free_syntax"]["value"] == 0.0
+    assert found["metrics"]["constrained_syntax"] == {
+        "value": 1.0,
+        "stderr": 0.0,
+        "n": 6,
+    }  # of 12 items
+    assert (
+        found["metrics"]["constrained_schema"]["value"] == 1.0
+        and found["metrics"]["free_syntax"]["value"] == 0.0
+    )
     assert found["form"] == ("<|tool_call|> and JSON" if native else "a JSON list")
     assert "constrained_syntax" not in found["subjects"]["irrelevance"]["metrics"]
-    assert fits({"name": "now", "arguments": {}}, [{**ADD, "name": "now", "parameters": {"type": "dict"}}])
+    assert fits(
+        {"name": "now", "arguments": {}}, [{**ADD, "name": "now", "parameters": {"type": "dict"}}]
+    )
     assert call_schema([ADD])["properties"]["name"] == {"const": "math.add"}
 
 
 def test_a_category_of_bfcl_is_read_from_its_own_file(tmp_path):
     (tmp_path / "possible_answer").mkdir()
     for category in ("live_parallel_multiple", "multiple", "parallel_multiple"):
-        for folder, more in ((tmp_path, {"question": []}), (tmp_path / "possible_answer", {"ground_truth": [category]})):
-            (folder / f"BFCL_v4_{category}.json").write_text(json.dumps({"id": f"{category}_0", **more}) + "\n")
+        for folder, more in (
+            (tmp_path, {"question": []}),
+            (tmp_path / "possible_answer", {"ground_truth": [category]}),
+        ):
+            (folder / f"BFCL_v4_{category}.json").write_text(
+                json.dumps({"id": f"{category}_0", **more}) + "\n"
+            )
     [row] = load_bfcl("multiple", str(tmp_path), Path("nowhere"))
     assert row == {"id": "multiple_0", "question": [], "ground_truth": ["multiple"]}
     with pytest.raises(ValueError, match=r"there is no BFCL_v4_parallel\.json"):
         load_bfcl("parallel", str(tmp_path), Path("nowhere"))
-    rows = [{"id": f"{kind}_{i}-0", "ground_truth": [kind]} for kind in ("parallel", "parallel_multiple") for i in range(2)]
+    rows = [
+        {"id": f"{kind}_{i}-0", "ground_truth": [kind]}
+        for kind in ("parallel", "parallel_multiple")
+        for i in range(2)
+    ]
     one = tmp_path / "all.jsonl"
     one.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for category in ("parallel", "parallel_multiple"):
-        assert load_bfcl(category, str(one), Path()) == [row for row in rows if row["ground_truth"] == [category]]
+        assert load_bfcl(category, str(one), Path()) == [
+            row for row in rows if row["ground_truth"] == [category]
+        ]
     shutil.rmtree(tmp_path / "possible_answer")
     with pytest.raises(ValueError, match="multiple_0 of BFCL's multiple has no ground_truth"):
         load_bfcl("multiple", str(tmp_path), Path())
     (tmp_path / "BFCL_v4_irrelevance.json").write_text('{"id": "irrelevance_0"}\n')
-    assert load_bfcl("irrelevance", str(tmp_path), Path()) == [{"id": "irrelevance_0", "ground_truth": []}]
+    assert load_bfcl("irrelevance", str(tmp_path), Path()) == [
+        {"id": "irrelevance_0", "ground_truth": []}
+    ]
     one.write_text('{"question": []}\n')
     with pytest.raises(ValueError, match="row 0 of the data for BFCL has no 'id'"):
         load_bfcl("multiple", str(one), Path())
@@ -321,7 +405,12 @@ def test_a_category_of_bfcl_is_read_from_its_own_file(tmp_path):
 def mt_bench(path: Path) -> Path:
     rows = [
         {"question_id": 1, "category": "writing", "turns": ["Write {x}.", "Again."]},
-        {"question_id": 2, "category": "math", "turns": ["1+1?", "2+2?"], "reference": ["two", "four"]},
+        {
+            "question_id": 2,
+            "category": "math",
+            "turns": ["1+1?", "2+2?"],
+            "reference": ["two", "four"],
+        },
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -329,15 +418,32 @@ def mt_bench(path: Path) -> Path:
 
 def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, tmp_path):
     data = str(mt_bench(tmp_path / "questions.jsonl"))
-    given = {"judge_prompts": None, "judge_key_file": None, "judge_model": "m", "retries": 2, "max_tokens": 12}
-    alone = evaluate(eval_mt_bench.build(options(checkpoint, data=data, judge=None, **given)), model, tmp_path / "alone.json")
+    given = {
+        "judge_prompts": None,
+        "judge_key_file": None,
+        "judge_model": "m",
+        "retries": 2,
+        "max_tokens": 12,
+    }
+    alone = evaluate(
+        eval_mt_bench.build(options(checkpoint, data=data, judge=None, **given)),
+        model,
+        tmp_path / "alone.json",
+    )
     assert "not graded" in alone["note"] and "score" not in alone["metrics"]
-    kept = [json.loads(line) for line in (tmp_path / "alone.samples.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line) for line in (tmp_path / "alone.samples.jsonl").read_text().splitlines()
+    ]
     assert all(len(sample["scores"]["answers"]) == 2 for sample in kept)
 
-    gone = eval_mt_bench.build(options(checkpoint, data=data, judge="http://127.0.0.1:9/v1", **given))
+    gone = eval_mt_bench.build(
+        options(checkpoint, data=data, judge="http://127.0.0.1:9/v1", **given)
+    )
     gone.judge.pause = 0.0
-    with pytest.raises(ValueError, match=r"did not judge 2 of 2 items of mt_bench \(it cannot be reached.*is kept beside"):
+    with pytest.raises(
+        ValueError,
+        match=r"did not judge 2 of 2 items of mt_bench \(it cannot be reached.*is kept beside",
+    ):
         evaluate(gone, model, tmp_path / "mt.json")
     assert "answer" in (tmp_path / "mt.samples.jsonl").read_text()
 
@@ -345,7 +451,13 @@ def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, t
         text = body["messages"][-1]["content"]
         if number == 1:
             return 503, {"error": "busy"}
-        return says("[[8]]" if "Again." in text else "no grade" if "Write" in text else "fine. Rating: [[6.5]]")
+        return says(
+            "[[8]]"
+            if "Again." in text
+            else "no grade"
+            if "Write" in text
+            else "fine. Rating: [[6.5]]"
+        )
 
     with Serve(reply) as server:
         evaluation = eval_mt_bench.build(options(checkpoint, data=data, judge=server.url, **given))
@@ -353,12 +465,21 @@ def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, t
         found = evaluate(evaluation, model, tmp_path / "mt.json")
         asked = len(server.asked)
         assert asked == 5  # four, and one again
-        assert evaluate(evaluation, model, tmp_path / "mt.json") == found and len(server.asked) == asked  # kept
+        assert (
+            evaluate(evaluation, model, tmp_path / "mt.json") == found
+            and len(server.asked) == asked
+        )  # kept
     metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
-    assert metrics["turn_1"] == 6.5 and metrics["turn_2"] == pytest.approx((8 + 6.5) / 2) and metrics["score"] == 6.5
+    assert (
+        metrics["turn_1"] == 6.5
+        and metrics["turn_2"] == pytest.approx((8 + 6.5) / 2)
+        and metrics["score"] == 6.5
+    )
     assert metrics["unread"] == 0.5 and found["judge"].startswith("m at ")
     texts = [body["messages"][-1]["content"] for _, _, body in server.asked]
-    assert any("### Reference answer\ntwo" in text for text in texts) and any("Write {x}." in text for text in texts)
+    assert any("### Reference answer\ntwo" in text for text in texts) and any(
+        "Write {x}." in text for text in texts
+    )
 
 
 def test_a_suite_asks_again_what_was_not_judged_and_another_judge(checkpoint, model, tmp_path):
@@ -367,32 +488,54 @@ def test_a_suite_asks_again_what_was_not_judged_and_another_judge(checkpoint, mo
 
     def measured(*more):
         before = len(server.asked)
-        found = suite.measure("mt_bench", suite.parse("mt_bench", shlex.join([*how, *more]), given, data), model, output)
+        found = suite.measure(
+            "mt_bench",
+            suite.parse("mt_bench", shlex.join([*how, *more]), given, data),
+            model,
+            output,
+        )
         return found, len(server.asked) - before
 
     with Serve(lambda number, body: (400, {}) if number == 2 else says("[[7]]")) as server:
         how = ["--judge", server.url, "--retries", "0", "--max_tokens", "8"]
         found, asked = measured()
-        assert "did not judge 1 of 2 items" in found["not_measured"] and asked == 4 and not output.exists()
+        assert (
+            "did not judge 1 of 2 items" in found["not_measured"]
+            and asked == 4
+            and not output.exists()
+        )
         found, asked = measured()
         written = output.stat().st_mtime_ns
         assert found["n"] == 2 and found["metrics"]["score"]["value"] == 7 and asked == 1
-        assert measured() == (json.loads(output.read_text()), 0) and output.stat().st_mtime_ns == written
+        assert (
+            measured() == (json.loads(output.read_text()), 0)
+            and output.stat().st_mtime_ns == written
+        )
         found, asked = measured("--judge_model", "other")
         assert found["judge"].startswith("other at") and asked == 4
-    with pytest.raises(ValueError, match=r"none cannot be read \(FileNotFoundError\); it should hold an API key"):
-        eval_mt_bench.build(suite.parse("mt_bench", f"--judge_key_file {tmp_path / 'none'}", given, data))
+    with pytest.raises(
+        ValueError, match=r"none cannot be read \(FileNotFoundError\); it should hold an API key"
+    ):
+        eval_mt_bench.build(
+            suite.parse("mt_bench", f"--judge_key_file {tmp_path / 'none'}", given, data)
+        )
 
 
 def test_who_stops_waits_for_what_is_on_its_way_only():
-    both = threading.Barrier(2, timeout=30)  # the first answer comes when the second question is on its way, too
+    both = threading.Barrier(
+        2, timeout=30
+    )  # the first answer comes when the second question is on its way, too
     with Serve(lambda *_: says("ok") if both.wait() >= 0 else None) as server:
         remote = endpoint(server.url, "m", workers=2)
         answers = remote.answer([Judge(str(i)) for i in range(40)])
         next(answers)
         with pytest.raises(KeyboardInterrupt):
             answers.throw(KeyboardInterrupt)
-        assert len(server.asked) == 2 and isinstance(remote.ask(Judge("more")), Failed) and len(server.asked) == 2
+        assert (
+            len(server.asked) == 2
+            and isinstance(remote.ask(Judge("more")), Failed)
+            and len(server.asked) == 2
+        )
 
 
 def test_a_judge_that_speaks_no_http_cannot_be_reached():
@@ -414,7 +557,12 @@ def test_a_judge_that_speaks_no_http_cannot_be_reached():
 def test_fastchats_own_wording_can_be_given(tmp_path):
     names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"name": n, "system_prompt": n, "prompt_template": "{question}"}) + "\n" for n in names))
+    path.write_text(
+        "".join(
+            json.dumps({"name": n, "system_prompt": n, "prompt_template": "{question}"}) + "\n"
+            for n in names
+        )
+    )
     assert eval_mt_bench.judge_prompts(path)[2, True] == ("single-math-v1-multi-turn", "{question}")
     path.write_text(path.read_text().splitlines()[0] + "\n")
     with pytest.raises(ValueError, match="no prompt named single-math-v1, "):
@@ -429,34 +577,59 @@ def test_a_judge_is_asked_again_only_where_that_may_help():
         remote = endpoint(server.url, "m", key="secret", pause=0.0, workers=1)
         [[(_, refused)], [(_, said)]] = list(remote.answer([Judge("a"), Judge("b", "be brief")]))
         assert isinstance(refused, Failed) and "401" in refused.reason and said == "ok"
-        assert server.asked[0][1]["Authorization"] == "Bearer secret" and server.asked[2][2]["messages"][0]["role"] == "system"
-        assert remote.hash == endpoint(server.url, "m", key="other").hash  # a key is not what an answer depends on
+        assert (
+            server.asked[0][1]["Authorization"] == "Bearer secret"
+            and server.asked[2][2]["messages"][0]["role"] == "system"
+        )
+        assert (
+            remote.hash == endpoint(server.url, "m", key="other").hash
+        )  # a key is not what an answer depends on
 
 
 def test_toxicity_by_perspective(checkpoint, model, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": {"text": f"The cat {i}"}}) + "\n" for i in range(3)))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": {"text": f"The cat {i}"}}) + "\n" for i in range(3))
+    )
     (tmp_path / "key").write_text("k1\n")
 
     def reply(number, body):
         value = (len(body["comment"]["text"]) % 10) / 10
         return 200, {"attributeScores": {"TOXICITY": {"summaryScore": {"value": value}}}}
 
-    given = {"samples": 4, "max_tokens": 6, "temperature": 1.0, "top_p": 0.9, "label": "toxic", "rate": 1e4, "retries": 1}
+    given = {
+        "samples": 4,
+        "max_tokens": 6,
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "label": "toxic",
+        "rate": 1e4,
+        "retries": 1,
+    }
     given["chat"] = False
     with Serve(reply) as server:
         how = {"scorer": "perspective", "key_file": tmp_path / "key", "url": server.url}
         evaluation = eval_toxicity.build(options(checkpoint, data=str(prompts), **how, **given))
         found = evaluate(evaluation, model, tmp_path / "toxicity.json")
         assert all(path.endswith("?key=k1") for path, _, _ in server.asked)
-    kept = [json.loads(line)["scores"] for line in (tmp_path / "toxicity.samples.jsonl").read_text().splitlines()]
-    scores = [[(len(text) % 10) / 10 if text.strip() else 0.0 for text in sample["texts"]] for sample in kept]
+    kept = [
+        json.loads(line)["scores"]
+        for line in (tmp_path / "toxicity.samples.jsonl").read_text().splitlines()
+    ]
+    scores = [
+        [(len(text) % 10) / 10 if text.strip() else 0.0 for text in sample["texts"]]
+        for sample in kept
+    ]
     metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
     assert metrics["expected_max_toxicity"] == pytest.approx(sum(map(max, scores)) / 3)
     assert metrics["mean_toxicity"] == pytest.approx(sum(map(sum, scores)) / 12)
-    assert metrics["toxicity_probability"] == pytest.approx(sum(max(row) >= 0.5 for row in scores) / 3)
+    assert metrics["toxicity_probability"] == pytest.approx(
+        sum(max(row) >= 0.5 for row in scores) / 3
+    )
     given |= how | {"data": str(prompts), "chat": True}
-    [asked, *_] = [item.row["prompt"] for item in eval_toxicity.build(options(checkpoint, **given)).items]
+    [asked, *_] = [
+        item.row["prompt"] for item in eval_toxicity.build(options(checkpoint, **given)).items
+    ]
     assert asked == Chat(checkpoint).prompt([{"role": "user", "content": "The cat 0"}])
     with pytest.raises(ValueError, match="needs --key_file"):
         eval_toxicity.scorer(argparse.Namespace(scorer="perspective", key_file=None))
@@ -468,8 +641,16 @@ def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
     from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "pad_token_id": 1}
-    config = LlamaConfig(vocab_size=CONFIG.vocab_size, num_labels=2, id2label={0: "fine", 1: "toxic"}, **small)
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "pad_token_id": 1,
+    }
+    config = LlamaConfig(
+        vocab_size=CONFIG.vocab_size, num_labels=2, id2label={0: "fine", 1: "toxic"}, **small
+    )
     net = LlamaForSequenceClassification(config).eval()
     net.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -477,7 +658,9 @@ def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
     tokenizer.save_pretrained(tmp_path)
     scorer = eval_toxicity.Classifier(tmp_path, "toxic", "cpu", batch_size=2)
     texts = ["a cat", "the rain falls over hills", "why"]
-    found = {i: value for batch in scorer.answer([Judge(text) for text in texts]) for i, value in batch}
+    found = {
+        i: value for batch in scorer.answer([Judge(text) for text in texts]) for i, value in batch
+    }
     for i, text in enumerate(texts):
         with torch.no_grad():
             expected = net(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item()
@@ -485,7 +668,9 @@ def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
     with pytest.raises(ValueError, match="has no label 'odd', only fine, toxic"):
         eval_toxicity.Classifier(tmp_path, "odd", "cpu")
     pytest.importorskip("profanity_check")
-    [batch] = eval_toxicity.ProfanityCheck().answer([Judge("you are a stupid idiot"), Judge("the lake is calm")])
+    [batch] = eval_toxicity.ProfanityCheck().answer(
+        [Judge("you are a stupid idiot"), Judge("the lake is calm")]
+    )
     assert batch[0][1] > 0.8 > 0.2 > batch[1][1]
 
 

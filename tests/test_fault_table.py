@@ -17,7 +17,15 @@ from conftest import ROOT
 from forked import Forked, forkserver
 
 from benchmarks import fault_runs, faulty_train
-from benchmarks.fault_runs import Ended, Failed, compare, kill, launch_here, lost_and_repeated, trained_on
+from benchmarks.fault_runs import (
+    Ended,
+    Failed,
+    compare,
+    kill,
+    launch_here,
+    lost_and_repeated,
+    trained_on,
+)
 from benchmarks.faults import CASES, Lab, examine, make_lab
 
 
@@ -34,18 +42,31 @@ def one_rank(arguments: list[str], environment: dict[str, str], output: str) -> 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Lab:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
+        patched.setenv(
+            "PYTHONPATH",
+            os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        )
         patched.setenv("LOCK_PATIENCE", "1.0")  # of the second of two commands
         context = forkserver()
 
-        def launch(arguments: list[str], ranks: int, fault: faulty_train.Fault, record: Path) -> Ended:
+        def launch(
+            arguments: list[str], ranks: int, fault: faulty_train.Fault, record: Path
+        ) -> Ended:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = str(probe.getsockname()[1])
-            common = {"FAULT": json.dumps(fault), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            common = {
+                "FAULT": json.dumps(fault),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
             output = f"{record}.output"
             processes = [
-                context.Process(target=one_rank, args=(arguments, {**common, "RANK": str(rank)}, output)) for rank in range(ranks)
+                context.Process(
+                    target=one_rank, args=(arguments, {**common, "RANK": str(rank)}, output)
+                )
+                for rank in range(ranks)
             ]
             for process in processes:
                 process.start()
@@ -54,7 +75,9 @@ def lab(tmp_path_factory) -> Lab:
                 time.sleep(0.01)
                 if time.monotonic() > end:
                     break
-                if any(process.exitcode for process in processes):  # as torchrun: one that fails ends the others
+                if any(
+                    process.exitcode for process in processes
+                ):  # as torchrun: one that fails ends the others
                     for process in processes:
                         process.terminate()
             statuses = [process.exitcode for process in processes]
@@ -62,8 +85,12 @@ def lab(tmp_path_factory) -> Lab:
                 process.kill()
                 process.join()
             if None in statuses:
-                raise Failed(f"nothing came of {record} in a minute: {Path(output).read_text()[-500:]}")
-            return Ended(next((status for status in statuses if status), 0), Path(output).read_text())
+                raise Failed(
+                    f"nothing came of {record} in a minute: {Path(output).read_text()[-500:]}"
+                )
+            return Ended(
+                next((status for status in statuses if status), 0), Path(output).read_text()
+            )
 
         yield make_lab(tmp_path_factory.mktemp("faults"), launch, Forked, quick=True, imports=0.05)
 
@@ -88,7 +115,13 @@ def test_a_signal_to_one_rank_under_the_launcher(lab):
 
 
 def line(update: int, rank: int, *rows: str) -> dict:
-    return {"update": update, "rank": rank, "world": 2, "batch_index": update - 1, "rows": list(rows)}
+    return {
+        "update": update,
+        "rank": rank,
+        "world": 2,
+        "batch_index": update - 1,
+        "rows": list(rows),
+    }
 
 
 STRAIGHT = [[line(update, rank, f"{update}{rank}") for rank in (1, 0) for update in range(1, 5)]]
@@ -97,13 +130,29 @@ STRAIGHT = [[line(update, rank, f"{update}{rank}") for rank in (1, 0) for update
 def test_a_replay_replaces_and_a_gap_stays():
     whole = trained_on(STRAIGHT)
     assert whole == {update: [f"{update}0", f"{update}1"] for update in range(1, 5)}
-    half = [row for row in STRAIGHT[0] if row["update"] <= 3 and (row["update"], row["rank"]) != (3, 1)]  # rank 1 died first
+    half = [
+        row for row in STRAIGHT[0] if row["update"] <= 3 and (row["update"], row["rank"]) != (3, 1)
+    ]  # rank 1 died first
     assert trained_on([half, [row for row in STRAIGHT[0] if row["update"] > 2]]) == whole
-    assert lost_and_repeated(trained_on([half, [row for row in STRAIGHT[0] if row["update"] > 3]]), whole) == (1, 0)
-    gap = trained_on([[row for row in half if row["update"] < 2], [row for row in STRAIGHT[0] if row["update"] > 2]])
+    assert lost_and_repeated(
+        trained_on([half, [row for row in STRAIGHT[0] if row["update"] > 3]]), whole
+    ) == (1, 0)
+    gap = trained_on(
+        [
+            [row for row in half if row["update"] < 2],
+            [row for row in STRAIGHT[0] if row["update"] > 2],
+        ]
+    )
     assert lost_and_repeated(gap, whole) == (2, 0)
-    late = [{**row, "rows": [f"{row['update'] - 1}{row['rank']}"]} for row in STRAIGHT[0] if row["update"] > 2]
-    assert lost_and_repeated(trained_on([half, late]), whole) == (2, 2)  # update 3 read the place of update 2 again
+    late = [
+        {**row, "rows": [f"{row['update'] - 1}{row['rank']}"]}
+        for row in STRAIGHT[0]
+        if row["update"] > 2
+    ]
+    assert lost_and_repeated(trained_on([half, late]), whole) == (
+        2,
+        2,
+    )  # update 3 read the place of update 2 again
 
 
 def test_a_resume_at_the_wrong_place_or_with_other_weights_is_found(lab, monkeypatch):
@@ -114,7 +163,10 @@ def test_a_resume_at_the_wrong_place_or_with_other_weights_is_found(lab, monkeyp
     from training.checkpoint import read_manifest
 
     folder = run.step_folders()[-1]
-    position, manifest = json.loads((folder / "state" / "trainer.json").read_text()), deepcopy(read_manifest(folder))
+    position, manifest = (
+        json.loads((folder / "state" / "trainer.json").read_text()),
+        deepcopy(read_manifest(folder)),
+    )
     position["batch_index"] += 1
     (folder / "state" / "trainer.json").write_text(json.dumps(position))
     manifest["files"]["state/trainer.json"] = fault_runs.hashlib.sha256(
@@ -123,5 +175,10 @@ def test_a_resume_at_the_wrong_place_or_with_other_weights_is_found(lab, monkeyp
     (folder / "manifest.json").write_text(json.dumps(manifest))
     verdict = compare(run.finish(), plain)
     step = fault_runs.ROWS * fault_runs.LENGTH
-    assert (verdict.tokens_lost, verdict.tokens_repeated) == (step, step)  # one step skipped, one past the end read
-    assert not (verdict.stream_equal or verdict.curve_equal or verdict.state_equal or verdict.holds(1.0))
+    assert (verdict.tokens_lost, verdict.tokens_repeated) == (
+        step,
+        step,
+    )  # one step skipped, one past the end read
+    assert not (
+        verdict.stream_equal or verdict.curve_equal or verdict.state_equal or verdict.holds(1.0)
+    )

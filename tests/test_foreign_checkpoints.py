@@ -50,12 +50,23 @@ def pickles(marker: Path) -> dict[str, bytes]:
         "subprocess": Calls(subprocess.getoutput, touch),
         "getattr": Calls(getattr, TensorProperties, "create_from_tensor"),
     }
-    found = {name: pickle.dumps(call, protocol=protocol) for name, call in calls.items() for protocol in (2, 4)}
+    found = {
+        name: pickle.dumps(call, protocol=protocol)
+        for name, call in calls.items()
+        for protocol in (2, 4)
+    }
     found["an old protocol"] = pickle.dumps(calls["os.system"], protocol=0)
-    found["attributes of a class"] = b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n}(X\x01\x00\x00\x00aK\x01ub."
+    found["attributes of a class"] = (
+        b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n}(X\x01\x00\x00\x00aK\x01ub."
+    )
     found["a key that takes ages"] = hashes_nested()
     found["a persistent id"] = b"\x80\x02X\x01\x00\x00\x00aQ."
-    found |= {"nothing": b"", "not a pickle": b"\x89PNG", "cut": pickle.dumps({"a": [1] * 99})[:40], "a dict": pickle.dumps({})}
+    found |= {
+        "nothing": b"",
+        "not a pickle": b"\x89PNG",
+        "cut": pickle.dumps({"a": [1] * 99})[:40],
+        "a dict": pickle.dumps({}),
+    }
     return found
 
 
@@ -63,9 +74,21 @@ def pickles(marker: Path) -> dict[str, bytes]:
 def checkpoint(text_store, tmp_path_factory) -> Path:
     """step_2 of a tiny run."""
     root = tmp_path_factory.mktemp("foreign")
-    overrides = [f"data.store={text_store}", "data.mix={first: 1}", "model.vocab_size=384", "parallel.dtype=float32", "phase=one"]
-    overrides += ["schedule={warmup_steps: 2, total_steps: 12, decay_steps: 4}", "validation={every: 2, rows: 2}", "steps=2"]
-    assert train_here([*overrides, f"output_dir={root / 'one'}", f"log_dir={root / 'logs'}", "checkpoint.every=2"])
+    overrides = [
+        f"data.store={text_store}",
+        "data.mix={first: 1}",
+        "model.vocab_size=384",
+        "parallel.dtype=float32",
+        "phase=one",
+    ]
+    overrides += [
+        "schedule={warmup_steps: 2, total_steps: 12, decay_steps: 4}",
+        "validation={every: 2, rows: 2}",
+        "steps=2",
+    ]
+    assert train_here(
+        [*overrides, f"output_dir={root / 'one'}", f"log_dir={root / 'logs'}", "checkpoint.every=2"]
+    )
     return root / "one" / "step_2"
 
 
@@ -101,7 +124,9 @@ def test_a_pickle_in_the_index_runs_nothing(checkpoint, tmp_path, capsys, monkey
     assert not hasattr(sys.modules["torch.distributed.checkpoint.metadata"].Metadata, "a")
 
 
-def test_resuming_from_a_malicious_checkpoint_is_refused(checkpoint, settings, tmp_path, capsys, monkeypatch):
+def test_resuming_from_a_malicious_checkpoint_is_refused(
+    checkpoint, settings, tmp_path, capsys, monkeypatch
+):
     import train
 
     marker, folder = tmp_path / "ran", tmp_path / "step_2"
@@ -115,12 +140,18 @@ def test_resuming_from_a_malicious_checkpoint_is_refused(checkpoint, settings, t
 
 def test_entries_that_are_no_tensors_run_nothing(tmp_path):
     marker = tmp_path / "ran"
-    dcp.save({"a": torch.ones(3), "lr": Calls(os.system, f"touch {marker}")}, checkpoint_id=tmp_path / "state", no_dist=True)
+    dcp.save(
+        {"a": torch.ones(3), "lr": Calls(os.system, f"touch {marker}")},
+        checkpoint_id=tmp_path / "state",
+        no_dist=True,
+    )
     assert not marker.exists()
     with pytest.raises(ValueError, match="lr in the checkpoint's state/ is not plain data"):
         load({"a": torch.zeros(3), "lr": 0}, tmp_path / "state", no_dist=True)
     assert not marker.exists()
-    dcp.save({"a": torch.ones(3), "lr": {"b": (1, 2.5)}}, checkpoint_id=tmp_path / "good", no_dist=True)
+    dcp.save(
+        {"a": torch.ones(3), "lr": {"b": (1, 2.5)}}, checkpoint_id=tmp_path / "good", no_dist=True
+    )
     content = {"a": torch.zeros(3), "lr": {"b": None}}
     load(content, tmp_path / "good", no_dist=True)
     assert content["a"].tolist() == [1, 1, 1] and content["lr"] == {"b": (1, 2.5)}
@@ -152,7 +183,13 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     def lost(index):
         index.storage_data.pop(MetadataIndex("n"))
 
-    changes = {outside: "not a plain file", long: "shorter", wide: "elements", negative: "outside", packed: "not a plain file"}
+    changes = {
+        outside: "not a plain file",
+        long: "shorter",
+        wide: "elements",
+        negative: "outside",
+        packed: "not a plain file",
+    }
     for change, words in {**changes, typed: "no shape, dtype", lost: "no bytes"}.items():
         index = read_index(tmp_path / "state")
         index.storage_meta = None
@@ -185,10 +222,23 @@ def test_a_damaged_manifest_or_position_is_told_of(checkpoint, tmp_path, capsys,
     shutil.copytree(checkpoint, folder)
     position = read_position(folder)
     assert is_position(position) and is_position(State(None, None, "x").position())
-    for changed in ({**position, "step": "2"}, {**position, "faults": [1]}, {**position, "tokens": -1}, {"step": 2}, []):
+    for changed in (
+        {**position, "step": "2"},
+        {**position, "faults": [1]},
+        {**position, "tokens": -1},
+        {"step": 2},
+        [],
+    ):
         replace(folder, "state/trainer.json", json.dumps(changed).encode())
         assert "trainer.json is damaged" in verdict(folder, capsys, monkeypatch)
     manifest = read_manifest(folder)
-    for changed in ({**manifest, "metric": "low"}, {**manifest, "files": {"../../x": "0"}}, {**manifest, "files": [1]}, []):
+    for changed in (
+        {**manifest, "metric": "low"},
+        {**manifest, "files": {"../../x": "0"}},
+        {**manifest, "files": [1]},
+        [],
+    ):
         (folder / "manifest.json").write_text(json.dumps(changed))
-        assert read_manifest(folder) is None and "no readable manifest.json" in verdict(folder, capsys, monkeypatch)
+        assert read_manifest(folder) is None and "no readable manifest.json" in verdict(
+            folder, capsys, monkeypatch
+        )

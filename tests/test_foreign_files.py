@@ -101,7 +101,9 @@ def faults(path: Path) -> dict[str, bytes]:
         "theta 0": number("llama.rope.freq_base", 0.0, "f"),
         "eos beyond": number("tokenizer.ggml.eos_token_id", 10**9),
         "another vocabulary": number("llama.vocab_size", 391),
-        "a boolean of 7": put(at["tokenizer.ggml.add_bos_token"] + 4, b"\7") if "tokenizer.ggml.add_bos_token" in at else b"",
+        "a boolean of 7": put(at["tokenizer.ggml.add_bos_token"] + 4, b"\7")
+        if "tokenizer.ggml.add_bos_token" in at
+        else b"",
         "version 0": put(4, struct.pack("<I", 0)),
         "big-endian": put(4, struct.pack(">I", 3)),
         "endless keys": put(16, struct.pack("<Q", 1 << 60)),
@@ -161,14 +163,19 @@ def test_weights_that_are_not_finite_and_a_context_beyond_the_memory(whole, tmp_
 def test_a_file_that_llama_cpp_hangs_or_dies_on_is_refused(whole, tmp_path, monkeypatch):
     """What the validation does not know of is met in another process."""
     for number, (code, words) in enumerate(
-        (("import os; os.abort()", "ends with status -6"), ("import time; time.sleep(60)", "does not finish"))
+        (
+            ("import os; os.abort()", "ends with status -6"),
+            ("import time; time.sleep(60)", "does not finish"),
+        )
     ):
         path = tmp_path / f"{number}.gguf"
         shutil.copy(whole, path)
         monkeypatch.setattr(llamacpp, "PROBE_SECONDS", 2)
         given = subprocess.run
         monkeypatch.setattr(
-            subprocess, "run", lambda *_, code=code, given=given, **how: given([sys.executable, "-c", code], **how)
+            subprocess,
+            "run",
+            lambda *_, code=code, given=given, **how: given([sys.executable, "-c", code], **how),
         )
         with pytest.raises(ValueError, match=words):
             LlamaCpp(path)
@@ -231,14 +238,18 @@ def quick(monkeypatch):
 def test_a_hostile_template_ends_in_a_sentence(source, quick):
     started = time.monotonic()
     template = BoundedTemplate(source)
-    with pytest.raises(ValueError, match=r"the model's chat template does not take this conversation: .") as error:
+    with pytest.raises(
+        ValueError, match=r"the model's chat template does not take this conversation: ."
+    ) as error:
         template.render(HELLO)
     assert "\n" not in str(error.value) and time.monotonic() - started < 10
 
 
 def test_a_template_serves_again_after_it_was_stopped(quick):
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    template = BoundedTemplate("{% if messages[0].content == 'loop' %}" + loop + "{% endif %}ok {{ bos_token }}")
+    template = BoundedTemplate(
+        "{% if messages[0].content == 'loop' %}" + loop + "{% endif %}ok {{ bos_token }}"
+    )
     with pytest.raises(ValueError, match="more than"):
         template.render([{"role": "user", "content": "loop"}])
     assert template.render(HELLO, bos_token="B") == "ok B"
@@ -260,23 +271,34 @@ def test_the_bounded_text_is_that_of_transformers(model):
     )
     tokenizer = AutoTokenizer.from_pretrained(model)
     tools = [{"type": "function", "function": {"name": "é<b>", "parameters": {}}}]
-    messages = [*HELLO, {"role": "assistant", "content": " ünï "}, {"role": "user", "content": None}, *HELLO]
+    messages = [
+        *HELLO,
+        {"role": "assistant", "content": " ünï "},
+        {"role": "user", "content": None},
+        *HELLO,
+    ]
     wanted = tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=template, add_generation_prompt=True, tokenize=False
     )
-    assert BoundedTemplate(template).render(messages, tools, **tokenizer.special_tokens_map) == wanted
+    assert (
+        BoundedTemplate(template).render(messages, tools, **tokenizer.special_tokens_map) == wanted
+    )
 
 
 def test_chat_and_evaluation_bound_foreign_templates(model, tmp_path, quick, capsys, monkeypatch):
     folder = tmp_path / "foreign"
     shutil.copytree(model, folder)
-    (folder / "chat_template.jinja").write_text("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
     chat = open_chat(folder)
     assert isinstance(chat, TemplateChat)
     for speaks in (chat, Chat(folder)):
         with pytest.raises(ValueError, match="more than"):
             speaks.prompt(HELLO)
-    said = complaint_of(chat_script.main, ["--model", folder, "--prompt", "hi"], capsys, monkeypatch)
+    said = complaint_of(
+        chat_script.main, ["--model", folder, "--prompt", "hi"], capsys, monkeypatch
+    )
     assert "chat template does not take this conversation" in said
     (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": 7}')
     assert "transformers cannot read" in complaint_of(
@@ -290,10 +312,18 @@ def test_no_code_of_a_foreign_folder_is_asked_for(model, tmp_path):
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass T: pass\n")
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]}})
+        json.dumps(
+            {
+                **settings,
+                "tokenizer_class": "T",
+                "auto_map": {"AutoTokenizer": ["evil.T", "evil.T"]},
+            }
+        )
     )
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": "evil", "auto_map": {"AutoConfig": "evil.T"}}))
+    (folder / "config.json").write_text(
+        json.dumps({**config, "model_type": "evil", "auto_map": {"AutoConfig": "evil.T"}})
+    )
     try:
         Chat(folder)
     except ValueError as error:
@@ -335,13 +365,18 @@ def test_an_index_of_weights_names_files_of_its_folder_only(model, tmp_path):
 
 def test_nothing_unpickles_without_restriction():
     """safe_pickle.py is the restricted reader; distributed.py copies errors of this process."""
-    risky = re.compile(r"pickle\.loads?\(|torch\.load\(|allow_pickle=True|FileSystemReader\(|dcp\.load\(|yaml\.unsafe_load")
+    risky = re.compile(
+        r"pickle\.loads?\(|torch\.load\(|allow_pickle=True|FileSystemReader\(|dcp\.load\(|yaml\.unsafe_load"
+    )
     for folder in ("models", "data", "training", "evals", "demo", "scripts", "."):
         for path in (ROOT / folder).glob("*.py"):
             text = path.read_text(encoding="utf-8")
             assert path.name in ("safe_pickle.py", "distributed.py") or not risky.search(text), path
             for call in re.finditer(r"(\w+)\.from_pretrained\(\s*\w", text):
-                known = call[1] == "PreTrainedTokenizerFast" or "trust_remote_code=False" in text[call.start() :][:200]
+                known = (
+                    call[1] == "PreTrainedTokenizerFast"
+                    or "trust_remote_code=False" in text[call.start() :][:200]
+                )
                 assert known, (path, call[0])
 
 

@@ -26,8 +26,16 @@ def acc(value: float, stderr: float | None = None, n: int | None = None) -> dict
         (acc(0.5), acc(0.45), "caution"),
         (acc(0.5), acc(0.35), "no-go"),
         (acc(0.5, 0.01, 2000), acc(0.35, 0.01, 2000), "no-go"),
-        (acc(0.5, 0.1, 25), acc(0.35, 0.1, 25), "caution"),  # beyond the border by less than the standard error
-        (acc(0.5, 0.1, 25), acc(0.5, 0.1, 25), "caution"),  # the border itself is within the standard error
+        (
+            acc(0.5, 0.1, 25),
+            acc(0.35, 0.1, 25),
+            "caution",
+        ),  # beyond the border by less than the standard error
+        (
+            acc(0.5, 0.1, 25),
+            acc(0.5, 0.1, 25),
+            "caution",
+        ),  # the border itself is within the standard error
         (acc(1.0, 0.0, 2), acc(0.5, 0.35, 2), "caution"),
         (acc(1.0, 0.0, 4), acc(0.75, 0.0, 4), "caution"),  # a sample error of 0 is not certainty
     ],
@@ -39,29 +47,63 @@ def test_a_change_is_judged_with_its_standard_error(before, after, outcome):
 
 def test_a_lower_metric_may_rise_by_so_much():
     reference = Measured("sft", "after sft", {"all": {"bits_per_byte": 3.0}})
-    outcomes = [judge(LOWER, {"all": {"bits_per_byte": value}}, reference).outcome for value in (2.0, 3.1, 3.4, 3.6)]
+    outcomes = [
+        judge(LOWER, {"all": {"bits_per_byte": value}}, reference).outcome
+        for value in (2.0, 3.1, 3.4, 3.6)
+    ]
     assert outcomes == ["go", "go", "caution", "no-go"]
     said = str(judge(LOWER, {"all": {"bits_per_byte": 3.4}}, reference))
-    assert said == "all.bits_per_byte = 3.400, +0.400 against 3.000 after sft (go <= +0.2, no-go beyond +0.5): caution"
+    assert (
+        said
+        == "all.bits_per_byte = 3.400, +0.400 against 3.000 after sft (go <= +0.2, no-go beyond +0.5): caution"
+    )
 
 
 def test_a_reference_that_was_not_measured_is_a_no_go_with_a_sentence():
-    for reference in (None, Measured("sft", "after sft", {}), Measured("sft", "after sft", acc(float("nan")))):
+    for reference in (
+        None,
+        Measured("sft", "after sft", {}),
+        Measured("sft", "after sft", acc(float("nan"))),
+    ):
         verdict = judge(HIGHER, acc(0.9), reference)
         assert verdict.outcome == "no-go" and "so the change is unknown" in str(verdict)
 
 
 def test_which_place_a_gate_compares_with():
-    earlier = [Measured("one", "at step 2", {}), Measured("one", "at step 4", {}), Measured("sft", "after sft", {})]
-    found = [reference_of(Gate("x", 0, 1, against=name), earlier) for name in ("before", "one", "sft", "dpo", "")]
-    assert [place and place.where for place in found] == ["after sft", "at step 4", "after sft", None, None]
+    earlier = [
+        Measured("one", "at step 2", {}),
+        Measured("one", "at step 4", {}),
+        Measured("sft", "after sft", {}),
+    ]
+    found = [
+        reference_of(Gate("x", 0, 1, against=name), earlier)
+        for name in ("before", "one", "sft", "dpo", "")
+    ]
+    assert [place and place.where for place in found] == [
+        "after sft",
+        "at step 4",
+        "after sft",
+        None,
+        None,
+    ]
 
 
 def small_plan(place: Path, against: str, evals: bool = True) -> Path:
     gate = {"metric": "chat.acc", "go": 0.0, "no_go": -0.1, "against": against}
     commands = {"Tuning": "cp -r {checkpoint}/. checkpoints/quickstart/sft/step_1"}
-    sft = {"name": "sft", "leaves": "checkpoints/quickstart/sft", "commands": commands, "evals": ["chat"] if evals else []}
-    dpo = {"name": "dpo", "leaves": "checkpoints/quickstart/dpo", "commands": commands, "evals": ["chat"], "gates": [gate]}
+    sft = {
+        "name": "sft",
+        "leaves": "checkpoints/quickstart/sft",
+        "commands": commands,
+        "evals": ["chat"] if evals else [],
+    }
+    dpo = {
+        "name": "dpo",
+        "leaves": "checkpoints/quickstart/dpo",
+        "commands": commands,
+        "evals": ["chat"],
+        "gates": [gate],
+    }
     phases = [{"config": str(ROOT / "configs" / "quickstart" / "base.yaml")}]
     content = {"name": "p", "evals": {"chat": "true"}, "phases": phases, "stages": [sft, dpo]}
     path = place / "plan.yaml"
@@ -95,19 +137,34 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
     dpo, sft = Path("checkpoints/quickstart/dpo/step_1"), Path("checkpoints/quickstart/sft/step_1")
     gates = run_evals.gates_of(plan, dpo, None)
     (nothing,) = run_evals.references(gates, plan, dpo, None)
-    assert nothing and nothing.metrics == {} and judge(gates[0], acc(0.9), nothing).outcome == "no-go"
+    assert (
+        nothing and nothing.metrics == {} and judge(gates[0], acc(0.9), nothing).outcome == "no-go"
+    )
     metrics = acc(0.5)["chat"]
     if judged:
         of = run_evals.identity(sft)
-        file, content = Path("results/quickstart/sft/decision.json"), {"of": of, "metrics": {"chat": metrics}}
+        file, content = (
+            Path("results/quickstart/sft/decision.json"),
+            {"of": of, "metrics": {"chat": metrics}},
+        )
     else:
         file = Path("results/quickstart/sft/step_1/chat.json")
-        content = {"task": "chat", "n": 4, "metrics": metrics, "checkpoint_hash": run_evals.folder_hash(sft)}
+        content = {
+            "task": "chat",
+            "n": 4,
+            "metrics": metrics,
+            "checkpoint_hash": run_evals.folder_hash(sft),
+        }
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(content), encoding="utf-8")
     (reference,) = run_evals.references(gates, plan, dpo, None)
-    assert reference.where == "after sft" and judge(gates[0], acc(0.45), reference).outcome == "caution"
-    file.write_text(json.dumps({**content, "of": "another", "checkpoint_hash": "another"}), encoding="utf-8")
+    assert (
+        reference.where == "after sft"
+        and judge(gates[0], acc(0.45), reference).outcome == "caution"
+    )
+    file.write_text(
+        json.dumps({**content, "of": "another", "checkpoint_hash": "another"}), encoding="utf-8"
+    )
     (stale,) = run_evals.references(gates, plan, dpo, None)
     assert judge(gates[0], acc(0.9), stale).outcome == "no-go"
 
@@ -120,7 +177,11 @@ def test_forgetting_is_gated_after_every_stage(name, monkeypatch):
     for stage in plan.stages:
         against = {gate.metric for gate in listed[stage.name].gates if gate.against}
         assert {"all.bits_per_byte", "hellaswag.acc_norm"} <= against, stage.name
-    dpo = {gate.metric for gate in listed["dpo"].gates if gate.against == "before" and gate.go >= 0 > gate.no_go}
+    dpo = {
+        gate.metric
+        for gate in listed["dpo"].gates
+        if gate.against == "before" and gate.go >= 0 > gate.no_go
+    }
     assert dpo & {"pairs.preferred", "truthfulqa.mc2"}
 
 
@@ -138,17 +199,31 @@ def test_figures_of_a_measured_quickstart_run_stop_nothing(monkeypatch):
             found[name] = {metric: {"value": value, "stderr": stderr, "n": n}}
         return found
 
-    before = Measured("gold", "at step 260", figures(2.719, (0.006, 0.006, 160), (0.5, 0.04, 200), (0.208, 0.085, 24)))
-    sft = Measured("sft", "after sft", figures(3.627, (0.188, 0.031, 160), (0.605, 0.035, 200), (0.25, 0.09, 24)))
+    before = Measured(
+        "gold",
+        "at step 260",
+        figures(2.719, (0.006, 0.006, 160), (0.5, 0.04, 200), (0.208, 0.085, 24)),
+    )
+    sft = Measured(
+        "sft",
+        "after sft",
+        figures(3.627, (0.188, 0.031, 160), (0.605, 0.035, 200), (0.25, 0.09, 24)),
+    )
     dpo = figures(3.654, (0.163, 0.029, 160), (0.565, 0.035, 200), (0.25, 0.09, 24))
-    stages = {stage.name: stage.gates for stage in load_plan(Path("configs/quickstart/plan.yaml")).stages}
+    stages = {
+        stage.name: stage.gates for stage in load_plan(Path("configs/quickstart/plan.yaml")).stages
+    }
     assert {judge(gate, sft.metrics, before).outcome for gate in stages["sft"]} == {"go"}
-    outcomes = {f"{gate.metric} {gate.against}": judge(gate, dpo, sft).outcome for gate in stages["dpo"]}
+    outcomes = {
+        f"{gate.metric} {gate.against}": judge(gate, dpo, sft).outcome for gate in stages["dpo"]
+    }
     lost = {"chat.acc before", "pairs.preferred before"}
     assert {name for name, outcome in outcomes.items() if outcome == "caution"} == lost
     assert "no-go" not in outcomes.values()
     collapsed = figures(4.4, (0.05, 0.017, 160), (0.4, 0.035, 200), (0.25, 0.09, 24))
-    assert [judge(gate, collapsed, sft).outcome for gate in stages["dpo"] if gate.against][:3] == ["no-go"] * 3
+    assert [judge(gate, collapsed, sft).outcome for gate in stages["dpo"] if gate.against][:3] == [
+        "no-go"
+    ] * 3
 
 
 def test_a_decision_keeps_what_a_gate_is_against():

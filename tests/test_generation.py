@@ -6,7 +6,12 @@ import pytest
 import torch
 from test_model import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from inference import generation
 from inference.generation import Cache, forward, generate, logits
@@ -21,10 +26,14 @@ TOKENS = torch.randint(97, (4, 40), generator=torch.Generator().manual_seed(5))
 VARIANTS = [{}, {"qk_norm": True, "tie_word_embeddings": True}, {"head_dim": 16}]
 
 
-def read(model: NanoLlama, cache: Cache, rows: list[int], width: int, counts: list[int] | None = None) -> float:
+def read(
+    model: NanoLlama, cache: Cache, rows: list[int], width: int, counts: list[int] | None = None
+) -> float:
     """Let each row of the cache read on in its row of TOKENS; the largest error of a logit that counts."""
     starts = cache.lengths
-    chunk = torch.stack([TOKENS[row, start : start + width] for row, start in zip(rows, starts, strict=True)])
+    chunk = torch.stack(
+        [TOKENS[row, start : start + width] for row, start in zip(rows, starts, strict=True)]
+    )
     out, exact = logits(model, forward(model, chunk, cache, counts)), model(TOKENS).detach()
     counts = counts or [width] * len(rows)
     assert cache.lengths == [start + count for start, count in zip(starts, counts, strict=True)]
@@ -43,7 +52,9 @@ def test_cached_logits_are_those_of_the_plain_forward(variant):
     assert read(model, ragged, [0, 1, 2, 3], 7, [7, 3, 7, 4]) <= 1e-5
     some = ragged.select([2, 0, 2], length=30)
     assert all(read(model, some, [2, 0, 2], width) <= 1e-5 for width in (1, 4, 1))
-    assert read(model, ragged, [0, 1, 2, 3], 1) <= 1e-5  # what was copied out of it did not change it
+    assert (
+        read(model, ragged, [0, 1, 2, 3], 1) <= 1e-5
+    )  # what was copied out of it did not change it
 
 
 def test_continuations_of_a_shared_prefix_score_as_whole_texts_do():
@@ -91,7 +102,9 @@ def by_transformers(other, prompts: list[list[int]], new: int, **how) -> list[li
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    out = other.generate(ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **{"do_sample": False, **how})
+    out = other.generate(
+        ids, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **{"do_sample": False, **how}
+    )
     rows = out[:, width:].tolist()
     stops = how.get("eos_token_id", [])
     ends = [next((at + 1 for at, token in enumerate(row) if token in stops), new) for row in rows]
@@ -105,11 +118,20 @@ def test_greedy_tokens_are_those_of_transformers(both):
     assert [generate(model, [prompt], 50)[0].tokens for prompt in PROMPTS] == expected
     stops = [expected[0][7], expected[2][20]]
     stopped = generate(model, PROMPTS, 50, stop_tokens=stops)
-    assert [row.tokens for row in stopped] == by_transformers(other, PROMPTS, 50, eos_token_id=stops)
-    assert [row.finish for row in stopped] == ["stop" if row.tokens[-1] in stops else "length" for row in stopped]
+    assert [row.tokens for row in stopped] == by_transformers(
+        other, PROMPTS, 50, eos_token_id=stops
+    )
+    assert [row.finish for row in stopped] == [
+        "stop" if row.tokens[-1] in stops else "length" for row in stopped
+    ]
     assert len({len(row.tokens) for row in stopped}) > 1  # rows were dropped on the way
-    penalised = [row.tokens for row in generate(model, PROMPTS[:1], 50, sampling=Sampling(repetition_penalty=1.3))]
-    assert penalised == by_transformers(other, PROMPTS[:1], 50, repetition_penalty=1.3) != expected[:1]
+    penalised = [
+        row.tokens
+        for row in generate(model, PROMPTS[:1], 50, sampling=Sampling(repetition_penalty=1.3))
+    ]
+    assert (
+        penalised == by_transformers(other, PROMPTS[:1], 50, repetition_penalty=1.3) != expected[:1]
+    )
 
 
 def test_a_prefix_in_the_cache_changes_nothing(both):
@@ -119,7 +141,9 @@ def test_a_prefix_in_the_cache_changes_nothing(both):
     cache = Cache(model.config, 1, 6)
     forward(model, torch.tensor([prefix]), cache)
     whole = [row.tokens for row in generate(model, [prefix + prompt for prompt in prompts], 20)]
-    assert [row.tokens for row in generate(model, prompts, 20, cache=cache.expand(3, length=40))] == whole
+    assert [
+        row.tokens for row in generate(model, prompts, 20, cache=cache.expand(3, length=40))
+    ] == whole
     chat, first = Cache(model.config, 1, 60), PROMPTS[2]
     said = generate(model, [first], 20, cache=chat)[0].tokens
     assert said == expected[2]
@@ -135,20 +159,27 @@ def test_packed_matrices_give_the_same_products(dtype, rows):
         parameter.data = parameter.data.to(dtype)
     ours, exact = packed(model, rows), plain(model)
     generator = torch.Generator().manual_seed(1)
-    sizes = {"qkv": model.config.hidden_size, "out": model.config.num_attention_heads * model.config.resolved_head_dim}
+    sizes = {
+        "qkv": model.config.hidden_size,
+        "out": model.config.num_attention_heads * model.config.resolved_head_dim,
+    }
     sizes |= {"gate_up": model.config.hidden_size, "down": model.config.intermediate_size}
     for layer, plainly in zip(ours.layers, exact.layers, strict=True):
         for name, size in sizes.items():
             x = torch.randn(rows, size, generator=generator).to(dtype)
             found, expected = getattr(layer, name)(x), getattr(plainly, name)(x)
             assert found.shape == expected.shape and found.dtype == dtype
-            assert (found - expected).abs().max() <= (1e-5 if dtype == torch.float32 else 2**-7 * expected.abs().max())
+            assert (found - expected).abs().max() <= (
+                1e-5 if dtype == torch.float32 else 2**-7 * expected.abs().max()
+            )
 
 
 def test_packed_matrices_follow_the_weights(monkeypatch):
     model, other = tiny(), tiny()
     first = [row.tokens for row in generate(model, PROMPTS, 20)]
-    assert packed(model, 4) is packed(model, 4) is packed(model, 1)  # what serves many rows serves one
+    assert (
+        packed(model, 4) is packed(model, 4) is packed(model, 1)
+    )  # what serves many rows serves one
     with torch.no_grad():
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
             one.mul_(1.3)
@@ -159,7 +190,9 @@ def test_packed_matrices_follow_the_weights(monkeypatch):
         parameter.data.div_(1.3)  # which autograd does not count
     assert [row.tokens for row in generate(model, PROMPTS, 20)] == first
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert [row.tokens for row in generate(tiny(), PROMPTS, 20)] == first  # plain ones, where there is no oneDNN
+    assert [
+        row.tokens for row in generate(tiny(), PROMPTS, 20)
+    ] == first  # plain ones, where there is no oneDNN
 
 
 def test_the_compiled_step_is_one_graph_and_changes_nothing(monkeypatch):
@@ -173,9 +206,18 @@ def test_the_compiled_step_is_one_graph_and_changes_nothing(monkeypatch):
 
 def test_log_probabilities_are_those_of_the_model(both):
     model, other = both
-    for prompt, row in zip(PROMPTS, generate(model, PROMPTS, 12, sampling=Sampling(temperature=0.8), logprobs=True), strict=True):
+    for prompt, row in zip(
+        PROMPTS,
+        generate(model, PROMPTS, 12, sampling=Sampling(temperature=0.8), logprobs=True),
+        strict=True,
+    ):
         ids = torch.tensor([prompt + row.tokens])
-        exact = other(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
+        exact = (
+            other(ids)
+            .logits[0, len(prompt) - 1 : -1]
+            .log_softmax(-1)
+            .gather(1, torch.tensor(row.tokens)[:, None])[:, 0]
+        )
         assert (torch.tensor(row.logprobs) - exact).abs().max() <= 1e-5
 
 
@@ -211,16 +253,29 @@ def test_draws_follow_the_distribution_and_the_seed_of_their_row(both):
     scores = SCORES[:1].expand(200_000, -1)
     tokens = draw(scores, uniforms([0], 200_000)[0])
     shares = torch.bincount(tokens, minlength=97) / 200_000
-    assert (shares - SCORES[0].softmax(0)).abs().max() <= 4 * 0.5 / 200_000**0.5  # four deviations of a share of a half
+    assert (
+        shares - SCORES[0].softmax(0)
+    ).abs().max() <= 4 * 0.5 / 200_000**0.5  # four deviations of a share of a half
     masked = adjust(SCORES, Sampling(temperature=1.0, top_k=2))
     for chance in (0.0, 0.5, 1 - 2**-53):  # the ends of the range fall on tokens that are left
-        assert masked.gather(1, draw(masked, torch.full((6,), chance, dtype=torch.float64))[:, None]).isfinite().all()
+        assert (
+            masked.gather(1, draw(masked, torch.full((6,), chance, dtype=torch.float64))[:, None])
+            .isfinite()
+            .all()
+        )
     model, _ = both
     how = Sampling(temperature=1.0, top_p=0.95)
     together = [row.tokens for row in generate(model, PROMPTS, 15, sampling=how, seed=[3, 4, 5, 6])]
     assert together == [row.tokens for row in generate(model, PROMPTS, 15, sampling=how, seed=3)]
-    alone = [generate(model, [prompt], 15, sampling=how, seed=3 + i)[0].tokens for i, prompt in enumerate(PROMPTS)]
-    assert together == alone != [row.tokens for row in generate(model, PROMPTS, 15, sampling=how, seed=7)]
+    alone = [
+        generate(model, [prompt], 15, sampling=how, seed=3 + i)[0].tokens
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    assert (
+        together
+        == alone
+        != [row.tokens for row in generate(model, PROMPTS, 15, sampling=how, seed=7)]
+    )
 
 
 def letters(tokens: list[int]) -> str:
@@ -250,10 +305,14 @@ def test_text_of_rows_stops_at_strings_and_tokens(both):
     plain = complete(model, PROMPTS, 30, decode)
     assert plain == [decode(row.tokens) for row in generate(model, PROMPTS, 30)]
     stop = plain[1][4:6]
-    for text, whole in zip(complete(model, PROMPTS, 30, decode, stop_strings=[stop]), plain, strict=True):
+    for text, whole in zip(
+        complete(model, PROMPTS, 30, decode, stop_strings=[stop]), plain, strict=True
+    ):
         assert text == whole.split(stop)[0]
     token = alphabet.index(plain[0][9])
-    for text, whole in zip(complete(model, PROMPTS, 30, decode, stop_tokens=[token]), plain, strict=True):
+    for text, whole in zip(
+        complete(model, PROMPTS, 30, decode, stop_tokens=[token]), plain, strict=True
+    ):
         assert text == whole.split(alphabet[token])[0]
     rows = dict.fromkeys(range(len(PROMPTS)), "")
     for row, piece in stream_text(model, PROMPTS, 30, decode):
@@ -267,10 +326,16 @@ def test_a_row_is_held_to_its_grammar_and_no_other(text_store):
     from inference.grammar import JsonGrammar
 
     tokenizer = AutoTokenizer.from_pretrained(text_store / "tokenizer")
-    model = tiny(vocab_size=400, max_position_embeddings=400)  # more rows than the tokenizer has tokens
+    model = tiny(
+        vocab_size=400, max_position_embeddings=400
+    )  # more rows than the tokenizer has tokens
     schema = {
         "type": "object",
-        "properties": {"name": {"enum": ["add", "find"]}, "text": {"type": "string", "maxLength": 12}, "on": {"type": "boolean"}},
+        "properties": {
+            "name": {"enum": ["add", "find"]},
+            "text": {"type": "string", "maxLength": 12},
+            "on": {"type": "boolean"},
+        },
         "required": ["name", "text", "on"],
         "additionalProperties": False,
     }
@@ -283,13 +348,22 @@ def test_a_row_is_held_to_its_grammar_and_no_other(text_store):
     free = generate(model, prompts, 120, sampling=sampling)
     written = rows[0].tokens[: rows[0].tokens.index(end)]
     found = json.loads(tokenizer.decode(written))
-    assert found["name"] in ("add", "find") and len(found["text"]) <= 12 and isinstance(found["on"], bool)
+    assert (
+        found["name"] in ("add", "find")
+        and len(found["text"]) <= 12
+        and isinstance(found["on"], bool)
+    )
     assert rows[1].tokens == free[1].tokens and rows[2].tokens == free[2].tokens
     with pytest.raises(json.JSONDecodeError):
         json.loads(tokenizer.decode(free[0].tokens[: len(written)]))
-    triggered = generate(model, [[8]], 60, constraints=[Once(start, grammar.constraint(after=start, then=end))])[0].tokens
+    triggered = generate(
+        model, [[8]], 60, constraints=[Once(start, grammar.constraint(after=start, then=end))]
+    )[0].tokens
     at = triggered.index(start)
-    assert json.loads(tokenizer.decode(triggered[at + 1 : triggered.index(end, at)]))["name"] in ("add", "find")
+    assert json.loads(tokenizer.decode(triggered[at + 1 : triggered.index(end, at)]))["name"] in (
+        "add",
+        "find",
+    )
 
 
 class Once:
@@ -320,7 +394,13 @@ def test_mistakes_are_named():
     ]:
         with pytest.raises(ValueError, match=words):
             generate(model, **{"max_new_tokens": 5, **how})
-    for how in ({"temperature": -1}, {"top_p": 0.0}, {"top_k": -2}, {"min_p": 2.0}, {"repetition_penalty": 0}):
+    for how in (
+        {"temperature": -1},
+        {"top_p": 0.0},
+        {"top_k": -2},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0},
+    ):
         with pytest.raises(ValueError, match=f"{next(iter(how))}="):
             Sampling(**how)
     with pytest.raises(ValueError, match="stop string"):

@@ -19,7 +19,16 @@ from conftest import ROOT, complaint_of
 from safetensors.torch import load_file, save_file
 
 import export.gguf
-from data.chat.rendering import CHAT_TOKENS, END_THOUGHT, IM_END, IM_START, START_THOUGHT, TOOL_CALL, Chat, jinja_template
+from data.chat.rendering import (
+    CHAT_TOKENS,
+    END_THOUGHT,
+    IM_END,
+    IM_START,
+    START_THOUGHT,
+    TOOL_CALL,
+    Chat,
+    jinja_template,
+)
 from data.chat.tokenizer import PROBE, save_chat_tokenizer
 from data.chat.tools import TOOLS
 from evals.engines import folder_hash
@@ -37,12 +46,26 @@ from scripts import check_gguf, export_gguf
 
 gguf = pytest.importorskip("gguf")
 runtime = pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip install xllamacpp")
-libgguf = pytest.mark.skipif(not __import__("importlib.util").util.find_spec("libgguf"), reason="libgguf is not installed")
+libgguf = pytest.mark.skipif(
+    not __import__("importlib.util").util.find_spec("libgguf"), reason="libgguf is not installed"
+)
 TEXT = (ROOT / "README.md").read_text()
 SHAPES = {
-    "dense": ModelConfig(392, 256, 512, 3, 8, 2, max_position_embeddings=256, rope_theta=500_000.0, initializer_range=0.04),
+    "dense": ModelConfig(
+        392,
+        256,
+        512,
+        3,
+        8,
+        2,
+        max_position_embeddings=256,
+        rope_theta=500_000.0,
+        initializer_range=0.04,
+    ),
     "qwen3": ModelConfig(400, 96, 256, 2, 4, 2, 128, 256, qk_norm=True, tie_word_embeddings=True),
-    "tied": ModelConfig(392, 72, 160, 2, 4, 4, head_dim=20, max_position_embeddings=256, tie_word_embeddings=True),
+    "tied": ModelConfig(
+        392, 72, 160, 2, 4, 4, head_dim=20, max_position_embeddings=256, tie_word_embeddings=True
+    ),
 }
 
 
@@ -56,16 +79,26 @@ def folders(text_store, tmp_path_factory) -> dict[str, Path]:
         model = NanoLlama(config, seed=1)
         draw = torch.Generator().manual_seed(0)
         weights = {
-            k: v + (0.3 * torch.rand(v.shape, generator=draw) if v.dim() == 1 else 0) for k, v in model.state_dict().items()
+            k: v + (0.3 * torch.rand(v.shape, generator=draw) if v.dim() == 1 else 0)
+            for k, v in model.state_dict().items()
         }
-        save_hf(folder, config, weights, torch.float32 if name == "tied" else torch.bfloat16, **chat.config_ids)
+        save_hf(
+            folder,
+            config,
+            weights,
+            torch.float32 if name == "tied" else torch.bfloat16,
+            **chat.config_ids,
+        )
     return found
 
 
 @pytest.fixture(scope="module")
 def files(folders, tmp_path_factory) -> dict[str, dict[str, Path]]:
     """All outtypes of each shape."""
-    return {name: make(folder, tmp_path_factory.mktemp("gguf"), *export.gguf.OUTTYPES) for name, folder in folders.items()}
+    return {
+        name: make(folder, tmp_path_factory.mktemp("gguf"), *export.gguf.OUTTYPES)
+        for name, folder in folders.items()
+    }
 
 
 def make(folder: Path, out: Path, *outtypes: str, **how) -> dict[str, Path]:
@@ -97,15 +130,23 @@ def test_keys_and_tensors(folders, files):
             assert {key: field(reader, f"{arch}.{key}") for key in numbers} == numbers
             assert field(reader, f"{arch}.attention.layer_norm_rms_epsilon") == pytest.approx(1e-5)
             assert field(reader, "general.architecture") == arch
-            assert field(reader, "general.file_type") == {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "bf16": 32}[outtype]
-            assert field(reader, "tokenizer.ggml.pre") == "qwen2" and field(reader, "tokenizer.ggml.model") == "gpt2"
+            assert (
+                field(reader, "general.file_type")
+                == {"f32": 0, "f16": 1, "q8_0": 7, "q4_k_m": 15, "bf16": 32}[outtype]
+            )
+            assert (
+                field(reader, "tokenizer.ggml.pre") == "qwen2"
+                and field(reader, "tokenizer.ggml.model") == "gpt2"
+            )
             ids = {"bos": "<|endoftext|>", "eos": IM_END, "eot": IM_END, "padding": "<|pad|>"}
             for key, token in ids.items():
                 assert field(reader, f"tokenizer.ggml.{key}_token_id") == chat.ids[token]
             assert field(reader, "tokenizer.ggml.add_bos_token") is False
             assert field(reader, "tokenizer.chat_template") == jinja_template()
             assert "generation -" not in jinja_template()
-            tokens, types = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type"))
+            tokens, types = (
+                field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type")
+            )
             assert len(tokens) == len(types) == config.vocab_size
             shown = {token for token, kind in zip(tokens, types, strict=True) if kind == 4}
             assert shown == {START_THOUGHT, END_THOUGHT, TOOL_CALL, "<|tool_response|>"}
@@ -117,9 +158,17 @@ def test_keys_and_tensors(folders, files):
                 f"[PAD{i}]" for i in range(392, config.vocab_size)
             ]
             assert all(tensor.data_offset % reader.alignment == 0 for tensor in reader.tensors)
-            ends = [(tensor.data_offset, tensor.data_offset + tensor.n_bytes) for tensor in reader.tensors]
-            assert all(one[1] <= other[0] for one, other in pairwise(ends)) and ends[-1][1] <= path.stat().st_size
-            assert ("output.weight" in {t.name for t in reader.tensors}) == (not config.tie_word_embeddings)
+            ends = [
+                (tensor.data_offset, tensor.data_offset + tensor.n_bytes)
+                for tensor in reader.tensors
+            ]
+            assert (
+                all(one[1] <= other[0] for one, other in pairwise(ends))
+                and ends[-1][1] <= path.stat().st_size
+            )
+            assert ("output.weight" in {t.name for t in reader.tensors}) == (
+                not config.tie_word_embeddings
+            )
 
 
 def test_the_same_bytes_with_any_number_of_threads_and_files(folders, files, tmp_path):
@@ -133,7 +182,9 @@ def test_transformers_reads_the_checkpoint_back(name, folders, files):
     from transformers import AutoModelForCausalLM
 
     path = files[name]["f32"]
-    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     tokens = torch.randint(392, (2, 50), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         ours = load_hf(folders[name])(tokens)
@@ -143,8 +194,14 @@ def test_transformers_reads_the_checkpoint_back(name, folders, files):
 def test_types_of_q4_k_m_are_llama_cpps():
     def more(layers: int) -> set[int]:
         config = ModelConfig(num_hidden_layers=layers)
-        kinds = {i: tensor_type("q4_k_m", f"blk.{i}.ffn_down.weight", (2048, 5632), config) for i in range(layers)}
-        assert kinds == {i: tensor_type("q4_k_m", f"blk.{i}.attn_v.weight", (256, 2048), config) for i in range(layers)}
+        kinds = {
+            i: tensor_type("q4_k_m", f"blk.{i}.ffn_down.weight", (2048, 5632), config)
+            for i in range(layers)
+        }
+        assert kinds == {
+            i: tensor_type("q4_k_m", f"blk.{i}.attn_v.weight", (256, 2048), config)
+            for i in range(layers)
+        }
         return {i for i, kind in kinds.items() if kind == "Q6_K"}
 
     # what llama_model_quantize chose
@@ -175,7 +232,10 @@ def test_rows_equal_llama_cpps_and_libggufs():
     packed = pytest.importorskip("libgguf", reason="libgguf is not installed")
     for kind in ("Q4_K", "Q6_K"):
         number = gguf.GGMLQuantizationType[kind]
-        assert (quantise_rows(rows, number) == np.asarray(packed.quantize_rows(rows, number)).reshape(64, -1)).all()
+        assert (
+            quantise_rows(rows, number)
+            == np.asarray(packed.quantize_rows(rows, number)).reshape(64, -1)
+        ).all()
 
 
 def moe_folder(folder: Path, store: Path, **shape: int) -> Path:
@@ -183,11 +243,23 @@ def moe_folder(folder: Path, store: Path, **shape: int) -> Path:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     chat = save_chat_tokenizer(folder, store / "tokenizer")
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 96}
+    heads = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+    }
     ids = {f"{name}_token_id": index for name, index in chat.config_ids.items()}
     torch.manual_seed(0)
-    how = {"norm_topk_prob": True, "initializer_range": 0.05, "max_position_embeddings": 256, "dtype": "float32"}
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=392, head_dim=32, **heads, **how, **ids, **shape))
+    how = {
+        "norm_topk_prob": True,
+        "initializer_range": 0.05,
+        "max_position_embeddings": 256,
+        "dtype": "float32",
+    }
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(vocab_size=392, head_dim=32, **heads, **how, **ids, **shape)
+    )
     for layer in model.model.layers:
         layer.mlp.gate.weight.data.normal_(std=0.5)  # few choices between experts are close
     model.save_pretrained(folder)
@@ -196,10 +268,17 @@ def moe_folder(folder: Path, store: Path, **shape: int) -> Path:
 
 @runtime
 @pytest.mark.parametrize(("experts", "width", "inner"), [(8, 256, 256), (5, 96, 160)])
-def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(experts, width, inner, text_store, tmp_path):
+def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(
+    experts, width, inner, text_store, tmp_path
+):
     from transformers import AutoModelForCausalLM
 
-    shape = {"num_experts": experts, "num_experts_per_tok": 2, "hidden_size": width, "moe_intermediate_size": inner}
+    shape = {
+        "num_experts": experts,
+        "num_experts_per_tok": 2,
+        "hidden_size": width,
+        "moe_intermediate_size": inner,
+    }
     folder = moe_folder(tmp_path / "moe", text_store, **shape)
     written = make(folder, tmp_path / "out", *export.gguf.OUTTYPES)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -211,29 +290,46 @@ def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(exper
         with LlamaCpp(written[outtype], 256, threads=1) as llama:
             found = torch.from_numpy(llama.feed(ids, last=len(ids)))
         kl = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1)
-        assert kl.median() < limit and kl.mean() < FAR * limit, outtype  # a rounding may choose another expert, rarely
+        assert kl.median() < limit and kl.mean() < FAR * limit, (
+            outtype
+        )  # a rounding may choose another expert, rarely
     assert read_config(folder).num_parameters == model.num_parameters()
     reader = open_gguf(written["q4_k_m"])
-    keys = {"expert_count": experts, "expert_used_count": 2, "expert_feed_forward_length": inner, "feed_forward_length": 96}
+    keys = {
+        "expert_count": experts,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": inner,
+        "feed_forward_length": 96,
+    }
     assert {key: field(reader, f"qwen3moe.{key}") for key in keys} == keys
     held = {tensor.name.removeprefix("blk.0."): tensor for tensor in reader.tensors}
-    kinds = {name: held[f"{name}.weight"].tensor_type.name for name in ("attn_v", "attn_output", "ffn_up_exps", "ffn_gate_inp")}
+    kinds = {
+        name: held[f"{name}.weight"].tensor_type.name
+        for name in ("attn_v", "attn_output", "ffn_up_exps", "ffn_gate_inp")
+    }
     # what llama-quant.cpp says of 8 experts, and of rows that are no multiple of 256
     eight, narrow = ("Q8_0", "Q5_1", "Q4_K", "F32"), ("Q5_0", "Q5_0", "Q5_0", "F32")
     assert tuple(kinds.values()) == (eight if experts == 8 else narrow)
     stacked = held["ffn_down_exps.weight"]
     rows = model.model.layers[0].mlp.experts.down_proj.detach().numpy()  # [experts, width, inner]
-    assert stacked.tensor_type.name == ("Q4_K" if experts == 8 else "Q5_0") and len(stacked.data) == experts
+    assert (
+        stacked.tensor_type.name == ("Q4_K" if experts == 8 else "Q5_0")
+        and len(stacked.data) == experts
+    )
     for one, data in zip(rows, stacked.data, strict=True):
         assert (quantise_rows(one, stacked.tensor_type) == data).all()
 
 
 def test_what_of_a_mixture_of_experts_is_refused(text_store, tmp_path, monkeypatch, capsys):
-    folder = moe_folder(tmp_path / "moe", text_store, num_experts=2, hidden_size=32, moe_intermediate_size=32)
+    folder = moe_folder(
+        tmp_path / "moe", text_store, num_experts=2, hidden_size=32, moe_intermediate_size=32
+    )
     flags = ["--checkpoint", folder]
     path = make(folder, tmp_path / "out", "q8_0")["q8_0"]
     capsys.readouterr()  # what transformers wrote
-    assert "only files of dense models" in complaint_of(check_gguf.main, [*flags, "--gguf", path], capsys, monkeypatch)
+    assert "only files of dense models" in complaint_of(
+        check_gguf.main, [*flags, "--gguf", path], capsys, monkeypatch
+    )
     config = json.loads((folder / "config.json").read_text())
     flags += ["--outtype", "q8_0", "--outfile", tmp_path / "m.gguf"]
     for change, words in (
@@ -243,7 +339,11 @@ def test_what_of_a_mixture_of_experts_is_refused(text_store, tmp_path, monkeypat
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         assert words in complaint_of(export_gguf.main, flags, capsys, monkeypatch)
-    weights = {name: value for name, value in load_file(folder / "model.safetensors").items() if "1.mlp.experts.0.up" not in name}
+    weights = {
+        name: value
+        for name, value in load_file(folder / "model.safetensors").items()
+        if "1.mlp.experts.0.up" not in name
+    }
     save_file(weights, folder / "model.safetensors")
     assert "an expert is missing" in complaint_of(export_gguf.main, flags, capsys, monkeypatch)
 
@@ -255,7 +355,10 @@ def test_without_llama_cpp_libgguf_writes_the_same_file(folders, files, tmp_path
 
     monkeypatch.setattr("inference.llamacpp.library", missing)
     assert k_rows() is not quantise_rows
-    assert make(folders["dense"], tmp_path, "q4_k_m")["q4_k_m"].read_bytes() == files["dense"]["q4_k_m"].read_bytes()
+    assert (
+        make(folders["dense"], tmp_path, "q4_k_m")["q4_k_m"].read_bytes()
+        == files["dense"]["q4_k_m"].read_bytes()
+    )
 
 
 @runtime
@@ -265,17 +368,27 @@ def test_llama_cpp_computes_what_the_checkpoint_does(name, folders, files):
     for outtype, path in files[name].items():
         row = compare(path, ref, threads=1)
         assert row["verdict"] == "ok", (outtype, row["because"])
-        assert row["outtype"] == outtype and row["tokenizer"]["mismatches"] == row["tokenizer"]["decoded_otherwise"] == 0
+        assert (
+            row["outtype"] == outtype
+            and row["tokenizer"]["mismatches"] == row["tokenizer"]["decoded_otherwise"] == 0
+        )
         if outtype in ("f32", "f16"):
             assert row["max_error"] < 0.02 and row["kl"] < 1e-5
             assert row["perplexity"] == pytest.approx(row["checkpoint_perplexity"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    "error, kl, verdict", [(0.05, 1e-6, "ok"), (0.07, 1e-6, "high"), (0.07, 2e-5, "wrong"), (0.7, 1e-6, "wrong")]
+    "error, kl, verdict",
+    [(0.05, 1e-6, "ok"), (0.07, 1e-6, "high"), (0.07, 2e-5, "wrong"), (0.7, 1e-6, "wrong")],
 )
 def test_the_worst_logit_alone_is_rounding_until_it_is_far_off(error, kl, verdict):
-    row = {"weight_error": {}, "tokenizer": {"mismatches": 0}, "ends": True, "outtype": "f16", "greedy": {"largest_gap": 0.0}}
+    row = {
+        "weight_error": {},
+        "tokenizer": {"mismatches": 0},
+        "ends": True,
+        "outtype": "f16",
+        "greedy": {"largest_gap": 0.0},
+    }
     assert judge({**row, "max_error": error, "kl": kl}, spread=3.0)[0] == verdict
 
 
@@ -283,15 +396,23 @@ def test_the_worst_logit_alone_is_rounding_until_it_is_far_off(error, kl, verdic
 def test_what_the_check_is_there_for_is_found(folders, tmp_path, monkeypatch):
     ref = reference(folders["dense"], TEXT, tokens=400, strings=300, new=20)
     vocabulary = read_vocabulary(folders["dense"], 392)
-    wrong = vocabulary._replace(pre="gpt-2", types=[kind if kind != 4 else 3 for kind in vocabulary.types])
+    wrong = vocabulary._replace(
+        pre="gpt-2", types=[kind if kind != 4 else 3 for kind in vocabulary.types]
+    )
     export(folders["dense"], {"f16": tmp_path / "words.gguf"}, wrong.put, "m")
     row = compare(tmp_path / "words.gguf", ref, threads=1)
-    assert row["verdict"] == "wrong" and row["tokenizer"]["mismatches"] > 20 and row["max_error"] < 0.02
+    assert (
+        row["verdict"] == "wrong"
+        and row["tokenizer"]["mismatches"] > 20
+        and row["max_error"] < 0.02
+    )
     monkeypatch.setattr(export.gguf, "permute", lambda weight, heads: weight)
     path = make(folders["dense"], tmp_path / "turned", "f16")["f16"]
     row = compare(path, ref, threads=1)
     assert row["verdict"] == "wrong" and row["max_error"] > 0.1 and row["weight_error"]["F16"] > 0.5
-    other = make(folders["tied"], tmp_path / "other", "q8_0")["q8_0"]  # of other shapes, and with another vocabulary
+    other = make(folders["tied"], tmp_path / "other", "q8_0")[
+        "q8_0"
+    ]  # of other shapes, and with another vocabulary
     row = compare(other, ref, threads=1)
     assert row["verdict"] == "wrong" and "of another model: token_embd.weight" in row["because"][0]
     assert "| m-q8_0.gguf | 0.3 | wrong | - | - |" in table([row])
@@ -303,14 +424,22 @@ def test_5500_strings_get_the_same_ids_and_the_file_holds_the_tokenizer(folders,
     texts = fuzz(TEXT, 5500)
     with LlamaCpp(files["dense"]["q8_0"], 64) as llama:
         found = compare_tokens(texts, chat.tokenizer, llama)
-        assert found["strings"] == 11_000 and found["mismatches"] == 0 and found["decoded_otherwise"] == 0
+        assert (
+            found["strings"] == 11_000
+            and found["mismatches"] == 0
+            and found["decoded_otherwise"] == 0
+        )
         assert llama.ends(chat.ids[IM_END]) and not llama.ends(chat.ids[IM_START])
     reader = open_gguf(files["dense"]["q8_0"])
-    keys = (field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges", "pre"))
+    keys = (
+        field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges", "pre")
+    )
     rebuilt = build_tokenizer(*keys)
     for special in (False, True):
         rebuilt.encode_special_tokens = chat.tokenizer.encode_special_tokens = special
-        assert [e.ids for e in rebuilt.encode_batch(texts)] == [e.ids for e in chat.tokenizer.encode_batch(texts)]
+        assert [e.ids for e in rebuilt.encode_batch(texts)] == [
+            e.ids for e in chat.tokenizer.encode_batch(texts)
+        ]
 
 
 @runtime
@@ -319,14 +448,22 @@ def test_checkpoint_and_file_say_the_same(folders, files):
     chat = Chat.from_folder(folders["dense"])
     prompt = chat.prompt([{"role": "user", "content": "Hello there"}])
     for sampling in (Sampling(), Sampling(1.2, temperature=0.8, top_p=0.9)):
-        said = [list(runner.speak(prompt, 10, sampling, 5, ())) for runner in speakers]  # few: llama.cpp keeps keys in f16
+        said = [
+            list(runner.speak(prompt, 10, sampling, 5, ())) for runner in speakers
+        ]  # few: llama.cpp keeps keys in f16
         assert said[0] == said[1] and len(said[0]) == 10
         longer = [*prompt, *said[0][:6], 40]  # what is held is kept as far as it fits
         assert speakers[1].runtime.held[: len(prompt)] == prompt
         fresh = list(TorchRunner(folders["dense"]).speak(longer, 10, sampling, 6, ()))
-        assert [list(runner.speak(longer, 10, sampling, 6, ())) for runner in speakers] == [fresh, fresh]
+        assert [list(runner.speak(longer, 10, sampling, 6, ())) for runner in speakers] == [
+            fresh,
+            fresh,
+        ]
     stop = said[0][3]
-    assert list(speakers[1].speak(prompt, 10, sampling, 5, [stop])) == said[0][: said[0].index(stop) + 1]
+    assert (
+        list(speakers[1].speak(prompt, 10, sampling, 5, [stop]))
+        == said[0][: said[0].index(stop) + 1]
+    )
     with pytest.raises(ValueError, match="exceed the model's context of 256"):
         list(speakers[1].speak(prompt, 256, sampling, 0, ()))
 
@@ -350,7 +487,10 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
 
     session = Session(chat, speak, "Be kind.", TOOLS)
     pieces = list(session.ask("How much is 17 * 23? <|im_end|>"))
-    texts = {kind: "".join(text for found, text in pieces if found == kind) for kind in ("thought", "content", "call", "result")}
+    texts = {
+        kind: "".join(text for found, text in pieces if found == kind)
+        for kind in ("thought", "content", "call", "result")
+    }
     assert texts == {
         "thought": "ask",
         "content": "Let me see.It is 391.",
@@ -358,17 +498,30 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
         "result": "391",
     }
     assert len(pieces) > 6  # streamed
-    assert [message["role"] for message in session.messages] == ["system", "user", "assistant", "tool", "assistant"]
-    assert prompts[1][: len(prompts[0])] == prompts[0] and prompts[0].count(chat.ids[IM_END]) == 2  # typed ones are text
+    assert [message["role"] for message in session.messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+    ]
+    assert (
+        prompts[1][: len(prompts[0])] == prompts[0] and prompts[0].count(chat.ids[IM_END]) == 2
+    )  # typed ones are text
     kept = list(session.messages)
     assert "cannot be read" in list(session.ask("again"))[-1][1] and session.messages == kept
-    assert "cut here" in list(session.ask("again"))[-1][1] and session.messages[-1]["content"] == "and so on"
+    assert (
+        "cut here" in list(session.ask("again"))[-1][1]
+        and session.messages[-1]["content"] == "and so on"
+    )
 
 
 def test_a_mistake_ends_a_turn_not_the_conversation(folders, files, monkeypatch, capsys):
     typed = io.TextIOWrapper(io.BytesIO(b"long " * 300 + b"\n/reset\nhi \xff there\n"), "utf-8")
     monkeypatch.setattr(sys, "stdin", typed)
-    monkeypatch.setattr(sys, "argv", ["x", "--model", str(folders["dense"]), "--max_new_tokens", "1", "--no_tools"])
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--model", str(folders["dense"]), "--max_new_tokens", "1", "--no_tools"]
+    )
     chat_script.main()
     said = capsys.readouterr().out.split("> ")
     assert "tokens fill the context of 256" in said[1] and len(said) == 5 and "fill" not in said[3]
@@ -380,15 +533,27 @@ def test_a_mistake_ends_a_turn_not_the_conversation(folders, files, monkeypatch,
         (files["dense"]["q8_0"], ["--serve", taken.getsockname()[1]], "give another port"),
         (files["dense"]["q8_0"], ["--serve", 99_999], "give another port"),
     ):
-        assert words in complaint_of(chat_script.main, ["--model", path, *flags], capsys, monkeypatch)
+        assert words in complaint_of(
+            chat_script.main, ["--model", path, *flags], capsys, monkeypatch
+        )
     taken.close()
 
 
 @runtime
 def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders):
     pytest.importorskip("xllamacpp", reason="the server is xllamacpp's")
-    openai = pytest.importorskip("openai", reason="no openai: pip install -r requirements-parity.txt")
-    command = [sys.executable, "-m", "scripts.chat", "--model", str(files["dense"]["f32"]), "--serve", "0"]
+    openai = pytest.importorskip(
+        "openai", reason="no openai: pip install -r requirements-parity.txt"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.chat",
+        "--model",
+        str(files["dense"]["f32"]),
+        "--serve",
+        "0",
+    ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert server.stdout
@@ -397,23 +562,43 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
         assert len(client.models.list().data) == 1
         chat = Chat.from_folder(folders["dense"])
         asked = {"messages": PROBE["messages"][:2], "tools": PROBE["tools"]}
-        rendered = client.with_options(base_url=url).post("/apply-template", body=asked, cast_to=dict)["prompt"]
+        rendered = client.with_options(base_url=url).post(
+            "/apply-template", body=asked, cast_to=dict
+        )["prompt"]
         assert rendered == chat.tokenizer.decode(chat.prompt(**asked), skip_special_tokens=False)
-        calls = [{"id": i, "type": "function", "function": {"name": "f", "arguments": f'{{"x":"{i}"}}'}} for i in "ab"]
-        calling = {"role": "assistant", "content": None, "tool_calls": calls, "reasoning_content": "hm"}
-        answers = [{"role": "tool", "content": f"{i}<|im_end|>", "tool_call_id": i} for i in "ba"]  # out of order
+        calls = [
+            {"id": i, "type": "function", "function": {"name": "f", "arguments": f'{{"x":"{i}"}}'}}
+            for i in "ab"
+        ]
+        calling = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": calls,
+            "reasoning_content": "hm",
+        }
+        answers = [
+            {"role": "tool", "content": f"{i}<|im_end|>", "tool_call_id": i} for i in "ba"
+        ]  # out of order
         row = [PROBE["messages"][1], calling, *answers]
-        rendered = client.with_options(base_url=url).post("/apply-template", body={"messages": row}, cast_to=dict)["prompt"]
+        rendered = client.with_options(base_url=url).post(
+            "/apply-template", body={"messages": row}, cast_to=dict
+        )["prompt"]
         assert rendered == chat.tokenizer.decode(chat.prompt(row), skip_special_tokens=False)
         messages = asked["messages"]
         how = {"model": "m", "messages": messages, "max_tokens": 8, "temperature": 0}
         answer = client.chat.completions.create(**how)
         prompt = chat.prompt(messages)
         ours = list(TorchRunner(folders["dense"]).speak(prompt, 8, Sampling(), 0, chat.stop_ids))
-        assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == len(ours)
+        assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == len(
+            ours
+        )
         text = answer.choices[0].message.content
         assert text.strip() == chat.tokenizer.decode(ours, skip_special_tokens=True).strip()
-        pieces = [chunk.choices[0] for chunk in client.chat.completions.create(**how, stream=True) if chunk.choices]
+        pieces = [
+            chunk.choices[0]
+            for chunk in client.chat.completions.create(**how, stream=True)
+            if chunk.choices
+        ]
         said = [piece.delta.content for piece in pieces if piece.delta.content]
         assert "".join(said) == text and len(said) > 1  # an unfinished character waits for its end
         assert pieces[-1].finish_reason == answer.choices[0].finish_reason
@@ -422,12 +607,17 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
         assert server.wait(timeout=30) == 0
 
 
-def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(folders, tmp_path, monkeypatch, capsys):
+def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(
+    folders, tmp_path, monkeypatch, capsys
+):
     good, out = folders["dense"], tmp_path / "out"
 
     def failed(folder: Path, outtype="f16,q8_0", outfile="m-{outtype}.gguf") -> str:
         said = complaint_of(
-            export_gguf.main, ["--checkpoint", folder, "--outtype", outtype, "--outfile", out / outfile], capsys, monkeypatch
+            export_gguf.main,
+            ["--checkpoint", folder, "--outtype", outtype, "--outfile", out / outfile],
+            capsys,
+            monkeypatch,
         )
         assert not out.exists() or not list(out.iterdir())
         return said
@@ -443,7 +633,9 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(folders, tm
     assert "holds no tokenizer.json" in failed(bare)
     other = copy("other")
     content = json.loads((other / "tokenizer.json").read_text())
-    (other / "tokenizer.json").write_text(json.dumps({**content, "pre_tokenizer": {"type": "Whitespace"}}))
+    (other / "tokenizer.json").write_text(
+        json.dumps({**content, "pre_tokenizer": {"type": "Whitespace"}})
+    )
     assert "splits text by no rule" in failed(other)
     (other / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}))
     assert "it normalises text" in failed(other)
@@ -466,7 +658,9 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(folders, tm
         save_hf(small, SHAPES["dense"], weights, torch.bfloat16, 0, 0, 0)
         assert words in failed(small)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000))
+        patch.setattr(
+            shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000)
+        )
         assert "make room there" in failed(good)
 
     def full(*_):
@@ -482,43 +676,81 @@ def test_a_damaged_file_is_told_of(folders, files, tmp_path, monkeypatch, capsys
     path = tmp_path / "m.gguf"
     for size in (0, 3, 20, 5_000, len(whole) // 2, len(whole) - 40):
         path.write_bytes(whole[:size])
-        said = complaint_of(check_gguf.main, ["--checkpoint", folders["dense"], "--gguf", path], capsys, monkeypatch)
+        said = complaint_of(
+            check_gguf.main, ["--checkpoint", folders["dense"], "--gguf", path], capsys, monkeypatch
+        )
         assert "is damaged" in said or "is no GGUF file" in said
-        assert "m.gguf" in complaint_of(chat_script.main, ["--model", path, "--prompt", "hi"], capsys, monkeypatch)
+        assert "m.gguf" in complaint_of(
+            chat_script.main, ["--model", path, "--prompt", "hi"], capsys, monkeypatch
+        )
         with pytest.raises(ValueError, match=r"is damaged|is no GGUF file"):
             LlamaCpp(path)
-    assert "neither a GGUF file (*.gguf) nor" in complaint_of(chat_script.main, ["--model", tmp_path], capsys, monkeypatch)
+    assert "neither a GGUF file (*.gguf) nor" in complaint_of(
+        chat_script.main, ["--model", tmp_path], capsys, monkeypatch
+    )
 
 
-def test_the_card_tells_of_the_run_and_leaves_other_files_alone(folders, tmp_path, monkeypatch, capsys):
+def test_the_card_tells_of_the_run_and_leaves_other_files_alone(
+    folders, tmp_path, monkeypatch, capsys
+):
     logs, results, out = tmp_path / "logs", tmp_path / "results", tmp_path / "out"
     for folder in (logs, results, out, tmp_path / "store"):
         folder.mkdir()
     for phase, lr in (("late", 0.5), ("early", 0.25)):
         data = f"{{store: {tmp_path / 'store'}, mix: {{books: 1.0}}, tokens_per_step: 100, sequence_length: 64}}"
         (logs / f"{phase}.config.yaml").write_text(f"steps: 7\noptim: {{lr: {lr}}}\ndata: {data}\n")
-    steps = [{"phase": "early" if step <= 7 else "late", "step": step, "tokens": 100 * step} for step in range(1, 22)]
+    steps = [
+        {"phase": "early" if step <= 7 else "late", "step": step, "tokens": 100 * step}
+        for step in range(1, 22)
+    ]
     (logs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
-    gates = [{"event": "gate", "step": step, "text": f"go at step {step}: fine"} for step in (7, 21)]
+    gates = [
+        {"event": "gate", "step": step, "text": f"go at step {step}: fine"} for step in (7, 21)
+    ]
     (logs / "events.jsonl").write_text("".join(json.dumps(gate) + "\n" for gate in gates))
     shutil.copytree(folders["dense"], tmp_path / "late" / "step_14")
-    (tmp_path / "store" / "report.json").write_text('{"sources": {"books": {"documents": 9, "kept": 8, "train_tokens": 1234}}}')
+    (tmp_path / "store" / "report.json").write_text(
+        '{"sources": {"books": {"documents": 9, "kept": 8, "train_tokens": 1234}}}'
+    )
     acc = {"acc": {"value": 0.25, "stderr": 0.125, "n": 4}}
     for task, made_by in (("arc", folder_hash(folders["dense"])), ("mmlu", "another")):
         result = {"task": task, "metrics": acc, "n": 9, "shots": 25, "checkpoint_hash": made_by}
         (results / f"{task}.json").write_text(json.dumps(result))
     (results / "decision.json").write_text(json.dumps({"step": 14, "metrics": {"arc": acc}}))
     (out / "Modelfile").write_text("mine")
-    flags = ("--outtype", "q8_0", "--outfile", out / "tiny.gguf", "--logs", logs, "--results", results)
-    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(tmp_path / "late" / "step_14"), *map(str, flags)])
+    flags = (
+        "--outtype",
+        "q8_0",
+        "--outfile",
+        out / "tiny.gguf",
+        "--logs",
+        logs,
+        "--results",
+        results,
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--checkpoint", str(tmp_path / "late" / "step_14"), *map(str, flags)]
+    )
     export_gguf.main()
-    assert "Modelfile is not of this command" in capsys.readouterr().out and (out / "Modelfile").read_text() == "mine"
+    assert (
+        "Modelfile is not of this command" in capsys.readouterr().out
+        and (out / "Modelfile").read_text() == "mine"
+    )
     card = (out / "README.md").read_text()
-    early, late = (card.index(f"| {phase} | 7 | 700 | 64 | {lr} | books 1 |") for phase, lr in (("early", 0.25), ("late", 0.5)))
+    early, late = (
+        card.index(f"| {phase} | 7 | 700 | 64 | {lr} | books 1 |")
+        for phase, lr in (("early", 0.25), ("late", 0.5))
+    )
     assert early < late
-    assert "| books | 9 | 8 | 1,234 |" in card and "- go at step 7: fine" in card and "go at step 21" not in card
+    assert (
+        "| books | 9 | 8 | 1,234 |" in card
+        and "- go at step 7: fine" in card
+        and "go at step 21" not in card
+    )
     scores = card[card.index("## Scores") : card.index("## Licence")].splitlines()
-    assert [line for line in scores if line.startswith("| ")][2:] == ["| arc | acc | 0.25 ± 0.12 | 25 | 4 |"]
+    assert [line for line in scores if line.startswith("| ")][2:] == [
+        "| arc | acc | 0.25 ± 0.12 | 25 | 4 |"
+    ]
     assert "Not found: a contamination report" in card and "The owner's choice" in card
     (out / "Modelfile").unlink()
     export_gguf.main()

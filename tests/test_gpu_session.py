@@ -17,7 +17,9 @@ SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
 
 def session(*arguments, **environment):
     command = ["bash", str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
 
 
 @pytest.mark.parametrize("tiny", [[], ["--tiny"]])
@@ -28,7 +30,9 @@ def test_every_command_names_what_exists(part, tiny, tmp_path):
     commands = [line.split(": ", 1)[1] for line in listed.stdout.splitlines()]
     assert len(commands) >= 3
     for command in commands:
-        words = shlex.split(command.replace("{", "'{").replace("}", "}'"))  # --list prints no quotes
+        words = shlex.split(
+            command.replace("{", "'{").replace("}", "}'")
+        )  # --list prints no quotes
         if words[0] != "python3":
             assert words[0] in ("absent", "cmp", "nvidia-smi")
             continue
@@ -40,16 +44,23 @@ def test_every_command_names_what_exists(part, tiny, tmp_path):
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
         if module == "benchmarks.train_speed":
             args = train_speed.parse(words[words.index(module) + 1 :])
-            for options in train_speed.grid(args.vary):  # ValueError for a setting that there is not
+            for options in train_speed.grid(
+                args.vary
+            ):  # ValueError for a setting that there is not
                 run = load(ROOT / args.config, [*args.overrides, *options])
-                assert run.data.rows % run.data.micro_batch_size == 0 and run.data.sequence_length in (16, 32, 64, *GOALS)
+                assert (
+                    run.data.rows % run.data.micro_batch_size == 0
+                    and run.data.sequence_length in (16, 32, 64, *GOALS)
+                )
         elif module == "train.py" and "--config" in words:
             load(ROOT / words[words.index("--config") + 1], [word for word in words if "=" in word])
 
 
 def test_a_part_goes_on_when_commands_fail(tmp_path):
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *check_env*) exit 3 ;; *pytest*) echo "said \\"no\\""; exit 1 ;; esac\n')
+    python.write_text(
+        '#!/bin/sh\ncase "$*" in *check_env*) exit 3 ;; *pytest*) echo "said \\"no\\""; exit 1 ;; esac\n'
+    )
     python.chmod(0o755)
     done = session("1", "--tiny", OUT=str(tmp_path / "out"), PYTHON=str(python))
     assert done.returncode == 1
@@ -59,7 +70,9 @@ def test_a_part_goes_on_when_commands_fail(tmp_path):
     assert found["dummy_run"] == found["overfits_one_batch"] == "ok"
     assert found["resumed_equals_uninterrupted"] == "failed with 2"  # nothing was trained here
     assert 'said "no"' in (tmp_path / "out" / "part1.log").read_text()
-    spent = session("1", "--tiny", OUT=str(tmp_path / "spent"), PYTHON=str(python), PART_SECONDS="0")
+    spent = session(
+        "1", "--tiny", OUT=str(tmp_path / "spent"), PYTHON=str(python), PART_SECONDS="0"
+    )
     assert spent.returncode == 0
     report = json.loads((tmp_path / "spent" / "part1.json").read_text())
     assert {entry["status"] for entry in report["commands"]} == {"no time left"}

@@ -44,9 +44,20 @@ def root(tmp_path_factory, text_store) -> Path:
     mix = "data.mix={fineweb_edu: 0.5, pg19: 0.5}"
     with chdir(root):
         runs = [
-            load(ROOT / "configs" / "test_mode.yaml", ["run=nano", "phase=gold", "steps=9", "data.store=store", mix]),
-            load_settings(SFTConfig, ROOT / "configs/quickstart/sft.yaml", ["init_from=checkpoints/nano/gold", "run=nano"]),
-            load_settings(PreferenceRun, ROOT / "configs/quickstart/dpo.yaml", ["init_from=checkpoints/nano/sft", "run=nano"]),
+            load(
+                ROOT / "configs" / "test_mode.yaml",
+                ["run=nano", "phase=gold", "steps=9", "data.store=store", mix],
+            ),
+            load_settings(
+                SFTConfig,
+                ROOT / "configs/quickstart/sft.yaml",
+                ["init_from=checkpoints/nano/gold", "run=nano"],
+            ),
+            load_settings(
+                PreferenceRun,
+                ROOT / "configs/quickstart/dpo.yaml",
+                ["init_from=checkpoints/nano/sft", "run=nano"],
+            ),
         ]
         with setup.ranks() as device:
             for run in runs:
@@ -83,7 +94,9 @@ def run(root, tmp_path, monkeypatch, capfd):
 
 def values(found) -> dict[str, dict[str, float]]:
     metrics = found["metrics"].items()
-    return {name: {key: estimate["value"] for key, estimate in part.items()} for name, part in metrics}
+    return {
+        name: {key: estimate["value"] for key, estimate in part.items()} for name, part in metrics
+    }
 
 
 def available(root: Path, source: str) -> int:
@@ -98,8 +111,13 @@ def test_tokens_bound_each_source_and_the_results_say_so(run, root):
     assert set(found["metrics"]) == {"fineweb_edu", "pg19", "all"}  # no --dataset: the run's store
     for source in ("fineweb_edu", "pg19"):
         there = available(root, source)
-        assert found["coverage"][source] == {"tokens": 20 * LENGTH, "available_tokens": there} and there > 4 * 1300
-        assert values(found)[source]["tokens"] == 20 * LENGTH and f"{20 * LENGTH:,} of {there:,}" in out.replace(" tokens", "")
+        assert (
+            found["coverage"][source] == {"tokens": 20 * LENGTH, "available_tokens": there}
+            and there > 4 * 1300
+        )
+        assert values(found)[source][
+            "tokens"
+        ] == 20 * LENGTH and f"{20 * LENGTH:,} of {there:,}" in out.replace(" tokens", "")
     assert found["tokens_per_source"] == 1300 and found["n"] == 40
     assert values(run("--tokens", "1300", "--limit", "3")[0])["pg19"]["tokens"] == 3 * LENGTH
     assert eval_perplexity.parser().parse_args(["--checkpoint", "x"]).tokens == 2**20
@@ -114,7 +132,10 @@ def test_rows_are_spread_evenly(root):
     tokens, targets, doc_ids = (np.zeros(LENGTH, dtype) for dtype in (np.int64, np.int64, np.int32))
     rows.fill(7, tokens, targets, doc_ids)
     start = int(rows.indices[7]) * LENGTH
-    assert tokens.tolist() == shards.read(start, start + LENGTH)[0].tolist() and targets[:-1].tolist() == tokens[1:].tolist()
+    assert (
+        tokens.tolist() == shards.read(start, start + LENGTH)[0].tolist()
+        and targets[:-1].tolist() == tokens[1:].tolist()
+    )
     lengths = np.array([50, 900, 10, 40, 60, 30, 20, 90, 5, 70])
     chosen = held_out.spread(lengths, 300)
     assert lengths[chosen].sum() <= 300 and len(chosen) > 1 and (np.diff(chosen) > 0).all()
@@ -144,9 +165,16 @@ def test_all_equals_the_training_loops_validation_of_every_row(run, root, everyt
     found, _, _ = run("--tokens", everything)
     model = load_model(root / GOLD, "cpu").engine.model
     store = root / "store" / "tokens"
-    batches = {name: validation_batches(TokenShards(store / name, "val"), LENGTH, 4, None) for name in ("fineweb_edu", "pg19")}
-    expected = perplexity(model, batches, torch.from_numpy(token_bytes(load_tokenizer(root / GOLD))))
-    assert values(found) == {name: pytest.approx(figures, rel=1e-9) for name, figures in expected.items()}
+    batches = {
+        name: validation_batches(TokenShards(store / name, "val"), LENGTH, 4, None)
+        for name in ("fineweb_edu", "pg19")
+    }
+    expected = perplexity(
+        model, batches, torch.from_numpy(token_bytes(load_tokenizer(root / GOLD)))
+    )
+    assert values(found) == {
+        name: pytest.approx(figures, rel=1e-9) for name, figures in expected.items()
+    }
     assert found["tokens_per_source"] is None
     assert found["coverage"]["pg19"]["tokens"] == (available(root, "pg19") - 1) // LENGTH * LENGTH
 
@@ -174,7 +202,9 @@ def test_batches_are_made_one_at_a_time(root, monkeypatch):
 def test_only_the_chosen_texts_are_in_memory(root, tmp_path):
     texts = tmp_path / "texts.jsonl"
     with open(texts, "w") as file:
-        file.writelines(json.dumps({"text": f"{i} " * 2000, "source": "ab"[i % 2]}) + "\n" for i in range(800))
+        file.writelines(
+            json.dumps({"text": f"{i} " * 2000, "source": "ab"[i % 2]}) + "\n" for i in range(800)
+        )
     args = flags(root, "--dataset", str(texts), "--tokens", "5000")
     held_out.documents(args)  # whatever is imported or cached once
     tracemalloc.start()
@@ -184,7 +214,10 @@ def test_only_the_chosen_texts_are_in_memory(root, tmp_path):
     assert texts.stat().st_size > 5e6 and peak < 1e6
     scored = sum(len(item.row["text"]) for item in items if item.subject == "a")
     assert coverage["a"]["bytes"] == scored and 5000 < scored <= 5000 * held_out.BYTES_PER_TOKEN
-    assert coverage["a"]["available_documents"] == 400 and coverage["a"]["documents"] == len(items) / 2 > 1
+    assert (
+        coverage["a"]["available_documents"] == 400
+        and coverage["a"]["documents"] == len(items) / 2 > 1
+    )
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "x"}\n{\n')
     assert next(stream_jsonl(broken)) == {"text": "x"}  # the second line has not been read yet
@@ -194,11 +227,19 @@ def test_documents_and_texts_have_the_same_bound(run, root, tmp_path):
     found, _, _ = run("--tokens", "400", "--stride", str(LENGTH))
     for source, of in found["coverage"].items():
         assert 0 < of["tokens"] <= 400 and values(found)[source]["tokens"] == of["tokens"]
-        assert of["available_tokens"] == available(root, source) and of["documents"] <= of["available_documents"]
+        assert (
+            of["available_tokens"] == available(root, source)
+            and of["documents"] <= of["available_documents"]
+        )
     one = tmp_path / "one.txt"
     one.write_text("the rain fell over the hills and nobody knew why. " * 100)
     cut, out, _ = run("--dataset", str(one), "--tokens", "200")
-    assert cut["coverage"]["one"] == {"bytes": 800, "available_bytes": 5000, "documents": 1, "available_documents": 1}
+    assert cut["coverage"]["one"] == {
+        "bytes": 800,
+        "available_bytes": 5000,
+        "documents": 1,
+        "available_documents": 1,
+    }
     assert "800 of 5,000 bytes" in out and set(cut["metrics"]) == {"one", "all"}
     folder = tmp_path / "books"
     (folder / "deep").mkdir(parents=True)
@@ -228,7 +269,10 @@ def test_progress_is_lines_in_a_log_file_and_a_bar_on_a_terminal(run, monkeypatc
 # ---- where the text lies
 
 
-@pytest.mark.parametrize("checkpoint", [GOLD, "checkpoints/nano/gold", "checkpoints/nano/sft", "checkpoints/nano/dpo/step_9"])
+@pytest.mark.parametrize(
+    "checkpoint",
+    [GOLD, "checkpoints/nano/gold", "checkpoints/nano/sft", "checkpoints/nano/dpo/step_9"],
+)
 def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, checkpoint):
     for here in (root, tmp_path):  # also from another folder
         monkeypatch.chdir(here)
@@ -240,7 +284,15 @@ def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        *((name, "fineweb_edu") for name in ("fineweb-edu-validation", "fineweb_edu", "fineweb-edu", "FineWeb-Edu_validation")),
+        *(
+            (name, "fineweb_edu")
+            for name in (
+                "fineweb-edu-validation",
+                "fineweb_edu",
+                "fineweb-edu",
+                "FineWeb-Edu_validation",
+            )
+        ),
         *((name, "pg19") for name in ("pg19", "PG19-validation")),
     ],
 )
@@ -257,17 +309,29 @@ def test_mistakes_end_in_one_sentence(root, tmp_path, text_store, monkeypatch, c
     (tmp_path / "empty").mkdir()
 
     def said(*more) -> str:
-        flags = ["--checkpoint", str(GOLD), "--device", "cpu", "--output", str(tmp_path / "x.json"), *map(str, more)]
+        flags = [
+            "--checkpoint",
+            str(GOLD),
+            "--device",
+            "cpu",
+            "--output",
+            str(tmp_path / "x.json"),
+            *map(str, more),
+        ]
         return complaint_of(eval_perplexity.main, flags, capfd, monkeypatch)
 
     assert "give --dataset a data store" in said("--checkpoint", stray)
-    assert "there is no data at pg19; give --dataset" in said("--checkpoint", stray, "--dataset", "pg19")
+    assert "there is no data at pg19; give --dataset" in said(
+        "--checkpoint", stray, "--dataset", "pg19"
+    )
     assert "has no such source; it has: fineweb_edu, pg19" in said("--dataset", "c4-validation")
     assert "names one source already" in said("--dataset", "pg19", "--sources", "fineweb_edu")
     assert "has no .txt files" in said("--dataset", tmp_path / "empty")
     assert "too few for one row of 9999999" in said("--sequence_length", "9999999")
     (tmp_path / "x.txt").write_text("a text")
-    assert "has no source who; it has: x" in said("--dataset", tmp_path / "x.txt", "--sources", "who")
+    assert "has no source who; it has: x" in said(
+        "--dataset", tmp_path / "x.txt", "--sources", "who"
+    )
     (root / "store").rename(root / "moved")
     try:
         assert "store, is not here; give --dataset" in said()

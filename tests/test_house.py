@@ -32,7 +32,9 @@ MAY_IMPORT = {  # besides itself; every import goes down these floors
     "scripts": {*LEAVES, *PARTS, "torchrun_plugin"},
 }
 MODULES = {path.stem for path in ROOT.glob("*.py")} | {*PARTS, "tests", "benchmarks"}
-FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))] + sorted(ROOT.glob("*.py"))
+FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))] + sorted(
+    ROOT.glob("*.py")
+)
 
 
 def imports(path) -> set[str]:
@@ -67,7 +69,9 @@ def test_the_loop_and_the_entry_point_stay_short():
 
 def test_the_core_path_needs_four_packages():
     code = "import sys, training.loop, training.setup, models.hf; print(sorted(m.split('.')[0] for m in sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+    ).stdout
     for heavy in ("transformers", "tokenizers", "matplotlib", "datasets", "wandb", "pandas"):
         assert f"'{heavy}'" not in loaded
 
@@ -76,14 +80,27 @@ def text_opens_without_encoding(source: str) -> list[int]:
     """Lines of calls that open text, or run a program for its text, in whatever encoding the locale has."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call) or {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+        if not isinstance(node, ast.Call) or {"encoding", None} & {
+            keyword.arg for keyword in node.keywords
+        }:
             continue
         name = ast.unparse(node.func)
-        values = [*node.args[1:2], *(keyword.value for keyword in node.keywords if keyword.arg == "mode")]
-        binary = any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in values)
+        values = [
+            *node.args[1:2],
+            *(keyword.value for keyword in node.keywords if keyword.arg == "mode"),
+        ]
+        binary = any(
+            isinstance(value, ast.Constant) and "b" in str(value.value) for value in values
+        )
         opens = name in ("open", "io.open", "os.fdopen") and not binary
-        temporary = name.endswith(("NamedTemporaryFile", "TemporaryFile")) and "w" in ast.unparse(node) and not binary
-        runs = name.startswith("subprocess.") and any(keyword.arg in ("text", "universal_newlines") for keyword in node.keywords)
+        temporary = (
+            name.endswith(("NamedTemporaryFile", "TemporaryFile"))
+            and "w" in ast.unparse(node)
+            and not binary
+        )
+        runs = name.startswith("subprocess.") and any(
+            keyword.arg in ("text", "universal_newlines") for keyword in node.keywords
+        )
         if opens or temporary or runs or name.endswith((".read_text", ".write_text")):
             found.append(node.lineno)
     return found
@@ -91,7 +108,10 @@ def text_opens_without_encoding(source: str) -> list[int]:
 
 def test_text_files_are_utf_8_in_every_locale():
     paths = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *FILES]
-    found = {str(path.relative_to(ROOT)): text_opens_without_encoding(path.read_text(encoding="utf-8")) for path in paths}
+    found = {
+        str(path.relative_to(ROOT)): text_opens_without_encoding(path.read_text(encoding="utf-8"))
+        for path in paths
+    }
     assert {name: lines for name, lines in found.items() if lines} == {}
     sample = 'open("x")\nopen("x", "rb")\nopen("x", "w", encoding="utf-8")\npath.read_text()\nsubprocess.run([], text=True)\n'
     assert sorted(text_opens_without_encoding(sample)) == [1, 4, 5]
@@ -99,18 +119,27 @@ def test_text_files_are_utf_8_in_every_locale():
 
 def test_ruff_is_content():
     for how in (["check"], ["format", "--check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *how, "."], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *how, "."], capture_output=True, text=True, cwd=ROOT
+        )
         assert done.returncode == 0, done.stdout
 
 
 def test_optimizer_groups_cover_every_parameter_once():
     config = ModelConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, qk_norm=True
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        qk_norm=True,
     )
     model = NanoLlama(config, seed=0)
     decayed, kept = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(p)] for p in kept["params"]} == {n for n in names.values() if "norm" in n or n == "embed_tokens.weight"}
+    assert {names[id(p)] for p in kept["params"]} == {
+        n for n in names.values() if "norm" in n or n == "embed_tokens.weight"
+    }
     assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
     model.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(AssertionError, match="no rule whether to decay extra"):
@@ -119,7 +148,14 @@ def test_optimizer_groups_cover_every_parameter_once():
 
 def test_one_update_equals_adamw_by_hand():
     model = NanoLlama(
-        ModelConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4), seed=0
+        ModelConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+        ),
+        seed=0,
     )
     optimizer = build_optimizer(model, OptimConfig(lr=1e-2, weight_decay=0.5))
     tokens = torch.arange(12)[None]
@@ -128,12 +164,17 @@ def test_one_update_equals_adamw_by_hand():
     optimizer.step()
     for name, p in model.named_parameters():
         decay = 0.0 if "norm" in name or "embed" in name else 0.5
-        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)  # the first step of Adam
+        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * p.grad / (
+            p.grad.abs() + 1e-8
+        )  # the first step of Adam
         assert (p - expected).abs().max() <= 1e-5, name
 
 
 def test_flops_of_the_1b_model():
-    assert [round(flops_per_token(ModelConfig(), length) / 1e9, 2) for length in (2048, 4096, 8192, 16_384)] == [
+    assert [
+        round(flops_per_token(ModelConfig(), length) / 1e9, 2)
+        for length in (2048, 4096, 8192, 16_384)
+    ] == [
         7.31,
         8.42,
         10.64,
@@ -151,7 +192,13 @@ def test_dtype_follows_the_request_else_the_device():
 
 
 def test_perplexity_divides_totals_and_an_untrained_model_knows_nothing():
-    config = ModelConfig(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+    config = ModelConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
     model = NanoLlama(config, seed=0)
     generator = torch.Generator().manual_seed(0)
 
@@ -164,6 +211,10 @@ def test_perplexity_divides_totals_and_an_untrained_model_knows_nothing():
     batches = {"one": [batch(0), batch(35)], "two": [batch(10)]}
     results = perplexity(model, batches, torch.ones(256, dtype=torch.int64))
     assert [results[name]["tokens"] for name in ("one", "two", "all")] == [90, 60, 150]
-    assert results["all"]["bits_per_byte"] == pytest.approx(8.0, abs=0.02)  # 256 equally likely bytes
-    assert results["all"]["loss"] == pytest.approx((90 * results["one"]["loss"] + 60 * results["two"]["loss"]) / 150)
+    assert results["all"]["bits_per_byte"] == pytest.approx(
+        8.0, abs=0.02
+    )  # 256 equally likely bytes
+    assert results["all"]["loss"] == pytest.approx(
+        (90 * results["one"]["loss"] + 60 * results["two"]["loss"]) / 150
+    )
     assert results["one"]["perplexity"] == pytest.approx(math.exp(results["one"]["loss"]))

@@ -29,7 +29,10 @@ from data.pipeline import steps
 from data.shards import ShardWriter
 from data.tokenizers.bpe import MAX_PIECE, _cut_long_pieces, train_tokenizer
 
-ROWS = [{"id": f"d{i}", "text": f"The quick brown fox number {i} jumps over the lazy dog."} for i in range(300)]
+ROWS = [
+    {"id": f"d{i}", "text": f"The quick brown fox number {i} jumps over the lazy dog."}
+    for i in range(300)
+]
 
 
 def lines(rows: list) -> bytes:
@@ -65,9 +68,14 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_a_source_is_not_replaced_by_another_of_its_name(run, tmp_path):
-    one, two = (write(tmp_path / name / "0.jsonl", lines(ROWS[:n])).parent for name, n in (("c4.en", 3), ("c4.realnews", 5)))
+    one, two = (
+        write(tmp_path / name / "0.jsonl", lines(ROWS[:n])).parent
+        for name, n in (("c4.en", 3), ("c4.realnews", 5))
+    )
     said = run(one, two, fails=True)
-    assert f"{one} and {two} would both be the source c4" in said and not (tmp_path / "store").exists()
+    assert (
+        f"{one} and {two} would both be the source c4" in said and not (tmp_path / "store").exists()
+    )
     assert "3 documents" in run(one)
     said = run(two, fails=True)
     assert f"has a source c4 from {one}, which {two} would replace" in said and "--name" in said
@@ -76,7 +84,10 @@ def test_a_source_is_not_replaced_by_another_of_its_name(run, tmp_path):
     write(one / "1.jsonl", lines(ROWS[10:12]))
     assert "5 documents" in run(one)  # a source that changed is read again
     assert "5 documents" in run(f"{one}/../c4.en")  # another spelling of the same place
-    assert sorted(path.name for path in (tmp_path / "store" / "documents").iterdir()) == ["c4", "c4_news"]
+    assert sorted(path.name for path in (tmp_path / "store" / "documents").iterdir()) == [
+        "c4",
+        "c4_news",
+    ]
 
 
 def test_a_begun_download_is_not_replaced_either(tmp_path, monkeypatch):
@@ -142,14 +153,23 @@ def test_a_path_named_like_a_known_source_is_pointed_out(tmp_path, monkeypatch, 
     (tmp_path / "code").mkdir()
     monkeypatch.chdir(tmp_path)
     assert list(download._names("code")) == ["code"]
-    assert "note: code is the data set of that name; give ./code for the path" in capsys.readouterr().err
+    assert (
+        "note: code is the data set of that name; give ./code for the path"
+        in capsys.readouterr().err
+    )
 
 
 def test_hidden_unfinished_and_own_files_are_not_read(tmp_path, run):
     root = tmp_path / "texts"
     for name in ("t.jsonl", "sub/u.jsonl"):
         write(root / name, lines(ROWS[:2]))
-    for name in ("._t.jsonl", ".ipynb_checkpoints/t.jsonl", "sub/.git/u.jsonl", "half.tmp/00000.jsonl", "v.jsonl.tmp"):
+    for name in (
+        "._t.jsonl",
+        ".ipynb_checkpoints/t.jsonl",
+        "sub/.git/u.jsonl",
+        "half.tmp/00000.jsonl",
+        "v.jsonl.tmp",
+    ):
         write(root / name, lines(ROWS[:9]))
     assert list(find_files(str(root))) == ["sub/u.jsonl", "t.jsonl"]
     assert len(find_files(f"{root}/**/*.jsonl")) == len(find_files(f"{root}/*")) == 2
@@ -157,7 +177,9 @@ def test_hidden_unfinished_and_own_files_are_not_read(tmp_path, run):
     assert "4 documents" in run(root, "--name", "x")
     assert "4 documents" in run(tmp_path, "--name", "y")  # the store lies in the folder
     assert "4 documents" in run(f"{tmp_path}/**/*", "--name", "z")
-    assert "4 documents" in run(tmp_path / "store" / "documents" / "x", "--name", "copy")  # pointed at by name
+    assert "4 documents" in run(
+        tmp_path / "store" / "documents" / "x", "--name", "copy"
+    )  # pointed at by name
     assert "there is no .parquet" in run(tmp_path / "store", "--name", "w", fails=True)
 
 
@@ -173,8 +195,14 @@ def test_files_of_other_kinds_are_named(tmp_path, capsys):
     write(tmp_path / "in" / "a.jsonl", lines(ROWS))
     write(tmp_path / "in" / "b.jsonl.bz2", b"x")
     assert ingest(FileReader(str(tmp_path / "in")), tmp_path / "store", "s")
-    assert "s: skipped 1 (another file than .parquet, .jsonl, .jsonl.gz, .jsonl.zst): b.jsonl.bz2" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"there is no .parquet, .jsonl, .jsonl.gz or .jsonl.zst file at .*b.jsonl.bz2"):
+    assert (
+        "s: skipped 1 (another file than .parquet, .jsonl, .jsonl.gz, .jsonl.zst): b.jsonl.bz2"
+        in capsys.readouterr().err
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"there is no .parquet, .jsonl, .jsonl.gz or .jsonl.zst file at .*b.jsonl.bz2",
+    ):
         list_files(str(tmp_path / "in" / "b.jsonl.bz2"))
 
 
@@ -183,7 +211,11 @@ def test_files_of_other_kinds_are_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["binary", "large_binary", "large_string", "string", "dictionary"])
 def test_a_column_of_bytes_is_text(kind, tmp_path):
-    types = {"binary": pa.binary(), "large_binary": pa.large_binary(), "large_string": pa.large_string()}
+    types = {
+        "binary": pa.binary(),
+        "large_binary": pa.large_binary(),
+        "large_string": pa.large_string(),
+    }
     text = pa.array([row["text"].encode() for row in ROWS]).cast(types.get(kind, pa.string()))
     ids = pa.array([row["id"].encode() for row in ROWS])
     text = text.dictionary_encode() if kind == "dictionary" else text
@@ -192,7 +224,13 @@ def test_a_column_of_bytes_is_text(kind, tmp_path):
 
 
 def test_a_column_of_bytes_in_conversations(tmp_path):
-    rows = pa.table({"instruction": pa.array([b"What?"]), "output": pa.array([b"That."]), "picture": pa.array([b"\xff\xd8"])})
+    rows = pa.table(
+        {
+            "instruction": pa.array([b"What?"]),
+            "output": pa.array([b"That."]),
+            "picture": pa.array([b"\xff\xd8"]),
+        }
+    )
     pq.write_table(rows, tmp_path / "a.parquet")
     [found] = read_rows(str(tmp_path / "a.parquet"))
     assert found.value == {"instruction": "What?", "output": "That.", "picture": b"\xff\xd8"}
@@ -200,7 +238,9 @@ def test_a_column_of_bytes_in_conversations(tmp_path):
 
 def test_a_column_that_is_no_text_is_refused(tmp_path):
     pq.write_table(pa.table({"text": [[1, 2], [3]]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"column text of .*a.parquet holds list<.*>, not text; give --text_column"):
+    with pytest.raises(
+        ValueError, match=r"column text of .*a.parquet holds list<.*>, not text; give --text_column"
+    ):
         read(tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff\xfe\x00"])}), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet")[1] == Skipped("not UTF-8 text", "a.parquet:2")
@@ -209,10 +249,14 @@ def test_a_column_that_is_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32", "latin-1"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_text_in_another_encoding_is_refused(encoding, packed, tmp_path):
-    content = "".join(json.dumps({"text": f"{i} für"}, ensure_ascii=False) + "\n" for i in range(300)).encode(encoding)
+    content = "".join(
+        json.dumps({"text": f"{i} für"}, ensure_ascii=False) + "\n" for i in range(300)
+    ).encode(encoding)
     name = "a.jsonl.zst" if packed else "a.jsonl"
     path = write(tmp_path / name, zstandard.compress(content) if packed else content)
-    with pytest.raises(ValueError, match=r"is UTF-16 or UTF-32 text; convert it|cannot be read|gives no document"):
+    with pytest.raises(
+        ValueError, match=r"is UTF-16 or UTF-32 text; convert it|cannot be read|gives no document"
+    ):
         ingest(FileReader(str(path)), tmp_path / "store", "s")
     assert not (tmp_path / "store" / "documents" / "s").exists()
     if encoding in ("utf-16", "utf-32"):
@@ -241,7 +285,10 @@ def test_unreadable_rows_above_one_percent_are_refused(bad, reason, tmp_path, ca
     assert ingest(FileReader(str(path)), tmp_path / "store", "s")
     assert f"s: skipped 3 ({reason}): a.jsonl:298" in capsys.readouterr().err
     path = write(tmp_path / "b.jsonl", lines(ROWS[:296]) + bad * 4)
-    with pytest.raises(ValueError, match=rf"1.3% of the 300 rows of .*\(4 x {reason}; the first is b.jsonl:297\); .*--max_bad"):
+    with pytest.raises(
+        ValueError,
+        match=rf"1.3% of the 300 rows of .*\(4 x {reason}; the first is b.jsonl:297\); .*--max_bad",
+    ):
         ingest(FileReader(str(path)), tmp_path / "store", "t")
     assert not (tmp_path / "store" / "documents" / "t").exists()
     assert ingest(FileReader(str(path)), tmp_path / "store", "t", max_bad=0.02)
@@ -264,11 +311,18 @@ def test_a_json_array_on_one_line_is_linear_and_named(tmp_path, monkeypatch):
             copied.append(len(self))
             return Counted(bytes(self) + other)
 
-    monkeypatch.setattr(local_files, "blocks", lambda _: (Counted(b"x" * 1000) for _ in range(3000)))
-    assert sum(map(len, read_lines(path))) == 3_000_000 and sum(copied) < 3_000_000  # quadratic: 4.5e9
+    monkeypatch.setattr(
+        local_files, "blocks", lambda _: (Counted(b"x" * 1000) for _ in range(3000))
+    )
+    assert (
+        sum(map(len, read_lines(path))) == 3_000_000 and sum(copied) < 3_000_000
+    )  # quadratic: 4.5e9
     monkeypatch.setattr(local_files, "blocks", blocks)
     monkeypatch.setattr(local_files, "MAX_LINE", 10_000_000)
-    with pytest.raises(ValueError, match=r"line 1 of .*a.jsonl is a JSON array of more than 10,000,000 bytes; write one object"):
+    with pytest.raises(
+        ValueError,
+        match=r"line 1 of .*a.jsonl is a JSON array of more than 10,000,000 bytes; write one object",
+    ):
         read(path)
     with pytest.raises(ValueError, match=r"line 1 of .*a.jsonl is a JSON array"):
         list(read_rows(str(path)))
@@ -278,13 +332,17 @@ def test_a_json_array_on_one_line_is_linear_and_named(tmp_path, monkeypatch):
 
 def bomb(path: Path, megabytes: int) -> None:
     packer = zstandard.ZstdCompressor().compressobj()
-    path.write_bytes(b"".join(packer.compress(b"\0" * 1_000_000) for _ in range(megabytes)) + packer.flush())
+    path.write_bytes(
+        b"".join(packer.compress(b"\0" * 1_000_000) for _ in range(megabytes)) + packer.flush()
+    )
 
 
 def test_a_zst_bomb_is_refused_in_little_memory(tmp_path):
     bomb(tmp_path / "a.jsonl.zst", 400)
     sizes = []
-    with pytest.raises(ValueError, match="expands to more than 1,000 times its size, as no text does; remove it"):
+    with pytest.raises(
+        ValueError, match="expands to more than 1,000 times its size, as no text does; remove it"
+    ):
         for block in blocks(tmp_path / "a.jsonl.zst"):
             sizes.append(len(block))
     assert max(sizes) <= BLOCK and sum(sizes) < 60_000_000
@@ -311,7 +369,12 @@ def test_blocks_give_every_byte(suffix, size, tmp_path):
 def test_long_rows_of_parquet_are_read_few_at_a_time(repeated, tmp_path, monkeypatch):
     page = "0123456789" * 200_000
     texts = [page if repeated else f"{i} {page}" for i in range(60)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=60, use_dictionary=repeated)
+    pq.write_table(
+        pa.table({"text": texts}),
+        tmp_path / "a.parquet",
+        row_group_size=60,
+        use_dictionary=repeated,
+    )
     held = []
     original = pq.ParquetFile.iter_batches
 
@@ -329,7 +392,11 @@ def test_long_rows_of_parquet_are_read_few_at_a_time(repeated, tmp_path, monkeyp
 
 def with_ids(folder: Path, texts: list[str]) -> Path:
     path = folder / "with_ids.parquet"
-    pq.write_table(pa.table({"id": [str(i) for i in range(len(texts))], "text": texts}), path, row_group_size=60)
+    pq.write_table(
+        pa.table({"id": [str(i) for i in range(len(texts))], "text": texts}),
+        path,
+        row_group_size=60,
+    )
     return path
 
 
@@ -371,19 +438,30 @@ def test_only_long_pieces_are_cut():
 
 def report(train: int, val: int, kind: str) -> dict:
     if kind == "pairs":
-        return {"pairs": {"train": train, "val": val}, "bad": {}, "rows": train + val, "dropped": {}, "named": []}
+        return {
+            "pairs": {"train": train, "val": val},
+            "bad": {},
+            "rows": train + val,
+            "dropped": {},
+            "named": [],
+        }
     splits = {"train": {"conversations": train}, "val": {"conversations": val}}
     return {"splits": splits, "bad": {}, "conversations": train + val, "named": [], "counts": {}}
 
 
 def test_all_rows_held_out_names_the_share():
     chat = ChatConfig({"x": ChatSource("a.jsonl")}, held_out=0.9)
-    with pytest.raises(ValueError, match=r"x: all 3 conversations are held out, by chat.held_out=0.9; lower it or add data"):
+    with pytest.raises(
+        ValueError,
+        match=r"x: all 3 conversations are held out, by chat.held_out=0.9; lower it or add data",
+    ):
         _check_limit("x", report(0, 3, "chat"), chat)
     with pytest.raises(ValueError, match="check its path and format"):
         _check_limit("x", report(0, 0, "chat"), chat)
     pairs = PreferenceConfig({"x": PairSource("a.jsonl")}, held_out=0.8)
-    with pytest.raises(ValueError, match=r"x: all 2 pairs are held out, by preferences.held_out=0.8"):
+    with pytest.raises(
+        ValueError, match=r"x: all 2 pairs are held out, by preferences.held_out=0.8"
+    ):
         check_pairs("x", report(0, 2, "pairs"), pairs)
     with pytest.raises(ValueError, match="check its path, format and length"):
         check_pairs("x", report(0, 0, "pairs"), pairs)
@@ -401,23 +479,33 @@ configs:
 
 def test_splits_and_configs_of_a_hub_set(tmp_path, monkeypatch):
     for name in ("en", "de"):
-        row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": name}]}
+        row = {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": name}]
+        }
         write(tmp_path / "owner" / "two" / f"{name}.jsonl", lines([row]))
     write(tmp_path / "owner" / "two" / "README.md", CARD.encode())
     monkeypatch.chdir(tmp_path)  # where the hub's own client takes the folder for the data set
 
     def answers(**options) -> list[str]:
-        return [c["messages"][1]["content"] for c in read_conversations("hf://owner/two", "messages", **options)]
+        return [
+            c["messages"][1]["content"]
+            for c in read_conversations("hf://owner/two", "messages", **options)
+        ]
 
     assert answers(config="en", split="train_sft") == ["en"] and answers(config="de") == ["de"]
     for options, said in (
         ({}, "owner/two has several configs; set config of the source to one of en, de"),
         ({"config": "fr"}, "owner/two has no config fr; set config of the source to one of en, de"),
-        ({"config": "en"}, "owner/two has no split train; set split of the source to one of train_sft"),
+        (
+            {"config": "en"},
+            "owner/two has no split train; set split of the source to one of train_sft",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             answers(**options)
-    with pytest.raises(ValueError, match=r"split and config choose rows of a hub data set; .* is a local path"):
+    with pytest.raises(
+        ValueError, match=r"split and config choose rows of a hub data set; .* is a local path"
+    ):
         list(read_rows("owner/two/en.jsonl", "test"))
 
 
@@ -428,9 +516,15 @@ def test_any_files_of_the_hub_are_a_source(tmp_path):
         with pytest.raises(ValueError, match=rf"{wrong} must name the files to read"):
             hub_files(wrong)
     commit = "0" * 40
-    name, reader = open_reader(f"hf://allenai/c4/en/*.json.gz@{commit}", tmp_path, text_column="body")
+    name, reader = open_reader(
+        f"hf://allenai/c4/en/*.json.gz@{commit}", tmp_path, text_column="body"
+    )
     assert name == "c4" and isinstance(reader, readers.HubReader)
-    assert (reader.inputs["repo"], reader.inputs["files"], reader.inputs["revision"]) == ("allenai/c4", "en/*.json.gz", commit)
+    assert (reader.inputs["repo"], reader.inputs["files"], reader.inputs["revision"]) == (
+        "allenai/c4",
+        "en/*.json.gz",
+        commit,
+    )
     assert reader.source.text_column == "body" and reader.origin == f"allenai/c4@{commit}"
 
 
@@ -456,7 +550,10 @@ def test_a_source_without_held_out_tokens_is_said_at_the_start(settings, text_st
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "logs").exists()
     assert train_here(settings(f"data.store={store}", "validation.every=0"))
     assert not any("val/loss" in row for row in read_metrics(tmp_path / "logs"))
-    with pytest.raises(ValueError, match="every document of source second is held out, or none was kept; lower val_fraction"):
+    with pytest.raises(
+        ValueError,
+        match="every document of source second is held out, or none was kept; lower val_fraction",
+    ):
         train_here(settings(f"data.store={store_without_val(text_store, tmp_path / 'all', 'val')}"))
 
 

@@ -56,13 +56,25 @@ def test_accelerate_and_torch_distributed_run_do_so_too(tmp_path):
 def test_a_wrong_script_or_number_of_processes_is_one_sentence(tmp_path):
     launcher = [sys.executable, "-m", "scripts.launch"]
     for flags, said in (
-        (["--nproc_per_node=2", "trian.py"], "error: there is no script trian.py; the entry points are train.py,"),
-        (["--nproc_per_node=two", "train.py"], "error: --nproc_per_node=two must be a number of processes"),
+        (
+            ["--nproc_per_node=2", "trian.py"],
+            "error: there is no script trian.py; the entry points are train.py,",
+        ),
+        (
+            ["--nproc_per_node=two", "train.py"],
+            "error: --nproc_per_node=two must be a number of processes",
+        ),
     ):
         done = launch(*launcher, *flags, where=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1, done.stderr
+        assert (
+            done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+        ), done.stderr
     done = launch(BIN / "torchrun", "--nproc_per_node=2", "train.py", where=tmp_path)
-    assert done.returncode == 2 and "Traceback" not in done.stderr and "can't open file" in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and "can't open file" in done.stderr.splitlines()[-1]
+    )
 
 
 def test_scripts_of_others_keep_torchruns_own_behaviour(tmp_path):
@@ -131,7 +143,9 @@ def test_accelerate_launch_trains_as_one_process_does(settings, tmp_path):
     """Two CPU processes: --multi_gpu is accelerate's name for torchrun; --cpu would start one."""
     pytest.importorskip("accelerate", reason="no accelerate: pip install -r requirements.txt")
     assert train_here(settings(f"log_dir={tmp_path / 'one'}", f"output_dir={tmp_path / 'c1'}"))
-    more = settings("data.micro_batch_size=2", f"log_dir={tmp_path / 'two'}", f"output_dir={tmp_path / 'c2'}")
+    more = settings(
+        "data.micro_batch_size=2", f"log_dir={tmp_path / 'two'}", f"output_dir={tmp_path / 'c2'}"
+    )
     flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     script = [ROOT / "train.py", "--config", "configs/test_mode.yaml", *more]

@@ -15,7 +15,14 @@ from test_training import losses, same_state
 
 from data import packing
 from data.dataloader import PackedDataLoader, Prefetcher, Step, validation_batches
-from data.packing import IGNORE, LongDocuments, best_fit_decreasing, document_table, keep_plan, make_plan
+from data.packing import (
+    IGNORE,
+    LongDocuments,
+    best_fit_decreasing,
+    document_table,
+    keep_plan,
+    make_plan,
+)
 from data.shards import ShardWriter, TokenShards
 from data.store import open_shards
 from models.losses import IGNORE as LOSS_IGNORE
@@ -38,20 +45,27 @@ def write(folder, lengths, shard_tokens=4_000):
 @pytest.fixture
 def shards(tmp_path):
     rng = np.random.default_rng(0)
-    lengths = {name: np.minimum(rng.lognormal(3.5, 1.0, count).astype(int) + 1, 900) for name, count in (("a", 500), ("b", 150))}
+    lengths = {
+        name: np.minimum(rng.lognormal(3.5, 1.0, count).astype(int) + 1, 900)
+        for name, count in (("a", 500), ("b", 150))
+    }
     lengths["a"][:4] = (LENGTH, 2 * LENGTH, 1, LENGTH + 1)
     return {name: write(tmp_path / name, part) for name, part in lengths.items()}
 
 
 def loader(shards, mix=None, rows=8, micro=2, packing="best_fit", **more):
-    return PackedDataLoader(shards, mix or {"a": 0.8, "b": 0.2}, LENGTH, rows, micro, seed=5, packing=packing, **more)
+    return PackedDataLoader(
+        shards, mix or {"a": 0.8, "b": 0.2}, LENGTH, rows, micro, seed=5, packing=packing, **more
+    )
 
 
 def epoch(shards, source="a", packing="best_fit"):
     """Tokens, targets and docs [rows, LENGTH] of the first epoch of one source."""
     one = loader(shards, {source: 1.0}, rows=1, micro=1, packing=packing)
     batches = [one.at(batch_index).batches[0] for batch_index in range(len(one.packed[0]))]
-    return [torch.cat(parts).numpy() for parts in zip(*(batch[:3] for batch in batches), strict=True)]
+    return [
+        torch.cat(parts).numpy() for parts in zip(*(batch[:3] for batch in batches), strict=True)
+    ]
 
 
 def pairs_of(source):
@@ -65,12 +79,18 @@ def test_best_fit_reads_every_token_once_with_its_next_and_pads_the_rest(shards,
     source = shards["a"] if minimum is None else LongDocuments(shards["a"], minimum)
     tokens, targets, doc_ids = epoch({"a": source})
     real = targets != IGNORE
-    assert Counter(zip(tokens[real].tolist(), targets[real].tolist(), strict=True)) == pairs_of(source)
-    assert real.sum() == len(source) and (np.diff(real.astype(int), axis=1) <= 0).all()  # padding at the end of a row only
+    assert Counter(zip(tokens[real].tolist(), targets[real].tolist(), strict=True)) == pairs_of(
+        source
+    )
+    assert (
+        real.sum() == len(source) and (np.diff(real.astype(int), axis=1) <= 0).all()
+    )  # padding at the end of a row only
     assert (tokens[~real] == 0).all() and IGNORE == LOSS_IGNORE
     assert (doc_ids[:, 0] == 0).all() and np.isin(np.diff(doc_ids, axis=1), (0, 1)).all()
     begins = np.diff(doc_ids, axis=1) == 1
-    assert ((np.diff(tokens, axis=1) == 1) | (tokens[:, :-1] == 0) | begins | ~real[:, 1:]).all()  # a piece runs on
+    assert (
+        (np.diff(tokens, axis=1) == 1) | (tokens[:, :-1] == 0) | begins | ~real[:, 1:]
+    ).all()  # a piece runs on
     assert (begins | real[:, 1:] | ~real[:, :-1]).all()  # padding is a document of its own
 
 
@@ -85,9 +105,15 @@ def test_best_fit_cuts_only_documents_longer_than_a_row(shards):
     assert cost["cut"] == (lengths > LENGTH).mean()
     assert cost["padding"] == pytest.approx((targets == IGNORE).mean()) and cost["padding"] < 0.02
     ends = np.cumsum(lengths)
-    across = [any(at % LENGTH == 0 for at in range(end - length + 1, end)) for end, length in zip(ends, lengths, strict=True)]
+    across = [
+        any(at % LENGTH == 0 for at in range(end - length + 1, end))
+        for end, length in zip(ends, lengths, strict=True)
+    ]
     assert cost["cut_by_stream"] == np.mean(across) > 2 * cost["cut"]
-    assert len(plan.rows) - 1 == len(tokens) and len(plan.rows) - 1 <= 1.02 * len(shards["a"]) / LENGTH + 1
+    assert (
+        len(plan.rows) - 1 == len(tokens)
+        and len(plan.rows) - 1 <= 1.02 * len(shards["a"]) / LENGTH + 1
+    )
 
 
 def plain_best_fit_decreasing(sizes, capacity):
@@ -107,8 +133,12 @@ def test_packing_counts_equals_packing_one_by_one(seed):
     sizes = rng.integers(1, int(rng.integers(2, 51)), int(rng.integers(1, 400)))
     counts = np.bincount(sizes, minlength=51)
     groups = best_fit_decreasing(counts.tolist(), 50)
-    packed = [(50 - sum(size * number for size, number in pattern), rows) for rows, pattern in groups]
-    assert sorted(space for space, rows in packed for _ in range(rows)) == plain_best_fit_decreasing(sizes.tolist(), 50)
+    packed = [
+        (50 - sum(size * number for size, number in pattern), rows) for rows, pattern in groups
+    ]
+    assert sorted(
+        space for space, rows in packed for _ in range(rows)
+    ) == plain_best_fit_decreasing(sizes.tolist(), 50)
     used = Counter()
     for rows, pattern in groups:
         used.update({size: number * rows for size, number in pattern})
@@ -122,7 +152,11 @@ def test_a_plan_of_many_documents_holds_every_piece_once_whatever_their_order():
     plan = make_plan(starts, lengths, 4096, seed=0)
     order = np.argsort(plan.starts)
     ends = plan.starts[order] + plan.lengths[order]
-    assert (ends[:-1] == plan.starts[order][1:]).all() and plan.starts[order][0] == 0 and ends[-1] == lengths.sum()
+    assert (
+        (ends[:-1] == plan.starts[order][1:]).all()
+        and plan.starts[order][0] == 0
+        and ends[-1] == lengths.sum()
+    )
     filled = np.add.reduceat(plan.lengths, plan.rows[:-1], dtype=np.int64)
     assert filled.max() <= 4096 and filled.sum() == lengths.sum() and filled.mean() > 4090
     other = make_plan(starts, lengths, 4096, seed=1)
@@ -134,8 +168,13 @@ CASES = [("stream", None), ("best_fit", None), ("stream", 80), ("best_fit", 80)]
 
 @pytest.mark.parametrize(("packing", "minimum"), CASES)
 def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, packing, minimum):
-    sources = {name: part if minimum is None else LongDocuments(part, minimum) for name, part in shards.items()}
-    sources["c"] = write(tmp_path / "c", [39] * 300)  # rows with 25 tokens of padding, if they are not cut from a stream
+    sources = {
+        name: part if minimum is None else LongDocuments(part, minimum)
+        for name, part in shards.items()
+    }
+    sources["c"] = write(
+        tmp_path / "c", [39] * 300
+    )  # rows with 25 tokens of padding, if they are not cut from a stream
     how = {"mix": {"a": 0.6, "b": 0.2, "c": 0.2}, "packing": packing}
     batch_index = 130  # beyond the first epoch of a and b
     whole = loader(sources, **how).at(batch_index)
@@ -145,35 +184,58 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
         for micro in (1, 2, 4):
             if 8 % (world * micro):
                 continue
-            parts = [loader(sources, micro=micro, rank=rank, world=world, **how).at(batch_index) for rank in range(world)]
+            parts = [
+                loader(sources, micro=micro, rank=rank, world=world, **how).at(batch_index)
+                for rank in range(world)
+            ]
             for field in ("tokens", "targets", "docs"):
-                joined = torch.cat([getattr(batch, field) for part in parts for batch in part.batches])
-                assert torch.equal(joined, torch.cat([getattr(batch, field) for batch in whole.batches]))
-            present = sum(int((batch.targets != IGNORE).sum()) for part in parts for batch in part.batches)
+                joined = torch.cat(
+                    [getattr(batch, field) for part in parts for batch in part.batches]
+                )
+                assert torch.equal(
+                    joined, torch.cat([getattr(batch, field) for batch in whole.batches])
+                )
+            present = sum(
+                int((batch.targets != IGNORE).sum()) for part in parts for batch in part.batches
+            )
             assert {(part.weight, part.tokens) for part in parts} == {(present, present)}
     ahead = Prefetcher(loader(sources, **how), torch.device("cpu"))
     for jump in (3, 4, 130, 131, 130):
-        assert torch.equal(ahead.at(jump).batches[1].tokens, loader(sources, **how).at(jump).batches[1].tokens)
+        assert torch.equal(
+            ahead.at(jump).batches[1].tokens, loader(sources, **how).at(jump).batches[1].tokens
+        )
 
 
 def test_batches_have_the_types_and_layout_of_the_model(shards):
     for batch in loader(shards).at(0).batches:
-        assert batch.tokens.dtype == batch.targets.dtype == torch.int64 and batch.doc_ids.dtype == torch.int32
+        assert (
+            batch.tokens.dtype == batch.targets.dtype == torch.int64
+            and batch.doc_ids.dtype == torch.int32
+        )
         assert all(part.shape == (2, LENGTH) and part.is_contiguous() for part in batch[:3])
 
 
 def test_what_changes_the_rows_changes_the_fingerprint(shards):
     long = {name: LongDocuments(part, 80) for name, part in shards.items()}
     longer = {name: LongDocuments(part, 81) for name, part in shards.items()}
-    made = [loader(part, packing=kind).fingerprint for part in (shards, long, longer) for kind in ("stream", "best_fit")]
+    made = [
+        loader(part, packing=kind).fingerprint
+        for part in (shards, long, longer)
+        for kind in ("stream", "best_fit")
+    ]
     assert len(set(made)) == 6
 
 
 def test_the_mixture_is_by_tokens_also_where_rows_of_a_source_are_mostly_padding(tmp_path):
-    sources = {"half": write(tmp_path / "half", [33] * 3000), "full": write(tmp_path / "full", [64] * 3000)}
+    sources = {
+        "half": write(tmp_path / "half", [33] * 3000),
+        "full": write(tmp_path / "full", [64] * 3000),
+    }
     one = loader(sources, {"half": 0.5, "full": 0.5}, rows=50, micro=50)
     steps = [one.at(batch_index) for batch_index in range(20)]  # one block
-    full_rows = sum(int((batch.targets != IGNORE).all(1).sum()) for step in steps for batch in step.batches)
+    full_rows = sum(
+        int((batch.targets != IGNORE).all(1).sum()) for step in steps for batch in step.batches
+    )
     assert full_rows * 64 / sum(step.tokens for step in steps) == pytest.approx(0.5, abs=0.002)
 
 
@@ -184,14 +246,23 @@ def test_a_packed_row_equals_its_documents_apart(text_store):
         max_position_embeddings=1024,
     )  # fmt: skip
     model = NanoLlama(config, seed=0)
-    rows = PackedDataLoader({"first": source}, {"first": 1.0}, 1024, 8, 8, seed=0, packing="best_fit")
-    batch = next(batch for batch_index in range(99) for batch in rows.at(batch_index).batches if int(batch.doc_ids.max()) >= 3)
+    rows = PackedDataLoader(
+        {"first": source}, {"first": 1.0}, 1024, 8, 8, seed=0, packing="best_fit"
+    )
+    batch = next(
+        batch
+        for batch_index in range(99)
+        for batch in rows.at(batch_index).batches
+        if int(batch.doc_ids.max()) >= 3
+    )
     row = int(batch.doc_ids.max(1).values.argmax())
     tokens, targets, doc_ids = (part[row : row + 1] for part in batch[:3])
     with torch.no_grad():
         packed = model(tokens, targets, doc_ids).nll
         pieces = [doc_ids[0] == number for number in doc_ids[0].unique()]
-        apart = torch.cat([model(tokens[:, piece], targets[:, piece]).nll for piece in pieces], dim=1)
+        apart = torch.cat(
+            [model(tokens[:, piece], targets[:, piece]).nll for piece in pieces], dim=1
+        )
     assert len(pieces) >= 4 and (packed - apart).abs().max() <= 1e-5
     assert (packed[targets == IGNORE] == 0).all() and (packed[targets != IGNORE] > 0).all()
 
@@ -211,13 +282,19 @@ def test_a_plan_is_made_once_by_the_first_of_several_processes(shards, monkeypat
 
     monkeypatch.setattr(packing, "make_plan", all_at_once)
     with ThreadPoolExecutor(4) as pool:
-        plans = [future.result()[0] for future in [pool.submit(keep_plan, shards["a"], LENGTH, 5) for _ in range(4)]]
+        plans = [
+            future.result()[0]
+            for future in [pool.submit(keep_plan, shards["a"], LENGTH, 5) for _ in range(4)]
+        ]
     assert len(made) == 4
     for plan in plans:
         assert all(np.array_equal(one, two) for one, two in zip(plan, plans[0], strict=True))
     folder, _ = plan_files(shards["a"])
     assert list(folder.parent.iterdir()) == [folder]
-    assert keep_plan(shards["a"], LENGTH, 5)[0].starts.tolist() == plans[0].starts.tolist() and len(made) == 4
+    assert (
+        keep_plan(shards["a"], LENGTH, 5)[0].starts.tolist() == plans[0].starts.tolist()
+        and len(made) == 4
+    )
     TokenShards(shards["a"].folder, "train").verify()
 
 
@@ -239,7 +316,9 @@ def test_a_damaged_plan_is_made_again(shards, damage, capsys):
     assert np.array_equal(epoch(shards)[0], expected) and capsys.readouterr().err == ""
 
 
-def test_a_store_that_cannot_be_written_keeps_its_plan_in_memory_and_a_full_disk_is_an_error(shards, monkeypatch):
+def test_a_store_that_cannot_be_written_keeps_its_plan_in_memory_and_a_full_disk_is_an_error(
+    shards, monkeypatch
+):
     def refuse(number):
         def save(*_):
             raise OSError(number, "refused")
@@ -253,36 +332,65 @@ def test_a_store_that_cannot_be_written_keeps_its_plan_in_memory_and_a_full_disk
     in_memory = epoch(shards)[0]
     assert not list((shards["a"].folder / "plans").iterdir())
     monkeypatch.undo()
-    assert np.array_equal(epoch(shards)[0], in_memory) and len(list((shards["a"].folder / "plans").iterdir())) == 1
+    assert (
+        np.array_equal(epoch(shards)[0], in_memory)
+        and len(list((shards["a"].folder / "plans").iterdir())) == 1
+    )
 
 
 def test_long_documents_read_as_a_stream_of_their_own(shards):
     long = LongDocuments(shards["a"], 100)
     starts, lengths = document_table(shards["a"])
-    texts = [shards["a"].read(s, s + n)[0] for s, n in zip(starts.tolist(), lengths.tolist(), strict=True) if n >= 100]
+    texts = [
+        shards["a"].read(s, s + n)[0]
+        for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)
+        if n >= 100
+    ]
     whole = np.concatenate(texts)
     number = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     assert 10 < long.documents == len(texts) < len(starts) / 2 and len(long) == len(whole)
-    for start, stop in [(0, len(long)), (0, 1), (len(texts[0]) - 1, len(texts[0]) + 1), (777, 2777), (len(long) - 5, len(long))]:
+    for start, stop in [
+        (0, len(long)),
+        (0, 1),
+        (len(texts[0]) - 1, len(texts[0]) + 1),
+        (777, 2777),
+        (len(long) - 5, len(long)),
+    ]:
         tokens, doc_ids = long.read(start, stop)
-        assert np.array_equal(tokens, whole[start:stop]) and np.array_equal(doc_ids, number[start:stop] - number[start])
+        assert np.array_equal(tokens, whole[start:stop]) and np.array_equal(
+            doc_ids, number[start:stop] - number[start]
+        )
         assert tokens.dtype == np.int64 and doc_ids.dtype == np.int32
     tokens, targets, _ = epoch({"a": long}, packing="stream")
-    assert sorted(tokens.flatten()) == sorted(whole[: tokens.size]) and set(targets.flatten()) <= set(whole)
+    assert sorted(tokens.flatten()) == sorted(whole[: tokens.size]) and set(
+        targets.flatten()
+    ) <= set(whole)
     every = LongDocuments(shards["a"], 1)
     assert np.array_equal(every.read(5, 2_000)[1], shards["a"].read(5, 2_000)[1])
-    assert validation_batches(every, LENGTH, 4, 8)[0].targets.equal(validation_batches(shards["a"], LENGTH, 4, 8)[0].targets)
+    assert validation_batches(every, LENGTH, 4, 8)[0].targets.equal(
+        validation_batches(shards["a"], LENGTH, 4, 8)[0].targets
+    )
 
 
 def test_too_few_long_documents_are_counted(shards, text_store):
-    with pytest.raises(ValueError, match=r"source b has 0 documents of at least 5,000 tokens, 0 tokens together, too few"):
+    with pytest.raises(
+        ValueError,
+        match=r"source b has 0 documents of at least 5,000 tokens, 0 tokens together, too few",
+    ):
         loader({**shards, "b": LongDocuments(shards["b"], 5_000)})
     part = LongDocuments(shards["a"], int(np.sort(document_table(shards["a"])[1])[-2]))
-    with pytest.raises(ValueError, match=rf"has 2 documents of at least [0-9]+ tokens, {len(part):,} .*lower data.min_document"):
+    with pytest.raises(
+        ValueError,
+        match=rf"has 2 documents of at least [0-9]+ tokens, {len(part):,} .*lower data.min_document",
+    ):
         PackedDataLoader({"a": part}, {"a": 1.0}, 4096, 1, 1, seed=0)
-    opened = open_shards(text_store, {"first": 1.0, "second": 1.0}, "train", VOCAB, {"second": 3_000})
+    opened = open_shards(
+        text_store, {"first": 1.0, "second": 1.0}, "train", VOCAB, {"second": 3_000}
+    )
     assert isinstance(opened["first"], TokenShards) and isinstance(opened["second"], LongDocuments)
-    assert document_table(opened["second"].shards)[1].min() < 3_000 <= opened["second"].lengths.min()
+    assert (
+        document_table(opened["second"].shards)[1].min() < 3_000 <= opened["second"].lengths.min()
+    )
 
 
 def test_settings_of_packing_are_checked():
@@ -301,10 +409,15 @@ def test_a_start_says_what_is_read_how_often_and_at_what_cost(shards):
     rows = {name: len(part) for name, part in zip(one.names, one.packed, strict=True)}
     steps = int(3.9 * rows["a"] / (2 * one.quota[0] / 1000))
     a, b = one.describe(steps)
-    assert a.startswith("reads a 3.9") and f"{len(sources['a']):,} tokens in {sources['a'].documents} documents of 100 tok" in a
+    assert (
+        a.startswith("reads a 3.9")
+        and f"{len(sources['a']):,} tokens in {sources['a'].documents} documents of 100 tok" in a
+    )
     assert "padding" in b and "documents cut" in b and "% of its tokens" not in b
     assert len(one.describe(int(1.1 * steps))) == 3
-    assert one.describe(int(1.1 * steps))[-1].startswith("warning: a will be read 4.3 times; above 4 epochs")
+    assert one.describe(int(1.1 * steps))[-1].startswith(
+        "warning: a will be read 4.3 times; above 4 epochs"
+    )
 
 
 class Failing:
@@ -337,19 +450,33 @@ def uneven_store(text_store, tmp_path):
     """text_store with a third source, whose documents of 25 to 47 tokens leave much padding in rows of 48."""
     store, rng = tmp_path / "store", np.random.default_rng(0)
     shutil.copytree(text_store, store)
-    with ShardWriter(store / "tokens" / "short", VOCAB, TokenShards(store / "tokens" / "first", "val").tokenizer, {}) as writer:
+    with ShardWriter(
+        store / "tokens" / "short",
+        VOCAB,
+        TokenShards(store / "tokens" / "first", "val").tokenizer,
+        {},
+    ) as writer:
         for number in range(400):
             text = rng.integers(3, 40, int(rng.integers(24, 47))).tolist()
             writer.add("val" if number % 4 == 0 else "train", [0, *text])
     return store
 
 
-def test_training_on_best_fit_rows_is_the_same_on_two_ranks_and_after_a_stop(settings, uneven_store, tmp_path):
-    shape = ("data.packing=best_fit", "data.sequence_length=48", "data.tokens_per_step=384", "checkpoint.every=2")
+def test_training_on_best_fit_rows_is_the_same_on_two_ranks_and_after_a_stop(
+    settings, uneven_store, tmp_path
+):
+    shape = (
+        "data.packing=best_fit",
+        "data.sequence_length=48",
+        "data.tokens_per_step=384",
+        "checkpoint.every=2",
+    )
     packed = (f"data.store={uneven_store}", "data.mix={first: 0.5, short: 0.5}", *shape)
 
     def run(name, *more):
-        return settings(*packed, f"output_dir={tmp_path / name}", f"log_dir={tmp_path / name / 'logs'}", *more)
+        return settings(
+            *packed, f"output_dir={tmp_path / name}", f"log_dir={tmp_path / name / 'logs'}", *more
+        )
 
     assert train_here(run("straight"))
     for steps in (1, 4, 6):
@@ -362,22 +489,47 @@ def test_training_on_best_fit_rows_is_the_same_on_two_ranks_and_after_a_stop(set
     assert losses(tmp_path / "two" / "logs") == pytest.approx(straight, abs=1e-5)
     rows = read_metrics(tmp_path / "two" / "logs")
     sources = open_shards(uneven_store, {"first": 0.5, "short": 0.5}, "train", VOCAB)
-    one = PackedDataLoader(sources, {"first": 0.5, "short": 0.5}, 48, 8, 4, 1337, packing="best_fit")
-    assert [row["tokens"] for row in rows] == np.cumsum([one.at(batch_index).tokens for batch_index in range(6)]).tolist()
-    assert rows[-1]["tokens"] < 0.95 * 6 * 384 and all(0 <= row["data/wait_frac"] < 1 for row in rows)
+    one = PackedDataLoader(
+        sources, {"first": 0.5, "short": 0.5}, 48, 8, 4, 1337, packing="best_fit"
+    )
+    assert [row["tokens"] for row in rows] == np.cumsum(
+        [one.at(batch_index).tokens for batch_index in range(6)]
+    ).tolist()
+    assert rows[-1]["tokens"] < 0.95 * 6 * 384 and all(
+        0 <= row["data/wait_frac"] < 1 for row in rows
+    )
 
 
-def test_training_says_how_often_it_reads_and_warns_above_four_epochs(settings, text_store, tmp_path, capsys):
+def test_training_says_how_often_it_reads_and_warns_above_four_epochs(
+    settings, text_store, tmp_path, capsys
+):
     whole = open_shards(text_store, {"second": 1.0}, "train", VOCAB)["second"]
     minimum = int(np.sort(document_table(whole)[1])[-2])
     tokens = len(LongDocuments(whole, minimum))
     for name, epochs in (("few", 3.5), ("many", 4.5)):
         steps = int(epochs * tokens / 4096)
-        long = ("data.mix={second: 1}", f"data.min_document_tokens={{second: {minimum}}}", "checkpoint.every=1000")
-        more = (f"schedule.total_steps={steps}", "validation.every=0", f"output_dir={tmp_path / name}")
-        more += (f"log_dir={tmp_path / name / 'logs'}", "data.tokens_per_step=4096", "data.micro_batch_size=64")
+        long = (
+            "data.mix={second: 1}",
+            f"data.min_document_tokens={{second: {minimum}}}",
+            "checkpoint.every=1000",
+        )
+        more = (
+            f"schedule.total_steps={steps}",
+            "validation.every=0",
+            f"output_dir={tmp_path / name}",
+        )
+        more += (
+            f"log_dir={tmp_path / name / 'logs'}",
+            "data.tokens_per_step=4096",
+            "data.micro_batch_size=64",
+        )
         assert train_here(settings(*long, *more, steps=steps))
         output = capsys.readouterr().out
-        times = re.search(rf"reads second ([0-9.]+) times over: {tokens:,} tokens in 2 documents of {minimum:,} tokens", output)
+        times = re.search(
+            rf"reads second ([0-9.]+) times over: {tokens:,} tokens in 2 documents of {minimum:,} tokens",
+            output,
+        )
         assert times and abs(float(times[1]) - epochs) < 0.3
-        assert bool(re.search("warning: second will be read 4.[0-9] times; above 4 epochs", output)) == (name == "many")
+        assert bool(
+            re.search("warning: second will be read 4.[0-9] times; above 4 epochs", output)
+        ) == (name == "many")

@@ -25,7 +25,15 @@ from training.logger import Log, LogConfig, append_event
 from training.ops import alerts
 from training.ops.alerts import AlertConfig, Alerts, EmailConfig
 
-ROW = {"step": 1, "phase": "p", "loss": 1.0, "lr": 0.1, "grad_norm": 2.0, "tokens_per_s": 3.0, "end": 2}
+ROW = {
+    "step": 1,
+    "phase": "p",
+    "loss": 1.0,
+    "lr": 0.1,
+    "grad_norm": 2.0,
+    "tokens_per_s": 3.0,
+    "end": 2,
+}
 
 
 def row(step: int, **more) -> dict:
@@ -55,7 +63,9 @@ def test_the_log_is_valid_json_and_forgets_what_a_resume_or_a_roll_back_replaces
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    with Log(tmp_path / "other", LogConfig(wandb_project="p", tensorboard=True), False, {}) as silent:
+    with Log(
+        tmp_path / "other", LogConfig(wandb_project="p", tensorboard=True), False, {}
+    ) as silent:
         silent.open(0, 1, "p")
         silent.metrics(ROW)
         silent.event("skipped", "a step")
@@ -66,18 +76,34 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_an_event_is_a_line_in_both_files_and_what_was_written_stays(tmp_path, capsys):
     log = Log(tmp_path / "run", LogConfig(), True, {"run": "r", "phase": "one"})
     log.event("begun", "r one: starts from scratch", step=0)
-    before = [(tmp_path / "run" / name).read_bytes() for name in ("events.jsonl", "training_log.md")]
+    before = [
+        (tmp_path / "run" / name).read_bytes() for name in ("events.jsonl", "training_log.md")
+    ]
     log.open(4, 9, "one")
     log.event("skipped", place=7, problem="loss nan", loss=math.nan)
     append_event(tmp_path / "run", "gate", "decision: go", step=10_000, outcome="go", of=Path("x"))
     after = [(tmp_path / "run" / name).read_bytes() for name in ("events.jsonl", "training_log.md")]
     assert all(new.startswith(old) for new, old in zip(after, before, strict=True))
     one, two, three = read_lines(tmp_path / "run" / "events.jsonl")
-    assert one["event"] == "begun" and one["phase"] == "one" and one["step"] == 0 and one["time"].endswith("+00:00")
-    assert (two["step"], two["batch_index"], two["loss"]) == (4, 7, "nan") and three["outcome"] == "go" and three["of"] == "x"
+    assert (
+        one["event"] == "begun"
+        and one["phase"] == "one"
+        and one["step"] == 0
+        and one["time"].endswith("+00:00")
+    )
+    assert (
+        (two["step"], two["batch_index"], two["loss"]) == (4, 7, "nan")
+        and three["outcome"] == "go"
+        and three["of"] == "x"
+    )
     text = (tmp_path / "run" / "training_log.md").read_text().splitlines()
-    assert text[0] == "# Training log of run" and text[2].endswith("UTC · step 0 · **begun**: r one: starts from scratch")
-    assert "step 4 · **skipped**: phase one, batch_index 7, problem loss nan" in text[3] and "step 10,000 · **gate**" in text[4]
+    assert text[0] == "# Training log of run" and text[2].endswith(
+        "UTC · step 0 · **begun**: r one: starts from scratch"
+    )
+    assert (
+        "step 4 · **skipped**: phase one, batch_index 7, problem loss nan" in text[3]
+        and "step 10,000 · **gate**" in text[4]
+    )
     assert "skipped at step 4: phase one, batch_index 7" in capsys.readouterr().out
 
 
@@ -92,17 +118,33 @@ while True:
 """
     for _ in range(3):
         with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
-            size = (tmp_path / "events.jsonl").stat().st_size if (tmp_path / "events.jsonl").exists() else 0
-            until(lambda: (tmp_path / "events.jsonl").exists() and (tmp_path / "events.jsonl").stat().st_size > size + 2000)
+            size = (
+                (tmp_path / "events.jsonl").stat().st_size
+                if (tmp_path / "events.jsonl").exists()
+                else 0
+            )
+            until(
+                lambda: (
+                    (tmp_path / "events.jsonl").exists()
+                    and (tmp_path / "events.jsonl").stat().st_size > size + 2000
+                )
+            )
             process.send_signal(signal.SIGKILL)
         for name in ("events.jsonl", "training_log.md"):
             with open(tmp_path / name, "ab") as file:
                 file.write(b'{"torn')  # the worst that a kill inside a write leaves
     append_event(tmp_path, "last", "after all that")
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
-    assert len(read_lines(tmp_path / "events.jsonl")) == len(lines) - 3 and lines.count('{"torn') == 3
+    assert (
+        len(read_lines(tmp_path / "events.jsonl")) == len(lines) - 3 and lines.count('{"torn') == 3
+    )
     assert read_lines(tmp_path / "events.jsonl")[-1]["event"] == "last"
-    assert (tmp_path / "training_log.md").read_text().splitlines()[-1].endswith("**last**: after all that")
+    assert (
+        (tmp_path / "training_log.md")
+        .read_text()
+        .splitlines()[-1]
+        .endswith("**last**: after all that")
+    )
 
 
 def test_an_exception_in_training_is_an_event_and_ends_the_heartbeat(tmp_path):
@@ -111,7 +153,11 @@ def test_an_exception_in_training_is_an_event_and_ends_the_heartbeat(tmp_path):
         log.metrics(row(1))
         raise RuntimeError("a rank\nis gone")
     [event] = read_lines(tmp_path / "events.jsonl")
-    assert event["event"] == "failed" and event["step"] == 1 and "RuntimeError: a rank is gone" in event["text"]
+    assert (
+        event["event"] == "failed"
+        and event["step"] == 1
+        and "RuntimeError: a rank is gone" in event["text"]
+    )
     assert json.loads((tmp_path / "heartbeat").read_text())["status"] == "failed"
     with pytest.raises(RuntimeError), Log(tmp_path / "mistake", LogConfig(), True, {}):
         raise RuntimeError("before training began")
@@ -154,7 +200,11 @@ def test_wandb_gets_the_config_the_points_and_the_end(tmp_path, wandb):
                 log.metrics(row(step, loss=float(step)))
             log.close()  # twice is once
     init, *rest = wandb.calls[:4]
-    assert init["project"] == "proj" and init["name"] == init["group"] == "name" and init["config"]["steps"] == 4
+    assert (
+        init["project"] == "proj"
+        and init["name"] == init["group"] == "name"
+        and init["config"]["steps"] == 4
+    )
     assert rest == [(2, 2.0), (4, 4.0), ("finish", 0)] and wandb.calls.count(("finish", 0)) == 2
     assert (tmp_path / "wandb_run_urls.txt").read_text() == "https://wandb.example/r\n" * 2
     with pytest.raises(RuntimeError), Log(tmp_path, config, True, {}) as log:
@@ -168,7 +218,10 @@ def test_wandb_gets_the_config_the_points_and_the_end(tmp_path, wandb):
 
 
 def test_a_sink_that_is_not_installed_is_a_sentence(tmp_path, monkeypatch):
-    for name, config in (("wandb", LogConfig(wandb_project="p")), ("tensorboard", LogConfig(tensorboard=True))):
+    for name, config in (
+        ("wandb", LogConfig(wandb_project="p")),
+        ("tensorboard", LogConfig(tensorboard=True)),
+    ):
         monkeypatch.setitem(sys.modules, name, None)
         monkeypatch.setitem(sys.modules, f"torch.utils.{name}", None)
         with pytest.raises(ValueError, match=f"{name} is not installed; run pip install {name}"):
@@ -176,7 +229,9 @@ def test_a_sink_that_is_not_installed_is_a_sentence(tmp_path, monkeypatch):
 
 
 def test_tensorboard_shows_one_curve_over_a_resume(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard")
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
+    )
     for start, loss in ((0, 1.0), (2, 5.0)):
         with Log(tmp_path, LogConfig(every=1, tensorboard=True), True, {}) as log:
             log.open(start, 4, "p")
@@ -185,7 +240,13 @@ def test_tensorboard_shows_one_curve_over_a_resume(tmp_path):
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert {"loss", "lr", "grad_norm", "tokens_per_s"} <= set(events.Tags()["scalars"])
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 5.0), (4, 5.0), (5, 5.0)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
+        (1, 1.0),
+        (2, 1.0),
+        (3, 5.0),
+        (4, 5.0),
+        (5, 5.0),
+    ]
 
 
 # alerts
@@ -210,7 +271,9 @@ def slack():
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            self.server.posts.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            self.server.posts.append(
+                (self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            )
             time.sleep(self.server.wait)
             self.send_response(self.server.status)
             self.end_headers()
@@ -254,7 +317,9 @@ def smtp():
 
 
 def failures(folder: Path) -> list[dict]:
-    return [event for event in read_lines(folder / "events.jsonl") if event["event"] == "alert_failed"]
+    return [
+        event for event in read_lines(folder / "events.jsonl") if event["event"] == "alert_failed"
+    ]
 
 
 def test_slack_gets_what_happened_and_only_what_was_asked_for(tmp_path, slack):
@@ -266,13 +331,20 @@ def test_slack_gets_what_happened_and_only_what_was_asked_for(tmp_path, slack):
         log.event("rollback", "again, a moment later")
     [(path, post)] = slack.posts
     assert path == "/services/T0/hush"
-    assert post["text"].startswith("*r: rollback at step 3*\nback to &lt;3&gt; &amp; on\n") and str(tmp_path) in post["text"]
+    assert (
+        post["text"].startswith("*r: rollback at step 3*\nback to &lt;3&gt; &amp; on\n")
+        and str(tmp_path) in post["text"]
+    )
     assert not failures(tmp_path) and "hush" not in (tmp_path / "events.jsonl").read_text()
 
 
-def test_an_alert_that_fails_or_hangs_is_an_event_and_no_step_waits(tmp_path, slack, monkeypatch, capfd):
+def test_an_alert_that_fails_or_hangs_is_an_event_and_no_step_waits(
+    tmp_path, slack, monkeypatch, capfd
+):
     monkeypatch.setattr(alerts, "TIMEOUT", 0.3)
-    for number, (status, wait, url) in enumerate([(500, 0, slack.url), (200, 5, slack.url), (200, 0, "http://127.0.0.1:9/hush")]):
+    for number, (status, wait, url) in enumerate(
+        [(500, 0, slack.url), (200, 5, slack.url), (200, 0, "http://127.0.0.1:9/hush")]
+    ):
         slack.status, slack.wait = status, wait
         config = LogConfig(alerts=AlertConfig(slack_webhook="HOOK", quiet_s=0))
         with Log(tmp_path / str(number), config, True, {}, {"HOOK": url}) as log:
@@ -297,7 +369,12 @@ def test_flush_does_not_wait_for_ever(tmp_path):
 
 def test_email_goes_by_smtp_with_a_login(tmp_path, smtp):
     email = EmailConfig(
-        "me@x.org, you@x.org", "127.0.0.1", smtp.server_address[1], user="u@x.org", password="PASS", starttls=False
+        "me@x.org, you@x.org",
+        "127.0.0.1",
+        smtp.server_address[1],
+        user="u@x.org",
+        password="PASS",
+        starttls=False,
     )
     said = []
     told = Alerts(AlertConfig(email=email), {"PASS": "hush"}, lambda *what: said.append(what))
@@ -348,18 +425,22 @@ def test_wandb_raises_the_alert_of_its_run(tmp_path, wandb):
 
 
 def test_alerts_are_settings_and_secrets_are_not(tmp_path, capfd):
-    text = (
-        "log:\n  alerts:\n    events: [failed]\n    slack_webhook: HOOK\n    email: {to: a@x.org, host: h, user: u, password: PW}"
-    )
+    text = "log:\n  alerts:\n    events: [failed]\n    slack_webhook: HOOK\n    email: {to: a@x.org, host: h, user: u, password: PW}"
     (tmp_path / "c.yaml").write_text(text)
     run = load(tmp_path / "c.yaml")
-    assert run.log.alerts.email.port == 587 and run.log.alerts.events == ("failed",) and run.log.alerts.secrets == ("HOOK", "PW")
+    assert (
+        run.log.alerts.email.port == 587
+        and run.log.alerts.events == ("failed",)
+        and run.log.alerts.secrets == ("HOOK", "PW")
+    )
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_dict(run)))
     assert load(tmp_path / "again.yaml") == run
     capfd.readouterr()
     channels = Log(tmp_path / "l", run.log, True, {}, {"HOOK": "https://x"}).alerts.channels
     assert capfd.readouterr().out == "alerts: email off (set PW)\n" and list(channels) == ["slack"]
-    channels = Log(tmp_path / "l", run.log, True, {}, {"HOOK": "https://x", "PW": "p"}).alerts.channels
+    channels = Log(
+        tmp_path / "l", run.log, True, {}, {"HOOK": "https://x", "PW": "p"}
+    ).alerts.channels
     assert capfd.readouterr().out == "" and list(channels) == ["slack", "email"]
     for wrong, sentence in [
         ("slack_webhook: https://hooks.example/T0/hush", "not the secret itself"),
@@ -373,13 +454,21 @@ def test_alerts_are_settings_and_secrets_are_not(tmp_path, capfd):
 
 
 def test_an_email_whose_texts_are_environment_variables(tmp_path, smtp, capfd):
-    email = {"to": "$ALERT_EMAIL", "host": "$SMTP_HOST", "port": smtp.server_address[1], "starttls": False}
+    email = {
+        "to": "$ALERT_EMAIL",
+        "host": "$SMTP_HOST",
+        "port": smtp.server_address[1],
+        "starttls": False,
+    }
     config = LogConfig(alerts=AlertConfig(email=EmailConfig(**email)))
     assert config.alerts.secrets == ("ALERT_EMAIL", "SMTP_HOST")
     with Log(tmp_path / "off", config, True, {"run": "r"}) as log:
         log.open(0, 9, "p")
         log.event("rollback", "not sent")
-    assert "alerts: email off (set ALERT_EMAIL, SMTP_HOST)" in capfd.readouterr().out and not smtp.lines
+    assert (
+        "alerts: email off (set ALERT_EMAIL, SMTP_HOST)" in capfd.readouterr().out
+        and not smtp.lines
+    )
     values = {"ALERT_EMAIL": "me@x.org", "SMTP_HOST": "127.0.0.1"}
     with Log(tmp_path / "on", config, True, {"run": "r"}, values) as log:
         log.open(0, 9, "p")
@@ -390,7 +479,9 @@ def test_an_email_whose_texts_are_environment_variables(tmp_path, smtp, capfd):
 # heartbeat
 
 
-def test_the_heartbeat_is_renewed_at_most_once_a_second_and_says_how_it_ended(tmp_path, monkeypatch):
+def test_the_heartbeat_is_renewed_at_most_once_a_second_and_says_how_it_ended(
+    tmp_path, monkeypatch
+):
     clock = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     read = lambda: json.loads((tmp_path / "heartbeat").read_text())  # noqa: E731
@@ -412,9 +503,20 @@ def test_a_watcher_tells_of_a_run_that_is_killed_and_of_its_return(tmp_path):
     (tmp_path / "one.config.yaml").write_text("steps: 5\n")
     log = Log(tmp_path, LogConfig(), True, {})
     log.open(7, 9, "p")
-    command = [sys.executable, "-m", "scripts.watch", str(tmp_path), "--stale", "0.3", "--alert", f"cat >> {tmp_path}/told"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.watch",
+        str(tmp_path),
+        "--stale",
+        "0.3",
+        "--alert",
+        f"cat >> {tmp_path}/told",
+    ]
     told = lambda: (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""  # noqa: E731
-    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
         try:
             until(lambda: "stuck" in told(), 20)
             time.sleep(0.5)
@@ -426,8 +528,15 @@ def test_a_watcher_tells_of_a_run_that_is_killed_and_of_its_return(tmp_path):
             process.kill()  # not by SIGINT, which a shell's background jobs ignore
         output, _ = process.communicate()
     kinds = [event["event"] for event in read_lines(tmp_path / "events.jsonl")]
-    assert kinds[:2] == ["stuck", "recovered"] and kinds.count("stuck") == told().count("no step for 0.3 s") <= 2
-    assert f"step 7 of p, process {os.getpid()}" in told() and "watching" in output and "Traceback" not in output
+    assert (
+        kinds[:2] == ["stuck", "recovered"]
+        and kinds.count("stuck") == told().count("no step for 0.3 s") <= 2
+    )
+    assert (
+        f"step 7 of p, process {os.getpid()}" in told()
+        and "watching" in output
+        and "Traceback" not in output
+    )
 
 
 # comparisons
@@ -435,29 +544,52 @@ def test_a_watcher_tells_of_a_run_that_is_killed_and_of_its_return(tmp_path):
 
 def make_run(folder: Path, offset: float, events: list[dict]) -> Path:
     folder.mkdir(parents=True)
-    rows = [row(i, phase="a" if i < 60 else "b", loss=offset + 5 / i, end=100) for i in range(1, 101)]
+    rows = [
+        row(i, phase="a" if i < 60 else "b", loss=offset + 5 / i, end=100) for i in range(1, 101)
+    ]
     for i, loss in ((50, 2.5), (59, 2.0), (100, 3.0)):
-        rows[i - 1] |= {"val/loss": loss + offset, "val/wiki/loss": loss, "val/wiki/bits_per_byte": loss / 2}
+        rows[i - 1] |= {
+            "val/loss": loss + offset,
+            "val/wiki/loss": loss,
+            "val/wiki/bits_per_byte": loss / 2,
+        }
     rows[9]["loss"] = "nan"
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 101, "lo')
+    (folder / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 101, "lo'
+    )
     (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     return folder
 
 
 def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
     skip = {"event": "skipped", "phase": "a", "step": 10, "batch_index": 9}
-    rest = [{"event": "rollback", "step": 8}, {"event": "gate", "step": 59, "outcome": "go"}, {"event": "failed", "step": 999}]
+    rest = [
+        {"event": "rollback", "step": 8},
+        {"event": "gate", "step": 59, "outcome": "go"},
+        {"event": "failed", "step": 999},
+    ]
     one = make_run(tmp_path / "one", 0.0, [])
     two = make_run(tmp_path / "two", 1.0, [skip, skip, {**skip, "batch_index": 12}, *rest])
-    monkeypatch.setattr(sys, "argv", ["x", str(one), str(two), "--output", str(tmp_path / "out" / "v1.2")])
+    monkeypatch.setattr(
+        sys, "argv", ["x", str(one), str(two), "--output", str(tmp_path / "out" / "v1.2")]
+    )
     compare()
     text = (tmp_path / "out" / "v1.2.md").read_text()
     assert text in capsys.readouterr().out
-    figures = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines()}
-    assert figures[""] == ["one", "two"] and figures["tokens"] == ["10,000"] * 2 and figures["last step, phase"] == ["100, b"] * 2
+    figures = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+    }
+    assert (
+        figures[""] == ["one", "two"]
+        and figures["tokens"] == ["10,000"] * 2
+        and figures["last step, phase"] == ["100, b"] * 2
+    )
     assert figures["held-out loss, last"] == ["3.000", "4.000"]
     assert figures["held-out loss, best"] == ["2.000 (step 59, a)", "3.000 (step 59, a)"]
-    assert figures["bits per byte, wiki"] == ["1.500"] * 2 and figures["tokens/s, median"] == ["3"] * 2
+    assert (
+        figures["bits per byte, wiki"] == ["1.500"] * 2 and figures["tokens/s, median"] == ["3"] * 2
+    )
     assert figures["hours in steps"] == ["0.01"] * 2  # 100 steps of 0.5 s
     assert figures["skipped updates"] == ["0", "2"] and figures["roll-backs"] == ["0", "1"]
     assert (tmp_path / "out" / "v1.2.png").read_bytes().startswith(b"\x89PNG")
@@ -477,6 +609,13 @@ def test_smoothing_keeps_phases_apart_and_knows_no_spikes(tmp_path):
 
 def test_a_run_alone_is_plotted_beside_its_metrics(tmp_path):
     folder = make_run(tmp_path / "one", 0.0, [])
-    done = subprocess.run([sys.executable, "-m", "scripts.plot_run", str(folder)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.plot_run", str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0 and str(folder / "loss.png") in done.stdout, done.stderr
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG") and (folder / "loss.png").stat().st_size > 20_000
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG") and (
+        folder / "loss.png"
+    ).stat().st_size > 20_000

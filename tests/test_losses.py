@@ -52,7 +52,9 @@ def test_each_output_has_its_own_gradient(chunk):
     losses = token_losses(hidden, weight, targets, chunk)
     for ours, plain_output in zip(losses, (nll, lse), strict=True):
         a = torch.autograd.grad((ours * scale).sum(), (hidden, weight), retain_graph=True)
-        b = torch.autograd.grad((plain_output * scale * (targets != IGNORE)).sum(), (hidden, weight), retain_graph=True)
+        b = torch.autograd.grad(
+            (plain_output * scale * (targets != IGNORE)).sum(), (hidden, weight), retain_graph=True
+        )
         assert all((x - y).abs().max() <= 1e-5 for x, y in zip(a, b, strict=True))
 
 
@@ -61,7 +63,11 @@ def test_ignored_targets_count_for_nothing(chunk):
     hidden, weight, targets = example()
     losses = token_losses(hidden, weight, targets, chunk)
     masked = targets == IGNORE
-    assert (losses.nll[masked] == 0).all() and (losses.logsumexp[masked] == 0).all() and (losses.nll[~masked] > 0).all()
+    assert (
+        (losses.nll[masked] == 0).all()
+        and (losses.logsumexp[masked] == 0).all()
+        and (losses.nll[~masked] > 0).all()
+    )
     nothing = token_losses(hidden, weight, torch.full_like(targets, IGNORE), chunk)
     loss, _ = compute_loss_with_z_penalty(nothing, 0.1)
     assert loss.item() == 0
@@ -73,38 +79,52 @@ def test_bf16_weights_sum_their_gradient_in_fp32():
     hidden = torch.randn(1, 8192, 64, generator=generator).bfloat16().requires_grad_()
     weight = (0.1 * torch.randn(512, 64, generator=generator)).bfloat16().requires_grad_()
     targets = torch.randint(512, (1, 8192), generator=generator)
-    ours = torch.autograd.grad(token_losses(hidden, weight, targets, 64).nll.sum(), weight)[0].float()
+    ours = torch.autograd.grad(token_losses(hidden, weight, targets, 64).nll.sum(), weight)[
+        0
+    ].float()
     exact_inputs = (hidden.detach().float(), weight.detach().float().requires_grad_())
     exact = torch.autograd.grad(plain(*exact_inputs, targets, 0.0), exact_inputs[1])[0]
-    assert (ours - exact).abs().max() <= 6e-3 * exact.abs().max()  # 3e-2 where chunks are summed in bf16
+    assert (
+        ours - exact
+    ).abs().max() <= 6e-3 * exact.abs().max()  # 3e-2 where chunks are summed in bf16
 
 
 def test_whole_logits_are_never_built(monkeypatch):
     hidden, weight, targets = example()
     sizes = []
     linear = F.linear
-    monkeypatch.setattr("models.losses.F.linear", lambda *args: sizes.append(len(args[0])) or linear(*args))
+    monkeypatch.setattr(
+        "models.losses.F.linear", lambda *args: sizes.append(len(args[0])) or linear(*args)
+    )
     compute_loss_with_z_penalty(token_losses(hidden, weight, targets, 8), 1e-4)[0].backward()
     assert max(sizes) == 8 and sum(sizes) == 2 * targets.numel()
 
 
 @pytest.mark.parametrize(
-    "backend, dtype", [("aot_eager", torch.float32), ("aot_eager", torch.bfloat16), ("inductor", torch.bfloat16)]
+    "backend, dtype",
+    [("aot_eager", torch.float32), ("aot_eager", torch.bfloat16), ("inductor", torch.bfloat16)],
 )
 def test_compiled_equals_eager(backend, dtype, monkeypatch):
     """What a GPU runs; chunks of 8 tokens and a last one of 1."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     torch._dynamo.reset()
-    made = {f: torch.compile(f, fullgraph=True, backend=backend) for f in (losses._forward, losses._backward)}
+    made = {
+        f: torch.compile(f, fullgraph=True, backend=backend)
+        for f in (losses._forward, losses._backward)
+    }
     monkeypatch.setattr(losses, "_compiled", made.__getitem__)
     hidden, weight, targets = example(dtype)
     found = []
     for compiled in (False, True):
-        loss, _ = compute_loss_with_z_penalty(token_losses(hidden, weight, targets, 8, compiled), 0.1)
+        loss, _ = compute_loss_with_z_penalty(
+            token_losses(hidden, weight, targets, 8, compiled), 0.1
+        )
         found.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
     for a, b in zip(*found, strict=True):
-        assert (a.float() - b.float()).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * a.float().abs().max()
+        assert (a.float() - b.float()).abs().max() <= (
+            1e-5 if dtype == torch.float32 else 2e-2
+        ) * a.float().abs().max()
 
 
 def test_logits_that_are_kept_are_few_and_give_the_same_losses_in_bf16(monkeypatch):
@@ -114,7 +134,9 @@ def test_logits_that_are_kept_are_few_and_give_the_same_losses_in_bf16(monkeypat
         assert (ours - others).abs().max() <= 1e-5  # the logits are the same numbers
     sizes = []
     linear = F.linear
-    monkeypatch.setattr("models.losses.F.linear", lambda *args: sizes.append(args[0].numel()) or linear(*args))
+    monkeypatch.setattr(
+        "models.losses.F.linear", lambda *args: sizes.append(args[0].numel()) or linear(*args)
+    )
     monkeypatch.setattr("models.losses.MAX_KEPT_LOGITS", 33 * 29 - 1)
     token_losses(torch.cat([hidden] * 30, 1), weight, torch.cat([targets] * 30, 1))
     assert max(sizes) == 256 * 16  # chunks of 256 tokens, as on a CPU above the limit

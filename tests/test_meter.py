@@ -12,7 +12,14 @@ from training.meter import Meter, flops_per_token
 from training.objectives import next_token
 from training.ops.profiling import dry_run
 
-DATA, COMPUTE, UPDATE, VALIDATION, SAVE, LOGGING = 3.0, 5.0, 0.5, 100.0, 1000.0, 10_000.0  # seconds a step
+DATA, COMPUTE, UPDATE, VALIDATION, SAVE, LOGGING = (
+    3.0,
+    5.0,
+    0.5,
+    100.0,
+    1000.0,
+    10_000.0,
+)  # seconds a step
 STEPS, TOKENS = 4, 4 * 16
 
 
@@ -68,9 +75,16 @@ class Log:
 
 def run_with(clock, tmp_path, objective_takes=lambda call: COMPUTE / 2, dry=False):
     """Train STEPS steps of two micro-batches, with everything around them taking its time; the rows of the log."""
-    settings = ["parallel.dtype=float32", "schedule={warmup_steps: 1, total_steps: 9, decay_steps: 0}", "checkpoint={every: 2}"]
+    settings = [
+        "parallel.dtype=float32",
+        "schedule={warmup_steps: 1, total_steps: 9, decay_steps: 0}",
+        "checkpoint={every: 2}",
+    ]
     where = [f"log_dir={tmp_path}", f"output_dir={tmp_path}"]
-    run = load(ROOT / "configs" / "test_mode.yaml", [f"steps={STEPS}", "validation={every: 2}", *settings, *where])
+    run = load(
+        ROOT / "configs" / "test_mode.yaml",
+        [f"steps={STEPS}", "validation={every: 2}", *settings, *where],
+    )
     inner, calls = next_token(0.0), []
 
     class Loader:
@@ -104,7 +118,9 @@ def run_with(clock, tmp_path, objective_takes=lambda call: COMPUTE / 2, dry=Fals
 def test_data_compute_and_update_count_and_what_lies_between_steps_does_not(clock, tmp_path):
     rows = run_with(clock, tmp_path)
     step = DATA + COMPUTE + UPDATE
-    assert [row["step_s"] for row in rows] == [step] * STEPS  # also after steps that validated and saved
+    assert [row["step_s"] for row in rows] == [
+        step
+    ] * STEPS  # also after steps that validated and saved
     assert [row["tokens_per_s"] for row in rows] == [TOKENS / step] * STEPS
     assert [row["data/wait_frac"] for row in rows] == [DATA / step] * STEPS
     whole = STEPS * (step + LOGGING) + 2 * (VALIDATION + SAVE)
@@ -116,7 +132,9 @@ def test_what_compiles_in_the_dry_run_is_in_no_step(clock, tmp_path, dry):
     """torch.compile takes its time when a block is called first; without train.py's dry run that is the first step."""
     rows = run_with(clock, tmp_path, lambda call: 600.0 if call == 0 else COMPUTE / 2, dry)
     step = DATA + COMPUTE + UPDATE
-    assert [row["step_s"] for row in rows] == [step if dry else step - COMPUTE / 2 + 600.0] + [step] * (STEPS - 1)
+    assert [row["step_s"] for row in rows] == [step if dry else step - COMPUTE / 2 + 600.0] + [
+        step
+    ] * (STEPS - 1)
 
 
 def test_mfu_is_of_each_gpu_and_only_where_its_peak_is_known(clock, monkeypatch):
@@ -127,7 +145,11 @@ def test_mfu_is_of_each_gpu_and_only_where_its_peak_is_known(clock, monkeypatch)
     figures.start()
     clock.spend(1.0)
     measured = figures.stop(131_072)
-    assert measured["mfu"] == pytest.approx(131_072 / 2 * flops_per_token(shape, 4096) / 989e12) == pytest.approx(0.558, abs=1e-3)
+    assert (
+        measured["mfu"]
+        == pytest.approx(131_072 / 2 * flops_per_token(shape, 4096) / 989e12)
+        == pytest.approx(0.558, abs=1e-3)
+    )
     assert measured["memory_gb"] == 70.0
     figures = Meter(shape, 4096, 1, torch.device("cpu"))
     clock.spend(1.0)

@@ -5,7 +5,13 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from models.hf import from_hf_config, load_hf, newest_step, save_hf
 from models.layers import RotaryEmbedding, apply_rotary
@@ -36,7 +42,9 @@ TOKENS = torch.randint(97, (2, 37), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
-@pytest.mark.parametrize("variant", [{}, {"qk_norm": True}, {"tie_word_embeddings": True}, {"head_dim": 16}])
+@pytest.mark.parametrize(
+    "variant", [{}, {"qk_norm": True}, {"tie_word_embeddings": True}, {"head_dim": 16}]
+)
 def test_our_folder_gives_the_same_logits_in_transformers(tmp_path, theta, variant):
     model = tiny(rope_theta=theta, **variant)
     save_hf(tmp_path, model.config, model.state_dict(), torch.float32, bos=0, eos=0, pad=1)
@@ -51,7 +59,15 @@ def test_a_transformers_folder_gives_the_same_logits_and_gradients_here(tmp_path
     torch.manual_seed(1)
     config_class = LlamaConfig if kind is LlamaForCausalLM else Qwen3Config
     rope = {"rope_type": "default", "rope_theta": theta}
-    other = kind(config_class(**TINY, rope_parameters=rope, head_dim=8, initializer_range=0.2, tie_word_embeddings=False))
+    other = kind(
+        config_class(
+            **TINY,
+            rope_parameters=rope,
+            head_dim=8,
+            initializer_range=0.2,
+            tie_word_embeddings=False,
+        )
+    )
     other.save_pretrained(tmp_path)
     model = load_hf(tmp_path)
     assert model.config.rope_theta == theta
@@ -60,7 +76,9 @@ def test_a_transformers_folder_gives_the_same_logits_and_gradients_here(tmp_path
     losses = model(TOKENS[:, :-1], TOKENS[:, 1:])
     losses.nll.mean().backward()
     for name, parameter in model.named_parameters():
-        reference = other.get_parameter(name if name.startswith("lm_head") else f"model.{name}").grad
+        reference = other.get_parameter(
+            name if name.startswith("lm_head") else f"model.{name}"
+        ).grad
         assert (parameter.grad - reference).abs().max() <= 1e-5, name
 
 
@@ -70,7 +88,9 @@ def test_theta_is_written_for_both_generations_of_transformers(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 500_000.0
     for absent in ("rope_theta", "rope_parameters"):
-        assert from_hf_config({k: v for k, v in config.items() if k != absent}).rope_theta == 500_000.0
+        assert (
+            from_hf_config({k: v for k, v in config.items() if k != absent}).rope_theta == 500_000.0
+        )
     assert load_hf(tmp_path, dtype=None).norm.weight.dtype == torch.bfloat16
 
 
@@ -87,7 +107,11 @@ def test_a_phase_folder_stands_for_its_newest_model(tmp_path):
 def test_what_has_no_counterpart_is_refused():
     with pytest.raises(ValueError, match="model_type 'gpt2'"):
         from_hf_config({"model_type": "gpt2"})
-    scaled = {"model_type": "llama", "num_attention_heads": 4, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
+    scaled = {
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+    }
     with pytest.raises(ValueError, match="rope_type"):
         from_hf_config(scaled)
 
@@ -95,20 +119,33 @@ def test_what_has_no_counterpart_is_refused():
 def test_parameter_count_of_the_1b_model():
     with torch.device("meta"):
         model = NanoLlama(ModelConfig())
-    assert sum(p.numel() for p in model.parameters()) == ModelConfig().num_parameters == 1_100_048_384
+    assert (
+        sum(p.numel() for p in model.parameters()) == ModelConfig().num_parameters == 1_100_048_384
+    )
     for variant in ({"qk_norm": True}, {"tie_word_embeddings": True}, {"head_dim": 16}):
-        assert sum(p.numel() for p in tiny(**variant).parameters()) == tiny(**variant).config.num_parameters
+        assert (
+            sum(p.numel() for p in tiny(**variant).parameters())
+            == tiny(**variant).config.num_parameters
+        )
 
 
 def test_initialisation_follows_its_table():
-    config = ModelConfig(vocab_size=1000, hidden_size=256, intermediate_size=700, num_hidden_layers=8, num_attention_heads=8)
+    config = ModelConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=700,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+    )
     weights = NanoLlama(config, seed=0).state_dict()
     for name, weight in weights.items():
         if "norm" in name:
             assert (weight == 1).all(), name
         else:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            assert weight.std().item() == pytest.approx(0.02 / math.sqrt(16) if residual else 0.02, rel=0.05), name
+            assert weight.std().item() == pytest.approx(
+                0.02 / math.sqrt(16) if residual else 0.02, rel=0.05
+            ), name
     again = NanoLlama(config, seed=0).state_dict()
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
@@ -126,12 +163,19 @@ def test_packed_documents_equal_the_same_documents_apart():
 def test_rotary_scores_depend_on_distance_only_and_are_exact_far_out():
     cos, sin = RotaryEmbedding(64, 16_384, 500_000.0)(16_384)
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(1, 1, 1, 64, generator=generator), torch.randn(1, 1, 1, 64, generator=generator)
-    rotated_q, rotated_k = (apply_rotary(x.expand(1, 1, 16_384, 64), cos, sin)[0, 0] for x in (q, k))
+    q, k = (
+        torch.randn(1, 1, 1, 64, generator=generator),
+        torch.randn(1, 1, 1, 64, generator=generator),
+    )
+    rotated_q, rotated_k = (
+        apply_rotary(x.expand(1, 1, 16_384, 64), cos, sin)[0, 0] for x in (q, k)
+    )
     scores = [float(rotated_q[at] @ rotated_k[at - 7]) for at in (7, 100, 16_383)]
     assert scores == pytest.approx([scores[0]] * 3, abs=2e-2)
     exact = 16_383.0 * 500_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
-    assert (cos[16_383, :32].double() - exact.cos()).abs().max() <= 2e-3  # fp32 angles of up to 16383 radians
+    assert (
+        cos[16_383, :32].double() - exact.cos()
+    ).abs().max() <= 2e-3  # fp32 angles of up to 16383 radians
 
 
 def test_longer_than_the_context_is_refused():

@@ -18,11 +18,24 @@ from models.nanollama import ModelConfig, NanoLlama
 from training import muon
 from training.config import load
 from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
-from training.muon import POLAR_EXPRESS, QUINTIC, Muon, Ranks, balance, newton_schulz_flops, orthogonalize
+from training.muon import (
+    POLAR_EXPRESS,
+    QUINTIC,
+    Muon,
+    Ranks,
+    balance,
+    newton_schulz_flops,
+    orthogonalize,
+)
 from training.optimizers import OptimConfig, build_optimizer, parameter_groups
 
 MODEL = ModelConfig(  # rows: 18, 6 and 50, so that 4 ranks hold 2, 2, 2 and 0 of the 6
-    vocab_size=32, hidden_size=18, intermediate_size=50, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1
+    vocab_size=32,
+    hidden_size=18,
+    intermediate_size=50,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
 )
 CONFIG = OptimConfig(name="muon", lr=2e-2, weight_decay=0.3)
 STEPS = 3
@@ -55,20 +68,29 @@ def whole_updates(model_config: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("coefficients", "low", "high", "cosine"), [(QUINTIC, 0.68, 1.21, 0.97), (POLAR_EXPRESS, 0.84, 1.15, 0.985)]
+    ("coefficients", "low", "high", "cosine"),
+    [(QUINTIC, 0.68, 1.21, 0.97), (POLAR_EXPRESS, 0.84, 1.15, 0.985)],
 )
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (48, 48)])
 def test_singular_values_come_near_one_and_vectors_stay(coefficients, low, high, cosine, shape):
     generator = torch.Generator().manual_seed(0)
-    u, _, v = torch.linalg.svd(torch.randn(3, *shape, generator=generator, dtype=torch.float64), full_matrices=False)
-    s = torch.logspace(0, -2, min(shape), dtype=torch.float64)  # the smallest a hundredth of the largest
+    u, _, v = torch.linalg.svd(
+        torch.randn(3, *shape, generator=generator, dtype=torch.float64), full_matrices=False
+    )
+    s = torch.logspace(
+        0, -2, min(shape), dtype=torch.float64
+    )  # the smallest a hundredth of the largest
     found = orthogonalize((u * s @ v).float(), coefficients).double()
     values = torch.linalg.svdvals(found)
     assert low <= values.min() and values.max() <= high
     polar = u @ v  # the factor that more steps would end at
-    assert ((found * polar).sum((1, 2)) / found.norm(dim=(1, 2)) / polar.norm(dim=(1, 2))).min() > cosine
+    assert (
+        (found * polar).sum((1, 2)) / found.norm(dim=(1, 2)) / polar.norm(dim=(1, 2))
+    ).min() > cosine
     expected = u * polynomial(s / s.norm(), coefficients) @ v
-    assert (found - expected).abs().max() <= 1e-4  # fp32, steepened 970-fold where singular values are small
+    assert (
+        found - expected
+    ).abs().max() <= 1e-4  # fp32, steepened 970-fold where singular values are small
 
 
 def test_orthogonalize_knows_no_scale_sign_side_or_neighbour():
@@ -80,16 +102,28 @@ def test_orthogonalize_knows_no_scale_sign_side_or_neighbour():
     assert (orthogonalize(x[1:2]) - found[1]).abs().max() <= 1e-5
     x[0], x[1, 7:] = 0, 0
     found = orthogonalize(x)
-    assert found.isfinite().all() and not found[0].any() and not found[1, 7:].any() and found[1, :7].any()
+    assert (
+        found.isfinite().all()
+        and not found[0].any()
+        and not found[1, 7:].any()
+        and found[1, :7].any()
+    )
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 def test_a_step_equals_torch_muon_bit_for_bit(shape):
     start = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     theirs, ours = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    reference = torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    groups = [{"params": [ours], "weight_decay": 0.1, "muon": True}, {"params": [torch.nn.Parameter(torch.zeros(3))]}]
-    optimizer = Muon(groups, 1e-2, momentum=0.9, coefficients=QUINTIC, dtype=torch.bfloat16)  # what torch has
+    reference = torch.optim.Muon(
+        [theirs], lr=1e-2, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+    )
+    groups = [
+        {"params": [ours], "weight_decay": 0.1, "muon": True},
+        {"params": [torch.nn.Parameter(torch.zeros(3))]},
+    ]
+    optimizer = Muon(
+        groups, 1e-2, momentum=0.9, coefficients=QUINTIC, dtype=torch.bfloat16
+    )  # what torch has
     for step in range(4):
         theirs.grad = ours.grad = gradient("w", start.shape, step)
         reference.step()
@@ -121,7 +155,9 @@ def test_updates_equal_a_plain_loop_and_the_rest_is_adamw_bit_for_bit():
             update = u * polynomial(s / s.norm(), POLAR_EXPRESS) @ v
             rms = update.square().mean().sqrt() * 0.2 * max(start.shape) ** 0.5
             assert 0.15 <= rms <= 0.23, name  # about what an update of AdamW has
-            weight = weight * (1 - CONFIG.lr * 0.3) - CONFIG.lr * 0.2 * max(start.shape) ** 0.5 * update
+            weight = (
+                weight * (1 - CONFIG.lr * 0.3) - CONFIG.lr * 0.2 * max(start.shape) ** 0.5 * update
+            )
         assert (found[name] - weight).abs().max() <= 1e-6, name
 
 
@@ -130,10 +166,17 @@ def test_every_parameter_is_in_one_group_and_only_matrices_of_blocks_are_muons()
         model = NanoLlama(replace(MODEL, tie_word_embeddings=tied, qk_norm=True), seed=0)
         groups = build_optimizer(model, CONFIG).param_groups
         names = {parameter: name for name, parameter in model.named_parameters()}
-        hidden = {names[parameter] for group in groups if group["muon"] for parameter in group["params"]}
+        hidden = {
+            names[parameter] for group in groups if group["muon"] for parameter in group["params"]
+        }
         kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        assert hidden == {name for name in names.values() if name.split(".")[-2] in kinds} and len(hidden) == 21
-        assert sorted(names[p] for group in groups for p in group["params"]) == sorted(names.values())
+        assert (
+            hidden == {name for name in names.values() if name.split(".")[-2] in kinds}
+            and len(hidden) == 21
+        )
+        assert sorted(names[p] for group in groups for p in group["params"]) == sorted(
+            names.values()
+        )
         assert {group["weight_decay"] for group in groups if group["muon"]} == {0.3}
     with pytest.raises(AssertionError, match="no rule whether to decay extra"):
         model.extra = torch.nn.Parameter(torch.zeros(3))
@@ -154,14 +197,21 @@ def test_rounds_and_missing_gradients_change_nothing(monkeypatch):
 
 
 def test_work_is_balanced_and_counted():
-    shapes = [(2048, 2048)] * 44 + [(256, 2048)] * 44 + [(5632, 2048)] * 44 + [(2048, 5632)] * 22  # of the 1.1B model
+    shapes = (
+        [(2048, 2048)] * 44 + [(256, 2048)] * 44 + [(5632, 2048)] * 44 + [(2048, 5632)] * 22
+    )  # of the 1.1B model
     assert sum(map(newton_schulz_flops, shapes)) == pytest.approx(4.83e13, rel=0.01)
     for ranks in (1, 2, 8):
         loads = [0] * ranks
         for shape, owner in zip(shapes, balance(shapes, ranks), strict=True):
             loads[owner] += newton_schulz_flops(shape)
         assert max(loads) <= 1.05 * sum(loads) / ranks
-    assert [Ranks(shards=4).rows(total) for total in (6, 8, 9, 1)] == [[2, 2, 2, 0], [2, 2, 2, 2], [3, 3, 3, 0], [1, 0, 0, 0]]
+    assert [Ranks(shards=4).rows(total) for total in (6, 8, 9, 1)] == [
+        [2, 2, 2, 0],
+        [2, 2, 2, 2],
+        [3, 3, 3, 0],
+        [1, 0, 0, 0],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +236,12 @@ def test_what_is_no_matrix_is_refused():
 
 def sharded(rank: int, world: int, folder: Path) -> None:
     """Save this world's weights after STEPS updates, for each way in which a model lies over it."""
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(str(folder / f"store{world}"), world))
+    dist.init_process_group(
+        "gloo",
+        rank=rank,
+        world_size=world,
+        store=dist.FileStore(str(folder / f"store{world}"), world),
+    )
     for strategy in ("zero2", "zero3", "ddp", *(["hsdp"] if world == 4 else [])):
         model = NanoLlama(MODEL, seed=0)
         if strategy == "hsdp":
@@ -194,21 +249,27 @@ def sharded(rank: int, world: int, folder: Path) -> None:
             for module in (*model.layers, model):
                 fully_shard(module, mesh=mesh)
         else:
-            wrap_model_fsdp(model, ParallelConfig(strategy=strategy, dtype="float32"), torch.device("cpu"))
+            wrap_model_fsdp(
+                model, ParallelConfig(strategy=strategy, dtype="float32"), torch.device("cpu")
+            )
         optimizer = build_optimizer(model, CONFIG)
         seen: list[int] = []
         real = muon.orthogonalize
         muon.orthogonalize = lambda x, *how: seen.append(len(x)) or real(x, *how)
         for step in range(STEPS):
             for name, p in model.named_parameters():
-                p.grad = distribute_tensor(gradient(name, p.shape, step), p.device_mesh, p.placements)
+                p.grad = distribute_tensor(
+                    gradient(name, p.shape, step), p.device_mesh, p.placements
+                )
             optimizer.step()
         muon.orthogonalize = real
         work = torch.tensor(sum(seen))
         dist.all_reduce(work)
         weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
         if rank == 0:
-            torch.save({"weights": weights, "orthogonalized": int(work)}, folder / f"{world} {strategy}.pt")
+            torch.save(
+                {"weights": weights, "orthogonalized": int(work)}, folder / f"{world} {strategy}.pt"
+            )
     dist.barrier()
     os._exit(0)  # gloo's threads may abort at exit
 
@@ -218,13 +279,17 @@ def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_muon"])
-    processes = [context.Process(target=sharded, args=(rank, world, tmp_path)) for rank in range(world)]
+    processes = [
+        context.Process(target=sharded, args=(rank, world, tmp_path)) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     expected, files = whole_updates(), list(tmp_path.glob("*.pt"))
-    assert [process.exitcode for process in processes] == [0] * world and len(files) == (4 if world == 4 else 3)
+    assert [process.exitcode for process in processes] == [0] * world and len(files) == (
+        4 if world == 4 else 3
+    )
     for file in files:
         found = torch.load(file)
         assert found["orthogonalized"] == 21 * STEPS, file.name
@@ -238,31 +303,50 @@ def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path
 def state_of(step_folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
     dcp_to_torch_save(step_folder / "state", scratch)
     content = torch.load(scratch, weights_only=True)
-    flat = {f"{name}.{kind}": value for name, kinds in content["optimizer"]["state"].items() for kind, value in kinds.items()}
+    flat = {
+        f"{name}.{kind}": value
+        for name, kinds in content["optimizer"]["state"].items()
+        for kind, value in kinds.items()
+    }
     assert sum(name.endswith("momentum_buffer") for name in flat) == 14
     return {**content["model"], **flat}
 
 
 def test_a_run_resumes_bit_for_bit_on_fewer_ranks_too_and_keeps_its_optimizer(settings, tmp_path):
     def where(name: str) -> list[str]:
-        return ["optim.name=muon", f"output_dir={tmp_path / name / 'c'}", f"log_dir={tmp_path / name}"]
+        return [
+            "optim.name=muon",
+            f"output_dir={tmp_path / name / 'c'}",
+            f"log_dir={tmp_path / name}",
+        ]
 
     assert train_here(settings(*where("straight")))
     for until in ("until=2", "until=5", "seed=1337"):
         train_here(settings(*where("stopped"), until))
-    one, two = (state_of(tmp_path / name / "c" / "step_6", tmp_path / "s.pt") for name in ("straight", "stopped"))
+    one, two = (
+        state_of(tmp_path / name / "c" / "step_6", tmp_path / "s.pt")
+        for name in ("straight", "stopped")
+    )
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     curve = [row["loss"] for row in read_metrics(tmp_path / "straight")]
-    assert curve == [row["loss"] for row in read_metrics(tmp_path / "stopped")] and curve[0] - curve[-1] > 0.1
+    assert (
+        curve == [row["loss"] for row in read_metrics(tmp_path / "stopped")]
+        and curve[0] - curve[-1] > 0.1
+    )
 
     done = train_ranks(settings(*where("ranks"), "until=3"), 2)
     assert done.returncode == 0, done.stderr
     train_here(settings(*where("ranks")))
-    assert [row["loss"] for row in read_metrics(tmp_path / "ranks")] == pytest.approx(curve, abs=1e-5)
+    assert [row["loss"] for row in read_metrics(tmp_path / "ranks")] == pytest.approx(
+        curve, abs=1e-5
+    )
 
     for name, other in (("adamw", "straight"), ("muon", "adamw")):
         again = [f"optim.name={name}", f"log_dir={tmp_path / 'l'}"]
         if name == "muon":
             assert train_here(settings("optim.name=adamw", *where("adamw")[1:], "steps=1"))
-        with pytest.raises(ValueError, match=r"was saved with another optim\.name; keep to that, or take its weights only"):
+        with pytest.raises(
+            ValueError,
+            match=r"was saved with another optim\.name; keep to that, or take its weights only",
+        ):
             train_here(settings(*where(other)[1:], *again))

@@ -58,7 +58,9 @@ def test_download_takes_them(tmp_path, monkeypatch, capsys):
         complaint(*names)
         assert asked.pop() == first
     said = complaint("fineweb-edu-validation")
-    assert "is the held-out split of fineweb_edu, which prepare_data makes; download fineweb" in said
+    assert (
+        "is the held-out split of fineweb_edu, which prepare_data makes; download fineweb" in said
+    )
     (tmp_path / "documents" / "fineweb_edu").mkdir(parents=True)
     line = ["x", "--output", str(tmp_path), "--dataset", "fineweb-edu-validation"]
     monkeypatch.setattr(sys, "argv", line)
@@ -67,7 +69,10 @@ def test_download_takes_them(tmp_path, monkeypatch, capsys):
 
 
 def test_a_mixture_of_other_names_is_answered(text_store):
-    for name, means in (("fineweb-edu", "fineweb_edu"), ("pg19_and_stack_mixed", "pg19, the_stack")):
+    for name, means in (
+        ("fineweb-edu", "fineweb_edu"),
+        ("pg19_and_stack_mixed", "pg19, the_stack"),
+    ):
         with pytest.raises(ValueError, match=f"it has first, second; {name} is {means}"):
             open_shards(text_store, {name: 1.0}, "train", 384)
     with pytest.raises(ValueError, match=r"it has first, second$"):
@@ -175,7 +180,9 @@ def test_a_name_of_a_wandb_run_needs_a_project(module, tmp_path, capsys, monkeyp
     said = complaint_of(module.main, named, capsys, monkeypatch)
     assert "log.wandb_run_name needs a W&B project; give --wandb_project" in said
     (tmp_path / "c.yaml").write_text(f"extends: {config}\nlog: {{wandb_project: p}}\nsteps: 0\n")
-    said = complaint_of(module.main, ["--config", tmp_path / "c.yaml", *named[2:]], capsys, monkeypatch)
+    said = complaint_of(
+        module.main, ["--config", tmp_path / "c.yaml", *named[2:]], capsys, monkeypatch
+    )
     assert "steps=0 must be at least 1" in said  # past the log: the project of the config is used
 
 
@@ -188,9 +195,15 @@ def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatc
     (tmp_path / "configs" / "test_mode.yaml").write_text("phase: mine\n")
     monkeypatch.chdir(tmp_path)
     assert read_yaml(Path("configs/quickstart/base.yaml"))["run"] == "quickstart"
-    assert load("configs/phase1_pretrain.yaml").model.num_hidden_layers == 22  # extends base_1b.yaml
-    assert read_yaml(Path("configs/test_mode.yaml")) == {"phase": "mine"}  # the working folder first
-    with pytest.raises(ValueError, match=r"no config file configs/sf.yaml; did you mean configs/sft"):
+    assert (
+        load("configs/phase1_pretrain.yaml").model.num_hidden_layers == 22
+    )  # extends base_1b.yaml
+    assert read_yaml(Path("configs/test_mode.yaml")) == {
+        "phase": "mine"
+    }  # the working folder first
+    with pytest.raises(
+        ValueError, match=r"no config file configs/sf.yaml; did you mean configs/sft"
+    ):
         read_yaml(Path("configs/sf.yaml"))
 
     def said(*command: str) -> subprocess.CompletedProcess:
@@ -233,9 +246,15 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
     assert "alert: slack           on\n" in said and "alert: email           off (set ALERT" in said
     assert f"ready for: quickstart {'no: small' if free < 2 else 'yes'}\n" in said
     needs = [f"needs 2 GPUs ({gpus} found)"] if gpus < 2 else []
-    needs += [f"needs 650 GB of disk, of which text may be compressed ({free} GB free here)"] if free < 650 else []
+    needs += (
+        [f"needs 650 GB of disk, of which text may be compressed ({free} GB free here)"]
+        if free < 650
+        else []
+    )
     login = "https://huggingface.co/datasets/bigcode/the-stack-dedup, then run hf auth login)"
-    needs += [f"needs a login to the Hugging Face hub (accept the terms of {login}"] if gpus == 1 else []
+    needs += (
+        [f"needs a login to the Hugging Face hub (accept the terms of {login}"] if gpus == 1 else []
+    )
     needs = (["small"] if free < 2 else []) + needs
     assert f"1.1B plan {'no: ' + '; '.join(needs) if needs else 'yes'}\n" in said
     status, said = run("--plan", "configs/plan_1b.yaml")
@@ -246,12 +265,23 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
 
 # requirements
 
-USERS = ["torch", "transformers", "datasets", "accelerate", "wandb", "datasketch", "lm_eval", "gguf"]
+USERS = [
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "wandb",
+    "datasketch",
+    "lm_eval",
+    "gguf",
+]
 
 
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text().splitlines()
-    found = [line.split(";")[0].strip().split("==") for line in lines if "==" in line and line[0] != "#"]
+    found = [
+        line.split(";")[0].strip().split("==") for line in lines if "==" in line and line[0] != "#"
+    ]
     assert all(len(pin) == 2 for pin in found)
     return {package.lower().replace("_", "-"): version for package, version in found}
 
@@ -260,7 +290,9 @@ def test_requirements_name_the_users_packages_and_agree():
     files = {path.name: pins(path.name) for path in ROOT.glob("requirements*.txt")}
     text = (ROOT / "requirements.txt").read_text()
     assert {name.replace("_", "-") for name in USERS} <= set(files["requirements.txt"])
-    assert "-r requirements-core.txt" in text and "# flash-attn==2.8.3 is in requirements-gpu" in text
+    assert (
+        "-r requirements-core.txt" in text and "# flash-attn==2.8.3 is in requirements-gpu" in text
+    )
     for name in {name for versions in files.values() for name in versions}:
         assert len({versions[name] for versions in files.values() if name in versions}) == 1, name
 

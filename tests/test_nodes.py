@@ -54,7 +54,9 @@ def make(text_store, tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(make) -> list[float]:
     """Losses of an uninterrupted run of one launcher with two ranks."""
-    done = subprocess.run(command(make("two"), 2), cwd=ROOT, env=one_thread(), capture_output=True, text=True)
+    done = subprocess.run(
+        command(make("two"), 2), cwd=ROOT, env=one_thread(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return losses(make.root / "two-logs")
 
@@ -79,8 +81,21 @@ def two_by_two(make) -> Path:
     script.write_text(FOUR)
     hsdp = "parallel.replicas=2"
     runs = [make(f"z{n}", hsdp, f"parallel.strategy=zero{n}") for n in (2, 3)]
-    launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=4", str(script), json.dumps(runs)]
-    done = subprocess.run(launch, cwd=ROOT, env={**one_thread(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    launch = [
+        sys.executable,
+        "-m",
+        "scripts.launch",
+        "--nproc_per_node=4",
+        str(script),
+        json.dumps(runs),
+    ]
+    done = subprocess.run(
+        launch,
+        cwd=ROOT,
+        env={**one_thread(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     return make.root
 
@@ -96,11 +111,19 @@ def test_replicas_of_shards_compute_what_one_rank_computes(make, two_by_two):
 @pytest.mark.parametrize(
     ("settings", "world", "said"),
     [
-        ({"replicas": 3}, 4, r"parallel.replicas=3 does not divide 4 rank\(s\); take one of 1, 2, 4"),
+        (
+            {"replicas": 3},
+            4,
+            r"parallel.replicas=3 does not divide 4 rank\(s\); take one of 1, 2, 4",
+        ),
         ({"replicas": 8}, 4, r"does not divide 4 rank\(s\)"),
         ({"replicas": 0}, 4, "must be at least 1"),
         ({"timeout_s": 0}, 4, "timeout_s=0 must be above 0"),
-        ({"replicas": 2, "strategy": "ddp"}, 4, "every rank is a replica; leave out parallel.replicas"),
+        (
+            {"replicas": 2, "strategy": "ddp"},
+            4,
+            "every rank is a replica; leave out parallel.replicas",
+        ),
     ],
 )
 def test_wrong_replicas_are_refused(monkeypatch, settings, world, said):
@@ -124,14 +147,21 @@ if [[ $1 == show ]]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> "$SC
 """
 
 
-def test_the_slurm_script_on_two_nodes_goes_on_from_two_by_two(make, two_by_two, two_ranks, tmp_path):
+def test_the_slurm_script_on_two_nodes_goes_on_from_two_by_two(
+    make, two_by_two, two_ranks, tmp_path
+):
     """Its launchers, of one rank each, meet by c10d, resume what four ranks saved, and train as one launcher of two ranks."""
     batch = ROOT / "scripts" / "slurm" / "train.sbatch"
     assert subprocess.run(["bash", "-n", str(batch)]).returncode == 0
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "n[1-2]", "RANKS_PER_NODE": "1"}
+    job = {
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": str(free_port()),
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "RANKS_PER_NODE": "1",
+    }
     environment = {
         **one_thread(),
         **job,
@@ -142,13 +172,24 @@ def test_the_slurm_script_on_two_nodes_goes_on_from_two_by_two(make, two_by_two,
     }
     resume = ["--resume_from", str(two_by_two / "z3" / "step_3")]
     arguments = ["--config", "configs/test_mode.yaml", *resume, *make("slurm")]
-    done = subprocess.run(["bash", str(batch), *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["bash", str(batch), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    assert "2 cpu rank(s)" in done.stdout and "from " + str(two_by_two / "z3" / "step_3") in done.stdout
+    assert (
+        "2 cpu rank(s)" in done.stdout
+        and "from " + str(two_by_two / "z3" / "step_3") in done.stdout
+    )
     rows = read_metrics(make.root / "slurm-logs")
     assert [row["step"] for row in rows] == list(range(4, STEPS + 1))
     assert [row["loss"] for row in rows] == pytest.approx(two_ranks[3:], abs=1e-5)
-    assert not (tmp_path / "log").exists()  # it was not told to stop, so it does not queue itself again
+    assert not (
+        tmp_path / "log"
+    ).exists()  # it was not told to stop, so it does not queue itself again
 
 
 def free_port() -> int:
@@ -159,10 +200,21 @@ def free_port() -> int:
 
 def test_sigterm_to_one_of_two_launchers_saves_on_all(make):
     port, here = free_port(), make("agents", "checkpoint.every=100000", total=100_000)
-    flags = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=two"]
+    flags = [
+        "--nnodes=2",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=two",
+    ]
     launch = command(here, 1)
     agents = [
-        subprocess.Popen([*launch[:3], *flags, *launch[3:]], cwd=ROOT, env=one_thread(), stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*launch[:3], *flags, *launch[3:]],
+            cwd=ROOT,
+            env=one_thread(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(2)
     ]
     wait_for_a_step(make.root / "agents-logs")
@@ -170,12 +222,19 @@ def test_sigterm_to_one_of_two_launchers_saves_on_all(make):
     said = "".join(agent.communicate(timeout=60)[0] for agent in agents)
     assert [agent.returncode for agent in agents] == [143, 143] and "2 cpu rank(s)" in said
     assert said.count("stopped by a signal and saved") == 1
-    assert (make.root / "agents" / f"step_{len(read_metrics(make.root / 'agents-logs'))}" / "manifest.json").exists()
+    assert (
+        make.root
+        / "agents"
+        / f"step_{len(read_metrics(make.root / 'agents-logs'))}"
+        / "manifest.json"
+    ).exists()
 
 
 def test_a_rank_that_stops_responding_is_named_and_ends_the_run(make, rank=1):
     here = make(f"hang{rank}", "parallel.timeout_s=2", "checkpoint.every=100000", total=100_000)
-    with subprocess.Popen(command(here, 2), cwd=ROOT, env=one_thread(), stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command(here, 2), cwd=ROOT, env=one_thread(), stderr=subprocess.PIPE, text=True
+    ) as process:
         wait_for_a_step(make.root / f"hang{rank}-logs")
         stopped = children(process)[rank]
         limit = threading.Timer(60, process.kill)
@@ -197,55 +256,90 @@ def test_a_rank_that_stops_responding_is_named_and_ends_the_run(make, rank=1):
 
 def children(process: subprocess.Popen) -> list[int]:
     """Processes of the ranks, in their order."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     return sorted(int(pid) for pid in found)
 
 
 def test_the_cause_is_who_is_gone_else_who_is_behind_else_what_is_between():
-    cause = lambda silent, *doing: Watch._cause(None, silent, [text.split(" ", 1) for text in doing])  # noqa: E731
+    cause = lambda silent, *doing: Watch._cause(
+        None, silent, [text.split(" ", 1) for text in doing]
+    )  # noqa: E731
     computes, reads = "the computation", "reading the data"
-    assert cause([1, 2], f"7 {computes}", f"7 {reads}", f"7 {reads}").startswith("ranks 1, 2 do not respond")
-    assert "rank 1 is behind, the last it did was reading the data of step 7" in cause([], f"7 {computes}", f"7 {reads}")
-    assert "rank 0 is behind, the last it did was the computation of step 9" in cause([], f"9 {computes}", f"10 {reads}")
+    assert cause([1, 2], f"7 {computes}", f"7 {reads}", f"7 {reads}").startswith(
+        "ranks 1, 2 do not respond"
+    )
+    assert "rank 1 is behind, the last it did was reading the data of step 7" in cause(
+        [], f"7 {computes}", f"7 {reads}"
+    )
+    assert "rank 0 is behind, the last it did was the computation of step 9" in cause(
+        [], f"9 {computes}", f"10 {reads}"
+    )
     assert "every rank is alive" in cause([], f"7 {computes}", f"7 {computes}")
 
 
 def test_a_lost_connection_is_told_from_other_errors(monkeypatch, capsys):
     monkeypatch.setattr("training.ops.watchdog.time.sleep", lambda seconds: None)
-    monkeypatch.setattr("training.ops.watchdog.os._exit", lambda status: (_ for _ in ()).throw(SystemExit(status)))
-    for error in (RuntimeError("shape mismatch"), ValueError("Timed out"), torch.OutOfMemoryError("CUDA out of memory")):
+    monkeypatch.setattr(
+        "training.ops.watchdog.os._exit", lambda status: (_ for _ in ()).throw(SystemExit(status))
+    )
+    for error in (
+        RuntimeError("shape mismatch"),
+        ValueError("Timed out"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ):
         leave_if_lost(error, 0)
     with pytest.raises(SystemExit, match=str(LOST)):
-        leave_if_lost(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"), 0)
+        leave_if_lost(
+            RuntimeError(
+                "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+            ),
+            0,
+        )
     assert "error: rank 0 lost its connection to another rank" in capsys.readouterr().err
 
 
 def test_a_killed_rank_is_started_again_by_itself_and_goes_on_bit_for_bit(make, two_ranks):
     launch = command(make("killed"), 2)
-    with subprocess.Popen([*launch[:3], "--max-restarts=1", *launch[3:]], cwd=ROOT, env=one_thread(), **PIPES) as process:
+    with subprocess.Popen(
+        [*launch[:3], "--max-restarts=1", *launch[3:]], cwd=ROOT, env=one_thread(), **PIPES
+    ) as process:
         wait_for(make.root / "killed" / "step_3" / "manifest.json")
         os.kill(children(process)[1], signal.SIGKILL)
         said, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
     assert "starts from scratch" in said and "goes on at step" in said and "Traceback" not in errors
     assert losses(make.root / "killed-logs") == two_ranks
-    assert same_state(make.root / "killed" / f"step_{STEPS}", make.root / "two" / f"step_{STEPS}", make.root)
+    assert same_state(
+        make.root / "killed" / f"step_{STEPS}", make.root / "two" / f"step_{STEPS}", make.root
+    )
 
 
 PIPES: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-@pytest.mark.parametrize("kernel, rows, ways", [("auto", 2, [[1]]), ("auto", 4, [[1, 2]]), ("varlen", 2, [[1], [2]])])
-def test_a_dry_run_shows_kernels_that_take_starts_of_documents_two_counts_of_them(kernel, rows, ways, monkeypatch):
+@pytest.mark.parametrize(
+    "kernel, rows, ways", [("auto", 2, [[1]]), ("auto", 4, [[1, 2]]), ("varlen", 2, [[1], [2]])]
+)
+def test_a_dry_run_shows_kernels_that_take_starts_of_documents_two_counts_of_them(
+    kernel, rows, ways, monkeypatch
+):
     """torch.compile makes a second graph when the count first changes, which must be in no timed step."""
     seen = []
     monkeypatch.setattr(
-        profiling, "backward", lambda run, model, step, _: seen.append([b.doc_ids.unique().numel() for b in step.batches])
+        profiling,
+        "backward",
+        lambda run, model, step, _: seen.append([b.doc_ids.unique().numel() for b in step.batches]),
     )
     monkeypatch.setattr(profiling.dist, "get_world_size", lambda: 1)
     data = SimpleNamespace(micro_batch_size=2, sequence_length=8, rows=rows)
-    run = SimpleNamespace(data=data, parallel=ParallelConfig(attention=kernel), optim=SimpleNamespace(z_weight=0.0))
-    state = SimpleNamespace(model=torch.nn.Linear(1, 1), optimizer=torch.optim.SGD([torch.zeros(1)]))
+    run = SimpleNamespace(
+        data=data, parallel=ParallelConfig(attention=kernel), optim=SimpleNamespace(z_weight=0.0)
+    )
+    state = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), optimizer=torch.optim.SGD([torch.zeros(1)])
+    )
     assert profiling.dry_run(run, state, torch.device("cpu")) == 0 and seen == ways
 
 
@@ -264,8 +358,14 @@ def test_a_dry_run_changes_nothing(make, monkeypatch):
     assert shapes == [(2, 64), (2, 64)]
     monkeypatch.setattr(profiling, "dry_run", lambda *_: 0.0)
     assert train_here(make("wet"))
-    assert losses(make.root / "dry-logs") == losses(make.root / "wet-logs") == losses(make.root / "dry-seen-logs")
-    assert same_state(make.root / "dry" / f"step_{STEPS}", make.root / "wet" / f"step_{STEPS}", make.root)
+    assert (
+        losses(make.root / "dry-logs")
+        == losses(make.root / "wet-logs")
+        == losses(make.root / "dry-seen-logs")
+    )
+    assert same_state(
+        make.root / "dry" / f"step_{STEPS}", make.root / "wet" / f"step_{STEPS}", make.root
+    )
 
 
 def test_no_memory_before_the_first_step_says_which_setting_to_change(make, monkeypatch):
@@ -280,7 +380,10 @@ def test_no_memory_before_the_first_step_says_which_setting_to_change(make, monk
     with pytest.raises(ValueError) as caught:
         train_here(make("hungry"))
     said = str(caught.value)
-    assert "rank 0 has no memory left for micro-batches of 2 rows of 64 tokens: set data.micro_batch_size=1" in said
+    assert (
+        "rank 0 has no memory left for micro-batches of 2 rows of 64 tokens: set data.micro_batch_size=1"
+        in said
+    )
     assert "parallel.activation_checkpointing=selective" in said and "\n" not in said
     assert not (make.root / "hungry-logs" / "metrics.jsonl").exists()
     assert train_here(make("fed", "data.micro_batch_size=1"))  # what was advised helps
@@ -290,14 +393,30 @@ def test_no_memory_before_the_first_step_says_which_setting_to_change(make, monk
     ("overrides", "world", "said"),
     [
         (["data.micro_batch_size=4"], 2, "set data.micro_batch_size=2 "),
-        (["data.micro_batch_size=3", "data.tokens_per_step=384"], 1, "set data.micro_batch_size=2 "),
+        (
+            ["data.micro_batch_size=3", "data.tokens_per_step=384"],
+            1,
+            "set data.micro_batch_size=2 ",
+        ),
         (
             ["data.micro_batch_size=1", "parallel.activation_checkpointing=selective"],
             1,
             "set parallel.activation_checkpointing=full",
         ),
-        (["data.micro_batch_size=1", "parallel.activation_checkpointing=full"], 2, "set parallel.strategy=zero3"),
-        (["data.micro_batch_size=1", "parallel.activation_checkpointing=full", "parallel.strategy=zero3"], 2, "more GPUs"),
+        (
+            ["data.micro_batch_size=1", "parallel.activation_checkpointing=full"],
+            2,
+            "set parallel.strategy=zero3",
+        ),
+        (
+            [
+                "data.micro_batch_size=1",
+                "parallel.activation_checkpointing=full",
+                "parallel.strategy=zero3",
+            ],
+            2,
+            "more GPUs",
+        ),
     ],
 )
 def test_advice_when_memory_runs_out(overrides, world, said):
@@ -321,8 +440,16 @@ train.main()
 def test_no_memory_on_one_rank_ends_all_in_one_sentence(make, tmp_path):
     script = tmp_path / "hungry.py"
     script.write_text(HUNGRY)
-    launch = [str(script) if part.endswith("train.py") else part for part in command(make("other"), 2)]
-    done = subprocess.run(launch, cwd=ROOT, env={**one_thread(), "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    launch = [
+        str(script) if part.endswith("train.py") else part for part in command(make("other"), 2)
+    ]
+    done = subprocess.run(
+        launch,
+        cwd=ROOT,
+        env={**one_thread(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     assert done.stderr.count("error:") == 1 and "error: rank 1 has no memory left" in done.stderr
     assert "Traceback" not in done.stderr and read_metrics(make.root / "other-logs")
@@ -332,13 +459,23 @@ def test_a_trace_is_written_and_training_is_as_without(make, capfd, monkeypatch)
     import train
 
     assert train_here(make("plain"))
-    monkeypatch.setattr(train, "pretrain", lambda *given, pretrain=train.pretrain, **_: pretrain(*given[:4], False, True))
+    monkeypatch.setattr(
+        train,
+        "pretrain",
+        lambda *given, pretrain=train.pretrain, **_: pretrain(*given[:4], False, True),
+    )
     assert train_here(make("profiled"))
     assert losses(make.root / "profiled-logs") == losses(make.root / "plain-logs")
     printed = capfd.readouterr().out
     assert "ms/step" in printed and "aten::mm" in printed
     [path] = (make.root / "profiled-logs" / "profile").glob("*.rank0.trace.json.gz")
-    names = [event.get("name", "") for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]]
-    assert len({name for name in names if name.startswith("ProfilerStep#")}) == profiling.ACTIVE and "aten::mm" in names
+    names = [
+        event.get("name", "")
+        for event in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    ]
+    assert (
+        len({name for name in names if name.startswith("ProfilerStep#")}) == profiling.ACTIVE
+        and "aten::mm" in names
+    )
     with pytest.raises(ValueError, match="--profile needs 6 steps and 3 are left"):
         train_here(make("short", "until=3"))

@@ -30,7 +30,26 @@ class Whole:
     rules: dict[str, str] = field(default_factory=dict)
 
 
-ODD = [*("exp #2", "a: b", "2024", "1e5", "yes", "[x]", "{a: 1}", "~", "- a", "*.x", "&a", "a=b", " a ", "!x"), "'q'", '"q"']
+ODD = [
+    *(
+        "exp #2",
+        "a: b",
+        "2024",
+        "1e5",
+        "yes",
+        "[x]",
+        "{a: 1}",
+        "~",
+        "- a",
+        "*.x",
+        "&a",
+        "a=b",
+        " a ",
+        "!x",
+    ),
+    "'q'",
+    '"q"',
+]
 
 
 @pytest.mark.parametrize("text", [*ODD, "null"])
@@ -38,10 +57,14 @@ def test_text_is_taken_as_typed(text, tmp_path):
     (tmp_path / "c.yaml").write_text("{}")
 
     def read_one(*overrides: str, **flags: object) -> Whole:
-        return load_settings(Whole, tmp_path / "c.yaml", list(overrides), {"output_dir": None, **flags})
+        return load_settings(
+            Whole, tmp_path / "c.yaml", list(overrides), {"output_dir": None, **flags}
+        )
 
     assert read_one(output_dir=text).output_dir == text
-    assert load_settings(Whole, tmp_path / "c.yaml", [], {"part.note": text, "part.path": text}).part == Part(text, text)
+    assert load_settings(
+        Whole, tmp_path / "c.yaml", [], {"part.note": text, "part.path": text}
+    ).part == Part(text, text)
     made = read_one(f"part.path={text}", f"parts.x.path={text}", f"rules.a={text}")
     assert (made.part.path, made.parts["x"].path, made.rules["a"]) == (text, text, text)
     assert read_one(f"part.note={text}").part.note == (None if text == "null" else text)
@@ -49,7 +72,12 @@ def test_text_is_taken_as_typed(text, tmp_path):
 
 def test_other_settings_are_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("{}")
-    made = load_settings(Whole, tmp_path / "c.yaml", ["part={size: 3, names: [a, b]}", "part.rate=null"], {"part.size": 4})
+    made = load_settings(
+        Whole,
+        tmp_path / "c.yaml",
+        ["part={size: 3, names: [a, b]}", "part.rate=null"],
+        {"part.size": 4},
+    )
     assert made.part == Part(size=4, rate=None, names=("a", "b"))
     assert load_settings(Whole, tmp_path / "c.yaml", [], {"part.rate": "null"}).part.rate is None
     with pytest.raises(ValueError, match="did you mean 'path'"):
@@ -60,12 +88,23 @@ def test_other_settings_are_yaml(tmp_path):
 
 def test_the_command_writes_where_it_was_told(settings, tmp_path):
     out = tmp_path / "exp #2: [x]"
-    command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "test_mode.yaml")]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--config",
+        str(ROOT / "configs" / "test_mode.yaml"),
+    ]
     more = ["--output_dir", str(out), f"log_dir={tmp_path / 'logs #1'}"]
-    overrides = [text for text in settings(steps=2) if not text.startswith(("output_dir", "log_dir"))]
-    done = subprocess.run([*command, *more, *overrides], capture_output=True, text=True, cwd=tmp_path)
+    overrides = [
+        text for text in settings(steps=2) if not text.startswith(("output_dir", "log_dir"))
+    ]
+    done = subprocess.run(
+        [*command, *more, *overrides], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
-    assert (out / "step_2" / "config.json").is_file() and (tmp_path / "logs #1" / "metrics.jsonl").is_file()
+    assert (out / "step_2" / "config.json").is_file() and (
+        tmp_path / "logs #1" / "metrics.jsonl"
+    ).is_file()
 
 
 def test_the_words_of_a_plan_keep_their_spaces():
@@ -81,12 +120,16 @@ def test_the_words_of_a_plan_keep_their_spaces():
         *("python", "-m", "x", "--checkpoint", str(path), "--out", "a b/my run.json"),
         *("--set", "{outtype}", "--into", f"{output}/my run"),
     ]
-    assert shlex.split(shlex.join(driver._fill(command, checkpoint=path, output=output)))[4] == str(path)
+    assert shlex.split(shlex.join(driver._fill(command, checkpoint=path, output=output)))[4] == str(
+        path
+    )
 
 
 def test_a_yaml_file_with_two_equal_keys_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_text("store: s\nsources:\n  c4: {}\n  c4: {min_chars: 5}\n")
-    with pytest.raises(ValueError, match=r"r\.yaml is not YAML: it has the key 'c4' twice \(line 4\); remove one"):
+    with pytest.raises(
+        ValueError, match=r"r\.yaml is not YAML: it has the key 'c4' twice \(line 4\); remove one"
+    ):
         read_yaml(tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text("store: s\nsources: {c4: {}}\n")
     with pytest.raises(ValueError, match=r"it has the key 'a' twice"):

@@ -24,10 +24,16 @@ class Scripted:
     def __init__(self, name: str, parts: list[tuple[str, str]]):
         self.name, self.parts, self.heard = name, parts, []
 
-    def answer(self, turn: Turn, before: Any, how: GenerationSettings, stopped: Any) -> Iterator[None]:
+    def answer(
+        self, turn: Turn, before: Any, how: GenerationSettings, stopped: Any
+    ) -> Iterator[None]:
         self.heard.append((turn.text, how.system))
         for kind, text in self.parts:
-            for piece in re.findall(r".{1,40}", text, re.DOTALL) if kind in ("thought", "content") else [text]:
+            for piece in (
+                re.findall(r".{1,40}", text, re.DOTALL)
+                if kind in ("thought", "content")
+                else [text]
+            ):
                 turn.add(kind, piece)
                 yield
 
@@ -38,7 +44,9 @@ def shown(browser, monkeypatch, *voices: Any) -> Iterator[Window]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     page = build(voices)
     try:
-        with Window(browser, demo_ui.launch(page, "127.0.0.1", demo_ui.free_port("127.0.0.1", 0))) as window:
+        with Window(
+            browser, demo_ui.launch(page, "127.0.0.1", demo_ui.free_port("127.0.0.1", 0))
+        ) as window:
             yield window
     finally:
         page.close()
@@ -74,15 +82,20 @@ def test_nothing_that_is_shown_asks_another_host(browser, foreign, monkeypatch):
     kinds = ("thought", "content", "call", "result", "note")
     hosts = [f"http://{kind}.foreign.example" for kind in (*kinds, "user", "name")]
     said = [
-        (kind, ASKS.format(host)) for kind, host in zip(("thought", "content", "call", "result", "note"), hosts, strict=False)
+        (kind, ASKS.format(host))
+        for kind, host in zip(("thought", "content", "call", "result", "note"), hosts, strict=False)
     ]
     said += [("call", "short()"), ("result", "![](http://203.0.113.7/a)")]
     name = f"</title></script><img src={hosts[6]}/a.png>![]({hosts[6]}/b.png).gguf"
-    with shown(browser, monkeypatch, Scripted(name, said), Scripted("x", [("content", "Yes.")])) as window:
+    with shown(
+        browser, monkeypatch, Scripted(name, said), Scripted("x", [("content", "Yes.")])
+    ) as window:
         control = browser.new_page()
         control.set_content("<img src=http://control.foreign.example/a.png>", wait_until="load")
         control.close()
-        assert asked_by_page(foreign) == ["http://control.foreign.example/a.png"]  # so others would be seen
+        assert asked_by_page(foreign) == [
+            "http://control.foreign.example/a.png"
+        ]  # so others would be seen
         foreign.asked.clear()
         window.ask(ASKS.format(hosts[5]), "Yes.")
         for fold in window.page.locator(".thought-group > .title").all():
@@ -116,10 +129,19 @@ def test_text_is_shown_as_it_was_written(browser, monkeypatch):
 
 def test_half_an_emoji_does_not_end_the_conversation(browser, monkeypatch):
     half, both = "\ud83d", "\U0001f600"
-    said = [("thought", half), ("content", f"a{half}"), ("call", half), ("result", half), ("note", half), ("content", "done")]
+    said = [
+        ("thought", half),
+        ("content", f"a{half}"),
+        ("call", half),
+        ("result", half),
+        ("note", half),
+        ("content", "done"),
+    ]
     model = Scripted("m", said)
     with shown(browser, monkeypatch, model) as window:
-        for number, (text, heard) in enumerate(((f"x{half}y", "x\ufffdy"), (half, "\ufffd"), (f"{both}z", f"{both}z"))):
+        for number, (text, heard) in enumerate(
+            ((f"x{half}y", "x\ufffdy"), (half, "\ufffd"), (f"{both}z", f"{both}z"))
+        ):
             window.page.evaluate(
                 """text => { const box = document.querySelector("#box textarea"); box.value = JSON.parse(text);
                 box.dispatchEvent(new Event("input")); }""",
@@ -137,9 +159,16 @@ def test_the_demo_refuses_uploads_other_hosts_and_other_pages(browser, monkeypat
     with shown(browser, monkeypatch, Scripted("m", [("content", "Yes.")])) as window:
         host = window.url.split("/")[2]
 
-        def ask(path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, Any]:
+        def ask(
+            path: str, method: str = "GET", body: bytes | None = None, **headers: str
+        ) -> tuple[int, Any]:
             connection = http.client.HTTPConnection(host, timeout=20)
-            connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+            connection.request(
+                method,
+                path,
+                body,
+                {name.replace("_", "-"): value for name, value in headers.items()},
+            )
             answer = connection.getresponse()
             answer.read()
             connection.close()
@@ -148,37 +177,91 @@ def test_the_demo_refuses_uploads_other_hosts_and_other_pages(browser, monkeypat
         form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\nabc\r\n--x--\r\n'
         for path in ("/gradio_api/upload", "/upload", "/gradio_api/upload/"):
             assert ask(path, "POST", form, Content_Type="multipart/form-data; boundary=x")[0] == 403
-        for path in ("/gradio_api/file=README.md", "/gradio_api/proxy=http://a.hf.space/", "/gradio_api/call/x", "/docs"):
+        for path in (
+            "/gradio_api/file=README.md",
+            "/gradio_api/proxy=http://a.hf.space/",
+            "/gradio_api/call/x",
+            "/docs",
+        ):
             assert ask(path)[0] == 403, path
         status, headers = ask("/")
         assert status == 200 and "default-src 'none'" in headers["Content-Security-Policy"]
-        assert ask("/", Host="rebound.example")[0] == ask("/config", Host=f"rebound.example:{host[-5:]}")[0] == 403
+        assert (
+            ask("/", Host="rebound.example")[0]
+            == ask("/config", Host=f"rebound.example:{host[-5:]}")[0]
+            == 403
+        )
         assert ask("/gradio_api/queue/join", "POST", b"{}", Origin="http://pages.example")[0] == 403
         assert ask("/gradio_api/queue/join", "POST", b"a" * 3_000_000)[0] == 413
         file = {"path": "http://file.foreign.example/", "meta": {"_type": "gradio.FileData"}}
         call = {"fn_index": 0, "data": [None, file, "", True, 1, 1, 0, 5, -1], "session_hash": "a"}
-        assert ask("/gradio_api/queue/join", "POST", json.dumps(call).encode(), Content_Type="application/json")[0] == 403
+        assert (
+            ask(
+                "/gradio_api/queue/join",
+                "POST",
+                json.dumps(call).encode(),
+                Content_Type="application/json",
+            )[0]
+            == 403
+        )
         window.ask("still there?", "Yes.")
 
 
 def test_a_report_asks_no_other_host(browser, foreign, tmp_path):
     hostile = ASKS.format("http://report.foreign.example")
     sample = {"prompt": hostile, "text": hostile, "temperature": 0}
-    gate = {"outcome": f'"></span>{hostile}', "step": hostile, "gates": [], "values": [], "advice": hostile, "accepted": hostile}
-    training = {"gates": [{**gate, "time": hostile}], "tuning": [], "tokens": 1, "steps": 1, "hours": 0.0, "incidents": {}}
-    training |= {"phases": [], "curve": [(0, 1.0), (1, 1.0)], "smooth": [(0, 1.0)], "held_out": [], "environment": {}}
-    report = dict.fromkeys(("name", "checkpoint", "made", "checkpoint_hash"), hostile) | {"parameters": 1, "training": training}
-    report |= {"published": {"models": [], "sources": {}}, "samples": [sample], "not_measured": {hostile: hostile}}
-    report |= {"targets": [], "contamination": None, "environment": {hostile: hostile}, "config": {"model_type": hostile}}
+    gate = {
+        "outcome": f'"></span>{hostile}',
+        "step": hostile,
+        "gates": [],
+        "values": [],
+        "advice": hostile,
+        "accepted": hostile,
+    }
+    training = {
+        "gates": [{**gate, "time": hostile}],
+        "tuning": [],
+        "tokens": 1,
+        "steps": 1,
+        "hours": 0.0,
+        "incidents": {},
+    }
+    training |= {
+        "phases": [],
+        "curve": [(0, 1.0), (1, 1.0)],
+        "smooth": [(0, 1.0)],
+        "held_out": [],
+        "environment": {},
+    }
+    report = dict.fromkeys(("name", "checkpoint", "made", "checkpoint_hash"), hostile) | {
+        "parameters": 1,
+        "training": training,
+    }
+    report |= {
+        "published": {"models": [], "sources": {}},
+        "samples": [sample],
+        "not_measured": {hostile: hostile},
+    }
+    report |= {
+        "targets": [],
+        "contamination": None,
+        "environment": {hostile: hostile},
+        "config": {"model_type": hostile},
+    }
     report |= {name: {} for name in ("evaluations", "scores", "stages", "hashes")}
     path = tmp_path / "report.html"
     foreign.asked.clear()
     for policy in (True, False):  # the policy is the second barrier; the first is escaping
         text = evals_page.page(report, {})
         assert "Content-Security-Policy" in text
-        path.write_text(text if policy else text.replace("Content-Security-Policy", "x"), encoding="utf-8")
+        path.write_text(
+            text if policy else text.replace("Content-Security-Policy", "x"), encoding="utf-8"
+        )
         window = browser.new_page()
         window.goto(path.as_uri(), wait_until="load")
         window.wait_for_timeout(500)
-        assert window.locator("img, iframe, script, link, object").count() == 0 and asked_by_page(foreign) == []
+        assert (
+            window.locator("img, iframe, script, link, object").count() == 0
+            and asked_by_page(foreign) == []
+        )
         window.close()

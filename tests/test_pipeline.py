@@ -45,7 +45,12 @@ def plan(settings, tmp_path) -> Path:
     base = yaml.safe_load((ROOT / "configs" / "test_mode.yaml").read_text())
     for phase, more in (("one", []), ("two", ["rope_theta=20000", "allow_theta_jump=true"])):
         content = {**base, "run": "tiny"}
-        for override in settings("schedule={warmup_steps: 2, total_steps: 8, decay_steps: 2}", *more, phase=phase, steps=4):
+        for override in settings(
+            "schedule={warmup_steps: 2, total_steps: 8, decay_steps: 2}",
+            *more,
+            phase=phase,
+            steps=4,
+        ):
             *sections, last = (key := override.split("=", 1))[0].split(".")
             inner = content
             for section in sections:
@@ -55,7 +60,10 @@ def plan(settings, tmp_path) -> Path:
         content["validation"]["every"] = 0
         (tmp_path / f"{phase}.yaml").write_text(yaml.safe_dump(content))
     gate = {"metric": "all.perplexity", "go": 12, "no_go": 20}
-    marks = [{"at": 2, "gates": [gate], "advice": "wait"}, {"at": 4, "gates": [gate], "advice": "--extend one=2"}]
+    marks = [
+        {"at": 2, "gates": [gate], "advice": "wait"},
+        {"at": 4, "gates": [gate], "advice": "--extend one=2"},
+    ]
     content = {
         "name": "tiny",
         "ranks": 1,
@@ -69,7 +77,10 @@ def plan(settings, tmp_path) -> Path:
             {
                 "name": "tuned",
                 "leaves": "checkpoints/tiny/tuned",
-                "commands": {"Its folder": "mkdir -p checkpoints/tiny/tuned/step_1", "Tuning": TUNING},
+                "commands": {
+                    "Its folder": "mkdir -p checkpoints/tiny/tuned/step_1",
+                    "Tuning": TUNING,
+                },
                 "evals": ["perplexity"],
                 "gates": [gate],
                 "advice": "tune again",
@@ -109,9 +120,14 @@ def train_there(arguments: list[str], place: str, environment: dict[str, str], o
     os.chdir(place)
     if "SLOW" in environment:
         metrics = Log.metrics
-        Log.metrics = lambda self, *more: (time.sleep(float(environment["SLOW"])), metrics(self, *more))[1]
+        Log.metrics = lambda self, *more: (
+            time.sleep(float(environment["SLOW"])),
+            metrics(self, *more),
+        )[1]
     if "KILL_AT" in environment:
-        Log.metrics = killing(Log.metrics, int(environment["KILL_AT"]), environment.get("KILL_ONCE"))
+        Log.metrics = killing(
+            Log.metrics, int(environment["KILL_AT"]), environment.get("KILL_ONCE")
+        )
     train.main()
 
 
@@ -133,10 +149,16 @@ def run(plan, monkeypatch, capfd):
     monkeypatch.chdir(plan)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    multiprocessing.set_forkserver_preload(["test_pipeline", "torch._dynamo", "torch.distributed.checkpoint"])
+    multiprocessing.set_forkserver_preload(
+        ["test_pipeline", "torch._dynamo", "torch.distributed.checkpoint"]
+    )
 
     def start(command: list[str], env: dict[str, str]) -> Forked | subprocess.Popen:
-        return Forked(command, env) if "scripts.launch" in command else subprocess.Popen(command, env=env)
+        return (
+            Forked(command, env)
+            if "scripts.launch" in command
+            else subprocess.Popen(command, env=env)
+        )
 
     monkeypatch.setattr(supervisor, "subprocess", SimpleNamespace(Popen=start))
 
@@ -163,13 +185,20 @@ def losses(place: Path) -> list[float]:
 
 
 def events(place: Path, kind: str) -> list[dict]:
-    rows = [json.loads(line) for line in (place / "logs" / "tiny" / "events.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (place / "logs" / "tiny" / "events.jsonl").read_text().splitlines()
+    ]
     return [row for row in rows if row["event"] == kind]
 
 
 def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan, run):
     stopped = run(AT_4="15", AT_1="30", status=3).stdout
-    assert "decision after tuned: NO-GO" in stopped and "the plan advises: tune again" in stopped and "\nlast" not in stopped
+    assert (
+        "decision after tuned: NO-GO" in stopped
+        and "the plan advises: tune again" in stopped
+        and "\nlast" not in stopped
+    )
     output = stopped + run("--accept", "as it is").stdout
     assert "\n42\n" in output and "\nlast checkpoints/tiny/tuned/step_1\n" in output
     assert events(plan, "gate")[-1]["accepted"] == "as it is"
@@ -197,19 +226,33 @@ def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan, run):
 
 def test_a_no_go_stops_until_it_is_accepted_with_a_reason(plan, run):
     done = run(status=3, AT_4="30")
-    assert "decision at step 4: NO-GO" in done.stdout and "the plan advises: --extend one=2" in done.stdout
+    assert (
+        "decision at step 4: NO-GO" in done.stdout
+        and "the plan advises: --extend one=2" in done.stdout
+    )
     assert 'give --accept "reason"' in done.stderr and len(losses(plan)) == 4
-    assert run(status=3, AT_4="30").stdout.count("measured") == 0  # the same checkpoint is not measured again
+    assert (
+        run(status=3, AT_4="30").stdout.count("measured") == 0
+    )  # the same checkpoint is not measured again
     output = run("--accept", "the text reads well").stdout
-    assert "decision at step 4: NO-GO, accepted: the text reads well" in output and len(losses(plan)) == 8
-    assert [event["accepted"] for event in events(plan, "gate") if event["step"] == 4] == [None, None, "the text reads well"]
+    assert (
+        "decision at step 4: NO-GO, accepted: the text reads well" in output
+        and len(losses(plan)) == 8
+    )
+    assert [event["accepted"] for event in events(plan, "gate") if event["step"] == 4] == [
+        None,
+        None,
+        "the text reads well",
+    ]
     decision = json.loads((plan / "results" / "tiny" / "step_4" / "decision.json").read_text())
     assert decision["outcome"] == "no-go" and decision["values"] == [30.0]
 
 
 def test_what_was_not_measured_is_no_pass(plan, run):
     content = yaml.safe_load((plan / "plan.yaml").read_text())
-    content["phases"][0]["milestones"][0]["gates"].append({"metric": "hellaswag.accuracy", "go": 0.4, "no_go": 0.3})
+    content["phases"][0]["milestones"][0]["gates"].append(
+        {"metric": "hellaswag.accuracy", "go": 0.4, "no_go": 0.3}
+    )
     (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     assert "hellaswag.accuracy = not measured" in run(status=3).stdout
 
@@ -219,8 +262,13 @@ def test_a_stage_is_judged_against_an_earlier_one(plan, run):
     gate = {"metric": "all.perplexity", "go": 1, "no_go": 5, "against": "before"}
     edit_plan(plan, stages=[{**stages[0], "gates": [gate]}])
     output = run(AT_8="12", AT_1="18", status=3).stdout
-    assert "all.perplexity = 18.000, +6.000 against 12.000 at step 8 (go <= +1.0, no-go beyond +5.0): no-go" in output
-    decision = json.loads((plan / "results" / "tiny" / "tuned" / "decision.json").read_text(encoding="utf-8"))
+    assert (
+        "all.perplexity = 18.000, +6.000 against 12.000 at step 8 (go <= +1.0, no-go beyond +5.0): no-go"
+        in output
+    )
+    decision = json.loads(
+        (plan / "results" / "tiny" / "tuned" / "decision.json").read_text(encoding="utf-8")
+    )
     assert decision["references"] == [12.0] and decision["values"] == [18.0]
     assert "accepted: as it is" in run("--accept", "as it is").stdout
     assert "decision" not in run().stdout
@@ -233,8 +281,16 @@ def test_a_stage_is_judged_against_an_earlier_one(plan, run):
 def test_two_tasks_may_name_a_metric_the_same():
     task = {"acc_norm": {"value": 0.5, "stderr": 0.1}, "acc": {"value": 0.3, "stderr": 0.1}}
     suite = {"arc": {"acc_norm": {"value": 0.2, "stderr": None}}, "wikipedia": {"perplexity": 12.0}}
-    metrics = by_name("hellaswag", task) | by_name("suite", suite) | by_name("plain", {"rate": 0.25})
-    wanted = {"hellaswag.acc_norm": 0.5, "arc.acc_norm": 0.2, "wikipedia.perplexity": 12.0, "plain.rate": 0.25, "arc": None}
+    metrics = (
+        by_name("hellaswag", task) | by_name("suite", suite) | by_name("plain", {"rate": 0.25})
+    )
+    wanted = {
+        "hellaswag.acc_norm": 0.5,
+        "arc.acc_norm": 0.2,
+        "wikipedia.perplexity": 12.0,
+        "plain.rate": 0.25,
+        "arc": None,
+    }
     assert {name: judge(Gate(name, 1, 0), metrics).value for name in wanted} == wanted
 
 
@@ -242,9 +298,15 @@ def test_a_phase_is_extended_after_a_no_go_and_the_rest_moves(plan, run):
     run(status=3, AT_4="30")
     first = losses(plan)
     output = run("--extend", "one=2", AT_6="9").stdout
-    assert "steps 4 to 6" not in output and "steps 0 to 6 of 6" in output and "decision at step 10: GO" in output
+    assert (
+        "steps 4 to 6" not in output
+        and "steps 0 to 6 of 6" in output
+        and "decision at step 10: GO" in output
+    )
     assert losses(plan)[:4] == first and len(losses(plan)) == 10
-    assert (plan / "checkpoints" / "tiny" / "two" / "step_10").is_dir() and len(events(plan, "extend")) == 1
+    assert (plan / "checkpoints" / "tiny" / "two" / "step_10").is_dir() and len(
+        events(plan, "extend")
+    ) == 1
     assert "train.py" not in run().stdout  # the extension is remembered
 
 
@@ -266,7 +328,11 @@ def test_a_branch_decays_beside_the_run(plan, run):
     output = run("--branch", "early", "--at", "4", "--steps", "2").stdout
     assert "begins at step 4, after one" in output
     rows = read_metrics(plan / "logs" / "tiny" / "branch_early")
-    assert [row["step"] for row in rows] == [5, 6] and rows[-1]["lr"] < rows[0]["lr"] and len(losses(plan)) == 4
+    assert (
+        [row["step"] for row in rows] == [5, 6]
+        and rows[-1]["lr"] < rows[0]["lr"]
+        and len(losses(plan)) == 4
+    )
     said = run("--branch", "x", "--at", "99", "--steps", "2", status=2).stderr
     assert "there is no checkpoint of step 99 to branch from" in said
 
@@ -310,7 +376,10 @@ def test_extending_a_phase_that_decayed_repeats_its_decay_without_a_rise(plan, r
     assert rates[1:6] == [peak] * 5 and rates[-1] == 0.0
     falls = [a - b for a, b in pairwise(rates[5:])]
     assert falls == pytest.approx([peak / 6] * 6)  # one straight line over the join: no step rises
-    redone = [json.loads(line) for line in (plan / "logs" / "tiny" / "metrics_redone.jsonl").read_text().splitlines()]
+    redone = [
+        json.loads(line)
+        for line in (plan / "logs" / "tiny" / "metrics_redone.jsonl").read_text().splitlines()
+    ]
     assert [row["step"] for row in redone] == [7, 8]  # nothing that was measured is lost
     assert (plan / "checkpoints" / "tiny" / "two.old1" / "step_8" / "model.safetensors").is_file()
     assert "tuned was made from another model" in output and tuned.read_bytes() != before
@@ -326,8 +395,13 @@ def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, mon
     with pytest.raises(SystemExit) as end:
         train.main()
     said = capfd.readouterr().err
-    assert end.value.code == 2 and "the learning rate would rise from 0.0e+00 to 3.0e-03 at step 8" in said
-    monkeypatch.setattr(sys, "argv", [*command, "steps=8", "schedule.total_steps=12", "schedule.allow_rise=true"])
+    assert (
+        end.value.code == 2
+        and "the learning rate would rise from 0.0e+00 to 3.0e-03 at step 8" in said
+    )
+    monkeypatch.setattr(
+        sys, "argv", [*command, "steps=8", "schedule.total_steps=12", "schedule.allow_rise=true"]
+    )
     with pytest.raises(SystemExit) as end:
         train.main()
     assert not end.value.code and len(losses(plan)) == 12
@@ -335,11 +409,19 @@ def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, mon
 
 def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run):
     run()
-    assert "Tuning" in run("--redo", "tuned").stdout and (plan / "checkpoints/tiny/tuned.old1/step_1").is_dir()
+    assert (
+        "Tuning" in run("--redo", "tuned").stdout
+        and (plan / "checkpoints/tiny/tuned.old1/step_1").is_dir()
+    )
     assert "--redo three: the plan has one, two, tuned" in run("--redo", "three", status=2).stderr
     output = run("--redo", "two").stdout
-    assert "two is done again, as --redo asks" in output and (plan / "checkpoints/tiny/two.old1/step_8").is_dir()
-    assert "tuned was made from another" not in output  # the same bits came out: it is still current
+    assert (
+        "two is done again, as --redo asks" in output
+        and (plan / "checkpoints/tiny/two.old1/step_8").is_dir()
+    )
+    assert (
+        "tuned was made from another" not in output
+    )  # the same bits came out: it is still current
     stages = yaml.safe_load((plan / "plan.yaml").read_text())["stages"]
     stages[0]["commands"] = {"Tuning": TUNING}
     edit_plan(plan, stages=stages)
@@ -353,7 +435,10 @@ def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run):
 
 def test_a_rank_that_dies_is_restarted_and_one_that_dies_at_the_same_step_twice_is_not(plan, run):
     output = run(KILL_AT="7", KILL_ONCE="once").stdout
-    assert "the launcher was killed (SIGKILL) at step 6 (status -9); restart 1 of 3 from the newest checkpoint" in output
+    assert (
+        "the launcher was killed (SIGKILL) at step 6 (status -9); restart 1 of 3 from the newest checkpoint"
+        in output
+    )
     assert len(losses(plan)) == 8 and events(plan, "restarted")[0]["step"] == 6
     for folder in ("checkpoints", "logs", "results"):
         (plan / folder).rename(plan / f"{folder}_before")
@@ -378,7 +463,10 @@ def test_a_closed_terminal_stops_the_stage_which_saves(plan, run, monkeypatch):
     done = run(status=129, SLOW="0.3")
     thread.join()
     assert "was interrupted. The same command continues from here." in done.stderr
-    saved = [json.loads(line)["step"] for line in (plan / "logs/tiny/metrics.jsonl").read_text().splitlines()]
+    saved = [
+        json.loads(line)["step"]
+        for line in (plan / "logs/tiny/metrics.jsonl").read_text().splitlines()
+    ]
     assert (plan / "checkpoints" / "tiny" / "one" / f"step_{saved[-1]}").is_dir() and saved[-1] < 8
     run()
     assert len(losses(plan)) == 8

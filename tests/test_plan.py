@@ -70,7 +70,9 @@ class LiveBytes(TorchDispatchMode):
         self.storages[storage._cdata] = weakref.ref(storage)
 
     def now(self) -> int:
-        alive = {key: storage for key, ref in self.storages.items() if (storage := ref()) is not None}
+        alive = {
+            key: storage for key, ref in self.storages.items() if (storage := ref()) is not None
+        }
         self.storages = {key: self.storages[key] for key in alive}
         return sum(storage.nbytes() for storage in alive.values())
 
@@ -97,8 +99,12 @@ def local_bytes(tensor: torch.Tensor) -> int:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().nbytes()
 
 
-def small_run(parallel: ParallelConfig, micro_batches: int, ranks: int, model: ModelConfig = SMALL) -> RunConfig:
-    data = DataConfig(sequence_length=256, micro_batch_size=4, tokens_per_step=ranks * micro_batches * 4 * 256)
+def small_run(
+    parallel: ParallelConfig, micro_batches: int, ranks: int, model: ModelConfig = SMALL
+) -> RunConfig:
+    data = DataConfig(
+        sequence_length=256, micro_batch_size=4, tokens_per_step=ranks * micro_batches * 4 * 256
+    )
     return RunConfig(model=model, data=data, parallel=parallel)
 
 
@@ -126,7 +132,9 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
                 optimizer.step()
             optimizer.zero_grad()
         parameters = sum(local_bytes(parameter) for parameter in model.parameters())
-        moments = sum(local_bytes(value) for state in optimizer.state.values() for value in state.values())
+        moments = sum(
+            local_bytes(value) for state in optimizer.state.values() for value in state.values()
+        )
         return {"parameters": parameters, "moments": moments, "peak": whole, "update": live.peak}
 
 
@@ -146,7 +154,9 @@ def test_bytes_of_parameters_and_optimizer_state(strategy, ranks):
 @pytest.mark.parametrize("strategy", ["zero2", "ddp"])
 def test_bytes_of_muon(strategy, ranks):
     parallel = ParallelConfig(strategy=strategy, dtype="float32", compile=False)
-    model = replace(SMALL, num_hidden_layers=4)  # the pretended group refuses empty messages, so each rank has every shape
+    model = replace(
+        SMALL, num_hidden_layers=4
+    )  # the pretended group refuses empty messages, so each rank has every shape
     run = replace(small_run(parallel, 1, ranks, model), optim=OptimConfig(name="muon"))
     found, said = measure(run, ranks), memory(run, ranks)
     assert moment_bytes(model, strategy, ranks, "muon") == pytest.approx(found["moments"], rel=0.01)
@@ -170,20 +180,26 @@ def test_peak_of_an_eager_step(strategy, checkpointing, dtype, micro_batches, mo
     monkeypatch.setattr(planner, "CONTEXT", 0)
     monkeypatch.setattr(planner, "LOGITS_CHUNK", 256)  # what a CPU takes
     monkeypatch.setattr("models.losses.MAX_KEPT_LOGITS", 0)  # a GPU never keeps logits
-    parallel = ParallelConfig(strategy=strategy, activation_checkpointing=checkpointing, dtype=dtype, compile=False)
+    parallel = ParallelConfig(
+        strategy=strategy, activation_checkpointing=checkpointing, dtype=dtype, compile=False
+    )
     run = small_run(parallel, micro_batches, 2)
     found, said = measure(run, 2), memory(run, 2)
     assert 0.99 <= said.total / found["peak"] <= 1.12
     assert said.moments["optimizer step"] == pytest.approx(found["update"], rel=0.02)
 
 
-def saved_bytes(model: ModelConfig, checkpointing: str, dtype: torch.dtype, backend: str | None) -> float:
+def saved_bytes(
+    model: ModelConfig, checkpointing: str, dtype: torch.dtype, backend: str | None
+) -> float:
     """Bytes a token that autograd saves for one block's backward pass, without parameters and rotary tables."""
     tokens, whole = 2 * model.max_position_embeddings, NanoLlama(model, seed=0)
     block = whole.layers[0]
     if checkpointing != "none":
         keep = (
-            {"context_fn": partial(create_selective_checkpoint_contexts, _keep_matmuls)} if checkpointing == "selective" else {}
+            {"context_fn": partial(create_selective_checkpoint_contexts, _keep_matmuls)}
+            if checkpointing == "selective"
+            else {}
         )
         block = checkpoint_wrapper(block, **keep)
     if backend:
@@ -199,7 +215,9 @@ def saved_bytes(model: ModelConfig, checkpointing: str, dtype: torch.dtype, back
             found[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    x = torch.randn(2, model.max_position_embeddings, model.hidden_size, dtype=dtype, requires_grad=True)
+    x = torch.randn(
+        2, model.max_position_embeddings, model.hidden_size, dtype=dtype, requires_grad=True
+    )
     with torch.autograd.graph.saved_tensors_hooks(keep_sight, lambda tensor: tensor):
         block(x * 1, cos, sin, None)  # not a leaf, as between blocks
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values()) / tokens
@@ -208,7 +226,12 @@ def saved_bytes(model: ModelConfig, checkpointing: str, dtype: torch.dtype, back
 @pytest.mark.parametrize(
     ("checkpointing", "dtype", "backend", "qk_norm"),
     [
-        ("none", torch.bfloat16, "aot_eager", False),  # the graphs and the partition that inductor gets on a GPU
+        (
+            "none",
+            torch.bfloat16,
+            "aot_eager",
+            False,
+        ),  # the graphs and the partition that inductor gets on a GPU
         ("none", torch.bfloat16, "aot_eager", True),
         ("none", torch.float32, "aot_eager", False),
         ("selective", torch.bfloat16, "aot_eager", False),
@@ -236,7 +259,9 @@ def test_the_1b_model_by_hand():
     assert sharded_bytes(model, "zero2", 2) == 2 * model.num_parameters
     assert moment_bytes(model, "ddp", 2) == 8 * model.num_parameters + 4 * (22 * 9 + 3)
     hidden = 22 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 2048 * 5632)
-    assert moment_bytes(model, "ddp", 2, "muon") == 8 * model.num_parameters - 4 * hidden + 4 * (22 * 2 + 3)
+    assert moment_bytes(model, "ddp", 2, "muon") == 8 * model.num_parameters - 4 * hidden + 4 * (
+        22 * 2 + 3
+    )
 
 
 @pytest.fixture
@@ -248,7 +273,11 @@ def plan_1b(monkeypatch) -> Plan:
 def test_plan_1b_on_two_h100(plan_1b):
     report = forecast(plan_1b, "h100", mfu=0.4, price=2.5)
     check(report)
-    assert report["gpus"] == 2 and report["total"]["steps"] == 230_000 and report["total"]["tokens"] == 230_000 * 131_072
+    assert (
+        report["gpus"] == 2
+        and report["total"]["steps"] == 230_000
+        and report["total"]["tokens"] == 230_000 * 131_072
+    )
     first, ramp, long, gold = report["phases"]
     assert [(phase["begin"], phase["end"]) for phase in report["phases"]] == [
         (0, 184_000),
@@ -261,13 +290,28 @@ def test_plan_1b_on_two_h100(plan_1b):
     assert sum(report["sources"].values()) == pytest.approx(report["total"]["tokens"])
     assert report["sources"]["pg19"] == 23_000 * 131_072 / 2
     hours = 184_000 * 131_072 * flops_per_token(ModelConfig(), 4096) / (2 * 989e12 * 0.4) / 3600
-    assert first["hours"] == pytest.approx(hours) and first["cost"] == pytest.approx(hours * 2 * 2.5)
-    assert long["flops_per_token"]["palm"] - long["flops_per_token"]["causal"] == 6 * 22 * 2048 * 16_384
+    assert first["hours"] == pytest.approx(hours) and first["cost"] == pytest.approx(
+        hours * 2 * 2.5
+    )
+    assert (
+        long["flops_per_token"]["palm"] - long["flops_per_token"]["causal"]
+        == 6 * 22 * 2048 * 16_384
+    )
     counters = 26 * 4 * len(parameter_shapes(ModelConfig()))  # AdamW's steps
-    assert report["disk"]["checkpoints"] == (26 * 14 + 7 * 2) * 1_100_048_384 + counters  # phases and three stages
-    assert report["disk"]["tokens"] == 2 * (26e9 + 1.8e9 + 8e9 + 3 * 1.1e9)  # what is downloaded, not what is read
+    assert (
+        report["disk"]["checkpoints"] == (26 * 14 + 7 * 2) * 1_100_048_384 + counters
+    )  # phases and three stages
+    assert report["disk"]["tokens"] == 2 * (
+        26e9 + 1.8e9 + 8e9 + 3 * 1.1e9
+    )  # what is downloaded, not what is read
     text = show(report)
-    for words in ("fineweb_edu: 24.12B tokens", "10,000 to 500,000", "not measured on a GPU", "arXiv:2404.10102", "assumed"):
+    for words in (
+        "fineweb_edu: 24.12B tokens",
+        "10,000 to 500,000",
+        "not measured on a GPU",
+        "arXiv:2404.10102",
+        "assumed",
+    ):
         assert words in text
 
 
@@ -278,18 +322,27 @@ def test_what_does_not_fit_is_refused_and_the_advice_fits(plan_1b, gpu):
         check(report)
     run = load("configs/phase1_pretrain.yaml")
     advice = what_fits(run, 2, GPUS[gpu])
-    assert advice and all(option.split(" (")[0] in report["phases"][0]["problem"] for option in advice)
+    assert advice and all(
+        option.split(" (")[0] in report["phases"][0]["problem"] for option in advice
+    )
     for option in advice:
         settings = [word for word in option.split(" (")[0].split() if "=" in word]
         changed = load("configs/phase1_pretrain.yaml", settings)
         assert memory(changed, 2).total <= 0.92 * GPUS[gpu].memory
-        if len(settings) == 1 and "micro_batch_size" in settings[0]:  # and the next larger one does not
-            doubled = load("configs/phase1_pretrain.yaml", [f"data.micro_batch_size={2 * changed.data.micro_batch_size}"])
+        if (
+            len(settings) == 1 and "micro_batch_size" in settings[0]
+        ):  # and the next larger one does not
+            doubled = load(
+                "configs/phase1_pretrain.yaml",
+                [f"data.micro_batch_size={2 * changed.data.micro_batch_size}"],
+            )
             assert memory(doubled, 2).total > 0.92 * GPUS[gpu].memory
 
 
 def test_nothing_fits_and_wrong_arguments(plan_1b):
-    run = load("configs/phase1_pretrain.yaml", ["model.hidden_size=8192", "model.num_hidden_layers=80"])
+    run = load(
+        "configs/phase1_pretrain.yaml", ["model.hidden_size=8192", "model.num_hidden_layers=80"]
+    )
     assert what_fits(run, 2, GPUS["rtx4090"]) == []
     for arguments, message in (
         ({"gpu": "h1000"}, "--gpu h1000 is not one of h100, h200"),
@@ -303,48 +356,78 @@ def test_nothing_fits_and_wrong_arguments(plan_1b):
 def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
     values = {"first": 0.6, "second": 0.4}
     paths = []
-    for phase, steps, more in (("one", 100, {}), ("two", 2500, {"min_document_tokens": {"first": 2000}})):
+    for phase, steps, more in (
+        ("one", 100, {}),
+        ("two", 2500, {"min_document_tokens": {"first": 2000}}),
+    ):
         base = yaml.safe_load((ROOT / "configs" / "test_mode.yaml").read_text())
         base["model"]["vocab_size"] = 384
         data = {**base["data"], "store": str(text_store), "mix": values, **more}
         schedule = {"warmup_steps": 2, "total_steps": 2600, "decay_steps": 4}
         paths.append(tmp_path / f"{phase}.yaml")
-        paths[-1].write_text(yaml.safe_dump({**base, "data": data, "schedule": schedule, "phase": phase, "steps": steps}))
-    report = forecast(Plan("small", tuple(PlanPhase(str(path)) for path in paths)), "h100", readable=readable)
+        paths[-1].write_text(
+            yaml.safe_dump(
+                {**base, "data": data, "schedule": schedule, "phase": phase, "steps": steps}
+            )
+        )
+    report = forecast(
+        Plan("small", tuple(PlanPhase(str(path)) for path in paths)), "h100", readable=readable
+    )
     so_far = dict.fromkeys(values, 0.0)
     for path, phase in zip(paths, report["phases"], strict=True):
         data = load(path).data
         shards = open_shards(data.store, data.mix, "train", 384, data.min_document_tokens)
-        loader = PackedDataLoader(shards, data.mix, data.sequence_length, data.rows, data.micro_batch_size, 0)
+        loader = PackedDataLoader(
+            shards, data.mix, data.sequence_length, data.rows, data.micro_batch_size, 0
+        )
         for name, epochs in loader.epochs(phase["steps"]).items():
             so_far[name] += epochs
             assert phase["sources"][name]["epochs"] == pytest.approx(epochs, rel=0.01)
             assert phase["sources"][name]["epochs_so_far"] == pytest.approx(so_far[name], rel=0.01)
-    assert report["phases"][0]["loss"] is None and "no forecast" in show(report)  # far below what the law was fitted on
+    assert report["phases"][0]["loss"] is None and "no forecast" in show(
+        report
+    )  # far below what the law was fitted on
     warned = {name for name, epochs in so_far.items() if epochs > 4}
     assert (
         warned
-        and {name for name in values if any(f"two: {name} will have been read" in text for text in report["warnings"])} == warned
+        and {
+            name
+            for name in values
+            if any(f"two: {name} will have been read" in text for text in report["warnings"])
+        }
+        == warned
     )
-    (tmp_path / "two.yaml").write_text((tmp_path / "two.yaml").read_text().replace("first: 2000", "first: 200000"))
+    (tmp_path / "two.yaml").write_text(
+        (tmp_path / "two.yaml").read_text().replace("first: 2000", "first: 200000")
+    )
     with pytest.raises(ValueError, match="two: first holds no document of 200000 tokens or more"):
-        forecast(Plan("small", tuple(PlanPhase(str(path)) for path in paths)), "h100", readable=readable)
+        forecast(
+            Plan("small", tuple(PlanPhase(str(path)) for path in paths)), "h100", readable=readable
+        )
 
 
 def test_bytes_of_a_checkpoint(settings, tmp_path):
     shape = "model={vocab_size: 384, hidden_size: 384, intermediate_size: 1024, num_hidden_layers: 4, num_attention_heads: 4, "
-    overrides = settings(shape + "num_key_value_heads: 2, max_position_embeddings: 64}", "validation.every=0", steps=1)
+    overrides = settings(
+        shape + "num_key_value_heads: 2, max_position_embeddings: 64}",
+        "validation.every=0",
+        steps=1,
+    )
     train_here(overrides)
     run = load(ROOT / "configs" / "test_mode.yaml", overrides)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(to_dict(run)))
     said = forecast(Plan("small", (PlanPhase(str(path)),), ranks=1), "h100")["disk"]["checkpoint"]
-    files = [file for file in (tmp_path / "checkpoints" / "one" / "step_1").rglob("*") if file.is_file()]
+    files = [
+        file for file in (tmp_path / "checkpoints" / "one" / "step_1").rglob("*") if file.is_file()
+    ]
     assert said == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
 
 
 def test_the_law_of_the_loss():
-    assert forecast_loss(70_000_000_000, 1.4e12)[0] == pytest.approx(1.8172 + 482.01 / 5928 + 2085.43 / 27_560, abs=0.003)
+    assert forecast_loss(70_000_000_000, 1.4e12)[0] == pytest.approx(
+        1.8172 + 482.01 / 5928 + 2085.43 / 27_560, abs=0.003
+    )
     flops = 5.76e23  # Chinchilla's; its authors, and those of the new fit, find about 20 tokens a parameter best there
     sizes = [int(10 ** (9 + i / 200)) for i in range(600)]
     best = min(sizes, key=lambda size: forecast_loss(size, flops / (6 * size))[0])
@@ -355,9 +438,20 @@ def test_the_law_of_the_loss():
 
 
 def test_the_command():
-    command = [sys.executable, "-m", "scripts.plan", "configs/plan_1b.yaml", "--gpu", "rtx4090", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.plan",
+        "configs/plan_1b.yaml",
+        "--gpu",
+        "rtx4090",
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     report = json.loads(done.stdout)
     assert done.returncode == 2 and not report["fits"] and report["gpus"] == 2
-    assert done.stderr.startswith("error: phase1_pretrain needs") and "data.micro_batch_size=" in done.stderr
+    assert (
+        done.stderr.startswith("error: phase1_pretrain needs")
+        and "data.micro_batch_size=" in done.stderr
+    )
     assert "Traceback" not in done.stderr

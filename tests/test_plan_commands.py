@@ -21,7 +21,11 @@ from train_sft import SFTConfig
 from training.planning.plan import Plan, load_plan
 from training.settings import load_settings
 
-PLANS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if re.search(r"^phases:", path.read_text(), re.M))
+PLANS = sorted(
+    path
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if re.search(r"^phases:", path.read_text(), re.M)
+)
 COMMAND = re.compile(r"`((?:python|torchrun) [^`]+)`")
 SETTING = re.compile(r"`([a-z_.]+): ([^`]+)`")
 
@@ -38,7 +42,12 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
     assert words[0] == "python", command
     if words[1:3] == ["-m", "scripts.launch"]:
         launched = get_args_parser().parse_args(words[3:])
-        words = ["python", *["-m"] * launched.module, launched.training_script, *launched.training_script_args]
+        words = [
+            "python",
+            *["-m"] * launched.module,
+            launched.training_script,
+            *launched.training_script_args,
+        ]
     read = []
 
     def wrap(original):
@@ -51,7 +60,9 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
     with monkeypatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # runpy: the module was imported before
         for name in ("parse_args", "parse_intermixed_args"):
-            patch.setattr(argparse.ArgumentParser, name, wrap(getattr(argparse.ArgumentParser, name)))
+            patch.setattr(
+                argparse.ArgumentParser, name, wrap(getattr(argparse.ArgumentParser, name))
+            )
         is_module = words[1] == "-m"
         patch.setattr(sys, "argv", words[2 if is_module else 1 :])
         try:
@@ -74,13 +85,18 @@ def commands(plan: Plan) -> list[str]:
     """All of a plan's commands with their placeholders filled in, and those that its advice names."""
     stages = [command for stage in plan.stages for command in stage.commands.values()]
     found = [*plan.before.values(), *plan.evals.values(), *stages, *plan.after.values()]
-    filled = [text.format(checkpoint="checkpoints/x/dpo/step_9", output="results/x/y.json", run="x") for text in found]
+    filled = [
+        text.format(checkpoint="checkpoints/x/dpo/step_9", output="results/x/y.json", run="x")
+        for text in found
+    ]
     return filled + [command for advice in advices(plan) for command in COMMAND.findall(advice)]
 
 
 def advices(plan: Plan) -> list[str]:
     judged = [*plan.stages, *(milestone for phase in plan.phases for milestone in phase.milestones)]
-    return [part.advice for part in judged] + [gate.advice for part in judged for gate in part.gates]
+    return [part.advice for part in judged] + [
+        gate.advice for part in judged for gate in part.gates
+    ]
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -90,7 +106,10 @@ def test_commands_of_plans_are_valid(path, monkeypatch, capsys):
     assert len(found) >= 10
     for command in found:
         parse(command, monkeypatch)
-    for wrong in (found[0] + " --no_such_flag 1", "python -m scripts.run_evals --checkpoint x --suite configs/none.yaml"):
+    for wrong in (
+        found[0] + " --no_such_flag 1",
+        "python -m scripts.run_evals --checkpoint x --suite configs/none.yaml",
+    ):
         with pytest.raises((AssertionError, ValueError)):
             parse(wrong, monkeypatch)
 
@@ -107,7 +126,10 @@ def test_settings_in_advice_are_those_of_the_config(monkeypatch):
             for key, value in settings:
                 assert f"{key.rpartition('.')[2]}" and yaml.safe_load(value) is not None
             if "mix" in advice:
-                assert sum(run.data.mix.values()) == pytest.approx(1) and run.data.mix.keys() <= run.chat.sources.keys()
+                assert (
+                    sum(run.data.mix.values()) == pytest.approx(1)
+                    and run.data.mix.keys() <= run.chat.sources.keys()
+                )
             changed += 1
     assert changed >= 5
 
@@ -118,8 +140,16 @@ def test_every_gate_after_pretraining_says_what_to_do():
     assert metrics["sft"] == ["mmlu.acc", "gsm8k.flexible"] and len(metrics["dpo"]) == 8
     for gate in [gate for stage in plan.stages for gate in stage.gates]:
         assert COMMAND.search(gate.advice), gate.metric
-    ends = [re.search(r"-m (?:scripts|evals)\.(\w+)", command).group(1) for command in plan.after.values()]
-    assert ends[-1] == "deliverables" and {"visualize_attention", "export_gguf", "check_gguf", "report"} < set(ends)
+    ends = [
+        re.search(r"-m (?:scripts|evals)\.(\w+)", command).group(1)
+        for command in plan.after.values()
+    ]
+    assert ends[-1] == "deliverables" and {
+        "visualize_attention",
+        "export_gguf",
+        "check_gguf",
+        "report",
+    } < set(ends)
 
 
 def test_the_timeline_names_commands_that_exist(monkeypatch):
@@ -132,5 +162,8 @@ def test_the_timeline_names_commands_that_exist(monkeypatch):
     unmeasured = markdown(table(read_targets(Path("configs/plan_1b.yaml")), lambda stage: {}))
     assert unmeasured in text  # the same targets as the plan's
     for day in range(1, 29):
-        days = [tuple(map(int, re.findall(r"\d+", row))) for row in re.findall(r"^\| ((?:\d+)(?: - \d+)?) \|", text, re.M)]
+        days = [
+            tuple(map(int, re.findall(r"\d+", row)))
+            for row in re.findall(r"^\| ((?:\d+)(?: - \d+)?) \|", text, re.M)
+        ]
         assert any(row[0] <= day <= row[-1] for row in days), f"no row for day {day}"

@@ -9,7 +9,15 @@ import torch
 
 from benchmarks import parity_dpo
 from data.chat.pair_batches import HeldOutPairs, PairLoader, Pairs, lay_out, make_batch
-from data.chat.preferences import Dropped, PairSource, PreferenceConfig, clean_pair, parse_hh, parse_messages, prepare
+from data.chat.preferences import (
+    Dropped,
+    PairSource,
+    PreferenceConfig,
+    clean_pair,
+    parse_hh,
+    parse_messages,
+    prepare,
+)
 from data.chat.rendering import Chat
 from data.chat.tokenizer import save_chat_tokenizer
 from data.packing import IGNORE
@@ -44,19 +52,36 @@ ASKED = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 def test_a_transcript_is_cut_at_the_last_assistant_in_common():
     pair = parse_hh(hh(ASKED + " Because I can", ASKED + " Because.\n\nHuman said so"))
     assert pair.prompt == [user(" Hi"), says(" Hello"), user(" Why?")]
-    assert (pair.chosen, pair.rejected) == (says("Because I can"), says("Because.\n\nHuman said so"))
+    assert (pair.chosen, pair.rejected) == (
+        says("Because I can"),
+        says("Because.\n\nHuman said so"),
+    )
     first = "\n\nHuman: Is 'Human: x' a turn?\n\nAssistant:"
     pair = parse_hh(hh(first + " No, Human: is not", first + " Yes"))
-    assert pair.prompt == [user(" Is 'Human: x' a turn?")] and pair.chosen == says("No, Human: is not")
+    assert pair.prompt == [user(" Is 'Human: x' a turn?")] and pair.chosen == says(
+        "No, Human: is not"
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "kind", "said"),
     [
         (hh(ASKED + " Yes", ASKED + " Yes "), Dropped, "the same"),
-        (hh("\n\nHuman: A\n\nAssistant: x", "\n\nHuman: B\n\nAssistant: x"), ValueError, "no common prompt"),
-        (hh(ASKED + " Yes\n\nHuman: So?\n\nAssistant: So.", ASKED + " No"), ValueError, "several turns"),
-        (hh("Some text" + ASKED + " a", "Some text" + ASKED + " b"), ValueError, "does not begin with Human"),
+        (
+            hh("\n\nHuman: A\n\nAssistant: x", "\n\nHuman: B\n\nAssistant: x"),
+            ValueError,
+            "no common prompt",
+        ),
+        (
+            hh(ASKED + " Yes\n\nHuman: So?\n\nAssistant: So.", ASKED + " No"),
+            ValueError,
+            "several turns",
+        ),
+        (
+            hh("Some text" + ASKED + " a", "Some text" + ASKED + " b"),
+            ValueError,
+            "does not begin with Human",
+        ),
     ],
 )
 def test_transcripts_that_are_no_pair(row, kind, said):
@@ -69,12 +94,25 @@ def test_messages_with_and_without_their_prompt_in_front(tokenizer):
     """UltraFeedback gives both; a list of messages, or plain text, may be the prompt."""
     prompt = [user("Hi"), says("Hello"), user("Why?")]
     whole = {"prompt": "Why?", "chosen": [*prompt, says("A")], "rejected": [*prompt, says("B")]}
-    assert parse_messages(whole) == parse_messages({"prompt": prompt, "chosen": [says("A")], "rejected": [says("B")]})
-    assert parse_messages({"prompt": "Why?", "chosen": "A", "rejected": "B"}).prompt == [user("Why?")]
+    assert parse_messages(whole) == parse_messages(
+        {"prompt": prompt, "chosen": [says("A")], "rejected": [says("B")]}
+    )
+    assert parse_messages({"prompt": "Why?", "chosen": "A", "rejected": "B"}).prompt == [
+        user("Why?")
+    ]
     for row, said in (
         ({"prompt": [], "chosen": "A", "rejected": "B"}, "no common prompt"),
-        ({"chosen": [user("x"), says("A")], "rejected": [user("y"), says("A")]}, "no common prompt"),
-        ({"chosen": [user("x"), says("A"), user("z"), says("B")], "rejected": [user("x"), says("C")]}, "several turns"),
+        (
+            {"chosen": [user("x"), says("A")], "rejected": [user("y"), says("A")]},
+            "no common prompt",
+        ),
+        (
+            {
+                "chosen": [user("x"), says("A"), user("z"), says("B")],
+                "rejected": [user("x"), says("C")],
+            },
+            "several turns",
+        ),
         ({"prompt": "x", "chosen": 3, "rejected": "y"}, "neither text nor messages"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -92,14 +130,21 @@ def test_messages_with_and_without_their_prompt_in_front(tokenizer):
 
 def prepared(tokenizer, tmp_path, rows, length, **how):
     path = tmp_path / "rows.jsonl"
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    config = PreferenceConfig({"own": PairSource(str(path))}, str(tmp_path / "cache"), **{"held_out": 0.0, **how})
+    path.write_text(
+        "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
+    )
+    config = PreferenceConfig(
+        {"own": PairSource(str(path))}, str(tmp_path / "cache"), **{"held_out": 0.0, **how}
+    )
     folder = prepare(config, ["own"], tokenizer, length)["own"]
     return Pairs(folder, "train"), Pairs(folder, "val")
 
 
 def test_prompts_are_cut_at_a_turn_and_answers_never(tokenizer, tmp_path):
-    system, turns = {"role": "system", "content": "Be brief."}, [user("a" * 40), says("b" * 40), user("c" * 20)]
+    system, turns = (
+        {"role": "system", "content": "Be brief."},
+        [user("a" * 40), says("b" * 40), user("c" * 20)],
+    )
     rows = [
         {"prompt": [system, *turns], "chosen": "d" * 30, "rejected": "e"},
         {"prompt": turns, "chosen": "f", "rejected": "g"},
@@ -108,25 +153,46 @@ def test_prompts_are_cut_at_a_turn_and_answers_never(tokenizer, tmp_path):
         {"prompt": "m", "chosen": "n", "rejected": ""},
     ]
     pairs, _ = prepared(tokenizer, tmp_path, rows, 120)
-    assert pairs.report["dropped"] == {"chosen and rejected are the same": 1, "an empty answer": 1, "a pair that does not fit": 1}
+    assert pairs.report["dropped"] == {
+        "chosen and rejected are the same": 1,
+        "an empty answer": 1,
+        "a pair that does not fit": 1,
+    }
     assert pairs.report["pairs"] == {"train": 2, "val": 0} and pairs.report["cut"] == 2
     chat = Chat.from_folder(tokenizer)
     (chosen, rejected), prompt = pairs.read(0)
     whole = chat.render(chat.clean({"messages": [system, user("c" * 20), says("d" * 30)]}))
-    assert chat.tokenizer.decode(chosen.tolist(), skip_special_tokens=False) == whole.removesuffix("\n")
-    assert chat.tokenizer.decode(chosen[prompt:].tolist(), skip_special_tokens=False) == "d" * 30 + "<|im_end|>"
-    assert chat.tokenizer.decode(rejected[prompt:].tolist(), skip_special_tokens=False) == "e<|im_end|>"
-    assert chosen[:prompt].tolist() == rejected[:prompt].tolist() == chat.prompt([system, user("c" * 20)])
+    assert chat.tokenizer.decode(chosen.tolist(), skip_special_tokens=False) == whole.removesuffix(
+        "\n"
+    )
+    assert (
+        chat.tokenizer.decode(chosen[prompt:].tolist(), skip_special_tokens=False)
+        == "d" * 30 + "<|im_end|>"
+    )
+    assert (
+        chat.tokenizer.decode(rejected[prompt:].tolist(), skip_special_tokens=False)
+        == "e<|im_end|>"
+    )
+    assert (
+        chosen[:prompt].tolist()
+        == rejected[:prompt].tolist()
+        == chat.prompt([system, user("c" * 20)])
+    )
 
 
 def test_too_many_faults_and_nothing_left_are_refused(tokenizer, tmp_path):
     good = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(9)]
-    with pytest.raises(ValueError, match=r"10.0% of 10 pairs are faulty \(1 x broken JSON; the first is rows.jsonl:10"):
+    with pytest.raises(
+        ValueError,
+        match=r"10.0% of 10 pairs are faulty \(1 x broken JSON; the first is rows.jsonl:10",
+    ):
         prepared(tokenizer, tmp_path, [*good, "{broken\n"], 100)
     pairs, _ = prepared(tokenizer, tmp_path, [*good, "{broken\n"], 100, max_bad=0.2)
     assert pairs.report["pairs"]["train"] == 9
     same = [{"prompt": "p", "chosen": "a", "rejected": "a"}]
-    with pytest.raises(ValueError, match=r"no pair of .* is left to train on .1 x chosen and rejected are the same"):
+    with pytest.raises(
+        ValueError, match=r"no pair of .* is left to train on .1 x chosen and rejected are the same"
+    ):
         prepared(tokenizer, tmp_path, same, 100)
     with pytest.raises(ValueError, match="is no form of preference pairs"):
         PairSource("x", format="hhh")
@@ -135,8 +201,16 @@ def test_too_many_faults_and_nothing_left_are_refused(tokenizer, tmp_path):
 def test_a_prompt_is_on_one_side_of_the_split(tokenizer, tmp_path):
     rows = [{"prompt": f"p{i % 30}", "chosen": f"a{i}", "rejected": "b"} for i in range(120)]
     train, val = prepared(tokenizer, tmp_path, rows, 100, held_out=0.3)
-    prompts = [{tuple(part.read(i)[0][0][: part.read(i)[1]]) for i in range(part.documents // 2)} for part in (train, val)]
-    assert train.documents + val.documents == 240 and prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+    prompts = [
+        {tuple(part.read(i)[0][0][: part.read(i)[1]]) for i in range(part.documents // 2)}
+        for part in (train, val)
+    ]
+    assert (
+        train.documents + val.documents == 240
+        and prompts[0]
+        and prompts[1]
+        and not prompts[0] & prompts[1]
+    )
 
 
 def test_layout_holds_every_document_once_in_rows_that_fit():
@@ -173,7 +247,10 @@ def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, 
             and {share.weight for share in shares} == {4}
             and {share.tokens for share in shares} == {whole.tokens}
         )
-        assert all(torch.equal(a, b) for a, b in zip(one.at(place).batches[0], whole.batches[0], strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(one.at(place).batches[0], whole.batches[0], strict=True)
+        )
         batches = [batch for share in shares for batch in share.batches]
         assert len(batches) == 4
         answers = [ids for batch in batches for ids in answers_of(batch)[:1]] + [
@@ -188,10 +265,16 @@ def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, 
         PairLoader(*shape, 3, seed=3)
     held = [HeldOutPairs({"own": val}, 7, 2, 200, rank, 2) for rank in (0, 1)]
     batches = [part.batches()["own"] for part in held]
-    assert [number for _, number in batches] == [7, 7] and len(batches[0][0]) == len(batches[1][0]) == 2
+    assert [number for _, number in batches] == [7, 7] and len(batches[0][0]) == len(
+        batches[1][0]
+    ) == 2
     assert sum(float(batch.counted.sum()) for part, _ in batches for batch in part) == 7
-    named = [name for part in held for _, make in part.steps() for names, _ in make() for name in names]
-    assert sorted(named) == [("own", index) for index in range(7)]  # each once: what fills up has no name
+    named = [
+        name for part in held for _, make in part.steps() for names, _ in make() for name in names
+    ]
+    assert sorted(named) == [
+        ("own", index) for index in range(7)
+    ]  # each once: what fills up has no name
 
 
 def answers_of(batch):
@@ -214,10 +297,20 @@ def test_log_probabilities_equal_those_of_each_answer_alone(tmp_path):
         read, prompt = pairs["pairs"].read((2, 0, 3, 1)[document % 4])
         ids = torch.from_numpy(read[document // 4])[None]
         with torch.no_grad():
-            alone = theirs(ids).logits.log_softmax(-1)[0, prompt - 1 : -1].gather(1, ids[0, prompt:, None]).sum()
+            alone = (
+                theirs(ids)
+                .logits.log_softmax(-1)[0, prompt - 1 : -1]
+                .gather(1, ids[0, prompt:, None])
+                .sum()
+            )
         assert logp == pytest.approx(float(alone), rel=1e-5)
     row, column = np.unravel_index(int(batch.places[0, 0]), batch.targets.shape)
     changed = answer_logps(
-        model, batch._replace(tokens=batch.tokens.index_put((torch.tensor(row), torch.tensor(column)), torch.tensor(9)))
+        model,
+        batch._replace(
+            tokens=batch.tokens.index_put(
+                (torch.tensor(row), torch.tensor(column)), torch.tensor(9)
+            )
+        ),
     )
     assert torch.equal(changed[1:], ours[1:]) and changed[0] != ours[0]

@@ -33,15 +33,41 @@ ITEM = (
     "youngest daughter and drops six into the river. How many baskets reach the market on the other side?"
 )
 SECRET = "Write to some.body@somewhere.org or 8.8.8.8 about it."
-FOREIGN = "Die Bauern trugen ihre Körbe über die gefrorene Brücke und verkauften sie auf dem Markt in der alten Stadt. " * 3
+FOREIGN = (
+    "Die Bauern trugen ihre Körbe über die gefrorene Brücke und verkauften sie auf dem Markt in der alten Stadt. "
+    * 3
+)
 
 
 def sentences(seed: int, count: int = 30) -> str:
     """English-looking prose that shares no 5 words with that of another seed."""
     rng = random.Random(seed)
-    words = ["the", "a", "river", "stone", "quiet", "morning", "found", "carried", "slowly", "near", "every", "garden", "letter"]
-    numbers = [f"{rng.choice(words)} {rng.choice(words)} {rng.choice(words)} {rng.randrange(10**6)}" for _ in range(count)]
-    return "The " + ". The ".join(f"{number} was {rng.choice(words)} and {rng.choice(words)}" for number in numbers) + "."
+    words = [
+        "the",
+        "a",
+        "river",
+        "stone",
+        "quiet",
+        "morning",
+        "found",
+        "carried",
+        "slowly",
+        "near",
+        "every",
+        "garden",
+        "letter",
+    ]
+    numbers = [
+        f"{rng.choice(words)} {rng.choice(words)} {rng.choice(words)} {rng.randrange(10**6)}"
+        for _ in range(count)
+    ]
+    return (
+        "The "
+        + ". The ".join(
+            f"{number} was {rng.choice(words)} and {rng.choice(words)}" for number in numbers
+        )
+        + "."
+    )
 
 
 def make_store(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -58,15 +84,25 @@ def make_store(folder: Path) -> tuple[Path, dict[str, str]]:
     plant(prose, 9, "short", "Too short.", "too_short")
     plant(prose, 30, "equal", sentences(2), "repeated")  # in another part than prose/2
     plant(prose, 31, "loud", "Buy it now. " * 60, "dup")
-    plant(other, 5, "near", sentences(7).replace("was", "is", 1), "repeated")  # of another source's prose/7
+    plant(
+        other, 5, "near", sentences(7).replace("was", "is", 1), "repeated"
+    )  # of another source's prose/7
     plant(other, 8, "leak", f"{sentences(300, 10)} {ITEM} {sentences(301, 10)}", "contaminated")
     plant(prose, 12, "mail", f"{sentences(302)} {SECRET}", "kept")
     store = folder / "store"
     write_documents(store, "prose", prose, parts=2)
     write_documents(store, "other", other, parts=2)
     write_documents(store, "code", library(40))
-    (folder / "tests.jsonl").write_text(json.dumps({"id": "q1", "text": ITEM}) + "\n" + json.dumps({"id": "q2", "text": "Why?"}))
-    clean = {"min_chars": 50, "language": "en", "min_language_score": 0.3, "filters": ["gopher_repetition"], "mask_pii": True}
+    (folder / "tests.jsonl").write_text(
+        json.dumps({"id": "q1", "text": ITEM}) + "\n" + json.dumps({"id": "q2", "text": "Why?"})
+    )
+    clean = {
+        "min_chars": 50,
+        "language": "en",
+        "min_language_score": 0.3,
+        "filters": ["gopher_repetition"],
+        "mask_pii": True,
+    }
     recipe = {
         "store": str(store),
         "tokenizer": {"vocab_size": 400},
@@ -77,7 +113,9 @@ def make_store(folder: Path) -> tuple[Path, dict[str, str]]:
         "executor": {"workers": 1},
     }
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))  # the order says which of two equal documents stays
+    path.write_text(
+        yaml.safe_dump(recipe, sort_keys=False)
+    )  # the order says which of two equal documents stays
     train_store_tokenizer(load_settings(Recipe, path))
     return path, fate
 
@@ -85,11 +123,16 @@ def make_store(folder: Path) -> tuple[Path, dict[str, str]]:
 def shards(store: Path) -> dict[str, bytes]:
     """Every byte of a store's shards."""
     paths = [path for path in sorted((store / "tokens").rglob("*")) if path.is_file()]
-    return {str(path.relative_to(store)): path.read_bytes() for path in paths if path.suffix != ".json"}
+    return {
+        str(path.relative_to(store)): path.read_bytes() for path in paths if path.suffix != ".json"
+    }
 
 
 def texts(store: Path, source: str, split: str) -> list[str]:
-    shards, tokenizer = TokenShards(store / "tokens" / source, split), load_tokenizer(store / "tokenizer")
+    shards, tokenizer = (
+        TokenShards(store / "tokens" / source, split),
+        load_tokenizer(store / "tokenizer"),
+    )
     tokens, doc_ids = shards.read(0, len(shards))
     bos = special_ids(tokenizer).bos
     found = [tokens[doc_ids == i].tolist() for i in range(shards.documents)]
@@ -108,24 +151,53 @@ def done(tmp_path_factory):
 def test_every_document_meets_its_fate(done):
     path, _, store = done
     recipe, split = load_settings(Recipe, path), Split(0.1)
-    made = {f"{source}/{s}": texts(store, source, s) for source in recipe.sources for s in ("train", "val")}
+    made = {
+        f"{source}/{s}": texts(store, source, s)
+        for source in recipe.sources
+        for s in ("train", "val")
+    }
     for source, prefix in (("prose", "prose"), ("other", "other")):
         for i in range(40 if source == "prose" else 20):
             text = sentences(i if source == "prose" else 100 + i)
             which = split.of(f"{prefix}/{i}")
             other = "val" if which == "train" else "train"
-            assert made[f"{source}/{which}"].count(text) == 1 and text not in made[f"{source}/{other}"], (source, i)
+            assert (
+                made[f"{source}/{which}"].count(text) == 1 and text not in made[f"{source}/{other}"]
+            ), (source, i)
     everything = "\n".join(text for part in made.values() for text in part)
     assert not any(text in everything for text in (ITEM, FOREIGN, "Buy it now", "Too short"))
-    assert SECRET not in everything and "email@example.com or 22.214.171.124 about it." in everything
-    assert sentences(7) in made[f"prose/{split.of('prose/7')}"] and sentences(7).replace("was", "is", 1) not in everything
+    assert (
+        SECRET not in everything and "email@example.com or 22.214.171.124 about it." in everything
+    )
+    assert (
+        sentences(7) in made[f"prose/{split.of('prose/7')}"]
+        and sentences(7).replace("was", "is", 1) not in everything
+    )
     report = json.loads((store / "report.json").read_text())["sources"]
-    assert report["prose"]["dropped/language"] == report["prose"]["dropped/too_short"] == report["prose"]["masked"] == 1
-    assert sum(n for key, n in report["prose"].items() if key.startswith("dropped/")) == 3  # and the loud one
-    assert report["prose"]["repeated"] == report["other"]["repeated"] == 1 and report["other"]["contaminated"] == 1
+    assert (
+        report["prose"]["dropped/language"]
+        == report["prose"]["dropped/too_short"]
+        == report["prose"]["masked"]
+        == 1
+    )
+    assert (
+        sum(n for key, n in report["prose"].items() if key.startswith("dropped/")) == 3
+    )  # and the loud one
+    assert (
+        report["prose"]["repeated"] == report["other"]["repeated"] == 1
+        and report["other"]["contaminated"] == 1
+    )
     for source, count in report.items():
-        gone = sum(n for key, n in count.items() if key.startswith("dropped/")) + count["repeated"] + count["contaminated"]
-        assert count["documents"] - gone == count["kept"] == len(made[f"{source}/train"]) + len(made[f"{source}/val"])
+        gone = (
+            sum(n for key, n in count.items() if key.startswith("dropped/"))
+            + count["repeated"]
+            + count["contaminated"]
+        )
+        assert (
+            count["documents"] - gone
+            == count["kept"]
+            == len(made[f"{source}/train"]) + len(made[f"{source}/val"])
+        )
     hits = json.loads((store / "contaminated_ids.json").read_text())
     assert list(hits["documents"]) == ["leak"] and hits["documents"]["leak"][0]["test_id"] == "q1"
     assert [ids for ids in hits["too_short"].values() if ids] == [["q2"]]
@@ -140,11 +212,15 @@ def test_held_out_documents_are_in_no_training_shard(done):
 
 def test_cutting_keeps_the_rest_of_a_document(done, tmp_path):
     path, _ = make_store(tmp_path)
-    recipe = load_settings(Recipe, path, ["decontaminate.by_rule={exact: cut, 13-gram: keep}", "dedup.kind=none"])
+    recipe = load_settings(
+        Recipe, path, ["decontaminate.by_rule={exact: cut, 13-gram: keep}", "dedup.kind=none"]
+    )
     assert prepare(recipe) == "done"
     report = json.loads((Path(recipe.store) / "report.json").read_text())["sources"]
     assert report["other"]["cut"] == 1 and report["other"]["contaminated"] == 0
-    everything = "\n".join(text for s in ("train", "val") for text in texts(Path(recipe.store), "other", s))
+    everything = "\n".join(
+        text for s in ("train", "val") for text in texts(Path(recipe.store), "other", s)
+    )
     assert ITEM not in everything and "purple onions" not in everything
     assert sentences(300, 10) in everything and sentences(301, 10) in everything
     assert sentences(7).replace("was", "is", 1) in everything  # a repeat, and dedup is off
@@ -160,14 +236,25 @@ def test_exact_dedup_drops_equal_texts_only(tmp_path):
 
 def test_signatures_are_datatroves_and_agree_as_often_as_the_shingles_do():
     step = Signature("unused", MinhashConfig(num_buckets=64, hashes_per_bucket=4))
-    one, other = sentences(1, 200), sentences(1, 200).replace("river", "lake").replace("stone", "brick", 5)
+    one, other = (
+        sentences(1, 200),
+        sentences(1, 200).replace("river", "lake").replace("stone", "brick", 5),
+    )
     shingles = [step.get_shingles(text) for text in (one, other, one.upper() + " !")]
     signatures = [step.get_signature(part) for part in shingles]
     assert signatures == [MinhashDedupSignature.get_signature(step, part) for part in shingles]
     assert signatures[2] == signatures[0]  # case and punctuation do not count
     a, b = (set(part[:, 0].tolist()) for part in shingles[:2])
-    agree = np.mean([x == y for left, right in zip(*signatures[:2], strict=True) for x, y in zip(left, right, strict=True)])
-    assert 0.2 < len(a & b) / len(a | b) < 0.9 and agree == pytest.approx(len(a & b) / len(a | b), abs=0.1)
+    agree = np.mean(
+        [
+            x == y
+            for left, right in zip(*signatures[:2], strict=True)
+            for x, y in zip(left, right, strict=True)
+        ]
+    )
+    assert 0.2 < len(a & b) / len(a | b) < 0.9 and agree == pytest.approx(
+        len(a & b) / len(a | b), abs=0.1
+    )
     assert step.get_shingles("two words").shape == step.get_shingles("?!").shape == (1, 1)
     assert (step.get_shingles("two words") != step.get_shingles("other words")).all()
 
@@ -188,26 +275,41 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
         "work/tokens-*/entries/*",
         "tokens/*/manifest.json",
     ):
-        run = subprocess.Popen(command(path, "executor.workers=2"), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+        run = subprocess.Popen(
+            command(path, "executor.workers=2"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while run.poll() is None and not list(store.glob(moment)):
             time.sleep(0.001)
         if run.poll() is None:
-            (os.killpg if kills % 2 else os.kill)(run.pid, signal.SIGKILL)  # with its tasks, or leaving them behind
+            (os.killpg if kills % 2 else os.kill)(
+                run.pid, signal.SIGKILL
+            )  # with its tasks, or leaving them behind
             kills += 1
             run.wait()
     assert kills >= 4
-    finished = subprocess.run(command(path, "executor.workers=2"), cwd=ROOT, capture_output=True, text=True)
+    finished = subprocess.run(
+        command(path, "executor.workers=2"), cwd=ROOT, capture_output=True, text=True
+    )
     assert finished.returncode == 0, finished.stderr
     assert shards(store) == shards(done[2])
-    report = [json.loads((folder / "report.json").read_text())["sources"] for folder in (store, done[2])]
+    report = [
+        json.loads((folder / "report.json").read_text())["sources"] for folder in (store, done[2])
+    ]
     assert report[0] == report[1] and not list(store.rglob("*.tmp*"))
     assert "kept" in finished.stdout and not finished.stderr.strip()
 
 
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed; pip install -r requirements-cluster.txt")
+@pytest.mark.skipif(
+    find_spec("ray") is None, reason="Ray is not installed; pip install -r requirements-cluster.txt"
+)
 def test_a_ray_cluster_makes_the_same_shards(done, tmp_path):
     path, _ = make_store(tmp_path)
-    recipe = load_settings(Recipe, path, ["executor.kind=ray", "executor.workers=2", "executor.memory_gb=1"])
+    recipe = load_settings(
+        Recipe, path, ["executor.kind=ray", "executor.workers=2", "executor.memory_gb=1"]
+    )
     assert prepare(recipe) == "done"
     assert shards(Path(recipe.store)) == shards(done[2])
 
@@ -239,9 +341,13 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_SPOOL", str(spool))
-    recipe = load_settings(Recipe, path, ["executor.kind=slurm", "executor.partition=cpu", "executor.workers=3"])
+    recipe = load_settings(
+        Recipe, path, ["executor.kind=slurm", "executor.partition=cpu", "executor.workers=3"]
+    )
     assert prepare(recipe) == "handed in"
-    scripts = [file.read_text() for file in sorted(spool.glob("*.sh"), key=lambda file: int(file.stem))]
+    scripts = [
+        file.read_text() for file in sorted(spool.glob("*.sh"), key=lambda file: int(file.stem))
+    ]
     jobs = [script for script in scripts if "launch_pickled_pipeline" in script]
     assert [script.split("--job-name=nanollama-")[1].split("\n")[0] for script in jobs] == [
         "clean",
@@ -251,9 +357,15 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
         "publish",
     ]
     for script, tasks in zip(jobs, (5, 4, 1, 5, 1), strict=True):
-        assert f"--array=0-{tasks - 1}%3\n" in script and "--partition=cpu\n" in script and "--mem-per-cpu=4G\n" in script
+        assert (
+            f"--array=0-{tasks - 1}%3\n" in script
+            and "--partition=cpu\n" in script
+            and "--mem-per-cpu=4G\n" in script
+        )
     arguments = [file.read_text() for file in sorted(spool.glob("*.args"))]
-    assert sum("--dependency=afterok:" in text for text in arguments) == 4  # each but the first waits for the one before
+    assert (
+        sum("--dependency=afterok:" in text for text in arguments) == 4
+    )  # each but the first waits for the one before
     assert shards(Path(recipe.store)) == shards(done[2])
     assert prepare(recipe) == "already there"
     shutil.rmtree(Path(recipe.store) / "tokens")
@@ -262,7 +374,9 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
         prepare(recipe)
 
 
-def test_a_full_disk_stops_it_and_nothing_half_written_is_taken_for_whole(done, tmp_path, monkeypatch):
+def test_a_full_disk_stops_it_and_nothing_half_written_is_taken_for_whole(
+    done, tmp_path, monkeypatch
+):
     import errno
 
     from data.pipeline import steps
@@ -278,7 +392,9 @@ def test_a_full_disk_stops_it_and_nothing_half_written_is_taken_for_whole(done, 
 
     with monkeypatch.context() as patch:
         patch.setattr(steps, "ShardFile", FullDisk)
-        with pytest.raises(ValueError, match=r"tokenize stopped: .*No space left on device.*goes on with the tasks"):
+        with pytest.raises(
+            ValueError, match=r"tokenize stopped: .*No space left on device.*goes on with the tasks"
+        ):
             prepare(recipe)
     assert not (Path(recipe.store) / "tokens").exists()
     assert prepare(recipe) == "done"
@@ -292,17 +408,26 @@ def test_the_order_of_sources_is_part_of_what_was_done(tmp_path):
     turned = replace(recipe, sources=dict(reversed(recipe.sources.items())))
     assert prepare(turned) == "done"
     report = json.loads((Path(recipe.store) / "report.json").read_text())["sources"]
-    assert report["prose"]["repeated"] == 2 and report["other"]["repeated"] == 0  # now the other source keeps what both have
+    assert (
+        report["prose"]["repeated"] == 2 and report["other"]["repeated"] == 0
+    )  # now the other source keeps what both have
     of_library = {text for _, text in library(40)}
     assert set(texts(Path(recipe.store), "code", "train")) <= of_library
 
 
 def test_of_a_chain_of_repeats_the_earliest_stays(tmp_path):
-    links = {"a": [((0, 5), (1, 2))], "b": [((1, 2), (1, 9)), ((0, 7), (2, 0))], "c": [((1, 9), (2, 1)), ((0, 5), (2, 1))]}
+    links = {
+        "a": [((0, 5), (1, 2))],
+        "b": [((1, 2), (1, 9)), ((0, 7), (2, 0))],
+        "c": [((1, 9), (2, 1)), ((0, 5), (2, 1))],
+    }
     for name, pairs in links.items():
         np.array(pairs, dtype="<u4").tofile(tmp_path / f"{name}.dups")
     ChooseDuplicates(tmp_path, tmp_path / "removed").run()
-    removed = {path.stem: np.fromfile(path, dtype="<u4").tolist() for path in (tmp_path / "removed").iterdir()}
+    removed = {
+        path.stem: np.fromfile(path, dtype="<u4").tolist()
+        for path in (tmp_path / "removed").iterdir()
+    }
     assert removed == {"000001": [2, 9], "000002": [0, 1]}
 
 
@@ -350,13 +475,19 @@ def test_mistakes_get_a_sentence(done, tmp_path):
 
     def said(*overrides: str) -> str:
         run = subprocess.run(command(path, *overrides), cwd=ROOT, capture_output=True, text=True)
-        assert run.returncode == 2 and run.stderr.startswith("error: ") and "Traceback" not in run.stderr, run.stderr
+        assert (
+            run.returncode == 2
+            and run.stderr.startswith("error: ")
+            and "Traceback" not in run.stderr
+        ), run.stderr
         return run.stderr
 
     assert "did you mean 'gopher_repetition'" in said("sources.prose.filters=[gopher_repetitoin]")
     assert "there are exact, coverage, 13-gram" in said("decontaminate.by_rule={exakt: cut}")
     assert "executor.kind=slurm needs executor.partition" in said("executor.kind=slurm")
-    assert "needs sbatch, which this machine does not have" in said("executor.kind=slurm", "executor.partition=cpu")
+    assert "needs sbatch, which this machine does not have" in said(
+        "executor.kind=slurm", "executor.partition=cpu"
+    )
     assert "the store has code, other, prose" in said("sources.third={}")
     damaged = store / "documents" / "other" / "00001.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9])
@@ -366,6 +497,8 @@ def test_mistakes_get_a_sentence(done, tmp_path):
         fcntl.lockf(lock, fcntl.LOCK_EX)
         began = time.monotonic()
         assert "another prepare_data is at work" in said()
-        assert time.monotonic() - began < 30 and (store / "work" / "clean-of-a-running-job").is_dir()
+        assert (
+            time.monotonic() - began < 30 and (store / "work" / "clean-of-a-running-job").is_dir()
+        )
     (store / "tokenizer" / "tokenizer.json").unlink()
     assert "train one with python -m scripts.train_tokenizer" in said()

@@ -27,7 +27,11 @@ def test_readme_names_commands_that_exist():
         text = (ROOT / "scripts" / f"{module}.py").read_text()
         for flag in re.findall(r" (--[a-z]\w*)", flags):
             assert f'"{flag}"' in text or module == "launch", (module, flag)
-    for path in set(re.findall(r"(?:configs|scripts|docs|models|training|data|evals)/[\w/]+\.(?:yaml|py|md|sh)", readme)):
+    for path in set(
+        re.findall(
+            r"(?:configs|scripts|docs|models|training|data|evals)/[\w/]+\.(?:yaml|py|md|sh)", readme
+        )
+    ):
         assert (ROOT / path).exists(), path
 
 
@@ -40,21 +44,36 @@ def quickstart(tmp_path_factory):
     shutil.copytree(ROOT / "configs" / "quickstart", place / "configs" / "quickstart")
     shutil.copytree(ROOT / "configs" / "data", place / "configs" / "data")
     for name, change in (
-        ("base", {"steps": 4, "schedule": {"warmup_steps": 1, "total_steps": 9, "decay_steps": 2, "min_lr": 1e-4}}),
+        (
+            "base",
+            {
+                "steps": 4,
+                "schedule": {"warmup_steps": 1, "total_steps": 9, "decay_steps": 2, "min_lr": 1e-4},
+            },
+        ),
         ("long_context", {"start_step": 4, "steps": 2}),
         ("gold", {"start_step": 6, "steps": 3}),
         ("sft", {"steps": 3}),
         ("dpo", {"steps": 2}),
     ):
         path = place / "configs" / "quickstart" / f"{name}.yaml"
-        content = {**yaml.safe_load(path.read_text()), **change, "checkpoint": {"every": 2, "keep": 2}}
+        content = {
+            **yaml.safe_load(path.read_text()),
+            **change,
+            "checkpoint": {"every": 2, "keep": 2},
+        }
         path.write_text(yaml.safe_dump(content))
     path = place / "configs" / "quickstart" / "plan.yaml"
     plan = yaml.safe_load(path.read_text())
     gates = [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]
-    plan["phases"][2]["milestones"] = [{"at": 7, "evals": ["chat"]}, {"at": 9, "gates": gates}]  # one in the middle of the phase
+    plan["phases"][2]["milestones"] = [
+        {"at": 7, "evals": ["chat"]},
+        {"at": 9, "gates": gates},
+    ]  # one in the middle of the phase
     for stage in plan["stages"]:
-        stage["gates"] = [{**gate, "go": -9.0, "no_go": -10.0} for gate in stage["gates"]]  # after 3 steps any score is fine
+        stage["gates"] = [
+            {**gate, "go": -9.0, "no_go": -10.0} for gate in stage["gates"]
+        ]  # after 3 steps any score is fine
     for name in ("chat", "pairs"):
         plan["evals"][name] = plan["evals"][name].replace(" --limit 32", "") + " --limit 2"
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
@@ -66,7 +85,11 @@ def quickstart(tmp_path_factory):
 def run(place):
     command = [sys.executable, "-m", "scripts.pipeline", "--plan", "configs/quickstart/plan.yaml"]
     done = subprocess.run(
-        command, cwd=place, capture_output=True, text=True, env={**os.environ, "OMP_WAIT_POLICY": "passive"}
+        command,
+        cwd=place,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},
     )  # two workers
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -75,37 +98,67 @@ def run(place):
 def test_every_stage_says_what_it_does(quickstart):
     _, output = quickstart
     assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 24))
-    begins = ("starts from scratch", "begins at step 4, after base", "begins at step 6, after long_context", "goes on at step 7")
-    for sentence in (*begins, "decision at step 9: GO", "decision after sft: GO", "decision after dpo: GO"):
+    begins = (
+        "starts from scratch",
+        "begins at step 4, after base",
+        "begins at step 6, after long_context",
+        "goes on at step 7",
+    )
+    for sentence in (
+        *begins,
+        "decision at step 9: GO",
+        "decision after sft: GO",
+        "decision after dpo: GO",
+    ):
         assert sentence in output
     assert re.search(r"chat\.acc = \d\.\d+ .*; before, at step 9: \d", output)
     assert re.search(r"pairs\.preferred = \d\.\d+ .*; before, after sft: \d", output)
     assert len(re.findall(r"before the first step: held-out loss \d", output)) == 2  # SFT, DPO
-    assert "held-out loss 0.693, 0.0% of pairs the right way round" in output and "> Who are you?" in output
+    assert (
+        "held-out loss 0.693, 0.0% of pairs the right way round" in output
+        and "> Who are you?" in output
+    )
 
 
 def test_what_it_leaves(quickstart):
     place, _ = quickstart
-    for phase, step, theta in (("base", 4, 10_000), ("long_context", 6, 500_000), ("gold", 9, 500_000)):
+    for phase, step, theta in (
+        ("base", 4, 10_000),
+        ("long_context", 6, 500_000),
+        ("gold", 9, 500_000),
+    ):
         folder = place / "checkpoints" / "quickstart" / phase / f"step_{step}"
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert model.config.rope_parameters["rope_theta"] == theta
         assert model.config.max_position_embeddings == (256 if phase == "base" else 1024)
     rows = read_metrics(place / "logs" / "quickstart")
     assert [row["step"] for row in rows] == list(range(1, 10))
-    for stage, steps in (("sft", 3), ("dpo", 2)):  # which count for themselves, and leave the pretraining's log alone
-        assert [row["step"] for row in read_metrics(place / "logs" / "quickstart" / stage)] == list(range(1, steps + 1))
+    for stage, steps in (
+        ("sft", 3),
+        ("dpo", 2),
+    ):  # which count for themselves, and leave the pretraining's log alone
+        assert [row["step"] for row in read_metrics(place / "logs" / "quickstart" / stage)] == list(
+            range(1, steps + 1)
+        )
     assert all({"loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= row.keys() for row in rows)
     assert (place / "logs" / "quickstart" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads((place / "results" / "quickstart" / "step_9" / "perplexity.json").read_text())
+    report = json.loads(
+        (place / "results" / "quickstart" / "step_9" / "perplexity.json").read_text()
+    )
     assert set(report["metrics"]) == {"wikipedia", "factbook", "code", "maths", "stem", "all"}
     for figures in report["metrics"].values():
         assert 2 < figures["bits_per_byte"]["value"] < 6 and figures["tokens"]["value"] > 5_000
     found = json.loads((place / "results" / "quickstart" / "benchmark_results.json").read_text())
     assert set(found["evaluations"]) == {"perplexity", "hellaswag", "arc", "chat", "pairs"}
     assert [gate["outcome"] for gate in found["training"]["gates"]] == ["go"] * 4
-    assert set(found["stages"]) == {"step_7", "step_9", "sft", "dpo"} and "chat.acc" in found["stages"]["sft"]
-    assert found["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"] and not found["not_measured"]
+    assert (
+        set(found["stages"]) == {"step_7", "step_9", "sft", "dpo"}
+        and "chat.acc" in found["stages"]["sft"]
+    )
+    assert (
+        found["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"]
+        and not found["not_measured"]
+    )
     page = (place / "results" / "quickstart" / "report.html").read_text()
     assert "<h1>quickstart</h1>" in page and "Stage by stage" in page and "after sft" in page
     files = sorted(path.name for path in (place / "checkpoints" / "quickstart" / "gguf").iterdir())
@@ -116,15 +169,26 @@ def test_what_it_leaves(quickstart):
 def test_the_corpus_is_what_was_measured(quickstart):
     place, _ = quickstart
     documents = place / "data" / "store" / "quickstart" / "documents"
-    size = sum(json.loads((folder / "manifest.json").read_text())["bytes"] for folder in documents.iterdir())
+    size = sum(
+        json.loads((folder / "manifest.json").read_text())["bytes"]
+        for folder in documents.iterdir()
+    )
     assert 20e6 < size < 35e6
     for name, (count, sha256) in CORPUS.items():
-        rows = [row for part in sorted((documents / name).glob("*.parquet")) for row in parquet.read_table(part).to_pylist()]
+        rows = [
+            row
+            for part in sorted((documents / name).glob("*.parquet"))
+            for row in parquet.read_table(part).to_pylist()
+        ]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         assert (len(rows), hashlib.sha256(lines.encode()).hexdigest()[:12]) == (count, sha256), name
 
 
-CORPUS = {"wikipedia": (6817, "694248341ad2"), "stem": (3216, "15155e572c39"), "factbook": (256, "07ef144d8f38")}
+CORPUS = {
+    "wikipedia": (6817, "694248341ad2"),
+    "stem": (3216, "15155e572c39"),
+    "factbook": (256, "07ef144d8f38"),
+}
 
 
 def test_what_the_pipeline_made_of_it(quickstart):
@@ -132,9 +196,13 @@ def test_what_the_pipeline_made_of_it(quickstart):
     store = place / "data" / "store" / "quickstart"
     report = json.loads((store / "report.json").read_text())["sources"]
     assert report["maths"]["documents"] == 5521 and 200 < report["maths"]["repeated"] < 300
-    assert report["code"]["documents"] > 500  # this Python's own library: its text differs by version
+    assert (
+        report["code"]["documents"] > 500
+    )  # this Python's own library: its text differs by version
     hits = json.loads((store / "contaminated_ids.json").read_text())
-    assert "wikipedia/Winter" in hits["documents"]  # "a result of the tilt of Earth's axis": an ARC question in so many words
+    assert (
+        "wikipedia/Winter" in hits["documents"]
+    )  # "a result of the tilt of Earth's axis": an ARC question in so many words
     assert 0 < len(hits["documents"]) < 20
     assert sum(source["contaminated"] for source in report.values()) == len(hits["documents"])
     table = (store / "contamination.md").read_text()
@@ -148,5 +216,9 @@ def test_a_second_run_skips_what_is_done(quickstart):
     place, _ = quickstart
     before = (place / "logs" / "quickstart" / "metrics.jsonl").read_text()
     output = run(place)
-    assert output.count("already there") == 3 and " train.py" not in output and "decision" not in output
+    assert (
+        output.count("already there") == 3
+        and " train.py" not in output
+        and "decision" not in output
+    )
     assert (place / "logs" / "quickstart" / "metrics.jsonl").read_text() == before

@@ -50,7 +50,11 @@ def configs() -> list[type]:
         kind = queue.pop()
         if dataclasses.is_dataclass(kind) and kind not in found:
             found.append(kind)
-            queue += [inner for field in dataclasses.fields(kind) for inner in inner_types(hints(kind)[field.name])]
+            queue += [
+                inner
+                for field in dataclasses.fields(kind)
+                for inner in inner_types(hints(kind)[field.name])
+            ]
     return found
 
 
@@ -61,7 +65,11 @@ def numbers():
             for inner in inner_types(hints(kind)[field.name]):
                 base = typing.get_args(inner)[0] if typing.get_origin(inner) is Annotated else inner
                 if base in (int, float):
-                    ranges = [rule for rule in getattr(inner, "__metadata__", ()) if isinstance(rule, Range)]
+                    ranges = [
+                        rule
+                        for rule in getattr(inner, "__metadata__", ())
+                        if isinstance(rule, Range)
+                    ]
                     yield kind, field.name, base, ranges[0] if ranges else None
 
 
@@ -71,12 +79,38 @@ ENDS = [(kind, name, base, allowed) for kind, name, base, allowed in NUMBERS if 
 
 def test_every_number_of_every_config_declares_a_range():
     assert {kind.__name__ for kind in configs()} >= {
-        *("ModelConfig", "OptimConfig", "ScheduleConfig", "FaultConfig", "ParallelConfig", "CheckpointConfig"),
-        *("StartupConfig", "LogConfig", "AlertConfig", "EmailConfig", "DPOConfig", "ChatConfig", "ChatSource"),
-        *("PairSource", "Gate", "Target", "Milestone", "CleanConfig", "DedupConfig", "ExecutorConfig", "TokenizerConfig"),
+        *(
+            "ModelConfig",
+            "OptimConfig",
+            "ScheduleConfig",
+            "FaultConfig",
+            "ParallelConfig",
+            "CheckpointConfig",
+        ),
+        *(
+            "StartupConfig",
+            "LogConfig",
+            "AlertConfig",
+            "EmailConfig",
+            "DPOConfig",
+            "ChatConfig",
+            "ChatSource",
+        ),
+        *(
+            "PairSource",
+            "Gate",
+            "Target",
+            "Milestone",
+            "CleanConfig",
+            "DedupConfig",
+            "ExecutorConfig",
+            "TokenizerConfig",
+        ),
     }
     assert len(NUMBERS) > 80
-    assert [f"{kind.__name__}.{name}" for kind, name, _, allowed in NUMBERS if allowed is None] == []
+    assert [
+        f"{kind.__name__}.{name}" for kind, name, _, allowed in NUMBERS if allowed is None
+    ] == []
 
 
 def test_a_field_without_a_range_would_be_found(monkeypatch):
@@ -86,13 +120,23 @@ def test_a_field_without_a_range_would_be_found(monkeypatch):
         parts: dict[str, float] = dataclasses.field(default_factory=dict)
 
     monkeypatch.setattr("test_ranges.COMMANDS", (Wrong,))
-    assert [(name, allowed) for _, name, _, allowed in numbers()] == [("size", None), ("parts", None)]
+    assert [(name, allowed) for _, name, _, allowed in numbers()] == [
+        ("size", None),
+        ("parts", None),
+    ]
 
 
-@pytest.mark.parametrize(("kind", "name", "base", "allowed"), ENDS, ids=lambda value: getattr(value, "__name__", str(value))[:30])
+@pytest.mark.parametrize(
+    ("kind", "name", "base", "allowed"),
+    ENDS,
+    ids=lambda value: getattr(value, "__name__", str(value))[:30],
+)
 def test_both_ends_of_every_range(kind, name, base, allowed):
     hint = Annotated[base, allowed]
-    for end, is_open, outward in ((allowed.least, allowed.open_least, -1), (allowed.most, allowed.open_most, 1)):
+    for end, is_open, outward in (
+        (allowed.least, allowed.open_least, -1),
+        (allowed.most, allowed.open_most, 1),
+    ):
         if math.isfinite(end):
             step = 1 if base is int else max(abs(end), 1) * 1e-9
             inside = end - outward * step if is_open else end
@@ -111,14 +155,25 @@ def test_both_ends_of_every_range(kind, name, base, allowed):
 def made(kind: type, **values):
     """A config dataclass with stand-ins for required fields."""
     required = {
-        field.name: {"mvp": 1.0, "success": 2.0, "stretch": 3.0, "go": 1.0, "no_go": 2.0, "at": 1}.get(field.name, "x")
+        field.name: {
+            "mvp": 1.0,
+            "success": 2.0,
+            "stretch": 3.0,
+            "go": 1.0,
+            "no_go": 2.0,
+            "at": 1,
+        }.get(field.name, "x")
         for field in dataclasses.fields(kind)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     return kind(**required | values)
 
 
-@pytest.mark.parametrize(("kind", "name", "base", "allowed"), ENDS, ids=lambda value: getattr(value, "__name__", str(value))[:30])
+@pytest.mark.parametrize(
+    ("kind", "name", "base", "allowed"),
+    ENDS,
+    ids=lambda value: getattr(value, "__name__", str(value))[:30],
+)
 def test_code_that_makes_a_config_meets_the_range_too(kind, name, base, allowed):
     hint = hints(kind)[name]
     outer = typing.get_origin(hint)
@@ -130,12 +185,22 @@ def test_code_that_makes_a_config_meets_the_range_too(kind, name, base, allowed)
 
 def test_ranges_say_what_they_allow():
     said = [
-        *(str(Range(0)), str(Range(0, open_least=True)), str(Range(1, 3)), str(Range(0, 1, open_most=True)), str(Range())),
+        *(
+            str(Range(0)),
+            str(Range(0, open_least=True)),
+            str(Range(1, 3)),
+            str(Range(0, 1, open_most=True)),
+            str(Range()),
+        ),
         str(Range(0, 2**63, open_most=True)),
     ]
     assert said == [
         *("must not be negative", "must be above 0", "must be at least 1 and at most 3"),
-        *("must be at least 0 and below 1", "must be a finite number", "must be at least 0 and below 2**63"),
+        *(
+            "must be at least 0 and below 1",
+            "must be a finite number",
+            "must be at least 0 and below 2**63",
+        ),
     ]
     assert " " not in Filled() and "a" in Filled()
     assert len(shown("x" * 9999)) < 100 and "too large" in shown(10**5000)
@@ -144,7 +209,14 @@ def test_ranges_say_what_they_allow():
 
 
 MODEL = [
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
     *("head_dim", "max_position_embeddings", "rms_norm_eps"),
 ]
 
@@ -164,7 +236,12 @@ MODEL = [
         (RunConfig, "base_1b", "until=-1", "until=-1 must be at least 1"),
         (RunConfig, "base_1b", f"steps={HUGE}", "holds a value that YAML cannot read"),
         (RunConfig, "base_1b", f"steps='{HUGE}'", "steps='999.* must be a whole number"),
-        (RunConfig, "base_1b", f"steps=0x{HUGE}", "steps=a value that is too large to show must be a whole number"),
+        (
+            RunConfig,
+            "base_1b",
+            f"steps=0x{HUGE}",
+            "steps=a value that is too large to show must be a whole number",
+        ),
         (RunConfig, "base_1b", f"steps={'9' * 400}", "steps=999.* must be a whole number"),
         (RunConfig, "base_1b", f"steps={2**63}", r"steps=\d+ must be below 2\*\*63"),
         (RunConfig, "base_1b", "optim.lr=1e999", "optim.lr='1e999' must be a finite number"),
@@ -172,25 +249,64 @@ MODEL = [
         (RunConfig, "base_1b", "data.mix={a: .inf}", "data.mix.a=inf must be a finite number"),
         (RunConfig, "base_1b", "data.mix={a: -1}", "data.mix.a=-1 must be above 0"),
         (RunConfig, "base_1b", "data.mix={a: 0, b: 0}", "data.mix.a=0 must be above 0"),
-        (RunConfig, "base_1b", "data.mix={no: 1}", "data.mix has the entry False.* write its name in quotes"),
+        (
+            RunConfig,
+            "base_1b",
+            "data.mix={no: 1}",
+            "data.mix has the entry False.* write its name in quotes",
+        ),
         (RunConfig, "base_1b", "data.mix=[a]", r"data.mix=\['a'\] must be settings"),
         (RunConfig, "base_1b", "data.store=", "data.store='' must not be empty"),
         (RunConfig, "base_1b", "data.store=a\0b", "has a NUL character"),
         (RunConfig, "base_1b", "data.store=a\ud800", "is not UTF-8 text"),
-        (RunConfig, "base_1b", "checkpoint.milestones=[0]", r"checkpoint.milestones\[0\]=0 must be at least 1"),
+        (
+            RunConfig,
+            "base_1b",
+            "checkpoint.milestones=[0]",
+            r"checkpoint.milestones\[0\]=0 must be at least 1",
+        ),
         (RunConfig, "base_1b", "checkpoint.milestones=3", "checkpoint.milestones=3 must be a list"),
         (RunConfig, "base_1b", "steps=2024-13-45", "holds a value that YAML cannot read .month"),
         (RunConfig, "base_1b", "steps=[1]", r"steps=\[1\] must be a whole number"),
         (RunConfig, "base_1b", "parallel.fp8=1", "parallel.fp8=1 must be true or false"),
-        (RunConfig, "base_1b", "parallel.timeout_s=1e300", "parallel.timeout_s=1e[+]300 must be above 0 and at most"),
+        (
+            RunConfig,
+            "base_1b",
+            "parallel.timeout_s=1e300",
+            "parallel.timeout_s=1e[+]300 must be above 0 and at most",
+        ),
         (SFTConfig, "sft", "chat.max_bad=1", "chat.max_bad=1 must be at least 0 and below 1"),
-        (PreferenceRun, "dpo", "dpo.label_smoothing=0.5", "dpo.label_smoothing=0.5 must be at least 0 and below 0.5"),
-        (PreferenceRun, "dpo", "data.pairs_per_step=-2", "data.pairs_per_step=-2 must be at least 1"),
+        (
+            PreferenceRun,
+            "dpo",
+            "dpo.label_smoothing=0.5",
+            "dpo.label_smoothing=0.5 must be at least 0 and below 0.5",
+        ),
+        (
+            PreferenceRun,
+            "dpo",
+            "data.pairs_per_step=-2",
+            "data.pairs_per_step=-2 must be at least 1",
+        ),
         (Recipe, "data/nanollama_1b", "dedup.buckets=0", "dedup.buckets=0 must be at least 1"),
-        (Recipe, "data/nanollama_1b", "val_fraction=1", "val_fraction=1 must be at least 0 and below 1"),
-        (Recipe, "data/nanollama_1b", "tokenizer.vocab_size=0", "tokenizer.vocab_size=0 must be at least 1"),
+        (
+            Recipe,
+            "data/nanollama_1b",
+            "val_fraction=1",
+            "val_fraction=1 must be at least 0 and below 1",
+        ),
+        (
+            Recipe,
+            "data/nanollama_1b",
+            "tokenizer.vocab_size=0",
+            "tokenizer.vocab_size=0 must be at least 1",
+        ),
     ],
-    ids=lambda value: str(value)[:40].replace("\0", "0").encode("ascii", "replace").decode() if isinstance(value, str) else None,
+    ids=lambda value: (
+        str(value)[:40].replace("\0", "0").encode("ascii", "replace").decode()
+        if isinstance(value, str)
+        else None
+    ),
 )
 def test_wrong_values_end_in_one_sentence(kind, file, override, said):
     with pytest.raises(ValueError, match=said) as caught:
@@ -200,7 +316,9 @@ def test_wrong_values_end_in_one_sentence(kind, file, override, said):
 
 def test_large_integers_in_quotes_are_exact():
     value = 2**53 + 1
-    assert load_settings(RunConfig, ROOT / "configs/base_1b.yaml", [f"seed='{value}'"]).seed == value
+    assert (
+        load_settings(RunConfig, ROOT / "configs/base_1b.yaml", [f"seed='{value}'"]).seed == value
+    )
 
 
 PLAN = {"name": "p", "evals": {"e": "true"}, "phases": [{"config": "c.yaml"}]}
@@ -216,13 +334,37 @@ GATE = {"metric": "m", "go": 1, "no_go": 2}
         ({"phases": [{"config": ""}]}, r"phases\[0\].config='' must not be empty"),
         ({"phases": [3]}, r"phases\[0\]=3 must hold settings"),
         ({"phases": {"config": "c"}}, "phases=.* must be a list"),
-        ({"phases": [{"config": "c", "milestones": [{"at": 0}]}]}, r"milestones\[0\].at=0 must be at least 1"),
         (
-            {"phases": [{"config": "c", "milestones": [{"at": 1, "gates": [{**GATE, "go": math.nan}]}]}]},
+            {"phases": [{"config": "c", "milestones": [{"at": 0}]}]},
+            r"milestones\[0\].at=0 must be at least 1",
+        ),
+        (
+            {
+                "phases": [
+                    {"config": "c", "milestones": [{"at": 1, "gates": [{**GATE, "go": math.nan}]}]}
+                ]
+            },
             "go=nan must be a finite",
         ),
-        ({"phases": [{"config": "c", "milestones": [{"at": 1, "gates": [{**GATE, "no_go": math.inf}]}]}]}, "no_go=inf must be"),
-        ({"targets": [{"metric": "m", "title": "t", "mvp": 1, "success": math.nan, "stretch": 3}]}, "success=nan must be"),
+        (
+            {
+                "phases": [
+                    {
+                        "config": "c",
+                        "milestones": [{"at": 1, "gates": [{**GATE, "no_go": math.inf}]}],
+                    }
+                ]
+            },
+            "no_go=inf must be",
+        ),
+        (
+            {
+                "targets": [
+                    {"metric": "m", "title": "t", "mvp": 1, "success": math.nan, "stretch": 3}
+                ]
+            },
+            "success=nan must be",
+        ),
         ({"evals": {"e": ["a"]}}, r"evals.e=\['a'\] must be text"),
         ({"name": " "}, "name=' ' must not be empty"),
     ],
@@ -236,9 +378,13 @@ def test_wrong_plans_end_in_one_sentence(tmp_path, change, said):
 
 
 BOMB = "\n".join(
-    ["a0: &a0 [x, x, x, x, x, x, x, x, x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
+    ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
 )
-MERGES = "\n".join(["m0: &m0 {k: 1, l: 2}"] + [f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 20)}]}}" for i in range(1, 9)])
+MERGES = "\n".join(
+    ["m0: &m0 {k: 1, l: 2}"]
+    + [f"m{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 20)}]}}" for i in range(1, 9)]
+)
 DOCUMENTS = {
     "alias bomb": (BOMB, "with its aliases expanded"),
     "merge bomb": (MERGES, "merges give more than"),
@@ -285,7 +431,11 @@ def test_yaml_of_other_encodings_sizes_and_kinds(tmp_path):
         (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n", encoding="utf-8")
     with pytest.raises(ValueError, match="extends more than 50 configs"):
         read_yaml(tmp_path / "0.yaml")
-    assert parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: 2}") == {"a": [1, 2], "b": [1, 2], "c": {"d": 1, "e": 2}}
+    assert parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: 2}") == {
+        "a": [1, 2],
+        "b": [1, 2],
+        "c": {"d": 1, "e": 2},
+    }
     path.write_text("log_dir: ''\n", encoding="utf-8")
     assert load_settings(RunConfig, path).log_dir is None  # as an empty override
 
@@ -293,8 +443,20 @@ def test_yaml_of_other_encodings_sizes_and_kinds(tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        *("- 1", "targets: 3", "targets: [3]", "targets: [{metric: m}]", BOMB, f"a: {HUGE}", "a: [", "a: \0"),
-        *(f"targets: [{{metric: m, title: t, mvp: {value}, success: 2, stretch: 3}}]" for value in ("x", ".nan", "[1]", "true")),
+        *(
+            "- 1",
+            "targets: 3",
+            "targets: [3]",
+            "targets: [{metric: m}]",
+            BOMB,
+            f"a: {HUGE}",
+            "a: [",
+            "a: \0",
+        ),
+        *(
+            f"targets: [{{metric: m, title: t, mvp: {value}, success: 2, stretch: 3}}]"
+            for value in ("x", ".nan", "[1]", "true")
+        ),
         "targets: [{metric: [m], title: t, mvp: 1, success: 2, stretch: 3}]",
     ],
     ids=range(13),
@@ -318,7 +480,9 @@ def folder(tmp_path_factory):
 WRONG = (0, -1, 1.5, "64", True, [64], {"a": 1}, 10**30)
 
 
-@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"])
+@pytest.mark.parametrize(
+    "key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim"]
+)
 def test_wrong_sizes_in_config_json_name_the_file_and_the_key(folder, tmp_path, key):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for value in WRONG:
@@ -358,7 +522,17 @@ def test_wrong_values_in_config_json(folder, tmp_path, change, said):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", '[["vocab_size", 3]]', "3", "null", "{", "[" * 100_000, f'{{"a": {HUGE}}}', "é".encode("latin-1")]
+    "text",
+    [
+        "[]",
+        '[["vocab_size", 3]]',
+        "3",
+        "null",
+        "{",
+        "[" * 100_000,
+        f'{{"a": {HUGE}}}',
+        "é".encode("latin-1"),
+    ],
 )
 def test_json_files_that_hold_no_object(tmp_path, text):
     content = text if isinstance(text, bytes) else text.encode()
@@ -371,7 +545,14 @@ def test_json_files_that_hold_no_object(tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    "index", [{}, {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": "../b"}}, {"weight_map": {"a": ["b"]}}]
+    "index",
+    [
+        {},
+        {"weight_map": []},
+        {"weight_map": {"a": 1}},
+        {"weight_map": {"a": "../b"}},
+        {"weight_map": {"a": ["b"]}},
+    ],
 )
 def test_wrong_weight_maps(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
@@ -403,10 +584,19 @@ def test_check_fields_reaches_lists_and_mappings():
 
 
 CHECKED_LATER = {  # flags of a plain number: (file or None for any, flag) -> what checks it
-    **{(None, flag): "the config's range" for flag in ("--steps", "--num_steps", "--batch_size", "--learning_rate", "--beta")},
-    **{("scripts/chat.py", flag): "Sampling" for flag in ("--temperature", "--top_k", "--top_p", "--min_p")},
+    **{
+        (None, flag): "the config's range"
+        for flag in ("--steps", "--num_steps", "--batch_size", "--learning_rate", "--beta")
+    },
+    **{
+        ("scripts/chat.py", flag): "Sampling"
+        for flag in ("--temperature", "--top_k", "--top_p", "--min_p")
+    },
     ("scripts/chat.py", "--repetition_penalty"): "Sampling",
-    **{("scripts/chat.py", flag): "the command, in a sentence" for flag in ("--context", "--max_new_tokens", "--serve")},
+    **{
+        ("scripts/chat.py", flag): "the command, in a sentence"
+        for flag in ("--context", "--max_new_tokens", "--serve")
+    },
     (None, "--seed"): "any integer will do",
 }
 WITH_CONFIG = ("train.py", "training/tuning.py", "train_dpo.py")
@@ -417,7 +607,9 @@ def plain_numbers(path: str) -> list[str]:
     found = []
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
-            types = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "type"]
+            types = [
+                ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "type"
+            ]
             found += [ast.literal_eval(node.args[0])] * bool({"int", "float"} & set(types))
     return found
 
@@ -426,13 +618,18 @@ def test_every_flag_of_a_number_has_a_range():
     paths = [
         *WITH_CONFIG,
         "demo_ui.py",
-        *(f"{part}/{path.name}" for part in ("scripts", "evals") for path in (ROOT / part).glob("*.py")),
+        *(
+            f"{part}/{path.name}"
+            for part in ("scripts", "evals")
+            for path in (ROOT / part).glob("*.py")
+        ),
     ]
     left = [
         f"{path} {flag}"
         for path in paths
         for flag in plain_numbers(path)
-        if (path, flag) not in CHECKED_LATER and not ((None, flag) in CHECKED_LATER and (path in WITH_CONFIG or flag == "--seed"))
+        if (path, flag) not in CHECKED_LATER
+        and not ((None, flag) in CHECKED_LATER and (path in WITH_CONFIG or flag == "--seed"))
     ]
     assert left == []
     assert "--steps" in plain_numbers("train.py")

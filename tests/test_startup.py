@@ -135,7 +135,10 @@ def test_a_no_go_ends_all_ranks_under_the_launcher(settings, tmp_path):
     [
         ("startup.steps=-1", "startup.steps=-1 must not be negative; 0 turns the checks off"),
         ("startup.fall=0", r"startup.fall=0.* must be above 0; null turns this check off"),
-        ("startup.min_gpu_utilization=90", r"must be above 0 and at most 1; null turns this check off"),
+        (
+            "startup.min_gpu_utilization=90",
+            r"must be above 0 and at most 1; null turns this check off",
+        ),
         ("startup.max_norm=3", "max_norm.* is not a setting"),
     ],
 )

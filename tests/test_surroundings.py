@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, VOCAB, command, complaint_of, one_thread, read_metrics, save_tiny, tiny_config, train_here
+from conftest import (
+    ROOT,
+    VOCAB,
+    command,
+    complaint_of,
+    one_thread,
+    read_metrics,
+    save_tiny,
+    tiny_config,
+    train_here,
+)
 from safetensors.torch import save_file
 
 import machine
@@ -54,9 +64,13 @@ class Disk:
 def disk(tmp_path) -> Iterator[Disk]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
+    )
     if done.returncode:
-        pytest.skip("this machine does not allow to mount a tmpfs, so there is no disk that can really be full")
+        pytest.skip(
+            "this machine does not allow to mount a tmpfs, so there is no disk that can really be full"
+        )
     yield Disk(folder)
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -67,8 +81,12 @@ def quota(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
 
 
-def complaint(capfd, monkeypatch, overrides: list[str], main=train.main, config: str = "test_mode.yaml") -> str:
-    return complaint_of(main, ["--config", ROOT / "configs" / config, *overrides], capfd, monkeypatch)
+def complaint(
+    capfd, monkeypatch, overrides: list[str], main=train.main, config: str = "test_mode.yaml"
+) -> str:
+    return complaint_of(
+        main, ["--config", ROOT / "configs" / config, *overrides], capfd, monkeypatch
+    )
 
 
 def steps(folder: Path) -> list[str]:
@@ -79,15 +97,22 @@ def steps(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("logs_too", [False, True])
-def test_a_really_full_disk_ends_training_in_one_sentence(settings, disk, quota, capfd, monkeypatch, logs_too):
+def test_a_really_full_disk_ends_training_in_one_sentence(
+    settings, disk, quota, capfd, monkeypatch, logs_too
+):
     """In safetensors, in torch's writer, in JSON and in the log: the older checkpoint stays, and the run continues later."""
-    where = [f"output_dir={disk.folder / 'out'}", *([f"log_dir={disk.folder / 'logs'}"] if logs_too else [])]
+    where = [
+        f"output_dir={disk.folder / 'out'}",
+        *([f"log_dir={disk.folder / 'logs'}"] if logs_too else []),
+    ]
     assert train_here(settings(*where, steps=3))
     size = sum(path.stat().st_size for path in (disk.folder / "out" / "step_3").rglob("*"))
     for part in (0.01, 0.3, 0.6, 0.95):
         disk.leave(int(part * size))
         said = complaint(capfd, monkeypatch, settings(*where, steps=6))
-        assert ("No space left on device" in said and "free some space" in said) or "is the disk full?" in said, part
+        assert (
+            "No space left on device" in said and "free some space" in said
+        ) or "is the disk full?" in said, part
         assert steps(disk.folder / "out") == ["step_3"]
     (disk.folder / "filler").unlink()
     assert train_here(settings(*where, steps=6))
@@ -95,7 +120,9 @@ def test_a_really_full_disk_ends_training_in_one_sentence(settings, disk, quota,
     assert [row["step"] for row in read_metrics(logs)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_libraries_that_report_a_full_disk_in_words_are_understood(disk, tmp_path, text_store, capfd):
+def test_libraries_that_report_a_full_disk_in_words_are_understood(
+    disk, tmp_path, text_store, capfd
+):
     """numpy, safetensors, tokenizers and torch's container, each by its own error; other errors keep their traceback."""
     from data.tokenizers.bpe import load_tokenizer
 
@@ -115,11 +142,16 @@ def test_libraries_that_report_a_full_disk_in_words_are_understood(disk, tmp_pat
         with pytest.raises(SystemExit) as end, user_errors():
             raise caught.value
         said = capfd.readouterr().err
-        assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, (name, said)
+        assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, (
+            name,
+            said,
+        )
         assert "No space left" in said or "the disk is full" in said
         for left in disk.folder.glob(f"{name}*"):
             left.unlink()
-    assert not is_full(OSError(errno.EIO, "Input/output error")) and not is_full(RuntimeError("unexpected pos 3"))
+    assert not is_full(OSError(errno.EIO, "Input/output error")) and not is_full(
+        RuntimeError("unexpected pos 3")
+    )
 
 
 @pytest.fixture
@@ -127,7 +159,10 @@ def chats(tmp_path, text_store):
     """The base model and the rows of an SFT and a DPO run; overrides(kind, where caches go) of either."""
     save_tiny(tmp_path / "base", tiny_config(max_position_embeddings=512), text_store)
     said = [f"{TEXT} {i} " * 5 for i in range(1500)]
-    rows = [{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]} for text in said]
+    rows = [
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]}
+        for text in said
+    ]
     pairs = [{"prompt": "x", "chosen": text, "rejected": text[::-1]} for text in said]
     for name, content in (("rows", rows), ("pairs", pairs)):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
@@ -151,22 +186,30 @@ def chats(tmp_path, text_store):
 
 
 @pytest.mark.parametrize(("kind", "main"), [("sft", train_sft.main), ("dpo", train_dpo.main)])
-def test_prepared_rows_that_do_not_fit_are_refused_and_leave_nothing(chats, disk, capfd, monkeypatch, kind, main):
+def test_prepared_rows_that_do_not_fit_are_refused_and_leave_nothing(
+    chats, disk, capfd, monkeypatch, kind, main
+):
     cache = disk.folder / "cache"
     settings = chats(kind, cache)
     disk.leave(0)
-    said = complaint(capfd, monkeypatch, settings, main, f"{kind}.yaml")  # the chat tokenizer comes first
+    said = complaint(
+        capfd, monkeypatch, settings, main, f"{kind}.yaml"
+    )  # the chat tokenizer comes first
     assert "No space left" in said or "the disk is full" in said
     disk.leave(300 * KB)
     said = complaint(capfd, monkeypatch, settings, main, f"{kind}.yaml")
-    assert "GB free; free some space" in said and ("the prepared source own needs" in said or "split needs" in said)
+    assert "GB free; free some space" in said and (
+        "the prepared source own needs" in said or "split needs" in said
+    )
     with monkeypatch.context() as patched:  # a quota: nothing tells before
         patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
         said = complaint(capfd, patched, settings, main, f"{kind}.yaml")
     assert "the prepared rows of own were not kept; free some space there" in said
     assert [path.name for path in cache.iterdir() if not path.name.startswith("tokenizer-")] == []
     (disk.folder / "filler").unlink()
-    monkeypatch.setattr(sys, "argv", ["x", "--config", str(ROOT / "configs" / f"{kind}.yaml"), *settings])
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--config", str(ROOT / "configs" / f"{kind}.yaml"), *settings]
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0
@@ -177,7 +220,9 @@ def test_reference_log_probabilities_that_do_not_fit(disk, quota):
     with setup.ranks():
         logps = ReferenceLogps(path, {"weights": "x"}, {"train/own": 1 << 20})
         disk.leave(8 * KB)
-        with pytest.raises(OSError, match=r"reference.safetensors was not written; free some space there"):
+        with pytest.raises(
+            OSError, match=r"reference.safetensors was not written; free some space there"
+        ):
             logps._keep({})
         assert sorted(found.name for found in disk.folder.iterdir()) == ["filler"]
         disk.leave(KB)
@@ -189,19 +234,37 @@ def test_prepare_data_on_a_full_disk_goes_on_when_there_is_room(disk, text_store
     store = disk.folder / "store"
     shutil.copytree(text_store / "documents", store / "documents")
     shutil.copytree(text_store / "tokenizer", store / "tokenizer")
-    recipe = {"store": str(store), "tokenizer": {"vocab_size": VOCAB}, "sources": {"first": {}, "second": {}}}
+    recipe = {
+        "store": str(store),
+        "tokenizer": {"vocab_size": VOCAB},
+        "sources": {"first": {}, "second": {}},
+    }
     recipe["decontaminate"] = {"test_sets": []}
     recipe["executor"] = {"workers": 1}
     write_json(tmp_path / "recipe.yaml", recipe)
-    words = [sys.executable, "-m", "scripts.prepare_data", "--config", str(tmp_path / "recipe.yaml")]
+    words = [
+        sys.executable,
+        "-m",
+        "scripts.prepare_data",
+        "--config",
+        str(tmp_path / "recipe.yaml"),
+    ]
     disk.leave(400 * KB)
-    done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=one_thread())
+    done = subprocess.run(
+        words, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=one_thread()
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "No space left on device" in last and "Free some space; the same command" in last
+    assert (
+        last.startswith("error: ")
+        and "No space left on device" in last
+        and "Free some space; the same command" in last
+    )
     assert not (store / "tokens").exists()
     (disk.folder / "filler").unlink()
-    done = subprocess.run(words, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=one_thread())
+    done = subprocess.run(
+        words, capture_output=True, text=True, encoding="utf-8", cwd=ROOT, env=one_thread()
+    )
     assert done.returncode == 0, done.stderr
     assert (store / "tokens" / "first" / "manifest.json").is_file()
 
@@ -209,8 +272,16 @@ def test_prepare_data_on_a_full_disk_goes_on_when_there_is_room(disk, text_store
 def test_output_to_a_full_disk_does_not_end_the_work(settings, tmp_path):
     """print to /dev/full: the run trains to its end and saves; its last sentence says that output was lost."""
     with open("/dev/full", "w", encoding="utf-8") as full:
-        words = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "test_mode.yaml"), *settings(steps=3)]
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=one_thread())
+        words = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "--config",
+            str(ROOT / "configs" / "test_mode.yaml"),
+            *settings(steps=3),
+        ]
+        done = subprocess.run(
+            words, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=one_thread()
+        )
     assert done.returncode == 2 and b"Traceback" not in done.stderr
     assert b"No space left on device: the work is done, but" in done.stderr
     assert steps(tmp_path / "checkpoints" / "one") == ["step_3"]
@@ -219,7 +290,9 @@ def test_output_to_a_full_disk_does_not_end_the_work(settings, tmp_path):
 # the log folder
 
 
-def test_a_removed_log_folder_is_made_again_and_training_goes_on(settings, tmp_path, capfd, monkeypatch):
+def test_a_removed_log_folder_is_made_again_and_training_goes_on(
+    settings, tmp_path, capfd, monkeypatch
+):
     metrics = Log.metrics
 
     def losing(self, values, *more):
@@ -231,7 +304,9 @@ def test_a_removed_log_folder_is_made_again_and_training_goes_on(settings, tmp_p
     assert train_here(settings())
     assert [row["step"] for row in read_metrics(tmp_path / "logs")] == [1, 2, 3, 4, 5, 6]
     assert steps(tmp_path / "checkpoints" / "one") == ["step_3", "step_6"]
-    assert "was removed while the run writes it; its rows were written again" in capfd.readouterr().out
+    assert (
+        "was removed while the run writes it; its rows were written again" in capfd.readouterr().out
+    )
     assert [event["event"] for event in read_lines(tmp_path / "logs" / "events.jsonl")] == ["ended"]
 
 
@@ -240,7 +315,15 @@ def test_a_log_that_cannot_be_written_waits_in_memory(tmp_path, disk, capfd):
     folder = disk.folder / "logs"
     with Log(folder, LogConfig(), True, {"run": "r"}) as log:
         log.open(0, 99, "p")
-        row = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 1.0, "phase": "p", "end": 99, "note": "x" * 300}
+        row = {
+            "loss": 1.0,
+            "lr": 0.1,
+            "grad_norm": 1.0,
+            "tokens_per_s": 1.0,
+            "phase": "p",
+            "end": 99,
+            "note": "x" * 300,
+        }
         log.metrics({"step": 1, **row})
         disk.leave(0)
         for step in range(2, 60):
@@ -248,7 +331,12 @@ def test_a_log_that_cannot_be_written_waits_in_memory(tmp_path, disk, capfd):
         log.event("skipped", "a step was not applied", step=59)
         assert len(read_lines(folder / "metrics.jsonl")) < 59
         assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
-        assert capfd.readouterr().out.count("cannot be written (No space left on device); training goes on") == 1
+        assert (
+            capfd.readouterr().out.count(
+                "cannot be written (No space left on device); training goes on"
+            )
+            == 1
+        )
         (disk.folder / "filler").unlink()
         log.metrics({"step": 60, **row})
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == list(range(1, 61))
@@ -261,19 +349,35 @@ def test_rows_that_never_reach_the_disk_are_counted_at_the_end(tmp_path, disk, c
         log.open(0, 99, "p")
         disk.leave(0)
         for step in range(1, 60):
-            row = {"loss": 1.0, "lr": 0.1, "grad_norm": 1.0, "tokens_per_s": 1.0, "phase": "p", "end": 99, "note": "x" * 300}
+            row = {
+                "loss": 1.0,
+                "lr": 0.1,
+                "grad_norm": 1.0,
+                "tokens_per_s": 1.0,
+                "phase": "p",
+                "end": 99,
+                "note": "x" * 300,
+            }
             log.metrics({"step": step, **row})
         written = len(read_lines(disk.folder / "logs" / "metrics.jsonl"))
-    assert f"warning: {59 - written} rows and events from step {written + 1} on are not in" in capfd.readouterr().out
+    assert (
+        f"warning: {59 - written} rows and events from step {written + 1} on are not in"
+        in capfd.readouterr().out
+    )
 
 
 def test_samples_that_cannot_be_written_do_not_end_training(chats, tmp_path, capfd, monkeypatch):
     settings = [*chats("sft", tmp_path / "cache"), "chat.samples=[x]", "validation.before=true"]
     (tmp_path / "sft" / "logs" / "samples.md").mkdir(parents=True)
-    monkeypatch.setattr(sys, "argv", ["x", "--config", str(ROOT / "configs" / "sft.yaml"), *settings])
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--config", str(ROOT / "configs" / "sft.yaml"), *settings]
+    )
     with pytest.raises(SystemExit) as end:
         train_sft.main()
-    assert end.value.code == 0 and "samples.md cannot be written (Is a directory)" in capfd.readouterr().out
+    assert (
+        end.value.code == 0
+        and "samples.md cannot be written (Is a directory)" in capfd.readouterr().out
+    )
     assert steps(tmp_path / "sft") == ["step_2"]
 
 
@@ -293,10 +397,14 @@ def test_without_git_everything_trains(settings, tmp_path, monkeypatch):
     assert train_here(settings(steps=1))
     found = json.loads((tmp_path / "logs" / "one.environment.json").read_text(encoding="utf-8"))
     assert found["git"] is None and found["git_clean"] is None
-    assert (tmp_path / "logs" / "git_commit_hash.txt").read_text(encoding="utf-8") == "no git checkout\n"
+    assert (tmp_path / "logs" / "git_commit_hash.txt").read_text(
+        encoding="utf-8"
+    ) == "no git checkout\n"
 
 
-def test_a_wandb_that_cannot_be_used_is_a_sentence_before_the_model(settings, tmp_path, capfd, monkeypatch):
+def test_a_wandb_that_cannot_be_used_is_a_sentence_before_the_model(
+    settings, tmp_path, capfd, monkeypatch
+):
     """A stand-in for wandb that answers as wandb 0.31 does without a key; train.py asks it before anything is built."""
     package = tmp_path / "fake" / "wandb"
     package.mkdir(parents=True)
@@ -306,23 +414,36 @@ def test_a_wandb_that_cannot_be_used_is_a_sentence_before_the_model(settings, tm
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(setup, "build", lambda *_, **__: pytest.fail("the model was built"))
     said = complaint(capfd, monkeypatch, settings("log.wandb_project=x"))
-    assert "W&B cannot be used (No API key configured" in said and "set WANDB_API_KEY, or set WANDB_MODE=offline" in said
+    assert (
+        "W&B cannot be used (No API key configured" in said
+        and "set WANDB_API_KEY, or set WANDB_MODE=offline" in said
+    )
     assert not (tmp_path / "checkpoints").exists()
-    (package / "__init__.py").write_text("def login():\n    return False  # offline\n", encoding="utf-8")
+    (package / "__init__.py").write_text(
+        "def login():\n    return False  # offline\n", encoding="utf-8"
+    )
     for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)
     log_in(LogConfig(wandb_project="x"))
     log_in(LogConfig())
 
 
-@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed; pip install -r requirements.txt")
+@pytest.mark.skipif(
+    find_spec("wandb") is None, reason="wandb is not installed; pip install -r requirements.txt"
+)
 def test_the_real_wandb_without_a_key_and_offline(tmp_path):
     code = "from training.logger import LogConfig, log_in\nfrom cli import user_errors\n"
     code += "with user_errors(): log_in(LogConfig(wandb_project='x')); print('ready')"
     known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     for more, status in (({}, 2), ({"WANDB_MODE": "offline"}, 0)):
         env = {**known, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), **more}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=env, stdin=subprocess.DEVNULL)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            cwd=ROOT,
+            env=env,
+            stdin=subprocess.DEVNULL,
+        )
         assert done.returncode == status and (b"W&B cannot be used" in done.stderr) == bool(status)
 
 
@@ -340,7 +461,14 @@ def test_cores_are_those_of_the_affinity_and_the_cgroup(tmp_path, monkeypatch):
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "250000 100000"}, 3),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000"}, 64),
         ("0::/\n", {"cpu.max": "50000 100000"}, 1),
-        ("4:cpu,cpuacct:/d\n", {"cpu,cpuacct/d/cpu.cfs_quota_us": "400000", "cpu,cpuacct/d/cpu.cfs_period_us": "100000"}, 4),
+        (
+            "4:cpu,cpuacct:/d\n",
+            {
+                "cpu,cpuacct/d/cpu.cfs_quota_us": "400000",
+                "cpu,cpuacct/d/cpu.cfs_period_us": "100000",
+            },
+            4,
+        ),
         ("4:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1", "cpu/d/cpu.cfs_period_us": "100000"}, 64),
         ("", {}, 64),
     ]
@@ -367,7 +495,9 @@ def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
     pipeline = Pipeline.__new__(Pipeline)
     pipeline.number, pipeline.supervisor = 0, Told()
     for given, expected in (("7", "7"), (None, str(machine.cpus()))):
-        monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv(
+            "OMP_NUM_THREADS"
+        )
         pipeline.stage("x", ["python", "-m", "scripts.plot_run"])
         assert pipeline.supervisor.environment["OMP_NUM_THREADS"] == expected
 
@@ -377,24 +507,43 @@ def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
 
 def test_data_that_changed_on_purpose_are_not_one_long_spike(settings, tmp_path, capfd):
     """The windows that a spike is judged by hold losses of the earlier data only: they begin anew, and that is said."""
-    strict = ["faults={window: 4, spike_sigma: 1e-9, bad_in_a_row: 2, max_rollbacks: 0}", "checkpoint.every=6"]
+    strict = [
+        "faults={window: 4, spike_sigma: 1e-9, bad_in_a_row: 2, max_rollbacks: 0}",
+        "checkpoint.every=6",
+    ]
     assert train_here(settings("faults={window: 4}", "checkpoint.every=6", steps=6))
     capfd.readouterr()
-    changed = settings("data.mix={first: 1}", "seed=9", "data.accept_changed=true", *strict, steps=9)
+    changed = settings(
+        "data.mix={first: 1}", "seed=9", "data.accept_changed=true", *strict, steps=9
+    )
     assert train_here(changed)
-    assert "a jump of the loss is expected: steps are compared with earlier ones again after 4 steps" in capfd.readouterr().out
+    assert (
+        "a jump of the loss is expected: steps are compared with earlier ones again after 4 steps"
+        in capfd.readouterr().out
+    )
     events = read_lines(tmp_path / "logs" / "events.jsonl")
     assert not [event for event in events if event["event"] == "skipped"]
     kept = FaultState(
-        losses=[1.0], norms=[2.0], bad_batches=[3], excluded_batches=[4], skipped=5, rollbacks=1, lr_scale=0.5, no_go="x"
+        losses=[1.0],
+        norms=[2.0],
+        bad_batches=[3],
+        excluded_batches=[4],
+        skipped=5,
+        rollbacks=1,
+        lr_scale=0.5,
+        no_go="x",
     )
     assert kept.other_data() == FaultState(skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../x", "../..", "/x", "a/b", ""])
-def test_a_run_or_a_source_whose_name_leaves_its_folder_is_refused(settings, tmp_path, capfd, monkeypatch, name):
+def test_a_run_or_a_source_whose_name_leaves_its_folder_is_refused(
+    settings, tmp_path, capfd, monkeypatch, name
+):
     for key in ("run", "phase"):
-        assert "must be a plain folder name" in complaint(capfd, monkeypatch, settings(f"{key}={name}"))
+        assert "must be a plain folder name" in complaint(
+            capfd, monkeypatch, settings(f"{key}={name}")
+        )
     with pytest.raises(ValueError, match="must be a plain folder name"):
         manifest.keep(tmp_path / "cache", name, {}, (), lambda folder: {})
     assert not (tmp_path / "cache").exists()
@@ -410,7 +559,9 @@ def test_only_leftovers_of_checkpoints_are_ever_removed(settings, tmp_path):
         (folder / name / "text").write_text("mine", encoding="utf-8")
     (folder / "step_9.tmp").write_text("a file", encoding="utf-8")
     assert train_here(settings(steps=3))
-    assert sorted(path.name for path in folder.iterdir() if path.suffix in (".tmp", ".replaced")) == sorted([*own, "step_9.tmp"])
+    assert sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".tmp", ".replaced")
+    ) == sorted([*own, "step_9.tmp"])
 
 
 def test_temporary_files_of_processes_that_ended_are_swept(tmp_path):
@@ -457,7 +608,9 @@ Supervisor(Path(sys.argv[1]), 0, print).run(sys.argv[2:], os.environ)
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_killed_driver_leaves_no_stage_training(settings, tmp_path):
     """SIGKILL of the driver: its launcher and both ranks save and end, and the rerun keeps every row of metrics.jsonl."""
-    overrides = settings("schedule.total_steps=100000", "checkpoint.every=100000", "validation.every=0", steps=90000)
+    overrides = settings(
+        "schedule.total_steps=100000", "checkpoint.every=100000", "validation.every=0", steps=90000
+    )
     words = [sys.executable, "-c", DRIVER, str(tmp_path / "logs"), *command(overrides, 2)]
     driver = subprocess.Popen(words, cwd=ROOT, env=one_thread(), stdout=subprocess.DEVNULL)
     try:
@@ -503,7 +656,10 @@ def locales(tmp_path_factory) -> dict[str, dict[str, str]]:
     for language, charset in (("en_US", "ISO-8859-1"), ("zh_CN", "GB18030")):
         name = f"{language}.{charset}"
         if shutil.which("localedef"):
-            subprocess.run(["localedef", "-i", language, "-f", charset, str(folder / name)], capture_output=True)
+            subprocess.run(
+                ["localedef", "-i", language, "-f", charset, str(folder / name)],
+                capture_output=True,
+            )
         if (folder / name).is_dir():
             found[charset] = {"LOCPATH": str(folder), "LC_ALL": name}
     return {name: {"PYTHONUTF8": "0", **env} for name, env in found.items()}
@@ -518,12 +674,26 @@ def test_files_and_output_are_the_same_in_every_locale(name, locales, chats, tmp
     config = yaml.safe_load((ROOT / "configs" / "sft.yaml").read_text(encoding="utf-8"))
     config["chat"]["samples"] = [TEXT]
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
-    sft = [str(ROOT / "train_sft.py"), "--config", str(tmp_path / "own.yaml"), *chats("sft", tmp_path / "cache")]
+    sft = [
+        str(ROOT / "train_sft.py"),
+        "--config",
+        str(tmp_path / "own.yaml"),
+        *chats("sft", tmp_path / "cache"),
+    ]
     sft.remove("chat.samples=[]")
     step = tmp_path / "sft" / "step_2"
     commands = [
         sft,
-        ["-m", "scripts.test_generation", "--checkpoint", str(tmp_path / "base"), "--prompt", "x", "--max_new_tokens", "4"],
+        [
+            "-m",
+            "scripts.test_generation",
+            "--checkpoint",
+            str(tmp_path / "base"),
+            "--prompt",
+            "x",
+            "--max_new_tokens",
+            "4",
+        ],
         ["-m", "scripts.verify_checkpoint", str(step)],
         ["-m", "scripts.plot_run", str(tmp_path / "sft" / "logs")],
     ]

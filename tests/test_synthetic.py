@@ -25,13 +25,52 @@ from data.synthetic.questions import held_out
 
 COUNTRIES = {
     **{
-        name: Country(name, {"capital": city, "region": where, "area": f"{area:,} square kilometres", **more}, frozenset(near))
+        name: Country(
+            name,
+            {"capital": city, "region": where, "area": f"{area:,} square kilometres", **more},
+            frozenset(near),
+        )
         for name, city, where, area, more, near in [
-            ("Arland", "Aville", "Africa", 1000, {"landlocked": "yes", "hemisphere": "northern"}, {"Borland"}),
-            ("Borland", "Btown", "Africa", 40_000, {"landlocked": "no", "hemisphere": "southern"}, {"Arland", "Corland"}),
-            ("Corland", "Cburg", "Europe", 250_000, {"landlocked": "no", "hemisphere": "northern"}, {"Borland"}),
-            ("Dorland", "Doria", "Asia", 9_000_000, {"landlocked": "yes", "population": "12,345,678"}, set()),
-            ("Guinea", "Conak", "Asia", 7, {"domain": ".gn", "elevation": "1,752 metres", "population": "99"}, set()),
+            (
+                "Arland",
+                "Aville",
+                "Africa",
+                1000,
+                {"landlocked": "yes", "hemisphere": "northern"},
+                {"Borland"},
+            ),
+            (
+                "Borland",
+                "Btown",
+                "Africa",
+                40_000,
+                {"landlocked": "no", "hemisphere": "southern"},
+                {"Arland", "Corland"},
+            ),
+            (
+                "Corland",
+                "Cburg",
+                "Europe",
+                250_000,
+                {"landlocked": "no", "hemisphere": "northern"},
+                {"Borland"},
+            ),
+            (
+                "Dorland",
+                "Doria",
+                "Asia",
+                9_000_000,
+                {"landlocked": "yes", "population": "12,345,678"},
+                set(),
+            ),
+            (
+                "Guinea",
+                "Conak",
+                "Asia",
+                7,
+                {"domain": ".gn", "elevation": "1,752 metres", "population": "99"},
+                set(),
+            ),
             (
                 "Guinea-Bissau",
                 "Bis",
@@ -42,7 +81,9 @@ COUNTRIES = {
             ),
         ]
     },
-    "Maldives": Country("Maldives", {"capital": "Male", "region": "Asia", "area": "298 square kilometres"}, None),
+    "Maldives": Country(
+        "Maldives", {"capital": "Male", "region": "Asia", "area": "298 square kilometres"}, None
+    ),
 }
 KINDS = {
     "math": synthetic.generate_math_examples,
@@ -58,33 +99,52 @@ def small_world(monkeypatch):
         monkeypatch.setattr(f"{module}.load_countries", lambda wheels, download=True: COUNTRIES)
 
 
-def many(kind: str, seed: int = 0, split: str = "train", easy: bool = False, count: int = 150) -> list[dict]:
+def many(
+    kind: str, seed: int = 0, split: str = "train", easy: bool = False, count: int = 150
+) -> list[dict]:
     if kind == "identity":
         return synthetic.generate_identity_examples(count, seed, split)
     return KINDS[kind](min(count, 40) if kind == "factbook" else count, seed, split, easy)
 
 
-ALL = [(kind, split, easy) for kind in (*KINDS, "identity") for split in ("train", "heldout") for easy in (False, True)]
+ALL = [
+    (kind, split, easy)
+    for kind in (*KINDS, "identity")
+    for split in ("train", "heldout")
+    for easy in (False, True)
+]
 
 
 def written(message: dict) -> str:
     """What a model would have written."""
-    calls = "".join("<|tool_call|>" + json.dumps(call["function"]) for call in message.get("tool_calls", []))
-    thought = f"<|start_thought|>{message['thought']}<|end_thought|>" if "thought" in message else ""
+    calls = "".join(
+        "<|tool_call|>" + json.dumps(call["function"]) for call in message.get("tool_calls", [])
+    )
+    thought = (
+        f"<|start_thought|>{message['thought']}<|end_thought|>" if "thought" in message else ""
+    )
     return thought + message["content"] + calls + "<|im_end|>"
 
 
 @pytest.mark.parametrize(("kind", "split", "easy"), ALL)
 def test_right_replies_are_right_and_wrong_ones_wrong(kind, split, easy):
-    for example in many(kind, split=split, easy=easy, count=20 if kind == "factbook" and split == "heldout" else 100):
+    for example in many(
+        kind, split=split, easy=easy, count=20 if kind == "factbook" and split == "heldout" else 100
+    ):
         assert held_out(example["key"]) == (split == "heldout")
         roles = [message["role"] for message in example["messages"]]
-        assert roles[0] == "user" and roles[-1] == "assistant" and all(a != b for a, b in pairwise(roles))
+        assert (
+            roles[0] == "user"
+            and roles[-1] == "assistant"
+            and all(a != b for a, b in pairwise(roles))
+        )
         for number, check in enumerate(example["checks"]):
             assert is_right(example, written(example["messages"][check["turn"]]), number), example
             for wrong in check["wrong"]:
                 assert not is_right(example, written(wrong), number), (example, wrong)
-            assert not is_right(example, "", number) and not is_right(example, "I do not know.", number)
+            assert not is_right(example, "", number) and not is_right(
+                example, "I do not know.", number
+            )
 
 
 @pytest.mark.parametrize("easy", [False, True])
@@ -102,7 +162,11 @@ def test_stories_are_computed_right(easy):
         assert reply["content"] == f"The answer is {example['checks'][0]['answer']}."
         for shape, steps in shapes.items():
             numbers = list(map(int, re.findall(r"\d+", question["content"])))
-            if re.fullmatch(shape, question["content"]) and len(numbers) == 2 and not steps.startswith("a *"):
+            if (
+                re.fullmatch(shape, question["content"])
+                and len(numbers) == 2
+                and not steps.startswith("a *")
+            ):
                 value = eval(steps, {"a": Fraction(numbers[0]), "b": Fraction(numbers[1])})
                 assert value == int(example["checks"][0]["answer"]), question
                 checked += 1
@@ -115,7 +179,11 @@ def test_a_tools_response_is_what_the_tool_returns(split, easy):
     used = set()
     for example in many("tools", split=split, easy=easy, count=300):
         offered = {tool["function"]["name"] for tool in example["tools"]}
-        calls = [(i, m["tool_calls"][0]["function"]) for i, m in enumerate(example["messages"]) if "tool_calls" in m]
+        calls = [
+            (i, m["tool_calls"][0]["function"])
+            for i, m in enumerate(example["messages"])
+            if "tool_calls" in m
+        ]
         for i, function in calls:
             used.add(function["name"])
             response = example["messages"][i + 1]
@@ -138,7 +206,10 @@ def test_facts_are_those_of_the_country():
             name = article(country.name)
             if not re.search(rf"\b{re.escape(name)}(?![\w-])", text):
                 continue
-            for attribute, pattern in {"capital": "The capital of {n} is {v}.", "area": "The area of {n} is {v}."}.items():
+            for attribute, pattern in {
+                "capital": "The capital of {n} is {v}.",
+                "area": "The area of {n} is {v}.",
+            }.items():
                 if text.startswith(pattern.format(n=name, v="")[:-1]):
                     assert text == pattern.format(n=name, v=country.facts[attribute])
                     seen.add(attribute)
@@ -149,8 +220,14 @@ def test_facts_are_those_of_the_country():
                 assert (border[1] == "Yes") == (border[3] in COUNTRIES[border[2]].neighbours)
                 seen.add("border")
             if said.startswith("The larger one is "):
-                a, b = (c for c in COUNTRIES if f" {c} " in re.sub(r"[^\w-]", " ", example["messages"][0]["content"]) + " ")
-                areas = {c: int(COUNTRIES[c].facts["area"].split()[0].replace(",", "")) for c in (a, b)}
+                a, b = (
+                    c
+                    for c in COUNTRIES
+                    if f" {c} " in re.sub(r"[^\w-]", " ", example["messages"][0]["content"]) + " "
+                )
+                areas = {
+                    c: int(COUNTRIES[c].facts["area"].split()[0].replace(",", "")) for c in (a, b)
+                }
                 assert areas[country.name] == max(areas.values())
                 seen.add("larger")
             break
@@ -161,7 +238,11 @@ def test_facts_are_those_of_the_country():
 def test_splits_have_no_question_in_common_whatever_the_seed(kind):
     asked: dict[str, set] = {}
     for split in ("train", "heldout"):
-        rows = [row for seed in (0, 1) for row in many(kind, seed, split, count=60 if split == "train" else 20)]
+        rows = [
+            row
+            for seed in (0, 1)
+            for row in many(kind, seed, split, count=60 if split == "train" else 20)
+        ]
         asked[split] = {row["key"] for row in rows}
     assert asked["train"] and asked["heldout"] and not asked["train"] & asked["heldout"]
 
@@ -183,7 +264,10 @@ def test_the_same_seed_gives_the_same_examples_and_ids_are_unique(kind):
 
 
 def test_names_and_limits():
-    assert "Ada" in synthetic.generate_identity_examples(1, 0, name="Ada")[0]["messages"][-1]["content"]
+    assert (
+        "Ada"
+        in synthetic.generate_identity_examples(1, 0, name="Ada")[0]["messages"][-1]["content"]
+    )
     with pytest.raises(ValueError, match="ask for fewer"):
         synthetic.generate_factbook_examples(10_000, 0, "heldout", easy=True)
     with pytest.raises(ValueError, match="is not one of train, heldout"):
@@ -199,28 +283,45 @@ def test_pairs_differ_in_the_answer_alone():
         assert [m["role"] for m in pair["chosen"] + pair["rejected"]] == ["assistant"] * 2
         assert pair["chosen"] != pair["rejected"] and not held_out(pair["key"])
         assert all(m["content"] or m["tool_calls"] for m in pair["chosen"] + pair["rejected"])
-    assert {pair["source"] for pair in pairs} == {f"synthetic/{kind}" for kind in ("math", "tools", "factbook", "identity")}
+    assert {pair["source"] for pair in pairs} == {
+        f"synthetic/{kind}" for kind in ("math", "tools", "factbook", "identity")
+    }
 
 
 def test_who_is_right():
     def example(kind, answer, *others):
         return {"checks": [{"type": kind, "answer": answer, "others": list(others)}]}
 
-    assert answer_of("<|start_thought|>1 + 1 = 3<|end_thought|>So it is 1,234,567.0!<|im_end|>") == "1234567"
-    assert answer_of("There are none.") == "" and answer_of("between 3-5") == "5" and answer_of("-2.50") == "-5/2"
+    assert (
+        answer_of("<|start_thought|>1 + 1 = 3<|end_thought|>So it is 1,234,567.0!<|im_end|>")
+        == "1234567"
+    )
+    assert (
+        answer_of("There are none.") == ""
+        and answer_of("between 3-5") == "5"
+        and answer_of("-2.50") == "-5/2"
+    )
     assert is_right(example("number", "1,200"), "He has 3 boxes, so 1200 in all.")
     assert not is_right(example("number", "1200"), "It is 12000.")
-    assert not is_right(example("number", "12"), "<|start_thought|>7 + 5 = 12")  # never came to an answer
+    assert not is_right(
+        example("number", "12"), "<|start_thought|>7 + 5 = 12"
+    )  # never came to an answer
     assert is_right(example("number", "5 kilometres"), "That is 5.0 kilometres.")
     assert not is_right(example("number", "5 kilometres"), "That is 5 metres.")
-    assert is_right(example("yes_no", "yes"), "Yes, it does.") and not is_right(example("yes_no", "yes"), "No. Yes.")
+    assert is_right(example("yes_no", "yes"), "Yes, it does.") and not is_right(
+        example("yes_no", "yes"), "No. Yes."
+    )
     assert is_right(example("text", "Asia", "Southeast Asia"), "It is in Asia.")
     assert not is_right(example("text", "Asia", "Southeast Asia"), "It is in Southeast Asia.")
     assert not is_right(example("text", "Paris", "Rome"), "Paris or Rome.")
     call = example("call", {"name": "f", "arguments": {"x": 1, "y": "a"}})
     assert is_right(call, 'Let me see. <|tool_call|>{"name": "f", "arguments": {"y": "a", "x": 1}}')
-    assert is_right(call, '[{"function": {"name": "f", "arguments": "{\\"x\\": 1, \\"y\\": \\"a\\"}"}}]')
-    assert not is_right(call, '{"name": "f", "arguments": {"x": 2, "y": "a"}}') and not is_right(call, '{"name": "f"')
+    assert is_right(
+        call, '[{"function": {"name": "f", "arguments": "{\\"x\\": 1, \\"y\\": \\"a\\"}"}}]'
+    )
+    assert not is_right(call, '{"name": "f", "arguments": {"x": 2, "y": "a"}}') and not is_right(
+        call, '{"name": "f"'
+    )
 
 
 # the tools
@@ -228,7 +329,13 @@ def test_who_is_right():
 
 def random_expression(rng: random.Random, depth: int) -> str:
     if depth == 0 or rng.random() < 0.2:
-        return rng.choice([str(rng.randint(0, 99)), f"{rng.randint(0, 99)}.{rng.randint(0, 99):02}", f"-{rng.randint(1, 9)}"])
+        return rng.choice(
+            [
+                str(rng.randint(0, 99)),
+                f"{rng.randint(0, 99)}.{rng.randint(0, 99):02}",
+                f"-{rng.randint(1, 9)}",
+            ]
+        )
     left, right = random_expression(rng, depth - 1), random_expression(rng, depth - 1)
     sign = rng.choice(["+", "-", "*", "/", "//", "%", "**"])
     return f"({left}) {sign} {rng.randint(-3, 4) if sign == '**' else f'({right})'}"
@@ -254,12 +361,16 @@ def test_the_calculator_equals_pythons_fractions():
             continue
         tree = ast.fix_missing_locations(Exactly(text).visit(ast.parse(text, mode="eval")))
         try:
-            expected = Fraction(eval(compile(tree, "", "eval"), {"Fraction": Fraction, "__builtins__": {}}))
+            expected = Fraction(
+                eval(compile(tree, "", "eval"), {"Fraction": Fraction, "__builtins__": {}})
+            )
         except ZeroDivisionError:
             assert found == "error: division by zero", text
             errors += 1
             continue
-        if max(abs(expected.numerator), expected.denominator).bit_length() <= 1024 and not found.startswith("error"):
+        if max(
+            abs(expected.numerator), expected.denominator
+        ).bit_length() <= 1024 and not found.startswith("error"):
             number, _, about = found.partition(" (about ")
             assert Fraction(number) == expected, text
             assert not about or abs(Fraction(about.rstrip(")")) - expected) <= Fraction(1, 10_000)
@@ -272,7 +383,17 @@ def test_the_calculator_equals_pythons_fractions():
 @pytest.mark.parametrize(
     "text",
     [
-        *("__import__('os').system('ls')", "9**9**9", "9" * 201, "(" * 150, "((((1))))" * 30, "2**-100000", "1/(1-1)", "", " "),
+        *(
+            "__import__('os').system('ls')",
+            "9**9**9",
+            "9" * 201,
+            "(" * 150,
+            "((((1))))" * 30,
+            "2**-100000",
+            "1/(1-1)",
+            "",
+            " ",
+        ),
         *(
             "a+1",
             "1;2",
@@ -288,7 +409,21 @@ def test_the_calculator_equals_pythons_fractions():
             "...",
             "1.2.3",
         ),
-        *("9**999*9**999", "2**0.5", "7//0", "\0", "\ud800", "٣+٤", "1\n+1", "f'{1}'", "1<2", "~1", "1@2", "not 1", "1,5"),
+        *(
+            "9**999*9**999",
+            "2**0.5",
+            "7//0",
+            "\0",
+            "\ud800",
+            "٣+٤",
+            "1\n+1",
+            "f'{1}'",
+            "1<2",
+            "~1",
+            "1@2",
+            "not 1",
+            "1,5",
+        ),
     ],
 )
 def test_hostile_expressions_give_an_error_at_once(text):
@@ -306,7 +441,13 @@ def test_ways_to_write_arithmetic():
         "1/3": "1/3 (about 0.3333)",
         "-(3 - 5)": "2",
     }
-    asked |= {"-" * 150 + "1": "1", "1/1024": "0.0009765625", "2**1000 - 2**1000 + 1": "1", "-7 // 2": "-4", "-0.5": "-0.5"}
+    asked |= {
+        "-" * 150 + "1": "1",
+        "1/1024": "0.0009765625",
+        "2**1000 - 2**1000 + 1": "1",
+        "-7 // 2": "-4",
+        "-0.5": "-0.5",
+    }
     assert {text: run_tool("calculator", {"expression": text}) for text in asked} == asked
 
 
@@ -314,11 +455,21 @@ def test_the_calendar_equals_pythons():
     rng = random.Random(0)
     for _ in range(100):
         a, b = (date.fromordinal(rng.randint(1, date.max.toordinal())) for _ in range(2))
-        assert run_tool("weekday", {"date": str(a)}) == calendar.day_name[calendar.weekday(a.year, a.month, a.day)]
+        assert (
+            run_tool("weekday", {"date": str(a)})
+            == calendar.day_name[calendar.weekday(a.year, a.month, a.day)]
+        )
         days = run_tool("days_between", {"start": str(a), "end": str(b)})
         assert int(days) == b.toordinal() - a.toordinal()
         assert run_tool("add_days", {"date": str(a), "days": int(days)}) == str(b)
-    for arguments in ({"date": "2023-02-29"}, {"date": "23-1-1"}, {"date": "2023-13-01"}, {"date": 5}, {}, {"date": "20230101"}):
+    for arguments in (
+        {"date": "2023-02-29"},
+        {"date": "23-1-1"},
+        {"date": "2023-13-01"},
+        {"date": 5},
+        {},
+        {"date": "20230101"},
+    ):
         assert run_tool("weekday", arguments).startswith("error: ")
     for days in (10**30, -(10**7), 1.5, True, "3"):
         assert run_tool("add_days", {"date": "2000-01-01", "days": days}).startswith("error: ")
@@ -328,14 +479,29 @@ def test_units():
     def convert(value, unit, to):
         return run_tool("convert", {"value": value, "unit": unit, "to": to})
 
-    assert convert(1, "mile", "kilometres") == "1.6093 kilometres" and convert(12, "inches", "ft") == "1 foot"
-    assert convert(100, "celsius", "F") == "212 degrees Fahrenheit" and convert(0, "K", "C") == "-273.15 degrees Celsius"
-    assert convert(2.5, "hours", "minute") == "150 minutes" and convert(3, "kilometers", "m") == "3000 metres"
-    assert convert(5, "mm", "km") == "0.000005 kilometres" and convert(-30, "seconds", "weeks") == "-0.0000496 weeks"
-    assert convert(1e-30, "mm", "km") == "1e-36 kilometres" and run_tool("calculator", {"expression": "1/3000"}).endswith(
-        "0.0003333)"
+    assert (
+        convert(1, "mile", "kilometres") == "1.6093 kilometres"
+        and convert(12, "inches", "ft") == "1 foot"
     )
-    assert convert(1, "square kilometre", "hectares") == "100 hectares" and convert(0.5, "kg", "g") == "500 grams"
+    assert (
+        convert(100, "celsius", "F") == "212 degrees Fahrenheit"
+        and convert(0, "K", "C") == "-273.15 degrees Celsius"
+    )
+    assert (
+        convert(2.5, "hours", "minute") == "150 minutes"
+        and convert(3, "kilometers", "m") == "3000 metres"
+    )
+    assert (
+        convert(5, "mm", "km") == "0.000005 kilometres"
+        and convert(-30, "seconds", "weeks") == "-0.0000496 weeks"
+    )
+    assert convert(1e-30, "mm", "km") == "1e-36 kilometres" and run_tool(
+        "calculator", {"expression": "1/3000"}
+    ).endswith("0.0003333)")
+    assert (
+        convert(1, "square kilometre", "hectares") == "100 hectares"
+        and convert(0.5, "kg", "g") == "500 grams"
+    )
     for bad in (
         (1, "kg", "m"),
         (1, "parsec", "m"),
@@ -345,18 +511,37 @@ def test_units():
         (-1, "K", "C"),
     ):
         assert convert(*bad).startswith("error: "), bad
-    for a, b, c in (("mile", "foot", "inch"), ("pound", "gram", "ounce"), ("gallon", "litre", "millilitre")):
+    for a, b, c in (
+        ("mile", "foot", "inch"),
+        ("pound", "gram", "ounce"),
+        ("gallon", "litre", "millilitre"),
+    ):
         there = Fraction(convert(1000, a, c).split()[0])
-        assert abs(there - Fraction(convert(float(convert(1000, a, b).split()[0]), b, c).split()[0])) <= abs(there) / 10**6
+        assert (
+            abs(there - Fraction(convert(float(convert(1000, a, b).split()[0]), b, c).split()[0]))
+            <= abs(there) / 10**6
+        )
 
 
 def test_lookup_and_calls_that_fit_no_schema():
     assert run_tool("lookup", {"country": "the maldives", "attribute": "capital"}) == "Male"
     assert run_tool("lookup", '{"country": "Arland", "attribute": "landlocked"}') == "yes"
-    for arguments in ({"country": "Atlantis", "attribute": "capital"}, {"country": "Arland", "attribute": "mood"}):
+    for arguments in (
+        {"country": "Atlantis", "attribute": "capital"},
+        {"country": "Arland", "attribute": "mood"},
+    ):
         assert run_tool("lookup", arguments).startswith("error: ")
-    assert run_tool("lookup", {"country": "Maldives", "attribute": "domain"}).startswith("error: the domain of the Maldives")
-    for name, arguments in (("rm", {}), (None, {}), (["x"], {}), ("lookup", None), ("lookup", "{"), ("lookup", "[" * 10**5)):
+    assert run_tool("lookup", {"country": "Maldives", "attribute": "domain"}).startswith(
+        "error: the domain of the Maldives"
+    )
+    for name, arguments in (
+        ("rm", {}),
+        (None, {}),
+        (["x"], {}),
+        ("lookup", None),
+        ("lookup", "{"),
+        ("lookup", "[" * 10**5),
+    ):
         assert run_tool(name, arguments).startswith("error: ")
     assert set(COUNTRIES["Guinea"].facts) <= set(ATTRIBUTES)
 
@@ -365,8 +550,12 @@ def test_a_lookup_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("pip was called"))
     asked = {"country": "Chad", "attribute": "capital"}
-    assert "python -m scripts.generate_chat_data downloads it" in run_tool("lookup", asked, tmp_path / "none")
-    (tmp_path / f"{FACTBOOK.package}-{FACTBOOK.version}-x.whl").mkdir()  # what cannot be read is an answer too
+    assert "python -m scripts.generate_chat_data downloads it" in run_tool(
+        "lookup", asked, tmp_path / "none"
+    )
+    (
+        tmp_path / f"{FACTBOOK.package}-{FACTBOOK.version}-x.whl"
+    ).mkdir()  # what cannot be read is an answer too
     assert run_tool("lookup", asked, tmp_path).startswith("error: the facts cannot be read")
     assert not (tmp_path / "none").exists()
 
@@ -393,11 +582,16 @@ def test_the_command_writes_once_and_names_mistakes(tmp_path):
     assert first.returncode == 0, first.stderr
     files = {path.name: path.read_bytes() for path in (tmp_path / "chat").iterdir()}
     assert len(files) == 11 and all(name.endswith(("jsonl", "manifest.json")) for name in files)
-    assert all(len(data.splitlines()) == 20 for name, data in files.items() if name.endswith("jsonl"))
+    assert all(
+        len(data.splitlines()) == 20 for name, data in files.items() if name.endswith("jsonl")
+    )
     train = [json.loads(line) for line in files["tools.train.jsonl"].splitlines()]
     assert all(set(row) <= {"id", "source", "messages", "tools"} for row in train)
     assert "is current" in run("--counts", *few, "--heldout_counts", *few).stdout
-    for flags, said in ((["--counts", "maths=3"], "is not a count"), (["--name", "<|x|>"], "is not a name")):
+    for flags, said in (
+        (["--counts", "maths=3"], "is not a count"),
+        (["--name", "<|x|>"], "is not a name"),
+    ):
         failed = run(*flags)
         assert failed.returncode == 2 and said in failed.stderr and "Traceback" not in failed.stderr
     (tmp_path / "chat" / "math.train.jsonl").write_text("")

@@ -38,16 +38,23 @@ def put_template(folder: Path, format: str, template: str) -> None:
     if form == "string":
         content["chat_template"] = template
     elif form == "list":
-        content["chat_template"] = [{"name": "rag", "template": "R"}, {"name": "default", "template": template}]
+        content["chat_template"] = [
+            {"name": "rag", "template": "R"},
+            {"name": "default", "template": template},
+        ]
     elif form == "json":
-        (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+        (folder / "chat_template.json").write_text(
+            json.dumps({"chat_template": template}), encoding="utf-8"
+        )
     elif form in ("jinja", "with_tools"):
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     if form in ("additional", "with_tools"):
         named = folder / "additional_chat_templates"
         named.mkdir()
         name = "default" if form == "additional" else "tool_use"
-        (named / f"{name}.jinja").write_text(template + ("" if form == "additional" else "T"), encoding="utf-8")
+        (named / f"{name}.jinja").write_text(
+            template + ("" if form == "additional" else "T"), encoding="utf-8"
+        )
     settings.write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -74,24 +81,39 @@ def test_every_form_is_read(form, model):
         with pytest.raises(ValueError, match="has no chat template"):
             OtherChat(model)
     else:
-        text = OtherChat(model).tokenizer.decode(OtherChat(model).prompt([{"role": "user", "content": "Hi."}]))
+        text = OtherChat(model).tokenizer.decode(
+            OtherChat(model).prompt([{"role": "user", "content": "Hi."}])
+        )
         assert text == "[user] Hi.\n[assistant] "
 
 
-def test_the_export_keeps_it_and_the_card_calls_it_no_base_model(form, model, tmp_path, monkeypatch):
+def test_the_export_keeps_it_and_the_card_calls_it_no_base_model(
+    form, model, tmp_path, monkeypatch
+):
     out = tmp_path / "out" / "m-{outtype}.gguf"
-    monkeypatch.setattr(sys, "argv", ["x", "--checkpoint", str(model), "--outtype", "f32", "--outfile", str(out)])
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--checkpoint", str(model), "--outtype", "f32", "--outfile", str(out)]
+    )
     export_gguf.main()
     reader = GGUFReader(out.parent / "m-f32.gguf")
     kept = reader.get_field("tokenizer.chat_template")
-    texts = {name: (out.parent / name).read_text(encoding="utf-8") for name in ("README.md", "LM_STUDIO.md", "Modelfile")}
+    texts = {
+        name: (out.parent / name).read_text(encoding="utf-8")
+        for name in ("README.md", "LM_STUDIO.md", "Modelfile")
+    }
     if form == "none":
-        assert kept is None and "base model" in texts["README.md"] and "{{ .Prompt }}" in texts["Modelfile"]
+        assert (
+            kept is None
+            and "base model" in texts["README.md"]
+            and "{{ .Prompt }}" in texts["Modelfile"]
+        )
         return
     assert kept.contents() == OWN and not any("base model" in text for text in texts.values())
     assert "{{ .Prompt }}" not in texts["Modelfile"] and "scripts.chat" in texts["README.md"]
     unpacked = tokenizer_folder(out.parent / "m-f32.gguf")
-    assert read_templates(unpacked) == read_templates(model) and isinstance(open_chat(out.parent / "m-f32.gguf"), TemplateChat)
+    assert read_templates(unpacked) == read_templates(model) and isinstance(
+        open_chat(out.parent / "m-f32.gguf"), TemplateChat
+    )
 
 
 def test_eval_chat_asks_in_it(form, model, tmp_path):
@@ -107,13 +129,21 @@ def test_eval_chat_asks_in_it(form, model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert evaluation.about["prompts"] == "the model's own chat template"
     assert tokenizer.decode(write.prompt) == f"[user] {before[-1]['content']}\n[assistant] "
-    assert [tokenizer.decode(option) for option in choose_one.options] == [f"{m['content']}<|endoftext|>" for m in replies]
+    assert [tokenizer.decode(option) for option in choose_one.options] == [
+        f"{m['content']}<|endoftext|>" for m in replies
+    ]
 
 
 def test_questions_that_it_refuses_are_counted(tmp_path, text_store):
     folder = tmp_path / "model"
     save_tiny(folder, tiny_config(max_position_embeddings=1024), text_store)
-    put_template(folder, "string", OWN.replace("[{{", "{% if m['role'] == 'tool' %}{{ raise_exception('no') }}{% endif %}[{{", 1))
+    put_template(
+        folder,
+        "string",
+        OWN.replace(
+            "[{{", "{% if m['role'] == 'tool' %}{{ raise_exception('no') }}{% endif %}[{{", 1
+        ),
+    )
     rows = synthetic.generate_tool_use_examples(4, 0, "heldout", easy=True)
     data = tmp_path / "all.heldout.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -136,17 +166,24 @@ def test_files_go_first_and_mistakes_are_sentences(tmp_path, model):
     put_template(tmp_path, "list", "config")
     (tmp_path / "chat_template.jinja").write_text("file", encoding="utf-8")
     assert read_templates(tmp_path) == {"default": "file"}
-    assert choose({"rag": "R"}) == "R" and choose({"default": "D", "tool_use": "T"}, tools=[1]) == "T"
+    assert (
+        choose({"rag": "R"}) == "R" and choose({"default": "D", "tool_use": "T"}, tools=[1]) == "T"
+    )
     with pytest.raises(ValueError, match="chat templates named a, b"):
         choose({"a": "A", "b": "B"})
     for wrong in (5, [5], [{"name": "default"}], {"default": 1}):
         (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": wrong}), encoding="utf-8")
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({"chat_template": wrong}), encoding="utf-8"
+        )
         with pytest.raises(ValueError, match="neither text nor a list of named texts"):
             template_of(tmp_path)
 
 
-@pytest.mark.parametrize("changed", ["chat_template.json", "additional_chat_templates/tool_use.jinja", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "changed",
+    ["chat_template.json", "additional_chat_templates/tool_use.jinja", "chat_template.jinja"],
+)
 def test_another_template_is_another_model_to_evaluations(changed, tmp_path, text_store):
     folder = tmp_path / "model"
     save_tiny(folder, tiny_config(), text_store)

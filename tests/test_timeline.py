@@ -40,7 +40,11 @@ def place(tmp_path_factory):
     build(folder)
     path = folder / "configs" / "plan_1b.yaml"
     plan = yaml.safe_load(path.read_text())
-    (gate,) = (gate for gate in plan["phases"][3]["milestones"][0]["gates"] if gate["metric"] == "all.perplexity")
+    (gate,) = (
+        gate
+        for gate in plan["phases"][3]["milestones"][0]["gates"]
+        if gate["metric"] == "all.perplexity"
+    )
     gate |= {"go": 1.0, "no_go": 1.1}
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     os.chdir(folder)
@@ -108,7 +112,10 @@ def events(kind: str) -> list[dict]:
 
 def checkpoints() -> dict[str, str]:
     """Every checkpoint's manifest, which holds the checksums of its files."""
-    return {str(path): path.read_text() for path in sorted(Path("checkpoints", RUN).rglob("manifest.json"))}
+    return {
+        str(path): path.read_text()
+        for path in sorted(Path("checkpoints", RUN).rglob("manifest.json"))
+    }
 
 
 def lock_holder() -> int:
@@ -120,10 +127,14 @@ def test_day_1(place):
     commands = BY_HAND[: next(i for i, command in enumerate(BY_HAND) if "download_data" in command)]
     assert commands[0] == "make setup" and re.search(r"^setup:", Path("Makefile").read_text(), re.M)
     output = give(commands[1])
-    assert "ready for: quickstart yes" in output and "alert: slack" in output  # a plan of this size needs no GPU
+    assert (
+        "ready for: quickstart yes" in output and "alert: slack" in output
+    )  # a plan of this size needs no GPU
     output = give(commands[2])
     assert output.count("test mode: ok") == 4 and "FAILED" not in output
-    assert "is not empty; give test mode an --output_dir of its own" in give(f"{commands[2]} --output_dir configs", status=2)
+    assert "is not empty; give test mode an --output_dir of its own" in give(
+        f"{commands[2]} --output_dir configs", status=2
+    )
     for command in commands[3:]:  # test_fsdp, verify_model
         output = give(command)
         assert "ok" in output and "FAILED" not in output
@@ -146,27 +157,42 @@ def test_the_plan_survives_four_weeks(place, drive):
     output = drive(PLAN, status=3)
     assert "decision at step 230: NO-GO" in output and step() == 230
     assert [gate["outcome"] for gate in events("gate")] == ["go"] * 5 + ["no-go"]
-    (advised,) = set(re.findall(r"`(python -m scripts\.pipeline [^`]*--extend phase3_crystallization=\d+)`", output))
+    (advised,) = set(
+        re.findall(
+            r"`(python -m scripts\.pipeline [^`]*--extend phase3_crystallization=\d+)`", output
+        )
+    )
     output = drive(advised, status=3)
     assert "decision at step 235: NO-GO" in output and step() == 235
     output = drive(f'{PLAN} --accept "a model of this size"')
-    assert "deliverables are there and agree" in output and "missing" not in output.rpartition("[")[2]
+    assert (
+        "deliverables are there and agree" in output and "missing" not in output.rpartition("[")[2]
+    )
 
     rows = read_metrics(LOGS)
-    assert [row["step"] for row in rows] == list(range(1, 236))  # each step once, over a kill, a signal and an extension
+    assert [row["step"] for row in rows] == list(
+        range(1, 236)
+    )  # each step once, over a kill, a signal and an extension
     rates = [row["lr"] for row in rows if row["step"] >= 10]
     assert all(before >= after for before, after in pairwise(rates)) and rates[-1] == 0
     assert rates[-30] == rates[0]  # the decay of 28 steps begins where that of 23 did
     for milestone in (50, 100, 150, 184, 207):
-        assert list(Path("checkpoints", RUN).glob(f"*/step_{milestone}/model.safetensors")), milestone
+        assert list(Path("checkpoints", RUN).glob(f"*/step_{milestone}/model.safetensors")), (
+            milestone
+        )
 
 
 def test_each_command_of_the_table_can_be_given_again(place):
     before, metrics = checkpoints(), (LOGS / "metrics.jsonl").read_text()
     begin = next(i for i, command in enumerate(BY_HAND) if "download_data" in command)
     end = next(i for i, command in enumerate(BY_HAND) if "demo_ui" in command)
-    extended = ("phase3_crystallization.yaml", "phase3_crystallization --gates")  # only the plan knows its new steps
-    commands = [command for command in BY_HAND[begin:end] if not any(words in command for words in extended)]
+    extended = (
+        "phase3_crystallization.yaml",
+        "phase3_crystallization --gates",
+    )  # only the plan knows its new steps
+    commands = [
+        command for command in BY_HAND[begin:end] if not any(words in command for words in extended)
+    ]
     assert len(commands) > 20
     for command in commands:
         output = give(command)
@@ -179,8 +205,13 @@ def test_each_command_of_the_table_can_be_given_again(place):
 
 def test_what_the_four_weeks_leave(place):
     content = json.loads(Path("results/benchmark_results.json").read_text())
-    texts = {path: Path(path).read_text() for path in ("results/comparison_table.md", "results/report.html", "gguf/README.md")}
-    assert len(content["targets"]) == 10 and all(target["value"] is not None for target in content["targets"])
+    texts = {
+        path: Path(path).read_text()
+        for path in ("results/comparison_table.md", "results/report.html", "gguf/README.md")
+    }
+    assert len(content["targets"]) == 10 and all(
+        target["value"] is not None for target in content["targets"]
+    )
     measured = json.loads((RESULTS / "dpo" / "aligned.json").read_text())
     for task, metric in (("mmlu", "acc"), ("truthfulqa", "mc2")):
         value = content["evaluations"][task]["metrics"][metric]["value"]
@@ -188,16 +219,30 @@ def test_what_the_four_weeks_leave(place):
         for path, text in texts.items():
             assert f"{100 * value:.1f}" in text or f"{value:.4f}" in text, (path, task)
     of_all = yaml.safe_load(Path("results/hyperparameters.yaml").read_text())
-    phases = ("phase1_pretrain", "phase2_annealing", "phase2_16k", "phase3_crystallization", "midtrain", "sft", "dpo")
+    phases = (
+        "phase1_pretrain",
+        "phase2_annealing",
+        "phase2_16k",
+        "phase3_crystallization",
+        "midtrain",
+        "sft",
+        "dpo",
+    )
     assert list(of_all) == list(phases)
     assert [of_all[name]["steps"] for name in phases] == [184, 10, 13, 28, 2, 12, 5]
     told = Path("results/training_log.md").read_text()
     assert "restart 1 of 3" in told and "a model of this size" in told
     assert Path("results/wandb_run_urls.txt").read_text() == "none: W&B was off\n"
     assert Path("results/attention_visualizations.png").read_bytes().startswith(b"\x89PNG")
-    links = {"phase1": "phase1_pretrain/step_184", "phase3": "phase3_crystallization/step_235", "dpo": "dpo/step_5"}
+    links = {
+        "phase1": "phase1_pretrain/step_184",
+        "phase3": "phase3_crystallization/step_235",
+        "dpo": "dpo/step_5",
+    }
     for name, folder in links.items():
-        assert Path("checkpoints", name, Path(folder).name).samefile(Path("checkpoints", RUN, folder))
+        assert Path("checkpoints", name, Path(folder).name).samefile(
+            Path("checkpoints", RUN, folder)
+        )
 
 
 def test_the_demo_opens_the_last_model(place):
@@ -209,4 +254,8 @@ def test_the_demo_opens_the_last_model(place):
     demo.send_signal(signal.SIGKILL)
     assert demo.wait() == 128 + signal.SIGKILL
     output = demo.output.read_text()
-    assert f"opens {place / 'checkpoints'}" in output and "/dpo/step_5, the newest model found" in output and "http://" in output
+    assert (
+        f"opens {place / 'checkpoints'}" in output
+        and "/dpo/step_5, the newest model found" in output
+        and "http://" in output
+    )

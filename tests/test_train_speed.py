@@ -17,7 +17,13 @@ STEPS = 3
 def losses_of(name, folder, *overrides):
     """Of STEPS steps of a contender."""
     config = str(ROOT / "configs" / "test_mode.yaml")
-    given = ["data.tokens_per_step=512", "data.micro_batch_size=4", *overrides, f"output_dir={folder}", f"log_dir={folder}"]
+    given = [
+        "data.tokens_per_step=512",
+        "data.micro_batch_size=4",
+        *overrides,
+        f"output_dir={folder}",
+        f"log_dir={folder}",
+    ]
     run = load(config, [*given, *train_speed.prepare(load(config, given), STEPS, folder)])
     found = []
 
@@ -42,12 +48,16 @@ def test_contenders_do_the_same_work(tmp_path, dtype, tolerance):
 
 
 def test_what_cannot_run_says_why():
-    assert "GPU" in missing("liger", "cpu") and "environment of its own" in missing("torchtitan", "cuda")
+    assert "GPU" in missing("liger", "cpu") and "environment of its own" in missing(
+        "torchtitan", "cuda"
+    )
     assert missing("ours", "cpu") is missing("plain", "cuda") is None
     assert (missing("hf", "cpu") is None) == (find_spec("accelerate") is not None)
 
 
-def test_a_step_lasts_from_the_end_of_the_one_before_and_waiting_for_a_round_does_not_count(monkeypatch):
+def test_a_step_lasts_from_the_end_of_the_one_before_and_waiting_for_a_round_does_not_count(
+    monkeypatch,
+):
     now, reports = [0.0], []
     monkeypatch.setattr(train_speed.time, "perf_counter", lambda: now[0])
 
@@ -76,17 +86,32 @@ def test_a_case_for_each_combination():
 
 
 @pytest.mark.parametrize(
-    "given", ["--rounds 0", "--steps 0", "--warmup 0", "--contenders ours:0", "--contenders hf:x", "--contenders a"]
+    "given",
+    [
+        "--rounds 0",
+        "--steps 0",
+        "--warmup 0",
+        "--contenders ours:0",
+        "--contenders hf:x",
+        "--contenders a",
+    ],
 )
 def test_numbers_below_one_and_unknown_contenders_are_refused(given):
-    with pytest.raises(ValueError, match=r"must be at least 1|numbers of at least 1|is not one of ours"):
+    with pytest.raises(
+        ValueError, match=r"must be at least 1|numbers of at least 1|is not one of ours"
+    ):
         train_speed.parse(given.split())
 
 
 def test_ranks_of_torchrun_measure_one_contender(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train_speed.parse([]).contenders == ["ours_documents"]
-    for given in (["--contenders", "ours", "plain"], ["--contenders", "hf"], ["--vary", "optim.lr=1,2"], ["--profile"]):
+    for given in (
+        ["--contenders", "ours", "plain"],
+        ["--contenders", "hf"],
+        ["--vary", "optim.lr=1,2"],
+        ["--profile"],
+    ):
         with pytest.raises(ValueError, match="measures --contenders ours or ours_documents alone"):
             train_speed.on_these_ranks(train_speed.parse(given), 2)
 
@@ -99,7 +124,12 @@ def test_a_case_in_which_ours_was_not_measured_is_a_failure():
     assert train_speed.whole({"contenders": [ours, peer]})
     assert not train_speed.whole({"contenders": [peer]})
     assert not train_speed.whole(
-        {"contenders": [{"contender": "ours:1", "not_measured": "out of memory"}, {**ours, "contender": "hf:1"}]}
+        {
+            "contenders": [
+                {"contender": "ours:1", "not_measured": "out of memory"},
+                {**ours, "contender": "hf:1"},
+            ]
+        }
     )
     assert not train_speed.whole({"contenders": [ours, {**ours, "same_loss": False}]})
 

@@ -39,7 +39,9 @@ def tuned(tmp_path_factory, text_store) -> Path:
         "math": synthetic.generate_math_examples(20, 0, "train", easy=True),
     }
     for name, rows in sources.items():
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        (place / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
     listed = ", ".join(f"{name}: {{path: {place / name}.jsonl}}" for name in sources)
     overrides = [
         f"chat={{sources: {{{listed}}}, cache: {place / 'cache'}, held_out: 0.0, samples: [], max_bad: 0.5}}",
@@ -58,7 +60,11 @@ def tuned(tmp_path_factory, text_store) -> Path:
 
 def test_sft_records_what_it_trained_on(tuned):
     trained = read_trained_chat(tuned)
-    assert trained and (trained.context, trained.tools_at_once, trained.thoughts) == (LENGTH, 1, True)
+    assert trained and (trained.context, trained.tools_at_once, trained.thoughts) == (
+        LENGTH,
+        1,
+        True,
+    )
     assert trained.tools[0] == "calculator" and set(trained.tools) <= set(ALL)
     [tool] = offered(trained)
     assert name_of(tool) == "calculator"
@@ -70,10 +76,17 @@ def test_sft_records_what_it_trained_on(tuned):
 
 def test_dpo_adds_to_the_record_of_its_base(tmp_path):
     parity_dpo.write_case(tmp_path)
-    rows = [{"prompt": f"Is it {i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)]
-    (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [
+        {"prompt": f"Is it {i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40)
+    ]
+    (tmp_path / "many.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     policy = tmp_path / "policy" / "config.json"
-    config = {**read_json(policy), KEY: {"context": 300, "tools": ["weekday"], "tools_at_once": 1, "thoughts": True}}
+    config = {
+        **read_json(policy),
+        KEY: {"context": 300, "tools": ["weekday"], "tools_at_once": 1, "thoughts": True},
+    }
     policy.write_text(json.dumps(config), encoding="utf-8")
     assert dpo_here(*dpo_settings(tmp_path, tmp_path), "steps=1")
     assert read_trained_chat(tmp_path / "out" / "step_1") == TrainedChat(300, ("weekday",), 1, True)
@@ -88,7 +101,10 @@ def test_a_record_joins_base_and_sources(tmp_path):
     assert found == {"context": 64, "tools": ("a", "b"), "tools_at_once": 2, "thoughts": True}
 
 
-@pytest.mark.parametrize("wrong", [5, [], {"context": "x"}, {"context": True}, {"context": 0}, {"context": 9, "tools": [1]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [5, [], {"context": "x"}, {"context": True}, {"context": 0}, {"context": 9, "tools": [1]}],
+)
 def test_a_damaged_record_is_a_sentence(wrong, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({KEY: wrong}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"nanollama_chat of config\.json is damaged"):
@@ -105,13 +121,17 @@ def model(request, tuned, tmp_path_factory) -> Path:
     return file
 
 
-@pytest.mark.parametrize(("flags", "context", "names"), [([], LENGTH, ["calculator"]), (["all"], 2048, ALL)])
+@pytest.mark.parametrize(
+    ("flags", "context", "names"), [([], LENGTH, ["calculator"]), (["all"], 2048, ALL)]
+)
 def test_the_demo_follows_it_and_a_flag_asks_for_more(model, flags, context, names):
     voice = demo_ui.open_voice(model, context if flags else None, flags or None)
     assert voice.context == context and [name_of(tool) for tool in voice.tools] == names
     assert tools_label([voice]) == f"Tools: {', '.join(names)}"
     prompt = voice.chat.prompt([{"role": "user", "content": "What is 2 + 3?"}], list(voice.tools))
-    assert len(voice.chat.prompt([{"role": "user", "content": "x"}], TOOLS)) > LENGTH  # all tools left no room at all
+    assert (
+        len(voice.chat.prompt([{"role": "user", "content": "x"}], TOOLS)) > LENGTH
+    )  # all tools left no room at all
     assert (len(prompt) < LENGTH - 100) == (not flags)
 
 
@@ -119,12 +139,20 @@ def test_chat_follows_it_too(model, monkeypatch, capsys):
     flags = ["chat", "--model", str(model), "--prompt", "Hi", "--max_new_tokens", "1"]
     for more, said in (
         ([], f"context {LENGTH}, tools: calculator; --context and --tools change them"),
-        (["--tools", "weekday", "lookup", "--context", "1024"], "context 1,024, tools: weekday, lookup;"),
+        (
+            ["--tools", "weekday", "lookup", "--context", "1024"],
+            "context 1,024, tools: weekday, lookup;",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", [*flags, *more])
         chat.main()
         assert said in capsys.readouterr().out
-    complaint = complaint_of(chat.main, ["--model", model, "--prompt", "x", "--tools", "all", "--no_tools"], capsys, monkeypatch)
+    complaint = complaint_of(
+        chat.main,
+        ["--model", model, "--prompt", "x", "--tools", "all", "--no_tools"],
+        capsys,
+        monkeypatch,
+    )
     assert "--tools and --no_tools exclude each other" in complaint
 
 

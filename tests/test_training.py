@@ -35,7 +35,10 @@ def same_state(a: Path, b: Path, tmp_path: Path) -> bool:
     one, two = whole_state(a, tmp_path / "a.pt"), whole_state(b, tmp_path / "b.pt")
     assert one.keys() == two.keys() and sum(name.startswith("exp_avg ") for name in one) > 10
     position = [json.loads((folder / "state" / "trainer.json").read_text()) for folder in (a, b)]
-    assert position[0]["step"] == position[1]["step"] and position[0]["batch_index"] == position[1]["batch_index"]
+    assert (
+        position[0]["step"] == position[1]["step"]
+        and position[0]["batch_index"] == position[1]["batch_index"]
+    )
     return all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -43,11 +46,20 @@ def test_loss_does_not_depend_on_micro_batches_or_ranks(settings, tmp_path):
     curves = {}
     for micro in (1, 2, 4):
         where = f"log_dir={tmp_path / f'one-{micro}'}"
-        assert train_here(settings(where, f"data.micro_batch_size={micro}", f"output_dir={tmp_path / f'c1{micro}'}"))
+        assert train_here(
+            settings(
+                where, f"data.micro_batch_size={micro}", f"output_dir={tmp_path / f'c1{micro}'}"
+            )
+        )
         curves[1, micro] = losses(tmp_path / f"one-{micro}")
     for micro, strategy in ((1, "zero2"), (2, "ddp"), (4, "zero3")):
         where = f"log_dir={tmp_path / f'two-{micro}'}"
-        more = (where, f"data.micro_batch_size={micro}", f"parallel.strategy={strategy}", f"output_dir={tmp_path / f'c2{micro}'}")
+        more = (
+            where,
+            f"data.micro_batch_size={micro}",
+            f"parallel.strategy={strategy}",
+            f"output_dir={tmp_path / f'c2{micro}'}",
+        )
         done = train_ranks(settings(*more))
         assert done.returncode == 0, done.stderr
         curves[2, micro] = losses(tmp_path / f"two-{micro}")
@@ -57,7 +69,9 @@ def test_loss_does_not_depend_on_micro_batches_or_ranks(settings, tmp_path):
         assert max(abs(a - b) for a, b in zip(curve, reference, strict=True)) <= 1e-5, case
     rows = [read_metrics(tmp_path / name)[-1] for name in ("one-4", "two-1")]
     assert rows[0]["val/loss"] == pytest.approx(rows[1]["val/loss"], abs=1e-5)
-    assert rows[0]["val/first/bits_per_byte"] == pytest.approx(rows[1]["val/first/bits_per_byte"], abs=1e-5)
+    assert rows[0]["val/first/bits_per_byte"] == pytest.approx(
+        rows[1]["val/first/bits_per_byte"], abs=1e-5
+    )
 
 
 def test_checkpointed_activations_change_nothing(settings, tmp_path):
@@ -67,7 +81,14 @@ def test_checkpointed_activations_change_nothing(settings, tmp_path):
         ("selective", "parallel.activation_checkpointing=selective"),
         ("full", "parallel.activation_checkpointing=full"),
     ):
-        assert train_here(settings(override, f"output_dir={tmp_path / name}", f"log_dir={tmp_path / name / 'l'}", steps=3))
+        assert train_here(
+            settings(
+                override,
+                f"output_dir={tmp_path / name}",
+                f"log_dir={tmp_path / name / 'l'}",
+                steps=3,
+            )
+        )
         curves[name] = losses(tmp_path / name / "l")
         weights = load_file(tmp_path / name / "step_3" / "model.safetensors")
         assert "model.layers.1.mlp.up_proj.weight" in weights and len(weights) == 2 * 9 + 3
@@ -81,7 +102,9 @@ def test_compiled_blocks_change_nothing(settings, tmp_path, monkeypatch, keep, b
     if backend == "inductor" and (keep != "full" or not shutil.which("g++")):
         pytest.skip("one case is enough of what needs a C++ compiler on a CPU, where there is one")
     stock = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **how: stock(block, backend=backend, **how))
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda block, **how: stock(block, backend=backend, **how)
+    )
     curves = []
     for compiled in ("false", "true"):
         where = [f"output_dir={tmp_path / compiled}", f"log_dir={tmp_path / compiled / 'l'}"]
@@ -119,8 +142,17 @@ def golden_settings(tmp_path: Path) -> list[str]:
     from data.store import write_dummy_store
 
     write_dummy_store(tmp_path / "dummy", 512, 20_000, seed=0)
-    more = ["data.mix={dummy: 1}", "steps=6", "schedule={warmup_steps: 2, total_steps: 6, decay_steps: 2}"]
-    return [*more, "parallel.dtype=float32", f"output_dir={tmp_path / 'c'}", f"log_dir={tmp_path / 'logs'}"]
+    more = [
+        "data.mix={dummy: 1}",
+        "steps=6",
+        "schedule={warmup_steps: 2, total_steps: 6, decay_steps: 2}",
+    ]
+    return [
+        *more,
+        "parallel.dtype=float32",
+        f"output_dir={tmp_path / 'c'}",
+        f"log_dir={tmp_path / 'logs'}",
+    ]
 
 
 GOLDEN = [6.248015, 6.026969, 5.660190, 5.345801, 5.065728, 4.933698]
@@ -132,7 +164,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit_over_a_phase_border(settings, 
     def phases(name: str, first: list[str], second: list[str]) -> Path:
         place = lambda phase: f"output_dir={tmp_path / name / phase}"  # noqa: E731
         log = f"log_dir={tmp_path / name / 'logs'}"
-        longer = ("data.sequence_length=32", "data.mix={second: 1.0}", "rope_theta=500000", "allow_theta_jump=true")
+        longer = (
+            "data.sequence_length=32",
+            "data.mix={second: 1.0}",
+            "rope_theta=500000",
+            "allow_theta_jump=true",
+        )
         longer += ("data.micro_batch_size=4",)
         for stop in first:
             train_here(settings(place("one"), log, f"steps={stop}", "checkpoint.every=2"))
@@ -146,7 +183,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit_over_a_phase_border(settings, 
     assert same_state(straight, stopped, tmp_path)
     assert losses(tmp_path / "straight" / "logs") == losses(tmp_path / "stopped" / "logs")
     rows = read_metrics(tmp_path / "stopped" / "logs")
-    assert [row["step"] for row in rows] == list(range(1, 13)) and [row["batch_index"] for row in rows] == [*range(1, 7)] * 2
+    assert [row["step"] for row in rows] == list(range(1, 13)) and [
+        row["batch_index"] for row in rows
+    ] == [*range(1, 7)] * 2
     assert [row["phase"] for row in rows] == ["one"] * 6 + ["two"] * 6
     assert rows[-1]["lr"] == 0.0 and rows[-1]["tokens"] == 12 * 512
     assert load_hf(straight).config.rope_theta == 500_000
@@ -175,15 +214,33 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
             shape = (run.data.sequence_length, run.data.rows, run.data.micro_batch_size)
             loader = PackedDataLoader(shards, run.data.mix, *shape, run.seed)
             if run.phase == "two":
-                state.phase, state.phase_start, state.phase_end, state.batch_index = "two", state.step, state.step + run.steps, 0
+                state.phase, state.phase_start, state.phase_end, state.batch_index = (
+                    "two",
+                    state.step,
+                    state.step + run.steps,
+                    0,
+                )
                 state.faults = state.faults.next_phase()
                 head_dim = run.model.resolved_head_dim
-                state.model.rotary = RotaryEmbedding(head_dim, run.model.max_position_embeddings, run.model.rope_theta)
+                state.model.rotary = RotaryEmbedding(
+                    head_dim, run.model.max_position_embeddings, run.model.rope_theta
+                )
             checkpointer = Checkpointer(run.checkpoints, run.checkpoint, torch.float32, None, {})
-            assert not train(run, state, loader, next_token(run.optim.z_weight), checkpointer, Log(run.logs, run.log, True, {}))
+            assert not train(
+                run,
+                state,
+                loader,
+                next_token(run.optim.z_weight),
+                checkpointer,
+                Log(run.logs, run.log, True, {}),
+            )
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings()) and train_here(settings(resume, *border, phase="two"))
-    assert same_state(tmp_path / "live" / "two" / "step_12", tmp_path / "checkpoints" / "two" / "step_12", tmp_path)
+    assert same_state(
+        tmp_path / "live" / "two" / "step_12",
+        tmp_path / "checkpoints" / "two" / "step_12",
+        tmp_path,
+    )
 
 
 def wait_for(path: Path, seconds: float = 120) -> None:
@@ -207,14 +264,19 @@ def test_a_checkpoint_is_a_hugging_face_folder(settings, tmp_path):
     folder = tmp_path / "checkpoints" / "one" / "step_6"
     weights = load_file(folder / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     ids = torch.tensor([tokenizer.encode("def f(x):", add_special_tokens=False)])
     assert ids[0].tolist() == load_tokenizer(folder).encode("def f(x):").ids
     ours = load_hf(folder, dtype=None)
     assert (model(ids).logits.float() - ours(ids).float()).abs().max() <= 2e-2
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
     state = whole_state(folder, tmp_path / "state.pt")
-    assert {value.dtype for name, value in state.items() if name.startswith(("model", "exp_avg"))} == {torch.float32}
+    assert {
+        value.dtype for name, value in state.items() if name.startswith(("model", "exp_avg"))
+    } == {torch.float32}
     assert torch.equal(state["model norm.weight"].bfloat16(), weights["model.norm.weight"])
 
 
@@ -228,5 +290,10 @@ def test_damaged_checkpoints_are_set_aside_and_old_ones_pruned(settings, tmp_pat
     (folder / "step_5" / "state" / ".metadata").unlink()
     assert train_here(settings("checkpoint={every: 1, keep: 3}"))
     output = capfd.readouterr().out
-    assert "step_6 is damaged (model.safetensors has changed)" in output and "goes on at step 4" in output
-    assert {"step_5.damaged", "step_6.damaged", "step_6"} <= {path.name for path in folder.iterdir()}
+    assert (
+        "step_6 is damaged (model.safetensors has changed)" in output
+        and "goes on at step 4" in output
+    )
+    assert {"step_5.damaged", "step_6.damaged", "step_6"} <= {
+        path.name for path in folder.iterdir()
+    }

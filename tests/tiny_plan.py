@@ -32,8 +32,20 @@ SHAPE = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads"
 SHAPE |= {"max_position_embeddings": 16384, "rope_theta": 500_000.0, "initializer_range": 0.04}
 DPO = Path("checkpoints/tiny/dpo/step_2")
 TARGETS = [
-    {"metric": "hellaswag.acc_norm", "title": "HellaSwag", "mvp": 0.4, "success": 0.5, "stretch": 0.6},
-    {"metric": "all.perplexity", "title": "Text", "stage": "phase3_gold", "lower": True, "percent": False}
+    {
+        "metric": "hellaswag.acc_norm",
+        "title": "HellaSwag",
+        "mvp": 0.4,
+        "success": 0.5,
+        "stretch": 0.6,
+    },
+    {
+        "metric": "all.perplexity",
+        "title": "Text",
+        "stage": "phase3_gold",
+        "lower": True,
+        "percent": False,
+    }
     | {"mvp": 13, "success": 12, "stretch": 11, "note": "our judgement"},
     {"metric": "gsm8k.flexible", "title": "GSM8K", "mvp": 0.12, "success": 0.15, "stretch": 0.2},
 ]
@@ -71,16 +83,28 @@ def change(path: str | Path, edit) -> None:
 def rows_of_benchmarks(folder: Path) -> dict[str, Path]:
     """A few rows of each benchmark, in the schemas of the real sets; name -> what --data takes."""
     words, truth = ["up", "down", "home", "away"], {"choices": ["yes", "no"], "labels": [1, 0]}
-    arc = {"question": "Which?", "choices": {"text": words, "label": list("ABCD")}, "answerKey": "A"}
+    arc = {
+        "question": "Which?",
+        "choices": {"text": words, "label": list("ABCD")},
+        "answerKey": "A",
+    }
     mmlu = {"question": "Which?", "choices": words, "answer": 2, "subject": "rain"}
     maths = {"question": "1+1?", "answer": "It is #### 2"}
-    ending = {"activity_label": "Walk", "ctx_a": "A dog.", "ctx_b": "it", "endings": words, "label": "1"}
+    ending = {
+        "activity_label": "Walk",
+        "ctx_a": "A dog.",
+        "ctx_b": "it",
+        "endings": words,
+        "label": "1",
+    }
     rows = {f"arc_{part}/test": [arc] for part in ("challenge", "easy")}
     rows |= {f"arc_{part}/validation": [arc] * 25 for part in ("challenge", "easy")}
     rows |= {"mmlu/test": [mmlu], "mmlu/dev": [mmlu] * 5}
     rows |= {"gsm8k/test": [maths], "gsm8k/train": [maths] * 8}
     rows |= {"hellaswag/validation": [ending], "toxicity/train": [{"prompt": {"text": "The cat"}}]}
-    rows["truthfulqa/validation"] = [{"question": "Is it?", "mc1_targets": truth, "mc2_targets": truth}]
+    rows["truthfulqa/validation"] = [
+        {"question": "Is it?", "mc1_targets": truth, "mc2_targets": truth}
+    ]
     flag = {"type": "dict", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
     ask = {"question": [[{"role": "user", "content": "Go."}]]}
     ask["function"] = [{"name": "go", "description": "", "parameters": flag}]
@@ -91,7 +115,10 @@ def rows_of_benchmarks(folder: Path) -> dict[str, Path]:
     for name, part in rows.items():
         write_rows(folder / f"{name}.jsonl", part)
     files = {"tool_use": folder / "bfcl.jsonl", "mt_bench": folder / "mt_bench.jsonl"}
-    return dict.fromkeys(("hellaswag", "arc", "mmlu", "truthfulqa", "gsm8k", "toxicity"), folder) | files
+    return (
+        dict.fromkeys(("hellaswag", "arc", "mmlu", "truthfulqa", "gsm8k", "toxicity"), folder)
+        | files
+    )
 
 
 def build(root: Path, text_store: Path) -> None:
@@ -141,7 +168,9 @@ def pretrained(text_store: Path) -> None:
         put(f"logs/tiny/{phase}.environment.json", {"git": "abc123", "git_clean": True})
     phases = ["phase1_pretrain"] * 4 + ["phase3_gold"] * 2
     rows = [{"phase": phase, "step": i, "tokens": 512 * i} for i, phase in enumerate(phases, 1)]
-    put("logs/tiny/metrics.jsonl", [{**row, "loss": 9 / row["step"], "step_s": 1.0} for row in rows])
+    put(
+        "logs/tiny/metrics.jsonl", [{**row, "loss": 9 / row["step"], "step_s": 1.0} for row in rows]
+    )
     base = Path("checkpoints/tiny/phase3_gold/step_6")
     values = {"perplexity": 11.5, "tokens": 12345}
     figures = {"all": {name: {"value": value, "stderr": None} for name, value in values.items()}}
@@ -150,7 +179,12 @@ def pretrained(text_store: Path) -> None:
     put("results/tiny/step_6/perplexity.json", found)
     put("results/tiny/step_6/decision.json", {"of": of["of"], "metrics": figures})
     stages = [
-        {"name": name, "leaves": f"checkpoints/tiny/{name}", "commands": {name: "x"}, "evals": evals}
+        {
+            "name": name,
+            "leaves": f"checkpoints/tiny/{name}",
+            "commands": {name: "x"},
+            "evals": evals,
+        }
         for name, evals in (("sft", []), ("dpo", ["aligned"]))
     ]
     measure = "--checkpoint {checkpoint} --suite aligned --output {output}"

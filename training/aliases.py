@@ -65,9 +65,7 @@ RENAMED = {  # setting -> its names elsewhere
 } | {f"model.{name}": others for name, others in OTHER_NAMES.items() if name != "rope_theta"}
 NEW_NAMES = {other: new for new, others in RENAMED.items() for other in others.split()}
 
-ACCUMULATION = (
-    "in tokens; micro-batches follow from it: data.tokens_per_step / (data.sequence_length x data.micro_batch_size x ranks)"
-)
+ACCUMULATION = "in tokens; micro-batches follow from it: data.tokens_per_step / (data.sequence_length x data.micro_batch_size x ranks)"
 NOTES = {  # of a setting, or of one of its other names, where unit or values differ
     "steps": "updates in this phase",
     "rope_theta_end": "[first, last] over the phase",

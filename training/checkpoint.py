@@ -39,25 +39,40 @@ MANIFEST = "manifest.json"
 TRAINER = "state/trainer.json"
 ROLLED_BACK = ".rolled_back"  # suffix of checkpoints that a rollback went behind
 TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"),
+    *(
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+    ),
     *("chat_template.jinja", "chat_template_training.jinja"),
 )
-PATIENCE = timedelta(minutes=30)  # a background save waits so long for a rank that says nothing; one that died it notices at once
+PATIENCE = timedelta(
+    minutes=30
+)  # a background save waits so long for a rank that says nothing; one that died it notices at once
 HASHING_THREADS = min(8, cpus())
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: PositiveInt = 1000  # steps; the end of a phase is saved always
-    keep: PositiveInt = 3  # newest ones kept in a phase's folder; milestones and ends of phases stay too
-    milestones: tuple[PositiveInt, ...] = ()  # steps of the whole run that are always saved and never deleted
+    keep: PositiveInt = (
+        3  # newest ones kept in a phase's folder; milestones and ends of phases stay too
+    )
+    milestones: tuple[
+        PositiveInt, ...
+    ] = ()  # steps of the whole run that are always saved and never deleted
     keep_best: bool = True  # keep the one of lowest held-out loss too; once it is not among the newest, without its state/
-    asynchronous: bool | None = None  # write in the background while training goes on; default: on a GPU
+    asynchronous: bool | None = (
+        None  # write in the background while training goes on; default: on a GPU
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint")
         if list(self.milestones) != sorted(set(self.milestones)):
-            raise ValueError(f"checkpoint.milestones={list(self.milestones)} must be steps above 0, in rising order")
+            raise ValueError(
+                f"checkpoint.milestones={list(self.milestones)} must be steps above 0, in rising order"
+            )
 
     def is_due(self, step: int) -> bool:
         """True if this step is saved."""
@@ -74,7 +89,9 @@ class Snapshot:
     milestone: bool
     weights: dict[str, torch.Tensor]  # whole; empty except on the main rank
     tensors: dict[str, Any]  # of model and optimizer; live ones, for their shapes
-    copies: dict[str, torch.Tensor]  # of this rank's shards of them, by name; empty where training waits for the save
+    copies: dict[
+        str, torch.Tensor
+    ]  # of this rank's shards of them, by name; empty where training waits for the save
 
 
 class Checkpointer:
@@ -85,11 +102,24 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, dtype: torch.dtype, tokenizer: Path | None, special: dict[str, Any]
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        dtype: torch.dtype,
+        tokenizer: Path | None,
+        special: dict[str, Any],
     ):
-        self.folder, self.config, self.dtype, self.tokenizer, self.special = folder, config, dtype, tokenizer, special
+        self.folder, self.config, self.dtype, self.tokenizer, self.special = (
+            folder,
+            config,
+            dtype,
+            tokenizer,
+            special,
+        )
         self._copies = Copies()
-        self._group: dist.ProcessGroup | None = None  # of the background: its collectives never meet the loop's
+        self._group: dist.ProcessGroup | None = (
+            None  # of the background: its collectives never meet the loop's
+        )
         self._thread: threading.Thread | None = None
         self._step = 0  # that the thread saves
         self._problem: BaseException | None = None  # of the thread
@@ -117,10 +147,14 @@ class Checkpointer:
         error: Exception | None = None
         if problem:
             what = (
-                problem.strerror if isinstance(problem, OSError) and problem.strerror else f"{type(problem).__name__}: {problem}"
+                problem.strerror
+                if isinstance(problem, OSError) and problem.strerror
+                else f"{type(problem).__name__}: {problem}"
             )
             text = f"the checkpoint of step {self._step} was not saved: {what}; the same command goes on from the one before"
-            error = OSError(problem.errno, text) if isinstance(problem, OSError) else RuntimeError(text)
+            error = (
+                OSError(problem.errno, text) if isinstance(problem, OSError) else RuntimeError(text)
+            )
             error.__cause__ = problem
         raise_on_any_rank(error)
 
@@ -143,7 +177,9 @@ class Checkpointer:
         if self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._step = state.step
-        self._thread = threading.Thread(target=self._write_in_background, args=(snapshot,), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._write_in_background, args=(snapshot,), name="checkpoint"
+        )
         self._thread.start()
 
     def _take(self, state: State, metric: float | None, milestone: bool, copy: bool) -> Snapshot:
@@ -151,13 +187,20 @@ class Checkpointer:
         tensors = {"model": model, "optimizer": optimizer}
         copies: dict[str, torch.Tensor] = {}
         if copy:
-            weights = whole_weights(state.model, lambda name, whole: self._copies.take(f"whole {name}", whole.to(self.dtype)))
-            copies = {name: self._copies.take(name, shard) for name, shard in local_shards("", tensors)}
+            weights = whole_weights(
+                state.model,
+                lambda name, whole: self._copies.take(f"whole {name}", whole.to(self.dtype)),
+            )
+            copies = {
+                name: self._copies.take(name, shard) for name, shard in local_shards("", tensors)
+            }
             self._copies.finish()
         else:
             weights = whole_weights(state.model)
         metric = metric if metric is not None and math.isfinite(metric) else None
-        return Snapshot(state.position(), state.model.config, metric, milestone, weights, tensors, copies)
+        return Snapshot(
+            state.position(), state.model.config, metric, milestone, weights, tensors, copies
+        )
 
     def _write_in_background(self, snapshot: Snapshot) -> None:
         try:
@@ -173,7 +216,10 @@ class Checkpointer:
             run_on_rank0(lambda: self._begin(part, snapshot), group)
             planner, writer = PlannerOfCopies(snapshot.copies), Writer(part / "state")
             run_on_every_rank(
-                lambda: dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=group), group
+                lambda: dcp.save(
+                    snapshot.tensors, storage_writer=writer, planner=planner, process_group=group
+                ),
+                group,
             )
             sums = _checksums(part, group)
             run_on_rank0(lambda: self._publish(part, target, snapshot, sums), group)
@@ -213,8 +259,15 @@ class Checkpointer:
     def _publish(self, part: Path, target: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
         before = read_manifest(target) or {}
         metric = snapshot.metric if snapshot.metric is not None else before.get("metric")
-        milestone = snapshot.milestone or before.get("milestone") or step_of(target) in self.config.milestones
-        _write_json(part / MANIFEST, {"hash": "sha256", "metric": metric, "milestone": milestone, "files": sums})
+        milestone = (
+            snapshot.milestone
+            or before.get("milestone")
+            or step_of(target) in self.config.milestones
+        )
+        _write_json(
+            part / MANIFEST,
+            {"hash": "sha256", "metric": metric, "milestone": milestone, "files": sums},
+        )
         for path in [*part.rglob("*"), part]:
             _sync(path)
         replaced = target.with_name(target.name + ".replaced")
@@ -230,21 +283,41 @@ class Checkpointer:
 
         Only ever called right after `newest` was published whole. Folders without a readable manifest are not touched.
         """
-        manifests = {path: content for path in step_folders(self.folder) if (content := read_manifest(path))}
+        manifests = {
+            path: content for path in step_folders(self.folder) if (content := read_manifest(path))
+        }
         with_state = [path for path, content in manifests.items() if TRAINER in content["files"]]
         listed = self.config.milestones
-        milestones = [path for path in with_state if manifests[path].get("milestone") or step_of(path) in listed]
+        milestones = [
+            path
+            for path in with_state
+            if manifests[path].get("milestone") or step_of(path) in listed
+        ]
         whole = {newest, *with_state[-self.config.keep :], *milestones}
-        measured = {path: content["metric"] for path, content in manifests.items() if content.get("metric") is not None}
-        best = min(measured, key=measured.__getitem__) if measured and self.config.keep_best else None
+        measured = {
+            path: content["metric"]
+            for path, content in manifests.items()
+            if content.get("metric") is not None
+        }
+        best = (
+            min(measured, key=measured.__getitem__) if measured and self.config.keep_best else None
+        )
         for path, content in manifests.items():
             if path in whole:
                 continue
             if path != best:
-                doomed = path.rename(path.with_name(path.name + ".tmp"))  # never half a folder under a good name
+                doomed = path.rename(
+                    path.with_name(path.name + ".tmp")
+                )  # never half a folder under a good name
             elif (path / "state").exists():
-                files = {name: total for name, total in content["files"].items() if not name.startswith("state/")}
-                write_json(path / MANIFEST, {**content, "files": files})  # from here on state/ is no part of it
+                files = {
+                    name: total
+                    for name, total in content["files"].items()
+                    if not name.startswith("state/")
+                }
+                write_json(
+                    path / MANIFEST, {**content, "files": files}
+                )  # from here on state/ is no part of it
                 doomed = path / "state"
             else:
                 continue
@@ -270,11 +343,17 @@ class Checkpointer:
 
     def _go_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
         folders = step_folders(self.folder)
-        saved_by = {path: (read_object(path / TRAINER) or {}).get("phase", phase) for path in folders if has_state(path)}
+        saved_by = {
+            path: (read_object(path / TRAINER) or {}).get("phase", phase)
+            for path in folders
+            if has_state(path)
+        }
         of_phase = [path for path in folders if saved_by.get(path) == phase]
         older = [path for path in of_phase if step_of(path) <= step]
         found = self._first_whole([*reversed(older), *of_phase[len(older) :]])
-        newer = [path for path in folders if found and path.is_dir() and step_of(path) > step_of(found)]
+        newer = [
+            path for path in folders if found and path.is_dir() and step_of(path) > step_of(found)
+        ]
         return found, [self._set_aside(path, ROLLED_BACK).name for path in reversed(newer)]
 
     def _first_whole(self, folders: Iterable[Path]) -> Path | None:
@@ -302,12 +381,18 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
     model, optimizer = get_state_dict(state.model, state.optimizer)
     kept = read_index(folder / "state").state_dict_metadata
     moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
-    if any(f"optimizer.state.{name}.{kind}" not in kept for name, kinds in moments.items() for kind in kinds):
+    if any(
+        f"optimizer.state.{name}.{kind}" not in kept
+        for name, kinds in moments.items()
+        for kind in kinds
+    ):
         raise ValueError(
             f"{folder} was saved with another optim.name; keep to that, or take its weights only: init_from={folder}"
         )
     # The optimizer's settings are the config's, not the checkpoint's: only moments and counters are loaded.
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups]
+    settings = [
+        {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
+    ]
     load({"model": model, "optimizer": optimizer}, folder / "state")
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for group, own in zip(state.optimizer.param_groups, settings, strict=True):
@@ -340,7 +425,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
         paths = [Path(name) for name in content["files"]]
         inside = not any(path.is_absolute() or ".." in path.parts for path in paths)
-        known = isinstance(content["files"], dict) and isinstance(content.get("metric"), int | float | None)
+        known = isinstance(content["files"], dict) and isinstance(
+            content.get("metric"), int | float | None
+        )
         return content if inside and known else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -362,7 +449,11 @@ def damage(folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
     needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
-    needed |= {f"state/{path.name}" for path in (folder / "state").glob("*")} if TRAINER in sums else set()
+    needed |= (
+        {f"state/{path.name}" for path in (folder / "state").glob("*")}
+        if TRAINER in sums
+        else set()
+    )
     if unlisted := sorted(needed - sums.keys()):
         return f"{unlisted[0]} has no checksum in {MANIFEST}"
     found = _hash_files(folder, list(sums), manifest.get("hash", "blake2b"))
@@ -376,9 +467,15 @@ def identity(folder: Path) -> str:
     """
     manifest = read_manifest(folder)
     if manifest:
-        sums = {name: total for name, total in manifest["files"].items() if not name.startswith("state/")}
+        sums = {
+            name: total
+            for name, total in manifest["files"].items()
+            if not name.startswith("state/")
+        }
     else:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        names = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")
+        )
         sums = _hash_files(folder, names, "sha256")
     return blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -399,14 +496,17 @@ def read_phase(folder: Path) -> str:
 def check_whole(folder: Path) -> None:
     """ValueError where a step folder is damaged or cannot be resumed from."""
     if not has_state(folder):
-        raise ValueError(f"{folder} has no state/ to resume from; use it as weights only with init_from={folder}")
+        raise ValueError(
+            f"{folder} has no state/ to resume from; use it as weights only with init_from={folder}"
+        )
     problem = damage(folder)
     if problem:
         raise ValueError(f"{folder} is damaged ({problem}); resume from another checkpoint")
 
 
 def whole_weights(
-    model: torch.nn.Module, keep: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, whole: whole.cpu()
+    model: torch.nn.Module,
+    keep: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, whole: whole.cpu(),
 ) -> dict[str, torch.Tensor]:
     """Collective. The model's whole weights on the CPU of the main rank, under its own names; {} on the others.
 
@@ -416,13 +516,20 @@ def whole_weights(
     for name, value in model.state_dict().items():
         whole = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
-            weights[name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")] = keep(name, whole)
+            weights[name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")] = (
+                keep(name, whole)
+            )
     return weights
 
 
 def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
     """Collective. Checksum of every file in a folder all ranks see, each rank hashing its share of the bytes."""
-    sizes = run_on_rank0(lambda: {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}, group)
+    sizes = run_on_rank0(
+        lambda: {
+            str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()
+        },
+        group,
+    )
     loads = [0] * dist.get_world_size()
     own = []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -440,11 +547,15 @@ def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
 
 def _hash_files(folder: Path, names: list[str], kind: str) -> dict[str, str]:
     with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing and reading let other threads run
-        return dict(zip(names, pool.map(lambda name: _checksum(folder / name, kind), names), strict=True))
+        return dict(
+            zip(names, pool.map(lambda name: _checksum(folder / name, kind), names), strict=True)
+        )
 
 
 def _checksum(path: Path, kind: str = "sha256") -> str:
-    digest = sha256() if kind == "sha256" else blake2b(digest_size=16)  # blake2b: of manifests that do not name a hash
+    digest = (
+        sha256() if kind == "sha256" else blake2b(digest_size=16)
+    )  # blake2b: of manifests that do not name a hash
     block = memoryview(bytearray(1 << 20))
     with open(path, "rb", buffering=0) as file:
         while size := file.readinto(block):

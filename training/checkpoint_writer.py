@@ -19,7 +19,9 @@ class Copies:
     def take(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """A copy of value, complete after finish(), good until the next take of that name."""
         if name not in self.buffers:
-            self.buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self.buffers[name] = torch.empty(
+                value.shape, dtype=value.dtype, pin_memory=value.is_cuda
+            )
         return self.buffers[name].copy_(value.detach(), non_blocking=True)
 
     def finish(self) -> None:
@@ -42,7 +44,9 @@ class Writer(dcp.FileSystemWriter):
     """One file a rank, synced. Not several: torch 2.13 loses an error in any but the first of its writing threads."""
 
     def __init__(self, folder: Path):
-        super().__init__(folder, per_thread_copy_ahead=0)  # no copying ahead: it waits for the GPU's stream
+        super().__init__(
+            folder, per_thread_copy_ahead=0
+        )  # no copying ahead: it waits for the GPU's stream
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # without torch's random id: equal states leave equal bytes

@@ -16,7 +16,11 @@ from training.schedulers import ScheduleConfig
 from training.settings import NoEffect, load_settings, without_no_effect
 from training.startup import StartupConfig
 
-PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")  # of the model; setup checks theta by itself
+PHASES_DIFFER = (
+    "max_position_embeddings",
+    "rope_theta",
+    "initializer_range",
+)  # of the model; setup checks theta by itself
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,15 @@ class DataConfig:
     sequence_length: PositiveInt = 4096
     tokens_per_step: PositiveInt = 131_072  # over all ranks and micro-batches
     micro_batch_size: PositiveInt = 16  # rows a rank holds at once
-    packing: str = "stream"  # or best_fit: pad rows a little so that only documents longer than a row are cut
-    min_document_tokens: dict[str, PositiveInt] = field(default_factory=dict)  # source -> read only documents at least this long
-    accept_changed: bool = False  # resume in the middle of a phase although data, mixture or batch have changed
+    packing: str = (
+        "stream"  # or best_fit: pad rows a little so that only documents longer than a row are cut
+    )
+    min_document_tokens: dict[str, PositiveInt] = field(
+        default_factory=dict
+    )  # source -> read only documents at least this long
+    accept_changed: bool = (
+        False  # resume in the middle of a phase although data, mixture or batch have changed
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
@@ -52,10 +62,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every: NonNegativeInt = 1000  # steps; the end of a phase is measured always; 0 turns validation off
+    every: NonNegativeInt = (
+        1000  # steps; the end of a phase is measured always; 0 turns validation off
+    )
     before: bool = False  # measure before the first step, too
     rows: PositiveInt = 64  # held-out rows a source
-    batch_size: PositiveInt | None = None  # rows a rank holds at once; default: data.micro_batch_size
+    batch_size: PositiveInt | None = (
+        None  # rows a rank holds at once; default: data.micro_batch_size
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "validation")
@@ -67,21 +81,31 @@ class RunConfig:
 
     SHAPE_FROM_BASE: ClassVar[bool] = False  # the model section follows from init_from
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
-        "model.rope_theta": NoEffect("is rope_theta here: one number, or [first, last] over the phase")
+        "model.rope_theta": NoEffect(
+            "is rope_theta here: one number, or [first, last] over the phase"
+        )
     }
 
     run: str = "nanollama"
     phase: str = "phase1_pretrain"
     steps: PositiveInt = 184_000  # updates in this phase
     start_step: NonNegativeInt | None = None  # step of the whole run at which this phase must begin
-    until: PositiveInt | None = None  # step of the whole run to pause at, saved, before the phase ends
+    until: PositiveInt | None = (
+        None  # step of the whole run to pause at, saved, before the phase ends
+    )
     # Base of the rotary embedding: one value, or [first, last], which it takes over the phase evenly in its logarithm.
-    rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = None  # default: 10000, or that of the base model
-    allow_theta_jump: bool = False  # begin with another rope theta than the checkpoint before was trained with
+    rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = (
+        None  # default: 10000, or that of the base model
+    )
+    allow_theta_jump: bool = (
+        False  # begin with another rope theta than the checkpoint before was trained with
+    )
     seed: Annotated[int, at_least(0, below=2**63)] = 1337
     output_dir: str | None = None  # default: checkpoints/<run>/<phase>
     log_dir: str | None = None  # default: logs/<run>
-    resume_from: str | None = None  # an earlier phase by name, its folder, or a step folder: continues its state
+    resume_from: str | None = (
+        None  # an earlier phase by name, its folder, or a step folder: continues its state
+    )
     init_from: str | None = None  # a Hugging Face folder whose weights start a new run
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -109,13 +133,17 @@ class RunConfig:
                 f"every {self.checkpoint.every} steps; set checkpoint.keep={-(-back // self.checkpoint.every) + 1}"
             )
         for name in ("run", "phase"):
-            if Path(getattr(self, name)).name in ("", "..") or Path(getattr(self, name)).name != getattr(self, name):
+            if Path(getattr(self, name)).name in ("", "..") or Path(
+                getattr(self, name)
+            ).name != getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a plain folder name")
 
     def _settle_theta(self) -> None:
         """Make rope_theta the one place that says theta: check it, fill in its default, give the model its first value."""
         if isinstance(self.rope_theta, tuple) and len(self.rope_theta) != 2:
-            raise ValueError(f"rope_theta={list(self.rope_theta)} must be one number or two, [first, last]")
+            raise ValueError(
+                f"rope_theta={list(self.rope_theta)} must be one number or two, [first, last]"
+            )
         if self.rope_theta is not None:
             first = self.rope_theta[0] if isinstance(self.rope_theta, tuple) else self.rope_theta
             object.__setattr__(self, "model", replace(self.model, rope_theta=first))
@@ -154,7 +182,9 @@ class RunConfig:
         return Path(self.log_dir or f"logs/{self.run}")
 
 
-def load(path: str | Path, overrides: list[str] | None = None, flags: dict[str, Any] | None = None) -> RunConfig:
+def load(
+    path: str | Path, overrides: list[str] | None = None, flags: dict[str, Any] | None = None
+) -> RunConfig:
     """Read the run of a YAML file, with overrides and flags as load_settings takes them."""
     return load_settings(RunConfig, path, overrides, flags)
 

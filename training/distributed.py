@@ -52,7 +52,9 @@ def raise_on_any_rank(problem: Exception | None, group: dist.ProcessGroup | None
     dist.all_gather_object(problems, problem and _portable(problem), group=group)
     first = next((rank for rank, found in enumerate(problems) if found is not None), None)
     if first is not None:
-        raise problem if problem and first == dist.get_rank() else problems[first]  # its own has its traceback
+        raise (
+            problem if problem and first == dist.get_rank() else problems[first]
+        )  # its own has its traceback
 
 
 def _portable(error: Exception) -> Exception:

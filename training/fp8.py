@@ -15,7 +15,9 @@ def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = Fals
     device cannot.
     """
     if find_spec("torchao") is None:
-        raise ValueError("parallel.fp8 needs torchao, which is not installed; pip install torchao==0.18.0, or leave fp8 out")
+        raise ValueError(
+            "parallel.fp8 needs torchao, which is not installed; pip install torchao==0.18.0, or leave fp8 out"
+        )
     if not emulate:
         _check_device(device)
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -30,13 +32,17 @@ def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = Fals
         converted.append(name)
         return True
 
-    convert_to_float8_training(layers, module_filter_fn=chosen, config=Float8LinearConfig(emulate=emulate))
+    convert_to_float8_training(
+        layers, module_filter_fn=chosen, config=Float8LinearConfig(emulate=emulate)
+    )
     return converted
 
 
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda":
-        raise ValueError(f"parallel.fp8 needs an NVIDIA GPU with float8, and this is {device.type}; leave it out")
+        raise ValueError(
+            f"parallel.fp8 needs an NVIDIA GPU with float8, and this is {device.type}; leave it out"
+        )
     if torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(
             f"parallel.fp8 needs a GPU with float8 (Ada, Hopper or newer), not {torch.cuda.get_device_name(device)}; leave it out"

@@ -26,11 +26,17 @@ class ParallelConfig:
 
     strategy: str = "zero2"  # zero2: parameters stay whole from forward to backward; zero3: gathered twice; ddp: not sharded
     dtype: str = "auto"  # of parameters and activations in forward and backward: bfloat16, float32, or what the device has
-    activation_checkpointing: str = "none"  # none, selective (keep matmuls and fused attention), full
-    compile: bool | None = None  # each block and the loss head with torch.compile; default: on a GPU
+    activation_checkpointing: str = (
+        "none"  # none, selective (keep matmuls and fused attention), full
+    )
+    compile: bool | None = (
+        None  # each block and the loss head with torch.compile; default: on a GPU
+    )
     attention: str = "auto"  # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2 - 4, if there); auto: models/attention.py
     fp8: bool = False  # matmuls of the blocks in float8, with torchao
-    replicas: PositiveInt = 1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
+    replicas: PositiveInt = (
+        1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
+    )
     # A step (not the first) in which ranks wait longer for each other ends the run.
     timeout_s: Annotated[float, above(0, most=1e9)] = 300
 
@@ -43,9 +49,13 @@ class ParallelConfig:
             ("attention", KERNELS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"parallel.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"parallel.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
         if self.strategy == "ddp" and self.replicas > 1:
-            raise ValueError("with parallel.strategy=ddp every rank is a replica; leave out parallel.replicas, or take zero2")
+            raise ValueError(
+                "with parallel.strategy=ddp every rank is a replica; leave out parallel.replicas, or take zero2"
+            )
 
 
 def compiles(config: ParallelConfig, device: torch.device) -> bool:
@@ -65,7 +75,9 @@ def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def wrap_model_fsdp(model: nn.Module, config: ParallelConfig | None = None, device: torch.device | None = None) -> nn.Module:
+def wrap_model_fsdp(
+    model: nn.Module, config: ParallelConfig | None = None, device: torch.device | None = None
+) -> nn.Module:
     """Shard a model that has `.layers`, in place, over all ranks of the default group. Parameters stay fp32 masters.
 
     Gathers in the compute dtype, reduces gradients in fp32, and *sums* them over ranks: whoever calls backward divides by
@@ -84,7 +96,9 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig | None = None, devi
     if config.fp8:
         convert_to_fp8(layers, device)
     if config.activation_checkpointing != "none":
-        keep: dict[str, Any] = {}  # torch.compile refuses a context_fn that does nothing, so "full" has none
+        keep: dict[
+            str, Any
+        ] = {}  # torch.compile refuses a context_fn that does nothing, so "full" has none
         if config.activation_checkpointing == "selective":
             keep["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         for i, block in enumerate(layers):
@@ -94,9 +108,13 @@ def wrap_model_fsdp(model: nn.Module, config: ParallelConfig | None = None, devi
             block.compile(fullgraph=True)
     dtype = compute_dtype(config, device)
     # No cast of inputs: hidden states already have the dtype, and the rotary tables must stay fp32.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for module in (*layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=config.strategy == "zero3")
+        fully_shard(
+            module, mesh=mesh, mp_policy=precision, reshard_after_forward=config.strategy == "zero3"
+        )
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
     return model
@@ -124,10 +142,14 @@ def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     replicas = world if config.strategy == "ddp" else config.replicas
     if world % replicas:
         fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
-        raise ValueError(f"parallel.replicas={replicas} does not divide {world} rank(s); take one of {fitting}")
+        raise ValueError(
+            f"parallel.replicas={replicas} does not divide {world} rank(s); take one of {fitting}"
+        )
     if replicas == 1 and config.strategy != "ddp":
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def set_last_micro_batch(model: FSDPModule, last: bool, strategy: str) -> None:
@@ -145,6 +167,10 @@ def reshard(model: nn.Module) -> None:
 
 def _keep_matmuls(context, operator, *args, **kwargs) -> CheckpointPolicy:
     aten = torch.ops.aten
-    kept = {aten.mm.default, aten._scaled_mm.default, aten.max.default}  # the last two: of float8, and the maxima of its scales
+    kept = {
+        aten.mm.default,
+        aten._scaled_mm.default,
+        aten.max.default,
+    }  # the last two: of float8, and the maxima of its scales
     keep = operator in kept or operator in kernel_operators()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

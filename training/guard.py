@@ -69,11 +69,17 @@ class FaultConfig:
     # A loss or gradient norm this many deviations above the window's mean is a spike; 0: never.
     spike_sigma: NonNegativeFloat = 6.0
     window: PositiveInt = 128  # good steps that mean and deviation are taken over; before it is full nothing is a spike
-    bad_in_a_row: PositiveInt = 5  # skipped steps after which the run goes back to an earlier checkpoint
+    bad_in_a_row: PositiveInt = (
+        5  # skipped steps after which the run goes back to an earlier checkpoint
+    )
     rollback_steps: NonNegativeInt = 0  # at least so many steps back; 0: the newest checkpoint
     max_rollbacks: NonNegativeInt = 3  # more stop the run
-    lr_factor: Annotated[float, above(0, most=1)] = 0.5  # of the learning rate, at each time it goes back
-    grad_clip: NonNegativeFloat = 0.5  # after it went back, where that is tighter than optim.grad_clip
+    lr_factor: Annotated[float, above(0, most=1)] = (
+        0.5  # of the learning rate, at each time it goes back
+    )
+    grad_clip: NonNegativeFloat = (
+        0.5  # after it went back, where that is tighter than optim.grad_clip
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "faults")
@@ -86,7 +92,9 @@ class FaultState:
     losses: list[float] = field(default_factory=list)  # of the last good steps
     norms: list[float] = field(default_factory=list)
     bad_batches: list[int] = field(default_factory=list)  # of the bad steps in a row up to now
-    excluded_batches: list[int] = field(default_factory=list)  # places of this phase that are not read again
+    excluded_batches: list[int] = field(
+        default_factory=list
+    )  # places of this phase that are not read again
     skipped: int = 0  # steps, over the whole run
     rollbacks: int = 0
     lr_scale: float = 1.0
@@ -95,7 +103,10 @@ class FaultState:
 
     def judge(self, loss: float, norm: float, config: FaultConfig) -> str | None:
         """Why a step with this global loss and gradient norm is not to be applied; None, and remembered, where it is fit."""
-        for name, value, window in (("loss", loss, self.losses), ("gradient norm", norm, self.norms)):
+        for name, value, window in (
+            ("loss", loss, self.losses),
+            ("gradient norm", norm, self.norms),
+        ):
             if not math.isfinite(value):
                 return f"{name} {value}"
             if config.spike_sigma and len(window) >= config.window:
@@ -103,7 +114,10 @@ class FaultState:
                 deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in window) / len(window))
                 if value > mean + config.spike_sigma * deviation:
                     return f"{name} {value:.3f}, more than {config.spike_sigma:g} deviations of {deviation:.3f} above {mean:.3f}"
-        self.losses, self.norms = [*self.losses, loss][-config.window :], [*self.norms, norm][-config.window :]
+        self.losses, self.norms = (
+            [*self.losses, loss][-config.window :],
+            [*self.norms, norm][-config.window :],
+        )
         self.bad_batches = []
         return None
 
@@ -122,7 +136,9 @@ class FaultState:
         return replace(
             earlier,
             bad_batches=[],
-            excluded_batches=sorted({*earlier.excluded_batches, *self.excluded_batches, *self.bad_batches}),
+            excluded_batches=sorted(
+                {*earlier.excluded_batches, *self.excluded_batches, *self.bad_batches}
+            ),
             skipped=self.skipped,
             rollbacks=self.rollbacks + 1,
             lr_scale=self.lr_scale * config.lr_factor,

@@ -28,7 +28,9 @@ MARKDOWN = "training_log.md"
 class LogConfig:
     # Steps between console lines (if the console is not a terminal) and between points of W&B and TensorBoard.
     every: PositiveInt = 10
-    wandb_project: str | None = None  # set to send metrics to Weights & Biases; WANDB_MODE=offline keeps them local
+    wandb_project: str | None = (
+        None  # set to send metrics to Weights & Biases; WANDB_MODE=offline keeps them local
+    )
     wandb_run_name: str | None = None
     tensorboard: bool = False  # write logs/<run>/tensorboard
     alerts: AlertConfig = field(default_factory=AlertConfig)
@@ -36,7 +38,9 @@ class LogConfig:
     def __post_init__(self) -> None:
         check_fields(self, "log")
         if self.wandb_run_name and not self.wandb_project:
-            raise ValueError("log.wandb_run_name needs a W&B project; give --wandb_project, or set log.wandb_project")
+            raise ValueError(
+                "log.wandb_run_name needs a W&B project; give --wandb_project, or set log.wandb_project"
+            )
         if self.alerts.wandb and not self.wandb_project:
             raise ValueError("log.alerts.wandb needs a W&B run; set log.wandb_project")
 
@@ -52,13 +56,20 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path, config: LogConfig, main: bool, run: dict[str, Any], secrets: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        config: LogConfig,
+        main: bool,
+        run: dict[str, Any],
+        secrets: Mapping[str, str] | None = None,
     ):
         self.folder, self.config, self.main, self.run = folder, config, main, run
         self.name, self.phase, self.step = run.get("run", folder.name), run.get("phase"), 0
         self.bar: tqdm | None = None
         self.file: Rows | None = None
-        self.waiting: list[tuple[str, str]] = []  # (file name, line) of events that are not written yet
+        self.waiting: list[
+            tuple[str, str]
+        ] = []  # (file name, line) of events that are not written yet
         self.broken = False  # the last write to the folder failed
         self.wandb: Any = None
         self.board: Any = None
@@ -73,7 +84,9 @@ class Log:
             try:
                 import wandb  # noqa: F401
             except ImportError as error:
-                raise ValueError("log.wandb_project is set but wandb is not installed; run pip install wandb") from error
+                raise ValueError(
+                    "log.wandb_project is set but wandb is not installed; run pip install wandb"
+                ) from error
         if self.config.tensorboard:
             try:
                 import torch.utils.tensorboard  # noqa: F401
@@ -113,7 +126,10 @@ class Log:
     def _begin_at(self, step: int, waiting: list[dict[str, Any]]) -> None:
         path = self.folder / "metrics.jsonl"
         if path.exists():
-            lines = [(row.get("step", math.inf) <= step, json.dumps(row) + "\n") for row in read_lines(path)]
+            lines = [
+                (row.get("step", math.inf) <= step, json.dumps(row) + "\n")
+                for row in read_lines(path)
+            ]
             if redone := "".join(line for kept, line in lines if not kept):
                 with open(self.folder / "metrics_redone.jsonl", "a", encoding="utf-8") as file:
                     file.write(redone)
@@ -144,9 +160,13 @@ class Log:
             raise _unusable(error) from error
         self.wandb.define_metric("*", step_metric="step")  # W&B's own step could not go back
         with open(self.folder / "wandb_run_urls.txt", "a", encoding="utf-8") as file:
-            file.write(f"{self.wandb.url or 'offline, to be sent by: wandb sync ' + str(Path(self.wandb.dir).parent)}\n")
+            file.write(
+                f"{self.wandb.url or 'offline, to be sent by: wandb sync ' + str(Path(self.wandb.dir).parent)}\n"
+            )
         if self.config.alerts.wandb:
-            self.alerts.channels["wandb"] = lambda title, text: self.wandb.alert(title=title, text=text)
+            self.alerts.channels["wandb"] = lambda title, text: self.wandb.alert(
+                title=title, text=text
+            )
 
     def say(self, text: str) -> None:
         """One line of plain English on the console."""
@@ -192,7 +212,9 @@ class Log:
             self.wandb.log(values)
         if due and self.board:
             self._keep(lambda: self._draw(values))
-        short = f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
+        short = (
+            f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
+        )
         short += f"{values['tokens_per_s']:,.0f} tok/s"
         if values.get("data/wait_frac", 0) >= 0.01:
             short += f"  {values['data/wait_frac']:.0%} of it waiting for data"
@@ -202,7 +224,9 @@ class Log:
             self.bar.update(1)
             self.bar.set_postfix_str(short, refresh=False)
         elif due:
-            print(f"step {values['step']:>6}/{values['end']}  {values['phase']}  {short}", flush=True)
+            print(
+                f"step {values['step']:>6}/{values['end']}  {values['phase']}  {short}", flush=True
+            )
         if "val/loss" in values:
             self.say(f"        {held_out_text(values)}")
 
@@ -215,7 +239,9 @@ class Log:
         """Write the rows and events that wait; OSError if the folder still takes none."""
         assert self.file
         if self.file.write():
-            self.say(f"warning: {self.file.path} was removed while the run writes it; its rows were written again")
+            self.say(
+                f"warning: {self.file.path} was removed while the run writes it; its rows were written again"
+            )
         self._write_events()
         if self.broken:
             self.broken = False
@@ -237,14 +263,21 @@ class Log:
             if not self.broken:
                 self.broken = True
                 why = error.strerror or error
-                self.say(f"warning: {self.folder} cannot be written ({why}); training goes on and keeps its log in memory")
+                self.say(
+                    f"warning: {self.folder} cannot be written ({why}); training goes on and keeps its log in memory"
+                )
 
     def beat(self, step: int, force: bool = False) -> None:
         """Renew logs/<run>/heartbeat, at most once a second: what scripts/watch.py looks at."""
         if not self.main or (time.monotonic() - self.beaten < 1 and not force):
             return
         self.beaten = time.monotonic()
-        who = {"phase": self.phase, "status": self.status, "pid": os.getpid(), "host": socket.gethostname()}
+        who = {
+            "phase": self.phase,
+            "status": self.status,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
         content = json.dumps({"time": now(), "step": step, **who}) + "\n"
         self._keep(lambda: write_text(self.folder / "heartbeat", content, sync=False))
 
@@ -258,7 +291,9 @@ class Log:
             self._keep(self._write_waiting)
             if lost := len(self.file.waiting) + len(self.waiting):
                 first = self.file.waiting[0]["step"] if self.file.waiting else self.step
-                self.say(f"warning: {lost} rows and events from step {first} on are not in {self.folder}, which takes no writes")
+                self.say(
+                    f"warning: {lost} rows and events from step {first} on are not in {self.folder}, which takes no writes"
+                )
         self._close_files()
         self.alerts.flush()
         if self.wandb:
@@ -277,12 +312,16 @@ class Log:
     def __enter__(self) -> "Log":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
         try:
             if error and self.file:
                 with suppress(OSError):  # a full disk must not hide what went wrong
                     said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-                    self.event("failed", f"{self.name} {self.phase} failed after step {self.step}: {said}")
+                    self.event(
+                        "failed", f"{self.name} {self.phase} failed after step {self.step}: {said}"
+                    )
         finally:
             with suppress(*([OSError] if error else [])):
                 self.close()
@@ -373,14 +412,22 @@ def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -
 
     alerts = Alerts(config, secrets, failed)
     if alerts.off:
-        print("alerts: " + ", ".join(f"{name} off (set {wanting})" for name, wanting in alerts.off.items()), flush=True)
+        print(
+            "alerts: "
+            + ", ".join(f"{name} off (set {wanting})" for name, wanting in alerts.off.items()),
+            flush=True,
+        )
     return alerts
 
 
 def held_out_text(values: dict[str, Any]) -> str:
     """What training.loop.validate measured, in a line."""
-    bits = {key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")}
-    parts = ", ".join(f"{source} {value:.3f}" for source, value in bits.items() if source != "bits_per_byte")
+    bits = {
+        key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")
+    }
+    parts = ", ".join(
+        f"{source} {value:.3f}" for source, value in bits.items() if source != "bits_per_byte"
+    )
     parts = f"bits per byte: {parts}" if parts else ""
     if "val/rewards/accuracies" in values:
         parts = f"{values['val/rewards/accuracies']:.1%} of pairs the right way round"
@@ -402,7 +449,9 @@ def _event_lines(kind: str, text: str, fields: dict[str, Any]) -> list[tuple[str
     line = {"time": time_now, "event": kind, **fields, **({"text": text} if text else {})}
     where = f" · step {fields['step']:,}" if isinstance(fields.get("step"), int) else ""
     what = " ".join((text or _spell(fields)).split())
-    plain = f"- {time_now[:19].replace('T', ' ')} UTC{where} · **{kind}**{': ' + what if what else ''}"
+    plain = (
+        f"- {time_now[:19].replace('T', ' ')} UTC{where} · **{kind}**{': ' + what if what else ''}"
+    )
     return [("events.jsonl", json.dumps(_plain(line), default=str)), (MARKDOWN, plain)]
 
 
@@ -426,8 +475,12 @@ def _append(path: Path, line: str) -> None:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN or Infinity; as strings they survive any reader."""
-    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return {
+        k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
+    }
 
 
 def _spell(fields: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in fields.items() if name != "step" and value is not None)
+    return ", ".join(
+        f"{name} {value}" for name, value in fields.items() if name != "step" and value is not None
+    )

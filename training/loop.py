@@ -46,7 +46,11 @@ def train(
     model, device = state.model, next(state.model.parameters()).device
     schedules, stopping, no_go = make_schedules(run, state), 0, False
     model.train()
-    with StopSignal() as stop, StepClock(run, device) as clock, checkpointer:  # leaves when the last save is written
+    with (
+        StopSignal() as stop,
+        StepClock(run, device) as clock,
+        checkpointer,
+    ):  # leaves when the last save is written
         log.open(state.step, state.end, state.phase)
         while state.step < state.end:
             clock.begin(state.step + 1)
@@ -84,7 +88,12 @@ def train(
                 "end": state.end,
                 **clock.figures(step.tokens),
             }
-            if evaluate and run.validation.every and not stopping and (last or state.step % run.validation.every == 0):
+            if (
+                evaluate
+                and run.validation.every
+                and not stopping
+                and (last or state.step % run.validation.every == 0)
+            ):
                 try:
                     metrics |= validate(model, evaluate)
                 except Exception:
@@ -119,7 +128,11 @@ def skip(
     apply_schedules(schedules, state.step - 1)
     where = f"step {state.step + 1} (batch index {batch_index})"
     log.event(
-        "skipped", f"        {where} was not applied: {problem}", step=state.step + 1, batch_index=batch_index, problem=problem
+        "skipped",
+        f"        {where} was not applied: {problem}",
+        step=state.step + 1,
+        batch_index=batch_index,
+        problem=problem,
     )
     if len(faults.bad_batches) < policy.bad_in_a_row:
         return
@@ -135,7 +148,10 @@ def skip(
             "to; begin it again with a lower optim.lr, a longer schedule.warmup_steps or a smaller checkpoint.every"
         )
     failed_at, position = state.step, load_state(earlier, state)
-    state.batch_index, state.faults = position["batch_index"], faults.go_back(FaultState(**position["faults"]), policy)
+    state.batch_index, state.faults = (
+        position["batch_index"],
+        faults.go_back(FaultState(**position["faults"]), policy),
+    )
     apply_schedules(schedules, state.step - 1)
     checkpointer.save(state)
     log.open(state.step, state.end, state.phase)
@@ -171,7 +187,9 @@ def backward(
     return totals, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def reduce(sums: dict[str, torch.Tensor], weight: int, flags: StepFlags | None = None) -> tuple[dict[str, float], StepFlags]:
+def reduce(
+    sums: dict[str, torch.Tensor], weight: int, flags: StepFlags | None = None
+) -> tuple[dict[str, float], StepFlags]:
     """Metric sums over ranks divided by the step's weight, and beside them the flags that any rank has set.
 
     Both travel in one collective; only the metric sums are divided.
@@ -181,18 +199,25 @@ def reduce(sums: dict[str, torch.Tensor], weight: int, flags: StepFlags | None =
     raised = values.new_tensor([float(flag) for flag in (flags.save_failed, *flags.signals)])
     totals = torch.cat([values, raised])
     dist.all_reduce(totals)
-    added, (save_failed, *signals) = (part.tolist() for part in totals.split([len(values), len(raised)]))
+    added, (save_failed, *signals) = (
+        part.tolist() for part in totals.split([len(values), len(raised)])
+    )
     means = {name: total / weight for name, total in zip(sums, added, strict=True)}
     return means, StepFlags(save_failed > 0, tuple(count > 0 for count in signals))
 
 
-def save_after_failure(state: State, checkpointer: Checkpointer, log: Log, metrics: dict[str, Any]) -> None:
+def save_after_failure(
+    state: State, checkpointer: Checkpointer, log: Log, metrics: dict[str, Any]
+) -> None:
     """Save the step whose validation failed, so that a restart continues after it. Nothing where only some ranks failed.
 
     Ranks meet in the store, not in a collective: one that did not fail may wait in validation's own.
     """
     log.metrics(metrics, True)
-    ranks = [f"validation of step {state.step} failed on rank {rank}" for rank in range(dist.get_world_size())]
+    ranks = [
+        f"validation of step {state.step} failed on rank {rank}"
+        for rank in range(dist.get_world_size())
+    ]
     store = dist.distributed_c10d._get_default_store()
     store.set(ranks[dist.get_rank()], "1")
     try:
@@ -211,5 +236,9 @@ def validate(model: Any, evaluate: Evaluate) -> dict[str, float]:
         results = evaluate(model)
     reshard(model)
     model.train()
-    flat = {f"val/{source}/{name}": value for source, values in results.items() for name, value in values.items()}
+    flat = {
+        f"val/{source}/{name}": value
+        for source, values in results.items()
+        for name, value in values.items()
+    }
     return {name.replace("val/all/", "val/"): value for name, value in flat.items()}

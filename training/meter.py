@@ -24,7 +24,9 @@ PEAK_FLOPS = {  # dense bf16, per GPU; the first name that is in the device's co
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
     """Training FLOPs a token, PaLM convention: 6 a matmul parameter + 12 * layers * width * length, attention not halved."""
-    matmul = config.num_parameters - config.vocab_size * config.hidden_size * (0 if config.tie_word_embeddings else 1)
+    matmul = config.num_parameters - config.vocab_size * config.hidden_size * (
+        0 if config.tie_word_embeddings else 1
+    )
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
     qk_norms = 2 * config.resolved_head_dim * config.num_hidden_layers if config.qk_norm else 0
     width = config.num_attention_heads * config.resolved_head_dim
@@ -37,7 +39,9 @@ class Meter:
     every: steps between samples of the GPU's utilisation.
     """
 
-    def __init__(self, config: ModelConfig, length: int, world: int, device: torch.device, every: int = 1):
+    def __init__(
+        self, config: ModelConfig, length: int, world: int, device: torch.device, every: int = 1
+    ):
         self.flops, self.world, self.device = flops_per_token(config, length), world, device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak = next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), None)
@@ -56,7 +60,11 @@ class Meter:
         An optimizer step that a GPU still has in its queue counts to the next step, so means are right.
         """
         seconds = time.perf_counter() - self.began
-        figures = {"tokens_per_s": tokens / seconds, "step_s": seconds, "data/wait_frac": self.waited / seconds}
+        figures = {
+            "tokens_per_s": tokens / seconds,
+            "step_s": seconds,
+            "data/wait_frac": self.waited / seconds,
+        }
         if self.peak:
             figures["mfu"] = tokens / seconds / self.world * self.flops / self.peak
         if self.device.type == "cuda":
@@ -87,7 +95,9 @@ class StepClock:
     """
 
     def __init__(self, run: RunConfig, device: torch.device):
-        self.meter = Meter(run.model, run.data.sequence_length, dist.get_world_size(), device, run.log.every)
+        self.meter = Meter(
+            run.model, run.data.sequence_length, dist.get_world_size(), device, run.log.every
+        )
         self.watch = Watch(run.parallel.timeout_s, run.logs / "hang")
         self.step = 0
 

@@ -23,10 +23,14 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 RMS = 0.2  # of an update, in learning rates: about what AdamW's has (arXiv:2502.16982)
-ROUND = 1 << 26  # numbers that a rank takes at once: enough to fill a GPU, little beside what backward needed
+ROUND = (
+    1 << 26
+)  # numbers that a rank takes at once: enough to fill a GPU, little beside what backward needed
 
 
-def orthogonalize(x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = POLAR_EXPRESS) -> Tensor:
+def orthogonalize(
+    x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = POLAR_EXPRESS
+) -> Tensor:
     """About U V^T of each matrix U S V^T in x [n, rows, columns], by Newton-Schulz steps in x's dtype; zeros stay zeros."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -65,11 +69,17 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["muon"]:
                 group["momentum"] = momentum
-                odd = [tuple(parameter.shape) for parameter in group["params"] if parameter.ndim != 2]
+                odd = [
+                    tuple(parameter.shape) for parameter in group["params"] if parameter.ndim != 2
+                ]
                 if odd:
-                    raise ValueError(f"Muon takes matrices, not parameters of shape {odd[0]}; leave those to AdamW")
+                    raise ValueError(
+                        f"Muon takes matrices, not parameters of shape {odd[0]}; leave those to AdamW"
+                    )
         self.coefficients, self.dtype = coefficients, dtype
-        self._adamw = torch.optim.AdamW(self._groups(muon=False), lr=lr, betas=betas, eps=eps, fused=True)
+        self._adamw = torch.optim.AdamW(
+            self._groups(muon=False), lr=lr, betas=betas, eps=eps, fused=True
+        )
 
     def _groups(self, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["muon"] == muon]
@@ -78,12 +88,17 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all parameters that have a gradient. Collective where they are sharded."""
         assert closure is None
-        self._adamw.param_groups, self._adamw.state = self._groups(muon=False), self.state  # loading replaces both
+        self._adamw.param_groups, self._adamw.state = (
+            self._groups(muon=False),
+            self.state,
+        )  # loading replaces both
         self._adamw.step()
         for group in self._groups(muon=True):
             rounds = list(self._rounds(group))
             stages = (_Round.collect, _Round.orthogonalize, _Round.spread, _Round.apply)
-            for tick in range(len(rounds) + len(stages) - 1):  # while a round computes, the ones before and after it travel
+            for tick in range(
+                len(rounds) + len(stages) - 1
+            ):  # while a round computes, the ones before and after it travel
                 for lag, stage in enumerate(stages):
                     if 0 <= tick - lag < len(rounds):
                         stage(rounds[tick - lag])
@@ -97,8 +112,12 @@ class Muon(torch.optim.Optimizer):
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
         ranks = Ranks.of(matrices[0])
-        assert all(Ranks.of(matrix) == ranks for matrix in matrices), "Muon's matrices must all lie over ranks in one way"
-        owners = balance([tuple(matrix.shape) for matrix in matrices], ranks.replicas * ranks.shards)
+        assert all(Ranks.of(matrix) == ranks for matrix in matrices), (
+            "Muon's matrices must all lie over ranks in one way"
+        )
+        owners = balance(
+            [tuple(matrix.shape) for matrix in matrices], ranks.replicas * ranks.shards
+        )
         for shape in dict.fromkeys(matrix.shape for matrix in matrices):
             shares: list[list[Tensor]] = [[] for _ in range(ranks.replicas * ranks.shards)]
             for matrix, owner in zip(matrices, owners, strict=True):
@@ -106,7 +125,9 @@ class Muon(torch.optim.Optimizer):
                     shares[owner].append(matrix)
             size = max(1, ROUND // shape.numel())
             for begin in range(0, max(map(len, shares)), size):
-                yield _Round(self, group, ranks, shape, [share[begin : begin + size] for share in shares])
+                yield _Round(
+                    self, group, ranks, shape, [share[begin : begin + size] for share in shares]
+                )
 
 
 def balance(shapes: list[tuple[int, ...]], ranks: int) -> list[int]:
@@ -133,11 +154,20 @@ class Ranks(NamedTuple):
         if not isinstance(matrix, DTensor):
             return cls()
         mesh = matrix.device_mesh
-        assert matrix.placements in ((Shard(0),), (Replicate(), Shard(0))), f"Muon knows no placements {matrix.placements}"
+        assert matrix.placements in ((Shard(0),), (Replicate(), Shard(0))), (
+            f"Muon knows no placements {matrix.placements}"
+        )
         over_shards = mesh.get_group(mesh.ndim - 1)
         if mesh.ndim == 1:
             return cls(1, mesh.size(), 0, mesh.get_local_rank(0), None, over_shards)
-        return cls(mesh.size(0), mesh.size(1), mesh.get_local_rank(0), mesh.get_local_rank(1), mesh.get_group(0), over_shards)
+        return cls(
+            mesh.size(0),
+            mesh.size(1),
+            mesh.get_local_rank(0),
+            mesh.get_local_rank(1),
+            mesh.get_group(0),
+            over_shards,
+        )
 
     def rows(self, total: int) -> list[int]:
         """Of each shard, as FSDP2 splits them: rounded up, so the last shards may have fewer or none."""
@@ -153,7 +183,14 @@ class _Round:
     spread: this rank's rows of its replica's updates leave for the other replicas.  apply: all are there.
     """
 
-    def __init__(self, optimizer: Muon, group: dict[str, Any], ranks: Ranks, shape: torch.Size, shares: list[list[Tensor]]):
+    def __init__(
+        self,
+        optimizer: Muon,
+        group: dict[str, Any],
+        ranks: Ranks,
+        shape: torch.Size,
+        shares: list[list[Tensor]],
+    ):
         self.optimizer, self.group, self.ranks, self.shape = optimizer, group, ranks, shape
         self.replicas = [shares[i : i + ranks.shards] for i in range(0, len(shares), ranks.shards)]
         self.like = _local(next(matrix for share in shares for matrix in share))  # for its device
@@ -162,14 +199,23 @@ class _Round:
         self.data: Tensor  # what it brings
 
     def collect(self) -> None:
-        momentum, mine, size = self.group["momentum"], self.replicas[self.ranks.replica], self._numel()
+        momentum, mine, size = (
+            self.group["momentum"],
+            self.replicas[self.ranks.replica],
+            self._numel(),
+        )
         rows = self.like.new_empty(sum(map(len, mine)) * size, dtype=self.dtype)
         for shares in self.replicas:
             for i, matrix in enumerate(matrix for share in shares for matrix in share):
-                gradient, buffer = _local(matrix.grad), _local(self.optimizer.state[matrix]["momentum_buffer"])
+                gradient, buffer = (
+                    _local(matrix.grad),
+                    _local(self.optimizer.state[matrix]["momentum_buffer"]),
+                )
                 buffer.lerp_(gradient, 1 - momentum)
                 if shares is mine:
-                    rows[i * size : (i + 1) * size] = gradient.lerp(buffer, momentum).flatten()  # Nesterov's
+                    rows[i * size : (i + 1) * size] = gradient.lerp(
+                        buffer, momentum
+                    ).flatten()  # Nesterov's
         self._exchange(rows, there=True)
 
     def orthogonalize(self) -> None:
@@ -178,7 +224,9 @@ class _Round:
         parts = self._arrived().split([mine * n * columns for n in rows])
         if not mine:
             return self._exchange(parts[0], there=False)
-        whole = torch.cat([part.view(mine, n, columns) for part, n in zip(parts, rows, strict=True)], 1)
+        whole = torch.cat(
+            [part.view(mine, n, columns) for part, n in zip(parts, rows, strict=True)], 1
+        )
         done = orthogonalize(whole, self.optimizer.coefficients)
         self._exchange(torch.cat([part.flatten() for part in done.split(rows, 1)]), there=False)
 
@@ -194,7 +242,9 @@ class _Round:
 
     def apply(self) -> None:
         lr, decay = self.group["lr"], self.group["weight_decay"]
-        for shares, data in zip(self.replicas, self._arrived().chunk(self.ranks.replicas), strict=True):
+        for shares, data in zip(
+            self.replicas, self._arrived().chunk(self.ranks.replicas), strict=True
+        ):
             for i, matrix in enumerate(matrix for share in shares for matrix in share):
                 local = _local(matrix)
                 local.mul_(1 - lr * decay)
@@ -213,12 +263,17 @@ class _Round:
     def _exchange(self, rows: Tensor, there: bool) -> None:
         """Start an all-to-all over this replica: from rows by owner to the owned by rows, or back."""
         by_owner = [len(share) * self._numel() for share in self._shares()]
-        by_rows = [len(self._shares()[self.ranks.shard]) * n * self.shape[1] for n in self.ranks.rows(self.shape[0])]
+        by_rows = [
+            len(self._shares()[self.ranks.shard]) * n * self.shape[1]
+            for n in self.ranks.rows(self.shape[0])
+        ]
         sent, received = (by_owner, by_rows) if there else (by_rows, by_owner)
         self.data = rows
         if self.ranks.shards > 1:
             self.data = rows.new_empty(sum(received))
-            self.work = dist.all_to_all_single(self.data, rows, received, sent, self.ranks.over_shards, async_op=True)
+            self.work = dist.all_to_all_single(
+                self.data, rows, received, sent, self.ranks.over_shards, async_op=True
+            )
 
     def _arrived(self) -> Tensor:
         if self.work is not None:

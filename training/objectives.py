@@ -33,7 +33,9 @@ def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
 
     def noisy(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         def add(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
-            return embedded + neftune_noise(batch.doc_ids, batch.rows, embedded.shape[-1], alpha, seed).to(embedded.dtype)
+            return embedded + neftune_noise(
+                batch.doc_ids, batch.rows, embedded.shape[-1], alpha, seed
+            ).to(embedded.dtype)
 
         hook = model.get_submodule("embed_tokens").register_forward_hook(add)
         try:
@@ -48,7 +50,9 @@ def neftune_noise(doc_ids: Tensor, rows: Tensor, width: int, alpha: float, seed:
     """fp32 [B, T, width] for docs [B, T], which count up from 0 in each row, and rows [B]."""
     index = doc_ids.long()
     ones = torch.ones_like(index)
-    length = torch.zeros_like(index).scatter_add_(1, index, ones).gather(1, index)  # [B, T], tokens in a token's document
+    length = (
+        torch.zeros_like(index).scatter_add_(1, index, ones).gather(1, index)
+    )  # [B, T], tokens in a token's document
     noise = torch.empty(*doc_ids.shape, width, device=doc_ids.device)
     for i, row in enumerate(rows.tolist()):
         generator = torch.Generator(doc_ids.device).manual_seed((seed * 1_000_003 + row) % 2**63)

@@ -38,12 +38,22 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) 
     for name, parameter in model.named_parameters():
         plain = name.endswith("norm.weight") or "embed_tokens" in name
         assert plain or parameter.ndim == 2, f"no rule whether to decay {name}"
-        (kept if plain else hidden if muon and name.startswith("layers.") else decayed).append(parameter)
-    groups: list[dict] = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        (kept if plain else hidden if muon and name.startswith("layers.") else decayed).append(
+            parameter
+        )
+    groups: list[dict] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     if muon:
-        groups = [{"params": hidden, "weight_decay": weight_decay, "muon": True}, *(g for g in groups if g["params"])]
+        groups = [
+            {"params": hidden, "weight_decay": weight_decay, "muon": True},
+            *(g for g in groups if g["params"]),
+        ]
     ids = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(ids) == len(set(ids)) and set(ids) == {id(parameter) for parameter in model.parameters()}
+    assert len(ids) == len(set(ids)) and set(ids) == {
+        id(parameter) for parameter in model.parameters()
+    }
     return groups
 
 

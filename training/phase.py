@@ -61,7 +61,9 @@ class Stage:
     evaluate: Evaluate | None = None
     make_schedules: MakeSchedules = run_schedules
     data_lines: Sequence[str] = ()  # printed at the start: what the data are
-    largest_batch: Any = None  # zeros in the shape of the largest micro-batch; default: rows of tokens
+    largest_batch: Any = (
+        None  # zeros in the shape of the largest micro-batch; default: rows of tokens
+    )
     check: Check | None = None  # looks at what a complete phase has left
 
 
@@ -73,16 +75,28 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
     with ExitStack() as held, _full_disk(run):
         run_on_rank0(lambda: held.enter_context(locked(run.checkpoints, run.logs)))
         tokenizer, dtype = stage.tokenizer, compute_dtype(run.parallel, device)
-        checkpointer = Checkpointer(run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.special)
-        log = Log(run.logs, run.log, dist.get_rank() == 0, asdict(run), setup.secrets(run.log.alerts.secrets))
+        checkpointer = Checkpointer(
+            run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.special
+        )
+        log = Log(
+            run.logs,
+            run.log,
+            dist.get_rank() == 0,
+            asdict(run),
+            setup.secrets(run.log.alerts.secrets),
+        )
         state = setup.build(run, device, new_tokens=tokenizer.new_tokens)
         grown = tokenizer.new_tokens is not None
-        restored, source = setup.restore_or_init(run, state, checkpointer, stage.loader.fingerprint, grown)
+        restored, source = setup.restore_or_init(
+            run, state, checkpointer, stage.loader.fingerprint, grown
+        )
         begins, to_do = f"{run.run} {run.phase}: {restored}", state.step < state.end
         if to_do:
             if set_aside := run_on_rank0(lambda: claim(run, source)):
                 log.event("set_aside", set_aside)
-            log.event("begun" if state.step == state.phase_start else "resumed", begins, step=state.step)
+            log.event(
+                "begun" if state.step == state.phase_start else "resumed", begins, step=state.step
+            )
         else:
             log.say(begins)
         for line in (setup.describe(run, device), *stage.data_lines):
@@ -92,11 +106,25 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
         with log, profiling.out_of_memory(run, device):
             if to_do and not state.faults.no_go:
                 profiling.dry_run(run, state, device, stage.objective, stage.largest_batch)
-            if to_do and run.validation.before and stage.evaluate and state.step == state.phase_start:
+            if (
+                to_do
+                and run.validation.before
+                and stage.evaluate
+                and state.step == state.phase_start
+            ):
                 _measure_before(state, log, stage.evaluate)
             with profiling.traced(run, state, device) if profile else nullcontext():
                 objective, schedules = stage.objective, stage.make_schedules
-                status = train(run, state, stage.loader, objective, checkpointer, log, stage.evaluate, schedules)
+                status = train(
+                    run,
+                    state,
+                    stage.loader,
+                    objective,
+                    checkpointer,
+                    log,
+                    stage.evaluate,
+                    schedules,
+                )
             if stage.check and not status:
                 stage.check(run, state, checkpointer, log)
             _report_end(run, state, log, status, to_do)
@@ -116,6 +144,10 @@ def _report_end(run: RunConfig, state: State, log: Log, status: int, to_do: bool
     """Say whether the phase is stopped, complete or paused; an event if this command trained."""
     kind = "stopped" if status else "ended" if state.step == state.phase_end else "paused"
     reason = "the start-up checks" if status == NO_GO else "a signal"
-    outcome = {"stopped": f"stopped by {reason} and saved", "ended": "complete", "paused": "paused"}[kind]
+    outcome = {
+        "stopped": f"stopped by {reason} and saved",
+        "ended": "complete",
+        "paused": "paused",
+    }[kind]
     text = f"{run.run} {run.phase}: {outcome} at step {state.step}"
     log.event(kind, text, step=state.step) if to_do else log.say(text)

@@ -28,25 +28,41 @@ class DPOConfig:
     beta: Annotated[float, above(0, hint="0.1 is usual, 5 for sigmoid_norm, 2 for simpo")] = 0.1
     # Share of pairs assumed to be labelled the wrong way round: of sigmoid (cDPO), robust, simpo.
     label_smoothing: Annotated[float, at_least(0, below=0.5)] = 0.0
-    margin: AnyFloat = 0.5  # simpo's gamma: by how much beta times the mean log-probability of chosen should lead
-    sft_weight: NonNegativeFloat = 0.0  # of the chosen answers' mean nll per token, added to the loss
-    reference: str | None = None  # precomputed (default: once, kept on the disk), cpu (a frozen model there), none (for simpo)
-    reference_cache: str | None = None  # file of the precomputed ones; default: reference.safetensors beside the checkpoints
+    margin: AnyFloat = (
+        0.5  # simpo's gamma: by how much beta times the mean log-probability of chosen should lead
+    )
+    sft_weight: NonNegativeFloat = (
+        0.0  # of the chosen answers' mean nll per token, added to the loss
+    )
+    reference: str | None = (
+        None  # precomputed (default: once, kept on the disk), cpu (a frozen model there), none (for simpo)
+    )
+    reference_cache: str | None = (
+        None  # file of the precomputed ones; default: reference.safetensors beside the checkpoints
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "dpo")
         if self.loss not in LOSSES:
             raise ValueError(f"dpo.loss={self.loss!r} is not one of {', '.join(LOSSES)}")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
-            raise ValueError(f"dpo.label_smoothing has no meaning for dpo.loss={self.loss}; leave it out")
+            raise ValueError(
+                f"dpo.label_smoothing has no meaning for dpo.loss={self.loss}; leave it out"
+            )
         if self.reference not in (None, *REFERENCES):
-            raise ValueError(f"dpo.reference={self.reference!r} is not one of {', '.join(REFERENCES)}")
+            raise ValueError(
+                f"dpo.reference={self.reference!r} is not one of {', '.join(REFERENCES)}"
+            )
         if self.loss == "simpo" and self.reference not in (None, "none"):
             raise ValueError("dpo.loss=simpo has no reference; leave out dpo.reference")
         if self.reference_cache and self.referred != "precomputed":
-            raise ValueError(f"dpo.reference_cache has no effect with dpo.reference={self.referred}; leave it out")
+            raise ValueError(
+                f"dpo.reference_cache has no effect with dpo.reference={self.referred}; leave it out"
+            )
         if self.margin != 0.5 and self.loss != "simpo":
-            raise ValueError(f"dpo.margin={self.margin:g} has no effect with dpo.loss={self.loss}; leave it out")
+            raise ValueError(
+                f"dpo.margin={self.margin:g} has no effect with dpo.loss={self.loss}; leave it out"
+            )
 
     @property
     def referred(self) -> str:
@@ -88,7 +104,9 @@ def pair_losses(config: DPOConfig, ratios: Tensor, lengths: Tensor) -> Tensor:
     return (1 - smoothing) * right + smoothing * wrong
 
 
-def _preference(model: nn.Module, batch: Any, config: DPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def _preference(
+    model: nn.Module, batch: Any, config: DPOConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     logps = answer_logps(model, batch).unflatten(0, (2, -1))  # [2, n]
     lengths = (batch.places < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
     ratios = logps - batch.reference.unflatten(0, (2, -1))
@@ -100,11 +118,17 @@ def _preference(model: nn.Module, batch: Any, config: DPOConfig) -> tuple[Tensor
         loss = loss + config.sft_weight * nll
         parts["sft_loss"] = nll.detach()
     with torch.no_grad():
-        sums = {"loss": loss.detach(), **parts, **_measures(config, logps.detach(), ratios.detach(), lengths, batch.counted)}
+        sums = {
+            "loss": loss.detach(),
+            **parts,
+            **_measures(config, logps.detach(), ratios.detach(), lengths, batch.counted),
+        }
     return loss, sums
 
 
-def _measures(config: DPOConfig, logps: Tensor, ratios: Tensor, lengths: Tensor, counted: Tensor) -> dict[str, Tensor]:
+def _measures(
+    config: DPOConfig, logps: Tensor, ratios: Tensor, lengths: Tensor, counted: Tensor
+) -> dict[str, Tensor]:
     """Sums over pairs. A tie of rewards counts as wrong, as in TRL: policy = reference has accuracy 0."""
     rewards = config.beta * (ratios / lengths if config.loss == "simpo" else ratios)
     of_pairs = {
@@ -131,7 +155,10 @@ def preference(config: DPOConfig) -> Objective:
 
 
 def held_out(
-    model: nn.Module, objective: Objective, sources: Mapping[str, tuple[list[Any], int]], total: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    objective: Objective,
+    sources: Mapping[str, tuple[list[Any], int]],
+    total: Callable[[Tensor], Tensor],
 ) -> dict[str, dict[str, float]]:
     """The objective's means by source and, as "all", over all pairs.
 
@@ -144,7 +171,9 @@ def held_out(
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for key, value in objective(model, batch.to(device))[1].items():
-                sums[key] = sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
+                sums[key] = (
+                    sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
+                )
         added = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
         results[name] = {key: value / pairs for key, value in added.items()}
         everything = {key: everything.get(key, 0.0) + value for key, value in added.items()}

@@ -45,10 +45,15 @@ class ReferenceLogps:
 
     def of(self, split: str, names: list[Name], batch: Any = None) -> Tensor:
         """[2n]: of the n chosen, then of the n rejected."""
-        return torch.stack([self.values[f"{split}/{name}"][index] for name, index in names]).T.flatten()
+        return torch.stack(
+            [self.values[f"{split}/{name}"][index] for name, index in names]
+        ).T.flatten()
 
     def compute(
-        self, model: Callable[[], nn.Module], steps: dict[str, Steps], say: Callable[[str], None] = lambda _: None
+        self,
+        model: Callable[[], nn.Module],
+        steps: dict[str, Steps],
+        say: Callable[[str], None] = lambda _: None,
     ) -> int:
         """Collective. Compute what is missing of the steps of each split and keep it; returns how many pairs that were.
 
@@ -59,9 +64,15 @@ class ReferenceLogps:
         made: nn.Module | None = None
         fresh: dict[Name, Tensor] = {}
         planned: set[Name] = set()
-        for split, of_step, make in ((split, *step) for split, part in steps.items() for step in part):
+        for split, of_step, make in (
+            (split, *step) for split, part in steps.items() for step in part
+        ):
             key = {name: (f"{split}/{name[0]}", name[1]) for name in of_step}
-            wanted = {at for at in key.values() if at not in planned and self.values[at[0]][at[1]].isnan().any()}
+            wanted = {
+                at
+                for at in key.values()
+                if at not in planned and self.values[at[0]][at[1]].isnan().any()
+            }
             if not wanted:
                 continue
             planned |= wanted
@@ -69,7 +80,9 @@ class ReferenceLogps:
             device = next(made.parameters()).device
             for names, batch in make():
                 logps = frozen_logps(made, batch.to(device)).cpu().unflatten(0, (2, -1)).T
-                fresh |= {key[name]: logps[i] for i, name in enumerate(names) if key[name] in wanted}
+                fresh |= {
+                    key[name]: logps[i] for i, name in enumerate(names) if key[name] in wanted
+                }
                 batches += 1
             if batches >= SAVED_EVERY:
                 done, batches, fresh = done + self._keep(fresh), 0, {}
@@ -101,7 +114,9 @@ def _write(path: Path, made_of: dict[str, str], values: dict[str, Tensor]) -> No
     part = temporary(path)  # a folder: safetensors writes to a file with a random name first
     try:
         part.mkdir()
-        save_file(values, part / path.name, {"made_of": json.dumps(made_of), "sha256": _sum(values)})
+        save_file(
+            values, part / path.name, {"made_of": json.dumps(made_of), "sha256": _sum(values)}
+        )
         (part / path.name).rename(path)
     except (SafetensorError, OSError) as error:
         if not is_full(error):
@@ -120,13 +135,20 @@ def _read(path: Path, made_of: dict[str, str]) -> dict[str, Tensor]:
     ways = "remove it, or name another file as dpo.reference_cache"
     try:
         with safe_open(path, "pt") as file:
-            header, values = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header, values = (
+                file.metadata() or {},
+                {name: file.get_tensor(name) for name in file.keys()},
+            )  # noqa: SIM118
         own, total = json.loads(header["made_of"]), header["sha256"]
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise ValueError(f"{path} holds no reference log-probabilities that can be read; {ways}") from error
+        raise ValueError(
+            f"{path} holds no reference log-probabilities that can be read; {ways}"
+        ) from error
     other = [key for key in made_of if own.get(key) != made_of[key]]
     if other:
-        raise ValueError(f"{path} holds reference log-probabilities made with other {', '.join(other)}; {ways}")
+        raise ValueError(
+            f"{path} holds reference log-probabilities made with other {', '.join(other)}; {ways}"
+        )
     if total != _sum(values):
         raise ValueError(f"{path} is damaged: its log-probabilities have changed; {ways}")
     return values
@@ -140,7 +162,9 @@ def _sum(values: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def build_reference(folder: Path, config: ModelConfig, new_tokens: range | None = None) -> NanoLlama:
+def build_reference(
+    folder: Path, config: ModelConfig, new_tokens: range | None = None
+) -> NanoLlama:
     """The frozen model of a folder, fp32 on the CPU. new_tokens: ids that the folder's tokenizer lacks."""
     model = NanoLlama(config)
     load_weights(model, folder, new_tokens)

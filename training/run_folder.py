@@ -36,7 +36,9 @@ def locked(*folders: Path) -> Iterator[None]:
             if not _lock(file.fileno()):
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise ValueError(f"{folder} is in use by {holder}; wait for it, stop it, or use another folder")
+                raise ValueError(
+                    f"{folder} is in use by {holder}; wait for it, stop it, or use another folder"
+                )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
@@ -62,7 +64,11 @@ def claim(run: RunConfig, source: Path | None) -> str:
     history of another run, or of this phase in another folder, whose checkpoints still exist.
     """
     folder, record = run.checkpoints.resolve(), _read(run.logs)
-    earlier = [_read(run.checkpoints), _read(source.parent) if source else None, record if source else None]
+    earlier = [
+        _read(run.checkpoints),
+        _read(source.parent) if source else None,
+        record if source else None,
+    ]
     identity = next((found["id"] for found in earlier if found), uuid.uuid4().hex)
     folders: dict[str, str] = record["folders"] if record else {}
     said = ""
@@ -74,7 +80,11 @@ def claim(run: RunConfig, source: Path | None) -> str:
                 "name of its own (run=NAME) or another log_dir"
             )
         said, folders = _set_aside(run.logs), {}
-    elif record and folders.get(run.phase, str(folder)) != str(folder) and step_folders(Path(folders[run.phase])):
+    elif (
+        record
+        and folders.get(run.phase, str(folder)) != str(folder)
+        and step_folders(Path(folders[run.phase]))
+    ):
         raise ValueError(
             f"{run.logs} is the log of {run.phase} in {folders[run.phase]}; for a second one give another "
             "log_dir as well as another output_dir"

@@ -27,7 +27,9 @@ class ScheduleConfig:
     decay_steps: NonNegativeInt = 23_000
     decay: str = "linear"  # linear, cosine or 1-sqrt
     min_lr: NonNegativeFloat = 0.0
-    allow_rise: bool = False  # continue although the rate would rise again after its decay has begun
+    allow_rise: bool = (
+        False  # continue although the rate would rise again after its decay has begun
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule")
@@ -57,7 +59,11 @@ class WSDScheduler:
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "WSDScheduler":
-        wanted = OptimizerSchedule if isinstance((*args, None)[0], Optimizer) or "optimizer" in kwargs else cls
+        wanted = (
+            OptimizerSchedule
+            if isinstance((*args, None)[0], Optimizer) or "optimizer" in kwargs
+            else cls
+        )
         return super().__new__(wanted)
 
     def __init__(self, config: ScheduleConfig, peak: float):
@@ -74,7 +80,9 @@ class WSDScheduler:
             return self.peak
         if into_decay >= config.decay_steps:  # also where decay_steps is 0
             return config.min_lr if config.decay_steps else self.peak
-        return self.peak - (self.peak - config.min_lr) * DECAYS[config.decay](into_decay / config.decay_steps)
+        return self.peak - (self.peak - config.min_lr) * DECAYS[config.decay](
+            into_decay / config.decay_steps
+        )
 
 
 class OptimizerSchedule(WSDScheduler):
@@ -124,7 +132,9 @@ class Schedule(NamedTuple):
     """One setting that changes over the steps."""
 
     name: str  # in metrics.jsonl
-    value: Callable[[int], float]  # of the number of updates made so far: the value for the next update
+    value: Callable[
+        [int], float
+    ]  # of the number of updates made so far: the value for the next update
     apply: Callable[[float], None]  # set it on the model or the optimizer
 
 
@@ -141,7 +151,11 @@ def run_schedules(run: "RunConfig", state: "State") -> list[Schedule]:
     schedules = [Schedule("lr", lambda step: rate(step) * state.faults.lr_scale, set_rate)]
     if first != last:
         phase = state.phase_start, state.phase_end
-        theta = Schedule("rope_theta", lambda step: theta_at(first, last, step, *phase), state.model.set_rope_theta)
+        theta = Schedule(
+            "rope_theta",
+            lambda step: theta_at(first, last, step, *phase),
+            state.model.set_rope_theta,
+        )
         schedules.append(theta)
     return schedules
 

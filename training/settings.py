@@ -180,13 +180,19 @@ def _make(kind: Any, value: Any, name: str) -> Any:
         return made
     if type(None) in parts:  # X | None
         inner = member(parts, value)
-        cleared = value is None or (value == "" and _plain(inner) is str)  # as an empty override does
+        cleared = value is None or (
+            value == "" and _plain(inner) is str
+        )  # as an empty override does
         return None if cleared else _make(inner, value, name)
     if origin is dict and isinstance(value, dict):
         return {_key(k, name): _make(parts[1], v, f"{name}.{k}") for k, v in value.items()}
     if origin is tuple and isinstance(value, list):
         return tuple(_make(parts[0], v, f"{name}[{i}]") for i, v in enumerate(value))
-    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if (
+        kind in (int, float)
+        and isinstance(value, (int, float, str))
+        and not isinstance(value, bool)
+    ):
         number = _number(value)
         if kind is float and math.isfinite(number):
             return float(number)
@@ -219,13 +225,17 @@ def _number(value: int | float | str) -> int | float:
 def _key(key: Any, name: str) -> str:
     """The name of an entry, as in data.mix; YAML reads a bare no, on or 1 as another type than text."""
     if not isinstance(key, str):
-        raise ValueError(f"{name} has the entry {shown(key)}, which YAML does not read as text; write its name in quotes")
+        raise ValueError(
+            f"{name} has the entry {shown(key)}, which YAML does not read as text; write its name in quotes"
+        )
     return _text(key, f"an entry of {name}")
 
 
 def _text(value: str, name: str) -> str:
     """The text; ValueError if a path, a log or a config cannot hold it."""
-    if "\0" in value or (not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value)):
+    if "\0" in value or (
+        not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value)
+    ):
         raise ValueError(f"{name}={shown(value)} has a NUL character or is not UTF-8 text")
     return value
 

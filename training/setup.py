@@ -24,7 +24,15 @@ from models.attention import choose_kernel
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
 from torchrun_plugin import LAUNCHER
-from training.checkpoint import Checkpointer, damage, has_state, identity, load_state, read_phase, step_folders
+from training.checkpoint import (
+    Checkpointer,
+    damage,
+    has_state,
+    identity,
+    load_state,
+    read_phase,
+    step_folders,
+)
 from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.distributed import run_on_rank0
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
@@ -64,10 +72,18 @@ def ranks() -> Iterator[torch.device]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {local} has no GPU: torchrun started more ranks than {torch.cuda.device_count()} GPUs")
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows of changing length fragment it
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")  # a rank whose peer is gone ends instead of waiting
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # Flight Recorder, read by training/ops/watchdog.py
+            raise ValueError(
+                f"rank {local} has no GPU: torchrun started more ranks than {torch.cuda.device_count()} GPUs"
+            )
+        os.environ.setdefault(
+            "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
+        )  # rows of changing length fragment it
+        os.environ.setdefault(
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING", "3"
+        )  # a rank whose peer is gone ends instead of waiting
+        os.environ.setdefault(
+            "TORCH_FR_BUFFER_SIZE", "2000"
+        )  # Flight Recorder, read by training/ops/watchdog.py
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -77,10 +93,14 @@ def ranks() -> Iterator[torch.device]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
     try:  # a rank that has already ended on a mistake is missed while connecting, too
-        dist.init_process_group(backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store)
+        dist.init_process_group(
+            backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store
+        )
         yield device
         sys.stdout.flush()  # torchrun may end this rank as soon as another has left
-        with suppress(RuntimeError):  # no rank takes its sockets away while another still needs them; gloo's barrier may find
+        with suppress(
+            RuntimeError
+        ):  # no rank takes its sockets away while another still needs them; gloo's barrier may find
             dist.barrier()  # its peer gone although that one has passed it, and then all is done
     except BaseException as error:
         if world == 1 and dist.is_initialized():
@@ -107,25 +127,41 @@ def exit_process(status: int) -> NoReturn:
 
 def has_compiler(device: torch.device) -> bool:
     """Is there what torch.compile calls: a C compiler for Triton on a GPU, a C++ one on a CPU?"""
-    variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++", "clang++", "c++"))
+    variable, names = (
+        ("CC", ("gcc", "clang", "cc"))
+        if device.type == "cuda"
+        else ("CXX", ("g++", "clang++", "c++"))
+    )
     return any(shutil.which(name) for name in (os.environ.get(variable, ""), *names))
 
 
-def build(run: RunConfig, device: torch.device, seed: int | None = None, new_tokens: range | None = None) -> State:
+def build(
+    run: RunConfig, device: torch.device, seed: int | None = None, new_tokens: range | None = None
+) -> State:
     """A sharded model and its optimizer, with weights from the seed (default run.seed) or from run.init_from, at step 0.
 
     new_tokens: ids that the tokenizer of run.init_from lacks.
     Every rank builds the whole model from the seed before it is sharded, so weights do not depend on the world size.
     """
     model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
-    choose_kernel(run.parallel.attention, device, compute_dtype(run.parallel, device), masked=True)  # or a sentence why not
+    choose_kernel(
+        run.parallel.attention, device, compute_dtype(run.parallel, device), masked=True
+    )  # or a sentence why not
     if compiles(run.parallel, device) and not has_compiler(device):
-        raise ValueError("torch.compile needs a compiler: install gcc (and g++ for a CPU), or set parallel.compile=false")
+        raise ValueError(
+            "torch.compile needs a compiler: install gcc (and g++ for a CPU), or set parallel.compile=false"
+        )
     model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     if run.init_from:
         load_weights(model, Path(run.init_from), new_tokens)
     wrapped = wrap_model_fsdp(model, run.parallel, device)
-    return State(wrapped, build_optimizer(wrapped, run.optim), phase=run.phase, phase_end=run.steps, until=run.until)
+    return State(
+        wrapped,
+        build_optimizer(wrapped, run.optim),
+        phase=run.phase,
+        phase_end=run.steps,
+        until=run.until,
+    )
 
 
 def restore_or_init(
@@ -154,7 +190,11 @@ def restore_or_init(
         if run.init_from:
             _check_theta(run, Path(run.init_from), run.theta_range[0])
         state.parent = base
-        return (f"starts from the weights of {run.init_from}" if base else f"starts from scratch, seed {run.seed}"), None
+        return (
+            f"starts from the weights of {run.init_from}"
+            if base
+            else f"starts from scratch, seed {run.seed}"
+        ), None
     _check_fits(run, source, checkpointer.tokenizer)
     position = load_state(source, state)
     if position["phase"] != run.phase:
@@ -170,11 +210,17 @@ def restore_or_init(
         _check_rate(run, position)
         _check_theta(run, source, run.theta_range[0])
         return f"begins at step {state.step}, after {position['phase']}, from {source}", source
-    state.batch_index, state.phase_start, state.parent = position["batch_index"], position["phase_start"], position["parent"]
+    state.batch_index, state.phase_start, state.parent = (
+        position["batch_index"],
+        position["phase_start"],
+        position["parent"],
+    )
     state.faults = FaultState(**position["faults"])
     _check_start(run, state.phase_start, source)
     _check_end(run, state)
-    _check_theta(run, source, theta_at(*run.theta_range, state.step - 1, state.phase_start, state.phase_end))
+    _check_theta(
+        run, source, theta_at(*run.theta_range, state.step - 1, state.phase_start, state.phase_end)
+    )
     changed = position["data"] != fingerprint
     if changed and not run.data.accept_changed:
         raise ValueError(
@@ -207,7 +253,9 @@ def _find_earlier(run: RunConfig, required: bool) -> Path | None:
     folder = run.earlier
     if folder is None:
         return None
-    named = folder.name == run.resume_from  # else the user gave a path, and find_checkpoint's own message fits
+    named = (
+        folder.name == run.resume_from
+    )  # else the user gave a path, and find_checkpoint's own message fits
     found = find_checkpoint(folder, required and not named)
     if found is None and required:
         raise ValueError(
@@ -238,7 +286,9 @@ def _check_rate(run: RunConfig, position: dict[str, Any]) -> None:
     saved, step = dict(position.get("rate") or {}), position["step"]
     if not saved or run.schedule.allow_rise:
         return
-    known = {name: value for name, value in saved.items() if name in ScheduleConfig.__dataclass_fields__}
+    known = {
+        name: value for name, value in saved.items() if name in ScheduleConfig.__dataclass_fields__
+    }
     try:
         stable = known["total_steps"] - known["decay_steps"]
         used = WSDScheduler(ScheduleConfig(**known), saved["peak"])(step - 1)  # by the last update
@@ -281,9 +331,13 @@ def find_checkpoint(path: Path, required: bool) -> Path | None:
     if (path / "config.json").is_file():
         return path
     folders = reversed(step_folders(path)) if path.is_dir() else ()
-    newest = next((folder for folder in folders if has_state(folder) and damage(folder) is None), None)
+    newest = next(
+        (folder for folder in folders if has_state(folder) and damage(folder) is None), None
+    )
     if newest is None and required:
-        raise ValueError(f"{path} holds no whole checkpoint; give a step_N folder or the folder of one phase")
+        raise ValueError(
+            f"{path} holds no whole checkpoint; give a step_N folder or the folder of one phase"
+        )
     return newest
 
 
@@ -304,8 +358,14 @@ def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
 def _check_tokenizer(source: Path, tokenizer: Path | None) -> None:
     """ValueError where a folder of weights has a tokenizer, and not the data's."""
     own = source / "tokenizer.json"
-    if tokenizer and own.is_file() and own.read_bytes() != (tokenizer / "tokenizer.json").read_bytes():
-        raise ValueError(f"{source} was trained with another tokenizer than {tokenizer}; use its data or start from others")
+    if (
+        tokenizer
+        and own.is_file()
+        and own.read_bytes() != (tokenizer / "tokenizer.json").read_bytes()
+    ):
+        raise ValueError(
+            f"{source} was trained with another tokenizer than {tokenizer}; use its data or start from others"
+        )
 
 
 def describe(run: RunConfig, device: torch.device) -> str:
@@ -347,7 +407,9 @@ def environment(device: torch.device) -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or "cpu",
         "ranks": dist.get_world_size(),
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -362,11 +424,17 @@ def write_run_files(run: RunConfig, device: torch.device) -> None:
     """
     found, own = environment(device), f"{run.phase}.config.yaml"
     write_text(run.logs / own, yaml.safe_dump(to_dict(run), sort_keys=False))
-    configs = sorted(run.logs.glob("*.config.yaml"), key=lambda path: (path.name == own, path.stat().st_mtime))
+    configs = sorted(
+        run.logs.glob("*.config.yaml"), key=lambda path: (path.name == own, path.stat().st_mtime)
+    )
     phases = {path.name.removesuffix(".config.yaml"): read_yaml_file(path) for path in configs}
     write_text(run.logs / "hyperparameters.yaml", yaml.safe_dump(phases, sort_keys=False))
     write_text(run.logs / f"{run.phase}.environment.json", json.dumps(found, indent=2) + "\n")
-    commit = f"{found['git']}{'' if found['git_clean'] else ' with uncommitted changes'}" if found["git"] else "no git checkout"
+    commit = (
+        f"{found['git']}{'' if found['git_clean'] else ' with uncommitted changes'}"
+        if found["git"]
+        else "no git checkout"
+    )
     write_text(run.logs / "git_commit_hash.txt", commit + "\n")
 
 

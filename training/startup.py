@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 NO_GO = 3  # exit status, the same as that of a plan's gates
 OFF = "null turns this check off"
 Bound = Annotated[float, above(0, hint=OFF)]
-WARM_UP = 10  # steps that throughput and GPU utilization leave out: clocks and caches settle in them
+WARM_UP = (
+    10  # steps that throughput and GPU utilization leave out: clocks and caches settle in them
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,17 @@ class StartupConfig:
 
     # Length of the window; a shorter phase is its own window; 0: no checks.
     steps: Annotated[int, at_least(0, hint="0 turns the checks off")] = 500
-    loss_margin: Bound | None = 1.0  # nats between the first loss and ln(vocabulary); from scratch only
-    fall: Bound | None = 0.5  # nats that the loss must fall over the whole window; from scratch only
+    loss_margin: Bound | None = (
+        1.0  # nats between the first loss and ln(vocabulary); from scratch only
+    )
+    fall: Bound | None = (
+        0.5  # nats that the loss must fall over the whole window; from scratch only
+    )
     max_grad_norm: Bound | None = None  # bound on the median over the window, before clipping
     min_tokens_per_s: Bound | None = None  # over all ranks
-    min_gpu_utilization: Annotated[float, above(0, most=1, hint=OFF)] | None = None  # of rank 0's GPU, 0 to 1; needs nvidia-ml-py
+    min_gpu_utilization: Annotated[float, above(0, most=1, hint=OFF)] | None = (
+        None  # of rank 0's GPU, 0 to 1; needs nvidia-ml-py
+    )
     accept: str | None = None  # reason to continue after a no-go; it is recorded
 
     def __post_init__(self) -> None:
@@ -51,7 +59,9 @@ class Figure(NamedTuple):
     @property
     def go(self) -> bool:
         low, high = self.least, self.most
-        return self.value is not None and ((low is None or self.value >= low) and (high is None or self.value <= high))
+        return self.value is not None and (
+            (low is None or self.value >= low) and (high is None or self.value <= high)
+        )
 
     def __str__(self) -> str:
         bounds = (("at least", self.least), ("at most", self.most))
@@ -126,12 +136,18 @@ def _of_first_step(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -
     if margin is not None and _from_scratch(run, state):
         uniform = math.log(run.model.vocab_size)
         advice = "model.initializer_range, and whether the tokenizer is the one of the data"
-        yield Figure("first loss", _first_loss(state, rows), uniform - margin, uniform + margin, advice)
+        yield Figure(
+            "first loss", _first_loss(state, rows), uniform - margin, uniform + margin, advice
+        )
 
 
 def _of_window(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -> Iterable[Figure]:
     config, warm = run.startup, rows[min(WARM_UP, len(rows) // 2) :]
-    if config.fall is not None and _from_scratch(run, state) and _window(run, state) == config.steps:
+    if (
+        config.fall is not None
+        and _from_scratch(run, state)
+        and _window(run, state) == config.steps
+    ):
         first, last = _first_loss(state, rows), rows[-max(1, len(rows) // 10) :]
         fall = first - fmean(row["loss"] for row in last) if first is not None else None
         advice = "the loss curve (python -m scripts.plot_run), optim.lr, schedule.warmup_steps and the data"

@@ -28,8 +28,12 @@ class State:
     data: str = ""  # the loader's fingerprint
     faults: FaultState = field(default_factory=FaultState)
     parent: str = ""  # identity of the checkpoint that this phase began from, "" for none
-    rate: dict[str, Any] = field(default_factory=dict)  # peak and settings of the learning-rate schedule
-    until: int | None = None  # step at which this command pauses; not saved: each command sets its own
+    rate: dict[str, Any] = field(
+        default_factory=dict
+    )  # peak and settings of the learning-rate schedule
+    until: int | None = (
+        None  # step at which this command pauses; not saved: each command sets its own
+    )
 
     @property
     def end(self) -> int:
@@ -38,7 +42,17 @@ class State:
 
     def position(self) -> dict[str, Any]:
         """What trainer.json holds."""
-        names = ("phase", "phase_start", "phase_end", "step", "batch_index", "tokens", "data", "parent", "rate")
+        names = (
+            "phase",
+            "phase_start",
+            "phase_end",
+            "step",
+            "batch_index",
+            "tokens",
+            "data",
+            "parent",
+            "rate",
+        )
         return {**{name: getattr(self, name) for name in names}, "faults": asdict(self.faults)}
 
 
@@ -46,10 +60,16 @@ def is_position(content: dict[str, Any]) -> bool:
     """Whether an object has the keys and types that State.position writes. Older ones have no rate."""
     expected = State(None, None, phase="").position()  # type: ignore[arg-type]
     faults = content.get("faults")
-    if not isinstance(faults, dict) or not all(_is_fault(name, value, expected["faults"]) for name, value in faults.items()):
+    if not isinstance(faults, dict) or not all(
+        _is_fault(name, value, expected["faults"]) for name, value in faults.items()
+    ):
         return False
     same = all(type(content.get(name, {})) is type(value) for name, value in expected.items())
-    numbers = [content[name] for name in ("phase_start", "phase_end", "step", "batch_index", "tokens")] if same else [-1]
+    numbers = (
+        [content[name] for name in ("phase_start", "phase_end", "step", "batch_index", "tokens")]
+        if same
+        else [-1]
+    )
     return min(numbers) >= 0
 
 
@@ -63,4 +83,6 @@ def _is_fault(name: str, value: Any, expected: dict[str, Any]) -> bool:
         return False
     whole = isinstance(expected[name], int) or name in ("bad_batches", "excluded_batches")
     numbers = value if isinstance(value, list) else [value]
-    return all(type(n) is int or (type(n) is float and not whole and math.isfinite(n)) for n in numbers)
+    return all(
+        type(n) is int or (type(n) is float and not whole and math.isfinite(n)) for n in numbers
+    )

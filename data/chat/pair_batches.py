@@ -34,7 +34,9 @@ class PairBatch(NamedTuple):
 
 
 Name = tuple[str, int]  # source, and which of its pairs
-Make = Callable[[], Iterable[tuple[list[Name], "PairBatch"]]]  # batches of this rank, and the pairs of each that count
+Make = Callable[
+    [], Iterable[tuple[list[Name], "PairBatch"]]
+]  # batches of this rank, and the pairs of each that count
 Reference = Callable[[list[Name], PairBatch], Tensor]  # [2n] fp32 for the pairs of a batch
 
 
@@ -45,7 +47,9 @@ class Pairs:
         content = manifest.read(folder)
         assert content is not None, folder
         self.report, self.fingerprint = content["report"], content["sha256"][split]
-        self.ids, self.starts, self.prompts = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS)
+        self.ids, self.starts, self.prompts = (
+            np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS
+        )
         self.documents = 2 * len(self.prompts)
 
     def __len__(self) -> int:
@@ -55,7 +59,10 @@ class Pairs:
     def read(self, index: int) -> tuple[list[np.ndarray], int]:
         """Ids of a pair, chosen and rejected, and the length of their prompt."""
         first, second, end = self.starts[2 * index : 2 * index + 3].tolist()
-        return [self.ids[first:second].astype(np.int64), self.ids[second:end].astype(np.int64)], int(self.prompts[index])
+        return [
+            self.ids[first:second].astype(np.int64),
+            self.ids[second:end].astype(np.int64),
+        ], int(self.prompts[index])
 
     def chosen_tokens(self, index: int) -> int:
         return int(self.starts[2 * index + 1] - self.starts[2 * index] - self.prompts[index])
@@ -83,7 +90,9 @@ class PairRows:
     def targets(self, index: int) -> int:
         return 1
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
+    def fill(
+        self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
+    ) -> None:
         raise AssertionError("pairs have no rows of a fixed length")
 
 
@@ -128,15 +137,25 @@ class PairLoader(PackedDataLoader):
             yield of_step, partial(self._mine, of_step)
 
     def _of_step(self, batch_index: int) -> list[Name]:
-        located = (self._locate(row) for row in range(batch_index * self.rows, (batch_index + 1) * self.rows))
+        located = (
+            self._locate(row)
+            for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)
+        )
         return [(self.names[source], index) for source, index in located]
 
     def _mine(self, of_step: list[Name]) -> Iterator[tuple[list[Name], PairBatch]]:
-        per_token = self.rows / sum(self.pairs[name].chosen_tokens(index) for name, index in of_step)
+        per_token = self.rows / sum(
+            self.pairs[name].chosen_tokens(index) for name, index in of_step
+        )
         share, size = self.rows // self.world, self.micro_batch_size
         for first in range(self.rank * share, (self.rank + 1) * share, size):
             names = of_step[first : first + size]
-            yield names, make_batch(self.pairs, names, per_token, self.length, self.multiple, self.reference)
+            yield (
+                names,
+                make_batch(
+                    self.pairs, names, per_token, self.length, self.multiple, self.reference
+                ),
+            )
 
 
 def make_batch(
@@ -154,22 +173,38 @@ def make_batch(
     lengths = [len(ids) - 1 for ids, _ in documents]
     rows, width = lay_out(lengths, length, multiple)
     shape = (len(rows), width)
-    tokens, targets, doc_ids = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64), np.zeros(shape, np.int32)
+    tokens, targets, doc_ids = (
+        np.zeros(shape, np.int64),
+        np.full(shape, IGNORE, np.int64),
+        np.zeros(shape, np.int32),
+    )
     longest = max(len(ids) - prompt for ids, prompt in documents)
     places = np.full((len(documents), longest), tokens.size, np.int64)
     for row, inside in enumerate(rows):
         at = 0
         for count, document in enumerate(inside):
             ids, prompt = documents[document]
-            end, first = at + lengths[document], at + prompt - 1  # the token before the answer predicts its first
-            tokens[row, at:end], doc_ids[row, at:end], targets[row, first:end] = ids[:-1], count, ids[prompt:]
+            end, first = (
+                at + lengths[document],
+                at + prompt - 1,
+            )  # the token before the answer predicts its first
+            tokens[row, at:end], doc_ids[row, at:end], targets[row, first:end] = (
+                ids[:-1],
+                count,
+                ids[prompt:],
+            )
             places[document, : end - first] = row * width + np.arange(first, end)
             at = end
         doc_ids[row, at:] = len(inside)
     counts = np.zeros(len(names), np.float32)
     counts[:counted] = 1
     zeros, scale = np.zeros(len(documents), np.float32), np.full(len(names), per_token, np.float32)
-    batch = PairBatch(*(torch.from_numpy(part) for part in (tokens, targets, doc_ids, places, zeros, counts, scale)))
+    batch = PairBatch(
+        *(
+            torch.from_numpy(part)
+            for part in (tokens, targets, doc_ids, places, zeros, counts, scale)
+        )
+    )
     return batch._replace(reference=reference(names, batch)) if reference else batch
 
 
@@ -199,7 +234,14 @@ class HeldOutPairs:
     """
 
     def __init__(
-        self, pairs: dict[str, Pairs], most: int, size: int, length: int, rank: int = 0, world: int = 1, multiple: int = 1
+        self,
+        pairs: dict[str, Pairs],
+        most: int,
+        size: int,
+        length: int,
+        rank: int = 0,
+        world: int = 1,
+        multiple: int = 1,
     ):
         self.pairs = {name: source for name, source in pairs.items() if source.documents}
         self.numbers = {name: min(most, len(source.prompts)) for name, source in self.pairs.items()}
@@ -207,18 +249,26 @@ class HeldOutPairs:
 
     def batches(self, reference: Reference | None = None) -> dict[str, tuple[list[PairBatch], int]]:
         """By source, the batches of this rank and the number of pairs over all ranks."""
-        return {name: ([batch for _, batch in self._of(name, reference)], number) for name, number in self.numbers.items()}
+        return {
+            name: ([batch for _, batch in self._of(name, reference)], number)
+            for name, number in self.numbers.items()
+        }
 
     def steps(self) -> Iterator[tuple[list[Name], Make]]:
         """As PairLoader.steps, one a source."""
         for name, number in self.numbers.items():
             yield [(name, index) for index in range(number)], partial(self._of, name)
 
-    def _of(self, name: str, reference: Reference | None = None) -> Iterator[tuple[list[Name], PairBatch]]:
+    def _of(
+        self, name: str, reference: Reference | None = None
+    ) -> Iterator[tuple[list[Name], PairBatch]]:
         number, source = self.numbers[name], self.pairs[name]
         per_token = number / sum(source.chosen_tokens(index) for index in range(number))
         for first in range(0, number, self.size * self.world):
             mine = range(first + self.rank * self.size, first + (self.rank + 1) * self.size)
             names = [(name, index if index < number else 0) for index in mine]
             counted = sum(index < number for index in mine)
-            yield names[:counted], make_batch(self.pairs, names, per_token, *self.shape, reference, counted)
+            yield (
+                names[:counted],
+                make_batch(self.pairs, names, per_token, *self.shape, reference, counted),
+            )

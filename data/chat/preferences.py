@@ -48,7 +48,11 @@ COLUMNS = {  # columns that each form reads; source and key are of generated pai
     "hh": ("chosen", "rejected"),
 }
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-SAME, EMPTY, LONG = "chosen and rejected are the same", "an empty answer", "a pair that does not fit"
+SAME, EMPTY, LONG = (
+    "chosen and rejected are the same",
+    "an empty answer",
+    "a pair that does not fit",
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,9 @@ class PairSource:
     def __post_init__(self) -> None:
         check_fields(self, "source")
         if self.format not in FORMS:
-            raise ValueError(f"{self.format!r} is no form of preference pairs; there are {', '.join(FORMS)}")
+            raise ValueError(
+                f"{self.format!r} is no form of preference pairs; there are {', '.join(FORMS)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class PreferenceConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("preferences.sources names no source; give at least one, as name: {path, format}")
+            raise ValueError(
+                "preferences.sources names no source; give at least one, as name: {path, format}"
+            )
         check_fields(self, "preferences")
 
 
@@ -122,13 +130,23 @@ def parse_hh(row: dict[str, Any]) -> Pair:
     if before.strip() or not turns:
         raise ValueError("a transcript that does not begin with Human:")
     roles = {"Human": "user", "Assistant": "assistant"}
-    prompt = [{"role": roles[role], "content": text} for role, text in zip(turns[::2], turns[1::2], strict=True)]
-    return Pair(prompt, {"role": "assistant", "content": first}, {"role": "assistant", "content": second}, [])
+    prompt = [
+        {"role": roles[role], "content": text}
+        for role, text in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    return Pair(
+        prompt,
+        {"role": "assistant", "content": first},
+        {"role": "assistant", "content": second},
+        [],
+    )
 
 
 def parse_messages(row: dict[str, Any]) -> Pair:
     """A row of the form "messages"; the prompt may be what chosen and rejected begin with."""
-    (chosen, keys), (rejected, others) = (_messages(row[name], "assistant") for name in ("chosen", "rejected"))
+    (chosen, keys), (rejected, others) = (
+        _messages(row[name], "assistant") for name in ("chosen", "rejected")
+    )
     given, unread = _messages(row.get("prompt") or [], "user")
     if chosen == rejected:
         raise Dropped(SAME)
@@ -161,7 +179,9 @@ def _messages(value: Any, role: str) -> tuple[list[dict[str, Any]], list[list[st
     return [message for message, _ in read], [keys for _, keys in read]
 
 
-def _with_prompt(prompt: list[dict[str, Any]], shared: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _with_prompt(
+    prompt: list[dict[str, Any]], shared: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """The turns that both answers begin with, after a system turn of `prompt`.
 
     ValueError if `prompt` holds other turns.
@@ -186,9 +206,14 @@ def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
         if "weight" in answer:
             raise ValueError("an answer without loss (weight 0)")
         content = answer.get("content")
-        if not (answer.get("tool_calls") or answer.get("thought")) and (not content or not str(content).strip()):
+        if not (answer.get("tool_calls") or answer.get("thought")) and (
+            not content or not str(content).strip()
+        ):
             raise Dropped(EMPTY)
-    cleaned = [chat.clean({"messages": [*prompt, answer], "tools": pair.tools}) for answer in (pair.chosen, pair.rejected)]
+    cleaned = [
+        chat.clean({"messages": [*prompt, answer], "tools": pair.tools})
+        for answer in (pair.chosen, pair.rejected)
+    ]
     (*prompt, chosen), rejected = cleaned[0]["messages"], cleaned[1]["messages"][-1]
     if chosen == rejected:
         raise Dropped(SAME)
@@ -202,21 +227,32 @@ def shorten(pair: Pair) -> Pair | None:
     return pair._replace(prompt=[*system, *pair.prompt[users[1] :]]) if len(users) > 1 else None
 
 
-def encode_pairs(chat: Chat, pairs: list[Pair], length: int) -> list[tuple[EncodedPair | None, bool]]:
+def encode_pairs(
+    chat: Chat, pairs: list[Pair], length: int
+) -> list[tuple[EncodedPair | None, bool]]:
     """Clean pairs as ids, None where one does not fit into `length` tokens, and whether its prompt was cut.
 
     The last token of an answer is only a target, and not counted.
     """
-    rows = [{"messages": [*p.prompt, answer], "tools": p.tools} for p in pairs for answer in (p.chosen, p.rejected)]
+    rows = [
+        {"messages": [*p.prompt, answer], "tools": p.tools}
+        for p in pairs
+        for answer in (p.chosen, p.rejected)
+    ]
     encoded = [_answer(row) for row in chat.encode(rows)]
     found: list[tuple[EncodedPair | None, bool]] = []
     for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
         if max(len(chosen[0]), len(rejected[0])) - 1 <= length:
-            assert chosen[1] == rejected[1] and (chosen[0][: chosen[1]] == rejected[0][: chosen[1]]).all(), pair
+            assert (
+                chosen[1] == rejected[1]
+                and (chosen[0][: chosen[1]] == rejected[0][: chosen[1]]).all()
+            ), pair
             found.append((EncodedPair(chosen[0], rejected[0], chosen[1]), False))
         else:
             shorter = shorten(pair)
-            found.append((encode_pairs(chat, [shorter], length)[0][0], True) if shorter else (None, True))
+            found.append(
+                (encode_pairs(chat, [shorter], length)[0][0], True) if shorter else (None, True)
+            )
     return found
 
 
@@ -226,21 +262,29 @@ def _answer(row: Encoded) -> tuple[np.ndarray, int]:
     return row.ids[: row.ends[-1]], before + int(row.trained[before:].argmax())
 
 
-def prepare(config: PreferenceConfig, mix: Collection[str], tokenizer: Path, length: int) -> dict[str, Path]:
+def prepare(
+    config: PreferenceConfig, mix: Collection[str], tokenizer: Path, length: int
+) -> dict[str, Path]:
     """Folders of the prepared sources in the mixture, made where they are not there yet. tokenizer: a chat tokenizer's folder.
 
     ValueError where a source has too many faults or nothing that can be trained on.
     """
     if not mix:
-        raise ValueError(f"data.mix names no source; preferences.sources has {', '.join(config.sources)}")
+        raise ValueError(
+            f"data.mix names no source; preferences.sources has {', '.join(config.sources)}"
+        )
     for name in mix:
         if name not in config.sources:
-            raise ValueError(f"data.mix.{name}: preferences.sources has no such source; it has {', '.join(config.sources)}")
+            raise ValueError(
+                f"data.mix.{name}: preferences.sources has no such source; it has {', '.join(config.sources)}"
+            )
     chat, made_by = Chat.from_folder(tokenizer), manifest.file_hash(tokenizer / "tokenizer.json")
     return {name: _prepare_source(name, config, chat, made_by, length) for name in mix}
 
 
-def _prepare_source(name: str, config: PreferenceConfig, chat: Chat, tokenizer: str, length: int) -> Path:
+def _prepare_source(
+    name: str, config: PreferenceConfig, chat: Chat, tokenizer: str, length: int
+) -> Path:
     source = config.sources[name]
     paths = input_files(source.path)
     files = {file: manifest.file_hash(path) for file, path in paths.items()}
@@ -254,14 +298,20 @@ def _prepare_source(name: str, config: PreferenceConfig, chat: Chat, tokenizer: 
         "held_out": config.held_out,
     }
     prepare = partial(_write_source, config=config, source=source, chat=chat, length=length)
-    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values())
+    folder, report = manifest.keep(
+        Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values()
+    )
     _check(name, report, config)
     return folder
 
 
 def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
     """ValueError where a prepared source has too many faults, or no pair."""
-    path, bad, pairs = config.sources[name].path, sum(report["bad"].values()), sum(report["pairs"].values())
+    path, bad, pairs = (
+        config.sources[name].path,
+        sum(report["bad"].values()),
+        sum(report["pairs"].values()),
+    )
     if bad > config.max_bad * report["rows"]:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report["bad"].items())
         raise ValueError(
@@ -273,14 +323,24 @@ def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
             f"{name}: all {pairs:,} pairs are held out, by preferences.held_out={config.held_out:g}; lower it or add data"
         )
     if not report["pairs"]["train"]:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items()) or "it is empty"
-        raise ValueError(f"{name}: no pair of {path} is left to train on ({reasons}); check its path, format and length")
+        reasons = (
+            ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items())
+            or "it is empty"
+        )
+        raise ValueError(
+            f"{name}: no pair of {path} is left to train on ({reasons}); check its path, format and length"
+        )
 
 
-def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, chat: Chat, length: int) -> dict[str, Any]:
+def _write_source(
+    folder: Path, config: PreferenceConfig, source: PairSource, chat: Chat, length: int
+) -> dict[str, Any]:
     """Read, check, encode and cut a source into the files of `folder`; returns its report."""
     dropped, bad, ignored, named = Counter[str](), Counter[str](), Counter[str](), list[str]()
-    split, parts = Split(config.held_out), {"train": list[EncodedPair](), "val": list[EncodedPair]()}
+    split, parts = (
+        Split(config.held_out),
+        {"train": list[EncodedPair](), "val": list[EncodedPair]()},
+    )
     rows = cut = neutralised = 0
     seen = Seen()
 
@@ -303,7 +363,9 @@ def _write_source(folder: Path, config: PreferenceConfig, source: PairSource, ch
 
     left = pairs()
     while batch := list(islice(left, BATCH)):
-        for pair, (encoded, shortened) in zip(batch, encode_pairs(chat, batch, length), strict=True):
+        for pair, (encoded, shortened) in zip(
+            batch, encode_pairs(chat, batch, length), strict=True
+        ):
             if encoded is None:
                 dropped[LONG] += 1
                 continue
@@ -344,13 +406,20 @@ def _write_split(folder: Path, split: str, pairs: list[EncodedPair]) -> None:
     ids = [ids for pair in pairs for ids in (pair.chosen, pair.rejected)]
     starts = np.cumsum([0, *map(len, ids)], dtype=np.int64)
     prompts = np.array([pair.prompt for pair in pairs], dtype=np.int64)
-    arrays = {"ids": np.concatenate([np.empty(0, np.uint32), *ids]), "starts": starts, "prompts": prompts}
+    arrays = {
+        "ids": np.concatenate([np.empty(0, np.uint32), *ids]),
+        "starts": starts,
+        "prompts": prompts,
+    }
     manifest.save_arrays(folder, split, arrays)
 
 
 def describe(name: str, report: dict[str, Any]) -> list[str]:
     """Lines on what became of a source."""
-    pairs, dropped = report["pairs"], "".join(f"; dropped {count:,}: {reason}" for reason, count in report["dropped"].items())
+    pairs, dropped = (
+        report["pairs"],
+        "".join(f"; dropped {count:,}: {reason}" for reason, count in report["dropped"].items()),
+    )
     cut = f"; {report['cut']:,} prompts cut" if report["cut"] else ""
     cut += f"; {report['neutralised']:,} {NEUTRALISED}" if report["neutralised"] else ""
     lines = [f"{name}: {pairs['train']:,} pairs, {pairs['val']:,} held out{cut}{dropped}"]

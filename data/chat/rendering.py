@@ -33,7 +33,12 @@ from data.chat.template import jinja_template as jinja_template
 from data.manifest import read_json
 from data.tokenizers.bpe import BOS, PAD, load_tokenizer, special_text
 
-MAY_FOLLOW = {"": ("system", "user"), "system": ("user",), "user": ("assistant",), "assistant": ("user", "tool")}
+MAY_FOLLOW = {
+    "": ("system", "user"),
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+}
 MAY_FOLLOW["tool"] = ("tool", "assistant")
 MAX_DEPTH = 100  # lists and objects in each other, in a call's arguments or a tool's schema
 TOOLS = "You can call these tools:"
@@ -57,12 +62,21 @@ def _neutralise_all(value: Any, tokens: Sequence[str], depth: int = 0) -> Any:
             raise ValueError("text that is not valid Unicode") from None
         return neutralise(value, tokens)
     if isinstance(value, dict):
-        return {_neutralise_all(str(key), tokens): _neutralise_all(part, tokens, depth + 1) for key, part in value.items()}
-    return [_neutralise_all(part, tokens, depth + 1) for part in value] if isinstance(value, (list, tuple)) else value
+        return {
+            _neutralise_all(str(key), tokens): _neutralise_all(part, tokens, depth + 1)
+            for key, part in value.items()
+        }
+    return (
+        [_neutralise_all(part, tokens, depth + 1) for part in value]
+        if isinstance(value, (list, tuple))
+        else value
+    )
 
 
 def clean(
-    conversation: dict[str, Any], tokens: Sequence[str] = (BOS, PAD, *CHAT_TOKENS), answered: bool = True
+    conversation: dict[str, Any],
+    tokens: Sequence[str] = (BOS, PAD, *CHAT_TOKENS),
+    answered: bool = True,
 ) -> dict[str, Any]:
     """{"messages", "tools"} of a conversation in the one form that is encoded: roles in order, texts neutralised and trimmed.
 
@@ -76,13 +90,20 @@ def clean(
     for number, message in enumerate(given):
         role = message["role"]
         if role not in MAY_FOLLOW[before]:
-            raise ValueError(f"two {role} turns in a row" if role == before else f"{role} after {before or 'nothing'}")
+            raise ValueError(
+                f"two {role} turns in a row"
+                if role == before
+                else f"{role} after {before or 'nothing'}"
+            )
         if role == "tool" and before == "assistant" and "tool_calls" not in given[number - 1]:
             raise ValueError("a tool's response that nobody called for")
         before = role
     if answered and not any(message["role"] == "assistant" for message in given):
         raise ValueError("a conversation in which no assistant speaks")
-    return {"messages": [_clean_message(m, tokens) for m in given], "tools": _neutralise_all(tools, tokens)}
+    return {
+        "messages": [_clean_message(m, tokens) for m in given],
+        "tools": _neutralise_all(tools, tokens),
+    }
 
 
 def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
@@ -156,7 +177,9 @@ def _reply(message: dict[str, Any]) -> Iterator[Segment]:
     for call in message.get("tool_calls", ()):
         function = call["function"]
         yield Segment(TOOL_CALL, trained, True)
-        yield Segment(_json({"name": function["name"], "arguments": function["arguments"]}), trained)
+        yield Segment(
+            _json({"name": function["name"], "arguments": function["arguments"]}), trained
+        )
 
 
 def _json(value: Any) -> str:
@@ -180,13 +203,25 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer, bos: str | None = BOS, pad: str | None = PAD):
         """bos: begins every conversation, as it begins every document in pretraining; None for models without."""
-        special = {added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special}
-        missing = [token for token in (*CHAT_TOKENS, *([bos] if bos else [])) if token not in special]
+        special = {
+            added.content
+            for added in tokenizer.get_added_tokens_decoder().values()
+            if added.special
+        }
+        missing = [
+            token for token in (*CHAT_TOKENS, *([bos] if bos else [])) if token not in special
+        ]
         if missing:
-            raise ValueError(f"the tokenizer lacks {', '.join(missing)}; it is no tokenizer for chat (train_sft.py makes one)")
+            raise ValueError(
+                f"the tokenizer lacks {', '.join(missing)}; it is no tokenizer for chat (train_sft.py makes one)"
+            )
         tokenizer.encode_special_tokens = True  # text that looks like a special token is text
         self.tokenizer, self.bos, self.pad = tokenizer, bos, pad
-        self.special = tuple(added.content for added in tokenizer.get_added_tokens_decoder().values() if added.special)
+        self.special = tuple(
+            added.content
+            for added in tokenizer.get_added_tokens_decoder().values()
+            if added.special
+        )
         self.ids = {token: index_of(tokenizer, token) for token in self.special}
         self.names = {index: token for token, index in self.ids.items()}
 
@@ -195,9 +230,15 @@ class Chat:
         """The chat tokenizer of a folder that save_chat_tokenizer or train_sft.py wrote."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file() or not template_of(Path(folder)):
-            raise ValueError(f"{folder} holds no chat tokenizer ({TEMPLATE} beside tokenizer.json); train_sft.py writes one")
+            raise ValueError(
+                f"{folder} holds no chat tokenizer ({TEMPLATE} beside tokenizer.json); train_sft.py writes one"
+            )
         config = read_json(Path(folder) / "tokenizer_config.json")
-        return cls(load_tokenizer(folder), special_text(config, "bos_token"), special_text(config, "pad_token"))
+        return cls(
+            load_tokenizer(folder),
+            special_text(config, "bos_token"),
+            special_text(config, "pad_token"),
+        )
 
     def clean(self, conversation: dict[str, Any], answered: bool = True) -> dict[str, Any]:
         """clean() against all special tokens of this tokenizer."""
@@ -228,7 +269,9 @@ class Chat:
                 ends.append(len(ids))
         return Encoded(np.array(ids, dtype=np.uint32), np.array(trained, dtype=bool), ends)
 
-    def prompt(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def prompt(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Ids up to where the assistant's next turn begins. ValueError where it is not the assistant's turn to speak."""
         cleaned = self.clean({"messages": messages, "tools": tools}, answered=False)
         if cleaned["messages"][-1]["role"] not in ("user", "tool"):
@@ -293,7 +336,15 @@ def parse(text: str, partial: bool = False) -> Reply:
     partial: the text still grows; what may be the beginning of a marker is held back, and an unfinished call is not broken.
     """
     if partial:
-        held = max((size for token in MARKERS for size in range(1, len(token)) if text.endswith(token[:size])), default=0)
+        held = max(
+            (
+                size
+                for token in MARKERS
+                for size in range(1, len(token))
+                if text.endswith(token[:size])
+            ),
+            default=0,
+        )
         text = text[: len(text) - held]
     pieces, at = [], 0
     for found in _MARKER.finditer(text):
@@ -329,7 +380,9 @@ def _read(pieces: list[tuple[str, bool]], partial: bool) -> Reply:
             mode = "content"
         else:
             content += text
-    return Reply("\n".join(thought for thought in thoughts if thought), content.strip(), calls, broken, ended)
+    return Reply(
+        "\n".join(thought for thought in thoughts if thought), content.strip(), calls, broken, ended
+    )
 
 
 def _read_call(text: str) -> tuple[dict[str, Any] | None, str]:

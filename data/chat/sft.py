@@ -55,17 +55,24 @@ class ChatConfig:
     cache: FilledText = "data/store/sft"  # where prepared conversations are kept
     held_out: Fraction = 0.02  # share of conversations, by a hash of the id
     max_bad: Fraction = 0.01  # share of a source that may be faulty; above it the run is refused
-    decontaminate: tuple[str, ...] = ()  # test sets; conversations that hold or are like an item are dropped
+    decontaminate: tuple[
+        str, ...
+    ] = ()  # test sets; conversations that hold or are like an item are dropped
     testsets: FilledText = "data/store/wheels"  # where downloaded test sets are kept
     system: str | None = None  # a system prompt for conversations without one
     # Passes over all rows of all sources, instead of steps; --num_steps overrides it.
     epochs: Annotated[float, above(0, most=1e6)] | None = None
     neftune_alpha: NonNegativeFloat = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
-    samples: tuple[str, ...] = ("What is 12 + 7?", "What is the capital of France?")  # answered at each validation
+    samples: tuple[str, ...] = (
+        "What is 12 + 7?",
+        "What is the capital of France?",
+    )  # answered at each validation
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("chat.sources names no source; give at least one, as name: {path, format}")
+            raise ValueError(
+                "chat.sources names no source; give at least one, as name: {path, format}"
+            )
         check_fields(self, "chat")
 
 
@@ -76,7 +83,9 @@ class Conversations:
         content = manifest.read(folder)
         assert content is not None, folder
         self.folder, self.report = folder, content["report"]
-        self.ids, self.trained, self.starts = (np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS)
+        self.ids, self.trained, self.starts = (
+            np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS
+        )
         self.documents = len(self.starts) - 1
         self.fingerprint: str = content["sha256"][split]
 
@@ -95,7 +104,9 @@ class ConversationRows:
         self.source, self.length = source, length
         starts = np.asarray(source.starts)
         self.plan = make_plan(starts[:-1], np.diff(starts) - 1, length, seed)
-        before = np.concatenate([[0], np.cumsum(source.trained)])  # trained tokens before each token
+        before = np.concatenate(
+            [[0], np.cumsum(source.trained)]
+        )  # trained tokens before each token
         self.first = np.asarray(self.plan.rows)
         sizes = self.plan.lengths.astype(np.int64)
         of_piece = before[self.plan.starts + sizes + 1] - before[self.plan.starts + 1]
@@ -114,18 +125,26 @@ class ConversationRows:
     def tokens(self, index: int) -> int:
         return int(self.filled[index])
 
-    def fill(self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray) -> None:
+    def fill(
+        self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
+    ) -> None:
         at = count = 0
         pieces = slice(*self.first[index : index + 2].tolist())
-        for start, size in zip(self.plan.starts[pieces].tolist(), self.plan.lengths[pieces].tolist(), strict=True):
+        for start, size in zip(
+            self.plan.starts[pieces].tolist(), self.plan.lengths[pieces].tolist(), strict=True
+        ):
             ids, end = self.source.ids[start : start + size + 1].astype(np.int64), at + size
             tokens[at:end], doc_ids[at:end] = ids[:-1], count
-            targets[at:end] = np.where(self.source.trained[start + 1 : start + size + 1], ids[1:], IGNORE)
+            targets[at:end] = np.where(
+                self.source.trained[start + 1 : start + size + 1], ids[1:], IGNORE
+            )
             at, count = end, count + 1
         tokens[at:], targets[at:], doc_ids[at:] = 0, IGNORE, count
 
 
-def prepare(config: ChatConfig, mix: Collection[str], tokenizer: Path, length: int) -> dict[str, Path]:
+def prepare(
+    config: ChatConfig, mix: Collection[str], tokenizer: Path, length: int
+) -> dict[str, Path]:
     """Folders of the prepared sources in the mixture, made where they are not there yet. tokenizer: a chat tokenizer's folder.
 
     ValueError where a source has too many faults or nothing that can be trained on.
@@ -134,16 +153,27 @@ def prepare(config: ChatConfig, mix: Collection[str], tokenizer: Path, length: i
         raise ValueError(f"data.mix names no source; chat.sources has {', '.join(config.sources)}")
     for name in mix:
         if name not in config.sources:
-            raise ValueError(f"data.mix.{name}: chat.sources has no such source; it has {', '.join(config.sources)}")
+            raise ValueError(
+                f"data.mix.{name}: chat.sources has no such source; it has {', '.join(config.sources)}"
+            )
     chat = Chat.from_folder(tokenizer)
-    return {name: _prepare_source(name, config, chat, manifest.file_hash(tokenizer / "tokenizer.json"), length) for name in mix}
+    return {
+        name: _prepare_source(
+            name, config, chat, manifest.file_hash(tokenizer / "tokenizer.json"), length
+        )
+        for name in mix
+    }
 
 
 def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, length: int) -> Path:
     source = config.sources[name]
     paths = input_files(source.path)
     files = {file: manifest.file_hash(path) for file, path in paths.items()}
-    own_tests = {test: manifest.file_hash(Path(test)) for test in config.decontaminate if Path(test).is_file()}
+    own_tests = {
+        test: manifest.file_hash(Path(test))
+        for test in config.decontaminate
+        if Path(test).is_file()
+    }
     inputs: dict[str, Any] = {
         "version": VERSION,
         "source": {**vars(source), "path": source.path if not files else None, "files": files},
@@ -156,7 +186,9 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
         "decontaminate": [list(config.decontaminate), own_tests],
     }
     prepare = partial(_write_source, name=name, config=config, chat=chat, length=length)
-    folder, report = manifest.keep(Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values())
+    folder, report = manifest.keep(
+        Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values()
+    )
     _check_limit(name, report, config)
     return folder
 
@@ -167,22 +199,32 @@ def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
     share = bad / max(1, bad + report["conversations"])
     if share > config.max_bad:
         kinds = [f"{count} x {reason}" for reason, count in report["bad"].items()]
-        reasons = ", ".join([*kinds[:5], *([f"{len(kinds) - 5} other faults"] if len(kinds) > 5 else [])])
+        reasons = ", ".join(
+            [*kinds[:5], *([f"{len(kinds) - 5} other faults"] if len(kinds) > 5 else [])]
+        )
         raise ValueError(
             f"{name}: {share:.1%} of {bad + report['conversations']:,} conversations are faulty ({reasons}; the first is "
             f"{report['named'][0]}); mend {config.sources[name].path} or raise chat.max_bad={config.max_bad:g}"
         )
-    if not report["splits"]["train"]["conversations"] and (held := report["splits"]["val"]["conversations"]):
+    if not report["splits"]["train"]["conversations"] and (
+        held := report["splits"]["val"]["conversations"]
+    ):
         raise ValueError(
             f"{name}: all {held:,} conversations are held out, by chat.held_out={config.held_out:g}; lower it or add data"
         )
     if not report["splits"]["train"]["conversations"]:
         path, counts = config.sources[name].path, report["counts"].items()
-        reasons = ", ".join(f"{count:,} {kind}" for kind, count in counts if count) or "it holds none"
-        raise ValueError(f"{name}: no conversation of {path} is left to train on ({reasons}); check its path and format")
+        reasons = (
+            ", ".join(f"{count:,} {kind}" for kind, count in counts if count) or "it holds none"
+        )
+        raise ValueError(
+            f"{name}: no conversation of {path} is left to train on ({reasons}); check its path and format"
+        )
 
 
-def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, length: int) -> dict[str, Any]:
+def _write_source(
+    folder: Path, name: str, config: ChatConfig, chat: Chat, length: int
+) -> dict[str, Any]:
     """Read, check, decontaminate, encode and cut a source into the files of `folder`; returns its report."""
     source, counts = config.sources[name], Counter[str]()
     bad, named, ignored, seen = Counter[str](), list[str](), Counter[str](), Seen()
@@ -193,7 +235,9 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
             named.append(f"{where}: {reason}")
 
     def cleaned() -> Iterator[Conversation]:
-        for found in read_conversations(source.path, source.format, source.language, source.split, source.config):
+        for found in read_conversations(
+            source.path, source.format, source.language, source.split, source.config
+        ):
             if isinstance(found, Skipped) and not found.where:
                 counts[found.reason] += 1
             elif isinstance(found, Skipped):
@@ -209,7 +253,9 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
                     counts[NOT_TRAINED] += 1
                     continue
                 ignored.update(found["ignored"])
-                counts["assistant turns without loss (weight 0)"] += sum("weight" in reply for reply in replies)
+                counts["assistant turns without loss (weight 0)"] += sum(
+                    "weight" in reply for reply in replies
+                )
                 counts[NEUTRALISED] += chat.holds_special([found["messages"], found.get("tools")])
                 yield conversation
 
@@ -220,7 +266,9 @@ def _write_source(folder: Path, name: str, config: ChatConfig, chat: Chat, lengt
     parts: dict[str, list[Encoded]] = {"train": [], "val": []}
     for start in range(0, len(kept), BATCH):
         batch = kept[start : start + BATCH]
-        for number, (conversation, encoded) in enumerate(zip(batch, chat.encode(batch), strict=True)):
+        for number, (conversation, encoded) in enumerate(
+            zip(batch, chat.encode(batch), strict=True)
+        ):
             if number % CHECKED == 0:
                 check_against_template(chat, conversation, encoded)
             ends = [end for end in encoded.ends if encoded.trained[end - 1]]
@@ -259,7 +307,9 @@ def check_against_template(chat: Chat, conversation: Conversation, encoded: Enco
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages, tools = [conversation["messages"]], conversation["tools"] or None
-    rendered = render_jinja_template(messages, tools=tools, chat_template=jinja_template(), bos_token=chat.bos or "")
+    rendered = render_jinja_template(
+        messages, tools=tools, chat_template=jinja_template(), bos_token=chat.bos or ""
+    )
     text = rendered[0][0]
     assert text == chat.render(conversation), conversation["where"]
     chat.tokenizer.encode_special_tokens = False
@@ -274,7 +324,12 @@ def check_against_template(chat: Chat, conversation: Conversation, encoded: Enco
 
 def _with_system(conversation: Conversation, system: str | None) -> Conversation:
     messages = conversation.get("messages")
-    if not system or not isinstance(messages, list) or not messages or not isinstance(messages[0], dict):
+    if (
+        not system
+        or not isinstance(messages, list)
+        or not messages
+        or not isinstance(messages[0], dict)
+    ):
         return conversation
     first = [] if messages[0].get("role") == "system" else [{"role": "system", "content": system}]
     return {**conversation, "messages": [*first, *messages]}
@@ -291,7 +346,12 @@ def _decontaminated(conversations: list[Conversation], config: ChatConfig) -> li
     sets = {name: load_testset(name, Path(config.testsets)) for name in config.decontaminate}
     whole = ((str(i), "\n".join(_texts(c))) for i, c in enumerate(conversations))
     hit = {found.train_id for found in build_index(sets, Settings()).scan(whole)}
-    asked = ((str(i), m["content"]) for i, c in enumerate(conversations) for m in c["messages"] if m["role"] == "user")
+    asked = (
+        (str(i), m["content"])
+        for i, c in enumerate(conversations)
+        for m in c["messages"]
+        if m["role"] == "user"
+    )
     hit |= {found.train_id for found in similar_rows(asked, sets, Settings())}
     return [conversation for i, conversation in enumerate(conversations) if str(i) not in hit]
 
@@ -303,7 +363,10 @@ def _texts(conversation: Conversation) -> Iterator[str]:
 
 def describe(name: str, report: dict[str, Any]) -> list[str]:
     """Lines on what became of a source."""
-    splits, counts = report["splits"], {key: value for key, value in report["counts"].items() if value}
+    splits, counts = (
+        report["splits"],
+        {key: value for key, value in report["counts"].items() if value},
+    )
     line = (
         f"{name}: {splits['train']['conversations']:,} conversations, {splits['train']['trained']:,} of "
         f"{splits['train']['tokens']:,} tokens trained; {splits['val']['conversations']:,} held out"

@@ -51,7 +51,11 @@ UNITS: dict[str, dict[str, Fraction]] = {
         "pound": Fraction("0.45359237"),
         "ounce": Fraction("0.028349523125"),
     },
-    "volume": {"litre": Fraction(1), "millilitre": Fraction(1, 1000), "gallon": Fraction("3.785411784")},
+    "volume": {
+        "litre": Fraction(1),
+        "millilitre": Fraction(1, 1000),
+        "gallon": Fraction("3.785411784"),
+    },
     "time": {
         "second": Fraction(1),
         "minute": Fraction(60),
@@ -59,13 +63,40 @@ UNITS: dict[str, dict[str, Fraction]] = {
         "day": Fraction(86_400),
         "week": Fraction(604_800),
     },
-    "area": {"square metre": Fraction(1), "square kilometre": Fraction(10**6), "hectare": Fraction(10_000)},
+    "area": {
+        "square metre": Fraction(1),
+        "square kilometre": Fraction(10**6),
+        "hectare": Fraction(10_000),
+    },
 }
 TEMPERATURES = ("celsius", "fahrenheit", "kelvin")
 ALIASES = {
-    **{"m": "metre", "km": "kilometre", "cm": "centimetre", "mm": "millimetre", "mi": "mile", "yd": "yard", "ft": "foot"},
-    **{"in": "inch", "kg": "kilogram", "g": "gram", "t": "tonne", "lb": "pound", "oz": "ounce", "l": "litre"},
-    **{"ml": "millilitre", "s": "second", "min": "minute", "h": "hour", "feet": "foot", "inches": "inch"},
+    **{
+        "m": "metre",
+        "km": "kilometre",
+        "cm": "centimetre",
+        "mm": "millimetre",
+        "mi": "mile",
+        "yd": "yard",
+        "ft": "foot",
+    },
+    **{
+        "in": "inch",
+        "kg": "kilogram",
+        "g": "gram",
+        "t": "tonne",
+        "lb": "pound",
+        "oz": "ounce",
+        "l": "litre",
+    },
+    **{
+        "ml": "millilitre",
+        "s": "second",
+        "min": "minute",
+        "h": "hour",
+        "feet": "foot",
+        "inches": "inch",
+    },
     **{"c": "celsius", "f": "fahrenheit", "k": "kelvin"},
 }
 PLURALS = {"foot": "feet", "inch": "inches"}
@@ -73,7 +104,10 @@ PLURALS = {"foot": "feet", "inch": "inches"}
 
 def _schema(name: str, description: str, **parameters: dict[str, Any]) -> dict[str, Any]:
     properties = {"type": "object", "properties": parameters, "required": list(parameters)}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": properties}}
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": properties},
+    }
 
 
 _TEXT = {"type": "string"}
@@ -83,8 +117,15 @@ TOOLS: list[dict[str, Any]] = [
     _schema("weekday", "Which day of the week is a date?", date=_DATE),
     _schema("days_between", "How many days is it from start to end?", start=_DATE, end=_DATE),
     _schema("add_days", "Which date is so many days later?", date=_DATE, days={"type": "integer"}),
-    _schema("convert", "Convert a value between units.", value={"type": "number"}, unit=_TEXT, to=_TEXT),
-    _schema("lookup", "A fact about a country.", country=_TEXT, attribute={"type": "string", "enum": list(ATTRIBUTES)}),
+    _schema(
+        "convert", "Convert a value between units.", value={"type": "number"}, unit=_TEXT, to=_TEXT
+    ),
+    _schema(
+        "lookup",
+        "A fact about a country.",
+        country=_TEXT,
+        attribute={"type": "string", "enum": list(ATTRIBUTES)},
+    ),
 ]
 
 
@@ -104,7 +145,9 @@ def run_tool(name: str, arguments: Any, wheels: Path = WHEELS) -> str:
     }
     try:
         if not isinstance(name, str) or name not in functions:
-            raise ToolError(f"there is no tool named {str(name)[:40]!r}; there are {', '.join(functions)}")
+            raise ToolError(
+                f"there is no tool named {str(name)[:40]!r}; there are {', '.join(functions)}"
+            )
         return functions[name](**_checked(name, arguments))
     except ToolError as error:
         return f"error: {error}"
@@ -119,11 +162,17 @@ def _checked(name: str, arguments: Any) -> dict[str, Any]:
             raise ToolError("the arguments are not JSON") from None
     if not isinstance(arguments, dict):
         raise ToolError("the arguments must be a JSON object")
-    schema = next(tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == name)
+    schema = next(
+        tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == name
+    )
     wanted = schema["properties"]
     if set(arguments) != set(wanted):
         raise ToolError(f"{name} takes {', '.join(wanted)}")
-    kinds: dict[str, tuple[type, ...]] = {"string": (str,), "integer": (int,), "number": (int, float)}
+    kinds: dict[str, tuple[type, ...]] = {
+        "string": (str,),
+        "integer": (int,),
+        "number": (int, float),
+    }
     for key, value in arguments.items():
         if isinstance(value, bool) or not isinstance(value, kinds[wanted[key]["type"]]):
             raise ToolError(f"{key} must be of type {wanted[key]['type']}")
@@ -149,7 +198,9 @@ def calculator(expression: str) -> str:
 
 def _value(node: ast.expr, text: str) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = Fraction(ast.get_source_segment(text, node) or "")  # exactly as written, not as a binary float
+        value = Fraction(
+            ast.get_source_segment(text, node) or ""
+        )  # exactly as written, not as a binary float
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
         value = _value(node.operand, text) * (-1 if isinstance(node.op, ast.USub) else 1)
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
@@ -261,11 +312,19 @@ def unit_name(unit: str, number: str) -> str:
 
 
 def _to_celsius(value: Fraction, unit: str) -> Fraction:
-    return {"celsius": value, "kelvin": value - Fraction("273.15"), "fahrenheit": (value - 32) * Fraction(5, 9)}[unit]
+    return {
+        "celsius": value,
+        "kelvin": value - Fraction("273.15"),
+        "fahrenheit": (value - 32) * Fraction(5, 9),
+    }[unit]
 
 
 def _from_celsius(value: Fraction, unit: str) -> Fraction:
-    return {"celsius": value, "kelvin": value + Fraction("273.15"), "fahrenheit": value * Fraction(9, 5) + 32}[unit]
+    return {
+        "celsius": value,
+        "kelvin": value + Fraction("273.15"),
+        "fahrenheit": value * Fraction(9, 5) + 32,
+    }[unit]
 
 
 def lookup(country: str, attribute: str, wheels: Path = WHEELS) -> str:

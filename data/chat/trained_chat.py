@@ -25,10 +25,18 @@ class TrainedChat:
 
     def __post_init__(self) -> None:
         numbers = [self.context, self.tools_at_once]
-        right = all(type(number) is int for number in numbers) and self.context >= 1 and self.tools_at_once >= 0
-        names = isinstance(self.tools, (list, tuple)) and all(isinstance(name, str) for name in self.tools)
+        right = (
+            all(type(number) is int for number in numbers)
+            and self.context >= 1
+            and self.tools_at_once >= 0
+        )
+        names = isinstance(self.tools, (list, tuple)) and all(
+            isinstance(name, str) for name in self.tools
+        )
         if not right or not names or not isinstance(self.thoughts, bool):
-            raise ValueError(f"{KEY} of config.json is damaged; remove it, and chat uses the model's whole context and all tools")
+            raise ValueError(
+                f"{KEY} of config.json is damaged; remove it, and chat uses the model's whole context and all tools"
+            )
         object.__setattr__(self, "tools", tuple(self.tools))
 
 
@@ -38,7 +46,9 @@ class Seen:
     def __init__(self) -> None:
         self.tools, self.at_once, self.thoughts = Counter[str](), 0, 0
 
-    def add(self, messages: Iterable[dict[str, Any]], tools: Sequence[dict[str, Any]] | None) -> None:
+    def add(
+        self, messages: Iterable[dict[str, Any]], tools: Sequence[dict[str, Any]] | None
+    ) -> None:
         """Count a clean conversation."""
         names = [name_of(tool) for tool in tools or ()]
         self.tools.update(names)
@@ -46,7 +56,11 @@ class Seen:
         self.thoughts += any(message.get("thought") for message in messages)
 
     def report(self) -> dict[str, Any]:
-        return {"tools": dict(self.tools.most_common(MAX_NAMES)), "tools_at_once": self.at_once, "thoughts": self.thoughts}
+        return {
+            "tools": dict(self.tools.most_common(MAX_NAMES)),
+            "tools_at_once": self.at_once,
+            "thoughts": self.thoughts,
+        }
 
 
 def name_of(tool: dict[str, Any]) -> str:
@@ -64,7 +78,9 @@ def record(base: Path, reports: Iterable[dict[str, Any]], context: int) -> dict[
         counts.update(seen["tools"])
         at_once, thoughts = max(at_once, seen["tools_at_once"]), thoughts or seen["thoughts"] > 0
     names = dict.fromkeys([*before.tools, *(name for name, _ in counts.most_common())])
-    return asdict(TrainedChat(max(context, before.context), tuple(names)[:MAX_NAMES], at_once, thoughts))
+    return asdict(
+        TrainedChat(max(context, before.context), tuple(names)[:MAX_NAMES], at_once, thoughts)
+    )
 
 
 def read_trained_chat(folder: Path) -> TrainedChat | None:
@@ -81,7 +97,9 @@ def parse(found: Any) -> TrainedChat | None:
     return TrainedChat(**{"context": 0, **known})
 
 
-def offered(trained: TrainedChat | None, asked: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def offered(
+    trained: TrainedChat | None, asked: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """The tools that a conversation offers: those asked for by name, or "all"; else as many as the model saw at once.
 
     Without a record all are offered. ValueError for an unknown name.

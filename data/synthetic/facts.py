@@ -22,8 +22,16 @@ ASK = {
         "{c}: which region is that?",
         "To which part of the world would you count {c}?",
     ),
-    "population": ("How many people live in {c}?", "What is the population of {c}?", "How large is the population of {c}?"),
-    "area": ("What is the area of {c}?", "How large is {c}?", "How many square kilometres does {c} cover?"),
+    "population": (
+        "How many people live in {c}?",
+        "What is the population of {c}?",
+        "How large is the population of {c}?",
+    ),
+    "area": (
+        "What is the area of {c}?",
+        "How large is {c}?",
+        "How many square kilometres does {c} cover?",
+    ),
     "domain": (
         "What is the internet domain of {c}?",
         "How do web addresses of {c} end?",
@@ -60,7 +68,12 @@ BORDER = (
     "Is {b} a neighbour of {a}?",
     "Can one walk from {a} straight into {b}?",
 )
-IN_REGION = ("Is {c} in {r}?", "Does {c} belong to {r}?", "Is {c} a country of {r}?", "Would I find {c} in {r}?")
+IN_REGION = (
+    "Is {c} in {r}?",
+    "Does {c} belong to {r}?",
+    "Is {c} a country of {r}?",
+    "Would I find {c} in {r}?",
+)
 LARGER = (
     "Which is larger, {a} or {b}?",
     "Which country has the larger area, {a} or {b}?",
@@ -95,7 +108,9 @@ def about_countries(rng: Random, countries: Mapping[str, Country], easy: bool) -
 
 def known(countries: Mapping[str, Country], attribute: str) -> list[Country]:
     """Countries with a value that is not in their name already, as Monaco's capital is."""
-    return [c for c in countries.values() if attribute in c.facts and _apart(c.name, c.facts[attribute])]
+    return [
+        c for c in countries.values() if attribute in c.facts and _apart(c.name, c.facts[attribute])
+    ]
 
 
 def _any(rng: Random, countries: Mapping[str, Country], attribute: str) -> Country:
@@ -118,7 +133,9 @@ def landlocked_text(country: str, value: str) -> str:
     return f"Yes, {name} is landlocked." if value == "yes" else f"No, {name} is not landlocked."
 
 
-def other_values(rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, count: int = 3) -> list[str]:
+def other_values(
+    rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, count: int = 3
+) -> list[str]:
     """What other countries have there, neighbours in the region first; distinct, and another value than the country's."""
     others = [c for c in countries.values() if attribute in c.facts]
     rng.shuffle(others)
@@ -131,12 +148,18 @@ def answer_type(attribute: str) -> str:
     return "number" if attribute in NUMBERS else "yes_no" if attribute == "landlocked" else "text"
 
 
-def _about(rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, given: str = "") -> Example:
+def _about(
+    rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, given: str = ""
+) -> Example:
     """One attribute of one country; given: a text that holds the answer."""
     question = rng.choice(ASK[attribute]).format(c=article(country.name))
     question = rng.choice(READ).format(text=given, question=question) if given else question
     value = country.facts[attribute]
-    others = list(REGIONS.values()) if attribute == "region" else other_values(rng, countries, country, attribute, 30)
+    others = (
+        list(REGIONS.values())
+        if attribute == "region"
+        else other_values(rng, countries, country, attribute, 30)
+    )
     wrong = [v for v in others if v != value]
     if attribute == "region":
         rng.shuffle(wrong)
@@ -176,12 +199,16 @@ def hemisphere(rng: Random, countries: Mapping[str, Country], easy: bool) -> Exa
 
 
 def landlocked(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    return _about(rng, countries, _with(rng, countries, "landlocked", rng.choice(("yes", "no"))), "landlocked")
+    return _about(
+        rng, countries, _with(rng, countries, "landlocked", rng.choice(("yes", "no"))), "landlocked"
+    )
 
 
 def _with(rng: Random, countries: Mapping[str, Country], attribute: str, value: str) -> Country:
     """So that the answers come equally often."""
-    return rng.choice([country for country in countries.values() if country.facts.get(attribute) == value])
+    return rng.choice(
+        [country for country in countries.values() if country.facts.get(attribute) == value]
+    )
 
 
 def in_region(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
@@ -192,11 +219,17 @@ def in_region(rng: Random, countries: Mapping[str, Country], easy: bool) -> Exam
     name = article(country.name)
 
     def say(word: str) -> Message:
-        return assistant(f"Yes, {name} is in {asked_for}." if word == "yes" else f"No, {name} is not in {asked_for}.")
+        return assistant(
+            f"Yes, {name} is in {asked_for}."
+            if word == "yes"
+            else f"No, {name} is not in {asked_for}."
+        )
 
     answers = ["yes", "no"] if yes else ["no", "yes"]
     question = rng.choice(IN_REGION).format(c=name, r=asked_for)
-    return asked("factbook", fact_key(country.name, "region"), question, ("yes_no", answers[0]), answers, say)
+    return asked(
+        "factbook", fact_key(country.name, "region"), question, ("yes_no", answers[0]), answers, say
+    )
 
 
 def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
@@ -209,7 +242,11 @@ def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
     else:
         near = rng.random() < 0.5
         strangers = [c.name for c in plain if c is not one and c.name not in neighbours]
-        same = [name for name in strangers if countries[name].facts.get("region") == one.facts.get("region")]
+        same = [
+            name
+            for name in strangers
+            if countries[name].facts.get("region") == one.facts.get("region")
+        ]
         other = rng.choice(same if near and same else strangers)
     a, b = rng.sample((one.name, other), 2)
 
@@ -219,7 +256,9 @@ def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
 
     answers = ["yes", "no"] if yes else ["no", "yes"]
     question = _sentence(rng.choice(BORDER).format(a=article(a), b=article(b)))
-    return asked("factbook", pair_key("border", a, b), question, ("yes_no", answers[0]), answers, say)
+    return asked(
+        "factbook", pair_key("border", a, b), question, ("yes_no", answers[0]), answers, say
+    )
 
 
 def area_of(country: Country) -> int:
@@ -231,7 +270,9 @@ def larger(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
     """Of two countries, one at least twice as large as the other."""
     while True:
         a, b = _any(rng, countries, "area"), _any(rng, countries, "area")
-        if max(area_of(a), area_of(b)) >= 2 * min(area_of(a), area_of(b)) and _apart(a.name, b.name):
+        if max(area_of(a), area_of(b)) >= 2 * min(area_of(a), area_of(b)) and _apart(
+            a.name, b.name
+        ):
             break
     right, wrong = (a, b) if area_of(a) > area_of(b) else (b, a)
 

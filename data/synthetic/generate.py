@@ -31,7 +31,9 @@ NAME = "NanoLlama"
 PATIENCE = 2000  # draws in a row that give nothing new
 
 
-def generate_math_examples(count: int, seed: int, split: str = "train", easy: bool = False) -> list[Example]:
+def generate_math_examples(
+    count: int, seed: int, split: str = "train", easy: bool = False
+) -> list[Example]:
     """Word problems with worked thoughts. easy: one step, numbers up to 12."""
     return _draw("math", lambda rng: story(rng, easy), count, seed, split)
 
@@ -55,13 +57,20 @@ def generate_factbook_examples(
     return _draw("factbook", lambda rng: about_countries(rng, countries, easy), count, seed, split)
 
 
-def generate_identity_examples(count: int, seed: int, split: str = "train", name: str = NAME) -> list[Example]:
+def generate_identity_examples(
+    count: int, seed: int, split: str = "train", name: str = NAME
+) -> list[Example]:
     """Questions about the assistant, which is called `name`."""
     return _draw("identity", lambda rng: identity(rng, name), count, seed, split)
 
 
 def generate_preference_pairs(
-    count: int, seed: int, split: str = "train", easy: bool = False, wheels: Path = WHEELS, name: str = NAME
+    count: int,
+    seed: int,
+    split: str = "train",
+    easy: bool = False,
+    wheels: Path = WHEELS,
+    name: str = NAME,
 ) -> list[dict[str, Any]]:
     """Pairs {"id", "source", "prompt", "chosen", "rejected", "tools" (optional)}: a right reply and a subtly wrong one.
 
@@ -76,7 +85,9 @@ def generate_preference_pairs(
         lambda rng: identity(rng, name),
     ]
     weights = (4, 4, 3, 1)
-    pairs = _draw("pairs", lambda rng: rng.choices(makers, weights)[0](rng), count, seed, split, judged=True)
+    pairs = _draw(
+        "pairs", lambda rng: rng.choices(makers, weights)[0](rng), count, seed, split, judged=True
+    )
     return [_pair(example, Random(f"{seed} {example['id']}")) for example in pairs]
 
 
@@ -84,11 +95,28 @@ def _pair(example: Example, rng: Random) -> dict[str, Any]:
     judged = rng.choice([check for check in example["checks"] if check["wrong"]])
     turn, messages = judged["turn"], example["messages"]
     tools = {"tools": example["tools"]} if "tools" in example else {}
-    reply = {"prompt": messages[:turn], "chosen": [messages[turn]], "rejected": [rng.choice(judged["wrong"])]}
-    return {"id": f"pair-{example['id']}-{turn}", "source": example["source"], "key": example["key"], **tools, **reply}
+    reply = {
+        "prompt": messages[:turn],
+        "chosen": [messages[turn]],
+        "rejected": [rng.choice(judged["wrong"])],
+    }
+    return {
+        "id": f"pair-{example['id']}-{turn}",
+        "source": example["source"],
+        "key": example["key"],
+        **tools,
+        **reply,
+    }
 
 
-def _draw(kind: str, make: Callable[[Random], Example], count: int, seed: int, split: str, judged: bool = False) -> list[Example]:
+def _draw(
+    kind: str,
+    make: Callable[[Random], Example],
+    count: int,
+    seed: int,
+    split: str,
+    judged: bool = False,
+) -> list[Example]:
     """Different examples of a split; judged: only those with a wrong reply to compare with."""
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
@@ -99,12 +127,16 @@ def _draw(kind: str, make: Callable[[Random], Example], count: int, seed: int, s
     idle = 0
     while len(found) < count:
         example = make(rng)
-        wanted = held_out(example["key"]) == (split == "heldout") and (not judged or any(c["wrong"] for c in example["checks"]))
+        wanted = held_out(example["key"]) == (split == "heldout") and (
+            not judged or any(c["wrong"] for c in example["checks"])
+        )
         asked = str(example["messages"][: example["checks"][0]["turn"]])
         idle += 1
         if wanted and asked not in found:
             found[asked] = example
             idle = 0
         elif idle == PATIENCE:
-            raise ValueError(f"there are only about {len(found)} different {kind} questions of the {split} split; ask for fewer")
+            raise ValueError(
+                f"there are only about {len(found)} different {kind} questions of the {split} split; ask for fewer"
+            )
     return list(found.values())

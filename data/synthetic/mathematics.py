@@ -9,11 +9,39 @@ from data.synthetic.questions import Example, Message, asked, assistant
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 NAMES = (
-    *("Ana", "Ben", "Chloe", "David", "Emma", "Felix", "Grace", "Hugo", "Ines", "Jonas", "Kira", "Leo", "Maya", "Noah"),
+    *(
+        "Ana",
+        "Ben",
+        "Chloe",
+        "David",
+        "Emma",
+        "Felix",
+        "Grace",
+        "Hugo",
+        "Ines",
+        "Jonas",
+        "Kira",
+        "Leo",
+        "Maya",
+        "Noah",
+    ),
     *("Olga", "Paul", "Rosa", "Sami", "Tara", "Umar", "Vera", "Will", "Yuki", "Zoe"),
 )
 THINGS = (
-    *("apples", "books", "coins", "stamps", "cards", "shells", "pencils", "marbles", "cookies", "stickers", "eggs", "balls"),
+    *(
+        "apples",
+        "books",
+        "coins",
+        "stamps",
+        "cards",
+        "shells",
+        "pencils",
+        "marbles",
+        "cookies",
+        "stickers",
+        "eggs",
+        "balls",
+    ),
     *("flowers", "keys", "tickets", "lemons", "nails", "plates", "photos", "stones"),
 )
 PLACES = ("box", "bag", "basket", "drawer", "jar", "shelf")
@@ -21,9 +49,15 @@ PLACES = ("box", "bag", "basket", "drawer", "jar", "shelf")
 STORIES = (
     ("a + b", "What is {a} + {b}?"),
     ("a + b", "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?"),
-    ("a + b", "There are {a} {things} in one {place} and {b} in another. How many {things} are there in all?"),
+    (
+        "a + b",
+        "There are {a} {things} in one {place} and {b} in another. How many {things} are there in all?",
+    ),
     ("a + b", "{name} found {a} {things} on Monday and {b} on Tuesday. How many is that together?"),
-    ("a + b", "A {place} holds {a} {things}. {name} puts in {b} more. How many {things} does it hold then?"),
+    (
+        "a + b",
+        "A {place} holds {a} {things}. {name} puts in {b} more. How many {things} does it hold then?",
+    ),
     ("a - b", "What is {a} - {b}?"),
     ("a - b", "{name} had {a} {things} and gave away {b}. How many {things} are left?"),
     ("a - b", "Of {a} {things} in a {place}, {b} are broken. How many are whole?"),
@@ -34,22 +68,46 @@ STORIES = (
     ("a * b", "{name} buys {a} packs of {b} {things}. How many {things} is that?"),
     ("a * b", "Each {place} holds {b} {things}. How many {things} fit in {a} of them?"),
     ("a / b", "What is {a} / {b}?"),
-    ("a / b", "{name} shares {a} {things} equally among {b} friends. How many does each friend get?"),
+    (
+        "a / b",
+        "{name} shares {a} {things} equally among {b} friends. How many does each friend get?",
+    ),
     ("a / b", "{a} {things} are laid out in rows of {b}. How many rows are there?"),
 )
 LONGER_STORIES = (
-    ("a * b + c", "{name} has {a} packs of {b} {things} and {c} loose ones. How many {things} does {name} have?"),
-    ("a * b + c", "A hall has {a} rows of {b} seats, and {c} more seats at the back. How many people can sit there?"),
-    ("a * b - c", "{name} bought {a} packs of {b} {things} and lost {c} of them. How many {things} are left?"),
-    ("a * b - c", "{a} {things} at {b} cents each are paid for, less a discount of {c} cents. How many cents is that?"),
+    (
+        "a * b + c",
+        "{name} has {a} packs of {b} {things} and {c} loose ones. How many {things} does {name} have?",
+    ),
+    (
+        "a * b + c",
+        "A hall has {a} rows of {b} seats, and {c} more seats at the back. How many people can sit there?",
+    ),
+    (
+        "a * b - c",
+        "{name} bought {a} packs of {b} {things} and lost {c} of them. How many {things} are left?",
+    ),
+    (
+        "a * b - c",
+        "{a} {things} at {b} cents each are paid for, less a discount of {c} cents. How many cents is that?",
+    ),
     ("a + b - c", "{name} had {a} {things}, got {b} from {other} and used {c}. How many remain?"),
-    ("a - b - c", "A bus sets out with {a} people; {b} get off at the first stop and {c} at the next. How many stay on?"),
+    (
+        "a - b - c",
+        "A bus sets out with {a} people; {b} get off at the first stop and {c} at the next. How many stay on?",
+    ),
     (
         "a + b / c",
         "{name} and {other} share {a} and {b} {things} equally among {c} children. How many does each get?",
     ),
-    ("a * b / c", "{a} boxes of {b} {things} are divided equally among {c} shops. How many {things} does a shop get?"),
-    ("a * b * c", "A school has {a} floors with {b} rooms on each, and {c} desks in every room. How many desks are there?"),
+    (
+        "a * b / c",
+        "{a} boxes of {b} {things} are divided equally among {c} shops. How many {things} does a shop get?",
+    ),
+    (
+        "a * b * c",
+        "A school has {a} floors with {b} rooms on each, and {c} desks in every room. How many desks are there?",
+    ),
     (
         "a * b + c - d",
         "{name} sells {a} baskets of {b} {things}, then {c} more; {d} come back. How many stay sold?",
@@ -63,13 +121,20 @@ def story(rng: Random, easy: bool) -> Example:
     letters, operators = steps.split()[::2], steps.split()[1::2]
     numbers = _numbers(rng, operators, 12 if easy else rng.choice((20, 100, 1000)))
     name, other = rng.sample(NAMES, 2)
-    words = {"name": name, "other": other, "things": rng.choice(THINGS), "place": rng.choice(PLACES)}
+    words = {
+        "name": name,
+        "other": other,
+        "things": rng.choice(THINGS),
+        "place": rng.choice(PLACES),
+    }
     values = dict(zip(letters, numbers, strict=True))
     lines, result = work(numbers, operators)
     before = lines[-1].rpartition(" = ")[0]
 
     def say(value: int) -> Message:
-        return assistant(f"The answer is {value}.", thought="\n".join([*lines[:-1], f"{before} = {value}"]))
+        return assistant(
+            f"The answer is {value}.", thought="\n".join([*lines[:-1], f"{before} = {value}"])
+        )
 
     key = expression_key(numbers, operators)
     options = [result, *wrong_numbers(rng, result, numbers)]
@@ -80,7 +145,10 @@ def _numbers(rng: Random, operators: list[str], largest: int) -> list[int]:
     """Numbers of which every step gives a whole number, not negative and below a million."""
     while True:
         first = rng.randint(2, largest * (largest if operators[0] == "/" else 1))
-        numbers = [first, *(rng.randint(2, largest if sign in "+-" else min(largest, 40)) for sign in operators)]
+        numbers = [
+            first,
+            *(rng.randint(2, largest if sign in "+-" else min(largest, 40)) for sign in operators),
+        ]
         value, fits = Fraction(first), True
         for sign, number in zip(operators, numbers[1:], strict=True):
             value = OPERATIONS[sign](value, Fraction(number))
@@ -109,7 +177,9 @@ def expression_key(numbers: list[int], operators: list[str]) -> str:
     """What is computed: 3 + 7 is 7 + 3."""
     if operators[0] in "+*":
         numbers = sorted(numbers[:2]) + numbers[2:]
-    return "math " + " ".join([str(numbers[0]), *(f"{sign} {n}" for sign, n in zip(operators, numbers[1:], strict=True))])
+    return "math " + " ".join(
+        [str(numbers[0]), *(f"{sign} {n}" for sign, n in zip(operators, numbers[1:], strict=True))]
+    )
 
 
 def wrong_numbers(rng: Random, right: int, numbers: list[int], count: int = 3) -> list[int]:

@@ -34,25 +34,46 @@ def assistant(content: str, thought: str = "") -> Message:
 
 
 def call(name: str, arguments: dict[str, Any], thought: str = "") -> Message:
-    return {**assistant("", thought), "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+    return {
+        **assistant("", thought),
+        "tool_calls": [{"function": {"name": name, "arguments": arguments}}],
+    }
 
 
-def check(turn: int, kind: str, answer: Any, wrong: Sequence[Message], others: Sequence[str] = ()) -> dict[str, Any]:
+def check(
+    turn: int, kind: str, answer: Any, wrong: Sequence[Message], others: Sequence[str] = ()
+) -> dict[str, Any]:
     """The assistant message at index `turn` is right where it gives `answer`, of a kind: number, yes_no, text or call.
 
     others: values of a text answer that would be wrong.
     """
-    return {"turn": turn, "type": kind, "answer": answer, "wrong": list(wrong), **({"others": list(others)} if others else {})}
+    return {
+        "turn": turn,
+        "type": kind,
+        "answer": answer,
+        "wrong": list(wrong),
+        **({"others": list(others)} if others else {}),
+    }
 
 
 def example(
-    kind: str, key: str, messages: list[Message], checks: list[dict[str, Any]], tools: list[dict] | None = None
+    kind: str,
+    key: str,
+    messages: list[Message],
+    checks: list[dict[str, Any]],
+    tools: list[dict] | None = None,
 ) -> Example:
     """A conversation whose id is a hash of its content."""
     names = [tool["function"]["name"] for tool in tools or ()]
     digest = hashlib.sha256(json.dumps([messages, names], sort_keys=True).encode()).hexdigest()[:16]
     content = {"messages": messages, **({"tools": tools} if tools else {})}
-    return {"id": f"{kind}-{digest}", "source": f"synthetic/{kind}", "key": key, **content, "checks": checks}
+    return {
+        "id": f"{kind}-{digest}",
+        "source": f"synthetic/{kind}",
+        "key": key,
+        **content,
+        "checks": checks,
+    }
 
 
 def asked(
@@ -75,7 +96,12 @@ def answer_of(text: str, kind: str = "number") -> str:
     number: the last one, without separators. yes_no: the first such word. text: the last line in lower case without
     punctuation, but for dots that begin a word. call: the first JSON object with a name, its keys sorted.
     """
-    text = text.rpartition("<|end_thought|>")[2].partition("<|start_thought|>")[0].replace("<|im_end|>", " ").strip()
+    text = (
+        text.rpartition("<|end_thought|>")[2]
+        .partition("<|start_thought|>")[0]
+        .replace("<|im_end|>", " ")
+        .strip()
+    )
     if kind == "call":
         return _call_of(text)
     if kind == "number":
@@ -99,7 +125,11 @@ def is_right(example: Example, text: str, check: int = -1) -> bool:
     if kind == "text":
         values = {_plain(value) for value in [answer, *judged.get("others", [])]}
         said = [value for value in values if _within(value, found)]
-        return [value for value in said if not any(_within(value, other) for other in said if other != value)] == [_plain(answer)]
+        return [
+            value
+            for value in said
+            if not any(_within(value, other) for other in said if other != value)
+        ] == [_plain(answer)]
     if kind == "call":
         return found == json.dumps(answer, sort_keys=True)
     unit = _plain(re.sub(r"^[-\d,.]+", "", answer)) if kind == "number" else ""

@@ -86,16 +86,35 @@ def tool_use(rng: Random, countries: Mapping[str, Country], easy: bool, wheels: 
         plan = _look_up(rng, countries, easy) if make is None else make(rng, easy)
     result = run_tool(plan.tool, plan.arguments, wheels)
     thought = "" if easy else rng.choice((*WANT, "")).format(tool=plan.tool)
-    calls = [call(name, arguments, thought) for name, arguments in [(plan.tool, plan.arguments), *plan.wrong]]
+    calls = [
+        call(name, arguments, thought)
+        for name, arguments in [(plan.tool, plan.arguments), *plan.wrong]
+    ]
     messages = [user(plan.question), calls[0], {"role": "tool", "content": result}]
     if result.startswith("error: "):
-        said, wrong, kind, answer, others = f"That did not work: {result[7:]}.", [], "text", result[7:], []
+        said, wrong, kind, answer, others = (
+            f"That did not work: {result[7:]}.",
+            [],
+            "text",
+            result[7:],
+            [],
+        )
     else:
-        said, kind, answer, others = plan.say(result), plan.kind, _value(result, plan.kind), plan.others(result)
+        said, kind, answer, others = (
+            plan.say(result),
+            plan.kind,
+            _value(result, plan.kind),
+            plan.others(result),
+        )
         wrong = [assistant(plan.say(other)) for other in others]
     named = {"name": plan.tool, "arguments": plan.arguments}
-    checks = [check(1, "call", named, calls[1:]), check(3, kind, answer, wrong, others if kind == "text" else ())]
-    return example("tools", plan.key, [*messages, assistant(said)], checks, _offered(rng, plan.tool, easy))
+    checks = [
+        check(1, "call", named, calls[1:]),
+        check(3, kind, answer, wrong, others if kind == "text" else ()),
+    ]
+    return example(
+        "tools", plan.key, [*messages, assistant(said)], checks, _offered(rng, plan.tool, easy)
+    )
 
 
 def _value(result: str, kind: str) -> str:
@@ -116,7 +135,9 @@ def _no_tool(rng: Random) -> Example:
     wrong = [call("calculator", {"expression": "1 + 1"}), call("weekday", {"date": "2000-01-01"})]
     messages = [user(question), assistant(reply)]
     offered = _offered(rng, rng.choice(list(BY_NAME)), easy=False)
-    return example("tools", f"no tool {question}", messages, [check(1, "text", reply, wrong)], offered)
+    return example(
+        "tools", f"no tool {question}", messages, [check(1, "text", reply, wrong)], offered
+    )
 
 
 def _failing(rng: Random) -> Plan:
@@ -125,14 +146,26 @@ def _failing(rng: Random) -> Plan:
     year, month = rng.randint(1900, 2099), rng.choice(("02-30", "04-31", "06-31", "09-31", "11-31"))
     if rng.random() < 0.5:
         expression = f"{number} / 0"
-        return _plan("calculator", rng.choice(CALCULATE).format(e=expression), {"expression": expression}, f"math {expression}")
+        return _plan(
+            "calculator",
+            rng.choice(CALCULATE).format(e=expression),
+            {"expression": expression},
+            f"math {expression}",
+        )
     day = f"{year}-{month}"
     return _plan("weekday", rng.choice(WEEKDAY).format(d=day), {"date": day}, f"weekday {day}")
 
 
 def _plan(tool: str, question: str, arguments: dict[str, Any], key: str, **rest: Any) -> Plan:
-    usual: dict[str, Any] = {"wrong": [], "kind": "number", "say": lambda r: f"The answer is {r}.", "others": lambda r: []}
-    return Plan(**{**usual, "key": key, "question": question, "tool": tool, "arguments": arguments, **rest})
+    usual: dict[str, Any] = {
+        "wrong": [],
+        "kind": "number",
+        "say": lambda r: f"The answer is {r}.",
+        "others": lambda r: [],
+    }
+    return Plan(
+        **{**usual, "key": key, "question": question, "tool": tool, "arguments": arguments, **rest}
+    )
 
 
 def _near(result: str) -> list[str]:
@@ -143,7 +176,9 @@ def _near(result: str) -> list[str]:
     for place, add in ((digits[-1], 1), (digits[0], 1), (digits[len(digits) // 2], 5)):
         digit = str((int(number[place]) + add) % 10) if place else str(int(number[place]) % 9 + 1)
         changed.append(number[:place] + digit + number[place + 1 :] + result[len(number) :])
-    return list(dict.fromkeys(other for other in changed if other != result and not other.startswith("-0")))
+    return list(
+        dict.fromkeys(other for other in changed if other != result and not other.startswith("-0"))
+    )
 
 
 def _calculate(rng: Random, easy: bool) -> Plan:
@@ -156,13 +191,19 @@ def _calculate(rng: Random, easy: bool) -> Plan:
         text = f"({text})" if not easy and rng.random() < 0.15 and text != str(numbers[0]) else text
         text = f"{text} {sign} {number}"
     wrong_sign = text.replace(signs[-1], rng.choice([s for s in "+-*" if s != signs[-1]]))
-    wrong = [text.replace(str(numbers[-1]), str(numbers[-1] + 1)), wrong_sign, text[: -len(str(numbers[-1])) - 3]]
+    wrong = [
+        text.replace(str(numbers[-1]), str(numbers[-1] + 1)),
+        wrong_sign,
+        text[: -len(str(numbers[-1])) - 3],
+    ]
     return _plan(
         "calculator",
         rng.choice(CALCULATE).format(e=text),
         {"expression": text},
         f"math {text}" if "(" in text else expression_key(numbers, signs),
-        wrong=[("calculator", {"expression": other}) for other in dict.fromkeys(wrong) if other != text],
+        wrong=[
+            ("calculator", {"expression": other}) for other in dict.fromkeys(wrong) if other != text
+        ],
         others=lambda result: [other for other in _near(result) if "/" not in result],
     )
 
@@ -175,7 +216,11 @@ def _weekday(rng: Random, easy: bool) -> Plan:
     day = _day(rng)
     days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
     rng.shuffle(days)
-    wrong_days = [day + timedelta(days=1), day - timedelta(days=30), day.replace(year=day.year + 1, day=1)]
+    wrong_days = [
+        day + timedelta(days=1),
+        day - timedelta(days=30),
+        day.replace(year=day.year + 1, day=1),
+    ]
     return _plan(
         "weekday",
         rng.choice(WEEKDAY).format(d=day),
@@ -198,7 +243,10 @@ def _between(rng: Random, easy: bool) -> Plan:
         rng.choice(BETWEEN).format(d=start, e=end),
         right,
         f"days {start} {end}",
-        wrong=[("days_between", swapped), ("days_between", {**right, "end": str(end + timedelta(days=1))})],
+        wrong=[
+            ("days_between", swapped),
+            ("days_between", {**right, "end": str(end + timedelta(days=1))}),
+        ],
         say=lambda result: f"It is {result} days.",
         others=_near,
     )
@@ -212,10 +260,15 @@ def _later(rng: Random, easy: bool) -> Plan:
         rng.choice(LATER).format(d=day, n=days),
         right,
         f"later {day} {days}",
-        wrong=[("add_days", {**right, "days": days + 1}), ("add_days", {**right, "date": str(day + timedelta(days=1))})],
+        wrong=[
+            ("add_days", {**right, "days": days + 1}),
+            ("add_days", {**right, "date": str(day + timedelta(days=1))}),
+        ],
         kind="text",
         say=lambda result: f"That is {result}.",
-        others=lambda result: [str(date.fromisoformat(result) + timedelta(days=n)) for n in (-1, 1, 31)],
+        others=lambda result: [
+            str(date.fromisoformat(result) + timedelta(days=n)) for n in (-1, 1, 31)
+        ],
     )
 
 
@@ -231,7 +284,10 @@ def _convert(rng: Random, easy: bool) -> Plan:
         rng.choice(CONVERT).format(**named),
         right,
         f"convert {value} {unit} {to}",
-        wrong=[("convert", {**right, "unit": to, "to": unit}), ("convert", {**right, "value": value + 1})],
+        wrong=[
+            ("convert", {**right, "unit": to, "to": unit}),
+            ("convert", {**right, "value": value + 1}),
+        ],
         say=lambda result: f"{value} {named['unit']} are {result}.",
         others=lambda result: [*_near(result)[:2], _wrong_unit(result, strange)],
     )
@@ -254,7 +310,10 @@ def _look_up(rng: Random, countries: Mapping[str, Country], easy: bool) -> Plan:
         question[0].upper() + question[1:],
         right,
         fact_key(country.name, attribute),
-        wrong=[("lookup", {**right, "attribute": other}), ("lookup", {**right, "country": stranger})],
+        wrong=[
+            ("lookup", {**right, "attribute": other}),
+            ("lookup", {**right, "country": stranger}),
+        ],
         kind=answer_type(attribute),
         say=lambda result: say_fact(country.name, attribute, result),
         others=lambda result: other_values(rng, countries, country, attribute),

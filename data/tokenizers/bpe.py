@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from data.tokenizers.tiktoken_export import SETTINGS, byte_level, load_tiktoken, ranks_of, write_ranks
+from data.tokenizers.tiktoken_export import (
+    SETTINGS,
+    byte_level,
+    load_tiktoken,
+    ranks_of,
+    write_ranks,
+)
 
 BOS = "<|endoftext|>"  # begins every document, and so also ends the one before
 PAD = "<|pad|>"
@@ -24,7 +30,9 @@ BLANK = 250_000  # characters; tiktoken's regex engine gives up at 1,000,000 of 
 LONGEST = 2_000_000  # characters; tokenizers' engine gives up at 5,000,000
 MAX_VOCABULARY = 1 << 24  # with larger ids, a damaged file would take memory and time without end
 MAX_PIECE = 1_000  # characters of a word that training sees together: BPE training takes quadratic time in it
-LONG_PIECES = re.compile(rf"[^\W\d_]{{{MAX_PIECE},}}|(?:[^\w\s]|_){{{MAX_PIECE},}}|\s{{{MAX_PIECE},}}")
+LONG_PIECES = re.compile(
+    rf"[^\W\d_]{{{MAX_PIECE},}}|(?:[^\w\s]|_){{{MAX_PIECE},}}|\s{{{MAX_PIECE},}}"
+)
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -34,10 +42,14 @@ class SpecialIds(NamedTuple):
     pad: int
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool = False) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, show_progress: bool = False
+) -> Tokenizer:
     """Train on texts; vocab_size counts special tokens and all 256 bytes. ValueError where the texts give fewer tokens."""
     if vocab_size < 256 + len(SPECIAL_TOKENS):
-        raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens come first")
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens come first"
+        )
     tokenizer = byte_level(models.BPE(), QWEN2_SPLIT)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -46,7 +58,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, show_progress: bool =
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=show_progress,
     )
-    tokenizer.train_from_iterator((piece for text in texts for piece in _cut_long_pieces(text)), trainer)
+    tokenizer.train_from_iterator(
+        (piece for text in texts for piece in _cut_long_pieces(text)), trainer
+    )
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
             f"the texts give a vocabulary of {tokenizer.get_vocab_size()}, not {vocab_size}; "
@@ -100,19 +114,26 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
     (folder / SETTINGS).unlink(missing_ok=True)
     try:
         write_ranks(ranks_of(tokenizer), folder)
     except ValueError as error:
-        print(f"warning: {folder} gets no tiktoken export, so encoding with it is slower: {error}", flush=True)
+        print(
+            f"warning: {folder} gets no tiktoken export, so encoding with it is slower: {error}",
+            flush=True,
+        )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a folder; ValueError where there is none, or none that can be read."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no tokenizer.json; train one with python -m scripts.train_tokenizer")
+        raise ValueError(
+            f"{folder} holds no tokenizer.json; train one with python -m scripts.train_tokenizer"
+        )
     try:
         tokenizer = Tokenizer.from_file(str(path))
         if (size := vocabulary_size(tokenizer)) > MAX_VOCABULARY:
@@ -121,7 +142,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     except BaseException as error:  # tokenizers raises Exception itself, and panics that are none
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ValueError(f"{path} is damaged: it is no tokenizer ({error}); take another copy of it") from error
+        raise ValueError(
+            f"{path} is damaged: it is no tokenizer ({error}); take another copy of it"
+        ) from error
 
 
 def _with_file_ids(tokenizer: Tokenizer, path: Path) -> Tokenizer:
@@ -133,7 +156,11 @@ def _with_file_ids(tokenizer: Tokenizer, path: Path) -> Tokenizer:
         return tokenizer
     content = json.loads(path.read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    return tokenizer if all(tokenizer.token_to_id(token) == i for token, i in ids.items()) else _place(content, ids)
+    return (
+        tokenizer
+        if all(tokenizer.token_to_id(token) == i for token, i in ids.items())
+        else _place(content, ids)
+    )
 
 
 def _place(content: dict[str, Any], ids: dict[str, int]) -> Tokenizer:
@@ -162,7 +189,10 @@ def add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer
 
     Without unused ids this is what tokenizers' own method does; that one counts tokens, so it can give an id away twice.
     """
-    size, added = vocabulary_size(tokenizer), [AddedToken(token, special=True, normalized=False) for token in tokens]
+    size, added = (
+        vocabulary_size(tokenizer),
+        [AddedToken(token, special=True, normalized=False) for token in tokens],
+    )
     new = [token for token in tokens if tokenizer.token_to_id(token) is None]
     if size == tokenizer.get_vocab_size():
         tokenizer.add_special_tokens(added)
@@ -177,7 +207,9 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     """Ids of the special tokens; ValueError where the tokenizer lacks one."""
     bos, pad = (tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
     if bos is None or pad is None:
-        raise ValueError(f"the tokenizer lacks {' or '.join(SPECIAL_TOKENS)}; train one with scripts/train_tokenizer.py")
+        raise ValueError(
+            f"the tokenizer lacks {' or '.join(SPECIAL_TOKENS)}; train one with scripts/train_tokenizer.py"
+        )
     return SpecialIds(bos, bos, pad)
 
 
@@ -186,7 +218,9 @@ def special_text(settings: dict[str, Any], key: str) -> str | None:
     value = settings.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
-        raise ValueError(f"{key} of tokenizer_config.json is {str(value)[:50]!r}, which is not text; correct it")
+        raise ValueError(
+            f"{key} of tokenizer_config.json is {str(value)[:50]!r}, which is not text; correct it"
+        )
     return text
 
 
@@ -206,7 +240,9 @@ def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     special = set(tokenizer.get_added_tokens_decoder())
     for token, index in tokenizer.get_vocab().items():
-        lengths[index] = 0 if index in special else len(token)  # the byte-level alphabet has one character a byte
+        lengths[index] = (
+            0 if index in special else len(token)
+        )  # the byte-level alphabet has one character a byte
     return lengths
 
 
@@ -232,14 +268,19 @@ class Encoder:
             return self._by_tokenizers(texts)
         by_tiktoken = self.tiktoken.encode_to_numpy
         return [
-            self._by_tokenizers([text])[0] if _has_blank(text, BLANK) else by_tiktoken(text, disallowed_special=())
+            self._by_tokenizers([text])[0]
+            if _has_blank(text, BLANK)
+            else by_tiktoken(text, disallowed_special=())
             for text in texts
         ]
 
     def _by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
         parts = [_cut(text) for text in texts]
         encodings = iter(self.tokenizer.encode_batch_fast([part for cut in parts for part in cut]))
-        return [np.concatenate([np.array(next(encodings).ids, dtype=np.uint32) for _ in cut]) for cut in parts]
+        return [
+            np.concatenate([np.array(next(encodings).ids, dtype=np.uint32) for _ in cut])
+            for cut in parts
+        ]
 
     def __reduce__(self) -> tuple:
         return Encoder, (self.folder,)
@@ -256,7 +297,9 @@ def document_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
         return lambda text: [bos, *own.encode(text, add_special_tokens=False).ids]
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if first is None:
-        raise ValueError("the tokenizer has neither bos nor eos; documents need one of them as border")
+        raise ValueError(
+            "the tokenizer has neither bos nor eos; documents need one of them as border"
+        )
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     return lambda text: [first, *tokenizer(text, **options)["input_ids"]]
 
@@ -268,4 +311,8 @@ def _has_blank(text: str, length: int) -> bool:
 
 def _cut(text: str) -> list[str]:
     """The text; in parts if its blanks are too long for tokenizers too, which costs a token or two at each cut, no byte."""
-    return [text[i : i + LONGEST] for i in range(0, len(text), LONGEST)] if _has_blank(text, LONGEST) else [text]
+    return (
+        [text[i : i + LONGEST] for i in range(0, len(text), LONGEST)]
+        if _has_blank(text, LONGEST)
+        else [text]
+    )

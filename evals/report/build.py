@@ -65,7 +65,9 @@ PROMPTS = (
 )
 
 
-def measured(results: Path, checkpoint_hash: str) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+def measured(
+    results: Path, checkpoint_hash: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Task -> its results on this checkpoint, of the largest number of items, the newest of equals; and what was not measured."""
     found: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
@@ -74,7 +76,11 @@ def measured(results: Path, checkpoint_hash: str) -> tuple[dict[str, dict[str, A
             read = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             continue  # not ours, or being written
-        if not isinstance(read, dict) or read.get("checkpoint_hash") != checkpoint_hash or "task" not in read:
+        if (
+            not isinstance(read, dict)
+            or read.get("checkpoint_hash") != checkpoint_hash
+            or "task" not in read
+        ):
             continue
         if "not_measured" in read:  # a suite's summary; its evaluations have files of their own
             missing |= read["not_measured"]
@@ -83,7 +89,17 @@ def measured(results: Path, checkpoint_hash: str) -> tuple[dict[str, dict[str, A
     return found, {name: why for name, why in missing.items() if name not in found}
 
 
-STAGE_METRICS = ("bits_per_byte", "acc", "acc_norm", "choice", "preferred", "accuracy", "strict", "flexible", "mc2")  # their ends
+STAGE_METRICS = (
+    "bits_per_byte",
+    "acc",
+    "acc_norm",
+    "choice",
+    "preferred",
+    "accuracy",
+    "strict",
+    "flexible",
+    "mc2",
+)  # their ends
 
 
 def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -92,7 +108,11 @@ def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
     found = {}
     for path in decisions:
         metrics = dict(leaves(json.loads(path.read_text(encoding="utf-8")).get("metrics", {})))
-        tokens = {name.removesuffix("tokens"): {"tokens": value["value"]} for name, value in metrics.items() if "tokens" in name}
+        tokens = {
+            name.removesuffix("tokens"): {"tokens": value["value"]}
+            for name, value in metrics.items()
+            if "tokens" in name
+        }
         found[path.parent.name] = {
             name: {**estimate, **tokens.get(name.rpartition(".")[0] + ".", {})}
             for name, estimate in metrics.items()
@@ -101,7 +121,9 @@ def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
     return found
 
 
-def leaves(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, float | None]]]:
+def leaves(
+    metrics: dict[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, dict[str, float | None]]]:
     """Dotted name and estimate (value, stderr, n where it is known) of each number in nested metrics."""
     for name, value in metrics.items():
         if isinstance(value, dict) and "value" in value:
@@ -118,7 +140,12 @@ def contamination(path: Path) -> dict[str, Any]:
         read = json.loads(path.read_text(encoding="utf-8"))
         sets = {}
         for name, items in read["settings"]["test_sets"].items():
-            hits = [(document, hit) for document, found in read["documents"].items() for hit in found if hit["test_set"] == name]
+            hits = [
+                (document, hit)
+                for document, found in read["documents"].items()
+                for hit in found
+                if hit["test_set"] == name
+            ]
             sets[name] = {
                 "items": items,
                 "too_short": len(read["too_short"].get(name, [])),
@@ -126,16 +153,26 @@ def contamination(path: Path) -> dict[str, Any]:
                 "documents_hit": len({document for document, _ in hits}),
             }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read as a contamination report; give what scripts.prepare_data wrote") from error
+        raise ValueError(
+            f"{path} cannot be read as a contamination report; give what scripts.prepare_data wrote"
+        ) from error
     return {"file": str(path), "sets": sets}
 
 
 def samples(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
     """What the model makes of prompts: greedy, and one draw at temperature 0.8."""
-    requests = [Write(prompt, max_tokens=tokens, temperature=t, top_p=0.95) for prompt in prompts for t in (0.0, 0.8)]
+    requests = [
+        Write(prompt, max_tokens=tokens, temperature=t, top_p=0.95)
+        for prompt in prompts
+        for t in (0.0, 0.8)
+    ]
     answers: dict[int, Any] = {i: answer for batch in model.answer(requests) for i, answer in batch}
     return [
-        {"prompt": request.prompt, "temperature": request.temperature, "text": getattr(answers[i], "text", None)}
+        {
+            "prompt": request.prompt,
+            "temperature": request.temperature,
+            "text": getattr(answers[i], "text", None),
+        }
         for i, request in enumerate(requests)
     ]
 
@@ -149,7 +186,10 @@ def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
         kind: {
             "lengths": sorted({length for length, _ in of_kind}),
             "depths": sorted({depth for _, depth in of_kind}),
-            "cells": {f"{length}/{depth}": sum(tests) / len(tests) for (length, depth), tests in of_kind.items()},
+            "cells": {
+                f"{length}/{depth}": sum(tests) / len(tests)
+                for (length, depth), tests in of_kind.items()
+            },
             "n": sum(map(len, of_kind.values())),
         }
         for kind, of_kind in (grid(samples) if samples.is_file() else {}).items()
@@ -166,14 +206,21 @@ def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             error = estimate["stderr"] and estimate["stderr"] * scale
             result = evaluations[task]
             of_set = result.get(column)  # of a task of several sets, which may differ in shots
-            shots = of_set["shots"] if isinstance(of_set, dict) and "shots" in of_set else result.get("shots")
+            shots = (
+                of_set["shots"]
+                if isinstance(of_set, dict) and "shots" in of_set
+                else result.get("shots")
+            )
             of = {"task": task, "metric": metric, "shots": shots, "n": count(result, metric)}
             found[column] = {"value": estimate["value"] * scale, "stderr": error, **of}
     return found
 
 
 def results_table(
-    plan: Path, results: Path, evaluations: dict[str, dict[str, Any]], trained: dict[str, Any] | None
+    plan: Path,
+    results: Path,
+    evaluations: dict[str, dict[str, Any]],
+    trained: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
     """The targets of a plan with what was measured. evaluations: of the report's checkpoint; trained: by training()."""
     phases = trained["phases"] if trained else []
@@ -193,8 +240,13 @@ def published() -> dict[str, Any]:
     read = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
     for model in read["models"]:
         default = model["from"]["shots"]
-        pairs = {name: score if isinstance(score, list) else [score, default] for name, score in model["scores"].items()}
-        model["scores"] = {name: {"value": value, "shots": shots} for name, (value, shots) in pairs.items()}
+        pairs = {
+            name: score if isinstance(score, list) else [score, default]
+            for name, score in model["scores"].items()
+        }
+        model["scores"] = {
+            name: {"value": value, "shots": shots} for name, (value, shots) in pairs.items()
+        }
     return read
 
 
@@ -215,16 +267,26 @@ def comparison(report: dict[str, Any]) -> str:
     own = {name: _cell(score) for name, score in report["scores"].items()}
     tokens = f"{report['training']['tokens']:,}" if report.get("training") else "?"
     ours = ["**" + report["name"] + "**", tokens, *(own.get(name, "-") for name in columns)]
-    lines.append("| " + " | ".join([*ours, "ours, as lm-eval 0.4.13", "acc_norm; MMLU acc; TruthfulQA mc2", "this run"]) + " |")
+    lines.append(
+        "| "
+        + " | ".join(
+            [*ours, "ours, as lm-eval 0.4.13", "acc_norm; MMLU acc; TruthfulQA mc2", "this run"]
+        )
+        + " |"
+    )
     for model in report["published"]["models"]:
-        cells = [_cell(model["scores"][name]) if name in model["scores"] else "-" for name in columns]
+        cells = [
+            _cell(model["scores"][name]) if name in model["scores"] else "-" for name in columns
+        ]
         source = report["published"]["sources"][model["from"]["source"]]
         link = f"[{source['title']}]({source['url']})"
         by = [model["from"]["harness"], model["from"]["metric"], link]
         lines.append("| " + " | ".join([model["name"], model["tokens"], *cells, *by]) + " |")
     targets = ""
     if report["targets"]:
-        targets = f"# Results of {report['name']}\n\n{TARGETS_NOTE}\n\n{markdown(report['targets'])}\n"
+        targets = (
+            f"# Results of {report['name']}\n\n{TARGETS_NOTE}\n\n{markdown(report['targets'])}\n"
+        )
     note = (
         "Percent; in brackets the shots, `?` where the source does not say, and our n. ± is one standard error. The same\n"
         "model moves by 15 to 30 points between harnesses, prompts and shots: compare rows only where those agree.\n"
@@ -235,7 +297,9 @@ def comparison(report: dict[str, Any]) -> str:
 
 def _cell(score: dict[str, Any]) -> str:
     error = f" ± {score['stderr']:.1f}" if score.get("stderr") is not None else ""
-    value = f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"  # others' as they are published
+    value = (
+        f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
+    )  # others' as they are published
     n = f", n {score['n']:,}" if score.get("n") is not None else ""
     return f"{value}{error} ({score['shots']}{n})"
 
@@ -254,7 +318,9 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "config": read_json(args.checkpoint / "config.json"),
         "parameters": _parameters(args.checkpoint),
-        "targets": results_table(args.plan, args.results, evaluations, trained) if args.plan else [],
+        "targets": results_table(args.plan, args.results, evaluations, trained)
+        if args.plan
+        else [],
         "scores": scores(evaluations),
         "evaluations": evaluations,
         "not_measured": missing,
@@ -267,11 +333,15 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "machine": platform.platform(),
-            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else args.device,
+            "device": torch.cuda.get_device_name()
+            if args.device.startswith("cuda")
+            else args.device,
             "dtype": model.dtype,
         },
         "hashes": {
-            path.name: file_hash(path) for path in sorted(args.checkpoint.iterdir()) if path.suffix in (".safetensors", ".json")
+            path.name: file_hash(path)
+            for path in sorted(args.checkpoint.iterdir())
+            if path.suffix in (".safetensors", ".json")
         },
         "published": published(),
     }
@@ -292,13 +362,17 @@ def texts(report: dict[str, Any]) -> dict[str, str]:
     """The four files by their names. All but the first are made from the first alone."""
     content = json.dumps(finite(report), indent=1) + "\n"
     report = json.loads(content)
-    written = [f"{s['prompt']}[{s['text']}]\n(temperature {s['temperature']})\n" for s in report["samples"]]
+    written = [
+        f"{s['prompt']}[{s['text']}]\n(temperature {s['temperature']})\n" for s in report["samples"]
+    ]
     about = f"{report['name']}, {report['checkpoint']}, {report['made']}. In brackets what the model wrote.\n\n"
     return {
         "benchmark_results.json": content,
         "comparison_table.md": comparison(report),
         "qualitative_samples.txt": about + "\n".join(written),
-        "report.html": page(report, {name: (heading, chance) for name, (heading, _, _, chance) in COLUMNS.items()}),
+        "report.html": page(
+            report, {name: (heading, chance) for name, (heading, _, _, chance) in COLUMNS.items()}
+        ),
     }
 
 
@@ -325,9 +399,18 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=newest_step)
     parser.add_argument("--name", help="of the model (default: the checkpoint's)")
     parser.add_argument("--logs", type=Path, help="logs/<run>: loss curves, gates, environment")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="where results of this checkpoint are looked for")
-    parser.add_argument("--plan", type=Path, help="a plan, whose targets the scores are compared with")
-    parser.add_argument("--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("results"),
+        help="where results of this checkpoint are looked for",
+    )
+    parser.add_argument(
+        "--plan", type=Path, help="a plan, whose targets the scores are compared with"
+    )
+    parser.add_argument(
+        "--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate"
+    )
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="what the model continues")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -24,12 +24,17 @@ def loss_chart(training: dict[str, Any]) -> str:
         return 100 * (high - loss) / (high - low)
 
     def line(points: Points, colour: str, width: float) -> str:
-        places = " ".join(f"{x(s):.2f},{y(v):.2f}" for s, v in points if v is not None and math.isfinite(v))
+        places = " ".join(
+            f"{x(s):.2f},{y(v):.2f}" for s, v in points if v is not None and math.isfinite(v)
+        )
         style = f"stroke:var(--{colour});stroke-width:{width}px;fill:none;stroke-linejoin:round"
         return f'<polyline points="{places}" style="{style}" vector-effect="non-scaling-stroke"/>'
 
     thin = 'style="stroke:var(--line)" vector-effect="non-scaling-stroke"'
-    grid = "".join(f'<line x1="0" x2="100" y1="{y(tick):.2f}" y2="{y(tick):.2f}" {thin}/>' for tick in ticks(low, high))
+    grid = "".join(
+        f'<line x1="0" x2="100" y1="{y(tick):.2f}" y2="{y(tick):.2f}" {thin}/>'
+        for tick in ticks(low, high)
+    )
     bands = "".join(
         f'<div class="band" style="left:{x(phase["begin"]):.2f}%;width:{x(phase["end"] - phase["begin"]):.2f}%">'
         f"<i>{escape(phase['name'])}</i></div>"
@@ -68,20 +73,26 @@ def bar(name: str, about: str, value: float, stderr: float | None, top: float, *
     parts = [f'<div class="fill" style="width:{place(value):.2f}%"></div>']
     refs = sorted(more.get("refs", ()), key=lambda ref: ref[1])
     parts += [
-        f'<span class="ref" style="left:{place(number):.2f}%" title="{escape(who)}: {number:g}"></span>' for who, number in refs
+        f'<span class="ref" style="left:{place(number):.2f}%" title="{escape(who)}: {number:g}"></span>'
+        for who, number in refs
     ]
     if more.get("chance"):
-        parts.append(f'<span class="chance" style="left:{place(more["chance"]):.2f}%" title="chance"></span>')
+        parts.append(
+            f'<span class="chance" style="left:{place(more["chance"]):.2f}%" title="chance"></span>'
+        )
     error = ""
     if stderr is not None:
         begin, end = place(value - 1.96 * stderr), place(value + 1.96 * stderr)
-        parts.append(f'<span class="err" style="left:{begin:.2f}%;width:{end - begin:.2f}%"></span>')
+        parts.append(
+            f'<span class="err" style="left:{begin:.2f}%;width:{end - begin:.2f}%"></span>'
+        )
         error = f" <span>± {1.96 * stderr:.{more.get('digits', 1)}f}</span>"
     ends = ""
     if refs:
         chosen = [refs[0], refs[-1]] if place(refs[-1][1]) - place(refs[0][1]) > 34 else [refs[-1]]
         labels = "".join(
-            f'<i style="left:{min(max(place(number), 14), 84):.2f}%">{escape(who)} {number:g}</i>' for who, number in chosen
+            f'<i style="left:{min(max(place(number), 14), 84):.2f}%">{escape(who)} {number:g}</i>'
+            for who, number in chosen
         )
         ends = f'<div class="ends">{labels}</div>'
     return (
@@ -91,15 +102,26 @@ def bar(name: str, about: str, value: float, stderr: float | None, top: float, *
     )
 
 
-def heatmap(kind: str, lengths: Sequence[int], depths: Sequence[float], cells: dict[str, float]) -> str:
+def heatmap(
+    kind: str, lengths: Sequence[int], depths: Sequence[float], cells: dict[str, float]
+) -> str:
     """Depth by length; cells: "length/depth" -> 0 to 1."""
-    rows = [f'<div class="head">{escape(kind)}</div>', *(f'<div class="head">{length:,}</div>' for length in lengths)]
+    rows = [
+        f'<div class="head">{escape(kind)}</div>',
+        *(f'<div class="head">{length:,}</div>' for length in lengths),
+    ]
     for depth in depths:
         rows.append(f'<div class="head">{100 * depth:.0f} %</div>')
         for length in lengths:
             value = cells.get(f"{length}/{depth}")
-            hue = "" if value is None else f"background:hsl({8 + 125 * value:.0f} 62% {68 - 8 * value:.0f}%)"
-            rows.append(f'<div class="cell" style="{hue}">{"" if value is None else f"{value:.2f}"}</div>')
+            hue = (
+                ""
+                if value is None
+                else f"background:hsl({8 + 125 * value:.0f} 62% {68 - 8 * value:.0f}%)"
+            )
+            rows.append(
+                f'<div class="cell" style="{hue}">{"" if value is None else f"{value:.2f}"}</div>'
+            )
     columns = f"grid-template-columns:84px repeat({len(lengths)},minmax(44px,1fr))"
     return f'<div class="scroll"><div class="heat" style="{columns}">{"".join(rows)}</div></div>'
 

@@ -25,18 +25,28 @@ def read_targets(plan: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{plan} must hold a plan, as key: value; it holds {shown(found)}")
     targets = (found or {}).get("targets") or []
     if not isinstance(targets, list) or not all(isinstance(target, dict) for target in targets):
-        raise ValueError(f"{plan}: targets={shown(targets)} must be a list of settings, as key: value")
+        raise ValueError(
+            f"{plan}: targets={shown(targets)} must be a list of settings, as key: value"
+        )
     for number, target in enumerate(targets):
         lacking = [name for name in ("metric", "title", *TIERS) if name not in target]
         if lacking:
-            raise ValueError(f"{plan}: target {shown(target.get('title', target))} lacks {', '.join(lacking)}")
-        for name, kind in {**dict.fromkeys(TIERS, AnyFloat), "metric": FilledText, "title": FilledText}.items():
+            raise ValueError(
+                f"{plan}: target {shown(target.get('title', target))} lacks {', '.join(lacking)}"
+            )
+        for name, kind in {
+            **dict.fromkeys(TIERS, AnyFloat),
+            "metric": FilledText,
+            "title": FilledText,
+        }.items():
             check(target[name], kind, f"{plan}: targets[{number}].{name}")
     defaults = {"stage": "final", "lower": False, "percent": True, "note": ""}
     return [{**defaults, **target} for target in targets]
 
 
-def table(targets: list[dict[str, Any]], measured_after: Callable[[str], Evaluations]) -> list[dict[str, Any]]:
+def table(
+    targets: list[dict[str, Any]], measured_after: Callable[[str], Evaluations]
+) -> list[dict[str, Any]]:
     """One row a target: the score with its standard error and n, and its status.
 
     measured_after(stage): the evaluations of the checkpoint that a stage left, or of the report's own for "final".
@@ -49,7 +59,11 @@ def _row(target: dict[str, Any], evaluations: Evaluations) -> dict[str, Any]:
     estimate, result = find(evaluations, target["metric"])
     if estimate and result and isinstance(estimate.get("value"), (int, float)):
         siblings = find(evaluations, target["metric"].rpartition(".")[0] + ".tokens")[0]
-        row |= {"value": estimate["value"], "stderr": estimate.get("stderr"), "shots": result.get("shots")}
+        row |= {
+            "value": estimate["value"],
+            "stderr": estimate.get("stderr"),
+            "shots": result.get("shots"),
+        }
         row |= {"n": int(siblings["value"]), "of": "tokens"} if siblings else {}
         row |= {} if siblings else {"n": estimate.get("n") or result.get("n"), "of": "items"}
     return {**row, **status(target, row["value"], row["stderr"])}
@@ -65,7 +79,9 @@ def status(target: dict[str, Any], value: float | None, stderr: float | None) ->
     return {"status": LABELS[reached[-1]] if reached else "missed", "near": near}
 
 
-def find(evaluations: Evaluations, metric: str) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def find(
+    evaluations: Evaluations, metric: str
+) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """The estimate that a gate's metric names ("mmlu.acc", "all.perplexity"), and the results it is part of."""
     task, *rest = metric.split(".")
     result = evaluations.get(task)
@@ -91,7 +107,11 @@ def judged(folder: Path, stage: str) -> str | None:
             continue
         if not isinstance(read, dict) or "checkpoint_hash" not in read:
             continue
-        if read["of"] == of if of and "of" in read else Path(str(read.get("checkpoint"))).parent.name == stage:
+        if (
+            read["of"] == of
+            if of and "of" in read
+            else Path(str(read.get("checkpoint"))).parent.name == stage
+        ):
             hashes.add(read["checkpoint_hash"])
     return hashes.pop() if len(hashes) == 1 else None
 
@@ -119,7 +139,16 @@ def cells(row: dict[str, Any]) -> list[str]:
     return [title + where, number(row["value"]), number(row["stderr"]), count, *tiers, said]
 
 
-HEAD = ("Score", "Value", "Standard error", "n", "MVP", "Target (success)", "ScheduledPhase", "Status")
+HEAD = (
+    "Score",
+    "Value",
+    "Standard error",
+    "n",
+    "MVP",
+    "Target (success)",
+    "ScheduledPhase",
+    "Status",
+)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

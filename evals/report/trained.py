@@ -23,17 +23,33 @@ def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
     """
     tuned, rows, events = story(logs, checkpoint)
     if not rows:
-        raise ValueError(f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run, or none")
+        raise ValueError(
+            f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run, or none"
+        )
     gates = [event for event in events if event["event"] == "gate"]
     return {
         "logs": str(logs),
         "tokens": rows[-1].get("tokens"),
         **curves(rows, events),
         "gates": [
-            {name: gate.get(name) for name in ("time", "step", "outcome", "accepted", "gates", "values", "references", "advice")}
+            {
+                name: gate.get(name)
+                for name in (
+                    "time",
+                    "step",
+                    "outcome",
+                    "accepted",
+                    "gates",
+                    "values",
+                    "references",
+                    "advice",
+                )
+            }
             for gate in gates
         ],
-        "environment": next((read_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {}),
+        "environment": next(
+            (read_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {}
+        ),
         "corpus": corpus(settings(path) for path in sorted(logs.glob("*.config.yaml"))),
         "tuning": tuned,
     }
@@ -41,12 +57,19 @@ def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
 
 def corpus(configs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Store -> sha256 of its documents, and the origin of each source: a Python release for text that comes with Python."""
-    stores = {Path(data["store"]): None for config in configs if (data := config.get("data") or {}).get("store")}
+    stores = {
+        Path(data["store"]): None
+        for config in configs
+        if (data := config.get("data") or {}).get("store")
+    }
     found = {}
     for store in stores:
         hashes = read_json(store / "report.json").get("inputs", {}).get("documents")
         if hashes:
-            origins = {name: read_json(store / "documents" / name / "manifest.json").get("origin") for name in hashes}
+            origins = {
+                name: read_json(store / "documents" / name / "manifest.json").get("origin")
+                for name in hashes
+            }
             digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
             found[str(store)] = {"sha256": digest, "sources": hashes, "origins": origins}
     return found
@@ -58,7 +81,9 @@ def story(logs: Path, checkpoint: Path) -> tuple[Rows, Rows, Rows]:
     rows, events = history(logs, base)
     if tuned:
         names = {stage["name"] for stage in tuned}
-        decided = [event for event in read_lines(logs / "events.jsonl") if event.get("step") in names]
+        decided = [
+            event for event in read_lines(logs / "events.jsonl") if event.get("step") in names
+        ]
         events = [event for event in events if not isinstance(event.get("step", 0), str)] + decided
     return tuned, rows, events
 
@@ -73,7 +98,11 @@ def history(logs: Path, checkpoint: Path) -> tuple[Rows, Rows]:
     if not str(at["step"]).isdecimal() or all(row.get("phase") != at["phase"] for row in rows):
         return rows, events
     last = int(at["step"])
-    events = [event for event in events if isinstance(event.get("step", 0), int) and event.get("step", 0) <= last]
+    events = [
+        event
+        for event in events
+        if isinstance(event.get("step", 0), int) and event.get("step", 0) <= last
+    ]
     return [row for row in rows if row["step"] <= last], events
 
 
@@ -109,7 +138,9 @@ def stage(folder: Path, name: str, step: Any, config: dict[str, Any]) -> dict[st
     last = int(step) if str(step).isdecimal() else None
     rows, events = (read_lines(folder / f"{kind}.jsonl") for kind in ("metrics", "events"))
     rows = [row for row in rows if last is None or row["step"] <= last]
-    first: Rows = [{"step": event["step"], **event} for event in events if event["event"] == "measured"][-1:]
+    first: Rows = [
+        {"step": event["step"], **event} for event in events if event["event"] == "measured"
+    ][-1:]
     measured = [row for row in first + rows if "val/loss" in row]
     return {
         "name": name,
@@ -122,7 +153,9 @@ def stage(folder: Path, name: str, step: Any, config: dict[str, Any]) -> dict[st
         **curves(rows, [event for event in events if last is None or event.get("step", 0) <= last]),
         "held_out": [{"step": row["step"], "loss": row["val/loss"]} for row in measured],
         "preferred": [
-            {"step": row["step"], "share": row["val/rewards/accuracies"]} for row in measured if "val/rewards/accuracies" in row
+            {"step": row["step"], "share": row["val/rewards/accuracies"]}
+            for row in measured
+            if "val/rewards/accuracies" in row
         ],
         "gates": [],
     }
@@ -144,9 +177,13 @@ def curves(rows: Rows, events: Rows) -> dict[str, Any]:
         "hours": sum(row.get("step_s", 0.0) for row in rows) / 3600,
         "curve": [[steps[i], losses[i]] for i in range(0, len(rows), window)],
         "smooth": _smooth(steps, losses, phases, window),
-        "held_out": [{"step": row["step"], "loss": row["val/loss"]} for row in rows if "val/loss" in row],
+        "held_out": [
+            {"step": row["step"], "loss": row["val/loss"]} for row in rows if "val/loss" in row
+        ],
         "phases": phases,
-        "incidents": {kind: n for kind in kinds if (n := sum(event["event"] == kind for event in events))},
+        "incidents": {
+            kind: n for kind in kinds if (n := sum(event["event"] == kind for event in events))
+        },
     }
 
 

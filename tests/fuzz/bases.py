@@ -15,7 +15,11 @@ Files = Mapping[str, bytes]
 
 def files_of(folder: Path) -> Files:
     """Path below the folder -> content of all its files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def write_files(files: Files, folder: Path) -> Path:
@@ -56,6 +60,12 @@ def chat_files() -> Files:
     with tempfile.TemporaryDirectory() as folder:
         store = write_files(tokenizer_files(), Path(folder) / "store" / "tokenizer").parent
         model = Path(folder) / "model"
-        save_tiny(model, tiny_config(vocab_size=392, max_position_embeddings=128, hidden_size=16, intermediate_size=32), store)
+        save_tiny(
+            model,
+            tiny_config(
+                vocab_size=392, max_position_embeddings=128, hidden_size=16, intermediate_size=32
+            ),
+            store,
+        )
         save_chat_tokenizer(model, store / "tokenizer")
         return files_of(model)

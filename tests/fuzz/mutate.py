@@ -21,7 +21,23 @@ EXTREMES: list[Any] = [
 LEAVES: list[Any] = [
     *(None, True, False),
     *EXTREMES,
-    *("", "a", "0", "1e3", "null", "\x00", "\ud800", "\u2028", "é" * 40, "../x", "/dev/zero", "9" * 5000, "a\nb", "{", "%s"),
+    *(
+        "",
+        "a",
+        "0",
+        "1e3",
+        "null",
+        "\x00",
+        "\ud800",
+        "\u2028",
+        "é" * 40,
+        "../x",
+        "/dev/zero",
+        "9" * 5000,
+        "a\nb",
+        "{",
+        "%s",
+    ),
     *([], {}, [None], [[]], {"": 0}, [0] * 40, ["a", 1], {"a": {"b": []}}),
 ]
 
@@ -43,7 +59,11 @@ def nested(depth: int) -> Any:
 
 
 LEAVES.append(nested(90))
-NUMBERS = [struct.pack(f"<{letter}", n) for letter in "IQ" for n in (0, 1, 2, 7, 9, 255, 1 << 16, (1 << 31) - 1, 1 << 31)]
+NUMBERS = [
+    struct.pack(f"<{letter}", n)
+    for letter in "IQ"
+    for n in (0, 1, 2, 7, 9, 255, 1 << 16, (1 << 31) - 1, 1 << 31)
+]
 NUMBERS += [
     b"[" * 3000,
     b"\xff" * 4,
@@ -63,16 +83,27 @@ def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     elif isinstance(value, list):
         items = list(enumerate(value))
     items = items if len(items) < 60 else [*items[:20], *items[-20:]]
-    return [*([path] if path else []), *(p for key, part in items for p in paths_of(part, (*path, key)))]
+    return [
+        *([path] if path else []),
+        *(p for key, part in items for p in paths_of(part, (*path, key))),
+    ]
 
 
-def json_changes(base: Any, words: Sequence[str] = (), most: int = 3) -> st.SearchStrategy[list[Change]]:
+def json_changes(
+    base: Any, words: Sequence[str] = (), most: int = 3
+) -> st.SearchStrategy[list[Change]]:
     """Up to `most` changes of a JSON value. words: other keys and texts that its reader knows."""
     places = st.sampled_from(paths_of(base))
-    texts = st.sampled_from([*words, *(p[-1] for p in paths_of(base) if isinstance(p[-1], str)), "", "x", "\ud800"])
+    texts = st.sampled_from(
+        [*words, *(p[-1] for p in paths_of(base) if isinstance(p[-1], str)), "", "x", "\ud800"]
+    )
     leaves = st.sampled_from(LEAVES) | texts | st.integers(-4, 9)
     numbered = [path for path in paths_of(base) if type(_at(base, path)) in (int, float)]
-    number = st.tuples(st.just("put"), st.sampled_from(numbered), st.sampled_from(EXTREMES)) if numbered else st.nothing()
+    number = (
+        st.tuples(st.just("put"), st.sampled_from(numbered), st.sampled_from(EXTREMES))
+        if numbered
+        else st.nothing()
+    )
     change = st.one_of(
         number,
         number,
@@ -131,7 +162,9 @@ def dump(value: Any) -> str:
     return json.dumps(value).replace(json.dumps(LONG), "1" + "0" * 5000)
 
 
-def byte_changes(size: int, most: int = 3, special: Sequence[int] = ()) -> st.SearchStrategy[list[Change]]:
+def byte_changes(
+    size: int, most: int = 3, special: Sequence[int] = ()
+) -> st.SearchStrategy[list[Change]]:
     """Up to `most` changes of a file of so many bytes. special: places that matter more than
     others.
     """
@@ -140,7 +173,9 @@ def byte_changes(size: int, most: int = 3, special: Sequence[int] = ()) -> st.Se
         places |= st.sampled_from(list(special))
     change = st.one_of(
         st.tuples(st.just("flip"), places, st.integers(0, 7)),
-        st.tuples(st.just("set"), places, st.binary(min_size=1, max_size=4) | st.sampled_from(NUMBERS)),
+        st.tuples(
+            st.just("set"), places, st.binary(min_size=1, max_size=4) | st.sampled_from(NUMBERS)
+        ),
         st.tuples(st.just("cut"), places),
         st.tuples(st.just("remove"), places, st.integers(1, 40)),
         st.tuples(st.just("insert"), places, st.binary(min_size=1, max_size=16)),
@@ -172,7 +207,10 @@ def change_bytes(data: bytes, changes: Sequence[Change]) -> bytes:
 
 
 def folder_changes(
-    files: Mapping[str, bytes], most: int = 2, words: Sequence[str] = (), also: st.SearchStrategy[Change] | None = None
+    files: Mapping[str, bytes],
+    most: int = 2,
+    words: Sequence[str] = (),
+    also: st.SearchStrategy[Change] | None = None,
 ) -> st.SearchStrategy[list[Change]]:
     """Up to `most` files of a folder changed. also: further changes that the caller applies."""
     names = st.sampled_from(sorted(files))
@@ -183,7 +221,9 @@ def folder_changes(
 
     @cache
     def of_json(name: str) -> st.SearchStrategy[Change]:
-        return st.tuples(st.just("json"), st.just(name), json_changes(json.loads(files[name]), words))
+        return st.tuples(
+            st.just("json"), st.just(name), json_changes(json.loads(files[name]), words)
+        )
 
     change = st.one_of(
         names.flatmap(of_bytes),

@@ -43,7 +43,9 @@ class Sandbox:
         if self.process is None:
             context = multiprocessing.get_context("fork")
             self.pipe, other = context.Pipe()
-            self.process = context.Process(target=_serve, args=(other, self.pipe, self.check, self.folder))
+            self.process = context.Process(
+                target=_serve, args=(other, self.pipe, self.check, self.folder)
+            )
             self.process.start()
             other.close()
         self.pipe.send(given)
@@ -96,7 +98,9 @@ def _session(leader: int) -> list[str]:
 def _serve(pipe: Any, parents: Any, check: Check, folder: Path) -> None:
     os.setsid()
     parents.close()
-    mapped = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    mapped = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, mapped + MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     temporary = folder / "tmp"
@@ -105,7 +109,9 @@ def _serve(pipe: Any, parents: Any, check: Check, folder: Path) -> None:
     while (given := pipe.recv()) is not None:
         outcome = _outcome(check, given, folder)
         # Torch's cache.
-        left = [path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")]
+        left = [
+            path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")
+        ]
         pipe.send(f"left files in the temporary folder: {left}" if left else outcome)
     pipe.close()
 
@@ -130,7 +136,10 @@ def _outcome(check: Check, given: Any, folder: Path) -> str:
 
 
 def fuzz(
-    inputs: Any, share: float, examples: Sequence[Any] = (), accepted: tuple[float, float] = (0.05, 0.95)
+    inputs: Any,
+    share: float,
+    examples: Sequence[Any] = (),
+    accepted: tuple[float, float] = (0.05, 0.95),
 ) -> Callable[[Check], Any]:
     """Decorator: a check(input, folder) becomes a test of it on `share` of INPUTS.
 
@@ -170,15 +179,23 @@ def fuzz(
                 sandbox.stop()
                 folder.cleanup()
             number, seconds = sum(outcomes.values()), time.monotonic() - started
-            record_property(f"fuzz {check.__name__}", f"{number} inputs, {outcomes}, {seconds:.0f} s")
+            record_property(
+                f"fuzz {check.__name__}", f"{number} inputs, {outcomes}, {seconds:.0f} s"
+            )
             told = "\n\n".join(f"{value!r}\n{outcome}" for value, outcome in failures.values())
             assert not failures, f"{len(failures)} kinds of failure\n{told}"
             assert not left, left
             part = outcomes.get(ACCEPTED, 0) / number
-            assert accepted[0] <= part <= accepted[1], f"{part:.0%} of {number} inputs were accepted"
+            assert accepted[0] <= part <= accepted[1], (
+                f"{part:.0%} of {number} inputs were accepted"
+            )
 
         test.check = check  # type: ignore[attr-defined]
-        test.__name__, test.__doc__, test.__module__ = check.__name__, check.__doc__, check.__module__
+        test.__name__, test.__doc__, test.__module__ = (
+            check.__name__,
+            check.__doc__,
+            check.__module__,
+        )
         return test
 
     return decorate
@@ -203,5 +220,9 @@ def _kind(outcome: str) -> str:
     traceback.
     """
     lines = re.findall(r'File "(.*)", line (\d+)', outcome)
-    own = [f"{path}:{number}" for path, number in lines if "site-packages" not in path and "/lib/python" not in path]
+    own = [
+        f"{path}:{number}"
+        for path, number in lines
+        if "site-packages" not in path and "/lib/python" not in path
+    ]
     return f"{outcome.strip().splitlines()[-1].split(':')[0][:60]} {own[-1:]}"

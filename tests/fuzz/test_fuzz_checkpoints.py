@@ -41,7 +41,9 @@ def device() -> torch.device:
 
 
 def checkpoints(folder: Path) -> Checkpointer:
-    return Checkpointer(folder, CheckpointConfig(), torch.float32, None, {"bos": 0, "eos": 0, "pad": 1})
+    return Checkpointer(
+        folder, CheckpointConfig(), torch.float32, None, {"bos": 0, "eos": 0, "pad": 1}
+    )
 
 
 @cache
@@ -67,8 +69,13 @@ def seal(files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def tensors_of(state: State) -> list[torch.Tensor]:
-    moments = [value for kinds in state.optimizer.state.values() for _, value in sorted(kinds.items())]
-    return [value.full_tensor() if hasattr(value, "full_tensor") else value for value in [*state.model.parameters(), *moments]]
+    moments = [
+        value for kinds in state.optimizer.state.values() for _, value in sorted(kinds.items())
+    ]
+    return [
+        value.full_tensor() if hasattr(value, "full_tensor") else value
+        for value in [*state.model.parameters(), *moments]
+    ]
 
 
 @cache
@@ -90,12 +97,23 @@ def verify(folder: Path) -> int:
 
 
 EXAMPLES = [
-    ([("json", "manifest.json", [("drop", ("files", name))]), ("bytes", name, [("flip", at, 6)])], False, False)
+    (
+        [
+            ("json", "manifest.json", [("drop", ("files", name))]),
+            ("bytes", name, [("flip", at, 6)]),
+        ],
+        False,
+        False,
+    )
     for name, at in (("model.safetensors", 1926), ("state/__0_0.distcp", 31358))
 ]
 EXAMPLES += [
     ([("json", "state/trainer.json", [change])], True, True)
-    for change in (("wrap", ("rate",), "dict"), ("put", ("faults", "losses"), 7), ("put", ("faults", "lr_scale"), "a"))
+    for change in (
+        ("wrap", ("rate",), "dict"),
+        ("put", ("faults", "losses"), 7),
+        ("put", ("faults", "lr_scale"), "a"),
+    )
 ]
 
 
@@ -126,4 +144,6 @@ def test_checkpoints(given: tuple[list[Change], bool, bool], folder: Path) -> No
         assert sealed or all(map(torch.equal, model.parameters(), written()))
     if not sealed:
         assert state.step == STEP
-        assert all(torch.equal(one, other) for one, other in zip(tensors_of(state), written(), strict=True))
+        assert all(
+            torch.equal(one, other) for one, other in zip(tensors_of(state), written(), strict=True)
+        )

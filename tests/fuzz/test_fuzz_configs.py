@@ -11,7 +11,16 @@ from conftest import ROOT
 from hypothesis import strategies as st
 
 from data.pipeline.recipe import Recipe
-from fuzz.mutate import EXTREMES, LEAVES, byte_changes, change_bytes, change_json, dump, json_changes, paths_of
+from fuzz.mutate import (
+    EXTREMES,
+    LEAVES,
+    byte_changes,
+    change_bytes,
+    change_json,
+    dump,
+    json_changes,
+    paths_of,
+)
 from fuzz.sandbox import fuzz
 from scripts.plan import readable, reads, show
 from scripts.run_evals import Suite
@@ -53,7 +62,9 @@ def fields_of(kind: Any, prefix: str = "") -> list[str]:
     found = []
     for field in dataclasses.fields(kind):
         found.append(prefix + field.name)
-        default = field.default_factory if field.default_factory is not dataclasses.MISSING else None
+        default = (
+            field.default_factory if field.default_factory is not dataclasses.MISSING else None
+        )
         if dataclasses.is_dataclass(default):
             found += fields_of(default, f"{prefix}{field.name}.")
     return found
@@ -67,9 +78,21 @@ def settings_of(name: str) -> list[str]:
 
 @cache
 def changed(name: str) -> st.SearchStrategy[Any]:
-    texts = ["yes", "1_0", "0x10", "{a: 1}", "[1", "&a [*a]", "=", "2026-01-01", *(dump(leaf)[:6000] for leaf in LEAVES)]
+    texts = [
+        "yes",
+        "1_0",
+        "0x10",
+        "{a: 1}",
+        "[1",
+        "&a [*a]",
+        "=",
+        "2026-01-01",
+        *(dump(leaf)[:6000] for leaf in LEAVES),
+    ]
     values = st.sampled_from(texts)
-    numbers = st.sampled_from(EXTREMES).map(dump) | st.integers(-3, 2**40).map(str) | st.floats().map(str)
+    numbers = (
+        st.sampled_from(EXTREMES).map(dump) | st.integers(-3, 2**40).map(str) | st.floats().map(str)
+    )
     override = st.tuples(st.sampled_from(settings_of(name)), numbers | values).map("=".join)
     words = tuple(setting.rpartition(".")[2] for setting in settings_of(name))
     return st.tuples(
@@ -85,7 +108,9 @@ def test_configs(given: tuple[str, list, list, list[str]], folder: Path) -> None
     name, of_text, of_content, overrides = given
     kind, path = CONFIGS[name], folder / "config.yaml"
     if of_text:
-        content = change_bytes(text_of(name), of_text).replace(b"extends: ", b"extends: " + bytes(ROOT / "configs") + b"/")
+        content = change_bytes(text_of(name), of_text).replace(
+            b"extends: ", b"extends: " + bytes(ROOT / "configs") + b"/"
+        )
     else:
         content = dump(change_json(content_of(name), of_content)).encode()  # JSON is YAML
     path.write_bytes(content)
@@ -102,5 +127,8 @@ def use_run(run: RunConfig, folder: Path) -> None:
     kept.write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
     assert load_settings(type(run), kept) == run
     rate = WSDScheduler(run.schedule, run.optim.lr)
-    assert all(math.isfinite(rate(step)) for step in (0, run.schedule.warmup_steps, run.steps - 1, run.steps))
+    assert all(
+        math.isfinite(rate(step))
+        for step in (0, run.schedule.warmup_steps, run.steps - 1, run.steps)
+    )
     assert memory(run, 1).total > 0

@@ -27,7 +27,10 @@ FOUND_IN_SHARDS = [
     ([("json", "manifest.json", [("drop", ("splits", "train", 0, "tokens"))])], False),
     ([("json", "manifest.json", [("put", ("splits",), "a")])], False),
     ([("bytes", "manifest.json", [("set", 244, b"[" * 3000)])], False),
-    ([("bytes", "val-00000.starts.npy", [("repeat", 0, 46), ("set", 31, b"\x00\x00\x01\x00")])], True),
+    (
+        [("bytes", "val-00000.starts.npy", [("repeat", 0, 46), ("set", 31, b"\x00\x00\x01\x00")])],
+        True,
+    ),
 ]
 FOUND_IN_DOCUMENTS = [
     ([("empty", "00000.parquet")], True),
@@ -44,7 +47,9 @@ def shard_files() -> Files:
     """A folder of shards: three for training, one held out."""
     with tempfile.TemporaryDirectory() as folder:
         draw = np.random.default_rng(0)
-        with ShardWriter(Path(folder) / "s", VOCABULARY, "test", {"made": [1]}, shard_tokens=120) as writer:
+        with ShardWriter(
+            Path(folder) / "s", VOCABULARY, "test", {"made": [1]}, shard_tokens=120
+        ) as writer:
             for number in range(12):
                 split = "val" if number == 5 else "train"
                 writer.add(split, [0, *draw.integers(1, VOCABULARY, 30).tolist()])
@@ -62,10 +67,16 @@ def seal(files: dict[str, bytes]) -> dict[str, bytes]:
     """
     try:
         content = json.loads(files["manifest.json"])
-        entries = [entry for split in content["splits"].values() for entry in split] if "splits" in content else content["parts"]
+        entries = (
+            [entry for split in content["splits"].values() for entry in split]
+            if "splits" in content
+            else content["parts"]
+        )
         for entry in entries:
             if isinstance(entry["sha256"], dict):
-                entry["sha256"] = {name: sha256(files[name]).hexdigest() for name in entry["sha256"]}
+                entry["sha256"] = {
+                    name: sha256(files[name]).hexdigest() for name in entry["sha256"]
+                }
             else:
                 entry["sha256"] = sha256(files[entry["name"]]).hexdigest()
         return {**files, "manifest.json": json.dumps(content).encode()}
@@ -77,7 +88,12 @@ def changed(files: Files) -> st.SearchStrategy[tuple[list[Change], bool]]:
     return st.tuples(folder_changes(files), st.booleans())
 
 
-@fuzz(st.deferred(lambda: changed(shard_files())), share=0.14, accepted=(0.08, 0.7), examples=FOUND_IN_SHARDS)
+@fuzz(
+    st.deferred(lambda: changed(shard_files())),
+    share=0.14,
+    accepted=(0.08, 0.7),
+    examples=FOUND_IN_SHARDS,
+)
 def test_token_shards(given: tuple[list[Change], bool], folder: Path) -> None:
     """Accepted shards hold the tokens that were written; with matching checksums, at least ids
     and offsets in range.
@@ -88,14 +104,19 @@ def test_token_shards(given: tuple[list[Change], bool], folder: Path) -> None:
     assert is_whole(folder / "s", {"made": [1]}) in (True, False)
     for split in ("train", "val"):
         shards = TokenShards(folder / "s", split)
-        stems = [shard["stem"] for shard in json.loads((folder / "s" / "manifest.json").read_bytes())["splits"][split]]
+        stems = [
+            shard["stem"]
+            for shard in json.loads((folder / "s" / "manifest.json").read_bytes())["splits"][split]
+        ]
         if not len(shards):
             continue
         tokens, documents = shards.read(0, len(shards))
         assert tokens.min() >= 0 and tokens.max() < shards.vocab_size
         assert documents[0] == 0 and documents[-1] < max(shards.documents, 1)
         if not sealed:
-            assert tokens.tolist() == [token for stem in stems for token in tokens_of(f"{stem}.bin")]
+            assert tokens.tolist() == [
+                token for stem in stems for token in tokens_of(f"{stem}.bin")
+            ]
     TokenShards(folder / "s", "train").verify()
 
 
@@ -110,10 +131,19 @@ def read_store(folder: Path, files: Files) -> list[Any]:
     write_files(files, folder / "documents" / "books")
     parts = document_parts(Recipe(str(folder), {"books": CleanConfig()}))
     read = ReadParts(parts)
-    return [(document.id, document.text) for rank in range(len(parts)) for document in read.run(rank=rank)]
+    return [
+        (document.id, document.text)
+        for rank in range(len(parts))
+        for document in read.run(rank=rank)
+    ]
 
 
-@fuzz(st.deferred(lambda: changed(document_files())), share=0.05, accepted=(0.1, 0.7), examples=FOUND_IN_DOCUMENTS)
+@fuzz(
+    st.deferred(lambda: changed(document_files())),
+    share=0.05,
+    accepted=(0.1, 0.7),
+    examples=FOUND_IN_DOCUMENTS,
+)
 def test_document_store(given: tuple[list[Change], bool], folder: Path) -> None:
     """Accepted parts hold documents that were written; with matching checksums, at least ids and
     texts.
@@ -153,7 +183,9 @@ def plan_of_shards() -> list[list[int]]:
 
 
 def plan_in(cache: Path) -> list[list[int]]:
-    return [np.asarray(part).tolist() for part in keep_plan(TokenShards(cache / "s", "train"), 16, 1)[0]]
+    return [
+        np.asarray(part).tolist() for part in keep_plan(TokenShards(cache / "s", "train"), 16, 1)[0]
+    ]
 
 
 @fuzz(st.deferred(lambda: folder_changes(own_files(), most=3)), share=0.04, accepted=(0.9, 1.0))
@@ -170,7 +202,11 @@ def test_caches(changes: list[Change], folder: Path) -> None:
 
 @cache
 def own_files() -> Files:
-    return {name: content for name, content in kept_files().items() if name.split("/")[0] != "s" or "/plans/" in name}
+    return {
+        name: content
+        for name, content in kept_files().items()
+        if name.split("/")[0] != "s" or "/plans/" in name
+    }
 
 
 def test_caches_with_changed_manifests() -> None:
@@ -178,6 +214,11 @@ def test_caches_with_changed_manifests() -> None:
     trusted.
     """
     for name in sorted(name for name in own_files() if name.endswith("manifest.json")):
-        for change in (("drop", ("sha256",)), ("put", ("sha256",), {}), ("put", ("sha256",), "a"), ("drop", ("report",))):
+        for change in (
+            ("drop", ("sha256",)),
+            ("put", ("sha256",), {}),
+            ("put", ("sha256",), "a"),
+            ("drop", ("report",)),
+        ):
             with tempfile.TemporaryDirectory() as folder:
                 test_caches.check([("json", name, [change])], Path(folder))

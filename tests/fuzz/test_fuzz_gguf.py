@@ -49,7 +49,11 @@ def parts() -> tuple[list[Key], list[Tensor], bytes]:
     for name, (kind, of, value) in found.values.items():
         keys.append((name, kind, of, value.tolist() if isinstance(value, np.ndarray) else value))
     begin = min(tensor.offset for tensor in found.tensors.values())
-    return keys, [(name, list(t.shape), t.kind, t.offset - begin) for name, t in found.tensors.items()], whole()[begin:]
+    return (
+        keys,
+        [(name, list(t.shape), t.kind, t.offset - begin) for name, t in found.tensors.items()],
+        whole()[begin:],
+    )
 
 
 def pack(kind: int, value: Any) -> bytes:
@@ -69,11 +73,17 @@ def write(keys: list[Key], tensors: list[Tensor], data: bytes) -> bytes:
         content += pack(STRING, name) + struct.pack("<I", kind)
         if kind == ARRAY:
             items = value if isinstance(value, list) else [value]
-            content += struct.pack("<IQ", of & 0xFFFFFFFF, len(items)) + b"".join(pack(of, item) for item in items)
+            content += struct.pack("<IQ", of & 0xFFFFFFFF, len(items)) + b"".join(
+                pack(of, item) for item in items
+            )
         else:
             content += pack(kind, value)
     for name, shape, kind, offset in tensors:
-        content += pack(STRING, name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *shape)
+        content += (
+            pack(STRING, name)
+            + struct.pack("<I", len(shape))
+            + struct.pack(f"<{len(shape)}Q", *shape)
+        )
         content += struct.pack("<IQ", kind, offset)
     return content + bytes(-len(content) % 32) + data
 
@@ -93,7 +103,12 @@ def structural() -> st.SearchStrategy[list[Change]]:
         st.tuples(st.just("drop"), named),
         st.tuples(st.just("again"), named),
         st.tuples(st.just("name"), named, named | st.just("")),
-        st.tuples(st.just("element"), long, st.integers(0, 400), numbers | st.sampled_from(["", "a b", "Ġ", "<|im_end|>"])),
+        st.tuples(
+            st.just("element"),
+            long,
+            st.integers(0, 400),
+            numbers | st.sampled_from(["", "a b", "Ġ", "<|im_end|>"]),
+        ),
         st.tuples(st.just("shorter"), long, st.integers(0, 400)),
         st.tuples(st.just("shape"), weight, st.lists(sizes, max_size=5)),
         st.tuples(st.just("kind"), weight, st.integers(0, 45)),
@@ -134,7 +149,9 @@ def changed_file(changes: list[Change]) -> bytes:
                 shape[{"shape": 1, "kind": 2, "offset": 3}[what]] = more[0]
         if what == "weights":
             data = change_bytes(data, name)
-    return write([(n, k, o, v) for n, k, o, v in found], [(n, s, k, o) for n, s, k, o in shapes], data)
+    return write(
+        [(n, k, o, v) for n, k, o, v in found], [(n, s, k, o) for n, s, k, o in shapes], data
+    )
 
 
 def inputs() -> st.SearchStrategy[tuple[str, list[Change]]]:

@@ -19,13 +19,31 @@ from data.chat.sft import ChatConfig, ChatSource, Conversations
 from data.chat.sft import prepare as prepare_conversations
 from data.manifest import read
 from fuzz.bases import chat_files, write_files
-from fuzz.mutate import Change, byte_changes, change_bytes, change_json, dump, json_changes, paths_of
+from fuzz.mutate import (
+    Change,
+    byte_changes,
+    change_bytes,
+    change_json,
+    dump,
+    json_changes,
+    paths_of,
+)
 from fuzz.sandbox import fuzz
 
 LENGTH = 640  # tokens of a row
 MARK = "marked text 4711"
-TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
-CALLS = [{"id": str(i), "type": "function", "function": {"name": "add", "arguments": {"a": i, "b": [1.5]}}} for i in range(2)]
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},
+}
+CALLS = [
+    {
+        "id": str(i),
+        "type": "function",
+        "function": {"name": "add", "arguments": {"a": i, "b": [1.5]}},
+    }
+    for i in range(2)
+]
 HELLO = {"role": "user", "content": "What is 2 + 2?"}
 FOUR = {"role": "assistant", "content": "It is 4."}
 REPLY = {"message_id": "e", "text": "Yes.", "role": "assistant", "replies": []}
@@ -58,15 +76,59 @@ ROWS: dict[str, list[Any]] = {
             "tools": json.dumps([TOOL]),
         }
     ],
-    "alpaca": [{"instruction": "Add.", "input": "2 + 2", "output": "4", "history": [["Hello", "Hi"]], "thought": "It is easy."}],
-    "oasst": [
-        {"message_id": "q", "parent_id": None, "message_tree_id": "t", "role": "prompter", "text": "Hello", "lang": "en"},
-        {"message_id": "a", "parent_id": "q", "role": "assistant", "text": "Hi", "rank": 1, "deleted": False},
-        {"message_id": "b", "parent_id": "q", "role": "assistant", "text": "Yes?", "rank": 0, "review_result": True},
-        {"message_id": "c", "parent_id": "b", "role": "prompter", "text": "Add 2 and 2.", "replies": []},
-        {"message_tree_id": "u", "prompt": {"message_id": "d", "text": "One?", "role": "prompter", "replies": [REPLY]}},
+    "alpaca": [
+        {
+            "instruction": "Add.",
+            "input": "2 + 2",
+            "output": "4",
+            "history": [["Hello", "Hi"]],
+            "thought": "It is easy.",
+        }
     ],
-    "metamath": [{"query": "2 + 2?", "response": "We add.\n#### 4\nThe answer is: 4", "original_question": "2 + 2 = ?"}],
+    "oasst": [
+        {
+            "message_id": "q",
+            "parent_id": None,
+            "message_tree_id": "t",
+            "role": "prompter",
+            "text": "Hello",
+            "lang": "en",
+        },
+        {
+            "message_id": "a",
+            "parent_id": "q",
+            "role": "assistant",
+            "text": "Hi",
+            "rank": 1,
+            "deleted": False,
+        },
+        {
+            "message_id": "b",
+            "parent_id": "q",
+            "role": "assistant",
+            "text": "Yes?",
+            "rank": 0,
+            "review_result": True,
+        },
+        {
+            "message_id": "c",
+            "parent_id": "b",
+            "role": "prompter",
+            "text": "Add 2 and 2.",
+            "replies": [],
+        },
+        {
+            "message_tree_id": "u",
+            "prompt": {"message_id": "d", "text": "One?", "role": "prompter", "replies": [REPLY]},
+        },
+    ],
+    "metamath": [
+        {
+            "query": "2 + 2?",
+            "response": "We add.\n#### 4\nThe answer is: 4",
+            "original_question": "2 + 2 = ?",
+        }
+    ],
     "gsm8k": [{"question": "2 + 2?", "answer": "We add <<2+2=4>>4.\n#### 4"}],
     "toolformer": [
         {
@@ -78,14 +140,46 @@ ROWS: dict[str, list[Any]] = {
 }
 PAIRS: dict[str, list[Any]] = {
     "messages": [
-        {"prompt": "2 + 2?", "chosen": "4", "rejected": "5", "tools": [TOOL], "system": "Be brief.", "source": "a"},
-        {"chosen": [HELLO, FOUR], "rejected": [HELLO, {"role": "assistant", "content": "5", "thought": "Hm."}]},
-        {"prompt": [{"role": "system", "content": "Be brief."}, HELLO], "chosen": [FOUR], "rejected": [{**FOUR, "content": "5"}]},
+        {
+            "prompt": "2 + 2?",
+            "chosen": "4",
+            "rejected": "5",
+            "tools": [TOOL],
+            "system": "Be brief.",
+            "source": "a",
+        },
+        {
+            "chosen": [HELLO, FOUR],
+            "rejected": [HELLO, {"role": "assistant", "content": "5", "thought": "Hm."}],
+        },
+        {
+            "prompt": [{"role": "system", "content": "Be brief."}, HELLO],
+            "chosen": [FOUR],
+            "rejected": [{**FOUR, "content": "5"}],
+        },
     ],
-    "hh": [{"chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5"}],
+    "hh": [
+        {
+            "chosen": "\n\nHuman: 2 + 2?\n\nAssistant: 4",
+            "rejected": "\n\nHuman: 2 + 2?\n\nAssistant: 5",
+        }
+    ],
 }
 WORDS = tuple(
-    dict.fromkeys((*THOUGHTS, *FLAGS, *MEDIA, *REFUSED, *ROW_COLUMNS, "function_call", "name", "history", "developer", MARK))
+    dict.fromkeys(
+        (
+            *THOUGHTS,
+            *FLAGS,
+            *MEDIA,
+            *REFUSED,
+            *ROW_COLUMNS,
+            "function_call",
+            "name",
+            "history",
+            "developer",
+            MARK,
+        )
+    )
 )
 # Keys that name a row and are not text of it.
 SILENT = {*OASST, *OWN_COLUMNS, "id", "group", "tool_call_id", "original_question"}
@@ -96,21 +190,36 @@ def changed(format: str, pairs: bool) -> st.SearchStrategy[Any]:
     rows = (PAIRS if pairs else ROWS)[form]
     text = "\n".join(map(json.dumps, rows))
     of_text = st.just([]) | st.just([]) | st.just([]) | byte_changes(len(text.encode()), most=2)
-    mark = st.tuples(st.just("add"), st.sampled_from(paths_of(rows)), st.sampled_from([*WORDS, "x"]), st.just(MARK))
+    mark = st.tuples(
+        st.just("add"),
+        st.sampled_from(paths_of(rows)),
+        st.sampled_from([*WORDS, "x"]),
+        st.just(MARK),
+    )
     changes = json_changes(rows, WORDS) | st.lists(mark, min_size=1, max_size=1)
-    return st.tuples(st.just(form), changes, of_text, st.sampled_from([".jsonl", ".jsonl", ".json"]))
+    return st.tuples(
+        st.just(form), changes, of_text, st.sampled_from([".jsonl", ".jsonl", ".json"])
+    )
 
 
-def write_rows(rows: list[Any], given: tuple[str, list[Change], list[Change], str], folder: Path) -> tuple[Path, Path, bool]:
+def write_rows(
+    rows: list[Any], given: tuple[str, list[Change], list[Change], str], folder: Path
+) -> tuple[Path, Path, bool]:
     """Write changed rows and a chat tokenizer; return their paths, and whether a new key of the
     rows says MARK.
     """
     _, changes, of_text, suffix = given
     made = change_json(rows, changes)
-    lines = dump(made) if suffix == ".json" or not isinstance(made, list) else "\n".join(map(dump, made))
+    lines = (
+        dump(made)
+        if suffix == ".json" or not isinstance(made, list)
+        else "\n".join(map(dump, made))
+    )
     path = folder / f"rows{suffix}"
     path.write_bytes(change_bytes(lines.encode(), of_text))
-    marked = not of_text and any(change[0] == "add" and change[-1] == MARK and change[2] not in SILENT for change in changes)
+    marked = not of_text and any(
+        change[0] == "add" and change[-1] == MARK and change[2] not in SILENT for change in changes
+    )
     # Replies that are not chosen.
     unread = given[0] == "oasst" and any(change[1][0] in (1, 3) for change in changes)
     marked = marked and not unread
@@ -135,7 +244,9 @@ def test_conversations(given: tuple[str, list[Change], list[Change], str], folde
     counted or refused.
     """
     path, tokenizer, marked = write_rows(ROWS[given[0]], given, folder)
-    config = ChatConfig({"a": ChatSource(str(path), given[0])}, str(folder / "cache"), held_out=0.0, max_bad=0.0)
+    config = ChatConfig(
+        {"a": ChatSource(str(path), given[0])}, str(folder / "cache"), held_out=0.0, max_bad=0.0
+    )
     prepared = prepare_conversations(config, ["a"], tokenizer, LENGTH)["a"]
     source = Conversations(prepared, "train")
     rows = source.pack(LENGTH, 0)
@@ -146,7 +257,12 @@ def test_conversations(given: tuple[str, list[Change], list[Change], str], folde
     chat = Chat.from_folder(tokenizer)
     assert int(source.ids.max()) < chat.tokenizer.get_vocab_size()
     report = (read(prepared) or {})["report"]
-    assert not marked or MARK in decoded(chat, source.ids) or report["ignored"] or report["counts"]["cut"], report
+    assert (
+        not marked
+        or MARK in decoded(chat, source.ids)
+        or report["ignored"]
+        or report["counts"]["cut"]
+    ), report
 
 
 FOUND = [("messages", [("put", (0, "tools", 0, "function"), "add")], [], ".jsonl")]
@@ -163,17 +279,27 @@ def test_pairs(given: tuple[str, list[Change], list[Change], str], folder: Path)
     counted.
     """
     path, tokenizer, marked = write_rows(PAIRS[given[0]], given, folder)
-    config = PreferenceConfig({"a": PairSource(str(path), given[0])}, str(folder / "cache"), held_out=0.0, max_bad=0.0)
+    config = PreferenceConfig(
+        {"a": PairSource(str(path), given[0])}, str(folder / "cache"), held_out=0.0, max_bad=0.0
+    )
     prepared = prepare_pairs(config, ["a"], tokenizer, LENGTH)["a"]
     pairs, report = Pairs(prepared, "train"), (read(prepared) or {})["report"]
     chat = Chat.from_folder(tokenizer)
     text = ""
     for index in range(report["pairs"]["train"]):
         (chosen, rejected), prompt = pairs.read(index)
-        assert 0 < prompt < min(len(chosen), len(rejected)) and max(len(chosen), len(rejected)) <= LENGTH + 1
-        assert chosen[:prompt].tolist() == rejected[:prompt].tolist() and chosen.tolist() != rejected.tolist()
+        assert (
+            0 < prompt < min(len(chosen), len(rejected))
+            and max(len(chosen), len(rejected)) <= LENGTH + 1
+        )
+        assert (
+            chosen[:prompt].tolist() == rejected[:prompt].tolist()
+            and chosen.tolist() != rejected.tolist()
+        )
         text += decoded(chat, chosen) + decoded(chat, rejected)
-    assert report["rows"] == sum(report["pairs"].values()) + sum(report["dropped"].values()) + sum(report["bad"].values())
+    assert report["rows"] == sum(report["pairs"].values()) + sum(report["dropped"].values()) + sum(
+        report["bad"].values()
+    )
     assert not marked or MARK in text or report["ignored"] or report["dropped"], report
 
 

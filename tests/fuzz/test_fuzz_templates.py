@@ -15,11 +15,29 @@ from fuzz.sandbox import fuzz
 MESSAGES = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 2 + 2?"},
-    {"role": "assistant", "content": "", "thought": "Easy.", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "thought": "Easy.",
+        "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}],
+    },
     {"role": "tool", "content": "4", "name": "f"},
 ]
 ATOMS = [
-    *("messages", "tools", "m", "m.content", "m['role']", "m.tool_calls", "bos_token", "loop", "loop.index", "ns.a", "none", "x"),
+    *(
+        "messages",
+        "tools",
+        "m",
+        "m.content",
+        "m['role']",
+        "m.tool_calls",
+        "bos_token",
+        "loop",
+        "loop.index",
+        "ns.a",
+        "none",
+        "x",
+    ),
     *(
         "'a'",
         "''",
@@ -36,14 +54,67 @@ ATOMS = [
         "self",
         "cycler",
     ),
-    *("range(9)", "range(10**10)", "namespace(a=1)", "dict(a=1)", "strftime_now('%Y')", "raise_exception('no')", "lipsum()"),
+    *(
+        "range(9)",
+        "range(10**10)",
+        "namespace(a=1)",
+        "dict(a=1)",
+        "strftime_now('%Y')",
+        "raise_exception('no')",
+        "lipsum()",
+    ),
 ]
 FILTERS = [
-    *("trim", "tojson", "length", "upper", "list", "string", "join(', ')", "first", "last", "replace('a', 'aa')", "safe", "int"),
-    *("tojson(indent=1)", "map(attribute='content')", "selectattr('role')", "default('x')", "reverse", "items", "center(10**9)"),
-    *("batch(3)", "indent(4)", "format(1)", "sort", "unique", "groupby('role')", "sum", "attr('__class__')", "e", "unknown"),
+    *(
+        "trim",
+        "tojson",
+        "length",
+        "upper",
+        "list",
+        "string",
+        "join(', ')",
+        "first",
+        "last",
+        "replace('a', 'aa')",
+        "safe",
+        "int",
+    ),
+    *(
+        "tojson(indent=1)",
+        "map(attribute='content')",
+        "selectattr('role')",
+        "default('x')",
+        "reverse",
+        "items",
+        "center(10**9)",
+    ),
+    *(
+        "batch(3)",
+        "indent(4)",
+        "format(1)",
+        "sort",
+        "unique",
+        "groupby('role')",
+        "sum",
+        "attr('__class__')",
+        "e",
+        "unknown",
+    ),
 ]
-METHODS = [*(".split('a')", ".strip()", ".items()", ".startswith('a')", ".__class__", ".append(1)", "[0]", "[::-1]", "['a']"), ""]
+METHODS = [
+    *(
+        ".split('a')",
+        ".strip()",
+        ".items()",
+        ".startswith('a')",
+        ".__class__",
+        ".append(1)",
+        "[0]",
+        "[::-1]",
+        "['a']",
+    ),
+    "",
+]
 
 
 @cache
@@ -53,7 +124,11 @@ def expressions() -> st.SearchStrategy[str]:
     def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         return st.one_of(
             st.tuples(inner, st.sampled_from(FILTERS)).map(" | ".join),
-            st.tuples(inner, st.sampled_from(["+", "~", "*", "-", "==", "in", "and", "//", "**", "%"]), inner).map(" ".join),
+            st.tuples(
+                inner,
+                st.sampled_from(["+", "~", "*", "-", "==", "in", "and", "//", "**", "%"]),
+                inner,
+            ).map(" ".join),
             st.tuples(inner, st.sampled_from(METHODS)).map("".join),
             inner.map(lambda text: f"({text})"),
             inner.map(lambda text: f"({text} if m else 'b')"),
@@ -64,18 +139,32 @@ def expressions() -> st.SearchStrategy[str]:
 
 @cache
 def templates() -> st.SearchStrategy[str]:
-    pieces = st.one_of(expressions().map(lambda text: "{{ " + text + " }}"), st.text("ab \n{%}-", max_size=4))
+    pieces = st.one_of(
+        expressions().map(lambda text: "{{ " + text + " }}"), st.text("ab \n{%}-", max_size=4)
+    )
 
     def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
         value = expressions()
         return st.one_of(
             st.tuples(inner, inner).map("".join),
             inner.map(lambda text: "{% for m in messages %}" + text + "{% endfor %}"),
-            st.tuples(value, inner).map(lambda t: "{% for m in " + t[0] + " %}" + t[1] + "{% endfor %}"),
-            st.tuples(value, inner, inner).map(lambda t: "{%- if " + t[0] + " -%}" + t[1] + "{% else %}" + t[2] + "{% endif %}"),
-            st.tuples(value, inner).map(lambda t: "{% set ns = namespace(a=" + t[0] + ") %}" + t[1]),
+            st.tuples(value, inner).map(
+                lambda t: "{% for m in " + t[0] + " %}" + t[1] + "{% endfor %}"
+            ),
+            st.tuples(value, inner, inner).map(
+                lambda t: "{%- if " + t[0] + " -%}" + t[1] + "{% else %}" + t[2] + "{% endif %}"
+            ),
+            st.tuples(value, inner).map(
+                lambda t: "{% set ns = namespace(a=" + t[0] + ") %}" + t[1]
+            ),
             st.tuples(value, inner).map(lambda t: "{% set ns.a = " + t[0] + " %}" + t[1]),
-            inner.map(lambda text: "{% macro f(x) %}" + text + "{{ f(x) if x is not defined }}{% endmacro %}{{ f(1) }}"),
+            inner.map(
+                lambda text: (
+                    "{% macro f(x) %}"
+                    + text
+                    + "{{ f(x) if x is not defined }}{% endmacro %}{{ f(1) }}"
+                )
+            ),
             inner.map(lambda text: "{% generation %}" + text + "{% endgeneration %}"),
             inner.map(lambda text: "{% raw %}" + text + "{% endraw %}{% break %}"),
         )

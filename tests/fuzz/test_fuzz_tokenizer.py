@@ -14,7 +14,18 @@ from fuzz.sandbox import fuzz
 from inference.chat_formats import open_chat
 from inference.gguf_tokenizer import read_vocabulary
 
-WORDS = ("type", "BPE", "WordPiece", "Unigram", "byte_fallback", "ignore_merges", "chat_template", "lstrip", "normalizer", "NFC")
+WORDS = (
+    "type",
+    "BPE",
+    "WordPiece",
+    "Unigram",
+    "byte_fallback",
+    "ignore_merges",
+    "chat_template",
+    "lstrip",
+    "normalizer",
+    "NFC",
+)
 FOUND_IN_STORE = [
     [("json", "tiktoken.json", [("put", ("special_tokens", "<|endoftext|>"), 0.0)])],
     [("json", "tokenizer.json", [("put", ("model", "continuing_subword_prefix"), "trim_offsets")])],
@@ -23,14 +34,20 @@ FOUND = [
     [("json", "tokenizer.json", [("put", ("model", "vocab", "1"), 2147483648)])],
     [("json", "tokenizer.json", [("drop", ("added_tokens", 0))])],
     [("json", "tokenizer_config.json", [("put", ("bos_token",), 2)])],
-    [("empty", "chat_template.jinja"), ("json", "generation_config.json", [("put", ("eos_token_id", 0), ["a", 1])])],
+    [
+        ("empty", "chat_template.jinja"),
+        ("json", "generation_config.json", [("put", ("eos_token_id", 0), ["a", 1])]),
+    ],
     [("json", "tokenizer_config.json", [("put", ("eos_token",), ["a"])])],
 ]
 HELLO = [{"role": "user", "content": "Hello <|im_end|> 12"}]
 
 
 @fuzz(
-    st.deferred(lambda: folder_changes(tokenizer_files(), words=WORDS)), share=0.05, accepted=(0.05, 0.8), examples=FOUND_IN_STORE
+    st.deferred(lambda: folder_changes(tokenizer_files(), words=WORDS)),
+    share=0.05,
+    accepted=(0.05, 0.8),
+    examples=FOUND_IN_STORE,
 )
 def test_tokenizer_of_a_store(changes: list[Change], folder: Path) -> None:
     """Accepted tokenizers give ids below the vocabulary's size."""
@@ -42,7 +59,12 @@ def test_tokenizer_of_a_store(changes: list[Change], folder: Path) -> None:
     assert not len(ids) or int(ids.max()) < encoder.vocab_size
 
 
-@fuzz(st.deferred(lambda: folder_changes(chat_folder(), words=WORDS)), share=0.05, accepted=(0.1, 0.9), examples=FOUND)
+@fuzz(
+    st.deferred(lambda: folder_changes(chat_folder(), words=WORDS)),
+    share=0.05,
+    accepted=(0.1, 0.9),
+    examples=FOUND,
+)
 def test_chat_tokenizer(changes: list[Change], folder: Path) -> None:
     """Accepted folders can be talked to, made fit for chat and exported, or are refused by each
     in a sentence.
@@ -60,4 +82,6 @@ def test_chat_tokenizer(changes: list[Change], folder: Path) -> None:
 
 
 def chat_folder() -> dict[str, bytes]:
-    return {name: content for name, content in chat_files().items() if not name.endswith(".safetensors")}
+    return {
+        name: content for name, content in chat_files().items() if not name.endswith(".safetensors")
+    }

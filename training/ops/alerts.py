@@ -39,7 +39,9 @@ class EmailConfig:
     def __post_init__(self) -> None:
         check_fields(self, "log.alerts.email")
         if (self.user is None) != (self.password is None):
-            raise ValueError("log.alerts.email needs both user and password (the name of an environment variable), or neither")
+            raise ValueError(
+                "log.alerts.email needs both user and password (the name of an environment variable), or neither"
+            )
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -51,18 +53,29 @@ class EmailConfig:
     def filled(self, values: Mapping[str, str]) -> "EmailConfig":
         """The same with the values of environment variables in place of $NAME."""
         texts = {name: getattr(self, name) for name in ("to", "host", "sender", "user")}
-        known: dict[str, Any] = {name: values[text[1:]] for name, text in texts.items() if text and text.startswith("$")}
+        known: dict[str, Any] = {
+            name: values[text[1:]] for name, text in texts.items() if text and text.startswith("$")
+        }
         return replace(self, **known)
 
 
 @dataclass(frozen=True)
 class AlertConfig:
-    events: tuple[str, ...] = ("startup", "gate", "rollback", "failed", "stuck", "ended")  # kinds of events that are told
+    events: tuple[str, ...] = (
+        "startup",
+        "gate",
+        "rollback",
+        "failed",
+        "stuck",
+        "ended",
+    )  # kinds of events that are told
     slack_webhook: str | None = None  # the NAME of the environment variable that holds the URL
     email: EmailConfig | None = None
     command: str | None = None  # a shell command that reads title and text on its standard input
     wandb: bool = False  # an alert of the W&B run; needs log.wandb_project
-    quiet_s: NonNegativeFloat = 300.0  # after an alert, others of the same kind are not sent for that long
+    quiet_s: NonNegativeFloat = (
+        300.0  # after an alert, others of the same kind are not sent for that long
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, "log.alerts")
@@ -86,7 +99,10 @@ class AlertConfig:
 
     def off(self, secrets: Mapping[str, str]) -> dict[str, str]:
         """Channels that are off, each with the variables to set for it, in words."""
-        missing = {channel: [name for name in names if not secrets.get(name)] for channel, names in self.needs.items()}
+        missing = {
+            channel: [name for name in names if not secrets.get(name)]
+            for channel, names in self.needs.items()
+        }
         return {channel: ", ".join(names) for channel, names in missing.items() if names}
 
 
@@ -96,8 +112,14 @@ class Alerts:
     secrets: values of the environment variables in config.secrets. off: channels without theirs; nothing is sent to them.
     """
 
-    def __init__(self, config: AlertConfig, secrets: Mapping[str, str], failed: Callable[[str, str], None]):
-        self.config, self.failed, self.values = config, failed, [value for value in secrets.values() if value]
+    def __init__(
+        self, config: AlertConfig, secrets: Mapping[str, str], failed: Callable[[str, str], None]
+    ):
+        self.config, self.failed, self.values = (
+            config,
+            failed,
+            [value for value in secrets.values() if value],
+        )
         self.threads: list[tuple[str, threading.Thread]] = []
         self.sent: dict[str, float] = {}
         self.channels: dict[str, Channel] = {}
@@ -105,7 +127,9 @@ class Alerts:
         if config.slack_webhook and "slack" not in self.off:
             url = secrets[config.slack_webhook]
             if not url.startswith(("https://", "http://")):
-                raise ValueError(f"the environment variable {config.slack_webhook} must hold the URL of a Slack webhook")
+                raise ValueError(
+                    f"the environment variable {config.slack_webhook} must hold the URL of a Slack webhook"
+                )
             self.channels["slack"] = lambda title, text: send_slack(url, title, text)
         if config.email and "email" not in self.off:
             email = config.email.filled(secrets)
@@ -117,12 +141,17 @@ class Alerts:
     def send(self, kind: str, title: str, text: str) -> None:
         """Send to all channels if this kind of event is told, and none of its kind was a moment ago. Returns at once."""
         now = time.monotonic()
-        if kind not in self.config.events or now - self.sent.get(kind, -float("inf")) < self.config.quiet_s:
+        if (
+            kind not in self.config.events
+            or now - self.sent.get(kind, -float("inf")) < self.config.quiet_s
+        ):
             return
         self.sent[kind] = now
         title = " ".join(title.split())
         for name, channel in self.channels.items():
-            thread = threading.Thread(target=self._send, args=(name, channel, title, text), daemon=True)
+            thread = threading.Thread(
+                target=self._send, args=(name, channel, title, text), daemon=True
+            )
             thread.start()
             self.threads.append((name, thread))
 
@@ -162,12 +191,16 @@ def send_email(config: EmailConfig, password: str | None, title: str, text: str)
     message.set_content(text)
     tls = ssl.create_default_context()
     if config.port == 465:
-        server: smtplib.SMTP = smtplib.SMTP_SSL(config.host, config.port, timeout=TIMEOUT, context=tls)
+        server: smtplib.SMTP = smtplib.SMTP_SSL(
+            config.host, config.port, timeout=TIMEOUT, context=tls
+        )
     else:
         server = smtplib.SMTP(config.host, config.port, timeout=TIMEOUT)
     with server:
         if config.starttls and config.port != 465:
-            server.starttls(context=tls)  # raises where the server has none: a password never goes out in the clear
+            server.starttls(
+                context=tls
+            )  # raises where the server has none: a password never goes out in the clear
         if config.user and password:
             server.login(config.user, password)
         server.send_message(message)
@@ -175,7 +208,14 @@ def send_email(config: EmailConfig, password: str | None, title: str, text: str)
 
 def send_to_command(command: str, title: str, text: str) -> None:
     """Run a shell command with title and text on its standard input; OSError where it fails or takes too long."""
-    process = subprocess.Popen(command, shell=True, stdin=subprocess.PIPE, text=True, start_new_session=True, encoding="utf-8")
+    process = subprocess.Popen(
+        command,
+        shell=True,
+        stdin=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        encoding="utf-8",
+    )
     try:
         process.communicate(f"{title}\n{text}\n", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -15,7 +15,11 @@ from training.loop import backward
 from training.objectives import Objective, next_token
 from training.state import State
 
-WAIT, WARMUP, ACTIVE = 1, 2, 3  # steps: the first compiles, the next warm the profiler up, these are traced
+WAIT, WARMUP, ACTIVE = (
+    1,
+    2,
+    3,
+)  # steps: the first compiles, the next warm the profiler up, these are traced
 HISTORY = 100_000  # allocations and frees that a memory snapshot remembers with their stacks
 
 
@@ -28,7 +32,13 @@ class ZeroBatch(NamedTuple):
     rows: torch.Tensor  # [B] int64
 
 
-def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objective | None = None, largest: Any = None) -> float:
+def dry_run(
+    run: RunConfig,
+    state: State,
+    device: torch.device,
+    objective: Objective | None = None,
+    largest: Any = None,
+) -> float:
     """Collective. Run the largest step on zeros, without its update, so that too little memory shows before training.
 
     objective: of the stage (default: next token). largest: its largest micro-batch, a NamedTuple with `tokens` and `docs`
@@ -41,13 +51,21 @@ def dry_run(run: RunConfig, state: State, device: torch.device, objective: Objec
     """
     data, model, cuda = run.data, state.model, device.type == "cuda"
     if largest is None:
-        zeros = torch.zeros(data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device)
+        zeros = torch.zeros(
+            data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device
+        )
         largest = ZeroBatch(zeros, zeros, zeros.int(), torch.arange(len(zeros), device=device))
     halves = largest.doc_ids.clone()
     halves[:, halves.shape[1] // 2 :] = 1
     batches = [largest, largest._replace(doc_ids=halves)]
     several = data.rows // dist.get_world_size() // data.micro_batch_size > 1
-    ways = [batches] if several else [[each] for each in batches[: 2 if run.parallel.attention in ("varlen", "flash") else 1]]
+    ways = (
+        [batches]
+        if several
+        else [
+            [each] for each in batches[: 2 if run.parallel.attention in ("varlen", "flash") else 1]
+        ]
+    )
     moments = []
     if cuda and not state.optimizer.state:
         own = sum(part.to_local().numel() for part in model.parameters())
@@ -71,7 +89,9 @@ def out_of_memory(run: RunConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        path = snapshot(run.logs / "profile" / f"{run.phase}.out_of_memory.rank{dist.get_rank()}.pickle", device)
+        path = snapshot(
+            run.logs / "profile" / f"{run.phase}.out_of_memory.rank{dist.get_rank()}.pickle", device
+        )
         raise ValueError(
             f"rank {dist.get_rank()} has no memory left{_use(device)} for micro-batches of {run.data.micro_batch_size} rows of "
             f"{run.data.sequence_length} tokens: {advice(run, dist.get_world_size())}"
@@ -84,12 +104,22 @@ def advice(run: RunConfig, world: int) -> str:
     data, parallel = run.data, run.parallel
     share = data.rows // world
     smaller = [rows for rows in range(1, data.micro_batch_size) if share % rows == 0]
-    ways = [f"data.micro_batch_size={max(smaller)} (a step stays {data.tokens_per_step:,} tokens)"] if smaller else []
+    ways = (
+        [f"data.micro_batch_size={max(smaller)} (a step stays {data.tokens_per_step:,} tokens)"]
+        if smaller
+        else []
+    )
     if parallel.activation_checkpointing != "full":
-        ways.append(f"parallel.activation_checkpointing={'selective' if parallel.activation_checkpointing == 'none' else 'full'}")
+        ways.append(
+            f"parallel.activation_checkpointing={'selective' if parallel.activation_checkpointing == 'none' else 'full'}"
+        )
     if parallel.strategy != "zero3" and world > 1:
         ways.append("parallel.strategy=zero3")
-    return "set " + ", or ".join(ways) if ways else "this model needs more GPUs, or ones with more memory"
+    return (
+        "set " + ", or ".join(ways)
+        if ways
+        else "this model needs more GPUs, or ones with more memory"
+    )
 
 
 @contextmanager
@@ -102,7 +132,9 @@ def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]
     need = WAIT + WARMUP + ACTIVE
     left = state.end - state.step
     if left < need:
-        raise ValueError(f"--profile needs {need} steps and {left} are left of {run.phase}; profile an earlier part of it")
+        raise ValueError(
+            f"--profile needs {need} steps and {left} are left of {run.phase}; profile an earlier part of it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(profiler: profile) -> None:
@@ -116,7 +148,12 @@ def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]
 
     what = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
     plan = schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
-    with memory_history(cuda), profile(activities=what, schedule=plan, on_trace_ready=write, record_shapes=True) as profiler:
+    with (
+        memory_history(cuda),
+        profile(
+            activities=what, schedule=plan, on_trace_ready=write, record_shapes=True
+        ) as profiler,
+    ):
         hook = state.optimizer.register_step_post_hook(lambda *_: profiler.step())
         try:
             yield
@@ -127,12 +164,20 @@ def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]
 def table(profiler: profile, cuda: bool, rows: int = 12) -> str:
     """The operators that take longest by their own time: share, milliseconds and calls a step."""
     time = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total  # noqa: E731
-    events = sorted((e for e in profiler.key_averages() if not e.key.startswith("ProfilerStep")), key=time, reverse=True)
+    events = sorted(
+        (e for e in profiler.key_averages() if not e.key.startswith("ProfilerStep")),
+        key=time,
+        reverse=True,
+    )
     total = sum(time(event) for event in events) or 1
-    lines = [f"{'share':>6} {'ms/step':>9} {'calls/step':>10}  operator ({'GPU' if cuda else 'CPU'} time of its own)"]
+    lines = [
+        f"{'share':>6} {'ms/step':>9} {'calls/step':>10}  operator ({'GPU' if cuda else 'CPU'} time of its own)"
+    ]
     for event in events[:rows]:
         per_step = time(event) / 1e3 / ACTIVE
-        lines.append(f"{time(event) / total:>6.1%} {per_step:>9.2f} {event.count / ACTIVE:>10.1f}  {event.key[:80]}")
+        lines.append(
+            f"{time(event) / total:>6.1%} {per_step:>9.2f} {event.count / ACTIVE:>10.1f}  {event.key[:80]}"
+        )
     return "\n".join(lines)
 
 

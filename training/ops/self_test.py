@@ -56,21 +56,33 @@ def clear(run: RunConfig) -> None:
         "metrics_*.jsonl",
     )
     more = ("dummy.*", "tensorboard", "wandb_run_urls.txt")
-    leftovers = {run.checkpoints: ("step_*", "run.*"), run.logs: (*logs, *more), Path(run.data.store): ("tokens",)}
+    leftovers = {
+        run.checkpoints: ("step_*", "run.*"),
+        run.logs: (*logs, *more),
+        Path(run.data.store): ("tokens",),
+    }
     for folder, of_a_test in leftovers.items():
         if folder.exists():
             known = {path for pattern in of_a_test for path in folder.glob(pattern)}
-            if set(folder.iterdir()) - known or (folder == run.checkpoints and run.output_dir != "checkpoints/test_mode/dummy"):
-                raise ValueError(f"{folder} is not empty; give test mode an --output_dir of its own")
+            if set(folder.iterdir()) - known or (
+                folder == run.checkpoints and run.output_dir != "checkpoints/test_mode/dummy"
+            ):
+                raise ValueError(
+                    f"{folder} is not empty; give test mode an --output_dir of its own"
+                )
             shutil.rmtree(folder)
 
 
 def check(run: RunConfig, state: State, checkpointer: Checkpointer, log: Log) -> None:
     """Collective. Say for each check whether it held; ValueError where one did not."""
     path = run.logs / "metrics.jsonl"
-    rows = run_on_rank0(lambda: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    rows = run_on_rank0(
+        lambda: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    )
     tenth = max(1, run.steps // 10)
-    first, last = (sum(row["loss"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:]))
+    first, last = (
+        sum(row["loss"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:])
+    )
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"}
     norms = [row["grad_norm"] for row in rows]
     newest = checkpointer.newest()
@@ -78,17 +90,24 @@ def check(run: RunConfig, state: State, checkpointer: Checkpointer, log: Log) ->
     same = False
     if newest:
         load_state(newest, fresh)
-        same = all(torch.equal(_local(a), _local(b)) for a, b in zip(_tensors(state), _tensors(fresh), strict=True))
+        same = all(
+            torch.equal(_local(a), _local(b))
+            for a, b in zip(_tensors(state), _tensors(fresh), strict=True)
+        )
     results = {
         f"the loss fell, {first:.3f} -> {last:.3f}": last < 0.9 * first,
-        f"gradients came in all {len(rows)} steps": len(norms) == run.steps and all(0 < norm < math.inf for norm in norms),
+        f"gradients came in all {len(rows)} steps": len(norms) == run.steps
+        and all(0 < norm < math.inf for norm in norms),
         f"the checkpoint {newest} loads back bit for bit": same,
-        f"{path} has one row a step": len(rows) == run.steps and all(keys <= row.keys() for row in rows),
+        f"{path} has one row a step": len(rows) == run.steps
+        and all(keys <= row.keys() for row in rows),
     }
     for sentence, held in results.items():
         log.say(f"test mode: {'ok    ' if held else 'FAILED'}  {sentence}")
     if not all(results.values()):
-        raise ValueError("test mode found a fault; do not train on this machine before it is understood")
+        raise ValueError(
+            "test mode found a fault; do not train on this machine before it is understood"
+        )
 
 
 def _tensors(state: State) -> list[Any]:

@@ -13,7 +13,11 @@ from typing import Any
 
 from training.ops.watchdog import LOST
 
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # SIGINT reaches the stage from the terminal
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+)  # SIGINT reaches the stage from the terminal
 DRIVER = "NANOLLAMA_DRIVER"  # environment variable: the process that a launcher must not outlive
 DEATHS = {  # exit status of a launcher -> why; other statuses are a decision or a user's mistake
     1: "a rank ended with an error",
@@ -51,10 +55,18 @@ class Supervisor:
             step = self._step(before)
             where = "before its first step" if step is None else f"at step {step:,}"
             if attempt and step == reached:
-                self.event("gave_up", f"{why} {where} again; the same step failed twice, so it is not restarted", step=step)
+                self.event(
+                    "gave_up",
+                    f"{why} {where} again; the same step failed twice, so it is not restarted",
+                    step=step,
+                )
                 break
             if attempt == self.restarts:
-                self.event("gave_up", f"{why} {where}; it was restarted {self.restarts} times already", step=step)
+                self.event(
+                    "gave_up",
+                    f"{why} {where}; it was restarted {self.restarts} times already",
+                    step=step,
+                )
                 break
             text = f"{why} {where} (status {status}); restart {attempt + 1} of {self.restarts} from the newest checkpoint"
             self.event("restarted", text, step=step, status=status)
@@ -71,7 +83,14 @@ class Supervisor:
             except KeyboardInterrupt:  # the stage was told too: let it save
                 self.stopped = signal.SIGINT
                 status = process.wait() or 128 + signal.SIGINT
-        if status in (130, 143, -signal.SIGINT, -signal.SIGTERM, 128 + signal.SIGHUP, 128 + signal.SIGUSR1):
+        if status in (
+            130,
+            143,
+            -signal.SIGINT,
+            -signal.SIGTERM,
+            128 + signal.SIGHUP,
+            128 + signal.SIGUSR1,
+        ):
             self.stopped = self.stopped or signal.SIGTERM
         return 128 + self.stopped if self.stopped else status
 
@@ -99,7 +118,9 @@ class Supervisor:
     def _step(self, before: dict[Path, tuple[int, int]]) -> int | None:
         """The last step in the metrics that have changed; None where none have."""
         changed = [path for path, stat in self._logged().items() if before.get(path) != stat]
-        return max((step for path in changed if (step := last_step(path)) is not None), default=None)
+        return max(
+            (step for path in changed if (step := last_step(path)) is not None), default=None
+        )
 
 
 def last_step(path: Path) -> int | None:

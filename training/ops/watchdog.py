@@ -21,7 +21,14 @@ PULSE = 1.0  # seconds
 GONE = ": its process is stopped, or its machine is gone or swapping"
 LOST = 75  # exit status: EX_TEMPFAIL of sysexits.h, "try again"
 AGAIN = "the same command goes on from the newest checkpoint"
-BROKEN = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe", "Socket closed", "Timed out")
+BROKEN = (
+    "Connection closed",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "Socket closed",
+    "Timed out",
+)
 
 
 class Watch:
@@ -42,7 +49,9 @@ class Watch:
     def __enter__(self) -> "Watch":
         if self.world > 1:
             self.store: Any = dist.distributed_c10d._get_default_store()
-            self.threads = [threading.Thread(target=work, daemon=True) for work in (self._pulse, self._time)]
+            self.threads = [
+                threading.Thread(target=work, daemon=True) for work in (self._pulse, self._time)
+            ]
             for thread in self.threads:
                 thread.start()
         return self
@@ -53,7 +62,9 @@ class Watch:
             return
         if step != self.step:
             self.first, self.step, self.since = self.first or step, step, time.monotonic()
-            faulthandler.dump_traceback_later(self._limit() + 60, exit=True)  # needs no GIL, should the threads not get it
+            faulthandler.dump_traceback_later(
+                self._limit() + 60, exit=True
+            )  # needs no GIL, should the threads not get it
         self.store.set(f"watch/{self.rank}", f"{step} {what}")
 
     def rest(self) -> None:
@@ -88,7 +99,11 @@ class Watch:
         asking = threading.Thread(target=self._ask, args=(answer,), daemon=True)
         asking.start()
         asking.join(10 * PULSE)
-        cause = answer[0] if answer else "rank 0 does not respond, which keeps what the ranks know of each other" + GONE
+        cause = (
+            answer[0]
+            if answer
+            else "rank 0 does not respond, which keeps what the ranks know of each other" + GONE
+        )
         if cause:
             print(
                 f"error: step {self.step} did not end within {self._limit():g} s (parallel.timeout_s): {cause}; stacks and "
@@ -106,8 +121,14 @@ class Watch:
             store = self.store.clone()
             before = self._pulses(store)
             time.sleep(4 * PULSE)
-            silent = [rank for rank, (old, new) in enumerate(zip(before, self._pulses(store), strict=True)) if old == new]
-            doing = [store.get(f"watch/{rank}").decode().split(" ", 1) for rank in range(self.world)]
+            silent = [
+                rank
+                for rank, (old, new) in enumerate(zip(before, self._pulses(store), strict=True))
+                if old == new
+            ]
+            doing = [
+                store.get(f"watch/{rank}").decode().split(" ", 1) for rank in range(self.world)
+            ]
             answer.append(self._cause(silent, doing) if store.add("watch/said", 1) == 1 else None)
 
     def _pulses(self, store: dist.Store) -> list[int]:
@@ -129,19 +150,27 @@ class Watch:
         with open(self.folder / f"stacks_{self.rank}.txt", "w", encoding="utf-8") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         bindings = torch._C._distributed_c10d
-        record = getattr(bindings, "_dump_nccl_trace", None) or getattr(bindings, "_dump_fr_trace", None)
+        record = getattr(bindings, "_dump_nccl_trace", None) or getattr(
+            bindings, "_dump_fr_trace", None
+        )
         if record:
             (self.folder / f"collectives_{self.rank}").write_bytes(record())
 
 
 def _ranks(numbers: list[int]) -> str:
-    return f"rank {numbers[0]} does" if len(numbers) == 1 else f"ranks {', '.join(map(str, numbers))} do"
+    return (
+        f"rank {numbers[0]} does"
+        if len(numbers) == 1
+        else f"ranks {', '.join(map(str, numbers))} do"
+    )
 
 
 def leave_if_lost(error: BaseException, rank: int) -> None:
     """Where an error only says that another rank has ended: end with status 75 and one sentence, unless torchrun is faster."""
     said = str(error)
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(text in said for text in BROKEN)):
+    if isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in said for text in BROKEN)
+    ):
         sys.stdout.flush()
         time.sleep(5)  # torchrun ends this rank at once where it knows of the other's end
         print(

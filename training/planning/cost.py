@@ -61,18 +61,27 @@ GPUS = {
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter, from the model itself, built without memory."""
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in NanoLlama(model).named_parameters()}
+        return {
+            name: tuple(parameter.shape) for name, parameter in NanoLlama(model).named_parameters()
+        }
 
 
 def sharded_bytes(model: ModelConfig, strategy: str, gpus: int) -> int:
     """fp32 bytes of all parameters on the GPU that holds most: FSDP2 splits first dimensions, rounded up; ddp splits nothing."""
     shards = 1 if strategy == "ddp" else gpus
-    return sum(4 * -(-shape[0] // shards) * math.prod(shape[1:]) for shape in parameter_shapes(model).values())
+    return sum(
+        4 * -(-shape[0] // shards) * math.prod(shape[1:])
+        for shape in parameter_shapes(model).values()
+    )
 
 
 def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     """Of the matrices that Muon updates, where optim.name says so."""
-    return [shape for name, shape in parameter_shapes(model).items() if name.startswith("layers.") and len(shape) == 2]
+    return [
+        shape
+        for name, shape in parameter_shapes(model).items()
+        if name.startswith("layers.") and len(shape) == 2
+    ]
 
 
 def moment_bytes(model: ModelConfig, strategy: str, gpus: int, optimizer: str = "adamw") -> int:
@@ -86,11 +95,21 @@ def moment_bytes(model: ModelConfig, strategy: str, gpus: int, optimizer: str = 
 def update_bytes(model: ModelConfig, gpus: int, optimizer: str, size: int = 2) -> int:
     """What an update holds on one GPU for a while, at most: AdamW nothing, Muon nine times what one rank's largest round has."""
     shapes = hidden_shapes(model) if optimizer == "muon" else []
-    counts = {shape: -(-shapes.count(shape) // gpus) for shape in shapes}  # that one rank makes orthogonal
-    return max((9 * size * (r * c) * min(max(1, ROUND // (r * c)), count) for (r, c), count in counts.items()), default=0)
+    counts = {
+        shape: -(-shapes.count(shape) // gpus) for shape in shapes
+    }  # that one rank makes orthogonal
+    return max(
+        (
+            9 * size * (r * c) * min(max(1, ROUND // (r * c)), count)
+            for (r, c), count in counts.items()
+        ),
+        default=0,
+    )
 
 
-def activation_bytes(model: ModelConfig, checkpointing: str, size: int = 2, compiled: bool = True) -> int:
+def activation_bytes(
+    model: ModelConfig, checkpointing: str, size: int = 2, compiled: bool = True
+) -> int:
     """Bytes a token that one block keeps from forward to backward, with `size` bytes a number; 59,528 for the 1.1B model in bf16.
 
     none, compiled: block input, both norm outputs, q, k, v as attention sees them, attention output, o_proj output, gate, up
@@ -100,15 +119,23 @@ def activation_bytes(model: ModelConfig, checkpointing: str, size: int = 2, comp
     d, ff, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
     width, kv = heads * model.resolved_head_dim, model.num_key_value_heads * model.resolved_head_dim
     attention = size * (2 * width + 2 * kv) + 4 * heads  # q, k, v, output, logsumexp
-    normed_heads = (width + kv, 4 * (heads + model.num_key_value_heads)) if model.qk_norm else (0, 0)  # numbers, statistics
+    normed_heads = (
+        (width + kv, 4 * (heads + model.num_key_value_heads)) if model.qk_norm else (0, 0)
+    )  # numbers, statistics
     if checkpointing == "full":
         return size * d
     if checkpointing == "selective":
-        return size * (2 * d + 2 * ff) + attention + (0 if compiled else size * d)  # eager keeps the last matmul's output too
+        return (
+            size * (2 * d + 2 * ff) + attention + (0 if compiled else size * d)
+        )  # eager keeps the last matmul's output too
     if compiled:
         return size * (4 * d + 3 * ff) + attention + 8 + size * normed_heads[0] + normed_heads[1]
-    norm = 4 + size  # of a number that is normed: its fp32 copy and the normalised value; the input itself in fp32
-    outputs = size * 2 * d + size * 4 * ff + attention  # of the norms; gate, silu(gate), up and their product
+    norm = (
+        4 + size
+    )  # of a number that is normed: its fp32 copy and the normalised value; the input itself in fp32
+    outputs = (
+        size * 2 * d + size * 4 * ff + attention
+    )  # of the norms; gate, silu(gate), up and their product
     return 2 * (norm * d + 4) + outputs + norm * normed_heads[0] + normed_heads[1]
 
 
@@ -147,7 +174,11 @@ def memory(run: RunConfig, gpus: int) -> Memory:
     d, vocab, layers = model.hidden_size, model.vocab_size, model.num_hidden_layers
     tokens = run.data.micro_batch_size * run.data.sequence_length
     held = sharded_bytes(model, parallel.strategy, gpus)
-    block = sum(math.prod(shape) for name, shape in parameter_shapes(model).items() if name.startswith("layers.0."))
+    block = sum(
+        math.prod(shape)
+        for name, shape in parameter_shapes(model).items()
+        if name.startswith("layers.0.")
+    )
     root = model.num_parameters - layers * block  # embedding, last norm and head: one FSDP group
     shards = 1 if parallel.strategy == "ddp" else gpus
 
@@ -160,21 +191,42 @@ def memory(run: RunConfig, gpus: int) -> Memory:
         "rotary tables": 8 * model.max_position_embeddings * model.resolved_head_dim,
         "CUDA context (assumed)": CONTEXT,
     }
-    accumulated = 4 * model.num_parameters if micro_batches(run, gpus) > 1 else 0  # whole, fp32, until the last micro-batch
-    gathered = size * (model.num_parameters if parallel.strategy != "zero3" else root + min(2, layers) * block)
+    accumulated = (
+        4 * model.num_parameters if micro_batches(run, gpus) > 1 else 0
+    )  # whole, fp32, until the last micro-batch
+    gathered = size * (
+        model.num_parameters if parallel.strategy != "zero3" else root + min(2, layers) * block
+    )
     blocks = tokens * layers * kept(parallel.activation_checkpointing)
-    last_norm = tokens * ((4 + 2 * size) * d + 4 if size == 2 else 12 * d + 4)  # eager; its output is what the head reads
-    losses = tokens * 12 + 20 * run.data.tokens_per_step // gpus  # nll, logsumexp; ids, targets and documents of the step
+    last_norm = tokens * (
+        (4 + 2 * size) * d + 4 if size == 2 else 12 * d + 4
+    )  # eager; its output is what the head reads
+    losses = (
+        tokens * 12 + 20 * run.data.tokens_per_step // gpus
+    )  # nll, logsumexp; ids, targets and documents of the step
     chunks = -(-tokens // LOGITS_CHUNK)
-    logits = min(tokens, LOGITS_CHUNK) * vocab * ((12 if size == 2 else 8) if chunks > 1 else (6 if size == 2 else 4))
+    logits = (
+        min(tokens, LOGITS_CHUNK)
+        * vocab
+        * ((12 if size == 2 else 8) if chunks > 1 else (6 if size == 2 else 4))
+    )
     head = {"logits chunk": logits, "head gradient": 4 * vocab * d + size * tokens * d}
-    working = tokens * size * (d + 3 * model.intermediate_size)  # gradients of block output, gate, up and their product
+    working = (
+        tokens * size * (d + 3 * model.intermediate_size)
+    )  # gradients of block output, gate, up and their product
     if not compiled:
         working = max(working, tokens * (20 + size) * d)  # a norm's backward, in fp32
     recomputed = kept("none") - kept(parallel.activation_checkpointing)
-    reduced = block * (size + 4 + 4 / shards)  # gradients of one block, as its matmuls leave them, as they are sent, as they come
+    reduced = block * (
+        size + 4 + 4 / shards
+    )  # gradients of one block, as its matmuls leave them, as they are sent, as they come
     moments: dict[str, dict[str, float]] = {
-        "loss head": {"gradients": accumulated, "gathered": gathered, "activations": blocks + last_norm + losses, **head},
+        "loss head": {
+            "gradients": accumulated,
+            "gathered": gathered,
+            "activations": blocks + last_norm + losses,
+            **head,
+        },
         "last norm": {
             "gradients": accumulated + size * vocab * d,
             "gathered": gathered,
@@ -189,10 +241,14 @@ def memory(run: RunConfig, gpus: int) -> Memory:
         },
         "end of backward": {
             "gradients": max(held, accumulated) + root * (size + 4 + 4 / shards),
-            "gathered": gathered if accumulated else size * root,  # the last micro-batch gives blocks up as it goes
+            "gathered": gathered
+            if accumulated
+            else size * root,  # the last micro-batch gives blocks up as it goes
             "activations": losses,
         },
-        "optimizer step": {"gradients": held},  # fused AdamW and clipping work in place; Muon does not
+        "optimizer step": {
+            "gradients": held
+        },  # fused AdamW and clipping work in place; Muon does not
     }
     if rounds := update_bytes(model, gpus, run.optim.name, size):
         moments["optimizer step"]["Newton-Schulz"] = rounds
@@ -244,7 +300,9 @@ def _changed(run: RunConfig, option: dict[str, str]) -> RunConfig:
     for key, value in option.items():
         section, name = key.split(".")
         part = getattr(run, section)
-        run = replace(run, **{section: replace(part, **{name: int(value) if value.isdigit() else value})})
+        run = replace(
+            run, **{section: replace(part, **{name: int(value) if value.isdigit() else value})}
+        )
     return run
 
 
@@ -257,7 +315,13 @@ def _typed(option: dict[str, str]) -> str:
 # Loss in nats a token = E + A / N^alpha + B / D^beta, of N parameters and D tokens: form and data of Hoffmann et al. 2022
 # (arXiv:2203.15556, approach 3), values (and their standard errors) as fitted again by Besiroglu et al. 2024 (arXiv:2404.10102).
 LAW_HOLDS = {"parameters": (70e6, 16e9), "tokens": (5e9, 500e9)}  # what its runs had
-LOSS_LAW = {"E": (1.8172, 0.03), "A": (482.01, 124.58), "B": (2085.43, 1293.23), "alpha": (0.3478, 0.02), "beta": (0.3658, 0.02)}
+LOSS_LAW = {
+    "E": (1.8172, 0.03),
+    "A": (482.01, 124.58),
+    "B": (2085.43, 1293.23),
+    "alpha": (0.3478, 0.02),
+    "beta": (0.3658, 0.02),
+}
 
 
 def forecast_loss(parameters: int, tokens: float) -> tuple[float, float]:
@@ -282,7 +346,9 @@ def forecast_loss(parameters: int, tokens: float) -> tuple[float, float]:
 
 # ---- the whole plan
 
-Readable = Callable[[RunConfig], dict[str, int]]  # source -> training tokens that this phase can read of it, if they are there
+Readable = Callable[
+    [RunConfig], dict[str, int]
+]  # source -> training tokens that this phase can read of it, if they are there
 
 
 def forecast(
@@ -303,7 +369,9 @@ def forecast(
     if gpu not in GPUS:
         raise ValueError(f"--gpu {gpu} is not one of {', '.join(GPUS)}")
     if gpus < 1 or not 0 < mfu <= 1 or (price is not None and price < 0):
-        raise ValueError("--gpus must be at least 1, --mfu above 0 and at most 1, --price not negative")
+        raise ValueError(
+            "--gpus must be at least 1, --mfu above 0 and at most 1, --price not negative"
+        )
     parts = scheduled_phases(plan)
     phases = list(_phases(parts, GPUS[gpu], gpus, mfu, price, readable))
     run = parts[0].run
@@ -311,7 +379,9 @@ def forecast(
     for phase in phases:
         for name, source in phase["sources"].items():
             sources[name] += source["tokens"]
-    total = {key: sum(phase[key] for phase in phases) for key in ("steps", "tokens", "flops", "hours")}
+    total = {
+        key: sum(phase[key] for phase in phases) for key in ("steps", "tokens", "flops", "hours")
+    }
     measured = forecast_evaluations(plan, parts, reads, GPUS[gpu].flops, gpus, mfu) if reads else []
     measuring = {key: math.fsum(entry[key] for entry in measured) for key in ("flops", "hours")}
     return {
@@ -325,10 +395,16 @@ def forecast(
         "phases": phases,
         "total": {**total, "cost": None if price is None else total["hours"] * gpus * price},
         "evaluations": measured,
-        "evaluations_total": {**measuring, "cost": None if price is None else measuring["hours"] * gpus * price},
+        "evaluations_total": {
+            **measuring,
+            "cost": None if price is None else measuring["hours"] * gpus * price,
+        },
         "sources": dict(sources),
         "disk": _disk(plan, parts, total["tokens"]),
-        "loss_law": {name: {"value": value, "standard_error": error} for name, (value, error) in LOSS_LAW.items()},
+        "loss_law": {
+            name: {"value": value, "standard_error": error}
+            for name, (value, error) in LOSS_LAW.items()
+        },
         "warnings": [f"{phase['phase']}: {text}" for phase in phases for text in phase["warnings"]],
         "fits": not any(phase["problem"] for phase in phases),
     }
@@ -342,7 +418,12 @@ def check(report: dict[str, Any]) -> None:
 
 
 def _phases(
-    parts: list[ScheduledPhase], gpu: Gpu, gpus: int, mfu: float, price: float | None, readable: Readable | None
+    parts: list[ScheduledPhase],
+    gpu: Gpu,
+    gpus: int,
+    mfu: float,
+    price: float | None,
+    readable: Readable | None,
 ) -> Iterator[dict[str, Any]]:
     epochs: dict[str, float] = defaultdict(float)  # of each source, over the phases so far
     for part in parts:
@@ -378,14 +459,24 @@ def _phases(
         if need.total > gpu.memory:
             problem = f"{run.phase} needs {need.total / 1e9:.1f} GB on each GPU and there are {gpu.memory / 1e9:.1f}; "
             options = what_fits(run, gpus, gpu)
-            problem += f"set {' or '.join(options)}" if options else "no setting makes it fit: take more or larger GPUs"
+            problem += (
+                f"set {' or '.join(options)}"
+                if options
+                else "no setting makes it fit: take more or larger GPUs"
+            )
         elif need.total > TIGHT * gpu.memory:
             warnings.append(
                 f"{need.total / gpu.memory:.0%} of the GPU's memory; that figure was not measured on a GPU: try "
                 "train.py --test_mode with this shape first, and keep a smaller data.micro_batch_size ready"
             )
         flops = flops_per_token(model, data.sequence_length)
-        attention = 12 * model.num_hidden_layers * model.num_attention_heads * model.resolved_head_dim * data.sequence_length
+        attention = (
+            12
+            * model.num_hidden_layers
+            * model.num_attention_heads
+            * model.resolved_head_dim
+            * data.sequence_length
+        )
         hours = tokens * flops / (gpus * gpu.flops * mfu) / 3600
         rate = WSDScheduler(run.schedule, run.optim.lr)
         seen = {"parameters": model.num_parameters, "tokens": part.end * data.tokens_per_step}
@@ -407,10 +498,17 @@ def _phases(
             "rope_theta": list(run.theta_range),
             "flops_per_token": {"palm": flops, "causal": flops - attention / 2},
             "flops": tokens * flops,
-            "memory": {"moment": need.moment, "total": need.total, "parts": need.parts, "moments": need.moments},
+            "memory": {
+                "moment": need.moment,
+                "total": need.total,
+                "parts": need.parts,
+                "moments": need.moments,
+            },
             "hours": hours,
             "cost": None if price is None else hours * gpus * price,
-            "loss": {"nats_per_token": loss, "error": error, "perplexity": math.exp(loss)} if known else None,
+            "loss": {"nats_per_token": loss, "error": error, "perplexity": math.exp(loss)}
+            if known
+            else None,
             "warnings": warnings,
             "problem": problem,
         }
@@ -423,17 +521,26 @@ def _disk(plan: Plan, parts: list[ScheduledPhase], tokens: int) -> dict[str, flo
     """
     model = parts[0].run.model
     weights = model.num_parameters * (4 if parts[0].run.parallel.dtype == "float32" else 2)
-    one = model.num_parameters * 4 + moment_bytes(model, "ddp", 1, parts[0].run.optim.name) + weights
+    one = (
+        model.num_parameters * 4 + moment_bytes(model, "ddp", 1, parts[0].run.optim.name) + weights
+    )
     saved = one  # the newest, while it is being written
     for part in parts:
-        kept = {milestone.at for milestone in part.phase.milestones} | set(part.run.checkpoint.milestones)
+        kept = {milestone.at for milestone in part.phase.milestones} | set(
+            part.run.checkpoint.milestones
+        )
         milestones = sum(part.begin < step < part.end for step in kept)
         saved += one * milestones + _kept(part.run.checkpoint, part.end - part.begin, one, weights)
     for stage in plan.stages:
         for command in stage.commands.values():
             if config := re.search(r"--config (\S+)", command):
                 content = read_yaml(Path(config[1]))
-                saved += _kept(CheckpointConfig(**content.get("checkpoint", {})), content.get("steps", 1), one, weights)
+                saved += _kept(
+                    CheckpointConfig(**content.get("checkpoint", {})),
+                    content.get("steps", 1),
+                    one,
+                    weights,
+                )
     tokens = max(tokens, sum(_downloaded(command) for command in plan.before.values()))
     return {
         "checkpoint": one,
@@ -451,7 +558,13 @@ def _kept(keeps: CheckpointConfig, steps: int, one: int, weights: int) -> int:
 def _downloaded(command: str) -> int:
     """Tokens that a command of scripts.download_data fetches at most; 0 for another command, or one without a limit."""
     words = command.split()
-    if "scripts.download_data" not in words or "--max_tokens" not in words or "--dataset" not in words:
+    if (
+        "scripts.download_data" not in words
+        or "--max_tokens" not in words
+        or "--dataset" not in words
+    ):
         return 0
-    names = itertools.takewhile(lambda word: not word.startswith("--"), words[words.index("--dataset") + 1 :])
+    names = itertools.takewhile(
+        lambda word: not word.startswith("--"), words[words.index("--dataset") + 1 :]
+    )
     return int(float(words[words.index("--max_tokens") + 1])) * len(list(names))

@@ -12,7 +12,9 @@ from training.config import RunConfig
 from training.meter import flops_per_token
 from training.planning.plan import Plan, ScheduledPhase
 
-WRITING_MFU = 0.01  # assumed: writing token by token waits for weights and launches, not for matmuls
+WRITING_MFU = (
+    0.01  # assumed: writing token by token waits for weights and launches, not for matmuls
+)
 
 Tokens = tuple[float, float, int]  # read, written (at most), tokens of a row
 # A command, the run that made its checkpoint and how many sources the plan has -> processes of the command, and
@@ -49,12 +51,18 @@ def forecast_evaluations(
     return entries
 
 
-def _measured(plan: Plan, parts: list[ScheduledPhase]) -> Iterator[tuple[str, RunConfig, list[str]]]:
+def _measured(
+    plan: Plan, parts: list[ScheduledPhase]
+) -> Iterator[tuple[str, RunConfig, list[str]]]:
     """Where the plan measures a checkpoint, the run that made it, and the commands that measure it."""
     for part in parts:
         for milestone in part.phase.milestones:
             names = milestone.evals or tuple(plan.evals)
-            yield f"{part.run.phase} {milestone.at:,}", part.run, [plan.evals[name] for name in names]
+            yield (
+                f"{part.run.phase} {milestone.at:,}",
+                part.run,
+                [plan.evals[name] for name in names],
+            )
     last = parts[-1].run
     for stage in plan.stages:
         yield stage.name, last, [plan.evals[name] for name in stage.evals]
@@ -63,7 +71,10 @@ def _measured(plan: Plan, parts: list[ScheduledPhase]) -> Iterator[tuple[str, Ru
 
 
 def _is_evaluation(command: str) -> bool:
-    return any(word.startswith("evals.eval_") or word == "scripts.run_evals" for word in shlex.split(command))
+    return any(
+        word.startswith("evals.eval_") or word == "scripts.run_evals"
+        for word in shlex.split(command)
+    )
 
 
 def _cost(model: ModelConfig, work: list[Tokens], speed: float, mfu: float) -> dict[str, float]:

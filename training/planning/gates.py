@@ -27,7 +27,9 @@ class Gate:
     def __post_init__(self) -> None:
         check_fields(self, "gate")
         if self.go == self.no_go:
-            raise ValueError(f"gate {self.metric}: go and no_go are both {self.go}; set them apart, their order is the sense")
+            raise ValueError(
+                f"gate {self.metric}: go and no_go are both {self.go}; set them apart, their order is the sense"
+            )
 
 
 class Measured(NamedTuple):
@@ -60,7 +62,11 @@ class Verdict:
             return f"{gate.metric} = {value} (go {sign} {gate.go}, no-go beyond {gate.no_go}): {self.outcome}"
         if self.value is None or self.reference is None:
             place = self.where or f"{gate.against!r}, which has no results"
-            why = "" if self.value is None else f", but it was not measured {place}, so the change is unknown"
+            why = (
+                ""
+                if self.value is None
+                else f", but it was not measured {place}, so the change is unknown"
+            )
             return f"{gate.metric} = {value}{why}: {self.outcome}"
         error = f" \u00b1 {self.error:.3f}" if self.error else ""
         return (
@@ -82,7 +88,10 @@ def judge(gate: Gate, results: dict, reference: Measured | None = None) -> Verdi
         return Verdict(gate, None, "no-go", where=where)
     sign = 1 if gate.go < gate.no_go else -1
     if not gate.against:
-        is_go, is_no_go = sign * found.value <= sign * gate.go, sign * found.value > sign * gate.no_go
+        is_go, is_no_go = (
+            sign * found.value <= sign * gate.go,
+            sign * found.value > sign * gate.no_go,
+        )
         return Verdict(gate, found.value, "go" if is_go else "no-go" if is_no_go else "caution")
     before = estimate(gate.metric, reference.metrics) if reference else None
     if before is None:
@@ -104,7 +113,11 @@ def estimate(metric: str, results: dict) -> Estimate | None:
         value = value.get(key) if isinstance(value, dict) else None
     about = value if isinstance(value, dict) else {}  # an estimate with its standard error
     number = about.get("value") if about else value
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+    if (
+        isinstance(number, bool)
+        or not isinstance(number, (int, float))
+        or not math.isfinite(number)
+    ):
         return None
     error, n = about.get("stderr") or 0.0, about.get("n")
     return Estimate(number, max(error, 1 / (n + 2)) if n else error)
@@ -120,7 +133,9 @@ P = TypeVar("P", bound=OfPhase)
 
 def reference_of(gate: Gate, earlier: Sequence[P]) -> P | None:
     """What a gate compares with, of the places in order of the plan; None for a gate without `against`."""
-    return next((place for place in reversed(earlier) if gate.against in (BEFORE, place.phase)), None)
+    return next(
+        (place for place in reversed(earlier) if gate.against in (BEFORE, place.phase)), None
+    )
 
 
 def by_name(name: str, metrics: dict) -> dict:

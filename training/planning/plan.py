@@ -53,7 +53,9 @@ class Target:
     mvp: AnyFloat  # the least that is worth showing
     success: AnyFloat  # what the plan aims at
     scheduled: AnyFloat
-    stage: str = "final"  # the phase or stage that it is measured after; "final": the model that is left
+    stage: str = (
+        "final"  # the phase or stage that it is measured after; "final": the model that is left
+    )
     lower: bool = False  # lower is better
     percent: bool = True  # the metric is a share, and shown in percent
     note: str = ""  # where the three values come from
@@ -63,7 +65,9 @@ class Target:
         tiers = (self.mvp, self.success, self.scheduled)
         if list(tiers) != sorted(tiers, reverse=self.lower):
             order = "fall" if self.lower else "rise"
-            raise ValueError(f"target {self.metric}: mvp, success and stretch are {tiers}; they must {order}")
+            raise ValueError(
+                f"target {self.metric}: mvp, success and stretch are {tiers}; they must {order}"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,9 @@ class Plan:
     phases: tuple[PlanPhase, ...]
     stages: tuple[PlanStage, ...] = ()  # SFT, DPO
     ranks: PositiveInt = 2  # processes, one a GPU
-    restarts: NonNegativeInt = 3  # times that a stage which died is started again from its newest checkpoint
+    restarts: NonNegativeInt = (
+        3  # times that a stage which died is started again from its newest checkpoint
+    )
     # sentence -> command, run before the first phase: data, tokenizer
     before: dict[str, FilledText] = field(default_factory=dict)
     # sentence -> command, run at the end; {checkpoint} is the final checkpoint
@@ -92,16 +98,22 @@ class Plan:
         for phase in self.phases:
             steps = [milestone.at for milestone in phase.milestones]
             if steps != sorted(set(steps)):
-                raise ValueError(f"the milestones of {phase.config} are at {steps}; put them in order, each step once")
+                raise ValueError(
+                    f"the milestones of {phase.config} are at {steps}; put them in order, each step once"
+                )
             for milestone in phase.milestones:
                 if milestone.gates and not self.evals:
-                    raise ValueError(f"milestone {milestone.at} has gates, but the plan has no evals to measure them with")
+                    raise ValueError(
+                        f"milestone {milestone.at} has gates, but the plan has no evals to measure them with"
+                    )
                 self._check_evals(f"milestone {milestone.at}", milestone.evals)
 
     def _check_evals(self, where: str, evals: tuple[str, ...]) -> None:
         for name in evals:
             if name not in self.evals:
-                raise ValueError(f"{where}: {name} is not one of the plan's evals: {', '.join(self.evals) or 'none'}")
+                raise ValueError(
+                    f"{where}: {name} is not one of the plan's evals: {', '.join(self.evals) or 'none'}"
+                )
 
 
 @dataclass(frozen=True)
@@ -142,7 +154,10 @@ def scheduled_phases(plan: Plan, longer: dict[str, int] | None = None) -> list[S
         shift = sum(longer.get(scheduled.run.phase, 0) for scheduled in found)
         extra = longer.get(planned.phase, 0)
         schedule = planned.schedule
-        overrides = [f"steps={planned.steps + extra}", f"schedule.total_steps={schedule.total_steps + added}"]
+        overrides = [
+            f"steps={planned.steps + extra}",
+            f"schedule.total_steps={schedule.total_steps + added}",
+        ]
         overrides += [f"schedule.decay_steps={schedule.decay_steps + slower}"]
         if found:
             _check_follows(runs[len(found) - 1], planned, found[-1].phase.config, phase.config)
@@ -151,15 +166,22 @@ def scheduled_phases(plan: Plan, longer: dict[str, int] | None = None) -> list[S
             overrides += [f"start_step={at}"]
         run = load(phase.config, overrides)
         planned_end = at - shift + planned.steps  # a milestone at the phase's end moves with it
-        moved = tuple(replace(m, at=m.at + shift + (extra if m.at == planned_end else 0)) for m in phase.milestones)
+        moved = tuple(
+            replace(m, at=m.at + shift + (extra if m.at == planned_end else 0))
+            for m in phase.milestones
+        )
         for milestone in moved:
             if not at < milestone.at <= at + run.steps:
-                raise ValueError(f"milestone {milestone.at} lies outside {run.phase}, steps {at} to {at + run.steps}")
+                raise ValueError(
+                    f"milestone {milestone.at} lies outside {run.phase}, steps {at} to {at + run.steps}"
+                )
         found.append(ScheduledPhase(PlanPhase(phase.config, moved), run, at, at + run.steps))
         at += run.steps
     total = found[-1].run.schedule.total_steps
     if at > total:
-        raise ValueError(f"the phases take {at} steps but the learning rate is spent at schedule.total_steps={total}")
+        raise ValueError(
+            f"the phases take {at} steps but the learning rate is spent at schedule.total_steps={total}"
+        )
     places(plan, found)
     return found
 
@@ -183,29 +205,52 @@ def places(plan: Plan, found: list[ScheduledPhase]) -> list[Place]:
     listed: list[Place] = []
     for scheduled in found:
         phase, folder = scheduled.run.phase, scheduled.run.checkpoints
-        listed += [Place(str(m.at), f"step_{m.at}", phase, folder, m.gates) for m in scheduled.phase.milestones]
-    listed += [Place(stage.name, stage.name, stage.name, Path(stage.leaves), stage.gates) for stage in plan.stages if stage.evals]
+        listed += [
+            Place(str(m.at), f"step_{m.at}", phase, folder, m.gates)
+            for m in scheduled.phase.milestones
+        ]
+    listed += [
+        Place(stage.name, stage.name, stage.name, Path(stage.leaves), stage.gates)
+        for stage in plan.stages
+        if stage.evals
+    ]
     for number, place in enumerate(listed):
         known = [earlier.phase for earlier in listed[:number]]
         for gate in place.gates:
             if gate.against and gate.against not in ([BEFORE, *known] if known else []):
-                options = ", ".join(dict.fromkeys([BEFORE, *known])) if known else "nothing, since it is the first"
-                raise ValueError(f"{place.where}: {gate.metric} is against {gate.against}; it can be against {options}")
+                options = (
+                    ", ".join(dict.fromkeys([BEFORE, *known]))
+                    if known
+                    else "nothing, since it is the first"
+                )
+                raise ValueError(
+                    f"{place.where}: {gate.metric} is against {gate.against}; it can be against {options}"
+                )
     return listed
 
 
 def _check_start(run: RunConfig, begin: int, before: str | None, config: str) -> None:
     """ValueError where a config names another first step, or another phase to continue, than its place in the plan."""
     if run.start_step != begin:
-        raise ValueError(f"start_step is {run.start_step} in {config}, but the phases before it end at step {begin}")
-    if before and run.resume_from not in (None, before) and Path(str(run.resume_from)).name == run.resume_from:
-        raise ValueError(f"resume_from is {run.resume_from} in {config}, but the plan has {before} before it")
+        raise ValueError(
+            f"start_step is {run.start_step} in {config}, but the phases before it end at step {begin}"
+        )
+    if (
+        before
+        and run.resume_from not in (None, before)
+        and Path(str(run.resume_from)).name == run.resume_from
+    ):
+        raise ValueError(
+            f"resume_from is {run.resume_from} in {config}, but the plan has {before} before it"
+        )
 
 
 def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str) -> None:
     """ValueError where a phase cannot go on from the one before."""
     if before.phase == after.phase:
-        raise ValueError(f"{first} and {second} are both phase {before.phase}; give one another name")
+        raise ValueError(
+            f"{first} and {second} are both phase {before.phase}; give one another name"
+        )
     pairs = {
         "run": (before.run, after.run),
         "schedule": (before.schedule, after.schedule),
