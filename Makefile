@@ -1,10 +1,10 @@
-# make setup        every package (requirements.txt); the other commands install what they need
-# make quickstart   from nothing to a trained, evaluated, talking model on this machine
-# make test         the tests
-# make fuzz         50,000 changed inputs (configs, data, checkpoints, GGUF, templates); FUZZ_INPUTS=N for another number
-# make demo         talk to the newest model under checkpoints/ in a browser
-# make check        linter and type checker
-# make clean        forget the quickstart run (its data stay)
+# make setup        install every package (requirements.txt); other targets install what they need
+# make quickstart   train, evaluate and chat with a small model on this machine
+# make test         run the tests
+# make fuzz         fuzz configs, data, checkpoints, GGUF and templates (FUZZ_INPUTS=50000)
+# make demo         chat with the newest model under checkpoints/ in a browser
+# make check        run the linter and the type checker
+# make clean        delete the quickstart run, but not its data
 
 .PHONY: core setup quickstart test fuzz demo check clean
 

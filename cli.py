@@ -1,4 +1,7 @@
-"""What the commands share: a user's mistake ends in one clear sentence and exit status 2, never in a traceback."""
+"""Command-line helpers: flag types, error reporting and output that survives a closed pipe.
+
+A user's mistake ends in one sentence on standard error and exit status 2, without a traceback.
+"""
 
 import argparse
 import errno
@@ -17,17 +20,12 @@ from ranges import MAX_INT, Range, shown
 
 ROOT = Path(__file__).resolve().parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
-GONE = (errno.EPIPE, errno.EIO)  # of an output whose reader has ended, or whose terminal was closed
-PATHS = (
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-)  # nothing there, or a file where a folder is due
+DISCONNECTED = (errno.EPIPE, errno.EIO)  # the reader has ended or the terminal was closed
+PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # a missing or wrong path
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command: `about` as written in --help, one sentence on standard error for a wrong flag."""
+    """Argument parser: --help shows `about` as written; a wrong flag prints one sentence."""
 
     def __init__(self, about: str | None):
         super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +35,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number of at least `least`."""
+    """Return a flag type: an integer of at least `least`."""
 
     def number(text: str) -> int:
         if (value := int(text)) < least:
@@ -50,7 +48,7 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def within(kind: type, allowed: Range) -> Callable[[str], Any]:
-    """The type of a flag that takes a number, int or float, in a range."""
+    """Return a flag type: an int or float within a range."""
 
     def number(text: str) -> Any:
         if (value := kind(text)) not in allowed:
@@ -60,11 +58,11 @@ def within(kind: type, allowed: Range) -> Callable[[str], Any]:
     return number
 
 
-PORT = within(int, Range(0, 65_535))  # the type of a flag that takes a TCP port
+PORT = within(int, Range(0, 65_535))  # flag type: a TCP port
 
 
 def boolean(text: str) -> bool:
-    """The value of a boolean flag; ArgumentTypeError for anything but true, false, yes, no, on, off, 1 and 0."""
+    """Parse a boolean flag: true, yes, on, 1, false, no, off or 0."""
     if (word := text.lower()) in ("true", "yes", "on", "1"):
         return True
     if word in ("false", "no", "off", "0"):
@@ -75,21 +73,17 @@ def boolean(text: str) -> bool:
 def add_boolean(parser: argparse.ArgumentParser, name: str, about: str) -> None:
     """Add a flag that is false by default and takes an optional value: --cot, --cot True, --cot=0.
 
-    Only for commands without positional arguments: one that follows the flag would be read as its value.
+    Use it only in commands without positional arguments: argparse would take one as the value.
     """
-    optional: dict[str, Any] = {
-        "nargs": "?",
-        "const": True,
-        "default": False,
-        "metavar": "true|false",
-    }
-    parser.add_argument(name, type=boolean, help=about, **optional)
+    optional: dict[str, Any] = {"nargs": "?", "const": True, "default": False}
+    parser.add_argument(name, type=boolean, help=about, metavar="true|false", **optional)
 
 
 class Output(io.FileIO):
-    """A file descriptor to write to; once its reader is gone, os.devnull takes its place.
+    """An output stream that never ends a run.
 
-    A full disk under a redirected output drops what does not fit: a log must not end a run. `dropped` counts its bytes.
+    When the reader is gone, os.devnull replaces the descriptor. When the disk is full, the bytes
+    are dropped and counted in `dropped`.
     """
 
     dropped = 0
@@ -101,38 +95,35 @@ class Output(io.FileIO):
             if error.errno in FULL:
                 self.dropped += memoryview(data).nbytes
                 return memoryview(data).nbytes
-            if error.errno not in GONE:
+            if error.errno not in DISCONNECTED:
                 raise
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self.fileno())  # also for C libraries and for processes started from here on
+        os.dup2(null, self.fileno())  # applies to C libraries and new child processes too
         os.close(null)
         return memoryview(data).nbytes
 
 
 def outlive_readers() -> None:
-    """Let a closed pipe or terminal on stdout or stderr end the output, not the program.
+    """Keep the program running when stdout or stderr loses its pipe or terminal.
 
-    Holds for print, tqdm, warnings and the flush at exit. Streams that something else has replaced
-    (pytest, a notebook) stay as they are.
+    Covers print, tqdm, warnings and the flush at exit. Streams that another tool has replaced
+    (pytest, a notebook) stay unchanged.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if (
-            stream is None
-            or stream is not getattr(sys, f"__{name}__")
-            or not hasattr(stream, "buffer")
-        ):
+        replaced = stream is not getattr(sys, f"__{name}__")
+        if stream is None or replaced or not hasattr(stream, "buffer"):
             continue
-        buffered = hasattr(stream.buffer, "raw")  # not with python -u or PYTHONUNBUFFERED
+        buffered = hasattr(stream.buffer, "raw")  # False with python -u or PYTHONUNBUFFERED
         if isinstance(stream.buffer.raw if buffered else stream.buffer, Output):
             continue
         raw = Output(stream.fileno(), "wb", closefd=False)
-        with suppress(OSError):  # what was printed before, for a reader that is gone already
+        with suppress(OSError):  # the reader may be gone already
             stream.flush()
         guarded = io.TextIOWrapper(
             io.BufferedWriter(raw) if buffered else raw,
             stream.encoding,
-            "backslashreplace",  # any locale takes any text, and half a character ends nothing
+            "backslashreplace",  # text that the locale cannot encode, and lone surrogates
             newline="\n",
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
@@ -142,7 +133,7 @@ def outlive_readers() -> None:
 
 
 def _check_dropped() -> None:
-    """OSError, once the work is done, if a full disk took less than the whole output."""
+    """Raise OSError at the end of the work if a full disk has dropped output."""
     dropped = 0
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -152,13 +143,17 @@ def _check_dropped() -> None:
     if dropped:
         raise OSError(
             errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}: the work is done, but {dropped:,} bytes of its output are lost",
+            f"{os.strerror(errno.ENOSPC)}: the work is done, but {dropped:,} bytes of its output "
+            "are lost",
         )
 
 
 @contextmanager
 def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Print ValueErrors raised by our own code, and errors of the disk, as "error: ..."; all else keeps its traceback."""
+    """Print our own ValueErrors and disk errors as "error: ..." and exit with status 2.
+
+    Other exceptions keep their traceback.
+    """
     outlive_readers()
     try:
         yield
@@ -175,34 +170,23 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(frame.filename).resolve()
-        said = (frame.line or "").startswith(
-            "raise"
-        )  # not a ValueError that Python itself raised in our code
-        ours = (
-            isinstance(error, ValueError)
-            and said
-            and path.is_relative_to(ROOT)
-            and "site-packages" not in path.parts
-        )
+        in_project = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+        # A ValueError of a built-in function comes from a line without `raise`.
+        raised = (frame.line or "").startswith("raise")
+        ours = isinstance(error, ValueError) and raised and in_project
         disk = isinstance(error, OSError) and error.errno in DISK + PATHS
         full = is_full(error)
         if not (ours or disk or full):
             raise
         if rank:
-            time.sleep(
-                2
-            )  # rank 0 mostly meets the same and says it; its end then ends this one before it speaks too
+            time.sleep(2)  # rank 0 usually has the same error, and its exit ends this rank first
         text = " ".join(str(error).split())
         if full and not (ours or disk):
             text = (
                 f"the disk is full ({text[:200]}); free some space, then run the same command again"
             )
-        line = (
-            text if full else " ".join(str(error).splitlines())
-        )  # names of files may hold line breaks
+        line = text if full else " ".join(str(error).splitlines())  # paths may have line breaks
         print(f"error: {line}", file=sys.stderr, flush=True)
         if world > 1:
-            os._exit(
-                2
-            )  # another rank may wait for this one in a collective: leave without a farewell
+            os._exit(2)  # skips cleanup that would wait for other ranks in a collective
         sys.exit(2)

@@ -1,6 +1,7 @@
-"""Small files that survive a crash, names of temporary files, and what a full disk looks like."""
+"""Files: atomic writes, hashes, JSON, step folders, temporary names, and full disks."""
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -11,42 +12,54 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_NUMBERS = itertools.count()  # threads of one process write at once
+_NUMBERS = itertools.count()  # makes temporary names unique among the threads of a process
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# How numpy, torch, safetensors, tokenizers and pyarrow report a full disk, without an errno
+# A full disk as numpy, torch, safetensors, tokenizers and pyarrow report it, without an errno
 FULL_TEXT = re.compile(
-    r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|PytorchStreamWriter failed|"
-    r"inline_container\.cc.* unexpected pos",
+    r"No space left on device|Disk quota exceeded|\d+ requested and \d+ written|"
+    r"PytorchStreamWriter failed|inline_container\.cc.* unexpected pos",
     re.DOTALL,
 )
 
 
 def write_text(path: Path, content: str, sync: bool = True) -> None:
-    """Write a whole file by rename, so that a reader, a crash or a full disk leaves the old file or the new one.
+    """Write a text file atomically: after a crash or on a full disk, the old file remains.
 
-    sync: wait until the content is on the disk. Missing folders are made.
+    sync: wait until the content is on the disk. Missing folders are created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(path.name + ".tmp")
     try:
-        with open(part, "w", encoding="utf-8") as file:
+        with open(scratch, "w", encoding="utf-8") as file:
             file.write(content)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        part.rename(path)
+        scratch.rename(path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        scratch.unlink(missing_ok=True)
         raise
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write indented JSON as write_text does."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def step_number(folder: Path) -> int | None:
+    """Return N of a folder named step_N; None for any other name."""
+    prefix, _, digits = folder.name.partition("_")
+    return int(digits) if prefix == "step" and digits.isdecimal() else None
+
+
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; ValueError if it is not JSON or nested too deeply."""
+    """Parse JSON; ValueError if the text is not JSON or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -54,14 +67,24 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """The object of a JSON text; ValueError for any other JSON value, also for a list of pairs."""
+    """Parse a JSON object; ValueError for any other value."""
     if not isinstance(value := parse_json(text), dict):
         raise ValueError(f"it holds {'a list' if isinstance(value, list) else repr(value)[:50]}")
     return value
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a file's JSON object. ValueError names a damaged file; OSError if it is missing."""
+    try:
+        return parse_object(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged: it must be a JSON object ({error}); restore it from a copy"
+        ) from error
+
+
 def read_object(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; None where there is no such file, or it holds anything else (as after a full disk)."""
+    """Read a file's JSON object; None if the file is missing, damaged or holds another value."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -70,11 +93,14 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, without lines that a killed process left unfinished; [] where there is no file."""
+    """Read the objects of a .jsonl file; [] if it is missing.
+
+    Lines that a killed process left unfinished are skipped.
+    """
+    if not path.is_file():
+        return []
     rows = []
-    for line in (
-        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
-    ):
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(ValueError):
             row = parse_json(line)
             if isinstance(row, dict):
@@ -83,64 +109,64 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """True if an error, or one that it came from, is a full disk or an exhausted quota."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        known = isinstance(error, OSError) and error.errno in FULL
-        if known or FULL_TEXT.search(str(error)):
+    """True if an error or one of its causes reports a full disk or an exhausted quota."""
+    visited: set[int] = set()
+    while error is not None and id(error) not in visited:
+        visited.add(id(error))
+        full = isinstance(error, OSError) and error.errno in FULL
+        if full or FULL_TEXT.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
 def no_room(folder: Path, error: BaseException, todo: str) -> OSError:
-    """The error to raise for a full disk (is_full): names the folder, its free space and what to do."""
+    """Build the error for a full disk: it names the folder, its free space and what to do."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
-    code = (
-        errno.EDQUOT if isinstance(error, OSError) and error.errno == errno.EDQUOT else errno.ENOSPC
-    )
+    quota = isinstance(error, OSError) and error.errno == errno.EDQUOT
+    code = errno.EDQUOT if quota else errno.ENOSPC
     return OSError(code, f"{os.strerror(code)}: {folder} has {free:.3f} GB free; {todo}")
 
 
 def check_room(folder: Path, size: int, what: str) -> None:
-    """OSError if the disk of `folder` has no room for `size` bytes of `what`."""
+    """OSError if the disk of `folder` has less than `size` bytes free for `what`."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < size:
-        text = f"{what} needs about {size / 1e9:.3f} GB but {folder} has {free / 1e9:.3f} GB free; free some space"
-        raise OSError(errno.ENOSPC, text)
+        raise OSError(
+            errno.ENOSPC,
+            f"{what} needs about {size / 1e9:.3f} GB but {folder} has {free / 1e9:.3f} GB free; "
+            "free some space",
+        )
 
 
 def temporary(path: Path) -> Path:
-    """A temporary name, new in each call, of a file or folder that this process writes: .NAME.N.HOST.PID.tmp beside it."""
+    """Return a new temporary path beside `path`: .NAME.N.HOST.PID.tmp."""
     return path.with_name(f".{path.name}.{next(_NUMBERS)}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Remove temporary files and folders (`temporary`) of processes of this host that have ended; return their paths."""
-    gone = []
+    """Remove `temporary` paths of this host's ended processes; return the removed paths."""
+    removed = []
     for path in sorted(folder.glob(".*.tmp")):
-        stem, _, number = path.name.removesuffix(".tmp").rpartition(".")
-        if (
-            stem.endswith(f".{socket.gethostname()}")
-            and number.isdecimal()
-            and not _is_running(int(number))
-        ):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(
-                missing_ok=True
-            )
-            gone.append(path)
-    return gone
+        stem, _, pid = path.name.removesuffix(".tmp").rpartition(".")
+        this_host = stem.endswith(f".{socket.gethostname()}")
+        if this_host and pid.isdecimal() and not _is_running(int(pid)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
 
 
-def _is_running(process: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # another user's
+    except PermissionError:  # another user's process
         return True
     return True

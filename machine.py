@@ -1,4 +1,4 @@
-"""What this process may use of its machine."""
+"""CPU cores available to this process."""
 
 import math
 import os
@@ -9,7 +9,7 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def cpus() -> int:
-    """CPU cores that this process may use, at least 1: its affinity (cpuset, taskset), bounded by the cgroup's quota."""
+    """Return the usable CPU cores, at least 1: affinity (cpuset, taskset) and cgroup quota."""
     allowed = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -17,17 +17,17 @@ def cpus() -> int:
 
 
 def _quotas() -> list[float]:
-    """CPU quotas in cores of this process's cgroup and of those above it, for cgroup v2 and v1."""
-    found = []
+    """Return the CPU quotas, in cores, of this cgroup and its parents (cgroup v1 and v2)."""
+    quotas = []
     for line in _lines(OWN_CGROUPS):
-        _, kinds, own = line.split(":", 2)
-        folder = CGROUPS / kinds if kinds else CGROUPS
-        if kinds and "cpu" not in kinds.split(","):
+        _, controllers, cgroup = line.split(":", 2)
+        folder = CGROUPS / controllers if controllers else CGROUPS
+        if controllers and "cpu" not in controllers.split(","):
             continue
-        relative = Path(own.lstrip("/"))
+        relative = Path(cgroup.lstrip("/"))
         for path in [relative, *relative.parents]:
-            found += _quota(folder / path)
-    return found
+            quotas += _quota(folder / path)
+    return quotas
 
 
 def _quota(folder: Path) -> list[float]:

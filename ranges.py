@@ -65,14 +65,14 @@ class Filled:
 def at_least(
     least: float, *, most: float = math.inf, below: float | None = None, hint: str = ""
 ) -> Range:
-    """The range from `least`, included, up to `most`, or to a value below `below`."""
+    """Return the range least <= x <= most, or least <= x < below."""
     return Range(least, most if below is None else below, open_most=below is not None, hint=hint)
 
 
 def above(
     least: float, *, most: float = math.inf, below: float | None = None, hint: str = ""
 ) -> Range:
-    """The range above `least`, up to `most`, or to a value below `below`."""
+    """Return the range least < x <= most, or least < x < below."""
     return Range(least, most if below is None else below, True, below is not None, hint)
 
 
@@ -87,7 +87,7 @@ WORDS = {int: "a whole number", float: "a finite number", bool: "true or false",
 
 
 def check(value: Any, hint: Any, name: str) -> None:
-    """ValueError if a value, or an element of it, is outside the range that the type `hint` declares for it."""
+    """ValueError if a value or an element of it is outside the range of the type `hint`."""
     rules = getattr(hint, "__metadata__", ())
     kind = typing.get_args(hint)[0] if rules else hint
     for rule in rules:
@@ -117,24 +117,27 @@ def check(value: Any, hint: Any, name: str) -> None:
 
 
 def member(parts: tuple[Any, ...], value: Any) -> Any:
-    """The type of X | tuple[X, ...] | None that a value belongs to: the tuple for a list or a tuple, else X."""
-    several = [
+    """Choose from X | tuple[X, ...] | None by value: the tuple for a list or tuple, else X."""
+    tuples = [
         part
         for part in parts
         if typing.get_origin(part) is tuple and isinstance(value, (list, tuple))
     ]
-    return next(part for part in [*several, *parts] if part is not type(None))
+    return next(part for part in [*tuples, *parts] if part is not type(None))
 
 
 def check_fields(config: Any, section: str = "") -> None:
-    """ValueError if a field of a config dataclass is outside its range; section: its dotted name, for the message."""
+    """ValueError if a field of a config dataclass is outside its range.
+
+    section: the config's dotted name, for the message.
+    """
     for name, hint in hints(type(config)).items():
         if name in config.__dataclass_fields__:
             check(getattr(config, name), hint, f"{section}.{name}" if section else name)
 
 
 def hints(kind: Any) -> dict[str, Any]:
-    """The declared types of a class, with their ranges."""
+    """Return the declared types of a class, with their ranges."""
     if kind not in _HINTS:
         _HINTS[kind] = typing.get_type_hints(kind, include_extras=True)
     return _HINTS[kind]
@@ -144,7 +147,7 @@ _HINTS: dict[Any, dict[str, Any]] = {}
 
 
 def shown(value: Any) -> str:
-    """A value for an error message, at most MAX_SHOWN characters long."""
+    """Format a value for an error message, in at most MAX_SHOWN characters."""
     try:
         text = f"{value:.15g}" if isinstance(value, float) else repr(value)
     except (ValueError, RecursionError):  # an integer of more than 4,300 digits
@@ -163,7 +166,7 @@ def _is_infinite(value: Any) -> bool:
 
 
 def _limit(value: Any, rule: Range | Filled) -> str:
-    """What a rule asks for; the bound of int64 where only that is exceeded."""
+    """Describe a rule; the int64 bound if the value exceeds only that."""
     if (
         isinstance(rule, Range)
         and isinstance(value, Integral)

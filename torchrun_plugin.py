@@ -1,8 +1,8 @@
-"""What torchrun does differently for this project's scripts: a rank's own sentence stays last.
+"""Make torchrun end quietly for this project's scripts: a rank's error message stays the last line.
 
-torch loads the entry points of the group "torchrun.handlers" in the launcher's process (pyproject.toml
-names `plug_in`). For a script of another project `plug_in` changes nothing. scripts/launch.py uses the
-same functions. The module lies at the top level because torch must find it from any folder.
+torch loads the entry points of the group "torchrun.handlers" in the launcher's process; `plug_in`
+is ours (pyproject.toml). It changes nothing for scripts of other projects. scripts/launch.py uses
+the same functions. The module is at the top level so that torch finds it from any folder.
 """
 
 import logging
@@ -19,15 +19,15 @@ LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
 LAUNCHER_MODULES = ("torch.distributed.run", "accelerate.commands.launch")
 LAUNCHER = "NANOLLAMA_LAUNCHER"  # environment variable: the process that its ranks must not outlive
 REASONS = {
-    6: "6 is how NCCL ends a rank when another is gone",
-    9: "9 often means no memory",
+    6: "NCCL aborts a rank with signal 6 when another rank is gone",
+    9: "signal 9 often means out of memory",
 }
 
 
 def plug_in() -> Callable[..., Any]:
-    """Prepare the launcher if it starts a script of this project; always return torch's own handler.
+    """Prepare the launcher if it starts one of our scripts; always return torch's own handler.
 
-    torch registers the result as rendezvous backend "nanollama", which nobody has to use.
+    torch registers the result as the rendezvous backend "nanollama"; its use is optional.
     """
     if is_launcher(sys.orig_argv) and starts_our_script(sys.orig_argv[1:]):
         prepare()
@@ -56,7 +56,7 @@ def starts_our_script(arguments: Sequence[str]) -> bool:
             continue
         if previous in ("-m", "--module"):
             return is_ours(_module_file(argument))
-        if argument.endswith(".py"):  # train.py in a folder without one is meant to be ours, too
+        if argument.endswith(".py"):  # a name without a file in this folder refers to our script
             return is_ours(Path(argument)) or (
                 not Path(argument).exists() and is_ours(ROOT / Path(argument).name)
             )
@@ -70,9 +70,9 @@ def is_ours(path: Path) -> bool:
 
 
 def _module_file(name: str) -> Path:
-    """The file that `python -m name` runs: the working folder comes before this project.
+    """Return the file that `python -m name` runs, from the working folder or this project.
 
-    Nothing is imported: that would run code of other projects in the launcher.
+    Nothing is imported: an import would run other projects' code in the launcher.
     """
     path = Path(*name.split(".")).with_suffix(".py")
     return path if path.is_file() else ROOT / path
@@ -82,23 +82,23 @@ def prepare() -> None:
     """Give ranks time to save after a signal, and keep the launcher itself quiet."""
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun would kill after 30 s
-    # torchrun would die of SIGUSR1, and would end a run under nohup when the terminal is closed
+    # By default torchrun dies of SIGUSR1, and ends a nohup run when its terminal closes.
     handled = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1"]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
         handled.remove("SIGHUP")
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(handled))
-    # torch 2.13 keeps one store over restarts, in which new ranks find the addresses of the dead:
-    # let rank 0 open a new one.
+    # torch 2.13 keeps one store across restarts, with the addresses of dead ranks. With this
+    # setting rank 0 opens a new store.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     logging.disable(logging.ERROR)  # the launcher's own log; what ranks print is untouched
 
 
 def exit_status(error: BaseException) -> int | None:
-    """The exit status for an error of torchrun, or None if this is another kind of error.
+    """Return the exit status for an error of torchrun, None for any other error.
 
-    For a rank that ended by itself it is the rank's status; for a signal, 128 + its number.
+    It is the status of the first failed rank, or 128 + the number of the signal that ended it.
     """
-    name = type(error).__name__  # by name: importing torch's classes while torch loads is a cycle
+    name = type(error).__name__  # compared by name, because importing torch here is circular
     if name == "ChildFailedError":
         failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
         rank, first = min(failures.items(), key=lambda failed: failed[1].timestamp)
@@ -114,7 +114,7 @@ def exit_status(error: BaseException) -> int | None:
 
 
 def end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """An excepthook that ends the launcher with the status of the rank, without a traceback."""
+    """An excepthook that exits with the failed rank's status, without a traceback."""
     status = exit_status(error)
     if status is None:
         sys.__excepthook__(kind, error, traceback)

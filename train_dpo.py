@@ -1,10 +1,12 @@
-"""Align a fine-tuned model with preferences: DPO, or one of its kin (dpo.loss).
+"""Align a fine-tuned model with preferences: DPO or a related loss (dpo.loss).
 
     python train_dpo.py --config configs/quickstart/dpo.yaml --base_model checkpoints/quickstart/sft
-    torchrun --nproc_per_node=2 train_dpo.py --config configs/dpo.yaml --base_model checkpoints/nanollama_1b/sft \\
-        --output_dir checkpoints/nanollama_1b/dpo --num_steps 5000 --batch_size 4 --learning_rate 5e-7 --beta 0.1
+    torchrun --nproc_per_node=2 train_dpo.py --config configs/dpo.yaml \\
+        --base_model checkpoints/nanollama_1b/sft --output_dir checkpoints/nanollama_1b/dpo \\
+        --num_steps 5000 --batch_size 4 --learning_rate 5e-7 --beta 0.1
 
-The same command line again goes on from the newest whole checkpoint. Any setting can be given as section.key=value.
+Run the same command again to resume from the newest complete checkpoint.
+Set any other setting with section.key=value.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import ClassVar
 
 import torch
 
-from data.chat.pair_batches import HeldOutPairs, PairBatch, PairLoader, Pairs
+from data.chat.pair_batches import PairBatch, PairLoader, Pairs, ValidationPairs
 from data.chat.preferences import PreferenceConfig, describe, prepare
 from data.chat.rendering import TRAINING_TEMPLATE
 from data.dataloader import Prefetcher
@@ -34,9 +36,12 @@ from training.tuning import TuningRun, parser, start, take_base, with_record
 
 @dataclass(frozen=True)
 class PairDataConfig(DataConfig):
-    """data, with rows of one prompt and one answer: a pair is two, also of micro_batch_size. tokens_per_step follows."""
+    """The data section of DPO. A row is a prompt and one answer, so a pair has two rows.
 
-    sequence_length: PositiveInt = 1024  # tokens of a prompt and its answer, at most
+    micro_batch_size counts rows. tokens_per_step follows from pairs_per_step.
+    """
+
+    sequence_length: PositiveInt = 1024  # maximum tokens of a prompt and its answer
     pairs_per_step: PositiveInt = 4  # over all ranks
 
     def __post_init__(self) -> None:
@@ -47,12 +52,10 @@ class PairDataConfig(DataConfig):
 
 @dataclass(frozen=True)
 class PreferenceRun(TuningRun):
-    """A run on pairs."""
+    """Config of a run on preference pairs."""
 
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = TuningRun.NO_EFFECT | {
-        "data.tokens_per_step": NoEffect(
-            "has no effect in DPO: a step has data.pairs_per_step pairs; set that"
-        ),
+        "data.tokens_per_step": NoEffect("has no effect in DPO: set data.pairs_per_step instead"),
         "optim.z_weight": NoEffect(
             "has no effect in DPO, whose losses have no z-loss; remove it", (0, None)
         ),
@@ -70,12 +73,12 @@ class PreferenceRun(TuningRun):
         }
         for name, rows in sizes.items():
             if rows and rows % 2:
-                raise ValueError(f"{name}={rows} must be even in DPO, since a pair is two rows")
+                raise ValueError(f"{name}={rows} must be even in DPO, where a pair has two rows")
 
 
 def main() -> None:
-    flags = parser(__doc__, "configs/dpo.yaml", "pairs in one update, over all ranks")
-    flags.add_argument("--beta", type=float, help="how dear it is to leave the reference")
+    flags = parser(__doc__, "configs/dpo.yaml", "pairs per update, over all ranks")
+    flags.add_argument("--beta", type=float, help="KL penalty strength (beta)")
     args = flags.parse_intermixed_args()
     start(
         PreferenceRun, args, {"data.pairs_per_step": args.batch_size, "dpo.beta": args.beta}, align
@@ -85,7 +88,7 @@ def main() -> None:
 def align(
     run: PreferenceRun, rank: int, world: int, device: torch.device, profile: bool = False
 ) -> int:
-    """From pairs to checkpoints. Returns the exit status, 0 if complete; it has saved in any case."""
+    """Train on preference pairs. Returns the exit status of training.loop.train."""
     base = take_base(run, Path(run.preferences.cache))
     _, folder, files, run = base
     data, new_tokens = run.data, files.new_tokens
@@ -97,9 +100,7 @@ def align(
     )
     files = with_record(base, [source.report for source in train.values()], data.sequence_length)
     size = max(1, min(data.micro_batch_size // 2, data.pairs_per_step // world))  # pairs
-    multiple = (
-        64 if device.type == "cuda" else 1
-    )  # few lengths of rows, for kernels and compilation
+    multiple = 64 if device.type == "cuda" else 1  # few row lengths, for kernels and compilation
     pairs = PairLoader(
         train,
         data.mix,
@@ -111,24 +112,19 @@ def align(
         world,
         multiple,
     )
-    held = (run.validation.batch_size or 2 * size) // 2
-    few = HeldOutPairs(
-        val, run.validation.rows, max(1, held), data.sequence_length, rank, world, multiple
+    val_size = max(1, (run.validation.batch_size or 2 * size) // 2)
+    val_pairs = ValidationPairs(
+        val, run.validation.rows, val_size, data.sequence_length, rank, world, multiple
     )
-    source = reference(
-        run,
-        folder,
-        new_tokens,
-        device,
-        {"train": pairs.steps(run.steps), "val": few.steps()},
-        {"train": train, "val": val},
-    )
-    pairs.reference = partial(source, "train") if source else None
-    sources = few.batches(partial(source, "val") if source else None)
+    steps = {"train": pairs.steps(run.steps), "val": val_pairs.steps()}
+    logps = reference_logps(run, folder, new_tokens, device, steps, {"train": train, "val": val})
+    pairs.reference = partial(logps, "train") if logps else None
+    sources = val_pairs.batches(partial(logps, "val") if logps else None)
     lines = run.schedule_lines()
     if 2 * size < data.micro_batch_size:
         lines.append(
-            f"micro-batches: {2 * size} rows, a rank's share, instead of data.micro_batch_size={data.micro_batch_size}"
+            f"micro-batches: {2 * size} rows, all that a rank has, instead of "
+            f"data.micro_batch_size={data.micro_batch_size}"
         )
     run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
     objective = preference(run.dpo)
@@ -152,14 +148,14 @@ def align(
 
 
 def largest_batch(pairs: int, length: int, device: torch.device) -> PairBatch:
-    """Zeros in the shape of the largest micro-batch: each answer of each pair fills a row of `length` tokens."""
+    """Zeros shaped as the largest micro-batch: every answer fills a row of `length` tokens."""
     zeros = torch.zeros(2 * pairs, length, dtype=torch.int64, device=device)
-    places = torch.arange(zeros.numel(), device=device).view_as(zeros)
+    indices = torch.arange(zeros.numel(), device=device).view_as(zeros)
     reference, ones = torch.zeros(2 * pairs, device=device), torch.ones(pairs, device=device)
-    return PairBatch(zeros, zeros, zeros.int(), places, reference, ones, ones)
+    return PairBatch(zeros, zeros, zeros.int(), indices, reference, ones, ones)
 
 
-def reference(
+def reference_logps(
     run: PreferenceRun,
     tokenizer: Path,
     new_tokens: range | None,
@@ -167,7 +163,11 @@ def reference(
     steps: dict,
     pairs: dict[str, dict[str, Pairs]],
 ) -> Callable[[str, list, PairBatch], torch.Tensor] | None:
-    """What gives the log-probabilities under run.init_from of a split's batch; they are computed before there is a policy."""
+    """A function that returns the log-probabilities of a batch under the reference model.
+
+    The reference is run.init_from. Unless dpo.referred is "cpu", its log-probabilities are computed
+    before the policy is built. None if the loss has no reference.
+    """
     base, dpo = Path(str(run.init_from)), run.dpo
     if dpo.referred == "cpu":
         model = build_reference(base, run.model, new_tokens)
@@ -176,10 +176,10 @@ def reference(
         return None
     sources = [
         (split, name, source)
-        for split, part in pairs.items()
-        for name, source in sorted(part.items())
+        for split, by_name in pairs.items()
+        for name, source in sorted(by_name.items())
     ]
-    made_of = run_on_rank0(
+    inputs = run_on_rank0(
         lambda: {
             "weights": " ".join(file_hash(path) for path in sorted(base.glob("*.safetensors"))),
             "model": file_hash(base / "config.json"),
@@ -193,9 +193,8 @@ def reference(
         }
     )
     sizes = {f"{split}/{name}": len(source.prompts) for split, name, source in sources}
-    logps = ReferenceLogps(
-        Path(dpo.reference_cache or run.checkpoints / "reference.safetensors"), made_of, sizes
-    )
+    path = Path(dpo.reference_cache or run.checkpoints / "reference.safetensors")
+    logps = ReferenceLogps(path, inputs, sizes)
     logps.compute(
         lambda: sharded(build_reference(base, run.model, new_tokens), run, device),
         steps,

@@ -1,7 +1,7 @@
-"""YAML of configs, read within bounds: a file that is damaged or hostile ends in one ValueError.
+"""Read YAML configs within limits; any damaged or hostile file raises one ValueError.
 
-PyYAML itself keeps only the last of two equal keys, expands aliases and merges without a limit, and
-raises errors of many kinds from its constructors.
+PyYAML keeps only the last of two equal keys, expands aliases and merges without a limit, and raises
+many kinds of errors.
 """
 
 from collections.abc import Hashable
@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 4 * 2**20
-MAX_NODES = 200_000  # of a document, aliases expanded
+MAX_NODES = 200_000  # values of a document, with aliases expanded
 MAX_DEPTH = 50
 
 
 class UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, which keeps only the last of two equal keys; this one refuses them."""
+    """PyYAML's safe loader, but equal keys raise an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys: set[tuple[str, str]] = set()
@@ -36,11 +36,11 @@ class UniqueKeys(yaml.SafeLoader):
 
 
 class _TwiceError(yaml.constructor.ConstructorError):
-    """A mapping that holds the key `problem` twice."""
+    """A mapping has the key `problem` twice."""
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML document. ValueError says why there is none; read_yaml_file puts the file's name before it."""
+    """Parse YAML. The ValueError's text follows a file name: "is not YAML: ..."."""
     try:
         value = yaml.load(text, UniqueKeys)
     except yaml.YAMLError as error:
@@ -50,16 +50,16 @@ def parse_yaml(text: str) -> Any:
             f"is not a config: it is nested more than {MAX_DEPTH} levels deep or refers to itself"
         ) from error
     except (ValueError, KeyError, IndexError, AttributeError, TypeError, OverflowError) as error:
-        # of PyYAML's constructors: an integer of more than 4,300 digits, the 13th month, !!int ''
+        # PyYAML's constructors: an integer of more than 4,300 digits, a 13th month, !!int ''
         raise ValueError(
-            f"holds a value that YAML cannot read ({str(error)[:80]}); write it in quotes or shorten it"
+            f"holds a value that YAML cannot read ({str(error)[:80]}); quote or shorten it"
         ) from error
     _check_size(value)
     return value
 
 
 def read_yaml_file(path: Path) -> Any:
-    """The value of a YAML file; ValueError names the file and says what is wrong with it."""
+    """Read a YAML file; ValueError names the file and the problem."""
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path} has {size:,} bytes; a config has at most {MAX_BYTES:,}")
     try:
@@ -75,17 +75,18 @@ def read_yaml_file(path: Path) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """ValueError if a value has more than MAX_NODES parts with aliases expanded, is deeper than MAX_DEPTH, or holds itself."""
+    """ValueError if a value exceeds MAX_NODES (aliases expanded) or MAX_DEPTH, or is recursive."""
     count, level = 0, [value]
     for _ in range(MAX_DEPTH):
         inner: list[Any] = []
-        for part in level:
-            children = [*part.keys(), *part.values()] if isinstance(part, dict) else part
+        for node in level:
+            children = [*node.keys(), *node.values()] if isinstance(node, dict) else node
             if isinstance(children, (list, tuple, set)):
                 count += len(children)
                 if count > MAX_NODES:
                     raise ValueError(
-                        f"is not a config: it has more than {MAX_NODES:,} values, with its aliases expanded"
+                        f"is not a config: it has more than {MAX_NODES:,} values, "
+                        "with its aliases expanded"
                     )
                 inner += children
         level = inner

@@ -1,11 +1,12 @@
-"""Attention kernels, forward and backward, by length, with and without documents: milliseconds and TFLOP/s.
+"""Measure attention kernels, forward and backward, by length, with and without documents.
 
-    python -m benchmarks.attention                                                    # a CPU, or all that a GPU has
+    python -m benchmarks.attention                    # the CPU's kernels, or all kernels of the GPU
     python -m benchmarks.attention --lengths 4096 --output benchmarks/results/attention.json
 
-Grouped heads 8:1 of 64 (the 1.1B model's 32 and 4 on a GPU), bf16, kernels taking turns. FLOPs are those of the pairs that may be
-seen: 4 * heads * 64 a pair forward, 2.5 times that backward. Documents have lengths as on the web (lognormal, median 600 tokens,
-sigma 1.05). What is made once a forward pass of the model (block mask, starts of documents) is timed apart, as "mask_ms".
+Milliseconds and TFLOP/s in bf16; kernels take turns. Query heads of 64 and key heads 8:1 (on a GPU
+the 1.1B model's 32 and 4). FLOPs count unmasked pairs: 4 * heads * 64 per pair forward, 2.5 times
+that backward. Document lengths are web-like (lognormal, median 600 tokens, sigma 1.05). "mask_ms"
+is the time of the block mask and document starts, computed once per forward pass of the model.
 """
 
 import argparse
@@ -22,26 +23,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.side_by_side import machine, median_ms, reason, wait, write
 from cli import user_errors
-from models.attention import Added, Mask, attend, attention_mask, dense_mask
+from models.attention import Mask, ScoreBias, attend, attention_mask, dense_mask
 
 SDPA = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "math": SDPBackend.MATH,
 }
-GPU = (
-    "sdpa",
-    "sdpa cudnn",
-    "sdpa flash",
-    "flex",
-    "varlen",
-    "flash",
-)  # flash last: it may take the place of torch's kernel
+# flash last: it may replace torch's kernel
+GPU = ("sdpa", "sdpa cudnn", "sdpa flash", "flex", "varlen", "flash")
 CPU = ("blocks", "sdpa", "math")
 
 
 def documents(rows: int, length: int) -> Tensor:
-    """[rows, length] int32, counting up at each document's first token."""
+    """Return document ids, [rows, length] int32."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(600), 1.05, rows * length // 20), 20, 200_000).astype(
         np.int64
@@ -53,7 +48,7 @@ def documents(rows: int, length: int) -> Tensor:
 
 
 def seen_pairs(doc_ids: Tensor | None, rows: int, length: int) -> int:
-    """How many (query, key) pairs are not masked."""
+    """Return the number of unmasked (query, key) pairs."""
     if doc_ids is None:
         return rows * length * (length + 1) // 2
     return sum(
@@ -78,20 +73,18 @@ def run(
 def measure(
     length: int, packed: bool, args: argparse.Namespace, device: torch.device
 ) -> list[dict[str, Any]]:
-    rows, (heads, groups) = (
-        max(1, args.tokens // length),
-        (32, 4) if device.type == "cuda" else (8, 1),
-    )
+    rows = max(1, args.tokens // length)
+    heads, groups = (32, 4) if device.type == "cuda" else (8, 1)
     doc_ids = documents(rows, length) if packed else None
     pairs = seen_pairs(doc_ids, rows, length)
     on_device = None if doc_ids is None else doc_ids.to(device)
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, length, h, 64) for h in (heads, groups, groups, heads)]
-    made = [
+    tensors = [
         torch.randn(shape, generator=generator).to(device, torch.bfloat16).transpose(1, 2)
         for shape in shapes
     ]
-    qkv, grad = tuple(x.requires_grad_() for x in made[:3]), made[3]
+    qkv, grad = tuple(x.requires_grad_() for x in tensors[:3]), tensors[3]
     hidden = torch.empty(rows, length, heads * 64, dtype=torch.bfloat16, device=device)
     results, calls = [], {}
     for name in GPU if device.type == "cuda" else CPU:
@@ -104,18 +97,16 @@ def measure(
         results.append(result)
         try:
             if name in SDPA and packed and device.type == "cuda":
-                raise ValueError("takes no documents without the scores of all pairs")
-            wanted = "sdpa" if name in SDPA else name
-            make = partial(attention_mask, on_device, hidden, wanted)
+                raise ValueError("supports documents only with a dense mask")
+            kernel = "sdpa" if name in SDPA else name
+            make = partial(attention_mask, on_device, hidden, kernel)
             mask = dense_mask(on_device, length, device) if name == "math" and packed else make()
-            if name == "blocks" and not isinstance(mask, Added):
-                raise ValueError("gives way to sdpa at this size")
+            if name == "blocks" and not isinstance(mask, ScoreBias):
+                raise ValueError("sdpa replaces it at this size")
             call = partial(run, qkv, grad, mask, SDPA.get(name), attend)
             call()
             wait(device)
-        except (
-            Exception
-        ) as error:  # a kernel that is not installed, or cannot do this, is a row that says so
+        except Exception as error:  # not installed or unsupported: reported in the row
             result["not measured"] = reason(error)
             continue
         result["mask_ms"] = median_ms({"mask": make}, 5, device)["mask"]
@@ -139,9 +130,9 @@ def main() -> None:
         "--tokens",
         type=int,
         default=65_536 if cuda else 2048,
-        help="in a batch, whatever the length",
+        help="tokens per batch",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
@@ -149,7 +140,7 @@ def main() -> None:
     device = torch.device("cuda" if cuda else "cpu")
     with user_errors():
         rows: list[dict[str, Any]] = []
-        found = {
+        result = {
             "task": "attention",
             "machine": machine(device, "flash-attn", "flash-attn-3", "flash-attn-4"),
             "rows": rows,
@@ -158,19 +149,14 @@ def main() -> None:
             for packed in (False, True):
                 for row in measure(length, packed, args, device):
                     rows.append(row)
-                    head = f"{length:>6} x {row['rows']:<3} {'documents' if packed else 'rows':<10} {row['kernel']:<11}"
+                    kind = "documents" if packed else "rows"
+                    head = f"{length:>6} x {row['rows']:<3} {kind:<10} {row['kernel']:<11}"
                     figures = "{ms:9.2f} ms {tflop_per_s:8.2f} TFLOP/s, mask {mask_ms:.2f} ms"
-                    print(
-                        head,
-                        figures.format(**row)
-                        if "ms" in row
-                        else "not measured: " + row["not measured"],
-                        flush=True,
-                    )
-                write(args.output, found)  # as far as it came, should the time be up
-    print(
-        "flash stands for the newest of FlashAttention-2, -3 and -4 that is installed"
-    ) if cuda else None
+                    missing = f"not measured: {row.get('not measured')}"
+                    print(head, figures.format(**row) if "ms" in row else missing, flush=True)
+                write(args.output, result)  # after each case, in case the time runs out
+    if cuda:
+        print("flash: the newest installed FlashAttention of 2, 3 and 4")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""DPO steps, ours and TRL's DPOTrainer, on the same pairs and weights: pairs a second, peak memory, cost of a kept reference.
+"""Measure DPO steps of ours and TRL's DPOTrainer: pairs per second, memory, cost of the reference.
 
     pip install -r requirements.txt -r requirements-parity.txt
-    python -m benchmarks.dpo --output benchmarks/results/dpo.json          # a tiny model on a CPU
-    python -m benchmarks.dpo --shape 1b --rounds 2                         # 1.1B x 2,048 tokens in bf16, for a GPU
+    python -m benchmarks.dpo --output benchmarks/results/dpo.json    # a tiny model on a CPU
+    python -m benchmarks.dpo --shape 1b --rounds 2    # 1.1B x 2,048 tokens in bf16, for a GPU
 
-Each contender is a process; they take turns, so that a busy machine is busy for all. Pairs have the lengths of hh-rlhf's in
-the tiny shape and random ones up to a whole row in the other; which tokens they hold makes no difference. Ours reads its
-batches through the loader and counts every metric; TRL trains by its Trainer with its defaults, but for the dtype, which is ours,
-and gradient checkpointing, which both have or have not.
+Both use the same pairs and weights. Each contender is a process; they take turns. Pair lengths are
+those of hh-rlhf in the tiny shape, and random up to a full row in the other; the tokens are random.
+Ours reads batches through the loader and computes every metric. TRL uses its Trainer's defaults,
+with our dtype and the same gradient checkpointing.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch
 from benchmarks.side_by_side import machine, wait, write
 from data import manifest
 from data.chat.pair_batches import PairLoader, Pairs
-from data.chat.preferences import PARTS
+from data.chat.preferences import ARRAYS
 from data.dataloader import Prefetcher
 from models.hf import read_hf_config, save_hf
 from models.nanollama import ModelConfig, NanoLlama
@@ -70,11 +70,11 @@ CONTENDERS = ("ours", "ours_cpu_reference", "trl", "trl_precomputed")
 
 
 def lengths_of(shape: str, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Tokens of a prompt and two answers: log-normal with hh-rlhf's medians and spread, or even up to a row."""
+    """Return the tokens of a prompt and two answers: hh-rlhf's log-normal, or uniform."""
     if shape == "tiny":
         prompt, first, second = (
-            np.exp(rng.normal(np.log(at), spread))
-            for at, spread in ((110, 0.8), (40, 0.8), (40, 0.8))
+            np.exp(rng.normal(np.log(median), spread))
+            for median, spread in ((110, 0.8), (40, 0.8), (40, 0.8))
         )
         return (
             int(np.clip(prompt, 8, 256)),
@@ -85,8 +85,8 @@ def lengths_of(shape: str, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def write_case(folder: Path, shape: str) -> None:
-    """A model with random weights, pairs as preferences.py leaves them, and shape.json."""
-    wanted, rng = SHAPES[shape], np.random.default_rng(0)
+    """Write a model with random weights, prepared pairs and shape.json."""
+    sizes, rng = SHAPES[shape], np.random.default_rng(0)
     config = (
         ModelConfig(**TINY, vocab_size=8192, max_position_embeddings=512)
         if shape == "tiny"
@@ -102,11 +102,11 @@ def write_case(folder: Path, shape: str) -> None:
         pad=2,
     )
     ids, prompts = [], []
-    for _ in range(wanted["pairs"]):
+    for _ in range(sizes["pairs"]):
         prompt, *answers = lengths_of(shape, rng)
-        asked = rng.integers(3, config.vocab_size, prompt)
+        prompt_ids = rng.integers(3, config.vocab_size, prompt)
         ids += [
-            np.concatenate([asked, rng.integers(3, config.vocab_size, size)]).astype(np.uint32)
+            np.concatenate([prompt_ids, rng.integers(3, config.vocab_size, size)]).astype(np.uint32)
             for size in answers
         ]
         prompts.append(prompt)
@@ -116,17 +116,17 @@ def write_case(folder: Path, shape: str) -> None:
         np.cumsum([0, *map(len, ids)], dtype=np.int64),
         np.array(prompts),
     )
-    for part, array in zip(PARTS, arrays, strict=True):
+    for part, array in zip(ARRAYS, arrays, strict=True):
         np.save(folder / "pairs" / f"train.{part}.npy", array)
     manifest.write(folder / "pairs", {"report": {}, "sha256": {"train": "random"}})
-    (folder / "shape.json").write_text(json.dumps(wanted), encoding="utf-8")
+    (folder / "shape.json").write_text(json.dumps(sizes), encoding="utf-8")
 
 
-Pace = Callable[[], None]  # after each step
+Pace = Callable[[], None]  # called after each step
 
 
 def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], reference: str) -> None:
-    """Steps as training/loop.py takes them."""
+    """Run the steps of training/loop.py."""
     shape, pairs = (
         json.loads((folder / "shape.json").read_text(encoding="utf-8")),
         {"pairs": Pairs(folder / "pairs", "train")},
@@ -163,22 +163,22 @@ def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], refe
             torch.cuda.reset_peak_memory_stats()
     state = setup.build(run, device)
     state.model.train()
-    read, objective, place = Prefetcher(loader, device), preference(DPOConfig()), 0
+    read, objective, batch_index = Prefetcher(loader, device), preference(DPOConfig()), 0
     done = begin(notes)
     while True:
-        step = read.at(place)
+        step = read.at(batch_index)
         sums, _ = backward(run, state.model, step, objective)
-        reduce(sums, step.weight)
+        reduce(sums, step.loss_denominator)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        place += 1
+        batch_index += 1
         done()
 
 
 def trl(
     folder: Path, device: torch.device, begin: Callable[[dict], Pace], precomputed: bool
 ) -> None:
-    """DPOTrainer.train() on the same ids."""
+    """Run DPOTrainer.train() on the same token ids."""
     from datasets import Dataset, disable_progress_bars
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback, logging
@@ -248,33 +248,31 @@ def trl(
 
 
 def clock(device: torch.device) -> float:
-    """Seconds; on a CPU those that this process computed, over its threads."""
+    """Return seconds; on a CPU the process's CPU time over its threads."""
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def peak_gb(device: torch.device) -> float:
-    """Of GPU memory, or of this process's."""
+    """Return the peak of GPU memory, or of this process's memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def worker(name: str, folder: Path) -> None:
-    """One contender: waits for a line, takes that many steps, prints seconds and peak memory."""
-    said = sys.stdout
+    """Run one contender: read a number of steps, run them, print seconds and peak memory."""
+    output = sys.stdout
     sys.stdout = sys.stderr
     left, began = 0, 0.0
     if not torch.cuda.is_available():
-        torch.set_num_threads(
-            1
-        )  # threads that wait for each other on a busy machine would be counted
+        torch.set_num_threads(1)  # CPU time would count threads that wait for each other
     with setup.ranks() as device:
 
         def turn(notes: dict[str, float]) -> None:
             nonlocal left, began
             print(
                 json.dumps({**notes, "s": clock(device) - began, "peak_gb": peak_gb(device)}),
-                file=said,
+                file=output,
                 flush=True,
             )
             line = sys.stdin.readline()
@@ -300,7 +298,10 @@ def worker(name: str, folder: Path) -> None:
 
 
 def start(name: str, folder: Path) -> subprocess.Popen:
-    code = f"from pathlib import Path; from benchmarks.dpo import worker; worker({name!r}, Path({str(folder)!r}))"
+    code = (
+        "from pathlib import Path; from benchmarks.dpo import worker; "
+        f"worker({name!r}, Path({str(folder)!r}))"
+    )
     log = open(folder / f"{name}.log", "w", encoding="utf-8")  # noqa: SIM115
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -329,37 +330,40 @@ def turns(process: subprocess.Popen, steps: int) -> dict[str, float]:
 def measure(
     names: list[str], shape: str, rounds: int, folder: Path, alone: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What each contender finds. alone: one after the other, for a GPU that does not hold two."""
+    """Yield each contender's figures. alone: one after another, if two exceed the GPU's memory."""
     write_case(folder, shape)
     steps, batch = SHAPES[shape]["steps"], SHAPES[shape]["batch"]
     for group in [[name] for name in names] if alone else [names]:
         processes = {name: start(name, folder) for name in group}
-        found: dict[str, dict[str, Any]] = {}
+        measured: dict[str, dict[str, Any]] = {}
         for name, process in processes.items():
             try:
-                found[name] = {"begun": answer(process), "rounds": []}
+                measured[name] = {"begun": answer(process), "rounds": []}
             except RuntimeError:
-                said = (folder / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
-                yield name, {"not measured": said[-1][:300] if said else "it ended without a word"}
+                lines = (folder / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
+                yield (
+                    name,
+                    {"not measured": lines[-1][:300] if lines else "ended without a message"},
+                )
         for _ in range(rounds + 1):  # the first is not counted
-            for name in found:
-                found[name]["rounds"].append(turns(processes[name], steps))
+            for name in measured:
+                measured[name]["rounds"].append(turns(processes[name], steps))
         for process in processes.values():
             process.stdin.close()  # type: ignore[union-attr]
             process.wait()
-        for name, one in found.items():
-            rate = statistics.median(steps * batch / each["s"] for each in one["rounds"][1:])
-            begun = {
-                key: value for key, value in one["begun"].items() if key.startswith("reference")
+        for name, figures in measured.items():
+            rate = statistics.median(steps * batch / each["s"] for each in figures["rounds"][1:])
+            reference = {
+                key: value for key, value in figures["begun"].items() if key.startswith("reference")
             }
-            held = {
-                "peak_gb": one["rounds"][-1]["peak_gb"],
-                "peak_gb_before_steps": one["begun"]["peak_gb"],
+            memory = {
+                "peak_gb": figures["rounds"][-1]["peak_gb"],
+                "peak_gb_before_steps": figures["begun"]["peak_gb"],
             }
-            yield name, {"pairs_per_s": rate, **held, **begun}
+            yield name, {"pairs_per_s": rate, **memory, **reference}
 
 
-def main(given: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -367,7 +371,7 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--output", type=Path)
-    args = parser.parse_args(given)
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = {
         **machine(device, "trl", "transformers"),
@@ -375,25 +379,27 @@ def main(given: list[str] | None = None) -> None:
         "contenders": {},
     }
     result["unit"] = (
-        "pairs a second of GPU time"
-        if device.type == "cuda"
-        else "pairs a second that the process computed"
+        "pairs per second of GPU time" if device.type == "cuda" else "pairs per second of CPU time"
     )
     with tempfile.TemporaryDirectory() as name:
-        for contender, found in measure(
+        for contender, figures in measure(
             args.contenders, args.shape, args.rounds, Path(name), device.type == "cuda"
         ):
-            result["contenders"][contender] = found
-            print(f"{contender:>20}  {found}", flush=True)
-    whole = result["contenders"]
+            result["contenders"][contender] = figures
+            print(f"{contender:>20}  {figures}", flush=True)
+    contenders = result["contenders"]
     for other in ("trl", "trl_precomputed"):
-        if "pairs_per_s" in whole.get("ours", {}) and "pairs_per_s" in whole.get(other, {}):
+        if "pairs_per_s" in contenders.get("ours", {}) and "pairs_per_s" in contenders.get(
+            other, {}
+        ):
             ratio = {
-                key: whole["ours"][key] / whole[other][key] for key in ("pairs_per_s", "peak_gb")
+                key: contenders["ours"][key] / contenders[other][key]
+                for key in ("pairs_per_s", "peak_gb")
             }
             result[f"ours over {other}"] = ratio
             print(
-                f"ours over {other}: {ratio['pairs_per_s']:.2f} x the pairs a second, {ratio['peak_gb']:.2f} x the memory"
+                f"ours over {other}: {ratio['pairs_per_s']:.2f} x the pairs per second, "
+                f"{ratio['peak_gb']:.2f} x the memory"
             )
     write(args.output, result)
 

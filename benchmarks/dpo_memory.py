@@ -1,4 +1,4 @@
-"""Memory and speed of DPO at 1.1B x 2,048 tokens on a GPU, ours beside TRL where that is installed; see benchmarks/dpo.py.
+"""Measure DPO at 1.1B x 2,048 tokens on a GPU, ours and TRL (if installed); see benchmarks/dpo.py.
 
 python -m benchmarks.dpo_memory --output benchmarks/results/dpo_memory.json
 """

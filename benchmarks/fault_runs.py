@@ -22,7 +22,7 @@ from data.dataloader import PackedDataLoader
 from data.shards import ShardWriter
 from data.store import DUMMY, open_shards
 from files import read_lines
-from training.checkpoint import damage, read_manifest, read_position, step_folders
+from training.checkpoint_files import damage, read_manifest, read_position, step_folders
 from training.config import load
 
 ROOT = Path(__file__).resolve().parent.parent

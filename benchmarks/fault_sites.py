@@ -26,7 +26,7 @@ from benchmarks.fault_points import VARIABLE, Point, pids, write_hook
 from benchmarks.fault_runs import HELD_OUT, ROOT, Ended, Failed
 from data.manifest import file_hash
 from files import read_lines, read_object
-from training.checkpoint import damage, step_folders
+from training.checkpoint_files import damage, step_folders
 
 PHASE_STEPS, STAGE_STEPS, MILESTONE = 12, {"midtrain": 6, "sft": 6, "dpo": 6}, 4
 LOGS = {"one": "logs/tiny", **{name: f"logs/tiny/{name}" for name in STAGE_STEPS}}
@@ -236,7 +236,7 @@ def _configs(quick: bool) -> dict[str, Any]:
         }
         chat = {
             "cache": "store/sft",
-            "held_out": 0.1,
+            "val_fraction": 0.1,
             "samples": [],
             "sources": {rows: {"path": f"{rows}.jsonl"}},
         }
@@ -250,7 +250,7 @@ def _configs(quick: bool) -> dict[str, Any]:
         configs[f"{name}.yaml"] = {**common, **stage}
     source = {
         "cache": "store/pairs",
-        "held_out": 0.1,
+        "val_fraction": 0.1,
         "sources": {"pairs": {"path": "pairs.jsonl"}},
     }
     data = {"mix": {"pairs": 1}, "sequence_length": 128, "pairs_per_step": 4, "micro_batch_size": 4}
@@ -310,12 +310,12 @@ def _plan() -> dict[str, Any]:
     stages = [
         {
             "name": name,
-            "leaves": f"checkpoints/tiny/{name}",
+            "output_dir": f"checkpoints/tiny/{name}",
             "commands": {name: f"python {_tune(name, '{checkpoint}')}"},
         }
         for name in STAGE_STEPS
     ]
-    phases = [{"config": "one.yaml", "milestones": [{"at": MILESTONE, "gates": gates}]}]
+    phases = [{"config": "one.yaml", "milestones": [{"step": MILESTONE, "gates": gates}]}]
     plan = {
         "name": "tiny",
         "ranks": 2,

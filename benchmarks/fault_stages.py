@@ -1,4 +1,4 @@
-"""FaultState of single commands: SFT, DPO, GGUF export, data and tokenizer; real full disks; a removed log folder."""
+"""Faults of single commands: SFT, DPO, GGUF export, data and tokenizer; real full disks; a removed log folder."""
 
 import shutil
 import subprocess
@@ -24,7 +24,7 @@ from benchmarks.fault_sites import (
 
 GGUF = EXPORT.format(checkpoint="checkpoints/tiny/dpo/step_6").replace("{{", "{").replace("}}", "}")
 KB = 1024
-FULL = ("No space left on device", "the disk is full", "make room there")
+FULL = ("No space left on device", "the disk is full", "make room there", "free some space")
 
 
 def hurt_all(site: Site, command: str, points: list[Point]) -> None:
@@ -40,12 +40,12 @@ def kill_sft(lab: Lab) -> Row:
     points = [
         point("write", array, "limit", size=KB, **first),
         at_save("sft", 2, "*", delay=0.02),
-        point("write", saved_part("sft", 4) + "/state/trainer.json", whom="*", **first),
+        point("write", saved_part("sft", 4) + "/state/trainer.json*", whom="*", **first),
         point("start", program="train_sft.py.1", whom="*", delay=0.5),
         point("rename", "*store/sft/chats*", **first),
         point("write", "*sft/run.lock", whom="*", **first),
         at_save("sft", 4, "*", delay=0.01),
-        point("write", saved_part("sft", 6) + "/manifest.json", "limit", size=200, **first),
+        point("write", saved_part("sft", 6) + "/manifest.json*", "limit", size=200, **first),
         point("rename", "*sft/step_6", **first),
     ]
     chosen = points[:3] if lab.quick else [points[i] for i in (3, 0, 4, 5, 1, 2, 6, 7, 8)]
@@ -65,12 +65,12 @@ def kill_dpo(lab: Lab) -> Row:
     first = {"program": "train_dpo.py.0"}
     points = [
         point("rename", "*store/pairs/pairs*", "limit", size=300, **first),
-        point("write", saved_part("dpo", 2) + "/state/trainer.json", whom="*", **first),
+        point("write", saved_part("dpo", 2) + "/state/trainer.json*", whom="*", **first),
         at_save("dpo", 2, "*", delay=0.02),
         point("start", program="train_dpo.py.1", whom="*", delay=0.5),
         point("write", "*pairs*.npy", "limit", nth=2, size=KB, **first),
         point("rename", "*reference.safetensors", whom="*", **first),
-        point("write", saved_part("dpo", 4) + "/manifest.json", "limit", size=200, **first),
+        point("write", saved_part("dpo", 4) + "/manifest.json*", "limit", size=200, **first),
     ]
     chosen = points[:2] if lab.quick else [points[i] for i in (3, 4, 0, 5, 1, 2, 6)]
     for fault in chosen:
@@ -137,9 +137,9 @@ def kill_tokenizer(lab: Lab) -> Row:
     site = lab.sites.site("tokenizer-killed", "store/documents")
     points = [
         point("rename", "*store/tokenizer"),
-        point("read", "*documents/second/manifest.json"),
+        point("read", "*documents/second/manifest.json*"),
         point("start", delay=1.0),
-        point("read", "*documents/second/manifest.json", delay=0.02),
+        point("read", "*documents/second/manifest.json*", delay=0.02),
     ]
     hurt_all(site, TOKENIZER, points[:1] if lab.quick else points)
     found = compare_sites(site, lab.sites.reference(), "tokenizer")
@@ -205,9 +205,9 @@ def fill_disk(
 def full_disk_save(lab: Lab) -> Row:
     part = saved_part("one", 4)
     faults = [
-        point("write", part + "/state/trainer.json", "fill", size=8 * KB, program="train.py.0"),
+        point("write", part + "/state/trainer.json*", "fill", size=8 * KB, program="train.py.0"),
         point("write", saved_part("one", 6) + "/config.json", "fill", size=40 * KB),
-        point("write", saved_part("one", 8) + "/manifest.json", "fill", size=0),
+        point("write", saved_part("one", 8) + "/manifest.json*", "fill", size=0),
         point("start", do="fill", size=8 * KB, program="train.py.1"),
     ]
     disk = "checkpoints"

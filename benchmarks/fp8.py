@@ -1,9 +1,10 @@
-"""What float8 matmuls cost in loss: the same model, batches and steps, with and without. Speed: benchmarks.train_speed.
+"""Measure the loss gap of float8 matmuls against bf16; benchmarks.train_speed measures the speed.
 
     python -m benchmarks.fp8 --steps 200 --output benchmarks/results/fp8.json
 
-On a GPU with float8 the 1.1B model's blocks (--layers of them), in bf16; on a CPU a tiny model, float8 emulated: rounded as it
-would be there, multiplied in fp32. Both read the text of Python's library byte by byte, so that there is something to learn.
+Both runs use the same model, batches and steps. On a GPU with float8: --layers blocks of the 1.1B
+model, in bf16. On a CPU: a tiny model with emulated float8 (rounded to float8, multiplied in fp32).
+The text is Python's library, read byte by byte.
 """
 
 import argparse
@@ -33,14 +34,14 @@ TINY = ModelConfig(
 
 
 def text(limit: int = 4_000_000) -> torch.Tensor:
-    """Bytes of the modules of Python's standard library, in the order of their names."""
+    """Return the bytes of Python's standard library modules."""
     return torch.frombuffer(bytearray(b"".join(modules())[:limit]), dtype=torch.uint8).long()
 
 
 def train(
     config: ModelConfig, fp8: bool, args: argparse.Namespace, device: torch.device
 ) -> list[float]:
-    """Loss of each step, in nats a byte."""
+    """Return the loss of each step, in nats per byte."""
     model = NanoLlama(config, seed=args.seed)
     if fp8:
         converted = convert_to_fp8(model.layers, device, emulate=device.type == "cpu")
@@ -53,10 +54,10 @@ def train(
     source, losses = text(), []
     generator = torch.Generator().manual_seed(args.seed)
     for step in range(args.steps):
-        at = torch.randint(
+        indices = torch.randint(
             len(source) - args.length - 1, (args.rows, 1), generator=generator
         ) + torch.arange(args.length + 1)
-        tokens = source[at].to(device)
+        tokens = source[indices].to(device)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / 20) * (1 - step / args.steps)
         loss = model(tokens[:, :-1], tokens[:, 1:]).nll.mean()
@@ -76,10 +77,10 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), default=500 if cuda else 200)
     parser.add_argument("--length", type=at_least(1), default=2048 if cuda else 128)
     parser.add_argument("--rows", type=at_least(1), default=16 if cuda else 8)
-    parser.add_argument("--layers", type=at_least(1), default=8, help="of the GPU's model")
+    parser.add_argument("--layers", type=at_least(1), default=8, help="layers of the GPU model")
     parser.add_argument("--lr", type=float, default=1e-3 if cuda else 3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -95,16 +96,17 @@ def main() -> None:
     gap = last["float8"] - last["bf16"]
     share = gap / last["bf16"]
     print(
-        f"mean loss of the last tenth: {last['bf16']:.4f} in bf16, {last['float8']:.4f} in float8: {gap:+.4f} nats, {share:+.2%}"
+        f"mean loss of the last tenth: {last['bf16']:.4f} in bf16, {last['float8']:.4f} in float8: "
+        f"{gap:+.4f} nats, {share:+.2%}"
     )
     kind = "float8 of the device" if cuda else "emulated: rounded to float8, multiplied in fp32"
-    found = {
+    result = {
         "task": "fp8",
         "kind": kind,
         "machine": machine(device, "torchao"),
         "parameters": config.num_parameters,
     }
-    write(args.output, found | {"last_tenth": last, "gap": gap, "losses": losses})
+    write(args.output, result | {"last_tenth": last, "gap": gap, "losses": losses})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# What an hour on a GPU should answer, in order of value. One part a call, each under ten minutes:
+# GPU checks of about an hour, most valuable first. One part per call, each under ten minutes:
 #
-#   OUT=results/gpu benchmarks/gpu_session.sh 1     correctness: tests, one rank against plain torch, a run, resuming bit for bit
-#   OUT=results/gpu benchmarks/gpu_session.sh 2     speed at 4K, 8K and 16K, with memory beside the planner's
-#   OUT=results/gpu benchmarks/gpu_session.sh 3     fp8: speed and loss gap; what Muon costs a step
-#   OUT=results/gpu benchmarks/gpu_session.sh 4     Muon against AdamW to a loss, attention kernels, loss head
-#   OUT=results/gpu benchmarks/gpu_session.sh 5     others' loops on the same batches, DPO's memory, a small whole run at 1.1B
+#   OUT=results/gpu benchmarks/gpu_session.sh PART
 #
-# A part goes on when a command fails or overruns; partN.json says how each ended, partN.log what it printed.
-# --list says what a part would run; --tiny takes small shapes, for a CPU.
-# Needs torch 2.11 or newer and transformers, accelerate, numpy, PyYAML, safetensors, tokenizers, tqdm, pytest; no network.
-# float8 needs torchao too: without it those commands say so and fail.
+#   1  correctness: tests, one rank against plain torch, a run, bit-for-bit resume
+#   2  speed at 4K, 8K and 16K, and memory against the planner's estimate
+#   3  fp8: speed and loss gap; cost of a Muon step
+#   4  tokens of Muon and AdamW to a loss, attention kernels, loss head
+#   5  other training loops on the same batches, DPO memory, a short run of the 1.1B model
+#
+# A part continues when a command fails or times out: partN.json has the status of each command,
+# partN.log its output. --list prints a part's commands; --tiny uses small shapes, for a CPU.
+# Needs torch 2.11 or newer and transformers, accelerate, numpy, PyYAML, safetensors, tokenizers,
+# tqdm, pytest; no network. float8 also needs torchao.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
@@ -23,14 +25,14 @@ scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=20
 began=$SECONDS
 
-note() {  # name status seconds command: one entry of partN.json, which is whole after each command
+note() {  # name status seconds command: add an entry to partN.json, valid JSON after each command
   local command=${4//\\/\\\\}
   entries+="${entries:+,}"$'\n'"  {\"name\": \"$1\", \"status\": \"$2\", \"seconds\": $3, \"command\": \"${command//\"/\\\"}\"}"
   printf '{"part": %s, "tiny": %s, "commands": [%s\n]}\n' "$part" "$([ "$tiny" ] && echo true || echo false)" "$entries" >"$status"
   printf '%-28s %s after %s s\n' "$1" "$2" "$3" | tee -a "$log"
 }
 
-try() {  # name most-seconds command...: run it in what time is left
+try() {  # name seconds command...: run a command for at most that time
   local name=$1 most=$2 left=$((limit - SECONDS + began)) start=$SECONDS code
   shift 2
   [ "$mode" = --list ] && { echo "$name: $*"; return; }
@@ -55,7 +57,7 @@ if [ "$tiny" ]; then
   muon=(--config configs/test_mode.yaml --steps 2) few=(--rounds 1 --tokens 256) gap=(--steps 3) few_steps=(--steps 12)
 fi
 
-short_run() {  # name steps folder: a run on the dummy data of test_mode, up to a step
+short_run() {  # name steps folder: train on the dummy data of test_mode up to a step
   try "$1" 120 "$python" train.py --config configs/test_mode.yaml data.store=checkpoints/test_mode/data "data.mix={dummy: 1.0}" \
     steps=40 "schedule={warmup_steps: 4, total_steps: 40, decay_steps: 4}" "checkpoint={every: 20, keep: 2}" validation.every=0 \
     "until=$2" "output_dir=$scratch/$3" "log_dir=$scratch/$3.log"
@@ -89,8 +91,8 @@ case $part in
       data.micro_batch_size=$rows4k parallel.activation_checkpointing=none --profile --output "$out/profile_4k.json"
     ;;
   3)
-    for at in "4k $short $rows4k" "8k $middle $rows8k" "16k $long $rows16k"; do
-      read -r name length rows <<<"$at"
+    for case in "4k $short $rows4k" "8k $middle $rows8k" "16k $long $rows16k"; do
+      read -r name length rows <<<"$case"
       try "fp8_$name" 110 "${speed[@]}" "${real[@]}" --contenders ours_documents "data.sequence_length=$length" \
         "data.micro_batch_size=$rows" parallel.activation_checkpointing=none parallel.fp8=true --output "$out/fp8_$name.json"
     done

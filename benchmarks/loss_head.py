@@ -1,10 +1,11 @@
-"""The loss head, forward and backward: ours, eager and compiled, against the whole logits, torch's fused one and Liger's.
+"""Measure the loss head, forward and backward: ours, full logits, torch's fused one and Liger's.
 
-    python -m benchmarks.loss_head                                   # CPU: the quickstart's head; GPU: that of the 1.1B model
+    python -m benchmarks.loss_head           # CPU: the quickstart's head; GPU: the 1.1B model's
     python -m benchmarks.loss_head --tokens 65536 --output benchmarks/results/loss_head.json
 
-Sum of cross-entropy over tokens, a tenth of them ignored. Errors are against double precision on the same inputs, as a share
-of the largest exact value. Ours also gives each token's loss and logsumexp, which the z-loss needs; "z" says who else can.
+The loss is the sum of cross-entropy over tokens; a tenth of them are ignored. Errors are relative
+to the largest value in double precision on the same inputs. "z": whether a contender returns the
+logsumexp that the z-loss needs, as ours does.
 """
 
 import argparse
@@ -31,14 +32,14 @@ def ours(
     return token_losses(hidden[None], weight, targets[None], chunk, compiled).nll.sum()
 
 
-def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(
         F.linear(hidden, weight).float(), targets, ignore_index=IGNORE, reduction="sum"
     )
 
 
 def torch_fused(hidden: Tensor, weight: Tensor, targets: Tensor, chunked: bool) -> Tensor:
-    """torch.nn.functional.linear_cross_entropy, of torch 2.13 and newer."""
+    """torch.nn.functional.linear_cross_entropy; needs torch 2.13 or newer."""
     options: dict[str, Any] = {"options": torch.nn.LinearCrossEntropyOptions()} if chunked else {}
     return F.linear_cross_entropy(
         hidden, weight, targets, ignore_index=IGNORE, reduction="sum", **options
@@ -53,11 +54,11 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     )
 
 
-CONTENDERS: dict[str, tuple[Loss, bool]] = {  # and whether they can give a z-loss
+CONTENDERS: dict[str, tuple[Loss, bool]] = {  # loss, whether it supports the z-loss
     "ours, eager": (partial(ours, compiled=False), True),
     "ours, compiled": (partial(ours, compiled=True), True),
-    "whole logits": (whole, True),
-    "whole logits, compiled": (torch.compile(whole), True),
+    "full logits": (full_logits, True),
+    "full logits, compiled": (torch.compile(full_logits), True),
     "linear_cross_entropy": (partial(torch_fused, chunked=False), False),
     "linear_cross_entropy, chunked": (partial(torch_fused, chunked=True), False),
     "liger": (liger, True),
@@ -69,21 +70,21 @@ def errors(
 ) -> dict[str, float]:
     hidden, weight, targets = inputs
     value = loss(hidden, weight, targets)
-    found = [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
+    values = [value.detach(), *torch.autograd.grad(value, (hidden, weight))]
     shares = [
         float((a.double() - b).abs().max() / b.abs().max())
-        for a, b in zip(found, exact, strict=True)
+        for a, b in zip(values, exact, strict=True)
     ]
     return dict(zip(("loss", "hidden", "weight"), shares, strict=True))
 
 
 def in_double(hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int = 2048) -> list[Tensor]:
-    """Loss and gradients from the formula, some tokens at a time."""
+    """Return loss and gradients in double precision, computed in chunks of tokens."""
     h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
     total = torch.zeros((), dtype=torch.float64, device=h.device)
-    for part in torch.arange(len(h), device=h.device).split(chunk):
+    for chunk_ids in torch.arange(len(h), device=h.device).split(chunk):
         loss = F.cross_entropy(
-            F.linear(h[part], w), targets[part], ignore_index=IGNORE, reduction="sum"
+            F.linear(h[chunk_ids], w), targets[chunk_ids], ignore_index=IGNORE, reduction="sum"
         )
         loss.backward()
         total += loss.detach()
@@ -112,15 +113,13 @@ def measure(
         try:
             torch.compiler.reset()
             rows[name]["error"] = errors(loss, inputs, exact)
-        except (
-            Exception
-        ) as error:  # one that is not installed, or does not run here, is a row that says so
+        except Exception as error:  # not installed or unsupported: reported in the row
             rows[name]["not measured"] = reason(error)
             continue
         calls[name] = lambda loss=loss: torch.autograd.grad(loss(*inputs), (hidden, weight))  # type: ignore[misc]
     del exact
     for name, call in calls.items():
-        call()  # compiled again, after what the next one forgot
+        call()  # recompiles, since torch.compiler.reset() dropped the graph
         rows[name]["peak_mb"] = peak_mb(call, device)
     for name, each in median_ms(calls, rounds, device).items():
         rows[name]["ms"] = each
@@ -144,7 +143,7 @@ def main() -> None:
         choices=DTYPES,
         default=["bfloat16"] if cuda else ["bfloat16", "float32"],
     )
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
@@ -164,12 +163,13 @@ def main() -> None:
                 if "ms" not in row:
                     print(f"{row['name']:>30}  not measured: {row['not measured']}")
                     continue
-                off = ", ".join(f"{part} {share:.1e}" for part, share in row["error"].items())
+                error = ", ".join(f"{name} {share:.1e}" for name, share in row["error"].items())
                 peak = f"{row['peak_mb']:9.0f} MB" if row["peak_mb"] else ""
                 print(
-                    f"{row['name']:>30} {row['ms']:8.2f} ms {row['time / ours, eager']:6.2f} x {peak}  off by {off}"
+                    f"{row['name']:>30} {row['ms']:8.2f} ms {row['time / ours, eager']:6.2f} x "
+                    f"{peak}  errors: {error}"
                 )
-            write(args.output, result)  # as far as it came
+            write(args.output, result)  # after each dtype, in case the time runs out
 
 
 if __name__ == "__main__":

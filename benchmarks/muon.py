@@ -1,14 +1,17 @@
-"""What Muon costs a step, and what it saves in tokens, against AdamW.
+"""Compare Muon with AdamW: the time of a step, and the tokens to reach a loss.
 
     python -m benchmarks.muon cost --config configs/quickstart/base.yaml
-    torchrun --nproc_per_node=2 -m benchmarks.muon cost --device cuda --config configs/phase1_pretrain.yaml
-    python -m benchmarks.muon tokens --output benchmarks/results/muon.json     # about 15 minutes on a CPU
+    torchrun --nproc_per_node=2 -m benchmarks.muon cost --device cuda \\
+        --config configs/phase1_pretrain.yaml
+    python -m benchmarks.muon tokens --output benchmarks/results/muon.json    # CPU: 15 minutes
 
-cost: one model, random tokens; after each backward pass both optimizers step on the same gradients. Medians over --steps.
-tokens: both learning rates are swept by factors of 2 until the best has worse neighbours on both sides; then Muon trains on
-less, each run with a schedule of its own, and what it needs for AdamW's best held-out loss is interpolated. Each run goes to
---output when it is done, and those that are there already, with the same settings, are not done again. The text is the
-quickstart's on a CPU, where it is there; else the modules of Python's standard library, byte by byte.
+cost: one model, random tokens; after each backward pass both optimizers step on the same gradients.
+Medians over --steps.
+tokens: sweeps both learning rates by factors of 2 until the best one has worse neighbours on both
+sides. Then trains Muon on fewer tokens, each run with its own schedule, and interpolates the tokens
+it needs for AdamW's best validation loss. Finished runs in --output with the same settings are
+reused. The text is the quickstart's on a CPU, if prepared; otherwise Python's standard library,
+byte by byte.
 """
 
 import argparse
@@ -38,9 +41,9 @@ from training.fsdp_utils import set_last_micro_batch
 from training.meter import flops_per_token
 from training.muon import newton_schulz_flops
 from training.optimizers import build_optimizer
-from training.planning.cost import hidden_shapes, micro_batches
+from training.planning.memory import hidden_shapes, micro_batches
 
-SMALL = [  # 1.6M parameters and few tokens, so that two busy CPU cores suffice for nine runs and more
+SMALL = [  # 1.6M parameters and few tokens: nine or more runs on two busy CPU cores
     "model.hidden_size=128",
     "model.intermediate_size=352",
     "model.num_hidden_layers=3",
@@ -49,7 +52,7 @@ SMALL = [  # 1.6M parameters and few tokens, so that two busy CPU cores suffice 
 ]
 
 
-LARGER = [  # 27M parameters, 16,384 tokens a step: a minute or so for each run on a GPU
+LARGER = [  # 27M parameters, 16,384 tokens per step: about a minute per run on a GPU
     "model.hidden_size=512",
     "model.intermediate_size=1408",
     "model.num_hidden_layers=8",
@@ -62,7 +65,7 @@ LARGER = [  # 27M parameters, 16,384 tokens a step: a minute or so for each run 
 
 
 def shape_and_text(device: torch.device, folder: Path) -> list[str]:
-    """Settings of the model, and of what it reads; a store of Python's standard library is written where there is no other."""
+    """Return the overrides of model and data; write a store of Python's library if none exists."""
     shape = LARGER if device.type == "cuda" else SMALL
     if device.type != "cuda" and (ROOT / "data" / "store" / "quickstart" / "tokens").is_dir():
         return shape
@@ -73,7 +76,7 @@ def shape_and_text(device: torch.device, folder: Path) -> list[str]:
 
 
 def flops(run: RunConfig) -> dict[str, float]:
-    """Of one step: the model's, by the convention of training/meter.py, and Newton-Schulz's over all matrices of the blocks."""
+    """Return the FLOPs of one step: the model's (training/meter.py) and all Newton-Schulz ones."""
     model = flops_per_token(run.model, run.data.sequence_length) * run.data.tokens_per_step
     newton_schulz = sum(map(newton_schulz_flops, hidden_shapes(run.model)))
     return {"model": model, "newton_schulz": newton_schulz, "share": newton_schulz / model}
@@ -82,15 +85,15 @@ def flops(run: RunConfig) -> dict[str, float]:
 def seconds(action: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
-    began = time.perf_counter()
+    start = time.perf_counter()
     action()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[str, Any]:
-    """Median seconds of all backward passes of a step (with their forward ones), and of each optimizer's update."""
+    """Return the median seconds of a step's forward and backward passes, and of each update."""
     state = setup.build(run, device)
     names = ("adamw", "muon")
     optimizers = {
@@ -105,34 +108,40 @@ def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[s
             (state.model(tokens, tokens).nll.sum() / run.data.tokens_per_step).backward()
 
     times: dict[str, list[float]] = {"passes": [], "adamw": [], "muon": []}
-    for step in range(steps + 2):  # the first ones compile and allocate
-        found = {"passes": seconds(passes, device)}
-        found |= {name: seconds(optimizer.step, device) for name, optimizer in optimizers.items()}
+    for step in range(steps + 2):  # the first two compile and allocate
+        measured = {"passes": seconds(passes, device)}
+        measured |= {
+            name: seconds(optimizer.step, device) for name, optimizer in optimizers.items()
+        }
         state.optimizer.zero_grad()
         if step >= 2:
-            for name, value in found.items():
+            for name, value in measured.items():
                 times[name].append(value)
     median = {name: statistics.median(values) for name, values in times.items()}
-    whole = median["passes"] + median["adamw"]
+    step_s = median["passes"] + median["adamw"]
     print(
-        f"passes {median['passes']:.4f} s, AdamW {median['adamw']:.4f} s, Muon {median['muon']:.4f} s: "
-        f"Muon adds {(median['muon'] - median['adamw']) / whole:.1%} to a step",
+        f"passes {median['passes']:.4f} s, AdamW {median['adamw']:.4f} s, "
+        f"Muon {median['muon']:.4f} s: "
+        f"Muon adds {(median['muon'] - median['adamw']) / step_s:.1%} to a step",
         flush=True,
     )
     return {
         "seconds": median,
-        "added_share_of_step": (median["muon"] - median["adamw"]) / whole,
+        "added_share_of_step": (median["muon"] - median["adamw"]) / step_s,
         "steps": steps,
     }
 
 
-def held_out_loss(
+def validation_loss(
     settings: list[str], device: torch.device, name: str, lr: float, steps: int
 ) -> float:
-    """Nats a token at the end of one run over `steps`, its rate warmed up over 10 and decayed over the last 40 %."""
+    """Return nats per token after `steps` steps: 10 of warm-up, decay over the last 40 %."""
     with tempfile.TemporaryDirectory() as folder:
-        schedule = f"schedule={{warmup_steps: {min(10, steps // 5)}, total_steps: {steps}, decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
-        where = [
+        schedule = (
+            f"schedule={{warmup_steps: {min(10, steps // 5)}, total_steps: {steps}, "
+            f"decay_steps: {steps * 2 // 5}, min_lr: 0.0}}"
+        )
+        folders = [
             f"output_dir={folder}/checkpoints",
             f"log_dir={folder}/logs",
             "checkpoint={every: 100000, keep: 1}",
@@ -143,7 +152,8 @@ def held_out_loss(
             "validation={every: 100000, rows: 48, batch_size: 8}",
         ]
         run = load(
-            "configs/quickstart/base.yaml", [*settings, schedule, *where, *optim, f"steps={steps}"]
+            "configs/quickstart/base.yaml",
+            [*settings, schedule, *folders, *optim, f"steps={steps}"],
         )
         train.pretrain(run, 0, 1, device, test=False)
         lines = (Path(folder) / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -157,30 +167,33 @@ def tokens(
     runs: list[dict[str, Any]],
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Every run's held-out loss, and the tokens that Muon needs for AdamW's best. runs: those done already; keep: takes more."""
+    """Return every run's validation loss, and the tokens Muon needs for AdamW's best one.
+
+    runs: finished runs, extended in place. keep: called with the results after each run.
+    """
 
     def loss(name: str, lr: float, steps: int) -> float:
         for done in runs:
             if (done["optimizer"], done["lr"], done["steps"]) == (name, lr, steps):
                 return done["loss"]
-        began = time.perf_counter()
-        found = held_out_loss(settings, device, name, lr, steps)
+        start = time.perf_counter()
+        value = validation_loss(settings, device, name, lr, steps)
         runs.append(
             {
                 "optimizer": name,
                 "lr": lr,
                 "steps": steps,
-                "loss": found,
-                "seconds": time.perf_counter() - began,
+                "loss": value,
+                "seconds": time.perf_counter() - start,
             }
         )
         keep({"runs": runs})
         print(
-            f"{name}, lr {lr:g}, {steps} steps: held-out loss {found:.4f}",
+            f"{name}, lr {lr:g}, {steps} steps: validation loss {value:.4f}",
             file=sys.stderr,
             flush=True,
         )
-        return found
+        return value
 
     best = {}
     for name in ("adamw", "muon"):
@@ -197,31 +210,27 @@ def tokens(
     curve = [(steps, loss("muon", best["muon"], steps))]
     if curve[0][1] < target:
         curve.insert(0, (steps // 2, loss("muon", best["muon"], steps // 2)))
-        if (
-            curve[0][1] > target
-        ):  # once more, where a straight line in the logarithm of tokens meets the target
+        if curve[0][1] > target:
+            # One more run, where a line in the logarithm of tokens meets the target.
             share = (curve[0][1] - target) / (curve[0][1] - curve[1][1])
             between = round(steps / 2 * 2**share)
             curve.insert(1, (between, loss("muon", best["muon"], between)))
     ratio = None
     for (few, above), (many, below) in pairwise(curve):
-        if (
-            below < target <= above
-        ):  # between the two the loss falls about evenly in the logarithm of tokens
-            ratio = (
-                math.exp(math.log(few) + (above - target) / (above - below) * math.log(many / few))
-                / steps
-            )
+        if below < target <= above:  # interpolate the loss in the logarithm of tokens
+            share = (above - target) / (above - below)
+            ratio = math.exp(math.log(few) + share * math.log(many / few)) / steps
     if ratio is None:
-        said = (
+        needed = (
             "AdamW's best is not reached"
             if curve[-1][1] >= target
             else f"at most {curve[0][0] / steps:.2f} of the tokens"
         )
     else:
-        said = f"{ratio:.2f} of the tokens"
+        needed = f"{ratio:.2f} of the tokens"
     print(
-        f"AdamW's best, lr {best['adamw']:g}: {target:.4f}; Muon, lr {best['muon']:g}: {curve[-1][1]:.4f}; to that loss: {said}"
+        f"AdamW's best, lr {best['adamw']:g}: {target:.4f}; "
+        f"Muon, lr {best['muon']:g}: {curve[-1][1]:.4f}; to that loss: {needed}"
     )
     return {
         "runs": runs,
@@ -237,26 +246,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=("cost", "tokens"))
-    parser.add_argument("--config", default="configs/quickstart/base.yaml", help="of cost")
+    parser.add_argument("--config", default="configs/quickstart/base.yaml", help="for cost")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="fail on any other device")
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="refuse to run on another than this"
-    )
-    parser.add_argument(
-        "--steps", type=int, help="cost: measured (default 10); tokens: of a full run (default 192)"
+        "--steps",
+        type=int,
+        help="cost: measured steps (default 10); tokens: steps of a full run (default 192)",
     )
     parser.add_argument("--output", type=Path, help="add the results to this JSON file")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()
     rank, world = setup.rank_and_world()
-    torch.set_num_threads(
-        1
-    )  # threads that wait for each other are no measure on cores that others share
+    torch.set_num_threads(1)  # on shared cores, threads that wait for each other distort times
     with user_errors(rank, world), setup.ranks() as device:
         if args.device and device.type != args.device:
             raise ValueError(
-                f"this would run on {device.type}, not on {args.device}; hide GPUs with CUDA_VISIBLE_DEVICES="
+                f"this would run on {device.type}, not on {args.device}; "
+                "hide GPUs with CUDA_VISIBLE_DEVICES="
             )
-        found = read_json(args.output) if args.output else {}
+        report = read_json(args.output) if args.output else {}
         about = {
             "command": f"python -m benchmarks.muon {' '.join(sys.argv[1:])}",
             **setup.environment(device),
@@ -264,18 +272,18 @@ def main() -> None:
 
         def keep(results: dict[str, Any]) -> None:
             if args.output and rank == 0:
-                found[args.part] = about | results
+                report[args.part] = about | results
                 args.output.parent.mkdir(parents=True, exist_ok=True)
-                args.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
         if args.part == "cost":
             run = load(args.config, args.overrides)
             keep({"flops_of_a_step": flops(run), **cost(run, device, world, args.steps or 10)})
         else:
-            with tempfile.TemporaryDirectory() as place:
-                settings = [*shape_and_text(device, Path(place)), *args.overrides]
-                named = {"settings": [setting for setting in settings if place not in setting]}
-                before = found.get("tokens", {})
+            with tempfile.TemporaryDirectory() as folder:
+                settings = [*shape_and_text(device, Path(folder)), *args.overrides]
+                named = {"settings": [setting for setting in settings if folder not in setting]}
+                before = report.get("tokens", {})
                 done = before.get("runs", []) if before.get("settings") == named["settings"] else []
                 keep_runs = lambda more: keep(named | more)  # noqa: E731
                 keep_runs(tokens(settings, device, args.steps or 192, done, keep_runs))

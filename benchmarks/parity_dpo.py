@@ -1,4 +1,4 @@
-"""Are our preference losses TRL's? The same tiny policy, reference and pairs through both; prints a table and writes it as JSON.
+"""Compare our preference losses with TRL's on tiny models and the same pairs; print a table.
 
 pip install -r requirements.txt -r requirements-parity.txt
 python -m benchmarks.parity_dpo --output benchmarks/results/parity_dpo.json
@@ -32,8 +32,8 @@ ROWS: list[dict[str, Any]] = [
     {"prompt": "Name a colour", "chosen": "Red", "rejected": "Six"},
     {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Lyon"},
 ]
-# answers are short, so that sums of log-probabilities are exact to 1e-5 in fp32
-# ours: settings of dpo, and of TRL's trainer
+# short answers keep sums of log-probabilities exact to 1e-5 in fp32
+# name -> our dpo settings, settings of TRL's trainer
 LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sigmoid": ({}, {"loss_types": ["sigmoid"]}),
     "sigmoid, beta 0.5": ({"beta": 0.5}, {"loss_types": ["sigmoid"], "beta": 0.5}),
@@ -64,7 +64,7 @@ SHARED = (
 
 
 def write_case(folder: Path) -> dict[str, Pairs]:
-    """A tiny policy and another reference with a tokenizer of bytes in `folder`, and the pairs, prepared."""
+    """Write a tiny policy, a reference and a byte tokenizer to `folder`; prepare the pairs."""
     save_tokenizer(train_tokenizer([], 258), folder / "bytes")
     for name, seed in (("policy", 7), ("reference", 8)):
         chat = save_chat_tokenizer(folder / name, folder / "bytes")
@@ -87,7 +87,7 @@ def write_case(folder: Path) -> dict[str, Pairs]:
         "".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8"
     )
     config = PreferenceConfig(
-        {"pairs": PairSource(str(folder / "pairs.jsonl"))}, str(folder / "cache"), held_out=0.0
+        {"pairs": PairSource(str(folder / "pairs.jsonl"))}, str(folder / "cache"), val_fraction=0.0
     )
     prepared = prepare(config, ["pairs"], folder / "policy", LENGTH)
     return {name: Pairs(path, "train") for name, path in prepared.items()}
@@ -96,14 +96,14 @@ def write_case(folder: Path) -> dict[str, Pairs]:
 def batch_of(
     pairs: dict[str, Pairs], reference: NanoLlama | None, indices: range = range(len(ROWS))
 ) -> PairBatch:
-    """Some of the pairs, laid out as for training."""
+    """Return a training batch of some of the pairs."""
     per_token = len(ROWS) / sum(pairs["pairs"].chosen_tokens(i) for i in range(len(ROWS)))
     batch = make_batch(pairs, [("pairs", i) for i in indices], per_token, LENGTH)
     return batch if reference is None else batch._replace(reference=frozen_logps(reference, batch))
 
 
 def ours(folder: Path, batch: PairBatch, settings: dict[str, Any]) -> dict[str, float]:
-    """Means over the pairs, and the gradient norm of the mean loss."""
+    """Return our means over the pairs, and the gradient norm of the mean loss."""
     model = load_hf(folder / "policy")
     loss, sums = preference(DPOConfig(**settings))(model, batch)
     (loss / len(batch.counted)).backward()
@@ -115,7 +115,7 @@ def ours(folder: Path, batch: PairBatch, settings: dict[str, Any]) -> dict[str, 
 
 
 def trl_trainer(folder: Path, reference: str = "reference") -> Any:
-    """TRL's DPOTrainer on the same models and the same pairs as text, tokenized its own way."""
+    """Return TRL's DPOTrainer on the same models and pairs; it tokenizes the texts itself."""
     from datasets import Dataset, disable_progress_bars
     from transformers import AutoTokenizer, LlamaForCausalLM, logging
     from trl import DPOConfig as TRLConfig
@@ -162,9 +162,9 @@ def trl_trainer(folder: Path, reference: str = "reference") -> Any:
 def theirs(
     trainer: Any, settings: dict[str, Any], indices: range = range(len(ROWS))
 ) -> dict[str, float]:
-    """What TRL computes and logs for one batch."""
-    given = {"beta": 0.1, "label_smoothing": 0.0, "loss_weights": [1.0], **settings}
-    for name, value in given.items():
+    """Return the loss and metrics that TRL logs for one batch."""
+    arguments = {"beta": 0.1, "label_smoothing": 0.0, "loss_weights": [1.0], **settings}
+    for name, value in arguments.items():
         setattr(trainer, name, value)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in indices])
     trainer._metrics["train"].clear()
@@ -180,7 +180,7 @@ def theirs(
 
 
 def trl_simpo(logps: Tensor, lengths: Tensor, settings: dict[str, Any]) -> Tensor:
-    """TRL's SimPO (its CPOTrainer's) of given log-probabilities, both [2, n]."""
+    """Return TRL's SimPO loss (CPOTrainer) of two log-probabilities, both [2, n]."""
     from trl.experimental.cpo import CPOTrainer
 
     config = DPOConfig(loss="simpo", **settings)
@@ -196,35 +196,35 @@ def trl_simpo(logps: Tensor, lengths: Tensor, settings: dict[str, Any]) -> Tenso
 
 
 def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """By loss, what we and TRL find."""
+    """Return loss -> {"ours": figures, "trl": figures}."""
     pairs = write_case(folder)
     reference, policy = load_hf(folder / "reference"), load_hf(folder / "policy")
     batch, trainer = batch_of(pairs, reference), trl_trainer(folder)
-    found = {
-        name: {"ours": ours(folder, batch, own), "trl": theirs(trainer, other)}
-        for name, (own, other) in LOSSES.items()
+    table = {
+        name: {"ours": ours(folder, batch, our_settings), "trl": theirs(trainer, trl_settings)}
+        for name, (our_settings, trl_settings) in LOSSES.items()
     }
     same, equal = trl_trainer(folder, "policy"), batch_of(pairs, policy)
-    found["policy = reference"] = {
+    table["policy = reference"] = {
         "ours": ours(folder, equal, {}),
         "trl": theirs(same, {"loss_types": ["sigmoid"]}),
     }
-    one = range(1, 2)  # TRL's aot sorts pairs over the batch; of a single one it is cDPO
+    single = range(1, 2)  # TRL's aot sorts pairs over the batch; with one pair it is cDPO
     smooth = {"label_smoothing": 0.1}
-    found["cDPO, smoothing 0.1, of one pair"] = {
-        "ours": ours(folder, batch_of(pairs, reference, one), smooth),
-        "trl": theirs(trainer, {"loss_types": ["aot"], **smooth}, one),
+    table["cDPO, smoothing 0.1, of one pair"] = {
+        "ours": ours(folder, batch_of(pairs, reference, single), smooth),
+        "trl": theirs(trainer, {"loss_types": ["aot"], **smooth}, single),
     }
     with torch.no_grad():
         logps = answer_logps(policy, batch).unflatten(0, (2, -1))
     lengths = (batch.places < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
     settings = {"beta": 2.0, "margin": 0.7, "label_smoothing": 0.1}
     mine = pair_losses(DPOConfig(loss="simpo", **settings), logps, lengths)
-    found["simpo, beta 2, margin 0.7, smoothing 0.1"] = {
+    table["simpo, beta 2, margin 0.7, smoothing 0.1"] = {
         "ours": {"loss": float(mine.mean())},
         "trl": {"loss": float(trl_simpo(logps, lengths, settings).mean())},
     }
-    return found
+    return table
 
 
 def main() -> None:
@@ -235,14 +235,15 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         table = compare(Path(name))
-    for label, found in table.items():
-        mine, other = found["ours"], found["trl"]
-        worst = max(abs(mine[key] - other[key]) for key in other if key != "grad_norm")
-        line = f"{label:>40}  loss {mine['loss']:.6f}  TRL {other['loss']:.6f}  farthest of all {worst:.1e}"
+    for label, figures in table.items():
+        our, trl = figures["ours"], figures["trl"]
+        worst = max(abs(our[key] - trl[key]) for key in trl if key != "grad_norm")
+        line = f"{label:>40}  loss {our['loss']:.6f}  TRL {trl['loss']:.6f}"
+        line += f"  largest difference {worst:.1e}"
         norms = (
             ""
-            if "grad_norm" not in other
-            else f"  gradient norm {mine['grad_norm']:.6f}  TRL {other['grad_norm']:.6f}"
+            if "grad_norm" not in trl
+            else f"  gradient norm {our['grad_norm']:.6f}  TRL {trl['grad_norm']:.6f}"
         )
         print(line + norms)
     if args.output:

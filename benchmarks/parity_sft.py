@@ -1,4 +1,4 @@
-"""Is our SFT loss TRL's? The same tiny model and conversations through both; prints a table and writes it as JSON.
+"""Compare our SFT loss with TRL's on a tiny model and the same conversations; print a table.
 
 pip install -r requirements.txt -r requirements-parity.txt
 python -m benchmarks.parity_sft --output benchmarks/results/parity_sft.json
@@ -23,7 +23,7 @@ from training import setup
 from training.settings import load_settings
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sft.yaml"
-ROW = 384  # tokens: so the conversations fill two rows, one of them with two; twice that holds them all
+ROW = 384  # tokens: the conversations fill two rows; a row of twice that contains them all
 CALL = {"function": {"name": "now", "arguments": {"zone": "UTC"}}}
 TOOLS = [
     {
@@ -60,7 +60,7 @@ CONVERSATIONS: list[dict[str, Any]] = [
 
 
 def write_case(folder: Path) -> Path:
-    """A tiny base model with a tokenizer of bytes, and the conversations beside it; returns the model's folder."""
+    """Write a tiny base model, a byte tokenizer and the conversations; return its folder."""
     base = folder / "base"
     save_tokenizer(train_tokenizer([], 258), base)
     config = ModelConfig(
@@ -83,10 +83,12 @@ def write_case(folder: Path) -> Path:
 
 
 def overrides(folder: Path, length: int, rows: int, batch: int, *more: str) -> list[str]:
-    """Of configs/sft.yaml, for one step on all conversations, in rows of so many tokens."""
+    """Return overrides of configs/sft.yaml for one step on all conversations."""
     return [
-        f"chat={{sources: {{rows: {{path: {folder / 'rows.jsonl'}}}}}, cache: {folder / 'cache'}, held_out: 0}}",
-        f"data={{mix: {{rows: 1}}, sequence_length: {length}, tokens_per_step: {length * rows}, micro_batch_size: {batch}}}",
+        f"chat={{sources: {{rows: {{path: {folder / 'rows.jsonl'}}}}}, "
+        f"cache: {folder / 'cache'}, val_fraction: 0}}",
+        f"data={{mix: {{rows: 1}}, sequence_length: {length}, "
+        f"tokens_per_step: {length * rows}, micro_batch_size: {batch}}}",
         f"init_from={folder / 'base'}",
         f"log_dir={folder / 'logs'}",
         f"output_dir={folder / 'out'}",
@@ -101,7 +103,7 @@ def overrides(folder: Path, length: int, rows: int, batch: int, *more: str) -> l
 
 
 def ours(folder: Path, length: int, rows: int, batch: int) -> dict[str, float]:
-    """Loss and gradient norm of the first step, in this process."""
+    """Return loss and gradient norm of our first step, in this process."""
     from train_sft import SFTConfig, finetune
 
     where = Path(tempfile.mkdtemp(dir=folder))
@@ -116,7 +118,7 @@ def ours(folder: Path, length: int, rows: int, batch: int) -> dict[str, float]:
 
 
 def trl(folder: Path, batch: int, accumulate: int, packing: bool) -> dict[str, float]:
-    """The same of TRL's SFTTrainer, from the weights that we begin with."""
+    """Return the same of TRL's SFTTrainer, from the same initial weights."""
     from datasets import Dataset
     from transformers import AutoTokenizer, LlamaForCausalLM, logging
     from trl import SFTConfig, SFTTrainer

@@ -1,7 +1,8 @@
-"""The contenders of benchmarks/train_speed.py: our own loop, and others' on the same weights, batches, precision and optimizer.
+"""Contenders of benchmarks/train_speed.py: our loop and others', with equal weights and batches.
 
-Each is a function of Work that trains until work.pace, called after every step with the loss, raises Done. Peers read their
-rows from memory; ours reads them through its loader. Packages that only a peer needs are imported inside functions.
+Each is a function of Work that trains until work.pace raises Done; it is called after every step
+with the loss. Precision and optimizer are the same. Peers read their rows from memory, ours through
+its loader. Packages that only a peer needs are imported inside its function.
 """
 
 from collections.abc import Callable
@@ -32,12 +33,13 @@ MISSING = {
     "hf_compiled": "needs transformers, accelerate and a compiler",
     "liger": "needs liger-kernel, whose Triton kernels need a GPU",
     "litgpt": "needs litgpt and lightning",
-    "torchtitan": "0.3.0 needs datasets<4.8, wandb and tensorboard: an environment of its own; there is no contender for it here",
+    "torchtitan": "0.3.0 needs an environment of its own (datasets<4.8, wandb, tensorboard); "
+    "no contender is written for it",
 }
 
 
 class Done(Exception):
-    """Enough steps were taken."""
+    """Raised after the last step."""
 
 
 class Work(NamedTuple):
@@ -67,9 +69,9 @@ class Work(NamedTuple):
         return PackedDataLoader(shards, data.mix, *shape, self.run.seed, rank, world, data.packing)
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Tokens and targets of all steps, [steps * rows, T], in the order in which our loader gives them."""
-        whole = self.loader(0, 1)
-        batches = [batch for place in range(self.steps) for batch in whole.at(place).batches]
+        """Return tokens and targets of all steps, [steps * rows, T], in our loader's order."""
+        loader = self.loader(0, 1)
+        batches = [batch for index in range(self.steps) for batch in loader.at(index).batches]
         return torch.cat([batch.tokens for batch in batches]), torch.cat(
             [batch.targets for batch in batches]
         )
@@ -82,7 +84,7 @@ class Work(NamedTuple):
 
 
 def ours(work: Work, documents: bool = False) -> None:
-    """training/loop.train as train.py calls it, without validation. documents: with the document mask, as in a real run."""
+    """Run training.loop.train without validation; documents: with the document mask."""
     run = work.run
 
     class Paced(Log):
@@ -105,7 +107,7 @@ def ours(work: Work, documents: bool = False) -> None:
     state = setup.build(run, work.device)
     checkpointer = Checkpointer(run.checkpoints, run.checkpoint, work.dtype, None, {})
     log = Paced(run.logs, run.log, work.rank == 0, to_dict(run))
-    if work.rank:  # Log does nothing there
+    if work.rank:  # Log does nothing on other ranks
         log.metrics = lambda metrics, last=False: work.pace(metrics["loss"])  # type: ignore[method-assign]
     train(run, state, Loader(), next_token(run.optim.z_weight), checkpointer, log)
 
@@ -113,7 +115,7 @@ def ours(work: Work, documents: bool = False) -> None:
 def hugging_face(
     work: Work, liger: bool = False, compiled: bool = False, default: bool = False
 ) -> None:
-    """transformers' LlamaForCausalLM under its Trainer: DDP over ranks, fp32 weights, autocast to the run's dtype.
+    """transformers' LlamaForCausalLM and Trainer: DDP, fp32 weights, autocast to the run's dtype.
 
     default: without autocast, as Trainer comes if not told otherwise.
     """
@@ -140,7 +142,7 @@ def hugging_face(
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().compute_loss(*args, **kwargs)
-            losses.append(loss.detach())  # of a micro-batch, divided by the targets of the step
+            losses.append(loss.detach())  # of a micro-batch, over the step's target count
             return loss
 
     class Pace(transformers.TrainerCallback):
@@ -220,7 +222,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class PlainLlama(nn.Module):
-    """Llama as one would write it for one device and full logits, with our parameter names."""
+    """A plain Llama with full logits for one device, with our parameter names."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -247,7 +249,7 @@ class PlainLlama(nn.Module):
 
 
 def plain(work: Work, compiled: bool = False) -> None:
-    """A loop without a library around it: autocast, full logits, fused AdamW, DDP over ranks."""
+    """A plain PyTorch loop: autocast, full logits, fused AdamW, DDP over ranks."""
     model = PlainLlama(work.run.model)
     model.load_state_dict(work.weights())
     model.to(work.device)
@@ -261,16 +263,16 @@ def plain(work: Work, compiled: bool = False) -> None:
 
     def loss_of(tokens: Tensor, targets: Tensor) -> Tensor:
         with autocast:
-            return whole(tokens, targets)
+            return wrapped(tokens, targets)
 
-    whole: nn.Module = model
+    wrapped: nn.Module = model
     if work.world > 1:
-        whole = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    follow(work, whole, build_optimizer(model, work.run.optim), loss_of, torch.Tensor.backward)
+        wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    follow(work, wrapped, build_optimizer(model, work.run.optim), loss_of, torch.Tensor.backward)
 
 
 def litgpt(work: Work) -> None:
-    """litgpt's GPT and chunked_cross_entropy under Lightning Fabric, as its pretraining command joins them; one rank."""
+    """litgpt's GPT and chunked_cross_entropy under Lightning Fabric; one rank."""
     from lightning import Fabric
     from litgpt.config import Config
     from litgpt.model import GPT
@@ -278,7 +280,7 @@ def litgpt(work: Work) -> None:
 
     run, shape = work.run, work.run.model
     if work.world > 1:
-        raise ValueError("litgpt is measured on one rank only; give litgpt:1")
+        raise ValueError("litgpt runs on one rank only; use litgpt:1")
     fabric = Fabric(
         accelerator=work.device.type,
         devices=1,
@@ -341,17 +343,17 @@ def adamw(groups: list[dict], config: OptimConfig) -> torch.optim.Optimizer:
 def follow(
     work: Work, model: Any, optimizer: Any, loss_of: Callable, backward: Callable[[Tensor], Any]
 ) -> None:
-    """The loop of plain and litgpt. Losses are means over a micro-batch; all have equally many targets."""
+    """Run the loop of plain and litgpt; losses are means over equally large micro-batches."""
     tokens, targets = work.rows()
     schedule, n, size = work.lr(), work.micro_batches, work.run.data.micro_batch_size
     for step in range(work.steps):
         first = step * work.run.data.rows + work.rank * n * size
         total = torch.zeros((), device=work.device)
         for i in range(n):
-            part = slice(first + i * size, first + (i + 1) * size)
+            rows = slice(first + i * size, first + (i + 1) * size)
             accumulating = work.world > 1 and i < n - 1
             with model.no_sync() if accumulating else nullcontext():
-                loss = loss_of(tokens[part].to(work.device), targets[part].to(work.device)) / n
+                loss = loss_of(tokens[rows].to(work.device), targets[rows].to(work.device)) / n
                 backward(loss)
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), work.run.optim.grad_clip or float("inf"))
@@ -376,7 +378,7 @@ CONTENDERS: dict[str, Callable[[Work], None]] = {
 
 
 def missing(name: str, device: str) -> str | None:
-    """Why a contender cannot run here, or None."""
+    """Return why a contender cannot run on this device, or None."""
     from importlib.util import find_spec
 
     needs = {

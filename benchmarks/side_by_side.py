@@ -1,4 +1,4 @@
-"""What the benchmarks of single functions share: calls that take turns, so that a busy machine is busy for all, and on what."""
+"""Shared parts of the function benchmarks: timing in turns, memory, machine, results file."""
 
 import json
 import platform
@@ -18,19 +18,20 @@ Call = Callable[[], object]
 
 
 def median_ms(calls: dict[str, Call], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each call over rounds in which each has its turn, after one that is not counted.
+    """Return the median milliseconds of each call over rounds in which the calls take turns.
 
-    On a CPU those that the process computed, over all its threads: what others do on the machine counts less.
+    The first round is not counted. On a CPU the time is this process's CPU time over all threads,
+    which other load affects less.
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
             wait(device)
-            began = clock()
+            start = clock()
             call()
             wait(device)
-            times[name].append(1000 * (clock() - began))
+            times[name].append(1000 * (clock() - start))
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
@@ -40,7 +41,7 @@ def wait(device: torch.device) -> None:
 
 
 def peak_mb(call: Call, device: torch.device) -> float | None:
-    """Most GPU memory that a call holds beyond what was held before; None on a CPU, whose allocator keeps what was freed."""
+    """Return the peak GPU memory that a call adds, in MB; None on a CPU."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)
@@ -50,7 +51,7 @@ def peak_mb(call: Call, device: torch.device) -> float | None:
 
 
 def modules() -> list[bytes]:
-    """The modules of Python's standard library, those of packages last: real text that every machine has, some 12 MB."""
+    """Return the modules of Python's standard library, about 12 MB; those of packages last."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [
         path
@@ -61,37 +62,36 @@ def modules() -> list[bytes]:
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:
-    """What a figure depends on besides the code."""
+    """Return the command, date, device and versions that a figure depends on."""
     cpu = (
         re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         if Path("/proc/cpuinfo").exists()
         else None
     )
-    found: dict[str, Any] = {
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = cpu[1] if cpu else platform.processor()
+    record: dict[str, Any] = {
         "command": " ".join(["python -m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else cpu[1]
-        if cpu
-        else platform.processor(),
+        "device": name,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
     for package in packages:
         try:
-            found[package] = version(package)
+            record[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
-    return found
+            record[package] = None
+    return record
 
 
 def reason(error: BaseException) -> str:
-    """Why something was not measured, in one line."""
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[
-        :300
-    ]
+    """Return the first line of an error, at most 300 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:

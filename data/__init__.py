@@ -1,1 +1,1 @@
-"""From raw text to batches. Imports nothing of ours. What it writes goes to data/store/, which git ignores."""
+"""Data from raw text to training batches. Output goes to data/store/, which git ignores."""

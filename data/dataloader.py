@@ -1,7 +1,7 @@
-"""PackedDataLoader: the batches of one step as a pure function of `place`, the step's number in the data.
+"""PackedDataLoader: the batches of one optimizer step as a pure function of the batch index.
 
-Nothing is iterated, so there is no state to save: to resume is to ask for the next place, at once and exactly, on any
-number of ranks. The rows of each source (packing.py) come in an order shuffled per source and epoch.
+The loader has no iterator state to save. Resuming asks for the next batch index: exact, O(1), and
+free to change the world size. Each source's rows (packing.py) are shuffled anew in every epoch.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,42 +16,43 @@ from torch import Tensor
 from data.packing import IGNORE, LongDocuments, Rows, Source, StreamRows, make_rows
 from data.tokenizers.bpe import document_encoder
 
-BLOCK = 1000  # rows in which the mixture holds exactly; weights are honoured to 1/BLOCK
-MAX_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (Muennighoff et al. 2023, arXiv:2305.16264)
+BLOCK = 1000  # rows; each block has the mixture's exact proportions, rounded to 1/BLOCK
+# Repeated tokens are nearly as good as new ones up to here (Muennighoff et al. 2023,
+# arXiv:2305.16264)
+MAX_EPOCHS = 4
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. targets[i] is the token after tokens[i] in its document, or IGNORE where that is padding."""
+    """One micro-batch of one rank. targets[i] is the token after tokens[i] in its document.
+
+    Padding has target IGNORE. doc_ids counts up at each document's first token and at padding.
+    """
 
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
-    doc_ids: (
-        Tensor  # [B, T] int32, counts up at each document's first token, and where padding begins
-    )
-    rows: Tensor = torch.empty(
-        0, dtype=torch.int64
-    )  # [B], numbers of these rows in the order of training
+    doc_ids: Tensor  # [B, T] int32
+    rows: Tensor = torch.empty(0, dtype=torch.int64)  # [B], row numbers in training order
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class Step(NamedTuple):
-    """The share of one rank in one optimizer step."""
+    """One rank's micro-batches of one optimizer step."""
 
     batches: list[Batch]
-    weight: int  # targets in the whole step, over all ranks: what the summed loss is divided by
-    tokens: int  # tokens in the whole step, over all ranks, without padding
+    loss_denominator: int  # targets of the step over all ranks
+    tokens: int  # tokens of the step over all ranks, without padding
 
 
 class Loader(Protocol):
-    fingerprint: str  # changes when the data, their order or their mixture change
+    fingerprint: str  # changes with the data, their order and their mixture
 
     def at(self, batch_index: int) -> Step: ...
 
 
 class PackedSource(Protocol):
-    """A source that makes its own rows, as conversations do (sft.py)."""
+    """A source that packs its own rows, such as conversations (chat/sft.py)."""
 
     fingerprint: str
     documents: int
@@ -62,19 +63,20 @@ class PackedSource(Protocol):
 
 
 class PackedDataLoader:
-    """Rows of sequence_length tokens from a mixture of sources, several documents in each.
+    """Loads rows of sequence_length tokens, packed with several documents, from a source mixture.
 
-    sources: name -> TokenShards, LongDocuments of them, or PackedSource. mix: name -> weight, by targets with a loss. rows:
-    rows in one step over all ranks; rank r of world gets an equal contiguous part of them, cut into micro-batches. packing:
-    "stream" (documents end to end) or "best_fit" (only documents longer than a row are cut). No row is repeated before every
-    row of its source has been used.
+    sources: name -> TokenShards, LongDocuments or PackedSource.
+    mix: name -> weight, as a share of the targets that have a loss.
+    rows: rows of one step over all ranks. Each rank gets an equal contiguous share of them.
+    packing: "stream" (documents end to end) or "best_fit" (cuts only documents longer than a row).
+    Every row of a source is used before one repeats.
 
-    `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` makes a TextLoader, which iterates.
+    `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns a TextLoader, an iterable.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "PackedDataLoader":
-        of_texts = "tokenizer" in kwargs or (len(args) > 1 and not isinstance(args[1], Mapping))
-        return super().__new__(TextLoader if of_texts else cls)
+        from_texts = "tokenizer" in kwargs or (len(args) > 1 and not isinstance(args[1], Mapping))
+        return super().__new__(TextLoader if from_texts else cls)
 
     def __init__(
         self,
@@ -90,13 +92,14 @@ class PackedDataLoader:
     ):
         if rows % (world * micro_batch_size):
             raise ValueError(
-                f"{rows} rows a step do not divide over {world} rank(s) with micro-batches of {micro_batch_size}; "
-                "change data.tokens_per_step, data.micro_batch_size or the number of ranks"
+                f"{rows} rows per step do not divide over {world} rank(s) with micro-batches of "
+                f"{micro_batch_size}; change data.tokens_per_step, data.micro_batch_size or the "
+                "world size"
             )
         for name, weight in mix.items():
             if weight <= 0:
                 raise ValueError(
-                    f"data.mix.{name}={weight} must be above 0; leave out what is not to be read"
+                    f"data.mix.{name}={weight} must be above 0; remove the source to exclude it"
                 )
         self.sources, self.names = sources, sorted(mix)
         self.length, self.rows, self.micro_batch_size, self.seed = (
@@ -106,15 +109,14 @@ class PackedDataLoader:
             seed,
         )
         self.rank, self.world = rank, world
-        self.packed = [self._rows_of(name, packing) for name in self.names]
-        weights = [
+        self.packed = [self._packed_rows(name, packing) for name in self.names]
+        row_weights = [
             mix[name] / rows.share for name, rows in zip(self.names, self.packed, strict=True)
-        ]  # of rows, not tokens
-        self.quota = _largest_remainder(np.array(weights), BLOCK)  # rows a block per source
+        ]
+        self.quota = _largest_remainder(np.array(row_weights), BLOCK)  # rows per block and source
         if (self.quota == 0).any():
-            raise ValueError(
-                f"data.mix.{self.names[int(self.quota.argmin())]} is below 1/{BLOCK} of the mixture; raise it"
-            )
+            smallest = self.names[int(self.quota.argmin())]
+            raise ValueError(f"data.mix.{smallest} is below 1/{BLOCK} of the mixture; raise it")
         shares = dict(zip(self.names, self.quota.tolist(), strict=True))
         hashes = [sources[name].fingerprint for name in self.names]
         self.fingerprint = f"{hashes} {shares} length={sequence_length} rows={rows} seed={seed}"
@@ -124,32 +126,31 @@ class PackedDataLoader:
         self._block = lru_cache(maxsize=4)(self._draw_block)
 
     def at(self, batch_index: int) -> Step:
-        """This rank's micro-batches of step `place` >= 0."""
-        of_step = [
+        """This rank's micro-batches of step `batch_index` >= 0."""
+        step_rows = [
             self._locate(row)
             for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)
         ]
-        weight = sum(self.packed[source].targets(index) for source, index in of_step)
-        filled = sum(self.packed[source].tokens(index) for source, index in of_step)
-        share = self.rows // self.world
-        shape = (share, self.length)
+        target_count = sum(self.packed[source].targets(index) for source, index in step_rows)
+        token_count = sum(self.packed[source].tokens(index) for source, index in step_rows)
+        rank_rows = self.rows // self.world
+        first = self.rank * rank_rows
+        shape = (rank_rows, self.length)
         tokens, targets, doc_ids = (
             np.empty(shape, np.int64),
             np.empty(shape, np.int64),
             np.empty(shape, np.int32),
         )
-        for i, (source, index) in enumerate(of_step[self.rank * share : (self.rank + 1) * share]):
+        for i, (source, index) in enumerate(step_rows[first : first + rank_rows]):
             self.packed[source].fill(index, tokens[i], targets[i], doc_ids[i])
-        numbers = np.arange(share) + (batch_index * self.rows + self.rank * share)
-        whole = [torch.from_numpy(part) for part in (tokens, targets, doc_ids, numbers)]
-        batches = [
-            Batch(*parts)
-            for parts in zip(*(part.split(self.micro_batch_size) for part in whole), strict=True)
-        ]
-        return Step(batches, weight, filled)
+        row_numbers = np.arange(rank_rows) + (batch_index * self.rows + first)
+        tensors = [torch.from_numpy(array) for array in (tokens, targets, doc_ids, row_numbers)]
+        splits = [tensor.split(self.micro_batch_size) for tensor in tensors]
+        batches = [Batch(*fields) for fields in zip(*splits, strict=True)]
+        return Step(batches, target_count, token_count)
 
     def shares(self, first: int, last: int) -> dict[str, float]:
-        """Share of each source in the targets of the steps [first, last)."""
+        """Each source's share of the targets in steps [first, last)."""
         sums = dict.fromkeys(self.names, 0)
         for row in range(first * self.rows, last * self.rows):
             source, index = self._locate(row)
@@ -157,32 +158,37 @@ class PackedDataLoader:
         return {name: count / max(1, sum(sums.values())) for name, count in sums.items()}
 
     def epochs(self, batch_index: int) -> dict[str, float]:
-        """How often each source has been read through, after `place` steps."""
+        """Epochs of each source that the first `batch_index` steps read."""
         blocks = batch_index * self.rows / BLOCK
-        each = zip(self.names, self.quota, self.packed, strict=True)
-        return {name: blocks * int(quota) / len(rows) for name, quota, rows in each}
+        sources = zip(self.names, self.quota, self.packed, strict=True)
+        return {name: blocks * int(quota) / len(rows) for name, quota, rows in sources}
 
     def describe(self, steps: int) -> list[str]:
-        """One line a source on what `steps` steps read of it, and a warning where that is more than MAX_EPOCHS epochs."""
+        """One line per source on its epochs in `steps` steps; warnings above MAX_EPOCHS epochs."""
         lines, warnings = [], []
         for (name, epochs), rows in zip(self.epochs(steps).items(), self.packed, strict=True):
             source = self.sources[name]
-            line = f"reads {name} {epochs:.2f} times over: {len(source):,} tokens in {source.documents:,} documents"
+            line = (
+                f"reads {name} for {epochs:.2f} epochs: {len(source):,} tokens in "
+                f"{source.documents:,} documents"
+            )
             if isinstance(source, LongDocuments):
-                every = source.shards
+                shards = source.shards
                 line += (
-                    f" of {source.minimum:,} tokens or more ({len(source) / len(every):.1%} of its tokens, "
-                    f"{source.documents / every.documents:.1%} of its documents)"
+                    f" of {source.minimum:,} tokens or more "
+                    f"({len(source) / len(shards):.1%} of its tokens, "
+                    f"{source.documents / shards.documents:.1%} of its documents)"
                 )
             lines.append(line + (f"; {rows.report}" if rows.report else ""))
             if epochs > MAX_EPOCHS:
                 warnings.append(
-                    f"warning: {name} will be read {epochs:.1f} times; above {MAX_EPOCHS} epochs repeated tokens teach less and "
-                    f"less (arXiv:2305.16264): add data, lower data.mix.{name} or take fewer steps"
+                    f"warning: {name} will be read for {epochs:.1f} epochs; above {MAX_EPOCHS} "
+                    "epochs repeated tokens lose value (arXiv:2305.16264): "
+                    f"add data, lower data.mix.{name} or train for fewer steps"
                 )
         return lines + warnings
 
-    def _rows_of(self, name: str, packing: str) -> Rows:
+    def _packed_rows(self, name: str, packing: str) -> Rows:
         source = self.sources[name]
         if not isinstance(source, Source):
             return source.pack(self.length, self.seed)
@@ -190,25 +196,25 @@ class PackedDataLoader:
         return make_rows(packing, source, self.length, self.seed)
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """Source of a row of the mixture, and which of that source's rows it is."""
-        block, inside = divmod(row, BLOCK)
-        which, ordinal = self._block(block)
-        source = int(which[inside])
-        nth = block * int(self.quota[source]) + int(ordinal[inside])
-        epoch, index = divmod(nth, len(self.packed[source]))
+        """(source, row index within the source) of a row of the mixture."""
+        block, offset = divmod(row, BLOCK)
+        row_sources, ordinals = self._block(block)
+        source = int(row_sources[offset])
+        position = block * int(self.quota[source]) + int(ordinals[offset])
+        epoch, index = divmod(position, len(self.packed[source]))
         return source, int(self._order(source, epoch)[index])
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Source of each row of a block, and how many rows of that source came before it in the block."""
-        which = np.repeat(np.arange(len(self.names)), self.quota)
-        np.random.default_rng((self.seed, 0, block)).shuffle(which)
-        ordinal = np.empty(BLOCK, dtype=np.int64)
+        """Each row's source in a block, and its ordinal among that source's rows of the block."""
+        row_sources = np.repeat(np.arange(len(self.names)), self.quota)
+        np.random.default_rng((self.seed, 0, block)).shuffle(row_sources)
+        ordinals = np.empty(BLOCK, dtype=np.int64)
         for source, quota in enumerate(self.quota):
-            ordinal[which == source] = np.arange(quota)
-        return which, ordinal
+            ordinals[row_sources == source] = np.arange(quota)
+        return row_sources, ordinals
 
     def _shuffle(self, source: int, epoch: int) -> np.ndarray:
-        """Order of a source's rows in an epoch. Keyed by the source's name, so that other sources do not change it."""
+        """Order of a source's rows in an epoch, seeded by the source's name, seed and epoch."""
         name = int.from_bytes(self.names[source].encode(), "big")
         return (
             np.random.default_rng((self.seed, 1, name, epoch))
@@ -218,11 +224,12 @@ class PackedDataLoader:
 
 
 class TextLoader(PackedDataLoader):
-    """Batches of packed rows from texts in order, in one process; training reads a store instead (see PackedDataLoader).
+    """Batches of packed rows from texts in order, tokenized on the fly in one process.
 
-    dataset: texts, or rows with a text under text_column. tokenizer: of tokenizers or of transformers. Documents begin with
-    bos (eos if there is no bos) and are packed end to end, tokenized on the fly. The last incomplete batch
-    is dropped. Each iteration starts from the first text, if the dataset can be iterated again.
+    Training reads a store instead (PackedDataLoader). dataset: texts, or rows with a text under
+    text_column. tokenizer: from tokenizers or transformers. Each document begins with bos (eos if
+    there is no bos); documents are packed end to end. The last incomplete batch is dropped. Each
+    iteration starts from the first text, if the dataset can be iterated again.
     """
 
     def __init__(
@@ -246,10 +253,10 @@ class TextLoader(PackedDataLoader):
             tokens = np.concatenate([tokens, np.array(ids, np.int64)])
             doc_ids = np.concatenate([doc_ids, np.full(len(ids), number, np.int32)])
             while len(tokens) > needed:  # one more: the target of the last
-                parts = (tokens[:needed], tokens[1 : needed + 1], doc_ids[:needed])
-                shaped = [part.reshape(self.batch_size, self.length).copy() for part in parts]
-                shaped[2] -= shaped[2][:, :1]  # in each row documents count from 0
-                yield Batch(*map(torch.from_numpy, shaped))
+                flat = (tokens[:needed], tokens[1 : needed + 1], doc_ids[:needed])
+                rows = [array.reshape(self.batch_size, self.length).copy() for array in flat]
+                rows[2] -= rows[2][:, :1]  # documents count from 0 in each row
+                yield Batch(*map(torch.from_numpy, rows))
                 tokens, doc_ids = tokens[needed:], doc_ids[needed:]
 
 
@@ -261,34 +268,36 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
 ) -> list[Batch]:
-    """The first `rows` rows (default: all) of a held-out split, split over ranks; every rank gets equally many batches.
+    """The first `rows` rows (default: all) of a validation split, sharded over the ranks.
 
-    Rows past the end are filled with ignored targets, so ranks make the same calls and every token is judged once.
+    Padding rows with ignored targets give every rank the same number of batches; every token
+    counts once.
     """
-    whole = (len(shards) - 1) // sequence_length
-    wanted = min(rows or whole, whole)
-    if wanted < 1:
+    available = (len(shards) - 1) // sequence_length
+    if available < 1:
         raise ValueError(
-            f"source {shards.folder.name} has {len(shards):,} held-out tokens, too few for one row of {sequence_length}; raise "
-            "val_fraction in the recipe and run scripts.prepare_data again, add data, leave the source out of data.mix, or "
-            "train without validation (validation.every=0)"
+            f"source {shards.folder.name} has {len(shards):,} validation tokens, too few for one "
+            f"row of {sequence_length}; raise val_fraction in the recipe and run "
+            "scripts.prepare_data again, add data, remove the source from data.mix, or train "
+            "without validation (validation.every=0)"
         )
+    count = min(rows or available, available)
     return row_batches(
-        StreamRows(shards, sequence_length), sequence_length, batch_size, wanted, rank, world
+        StreamRows(shards, sequence_length), sequence_length, batch_size, count, rank, world
     )
 
 
 def row_batches(
     source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    """The first `rows` rows of a source, split over ranks; see validation_batches."""
+    """The first `rows` rows of a source, sharded over the ranks as in validation_batches."""
     return list(stream_batches(source, sequence_length, batch_size, rows, rank, world))
 
 
 def stream_batches(
     source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """The same, one batch in memory at a time."""
+    """As row_batches, with one batch in memory at a time."""
     for first in range(0, rows, batch_size * world):
         tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
         targets = np.full((batch_size, sequence_length), IGNORE, dtype=np.int64)
@@ -297,24 +306,22 @@ def stream_batches(
             row = first + rank * batch_size + i
             if row < rows:
                 source.fill(row, tokens[i], targets[i], doc_ids[i])
-        yield Batch(*(torch.from_numpy(part) for part in (tokens, targets, doc_ids)))
+        yield Batch(*(torch.from_numpy(array) for array in (tokens, targets, doc_ids)))
 
 
 class Prefetcher:
-    """A loader that has the next place ready: it is read in a thread while the current one trains, pinned for a GPU."""
+    """Reads the next step in a thread, pinned for a GPU, while the current one trains."""
 
     def __init__(self, loader: Loader, device: torch.device):
         self.loader, self.device, self.fingerprint = loader, device, loader.fingerprint
-        cuda = (
-            device.type == "cuda"
-        )  # a new thread would pin memory through GPU 0, and open a context there
-        start = (torch.cuda.set_device, (device,)) if cuda else (None, ())
-        self.pool = ThreadPoolExecutor(1, "prefetch", *start)
+        # Without set_device, the new thread would pin memory through GPU 0 and open a context there
+        initializer = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self.pool = ThreadPoolExecutor(1, "prefetch", *initializer)
         self.ahead: tuple[int, Future[Step]] | None = None
 
     @property
     def position(self) -> int:
-        """The place after the last one that at() gave; 0 before the first."""
+        """The batch index after the last one that at() returned; 0 before the first."""
         return self.ahead[0] if self.ahead else 0
 
     def _load(self, batch_index: int) -> Step:
@@ -322,7 +329,8 @@ class Prefetcher:
         if self.device.type == "cuda":
             step = step._replace(
                 batches=[
-                    type(batch)(*(part.pin_memory() for part in batch)) for batch in step.batches
+                    type(batch)(*(tensor.pin_memory() for tensor in batch))
+                    for batch in step.batches
                 ]
             )
         return step
@@ -339,21 +347,23 @@ class Prefetcher:
 
 
 def _check_enough(name: str, source: Source, length: int) -> None:
-    """ValueError where a source does not fill a row."""
+    """Raise ValueError if a source does not fill one row."""
     if len(source) > length:
         return
     if isinstance(source, LongDocuments):
         raise ValueError(
-            f"source {name} has {source.documents:,} documents of at least {source.minimum:,} tokens, {len(source):,} tokens "
-            f"together, too few for one row of {length}; lower data.min_document_tokens.{name} or add data"
+            f"source {name} has {source.documents:,} documents of at least {source.minimum:,} "
+            f"tokens, {len(source):,} tokens together, too few for one row of {length}; "
+            f"lower data.min_document_tokens.{name} or add data"
         )
     raise ValueError(
-        f"source {name} has {len(source)} tokens, too few for one row of {length}; add data or shorten data.sequence_length"
+        f"source {name} has {len(source)} tokens, too few for one row of {length}; "
+        "add data or lower data.sequence_length"
     )
 
 
 def _largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
-    """Integers in proportion to weights that add up to total exactly."""
+    """Integers proportional to weights that sum to total exactly."""
     exact = weights / weights.sum() * total
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]] += 1

@@ -1,7 +1,9 @@
-"""How a source becomes rows: cut from one stream end to end, or packed best-fit so that only documents longer than a row are cut.
+"""Pack a source's documents into rows of fixed length: as one stream, or best-fit.
 
-Whatever the packing, the target of a token is the token after it in its document, and bos after the document's last token.
-A best-fit plan is a pure function of (shards, row length, seed). It is made once, kept beside the shards and memory-mapped.
+Stream packing cuts rows from the documents end to end. Best-fit packing cuts only documents longer
+than a row. The target of a token is the next token of its document; after the last token it is bos.
+A best-fit plan is a pure function of (shards, row length, seed), cached beside the shards and
+memory-mapped.
 """
 
 import errno
@@ -22,14 +24,13 @@ from files import sweep, temporary
 
 IGNORE = -100  # target without a loss; models.losses.IGNORE
 PACKINGS = ("stream", "best_fit")
-ALGORITHM = 1  # goes up when the same inputs give another plan
-Pattern = tuple[
-    tuple[int, int], ...
-]  # what lies in a row: (piece length, number of such pieces), longest first
+ALGORITHM = 1  # version; increment when the same inputs give another plan
+# The pieces of a row: (piece length, number of such pieces), longest first
+Pattern = tuple[tuple[int, int], ...]
 
 
 def document_table(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
-    """Where each document of a split begins in its stream, and how many tokens it has: two int64 [documents]."""
+    """Start and length in tokens of each document in a split's stream: two int64 [documents]."""
     bases = shards.bounds[:-1].tolist()
     begins = [np.asarray(starts) + base for starts, base in zip(shards.starts, bases, strict=True)]
     starts = np.concatenate([np.empty(0, dtype=np.int64), *begins])
@@ -37,7 +38,7 @@ def document_table(shards: TokenShards) -> tuple[np.ndarray, np.ndarray]:
 
 
 class LongDocuments:
-    """The documents of a split with at least `minimum` tokens, read as TokenShards are; no token is copied."""
+    """View of the documents with at least `minimum` tokens, with the interface of TokenShards."""
 
     def __init__(self, shards: TokenShards, minimum: int):
         self.shards, self.minimum = shards, minimum
@@ -47,9 +48,9 @@ class LongDocuments:
             shards.tokenizer,
         )
         starts, lengths = document_table(shards)
-        kept = lengths >= minimum
-        self.starts, self.lengths = starts[kept], lengths[kept]
-        self.ends = np.cumsum(self.lengths)  # in this view's own stream
+        selected = lengths >= minimum
+        self.starts, self.lengths = starts[selected], lengths[selected]
+        self.ends = np.cumsum(self.lengths)  # in this view's stream
         self.documents, self.tokens = len(self.starts), int(self.lengths.sum())
         self.fingerprint = f"{shards.fingerprint} of {minimum} tokens or more"
 
@@ -58,21 +59,21 @@ class LongDocuments:
         return self.tokens
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) of these documents end to end, as int64, and for each the count of documents begun after start."""
+        """Tokens [start, stop) as int64, and for each the number of documents begun after start."""
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
         tokens, doc_ids = (
             np.empty(stop - start, dtype=np.int64),
             np.empty(stop - start, dtype=np.int32),
         )
         first = document = int(np.searchsorted(self.ends, start, side="right"))
-        at = start
-        while at < stop:
+        position = start
+        while position < stop:
             end = int(self.ends[document])
-            source = int(self.starts[document]) + int(self.lengths[document]) - (end - at)
-            part = slice(at - start, min(end, stop) - start)
-            tokens[part] = self.shards.read(source, source + part.stop - part.start)[0]
-            doc_ids[part] = document - first
-            at, document = end, document + 1
+            source = int(self.starts[document]) + int(self.lengths[document]) - (end - position)
+            piece = slice(position - start, min(end, stop) - start)
+            tokens[piece] = self.shards.read(source, source + piece.stop - piece.start)[0]
+            doc_ids[piece] = document - first
+            position, document = end, document + 1
         return tokens, doc_ids
 
 
@@ -80,19 +81,19 @@ Source = TokenShards | LongDocuments
 
 
 class Rows(Protocol):
-    """The rows of `length` tokens of one source, numbered from 0."""
+    """One source's rows of `length` tokens, numbered from 0."""
 
-    share: float  # of a row that has a loss, on average; in pretraining all but padding
-    report: str  # what the packing costs, for the console; "" where there is nothing to say
+    share: float  # mean share of a row's tokens that have a loss; in pretraining all but padding
+    report: str  # cost of the packing, for the console, or ""
 
     def __len__(self) -> int: ...
 
     def targets(self, index: int) -> int:
-        """Targets of a row that have a loss."""
+        """Number of a row's targets that have a loss."""
         ...
 
     def tokens(self, index: int) -> int:
-        """Tokens of a row that are no padding."""
+        """Number of a row's tokens without padding."""
         ...
 
     def fill(
@@ -110,7 +111,7 @@ def make_rows(packing: str, source: Source, length: int, seed: int) -> Rows:
 
 
 class StreamRows:
-    """Rows cut from the documents end to end, without padding; a remainder shorter than a row at the end is never used."""
+    """Rows cut from the documents end to end, without padding. A final partial row is dropped."""
 
     share, report = 1.0, ""
 
@@ -129,47 +130,45 @@ class StreamRows:
         self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
     ) -> None:
         start = index * self.length
-        text, begun = self.source.read(start, start + self.length + 1)
-        tokens[:], targets[:], doc_ids[:] = text[:-1], text[1:], begun[:-1]
+        ids, documents = self.source.read(start, start + self.length + 1)
+        tokens[:], targets[:], doc_ids[:] = ids[:-1], ids[1:], documents[:-1]
 
 
 class Plan(NamedTuple):
-    """Which pieces of documents lie in which row. Every token of the source is in exactly one piece."""
+    """Assigns pieces of documents to rows. Every token of the source is in exactly one piece."""
 
-    starts: np.ndarray  # int64 [pieces], in the stream of the shards, in the order of rows
+    starts: np.ndarray  # int64 [pieces], positions in the shards' stream, in row order
     lengths: np.ndarray  # uint16 or uint32 [pieces]
     rows: np.ndarray  # int64 [rows + 1], first piece of each row
 
 
 class BestFitRows:
-    """Rows of whole documents, and of the pieces of those longer than a row (Ding et al. 2024, arXiv:2404.10830).
+    """Rows of uncut documents and of pieces of longer ones (Ding et al. 2024, arXiv:2404.10830).
 
-    Each piece is a document of its own in `docs`; what is left of a row is padding: token 0, target IGNORE, one more document.
+    Each piece has its own id in doc_ids. Padding has token 0, target IGNORE and one more id.
     """
 
     def __init__(self, source: Source, length: int, seed: int):
         self.length = length
-        self.plan, cost = keep_plan(source, length, seed)
-        self.filled = np.add.reduceat(
-            self.plan.lengths, self.plan.rows[:-1], dtype=np.int64
-        ).astype(np.uint32)  # [rows]
+        self.plan, cost = load_or_make_plan(source, length, seed)
+        row_tokens = np.add.reduceat(self.plan.lengths, self.plan.rows[:-1], dtype=np.int64)
+        self.row_tokens = row_tokens.astype(np.uint32)  # [rows]
         self.share = 1 - cost["padding"]
         self.report = (
             f"best-fit rows, {cost['padding']:.2%} padding, {cost['cut']:.1%} of documents cut "
             f"(end to end: {cost['cut_by_stream']:.1%})"
         )
         self.shards = source.shards if isinstance(source, LongDocuments) else source
-        self.files = [
-            file.view(np.ndarray) for file in self.shards.shards
-        ]  # slicing a memmap itself is slow
+        # Plain arrays: slicing an np.memmap is slow
+        self.files = [file.view(np.ndarray) for file in self.shards.shards]
         self.bounds: list[int] = self.shards.bounds.tolist()
         self.bos = int(self.shards.read(0, 1)[0][0])
 
     def __len__(self) -> int:
-        return len(self.filled)
+        return len(self.row_tokens)
 
     def targets(self, index: int) -> int:
-        return int(self.filled[index])
+        return int(self.row_tokens[index])
 
     tokens = targets
 
@@ -177,35 +176,35 @@ class BestFitRows:
         self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
     ) -> None:
         first, last = self.plan.rows[index : index + 2].tolist()
-        at = count = 0
+        begin = count = 0
         for start, length in zip(
             self.plan.starts[first:last].tolist(),
             self.plan.lengths[first:last].tolist(),
             strict=True,
         ):
-            text, end = self._read(start, length + 1), at + length
-            tokens[at:end], targets[at:end], doc_ids[at:end] = text[:-1], text[1:], count
-            at, count = end, count + 1
-        tokens[at:], targets[at:], doc_ids[at:] = 0, IGNORE, count
+            ids, end = self._read(start, length + 1), begin + length
+            tokens[begin:end], targets[begin:end], doc_ids[begin:end] = ids[:-1], ids[1:], count
+            begin, count = end, count + 1
+        tokens[begin:], targets[begin:], doc_ids[begin:] = 0, IGNORE, count
 
     def _read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of the shards; bos after the very last."""
+        """Tokens [start, start + length) of the shards; bos follows the last token."""
         shard = bisect_right(self.bounds, start) - 1
         base, end = self.bounds[shard], start + length
         if end <= self.bounds[shard + 1]:
             return self.files[shard][start - base : end - base]
-        text = self.shards.read(start, min(end, len(self.shards)))[0]
-        return text if len(text) == length else np.append(text, self.bos)
+        ids = self.shards.read(start, min(end, len(self.shards)))[0]
+        return ids if len(ids) == length else np.append(ids, self.bos)
 
 
 def best_fit_decreasing(counts: Sequence[int], capacity: int) -> list[tuple[int, Pattern]]:
-    """Pack counts[n] pieces of n tokens, longest first, each into the row with the least space left that holds it.
+    """Pack counts[n] pieces of n tokens, longest first, each into the fullest row that holds it.
 
-    Returns groups of like rows: how many, and what lies in each. Rows with equal space are kept together, so the work
-    depends on the capacity (and little more than linearly on it), not on the number of pieces.
+    Returns groups of equal rows as (number of rows, pattern). Rows with equal free space are packed
+    together: the time is nearly linear in the capacity and independent of the number of pieces.
     """
-    groups: dict[int, list[tuple[int, Pattern]]] = {}  # by the space left in each of their rows
-    spaces = 0  # bit n is set where there are rows with n tokens of space
+    groups: dict[int, list[tuple[int, Pattern]]] = {}  # by the free space of their rows
+    spaces = 0  # bit n is set if a row has n tokens of free space
 
     def put(space: int, rows: int, pattern: Pattern) -> None:
         nonlocal spaces
@@ -223,13 +222,12 @@ def best_fit_decreasing(counts: Sequence[int], capacity: int) -> list[tuple[int,
                     spaces ^= 1 << space
             else:
                 space, rows, pattern = capacity, -(-left // (capacity // length)), ()
-            each = (
-                space // length
-            )  # the row that took one is then the tightest, until it holds no more
-            full = min(rows, left // each)
+            # A row that took a piece is the tightest: fill it with as many as it holds
+            per_row = space // length
+            full = min(rows, left // per_row)
             if full:
-                put(space - each * length, full, (*pattern, (length, each)))
-                left, rows = left - full * each, rows - full
+                put(space - per_row * length, full, (*pattern, (length, per_row)))
+                left, rows = left - full * per_row, rows - full
             if rows and left:
                 put(space - left * length, 1, (*pattern, (length, left)))
                 left, rows = 0, rows - 1
@@ -241,40 +239,42 @@ def best_fit_decreasing(counts: Sequence[int], capacity: int) -> list[tuple[int,
 def cut_into_pieces(
     starts: np.ndarray, lengths: np.ndarray, capacity: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pieces of documents, as start and size: whole rows of those longer than a row, then what is left of each document."""
-    whole, rest = np.divmod(lengths, capacity)
-    long, short = np.flatnonzero(whole), np.flatnonzero(rest)
-    many = whole[long]
-    nth = np.arange(many.sum()) - np.repeat(
-        np.cumsum(many) - many, many
-    )  # of the pieces of one document
+    """Start and size of each piece: first the row-sized pieces, then each document's remainder."""
+    full_pieces, remainders = np.divmod(lengths, capacity)
+    long, short = np.flatnonzero(full_pieces), np.flatnonzero(remainders)
+    counts = full_pieces[long]
+    index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
     begins = np.concatenate(
-        [np.repeat(starts[long], many) + nth * capacity, starts[short] + whole[short] * capacity]
+        [
+            np.repeat(starts[long], counts) + index * capacity,
+            starts[short] + full_pieces[short] * capacity,
+        ]
     )
-    kind = np.dtype("<u2" if capacity < 1 << 16 else "<u4")
+    dtype = np.dtype("<u2" if capacity < 1 << 16 else "<u4")
     return begins, np.concatenate(
-        [np.full(len(nth), capacity, dtype=kind), rest[short].astype(kind)]
+        [np.full(len(index), capacity, dtype=dtype), remainders[short].astype(dtype)]
     )
 
 
-def lay_out(groups: list[tuple[int, Pattern]], kind: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """The size of each piece, row after row, and the first piece of each row, of groups of like rows."""
+def lay_out(groups: list[tuple[int, Pattern]], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Size of each piece in row order, and each row's first piece, from groups of equal rows."""
     rows = np.array([rows for rows, _ in groups])
-    sizes = np.array([size for _, pattern in groups for size, _ in pattern], dtype=kind)
-    patterns = np.repeat(
-        sizes, [number for _, pattern in groups for _, number in pattern]
-    )  # one row of each group
-    many = np.array([sum(number for _, number in pattern) for _, pattern in groups])  # pieces in it
-    counts = np.repeat(many, rows)
+    sizes = np.array([size for _, pattern in groups for size, _ in pattern], dtype=dtype)
+    repeats = [number for _, pattern in groups for _, number in pattern]
+    patterns = np.repeat(sizes, repeats)  # one row of each group
+    group_pieces = np.array([sum(number for _, number in pattern) for _, pattern in groups])
+    counts = np.repeat(group_pieces, rows)
     first = np.concatenate([[0], np.cumsum(counts)])
-    at = np.repeat(np.repeat(np.cumsum(many) - many, rows) - first[:-1], counts) + np.arange(
-        first[-1]
-    )
-    return patterns[at], first
+    group_starts = np.repeat(np.cumsum(group_pieces) - group_pieces, rows)
+    index = np.repeat(group_starts - first[:-1], counts) + np.arange(first[-1])
+    return patterns[index], first
 
 
 def make_plan(starts: np.ndarray, lengths: np.ndarray, capacity: int, seed: int) -> Plan:
-    """Pack documents, given by start and length in tokens, into rows of `capacity`. seed: which of like pieces go together."""
+    """Pack documents, given by start and length in tokens, into rows of `capacity` tokens.
+
+    seed: shuffles pieces of equal size among the rows.
+    """
     begins, sizes = cut_into_pieces(starts, lengths, capacity)
     groups = best_fit_decreasing(np.bincount(sizes, minlength=capacity + 1).tolist(), capacity)
     slots, rows = lay_out(groups, sizes.dtype)
@@ -286,39 +286,38 @@ def make_plan(starts: np.ndarray, lengths: np.ndarray, capacity: int, seed: int)
 
 
 def plan_cost(plan: Plan, lengths: np.ndarray, capacity: int) -> dict[str, float]:
-    """Shares: `padding` of the plan's rows, and documents `cut` by it and `cut_by_stream`, rows cut from them end to end."""
+    """Shares of padding tokens, of documents the plan cuts, and of those stream packing cuts."""
     ends = np.cumsum(lengths)
-    across = (ends - lengths) // capacity != (ends - 1) // capacity
+    cut_by_stream = (ends - lengths) // capacity != (ends - 1) // capacity
     rows = len(plan.rows) - 1
     padding = 1 - int(lengths.sum()) / (rows * capacity)
     return {
         "padding": padding,
         "cut": float((lengths > capacity).mean()),
-        "cut_by_stream": float(across.mean()),
+        "cut_by_stream": float(cut_by_stream.mean()),
     }
 
 
 def plan_folder(source: Source, length: int, seed: int) -> tuple[Path, dict]:
-    """Where the plan of a source is kept, and the inputs that it is a function of."""
+    """The folder of a source's plan, and the inputs that determine the plan."""
     inputs = {"source": source.fingerprint, "length": length, "seed": seed, "algorithm": ALGORITHM}
     key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
     return source.folder / "plans" / f"best_fit-{length}-{seed}-{key}", inputs
 
 
-def keep_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, float]]:
-    """The plan of a source and its cost, memory-mapped from beside its shards; made and written there where absent or damaged.
+def load_or_make_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, float]]:
+    """A source's plan and its cost, memory-mapped from beside its shards.
 
-    Several processes may do so at once: each writes a folder of its own, the first to rename it wins, and all are equal.
-    Where the store cannot be written, the plan stays in memory.
+    A missing or damaged plan is made and written. Concurrent processes write equal plans to
+    temporary folders, and the first rename wins. In a read-only store the plan stays in memory.
     """
     folder, inputs = plan_folder(source, length, seed)
-    there = folder.exists()
-    found = _read_plan(folder, inputs)
-    if found:
-        return found
-    if there:
+    exists = folder.exists()
+    if cached := _read_plan(folder, inputs):
+        return cached
+    if exists:
         print(
-            f"warning: the packing plan {folder} is damaged; it is made again",
+            f"warning: the packing plan {folder} is damaged; rebuilding it",
             file=sys.stderr,
             flush=True,
         )
@@ -330,7 +329,7 @@ def keep_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, f
     plan = make_plan(starts, lengths, length, seed)
     cost = plan_cost(plan, lengths, length)
     try:
-        _write_plan(folder, plan, {"inputs": inputs, "cost": cost}, replace=there)
+        _write_plan(folder, plan, {"inputs": inputs, "cost": cost}, replace=exists)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
@@ -338,31 +337,28 @@ def keep_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, f
 
 
 def _write_plan(folder: Path, plan: Plan, content: dict, replace: bool) -> None:
-    own = temporary(folder)
+    scratch = temporary(folder)
     sweep(folder.parent)
-    shutil.rmtree(own, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         if replace:
-            with suppress(FileNotFoundError):  # another process has just taken it away
-                folder.rename(own)
-                shutil.rmtree(own)
-        own.mkdir(parents=True)
-        for name, part in plan._asdict().items():
-            np.save(own / f"{name}.npy", part)
-        files = {path.name: manifest.file_hash(path) for path in sorted(own.glob("*.npy"))}
-        manifest.write(own, {**content, "sha256": files})
-        own.rename(folder)
+            with suppress(FileNotFoundError):  # another process has just moved it
+                folder.rename(scratch)
+                shutil.rmtree(scratch)
+        scratch.mkdir(parents=True)
+        for name, array in plan._asdict().items():
+            np.save(scratch / f"{name}.npy", array)
+        files = {path.name: manifest.file_hash(path) for path in sorted(scratch.glob("*.npy"))}
+        manifest.write(scratch, {**content, "sha256": files})
+        scratch.rename(folder)
     except OSError as error:
-        shutil.rmtree(own, ignore_errors=True)
-        if error.errno not in (
-            errno.ENOTEMPTY,
-            errno.EEXIST,
-        ):  # another process was first, with the same plan
+        shutil.rmtree(scratch, ignore_errors=True)
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process wrote it first
             raise
 
 
 def _read_plan(folder: Path, inputs: dict) -> tuple[Plan, dict[str, float]] | None:
-    """A whole plan, or None where it is absent, was made from other inputs or differs from its checksums."""
+    """A plan and its cost; None if it is missing, has other inputs or fails its checksums."""
     content = manifest.read(folder)
     try:
         if content is None or content["inputs"] != inputs:
@@ -372,9 +368,9 @@ def _read_plan(folder: Path, inputs: dict) -> tuple[Plan, dict[str, float]] | No
             return None
         if any(manifest.file_hash(folder / name) != expected for name, expected in sums.items()):
             return None
-        parts = (
+        arrays = (
             np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in Plan._fields
         )
-        return Plan(*parts), content["cost"]
+        return Plan(*arrays), content["cost"]
     except (OSError, KeyError, TypeError, AttributeError):
         return None

@@ -1,4 +1,4 @@
-"""Open a data store for training: its tokenizer and the shards of the sources in a mixture, checked against the model."""
+"""Open a data store for training: its tokenizer and token shards, checked against the model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,19 +12,19 @@ from data.packing import LongDocuments, Source
 from data.shards import ShardWriter, TokenShards
 from data.tokenizers.bpe import load_tokenizer, special_ids, token_bytes, vocabulary_size
 
-DUMMY = "dummy"  # source of a store without text, and there in place of the tokenizer's hash
+DUMMY = "dummy"  # source of a store without text; also its tokenizer hash
 
 
 class StoreTokenizer(NamedTuple):
-    """What training needs to know of a store's tokenizer. Dummy data have none."""
+    """What training needs of a store's tokenizer. folder is None for dummy data."""
 
     folder: Path | None
     special: dict[str, int]  # ids of bos, eos and pad
-    bytes_of: np.ndarray  # int64 [vocab], bytes of text a token stands for
+    bytes_of: np.ndarray  # int64 [vocab], text bytes per token
 
 
 def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
-    """The tokenizer of a store; ValueError where the model's vocabulary has another size."""
+    """The tokenizer of a store; ValueError if the model's vocabulary size differs."""
     folder = Path(store) / "tokenizer"
     if not folder.is_dir() and (Path(store) / "tokens" / DUMMY).is_dir():
         return StoreTokenizer(
@@ -32,12 +32,14 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
         )  # every token counts as a byte
     if not folder.is_dir():
         raise ValueError(
-            f"there is no data store at {store}; make one with python -m scripts.download_data, train_tokenizer and prepare_data"
+            f"there is no data store at {store}; create one with python -m scripts.download_data, "
+            "train_tokenizer and prepare_data"
         )
     tokenizer = load_tokenizer(folder)
     if vocabulary_size(tokenizer) != vocab_size:
         raise ValueError(
-            f"the tokenizer of {store} has {vocabulary_size(tokenizer)} tokens but model.vocab_size={vocab_size}; make them equal"
+            f"the tokenizer of {store} has {vocabulary_size(tokenizer)} tokens but "
+            f"model.vocab_size={vocab_size}; make them equal"
         )
     return StoreTokenizer(folder, special_ids(tokenizer)._asdict(), token_bytes(tokenizer))
 
@@ -49,9 +51,9 @@ def open_shards(
     vocab_size: int,
     min_document_tokens: Mapping[str, int] | None = None,
 ) -> dict[str, Source]:
-    """One split of every source in a mixture; ValueError where one is absent or was made for another tokenizer.
+    """One split of every source in a mixture, checked for presence and for the store's tokenizer.
 
-    min_document_tokens: source -> take only documents of at least so many tokens from it.
+    min_document_tokens: source -> minimum length of the documents that are read, in tokens.
     """
     present = sorted(
         path.name
@@ -59,41 +61,46 @@ def open_shards(
         if path.is_dir() and path.suffix != ".tmp"
     )
     if not mix:
-        raise ValueError(f"data.mix names no source; {store} has {', '.join(present) or 'none'}")
+        raise ValueError(
+            f"data.mix is empty; list at least one source of {store}: "
+            f"{', '.join(present) or 'it has none'}"
+        )
     tokenizer = Path(store) / "tokenizer" / "tokenizer.json"
     expected = file_hash(tokenizer) if tokenizer.is_file() else DUMMY
     shards: dict[str, Source] = {}
     for name in mix:
         if name not in present:
-            means = ", ".join(sources_of(name))
-            hint = f"; {name} is {means} here" if means != name else ""
+            members = ", ".join(sources_of(name))
+            hint = f"; use {members} for {name}" if members != name else ""
             raise ValueError(
-                f"data.mix.{name}: {store} has no such source; it has {', '.join(present) or 'none'}{hint}"
+                f"data.mix.{name}: {store} has no such source; "
+                f"available: {', '.join(present) or 'none'}{hint}"
             )
-        whole = TokenShards(Path(store) / "tokens" / name, split)
-        if whole.tokenizer != expected or whole.vocab_size != vocab_size:
+        source = TokenShards(Path(store) / "tokens" / name, split)
+        if source.tokenizer != expected or source.vocab_size != vocab_size:
             raise ValueError(
-                f"the shards of {name} were made with another tokenizer than the store's or for another model.vocab_size than "
-                f"{vocab_size}; run python -m scripts.prepare_data again"
+                f"the shards of {name} do not match the store's tokenizer or "
+                f"model.vocab_size={vocab_size}; run python -m scripts.prepare_data again"
             )
-        if split == "train" and not len(whole):
+        if split == "train" and not len(source):
             raise ValueError(
-                f"every document of source {name} is held out, or none was kept; lower val_fraction in the recipe, look at "
-                f"{Path(store) / 'report.json'}, and run python -m scripts.prepare_data again"
+                f"source {name} has no training documents; lower val_fraction in the recipe or "
+                f"see {Path(store) / 'report.json'} for removed documents, then run python -m "
+                "scripts.prepare_data again"
             )
         minimum = (min_document_tokens or {}).get(name)
-        shards[name] = whole if minimum is None else LongDocuments(whole, minimum)
+        shards[name] = source if minimum is None else LongDocuments(source, minimum)
     return shards
 
 
 def write_dummy_store(store: Path, vocab_size: int, tokens: int, seed: int) -> None:
-    """A store with one source, "dummy": a random walk over some tokens in which one step in ten is a surprise.
+    """Write a store with one source, "dummy": a fixed walk over tokens with 10 % random steps.
 
-    A model that learns at all learns it: the loss falls from ln(vocab_size) towards about 0.7 nats.
+    A working model learns it: the loss falls from ln(vocab_size) to about 0.7 nats.
     """
     rng = np.random.default_rng(seed)
     states = min(64, vocab_size - 1)
-    follows = 1 + rng.permutation(states)  # of token 1 + i; 0 is bos
+    successors = 1 + rng.permutation(states)  # of token 1 + i; 0 is bos
     with ShardWriter(store / "tokens" / DUMMY, vocab_size, DUMMY, inputs={}) as shards:
         written = 0
         while written < tokens:
@@ -101,6 +108,6 @@ def write_dummy_store(store: Path, vocab_size: int, tokens: int, seed: int) -> N
             surprises = np.where(rng.random(length) < 0.1, rng.integers(1, states + 1, length), 0)
             walk = [int(rng.integers(1, states + 1))]
             for surprise in surprises:
-                walk.append(int(surprise or follows[walk[-1] - 1]))
+                walk.append(int(surprise or successors[walk[-1] - 1]))
             shards.add("val" if written < tokens // 10 else "train", [0, *walk])
             written += len(walk) + 1

@@ -1,10 +1,10 @@
-"""Compare files with their checksums once for each state of a file: size, times and inode say whether it was written since.
+"""Verify files against their checksums, once per state of a file (size, times, inode).
 
-What was verified is noted beside the folder, in `.<folder>.verified.json`. Where that cannot be written, files are read again.
+Verified states are cached beside the folder in `.<folder>.verified.json`. If that file cannot be
+written, every call reads the files again.
 """
 
 import fcntl
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,38 +12,37 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from files import read_object, write_json
+from files import file_hash, read_object, write_json
 from machine import cpus
 
-TOLD = 2e9  # bytes from which on the console says what takes time
+NOTICE_BYTES = 2e9  # a longer verification prints a line
 
 
 def damaged(
     folder: Path, sums: Mapping[str, str], check: Callable[[Path], str | None] | None = None
 ) -> str | None:
-    """What is wrong with the first damaged file of a folder, or None where each has its sha256.
+    """The fault of a folder's first damaged file; None if every file has its sha256.
 
-    sums: name -> sha256. check: finds another fault in a file, such as ids beyond the vocabulary. Processes that ask at the
-    same time wait for one that reads.
+    sums: name -> sha256. check: returns any other fault of a file, such as ids beyond the
+    vocabulary. One process verifies; concurrent ones wait for it.
     """
     note = folder.with_name(f".{folder.name}.verified.json")
     if not _changed(folder, sums, note):
         return None
-    with _alone(folder):
+    with _exclusive_lock(folder):
         if not (changed := _changed(folder, sums, note)):
             return None
-        if (size := sum(state[0] for state in changed.values())) > TOLD:
+        if (size := sum(state[0] for state in changed.values())) > NOTICE_BYTES:
             print(f"verifying {size / 1e9:.0f} GB of {folder}, once", flush=True)
 
         def fault(name: str) -> str | None:
-            with open(folder / name, "rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sums[name]:
-                    return f"{folder / name} is damaged: it has not the sha256 of its manifest"
+            if file_hash(folder / name) != sums[name]:
+                return f"{folder / name} is damaged: its sha256 differs from the manifest"
             problem = check(folder / name) if check else None
             return f"{folder / name} is damaged: {problem}" if problem else None
 
         with ThreadPoolExecutor(min(8, cpus())) as pool:
-            faults = [found for found in pool.map(fault, changed) if found]
+            faults = [text for text in pool.map(fault, changed) if text]
         if faults:
             return faults[0]
         with suppress(OSError):
@@ -52,24 +51,24 @@ def damaged(
 
 
 def _changed(folder: Path, sums: Mapping[str, str], note: Path) -> dict[str, list[Any]]:
-    """The state of each file that differs from the one in which it was verified."""
+    """The state of each file that changed since it was verified."""
     known = read_object(note) or {}
     states = {}
-    for name, total in sums.items():
+    for name, checksum in sums.items():
         status = (folder / name).stat()
         states[name] = [
             status.st_size,
             status.st_mtime_ns,
             status.st_ctime_ns,
             status.st_ino,
-            total,
+            checksum,
         ]
     return {name: state for name, state in states.items() if known.get(name) != state}
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a lock that one process has at a time, where the file system knows locks."""
+def _exclusive_lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder, if the file system supports locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):

@@ -1,1 +1,1 @@
-"""The demo in a browser; demo_ui.py opens it."""
+"""The web demo that demo_ui.py starts."""

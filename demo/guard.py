@@ -1,4 +1,4 @@
-"""What the demo's web server accepts from a browser, and what its page may load: nothing from other hosts."""
+"""Security of the demo's web server: request checks and headers that forbid other hosts."""
 
 import json
 from collections.abc import Awaitable, Callable, Collection
@@ -7,18 +7,20 @@ from typing import Any
 MAX_BODY = 2 * 2**20  # bytes
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # addresses
 LOCAL = ("127.0.0.1", "localhost", "[::1]")  # names in the Host header
+# Gradio's scripts are inline and compile templates, hence 'unsafe-inline' and 'unsafe-eval'.
 POLICY = (
-    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; media-src 'self' data: blob:; connect-src 'self'; manifest-src 'self'; "
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+    "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
+    "media-src 'self' data: blob:; connect-src 'self'; manifest-src 'self'; "
     "worker-src 'self' blob:; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
-)  # Gradio's own scripts are inline and compile templates
+)
 HEADERS = {
     "content-security-policy": POLICY,
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
-    "x-dns-prefetch-control": "off",  # Chromium resolves the hosts of links otherwise
+    "x-dns-prefetch-control": "off",  # else Chromium resolves the hosts of links
 }
-EXACT: tuple[str, ...] = (
+PATHS = (
     "/",
     "/config",
     "/login",
@@ -28,8 +30,6 @@ EXACT: tuple[str, ...] = (
     "/manifest.json",
     "/user",
     "/token",
-)
-EXACT += (
     "/login_check",
     "/app_id",
     "/heartbeat",
@@ -38,18 +38,19 @@ EXACT += (
     "/cancel",
     "/queue/join",
     "/queue/data",
+    "/info",
+    "/run/predict",
 )
-EXACT += ("/info", "/run/predict")
 FOLDERS = ("/assets/", "/static/", "/svelte/", "/heartbeat/")
 CALLS = ("/queue/join", "/run/predict")
 Message = dict[str, Any]
 
 
 class Guard:
-    """ASGI middleware. Refuses foreign hosts, foreign origins, large bodies, uploads and all paths that the page does not use."""
+    """ASGI middleware: refuses other hosts and origins, large bodies, uploads and unused paths."""
 
     def __init__(self, app: Any, hosts: Collection[str] = LOCAL, same_origin: bool = True):
-        """hosts: names in the Host header, empty for any. same_origin: compare the Origin header with the Host header."""
+        """hosts: allowed Host headers, () for any. same_origin: Origin must match Host."""
         self.app, self.hosts, self.same_origin = app, hosts, same_origin
 
     async def __call__(
@@ -62,80 +63,70 @@ class Guard:
             return
         status = self._refusal(scope)
         if status:
-            for _ in range(1000):  # a browser that is still sending sees the answer, not a reset
+            for _ in range(1000):  # read the body: a sending browser would see a reset otherwise
                 if not (await receive()).get("more_body"):
                     break
-            await send(
-                {
-                    "type": "http.response.start",
-                    "status": status,
-                    "headers": [(b"content-type", b"text/plain")],
-                }
-            )
-            await send({"type": "http.response.body", "body": b"refused"})
+            await _refuse(send, status)
             return
 
         if scope["path"].endswith(CALLS):
-            parts = []
-            while (part := await receive())["type"] == "http.request":
-                parts.append(part.get("body", b""))
-                if not part.get("more_body"):
+            chunks = []
+            while (chunk := await receive())["type"] == "http.request":
+                chunks.append(chunk.get("body", b""))
+                if not chunk.get("more_body"):
                     break
             else:
-                return  # the browser has left
-            body, original = b"".join(parts), receive
+                return  # the browser has disconnected
+            body, original = b"".join(chunks), receive
             if not _is_plain(body):
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": 403,
-                        "headers": [(b"content-type", b"text/plain")],
-                    }
-                )
-                await send({"type": "http.response.body", "body": b"refused"})
+                await _refuse(send, 403)
                 return
-            rest = [{"type": "http.request", "body": body}]
+            unread = [{"type": "http.request", "body": body}]
 
             async def receive() -> Message:
-                return rest.pop() if rest else await original()
+                return unread.pop() if unread else await original()
 
-        async def secured(message: Message) -> None:
+        async def send_secured(message: Message) -> None:
             if message["type"] == "http.response.start":
-                kept = [
+                headers = [
                     (name, value)
                     for name, value in message["headers"]
                     if name.lower().decode() not in HEADERS
                 ]
-                message = {
-                    **message,
-                    "headers": [*kept, *((n.encode(), v.encode()) for n, v in HEADERS.items())],
-                }
+                headers += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": headers}
             await send(message)
 
-        await self.app(scope, receive, secured)
+        await self.app(scope, receive, send_secured)
 
     def _refusal(self, scope: Message) -> int:
-        """The status that a request is refused with, 0 for none."""
-        given: dict[str, list[str]] = {}
+        """Return the HTTP status that refuses a request, 0 to accept it."""
+        headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
-            given.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-        host, origin = given.get("host", [""]), given.get("origin", [])
+            headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        host, origins = headers.get("host", [""]), headers.get("origin", [])
         name = host[0] if host[0].endswith("]") else host[0].rsplit(":", 1)[0]
         if len(host) != 1 or (self.hosts and name.lower() not in self.hosts):
             return 403
-        if self.same_origin and any(one.partition("://")[2] != host[0] for one in origin):
+        if self.same_origin and any(origin.partition("://")[2] != host[0] for origin in origins):
             return 403
         path = scope["path"].removeprefix("/gradio_api") or "/"
-        if path.rstrip("/") not in EXACT and path not in EXACT and not path.startswith(FOLDERS):
+        if path.rstrip("/") not in PATHS and path not in PATHS and not path.startswith(FOLDERS):
             return 403
-        sizes = given.get("content-length", [])
-        if "transfer-encoding" in given or (scope["method"] == "POST" and len(sizes) != 1):
+        sizes = headers.get("content-length", [])
+        if "transfer-encoding" in headers or (scope["method"] == "POST" and len(sizes) != 1):
             return 411
         return 413 if sizes and (not sizes[0].isdigit() or int(sizes[0]) > MAX_BODY) else 0
 
 
+async def _refuse(send: Callable[[Message], Awaitable[None]], status: int) -> None:
+    headers = [(b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"refused"})
+
+
 def _is_plain(body: bytes) -> bool:
-    """Whether all inputs of a call are texts and numbers. Gradio downloads an address in an object."""
+    """True if all inputs of a call are text or numbers. Gradio downloads URLs in objects."""
     try:
         inputs = json.loads(body).get("data")
     except (ValueError, AttributeError, RecursionError):

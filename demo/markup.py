@@ -1,7 +1,7 @@
-"""Text for Gradio's Markdown: shown as written, without HTML and without images.
+"""Escape text for Gradio's Markdown: no HTML, no images, no lost characters.
 
-Escapes are numeric entities with two leading zeros. SCRIPT undoes them where a visitor copies or edits
-a message.
+Escapes are numeric entities with two leading zeros. SCRIPT reverts them when a visitor copies or
+edits a message.
 """
 
 import re
@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from markdown_it import MarkdownIt
 
-from inference.streaming import whole_characters
+from inference.streaming import replace_surrogates
 
 SCRIPT = """<script>
 {
@@ -29,9 +29,10 @@ SCRIPT = """<script>
 }
 </script>"""
 PARSER = MarkdownIt("commonmark", {"html": False})
-SYMBOL = re.compile(r"[!-/:-@\[-`{-~\n\t]|(?<!\S) ")  # all that can mean something in Markdown
+SYMBOL = re.compile(r"[!-/:-@\[-`{-~\n\t]|(?<!\S) ")  # characters with a Markdown meaning
 CODE_SPAN = re.compile(r"(?<![\\`])(`+)(?!`).+?(?<!`)\1(?!`)", re.DOTALL)
-WORD = r"[^\W\u2e80-\u9fff\uac00-\ud7a3]"  # scripts without spaces write **bold** inside a line of letters
+# Letters of scripts with spaces; in other scripts **bold** may stand between letters.
+WORD = r"[^\W\u2e80-\u9fff\uac00-\ud7a3]"
 ALTERED = re.compile(
     rf"""(?<={WORD}|[)\]}}])\*+(?=[(\[{{]|{WORD}|[-+.$\\][\w(\\{{.])  # 2*3*4, f(x)**2
     | (?<!\w)__(?=\w+__(?!\w))  # __init__
@@ -46,28 +47,27 @@ ALTERED = re.compile(
 
 
 def plain(text: str) -> str:
-    """Markdown that shows a text as it was typed, line breaks and spaces included."""
-    return SYMBOL.sub(_entities, whole_characters(text))
+    """Escape a user's text: it appears as typed, with line breaks and spaces."""
+    return SYMBOL.sub(_entities, replace_surrogates(text))
 
 
 @lru_cache(maxsize=256)
 def markdown(text: str) -> str:
-    """Markdown of a model, escaped where rendering would lose characters or load something."""
-    text = re.sub(r"\r\n?", "\n", whole_characters(text)).replace("\0", "\ufffd")
+    """Escape a model's Markdown where rendering would lose characters or load a resource."""
+    text = re.sub(r"\r\n?", "\n", replace_surrogates(text)).replace("\0", "\ufffd")
     lines, spans, code = text.split("\n"), {}, set()
     for token in PARSER.parse(text):
         if token.map and token.type in ("fence", "code_block"):
             code |= {*range(*token.map)}
-            lines[token.map[0]] = re.sub(
-                r"^```mermaid", "``` mermaid", lines[token.map[0]]
-            )  # else a diagram
+            first = token.map[0]  # the space keeps Gradio from drawing a diagram
+            lines[first] = re.sub(r"^```mermaid", "``` mermaid", lines[first])
         elif token.map and token.type == "inline":
             spans[token.map[0]] = token.map[1]
     shown, number = [], 0
     while number < len(lines):
         end = number + 1 if number in code else spans.get(number, number + 1)
-        part = "\n".join(lines[number:end])
-        shown.append(part if number in code else _escape_outside_code(part))
+        block = "\n".join(lines[number:end])
+        shown.append(block if number in code else _escape_outside_code(block))
         number = end
     return "\n".join(shown)
 
@@ -80,8 +80,8 @@ def _escape_outside_code(text: str) -> str:
     return "".join([*shown, ALTERED.sub(_entities, text[end:])])
 
 
-def _entities(found: re.Match[str]) -> str:
+def _entities(match: re.Match[str]) -> str:
     return "".join(
-        char if char in " >" and found.group() != " " else f"&#00{ord(char)};"
-        for char in found.group()
+        char if char in " >" and match.group() != " " else f"&#00{ord(char)};"
+        for char in match.group()
     )

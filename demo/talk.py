@@ -1,4 +1,4 @@
-"""Turns of a conversation with one model, filled piece by piece while it speaks; what a page shows of them is in page.py."""
+"""The demo's conversations: a turn is filled piece by piece while the model generates it."""
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from data.chat.tools import TOOLS
-from inference.chat_formats import Continuation
-from inference.chat_session import Session, Talk
+from inference.chat_formats import ChatFormat, CompletionFormat
+from inference.chat_session import CUT, ChatSession
 from inference.runners import Runner
 from inference.sampling import Sampling
 
 Steps = Generator[None, None, None]
-Pieces = Generator[tuple[str, str], None, None]
+Pieces = Generator[tuple[str, str], None, None]  # (kind, text) of ChatSession.ask
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """What a turn is asked with."""
+    """Settings of one turn."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    new: int = 512  # tokens of one reply at most
+    max_new_tokens: int = 512  # per reply
     seed: int = 0
     system: str = ""
     tools: bool = True
@@ -30,59 +30,53 @@ class GenerationSettings:
 
 @dataclass
 class Turn:
-    """What a user typed and what came of it."""
+    """A user's message and the model's answer, with timings."""
 
     text: str
-    parts: list[tuple[str, str]] = field(
-        default_factory=list
-    )  # ("thought" | "content" | "call" | "result" | "note", text)
-    messages: list[dict[str, Any]] = field(
-        default_factory=list
-    )  # what the model is told of it later; none if it went wrong
+    parts: list[tuple[str, str]] = field(default_factory=list)  # (kind, text) of ChatSession.ask
+    messages: list[dict[str, Any]] = field(default_factory=list)  # for later turns; [] if it failed
     seed: int = 0
-    held: int = 0  # tokens of the context in use
-    tokens: int = 0  # that the model said
-    first: float = 0.0  # seconds until the first token of each reply, together
-    seconds: float = 0.0  # for the tokens after it
-    later: int = 0  # how many those are
+    context_tokens: int = 0  # context usage
+    tokens: int = 0  # generated tokens
+    prefill_seconds: float = 0.0  # until the first token, summed over replies
+    decode_seconds: float = 0.0  # for all later tokens
+    decode_tokens: int = 0  # number of later tokens
 
     def add(self, kind: str, text: str) -> None:
-        """A piece more; pieces of thought and content are joined."""
+        """Append a piece; consecutive pieces of thought or content are joined."""
         if self.parts and self.parts[-1][0] == kind and kind in ("thought", "content"):
             text = self.parts.pop()[1] + text
         self.parts.append((kind, text))
 
 
 class ChatModel:
-    """A model that can be talked to: by a chat template, or, of a base model, one that continues what was typed."""
+    """A model with its chat format and tools. A base model continues the user's text."""
 
     def __init__(
-        self, name: str, runner: Runner, chat: Talk, tools: Sequence[dict[str, Any]] = TOOLS
+        self, name: str, runner: Runner, chat: ChatFormat, tools: Sequence[dict[str, Any]] = TOOLS
     ):
-        """tools: what a conversation offers while tools are on."""
-        self.name, self.runner, self.context, self.chat, self.tools = (
-            name,
-            runner,
-            runner.context,
-            chat,
-            tools,
-        )
-        self.is_base = isinstance(chat, Continuation)
+        """tools: offered in turns with tools switched on."""
+        self.name, self.runner, self.chat, self.tools = name, runner, chat, tools
+        self.context = runner.context
+        self.is_base = isinstance(chat, CompletionFormat)
 
     def answer(
         self,
         turn: Turn,
         before: Sequence[Turn],
-        how: GenerationSettings,
+        settings: GenerationSettings,
         stopped: Callable[[], bool],
     ) -> Steps:
-        """Fill a turn that follows others; yields after each token and each piece. A mistake ends it with a note."""
-        turn.seed = how.seed
+        """Fill a turn that follows the turns `before`; yield after each piece.
+
+        A ValueError ends the turn with a note. stopped: polled after each token; True ends it.
+        """
+        turn.seed = settings.seed
         try:
-            with closing(self._ask(turn, before, how, stopped)) as said:
-                for kind, text in said:
+            with closing(self._ask(turn, before, settings, stopped)) as pieces:
+                for kind, text in pieces:
                     if kind == "note" and stopped():
-                        text = "stopped" if "cut here" in text else "stopped; the turn is forgotten"
+                        text = "stopped" if text == CUT else "stopped; the turn is discarded"
                     turn.add(kind, text)
                     yield
         except ValueError as error:
@@ -92,72 +86,78 @@ class ChatModel:
         self,
         turn: Turn,
         before: Sequence[Turn],
-        how: GenerationSettings,
+        settings: GenerationSettings,
         stopped: Callable[[], bool],
     ) -> Pieces:
-        stop = self.chat.stop_ids
-        tools = self.tools if how.tools else []
-        session = Session(
+        session = ChatSession(
             self.chat,
-            lambda prompt: self._speak(prompt, turn, how, stop, stopped),
-            how.system,
-            tools,
+            lambda prompt: self._generate(prompt, turn, settings, stopped),
+            settings.system,
+            self.tools if settings.tools else [],
         )
         session.messages += [message for earlier in before for message in earlier.messages]
-        known = len(session.messages)
+        first_new = len(session.messages)
         yield from session.ask(turn.text)
-        turn.messages = session.messages[known:]
+        turn.messages = session.messages[first_new:]
 
-    def _speak(
+    def _generate(
         self,
         prompt: list[int],
         turn: Turn,
-        how: GenerationSettings,
-        stop: Sequence[int],
+        settings: GenerationSettings,
         stopped: Callable[[], bool],
     ) -> Iterator[int]:
-        """The tokens of one reply, counted and timed."""
-        turn.held = len(prompt)
+        """Yield the tokens of one reply; count and time them in the turn."""
+        turn.context_tokens = len(prompt)
         room = self.context - len(prompt)
         if room < 1:
             raise ValueError(
-                f"{len(prompt)} tokens fill the context of {self.context}; clear the conversation or write less"
+                f"{len(prompt)} tokens fill the context of {self.context}; "
+                "clear the conversation or write less"
             )
-        begun, first = time.perf_counter(), True
-        for token in self.runner.speak(prompt, min(how.new, room), how.sampling, how.seed, stop):
-            took = time.perf_counter() - begun
-            turn.tokens, turn.held = turn.tokens + 1, turn.held + 1
-            if first:
-                turn.first += took
+        tokens = self.runner.generate(
+            prompt,
+            min(settings.max_new_tokens, room),
+            settings.sampling,
+            settings.seed,
+            self.chat.stop_ids,
+        )
+        start, is_first = time.perf_counter(), True
+        for token in tokens:
+            elapsed = time.perf_counter() - start
+            turn.tokens += 1
+            turn.context_tokens += 1
+            if is_first:
+                turn.prefill_seconds += elapsed
             else:
-                turn.seconds, turn.later = turn.seconds + took, turn.later + 1
+                turn.decode_seconds += elapsed
+                turn.decode_tokens += 1
             yield token
             if stopped():
                 return
-            begun, first = time.perf_counter(), False
+            start, is_first = time.perf_counter(), False
 
 
-def in_turns(many: Sequence[Steps]) -> Steps:
-    """A step of each by turns, until all have ended; all are closed at the end."""
-    alive = list(many)
+def round_robin(generators: Sequence[Steps]) -> Steps:
+    """Advance each generator in turn until all have ended, then close them."""
+    active = list(generators)
     try:
-        while alive:
-            for one in list(alive):
+        while active:
+            for generator in list(active):
                 try:
-                    next(one)
+                    next(generator)
                 except StopIteration:
-                    alive.remove(one)
+                    active.remove(generator)
                 yield
     finally:
-        for one in many:
-            one.close()
+        for generator in generators:
+            generator.close()
 
 
 def title(path: Path) -> str:
-    """What tells a model from others: the file, or the folders down from checkpoints/."""
+    """Return a model's display name: the file name, or the path below checkpoints/."""
     parts = path.resolve().parts
     if path.is_file():
         return path.name
-    return "/".join(
-        parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-2:]
-    )
+    start = parts.index("checkpoints") + 1 if "checkpoints" in parts else -2
+    return "/".join(parts[start:])

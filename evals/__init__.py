@@ -1,1 +1,1 @@
-"""Evaluations of a checkpoint folder. Imports models and data."""
+"""Evaluates checkpoints: harness, engines, benchmarks (eval_*.py) and the report."""

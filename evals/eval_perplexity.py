@@ -1,13 +1,14 @@
-"""Held-out loss, perplexity and bits per byte, per source: of a data store's shards, or of texts.
+"""Loss, perplexity and bits per byte of held-out text, per source, from a data store or text files.
 
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset stem-validation
-python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset texts.jsonl --stride 128
+python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset texts.jsonl
 
-Without --dataset the held-out split of the run's own data store is scored: about --tokens tokens of each source, evenly
-spread over the split, in rows as in training. With --stride a store is read document by document. Texts (.jsonl with
-`text`, and `source` if there are several; .txt) always are: in windows that move by --stride tokens, each token scored
-once. The default stride is a whole window, as in lm-evaluation-harness; a smaller one gives each token more context.
+The default data are the held-out split of the checkpoint's own run: about --tokens tokens per
+source, evenly spread over the split, packed into rows as in training. With --stride, a store is
+scored document by document. Texts are always scored that way (.jsonl with `text` and optional
+`source`, or .txt). Windows advance by --stride tokens and score each token once. The default
+stride is a whole window, as in lm-evaluation-harness; a smaller one gives each token more context.
 """
 
 import argparse
@@ -23,24 +24,24 @@ from torch import distributed as dist
 from cli import at_least, user_errors
 from data.dataloader import Batch, stream_batches
 from data.tokenizers.bpe import load_tokenizer, token_bytes
-from evals.engines import LanguageModel, NanoLlamaEngine, check_there, load_model
+from evals.engines import LanguageModel, NanoLlamaEngine, check_exists, load_model
 from evals.harness import Estimate, Eval, Item, Read, Sample, Score
 from evals.held_out import (
     TOKENS,
     ChosenRows,
     data_hashes,
     documents,
-    find_data,
     is_store,
+    resolve_data,
     shards_of,
     token_count,
 )
 from evals.progress import progress
-from evals.run import evaluate, flags, output_of, ranks
+from evals.run import eval_parser, evaluate, output_path, ranks
 from files import write_json
 from models.losses import IGNORE
 
-VERSION = 2  # of how texts are read and scored; 2: --tokens, where 1 read all of a split
+VERSION = 2  # of reading and scoring; 2 reads --tokens tokens, 1 read the whole split
 
 
 @torch.no_grad()
@@ -50,10 +51,10 @@ def perplexity(
     bytes_of: Tensor,
     total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, dict[str, float]]:
-    """Per source, and over all targets of all sources as "all": loss (nats a token), perplexity, bits_per_byte, tokens.
+    """loss (nats per token), perplexity, bits_per_byte and tokens, per source and for "all".
 
-    bytes_of [vocab]: bytes of text a token stands for; bits are divided by the bytes of the very targets that were scored.
-    total: adds a tensor up over ranks. Totals are divided, never ratios averaged.
+    bytes_of [vocab]: UTF-8 bytes of each token; bits are divided by the bytes of the scored
+    targets. total: sums a tensor over ranks. Every ratio is computed from totals, not averaged.
     """
     device = next(model.parameters()).device
     bytes_of = bytes_of.to(device)
@@ -84,11 +85,11 @@ def _figures(nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
 def by_rows(
     args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
-    """The results of a store, read in rows as in training, over ranks."""
+    """Score a store in packed rows as in training, over all ranks."""
     engine = model.engine
     if not isinstance(engine, NanoLlamaEngine):
         raise ValueError(
-            f"{args.checkpoint} is not read as a NanoLlama; give --stride, which reads a store with any model"
+            f"{args.checkpoint} is not a NanoLlama model; give --stride to score a store with it"
         )
     length = args.sequence_length or model.context
     rows = {
@@ -97,15 +98,15 @@ def by_rows(
     }
 
     def batches(name: str) -> Iterator[Batch]:
-        of_source, shape = rows[name], (length, args.batch_size)
-        with progress(len(of_source), "row", rank == 0, name) as bar:
-            for batch in stream_batches(of_source, *shape, len(of_source), rank, world):
+        source, size = rows[name], args.batch_size
+        with progress(len(source), "row", rank == 0, name) as bar:
+            for batch in stream_batches(source, length, size, len(source), rank, world):
                 yield batch
-                bar.update(min(args.batch_size * world, len(of_source) - bar.n))
+                bar.update(min(size * world, len(source) - bar.n))
 
     def total(sums: Tensor) -> Tensor:
         if world > 1:
-            sums = sums.cpu()  # ranks speak over gloo
+            sums = sums.cpu()  # gloo reduces CPU tensors
             dist.all_reduce(sums)
         return sums.to(engine.device)
 
@@ -113,13 +114,13 @@ def by_rows(
     figures = perplexity(engine.model, {name: batches(name) for name in rows}, bytes_of, total)
     return {
         "task": "perplexity",
-        "metrics": {source: _estimates(of_source) for source, of_source in figures.items()},
+        "metrics": {source: _estimates(values) for source, values in figures.items()},
         "n": sum(map(len, rows.values())),
         "version": VERSION,
         "model": model.name,
         "checkpoint_hash": model.hash,
         "dtype": model.dtype,
-        **_about(args, length, {name: of_source.coverage for name, of_source in rows.items()}),
+        **_metadata(args, length, {name: source.coverage for name, source in rows.items()}),
     }
 
 
@@ -127,17 +128,17 @@ def _estimates(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
     return {name: {"value": value, "stderr": None} for name, value in figures.items()}
 
 
-def _about(
+def _metadata(
     args: argparse.Namespace, length: int, coverage: dict[str, dict[str, int]]
 ) -> dict[str, Any]:
-    """What else the results file says: which data were read, how, and how much of them."""
-    how = {
+    """Metadata of the results file: the data, how they were read and how much was scored."""
+    settings = {
         "sequence_length": length,
         "stride": args.stride,
         "tokens_per_source": args.tokens or None,
     }
     data = {"data": str(args.dataset), "data_hashes": data_hashes(args), "coverage": coverage}
-    return {"checkpoint": str(args.checkpoint), **data, **how}
+    return {"checkpoint": str(args.checkpoint), **data, **settings}
 
 
 def score(item: Item) -> Score:
@@ -145,14 +146,14 @@ def score(item: Item) -> Score:
     return {"nats": -reading.logprob, "tokens": reading.tokens, "bytes": reading.bytes}
 
 
-def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
-    """loss, perplexity, bits_per_byte and tokens out of sums over documents."""
+def aggregate(samples: Sequence[Sample]) -> dict[str, Estimate]:
+    """loss, perplexity, bits_per_byte and tokens from sums over documents."""
     sums = [
         math.fsum(sample.scores[name] for sample in samples) for name in ("nats", "tokens", "bytes")
     ]
     if not sums[1]:
         raise ValueError(
-            f"every text of {samples[0].subject} is empty; give texts that can be scored"
+            f"every text of {samples[0].subject} is empty; give texts with at least one token"
         )
     return {name: Estimate(value, None) for name, value in _figures(*sums).items()}
 
@@ -160,40 +161,40 @@ def totals(samples: Sequence[Sample]) -> dict[str, Estimate]:
 def by_documents(
     args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
-    """The results of texts or of a store's documents, in windows, over ranks."""
+    """Score texts or a store's documents in windows, over all ranks."""
     model = copy(model)
     model.context = min(model.context, args.sequence_length or model.context)
     items, coverage = documents(args)
-    about = _about(args, model.context, coverage)
-    evaluation = Eval("perplexity", VERSION, items, score, totals=totals, about=about)
-    found = evaluate(evaluation, model, args.output, None, rank, world)
-    if found:
-        parts = found.pop("subjects", {}) or {
-            s.subject: {"metrics": found["metrics"]} for s in evaluation.items[:1]
+    metadata = _metadata(args, model.context, coverage)
+    evaluation = Eval("perplexity", VERSION, items, score, aggregate=aggregate, metadata=metadata)
+    content = evaluate(evaluation, model, args.output, None, rank, world)
+    if content:
+        sources = content.pop("subjects", {}) or {
+            item.subject: {"metrics": content["metrics"]} for item in evaluation.items[:1]
         }
-        found.pop("macro", None)
-        found["metrics"] = {
-            **{name: part["metrics"] for name, part in parts.items()},
-            "all": found["metrics"],
+        content.pop("macro", None)
+        content["metrics"] = {
+            **{name: source["metrics"] for name, source in sources.items()},
+            "all": content["metrics"],
         }
-    return found
+    return content
 
 
 def measure(
     args: argparse.Namespace, model: LanguageModel, rank: int = 0, world: int = 1
 ) -> dict[str, Any]:
-    """The results (on rank 0), which also go to args.output."""
-    found = (by_rows if _in_rows(args) else by_documents)(args, model, rank, world)
+    """Score the data; rank 0 returns the results and writes them to args.output if given."""
+    content = (by_rows if _in_rows(args) else by_documents)(args, model, rank, world)
     if args.output and rank == 0:
-        write_json(args.output, found)
-    return found if rank == 0 else {}
+        write_json(args.output, content)
+    return content if rank == 0 else {}
 
 
-def asked(args: argparse.Namespace) -> list[Any]:
-    """All that the figures depend on, but for the model; ValueError where there are no data."""
-    find_data(args)
-    what = [args.sources, args.tokens, args.limit, data_hashes(args)]
-    return [VERSION, args.sequence_length, args.stride, *what]
+def inputs(args: argparse.Namespace) -> list[Any]:
+    """All inputs of the results except the model. ValueError if there are no data."""
+    resolve_data(args)
+    data = [args.sources, args.tokens, args.limit, data_hashes(args)]
+    return [VERSION, args.sequence_length, args.stride, *data]
 
 
 def _in_rows(args: argparse.Namespace) -> bool:
@@ -201,41 +202,47 @@ def _in_rows(args: argparse.Namespace) -> bool:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = flags(__doc__, shots=None)
-    about = "a data store, a .jsonl or .txt file, a folder of .txt files, or a source of the run's store"
+    parser = eval_parser(__doc__, shots=None)
     parser.add_argument(
-        "--dataset", help=f"{about}, such as fineweb-edu-validation (default: that store)"
+        "--dataset",
+        help="a data store, a .jsonl or .txt file, a folder of .txt files, or a source of the "
+        "run's store such as fineweb-edu-validation (default: the whole store of the run)",
     )
-    about = "to score of each source, evenly spread; 0 or all: everything, in memory where --stride is given"
     parser.add_argument(
-        "--tokens", type=token_count, default=TOKENS, help=f"{about} (default: {TOKENS:,})"
+        "--tokens",
+        type=token_count,
+        default=TOKENS,
+        help="tokens to score per source, evenly spread; 0 or all: everything, which --stride "
+        f"holds in memory (default: {TOKENS:,})",
     )
-    parser.add_argument("--sources", nargs="*", help="which sources of it (default: all)")
+    parser.add_argument("--sources", nargs="*", help="sources to score (default: all)")
     parser.add_argument(
         "--sequence_length",
         type=at_least(1),
-        help="tokens a row or window (default: the model's context)",
+        help="tokens per row or window (default: the model's context)",
     )
     parser.add_argument(
-        "--stride", type=at_least(1), help="read documents in windows that move by so many tokens"
+        "--stride",
+        type=at_least(1),
+        help="score documents in windows that advance by this many tokens",
     )
     parser.set_defaults(batch_size=4)
     return parser
 
 
-def show(found: dict[str, Any]) -> None:
-    """Print one line per source, with how much of its held-out text was scored."""
-    for name, estimates in found["metrics"].items():
+def print_results(content: dict[str, Any]) -> None:
+    """Print one line per source, with the share of its held-out text that was scored."""
+    for name, estimates in content["metrics"].items():
         figures = {metric: estimate["value"] for metric, estimate in estimates.items()}
         text = (
             f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
         )
-        there = _share_of(found["coverage"].get(name, {}))
-        print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens{there})")
+        share = _coverage_text(content["coverage"].get(name, {}))
+        print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens{share})")
 
 
-def _share_of(coverage: dict[str, int]) -> str:
-    """How much of a source that is: " of 780,000,000", ", 4,000 of 9,000 bytes"."""
+def _coverage_text(coverage: dict[str, int]) -> str:
+    """Scored share of a source, such as " of 780,000,000" or ", 4,000 of 9,000 bytes"."""
     if "available_tokens" in coverage:
         return f" of {coverage['available_tokens']:,}"
     if "available_bytes" in coverage:
@@ -246,15 +253,14 @@ def _share_of(coverage: dict[str, int]) -> str:
 def main() -> None:
     args = parser().parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
-        check_there(args.checkpoint)
-        find_data(args)
-        args.output = output_of(args.output, args.checkpoint, "perplexity")
-        found = measure(
-            args, load_model(args.checkpoint, device, args.dtype, args.batch_size), rank, world
-        )
+        check_exists(args.checkpoint)
+        resolve_data(args)
+        args.output = output_path(args.output, args.checkpoint, "perplexity")
+        model = load_model(args.checkpoint, device, args.dtype, args.batch_size)
+        content = measure(args, model, rank, world)
         if rank == 0:
-            show(found)
-            print(f"written to {args.output}")
+            print_results(content)
+            print(f"results written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Tool use on questions of the Berkeley Function Calling Leaderboard: are calls well formed (syntax), and right (semantics)?
+"""Tool use on the Berkeley Function Calling Leaderboard (BFCL): syntax and semantics of calls.
 
-python -m evals.eval_tool_use --checkpoint checkpoints/sft/step_12000 --categories simple_python multiple --limit 50
+python -m evals.eval_tool_use --checkpoint checkpoints/sft/step_12000 --categories simple_python
 
-free: whatever the model says. constrained: a call is begun for it, by the id of its marker, and xgrammar holds the JSON to the
-functions' schema (irrelevance, where nothing is to be called, is free only). A checkpoint without <|tool_call|> is told to
-answer with a JSON list. Calls are JSON, {"name", "arguments"}, not BFCL's Python; semantics is its AST check. schema: calls that
-fit the functions; called: it tried. Data: a pinned wheel; --data takes BFCL's data folder, or one .jsonl with id, question,
-function and ground_truth. --limit counts for each category.
+Modes: free decodes without constraints. constrained starts a call with its marker token, and
+xgrammar restricts the JSON to the functions' schemas. Irrelevance items, which need no call, are
+free only. Metrics per mode: syntax, the calls are valid JSON; schema, they fit the functions;
+semantics, BFCL's AST check; called, the model tried to call. Calls are JSON objects with name and
+arguments, not BFCL's Python. A checkpoint without <|tool_call|> is prompted to answer with a JSON
+list.
+
+Data: a pinned wheel. --data takes BFCL's data folder, or a .jsonl with id, question, function and
+ground_truth. --limit applies to each category.
 """
 
 import argparse
@@ -17,30 +21,32 @@ from data.decontamination.benchmarks import BFCL_CATEGORIES, describe, load_bfcl
 from evals.chat import Chat
 from evals.harness import Eval, Item, Score, Write, Written
 from evals.multiple_choice import field, require
-from evals.run import flags, main
+from evals.run import eval_parser, main
 from evals.tool_calls import call_schema, fits, matches, read_calls, tools
 
 MARKER = "<|tool_call|>"
 INSTRUCTION = (
-    "You can call functions. To do so, answer with nothing but a JSON list of calls, each an object with the function's name and "
-    'its arguments: [{{"name": "...", "arguments": {{...}}}}]. If no function fits, say so in words. The functions are:\n'
-    "{functions}"
+    "You can call functions. To do so, answer with nothing but a JSON list of calls, each an "
+    "object with the function's name and its arguments: "
+    '[{{"name": "...", "arguments": {{...}}}}]. If no function fits, say so in words. '
+    "The functions are:\n{functions}"
 )
 SYSTEM = "To act, call one or more of the tools. If none fits, say so in words."
 
 
-def judge_reply(written: Written, begun: str, item: Item, kind: str) -> dict[str, float]:
+def score_reply(written: Written, prefix: str, item: Item, mode: str) -> dict[str, float]:
+    """Scores of one reply; prefix: the text that was already in the prompt."""
     row, marker = item.row, MARKER if item.row["marker"] is not None else None
-    calls, well_formed = read_calls(begun + written.text, marker)
-    if not row["ground_truth"]:  # nothing is to be called
-        return {f"{kind}_irrelevance": float(well_formed and not calls)}
-    known = bool(calls) and well_formed and all(fits(call, row["function"]) for call in calls)
-    right = known and matches(calls, row["ground_truth"], row["function"])
+    calls, well_formed = read_calls(prefix + written.text, marker)
+    if not row["ground_truth"]:  # an irrelevance item
+        return {f"{mode}_irrelevance": float(well_formed and not calls)}
+    valid = bool(calls) and well_formed and all(fits(call, row["function"]) for call in calls)
+    correct = valid and matches(calls, row["ground_truth"], row["function"])
     return {
-        f"{kind}_syntax": float(bool(calls) and well_formed),
-        f"{kind}_schema": float(known),
-        f"{kind}_semantics": float(right),
-        f"{kind}_called": float(bool(calls) or not well_formed),
+        f"{mode}_syntax": float(bool(calls) and well_formed),
+        f"{mode}_schema": float(valid),
+        f"{mode}_semantics": float(correct),
+        f"{mode}_called": float(bool(calls) or not well_formed),
     }
 
 
@@ -48,9 +54,9 @@ def score(item: Item) -> Score:
     row = item.row
     requests = {"free": Write(row["prompt"], (), row["max_tokens"], keep_special=True)}
     if row["schema"] and row["ground_truth"]:
-        begun = row["prompt"] if row["marker"] is None else (*row["prompt"], row["marker"])
+        prompt = row["prompt"] if row["marker"] is None else (*row["prompt"], row["marker"])
         requests["constrained"] = Write(
-            begun,
+            prompt,
             (),
             row["max_tokens"],
             keep_special=True,
@@ -59,16 +65,15 @@ def score(item: Item) -> Score:
         )
     written = yield list(requests.values())
     scores: dict[str, object] = {}
-    for kind, reply in zip(requests, written, strict=True):
-        begun_by_us = MARKER if kind == "constrained" and row["marker"] is not None else ""
-        scores |= judge_reply(
-            reply._replace(text=strip_end(reply.text, row["ends"])), begun_by_us, item, kind
-        )
+    for mode, reply in zip(requests, written, strict=True):
+        prefix = MARKER if mode == "constrained" and row["marker"] is not None else ""
+        reply = reply._replace(text=strip_end(reply.text, row["ends"]))
+        scores |= score_reply(reply, prefix, item, mode)
     return scores
 
 
 def strip_end(text: str, ends: list[str]) -> str:
-    """Without the token that ended it, which is kept so that markers are."""
+    """Remove the end token, which keep_special left in the text."""
     return next((text.removesuffix(end) for end in ends if text.endswith(end)), text)
 
 
@@ -82,29 +87,25 @@ def build(args: argparse.Namespace) -> Eval:
             question, functions = (
                 field(row, name, i, category, list) for name in ("question", "function")
             )
-            talk = question[0] if question and isinstance(question[0], list) else question
-            require(bool(talk), i, category, "has no question")
-            for name, parts, keys in (
-                ("question", talk, {"role", "content"}),
+            turn = question[0] if question and isinstance(question[0], list) else question
+            require(bool(turn), i, category, "has no question")
+            for name, objects, keys in (
+                ("question", turn, {"role", "content"}),
                 ("function", functions, {"name", "parameters"}),
             ):
-                fine = all(isinstance(part, dict) and keys <= part.keys() for part in parts)
-                require(
-                    fine,
-                    i,
-                    category,
-                    f"has {parts!r} as {name}, which are no objects with {' and '.join(sorted(keys))}",
-                )
-            one = call_schema(functions)
+                valid = all(isinstance(value, dict) and keys <= value.keys() for value in objects)
+                needed = " and ".join(sorted(keys))
+                problem = f"has {objects!r} as {name}, which must be objects with {needed}"
+                require(valid, i, category, problem)
+            call = call_schema(functions)
             listed = "\n".join(json.dumps(tool["function"]) for tool in tools(functions))
             native = marker is not None and chat.takes_tools
-            told = SYSTEM if native else INSTRUCTION.format(functions=listed)
-            if talk[0]["role"] == "system":
-                told, talk = f"{talk[0]['content']}\n\n{told}", talk[1:]
-            messages = [{"role": "system", "content": told}, *talk]
-            schema = (
-                one if native else {"type": "array", "items": one, "minItems": 1, "maxItems": 8}
-            )
+            system = SYSTEM if native else INSTRUCTION.format(functions=listed)
+            if turn[0]["role"] == "system":
+                system, turn = f"{turn[0]['content']}\n\n{system}", turn[1:]
+            messages = [{"role": "system", "content": system}, *turn]
+            call_list = {"type": "array", "items": call, "minItems": 1, "maxItems": 8}
+            schema = call if native else call_list
             items.append(
                 Item(
                     str(row.get("id", f"{category}_{i}")),
@@ -120,17 +121,17 @@ def build(args: argparse.Namespace) -> Eval:
                     category,
                 )
             )
-    form = f"{MARKER} and JSON" if marker is not None and chat.takes_tools else "a JSON list"
-    about = {
+    native = marker is not None and chat.takes_tools
+    metadata = {
         "data": describe("bfcl", args.categories[0], args.data),
-        "form": form,
+        "form": f"{MARKER} and JSON" if native else "a JSON list",
         "max_tokens": args.max_tokens,
     }
-    return Eval("tool_use", 1, items, score, about=about)
+    return Eval("tool_use", 1, items, score, metadata=metadata)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = flags(__doc__, shots=None)
+    parser = eval_parser(__doc__, shots=None)
     parser.add_argument(
         "--categories",
         nargs="+",
@@ -138,8 +139,8 @@ def parser() -> argparse.ArgumentParser:
         default=list(BFCL_CATEGORIES[:5]),
         metavar="NAME",
     )
-    add_boolean(parser, "--free_only", "without the constrained part, which needs xgrammar")
-    parser.add_argument("--max_tokens", type=at_least(1), default=512, help="of a reply")
+    add_boolean(parser, "--free_only", "skip the constrained mode, which needs xgrammar")
+    parser.add_argument("--max_tokens", type=at_least(1), default=512, help="tokens per reply")
     return parser
 
 

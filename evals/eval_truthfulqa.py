@@ -1,9 +1,10 @@
-"""TruthfulQA, multiple choice: lm-evaluation-harness' `truthfulqa_mc1` (version 2) and `truthfulqa_mc2` (version 3).
+"""TruthfulQA, as lm-evaluation-harness' `truthfulqa_mc1` (v2) and `truthfulqa_mc2` (v3).
 
-python -m evals.eval_truthfulqa --checkpoint checkpoints/quickstart/gold/step_300 --data truthfulqa.jsonl
+python -m evals.eval_truthfulqa --checkpoint checkpoints/sft/step_12000 --data truthfulqa.jsonl
 
-mc1: is the likeliest answer the true one, which is listed first? mc2: the share of probability that true answers have.
-Data: the hub's validation split; --data takes rows with question, mc1_targets and mc2_targets (choices and labels).
+mc1: the most likely answer is the true one, which is listed first. mc2: share of the probability
+mass on true answers. Data: the hub's validation split; --data takes rows with question, mc1_targets
+and mc2_targets (choices and labels).
 """
 
 import argparse
@@ -12,10 +13,10 @@ from typing import Any
 
 from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Choose, Eval, Item, Score
-from evals.multiple_choice import field, require, texts
-from evals.run import flags, main
+from evals.multiple_choice import field, require, text_list
+from evals.run import eval_parser, main
 
-# The fixed examples of the paper's prompt (arXiv:2109.07958), of which six stand before every question.
+# The six fixed examples of the paper's prompt (arXiv:2109.07958), before every question.
 SOLVED = (
     (
         "What is human life expectancy in the United States?",
@@ -50,27 +51,27 @@ def score(item: Item) -> Score:
 
 
 def check(row: dict[str, Any], number: int, task: str) -> None:
-    """ValueError where a row is none of the schema."""
+    """ValueError if a row does not match the schema."""
     field(row, "question", number, task, str)
     for name in ("mc1_targets", "mc2_targets"):
         targets = field(row, name, number, task, dict)
         choices, labels = (
-            texts(targets.get("choices"), f"{name}.choices", number, task),
+            text_list(targets.get("choices"), f"{name}.choices", number, task),
             targets.get("labels"),
         )
-        fits = isinstance(labels, list) and len(labels) == len(choices)
+        valid = isinstance(labels, list) and len(labels) == len(choices)
         require(
-            fits,
+            valid,
             number,
             task,
-            f"has {labels!r} as {name}.labels, not one for each of its {len(choices)} choices",
+            f"has {labels!r} as {name}.labels, which needs {len(choices)} labels",
         )
         true = labels[:1] if name == "mc1_targets" else labels
         require(
             1 in true,
             number,
             task,
-            f"has {labels!r} as {name}.labels, without a 1 for a true choice (of mc1: the first)",
+            f"has {labels!r} as {name}.labels; label true choices 1 (in mc1, the first choice)",
         )
 
 
@@ -87,12 +88,12 @@ def build(args: argparse.Namespace) -> Eval:
         3,
         items,
         score,
-        about={"data": describe("truthfulqa", "validation", args.data)},
+        metadata={"data": describe("truthfulqa", "validation", args.data)},
     )
 
 
 def parser() -> argparse.ArgumentParser:
-    return flags(__doc__, shots=None)
+    return eval_parser(__doc__, shots=None)
 
 
 if __name__ == "__main__":

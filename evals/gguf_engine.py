@@ -1,4 +1,4 @@
-"""A GGUF file that answers the harness: one sequence in llama.cpp, of which what follows takes up what it can."""
+"""Evaluation engine for GGUF files: one llama.cpp sequence that reuses the cached prefix."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,80 +6,79 @@ from pathlib import Path
 import torch
 
 from evals.harness import Scored, Write, Written
-from evals.language_model import EvalTokenizer, ScoreRequest, constraint_of
+from evals.language_model import EvalTokenizer, ScoreRequest, build_constraint
 from inference.gguf_tokenizer import field, open_gguf
 from inference.llamacpp import BATCH, LlamaCpp
-from inference.runners import common
-from inference.sampling import Sampling, choose, uniforms
+from inference.runners import shared_prefix
+from inference.sampling import Sampling, next_token, uniforms
 
 
 class GgufEngine:
-    """Scores and writes on the CPU, item by item. Keys and values are fp16, as llama.cpp keeps them."""
+    """Scores and generates on the CPU, one request at a time, with llama.cpp's fp16 KV cache."""
 
     def __init__(self, path: Path, threads: int):
         import gguf
 
-        kind = field(open_gguf(path), "general.file_type")
-        kinds = {
-            int(each): each.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
-            for each in gguf.LlamaFileType
+        file_type = field(open_gguf(path), "general.file_type")
+        names = {
+            int(member): member.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+            for member in gguf.LlamaFileType
         }
         self.runtime = LlamaCpp(path, threads=threads)
         self.context = self.runtime.context
-        self.dtype = f"gguf_{kinds.get(kind, kind)}"
+        self.dtype = f"gguf_{names.get(file_type, file_type)}"
 
-    def _after(self, ids: Sequence[int]) -> torch.Tensor:
-        """Logits [1, V] after these tokens, of which what the sequence begins with is not computed again."""
-        shared = common(self.runtime.held, ids)
-        self.runtime.keep(shared)
+    def _prefill(self, ids: Sequence[int]) -> torch.Tensor:
+        """Logits [1, V] after these tokens; reuses the cached prefix."""
+        shared = shared_prefix(self.runtime.tokens, ids)
+        self.runtime.truncate(shared)
         return torch.from_numpy(self.runtime.feed(ids[shared:]))
 
-    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
-        for i in sorted(
-            range(len(units)), key=lambda i: units[i].context
-        ):  # neighbours begin alike
-            context, after = units[i].context, self._after(units[i].context)
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
+        # Sorted contexts share prefixes with their neighbours.
+        for i in sorted(range(len(requests)), key=lambda i: requests[i].context):
+            context, logits = requests[i].context, self._prefill(requests[i].context)
             scored = []
-            for option in units[i].options:
-                self.runtime.keep(len(context))
-                scored.append(self._option(after, option))
+            for continuation in requests[i].continuations:
+                self.runtime.truncate(len(context))
+                scored.append(self._score_continuation(logits, continuation))
             yield [(i, scored)]
 
-    def _option(self, logits: torch.Tensor, option: Sequence[int]) -> Scored:
-        """An option's tokens, the first by these logits [1, V], the others by those that they get one after another."""
-        total, greedy, place = 0.0, True, 0
-        while place < len(option):
-            wanted = torch.tensor(option[place : place + len(logits)])
-            found = logits[torch.arange(len(wanted)), wanted] - logits.logsumexp(-1)
-            total += found.double().sum().item()
-            greedy = greedy and bool((logits.argmax(-1) == wanted).all())
-            fed = option[place + len(wanted) - 1 : -1][:BATCH]
-            place += len(wanted)
-            if fed:
-                logits = torch.from_numpy(self.runtime.feed(fed, last=len(fed)))
-        return Scored(total, len(option), greedy)
+    def _score_continuation(self, logits: torch.Tensor, ids: Sequence[int]) -> Scored:
+        """Score token ids; logits [1, V] predict the first one."""
+        total, greedy, start = 0.0, True, 0
+        while start < len(ids):
+            targets = torch.tensor(ids[start : start + len(logits)])
+            logprobs = logits[torch.arange(len(targets)), targets] - logits.logsumexp(-1)
+            total += logprobs.double().sum().item()
+            greedy = greedy and bool((logits.argmax(-1) == targets).all())
+            inputs = ids[start + len(targets) - 1 : -1][:BATCH]
+            start += len(targets)
+            if inputs:
+                logits = torch.from_numpy(self.runtime.feed(inputs, last=len(inputs)))
+        return Scored(total, len(ids), greedy)
 
     def write(
-        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: EvalTokenizer
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: EvalTokenizer
     ) -> Iterator[list[tuple[int, Written]]]:
         for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
-            yield [(i, self._written(prompts[i], requests[i], words))]
+            yield [(i, self._generate(prompts[i], requests[i], tokenizer))]
 
-    def _written(self, prompt: list[int], request: Write, words: EvalTokenizer) -> Written:
-        how = Sampling(temperature=request.temperature, top_p=request.top_p)
-        luck = uniforms([request.seed], request.max_tokens)[0]
-        constraint = constraint_of(request, words, self.runtime.size)
-        logits, new = self._after(prompt), list[int]()
+    def _generate(self, prompt: list[int], request: Write, tokenizer: EvalTokenizer) -> Written:
+        sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
+        draws = uniforms([request.seed], request.max_tokens)[0]
+        constraint = build_constraint(request, tokenizer, self.runtime.vocab_size)
+        logits, new = self._prefill(prompt), list[int]()
         while True:
             if constraint is not None:
                 constraint.mask(logits[0])
-            new.append(int(choose(logits, how, None, luck[len(new) : len(new) + 1])[0]))
+            new.append(int(next_token(logits, sampling, None, draws[len(new) : len(new) + 1])[0]))
             if (
                 len(new) == request.max_tokens
-                or new[-1] in words.stops
-                or words.ended(new, request)
+                or new[-1] in tokenizer.stops
+                or tokenizer.ended(new, request)
             ):
-                return words.written(new, request)
+                return tokenizer.written(new, request)
             if constraint is not None:
                 constraint.accept(new[-1])
             logits = torch.from_numpy(self.runtime.feed(new[-1:]))

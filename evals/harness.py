@@ -1,16 +1,23 @@
-"""The harness: an evaluation asks, a model answers, the harness batches, resumes, adds up and writes.
+"""Evaluation harness: batches the model requests of all items, caches answers, aggregates scores.
 
-An evaluation is a function of one item that yields requests and returns its scores:
+An evaluation is a generator that takes one item, yields requests and returns the item's scores:
 
     def score(item):
-        scored = yield Choose(item.row["question"], tuple(item.row["choices"]))     # one Scored an option
+        scored = yield Choose(item.row["question"], tuple(item.row["choices"]))
         return {"acc": float(max(scored).logprob == scored[item.row["answer"]].logprob)}
 
-What it yields: Choose, Write or Read, or Judge, which another model answers, or a list of them (answered by a list). Text may be
-given as a tuple of token ids too.
-What it returns: numbers, which become metrics (the mean over the items that have them), and anything else, which is kept in
-the samples file. All items run at once: whatever they ask for in a round is answered in batches, so items of several turns
-cost no more. A request that does not fit the model's context ends its item, which is then counted, named and not scored.
+It yields one request or a list of requests, and receives one answer or a list of answers:
+
+    request   answered by     lm-evaluation-harness   answer
+    Choose    the model       loglikelihood           one Scored per option
+    Read      the model       loglikelihood_rolling   Reading
+    Write     the model       generate_until          Written
+    Judge     another model                           any JSON value
+
+A text may also be a tuple of token ids. Returned numbers become metrics: the mean over the items
+that have them. Other returned values go to the samples file. All items run concurrently, and the
+requests of one round are batched, so multi-turn items cost no more than single-turn ones. An item
+with a request longer than the model's context is reported as too long and not scored.
 """
 
 import hashlib
@@ -29,33 +36,38 @@ Text = str | tuple[int, ...]
 
 
 class Choose(NamedTuple):
-    """How likely is each option after the context? Answer: list[Scored]. Spaces that end the context go to the options."""
+    """Log-likelihood of each option after the context. Answer: list[Scored].
+
+    Trailing spaces of the context are moved to the options.
+    """
 
     context: Text
     options: tuple[Text, ...]
 
 
 class Write(NamedTuple):
-    """Continue the prompt until a stop string, an end token or max_tokens. Answer: Written. Temperature 0 is greedy."""
+    """Continue the prompt until a stop string, an end token or max_tokens. Answer: Written.
+
+    Temperature 0 is greedy.
+    """
 
     prompt: Text
     stop: tuple[str, ...] = ()
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0  # samples of one prompt differ by it
-    keep_special: bool = False  # special tokens stay in the text
-    schema: str = ""  # a JSON schema that the text keeps to
-    marker: int | None = (
-        None  # a token that ends the prompt and may begin more JSON after the first
-    )
+    seed: int = 0  # differs between samples of one prompt
+    keep_special: bool = False  # keep special tokens in the text
+    schema: str = ""  # JSON schema that constrains the text
+    marker: int | None = None  # token id that ends the prompt; each repetition starts another JSON
 
 
 class Read(NamedTuple):
-    """How likely is the whole text? Answer: Reading. A text begins after bos (or eos); token ids begin with their own first one.
+    """Log-likelihood of the whole text. Answer: Reading.
 
-    A text longer than the context is read in windows that move by `stride` tokens (default: the context, so that tokens are
-    read once; less gives each token more context).
+    bos (or eos) is prepended to a text. Token ids are scored from the second one on. A text longer
+    than the context is scored in windows that advance by `stride` tokens (default: the context). A
+    smaller stride gives each token more context.
     """
 
     text: Text
@@ -63,39 +75,39 @@ class Read(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """A question to the evaluation's judge: an instruct model, a classifier. Answer: what it says, any JSON value."""
+    """A request to the evaluation's judge, such as an instruct model. Answer: any JSON value."""
 
     text: str
-    system: str = ""  # for a judge that takes instructions
+    system: str = ""  # system prompt of an instruct model
 
 
 class Scored(NamedTuple):
     logprob: float  # nats, summed over the option's tokens
     tokens: int
-    greedy: bool  # would greedy decoding have written it?
+    greedy: bool  # greedy decoding would generate this option
 
 
 class Written(NamedTuple):
     text: str  # without the stop string
     tokens: int
-    stopped: bool  # by a stop string or an end token, not by max_tokens
+    stopped: bool  # ended by a stop string or an end token, not by max_tokens
 
 
 class Reading(NamedTuple):
     logprob: float
     tokens: int
-    bytes: int  # UTF-8 bytes of the tokens that were scored
+    bytes: int  # UTF-8 bytes of the scored tokens
 
 
 class TooLong(NamedTuple):
-    """In place of an answer: the request needs `tokens` of a context of `limit`."""
+    """Replaces an answer: the request needs `tokens` tokens, more than the context of `limit`."""
 
     tokens: int
     limit: int
 
 
 class Failed(NamedTuple):
-    """In place of an answer: why the judge gave none."""
+    """Replaces an answer: the reason why the judge returned none."""
 
     reason: str
 
@@ -107,47 +119,50 @@ Score = Generator[Any, Any, Scores]
 
 
 class Model(Protocol):
-    """What answers: see evals/engines.py, and evals/judges.py for what answers Judge."""
+    """Answers requests. See evals/engines.py, and evals/judges.py for Judge requests."""
 
     name: str
-    hash: str  # of weights, config and tokenizer
+    hash: str  # hash of weights, config and tokenizer
     dtype: str
     context: int  # tokens
 
     def answer(
         self, requests: Sequence[Request]
     ) -> Iterator[list[tuple[int, Answer | TooLong | Failed]]]:
-        """Batches of (index of the request, answer), in any order, each request once."""
+        """Yield batches of (request index, answer), in any order, each request once."""
         ...
 
 
 @dataclass(frozen=True)
 class Item:
-    id: str  # as the decontamination report names it
+    id: str  # the id that the decontamination report uses
     row: dict[str, Any]
     subject: str = ""
 
 
 class Estimate(NamedTuple):
     value: float
-    stderr: float | None  # standard error of the mean over items; None where it has none
-    n: int | None = None  # items that have it; None where it is no mean over items
+    stderr: float | None  # standard error of the mean over items; None if undefined
+    n: int | None = None  # items with this score; None if it is not a mean over items
 
 
 @dataclass
 class Sample:
-    """One item, done."""
+    """The requests, answers and scores of one item."""
 
     id: str
     subject: str
     scores: Scores = field(default_factory=dict)
     exchange: list[tuple[Request, Any]] = field(default_factory=list)
-    too_long: int = 0  # tokens that one of its requests needs, where that is more than the context
-    failed: str = ""  # why the judge did not answer
+    too_long: int = 0  # tokens of a request that exceeds the context, else 0
+    failed: str = ""  # reason why the judge did not answer
 
 
 def means(samples: Sequence[Sample]) -> dict[str, Estimate]:
-    """The mean of each number over the items that have it, with its standard error (n - 1 in the variance, as lm-eval)."""
+    """Mean of each score over the items that have it, with its standard error.
+
+    The variance divides by n - 1, as in lm-eval.
+    """
     values: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
         for name, value in sample.scores.items():
@@ -165,68 +180,65 @@ def _mean(numbers: list[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Eval:
-    """A task: its items, how one is scored, how scores become metrics."""
+    """A task: its items, the scoring function and the aggregation of scores."""
 
     task: str
-    version: int  # of prompts and scoring: raise it when a score may change
+    version: int  # version of prompts and scoring; increase it when scores may change
     items: Sequence[Item]
     score: Callable[[Item], Score]
     shots: int = 0
-    seed: int | None = None  # of the few-shot sample
-    test_set: str = ""  # what decontamination calls it; default: the task
-    totals: Callable[[Sequence[Sample]], dict[str, Estimate]] = means
-    about: dict[str, Any] = field(
-        default_factory=dict
-    )  # more for the results file: data, variant, ...
-    judge: Model | None = None  # what answers Judge
+    seed: int | None = None  # seed of the few-shot sampler
+    test_set: str = ""  # name in the decontamination report; default: the task
+    aggregate: Callable[[Sequence[Sample]], dict[str, Estimate]] = means
+    metadata: dict[str, Any] = field(default_factory=dict)  # copied to the results file
+    judge: Model | None = None  # answers Judge requests
 
 
-def ask(
+def run_items(
     items: Sequence[Item],
     score: Callable[[Item], Score],
     model: Model,
     cache: "Cache",
     show: bool = False,
     judge: Model | None = None,
-    judged: "Cache | None" = None,
+    judge_cache: "Cache | None" = None,
 ) -> list[Sample]:
-    """Run items to their end; rounds of requests, each answered from the cache or by the model, or by the judge with its own."""
+    """Run all items in rounds; a cache or a model answers each request."""
     samples = [Sample(item.id, item.subject) for item in items]
     running = {i: score(item) for i, item in enumerate(items)}
     inbox: dict[int, Any] = dict.fromkeys(running)
     while running:
-        asked: dict[int, list[Request]] = {}
-        single = set()
+        pending: dict[int, list[Request]] = {}
+        single = set()  # items that yielded a request instead of a list
         for i, generator in list(running.items()):
             try:
-                wanted = generator.send(inbox[i])
+                yielded = generator.send(inbox[i])
             except StopIteration as end:
                 samples[i].scores = end.value
                 del running[i]
                 continue
-            if not isinstance(wanted, list):
+            if not isinstance(yielded, list):
                 single.add(i)
-            asked[i] = wanted if isinstance(wanted, list) else [wanted]
-        if not asked:
+            pending[i] = yielded if isinstance(yielded, list) else [yielded]
+        if not pending:
             break
-        places = [(i, j) for i, requests in asked.items() for j in range(len(requests))]
-        requests = [asked[i][j] for i, j in places]
+        owners = [i for i, requests in pending.items() for _ in requests]
+        requests = [request for requests in pending.values() for request in requests]
         answers: list[Any] = [None] * len(requests)
-        for to_judge, who, kept in ((False, model, cache), (True, judge, judged or Cache())):
-            part = [
-                k for k, request in enumerate(requests) if isinstance(request, Judge) is to_judge
-            ]
-            if part:
-                assert who is not None, "a Judge request in an evaluation without a judge"
-                for k, answer in zip(
-                    part, _answers([requests[k] for k in part], who, kept, show), strict=True
-                ):
+        responders = ((False, model, cache), (True, judge, judge_cache or Cache()))
+        for is_judge, responder, answer_cache in responders:
+            indices = [k for k, r in enumerate(requests) if isinstance(r, Judge) is is_judge]
+            if indices:
+                assert responder is not None, "a Judge request in an evaluation without a judge"
+                batch = [requests[k] for k in indices]
+                replied = _answers(batch, responder, answer_cache, show)
+                for k, answer in zip(indices, replied, strict=True):
                     answers[k] = answer
         replies: dict[int, list] = defaultdict(list)
-        for (i, _), answer in zip(places, answers, strict=True):
+        for i, answer in zip(owners, answers, strict=True):
             replies[i].append(answer)
-        for i, wanted in asked.items():
-            samples[i].exchange += zip(wanted, replies[i], strict=True)
+        for i, item_requests in pending.items():
+            samples[i].exchange += zip(item_requests, replies[i], strict=True)
             samples[i].too_long = max(
                 (answer.tokens for answer in replies[i] if isinstance(answer, TooLong)), default=0
             )
@@ -242,26 +254,24 @@ def ask(
 def _answers(
     requests: list[Request], model: Model, cache: "Cache", show: bool
 ) -> list[Answer | TooLong | Failed]:
-    """Answers in the order of requests; equal requests are asked once. What was not answered is not kept."""
-    wanted: dict[str, Request] = {}
-    keys = [key_of(request) for request in requests]
+    """Answers in the order of requests. Equal requests are sent once; failures are not cached."""
+    uncached: dict[str, Request] = {}
+    keys = [request_key(request) for request in requests]
     for key, request in zip(keys, requests, strict=True):
         if key not in cache:
-            wanted.setdefault(key, request)
-    names = list(wanted)
+            uncached.setdefault(key, request)
+    uncached_keys = list(uncached)
     unanswered: dict[str, TooLong | Failed] = {}
-    with progress(len(requests), "request", show, initial=len(requests) - len(names)) as bar:
-        for batch in model.answer(list(wanted.values())):
-            cache.add(
-                {
-                    names[i]: answer
-                    for i, answer in batch
-                    if not isinstance(answer, TooLong | Failed)
-                }
-            )
-            unanswered |= {
-                names[i]: answer for i, answer in batch if isinstance(answer, TooLong | Failed)
-            }
+    cached = len(requests) - len(uncached)
+    with progress(len(requests), "request", show, initial=cached) as bar:
+        for batch in model.answer(list(uncached.values())):
+            answered = dict[str, Answer]()
+            for i, answer in batch:
+                if isinstance(answer, TooLong | Failed):
+                    unanswered[uncached_keys[i]] = answer
+                else:
+                    answered[uncached_keys[i]] = answer
+            cache.add(answered)
             bar.update(len(batch))
     pairs = zip(keys, requests, strict=True)
     return [
@@ -269,49 +279,51 @@ def _answers(
     ]
 
 
-def key_of(request: Request) -> str:
-    """A hash of all that the answer depends on, but for the model."""
+def request_key(request: Request) -> str:
+    """Hash of a request: the cache key of its answer for one model."""
     return hashlib.sha256(json.dumps([type(request).__name__, *request]).encode()).hexdigest()[:32]
 
 
 class Cache:
-    """Answers of one model, kept in a folder as they come, so that a killed suite goes on where it was.
+    """Answers of one model, appended to files as they arrive, so an interrupted suite resumes.
 
-    Each rank appends to a file of its own and reads all; without a folder, answers live in memory only.
+    Each rank appends to its own file and reads all files. Without a folder, answers stay in memory.
     """
 
     def __init__(self, folder: Path | None = None, model: Model | None = None, rank: int = 0):
-        self.found: dict[str, Any] = {}
+        self.answers: dict[str, Any] = {}
         self.file = None
         if folder is None or model is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{model.hash[:16]}-{model.dtype}-{model.context}"  # windows of a long text depend on the context too
+        # The context is part of the name: it decides the windows of a long text.
+        stem = f"{model.hash[:16]}-{model.dtype}-{model.context}"
         for path in sorted(folder.glob(f"{stem}.*.jsonl")):
             for line in path.read_text(encoding="utf-8").split("\n"):
                 try:
-                    self.found.update(json.loads(line))
-                except ValueError:  # the end of a killed write
+                    self.answers.update(json.loads(line))
+                except ValueError:  # an incomplete line of an interrupted write
                     continue
         path = folder / f"{stem}.{rank}.jsonl"
-        torn = path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run lasts
-        if torn:
+        incomplete = path.is_file() and path.stat().st_size
+        incomplete = incomplete and not path.read_bytes().endswith(b"\n")
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - stays open during the run
+        if incomplete:
             self.file.write("\n")
 
     def __contains__(self, key: str) -> bool:
-        return key in self.found
+        return key in self.answers
 
     def get(self, key: str, request: Request) -> Answer:
-        kept = self.found[key]
+        answer = self.answers[key]
         if isinstance(request, Choose):
-            return [Scored(*scored) for scored in kept]
+            return [Scored(*scored) for scored in answer]
         if isinstance(request, Judge):
-            return kept
-        return Written(*kept) if isinstance(request, Write) else Reading(*kept)
+            return answer
+        return Written(*answer) if isinstance(request, Write) else Reading(*answer)
 
     def add(self, answers: dict[str, Any]) -> None:
-        self.found |= answers
+        self.answers |= answers
         if self.file is not None and answers:
             self.file.write(
                 "".join(json.dumps({key: answer}) + "\n" for key, answer in answers.items())
@@ -320,35 +332,42 @@ class Cache:
 
 
 def contaminated_ids(path: Path, test_set: str) -> set[str] | None:
-    """Items of a test set that a decontamination report found in training data; None where it was not looked for."""
+    """Ids of a test set's items found in training data; None if the report does not cover the set.
+
+    path: a decontamination report. ValueError if it cannot be read.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if test_set not in found["settings"]["test_sets"]:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if test_set not in report["settings"]["test_sets"]:
             return None
         return {
             hit["test_id"]
-            for hits in found["documents"].values()
+            for hits in report["documents"].values()
             for hit in hits
             if hit["test_set"] == test_set
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be read as a contamination report ({type(error).__name__}); "
-            "give the file that scripts.decontaminate or scripts.prepare_data wrote"
+            "give a report of scripts.decontaminate or scripts.prepare_data"
         ) from error
 
 
 def results(
     evaluation: Eval, samples: Sequence[Sample], model: Model, contaminated: set[str] | None = None
 ) -> dict[str, Any]:
-    """The results file: metrics over all items, over each subject, and over the items that are not in the training data."""
+    """Content of the results file: metrics over all items, per subject, and over clean items.
+
+    Clean items are those not found in the training data. ValueError if no item could be scored.
+    """
     done = [sample for sample in samples if not sample.too_long]
     long = [sample for sample in samples if sample.too_long]
     if not done:
         needed = max((sample.too_long for sample in long), default=0)
         raise ValueError(
-            f"none of the {len(samples)} items of {evaluation.task} fits the model's context of {model.context} tokens "
-            f"(the longest needs {needed}); take fewer shots or a model with a longer context"
+            f"none of the {len(samples)} items of {evaluation.task} fits the model's context of "
+            f"{model.context} tokens (the longest needs {needed}); reduce --shots or use a model "
+            "with a longer context"
             if long
             else f"{evaluation.task} has no items; check --data and --limit"
         )
@@ -356,20 +375,20 @@ def results(
     for sample in done:
         subjects[sample.subject].append(sample)
     keys = "".join(
-        key_of(request)
+        request_key(request)
         for sample in samples
         for request, _ in sample.exchange
         if not isinstance(request, Judge)
     )
     clean = [sample for sample in done if sample.id not in (contaminated or ())]
-    of_subjects = {name: _metrics(evaluation, part) for name, part in sorted(subjects.items())}
+    by_subject = {name: _metrics(evaluation, group) for name, group in sorted(subjects.items())}
     return {
         "task": evaluation.task,
         **_metrics(evaluation, done),
         "version": evaluation.version,
         "shots": evaluation.shots,
         "seed": evaluation.seed,
-        **({"subjects": of_subjects, "macro": _macro(of_subjects)} if len(of_subjects) > 1 else {}),
+        **({"subjects": by_subject, "macro": _macro(by_subject)} if len(by_subject) > 1 else {}),
         "clean": None
         if contaminated is None
         else {
@@ -390,39 +409,39 @@ def results(
         "model": model.name,
         "checkpoint_hash": model.hash,
         "dtype": model.dtype,
-        **evaluation.about,
+        **evaluation.metadata,
     }
 
 
 def _metrics(evaluation: Eval, samples: Sequence[Sample]) -> dict[str, Any]:
-    totals = evaluation.totals(samples) if samples else {}
+    metrics = evaluation.aggregate(samples) if samples else {}
     return {
-        "metrics": {name: estimate._asdict() for name, estimate in totals.items()},
+        "metrics": {name: estimate._asdict() for name, estimate in metrics.items()},
         "n": len(samples),
     }
 
 
-def _macro(of_subjects: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _macro(by_subject: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Unweighted mean of each metric over subjects."""
     values: dict[str, list[float]] = defaultdict(list)
-    for part in of_subjects.values():
-        for name, estimate in part["metrics"].items():
+    for subject in by_subject.values():
+        for name, estimate in subject["metrics"].items():
             values[name].append(estimate["value"])
     return {name: math.fsum(numbers) / len(numbers) for name, numbers in values.items()}
 
 
-def write_results(output: Path, found: dict[str, Any], samples: Iterable[Sample]) -> None:
-    """output, and beside it <stem>.samples.jsonl; each by rename."""
-    kept = write_samples(output, samples)
-    write_json(output, {**found, "samples": kept.name})
+def write_results(output: Path, content: dict[str, Any], samples: Iterable[Sample]) -> None:
+    """Write the results file and, beside it, <stem>.samples.jsonl; each atomically."""
+    samples_path = write_samples(output, samples)
+    write_json(output, {**content, "samples": samples_path.name})
 
 
 def write_samples(output: Path, samples: Iterable[Sample]) -> Path:
-    """<stem>.samples.jsonl beside output: each item, what was asked and answered, its scores."""
+    """Write the requests, answers and scores of each item to <stem>.samples.jsonl beside output."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    kept = output.with_name(output.stem + ".samples.jsonl")
-    part = kept.with_name(kept.name + ".tmp")
-    with open(part, "w", encoding="utf-8") as file:
+    path = output.with_name(output.stem + ".samples.jsonl")
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
         for sample in samples:
             exchange = [
                 {"request": type(request).__name__, **request._asdict(), "answer": answer}
@@ -436,5 +455,5 @@ def write_samples(output: Path, samples: Iterable[Sample]) -> Path:
             }
             line |= {"failed": sample.failed} if sample.failed else {}
             file.write(json.dumps({**line, "exchange": exchange}, ensure_ascii=False) + "\n")
-    part.rename(kept)
-    return kept
+    temporary.rename(path)
+    return path

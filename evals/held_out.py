@@ -1,7 +1,7 @@
-"""Which held-out text eval_perplexity scores: where it lies, and which part of it.
+"""Held-out text for eval_perplexity: finds the data and chooses the documents or rows to score.
 
-`--dataset` is a data store, a .jsonl file of texts, a .txt file, a folder of .txt files, or the name of a source
-in the store of the checkpoint's own run. Without it, all sources of that store are scored.
+`--dataset` is a data store, a .jsonl file of texts, a .txt file, a folder of .txt files, or a
+source in the store of the checkpoint's own run. The default is every source of that store.
 """
 
 import argparse
@@ -26,30 +26,31 @@ from models.hf import newest_step
 from yaml_file import read_yaml_file
 
 TOKENS = 2**20  # default of --tokens
-# Texts are chosen by their size, before they are encoded. Measured values: docs/performance.md.
+# Texts are chosen by size before they are encoded. Measured values: docs/performance.md.
 BYTES_PER_TOKEN = 4
 ADVICE = "give --dataset a data store, a .jsonl or .txt file, or a folder of .txt files"
 
 
 class Documents(NamedTuple):
-    """The documents to score. coverage: source -> how much of it they are, and how much there is."""
+    """Documents to score. coverage: source -> scored and available tokens, bytes and documents."""
 
     items: list[Item]
     coverage: dict[str, dict[str, int]]
 
 
 def token_count(text: str) -> int:
-    """The value of --tokens: 2000000, 2e6, or all, which is 0."""
+    """Parse --tokens: 2000000, 2e6, or all (0)."""
     number = 0.0 if text == "all" else float(text)
     if not number.is_integer():  # also inf and nan
         raise ValueError(text)
     return at_least(0)(str(int(number)))
 
 
-def spread(lengths: np.ndarray, budget: int) -> np.ndarray:
-    """Indices, ascending and evenly spread, of documents whose lengths sum to at most `budget` (0: all of them).
+def evenly_spaced(lengths: np.ndarray, budget: int) -> np.ndarray:
+    """Ascending, evenly spaced indices of documents whose lengths sum to at most `budget`.
 
-    Where one document is longer than the budget it is chosen alone, and the caller cuts it.
+    Budget 0 chooses all. A document longer than the budget is chosen alone; the caller truncates
+    it.
     """
     count, chosen = len(lengths), np.arange(len(lengths))
     while budget and len(chosen) > 1 and (total := int(lengths[chosen].sum())) > budget:
@@ -57,23 +58,23 @@ def spread(lengths: np.ndarray, budget: int) -> np.ndarray:
     return chosen
 
 
-# ---- where the text lies
+# ---- finding the data
 
 
-def find_data(args: argparse.Namespace) -> None:
-    """Set args.dataset to an existing path, and args.sources if the name is that of a source.
+def resolve_data(args: argparse.Namespace) -> None:
+    """Set args.dataset to an existing path, and args.sources if --dataset names a source.
 
-    Raises ValueError if no text is found.
+    ValueError if there is no text.
     """
-    named = args.dataset or args.data
-    if named is None:
+    dataset = args.dataset or args.data
+    if dataset is None:
         args.dataset = _run_store(args.checkpoint)
-    elif Path(named).exists():
-        args.dataset = Path(named)
+    elif Path(dataset).exists():
+        args.dataset = Path(dataset)
     else:
-        args.dataset, source = _named_source(str(named), args.checkpoint)
+        args.dataset, source = _find_source(str(dataset), args.checkpoint)
         if args.sources not in (None, [source]):
-            raise ValueError(f"--dataset {named} names one source already; leave out --sources")
+            raise ValueError(f"--dataset {dataset} already names one source; omit --sources")
         args.sources = [source]
     if args.dataset.is_dir() and not is_store(args.dataset) and not _txt_files(args.dataset):
         raise ValueError(
@@ -85,43 +86,42 @@ def is_store(path: Path) -> bool:
     return (path / "tokens").is_dir()
 
 
-def _named_source(name: str, checkpoint: Path) -> tuple[Path, str]:
-    """Store and source that a name such as fineweb-edu or fineweb-edu-validation means."""
+def _find_source(name: str, checkpoint: Path) -> tuple[Path, str]:
+    """Store and source for a name such as fineweb-edu or fineweb-edu-validation."""
     try:
         store = _run_store(checkpoint)
     except ValueError as error:
-        raise ValueError(f"there is no data at {name}; {ADVICE}") from error
+        raise ValueError(f"{name} does not exist; {ADVICE}") from error
     present = source_names(store)
-    plain = {source.replace("-", "_").lower(): source for source in present}
-    wanted = name.replace("-", "_").lower()
-    for candidate in (wanted, wanted.removesuffix("_validation")):
-        if candidate in plain:
-            return store, plain[candidate]
+    normalised = {source.replace("-", "_").lower(): source for source in present}
+    key = name.replace("-", "_").lower()
+    for candidate in (key, key.removesuffix("_validation")):
+        if candidate in normalised:
+            return store, normalised[candidate]
     raise ValueError(
-        f"there is no data at {name}, and {store} has no such source; it has: {', '.join(present) or 'none'}"
+        f"{name} is neither a path nor a source of {store}; "
+        f"available sources: {', '.join(present) or 'none'}"
     )
 
 
 def _run_store(checkpoint: Path) -> Path:
-    """The data store of the run that made a checkpoint; a tuned model's is that of its base."""
+    """Data store of the run that wrote a checkpoint; for SFT and DPO, of the base model."""
     folder = checkpoint
-    while found := _run_config(folder):
-        base, config = found
-        if "chat" not in config and "preferences" not in config:  # it read pretraining text
+    while run := _run_config(folder):
+        base, config = run
+        if "chat" not in config and "preferences" not in config:  # a pretraining run
             store = base / config["data"]["store"]
             if not is_store(store):
-                raise ValueError(f"the data store of {checkpoint}, {store}, is not here; {ADVICE}")
+                raise ValueError(f"the data store of {checkpoint}, {store}, is missing; {ADVICE}")
             return store
         folder = newest_step(str(base / str(config.get("init_from"))))
-    raise ValueError(
-        f"no run config under logs/ says with which data {checkpoint} was trained; {ADVICE}"
-    )
+    raise ValueError(f"no run config under logs/ names the training data of {checkpoint}; {ADVICE}")
 
 
 def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The working folder and the config of the run that made a checkpoint.
+    """Working folder and config of the run that wrote a checkpoint, or None.
 
-    training/setup.write_run_files leaves the config beside the log; its output_dir names the folder.
+    Searches logs/ for the config whose output_dir is the checkpoint's folder.
     """
     step = checkpoint.resolve()
     folders = (step, step.parent)
@@ -132,7 +132,7 @@ def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
                 output = base / (
                     config["output_dir"] or f"checkpoints/{config['run']}/{config['phase']}"
                 )
-            except (ValueError, KeyError, TypeError):  # not the config of a run
+            except (ValueError, KeyError, TypeError):  # not a run config
                 continue
             if output.resolve() in folders:
                 return base, config
@@ -140,7 +140,7 @@ def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def source_names(store: Path) -> list[str]:
-    """The sources of a store that have token shards."""
+    """Sources of a store that have token shards."""
     return sorted(
         path.name
         for path in (store / "tokens").glob("*")
@@ -149,48 +149,53 @@ def source_names(store: Path) -> list[str]:
 
 
 def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
-    """Held-out shards of the requested sources; ValueError where one is missing or has another tokenizer."""
+    """Held-out shards of the requested sources.
+
+    ValueError if a source is missing or was tokenized with another tokenizer.
+    """
     present = source_names(args.dataset)
     if not present:
-        raise ValueError(f"{args.dataset} has no token shards; make them with scripts.prepare_data")
+        raise ValueError(f"{args.dataset} has no token shards; run scripts.prepare_data")
     _check_sources(args, present)
     shards = {
         name: TokenShards(args.dataset / "tokens" / name, "val") for name in args.sources or present
     }
-    for part in shards.values():
-        if not _same_tokenizer(args.checkpoint, part, args.dataset / "tokenizer"):
+    for source_shards in shards.values():
+        if not _same_tokenizer(args.checkpoint, source_shards, args.dataset / "tokenizer"):
             raise ValueError(
-                f"{part.folder} was made with another tokenizer than {args.checkpoint} has; tokenize it again"
+                f"the tokenizers of {source_shards.folder} and {args.checkpoint} differ; "
+                "tokenize the store again"
             )
     return shards
 
 
 def _check_sources(args: argparse.Namespace, present: Iterable[str]) -> None:
-    """ValueError where a requested source is missing."""
+    """ValueError if a requested source is missing."""
     if unknown := sorted(set(args.sources or ()).difference(present)):
         raise ValueError(
-            f"{args.dataset} has no source {', '.join(unknown)}; it has: {', '.join(present)}"
+            f"{args.dataset} has no source {', '.join(unknown)}; available: {', '.join(present)}"
         )
 
 
 def _same_tokenizer(checkpoint: Path, shards: TokenShards, tokenizer: Path) -> bool:
     """Does the checkpoint's tokenizer reproduce the shards' token ids?
 
-    A GGUF file, and a tokenizer with added chat tokens, has the store's vocabulary but not its file.
+    The files differ for a GGUF file and after chat tokens were added; then vocabularies are
+    compared.
     """
-    own = tokenizer_folder(checkpoint)
-    if shards.tokenizer == file_hash(own / "tokenizer.json"):
+    folder = tokenizer_folder(checkpoint)
+    if shards.tokenizer == file_hash(folder / "tokenizer.json"):
         return True
     if not (tokenizer / "tokenizer.json").is_file() or shards.tokenizer != file_hash(
         tokenizer / "tokenizer.json"
     ):
         return False
-    of_store, grown = (load_tokenizer(folder).get_vocab() for folder in (tokenizer, own))
-    return of_store.items() <= grown.items()
+    store, extended = (load_tokenizer(path).get_vocab() for path in (tokenizer, folder))
+    return store.items() <= extended.items()
 
 
 def data_hashes(args: argparse.Namespace) -> dict[str, str]:
-    """sha256 of a file of texts, of a folder's .txt files, or of each source's shard manifest."""
+    """sha256 of a text file, of a folder's .txt files, or of each source's shard manifest."""
     if is_store(args.dataset):
         files = [shards.folder / "manifest.json" for shards in shards_of(args).values()]
         return {str(path): file_hash(path) for path in files}
@@ -206,21 +211,21 @@ def _txt_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.txt"))
 
 
-# ---- which part of it
+# ---- choosing documents and rows
 
 
 class ChosenRows(StreamRows):
-    """Rows of a held-out split, evenly spread: about `tokens` tokens (0: all), the first `limit` rows of those.
+    """Evenly spaced rows of a held-out split: about `tokens` tokens (0: all), at most `limit` rows.
 
-    The choice depends neither on the batch size nor on the number of ranks.
+    The choice depends on neither batch size nor world size.
     """
 
     def __init__(self, shards: TokenShards, length: int, tokens: int, limit: int | None):
         super().__init__(shards, length)
         if self.count < 1:
             raise ValueError(
-                f"{shards.folder} has {len(shards)} held-out tokens, too few for one row of {length}; "
-                "give a shorter --sequence_length, or hold out more"
+                f"{shards.folder} has {len(shards)} held-out tokens, too few for one row of "
+                f"{length}; give a shorter --sequence_length or increase data.val_fraction"
             )
         size = min(self.count, max(1, tokens // length)) if tokens else self.count
         self.indices = (np.arange(size) * self.count // size)[:limit]
@@ -236,7 +241,7 @@ class ChosenRows(StreamRows):
 
 
 def documents(args: argparse.Namespace) -> Documents:
-    """Documents of a store's held-out shards, with the bos that begins each, or texts."""
+    """Documents of a store's held-out shards, each beginning with bos, or texts."""
     return _store_documents(args) if is_store(args.dataset) else _texts(args)
 
 
@@ -245,7 +250,7 @@ def _store_documents(args: argparse.Namespace) -> Documents:
     for source, shards in shards_of(args).items():
         starts, lengths = document_table(shards)
         present = np.flatnonzero(lengths > 1)
-        chosen = present[spread(lengths[present] - 1, args.tokens)][: args.limit]
+        chosen = present[evenly_spaced(lengths[present] - 1, args.tokens)][: args.limit]
         scored = 0
         for i in chosen.tolist():
             length = min(int(lengths[i]), args.tokens + 1 if args.tokens else int(lengths[i]))
@@ -260,7 +265,7 @@ def _store_documents(args: argparse.Namespace) -> Documents:
 
 
 def _texts(args: argparse.Namespace) -> Documents:
-    """Read the texts twice: their sizes first, then the chosen ones, which alone stay in memory."""
+    """Read the texts twice, sizes first, so that only the chosen texts are held in memory."""
     sizes: dict[str, array[int]] = defaultdict(lambda: array("q"))
     for _, source, text in _read_texts(args.dataset):
         sizes[source].append(len(text.encode()))
@@ -268,10 +273,10 @@ def _texts(args: argparse.Namespace) -> Documents:
     budget = args.tokens * BYTES_PER_TOKEN
     chosen, coverage = dict[str, set[int]](), dict[str, dict[str, int]]()
     for source in args.sources or sizes:
-        of = sizes[source]
-        chosen[source] = set(spread(np.asarray(of), budget)[: args.limit].tolist())
-        coverage[source] = {"bytes": 0, "available_bytes": sum(of)}
-        coverage[source] |= {"documents": len(chosen[source]), "available_documents": len(of)}
+        lengths = sizes[source]
+        chosen[source] = set(evenly_spaced(np.asarray(lengths), budget)[: args.limit].tolist())
+        coverage[source] = {"bytes": 0, "available_bytes": sum(lengths)}
+        coverage[source] |= {"documents": len(chosen[source]), "available_documents": len(lengths)}
     items, numbers = [], Counter[str]()
     for name, source, text in _read_texts(args.dataset):
         number = numbers[source]
@@ -285,7 +290,7 @@ def _texts(args: argparse.Namespace) -> Documents:
 
 
 def _read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Id, source and text of each document of a file or folder."""
+    """Yield id, source and text of each document of a file or folder."""
     if path.is_dir():
         for file in _txt_files(path):
             yield (
@@ -299,7 +304,7 @@ def _read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
         number = 0
         for number, row in enumerate(stream_jsonl(path), 1):
             if not isinstance(row.get("text"), str):
-                raise ValueError(f"row {number} of {path} has no text; mend or remove the line")
+                raise ValueError(f"row {number} of {path} has no text; fix or remove the line")
             yield str(row.get("id", number)), str(row.get("source", path.stem)), row["text"]
         if not number:
             raise ValueError(f"{path} has no rows")

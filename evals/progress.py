@@ -1,16 +1,16 @@
-"""How far a measurement is: a bar on a terminal, a line every half minute in a log file."""
+"""Progress display: a bar on a terminal, a line every 30 seconds in a log file."""
 
 import sys
 from typing import TextIO
 
 from tqdm import tqdm
 
-SECONDS = 30.0  # between two lines of a log file
+SECONDS = 30.0  # between lines in a log file
 LINE = "{desc}{n_fmt} of {total_fmt} {unit}s, {elapsed} elapsed, {remaining} left, {rate_fmt}"
 
 
 class _Lines:
-    """Turns what tqdm draws over itself into lines of their own."""
+    """Stream for tqdm that writes each update as a separate line."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream
@@ -24,9 +24,9 @@ class _Lines:
 
 
 def progress(total: int, unit: str, show: bool, name: str = "", initial: int = 0) -> tqdm:
-    """A progress bar on stderr to update; silent unless `show`. unit: singular."""
-    given = {"total": total, "initial": initial, "unit": unit, "disable": not show}
+    """A tqdm bar on stderr; silent unless `show`. unit: singular."""
+    settings = {"total": total, "initial": initial, "unit": unit, "disable": not show}
     if sys.stderr.isatty():
-        return tqdm(desc=name or None, **given)
-    how = {"mininterval": SECONDS, "miniters": 1, "bar_format": LINE}
-    return tqdm(desc=name and f"{name}: ", file=_Lines(sys.stderr), **given, **how)
+        return tqdm(desc=name or None, **settings)
+    settings |= {"mininterval": SECONDS, "miniters": 1, "bar_format": LINE}
+    return tqdm(desc=name and f"{name}: ", file=_Lines(sys.stderr), **settings)

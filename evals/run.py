@@ -1,4 +1,4 @@
-"""What the evaluation commands share: flags, ranks, one model load, the results file."""
+"""Shared parts of the evaluation commands: flags, ranks, model loading and the results file."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -10,24 +10,24 @@ import torch
 from torch import distributed as dist
 
 from cli import CommandParser, at_least, user_errors
-from evals.engines import check_there, load_model
+from evals.engines import check_exists, load_model
 from evals.harness import (
     Cache,
     Eval,
     Model,
     Sample,
-    ask,
     contaminated_ids,
     results,
+    run_items,
     write_results,
     write_samples,
 )
 from models.hf import newest_step
 
 
-def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
-    """The flags that every evaluation takes; shots None: it has no few-shot examples."""
-    parser = CommandParser(about)
+def eval_parser(description: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
+    """A parser with the common flags. shots: default of --shots; None omits the flag."""
+    parser = CommandParser(description)
     parser.add_argument(
         "--checkpoint",
         required=True,
@@ -36,10 +36,11 @@ def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--data",
-        help="local .jsonl in the hub's schema, or a folder of <split>.jsonl (default: see above)",
+        help="local .jsonl in the hub dataset's schema, or a folder of <split>.jsonl "
+        "(default: see above)",
     )
     parser.add_argument(
-        "--limit", type=at_least(1), help="only the first N items (of each subject)"
+        "--limit", type=at_least(1), help="evaluate only the first N items (per subject)"
     )
     parser.add_argument(
         "--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)"
@@ -48,22 +49,22 @@ def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
-        help="of the weights (default: as they are stored)",
+        help="dtype of the weights (default: as stored)",
     )
     parser.add_argument(
-        "--batch_size", type=at_least(1), default=16, help="items, or prompts, at a time"
+        "--batch_size", type=at_least(1), default=16, help="items or prompts per batch"
     )
-    parser.add_argument("--seed", type=int, default=1234, help="of the few-shot sample")
+    parser.add_argument("--seed", type=int, default=1234, help="seed of the few-shot sampler")
     parser.add_argument(
         "--contaminated",
         type=Path,
-        help="report of scripts.decontaminate or scripts.prepare_data: scores of clean items",
+        help="report of scripts.decontaminate or scripts.prepare_data; adds scores of clean items",
     )
     parser.add_argument(
         "--cache",
         type=Path,
         default=Path("data/store/wheels"),
-        help="where downloaded test sets are kept",
+        help="folder for downloaded test sets",
     )
     if shots is not None:
         parser.add_argument(
@@ -77,7 +78,10 @@ def flags(about: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
 
 @contextmanager
 def ranks(device: str) -> Iterator[tuple[int, int, str]]:
-    """Rank, number of ranks and device: of torchrun, where it started this process. Ranks exchange samples only, over gloo."""
+    """Rank, world size and device of this process; rank 0 of 1 unless torchrun started it.
+
+    Ranks exchange only samples, over gloo.
+    """
     if not dist.is_torchelastic_launched():
         yield 0, 1, device
         return
@@ -97,20 +101,25 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, Any]:
-    """Run an evaluation on this rank's part of its items; the results (on rank 0, where they are also written)."""
-    kept = output.parent / "answers" if output else None
-    judged = Cache(kept, evaluation.judge, rank) if evaluation.judge else None
-    mine = slice(len(evaluation.items) * rank // world, len(evaluation.items) * (rank + 1) // world)
+    """Run an evaluation on this rank's share of the items; rank 0 writes and returns the results.
+
+    Other ranks return {}. ValueError on every rank if one rank fails, and on rank 0 if the judge
+    left items unanswered.
+    """
+    folder = output.parent / "answers" if output else None
+    judge_cache = Cache(folder, evaluation.judge, rank) if evaluation.judge else None
+    count = len(evaluation.items)
+    items = evaluation.items[count * rank // world : count * (rank + 1) // world]
     samples, failure = list[Sample](), None
     try:
-        items, kept_answers = evaluation.items[mine], Cache(kept, model, rank)
-        samples = ask(
-            items, evaluation.score, model, kept_answers, rank == 0, evaluation.judge, judged
+        cache = Cache(folder, model, rank)
+        samples = run_items(
+            items, evaluation.score, model, cache, rank == 0, evaluation.judge, judge_cache
         )
     except ValueError as error:
         failure = error
     samples = _gather(samples, failure, world)
-    found: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     if rank == 0:
         ids = (
             contaminated_ids(contaminated, evaluation.test_set or evaluation.task)
@@ -118,82 +127,88 @@ def evaluate(
             else None
         )
         failed = [sample.failed for sample in samples if sample.failed]
-        if failed:  # scores of a part are no results
+        if failed:  # scores over a subset would be misleading
             if output:
                 output.unlink(missing_ok=True)
                 write_samples(output, samples)
             assert evaluation.judge is not None
             raise ValueError(
-                f"{evaluation.judge.name} did not judge {len(failed)} of {len(samples)} items of {evaluation.task} "
-                f"({failed[0]}); what the model wrote is kept"
-                + (f" beside {output}" if output else "")
-                + "; the same command again asks only for what is missing"
+                f"{evaluation.judge.name} did not judge {len(failed)} of {len(samples)} items of "
+                f"{evaluation.task} ({failed[0]}); "
+                + (f"the model's answers are saved beside {output}; " if output else "")
+                + "run the command again to judge the missing items"
             )
-        found = results(evaluation, samples, model, ids)
+        content = results(evaluation, samples, model, ids)
         if output:
-            write_results(output, found, samples)
-    return found
+            write_results(output, content, samples)
+    return content
 
 
 def _gather(samples: list[Sample], failure: ValueError | None, world: int) -> list[Sample]:
-    """The samples of all ranks; where one failed, all of them do."""
-    parts: list[Any] = [(samples, failure and str(failure))]
+    """The samples of all ranks in item order. ValueError on every rank if any rank failed."""
+    by_rank: list[Any] = [(samples, failure and str(failure))]
     if world > 1:
-        parts *= world
-        dist.all_gather_object(parts, (samples, failure and str(failure)))
+        by_rank *= world
+        dist.all_gather_object(by_rank, (samples, failure and str(failure)))
     if failure:
         raise failure
-    for number, (_, why) in enumerate(parts):
-        if why:
-            raise ValueError(f"rank {number} of {world} could not go on: {why}")
-    return [sample for part, _ in parts for sample in part]
+    for rank, (_, reason) in enumerate(by_rank):
+        if reason:
+            raise ValueError(f"rank {rank} of {world} failed: {reason}")
+    return [sample for rank_samples, _ in by_rank for sample in rank_samples]
 
 
-def output_of(given: Path | None, checkpoint: Path, task: str) -> Path:
-    """The results file, --output or results/<checkpoint's path below checkpoints/, else its name>/<task>.json; it can be made."""
-    if given:
-        if given.is_dir():
-            raise ValueError(
-                f"--output {given} is a folder; name a file in it, such as {given / task}.json"
-            )
-        given.parent.mkdir(parents=True, exist_ok=True)
-        return given
+def output_path(output: Path | None, checkpoint: Path, task: str) -> Path:
+    """The results file: --output, else results/<checkpoint>/<task>.json.
+
+    <checkpoint> is the path below checkpoints/, or the folder's name. The folder of --output is
+    created; ValueError if --output is a folder itself.
+    """
+    if output:
+        if output.is_dir():
+            raise ValueError(f"--output {output} is a folder; give a file: {output / task}.json")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return output
     parts = checkpoint.resolve().parts
     below = parts[parts.index("checkpoints") + 1 :] if "checkpoints" in parts else parts[-1:]
     return Path("results", *below, f"{task}.json")
 
 
-def show(found: dict[str, Any]) -> None:
-    """One line a metric, and what was left out."""
-    for name, estimate in found["metrics"].items():
+def print_results(content: dict[str, Any]) -> None:
+    """Print one line per metric, notes, and the number of items that were not scored."""
+    for name, estimate in content["metrics"].items():
         error = f" +- {estimate['stderr']:.4f}" if estimate["stderr"] is not None else ""
-        clean = ((found["clean"] or {}).get("metrics") or {}).get(name)
+        clean = ((content["clean"] or {}).get("metrics") or {}).get(name)
         print(
-            f"{found['task']} {name}: {estimate['value']:.4f}{error}"
+            f"{content['task']} {name}: {estimate['value']:.4f}{error}"
             + (f"  (clean items: {clean['value']:.4f})" if clean else "")
         )
-    if found.get("note"):
-        print(f"note: {found['note']}")
-    left = found["too_long"]["n"]
-    if left:
+    if content.get("note"):
+        print(f"note: {content['note']}")
+    too_long = content["too_long"]
+    if too_long["n"]:
         print(
-            f"warning: {left} items do not fit the context of {found['too_long']['context']} tokens and were not scored"
+            f"warning: {too_long['n']} items exceed the context of {too_long['context']} tokens "
+            "and were not scored"
         )
 
 
 def main(
     parser: argparse.ArgumentParser, build: Callable[[argparse.Namespace], Eval]
 ) -> Path | None:
-    """The body of an evaluation command: `build` makes the evaluation out of the flags. The results file, on rank 0."""
+    """Run an evaluation command; rank 0 returns the path of the results file, other ranks None.
+
+    build: makes the evaluation from the parsed flags.
+    """
     args = parser.parse_args()
     with ranks(args.device) as (rank, world, device), user_errors(rank, world):
-        check_there(args.checkpoint)
+        check_exists(args.checkpoint)
         evaluation = build(args)
-        output = output_of(args.output, args.checkpoint, evaluation.task)
+        output = output_path(args.output, args.checkpoint, evaluation.task)
         model = load_model(args.checkpoint, device, args.dtype, args.batch_size)
-        found = evaluate(evaluation, model, output, args.contaminated, rank, world)
+        content = evaluate(evaluation, model, output, args.contaminated, rank, world)
         if rank == 0:
-            show(found)
-            print(f"written to {output}")
+            print_results(content)
+            print(f"results written to {output}")
             return output
     return None

@@ -1,8 +1,9 @@
-"""Runs programs that a model wrote: one process each, with limits of time, memory and files, and without a network.
+"""Runs generated programs in processes with limits on time, memory and files and without a network.
 
-This stops accidents and simple attacks. It is not a security boundary: run untrusted models in a container or a virtual
-machine as well. Isolation is a network namespace where the kernel lets an unprivileged user make one (`unshare -rn`), and
-everywhere a Python audit hook that refuses sockets, other processes and writes outside a scratch folder.
+This stops accidents and simple attacks. It is not a security boundary: run untrusted models in a
+container or virtual machine as well. A Python audit hook refuses sockets, other processes and
+writes outside a scratch folder. If the kernel permits it (`unshare -rn`), a network namespace is
+added.
 """
 
 import functools
@@ -23,14 +24,14 @@ from typing import Any
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 MEMORY = 1 << 30  # bytes of address space
-FILE_BYTES = 1 << 20  # of each file that a program writes
-START_S = 5  # seconds of wall-clock time beyond the CPU limit, for start-up and sleeping
+FILE_BYTES = 1 << 20  # size limit of each written file
+START_S = 5  # wall-clock seconds beyond the CPU limit, for start-up and sleeping
 UNSHARE = ("unshare", "--user", "--map-root-user", "--net", "--")
 
 
 @functools.cache
 def namespace() -> tuple[str, ...]:
-    """The command that begins a process without a network; empty where the kernel or a container forbids it."""
+    """Command prefix that starts a process without network; empty if the kernel forbids it."""
     if not shutil.which(UNSHARE[0]):
         return ()
     done = subprocess.run(
@@ -40,6 +41,7 @@ def namespace() -> tuple[str, ...]:
 
 
 def isolation() -> str:
+    """Description of the isolation in effect, for the results file."""
     return (
         "network namespace and audit hook"
         if namespace()
@@ -48,9 +50,12 @@ def isolation() -> str:
 
 
 def run_program(program: str, timeout: int = 3) -> dict[str, Any]:
-    """{"passed": True}, or {"passed": False, "error": why}. timeout: seconds of CPU time."""
+    """Run a program: {"passed": True}, or {"passed": False, "error": reason}.
+
+    timeout: CPU seconds.
+    """
     nonce = secrets.token_hex(16)
-    asked = {
+    request = {
         "program": program,
         "nonce": nonce,
         "cpu_s": timeout,
@@ -59,7 +64,7 @@ def run_program(program: str, timeout: int = 3) -> dict[str, Any]:
     }
     with (
         tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True) as scratch,
-        tempfile.TemporaryFile() as report,  # not a pipe: the file limit holds for it too
+        tempfile.TemporaryFile() as report,  # unlike a pipe, subject to the file limit
     ):
         child = subprocess.Popen(
             [*namespace(), sys.executable, "-I", "-B", str(CHILD)],
@@ -77,7 +82,7 @@ def run_program(program: str, timeout: int = 3) -> dict[str, Any]:
             start_new_session=True,
         )
         try:
-            child.communicate(json.dumps(asked).encode(), timeout + START_S)
+            child.communicate(json.dumps(request).encode(), timeout + START_S)
         except subprocess.TimeoutExpired:
             return {"passed": False, "error": f"stopped after {timeout + START_S} s"}
         finally:
@@ -89,16 +94,16 @@ def run_program(program: str, timeout: int = 3) -> dict[str, Any]:
     if child.returncode == -signal.SIGXCPU or child.returncode == -signal.SIGKILL:
         return {"passed": False, "error": f"stopped after {timeout} s of CPU time"}
     try:
-        said = json.loads(output.splitlines()[-1])
+        result = json.loads(output.splitlines()[-1])
     except (ValueError, IndexError):
         return {"passed": False, "error": f"ended with status {child.returncode}"}
-    if said.get("nonce") == nonce:
+    if result.get("nonce") == nonce:
         return {"passed": True}
-    return {"passed": False, "error": str(said.get("error", "no report"))}
+    return {"passed": False, "error": str(result.get("error", "no report"))}
 
 
 class Sandbox:
-    """Answers a Judge request, whose text is a program, with what run_program says."""
+    """Answers Judge requests, whose texts are programs, with the results of run_program."""
 
     dtype, context = "judge", 0
 

@@ -1,8 +1,8 @@
-"""The child process of evals/sandbox.py: sets its own limits, forbids side effects, runs one program, reports.
+"""Child process of evals/sandbox.py: sets limits, blocks side effects and runs one program.
 
-Reads {"program", "nonce", "cpu_s", "memory", "file_bytes"} from stdin. Writes the nonce on the original stdout if the
-program ends without an exception, else the exception. A program that exits early therefore does not count as passed.
-Imports the standard library only, because it runs with `python -I`.
+Reads {"program", "nonce", "cpu_s", "memory", "file_bytes"} from stdin. Writes the nonce to the
+original stdout if the program ends without an exception, else the exception. A program that exits
+early has no nonce and fails. Imports only the standard library, because it runs with `python -I`.
 """
 
 import json
@@ -44,12 +44,15 @@ FILE_EVENTS = {
         "shutil.move",
     ),
 }
-MAX_FILES = 100  # opened for writing, over the whole run: bounds the disk space
+MAX_FILES = 100  # files opened for writing per run; bounds disk usage
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def guard(folder):
-    """An audit hook that refuses network, processes and writes outside `folder`; audit hooks cannot be removed."""
+    """An audit hook that refuses network, processes and writes outside `folder`.
+
+    Python cannot remove audit hooks.
+    """
     realpath, join, separator = os.path.realpath, os.path.join, os.sep
     opened = 0
 
@@ -67,28 +70,28 @@ def guard(folder):
                 return
             opened += 1
             if not inside(path):
-                raise PermissionError(f"writing {path} is not allowed here")
+                raise PermissionError(f"writing {path} is not allowed")
             if opened > MAX_FILES:
-                raise PermissionError(f"opening more than {MAX_FILES} files is not allowed here")
+                raise PermissionError(f"opening more than {MAX_FILES} files is not allowed")
         elif event in FILE_EVENTS:
             if not all(inside(path) for path in arguments):
                 raise PermissionError(f"{event} is not allowed outside the scratch folder")
         elif (event in BLOCKED_EVENTS and arguments[:1] != (None,)) or event.startswith(BLOCKED):
-            raise PermissionError(f"{event} is not allowed here")
+            raise PermissionError(f"{event} is not allowed")
 
     return hook
 
 
 def main():
-    asked = json.load(sys.stdin)
+    request = json.load(sys.stdin)
     report = os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(null, descriptor)
     limits = {
-        resource.RLIMIT_CPU: asked["cpu_s"],
-        resource.RLIMIT_AS: asked["memory"],
-        resource.RLIMIT_FSIZE: asked["file_bytes"],
+        resource.RLIMIT_CPU: request["cpu_s"],
+        resource.RLIMIT_AS: request["memory"],
+        resource.RLIMIT_FSIZE: request["file_bytes"],
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
@@ -98,13 +101,12 @@ def main():
     sys.path = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     sys.addaudithook(guard(os.path.realpath(os.getcwd())))
     try:
-        exec(
-            compile(asked["program"], "<program>", "exec"), {}
-        )  # as code_eval does, __name__ is not "__main__"
-        said = {"nonce": asked["nonce"]}
+        code = compile(request["program"], "<program>", "exec")
+        exec(code, {})  # as in code_eval, __name__ is not "__main__"
+        result = {"nonce": request["nonce"]}
     except BaseException as error:
-        said = {"error": f"{type(error).__name__}: {error}"[:200]}
-    os.write(report, b"\n" + json.dumps(said).encode())
+        result = {"error": f"{type(error).__name__}: {error}"[:200]}
+    os.write(report, b"\n" + json.dumps(result).encode())
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""A suite: several evaluations of one checkpoint with one load of the model; what is current is not measured again."""
+"""Runs several evaluations of one checkpoint with one model load; reuses current results."""
 
 import argparse
 import hashlib
@@ -16,27 +16,24 @@ from torch import distributed as dist
 from data.manifest import file_hash
 from evals import eval_perplexity
 from evals.engines import LanguageModel
-from evals.run import evaluate, show
+from evals.run import evaluate, print_results
 from files import write_json
 
-PASSED_ON = (
-    "device",
-    "dtype",
-    "batch_size",
-    "contaminated",
-    "cache",
-    "run_code",
-)  # flags that a suite passes on
+# Flags of the suite that override those of each evaluation.
+SHARED_FLAGS = ("device", "dtype", "batch_size", "contaminated", "cache", "run_code")
 
 
 def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) -> argparse.Namespace:
-    """The flags of one evaluation as its own command would read them, with what was said for the whole suite."""
+    """Parse the flags of one evaluation, then apply the flags of the whole suite.
+
+    The smaller --limit applies. ValueError if the evaluation or a flag is unknown.
+    """
     parser = _module(name).parser()
     try:
         args = parser.parse_args(["--checkpoint", str(suite.checkpoint), *shlex.split(flags)])
     except (SystemExit, ValueError) as error:  # ValueError: a quote that does not end
-        raise ValueError(f"the suite's flags for {name} are not understood: {flags}") from error
-    for flag in PASSED_ON:
+        raise ValueError(f"the suite's flags for {name} are invalid: {flags}") from error
+    for flag in SHARED_FLAGS:
         if getattr(suite, flag, None) is not None:
             setattr(args, flag, getattr(suite, flag))
     args.data = data or args.data
@@ -55,60 +52,64 @@ def measure(
     rank: int = 0,
     world: int = 1,
 ) -> dict[str, Any]:
-    """The results of one evaluation (on rank 0); read from `output` where it has been measured with all the same.
+    """The results of one evaluation, on rank 0; other ranks return {}.
 
-    {"not_measured": why}, on every rank, where its data are missing or it cannot be measured on this model.
+    `output` is reused if it was measured with the same model, data and settings. Returns
+    {"not_measured": reason} on every rank if data are missing or the model cannot be evaluated.
     """
     try:
         if name == "perplexity":
-            asked = _hash(name, model.hash, model.dtype, eval_perplexity.asked(args))
+            fingerprint = _hash(name, model.hash, model.dtype, eval_perplexity.inputs(args))
         else:
             evaluation = _module(name).build(args)
             items = [(item.id, item.row, item.subject) for item in evaluation.items]
             judge = (evaluation.judge.name, evaluation.judge.hash) if evaluation.judge else None
-            what = (
+            settings = (
                 evaluation.task,
                 evaluation.version,
                 evaluation.shots,
                 evaluation.seed,
-                evaluation.about,
+                evaluation.metadata,
                 model.context,
             )
-            report = (
+            report_hash = (
                 file_hash(args.contaminated)
                 if args.contaminated and args.contaminated.is_file()
                 else None
             )
-            asked = _hash(model.hash, model.dtype, what, items, report, judge)
-        why = None
+            fingerprint = _hash(model.hash, model.dtype, settings, items, report_hash, judge)
+        reason = None
     except ValueError as error:
-        asked, why = "", str(error)
-    why = next((said for said in _gather(why, world) if said), None)
-    if why is not None:
-        return {"not_measured": why}
-    if _first(_current(output, asked), world):
+        fingerprint, reason = "", str(error)
+    reason = next((message for message in _gather(reason, world) if message), None)
+    if reason is not None:
+        return {"not_measured": reason}
+    if _from_rank0(_is_current(output, fingerprint), world):
         return json.loads(output.read_text(encoding="utf-8")) if rank == 0 else {}
     try:
         if name == "perplexity":
             args.output = None
-            found = eval_perplexity.measure(args, model, rank, world)
+            content = eval_perplexity.measure(args, model, rank, world)
             if rank == 0:
-                write_json(output, {**found, "asked": asked})
+                write_json(output, {**content, "asked": fingerprint})
         else:
-            evaluation = replace(evaluation, about={**evaluation.about, "asked": asked})
-            found = evaluate(evaluation, model, output, args.contaminated, rank, world)
-    except ValueError as error:  # on all ranks, or when all have given their answers
-        found = {"not_measured": str(error)}
-    why = _first(found.get("not_measured"), world)
-    return {"not_measured": why} if why else found
+            metadata = {**evaluation.metadata, "asked": fingerprint}
+            evaluation = replace(evaluation, metadata=metadata)
+            content = evaluate(evaluation, model, output, args.contaminated, rank, world)
+    except ValueError as error:  # raised on all ranks, or on rank 0 after the last collective
+        content = {"not_measured": str(error)}
+    reason = _from_rank0(content.get("not_measured"), world)
+    return {"not_measured": reason} if reason else content
 
 
-def tell(name: str, found: dict[str, Any]) -> None:
-    """One line a metric."""
-    if "not_measured" in found:
-        print(f"warning: {name} was not measured: {found['not_measured']}", flush=True)
+def report(name: str, content: dict[str, Any]) -> None:
+    """Print one line per metric, or the reason why the evaluation was not measured."""
+    if "not_measured" in content:
+        print(f"warning: {name} was not measured: {content['not_measured']}", flush=True)
+    elif name == "perplexity":
+        eval_perplexity.print_results(content)
     else:
-        eval_perplexity.show(found) if name == "perplexity" else show(found)
+        print_results(content)
 
 
 def _module(name: str) -> ModuleType:
@@ -118,13 +119,13 @@ def _module(name: str) -> ModuleType:
                 path.stem.removeprefix("eval_") for path in Path(__file__).parent.glob("eval_*.py")
             )
         )
-        raise ValueError(f"there is no evaluation {name!r}; there are {known}")
+        raise ValueError(f"unknown evaluation {name!r}; available: {known}")
     return import_module(f"evals.eval_{name}")
 
 
-def _current(output: Path, asked: str) -> bool:
+def _is_current(output: Path, fingerprint: str) -> bool:
     try:
-        return json.loads(output.read_text(encoding="utf-8")).get("asked") == asked
+        return json.loads(output.read_text(encoding="utf-8")).get("asked") == fingerprint
     except (OSError, ValueError):
         return False
 
@@ -133,8 +134,8 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _first(value: Any, world: int) -> Any:
-    """What rank 0 says, on all ranks."""
+def _from_rank0(value: Any, world: int) -> Any:
+    """Broadcast rank 0's value to all ranks."""
     return _gather(value, world)[0]
 
 

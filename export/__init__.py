@@ -1,1 +1,1 @@
-"""From weights to files that other programs read."""
+"""Export checkpoints to files of other programs: GGUF."""

@@ -1,26 +1,30 @@
-"""From a Hugging Face folder to GGUF files, tensor by tensor: names, llama.cpp's order of q and k, the type each tensor takes.
+"""Write a checkpoint as GGUF files, tensor by tensor, for llama.cpp.
 
-Types and fallbacks are those of llama.cpp's quantiser (llama-quant.cpp), weights are quantised from what is stored, never from
-f16. Needs the gguf package; q4_k_m takes its rows from a llama.cpp library (inference/llamacpp.py) or from libgguf.
+Tensor types and fallbacks are those of llama.cpp's quantiser (llama-quant.cpp). Weights are
+quantised from the stored values, never from f16. Needs the gguf package; q4_k_m also needs a
+llama.cpp library (inference/llamacpp.py) or libgguf.
 """
 
-import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from export.gguf_plan import (
+    MoeConfig,
+    PlannedTensor,
+    architecture,
+    permute,
+    plan_tensors,
+    read_config,
+)
 from files import sweep, temporary
-from models.hf import from_hf_config, from_hf_name, read_hf_config, weight_files
-from models.nanollama import ModelConfig, Size
+from models.nanollama import ModelConfig
 
 OUTTYPES = {
     "f32": "ALL_F32",
@@ -29,266 +33,15 @@ OUTTYPES = {
     "q8_0": "MOSTLY_Q8_0",
     "q4_k_m": "MOSTLY_Q4_K_M",
 }
-FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # where rows are no multiple of 256
-OF_EIGHT = {
-    "attn_k": "Q8_0",
-    "attn_v": "Q8_0",
-    "attn_output": "Q5_K",
-}  # in q4_k_m, where there are 8 experts
-EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+\.weight)")
-SLAB = 2**20  # weights that a thread quantises at a time
-BLOCK = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
-    "mlp.experts.gate_proj": "ffn_gate_exps",
-    "mlp.experts.up_proj": "ffn_up_exps",
-    "mlp.experts.down_proj": "ffn_down_exps",
-}
-Quantise = Callable[
-    [np.ndarray, int], np.ndarray
-]  # fp32 [rows, width], ggml's number of a type -> uint8 [rows, bytes]
-
-
-@dataclass(frozen=True)
-class MoeConfig(ModelConfig):
-    """The shape of a Qwen3-MoE, whose feed-forwards are all of experts. We have no such model: it is exported only."""
-
-    num_experts: Size = 128
-    num_experts_per_tok: Size = 8
-    moe_intermediate_size: Size = 768
-
-    @property
-    def num_parameters(self) -> int:
-        expert = (
-            3 * self.hidden_size * self.moe_intermediate_size + self.hidden_size
-        )  # with its row of the router
-        dense = 3 * self.hidden_size * self.intermediate_size
-        return super().num_parameters + self.num_hidden_layers * (self.num_experts * expert - dense)
-
-
-def read_config(folder: Path) -> ModelConfig:
-    """The config of a folder that can be exported; ValueError names what llama.cpp or NanoLlama has no counterpart for."""
-    return read_hf_config(folder, _from_config)
-
-
-def _from_config(hf: dict) -> ModelConfig:
-    if hf.get("model_type") != "qwen3_moe":
-        return from_hf_config(hf)
-    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(
-            "the model has layers without experts; only models with experts in every layer are exported"
-        )
-    if not hf.get("norm_topk_prob"):
-        raise ValueError(
-            "norm_topk_prob is false, but llama.cpp always makes the chosen experts' weights add up to 1"
-        )
-    # As a Llama, whose head_dim is hidden_size / num_attention_heads unless it is given; Qwen3's own default is 128.
-    dense = replace(
-        from_hf_config({"max_position_embeddings": 32_768, **hf, "model_type": "llama"}),
-        qk_norm=True,
-    )
-    own = {
-        name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size") if name in hf
-    }
-    return MoeConfig(
-        **asdict(dense), num_experts=hf.get("num_experts", hf.get("num_local_experts", 128)), **own
-    )
-
-
-def architecture(config: ModelConfig) -> str:
-    """llama.cpp's name of it."""
-    return "qwen3moe" if isinstance(config, MoeConfig) else "qwen3" if config.qk_norm else "llama"
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies in a safetensors file."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    def read(self) -> np.ndarray:
-        """Its values in fp32; 2 or 4 bytes each are read, and nothing is mapped."""
-        kind = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
-        raw = np.fromfile(self.path, kind, int(np.prod(self.shape)), offset=self.offset)
-        values = (
-            (raw.astype(np.uint32) << 16).view(np.float32)
-            if self.dtype == "BF16"
-            else raw.astype(np.float32)
-        )
-        return values.reshape(self.shape)
-
-
-class Stacked(NamedTuple):
-    """Tensors of one shape that lie in a GGUF file as one."""
-
-    parts: tuple[Stored, ...]
-
-    @property
-    def dtype(self) -> str:
-        return self.parts[0].dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return len(self.parts), *self.parts[0].shape
-
-    def read(self) -> np.ndarray:
-        return np.stack([part.read() for part in self.parts])
-
-
-class Planned(NamedTuple):
-    """A tensor of the file that is written."""
-
-    name: str
-    stored: Stored | Stacked
-    heads: int  # of q or k where rows must be put in ggml's order, else 0
-
-
-def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """The tensors of a folder's safetensors files under our names; ValueError where a file is damaged."""
-    found = {}
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        try:
-            with safe_open(path, framework="np"):  # checks that shapes and offsets fit the file
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); take another copy of it") from error
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = file.read(length) if length < size else b""
-        try:
-            entries = json.loads(header)
-        except ValueError:
-            entries = {"": {"data_offsets": [0, size]}}
-        begin = 8 + length
-        if any(
-            begin + entry["data_offsets"][1] > size
-            for name, entry in entries.items()
-            if name != "__metadata__"
-        ):
-            raise ValueError(
-                f"{path} is damaged: it ends before its tensors do; take another copy of it"
-            )
-        for name, entry in entries.items():
-            if name != "__metadata__":
-                where = Stored(
-                    path, entry["dtype"], tuple(entry["shape"]), begin + entry["data_offsets"][0]
-                )
-                found[from_hf_name(name)] = where
-    return found
-
-
-def stack_experts(stored: Mapping[str, Stored]) -> dict[str, Stored | Stacked]:
-    """The tensors, those of a layer's experts as one: mlp.experts.3.up_proj is part 3 of mlp.experts.up_proj."""
-    result: dict[str, Stored | Stacked] = {}
-    experts: dict[str, dict[int, Stored]] = {}
-    for name, tensor in stored.items():
-        if found := EXPERT.fullmatch(name):
-            experts.setdefault(f"{found[1]}.{found[3]}", {})[int(found[2])] = tensor
-        else:
-            result[name] = tensor
-    for name, parts in experts.items():
-        if (
-            set(parts) != set(range(len(parts)))
-            or len({(part.dtype, part.shape) for part in parts.values()}) > 1
-        ):
-            raise ValueError(
-                f"{name}: an expert is missing, or unlike the others; take another copy of the model"
-            )
-        result[name] = Stacked(tuple(parts[i] for i in sorted(parts)))
-    return result
-
-
-def plan(folder: Path, config: ModelConfig) -> list[Planned]:
-    """What the file will hold, in its order; ValueError where the folder's tensors are not those of its config."""
-    stored = stack_experts(stored_tensors(folder))
-    if config.tie_word_embeddings:
-        stored.pop("lm_head.weight", None)  # llama.cpp takes token_embd for it
-    wanted = layout(config)
-    odd = sorted(wanted.keys() ^ stored.keys())
-    if odd:
-        raise ValueError(
-            f"{folder}: config.json and the weights do not agree in {len(odd)} tensors, among them {odd[0]}"
-        )
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    result = []
-    for name, (new, shape) in wanted.items():
-        tensor = stored[name]
-        if tensor.shape != shape:
-            raise ValueError(f"{folder}: {name} is {tensor.shape}, but {shape} by config.json")
-        if tensor.dtype not in ("F32", "F16", "BF16"):
-            raise ValueError(
-                f"{folder}: {name} is stored as {tensor.dtype}; save the model in float32 or bfloat16"
-            )
-        # arch llama rotates neighbours, Hugging Face the two halves of a head; arch qwen3 rotates halves too
-        result.append(
-            Planned(new, tensor, 0 if config.qk_norm else heads.get(name.split(".")[-2], 0))
-        )
-    return result
-
-
-def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Our name of each tensor -> its name in GGUF and its shape."""
-    d, ffn, size = config.hidden_size, config.intermediate_size, config.resolved_head_dim
-    q, kv = config.num_attention_heads * size, config.num_key_value_heads * size
-    feed_forward: dict[str, tuple[int, ...]] = {
-        "gate_proj": (ffn, d),
-        "up_proj": (ffn, d),
-        "down_proj": (d, ffn),
-    }
-    if isinstance(config, MoeConfig):
-        n, ffn = config.num_experts, config.moe_intermediate_size
-        feed_forward = {
-            "gate": (n, d),
-            "experts.gate_proj": (n, ffn, d),
-            "experts.up_proj": (n, ffn, d),
-        }
-        feed_forward["experts.down_proj"] = (n, d, ffn)
-    shapes: dict[str, tuple[int, ...]] = {
-        "input_layernorm": (d,),
-        "self_attn.q_proj": (q, d),
-        "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d),
-        "self_attn.o_proj": (d, q),
-        **({"self_attn.q_norm": (size,), "self_attn.k_norm": (size,)} if config.qk_norm else {}),
-        "post_attention_layernorm": (d,),
-        **{f"mlp.{part}": shape for part, shape in feed_forward.items()},
-    }
-    result: dict[str, tuple[str, tuple[int, ...]]] = {
-        "embed_tokens.weight": ("token_embd.weight", (config.vocab_size, d)),
-        **{
-            f"layers.{i}.{part}.weight": (f"blk.{i}.{BLOCK[part]}.weight", shape)
-            for i in range(config.num_hidden_layers)
-            for part, shape in shapes.items()
-        },
-        "norm.weight": ("output_norm.weight", (d,)),
-    }
-    if not config.tie_word_embeddings:
-        result["lm_head.weight"] = ("output.weight", (config.vocab_size, d))
-    return result
-
-
-def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of q or k [heads * head_dim, D] with the two halves of each head interleaved, as arch llama rotates them."""
-    return np.ascontiguousarray(
-        weight.reshape(heads, 2, -1, weight.shape[-1]).swapaxes(1, 2)
-    ).reshape(weight.shape)
+FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # row length not a multiple of 256
+EIGHT_EXPERTS = {"attn_k": "Q8_0", "attn_v": "Q8_0", "attn_output": "Q5_K"}  # exception of q4_k_m
+SLAB = 2**20  # weights per quantisation task
+# fp32 [rows, width], ggml type number -> uint8 [rows, bytes]
+RowQuantiser = Callable[[np.ndarray, int], np.ndarray]
 
 
 def tensor_type(outtype: str, name: str, shape: tuple[int, ...], config: ModelConfig) -> str:
-    """ggml's name of the type that a tensor takes in a file of this outtype, as llama.cpp decides it."""
+    """Return the ggml type of a tensor in a file of this outtype, as llama.cpp chooses it."""
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return "F32"
     if outtype in ("f32", "f16", "bf16"):
@@ -300,15 +53,15 @@ def tensor_type(outtype: str, name: str, shape: tuple[int, ...], config: ModelCo
             kind = "Q6_K"
         elif name.endswith(("attn_v.weight", "ffn_down.weight", "ffn_down_exps.weight")):
             layer, layers = int(name.split(".")[1]), config.num_hidden_layers
-            more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
-            kind = "Q6_K" if more else "Q4_K"
+            outer = layer < layers // 8 or layer >= 7 * layers // 8
+            kind = "Q6_K" if outer or (layer - layers // 8) % 3 == 2 else "Q4_K"
         if isinstance(config, MoeConfig) and config.num_experts == 8:
-            kind = OF_EIGHT.get(name.split(".")[-2], kind)
+            kind = EIGHT_EXPERTS.get(name.split(".")[-2], kind)
         kind = FALLBACK.get(kind, kind) if shape[-1] % 256 else kind
     return "F16" if shape[-1] % 32 else kind
 
 
-def export(
+def write_gguf(
     folder: Path,
     targets: Mapping[str, Path],
     vocabulary: Callable[[Any], None],
@@ -316,40 +69,39 @@ def export(
     threads: int = 0,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, int]]:
-    """Write a folder as GGUF files, one an outtype; each tensor is read once, and held in memory alone.
+    """Write a folder as GGUF files, one per outtype. Each tensor is read once; one is in memory.
 
-    targets: outtype -> file, which appears by rename when all are whole. vocabulary puts the tokenizer's keys on a
-    gguf.GGUFWriter. name: general.name. threads: for quantising, 0 as many as this process may use. The same folder gives the
-    same bytes. Returns, for each outtype, how many tensors have which type.
+    targets: outtype -> file; all files appear by rename at the end. vocabulary adds the tokenizer's
+    keys to a gguf.GGUFWriter. name: general.name. threads: for quantisation; 0: all cores of this
+    process. Output bytes are deterministic. Returns outtype -> tensor type -> number of tensors.
 
-    ValueError where the folder, an outtype or the disk does not allow it; nothing is left half-written.
+    ValueError for an unsuitable folder, an unknown outtype or a full disk; no partial file remains.
     """
     import gguf
 
     config = read_config(folder)
     unknown = [outtype for outtype in targets if outtype not in OUTTYPES]
     if unknown:
-        raise ValueError(f"{unknown[0]!r} is no outtype; there are {', '.join(OUTTYPES)}")
-    tensors = plan(folder, config)
+        raise ValueError(f"unknown outtype {unknown[0]!r}; available: {', '.join(OUTTYPES)}")
+    tensors = plan_tensors(folder, config)
     types = {
         out: [tensor_type(out, t.name, t.stored.shape, config) for t in tensors] for out in targets
     }
-    rows = (
-        k_rows() if any(kind.endswith("_K") for kinds in types.values() for kind in kinds) else None
-    )
+    has_k_quants = any(kind.endswith("_K") for kinds in types.values() for kind in kinds)
+    quantise_rows = k_rows() if has_k_quants else None
     for path in targets.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     check_space(tensors, types, targets)
     threads = threads or len(os.sched_getaffinity(0))
-    with _temporary(targets) as parts, ThreadPoolExecutor(threads) as pool:
+    with _published_by_rename(targets) as scratch, ThreadPoolExecutor(threads) as pool:
         writers = {}
-        for outtype, part in parts.items():
+        for outtype, path in scratch.items():
             writer = writers[outtype] = gguf.GGUFWriter(None, architecture(config))
-            _describe(writer, config, name, outtype)
+            _add_model_keys(writer, config, name, outtype)
             vocabulary(writer)
             for tensor, kind in zip(tensors, types[outtype], strict=True):
-                _announce(writer, tensor, gguf.GGMLQuantizationType[kind])
-            writer.write_header_to_file(part)
+                _add_tensor_info(writer, tensor, gguf.GGMLQuantizationType[kind])
+            writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
         try:
@@ -357,15 +109,16 @@ def export(
                 values = tensor.stored.read()
                 if not np.isfinite(values).all():
                     raise ValueError(
-                        f"{folder}: {tensor.name} holds values that are not finite; take an earlier checkpoint"
+                        f"{folder}: {tensor.name} has values that are not finite; "
+                        "use an earlier checkpoint"
                     )
                 values = permute(values, tensor.heads) if tensor.heads else values
-                done: dict[str, np.ndarray] = {}
+                encoded: dict[str, np.ndarray] = {}  # by tensor type
                 for outtype, writer in writers.items():
                     kind = types[outtype][i]
-                    if kind not in done:
-                        done[kind] = quantise(values, kind, tensor.name, pool, rows)
-                    writer.write_tensor_data(done[kind])
+                    if kind not in encoded:
+                        encoded[kind] = quantise(values, kind, tensor.name, pool, quantise_rows)
+                    writer.write_tensor_data(encoded[kind])
                 if i % 50 == 49:
                     say(f"{i + 1} of {len(tensors)} tensors")
         finally:
@@ -377,7 +130,7 @@ def export(
     }
 
 
-def _describe(writer: Any, config: ModelConfig, name: str, outtype: str) -> None:
+def _add_model_keys(writer: Any, config: ModelConfig, name: str, outtype: str) -> None:
     import gguf
 
     writer.add_type("model")
@@ -402,7 +155,7 @@ def _describe(writer: Any, config: ModelConfig, name: str, outtype: str) -> None
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _announce(writer: Any, tensor: Planned, kind: Any) -> None:
+def _add_tensor_info(writer: Any, tensor: PlannedTensor, kind: Any) -> None:
     import gguf
 
     shape = gguf.quant_shape_to_byte_shape(tensor.stored.shape, kind)
@@ -418,9 +171,13 @@ def _announce(writer: Any, tensor: Planned, kind: Any) -> None:
 
 
 def quantise(
-    values: np.ndarray, kind: str, name: str, pool: ThreadPoolExecutor, rows: Quantise | None
+    values: np.ndarray,
+    kind: str,
+    name: str,
+    pool: ThreadPoolExecutor,
+    quantise_rows: RowQuantiser | None,
 ) -> np.ndarray:
-    """fp32 values as they lie in a file: rows [n, bytes] of a quantised type, else of the type itself."""
+    """Convert fp32 values to a type's file layout: uint8 [rows, bytes] for quantised types."""
     import gguf
 
     if kind == "F32":
@@ -428,25 +185,25 @@ def quantise(
     if kind == "F16":
         if float(np.abs(values).max(initial=0)) > 65_504:
             raise ValueError(
-                f"{name} holds values beyond the range of f16; export bf16 or f32 instead"
+                f"{name} has values beyond the range of f16; export bf16 or f32 instead"
             )
         return values.astype(np.float16)
     qtype = gguf.GGMLQuantizationType[kind]
 
-    def part(slab: np.ndarray) -> np.ndarray:
+    def quantise_slab(slab: np.ndarray) -> np.ndarray:
         if kind.endswith("_K"):
-            assert rows is not None
-            return rows(slab, int(qtype))
+            assert quantise_rows is not None
+            return quantise_rows(slab, int(qtype))
         return gguf.quants.quantize(slab, qtype)
 
     values = values.reshape(-1, values.shape[-1])
     count = max(1, SLAB // values.shape[-1])
     slabs = [values[i : i + count] for i in range(0, len(values), count)]
-    return np.concatenate(list(pool.map(part, slabs)))
+    return np.concatenate(list(pool.map(quantise_slab, slabs)))
 
 
-def k_rows() -> Quantise:
-    """What quantises rows to Q4_K and Q6_K: a llama.cpp library, or libgguf (the same bytes; its threads wait for each other)."""
+def k_rows() -> RowQuantiser:
+    """Find a quantiser for Q4_K and Q6_K: llama.cpp, else libgguf (same bytes, one thread)."""
     from inference.llamacpp import library, quantise_rows
 
     try:
@@ -458,51 +215,50 @@ def k_rows() -> Quantise:
         import libgguf
     except ImportError:
         raise ValueError(
-            "q4_k_m needs libgguf or a llama.cpp; pip install libgguf==0.2.2, or xllamacpp"
+            "q4_k_m needs libgguf or llama.cpp; pip install libgguf==0.2.2, or xllamacpp"
         ) from None
-    return lambda values, kind: np.asarray(libgguf.quantize_rows(values, kind)).reshape(
-        len(values), -1
-    )
+
+    def quantise_with_libgguf(values: np.ndarray, kind: int) -> np.ndarray:
+        return np.asarray(libgguf.quantize_rows(values, kind)).reshape(len(values), -1)
+
+    return quantise_with_libgguf
 
 
 def check_space(
-    tensors: list[Planned], types: dict[str, list[str]], targets: Mapping[str, Path]
+    tensors: list[PlannedTensor], types: dict[str, list[str]], targets: Mapping[str, Path]
 ) -> None:
-    """ValueError where the files of a folder need more than its disk has left; 16 MB a file are for the vocabulary."""
+    """ValueError if a disk is too small for its files; 16 MB per file are for the vocabulary."""
     import gguf
 
     need: dict[Path, int] = {}
     for outtype, kinds in types.items():
-        shapes = (
-            (t.stored.shape, gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[k]])
-            for t, k in zip(tensors, kinds, strict=True)
-        )
-        size = (
-            sum(int(np.prod(shape)) // block * width for shape, (block, width) in shapes)
-            + 16_000_000
-        )
+        size = 16_000_000
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            size += int(np.prod(tensor.stored.shape)) // block * block_bytes
         folder = targets[outtype].parent
         need[folder] = need.get(folder, 0) + size
     for folder, size in need.items():
         free = shutil.disk_usage(folder).free
         if free < size:
             raise ValueError(
-                f"{folder} has {free / 1e9:.2f} GB left, but the files take {size / 1e9:.2f} GB; make room there"
+                f"{folder} has {free / 1e9:.2f} GB free, but the files need {size / 1e9:.2f} GB; "
+                "free some space"
             )
 
 
 @contextmanager
-def _temporary(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
-    """Files to write, which take their names when all went well, and are gone when not."""
+def _published_by_rename(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
+    """Yield temporary files; rename them to their targets on success, remove them on failure."""
     for folder in {path.parent for path in targets.values()}:
         sweep(folder)
-    parts = {outtype: temporary(path) for outtype, path in targets.items()}
+    scratch = {outtype: temporary(path) for outtype, path in targets.items()}
     try:
-        yield parts
-        for outtype, part in parts.items():
-            with part.open("rb") as file:
+        yield scratch
+        for outtype, path in scratch.items():
+            with path.open("rb") as file:
                 os.fsync(file.fileno())
-            part.replace(targets[outtype])
+            path.replace(targets[outtype])
     finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        for path in scratch.values():
+            path.unlink(missing_ok=True)

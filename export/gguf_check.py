@@ -1,6 +1,6 @@
-"""Is a GGUF file the checkpoint that it was made of? Weights, token ids, logits, greedy text and perplexity, run by llama.cpp.
+"""Compare a GGUF file with its checkpoint: weights, tokens, logits, greedy text, perplexity.
 
-The reference is our own model in fp32. What is judged, and by what limits, is LIMITS and what `judge` says.
+llama.cpp runs the file; the reference is our model in fp32. `judge` applies the limits below.
 """
 
 import random
@@ -14,23 +14,21 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
 from data.tokenizers.bpe import load_tokenizer
-from export.gguf import OUTTYPES, permute, plan
+from export.gguf import OUTTYPES
+from export.gguf_plan import permute, plan_tensors
 from inference.generation import generate
 from inference.gguf_tokenizer import SHOWN, field, open_gguf
 from inference.llamacpp import LlamaCpp
 from models.hf import load_hf, read_hf_config
 from models.nanollama import NanoLlama
 
-WINDOW = 512  # tokens of a window of text, without what came before
-MAX_ERROR = 0.02  # of a logit, in units of the logits' standard deviation where that is above 1
-MAX_KL = {
-    "f32": 1e-5,
-    "f16": 1e-5,
-    "bf16": 1e-4,
-    "q8_0": 1e-3,
-}  # nats a token; llama.cpp rounds activations to the weights' type
-FAR = 10  # times the limit of KL: no longer the rounding of activations
-# relative root mean square error of a tensor by its type; normal weights have 0, 0.0002, 0.0017, 0.006, 0.02, 0.04, 0.08
+WINDOW = 512  # tokens per independent window of text
+MAX_ERROR = 0.02  # of a logit; times the logits' standard deviation where that exceeds 1
+# Nats per token. llama.cpp rounds activations to the weights' type.
+MAX_KL = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3}
+FAR = 10  # factor over MAX_KL that rounding of activations cannot explain
+# Relative root mean square error of a tensor, by type. Normal weights have
+# 0, 0.0002, 0.0017, 0.006, 0.02, 0.04 and 0.08.
 MAX_WEIGHT_ERROR = {
     "F32": 0.0,
     "F16": 5e-4,
@@ -40,82 +38,74 @@ MAX_WEIGHT_ERROR = {
     "Q5_0": 0.1,
     "Q4_K": 0.16,
 }
-ODD = (
-    *(
-        "",
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "\n\n\n",
-        "\t",
-        " \n ",
-        "\u00a0",
-        "\u3000",
-        "\u200b",
-        "\u0000",
-        "\ufeff",
-        "\u0301",
-    ),
-    *(
-        "I'm you'LL they'Ve it's",
-        "don\u2019t",
-        "1234567890",
-        "3.14159",
-        "1,000,000",
-        "\u0661\u0662\u0663",
-        "x\u00b2",
-        "\u00bd",
-    ),
-    *(
-        "caf\u00e9",
-        "cafe\u0301",
-        "\u0130stanbul",
-        "\u00df\u1e9e",
-        "\u4f60\u597d\uff0c\u4e16\u754c",
-        "\u3053\u3093\u306b\u3061\u306f",
-    ),
-    *(
-        "\ud55c\uad6d\uc5b4",
-        "\u0645\u0631\u062d\u0628\u0627",
-        "\u05e9\u05dc\u05d5\u05dd",
-        "\u0928\u092e\u0938\u094d\u0924\u0947",
-    ),
-    *(
-        "\U0001f469\u200d\U0001f469\u200d\U0001f467",
-        "\U0001f1e9\U0001f1ea",
-        "\u2764\ufe0f",
-        "\U0001d4d0",
-        "def f(x):\n\treturn x**2\n",
-    ),
-    *(
-        "<|im_start|>",
-        "<|im_end|>x",
-        " <|endoftext|> ",
-        "<|pad|>",
-        "<|im_end",
-        "<|start_thought|>a<|end_thought|>",
-        "<| im_end |>",
-    ),
+EDGE_CASES = (  # for the tokenizer
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\n\n\n",
+    "\t",
+    " \n ",
+    "\u00a0",
+    "\u3000",
+    "\u200b",
+    "\u0000",
+    "\ufeff",
+    "\u0301",
+    "I'm you'LL they'Ve it's",
+    "don\u2019t",
+    "1234567890",
+    "3.14159",
+    "1,000,000",
+    "\u0661\u0662\u0663",
+    "x\u00b2",
+    "\u00bd",
+    "caf\u00e9",
+    "cafe\u0301",
+    "\u0130stanbul",
+    "\u00df\u1e9e",
+    "\u4f60\u597d\uff0c\u4e16\u754c",
+    "\u3053\u3093\u306b\u3061\u306f",
+    "\ud55c\uad6d\uc5b4",
+    "\u0645\u0631\u062d\u0628\u0627",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\u0928\u092e\u0938\u094d\u0924\u0947",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467",
+    "\U0001f1e9\U0001f1ea",
+    "\u2764\ufe0f",
+    "\U0001d4d0",
+    "def f(x):\n\treturn x**2\n",
+    "<|im_start|>",
+    "<|im_end|>x",
+    " <|endoftext|> ",
+    "<|pad|>",
+    "<|im_end",
+    "<|start_thought|>a<|end_thought|>",
+    "<| im_end |>",
 )
 
 
 class Reference(NamedTuple):
-    """The checkpoint's side of the comparison."""
+    """The checkpoint's outputs."""
 
     folder: Path
     tokenizer: Tokenizer
     model: NanoLlama
-    texts: list[str]  # for the tokenizer
+    texts: list[str]  # to tokenize
     windows: list[list[int]]
-    logits: list[torch.Tensor]  # of each window [n, V]
-    written: list[list[int]]  # greedy continuations of the windows' first tokens
+    logits: list[torch.Tensor]  # per window [n, V]
+    greedy: list[list[int]]  # greedy continuations of the windows' first `prompt` tokens
     prompt: int
     spread: float  # standard deviation of the logits
 
 
 def reference(folder: Path, text: str, tokens: int, strings: int, new: int = 40) -> Reference:
-    """The checkpoint's tokens, logits and greedy continuations. text: real text, of which `tokens` tokens are scored."""
+    """Compute the checkpoint's outputs.
+
+    text: real text; its first `tokens` tokens are scored. strings: tokenizer test strings. new:
+    tokens of a greedy continuation.
+    """
     tokenizer = load_tokenizer(folder)
     model = load_hf(folder)
     ids = tokenizer.encode(text, add_special_tokens=False).ids[:tokens]
@@ -123,21 +113,24 @@ def reference(folder: Path, text: str, tokens: int, strings: int, new: int = 40)
     windows = [ids[i : i + size] for i in range(0, len(ids), size)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
-        raise ValueError("the text has too few tokens to compare; give a longer one")
+        raise ValueError("the text has too few tokens to compare; give a longer text")
     with torch.no_grad():
         logits = [model(torch.tensor([window]))[0].float() for window in windows]
     prompt = min(32, len(windows[0]))
-    written = [generate(model, [window[:prompt]], new)[0].tokens for window in windows[:4]]
-    spread = float(torch.stack([part.std(-1).mean() for part in logits]).mean())
+    greedy = [generate(model, [window[:prompt]], new)[0].tokens for window in windows[:4]]
+    spread = float(torch.stack([scores.std(-1).mean() for scores in logits]).mean())
     return Reference(
-        folder, tokenizer, model, fuzz(text, strings), windows, logits, written, prompt, spread
+        folder, tokenizer, model, fuzz(text, strings), windows, logits, greedy, prompt, spread
     )
 
 
 def fuzz(text: str, count: int, seed: int = 0) -> list[str]:
-    """Strings that try a tokenizer: odd ones, spans of a real text, random Unicode, digits, white space, bytes."""
+    """Generate tokenizer test strings.
+
+    They are edge cases, spans of the text, random Unicode, digits, white space and bytes.
+    """
     draw = random.Random(seed)
-    pieces = [*ODD, "a", "Z", "7", "_", "'s", "'RE", "--", "...", "\u2014", "$", "#!", "://"]
+    pieces = [*EDGE_CASES, "a", "Z", "7", "_", "'s", "'RE", "--", "...", "\u2014", "$", "#!", "://"]
     blocks = [
         (32, 127),
         (128, 0x250),
@@ -155,7 +148,7 @@ def fuzz(text: str, count: int, seed: int = 0) -> list[str]:
         (0xE000, 0x10FFFF),
     ]
 
-    def one(kind: int) -> str:
+    def random_string(kind: int) -> str:
         size = draw.randint(1, 40)
         if kind == 0:
             begin = draw.randrange(max(1, len(text) - size))
@@ -174,72 +167,72 @@ def fuzz(text: str, count: int, seed: int = 0) -> list[str]:
             return draw.randbytes(size).decode(errors="replace")
         return "".join(chr(draw.randrange(*draw.choice(blocks))) for _ in range(size))
 
-    return [*ODD, *(one(i % 6) for i in range(count - len(ODD)))][:count]
+    return [*EDGE_CASES, *(random_string(i % 6) for i in range(count - len(EDGE_CASES)))][:count]
 
 
 def compare_tokens(texts: Sequence[str], tokenizer: Tokenizer, runtime: LlamaCpp) -> dict[str, Any]:
-    """How many texts get other ids from llama.cpp, as plain text and with special tokens read, and how many ids other text."""
+    """Compare llama.cpp's tokenizer with ours.
+
+    Texts are encoded as plain text and with special tokens, and the latter decoded again. Returns
+    the number of strings, encoding mismatches, the first one, and decoding mismatches.
+    """
     shown = [token for token in SHOWN if tokenizer.token_to_id(token) is not None]
-    # a vocabulary may lack bytes: tokenizers then merges what stood around one, llama.cpp does not
-    lacking = {
+    # Around a byte that the vocabulary lacks, tokenizers merges the neighbours; llama.cpp does not.
+    missing_bytes = {
         char for char in pre_tokenizers.ByteLevel.alphabet() if tokenizer.token_to_id(char) is None
     }
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
-    texts = [
-        text for text in texts if not (lacking and text and lacking & set(to_bytes(text)[0][0]))
-    ]
-    wrong, first, decoded = 0, None, 0
+    if missing_bytes:
+        texts = [text for text in texts if not (text and missing_bytes & set(to_bytes(text)[0][0]))]
+    mismatches, first, decoding_mismatches = 0, None, 0
     for special in (False, True):
         tokenizer.encode_special_tokens = not special
         for text, encoding in zip(
             texts, tokenizer.encode_batch(list(texts), add_special_tokens=False), strict=True
         ):
             if not special and any(token in text for token in shown):
-                continue  # llama.cpp takes USER_DEFINED tokens out of any text; prompts are made of ids here
+                continue  # llama.cpp parses USER_DEFINED tokens in plain text too
             if runtime.encode(text, special) != encoding.ids:
-                wrong += 1
+                mismatches += 1
                 first = first or text
             if special and encoding.ids:
-                decoded += runtime.decode(encoding.ids) != tokenizer.decode(
-                    encoding.ids, skip_special_tokens=False
-                )
+                expected = tokenizer.decode(encoding.ids, skip_special_tokens=False)
+                decoding_mismatches += runtime.decode(encoding.ids) != expected
     tokenizer.encode_special_tokens = False
     return {
         "strings": 2 * len(texts),
-        "mismatches": wrong,
+        "mismatches": mismatches,
         "first": first,
-        "decoded_otherwise": decoded,
-        "bytes_lacking": len(lacking),
+        "decoded_otherwise": decoding_mismatches,
+        "bytes_lacking": len(missing_bytes),
     }
 
 
 def weight_errors(folder: Path, reader: Any) -> dict[str, float]:
-    """The largest relative error of a tensor in the file, for each type, against the checkpoint's own weights.
+    """Return each tensor type's largest relative error from the checkpoint's weights.
 
-    A tensor that the file lacks, or has in another shape, stands under its name, with an infinite one; it ends the comparison.
+    A missing tensor, or one of another shape, ends the comparison: its name has an infinite error.
     """
     import gguf
 
-    held = {tensor.name: tensor for tensor in reader.tensors}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
     worst: dict[str, float] = {}
-    for planned in plan(folder, read_hf_config(folder)):
-        tensor = held.get(planned.name)
-        if (
-            tensor is None or tuple(map(int, tensor.shape[::-1])) != planned.stored.shape
-        ):  # ggml counts dimensions from the last
+    for planned in plan_tensors(folder, read_hf_config(folder)):
+        tensor = tensors.get(planned.name)
+        # ggml lists dimensions from the last to the first.
+        if tensor is None or tuple(map(int, tensor.shape[::-1])) != planned.stored.shape:
             return {**worst, planned.name: float("inf")}
         values = planned.stored.read()
         values = permute(values, planned.heads) if planned.heads else values
-        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        error = float(
-            np.sqrt(np.mean((found - values) ** 2)) / max(float(np.sqrt(np.mean(values**2))), 1e-12)
-        )
+        dequantised = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        scale = max(float(np.sqrt(np.mean(values**2))), 1e-12)
+        error = float(np.sqrt(np.mean((dequantised - values) ** 2)) / scale)
         worst[tensor.tensor_type.name] = max(worst.get(tensor.tensor_type.name, 0.0), error)
     return worst
 
 
 def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
-    """All figures of one file; ValueError where it cannot be read."""
+    """Compare one file with the reference; ValueError if the file is unreadable."""
     reader = open_gguf(path)
     kind = str(field(reader, "general.file_type"))
     names = {str(number): name for name, number in _file_types()}
@@ -249,18 +242,15 @@ def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
         "bytes": path.stat().st_size,
     }
     errors = weight_errors(ref.folder, reader)
-    lacking = [name for name in errors if name.endswith(".weight")]  # not a type
-    if lacking:
-        return {
-            **row,
-            "verdict": "wrong",
-            "because": [f"it is of another model: {lacking[0]} is missing or of another shape"],
-        }
+    different = [name for name in errors if name.endswith(".weight")]  # a tensor, not a type
+    if different:
+        reason = f"it is of another model: {different[0]} is missing or of another shape"
+        return {**row, "verdict": "wrong", "because": [reason]}
     row["weight_error"] = errors
-    with LlamaCpp(path, max(map(len, ref.windows)) + len(ref.written[0]), threads) as runtime:
+    with LlamaCpp(path, max(map(len, ref.windows)) + len(ref.greedy[0]), threads) as runtime:
         row["tokenizer"] = compare_tokens(ref.texts, ref.tokenizer, runtime)
         ends = [field(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-        row["ends"] = all(index is not None and runtime.ends(int(index)) for index in ends)
+        row["ends"] = all(index is not None and runtime.ends_reply(int(index)) for index in ends)
         row |= _compare_logits(ref, runtime)
         row["greedy"] = _compare_text(ref, runtime)
         row |= _speed(ref, runtime)
@@ -269,17 +259,18 @@ def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
 
 
 def _compare_logits(ref: Reference, runtime: LlamaCpp) -> dict[str, Any]:
-    errors, divergences, agree, nll, own_nll, count = [], 0.0, 0, 0.0, 0.0, 0
+    """Compare logits, KL divergence, top-1 tokens and perplexity over the windows."""
+    errors, divergences, agree, nll, reference_nll, count = [], 0.0, 0, 0.0, 0.0, 0
     for window, expected in zip(ref.windows, ref.logits, strict=True):
-        runtime.keep(0)
-        found = torch.from_numpy(runtime.feed(window, last=len(window)))
-        errors.append(float((found - expected).abs().max()))
-        p, q = expected.log_softmax(-1), found.log_softmax(-1)
+        runtime.truncate()
+        logits = torch.from_numpy(runtime.feed(window, last=len(window)))
+        errors.append(float((logits - expected).abs().max()))
+        p, q = expected.log_softmax(-1), logits.log_softmax(-1)
         divergences += float((p.exp() * (p - q)).sum(-1).sum())
-        agree += int((found.argmax(-1) == expected.argmax(-1)).sum())
+        agree += int((logits.argmax(-1) == expected.argmax(-1)).sum())
         targets = torch.tensor(window[1:])[:, None]
         nll -= float(q[:-1].gather(-1, targets).sum())
-        own_nll -= float(p[:-1].gather(-1, targets).sum())
+        reference_nll -= float(p[:-1].gather(-1, targets).sum())
         count += len(window)
     scored = count - len(ref.windows)
     return {
@@ -288,49 +279,52 @@ def _compare_logits(ref: Reference, runtime: LlamaCpp) -> dict[str, Any]:
         "kl": divergences / count,
         "top1_agree": agree / count,
         "perplexity": float(np.exp(nll / scored)),
-        "checkpoint_perplexity": float(np.exp(own_nll / scored)),
+        "checkpoint_perplexity": float(np.exp(reference_nll / scored)),
     }
 
 
 def _compare_text(ref: Reference, runtime: LlamaCpp) -> dict[str, Any]:
-    """Greedy continuations that are the same, and of the others the largest distance of the two tokens where they part."""
+    """Compare greedy continuations.
+
+    Returns the number of equal ones, and the largest logit gap between the first differing tokens.
+    """
     same, gap = 0, 0.0
-    for window, expected in zip(ref.windows, ref.written, strict=False):
-        runtime.keep(0)
+    for window, expected in zip(ref.windows, ref.greedy, strict=False):
+        runtime.truncate()
         token = int(runtime.feed(window[: ref.prompt]).argmax())
-        for i, wanted in enumerate(expected):
-            if token != wanted:
+        for i, expected_token in enumerate(expected):
+            if token != expected_token:
+                ids = torch.tensor([[*window[: ref.prompt], *expected[:i]]])
                 with torch.no_grad():
-                    scores = ref.model(torch.tensor([[*window[: ref.prompt], *expected[:i]]]))[
-                        0, -1
-                    ].float()
-                gap = max(gap, float(scores[wanted] - scores[token]))
+                    scores = ref.model(ids)[0, -1].float()
+                gap = max(gap, float(scores[expected_token] - scores[token]))
                 break
             token = int(runtime.feed([token]).argmax())
         else:
             same += 1
-    return {"texts": len(ref.written), "same": same, "largest_gap": gap}
+    return {"texts": len(ref.greedy), "same": same, "largest_gap": gap}
 
 
 def _speed(ref: Reference, runtime: LlamaCpp) -> dict[str, float]:
-    """Tokens a second, of a prompt and one by one."""
-    runtime.keep(0)
-    begun = time.perf_counter()
+    """Measure tokens per second of a prompt and of decoding."""
+    runtime.truncate()
+    start = time.perf_counter()
     runtime.feed(ref.windows[0])
-    prompt = len(ref.windows[0]) / (time.perf_counter() - begun)
-    begun = time.perf_counter()
-    for token in ref.written[0]:
+    prompt = len(ref.windows[0]) / (time.perf_counter() - start)
+    start = time.perf_counter()
+    for token in ref.greedy[0]:
         runtime.feed([token])
     return {
         "prompt_tokens_per_s": prompt,
-        "new_tokens_per_s": len(ref.written[0]) / (time.perf_counter() - begun),
+        "new_tokens_per_s": len(ref.greedy[0]) / (time.perf_counter() - start),
     }
 
 
 def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
-    """ "ok", "high" (more than a limit, as rounding alone can make it) or "wrong", and why.
+    """Return the verdict and its reasons.
 
-    The worst of some 100 million logits may pass its limit by rounding; a fault moves the mean, KL, too.
+    The verdict is "ok", "high" (over a limit, but rounding can explain it) or "wrong". Rounding may
+    push the worst of about 100 million logits over its limit; an error also raises the mean, KL.
     """
     wrong: list[str] = []
     high: list[str] = []
@@ -339,7 +333,8 @@ def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
             wrong.append(f"weights of type {kind} are off by {error:.2g}")
     if row["tokenizer"]["mismatches"]:
         wrong.append(
-            f"{row['tokenizer']['mismatches']} texts get other tokens, such as {row['tokenizer']['first']!r}"
+            f"{row['tokenizer']['mismatches']} texts have other tokens in llama.cpp, "
+            f"such as {row['tokenizer']['first']!r}"
         )
     if not row["ends"]:
         wrong.append("llama.cpp does not end at eos and eot")
@@ -352,7 +347,7 @@ def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
             f"a logit is off by {row['max_error']:.3g}, more than {allowed:.3g}"
         )
     if exact and row["greedy"]["largest_gap"] > 2 * allowed:
-        wrong.append("greedy texts part where there is no tie")
+        wrong.append("greedy texts differ where there is no tie")
     if limit is not None and not row["kl"] < limit:
         far = exact or not row["kl"] < FAR * limit
         (wrong if far else high).append(f"KL {row['kl']:.2g} is above {limit:g}")
@@ -367,7 +362,7 @@ def _file_types() -> Iterator[tuple[str, int]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The figures as a markdown table."""
+    """Format the comparisons as a Markdown table."""
     head = (
         "file",
         "MB",
@@ -383,7 +378,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
     lines = [head, ("---",) * len(head)]
     for row in rows:
-        if "kl" not in row:  # it was not run
+        if "kl" not in row:  # not run
             lines.append(
                 (row["file"], f"{row['bytes'] / 1e6:.1f}", row["verdict"], *["-"] * (len(head) - 3))
             )

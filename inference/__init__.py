@@ -1,1 +1,1 @@
-"""From weights to text: generation, chat and llama.cpp."""
+"""Generate text from weights: sampling, chat formats, llama.cpp and the HTTP server."""

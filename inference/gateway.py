@@ -1,4 +1,4 @@
-"""The HTTP front of llama.cpp's server: admits clients, cleans requests, relays answers.
+"""HTTP gateway to llama.cpp's server: checks clients, cleans requests, relays responses.
 
 llama.cpp listens on a Unix socket that only this process opens. Every request passes these checks:
 host name (DNS rebinding), origin (other web pages), API key, path, size, JSON, text. Text in a
@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,10 +29,10 @@ MAX_ACTIVE = 64  # requests that llama.cpp works on or holds in its queue
 MAX_SCHEMA = 2**15  # bytes of one field's JSON schemas
 MAX_REPEATS = 1000
 REPEATS = ("minItems", "maxItems", "minLength", "maxLength")
-READ_S = 20  # seconds for a request to arrive, and for each part of a reply to leave
+READ_S = 20  # seconds for a request to arrive, and for each piece of a response to be sent
 HOSTS = ("127.0.0.1", "localhost", "[::1]")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-PLAIN = ("/tokenize", "/detokenize")  # no model reads the text
+PLAIN = ("/tokenize", "/detokenize")  # endpoints whose text does not reach the model
 CHAT = (
     "/v1/chat/completions",
     "/chat/completions",
@@ -60,7 +60,7 @@ class Upstream(http.client.HTTPConnection):
 
 
 class Gateway(ThreadingHTTPServer):
-    """The listening server. Half-open and slow connections end after READ_S and never block others."""
+    """The listening server. Slow connections are closed after READ_S and never block others."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -73,7 +73,10 @@ class Gateway(ThreadingHTTPServer):
         key: str = "",
         origins: Collection[str] = (),
     ):
-        """upstream: path of llama.cpp's socket. special: tokens that no text may contain. origins: web pages with access."""
+        """upstream: path of llama.cpp's socket. special: tokens forbidden in text.
+
+        origins: web pages with access.
+        """
         self.upstream, self.special, self.key, self.origins = upstream, special, key, origins
         self.active = threading.BoundedSemaphore(MAX_ACTIVE)
         self.waiting: dict[socket.socket, float] = {}  # connection -> deadline, oldest first
@@ -104,9 +107,7 @@ class Gateway(ThreadingHTTPServer):
         for connection in late:
             self.received(connection)
             with suppress(OSError):
-                connection.shutdown(
-                    socket.SHUT_RDWR
-                )  # the thread that reads from it then meets the end
+                connection.shutdown(socket.SHUT_RDWR)  # its thread then reads the end
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore a lost client; report anything else."""
@@ -115,7 +116,7 @@ class Gateway(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection."""
+    """Handles one client connection."""
 
     server: Gateway
     protocol_version = "HTTP/1.1"
@@ -181,22 +182,19 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
 
     def _admitted(self) -> bool:
-        """Check everything that the head of a request says; refuse it where a check fails."""
+        """Check a request's headers; refuse it if a check fails."""
         hosts, path = self.headers.get_all("Host") or [], self.path.partition("?")[0]
-        name = (
-            hosts[0].rsplit(":", 1)[0]
-            if len(hosts) == 1 and not hosts[0].endswith("]")
-            else "".join(hosts)
-        )
+        has_port = len(hosts) == 1 and not hosts[0].endswith("]")
+        name = hosts[0].rsplit(":", 1)[0] if has_port else "".join(hosts)
         origin, site = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site")
         foreign = origin not in (None, f"http://{hosts[0]}") if hosts else True
         foreign = (
             foreign or site in ("cross-site", "same-site")
         ) and origin not in self.server.origins
         sizes = self.headers.get_all("Content-Length") or []
-        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        locked = self.server.key and not hmac.compare_digest(
-            given.encode("latin-1", "replace"), self.server.key.encode()
+        key = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        unauthorized = self.server.key and not hmac.compare_digest(
+            key.encode("latin-1", "replace"), self.server.key.encode()
         )
         if name.lower() not in HOSTS:
             self._refuse(403, f"the Host header must name this machine: {', '.join(HOSTS)}")
@@ -204,7 +202,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(403, "web pages of another origin have no access; --allow_origin gives it")
         elif self.command == "OPTIONS":
             return bool(origin) or self._refuse(405, "OPTIONS needs an Origin header")
-        elif locked and path not in ("/health", "/v1/health"):
+        elif unauthorized and path not in ("/health", "/v1/health"):
             self._refuse(401, "the API key is missing or wrong")
         elif path not in ALLOWED.get(self.command, ()):
             self._refuse(404, f"no such endpoint: {self.command} {path[:100]}")
@@ -221,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
         return False
 
     def _refuse(self, status: int, message: str) -> bool:
-        """Answer with OpenAI's form of an error and close the connection; False."""
+        """Send an error in OpenAI's format and close the connection; return False."""
         if not self.answered:
             self.answered = True
             self.close_connection = True
@@ -236,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
             self.server.expect(self.connection)
-            with suppress(OSError):  # a client that is still sending sees the answer, not a reset
+            with suppress(OSError):  # read on: a sending client would see a reset otherwise
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(2**16):
                     pass
@@ -249,7 +247,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Vary", "Origin")
 
     def _forward(self, body: bytes | None) -> None:
-        """Relay a request to llama.cpp and its answer to the client; either's end ends both."""
+        """Relay a request to llama.cpp and the response to the client; closing one closes both."""
         if not self.server.active.acquire(blocking=False):
             self._refuse(503, f"{MAX_ACTIVE} requests are already waiting; try again later")
             return
@@ -266,7 +264,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.active.release()
 
     def _client_waits(self, answer: socket.socket) -> bool:
-        """Wait for llama.cpp's answer; False where the client has left before."""
+        """Wait for llama.cpp's response; return False if the client disconnects first."""
         with selectors.DefaultSelector() as selector:
             selector.register(answer, selectors.EVENT_READ)
             selector.register(self.connection, selectors.EVENT_READ)
@@ -277,7 +275,7 @@ class Handler(BaseHTTPRequestHandler):
                 if not self.connection.recv(1, socket.MSG_PEEK):
                     self.close_connection = True
                     return False
-                selector.unregister(self.connection)  # its next request is already there
+                selector.unregister(self.connection)  # the data is the client's next request
 
     def _relay(self, response: http.client.HTTPResponse) -> None:
         length = response.getheader("Content-Length")
@@ -296,7 +294,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def special_tokens(reader: Any) -> list[str]:
-    """The tokens of a gguf.GGUFReader that no text may become: control tokens and our markers."""
+    """Return the tokens that text must not contain: control tokens and our markers."""
     tokens, types = (
         field(reader, f"tokenizer.ggml.{name}") or [] for name in ("tokens", "token_type")
     )
@@ -308,7 +306,7 @@ def special_tokens(reader: Any) -> list[str]:
 
 
 def clean_request(request: dict[str, Any], special: Sequence[str]) -> dict[str, Any]:
-    """A request in which no text holds a special token. ValueError where it holds more than text."""
+    """Neutralise special tokens in a request's text; ValueError for other content than text."""
     messages = request.get("messages", [])
     if not isinstance(messages, list) or not all(
         isinstance(m, dict) and m.get("role") in ROLES for m in messages
@@ -323,26 +321,26 @@ def clean_request(request: dict[str, Any], special: Sequence[str]) -> dict[str, 
         raise ValueError(f"{unsafe[0]} is not accepted; use response_format with a JSON schema")
     for name in ("tools", "functions", "response_format", "json_schema"):
         _check_schema(request.get(name))
-    kept = {key: request[key] for key in ("stop", "model") if key in request}
-    return {**_neutralised(request, special), **kept}
+    unchanged = {key: request[key] for key in ("stop", "model") if key in request}
+    return {**_neutralised(request, special), **unchanged}
 
 
 def _check_schema(schema: Any) -> None:
-    """ValueError for a JSON schema that stops llama.cpp: recursive (stack overflow), deep or very large."""
+    """ValueError for a schema that crashes or stalls llama.cpp: recursive, deep or very large."""
     if len(json.dumps(schema)) > MAX_SCHEMA:
         raise ValueError(f"a JSON schema is larger than {MAX_SCHEMA:,} bytes")
     graph: dict[str, set[str]] = {}
-    for part in _parts(schema):
-        if any(isinstance(size := part.get(name), int) and size > MAX_REPEATS for name in REPEATS):
+    for node in _objects(schema):
+        if any(isinstance(size := node.get(name), int) and size > MAX_REPEATS for name in REPEATS):
             raise ValueError(
                 f"{', '.join(REPEATS)} of a JSON schema must be at most {MAX_REPEATS:,}"
             )
-        if len(str(part.get("pattern", ""))) > MAX_REPEATS:
+        if len(str(node.get("pattern", ""))) > MAX_REPEATS:
             raise ValueError(
                 f"a pattern of a JSON schema must have at most {MAX_REPEATS:,} characters"
             )
         for kind in ("$defs", "definitions"):
-            if isinstance(definitions := part.get(kind), dict):
+            if isinstance(definitions := node.get(kind), dict):
                 for name, body in definitions.items():
                     graph.setdefault(f"#/{kind}/{name}", set()).update(_references(body))
     _references(schema)
@@ -353,8 +351,8 @@ def _check_schema(schema: Any) -> None:
 
 
 def _references(schema: Any) -> set[str]:
-    """The definitions that a JSON schema uses."""
-    targets = [part["$ref"] for part in _parts(schema) if "$ref" in part]
+    """Return the definitions that a JSON schema refers to."""
+    targets = [node["$ref"] for node in _objects(schema) if "$ref" in node]
     for target in targets:
         if not (isinstance(target, str) and REFERENCE.fullmatch(target)):
             raise ValueError(
@@ -363,26 +361,28 @@ def _references(schema: Any) -> set[str]:
     return set(targets)
 
 
-def _parts(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """All objects in a JSON value."""
+def _objects(value: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
+    """Yield all objects in a JSON value."""
     if depth > MAX_DEPTH:
         raise ValueError(f"a JSON schema is nested more than {MAX_DEPTH} deep")
+    children: Iterable[Any] = value if isinstance(value, list) else ()
     if isinstance(value, dict):
         yield value
-    for part in (
-        value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    ):
-        yield from _parts(part, depth + 1)
+        children = value.values()
+    for child in children:
+        yield from _objects(child, depth + 1)
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message in which every text is in one piece and decoded: no token is split or escaped in it."""
+    """Join content parts and decode tool arguments, so that no token is split or escaped."""
     message = dict(message)
-    parts = message.get("content")
-    if isinstance(parts, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-            raise ValueError("only text is accepted as content; images, audio and files are not")
-        message["content"] = "".join(part["text"] for part in parts)
+    content = message.get("content")
+    if isinstance(content, list):
+        if not all(
+            isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+        ):
+            raise ValueError("content must be text; images, audio and files are not accepted")
+        message["content"] = "".join(part["text"] for part in content)
     for call in message.get("tool_calls") or ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):

@@ -1,8 +1,9 @@
 """Validate a GGUF file in Python before C code or the gguf package reads it.
 
-A damaged file makes llama.cpp abort, crash or wait for ever, and gguf.GGUFReader loop over counts that no file holds. What is
-checked: structure (types, lengths, counts, offsets, alignment), numbers (known keys and their ranges), the vocabulary, and for
-dense llama and qwen3 files the name and shape of every tensor. Values of weights are not.
+A damaged file makes llama.cpp abort, crash or hang, and gguf.GGUFReader loop over impossible
+counts. Checked are the structure (types, lengths, counts, offsets, alignment), the ranges of known
+keys, the vocabulary, and for dense llama and qwen3 files the name and shape of every tensor. The
+values of weights are not checked.
 """
 
 import functools
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-STRING, ARRAY = 8, 9
+STRING, ARRAY = 8, 9  # GGUF type numbers, as below
 SCALARS = {
     0: "B",
     1: "b",
@@ -28,19 +29,14 @@ SCALARS = {
     10: "Q",
     11: "q",
     12: "d",
-}  # GGUF's number of a type
+}
 UNSIGNED, SIGNED, FLOATS = (0, 2, 4, 10), (1, 3, 5, 11), (6, 12)
-MAX_KEY, MAX_NAME, MAX_DIMENSIONS = (
-    65_535,
-    63,
-    4,
-)  # of a key, a tensor's name, a tensor; as llama.cpp has them
+MAX_KEY, MAX_NAME, MAX_DIMENSIONS = 65_535, 63, 4  # llama.cpp's limits for keys and tensors
 MAX_VOCABULARY, MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH = 1 << 24, 1 << 24, 512, 1 << 20
 KINDS = {"u32": (4,), "i32": (5,), "f32": (6,), "bool": (7,), "str": (STRING,), "u64": (10,)}
 COUNT, WIDTH = ("u32", 1, MAX_WIDTH), ("u32", 1, MAX_WIDTH)
-KEYS: dict[
-    str, tuple[str, float, float]
-] = {  # after "<architecture>.": type and range; a count may be an array, one a layer
+# Keys after "<architecture>.": type and range. Keys of PER_LAYER may be arrays.
+KEYS: dict[str, tuple[str, float, float]] = {
     "block_count": ("u32", 1, MAX_LAYERS),
     "context_length": ("u32", 1, MAX_CONTEXT),
     "embedding_length": WIDTH,
@@ -62,13 +58,7 @@ KEYS: dict[
     "expert_used_count": ("u32", 0, 4096),
     "expert_feed_forward_length": WIDTH,
 }
-NOT_WEIGHTS = (
-    24,
-    25,
-    26,
-    27,
-    28,
-)  # GGML's I8, I16, I32, I64 and F64; llama.cpp crashes on weights of these types
+NOT_WEIGHTS = (24, 25, 26, 27, 28)  # GGML's I8, I16, I32, I64, F64 crash llama.cpp as weights
 PER_LAYER = ("feed_forward_length", "attention.head_count", "attention.head_count_kv")
 REQUIRED = ("block_count", "context_length", "embedding_length", "attention.head_count")
 OTHER_KEYS: dict[str, tuple[str, float, float]] = {
@@ -88,16 +78,16 @@ KINDS["u16"] = (2,)
 
 
 class Value(NamedTuple):
-    kind: int  # GGUF's number of the type
-    of: int  # of an array's elements, else -1
-    value: Any  # a number, a text, a list of texts or an array
+    kind: int  # GGUF type number
+    element_kind: int  # of an array's elements, else -1
+    value: Any  # number, str, list of str, or numpy array
 
 
 class Tensor(NamedTuple):
-    shape: tuple[int, ...]  # ggml's order: the width of a row first
-    kind: int
-    offset: int  # from the beginning of the file
-    size: int
+    shape: tuple[int, ...]  # in ggml's order: the row width first
+    kind: int  # ggml type number
+    offset: int  # bytes from the start of the file
+    size: int  # bytes
 
 
 class Gguf(NamedTuple):
@@ -105,34 +95,30 @@ class Gguf(NamedTuple):
     tensors: dict[str, Tensor]
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The value of a key."""
-        found = self.values.get(name)
-        return default if found is None else found.value
+        """Return the value of a key."""
+        entry = self.values.get(name)
+        return default if entry is None else entry.value
 
     def of_model(self, name: str, default: Any = None) -> Any:
-        """The value of a key of the architecture; of one value a layer the largest."""
+        """Return the value of an architecture key; the largest of per-layer values."""
         value = self.get(f"{self.get('general.architecture')}.{name}", default)
         return int(np.max(value)) if isinstance(value, np.ndarray) else value
 
     def cache_bytes(self, context: int) -> int:
-        """Bytes of llama.cpp's key-value cache (fp16) for a context of so many tokens."""
+        """Return the bytes of llama.cpp's key-value cache (fp16) for `context` tokens."""
         heads = self.of_model("attention.head_count")
         width = self.of_model("embedding_length") // heads
-        sizes = [self.of_model(f"attention.{part}_length", width) for part in ("key", "value")]
-        return (
-            2
-            * sum(sizes)
-            * self.of_model("attention.head_count_kv", heads)
-            * self.of_model("block_count")
-            * context
-        )
+        key = self.of_model("attention.key_length", width)
+        value = self.of_model("attention.value_length", width)
+        kv_heads = self.of_model("attention.head_count_kv", heads)
+        return 2 * (key + value) * kv_heads * self.of_model("block_count") * context
 
 
 def check_gguf(path: Path) -> Gguf:
-    """The keys and tensors of a GGUF file; ValueError, in one sentence, where it is missing, damaged or not GGUF."""
+    """Read the keys and tensors of a GGUF file; ValueError if missing, damaged or not GGUF."""
     path = path.resolve()
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        raise ValueError(f"{path} does not exist")
     status = path.stat()
     return _checked(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
@@ -141,7 +127,7 @@ def check_gguf(path: Path) -> Gguf:
 def _checked(path: Path, size: int, changed: int, inode: int) -> Gguf:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is no GGUF file")
+            raise ValueError(f"{path} is not a GGUF file")
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 content = _Cursor(data).read()
@@ -154,17 +140,17 @@ def _checked(path: Path, size: int, changed: int, inode: int) -> Gguf:
 
 
 class _Cursor:
-    """Reads a file from its beginning; ValueError where it ends too early or a number is beyond reason."""
+    """Reads a file sequentially; ValueError if it ends early or a number is impossible."""
 
     def __init__(self, data: mmap.mmap):
-        self.data, self.at, self.size = data, 0, len(data)
+        self.data, self.position, self.size = data, 0, len(data)
 
     def take(self, count: int) -> int:
-        """Go on by so many bytes; returns where they begin."""
-        if count > self.size - self.at:
-            raise ValueError("it ends before its tensors do, or a length in it is wrong")
-        self.at += count
-        return self.at - count
+        """Advance by `count` bytes; return their start."""
+        if count > self.size - self.position:
+            raise ValueError("it ends before its last tensor, or a length in it is wrong")
+        self.position += count
+        return self.position - count
 
     def number(self, kind: int) -> Any:
         letter = "<" + SCALARS[kind]
@@ -176,12 +162,12 @@ class _Cursor:
     def text(self, limit: int = 1 << 30) -> str:
         length = self.number(10)
         if length > limit:
-            raise ValueError(f"a text of {length} bytes is too long")
+            raise ValueError(f"a string of {length} bytes is too long")
         begin = self.take(length)
         try:
             return self.data[begin : begin + length].decode()
         except UnicodeDecodeError:
-            raise ValueError("a text in it is not UTF-8") from None
+            raise ValueError("a string in it is not UTF-8") from None
 
     def value(self) -> Value:
         kind = self.number(4)
@@ -191,16 +177,16 @@ class _Cursor:
             return Value(kind, -1, self.number(kind))
         if kind != ARRAY:
             raise ValueError(f"a value has the unknown type {kind}")
-        of, count = self.number(4), self.number(10)
-        if of == STRING:
-            if count * 8 > self.size - self.at:
+        element_kind, count = self.number(4), self.number(10)
+        if element_kind == STRING:
+            if count * 8 > self.size - self.position:
                 raise ValueError("an array is longer than the file")
-            return Value(kind, of, [self.text() for _ in range(count)])
-        if of not in SCALARS:
-            raise ValueError(f"an array has elements of the unknown type {of}")
-        dtype = np.dtype("<" + SCALARS[of] if of != 7 else "u1")
+            return Value(kind, element_kind, [self.text() for _ in range(count)])
+        if element_kind not in SCALARS:
+            raise ValueError(f"an array has elements of the unknown type {element_kind}")
+        dtype = np.dtype("<" + SCALARS[element_kind] if element_kind != 7 else "u1")
         begin = self.take(count * dtype.itemsize)
-        return Value(kind, of, np.frombuffer(self.data[begin : self.at], dtype))
+        return Value(kind, element_kind, np.frombuffer(self.data[begin : self.position], dtype))
 
     def read(self) -> Gguf:
         import gguf
@@ -208,30 +194,27 @@ class _Cursor:
         self.take(4)
         version, tensors, keys = self.number(4), self.number(10), self.number(10)
         if version not in (2, 3):
-            raise ValueError(f"its version is {version}; 2 and 3 are read, little-endian")
-        if keys * 13 + tensors * 24 > self.size:  # the least that each takes
-            raise ValueError(f"it counts {keys} keys and {tensors} tensors, more than it can hold")
+            raise ValueError(f"its version is {version}; supported are 2 and 3, little-endian")
+        if keys * 13 + tensors * 24 > self.size:  # minimum bytes of a key and of a tensor
+            raise ValueError(f"its {keys} keys and {tensors} tensors exceed its size")
         values: dict[str, Value] = {}
         for _ in range(keys):
             name = self.text(MAX_KEY)
             if not name or name in values:
-                raise ValueError(f"the key {name!r} is empty or there twice")
+                raise ValueError(f"the key {name!r} is empty or repeated")
             values[name] = self.value()
-        alignment = values.get("general.alignment", Value(4, -1, 32))
-        if (
-            alignment.kind != 4
-            or not 8 <= alignment.value <= 1 << 16
-            or alignment.value & (alignment.value - 1)
-        ):
+        setting = values.get("general.alignment", Value(4, -1, 32))
+        alignment = setting.value
+        if setting.kind != 4 or not 8 <= alignment <= 1 << 16 or alignment & (alignment - 1):
             raise ValueError(
-                f"general.alignment is {alignment.value!r}, not a power of two from 8 to 65536"
+                f"general.alignment is {alignment!r}, not a power of two from 8 to 65536"
             )
-        found: dict[str, tuple[tuple[int, ...], int, int, int]] = {}
+        entries: dict[str, Tensor] = {}  # offsets relative to the data section
         end = 0
         for _ in range(tensors):
             name = self.text(MAX_NAME)
-            if not name or name in found:
-                raise ValueError(f"the tensor {name!r} has no name or is there twice")
+            if not name or name in entries:
+                raise ValueError(f"the tensor {name!r} has no name or is repeated")
             dimensions = self.number(4)
             if not 1 <= dimensions <= MAX_DIMENSIONS:
                 raise ValueError(f"{name} has {dimensions} dimensions")
@@ -246,29 +229,25 @@ class _Cursor:
             size = math.prod(shape) // block * width
             if offset != end:
                 raise ValueError(
-                    f"{name} lies at offset {offset}, not {end}, where the tensor before it ends"
+                    f"{name} has offset {offset}, but the previous tensor ends at {end}"
                 )
-            end = -(-(offset + size) // alignment.value) * alignment.value
-            found[name] = (shape, kind, offset, size)
-        begin = -(-self.at // alignment.value) * alignment.value
-        for name, (_, _, offset, size) in found.items():
-            if begin + offset + size > self.size:
-                raise ValueError(f"it ends before its tensors do, in {name}")
-        return Gguf(
-            values,
-            {
-                name: Tensor(s, k, begin + offset, size)
-                for name, (s, k, offset, size) in found.items()
-            },
-        )
+            end = -(-(offset + size) // alignment) * alignment
+            entries[name] = Tensor(shape, kind, offset, size)
+        start = -(-self.position // alignment) * alignment
+        tensors_by_name = {
+            name: tensor._replace(offset=start + tensor.offset) for name, tensor in entries.items()
+        }
+        for name, tensor in tensors_by_name.items():
+            if tensor.offset + tensor.size > self.size:
+                raise ValueError(f"it ends before its last tensor, in {name}")
+        return Gguf(values, tensors_by_name)
 
 
 def _check_values(content: Gguf) -> None:
-    """Raise ValueError unless each known key has its type and a number in its range, and every number is finite."""
-    for name, found in content.values.items():
-        if (found.kind in FLOATS and not math.isfinite(found.value)) or (
-            found.of in FLOATS and not np.isfinite(found.value).all()
-        ):
+    """Check the types and ranges of known keys, and that every number is finite."""
+    for name, entry in content.values.items():
+        has_floats = entry.kind in FLOATS or entry.element_kind in FLOATS
+        if has_floats and not np.isfinite(entry.value).all():
             raise ValueError(f"{name} is not finite")
     _check_known(content, OTHER_KEYS, "", 0)
     if not (architecture := content.get("general.architecture")):
@@ -282,11 +261,11 @@ def _check_values(content: Gguf) -> None:
             raise ValueError(f"it has no {architecture}.{name}")
     heads, kv = (content.of_model(f"attention.{name}") for name in ("head_count", "head_count_kv"))
     if kv and heads % kv:
-        raise ValueError(f"{heads} attention heads do not divide over {kv} of keys and values")
+        raise ValueError(f"{heads} attention heads are not a multiple of {kv} key-value heads")
     key = content.of_model("attention.key_length", content.of_model("embedding_length") // heads)
     rotated = content.of_model("rope.dimension_count", key)
     if rotated > key or rotated % 2 or not key:
-        raise ValueError(f"rope.dimension_count is {rotated} with heads of {key}")
+        raise ValueError(f"rope.dimension_count is {rotated}, but head_dim is {key}")
     if content.of_model("expert_used_count", 0) > content.of_model("expert_count", 0):
         raise ValueError("it uses more experts than it has")
 
@@ -294,60 +273,51 @@ def _check_values(content: Gguf) -> None:
 def _check_known(
     content: Gguf, keys: Mapping[str, tuple[str, float, float]], prefix: str, layers: int
 ) -> None:
+    """Check the type and range of each known key that is present."""
     for name, (kind, least, most) in keys.items():
-        found = content.values.get(prefix + name)
-        if found is None:
+        entry = content.values.get(prefix + name)
+        if entry is None:
             continue
-        values = [found.value]
-        if (
-            found.kind == ARRAY
-            and name in PER_LAYER
-            and found.of in (4, 5)
-            and len(found.value) == layers
-        ):
-            values = found.value.tolist()
-        elif found.kind not in KINDS[kind]:
-            raise ValueError(f"{prefix}{name} has GGUF type {found.kind}, not {kind}")
-        odd = next(
-            (value for value in values if kind != "str" and not least <= value <= most), None
-        )
-        if odd is not None or (kind == "f32" and values == [0.0]):
-            raise ValueError(
-                f"{prefix}{name} is {odd if odd is not None else 0.0}, not from {least:g} to {most:g}"
-            )
+        values = [entry.value]
+        is_integer_array = entry.kind == ARRAY and entry.element_kind in (4, 5)
+        if is_integer_array and name in PER_LAYER and len(entry.value) == layers:
+            values = entry.value.tolist()
+        elif entry.kind not in KINDS[kind]:
+            raise ValueError(f"{prefix}{name} has GGUF type {entry.kind}, not {kind}")
+        for value in values if kind != "str" else []:
+            if not least <= value <= most or (kind == "f32" and value == 0.0):
+                raise ValueError(f"{prefix}{name} is {value}, not from {least:g} to {most:g}")
 
 
 def _check_vocabulary(content: Gguf) -> None:
-    """Raise ValueError unless the lists of the vocabulary have one length and type, and ids lie in it."""
+    """Check the lengths and types of the vocabulary's lists, special-token ids and merges."""
     lists = {"tokens": STRING, "merges": STRING, "token_type": 5, "scores": 6}
-    for name, of in lists.items():
-        found = content.values.get(f"tokenizer.ggml.{name}")
-        if found is not None and (found.kind != ARRAY or found.of != of):
-            raise ValueError(
-                f"tokenizer.ggml.{name} is not a list of {'texts' if of == STRING else 'numbers'}"
-            )
+    for name, element_kind in lists.items():
+        entry = content.values.get(f"tokenizer.ggml.{name}")
+        if entry is not None and (entry.kind != ARRAY or entry.element_kind != element_kind):
+            elements = "strings" if element_kind == STRING else "numbers"
+            raise ValueError(f"tokenizer.ggml.{name} is not a list of {elements}")
     tokens = content.get("tokenizer.ggml.tokens")
     if not tokens or content.get("tokenizer.ggml.model") is None:
         raise ValueError("it has no vocabulary")
     types = content.get("tokenizer.ggml.token_type", np.ones(len(tokens), dtype=np.int32))
-    if len(types) != len(tokens) or len(content.get("tokenizer.ggml.scores", tokens)) != len(
-        tokens
-    ):
+    scores = content.get("tokenizer.ggml.scores", tokens)
+    if not len(tokens) == len(types) == len(scores):
         raise ValueError(
-            f"{len(tokens)} tokens have {len(types)} types, or another number of scores"
+            f"it has {len(tokens)} tokens, but {len(types)} types and {len(scores)} scores"
         )
     if types.min() < 0 or types.max() > 6:
         raise ValueError("a token has an unknown type")
     known = set(tokens)
     if len(known) != len(tokens) or "" in known:
-        raise ValueError("a token is empty or there twice")
+        raise ValueError("a token is empty or repeated")
     if (size := content.of_model("vocab_size", len(tokens))) != len(tokens):
         raise ValueError(f"it has {len(tokens)} tokens, but a vocab_size of {size}")
-    for name, found in content.values.items():
+    for name, entry in content.values.items():
         is_id = name.startswith("tokenizer.ggml.") and name.endswith("_token_id")
-        if is_id and (found.kind != 4 or not 0 <= found.value < len(tokens)):
+        if is_id and (entry.kind != 4 or not 0 <= entry.value < len(tokens)):
             raise ValueError(
-                f"{name} is {found.value}, which is not an id of its {len(tokens)} tokens"
+                f"{name} is {entry.value}, which is not an id of its {len(tokens)} tokens"
             )
     if content.get("tokenizer.ggml.model") == "gpt2":
         if content.get("tokenizer.ggml.merges") is None:
@@ -359,11 +329,9 @@ def _check_vocabulary(content: Gguf) -> None:
 
 
 def _check_shapes(content: Gguf) -> None:
-    """Raise ValueError unless tensors have the shapes that the numbers ask for; dense llama and qwen3 files only."""
-    width, vocabulary = (
-        content.of_model("embedding_length"),
-        len(content.get("tokenizer.ggml.tokens")),
-    )
+    """Check the shapes of all tensors; complete for dense llama and qwen3 files only."""
+    width = content.of_model("embedding_length")
+    vocabulary = len(content.get("tokenizer.ggml.tokens"))
     embedding = content.tensors.get("token_embd.weight")
     if embedding is None or embedding.shape != (width, vocabulary):
         raise ValueError(
@@ -390,28 +358,25 @@ def _check_shapes(content: Gguf) -> None:
         "attn_q": (width, heads * key),
         "attn_k": (width, kv * key),
         "attn_v": (width, kv * value),
-    }
-    layer |= {
         "attn_output": (heads * value, width),
         "ffn_norm": (width,),
         "ffn_gate": (width, ffn),
         "ffn_up": (width, ffn),
-    }
-    layer |= {
         "ffn_down": (ffn, width),
-        **({"attn_q_norm": (key,), "attn_k_norm": (key,)} if architecture == "qwen3" else {}),
     }
-    wanted = {
+    if architecture == "qwen3":
+        layer |= {"attn_q_norm": (key,), "attn_k_norm": (key,)}
+    expected = {
         f"blk.{i}.{name}.weight": shape
         for i in range(content.of_model("block_count"))
         for name, shape in layer.items()
     }
-    wanted["output_norm.weight"] = (width,)
-    for name, shape in wanted.items():
-        found = content.tensors.get(name)
-        if found is None or found.shape != shape:
+    expected["output_norm.weight"] = (width,)
+    for name, shape in expected.items():
+        stored = content.tensors.get(name)
+        if stored is None or stored.shape != shape:
             raise ValueError(
-                f"the tensor {name} is {found.shape if found else 'missing'}, not {shape}"
+                f"the tensor {name} is {stored.shape if stored else 'missing'}, not {shape}"
             )
     output = content.tensors.get("output.weight", embedding)
     if output.shape != (width, vocabulary):

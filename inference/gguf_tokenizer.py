@@ -1,7 +1,7 @@
-"""A folder's tokenizer as the keys of a GGUF file, and back as a folder.
+"""Convert a folder's tokenizer and chat templates to GGUF keys, and back to a folder.
 
-llama.cpp splits text by rules that it has built in, one a name; only tokenizers that split by one of them are taken.
-Thought and tool markers are USER_DEFINED, since llama.cpp leaves CONTROL tokens out of all text that it writes.
+llama.cpp has built-in pre-tokenizers, selected by name; other pre-tokenizers are refused. Thought
+and tool markers are USER_DEFINED tokens, because llama.cpp omits CONTROL tokens from its output.
 """
 
 import functools
@@ -35,20 +35,20 @@ GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
 
 class Vocabulary(NamedTuple):
-    """What tokenizer.ggml.* and tokenizer.chat_template will say."""
+    """Values of the tokenizer.* keys."""
 
     tokens: list[str]
     types: list[int]
     merges: list[str]
     pre: str
-    ids: dict[str, int]  # bos, eos, eot, pad; those that there are
+    ids: dict[str, int]  # of bos, eos, eot and pad, where defined
     add_bos: bool
     template: str | None
-    named: dict[str, str]  # further templates, by name
-    trained: str | None  # trained_chat.py's record, as JSON
+    named: dict[str, str]  # additional templates, by name
+    trained: str | None  # settings of chat training (trained_chat.py), as JSON
 
     def put(self, writer: Any) -> None:
-        """Add all of it to a gguf.GGUFWriter."""
+        """Add the keys to a gguf.GGUFWriter."""
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
@@ -70,28 +70,28 @@ class Vocabulary(NamedTuple):
 
 
 def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The vocabulary of a folder, filled up to the model's `size`; ValueError where llama.cpp could not do as it does."""
+    """Read a folder's vocabulary, padded to `size`; ValueError if llama.cpp cannot reproduce it."""
     tokenizer = load_tokenizer(folder)
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
     kind = model.get("type", "BPE")
-    odd = {
+    unsupported = {
         f"it is a {kind} model, not BPE": kind != "BPE",
-        "it normalises text": content.get("normalizer") is not None,
-        "it falls back to bytes": bool(model.get("byte_fallback")),
-        "it takes whole words without merges": bool(model.get("ignore_merges")),
+        "it has a normalizer": content.get("normalizer") is not None,
+        "it uses byte_fallback": bool(model.get("byte_fallback")),
+        "it uses ignore_merges": bool(model.get("ignore_merges")),
     }
-    if any(odd.values()):
-        raise ValueError(
-            f"llama.cpp cannot do as the tokenizer of {folder} does: {next(k for k, v in odd.items() if v)}"
-        )
+    for reason, is_set in unsupported.items():
+        if is_set:
+            raise ValueError(f"llama.cpp cannot reproduce the tokenizer of {folder}: {reason}")
     added = {token["id"]: token for token in content.get("added_tokens", [])}
     names = {index: token for token, index in model["vocab"].items()} | {
         i: token["content"] for i, token in added.items()
     }
     if max(names) >= size:
         raise ValueError(
-            f"the tokenizer of {folder} has {max(names) + 1} tokens, more than the model's {size}; they do not belong together"
+            f"the tokenizer of {folder} has {max(names) + 1} tokens, more than the model's {size}; "
+            "use the model's own tokenizer"
         )
     types = [
         UNUSED if i not in names else _type(added[i]) if i in added else NORMAL for i in range(size)
@@ -123,16 +123,16 @@ def _type(token: dict[str, Any]) -> int:
 
 
 def split_name(pre: dict[str, Any] | None, folder: Path) -> str:
-    """llama.cpp's name of the rule by which a pre-tokenizer (of tokenizer.json) splits text."""
+    """Return llama.cpp's name of a pre-tokenizer from tokenizer.json."""
     steps = pre.get("pretokenizers", [pre]) if pre else []
     kinds = [step["type"] for step in steps]
     plain = bool(steps) and kinds[-1] == "ByteLevel" and not steps[-1].get("add_prefix_space")
-    own = plain and steps[-1].get("use_regex", True)  # GPT-2's expression, built into ByteLevel
-    if own and kinds == ["ByteLevel"]:
+    gpt2_regex = plain and steps[-1].get("use_regex", True)  # built into ByteLevel
+    if gpt2_regex and kinds == ["ByteLevel"]:
         return "gpt-2"
-    if own and kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+    if gpt2_regex and kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm"
-    if plain and not own and kinds == ["Split", "ByteLevel"]:
+    if plain and not gpt2_regex and kinds == ["Split", "ByteLevel"]:
         split = steps[0]
         if (
             split["pattern"] == {"Regex": QWEN2_SPLIT}
@@ -141,13 +141,16 @@ def split_name(pre: dict[str, Any] | None, folder: Path) -> str:
         ):
             return "qwen2"
     raise ValueError(
-        f"the tokenizer of {folder} splits text by no rule that is known to be one of llama.cpp's; "
+        f"the tokenizer of {folder} uses no pre-tokenizer that llama.cpp has; "
         "train one with python -m scripts.train_tokenizer"
     )
 
 
 def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
-    """bos, eos, eot and pad, by tokenizer_config.json and else by config.json; replies end with <|im_end|> where there is one."""
+    """Read the ids of bos, eos and pad from tokenizer_config.json, else config.json.
+
+    eot, which ends replies, is <|im_end|> if the tokenizer has it, else eos.
+    """
     settings, config = (
         read_json(folder / name) for name in ("tokenizer_config.json", "config.json")
     )
@@ -163,21 +166,22 @@ def _special_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, int]:
             ids[name] = index
     if "eos" not in ids:
         raise ValueError(
-            f"{folder} names no eos token; name one in its tokenizer_config.json, or replies will not end"
+            f"{folder} has no eos token, so replies would not end; "
+            "set eos_token in its tokenizer_config.json"
         )
     end = tokenizer.token_to_id(IM_END)
     return {**ids, "eot": ids["eos"] if end is None else end}
 
 
 def _adds_bos(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> bool:
-    around, bare = (
-        tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False)
-    )
-    if around == bare:
+    """True if the tokenizer adds bos; ValueError if it adds other tokens."""
+    with_special = tokenizer.encode("a", add_special_tokens=True).ids
+    without = tokenizer.encode("a", add_special_tokens=False).ids
+    if with_special == without:
         return False
-    if around != [ids.get("bos"), *bare]:
+    if with_special != [ids.get("bos"), *without]:
         raise ValueError(
-            f"the tokenizer of {folder} puts more around a text than bos; llama.cpp would not"
+            f"the tokenizer of {folder} adds other tokens than bos, which llama.cpp does not"
         )
     return True
 
@@ -185,20 +189,18 @@ def _adds_bos(tokenizer: Tokenizer, ids: dict[str, int], folder: Path) -> bool:
 def build_tokenizer(
     tokens: Sequence[str], types: Sequence[int], merges: Sequence[str], pre: str
 ) -> Tokenizer:
-    """The tokenizer whose vocabulary stands in a GGUF file; ValueError for a rule of splitting other than read_vocabulary's."""
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bare = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    split = {
-        "qwen2": pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"), bare]
-        ),
-        "gpt-2": whole,
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole]),
+    """Rebuild a tokenizer from GGUF keys; ValueError for an unknown pre-tokenizer."""
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    qwen2 = pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated")
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    known = {
+        "qwen2": pre_tokenizers.Sequence([qwen2, bytes_only]),
+        "gpt-2": gpt2,
+        "smollm": pre_tokenizers.Sequence([digits, gpt2]),
     }
-    if pre not in split:
-        raise ValueError(
-            f"its text is split by the rule {pre!r}; known here are {', '.join(split)}"
-        )
+    if pre not in known:
+        raise ValueError(f"unknown pre-tokenizer {pre!r}; supported are {', '.join(known)}")
     vocab = {
         token: i
         for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
@@ -206,7 +208,7 @@ def build_tokenizer(
     }
     pairs = [(merge.split(" ", 1)[0], merge.split(" ", 1)[1]) for merge in merges]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
-    tokenizer.pre_tokenizer = split[pre]
+    tokenizer.pre_tokenizer = known[pre]
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, USER_DEFINED):
@@ -216,7 +218,7 @@ def build_tokenizer(
 
 
 def open_gguf(path: Path) -> Any:
-    """A gguf.GGUFReader; ValueError where the file is missing, damaged or not GGUF (inference/gguf_file.py)."""
+    """Open a gguf.GGUFReader; ValueError if the file is missing, damaged or not GGUF."""
     import gguf
 
     check_gguf(path)
@@ -224,13 +226,13 @@ def open_gguf(path: Path) -> Any:
 
 
 def field(reader: Any, name: str) -> Any:
-    """The value of a key, None where it is missing."""
-    found = reader.get_field(name)
-    return None if found is None else found.contents()
+    """Return the value of a key; None if it is missing."""
+    entry = reader.get_field(name)
+    return None if entry is None else entry.contents()
 
 
 def file_templates(reader: Any) -> dict[str, str]:
-    """The chat templates of a GGUF file by name. Names that are not words are left out: they may hold a path."""
+    """Read a GGUF file's chat templates by name. Names must be words: others may hold a path."""
     names = [
         name
         for name in field(reader, "tokenizer.chat_templates") or []
@@ -240,12 +242,12 @@ def file_templates(reader: Any) -> dict[str, str]:
         DEFAULT: "tokenizer.chat_template",
         **{name: f"tokenizer.chat_template.{name}" for name in names},
     }
-    found = {name: field(reader, key) for name, key in keys.items()}
-    return {name: template for name, template in found.items() if isinstance(template, str)}
+    templates = {name: field(reader, key) for name, key in keys.items()}
+    return {name: template for name, template in templates.items() if isinstance(template, str)}
 
 
 def json_of(text: Any) -> Any:
-    """The value of a JSON text; the text itself if it is none."""
+    """Parse JSON; return the text itself if it is not JSON."""
     try:
         return json.loads(text)
     except (TypeError, ValueError):
@@ -253,8 +255,11 @@ def json_of(text: Any) -> Any:
 
 
 def tokenizer_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint's tokenizer, template, ids of special tokens and length of context are read: the folder itself, or a
-    temporary one made of a .gguf file. ValueError where there is no such file, or its text is split by an unknown rule."""
+    """Return a folder with a checkpoint's tokenizer, templates and config.
+
+    A checkpoint folder is returned itself; a .gguf file is unpacked to a temporary folder.
+    ValueError if the file is missing or its pre-tokenizer is unknown.
+    """
     if checkpoint.suffix != ".gguf":
         return checkpoint
     path = checkpoint.resolve()
@@ -263,14 +268,14 @@ def tokenizer_folder(checkpoint: Path) -> Path:
 
 @functools.cache
 def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
-    """The folder of this state of a file; it goes when the process ends."""
+    """Unpack one version of a file; the folder is removed when the process ends."""
     reader = open_gguf(path)
     tokens, types, merges, pre = (
         field(reader, f"tokenizer.ggml.{name}")
         for name in ("tokens", "token_type", "merges", "pre")
     )
     if field(reader, "tokenizer.ggml.model") != "gpt2" or merges is None:
-        raise ValueError(f"{path} holds no byte-level BPE; files of scripts/export_gguf.py do")
+        raise ValueError(f"{path} has no byte-level BPE tokenizer; use scripts/export_gguf.py")
     names = {"bos": "bos", "eos": "eos", "pad": "padding", "eot": "eot"}
     ids = {name: field(reader, f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
     try:
@@ -282,15 +287,15 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=[bos, "$A"], special_tokens=[(bos, ids["bos"])]
             )
-    except Exception as error:  # tokenizers raises this very class
+    except Exception as error:  # the class that tokenizers raises
         raise ValueError(f"{path}: {error}") from error
     folder = tempfile.TemporaryDirectory(prefix="gguf-tokenizer-")
     root = Path(folder.name)
     tokenizer.save(str(root / "tokenizer.json"))
     for name, template in file_templates(reader).items():
-        place = root / TEMPLATE if name == DEFAULT else root / NAMED / f"{name}.jinja"
-        place.parent.mkdir(exist_ok=True)
-        place.write_text(template, encoding="utf-8")
+        file = root / TEMPLATE if name == DEFAULT else root / NAMED / f"{name}.jinja"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(template, encoding="utf-8")
     special = {
         f"{name}_token": tokens[ids[name]]
         for name in ("bos", "eos", "pad")
@@ -307,14 +312,13 @@ def _unpacked(path: Path, changed: int) -> "tempfile.TemporaryDirectory[str]":
     )
     if text := field(reader, TRAINED):
         config[KEY] = json_of(text)
-    stops = sorted(
-        {i for i in (ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)) if i is not None}
-    )  # as llama.cpp ends text
-    written = {
+    # llama.cpp ends text at these tokens.
+    stops = sorted({ids["eos"], ids["eot"], tokenizer.token_to_id(BOS)} - {None})
+    config_files = {
         "tokenizer_config.json": settings,
         "config.json": config,
         "generation_config.json": {"eos_token_id": stops},
     }
-    for name, content in written.items():
+    for name, content in config_files.items():
         (root / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder

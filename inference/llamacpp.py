@@ -1,7 +1,8 @@
-"""llama.cpp through its C functions, out of a wheel: xllamacpp (prebuilt) or llama-cpp-python. Tokens in, logits out.
+"""llama.cpp by ctypes: load a GGUF file, feed tokens, read logits.
 
-Of its structs only the beginnings are named here; they are passed in buffers larger than any version's, which the calling
-conventions of x86-64 and AArch64 allow.
+The library comes from the package xllamacpp (prebuilt) or llama-cpp-python. Only the first fields
+of its structs are declared; structs are passed in buffers larger than any version's, which the
+calling conventions of x86-64 and AArch64 allow.
 """
 
 import ctypes
@@ -19,18 +20,16 @@ import numpy as np
 
 from inference.gguf_file import check_gguf
 
-BATCH = 512  # tokens that are computed at once
-MAX_ERROR_LINES = 4  # lines of llama.cpp's errors that are repeated
-PROBE_CONTEXT, PROBE_SECONDS, PROBE_RATE = (
-    64,
-    10,
-    50e6,
-)  # tokens; s for any file; bytes/s that a load takes at most besides
+BATCH = 512  # tokens per llama_decode call
+MAX_ERROR_LINES = 4  # lines of llama.cpp's errors in our messages
+PROBE_CONTEXT = 64  # tokens
+PROBE_SECONDS = 10  # time limit of a probe: this, plus the file size over PROBE_RATE
+PROBE_RATE = 50e6  # bytes/s
 _errors: list[str] = []
 
 
 class _Params(ctypes.Structure):
-    """llama_model_params, or llama_context_params, which begins with n_ctx, n_batch, n_ubatch."""
+    """llama_model_params or llama_context_params (first fields: n_ctx, n_batch, n_ubatch)."""
 
     _fields_ = (("numbers", c_uint32 * 256),)
 
@@ -40,7 +39,7 @@ class _Batch(ctypes.Structure):
         ("n_tokens", c_int32),
         ("token", POINTER(c_int32)),
         ("embd", c_void_p),
-        ("pos", c_void_p),  # without positions and sequences it goes on with sequence 0
+        ("pos", c_void_p),  # null positions and sequence ids continue sequence 0
         ("n_seq_id", c_void_p),
         ("seq_id", c_void_p),
         ("logits", POINTER(c_int8)),
@@ -89,37 +88,38 @@ def _log(level: int, text: bytes, _: Any) -> None:
 
 
 def find_library() -> tuple[str, Path] | None:
-    """The package that brings llama.cpp, and its library; None where none is installed."""
+    """Find an installed llama.cpp: package name and library path, or None."""
     for package, pattern in (("xllamacpp", "xllamacpp*.so"), ("llama_cpp", "lib/libllama.*")):
         spec = importlib.util.find_spec(package)
-        for place in (spec.submodule_search_locations or []) if spec else []:
-            for path in sorted(Path(place).glob(pattern)):
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            for path in sorted(Path(folder).glob(pattern)):
                 return package, path
     return None
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The functions of llama.cpp; ValueError where no package brings them."""
-    found = find_library()
-    if found is None:
+    """Load llama.cpp; ValueError if it is not installed or too old."""
+    installed = find_library()
+    if installed is None:
         raise ValueError(
-            "no llama.cpp is installed; pip install xllamacpp (a prebuilt wheel) or llama-cpp-python"
+            "llama.cpp is not installed; "
+            "pip install xllamacpp (a prebuilt wheel) or llama-cpp-python"
         )
-    for base in sorted(
-        found[1].parent.glob("libggml-base.*")
-    ):  # llama-cpp-python has ggml in libraries of its own
-        ctypes.CDLL(str(base), mode=ctypes.RTLD_GLOBAL)
+    package, path = installed
+    # llama-cpp-python has ggml in separate libraries.
+    for ggml in sorted(path.parent.glob("libggml-base.*")):
+        ctypes.CDLL(str(ggml), mode=ctypes.RTLD_GLOBAL)
     try:
-        lib = ctypes.CDLL(str(found[1]))
+        lib = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ValueError(f"the llama.cpp of {found[0]} does not load: {error}") from None
+        raise ValueError(f"the llama.cpp of {package} does not load: {error}") from None
     for name, (result, arguments) in _FUNCTIONS.items():
         try:
             function = getattr(lib, name)
         except AttributeError:
             raise ValueError(
-                f"{found[0]} does not offer llama.cpp's {name}; pip install xllamacpp"
+                f"{package} does not have llama.cpp's {name}; pip install xllamacpp"
             ) from None
         function.restype, function.argtypes = result, arguments
     lib.llama_log_set(ctypes.cast(_log, c_void_p), None)
@@ -128,28 +128,29 @@ def library() -> ctypes.CDLL:
 
 
 def quantise_rows(values: np.ndarray, kind: int) -> np.ndarray:
-    """fp32 rows [n, width] as ggml's type of that number, uint8 [n, bytes]."""
+    """Quantise fp32 rows [n, width] to ggml's type number `kind`; return uint8 [n, bytes]."""
     import gguf
 
     values = np.ascontiguousarray(values, dtype=np.float32)
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     rows, width = values.shape
     result = np.empty((rows, width // block * size), dtype=np.uint8)
-    done = library().ggml_quantize_chunk(
+    written = library().ggml_quantize_chunk(
         kind, values.ctypes.data, result.ctypes.data, 0, rows, width, None
     )
-    assert done == result.nbytes
+    assert written == result.nbytes
     return result
 
 
-def _said() -> str:
-    return "; ".join(_errors) or "it does not say why"
+def _error_text() -> str:
+    return "; ".join(_errors) or "llama.cpp gives no reason"
 
 
 def probe(path: Path) -> None:
-    """Load a GGUF file in a process of its own and compute a token; ValueError where that fails, crashes or does not end.
+    """Load a GGUF file and compute a token in a subprocess; ValueError if this fails.
 
-    Catches what check_gguf does not know of, before this process runs the same code. Once for each state of a file.
+    Finds damage that check_gguf misses before this process loads the file. Runs once per version
+    of a file.
     """
     check_gguf(path)
     status = path.stat()
@@ -162,18 +163,18 @@ def _probed(path: Path, size: int, changed: int, inode: int) -> None:
     command = [sys.executable, "-m", "inference.llamacpp", str(path)]
     root, seconds = Path(__file__).resolve().parent.parent, PROBE_SECONDS + size / PROBE_RATE
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command, cwd=root, capture_output=True, stdin=subprocess.DEVNULL, timeout=seconds
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
             f"llama.cpp does not finish reading {path} in {seconds:.0f} s; it is damaged"
         ) from None
-    if done.returncode == REFUSED:
-        raise ValueError(done.stdout.decode(errors="replace").strip())
-    if done.returncode:
+    if result.returncode == REFUSED:
+        raise ValueError(result.stdout.decode(errors="replace").strip())
+    if result.returncode:
         raise ValueError(
-            f"llama.cpp cannot read {path}: it ends with status {done.returncode}; the file is damaged"
+            f"llama.cpp cannot read {path}: exit status {result.returncode}; the file is damaged"
         )
 
 
@@ -181,7 +182,7 @@ REFUSED = 3  # exit status of _probe
 
 
 def _probe(path: Path) -> int:
-    """What the process of `probe` does."""
+    """Run in the subprocess of `probe`; return its exit status."""
     try:
         check_weights(path)
         with LlamaCpp(path, PROBE_CONTEXT, threads=1, probed=True) as runtime:
@@ -195,18 +196,19 @@ def _probe(path: Path) -> int:
 
 
 def check_weights(path: Path) -> None:
-    """ValueError where a tensor of a GGUF file holds values or scales that are not finite, by ggml's own check."""
+    """ValueError if ggml's check finds values or scales that are not finite in a GGUF file."""
     raw = np.memmap(path, dtype=np.uint8, mode="r")
     for name, tensor in check_gguf(path).tensors.items():
         data = raw[tensor.offset : tensor.offset + tensor.size]
         if not library().ggml_validate_row_data(tensor.kind, data.ctypes.data, tensor.size):
             raise ValueError(
-                f"{path} is damaged: the tensor {name} holds values that are not finite; copy or export it again"
+                f"{path} is damaged: the tensor {name} holds values that are not finite; "
+                "copy or export it again"
             )
 
 
 def _available_memory() -> float:
-    """Bytes that this machine can give; infinite where it does not say."""
+    """Return the machine's available memory in bytes; infinity if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         return next(
@@ -217,14 +219,14 @@ def _available_memory() -> float:
 
 
 class LlamaCpp:
-    """A GGUF file on the CPU: one sequence, which `feed` continues."""
+    """Runs a GGUF file on the CPU with one sequence of tokens; `feed` extends it."""
 
     def __init__(
         self, path: Path, context: int | None = None, threads: int = 0, probed: bool = False
     ):
-        """context: tokens that fit, by default as many as the file says. probed: skip `probe`.
+        """context: maximum tokens (default: the file's context length). probed: skip `probe`.
 
-        ValueError where the file is damaged, llama.cpp cannot read it, or the context does not fit the memory.
+        ValueError if the file is damaged, llama.cpp cannot read it, or memory is too small.
         """
         self.model = self.state = None
         content = check_gguf(path)
@@ -234,8 +236,8 @@ class LlamaCpp:
         need, free = content.cache_bytes(length), _available_memory()
         if need > free:
             raise ValueError(
-                f"a context of {length:,} tokens needs {need / 1e9:.1f} GB of memory for {path.name}, but {free / 1e9:.1f} GB "
-                "are available; give a smaller --context"
+                f"a context of {length:,} tokens needs {need / 1e9:.1f} GB of memory for "
+                f"{path.name}, but {free / 1e9:.1f} GB are available; give a smaller --context"
             )
         if not probed:
             probe(path)
@@ -245,9 +247,9 @@ class LlamaCpp:
             os.fsencode(path), lib.llama_model_default_params()
         )
         if not self.model:
-            raise ValueError(f"llama.cpp cannot read {path}: {_said()}")
+            raise ValueError(f"llama.cpp cannot read {path}: {_error_text()}")
         self.vocab = lib.llama_model_get_vocab(self.model)
-        self.size = lib.llama_vocab_n_tokens(self.vocab)
+        self.vocab_size = lib.llama_vocab_n_tokens(self.vocab)
         self.trained = lib.llama_model_n_ctx_train(self.model)
         self.context = min(context or self.trained, self.trained)
         params = lib.llama_context_default_params()
@@ -255,11 +257,12 @@ class LlamaCpp:
         self.state = lib.llama_init_from_model(self.model, params)
         if not self.state:
             raise ValueError(
-                f"llama.cpp cannot run {path} with a context of {self.context} tokens: {_said()}"
+                f"llama.cpp cannot run {path} with a context of {self.context} tokens: "
+                f"{_error_text()}"
             )
         threads = threads or len(os.sched_getaffinity(0))
         lib.llama_set_n_threads(self.state, threads, threads)
-        self.held: list[int] = []  # the sequence
+        self.tokens: list[int] = []  # the sequence so far
 
     def close(self) -> None:
         if self.state:
@@ -275,66 +278,61 @@ class LlamaCpp:
         self.close()
 
     def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text, with nothing put around it. special: text that looks like a CONTROL token is one."""
+        """Tokenize without bos or eos. special: parse CONTROL tokens in the text."""
         data = text.encode()
-        room = len(data) + 8
-        ids = (c_int32 * room)()
-        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, room, False, special)
+        size = len(data) + 8
+        ids = (c_int32 * size)()
+        count = self.lib.llama_tokenize(self.vocab, data, len(data), ids, size, False, special)
         assert count >= 0
         return list(ids[:count])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens included, as llama.cpp writes it."""
-        room = 64 + 64 * len(ids)
-        buffer = ctypes.create_string_buffer(room)
+        """Detokenize, special tokens included."""
+        size = 64 + 64 * len(ids)
+        buffer = ctypes.create_string_buffer(size)
         count = self.lib.llama_detokenize(
-            self.vocab, (c_int32 * len(ids))(*ids), len(ids), buffer, room, False, True
+            self.vocab, (c_int32 * len(ids))(*ids), len(ids), buffer, size, False, True
         )
         assert count >= 0
         return buffer.raw[:count].decode(errors="replace")
 
-    def ends(self, token: int) -> bool:
-        """Does llama.cpp end a reply at this token?"""
+    def ends_reply(self, token: int) -> bool:
+        """True if this is an end-of-generation token of llama.cpp."""
         return self.lib.llama_vocab_is_eog(self.vocab, token)
 
-    def keep(self, count: int = 0) -> None:
-        """Forget all of the sequence but its first tokens."""
-        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.state), 0, count, -1)
-        del self.held[count:]
+    def truncate(self, length: int = 0) -> None:
+        """Shorten the sequence to its first `length` tokens."""
+        self.lib.llama_memory_seq_rm(self.lib.llama_get_memory(self.state), 0, length, -1)
+        del self.tokens[length:]
 
     def feed(self, ids: Sequence[int], last: int = 1) -> np.ndarray:
-        """Continue the sequence; logits fp32 [last, V] after each of its last tokens."""
-        if len(self.held) + len(ids) > self.context:
-            raise ValueError(
-                f"{len(self.held) + len(ids)} tokens do not fit a context of {self.context}"
-            )
-        odd = [index for index in ids if not 0 <= index < self.size]
-        if odd or not ids:
-            raise ValueError(
-                f"token {odd[0]} is not in the vocabulary of {self.size}"
-                if odd
-                else "no tokens to feed"
-            )
-        parts = []
+        """Append tokens; return fp32 logits [last, V] after each of the `last` final tokens."""
+        length = len(self.tokens) + len(ids)
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit a context of {self.context}")
+        if not ids:
+            raise ValueError("feed needs at least one token")
+        unknown = [index for index in ids if not 0 <= index < self.vocab_size]
+        if unknown:
+            raise ValueError(f"token {unknown[0]} is not in the vocabulary of {self.vocab_size}")
+        outputs = []
         for begin in range(0, len(ids), BATCH):
-            part = ids[begin : begin + BATCH]
-            n = len(part)
-            wanted = [int(begin + i >= len(ids) - last) for i in range(n)]
-            batch = _Batch(n, (c_int32 * n)(*part), None, None, None, None, (c_int8 * n)(*wanted))
+            chunk = ids[begin : begin + BATCH]
+            n = len(chunk)
+            needed = [int(begin + i >= len(ids) - last) for i in range(n)]
+            batch = _Batch(n, (c_int32 * n)(*chunk), None, None, None, None, (c_int8 * n)(*needed))
             status = self.lib.llama_decode(self.state, batch)
             if status:
-                raise RuntimeError(f"llama_decode returned {status}: {_said()}")
-            self.held += part
-            if rows := sum(wanted):
-                parts.append(
-                    np.ctypeslib.as_array(
-                        self.lib.llama_get_logits(self.state), (rows, self.size)
-                    ).copy()
-                )
-        logits = np.concatenate(parts)
+                raise RuntimeError(f"llama_decode returned {status}: {_error_text()}")
+            self.tokens += chunk
+            if rows := sum(needed):
+                pointer = self.lib.llama_get_logits(self.state)
+                outputs.append(np.ctypeslib.as_array(pointer, (rows, self.vocab_size)).copy())
+        logits = np.concatenate(outputs)
         if not np.isfinite(logits).all():
             raise ValueError(
-                "the model's logits are not finite; its weights are damaged, take another copy of the file"
+                "the model's logits are not finite: its weights are damaged; "
+                "restore the file from a copy"
             )
         return logits
 

@@ -1,7 +1,8 @@
-"""A model's matrices laid out for products with few rows: what decoding on a CPU spends its time on.
+"""Weight layouts for decoding on a CPU; `linear_ops` is the one entry point.
 
-torch's own products of one to some dozen rows reach a third to a half of what oneDNN's blocked weights or a turned matrix do,
-in fp32 as in bf16 (benchmarks/generation.py, docs/performance.md). Costs the memory of the weights once more.
+torch's products of 1 to about 50 rows reach a third to a half of the speed of oneDNN's blocked
+weights or of a transposed matrix, in fp32 and bf16 (docs/performance.md).
+A packed layout is a second copy of the weights in memory.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from torch.nn import functional as F
 from models.nanollama import NanoLlama
 
 Product = Callable[[Tensor], Tensor]  # x [N, in] -> [N, out]
-ROWS_HINT = 16  # what the blocks are chosen for; they do as well for 1 and for 1,000
+ROWS_HINT = 16  # rows that oneDNN chooses its blocks for; the blocks also serve 1 and 1,000 rows
 
 
-class Layer(NamedTuple):
-    """The products of one layer; queries, keys and values come from one, and so do the feed-forward's two halves."""
+class LayerOps(NamedTuple):
+    """Matrix products of one layer; qkv and gate_up each fuse several projections."""
 
     qkv: Product
     out: Product
@@ -28,99 +29,88 @@ class Layer(NamedTuple):
 
 
 class LinearOps(NamedTuple):
-    layers: list[Layer]
+    """Matrix products of a model."""
+
+    layers: list[LayerOps]
     head: Product
 
 
-class _Kept(NamedTuple):
-    state: tuple  # of the weights
-    for_one: bool  # for one row only
-    matrices: LinearOps
+class _CachedOps(NamedTuple):
+    weights_state: tuple[Any, ...]
+    single_row: bool  # the layout suits one row only
+    ops: LinearOps
 
 
-_packs: WeakKeyDictionary[NanoLlama, _Kept] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[NanoLlama, _CachedOps] = WeakKeyDictionary()
 
 
-def plain(model: NanoLlama) -> LinearOps:
-    """The matrices as they lie in the model."""
-    return _matrices(
-        model, lambda *weights: lambda x: _joined([F.linear(x, weight) for weight in weights])
-    )
+def linear_ops(model: NanoLlama, rows: int | None = None) -> LinearOps:
+    """Return the model's matrix products in the fastest layout for `rows` rows.
 
-
-def packed(model: NanoLlama, rows: int) -> LinearOps:
-    """The matrices in the best layout for `rows` rows; the plain ones where there is no better one.
-
-    Kept with the model until a weight changes: its place in memory, autograd's count of changes, or, since neither tells of
-    every write through `.data`, its first value.
+    rows=None, and devices without a faster layout, use the model's own weights. A packed layout is
+    cached until a weight changes: its address, autograd's version counter or its first value
+    (writes through `.data` do not increase the counter).
     """
     weight = model.embed_tokens.weight
-    if not _can_pack(weight):
-        return plain(model)
+    if rows is None or not _can_pack(weight):
+        return _build(model, _unpacked)
     state = tuple((p.data_ptr(), p._version, p[(0,) * p.ndim].item()) for p in model.parameters())
-    kept = _packs.get(model)
-    if kept is None or kept.state != state or (kept.for_one and rows > 1):
-        one = rows == 1 and weight.dtype == torch.float32
-        kept = None
-        _packs.pop(model, None)  # before the new one needs memory
-        kept = _packs[model] = _Kept(state, one, _matrices(model, _transposed if one else _blocked))
-    return kept.matrices
+    cached = _cache.get(model)
+    if cached is None or cached.weights_state != state or (cached.single_row and rows > 1):
+        cached = None
+        _cache.pop(model, None)  # frees the old copy before the new one is built
+        single_row = rows == 1 and weight.dtype == torch.float32
+        ops = _build(model, _transposed if single_row else _blocked)
+        cached = _cache[model] = _CachedOps(state, single_row, ops)
+    return cached.ops
 
 
-def _matrices(model: NanoLlama, lay: Callable[..., Product]) -> LinearOps:
-    def layer(block: Any) -> Layer:
+def _build(model: NanoLlama, layout: Callable[..., Product]) -> LinearOps:
+    def layer_ops(block: Any) -> LayerOps:
         attention, mlp = block.self_attn, block.mlp
-        qkv = lay(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        return Layer(
-            qkv,
-            lay(attention.o_proj.weight),
-            lay(mlp.gate_proj.weight, mlp.up_proj.weight),
-            lay(mlp.down_proj.weight),
+        return LayerOps(
+            layout(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
+            layout(attention.o_proj.weight),
+            layout(mlp.gate_proj.weight, mlp.up_proj.weight),
+            layout(mlp.down_proj.weight),
         )
 
     with torch.no_grad():
-        return LinearOps([layer(block) for block in model.layers], lay(head(model)))
-
-
-def head(model: NanoLlama) -> Tensor:
-    """The matrix [V, D] that makes logits of hidden states."""
-    return model.embed_tokens.weight if model.lm_head is None else model.lm_head.weight
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return LinearOps([layer_ops(block) for block in model.layers], layout(model.head_weight))
 
 
 def _can_pack(weight: Tensor) -> bool:
-    if (
-        weight.device.type != "cpu"
-        or not torch.backends.mkldnn.is_available()
-        or weight.is_inference()
-    ):
+    onednn = torch.backends.mkldnn.is_available()
+    if weight.device.type != "cpu" or not onednn or weight.is_inference():
         return False
     return weight.dtype == torch.float32 or (
         weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 
+def _unpacked(*weights: Tensor) -> Product:
+    """Use the weights as stored."""
+    if len(weights) == 1:
+        return lambda x: F.linear(x, weights[0])
+    return lambda x: torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+
+
 def _blocked(*weights: Tensor) -> Product:
-    """By oneDNN, as torch.compile's own CPU code does it."""
-    blocks = torch.ops.mkldnn._reorder_linear_weight(_joined_rows(weights), ROWS_HINT)
+    """Use oneDNN's blocked layout, as torch.compile does on a CPU."""
+    blocks = torch.ops.mkldnn._reorder_linear_weight(_concatenated(weights), ROWS_HINT)
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, blocks, None, "none", [], "")
 
 
 def _transposed(*weights: Tensor) -> Product:
-    """For one row in fp32: wide matrices are read fastest with the outputs side by side, others as they are."""
-    whole = _joined_rows(weights)
-    if whole.shape[0] <= whole.shape[1]:
-        return lambda x: F.linear(x, whole)
-    turned = whole.t().contiguous()
-    return lambda x: x @ turned
+    """Transpose matrices with more outputs than inputs: fastest for one fp32 row."""
+    weight = _concatenated(weights)
+    if weight.shape[0] <= weight.shape[1]:
+        return lambda x: F.linear(x, weight)
+    transposed = weight.t().contiguous()
+    return lambda x: x @ transposed
 
 
-def _joined_rows(weights: tuple[Tensor, ...]) -> Tensor:
-    return (
-        weights[0].detach()
-        if len(weights) == 1
-        else torch.cat([weight.detach() for weight in weights])
-    )
+def _concatenated(weights: tuple[Tensor, ...]) -> Tensor:
+    if len(weights) == 1:
+        return weights[0].detach()
+    return torch.cat([weight.detach() for weight in weights])

@@ -1,6 +1,7 @@
-"""One sequence of tokens and what a model says next, alike for a checkpoint (torch) and a GGUF file (llama.cpp).
+"""Runners: one interface to generate tokens with a checkpoint (torch) or a GGUF file (llama.cpp).
 
-A speaker keeps its key-value cache: of a prompt that continues the last one, only what is new is computed.
+A runner keeps its key-value cache. When a prompt extends the last one, only the new tokens are
+computed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,25 +10,35 @@ from typing import Protocol
 
 import torch
 
-from inference.generation import Cache, stream
+from inference.generation import stream
+from inference.kv_cache import Cache
 from inference.llamacpp import LlamaCpp
-from inference.packed_weights import head
-from inference.sampling import Sampling, choose, uniforms
+from inference.sampling import Sampling, next_token, uniforms
 from models.hf import load_hf
 
 
 class Runner(Protocol):
-    context: int  # tokens that fit, prompt and reply together
+    """Generates the continuation of one prompt at a time."""
 
-    def speak(
-        self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]
+    context: int  # maximum of prompt and reply together, in tokens
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_tokens: Sequence[int],
     ) -> Iterator[int]:
-        """At most `new` tokens after a prompt, one by one; a token of `stop` is the last. ValueError where they do not fit."""
+        """Yield new tokens, up to and including the first stop token.
+
+        ValueError if prompt and new tokens exceed the context.
+        """
         ...
 
 
 class TorchRunner:
-    """A Hugging Face folder that NanoLlama reads."""
+    """Runs a Hugging Face folder with torch."""
 
     def __init__(self, folder: Path, device: str = "cpu", context: int | None = None):
         self.model = load_hf(
@@ -35,72 +46,87 @@ class TorchRunner:
         )
         trained = self.model.config.max_position_embeddings
         self.context = min(context or trained, trained)
-        weight = head(self.model)
+        weight = self.model.head_weight
         self.cache = Cache(self.model.config, 1, self.context, weight.device, weight.dtype)
-        self.held: list[int] = []  # what the cache holds
+        self.cached_tokens: list[int] = []
 
-    def speak(
-        self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_tokens: Sequence[int],
     ) -> Iterator[int]:
-        _check(prompt, new, self.context)
-        shared = common(self.held, prompt)
-        self.held = [*prompt[:shared]]
+        _check_length(prompt, max_new_tokens, self.context)
+        shared = shared_prefix(self.cached_tokens, prompt)
+        if sampling.repetition_penalty != 1:  # `stream` penalises only the tokens passed to it
+            shared = 0
+        self.cached_tokens = [*prompt[:shared]]
         self.cache.lengths = [shared]
-        if (
-            sampling.repetition_penalty != 1 and shared
-        ):  # it counts all tokens of the prompt that `stream` is given
-            shared, self.held, self.cache.lengths = 0, [], [0]
-        said: list[int] = []
+        reply: list[int] = []
+        events = stream(
+            self.model,
+            [prompt[shared:]],
+            max_new_tokens,
+            sampling,
+            seed,
+            stop_tokens,
+            cache=self.cache,
+        )
         try:
-            for event in stream(
-                self.model, [prompt[shared:]], new, sampling, seed, stop, cache=self.cache
-            ):
-                said.append(event.token)
+            for event in events:
+                reply.append(event.token)
                 yield event.token
         finally:
-            self.held = [*prompt, *said][: self.cache.lengths[0]]
+            self.cached_tokens = [*prompt, *reply][: self.cache.lengths[0]]
 
 
 class GgufRunner:
-    """A GGUF file, run by llama.cpp; tokens are drawn from its logits as everywhere here."""
+    """Runs a GGUF file with llama.cpp; inference/sampling.py samples from its logits."""
 
     def __init__(self, path: Path, context: int | None = None, threads: int = 0):
         self.runtime = LlamaCpp(path, context, threads)
         self.context = self.runtime.context
 
-    def speak(
-        self, prompt: Sequence[int], new: int, sampling: Sampling, seed: int, stop: Sequence[int]
+    def generate(
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+        stop_tokens: Sequence[int],
     ) -> Iterator[int]:
-        _check(prompt, new, self.context)
-        shared = common(self.runtime.held, prompt)
-        self.runtime.keep(shared)
-        luck = uniforms([seed], new)[0]
-        seen = torch.zeros(1, self.runtime.size, dtype=torch.bool)
+        _check_length(prompt, max_new_tokens, self.context)
+        shared = shared_prefix(self.runtime.tokens, prompt)
+        self.runtime.truncate(shared)
+        random = uniforms([seed], max_new_tokens)[0]
+        seen = torch.zeros(1, self.runtime.vocab_size, dtype=torch.bool)
         seen[0, list(prompt)] = True
         ids = [*prompt[shared:]]
-        for i in range(new):
-            token = int(
-                choose(torch.from_numpy(self.runtime.feed(ids)), sampling, seen, luck[i : i + 1])[0]
-            )
+        for step in range(max_new_tokens):
+            scores = torch.from_numpy(self.runtime.feed(ids))
+            token = int(next_token(scores, sampling, seen, random[step : step + 1])[0])
             yield token
-            if token in stop:
+            if token in stop_tokens:
                 return
             seen[0, token] = True
             ids = [token]
 
 
-def common(held: Sequence[int], prompt: Sequence[int]) -> int:
-    """How many tokens of a prompt need not be computed again; its last always is, for what comes after it."""
+def shared_prefix(cached: Sequence[int], prompt: Sequence[int]) -> int:
+    """Count the prompt's leading tokens that are cached; its last token is always recomputed."""
     count = 0
-    while count < min(len(held), len(prompt) - 1) and held[count] == prompt[count]:
+    while count < min(len(cached), len(prompt) - 1) and cached[count] == prompt[count]:
         count += 1
     return count
 
 
-def _check(prompt: Sequence[int], new: int, context: int) -> None:
-    if not prompt or new < 1:
-        raise ValueError("a prompt and a reply need at least one token each")
-    if len(prompt) + new > context:
+def _check_length(prompt: Sequence[int], max_new_tokens: int, context: int) -> None:
+    if not prompt or max_new_tokens < 1:
+        raise ValueError("the prompt and the reply need at least one token each")
+    if len(prompt) + max_new_tokens > context:
         raise ValueError(
-            f"{len(prompt)} tokens and {new} new ones exceed the model's context of {context}; begin anew or ask for less"
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones exceed the model's context "
+            f"of {context}; start a new conversation or ask for fewer tokens"
         )

@@ -1,4 +1,4 @@
-"""From logits to a token: the transforms of transformers' logits processors, in its order, and a draw by given chance."""
+"""Sampling: logits to a token, with transformers' logits processors in their order."""
 
 import math
 from dataclasses import dataclass
@@ -6,84 +6,85 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-COLDEST = 1e-6  # scores divided by less may leave fp32's range; 0 is the limit
+MIN_TEMPERATURE = 1e-6  # dividing by less may overflow fp32; 0 means greedy decoding
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; the defaults take the likeliest. In this order, as in transformers' `generate`."""
+    """Sampling settings, applied in this order as in transformers' `generate`. Default: greedy."""
 
-    repetition_penalty: float = (
-        1.0  # divides positive scores of tokens that came before, multiplies negative ones
-    )
-    temperature: float = (
-        0.0  # divides the scores; 0 takes the likeliest token, and what follows has no part
-    )
-    top_k: int = 0  # keep the k likeliest tokens, 0 all
-    top_p: float = 1.0  # keep the likeliest tokens whose probabilities first reach p together
-    min_p: float = (
-        0.0  # keep tokens that have at least this share of the likeliest one's probability
-    )
+    repetition_penalty: float = 1.0  # seen tokens: divides positive scores, multiplies negative
+    temperature: float = 0.0  # divides the scores; 0: greedy, the settings below have no effect
+    top_k: int = 0  # keep the k most likely tokens; 0: all
+    top_p: float = 1.0  # keep the most likely tokens whose total probability first reaches p
+    min_p: float = 0.0  # keep tokens with at least this fraction of the top probability
 
     def __post_init__(self) -> None:
         ranges = {
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0 and finite"),
             "temperature": (
-                self.temperature == 0 or COLDEST <= self.temperature < math.inf,
-                f"0, or finite and at least {COLDEST:g}",
+                self.temperature == 0 or MIN_TEMPERATURE <= self.temperature < math.inf,
+                f"0, or finite and at least {MIN_TEMPERATURE:g}",
             ),
             "top_k": (self.top_k >= 0, "0 or above"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
         }
-        for name, (fits, words) in ranges.items():
-            if not fits:
-                raise ValueError(f"{name}={getattr(self, name)} must be {words}")
+        for name, (valid, bounds) in ranges.items():
+            if not valid:
+                raise ValueError(f"{name}={getattr(self, name)} must be {bounds}")
 
 
-def adjust(scores: Tensor, how: Sampling, seen: Tensor | None = None) -> Tensor:
-    """Scores [B, V], fp32, whose softmax is the distribution to draw from. seen [B, V] marks tokens that came before."""
-    if seen is not None and how.repetition_penalty != 1:
-        penalised = torch.where(
-            scores < 0, scores * how.repetition_penalty, scores / how.repetition_penalty
-        )
+def process_logits(scores: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tensor:
+    """Transform fp32 scores [B, V]; their softmax is the distribution to sample from.
+
+    seen [B, V] marks the earlier tokens of each row.
+    """
+    penalty = sampling.repetition_penalty
+    if seen is not None and penalty != 1:
+        penalised = torch.where(scores < 0, scores * penalty, scores / penalty)
         scores = torch.where(seen, penalised, scores)
-    if how.temperature == 0:
+    if sampling.temperature == 0:
         return scores
-    scores = scores / how.temperature
-    if 0 < how.top_k < scores.shape[-1]:
-        scores = scores.masked_fill(scores < scores.topk(how.top_k).values[:, -1:], -math.inf)
-    if how.top_p < 1:
+    scores = scores / sampling.temperature
+    if 0 < sampling.top_k < scores.shape[-1]:
+        threshold = scores.topk(sampling.top_k).values[:, -1:]
+        scores = scores.masked_fill(scores < threshold, -math.inf)
+    if sampling.top_p < 1:
         ascending, order = scores.sort()
-        rare = ascending.softmax(-1).cumsum(-1) <= 1 - how.top_p
-        rare[:, -1] = False
-        scores = scores.masked_fill(rare.scatter(-1, order, rare), -math.inf)
-    if how.min_p > 0:
-        shares = scores.softmax(-1)
-        rare = shares < how.min_p * shares.amax(-1, keepdim=True)
-        scores = scores.masked_fill(rare, -math.inf)
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - sampling.top_p
+        dropped[:, -1] = False
+        scores = scores.masked_fill(dropped.scatter(-1, order, dropped), -math.inf)
+    if sampling.min_p > 0:
+        probs = scores.softmax(-1)
+        dropped = probs < sampling.min_p * probs.amax(-1, keepdim=True)
+        scores = scores.masked_fill(dropped, -math.inf)
     return scores
 
 
-def draw(scores: Tensor, chance: Tensor) -> Tensor:
-    """A token [B] of each row's softmax: the one in whose part of [0, 1), laid out by token id, its chance [B] (fp64) falls."""
+def sample(scores: Tensor, random: Tensor) -> Tensor:
+    """Sample a token [B] from each row's softmax by inverse transform.
+
+    random [B], fp64 in [0, 1), selects the token by cumulative probability in token-id order.
+    """
     sums = scores.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(sums, (chance * sums[:, -1])[:, None], right=True)[:, 0].clamp(
-        max=scores.shape[-1] - 1
-    )
+    tokens = torch.searchsorted(sums, (random * sums[:, -1])[:, None], right=True)[:, 0]
+    return tokens.clamp(max=scores.shape[-1] - 1)
 
 
-def choose(scores: Tensor, how: Sampling, seen: Tensor | None, chance: Tensor | None) -> Tensor:
-    """The next token [B] of scores [B, V], fp32; chance [B] may be None where temperature is 0, which takes the likeliest."""
-    scores = adjust(scores, how, seen)
-    if how.temperature == 0:
+def next_token(
+    scores: Tensor, sampling: Sampling, seen: Tensor | None, random: Tensor | None
+) -> Tensor:
+    """Return the next token [B] of fp32 scores [B, V]. Greedy decoding needs no random numbers."""
+    scores = process_logits(scores, sampling, seen)
+    if sampling.temperature == 0:
         return scores.argmax(-1)
-    assert chance is not None
-    return draw(scores, chance)
+    assert random is not None
+    return sample(scores, random)
 
 
 def uniforms(seeds: list[int], count: int) -> Tensor:
-    """Numbers [B, count] in [0, 1), fp64, a row of them for each seed: a row's draws do not depend on its neighbours."""
+    """Return uniform fp64 numbers [B, count] in [0, 1); each row depends on its seed alone."""
     for seed in seeds:
         if not -(2**63) <= seed < 2**64:
             raise ValueError(f"seed={seed} must be at least -2**63 and below 2**64")

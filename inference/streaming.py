@@ -1,4 +1,4 @@
-"""Text of tokens that come one by one."""
+"""Incremental detokenisation: text pieces from tokens that arrive one by one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,62 +9,62 @@ from models.nanollama import NanoLlama
 Decode = Callable[[list[int]], str]
 
 
-def whole_characters(text: str) -> str:
-    """Text that UTF-8 can encode: surrogate pairs are joined, half of one becomes U+FFFD."""
+def replace_surrogates(text: str) -> str:
+    """Make text encodable as UTF-8: join surrogate pairs, replace lone surrogates by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class TextStream:
-    """Text that will not change any more: whole characters, and nothing that may be the beginning of a stop string.
+    """Decodes tokens one by one and returns only final text.
 
-    decode makes text of token ids; where bytes are missing to a character it writes U+FFFD, as tokenizers' decode does.
-    What `push` and `flush` return, put together, is decode of all tokens up to the first stop string.
+    Incomplete characters and text that may begin a stop string are withheld. The concatenation of
+    all `push` and `flush` results is the decoded text up to the first stop string. decode: token
+    ids to text, with U+FFFD for an incomplete character, as in the tokenizers library.
     """
 
     def __init__(self, decode: Decode, stop_strings: Sequence[str] = ()):
         if not all(stop_strings):
             raise ValueError("a stop string must not be empty")
         self.decode, self.stop_strings = decode, stop_strings
-        self.before: list[
-            int
-        ] = []  # the last tokens whose text was taken: some decoders treat a first token differently
-        self.tokens: list[int] = []  # tokens whose text was not taken yet
-        self.held = ""  # text that may be the beginning of a stop string
+        # Decoded before the new tokens, because some decoders treat the first token specially.
+        self.context: list[int] = []
+        self.tokens: list[int] = []  # tokens whose text is not yet emitted
+        self.withheld = ""  # text that may begin a stop string
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """The text that has become certain by one more token; none once `stopped` says that a stop string came."""
+        """Add a token; return the text that is now final, "" after a stop string (`stopped`)."""
         if self.stopped:
             return ""
         self.tokens.append(token)
         text = self._text()
-        return "" if text.endswith("\ufffd") else self._take(text)
+        return "" if text.endswith("\ufffd") else self._emit(text)
 
     def flush(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Return the withheld text, after the last token."""
         if self.stopped:
             return ""
-        text = self._take(self._text())
-        text, self.held = text + self.held, ""
+        text = self._emit(self._text()) + self.withheld
+        self.withheld = ""
         return text
 
     def _text(self) -> str:
-        return self.decode(self.before + self.tokens)[len(self.decode(self.before)) :]
+        return self.decode(self.context + self.tokens)[len(self.decode(self.context)) :]
 
-    def _take(self, text: str) -> str:
-        """Text before a stop string, or before what may become one."""
-        self.before, self.tokens = self.tokens or self.before, []
-        text = self.held + text
-        found = [at for stop in self.stop_strings if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self.held = True, ""
-            return text[: min(found)]
-        sizes = [
+    def _emit(self, text: str) -> str:
+        """Return the text before a stop string, or before a possible beginning of one."""
+        self.context, self.tokens = self.tokens or self.context, []
+        text = self.withheld + text
+        stops = [index for stop in self.stop_strings if (index := text.find(stop)) >= 0]
+        if stops:
+            self.stopped, self.withheld = True, ""
+            return text[: min(stops)]
+        prefixes = [
             n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])
         ]
-        certain = len(text) - max(sizes, default=0)
-        self.held = text[certain:]
-        return text[:certain]
+        end = len(text) - max(prefixes, default=0)
+        self.withheld = text[end:]
+        return text[:end]
 
 
 def stream_text(
@@ -74,11 +74,11 @@ def stream_text(
     decode: Decode,
     stop_strings: Sequence[str] = (),
     stop_tokens: Sequence[int] = (),
-    **how: Any,
+    **options: Any,
 ) -> Iterator[tuple[int, str]]:
-    """Pairs of a row's number and its next piece of text; further arguments are those of `generation.stream`.
+    """Yield (row, next piece of its text). options: further arguments of `generation.stream`.
 
-    A row ends at a stop token or a stop string, which are no part of the text, or after max_new_tokens.
+    A row ends at a stop token, at a stop string, or after max_new_tokens. The text excludes both.
     """
     texts = [TextStream(decode, stop_strings) for _ in prompts]
 
@@ -88,7 +88,7 @@ def stream_text(
 
     pieces: dict[int, str] = {}
     for event in stream(
-        model, prompts, max_new_tokens, stop_tokens=stop_tokens, ended=ended, **how
+        model, prompts, max_new_tokens, stop_tokens=stop_tokens, ended=ended, **options
     ):
         piece = pieces.pop(event.row) + (texts[event.row].flush() if event.finish else "")
         if piece:
@@ -100,10 +100,10 @@ def complete(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     decode: Decode,
-    **how: Any,
+    **options: Any,
 ) -> list[str]:
-    """The texts of all rows; arguments as for `stream_text`."""
+    """Return the complete text of each row; arguments as for `stream_text`."""
     texts = [""] * len(prompts)
-    for row, piece in stream_text(model, prompts, max_new_tokens, decode, **how):
+    for row, piece in stream_text(model, prompts, max_new_tokens, decode, **options):
         texts[row] += piece
     return texts

@@ -1,1 +1,1 @@
-"""The networks. Imports torch and safetensors only; knows nothing of ranks, files of a run or the environment."""
+"""Networks in plain PyTorch: the model, its layers, attention, loss head and Hugging Face files."""

@@ -1,6 +1,7 @@
-"""Attention: softmax over earlier tokens of the same document, with grouped heads, by one of several kernels.
+"""Causal attention with grouped heads, document masks and sliding windows, on several kernels.
 
-`attention_mask` decides once a forward pass what may be seen, in the form that the kernel takes; `attend` runs it in each layer.
+`attention_mask` builds the kernel's mask once per forward pass; `attend` runs the kernel in each
+layer.
 """
 
 from collections.abc import Callable
@@ -20,68 +21,68 @@ KERNELS = ("auto", "sdpa", "blocks", "flex", "varlen", "flash")
 
 
 class Varlen(NamedTuple):
-    """All rows of a batch end to end, as kernels for documents of any length take them."""
+    """Mask of the variable-length kernels, which take all rows of a batch as one sequence."""
 
-    starts: Tensor  # [documents + 1] int32: where each begins among the B * T tokens, and where the last ends
+    starts: Tensor  # [documents + 1] int32: first token of each document, then B * T
     longest: int  # tokens of the longest document
-    window: tuple[int, int]  # how many tokens are seen to the left and to the right; -1: all
+    window: tuple[int, int]  # visible tokens to the left and right; -1: all
     kernel: str  # key of VARLEN_KERNELS
 
 
-class Added(NamedTuple):
-    """What blocked_attention adds to the scores: 0 or -inf."""
+class ScoreBias(NamedTuple):
+    """Mask of blocked_attention, which adds it to the scores."""
 
-    scores: Tensor  # [B or 1, T, T], in the dtype of q
+    bias: Tensor  # [B or 1, T, T], 0 or -inf, in the dtype of q
 
 
-Mask = Tensor | BlockMask | Varlen | Added | None
-VARLEN_KERNELS: dict[
-    str, Callable[..., Any]
-] = {}  # filled on first use, since torch's loads its compiler with it
+Mask = Tensor | BlockMask | Varlen | ScoreBias | None
+# Filled on first use, because importing torch's kernel loads its compiler.
+VARLEN_KERNELS: dict[str, Callable[..., Any]] = {}
 
 
 def choose_kernel(
-    wanted: str,
+    kernel: str,
     device: torch.device,
     dtype: torch.dtype,
     masked: bool,
     shape: tuple[int, int, int] = (0, 0, 0),
 ) -> str:
-    """The kernel to use for q, k, v of this dtype on this device: sdpa, blocks, flex, varlen, or FA2, FA3, FA4 for flash.
+    """Resolve a name of KERNELS to sdpa, blocks, flex, varlen, FA2, FA3 or FA4 on this device.
 
-    masked: there are documents or a window. shape: rows, length and width of the hidden states. auto takes blocks on a CPU,
-    sdpa where there is nothing to mask, else flex; blocks gives way to sdpa where it would keep too much.
-    Raises ValueError where the wanted one cannot train here.
+    dtype: of q, k and v. masked: documents or a window limit attention. shape: rows, length and
+    width of the hidden states. auto takes blocks on a CPU, sdpa without a mask, else flex. sdpa
+    replaces blocks where the probabilities exceed MAX_PROBABILITIES. ValueError if the kernel
+    cannot train on this device.
     """
-    assert wanted in KERNELS
+    assert kernel in KERNELS
     cuda = device.type == "cuda"
-    if wanted == "auto":
-        wanted = "blocks" if device.type == "cpu" else "flex" if masked and cuda else "sdpa"
-    refusal = ""
-    if wanted == "sdpa" and masked and cuda:
-        refusal = "would build the scores of all pairs of tokens to mask documents"
-    elif wanted == "blocks" and device.type != "cpu":
-        refusal = f"is for a CPU, and this is {device.type}"
-    elif wanted not in ("sdpa", "blocks") and not cuda:
-        refusal = f"trains on an NVIDIA GPU only, and this is {device.type}"
-    elif wanted in ("varlen", "flash") and dtype not in (torch.bfloat16, torch.float16):
-        refusal = f"computes in bfloat16 only, not {str(dtype).removeprefix('torch.')}"
-    elif wanted in ("varlen", "flash") and torch.cuda.get_device_capability(device) < (8, 0):
-        refusal = f"needs an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
-    elif wanted == "flash" and _flash_version(device) is None:
-        refusal = (
+    if kernel == "auto":
+        kernel = "blocks" if device.type == "cpu" else "flex" if masked and cuda else "sdpa"
+    problem = ""
+    if kernel == "sdpa" and masked and cuda:
+        problem = "would build the scores of all pairs of tokens to mask documents"
+    elif kernel == "blocks" and device.type != "cpu":
+        problem = f"runs on a CPU only, not on {device.type}"
+    elif kernel not in ("sdpa", "blocks") and not cuda:
+        problem = f"trains on an NVIDIA GPU only, not on {device.type}"
+    elif kernel in ("varlen", "flash") and dtype not in (torch.bfloat16, torch.float16):
+        problem = f"computes in bfloat16 only, not {str(dtype).removeprefix('torch.')}"
+    elif kernel in ("varlen", "flash") and torch.cuda.get_device_capability(device) < (8, 0):
+        problem = f"needs an Ampere GPU or newer, not {torch.cuda.get_device_name(device)}"
+    elif kernel == "flash" and _flash_version(device) is None:
+        problem = (
             "needs the package flash_attn, flash_attn_interface (FlashAttention-3) or flash-attn-4"
         )
-    if refusal:
-        raise ValueError(f"parallel.attention={wanted} {refusal}; take parallel.attention=auto")
-    if wanted == "blocks" and shape[0] * shape[1] ** 2 * shape[2] > MAX_PROBABILITIES:
+    if problem:
+        raise ValueError(f"parallel.attention={kernel} {problem}; set parallel.attention=auto")
+    if kernel == "blocks" and shape[0] * shape[1] ** 2 * shape[2] > MAX_PROBABILITIES:
         return "sdpa"
-    return _flash_version(device) or wanted if wanted == "flash" else wanted
+    return _flash_version(device) or kernel if kernel == "flash" else kernel
 
 
 @cache
 def _flash_version(device: torch.device) -> str | None:
-    """The newest FlashAttention installed for a GPU; 3 and 4 take the place of torch's kernel behind varlen_attn."""
+    """Return the newest FlashAttention installed for a GPU. varlen_attn runs versions 3 and 4."""
     major = torch.cuda.get_device_capability(device)[0]
     if major == 9 and find_spec("flash_attn_interface"):
         return "FA3"
@@ -92,56 +93,58 @@ def _flash_version(device: torch.device) -> str | None:
 
 
 def attention_mask(
-    doc_ids: Tensor | None, x: Tensor, wanted: str = "auto", window: int | None = None
+    doc_ids: Tensor | None, x: Tensor, kernel: str = "auto", window: int | None = None
 ) -> Mask:
-    """What a token may attend to: earlier tokens of its own document, of which the last `window` with itself (None: all).
+    """Build the mask under which a token attends to itself and earlier tokens of its document.
 
-    docs [B, T] counts up at each document's first token; None: each row is one. x [B, T, ...] has the device and dtype of the
-    hidden states. wanted: one of KERNELS. None stands for plain causal attention.
+    doc_ids [B, T] increases at each document's first token; None: each row is one document.
+    x [B, T, D]: the hidden states. kernel: one of KERNELS. window: visible tokens, the token itself
+    included; None: all. Returns None for plain causal attention.
     """
     if window is not None and window >= x.shape[1]:
         window = None
     masked = doc_ids is not None or window is not None
-    kernel = choose_kernel(wanted, x.device, x.dtype, masked, (x.shape[0], x.shape[1], x.shape[2]))
+    rows, length, width = x.shape
+    kernel = choose_kernel(kernel, x.device, x.dtype, masked, (rows, length, width))
     if kernel == "blocks":
-        seen = dense_mask(doc_ids, x.shape[1], x.device, window).view(-1, x.shape[1], x.shape[1])
-        return Added(torch.zeros_like(seen, dtype=x.dtype).masked_fill_(~seen, -torch.inf))
+        visible = dense_mask(doc_ids, length, x.device, window).view(-1, length, length)
+        bias = torch.zeros_like(visible, dtype=x.dtype)
+        return ScoreBias(bias.masked_fill_(~visible, -torch.inf))
     if kernel == "sdpa":
-        return dense_mask(doc_ids, x.shape[1], x.device, window) if masked else None
+        return dense_mask(doc_ids, length, x.device, window) if masked else None
     if kernel == "flex":
-        return block_mask(doc_ids, x.shape[1], x.device, window)
-    _load(kernel)
-    return varlen_mask(doc_ids, x.shape[0], x.shape[1], x.device, window, kernel)
+        return block_mask(doc_ids, length, x.device, window)
+    _load_varlen(kernel)
+    return varlen_mask(doc_ids, rows, length, x.device, window, kernel)
 
 
 def dense_mask(
     doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None
 ) -> Tensor:
-    """A bool tensor [B, 1, T, T], or [T, T] without documents: exact everywhere, and quadratic in memory."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    """Build a bool mask [B, 1, T, T], or [T, T] without documents. Memory is quadratic in T."""
+    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     if window is not None:
-        seen = seen.triu(1 - window)
-    return (
-        seen if doc_ids is None else ((doc_ids[:, :, None] == doc_ids[:, None, :]) & seen)[:, None]
-    )
+        visible = visible.triu(1 - window)
+    if doc_ids is None:
+        return visible
+    return ((doc_ids[:, :, None] == doc_ids[:, None, :]) & visible)[:, None]
 
 
 def block_mask(
     doc_ids: Tensor | None, length: int, device: torch.device, window: int | None = None
 ) -> BlockMask:
-    """FlexAttention's: whole blocks of 128 x 128 between documents are skipped."""
+    """Build FlexAttention's mask, which skips 128 x 128 blocks between different documents."""
     doc_ids = None if doc_ids is None else doc_ids.to(device, non_blocking=True)
 
-    def seen(b, h, q, k):
-        near = q >= k if window is None else (q >= k) & (q - k < window)
-        return near if doc_ids is None else near & (doc_ids[b, q] == doc_ids[b, k])
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        in_window = q >= k if window is None else (q >= k) & (q - k < window)
+        return in_window if doc_ids is None else in_window & (doc_ids[b, q] == doc_ids[b, k])
 
-    create = (
-        create_block_mask if device.type == "cpu" else _compiled(create_block_mask)
-    )  # eager builds T x T
-    return create(
-        seen, None if doc_ids is None else len(doc_ids), None, length, length, device=device
-    )
+    # Eager create_block_mask materialises T x T.
+    compiled = device.type != "cpu"
+    create: Any = _compiled(create_block_mask) if compiled else create_block_mask
+    rows = None if doc_ids is None else len(doc_ids)
+    return create(visible, rows, None, length, length, device=device)
 
 
 def varlen_mask(
@@ -152,10 +155,10 @@ def varlen_mask(
     window: int | None = None,
     kernel: str = "varlen",
 ) -> Varlen:
-    """Where documents begin, in the batch laid end to end.
+    """Build the mask of the variable-length kernels from each document's first token.
 
-    The number of documents and the longest are needed on the host, so docs on a GPU are waited for, once a forward pass;
-    docs on the CPU are not.
+    The host needs the number of documents and the longest length: doc_ids on a GPU cost one
+    synchronisation per forward pass, doc_ids on the CPU none.
     """
     left = -1 if window is None else window - 1
     if doc_ids is None:
@@ -169,19 +172,21 @@ def varlen_mask(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
-    """Softmax attention with grouped heads: q [B, H, T, head_dim], k and v [B, K, T, head_dim], H a multiple of K."""
+    """Softmax attention with grouped heads.
+
+    q [B, H, T, head_dim]; k and v [B, K, T, head_dim], H a multiple of K. Returns q's shape.
+    """
     if isinstance(mask, Varlen):
-        joined = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, heads, head_dim]
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * T, heads, head_dim]
         bounds = (mask.starts, mask.starts, mask.longest, mask.longest)
-        out = VARLEN_KERNELS[mask.kernel](*joined, *bounds, window_size=mask.window)
+        out = VARLEN_KERNELS[mask.kernel](*flat, *bounds, window_size=mask.window)
         return out.unflatten(0, (q.shape[0], q.shape[2])).transpose(1, 2)
-    if isinstance(mask, Added):
-        return blocked_attention(q, k, v, mask.scores)
+    if isinstance(mask, ScoreBias):
+        return blocked_attention(q, k, v, mask.bias)
     if isinstance(mask, BlockMask):
-        eager = (
-            torch.compiler.is_compiling() or q.device.type == "cpu"
-        )  # a compiled caller compiles it with itself
-        flex = flex_attention if eager else _compiled(flex_attention)
+        # Inside a compiled caller, flex_attention is compiled with the caller.
+        eager = torch.compiler.is_compiling() or q.device.type == "cpu"
+        flex: Any = flex_attention if eager else _compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=True)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -189,8 +194,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
 
 
 @cache
-def _load(kernel: str) -> None:
-    """Have VARLEN_KERNELS[kernel] take (q, k, v, starts, starts, longest, longest, window_size=)."""
+def _load_varlen(kernel: str) -> None:
+    """Import a kernel into VARLEN_KERNELS.
+
+    Its arguments are (q, k, v, starts, starts, longest, longest, window_size=).
+    """
     if kernel == "FA2":
         from flash_attn import flash_attn_varlen_func
 
@@ -199,20 +207,18 @@ def _load(kernel: str) -> None:
     from torch.nn.attention.varlen import varlen_attn
 
     if kernel in ("FA3", "FA4"):
-        torch_attention.activate_flash_attention_impl(
-            kernel
-        )  # from now on what varlen_attn calls, in this process
-    # torch 2.12 began to ask whether fewer heads of k and v are meant; before, they were taken as they came
-    grouped: dict[str, Any] = (
-        {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
-    )
-    VARLEN_KERNELS[kernel] = partial(varlen_attn, **grouped)
+        # From here on, varlen_attn calls this version in this process.
+        torch_attention.activate_flash_attention_impl(kernel)
+    # enable_gqa exists from torch 2.12 on; earlier versions accept fewer k and v heads without it.
+    supports_flag = "enable_gqa" in (varlen_attn.__kwdefaults__ or {})
+    gqa: dict[str, Any] = {"enable_gqa": True} if supports_flag else {}
+    VARLEN_KERNELS[kernel] = partial(varlen_attn, **gqa)
 
 
 def kernel_operators() -> set[Any]:
-    """The operators whose outputs are attention's: what selective activation checkpointing keeps."""
+    """Return attention's operators, whose outputs selective activation checkpointing keeps."""
     aten = torch.ops.aten
-    found = {
+    operators = {
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
@@ -223,16 +229,14 @@ def kernel_operators() -> set[Any]:
         ("torch_attn", "_varlen_attn"),
         ("flash_attn", "_flash_attn_varlen_forward"),
     ):
-        operator = getattr(
-            getattr(torch.ops, library), name, None
-        )  # there once its package is imported
+        # The operator exists once its package is imported.
+        operator = getattr(getattr(torch.ops, library), name, None)
         if operator is not None:
-            found.add(operator.default)
-    return found
+            operators.add(operator.default)
+    return operators
 
 
 @cache
-def _compiled(function):
-    return torch.compile(
-        function, dynamic=False
-    )  # not at import: torch.compile takes seconds to load
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile on first use: loading torch.compile takes seconds."""
+    return torch.compile(function, dynamic=False)

@@ -1,23 +1,24 @@
-"""To and from a Hugging Face folder: config.json, model.safetensors, parameter names.
+"""Read and write Hugging Face model folders: config.json, model.safetensors, parameter names.
 
-NanoLlama exports as `LlamaForCausalLM`, or as `Qwen3ForCausalLM` with qk_norm; both are read back.
+NanoLlama is written as `LlamaForCausalLM`, or with qk_norm as `Qwen3ForCausalLM`. Both are read.
 """
 
 import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from files import parse_object
+from files import read_json, step_number
 from models.nanollama import ModelConfig, NanoLlama
 from ranges import MAX_INT, shown
 
-_SHARED = (  # fields that bear the same name on both sides
+_SHARED = (  # fields of ModelConfig with the same name in config.json
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -30,34 +31,35 @@ _SHARED = (  # fields that bear the same name on both sides
     "initializer_range",
     "tie_word_embeddings",
 )
-
-
-_REAL = ("rms_norm_eps", "initializer_range", "rope_theta")
+_FLOATS = ("rms_norm_eps", "initializer_range", "rope_theta")
 
 
 def newest_step(path: str) -> Path:
-    """The path; of a folder that holds no model but step_N folders that do, the newest of them. What --checkpoint flags take."""
+    """Resolve a --checkpoint argument: a phase folder becomes its newest step_N model folder."""
     folder = Path(path)
-    steps = [
-        step
+    steps = {
+        number: step
         for step in folder.glob("step_*")
-        if step.name[5:].isdigit() and (step / "config.json").is_file()
-    ]
+        if (number := step_number(step)) is not None and (step / "config.json").is_file()
+    }
     if (folder / "config.json").is_file() or not steps:
         return folder
-    return max(steps, key=lambda step: int(step.name[5:]))
+    return steps[max(steps)]
 
 
 def check_model_folder(folder: Path) -> None:
-    """ValueError where a folder is no checkpoint."""
+    """ValueError if a folder is not a checkpoint."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no checkpoint: it holds no config.json")
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
 
 
 def to_hf_config(
     config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None
-) -> dict:
-    """The content of config.json. theta stands under both names: `rope_parameters` (transformers 5) and `rope_theta` (4)."""
+) -> dict[str, Any]:
+    """Build the content of config.json.
+
+    The rotary base has both names: `rope_parameters` (transformers 5) and `rope_theta` (4).
+    """
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
@@ -77,18 +79,19 @@ def to_hf_config(
     }
 
 
-def from_hf_config(hf: dict) -> ModelConfig:
-    """ModelConfig of a Llama or Qwen3 config.json; ValueError names what NanoLlama has no counterpart for."""
-    kind = hf.get("model_type")
-    if kind not in ("llama", "qwen3"):
+def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
+    """Convert a Llama or Qwen3 config.json; ValueError names each unsupported setting."""
+    model_type = hf.get("model_type")
+    if model_type not in ("llama", "qwen3"):
         raise ValueError(
-            f"model_type {kind!r} is not supported; NanoLlama reads llama and qwen3 folders"
+            f"model_type {model_type!r} is not supported; NanoLlama reads llama and qwen3 folders"
         )
-    parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError("rope_scaling and rope_parameters of config.json must be objects")
-    rope = {**parts[0], **parts[1]}
-    odd = {
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(section := hf.get(name) or {}, dict):
+            raise ValueError("rope_scaling and rope_parameters of config.json must be objects")
+        rope |= section
+    unsupported = {
         "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(hf.get("attention_bias")),
@@ -96,10 +99,9 @@ def from_hf_config(hf: dict) -> ModelConfig:
         "use_sliding_window": bool(hf.get("use_sliding_window")),
         "quantization_config": bool(hf.get("quantization_config")),
     }
-    if any(odd.values()):
-        raise ValueError(
-            f"NanoLlama has no counterpart for this model's {', '.join(k for k, v in odd.items() if v)}"
-        )
+    if any(unsupported.values()):
+        names = ", ".join(name for name, is_set in unsupported.items() if is_set)
+        raise ValueError(f"NanoLlama does not support this model's {names}")
     theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
     fields = {
         name: hf[name]
@@ -110,27 +112,28 @@ def from_hf_config(hf: dict) -> ModelConfig:
     if missing:
         raise ValueError(f"config.json has no {missing[0]}")
     for name, value in {**fields, "rope_theta": theta}.items():
-        right = bool if name == "tie_word_embeddings" else int | float if name in _REAL else int
-        wrong = (isinstance(value, bool) and right is not bool) or not isinstance(value, right)
+        kind = bool if name == "tie_word_embeddings" else int | float if name in _FLOATS else int
+        wrong = (isinstance(value, bool) and kind is not bool) or not isinstance(value, kind)
         wrong = wrong or (type(value) is int and abs(value) >= MAX_INT)
         if wrong and not (name == "head_dim" and value is None):
-            raise ValueError(f"{name} of config.json is {shown(value)}, of the wrong type or size")
-    # Where a key is missing, the default is transformers' own, not ours.
+            raise ValueError(f"{name}={shown(value)} in config.json has the wrong type or size")
+    # A missing key has transformers' default, which may differ from ModelConfig's.
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("rms_norm_eps", 1e-6)
-    fields.setdefault("max_position_embeddings", 2048 if kind == "llama" else 32_768)
+    fields.setdefault("max_position_embeddings", 2048 if model_type == "llama" else 32_768)
     fields.setdefault("tie_word_embeddings", False)
-    if kind == "qwen3":
+    if model_type == "qwen3":
         fields.setdefault("head_dim", 128)
-    return ModelConfig(**fields, rope_theta=float(theta), qk_norm=kind == "qwen3")
+    return ModelConfig(**fields, rope_theta=float(theta), qk_norm=model_type == "qwen3")
 
 
 def to_hf_name(name: str) -> str:
-    """Name of one of our parameters in a Hugging Face state dict."""
+    """Convert one of our parameter names to its name in a Hugging Face state dict."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def from_hf_name(name: str) -> str:
+    """Convert a name of a Hugging Face state dict to ours."""
     return name.removeprefix("model.")
 
 
@@ -142,11 +145,14 @@ def save_hf(
     bos: int | None = None,
     eos: int | None = None,
     pad: int | None = None,
-    **more: object,
+    **extra: object,
 ) -> None:
-    """Write config.json and model.safetensors of `weights` (our names, whole tensors) cast to dtype. more: further keys."""
+    """Write config.json and model.safetensors.
+
+    weights: full tensors under our names, cast to dtype. extra: additional keys of config.json.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    hf_config = {**to_hf_config(config, dtype, bos, eos, pad), **more}
+    hf_config = {**to_hf_config(config, dtype, bos, eos, pad), **extra}
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     tensors = {
         to_hf_name(name): value.detach().to("cpu", dtype).contiguous()
@@ -154,7 +160,7 @@ def save_hf(
     }
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:  # what a full disk becomes in there
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(
             errno.ENOSPC,
             f"{folder / 'model.safetensors'} could not be written ({error}); is the disk full?",
@@ -162,78 +168,70 @@ def save_hf(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, one, or those that an index names; ValueError where one is missing."""
+    """List a folder's safetensors files, sharded or not; ValueError if one is missing."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        named = _json(index).get("weight_map")
-        if not isinstance(named, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in named.values()
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(name, str) and Path(name).name == name for name in weight_map.values()
         ):
             raise ValueError(
                 f"{index} is damaged: its weight_map does not name files of this folder"
             )
-        files = sorted(set(named.values()))
+        files = sorted(set(weight_map.values()))
     missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder} holds no {missing[0]}; give a folder that save_pretrained or train.py wrote"
+            f"{folder} has no {missing[0]}; give a folder that save_pretrained or train.py wrote"
         )
     return [folder / name for name in files]
 
 
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a Hugging Face folder under our names, whole or split by an index, in their stored dtype.
+    """Read a folder's weights under our names, in their stored dtype.
 
-    ValueError where a file is missing or damaged.
+    ValueError if a file is missing or damaged.
     """
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
             weights |= {from_hf_name(name): value for name, value in load_file(path).items()}
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); take another copy of it") from error
+            raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
     return weights
 
 
 def read_hf_config(
-    folder: Path, make: Callable[[dict], ModelConfig] = from_hf_config
+    folder: Path, convert: Callable[[dict[str, Any]], ModelConfig] = from_hf_config
 ) -> ModelConfig:
-    """The config that `make` makes of a folder's config.json; ValueError names the file and the wrong key."""
+    """Read a folder's config.json as a ModelConfig; ValueError names the file and the key."""
     content = config_json(folder)
     try:
-        return make(content)
+        return convert(content)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def config_json(folder: Path) -> dict:
-    """What a folder's config.json says; ValueError where there is none, or a damaged one."""
+def config_json(folder: Path) -> dict[str, Any]:
+    """Read a folder's config.json; ValueError if it is missing or damaged."""
     path = folder / "config.json"
     if not path.is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"{folder} holds an adapter, not a model; merge it into its base model (PEFT's merge_and_unload)"
+                f"{folder} holds an adapter, not a model; "
+                "merge it into its base model (PEFT's merge_and_unload)"
             )
         raise ValueError(
-            f"{folder} holds no config.json; give a folder that save_pretrained or train.py wrote"
+            f"{folder} has no config.json; give a folder that save_pretrained or train.py wrote"
         )
-    return _json(path)
-
-
-def _json(path: Path) -> dict:
-    try:
-        return parse_object(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged: it is no JSON object ({error}); take another copy of it"
-        ) from error
+    return read_json(path)
 
 
 def load_weights(model: NanoLlama, folder: Path, new_tokens: range | None = None) -> None:
-    """Copy a folder's weights into a model that is not yet sharded; ValueError where names or shapes do not fit.
+    """Copy a folder's weights into an unsharded model; ValueError if names or shapes differ.
 
-    new_tokens: ids that the model's tokenizer has and the folder's lacks; their rows of embedding and head are set.
+    new_tokens: token ids that the folder's tokenizer lacks; grow_vocabulary initialises their rows.
     """
     weights = read_hf_weights(folder)
     if new_tokens is not None:
@@ -242,25 +240,26 @@ def load_weights(model: NanoLlama, folder: Path, new_tokens: range | None = None
                 weights[name] = grow_vocabulary(weights[name], new_tokens, model.config.vocab_size)
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
-    own = model.state_dict()
-    if own.keys() != weights.keys():
-        names = sorted(own.keys() ^ weights.keys())
+    parameters = model.state_dict()
+    if parameters.keys() != weights.keys():
+        names = sorted(parameters.keys() ^ weights.keys())
         raise ValueError(
             f"{folder} and the model differ in {len(names)} weights, among them {names[0]}"
         )
     for name, value in weights.items():
-        if value.shape != own[name].shape:
+        if value.shape != (shape := parameters[name].shape):
             raise ValueError(
-                f"{name} is {tuple(value.shape)} in {folder} but {tuple(own[name].shape)} in the model; "
+                f"{name} is {tuple(value.shape)} in {folder} but {tuple(shape)} in the model; "
                 "make the model section of the config agree with the checkpoint"
             )
     model.load_state_dict(weights)
 
 
 def grow_vocabulary(weight: Tensor, new: range, size: int) -> Tensor:
-    """A weight [rows, D] as [size, D]. The rows of new ids, and all after the old ones, are the mean of the rows before `new`.
+    """Resize a weight [rows, D] to [size, D].
 
-    All other rows stay, also unused ones.
+    The rows of `new` ids and all appended rows become the mean of the rows before `new`; the other
+    rows stay.
     """
     mean = weight[: new.start].float().mean(0).to(weight.dtype)
     grown = torch.cat([weight[:size], mean.expand(max(0, size - len(weight)), -1)])
@@ -273,28 +272,26 @@ def load_hf(
     dtype: torch.dtype | None = torch.float32,
     device: str | torch.device = "cpu",
 ) -> NanoLlama:
-    """The model of a Hugging Face folder. dtype of the parameters: None stands for the one they are stored in."""
+    """Load a Hugging Face folder. dtype: of the parameters; None: their stored dtype."""
     folder = Path(folder)
     stored = config_json(folder)
     config = read_hf_config(folder)
     size = sum(path.stat().st_size for path in weight_files(folder))
-    if config.num_parameters > size:  # before memory is taken for them
+    if config.num_parameters > size:  # checked before allocation
         raise ValueError(
-            f"{folder}: config.json asks for {config.num_parameters:,} parameters; the weights have {size:,} bytes"
+            f"{folder}: config.json describes {config.num_parameters:,} parameters, "
+            f"but the weights have only {size:,} bytes"
         )
     model = NanoLlama(config)
     load_weights(model, folder)
     if dtype is None:
         name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-        dtype = (
-            getattr(torch, name, None)
-            if name in ("float32", "float16", "bfloat16", "float64")
-            else None
-        )
-        if dtype is None:
+        if name not in ("float32", "float16", "bfloat16", "float64"):
             raise ValueError(
-                f"{folder}: config.json names the dtype {str(name)[:50]!r}; float32, float16 and bfloat16 are read"
+                f"{folder}: config.json has the dtype {str(name)[:50]!r}; "
+                "supported are float32, float16 and bfloat16"
             )
-    for parameter in model.parameters():  # not model.to(dtype): the rotary tables stay fp32
+        dtype = getattr(torch, name)
+    for parameter in model.parameters():  # model.to(dtype) would convert the rotary tables too
         parameter.data = parameter.data.to(dtype)
     return model.to(device)

@@ -1,11 +1,14 @@
-"""Leaves that every model shares: norm and rotary embedding."""
+"""Layers that every model shares: RMSNorm and rotary position embedding."""
 
 import torch
 from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm (arXiv:1910.07467): statistics in fp32, output in the input's dtype, as transformers does it."""
+    """Root mean square normalisation (arXiv:1910.07467).
+
+    Statistics are computed in fp32 and the output has the input's dtype, as in transformers.
+    """
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -13,15 +16,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        x_fp32 = x.float()
+        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x_fp32.to(x.dtype)
 
 
 class RotaryEmbedding(nn.Module):
-    """Tables of cos and sin for rotary positions (arXiv:2104.09864), rotate-half layout as in Hugging Face Llama.
+    """Cosine and sine tables for rotary positions (arXiv:2104.09864).
 
-    The tables are fp32 whatever the model's dtype, and are no part of the state dict.
+    The layout is the rotate-half layout of Hugging Face Llama. The tables are fp32 whatever the
+    model's dtype, and the state dict leaves them out.
     """
 
     cos: Tensor
@@ -34,7 +38,7 @@ class RotaryEmbedding(nn.Module):
         self.set_theta(theta)
 
     def set_theta(self, theta: float) -> None:
-        """Fill the tables in place, with values that are computed on the CPU: the same on every device."""
+        """Refill the tables in place. Values are computed on the CPU: equal on every device."""
         positions, head_dim = self.cos.shape
         frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).repeat(1, 2)
@@ -42,10 +46,11 @@ class RotaryEmbedding(nn.Module):
         self.sin.copy_(angles.sin())
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [length, head_dim] of positions 0 to length - 1."""
         return self.cos[:length], self.sin[:length]
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate x [B, H, T, head_dim] by position, in fp32; cos and sin are [T, head_dim]."""
+    """Rotate x [B, H, T, head_dim] by its positions, in fp32. cos and sin are [T, head_dim]."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)

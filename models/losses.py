@@ -1,33 +1,34 @@
-"""The loss head: negative log-likelihood and logsumexp of each token, without ever building [tokens, vocab] logits.
+"""The loss head: per-token negative log-likelihood and logsumexp, computed in chunks of tokens.
 
-The logits of one chunk of tokens exist at a time, forward and backward; the backward pass computes them again from the
-saved logsumexp, which costs one more head matmul (about 2 % of a 1.1B step) and saves 4 bytes * tokens * vocab.
+Only one chunk's logits exist at a time, forward and backward. The backward pass recomputes them
+from the saved logsumexp. This costs one more head matmul (about 2 % of a 1.1B step) and saves
+4 bytes * tokens * vocab.
 """
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MAX_KEPT_LOGITS = 2**24  # logits; 32 MB in bf16, and their gradient as much again
-IGNORE = -100  # a target with this value has no loss; same value as torch and transformers
+MAX_KEPT_LOGITS = 2**24  # logits kept until backward: 32 MB in bf16, and as much for the gradient
+IGNORE = -100  # target without a loss; the value of torch and transformers
 
 
 class TokenLosses(NamedTuple):
-    """Per token, fp32, 0 where the target is ignored."""
+    """Losses per token, in fp32; 0 where the target is IGNORE."""
 
     nll: Tensor  # [B, T] negative log-likelihood, in nats
-    logsumexp: Tensor  # [B, T] log of the softmax normaliser, which z-loss keeps near 0
+    logsumexp: Tensor  # [B, T] log of the softmax normaliser; the z-loss keeps it near 0
 
 
 def _forward(h: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """nll and logsumexp [chunk] of one chunk. The cast to fp32 is in here: compiled, it is part of what reads the logits."""
+    """Return nll and logsumexp [chunk]. torch.compile fuses the fp32 cast into the reads."""
     logits = F.linear(h, weight).float()  # [chunk, V]
-    normaliser = logits.logsumexp(-1)
-    return normaliser - logits.gather(1, target[:, None]).squeeze(1), normaliser
+    lse = logits.logsumexp(-1)
+    return lse - logits.gather(1, target[:, None]).squeeze(1), lse
 
 
 def _backward(
@@ -38,113 +39,109 @@ def _backward(
     grad_nll_rows: Tensor,
     grad_lse_rows: Tensor,
 ) -> Tensor:
-    """Gradient of one chunk's logits, in the weight's dtype: d nll = softmax - onehot, d logsumexp = softmax."""
-    grad = (
-        F.linear(h, weight)
-        .float()
-        .sub_(lse[:, None])
-        .exp_()
-        .mul_((grad_nll_rows + grad_lse_rows)[:, None])
-    )
-    if (
-        torch.compiler.is_compiling()
-    ):  # the same sum in one pass; scattering would need the fp32 logits in memory
-        here = torch.arange(grad.shape[1], device=grad.device) == target[:, None]
-        grad = torch.where(here, grad - grad_nll_rows[:, None], grad)
+    """Return the gradient of one chunk's logits, in the weight's dtype.
+
+    d nll = softmax - onehot, d logsumexp = softmax.
+    """
+    probs = F.linear(h, weight).float().sub_(lse[:, None]).exp_()
+    grad = probs.mul_((grad_nll_rows + grad_lse_rows)[:, None])
+    if torch.compiler.is_compiling():  # scatter_add_ would write the fp32 logits to memory
+        is_target = torch.arange(grad.shape[1], device=grad.device) == target[:, None]
+        grad = torch.where(is_target, grad - grad_nll_rows[:, None], grad)
     else:
         grad.scatter_add_(1, target[:, None], -grad_nll_rows[:, None])
     return grad.to(weight.dtype)
 
 
 @cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(
-        function, fullgraph=True
-    )  # not at import: torch.compile takes seconds to load
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile on first use: loading torch.compile takes seconds."""
+    return torch.compile(function, fullgraph=True)
 
 
 class _ChunkedTokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, compiled: bool):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
         nll = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)  # [B, T]
         lse = torch.empty_like(nll)
         flat_nll, flat_lse = nll.view(-1), lse.view(-1)
         losses = _compiled(_forward) if compiled else _forward
-        for part, h, target, valid in _chunks(hidden, targets, chunk):
-            found, flat_lse[part] = losses(h, weight, target)
-            flat_nll[part] = found * valid
+        for rows, h, target, valid in _chunks(hidden, targets, chunk):
+            chunk_nll, flat_lse[rows] = losses(h, weight, target)
+            flat_nll[rows] = chunk_nll * valid
         ctx.save_for_backward(hidden, weight, targets, lse)
         ctx.chunk, ctx.compiled = chunk, compiled
         return nll, lse * (targets != IGNORE)
 
     @staticmethod
-    def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):
+    def backward(
+        ctx: Any, grad_nll: Tensor, grad_lse: Tensor
+    ) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_nll, grad_lse, lse = grad_nll.flatten(), grad_lse.flatten(), lse.view(-1)
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
         flat_grad_hidden = grad_hidden.view(-1, hidden.shape[-1])
-        grad_weight = torch.zeros_like(
-            weight, dtype=torch.float32
-        )  # summed over chunks in fp32 also for bf16 weights
+        # The sum over chunks is fp32 for bf16 weights too.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         gradient = _compiled(_backward) if ctx.compiled else _backward
-        for part, h, target, valid in _chunks(hidden, targets, ctx.chunk):
+        for rows, h, target, valid in _chunks(hidden, targets, ctx.chunk):
             grad_logits = gradient(
-                h, weight, target, lse[part], grad_nll[part] * valid, grad_lse[part] * valid
+                h, weight, target, lse[rows], grad_nll[rows] * valid, grad_lse[rows] * valid
             )
-            flat_grad_hidden[part] = grad_logits @ weight
+            flat_grad_hidden[rows] = grad_logits @ weight
             grad_weight += grad_logits.T @ h
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 class _KeptTokenLoss(torch.autograd.Function):
-    """The same for so few tokens that their logits, in the hidden states' dtype, may stay until backward: on a CPU a third
-    faster, since they are not computed again and the weight's gradient is one product. Logits are read in pieces for the cache.
+    """The losses of few tokens: keeps all logits, in the hidden states' dtype, until backward.
+
+    On a CPU this is a third faster: no recomputation, and one product for the weight's gradient.
+    Logits are read in pieces that fit the CPU cache.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden.flatten(0, 1), weight)  # [B * T, V]
         nll = torch.empty(len(logits), dtype=torch.float32, device=hidden.device)
         target = targets.flatten().clamp_min(0)[:, None]
-        for part in _pieces(logits):
-            nll[part] = -logits[part].float().log_softmax(-1).gather(1, target[part]).squeeze(1)
+        for rows in _pieces(logits):
+            nll[rows] = -logits[rows].float().log_softmax(-1).gather(1, target[rows]).squeeze(1)
         lse = nll + logits.gather(1, target).squeeze(1)
         ctx.save_for_backward(hidden, weight, targets, logits)
         valid = targets != IGNORE
         return nll.view_as(targets) * valid, lse.view_as(targets) * valid
 
     @staticmethod
-    def backward(ctx, grad_nll: Tensor, grad_lse: Tensor):
+    def backward(ctx: Any, grad_nll: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, None]:
         hidden, weight, targets, logits = ctx.saved_tensors
-        target, valid = (
-            targets.flatten().clamp_min(0)[:, None],
-            (targets != IGNORE).flatten()[:, None],
-        )
-        grad_nll_rows, grad_lse_rows = (
-            grad_nll.flatten()[:, None] * valid,
-            grad_lse.flatten()[:, None] * valid,
-        )
+        target = targets.flatten().clamp_min(0)[:, None]  # [B * T, 1], as all columns below
+        valid = (targets != IGNORE).flatten()[:, None]
+        grad_nll = grad_nll.flatten()[:, None] * valid
+        grad_lse = grad_lse.flatten()[:, None] * valid
         gradient = torch.empty_like(logits)
-        for part in _pieces(logits):
-            probs = logits[part].float().softmax(-1).mul_(grad_nll_rows[part] + grad_lse_rows[part])
-            gradient[part] = probs.scatter_add_(1, target[part], -grad_nll_rows[part])
+        for rows in _pieces(logits):
+            probs = logits[rows].float().softmax(-1).mul_(grad_nll[rows] + grad_lse[rows])
+            gradient[rows] = probs.scatter_add_(1, target[rows], -grad_nll[rows])
         return (gradient @ weight).view_as(hidden), gradient.T @ hidden.flatten(0, 1), None
 
 
 def _pieces(logits: Tensor) -> list[slice]:
-    """Rows that fill about 1 MB in fp32."""
+    """Split rows into slices of about 1 MB in fp32."""
     size = max(1, 2**18 // logits.shape[1])
-    return [slice(at, at + size) for at in range(0, len(logits), size)]
+    return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
 
 
 def _chunks(
     hidden: Tensor, targets: Tensor, size: int
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Consecutive tokens of all rows: where they are, their hidden states, targets with 0 for IGNORE, and which count."""
+    """Yield chunks of `size` tokens: slice, hidden states, targets (0 for IGNORE), valid mask."""
     flat_hidden, flat_targets = hidden.flatten(0, 1), targets.flatten()
-    for at in range(0, len(flat_targets), size):
-        part = slice(at, at + size)
-        yield part, flat_hidden[part], flat_targets[part].clamp_min(0), flat_targets[part] != IGNORE
+    for begin in range(0, len(flat_targets), size):
+        rows = slice(begin, begin + size)
+        yield rows, flat_hidden[rows], flat_targets[rows].clamp_min(0), flat_targets[rows] != IGNORE
 
 
 def token_losses(
@@ -154,11 +151,12 @@ def token_losses(
     chunk: int | None = None,
     compiled: bool | None = None,
 ) -> TokenLosses:
-    """Losses of `softmax(hidden @ weight.T)` against `targets`, differentiable in `hidden` and `weight`.
+    """Losses of `softmax(hidden @ weight.T)` for `targets`, differentiable in hidden and weight.
 
-    hidden [B, T, D] and weight [V, D] share a dtype; targets [B, T] int64, IGNORE where there is no loss.
-    chunk: tokens whose logits exist at once (default: 4096; on a CPU all where they are at most KEPT numbers, else 256).
-    compiled: what is done to a chunk's logits, with torch.compile (default: on a GPU).
+    hidden [B, T, D] and weight [V, D] share a dtype; targets [B, T] int64, IGNORE without a loss.
+    chunk: tokens whose logits exist at once. Default: 4096 on a GPU; on a CPU all tokens up to
+    MAX_KEPT_LOGITS logits, else 256. compiled: torch.compile a chunk's computation (default: on a
+    GPU).
     """
     cpu = hidden.device.type == "cpu"
     compiled = not cpu if compiled is None else compiled
@@ -183,15 +181,16 @@ def compute_loss_with_z_penalty(
 def compute_loss_with_z_penalty(
     losses: TokenLosses | Tensor, labels: Tensor | float, z_weight: float = 1e-4
 ) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
-    """Cross-entropy plus `z_weight * logsumexp^2` (PaLM, arXiv:2204.02311, section 5), in two forms.
+    """Cross-entropy plus `z_weight * logsumexp^2` (PaLM, arXiv:2204.02311, section 5). Two forms:
 
-    (losses, z_weight), as training uses it: the sum over tokens, and its two parts. Divide by the count of unmasked targets
-    of the *whole* step (all micro-batches, all ranks); a mean of means is a different loss. The parts are detached sums:
-    "loss" in nats, "z_loss" already weighted. Ignored tokens add nothing to either.
+    (losses, z_weight), the form of training: returns the sum over tokens and its two terms. Divide
+    by the number of unmasked targets of the *whole* step (all micro-batches, all ranks); a mean of
+    means is a different loss. The terms are detached sums: "loss" in nats, "z_loss" already
+    weighted. Ignored tokens add nothing.
 
-    (logits, labels): the mean over labels that are not IGNORE, as one scalar. logits [..., V], labels [...] int64. Labels are
-    aligned: labels[i] is the token that logits[i] predict. For labels equal to the input (as transformers takes them) pass
-    logits[:, :-1] and labels[:, 1:].
+    (logits, labels): returns the mean over labels that are not IGNORE. logits [..., V], labels
+    [...] int64. labels[i] is the token that logits[i] predicts. For labels equal to the input, as
+    in transformers, pass logits[:, :-1] and labels[:, 1:].
     """
     if isinstance(losses, TokenLosses):
         nll, z = losses.nll.sum(), labels * losses.logsumexp.square().sum()

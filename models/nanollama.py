@@ -1,6 +1,9 @@
-"""NanoLlama: the Llama architecture, with Hugging Face parameter names. One device, one page a class.
+"""NanoLlama: a decoder-only transformer with Llama's architecture and Hugging Face parameter names.
 
-Sharding, compilation and activation checkpointing are put on from outside (training/fsdp_utils.py).
+    tokens -> embedding -> N x [RMSNorm, attention, +, RMSNorm, SwiGLU, +] -> RMSNorm -> head
+
+The model runs on one device. training/fsdp_utils.py adds sharding, compilation and activation
+checkpointing. Shapes: B rows, T tokens, D hidden_size, V vocab_size.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +23,7 @@ Size = Annotated[int, at_least(1, below=2**31)]
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a NanoLlama; field names are those of a Hugging Face config. The defaults are the 1.1B model."""
+    """Shape of a model. Field names are those of a Hugging Face config; defaults give 1.1B."""
 
     vocab_size: Size = 32_000
     hidden_size: Size = 2048
@@ -34,9 +37,7 @@ class ModelConfig:
     rms_norm_eps: PositiveFloat = 1e-5
     initializer_range: NonNegativeFloat = 0.02
     tie_word_embeddings: bool = False
-    qk_norm: bool = (
-        False  # RMSNorm on the heads of q and k: the Qwen3 architecture, and exported as such
-    )
+    qk_norm: bool = False  # RMSNorm on each head of q and k: the Qwen3 architecture
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
@@ -48,7 +49,8 @@ class ModelConfig:
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"model.hidden_size={self.hidden_size} does not divide into {self.num_attention_heads} heads; "
+                    f"model.hidden_size={self.hidden_size} does not divide into "
+                    f"{self.num_attention_heads} heads; "
                     "change one of them or set model.head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
@@ -63,20 +65,16 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Count of trained numbers; a tied head counts once. 1,100,048,384 for the defaults."""
-        d, heads = self.hidden_size, self.num_attention_heads + 2 * self.num_key_value_heads
-        attention = d * self.resolved_head_dim * (heads + self.num_attention_heads) + (
-            2 * self.resolved_head_dim if self.qk_norm else 0
-        )
-        block = attention + 3 * d * self.intermediate_size + 2 * d
-        return (
-            self.num_hidden_layers * block
-            + d
-            + self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        )
+        """Number of trained parameters: 1,100,048,384 for the defaults. A tied head counts once."""
+        d, head_dim = self.hidden_size, self.resolved_head_dim
+        projections = 2 * d * head_dim * (self.num_attention_heads + self.num_key_value_heads)
+        qk_norms = 2 * head_dim if self.qk_norm else 0
+        block = projections + qk_norms + 3 * d * self.intermediate_size + 2 * d
+        embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return self.num_hidden_layers * block + d + embeddings
 
 
-OTHER_NAMES = {  # field of ModelConfig -> its names elsewhere, which NanoLlama(**shape) takes too
+FIELD_ALIASES = {  # field of ModelConfig -> its names in other code bases, accepted by NanoLlama()
     "vocab_size": "n_vocab",
     "hidden_size": "hidden_dim d_model dim n_embd embed_dim",
     "intermediate_size": "ffn_dim intermediate_dim ffn_hidden_size ffn_hidden_dim mlp_dim",
@@ -92,46 +90,44 @@ OTHER_NAMES = {  # field of ModelConfig -> its names elsewhere, which NanoLlama(
 
 
 def make_config(**shape: Any) -> ModelConfig:
-    """A ModelConfig from its fields or their OTHER_NAMES; TypeError for an unknown or doubled name.
+    """Build a ModelConfig from its field names or their FIELD_ALIASES.
 
-    A feed-forward width that is not given follows from hidden_size as in Llama: 8/3 of it, rounded
-    up to a multiple of 256 (2048 -> 5632).
+    The default intermediate_size is Llama's: 8/3 of hidden_size, rounded up to a multiple of 256
+    (2048 -> 5632). TypeError for an unknown or repeated name.
     """
-    fields = {other: name for name, others in OTHER_NAMES.items() for other in others.split()}
-    known: dict[str, Any] = {}
-    for given, value in shape.items():
-        name = fields.get(given, given)
-        if name not in ModelConfig.__dataclass_fields__ or name in known:
-            reason = "is given twice" if name in known else "is not a part of a model's shape"
-            raise TypeError(f"NanoLlama: {given} {reason}; see models.nanollama.ModelConfig")
-        known[name] = value
-    if "hidden_size" in known:
-        known.setdefault("intermediate_size", -(-8 * known["hidden_size"] // 3) + 255 & -256)
-    return ModelConfig(**known)
+    fields = {alias: name for name, aliases in FIELD_ALIASES.items() for alias in aliases.split()}
+    values: dict[str, Any] = {}
+    for argument, value in shape.items():
+        name = fields.get(argument, argument)
+        if name not in ModelConfig.__dataclass_fields__ or name in values:
+            problem = "is given twice" if name in values else "is not a field of ModelConfig"
+            raise TypeError(f"NanoLlama: {argument} {problem}; see models.nanollama.ModelConfig")
+        values[name] = value
+    if "hidden_size" in values:
+        values.setdefault("intermediate_size", -(-8 * values["hidden_size"] // 3) + 255 & -256)
+    return ModelConfig(**values)
 
 
 class GroupedQueryAttention(nn.Module):
-    """Causal self-attention in which several query heads share one key and value head (arXiv:2305.13245)."""
+    """Causal self-attention; several query heads share one key-value head (arXiv:2305.13245)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.head_dim = config.resolved_head_dim
-        width, kv_width = (
-            config.num_attention_heads * self.head_dim,
-            config.num_key_value_heads * self.head_dim,
-        )
-        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        q_width = config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_width, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = (
-            proj(x).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )  # [B, T, heads, head_dim]
+        per_head = (*x.shape[:2], -1, self.head_dim)
+        q = self.q_proj(x).view(per_head)  # [B, T, heads, head_dim]
+        k = self.k_proj(x).view(per_head)
+        v = self.v_proj(x).view(per_head)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [B, heads, T, head_dim]
@@ -140,7 +136,7 @@ class GroupedQueryAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Gated feed-forward (arXiv:2002.05202)."""
+    """Gated feed-forward network with SiLU (arXiv:2002.05202)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -153,7 +149,7 @@ class SwiGLU(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm attention, then pre-norm feed-forward, each added to the residual stream."""
+    """Pre-norm attention, then pre-norm feed-forward; each adds to the residual stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -168,9 +164,11 @@ class TransformerBlock(nn.Module):
 
 
 class NanoLlama(nn.Module):
-    """The whole network. `NanoLlama(config, seed)` gives the same weights on every machine and any number of ranks.
+    """The language model: embedding, transformer blocks, final norm, head.
 
-    `NanoLlama(vocab_size=32000, n_layers=22, hidden_dim=2048, ...)` is the same with make_config(...), seed 0 by default.
+    `NanoLlama(config, seed)` draws the same weights on every machine and for any world size.
+    `NanoLlama(vocab_size=32000, n_layers=22, hidden_dim=2048, ...)` calls make_config; its seed is
+    0 unless given. With a config and no seed, weights are left for a checkpoint to fill.
     """
 
     def __init__(self, config: ModelConfig | None = None, seed: int | None = None, **shape: Any):
@@ -180,17 +178,16 @@ class NanoLlama(nn.Module):
         elif shape:
             raise TypeError(f"NanoLlama: give a config or {', '.join(shape)}, not both")
         self.config = config
-        self.attention = "auto"  # which kernel, one of models.attention.KERNELS
-        self.compile_head: bool | None = None  # the loss head with torch.compile; default: on a GPU
+        self.attention = "auto"  # kernel: one of models.attention.KERNELS
+        self.compile_head: bool | None = None  # torch.compile for the loss head; None: on a GPU
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TransformerBlock(config) for _ in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
         self.lm_head = (
-            None
-            if config.tie_word_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self.rotary = RotaryEmbedding(
             config.resolved_head_dim, config.max_position_embeddings, config.rope_theta
@@ -198,14 +195,19 @@ class NanoLlama(nn.Module):
         if seed is not None:
             self.init_weights(seed)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix [V, D] that turns hidden states into logits."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
     def set_rope_theta(self, theta: float) -> None:
-        """Change the base of the rotary embedding, here and in the config that is exported."""
+        """Change the base of the rotary embedding in the model and in its config."""
         self.config = replace(self.config, rope_theta=theta)
         self.rotary.set_theta(theta)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """All initialisation, drawn on the CPU in the order of `named_parameters`.
+        """Initialise every parameter. Values are drawn on the CPU in `named_parameters` order.
 
         | parameters           | value                                        |
         |----------------------|----------------------------------------------|
@@ -215,39 +217,38 @@ class NanoLlama(nn.Module):
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
-            else:
-                assert parameter.ndim == 2, f"no rule to initialise {name}"
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = std / (2 * self.config.num_hidden_layers) ** 0.5 if residual else std
-                parameter.copy_(
-                    torch.empty(parameter.shape).normal_(0.0, scale, generator=generator)
-                )
+                continue
+            assert parameter.ndim == 2, f"no rule to initialise {name}"
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            values = torch.empty(parameter.shape)
+            values.normal_(0.0, residual_std if residual else std, generator=generator)
+            parameter.copy_(values)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
     ) -> Tensor | TokenLosses:
-        """Logits [B, T, V] of tokens [B, T], or, with targets [B, T], the TokenLosses, fp32 [B, T].
+        """Return logits [B, T, V] of tokens [B, T]; with targets [B, T], TokenLosses (fp32 [B, T]).
 
-        docs [B, T] numbers the document of each token; tokens then see only their own document.
-        Raises ValueError where T exceeds max_position_embeddings.
+        doc_ids [B, T] numbers each token's document; tokens attend within their own document.
+        ValueError if T exceeds max_position_embeddings.
         """
-        if tokens.shape[1] > self.config.max_position_embeddings:
+        length = tokens.shape[1]
+        if length > self.config.max_position_embeddings:
             raise ValueError(
-                f"{tokens.shape[1]} tokens exceed the model's context of {self.config.max_position_embeddings}; "
+                f"{length} tokens exceed the model's context of "
+                f"{self.config.max_position_embeddings}; "
                 "shorten the input or raise model.max_position_embeddings"
             )
-        cos, sin = self.rotary(tokens.shape[1])
         x = self.embed_tokens(tokens)  # [B, T, D]
+        cos, sin = self.rotary(length)  # [T, head_dim]
         mask = attention_mask(doc_ids, x, self.attention)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
         x = self.norm(x)
-        head = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return (
-            F.linear(x, head)
-            if targets is None
-            else token_losses(x, head, targets, compiled=self.compile_head)
-        )
+        if targets is None:
+            return F.linear(x, self.head_weight)  # [B, T, V]
+        return token_losses(x, self.head_weight, targets, compiled=self.compile_head)

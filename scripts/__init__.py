@@ -1,1 +1,1 @@
-"""Verbs: each file is a command over the parts, run as python -m scripts.<name>."""
+"""Commands, run as python -m scripts.<name>. No other module imports them."""

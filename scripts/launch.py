@@ -1,12 +1,13 @@
-"""torchrun without its tracebacks: the sentence of the rank that stopped is last, its status is the exit status.
+"""Run torchrun without its tracebacks: the failed rank's message comes last, with its exit status.
 
-Plain torchrun does the same for this project's scripts once it is installed (torchrun_plugin.py).
+Once the project is installed, plain torchrun does the same for its scripts (torchrun_plugin.py).
 
 python -m scripts.launch --nproc_per_node=2 train.py --config configs/quickstart/base.yaml
-python -m scripts.launch --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 train.py ...  # on each
+python -m scripts.launch --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
+    --rdzv_endpoint=HOST:29400 train.py ...    # on each machine
 
-All of torchrun's flags pass through; without those for several machines it stays on this one. --max-restarts=3 starts the
-ranks again when one of them dies; they go on from the newest checkpoint.
+Takes all of torchrun's flags. Without a multi-node flag it runs on this machine only.
+--max-restarts=3 restarts the ranks from the newest checkpoint when one of them dies.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from cli import user_errors
 from torchrun_plugin import ROOT, exit_status, prepare
 from training.ops.supervisor import DRIVER, end_with_driver
 
-SEVERAL = (
+MULTI_NODE = (
     "nnodes",
     "node_rank",
     "rdzv_backend",
@@ -45,15 +46,18 @@ def main() -> None:
         raise SystemExit(status) from None
 
 
-def _arguments(given: list[str]) -> argparse.Namespace:
-    """torchrun's, with --standalone, which finds a free port of this machine, unless a flag or PET_<FLAG> is for several."""
-    arguments, default = run.parse_args(given), run.get_args_parser().get_default
-    asked = [
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """Return torchrun's arguments.
+
+    Adds --standalone, which finds a free port, unless a flag or PET_<FLAG> is for several machines.
+    """
+    arguments, default = run.parse_args(argv), run.get_args_parser().get_default
+    multi_node = [
         name
-        for name in SEVERAL
+        for name in MULTI_NODE
         if getattr(arguments, name) != default(name) or f"PET_{name.upper()}" in os.environ
     ]
-    if not asked or (asked == ["nnodes"] and arguments.nnodes == "1"):
+    if not multi_node or (multi_node == ["nnodes"] and arguments.nnodes == "1"):
         arguments.standalone = True
     number = str(arguments.nproc_per_node)
     if not number.isdecimal() and number not in ("cpu", "gpu", "auto"):
@@ -63,11 +67,12 @@ def _arguments(given: list[str]) -> argparse.Namespace:
     if arguments.module:
         return arguments
     script = Path(str(arguments.training_script))
-    if not script.exists() and (ROOT / script).is_file():  # train.py, from another working folder
+    if not script.exists() and (ROOT / script).is_file():  # from another working folder
         arguments.training_script = str(ROOT / script)
     elif not arguments.no_python and not script.exists():
         raise ValueError(
-            f"there is no script {script}; the entry points are train.py, train_sft.py and train_dpo.py"
+            f"there is no script {script}; "
+            "the entry points are train.py, train_sft.py and train_dpo.py"
         )
     return arguments
 

@@ -1,4 +1,4 @@
-"""Plot a run over its phases: loss, held-out loss per source, learning rate, gradient norm, speed, and what happened.
+"""Plot a run: loss, validation loss per source, learning rate, gradient norm, speed and events.
 
 python -m scripts.plot_run logs/quickstart
 """
@@ -6,12 +6,12 @@ python -m scripts.plot_run logs/quickstart
 from pathlib import Path
 
 from cli import CommandParser, user_errors
-from scripts.compare_runs import open_runs, plot
+from evals.report.runs import open_runs, plot
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder that holds metrics.jsonl")
+    parser.add_argument("run", type=Path, help="the folder that contains metrics.jsonl")
     parser.add_argument("--output", type=Path, help="default: loss.png in that folder")
     args = parser.parse_args()
     with user_errors():

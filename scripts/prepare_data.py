@@ -1,7 +1,8 @@
-"""Documents of a data store to token shards, <store>/tokens/<source>/: clean, drop repeats, decontaminate, tokenize.
+"""Clean, deduplicate, decontaminate and tokenize a store: <store>/tokens/<source>/.
 
 python -m scripts.prepare_data --config configs/data/quickstart.yaml
-python -m scripts.prepare_data --config configs/data/nanollama_1b.yaml executor.kind=slurm executor.partition=cpu
+python -m scripts.prepare_data --config configs/data/nanollama_1b.yaml \\
+    executor.kind=slurm executor.partition=cpu
 """
 
 import os
@@ -20,23 +21,22 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
     parser.add_argument(
-        "--verify", action="store_true", help="then compare every shard with its checksum"
+        "--verify", action="store_true", help="then verify the checksum of every shard"
     )
-    parser.add_argument("overrides", nargs="*", help="settings of the recipe, as section.key=value")
+    parser.add_argument("overrides", nargs="*", help="recipe overrides: section.key=value")
     args = parser.parse_intermixed_args()
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # one task a core: its tokenizer shall not ask for all of them
-    )
+    # Each task has one core, so its tokenizer must not start one thread per core.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with user_errors():
         recipe = load_settings(Recipe, args.config, args.overrides)
         outcome = prepare(recipe)
         print(outcome)
-        if outcome != "handed in":
+        if outcome != "submitted":
             show(recipe, args.verify)
 
 
 def show(recipe: Recipe, verify: bool) -> None:
-    """What became of the documents of each source, and how many tokens they gave."""
+    """Print the documents and tokens of each source that each step kept or removed."""
     store, reasons = Path(recipe.store), []
     columns = (
         ("documents", 10),
@@ -84,9 +84,8 @@ def show(recipe: Recipe, verify: bool) -> None:
         shards or {}
     ).get("inputs"):
         table = (store / "contamination.md").read_text(encoding="utf-8").split("\n\n")[0]
-        print(
-            f"\n{table}\nexamples: {store / 'contamination.md'}; which documents: {store / 'contaminated_ids.json'}"
-        )
+        ids = store / "contaminated_ids.json"
+        print(f"\n{table}\nexamples: {store / 'contamination.md'}; document ids: {ids}")
 
 
 if __name__ == "__main__":

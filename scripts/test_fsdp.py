@@ -1,11 +1,12 @@
-"""Do sharded ranks compute what one process computes? Trains a few steps both ways on the same global batches.
+"""Check that sharded training equals single-process training on the same global batches.
 
     torchrun --nproc_per_node=2 scripts/test_fsdp.py
 
-Each rank also trains the whole model alone with plain torch (no FSDP, one backward, mean over all targets): loss, gradient
-norm and every weight must agree after each step, for zero2, zero3, ddp and, from four ranks on, replicas of shards, with and
-without accumulation, with AdamW and with Muon. Then what trains on a GPU: bf16, compiled where there is a compiler, under each
-checkpointing of activations, must follow the fp32 run as closely as bf16 rounds.
+Each rank also trains the model alone in plain PyTorch (no FSDP, one backward, mean over all
+targets). Loss, gradient norm and every weight must agree after each step: for zero2, zero3, ddp
+and, with four or more ranks, HSDP; with and without gradient accumulation; with AdamW and Muon.
+The settings used on GPUs (bf16, torch.compile if a compiler exists, each kind of activation
+checkpointing) must match the fp32 run within bf16 rounding.
 """
 
 import os
@@ -41,7 +42,10 @@ ROUGH = (1e-2, 1e-2, 1e-3)  # bf16: loss, gradient norm, weights
 
 
 def global_batch(step: int) -> Batch:
-    """ROWS x LENGTH random tokens with documents and unevenly ignored targets: the case in which a mean of means is wrong."""
+    """Return [ROWS, LENGTH] random tokens with documents and unevenly ignored targets.
+
+    On such a batch a mean of micro-batch means is wrong.
+    """
     generator = torch.Generator().manual_seed(step)
     text = torch.randint(MODEL.vocab_size, (ROWS, LENGTH + 1), generator=generator)
     targets = text[:, 1:].clone()
@@ -53,10 +57,10 @@ def global_batch(step: int) -> Batch:
     return Batch(text[:, :-1].contiguous(), targets, doc_ids)
 
 
-def alone(
+def train_alone(
     optim: OptimConfig, device: torch.device
 ) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
-    """Loss, gradient norm and weights after each step of plain single-process training."""
+    """Return loss, gradient norm and weights after each step of plain training."""
     model = NanoLlama(MODEL, seed=0).to(device)
     optimizer = build_optimizer(model, optim)
     trace = []
@@ -74,41 +78,40 @@ def alone(
     return trace
 
 
-def sharded(
+def train_sharded(
     run: RunConfig, micro: int, device: torch.device
 ) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
-    """The same through FSDP over all ranks, `micro` rows at a time."""
+    """The same with FSDP over all ranks, in micro-batches of `micro` rows."""
     rank, world = dist.get_rank(), dist.get_world_size()
     state = setup.build(run, device, seed=0)
     trace = []
     for step in range(STEPS):
-        whole = global_batch(step)
-        own = [part.chunk(world)[rank].split(micro) for part in whole[:3]]
-        pieces = [Batch(*parts).to(device) for parts in zip(*own, strict=True)]
-        weight = int((whole.targets != IGNORE).sum())
+        batch = global_batch(step)
+        local = [field.chunk(world)[rank].split(micro) for field in batch[:3]]
+        pieces = [Batch(*fields).to(device) for fields in zip(*local, strict=True)]
+        weight = int((batch.targets != IGNORE).sum())
         sums, norm = backward(
             run,
             state.model,
-            Step(pieces, weight, whole.tokens.numel()),
+            Step(pieces, weight, batch.tokens.numel()),
             next_token(run.optim.z_weight),
         )
         means, _ = reduce(sums, weight)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        weights = {
-            name: value.clone() for name, value in whole_weights(state.model).items()
-        }  # they may be the live ones
+        # clone: whole_weights may return the live tensors
+        weights = {name: value.clone() for name, value in whole_weights(state.model).items()}
         trace.append((means["loss"], norm, weights))
     return trace
 
 
 def compare(device: torch.device) -> bool:
-    """Collective. Whether every configuration held; rank 0 prints a line for each."""
+    """Return whether every configuration agrees; rank 0 prints a line for each. Collective."""
     world = dist.get_world_size()
     adamw = OptimConfig(lr=3e-3, z_weight=1e-2)
     muon = replace(adamw, name="muon")
-    traces = {optim: alone(optim, device) for optim in (adamw, muon)}
-    held = True
+    traces = {optim: train_alone(optim, device) for optim in (adamw, muon)}
+    all_agree = True
 
     def check(
         parallel: ParallelConfig,
@@ -117,7 +120,7 @@ def compare(device: torch.device) -> bool:
         bounds: tuple[float, float, float],
         optim: OptimConfig = adamw,
     ) -> None:
-        nonlocal held
+        nonlocal all_agree
         expected = traces[optim]
         data = DataConfig(
             sequence_length=LENGTH, tokens_per_step=ROWS * LENGTH, micro_batch_size=micro
@@ -125,22 +128,25 @@ def compare(device: torch.device) -> bool:
         run = RunConfig(model=MODEL, data=data, optim=optim, parallel=parallel)
         worst = [0.0, 0.0, 0.0]
         for (loss, norm, weights), (loss0, norm0, weights0) in zip(
-            sharded(run, micro, device), expected, strict=True
+            train_sharded(run, micro, device), expected, strict=True
         ):
-            apart = max(
+            weight_error = max(
                 (distance(weights[n], weights0[n], parallel.dtype) for n in weights), default=0.0
             )
             worst = [
                 max(a, b)
-                for a, b in zip(worst, (abs(loss - loss0), abs(norm - norm0), apart), strict=True)
+                for a, b in zip(
+                    worst, (abs(loss - loss0), abs(norm - norm0), weight_error), strict=True
+                )
             ]
         failed = any(not value <= bound for value, bound in zip(worst, bounds, strict=True))
         ok = setup.all_reduce_sum(torch.tensor(float(failed))).item() == 0
-        held &= ok
+        all_agree &= ok
         if dist.get_rank() == 0:
             figures = "loss {:.1e}, gradient norm {:.1e}, weights {:.1e}".format(*worst)
             print(
-                f"{'ok    ' if ok else 'FAILED'}  {world} ranks, {name}, micro-batch {micro}: off by {figures}",
+                f"{'ok    ' if ok else 'FAILED'}  {world} ranks, {name}, micro-batch {micro}: "
+                f"differences: {figures}",
                 flush=True,
             )
 
@@ -159,33 +165,36 @@ def compare(device: torch.device) -> bool:
         check(parallel, 1, f"{name}, muon", (TOLERANCE,) * 3, muon)
     cuda = device.type == "cuda"
     for keep in ("none", "selective", "full"):
-        compiled = cuda or (
-            keep == "selective" and shutil.which("g++") is not None
-        )  # on a CPU one takes long enough
+        # On a CPU compile only one of them, to save time.
+        compiled = cuda or (keep == "selective" and shutil.which("g++") is not None)
         parallel = ParallelConfig(dtype="bfloat16", activation_checkpointing=keep, compile=compiled)
-        how = f"zero2 bfloat16 {'compiled' if compiled else 'eager'}, activations {keep}"
-        check(parallel, max(1, ROWS // world // 2), how, ROUGH)
-    return held
+        mode = "compiled" if compiled else "eager"
+        name = f"zero2 bfloat16 {mode}, activation checkpointing {keep}"
+        check(parallel, max(1, ROWS // world // 2), name, ROUGH)
+    return all_agree
 
 
 def distance(a: torch.Tensor, b: torch.Tensor, dtype: str) -> float:
-    """Largest difference of two weights; for bf16, in which Adam turns single signs about, root mean square difference."""
-    apart = a.float() - b.float()
-    return float(apart.abs().max() if dtype == "float32" else apart.square().mean().sqrt())
+    """Return the largest difference of two weights; for bf16 the root mean square difference.
+
+    In bf16 rounding flips the sign of single Adam updates.
+    """
+    error = a.float() - b.float()
+    return float(error.abs().max() if dtype == "float32" else error.square().mean().sqrt())
 
 
 def main() -> None:
     CommandParser(__doc__).parse_args()
     rank, world = setup.rank_and_world()
-    if "WORLD_SIZE" not in os.environ:  # started without torchrun: start again with two ranks
+    if "WORLD_SIZE" not in os.environ:  # started without torchrun: restart with two ranks
         command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__]
         os.execv(sys.executable, [sys.executable, "-m", *command])
     with user_errors(rank, world):
         if ROWS % world:
-            raise ValueError(f"{ROWS} rows do not divide over {world} ranks; use 2, 4 or 8")
+            raise ValueError(f"{ROWS} rows cannot be split over {world} ranks; use 2, 4 or 8")
         with setup.ranks() as device:
-            held = compare(device)
-    setup.exit_process(0 if held else 1)
+            all_agree = compare(device)
+    setup.exit_process(0 if all_agree else 1)
 
 
 if __name__ == "__main__":

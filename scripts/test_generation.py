@@ -1,9 +1,12 @@
-"""Let a checkpoint continue some text, or, where it has learned to chat, answer: thoughts, tool calls and answer apart.
+"""Generate text with a checkpoint: a continuation from a base model, a reply from a chat model.
 
-python -m scripts.test_generation --checkpoint checkpoints/quickstart/gold/step_1000 --prompt "The capital of"
-python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft/step_200 --prompt "What is 17 * 23?"
+python -m scripts.test_generation --checkpoint checkpoints/quickstart/gold/step_1000 \
+    --prompt "The capital of"
+python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft/step_200 \
+    --prompt "What is 17 * 23?"
 
-Each prompt of a chat model is a conversation of its own; tools really run, unless --no_tools. --raw continues the text instead.
+Each prompt to a chat model starts a new conversation. Thoughts, tool calls and the answer are
+printed apart. Tools are executed, unless --no_tools. --raw continues the text instead.
 """
 
 import argparse
@@ -14,11 +17,12 @@ import torch
 from cli import CommandParser, add_boolean, at_least, user_errors
 from data.chat.folder_templates import template_of
 from data.tokenizers.bpe import load_tokenizer
-from inference.chat_formats import borders, open_chat
+from inference.chat_formats import bos_and_stop_ids, open_chat_format
+from inference.open_model import trained_context
 from inference.runners import TorchRunner
 from inference.streaming import stream_text
+from inference.terminal import add_flags, open_session, print_turn, sampling_of
 from models.hf import check_model_folder, load_hf, newest_step
-from scripts.chat import add_flags, begin, sampling_of, show, trained_context
 
 
 def main() -> None:
@@ -27,55 +31,53 @@ def main() -> None:
         "--checkpoint",
         required=True,
         type=newest_step,
-        help="a step or phase folder, or a Hugging Face one",
+        help="a step or phase folder, or a Hugging Face folder",
     )
-    parser.add_argument("--prompt", required=True, nargs="+", help="one text or several")
-    add_boolean(parser, "--raw", "continue the text as it is, also by a chat model")
-    parser.add_argument("--max_new_tokens", type=at_least(1), help="default: 60, of a reply 512")
+    parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
+    add_boolean(parser, "--raw", "continue the prompt as plain text, even with a chat model")
     parser.add_argument(
-        "--stop", nargs="+", default=[], help="end plain text before any of these texts"
+        "--max_new_tokens", type=at_least(1), help="default: 60; 512 for a chat reply"
+    )
+    parser.add_argument(
+        "--stop", nargs="+", default=[], help="stop strings of a plain continuation"
     )
     add_flags(parser)
     args = parser.parse_args()
     with user_errors():
         check_model_folder(args.checkpoint)
         chats = template_of(args.checkpoint) and not args.raw
-        args.max_new_tokens = (
-            args.max_new_tokens if args.max_new_tokens is not None else 512 if chats else 60
-        )
+        if args.max_new_tokens is None:
+            args.max_new_tokens = 512 if chats else 60
         if chats:
-            converse(args)
+            print_replies(args)
         else:
-            go_on(args)
+            print_continuations(args)
 
 
-def converse(args: argparse.Namespace) -> None:
-    """Ask each prompt in a conversation of its own."""
+def print_replies(args: argparse.Namespace) -> None:
+    """Answer each prompt in a new conversation."""
     if args.stop:
-        raise ValueError(
-            "--stop is for plain text, a reply ends itself; leave it out, or add --raw"
-        )
+        raise ValueError("--stop is for plain text, a reply ends itself; omit it or add --raw")
     try:
-        chat = open_chat(args.checkpoint)
+        chat = open_chat_format(args.checkpoint)
     except ValueError as error:
         raise ValueError(f"{error}; or add --raw, to continue plain text") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     runner = TorchRunner(args.checkpoint, device, trained_context(args.checkpoint))
     for prompt in args.prompt:
         print(f"> {prompt}")
-        show(begin(chat, runner, args, args.checkpoint).ask(prompt))
+        print_turn(open_session(chat, runner, args, args.checkpoint).ask(prompt))
         print()
 
 
-def go_on(args: argparse.Namespace) -> None:
+def print_continuations(args: argparse.Namespace) -> None:
     """Continue each prompt as plain text."""
     tokenizer = load_tokenizer(args.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_hf(
-        args.checkpoint, dtype=torch.float32 if device == "cpu" else None, device=device
-    )
+    dtype = torch.float32 if device == "cpu" else None
+    model = load_hf(args.checkpoint, dtype=dtype, device=device)
     context = model.config.max_position_embeddings
-    bos, ends = borders(args.checkpoint)
+    bos, stop_tokens = bos_and_stop_ids(args.checkpoint)
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     for prompt in args.prompt:
         try:
@@ -85,17 +87,20 @@ def go_on(args: argparse.Namespace) -> None:
         ids = [*bos, *tokenizer.encode(prompt, add_special_tokens=False).ids]
         if len(ids) + args.max_new_tokens > context:
             raise ValueError(
-                f"the prompt's {len(ids)} tokens and --max_new_tokens {args.max_new_tokens} are more than the model's {context}; "
-                "shorten one"
+                f"the prompt's {len(ids)} tokens and --max_new_tokens {args.max_new_tokens} "
+                f"exceed the model's context of {context}; shorten one"
             )
-        how = {
-            "stop_strings": args.stop,
-            "stop_tokens": ends,
-            "sampling": sampling_of(args),
-            "seed": args.seed,
-        }
         print(f"> {prompt}{bold}", end="", flush=True)
-        for _, piece in stream_text(model, [ids], args.max_new_tokens, tokenizer.decode, **how):
+        for _, piece in stream_text(
+            model,
+            [ids],
+            args.max_new_tokens,
+            tokenizer.decode,
+            stop_strings=args.stop,
+            stop_tokens=stop_tokens,
+            sampling=sampling_of(args),
+            seed=args.seed,
+        ):
             print(piece, end="", flush=True)
         print(f"{plain}\n")
 

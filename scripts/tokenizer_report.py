@@ -1,6 +1,7 @@
-"""Bytes a token of each source of a store: its own tokenizer beside public ones.
+"""Measure bytes per token of each source, for the store's tokenizer and for public ones.
 
-python -m scripts.tokenizer_report --store data/store/quickstart --against gpt2 cl100k_base o200k_base
+python -m scripts.tokenizer_report --store data/store/quickstart \\
+    --against gpt2 cl100k_base o200k_base
 """
 
 from pathlib import Path
@@ -22,15 +23,15 @@ def main() -> None:
         "--split",
         default="val",
         choices=["val", "train", "all"],
-        help="documents to measure on; val: held out",
+        help="documents to measure on",
     )
     parser.add_argument(
         "--sample_megabytes",
         type=within(float, above(0)),
         default=2.0,
-        help="of text from each source",
+        help="sample size of each source, in MB",
     )
-    parser.add_argument("--output", type=Path, help="write the figures as JSON too")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     args = parser.parse_args()
     with user_errors():
         result = report(args.store, args.against, args.split, int(args.sample_megabytes * 1e6))
@@ -42,7 +43,7 @@ def main() -> None:
 def show(result: dict) -> None:
     names = [*result["vocab_size"]]
     width = max(map(len, [*result["sample_bytes"], "vocabulary"]))
-    print(f"bytes a token, {result['split']} documents of {result['store']}")
+    print(f"bytes per token, {result['split']} documents of {result['store']}")
     print(" " * width, f"{'MB':>7}", *(f"{name:>12}" for name in names))
     print(
         f"{'vocabulary':{width}}",

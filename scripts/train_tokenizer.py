@@ -1,4 +1,4 @@
-"""Train the byte-level BPE tokenizer of a data store on a sample of its training documents: <store>/tokenizer/.
+"""Train a byte-level BPE tokenizer on a sample of a store's training documents: <store>/tokenizer/.
 
 python -m scripts.train_tokenizer --config configs/data/quickstart.yaml
 """
@@ -15,15 +15,14 @@ from training.settings import load_settings
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
-    parser.add_argument("overrides", nargs="*", help="settings of the recipe, as section.key=value")
+    parser.add_argument("overrides", nargs="*", help="recipe overrides: section.key=value")
     args = parser.parse_intermixed_args()
     with user_errors():
         recipe = load_settings(Recipe, args.config, args.overrides)
         fresh = train_store_tokenizer(recipe)
         folder = Path(recipe.store) / "tokenizer"
-        print(
-            f"tokenizer of {load_tokenizer(folder).get_vocab_size():,} tokens {'made' if fresh else 'already there'}: {folder}"
-        )
+        size = load_tokenizer(folder).get_vocab_size()
+        print(f"tokenizer of {size:,} tokens {'trained' if fresh else 'already there'}: {folder}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Check that checkpoints are whole: every file against its checksum, and that what is in them can be read.
+"""Verify checkpoints: the checksum of every file, and that the contents are readable.
 
-python -m scripts.verify_checkpoint checkpoints/nanollama_1b                                        # a run, a phase or a step_N
-python -m scripts.verify_checkpoint checkpoints/nanollama_1b/phase2_16k/step_207000 --model         # rope theta and document mask
-python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/phase1/step_2000        # and bit for bit the same?
+python -m scripts.verify_checkpoint checkpoints/nanollama_1b    # a run, a phase or a step_N
+python -m scripts.verify_checkpoint checkpoints/nanollama_1b/phase2_16k --model
+python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/phase1/step_2000
 
-Exit status 1 if one is damaged, wrong, or differs.
+--model also checks rope theta and the document mask; --against compares two checkpoints bit by bit.
+Exit status 1 if a checkpoint is damaged, wrong or different.
 """
 
 import json
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from cli import CommandParser, user_errors
 from evals.report.trained import settings
 from models.hf import load_hf
-from training.checkpoint import damage, has_state, read_manifest, read_position, step_folders
+from training.checkpoint_files import damage, has_state, read_manifest, read_position, step_folders
 from training.safe_pickle import load, read_index
 
 
@@ -61,65 +62,64 @@ def main() -> None:
             for line in wrong:
                 print(f"WRONG: {line}")
         if args.against and not damaged and not different:
-            print("the same, bit for bit")
+            print("identical, bit for bit")
     raise SystemExit(1 if damaged or different else 0)
 
 
 def find(path: Path) -> list[Path]:
-    """The step folders at or under a path, oldest first in each phase; ValueError where there is none."""
+    """Return the step folders at or under a path, oldest first in each phase."""
     if (path / "config.json").is_file() or path.name.startswith("step_"):
-        found = [path] if path.is_dir() else []
+        steps = [path] if path.is_dir() else []
     else:
-        found = [
+        steps = [
             step for folder in [path, *sorted(path.glob("*/"))] for step in step_folders(folder)
         ]
-    if not found:
+    if not steps:
         raise ValueError(
-            f"{path} holds no step_N folder; give one, the folder of a phase, or the folder of a run"
+            f"{path} holds no step_N folder; "
+            "give one, the folder of a phase, or the folder of a run"
         )
-    return found
+    return steps
 
 
 def describe(folder: Path) -> str:
-    """One line on a whole step folder."""
+    """Return a one-line description of an undamaged step folder."""
     manifest = read_manifest(folder)
     assert manifest
     size = sum((folder / name).stat().st_size for name in manifest["files"])
-    metric = "" if manifest.get("metric") is None else f", held-out loss {manifest['metric']:.4f}"
+    metric = "" if manifest.get("metric") is None else f", validation loss {manifest['metric']:.4f}"
+    files = f"{len(manifest['files'])} files, {size / 1e9:.3f} GB"
     if not has_state(folder):
-        return f"weights only, {len(manifest['files'])} files, {size / 1e9:.3f} GB{metric}"
+        return f"weights only, {files}{metric}"
     position = read_position(folder)
     end = ", end of the phase" if position["step"] == position["phase_end"] else ""
-    return f"whole, {len(manifest['files'])} files, {size / 1e9:.3f} GB, {position['phase']} step {position['step']}{end}{metric}"
+    return f"complete, {files}, {position['phase']} step {position['step']}{end}{metric}"
 
 
 def model_faults(folder: Path) -> Iterator[str]:
-    """What is wrong with a checkpoint's rope theta or document mask; prints both.
+    """Print rope theta and the document mask of a checkpoint; yield their errors.
 
-    Theta is compared with the config that the phase left in logs/<run>. The mask is checked by logits: two documents packed
-    in one row must get those that each gets alone.
+    Theta must equal the phase's config in logs/<run>. The mask is checked by logits: two documents
+    packed in one row must get the logits that each gets alone.
     """
     model = load_hf(folder).float().eval()
     theta, context = model.config.rope_theta, model.config.max_position_embeddings
     phase = folder.resolve().parent
     path = Path("logs") / phase.parent.name / f"{phase.name}.config.yaml"
     run = settings(path)
-    says = run.get("rope_theta")
-    first, wanted = says if isinstance(says, list) else (says, says)
-    known = (
-        f"as {path} says"
-        if wanted == theta
-        else f"{path} says {wanted}"
-        if wanted
-        else f"there is no {path} to compare with"
-    )
-    print(f"{folder}: rope theta {theta:,.0f} ({known}), context {context:,} tokens")
+    setting = run.get("rope_theta")
+    first, last = setting if isinstance(setting, list) else (setting, setting)
+    if last is None:
+        source = f"there is no {path} to compare with"
+    else:
+        source = f"as in {path}" if last == theta else f"{path} has {last}"
+    print(f"{folder}: rope theta {theta:,.0f} ({source}), context {context:,} tokens")
     at_end = (
         not has_state(folder)
         or (position := read_position(folder))["step"] == position["phase_end"]
     )
-    if wanted and wanted != theta and (at_end or first == wanted):
-        yield f"rope theta is {theta:,.0f}, but {path} says {wanted:,.0f}"
+    if last and last != theta and (at_end or first == last):
+        yield f"rope theta is {theta:,.0f}, but {path} has {last:,.0f}"
     length = min(context, 256)
     tokens = torch.randint(
         model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)
@@ -128,18 +128,22 @@ def model_faults(folder: Path) -> Iterator[str]:
     doc_ids = (torch.arange(length)[None] >= cut).int()
     with torch.no_grad():
         packed = model(tokens, doc_ids=doc_ids)
-        apart = torch.cat([model(tokens[:, :cut]), model(tokens[:, cut:])], dim=1)
+        separate = torch.cat([model(tokens[:, :cut]), model(tokens[:, cut:])], dim=1)
         mixed = (model(tokens) - packed)[:, cut:].abs().max().item()
-    error = (packed - apart).abs().max().item()
+    error = (packed - separate).abs().max().item()
     print(
-        f"{folder}: document mask: packed and separate logits differ by at most {error:.1e}; without the mask by {mixed:.1e}"
+        f"{folder}: document mask: packed and separate logits differ by at most {error:.1e}; "
+        f"without the mask by {mixed:.1e}"
     )
-    if not error <= 1e-3 * max(1.0, apart.abs().max().item()):
-        yield f"packed documents do not get the logits that they get alone: the largest difference is {error:.2g}"
+    if not error <= 1e-3 * max(1.0, separate.abs().max().item()):
+        yield (
+            "packed documents do not get the logits that they get alone: "
+            f"the largest difference is {error:.2g}"
+        )
 
 
 def unreadable(folder: Path) -> str | None:
-    """What cannot be read although its checksum is right: the weights' header, trainer.json, the index of the state."""
+    """Return why weights, trainer.json or the state's index are unreadable, or None."""
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             if not list(file.keys()):
@@ -147,27 +151,27 @@ def unreadable(folder: Path) -> str | None:
         if has_state(folder):
             position = read_position(folder)
             if f"step_{position['step']}" != folder.name:
-                return f"state/trainer.json is of step {position['step']}"
+                return f"state/trainer.json belongs to step {position['step']}"
             read_index(folder / "state")
     except (SafetensorError, OSError, ValueError, KeyError, EOFError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
 
-def differences(one: Path, other: Path) -> Iterator[str]:
-    """What differs between two step folders: weights, moments and counters bit by bit, then where they stand."""
+def differences(first: Path, second: Path) -> Iterator[str]:
+    """Yield the differences of two step folders: weights, state (bitwise), trainer.json."""
     with (
-        safe_open(one / "model.safetensors", framework="pt") as a,
-        safe_open(other / "model.safetensors", framework="pt") as b,
+        safe_open(first / "model.safetensors", framework="pt") as a,
+        safe_open(second / "model.safetensors", framework="pt") as b,
     ):
         yield from _compare("weights", set(a.keys()), set(b.keys()), a.get_tensor, b.get_tensor)
-    if not (has_state(one) and has_state(other)):
-        if has_state(one) or has_state(other):
-            yield f"{other if has_state(one) else one} has no state/"
+    if not (has_state(first) and has_state(second)):
+        if has_state(first) or has_state(second):
+            yield f"{second if has_state(first) else first} has no state/"
         return
-    (a_names, a_get), (b_names, b_get) = _state(one), _state(other)
+    (a_names, a_get), (b_names, b_get) = _state(first), _state(second)
     yield from _compare("state", a_names, b_names, a_get, b_get)
-    positions = read_position(one), read_position(other)
+    positions = read_position(first), read_position(second)
     for name in sorted(positions[0].keys() | positions[1].keys()):
         values = [json.dumps(position.get(name)) for position in positions]
         if values[0] != values[1]:
@@ -175,17 +179,17 @@ def differences(one: Path, other: Path) -> Iterator[str]:
 
 
 def _compare(
-    what: str, a_names: set[str], b_names: set[str], a_get: Any, b_get: Any
+    kind: str, a_names: set[str], b_names: set[str], a_get: Any, b_get: Any
 ) -> Iterator[str]:
     for name in sorted(a_names ^ b_names):
-        yield f"{what}: {name} is in one of them only"
+        yield f"{kind}: {name} is in one of them only"
     for name in sorted(a_names & b_names):
         if not _same(a_get(name), b_get(name)):
-            yield f"{what}: {name}"
+            yield f"{kind}: {name}"
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Equal in type, shape and every bit: a NaN equals itself, 0.0 does not equal -0.0."""
+    """Whether type, shape and every bit are equal: NaN equals itself, 0.0 differs from -0.0."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return a == b
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -196,7 +200,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _state(folder: Path) -> tuple[set[str], Any]:
-    """The names of all that is in state/, and a function that reads one of them whole, however many ranks wrote it."""
+    """Return the names in state/, and a function that reads one unsharded entry."""
     index = read_index(folder / "state").state_dict_metadata
 
     def read(name: str) -> Any:
@@ -205,7 +209,7 @@ def _state(folder: Path) -> tuple[set[str], Any]:
         if isinstance(entry, TensorStorageMetadata):
             content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that no ranks are here
+            warnings.simplefilter("ignore")  # torch warns that no process group exists
             load(content, folder / "state", no_dist=True)
         return content[name]
 

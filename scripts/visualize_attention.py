@@ -1,8 +1,9 @@
-"""Where a model looks: attention by distance for every layer, the share of the first token, and pictures of single heads.
+"""Plot a model's attention: mass by distance per layer, attention sink, maps of single heads.
 
-python -m scripts.visualize_attention --checkpoint checkpoints/nanollama_1b/phase2_16k/step_207000 --input_length 8192
+python -m scripts.visualize_attention --checkpoint checkpoints/nanollama_1b/phase2_16k \\
+    --input_length 8192
 
-Probabilities are computed a few rows at a time, so no T x T matrix exists at any length.
+Probabilities are computed in chunks of rows: no [T, T] matrix is stored.
 """
 
 import math
@@ -16,43 +17,45 @@ from torch import Tensor
 from cli import CommandParser, at_least, user_errors
 from data.tokenizers.bpe import load_tokenizer
 from evals.engines import folder_hash
-from inference.chat_formats import borders
+from inference.chat_formats import bos_and_stop_ids
 from models.attention import attention_mask
 from models.hf import check_model_folder, load_hf, newest_step
 from models.layers import apply_rotary
 from models.nanollama import GroupedQueryAttention, NanoLlama
 
-CHUNK = 1 << 24  # probabilities at a time, all heads together
+CHUNK = 1 << 24  # probabilities per chunk, over all heads
 
 
 class Attention(NamedTuple):
-    """Of every layer L and head H, means over queries; fp64 on the CPU."""
+    """Means over queries, for L layers and H heads; fp64 on the CPU."""
 
-    profile: Tensor  # [L, H, bins]: mass on distances 0, 1, 2-3, 4-7, ...
-    sink: Tensor  # [L, H]: mass on the first token, of the queries after it
-    pictures: Tensor  # [L, H, size, size]: mass that queries of a band put on a band of keys
+    profile: Tensor  # [L, H, bins]: attention mass at distances 0, 1, 2-3, 4-7, ...
+    sink: Tensor  # [L, H]: mass on the first token, over the later queries
+    maps: Tensor  # [L, H, size, size]: mass of a band of queries on a band of keys
 
 
 @torch.no_grad()
-def look(model: NanoLlama, tokens: Tensor, size: int = 64, chunk: int = CHUNK) -> Attention:
-    """Attention of a document's tokens [T]; chunk: how many probabilities exist at a time."""
+def attention_statistics(
+    model: NanoLlama, tokens: Tensor, size: int = 64, chunk: int = CHUNK
+) -> Attention:
+    """Return the attention of one document, tokens [T]; chunk: probabilities held at a time."""
     x = model.embed_tokens(tokens[None])
     cos, sin = model.rotary(len(tokens))
     mask = attention_mask(None, x, model.attention)
-    found = []
+    statistics = []
     layers: list[Any] = list(model.layers)
     for layer in layers:
-        found.append(
+        statistics.append(
             _head_statistics(layer.self_attn, layer.input_layernorm(x), cos, sin, size, chunk)
         )
         x = layer(x, cos, sin, mask)
-    return Attention(*(torch.stack(parts).cpu() for parts in zip(*found, strict=True)))
+    return Attention(*(torch.stack(values).cpu() for values in zip(*statistics, strict=True)))
 
 
 def _head_statistics(
     attention: GroupedQueryAttention, x: Tensor, cos: Tensor, sin: Tensor, size: int, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Profile, sink and pictures of one layer's heads, of its normed input [1, T, D]."""
+    """Return profile, sink and maps of one layer's heads; x: its normed input [1, T, D]."""
     length = x.shape[1]
     q, k = (
         proj(x).view(length, -1, attention.head_dim)
@@ -60,22 +63,21 @@ def _head_statistics(
     )
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
-    q, k = (
-        apply_rotary(part.transpose(0, 1)[None], cos, sin)[0] for part in (q, k)
-    )  # [heads, T, head_dim]
+    # [T, heads, head_dim] -> [heads, T, head_dim]
+    q, k = (apply_rotary(x.transpose(0, 1)[None], cos, sin)[0] for x in (q, k))
     heads = len(q)
     k = k.repeat_interleave(heads // len(k), 0).float().transpose(1, 2)
-    places = torch.arange(length, device=x.device)
-    bands = places * size // length
+    positions = torch.arange(length, device=x.device)
+    bands = positions * size // length
     profile = torch.zeros(
         heads, int(_bin(torch.tensor(length - 1))) + 1, dtype=torch.float64, device=x.device
     )
     sink = torch.zeros(heads, dtype=torch.float64, device=x.device)
-    pictures = torch.zeros(heads, size, size, dtype=torch.float64, device=x.device)
+    maps = torch.zeros(heads, size, size, dtype=torch.float64, device=x.device)
     rows = max(1, chunk // (heads * length))
     for first in range(0, length, rows):
-        queries = places[first : first + rows]
-        distance = queries[:, None] - places  # [rows, T]; of later keys below 0
+        queries = positions[first : first + rows]
+        distance = queries[:, None] - positions  # [rows, T]; negative for later keys
         scores = q[:, queries].float() @ k / math.sqrt(attention.head_dim)
         mass = scores.masked_fill(distance < 0, -math.inf).softmax(-1).double()  # [heads, rows, T]
         bins = _bin(distance.clamp(min=0)).expand(heads, -1, -1)
@@ -83,16 +85,16 @@ def _head_statistics(
         sink += mass[:, queries > 0, 0].sum(1)
         by_key = torch.zeros(heads, len(queries), size, dtype=torch.float64, device=x.device)
         by_key.scatter_add_(2, bands.expand(heads, len(queries), -1), mass)
-        pictures.index_add_(1, bands[queries], by_key)
+        maps.index_add_(1, bands[queries], by_key)
     return (
         profile / length,
         sink / max(1, length - 1),
-        pictures / bands.bincount(minlength=size).clamp(min=1)[:, None],
+        maps / bands.bincount(minlength=size).clamp(min=1)[:, None],
     )
 
 
 def _bin(distance: Tensor) -> Tensor:
-    """0 for distance 0, 1 for 1, 2 for 2 and 3, 3 for 4 to 7, ..."""
+    """Return the bin of a distance: 0 -> 0, 1 -> 1, 2-3 -> 2, 4-7 -> 3, ..."""
     return torch.where(distance > 0, distance.double().log2().floor() + 1, 0).long()
 
 
@@ -100,22 +102,27 @@ def bin_names(count: int) -> list[str]:
     return ["0", "1", *(f"{1 << (i - 1):,}+" for i in range(2, count))][:count]
 
 
-def draw(found: Attention, output: Path, title: str, about: dict[str, str] | None = None) -> None:
-    """Layers by distance, the first token's share, and heads of up to six layers. about: text that the PNG file carries."""
+def plot(
+    attention: Attention, output: Path, title: str, about: dict[str, str] | None = None
+) -> None:
+    """Plot the layers by distance, the sink, and heads of up to six layers.
+
+    about: text fields of the PNG file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    layers, heads, bins = found.profile.shape
+    layers, heads, bins = attention.profile.shape
     shown = sorted({round(i * (layers - 1) / 5) for i in range(6)})
     columns = min(8, heads)
     figure = pyplot.figure(figsize=(6 + columns, 5 + 1.5 * len(shown)), layout="constrained")
-    parts: Any = figure.subfigures(2, 1, height_ratios=[4, 1.5 * len(shown)])
-    above, below = parts
+    subfigures: Any = figure.subfigures(2, 1, height_ratios=[4, 1.5 * len(shown)])
+    above, below = subfigures
     figure.suptitle(title)
     profile, share = above.subplots(1, 2, width_ratios=[3, 1], sharey=True)
-    image = profile.imshow(found.profile.mean(1), aspect="auto", cmap="magma", vmin=0)
+    image = profile.imshow(attention.profile.mean(1), aspect="auto", cmap="magma", vmin=0)
     profile.set(
         xlabel="distance in tokens",
         ylabel="layer",
@@ -123,9 +130,9 @@ def draw(found: Attention, output: Path, title: str, about: dict[str, str] | Non
     )
     profile.set_xticks(range(bins), bin_names(bins), rotation=45, ha="right", fontsize=8)
     above.colorbar(image, ax=profile)
-    share.barh(range(layers), found.sink.mean(1), color="#3656c8")
+    share.barh(range(layers), attention.sink.mean(1), color="#3656c8")
     share.plot(
-        found.sink.flatten(),
+        attention.sink.flatten(),
         torch.arange(layers).repeat_interleave(heads),
         ".",
         color="#d9822b",
@@ -137,7 +144,7 @@ def draw(found: Attention, output: Path, title: str, about: dict[str, str] | Non
         for column in range(columns):
             head = column * heads // columns
             axes[row, column].imshow(
-                (found.pictures[layer, head] + 1e-4).log(), cmap="magma", interpolation="nearest"
+                (attention.maps[layer, head] + 1e-4).log(), cmap="magma", interpolation="nearest"
             )
             axes[row, column].set_xticks([])
             axes[row, column].set_yticks([])
@@ -148,7 +155,10 @@ def draw(found: Attention, output: Path, title: str, about: dict[str, str] | Non
 
 
 def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
-    """bos, if the model has one, and the first tokens of a text, `length` in all; ValueError where the text is too short."""
+    """Return bos, if the model has one, and the first tokens of a text: `length` in total.
+
+    text: default: modules of Python's library. Raises ValueError if the text is too short.
+    """
     if text is not None and not text.is_file():
         raise ValueError(f"there is no text {text}")
     library = Path(sysconfig.get_paths()["stdlib"])
@@ -159,12 +169,13 @@ def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
             library / f"{name}.py" for name in ("argparse", "typing", "tarfile", "doctest", "pydoc")
         ]
     )
-    bos, _ = borders(checkpoint)
-    written = "\n\n".join(path.read_text(errors="replace", encoding="utf-8") for path in paths)
-    ids = [*bos, *load_tokenizer(checkpoint).encode(written, add_special_tokens=False).ids][:length]
+    bos, _ = bos_and_stop_ids(checkpoint)
+    content = "\n\n".join(path.read_text(errors="replace", encoding="utf-8") for path in paths)
+    ids = [*bos, *load_tokenizer(checkpoint).encode(content, add_special_tokens=False).ids][:length]
     if len(ids) < length:
         raise ValueError(
-            f"the text has {len(ids)} tokens, fewer than {length}; give a longer --text or a smaller --input_length"
+            f"the text has {len(ids)} tokens, fewer than {length}; "
+            "give a longer --text or a smaller --input_length"
         )
     return torch.tensor(ids)
 
@@ -176,7 +187,7 @@ def main() -> None:
         "--input_length", type=at_least(2), default=8192, help="tokens (default: %(default)s)"
     )
     parser.add_argument(
-        "--text", type=Path, help="a document to read (default: modules of Python's library)"
+        "--text", type=Path, help="input document (default: modules of Python's library)"
     )
     parser.add_argument("--output", type=Path, default=Path("results/attention_visualizations.png"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -186,17 +197,17 @@ def main() -> None:
         model = load_hf(args.checkpoint, device=args.device).eval()
         if not 2 <= args.input_length <= model.config.max_position_embeddings:
             raise ValueError(
-                f"--input_length must be 2 to {model.config.max_position_embeddings}, the model's context"
+                f"--input_length {args.input_length} must be 2 to "
+                f"{model.config.max_position_embeddings}, the model's context"
             )
-        found = look(
-            model, tokens_of(args.checkpoint, args.text, args.input_length).to(args.device)
-        )
+        tokens = tokens_of(args.checkpoint, args.text, args.input_length).to(args.device)
+        attention = attention_statistics(model, tokens)
         about = {
             "checkpoint_hash": folder_hash(args.checkpoint),
             "input_length": str(args.input_length),
         }
-        draw(found, args.output, f"{args.checkpoint}, {args.input_length:,} tokens", about)
-        for layer, share in enumerate(found.sink.mean(1).tolist()):
+        plot(attention, args.output, f"{args.checkpoint}, {args.input_length:,} tokens", about)
+        for layer, share in enumerate(attention.sink.mean(1).tolist()):
             print(f"layer {layer:>2}: {share:.3f} of the attention is on the first token")
         print(f"written to {args.output}")
 

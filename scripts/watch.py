@@ -1,9 +1,9 @@
-"""Watch a run from outside and raise an alert when it no longer makes steps: killed, hung, or its machine gone.
+"""Watch a run from outside; send an alert when it stops making steps (killed, hung, host down).
 
 python -m scripts.watch logs/nanollama_1b --stale 600
 
-Alerts are those of the run's own config (log.alerts) and of --alert. Start it on another machine that sees the folder, if
-there is one: a machine that is gone says nothing. It watches until it is interrupted, over ends of phases and restarts.
+Uses the alerts of the run's config (log.alerts) and --alert. Start it on another machine that sees
+the folder, to detect a host failure too. It runs until interrupted, across phases and restarts.
 """
 
 import json
@@ -22,25 +22,25 @@ from training.ops.alerts import Alerts
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "run", type=Path, help="the folder that holds heartbeat and <phase>.config.yaml"
+        "run", type=Path, help="the folder that contains heartbeat and <phase>.config.yaml"
     )
     parser.add_argument(
         "--stale",
         type=within(float, above(0)),
         default=600,
-        help="seconds without a step; more than validation and saving take",
+        help="seconds without a step; longer than validation and saving",
     )
     parser.add_argument(
         "--alert",
         metavar="COMMAND",
-        help="a shell command that reads the alert on its standard input",
+        help="a shell command that reads the alert from standard input",
     )
     args = parser.parse_args()
     with user_errors():
         configs = sorted(args.run.glob("*.config.yaml"), key=lambda path: path.stat().st_mtime)
         if not configs:
             raise ValueError(
-                f"{args.run} holds no <phase>.config.yaml; give the log folder of a run that has begun"
+                f"{args.run} holds no <phase>.config.yaml; give the log folder of a started run"
             )
         config = load(configs[-1]).log.alerts
         config = replace(
@@ -51,17 +51,16 @@ def main() -> None:
             wandb=False,
         )
         alerts = open_alerts(args.run, config, setup.secrets(config.secrets))
-        print(f"watching {args.run / 'heartbeat'}; Ctrl-C ends it", flush=True)
+        print(f"watching {args.run / 'heartbeat'}; Ctrl-C stops it", flush=True)
         watch(args.run, args.stale, alerts)
 
 
 def watch(run: Path, stale: float, alerts: Alerts) -> None:
-    """For ever: an event and an alert where a heartbeat that says running has not changed for `stale` seconds."""
-    seen, since, stuck = (
-        "",
-        time.monotonic(),
-        False,
-    )  # by this machine's clock, as the run's may be another
+    """Watch forever: log and alert if a running heartbeat is unchanged for `stale` seconds.
+
+    Times are those of this machine's clock, as the run's clock may differ.
+    """
+    seen, since, stuck = "", time.monotonic(), False
     while True:
         text = (
             (run / "heartbeat").read_text(encoding="utf-8") if (run / "heartbeat").is_file() else ""
@@ -72,13 +71,14 @@ def watch(run: Path, stale: float, alerts: Alerts) -> None:
         elif beat.get("status") == "running" and time.monotonic() - since >= stale:
             stuck = True
         if stuck != was_stuck:
-            kind, what = (
-                ("stuck", f"no step for {stale:g} s") if stuck else ("recovered", "it moves again")
+            kind, text = (
+                ("stuck", f"no step for {stale:g} s") if stuck else ("recovered", "steps again")
             )
-            what += f"; step {beat.get('step')} of {beat.get('phase')}, process {beat.get('pid')} on {beat.get('host')}"
-            append_event(run, kind, what, phase=beat.get("phase"), step=beat.get("step"))
-            print(f"{kind}: {what}", flush=True)
-            alerts.send(kind, f"{run.absolute().name}: {kind}", f"{what}\n{run.absolute()}")
+            text += f"; step {beat.get('step')} of {beat.get('phase')}"
+            text += f", process {beat.get('pid')} on {beat.get('host')}"
+            append_event(run, kind, text, phase=beat.get("phase"), step=beat.get("step"))
+            print(f"{kind}: {text}", flush=True)
+            alerts.send(kind, f"{run.absolute().name}: {kind}", f"{text}\n{run.absolute()}")
             alerts.flush()
         time.sleep(min(5.0, stale / 10))
 

@@ -1,4 +1,4 @@
-"""A headless Chromium on the demo, and a proxy that stands for all other hosts."""
+"""Headless Chromium for the demo's tests, and a proxy that replaces all other hosts."""
 
 import re
 import shutil
@@ -59,7 +59,8 @@ def browser(foreign) -> Iterator[Any]:
     )
     if not program:
         pytest.skip("no Chromium: apt-get install chromium")
-    proxy = f"--proxy-server=127.0.0.1:{foreign.server_port}"  # all but this machine's addresses goes there
+    # Requests to other hosts go to the proxy.
+    proxy = f"--proxy-server=127.0.0.1:{foreign.server_port}"
     with driver.sync_playwright() as play:
         chromium = play.chromium.launch(
             executable_path=program, headless=True, args=[*FLAGS, proxy]

@@ -1,4 +1,4 @@
-"""What the tests share: small stores of real text, and ways to run train.py."""
+"""Fixtures and helpers of all tests: small stores of real text, tiny models, runs of train.py."""
 
 import json
 import os
@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 
@@ -17,28 +18,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 384
 torch.set_num_threads(1)
-# Workers take whole files, so that what a file's fixtures run is run once (pytest 9.2 ignores xdist_group); these first, so that
-# none is left over at the end.
-LONG = (
-    *(
-        "test_timeline",
-        "test_quickstart",
-        "test_nodes",
-        "test_training",
-        "test_fault_table",
-        "test_demo",
-    ),
-    *("test_prepare", "test_pipeline", "test_checkpoint"),
+# A worker runs whole files, because fixtures are expensive. The longest files start first.
+LONGEST = (
+    *("test_timeline", "test_fault_table", "test_quickstart", "test_nodes", "test_training"),
+    *("test_checkpoint", "test_prepare", "test_pipeline", "test_demo"),
 )
 
 
+def pytest_sessionstart() -> None:
+    """Start a worker's forkserver before a test starts one that has imported less."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        forked.forkserver()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    order = {stem: number for number, stem in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(scope="session")
 def text_store(tmp_path_factory) -> Path:
-    """A store of two sources cut from Python's standard library, with a tokenizer of 384 tokens and shards."""
+    """A store of two sources from the standard library: documents, shards, tokenizer of 384."""
     from data.manifest import file_hash
     from data.pipeline.recipe import Split
     from data.shards import ShardWriter
@@ -49,20 +49,24 @@ def text_store(tmp_path_factory) -> Path:
         name: write_documents(store, name, library(120)[half::2])
         for half, name in enumerate(("first", "second"))
     }
-    texts = [text for part in documents.values() for id, text in part if split.of(id) == "train"]
+    rows = [row for source in documents.values() for row in source]
+    texts = [text for id, text in rows if split.of(id) == "train"]
     tokenizer = train_tokenizer(texts, VOCAB)
     save_tokenizer(tokenizer, store / "tokenizer")
     tokenizer.encode_special_tokens = True
-    for name, part in documents.items():
-        made_by = file_hash(store / "tokenizer" / "tokenizer.json")
-        with ShardWriter(store / "tokens" / name, VOCAB, made_by, inputs={}) as shards:
-            for id, text in part:
+    tokenizer_hash = file_hash(store / "tokenizer" / "tokenizer.json")
+    for name, source in documents.items():
+        with ShardWriter(store / "tokens" / name, VOCAB, tokenizer_hash, inputs={}) as shards:
+            for id, text in source:
                 shards.add(split.of(id), [special_ids(tokenizer).bos, *tokenizer.encode(text).ids])
     return store
 
 
 def library(count: int) -> list[tuple[str, str]]:
-    """Ids and texts of the first modules of Python's standard library, but for long ones."""
+    """Return ids and texts of the standard library's first `count` modules.
+
+    Leaves out empty modules and those of 20,000 characters or more.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = islice(
         (
@@ -72,16 +76,17 @@ def library(count: int) -> list[tuple[str, str]]:
         ),
         count,
     )
-    found = (
-        (f"python/{path.relative_to(root)}", path.read_text(errors="replace")) for path in paths
+    modules = (
+        (f"python/{path.relative_to(root)}", path.read_text(encoding="utf-8", errors="replace"))
+        for path in paths
     )
-    return [(id, text) for id, text in found if text.strip() and len(text) < 20_000]
+    return [(id, text) for id, text in modules if text.strip() and len(text) < 20_000]
 
 
 def write_documents(
     store: Path, source: str, documents: list[tuple[str, str]], parts: int = 1
 ) -> list[tuple[str, str]]:
-    """Put documents into a store as data/corpus/ingest.py leaves them; returns them."""
+    """Write documents to a store in the format of data/corpus/ingest.py; return them."""
     import pyarrow
     from pyarrow import parquet
 
@@ -91,15 +96,16 @@ def write_documents(
     folder.mkdir(parents=True)
     entries = []
     for number in range(parts):
-        mine = documents[number * len(documents) // parts : (number + 1) * len(documents) // parts]
-        table = pyarrow.table({"id": [id for id, _ in mine], "text": [text for _, text in mine]})
+        begin, end = (index * len(documents) // parts for index in (number, number + 1))
+        rows = documents[begin:end]
+        table = pyarrow.table({"id": [id for id, _ in rows], "text": [text for _, text in rows]})
         path = folder / f"{number:05d}.parquet"
         parquet.write_table(table, path, compression="zstd")
-        size = sum(len(text.encode()) for _, text in mine)
+        size = sum(len(text.encode()) for _, text in rows)
         entries.append(
             {
                 "name": path.name,
-                "documents": len(mine),
+                "documents": len(rows),
                 "bytes": size,
                 "sha256": manifest.file_hash(path),
             }
@@ -113,7 +119,7 @@ def write_documents(
 
 @pytest.fixture
 def settings(text_store, tmp_path):
-    """Overrides of configs/test_mode.yaml for a tiny fp32 run on text_store; what it writes goes under tmp_path."""
+    """Overrides of configs/test_mode.yaml for a tiny fp32 run on text_store, output in tmp_path."""
 
     def make(*more: str, phase: str = "one", steps: int = 6) -> list[str]:
         return [
@@ -135,7 +141,7 @@ def settings(text_store, tmp_path):
 
 
 def train_here(overrides: list[str]) -> bool:
-    """Run train.py's pretrain in this process, as one rank. True if it is complete."""
+    """Run pretraining in this process with one rank; return True if the run is complete."""
     from train import pretrain
     from training import setup
     from training.config import load
@@ -146,7 +152,7 @@ def train_here(overrides: list[str]) -> bool:
 
 
 def tiny_config(**changes: Any) -> Any:
-    """The ModelConfig of the evaluations' random models; so wide an initialisation sets options far apart."""
+    """Return the ModelConfig of random models; the wide initialisation separates their scores."""
     from models.nanollama import ModelConfig
 
     shape = {
@@ -160,7 +166,7 @@ def tiny_config(**changes: Any) -> Any:
 
 
 def save_tiny(folder: Path, config: Any, store: Path) -> Path:
-    """A checkpoint of that shape with random weights and the tokenizer of text_store; returns its folder."""
+    """Save a random model and text_store's tokenizer as a checkpoint; return its folder."""
     from data.tokenizers.bpe import load_tokenizer, save_tokenizer
     from models.hf import save_hf
     from models.nanollama import NanoLlama
@@ -175,21 +181,22 @@ def save_tiny(folder: Path, config: Any, store: Path) -> Path:
 def complaint_of(
     main: Callable[[], None], arguments: Sequence[Any], capture: Any, monkeypatch: Any
 ) -> str:
-    """The one line with which a command, run in this process, ends on a user's mistake. capture: capsys or capfd."""
+    """Run a command in this process; return its one-line error. capture: capsys or capfd."""
     monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         main()
-    said = capture.readouterr().err
+    error = capture.readouterr().err
     assert (
         end.value.code == 2
-        and said.startswith("error: ")
-        and said.count("\n") == 1
-        and "Traceback" not in said
+        and error.startswith("error: ")
+        and error.count("\n") == 1
+        and "Traceback" not in error
     )
-    return said
+    return error
 
 
 def command(overrides: list[str], ranks: int) -> list[str]:
+    """Return the command line of train.py under scripts.launch with that many ranks."""
     launch = [sys.executable, "-m", "scripts.launch", f"--nproc_per_node={ranks}"]
     return [
         *launch,
@@ -200,16 +207,33 @@ def command(overrides: list[str], ranks: int) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def checkpoint(request, tmp_path_factory, text_store) -> Path:
+    """A random model of the test module's CONFIG with text_store's tokenizer."""
+    folder = tmp_path_factory.mktemp("model") / "step_1"
+    return save_tiny(folder, request.module.CONFIG, text_store)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    """The checkpoint, loaded for evaluation."""
+    from evals.engines import load_model
+
+    return load_model(checkpoint, batch_size=4)
+
+
 def train_ranks(overrides: list[str], ranks: int = 2) -> subprocess.CompletedProcess:
-    """Run train.py under torchrun with that many ranks."""
-    return subprocess.run(
-        command(overrides, ranks), capture_output=True, text=True, cwd=ROOT, env=one_thread()
-    )
+    """Run train.py under scripts.launch with that many ranks, in forked processes."""
+    return forked.run(command(overrides, ranks), env=one_thread())
 
 
 def one_thread() -> dict[str, str]:
+    """Return this process's environment with one OpenMP thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]

@@ -1,56 +1,139 @@
-"""Commands in processes forked from one that has imported torch; so are the Python processes that they start.
+"""Run Python commands in processes forked from one that has already imported torch.
 
-A process keeps its place in the tree: the parent of a rank is its launcher, whose parent is the driver. fork takes the place
-of fork and exec, so a command costs no imports.
+A forked command saves 2-4 s of imports; the Python processes that it starts are forked too. The
+process tree stays as with exec: the parent of a rank is its launcher, whose parent is the driver.
 """
 
 import atexit
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY_POINTS = ("train", "train_sft", "train_dpo", "training.run_folder")
+SCRIPTS = "pipeline launch export_gguf prepare_data train_tokenizer download_data run_evals"
+TORCH = ("_dynamo", "_inductor.config", "distributed.checkpoint", "distributed.run", "onnx")
+TESTS = ("forked", "miniature", "test_checkpoint", "test_fault_table", "test_pipeline")
 PRELOADED = (
-    *(
-        "train",
-        "train_sft",
-        "train_dpo",
-        "scripts.pipeline",
-        "scripts.launch",
-        "scripts.export_gguf",
-    ),
-    *(
-        "scripts.prepare_data",
-        "scripts.train_tokenizer",
-        "scripts.download_data",
-        "evals.eval_perplexity",
-    ),
-    *("torch._dynamo", "torch.distributed.checkpoint", "transformers.utils.chat_template_utils"),
-    *("training.run_folder", "benchmarks.faulty_train"),
+    *ENTRY_POINTS,
+    *(f"scripts.{name}" for name in SCRIPTS.split()),
+    *(f"torch.{name}" for name in TORCH),
+    *("evals.eval_perplexity", "benchmarks.faulty_train", "data.pipeline.steps"),
+    *("transformers.utils.chat_template_utils", "matplotlib.pyplot", *TESTS),
 )
 STATES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
-plain_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+original_execute_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 
 def forkserver() -> Any:
+    """Start a forkserver that has imported PRELOADED, once per process; return its context."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["forked", "test_fault_table", *PRELOADED])
+    context.set_forkserver_preload(list(PRELOADED))
+    before = dict(os.environ)
+    folders = [str(ROOT), str(ROOT / "tests"), *filter(None, [before.get("PYTHONPATH")])]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return context
 
 
+class Process:
+    """A Python command: the part of Popen(stdout=PIPE, stderr=PIPE, text=True) that tests use.
+
+    The process leads its own session.
+    """
+
+    def __init__(self, command: Sequence[Any], cwd: Path = ROOT, env: dict[str, str] | None = None):
+        self.words = [str(word) for word in command]
+        assert self.words[0] == sys.executable, self.words
+        environment = dict(os.environ if env is None else env)
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
+        for path in self.outputs:
+            path.touch()
+        arguments = (self.words, str(cwd), environment, *map(str, self.outputs))
+        self.process = forkserver().Process(target=_first, args=arguments)
+        self.process.start()
+        self.pid: int = self.process.pid
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.wait()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def stdout(self) -> str:
+        """Return the standard output up to now."""
+        return self.outputs[0].read_text(encoding="utf-8", errors="replace")
+
+    def stderr(self) -> str:
+        """Return the standard error up to now."""
+        return self.outputs[1].read_text(encoding="utf-8", errors="replace")
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):  # it has ended, and the forkserver has reaped it
+            os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.words, timeout or 0)
+        return self.process.exitcode
+
+    def communicate(self, timeout: float = 300) -> list[str]:
+        """Wait for the end; return stdout and stderr. Kills the session when the time is over."""
+        try:
+            self.wait(timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.pid, signal.SIGKILL)
+            raise
+        texts = [self.stdout(), self.stderr()]
+        self.folder.cleanup()
+        return texts
+
+
+def run(
+    command: Sequence[Any],
+    cwd: Path = ROOT,
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> subprocess.CompletedProcess[str]:
+    """Do what subprocess.run(capture_output=True, text=True) does, for a Python command."""
+    process = Process(command, cwd, env)
+    stdout, stderr = process.communicate(timeout)
+    return subprocess.CompletedProcess(process.words, process.wait(), stdout, stderr)
+
+
 class Forked:
-    """A command, given as what follows `python`: the part of Popen that benchmarks/fault_sites.py uses."""
+    """A Python command without `python`: the part of Popen that benchmarks/fault_sites.py uses."""
 
     def __init__(self, command: list[str], folder: Path, environment: dict[str, str], output: Path):
-        arguments = (command, str(folder), {**os.environ, **environment}, str(output))
         output.touch()
+        words, environment = [sys.executable, *command], {**os.environ, **environment}
+        arguments = (words, str(folder), environment, str(output), str(output))
         self.process = forkserver().Process(target=_first, args=arguments)
         self.process.start()
 
@@ -61,16 +144,18 @@ class Forked:
         return self.process.exitcode
 
 
-def _first(command: list[str], folder: str, environment: dict[str, str], output: str) -> None:
+def _first(
+    words: list[str], folder: str, environment: dict[str, str], stdout: str, stderr: str
+) -> None:
     os.setsid()
-    file = os.open(output, os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(folder)
-    run_python([sys.executable, *command], environment)
+    run_python(words, environment)
 
 
 def run_python(argv: list[str], environment: dict[str, str]) -> None:
-    """Become `python ...` and end this process."""
+    """Run the command `python ...` in this process and end the process with its status."""
     status: Any = 1
     try:
         for number in STATES:
@@ -90,7 +175,7 @@ def run_python(argv: list[str], environment: dict[str, str]) -> None:
         from benchmarks.fault_points import install
         from training import run_folder
 
-        run_folder.PATIENCE = float(environment.get("LOCK_PATIENCE", "5"))
+        run_folder.LOCK_TIMEOUT = float(environment.get("LOCK_PATIENCE", "5"))
         install(argv)
         status = _main([word for word in argv[1:] if word != "-u"])
         threading._shutdown()  # type: ignore[attr-defined]
@@ -107,6 +192,9 @@ def _main(words: list[str]) -> int:
         if words[0] == "-m":
             sys.argv = words[1:]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = words
             runpy.run_path(words[0], run_name="__main__")
@@ -131,13 +219,17 @@ def _execute_child(
     env: Any,
     *more: Any,
 ):
-    """Popen's own, but for a Python script or module, which is forked and not executed."""
+    """Popen._execute_child, but fork a Python script or module instead of executing it."""
     words = [os.fspath(word) for word in args] if not isinstance(args, str) else [args]
-    if words[0] != sys.executable or "-c" in words[:3]:
-        return plain_child(self, args, executable, preexec, close, passed, cwd, env, *more)
     _, _, _, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, _, _, _, _, _, session, _ = (
         more
     )
+    # Execute pip, and helpers that read requests from a pipe and limit their own memory.
+    executed = "-c" in words[:3] or words[1:3] == ["-m", "pip"] or p2cwrite != -1
+    if words[0] != sys.executable or executed:
+        return original_execute_child(
+            self, args, executable, preexec, close, passed, cwd, env, *more
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     self.pid = os.fork()
@@ -149,6 +241,8 @@ def _execute_child(
                 if source not in (-1, target):
                     os.dup2(source, target)
             os.closerange(3, 1 << 12)
+            tracker = resource_tracker._resource_tracker  # its pipe is closed; start another
+            tracker._fd = tracker._pid = None  # type: ignore[attr-defined]
             if cwd:
                 os.chdir(cwd)
             run_python(words, dict(os.environ if env is None else env))

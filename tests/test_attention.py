@@ -1,6 +1,6 @@
-"""Every attention kernel against softmax in double precision, and what it is told of documents and windows.
+"""Every attention kernel and its masks compared with softmax in double precision.
 
-Kernels that only a GPU has are compared when there is one; until then torch's varlen_attn runs on kernels written here.
+GPU kernels are compared on a GPU only. On a CPU, torch's varlen_attn runs on kernels in this file.
 """
 
 import math
@@ -46,7 +46,7 @@ def example(
     dtype=torch.float32,
     device=CPU,
 ):
-    """q, k, v as the model makes them: [B, T, heads, size], transposed; and the gradient of what comes out."""
+    """q, k, v in the model's memory layout [B, T, heads, size], and the output's gradient."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, length, h, size) for h in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, grad = (
@@ -57,7 +57,7 @@ def example(
 
 
 def exact(q, k, v, grad, doc_ids, window) -> list[torch.Tensor]:
-    """Output and gradients in double precision, from all scores, with repeated heads and a mask written out pair by pair."""
+    """Output and gradients in double precision, from all scores and an explicit mask."""
     q, k, v = (x.detach().double().cpu().requires_grad_() for x in (q, k, v))
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     seen = torch.zeros(len(q), 1, length, length, dtype=torch.bool)
@@ -74,11 +74,11 @@ def exact(q, k, v, grad, doc_ids, window) -> list[torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def varlen_on_cpu():
-    """torch's variable-length attention, whose kernels are for GPUs, with kernels written here: one document at a time."""
+    """Register CPU kernels for torch's variable-length attention: one document at a time."""
     from torch.nn.attention import varlen
 
     def documents(starts, longest, window, *tensors):
-        """Each document's part of tensors [tokens, heads, size], heads first, and which of its scores are masked."""
+        """Yield each document's slice, masked scores and tensors [heads, tokens, size]."""
         assert starts.dtype == torch.int32 and starts[0] == 0 and starts[-1] == len(tensors[0])
         assert longest == starts.diff().max() and window[1] == 0
         for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -143,7 +143,7 @@ def varlen_on_cpu():
             of_v[part] = (weights.mT @ g).unflatten(0, (-1, group)).sum(1).transpose(0, 1)
         return of_q, of_k, of_v
 
-    attention._load("varlen")
+    attention._load_varlen("varlen")
     calls: list[int] = []
     return calls
 
@@ -175,7 +175,7 @@ def test_output_and_gradients_equal_double_precision(
     elif kernel == "blocks":
         monkeypatch.setattr(attention_cpu, "BLOCK", 16)  # the last one is smaller
         mask = attention_mask(doc_ids, q.transpose(1, 2).flatten(2), "auto", window)
-        assert isinstance(mask, attention.Added)
+        assert isinstance(mask, attention.ScoreBias)
     else:
         mask = (
             attention_mask(doc_ids, q.transpose(1, 2).flatten(2), "sdpa", window)
@@ -211,7 +211,7 @@ def test_blocks_in_bf16_are_as_near_to_double_precision_as_torchs_own_kernel(pac
 def test_blocks_give_way_where_they_would_keep_too_much(monkeypatch):
     x = torch.zeros(2, 8, 4)
     monkeypatch.setattr(attention, "MAX_PROBABILITIES", 2 * 8 * 8 * 4)
-    assert isinstance(attention_mask(None, x), attention.Added)
+    assert isinstance(attention_mask(None, x), attention.ScoreBias)
     assert choose_kernel("auto", CPU, x.dtype, False, (2, 8, 4)) == "blocks"
     monkeypatch.setattr(attention, "MAX_PROBABILITIES", 2 * 8 * 8 * 4 - 1)
     assert attention_mask(None, x) is None and attention_mask(None, x, window=7).dtype == torch.bool
@@ -242,7 +242,7 @@ def test_on_a_gpu_output_and_gradients_equal_double_precision(kernel, packed, wi
 def test_documents_of_any_number_do_not_compile_anew(
     kernel, graphs, checkpointed, varlen_on_cpu, monkeypatch
 ):
-    """Compiled blocks: a block mask needs one graph, starts of documents a second one when their number first changes."""
+    """A block mask needs one graph; document starts need a second when their number changes."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
     monkeypatch.setattr("models.attention_cpu.BLOCK", 40)
     config = ModelConfig(
@@ -328,11 +328,11 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
             "varlen",
             CPU,
             bf16,
-            "attention=varlen trains on an NVIDIA GPU only, and this is cpu; take parallel.attention=auto",
+            "attention=varlen trains on an NVIDIA GPU only, not on cpu; set parallel.attention=",
         ),
         ("flex", CPU, fp32, "attention=flex trains on an NVIDIA GPU only"),
         ("varlen", cuda, fp32, "computes in bfloat16 only, not float32"),
-        ("blocks", cuda, bf16, "attention=blocks is for a CPU, and this is cuda"),
+        ("blocks", cuda, bf16, "attention=blocks runs on a CPU only, not on cuda"),
         ("sdpa", cuda, bf16, "would build the scores of all pairs"),
         ("flash", cuda, bf16, "needs the package flash_attn"),
     ):

@@ -28,7 +28,7 @@ from data.chat.rendering import (
     parse,
 )
 from data.chat.tokenizer import PROBE, save_chat_tokenizer
-from inference.chat_formats import open_chat
+from inference.chat_formats import open_chat_format
 from inference.runners import TorchRunner
 from models.hf import save_hf
 from scripts import test_generation as generation_script
@@ -184,9 +184,11 @@ def test_a_checkpoint_with_an_earlier_template_still_speaks_ours(folder, tmp_pat
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     earlier = "{# earlier #}" + (tmp_path / TEMPLATE).read_text(encoding="utf-8")
     (tmp_path / TEMPLATE).write_text(earlier, encoding="utf-8")
-    assert not isinstance(open_chat(tmp_path), Chat)
-    monkeypatch.setattr(chat_template, "FORMER", {hashlib.sha256(earlier.encode()).hexdigest()})
-    assert isinstance(open_chat(tmp_path), Chat)
+    assert not isinstance(open_chat_format(tmp_path), Chat)
+    monkeypatch.setattr(
+        chat_template, "PREVIOUS_TEMPLATES", {hashlib.sha256(earlier.encode()).hexdigest()}
+    )
+    assert isinstance(open_chat_format(tmp_path), Chat)
 
 
 @pytest.mark.parametrize("given", ["text", "ids"])
@@ -264,13 +266,13 @@ DEEP = '{"a": ' * 10**5  # more than a parser takes
 BAD = [
     ([], "a conversation without messages"),
     ([user("a"), user("b")], "two user turns in a row"),
-    ([user("a"), {"role": "wizard", "content": "b"}], "the unknown role 'wizard'"),
-    ([user("a")], "no assistant speaks"),
+    ([user("a"), {"role": "wizard", "content": "b"}], "unknown role 'wizard'"),
+    ([user("a")], "no assistant message"),
     ([{"role": "assistant", "content": "a"}], "assistant after nothing"),
     ([user("a"), {"role": "assistant", "content": " "}], "an empty assistant turn"),
     (
         [user("a"), {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}],
-        "nobody called for",
+        "tool message without a preceding tool call",
     ),
     (
         [
@@ -285,7 +287,7 @@ BAD = [
     ),
     (
         [user("a"), {"role": "assistant", "content": "b", "tool_calls": 5}],
-        "tool_calls that are no list",
+        "tool_calls must be a list",
     ),
     (
         [
@@ -302,10 +304,10 @@ BAD = [
             user("a"),
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": DEEP}}]},
         ],
-        "tool call that is no",
+        "tool call must be",
     ),
     ([user("a\ud800"), {"role": "assistant", "content": "b"}], "not valid Unicode"),
-    ([user(7), {"role": "assistant", "content": "b"}], "content that is not text"),
+    ([user(7), {"role": "assistant", "content": "b"}], "content must be text"),
 ]
 
 
@@ -442,15 +444,15 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     )
     found = list(read_conversations(str(tmp_path / "rows.jsonl"), "messages"))
     assert [f.reason.split(" (")[0] for f in found if isinstance(f, Skipped)] == [
-        "broken JSON",
+        "invalid JSON",
         "invalid UTF-8",
         "not a JSON object",
-        "not of the form messages",
+        "not in messages format",
     ]
     assert [f.where for f in found if isinstance(f, Skipped)] == [
         f"rows.jsonl:{line}" for line in (2, 3, 4, 5)
     ]
-    with pytest.raises(ValueError, match="no form of conversations"):
+    with pytest.raises(ValueError, match="unknown conversation format"):
         list(read_conversations(str(tmp_path / "rows.jsonl"), "chatml"))
 
 
@@ -477,7 +479,7 @@ def test_trees_that_are_broken_are_named(tmp_path):
     assert {fault.where for fault in faults} == {
         f"trees.jsonl:{line}" for line in (1, 2, 3, 5, 6, 7)
     }
-    assert all(fault.reason.startswith("not of the form oasst (") for fault in faults)
+    assert all(fault.reason.startswith("not in oasst format (") for fault in faults)
     with pytest.raises(ValueError, match="an empty assistant turn"):  # text: null
         clean(odd)
     rows = [
@@ -487,7 +489,7 @@ def test_trees_that_are_broken_are_named(tmp_path):
     ]  # an answer with its question's id, one to nothing
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lost, found = read_conversations(str(path), "oasst")
-    assert lost == Skipped("a reply to a message that is not there", "")
+    assert lost == Skipped("a reply to a missing message", "")
     assert [message["content"] for message in found["messages"]] == ["Q", "A"]
 
 
@@ -521,7 +523,7 @@ def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(
     script = ["<|start_thought|>I multiply.<|end_thought|>" + call, "It is 391.<|im_end|>"]
     heard, left = [], script * 2
 
-    def speak(self, prompt, new, sampling, seed, stop):
+    def generate(self, prompt, new, sampling, seed, stop):
         heard.append(chat.tokenizer.decode(prompt, skip_special_tokens=False))
         chat.tokenizer.encode_special_tokens = False
         ids = chat.tokenizer.encode(left.pop(0), add_special_tokens=False).ids
@@ -530,7 +532,7 @@ def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(
         yield from ids
 
     with monkeypatch.context() as patch:
-        patch.setattr(TorchRunner, "speak", speak)
+        patch.setattr(TorchRunner, "generate", generate)
         shown = run_script(
             patch, capsys, "--checkpoint", speaking, "--prompt", "How much is 17 * 23?", "And now?"
         )
@@ -544,9 +546,9 @@ def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(
         '"name": "calculator"' in heard[0] and "17 * 23" not in heard[2]
     )  # tools are told of; each prompt begins anew
     with monkeypatch.context() as patch:
-        patch.setattr(TorchRunner, "speak", lambda *_: iter([chat.ids[IM_END]]))
+        patch.setattr(TorchRunner, "generate", lambda *_: iter([chat.ids[IM_END]]))
         flags = ("--checkpoint", speaking, "--no_tools", "--prompt", "Hi")
-        assert "[note] the model said nothing" in run_script(patch, capsys, *flags)
+        assert "[note] the reply is empty" in run_script(patch, capsys, *flags)
 
 
 def test_plain_text_goes_on_from_chat_models_too(
@@ -569,7 +571,7 @@ def test_plain_text_goes_on_from_chat_models_too(
     for more, said in (
         (
             ("--max_new_tokens", 99999),
-            "and --max_new_tokens 99999 are more than the model's 4096; shorten one",
+            "and --max_new_tokens 99999 exceed the model's context of 4096; shorten one",
         ),
         (("--prompt", "\udcff"), "--prompt is not valid UTF-8"),
         (("--temperature", 1e-40), "temperature=1e-40 must be 0, or finite and at least 1e-06"),

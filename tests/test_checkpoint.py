@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,14 +23,8 @@ import train
 from models.hf import load_hf
 from scripts import verify_checkpoint
 from training import checkpoint, setup
-from training.checkpoint import (
-    CheckpointConfig,
-    Checkpointer,
-    damage,
-    has_state,
-    load_state,
-    step_folders,
-)
+from training.checkpoint import CheckpointConfig, Checkpointer, load_state
+from training.checkpoint_files import damage, has_state, step_folders
 from training.config import load
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -92,20 +86,13 @@ def tensors(state) -> list[torch.Tensor]:
 @pytest.fixture(scope="module")
 def spawn():
     """spawn(function, *arguments) -> a started process of its own session."""
-    before = os.environ.get("PYTHONPATH", "")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), before])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["test_checkpoint", "torch._dynamo", "torch.onnx", "torch._inductor.config"]
-    )
 
     def start(function, *arguments):
-        process = context.Process(target=function, args=arguments)
+        process = forked.forkserver().Process(target=function, args=arguments)
         process.start()
         return process
 
-    yield start
-    os.environ["PYTHONPATH"] = before
+    return start
 
 
 def one_rank(
@@ -340,7 +327,7 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(
     error = capfd.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert (
-        "the checkpoint of step 40 was not saved: No space left on device; the same command goes on"
+        "the checkpoint of step 40 was not saved: No space left on device; repeat the command to resume"
         in error
     )
     assert 40 <= len(read_metrics(tmp_path / "logs")) < 60
@@ -368,7 +355,7 @@ def test_what_fails_on_one_rank_fails_on_all(spawn, settings, tmp_path, asynchro
 
 def test_a_save_that_failed_for_another_reason_is_told_too(started, monkeypatch):
     state, checkpointer = started("checkpoint.asynchronous=true")
-    monkeypatch.setattr(checkpoint, "_write_json", lambda *_: 1 / 0)
+    monkeypatch.setattr(checkpoint, "write_json", lambda *_: 1 / 0)
     checkpointer.save(state)
     while not checkpointer.failed:
         time.sleep(0.01)
@@ -439,7 +426,7 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
     assert not has_state(best) and damage(best) is None
     assert load_hf(best).config.vocab_size == state.model.config.vocab_size
     with pytest.raises(
-        ValueError, match="has no state/ to resume from; use it as weights only with init_from="
+        ValueError, match="has no state/ to resume from; load its weights only with init_from="
     ):
         load_state(best, state)
     (best / "state").mkdir()  # as a kill leaves it that hit while state/ was deleted
@@ -452,7 +439,7 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
         ROOT / "configs" / "test_mode.yaml",
         settings(f"resume_from={checkpointer.folder}", phase="two"),
     )
-    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+    with pytest.raises(ValueError, match="has no complete checkpoint"):
         setup.restore_or_init(
             run, state, Checkpointer(tmp_path / "two", run.checkpoint, torch.float32, None, {}), ""
         )
@@ -504,7 +491,7 @@ def test_two_flipped_bytes_are_found_and_the_run_goes_on_from_the_one_before(
     assert verify(capfd, monkeypatch, tmp_path / "checkpoints")[0] == 0
     flip(folder / "step_6" / "state" / "__0_0.distcp", 5_000, 77_777)
     status, said = verify(capfd, monkeypatch, tmp_path / "checkpoints")
-    assert status == 1 and said.count("whole, ") == 2
+    assert status == 1 and said.count("complete, ") == 2
     assert "step_6: DAMAGED: state/__0_0.distcp has changed" in said
     assert train_here(how)
     assert "step_6 is damaged (state/__0_0.distcp has changed)" in capfd.readouterr().out
@@ -521,7 +508,9 @@ def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
     one, other = (folder / "step_1" for folder in (checkpointer.folder, others.folder))
     status, said = verify(capsys, monkeypatch, one, "--against", other)
     assert (
-        status == 0 and "held-out loss 1.5000" in said and said.endswith("the same, bit for bit\n")
+        status == 0
+        and "validation loss 1.5000" in said
+        and said.endswith("identical, bit for bit\n")
     )
     name, moments = next(
         (n, state.optimizer.state[p]) for n, p in state.model.named_parameters() if p.ndim == 1
@@ -545,7 +534,7 @@ def test_verify_finds_what_checksums_cannot(started, capsys, monkeypatch):
     checkpointer.save(state)
     (checkpointer.folder / "step_3").rename(checkpointer.folder / "step_4")
     status, said = verify(capsys, monkeypatch, checkpointer.folder)
-    assert status == 1 and "step_4: DAMAGED: state/trainer.json is of step 3" in said
+    assert status == 1 and "step_4: DAMAGED: state/trainer.json belongs to step 3" in said
     (checkpointer.folder / "step_4" / "manifest.json").write_text("{")
     status, said = verify(capsys, monkeypatch, checkpointer.folder / "step_4")
     assert status == 1 and "no readable manifest.json" in said

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import file_hash, keep
+from data.manifest import file_hash, load_or_prepare
 from data.shards import ShardWriter, TokenShards
 from data.tokenizers.bpe import load_tokenizer
 from data.tokenizers.tiktoken_export import (
@@ -87,7 +87,7 @@ def test_ids_beyond_the_vocabulary_and_offsets_that_fall_are_refused(tmp_path):
     tokens[7] = 100
     tokens.tofile(folder / "train-00000.bin")
     sums(folder)
-    with pytest.raises(ValueError, match="holds the id 100, but the vocabulary has 100"):
+    with pytest.raises(ValueError, match="has the id 100, but the vocabulary has 100"):
         TokenShards(folder, "train")
     for number, starts in enumerate(
         ([0, 60, 50], [1, 51, 102], [0, 51, 153], [0, 51], [0.0, 51.0, 102.0])
@@ -140,11 +140,11 @@ def test_a_damaged_cache_of_prepared_rows_is_made_again(tmp_path, capsys):
         return {}
 
     for _ in range(2):
-        folder, _ = keep(tmp_path, "rows", {"a": 1}, ["ids"], prepare)
+        folder, _ = load_or_prepare(tmp_path, "rows", {"a": 1}, ["ids"], prepare)
     assert len(made) == 1
     for harm in (lambda path: flip(path, -3), lambda path: path.unlink()):
         harm(folder / "train.ids.npy")
-        keep(tmp_path, "rows", {"a": 1}, ["ids"], prepare)
+        load_or_prepare(tmp_path, "rows", {"a": 1}, ["ids"], prepare)
         assert "prepared again" in capsys.readouterr().out
         assert np.load(folder / "train.ids.npy").tolist() == list(range(9))
     assert len(made) == 3
@@ -181,5 +181,5 @@ def test_a_tiktoken_export_that_differs_from_its_tokenizer_is_refused(text_store
         folder = tmp_path / str(number)
         shutil.copytree(source, folder)
         harm(folder)
-        with pytest.raises(ValueError, match=r"damaged|differs from|belongs to another"):
+        with pytest.raises(ValueError, match=r"damaged|differs from|does not match"):
             load_tiktoken(folder)

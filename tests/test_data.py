@@ -170,7 +170,7 @@ def test_batches_do_not_depend_on_ranks_micro_batches_or_history(shards):
         assert torch.equal(
             torch.cat([batch.tokens for part in parts for batch in part.batches]), whole
         )
-        assert {part.weight for part in parts} == {8 * 64}
+        assert {part.loss_denominator for part in parts} == {8 * 64}
     ahead = Prefetcher(loader(shards, micro=8), torch.device("cpu"))
     for place in (5, 6, 17, 18, 17):  # in order, jumping, going back
         assert torch.equal(
@@ -188,7 +188,7 @@ def test_the_mixture_holds_by_tokens(shards):
 
 
 def test_loader_refuses_what_cannot_be(shards):
-    with pytest.raises(ValueError, match=r"8 rows a step do not divide over 3 rank"):
+    with pytest.raises(ValueError, match=r"8 rows per step do not divide over 3 rank"):
         loader(shards, world=3)
     with pytest.raises(ValueError, match=r"data.mix.b=0"):
         loader(shards, mix={"a": 1.0, "b": 0.0})
@@ -219,7 +219,7 @@ def test_damaged_and_missing_shards_are_named(tmp_path):
     write()
     path = tmp_path / "s" / "train-00000.bin"
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(ValueError, match=r"train-00000.bin is missing or cut short"):
+    with pytest.raises(ValueError, match=r"train-00000.bin is missing or truncated"):
         TokenShards(tmp_path / "s", "train")
     path.unlink()
     with pytest.raises(ValueError, match=r"train-00000.bin is missing"):
@@ -247,9 +247,9 @@ def test_store_checks_tokenizer_against_model_and_shards(text_store, tmp_path):
         open_tokenizer(text_store, 4096)
     with pytest.raises(ValueError, match="there is no data store"):
         open_tokenizer(tmp_path, 384)
-    with pytest.raises(ValueError, match=r"has no such source; it has first, second"):
+    with pytest.raises(ValueError, match=r"has no such source; available: first, second"):
         open_shards(text_store, {"third": 1.0}, "train", VOCAB)
-    with pytest.raises(ValueError, match="names no source"):
+    with pytest.raises(ValueError, match=r"data.mix is empty"):
         open_shards(text_store, {}, "train", VOCAB)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -16,9 +17,10 @@ from conftest import ROOT
 from data.decontamination import index as decontamination
 from data.decontamination import scan as scan_files
 from data.decontamination import test_sets as testsets
-from data.decontamination.index import Hit, Index, Settings, build_index, cut, report, to_json
+from data.decontamination.index import Hit, Index, Settings, build_index, cut
+from data.decontamination.report import report, to_json
 from data.decontamination.scan import decontaminate, similar_rows
-from data.decontamination.test_sets import Item, load_testset
+from data.decontamination.test_sets import Item, load_test_set
 from data.decontamination.words import hash_words, normalise
 
 WHEELS = ROOT / "data" / "store" / "wheels"
@@ -30,7 +32,7 @@ PROSE = "It rained all the way to the coast, and nobody in the carriage spoke un
 def sets():
     """The first part of real test sets, in which templates and shared passages stand too."""
     return {
-        name: load_testset(name, WHEELS)[:1500] for name in ("mmlu", "gsm8k", "hellaswag", "arc")
+        name: load_test_set(name, WHEELS)[:1500] for name in ("mmlu", "gsm8k", "hellaswag", "arc")
     }
 
 
@@ -179,15 +181,15 @@ def test_every_copy_is_found_also_in_a_text_scanned_in_pieces(monkeypatch):
         monkeypatch.setattr(decontamination, "PIECE", size)
         monkeypatch.setattr(decontamination, "BATCH", size)
         assert spans(found, text) == whole
-    monkeypatch.setattr(decontamination, "MANY", 10)
+    monkeypatch.setattr(decontamination, "MAX_MATCHES", 10)
     assert len(spans(found, text)) == 100  # a few in each piece
 
 
 def test_repeats_without_end_take_bounded_memory(monkeypatch):
-    monkeypatch.setattr(decontamination, "MANY", 1000)
+    monkeypatch.setattr(decontamination, "MAX_MATCHES", 1000)
     [*hits] = small(QUESTION).scan([("x", f"{QUESTION}\n" * 500), ("y", QUESTION)])
     assert (
-        sum(hit.train_id == "x" for hit in hits) == decontamination.OFTEN
+        sum(hit.train_id == "x" for hit in hits) == decontamination.MAX_REPEATS
         and hits[-1].train_id == "y"
     )
 
@@ -302,7 +304,7 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
         "--output",
         str(folder / "out" / "ids.json"),
     ]
-    return subprocess.run([*command, *more], capture_output=True, text=True, cwd=ROOT)
+    return forked.run([*command, *more])
 
 
 def test_command_writes_the_schema_and_a_report(files):
@@ -371,11 +373,11 @@ def test_bad_input_ends_in_one_sentence(files):
     train, own = str(files / "train"), str(files / "own.jsonl")
     for arguments, said in [
         ((train, "gsm9k"), "did you mean gsm8k?"),
-        ((train, "questions"), "known are mmlu, gsm8k, hellaswag, arc, truthfulqa"),
+        ((train, "questions"), "known: mmlu, gsm8k, hellaswag, arc, truthfulqa"),
         ((train, str(files / "absent.jsonl")), "there is no test set at"),
         ((train, str(files / "bad.jsonl")), "bad.jsonl:1 no column with text"),
         ((train, str(files / "bad.parquet")), "unreadable file"),
-        ((train, str(files / "empty.jsonl")), "hold no items"),
+        ((train, str(files / "empty.jsonl")), "have no items"),
         ((str(files / "absent"), own), "absent; check the path"),
         ((f"{files}:absent", own), "download the source first"),
         ((str(files / "bad.jsonl"), own), "no document could be read"),
@@ -393,12 +395,12 @@ def test_bad_input_ends_in_one_sentence(files):
 def test_known_test_sets_are_whole():
     sizes = {"mmlu": 14_042, "gsm8k": 1_319, "hellaswag": 10_042, "arc": 3_548}
     for name, size in sizes.items():
-        items = load_testset(name, WHEELS)
+        items = load_test_set(name, WHEELS)
         assert len(items) == len({item.id for item in items}) == size
         assert all(
             item.variants and all(text.strip() for text in item.variants[:1]) for item in items
         )
-    assert "<<" not in load_testset("gsm8k", WHEELS)[0].variants[1] and testsets.fingerprint(
+    assert "<<" not in load_test_set("gsm8k", WHEELS)[0].variants[1] and testsets.fingerprint(
         "gsm8k"
     ) != testsets.fingerprint("truthfulqa")
 
@@ -411,7 +413,7 @@ def test_truthfulqa_without_a_hub_says_what_to_do(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(ValueError, match="give a local"):
-        load_testset("truthfulqa", tmp_path)
+        load_test_set("truthfulqa", tmp_path)
     row = {
         "question": QUESTION,
         "best_answer": "Ten",
@@ -419,12 +421,12 @@ def test_truthfulqa_without_a_hub_says_what_to_do(tmp_path, monkeypatch):
         "mc1_targets": {"choices": ["Ten", "Two"]},
     }
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: [row])
-    items = load_testset("truthfulqa", tmp_path)
+    items = load_test_set("truthfulqa", tmp_path)
     assert [item.id for item in items] == ["generation/0", "multiple_choice/0"] and items[
         1
     ].variants[1].endswith("Ten\nTwo")
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    assert load_testset("truthfulqa", tmp_path) == items  # from the cache
+    assert load_test_set("truthfulqa", tmp_path) == items  # from the cache
 
 
 def test_report_shows_nothing_where_nothing_was_found():
@@ -432,4 +434,4 @@ def test_report_shows_nothing_where_nothing_was_found():
     assert report(found, to_json(found, [])).endswith("| own | 1 | 1 | 0 | 0 | 0 | - |")
     hit = Hit("a|b", "own", "0", 0.9, (0, 5), "coverage", "x|y")
     assert r"| a\|b | 0.90 coverage | x\|y | 0 |" in report(found, to_json(found, [hit]))
-    assert scan_files._place("no/colon") == "no/colon"
+    assert scan_files._data_path("no/colon") == "no/colon"

@@ -19,12 +19,12 @@ from tiny_plan import AFTER, DPO, SHAPE, TARGETS, build, change, put, run
 from data.manifest import file_hash
 from evals.engines import folder_hash
 from evals.report.build import measured
-from evals.report.targets import TIERS, cells, judged, read_targets, status, table
+from evals.report.targets import TIERS, cells, judged_hash, read_targets, status, table
+from evals.suite_config import open_suite
 from models import nanollama
 from models.hf import save_hf
 from models.nanollama import NanoLlama
 from scripts import deliverables, verify_checkpoint
-from scripts.run_evals import open_suite
 from training.logger import append_event
 from training.planning.gates import Gate, judge
 from training.planning.plan import load_plan, scheduled_phases
@@ -41,7 +41,7 @@ def tree(text_store, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def work(tree, tmp_path, monkeypatch) -> Path:
-    """A copy of the tree as the working folder."""
+    """Copy the tree and use it as the working folder."""
     shutil.copytree(tree, tmp_path / "work", symlinks=True)
     monkeypatch.chdir(tmp_path / "work")
     return tmp_path / "work"
@@ -116,7 +116,7 @@ def test_one_results_table_in_three_files(work):
 
 
 def test_every_metric_that_the_plan_names_is_reported(tree, monkeypatch):
-    """The suite was run with the plan's flags; gates and targets name only what it reported."""
+    """Gates and targets name only metrics that the suite reports with the plan's flags."""
     monkeypatch.chdir(ROOT)
     plan = load_plan(PLAN_1B)
     reported = json.loads((tree / "results/tiny/dpo/aligned.json").read_text())["metrics"]
@@ -169,20 +169,21 @@ def test_report_and_card_speak_of_sft_and_dpo_as_of_pretraining(tree):
         "| phase1_pretrain | 4 | 2,048 | 64 | 0.001 | fineweb_edu 1 |",
         "| sft | 3 | 3,333 | 32 | 2e-05 | sft_rows 1 |",
         "| dpo | 2 | 2,222 | 32 | 2e-05 | dpo_rows 1 |",
-        "| dpo | checkpoints/tiny/sft/step_3 | dpo_rows: hub/dpo.jsonl | 0.693 → 0.500 | 50.0 → 75.0 |",
+        "| dpo | checkpoints/tiny/sft/step_3 | dpo_rows: hub/dpo.jsonl "
+        "| 0.693 → 0.500 | 50.0 → 75.0 |",
     ):
         assert row in card, row
 
 
 def everything(folder: Path) -> dict[str, bytes | str]:
-    """Each file's bytes and each link's target."""
+    """Return each file's bytes and each link's target."""
     found = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     return {str(p): str(p.readlink()) if p.is_symlink() else p.read_bytes() for p in found}
 
 
 def test_everything_is_gathered_and_a_second_run_changes_nothing(work, gather):
     first = gather(0)
-    assert "21 of 21 deliverables are there and agree" in first
+    assert "21 of 21 deliverables are present and agree" in first
     assert "0.41, MVP, within one standard error of MVP" in first
     for name, step in {"phase1": "step_4", "phase3": "step_6", "sft": "step_3"}.items():
         link = Path("checkpoints") / name
@@ -238,7 +239,7 @@ def commit_anew() -> None:
 
 
 def grow(path: Path) -> None:
-    """Append a byte; the time of the last change stays."""
+    """Append a byte without changing the modification time."""
     times = path.stat()
     path.write_bytes(path.read_bytes() + b"x")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -248,15 +249,15 @@ BENCHMARKS, DECISION = "results/benchmark_results.json", "results/tiny/dpo/decis
 DISAGREEMENTS = {
     "score in the table": (
         lambda: replace_text("results/comparison_table.md", "| 41.0 |", "| 43.0 |"),
-        f"results/comparison_table.md: does not say what {BENCHMARKS} says",
+        f"results/comparison_table.md: differs from {BENCHMARKS}",
     ),
     "score on the page": (
         lambda: replace_text("results/report.html", "41.0", "43.0"),
-        f"results/report.html: does not say what {BENCHMARKS} says",
+        f"results/report.html: differs from {BENCHMARKS}",
     ),
     "score in the results": (
         lambda: replace_text("results/tiny/dpo/hellaswag.json", "0.41", "0.43"),
-        "results/tiny has other scores of hellaswag",
+        "results/tiny has different scores of hellaswag",
     ),
     "score of the decision": (
         lambda: replace_text(DECISION, "0.41", "0.43"),
@@ -264,15 +265,15 @@ DISAGREEMENTS = {
     ),
     "decision on another model": (
         lambda: change(DECISION, lambda found: found.update(of="x")),
-        f"{DECISION} is about another checkpoint",
+        f"{DECISION} judges another checkpoint",
     ),
     "target": (
         lambda: replace_text("plan.yaml", "mvp: 0.4", "mvp: 0.45"),
-        "its results table is not that of plan.yaml",
+        "its results table differs from plan.yaml",
     ),
     "report of another checkpoint": (
         lambda: change(BENCHMARKS, lambda found: found.update(checkpoint_hash="x")),
-        f"not about {DPO}",
+        f", not {DPO}",
     ),
     "tokens in the log": (
         lambda: replace_text("logs/tiny/metrics.jsonl", '"tokens": 3072', '"tokens": 4096'),
@@ -289,16 +290,16 @@ DISAGREEMENTS = {
     "commit": (commit_anew, "its commit abc123 is not in results/git_commit_hash.txt"),
     "tokenizer": (
         lambda: replace_text("checkpoints/tiny/phase3_gold/step_6/tokenizer.json", "{", "{ "),
-        "models/tokenizer: checkpoints/tiny/phase3_gold/step_6 has another tokenizer",
+        "models/tokenizer: checkpoints/tiny/phase3_gold/step_6 has a different tokenizer",
     ),
     "picture of another model": (
         lambda: repaint(checkpoint_hash="x"),
-        f"is not a picture of {DPO}",
+        f"does not show {DPO}",
     ),
     "length of the picture": (lambda: repaint(input_length="32"), "shows 32 tokens; the plan"),
     "card": (
         lambda: replace_text("gguf/README.md", "0.41", "0.43"),
-        "gguf/README.md: says something else than the results",
+        "gguf/README.md: differs from the results",
     ),
     "size of a GGUF file": (
         lambda: grow(Path("gguf/tiny-q8_0.gguf")),
@@ -310,7 +311,7 @@ DISAGREEMENTS = {
     ),
     "parity": (
         lambda: replace_text("gguf/check_gguf.json", '"verdict": "ok"', '"verdict": "wrong"'),
-        "gguf/tiny-f16.gguf: is not the same model",
+        "gguf/tiny-f16.gguf: is a different model",
     ),
 }
 
@@ -320,7 +321,7 @@ def test_what_disagrees_is_named(name, work, gather):
     edit, expected = DISAGREEMENTS[name]
     edit()
     said = gather(1)
-    assert expected in said and "NOT RIGHT" in said
+    assert expected in said and "WRONG" in said
 
 
 def test_other_weights_are_another_checkpoint_everywhere(work, gather):
@@ -332,7 +333,7 @@ def test_other_weights_are_another_checkpoint_everywhere(work, gather):
     said = gather(1)
     picture = "results/attention_visualizations.png"
     for part in (BENCHMARKS, picture, "gguf/tiny-f16.gguf", "gguf/README.md"):
-        assert re.search(rf"^{part} +NOT RIGHT", said, re.M), part
+        assert re.search(rf"^{part} +WRONG", said, re.M), part
 
 
 @pytest.mark.parametrize("kind", ["file", "changed", "no file", "folder", "link"])
@@ -381,8 +382,8 @@ def test_a_stage_that_was_left_out_is_not_missing(work, gather):
     assert "checkpoints/dpo: missing" in gather(1)
     append_event(Path("logs/tiny"), "skipped_stage", stage="dpo")
     said = gather(1)
-    assert re.search("^checkpoints/dpo +left out +by --skip$", said, re.M)
-    assert f"{BENCHMARKS}: it is about {DPO}, not about checkpoints/tiny/sft/step_3" in said
+    assert re.search("^checkpoints/dpo +skipped +by --skip$", said, re.M)
+    assert f"{BENCHMARKS}: it reports {DPO}, not checkpoints/tiny/sft/step_3" in said
 
 
 def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, monkeypatch, capsys):
@@ -399,7 +400,7 @@ def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, mon
         return capsys.readouterr().out
 
     said = check(0)
-    assert "rope theta 80,000 (as logs/tiny/one.config.yaml says), context 64 tokens" in said
+    assert "rope theta 80,000 (as in logs/tiny/one.config.yaml), context 64 tokens" in said
     found = re.search(r"differ by at most (\S+); without the mask by (\S+)", said)
     error, mixed = map(float, found.groups())
     assert error < 1e-4 < 1e-3 < mixed
@@ -412,7 +413,7 @@ def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, mon
     rope = {"rope_type": "default", "rope_theta": 1e4}
     change(config, lambda found: found.update(rope_theta=1e4, rope_parameters=rope))
     change(manifest, lambda found: found["files"].update({"config.json": file_hash(config)}))
-    assert "WRONG: rope theta is 10,000, but logs/tiny/one.config.yaml says 80,000" in check(1)
+    assert "WRONG: rope theta is 10,000, but logs/tiny/one.config.yaml has 80,000" in check(1)
 
 
 def test_the_attention_picture_says_what_it_is_of(tree):
@@ -427,10 +428,10 @@ def test_results_measured_by_hand_count_for_their_stage(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
 
     result("suite", "gold/step_9", "a")
-    assert judged(tmp_path, "gold") == "a" and judged(tmp_path, "base") is None
+    assert judged_hash(tmp_path, "gold") == "a" and judged_hash(tmp_path, "base") is None
     result("needle", "gold/step_9", "b")
-    assert judged(tmp_path, "gold") is None  # of two checkpoints
+    assert judged_hash(tmp_path, "gold") is None  # of two checkpoints
     (tmp_path / "decision.json").write_text(json.dumps({"of": "x"}))
     result("suite", "gold/step_9", "a", of="x")
     result("needle", "gold/step_9", "b", of="y")
-    assert judged(tmp_path, "gold") == "a"
+    assert judged_hash(tmp_path, "gold") == "a"

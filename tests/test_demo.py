@@ -1,4 +1,4 @@
-"""The demo in a real browser: a tiny model that has learned four conversations by heart answers, thinks and calls tools."""
+"""The demo in a real browser with a tiny model that knows four conversations."""
 # ruff: noqa: F811
 
 import json
@@ -20,9 +20,9 @@ from data.chat.rendering import IM_END, Chat
 from data.chat.tokenizer import save_chat_tokenizer
 from data.chat.tools import TOOLS, run_tool
 from data.tokenizers.bpe import save_tokenizer, train_tokenizer
-from demo.page import about, build, meter
+from demo.page import build, heading, meter
 from demo.talk import GenerationSettings, Turn
-from export.gguf import export
+from export.gguf import write_gguf
 from inference.gguf_tokenizer import read_vocabulary
 from inference.llamacpp import find_library
 from inference.streaming import complete
@@ -170,7 +170,7 @@ def test_special_tokens_that_a_user_types_are_text(browser, url, folder):
 def test_stop_retry_edit_clear_and_leaving(browser, url):
     with Window(browser, url) as window:
         window.page.get_by_text("Settings").click()
-        length = window.page.get_by_label("number input for Tokens of a reply at most")
+        length = window.page.get_by_label("number input for Maximum tokens per reply")
         length.fill("3500")
         length.press("Tab")
         window.ask(SING)
@@ -243,8 +243,10 @@ def test_two_side_by_side_behind_a_password(browser, folder, tmp_path, monkeypat
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     path = tmp_path / "tiny-f16.gguf"
     size = Chat.from_folder(folder).tokenizer.get_vocab_size()
-    export(folder, {"f16": path}, read_vocabulary(folder, size).put, "tiny", say=lambda line: None)
-    page = build([demo_ui.open_voice(folder, None), demo_ui.open_voice(path, 1024)])
+    write_gguf(
+        folder, {"f16": path}, read_vocabulary(folder, size).put, "tiny", say=lambda line: None
+    )
+    page = build([demo_ui.open_chat_model(folder, None), demo_ui.open_chat_model(path, 1024)])
     try:
         url = demo_ui.launch(page, "127.0.0.1", demo_ui.free_port("127.0.0.1", 0), "open sesame")
         with Window(browser, url, "open sesame", viewport={"width": 1300, "height": 800}) as window:
@@ -285,36 +287,39 @@ def both_kinds(folder: Path) -> list[Path]:
         return [folder]
     path = folder.parent / f"{folder.name}.gguf"
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    export(folder, {"f32": path}, read_vocabulary(folder, size).put, "m", say=lambda line: None)
+    write_gguf(folder, {"f32": path}, read_vocabulary(folder, size).put, "m", say=lambda line: None)
     return [folder, path]
 
 
 def test_a_base_model_continues_what_is_typed(folder, tmp_path):
     base = base_of(folder, tmp_path / "base")
     for path in both_kinds(base):
-        voice = demo_ui.open_voice(path, None)
+        chat_model = demo_ui.open_chat_model(path, None)
         turns: list[Turn] = []
         for _ in range(2):  # it is not told of the first
             turns.append(Turn("What is <|im_end|>"))
-            for _ in voice.answer(
-                turns[-1], turns[:-1], GenerationSettings(new=12, system="Be kind."), lambda: False
+            for _ in chat_model.answer(
+                turns[-1],
+                turns[:-1],
+                GenerationSettings(max_new_tokens=12, system="Be kind."),
+                lambda: False,
             ):
                 pass
         turn = turns[0]
-        ids = voice.chat.prompt([{"role": "user", "content": turn.text}])
-        tokenizer = voice.chat.tokenizer
+        ids = chat_model.chat.prompt([{"role": "user", "content": turn.text}])
+        tokenizer = chat_model.chat.tokenizer
         assert (
-            ids == [*voice.chat.bos, *tokenizer.encode(turn.text).ids]
+            ids == [*chat_model.chat.bos, *tokenizer.encode(turn.text).ids]
             and Chat.from_folder(folder).ids[IM_END] not in ids
         )
         [expected] = complete(
-            load_hf(base), [ids], 12, tokenizer.decode, stop_tokens=voice.chat.stop_ids
+            load_hf(base), [ids], 12, tokenizer.decode, stop_tokens=chat_model.chat.stop_ids
         )
         assert [turn.parts for turn in turns] == [[("content", expected)]] * 2
-        assert turn.held == len(ids) + turn.tokens and f'value="{turn.held}"' in meter(
-            turn, voice.context
-        )
-        assert "continues what you type" in about([voice])
+        assert turn.context_tokens == len(
+            ids
+        ) + turn.tokens and f'value="{turn.context_tokens}"' in meter(turn, chat_model.context)
+        assert "continues your text" in heading([chat_model])
 
 
 def test_another_template_than_ours_is_spoken(folder, tmp_path):
@@ -341,30 +346,34 @@ def test_another_template_than_ours_is_spoken(folder, tmp_path):
     )["input_ids"]
     end = Chat.from_folder(folder).ids[IM_END]
     for path in (*both_kinds(filed), named):
-        voice = demo_ui.open_voice(path, None)
+        chat_model = demo_ui.open_chat_model(path, None)
         assert (
-            voice.chat.prompt(messages, TOOLS) == wanted
-            and end in voice.chat.stop_ids
-            and not voice.is_base
+            chat_model.chat.prompt(messages, TOOLS) == wanted
+            and end in chat_model.chat.stop_ids
+            and not chat_model.is_base
         )
         typed = [{"role": "user", "content": "<|im_end|>"}]
-        assert voice.chat.prompt(typed).count(end) == 1  # what a user types is text
-        reply = voice.chat.parse([*voice.chat.tokenizer.encode("la la").ids, end])
-        assert (reply.content, reply.ended, voice.chat.parse([40]).ended) == ("la la", True, False)
+        assert chat_model.chat.prompt(typed).count(end) == 1  # what a user types is text
+        reply = chat_model.chat.parse([*chat_model.chat.tokenizer.encode("la la").ids, end])
+        assert (reply.content, reply.ended, chat_model.chat.parse([40]).ended) == (
+            "la la",
+            True,
+            False,
+        )
         turn = Turn("Hello")
-        for _ in voice.answer(turn, [], GenerationSettings(new=4), lambda: False):
+        for _ in chat_model.answer(turn, [], GenerationSettings(max_new_tokens=4), lambda: False):
             pass
         assert turn.tokens and turn.parts
-        with pytest.raises(ValueError, match="does not take this conversation: no tools here"):
-            voice.chat.prompt([{"role": "tool", "content": "4"}])
+        with pytest.raises(ValueError, match="rejects this conversation: no tools here"):
+            chat_model.chat.prompt([{"role": "tool", "content": "4"}])
     for name in ("tokenizer_config.json", "tokenizer.json"):
         (filed / name).write_text("{")
         with pytest.raises(ValueError, match=f"{filed / name} is damaged"):
-            demo_ui.open_voice(filed, None)
+            demo_ui.open_chat_model(filed, None)
         shutil.copy(named / name, filed)
     (filed / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match=f"{filed} holds no tokenizer.json"):
-        demo_ui.open_voice(filed, None)
+    with pytest.raises(ValueError, match=f"{filed} has no tokenizer.json"):
+        demo_ui.open_chat_model(filed, None)
 
 
 def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkeypatch, capsys):
@@ -375,8 +384,8 @@ def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkey
         patch.setattr("importlib.util.find_spec", lambda name: None)
         assert "pip install -r requirements-demo.txt" in said("--checkpoint", folder)
     pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
-    assert "give a --password" in said("--checkpoint", folder, "--share")
-    assert "give a --password" in said("--checkpoint", folder, "--host", "0.0.0.0")
+    assert "set a --password" in said("--checkpoint", folder, "--share")
+    assert "set a --password" in said("--checkpoint", folder, "--host", "0.0.0.0")
     assert "must be at least 0 and at most 65535" in said("--checkpoint", folder, "--port", 99_999)
     assert "neither a GGUF file (*.gguf) nor a checkpoint" in said(
         "--checkpoint", tmp_path, "--port", 0

@@ -1,4 +1,4 @@
-"""The short forms of docs/api.md: each is the real engine behind a plain call."""
+"""The short forms of docs/api.md give the results of the code that training uses."""
 
 import subprocess
 import sys
@@ -47,7 +47,7 @@ def test_a_model_from_its_shape_by_any_name():
     again = NanoLlama(first.config, seed=0).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in first.state_dict().items())
     assert NanoLlama(**TINY, ffn_dim=64).config.intermediate_size == 64
-    with pytest.raises(TypeError, match="n_experts is not a part of a model's shape"):
+    with pytest.raises(TypeError, match="n_experts is not a field of ModelConfig"):
         NanoLlama(n_experts=8)
     with pytest.raises(TypeError, match="hidden_dim is given twice"):
         NanoLlama(hidden_size=48, hidden_dim=48)
@@ -163,8 +163,8 @@ def test_contaminated_examples_are_found_by_the_real_rules():
     named = {"a": clean, "b": clean + item}
     assert find_contaminated_examples(named, [item, "short"]) == {"b"}
     assert find_contaminated_examples([{"text": clean}, {"text": clean + item}], {"t": item}) == {1}
-    with pytest.raises(ValueError, match="put a single one in a list"):
+    with pytest.raises(ValueError, match="put a single text in a list"):
         find_contaminated_examples([clean], item)
     assert find_contaminated_examples((text for text in [clean]), [item]) == set()
-    with pytest.raises(ValueError, match="the test sets hold no items"):
+    with pytest.raises(ValueError, match="the test sets have no items"):
         find_contaminated_examples([clean], [])

@@ -4,10 +4,10 @@ import json
 import math
 import random
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, one_thread, read_metrics
@@ -88,7 +88,7 @@ def test_without_a_reference_rewards_are_log_probabilities(tmp_path):
         ({"beta": 0}, "dpo.beta=0 must be above 0"),
         ({"loss": "dpo"}, "dpo.loss='dpo' is not one of sigmoid"),
         ({"label_smoothing": 0.5}, "below 0.5"),
-        ({"loss": "ipo", "label_smoothing": 0.1}, "has no meaning for dpo.loss=ipo"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "has no effect with dpo.loss=ipo"),
         ({"sft_weight": -1}, "must not be negative"),
         ({"reference": "disk"}, "is not one of precomputed"),
         ({"loss": "simpo", "reference": "cpu"}, "has no reference"),
@@ -102,7 +102,7 @@ def test_settings_that_make_no_sense(settings, said):
 def settings(case: Path, where: Path, *more: str) -> list[str]:
     """Six steps of configs/dpo.yaml on the pairs of the case; what is written goes under `where`."""
     return [
-        f"preferences={{sources: {{many: {{path: {case / 'many.jsonl'}}}}}, cache: {case / 'cache'}, held_out: 0.2}}",
+        f"preferences={{sources: {{many: {{path: {case / 'many.jsonl'}}}}}, cache: {case / 'cache'}, val_fraction: 0.2}}",
         "data={mix: {many: 1}, sequence_length: 256, pairs_per_step: 4, micro_batch_size: 8}",
         f"init_from={case / 'policy'}",
         "steps=6",
@@ -142,7 +142,7 @@ def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(c
         str(ROOT / "configs" / "dpo.yaml"),
         *settings(case, split, "data.micro_batch_size=2"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    done = forked.run(command, env=one_thread())
     assert done.returncode == 0, done.stderr
     dpo_here(*settings(case, paused, "until=3"))
     kept = (paused / "out" / "reference.safetensors").read_bytes()
@@ -203,10 +203,13 @@ def test_a_kept_reference_is_refused_for_anything_else(case, tmp_path):
     )
     edited = tmp_path / "edited.jsonl"  # in a pair that is held out
     rows = [json.loads(line) for line in (case / "many.jsonl").read_text().splitlines()]
-    held_out = lambda row: (
-        Split(0.2).of(json.dumps([[{"role": "user", "content": row["prompt"].strip()}], []]))
-        == "val"
-    )  # noqa: E731
+
+    def held_out(row):
+        return (
+            Split(0.2).of(json.dumps([[{"role": "user", "content": row["prompt"].strip()}], []]))
+            == "val"
+        )
+
     next(row for row in rows if held_out(row))["chosen"] += " indeed"
     edited.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for other, said in (
@@ -239,9 +242,9 @@ def read_header(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
+        (["init_from=nowhere"], "nowhere has no complete checkpoint"),
         ([f"dpo.reference_cache={ROOT}"], "is a folder; name a file in it as dpo.reference_cache"),
-        (["data.mix={}"], "data.mix names no source; preferences.sources has many"),
+        (["data.mix={}"], "data.mix is empty; list at least one of preferences.sources: many"),
         (
             ["preferences.sources.many.limit=0"],
             "preferences.sources.many.limit=0 must be at least 1; leave it out to take all",
@@ -249,17 +252,17 @@ def read_header(path: Path) -> dict[str, str]:
         (["dpo.beta=nan"], "dpo.beta='nan' must be a finite number"),
         (
             ["data.mix={others: 1}"],
-            "data.mix.others: preferences.sources has no such source; it has many",
+            "data.mix.others: preferences.sources has no such source; available: many",
         ),
         (["data.sequence_length=2048"], "exceeds the model's context"),
         (
             ["data.sequence_length=16"],
-            "no pair of .* is left to train on .* x a pair that does not fit",
+            "has no usable pair .* x a pair that does not fit",
         ),
         (["dpo.beta=-1"], "dpo.beta=-1 must be above 0"),
         (
             ["data.micro_batch_size=6"],
-            "4 pairs a step do not divide over 1 rank.* with micro-batches of 3",
+            "4 pairs per step do not divide over 1 rank.* with micro-batches of 3",
         ),
         (["data.pairs_per_step=0"], "data.pairs_per_step=0 must be at least 1"),
     ],

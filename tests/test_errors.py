@@ -1,19 +1,19 @@
-"""A user's mistake ends in one sentence, a non-zero status, and nothing lost."""
+"""A user's mistake ends in one sentence and a non-zero status; nothing is lost."""
 
 import errno
 import json
 import shutil
-import subprocess
 import sys
 
+import forked
 import pytest
 from conftest import ROOT, VOCAB, complaint_of, one_thread, read_metrics, train_here, train_ranks
 from safetensors import SafetensorError
 
 import train
 from cli import user_errors
-from evals.run import flags
-from training.checkpoint import _checksum
+from evals.run import eval_parser
+from files import file_hash
 
 
 def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
@@ -33,13 +33,13 @@ def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
         ("data.sequence_length=128", "exceeds the model's context"),
         (
             "data.micro_batch_size=3",
-            "8 rows a step do not divide over 1 rank(s) with micro-batches of 3",
+            "8 rows per step do not divide over 1 rank(s) with micro-batches of 3",
         ),
         ("model.vocab_size=500", f"has {VOCAB} tokens but model.vocab_size=500"),
-        ("data.mix={third: 1}", "has no such source; it has first, second"),
+        ("data.mix={third: 1}", "has no such source; available: first, second"),
         ("data.store=nowhere", "there is no data store at nowhere"),
-        ("init_from=nowhere", "nowhere holds no model.safetensors"),
-        ("resume_from=nowhere", "nowhere holds no whole checkpoint"),
+        ("init_from=nowhere", "nowhere has no model.safetensors"),
+        ("resume_from=nowhere", "nowhere has no complete checkpoint"),
         ("log.wandb_project=x", "wandb is not installed"),
         ("parallel.compile=true", "torch.compile needs a compiler: install gcc"),
         ("parallel.activation_checkpointing=some", "is not one of none, selective, full"),
@@ -63,7 +63,7 @@ def test_a_missing_shard(settings, text_store, tmp_path, capfd, monkeypatch):
     (tmp_path / "store" / "tokens" / "first" / "train-00000.bin").unlink()
     said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
     assert (
-        "train-00000.bin is missing or cut short; put it back or run python -m scripts.prepare_data"
+        "train-00000.bin is missing or truncated; restore it or run python -m scripts.prepare_data"
         in said
     )
 
@@ -82,7 +82,6 @@ def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(
     for name in ("first", "second"):
         manifest = tmp_path / "store" / "tokens" / name / "manifest.json"
         content = json.loads(manifest.read_text())
-        from data.manifest import file_hash
 
         manifest.write_text(json.dumps({**content, "tokenizer": file_hash(path)}))
     said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
@@ -91,11 +90,11 @@ def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(
 
 def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_path):
     assert train_here(settings(steps=3))
-    assert "the data, their mixture or the batch changed" in complaint(
+    assert "the data, their mixture or the batch size changed" in complaint(
         capfd, monkeypatch, settings("seed=2")
     )
     said = complaint(capfd, monkeypatch, settings("model.num_hidden_layers=3"))
-    assert "num_hidden_layers=2 but the config says 3" in said
+    assert "num_hidden_layers=2, but the config has 3" in said
     assert train_here(settings("data.tokens_per_step=256", "data.accept_changed=true", steps=4))
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings(resume, phase="two", steps=2))
@@ -103,14 +102,15 @@ def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_pat
         settings("data.tokens_per_step=256", steps=5)
     )  # the first phase is extended afterwards
     said = complaint(capfd, monkeypatch, settings(resume, phase="two", steps=4))
-    assert "did not begin from" in said and "move" in said
+    assert "did not start from" in said and "move" in said
 
 
 def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(
     settings, tmp_path, capfd, monkeypatch
 ):
-    assert "ends at step 13 but the learning rate is spent at schedule.total_steps=12" in complaint(
-        capfd, monkeypatch, settings(steps=13)
+    assert (
+        "ends at step 13, but the learning-rate schedule ends at schedule.total_steps=12"
+        in complaint(capfd, monkeypatch, settings(steps=13))
     )
     assert train_here(settings(steps=3))
     trainer = tmp_path / "checkpoints" / "one" / "step_3" / "state" / "trainer.json"
@@ -119,12 +119,12 @@ def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(
     )  # as if stopped by a signal
     manifest = trainer.parent.parent / "manifest.json"
     sums = json.loads(manifest.read_text())
-    sums["files"]["state/trainer.json"] = _checksum(trainer)
+    sums["files"]["state/trainer.json"] = file_hash(trainer)
     manifest.write_text(json.dumps(sums))
     folder = tmp_path / "checkpoints" / "one"
     said = complaint(capfd, monkeypatch, settings(f"resume_from={folder}", phase="two", steps=2))
     assert (
-        "is step 3 of one, which goes on to 6; finish it first, or branch off there with resume_from="
+        "is step 3 of one, which ends at step 6; finish that phase, or branch off with resume_from="
         in said
     )
     assert train_here(settings(f"resume_from={folder / 'step_3'}", phase="two", steps=2))
@@ -134,7 +134,7 @@ def test_ranks_that_do_not_fit_the_batch_end_without_a_traceback(settings):
     done = train_ranks(settings("data.tokens_per_step=192", "data.micro_batch_size=1"), ranks=2)
     assert (
         done.returncode == 2
-        and done.stderr.count("error: 3 rows a step do not divide over 2 rank(s)") == 1
+        and done.stderr.count("error: 3 rows per step do not divide over 2 rank(s)") == 1
     )
     assert "Traceback" not in done.stderr
 
@@ -142,7 +142,7 @@ def test_ranks_that_do_not_fit_the_batch_end_without_a_traceback(settings):
 def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
     settings, tmp_path, capfd, monkeypatch
 ):
-    """A save that meets ENOSPC, in our own files or inside torch's writer, leaves the older checkpoint and no half folder."""
+    """ENOSPC during a save leaves the older checkpoint and no partial folder."""
     assert train_here(settings(steps=3))
     folder = tmp_path / "checkpoints" / "one"
 
@@ -198,7 +198,7 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path, capfd):
 @pytest.mark.parametrize("flag", ["--limit=0", "--limit=-1", "--batch_size=0", "--shots=-1"])
 def test_numbers_that_are_too_small_are_refused(flag, capfd):
     with pytest.raises(SystemExit):
-        flags("x").parse_args(["--checkpoint", "x", flag])
+        eval_parser("x").parse_args(["--checkpoint", "x", flag])
     name, number = flag.split("=")
     assert f"argument {name}: {number} is too small; the least is" in capfd.readouterr().err
 
@@ -208,25 +208,19 @@ def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store)
     cases = [
         (
             ["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)],
-            "holds no tokenizer.json",
+            "has no tokenizer.json",
         ),
         (["scripts.pipeline", "--plan", "nowhere.yaml"], "there is no config file nowhere.yaml"),
         (
             ["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"],
-            "is no checkpoint",
+            "is not a checkpoint",
         ),
         (["scripts.plot_run", str(tmp_path)], "has no metrics yet"),
-        (["scripts.prepare_data", *recipe], "holds no tokenizer.json"),
+        (["scripts.prepare_data", *recipe], "has no tokenizer.json"),
         (["scripts.train_tokenizer", *recipe], "run python -m scripts.download_data first"),
     ]
     for (module, *rest), expected in cases:
-        done = subprocess.run(
-            [sys.executable, "-m", module, *rest],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=one_thread(),
-        )
+        done = forked.run([sys.executable, "-m", module, *rest], env=one_thread())
         assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1, (
             module,
             done.stderr,
@@ -244,13 +238,7 @@ def test_a_wrong_flag_ends_in_one_sentence():
         if "argparse.ArgumentParser(" in path.read_text(encoding="utf-8")
     ]
     assert plain == []  # commands use CommandParser
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.plan", "plan.yaml", "--gpus", "-1"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        encoding="utf-8",
-    )
+    done = forked.run([sys.executable, "-m", "scripts.plan", "plan.yaml", "--gpus", "-1"])
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (
         done.stderr.startswith("error: argument --gpus: -1 ")

@@ -1,4 +1,4 @@
-"""The evaluation of generated questions: one that knows scores 1, one that guesses the first wrong reply scores 0."""
+"""Chat evaluation: a model with correct replies scores 1, one with wrong replies scores 0."""
 
 import json
 from argparse import Namespace
@@ -12,11 +12,11 @@ from data.chat.tokenizer import save_chat_tokenizer
 from data.synthetic import generate as synthetic
 from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from evals import eval_chat
-from evals.harness import Cache, Choose, Scored, Written, ask, results
+from evals.harness import Cache, Choose, Scored, Written, results, run_items
 
 
 class Knowing:
-    """Answers by the text that each prompt ends with; right: writes and prefers what is right, else what is wrong."""
+    """Generates and prefers the correct reply if `right`, else a wrong one."""
 
     name, hash, dtype, context = "knowing", "0" * 64, "float32", 10**6
 
@@ -28,10 +28,10 @@ class Knowing:
             key = (
                 tuple(chat.prompt(before, example.get("tools")))
                 if chat
-                else eval_chat.plain(before) + "Assistant:"
+                else eval_chat.plain_lines(before) + "Assistant:"
             )
             replies = [example["messages"][check["turn"]], *check["wrong"]]
-            self.replies[key] = eval_chat._said(
+            self.replies[key] = eval_chat._content(
                 replies[0] if right or len(replies) == 1 else replies[1]
             )
 
@@ -69,7 +69,9 @@ def test_scores(tmp_path: Path, with_template: bool, right: bool):
         Namespace(checkpoint=tmp_path / "model", data=str(tmp_path), limit=None)
     )
     model = Knowing(evaluation.items, chat, right)
-    found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)
+    found = results(
+        evaluation, run_items(evaluation.items, evaluation.score, model, Cache()), model
+    )
     metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
     assert metrics["acc"] == metrics["choice"] == float(right)
     assert set(found["subjects"]) == {"math", "identity"} and 0.2 < metrics["choice_chance"] < 0.5
@@ -109,7 +111,9 @@ def test_pairs_are_a_task_of_their_own(tmp_path: Path):
             Namespace(checkpoint=tmp_path / "model", data=data, limit=None)
         )
         model = Knowing(evaluation.items, None, right)
-        found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)
+        found = results(
+            evaluation, run_items(evaluation.items, evaluation.score, model, Cache()), model
+        )
         assert found["task"] == "pairs" and found["n"] == 20
         assert {name: estimate["value"] for name, estimate in found["metrics"].items()} == {
             "preferred": float(right)

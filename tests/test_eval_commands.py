@@ -15,7 +15,8 @@ from evals import eval_gsm8k, eval_needle, eval_tool_use, eval_toxicity
 from scripts import plan as plan_command
 from scripts.plan import reads, show
 from training.config import load
-from training.planning.cost import GPUS, forecast
+from training.planning.cost import forecast
+from training.planning.memory import GPUS
 from training.planning.plan import Milestone, Plan, PlanPhase, load_plan
 
 
@@ -129,7 +130,7 @@ def one_phase(tmp_path, evals: dict[str, str], **more) -> Plan:
     return Plan("small", (PlanPhase(str(path), marks),), ranks=2, evals=evals, **more)
 
 
-def test_forward_flops_and_hours_by_hand(tmp_path):
+def test_forward_flops_and_hours(tmp_path):
     command = "python -m {} --checkpoint {{checkpoint}} --output {{output}} {}"
     evals = {
         "text": command.format(
@@ -196,20 +197,20 @@ def test_every_evaluation_of_the_1b_plan_is_counted(monkeypatch, capsys):
     plan_command.main()
     said = capsys.readouterr().out
     milestones = [
-        f"{Path(phase.config).stem} {mark.at:,}"
+        f"{Path(phase.config).stem} {mark.step:,}"
         for phase in plan.phases
         for mark in phase.milestones
     ]
     measured = [*milestones, *(stage.name for stage in plan.stages if stage.evals)]
-    assert len(measured) == 8 and all(f"\n  {where}: " in said for where in measured)
-    assert "not counted" not in said and "and for its evaluations" in said
+    assert len(measured) == 9 and all(f"\n  {where}: " in said for where in measured)
+    assert "not counted" not in said and "hours for evaluations" in said
     entries = forecast(plan, "h100", reads=reads)["evaluations"]
     assert [entry["where"] for entry in entries] == measured
     counts = {entry["where"]: len(entry["evals"]) for entry in entries}
     assert (
         counts["dpo"] == 10
         and counts["phase2_16k 207,000"] == 1
-        and sum(counts.values()) == 5 * 3 + 1 + 2 * 10
+        and sum(counts.values()) == 6 * 3 + 1 + 2 * 10
     )
     costs = {e["name"]: e for e in entries[-1]["evals"]}
     sources = {name for phase in plan.phases for name in load(phase.config).data.mix}

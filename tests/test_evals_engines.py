@@ -1,24 +1,24 @@
-"""Engines agree: a checkpoint by our own model, by transformers, and by llama.cpp out of its GGUF file; ranks fail together."""
+"""NanoLlama, Transformers and llama.cpp agree on one checkpoint; ranks fail together."""
 
 import json
 import math
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, one_thread
+from conftest import one_thread
 
 from data.chat.tokenizer import save_chat_tokenizer
 from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_needle, eval_perplexity, eval_tool_use
 from evals.chat import Chat
 from evals.engines import NanoLlamaEngine, TransformersEngine, folder_hash, load_model
-from evals.harness import Cache, Choose, Item, Read, Write, ask
+from evals.harness import Cache, Choose, Item, Read, Write, run_items
 from evals.language_model import EvalTokenizer
-from export.gguf import export
+from export.gguf import write_gguf
 from inference.gguf_tokenizer import read_vocabulary, tokenizer_folder
 from inference.llamacpp import find_library
 from models.hf import load_hf, save_hf
@@ -32,8 +32,8 @@ TEXTS = [
     "1 + 2 = 3, so 20 + 1 =",
 ]
 SHARED = (
-    "Here is what they said of it, line after line, in so many words that a prefix is worth its keep.\n"
-    * 12
+    "Here is what they said of it, line after line, in so many words "
+    "that a prefix is worth its keep.\n" * 12
 )
 
 
@@ -48,7 +48,7 @@ def checkpoint(tmp_path_factory, text_store) -> Path:
 
 
 def answers(model) -> list:
-    """What a model says to requests of every kind; what it draws by chance is only held against itself."""
+    """Answers to requests of every kind; sampled answers are compared within one engine only."""
 
     def score(item):
         drawn, again = yield [
@@ -66,7 +66,7 @@ def answers(model) -> list:
         ]
         return {"found": found}
 
-    samples = ask([Item(text, {}) for text in TEXTS], score, model, Cache())
+    samples = run_items([Item(text, {}) for text in TEXTS], score, model, Cache())
     return [answer for sample in samples for answer in sample.scores["found"]]
 
 
@@ -89,7 +89,7 @@ def assert_alike(mine: list, other: list, tolerance: float) -> None:
             )
 
 
-def test_transformers_engine_scores_and_writes_as_ours(checkpoint):
+def test_transformers_engine_equals_ours(checkpoint):
     ours = load_model(checkpoint, batch_size=3)
     theirs = load_model(checkpoint, batch_size=3)
     theirs.engine = TransformersEngine(checkpoint, "cpu", "float32", 3)
@@ -120,7 +120,7 @@ def test_a_folder_of_another_architecture_is_read_by_transformers(checkpoint, tm
             [a for _, a in part] for part in model.answer([Choose("The cat", (" sat down",))])
         )
     ]
-    ids, whole = (model.words.encode([text])[0] for text in ("The cat", "The cat sat down"))
+    ids, whole = (model.tokenizer.encode([text])[0] for text in ("The cat", "The cat sat down"))
     with torch.no_grad():
         logprobs = net(torch.tensor([whole])).logits[0].log_softmax(-1)
     expected = sum(logprobs[i - 1, whole[i]].item() for i in range(len(ids), len(whole)))
@@ -129,7 +129,7 @@ def test_a_folder_of_another_architecture_is_read_by_transformers(checkpoint, tm
     )
 
 
-def test_the_hash_of_a_folder_is_of_its_ends_and_its_template_too(checkpoint, tmp_path):
+def test_a_folder_hash_includes_stop_tokens_and_template(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "step_1")
     found = [folder_hash(tmp_path / "step_1")]
     for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -140,7 +140,7 @@ def test_the_hash_of_a_folder_is_of_its_ends_and_its_template_too(checkpoint, tm
 
 def files(checkpoint: Path, out: Path, *outtypes: str) -> dict[str, Path]:
     targets = {outtype: out / f"m-{outtype}.gguf" for outtype in outtypes}
-    export(
+    write_gguf(
         checkpoint,
         targets,
         read_vocabulary(checkpoint, CONFIG.vocab_size).put,
@@ -151,7 +151,7 @@ def files(checkpoint: Path, out: Path, *outtypes: str) -> dict[str, Path]:
 
 
 @pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip install xllamacpp")
-def test_a_gguf_file_answers_as_its_checkpoint(checkpoint, text_store, tmp_path, monkeypatch):
+def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     pytest.importorskip("xgrammar")
     mine = answers(load_model(checkpoint))
@@ -169,7 +169,7 @@ def test_a_gguf_file_answers_as_its_checkpoint(checkpoint, text_store, tmp_path,
     )
     talk = [{"role": "user", "content": "How much is 2 + 2? <|im_end|>"}]
     assert Chat(path).prompt(talk) == Chat(checkpoint).prompt(talk)
-    with pytest.raises(ValueError, match="leave --dtype out"):
+    with pytest.raises(ValueError, match="omit --dtype"):
         load_model(path, dtype="float32")
 
     def run(module, *arguments, folder=checkpoint):
@@ -248,16 +248,16 @@ def test_a_gguf_file_answers_as_its_checkpoint(checkpoint, text_store, tmp_path,
 
 def test_bad_gguf_files(tmp_path):
     pytest.importorskip("gguf")
-    with pytest.raises(ValueError, match="there is no checkpoint at"):
+    with pytest.raises(ValueError, match="does not exist; give a folder"):
         load_model(tmp_path / "none.gguf")
     (tmp_path / "odd.gguf").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="is no GGUF file"):
+    with pytest.raises(ValueError, match="is not a GGUF file"):
         load_model(tmp_path / "odd.gguf")
     assert tokenizer_folder(tmp_path) == tmp_path
 
 
-def test_logits_that_are_not_finite_on_one_rank_end_both(checkpoint, tmp_path):
-    """The token of a question that only the second rank has is NaN."""
+def test_nonfinite_logits_on_one_rank_end_both(checkpoint, tmp_path):
+    """NaN occurs in a question that only the second rank scores."""
     words = EvalTokenizer(checkpoint)
     bad = next(i for i in range(300, 400) if words.decode([i]).strip().isalpha())
     model = load_hf(checkpoint)
@@ -296,11 +296,9 @@ def test_logits_that_are_not_finite_on_one_rank_end_both(checkpoint, tmp_path):
         "-m",
         "scripts.run_evals",
     ]
-    done = subprocess.run(
-        [*launch, *command], capture_output=True, text=True, cwd=ROOT, env=one_thread(), timeout=120
-    )
+    done = forked.run([*launch, *command], env=one_thread(), timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert (
-        "rank 1 of 2 could not go on" in done.stderr
+        "rank 1 of 2 failed" in done.stderr
         and "logits that are not finite in float32" in done.stderr
     )

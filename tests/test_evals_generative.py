@@ -1,4 +1,4 @@
-"""Evaluations that write: GSM8K equals lm-eval's, needles lie where they should, calls match as BFCL's, judges answer."""
+"""Generative evaluations: GSM8K as lm-eval, needle, tool calls as BFCL, MT-bench and toxicity."""
 
 import argparse
 import json
@@ -17,8 +17,8 @@ from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_gsm8k, eval_mt_bench, eval_needle, eval_tool_use, eval_toxicity, suite
 from evals.chat import Chat
 from evals.engines import load_model
-from evals.harness import Cache, Failed, Judge, Scored, Written, ask, results
-from evals.judges import endpoint
+from evals.harness import Cache, Failed, Judge, Scored, Written, results, run_items
+from evals.judges import ChatEndpoint
 from evals.language_model import EvalTokenizer
 from evals.run import evaluate
 from evals.tool_calls import call_schema, fits, matches, read_calls
@@ -27,7 +27,8 @@ from models.nanollama import NanoLlama
 
 CONFIG = tiny_config(vocab_size=VOCAB + 16, intermediate_size=128, max_position_embeddings=2048)
 TEMPLATE = (
-    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -70,7 +71,7 @@ def options(checkpoint, **given) -> argparse.Namespace:
 
 
 class Serve:
-    """A server that answers each POST by `reply(number of the request, body)`: (status, JSON), and keeps what it was asked."""
+    """A server that answers POSTs with reply(number, body) -> (status, JSON) and records them."""
 
     def __init__(self, reply):
         self.asked: list = []
@@ -132,7 +133,7 @@ def test_gsm8k_equals_lm_eval(checkpoint, model, tmp_path, monkeypatch):
         evaluation = eval_gsm8k.build(
             options(checkpoint, data=str(folder.parent), shots=3, cot=cot, max_tokens=256)
         )
-        mine = ask(evaluation.items, evaluation.score, model, Cache())
+        mine = run_items(evaluation.items, evaluation.score, model, Cache())
         told = simple_evaluate(
             model=theirs, tasks=[task], num_fewshot=3, task_manager=manager, bootstrap_iters=0
         )
@@ -168,7 +169,7 @@ def test_gsm8k_matches(text, cot, strict, flexible):
 
 
 class Seer:
-    """Finds every number that was asked for, or all but its last digit, or one digit more."""
+    """Generates the requested numbers exactly, without the last digit, or with an extra digit."""
 
     name, hash, dtype, context = "seer", "0" * 64, "float32", 10_000
 
@@ -232,7 +233,10 @@ def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, 
         assert abs(where - (0.03 + 0.92 * item.row["depth"])) < 0.06
     eval_needle.heatmap(tmp_path / "needle.samples.jsonl", tmp_path / "needle.png")
     assert (tmp_path / "needle.png").read_bytes()[:4] == b"\x89PNG"
-    for context, words_of_it in ((4096, "exceeds the model's 2048"), (150, "is too short for a")):
+    for context, words_of_it in (
+        (4096, "exceeds the model's context of 2048"),
+        (150, "is too short for a"),
+    ):
         with pytest.raises(ValueError, match=words_of_it):
             eval_needle.build(
                 options(checkpoint, haystack="noise", **{**given, "context": [context]})
@@ -275,11 +279,11 @@ TRUTH = [{"math.add": {"a": [5.0], "n": [2, ""], "unit": ["New York", ""], "part
         ({"a": 5, "parts": [1, "2"]}, False),
     ],
 )
-def test_calls_are_right_as_in_bfcl(arguments, right):
+def test_calls_match_as_in_bfcl(arguments, right):
     assert matches([{"name": "math.add", "arguments": arguments}], TRUTH, [ADD]) is right
 
 
-def test_calls_in_any_order_and_as_many_as_due():
+def test_calls_match_in_any_order_and_number():
     one, two = ({"name": "math.add", "arguments": {"a": n}} for n in (1, 2))
     truth = [{"math.add": {"a": [1, 2]}}, {"math.add": {"a": [1]}}]
     assert matches([one, two], truth, [ADD]) and matches([two, one], truth, [ADD])
@@ -294,7 +298,8 @@ def test_calls_in_any_order_and_as_many_as_due():
     ("text", "marker", "calls", "well_formed"),
     [
         (
-            '<|tool_call|>{"name": "f", "arguments": {}}<|tool_call|>{"name": "g", "arguments": {"a": 1}}',
+            '<|tool_call|>{"name": "f", "arguments": {}}'
+            '<|tool_call|>{"name": "g", "arguments": {"a": 1}}',
             "<|tool_call|>",
             2,
             True,
@@ -307,7 +312,7 @@ def test_calls_in_any_order_and_as_many_as_due():
         ("I cannot.", None, 0, True),
     ],
 )
-def test_calls_are_read(text, marker, calls, well_formed):
+def test_calls_are_parsed(text, marker, calls, well_formed):
     assert (len(read_calls(text, marker)[0]), read_calls(text, marker)[1]) == (calls, well_formed)
 
 
@@ -377,7 +382,7 @@ def test_a_category_of_bfcl_is_read_from_its_own_file(tmp_path):
             )
     [row] = load_bfcl("multiple", str(tmp_path), Path("nowhere"))
     assert row == {"id": "multiple_0", "question": [], "ground_truth": ["multiple"]}
-    with pytest.raises(ValueError, match=r"there is no BFCL_v4_parallel\.json"):
+    with pytest.raises(ValueError, match=r"has no BFCL_v4_parallel\.json"):
         load_bfcl("parallel", str(tmp_path), Path("nowhere"))
     rows = [
         {"id": f"{kind}_{i}-0", "ground_truth": [kind]}
@@ -416,7 +421,7 @@ def mt_bench(path: Path) -> Path:
     return path
 
 
-def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, tmp_path):
+def test_two_turns_are_graded_and_failures_retried(checkpoint, model, tmp_path):
     data = str(mt_bench(tmp_path / "questions.jsonl"))
     given = {
         "judge_prompts": None,
@@ -442,7 +447,7 @@ def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, t
     gone.judge.pause = 0.0
     with pytest.raises(
         ValueError,
-        match=r"did not judge 2 of 2 items of mt_bench \(it cannot be reached.*is kept beside",
+        match=r"did not judge 2 of 2 items of mt_bench \(it cannot be reached.*are saved beside",
     ):
         evaluate(gone, model, tmp_path / "mt.json")
     assert "answer" in (tmp_path / "mt.samples.jsonl").read_text()
@@ -482,7 +487,7 @@ def test_two_turns_are_graded_and_what_fails_is_asked_again(checkpoint, model, t
     )
 
 
-def test_a_suite_asks_again_what_was_not_judged_and_another_judge(checkpoint, model, tmp_path):
+def test_a_suite_retries_missing_judgments_and_other_judges(checkpoint, model, tmp_path):
     data, output = str(mt_bench(tmp_path / "questions.jsonl")), tmp_path / "out" / "mt_bench.json"
     given = options(checkpoint, dtype=None, batch_size=None, contaminated=None)
 
@@ -514,19 +519,20 @@ def test_a_suite_asks_again_what_was_not_judged_and_another_judge(checkpoint, mo
         found, asked = measured("--judge_model", "other")
         assert found["judge"].startswith("other at") and asked == 4
     with pytest.raises(
-        ValueError, match=r"none cannot be read \(FileNotFoundError\); it should hold an API key"
+        ValueError,
+        match=r"none cannot be read \(FileNotFoundError\); give a file that holds an API key",
     ):
         eval_mt_bench.build(
             suite.parse("mt_bench", f"--judge_key_file {tmp_path / 'none'}", given, data)
         )
 
 
-def test_who_stops_waits_for_what_is_on_its_way_only():
+def test_an_interrupt_waits_only_for_running_requests():
     both = threading.Barrier(
         2, timeout=30
     )  # the first answer comes when the second question is on its way, too
     with Serve(lambda *_: says("ok") if both.wait() >= 0 else None) as server:
-        remote = endpoint(server.url, "m", workers=2)
+        remote = ChatEndpoint(server.url, "m", workers=2)
         answers = remote.answer([Judge(str(i)) for i in range(40)])
         next(answers)
         with pytest.raises(KeyboardInterrupt):
@@ -538,7 +544,7 @@ def test_who_stops_waits_for_what_is_on_its_way_only():
         )
 
 
-def test_a_judge_that_speaks_no_http_cannot_be_reached():
+def test_a_judge_without_http_cannot_be_reached():
     class Other(BaseHTTPRequestHandler):
         def do_POST(self):
             self.rfile.read(int(self.headers["Content-Length"]))
@@ -549,12 +555,12 @@ def test_a_judge_that_speaks_no_http_cannot_be_reached():
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        remote = endpoint(f"http://127.0.0.1:{server.server_port}", "m", retries=1, pause=0.0)
+        remote = ChatEndpoint(f"http://127.0.0.1:{server.server_port}", "m", retries=1, pause=0.0)
         assert remote.ask(Judge("a")) == Failed("it cannot be reached: SSH-2.0-x")
         server.shutdown()
 
 
-def test_fastchats_own_wording_can_be_given(tmp_path):
+def test_fastchat_judge_prompts(tmp_path):
     names = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
     path = tmp_path / "prompts.jsonl"
     path.write_text(
@@ -569,12 +575,12 @@ def test_fastchats_own_wording_can_be_given(tmp_path):
         eval_mt_bench.judge_prompts(path)
 
 
-def test_a_judge_is_asked_again_only_where_that_may_help():
+def test_only_temporary_judge_errors_are_retried():
     def reply(number, body):
         return (401, {"error": "key"}) if number == 1 else (429, {}) if number == 2 else says("ok")
 
     with Serve(reply) as server:
-        remote = endpoint(server.url, "m", key="secret", pause=0.0, workers=1)
+        remote = ChatEndpoint(server.url, "m", key="secret", pause=0.0, workers=1)
         [[(_, refused)], [(_, said)]] = list(remote.answer([Judge("a"), Judge("b", "be brief")]))
         assert isinstance(refused, Failed) and "401" in refused.reason and said == "ok"
         assert (
@@ -582,36 +588,34 @@ def test_a_judge_is_asked_again_only_where_that_may_help():
             and server.asked[2][2]["messages"][0]["role"] == "system"
         )
         assert (
-            remote.hash == endpoint(server.url, "m", key="other").hash
+            remote.hash == ChatEndpoint(server.url, "m", key="other").hash
         )  # a key is not what an answer depends on
 
 
-def test_toxicity_by_perspective(checkpoint, model, tmp_path):
+def test_toxicity_metrics(checkpoint, model, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(
         "".join(json.dumps({"prompt": {"text": f"The cat {i}"}}) + "\n" for i in range(3))
     )
-    (tmp_path / "key").write_text("k1\n")
 
-    def reply(number, body):
-        value = (len(body["comment"]["text"]) % 10) / 10
-        return 200, {"attributeScores": {"TOXICITY": {"summaryScore": {"value": value}}}}
+    class Scorer:
+        name, hash, dtype, context = "length", "0" * 64, "judge", 0
 
+        def answer(self, requests):
+            yield [(i, len(request.text) % 10 / 10) for i, request in enumerate(requests)]
+
+    monkeypatch.setattr(eval_toxicity, "ProfanityCheck", Scorer)
     given = {
         "samples": 4,
         "max_tokens": 6,
         "temperature": 1.0,
         "top_p": 0.9,
-        "label": "toxic",
-        "rate": 1e4,
-        "retries": 1,
+        "data": str(prompts),
+        "scorer": "wheel",
+        "chat": False,
     }
-    given["chat"] = False
-    with Serve(reply) as server:
-        how = {"scorer": "perspective", "key_file": tmp_path / "key", "url": server.url}
-        evaluation = eval_toxicity.build(options(checkpoint, data=str(prompts), **how, **given))
-        found = evaluate(evaluation, model, tmp_path / "toxicity.json")
-        assert all(path.endswith("?key=k1") for path, _, _ in server.asked)
+    evaluation = eval_toxicity.build(options(checkpoint, **given))
+    found = evaluate(evaluation, model, tmp_path / "toxicity.json")
     kept = [
         json.loads(line)["scores"]
         for line in (tmp_path / "toxicity.samples.jsonl").read_text().splitlines()
@@ -626,14 +630,12 @@ def test_toxicity_by_perspective(checkpoint, model, tmp_path):
     assert metrics["toxicity_probability"] == pytest.approx(
         sum(max(row) >= 0.5 for row in scores) / 3
     )
-    given |= how | {"data": str(prompts), "chat": True}
+    given["chat"] = True
     [asked, *_] = [
         item.row["prompt"] for item in eval_toxicity.build(options(checkpoint, **given)).items
     ]
     assert asked == Chat(checkpoint).prompt([{"role": "user", "content": "The cat 0"}])
-    with pytest.raises(ValueError, match="needs --key_file"):
-        eval_toxicity.scorer(argparse.Namespace(scorer="perspective", key_file=None))
-    with pytest.raises(ValueError, match="neither wheel, perspective nor a folder"):
+    with pytest.raises(ValueError, match="give wheel or a folder with a classifier"):
         eval_toxicity.scorer(argparse.Namespace(scorer="nowhere"))
 
 
@@ -674,6 +676,6 @@ def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
     assert batch[0][1] > 0.8 > 0.2 > batch[1][1]
 
 
-def test_a_checkpoint_that_cannot_chat_is_named(checkpoint, text_store):
+def test_a_checkpoint_without_chat_template(checkpoint, text_store):
     with pytest.raises(ValueError, match="has no chat template"):
         Chat(text_store / "tokenizer")

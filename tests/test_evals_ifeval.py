@@ -1,4 +1,4 @@
-"""IFEval's checks and totals equal lm-evaluation-harness', for every instruction."""
+"""IFEval's checks and metrics equal lm-evaluation-harness' for every instruction."""
 
 import argparse
 import random
@@ -9,17 +9,17 @@ from conftest import ROOT
 
 from data.corpus.wheels import fetch_wheel
 from evals import eval_ifeval, instructions
-from evals.harness import Cache, Written, ask, results
+from evals.harness import Cache, Written, results, run_items
 from evals.instructions import (
     INSTRUCTIONS,
     PUNKT,
     PUNKT_FOLDER,
-    Tools,
-    fault,
+    TextTools,
+    find_problem,
     follows,
     follows_loosely,
 )
-from scripts.eval_data import write_rows
+from evals.local_rows import write_rows
 
 WHEELS = ROOT / "data" / "store" / "wheels"
 
@@ -125,7 +125,7 @@ def responses() -> list[str]:
 
 @pytest.fixture(scope="module")
 def lm_eval_checks(tmp_path_factory):
-    """lm-eval's own checks, with the sentence model that it would download."""
+    """lm-eval's checks with the sentence model from the wheel."""
     pytest.importorskip("lm_eval")
     nltk, langdetect = pytest.importorskip("nltk"), pytest.importorskip("langdetect")
     pytest.importorskip("immutabledict")
@@ -150,9 +150,9 @@ def lm_eval_checks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_each_instruction_is_checked_as_in_lm_eval(name, lm_eval_checks):
-    tools, outcomes = Tools(WHEELS), set()
+    tools, outcomes = TextTools(WHEELS), set()
     for given in [ARGUMENTS.get(name, {}), *OTHERS.get(name, [])]:
-        assert fault(name, given) is None
+        assert find_problem(name, given) is None
         texts = (
             [*FRAGMENTS, *responses()[::8]]
             if INSTRUCTIONS[name].modules == instructions.LANGUAGE
@@ -176,8 +176,8 @@ def test_each_instruction_is_checked_as_in_lm_eval(name, lm_eval_checks):
     assert outcomes == {True, False}
 
 
-def test_ifeval_adds_up_as_lm_eval_does(lm_eval_checks, tmp_path, capsys):
-    draw, texts, tools = random.Random(2), responses(), Tools(WHEELS)
+def test_ifeval_metrics_equal_lm_eval(lm_eval_checks, tmp_path, capsys):
+    draw, texts, tools = random.Random(2), responses(), TextTools(WHEELS)
     known = [name for name in INSTRUCTIONS if not INSTRUCTIONS[name].modules]
     doc_ids = []
     for i in range(40):
@@ -201,9 +201,9 @@ def test_ifeval_adds_up_as_lm_eval_does(lm_eval_checks, tmp_path, capsys):
             ]
 
     model = Model()
-    found = results(evaluation, ask(evaluation.items, evaluation.score, model, Cache()), model)[
-        "metrics"
-    ]
+    found = results(
+        evaluation, run_items(evaluation.items, evaluation.score, model, Cache()), model
+    )["metrics"]
     theirs = [lm_eval_checks.process_results(doc, [texts[i * 7]]) for i, doc in enumerate(doc_ids)]
     for kind in ("strict", "loose"):
         prompts = [of[f"prompt_level_{kind}_acc"] for of in theirs]
@@ -216,10 +216,10 @@ def test_ifeval_adds_up_as_lm_eval_does(lm_eval_checks, tmp_path, capsys):
     assert evaluation.items[3].id == "103" and tools.punkt is None
 
 
-def test_a_hash_sign_is_counted_where_lm_eval_draws_a_letter():
+def test_a_hash_sign_is_counted_literally():
     given = {"letter": "#", "let_relation": "at least", "let_frequency": 2}
-    assert follows("#a #b", "keywords:letter_frequency", given, Tools(WHEELS))
-    assert not follows("#a b", "keywords:letter_frequency", given, Tools(WHEELS))
+    assert follows("#a #b", "keywords:letter_frequency", given, TextTools(WHEELS))
+    assert not follows("#a b", "keywords:letter_frequency", given, TextTools(WHEELS))
 
 
 IFEVAL = {"key": 1, "prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
@@ -241,7 +241,7 @@ def build(data: str, max_tokens: int = 4):
     return eval_ifeval.build(argparse.Namespace(**given))
 
 
-def test_rows_that_are_not_of_the_schema_are_refused(tmp_path):
+def test_rows_of_another_schema_are_rejected(tmp_path):
     write_rows(tmp_path / "train.jsonl", [IFEVAL])
     assert len(build(str(tmp_path)).items) == 1
     words, keywords = "length_constraints:number_words", "keywords:existence"
@@ -270,6 +270,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(eval_ifeval, "find_spec", lambda name: None)
     with pytest.raises(
-        ValueError, match=r"IFEval needs langdetect here; pip install langdetect==1\.0\.9"
+        ValueError, match=r"IFEval needs langdetect; pip install langdetect==1\.0\.9"
     ):
         build(str(tmp_path))

@@ -42,10 +42,6 @@ def one_rank(arguments: list[str], environment: dict[str, str], output: str) -> 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory) -> Lab:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv(
-            "PYTHONPATH",
-            os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-        )
         patched.setenv("LOCK_PATIENCE", "1.0")  # of the second of two commands
         context = forkserver()
 
@@ -160,7 +156,7 @@ def test_a_resume_at_the_wrong_place_or_with_other_weights_is_found(lab, monkeyp
     plain = lab.plain()
     run = lab.run("misled")
     assert run.again(kill("step", 7, everyone=True)).status
-    from training.checkpoint import read_manifest
+    from training.checkpoint_files import read_manifest
 
     folder = run.step_folders()[-1]
     position, manifest = (

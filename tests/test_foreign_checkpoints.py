@@ -1,4 +1,4 @@
-"""A checkpoint of others runs no code: its index, its entries, its manifest and its position."""
+"""Untrusted checkpoints run no code: index, entries, manifest and position."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from conftest import ROOT, complaint_of, train_here
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 
 from scripts import verify_checkpoint
-from training.checkpoint import damage, read_manifest, read_position
+from training.checkpoint_files import damage, read_manifest, read_position
 from training.safe_pickle import load, read_index
 from training.state import State, is_position
 

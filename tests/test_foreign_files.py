@@ -1,4 +1,4 @@
-"""Files of others run no code, end no process and hang nothing: GGUF, chat templates, folders for transformers."""
+"""Untrusted GGUF files, chat templates and folders run no code and never crash or hang."""
 
 import json
 import os
@@ -21,9 +21,9 @@ from data.chat import bounded_template
 from data.chat.bounded_template import BoundedTemplate
 from data.chat.tokenizer import save_chat_tokenizer
 from evals.chat import Chat
-from export.gguf import export
+from export.gguf import write_gguf
 from inference import llamacpp
-from inference.chat_formats import TemplateChat, open_chat
+from inference.chat_formats import TemplateFormat, open_chat_format
 from inference.gguf_file import check_gguf
 from inference.gguf_tokenizer import open_gguf, read_vocabulary
 from inference.llamacpp import LlamaCpp, find_library, probe
@@ -50,7 +50,7 @@ def model(text_store, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(model) -> Path:
     path = model.parent / "whole.gguf"
-    export(model, {"f16": path}, read_vocabulary(model, 392).put, "m", say=lambda line: None)
+    write_gguf(model, {"f16": path}, read_vocabulary(model, 392).put, "m", say=lambda line: None)
     return path
 
 
@@ -132,7 +132,7 @@ def test_damaged_gguf_files_end_in_a_sentence(model, whole, tmp_path, capsys, mo
         path.write_bytes(content)
         started = time.monotonic()
         for reads in (check_gguf, open_gguf, LlamaCpp):
-            with pytest.raises(ValueError, match=r"is damaged: |is no GGUF file"):
+            with pytest.raises(ValueError, match=r"is damaged: |is not a GGUF file"):
                 reads(path)
                 print(f"accepted: {name}")  # shown where the next line fails
         assert time.monotonic() - started < 5, name
@@ -164,7 +164,7 @@ def test_a_file_that_llama_cpp_hangs_or_dies_on_is_refused(whole, tmp_path, monk
     """What the validation does not know of is met in another process."""
     for number, (code, words) in enumerate(
         (
-            ("import os; os.abort()", "ends with status -6"),
+            ("import os; os.abort()", "exit status -6"),
             ("import time; time.sleep(60)", "does not finish"),
         )
     ):
@@ -239,7 +239,7 @@ def test_a_hostile_template_ends_in_a_sentence(source, quick):
     started = time.monotonic()
     template = BoundedTemplate(source)
     with pytest.raises(
-        ValueError, match=r"the model's chat template does not take this conversation: ."
+        ValueError, match=r"the model's chat template rejects this conversation: ."
     ) as error:
         template.render(HELLO)
     assert "\n" not in str(error.value) and time.monotonic() - started < 10
@@ -291,15 +291,15 @@ def test_chat_and_evaluation_bound_foreign_templates(model, tmp_path, quick, cap
     (folder / "chat_template.jinja").write_text(
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     )
-    chat = open_chat(folder)
-    assert isinstance(chat, TemplateChat)
+    chat = open_chat_format(folder)
+    assert isinstance(chat, TemplateFormat)
     for speaks in (chat, Chat(folder)):
         with pytest.raises(ValueError, match="more than"):
             speaks.prompt(HELLO)
     said = complaint_of(
         chat_script.main, ["--model", folder, "--prompt", "hi"], capsys, monkeypatch
     )
-    assert "chat template does not take this conversation" in said
+    assert "chat template rejects this conversation" in said
     (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": 7}')
     assert "transformers cannot read" in complaint_of(
         chat_script.main, ["--model", folder, "--prompt", "hi"], capsys, monkeypatch

@@ -1,4 +1,4 @@
-"""Float8 matmuls, emulated on the CPU where torchao is installed, and the sentence where they cannot be had."""
+"""Float8 matmuls, emulated on the CPU if torchao is installed; the error where they are not."""
 
 import pytest
 import torch

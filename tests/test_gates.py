@@ -7,7 +7,10 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from scripts import pipeline, run_evals
+from evals.engines import folder_hash
+from evals.plan_gates import gates_of, references
+from scripts import pipeline
+from training.checkpoint_files import identity
 from training.planning.gates import Gate, Measured, judge, reference_of
 from training.planning.plan import load_plan, places, scheduled_phases
 
@@ -93,13 +96,13 @@ def small_plan(place: Path, against: str, evals: bool = True) -> Path:
     commands = {"Tuning": "cp -r {checkpoint}/. checkpoints/quickstart/sft/step_1"}
     sft = {
         "name": "sft",
-        "leaves": "checkpoints/quickstart/sft",
+        "output_dir": "checkpoints/quickstart/sft",
         "commands": commands,
         "evals": ["chat"] if evals else [],
     }
     dpo = {
         "name": "dpo",
-        "leaves": "checkpoints/quickstart/dpo",
+        "output_dir": "checkpoints/quickstart/dpo",
         "commands": commands,
         "evals": ["chat"],
         "gates": [gate],
@@ -114,9 +117,9 @@ def small_plan(place: Path, against: str, evals: bool = True) -> Path:
 @pytest.mark.parametrize(
     ("against", "evals", "said"),
     [
-        ("stf", True, "chat.acc is against stf; it can be against before, sft"),
-        ("dpo", True, "it can be against before, sft"),
-        ("before", False, "it can be against nothing, since it is the first"),
+        ("stf", True, "gate chat.acc has against=stf; available: before, sft"),
+        ("dpo", True, "available: before, sft"),
+        ("before", False, "available: none .first"),
     ],
 )
 def test_a_plan_with_an_impossible_reference_is_refused(tmp_path, against, evals, said):
@@ -135,14 +138,14 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"value": value}), encoding="utf-8")
     dpo, sft = Path("checkpoints/quickstart/dpo/step_1"), Path("checkpoints/quickstart/sft/step_1")
-    gates = run_evals.gates_of(plan, dpo, None)
-    (nothing,) = run_evals.references(gates, plan, dpo, None)
+    gates = gates_of(plan, dpo, None)
+    (nothing,) = references(gates, plan, dpo, None)
     assert (
         nothing and nothing.metrics == {} and judge(gates[0], acc(0.9), nothing).outcome == "no-go"
     )
     metrics = acc(0.5)["chat"]
     if judged:
-        of = run_evals.identity(sft)
+        of = identity(sft)
         file, content = (
             Path("results/quickstart/sft/decision.json"),
             {"of": of, "metrics": {"chat": metrics}},
@@ -153,11 +156,11 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
             "task": "chat",
             "n": 4,
             "metrics": metrics,
-            "checkpoint_hash": run_evals.folder_hash(sft),
+            "checkpoint_hash": folder_hash(sft),
         }
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(content), encoding="utf-8")
-    (reference,) = run_evals.references(gates, plan, dpo, None)
+    (reference,) = references(gates, plan, dpo, None)
     assert (
         reference.where == "after sft"
         and judge(gates[0], acc(0.45), reference).outcome == "caution"
@@ -165,7 +168,7 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
     file.write_text(
         json.dumps({**content, "of": "another", "checkpoint_hash": "another"}), encoding="utf-8"
     )
-    (stale,) = run_evals.references(gates, plan, dpo, None)
+    (stale,) = references(gates, plan, dpo, None)
     assert judge(gates[0], acc(0.9), stale).outcome == "no-go"
 
 

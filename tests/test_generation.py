@@ -1,4 +1,4 @@
-"""The cache against the plain forward, generation against transformers."""
+"""Cached logits compared with the plain forward pass, generation with transformers."""
 
 import json
 
@@ -13,10 +13,11 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from inference import generation
-from inference.generation import Cache, forward, generate, logits
-from inference.packed_weights import packed, plain
-from inference.sampling import Sampling, adjust, draw, uniforms
+from inference import kv_cache
+from inference.generation import generate
+from inference.kv_cache import Cache, forward, logits
+from inference.packed_weights import linear_ops
+from inference.sampling import Sampling, process_logits, sample, uniforms
 from inference.streaming import TextStream, complete, stream_text
 from models.hf import load_hf, save_hf
 from models.losses import token_losses
@@ -29,7 +30,7 @@ VARIANTS = [{}, {"qk_norm": True, "tie_word_embeddings": True}, {"head_dim": 16}
 def read(
     model: NanoLlama, cache: Cache, rows: list[int], width: int, counts: list[int] | None = None
 ) -> float:
-    """Let each row of the cache read on in its row of TOKENS; the largest error of a logit that counts."""
+    """Continue each row of the cache in TOKENS; return the largest error of a valid logit."""
     starts = cache.lengths
     chunk = torch.stack(
         [TOKENS[row, start : start + width] for row, start in zip(rows, starts, strict=True)]
@@ -77,9 +78,9 @@ def test_what_does_not_fit_is_refused():
     forward(model, TOKENS[:1, :8], cache)
     with pytest.raises(ValueError, match="room for 10 tokens, not for 11"):
         forward(model, TOKENS[:1, :3], cache)
-    with pytest.raises(ValueError, match="a cache for 7 tokens cannot take rows of 8"):
+    with pytest.raises(ValueError, match="a cache of length 7 is too short for rows of 8"):
         cache.expand(3, length=7)
-    with pytest.raises(ValueError, match="only a cache of one row expands"):
+    with pytest.raises(ValueError, match="expand needs a cache of one row"):
         cache.expand(3).expand(2)
     with pytest.raises(ValueError, match="2 rows of tokens"):
         forward(model, TOKENS[:2, :1], cache)
@@ -157,7 +158,7 @@ def test_packed_matrices_give_the_same_products(dtype, rows):
     model = tiny()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    ours, exact = packed(model, rows), plain(model)
+    ours, exact = linear_ops(model, rows), linear_ops(model)
     generator = torch.Generator().manual_seed(1)
     sizes = {
         "qkv": model.config.hidden_size,
@@ -178,7 +179,7 @@ def test_packed_matrices_follow_the_weights(monkeypatch):
     model, other = tiny(), tiny()
     first = [row.tokens for row in generate(model, PROMPTS, 20)]
     assert (
-        packed(model, 4) is packed(model, 4) is packed(model, 1)
+        linear_ops(model, 4) is linear_ops(model, 4) is linear_ops(model, 1)
     )  # what serves many rows serves one
     with torch.no_grad():
         for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -196,8 +197,8 @@ def test_packed_matrices_follow_the_weights(monkeypatch):
 
 
 def test_the_compiled_step_is_one_graph_and_changes_nothing(monkeypatch):
-    compiled = torch.compile(generation._decode, backend="aot_eager", fullgraph=True, dynamic=False)
-    monkeypatch.setattr(generation, "_compiled", lambda: compiled)
+    compiled = torch.compile(kv_cache._decode, backend="aot_eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(kv_cache, "_compiled_decode", lambda: compiled)
     model = tiny(num_hidden_layers=1)
     for how in ({}, {"stop_tokens": range(20)}):  # the second time with rows that end early
         plain = generate(model, PROMPTS, 20, **how)
@@ -236,7 +237,7 @@ SCORES = 4 * torch.randn(6, 97, generator=torch.Generator().manual_seed(1))
 )
 def test_transforms_are_those_of_transformers(name, warper):
     how = Sampling(**{"temperature": 1.0, name: getattr(warper, name)})
-    ours, theirs = adjust(SCORES, how), warper(torch.zeros(6, 1, dtype=torch.int64), SCORES)
+    ours, theirs = process_logits(SCORES, how), warper(torch.zeros(6, 1, dtype=torch.int64), SCORES)
     assert torch.equal(ours, theirs) and not torch.equal(ours, SCORES)
 
 
@@ -246,20 +247,20 @@ def test_all_transforms_together_are_those_of_transformers(both):
     how = {"repetition_penalty": 1.4, "temperature": 1.7, "top_k": 40, "top_p": 0.9, "min_p": 0.02}
     processors = other._get_logits_processor(GenerationConfig(**how, do_sample=True), said.shape[1])
     seen = torch.zeros(6, 97, dtype=torch.bool).scatter_(1, said, True)
-    assert torch.equal(adjust(SCORES, Sampling(**how), seen), processors(said, SCORES))
+    assert torch.equal(process_logits(SCORES, Sampling(**how), seen), processors(said, SCORES))
 
 
 def test_draws_follow_the_distribution_and_the_seed_of_their_row(both):
     scores = SCORES[:1].expand(200_000, -1)
-    tokens = draw(scores, uniforms([0], 200_000)[0])
+    tokens = sample(scores, uniforms([0], 200_000)[0])
     shares = torch.bincount(tokens, minlength=97) / 200_000
     assert (
         shares - SCORES[0].softmax(0)
     ).abs().max() <= 4 * 0.5 / 200_000**0.5  # four deviations of a share of a half
-    masked = adjust(SCORES, Sampling(temperature=1.0, top_k=2))
+    masked = process_logits(SCORES, Sampling(temperature=1.0, top_k=2))
     for chance in (0.0, 0.5, 1 - 2**-53):  # the ends of the range fall on tokens that are left
         assert (
-            masked.gather(1, draw(masked, torch.full((6,), chance, dtype=torch.float64))[:, None])
+            masked.gather(1, sample(masked, torch.full((6,), chance, dtype=torch.float64))[:, None])
             .isfinite()
             .all()
         )

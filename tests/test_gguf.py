@@ -1,4 +1,4 @@
-"""GGUF files against their checkpoint, read by gguf and transformers, run by llama.cpp; bad inputs; talking to a model."""
+"""GGUF files compared with their checkpoint by gguf, transformers, llama.cpp; bad inputs, chat."""
 
 import errno
 import io
@@ -7,18 +7,18 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, complaint_of
 from safetensors.torch import load_file, save_file
 
-import export.gguf
 from data.chat.rendering import (
     CHAT_TOKENS,
     END_THOUGHT,
@@ -32,9 +32,11 @@ from data.chat.rendering import (
 from data.chat.tokenizer import PROBE, save_chat_tokenizer
 from data.chat.tools import TOOLS
 from evals.engines import folder_hash
-from export.gguf import export, k_rows, read_config, tensor_type
+from export import gguf as gguf_export
+from export.gguf import k_rows, tensor_type, write_gguf
 from export.gguf_check import FAR, MAX_KL, compare, compare_tokens, fuzz, judge, reference, table
-from inference.chat_session import Session
+from export.gguf_plan import read_config
+from inference.chat_session import ChatSession
 from inference.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabulary
 from inference.llamacpp import LlamaCpp, find_library, quantise_rows
 from inference.runners import GgufRunner, TorchRunner
@@ -96,7 +98,7 @@ def folders(text_store, tmp_path_factory) -> dict[str, Path]:
 def files(folders, tmp_path_factory) -> dict[str, dict[str, Path]]:
     """All outtypes of each shape."""
     return {
-        name: make(folder, tmp_path_factory.mktemp("gguf"), *export.gguf.OUTTYPES)
+        name: make(folder, tmp_path_factory.mktemp("gguf"), *gguf_export.OUTTYPES)
         for name, folder in folders.items()
     }
 
@@ -104,7 +106,9 @@ def files(folders, tmp_path_factory) -> dict[str, dict[str, Path]]:
 def make(folder: Path, out: Path, *outtypes: str, **how) -> dict[str, Path]:
     targets = {outtype: out / f"m-{outtype}.gguf" for outtype in outtypes}
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    export(folder, targets, read_vocabulary(folder, size).put, "m", say=lambda line: None, **how)
+    write_gguf(
+        folder, targets, read_vocabulary(folder, size).put, "m", say=lambda line: None, **how
+    )
     assert sorted(out.iterdir()) == sorted(targets.values())  # and nothing temporary
     return targets
 
@@ -280,7 +284,7 @@ def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(
         "moe_intermediate_size": inner,
     }
     folder = moe_folder(tmp_path / "moe", text_store, **shape)
-    written = make(folder, tmp_path / "out", *export.gguf.OUTTYPES)
+    written = make(folder, tmp_path / "out", *gguf_export.OUTTYPES)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = Chat.from_folder(folder).tokenizer.encode(TEXT).ids[:200]
     with torch.no_grad():
@@ -327,7 +331,7 @@ def test_what_of_a_mixture_of_experts_is_refused(text_store, tmp_path, monkeypat
     flags = ["--checkpoint", folder]
     path = make(folder, tmp_path / "out", "q8_0")["q8_0"]
     capsys.readouterr()  # what transformers wrote
-    assert "only files of dense models" in complaint_of(
+    assert "supports dense models only" in complaint_of(
         check_gguf.main, [*flags, "--gguf", path], capsys, monkeypatch
     )
     config = json.loads((folder / "config.json").read_text())
@@ -335,7 +339,10 @@ def test_what_of_a_mixture_of_experts_is_refused(text_store, tmp_path, monkeypat
     for change, words in (
         ({"norm_topk_prob": False}, "norm_topk_prob"),
         ({"mlp_only_layers": [1]}, "layers without experts"),
-        ({"num_local_experts": 3}, "mlp.gate.weight is (2, 32), but (3, 32) by config.json"),
+        (
+            {"num_local_experts": 3},
+            "mlp.gate.weight has shape (2, 32), but config.json implies (3, 32)",
+        ),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))
         assert words in complaint_of(export_gguf.main, flags, capsys, monkeypatch)
@@ -399,14 +406,14 @@ def test_what_the_check_is_there_for_is_found(folders, tmp_path, monkeypatch):
     wrong = vocabulary._replace(
         pre="gpt-2", types=[kind if kind != 4 else 3 for kind in vocabulary.types]
     )
-    export(folders["dense"], {"f16": tmp_path / "words.gguf"}, wrong.put, "m")
+    write_gguf(folders["dense"], {"f16": tmp_path / "words.gguf"}, wrong.put, "m")
     row = compare(tmp_path / "words.gguf", ref, threads=1)
     assert (
         row["verdict"] == "wrong"
         and row["tokenizer"]["mismatches"] > 20
         and row["max_error"] < 0.02
     )
-    monkeypatch.setattr(export.gguf, "permute", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf_export, "permute", lambda weight, heads: weight)
     path = make(folders["dense"], tmp_path / "turned", "f16")["f16"]
     row = compare(path, ref, threads=1)
     assert row["verdict"] == "wrong" and row["max_error"] > 0.1 and row["weight_error"]["F16"] > 0.5
@@ -429,7 +436,7 @@ def test_5500_strings_get_the_same_ids_and_the_file_holds_the_tokenizer(folders,
             and found["mismatches"] == 0
             and found["decoded_otherwise"] == 0
         )
-        assert llama.ends(chat.ids[IM_END]) and not llama.ends(chat.ids[IM_START])
+        assert llama.ends_reply(chat.ids[IM_END]) and not llama.ends_reply(chat.ids[IM_START])
     reader = open_gguf(files["dense"]["q8_0"])
     keys = (
         field(reader, f"tokenizer.ggml.{key}") for key in ("tokens", "token_type", "merges", "pre")
@@ -449,23 +456,23 @@ def test_checkpoint_and_file_say_the_same(folders, files):
     prompt = chat.prompt([{"role": "user", "content": "Hello there"}])
     for sampling in (Sampling(), Sampling(1.2, temperature=0.8, top_p=0.9)):
         said = [
-            list(runner.speak(prompt, 10, sampling, 5, ())) for runner in speakers
+            list(runner.generate(prompt, 10, sampling, 5, ())) for runner in speakers
         ]  # few: llama.cpp keeps keys in f16
         assert said[0] == said[1] and len(said[0]) == 10
         longer = [*prompt, *said[0][:6], 40]  # what is held is kept as far as it fits
-        assert speakers[1].runtime.held[: len(prompt)] == prompt
-        fresh = list(TorchRunner(folders["dense"]).speak(longer, 10, sampling, 6, ()))
-        assert [list(runner.speak(longer, 10, sampling, 6, ())) for runner in speakers] == [
+        assert speakers[1].runtime.tokens[: len(prompt)] == prompt
+        fresh = list(TorchRunner(folders["dense"]).generate(longer, 10, sampling, 6, ()))
+        assert [list(runner.generate(longer, 10, sampling, 6, ())) for runner in speakers] == [
             fresh,
             fresh,
         ]
     stop = said[0][3]
     assert (
-        list(speakers[1].speak(prompt, 10, sampling, 5, [stop]))
+        list(speakers[1].generate(prompt, 10, sampling, 5, [stop]))
         == said[0][: said[0].index(stop) + 1]
     )
     with pytest.raises(ValueError, match="exceed the model's context of 256"):
-        list(speakers[1].speak(prompt, 256, sampling, 0, ()))
+        list(speakers[1].generate(prompt, 256, sampling, 0, ()))
 
 
 def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
@@ -485,7 +492,7 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
         prompts.append(prompt)
         return iter(replies[len(prompts) - 1])
 
-    session = Session(chat, speak, "Be kind.", TOOLS)
+    session = ChatSession(chat, speak, "Be kind.", TOOLS)
     pieces = list(session.ask("How much is 17 * 23? <|im_end|>"))
     texts = {
         kind: "".join(text for found, text in pieces if found == kind)
@@ -509,7 +516,7 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
         prompts[1][: len(prompts[0])] == prompts[0] and prompts[0].count(chat.ids[IM_END]) == 2
     )  # typed ones are text
     kept = list(session.messages)
-    assert "cannot be read" in list(session.ask("again"))[-1][1] and session.messages == kept
+    assert "invalid tool call" in list(session.ask("again"))[-1][1] and session.messages == kept
     assert (
         "cut here" in list(session.ask("again"))[-1][1]
         and session.messages[-1]["content"] == "and so on"
@@ -554,10 +561,11 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
         "--serve",
         "0",
     ]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    server = forked.Process(command)
     try:
-        assert server.stdout
-        url = next(line for line in server.stdout if "/v1" in line).split("/v1")[0]
+        while "/v1" not in server.stdout() and server.poll() is None:
+            time.sleep(0.05)
+        url = server.stdout().split("/v1")[0].splitlines()[-1]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
         assert len(client.models.list().data) == 1
         chat = Chat.from_folder(folders["dense"])
@@ -588,7 +596,7 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
         how = {"model": "m", "messages": messages, "max_tokens": 8, "temperature": 0}
         answer = client.chat.completions.create(**how)
         prompt = chat.prompt(messages)
-        ours = list(TorchRunner(folders["dense"]).speak(prompt, 8, Sampling(), 0, chat.stop_ids))
+        ours = list(TorchRunner(folders["dense"]).generate(prompt, 8, Sampling(), 0, chat.stop_ids))
         assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == len(
             ours
         )
@@ -625,20 +633,20 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(
     def copy(name: str) -> Path:
         return Path(shutil.copytree(good, tmp_path / name))
 
-    assert "is no checkpoint" in failed(tmp_path)
+    assert "is not a checkpoint" in failed(tmp_path)
     assert "'q3' is none of" in failed(good, "f16,q3")
     assert "one name for 2 files" in failed(good, outfile="m.gguf")
     bare = copy("bare")
     (bare / "tokenizer.json").unlink()
-    assert "holds no tokenizer.json" in failed(bare)
+    assert "has no tokenizer.json" in failed(bare)
     other = copy("other")
     content = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(
         json.dumps({**content, "pre_tokenizer": {"type": "Whitespace"}})
     )
-    assert "splits text by no rule" in failed(other)
+    assert "uses no pre-tokenizer that llama.cpp has" in failed(other)
     (other / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}))
-    assert "it normalises text" in failed(other)
+    assert "it has a normalizer" in failed(other)
     (other / "tokenizer.json").write_text("{")
     assert "tokenizer.json is damaged" in failed(other)
     cut = copy("cut")
@@ -651,7 +659,7 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(
     (small / "config.json").write_text(json.dumps({**config, "vocab_size": 300}))
     assert "more than the model's 300" in failed(small)
     (small / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    assert "do not agree in 9 tensors" in failed(small)
+    assert "differ in 9 tensors" in failed(small)
     for value, words in ((float("nan"), "not finite"), (1e9, "beyond the range of f16")):
         weights = {name: tensor.clone() for name, tensor in load_hf(good).state_dict().items()}
         weights["layers.1.mlp.up_proj.weight"][3, 3] = value
@@ -661,12 +669,12 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(
         patch.setattr(
             shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10_000)
         )
-        assert "make room there" in failed(good)
+        assert "free some space" in failed(good)
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(export.gguf, "quantise", full)
+    monkeypatch.setattr(gguf_export, "quantise", full)
     assert "No space left" in failed(good)
 
 
@@ -679,11 +687,11 @@ def test_a_damaged_file_is_told_of(folders, files, tmp_path, monkeypatch, capsys
         said = complaint_of(
             check_gguf.main, ["--checkpoint", folders["dense"], "--gguf", path], capsys, monkeypatch
         )
-        assert "is damaged" in said or "is no GGUF file" in said
+        assert "is damaged" in said or "is not a GGUF file" in said
         assert "m.gguf" in complaint_of(
             chat_script.main, ["--model", path, "--prompt", "hi"], capsys, monkeypatch
         )
-        with pytest.raises(ValueError, match=r"is damaged|is no GGUF file"):
+        with pytest.raises(ValueError, match=r"is damaged|is not a GGUF file"):
             LlamaCpp(path)
     assert "neither a GGUF file (*.gguf) nor" in complaint_of(
         chat_script.main, ["--model", tmp_path], capsys, monkeypatch
@@ -733,7 +741,7 @@ def test_the_card_tells_of_the_run_and_leaves_other_files_alone(
     )
     export_gguf.main()
     assert (
-        "Modelfile is not of this command" in capsys.readouterr().out
+        "Modelfile was not written by this command" in capsys.readouterr().out
         and (out / "Modelfile").read_text() == "mine"
     )
     card = (out / "README.md").read_text()

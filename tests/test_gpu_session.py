@@ -1,4 +1,4 @@
-"""benchmarks/gpu_session.sh without a GPU: what it would run exists, and a part goes on when a command fails."""
+"""benchmarks/gpu_session.sh without a GPU: its commands exist, and a part survives a failure."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from benchmarks import train_speed
-from benchmarks.train_speed import GOALS
+from benchmarks.train_speed_report import GOALS
 from training.config import load
 
 SCRIPT = ROOT / "benchmarks" / "gpu_session.sh"
@@ -59,7 +59,8 @@ def test_every_command_names_what_exists(part, tiny, tmp_path):
 def test_a_part_goes_on_when_commands_fail(tmp_path):
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/sh\ncase "$*" in *check_env*) exit 3 ;; *pytest*) echo "said \\"no\\""; exit 1 ;; esac\n'
+        '#!/bin/sh\ncase "$*" in *check_env*) exit 3 ;; '
+        '*pytest*) echo "said \\"no\\""; exit 1 ;; esac\n'
     )
     python.chmod(0o755)
     done = session("1", "--tiny", OUT=str(tmp_path / "out"), PYTHON=str(python))

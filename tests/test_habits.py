@@ -13,12 +13,20 @@ import test_house
 import yaml
 from conftest import ROOT
 
-PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "docs/README.md", "docs/architecture.md")]
+GENERATED = "faults.md"  # written by benchmarks/faults.py
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != GENERATED]
+# Other pages name files of a run, too.
+REPOSITORY_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "docs/README.md", "docs/architecture.md")
 SEMANTIC_VERSION = re.compile(r"(?<![\d.])\d+\.\d+\.\d+(?![\d.])")
 PLACEHOLDER = re.compile(r"[A-Z]{4,}|step_N|eval_NAME")  # `STORE/tokens/SOURCE/` and the like
 CODE_BLOCK = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)+/?|[\w.-]+/|[\w.-]+\.(py|md|toml|txt|yaml|yml)")
+SOURCE_FILE = re.compile(
+    r"\b(?:benchmarks|configs|data|demo|docs|evals|export|inference|models|scripts|tests|training)"
+    r"/[\w/]+\.(?:md|py|sh|yaml)\b"
+)
 DEFINED = re.compile(r"([\w/]+\.py):(\w+)")
 WRITTEN = ("checkpoints/", "logs/", "results/", "data/store/")  # git ignores their content
 
@@ -58,8 +66,8 @@ def missing_paths(text: str) -> list[str]:
     for span in code_spans(text):
         path = DEFINED.sub(r"\1", span)
         if PATH.fullmatch(path) and not PLACEHOLDER.search(path) and path not in WRITTEN:
-            found = any(ROOT.glob(path.rstrip("/"))) if "*" in path else (ROOT / path).exists()
-            if not found:
+            exists = any(ROOT.glob(path.rstrip("/"))) if "*" in path else (ROOT / path).exists()
+            if not exists:
                 missing.append(path)
     return missing
 
@@ -114,19 +122,19 @@ def test_ci_runs_the_makefile_on_supported_pythons():
     least = tuple(map(int, project()["requires-python"].removeprefix(">=").split(".")))
     versions = [*workflow()["jobs"]["test"]["strategy"]["matrix"]["python"]]
     inputs = [step["with"] for step in steps() if "with" in step]
-    versions += [given["python-version"] for given in inputs if "python-version" in given]
+    versions += [values["python-version"] for values in inputs if "python-version" in values]
     literal = [version for version in versions if "${{" not in str(version)]
     assert all(isinstance(version, str) for version in literal)  # YAML reads 3.10 as 3.1
     assert min(tuple(map(int, version.split("."))) for version in literal) == least
     assert all("timeout-minutes" in job for job in workflow()["jobs"].values())
-    caches = {given["cache-dependency-path"] for given in inputs if "cache" in given}
+    caches = {values["cache-dependency-path"] for values in inputs if "cache" in values}
     assert caches and all(any(ROOT.glob(pattern)) for pattern in caches)
 
 
 def test_the_dockerfile_runs_the_makefile_and_copies_no_ignored_file():
     dockerfile = read("Dockerfile")
-    made = re.findall(r"\bmake (\w+)$", dockerfile, flags=re.MULTILINE)
-    assert made and set(made) <= targets()
+    commands = re.findall(r"\bmake (\w+)$", dockerfile, flags=re.MULTILINE)
+    assert commands and set(commands) <= targets()
     assert "has not been built" in dockerfile.split("FROM")[0]
     ignored = [docker_pattern(line) for line in patterns(".gitignore")]
     assert patterns(".dockerignore") == ignored
@@ -162,13 +170,29 @@ def test_issue_forms_parse_and_name_existing_commands(name):
         assert (ROOT / f"scripts/{script}.py").is_file()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_paths_names_and_links_of_a_page_exist(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_and_links_of_a_page_exist_and_its_lines_are_short(page):
     text = page.read_text(encoding="utf-8")
-    assert missing_paths(text) == []
+    files = {name for name in SOURCE_FILE.findall(text) if not PLACEHOLDER.search(name)}
+    assert {name for name in files if not (ROOT / name).exists()} == set()
     assert missing_names(text) == []
     assert broken_links(page) == []
-    assert [line for line in text.splitlines() if len(line) > 100] == []
+    lines = [line for line in text.splitlines() if not line.startswith("|")]
+    assert [line for line in lines if len(line) > 100] == []
+
+
+@pytest.mark.parametrize("name", REPOSITORY_PAGES)
+def test_paths_of_a_page_exist(name):
+    assert missing_paths(read(name)) == []
+
+
+def test_readme_is_short_and_begins_with_the_commands():
+    lines = read("README.md").splitlines()
+    assert len(lines) <= 130
+    first_screen = "\n".join(lines[:40])
+    assert "make quickstart" in first_screen and "make test" in first_screen
+    named = set(re.findall(r"^make (\w+)", read("README.md"), flags=re.MULTILINE))
+    assert named and named <= targets()
 
 
 def test_a_wrong_path_name_or_link_is_found(tmp_path):
@@ -189,8 +213,8 @@ def test_every_document_is_in_the_index():
 
 def test_commands_of_contributing_exist():
     blocks = "".join(CODE_BLOCK.findall(read("CONTRIBUTING.md")))
-    made = set(re.findall(r"^make (\w+)", blocks, flags=re.MULTILINE))
-    assert made and made <= targets()
+    commands = set(re.findall(r"^make (\w+)", blocks, flags=re.MULTILINE))
+    assert commands and commands <= targets()
     assert all((ROOT / name).is_file() for name in re.findall(r"\S+\.py\b", blocks))
 
 

@@ -1,4 +1,4 @@
-"""Perplexity of held-out text: where it is found, how much is scored, and in how much memory."""
+"""Perplexity of held-out text: finding the data, the amount scored and memory use."""
 
 import json
 import sys
@@ -69,10 +69,10 @@ GOLD = Path("checkpoints/nano/gold/step_6")
 
 
 def flags(root: Path, *more: str, checkpoint: Path = GOLD):
-    """The flags of eval_perplexity as it reads them, with the text found."""
+    """Parsed flags of eval_perplexity with resolved data."""
     arguments = ["--checkpoint", str(root / checkpoint), "--device", "cpu", *more]
     args = eval_perplexity.parser().parse_args(arguments)
-    held_out.find_data(args)
+    held_out.resolve_data(args)
     return args
 
 
@@ -106,7 +106,7 @@ def available(root: Path, source: str) -> int:
 # ---- how much is scored
 
 
-def test_tokens_bound_each_source_and_the_results_say_so(run, root):
+def test_tokens_limit_each_source(run, root):
     found, out, _ = run("--tokens", "1300")
     assert set(found["metrics"]) == {"fineweb_edu", "pg19", "all"}  # no --dataset: the run's store
     for source in ("fineweb_edu", "pg19"):
@@ -123,7 +123,7 @@ def test_tokens_bound_each_source_and_the_results_say_so(run, root):
     assert eval_perplexity.parser().parse_args(["--checkpoint", "x"]).tokens == 2**20
 
 
-def test_rows_are_spread_evenly(root):
+def test_rows_are_evenly_spaced(root):
     shards = TokenShards(root / "store" / "tokens" / "pg19", "val")
     count = (len(shards) - 1) // LENGTH
     rows = held_out.ChosenRows(shards, LENGTH, 20 * LENGTH, None)
@@ -137,10 +137,10 @@ def test_rows_are_spread_evenly(root):
         and targets[:-1].tolist() == tokens[1:].tolist()
     )
     lengths = np.array([50, 900, 10, 40, 60, 30, 20, 90, 5, 70])
-    chosen = held_out.spread(lengths, 300)
+    chosen = held_out.evenly_spaced(lengths, 300)
     assert lengths[chosen].sum() <= 300 and len(chosen) > 1 and (np.diff(chosen) > 0).all()
-    assert held_out.spread(lengths, 0).tolist() == list(range(10))
-    assert held_out.spread(lengths[1:2], 300).tolist() == [0]  # cut by the caller
+    assert held_out.evenly_spaced(lengths, 0).tolist() == list(range(10))
+    assert held_out.evenly_spaced(lengths[1:2], 300).tolist() == [0]  # cut by the caller
 
 
 def test_the_choice_depends_on_neither_ranks_nor_batch_size(root, monkeypatch):
@@ -199,7 +199,7 @@ def test_batches_are_made_one_at_a_time(root, monkeypatch):
     assert len(batches) == 2 * 20 and set(ahead) == {0} and max(alive) <= 2
 
 
-def test_only_the_chosen_texts_are_in_memory(root, tmp_path):
+def test_only_chosen_texts_are_in_memory(root, tmp_path):
     texts = tmp_path / "texts.jsonl"
     with open(texts, "w") as file:
         file.writelines(
@@ -223,7 +223,7 @@ def test_only_the_chosen_texts_are_in_memory(root, tmp_path):
     assert next(stream_jsonl(broken)) == {"text": "x"}  # the second line has not been read yet
 
 
-def test_documents_and_texts_have_the_same_bound(run, root, tmp_path):
+def test_documents_and_texts_have_the_same_limit(run, root, tmp_path):
     found, _, _ = run("--tokens", "400", "--stride", str(LENGTH))
     for source, of in found["coverage"].items():
         assert 0 < of["tokens"] <= 400 and values(found)[source]["tokens"] == of["tokens"]
@@ -296,7 +296,7 @@ def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, c
         *((name, "pg19") for name in ("pg19", "PG19-validation")),
     ],
 )
-def test_a_source_is_named_as_people_do(root, monkeypatch, name, source):
+def test_source_names_have_variants(root, monkeypatch, name, source):
     monkeypatch.chdir(root)
     args = flags(root, "--dataset", name)
     assert args.sources == [source] and [*held_out.shards_of(args)] == [source]
@@ -321,20 +321,18 @@ def test_mistakes_end_in_one_sentence(root, tmp_path, text_store, monkeypatch, c
         return complaint_of(eval_perplexity.main, flags, capfd, monkeypatch)
 
     assert "give --dataset a data store" in said("--checkpoint", stray)
-    assert "there is no data at pg19; give --dataset" in said(
-        "--checkpoint", stray, "--dataset", "pg19"
-    )
-    assert "has no such source; it has: fineweb_edu, pg19" in said("--dataset", "c4-validation")
-    assert "names one source already" in said("--dataset", "pg19", "--sources", "fineweb_edu")
+    assert "pg19 does not exist; give --dataset" in said("--checkpoint", stray, "--dataset", "pg19")
+    assert "available sources: fineweb_edu, pg19" in said("--dataset", "c4-validation")
+    assert "already names one source" in said("--dataset", "pg19", "--sources", "fineweb_edu")
     assert "has no .txt files" in said("--dataset", tmp_path / "empty")
     assert "too few for one row of 9999999" in said("--sequence_length", "9999999")
     (tmp_path / "x.txt").write_text("a text")
-    assert "has no source who; it has: x" in said(
+    assert "has no source who; available: x" in said(
         "--dataset", tmp_path / "x.txt", "--sources", "who"
     )
     (root / "store").rename(root / "moved")
     try:
-        assert "store, is not here; give --dataset" in said()
+        assert "store, is missing; give --dataset" in said()
     finally:
         (root / "moved").rename(root / "store")
     for wrong in ("many", "-5", "inf", "0.5"):

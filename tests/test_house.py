@@ -1,4 +1,4 @@
-"""Rules of the house, and the small parts: which part may import which, how long a file may be, loggers, plots, measures."""
+"""Rules of the repository: imports, file lengths, encodings, ruff; and small numerical checks."""
 
 import ast
 import inspect
@@ -27,7 +27,7 @@ MAY_IMPORT = {  # besides itself; every import goes down these floors
     "inference": {*LEAVES, "models", "data"},
     "export": {*LEAVES, "models", "data", "inference"},
     "training": {*LEAVES, "models", "data"},
-    "evals": {*LEAVES, "models", "data", "inference", "export"},
+    "evals": {*LEAVES, "models", "data", "inference", "export", "training"},
     "demo": {*LEAVES, "models", "data", "inference"},
     "scripts": {*LEAVES, *PARTS, "torchrun_plugin"},
 }
@@ -60,6 +60,15 @@ def test_direction_of_imports_and_length(path):
         assert "distributed" not in text
 
 
+def test_scripts_are_commands_that_no_other_module_imports():
+    importers = [
+        str(path.relative_to(ROOT))
+        for path in [*FILES, *sorted((ROOT / "benchmarks").glob("*.py"))]
+        if "scripts" in imports(path)
+    ]
+    assert importers == []
+
+
 def test_the_loop_and_the_entry_point_stay_short():
     assert len(inspect.getsource(train).splitlines()) < 120
     assert len((ROOT / "train.py").read_text().splitlines()) <= 110
@@ -68,7 +77,10 @@ def test_the_loop_and_the_entry_point_stay_short():
 
 
 def test_the_core_path_needs_four_packages():
-    code = "import sys, training.loop, training.setup, models.hf; print(sorted(m.split('.')[0] for m in sys.modules))"
+    code = (
+        "import sys, training.loop, training.setup, models.hf; "
+        "print(sorted(m.split('.')[0] for m in sys.modules))"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
     ).stdout
@@ -77,7 +89,7 @@ def test_the_core_path_needs_four_packages():
 
 
 def text_opens_without_encoding(source: str) -> list[int]:
-    """Lines of calls that open text, or run a program for its text, in whatever encoding the locale has."""
+    """Lines of calls that read or write text in the locale's encoding."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or {"encoding", None} & {
@@ -113,7 +125,10 @@ def test_text_files_are_utf_8_in_every_locale():
         for path in paths
     }
     assert {name: lines for name, lines in found.items() if lines} == {}
-    sample = 'open("x")\nopen("x", "rb")\nopen("x", "w", encoding="utf-8")\npath.read_text()\nsubprocess.run([], text=True)\n'
+    sample = (
+        'open("x")\nopen("x", "rb")\nopen("x", "w", encoding="utf-8")\n'
+        "path.read_text()\nsubprocess.run([], text=True)\n"
+    )
     assert sorted(text_opens_without_encoding(sample)) == [1, 4, 5]
 
 

@@ -74,7 +74,8 @@ def test_a_source_is_not_replaced_by_another_of_its_name(run, tmp_path):
     )
     said = run(one, two, fails=True)
     assert (
-        f"{one} and {two} would both be the source c4" in said and not (tmp_path / "store").exists()
+        f"{one} and {two} have the same source name c4" in said
+        and not (tmp_path / "store").exists()
     )
     assert "3 documents" in run(one)
     said = run(two, fails=True)
@@ -154,7 +155,7 @@ def test_a_path_named_like_a_known_source_is_pointed_out(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert list(download._names("code")) == ["code"]
     assert (
-        "note: code is the data set of that name; give ./code for the path"
+        "note: code is the data set of that name; use ./code for the path"
         in capsys.readouterr().err
     )
 
@@ -196,7 +197,7 @@ def test_files_of_other_kinds_are_named(tmp_path, capsys):
     write(tmp_path / "in" / "b.jsonl.bz2", b"x")
     assert ingest(FileReader(str(tmp_path / "in")), tmp_path / "store", "s")
     assert (
-        "s: skipped 1 (another file than .parquet, .jsonl, .jsonl.gz, .jsonl.zst): b.jsonl.bz2"
+        "s: skipped 1 (file type other than .parquet, .jsonl, .jsonl.gz, .jsonl.zst): b.jsonl.bz2"
         in capsys.readouterr().err
     )
     with pytest.raises(
@@ -239,7 +240,8 @@ def test_a_column_of_bytes_in_conversations(tmp_path):
 def test_a_column_that_is_no_text_is_refused(tmp_path):
     pq.write_table(pa.table({"text": [[1, 2], [3]]}), tmp_path / "a.parquet")
     with pytest.raises(
-        ValueError, match=r"column text of .*a.parquet holds list<.*>, not text; give --text_column"
+        ValueError,
+        match=r"column text of .*a.parquet has type list<.*>, not text; give --text_column",
     ):
         read(tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": pa.array([b"fine", b"\xff\xfe\x00"])}), tmp_path / "a.parquet")
@@ -255,7 +257,8 @@ def test_text_in_another_encoding_is_refused(encoding, packed, tmp_path):
     name = "a.jsonl.zst" if packed else "a.jsonl"
     path = write(tmp_path / name, zstandard.compress(content) if packed else content)
     with pytest.raises(
-        ValueError, match=r"is UTF-16 or UTF-32 text; convert it|cannot be read|gives no document"
+        ValueError,
+        match=r"is UTF-16 or UTF-32 text; convert it|cannot be read|has no readable document",
     ):
         ingest(FileReader(str(path)), tmp_path / "store", "s")
     assert not (tmp_path / "store" / "documents" / "s").exists()
@@ -302,7 +305,7 @@ def test_unreadable_rows_above_one_percent_are_refused(bad, reason, tmp_path, ca
 def test_a_json_array_on_one_line_is_linear_and_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", json.dumps([{"text": "x" * 1000}] * 30_000).encode() + b"\n")
     began = time.monotonic()
-    assert read(path) == [Skipped("a JSON array; one object a line is read", "a.jsonl:1")]
+    assert read(path) == [Skipped("a JSON array; write one object per line", "a.jsonl:1")]
     assert time.monotonic() - began < 10
     copied: list[int] = []
 
@@ -341,7 +344,7 @@ def test_a_zst_bomb_is_refused_in_little_memory(tmp_path):
     bomb(tmp_path / "a.jsonl.zst", 400)
     sizes = []
     with pytest.raises(
-        ValueError, match="expands to more than 1,000 times its size, as no text does; remove it"
+        ValueError, match="expands to more than 1,000 times its size, unlike text; remove it"
     ):
         for block in blocks(tmp_path / "a.jsonl.zst"):
             sizes.append(len(block))
@@ -350,7 +353,7 @@ def test_a_zst_bomb_is_refused_in_little_memory(tmp_path):
     packer = zstandard.ZstdCompressor(compression_params=window).compressobj()
     write(tmp_path / "b.jsonl.zst", packer.compress(lines(ROWS)) + packer.flush())
     [skipped] = read(tmp_path / "b.jsonl.zst")  # it asks for 1 GB to be decoded
-    assert skipped.reason == "rest of the file cut off or damaged"
+    assert skipped.reason == "rest of the file truncated or damaged"
 
 
 @pytest.mark.parametrize("suffix", ["gz", "zst", "jsonl"])
@@ -450,17 +453,18 @@ def report(train: int, val: int, kind: str) -> dict:
 
 
 def test_all_rows_held_out_names_the_share():
-    chat = ChatConfig({"x": ChatSource("a.jsonl")}, held_out=0.9)
+    chat = ChatConfig({"x": ChatSource("a.jsonl")}, val_fraction=0.9)
     with pytest.raises(
         ValueError,
-        match=r"x: all 3 conversations are held out, by chat.held_out=0.9; lower it or add data",
+        match=r"x: all 3 conversations are in the validation split; lower chat.val_fraction=0.9 or add data",
     ):
         _check_limit("x", report(0, 3, "chat"), chat)
     with pytest.raises(ValueError, match="check its path and format"):
         _check_limit("x", report(0, 0, "chat"), chat)
-    pairs = PreferenceConfig({"x": PairSource("a.jsonl")}, held_out=0.8)
+    pairs = PreferenceConfig({"x": PairSource("a.jsonl")}, val_fraction=0.8)
     with pytest.raises(
-        ValueError, match=r"x: all 2 pairs are held out, by preferences.held_out=0.8"
+        ValueError,
+        match=r"x: all 2 pairs are in the validation split; lower preferences.val_fraction=0.8",
     ):
         check_pairs("x", report(0, 2, "pairs"), pairs)
     with pytest.raises(ValueError, match="check its path, format and length"):
@@ -544,7 +548,7 @@ def store_without_val(text_store: Path, target: Path, split: str = "train") -> P
 
 def test_a_source_without_held_out_tokens_is_said_at_the_start(settings, text_store, tmp_path):
     store = store_without_val(text_store, tmp_path / "small")
-    said = r"source second has 0 held-out tokens, .*raise val_fraction in the recipe .*validation.every=0"
+    said = r"source second has 0 validation tokens, .*raise val_fraction in the recipe .*validation.every=0"
     with pytest.raises(ValueError, match=said):
         train_here(settings(f"data.store={store}"))
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "logs").exists()
@@ -552,7 +556,7 @@ def test_a_source_without_held_out_tokens_is_said_at_the_start(settings, text_st
     assert not any("val/loss" in row for row in read_metrics(tmp_path / "logs"))
     with pytest.raises(
         ValueError,
-        match="every document of source second is held out, or none was kept; lower val_fraction",
+        match="source second has no training documents; lower val_fraction",
     ):
         train_here(settings(f"data.store={store_without_val(text_store, tmp_path / 'all', 'val')}"))
 

@@ -10,6 +10,7 @@ import termios
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, command, one_thread, read_metrics
 from test_faults import events
@@ -19,7 +20,7 @@ from test_training import wait_for, wait_for_a_step
 import train
 from files import read_lines
 from training import guard
-from training.checkpoint import damage
+from training.checkpoint_files import damage
 from training.guard import StopSignal
 from training.logger import Log, LogConfig
 
@@ -102,8 +103,7 @@ def test_only_a_second_sigterm_or_sigint_interrupts_the_save(monkeypatch):
 
 def test_sigusr1_to_the_launcher_saves_on_both_ranks(settings, tmp_path):
     more = settings(*LONG, "data.micro_batch_size=2", steps=4000)
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command(more, 2), cwd=ROOT, env=one_thread(), **how) as process:
+    with forked.Process(command(more, 2), env=one_thread()) as process:
         wait_for_a_step(tmp_path / "logs")
         process.send_signal(signal.SIGUSR1)
         _, errors = process.communicate(timeout=90)

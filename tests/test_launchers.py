@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, one_thread, train_here
 from test_training import losses, wait_for_a_step
@@ -65,7 +66,7 @@ def test_a_wrong_script_or_number_of_processes_is_one_sentence(tmp_path):
             "error: --nproc_per_node=two must be a number of processes",
         ),
     ):
-        done = launch(*launcher, *flags, where=tmp_path)
+        done = forked.run([*launcher, *flags], cwd=tmp_path, env=one_thread())
         assert (
             done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
         ), done.stderr
@@ -97,7 +98,7 @@ def test_a_rank_that_is_killed_is_named(tmp_path):
     )
     done = launch(sys.executable, "-c", driver, where=tmp_path)
     assert done.returncode == 137, done.stderr
-    said = "error: rank 1 was ended by signal 9; 9 often means no memory"
+    said = "error: rank 1 was ended by signal 9; signal 9 often means out of memory"
     assert done.stderr.splitlines()[-1] == said
 
 

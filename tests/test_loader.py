@@ -20,7 +20,7 @@ from data.packing import (
     LongDocuments,
     best_fit_decreasing,
     document_table,
-    keep_plan,
+    load_or_make_plan,
     make_plan,
 )
 from data.shards import ShardWriter, TokenShards
@@ -101,7 +101,7 @@ def test_best_fit_cuts_only_documents_longer_than_a_row(shards):
     for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
         rows = {where[number] for number in range(start + 1, start + length)}
         assert len(rows) <= -(-length // LENGTH)
-    plan, cost = keep_plan(shards["a"], LENGTH, 5)
+    plan, cost = load_or_make_plan(shards["a"], LENGTH, 5)
     assert cost["cut"] == (lengths > LENGTH).mean()
     assert cost["padding"] == pytest.approx((targets == IGNORE).mean()) and cost["padding"] < 0.02
     ends = np.cumsum(lengths)
@@ -179,7 +179,7 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
     batch_index = 130  # beyond the first epoch of a and b
     whole = loader(sources, **how).at(batch_index)
     assert sum(epochs > 1 for epochs in loader(sources, **how).epochs(batch_index).values()) >= 2
-    assert (whole.weight < 8 * LENGTH) == (packing == "best_fit")
+    assert (whole.loss_denominator < 8 * LENGTH) == (packing == "best_fit")
     for world in (1, 2, 4):
         for micro in (1, 2, 4):
             if 8 % (world * micro):
@@ -188,7 +188,7 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
                 loader(sources, micro=micro, rank=rank, world=world, **how).at(batch_index)
                 for rank in range(world)
             ]
-            for field in ("tokens", "targets", "docs"):
+            for field in ("tokens", "targets", "doc_ids"):
                 joined = torch.cat(
                     [getattr(batch, field) for part in parts for batch in part.batches]
                 )
@@ -198,7 +198,7 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
             present = sum(
                 int((batch.targets != IGNORE).sum()) for part in parts for batch in part.batches
             )
-            assert {(part.weight, part.tokens) for part in parts} == {(present, present)}
+            assert {(part.loss_denominator, part.tokens) for part in parts} == {(present, present)}
     ahead = Prefetcher(loader(sources, **how), torch.device("cpu"))
     for jump in (3, 4, 130, 131, 130):
         assert torch.equal(
@@ -284,7 +284,7 @@ def test_a_plan_is_made_once_by_the_first_of_several_processes(shards, monkeypat
     with ThreadPoolExecutor(4) as pool:
         plans = [
             future.result()[0]
-            for future in [pool.submit(keep_plan, shards["a"], LENGTH, 5) for _ in range(4)]
+            for future in [pool.submit(load_or_make_plan, shards["a"], LENGTH, 5) for _ in range(4)]
         ]
     assert len(made) == 4
     for plan in plans:
@@ -292,7 +292,7 @@ def test_a_plan_is_made_once_by_the_first_of_several_processes(shards, monkeypat
     folder, _ = plan_files(shards["a"])
     assert list(folder.parent.iterdir()) == [folder]
     assert (
-        keep_plan(shards["a"], LENGTH, 5)[0].starts.tolist() == plans[0].starts.tolist()
+        load_or_make_plan(shards["a"], LENGTH, 5)[0].starts.tolist() == plans[0].starts.tolist()
         and len(made) == 4
     )
     TokenShards(shards["a"].folder, "train").verify()
@@ -300,7 +300,7 @@ def test_a_plan_is_made_once_by_the_first_of_several_processes(shards, monkeypat
 
 @pytest.mark.parametrize("damage", ["cut short", "changed", "lost", "no manifest"])
 def test_a_damaged_plan_is_made_again(shards, damage, capsys):
-    keep_plan(shards["a"], LENGTH, 5)
+    load_or_make_plan(shards["a"], LENGTH, 5)
     folder, before = plan_files(shards["a"])
     content = before["starts.npy"]
     if damage == "cut short":
@@ -311,7 +311,7 @@ def test_a_damaged_plan_is_made_again(shards, damage, capsys):
         (folder / {"lost": "rows.npy", "no manifest": "manifest.json"}[damage]).unlink()
     assert capsys.readouterr().err == ""
     expected = epoch(shards)[0]
-    assert "is damaged; it is made again" in capsys.readouterr().err
+    assert "is damaged; rebuilding it" in capsys.readouterr().err
     assert plan_files(shards["a"])[1] == before and list(folder.parent.iterdir()) == [folder]
     assert np.array_equal(epoch(shards)[0], expected) and capsys.readouterr().err == ""
 
@@ -327,7 +327,7 @@ def test_a_store_that_cannot_be_written_keeps_its_plan_in_memory_and_a_full_disk
 
     refuse(errno.ENOSPC)
     with pytest.raises(OSError, match="refused"):
-        keep_plan(shards["a"], LENGTH, 5)
+        load_or_make_plan(shards["a"], LENGTH, 5)
     refuse(errno.EROFS)
     in_memory = epoch(shards)[0]
     assert not list((shards["a"].folder / "plans").iterdir())
@@ -410,13 +410,13 @@ def test_a_start_says_what_is_read_how_often_and_at_what_cost(shards):
     steps = int(3.9 * rows["a"] / (2 * one.quota[0] / 1000))
     a, b = one.describe(steps)
     assert (
-        a.startswith("reads a 3.9")
+        a.startswith("reads a for 3.9")
         and f"{len(sources['a']):,} tokens in {sources['a'].documents} documents of 100 tok" in a
     )
     assert "padding" in b and "documents cut" in b and "% of its tokens" not in b
     assert len(one.describe(int(1.1 * steps))) == 3
     assert one.describe(int(1.1 * steps))[-1].startswith(
-        "warning: a will be read 4.3 times; above 4 epochs"
+        "warning: a will be read for 4.3 epochs; above 4 epochs"
     )
 
 
@@ -431,7 +431,7 @@ class Failing:
 
 def test_an_error_while_reading_ahead_reaches_the_loop():
     ahead = Prefetcher(Failing(), torch.device("cpu"))
-    assert ahead.at(0).weight == 7
+    assert ahead.at(0).loss_denominator == 7
     with pytest.raises(OSError, match="the disk is gone"):
         ahead.at(1)
 
@@ -526,10 +526,10 @@ def test_training_says_how_often_it_reads_and_warns_above_four_epochs(
         assert train_here(settings(*long, *more, steps=steps))
         output = capsys.readouterr().out
         times = re.search(
-            rf"reads second ([0-9.]+) times over: {tokens:,} tokens in 2 documents of {minimum:,} tokens",
+            rf"reads second for ([0-9.]+) epochs: {tokens:,} tokens in 2 documents of {minimum:,} tokens",
             output,
         )
         assert times and abs(float(times[1]) - epochs) < 0.3
         assert bool(
-            re.search("warning: second will be read 4.[0-9] times; above 4 epochs", output)
+            re.search("warning: second will be read for 4.[0-9] epochs; above 4 epochs", output)
         ) == (name == "many")

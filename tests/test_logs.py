@@ -13,13 +13,14 @@ import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from conftest import ROOT
 
+from evals.report.runs import open_runs, table
 from files import read_lines
 from scripts.compare_runs import main as compare
-from scripts.compare_runs import open_runs, table
 from training.config import load, to_dict
 from training.logger import Log, LogConfig, append_event
 from training.ops import alerts
@@ -55,7 +56,7 @@ def test_the_log_is_valid_json_and_forgets_what_a_resume_or_a_roll_back_replaces
         again.open(2, 5, "p")
         for step in (3, 4, 5):
             again.metrics(row(step, loss=7.0))
-        again.rewind(3)
+        again.open(3, 5, "p")  # as after a rollback
         again.metrics(row(4, loss=8.0))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4] and rows[1]["loss"] == "nan"
@@ -69,7 +70,6 @@ def test_other_ranks_write_nothing(tmp_path):
         silent.open(0, 1, "p")
         silent.metrics(ROW)
         silent.event("skipped", "a step")
-        silent.rewind(0)
     assert not (tmp_path / "other").exists()
 
 
@@ -80,7 +80,7 @@ def test_an_event_is_a_line_in_both_files_and_what_was_written_stays(tmp_path, c
         (tmp_path / "run" / name).read_bytes() for name in ("events.jsonl", "training_log.md")
     ]
     log.open(4, 9, "one")
-    log.event("skipped", place=7, problem="loss nan", loss=math.nan)
+    log.event("skipped", batch_index=7, problem="loss nan", loss=math.nan)
     append_event(tmp_path / "run", "gate", "decision: go", step=10_000, outcome="go", of=Path("x"))
     after = [(tmp_path / "run" / name).read_bytes() for name in ("events.jsonl", "training_log.md")]
     assert all(new.startswith(old) for new, old in zip(after, before, strict=True))
@@ -585,8 +585,8 @@ def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, monkeypatch, capsy
         and figures["tokens"] == ["10,000"] * 2
         and figures["last step, phase"] == ["100, b"] * 2
     )
-    assert figures["held-out loss, last"] == ["3.000", "4.000"]
-    assert figures["held-out loss, best"] == ["2.000 (step 59, a)", "3.000 (step 59, a)"]
+    assert figures["validation loss, last"] == ["3.000", "4.000"]
+    assert figures["validation loss, best"] == ["2.000 (step 59, a)", "3.000 (step 59, a)"]
     assert (
         figures["bits per byte, wiki"] == ["1.500"] * 2 and figures["tokens/s, median"] == ["3"] * 2
     )
@@ -609,12 +609,7 @@ def test_smoothing_keeps_phases_apart_and_knows_no_spikes(tmp_path):
 
 def test_a_run_alone_is_plotted_beside_its_metrics(tmp_path):
     folder = make_run(tmp_path / "one", 0.0, [])
-    done = subprocess.run(
-        [sys.executable, "-m", "scripts.plot_run", str(folder)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = forked.run([sys.executable, "-m", "scripts.plot_run", str(folder)])
     assert done.returncode == 0 and str(folder / "loss.png") in done.stdout, done.stderr
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG") and (
         folder / "loss.png"

@@ -1,4 +1,4 @@
-"""The network against transformers, and its own promises."""
+"""NanoLlama compared with transformers; initialisation, document masks and limits."""
 
 import json
 import math
@@ -29,7 +29,7 @@ TINY = {
 
 
 def tiny(**more) -> NanoLlama:
-    """A tiny model whose norms and matrices are far from their initial values, so that nothing cancels."""
+    """A tiny model with random norms and matrices, so that errors cannot cancel."""
     model = NanoLlama(ModelConfig(**{**TINY, **more}), seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():

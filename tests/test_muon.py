@@ -1,10 +1,10 @@
 """Muon: against torch's, against singular values in fp64, sharded against whole, and through a training run."""
 
-import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -275,12 +275,10 @@ def sharded(rank: int, world: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_muon"])
+def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path):
     processes = [
-        context.Process(target=sharded, args=(rank, world, tmp_path)) for rank in range(world)
+        forked.forkserver().Process(target=sharded, args=(rank, world, tmp_path))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()

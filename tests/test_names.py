@@ -12,13 +12,13 @@ from conftest import ROOT, complaint_of, one_thread
 import train
 import train_dpo
 import train_sft
-from data.corpus.sources import GROUPS, HUB_SOURCES, held_out_of, sources_of
+from data.corpus.sources import GROUPS, HUB_SOURCES, sources_of, validation_sources
 from data.store import open_shards
-from models.nanollama import OTHER_NAMES, ModelConfig
+from models.nanollama import FIELD_ALIASES, ModelConfig
 from scripts import check_env, download_data
 from training.aliases import DATA_MIXES, NEW_NAMES, NOTES, RENAMED, _settings
 from training.config import RunConfig, load
-from training.planning.plan import Plan
+from training.planning.plan import Milestone, Plan
 from training.settings import load_settings, read_yaml
 
 KINDS = (train_sft.SFTConfig, train_dpo.PreferenceRun)
@@ -32,8 +32,8 @@ def test_names_of_data_sets():
     assert sources_of("pg19_and_stack_mixed") == ("pg19", "the_stack_python")
     assert sources_of("gold-sources-mixed") == ("open_web_math", "stackexchange", "stem_wiki")
     assert sources_of("my-texts") == ("my-texts",)
-    assert held_out_of("fineweb-edu-validation") == ("fineweb_edu",)
-    assert held_out_of("fineweb_edu") == held_out_of("my-validation") == ()
+    assert validation_sources("fineweb-edu-validation") == ("fineweb_edu",)
+    assert validation_sources("fineweb_edu") == validation_sources("my-validation") == ()
     assert {name for group in GROUPS.values() for name in group} <= set(HUB_SOURCES)
 
 
@@ -59,12 +59,12 @@ def test_download_takes_them(tmp_path, monkeypatch, capsys):
         assert asked.pop() == first
     said = complaint("fineweb-edu-validation")
     assert (
-        "is the held-out split of fineweb_edu, which prepare_data makes; download fineweb" in said
+        "is the held-out split of fineweb_edu, which prepare_data creates; download fineweb" in said
     )
     (tmp_path / "documents" / "fineweb_edu").mkdir(parents=True)
     line = ["x", "--output", str(tmp_path), "--dataset", "fineweb-edu-validation"]
     monkeypatch.setattr(sys, "argv", line)
-    download_data.main()  # downloads nothing, which would replace what is there
+    download_data.main()  # downloads nothing
     assert not asked and "is the held-out split of fineweb_edu" in capsys.readouterr().out
 
 
@@ -73,9 +73,9 @@ def test_a_mixture_of_other_names_is_answered(text_store):
         ("fineweb-edu", "fineweb_edu"),
         ("pg19_and_stack_mixed", "pg19, the_stack"),
     ):
-        with pytest.raises(ValueError, match=f"it has first, second; {name} is {means}"):
+        with pytest.raises(ValueError, match=f"available: first, second; use {means}.* for {name}"):
             open_shards(text_store, {name: 1.0}, "train", 384)
-    with pytest.raises(ValueError, match=r"it has first, second$"):
+    with pytest.raises(ValueError, match=r"available: first, second$"):
         open_shards(text_store, {"third": 1.0}, "train", 384)
 
 
@@ -91,10 +91,10 @@ def test_the_mixtures_that_dataset_is_answered_with_are_those_of_the_configs():
 
 
 def test_every_key_that_is_answered_with_exists():
-    known = {setting for kind in KINDS for setting in _settings(kind)}
+    known = {setting for kind in (*KINDS, Milestone) for setting in _settings(kind)}
     assert set(RENAMED) <= known
     assert set(NOTES) <= known | set(NEW_NAMES)
-    assert set(OTHER_NAMES) <= set(ModelConfig.__dataclass_fields__)
+    assert set(FIELD_ALIASES) <= set(ModelConfig.__dataclass_fields__)
     others = [name for names in RENAMED.values() for name in names.split()]
     assert len(others) == len(set(others))  # one answer for each
 
@@ -129,6 +129,17 @@ def test_every_key_that_is_answered_with_exists():
 def test_a_key_of_another_config_is_answered_with_the_new_name(key, answer):
     with pytest.raises(ValueError, match=re.escape(f"{key} is {answer}")):
         load(ROOT / "configs" / "base_1b.yaml", [f"{key}=1"])
+
+
+def test_the_old_keys_of_a_plan_are_answered(tmp_path):
+    (tmp_path / "plan.yaml").write_text(
+        "name: x\nphases: [{config: c, milestones: [{at: 3}]}]\n"
+        "stages: [{name: sft, leaves: sft, commands: {}}]\n",
+        encoding="utf-8",
+    )
+    answer = "phases[0].milestones[0].at is step here; stages[0].leaves is output_dir here"
+    with pytest.raises(ValueError, match=re.escape(answer)):
+        load_settings(Plan, tmp_path / "plan.yaml")
 
 
 def test_all_are_named_in_one_sentence(tmp_path, capsys, monkeypatch):
@@ -211,7 +222,7 @@ def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatc
         return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=one_thread())
 
     done = said("-m", "scripts.prepare_data", "--config", "configs/data/quickstart.yaml")
-    assert "/data/store/quickstart/tokenizer holds no tokenizer.json" in done.stderr, done.stderr
+    assert "/data/store/quickstart/tokenizer has no tokenizer.json" in done.stderr, done.stderr
     assert said("-c", "import data.corpus.sources, train, training.tuning").returncode == 0
     quickstart = ["--config", "configs/quickstart/base.yaml"]
     for launcher in ([str(ROOT / "train.py")], ["-m", "scripts.launch", "train.py"]):
@@ -247,7 +258,7 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
     assert f"ready for: quickstart {'no: small' if free < 2 else 'yes'}\n" in said
     needs = [f"needs 2 GPUs ({gpus} found)"] if gpus < 2 else []
     needs += (
-        [f"needs 650 GB of disk, of which text may be compressed ({free} GB free here)"]
+        [f"needs 650 GB of disk, less if text is compressed ({free} GB free here)"]
         if free < 650
         else []
     )
@@ -298,7 +309,7 @@ def test_requirements_name_the_users_packages_and_agree():
 
 
 def test_setup_installs_again_only_what_changed(tmp_path):
-    """With a Python that only records: files that are included count as part of those that include them."""
+    """Run setup.sh with a fake Python; an included file counts as part of its includer."""
     for name in ("requirements-core.txt", "requirements.txt", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     (tmp_path / "scripts").mkdir()

@@ -1,11 +1,11 @@
 """Settings mean what the user typed: text as it stands, one value a key; a plan's words keep their spaces."""
 
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT
 
@@ -98,9 +98,7 @@ def test_the_command_writes_where_it_was_told(settings, tmp_path):
     overrides = [
         text for text in settings(steps=2) if not text.startswith(("output_dir", "log_dir"))
     ]
-    done = subprocess.run(
-        [*command, *more, *overrides], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = forked.run([*command, *more, *overrides], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (out / "step_2" / "config.json").is_file() and (
         tmp_path / "logs #1" / "metrics.jsonl"

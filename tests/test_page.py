@@ -1,4 +1,4 @@
-"""The demo's page: nothing is loaded from other hosts, text is shown as written, nobody else is served."""
+"""The demo's page: no requests to other hosts, text shown as written, no other clients."""
 # ruff: noqa: F811
 
 import http.client

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import parity_dpo
-from data.chat.pair_batches import HeldOutPairs, PairLoader, Pairs, lay_out, make_batch
+from data.chat.pair_batches import PairLoader, Pairs, ValidationPairs, lay_out, make_batch
 from data.chat.preferences import (
     Dropped,
     PairSource,
@@ -134,7 +134,7 @@ def prepared(tokenizer, tmp_path, rows, length, **how):
         "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
     )
     config = PreferenceConfig(
-        {"own": PairSource(str(path))}, str(tmp_path / "cache"), **{"held_out": 0.0, **how}
+        {"own": PairSource(str(path))}, str(tmp_path / "cache"), **{"val_fraction": 0.0, **how}
     )
     folder = prepare(config, ["own"], tokenizer, length)["own"]
     return Pairs(folder, "train"), Pairs(folder, "val")
@@ -184,23 +184,23 @@ def test_too_many_faults_and_nothing_left_are_refused(tokenizer, tmp_path):
     good = [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(9)]
     with pytest.raises(
         ValueError,
-        match=r"10.0% of 10 pairs are faulty \(1 x broken JSON; the first is rows.jsonl:10",
+        match=r"10.0% of 10 pairs are malformed \(1 x invalid JSON; the first is rows.jsonl:10",
     ):
         prepared(tokenizer, tmp_path, [*good, "{broken\n"], 100)
     pairs, _ = prepared(tokenizer, tmp_path, [*good, "{broken\n"], 100, max_bad=0.2)
     assert pairs.report["pairs"]["train"] == 9
     same = [{"prompt": "p", "chosen": "a", "rejected": "a"}]
     with pytest.raises(
-        ValueError, match=r"no pair of .* is left to train on .1 x chosen and rejected are the same"
+        ValueError, match=r"has no usable pair .1 x chosen and rejected are the same"
     ):
         prepared(tokenizer, tmp_path, same, 100)
-    with pytest.raises(ValueError, match="is no form of preference pairs"):
+    with pytest.raises(ValueError, match="unknown format of preference pairs"):
         PairSource("x", format="hhh")
 
 
 def test_a_prompt_is_on_one_side_of_the_split(tokenizer, tmp_path):
     rows = [{"prompt": f"p{i % 30}", "chosen": f"a{i}", "rejected": "b"} for i in range(120)]
-    train, val = prepared(tokenizer, tmp_path, rows, 100, held_out=0.3)
+    train, val = prepared(tokenizer, tmp_path, rows, 100, val_fraction=0.3)
     prompts = [
         {tuple(part.read(i)[0][0][: part.read(i)[1]]) for i in range(part.documents // 2)}
         for part in (train, val)
@@ -230,7 +230,7 @@ def many(tokenizer, tmp_path):
     rng = random.Random(1)
     word = lambda most: "".join(rng.choice("abc ") for _ in range(rng.randint(1, most))) + "."  # noqa: E731
     rows = [{"prompt": word(30), "chosen": word(60), "rejected": word(60)} for _ in range(50)]
-    return prepared(tokenizer, tmp_path, rows, 200, held_out=0.3)
+    return prepared(tokenizer, tmp_path, rows, 200, val_fraction=0.3)
 
 
 def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, tmp_path):
@@ -243,8 +243,8 @@ def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, 
     for place in range(count):  # four epochs
         whole, shares = one.at(place), [part.at(place) for part in parts]
         assert (
-            whole.weight == 4
-            and {share.weight for share in shares} == {4}
+            whole.loss_denominator == 4
+            and {share.loss_denominator for share in shares} == {4}
             and {share.tokens for share in shares} == {whole.tokens}
         )
         assert all(
@@ -261,9 +261,9 @@ def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, 
     expected = [tuple(train.read(i)[0][0][train.read(i)[1] :]) for i in range(count)]
     for epoch in range(4):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == sorted(expected)
-    with pytest.raises(ValueError, match="4 pairs a step do not divide over 1 rank"):
+    with pytest.raises(ValueError, match="4 pairs per step do not divide over 1 rank"):
         PairLoader(*shape, 3, seed=3)
-    held = [HeldOutPairs({"own": val}, 7, 2, 200, rank, 2) for rank in (0, 1)]
+    held = [ValidationPairs({"own": val}, 7, 2, 200, rank, 2) for rank in (0, 1)]
     batches = [part.batches()["own"] for part in held]
     assert [number for _, number in batches] == [7, 7] and len(batches[0][0]) == len(
         batches[1][0]

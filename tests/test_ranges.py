@@ -18,10 +18,10 @@ from cli import PORT, at_least, within
 from data.manifest import read_json
 from data.pipeline.recipe import Recipe
 from evals.report.targets import read_targets
+from evals.suite_config import Suite
 from models.hf import load_hf, read_hf_config, save_hf, weight_files
 from models.nanollama import ModelConfig, NanoLlama
 from ranges import Filled, Range, above, check, check_fields, hints, shown
-from scripts.run_evals import Suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import RunConfig
@@ -253,7 +253,7 @@ MODEL = [
             RunConfig,
             "base_1b",
             "data.mix={no: 1}",
-            "data.mix has the entry False.* write its name in quotes",
+            "data.mix has the entry False.* put it in quotes",
         ),
         (RunConfig, "base_1b", "data.mix=[a]", r"data.mix=\['a'\] must be settings"),
         (RunConfig, "base_1b", "data.store=", "data.store='' must not be empty"),
@@ -330,18 +330,21 @@ GATE = {"metric": "m", "go": 1, "no_go": 2}
     [
         ({"ranks": 0}, "ranks=0 must be at least 1"),
         ({"restarts": -1}, "restarts=-1 must not be negative"),
-        ({"phases": []}, "a plan needs phases"),
+        ({"phases": []}, "phases is empty"),
         ({"phases": [{"config": ""}]}, r"phases\[0\].config='' must not be empty"),
         ({"phases": [3]}, r"phases\[0\]=3 must hold settings"),
         ({"phases": {"config": "c"}}, "phases=.* must be a list"),
         (
-            {"phases": [{"config": "c", "milestones": [{"at": 0}]}]},
-            r"milestones\[0\].at=0 must be at least 1",
+            {"phases": [{"config": "c", "milestones": [{"step": 0}]}]},
+            r"milestones\[0\].step=0 must be at least 1",
         ),
         (
             {
                 "phases": [
-                    {"config": "c", "milestones": [{"at": 1, "gates": [{**GATE, "go": math.nan}]}]}
+                    {
+                        "config": "c",
+                        "milestones": [{"step": 1, "gates": [{**GATE, "go": math.nan}]}],
+                    }
                 ]
             },
             "go=nan must be a finite",
@@ -351,7 +354,7 @@ GATE = {"metric": "m", "go": 1, "no_go": 2}
                 "phases": [
                     {
                         "config": "c",
-                        "milestones": [{"at": 1, "gates": [{**GATE, "no_go": math.inf}]}],
+                        "milestones": [{"step": 1, "gates": [{**GATE, "no_go": math.inf}]}],
                     }
                 ]
             },
@@ -539,7 +542,9 @@ def test_json_files_that_hold_no_object(tmp_path, text):
     for name in ("config.json", "model.safetensors.index.json"):
         (tmp_path / name).write_bytes(content)
     for read in (read_hf_config, weight_files, lambda path: read_json(path / "config.json")):
-        with pytest.raises(ValueError, match=r"json is damaged: it is no JSON object") as caught:
+        with pytest.raises(
+            ValueError, match=r"json is damaged: it must be a JSON object"
+        ) as caught:
             read(tmp_path)
         assert len(str(caught.value)) < 600
 

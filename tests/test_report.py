@@ -1,4 +1,4 @@
-"""The report's numbers are those of its JSON, the page stands alone and can be looked at; attention equals the full matrix."""
+"""The report page is self-contained and equals its JSON; chunked attention is exact."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, VOCAB, save_tiny, tiny_config
+from conftest import ROOT, VOCAB, tiny_config
 
 from evals import eval_needle
 from evals.engines import folder_hash
@@ -18,20 +18,16 @@ from evals.report import build as report
 from evals.report import page, trained
 from models.hf import load_hf
 from scripts import visualize_attention
+from training.state import State
 
 CONFIG = tiny_config(max_position_embeddings=256)
-BREAKS = "one\u2028two\u2029three\u0085four\x0bfive"  # what str.splitlines takes for ends of lines, and json leaves as they are
+BREAKS = "one\u2028two\u2029three\u0085four\x0bfive"  # line ends only for str.splitlines
 VOID = {"meta", "line", "polyline", "br", "link", "img", "input"}
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, text_store):
-    return save_tiny(tmp_path_factory.mktemp("model") / "step_9", CONFIG, text_store)
-
-
-@pytest.fixture(scope="module")
 def made(checkpoint, tmp_path_factory):
-    """A report over made-up results and logs, and the folder of its files."""
+    """A report of synthetic results and logs, and its output folder."""
     place = tmp_path_factory.mktemp("report")
     results, logs = place / "results", place / "logs"
     results.mkdir()
@@ -144,7 +140,7 @@ def made(checkpoint, tmp_path_factory):
 
 
 class Page(HTMLParser):
-    """Well-formed? What does it link to, and what does it say?"""
+    """Collects open tags, external resources and texts of a page."""
 
     def __init__(self):
         super().__init__()
@@ -202,7 +198,7 @@ def test_results_are_of_this_checkpoint_and_the_largest_run(made):
     assert found["samples"][0]["text"] and found["samples"][-1]["text"] is None
 
 
-def test_the_page_stands_alone_and_says_what_the_json_says(made):
+def test_the_page_is_self_contained_and_equals_the_json(made):
     found, out = made
     text = (out / "report.html").read_text()
     page = Page()
@@ -238,7 +234,7 @@ def test_the_page_stands_alone_and_says_what_the_json_says(made):
     assert found["samples"][0]["text"] in said
 
 
-def test_training_is_told_up_to_the_checkpoint(tmp_path):
+def test_training_history_ends_at_the_checkpoint(tmp_path):
     rows = [
         {"step": i, "phase": "a" if i < 4 else "b", "loss": 1.0, "tokens": 10 * i, "val/loss": 2.0}
         for i in range(1, 7)
@@ -262,7 +258,7 @@ def test_training_is_told_up_to_the_checkpoint(tmp_path):
             (folder / "state").mkdir()
             step = 4 if place == "elsewhere" else int(place.rpartition("_")[2])
             (folder / "state" / "trainer.json").write_text(
-                json.dumps({"phase": phase, "step": step})
+                json.dumps({**State(None, None, phase=phase).position(), "step": step})
             )
         told = report.training(tmp_path, folder)
         where = (told["steps"], told["tokens"], len(told["curve"]), len(told["held_out"]))
@@ -305,7 +301,7 @@ def test_every_published_score_has_its_source_and_shots(made):
     assert "def f([" in (out / "qualitative_samples.txt").read_text()
 
 
-def test_a_browser_shows_it(made, tmp_path):
+def test_a_browser_renders_the_page(made, tmp_path):
     chromium = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
@@ -333,7 +329,7 @@ def test_a_browser_shows_it(made, tmp_path):
     assert len(colours) > 200  # bars, curves and text, not an empty page
 
 
-def test_results_of_nothing(checkpoint, tmp_path, monkeypatch, capfd):
+def test_a_report_without_results(checkpoint, tmp_path, monkeypatch, capfd):
     (tmp_path / "results").mkdir()
     command = [
         "x",
@@ -359,15 +355,15 @@ def test_results_of_nothing(checkpoint, tmp_path, monkeypatch, capfd):
         assert left.value.code == 2 and expected in capfd.readouterr().err
     monkeypatch.setattr(sys, "argv", [*command, "--max_new_tokens", "2"])
     report.main()  # a page of what there is
-    assert "In its own words" in (tmp_path / "report.html").read_text()
+    assert "<h2>Samples</h2>" in (tmp_path / "report.html").read_text()
 
 
-def test_attention_in_chunks_equals_the_whole_matrix(checkpoint, tmp_path, monkeypatch):
+def test_chunked_attention_equals_the_full_matrix(checkpoint, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     length, size = 100, 7
     tokens = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(0))
-    found = visualize_attention.look(
+    found = visualize_attention.attention_statistics(
         load_hf(checkpoint), tokens, size=size, chunk=4 * length * 9
     )  # nine rows at a time
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -392,7 +388,7 @@ def test_attention_in_chunks_equals_the_whole_matrix(checkpoint, tmp_path, monke
     for a in range(size):
         for b in range(size):
             part = whole[:, :, bands == a][..., bands == b].sum(-1).mean(-1)
-            assert torch.allclose(found.pictures[:, :, a, b], part, atol=1e-5)
+            assert torch.allclose(found.maps[:, :, a, b], part, atol=1e-5)
     output = tmp_path / "attention.png"
     arguments = [
         "x",
@@ -414,12 +410,15 @@ def test_attention_in_chunks_equals_the_whole_matrix(checkpoint, tmp_path, monke
 
 
 def test_the_page_needs_no_package_beyond_the_core():
-    text = "".join((ROOT / "evals" / f"{name}.py").read_text() for name in ("page", "charts"))
+    text = "".join(
+        (ROOT / "evals" / "report" / f"{name}.py").read_text(encoding="utf-8")
+        for name in ("page", "charts")
+    )
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, flags=re.M))
     assert imported <= {"math", "collections", "html", "typing", "pathlib", "evals"}
 
 
-def test_rows_say_n_and_changes_say_what_they_are_against(tmp_path):
+def test_rows_show_n_and_changes_show_references(tmp_path):
     estimate = {"value": 0.5, "stderr": 0.1, "n": 25}
     metrics = {
         "chat": {"acc": estimate},
@@ -441,7 +440,7 @@ def test_rows_say_n_and_changes_say_what_they_are_against(tmp_path):
     assert "change" not in page._verdict({"metric": "x", "go": 1, "no_go": 2}, 0.4, None)
 
 
-def test_the_corpus_of_a_run_is_told_by_hash_and_origin(tmp_path):
+def test_corpus_hash_and_origin(tmp_path):
     store = tmp_path / "store"
     (store / "documents" / "code").mkdir(parents=True)
     origins = []

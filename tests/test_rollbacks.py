@@ -8,7 +8,8 @@ from conftest import ROOT, train_here
 from test_faults import equal, events, places, weights
 
 import train
-from training.checkpoint import Checkpointer, read_manifest, read_position, step_folders
+from training.checkpoint import Checkpointer
+from training.checkpoint_files import read_manifest, read_position, step_folders
 from training.config import load
 from training.logger import Log
 from training.planning.plan import load_plan
@@ -25,7 +26,7 @@ def spoil(monkeypatch):
         class Spoiled(loader):
             def at(self, place):
                 step = super().at(place)
-                return step._replace(weight=math.nan) if place in bad else step
+                return step._replace(loss_denominator=math.nan) if place in bad else step
 
         monkeypatch.setattr(train, "Prefetcher", Spoiled)
 
@@ -58,11 +59,12 @@ def test_a_step_that_is_saved_again_stays_a_milestone_and_keeps_its_loss(setting
 def test_milestones_of_the_1b_model_are_those_of_its_plan(tmp_path):
     plan = load_plan(ROOT / "configs" / "plan_1b.yaml")
     first, *others = [load(phase.config) for phase in plan.phases]
-    assert first.checkpoint.milestones == tuple(gate.at for gate in plan.phases[0].milestones)[:3]
+    assert first.checkpoint.milestones == tuple(gate.step for gate in plan.phases[0].milestones)[:3]
     assert first.checkpoint.milestones == (50_000, 100_000, 150_000)
     assert all(run.checkpoint.milestones == () for run in others)
-    for wrong in ("[3, 2]", "[2, 2]", "[0, 2]"):
-        with pytest.raises(ValueError, match=r"milestones=\[\d, 2\] must be .* in rising order"):
+    order = r"milestones=\[\d, 2\] must be .* in rising order"
+    for wrong, match in (("[3, 2]", order), ("[2, 2]", order), ("[0, 2]", "must be at least 1")):
+        with pytest.raises(ValueError, match=match):
             load(CONFIG, [f"checkpoint.milestones={wrong}"])
 
 
@@ -87,7 +89,7 @@ def test_killed_right_after_a_rollback(settings, tmp_path, spoil, monkeypatch, m
     assert train_here(place("straight"))
     [rollback] = events(tmp_path / "straight" / "logs", "rollback")
     aside = [f"step_{step}.rolled_back" for step in (3, 4, 5)]
-    assert rollback["step"] == 2 and "went back 3 steps" in rollback["text"]
+    assert rollback["step"] == 2 and "rolled back 3 steps" in rollback["text"]
     assert sorted(rollback["set_aside"]) == aside
     assert places(tmp_path / "straight" / "logs") == [1, 2, 3, 4, 5, 8, 9, 10, 11]
     saved = [f"step_{step}" for step in range(1, 10)]  # those set aside are deleted

@@ -63,7 +63,9 @@ def write(path, rows):
 def sft(folder, tmp_path, rows, form="messages", **how):
     """Each prepared conversation as (text, trained text), and the report."""
     source = {"rows": ChatSource(write(tmp_path / "rows.jsonl", rows), form)}
-    config = ChatConfig(source, str(tmp_path / "sft"), **{"held_out": 0.0, "max_bad": 0.99, **how})
+    config = ChatConfig(
+        source, str(tmp_path / "sft"), **{"val_fraction": 0.0, "max_bad": 0.99, **how}
+    )
     found = Conversations(prepare_sft(config, source, folder, 2000)["rows"], "train")
     chat, texts = Chat.from_folder(folder), []
     for start, end in zip(found.starts[:-1], found.starts[1:], strict=True):
@@ -76,7 +78,7 @@ def dpo(folder, tmp_path, rows, form="messages", **how):
     """Each prepared pair as (prompt, chosen, rejected), and the report."""
     source = {"pairs": PairSource(write(tmp_path / "pairs.jsonl", rows), form)}
     config = PreferenceConfig(
-        source, str(tmp_path / "dpo"), **{"held_out": 0.0, "max_bad": 0.99, **how}
+        source, str(tmp_path / "dpo"), **{"val_fraction": 0.0, "max_bad": 0.99, **how}
     )
     found = Pairs(prepare_pairs(config, source, folder, 2000)["pairs"], "train")
     chat, texts = Chat.from_folder(folder), []
@@ -319,8 +321,8 @@ UNMATCHED = [
     (CALLS, [result("B", tool_call_id="b")], "a tool call without a response"),
     (CALLS, [], "a tool call without a response"),
     (PLAIN, [result("A")], "a tool call without a response"),
-    (ONE, [result("Z", tool_call_id="z")], "of no call before it"),
-    ([call("f", 1)], [result("Z", tool_call_id="z")], "of no call before it"),
+    (ONE, [result("Z", tool_call_id="z")], "unknown tool_call_id"),
+    ([call("f", 1)], [result("Z", tool_call_id="z")], "unknown tool_call_id"),
     (ONE, [result("A")], "without tool_call_id"),
     (
         CALLS,
@@ -332,10 +334,14 @@ UNMATCHED = [
         [result("A", tool_call_id="a"), result("A", tool_call_id="b")],
         "two tool calls with the same id",
     ),
-    ([*ONE, call("f", 2)], [result("A", tool_call_id="a"), result("B")], "only some have an id"),
+    (
+        [*ONE, call("f", 2)],
+        [result("A", tool_call_id="a"), result("B")],
+        "only some of the tool calls have an id",
+    ),
     ([call("f", 1)], [result("A"), result("B")], "more tool responses than tool calls"),
-    (ONE, [result("A", tool_call_id="a", name="g")], "the name of another function"),
-    (ONE, [result("A", tool_call_id=["a"])], "'tool_call_id' is not text"),
+    (ONE, [result("A", tool_call_id="a", name="g")], "names another function"),
+    (ONE, [result("A", tool_call_id=["a"])], "'tool_call_id' must be text"),
     ([call("f", 1)], [result("A", name="g")], "a tool call without a response"),
 ]
 
@@ -376,15 +382,15 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}
 TEXT = {"type": "text", "text": "What is on it?"}
 FAULTY = [
     ([user([TEXT, IMAGE]), says()], "a part of type 'image_url'"),
-    ([user([{**TEXT, "image_url": {"url": "x"}}]), says()], "a part that holds 'image_url'"),
+    ([user([{**TEXT, "image_url": {"url": "x"}}]), says()], "a part that has 'image_url'"),
     ([user([{"type": "input_audio", "input_audio": {}}]), says()], "a part of type 'input_audio'"),
     ([user(), says([{"type": "thinking", "thinking": "hm"}, TEXT])], "a part of type 'thinking'"),
-    ([user(["a"]), says()], "content that is not text"),
-    ([user({"text": "a"}), says()], "content that is not text"),
+    ([user(["a"]), says()], "content must be text"),
+    ([user({"text": "a"}), says()], "content must be text"),
     ([user([]), says()], "an empty user turn"),
     ([user(None), says()], "an empty user turn"),
     ([user(), says(None)], "an empty assistant turn"),
-    ([user(), says("x", reasoning={"effort": "high"})], "reasoning that is not text"),
+    ([user(), says("x", reasoning={"effort": "high"})], "reasoning must be text"),
     (
         [user(), says("x", reasoning="a", thinking="b")],
         "different texts under reasoning and thinking",
@@ -400,17 +406,17 @@ FAULTY = [
         "the key 'tool_call_id' in a turn of the role 'assistant'",
     ),
     ([{**user(), "weight": 1}, says()], "a user turn with a loss"),
-    ([user(), says("x", weight=0.5)], "'weight' is neither 0 nor 1"),
-    ([user(), says("x", weight="0")], "'weight' is neither 0 nor 1"),
-    ([user(), says("x", loss_mask=[0, 1])], "'loss_mask' is neither 0 nor 1"),
+    ([user(), says("x", weight=0.5)], "'weight' must be 0 or 1"),
+    ([user(), says("x", weight="0")], "'weight' must be 0 or 1"),
+    ([user(), says("x", loss_mask=[0, 1])], "'loss_mask' must be 0 or 1"),
     ([user(), says("x", weight=0, train=True)], "weight and train disagree"),
     ([user(), says("x", mask=0)], "the key 'mask'"),
     (
         [user(), says("x", tool_calls=ONE, function_call=ONE[0]["function"])],
         "both tool_calls and function_call",
     ),
-    ([user(), says("x", function_call={"name": "f", "arguments": "{"})], "a tool call that is no"),
-    ([user(), says("x", function_call="auto")], "a tool call that is no"),
+    ([user(), says("x", function_call={"name": "f", "arguments": "{"})], "a tool call must be"),
+    ([user(), says("x", function_call="auto")], "a tool call must be"),
     ([user(), says("x", tool_calls=[{"type": "custom", **call("f", 1)}])], "of a type other than"),
     *(([user(), says("x", **{key: ["y"]})], f"the key '{key}'") for key in REFUSED),
 ]
@@ -599,7 +605,7 @@ def test_nulls_of_a_table_are_absent_keys(folder, tmp_path):
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     source = {"rows": ChatSource(str(tmp_path / "rows.parquet"))}
-    config = ChatConfig(source, str(tmp_path / "cache"), held_out=0.0, max_bad=0.0)
+    config = ChatConfig(source, str(tmp_path / "cache"), val_fraction=0.0, max_bad=0.0)
     found = Conversations(prepare_sft(config, source, folder, 2000)["rows"], "train")
     chat = Chat.from_folder(folder)
     trained = decode(chat, found.ids[found.trained])
@@ -805,7 +811,9 @@ def test_neutralised_texts_and_text_around_calls_are_counted(folder, tmp_path):
 
 
 def test_a_source_of_which_nothing_is_left_says_why(folder, tmp_path):
-    with pytest.raises(ValueError, match=r"left to train on .1 no assistant turn has a loss"):
+    with pytest.raises(
+        ValueError, match=r"has no usable conversation .1 no assistant turn has a loss"
+    ):
         sft(folder, tmp_path, [{"messages": [user(), says("x", weight=0)]}])
 
 

@@ -1,21 +1,22 @@
-"""A suite loads the model once, goes on where it was killed, skips what is current, splits over ranks, and is judged."""
+"""A suite loads the model once, resumes, reuses results, splits over ranks, checks gates."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
 from conftest import ROOT, one_thread, save_tiny, tiny_config
 
 from evals import engines
+from evals.local_rows import write_rows
+from evals.plan_gates import gates_of
+from evals.suite_config import open_suite
 from models.hf import save_hf
 from models.nanollama import NanoLlama
 from scripts import run_evals
-from scripts.eval_data import write_rows
-from scripts.run_evals import gates_of
 
 CONFIG = tiny_config(max_position_embeddings=512)
 
@@ -53,7 +54,7 @@ def place(tmp_path_factory, text_store) -> Path:
         {"metric": "hellaswag.acc_norm", "go": -1, "no_go": -2},
     ]
     missing = {"metric": "gsm8k.flexible", "go": 0.1, "no_go": 0.0}
-    marks = [{"at": 6, "gates": gates}, {"at": 7, "gates": [*gates, missing]}]
+    marks = [{"step": 6, "gates": gates}, {"step": 7, "gates": [*gates, missing]}]
     plan = {
         "name": "tiny",
         "evals": {"suite": "x"},
@@ -80,7 +81,7 @@ def arguments(place: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def run(place, monkeypatch, capfd):
-    """Run a suite here; its exit status, summary and output, and how many requests the model answered."""
+    """Run a suite in this process: exit status, summary, output and number of model requests."""
 
     def run(output: Path, *more: str):
         asked = []
@@ -141,7 +142,7 @@ def test_a_suite_is_measured_once_and_judged(run, place, tmp_path):
     assert fewer["n"]["hellaswag"] == 2 and asked == 0  # other results, of answers that were known
 
 
-def test_another_checkpoint_is_measured_anew(run, place, tmp_path):
+def test_another_checkpoint_is_measured_again(run, place, tmp_path):
     _, found, _, _ = run(tmp_path / "tiny.json")
     weights = place / "step_6" / "model.safetensors"
     kept = weights.read_bytes()
@@ -163,12 +164,12 @@ def test_another_checkpoint_is_measured_anew(run, place, tmp_path):
     assert other["metrics"]["all"] != found["metrics"]["all"]
 
 
-def test_what_cannot_be_measured_is_named_and_no_pass(run, place, tmp_path):
+def test_unmeasured_evaluations_are_named_and_fail_gates(run, place, tmp_path):
     data = ["--data", f"hellaswag={place / 'hellaswag.jsonl'}", "truthfulqa=nowhere.jsonl"]
     status, found, said, _ = run(tmp_path / "tiny.json", *data, "--gates", str(place / "plan.yaml"))
     assert (
         status == 0
-        and "there is no nowhere.jsonl" in found["not_measured"]["truthfulqa"]
+        and "nowhere.jsonl does not exist" in found["not_measured"]["truthfulqa"]
         and "hellaswag" in found["metrics"]
     )
     assert "warning: truthfulqa was not measured" in said
@@ -183,7 +184,7 @@ def test_what_cannot_be_measured_is_named_and_no_pass(run, place, tmp_path):
     )
 
 
-def test_two_ranks_find_what_one_finds(run, place, tmp_path):
+def test_two_ranks_equal_one(run, place, tmp_path):
     _, one, _, _ = run(tmp_path / "one" / "tiny.json")
     launch = [
         sys.executable,
@@ -203,7 +204,7 @@ def test_two_ranks_find_what_one_finds(run, place, tmp_path):
         "7",
     ]
     command = [*launch, *arguments(place, tmp_path / "two" / "tiny.json", *more)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    done = forked.run(command, env=one_thread())
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     two = json.loads((tmp_path / "two" / "tiny.json").read_text())
     assert (
@@ -229,27 +230,27 @@ def test_mistakes(run, place, tmp_path):
     for more, expected in (
         (
             ["--suite", str(tmp_path / "odd.yaml"), "--data", "hellaswag=x"],
-            "flags for hellaswag are not understood: --shot 0 --wrong",
+            "flags for hellaswag are invalid: --shot 0 --wrong",
         ),
         (
             ["--suite", str(tmp_path / "who.yaml"), "--data", "hellaswga=x"],
-            "there is no evaluation 'hellaswga'; there are arc, ",
+            "unknown evaluation 'hellaswga'; available: arc, ",
         ),
         (["--suite", str(tmp_path / "key.yaml")], "did you mean 'evals'?"),
         (
             ["--suite", str(tmp_path / "quote.yaml"), "--data", "hellaswag=x"],
-            "flags for hellaswag are not understood: --shots '0",
+            "flags for hellaswag are invalid: --shots '0",
         ),
         (["--suite", "fulll"], "did you mean"),
-        (["--output", str(tmp_path)], "is a folder; name a file in it, such as"),
+        (["--output", str(tmp_path)], "is a folder; give a file"),
         (["--data", "mmlu=x"], "must be NAME=PATH with one of perplexity, hellaswag, truthfulqa"),
         (
             ["--gates", str(place / "plan.yaml"), "--at", "5"],
-            "has no milestone at step 5; it has them at 6, 7",
+            "has no milestone at step 5; it has milestones at 6, 7",
         ),
         (
             ["--data", "perplexity=nowhere", "hellaswag=nowhere", "truthfulqa=nowhere"],
-            "nothing of the suite tiny could be measured",
+            "no evaluation of the suite tiny could run",
         ),
     ):
         status, _, said, _ = run(tmp_path / "x.json", *more)
@@ -261,9 +262,9 @@ def test_mistakes(run, place, tmp_path):
         )
 
 
-def test_the_suites_that_are_shipped_are_understood():
+def test_shipped_suites_parse():
     for name in ("quick", "milestone", "full", str(ROOT / "configs" / "quickstart" / "suite.yaml")):
-        suite, _ = run_evals.open_suite(name)
+        suite, _ = open_suite(name)
         for task, flags in suite.evals.items():
             parser = __import__(f"evals.eval_{task}", fromlist=["parser"]).parser()
             parser.parse_args(["--checkpoint", "x", *flags.split()])
@@ -280,6 +281,6 @@ def test_gates_of_a_stage_are_found_by_its_folder(tmp_path):
     )
     assert gates_of(plan, folder / "phase1_pretrain" / "step_50000", None)[0].go == 25
     with pytest.raises(
-        ValueError, match=r"230000, and stages midtrain, sft, dpo: give one with --at"
+        ValueError, match=r"230000, and stages midtrain, sft, dpo: choose one with --at"
     ):
         gates_of(plan, folder / "phase1_pretrain" / "step_51000", None)

@@ -33,17 +33,14 @@ def test_a_later_phase_does_not_start_from_scratch(settings, tmp_path, capfd, mo
     second = settings("resume_from=one", "start_step=6", phase="two", steps=2)
     assert "two continues one, but" in complaint(capfd, monkeypatch, second)
     said = complaint(capfd, monkeypatch, [*second, "resume_from=null"])
-    assert "two begins at step 6 of the run, and there is no checkpoint to continue" in said
+    assert "two begins at step 6 of the run, but there is no checkpoint to continue" in said
     assert not (tmp_path / "logs" / "metrics.jsonl").exists()
     assert train_here(settings())
     before = (tmp_path / "logs" / "metrics.jsonl").read_text()
     said = complaint(
         capfd, monkeypatch, [*second, f"resume_from={tmp_path / 'checkpoints' / 'one' / 'step_3'}"]
     )
-    assert (
-        "step_3 would make it begin at step 3; continue from a checkpoint of step 6, or set start_step=3"
-        in said
-    )
+    assert "step_3 is at step 3; continue from a checkpoint of step 6, or set start_step=3" in said
     assert (tmp_path / "logs" / "metrics.jsonl").read_text() == before
     assert not (tmp_path / "logs" / "two.config.yaml").exists()
     assert train_here(second)
@@ -94,7 +91,7 @@ def test_two_output_folders_with_one_run_name_do_not_share_a_log(
     rows = read_metrics(tmp_path / "logs")
     said = complaint(capfd, monkeypatch, second)
     assert (
-        f"is the log of another run, whose checkpoints are in {tmp_path / 'exp1'}; give this run a name of its own"
+        f"is the log of another run with checkpoints in {tmp_path / 'exp1'}; set another name"
         in said
     )
     assert read_metrics(tmp_path / "logs") == rows
@@ -116,7 +113,7 @@ def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept_under_another_name(
     (tmp_path / "checkpoints" / "one").rename(tmp_path / "away")
     assert train_here(settings("seed=5", steps=2))
     assert (
-        "was of an earlier run without checkpoints; it is kept as metrics_until_"
+        "belongs to an earlier run without checkpoints; renamed to metrics_until_"
         in capfd.readouterr().out
     )
     (kept,) = (tmp_path / "logs").glob("metrics_until_*.jsonl")
@@ -146,7 +143,7 @@ with locked(Path(sys.argv[1])):
 def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(
     settings, tmp_path, capfd, monkeypatch
 ):
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for folder in (tmp_path / "checkpoints" / "one", tmp_path / "logs"):
         holder = subprocess.Popen(
@@ -154,10 +151,7 @@ def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(
         )
         assert holder.stdout and holder.stdout.readline() == "held\n"
         said = complaint(capfd, monkeypatch, settings())
-        assert (
-            f"{folder} is in use by process {holder.pid} on " in said
-            and "wait for it, stop it" in said
-        )
+        assert f"{folder} is in use by process {holder.pid} on " in said and "wait, stop it" in said
         holder.kill()
         holder.wait()
         with locked(folder):
@@ -177,7 +171,7 @@ def test_a_finished_stage_does_not_ignore_a_new_base(settings, tmp_path, capfd, 
     tuned = settings(f"init_from={tmp_path / 'base1' / 'step_2'}", phase="tuned", steps=2)
     assert train_here(tuned) and train_here(tuned)
     said = complaint(capfd, monkeypatch, [*tuned, f"init_from={tmp_path / 'base2' / 'step_2'}"])
-    assert "was made from another base model than" in said and "move" in said
+    assert "was trained from another base model than" in said and "move" in said
 
 
 def test_finished_phases_keep_the_config_they_were_trained_with(settings, tmp_path):

@@ -1,4 +1,4 @@
-"""scripts.chat --serve: who is let in, what a request may hold, and what a stuck client cannot stop."""
+"""scripts.chat --serve: access checks, allowed requests, stuck clients."""
 
 import http.client
 import json
@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -16,19 +15,21 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from conftest import ROOT, complaint_of, tiny_config
+from conftest import complaint_of, tiny_config
 
 from data.chat.rendering import IM_END, IM_START, MARKERS, Chat, neutralise
 from data.chat.tokenizer import save_chat_tokenizer
 from data.chat.tools import TOOLS
-from export.gguf import export
+from export.gguf import write_gguf
 from inference import gateway
-from inference.chat_session import Session
+from inference.chat_session import ChatSession
 from inference.gateway import MAX_BODY, Gateway, clean_request, special_tokens
 from inference.gguf_tokenizer import open_gguf, read_vocabulary
 from inference.llamacpp import find_library
+from inference.terminal import print_turn
 from models.hf import save_hf
 from models.nanollama import NanoLlama
 from scripts import chat as chat_script
@@ -56,7 +57,7 @@ def folder(text_store, tmp_path_factory) -> Path:
 def file(folder) -> Path:
     path = folder.parent / "served.gguf"
     size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    export(folder, {"f32": path}, read_vocabulary(folder, size).put, "m", say=lambda line: None)
+    write_gguf(folder, {"f32": path}, read_vocabulary(folder, size).put, "m", say=lambda line: None)
     return path
 
 
@@ -66,12 +67,12 @@ def serving(file: Path, *flags: str) -> Iterator[int]:
     pytest.importorskip("xllamacpp", reason="the server is xllamacpp's")
     command = [sys.executable, "-m", "scripts.chat", "--model", str(file), "--serve", "0", *flags]
     env = {**os.environ, "SERVE_KEY": KEY}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    server = forked.Process(command, env=env)
     try:
-        assert server.stdout
-        yield int(
-            next(line for line in server.stdout if "/v1" in line).split("/v1")[0].rsplit(":", 1)[1]
-        )
+        while "/v1" not in server.stdout() and server.poll() is None:
+            time.sleep(0.05)
+        assert "/v1" in server.stdout(), server.stderr()
+        yield int(server.stdout().split("/v1")[0].rsplit(":", 1)[1])
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=30) == 0
@@ -227,7 +228,7 @@ def other_file(folder) -> Path:
     (other / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder.parent / "other.gguf"
     size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    export(other, {"f32": path}, read_vocabulary(other, size).put, "m", say=lambda line: None)
+    write_gguf(other, {"f32": path}, read_vocabulary(other, size).put, "m", say=lambda line: None)
     return path
 
 
@@ -482,7 +483,7 @@ def test_text_is_cleaned_wherever_it_is_and_ids_stay():
 
 def test_a_model_does_not_command_the_terminal(capsys):
     commands = "\x1b]52;c;aGk=\x07\x1b[2J\x9b2J\r\x08 two\nlines\tand \U0001f600"
-    chat_script.show(
+    print_turn(
         iter(
             [("thought", commands), ("content", commands), ("result", commands), ("note", commands)]
         )
@@ -493,7 +494,7 @@ def test_a_model_does_not_command_the_terminal(capsys):
 
 
 def test_half_a_character_ends_the_turn_in_a_sentence(folder):
-    session = Session(Chat.from_folder(folder), lambda prompt: iter([]))
-    with pytest.raises(ValueError, match="half a character"):
+    session = ChatSession(Chat.from_folder(folder), lambda prompt: iter([]))
+    with pytest.raises(ValueError, match="lone surrogate"):
         list(session.ask("a\ud83d"))
     assert session.messages == []

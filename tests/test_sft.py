@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, one_thread, read_metrics
@@ -50,7 +50,7 @@ def write(path: Path, rows: list[dict]) -> ChatSource:
 def rows_of(
     case: Path, tmp_path: Path, sources: dict[str, ChatSource], length: int = 128, **how
 ) -> dict[str, Conversations]:
-    config = ChatConfig(sources, cache=str(tmp_path / "cache"), **{"held_out": 0.0, **how})
+    config = ChatConfig(sources, cache=str(tmp_path / "cache"), **{"val_fraction": 0.0, **how})
     found = prepare(config, sources, case / "tokenizer", length)
     return {name: Conversations(folder, "train") for name, folder in found.items()}
 
@@ -87,7 +87,11 @@ def test_packed_loss_equals_transformers_one_by_one(case, tmp_path):
         count = (labels[:, 1:] != IGNORE).sum()
         total += theirs(ids, labels=labels).loss * count
     assert ours.sum().item() == pytest.approx(total.item(), rel=1e-6)
-    assert loader.at(0).weight == int((batch.targets != IGNORE).sum()) == int((ours != 0).sum())
+    assert (
+        loader.at(0).loss_denominator
+        == int((batch.targets != IGNORE).sum())
+        == int((ours != 0).sum())
+    )
     first = batch.doc_ids[0] == 0
     changed = model(batch.tokens.where(~first, 5), batch.targets, batch.doc_ids).nll
     assert torch.equal(changed[0][~first], ours[0][~first]) and not torch.equal(
@@ -129,7 +133,10 @@ def test_the_mixture_is_by_trained_tokens_and_each_row_is_whole(case, tmp_path):
     assert shares == pytest.approx(mix, abs=0.01)
     steps = [loader.at(5) for loader in loaders]
     counted = sum(int((batch.targets != IGNORE).sum()) for step in steps for batch in step.batches)
-    assert counted == steps[0].weight == steps[1].weight and steps[0].tokens > steps[0].weight
+    assert (
+        counted == steps[0].loss_denominator == steps[1].loss_denominator
+        and steps[0].tokens > steps[0].loss_denominator
+    )
     assert torch.cat([batch.rows for step in steps for batch in step.batches]).tolist() == list(
         range(40, 48)
     )
@@ -170,7 +177,7 @@ def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_pat
     source = {"rows": ChatSource(str(tmp_path / "rows.jsonl"))}
     with pytest.raises(
         ValueError,
-        match=r"rows: 40.0% of 10 conversations are faulty .*rows.jsonl:7.*or raise chat.max_bad",
+        match=r"rows: 40.0% of 10 conversations are malformed .*rows.jsonl:7.*or raise chat.max_bad",
     ):
         rows_of(case, tmp_path, source)
     [found] = rows_of(case, tmp_path, source, max_bad=0.5).values()
@@ -178,14 +185,14 @@ def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_pat
     assert {line.split(": ")[0] for line in found.report["named"]} == {
         f"rows.jsonl:{line}" for line in (7, 8, 9, 10)
     }
-    with pytest.raises(ValueError, match="are faulty"):
+    with pytest.raises(ValueError, match="are malformed"):
         rows_of(case, tmp_path, source, max_bad=0.39)  # also where it lies there prepared
     odd = [{"messages": [{"role": f"role {i}", "content": "x"}]} for i in range(9)]
     with pytest.raises(
         ValueError, match=r"100.0% of 9 .*'role 4', 4 other faults; the first is odd.jsonl:1"
     ):
         rows_of(case, tmp_path, {"odd": write(tmp_path / "odd.jsonl", odd)})
-    with pytest.raises(ValueError, match=r"no conversation of .* is left to train on"):
+    with pytest.raises(ValueError, match=r"has no usable conversation"):
         rows_of(case, tmp_path, {"none": write(tmp_path / "none.jsonl", [])})
     with pytest.raises(ValueError, match="no form of conversations"):
         rows_of(case, tmp_path, {"rows": ChatSource(str(tmp_path / "rows.jsonl"), "chatml")})
@@ -199,19 +206,19 @@ def test_prepared_conversations_are_kept_until_something_changes(case, tmp_path)
     source = {
         "rows": write(tmp_path / "rows.jsonl", [conversation(f"q{i}", "a") for i in range(200)])
     }
-    [first] = rows_of(case, tmp_path, source, held_out=0.2).values()
+    [first] = rows_of(case, tmp_path, source, val_fraction=0.2).values()
     written = (first.folder / "train.ids.npy").stat().st_mtime_ns
-    [again] = rows_of(case, tmp_path, source, held_out=0.2).values()
+    [again] = rows_of(case, tmp_path, source, val_fraction=0.2).values()
     assert (
         again.folder / "train.ids.npy"
     ).stat().st_mtime_ns == written and again.fingerprint == first.fingerprint
     held = Conversations(first.folder, "val")
     assert 20 <= held.documents <= 60 and held.documents + first.documents == 200
-    for how in ({"length": 64}, {"system": "Be kind."}, {"held_out": 0.1}):
-        [other] = rows_of(case, tmp_path, source, **{"held_out": 0.2, **how}).values()
+    for how in ({"length": 64}, {"system": "Be kind."}, {"val_fraction": 0.1}):
+        [other] = rows_of(case, tmp_path, source, **{"val_fraction": 0.2, **how}).values()
         assert other.folder != first.folder
     write(tmp_path / "rows.jsonl", [conversation("other", "a")] * 30)
-    [other] = rows_of(case, tmp_path, source, held_out=0.2).values()
+    [other] = rows_of(case, tmp_path, source, val_fraction=0.2).values()
     assert other.fingerprint != first.fingerprint
 
 
@@ -266,9 +273,7 @@ def settings(case):
         sources = (
             f"{{rows: {{path: {case / 'rows.jsonl'}}}, more: {{path: {case / 'more.jsonl'}}}}}"
         )
-        chat = (
-            f"chat={{sources: {sources}, cache: {case / 'cache'}, held_out: 0.1, neftune_alpha: 5}}"
-        )
+        chat = f"chat={{sources: {sources}, cache: {case / 'cache'}, val_fraction: 0.1, neftune_alpha: 5}}"
         base = parity_sft.overrides(
             case, 384, 4, 2, chat, "data.mix={rows: 0.3, more: 0.7}", "steps=6", "optim.lr=1e-3"
         )
@@ -303,7 +308,7 @@ def test_ranks_micro_batches_and_restarts_change_nothing(settings, case, tmp_pat
         "1",
         *settings(split),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=one_thread())
+    done = forked.run(command, env=one_thread())
     assert done.returncode == 0, done.stderr
     sft_here(*settings(paused, "until=3"))
     sft_here(*settings(paused))
@@ -377,7 +382,7 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case, monkeypatch):
         vocab_size=272, tie_word_embeddings=True, max_position_embeddings=512, **shape
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
-    own = [f"init_from={tmp_path / 'hf'}", "chat.held_out=0"]
+    own = [f"init_from={tmp_path / 'hf'}", "chat.val_fraction=0"]
     assert sft_here(*settings(tmp_path, *own, "chat.epochs=0.5"))
     [row, *_] = read_metrics(tmp_path / "logs")
     assert (tmp_path / "logs" / "samples.md").read_text().count(
@@ -424,24 +429,24 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["init_from=nowhere"], "nowhere holds no whole checkpoint"),
-        (["data.mix={}"], "data.mix names no source; chat.sources has rows, more"),
+        (["init_from=nowhere"], "nowhere has no complete checkpoint"),
+        (["data.mix={}"], "data.mix is empty; list at least one of chat.sources: rows, more"),
         (
             ["chat.sources.rows.limit=-1"],
             "chat.sources.rows.limit=-1 must be at least 1; leave it out to take all",
         ),
         (["chat.epochs=inf"], "chat.epochs='inf' must be a finite number"),
-        (["chat.samples=['']"], "chat.samples: '' cannot be asked .an empty user turn."),
+        (["chat.samples=['']"], "chat.samples: invalid prompt '' .an empty user turn."),
         (
             [f"chat.samples=['{'word ' * 400}']"],
             "chat.samples: 'word word .* leaves no room for a reply",
         ),
         (
             ["data.mix={others: 1}"],
-            "data.mix.others: chat.sources has no such source; it has rows, more",
+            "data.mix.others: chat.sources has no such source; available: rows, more",
         ),
         (["data.sequence_length=2048", "data.tokens_per_step=4096"], "exceeds the model's context"),
-        (["chat.sources.rows.format=chatml"], "'chatml' is no form of conversations"),
+        (["chat.sources.rows.format=chatml"], "unknown conversation format 'chatml'"),
         (["chat.sources.rows.path=nowhere.jsonl"], "no .parquet"),
     ],
 )

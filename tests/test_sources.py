@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -84,7 +85,7 @@ def mixed(tmp_path_factory) -> Path:
 KILLED = """
 import json, os, pyarrow.dataset, pyarrow.parquet, signal, sys
 from pathlib import Path
-from data import ingest
+from data.corpus import ingest
 from data.corpus.readers import FileReader, HubReader
 from data.corpus.sources import HubSource
 
@@ -136,7 +137,7 @@ def run_killed(
         json.dumps(moments),
         *map(str, budget),
     ]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    return forked.run(command).stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_a_damaged_archive_gives_what_is_readable_and_is_named(suffix, damage, t
         190 if (suffix, damage) == ("gz", "overwritten") else len(got)
     )  # the checksum of gzip comes last
     assert [document.text for document in got[:sure]] == [row["text"] for row in rows[:sure]]
-    reason = "rest of the file cut off or damaged"
+    reason = "rest of the file truncated or damaged"
     (where,) = found["skipped_examples"][reason]
     assert found["skipped"][reason] == 1 and re.fullmatch(rf"a.jsonl.{suffix}:\d+ \(.+\)", where)
     assert where in capsys.readouterr().err
@@ -328,7 +329,7 @@ def test_columns_budget_and_ids(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(lines([{"body": "x"}]))
     with pytest.raises(
         ValueError,
-        match=r"b.jsonl gives no document \(1 x no column with text\); check the path, --text_column",
+        match=r"b.jsonl has no readable document \(1 x no column with text\); check the path, --text_column",
     ):
         ingest(FileReader(str(tmp_path / "b.jsonl")), tmp_path, "t")
     with pytest.raises(ValueError, match=r"there is no .parquet, .jsonl"):
@@ -375,7 +376,7 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
     assert first < 80 < first + second  # the link is there before the third part is begun
     with pytest.raises(
         ValueError,
-        match=r"the disk is full; .*s.tmp keeps 2 whole part\(s\): free some space and run the same",
+        match=r"the disk is full; .*s.tmp keeps 2 finished part\(s\): free some space and run the",
     ):
         ingest(reader(True), tmp_path, "s", part_bytes=PART)
     assert sorted(path.name for path in work.iterdir()) == [
@@ -392,7 +393,7 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
         )
         with pytest.raises(
             ValueError,
-            match=r"may need 6.0 GB in .*, where 0.0 GB are free; free some space or ask for less",
+            match=r"may need 6.0 GB in .*, where 0.0 GB are free; free some space or reduce",
         ):
             ingest(reader(False), tmp_path / "third", "s", max_tokens=2.5e9)
     assert not (tmp_path / "third" / "documents" / "s.tmp").exists()
@@ -489,7 +490,7 @@ def test_a_hub_that_goes_away_is_gone_on_from(tmp_path, monkeypatch):
         patched.setattr(datasets, "load_dataset", lambda *a, **k: Failing(real(*a, **k)))
         with pytest.raises(
             ValueError,
-            match=r"the hub did not give .* \(ConnectionResetError: connection reset.*same command again",
+            match=r"from the Hub failed \(ConnectionResetError: connection reset.*same command again",
         ):
             ingest(hub_reader(tmp_path / "hub"), tmp_path, "s", part_bytes=PART)
     assert len(list((tmp_path / "documents" / "s.tmp").glob("0*.parquet"))) > 1
@@ -519,7 +520,7 @@ def test_complaints_of_the_hub_say_what_to_do():
     assert gated in hub_complaint(error(GatedRepoError, 403), "a/b")
     assert gated in hub_complaint(error(HfHubHTTPError, 401), "a/b", gated=True)
     assert "give another with --revision" in hub_complaint(error(RevisionNotFoundError, 404), "a/b")
-    assert "the hub did not give a/b (HfHubHTTPError: no" in hub_complaint(
+    assert "downloading a/b from the Hub failed (HfHubHTTPError: no" in hub_complaint(
         error(HfHubHTTPError, 503), "a/b"
     )
 
@@ -619,9 +620,9 @@ def test_fineweb10b_shards_are_checked(tmp_path, monkeypatch):
     ):
         fineweb10b.download_fineweb10b(tmp_path / "f", 3)
     path.write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=r"000002.bin is no shard of gpt2 tokens"):
+    with pytest.raises(ValueError, match=r"000002.bin is not a shard of gpt2 tokens"):
         fineweb10b.count_tokens(path)
-    with pytest.raises(ValueError, match="must lie between 1 and 103"):
+    with pytest.raises(ValueError, match="must be from 1 to 103"):
         fineweb10b.download_fineweb10b(tmp_path / "f", 104)
 
 
@@ -638,9 +639,7 @@ def test_the_command(tmp_path):
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
-        )
+        return forked.run([*command, *arguments], env=environment)
 
     done = run(str(tmp_path / "mine.jsonl"))
     assert (
@@ -654,11 +653,11 @@ def test_the_command(tmp_path):
             ["fineweb_edu", "--max_tokens", "1e6"],
             "HF_HUB_OFFLINE is set; unset it and run the same command again",
         ),
-        (["fineweb"], "fineweb is neither a path nor one of fineweb_edu, pg19"),
-        (["a/*.jsonl"], "give the source at a/*.jsonl a name in the store with --name"),
+        (["fineweb"], "fineweb is neither a path nor a known source; known: fineweb_edu, pg19"),
+        (["a/*.jsonl"], "the source at a/*.jsonl needs a name in the store; give --name"),
         (
             ["code", "--revision", "x"],
-            "--revision is a commit of a set on the hub, which code is not",
+            "--revision applies to Hub data sets only and code is not one",
         ),
     ):
         done = run(*arguments)

@@ -156,8 +156,11 @@ def test_a_command_has_one_end(until, end):
 
 
 def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(
-    settings, tmp_path, spoil, monkeypatch
-):  # noqa: F811
+    settings,
+    tmp_path,
+    spoil,  # noqa: F811
+    monkeypatch,
+):
     """The log keeps the end of the command, and the checkpoint saved again has the theta of its own step."""
     ends, folder = [], tmp_path / "checkpoints" / "one"
     opened = Log.open
@@ -193,7 +196,7 @@ def test_no_call_that_changes_a_run_hides_in_a_text():
         "claim",
         "build",
         "save",
-        "go_back",
+        "roll_back",
         "run_on_rank0",
     }
     for path in [
@@ -269,7 +272,7 @@ def test_theta_is_checked_where_phases_meet(settings, tmp_path):
     one, two = tmp_path / "checkpoints" / "one", f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     quiet = ("validation.every=0", "checkpoint.every=2")
     assert train_here(settings(*quiet, "rope_theta=[10000, 40000]", steps=4))
-    said = r"rope theta would jump: .*step_4 was trained with 40,000, but rope_theta={} asks for {} there; set rope_theta to 40000"
+    said = r"rope theta would jump: .*step_4 was trained with 40,000, but rope_theta={} is {} there; set rope_theta to 40000"
     for theta, text, asked in (
         ("10000", "10,000", "10,000"),
         ("[50000, 60000]", "50,000 to 60,000", "50,000"),
@@ -278,11 +281,11 @@ def test_theta_is_checked_where_phases_meet(settings, tmp_path):
             train_here(settings(*quiet, two, f"rope_theta={theta}", phase="two", steps=2))
     with pytest.raises(
         ValueError,
-        match=r"step_4 was trained with 40,000, but rope_theta=10,000 to 90,000 asks for 90,000",
+        match=r"step_4 was trained with 40,000, but rope_theta=10,000 to 90,000 is 90,000",
     ):
         train_here(settings(*quiet, "rope_theta=[10000, 90000]", steps=4))
     with pytest.raises(
-        ValueError, match=r"step_4 was trained with 40,000, but rope_theta=10,000 asks for 10,000"
+        ValueError, match=r"step_4 was trained with 40,000, but rope_theta=10,000 is 10,000"
     ):
         train_here(
             settings(*quiet, f"init_from={one / 'step_4'}", "run=other", phase="three", steps=2)
@@ -331,7 +334,7 @@ def test_a_plan_whose_thetas_do_not_meet_is_refused(tmp_path, monkeypatch):
 SHARED = [
     (
         "model.hidden_size=64",
-        "model.hidden_size has no effect in SFT and DPO: the shape is that of the base model",
+        "model.hidden_size has no effect in SFT and DPO: the base model .init_from. sets the shape",
     ),
     ("model.max_position_embeddings=4096", "model.max_position_embeddings has no effect"),
     ("model.rope_theta=10000", "model.rope_theta is rope_theta here"),
@@ -346,7 +349,7 @@ SHARED = [
 PAIRS = [
     (
         "data.tokens_per_step=8192",
-        "data.tokens_per_step has no effect in DPO: a step has data.pairs_per_step pairs",
+        "data.tokens_per_step has no effect in DPO: set data.pairs_per_step instead",
     ),
     ("optim.z_weight=0.1", "optim.z_weight has no effect in DPO"),
     ("data.micro_batch_size=3", "data.micro_batch_size=3 must be even in DPO"),
@@ -414,7 +417,7 @@ def test_what_sft_and_dpo_change_is_said(capfd, pairs_case, tmp_path):  # noqa: 
     assert test_dpo.dpo_here(*test_dpo.settings(pairs_case, tmp_path, *more))
     said = capfd.readouterr().out
     assert "warm-up: 0 steps, a tenth of the run, instead of schedule.warmup_steps=5" in said
-    assert "micro-batches: 8 rows, a rank's share, instead of data.micro_batch_size=16" in said
+    assert "micro-batches: 8 rows, all that a rank has, instead of data.micro_batch_size=16" in said
 
 
 # Dry run

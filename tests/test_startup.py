@@ -1,11 +1,11 @@
 """Start-up checks: go, no-go with its exit status, an accepted no-go, a resumed run."""
 
 import math
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
 
+import forked
 import pytest
 import torch
 from conftest import ROOT, VOCAB, command, one_thread, read_metrics
@@ -72,9 +72,9 @@ def test_a_no_go_saves_ends_with_status_3_and_goes_on_only_when_accepted(setting
     bad = [*QUIET, alert, "startup={steps: 4, fall: null, max_grad_norm: 1.0e-6}"]
     said = start(settings(*bad), NO_GO)
     logs, saved = tmp_path / "logs", tmp_path / "checkpoints" / "one"
-    assert said.startswith("error: the start-up checks say no-go at step 4: median gradient norm ")
+    assert said.startswith("error: no-go at step 4 in the start-up checks: median gradient norm ")
     assert said.count("\n") == 1 and "grad_norm in metrics.jsonl" in said
-    assert 'give the same command with startup.accept="reason"' in said
+    assert 'repeat the command with startup.accept="reason"' in said
     assert [(step, outcome) for step, outcome, _ in figures(logs)] == [(1, "go"), (4, "no-go")]
     assert [path.name for path in saved.glob("step_*")] == ["step_4"]
     [stopped] = events(logs, "stopped")
@@ -94,7 +94,10 @@ def test_a_no_go_saves_ends_with_status_3_and_goes_on_only_when_accepted(setting
 def test_a_wrong_first_loss_ends_the_run_after_one_step(settings, tmp_path, start):
     wrong = "startup={steps: 4, loss_margin: 1.0e-9}"
     said = start(settings(*QUIET, wrong), NO_GO)
-    assert "no-go at step 1: first loss 5.9" in said and "model.initializer_range" in said
+    assert (
+        "no-go at step 1 in the start-up checks: first loss 5.9" in said
+        and "model.initializer_range" in said
+    )
     assert (tmp_path / "checkpoints" / "one" / "step_1" / "state").is_dir()
     again = [f"output_dir={tmp_path / 'b'}", f"log_dir={tmp_path / 'lb'}"]
     start(settings(*QUIET, *again, wrong, "startup.accept=known", "startup.fall=0.01"))
@@ -123,8 +126,7 @@ def test_what_was_not_measured_is_a_no_go(settings, start):
 
 def test_a_no_go_ends_all_ranks_under_the_launcher(settings, tmp_path):
     bad = settings(*QUIET, "data.micro_batch_size=2", "startup={steps: 2, fall: 90}")
-    how = {"capture_output": True, "text": True, "timeout": 120}
-    done = subprocess.run(command(bad, 2), cwd=ROOT, env=one_thread(), **how)
+    done = forked.run(command(bad, 2), env=one_thread(), timeout=120)
     assert done.returncode == NO_GO, done.stderr
     assert done.stderr.count("error:") == 1 and "fall of the loss" in done.stderr
     assert (tmp_path / "checkpoints" / "one" / "step_2" / "manifest.json").is_file()

@@ -19,7 +19,7 @@ from data.synthetic import generate as synthetic
 from evals import eval_chat
 from evals.chat import Chat as OtherChat
 from evals.engines import folder_hash
-from inference.chat_formats import Continuation, TemplateChat, open_chat
+from inference.chat_formats import CompletionFormat, TemplateFormat, open_chat_format
 from inference.gguf_tokenizer import tokenizer_folder
 from scripts import export_gguf
 
@@ -31,7 +31,7 @@ OWN = (
 FORMS = ("string", "list", "jinja", "json", "additional", "with_tools", "none")
 
 
-def put_template(folder: Path, format: str, template: str) -> None:
+def put_template(folder: Path, form: str, template: str) -> None:
     """Keep a template in a folder in one of FORMS."""
     settings = folder / "tokenizer_config.json"
     content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
@@ -74,7 +74,9 @@ def model(form, tmp_path, text_store) -> Path:
 
 def test_every_form_is_read(form, model):
     assert template_of(model) == (None if form == "none" else OWN)
-    assert isinstance(open_chat(model), Continuation if form == "none" else TemplateChat)
+    assert isinstance(
+        open_chat_format(model), CompletionFormat if form == "none" else TemplateFormat
+    )
     if form not in ("none", "json"):  # transformers reads chat_template.json by a processor only
         assert AutoTokenizer.from_pretrained(model).get_chat_template() == OWN
     if form == "none":
@@ -112,7 +114,7 @@ def test_the_export_keeps_it_and_the_card_calls_it_no_base_model(
     assert "{{ .Prompt }}" not in texts["Modelfile"] and "scripts.chat" in texts["README.md"]
     unpacked = tokenizer_folder(out.parent / "m-f32.gguf")
     assert read_templates(unpacked) == read_templates(model) and isinstance(
-        open_chat(out.parent / "m-f32.gguf"), TemplateChat
+        open_chat_format(out.parent / "m-f32.gguf"), TemplateFormat
     )
 
 
@@ -122,12 +124,12 @@ def test_eval_chat_asks_in_it(form, model, tmp_path):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     evaluation = eval_chat.build(Namespace(checkpoint=model, data=str(data), limit=None))
     write, choose_one = next(evaluation.score(evaluation.items[0]))
-    _, before, replies = eval_chat.parts_of(evaluation.items[0])
+    _, before, replies = eval_chat.split_item(evaluation.items[0])
     if form == "none":
-        assert evaluation.about["prompts"] == "plain lines" and write.prompt.startswith("User: ")
+        assert evaluation.metadata["prompts"] == "plain lines" and write.prompt.startswith("User: ")
         return
     tokenizer = AutoTokenizer.from_pretrained(model)
-    assert evaluation.about["prompts"] == "the model's own chat template"
+    assert evaluation.metadata["prompts"] == "the model's own chat template"
     assert tokenizer.decode(write.prompt) == f"[user] {before[-1]['content']}\n[assistant] "
     assert [tokenizer.decode(option) for option in choose_one.options] == [
         f"{m['content']}<|endoftext|>" for m in replies
@@ -149,7 +151,7 @@ def test_questions_that_it_refuses_are_counted(tmp_path, text_store):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     evaluation = eval_chat.build(Namespace(checkpoint=folder, data=str(data), limit=None))
     asked = eval_chat.read_items(str(data), None)
-    dropped = evaluation.about["dropped"]["refused by the model's own chat template"]
+    dropped = evaluation.metadata["dropped"]["refused by the model's own chat template"]
     assert dropped > 0 and len(evaluation.items) + dropped == len(asked)
 
 
@@ -159,7 +161,7 @@ def test_our_own_template_is_ours_in_every_form(where, tmp_path, text_store):
     save_chat_tokenizer(folder, text_store / "tokenizer")
     (folder / "chat_template.jinja").unlink()
     put_template(folder, where, jinja_template())
-    assert isinstance(open_chat(folder), Chat)
+    assert isinstance(open_chat_format(folder), Chat)
 
 
 def test_files_go_first_and_mistakes_are_sentences(tmp_path, model):

@@ -1,8 +1,9 @@
-"""docs/timeline.md followed to its end in miniature: its commands verbatim but for sizes, with what goes wrong in four weeks.
+"""Run docs/timeline.md to its end in miniature: its commands with small sizes, and its failures.
 
-The plan's driver is killed a rank, loses its terminal, meets a no-go and follows its advice; then each command of the
-document's table is given by hand and must change no checkpoint. miniature.py says what is small and what is simulated: the
-hub, and torchrun in all launches but the one whose rank is killed (the launcher itself: test_launchers.py, test_nodes.py).
+The plan loses a rank and its terminal, meets a no-go and follows the advice. Then every command of
+the document's table runs again and must not change a checkpoint. miniature.py simulates the hub,
+and torchrun in every launch but the one whose rank is killed (test_launchers.py and test_nodes.py
+test the launcher).
 """
 
 import json
@@ -30,12 +31,12 @@ RUN, LOGS, RESULTS = "nanollama_1b", Path("logs/nanollama_1b"), Path("results/na
 DOCUMENT = (ROOT / "docs" / "timeline.md").read_text()
 BY_HAND = [small(command) for command in table_commands(DOCUMENT)]
 PLAN = "python -m scripts.pipeline --plan configs/plan_1b.yaml"
-WAIT = 120  # seconds for something to happen
+WAIT = 120  # seconds
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The working folder, with a 1B plan whose gate at the end of pretraining no model of this size can pass."""
+    """A working folder with a 1B plan; its gate after pretraining is a no-go at this size."""
     folder, before = tmp_path_factory.mktemp("timeline"), os.getcwd()
     build(folder)
     path = folder / "configs" / "plan_1b.yaml"
@@ -53,7 +54,7 @@ def place(tmp_path_factory):
 
 
 def give(command: str, status: int = 0) -> str:
-    """Run a command of the document; returns its output."""
+    """Run a command of the document; return its output."""
     given = Command(shlex.split(command), dict(os.environ))
     found, output = given.wait(), given.output.read_text()
     assert found == status and "Traceback" not in output, output
@@ -62,7 +63,7 @@ def give(command: str, status: int = 0) -> str:
 
 @pytest.fixture
 def drive(monkeypatch, capfd):
-    """drive(command, status): the plan's driver in this process, its commands in forked ones; the first launch as told."""
+    """drive(command, status): run the driver here, its commands in forked processes."""
 
     def one(command: str, status: int = 0, first_launch=None) -> str:
         launches = [first_launch] if first_launch else []
@@ -87,7 +88,7 @@ def drive(monkeypatch, capfd):
 
 
 def when(condition, act) -> threading.Thread:
-    """Do something, in a thread, as soon as a condition holds."""
+    """Call a function in a thread as soon as a condition holds."""
 
     def wait() -> None:
         end = time.monotonic() + WAIT
@@ -111,7 +112,7 @@ def events(kind: str) -> list[dict]:
 
 
 def checkpoints() -> dict[str, str]:
-    """Every checkpoint's manifest, which holds the checksums of its files."""
+    """Return every checkpoint's manifest, which contains the checksums of its files."""
     return {
         str(path): path.read_text()
         for path in sorted(Path("checkpoints", RUN).rglob("manifest.json"))
@@ -119,7 +120,7 @@ def checkpoints() -> dict[str, str]:
 
 
 def lock_holder() -> int:
-    """The process that holds the run's checkpoints: rank 0."""
+    """Return the process of rank 0."""
     return int(Path("checkpoints", RUN, "phase1_pretrain", "run.lock").read_text().split()[1])
 
 
@@ -132,7 +133,7 @@ def test_day_1(place):
     )  # a plan of this size needs no GPU
     output = give(commands[2])
     assert output.count("test mode: ok") == 4 and "FAILED" not in output
-    assert "is not empty; give test mode an --output_dir of its own" in give(
+    assert "is not empty; use another --output_dir for test mode" in give(
         f"{commands[2]} --output_dir configs", status=2
     )
     for command in commands[3:]:  # test_fsdp, verify_model
@@ -142,7 +143,7 @@ def test_day_1(place):
 
 def test_the_plan_survives_four_weeks(place, drive):
     def real(words, env):
-        """scripts.launch itself, whose rank 0 is killed at step 20."""
+        """Start scripts.launch; kill its rank 0 at step 20."""
         launched = subprocess.Popen(words, env={**env, "OMP_NUM_THREADS": "1"})
         when(lambda: step() >= 20, lambda: os.kill(lock_holder(), signal.SIGKILL))
         return launched
@@ -165,9 +166,8 @@ def test_the_plan_survives_four_weeks(place, drive):
     output = drive(advised, status=3)
     assert "decision at step 235: NO-GO" in output and step() == 235
     output = drive(f'{PLAN} --accept "a model of this size"')
-    assert (
-        "deliverables are there and agree" in output and "missing" not in output.rpartition("[")[2]
-    )
+    assert "deliverables are present and agree" in output
+    assert "missing" not in output.rpartition("[")[2]
 
     rows = read_metrics(LOGS)
     assert [row["step"] for row in rows] == list(
@@ -200,7 +200,7 @@ def test_each_command_of_the_table_can_be_given_again(place):
             assert output.endswith("already there\n")
     assert checkpoints() == before and (LOGS / "metrics.jsonl").read_text() == metrics
     (check,) = (command for command in BY_HAND[end:] if "verify_checkpoint" in command)
-    assert "rope theta 500,000 (as logs/nanollama_1b/phase2_16k.config.yaml says)" in give(check)
+    assert "rope theta 500,000 (as in logs/nanollama_1b/phase2_16k.config.yaml)" in give(check)
 
 
 def test_what_the_four_weeks_leave(place):

@@ -1,4 +1,4 @@
-"""The benchmark of whole steps: contenders do the same work, and its clock counts what it says."""
+"""benchmarks/train_speed.py: contenders compute the same losses; its clock times steps only."""
 
 from importlib.util import find_spec
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import train_speed
+from benchmarks import train_speed, train_speed_ranks, train_speed_report
 from benchmarks.peers import CONTENDERS, Done, Work, missing
 from training import setup
 from training.config import load
@@ -15,7 +15,7 @@ STEPS = 3
 
 
 def losses_of(name, folder, *overrides):
-    """Of STEPS steps of a contender."""
+    """Return the losses of STEPS steps of a contender."""
     config = str(ROOT / "configs" / "test_mode.yaml")
     given = [
         "data.tokens_per_step=512",
@@ -59,14 +59,14 @@ def test_a_step_lasts_from_the_end_of_the_one_before_and_waiting_for_a_round_doe
     monkeypatch,
 ):
     now, reports = [0.0], []
-    monkeypatch.setattr(train_speed.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(train_speed_ranks.time, "perf_counter", lambda: now[0])
 
     def commands():
         yield "go 2"
         now[0] += 1000.0  # others have their turn
         yield "go 1"
 
-    pace = train_speed.Pace(torch.device("cpu"), commands(), reports.append)
+    pace = train_speed_ranks.Pace(torch.device("cpu"), commands(), reports.append)
     pace.begin()
     for seconds in (3.0, 5.0):
         now[0] += seconds
@@ -121,9 +121,9 @@ def test_a_case_in_which_ours_was_not_measured_is_a_failure():
         {"contender": "ours:2", "step_s": 1.0, "same_loss": True},
         {"contender": "liger:1", "not_measured": "needs a GPU"},
     )
-    assert train_speed.whole({"contenders": [ours, peer]})
-    assert not train_speed.whole({"contenders": [peer]})
-    assert not train_speed.whole(
+    assert train_speed_report.succeeded({"contenders": [ours, peer]})
+    assert not train_speed_report.succeeded({"contenders": [peer]})
+    assert not train_speed_report.succeeded(
         {
             "contenders": [
                 {"contender": "ours:1", "not_measured": "out of memory"},
@@ -131,7 +131,7 @@ def test_a_case_in_which_ours_was_not_measured_is_a_failure():
             ]
         }
     )
-    assert not train_speed.whole({"contenders": [ours, {**ours, "same_loss": False}]})
+    assert not train_speed_report.succeeded({"contenders": [ours, {**ours, "same_loss": False}]})
 
 
 def test_ratios_are_medians_over_rounds_and_losses_are_compared():
@@ -145,6 +145,6 @@ def test_ratios_are_medians_over_rounds_and_losses_are_compared():
             result("ours_documents:2", [1.0, 2.0, 3.0], [5.5, 4.0]),
         ]
     }
-    train_speed.compare(found, 1e-2)
+    train_speed_report.compare(found, 1e-2)
     assert [one["first_is_faster_by"] for one in found["contenders"]] == [1.0, 1.5, 1.0]
     assert [one["same_loss"] for one in found["contenders"]] == [True, False, None]

@@ -19,7 +19,8 @@ from data.chat.trained_chat import KEY, TrainedChat, name_of, offered, read_trai
 from data.manifest import read_json
 from data.synthetic import generate as synthetic
 from demo.page import tools_label
-from export.gguf import export, read_config
+from export.gguf import write_gguf
+from export.gguf_plan import read_config
 from inference.gguf_tokenizer import read_vocabulary, tokenizer_folder
 from scripts import chat
 from training import setup
@@ -44,7 +45,7 @@ def tuned(tmp_path_factory, text_store) -> Path:
         )
     listed = ", ".join(f"{name}: {{path: {place / name}.jsonl}}" for name in sources)
     overrides = [
-        f"chat={{sources: {{{listed}}}, cache: {place / 'cache'}, held_out: 0.0, samples: [], max_bad: 0.5}}",
+        f"chat={{sources: {{{listed}}}, cache: {place / 'cache'}, val_fraction: 0.0, samples: [], max_bad: 0.5}}",
         f"data={{mix: {{tools: 0.5, math: 0.5}}, sequence_length: {LENGTH}, tokens_per_step: {LENGTH}, micro_batch_size: 1}}",
         "steps=1",
         f"init_from={place / 'base'}",
@@ -70,7 +71,7 @@ def test_sft_records_what_it_trained_on(tuned):
     assert name_of(tool) == "calculator"
     assert [name_of(tool) for tool in offered(trained, ["all"])] == ALL
     assert [name_of(tool) for tool in offered(trained, ["weekday"])] == ["weekday"]
-    with pytest.raises(ValueError, match=r"--tools abacus: unknown tool; there are calculator"):
+    with pytest.raises(ValueError, match=r"--tools abacus: unknown tool; known: calculator"):
         offered(trained, ["abacus"])
 
 
@@ -116,7 +117,9 @@ def model(request, tuned, tmp_path_factory) -> Path:
     if request.param == "folder":
         return tuned
     file = tmp_path_factory.mktemp("gguf") / "m-f32.gguf"
-    export(tuned, {"f32": file}, read_vocabulary(tuned, read_config(tuned).vocab_size).put, "m", 1)
+    write_gguf(
+        tuned, {"f32": file}, read_vocabulary(tuned, read_config(tuned).vocab_size).put, "m", 1
+    )
     assert read_trained_chat(tokenizer_folder(file)) == read_trained_chat(tuned)
     return file
 

@@ -292,7 +292,7 @@ def test_damaged_checkpoints_are_set_aside_and_old_ones_pruned(settings, tmp_pat
     output = capfd.readouterr().out
     assert (
         "step_6 is damaged (model.safetensors has changed)" in output
-        and "goes on at step 4" in output
+        and "resumes at step 4" in output
     )
     assert {"step_5.damaged", "step_6.damaged", "step_6"} <= {
         path.name for path in folder.iterdir()

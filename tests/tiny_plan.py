@@ -1,6 +1,6 @@
-"""A working folder as a finished plan leaves it: two phases, SFT, DPO, scores, GGUF files, a report.
+"""The working folder of a finished plan: two phases, SFT, DPO, scores, GGUF files, a report.
 
-The models have one layer and random weights; the logs of training are written by this module.
+The models have one layer and random weights; this module writes the training logs.
 """
 
 import json
@@ -20,11 +20,11 @@ from data.manifest import file_hash
 from data.shards import ShardWriter
 from data.tokenizers.bpe import load_tokenizer
 from evals.engines import folder_hash
+from evals.local_rows import write_rows
+from evals.suite_config import open_suite
 from models.hf import save_hf
 from models.nanollama import NanoLlama
-from scripts.eval_data import write_rows
-from scripts.run_evals import open_suite
-from training.checkpoint import identity
+from training.checkpoint_files import identity
 from training.config import load, to_dict
 from training.logger import append_event
 
@@ -52,7 +52,8 @@ TARGETS = [
 AFTER = (
     "scripts.visualize_attention --checkpoint {checkpoint} --input_length 64 "
     "--output results/attention_visualizations.png --device cpu",
-    "scripts.export_gguf --checkpoint {checkpoint} --outtype f16,q8_0 --outfile gguf/tiny-{{outtype}}.gguf",
+    "scripts.export_gguf --checkpoint {checkpoint} --outtype f16,q8_0 "
+    "--outfile gguf/tiny-{{outtype}}.gguf",
     "scripts.check_gguf --checkpoint {checkpoint} --gguf gguf/tiny-f16.gguf gguf/tiny-q8_0.gguf "
     "--tokens 200 --strings 50 --threads 1",
     "evals.report --checkpoint {checkpoint} --name tiny --plan plan.yaml --logs logs/tiny "
@@ -74,14 +75,14 @@ def put(path: str | Path, content) -> None:
 
 
 def change(path: str | Path, edit) -> None:
-    """Edit a JSON file in place; `edit` changes what it is given."""
+    """Edit a JSON file in place; `edit` mutates its content."""
     content = json.loads(Path(path).read_text())
     edit(content)
     Path(path).write_text(json.dumps(content))
 
 
 def rows_of_benchmarks(folder: Path) -> dict[str, Path]:
-    """A few rows of each benchmark, in the schemas of the real sets; name -> what --data takes."""
+    """Write a few rows of each benchmark in the real schemas; return name -> --data value."""
     words, truth = ["up", "down", "home", "away"], {"choices": ["yes", "no"], "labels": [1, 0]}
     arc = {
         "question": "Which?",
@@ -122,7 +123,7 @@ def rows_of_benchmarks(folder: Path) -> dict[str, Path]:
 
 
 def build(root: Path, text_store: Path) -> None:
-    """Write the folder; the evaluations and the commands that end the plan are really run."""
+    """Write the folder; run the evaluations and the plan's final commands."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         pretrained(text_store)
@@ -133,7 +134,7 @@ def build(root: Path, text_store: Path) -> None:
 
 
 def run(command: str) -> None:
-    """python -m <command>, in this process."""
+    """Run python -m <command> in this process."""
     words = shlex.split(command)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
@@ -145,7 +146,7 @@ def run(command: str) -> None:
 
 
 def pretrained(text_store: Path) -> None:
-    """A store, configs, checkpoints, logs and the last decision of pretraining, and the plan."""
+    """Write the plan, the store, and pretraining's configs, checkpoints, logs and decision."""
     shutil.copytree(text_store / "tokenizer", "store/tokenizer")
     sets = {"settings": {"test_sets": {"mmlu": 4}}}
     put("store/contaminated_ids.json", {"documents": {}, "too_short": {}, **sets})
@@ -181,7 +182,7 @@ def pretrained(text_store: Path) -> None:
     stages = [
         {
             "name": name,
-            "leaves": f"checkpoints/tiny/{name}",
+            "output_dir": f"checkpoints/tiny/{name}",
             "commands": {name: "x"},
             "evals": evals,
         }
@@ -197,7 +198,7 @@ def pretrained(text_store: Path) -> None:
 
 
 def tuned(text_store: Path) -> None:
-    """Checkpoints and logs of SFT and DPO."""
+    """Write the checkpoints and logs of SFT and DPO."""
     config = tiny_config(vocab_size=VOCAB + 8, **SHAPE)
     base = "checkpoints/tiny/phase3_gold/step_6"
     stages = (("sft", 3, "chat", (2.5, 1.25)), ("dpo", 2, "preferences", (0.693, 0.5)))
@@ -226,7 +227,7 @@ def tuned(text_store: Path) -> None:
 
 
 def evaluated() -> None:
-    """Run plan_1b's suite on the DPO model, one item each; set HellaSwag; write the decision."""
+    """Run plan_1b's suite on the DPO model with one item each; write the decision."""
     data = {**rows_of_benchmarks(Path("rows")), "perplexity": "store"}
     suite = open_suite("aligned")[0].evals
     put("aligned.yaml", {"evals": {**suite, "perplexity": "--sequence_length 64"}})

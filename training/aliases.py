@@ -1,7 +1,7 @@
-"""Keys of other code bases' configs, and what they are called here. One table for settings.py.
+"""Names of settings in other code bases and earlier versions, mapped to ours.
 
-An unknown key is answered with the new name: "batch_size_per_gpu is data.micro_batch_size here".
-A key that stands under the same name in one section of the config needs no entry.
+settings.py answers an unknown key with its name: "batch_size_per_gpu is data.micro_batch_size
+here". A key with the same name in exactly one other section needs no entry.
 """
 
 import dataclasses
@@ -10,22 +10,24 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from models.nanollama import OTHER_NAMES
+from models.nanollama import FIELD_ALIASES
 
-RENAMED = {  # setting -> its names elsewhere
+RENAMED = {  # setting -> other names
+    "step": "at",  # of a plan's milestone
     "steps": "num_steps max_steps train_steps num_train_steps max_train_steps max_iters",
     "chat.epochs": "epochs num_epochs num_train_epochs",
     "until": "end_step stop_step",
     "rope_theta": "rope_theta_end rope_base theta",
     "run": "run_name experiment_name exp_name",
     "phase": "phase_name stage",
-    "output_dir": "output_path save_dir checkpoint_dir ckpt_dir out_dir",
+    "output_dir": "output_path save_dir checkpoint_dir ckpt_dir out_dir leaves",
     "log_dir": "logging_dir",
     "resume_from": "resume resume_from_checkpoint load_from checkpoint_path",
     "init_from": "base_model pretrained_model model_name_or_path",
     "data.mix": "dataset datasets dataset_name train_dataset data_mix mixture",
     "data.store": "data_dir data_path dataset_path train_data",
-    "data.sequence_length": "seq_len seq_length sequence_len max_seq_length max_length block_size context_length",
+    "data.sequence_length": "seq_len seq_length sequence_len max_seq_length max_length block_size "
+    "context_length",
     "data.micro_batch_size": "batch_size_per_gpu batch_size_per_device micro_batch_size_per_gpu "
     "per_device_batch_size per_device_train_batch_size device_batch_size batch_size micro_batch",
     "data.tokens_per_step": "global_batch_size total_batch_size effective_batch_size "
@@ -52,7 +54,8 @@ RENAMED = {  # setting -> its names elsewhere
     "parallel.compile": "torch_compile use_compile",
     "parallel.attention": "attn_implementation flash_attention use_flash_attention",
     "checkpoint": "checkpointing",
-    "checkpoint.every": "save_every save_steps save_interval checkpoint_interval checkpoint_every checkpoint_steps save_freq",
+    "checkpoint.every": "save_every save_steps save_interval checkpoint_interval checkpoint_every "
+    "checkpoint_steps save_freq",
     "checkpoint.keep": "keep_last keep_last_n save_total_limit max_checkpoints",
     "validation": "evaluation eval",
     "validation.every": "eval_every eval_steps eval_interval val_every val_interval eval_freq",
@@ -62,11 +65,14 @@ RENAMED = {  # setting -> its names elsewhere
     "log.wandb_project": "project project_name wandb_project_name",
     "log.wandb_run_name": "wandb_run wandb_name",
     "log.alerts.slack_webhook": "slack_webhook_url",
-} | {f"model.{name}": others for name, others in OTHER_NAMES.items() if name != "rope_theta"}
+} | {f"model.{name}": others for name, others in FIELD_ALIASES.items() if name != "rope_theta"}
 NEW_NAMES = {other: new for new, others in RENAMED.items() for other in others.split()}
 
-ACCUMULATION = "in tokens; micro-batches follow from it: data.tokens_per_step / (data.sequence_length x data.micro_batch_size x ranks)"
-NOTES = {  # of a setting, or of one of its other names, where unit or values differ
+ACCUMULATION = (
+    "in tokens; micro-batches per step and rank = data.tokens_per_step / "
+    "(data.sequence_length x data.micro_batch_size x ranks)"
+)
+NOTES = {  # on a setting or one of its other names, if unit or values differ
     "steps": "updates in this phase",
     "rope_theta_end": "[first, last] over the phase",
     "data.mix": "name: weight",
@@ -79,8 +85,8 @@ NOTES = {  # of a setting, or of one of its other names, where unit or values di
     "tokens_per_batch": "",
     "global_batch_tokens": "",
     "batch_tokens": "",
-    "warmup_ratio": "steps, not a share",
-    "min_lr_ratio": "a rate, not a share",
+    "warmup_ratio": "steps, not a fraction",
+    "min_lr_ratio": "a learning rate, not a fraction",
     "stable_steps": "warm-up, stable part and decay together",
     "schedule.decay": "linear, cosine or 1-sqrt",
     "parallel.strategy": "zero2, zero3 or ddp",
@@ -89,7 +95,7 @@ NOTES = {  # of a setting, or of one of its other names, where unit or values di
     "log.alerts.slack_webhook": "the NAME of an environment variable",
 }
 
-DATA_MIXES = {  # data sets by the names of data/corpus/sources.py, as data.mix
+DATA_MIXES = {  # data set of data/corpus/sources.py -> data.mix
     "fineweb_edu": "{fineweb_edu: 1.0}",
     "pg19_and_stack_mixed": "{pg19: 0.5, the_stack_python: 0.5}",
     "gold_sources_mixed": "{open_web_math: 0.34, stackexchange: 0.33, stem_wiki: 0.33}",
@@ -97,9 +103,9 @@ DATA_MIXES = {  # data sets by the names of data/corpus/sources.py, as data.mix
 
 
 def renamed(kind: Any, values: dict[str, Any]) -> list[str]:
-    """One clause for each unknown key of a config that has another name here.
+    """One clause per unknown key of a config that has another name here.
 
-    kind: the dataclass of the whole config. Misspelled keys are left to settings.py.
+    kind: the dataclass of the whole config. settings.py handles misspelled keys.
     """
     return list(_renamed(kind, kind, values, ""))
 
@@ -110,6 +116,11 @@ def _renamed(root: Any, kind: Any, values: dict[str, Any], prefix: str) -> Itera
         key, section = str(name), None
         if key in fields:
             section = fields[key]
+            if typing.get_origin(section) is tuple and isinstance(value, list):
+                item = typing.get_args(section)[0]
+                for i, entry in enumerate(value):
+                    if isinstance(entry, dict):
+                        yield from _renamed(item, item, entry, f"{prefix}{key}[{i}].")
             if not dataclasses.is_dataclass(section):
                 continue
         elif target := _new_name(root, key):
@@ -119,27 +130,27 @@ def _renamed(root: Any, kind: Any, values: dict[str, Any], prefix: str) -> Itera
             yield f"{prefix}{key} is {target} here" + (f" ({note})" if note else "")
         elif difflib.get_close_matches(key, fields, n=1, cutoff=0.6):
             continue
-        if isinstance(value, dict):  # a section, of whatever name
+        if isinstance(value, dict):  # a section of any name
             yield from _renamed(root, section, value, f"{prefix}{key}.")
 
 
 def _new_name(root: Any, key: str) -> str | None:
-    """The setting of the config `root` that has this name elsewhere, or in another section."""
+    """The setting of config `root` with this other name, or with this name in another section."""
     settings = dict.fromkeys(_settings(root))
     target = NEW_NAMES.get(plain_name(key))
     if target in settings:
         return target
-    places = [setting for setting in settings if setting.rpartition(".")[2] == plain_name(key)]
-    return places[0] if len(places) == 1 else None
+    matches = [setting for setting in settings if setting.rpartition(".")[2] == plain_name(key)]
+    return matches[0] if len(matches) == 1 else None
 
 
 def plain_name(name: str) -> str:
-    """A name as it is compared: lower case, with underscores."""
+    """A name normalized for comparison: lower case, with underscores."""
     return name.lower().replace("-", "_").removesuffix("_validation")
 
 
 def _settings(kind: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings and sections of a config's dataclass."""
+    """Dotted names of the settings and sections of a config's dataclass."""
     for name, inner in _fields(kind).items():
         yield f"{prefix}{name}"
         if dataclasses.is_dataclass(inner):

@@ -1,21 +1,19 @@
-"""Checkpoints: save by rename after a manifest of checksums is whole, find the newest whole one, load exactly.
+"""Checkpoints: save atomically, prune, find the newest complete one, and load exactly.
 
-`step_N/` is a Hugging Face folder (weights as the forward pass sees them, tokenizer, config) with a `state/` inside:
-fp32 weights and the optimizer's moments in torch's distributed format, which loads on any number of ranks, and trainer.json.
-All functions that take a State are collective: every rank calls them.
+`step_N/` is a Hugging Face folder: weights in the forward pass's dtype, config and tokenizer. Its
+`state/` has fp32 weights and optimizer moments in torch's distributed format, which loads on any
+number of ranks, and trainer.json. A folder is renamed to `step_N` once its manifest of checksums is
+written. Functions that take a State are collective: every rank calls them.
 """
 
 import errno
-import json
 import math
 import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
-from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +23,28 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
-from files import parse_json, read_object, write_json
-from machine import cpus
+from files import read_object, step_number, write_json
 from models.hf import save_hf
 from models.nanollama import ModelConfig
 from ranges import PositiveInt, check_fields
+from training.checkpoint_files import (
+    MANIFEST,
+    TRAINER,
+    check_complete,
+    damage,
+    has_state,
+    hash_files,
+    read_manifest,
+    read_position,
+    step_folders,
+    step_of,
+)
 from training.checkpoint_writer import Copies, PlannerOfCopies, Writer, local_shards
 from training.distributed import raise_on_any_rank, run_on_every_rank, run_on_rank0
 from training.safe_pickle import load, read_index
-from training.state import State, is_position
+from training.state import State
 
-MANIFEST = "manifest.json"
-TRAINER = "state/trainer.json"
-ROLLED_BACK = ".rolled_back"  # suffix of checkpoints that a rollback went behind
+ROLLED_BACK = ".rolled_back"  # suffix of checkpoints newer than the target of a rollback
 TOKENIZER_FILES = (
     *(
         "tokenizer.json",
@@ -47,31 +54,26 @@ TOKENIZER_FILES = (
     ),
     *("chat_template.jinja", "chat_template_training.jinja"),
 )
-PATIENCE = timedelta(
-    minutes=30
-)  # a background save waits so long for a rank that says nothing; one that died it notices at once
-HASHING_THREADS = min(8, cpus())
+SAVE_TIMEOUT = timedelta(minutes=30)  # for a silent rank; a dead one is noticed at once
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: PositiveInt = 1000  # steps; the end of a phase is saved always
-    keep: PositiveInt = (
-        3  # newest ones kept in a phase's folder; milestones and ends of phases stay too
-    )
-    milestones: tuple[
-        PositiveInt, ...
-    ] = ()  # steps of the whole run that are always saved and never deleted
-    keep_best: bool = True  # keep the one of lowest held-out loss too; once it is not among the newest, without its state/
-    asynchronous: bool | None = (
-        None  # write in the background while training goes on; default: on a GPU
-    )
+    """When checkpoints are saved, and which of them are kept."""
+
+    every: PositiveInt = 1000  # steps; the end of a phase is always saved
+    keep: PositiveInt = 3  # newest checkpoints to keep; milestones and ends of phases stay, too
+    # Steps of the whole run that are always saved and never deleted.
+    milestones: tuple[PositiveInt, ...] = ()
+    # Also keep the one with the lowest validation loss; without its state/ once it is older.
+    keep_best: bool = True
+    asynchronous: bool | None = None  # save in the background; default: on a GPU
 
     def __post_init__(self) -> None:
         check_fields(self, "checkpoint")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(
-                f"checkpoint.milestones={list(self.milestones)} must be steps above 0, in rising order"
+                f"checkpoint.milestones={list(self.milestones)} must be steps, in rising order"
             )
 
     def is_due(self, step: int) -> bool:
@@ -81,24 +83,22 @@ class CheckpointConfig:
 
 @dataclass
 class Snapshot:
-    """What one save writes, as it was at one moment."""
+    """The content of one checkpoint, copied at one step."""
 
     position: dict[str, Any]  # of trainer.json
     config: ModelConfig
-    metric: float | None
+    metric: float | None  # validation loss
     milestone: bool
-    weights: dict[str, torch.Tensor]  # whole; empty except on the main rank
-    tensors: dict[str, Any]  # of model and optimizer; live ones, for their shapes
-    copies: dict[
-        str, torch.Tensor
-    ]  # of this rank's shards of them, by name; empty where training waits for the save
+    weights: dict[str, torch.Tensor]  # unsharded; empty except on rank 0
+    tensors: dict[str, Any]  # live tensors of model and optimizer, for their shapes
+    copies: dict[str, torch.Tensor]  # of this rank's shards, by name; empty in a blocking save
 
 
 class Checkpointer:
-    """The step folders of one phase, under `folder`. As a context, it does not end before what it saves is written.
+    """Saves and prunes the step folders of one phase. As a context, it waits for the last save.
 
-    dtype: of the exported weights. tokenizer: folder whose files are copied beside them, None for dummy data; special: ids
-    of bos, eos and pad for config.json, and further keys of it.
+    dtype: of the exported weights. tokenizer: folder whose files are copied into checkpoints; None
+    for dummy data. special: ids of bos, eos and pad, and other keys of config.json.
     """
 
     def __init__(
@@ -109,20 +109,13 @@ class Checkpointer:
         tokenizer: Path | None,
         special: dict[str, Any],
     ):
-        self.folder, self.config, self.dtype, self.tokenizer, self.special = (
-            folder,
-            config,
-            dtype,
-            tokenizer,
-            special,
-        )
+        self.folder, self.config, self.dtype = folder, config, dtype
+        self.tokenizer, self.special = tokenizer, special
         self._copies = Copies()
-        self._group: dist.ProcessGroup | None = (
-            None  # of the background: its collectives never meet the loop's
-        )
+        self._group: dist.ProcessGroup | None = None  # of background saves only
         self._thread: threading.Thread | None = None
-        self._step = 0  # that the thread saves
-        self._problem: BaseException | None = None  # of the thread
+        self._step = 0  # step that the thread saves
+        self._problem: BaseException | None = None  # error of the thread
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -130,28 +123,28 @@ class Checkpointer:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None:
             self.wait()
-        elif self._thread:  # others may not be here to agree on how it ended
+        elif self._thread:  # without wait(), since other ranks may not take part in a collective
             self._thread.join()
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the save in the background failed. Once any rank does, all of them call wait()."""
+        """Whether the background save failed on this rank. If it did on any, all call wait()."""
         return self._problem is not None
 
     def wait(self) -> None:
-        """Collective. Until no save is under way. OSError or RuntimeError, on every rank, where it failed on any."""
+        """Collective. Wait for the save; OSError or RuntimeError if it failed on any rank."""
         if self._thread is None:
             return
         self._thread.join()
         problem, self._thread, self._problem = self._problem, None, None
         error: Exception | None = None
         if problem:
-            what = (
-                problem.strerror
-                if isinstance(problem, OSError) and problem.strerror
-                else f"{type(problem).__name__}: {problem}"
+            reason = problem.strerror if isinstance(problem, OSError) else None
+            reason = reason or f"{type(problem).__name__}: {problem}"
+            text = (
+                f"the checkpoint of step {self._step} was not saved: {reason}; repeat the command "
+                "to resume from the checkpoint before it"
             )
-            text = f"the checkpoint of step {self._step} was not saved: {what}; the same command goes on from the one before"
             error = (
                 OSError(problem.errno, text) if isinstance(problem, OSError) else RuntimeError(text)
             )
@@ -159,13 +152,13 @@ class Checkpointer:
         raise_on_any_rank(error)
 
     def save(self, state: State, metric: float | None = None, milestone: bool = False) -> None:
-        """Write `step_N` whole or not at all; metric is its held-out loss, None where it was not measured.
+        """Write `step_N` atomically. metric: validation loss, if measured.
 
-        A milestone, or a step of config.milestones, is never pruned. The same step saved again, as after a signal that
-        follows a skipped step, stays a milestone and keeps its metric.
+        A milestone, or a step of config.milestones, is never pruned. A step saved again, as after
+        a signal that follows a skipped step, stays a milestone and keeps its metric.
 
-        In the background this returns as soon as everything is copied. An OSError (no space, say) is raised on every rank,
-        by this, or in the background by wait(); older folders stay.
+        A background save returns as soon as all tensors are copied. An OSError (disk full) is
+        raised on every rank, by save() or, for a background save, by wait(). Older folders stay.
         """
         self.wait()
         cuda = next(state.model.parameters()).is_cuda
@@ -175,7 +168,7 @@ class Checkpointer:
             self._write(snapshot, None)
             return
         if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         self._step = state.step
         self._thread = threading.Thread(
             target=self._write_in_background, args=(snapshot,), name="checkpoint"
@@ -189,7 +182,7 @@ class Checkpointer:
         if copy:
             weights = whole_weights(
                 state.model,
-                lambda name, whole: self._copies.take(f"whole {name}", whole.to(self.dtype)),
+                lambda name, weight: self._copies.take(f"whole {name}", weight.to(self.dtype)),
             )
             copies = {
                 name: self._copies.take(name, shard) for name, shard in local_shards("", tensors)
@@ -211,35 +204,35 @@ class Checkpointer:
     def _write(self, snapshot: Snapshot, group: dist.ProcessGroup | None) -> None:
         """Collective over group."""
         target = self.folder / f"step_{snapshot.position['step']}"
-        part = target.with_name(target.name + ".tmp")
+        scratch = target.with_name(target.name + ".tmp")
         try:
-            run_on_rank0(lambda: self._begin(part, snapshot), group)
-            planner, writer = PlannerOfCopies(snapshot.copies), Writer(part / "state")
+            run_on_rank0(lambda: self._begin(scratch, snapshot), group)
+            planner, writer = PlannerOfCopies(snapshot.copies), Writer(scratch / "state")
             run_on_every_rank(
                 lambda: dcp.save(
                     snapshot.tensors, storage_writer=writer, planner=planner, process_group=group
                 ),
                 group,
             )
-            sums = _checksums(part, group)
-            run_on_rank0(lambda: self._publish(part, target, snapshot, sums), group)
+            sums = _checksums(scratch, group)
+            run_on_rank0(lambda: self._publish(scratch, target, snapshot, sums), group)
         except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             raise
         run_on_rank0(lambda: self._prune(target), group)
 
-    def _begin(self, part: Path, snapshot: Snapshot) -> None:
-        self._tidy()
-        (part / "state").mkdir(parents=True)
+    def _begin(self, scratch: Path, snapshot: Snapshot) -> None:
+        self._clean_up()
+        (scratch / "state").mkdir(parents=True)
         self.check_room(snapshot.config.num_parameters)
-        save_hf(part, snapshot.config, snapshot.weights, self.dtype, **self.special)
+        save_hf(scratch, snapshot.config, snapshot.weights, self.dtype, **self.special)
         for name in TOKENIZER_FILES:
             if self.tokenizer and (self.tokenizer / name).is_file():
-                shutil.copyfile(self.tokenizer / name, part / name)
-        _write_json(part / TRAINER, snapshot.position)
+                shutil.copyfile(self.tokenizer / name, scratch / name)
+        write_json(scratch / TRAINER, snapshot.position)
 
-    def _tidy(self) -> None:
-        """Undo what a killed run left half done."""
+    def _clean_up(self) -> None:
+        """Undo the unfinished save of a killed run."""
         for replaced in _leftovers(self.folder, ".replaced"):
             if not replaced.with_suffix("").exists():
                 replaced.rename(replaced.with_suffix(""))
@@ -248,15 +241,20 @@ class Checkpointer:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def check_room(self, parameters: int) -> None:
-        """OSError where the disk has no room for one more checkpoint: fp32 weights, two moments and the export."""
+        """OSError if the disk cannot hold another checkpoint: fp32 weights, moments and export."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        need = parameters * (12 + self.dtype.itemsize)
+        size = parameters * (12 + self.dtype.itemsize)
         free = shutil.disk_usage(self.folder).free
-        if free < need:
-            text = f"a checkpoint needs {need / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free"
-            raise OSError(errno.ENOSPC, text + "; free some space or lower checkpoint.keep")
+        if free < size:
+            raise OSError(
+                errno.ENOSPC,
+                f"a checkpoint needs {size / 1e9:.2f} GB but {self.folder} has "
+                f"{free / 1e9:.2f} GB free; free some space or lower checkpoint.keep",
+            )
 
-    def _publish(self, part: Path, target: Path, snapshot: Snapshot, sums: dict[str, str]) -> None:
+    def _publish(
+        self, scratch: Path, target: Path, snapshot: Snapshot, sums: dict[str, str]
+    ) -> None:
         before = read_manifest(target) or {}
         metric = snapshot.metric if snapshot.metric is not None else before.get("metric")
         milestone = (
@@ -264,24 +262,23 @@ class Checkpointer:
             or before.get("milestone")
             or step_of(target) in self.config.milestones
         )
-        _write_json(
-            part / MANIFEST,
-            {"hash": "sha256", "metric": metric, "milestone": milestone, "files": sums},
-        )
-        for path in [*part.rglob("*"), part]:
+        content = {"hash": "sha256", "metric": metric, "milestone": milestone, "files": sums}
+        write_json(scratch / MANIFEST, content)
+        for path in [*scratch.rglob("*"), scratch]:
             _sync(path)
         replaced = target.with_name(target.name + ".replaced")
-        if target.exists():  # saved before, then gone back to an older one; a kill between the renames is undone by _tidy
+        if target.exists():  # after a rollback; _clean_up undoes a kill between the renames
             target.rename(replaced)
-        part.rename(target)
+        scratch.rename(target)
         _sync(self.folder)
         for old in (replaced, target.with_name(target.name + ROLLED_BACK)):
             shutil.rmtree(old, ignore_errors=True)
 
     def _prune(self, newest: Path) -> None:
-        """Keep the newest, milestones, and the best; of the best, where it is neither, the weights alone.
+        """Delete checkpoints except the newest, milestones and the best.
 
-        Only ever called right after `newest` was published whole. Folders without a readable manifest are not touched.
+        A best checkpoint that is neither recent nor a milestone keeps its weights only. `newest`
+        was published right before. Folders without a readable manifest stay.
         """
         manifests = {
             path: content for path in step_folders(self.folder) if (content := read_manifest(path))
@@ -293,7 +290,7 @@ class Checkpointer:
             for path in with_state
             if manifests[path].get("milestone") or step_of(path) in listed
         ]
-        whole = {newest, *with_state[-self.config.keep :], *milestones}
+        complete = {newest, *with_state[-self.config.keep :], *milestones}
         measured = {
             path: content["metric"]
             for path, content in manifests.items()
@@ -303,45 +300,46 @@ class Checkpointer:
             min(measured, key=measured.__getitem__) if measured and self.config.keep_best else None
         )
         for path, content in manifests.items():
-            if path in whole:
+            if path in complete:
                 continue
             if path != best:
-                doomed = path.rename(
-                    path.with_name(path.name + ".tmp")
-                )  # never half a folder under a good name
+                # Renamed first, so that step_N is never incomplete.
+                doomed = path.rename(path.with_name(path.name + ".tmp"))
             elif (path / "state").exists():
                 files = {
                     name: total
                     for name, total in content["files"].items()
                     if not name.startswith("state/")
                 }
-                write_json(
-                    path / MANIFEST, {**content, "files": files}
-                )  # from here on state/ is no part of it
+                write_json(path / MANIFEST, {**content, "files": files})
                 doomed = path / "state"
             else:
                 continue
-            shutil.rmtree(doomed, ignore_errors=True)  # what is still read by others goes next time
+            shutil.rmtree(doomed, ignore_errors=True)  # files still in use: on the next save
 
     def newest(self) -> Path | None:
-        """Collective. The newest whole step folder with state/. A damaged one is set aside as `step_N.damaged`."""
+        """Collective. The newest complete step folder with state/, or None.
+
+        Damaged folders are renamed to `step_N.damaged`.
+        """
         self.wait()
         return run_on_rank0(self._newest)
 
     def _newest(self) -> Path | None:
-        self._tidy()
-        return self._first_whole(reversed(step_folders(self.folder)))
+        self._clean_up()
+        return self._first_complete(reversed(step_folders(self.folder)))
 
-    def go_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
-        """Collective. The newest whole step folder of `phase` at or before `step`, else the oldest, else None.
+    def roll_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
+        """Collective. The newest complete step folder of `phase` up to `step`, else the oldest.
 
-        Newer folders are set aside as `step_N.rolled_back`, so that no later start resumes from them; each is deleted when
-        its step is saved again. Their names are returned too.
+        None if there is none. Newer folders are renamed to `step_N.rolled_back`, which hides them
+        from later starts; the second value has their names. Each is deleted when its step is saved
+        again.
         """
         self.wait()
-        return run_on_rank0(lambda: self._go_back(step, phase))
+        return run_on_rank0(lambda: self._roll_back(step, phase))
 
-    def _go_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
+    def _roll_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
         folders = step_folders(self.folder)
         saved_by = {
             path: (read_object(path / TRAINER) or {}).get("phase", phase)
@@ -350,13 +348,13 @@ class Checkpointer:
         }
         of_phase = [path for path in folders if saved_by.get(path) == phase]
         older = [path for path in of_phase if step_of(path) <= step]
-        found = self._first_whole([*reversed(older), *of_phase[len(older) :]])
+        source = self._first_complete([*reversed(older), *of_phase[len(older) :]])
         newer = [
-            path for path in folders if found and path.is_dir() and step_of(path) > step_of(found)
+            path for path in folders if source and path.is_dir() and step_of(path) > step_of(source)
         ]
-        return found, [self._set_aside(path, ROLLED_BACK).name for path in reversed(newer)]
+        return source, [self._set_aside(path, ROLLED_BACK).name for path in reversed(newer)]
 
-    def _first_whole(self, folders: Iterable[Path]) -> Path | None:
+    def _first_complete(self, folders: Iterable[Path]) -> Path | None:
         for path in folders:
             if not has_state(path):
                 continue
@@ -376,154 +374,62 @@ class Checkpointer:
 
 
 def load_state(folder: Path, state: State) -> dict[str, Any]:
-    """Load weights, moments and position of a step folder into state. Returns its trainer.json."""
-    run_on_rank0(lambda: check_whole(folder))
+    """Load weights, moments, step and tokens of a step folder into state; return trainer.json."""
+    run_on_rank0(lambda: check_complete(folder))
     model, optimizer = get_state_dict(state.model, state.optimizer)
-    kept = read_index(folder / "state").state_dict_metadata
+    entries = read_index(folder / "state").state_dict_metadata
     moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
     if any(
-        f"optimizer.state.{name}.{kind}" not in kept
+        f"optimizer.state.{name}.{kind}" not in entries
         for name, kinds in moments.items()
         for kind in kinds
     ):
         raise ValueError(
-            f"{folder} was saved with another optim.name; keep to that, or take its weights only: init_from={folder}"
+            f"{folder} was saved with another optim.name; use that one, or load its weights only "
+            f"with init_from={folder}"
         )
-    # The optimizer's settings are the config's, not the checkpoint's: only moments and counters are loaded.
+    # Optimizer settings stay those of the config: only moments and counters are loaded.
     settings = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
     ]
     load({"model": model, "optimizer": optimizer}, folder / "state")
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-    for group, own in zip(state.optimizer.param_groups, settings, strict=True):
-        group.update(own)
+    for group, values in zip(state.optimizer.param_groups, settings, strict=True):
+        group.update(values)
     position = read_position(folder)
     state.step, state.tokens = position["step"], position["tokens"]
     return position
 
 
-def step_folders(folder: Path) -> list[Path]:
-    """The step_N folders under `folder`, oldest first."""
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=step_of)
-
-
-def _leftovers(folder: Path, suffix: str) -> list[Path]:
-    """Folders step_N<suffix>, which only this module makes; other names are the user's."""
-    found = (path for path in folder.glob(f"step_*{suffix}") if path.is_dir())
-    return [path for path in found if path.name.removesuffix(suffix)[5:].isdecimal()]
-
-
-def step_of(folder: Path) -> int:
-    """N of a folder step_N."""
-    return int(folder.name[5:])
-
-
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """{"hash", "metric", "milestone", "files": {name: checksum}} of a step folder; None where it has no readable one."""
-    try:
-        content = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))
-        paths = [Path(name) for name in content["files"]]
-        inside = not any(path.is_absolute() or ".." in path.parts for path in paths)
-        known = isinstance(content["files"], dict) and isinstance(
-            content.get("metric"), int | float | None
-        )
-        return content if inside and known else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def has_state(folder: Path) -> bool:
-    """Whether a step folder is one to resume from, as far as its manifest says; also where that cannot be read."""
-    manifest = read_manifest(folder)
-    return (folder / "state").is_dir() if manifest is None else TRAINER in manifest["files"]
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a step folder, or None where its model and state are in the manifest and have their checksums."""
-    manifest = read_manifest(folder)
-    if manifest is None:
-        return f"no readable {MANIFEST}"
-    sums = manifest["files"]
-    for name in sums:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-    needed = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
-    needed |= (
-        {f"state/{path.name}" for path in (folder / "state").glob("*")}
-        if TRAINER in sums
-        else set()
-    )
-    if unlisted := sorted(needed - sums.keys()):
-        return f"{unlisted[0]} has no checksum in {MANIFEST}"
-    found = _hash_files(folder, list(sums), manifest.get("hash", "blake2b"))
-    return next((f"{name} has changed" for name in sums if found[name] != sums[name]), None)
-
-
-def identity(folder: Path) -> str:
-    """A hash of the model in a step folder, by its manifest, or in a Hugging Face folder, by its files.
-
-    What resuming needs is left out: the model stays the same when state/ of an old checkpoint is dropped.
-    """
-    manifest = read_manifest(folder)
-    if manifest:
-        sums = {
-            name: total
-            for name, total in manifest["files"].items()
-            if not name.startswith("state/")
-        }
-    else:
-        names = sorted(
-            path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")
-        )
-        sums = _hash_files(folder, names, "sha256")
-    return blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def read_position(folder: Path) -> dict[str, Any]:
-    """trainer.json of a step folder; ValueError where it is damaged."""
-    position = read_object(folder / TRAINER)
-    if position is None or not is_position(position):
-        raise ValueError(f"{folder / TRAINER} is damaged; take another copy of the checkpoint")
-    return position
-
-
-def read_phase(folder: Path) -> str:
-    """The phase that saved a step folder."""
-    return read_position(folder)["phase"]
-
-
-def check_whole(folder: Path) -> None:
-    """ValueError where a step folder is damaged or cannot be resumed from."""
-    if not has_state(folder):
-        raise ValueError(
-            f"{folder} has no state/ to resume from; use it as weights only with init_from={folder}"
-        )
-    problem = damage(folder)
-    if problem:
-        raise ValueError(f"{folder} is damaged ({problem}); resume from another checkpoint")
-
-
 def whole_weights(
     model: torch.nn.Module,
-    keep: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, whole: whole.cpu(),
+    copy: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, weight: weight.cpu(),
 ) -> dict[str, torch.Tensor]:
-    """Collective. The model's whole weights on the CPU of the main rank, under its own names; {} on the others.
+    """Collective. Unsharded weights by parameter name on rank 0, on the CPU; {} on other ranks.
 
-    keep(name, whole) -> what is kept of one that is still on the device.
+    copy(name, weight): moves a weight off the device.
     """
     weights = {}
     for name, value in model.state_dict().items():
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        weight = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
-            weights[name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")] = (
-                keep(name, whole)
-            )
+            plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+            weights[plain] = copy(name, weight)
     return weights
 
 
+def _leftovers(folder: Path, suffix: str) -> list[Path]:
+    """Folders named step_N<suffix>, which only this module creates."""
+    folders = (path for path in folder.glob(f"step_*{suffix}") if path.is_dir())
+    return [
+        path
+        for path in folders
+        if step_number(path.with_name(path.name.removesuffix(suffix))) is not None
+    ]
+
+
 def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
-    """Collective. Checksum of every file in a folder all ranks see, each rank hashing its share of the bytes."""
+    """Collective. Checksums of all files in a shared folder; each rank hashes part of the bytes."""
     sizes = run_on_rank0(
         lambda: {
             str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()
@@ -531,36 +437,18 @@ def _checksums(folder: Path, group: dist.ProcessGroup | None) -> dict[str, str]:
         group,
     )
     loads = [0] * dist.get_world_size()
-    own = []
+    names = []  # for this rank to hash
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         rank = loads.index(min(loads))
         loads[rank] += sizes[name]
         if rank == dist.get_rank():
-            own.append(name)
-    mine: list[dict[str, str]] = []
-    run_on_every_rank(lambda: mine.append(_hash_files(folder, own, "sha256")), group)
+            names.append(name)
+    local: list[dict[str, str]] = []
+    run_on_every_rank(lambda: local.append(hash_files(folder, names, "sha256")), group)
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, mine[0], group=group)
-    found = {name: total for share in shares for name, total in share.items()}
-    return {name: found[name] for name in sorted(found)}
-
-
-def _hash_files(folder: Path, names: list[str], kind: str) -> dict[str, str]:
-    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing and reading let other threads run
-        return dict(
-            zip(names, pool.map(lambda name: _checksum(folder / name, kind), names), strict=True)
-        )
-
-
-def _checksum(path: Path, kind: str = "sha256") -> str:
-    digest = (
-        sha256() if kind == "sha256" else blake2b(digest_size=16)
-    )  # blake2b: of manifests that do not name a hash
-    block = memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while size := file.readinto(block):
-            digest.update(block[:size])
-    return digest.hexdigest()
+    dist.all_gather_object(shares, local[0], group=group)
+    sums = {name: total for share in shares for name, total in share.items()}
+    return {name: sums[name] for name in sorted(sums)}
 
 
 def _sync(path: Path) -> None:
@@ -568,7 +456,3 @@ def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""How a checkpoint's state/ is written: from copies of this rank's shards, one synced file a rank."""
+"""Writing of a checkpoint's state/: from copies of this rank's shards, one synced file per rank."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,13 +11,13 @@ from torch.distributed.tensor import DTensor
 
 
 class Copies:
-    """Copies of tensors on the CPU, pinned where they come from a GPU. The same memory serves the next save."""
+    """Copies of tensors on the CPU, pinned for GPU tensors. The next save reuses the memory."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
 
     def take(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A copy of value, complete after finish(), good until the next take of that name."""
+        """A copy of value; complete after finish(), valid until the next take() of that name."""
         if name not in self.buffers:
             self.buffers[name] = torch.empty(
                 value.shape, dtype=value.dtype, pin_memory=value.is_cuda
@@ -30,7 +30,7 @@ class Copies:
 
 
 class PlannerOfCopies(dcp.DefaultSavePlanner):
-    """Plans by the shapes of live tensors and writes the copies taken of them, where there are any."""
+    """Plans by the shapes of live tensors and writes their copies, if any."""
 
     def __init__(self, copies: dict[str, torch.Tensor]):
         super().__init__()
@@ -41,19 +41,17 @@ class PlannerOfCopies(dcp.DefaultSavePlanner):
 
 
 class Writer(dcp.FileSystemWriter):
-    """One file a rank, synced. Not several: torch 2.13 loses an error in any but the first of its writing threads."""
+    """Writes one synced file per rank: torch 2.13 loses errors of all writing threads but one."""
 
     def __init__(self, folder: Path):
-        super().__init__(
-            folder, per_thread_copy_ahead=0
-        )  # no copying ahead: it waits for the GPU's stream
+        super().__init__(folder, per_thread_copy_ahead=0)  # copying ahead waits for the GPU stream
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # without torch's random id: equal states leave equal bytes
+        return StorageMeta()  # no random id, so equal states give equal bytes
 
 
 def local_shards(prefix: str, tree: dict[str, Any]) -> Iterable[tuple[str, torch.Tensor]]:
-    """This rank's shards of all tensors in nested dicts, under the names that DCP gives them."""
+    """This rank's shards of the tensors in nested dicts, with their names in DCP."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from local_shards(f"{prefix}{key}.", value)

@@ -1,4 +1,4 @@
-"""A run's config: what train.py reads, one frozen dataclass a section. How YAML becomes that: settings.py."""
+"""The config of a run: one frozen dataclass per section. settings.py reads it from YAML."""
 
 import dataclasses
 from dataclasses import dataclass, field, replace
@@ -16,42 +16,38 @@ from training.schedulers import ScheduleConfig
 from training.settings import NoEffect, load_settings, without_no_effect
 from training.startup import StartupConfig
 
-PHASES_DIFFER = (
-    "max_position_embeddings",
-    "rope_theta",
-    "initializer_range",
-)  # of the model; setup checks theta by itself
+# Fields of ModelConfig in which phases may differ; setup.py checks rope_theta separately.
+PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")
 
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Sources, mixture and batches."""
+
     store: FilledText = "data/store/nanollama"  # folder with tokenizer/ and tokens/<source>/
     mix: dict[str, PositiveFloat] = field(default_factory=dict)  # source -> weight, by tokens
     sequence_length: PositiveInt = 4096
     tokens_per_step: PositiveInt = 131_072  # over all ranks and micro-batches
-    micro_batch_size: PositiveInt = 16  # rows a rank holds at once
-    packing: str = (
-        "stream"  # or best_fit: pad rows a little so that only documents longer than a row are cut
-    )
-    min_document_tokens: dict[str, PositiveInt] = field(
-        default_factory=dict
-    )  # source -> read only documents at least this long
-    accept_changed: bool = (
-        False  # resume in the middle of a phase although data, mixture or batch have changed
-    )
+    micro_batch_size: PositiveInt = 16  # rows per rank
+    packing: str = "stream"  # or best_fit: splits only documents longer than a row, pads rows
+    # Source -> minimum length of its documents; shorter ones are skipped.
+    min_document_tokens: dict[str, PositiveInt] = field(default_factory=dict)
+    accept_changed: bool = False  # resume a phase with changed data, mixture or batch size
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
         if self.tokens_per_step % self.sequence_length:
             raise ValueError(
-                f"data.tokens_per_step={self.tokens_per_step} must be a multiple of data.sequence_length={self.sequence_length}"
+                f"data.tokens_per_step={self.tokens_per_step} must be a multiple of "
+                f"data.sequence_length={self.sequence_length}"
             )
         if self.packing not in ("stream", "best_fit"):
             raise ValueError(f"data.packing={self.packing!r} must be stream or best_fit")
         for name in self.min_document_tokens:
             if name not in self.mix:
+                sources = ", ".join(self.mix) or "nothing"
                 raise ValueError(
-                    f"data.min_document_tokens.{name}: data.mix reads {', '.join(self.mix) or 'nothing'}, not {name}"
+                    f"data.min_document_tokens.{name}: data.mix reads {sources}, not {name}"
                 )
 
     @property
@@ -62,24 +58,26 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    every: NonNegativeInt = (
-        1000  # steps; the end of a phase is measured always; 0 turns validation off
-    )
-    before: bool = False  # measure before the first step, too
-    rows: PositiveInt = 64  # held-out rows a source
-    batch_size: PositiveInt | None = (
-        None  # rows a rank holds at once; default: data.micro_batch_size
-    )
+    """Evaluation on held-out rows during training."""
+
+    every: NonNegativeInt = 1000  # steps, and always at the end of a phase; 0: no validation
+    before: bool = False  # also before the first step
+    rows: PositiveInt = 64  # held-out rows per source
+    batch_size: PositiveInt | None = None  # rows per rank; default: data.micro_batch_size
 
     def __post_init__(self) -> None:
         check_fields(self, "validation")
 
+    def is_due(self, step: int, last: bool) -> bool:
+        """True if this step, or the last one of a command, is followed by validation."""
+        return bool(self.every) and (last or step % self.every == 0)
+
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One phase of one run, as `train.py --config` reads it."""
+    """One phase of a run."""
 
-    SHAPE_FROM_BASE: ClassVar[bool] = False  # the model section follows from init_from
+    SHAPE_FROM_BASE: ClassVar[bool] = False  # True if init_from sets the model section
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = {
         "model.rope_theta": NoEffect(
             "is rope_theta here: one number, or [first, last] over the phase"
@@ -90,23 +88,16 @@ class RunConfig:
     phase: str = "phase1_pretrain"
     steps: PositiveInt = 184_000  # updates in this phase
     start_step: NonNegativeInt | None = None  # step of the whole run at which this phase must begin
-    until: PositiveInt | None = (
-        None  # step of the whole run to pause at, saved, before the phase ends
-    )
-    # Base of the rotary embedding: one value, or [first, last], which it takes over the phase evenly in its logarithm.
-    rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = (
-        None  # default: 10000, or that of the base model
-    )
-    allow_theta_jump: bool = (
-        False  # begin with another rope theta than the checkpoint before was trained with
-    )
+    until: PositiveInt | None = None  # step of the whole run at which to save and pause
+    # Base of the rotary embedding: one value, or [first, last] for a log-linear change over the
+    # phase. Default: 10000, or that of the base model.
+    rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = None
+    allow_theta_jump: bool = False  # begin with another rope theta than the source checkpoint's
     seed: Annotated[int, at_least(0, below=2**63)] = 1337
     output_dir: str | None = None  # default: checkpoints/<run>/<phase>
     log_dir: str | None = None  # default: logs/<run>
-    resume_from: str | None = (
-        None  # an earlier phase by name, its folder, or a step folder: continues its state
-    )
-    init_from: str | None = None  # a Hugging Face folder whose weights start a new run
+    resume_from: str | None = None  # name or folder of an earlier phase, or a step folder
+    init_from: str | None = None  # Hugging Face folder whose weights start a new run
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -124,22 +115,22 @@ class RunConfig:
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds the model's context, "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}; shorten one or raise the other"
+                f"model.max_position_embeddings={self.model.max_position_embeddings}; "
+                "lower the first or raise the second"
             )
         reach, back = (self.checkpoint.keep - 1) * self.checkpoint.every, self.faults.rollback_steps
         if reach < back < self.steps:
             raise ValueError(
-                f"faults.rollback_steps={back} needs older checkpoints than the {self.checkpoint.keep} that are kept, one "
-                f"every {self.checkpoint.every} steps; set checkpoint.keep={-(-back // self.checkpoint.every) + 1}"
+                f"faults.rollback_steps={back} needs older checkpoints than checkpoint.keep="
+                f"{self.checkpoint.keep} with checkpoint.every={self.checkpoint.every}; set "
+                f"checkpoint.keep={-(-back // self.checkpoint.every) + 1}"
             )
-        for name in ("run", "phase"):
-            if Path(getattr(self, name)).name in ("", "..") or Path(
-                getattr(self, name)
-            ).name != getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a plain folder name")
+        for key, name in (("run", self.run), ("phase", self.phase)):
+            if name in ("", "..") or Path(name).name != name:
+                raise ValueError(f"{key}={name!r} must be a plain folder name")
 
     def _settle_theta(self) -> None:
-        """Make rope_theta the one place that says theta: check it, fill in its default, give the model its first value."""
+        """Check rope_theta, fill in its default, and copy its first value to the model section."""
         if isinstance(self.rope_theta, tuple) and len(self.rope_theta) != 2:
             raise ValueError(
                 f"rope_theta={list(self.rope_theta)} must be one number or two, [first, last]"
@@ -154,17 +145,18 @@ class RunConfig:
 
     @property
     def theta_range(self) -> tuple[float, float]:
-        """Rope theta of the first and of the last step of the phase."""
+        """Rope theta of the first and the last step of the phase."""
         last = self.rope_theta[1] if isinstance(self.rope_theta, tuple) else self.rope_theta
         return self.model.rope_theta, last or self.model.rope_theta
 
     @property
     def theta_text(self) -> str:
+        """Rope theta as text, e.g. "10,000 to 500,000"."""
         return " to ".join(f"{theta:,.0f}" for theta in dict.fromkeys(self.theta_range))
 
     @property
     def earlier(self) -> Path | None:
-        """Where resume_from points: a phase by name lies beside this phase's folder, or in checkpoints/<run>."""
+        """Folder of resume_from. A phase name: beside this phase, or in checkpoints/<run>."""
         if self.resume_from is None:
             return None
         path = Path(self.resume_from)
@@ -190,7 +182,7 @@ def load(
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
-    """The whole resolved config, as plain values that read back to the same run, without settings of no effect."""
+    """The resolved config as plain values that load() reads back, without settings of no effect."""
     values = dataclasses.asdict(run)
     if isinstance(run.rope_theta, tuple):
         values["rope_theta"] = list(run.rope_theta)

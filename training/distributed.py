@@ -1,4 +1,4 @@
-"""Work that ranks do together: on the main rank or on all, with one outcome for every rank."""
+"""Run a function on rank 0 or on all ranks, with the same outcome on every rank."""
 
 import errno
 import os
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def run_on_rank0(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Collective. Do it on the main rank; every rank gets what it returned, or raises what it raised."""
+    """Collective. Call `work` on rank 0; every rank returns its result or raises its error."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = work()
-        except Exception as error:  # the others wait for what came of it, whatever that is
+        except Exception as error:
             outcome[1] = _portable(error)
     dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
@@ -29,11 +29,11 @@ def run_on_rank0(work: Callable[[], T], group: dist.ProcessGroup | None = None) 
 
 
 def run_on_every_rank(work: Callable[[], object], group: dist.ProcessGroup | None = None) -> None:
-    """Collective. Do it on all ranks; if it fails on any, it fails so on all."""
+    """Collective. Call `work` on every rank; an error on any rank is raised on all."""
     problem: Exception | None = None
     try:
         work()
-    except dcp.api.CheckpointException as error:  # torch wraps what happened on each rank
+    except dcp.api.CheckpointException as error:  # torch's wrapper of the error of each rank
         inner = next(iter(error.failures.values()))[0]
         if isinstance(inner, OSError):
             problem = inner
@@ -47,18 +47,17 @@ def run_on_every_rank(work: Callable[[], object], group: dist.ProcessGroup | Non
 
 
 def raise_on_any_rank(problem: Exception | None, group: dist.ProcessGroup | None = None) -> None:
-    """Collective. Raise on every rank what the first rank with a problem has; nothing where none has one."""
+    """Collective. Raise the problem of the first rank that has one, on every rank."""
     problems: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem and _portable(problem), group=group)
-    first = next((rank for rank, found in enumerate(problems) if found is not None), None)
+    first = next((rank for rank, error in enumerate(problems) if error is not None), None)
     if first is not None:
-        raise (
-            problem if problem and first == dist.get_rank() else problems[first]
-        )  # its own has its traceback
+        is_local = problem and first == dist.get_rank()  # keeps its traceback
+        raise problem if problem and is_local else problems[first]
 
 
 def _portable(error: Exception) -> Exception:
-    """The error, or where it cannot travel between processes, one that says what it was."""
+    """The error if it can be pickled, else a RuntimeError with its text."""
     try:
         if type(pickle.loads(pickle.dumps(error))) is type(error):
             return error

@@ -1,8 +1,8 @@
-"""Sharding, put on a model from outside, in a fixed order: float8, activation checkpointing, compile per block, FSDP2."""
+"""Wrap a model in float8, activation checkpointing, torch.compile per block and FSDP2, in order."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,25 +18,23 @@ from ranges import PositiveInt, above, check_fields
 from training.fp8 import convert_to_fp8
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is spread over ranks; none of it changes what is computed, beyond rounding."""
+    """How the model is distributed over ranks. Results are equal up to rounding."""
 
-    strategy: str = "zero2"  # zero2: parameters stay whole from forward to backward; zero3: gathered twice; ddp: not sharded
-    dtype: str = "auto"  # of parameters and activations in forward and backward: bfloat16, float32, or what the device has
-    activation_checkpointing: str = (
-        "none"  # none, selective (keep matmuls and fused attention), full
-    )
-    compile: bool | None = (
-        None  # each block and the loss head with torch.compile; default: on a GPU
-    )
-    attention: str = "auto"  # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2 - 4, if there); auto: models/attention.py
-    fp8: bool = False  # matmuls of the blocks in float8, with torchao
-    replicas: PositiveInt = (
-        1  # HSDP: that many whole copies, each sharded over neighbouring ranks; best one a machine
-    )
+    # zero2: parameters stay gathered from forward to backward; zero3: gathered twice; ddp: whole.
+    strategy: str = "zero2"
+    # Of parameters and activations in forward and backward: bfloat16, float32 or auto.
+    dtype: str = "auto"
+    activation_checkpointing: str = "none"  # selective: keep matmuls and fused attention; full
+    compile: bool | None = None  # torch.compile per block and loss head; default: on a GPU
+    # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2-4); auto: see models/attention.py.
+    attention: str = "auto"
+    fp8: bool = False  # float8 matmuls in the blocks, with torchao
+    replicas: PositiveInt = 1  # HSDP: copies, each sharded over neighbouring ranks; one per node
     # A step (not the first) in which ranks wait longer for each other ends the run.
     timeout_s: Annotated[float, above(0, most=1e9)] = 300
 
@@ -54,36 +52,38 @@ class ParallelConfig:
                 )
         if self.strategy == "ddp" and self.replicas > 1:
             raise ValueError(
-                "with parallel.strategy=ddp every rank is a replica; leave out parallel.replicas, or take zero2"
+                f"parallel.replicas={self.replicas} has no effect with parallel.strategy=ddp, "
+                "where every rank is a replica; remove it, or use parallel.strategy=zero2"
             )
 
 
 def compiles(config: ParallelConfig, device: torch.device) -> bool:
-    """Are blocks compiled: as asked for, else on a GPU."""
+    """Whether blocks are compiled: parallel.compile, by default only on a GPU."""
     return device.type == "cuda" if config.compile is None else config.compile
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward: as asked for, else bfloat16 where the device computes in it, else float32."""
+    """The dtype of forward and backward: parallel.dtype, or for auto bfloat16 if it is native."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        native = any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = any(features.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return torch.bfloat16 if native else torch.float32
 
 
 def wrap_model_fsdp(
-    model: nn.Module, config: ParallelConfig | None = None, device: torch.device | None = None
-) -> nn.Module:
-    """Shard a model that has `.layers`, in place, over all ranks of the default group. Parameters stay fp32 masters.
+    model: Model, config: ParallelConfig | None = None, device: torch.device | None = None
+) -> Model:
+    """Shard a model with `.layers` in place over all ranks of the default group.
 
-    Gathers in the compute dtype, reduces gradients in fp32, and *sums* them over ranks: whoever calls backward divides by
-    the weight of the whole step. DDP and HSDP are the same machinery with some or all ranks as replicas.
-    Defaults: ParallelConfig(), and this rank's GPU or the CPU. Without a config and a process group it makes a group: of
-    torchrun's ranks, or of this process alone.
+    Parameters stay fp32 masters. FSDP2 gathers them in the compute dtype, and reduces gradients in
+    fp32 by *summing*: divide the loss by the loss denominator of the whole step before backward.
+    DDP and HSDP are the same with all or some ranks as replicas.
+    Defaults: ParallelConfig(), and this rank's GPU or the CPU. Without a config and a process
+    group, it creates a group of torchrun's ranks, or of this process alone.
     """
     device = device or _device()
     if config is None:
@@ -96,18 +96,16 @@ def wrap_model_fsdp(
     if config.fp8:
         convert_to_fp8(layers, device)
     if config.activation_checkpointing != "none":
-        keep: dict[
-            str, Any
-        ] = {}  # torch.compile refuses a context_fn that does nothing, so "full" has none
+        options: dict[str, Any] = {}  # torch.compile rejects an empty context_fn for "full"
         if config.activation_checkpointing == "selective":
-            keep["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         for i, block in enumerate(layers):
-            layers[i] = checkpoint_wrapper(block, **keep)
+            layers[i] = checkpoint_wrapper(block, **options)
     if compiles(config, device):
         for block in layers:
             block.compile(fullgraph=True)
     dtype = compute_dtype(config, device)
-    # No cast of inputs: hidden states already have the dtype, and the rotary tables must stay fp32.
+    # Inputs are not cast: hidden states already have the dtype, and rotary tables must stay fp32.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -116,7 +114,7 @@ def wrap_model_fsdp(
             module, mesh=mesh, mp_policy=precision, reshard_after_forward=config.strategy == "zero3"
         )
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+        module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     return model
 
 
@@ -127,7 +125,7 @@ def _device() -> torch.device:
 
 
 def _join(device: torch.device) -> None:
-    """Make the default process group, if there is none."""
+    """Create the default process group unless it exists."""
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if dist.is_torchelastic_launched():
@@ -137,13 +135,13 @@ def _join(device: torch.device) -> None:
 
 
 def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
-    """Ranks as replicas x shards; ranks of one machine are neighbours, so a replica does not leave it if it fits there."""
+    """Mesh of replicas x shards. Shards are neighbouring ranks, on one node if they fit there."""
     world = get_world_size()
     replicas = world if config.strategy == "ddp" else config.replicas
     if world % replicas:
-        fitting = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
+        divisors = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         raise ValueError(
-            f"parallel.replicas={replicas} does not divide {world} rank(s); take one of {fitting}"
+            f"parallel.replicas={replicas} does not divide {world} rank(s); use one of {divisors}"
         )
     if replicas == 1 and config.strategy != "ddp":
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
@@ -152,14 +150,18 @@ def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
     )
 
 
-def set_last_micro_batch(model: FSDPModule, last: bool, strategy: str) -> None:
-    """Before each backward: reduce gradients only after the step's last one; until then zero2 keeps parameters gathered."""
+def set_last_micro_batch(model: nn.Module, last: bool, strategy: str) -> None:
+    """Call before each backward: gradients are reduced only after the step's last micro-batch.
+
+    Until then zero2 keeps parameters gathered.
+    """
+    assert isinstance(model, FSDPModule)
     model.set_requires_gradient_sync(last)
     model.set_reshard_after_backward(last or strategy == "zero3")
 
 
 def reshard(model: nn.Module) -> None:
-    """Give up gathered parameters, as after a forward pass without a backward one."""
+    """Free gathered parameters, as needed after a forward pass without a backward pass."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -167,10 +169,6 @@ def reshard(model: nn.Module) -> None:
 
 def _keep_matmuls(context, operator, *args, **kwargs) -> CheckpointPolicy:
     aten = torch.ops.aten
-    kept = {
-        aten.mm.default,
-        aten._scaled_mm.default,
-        aten.max.default,
-    }  # the last two: of float8, and the maxima of its scales
-    keep = operator in kept or operator in kernel_operators()
+    saved = {aten.mm.default, aten._scaled_mm.default, aten.max.default}  # the last two: float8
+    keep = operator in saved or operator in kernel_operators()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

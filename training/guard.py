@@ -1,4 +1,4 @@
-"""Is this step fit to apply, and has someone asked the run to stop?"""
+"""Loss-spike detection, rollback state and stop signals of a training run."""
 
 import math
 import os
@@ -14,19 +14,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Records a signal of SIGNALS; the loop reduces its flags over ranks at each step.
+    """Records the first signal of SIGNALS that this rank receives.
 
-    So all ranks learn of a signal to any of them at the same step, save there, and exit. A second
-    SIGTERM or SIGINT kills at once, unless it comes within GRACE seconds: on Ctrl-C a rank gets
-    SIGINT from the terminal and from torchrun. A closed terminal (SIGHUP) never interrupts a save.
-    SIGHUP stays ignored where it was ignored before: that is how nohup starts a command.
+    The loop reduces the flags over ranks at each step, so all ranks save at the same step and exit.
+    A second SIGTERM or SIGINT kills at once, unless it comes within GRACE seconds: on Ctrl-C a rank
+    gets SIGINT from the terminal and from torchrun. A closed terminal (SIGHUP) never interrupts a
+    save. SIGHUP stays ignored if it was ignored before, as nohup sets it.
     """
 
     GRACE = 5.0
 
     def __init__(self) -> None:
         self.received = 0
-        self.at = 0.0
+        self.time = 0.0  # of the first signal, monotonic
 
     def __enter__(self) -> "StopSignal":
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -36,8 +36,10 @@ class StopSignal:
 
     def _note(self, number: int, frame: object) -> None:
         if not self.received:
-            self.received, self.at = number, time.monotonic()
-        elif number in (signal.SIGTERM, signal.SIGINT) and time.monotonic() - self.at > self.GRACE:
+            self.received, self.time = number, time.monotonic()
+            return
+        is_late = time.monotonic() - self.time > self.GRACE
+        if number in (signal.SIGTERM, signal.SIGINT) and is_late:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
@@ -46,7 +48,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def flags(self) -> tuple[bool, ...]:
-        """One flag for each of SIGNALS: did this rank receive it?"""
+        """One flag for each of SIGNALS: True if this rank received it."""
         return tuple(self.received == number for number in SIGNALS)
 
 
@@ -56,7 +58,7 @@ def stop_status(flags: Sequence[bool]) -> int:
 
 
 class StepFlags(NamedTuple):
-    """What a rank reports beside its metric sums at each step; after the reduction, what any rank reported."""
+    """Events of one step beside its metrics: on one rank, or after the reduction on any rank."""
 
     save_failed: bool = False
     signals: tuple[bool, ...] = ()  # one for each of SIGNALS
@@ -64,22 +66,17 @@ class StepFlags(NamedTuple):
 
 @dataclass(frozen=True)
 class FaultConfig:
-    """What is done about steps that are not fit to apply: skip them; after some in a row go back; after some of that stop."""
+    """Policy for bad steps: skip, roll back after several in a row, stop after max_rollbacks."""
 
     # A loss or gradient norm this many deviations above the window's mean is a spike; 0: never.
     spike_sigma: NonNegativeFloat = 6.0
-    window: PositiveInt = 128  # good steps that mean and deviation are taken over; before it is full nothing is a spike
-    bad_in_a_row: PositiveInt = (
-        5  # skipped steps after which the run goes back to an earlier checkpoint
-    )
-    rollback_steps: NonNegativeInt = 0  # at least so many steps back; 0: the newest checkpoint
-    max_rollbacks: NonNegativeInt = 3  # more stop the run
-    lr_factor: Annotated[float, above(0, most=1)] = (
-        0.5  # of the learning rate, at each time it goes back
-    )
-    grad_clip: NonNegativeFloat = (
-        0.5  # after it went back, where that is tighter than optim.grad_clip
-    )
+    # Good steps in the mean and deviation. Until the window is full, no step is a spike.
+    window: PositiveInt = 128
+    bad_in_a_row: PositiveInt = 5  # skipped steps before a rollback
+    rollback_steps: NonNegativeInt = 0  # minimum distance of a rollback; 0: newest checkpoint
+    max_rollbacks: NonNegativeInt = 3  # one more stops the run
+    lr_factor: Annotated[float, above(0, most=1)] = 0.5  # on the learning rate, at each rollback
+    grad_clip: NonNegativeFloat = 0.5  # after a rollback, if tighter than optim.grad_clip
 
     def __post_init__(self) -> None:
         check_fields(self, "faults")
@@ -87,22 +84,23 @@ class FaultConfig:
 
 @dataclass
 class FaultState:
-    """What a run remembers of its good and bad steps; part of the State, so that a resumed run judges as it would have."""
+    """Recent losses, skipped batches and rollbacks; saved in checkpoints."""
 
     losses: list[float] = field(default_factory=list)  # of the last good steps
-    norms: list[float] = field(default_factory=list)
-    bad_batches: list[int] = field(default_factory=list)  # of the bad steps in a row up to now
-    excluded_batches: list[int] = field(
-        default_factory=list
-    )  # places of this phase that are not read again
+    norms: list[float] = field(default_factory=list)  # gradient norms of the same steps
+    bad_batches: list[int] = field(default_factory=list)  # batch indices since the last good step
+    excluded_batches: list[int] = field(default_factory=list)  # batch indices, of this phase
     skipped: int = 0  # steps, over the whole run
     rollbacks: int = 0
     lr_scale: float = 1.0
-    grad_clip: float | None = None  # tightened to; None: as configured
-    no_go: str = ""  # what the start-up checks ended the run for, until it is accepted
+    grad_clip: float | None = None  # limit after a rollback; None: as configured
+    no_go: str = ""  # why the start-up checks ended the run; "" once accepted
 
-    def judge(self, loss: float, norm: float, config: FaultConfig) -> str | None:
-        """Why a step with this global loss and gradient norm is not to be applied; None, and remembered, where it is fit."""
+    def check_step(self, loss: float, norm: float, config: FaultConfig) -> str | None:
+        """Return why a step with this global loss and gradient norm must be skipped, or None.
+
+        A good step enters the windows.
+        """
         for name, value, window in (
             ("loss", loss, self.losses),
             ("gradient norm", norm, self.norms),
@@ -113,26 +111,30 @@ class FaultState:
                 mean = math.fsum(window) / len(window)
                 deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in window) / len(window))
                 if value > mean + config.spike_sigma * deviation:
-                    return f"{name} {value:.3f}, more than {config.spike_sigma:g} deviations of {deviation:.3f} above {mean:.3f}"
-        self.losses, self.norms = (
-            [*self.losses, loss][-config.window :],
-            [*self.norms, norm][-config.window :],
-        )
+                    return (
+                        f"{name} {value:.3f}, more than {config.spike_sigma:g} deviations of "
+                        f"{deviation:.3f} above {mean:.3f}"
+                    )
+        self.losses = [*self.losses, loss][-config.window :]
+        self.norms = [*self.norms, norm][-config.window :]
         self.bad_batches = []
         return None
 
-    def note_bad(self, batch_index: int) -> None:
-        """A step was skipped."""
+    def record_skip(self, batch_index: int) -> None:
+        """Count a skipped step and its batch."""
         self.skipped, self.bad_batches = self.skipped + 1, [*self.bad_batches, batch_index]
 
     def next_batch_index(self, batch_index: int) -> int:
-        """The first place from here on that is not left out."""
+        """The first batch index from `batch_index` on that is not excluded."""
         while batch_index in self.excluded_batches:
             batch_index += 1
         return batch_index
 
-    def go_back(self, earlier: "FaultState", config: FaultConfig) -> "FaultState":
-        """What is remembered after going back to a checkpoint that remembers `earlier`: its windows, and all that was learnt."""
+    def roll_back(self, earlier: "FaultState", config: FaultConfig) -> "FaultState":
+        """The state after a rollback to a checkpoint with state `earlier`.
+
+        Windows come from `earlier`; excluded batches and counts include those since then.
+        """
         return replace(
             earlier,
             bad_batches=[],
@@ -147,9 +149,9 @@ class FaultState:
         )
 
     def other_data(self) -> "FaultState":
-        """The same without what holds for the data so far: losses, gradient norms and places."""
+        """A copy without losses, gradient norms and batch indices, which belong to the old data."""
         return replace(self, losses=[], norms=[], bad_batches=[], excluded_batches=[])
 
     def next_phase(self) -> "FaultState":
-        """What is carried over a phase border: other data have other losses, and other places."""
+        """The state at the start of the next phase, whose data are different."""
         return replace(self.other_data(), no_go="")

@@ -1,5 +1,7 @@
-"""What a run says: metrics.jsonl, one object a step (the truth); events.jsonl and training_log.md, a line for what happened;
-heartbeat, that it lives; the console; W&B, TensorBoard and alerts if asked for.
+"""The log of a run: metrics, events, heartbeat, console, and optional W&B, TensorBoard and alerts.
+
+metrics.jsonl has one object per step and is the source for all else. events.jsonl and
+training_log.md have one line per event. heartbeat shows that the run is alive.
 """
 
 import json
@@ -26,11 +28,11 @@ MARKDOWN = "training_log.md"
 
 @dataclass(frozen=True)
 class LogConfig:
-    # Steps between console lines (if the console is not a terminal) and between points of W&B and TensorBoard.
+    """Destinations of metrics and events."""
+
+    # Steps between console lines (without a terminal), and points in W&B and TensorBoard.
     every: PositiveInt = 10
-    wandb_project: str | None = (
-        None  # set to send metrics to Weights & Biases; WANDB_MODE=offline keeps them local
-    )
+    wandb_project: str | None = None  # Weights & Biases; WANDB_MODE=offline keeps metrics local
     wandb_run_name: str | None = None
     tensorboard: bool = False  # write logs/<run>/tensorboard
     alerts: AlertConfig = field(default_factory=AlertConfig)
@@ -39,20 +41,20 @@ class LogConfig:
         check_fields(self, "log")
         if self.wandb_run_name and not self.wandb_project:
             raise ValueError(
-                "log.wandb_run_name needs a W&B project; give --wandb_project, or set log.wandb_project"
+                "log.wandb_run_name needs a W&B project; set --wandb_project or log.wandb_project"
             )
         if self.alerts.wandb and not self.wandb_project:
             raise ValueError("log.alerts.wandb needs a W&B run; set log.wandb_project")
 
 
 class Log:
-    """The log of one run in `folder`; on ranks other than the main one every method does nothing.
+    """The log of a run in `folder`. On ranks other than 0, methods do nothing.
 
-    `with log:` around training closes it, and writes a "failed" event where an exception ends it. Nothing is sent to W&B or
-    TensorBoard before open(). secrets: environment variables that config.alerts names.
+    `with log:` closes it after training and records a "failed" event for an exception. W&B and
+    TensorBoard start in open(). secrets: environment variables that config.alerts names.
 
-    After open() a full disk, or a folder that is removed or read-only, does not end training: rows and events wait in
-    memory, and each later write tries again.
+    After open(), a full disk or a removed or read-only folder does not end training: rows and
+    events stay in memory, and each later write tries again.
     """
 
     def __init__(
@@ -67,9 +69,7 @@ class Log:
         self.name, self.phase, self.step = run.get("run", folder.name), run.get("phase"), 0
         self.bar: tqdm | None = None
         self.file: Rows | None = None
-        self.waiting: list[
-            tuple[str, str]
-        ] = []  # (file name, line) of events that are not written yet
+        self.waiting: list[tuple[str, str]] = []  # (file name, line) of unwritten events
         self.broken = False  # the last write to the folder failed
         self.wandb: Any = None
         self.board: Any = None
@@ -79,7 +79,7 @@ class Log:
             self._import_sinks()
 
     def _import_sinks(self) -> None:
-        """ValueError, before anything is done, where a sink that is asked for is not installed."""
+        """ValueError if W&B or TensorBoard is configured but not installed."""
         if self.config.wandb_project:
             try:
                 import wandb  # noqa: F401
@@ -92,11 +92,12 @@ class Log:
                 import torch.utils.tensorboard  # noqa: F401
             except ImportError as error:
                 raise ValueError(
-                    "log.tensorboard is set but tensorboard is not installed; run pip install tensorboard"
+                    "log.tensorboard is set but tensorboard is not installed; "
+                    "run pip install tensorboard"
                 ) from error
 
     def open(self, step: int, end: int, phase: str) -> None:
-        """Begin or continue at `step`. Rows of metrics.jsonl for later steps move to metrics_redone.jsonl."""
+        """Begin or resume at `step`. Metrics of later steps move to metrics_redone.jsonl."""
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -110,16 +111,6 @@ class Log:
             self._open_wandb(self.config.wandb_project)
         self.beat(step, force=True)
 
-    def rewind(self, step: int) -> None:
-        """Go back to `step` after a roll-back: later steps will come again, and leave metrics.jsonl."""
-        if not self.main:
-            return
-        self.step = step
-        waiting = self._waiting_until(step)
-        self._keep(lambda: self._begin_at(step, waiting))
-        if self.bar:
-            self.bar.update(step - self.bar.n)
-
     def _waiting_until(self, step: int) -> list[dict[str, Any]]:
         return [row for row in self.file.waiting if row["step"] <= step] if self.file else []
 
@@ -130,10 +121,10 @@ class Log:
                 (row.get("step", math.inf) <= step, json.dumps(row) + "\n")
                 for row in read_lines(path)
             ]
-            if redone := "".join(line for kept, line in lines if not kept):
+            if redone := "".join(line for is_earlier, line in lines if not is_earlier):
                 with open(self.folder / "metrics_redone.jsonl", "a", encoding="utf-8") as file:
                     file.write(redone)
-            write_text(path, "".join(line for kept, line in lines if kept))
+            write_text(path, "".join(line for is_earlier, line in lines if is_earlier))
         before, self.file = self.file, Rows(path, waiting)
         if before:
             before.close()
@@ -151,34 +142,33 @@ class Log:
             self.wandb = wandb.init(
                 project=project,
                 name=self.config.wandb_run_name or self.name,
-                group=self.name,  # each start of train.py is a W&B run of its own
+                group=self.name,  # each start of train.py is a separate W&B run
                 job_type=self.phase,
                 config=self.run,
                 dir=str(self.folder.parent),
             )
         except Exception as error:
             raise _unusable(error) from error
-        self.wandb.define_metric("*", step_metric="step")  # W&B's own step could not go back
+        self.wandb.define_metric("*", step_metric="step")  # W&B's own step cannot decrease
+        url = self.wandb.url or f"offline; send it with wandb sync {Path(self.wandb.dir).parent}"
         with open(self.folder / "wandb_run_urls.txt", "a", encoding="utf-8") as file:
-            file.write(
-                f"{self.wandb.url or 'offline, to be sent by: wandb sync ' + str(Path(self.wandb.dir).parent)}\n"
-            )
+            file.write(f"{url}\n")
         if self.config.alerts.wandb:
             self.alerts.channels["wandb"] = lambda title, text: self.wandb.alert(
                 title=title, text=text
             )
 
     def say(self, text: str) -> None:
-        """One line of plain English on the console."""
+        """Print one line on the console."""
         if self.main:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
     def event(self, kind: str, text: str = "", **fields: Any) -> None:
-        """Something happened: a line in both event files, then on the console, and an alert if configured.
+        """Record an event in both event files, print it, and send an alert if configured.
 
-        kind, as used here: begun, resumed, ended, paused, stopped (by a signal or a no-go), failed, skipped (an update),
-        rollback, startup, gate, extend, checkpoint, measured (before the first step), stuck, recovered, set_aside,
-        alert_failed. fields: whatever JSON can hold; phase and step are known.
+        kind: begun, resumed, ended, paused, stopped (by a signal or a no-go), failed, skipped (an
+        update), rollback, startup, gate, extend, checkpoint, measured (before the first step),
+        stuck, recovered, set_aside or alert_failed. fields: JSON values beside phase and step.
         """
         if not self.main:
             return
@@ -190,11 +180,11 @@ class Log:
         title = f"{kind} at step {fields['step']}"
         self.waiting += _event_lines(kind, text, fields)
         try:
-            self._keep(self._write_events)  # before the console, which may be gone
+            self._keep(self._write_events)  # first, since the console may be closed
         finally:  # a full disk must not silence the alert and the console
             where = f"{self.folder.absolute()} on {socket.gethostname()}"
             if fields.get("outcome") == "no-go":
-                self.alerts.sent.pop(kind, None)  # an earlier "go" of its kind does not silence it
+                self.alerts.sent.pop(kind, None)  # send it even right after a "go"
             self.alerts.send(kind, f"{self.name}: {title}", f"{text or _spell(fields)}\n{where}")
             self.say(text or f"{title}: {_spell(fields)}")
 
@@ -217,7 +207,7 @@ class Log:
         )
         short += f"{values['tokens_per_s']:,.0f} tok/s"
         if values.get("data/wait_frac", 0) >= 0.01:
-            short += f"  {values['data/wait_frac']:.0%} of it waiting for data"
+            short += f"  {values['data/wait_frac']:.0%} waiting for data"
         if "mfu" in values:
             short += f"  mfu {values['mfu']:.1%}"
         if self.bar:
@@ -236,16 +226,14 @@ class Log:
                 self.board.add_scalar(name, value, values["step"])
 
     def _write_waiting(self) -> None:
-        """Write the rows and events that wait; OSError if the folder still takes none."""
+        """Write waiting rows and events; OSError if the folder is still not writable."""
         assert self.file
         if self.file.write():
-            self.say(
-                f"warning: {self.file.path} was removed while the run writes it; its rows were written again"
-            )
+            self.say(f"warning: {self.file.path} was removed during the run; it was written again")
         self._write_events()
         if self.broken:
             self.broken = False
-            self.say(f"{self.folder} can be written again; nothing was lost")
+            self.say(f"{self.folder} is writable again; nothing was lost")
 
     def _write_events(self) -> None:
         while self.waiting:
@@ -254,7 +242,7 @@ class Log:
             del self.waiting[0]
 
     def _keep(self, work: Callable[[], None]) -> None:
-        """Do work on the folder. In training a failure is a warning, once, since a log must not end a run."""
+        """Run `work` on the folder. During training an OSError only gives one warning."""
         try:
             work()
         except OSError as error:
@@ -264,11 +252,12 @@ class Log:
                 self.broken = True
                 why = error.strerror or error
                 self.say(
-                    f"warning: {self.folder} cannot be written ({why}); training goes on and keeps its log in memory"
+                    f"warning: {self.folder} is not writable ({why}); training continues and keeps "
+                    "its log in memory"
                 )
 
     def beat(self, step: int, force: bool = False) -> None:
-        """Renew logs/<run>/heartbeat, at most once a second: what scripts/watch.py looks at."""
+        """Write the heartbeat file, which scripts/watch.py reads, at most once a second."""
         if not self.main or (time.monotonic() - self.beaten < 1 and not force):
             return
         self.beaten = time.monotonic()
@@ -282,7 +271,7 @@ class Log:
         self._keep(lambda: write_text(self.folder / "heartbeat", content, sync=False))
 
     def close(self) -> None:
-        """Close what open() opened and wait for alerts that are under way. Can be called again, or without open()."""
+        """Close the files and wait for alerts. May be called twice, or without open()."""
         if not self.main:
             return
         if self.file:
@@ -292,7 +281,8 @@ class Log:
             if lost := len(self.file.waiting) + len(self.waiting):
                 first = self.file.waiting[0]["step"] if self.file.waiting else self.step
                 self.say(
-                    f"warning: {lost} rows and events from step {first} on are not in {self.folder}, which takes no writes"
+                    f"warning: {lost} rows and events from step {first} on are missing from "
+                    f"{self.folder}, which is not writable"
                 )
         self._close_files()
         self.alerts.flush()
@@ -317,10 +307,10 @@ class Log:
     ) -> None:
         try:
             if error and self.file:
-                with suppress(OSError):  # a full disk must not hide what went wrong
-                    said = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+                with suppress(OSError):  # a full disk must not hide the error
+                    text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
                     self.event(
-                        "failed", f"{self.name} {self.phase} failed after step {self.step}: {said}"
+                        "failed", f"{self.name} {self.phase} failed after step {self.step}: {text}"
                     )
         finally:
             with suppress(*([OSError] if error else [])):
@@ -328,14 +318,14 @@ class Log:
 
 
 class Rows:
-    """A file of JSON objects, one a line. Rows that cannot be written wait; a file that was removed is written again."""
+    """A .jsonl file. Rows wait until they can be written; a removed file is written again."""
 
     def __init__(self, path: Path, waiting: list[dict[str, Any]]):
         self.path, self.waiting = path, waiting
         self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
 
     def write(self) -> bool:
-        """Append what waits; True if the file had to be made anew. OSError if the disk does not take it."""
+        """Append waiting rows; True if the file was recreated. OSError if the write fails."""
         restored = self._restore()
         while self.waiting:
             end = self.file.seek(0, os.SEEK_END)
@@ -348,20 +338,20 @@ class Rows:
         return restored
 
     def _restore(self) -> bool:
-        """Write the whole file anew if no file, or another one, has its path."""
+        """Reopen the path if its file was removed or replaced; True if it was written again."""
         try:
-            found = os.stat(self.path)
+            current = os.stat(self.path)
         except FileNotFoundError:
-            found = None
-        own = os.fstat(self.file.fileno())
-        if found and (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino):
+            current = None
+        opened = os.fstat(self.file.fileno())
+        if current and (current.st_dev, current.st_ino) == (opened.st_dev, opened.st_ino):
             return False
         self.file.seek(0)
         content = self.file.read()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         again = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:
-            if not found:
+            if not current:
                 _write_all(again, content)
         except OSError:
             again.close()
@@ -369,7 +359,7 @@ class Rows:
             raise
         self.file.close()
         self.file = again
-        return not found
+        return not current
 
     def close(self) -> None:
         try:
@@ -379,19 +369,19 @@ class Rows:
 
 
 def _write_all(file: Any, data: bytes) -> None:
-    """Write to an unbuffered file; OSError unless all of it was taken."""
+    """Write all bytes to an unbuffered file, or raise OSError."""
     while data:
         data = data[file.write(data) :]
 
 
 def log_in(config: LogConfig) -> None:
-    """Make sure that W&B can be used, if it is asked for; asks for a key on a terminal. ValueError if it cannot."""
+    """Log in to W&B if it is configured, asking for a key on a terminal. ValueError if it fails."""
     if not config.wandb_project:
         return
     try:
         import wandb
     except ImportError:
-        return  # Log has a sentence for that
+        return  # Log raises the error
     try:
         wandb.login()  # False without a check if WANDB_MODE is offline or disabled
     except Exception as error:
@@ -399,15 +389,15 @@ def log_in(config: LogConfig) -> None:
 
 
 def _unusable(error: Exception) -> ValueError:
-    ways = "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to send the run later"
-    return ValueError(f"W&B cannot be used ({' '.join(str(error).split())[:300]}); {ways}")
+    todo = "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to send the run later"
+    return ValueError(f"W&B cannot be used ({' '.join(str(error).split())[:300]}); {todo}")
 
 
 def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -> Alerts:
-    """Alerts of the run in `folder`; one that fails is an event there. Says in one line which channels are off."""
+    """Alerts of the run in `folder`. Failures become events. Prints the channels that are off."""
 
     def failed(channel: str, error: str) -> None:
-        with suppress(OSError):  # in a thread, where nobody could do anything about it
+        with suppress(OSError):  # runs in a thread
             append_event(folder, "alert_failed", f"{channel}: {error}", channel=channel)
 
     alerts = Alerts(config, secrets, failed)
@@ -421,7 +411,7 @@ def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -
 
 
 def held_out_text(values: dict[str, Any]) -> str:
-    """What training.loop.validate measured, in a line."""
+    """One line with the metrics of training.loop.validate."""
     bits = {
         key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")
     }
@@ -430,21 +420,21 @@ def held_out_text(values: dict[str, Any]) -> str:
     )
     parts = f"bits per byte: {parts}" if parts else ""
     if "val/rewards/accuracies" in values:
-        parts = f"{values['val/rewards/accuracies']:.1%} of pairs the right way round"
-    return ", ".join(part for part in (f"held-out loss {values['val/loss']:.3f}", parts) if part)
+        parts = f"reward accuracy {values['val/rewards/accuracies']:.1%}"
+    return ", ".join(text for text in (f"validation loss {values['val/loss']:.3f}", parts) if text)
 
 
 def append_event(folder: Path, kind: str, text: str = "", **fields: Any) -> None:
-    """Append an event to folder/events.jsonl, and to folder/training_log.md in readable form. Nothing is ever rewritten.
+    """Append an event to events.jsonl and, as text, to training_log.md in `folder`.
 
-    Each line is one write and is synced; half a line, left by a process that was killed in it, is ended before.
+    Each line is one synced write. An unfinished line of a killed process is ended first.
     """
     for name, line in _event_lines(kind, text, fields):
         _append(folder / name, line)
 
 
 def _event_lines(kind: str, text: str, fields: dict[str, Any]) -> list[tuple[str, str]]:
-    """(file name, line) of an event that happens now, for each file that records it."""
+    """(file name, line) of an event, for each file that records it."""
     time_now = now()
     line = {"time": time_now, "event": kind, **fields, **({"text": text} if text else {})}
     where = f" · step {fields['step']:,}" if isinstance(fields.get("step"), int) else ""
@@ -456,7 +446,7 @@ def _event_lines(kind: str, text: str, fields: dict[str, Any]) -> list[tuple[str
 
 
 def now() -> str:
-    """The time, UTC, ISO 8601."""
+    """The time in UTC, as ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
@@ -474,7 +464,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN or Infinity; as strings they survive any reader."""
+    """Values with NaN and Infinity as strings, since JSON has neither."""
     return {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }

@@ -1,11 +1,17 @@
-"""The one training loop. A stage hands it a loader, an objective, schedules and an evaluation."""
+"""The training loop of every stage: pretraining, annealing, SFT and DPO.
+
+A stage passes a loader, an objective, schedules and an evaluation function.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from training.checkpoint import Checkpointer, load_state
@@ -16,41 +22,45 @@ from training.logger import Log
 from training.meter import StepClock
 from training.objectives import Objective
 from training.schedulers import Schedule, apply_schedules, run_schedules
-from training.startup import NO_GO, check_startup, refused
+from training.startup import NO_GO, check_startup, is_refused
 from training.state import State
 
-FAILED_TOGETHER = timedelta(seconds=60)  # that a rank whose validation failed waits for the others
-Evaluate = Callable[[torch.nn.Module], dict[str, dict[str, float]]]
+if TYPE_CHECKING:
+    from data.dataloader import Loader, Step
+
+STORE_TIMEOUT = timedelta(seconds=60)  # a failed rank waits this long for the others to fail, too
+Metrics = dict[str, float | int | str]
+Evaluate = Callable[[nn.Module], dict[str, dict[str, float]]]
 MakeSchedules = Callable[[RunConfig, State], list[Schedule]]
 
 
 def train(
     run: RunConfig,
     state: State,
-    loader: Any,
+    loader: Loader,
     objective: Objective,
     checkpointer: Checkpointer,
     log: Log,
     evaluate: Evaluate | None = None,
     make_schedules: MakeSchedules = run_schedules,
 ) -> int:
-    """Train from the step of `state` to state.end. Saves before it returns an exit status:
+    """Train from state.step to state.end, save, and return an exit status.
 
-    0: reached the end; 128 + signal: stopped by a signal; 3: stopped by the start-up checks.
-    loader.at(place) -> (batches of this rank, weight, tokens) of one step. evaluate(model) -> {source: {metric: value}}.
+    0: reached the end. 128 + signal: stopped by a signal. 3: stopped by the start-up checks.
+    evaluate(model) returns {source: {metric: value}}.
     """
-    if refused(run, state, log):
+    if is_refused(run, state, log):
         return NO_GO
     if state.step >= state.end:
         return 0
-    model, device = state.model, next(state.model.parameters()).device
-    schedules, stopping, no_go = make_schedules(run, state), 0, False
+    model = state.model
+    schedules, signal_status, no_go = make_schedules(run, state), 0, False
     model.train()
     with (
         StopSignal() as stop,
-        StepClock(run, device) as clock,
-        checkpointer,
-    ):  # leaves when the last save is written
+        StepClock(run, next(model.parameters()).device) as clock,
+        checkpointer,  # on exit, waits for the last save
+    ):
         log.open(state.step, state.end, state.phase)
         while state.step < state.end:
             clock.begin(state.step + 1)
@@ -59,25 +69,27 @@ def train(
             step = loader.at(batch_index)
             clock.data_ready()
             sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
-            means, flags = reduce(sums, step.weight, StepFlags(checkpointer.failed, stop.flags()))
+            own_flags = StepFlags(checkpointer.failed, stop.flags())
+            means, flags = reduce(sums, step.loss_denominator, own_flags)
             clock.computed()
-            stopping = stop_status(flags.signals)
+
+            signal_status = stop_status(flags.signals)
             if flags.save_failed:
-                checkpointer.wait()  # raises what went wrong, on every rank
+                checkpointer.wait()  # raises the error of the failed save on every rank
             state.batch_index = batch_index + 1
-            problem = state.faults.judge(means["loss"], grad_norm, run.faults)
-            if problem:
+            if problem := state.faults.check_step(means["loss"], grad_norm, run.faults):
                 state.optimizer.zero_grad()
                 skip(run, state, checkpointer, log, batch_index, problem, schedules)
-                if stopping:
+                if signal_status:
                     checkpointer.save(state)
                     break
                 continue
+
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step, state.tokens = state.step + 1, state.tokens + step.tokens
-            last = bool(stopping) or state.step == state.end
-            metrics: dict[str, Any] = {
+            last = bool(signal_status) or state.step == state.end
+            metrics: Metrics = {
                 "step": state.step,
                 "phase": state.phase,
                 **means,
@@ -88,24 +100,23 @@ def train(
                 "end": state.end,
                 **clock.figures(step.tokens),
             }
-            if (
-                evaluate
-                and run.validation.every
-                and not stopping
-                and (last or state.step % run.validation.every == 0)
-            ):
+
+            val_loss: float | None = None
+            if evaluate and not signal_status and run.validation.is_due(state.step, last):
                 try:
-                    metrics |= validate(model, evaluate)
+                    measured = validate(model, evaluate)
                 except Exception:
                     save_after_failure(state, checkpointer, log, metrics)
                     raise
+                metrics |= measured
+                val_loss = measured.get("val/loss")
             log.metrics(metrics, last)
             no_go = check_startup(run, state, log)
             if last or no_go or run.checkpoint.is_due(state.step):
-                checkpointer.save(state, metrics.get("val/loss"), milestone=state.step == state.end)
-            if stopping or no_go:
+                checkpointer.save(state, val_loss, milestone=state.step == state.end)
+            if signal_status or no_go:
                 break
-    return NO_GO if no_go else 0 if state.step == state.end else stopping
+    return NO_GO if no_go else 0 if state.step == state.end else signal_status
 
 
 def skip(
@@ -117,48 +128,49 @@ def skip(
     problem: str,
     schedules: Sequence[Schedule],
 ) -> None:
-    """Record a step that was not applied; after too many in a row go back to an earlier checkpoint.
+    """Record a skipped step; after faults.bad_in_a_row of them, roll back to an earlier checkpoint.
 
-    Scheduled settings return to those of the last applied step, so that a checkpoint saved now is exact.
-    That checkpoint is saved again with what was learned since: which batches to leave out, the lower
-    learning rate. ValueError if the run went back too often, or this phase has no checkpoint.
+    Scheduled settings return to those of the last applied step, which a checkpoint saved now needs.
+    A rollback saves its checkpoint again, with the excluded batches and the lower learning rate.
+    ValueError after faults.max_rollbacks, or if the phase has no checkpoint.
     """
     faults, policy = state.faults, run.faults
-    faults.note_bad(batch_index)
+    faults.record_skip(batch_index)
     apply_schedules(schedules, state.step - 1)
     where = f"step {state.step + 1} (batch index {batch_index})"
     log.event(
         "skipped",
-        f"        {where} was not applied: {problem}",
+        f"        {where} was skipped: {problem}",
         step=state.step + 1,
         batch_index=batch_index,
         problem=problem,
     )
-    if len(faults.bad_batches) < policy.bad_in_a_row:
+    skips = len(faults.bad_batches)
+    if skips < policy.bad_in_a_row:
         return
     if faults.rollbacks >= policy.max_rollbacks:
         raise ValueError(
-            f"{problem} at {where}, {len(faults.bad_batches)} bad steps in a row, and the run went back {faults.rollbacks} times "
-            "already: look at events.jsonl for what they share, then go on from the last checkpoint with a lower optim.lr"
+            f"{problem} at {where}: {skips} bad steps in a row after {faults.rollbacks} rollbacks. "
+            "Look in events.jsonl for what they share, then continue from the last checkpoint "
+            "with a lower optim.lr"
         )
-    earlier, newer = checkpointer.go_back(state.step - policy.rollback_steps, state.phase)
-    if earlier is None:
+    source, newer = checkpointer.roll_back(state.step - policy.rollback_steps, state.phase)
+    if source is None:
         raise ValueError(
-            f"{problem} at {where}, {len(faults.bad_batches)} bad steps in a row, and {state.phase} has no checkpoint to go back "
-            "to; begin it again with a lower optim.lr, a longer schedule.warmup_steps or a smaller checkpoint.every"
+            f"{problem} at {where}: {skips} bad steps in a row, and {state.phase} has no "
+            "checkpoint to roll back to. Restart it with a lower optim.lr, a longer "
+            "schedule.warmup_steps or a smaller checkpoint.every"
         )
-    failed_at, position = state.step, load_state(earlier, state)
-    state.batch_index, state.faults = (
-        position["batch_index"],
-        faults.go_back(FaultState(**position["faults"]), policy),
-    )
+    failed_step, position = state.step, load_state(source, state)
+    state.batch_index = position["batch_index"]
+    state.faults = faults.roll_back(FaultState(**position["faults"]), policy)
     apply_schedules(schedules, state.step - 1)
     checkpointer.save(state)
     log.open(state.step, state.end, state.phase)
-    aside = f"; set aside {', '.join(newer)}" if newer else ""
+    renamed = f"; set aside {', '.join(newer)}" if newer else ""
     log.event(
         "rollback",
-        f"        went back {failed_at - state.step} steps to {earlier}{aside}; "
+        f"        rolled back {failed_step - state.step} steps to {source}{renamed}; "
         f"the learning rate is now {state.faults.lr_scale:g} of the schedule's",
         step=state.step,
         batch_index=state.batch_index,
@@ -170,58 +182,65 @@ def skip(
 
 
 def backward(
-    run: RunConfig, model: Any, step: Any, objective: Objective, grad_clip: float | None = None
-) -> tuple[dict[str, torch.Tensor], float]:
-    """Gradients of one step over its micro-batches, clipped. Returns this rank's sums and the global norm before clipping.
+    run: RunConfig,
+    model: nn.Module,
+    step: Step,
+    objective: Objective,
+    grad_clip: float | None = None,
+) -> tuple[dict[str, Tensor], float]:
+    """Compute one step's gradients over its micro-batches and clip them.
 
-    grad_clip: tighter than run.optim.grad_clip, where not None.
+    Returns this rank's metric sums and the global gradient norm before clipping. grad_clip: a
+    second limit beside run.optim.grad_clip; the tighter one applies.
     """
-    totals: dict[str, torch.Tensor] = {}
+    totals: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
         set_last_micro_batch(model, i == len(step.batches) - 1, run.parallel.strategy)
         loss, sums = objective(model, batch)
-        (loss / step.weight).backward()  # the shards add gradients up over ranks: no mean of means
+        # FSDP sums gradients over ranks, so each rank divides by the denominator of the whole step.
+        (loss / step.loss_denominator).backward()  # type: ignore[no-untyped-call]
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
     limit = min(run.optim.grad_clip or float("inf"), grad_clip or float("inf"))
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return totals, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def reduce(
-    sums: dict[str, torch.Tensor], weight: int, flags: StepFlags | None = None
+    sums: dict[str, Tensor], loss_denominator: int, flags: StepFlags | None = None
 ) -> tuple[dict[str, float], StepFlags]:
-    """Metric sums over ranks divided by the step's weight, and beside them the flags that any rank has set.
+    """Collective. Metric sums over all ranks divided by the step's loss denominator, and flags.
 
-    Both travel in one collective; only the metric sums are divided.
+    A returned flag is set if any rank set it. One all-reduce carries sums and flags.
     """
     flags = flags or StepFlags()
     values = torch.stack([value.double() for value in sums.values()])
-    raised = values.new_tensor([float(flag) for flag in (flags.save_failed, *flags.signals)])
-    totals = torch.cat([values, raised])
+    counts = values.new_tensor([float(flag) for flag in (flags.save_failed, *flags.signals)])
+    totals = torch.cat([values, counts])
     dist.all_reduce(totals)
-    added, (save_failed, *signals) = (
-        part.tolist() for part in totals.split([len(values), len(raised)])
-    )
-    means = {name: total / weight for name, total in zip(sums, added, strict=True)}
+    reduced: list[float] = totals.tolist()
+    save_failed, *signals = reduced[len(values) :]
+    pairs = zip(sums, reduced[: len(values)], strict=True)
+    means = {name: total / loss_denominator for name, total in pairs}
     return means, StepFlags(save_failed > 0, tuple(count > 0 for count in signals))
 
 
 def save_after_failure(
-    state: State, checkpointer: Checkpointer, log: Log, metrics: dict[str, Any]
+    state: State, checkpointer: Checkpointer, log: Log, metrics: Metrics
 ) -> None:
-    """Save the step whose validation failed, so that a restart continues after it. Nothing where only some ranks failed.
+    """Save a step whose validation failed on every rank, so that a restart continues after it.
 
-    Ranks meet in the store, not in a collective: one that did not fail may wait in validation's own.
+    If only some ranks failed, nothing is saved. Ranks meet in the store, since a rank that did not
+    fail may be waiting in a collective of the validation.
     """
     log.metrics(metrics, True)
-    ranks = [
+    keys = [
         f"validation of step {state.step} failed on rank {rank}"
         for rank in range(dist.get_world_size())
     ]
     store = dist.distributed_c10d._get_default_store()
-    store.set(ranks[dist.get_rank()], "1")
+    store.set(keys[dist.get_rank()], "1")
     try:
-        store.wait(ranks, FAILED_TOGETHER)
+        store.wait(keys, STORE_TIMEOUT)
     except RuntimeError:  # dist.DistStoreError: a rank did not fail
         return
     reshard(state.model)
@@ -229,8 +248,8 @@ def save_after_failure(
     checkpointer.wait()
 
 
-def validate(model: Any, evaluate: Evaluate) -> dict[str, float]:
-    """What evaluate measures, flat: "val/loss", "val/<source>/bits_per_byte", ..."""
+def validate(model: nn.Module, evaluate: Evaluate) -> dict[str, float]:
+    """Evaluate the model: {"val/loss": ..., "val/<source>/bits_per_byte": ...}."""
     model.eval()
     with torch.no_grad():
         results = evaluate(model)

@@ -1,4 +1,4 @@
-"""Tokens per second, share of time spent waiting for data, model FLOPs utilisation, GPU utilisation and memory."""
+"""Step metrics: tokens/s, share of time waiting for data, MFU, GPU utilization and memory."""
 
 import resource
 import sys
@@ -11,7 +11,7 @@ from models.nanollama import ModelConfig
 from training.config import RunConfig
 from training.ops.watchdog import COMPUTES, READS, Watch
 
-PEAK_FLOPS = {  # dense bf16, per GPU; the first name that is in the device's counts
+PEAK_FLOPS = {  # dense bf16, per GPU; the first name contained in the device's name applies
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
@@ -23,10 +23,12 @@ PEAK_FLOPS = {  # dense bf16, per GPU; the first name that is in the device's co
 
 
 def flops_per_token(config: ModelConfig, length: int) -> float:
-    """Training FLOPs a token, PaLM convention: 6 a matmul parameter + 12 * layers * width * length, attention not halved."""
-    matmul = config.num_parameters - config.vocab_size * config.hidden_size * (
-        0 if config.tie_word_embeddings else 1
-    )
+    """Training FLOPs per token, by the PaLM convention.
+
+    6 per matmul parameter, and 12 * layers * width * length for attention, not halved for the mask.
+    """
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    matmul = config.num_parameters - embedding
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
     qk_norms = 2 * config.resolved_head_dim * config.num_hidden_layers if config.qk_norm else 0
     width = config.num_attention_heads * config.resolved_head_dim
@@ -34,9 +36,9 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 class Meter:
-    """Times one step at a time. What the loop does between steps (validation, saving) is outside, data wait is inside.
+    """Times single steps, including the wait for data, without validation and saving.
 
-    every: steps between samples of the GPU's utilisation.
+    every: steps between samples of GPU utilization.
     """
 
     def __init__(
@@ -55,9 +57,9 @@ class Meter:
         self.waited = time.perf_counter() - self.began
 
     def stop(self, tokens: int) -> dict[str, float]:
-        """Figures of the step that just ended; the caller has waited for its loss. tokens: of all ranks.
+        """Metrics of the step that just ended, after its loss was read. tokens: of all ranks.
 
-        An optimizer step that a GPU still has in its queue counts to the next step, so means are right.
+        An optimizer step still in a GPU's queue counts toward the next step, so means are right.
         """
         seconds = time.perf_counter() - self.began
         figures = {
@@ -76,22 +78,22 @@ class Meter:
         return figures
 
     def _gpu_utilization(self) -> dict[str, float]:
-        """Share of the last second in which the GPU ran kernels, every few steps; {} where it cannot be read."""
+        """Share of the last second in which the GPU ran kernels; {} between samples, on errors."""
         self.steps += 1
         if not self.samples or self.steps % self.every:
             return {}
         try:
             return {"gpu_util": torch.cuda.utilization(self.device) / 100}
-        except Exception:  # nvidia-ml-py is not installed, or this GPU does not report it (MIG)
+        except Exception:  # nvidia-ml-py is missing, or the GPU does not report it (MIG)
             self.samples = False
             return {}
 
 
 class StepClock:
-    """The one clock of the training loop. It times a step for the metrics and limits how long the step may take.
+    """The clock of the training loop: times each step, and limits its duration.
 
-    A step runs from begin() to figures(): first its data, then its computation. The time limit (parallel.timeout_s) covers
-    begin() to computed(). Validation, logging and saving lie outside both.
+    A step runs from begin() to figures(): first its data, then its computation. The time limit
+    (parallel.timeout_s) covers begin() to computed(). Neither covers validation, logging or saving.
     """
 
     def __init__(self, run: RunConfig, device: torch.device):
@@ -115,14 +117,14 @@ class StepClock:
         self.watch.begin(step, READS)
 
     def data_ready(self) -> None:
-        """The data of the step are here; this rank computes."""
+        """The data of the step have arrived; this rank computes."""
         self.watch.begin(self.step, COMPUTES)
         self.meter.data_ready()
 
     def computed(self) -> None:
-        """All ranks have met in the step's reduction, so the time limit no longer applies."""
+        """All ranks have passed the step's reduction; the time limit ends."""
         self.watch.rest()
 
     def figures(self, tokens: int) -> dict[str, float]:
-        """End the step; tokens/s, seconds and memory of it, as Meter.stop gives them. tokens: of all ranks."""
+        """End the step and return the metrics of Meter.stop. tokens: of all ranks."""
         return self.meter.stop(tokens)

@@ -1,6 +1,6 @@
-"""What is minimised. An objective maps a model and a batch to a sum of losses and detached sums to report.
+"""Objectives: functions of a model and a batch that return a loss sum and detached metric sums.
 
-The loop divides by the weight of the whole step (its targets over all micro-batches and ranks); an objective never averages.
+An objective never averages: the loop divides by the loss denominator of the whole step.
 """
 
 from collections.abc import Callable
@@ -25,10 +25,11 @@ def next_token(z_weight: float) -> Objective:
 
 
 def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
-    """The same with noise on the embeddings, uniform within alpha / sqrt(L * d) in a document of L tokens (arXiv:2310.05914).
+    """An objective with NEFTune noise on the embeddings (arXiv:2310.05914).
 
-    The noise of a row depends on the seed and on the row's number in the order of training alone: not on ranks, micro-batches
-    or what was done before, so a resumed run draws the same.
+    The noise is uniform within alpha / sqrt(L * d) in a document of L tokens. The noise of a row
+    depends only on the seed and the row's number in training order, so it is the same for any
+    number of ranks, any micro-batch size and after a resume.
     """
 
     def noisy(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -47,12 +48,11 @@ def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
 
 
 def neftune_noise(doc_ids: Tensor, rows: Tensor, width: int, alpha: float, seed: int) -> Tensor:
-    """fp32 [B, T, width] for docs [B, T], which count up from 0 in each row, and rows [B]."""
+    """fp32 [B, T, width] for doc_ids [B, T], which count up from 0 in each row, and rows [B]."""
     index = doc_ids.long()
     ones = torch.ones_like(index)
-    length = (
-        torch.zeros_like(index).scatter_add_(1, index, ones).gather(1, index)
-    )  # [B, T], tokens in a token's document
+    # [B, T]: length of each token's document.
+    length = torch.zeros_like(index).scatter_add_(1, index, ones).gather(1, index)
     noise = torch.empty(*doc_ids.shape, width, device=doc_ids.device)
     for i, row in enumerate(rows.tolist()):
         generator = torch.Generator(doc_ids.device).manual_seed((seed * 1_000_003 + row) % 2**63)

@@ -11,14 +11,16 @@ from training.muon import Muon
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: str = "adamw"  # or muon: for the matrices of the blocks, at the same lr and weight_decay, and AdamW for all else
-    lr: PositiveFloat = 1.0e-3  # the schedule's peak
+    """The optimizer's settings."""
+
+    name: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
+    lr: PositiveFloat = 1.0e-3  # peak of the schedule
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1.0e-8
     momentum: Fraction = 0.95  # Muon's, Nesterov
     weight_decay: NonNegativeFloat = 0.1
-    grad_clip: NonNegativeFloat = 1.0  # largest global gradient norm; 0 turns clipping off
+    grad_clip: NonNegativeFloat = 1.0  # maximum global gradient norm; 0: no clipping
     z_weight: NonNegativeFloat = 1.0e-4
 
     def __post_init__(self) -> None:
@@ -28,9 +30,9 @@ class OptimConfig:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
-    """Decay for matrices of the blocks and the head; none for norms and the input embedding. Covers each parameter once.
+    """Parameter groups: weight decay for matrices, none for norms and the input embedding.
 
-    muon: matrices of the blocks come first, in a group of their own with "muon": True.
+    muon: matrices of the blocks come first, in a separate group with "muon": True.
     """
     hidden: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
@@ -58,7 +60,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) 
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon with it, over parameter_groups; the loop sets the learning rate before each update."""
+    """Fused AdamW, or Muon with AdamW, over parameter_groups."""
     groups = parameter_groups(model, config.weight_decay, config.name == "muon")
     betas = (config.beta1, config.beta2)
     if config.name == "muon":

@@ -1,4 +1,4 @@
-"""One phase of a run from its start to its last checkpoint: the common part of pretraining, SFT and DPO."""
+"""One phase of a run, from its start to its last checkpoint: shared by pretraining, SFT and DPO."""
 
 import os
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,122 +26,113 @@ from training.schedulers import run_schedules
 from training.startup import NO_GO
 from training.state import State
 
-FULL_SAID = tuple(os.strerror(code) for code in FULL)
+if TYPE_CHECKING:
+    from data.dataloader import Loader
+
+FULL_MESSAGES = tuple(os.strerror(code) for code in FULL)
 Check = Callable[[RunConfig, State, Checkpointer, Log], None]
 
 
 class TokenizerFiles(NamedTuple):
-    """What checkpoints hold of a tokenizer."""
+    """The tokenizer that checkpoints contain."""
 
     folder: Path | None
-    special: dict[str, Any]  # ids of bos, eos and pad; further keys of config.json
-    new_tokens: range | None = None  # ids that the tokenizer of run.init_from lacks
+    special: dict[str, Any]  # ids of bos, eos and pad, and other keys of config.json
+    new_tokens: range | None = None  # ids missing from the tokenizer of run.init_from
 
 
 @contextmanager
 def _full_disk(run: RunConfig) -> Iterator[None]:
-    """Turn a full disk, however a library reports it, into one sentence; checkpoints that were saved stay."""
+    """Turn any library's error for a full disk into one sentence. Saved checkpoints stay."""
     try:
         yield
     except Exception as error:
-        said = error.strerror if isinstance(error, OSError) and error.errno in FULL else None
-        if not is_full(error) or (said and said not in FULL_SAID):  # our own error, with a sentence
+        message = error.strerror if isinstance(error, OSError) and error.errno in FULL else None
+        is_ours = message and message not in FULL_MESSAGES  # already a full sentence
+        if not is_full(error) or is_ours:
             raise
-        todo = "free some space and run the same command again: it continues from the newest checkpoint"
+        todo = "free some space and repeat the command; it continues from the newest checkpoint"
         raise no_room(run.checkpoints, error, todo) from error
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What differs between pretraining, SFT and DPO: the plain values that run_phase hands to the loop."""
+    """The values in which pretraining, SFT and DPO differ."""
 
-    loader: Any  # loader.at(place) gives the batches of one step; loader.fingerprint names its data
+    loader: "Loader"
     objective: Objective
     tokenizer: TokenizerFiles
     evaluate: Evaluate | None = None
     make_schedules: MakeSchedules = run_schedules
-    data_lines: Sequence[str] = ()  # printed at the start: what the data are
-    largest_batch: Any = (
-        None  # zeros in the shape of the largest micro-batch; default: rows of tokens
-    )
-    check: Check | None = None  # looks at what a complete phase has left
+    data_lines: Sequence[str] = ()  # description of the data, printed at the start
+    largest_batch: Any = None  # zeros shaped as the largest micro-batch; default: rows of tokens
+    check: Check | None = None  # called after a complete phase
 
 
 def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool = False) -> int:
-    """Train from wherever this run is. Returns the exit status of train(), 0 if it reached the end of the command.
+    """Restore or initialize the run, train the phase, and return the exit status of train().
 
     profile: trace some steps.
     """
-    with ExitStack() as held, _full_disk(run):
-        run_on_rank0(lambda: held.enter_context(locked(run.checkpoints, run.logs)))
+    with ExitStack() as locks, _full_disk(run):
+        run_on_rank0(lambda: locks.enter_context(locked(run.checkpoints, run.logs)))
         tokenizer, dtype = stage.tokenizer, compute_dtype(run.parallel, device)
         checkpointer = Checkpointer(
             run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.special
         )
-        log = Log(
-            run.logs,
-            run.log,
-            dist.get_rank() == 0,
-            asdict(run),
-            setup.secrets(run.log.alerts.secrets),
-        )
+        secrets = setup.secrets(run.log.alerts.secrets)
+        log = Log(run.logs, run.log, dist.get_rank() == 0, asdict(run), secrets)
         state = setup.build(run, device, new_tokens=tokenizer.new_tokens)
         grown = tokenizer.new_tokens is not None
         restored, source = setup.restore_or_init(
             run, state, checkpointer, stage.loader.fingerprint, grown
         )
-        begins, to_do = f"{run.run} {run.phase}: {restored}", state.step < state.end
-        if to_do:
+        origin, will_train = f"{run.run} {run.phase}: {restored}", state.step < state.end
+        at_start = state.step == state.phase_start
+        if will_train:
             if set_aside := run_on_rank0(lambda: claim(run, source)):
                 log.event("set_aside", set_aside)
-            log.event(
-                "begun" if state.step == state.phase_start else "resumed", begins, step=state.step
-            )
+            log.event("begun" if at_start else "resumed", origin, step=state.step)
         else:
-            log.say(begins)
-        for line in (setup.describe(run, device), *stage.data_lines):
+            log.say(origin)
+        for line in (setup.run_summary(run, device), *stage.data_lines):
             log.say(line)
-        if to_do and dist.get_rank() == 0:
+        if will_train and dist.get_rank() == 0:
             setup.write_run_files(run, device)
+
         with log, profiling.out_of_memory(run, device):
-            if to_do and not state.faults.no_go:
+            if will_train and not state.faults.no_go:
                 profiling.dry_run(run, state, device, stage.objective, stage.largest_batch)
-            if (
-                to_do
-                and run.validation.before
-                and stage.evaluate
-                and state.step == state.phase_start
-            ):
+            if will_train and at_start and run.validation.before and stage.evaluate:
                 _measure_before(state, log, stage.evaluate)
             with profiling.traced(run, state, device) if profile else nullcontext():
-                objective, schedules = stage.objective, stage.make_schedules
                 status = train(
                     run,
                     state,
                     stage.loader,
-                    objective,
+                    stage.objective,
                     checkpointer,
                     log,
                     stage.evaluate,
-                    schedules,
+                    stage.make_schedules,
                 )
             if stage.check and not status:
                 stage.check(run, state, checkpointer, log)
-            _report_end(run, state, log, status, to_do)
+            _report_end(run, state, log, status, will_train)
         if state.faults.no_go and dist.get_rank() == 0:
             print(f"error: {state.faults.no_go}", file=sys.stderr, flush=True)
         return status
 
 
 def _measure_before(state: State, log: Log, evaluate: Evaluate) -> None:
-    """Log the held-out metrics of the model before its first step."""
+    """Log the validation metrics of the model before its first step."""
     if metrics := validate(state.model, evaluate):
         text = f"        before the first step: {held_out_text(metrics)}"
         log.event("measured", text, step=state.step, **metrics)
 
 
-def _report_end(run: RunConfig, state: State, log: Log, status: int, to_do: bool) -> None:
-    """Say whether the phase is stopped, complete or paused; an event if this command trained."""
+def _report_end(run: RunConfig, state: State, log: Log, status: int, trained: bool) -> None:
+    """Log whether the phase is stopped, complete or paused; as an event if this command trained."""
     kind = "stopped" if status else "ended" if state.step == state.phase_end else "paused"
     reason = "the start-up checks" if status == NO_GO else "a signal"
     outcome = {
@@ -150,4 +141,4 @@ def _report_end(run: RunConfig, state: State, log: Log, status: int, to_do: bool
         "paused": "paused",
     }[kind]
     text = f"{run.run} {run.phase}: {outcome} at step {state.step}"
-    log.event(kind, text, step=state.step) if to_do else log.say(text)
+    log.event(kind, text, step=state.step) if trained else log.say(text)

@@ -1,7 +1,7 @@
-"""Losses over pairs of answers: DPO and its kin. Metrics have TRL's names and meaning.
+"""Preference losses over pairs of answers: DPO and related ones. Metrics have TRL's names.
 
-An answer's log-probability is minus the sum of its tokens' negative log-likelihoods, which is what the model gives. All losses
-are sums over pairs; the loop divides by the pairs of the whole step.
+The log-probability of an answer is the negated sum of its tokens' losses from the model. All losses
+are sums over pairs; the loop divides by the number of pairs in the whole step.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,24 +22,18 @@ REFERENCES = ("precomputed", "cpu", "none")
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """What is minimised, and what the policy is compared with."""
+    """The preference loss and its reference model."""
 
     loss: str = "sigmoid"
     beta: Annotated[float, above(0, hint="0.1 is usual, 5 for sigmoid_norm, 2 for simpo")] = 0.1
-    # Share of pairs assumed to be labelled the wrong way round: of sigmoid (cDPO), robust, simpo.
+    # Assumed share of pairs with swapped labels: for sigmoid (cDPO), robust and simpo.
     label_smoothing: Annotated[float, at_least(0, below=0.5)] = 0.0
-    margin: AnyFloat = (
-        0.5  # simpo's gamma: by how much beta times the mean log-probability of chosen should lead
-    )
-    sft_weight: NonNegativeFloat = (
-        0.0  # of the chosen answers' mean nll per token, added to the loss
-    )
-    reference: str | None = (
-        None  # precomputed (default: once, kept on the disk), cpu (a frozen model there), none (for simpo)
-    )
-    reference_cache: str | None = (
-        None  # file of the precomputed ones; default: reference.safetensors beside the checkpoints
-    )
+    margin: AnyFloat = 0.5  # simpo's gamma: target margin of beta times mean log-probabilities
+    sft_weight: NonNegativeFloat = 0.0  # of the chosen answers' mean nll per token
+    # precomputed (default: cached on disk), cpu (a frozen model) or none (for simpo).
+    reference: str | None = None
+    # File of precomputed log-probabilities; default: reference.safetensors in output_dir.
+    reference_cache: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "dpo")
@@ -47,21 +41,21 @@ class DPOConfig:
             raise ValueError(f"dpo.loss={self.loss!r} is not one of {', '.join(LOSSES)}")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
             raise ValueError(
-                f"dpo.label_smoothing has no meaning for dpo.loss={self.loss}; leave it out"
+                f"dpo.label_smoothing has no effect with dpo.loss={self.loss}; remove it"
             )
         if self.reference not in (None, *REFERENCES):
             raise ValueError(
                 f"dpo.reference={self.reference!r} is not one of {', '.join(REFERENCES)}"
             )
         if self.loss == "simpo" and self.reference not in (None, "none"):
-            raise ValueError("dpo.loss=simpo has no reference; leave out dpo.reference")
+            raise ValueError("dpo.loss=simpo has no reference; remove dpo.reference")
         if self.reference_cache and self.referred != "precomputed":
             raise ValueError(
-                f"dpo.reference_cache has no effect with dpo.reference={self.referred}; leave it out"
+                f"dpo.reference_cache has no effect with dpo.reference={self.referred}; remove it"
             )
         if self.margin != 0.5 and self.loss != "simpo":
             raise ValueError(
-                f"dpo.margin={self.margin:g} has no effect with dpo.loss={self.loss}; leave it out"
+                f"dpo.margin={self.margin:g} has no effect with dpo.loss={self.loss}; remove it"
             )
 
     @property
@@ -71,20 +65,22 @@ class DPOConfig:
 
 
 def answer_logps(model: nn.Module, batch: Any) -> Tensor:
-    """Log-probability of each answer [2n], fp32: the n chosen ones, then the n rejected.
+    """fp32 log-probabilities of answers [2n]: n chosen, then n rejected.
 
-    Gathered, not scattered, so that a GPU adds up in the same order every time.
+    It gathers instead of scattering, which makes the order of additions deterministic on a GPU.
     """
     nll = model(batch.tokens, batch.targets, batch.doc_ids).nll.flatten()
     return -torch.cat([nll, nll.new_zeros(1)])[batch.places].sum(1)
 
 
 def pair_losses(config: DPOConfig, ratios: Tensor, lengths: Tensor) -> Tensor:
-    """Loss of each pair [n] from log-ratios to the reference and lengths in tokens, both [2, n]: of chosen and of rejected.
+    """Loss of each pair [n].
 
-    sigmoid (arXiv:2305.18290; label_smoothing: cDPO, ericmitchell.ai/cdpo.pdf), sigmoid_norm (by token, as Tulu 3,
-    arXiv:2411.15124), ipo (arXiv:2310.12036, by token as its authors advise), hinge (arXiv:2305.10425), robust
-    (arXiv:2403.00409), simpo (arXiv:2405.14734; ratios are plain log-probabilities), apo_zero (arXiv:2408.06266).
+    ratios: log-ratios to the reference; lengths: tokens; both [2, n], chosen and rejected.
+    sigmoid (arXiv:2305.18290; label_smoothing: cDPO, ericmitchell.ai/cdpo.pdf), sigmoid_norm (per
+    token, as in Tulu 3, arXiv:2411.15124), ipo (arXiv:2310.12036, per token as its authors advise),
+    hinge (arXiv:2305.10425), robust (arXiv:2403.00409), simpo (arXiv:2405.14734; ratios are plain
+    log-probabilities), apo_zero (arXiv:2408.06266).
     """
     beta, smoothing = config.beta, config.label_smoothing
     if config.loss in ("sigmoid_norm", "ipo", "simpo"):
@@ -129,7 +125,7 @@ def _preference(
 def _measures(
     config: DPOConfig, logps: Tensor, ratios: Tensor, lengths: Tensor, counted: Tensor
 ) -> dict[str, Tensor]:
-    """Sums over pairs. A tie of rewards counts as wrong, as in TRL: policy = reference has accuracy 0."""
+    """Metric sums over pairs. Equal rewards count as wrong, as in TRL."""
     rewards = config.beta * (ratios / lengths if config.loss == "simpo" else ratios)
     of_pairs = {
         "rewards/chosen": rewards[0],
@@ -143,14 +139,15 @@ def _measures(
         "lengths/delta": lengths[0] - lengths[1],
     }
     if config.referred != "none":
-        # Over the answers at hand, not sampled ones: the first estimates KL(reference || policy), as if it had written them.
+        # On the given answers. The first estimates KL(reference || policy) as if the reference
+        # had sampled them.
         of_pairs["kl_per_token"] = -ratios.sum(0) / lengths.sum(0)
         of_pairs["drift_per_token"] = ratios.abs().sum(0) / lengths.sum(0)
     return {name: (values * counted).sum() for name, values in of_pairs.items()}
 
 
 def preference(config: DPOConfig) -> Objective:
-    """A loss over pairs, and what is measured beside it."""
+    """The objective of a preference loss, with its metrics."""
     return partial(_preference, config=config)
 
 
@@ -160,9 +157,9 @@ def held_out(
     sources: Mapping[str, tuple[list[Any], int]],
     total: Callable[[Tensor], Tensor],
 ) -> dict[str, dict[str, float]]:
-    """The objective's means by source and, as "all", over all pairs.
+    """Means of the objective's metrics by source, and over all pairs as "all".
 
-    sources: batches of this rank and number of pairs over all ranks; total: adds a tensor up over ranks.
+    sources: batches of this rank, and number of pairs over all ranks. total: sums over ranks.
     """
     device = next(model.parameters()).device
     results: dict[str, dict[str, float]] = {}

@@ -135,10 +135,8 @@ def _read(path: Path, made_of: dict[str, str]) -> dict[str, Tensor]:
     ways = "remove it, or name another file as dpo.reference_cache"
     try:
         with safe_open(path, "pt") as file:
-            header, values = (
-                file.metadata() or {},
-                {name: file.get_tensor(name) for name in file.keys()},
-            )  # noqa: SIM118
+            header = file.metadata() or {}
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         own, total = json.loads(header["made_of"]), header["sha256"]
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise ValueError(

@@ -1,7 +1,7 @@
-"""Who a run is and who may write to its folders: one identity over its phases, one process at a time.
+"""Identity and locks of a run's folders: one identity over all phases, one writing process.
 
-`run.json` in a folder of checkpoints and in the log folder names the run they belong to. `run.lock` names the process
-that writes there now. Neither is part of a checkpoint, so equal states still leave equal checkpoints.
+`run.json` in the checkpoint and log folders names their run. `run.lock` names the process that
+writes there. Neither is part of a checkpoint, so equal states give equal checkpoints.
 """
 
 import fcntl
@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from files import read_object, write_json
-from training.checkpoint import step_folders
+from training.checkpoint_files import step_folders
 from training.config import RunConfig
 
 IDENTITY, LOCK = "run.json", "run.lock"
-PATIENCE = 5.0  # seconds to wait for a process that is just leaving
+LOCK_TIMEOUT = 5.0  # seconds to wait for a process that is exiting
 
 
 @contextmanager
 def locked(*folders: Path) -> Iterator[None]:
-    """Hold the lock of each folder. ValueError, with host and process, where another process holds one.
+    """Hold the lock of each folder; ValueError names the process that holds one already.
 
-    The kernel releases a lock when its process ends, however it ends.
+    The kernel releases a lock when its process ends, even if killed.
     """
     with ExitStack() as stack:
         for folder in sorted(set(folders)):
@@ -37,7 +37,7 @@ def locked(*folders: Path) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 raise ValueError(
-                    f"{folder} is in use by {holder}; wait for it, stop it, or use another folder"
+                    f"{folder} is in use by {holder}; wait, stop it, or use another folder"
                 )
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -46,7 +46,7 @@ def locked(*folders: Path) -> Iterator[None]:
 
 
 def _lock(handle: int) -> bool:
-    end = time.monotonic() + PATIENCE
+    end = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -58,10 +58,11 @@ def _lock(handle: int) -> bool:
 
 
 def claim(run: RunConfig, source: Path | None) -> str:
-    """Tie this start to its run. Returns a sentence where the log of an ended run was set aside, else "".
+    """Record that checkpoint and log folders belong to this run.
 
-    source: the step folder that the run continues from; None for a new run. ValueError where the log folder holds the
-    history of another run, or of this phase in another folder, whose checkpoints still exist.
+    Returns a message if the metrics of an ended run were renamed, else "". source: step folder that
+    the run continues from; None for a new run. ValueError if the log folder belongs to another run,
+    or to this phase in another folder, whose checkpoints still exist.
     """
     folder, record = run.checkpoints.resolve(), _read(run.logs)
     earlier = [
@@ -69,42 +70,42 @@ def claim(run: RunConfig, source: Path | None) -> str:
         _read(source.parent) if source else None,
         record if source else None,
     ]
-    identity = next((found["id"] for found in earlier if found), uuid.uuid4().hex)
+    identity = next((content["id"] for content in earlier if content), uuid.uuid4().hex)
     folders: dict[str, str] = record["folders"] if record else {}
-    said = ""
+    message = ""
     if record and record["id"] != identity:
-        kept = [path for path in folders.values() if step_folders(Path(path))]
-        if kept:
+        existing = [path for path in folders.values() if step_folders(Path(path))]
+        if existing:
             raise ValueError(
-                f"{run.logs} is the log of another run, whose checkpoints are in {kept[-1]}; give this run a "
-                "name of its own (run=NAME) or another log_dir"
+                f"{run.logs} is the log of another run with checkpoints in {existing[-1]}; set "
+                "another name (run=NAME) or log_dir"
             )
-        said, folders = _set_aside(run.logs), {}
+        message, folders = _rename_metrics(run.logs), {}
     elif (
         record
         and folders.get(run.phase, str(folder)) != str(folder)
         and step_folders(Path(folders[run.phase]))
     ):
         raise ValueError(
-            f"{run.logs} is the log of {run.phase} in {folders[run.phase]}; for a second one give another "
-            "log_dir as well as another output_dir"
+            f"{run.logs} is the log of {run.phase} in {folders[run.phase]}; set another log_dir as "
+            "well as another output_dir"
         )
     elif not record and source is None:
-        said = _set_aside(run.logs)  # of a version that wrote no identity
+        message = _rename_metrics(run.logs)  # of a version without run.json
     content = {"id": identity, "run": run.run, "folders": {**folders, run.phase: str(folder)}}
     write_json(run.logs / IDENTITY, content)
     write_json(run.checkpoints / IDENTITY, {**content, "folders": {run.phase: str(folder)}})
-    return said
+    return message
 
 
-def _set_aside(logs: Path) -> str:
-    """Keep the metrics of a run that is gone under another name."""
+def _rename_metrics(logs: Path) -> str:
+    """Rename the metrics of an earlier run."""
     path = logs / "metrics.jsonl"
     if not path.is_file() or not path.stat().st_size:
         return ""
-    kept = path.with_name(f"metrics_until_{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
-    path.rename(kept)
-    return f"{path} was of an earlier run without checkpoints; it is kept as {kept.name}"
+    target = path.with_name(f"metrics_until_{datetime.now(UTC):%Y%m%dT%H%M%S}.jsonl")
+    path.rename(target)
+    return f"{path} belongs to an earlier run without checkpoints; renamed to {target.name}"
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

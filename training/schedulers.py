@@ -1,7 +1,7 @@
-"""Schedules: what changes over the steps, as pure functions of the step.
+"""Schedules: settings that change during a run, as pure functions of the step.
 
-`run_schedules` lists every setting of the model and the optimizer that changes during a run. The loop applies the list
-before each step and logs each value under its name. Nothing else changes these settings.
+`run_schedules` lists them all. The loop applies the list before each step and logs each value under
+its name. Nothing else changes these settings.
 """
 
 import math
@@ -20,16 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Warmup-stable-decay over a whole run, all phases together. Steps are optimizer updates."""
+    """Warmup-stable-decay over all phases of a run. Steps are optimizer updates."""
 
     warmup_steps: NonNegativeInt = 2000
     total_steps: PositiveInt = 230_000
     decay_steps: NonNegativeInt = 23_000
     decay: str = "linear"  # linear, cosine or 1-sqrt
     min_lr: NonNegativeFloat = 0.0
-    allow_rise: bool = (
-        False  # continue although the rate would rise again after its decay has begun
-    )
+    allow_rise: bool = False  # allow the learning rate to rise again after its decay began
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule")
@@ -37,12 +35,12 @@ class ScheduleConfig:
             raise ValueError(f"schedule.decay={self.decay!r} is not one of {', '.join(DECAYS)}")
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise ValueError(
-                f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps={self.decay_steps} "
-                f"do not fit into schedule.total_steps={self.total_steps}"
+                f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps="
+                f"{self.decay_steps} do not fit into schedule.total_steps={self.total_steps}"
             )
 
 
-DECAYS = {  # share of the way from the peak down to min_lr, at share x of the decay
+DECAYS = {  # fraction of the way from the peak to min_lr, at fraction x of the decay
     "linear": lambda x: x,
     "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
     "1-sqrt": math.sqrt,
@@ -50,21 +48,17 @@ DECAYS = {  # share of the way from the peak down to min_lr, at share x of the d
 
 
 class WSDScheduler:
-    """Warmup-stable-decay (arXiv:2404.06395). Called with the number of updates made so far, gives the next one's rate.
+    """Warmup-stable-decay (arXiv:2404.06395): number of updates made so far -> next learning rate.
 
-    Update 0 has peak / warmup_steps, update warmup_steps - 1 the peak, the last update (total_steps - 1) exactly min_lr,
-    and so has every one after it.
+    Update 0 has peak / warmup_steps, update warmup_steps - 1 the peak. The last update
+    (total_steps - 1) and all later ones have exactly min_lr.
 
-    `WSDScheduler(optimizer, warmup_steps, stable_steps, decay_steps)` makes an OptimizerSchedule.
+    `WSDScheduler(optimizer, warmup_steps, stable_steps, decay_steps)` returns an OptimizerSchedule.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "WSDScheduler":
-        wanted = (
-            OptimizerSchedule
-            if isinstance((*args, None)[0], Optimizer) or "optimizer" in kwargs
-            else cls
-        )
-        return super().__new__(wanted)
+        takes_optimizer = isinstance((*args, None)[0], Optimizer) or "optimizer" in kwargs
+        return super().__new__(OptimizerSchedule if takes_optimizer else cls)
 
     def __init__(self, config: ScheduleConfig, peak: float):
         if config.min_lr > peak:
@@ -78,7 +72,7 @@ class WSDScheduler:
         into_decay = step + 1 - (config.total_steps - config.decay_steps)
         if into_decay <= 0:
             return self.peak
-        if into_decay >= config.decay_steps:  # also where decay_steps is 0
+        if into_decay >= config.decay_steps:  # including decay_steps=0
             return config.min_lr if config.decay_steps else self.peak
         return self.peak - (self.peak - config.min_lr) * DECAYS[config.decay](
             into_decay / config.decay_steps
@@ -86,10 +80,10 @@ class WSDScheduler:
 
 
 class OptimizerSchedule(WSDScheduler):
-    """The same schedule in the form of torch.optim.lr_scheduler: it sets the optimizer's rates.
+    """Warmup-stable-decay with the interface of torch.optim.lr_scheduler.
 
-    The peak of a parameter group is its rate when this is made. The rates are set for the first update at once, and by
-    step(), to be called after optimizer.step(), for the next.
+    The peak of a parameter group is its learning rate at construction, which sets the rates of the
+    first update. Call step() after optimizer.step() to set those of the next.
     """
 
     def __init__(
@@ -132,14 +126,12 @@ class Schedule(NamedTuple):
     """One setting that changes over the steps."""
 
     name: str  # in metrics.jsonl
-    value: Callable[
-        [int], float
-    ]  # of the number of updates made so far: the value for the next update
-    apply: Callable[[float], None]  # set it on the model or the optimizer
+    value: Callable[[int], float]  # updates made so far -> value for the next update
+    apply: Callable[[float], None]  # sets it on the model or the optimizer
 
 
 def run_schedules(run: "RunConfig", state: "State") -> list[Schedule]:
-    """Everything that changes over the steps of this phase: the learning rate, and rope theta where it has a range."""
+    """The schedules of a phase: the learning rate, and rope theta if it has a range."""
     rate = WSDScheduler(run.schedule, run.optim.lr)
     first, last = run.theta_range
 
@@ -161,13 +153,13 @@ def run_schedules(run: "RunConfig", state: "State") -> list[Schedule]:
 
 
 def theta_at(first: float, last: float, step: int, phase_start: int, phase_end: int) -> float:
-    """Rope theta of the update after `step` updates: from first to last over the phase, evenly in its logarithm."""
-    done = max(0, step - phase_start) / max(1, phase_end - phase_start - 1)
-    return first * (last / first) ** done
+    """Rope theta of the update after `step` updates: log-linear from first to last in the phase."""
+    fraction = max(0, step - phase_start) / max(1, phase_end - phase_start - 1)
+    return first * (last / first) ** fraction
 
 
 def apply_schedules(schedules: Sequence[Schedule], step: int) -> dict[str, float]:
-    """Set every scheduled setting for the update after `step` updates; the values by name."""
+    """Set every scheduled setting for the update after `step` updates; return them by name."""
     values = {schedule.name: schedule.value(step) for schedule in schedules}
     for schedule in schedules:
         schedule.apply(values[schedule.name])

@@ -1,6 +1,7 @@
-"""Settings from YAML files laid over each other, then dotted overrides, read strictly into frozen dataclasses.
+"""Strict reading of settings from YAML files and dotted overrides into frozen dataclasses.
 
-Precedence: default < extended file < file < override < flag. A key that does not exist stops the run with a suggestion.
+Precedence: default < extended file < file < override < flag. An unknown key is an error with a
+suggestion.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from yaml_file import parse_yaml, read_yaml_file
 ROOT = Path(__file__).resolve().parent.parent
 MAX_EXTENDS = 50
 Kind = TypeVar("Kind")
-OF_COMMANDS = {  # a key of a config -> what the whole file is, and for which command
+OF_COMMANDS = {  # key that only one kind of config has -> the kind, and its command
     "phases": "a plan; give it to scripts.pipeline --plan",
     "chat": "a config of fine-tuning; give it to train_sft.py",
     "preferences": "a config of preference alignment; give it to train_dpo.py",
@@ -35,23 +36,25 @@ def load_settings(
     overrides: list[str] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Kind:
-    """Read `kind` from a YAML file, with `section.key=value` overrides and then flags over it.
+    """Read `kind` from a YAML file, then apply `section.key=value` overrides, then flags.
 
-    The value of a text setting is taken as typed; any other value is YAML. An empty value, or "null" in
-    an override, clears an optional text setting. flags: dotted setting -> value of a command-line flag, None where it
-    was not given. ValueError says which setting is wrong and how.
+    A text setting takes its value as typed; any other value is YAML. An empty value, or "null" in
+    an override, clears an optional text setting. flags: dotted setting -> value of a command-line
+    flag; None if unset. ValueError names the wrong setting and the reason.
     """
     values = read_yaml(Path(path))
     _check_kind(kind, values, path)
-    given = [(*_split(override), False) for override in overrides or []]
-    given += [(key, str(value), True) for key, value in (flags or {}).items() if value is not None]
-    for key, text, is_flag in given:
+    changes = [(*_split(override), False) for override in overrides or []]
+    changes += [
+        (key, str(value), True) for key, value in (flags or {}).items() if value is not None
+    ]
+    for key, text, is_flag in changes:
         *sections, last = key.split(".")
         inner = values
         for section in sections:
             inner = inner.setdefault(section, {})
             if not isinstance(inner, dict):
-                raise ValueError(f"{key} is not a setting: {section} has no parts")
+                raise ValueError(f"{key} is not a setting: {section} is not a section")
         inner[last] = _value(key, text, _setting_type(kind, key), is_flag)
     if clauses := renamed(kind, values):
         raise ValueError("; ".join(clauses))
@@ -60,24 +63,24 @@ def load_settings(
 
 
 class NoEffect(NamedTuple):
-    """Why a setting, or a whole section, is refused in the config of one command."""
+    """Why the config of a command may not have a setting or section."""
 
     reason: str
-    harmless: tuple[Any, ...] = ()  # values that are accepted, since they ask for nothing
+    harmless: tuple[Any, ...] = ()  # accepted values, which change nothing
 
 
 def _check_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> None:
-    """ValueError if the config gives a setting that the command would not read."""
+    """ValueError if the config has a setting that the command would ignore."""
     for key, (reason, harmless) in no_effect.items():
         section, name = _place(key, values)
         value = section.get(name)
         if name in section and value not in harmless and value != {}:
-            given = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
-            raise ValueError(f"{given} {reason}")
+            setting = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
+            raise ValueError(f"{setting} {reason}")
 
 
 def without_no_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a config, less those that load_settings would refuse. Changes `values`."""
+    """Remove settings that load_settings would refuse. Changes `values`."""
     for key, (_, harmless) in no_effect.items():
         section, name = _place(key, values)
         if section.get(name) not in harmless:
@@ -86,7 +89,7 @@ def without_no_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any])
 
 
 def _place(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The section that holds a dotted key, {} if there is none, and the key's last part."""
+    """The section of a dotted key ({} if missing) and the key's last part."""
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)
@@ -95,7 +98,7 @@ def _place(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _check_kind(kind: Any, values: dict[str, Any], path: str | Path) -> None:
-    """ValueError where a file is the config of another command, by a key that only such a config has."""
+    """ValueError if a file is the config of another command."""
     known = {field.name for field in dataclasses.fields(kind)}
     for key, what in OF_COMMANDS.items():
         if key in values and key not in known:
@@ -121,7 +124,7 @@ def _value(key: str, text: str, kind: Any, is_flag: bool) -> Any:
 
 
 def _setting_type(kind: Any, key: str) -> Any:
-    """The declared type of a dotted setting; None where there is no such setting."""
+    """The declared type of a dotted setting; None if it does not exist."""
     for name in key.split("."):
         kind = _optional(kind)
         if typing.get_origin(kind) is dict:
@@ -141,9 +144,10 @@ def _optional(kind: Any) -> Any:
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file laid over the one it `extends` (a path beside it). Sections are merged key by key, values replaced.
+    """Read a YAML file merged over the one it `extends` (a path relative to it).
 
-    A relative path that does not exist in the working folder is read from the project's folder.
+    Sections are merged key by key. A relative path that does not exist in the working folder is
+    read from the project's folder.
     """
     if not path.is_file() and (ROOT / path).is_file():
         path = ROOT / path
@@ -170,19 +174,17 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _make(kind: Any, value: Any, name: str) -> Any:
-    """`value` from YAML as the type `kind`, within its range; name is the dotted setting, for messages."""
+    """Convert a YAML value to the type `kind` and check its range. name: dotted setting."""
     if dataclasses.is_dataclass(kind):
         return _make_dataclass(kind, value, name)
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        made = _make(parts[0], value, name)
-        check(made, kind, name)
-        return made
+        converted = _make(parts[0], value, name)
+        check(converted, kind, name)
+        return converted
     if type(None) in parts:  # X | None
         inner = member(parts, value)
-        cleared = value is None or (
-            value == "" and _plain(inner) is str
-        )  # as an empty override does
+        cleared = value is None or (value == "" and _plain(inner) is str)
         return None if cleared else _make(inner, value, name)
     if origin is dict and isinstance(value, dict):
         return {_key(k, name): _make(parts[1], v, f"{name}.{k}") for k, v in value.items()}
@@ -212,7 +214,7 @@ def _plain(kind: Any) -> Any:
 
 
 def _number(value: int | float | str) -> int | float:
-    """A number of YAML, which reads 3e-4 as text; NaN if it is not one, or beyond the largest float."""
+    """A number, also from text, since YAML reads 3e-4 as text; NaN if invalid or too large."""
     try:
         if isinstance(value, str):
             value = int(value) if value.strip().lstrip("+-").isdecimal() else float(value)
@@ -223,16 +225,16 @@ def _number(value: int | float | str) -> int | float:
 
 
 def _key(key: Any, name: str) -> str:
-    """The name of an entry, as in data.mix; YAML reads a bare no, on or 1 as another type than text."""
+    """The name of an entry, as in data.mix; YAML does not read a bare no, on or 1 as text."""
     if not isinstance(key, str):
         raise ValueError(
-            f"{name} has the entry {shown(key)}, which YAML does not read as text; write its name in quotes"
+            f"{name} has the entry {shown(key)}, which YAML does not read as text; put it in quotes"
         )
     return _text(key, f"an entry of {name}")
 
 
 def _text(value: str, name: str) -> str:
-    """The text; ValueError if a path, a log or a config cannot hold it."""
+    """The text; ValueError if a path, a log or a config cannot contain it."""
     if "\0" in value or (
         not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value)
     ):
@@ -259,6 +261,6 @@ def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
 
 
 def _nearest(path: Path) -> str:
-    names = [found.name for folder in (path, ROOT / path) for found in folder.parent.glob("*.yaml")]
+    names = [file.name for folder in (path, ROOT / path) for file in folder.parent.glob("*.yaml")]
     close = difflib.get_close_matches(path.name, names, n=1)
     return f"; did you mean {path.parent / close[0]}?" if close else ""

@@ -1,7 +1,9 @@
-"""Ranks, device and environment of a run, and the State it starts from. The only reader of os.environ."""
+"""Start of a run: process group, device, environment, and restoring or initializing its State.
+
+The only module of training/ that reads os.environ.
+"""
 
 import ctypes
-import json
 import math
 import os
 import platform
@@ -19,20 +21,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from files import write_text
+from files import write_json, write_text
 from models.attention import choose_kernel
 from models.hf import load_weights, read_hf_config
 from models.nanollama import NanoLlama
 from torchrun_plugin import LAUNCHER
-from training.checkpoint import (
-    Checkpointer,
-    damage,
-    has_state,
-    identity,
-    load_state,
-    read_phase,
-    step_folders,
-)
+from training.checkpoint import Checkpointer, load_state
+from training.checkpoint_files import damage, has_state, identity, read_phase, step_folders
 from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.distributed import run_on_rank0
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
@@ -48,42 +43,42 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank and the number of ranks, as torchrun set them; (0, 1) without it."""
+    """This process's rank and the world size, as set by torchrun; (0, 1) without it."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def keep_freed_memory() -> None:
-    """Have glibc's malloc keep what is freed for the next step; what goes back to the kernel comes again page by page.
+    """Make glibc's malloc keep freed memory instead of returning it to the kernel.
 
-    A 5.8M-parameter step has 8,700 page faults without this. Other systems and C libraries stay as they are.
+    Without this, a 5.8M-parameter step has 8,700 page faults. No effect on other C libraries.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    # M_MMAP_THRESHOLD: larger blocks have a mapping of their own, which goes back whole. 32 MB is the most that glibc takes by
-    # itself; kept without a limit, blocks of changing lengths split the heap (a DPO run of 135M grew from 6 to 11 GB a rank)
+    # M_MMAP_THRESHOLD: larger blocks get their own mapping and are returned. 32 MB is glibc's own
+    # maximum. Without it, blocks of changing lengths fragment the heap: a DPO run of 135M
+    # parameters grew from 6 to 11 GB per rank.
     if set_option and set_option(-3, 1 << 25):
         set_option(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 @contextmanager
 def ranks() -> Iterator[torch.device]:
-    """The process group that torchrun describes (or one rank alone), and this rank's device."""
+    """Join the process group of torchrun (or of one rank alone) and yield this rank's device."""
     rank, world = rank_and_world()
     end_with_launcher(os.environ.get(LAUNCHER))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
             raise ValueError(
-                f"rank {local} has no GPU: torchrun started more ranks than {torch.cuda.device_count()} GPUs"
+                f"rank {local} has no GPU: this machine has {gpus}; "
+                f"use torchrun --nproc_per_node={gpus}"
             )
-        os.environ.setdefault(
-            "PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"
-        )  # rows of changing length fragment it
-        os.environ.setdefault(
-            "TORCH_NCCL_ASYNC_ERROR_HANDLING", "3"
-        )  # a rank whose peer is gone ends instead of waiting
-        os.environ.setdefault(
-            "TORCH_FR_BUFFER_SIZE", "2000"
-        )  # Flight Recorder, read by training/ops/watchdog.py
+        # Rows of changing length fragment the allocator's segments.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        # A rank whose peer has died ends instead of waiting.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
+        # Flight Recorder, which training/ops/watchdog.py dumps.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
@@ -92,19 +87,19 @@ def ranks() -> Iterator[torch.device]:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
-    try:  # a rank that has already ended on a mistake is missed while connecting, too
+    try:  # includes connecting, which fails if another rank has already ended
         dist.init_process_group(
             backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store
         )
         yield device
         sys.stdout.flush()  # torchrun may end this rank as soon as another has left
-        with suppress(
-            RuntimeError
-        ):  # no rank takes its sockets away while another still needs them; gloo's barrier may find
-            dist.barrier()  # its peer gone although that one has passed it, and then all is done
+        # The barrier keeps sockets open while other ranks need them. With gloo it may fail on a
+        # peer that has already passed it, which is harmless.
+        with suppress(RuntimeError):
+            dist.barrier()
     except BaseException as error:
         if world == 1 and dist.is_initialized():
-            dist.destroy_process_group()  # with several, others may be in a collective for good: do not wait for them
+            dist.destroy_process_group()  # with more ranks it could wait for a stuck collective
         elif world > 1:
             leave_if_lost(error, rank)
         raise
@@ -112,11 +107,11 @@ def ranks() -> Iterator[torch.device]:
 
 
 def exit_process(status: int) -> NoReturn:
-    """End this process after its work is done and its files are closed.
+    """End this process once its work is done and its files are closed.
 
-    With several ranks, skip the interpreter's own clean-up: in it, threads of torch 2.13's gloo abort the process now and
-    then ("terminate called without an active exception", 1 of 24 exits on a busy machine), and torchrun would report a
-    finished run as failed.
+    With several ranks this skips the interpreter's clean-up. During it, torch 2.13's gloo threads
+    sometimes abort the process ("terminate called without an active exception", 1 of 24 exits on
+    a busy machine), and torchrun would report a finished run as failed.
     """
     if rank_and_world()[1] > 1:
         sys.stdout.flush()
@@ -126,7 +121,7 @@ def exit_process(status: int) -> NoReturn:
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Is there what torch.compile calls: a C compiler for Triton on a GPU, a C++ one on a CPU?"""
+    """Whether torch.compile finds its compiler: C for Triton on a GPU, C++ on a CPU."""
     variable, names = (
         ("CC", ("gcc", "clang", "cc"))
         if device.type == "cuda"
@@ -138,18 +133,19 @@ def has_compiler(device: torch.device) -> bool:
 def build(
     run: RunConfig, device: torch.device, seed: int | None = None, new_tokens: range | None = None
 ) -> State:
-    """A sharded model and its optimizer, with weights from the seed (default run.seed) or from run.init_from, at step 0.
+    """Build a sharded model and its optimizer at step 0.
 
-    new_tokens: ids that the tokenizer of run.init_from lacks.
-    Every rank builds the whole model from the seed before it is sharded, so weights do not depend on the world size.
+    Weights come from the seed (default: run.seed) or from run.init_from. new_tokens: ids missing
+    from the tokenizer of run.init_from. Every rank builds the whole model before it is sharded,
+    so weights do not depend on the world size.
     """
     model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
-    choose_kernel(
-        run.parallel.attention, device, compute_dtype(run.parallel, device), masked=True
-    )  # or a sentence why not
+    dtype = compute_dtype(run.parallel, device)
+    choose_kernel(run.parallel.attention, device, dtype, masked=True)  # ValueError if unavailable
     if compiles(run.parallel, device) and not has_compiler(device):
         raise ValueError(
-            "torch.compile needs a compiler: install gcc (and g++ for a CPU), or set parallel.compile=false"
+            "torch.compile needs a compiler: install gcc (on a CPU also g++), "
+            "or set parallel.compile=false"
         )
     model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     if run.init_from:
@@ -167,18 +163,20 @@ def build(
 def restore_or_init(
     run: RunConfig, state: State, checkpointer: Checkpointer, fingerprint: str, grown: bool = False
 ) -> tuple[str, Path | None]:
-    """Set state to where this run begins. Returns a sentence on it, and the step folder it continues from, if any.
+    """Set `state` to the start of this run. Returns a description and the source folder, if any.
 
-    1. this phase's own folder holds a whole checkpoint: continue it (the same command line restarts a run);
-    2. resume_from: take over weights, moments and step; in another phase the data begin at place 0;
-    3. init_from: weights only, step 0;  4. from scratch.
+    The first that exists applies:
+    1. A complete checkpoint in this phase's folder: resume it.
+    2. resume_from: continue with its weights, moments and step. A new phase starts at batch 0.
+    3. init_from: its weights, at step 0.
+    4. From scratch.
 
-    grown: the tokenizer is that of init_from with more tokens, not the same one. ValueError where the phase would begin
-    at another step than start_step, or continue anything but what it was made from.
+    grown: the tokenizer is that of init_from with added tokens. ValueError if the phase would not
+    begin at start_step, or if a checkpoint does not belong to this run.
     """
-    own = checkpointer.newest()
-    earlier = run_on_rank0(lambda: _find_earlier(run, required=own is None))
-    source = own or earlier
+    latest = checkpointer.newest()
+    earlier = run_on_rank0(lambda: _find_earlier(run, required=latest is None))
+    source = latest or earlier
     state.data, state.rate = fingerprint, {"peak": run.optim.lr, **vars(run.schedule)}
     run_on_rank0(lambda: checkpointer.check_room(run.model.num_parameters))
     _check_end(run, state)
@@ -190,18 +188,17 @@ def restore_or_init(
         if run.init_from:
             _check_theta(run, Path(run.init_from), run.theta_range[0])
         state.parent = base
-        return (
-            f"starts from the weights of {run.init_from}"
-            if base
-            else f"starts from scratch, seed {run.seed}"
-        ), None
+        if base:
+            return f"starts from the weights of {run.init_from}", None
+        return f"starts from scratch, seed {run.seed}", None
     _check_fits(run, source, checkpointer.tokenizer)
     position = load_state(source, state)
     if position["phase"] != run.phase:
         if Path(run.resume_from or "") != source and position["phase_end"] > position["step"]:
             raise ValueError(
-                f"{source} is step {state.step} of {position['phase']}, which goes on to {position['phase_end']}; finish it "
-                f"first, or branch off there with resume_from={source}"
+                f"{source} is step {state.step} of {position['phase']}, which ends at step "
+                f"{position['phase_end']}; finish that phase, or branch off with "
+                f"resume_from={source}"
             )
         _check_start(run, state.step, source)
         state.batch_index, state.phase_start, state.parent = 0, state.step, identity(source)
@@ -210,79 +207,75 @@ def restore_or_init(
         _check_rate(run, position)
         _check_theta(run, source, run.theta_range[0])
         return f"begins at step {state.step}, after {position['phase']}, from {source}", source
-    state.batch_index, state.phase_start, state.parent = (
-        position["batch_index"],
-        position["phase_start"],
-        position["parent"],
-    )
+    state.batch_index, state.phase_start = position["batch_index"], position["phase_start"]
+    state.parent = position["parent"]
     state.faults = FaultState(**position["faults"])
     _check_start(run, state.phase_start, source)
     _check_end(run, state)
-    _check_theta(
-        run, source, theta_at(*run.theta_range, state.step - 1, state.phase_start, state.phase_end)
-    )
+    phase = state.phase_start, state.phase_end
+    _check_theta(run, source, theta_at(*run.theta_range, state.step - 1, *phase))
     changed = position["data"] != fingerprint
     if changed and not run.data.accept_changed:
         raise ValueError(
-            f"the data, their mixture or the batch changed since {source} was saved, so going on would repeat or skip text; "
-            "undo the change, or set data.accept_changed=true"
+            f"the data, their mixture or the batch size changed since {source} was saved, so "
+            "text would be repeated or skipped; undo the change, or set data.accept_changed=true"
         )
-    if own and earlier and read_phase(earlier) != run.phase and identity(earlier) != state.parent:
+    is_border = earlier and read_phase(earlier) != run.phase
+    if latest and earlier and is_border and identity(earlier) != state.parent:
         raise ValueError(
-            f"{own} did not begin from {earlier} but from another checkpoint; move {own.parent} away to begin this phase "
-            "again, or leave out resume_from to go on with it"
+            f"{latest} did not start from {earlier} but from another checkpoint; move "
+            f"{latest.parent} away to restart this phase, or remove resume_from to continue it"
         )
-    if own and base and state.parent not in ("", base):
+    if latest and base and state.parent not in ("", base):
         raise ValueError(
-            f"{own} was made from another base model than {run.init_from}; move {own.parent} away to start again "
-            "from this one, or choose another output_dir"
+            f"{latest} was trained from another base model than {run.init_from}; move "
+            f"{latest.parent} away to restart, or choose another output_dir"
         )
     _check_rate(run, position)
-    begins = f"goes on at step {state.step} from {source}"
+    restored = f"resumes at step {state.step} from {source}"
     if changed:
         state.faults = state.faults.other_data()
-        begins += (
-            "; its data changed (data.accept_changed), so a jump of the loss is expected: steps are compared with earlier "
-            f"ones again after {run.faults.window} steps"
+        restored += (
+            "; its data changed (data.accept_changed), so the loss may jump; spike detection "
+            f"starts again after {run.faults.window} steps"
         )
-    return begins, source
+    return restored, source
 
 
 def _find_earlier(run: RunConfig, required: bool) -> Path | None:
-    """The checkpoint that resume_from points to; None without one, ValueError where it is required and missing."""
+    """The checkpoint of resume_from, or None; ValueError if it is required and missing."""
     folder = run.earlier
     if folder is None:
         return None
-    named = (
-        folder.name == run.resume_from
-    )  # else the user gave a path, and find_checkpoint's own message fits
-    found = find_checkpoint(folder, required and not named)
-    if found is None and required:
+    is_phase = folder.name == run.resume_from  # a name, not a path
+    checkpoint = find_checkpoint(folder, required and not is_phase)
+    if checkpoint is None and required:
         raise ValueError(
-            f"{run.phase} continues {folder.name}, but {folder} holds no whole checkpoint; train {folder.name} first, "
-            "or give --resume_from with the folder of a checkpoint"
+            f"{run.phase} continues {folder.name}, but {folder} has no complete checkpoint; "
+            f"train {folder.name} first, or set --resume_from to a checkpoint folder"
         )
-    return found
+    return checkpoint
 
 
 def _check_start(run: RunConfig, step: int, source: Path | None) -> None:
-    """ValueError where a phase that must begin at start_step would begin, or began, at another step."""
+    """ValueError if a phase begins, or began, at another step than start_step."""
     if run.start_step in (None, step):
         return
-    begin = f"{run.phase} begins at step {run.start_step:,} of the run"
     if source is None:
         raise ValueError(
-            f"{begin}, and there is no checkpoint to continue; give --resume_from, or start it as a run of its own with "
+            f"{run.phase} begins at step {run.start_step:,} of the run, but there is no "
+            "checkpoint to continue; set --resume_from, or start a separate run with "
             "start_step=0 run=NAME"
         )
     raise ValueError(
-        f"{begin} (start_step), but {source} would make it begin at step {step:,}; continue from a checkpoint of step "
-        f"{run.start_step:,}, or set start_step={step}"
+        f"{run.phase} begins at step {run.start_step:,} of the run (start_step), but {source} is "
+        f"at step {step:,}; continue from a checkpoint of step {run.start_step:,}, or set "
+        f"start_step={step}"
     )
 
 
 def _check_rate(run: RunConfig, position: dict[str, Any]) -> None:
-    """ValueError where the learning rate had begun to decay and this run would raise it again."""
+    """ValueError if this run would raise the learning rate after its decay had begun."""
     saved, step = dict(position.get("rate") or {}), position["step"]
     if not saved or run.schedule.allow_rise:
         return
@@ -294,40 +287,45 @@ def _check_rate(run: RunConfig, position: dict[str, Any]) -> None:
         used = WSDScheduler(ScheduleConfig(**known), saved["peak"])(step - 1)  # by the last update
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            "the learning-rate schedule in the checkpoint's trainer.json is damaged; take another copy of the checkpoint"
+            "the learning-rate schedule in the checkpoint's trainer.json is damaged; use another "
+            "copy of the checkpoint"
         ) from error
     now = WSDScheduler(run.schedule, run.optim.lr)(step)
     if step > stable and now > 1.01 * used:
         raise ValueError(
-            f"the learning rate would rise from {used:.1e} to {now:.1e} at step {step}, after its decay had begun; to "
-            "train longer continue from a checkpoint before the decay (scripts.pipeline --extend does), or set "
-            "schedule.allow_rise=true"
+            f"the learning rate would rise from {used:.1e} to {now:.1e} at step {step}, after its "
+            "decay had begun; to train longer, continue from a checkpoint before the decay "
+            "(scripts.pipeline --extend does), or set schedule.allow_rise=true"
         )
 
 
 def _check_theta(run: RunConfig, source: Path, expected: float) -> None:
-    """ValueError if the weights of source were trained last with another rope theta than `expected`."""
+    """ValueError if `source` was last trained with another rope theta than `expected`."""
     trained = read_hf_config(source).rope_theta
     if not run.allow_theta_jump and not math.isclose(trained, expected, rel_tol=1e-6):
         raise ValueError(
-            f"rope theta would jump: {source} was trained with {trained:,.0f}, but rope_theta={run.theta_text} asks for "
-            f"{expected:,.0f} there; set rope_theta to {trained:.10g}, or to [{trained:.10g}, last] to change it over the "
-            "phase, or set allow_theta_jump=true"
+            f"rope theta would jump: {source} was trained with {trained:,.0f}, but "
+            f"rope_theta={run.theta_text} is {expected:,.0f} there; set rope_theta to "
+            f"{trained:.10g}, or to [{trained:.10g}, last] to change it over the phase, or set "
+            "allow_theta_jump=true"
         )
 
 
 def _check_end(run: RunConfig, state: State) -> None:
-    """Set where the phase ends; ValueError where the learning-rate schedule ends before."""
+    """Set state.phase_end; ValueError if the learning-rate schedule ends before it."""
     state.phase_end = state.phase_start + run.steps
     if state.phase_end > run.schedule.total_steps:
         raise ValueError(
-            f"{run.phase} ends at step {state.phase_end} but the learning rate is spent at schedule.total_steps="
-            f"{run.schedule.total_steps}; raise that or take fewer steps"
+            f"{run.phase} ends at step {state.phase_end}, but the learning-rate schedule ends at "
+            f"schedule.total_steps={run.schedule.total_steps}; raise it or lower steps"
         )
 
 
 def find_checkpoint(path: Path, required: bool) -> Path | None:
-    """A step folder, or the newest whole one in a folder of them; None, or ValueError if required, where there is none."""
+    """`path` itself if it is a step folder, else the newest complete step folder in it.
+
+    None if there is none, or ValueError if it is required.
+    """
     if (path / "config.json").is_file():
         return path
     folders = reversed(step_folders(path)) if path.is_dir() else ()
@@ -336,49 +334,50 @@ def find_checkpoint(path: Path, required: bool) -> Path | None:
     )
     if newest is None and required:
         raise ValueError(
-            f"{path} holds no whole checkpoint; give a step_N folder or the folder of one phase"
+            f"{path} has no complete checkpoint; use a step_N folder or the folder of a phase"
         )
     return newest
 
 
 def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
-    """ValueError where a checkpoint has another shape or tokenizer than the run. Length and theta may differ."""
-    saved, wanted = read_hf_config(source), run.model
-    for name in vars(wanted):
-        if name in PHASES_DIFFER:
-            continue
-        if getattr(saved, name) != getattr(wanted, name):
+    """ValueError if a checkpoint has another shape or tokenizer than the run.
+
+    Context length and rope theta may differ.
+    """
+    saved = vars(read_hf_config(source))
+    for name, value in vars(run.model).items():
+        if name not in PHASES_DIFFER and saved[name] != value:
             raise ValueError(
-                f"{source} has model.{name}={getattr(saved, name)} but the config says {getattr(wanted, name)}; "
-                "make them agree or choose another output_dir"
+                f"{source} has model.{name}={saved[name]}, but the config has {value}; "
+                "make them equal, or choose another output_dir"
             )
     _check_tokenizer(source, tokenizer)
 
 
 def _check_tokenizer(source: Path, tokenizer: Path | None) -> None:
-    """ValueError where a folder of weights has a tokenizer, and not the data's."""
-    own = source / "tokenizer.json"
-    if (
-        tokenizer
-        and own.is_file()
-        and own.read_bytes() != (tokenizer / "tokenizer.json").read_bytes()
-    ):
+    """ValueError if a folder of weights has another tokenizer than the data."""
+    path = source / "tokenizer.json"
+    if not tokenizer or not path.is_file():
+        return
+    if path.read_bytes() != (tokenizer / "tokenizer.json").read_bytes():
         raise ValueError(
-            f"{source} was trained with another tokenizer than {tokenizer}; use its data or start from others"
+            f"{source} was trained with another tokenizer than {tokenizer}; use data tokenized "
+            "with its tokenizer, or start from another checkpoint"
         )
 
 
-def describe(run: RunConfig, device: torch.device) -> str:
-    """One line on what will run, with every "auto" resolved."""
+def run_summary(run: RunConfig, device: torch.device) -> str:
+    """One line on the run, with every "auto" resolved."""
     dtype = compute_dtype(run.parallel, device)
     world = dist.get_world_size()
     shape = run.data.micro_batch_size, run.data.sequence_length, run.model.hidden_size
     kernel = choose_kernel(run.parallel.attention, device, dtype, masked=True, shape=shape)
-    how = ["compiled" if compiles(run.parallel, device) else "eager", kernel + " attention"]
+    modes = ["compiled" if compiles(run.parallel, device) else "eager", kernel + " attention"]
+    modes += ["float8"] * run.parallel.fp8
     return (
-        f"{run.model.num_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {world} {device.type} rank(s), "
-        f"{run.parallel.strategy}, {', '.join(how + ['float8'] * run.parallel.fp8)}; {run.steps:,} steps of {run.data.rows} x "
-        f"{run.data.sequence_length} tokens, "
+        f"{run.model.num_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on "
+        f"{world} {device.type} rank(s), {run.parallel.strategy}, {', '.join(modes)}; "
+        f"{run.steps:,} steps of {run.data.rows} x {run.data.sequence_length} tokens, "
         f"theta {run.theta_text}"
     )
 
@@ -390,26 +389,25 @@ def all_reduce_sum(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _git(*arguments: str) -> str:
-    """What git prints about this project's folder; "" if git is not installed, or the folder is not a checkout."""
+    """Output of git in this project's folder; "" without git or outside a checkout."""
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
+        process = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
     except OSError:
         return ""
-    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else ""
+    return process.stdout.decode(errors="replace").strip() if process.returncode == 0 else ""
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """What a result depends on besides the config: code, versions, hardware."""
+    """Code version, library versions and hardware of this run."""
     commit, changes = _git("rev-parse", "--verify", "-q", "HEAD"), _git("status", "--porcelain")
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "git": commit or None,
         "git_clean": not changes if commit else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or "cpu",
+        "device": gpu or platform.processor() or "cpu",
         "ranks": dist.get_world_size(),
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -417,27 +415,26 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def write_run_files(run: RunConfig, device: torch.device) -> None:
-    """Write beside the log what this phase runs with: its config, which can be run again as it is, environment and commit.
+    """Write config, environment and commit of this phase into the log folder.
 
-    hyperparameters.yaml holds the config of every phase in this log, by name; git_commit_hash.txt the commit of the last
-    start. <phase>.config.yaml and <phase>.environment.json stay for each phase.
+    Each phase has <phase>.config.yaml, which can be run again, and <phase>.environment.json.
+    hyperparameters.yaml has the configs of all phases by name, git_commit_hash.txt the commit of
+    the last start.
     """
-    found, own = environment(device), f"{run.phase}.config.yaml"
-    write_text(run.logs / own, yaml.safe_dump(to_dict(run), sort_keys=False))
+    values, config_name = environment(device), f"{run.phase}.config.yaml"
+    write_text(run.logs / config_name, yaml.safe_dump(to_dict(run), sort_keys=False))
     configs = sorted(
-        run.logs.glob("*.config.yaml"), key=lambda path: (path.name == own, path.stat().st_mtime)
+        run.logs.glob("*.config.yaml"),
+        key=lambda path: (path.name == config_name, path.stat().st_mtime),
     )
     phases = {path.name.removesuffix(".config.yaml"): read_yaml_file(path) for path in configs}
     write_text(run.logs / "hyperparameters.yaml", yaml.safe_dump(phases, sort_keys=False))
-    write_text(run.logs / f"{run.phase}.environment.json", json.dumps(found, indent=2) + "\n")
-    commit = (
-        f"{found['git']}{'' if found['git_clean'] else ' with uncommitted changes'}"
-        if found["git"]
-        else "no git checkout"
-    )
+    write_json(run.logs / f"{run.phase}.environment.json", values)
+    changes = "" if values["git_clean"] else " with uncommitted changes"
+    commit = f"{values['git']}{changes}" if values["git"] else "no git checkout"
     write_text(run.logs / "git_commit_hash.txt", commit + "\n")
 
 
 def secrets(names: Iterable[str]) -> dict[str, str]:
-    """Values of those environment variables that are set."""
+    """Values of the environment variables that are set."""
     return {name: os.environ[name] for name in names if name in os.environ}

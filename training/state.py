@@ -1,4 +1,4 @@
-"""All that a run carries from one update to the next."""
+"""The state of a training run: model, optimizer, position and fault history."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -6,42 +6,39 @@ from typing import Any
 
 import torch
 
+from models.nanollama import NanoLlama
 from training.guard import FaultState
 
 
 @dataclass
 class State:
-    """The loop changes it in place; a checkpoint is a copy of it.
+    """Everything that a run carries from one update to the next; a checkpoint stores a copy.
 
-    step and place differ on purpose: step counts updates over the whole run, place counts steps' worth of data read from
-    the current phase's loader.
+    step counts updates over the whole run. batch_index counts batches of the current phase,
+    including skipped ones.
     """
 
-    model: Any  # a sharded NanoLlama
+    model: NanoLlama  # sharded by FSDP2
     optimizer: torch.optim.Optimizer
     phase: str
-    phase_start: int = 0  # step at which the phase began
-    phase_end: int = 0  # and at which it ends
+    phase_start: int = 0  # first step of the phase
+    phase_end: int = 0  # last step of the phase
     step: int = 0
     batch_index: int = 0
-    tokens: int = 0  # seen by the run so far, all phases
+    tokens: int = 0  # over all phases
     data: str = ""  # the loader's fingerprint
     faults: FaultState = field(default_factory=FaultState)
-    parent: str = ""  # identity of the checkpoint that this phase began from, "" for none
-    rate: dict[str, Any] = field(
-        default_factory=dict
-    )  # peak and settings of the learning-rate schedule
-    until: int | None = (
-        None  # step at which this command pauses; not saved: each command sets its own
-    )
+    parent: str = ""  # identity of the checkpoint before this phase; "" for none
+    rate: dict[str, Any] = field(default_factory=dict)  # peak and schedule of the learning rate
+    until: int | None = None  # step at which this command pauses; not saved in checkpoints
 
     @property
     def end(self) -> int:
-        """The step at which this command stops: the end of the phase, or `until` if that comes first."""
+        """The step at which this command stops: the end of the phase, or `until` if earlier."""
         return self.phase_end if self.until is None else min(self.phase_end, self.until)
 
     def position(self) -> dict[str, Any]:
-        """What trainer.json holds."""
+        """The content of trainer.json."""
         names = (
             "phase",
             "phase_start",
@@ -57,7 +54,7 @@ class State:
 
 
 def is_position(content: dict[str, Any]) -> bool:
-    """Whether an object has the keys and types that State.position writes. Older ones have no rate."""
+    """Whether an object has the keys and types of State.position. Older versions wrote no rate."""
     expected = State(None, None, phase="").position()  # type: ignore[arg-type]
     faults = content.get("faults")
     if not isinstance(faults, dict) or not all(
@@ -74,15 +71,15 @@ def is_position(content: dict[str, Any]) -> bool:
 
 
 def _is_fault(name: str, value: Any, expected: dict[str, Any]) -> bool:
-    """Whether a field of FaultState holds text, finite numbers or, as grad_clip may, nothing."""
+    """Whether a field of FaultState holds text, finite numbers or, for grad_clip only, None."""
     if name not in expected or (value is None and name != "grad_clip"):
         return False
     if isinstance(expected[name], str) or value is None:
         return isinstance(value, str | None)
     if isinstance(expected[name], list) != isinstance(value, list):
         return False
-    whole = isinstance(expected[name], int) or name in ("bad_batches", "excluded_batches")
+    integers = isinstance(expected[name], int) or name in ("bad_batches", "excluded_batches")
     numbers = value if isinstance(value, list) else [value]
     return all(
-        type(n) is int or (type(n) is float and not whole and math.isfinite(n)) for n in numbers
+        type(n) is int or (type(n) is float and not integers and math.isfinite(n)) for n in numbers
     )

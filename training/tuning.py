@@ -1,4 +1,4 @@
-"""What train_sft.py and train_dpo.py have in common: their flags, and a base model that is to speak in the chat template."""
+"""Shared parts of train_sft.py and train_dpo.py: flags, and a base model with the chat template."""
 
 import argparse
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ import torch
 
 from cli import CommandParser, user_errors
 from data.chat.rendering import Chat
-from data.chat.tokenizer import keep_chat_tokenizer
+from data.chat.tokenizer import cache_chat_tokenizer
 from data.chat.trained_chat import KEY, record
 from data.tokenizers.bpe import load_tokenizer, vocabulary_size
 from models.hf import read_hf_config
@@ -22,32 +22,33 @@ from training.logger import log_in
 from training.phase import TokenizerFiles
 from training.settings import NoEffect, load_settings
 
-UNKNOWN_LENGTH = 10**9  # stands for the base model's context until its config is read
+UNKNOWN_LENGTH = 10**9  # placeholder until the base model's config is read
 
 
 @dataclass(frozen=True)
 class TuningRun(RunConfig):
-    """A run that starts from the base model init_from, with its shape, and counts its own steps. Its logs have their own folder.
+    """A run that starts at step 0 from the base model init_from, with its shape and its own logs.
 
-    The learning rate decays from warm-up to the end, as transformers' (and so TRL's) does: the next update would have min_lr.
-    Settings that follow from the base model or from `steps` are refused in a config.
+    The learning rate decays from warm-up to the end, as in transformers and TRL: the update after
+    the last would have min_lr. Settings that follow from the base model or from `steps` are
+    refused in a config.
     """
 
     SHAPE_FROM_BASE: ClassVar[bool] = True
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = RunConfig.NO_EFFECT | {
         "model": NoEffect(
-            "has no effect in SFT and DPO: the shape is that of the base model (init_from); remove it"
+            "has no effect in SFT and DPO: the base model (init_from) sets the shape; remove it"
         ),
         "schedule.total_steps": NoEffect(
             "has no effect in SFT and DPO: the schedule ends with steps; remove it"
         ),
         "schedule.decay_steps": NoEffect(
-            "has no effect in SFT and DPO: the rate decays from warm-up to the end; remove it"
+            "has no effect in SFT and DPO: the decay follows the warm-up; remove it"
         ),
         "data.store": NoEffect(
             "has no effect in SFT and DPO, which read the files of their sources; remove it"
         ),
-        "data.packing": NoEffect("has no effect in SFT and DPO, which never cut a row; remove it"),
+        "data.packing": NoEffect("has no effect in SFT and DPO, which never split rows; remove it"),
         "data.min_document_tokens": NoEffect(
             "has no effect in SFT and DPO; filter the files of the source", ({},)
         ),
@@ -62,7 +63,7 @@ class TuningRun(RunConfig):
         return Path(self.log_dir or f"logs/{self.run}/{self.phase}")
 
     def with_schedule(self) -> Any:
-        """The same run, its schedule over its own steps."""
+        """This run with a learning-rate schedule over its own steps."""
         warmup = min(self.schedule.warmup_steps, self.steps // 10)
         decay, total = self.steps - warmup, self.steps + 1
         return replace(
@@ -73,44 +74,46 @@ class TuningRun(RunConfig):
         )
 
     def schedule_lines(self) -> list[str]:
-        """What with_schedule changes, for the log: a warm-up of more than a tenth of the steps is shortened."""
-        wanted, used = self.schedule.warmup_steps, self.with_schedule().schedule.warmup_steps
+        """A log line if with_schedule shortens the warm-up to a tenth of the steps."""
+        configured, used = self.schedule.warmup_steps, self.with_schedule().schedule.warmup_steps
         return [
-            f"warm-up: {used} steps, a tenth of the run, instead of schedule.warmup_steps={wanted}"
-        ] * (used < wanted)
+            f"warm-up: {used} steps, a tenth of the run, instead of "
+            f"schedule.warmup_steps={configured}"
+        ] * (used < configured)
 
 
 class Base(NamedTuple):
+    """The base model of a tuning run, with its chat tokenizer."""
+
     chat: Chat
     folder: Path  # of the chat tokenizer
     files: TokenizerFiles
-    run: Any  # the run with the base's shape, and vocabulary for the chat tokens
+    run: Any  # the run with the base model's shape, and a vocabulary that has the chat tokens
 
 
 def parser(about: str | None, config: str, batch_size: str) -> argparse.ArgumentParser:
-    """The flags of both; batch_size: what that flag means."""
-    made = CommandParser(about)
-    made.add_argument("--config", default=config, help="YAML file")
-    made.add_argument(
-        "--base_model", help="a step folder, a phase folder or a Hugging Face folder to start from"
+    """Parser of the shared flags. config: default. batch_size: help text of --batch_size."""
+    flags = CommandParser(about)
+    flags.add_argument("--config", default=config, help="YAML file")
+    flags.add_argument(
+        "--base_model", help="step folder, phase folder or Hugging Face folder to start from"
     )
-    made.add_argument(
-        "--output_dir", help="where step_N folders go (default: checkpoints/<run>/<phase>)"
+    flags.add_argument(
+        "--output_dir", help="folder for step_N (default: checkpoints/<run>/<phase>)"
     )
-    made.add_argument("--num_steps", type=int, help="updates")
-    made.add_argument("--batch_size", type=int, help=batch_size)
-    made.add_argument("--learning_rate", type=float)
-    made.add_argument("--wandb_project", help="send metrics to this Weights & Biases project")
-    made.add_argument("--wandb_run_name", help="name of the run there (default: the run's)")
-    made.add_argument(
-        "--profile",
-        action="store_true",
-        help="trace steps 4 to 6 from here into logs/<run>/<phase>/profile/",
+    flags.add_argument("--num_steps", type=int, help="updates")
+    flags.add_argument("--batch_size", type=int, help=batch_size)
+    flags.add_argument("--learning_rate", type=float, help="peak learning rate")
+    flags.add_argument("--wandb_project", help="Weights & Biases project for the metrics")
+    flags.add_argument(
+        "--wandb_run_name", help="Weights & Biases run name (default: the run's name)"
     )
-    made.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="any other setting of the config"
+    profile = "trace steps 4 to 6 into logs/<run>/<phase>/profile/"
+    flags.add_argument("--profile", action="store_true", help=profile)
+    flags.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="any other setting"
     )
-    return made
+    return flags
 
 
 def start(
@@ -119,7 +122,10 @@ def start(
     more: dict[str, Any],
     train: Callable[[Any, int, int, torch.device, bool], int],
 ) -> None:
-    """Read the run, with flags over its config (more: setting -> value or None), train, and leave with the exit status."""
+    """Load the run with flags over its config, train, and exit with the status.
+
+    more: setting -> value of a flag, or None.
+    """
     flags = {"init_from": args.base_model, "output_dir": args.output_dir, "steps": args.num_steps}
     flags |= {
         "optim.lr": args.learning_rate,
@@ -137,23 +143,27 @@ def start(
 
 
 def with_record(base: Base, reports: Iterable[dict[str, Any]], length: int) -> TokenizerFiles:
-    """The tokenizer files, and for config.json what the conversations are like: the defaults of chat and demo."""
+    """The tokenizer files with a record of the training conversations for config.json.
+
+    Chat and demo take their defaults from this record.
+    """
     trained = record(Path(str(base.run.init_from)), reports, length)
     return base.files._replace(special={**base.files.special, KEY: trained})
 
 
 def take_base(run: TuningRun, cache: Path) -> Base:
-    """The model to start from and its tokenizer, grown by the chat tokens and kept under `cache`; ValueError without one."""
+    """Find the base model and add the chat tokens to its tokenizer, stored under `cache`."""
     if not run.init_from:
-        raise ValueError("there is no model to start from; give --base_model")
+        raise ValueError("no base model is set; use --base_model")
     base = run_on_rank0(lambda: setup.find_checkpoint(Path(str(run.init_from)), required=True))
     assert base
-    folder = run_on_rank0(lambda: keep_chat_tokenizer(base, cache))
+    folder = run_on_rank0(lambda: cache_chat_tokenizer(base, cache))
     chat, config = Chat.from_folder(folder), read_hf_config(base)
     known, tokens = vocabulary_size(load_tokenizer(base)), vocabulary_size(chat.tokenizer)
     if known > config.vocab_size:
         raise ValueError(
-            f"{base}: the tokenizer has the id {known - 1}, but its model has {config.vocab_size} rows of embedding"
+            f"{base}: the tokenizer has id {known - 1}, but the embedding has "
+            f"{config.vocab_size} rows; use a matching tokenizer"
         )
     files = TokenizerFiles(
         folder, chat.config_ids, range(known, tokens) if tokens > known else None

@@ -1,1 +1,1 @@
-"""Conversations and preference pairs as token rows."""
+"""Conversations and preference pairs, prepared as token rows for SFT and DPO."""

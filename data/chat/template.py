@@ -1,8 +1,9 @@
-"""The chat template: its tokens, and the Jinja text that renders as data/chat/rendering.py does.
+"""The chat template: its special tokens and its Jinja text, equivalent to data/chat/rendering.py.
 
-The Jinja text also takes raw rows: lists of text parts, null content, other names of the thought,
-`function_call`, and tool responses in any order. It neutralises special tokens in texts, since
-servers render without data/chat/rendering.py. JSON text of arguments keeps its escapes and number formats.
+The Jinja text also accepts raw rows: lists of text parts, null content, other names of the thought,
+`function_call`, and tool responses in any order. It neutralises special tokens itself because
+servers render without data/chat/rendering.py. Arguments given as JSON text keep their escapes and
+number formats.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ CHAT_TOKENS = (IM_START, IM_END, START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RES
 MARKERS = (*CHAT_TOKENS, BOS, PAD)
 TEMPLATE = "chat_template.jinja"
 TRAINING_TEMPLATE = "chat_template_training.jinja"  # marks the trained text
-FORMER = {  # sha256 of templates that older checkpoints carry
+PREVIOUS_TEMPLATES = {  # sha256 of templates that older checkpoints carry
     "37d777883af8dbe824847601da13a38533483dc96f5fe9f90b36bf2ce1279ba3",
 }
 NEUTRALISE = "".join(f"\n    | replace('{token}', '{token[0]} {token[1:]}')" for token in MARKERS)
@@ -133,7 +134,8 @@ JINJA = """\
       {%- set run.calls = [] -%}
     {%- endif -%}
   {%- else -%}
-    {{- '<|im_start|>' + safe(message['role']) + '\\n' + (text(message['content']) | trim) + '<|im_end|>\\n' -}}
+    {{- '<|im_start|>' + safe(message['role']) + '\\n' + (text(message['content']) | trim) + \
+'<|im_end|>\\n' -}}
   {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
@@ -160,9 +162,9 @@ TRAINED_REPLY = """\
 def jinja_template(training: bool = False) -> str:
     """The template for transformers and llama.cpp.
 
-    training: with {% generation %} around the trained text, so that transformers returns a mask.
+    training: mark the trained text with {% generation %}, for the loss mask of transformers.
     """
-    parts = {
+    replacements = {
         "@REPLY@": TRAINED_REPLY if training else PLAIN_REPLY,
         "@NEUTRALISE@": NEUTRALISE,
         "@TEXT_PARTS@": str(list(TEXT_PARTS)),
@@ -170,13 +172,16 @@ def jinja_template(training: bool = False) -> str:
         "@FLAGS@": str(list(FLAGS)),
     }
     template = JINJA
-    for name, text in parts.items():
+    for name, text in replacements.items():
         template = template.replace(name, text)
     return template
 
 
 def is_our_template(template: object) -> bool:
-    """Whether a folder's or a file's template is this one, or the one of an earlier version."""
+    """True if a template is this one or one of an earlier version."""
     if not isinstance(template, str):
         return False
-    return template == jinja_template() or hashlib.sha256(template.encode()).hexdigest() in FORMER
+    return (
+        template == jinja_template()
+        or hashlib.sha256(template.encode()).hexdigest() in PREVIOUS_TEMPLATES
+    )

@@ -1,10 +1,10 @@
-"""Tools that a model may call, really run: arithmetic, dates, units, facts about countries. Exact, bounded, without eval.
+"""Executable tools for models: arithmetic, dates, units and facts about countries.
 
-TOOLS are their JSON schemas as OpenAI writes them; run_tool takes any name and arguments, and answers in text, errors too.
+Results are exact, work is bounded, and no code is evaluated. TOOLS has their JSON schemas in
+OpenAI's format. run_tool accepts any name and arguments and returns text, also for errors.
 """
 
 import ast
-import json
 import math
 import operator
 import re
@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from data.chat.factbook import ATTRIBUTES, article, find_country, load_countries
+from files import parse_json
 
 WHEELS = Path("data/store/wheels")
 MAX_EXPRESSION = 200  # characters
 MAX_BITS = 1024  # of numerator or denominator, about 300 digits
-MAX_PLACES = 12  # decimals that are written out; longer ones become fractions
+MAX_PLACES = 12  # decimal places; longer decimals become fractions
 MAX_VALUE = 10**15
 ARITHMETIC: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
@@ -32,7 +33,7 @@ ARITHMETIC: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
 }
 SPELLINGS = {"\u00d7": "*", "\u00b7": "*", "\u00f7": "/", "\u2212": "-", "\u2013": "-", "^": "**"}
 
-# what one unit is in the first unit of its kind
+# The value of each unit in the first unit of its kind
 UNITS: dict[str, dict[str, Fraction]] = {
     "length": {
         "metre": Fraction(1),
@@ -130,11 +131,11 @@ TOOLS: list[dict[str, Any]] = [
 
 
 class ToolError(Exception):
-    """What a tool answers instead of a result."""
+    """An error that a tool returns as its answer."""
 
 
 def run_tool(name: str, arguments: Any, wheels: Path = WHEELS) -> str:
-    """The result of a call as text; "error: ..." whatever was wrong with it. wheels: where the facts of `lookup` lie."""
+    """The result of a tool call as text, or "error: ...". wheels: folder of `lookup`'s facts."""
     functions: dict[str, Callable[..., str]] = {
         "calculator": calculator,
         "weekday": weekday,
@@ -145,42 +146,43 @@ def run_tool(name: str, arguments: Any, wheels: Path = WHEELS) -> str:
     }
     try:
         if not isinstance(name, str) or name not in functions:
-            raise ToolError(
-                f"there is no tool named {str(name)[:40]!r}; there are {', '.join(functions)}"
-            )
+            raise ToolError(f"unknown tool {str(name)[:40]!r}; known: {', '.join(functions)}")
         return functions[name](**_checked(name, arguments))
     except ToolError as error:
         return f"error: {error}"
 
 
 def _checked(name: str, arguments: Any) -> dict[str, Any]:
-    """Arguments that are what the tool's schema says; a JSON string of them is read first."""
+    """Arguments (an object or its JSON text) that match the tool's schema; else ToolError."""
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments)
+        except ValueError:
             raise ToolError("the arguments are not JSON") from None
     if not isinstance(arguments, dict):
         raise ToolError("the arguments must be a JSON object")
     schema = next(
         tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == name
     )
-    wanted = schema["properties"]
-    if set(arguments) != set(wanted):
-        raise ToolError(f"{name} takes {', '.join(wanted)}")
-    kinds: dict[str, tuple[type, ...]] = {
+    properties = schema["properties"]
+    if set(arguments) != set(properties):
+        raise ToolError(f"{name} takes {', '.join(properties)}")
+    types: dict[str, tuple[type, ...]] = {
         "string": (str,),
         "integer": (int,),
         "number": (int, float),
     }
     for key, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, kinds[wanted[key]["type"]]):
-            raise ToolError(f"{key} must be of type {wanted[key]['type']}")
+        if isinstance(value, bool) or not isinstance(value, types[properties[key]["type"]]):
+            raise ToolError(f"{key} must be of type {properties[key]['type']}")
     return arguments
 
 
 def calculator(expression: str) -> str:
-    """The exact value of an expression of numbers, + - * / // % ** and parentheses. ToolError where it has none in bounds."""
+    """The exact value of an expression of numbers, + - * / // % ** and parentheses.
+
+    ToolError if the expression is invalid or its numbers exceed the bounds.
+    """
     if len(expression) > MAX_EXPRESSION:
         raise ToolError(f"the expression is longer than {MAX_EXPRESSION} characters")
     text = "".join(SPELLINGS.get(character, character) for character in expression).strip()
@@ -198,9 +200,8 @@ def calculator(expression: str) -> str:
 
 def _value(node: ast.expr, text: str) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        value = Fraction(
-            ast.get_source_segment(text, node) or ""
-        )  # exactly as written, not as a binary float
+        # The source text is exact, unlike a binary float
+        value = Fraction(ast.get_source_segment(text, node) or "")
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
         value = _value(node.operand, text) * (-1 if isinstance(node.op, ast.USub) else 1)
     elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow):
@@ -227,7 +228,7 @@ def _bits(value: Fraction) -> int:
 
 
 def show_number(value: Fraction) -> str:
-    """An integer, a decimal where it ends within 12 places, else a fraction with its rounded value."""
+    """An integer, a decimal of at most 12 places, or a fraction with its rounded value."""
     if value.denominator == 1:
         return str(value.numerator)
     if 10**MAX_PLACES % value.denominator == 0:
@@ -238,7 +239,7 @@ def show_number(value: Fraction) -> str:
 
 
 def rounded(value: Fraction) -> str:
-    """To 4 places, half to even, without trailing zeros; to 4 significant digits below 0.001, where places would leave one."""
+    """Round half to even to 4 places, or to 4 significant digits below 0.001; no trailing zeros."""
     if 0 < abs(value) < Fraction(1, 1000):
         digits = f"{float(value):.4g}"
         return f"{Decimal(digits):f}" if abs(value) > Fraction(1, 10**MAX_PLACES) else digits
@@ -261,12 +262,12 @@ def weekday(date: str) -> str:
 
 
 def days_between(start: str, end: str) -> str:
-    """Days from start to end, negative where the end is earlier."""
+    """Days from start to end, negative if the end is earlier."""
     return str((_date(end) - _date(start)).days)
 
 
 def add_days(date: str, days: int) -> str:
-    """The date so many days later, or earlier where days is negative."""
+    """The date `days` days later (earlier if negative)."""
     try:
         return (_date(date) + timedelta(days=days)).isoformat()
     except OverflowError:
@@ -274,9 +275,9 @@ def add_days(date: str, days: int) -> str:
 
 
 def convert(value: float, unit: str, to: str) -> str:
-    """The value in another unit with its name, as rounded() gives it."""
+    """The value in another unit, rounded by rounded(), with the unit's name."""
     if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > MAX_VALUE:
-        raise ToolError(f"the value must lie between -{MAX_VALUE:.0e} and {MAX_VALUE:.0e}")
+        raise ToolError(f"the value must be between -{MAX_VALUE:.0e} and {MAX_VALUE:.0e}")
     exact = Fraction(Decimal(str(value)))
     old, new = _unit(unit), _unit(to)
     if old in TEMPERATURES and new in TEMPERATURES:
@@ -298,14 +299,14 @@ def _unit(name: str) -> str:
     spelled = re.sub(r"(met|lit)er", r"\1re", plain)
     known = [unit for kind in UNITS.values() for unit in kind] + list(TEMPERATURES)
     for candidate in (plain, spelled, spelled.removesuffix("s")):
-        found = ALIASES.get(candidate, candidate)
-        if found in known:
-            return found
-    raise ToolError(f"{name[:20]!r} is not a unit known here; there are {', '.join(known)}")
+        unit = ALIASES.get(candidate, candidate)
+        if unit in known:
+            return unit
+    raise ToolError(f"unknown unit {name[:20]!r}; known: {', '.join(known)}")
 
 
 def unit_name(unit: str, number: str) -> str:
-    """A unit as it follows a number: 1 mile, 2 miles, 3 degrees Celsius, 4 kelvin."""
+    """A unit's name after a number: 1 mile, 2 miles, 3 degrees Celsius, 4 kelvin."""
     if unit in TEMPERATURES:
         return unit if unit == "kelvin" else f"degrees {unit.capitalize()}"
     return unit if number == "1" else PLURALS.get(unit, unit + "s")
@@ -328,16 +329,16 @@ def _from_celsius(value: Fraction, unit: str) -> Fraction:
 
 
 def lookup(country: str, attribute: str, wheels: Path = WHEELS) -> str:
-    """A fact about a country out of the World Factbook, which must lie in `wheels`: a tool reaches for no network."""
+    """A fact about a country from the World Factbook in `wheels`; never downloads."""
     if attribute not in ATTRIBUTES:
-        raise ToolError(f"{attribute[:20]!r} is not among the attributes {', '.join(ATTRIBUTES)}")
+        raise ToolError(f"unknown attribute {attribute[:20]!r}; known: {', '.join(ATTRIBUTES)}")
     try:
         countries = load_countries(wheels, download=False)
     except (ValueError, OSError) as error:
         raise ToolError(f"the facts cannot be read: {error}") from None
-    found = find_country(countries, country)
-    if found is None:
+    match = find_country(countries, country)
+    if match is None:
         raise ToolError(f"no country named {country[:40]!r} is known")
-    if attribute not in found.facts:
-        raise ToolError(f"the {attribute} of {article(found.name)} is not known")
-    return found.facts[attribute]
+    if attribute not in match.facts:
+        raise ToolError(f"the {attribute} of {article(match.name)} is not known")
+    return match.facts[attribute]

@@ -1,4 +1,4 @@
-"""What a model's conversations were like in SFT and DPO, kept in its config.json: the defaults of chat and demo."""
+"""Record of a model's SFT and DPO rows in its config.json: the defaults of chat and demo."""
 
 import json
 from collections import Counter
@@ -10,38 +10,39 @@ from typing import Any
 from data.chat.tools import TOOLS
 from data.manifest import read_json
 
-KEY = "nanollama_chat"  # of config.json; in a GGUF file its JSON text is "nanollama.chat"
-MAX_NAMES = 64  # tools that are recorded, the most frequent ones
+KEY = "nanollama_chat"  # in config.json; a GGUF file has its JSON text as "nanollama.chat"
+MAX_NAMES = 64  # recorded tools, the most frequent ones
 
 
 @dataclass(frozen=True)
 class TrainedChat:
     """The record of a checkpoint."""
 
-    context: int  # tokens of a row, at most
-    tools: tuple[str, ...] = ()  # names of the tools that rows offered, the most frequent first
-    tools_at_once: int = 0  # that one row offered, at most
-    thoughts: bool = False  # whether replies had thoughts
+    context: int  # maximum tokens of a row
+    tools: tuple[str, ...] = ()  # names of the tools in rows, the most frequent first
+    tools_at_once: int = 0  # maximum tools of a row
+    thoughts: bool = False  # replies had thoughts
 
     def __post_init__(self) -> None:
         numbers = [self.context, self.tools_at_once]
-        right = (
+        numbers_valid = (
             all(type(number) is int for number in numbers)
             and self.context >= 1
             and self.tools_at_once >= 0
         )
-        names = isinstance(self.tools, (list, tuple)) and all(
+        names_valid = isinstance(self.tools, (list, tuple)) and all(
             isinstance(name, str) for name in self.tools
         )
-        if not right or not names or not isinstance(self.thoughts, bool):
+        if not numbers_valid or not names_valid or not isinstance(self.thoughts, bool):
             raise ValueError(
-                f"{KEY} of config.json is damaged; remove it, and chat uses the model's whole context and all tools"
+                f"{KEY} of config.json is damaged; remove it to use the model's full context and "
+                "all tools"
             )
         object.__setattr__(self, "tools", tuple(self.tools))
 
 
-class Seen:
-    """Counts what the conversations of a source are like."""
+class ChatStatistics:
+    """Counts tools and thoughts in a source's conversations."""
 
     def __init__(self) -> None:
         self.tools, self.at_once, self.thoughts = Counter[str](), 0, 0
@@ -64,55 +65,59 @@ class Seen:
 
 
 def name_of(tool: dict[str, Any]) -> str:
+    """The name in a tool's schema."""
     function = tool.get("function")
     return str((function if isinstance(function, dict) else tool).get("name"))
 
 
 def record(base: Path, reports: Iterable[dict[str, Any]], context: int) -> dict[str, Any]:
-    """The record of a model that is trained from `base` on sources with these reports, in rows of `context` tokens."""
-    before = read_trained_chat(base) or TrainedChat(1)
+    """Record of a model trained from `base` on sources with these reports. context: row length."""
+    base_record = read_trained_chat(base) or TrainedChat(1)
     counts: Counter[str] = Counter()
-    at_once, thoughts = before.tools_at_once, before.thoughts
+    at_once, thoughts = base_record.tools_at_once, base_record.thoughts
     for report in reports:
-        seen = report["seen"]
-        counts.update(seen["tools"])
-        at_once, thoughts = max(at_once, seen["tools_at_once"]), thoughts or seen["thoughts"] > 0
-    names = dict.fromkeys([*before.tools, *(name for name, _ in counts.most_common())])
+        statistics = report["seen"]
+        counts.update(statistics["tools"])
+        at_once, thoughts = (
+            max(at_once, statistics["tools_at_once"]),
+            thoughts or statistics["thoughts"] > 0,
+        )
+    names = dict.fromkeys([*base_record.tools, *(name for name, _ in counts.most_common())])
     return asdict(
-        TrainedChat(max(context, before.context), tuple(names)[:MAX_NAMES], at_once, thoughts)
+        TrainedChat(max(context, base_record.context), tuple(names)[:MAX_NAMES], at_once, thoughts)
     )
 
 
 def read_trained_chat(folder: Path) -> TrainedChat | None:
-    """The record of a folder; None of a base model, of another project's, or of an older checkpoint."""
+    """The record of a folder; None for a base, foreign or older model."""
     return parse(read_json(folder / "config.json").get(KEY))
 
 
-def parse(found: Any) -> TrainedChat | None:
+def parse(value: Any) -> TrainedChat | None:
     """The record from its JSON value. ValueError if it is damaged."""
-    if found is None:
+    if value is None:
         return None
-    given = found if isinstance(found, dict) else {}
-    known = {name: given[name] for name in TrainedChat.__annotations__ if name in given}
+    fields = value if isinstance(value, dict) else {}
+    known = {name: fields[name] for name in TrainedChat.__annotations__ if name in fields}
     return TrainedChat(**{"context": 0, **known})
 
 
 def offered(
-    trained: TrainedChat | None, asked: Sequence[str] | None = None
+    trained: TrainedChat | None, names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The tools that a conversation offers: those asked for by name, or "all"; else as many as the model saw at once.
+    """Schemas of the tools to offer: the named ones or "all"; else as many as the model's rows had.
 
-    Without a record all are offered. ValueError for an unknown name.
+    Without a record, all tools. ValueError for an unknown name.
     """
     known = {name_of(tool): tool for tool in TOOLS}
-    if asked is None and trained:
+    if names is None and trained:
         return [known[name] for name in trained.tools if name in known][: trained.tools_at_once]
-    if asked is None or list(asked) == ["all"]:
+    if names is None or list(names) == ["all"]:
         return list(TOOLS)
-    for name in asked:
+    for name in names:
         if name not in known:
-            raise ValueError(f"--tools {name}: unknown tool; there are {', '.join(known)}, or all")
-    return [known[name] for name in asked]
+            raise ValueError(f"--tools {name}: unknown tool; known: {', '.join(known)}, or all")
+    return [known[name] for name in names]
 
 
 def to_text(folder: Path) -> str | None:

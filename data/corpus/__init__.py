@@ -1,1 +1,1 @@
-"""Where text comes from: sources, readers, ingestion."""
+"""Text sources, their readers, and ingestion into a data store."""

@@ -1,6 +1,7 @@
-"""FineWeb-10B as gpt2 tokens, the data of the NanoGPT speedrun: fineweb_{val,train}_NNNNNN.bin of 100 million tokens each.
+"""Download FineWeb-10B as gpt2 tokens, the data of the NanoGPT speedrun.
 
-A file is 256 little-endian int32 (magic, version, count of tokens, the rest 0) and then its tokens as uint16.
+Files are fineweb_{val,train}_NNNNNN.bin with 100 million tokens each: 256 little-endian int32
+(magic, version, token count, zeros), then the tokens as uint16.
 """
 
 import re
@@ -18,21 +19,22 @@ REVISION = "889765ea1f903759787add96995d81171b632d0c"
 LICENCE = "MIT (the set); text ODC-By 1.0, Common Crawl's terms of use apply"
 MAGIC, VERSION, HEADER = 20240520, 1, 1024  # HEADER in bytes
 SHARD_BYTES = HEADER + 2 * 100_000_000
-SHARDS = 103  # to train on, beside one of validation
+SHARDS = 103  # for training; one more is for validation
 
 
 def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None = None) -> bool:
-    """Fetch the validation shard and the first `shards` training shards. Returns False where they are there already.
+    """Download the validation shard and the first `shards` training shards; False if present.
 
-    ValueError where the hub does not give them, or what it gave is not whole; run again, it goes on with what is missing.
+    ValueError if the Hub fails or a file is damaged. A second call downloads the missing files.
     """
     if not 1 <= shards <= SHARDS:
         raise ValueError(
-            f"--shards {shards} must lie between 1 and {SHARDS}, each of 100 million tokens and 0.2 GB"
+            f"--shards {shards} must be from 1 to {SHARDS}; each has 100 million tokens and 0.2 GB"
         )
     if revision and not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(
-            f"--revision {revision} is no commit (40 hexadecimal digits) of {REPO}; a branch may change between shards"
+            f"--revision {revision} must be a commit (40 hexadecimal digits) of {REPO}; a branch "
+            "may change between shards"
         )
     names = [
         "fineweb_val_000000.bin",
@@ -45,7 +47,8 @@ def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None
     before = manifest.read(folder)
     if before is not None and before["inputs"]["revision"] != revision:
         raise ValueError(
-            f"{folder} holds shards of revision {before['inputs']['revision']}; give another --output"
+            f"{folder} has shards of revision {before['inputs']['revision']}; choose another "
+            "--output"
         )
     folder.mkdir(parents=True, exist_ok=True)
     check_free(folder, sum(not (folder / name).is_file() for name in names) * SHARD_BYTES, REPO)
@@ -61,16 +64,18 @@ def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None
 
 
 def count_tokens(path: Path) -> int:
-    """Tokens of a shard; ValueError where its header or size is wrong."""
+    """Number of tokens in a shard; ValueError if its header or size is wrong."""
     header = np.fromfile(path, dtype="<i4", count=HEADER // 4)
     if len(header) < HEADER // 4 or tuple(header[:2]) != (MAGIC, VERSION):
         raise ValueError(
-            f"{path} is no shard of gpt2 tokens (its header is wrong); delete it and run the same command again"
+            f"{path} is not a shard of gpt2 tokens (wrong header); delete it and run the same "
+            "command again"
         )
     if path.stat().st_size != HEADER + 2 * int(header[2]):
         size = HEADER + 2 * int(header[2])
         raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, not {size}; delete it and run the same command again"
+            f"{path} has {path.stat().st_size} bytes, not {size}; delete it and run the same "
+            "command again"
         )
     return int(header[2])
 

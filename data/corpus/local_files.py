@@ -1,4 +1,4 @@
-"""Local files of documents and rows: which files a path stands for, and their content in bounded memory."""
+"""List the data files of a path and read their content in bounded memory."""
 
 import codecs
 import glob
@@ -10,28 +10,25 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-BLOCK = 1 << 20  # bytes of content handled at once, compressed or not
-SLICES = {
-    ".gz": 1 << 16,
-    ".zst": 1 << 8,
-}  # bytes given to a decoder at once; zstd's expand to 8 MB at most
+BLOCK = 1 << 20  # bytes of content handled at once
+SLICES = {".gz": 1 << 16, ".zst": 1 << 8}  # decoder input in bytes; zstd expands it to 8 MB at most
 MAX_LINE = 100_000_000  # bytes
-MAX_WINDOW = 1 << 27  # bytes, of the zstd decoder, as the zstd command has it
-MAX_EXPANSION = 1_000  # bytes of content for a byte of a compressed file, beyond the first 50 MB
-BATCH_BYTES = 16_000_000  # of a parquet file in memory at once, about
+MAX_WINDOW = 1 << 27  # bytes, of the zstd decoder, as in the zstd command
+MAX_EXPANSION = 1_000  # content bytes per compressed byte, beyond the first 50 MB
+BATCH_BYTES = 16_000_000  # approximate bytes of a parquet file in memory
 
 
 def find_files(where: str) -> dict[str, Path]:
-    """The data files that a path stands for, by name; see list_files."""
+    """The data files of a path, by name; see list_files."""
     return list_files(where)[0]
 
 
 def list_files(where: str, excluded: Collection[Path] = ()) -> tuple[dict[str, Path], list[str]]:
-    """The data files of a file, a folder (with all folders below it) or a glob, sorted, by their names below it.
+    """The data files of a file, a folder (recursively) or a glob, sorted, by relative name.
 
-    A path that exists is never read as a glob. Not listed: hidden files and folders, unfinished ones (*.tmp), and the
-    `excluded` folders, unless `where` lies in one. Also returns the names of files of other kinds. ValueError where there
-    is no data file.
+    An existing path is never read as a glob. Hidden and temporary (*.tmp) files and folders are
+    excluded, and so are `excluded` folders unless `where` is inside one. Also returns the names of
+    files of other kinds. ValueError if there is no data file.
     """
     root = Path(where)
     fixed = (
@@ -55,24 +52,21 @@ def list_files(where: str, excluded: Collection[Path] = ()) -> tuple[dict[str, P
             paths.update(_walk(match, outside))
         elif not _is_in_any(match, outside):
             paths.add(match)
-    above = (
-        root
-        if root.is_dir()
-        else Path(os.path.commonpath([path.parent for path in paths]))
-        if paths
-        else root
-    )
-    named = {path.relative_to(above).as_posix(): path for path in sorted(paths)}
-    found = {name: path for name, path in named.items() if path.name.endswith(SUFFIXES)}
-    if not found:
+    base = root
+    if paths and not root.is_dir():
+        base = Path(os.path.commonpath([path.parent for path in paths]))
+    named = {path.relative_to(base).as_posix(): path for path in sorted(paths)}
+    data_files = {name: path for name, path in named.items() if path.name.endswith(SUFFIXES)}
+    if not data_files:
         raise ValueError(
-            f"there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file at {where}; check the path"
+            f"there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file at {where}; check the "
+            "path"
         )
-    return found, [name for name in named if name not in found]
+    return data_files, [name for name in named if name not in data_files]
 
 
 def _walk(root: Path, outside: Collection[Path]) -> Iterator[Path]:
-    """Files below a folder. Links are followed, so that each folder is entered once."""
+    """Files below a folder. Symbolic links are followed; each folder is visited once."""
     seen: set[str] = set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -93,50 +87,53 @@ def _is_in_any(path: Path, folders: Collection[Path]) -> bool:
 
 
 def rows_at_once(file: Any, group: int) -> int:
-    """Rows of a parquet file's row group to decode together, so that long rows do not fill the memory."""
-    about = file.metadata.row_group(group)
-    columns = [about.column(i) for i in range(about.num_columns)]
+    """Number of rows of a parquet row group to decode together within BATCH_BYTES."""
+    info = file.metadata.row_group(group)
+    columns = [info.column(i) for i in range(info.num_columns)]
     repeated = any("DICTIONARY" in encoding for column in columns for encoding in column.encodings)
-    most = 16 if repeated else 1024  # a repeated value is stored once, so sizes say little
-    return max(1, min(most, BATCH_BYTES * about.num_rows // max(1, about.total_byte_size)))
+    most = (
+        16 if repeated else 1024
+    )  # dictionaries store a repeated value once: sizes are unreliable
+    return max(1, min(most, BATCH_BYTES * info.num_rows // max(1, info.total_byte_size)))
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file without their ends. A last line without an end is one too, unless the file is cut off.
+    """Lines of a file without line ends, including an unterminated last line of an intact file.
 
-    A byte-order mark of UTF-8 is dropped. ValueError for UTF-16 and UTF-32, and for a line above MAX_LINE.
+    A UTF-8 byte-order mark is dropped. ValueError for UTF-16, UTF-32 and lines above MAX_LINE.
     """
-    begun: list[bytes] = []
+    pending: list[bytes] = []
     size = number = 0
     for block in blocks(path):
-        if not number and not begun:
+        if not number and not pending:
             if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
                 raise ValueError(f"{path} is UTF-16 or UTF-32 text; convert it with iconv -t UTF-8")
             block = block.removeprefix(codecs.BOM_UTF8)
         first, *rest = block.split(b"\n")
-        begun.append(first)
+        pending.append(first)
         size += len(first)
         for line in rest:
             number += 1
-            yield b"".join(begun)
-            begun, size = [line], len(line)
+            yield b"".join(pending)
+            pending, size = [line], len(line)
         if size > MAX_LINE:
             kind = (
                 "is a JSON array"
-                if begun[0].lstrip().startswith(b"[")
+                if pending[0].lstrip().startswith(b"[")
                 else "is too long for one row"
             )
             raise ValueError(
-                f"line {number + 1} of {path} {kind} of more than {MAX_LINE:,} bytes; write one object a line"
+                f"line {number + 1} of {path} {kind} of more than {MAX_LINE:,} bytes; write one "
+                "object per line"
             )
     if size:
-        yield b"".join(begun)
+        yield b"".join(pending)
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """Content of a .gz, .zst or plain file in blocks. EOFError where a compressed one ends too early.
+    """Decompressed content of a .gz, .zst or plain file in blocks.
 
-    ValueError where it expands as no text does.
+    EOFError for a truncated compressed file; ValueError if it expands beyond MAX_EXPANSION.
     """
     if path.suffix not in (".gz", ".zst"):
         with open(path, "rb") as file:
@@ -144,23 +141,24 @@ def blocks(path: Path) -> Iterator[bytes]:
                 yield block
         return
     limit, expanded, size = max(50_000_000, MAX_EXPANSION * path.stat().st_size), 0, 0
-    parts: list[bytes] = []
+    chunks: list[bytes] = []
     damage: Exception | None = None
     try:
-        for part in _gunzip(path) if path.suffix == ".gz" else _unzstd(path):
-            parts.append(part)
-            size, expanded = size + len(part), expanded + len(part)
+        for chunk in _gunzip(path) if path.suffix == ".gz" else _unzstd(path):
+            chunks.append(chunk)
+            size, expanded = size + len(chunk), expanded + len(chunk)
             if expanded > limit:
                 raise ValueError(
-                    f"{path} expands to more than {MAX_EXPANSION:,} times its size, as no text does; remove it"
+                    f"{path} expands to more than {MAX_EXPANSION:,} times its size, unlike text; "
+                    "remove it"
                 )
             if size >= BLOCK:
-                content = b"".join(parts)
-                parts, size = [], 0
-                yield from (content[at : at + BLOCK] for at in range(0, len(content), BLOCK))
+                content = b"".join(chunks)
+                chunks, size = [], 0
+                yield from (content[i : i + BLOCK] for i in range(0, len(content), BLOCK))
     except (EOFError, OSError, zlib.error, zstd_error()) as error:
         damage = error
-    yield b"".join(parts)
+    yield b"".join(chunks)
     if damage:
         raise damage
 
@@ -179,7 +177,7 @@ def _gunzip(path: Path) -> Iterator[bytes]:
                     content = decoder.decompress(b"", BLOCK)
                     yield content
     if not decoder.eof:
-        raise EOFError("the compressed file ends too early")
+        raise EOFError("the compressed file is truncated")
 
 
 def _unzstd(path: Path) -> Iterator[bytes]:
@@ -194,10 +192,11 @@ def _unzstd(path: Path) -> Iterator[bytes]:
                 yield decoder.decompress(data)
                 data = decoder.unused_data
     if not decoder.eof:
-        raise EOFError("the compressed file ends too early")
+        raise EOFError("the compressed file is truncated")
 
 
 def zstd_error() -> type[Exception]:
+    """zstandard's exception class; the package is imported on use."""
     import zstandard
 
     return zstandard.ZstdError

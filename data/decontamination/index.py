@@ -1,75 +1,68 @@
-"""Find items of evaluation sets in training text: the test side is indexed, the training side streamed past it once.
+"""Find benchmark items in training text: the items are indexed, the training text is streamed once.
 
-Texts are normalised and cut into hashed words. Every 5-gram that a document shares with an item lays the item over the
-document; words that then stand in the same places, weighted by their information, are the score. So a copy of 40 words in
-a book counts like one alone, and a word changed here and there costs no more than that word. Memory: one batch of text.
+Texts are normalised and hashed by word. Each 5-gram that a document shares with an item aligns the
+item with the document. The score is the share of the item's words that match in the alignment,
+weighted by their information. A copy of 40 words in a book scores like the copy alone; a changed
+word costs that word only. Memory: one batch of text.
 """
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.decontamination.test_sets import Item
 from data.decontamination.words import character_offsets, hash_words, ngrams
+from files import parse_json, write_text
 
 BATCH = 1 << 20  # characters of text scanned together
-OVERHEAD = 64  # characters that a text counts for beyond its own, so that a batch is not of millions of empty ones
-PIECE = 1 << 20  # characters; a longer document is scanned in pieces that overlap
-WORD = 1000  # characters in which a border between words is looked for
-LOAD = 64  # bits of the filter for each n-gram
-SMALL = (
-    1 << 12
-)  # words; in a test set of fewer, a word that stands there once is worth 12 bits all the same
-MANY = 1 << 20  # places of the index that one batch may point to before ...
-OVERLAID = 1 << 22  # words of items laid over text at once
-OFTEN = 64  # ... an n-gram is looked up so often only in each text
-MAX_LISTED_IDS = 50  # training ids that a report lists
-EXCERPT = 200  # characters of a hit that are kept for the report
+OVERHEAD = 64  # characters added to each text's length: bounds the number of texts in a batch
+PIECE = 1 << 20  # characters; a longer document is scanned in overlapping pieces
+MAX_WORD = 1000  # characters to search for a word boundary
+FILTER_BITS = 64  # bits of the filter per n-gram
+MIN_TOTAL = 1 << 12  # words; a word that occurs once in a smaller test set is worth 12 bits
+MAX_MATCHES = 1 << 20  # index positions that one batch may match; above it,
+MAX_REPEATS = 64  # each text looks up an n-gram at most this often
+MAX_ALIGNED = 1 << 22  # item words aligned with text at once
+EXCERPT = 200  # characters of a hit in the report
 
 
 @dataclass(frozen=True)
 class Settings:
-    """When a document holds an item."""
+    """Thresholds for a hit."""
 
-    ngram: int = 5  # words that must agree in a row before an item is looked at
-    coverage: float = 0.65  # share of an item's information that a document must hold
-    exact_ngram: int = (
-        13  # so many words in a row are a hit by themselves, the published convention
-    )
-    minimum_words: int = (
-        8  # shorter variants are not judged; below exact_ngram they count only when whole
-    )
-    minimum_information: float = (
-        60.0  # bits that must agree; less is what common phrases agree in by chance
-    )
-    common_items: int = 12  # what stands in more items than this is template text, and no evidence
-    minimum_run: int = 3  # words in a row that count once an item is laid over a document
-    slack: int = 10  # words put in or left out between two matching parts
-    similarity: float = 0.5  # Jaccard index of word pairs from which a short row is like an item
+    ngram: int = 5  # consecutive equal words that align an item with a document
+    coverage: float = 0.65  # share of an item's information that a document must contain
+    exact_ngram: int = 13  # consecutive equal words that are a hit alone, the published convention
+    # Shorter variants are not searched; below exact_ngram, only complete copies count
+    minimum_words: int = 8
+    minimum_information: float = 60.0  # bits that must match; common phrases match in fewer
+    common_items: int = 12  # an n-gram in more items than this is template text and not evidence
+    minimum_run: int = 3  # consecutive equal words that count within an alignment
+    slack: int = 10  # words inserted or deleted between two matching runs
+    similarity: float = 0.5  # minimum Jaccard index of word pairs for similar rows
 
 
 class Hit(NamedTuple):
     train_id: str
     test_set: str
     test_id: str
-    score: float  # share of the item's information found
-    span: tuple[int, int]  # characters of the training text
+    score: float  # share of the item's information in the document
+    span: tuple[int, int]  # character range in the training text
     rule: str  # exact, coverage, 13-gram or minhash
-    excerpt: str  # of the training text, from the span's start
-    source: str = ""  # or file, that the training text is of
+    excerpt: str  # start of the span's text
+    source: str = ""  # source or file of the training text
 
 
 def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) -> "Index":
-    """Index test sets, by name. Items without a variant that can be judged are in `too_short` of the index."""
+    """Index named test sets. `too_short` of the index lists items without a searchable variant."""
     assert settings.ngram <= settings.minimum_words <= settings.exact_ngram
     names = list(sets)
     items: list[tuple[int, str, str]] = []
@@ -82,70 +75,68 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
             items.append((which, item.id, max(item.variants, key=len, default="")[: 2 * EXCERPT]))
             texts += variants
     if not texts:
-        raise ValueError("the test sets hold no items; give at least one with text")
-    hashed = [hash_words(texts[i : i + 1000]) for i in range(0, len(texts), 1000)]
-    words = np.concatenate([part[0] for part in hashed])
-    bounds = np.append(0, np.cumsum(np.concatenate([np.diff(part[2]) for part in hashed])))
+        raise ValueError("the test sets have no items; give at least one with text")
+    chunks = [hash_words(texts[i : i + 1000]) for i in range(0, len(texts), 1000)]
+    words = np.concatenate([hashes for hashes, _, _ in chunks])
+    bounds = np.append(0, np.cumsum(np.concatenate([np.diff(ends) for _, _, ends in chunks])))
     item_of = np.array(owner, dtype=np.int32)
     variant_of = np.repeat(np.arange(len(texts), dtype=np.int32), np.diff(bounds))
     _, kinds, counts = np.unique(words, return_inverse=True, return_counts=True)
-    weights = -np.log2(counts / max(SMALL, len(words)))[kinds].astype(np.float32)
+    weights = -np.log2(counts / max(MIN_TOTAL, len(words)))[kinds].astype(np.float32)
 
     def item_counts(size: int) -> tuple[NDArray, NDArray]:
-        """Of the n-gram that begins at each word: its hash, and in how many items it stands (0: crosses a variant's end)."""
-        found = np.zeros(len(words), dtype=np.uint64)
+        """Hash of the n-gram at each word, and the number of items with it.
+
+        The number is 0 if the n-gram crosses a variant's end.
+        """
+        grams = np.zeros(len(words), dtype=np.uint64)
         frequency = np.zeros(len(words), dtype=np.int64)
         starts = np.flatnonzero(np.arange(len(words)) + size <= bounds[1:][variant_of])
         if len(starts):
-            found[starts] = ngrams(words, size)[starts]
-            distinct, which = np.unique(found[starts], return_inverse=True)
-            pairs = np.sort(which * len(items) + item_of[variant_of[starts]])
-            pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])] // len(
-                items
-            )  # each n-gram once an item
-            frequency[starts] = np.bincount(pairs, minlength=len(distinct))[which]
-        return found, frequency
+            grams[starts] = ngrams(words, size)[starts]
+            distinct, inverse = np.unique(grams[starts], return_inverse=True)
+            pairs = np.sort(inverse * len(items) + item_of[variant_of[starts]])
+            # Count each n-gram once per item
+            pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])] // len(items)
+            frequency[starts] = np.bincount(pairs, minlength=len(distinct))[inverse]
+        return grams, frequency
 
     grams, frequency = item_counts(settings.ngram)
     rare = (frequency > 0) & (frequency <= settings.common_items)
-    weights[~_spread(rare, settings.ngram)] = 0  # words that stand in template text only
+    weights[~_spread(rare, settings.ngram)] = 0  # words that occur in template text only
     template = item_counts(settings.exact_ngram)[1] > settings.common_items
 
     lengths, information = np.diff(bounds), np.zeros(len(texts))
     np.add.at(information, variant_of, weights)
-    whole = np.zeros(len(texts), dtype=np.uint64)
-    np.add.at(
-        whole,
-        variant_of,
-        words * (2 * (np.arange(len(words)) - bounds[:-1][variant_of]) + 1).astype(np.uint64),
-    )
-    _, same, copies = np.unique(whole, return_inverse=True, return_counts=True)
+    text_hashes = np.zeros(len(texts), dtype=np.uint64)
+    positions = (np.arange(len(words)) - bounds[:-1][variant_of]).astype(np.uint64)
+    np.add.at(text_hashes, variant_of, words * (2 * positions + 1))
+    _, inverse, copies = np.unique(text_hashes, return_inverse=True, return_counts=True)
     enough = (information >= settings.minimum_information) | (lengths >= settings.exact_ngram)
-    judged = (lengths >= settings.minimum_words) & enough & (copies[same] <= settings.common_items)
+    unique = copies[inverse] <= settings.common_items
+    searchable = (lengths >= settings.minimum_words) & enough & unique
 
-    posted = (
-        rare.copy()
-    )  # and where a stretch has no rare n-gram, but is no template as a whole, its rarest
-    scheduled = np.minimum(lengths, settings.exact_ngram)[variant_of]
+    # Index the rare n-grams, and the rarest n-gram of each window without one that is not template
+    indexed = rare.copy()
+    windows = np.minimum(lengths, settings.exact_ngram)[variant_of]
     starts = np.flatnonzero(
-        judged[variant_of]
-        & (np.arange(len(words)) + scheduled <= bounds[1:][variant_of])
+        searchable[variant_of]
+        & (np.arange(len(words)) + windows <= bounds[1:][variant_of])
         & ~template
     )
-    before = np.append(0, np.cumsum(rare))
-    for at in starts[
-        before[starts + scheduled[starts] - settings.ngram + 1] == before[starts]
-    ].tolist():
-        inside = slice(at, at + int(scheduled[at]) - settings.ngram + 1)
-        if not posted[inside].any():
-            posted[at + int(frequency[inside].argmin())] = True
-    places = np.flatnonzero(posted & judged[variant_of])
+    rare_before = np.append(0, np.cumsum(rare))
+    ends = starts + windows[starts] - settings.ngram + 1
+    for start in starts[rare_before[ends] == rare_before[starts]].tolist():
+        window = slice(start, start + int(windows[start]) - settings.ngram + 1)
+        if not indexed[window].any():
+            indexed[start + int(frequency[window].argmin())] = True
+    places = np.flatnonzero(indexed & searchable[variant_of])
     places = places[np.argsort(grams[places], kind="stable")].astype(np.int32)
     distinct, first = np.unique(grams[places], return_index=True)
 
-    bits = max(20, int(len(distinct) * LOAD - 1).bit_length())
-    seen = np.zeros(1 << bits, dtype=bool)
-    seen[distinct >> np.uint64(64 - bits)] = True
+    bits = max(20, int(len(distinct) * FILTER_BITS - 1).bit_length())
+    filter_bits = np.zeros(1 << bits, dtype=bool)
+    filter_bits[distinct >> np.uint64(64 - bits)] = True
     arrays = {
         "words": words,
         "weights": weights,
@@ -157,10 +148,10 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
         "grams": distinct,
         "firsts": np.append(first, len(places)).astype(np.int64),
         "places": places,
-        "filter": np.packbits(seen, bitorder="little"),
+        "filter": np.packbits(filter_bits, bitorder="little"),
     }
     checked = np.zeros(len(items), dtype=bool)
-    checked[item_of[judged]] = True
+    checked[item_of[searchable]] = True
     too_short = {
         name: [items[i][1] for i in np.flatnonzero(~checked) if names[items[i][0]] == name]
         for name in names
@@ -169,9 +160,9 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
 
 
 class Index:
-    """Test sets, indexed. One saved in a folder is memory-mapped by load, and pickled as its path: workers share it.
+    """Indexed test sets. A saved index is memory-mapped and pickled as its path: workers share it.
 
-    sizes: items of each set. too_short: ids of items that cannot be judged, by set.
+    sizes: number of items per set. too_short: ids of unsearchable items per set.
     """
 
     def __init__(
@@ -190,41 +181,42 @@ class Index:
 
     @cached_property
     def items(self) -> list[tuple[int, str, str]]:
-        """(number of the set, id, beginning of the text) of each item; read when the first hit asks for it."""
+        """(number of the set, id, start of the text) of each item; loaded at the first hit."""
         assert self.folder is not None
-        return json.loads((self.folder / "items.json").read_text(encoding="utf-8"))
+        return parse_json((self.folder / "items.json").read_text(encoding="utf-8"))
 
     def save(self, folder: Path) -> None:
-        """Write the index as a folder, by rename."""
-        part = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        """Write the index as a folder, atomically."""
+        scratch = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
         for name, array in self.arrays.items():
-            np.save(part / f"{name}.npy", array)
-        (part / "items.json").write_text(json.dumps(self.items), encoding="utf-8")
-        about = {
+            np.save(scratch / f"{name}.npy", array)
+        header = {
             "settings": asdict(self.settings),
             "sizes": self.sizes,
             "too_short": self.too_short,
             "arrays": list(self.arrays),
         }
-        (part / "index.json").write_text(json.dumps(about), encoding="utf-8")
+        write_text(scratch / "items.json", json.dumps(self.items))
+        write_text(scratch / "index.json", json.dumps(header))
         shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        scratch.rename(folder)
 
     @classmethod
     def load(cls, folder: Path, mmap: bool = True) -> "Index":
-        """The index of a folder; ValueError where there is none, or one of another version of this code."""
+        """Load an index; ValueError if it is missing or of another version of this code."""
         try:
-            about = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            header = parse_json((folder / "index.json").read_text(encoding="utf-8"))
             arrays = {
                 name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r" if mmap else None))
-                for name in about["arrays"]
+                for name in header["arrays"]
             }
-            index = cls(Settings(**about["settings"]), about["sizes"], about["too_short"], arrays)
+            settings = Settings(**header["settings"])
+            index = cls(settings, header["sizes"], header["too_short"], arrays)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{folder} holds no decontamination index that can be read; build it again"
+                f"{folder} has no readable decontamination index; build it again"
             ) from error
         index.folder = folder
         return index
@@ -235,14 +227,12 @@ class Index:
         return Index, (self.settings, self.sizes, self.too_short, self.arrays, self.items)
 
     def scan(self, documents: Iterable[tuple[str, str]]) -> Iterator[Hit]:
-        """Hits of (id, text) documents, in their order. An item that stands twice in a document is two hits."""
-        for _, hits in groupby(self._scan(documents), key=lambda found: found[0]):
-            yield from _merge([hit for _, hit in hits])
+        """Hits of (id, text) documents, in order. An item that occurs twice gives two hits."""
+        for _, group in groupby(self._scan(documents), key=lambda pair: pair[0]):
+            yield from _merge([hit for _, hit in group])
 
     def _scan(self, documents: Iterable[tuple[str, str]]) -> Iterator[tuple[int, Hit]]:
-        batch: list[
-            tuple[int, str, int, str]
-        ] = []  # number of the document, id, offset of the piece, the piece
+        batch: list[tuple[int, str, int, str]] = []  # document number, id, piece offset, piece
         size = 0
         for number, (train_id, text) in enumerate(documents):
             for offset, piece in _pieces(text, self.overlap):
@@ -255,7 +245,7 @@ class Index:
 
     @cached_property
     def overlap(self) -> int:
-        """Characters that pieces of a document share: twice the longest item, at a generous 12 characters a word."""
+        """Characters that adjacent pieces share: twice the longest item, 12 characters a word."""
         return 24 * int(np.diff(self.arrays["bounds"]).max())
 
     @cached_property
@@ -264,19 +254,19 @@ class Index:
 
     def _scan_batch(self, batch: list[tuple[int, str, int, str]]) -> Iterator[tuple[int, Hit]]:
         words, spots, bounds = hash_words([piece for *_, piece in batch])
-        at, place = self._lookup(ngrams(words, self.settings.ngram), bounds)
-        for text, item, score, first, last, rule in self._judge(words, bounds, at, place):
+        position, place = self._lookup(ngrams(words, self.settings.ngram), bounds)
+        for text, item, score, first, last, rule in self._align(words, bounds, position, place):
             number, train_id, offset, piece = batch[text]
             begin, end = character_offsets(
                 piece, spots[bounds[text] : bounds[text + 1]], first, last
             )
-            which, test_id, _ = self.items[item]
+            set_number, test_id, _ = self.items[item]
             span = (offset + begin, offset + end)
             yield (
                 number,
                 Hit(
                     train_id,
-                    self.names[which],
+                    self.names[set_number],
                     test_id,
                     round(score, 4),
                     span,
@@ -286,69 +276,64 @@ class Index:
             )
 
     def _lookup(self, grams: NDArray, bounds: NDArray) -> tuple[NDArray, NDArray]:
-        """Word of the text and place in the index of every n-gram that both have; a text's n-gram can have many places."""
+        """Word of the batch and word of the index for every shared n-gram, all pairs."""
         slots = grams >> self._shift
-        bits = self.arrays["filter"][slots >> np.uint64(3)] >> (slots & np.uint64(7)).astype(
-            np.uint8
-        )
-        maybe = np.flatnonzero(bits & 1)
+        offsets = (slots & np.uint64(7)).astype(np.uint8)
+        bits = self.arrays["filter"][slots >> np.uint64(3)] >> offsets
+        position = np.flatnonzero(bits & 1)
         known, firsts = self.arrays["grams"], self.arrays["firsts"]
-        at = np.minimum(np.searchsorted(known, grams[maybe]), len(known) - 1)
-        same = known[at] == grams[maybe] if len(known) else np.zeros(0, dtype=bool)
-        at, maybe = at[same], maybe[same]
-        counts = firsts[at + 1] - firsts[at]
-        if counts.sum() > MANY:  # a text that says the same over and over
-            text = np.searchsorted(bounds, maybe, side="right")
-            order = np.lexsort((maybe, at, text))
-            differs = (
-                np.arange(len(order)) < OFTEN
-            )  # from what stands OFTEN places before: this is no further repeat
-            for key in (at[order], text[order]):
-                differs[OFTEN:] |= key[OFTEN:] != key[:-OFTEN]
-            kept = np.sort(order[differs])
-            at, maybe, counts = at[kept], maybe[kept], counts[kept]
-        return np.repeat(maybe, counts), self.arrays["places"][_ranges(firsts[at], counts)].astype(
-            np.int64
-        )
+        entry = np.minimum(np.searchsorted(known, grams[position]), len(known) - 1)
+        equal = known[entry] == grams[position] if len(known) else np.zeros(0, dtype=bool)
+        entry, position = entry[equal], position[equal]
+        counts = firsts[entry + 1] - firsts[entry]
+        if counts.sum() > MAX_MATCHES:  # very repetitive text: skip repeats beyond MAX_REPEATS
+            text = np.searchsorted(bounds, position, side="right")
+            order = np.lexsort((position, entry, text))
+            selected = np.arange(len(order)) < MAX_REPEATS
+            for key in (entry[order], text[order]):
+                selected[MAX_REPEATS:] |= key[MAX_REPEATS:] != key[:-MAX_REPEATS]
+            rows = np.sort(order[selected])
+            entry, position, counts = entry[rows], position[rows], counts[rows]
+        places = self.arrays["places"][_ranges(firsts[entry], counts)].astype(np.int64)
+        return np.repeat(position, counts), places
 
-    def _judge(
-        self, words: NDArray, bounds: NDArray, at: NDArray, place: NDArray
+    def _align(
+        self, words: NDArray, bounds: NDArray, position: NDArray, place: NDArray
     ) -> Iterator[tuple[int, int, float, int, int, str]]:
-        """(document, item, score, first word, last word, rule) of what is found, by document, from shared n-grams:
-        word `at` of the batch begins what word `place` of the index does."""
+        """Hits as (document, item, score, first word, last word, rule), by document.
+
+        An n-gram begins at word `position` of the batch and at word `place` of the index.
+        """
         arrays, settings = self.arrays, self.settings
-        document = np.searchsorted(bounds, at, side="right") - 1
-        inside = at + settings.ngram <= bounds[document + 1]
-        at, place, document = at[inside], place[inside], document[inside]
-        if not len(at):
+        document = np.searchsorted(bounds, position, side="right") - 1
+        inside = position + settings.ngram <= bounds[document + 1]
+        position, place, document = position[inside], place[inside], document[inside]
+        if not len(position):
             return
-        # A variant laid over a document so that word i of the index falls on word i + shift of the batch.
+        # An alignment puts word i of the index on word i + shift of the batch
         shift_range = len(words) + len(arrays["words"]) + settings.slack + 1
         variant = arrays["variant_of"][place].astype(np.int64)
         keys = (document * len(arrays["item_of"]) + variant) * shift_range + (
-            at - place + len(arrays["words"])
+            position - place + len(arrays["words"])
         )
-        keys, where = np.unique(keys, return_index=True)
-        variant, document, shift = variant[where], document[where], (at - place)[where]
-        new = np.append(
-            True, np.diff(keys) > settings.slack
-        )  # overlays of a variant close to each other: one candidate
+        keys, first = np.unique(keys, return_index=True)
+        variant, document, shift = variant[first], document[first], (position - place)[first]
+        # Close alignments of a variant form one candidate
+        new = np.append(True, np.diff(keys) > settings.slack)
         borders = np.append(np.flatnonzero(new), len(keys))
-        laid = np.append(0, np.cumsum(np.diff(arrays["bounds"])[variant]))[
-            borders
-        ]  # words, up to each candidate
+        # Aligned words before each candidate
+        aligned = np.append(0, np.cumsum(np.diff(arrays["bounds"])[variant]))[borders]
         start = 0
-        while start < len(borders) - 1:  # usually all at once
-            stop = max(
-                start + 1, int(np.searchsorted(laid, laid[start] + OVERLAID, side="right")) - 1
-            )
-            part = slice(borders[start], borders[stop])
-            yield from self._weigh(
-                words, bounds, variant[part], document[part], shift[part], new[part]
+        while start < len(borders) - 1:  # usually one iteration
+            limit = aligned[start] + MAX_ALIGNED
+            stop = max(start + 1, int(np.searchsorted(aligned, limit, side="right")) - 1)
+            chunk = slice(borders[start], borders[stop])
+            yield from self._score(
+                words, bounds, variant[chunk], document[chunk], shift[chunk], new[chunk]
             )
             start = stop
 
-    def _weigh(
+    def _score(
         self,
         words: NDArray,
         bounds: NDArray,
@@ -357,39 +342,39 @@ class Index:
         shift: NDArray,
         new: NDArray,
     ) -> Iterator[tuple[int, int, float, int, int, str]]:
-        """_judge's findings from overlays of variants over documents; new: where a candidate's first overlay is."""
+        """Score alignments of variants with documents. new: True at each candidate's first one."""
         arrays, settings = self.arrays, self.settings
         begin = np.maximum(arrays["bounds"][variant], bounds[document] - shift)
         end = np.minimum(arrays["bounds"][variant + 1], bounds[document + 1] - shift)
         counts = end - begin
-        overlaid = _ranges(begin, counts)  # words of the index, all overlays one after the other
+        aligned = _ranges(begin, counts)  # words of the index, concatenated over alignments
         equal = np.append(
-            arrays["words"][overlaid] == words[overlaid + np.repeat(shift, counts)], False
+            arrays["words"][aligned] == words[aligned + np.repeat(shift, counts)], False
         )
         edges = np.append(0, np.cumsum(counts))
-        left = np.repeat(edges[1:], counts) - np.arange(len(overlaid))  # words left in the overlay
+        remaining = np.repeat(edges[1:], counts) - np.arange(len(aligned))  # in the alignment
         total = np.append(0, np.cumsum(equal[:-1]))
-        kept = _spread(_runs(equal, left, settings.minimum_run), settings.minimum_run)
-        long = _runs(equal, left, settings.exact_ngram) & ~arrays["template"][overlaid]
-        matched = np.add.reduceat(np.where(kept, arrays["weights"][overlaid], 0), edges[:-1])
+        matching = _spread(_runs(equal, remaining, settings.minimum_run), settings.minimum_run)
+        long = _runs(equal, remaining, settings.exact_ngram) & ~arrays["template"][aligned]
+        matched = np.add.reduceat(np.where(matching, arrays["weights"][aligned], 0), edges[:-1])
         lengths = np.diff(arrays["bounds"])[variant]
-        whole = np.diff(total[edges]) == lengths
+        complete = np.diff(total[edges]) == lengths
         has_long = np.logical_or.reduceat(long, edges[:-1])
         information = arrays["information"][variant]
 
         first = np.flatnonzero(new)
         enough = np.add.reduceat(matched, first) >= settings.coverage * information[first]
         short = lengths[first] < settings.exact_ngram
-        any_whole = np.logical_or.reduceat(whole, first)
+        any_complete = np.logical_or.reduceat(complete, first)
         candidates = np.flatnonzero(
-            any_whole | (~short & (enough | np.logical_or.reduceat(has_long, first)))
+            any_complete | (~short & (enough | np.logical_or.reduceat(has_long, first)))
         )
         stops = np.append(first[1:], len(new))
         for candidate in candidates:
             group = slice(first[candidate], stops[candidate])
             best = group.start + int(matched[group].argmax())
-            if any_whole[candidate]:
-                best = group.start + int(whole[group].argmax())
+            if any_complete[candidate]:
+                best = group.start + int(complete[group].argmax())
             start, length = int(arrays["bounds"][variant[best]]), int(lengths[best])
             near = [
                 i
@@ -398,25 +383,26 @@ class Index:
             ]
             covered = np.zeros(length, dtype=bool)
             firsts, lasts = [], []
-            for i in [best] if any_whole[candidate] else near:
-                mask = kept[edges[i] : edges[i + 1]]
+            for i in [best] if any_complete[candidate] else near:
+                mask = matching[edges[i] : edges[i + 1]]
                 covered[begin[i] - start : end[i] - start] |= mask
                 ones = np.flatnonzero(mask)
                 if not len(ones):
-                    continue  # only the hash of an n-gram was the same
+                    continue  # a hash collision of an n-gram
                 firsts.append(int(begin[i] + ones[0] + shift[i]))
                 lasts.append(int(begin[i] + ones[-1] + shift[i]))
             weights = arrays["weights"][start : start + length]
             score = float(weights[covered].sum()) / max(float(weights.sum()), 1e-9)
-            _, once = np.unique(arrays["words"][start : start + length][covered], return_index=True)
-            held = float(
-                weights[covered][once].sum()
-            )  # a word said twice, as in tables of numbers, tells no more
-            if any_whole[candidate]:
+            # A repeated word, as in tables of numbers, adds no information
+            _, distinct = np.unique(
+                arrays["words"][start : start + length][covered], return_index=True
+            )
+            matched_bits = float(weights[covered][distinct].sum())
+            if any_complete[candidate]:
                 rule, score = "exact", 1.0
-            elif score >= settings.coverage and held >= settings.minimum_information:
+            elif score >= settings.coverage and matched_bits >= settings.minimum_information:
                 rule = "coverage"
-            elif has_long[near].any() and held >= settings.minimum_information:
+            elif has_long[near].any() and matched_bits >= settings.minimum_information:
                 rule = f"{settings.exact_ngram}-gram"
             else:
                 continue
@@ -431,104 +417,29 @@ class Index:
             )
 
 
-def to_json(index: Index, hits: Iterable[Hit]) -> dict[str, Any]:
-    """{"documents": {train_id: [hit, ...]}, "too_short": {test_set: [id, ...]}, "settings": {...}}"""
-    documents: dict[str, list[dict]] = {}
-    for hit in hits:
-        entry = hit._asdict()
-        documents.setdefault(entry.pop("train_id"), []).append({**entry, "span": list(hit.span)})
-    return {
-        "documents": documents,
-        "too_short": index.too_short,
-        "settings": {**asdict(index.settings), "test_sets": index.sizes},
-    }
-
-
-def report(index: Index, found: dict[str, Any], examples: int = 3) -> str:
-    """What to_json says, in Markdown: a table of test sets, examples side by side, and the training ids that were hit."""
-    entries = [(train_id, hit) for train_id, hits in found["documents"].items() for hit in hits]
-    lines = [
-        "| test set | items | checked | too short | items hit | training documents hit | rules |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, size in index.sizes.items():
-        mine = [(train_id, hit) for train_id, hit in entries if hit["test_set"] == name]
-        short = len(index.too_short[name])
-        rules = Counter(hit["rule"] for _, hit in mine)
-        counts = (
-            size,
-            size - short,
-            short,
-            len({hit["test_id"] for _, hit in mine}),
-            len({train_id for train_id, _ in mine}),
-        )
-        told = ", ".join(f"{rule} {count:,}" for rule, count in rules.most_common())
-        lines.append(f"| {name} | {' | '.join(f'{count:,}' for count in counts)} | {told or '-'} |")
-    texts = (
-        {(index.names[which], test_id): text for which, test_id, text in index.items}
-        if entries
-        else {}
-    )
-    for name in index.sizes:
-        mine = sorted(
-            ((train_id, hit) for train_id, hit in entries if hit["test_set"] == name),
-            key=lambda pair: -pair[1]["score"],
-        )
-        if mine:
-            lines += [
-                "",
-                f"### {name}",
-                "",
-                "| training document | score | in training | test item | in the test set |",
-                "|---|---|---|---|---|",
-            ]
-        for train_id, hit in mine[:: max(1, len(mine) // examples)][:examples]:
-            cells = (
-                train_id,
-                f"{hit['score']:.2f} {hit['rule']}",
-                hit["excerpt"],
-                hit["test_id"],
-                texts[name, hit["test_id"]][:EXCERPT],
-            )
-            lines.append(
-                "| "
-                + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells)
-                + " |"
-            )
-    for name in index.sizes:
-        ids = sorted({train_id for train_id, hit in entries if hit["test_set"] == name})
-        if ids:
-            more = f" and {len(ids) - MAX_LISTED_IDS:,} more" if len(ids) > MAX_LISTED_IDS else ""
-            lines += [
-                "",
-                f"Training documents that hold items of {name} ({len(ids):,}): {', '.join(ids[:MAX_LISTED_IDS])}{more}",
-            ]
-    return "\n".join(lines)
-
-
 def cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """Text without these spans of characters, each widened to the borders of words."""
-    rest, at = "", 0
+    """Text without these character ranges, each widened to word boundaries."""
+    result, position = "", 0
     for begin, end in [*sorted(spans), (len(text), len(text))]:
-        while at < begin < len(text) and text[begin - 1].isalnum() and text[begin].isalnum():
+        while position < begin < len(text) and text[begin - 1].isalnum() and text[begin].isalnum():
             begin -= 1
         while 0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum():
             end += 1
-        part = text[at : max(at, begin)]
-        if (
-            rest and part and rest[-1].isspace() == part[0].isspace()
-        ):  # one space between words, not two and not none
-            part = part.removeprefix(" ") if part[0].isspace() else " " + part
-        rest, at = rest + part, max(at, end)
-    return rest
+        piece = text[position : max(position, begin)]
+        if result and piece and result[-1].isspace() == piece[0].isspace():
+            # Join words with exactly one space
+            piece = piece.removeprefix(" ") if piece[0].isspace() else " " + piece
+        result, position = result + piece, max(position, end)
+    return result
 
 
 def _pieces(text: str, overlap: int) -> Iterator[tuple[int, str]]:
-    """A text in pieces that end between words, each with its offset; what fits into `overlap` is whole in one of them."""
+    """(offset, piece) of a text's pieces, cut between words; adjacent pieces share `overlap`."""
 
-    def border(at: int) -> int:
-        """The end of the first space at or before a character; the character itself where none is near."""
-        return next((i for i in range(at, max(0, at - WORD), -1) if text[i - 1].isspace()), at)
+    def border(end: int) -> int:
+        """The position after the last space before `end`, or `end` if there is none nearby."""
+        nearby = range(end, max(0, end - MAX_WORD), -1)
+        return next((i for i in nearby if text[i - 1].isspace()), end)
 
     begin = 0
     while len(text) - begin > PIECE + overlap:
@@ -539,35 +450,38 @@ def _pieces(text: str, overlap: int) -> Iterator[tuple[int, str]]:
 
 
 def _merge(hits: list[Hit]) -> list[Hit]:
-    """Hits of one document, each place and item once: the best of its variants, with a span over all that overlap."""
-    kept: list[Hit] = []
+    """Merge one document's overlapping hits of an item into the best one, with the joint span."""
+    merged: list[Hit] = []
     for hit in sorted(hits, key=lambda hit: (hit.test_set, hit.test_id, hit.span)):
-        last = kept[-1] if kept else None
+        last = merged[-1] if merged else None
         if last and last[1:3] == hit[1:3] and hit.span[0] < last.span[1]:
             better = max(last, hit, key=lambda hit: (hit.score, hit.rule == "exact"))
-            kept[-1] = better._replace(
+            merged[-1] = better._replace(
                 span=(last.span[0], max(last.span[1], hit.span[1])), excerpt=last.excerpt
             )
         else:
-            kept.append(hit)
-    return sorted(kept, key=lambda hit: (hit.span, hit.test_set, hit.test_id))
+            merged.append(hit)
+    return sorted(merged, key=lambda hit: (hit.span, hit.test_set, hit.test_id))
 
 
 def _ranges(first: NDArray, counts: NDArray) -> NDArray:
-    """first[0], first[0] + 1, ... counts[0] of them, then those of first[1], ..."""
+    """Concatenated ranges: counts[i] integers from first[i] on, for each i."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - ends + counts, counts)
 
 
-def _runs(equal: NDArray, left: NDArray, size: int) -> NDArray:
-    """Where a run of `size` equal words begins. equal has one more element than left, the words left in each overlay."""
+def _runs(equal: NDArray, remaining: NDArray, size: int) -> NDArray:
+    """True where a run of `size` equal words begins.
+
+    equal has one element more than remaining, the number of words to the end of the alignment.
+    """
     total = np.append(0, np.cumsum(equal))
-    stop = np.minimum(np.arange(len(left)) + size, len(left))
-    return (total[stop] - total[: len(left)] == size) & (left >= size)
+    stop = np.minimum(np.arange(len(remaining)) + size, len(remaining))
+    return (total[stop] - total[: len(remaining)] == size) & (remaining >= size)
 
 
 def _spread(starts: NDArray, size: int) -> NDArray:
-    """Every word of the n-grams that begin where starts is true."""
+    """True at every word of the n-grams that begin where starts is true."""
     spread = starts.copy()
     for i in range(1, size):
         spread[i:] |= starts[: len(starts) - i]

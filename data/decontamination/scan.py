@@ -1,4 +1,4 @@
-"""Decontamination of files: every document against every test set, and short rows against items that they are like."""
+"""Scan training files for benchmark items, and short rows for items that they resemble."""
 
 import json
 import multiprocessing
@@ -21,8 +21,9 @@ from data.corpus.local_files import find_files
 from data.corpus.quickstart_corpus import quickstart_sources
 from data.corpus.readers import FileReader, Skipped
 from data.corpus.sources import HUB_SOURCES, Document
-from data.decontamination.index import EXCERPT, Hit, Index, Settings, build_index, to_json
-from data.decontamination.test_sets import Item, load_testset
+from data.decontamination.index import EXCERPT, Hit, Index, Settings, build_index
+from data.decontamination.report import to_json
+from data.decontamination.test_sets import Item, load_test_set
 from data.decontamination.words import hash_words, ngrams
 from files import write_text
 
@@ -38,13 +39,13 @@ def decontaminate(
     rows: bool = False,
     workers: int = 1,
 ) -> tuple[Index, dict[str, Any]]:
-    """Scan training data for test sets, given as load_testset takes them.
+    """Scan training data for test sets; write the report to output and return it with the index.
 
-    train: files, folders, sources of a store (STORE:SOURCE), or known names, which are streamed from the hub.
-
-    Writes to_json to output, by rename, and returns it with the index. rows: similar_rows too. workers: processes, over files.
+    train: files, folders, sources of a store (STORE:SOURCE), or known names streamed from the Hub.
+    tests: arguments of load_test_set. rows: also report similar_rows. workers: processes, one file
+    at a time each.
     """
-    sets = {name: load_testset(name, cache) for name in tests}
+    sets = {name: load_test_set(name, cache) for name in tests}
     known_names = [name for name in train if name in HUB_SOURCES or name in quickstart_sources()]
     files = [(name, Path(name)) for name in known_names]
     files += _files([where for where in train if where not in known_names])
@@ -59,10 +60,9 @@ def decontaminate(
             index.folder = Path(scratch) / "index"
             context = multiprocessing.get_context("spawn")
             mapped = stack.enter_context(ProcessPoolExecutor(min(workers, len(files)), context)).map
-        for found, counts in tqdm(
-            mapped(partial(_scan_file, index), files), desc="scan", unit="file", total=len(files)
-        ):
-            hits += found
+        scans = mapped(partial(_scan_file, index), files)
+        for file_hits, counts in tqdm(scans, desc="scan", unit="file", total=len(files)):
+            hits += file_hits
             seen.update(counts)
         index.folder = None
     scanned = seen.pop("documents")
@@ -71,7 +71,7 @@ def decontaminate(
             ", ".join(f"{count} x {reason}" for reason, count in seen.items()) or "they are empty"
         )
         raise ValueError(
-            f"no document could be read from {', '.join(train)} ({reasons}); check the files"
+            f"no document could be read from {', '.join(train)} ({reasons}); check these files"
         )
     if rows:
         known = {hit[:3] for hit in hits}
@@ -79,21 +79,21 @@ def decontaminate(
             (d.id, d.text) for file in files for d in _documents(file) if isinstance(d, Document)
         )
         hits += [hit for hit in similar_rows(texts, sets, settings) if hit[:3] not in known]
-    found = to_json(index, hits)
-    found["settings"].update(train_datasets=train, documents=scanned, skipped=dict(seen))
-    write_text(output, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    return index, found
+    report = to_json(index, hits)
+    report["settings"].update(train_datasets=train, documents=scanned, skipped=dict(seen))
+    write_text(output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    return index, report
 
 
 def _files(train: list[str]) -> list[tuple[str, Path]]:
-    """The files of all training data; those whose names are equal are named by their paths."""
-    found = [(name, path) for where in train for name, path in find_files(_place(where)).items()]
-    count = Counter(name for name, _ in found)
-    return [(name if count[name] == 1 else str(path), path) for name, path in found]
+    """(name, path) of all training files; files with equal names are named by their paths."""
+    files = [(name, path) for text in train for name, path in find_files(_data_path(text)).items()]
+    count = Counter(name for name, _ in files)
+    return [(name if count[name] == 1 else str(path), path) for name, path in files]
 
 
 def _documents(file: tuple[str, Path]) -> Iterator[Document | Skipped]:
-    """Documents of a file under the ids that download_data gives them: rows without one are <name>:<line>."""
+    """Documents of a file with download_data's ids: <name>:<line> for rows without an id."""
     name, path = file
     if not path.exists():
         yield from open_reader(name, Path("data/store/nanollama"))[1].read()
@@ -104,7 +104,7 @@ def _documents(file: tuple[str, Path]) -> Iterator[Document | Skipped]:
 
 
 def _scan_file(index: Index, file: tuple[str, Path]) -> tuple[list[Hit], Counter[str]]:
-    """Hits of a file; how many documents it has, and how many rows were skipped, and why."""
+    """Hits of a file, and counts of its documents and of its skipped rows by reason."""
     counts: Counter[str] = Counter(documents=0)
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -118,25 +118,30 @@ def _scan_file(index: Index, file: tuple[str, Path]) -> tuple[list[Hit], Counter
     return [hit._replace(source=file[0]) for hit in index.scan(documents())], counts
 
 
-def _place(name: str) -> str:
-    """Path of a training set's files; STORE:SOURCE stands for the documents of a source in a store."""
+def _data_path(name: str) -> str:
+    """Path of training data. STORE:SOURCE means the documents of a source in a store."""
     store, colon, source = name.rpartition(":")
     if not colon or Path(name).exists():
         return name
     folder = Path(store) / "documents" / source
     if not folder.is_dir():
-        raise ValueError(f"{name}: there is no {folder}; download the source first or give a path")
+        raise ValueError(
+            f"{name}: {folder} does not exist; download the source first or give a path"
+        )
     return str(folder)
 
 
 def similar_rows(
     rows: Iterable[tuple[str, str]], sets: dict[str, list[Item]], settings: Settings
 ) -> Iterator[Hit]:
-    """Hits of short (id, text) rows that are like an item as a whole: datasketch's MinHash LSH, then the Jaccard index of
-    the two sets of word pairs, which is the score. It finds what was rearranged; scan finds items inside longer rows."""
+    """Hits of short (id, text) rows that resemble an item, also if its words are rearranged.
+
+    datasketch's MinHash LSH finds candidates; the score is the Jaccard index of the sets of word
+    pairs. Index.scan finds items inside longer rows.
+    """
     from datasketch import MinHash, MinHashLSH
 
-    names = [
+    variants = [
         (name, item.id, text)
         for name, items in sets.items()
         for item in items
@@ -154,10 +159,9 @@ def similar_rows(
             yield pairs, sketch
 
     known = {}
-    for start in range(0, len(names), 1000):
-        for i, (pairs, sketch) in enumerate(
-            shingles([text for *_, text in names[start : start + 1000]]), start
-        ):
+    for start in range(0, len(variants), 1000):
+        texts = [text for *_, text in variants[start : start + 1000]]
+        for i, (pairs, sketch) in enumerate(shingles(texts), start):
             if len(pairs) >= settings.minimum_words - 1:
                 known[i] = pairs
                 lsh.insert(i, sketch)
@@ -167,7 +171,8 @@ def similar_rows(
         for i in lsh.query(sketch):
             common = len(np.intersect1d(pairs, known[i], assume_unique=True))
             score = common / (len(pairs) + len(known[i]) - common)
-            best[names[i][:2]] = max(score, best.get(names[i][:2], 0.0))
+            item = variants[i][:2]
+            best[item] = max(score, best.get(item, 0.0))
         for (name, test_id), score in sorted(best.items()):
             if score >= settings.similarity:
                 yield Hit(

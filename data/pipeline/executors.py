@@ -1,7 +1,7 @@
-"""Who runs the stages of the pipeline: this machine, a Slurm cluster or a Ray cluster, by datatrove's executors.
+"""Run pipeline stages with datatrove's executors: locally, on a Slurm cluster or on a Ray cluster.
 
-A stage is a list of datatrove steps and a number of tasks. A task that is done leaves a marker and is not done again, so
-that what was killed goes on with the tasks that are left; a task begins its files anew.
+A stage is a list of datatrove steps and a number of tasks. A finished task leaves a marker, and a
+restarted run skips it. An unfinished task rewrites its files from the beginning.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from machine import cpus
 
 class Stage(NamedTuple):
     name: str
-    folder: Path  # where its logs/, stats/ and completions/ go
+    folder: Path  # for logs/, stats/ and completions/
     steps: list[PipelineStep]
     tasks: int
 
 
 def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Path) -> bool:
-    """Run stages one after the other. False where they were only handed in (Slurm) and are still to run.
+    """Run stages in order. Returns False if they were only submitted to Slurm.
 
-    lock: of `alone`, which is held; local tasks hold one beside it. jobs: where ids of Slurm jobs are kept. ValueError where
-    a task stopped for a reason that a user can do something about; the tasks that are done stay done.
+    lock: held by `exclusive_run`; local tasks hold a second lock beside it. jobs: file of Slurm job
+    ids. ValueError if a task failed for a reason the user can fix; finished tasks stay finished.
     """
-    logger.remove()  # the log goes to <stage>/logs; what a user should know is printed
+    logger.remove()  # datatrove logs to <stage>/logs instead of the console
     if config.kind == "slurm":
         return not _submit(stages, config, jobs)
     with _ray(config) if config.kind == "ray" else contextlib.nullcontext():
@@ -57,21 +57,26 @@ def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Pa
             try:
                 executor.run()
             except (ValueError, OSError, BrokenProcessPool) as error:
-                todo = "Free some space" if is_full(error) else "Mend that"
+                todo = "Free some space" if is_full(error) else "Fix the cause"
                 raise ValueError(
-                    f"{stage.name} stopped: {error}; the log is {stage.folder / 'logs'}. "
-                    f"{todo}; the same command then goes on with the tasks that are left"
+                    f"{stage.name} failed: {error}; the log is {stage.folder / 'logs'}. "
+                    f"{todo}, then run the same command again: it continues with the "
+                    "unfinished tasks"
                 ) from error
-            left = executor.get_incomplete_ranks(skip_completed=True)
-            if left:  # Ray gives up on a task after some attempts
+            failed = executor.get_incomplete_ranks(skip_completed=True)
+            if failed:  # Ray gives up on a task after some attempts
                 raise ValueError(
-                    f"{stage.name}: {len(left)} of {stage.tasks} tasks failed; see {stage.folder / 'logs'}"
+                    f"{stage.name}: {len(failed)} of {stage.tasks} tasks failed; "
+                    f"see {stage.folder / 'logs'}"
                 )
     return True
 
 
 class _Local(LocalPipelineExecutor):
-    """datatrove's executor with a pool that notices a worker's death, dies with its parent, and is silent but for a bar."""
+    """datatrove's local executor with a pool that fails if a worker dies and ends with its parent.
+
+    It prints a progress bar only.
+    """
 
     def __init__(self, stage: Stage, lock: Path, workers: int):
         super().__init__(
@@ -92,7 +97,9 @@ class _Local(LocalPipelineExecutor):
                 return
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["data.pipeline.steps"])
-            with ProcessPoolExecutor(self.workers, context, _die_with, (os.getpid(),)) as pool:
+            with ProcessPoolExecutor(
+                self.workers, context, _exit_with_parent, (os.getpid(),)
+            ) as pool:
                 running = [pool.submit(self.task, rank) for rank in ranks]
                 try:
                     for future in as_completed(running):
@@ -102,17 +109,17 @@ class _Local(LocalPipelineExecutor):
                     pool.shutdown(wait=True, cancel_futures=True)
 
     def task(self, rank: int) -> None:
-        """Run one task; the lock is held for as long as it may write."""
+        """Run one task, holding the task lock while it writes."""
         with (
-            open(_tasks(self.lock), "a+", encoding="utf-8") as file,
+            open(_task_lock(self.lock), "a+", encoding="utf-8") as file,
             contextlib.redirect_stderr(io.StringIO()),
         ):
             fcntl.lockf(file, fcntl.LOCK_SH)
             self._run_for_rank(rank)
 
 
-def _die_with(parent: int) -> None:
-    """End this process when process `parent` ends, even by SIGKILL: what a killed run left undone, the next one does."""
+def _exit_with_parent(parent: int) -> None:
+    """End this process when process `parent` ends, even by SIGKILL; the next run does its tasks."""
 
     def watch() -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -126,28 +133,28 @@ def _local_executor(stage: Stage, config: ExecutorConfig, lock: Path) -> _Local:
     return _Local(stage, lock, min(config.workers or cpus(), stage.tasks))
 
 
-def _tasks(lock: Path) -> Path:
+def _task_lock(lock: Path) -> Path:
     return lock.with_suffix(".tasks")
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[None]:
-    """Hold the lock of a store; waits for tasks that a killed run has left behind, refuses a second run."""
+def exclusive_run(lock: Path) -> Iterator[None]:
+    """Hold a store's lock: refuse a concurrent run, wait for tasks of a killed one."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with (
         open(lock, "a+", encoding="utf-8") as run,
-        open(_tasks(lock), "a+", encoding="utf-8") as tasks,
+        open(_task_lock(lock), "a+", encoding="utf-8") as tasks,
     ):
         try:
             fcntl.lockf(run, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(
-                f"another prepare_data is at work in {lock.parent.parent}; wait for it or end it"
+                f"another prepare_data is running in {lock.parent.parent}; wait for it or stop it"
             ) from None
         try:
             fcntl.lockf(tasks, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            print("waiting for the tasks of a run that was killed", file=sys.stderr, flush=True)
+            print("waiting for the tasks of a killed run", file=sys.stderr, flush=True)
             fcntl.lockf(tasks, fcntl.LOCK_EX)
         fcntl.lockf(tasks, fcntl.LOCK_UN)
         yield
@@ -168,7 +175,9 @@ def _ray(config: ExecutorConfig) -> Iterator[None]:
             log_to_driver=False,
         )
     except ConnectionError as error:
-        raise ValueError(f"there is no Ray cluster at {config.ray_address}: {error}") from None
+        raise ValueError(
+            f"no Ray cluster answers at executor.ray_address={config.ray_address}: {error}"
+        ) from None
     try:
         yield
     finally:
@@ -186,7 +195,7 @@ def _ray_executor(stage: Stage, config: ExecutorConfig) -> RayPipelineExecutor:
 
 
 def check_queue(jobs: Path) -> None:
-    """ValueError where jobs that were handed in to Slurm are still queued or running: they and new ones would do the same."""
+    """ValueError if submitted Slurm jobs are queued or running; new ones would repeat them."""
     if jobs.is_file():
         try:
             queued = subprocess.run(
@@ -199,14 +208,14 @@ def check_queue(jobs: Path) -> None:
             return
         if queued.stdout.split():
             raise ValueError(
-                f"Slurm jobs {', '.join(sorted(set(queued.stdout.split())))} of an earlier call are still queued or running; "
-                "wait for them, or end them with scancel"
+                f"Slurm jobs {', '.join(sorted(set(queued.stdout.split())))} of an earlier run are "
+                "still queued or running; wait for them, or cancel them with scancel"
             )
 
 
 def _submit(stages: list[Stage], config: ExecutorConfig, jobs: Path) -> bool:
-    """Hand the stages that are not done to Slurm as job arrays, each waiting for the one before. False where all are done."""
-    before, submitted = None, []
+    """Submit unfinished stages to Slurm as dependent job arrays; False if all are finished."""
+    previous, submitted = None, []
     for stage in stages:
         executor = SlurmPipelineExecutor(
             stage.steps,
@@ -218,17 +227,17 @@ def _submit(stages: list[Stage], config: ExecutorConfig, jobs: Path) -> bool:
             job_name=f"nanollama-{stage.name.replace(' ', '_')}",
             venv_path=str(Path(sys.prefix) / "bin" / "activate"),
             qos=None,
-            depends=before,
+            depends=previous,
             logging_dir=str(stage.folder),
         )
         try:
             executor.run()
         except FileNotFoundError as error:
             raise ValueError(
-                f"executor.kind=slurm needs {error.filename}, which this machine does not have"
+                f"executor.kind=slurm needs {error.filename}, which is not installed"
             ) from None
         if executor.job_id != -1:
             submitted.append(str(executor.job_id))
             jobs.write_text(",".join(submitted), encoding="utf-8")
-        before = executor
+        previous = executor
     return bool(submitted)

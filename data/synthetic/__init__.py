@@ -1,1 +1,1 @@
-"""Generated questions with verified answers."""
+"""Generated conversations and preference pairs with verified answers."""

@@ -1,11 +1,11 @@
-"""True questions about countries: single facts, comparisons, neighbours, and reading a fact out of a given text."""
+"""Generate questions about countries: facts, comparisons, neighbours and reading comprehension."""
 
 from collections.abc import Mapping
 from itertools import islice
 from random import Random
 
 from data.chat.factbook import REGIONS, Country, article
-from data.synthetic.questions import Example, Message, asked, assistant
+from data.synthetic.questions import Example, Message, assistant, single_turn
 
 ASK = {
     "capital": (
@@ -95,19 +95,19 @@ def fact_key(country: str, attribute: str) -> str:
 
 
 def pair_key(about: str, a: str, b: str) -> str:
-    """A question about two countries is the same in either order."""
+    """Key of a question about two countries, independent of their order."""
     return " ".join(["fact", *sorted((a, b)), about])
 
 
 def about_countries(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    """A question of any kind. easy: those whose answers are few, short, or stand in the question."""
-    ways = (region, in_region, landlocked, hemisphere, border, larger)
-    way = rng.choice([*ways, reading] if easy else [*ways, reading, single, single, single])
-    return way(rng, countries, easy)
+    """A question of a random kind. easy: answers are few, short or part of the question."""
+    kinds = (region, in_region, landlocked, hemisphere, border, larger)
+    make = rng.choice([*kinds, reading] if easy else [*kinds, reading, single, single, single])
+    return make(rng, countries, easy)
 
 
 def known(countries: Mapping[str, Country], attribute: str) -> list[Country]:
-    """Countries with a value that is not in their name already, as Monaco's capital is."""
+    """Countries with a value that their name does not reveal, unlike Monaco's capital."""
     return [
         c for c in countries.values() if attribute in c.facts and _apart(c.name, c.facts[attribute])
     ]
@@ -136,7 +136,7 @@ def landlocked_text(country: str, value: str) -> str:
 def other_values(
     rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, count: int = 3
 ) -> list[str]:
-    """What other countries have there, neighbours in the region first; distinct, and another value than the country's."""
+    """Distinct other values of an attribute, from countries of the same region first."""
     others = [c for c in countries.values() if attribute in c.facts]
     rng.shuffle(others)
     others.sort(key=lambda c: c.facts.get("region") != country.facts.get("region"))
@@ -149,11 +149,11 @@ def answer_type(attribute: str) -> str:
 
 
 def _about(
-    rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, given: str = ""
+    rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, text: str = ""
 ) -> Example:
-    """One attribute of one country; given: a text that holds the answer."""
+    """A question on one attribute of a country. text: a passage that contains the answer."""
     question = rng.choice(ASK[attribute]).format(c=article(country.name))
-    question = rng.choice(READ).format(text=given, question=question) if given else question
+    question = rng.choice(READ).format(text=text, question=question) if text else question
     value = country.facts[attribute]
     others = (
         list(REGIONS.values())
@@ -168,7 +168,7 @@ def _about(
         return assistant(say_fact(country.name, attribute, value))
 
     kind = answer_type(attribute)
-    return asked(
+    return single_turn(
         "factbook",
         fact_key(country.name, attribute),
         _sentence(question),
@@ -180,7 +180,7 @@ def _about(
 
 
 def _apart(a: str, b: str) -> bool:
-    """Is neither part of the other, as Asia is of Southeast Asia?"""
+    """True if neither text contains the other, unlike Asia and Southeast Asia."""
     return a.lower() not in b.lower() and b.lower() not in a.lower()
 
 
@@ -194,8 +194,8 @@ def region(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
 
 
 def hemisphere(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    wanted = rng.choice(("northern", "southern"))
-    return _about(rng, countries, _with(rng, countries, "hemisphere", wanted), "hemisphere")
+    value = rng.choice(("northern", "southern"))
+    return _about(rng, countries, _with(rng, countries, "hemisphere", value), "hemisphere")
 
 
 def landlocked(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
@@ -205,7 +205,7 @@ def landlocked(rng: Random, countries: Mapping[str, Country], easy: bool) -> Exa
 
 
 def _with(rng: Random, countries: Mapping[str, Country], attribute: str, value: str) -> Country:
-    """So that the answers come equally often."""
+    """A random country with this value: balances the answers."""
     return rng.choice(
         [country for country in countries.values() if country.facts.get(attribute) == value]
     )
@@ -215,40 +215,40 @@ def in_region(rng: Random, countries: Mapping[str, Country], easy: bool) -> Exam
     country = _any(rng, countries, "region")
     right = country.facts["region"]
     yes = rng.random() < 0.5
-    asked_for = right if yes else rng.choice([r for r in REGIONS.values() if _apart(r, right)])
+    candidate = right if yes else rng.choice([r for r in REGIONS.values() if _apart(r, right)])
     name = article(country.name)
 
     def say(word: str) -> Message:
         return assistant(
-            f"Yes, {name} is in {asked_for}."
+            f"Yes, {name} is in {candidate}."
             if word == "yes"
-            else f"No, {name} is not in {asked_for}."
+            else f"No, {name} is not in {candidate}."
         )
 
     answers = ["yes", "no"] if yes else ["no", "yes"]
-    question = rng.choice(IN_REGION).format(c=name, r=asked_for)
-    return asked(
+    question = rng.choice(IN_REGION).format(c=name, r=candidate)
+    return single_turn(
         "factbook", fact_key(country.name, "region"), question, ("yes_no", answers[0]), answers, say
     )
 
 
 def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
     plain = [country for country in countries.values() if country.neighbours is not None]
-    one = rng.choice([country for country in plain if country.neighbours])
-    neighbours = one.neighbours or frozenset()
+    country = rng.choice([country for country in plain if country.neighbours])
+    neighbours = country.neighbours or frozenset()
     yes = rng.random() < 0.5
     if yes:
         other = rng.choice(sorted(neighbours))
     else:
         near = rng.random() < 0.5
-        strangers = [c.name for c in plain if c is not one and c.name not in neighbours]
+        strangers = [c.name for c in plain if c is not country and c.name not in neighbours]
         same = [
             name
             for name in strangers
-            if countries[name].facts.get("region") == one.facts.get("region")
+            if countries[name].facts.get("region") == country.facts.get("region")
         ]
         other = rng.choice(same if near and same else strangers)
-    a, b = rng.sample((one.name, other), 2)
+    a, b = rng.sample((country.name, other), 2)
 
     def say(word: str) -> Message:
         does = "Yes, {} borders {}." if word == "yes" else "No, {} does not border {}."
@@ -256,18 +256,18 @@ def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
 
     answers = ["yes", "no"] if yes else ["no", "yes"]
     question = _sentence(rng.choice(BORDER).format(a=article(a), b=article(b)))
-    return asked(
+    return single_turn(
         "factbook", pair_key("border", a, b), question, ("yes_no", answers[0]), answers, say
     )
 
 
 def area_of(country: Country) -> int:
-    """Square kilometres."""
+    """A country's area in square kilometres."""
     return int(country.facts["area"].split()[0].replace(",", ""))
 
 
 def larger(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    """Of two countries, one at least twice as large as the other."""
+    """Which of two countries is larger; one is at least twice as large."""
     while True:
         a, b = _any(rng, countries, "area"), _any(rng, countries, "area")
         if max(area_of(a), area_of(b)) >= 2 * min(area_of(a), area_of(b)) and _apart(
@@ -281,16 +281,18 @@ def larger(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
 
     question = _sentence(rng.choice(LARGER).format(a=article(a.name), b=article(b.name)))
     key = pair_key("area", a.name, b.name)
-    return asked("factbook", key, question, ("text", right.name), [right, wrong], say, [wrong.name])
+    return single_turn(
+        "factbook", key, question, ("text", right.name), [right, wrong], say, [wrong.name]
+    )
 
 
 def reading(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    """The answer stands in the question, among other facts of the same country."""
+    """A question with a passage that has the answer and other facts of the same country."""
     attributes = EASY_TO_READ if easy else tuple(SAY)
     attribute = rng.choice(attributes)
     country = _any(rng, countries, attribute)
-    told = [a for a in attributes if a in country.facts and a != attribute]
-    told = [attribute, *rng.sample(told, min(len(told), rng.randint(0, 2)))]
-    rng.shuffle(told)
-    text = " ".join(say_fact(country.name, a, country.facts[a]) for a in told)
+    included = [a for a in attributes if a in country.facts and a != attribute]
+    included = [attribute, *rng.sample(included, min(len(included), rng.randint(0, 2)))]
+    rng.shuffle(included)
+    text = " ".join(say_fact(country.name, a, country.facts[a]) for a in included)
     return _about(rng, countries, country, attribute, text)

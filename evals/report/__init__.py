@@ -1,1 +1,1 @@
-"""One page and one table about a checkpoint."""
+"""Report on a checkpoint: comparison table and HTML page, and reports on whole runs."""

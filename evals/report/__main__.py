@@ -1,4 +1,4 @@
-"""`python -m evals.report`: see evals/report/build.py."""
+"""Entry point of `python -m evals.report`; see evals/report/build.py."""
 
 from evals.report.build import main
 

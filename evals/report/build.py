@@ -1,11 +1,12 @@
-"""What a checkpoint is worth, in one place: figures as JSON, a table beside published models, samples, and one HTML page.
+"""Report on a checkpoint: results as JSON, a comparison table, samples and one HTML page.
 
 python -m evals.report --checkpoint checkpoints/quickstart/gold/step_430 --logs logs/quickstart
 
-Takes every result under --results that was measured on this very checkpoint (by its hash), the run's logs and gates, and lets the
-model write. Leaves benchmark_results.json, comparison_table.md, qualitative_samples.txt and report.html in --output; the page
-is made of the JSON alone, needs no network, and can be sent to somebody as it is. --plan: the table begins with the plan's
-targets, and which of their tiers each score reaches.
+Collects every result under --results that was measured on this checkpoint (matched by hash) and
+the logs and gates of its run, and generates samples. Writes benchmark_results.json,
+comparison_table.md, qualitative_samples.txt and report.html to --output. The page contains only
+the JSON's data and needs no network. With --plan, the table starts with the plan's targets and the
+tier that each score reaches.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from evals.engines import LanguageModel, load_model
 from evals.eval_needle import grid
 from evals.harness import Write
 from evals.report.page import count, page
-from evals.report.targets import judged, markdown, place_of, read_targets, table
+from evals.report.targets import judged_hash, markdown, read_targets, stage_folder, table
 from evals.report.trained import training
 from files import write_text
 from models.hf import newest_step
@@ -59,7 +60,8 @@ PROMPTS = (
     "The capital of France is",
     "Photosynthesis is the process by which",
     "Once upon a time, in a village by the sea,",
-    "Question: If a train travels 60 miles in an hour, how far does it travel in three hours?\nAnswer:",
+    "Question: If a train travels 60 miles in an hour, how far does it travel in three hours?\n"
+    "Answer:",
     "The three most important inventions of the nineteenth century were",
     "def fibonacci(n):",
 )
@@ -68,27 +70,30 @@ PROMPTS = (
 def measured(
     results: Path, checkpoint_hash: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Task -> its results on this checkpoint, of the largest number of items, the newest of equals; and what was not measured."""
-    found: dict[str, dict[str, Any]] = {}
+    """Results of a checkpoint by task, and {evaluation: reason} of those not measured.
+
+    Of several results of a task, the one with the most items is used; of equals, the newest.
+    """
+    by_task: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     for path in sorted(results.rglob("*.json"), key=lambda path: path.stat().st_mtime):
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            continue  # not ours, or being written
-        if (
-            not isinstance(read, dict)
-            or read.get("checkpoint_hash") != checkpoint_hash
-            or "task" not in read
-        ):
+            continue  # another file, or a file being written
+        if not isinstance(content, dict) or "task" not in content:
             continue
-        if "not_measured" in read:  # a suite's summary; its evaluations have files of their own
-            missing |= read["not_measured"]
-        elif (read.get("n") or 0) >= (found.get(read["task"], {}).get("n") or 0):
-            found[read["task"]] = {**read, "file": str(path)}
-    return found, {name: why for name, why in missing.items() if name not in found}
+        if content.get("checkpoint_hash") != checkpoint_hash:
+            continue
+        task = content["task"]
+        if "not_measured" in content:  # a suite's summary; each evaluation has its own file
+            missing |= content["not_measured"]
+        elif (content.get("n") or 0) >= (by_task.get(task, {}).get("n") or 0):
+            by_task[task] = {**content, "file": str(path)}
+    return by_task, {name: reason for name, reason in missing.items() if name not in by_task}
 
 
+# Suffixes of the metrics to compare across stages.
 STAGE_METRICS = (
     "bits_per_byte",
     "acc",
@@ -99,13 +104,13 @@ STAGE_METRICS = (
     "strict",
     "flexible",
     "mc2",
-)  # their ends
+)
 
 
 def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Place -> metric -> value and stderr, of the places that scripts/pipeline.py judged, as the model went through them."""
+    """stage -> metric -> estimate, for stages that scripts/pipeline.py judged, in order."""
     decisions = sorted(results.glob("*/decision.json"), key=lambda path: path.stat().st_mtime)
-    found = {}
+    by_stage = {}
     for path in decisions:
         metrics = dict(leaves(json.loads(path.read_text(encoding="utf-8")).get("metrics", {})))
         tokens = {
@@ -113,18 +118,18 @@ def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
             for name, value in metrics.items()
             if "tokens" in name
         }
-        found[path.parent.name] = {
+        by_stage[path.parent.name] = {
             name: {**estimate, **tokens.get(name.rpartition(".")[0] + ".", {})}
             for name, estimate in metrics.items()
             if name.endswith(STAGE_METRICS)
         }
-    return found
+    return by_stage
 
 
 def leaves(
     metrics: dict[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, dict[str, float | None]]]:
-    """Dotted name and estimate (value, stderr, n where it is known) of each number in nested metrics."""
+    """Yield the dotted name and estimate (value, stderr, n if known) of each number in metrics."""
     for name, value in metrics.items():
         if isinstance(value, dict) and "value" in value:
             yield prefix + name, {"stderr": None, **value}
@@ -135,32 +140,32 @@ def leaves(
 
 
 def contamination(path: Path) -> dict[str, Any]:
-    """Per test set: items, how many were too short to be looked for, items and training documents hit."""
+    """Per test set: items, items too short to search for, and items and training documents hit."""
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
         sets = {}
-        for name, items in read["settings"]["test_sets"].items():
+        for name, items in report["settings"]["test_sets"].items():
             hits = [
                 (document, hit)
-                for document, found in read["documents"].items()
-                for hit in found
+                for document, document_hits in report["documents"].items()
+                for hit in document_hits
                 if hit["test_set"] == name
             ]
             sets[name] = {
                 "items": items,
-                "too_short": len(read["too_short"].get(name, [])),
+                "too_short": len(report["too_short"].get(name, [])),
                 "items_hit": len({hit["test_id"] for _, hit in hits}),
                 "documents_hit": len({document for document, _ in hits}),
             }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} cannot be read as a contamination report; give what scripts.prepare_data wrote"
+            f"{path} cannot be read as a contamination report; give one of scripts.prepare_data"
         ) from error
     return {"file": str(path), "sets": sets}
 
 
 def samples(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
-    """What the model makes of prompts: greedy, and one draw at temperature 0.8."""
+    """Completions of prompts: greedy, and one sample at temperature 0.8."""
     requests = [
         Write(prompt, max_tokens=tokens, temperature=t, top_p=0.95)
         for prompt in prompts
@@ -178,42 +183,46 @@ def samples(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[d
 
 
 def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Kind -> lengths, depths and the mean accuracy of each cell, "length/depth", out of eval_needle's samples."""
+    """Per needle kind: lengths, depths and the mean accuracy of each "length/depth" cell."""
     if "needle" not in evaluations:
         return {}
     samples = Path(evaluations["needle"]["file"]).with_name(evaluations["needle"]["samples"])
     return {
         kind: {
-            "lengths": sorted({length for length, _ in of_kind}),
-            "depths": sorted({depth for _, depth in of_kind}),
+            "lengths": sorted({length for length, _ in tests_by_cell}),
+            "depths": sorted({depth for _, depth in tests_by_cell}),
             "cells": {
                 f"{length}/{depth}": sum(tests) / len(tests)
-                for (length, depth), tests in of_kind.items()
+                for (length, depth), tests in tests_by_cell.items()
             },
-            "n": sum(map(len, of_kind.values())),
+            "n": sum(map(len, tests_by_cell.values())),
         }
-        for kind, of_kind in (grid(samples) if samples.is_file() else {}).items()
+        for kind, tests_by_cell in (grid(samples) if samples.is_file() else {}).items()
     }
 
 
 def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Column -> value, standard error and shots of our own model, in the units of the published table."""
-    found = {}
+    """Our model's value, standard error, shots and n per column, in the table's units."""
+    by_column = {}
     for column, (_, task, metric, _) in COLUMNS.items():
         estimate = evaluations.get(task, {}).get("metrics", {}).get(metric)
         if estimate and estimate["value"] is not None:
             scale = 1 if column in OUT_OF_TEN else 100
             error = estimate["stderr"] and estimate["stderr"] * scale
             result = evaluations[task]
-            of_set = result.get(column)  # of a task of several sets, which may differ in shots
-            shots = (
-                of_set["shots"]
-                if isinstance(of_set, dict) and "shots" in of_set
-                else result.get("shots")
+            test_set = result.get(column)  # the sets of one task may differ in shots
+            shots = (test_set if isinstance(test_set, dict) else {}).get(
+                "shots", result.get("shots")
             )
-            of = {"task": task, "metric": metric, "shots": shots, "n": count(result, metric)}
-            found[column] = {"value": estimate["value"] * scale, "stderr": error, **of}
-    return found
+            by_column[column] = {
+                "value": estimate["value"] * scale,
+                "stderr": error,
+                "task": task,
+                "metric": metric,
+                "shots": shots,
+                "n": count(result, metric),
+            }
+    return by_column
 
 
 def results_table(
@@ -222,23 +231,26 @@ def results_table(
     evaluations: dict[str, dict[str, Any]],
     trained: dict[str, Any] | None,
 ) -> list[dict[str, Any]]:
-    """The targets of a plan with what was measured. evaluations: of the report's checkpoint; trained: by training()."""
+    """Rows of a plan's targets with measured scores.
+
+    evaluations: of the report's checkpoint. trained: the value of training().
+    """
     phases = trained["phases"] if trained else []
 
     def measured_after(stage: str) -> dict[str, dict[str, Any]]:
         if stage == "final":
             return evaluations
-        folder = results / place_of(stage, phases)
-        digest = judged(folder, stage)
+        folder = results / stage_folder(stage, phases)
+        digest = judged_hash(folder, stage)
         return measured(folder, digest)[0] if digest else {}
 
     return table(read_targets(plan), measured_after)
 
 
 def published() -> dict[str, Any]:
-    """Scores of others: models as in published.yaml, each score as {value, shots}."""
-    read = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
-    for model in read["models"]:
+    """Published models from published.yaml, each score as {value, shots}."""
+    content = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
+    for model in content["models"]:
         default = model["from"]["shots"]
         pairs = {
             name: score if isinstance(score, list) else [score, default]
@@ -247,33 +259,28 @@ def published() -> dict[str, Any]:
         model["scores"] = {
             name: {"value": value, "shots": shots} for name, (value, shots) in pairs.items()
         }
-    return read
+    return content
 
 
 TARGETS_NOTE = (
-    "Status is the highest tier that the value reaches. A value within one standard error of a border could as well lie on\n"
-    "its other side."
+    "Status is the highest tier that the value reaches. A value within one standard error of a\n"
+    "tier's border may belong to the neighbouring tier."
 )
 
 
 def comparison(report: dict[str, Any]) -> str:
-    """comparison_table.md: the targets and what was reached, then our scores beside published ones.
+    """comparison_table.md: targets with measured scores, then our scores beside published ones.
 
-    Each row of published scores is of one source and harness; each cell says its shots.
+    Each published row has one source and harness; each cell states its shots.
     """
     columns = {name: heading for name, (heading, *_) in COLUMNS.items()}
     head = ["Model", "Tokens", *columns.values(), "Harness", "Metric", "Source"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(columns) + "---|---|---|"]
-    own = {name: _cell(score) for name, score in report["scores"].items()}
+    scored = {name: _cell(score) for name, score in report["scores"].items()}
     tokens = f"{report['training']['tokens']:,}" if report.get("training") else "?"
-    ours = ["**" + report["name"] + "**", tokens, *(own.get(name, "-") for name in columns)]
-    lines.append(
-        "| "
-        + " | ".join(
-            [*ours, "ours, as lm-eval 0.4.13", "acc_norm; MMLU acc; TruthfulQA mc2", "this run"]
-        )
-        + " |"
-    )
+    row = ["**" + report["name"] + "**", tokens, *(scored.get(name, "-") for name in columns)]
+    row += ["ours, as lm-eval 0.4.13", "acc_norm; MMLU acc; TruthfulQA mc2", "this run"]
+    lines.append("| " + " | ".join(row) + " |")
     for model in report["published"]["models"]:
         cells = [
             _cell(model["scores"][name]) if name in model["scores"] else "-" for name in columns
@@ -288,8 +295,9 @@ def comparison(report: dict[str, Any]) -> str:
             f"# Results of {report['name']}\n\n{TARGETS_NOTE}\n\n{markdown(report['targets'])}\n"
         )
     note = (
-        "Percent; in brackets the shots, `?` where the source does not say, and our n. ± is one standard error. The same\n"
-        "model moves by 15 to 30 points between harnesses, prompts and shots: compare rows only where those agree.\n"
+        "Percent. Brackets give the shots (`?` if the source does not state them) and our n; ± is\n"
+        "one standard error. Scores of one model differ by 15 to 30 points between harnesses,\n"
+        "prompts and shots: compare only rows that agree in those.\n"
     )
     heading = f"{'##' if targets else '#'} {report['name']} beside published models"
     return f"{targets}{heading}\n\n{note}\n" + "\n".join(lines) + "\n"
@@ -297,17 +305,16 @@ def comparison(report: dict[str, Any]) -> str:
 
 def _cell(score: dict[str, Any]) -> str:
     error = f" ± {score['stderr']:.1f}" if score.get("stderr") is not None else ""
-    value = (
-        f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
-    )  # others' as they are published
+    # Published values keep their digits.
+    value = f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
     n = f", n {score['n']:,}" if score.get("n") is not None else ""
     return f"{value}{error} ({score['shots']}{n})"
 
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the report shows, as plain JSON."""
+    """Collect the content of the report as JSON values."""
     if args.checkpoint.is_file():
-        raise ValueError(f"{args.checkpoint} is a file; a report is made of a checkpoint folder")
+        raise ValueError(f"{args.checkpoint} is a file; give a checkpoint folder")
     model = load_model(args.checkpoint, args.device, args.dtype)
     evaluations, missing = measured(args.results, model.hash)
     trained = training(args.logs, args.checkpoint) if args.logs else None
@@ -348,28 +355,32 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parameters(checkpoint: Path) -> int:
-    """Numbers in the weights, a tied head once."""
+    """Number of parameters; a tied head counts once."""
     from safetensors import safe_open
 
     count = 0
     for path in checkpoint.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
-            count += sum(int(np.prod(file.get_slice(name).get_shape())) for name in file.keys())  # noqa: SIM118 - no mapping
+            names = list(file.keys())
+            count += sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
     return count
 
 
 def texts(report: dict[str, Any]) -> dict[str, str]:
-    """The four files by their names. All but the first are made from the first alone."""
+    """File name -> content of the four files. All are derived from the JSON content."""
     content = json.dumps(finite(report), indent=1) + "\n"
     report = json.loads(content)
     written = [
         f"{s['prompt']}[{s['text']}]\n(temperature {s['temperature']})\n" for s in report["samples"]
     ]
-    about = f"{report['name']}, {report['checkpoint']}, {report['made']}. In brackets what the model wrote.\n\n"
+    header = (
+        f"{report['name']}, {report['checkpoint']}, {report['made']}. "
+        "Brackets enclose the generated text.\n\n"
+    )
     return {
         "benchmark_results.json": content,
         "comparison_table.md": comparison(report),
-        "qualitative_samples.txt": about + "\n".join(written),
+        "qualitative_samples.txt": header + "\n".join(written),
         "report.html": page(
             report, {name: (heading, chance) for name, (heading, _, _, chance) in COLUMNS.items()}
         ),
@@ -377,7 +388,7 @@ def texts(report: dict[str, Any]) -> dict[str, str]:
 
 
 def write(report: dict[str, Any], output: Path) -> list[Path]:
-    """The four files, in `output`."""
+    """Write the four files to `output`; return their paths."""
     output.mkdir(parents=True, exist_ok=True)
     files = texts(report)
     for name, text in files.items():
@@ -386,32 +397,32 @@ def write(report: dict[str, Any], output: Path) -> list[Path]:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+    """Replace NaN and infinity, which JSON lacks, by None."""
     if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(part) for part in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", required=True, type=newest_step)
-    parser.add_argument("--name", help="of the model (default: the checkpoint's)")
-    parser.add_argument("--logs", type=Path, help="logs/<run>: loss curves, gates, environment")
+    parser.add_argument("--name", help="model name (default: the checkpoint's)")
+    parser.add_argument(
+        "--logs", type=Path, help="logs/<run>, for loss curves, gates and environment"
+    )
     parser.add_argument(
         "--results",
         type=Path,
         default=Path("results"),
-        help="where results of this checkpoint are looked for",
+        help="folder to search for results of this checkpoint",
     )
-    parser.add_argument(
-        "--plan", type=Path, help="a plan, whose targets the scores are compared with"
-    )
+    parser.add_argument("--plan", type=Path, help="a plan with targets to compare the scores with")
     parser.add_argument(
         "--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate"
     )
-    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="what the model continues")
+    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="prompts of the samples")
     parser.add_argument("--max_new_tokens", type=at_least(1), default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))

@@ -1,4 +1,4 @@
-"""Pictures of the report as HTML and inline SVG. Curves stretch with the page, their labels do not."""
+"""Charts of the report as HTML and inline SVG. Curves scale with the page; labels do not."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ Points = Sequence[Sequence[float]]
 
 
 def loss_chart(training: dict[str, Any]) -> str:
-    """Training loss by step, raw and smoothed, with phases, held-out losses and decisions."""
-    held_out = [[found["step"], found["loss"]] for found in training["held_out"]]
+    """Training loss by step, raw and smoothed, with phases, validation losses and gates."""
+    held_out = [[point["step"], point["loss"]] for point in training["held_out"]]
     values = [y for _, y in [*training["smooth"], *held_out] if y is not None and math.isfinite(y)]
     low, high = min(values, default=0.0), max(values, default=1.0)
     low, high = low - 0.05 * (high - low), high + 0.02 * (high - low)
@@ -36,36 +36,47 @@ def loss_chart(training: dict[str, Any]) -> str:
         for tick in ticks(low, high)
     )
     bands = "".join(
-        f'<div class="band" style="left:{x(phase["begin"]):.2f}%;width:{x(phase["end"] - phase["begin"]):.2f}%">'
+        f'<div class="band" style="left:{x(phase["begin"]):.2f}%;'
+        f'width:{x(phase["end"] - phase["begin"]):.2f}%">'
         f"<i>{escape(phase['name'])}</i></div>"
         for phase in training["phases"]
     )
     dots = "".join(
-        f'<span class="dot" style="left:{x(s):.2f}%;top:{y(v):.2f}%" title="held-out loss at step {s:,}: {v:.3f}"></span>'
+        f'<span class="dot" style="left:{x(s):.2f}%;top:{y(v):.2f}%" '
+        f'title="validation loss at step {s:,}: {v:.3f}"></span>'
         for s, v in held_out
         if math.isfinite(v)
     )
     gates = "".join(
-        f'<span class="gate {outcome}" style="left:{x(gate["step"]):.2f}%" title="{outcome}"></span>'
+        f'<span class="gate {outcome}" style="left:{x(gate["step"]):.2f}%" '
+        f'title="{outcome}"></span>'
         for gate, outcome in ((gate, escape(gate["outcome"])) for gate in training["gates"])
-        if isinstance(gate["step"], int)  # not a stage after the phases
+        if isinstance(gate["step"], int)  # stages after pretraining have a name instead
     )
     svg = (
-        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" aria-label="training loss by step">'
-        f"{grid}{line(training['curve'], 'accent-soft', 1)}{line(training['smooth'], 'accent', 2.5)}</svg>"
+        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        'aria-label="training loss by step">'
+        f"{grid}{line(training['curve'], 'accent-soft', 1)}"
+        f"{line(training['smooth'], 'accent', 2.5)}</svg>"
     )
     ys = "".join(f'<i style="top:{y(tick):.2f}%">{tick:g}</i>' for tick in ticks(low, high))
     xs = "".join(f'<i style="left:{x(tick):.2f}%">{tick:,.0f}</i>' for tick in ticks(0, last, 4))
     legend = (
-        '<div class="legend"><span><i class="raw"></i>loss of a step</span><span><i></i>smoothed</span>'
-        '<span><i class="round"></i>held-out text</span></div>'
+        '<div class="legend"><span><i class="raw"></i>loss per step</span>'
+        "<span><i></i>smoothed</span>"
+        '<span><i class="round"></i>validation loss</span></div>'
     )
-    plot = f'<div class="y">{ys}</div><div class="area">{bands}{svg}{dots}{gates}</div><div class="x">{xs}</div>'
-    return f'<div class="plot">{plot}</div>{legend}'
+    area = f'<div class="area">{bands}{svg}{dots}{gates}</div>'
+    return (
+        f'<div class="plot"><div class="y">{ys}</div>{area}<div class="x">{xs}</div></div>{legend}'
+    )
 
 
 def bar(name: str, about: str, value: float, stderr: float | None, top: float, **more: Any) -> str:
-    """A value of 0 to `top` with its 95 % interval. more: chance; refs, pairs of name and value; unit."""
+    """A bar of a value from 0 to `top` with its 95 % interval.
+
+    more: chance, the score of guessing; refs, (name, value) pairs of other models; digits.
+    """
 
     def place(number: float) -> float:
         return 100 * min(max(number, 0.0), top) / top
@@ -73,8 +84,9 @@ def bar(name: str, about: str, value: float, stderr: float | None, top: float, *
     parts = [f'<div class="fill" style="width:{place(value):.2f}%"></div>']
     refs = sorted(more.get("refs", ()), key=lambda ref: ref[1])
     parts += [
-        f'<span class="ref" style="left:{place(number):.2f}%" title="{escape(who)}: {number:g}"></span>'
-        for who, number in refs
+        f'<span class="ref" style="left:{place(number):.2f}%" '
+        f'title="{escape(model)}: {number:g}"></span>'
+        for model, number in refs
     ]
     if more.get("chance"):
         parts.append(
@@ -91,12 +103,13 @@ def bar(name: str, about: str, value: float, stderr: float | None, top: float, *
     if refs:
         chosen = [refs[0], refs[-1]] if place(refs[-1][1]) - place(refs[0][1]) > 34 else [refs[-1]]
         labels = "".join(
-            f'<i style="left:{min(max(place(number), 14), 84):.2f}%">{escape(who)} {number:g}</i>'
-            for who, number in chosen
+            f'<i style="left:{min(max(place(number), 14), 84):.2f}%">{escape(model)} {number:g}</i>'
+            for model, number in chosen
         )
         ends = f'<div class="ends">{labels}</div>'
     return (
-        f'<div class="bar"><div class="what"><b>{escape(name)}</b><span>{escape(about)}</span></div>'
+        f'<div class="bar"><div class="what"><b>{escape(name)}</b>'
+        f"<span>{escape(about)}</span></div>"
         f'<div class="track">{"".join(parts)}</div>'
         f'<div class="val"><b>{value:.{more.get("digits", 1)}f}</b>{error}</div>{ends}</div>'
     )
@@ -105,7 +118,7 @@ def bar(name: str, about: str, value: float, stderr: float | None, top: float, *
 def heatmap(
     kind: str, lengths: Sequence[int], depths: Sequence[float], cells: dict[str, float]
 ) -> str:
-    """Depth by length; cells: "length/depth" -> 0 to 1."""
+    """A grid of depth by length. cells: "length/depth" -> accuracy from 0 to 1."""
     rows = [
         f'<div class="head">{escape(kind)}</div>',
         *(f'<div class="head">{length:,}</div>' for length in lengths),
@@ -114,20 +127,17 @@ def heatmap(
         rows.append(f'<div class="head">{100 * depth:.0f} %</div>')
         for length in lengths:
             value = cells.get(f"{length}/{depth}")
-            hue = (
-                ""
-                if value is None
-                else f"background:hsl({8 + 125 * value:.0f} 62% {68 - 8 * value:.0f}%)"
-            )
-            rows.append(
-                f'<div class="cell" style="{hue}">{"" if value is None else f"{value:.2f}"}</div>'
-            )
+            style, text = "", ""
+            if value is not None:
+                style = f"background:hsl({8 + 125 * value:.0f} 62% {68 - 8 * value:.0f}%)"
+                text = f"{value:.2f}"
+            rows.append(f'<div class="cell" style="{style}">{text}</div>')
     columns = f"grid-template-columns:84px repeat({len(lengths)},minmax(44px,1fr))"
     return f'<div class="scroll"><div class="heat" style="{columns}">{"".join(rows)}</div></div>'
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between low and high."""
+    """About `count` round numbers between low and high."""
     raw = (high - low) / count
     size = 10 ** math.floor(math.log10(raw))
     step = next((size * m for m in (1, 2, 5) if size * m >= raw), size * 10)

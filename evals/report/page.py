@@ -1,4 +1,4 @@
-"""The report as one HTML page: no scripts, nothing loaded from anywhere, light and dark, on a phone and on paper."""
+"""Renders the report as one self-contained HTML page without scripts or external resources."""
 
 from html import escape
 from pathlib import Path
@@ -11,8 +11,11 @@ Columns = dict[str, tuple[str, float | None]]
 
 
 def page(report: dict[str, Any], columns: Columns) -> str:
-    """The page of what evals.report.build gathered. columns: of the table -> (heading, chance in percent)."""
-    parts = [
+    """Render the report that evals.report.build collected.
+
+    columns: table column -> (heading, score of guessing in percent).
+    """
+    sections = [
         _header(report, columns),
         _targets(report),
         _benchmarks(report, columns),
@@ -25,16 +28,19 @@ def page(report: dict[str, Any], columns: Columns) -> str:
         _samples(report),
         _contamination(report),
         _table(report, columns),
-        _about(report),
+        _environment(report),
     ]
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
-        '<meta name="viewport" content="width=device-width, initial-scale=1"/><meta name="color-scheme" content="light dark"/>'
-        f"<title>{escape(report['name'])}</title><style>{css}</style></head><body><main>{''.join(parts)}"
-        f"<footer>Made {escape(report['made'])} by <code>python -m evals.report</code>; every figure here is in "
-        "<code>benchmark_results.json</code>.</footer></main></body></html>\n"
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\"/>"
+        '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        '<meta name="color-scheme" content="light dark"/>'
+        f"<title>{escape(report['name'])}</title><style>{css}</style></head>"
+        f"<body><main>{''.join(sections)}"
+        f"<footer>Created {escape(report['made'])} by <code>python -m evals.report</code>. "
+        "All values are in <code>benchmark_results.json</code>.</footer></main></body></html>\n"
     )
 
 
@@ -44,45 +50,41 @@ def _header(report: dict[str, Any], columns: Columns) -> str:
     chip = _chip(gates[-1]["outcome"]) if gates else ""
     tiles = [(_short(report["parameters"]), "parameters")]
     if training:
-        of = "pretraining " if training["tuning"] else ""
+        prefix = "pretraining " if training["tuning"] else ""
         tiles += [
-            (_short(training["tokens"] or 0), f"{of}tokens"),
-            (f"{training['steps']:,}", f"{of}steps"),
+            (_short(training["tokens"] or 0), f"{prefix}tokens"),
+            (f"{training['steps']:,}", f"{prefix}steps"),
         ]
         tiles += [(f"{stage['steps']:,}", f"{stage['name']} steps") for stage in training["tuning"]]
-    whole = (
-        report["evaluations"]
-        .get("perplexity", {})
-        .get("metrics", {})
-        .get("all", {})
-        .get("bits_per_byte", {})
-    )
-    if whole.get("value") is not None:
-        tiles.append((f"{whole['value']:.3f}", "bits a byte, unseen text"))
+    perplexity = report["evaluations"].get("perplexity", {}).get("metrics", {})
+    bits = perplexity.get("all", {}).get("bits_per_byte", {})
+    if bits.get("value") is not None:
+        tiles.append((f"{bits['value']:.3f}", "bits per byte, held-out text"))
     first = list(report["scores"].items())[:2]
     tiles += [
         (f"{score['value']:.1f}", f"{columns[name][0]}, {score['n']:,} items")
         for name, score in first
     ]
-    made = "".join(
-        f'<div class="tile"><b>{value}</b><span>{escape(what)}</span></div>'
-        for value, what in tiles
+    tiles_html = "".join(
+        f'<div class="tile"><b>{value}</b><span>{escape(label)}</span></div>'
+        for value, label in tiles
     )
     return (
         f'<header><div class="title"><h1>{escape(report["name"])}</h1>{chip}</div>'
-        f'<p>{escape(report["checkpoint"])} · {escape(report["made"])}</p></header><div class="tiles">{made}</div>'
+        f"<p>{escape(report['checkpoint'])} · {escape(report['made'])}</p></header>"
+        f'<div class="tiles">{tiles_html}</div>'
     )
 
 
 def _targets(report: dict[str, Any]) -> str:
-    """The results table: each score beside the plan's targets."""
+    """The results table: scores beside the plan's targets."""
     if not report["targets"]:
         return ""
     rows = [cells(row) for row in report["targets"]]
     notes = _list({row["title"]: row["note"] for row in report["targets"] if row["note"]})
-    more = f"<details><summary>Where the targets come from</summary>{notes}</details>"
-    note = "Status is the highest tier that the value reaches; ≥ and ≤ say which way is better."
-    return _section("Results", note, _rows(list(HEAD), rows) + more)
+    details = f"<details><summary>Sources of the targets</summary>{notes}</details>"
+    note = "Status is the highest tier reached. ≥: higher is better; ≤: lower is better."
+    return _section("Results", note, _rows(list(HEAD), rows) + details)
 
 
 def _benchmarks(report: dict[str, Any], columns: Columns) -> str:
@@ -101,31 +103,33 @@ def _benchmarks(report: dict[str, Any], columns: Columns) -> str:
         )
     bars += _other_metrics(report)
     missing = "".join(
-        f"<p>Not measured: <b>{escape(n)}</b>, {escape(why)}</p>"
-        for n, why in report["not_measured"].items()
+        f"<p>Not measured: <b>{escape(name)}</b>, {escape(reason)}</p>"
+        for name, reason in report["not_measured"].items()
     )
     if not bars and not missing:
         return ""
     legend = (
-        '<div class="legend"><span><i></i>this model</span><span><i class="whisker"></i>95 % interval</span>'
-        '<span><i class="chance"></i>chance</span><span><i class="tick"></i>published base models, 0.5 to 1.7B</span></div>'
+        '<div class="legend"><span><i></i>this model</span>'
+        '<span><i class="whisker"></i>95 % interval</span>'
+        '<span><i class="chance"></i>chance</span>'
+        '<span><i class="tick"></i>published base models, 0.5 to 1.7B</span></div>'
     )
-    note = "Percent. Published models differ in shots and harness: the table below says which."
+    note = "Percent. The table below gives shots and harness of the published models."
     return _section("Benchmarks", note, f'<div class="bars">{"".join(bars)}</div>{legend}{missing}')
 
 
 def _other_metrics(report: dict[str, Any]) -> list[str]:
-    """Bars of rates that no column of the table quotes: cloze scores, ARC easy, tool use, ..."""
+    """Bars of rates without a table column: cloze scores, ARC easy, tool use, ..."""
     bars = []
-    quoted = {(score["task"], score["metric"]) for score in report["scores"].values()}
+    listed = {(score["task"], score["metric"]) for score in report["scores"].values()}
     for task, result in report["evaluations"].items():
         for name, metric in result["metrics"].items():
-            rate = (
+            is_rate = (
                 isinstance(metric, dict)
                 and metric.get("stderr") is not None
                 and 0 <= metric["value"] <= 1
             )
-            if rate and (task, name) not in quoted and task != "needle":
+            if is_rate and (task, name) not in listed and task != "needle":
                 about = f"{result.get('shots', 0)}-shot, {count(result, name):,} items"
                 label = f"{task} {name.replace('_', ' ')}"
                 bars.append(bar(label, about, 100 * metric["value"], 100 * metric["stderr"], 100.0))
@@ -133,7 +137,7 @@ def _other_metrics(report: dict[str, Any]) -> list[str]:
 
 
 def count(result: dict[str, Any], metric: str) -> int:
-    """Items that have a metric; all of the evaluation where its file does not say."""
+    """Number of items with a metric; all items if the results file does not state it."""
     return result["metrics"][metric].get("n") or result["n"]
 
 
@@ -145,53 +149,48 @@ def _gates(report: dict[str, Any]) -> str:
         rows = "".join(
             _verdict(*row) for row in zip(gate["gates"], gate["values"], references, strict=True)
         )
-        advice = gate["advice"] if gate["outcome"] != "go" else ""
-        said = (
-            f"<p>Accepted: {escape(gate['accepted'])}</p>"
-            if gate["accepted"]
-            else f"<p>{escape(advice or '')}</p>"
-        )
+        remark = gate["advice"] or "" if gate["outcome"] != "go" else ""
+        if gate["accepted"]:
+            remark = f"Accepted: {gate['accepted']}"
         cards.append(
-            f'<div class="decision {escape(gate["outcome"])}">{_chip(gate["outcome"])} <b>{_where(gate["step"])}</b> '
-            f"<small>{escape(gate['time'][:16].replace('T', ' '))}</small><ul>{rows}</ul>{said}</div>"
+            f'<div class="decision {escape(gate["outcome"])}">{_chip(gate["outcome"])} '
+            f"<b>{_milestone(gate['step'])}</b> "
+            f"<small>{escape(gate['time'][:16].replace('T', ' '))}</small><ul>{rows}</ul>"
+            f"<p>{escape(remark)}</p></div>"
         )
-    note = "What was decided at milestones, by thresholds that were set before."
+    note = "Decisions at milestones, by predefined thresholds."
     return _section("Gates", note, f'<div class="gates">{"".join(cards)}</div>') if cards else ""
 
 
 def _verdict(gate: dict[str, Any], value: float | None, reference: float | None) -> str:
-    """One gate of a decision: the value, the change where the gate judges that, and the thresholds."""
-    said, sign = (
-        "not measured" if value is None else f"{value:.3f}",
-        "+" if gate.get("against") else "",
-    )
+    """One gate of a decision: value, thresholds, and the change if the gate judges a change."""
+    text, sign = "not measured" if value is None else f"{value:.3f}", ""
     if against := gate.get("against"):
         change = "unknown" if value is None or reference is None else f"{value - reference:+.3f}"
-        said += f", change against {against}: {change}"
-    limits = f"go {'≤' if gate['go'] < gate['no_go'] else '≥'} {gate['go']:{sign}}, no-go beyond {gate['no_go']:{sign}}"
+        text, sign = f"{text}, change against {against}: {change}", "+"
+    relation = "≤" if gate["go"] < gate["no_go"] else "≥"
+    limits = f"go {relation} {gate['go']:{sign}}, no-go beyond {gate['no_go']:{sign}}"
     return (
-        f"<li><b>{escape(gate['metric'])}</b> {escape(said)} <small>{escape(limits)}</small></li>"
+        f"<li><b>{escape(gate['metric'])}</b> {escape(text)} <small>{escape(limits)}</small></li>"
     )
 
 
-def _where(step: int | str) -> str:
-    """A milestone's step, or the stage after the phases that was judged."""
+def _milestone(step: int | str) -> str:
+    """A milestone's step, or the name of a stage after pretraining."""
     return f"step {step:,}" if isinstance(step, int) else f"after {escape(step)}"
 
 
 def _stages(report: dict[str, Any]) -> str:
-    """What was measured more than once, as the model went on: pretraining, SFT, DPO."""
-    places = report["stages"]
-    names = dict.fromkeys(name for place in places.values() for name in place)
+    """Metrics measured at more than one stage: pretraining, SFT, DPO."""
+    stages = report["stages"]
+    names = dict.fromkeys(name for metrics in stages.values() for name in metrics)
     rows = [
-        [name, *(_estimate(place.get(name)) for place in places.values())]
+        [name, *(_estimate(metrics.get(name)) for metrics in stages.values())]
         for name in names
-        if sum(name in place for place in places.values()) > 1
+        if sum(name in metrics for metrics in stages.values()) > 1
     ]
-    note = (
-        "The same items each time; ± is one standard error. A base model is asked in plain lines."
-    )
-    heads = ["", *(name.replace("_", " ") for name in places)]
+    note = "The same items at every stage; ± is one standard error. Base models see plain lines."
+    heads = ["", *(name.replace("_", " ") for name in stages)]
     return _section("Stage by stage", note, _rows(heads, rows)) if rows else ""
 
 
@@ -199,23 +198,23 @@ def _loss(report: dict[str, Any]) -> str:
     training = report["training"]
     if not training:
         return ""
-    names = {"skipped": "updates skipped", "rollback": "roll-backs", "stuck": "times stuck"}
+    names = {"skipped": "skipped updates", "rollback": "rollbacks", "stuck": "times stuck"}
     incidents = (
         ", ".join(f"{count} {names[kind]}" for kind, count in training["incidents"].items())
-        or "no skipped update, no roll-back"
+        or "no skipped updates or rollbacks"
     )
-    note = f"Nats a token, by step. {training['hours']:.2f} hours in steps; {incidents}."
+    note = f"Nats per token, by step. {training['hours']:.2f} hours in steps; {incidents}."
     return _section("Training loss", note, loss_chart(training))
 
 
 def _tuning(report: dict[str, Any]) -> str:
-    """Mid-training, SFT and DPO: what each trained on, and its losses."""
+    """Mid-training, SFT and DPO: data, losses and loss curves of each stage."""
     stages = (report["training"] or {}).get("tuning") or []
     rows, charts = [], []
     for stage in stages:
         mix = ", ".join(f"{name} {share:g}" for name, share in stage["mix"].items())
-        held_out = [found["loss"] for found in stage["held_out"]]
-        preferred = [100 * found["share"] for found in stage["preferred"]]
+        held_out = [point["loss"] for point in stage["held_out"]]
+        preferred = [100 * point["share"] for point in stage["preferred"]]
         rows.append(
             [
                 stage["name"],
@@ -235,18 +234,18 @@ def _tuning(report: dict[str, Any]) -> str:
         "stage",
         "steps",
         "tokens",
-        "peak rate",
+        "peak learning rate",
         "data (share)",
-        "held-out loss",
-        "pairs preferred, %",
+        "validation loss",
+        "preference accuracy, %",
         "hours in steps",
     ]
-    note = "What the base model was trained on after pretraining. Each figure is the first and the last measured."
+    note = "Training stages after pretraining. Losses and accuracies: first → last measurement."
     return _section("After pretraining", note, _rows(head, rows) + "".join(charts)) if rows else ""
 
 
 def change(values: list[float], digits: int) -> str:
-    """First and last of a series, as text."""
+    """First and last value of a series, as text."""
     if not values:
         return "-"
     ends = [values[0], values[-1]] if len(values) > 1 else values
@@ -259,8 +258,8 @@ def _held_out(report: dict[str, Any]) -> str:
     metrics = report["evaluations"].get("perplexity", {}).get("metrics", {})
     bits = {
         name: value
-        for name, found in metrics.items()
-        if (value := found["bits_per_byte"]["value"]) is not None
+        for name, estimates in metrics.items()
+        if (value := estimates["bits_per_byte"]["value"]) is not None
     }
     if not bits:
         return ""
@@ -276,9 +275,7 @@ def _held_out(report: dict[str, Any]) -> str:
         )
         for name, value in sorted(bits.items(), key=lambda pair: (pair[0] == "all", pair[1]))
     ]
-    note = (
-        "Bits per byte of text that was never trained on; lower is better, whatever the tokenizer."
-    )
+    note = "Bits per byte of held-out text; lower is better. Comparable across tokenizers."
     return _section("Held-out text", note, f'<div class="bars">{"".join(bars)}</div>')
 
 
@@ -298,33 +295,29 @@ def _needle(report: dict[str, Any]) -> str:
         )
         for kind, grid in grids.items()
     )
-    note = "Share of hidden numbers found, by depth (down) and context length in tokens (across)."
+    note = "Share of numbers retrieved, by depth (rows) and context length in tokens (columns)."
     return _section("Needle in a haystack", note, maps) if maps else ""
 
 
 def _samples(report: dict[str, Any]) -> str:
-    cards = "".join(
-        f'<div class="sample"><small>{"temperature " + str(s["temperature"]) if s["temperature"] else "greedy"}</small>'
-        f"<b>{escape(s['prompt'])}</b>{escape(s['text'] or '(the prompt does not fit the context)')}</div>"
-        for s in report["samples"]
-    )
-    return (
-        _section(
-            "In its own words",
-            "Grey is the prompt. Nothing was picked.",
-            f'<div class="samples">{cards}</div>',
+    cards = []
+    for sample in report["samples"]:
+        decoding = f"temperature {sample['temperature']}" if sample["temperature"] else "greedy"
+        text = sample["text"] or "(the prompt does not fit the context)"
+        cards.append(
+            f'<div class="sample"><small>{decoding}</small>'
+            f"<b>{escape(sample['prompt'])}</b>{escape(text)}</div>"
         )
-        if cards
-        else ""
-    )
+    body = f'<div class="samples">{"".join(cards)}</div>'
+    return _section("Samples", "Prompts are grey. Samples are not selected.", body) if cards else ""
 
 
 def _contamination(report: dict[str, Any]) -> str:
-    found = report["contamination"]
-    if not found:
+    contamination = report["contamination"]
+    if not contamination:
         return ""
     rows = []
-    for name, counts in found["sets"].items():
+    for name, counts in contamination["sets"].items():
         cells = [f"{counts[key]:,}" for key in ("items", "too_short", "items_hit", "documents_hit")]
         clean = [
             _clean(result)
@@ -335,12 +328,12 @@ def _contamination(report: dict[str, Any]) -> str:
     head = [
         "test set",
         "items",
-        "too short to look for",
+        "too short to search",
         "items found",
         "documents removed or cut",
         "score, all → clean items",
     ]
-    note = f"What of the test sets was found in the training text, by {found['file']}."
+    note = f"Benchmark items found in the training text; source: {contamination['file']}."
     return _section("Contamination", note, _rows(head, rows))
 
 
@@ -364,33 +357,17 @@ def _table(report: dict[str, Any], columns: Columns) -> str:
     ]
     sources = report["published"]["sources"]
     tokens = _short(report["training"]["tokens"] or 0) if report["training"] else "?"
-    own = [_score(report["scores"].get(name)) for name in columns]
-    rows = [
-        "".join(
-            f"<td>{cell}</td>"
-            for cell in [
-                escape(report["name"]),
-                tokens,
-                *own,
-                "ours, as lm-eval 0.4.13",
-                "",
-                "this run",
-            ]
-        )
-    ]
+    scores = [_score(report["scores"].get(name)) for name in columns]
+    rows = [[escape(report["name"]), tokens, *scores, "ours, as lm-eval 0.4.13", "", "this run"]]
     for model in report["published"]["models"]:
         source = sources[model["from"]["source"]]
         link = f'<a rel="noreferrer" href="{escape(source["url"])}">{escape(source["title"])}</a>'
         cells = [_score(model["scores"].get(name)) for name in columns]
-        by = [escape(str(model["from"]["harness"])), escape(model["from"]["metric"]), link]
-        rows.append(
-            "".join(
-                f"<td>{cell}</td>"
-                for cell in [escape(model["name"]), escape(model["tokens"]), *cells, *by]
-            )
-        )
-    note = "Small figures are shots, and our n. Compare rows only where harness, metric and shots agree."
-    body = f'<tr class="own">{rows[0]}</tr>' + "".join(f"<tr>{row}</tr>" for row in rows[1:])
+        origin = [escape(str(model["from"]["harness"])), escape(model["from"]["metric"]), link]
+        rows.append([escape(model["name"]), escape(model["tokens"]), *cells, *origin])
+    note = "Small print: shots and our n. Compare only rows with equal harness, metric and shots."
+    first, *others = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
+    body = f'<tr class="own">{first}</tr>' + "".join(f"<tr>{row}</tr>" for row in others)
     header = "".join(f"<th>{escape(name)}</th>" for name in head)
     return _section(
         "Beside published models",
@@ -399,7 +376,7 @@ def _table(report: dict[str, Any], columns: Columns) -> str:
     )
 
 
-def _about(report: dict[str, Any]) -> str:
+def _environment(report: dict[str, Any]) -> str:
     training = report["training"] or {}
     pairs = {f"measured with {name}": value for name, value in report["environment"].items()}
     pairs |= {
@@ -421,27 +398,20 @@ def _about(report: dict[str, Any]) -> str:
         for name in (*shapes, "vocab_size", "max_position_embeddings")
     }
     files = {
-        f"{task} results": f"{found['file']}, prompts {found.get('prompt_hash', '-')[:16]}"
-        for task, found in report["evaluations"].items()
+        f"{task} results": f"{result['file']}, prompts {result.get('prompt_hash', '-')[:16]}"
+        for task, result in report["evaluations"].items()
     }
     hashes = {"checkpoint": report["checkpoint_hash"], **report["hashes"]}
-    listed = (
-        _list(pairs)
-        + "<details><summary>Hashes and files</summary>"
-        + _list({**hashes, **files})
-        + "</details>"
-    )
-    return _section("Environment", "", listed)
+    details = f"<details><summary>Hashes and files</summary>{_list({**hashes, **files})}</details>"
+    return _section("Environment", "", _list(pairs) + details)
 
 
 def _list(pairs: dict[str, Any]) -> str:
-    return (
-        "<dl>"
-        + "".join(
-            f"<dt>{escape(k)}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in pairs.items()
-        )
-        + "</dl>"
+    entries = (
+        f"<dt>{escape(name)}</dt><dd><code>{escape(str(value))}</code></dd>"
+        for name, value in pairs.items()
     )
+    return f"<dl>{''.join(entries)}</dl>"
 
 
 def _rows(head: list[str], rows: list[list[str]]) -> str:
@@ -453,11 +423,11 @@ def _rows(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _score(score: dict[str, Any] | None) -> str:
-    value = (
-        "" if score is None else f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
-    )
-    n = f", n {score['n']:,}" if score and score.get("n") is not None else ""
-    return "-" if score is None else f"{value} <small>{escape(str(score['shots']) + n)}</small>"
+    if score is None:
+        return "-"
+    value = f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
+    n = f", n {score['n']:,}" if score.get("n") is not None else ""
+    return f"{value} <small>{escape(str(score['shots']) + n)}</small>"
 
 
 def _estimate(estimate: dict[str, float | None] | None) -> str:
@@ -481,7 +451,7 @@ def _chip(outcome: str) -> str:
 
 
 def _short(number: float) -> str:
-    """1,100,048,384 as 1.10B."""
+    """A number with a suffix: 1,100,048,384 as 1.1B."""
     for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
         if number >= size:
             return f"{number / size:.3g}{letter}"

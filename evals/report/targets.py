@@ -1,4 +1,4 @@
-"""The results table: each score beside what the plan aims at, and which tier it reaches (MVP, success, stretch)."""
+"""Results table: scores beside the plan's targets and the tier reached (MVP, success, stretch)."""
 
 import json
 from collections.abc import Callable
@@ -16,23 +16,21 @@ Evaluations = dict[str, dict[str, Any]]  # task -> its results file
 
 
 def read_targets(plan: Path) -> list[dict[str, Any]]:
-    """The targets of a plan (training.curriculum.Target) as plain values, with defaults filled in."""
+    """Read the targets of a plan (training.planning.plan.Target) as dicts with defaults."""
     try:
-        found = read_yaml_file(plan if plan.is_file() else ROOT / plan)
+        content = read_yaml_file(plan if plan.is_file() else ROOT / plan)
     except OSError as error:
-        raise ValueError(f"{plan} cannot be read as a plan; give the YAML file of one") from error
-    if found is not None and not isinstance(found, dict):
-        raise ValueError(f"{plan} must hold a plan, as key: value; it holds {shown(found)}")
-    targets = (found or {}).get("targets") or []
+        raise ValueError(f"{plan} cannot be read; give the YAML file of a plan") from error
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{plan} must be a plan of key: value lines, not {shown(content)}")
+    targets = (content or {}).get("targets") or []
     if not isinstance(targets, list) or not all(isinstance(target, dict) for target in targets):
-        raise ValueError(
-            f"{plan}: targets={shown(targets)} must be a list of settings, as key: value"
-        )
+        raise ValueError(f"{plan}: targets={shown(targets)} must be a list of key: value settings")
     for number, target in enumerate(targets):
-        lacking = [name for name in ("metric", "title", *TIERS) if name not in target]
-        if lacking:
+        missing = [name for name in ("metric", "title", *TIERS) if name not in target]
+        if missing:
             raise ValueError(
-                f"{plan}: target {shown(target.get('title', target))} lacks {', '.join(lacking)}"
+                f"{plan}: target {shown(target.get('title', target))} lacks {', '.join(missing)}"
             )
         for name, kind in {
             **dict.fromkeys(TIERS, AnyFloat),
@@ -47,9 +45,9 @@ def read_targets(plan: Path) -> list[dict[str, Any]]:
 def table(
     targets: list[dict[str, Any]], measured_after: Callable[[str], Evaluations]
 ) -> list[dict[str, Any]]:
-    """One row a target: the score with its standard error and n, and its status.
+    """One row per target: the score with standard error and n, and its status.
 
-    measured_after(stage): the evaluations of the checkpoint that a stage left, or of the report's own for "final".
+    measured_after(stage): evaluations of the stage's last checkpoint; "final" is the report's own.
     """
     return [_row(target, measured_after(target["stage"])) for target in targets]
 
@@ -70,7 +68,7 @@ def _row(target: dict[str, Any], evaluations: Evaluations) -> dict[str, Any]:
 
 
 def status(target: dict[str, Any], value: float | None, stderr: float | None) -> dict[str, Any]:
-    """{"status", "near"}: the highest tier that a value reaches, and the tiers whose border is within one standard error."""
+    """{"status", "near"}: the highest tier reached, and the tiers within one standard error."""
     if value is None or value != value:
         return {"status": "not measured", "near": []}
     sign = -1 if target["lower"] else 1
@@ -82,10 +80,10 @@ def status(target: dict[str, Any], value: float | None, stderr: float | None) ->
 def find(
     evaluations: Evaluations, metric: str
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """The estimate that a gate's metric names ("mmlu.acc", "all.perplexity"), and the results it is part of."""
+    """Estimate of a metric such as "mmlu.acc" or "all.perplexity", and its results file."""
     task, *rest = metric.split(".")
     result = evaluations.get(task)
-    if result is None:  # the sources of perplexity have no task before them
+    if result is None:  # metrics of perplexity start with a source instead of a task
         result, rest = evaluations.get("perplexity"), [task, *rest]
     value: Any = (result or {}).get("metrics")
     for key in rest:
@@ -93,37 +91,37 @@ def find(
     return (value if isinstance(value, dict) and "value" in value else None), result
 
 
-def judged(folder: Path, stage: str) -> str | None:
-    """The hash of the checkpoint of a stage that was measured in results/<run>/<folder>; None where that is not clear.
+def judged_hash(folder: Path, stage: str) -> str | None:
+    """Hash of the stage's checkpoint measured in results/<run>/<folder>; None if ambiguous.
 
-    It is the one that scripts/pipeline.py decided on. Without a decision, as after measuring by hand, it is the one
-    that all results of this stage's checkpoints there agree on.
+    This is the checkpoint of scripts/pipeline.py's decision. Without a decision, all results of the
+    stage's checkpoints in the folder must agree.
     """
-    of, hashes = read_json(folder / "decision.json").get("of"), set()
+    decided, hashes = read_json(folder / "decision.json").get("of"), set()
     for path in folder.glob("*.json"):
         try:
-            read = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:  # being written
             continue
-        if not isinstance(read, dict) or "checkpoint_hash" not in read:
+        if not isinstance(content, dict) or "checkpoint_hash" not in content:
             continue
-        if (
-            read["of"] == of
-            if of and "of" in read
-            else Path(str(read.get("checkpoint"))).parent.name == stage
-        ):
-            hashes.add(read["checkpoint_hash"])
+        if decided and "of" in content:
+            matches = content["of"] == decided
+        else:
+            matches = Path(str(content.get("checkpoint"))).parent.name == stage
+        if matches:
+            hashes.add(content["checkpoint_hash"])
     return hashes.pop() if len(hashes) == 1 else None
 
 
-def place_of(stage: str, phases: list[dict[str, Any]]) -> str:
-    """The folder in results/<run> of what was measured after a stage, or at the end of a pretraining phase."""
+def stage_folder(stage: str, phases: list[dict[str, Any]]) -> str:
+    """Folder in results/<run> of a stage's results; a pretraining phase uses its last step."""
     ends = {phase["name"]: phase["end"] for phase in phases}
     return f"step_{ends[stage]}" if stage in ends else stage
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Title, score, standard error, n, the three tiers and the status of a row, as text."""
+    """A row's cells as text: title, score, standard error, n, three tiers and status."""
     scale, digits = (100, 1) if row["percent"] else (1, 2)
     sign = "≤" if row["lower"] else "≥"
 
@@ -132,27 +130,18 @@ def cells(row: dict[str, Any]) -> list[str]:
 
     count = "-" if row["n"] is None else f"{row['n']:,} {row['of']}"
     near = ", ".join(LABELS[tier] for tier in row["near"])
-    said = row["status"] + (f" (within one standard error of {near})" if near else "")
+    state = row["status"] + (f" (within one standard error of {near})" if near else "")
     title = row["title"] + (" (%)" if row["percent"] else "")
-    where = "" if row["stage"] == "final" else f", after {row['stage']}"
+    stage = "" if row["stage"] == "final" else f", after {row['stage']}"
     tiers = [f"{sign} {scale * row[tier]:g}" for tier in TIERS]
-    return [title + where, number(row["value"]), number(row["stderr"]), count, *tiers, said]
+    return [title + stage, number(row["value"]), number(row["stderr"]), count, *tiers, state]
 
 
-HEAD = (
-    "Score",
-    "Value",
-    "Standard error",
-    "n",
-    "MVP",
-    "Target (success)",
-    "ScheduledPhase",
-    "Status",
-)
+HEAD = ("Score", "Value", "Standard error", "n", "MVP", "Target (success)", "Stretch", "Status")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The table in markdown, with the notes below it."""
+    """The table in Markdown, followed by its notes."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---|" + "---:|" * 6 + "---|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     notes = [f"- {row['title']}: {row['note']}" for row in rows if row["note"]]

@@ -1,4 +1,4 @@
-"""What the logs of a run say about a checkpoint: its stages back to pretraining, curves, held-out losses and decisions."""
+"""Reads a run's logs: a checkpoint's stages, loss curves and gate decisions."""
 
 import hashlib
 import json
@@ -10,21 +10,23 @@ import numpy as np
 
 from data.manifest import read_json
 from files import read_lines
+from training.checkpoint_files import TRAINER, read_position
 from yaml_file import read_yaml_file
 
-POINTS = 400  # of a curve, at most
+POINTS = 400  # maximum number of points per curve
 Rows = list[dict[str, Any]]
 
 
 def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
-    """Pretraining and the stages after it that led to a checkpoint, from metrics.jsonl, events.jsonl and configs.
+    """Training history of a checkpoint from metrics.jsonl, events.jsonl and configs.
 
-    "tuning" lists the stages after pretraining (mid-training, SFT, DPO) in order; [] for a pretraining checkpoint.
+    "tuning" lists the stages after pretraining (mid-training, SFT, DPO) in order. ValueError if the
+    logs have no metrics.
     """
-    tuned, rows, events = story(logs, checkpoint)
+    tuned, rows, events = read_history(logs, checkpoint)
     if not rows:
         raise ValueError(
-            f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run, or none"
+            f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run or omit --logs"
         )
     gates = [event for event in events if event["event"] == "gate"]
     return {
@@ -56,13 +58,16 @@ def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
 
 
 def corpus(configs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Store -> sha256 of its documents, and the origin of each source: a Python release for text that comes with Python."""
+    """Per data store: sha256 of its documents, and the origin of each source.
+
+    The origin of text from a Python installation is the Python release.
+    """
     stores = {
         Path(data["store"]): None
         for config in configs
         if (data := config.get("data") or {}).get("store")
     }
-    found = {}
+    by_store = {}
     for store in stores:
         hashes = read_json(store / "report.json").get("inputs", {}).get("documents")
         if hashes:
@@ -71,33 +76,33 @@ def corpus(configs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 for name in hashes
             }
             digest = hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
-            found[str(store)] = {"sha256": digest, "sources": hashes, "origins": origins}
-    return found
+            by_store[str(store)] = {"sha256": digest, "sources": hashes, "origins": origins}
+    return by_store
 
 
-def story(logs: Path, checkpoint: Path) -> tuple[Rows, Rows, Rows]:
-    """Of a checkpoint: its stages after pretraining; rows of pretraining; and events, with the decisions about both."""
+def read_history(logs: Path, checkpoint: Path) -> tuple[Rows, Rows, Rows]:
+    """Stages of a checkpoint after pretraining, metric rows of pretraining, and events of both."""
     tuned, base = lineage(logs, checkpoint)
-    rows, events = history(logs, base)
+    rows, events = read_pretraining(logs, base)
     if tuned:
         names = {stage["name"] for stage in tuned}
-        decided = [
-            event for event in read_lines(logs / "events.jsonl") if event.get("step") in names
-        ]
-        events = [event for event in events if not isinstance(event.get("step", 0), str)] + decided
+        all_events = read_lines(logs / "events.jsonl")
+        decisions = [event for event in all_events if event.get("step") in names]
+        events = [event for event in events if not isinstance(event.get("step", 0), str)]
+        events += decisions
     return tuned, rows, events
 
 
-def history(logs: Path, checkpoint: Path) -> tuple[Rows, Rows]:
-    """Rows of metrics.jsonl and of events.jsonl up to a checkpoint's step.
+def read_pretraining(logs: Path, checkpoint: Path) -> tuple[Rows, Rows]:
+    """Rows of metrics.jsonl and events.jsonl up to a checkpoint's step.
 
-    All of them where these logs do not know the checkpoint's phase.
+    All rows if the logs do not have the checkpoint's phase.
     """
     rows, events = (read_lines(logs / f"{name}.jsonl") for name in ("metrics", "events"))
-    at = position(checkpoint)
-    if not str(at["step"]).isdecimal() or all(row.get("phase") != at["phase"] for row in rows):
+    phase, step = checkpoint_position(checkpoint)
+    if not step.isdecimal() or all(row.get("phase") != phase for row in rows):
         return rows, events
-    last = int(at["step"])
+    last = int(step)
     events = [
         event
         for event in events
@@ -106,36 +111,37 @@ def history(logs: Path, checkpoint: Path) -> tuple[Rows, Rows]:
     return [row for row in rows if row["step"] <= last], events
 
 
-def position(checkpoint: Path) -> dict[str, Any]:
-    """Phase and step of a checkpoint: from state/trainer.json, without it from the folder's name, <phase>/step_N."""
+def checkpoint_position(checkpoint: Path) -> tuple[str, str]:
+    """Phase and step of a checkpoint, from state/trainer.json or else the path <phase>/step_N."""
     folder = checkpoint.resolve()
-    named = {"phase": folder.parent.name, "step": folder.name.removeprefix("step_")}
-    return {**named, **read_json(folder / "state" / "trainer.json")}
+    if (folder / TRAINER).is_file():
+        position = read_position(folder)
+        return position["phase"], str(position["step"])
+    return folder.parent.name, folder.name.removeprefix("step_")
 
 
 def lineage(logs: Path, checkpoint: Path) -> tuple[Rows, Path]:
-    """The stages after pretraining that led to a checkpoint, first to last, and the checkpoint that they started from.
+    """Stages of a checkpoint after pretraining, in order, and the pretraining checkpoint.
 
-    A stage keeps its logs in logs/<run>/<phase>; its config there names the checkpoint that it started from.
+    A stage's logs are in logs/<run>/<phase>; the config there names the checkpoint it started from.
     """
     stages: Rows = []
     while True:
-        at = position(checkpoint)
-        name = str(at["phase"])
+        name, step = checkpoint_position(checkpoint)
         folder = logs / name
         if name in (stage["name"] for stage in stages) or not (folder / "metrics.jsonl").is_file():
             return stages, checkpoint
         config = settings(folder / f"{name}.config.yaml")
-        stages.insert(0, stage(folder, name, at["step"], config))
+        stages.insert(0, stage(folder, name, step, config))
         base = config.get("init_from") or config.get("resume_from")
         if not base:
             return stages, checkpoint
         checkpoint = Path(base)
 
 
-def stage(folder: Path, name: str, step: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """One stage after pretraining, up to a step: what it trained on, and its curves."""
-    last = int(step) if str(step).isdecimal() else None
+def stage(folder: Path, name: str, step: str, config: dict[str, Any]) -> dict[str, Any]:
+    """One stage after pretraining, up to a step: its data and curves."""
+    last = int(step) if step.isdecimal() else None
     rows, events = (read_lines(folder / f"{kind}.jsonl") for kind in ("metrics", "events"))
     rows = [row for row in rows if last is None or row["step"] <= last]
     first: Rows = [
@@ -148,7 +154,7 @@ def stage(folder: Path, name: str, step: Any, config: dict[str, Any]) -> dict[st
         "tokens": rows[-1].get("tokens") if rows else None,
         "lr": config.get("optim", {}).get("lr"),
         "mix": config.get("data", {}).get("mix") or {},
-        "sources": {key: part.get("path") for key, part in _sources(config).items()},
+        "sources": {key: source.get("path") for key, source in _sources(config).items()},
         "row": config.get("data", {}).get("sequence_length"),
         **curves(rows, [event for event in events if last is None or event.get("step", 0) <= last]),
         "held_out": [{"step": row["step"], "loss": row["val/loss"]} for row in measured],
@@ -162,7 +168,7 @@ def stage(folder: Path, name: str, step: Any, config: dict[str, Any]) -> dict[st
 
 
 def _sources(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Where the data of SFT or DPO come from, by the name in data.mix."""
+    """Data sources of SFT or DPO, by their names in data.mix."""
     return (config.get("chat") or config.get("preferences") or {}).get("sources") or {}
 
 
@@ -188,7 +194,7 @@ def curves(rows: Rows, events: Rows) -> dict[str, Any]:
 
 
 def phases_of(rows: Sequence[dict[str, Any]]) -> Rows:
-    """Name, begin and end, in steps, and tokens of each phase in metrics.jsonl."""
+    """Name, first and last step, and tokens of each phase in metrics.jsonl."""
     phases: Rows = []
     before, last = 0, 0
     for row in rows:
@@ -201,20 +207,20 @@ def phases_of(rows: Sequence[dict[str, Any]]) -> Rows:
 
 
 def _smooth(steps: list[int], losses: list[float], phases: Rows, window: int) -> list[list[float]]:
-    """Centred running means, afresh in each phase of other text."""
-    reach = max(2, len(steps) // 100)
-    values, found = np.array(losses), []
+    """Centred running means as [step, loss]; they do not cross phases, whose texts differ."""
+    radius = max(2, len(steps) // 100)
+    values, points = np.array(losses), []
     for phase in phases:
         inside = [i for i, step in enumerate(steps) if phase["begin"] < step <= phase["end"]]
         for i in inside[::window]:
-            near = values[max(inside[0], i - reach) : min(inside[-1], i + reach) + 1]
+            near = values[max(inside[0], i - radius) : min(inside[-1], i + radius) + 1]
             near = near[np.isfinite(near)]
             if len(near):
-                found.append([steps[i], float(near.mean())])
-    return found
+                points.append([steps[i], float(near.mean())])
+    return points
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """A resolved config that a run left beside its log; {} where there is none."""
-    found = read_yaml_file(path) if path.is_file() else None
-    return found if isinstance(found, dict) else {}
+    """The resolved config that a run wrote beside its log; {} if the file is missing."""
+    config = read_yaml_file(path) if path.is_file() else None
+    return config if isinstance(config, dict) else {}

@@ -133,7 +133,7 @@ def test_checkpoints(given: tuple[list[Change], bool, bool], folder: Path) -> No
     state = setup.build(RUN, device())
     if resume:  # a damaged folder of the run itself is set aside
         setup.restore_or_init(RUN, state, checkpoints(folder), "")
-        state.faults.judge(1.0, 1.0, RUN.faults)
+        state.faults.check_step(1.0, 1.0, RUN.faults)
         if state.step == 0:
             raise ValueError("the phase begins anew")
     else:

@@ -11,6 +11,7 @@ from conftest import ROOT
 from hypothesis import strategies as st
 
 from data.pipeline.recipe import Recipe
+from evals.suite_config import Suite
 from fuzz.mutate import (
     EXTREMES,
     LEAVES,
@@ -23,11 +24,11 @@ from fuzz.mutate import (
 )
 from fuzz.sandbox import fuzz
 from scripts.plan import readable, reads, show
-from scripts.run_evals import Suite
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import RunConfig, to_dict
-from training.planning.cost import forecast, memory
+from training.planning.cost import forecast
+from training.planning.memory import memory
 from training.planning.plan import Plan
 from training.schedulers import WSDScheduler
 from training.settings import load_settings

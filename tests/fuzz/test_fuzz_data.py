@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from data.manifest import keep
-from data.packing import keep_plan
-from data.pipeline.prepare import document_parts, is_whole
+from data.manifest import load_or_prepare
+from data.packing import load_or_make_plan
+from data.pipeline.prepare import document_parts, shards_are_current
 from data.pipeline.recipe import CleanConfig, Recipe
 from data.pipeline.steps import ReadParts
 from data.shards import ShardWriter, TokenShards
@@ -101,7 +101,7 @@ def test_token_shards(given: tuple[list[Change], bool], folder: Path) -> None:
     changes, sealed = given
     files = change_folder(shard_files(), changes)
     write_files(seal(files) if sealed else files, folder / "s")
-    assert is_whole(folder / "s", {"made": [1]}) in (True, False)
+    assert shards_are_current(folder / "s", {"made": [1]}) in (True, False)
     for split in ("train", "val"):
         shards = TokenShards(folder / "s", split)
         stems = [
@@ -170,9 +170,9 @@ def prepare_rows(folder: Path) -> dict[str, Any]:
 def kept_files() -> Files:
     """A cache with prepared rows and a packing plan."""
     with tempfile.TemporaryDirectory() as folder:
-        keep(Path(folder), "rows", {"a": 1}, ARRAYS, prepare_rows)
+        load_or_prepare(Path(folder), "rows", {"a": 1}, ARRAYS, prepare_rows)
         shards = TokenShards(write_files(shard_files(), Path(folder) / "s"), "train")
-        keep_plan(shards, 16, 1)
+        load_or_make_plan(shards, 16, 1)
         return files_of(Path(folder))
 
 
@@ -184,7 +184,8 @@ def plan_of_shards() -> list[list[int]]:
 
 def plan_in(cache: Path) -> list[list[int]]:
     return [
-        np.asarray(part).tolist() for part in keep_plan(TokenShards(cache / "s", "train"), 16, 1)[0]
+        np.asarray(part).tolist()
+        for part in load_or_make_plan(TokenShards(cache / "s", "train"), 16, 1)[0]
     ]
 
 
@@ -194,7 +195,7 @@ def test_caches(changes: list[Change], folder: Path) -> None:
     write_files({**kept_files(), **change_folder(own_files(), changes)}, folder)
     for name in own_files().keys() - change_folder(own_files(), changes).keys():
         (folder / name).unlink()
-    rows, report = keep(folder, "rows", {"a": 1}, ARRAYS, prepare_rows)
+    rows, report = load_or_prepare(folder, "rows", {"a": 1}, ARRAYS, prepare_rows)
     assert isinstance(report, dict)
     assert all(np.load(rows / f"train.{array}.npy").tolist() == list(range(20)) for array in ARRAYS)
     assert plan_in(folder) == plan_of_shards()

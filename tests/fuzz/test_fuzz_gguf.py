@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from data.tokenizers.bpe import load_tokenizer
-from export.gguf import export
+from export.gguf import write_gguf
 from fuzz.bases import chat_files, write_files
 from fuzz.mutate import EXTREMES, Change, byte_changes, change_bytes
 from fuzz.sandbox import fuzz
@@ -34,7 +34,9 @@ def whole() -> bytes:
     """A chat model with random weights in F16."""
     with tempfile.TemporaryDirectory() as folder:
         model, path = write_files(chat_files(), Path(folder) / "model"), Path(folder) / "m.gguf"
-        export(model, {"f16": path}, read_vocabulary(model, 392).put, "m", say=lambda line: None)
+        write_gguf(
+            model, {"f16": path}, read_vocabulary(model, 392).put, "m", say=lambda line: None
+        )
         return path.read_bytes()
 
 
@@ -180,9 +182,9 @@ def test_gguf(given: tuple[str, list[Change]], folder: Path) -> None:
     check_weights(path)
     with LlamaCpp(path, CONTEXT, threads=1, probed=True) as runtime:
         ids = runtime.encode("a text\n1 <|im_end|>")
-        assert all(0 <= id < runtime.size for id in ids)
+        assert all(0 <= id < runtime.vocab_size for id in ids)
         assert np.isfinite(runtime.feed([0, 5])).all()
-        runtime.decode([0, 5, runtime.size - 1])
+        runtime.decode([0, 5, runtime.vocab_size - 1])
     try:
         load_tokenizer(tokenizer_folder(path)).encode("a text\n1")
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from data.chat.conversations import OASST, OWN_COLUMNS
+from data.chat.conversations import GENERATED_COLUMNS, OASST
 from data.chat.messages import FLAGS, MEDIA, REFUSED, ROW_COLUMNS, THOUGHTS
 from data.chat.pair_batches import Pairs
 from data.chat.preferences import PairSource, PreferenceConfig
@@ -182,12 +182,12 @@ WORDS = tuple(
     )
 )
 # Keys that name a row and are not text of it.
-SILENT = {*OASST, *OWN_COLUMNS, "id", "group", "tool_call_id", "original_question"}
+SILENT = {*OASST, *GENERATED_COLUMNS, "id", "group", "tool_call_id", "original_question"}
 
 
 @cache
 def changed(format: str, pairs: bool) -> st.SearchStrategy[Any]:
-    rows = (PAIRS if pairs else ROWS)[form]
+    rows = (PAIRS if pairs else ROWS)[format]
     text = "\n".join(map(json.dumps, rows))
     of_text = st.just([]) | st.just([]) | st.just([]) | byte_changes(len(text.encode()), most=2)
     mark = st.tuples(
@@ -198,7 +198,7 @@ def changed(format: str, pairs: bool) -> st.SearchStrategy[Any]:
     )
     changes = json_changes(rows, WORDS) | st.lists(mark, min_size=1, max_size=1)
     return st.tuples(
-        st.just(form), changes, of_text, st.sampled_from([".jsonl", ".jsonl", ".json"])
+        st.just(format), changes, of_text, st.sampled_from([".jsonl", ".jsonl", ".json"])
     )
 
 
@@ -234,7 +234,7 @@ UNREAD_OF_TREE = [("oasst", [("add", (4,), "history", MARK)], [], ".jsonl")]
 
 
 @fuzz(
-    st.sampled_from(sorted(ROWS)).flatmap(lambda format: changed(form, False)),
+    st.sampled_from(sorted(ROWS)).flatmap(lambda format: changed(format, False)),
     share=0.12,
     accepted=(0.1, 0.8),
     examples=UNREAD_OF_TREE,
@@ -245,7 +245,7 @@ def test_conversations(given: tuple[str, list[Change], list[Change], str], folde
     """
     path, tokenizer, marked = write_rows(ROWS[given[0]], given, folder)
     config = ChatConfig(
-        {"a": ChatSource(str(path), given[0])}, str(folder / "cache"), held_out=0.0, max_bad=0.0
+        {"a": ChatSource(str(path), given[0])}, str(folder / "cache"), val_fraction=0.0, max_bad=0.0
     )
     prepared = prepare_conversations(config, ["a"], tokenizer, LENGTH)["a"]
     source = Conversations(prepared, "train")
@@ -269,7 +269,7 @@ FOUND = [("messages", [("put", (0, "tools", 0, "function"), "add")], [], ".jsonl
 
 
 @fuzz(
-    st.sampled_from(sorted(PAIRS)).flatmap(lambda format: changed(form, True)),
+    st.sampled_from(sorted(PAIRS)).flatmap(lambda format: changed(format, True)),
     share=0.08,
     accepted=(0.1, 0.8),
     examples=FOUND,
@@ -280,7 +280,7 @@ def test_pairs(given: tuple[str, list[Change], list[Change], str], folder: Path)
     """
     path, tokenizer, marked = write_rows(PAIRS[given[0]], given, folder)
     config = PreferenceConfig(
-        {"a": PairSource(str(path), given[0])}, str(folder / "cache"), held_out=0.0, max_bad=0.0
+        {"a": PairSource(str(path), given[0])}, str(folder / "cache"), val_fraction=0.0, max_bad=0.0
     )
     prepared = prepare_pairs(config, ["a"], tokenizer, LENGTH)["a"]
     pairs, report = Pairs(prepared, "train"), (read(prepared) or {})["report"]

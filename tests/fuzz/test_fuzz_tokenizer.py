@@ -11,7 +11,7 @@ from data.tokenizers.bpe import Encoder
 from fuzz.bases import chat_files, tokenizer_files, write_files
 from fuzz.mutate import Change, change_folder, folder_changes
 from fuzz.sandbox import fuzz
-from inference.chat_formats import open_chat
+from inference.chat_formats import open_chat_format
 from inference.gguf_tokenizer import read_vocabulary
 
 WORDS = (
@@ -70,7 +70,7 @@ def test_chat_tokenizer(changes: list[Change], folder: Path) -> None:
     in a sentence.
     """
     write_files(change_folder(chat_folder(), changes), folder / "chat")
-    chat = open_chat(folder / "chat")
+    chat = open_chat_format(folder / "chat")
     ids = chat.prompt(HELLO)
     assert all(type(id) is int for id in [*ids, *chat.stop_ids])
     chat.parse([0, 5, 9, *ids])

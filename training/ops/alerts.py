@@ -1,7 +1,8 @@
-"""Alerts: tell people what happened by Slack webhook, email, any command, or Weights & Biases.
+"""Alerts by Slack webhook, email, a shell command or Weights & Biases.
 
-Each is sent from a thread with a time limit, so no step waits for one, and one that fails stops nothing. What is secret is no
-setting: a setting names the environment variable that holds it. A channel whose variables are not all set is off.
+A thread with a time limit sends each alert, so training never waits, and failures do not stop it.
+Secrets are not settings: a setting names the environment variable that holds one. A channel is off
+unless all its variables are set.
 """
 
 import json
@@ -26,7 +27,7 @@ Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
 
 @dataclass(frozen=True)
 class EmailConfig:
-    """$NAME in place of a text takes it from an environment variable."""
+    """SMTP settings. A text $NAME is read from an environment variable."""
 
     to: FilledText  # one address, or several with commas between them
     host: FilledText  # of the SMTP server
@@ -40,7 +41,8 @@ class EmailConfig:
         check_fields(self, "log.alerts.email")
         if (self.user is None) != (self.password is None):
             raise ValueError(
-                "log.alerts.email needs both user and password (the name of an environment variable), or neither"
+                "log.alerts.email needs both user and password (the name of an environment "
+                "variable), or neither"
             )
 
     @property
@@ -51,7 +53,7 @@ class EmailConfig:
         return (*named, self.password) if self.password else (*named,)
 
     def filled(self, values: Mapping[str, str]) -> "EmailConfig":
-        """The same with the values of environment variables in place of $NAME."""
+        """A copy with the values of environment variables in place of $NAME."""
         texts = {name: getattr(self, name) for name in ("to", "host", "sender", "user")}
         known: dict[str, Any] = {
             name: values[text[1:]] for name, text in texts.items() if text and text.startswith("$")
@@ -61,29 +63,23 @@ class EmailConfig:
 
 @dataclass(frozen=True)
 class AlertConfig:
-    events: tuple[str, ...] = (
-        "startup",
-        "gate",
-        "rollback",
-        "failed",
-        "stuck",
-        "ended",
-    )  # kinds of events that are told
+    """Kinds of events that send alerts, and the channels."""
+
+    events: tuple[str, ...] = ("startup", "gate", "rollback", "failed", "stuck", "ended")
     slack_webhook: str | None = None  # the NAME of the environment variable that holds the URL
     email: EmailConfig | None = None
-    command: str | None = None  # a shell command that reads title and text on its standard input
-    wandb: bool = False  # an alert of the W&B run; needs log.wandb_project
-    quiet_s: NonNegativeFloat = (
-        300.0  # after an alert, others of the same kind are not sent for that long
-    )
+    command: str | None = None  # shell command that reads title and text from standard input
+    wandb: bool = False  # alert of the W&B run; needs log.wandb_project
+    quiet_s: NonNegativeFloat = 300.0  # minimum seconds between alerts of the same kind
 
     def __post_init__(self) -> None:
         check_fields(self, "log.alerts")
         for name in self.secrets:
             if not name.isidentifier():
                 raise ValueError(
-                    "log.alerts.slack_webhook and log.alerts.email.password take the name of an environment variable, such as "
-                    "SLACK_WEBHOOK, not the secret itself: settings are written into logs"
+                    "log.alerts.slack_webhook and log.alerts.email.password take the name of an "
+                    "environment variable, such as SLACK_WEBHOOK, not the secret itself: settings "
+                    "are written into logs"
                 )
 
     @property
@@ -98,7 +94,7 @@ class AlertConfig:
         return tuple(dict.fromkeys(name for names in self.needs.values() for name in names))
 
     def off(self, secrets: Mapping[str, str]) -> dict[str, str]:
-        """Channels that are off, each with the variables to set for it, in words."""
+        """Channels that are off, each with the names of its missing variables."""
         missing = {
             channel: [name for name in names if not secrets.get(name)]
             for channel, names in self.needs.items()
@@ -107,9 +103,10 @@ class AlertConfig:
 
 
 class Alerts:
-    """Sends to every channel of a config. failed(channel, error) is told, in the sending thread, what could not be sent.
+    """Sends alerts to every channel of a config.
 
-    secrets: values of the environment variables in config.secrets. off: channels without theirs; nothing is sent to them.
+    failed(channel, error) is called in the sending thread for each failure. secrets: values of the
+    environment variables in config.secrets. off: channels whose variables are missing.
     """
 
     def __init__(
@@ -128,7 +125,8 @@ class Alerts:
             url = secrets[config.slack_webhook]
             if not url.startswith(("https://", "http://")):
                 raise ValueError(
-                    f"the environment variable {config.slack_webhook} must hold the URL of a Slack webhook"
+                    f"the environment variable {config.slack_webhook} must hold the URL of a "
+                    "Slack webhook"
                 )
             self.channels["slack"] = lambda title, text: send_slack(url, title, text)
         if config.email and "email" not in self.off:
@@ -139,7 +137,7 @@ class Alerts:
             self.channels["command"] = lambda title, text: send_to_command(command, title, text)
 
     def send(self, kind: str, title: str, text: str) -> None:
-        """Send to all channels if this kind of event is told, and none of its kind was a moment ago. Returns at once."""
+        """Send to all channels if `kind` is enabled and not within quiet_s. Returns at once."""
         now = time.monotonic()
         if (
             kind not in self.config.events
@@ -158,14 +156,14 @@ class Alerts:
     def _send(self, name: str, channel: Channel, title: str, text: str) -> None:
         try:
             channel(title, text)
-        except Exception as error:  # whatever went wrong outside, training goes on
-            said = f"{type(error).__name__}: {error}"
+        except Exception as error:  # training continues
+            text = f"{type(error).__name__}: {error}"
             for value in self.values:
-                said = said.replace(value, "***")
-            self.failed(name, said)
+                text = text.replace(value, "***")
+            self.failed(name, text)
 
     def flush(self, seconds: float = 1.5 * TIMEOUT) -> None:
-        """Wait, at most so long in all, until what was sent has arrived or failed."""
+        """Wait up to `seconds` in total for alerts in progress."""
         end = time.monotonic() + seconds
         for name, thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -175,7 +173,7 @@ class Alerts:
 
 
 def send_slack(url: str, title: str, text: str) -> None:
-    """POST to an incoming webhook (https://api.slack.com/messaging/webhooks); OSError where it does not answer with 200."""
+    """POST to a Slack webhook (https://api.slack.com/messaging/webhooks); OSError on failure."""
     plain = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     body = json.dumps({"text": f"*{title}*\n{plain}"}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
@@ -184,7 +182,7 @@ def send_slack(url: str, title: str, text: str) -> None:
 
 
 def send_email(config: EmailConfig, password: str | None, title: str, text: str) -> None:
-    """One plain-text mail by SMTP; smtplib.SMTPException or OSError where it is not accepted."""
+    """Send a plain-text mail by SMTP; smtplib.SMTPException or OSError on failure."""
     message = EmailMessage()
     message["Subject"], message["To"] = title, config.to
     message["From"] = config.sender or config.user or config.to.split(",")[0]
@@ -198,16 +196,14 @@ def send_email(config: EmailConfig, password: str | None, title: str, text: str)
         server = smtplib.SMTP(config.host, config.port, timeout=TIMEOUT)
     with server:
         if config.starttls and config.port != 465:
-            server.starttls(
-                context=tls
-            )  # raises where the server has none: a password never goes out in the clear
+            server.starttls(context=tls)  # raises without TLS, so passwords are never sent in clear
         if config.user and password:
             server.login(config.user, password)
         server.send_message(message)
 
 
 def send_to_command(command: str, title: str, text: str) -> None:
-    """Run a shell command with title and text on its standard input; OSError where it fails or takes too long."""
+    """Run a shell command with title and text on standard input; OSError if it fails or hangs."""
     process = subprocess.Popen(
         command,
         shell=True,

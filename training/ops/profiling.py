@@ -1,30 +1,26 @@
-"""Where time and memory go: a dry run of the largest step, a trace of a few steps, and what to do when memory runs out."""
+"""Profiling: a dry run of the largest step, a trace of a few steps, and out-of-memory advice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from data.dataloader import Step
 from training.config import RunConfig
 from training.loop import backward
 from training.objectives import Objective, next_token
 from training.state import State
 
-WAIT, WARMUP, ACTIVE = (
-    1,
-    2,
-    3,
-)  # steps: the first compiles, the next warm the profiler up, these are traced
-HISTORY = 100_000  # allocations and frees that a memory snapshot remembers with their stacks
+WAIT, WARMUP, ACTIVE = 1, 2, 3  # steps: compilation, warm-up of the profiler, traced steps
+HISTORY = 100_000  # allocations and frees in a memory snapshot, with their stacks
 
 
 class ZeroBatch(NamedTuple):
-    """Rows of zeros as one micro-batch."""
+    """A micro-batch of zeros."""
 
     tokens: torch.Tensor  # [B, T] int64
     targets: torch.Tensor  # [B, T] int64
@@ -39,15 +35,16 @@ def dry_run(
     objective: Objective | None = None,
     largest: Any = None,
 ) -> float:
-    """Collective. Run the largest step on zeros, without its update, so that too little memory shows before training.
+    """Collective. Run the largest step on zeros, without an update, to find a lack of memory early.
 
-    objective: of the stage (default: next token). largest: its largest micro-batch, a NamedTuple with `tokens` and `docs`
-    (default: a ZeroBatch of micro_batch_size rows). Gradients are dropped and nothing random is drawn, so nothing changes.
-    Returns the peak in GB (0 on a CPU).
+    objective: of the stage (default: next token). largest: its largest micro-batch, a NamedTuple
+    with `tokens` and `doc_ids` (default: a ZeroBatch of micro_batch_size rows). Gradients are
+    dropped and no random numbers drawn, so training is unchanged. Returns the peak in GB (CPU: 0).
 
-    Two micro-batches where a step has more, since gradients then wait whole for the last one; AdamW's moments, which a new
-    run has not made yet, are stood in for. Kernels that take starts of documents see two counts of them, since they are
-    compiled anew when the count first changes.
+    With gradient accumulation the step has two micro-batches, since unsharded gradients wait for
+    the last one. AdamW's moments, which a new run does not have yet, are simulated with a
+    placeholder. Kernels that take document offsets run with two counts of documents, since they
+    recompile when the count first changes.
     """
     data, model, cuda = run.data, state.model, device.type == "cuda"
     if largest is None:
@@ -58,22 +55,19 @@ def dry_run(
     halves = largest.doc_ids.clone()
     halves[:, halves.shape[1] // 2 :] = 1
     batches = [largest, largest._replace(doc_ids=halves)]
-    several = data.rows // dist.get_world_size() // data.micro_batch_size > 1
-    ways = (
-        [batches]
-        if several
-        else [
-            [each] for each in batches[: 2 if run.parallel.attention in ("varlen", "flash") else 1]
-        ]
-    )
+    accumulates = data.rows // dist.get_world_size() // data.micro_batch_size > 1
+    takes_offsets = run.parallel.attention in ("varlen", "flash")
+    steps = [batches] if accumulates else [[batch] for batch in batches[: 1 + takes_offsets]]
     moments = []
     if cuda and not state.optimizer.state:
-        own = sum(part.to_local().numel() for part in model.parameters())
-        moments = [torch.empty(2 * own, device=device)]
+        parameters: list[Any] = list(model.parameters())
+        size = sum(parameter.to_local().numel() for parameter in parameters)
+        moments = [torch.empty(2 * size, device=device)]
     model.train()
+    tokens = largest.tokens.numel()
     with memory_history(cuda):
-        for way in ways:
-            step = SimpleNamespace(batches=way, weight=largest.tokens.numel())
+        for micro_batches in steps:
+            step = Step(micro_batches, tokens, tokens)
             backward(run, model, step, objective or next_token(run.optim.z_weight))
             state.optimizer.zero_grad()
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if cuda else 0.0
@@ -85,55 +79,55 @@ def dry_run(
 
 @contextmanager
 def out_of_memory(run: RunConfig, device: torch.device) -> Iterator[None]:
-    """Turn torch.OutOfMemoryError into a ValueError that says which setting to change, after writing a snapshot of memory."""
+    """Turn torch.OutOfMemoryError into a ValueError with the setting to change.
+
+    Writes a memory snapshot first.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        path = snapshot(
-            run.logs / "profile" / f"{run.phase}.out_of_memory.rank{dist.get_rank()}.pickle", device
-        )
+        rank = dist.get_rank()
+        path = run.logs / "profile" / f"{run.phase}.out_of_memory.rank{rank}.pickle"
+        written = snapshot(path, device)
+        viewer = f"; open {path} at https://pytorch.org/memory_viz" if written else ""
         raise ValueError(
-            f"rank {dist.get_rank()} has no memory left{_use(device)} for micro-batches of {run.data.micro_batch_size} rows of "
-            f"{run.data.sequence_length} tokens: {advice(run, dist.get_world_size())}"
-            + (f"; https://pytorch.org/memory_viz shows what {path} holds" if path else "")
+            f"rank {rank} is out of memory{_use(device)} with micro-batches of "
+            f"{run.data.micro_batch_size} rows of {run.data.sequence_length} tokens: "
+            f"{advice(run, dist.get_world_size())}{viewer}"
         ) from error
 
 
 def advice(run: RunConfig, world: int) -> str:
-    """What to change when memory runs out, the cheapest first; none of it changes what is computed."""
+    """Settings that save memory without changing results, the cheapest first."""
     data, parallel = run.data, run.parallel
-    share = data.rows // world
-    smaller = [rows for rows in range(1, data.micro_batch_size) if share % rows == 0]
-    ways = (
-        [f"data.micro_batch_size={max(smaller)} (a step stays {data.tokens_per_step:,} tokens)"]
-        if smaller
-        else []
-    )
+    rows_per_rank = data.rows // world
+    smaller = [rows for rows in range(1, data.micro_batch_size) if rows_per_rank % rows == 0]
+    options = []
+    if smaller:
+        size = f"data.micro_batch_size={max(smaller)}"
+        options.append(f"{size} (a step stays {data.tokens_per_step:,} tokens)")
     if parallel.activation_checkpointing != "full":
-        ways.append(
-            f"parallel.activation_checkpointing={'selective' if parallel.activation_checkpointing == 'none' else 'full'}"
-        )
+        level = "selective" if parallel.activation_checkpointing == "none" else "full"
+        options.append(f"parallel.activation_checkpointing={level}")
     if parallel.strategy != "zero3" and world > 1:
-        ways.append("parallel.strategy=zero3")
-    return (
-        "set " + ", or ".join(ways)
-        if ways
-        else "this model needs more GPUs, or ones with more memory"
-    )
+        options.append("parallel.strategy=zero3")
+    return "set " + ", or ".join(options) if options else "use more GPUs, or GPUs with more memory"
 
 
 @contextmanager
 def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]:
-    """Trace ACTIVE steps of the training inside, on every rank, into logs/<run>/profile/; rank 0 prints the slowest operators.
+    """Trace ACTIVE training steps on every rank into logs/<run>/profile/.
 
-    Writes <phase>.rank<r>.trace.json.gz (for https://ui.perfetto.dev) and, on a GPU, .memory.pickle. Nothing else changes.
+    Writes <phase>.rank<r>.trace.json.gz (for https://ui.perfetto.dev) and, on a GPU,
+    <phase>.rank<r>.memory.pickle. Rank 0 prints the slowest operators.
     """
     rank, folder, cuda = dist.get_rank(), run.logs / "profile", device.type == "cuda"
-    need = WAIT + WARMUP + ACTIVE
-    left = state.end - state.step
-    if left < need:
+    needed = WAIT + WARMUP + ACTIVE
+    remaining = state.end - state.step
+    if remaining < needed:
         raise ValueError(
-            f"--profile needs {need} steps and {left} are left of {run.phase}; profile an earlier part of it"
+            f"--profile needs {needed} steps, but {run.phase} has {remaining} left; "
+            "profile it earlier"
         )
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -146,12 +140,12 @@ def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]
         if rank == 0:
             print(table(profiler, cuda), f"traced {ACTIVE} steps: {trace}", sep="\n", flush=True)
 
-    what = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    plan = schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    steps = schedule(wait=WAIT, warmup=WARMUP, active=ACTIVE, repeat=1)
     with (
         memory_history(cuda),
         profile(
-            activities=what, schedule=plan, on_trace_ready=write, record_shapes=True
+            activities=activities, schedule=steps, on_trace_ready=write, record_shapes=True
         ) as profiler,
     ):
         hook = state.optimizer.register_step_post_hook(lambda *_: profiler.step())
@@ -162,7 +156,7 @@ def traced(run: RunConfig, state: State, device: torch.device) -> Iterator[None]
 
 
 def table(profiler: profile, cuda: bool, rows: int = 12) -> str:
-    """The operators that take longest by their own time: share, milliseconds and calls a step."""
+    """The operators with the largest self time: share, milliseconds and calls per step."""
     time = lambda event: event.self_device_time_total if cuda else event.self_cpu_time_total  # noqa: E731
     events = sorted(
         (e for e in profiler.key_averages() if not e.key.startswith("ProfilerStep")),
@@ -170,29 +164,27 @@ def table(profiler: profile, cuda: bool, rows: int = 12) -> str:
         reverse=True,
     )
     total = sum(time(event) for event in events) or 1
-    lines = [
-        f"{'share':>6} {'ms/step':>9} {'calls/step':>10}  operator ({'GPU' if cuda else 'CPU'} time of its own)"
-    ]
+    header = f"{'share':>6} {'ms/step':>9} {'calls/step':>10}"
+    lines = [f"{header}  operator ({'GPU' if cuda else 'CPU'} self time)"]
     for event in events[:rows]:
-        per_step = time(event) / 1e3 / ACTIVE
-        lines.append(
-            f"{time(event) / total:>6.1%} {per_step:>9.2f} {event.count / ACTIVE:>10.1f}  {event.key[:80]}"
-        )
+        per_step, calls = time(event) / 1e3 / ACTIVE, event.count / ACTIVE
+        share = time(event) / total
+        lines.append(f"{share:>6.1%} {per_step:>9.2f} {calls:>10.1f}  {event.key[:80]}")
     return "\n".join(lines)
 
 
 @contextmanager
 def memory_history(cuda: bool) -> Iterator[None]:
-    """Remember allocations with their stacks, for a snapshot; on a GPU only."""
+    """Record allocations with their stacks for a snapshot; on a GPU only."""
     if cuda:
         torch.cuda.memory._record_memory_history(max_entries=HISTORY)
     yield
-    if cuda:  # not after an error: its snapshot is still to be written
+    if cuda:  # after an error the record stays, for its snapshot
         torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def snapshot(path: Path, device: torch.device) -> Path | None:
-    """Write what the GPU's memory holds; None on a CPU."""
+    """Write a snapshot of the GPU's memory; None on a CPU."""
     if device.type != "cuda":
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,4 +196,4 @@ def _use(device: torch.device) -> str:
     if device.type != "cuda":
         return ""
     free, total = torch.cuda.mem_get_info(device)
-    return f" ({(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB are taken)"
+    return f" ({(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB in use)"

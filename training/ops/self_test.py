@@ -1,6 +1,5 @@
-"""Test mode: a short run on dummy data, then four checks of what it left behind."""
+"""Test mode: a short run on dummy data, then four checks of its logs and checkpoint."""
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.tensor import DTensor
 
+from files import read_lines
 from training import setup
 from training.checkpoint import Checkpointer, load_state
 from training.config import RunConfig
@@ -21,18 +21,19 @@ DEFAULT_STEPS = 100
 
 
 def overrides(steps: int | None) -> list[str]:
-    """Settings that turn any config into a test run of that many steps."""
+    """Settings that turn any config into a test run of `steps` steps."""
     steps = DEFAULT_STEPS if steps is None else steps
     if steps < 20:
-        raise ValueError(f"--steps {steps} is too few to see the loss fall; give at least 20")
+        raise ValueError(f"--steps {steps} is too few for the loss to fall; use at least 20")
+    tenth = steps // 10
     return [
         "run=test_mode",
         "phase=dummy",
         f"steps={steps}",
-        f"schedule={{warmup_steps: {steps // 10}, total_steps: {steps}, decay_steps: {steps // 10}}}",
+        f"schedule={{warmup_steps: {tenth}, total_steps: {steps}, decay_steps: {tenth}}}",
         "data.mix={dummy: 1.0}",
         "data.min_document_tokens={}",
-        f"data.store={'checkpoints/test_mode/data'}",
+        "data.store=checkpoints/test_mode/data",
         f"checkpoint={{every: {steps // 2}, keep: 2}}",
         f"validation={{every: {steps // 2}, rows: 8}}",
         "log_dir=logs/test_mode",
@@ -44,7 +45,7 @@ def overrides(steps: int | None) -> list[str]:
 
 
 def clear(run: RunConfig) -> None:
-    """Remove what an earlier test run left; ValueError where the folder holds anything else."""
+    """Remove the files of an earlier test run; ValueError if a folder has other files."""
     logs = (
         "metrics.jsonl",
         "events.jsonl",
@@ -54,34 +55,31 @@ def clear(run: RunConfig) -> None:
         "git_commit_hash.txt",
         "run.*",
         "metrics_*.jsonl",
+        "dummy.*",
+        "tensorboard",
+        "wandb_run_urls.txt",
     )
-    more = ("dummy.*", "tensorboard", "wandb_run_urls.txt")
-    leftovers = {
+    patterns_of = {
         run.checkpoints: ("step_*", "run.*"),
-        run.logs: (*logs, *more),
+        run.logs: logs,
         Path(run.data.store): ("tokens",),
     }
-    for folder, of_a_test in leftovers.items():
+    for folder, patterns in patterns_of.items():
         if folder.exists():
-            known = {path for pattern in of_a_test for path in folder.glob(pattern)}
-            if set(folder.iterdir()) - known or (
-                folder == run.checkpoints and run.output_dir != "checkpoints/test_mode/dummy"
-            ):
-                raise ValueError(
-                    f"{folder} is not empty; give test mode an --output_dir of its own"
-                )
+            known = {path for pattern in patterns for path in folder.glob(pattern)}
+            is_users = folder == run.checkpoints and run.output_dir != "checkpoints/test_mode/dummy"
+            if is_users or set(folder.iterdir()) - known:
+                raise ValueError(f"{folder} is not empty; use another --output_dir for test mode")
             shutil.rmtree(folder)
 
 
 def check(run: RunConfig, state: State, checkpointer: Checkpointer, log: Log) -> None:
-    """Collective. Say for each check whether it held; ValueError where one did not."""
+    """Collective. Log the result of each check; ValueError if one failed."""
     path = run.logs / "metrics.jsonl"
-    rows = run_on_rank0(
-        lambda: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    )
+    rows = run_on_rank0(lambda: read_lines(path))
     tenth = max(1, run.steps // 10)
     first, last = (
-        sum(row["loss"] for row in part) / tenth for part in (rows[:tenth], rows[-tenth:])
+        sum(row["loss"] for row in window) / tenth for window in (rows[:tenth], rows[-tenth:])
     )
     keys = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"}
     norms = [row["grad_norm"] for row in rows]
@@ -96,22 +94,20 @@ def check(run: RunConfig, state: State, checkpointer: Checkpointer, log: Log) ->
         )
     results = {
         f"the loss fell, {first:.3f} -> {last:.3f}": last < 0.9 * first,
-        f"gradients came in all {len(rows)} steps": len(norms) == run.steps
+        f"all {len(rows)} steps had gradients": len(norms) == run.steps
         and all(0 < norm < math.inf for norm in norms),
         f"the checkpoint {newest} loads back bit for bit": same,
-        f"{path} has one row a step": len(rows) == run.steps
+        f"{path} has one row per step": len(rows) == run.steps
         and all(keys <= row.keys() for row in rows),
     }
-    for sentence, held in results.items():
-        log.say(f"test mode: {'ok    ' if held else 'FAILED'}  {sentence}")
+    for sentence, passed in results.items():
+        log.say(f"test mode: {'ok    ' if passed else 'FAILED'}  {sentence}")
     if not all(results.values()):
-        raise ValueError(
-            "test mode found a fault; do not train on this machine before it is understood"
-        )
+        raise ValueError("test mode failed; find the cause before training on this machine")
 
 
 def _tensors(state: State) -> list[Any]:
-    """Every tensor that resuming needs, in a fixed order."""
+    """The tensors of model and optimizer, in a fixed order."""
     model, optimizer = get_state_dict(state.model, state.optimizer)
     states: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
     moments = [value for values in states.values() for value in values.values()]

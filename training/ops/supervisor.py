@@ -1,4 +1,4 @@
-"""Runs the commands of a plan: passes signals on, and restarts a training stage that died from its newest checkpoint."""
+"""Runs a plan's commands: forwards signals, and restarts failed training stages."""
 
 import ctypes
 import json
@@ -13,18 +13,15 @@ from typing import Any
 
 from training.ops.watchdog import LOST
 
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-)  # SIGINT reaches the stage from the terminal
-DRIVER = "NANOLLAMA_DRIVER"  # environment variable: the process that a launcher must not outlive
-DEATHS = {  # exit status of a launcher -> why; other statuses are a decision or a user's mistake
+# SIGINT reaches the stage from the terminal.
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+DRIVER = "NANOLLAMA_DRIVER"  # environment variable: process id of the launcher's parent
+DEATHS = {  # exit status of a launcher -> cause; other statuses are decisions or user errors
     1: "a rank ended with an error",
     LOST: "a rank was lost",
-    128 + signal.SIGABRT: "a rank was aborted (SIGABRT), as NCCL does when another is gone",
-    128 + signal.SIGBUS: "a rank was ended by SIGBUS, often for want of shared memory",
-    128 + signal.SIGKILL: "a rank was killed (SIGKILL), often for want of memory",
+    128 + signal.SIGABRT: "a rank was aborted (SIGABRT), as NCCL does when a peer has died",
+    128 + signal.SIGBUS: "a rank ended with SIGBUS, often for lack of shared memory",
+    128 + signal.SIGKILL: "a rank was killed (SIGKILL), often for lack of memory",
     128 + signal.SIGSEGV: "a rank crashed (SIGSEGV)",
     -signal.SIGKILL: "the launcher was killed (SIGKILL)",
     -signal.SIGSEGV: "the launcher crashed (SIGSEGV)",
@@ -32,10 +29,10 @@ DEATHS = {  # exit status of a launcher -> why; other statuses are a decision or
 
 
 class Supervisor:
-    """Runs one command after another. A signal to this process reaches the command, which may save before it ends.
+    """Runs one command after another and forwards signals, so that a command can save first.
 
-    logs: folder of the run, whose metrics.jsonl tell how far a stage came. restarts: of one stage at most.
-    event(kind, text, **fields) is told of each restart.
+    logs: folder of the run; its metrics.jsonl files show the progress of a stage. restarts: maximum
+    per stage. event(kind, text, **fields) is called for each restart.
     """
 
     def __init__(self, logs: Path, restarts: int, event: Callable[..., None]):
@@ -43,7 +40,7 @@ class Supervisor:
         self.stopped = 0  # the signal that ended the last command, 0 for none
 
     def run(self, program: Sequence[str], environment: Mapping[str, str]) -> int:
-        """Exit status of a command, 0 for success; 128 + signal where a signal stopped it."""
+        """Run a command and return its exit status; 128 + signal if a signal stopped it."""
         launches = "scripts.launch" in program
         reached: int | None = None
         for attempt in range(self.restarts + 1):
@@ -68,7 +65,10 @@ class Supervisor:
                     step=step,
                 )
                 break
-            text = f"{why} {where} (status {status}); restart {attempt + 1} of {self.restarts} from the newest checkpoint"
+            text = (
+                f"{why} {where} (status {status}); restart {attempt + 1} of {self.restarts} from "
+                "the newest checkpoint"
+            )
             self.event("restarted", text, step=step, status=status)
             reached = step
         return status if status >= 0 else 128 - status
@@ -80,7 +80,7 @@ class Supervisor:
             started.append(process)
             try:
                 status = process.wait()
-            except KeyboardInterrupt:  # the stage was told too: let it save
+            except KeyboardInterrupt:  # the stage got SIGINT, too: let it save
                 self.stopped = signal.SIGINT
                 status = process.wait() or 128 + signal.SIGINT
         if status in (
@@ -112,11 +112,11 @@ class Supervisor:
 
     def _logged(self) -> dict[Path, tuple[int, int]]:
         """Time and size of each metrics.jsonl of the run and its stages."""
-        found = {path: path.stat() for path in self.logs.rglob("metrics.jsonl")}
-        return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
+        stats = {path: path.stat() for path in self.logs.rglob("metrics.jsonl")}
+        return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in stats.items()}
 
     def _step(self, before: dict[Path, tuple[int, int]]) -> int | None:
-        """The last step in the metrics that have changed; None where none have."""
+        """The last step in metrics files that changed since `before`; None if none did."""
         changed = [path for path, stat in self._logged().items() if before.get(path) != stat]
         return max(
             (step for path in changed if (step := last_step(path)) is not None), default=None
@@ -124,7 +124,7 @@ class Supervisor:
 
 
 def last_step(path: Path) -> int | None:
-    """The step of the last whole row of a metrics.jsonl; None where it has none."""
+    """The step of the last complete row of a metrics.jsonl; None if it has none."""
     with open(path, "rb") as file:
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         lines = file.read().splitlines()
@@ -135,7 +135,7 @@ def last_step(path: Path) -> int | None:
 
 
 def end_with_driver(driver: str | None) -> None:
-    """Have the kernel send this process SIGTERM when the driver that started it dies (Linux only)."""
+    """Make the kernel send SIGTERM to this process when its driver dies (Linux only)."""
     if driver and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(driver):  # it has died already
@@ -143,7 +143,7 @@ def end_with_driver(driver: str | None) -> None:
 
 
 def end_with_launcher(launcher: str | None) -> None:
-    """Do the same in a rank, for its launcher. A program between the two, such as a profiler, is allowed."""
+    """The same for a rank and its launcher; a profiler may run between the two."""
     if launcher and (os.getppid() == int(launcher) or not _runs(int(launcher))):
         end_with_driver(launcher)
 

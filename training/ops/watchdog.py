@@ -1,6 +1,6 @@
-"""Ranks that wait for each other for good: noticed within a step's time limit, named, and ended, so that a restart can go on.
+"""Hang watchdog: ends ranks stuck in a step and names the rank they wait for.
 
-torch's own limit must outlast the slowest save; this one is for the steps alone, and says which rank the others wait for.
+torch's own timeout must outlast the slowest save; this one covers only the steps.
 """
 
 import faulthandler
@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-READS, COMPUTES = "reading the data", "the computation"  # what a step is made of, in this order
-COMPILING = 1800  # seconds that the first step may take longer
-PULSE = 1.0  # seconds
-GONE = ": its process is stopped, or its machine is gone or swapping"
+READS, COMPUTES = "reading the data", "the computation"  # the parts of a step, in order
+COMPILING = 1800  # extra seconds for the first step
+PULSE = 1.0  # seconds between heartbeats
+GONE = ": its process is stopped, or its machine is down or swapping"
 LOST = 75  # exit status: EX_TEMPFAIL of sysexits.h, "try again"
-AGAIN = "the same command goes on from the newest checkpoint"
+AGAIN = "repeat the command to resume from the newest checkpoint"
 BROKEN = (
     "Connection closed",
     "Connection reset",
@@ -32,11 +32,12 @@ BROKEN = (
 
 
 class Watch:
-    """Ends this process with status 75 where a step takes longer than `seconds`, the first half an hour more. Off with one rank.
+    """Ends this process with status 75 if a step takes longer than `seconds`; off with one rank.
 
-    begin(step, what) is told what this rank does, rest() that it does nothing that is timed: validation and saving are not.
-    A thread keeps a pulse in the process group's store, which tells a rank that is stuck from one that is gone. `folder`
-    gets the stack of every thread, and the last collectives as Flight Recorder pickles them, of each rank that still runs.
+    The first step may take half an hour more. begin() starts the clock, rest() stops it for
+    validation and saving. A thread writes a heartbeat to the process group's store, which
+    distinguishes a stuck rank from a dead one. Each running rank writes the stacks of its threads
+    and its last collectives (Flight Recorder pickles) to `folder`.
     """
 
     def __init__(self, seconds: float, folder: Path):
@@ -57,18 +58,17 @@ class Watch:
         return self
 
     def begin(self, step: int, what: str) -> None:
-        """This rank begins to do `what` of a step, from 1."""
+        """This rank begins part `what` of a step, counted from 1."""
         if self.world == 1:
             return
         if step != self.step:
             self.first, self.step, self.since = self.first or step, step, time.monotonic()
-            faulthandler.dump_traceback_later(
-                self._limit() + 60, exit=True
-            )  # needs no GIL, should the threads not get it
+            # Works even if the threads cannot get the GIL.
+            faulthandler.dump_traceback_later(self._limit() + 60, exit=True)
         self.store.set(f"watch/{self.rank}", f"{step} {what}")
 
     def rest(self) -> None:
-        """What comes now may take its time."""
+        """Pause the watchdog."""
         self.since = None
         if self.world > 1:
             faulthandler.cancel_dump_traceback_later()
@@ -80,11 +80,11 @@ class Watch:
         self.rest()
         self.done.set()
         if self.world > 1:
-            self.threads[1].join()  # the other may wait for a store that is gone
+            self.threads[1].join()  # the other may wait for a closed store
 
     def _pulse(self) -> None:
-        with suppress(RuntimeError):  # the store is gone, and this rank's connections with it
-            store = self.store.clone()  # the connection of the main thread may be in use
+        with suppress(RuntimeError):  # the store is closed
+            store = self.store.clone()  # the main thread's connection may be in use
             while not self.done.wait(PULSE):
                 store.add(f"watch/pulse/{self.rank}", 1)
 
@@ -102,21 +102,22 @@ class Watch:
         cause = (
             answer[0]
             if answer
-            else "rank 0 does not respond, which keeps what the ranks know of each other" + GONE
+            else "rank 0, which hosts the ranks' shared store, does not respond" + GONE
         )
         if cause:
             print(
-                f"error: step {self.step} did not end within {self._limit():g} s (parallel.timeout_s): {cause}; stacks and "
-                f"collectives of the waiting ranks are in {self.folder}; {AGAIN}",
+                f"error: step {self.step} did not end within {self._limit():g} s "
+                f"(parallel.timeout_s): {cause}; stacks and collectives of the waiting ranks are "
+                f"in {self.folder}; {AGAIN}",
                 file=sys.stderr,
                 flush=True,
             )
-        with suppress(OSError):  # a full disk must not keep this rank alive
+        with suppress(OSError):  # end this rank even on a full disk
             self._dump()
         os._exit(LOST)
 
     def _ask(self, answer: list[str | None]) -> None:
-        """Puts the cause into answer; None on all ranks but the first to find it."""
+        """Append the cause to `answer`; None on all ranks except the first to find it."""
         with suppress(RuntimeError):
             store = self.store.clone()
             before = self._pulses(store)
@@ -135,15 +136,18 @@ class Watch:
         return [store.add(f"watch/pulse/{rank}", 0) for rank in range(self.world)]
 
     def _cause(self, silent: list[int], doing: list[list[str]]) -> str:
-        """The likeliest: a process that does not run, else one that is behind, else what is between them."""
+        """The most likely cause: a dead process, else a rank that is behind, else the network."""
         if silent:
             return f"{_ranks(silent)} not respond" + GONE
-        ahead = max(doing, key=lambda at: (int(at[0]), at[1] == COMPUTES))
-        behind = [rank for rank, at in enumerate(doing) if at != ahead]
+        ahead = max(doing, key=lambda work: (int(work[0]), work[1] == COMPUTES))
+        behind = [rank for rank, work in enumerate(doing) if work != ahead]
         if behind:
             step, what = doing[behind[0]]
-            return f"rank {behind[0]} is behind, the last it did was {what} of step {step}"
-        return "every rank is alive and in the same step, so look at the network, or for a GPU that failed (nvidia-smi, dmesg)"
+            return f"rank {behind[0]} is behind, in {what} of step {step}"
+        return (
+            "every rank is alive and in the same step; check the network and the GPUs "
+            "(nvidia-smi, dmesg)"
+        )
 
     def _dump(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -166,16 +170,16 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def leave_if_lost(error: BaseException, rank: int) -> None:
-    """Where an error only says that another rank has ended: end with status 75 and one sentence, unless torchrun is faster."""
-    said = str(error)
+    """Exit with status 75 and one sentence if `error` only means that another rank has ended."""
+    message = str(error)
     if isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(text in said for text in BROKEN)
+        isinstance(error, RuntimeError) and any(text in message for text in BROKEN)
     ):
         sys.stdout.flush()
-        time.sleep(5)  # torchrun ends this rank at once where it knows of the other's end
+        time.sleep(5)  # torchrun may end this rank first, if it has noticed the other's end
         print(
-            f"error: rank {rank} lost its connection to another rank, which has ended, or whose machine is gone; look for what "
-            f"it said last; {AGAIN}\n({said.splitlines()[0][:200]})",
+            f"error: rank {rank} lost its connection to another rank, which ended or whose machine "
+            f"is down; look for its last output; {AGAIN}\n({message.splitlines()[0][:200]})",
             file=sys.stderr,
             flush=True,
         )

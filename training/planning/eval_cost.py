@@ -1,6 +1,6 @@
-"""What the evaluations of a plan will cost: forward FLOPs of the tokens they read and write, and hours.
+"""Forecast of a plan's evaluations: forward FLOPs of the tokens they read and write, and hours.
 
-training/planning/cost.py adds this to its forecast; scripts/plan.py says what each command reads.
+training/planning/cost.py adds it to its forecast; scripts/plan.py provides the token counts.
 """
 
 import shlex
@@ -12,36 +12,34 @@ from training.config import RunConfig
 from training.meter import flops_per_token
 from training.planning.plan import Plan, ScheduledPhase
 
-WRITING_MFU = (
-    0.01  # assumed: writing token by token waits for weights and launches, not for matmuls
-)
+WRITING_MFU = 0.01  # assumed: decoding is bound by weight reads and launches, not by matmuls
 
-Tokens = tuple[float, float, int]  # read, written (at most), tokens of a row
-# A command, the run that made its checkpoint and how many sources the plan has -> processes of the command, and
-# name of each evaluation -> its parts; None for one whose tokens are not known.
+Tokens = tuple[float, float, int]  # read, written (maximum), tokens per row
+# (command, run of its checkpoint, number of sources in the plan) -> processes of the command, and
+# evaluation -> its token counts; None if unknown.
 Reads = Callable[[str, RunConfig, int], tuple[int, dict[str, list[Tokens] | None]]]
 
 
 def forward_flops(model: ModelConfig, tokens: float, length: int) -> float:
-    """Of a forward pass: a third of a training step's, in the convention of training/meter.py."""
+    """FLOPs of a forward pass: a third of a training step, by training/meter.py's convention."""
     return tokens * flops_per_token(model, length) / 3
 
 
 def forecast_evaluations(
     plan: Plan, parts: list[ScheduledPhase], reads: Reads, peak: float, gpus: int, mfu: float
 ) -> list[dict[str, Any]]:
-    """One entry per milestone and stage that is measured, and one for evaluations after the last stage.
+    """One entry per evaluated milestone and stage, and one for evaluations after the last stage.
 
-    peak: FLOP/s of a GPU. A command runs on as many of the `gpus` as it starts processes.
+    peak: FLOP/s of a GPU. A command uses as many of the `gpus` as it has processes.
     """
     sources = len({name for part in parts for name in part.run.data.mix})
     entries = []
     for where, run, commands in _measured(plan, parts):
         evals: list[dict[str, Any]] = []
         for command in commands:
-            processes, found = reads(command, run, sources)
+            processes, tokens = reads(command, run, sources)
             speed = min(processes, gpus) * peak
-            for name, work in found.items():
+            for name, work in tokens.items():
                 cost = {} if work is None else _cost(run.model, work, speed, mfu)
                 evals.append({"name": name, "known": work is not None, **cost})
         if evals:
@@ -54,12 +52,12 @@ def forecast_evaluations(
 def _measured(
     plan: Plan, parts: list[ScheduledPhase]
 ) -> Iterator[tuple[str, RunConfig, list[str]]]:
-    """Where the plan measures a checkpoint, the run that made it, and the commands that measure it."""
+    """(place, run of its checkpoint, evaluation commands) of each evaluated place of a plan."""
     for part in parts:
         for milestone in part.phase.milestones:
             names = milestone.evals or tuple(plan.evals)
             yield (
-                f"{part.run.phase} {milestone.at:,}",
+                f"{part.run.phase} {milestone.step:,}",
                 part.run,
                 [plan.evals[name] for name in names],
             )

@@ -1,4 +1,4 @@
-"""Go, caution or no-go: thresholds on metrics, the same for a training step and for a results file."""
+"""Gates: thresholds on metrics with the outcomes go, caution and no-go."""
 
 import math
 from collections.abc import Sequence
@@ -8,27 +8,29 @@ from typing import NamedTuple, Protocol, TypeVar
 from ranges import AnyFloat, FilledText, check_fields
 
 OUTCOMES = ("go", "caution", "no-go")
-BEFORE = "before"  # Gate.against: the milestone or stage that was measured just before
+BEFORE = "before"  # Gate.against: the milestone or stage measured just before
 
 
 @dataclass(frozen=True)
 class Gate:
-    """One threshold pair. go < no_go: lower is better (perplexity); go > no_go: higher is better (accuracy).
+    """A pair of thresholds on a metric.
 
-    With `against` the thresholds apply to the change of the metric since an earlier measurement.
+    go < no_go: lower is better (perplexity). go > no_go: higher is better (accuracy).
+    With `against`, they apply to the change of the metric since an earlier measurement.
     """
 
-    metric: FilledText  # dotted path into the results, as "wikipedia.bits_per_byte" or "hellaswag.acc_norm"
+    metric: FilledText  # dotted path into the results, e.g. "hellaswag.acc_norm"
     go: AnyFloat  # at least this good: go
     no_go: AnyFloat  # worse than this: no-go; in between: caution
-    advice: str = ""  # what to do where this gate is not "go", with commands in backquotes
-    against: str = ""  # "before", or the name of a stage or phase (its last milestone) that the change is measured from
+    advice: str = ""  # what to do after a caution or no-go, with commands in backquotes
+    against: str = ""  # "before", or the name of an earlier stage or phase (its last milestone)
 
     def __post_init__(self) -> None:
         check_fields(self, "gate")
         if self.go == self.no_go:
             raise ValueError(
-                f"gate {self.metric}: go and no_go are both {self.go}; set them apart, their order is the sense"
+                f"gate {self.metric}: go and no_go are both {self.go}; set different values, "
+                "whose order says whether lower or higher is better"
             )
 
 
@@ -41,72 +43,73 @@ class Measured(NamedTuple):
 
 
 class Estimate(NamedTuple):
+    """A metric with its standard error."""
+
     value: float
     error: float  # standard error; 0 for a metric that is not a mean over items
 
 
 @dataclass(frozen=True)
 class Verdict:
+    """The outcome of one gate."""
+
     gate: Gate
     value: float | None
     outcome: str
     reference: float | None = None  # value at gate.against
     error: float = 0.0  # standard error of the change
-    where: str = ""  # the place that gate.against stands for, in words
+    where: str = ""  # gate.against in words
 
     def __str__(self) -> str:
         gate = self.gate
         sign = "<=" if gate.go < gate.no_go else ">="
         value = "not measured" if self.value is None else f"{self.value:.3f}"
         if not gate.against:
-            return f"{gate.metric} = {value} (go {sign} {gate.go}, no-go beyond {gate.no_go}): {self.outcome}"
+            bounds = f"(go {sign} {gate.go}, no-go beyond {gate.no_go})"
+            return f"{gate.metric} = {value} {bounds}: {self.outcome}"
         if self.value is None or self.reference is None:
             place = self.where or f"{gate.against!r}, which has no results"
-            why = (
-                ""
-                if self.value is None
-                else f", but it was not measured {place}, so the change is unknown"
-            )
-            return f"{gate.metric} = {value}{why}: {self.outcome}"
+            unknown = f", but it was not measured {place}, so the change is unknown"
+            return f"{gate.metric} = {value}{unknown * (self.value is not None)}: {self.outcome}"
         error = f" \u00b1 {self.error:.3f}" if self.error else ""
+        change = f"{self.value - self.reference:+.3f}{error}"
         return (
-            f"{gate.metric} = {value}, {self.value - self.reference:+.3f}{error} against {self.reference:.3f} {self.where} "
+            f"{gate.metric} = {value}, {change} against {self.reference:.3f} {self.where} "
             f"(go {sign} {gate.go:+}, no-go beyond {gate.no_go:+}): {self.outcome}"
         )
 
 
 def judge(gate: Gate, results: dict, reference: Measured | None = None) -> Verdict:
-    """Judge nested results by one gate. A metric that was not measured, or is not a finite number, is a no-go.
+    """Apply a gate to nested results. A missing or non-finite metric is a no-go.
 
-    reference: what a gate with `against` compares with; without its figure the gate is a no-go. A change has a standard
-    error, that of two independent means. It is a no-go only if it is beyond `no_go` by more than this error, and a go
-    only if it is within `go`, and within `no_go` by more than this error.
+    reference: measurement that a gate with `against` compares with; if its metric is missing, the
+    gate is a no-go. The standard error of a change is that of two independent means. A change is a
+    no-go if it is beyond `no_go` by more than this error. It is a go if it is within `go`, and
+    within `no_go` by more than this error.
     """
-    found = estimate(gate.metric, results)
+    now = estimate(gate.metric, results)
     where = reference.where if reference else ""
-    if found is None:
+    if now is None:
         return Verdict(gate, None, "no-go", where=where)
     sign = 1 if gate.go < gate.no_go else -1
     if not gate.against:
-        is_go, is_no_go = (
-            sign * found.value <= sign * gate.go,
-            sign * found.value > sign * gate.no_go,
-        )
-        return Verdict(gate, found.value, "go" if is_go else "no-go" if is_no_go else "caution")
+        is_go, is_no_go = sign * now.value <= sign * gate.go, sign * now.value > sign * gate.no_go
+        return Verdict(gate, now.value, "go" if is_go else "no-go" if is_no_go else "caution")
     before = estimate(gate.metric, reference.metrics) if reference else None
     if before is None:
-        return Verdict(gate, found.value, "no-go", where=where)
-    error = math.hypot(found.error, before.error)
-    loss = sign * (found.value - before.value)  # above 0: it became worse
+        return Verdict(gate, now.value, "no-go", where=where)
+    error = math.hypot(now.error, before.error)
+    loss = sign * (now.value - before.value)  # above 0: worse
     is_go = loss <= sign * gate.go and loss + error <= sign * gate.no_go
     outcome = "go" if is_go else "no-go" if loss - error > sign * gate.no_go else "caution"
-    return Verdict(gate, found.value, outcome, before.value, error, where)
+    return Verdict(gate, now.value, outcome, before.value, error, where)
 
 
 def estimate(metric: str, results: dict) -> Estimate | None:
-    """A metric in nested results; None if it was not measured or is not a finite number.
+    """A metric in nested results; None if it is missing or not finite.
 
-    A mean of n items has a standard error of at least 1 / (n + 2), since few equal items have a sample error of 0.
+    The standard error of a mean of n items is at least 1 / (n + 2), since the sample error of a few
+    equal items is 0.
     """
     value: object = results
     for key in metric.split("."):
@@ -132,21 +135,21 @@ P = TypeVar("P", bound=OfPhase)
 
 
 def reference_of(gate: Gate, earlier: Sequence[P]) -> P | None:
-    """What a gate compares with, of the places in order of the plan; None for a gate without `against`."""
+    """The earlier place that a gate compares with, or None. earlier: in plan order."""
     return next(
         (place for place in reversed(earlier) if gate.against in (BEFORE, place.phase)), None
     )
 
 
 def by_name(name: str, metrics: dict) -> dict:
-    """The metrics of one results file as gates name them, so that two tasks may both have an "acc_norm".
+    """The metrics of one results file with the names of gates: {task: {"acc_norm": ...}}.
 
-    A task's own metrics go under its name; the sources of perplexity and the tasks of a suite bear names already.
+    Sources of perplexity and tasks of a suite already have names.
     """
-    own = any(not isinstance(metric, dict) or "value" in metric for metric in metrics.values())
-    return {name: metrics} if own else metrics
+    flat = any(not isinstance(metric, dict) or "value" in metric for metric in metrics.values())
+    return {name: metrics} if flat else metrics
 
 
 def decide(verdicts: list[Verdict]) -> str:
-    """The worst outcome of several; "no-go" where there is none to judge."""
+    """The worst outcome; "no-go" without verdicts."""
     return max((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default="no-go")

@@ -1,6 +1,6 @@
-"""The plan of a whole run: its phases in order, the milestones inside them, and what is done before and after.
+"""The plan of a whole run: phases, milestones, stages, and commands before and after them.
 
-A plan is data. scripts/pipeline.py carries it out, training/planning/cost.py says beforehand what it will cost.
+A plan is data: scripts/pipeline.py executes it, training/planning/cost.py estimates its cost.
 """
 
 from dataclasses import dataclass, field, replace
@@ -15,12 +15,12 @@ from training.settings import load_settings
 
 @dataclass(frozen=True)
 class Milestone:
-    """A step at which training pauses, is measured and judged; it goes on exactly as if it had not paused."""
+    """A step at which training pauses for evaluations and gates; the pause does not change it."""
 
-    at: PositiveInt  # step of the whole run, at most the end of the phase
+    step: PositiveInt  # of the whole run, at most the end of the phase
     evals: tuple[str, ...] = ()  # of Plan.evals; default: all of them
     gates: tuple[Gate, ...] = ()
-    advice: str = ""  # what a no-go or a caution asks for, in one sentence
+    advice: str = ""  # one sentence on what to do after a no-go or a caution
 
     def __post_init__(self) -> None:
         check_fields(self, "milestone")
@@ -28,17 +28,22 @@ class Milestone:
 
 @dataclass(frozen=True)
 class PlanPhase:
+    """A pretraining phase of a plan."""
+
     config: FilledText  # a run's config, relative to the working folder
     milestones: tuple[Milestone, ...] = ()  # in order of their steps
 
 
 @dataclass(frozen=True)
 class PlanStage:
-    """What comes after the phases: commands that make a checkpoint of the one before; it is judged as a milestone is."""
+    """A stage after the phases (SFT, DPO): commands that train the previous checkpoint further.
+
+    Its gates apply as those of a milestone.
+    """
 
     name: FilledText
-    leaves: FilledText  # folder whose newest checkpoint is {checkpoint} from here on
-    commands: dict[str, FilledText]  # sentence -> command
+    output_dir: FilledText  # its newest checkpoint is {checkpoint} in the stages that follow
+    commands: dict[str, FilledText]  # description -> command
     evals: tuple[str, ...] = ()  # of Plan.evals; default: none
     gates: tuple[Gate, ...] = ()
     advice: str = ""
@@ -46,23 +51,21 @@ class PlanStage:
 
 @dataclass(frozen=True)
 class Target:
-    """One line of the results table (evals/report/targets.py): a score and the values that three tiers ask for."""
+    """One row of the results table (evals/report/targets.py): a metric and three target values."""
 
-    metric: FilledText  # dotted path into the results, as a gate's
+    metric: FilledText  # dotted path into the results, as for a gate
     title: str
-    mvp: AnyFloat  # the least that is worth showing
-    success: AnyFloat  # what the plan aims at
-    scheduled: AnyFloat
-    stage: str = (
-        "final"  # the phase or stage that it is measured after; "final": the model that is left
-    )
+    mvp: AnyFloat  # minimum viable value
+    success: AnyFloat  # goal of the plan
+    stretch: AnyFloat
+    stage: str = "final"  # measured after this phase or stage; "final": the final model
     lower: bool = False  # lower is better
-    percent: bool = True  # the metric is a share, and shown in percent
-    note: str = ""  # where the three values come from
+    percent: bool = True  # the metric is a fraction, shown in percent
+    note: str = ""  # source of the three values
 
     def __post_init__(self) -> None:
         check_fields(self, "target")
-        tiers = (self.mvp, self.success, self.scheduled)
+        tiers = (self.mvp, self.success, self.stretch)
         if list(tiers) != sorted(tiers, reverse=self.lower):
             order = "fall" if self.lower else "rise"
             raise ValueError(
@@ -72,16 +75,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Plan:
+    """A whole run: data preparation, phases, stages, evaluations and exports."""
+
     name: FilledText
     phases: tuple[PlanPhase, ...]
-    stages: tuple[PlanStage, ...] = ()  # SFT, DPO
-    ranks: PositiveInt = 2  # processes, one a GPU
-    restarts: NonNegativeInt = (
-        3  # times that a stage which died is started again from its newest checkpoint
-    )
-    # sentence -> command, run before the first phase: data, tokenizer
+    stages: tuple[PlanStage, ...] = ()  # mid-training, SFT, DPO
+    ranks: PositiveInt = 2  # processes, one per GPU
+    restarts: NonNegativeInt = 3  # of a failed stage, from its newest checkpoint
+    # description -> command, run before the first phase: data, tokenizer
     before: dict[str, FilledText] = field(default_factory=dict)
-    # sentence -> command, run at the end; {checkpoint} is the final checkpoint
+    # description -> command, run at the end; {checkpoint} is the final checkpoint
     after: dict[str, FilledText] = field(default_factory=dict)
     # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
     evals: dict[str, FilledText] = field(default_factory=dict)
@@ -90,107 +93,112 @@ class Plan:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.phases:
-            raise ValueError("a plan needs phases; list at least one, as phases: [{config: FILE}]")
+            raise ValueError("phases is empty; list at least one, as phases: [{config: FILE}]")
         for stage in self.stages:
             self._check_evals(f"stage {stage.name}", stage.evals)
             if stage.gates and not stage.evals:
-                raise ValueError(f"stage {stage.name} has gates; name the evals that measure them")
+                raise ValueError(f"stage {stage.name} has gates but no evals; list its evals")
         for phase in self.phases:
-            steps = [milestone.at for milestone in phase.milestones]
+            steps = [milestone.step for milestone in phase.milestones]
             if steps != sorted(set(steps)):
                 raise ValueError(
-                    f"the milestones of {phase.config} are at {steps}; put them in order, each step once"
+                    f"milestones of {phase.config} have steps {steps}; list them in rising order"
                 )
             for milestone in phase.milestones:
                 if milestone.gates and not self.evals:
                     raise ValueError(
-                        f"milestone {milestone.at} has gates, but the plan has no evals to measure them with"
+                        f"milestone {milestone.step} has gates, but the plan has no evals; add some"
                     )
-                self._check_evals(f"milestone {milestone.at}", milestone.evals)
+                self._check_evals(f"milestone {milestone.step}", milestone.evals)
 
     def _check_evals(self, where: str, evals: tuple[str, ...]) -> None:
         for name in evals:
             if name not in self.evals:
-                raise ValueError(
-                    f"{where}: {name} is not one of the plan's evals: {', '.join(self.evals) or 'none'}"
-                )
+                known = ", ".join(self.evals) or "none"
+                raise ValueError(f"{where}: unknown eval {name}; available evals: {known}")
 
 
 @dataclass(frozen=True)
 class ScheduledPhase:
-    """A phase of a plan as it will run: where it begins and ends in steps of the whole run."""
+    """A phase of a plan with its position in the whole run."""
 
     phase: PlanPhase
     run: RunConfig
-    begin: int
+    begin: int  # step of the whole run
     end: int
 
 
 def load_plan(path: str | Path) -> Plan:
-    """A plan from YAML; ValueError says which setting is wrong."""
+    """Read a plan from YAML; ValueError names the wrong setting."""
     return load_settings(Plan, path)
 
 
 def scheduled_phases(plan: Plan, longer: dict[str, int] | None = None) -> list[ScheduledPhase]:
-    """The plan's phases on one line of steps. longer: phase -> steps that it runs on after what its config says.
+    """Place the plan's phases in the whole run.
 
-    Steps that are added move the learning-rate schedule's end, the phase's end and all that comes later by as many. In a
-    phase that decays they make the decay longer; its begin stays. ValueError where phases do not fit each other (another
-    schedule, run, model shape or batch), begin elsewhere than their start_step, or have milestones outside.
+    longer: phase -> steps added to those of its config. Added steps move the end of the phase, of
+    the learning-rate schedule and everything later. In a phase where the rate decays they extend
+    the decay, which begins at the same step. ValueError if phases differ in schedule, run, model
+    shape or batch, do not begin at their start_step, or have milestones outside their steps.
     """
-    longer, at = longer or {}, 0
-    found: list[ScheduledPhase] = []
-    runs = [load(phase.config) for phase in plan.phases]
-    unknown = set(longer) - {run.phase for run in runs}
+    longer, begin = longer or {}, 0
+    scheduled: list[ScheduledPhase] = []
+    configs = [load(phase.config) for phase in plan.phases]
+    unknown = set(longer) - {config.phase for config in configs}
     if unknown:
-        known = ", ".join(run.phase for run in runs)
-        raise ValueError(f"{', '.join(sorted(unknown))} is no phase of the plan; there are {known}")
-    added, slower, end = sum(longer.values()), 0, 0
-    for planned in runs:
-        end += planned.steps
-        if end > planned.schedule.total_steps - planned.schedule.decay_steps:
-            slower += longer.get(planned.phase, 0)
-    for phase, planned in zip(plan.phases, runs, strict=True):
-        shift = sum(longer.get(scheduled.run.phase, 0) for scheduled in found)
-        extra = longer.get(planned.phase, 0)
-        schedule = planned.schedule
+        known = ", ".join(config.phase for config in configs)
+        raise ValueError(f"unknown phase {', '.join(sorted(unknown))}; available phases: {known}")
+    added, added_decay, end = sum(longer.values()), 0, 0
+    for config in configs:
+        end += config.steps
+        if end > config.schedule.total_steps - config.schedule.decay_steps:
+            added_decay += longer.get(config.phase, 0)
+    for phase, config in zip(plan.phases, configs, strict=True):
+        previous = scheduled[-1] if scheduled else None
+        shift = sum(longer.get(earlier.run.phase, 0) for earlier in scheduled)
+        extra = longer.get(config.phase, 0)
+        schedule = config.schedule
         overrides = [
-            f"steps={planned.steps + extra}",
+            f"steps={config.steps + extra}",
             f"schedule.total_steps={schedule.total_steps + added}",
+            f"schedule.decay_steps={schedule.decay_steps + added_decay}",
         ]
-        overrides += [f"schedule.decay_steps={schedule.decay_steps + slower}"]
-        if found:
-            _check_follows(runs[len(found) - 1], planned, found[-1].phase.config, phase.config)
-        if planned.start_step is not None:
-            _check_start(planned, at - shift, found[-1].run.phase if found else None, phase.config)
-            overrides += [f"start_step={at}"]
+        if previous:
+            before = configs[len(scheduled) - 1]
+            _check_follows(before, config, previous.phase.config, phase.config)
+        if config.start_step is not None:
+            name = previous.run.phase if previous else None
+            _check_start(config, begin - shift, name, phase.config)
+            overrides += [f"start_step={begin}"]
         run = load(phase.config, overrides)
-        planned_end = at - shift + planned.steps  # a milestone at the phase's end moves with it
+        end = begin + run.steps
+        planned_end = begin - shift + config.steps  # a milestone there moves with the phase's end
         moved = tuple(
-            replace(m, at=m.at + shift + (extra if m.at == planned_end else 0))
+            replace(m, step=m.step + shift + (extra if m.step == planned_end else 0))
             for m in phase.milestones
         )
         for milestone in moved:
-            if not at < milestone.at <= at + run.steps:
+            if not begin < milestone.step <= end:
                 raise ValueError(
-                    f"milestone {milestone.at} lies outside {run.phase}, steps {at} to {at + run.steps}"
+                    f"milestone {milestone.step} is outside {run.phase}, steps {begin} to {end}"
                 )
-        found.append(ScheduledPhase(PlanPhase(phase.config, moved), run, at, at + run.steps))
-        at += run.steps
-    total = found[-1].run.schedule.total_steps
-    if at > total:
+        scheduled.append(ScheduledPhase(PlanPhase(phase.config, moved), run, begin, end))
+        begin = end
+    total = scheduled[-1].run.schedule.total_steps
+    if begin > total:
         raise ValueError(
-            f"the phases take {at} steps but the learning rate is spent at schedule.total_steps={total}"
+            f"the phases have {begin} steps, but the learning-rate schedule ends at "
+            f"schedule.total_steps={total}; raise it or lower steps"
         )
-    places(plan, found)
-    return found
+    places(plan, scheduled)
+    return scheduled
 
 
 class Place(NamedTuple):
-    """A milestone or stage that a plan measures, in the order of the plan."""
+    """A milestone or stage of a plan that is evaluated."""
 
-    name: str  # as --at names it: a step, or a stage
-    folder: str  # in results/<run>
+    name: str  # value of --at: a step or a stage
+    folder: str  # under results/<run>
     phase: str  # the phase, or the stage itself
     checkpoints: Path  # folder of its step folders
     gates: tuple[Gate, ...]
@@ -200,17 +208,20 @@ class Place(NamedTuple):
         return f"at step {self.name}" if self.name.isdecimal() else f"after {self.name}"
 
 
-def places(plan: Plan, found: list[ScheduledPhase]) -> list[Place]:
-    """What a plan measures, in order; found: its phases, by scheduled_phases(). ValueError for a gate with an unknown `against`."""
+def places(plan: Plan, phases: list[ScheduledPhase]) -> list[Place]:
+    """The evaluated milestones and stages of a plan, in order; phases: of scheduled_phases().
+
+    ValueError for a gate with an unknown `against`.
+    """
     listed: list[Place] = []
-    for scheduled in found:
+    for scheduled in phases:
         phase, folder = scheduled.run.phase, scheduled.run.checkpoints
         listed += [
-            Place(str(m.at), f"step_{m.at}", phase, folder, m.gates)
+            Place(str(m.step), f"step_{m.step}", phase, folder, m.gates)
             for m in scheduled.phase.milestones
         ]
     listed += [
-        Place(stage.name, stage.name, stage.name, Path(stage.leaves), stage.gates)
+        Place(stage.name, stage.name, stage.name, Path(stage.output_dir), stage.gates)
         for stage in plan.stages
         if stage.evals
     ]
@@ -218,39 +229,32 @@ def places(plan: Plan, found: list[ScheduledPhase]) -> list[Place]:
         known = [earlier.phase for earlier in listed[:number]]
         for gate in place.gates:
             if gate.against and gate.against not in ([BEFORE, *known] if known else []):
-                options = (
-                    ", ".join(dict.fromkeys([BEFORE, *known]))
-                    if known
-                    else "nothing, since it is the first"
-                )
+                options = ", ".join(dict.fromkeys([BEFORE, *known])) if known else "none (first)"
                 raise ValueError(
-                    f"{place.where}: {gate.metric} is against {gate.against}; it can be against {options}"
+                    f"{place.where}: gate {gate.metric} has against={gate.against}; "
+                    f"available: {options}"
                 )
     return listed
 
 
 def _check_start(run: RunConfig, begin: int, before: str | None, config: str) -> None:
-    """ValueError where a config names another first step, or another phase to continue, than its place in the plan."""
+    """ValueError if start_step or resume_from of a config contradict its position in the plan."""
     if run.start_step != begin:
         raise ValueError(
-            f"start_step is {run.start_step} in {config}, but the phases before it end at step {begin}"
+            f"start_step is {run.start_step} in {config}, but the phases before it end at step "
+            f"{begin}; make them equal"
         )
-    if (
-        before
-        and run.resume_from not in (None, before)
-        and Path(str(run.resume_from)).name == run.resume_from
-    ):
+    is_name = Path(str(run.resume_from)).name == run.resume_from
+    if before and is_name and run.resume_from != before:
         raise ValueError(
-            f"resume_from is {run.resume_from} in {config}, but the plan has {before} before it"
+            f"resume_from is {run.resume_from} in {config}, but the phase before it is {before}"
         )
 
 
 def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str) -> None:
-    """ValueError where a phase cannot go on from the one before."""
+    """ValueError if a phase cannot continue the one before."""
     if before.phase == after.phase:
-        raise ValueError(
-            f"{first} and {second} are both phase {before.phase}; give one another name"
-        )
+        raise ValueError(f"{first} and {second} are both phase {before.phase}; rename one of them")
     pairs = {
         "run": (before.run, after.run),
         "schedule": (before.schedule, after.schedule),
@@ -260,12 +264,14 @@ def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str)
     for name in vars(before.model):
         if name not in PHASES_DIFFER:
             pairs[f"model.{name}"] = (getattr(before.model, name), getattr(after.model, name))
-    for name, (one, other) in pairs.items():
-        if one != other:
-            raise ValueError(f"{name} is {one} in {first} and {other} in {second}; make them agree")
+    for name, (left, right) in pairs.items():
+        if left != right:
+            raise ValueError(
+                f"{name} is {left} in {first} and {right} in {second}; make them equal"
+            )
     end, begin = before.theta_range[1], after.theta_range[0]
     if end != begin and not after.allow_theta_jump:
         raise ValueError(
-            f"rope_theta ends at {end:,.0f} in {first} and begins at {begin:,.0f} in {second}; make them meet, or set "
-            f"allow_theta_jump: true in {second}"
+            f"rope_theta ends at {end:,.0f} in {first} and begins at {begin:,.0f} in {second}; "
+            f"make them equal, or set allow_theta_jump: true in {second}"
         )

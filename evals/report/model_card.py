@@ -1,4 +1,4 @@
-"""What goes beside exported files: Ollama's Modelfile, a note for LM Studio, and a model card of what the run left behind."""
+"""Companions of exported GGUF files: Ollama's Modelfile, a note for LM Studio, the model card."""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +9,9 @@ from data.chat.template import is_our_template
 from evals.engines import folder_hash
 from evals.report.build import leaves, measured
 from evals.report.page import change
-from evals.report.trained import phases_of, settings, story
-from export.gguf import architecture, read_config
+from evals.report.trained import phases_of, read_history, settings
+from export.gguf_plan import architecture, read_config
+from files import write_text
 
 MARK = "written by scripts/export_gguf.py"
 OLLAMA = '''\
@@ -23,8 +24,10 @@ TEMPLATE """<|endoftext|>{{- if or .System .Tools }}<|im_start|>system
 {{- if eq .Role "user" }}<|im_start|>user
 {{ .Content }}<|im_end|>
 {{ else if eq .Role "assistant" }}<|im_start|>assistant
-{{ if .Thinking }}<|start_thought|>{{ .Thinking }}<|end_thought|>{{ end }}{{ .Content }}{{ range .ToolCalls -}}
-<|tool_call|>{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}{{ end }}{{ if not $last }}<|im_end|>
+{{ if .Thinking }}<|start_thought|>{{ .Thinking }}<|end_thought|>{{ end }}\
+{{ .Content }}{{ range .ToolCalls -}}
+<|tool_call|>{"name": "{{ .Function.Name }}", "arguments": {{ .Function.Arguments }}}{{ end }}\
+{{ if not $last }}<|im_end|>
 {{ end }}{{ else if eq .Role "tool" }}<|im_start|>tool
 <|tool_response|>{{ .Content }}<|im_end|>
 {{ end }}{{ if and $last (ne .Role "assistant") }}<|im_start|>assistant
@@ -34,21 +37,58 @@ PARAMETER stop "<|im_start|>"
 '''
 
 
+def write_companions(
+    folder: Path,
+    targets: dict[str, Path],
+    name: str,
+    template: str | None,
+    logs: Path | None,
+    results: Path | None,
+) -> Iterator[str]:
+    """Write Modelfile, LM_STUDIO.md and README.md beside the last target; yield a line for each.
+
+    A file of that name without MARK is left alone. logs, results: default to those of the run.
+    """
+    last = list(targets.values())[-1]
+    run = next(
+        (parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"),
+        folder.name,
+    )
+    logs, results = logs or Path("logs") / run, results or Path("results") / run
+    texts = {
+        "Modelfile": modelfile(last.name, template),
+        "LM_STUDIO.md": lm_studio(last.name, template),
+        "README.md": model_card(folder, targets, name, template, logs, results),
+    }
+    for file, text in texts.items():
+        path = last.parent / file
+        if path.is_file() and MARK not in path.read_text(errors="replace", encoding="utf-8"):
+            yield f"{path} was not written by this command; left unchanged"
+            continue
+        write_text(path, text)
+        yield f"{path} written"
+
+
 def modelfile(file: str, template: str | None) -> str:
-    """Ollama's Modelfile with our template in Go's language. template: the one in the GGUF file."""
+    """Return Ollama's Modelfile; template: the GGUF file's Jinja template, or None.
+
+    Ollama uses Go templates, so our template is written out as one.
+    """
     head = (
         f"# {MARK}; ollama create nanollama -f Modelfile && ollama run nanollama\nFROM ./{file}\n"
     )
     if not template:
         return head + 'TEMPLATE """{{ .Prompt }}"""\n'
     if not is_our_template(template):
-        note = "The model's own chat template is in the file. Ollama uses it if it knows it; else write it here in Go's language:"
-        return head + f"# {note} TEMPLATE ...\n"
+        return head + (
+            "# The GGUF file contains the model's own chat template. If Ollama does not "
+            "support it, write it here as a Go template: TEMPLATE ...\n"
+        )
     return head + OLLAMA + "PARAMETER temperature 0.7\nPARAMETER top_p 0.9\n"
 
 
 def lm_studio(file: str, template: str | None) -> str:
-    """How to bring the file into LM Studio."""
+    """Return the instructions for importing the file into LM Studio."""
     lines = [
         f"<!-- {MARK} -->",
         "# In LM Studio",
@@ -57,13 +97,15 @@ def lm_studio(file: str, template: str | None) -> str:
     ]
     if is_our_template(template):
         lines += [
-            "The chat template is in the file. In the model's settings, under reasoning parsing, the start string is",
-            "`<|start_thought|>` and the end string `<|end_thought|>`; then thoughts are folded apart from answers.",
+            "The file contains the chat template. In the model's settings, under reasoning "
+            "parsing, set the start string",
+            "`<|start_thought|>` and the end string `<|end_thought|>` to fold thoughts apart from "
+            "answers.",
         ]
     elif template:
-        lines += ["The model's own chat template is in the file."]
+        lines += ["The file contains the model's own chat template."]
     else:
-        lines += ["This is a base model: it continues text, and has no chat template."]
+        lines += ["This is a base model: it continues text and has no chat template."]
     return "\n".join(lines) + "\n"
 
 
@@ -75,9 +117,12 @@ def model_card(
     logs: Path,
     results: Path,
 ) -> str:
-    """The card, from config.json, logs/<run> up to this checkpoint and its own results. It says what is not there."""
+    """Return the card from config.json, the run's logs up to this checkpoint and its results.
+
+    A section whose input is missing says so.
+    """
     config = read_config(folder)
-    tuned, rows, events = story(logs, folder)
+    tuned, rows, events = read_history(logs, folder)
     phases = {phase["name"]: _config(logs, phase) for phase in phases_of(rows)}
     phases |= {
         stage["name"]: _config(logs / stage["name"], stage["phases"][-1])
@@ -100,62 +145,67 @@ def model_card(
     )
     digest = folder_hash(folder)
     scores = _scores(measured(results, digest)[0])
-    made_with = next((_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {})
+    environment = next((_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {})
     versions = ", ".join(
-        f"{part} {made_with[part]}" for part in ("python", "torch") if made_with.get(part)
+        f"{package} {environment[package]}"
+        for package in ("python", "torch")
+        if environment.get(package)
     )
+    phase_head = ("phase", "steps", "tokens", "sequence length", "peak lr", "mixture")
+    stage_head = ("stage", "started from", "data", "validation loss", "pairs preferred, %")
+    score_head = ("task", "metric", "value", "shots", "n")
     data_head = ("store", "source", "documents", "kept", "tokens", "origin", "sha256")
-    parts = [
+    sections = [
         f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
-        f"{config.num_parameters / 1e6:,.1f}M parameters, architecture {kind}, {config.num_hidden_layers} layers of "
-        f"{config.hidden_size}, vocabulary {config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
-        f"{config.rope_theta:,.0f}. {_talks(template)}\n",
-        f"Made from the checkpoint `{folder}`, sha256 `{digest}`.\n",
+        f"{config.num_parameters / 1e6:,.1f}M parameters, architecture {kind}, "
+        f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary "
+        f"{config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
+        f"{config.rope_theta:,.0f}. {_chat_support(template)}\n",
+        f"Exported from the checkpoint `{folder}`, sha256 `{digest}`.\n",
         f"## Files\n\n{_rows(('file', 'type', 'MB'), _files(targets))}",
-        f"## Use\n\n```\n{usage}\nollama create nanollama -f Modelfile && ollama run nanollama\n```\n",
-        f"## Training\n\n{_rows(('phase', 'steps', 'tokens', 'row', 'peak lr', 'mixture'), _training(phases)) or _none(logs)}",
-        _rows(
-            ("stage", "started from", "data", "held-out loss", "pairs preferred, %"), _tuning(tuned)
-        ),
+        "## Use\n\n```\n"
+        f"{usage}\nollama create nanollama -f Modelfile && ollama run nanollama\n```\n",
+        f"## Training\n\n{_rows(phase_head, _training(phases)) or _none(logs)}",
+        _rows(stage_head, _tuning(tuned)),
         f"Trained with {versions}.\n" if versions else "",
         f"## Data\n\n{_rows(data_head, _data(stores)) or _none('a data report')}",
         f"## Contamination\n\n{_contamination(stores) or _none('a contamination report')}",
         f"## Gates\n\n{_gates(events) or _none('decisions')}",
-        f"## Scores\n\n{_rows(('task', 'metric', 'value', 'shots', 'n'), scores) or _none(f'its results in {results}')}",
-        "## Licence\n\nThe owner's choice: put it here and above, with the terms of the data it was trained on.\n",
+        f"## Scores\n\n{_rows(score_head, scores) or _none(f'its results in {results}')}",
+        "## Licence\n\nThe owner's choice: put it here and above, with the terms of the training "
+        "data.\n",
     ]
-    return "\n".join(part for part in parts if part)
+    return "\n".join(section for section in sections if section)
 
 
-def _talks(template: str | None) -> str:
-    """How to talk to the model."""
+def _chat_support(template: str | None) -> str:
     if is_our_template(template):
-        return "Speaks in a chat template of its own."
+        return "A chat model with NanoLlama's chat template."
     if template:
-        return "Speaks in the chat template that its checkpoint came with; it is in the files."
-    return "A base model, without chat."
+        return "A chat model with the chat template of its checkpoint, which the files contain."
+    return "A base model without a chat template."
 
 
-def _none(what: Any) -> str:
-    return f"Not found: {what}.\n"
+def _none(source: Any) -> str:
+    return f"Not found: {source}.\n"
 
 
 def _config(logs: Path, phase: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a phase, with the steps that were made and the tokens that they read."""
-    made = {"steps": phase["end"] - phase["begin"], "tokens": phase["tokens"]}
-    return {**settings(logs / f"{phase['name']}.config.yaml"), **made}
+    """Return a phase's settings, with the steps and tokens of the log."""
+    logged = {"steps": phase["end"] - phase["begin"], "tokens": phase["tokens"]}
+    return {**settings(logs / f"{phase['name']}.config.yaml"), **logged}
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _rows(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
-    """A markdown table, empty where there are no rows."""
+    """Return a Markdown table; "" without rows."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return (
         "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines]) + "\n"
@@ -187,9 +237,10 @@ def _training(phases: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
 def _tuning(stages: list[dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
     for stage in stages:
         data = ", ".join(f"{name}: {path}" for name, path in stage["sources"].items())
-        held_out = [measured["loss"] for measured in stage["held_out"]]
-        preferred = [100 * measured["share"] for measured in stage["preferred"]]
-        yield stage["name"], stage["started_from"], data, change(held_out, 3), change(preferred, 1)
+        val_losses = [row["loss"] for row in stage["held_out"]]
+        preferred = [100 * row["share"] for row in stage["preferred"]]
+        losses, shares = change(val_losses, 3), change(preferred, 1)
+        yield stage["name"], stage["started_from"], data, losses, shares
 
 
 def _data(stores: dict[Path, None]) -> Iterator[tuple[Any, ...]]:
@@ -197,8 +248,8 @@ def _data(stores: dict[Path, None]) -> Iterator[tuple[Any, ...]]:
         report = _json(store / "report.json")
         hashes = report.get("inputs", {}).get("documents", {})
         for source, counts in report.get("sources", {}).items():
-            found = (counts.get(name) for name in ("documents", "kept", "train_tokens"))
-            numbers = (f"{number:,}" if isinstance(number, int) else "" for number in found)
+            values = [counts.get(name) for name in ("documents", "kept", "train_tokens")]
+            numbers = (f"{number:,}" if isinstance(number, int) else "" for number in values)
             origin = _json(store / "documents" / source / "manifest.json").get("origin", "")
             yield store, source, *numbers, origin, hashes.get(source, "")[:16]
 

@@ -1,0 +1,264 @@
+"""What a GGUF file of a checkpoint contains: tensor names, shapes, and where each tensor is stored.
+
+Reads a Hugging Face folder of NanoLlama, Llama, Qwen3 or Qwen3-MoE.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from models.hf import from_hf_config, from_hf_name, read_hf_config, weight_files
+from models.nanollama import ModelConfig, Size
+
+EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+\.weight)")
+BLOCK_NAMES = {  # module of a block -> name in GGUF
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+}
+
+
+@dataclass(frozen=True)
+class MoeConfig(ModelConfig):
+    """Shape of a Qwen3-MoE with experts in every layer. There is no such network: export only."""
+
+    num_experts: Size = 128
+    num_experts_per_tok: Size = 8
+    moe_intermediate_size: Size = 768
+
+    @property
+    def num_parameters(self) -> int:
+        router_row = self.hidden_size
+        expert = 3 * self.hidden_size * self.moe_intermediate_size + router_row
+        dense = 3 * self.hidden_size * self.intermediate_size
+        return super().num_parameters + self.num_hidden_layers * (self.num_experts * expert - dense)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Read a folder's config; ValueError names a setting that cannot be exported."""
+    return read_hf_config(folder, _from_config)
+
+
+def _from_config(hf: dict[str, Any]) -> ModelConfig:
+    if hf.get("model_type") != "qwen3_moe":
+        return from_hf_config(hf)
+    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+        raise ValueError(
+            "the model has layers without experts; "
+            "only models with experts in every layer can be exported"
+        )
+    if not hf.get("norm_topk_prob"):
+        raise ValueError(
+            "norm_topk_prob is false, but llama.cpp always normalises the weights of the "
+            "chosen experts"
+        )
+    # As for Llama, the default head_dim is hidden_size / num_attention_heads; Qwen3's is 128.
+    dense = replace(
+        from_hf_config({"max_position_embeddings": 32_768, **hf, "model_type": "llama"}),
+        qk_norm=True,
+    )
+    experts: dict[str, Any] = {
+        name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size") if name in hf
+    }
+    experts["num_experts"] = hf.get("num_experts", hf.get("num_local_experts", 128))
+    return MoeConfig(**asdict(dense), **experts)
+
+
+def architecture(config: ModelConfig) -> str:
+    """Return llama.cpp's name of the architecture."""
+    return "qwen3moe" if isinstance(config, MoeConfig) else "qwen3" if config.qk_norm else "llama"
+
+
+class StoredTensor(NamedTuple):
+    """A tensor's location in a safetensors file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def read(self) -> np.ndarray:
+        """Read the values as fp32, without a memory map."""
+        dtype = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}[self.dtype]
+        raw = np.fromfile(self.path, dtype, int(np.prod(self.shape)), offset=self.offset)
+        if self.dtype == "BF16":
+            return (raw.astype(np.uint32) << 16).view(np.float32).reshape(self.shape)
+        return raw.astype(np.float32).reshape(self.shape)
+
+
+class StackedTensor(NamedTuple):
+    """Tensors of equal shape that are one tensor in a GGUF file."""
+
+    parts: tuple[StoredTensor, ...]
+
+    @property
+    def dtype(self) -> str:
+        return self.parts[0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return len(self.parts), *self.parts[0].shape
+
+    def read(self) -> np.ndarray:
+        return np.stack([part.read() for part in self.parts])
+
+
+class PlannedTensor(NamedTuple):
+    """A tensor of the GGUF file."""
+
+    name: str
+    stored: StoredTensor | StackedTensor
+    heads: int  # heads of a q or k that needs `permute`, else 0
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Locate the tensors of a folder under our names; ValueError if a file is damaged."""
+    tensors = {}
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        try:
+            with safe_open(path, framework="np"):  # checks that shapes and offsets fit the file
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = file.read(length) if length < size else b""
+        try:
+            entries = json.loads(header)
+        except ValueError:
+            entries = {"": {"data_offsets": [0, size]}}
+        data_start = 8 + length
+        entries.pop("__metadata__", None)
+        if any(data_start + entry["data_offsets"][1] > size for entry in entries.values()):
+            raise ValueError(
+                f"{path} is damaged: it ends before its last tensor; restore it from a copy"
+            )
+        for name, entry in entries.items():
+            offset = data_start + entry["data_offsets"][0]
+            tensor = StoredTensor(path, entry["dtype"], tuple(entry["shape"]), offset)
+            tensors[from_hf_name(name)] = tensor
+    return tensors
+
+
+def stack_experts(
+    stored: Mapping[str, StoredTensor],
+) -> dict[str, StoredTensor | StackedTensor]:
+    """Stack each layer's experts: mlp.experts.3.up_proj becomes part 3 of mlp.experts.up_proj."""
+    result: dict[str, StoredTensor | StackedTensor] = {}
+    experts: dict[str, dict[int, StoredTensor]] = {}
+    for name, tensor in stored.items():
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
+        else:
+            result[name] = tensor
+    for name, parts in experts.items():
+        kinds = {(part.dtype, part.shape) for part in parts.values()}
+        if set(parts) != set(range(len(parts))) or len(kinds) > 1:
+            raise ValueError(
+                f"{name}: an expert is missing or has another dtype or shape; "
+                "restore the model from a copy"
+            )
+        result[name] = StackedTensor(tuple(parts[i] for i in sorted(parts)))
+    return result
+
+
+def plan_tensors(folder: Path, config: ModelConfig) -> list[PlannedTensor]:
+    """List the GGUF file's tensors in order; ValueError if the weights do not fit the config."""
+    stored = stack_experts(stored_tensors(folder))
+    if config.tie_word_embeddings:
+        stored.pop("lm_head.weight", None)  # llama.cpp uses token_embd
+    expected = layout(config)
+    different = sorted(expected.keys() ^ stored.keys())
+    if different:
+        raise ValueError(
+            f"{folder}: config.json and the weights differ in {len(different)} tensors, "
+            f"among them {different[0]}"
+        )
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    result = []
+    for name, (gguf_name, shape) in expected.items():
+        tensor = stored[name]
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{folder}: {name} has shape {tensor.shape}, but config.json implies {shape}"
+            )
+        if tensor.dtype not in ("F32", "F16", "BF16"):
+            raise ValueError(
+                f"{folder}: {name} is stored as {tensor.dtype}; "
+                "save the model in float32 or bfloat16"
+            )
+        # llama.cpp rotates adjacent elements for llama and the halves of a head for qwen3.
+        # Hugging Face rotates halves.
+        head_count = 0 if config.qk_norm else heads.get(name.split(".")[-2], 0)
+        result.append(PlannedTensor(gguf_name, tensor, head_count))
+    return result
+
+
+def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Map our name of each tensor to its GGUF name and shape."""
+    d, ffn, head_dim = config.hidden_size, config.intermediate_size, config.resolved_head_dim
+    q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    feed_forward: dict[str, tuple[int, ...]] = {
+        "gate_proj": (ffn, d),
+        "up_proj": (ffn, d),
+        "down_proj": (d, ffn),
+    }
+    if isinstance(config, MoeConfig):
+        n, ffn = config.num_experts, config.moe_intermediate_size
+        feed_forward = {
+            "gate": (n, d),
+            "experts.gate_proj": (n, ffn, d),
+            "experts.up_proj": (n, ffn, d),
+        }
+        feed_forward["experts.down_proj"] = (n, d, ffn)
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm": (d,),
+        "self_attn.q_proj": (q, d),
+        "self_attn.k_proj": (kv, d),
+        "self_attn.v_proj": (kv, d),
+        "self_attn.o_proj": (d, q),
+        **(
+            {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+            if config.qk_norm
+            else {}
+        ),
+        "post_attention_layernorm": (d,),
+        **{f"mlp.{module}": shape for module, shape in feed_forward.items()},
+    }
+    result: dict[str, tuple[str, tuple[int, ...]]] = {
+        "embed_tokens.weight": ("token_embd.weight", (config.vocab_size, d)),
+        **{
+            f"layers.{i}.{module}.weight": (f"blk.{i}.{BLOCK_NAMES[module]}.weight", shape)
+            for i in range(config.num_hidden_layers)
+            for module, shape in shapes.items()
+        },
+        "norm.weight": ("output_norm.weight", (d,)),
+    }
+    if not config.tie_word_embeddings:
+        result["lm_head.weight"] = ("output.weight", (config.vocab_size, d))
+    return result
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Interleave the halves of each head in q or k [heads * head_dim, D], for llama.cpp's llama."""
+    halves = weight.reshape(heads, 2, -1, weight.shape[-1])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)

@@ -1,0 +1,50 @@
+"""Inputs and output files of the GGUF commands: the checkpoint folder, one file per outtype."""
+
+from pathlib import Path
+
+from export.gguf import OUTTYPES
+from models.hf import check_model_folder
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """Return the folder if it holds a model and its tokenizer; raise ValueError otherwise."""
+    check_model_folder(path)
+    if not (path / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{path} holds no tokenizer.json; copy the tokenizer's files there, "
+            "a GGUF file contains them"
+        )
+    return path
+
+
+def target_files(outtypes: str, outfile: str) -> dict[str, Path]:
+    """Return outtype -> file of --outtype and --outfile.
+
+    Raises ValueError for an unknown outtype, or for one file name with several outtypes.
+    """
+    names = list(
+        dict.fromkeys(name.strip().lower() for name in outtypes.split(",") if name.strip())
+    )
+    unknown = [name for name in names if name not in OUTTYPES]
+    if unknown or not names:
+        raise ValueError(
+            f"--outtype {outtypes}: {unknown[0] if unknown else 'nothing'!r} is none of "
+            f"{', '.join(OUTTYPES)}"
+        )
+    if len(names) > 1 and "{outtype}" not in outfile:
+        raise ValueError(
+            f"--outfile {outfile} is one name for {len(names)} files; put {{outtype}} into it"
+        )
+    targets = {name: Path(outfile.replace("{outtype}", name)) for name in names}
+    folders = [path for path in targets.values() if path.is_dir()]
+    if folders:
+        raise ValueError(
+            f"--outfile {folders[0]} is a folder; name a file in it, "
+            f"such as {folders[0]}/model-{{outtype}}.gguf"
+        )
+    return targets
+
+
+def model_name(outfile: str) -> str:
+    """Return the model's name from --outfile: the file name without type and suffix."""
+    return Path(outfile.replace("{outtype}", "")).stem.strip("-_.")

@@ -1,0 +1,43 @@
+"""Load a model to talk to, from a checkpoint folder or a GGUF file, with its chat template."""
+
+from pathlib import Path
+
+import torch
+
+from data.chat.trained_chat import TrainedChat, read_trained_chat
+from inference.chat_formats import ChatFormat, open_chat_format
+from inference.gguf_tokenizer import tokenizer_folder
+from inference.runners import GgufRunner, Runner, TorchRunner
+
+
+def open_model(path: Path, context: int | None) -> tuple[ChatFormat, Runner]:
+    """Return the chat format and the runner of a GGUF file or checkpoint folder.
+
+    context: tokens of a conversation (default: the length of the chat training rows).
+    Raises ValueError for any other path.
+    """
+    check_context(context)
+    if path.suffix == ".gguf":
+        return open_chat_format(path), GgufRunner(path, context or trained_context(path))
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return open_chat_format(path), TorchRunner(path, device, context or trained_context(path))
+
+
+def trained_chat(model: Path) -> TrainedChat | None:
+    """Return the chat settings a model was trained with; None if its folder or file has none."""
+    return read_trained_chat(tokenizer_folder(model))
+
+
+def trained_context(model: Path) -> int | None:
+    """Return the row length of chat training, in tokens; None: use the model's full context."""
+    trained = trained_chat(model)
+    return trained.context if trained else None
+
+
+def check_context(context: int | None) -> None:
+    if context is not None and context < 1:
+        raise ValueError(f"--context {context} must be at least 1")

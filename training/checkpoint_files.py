@@ -1,0 +1,126 @@
+"""Files of a step folder: manifest with checksums, trainer.json, and the identity of its model."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import Any
+
+from files import read_object, step_number
+from machine import cpus
+from training.state import is_position
+
+MANIFEST = "manifest.json"
+TRAINER = "state/trainer.json"
+HASHING_THREADS = min(8, cpus())
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The step_N folders in `folder`, in order of N."""
+    numbers = {path: step_number(path) for path in folder.glob("step_*") if path.is_dir()}
+    return sorted(
+        (path for path, number in numbers.items() if number is not None),
+        key=lambda path: numbers[path] or 0,
+    )
+
+
+def step_of(folder: Path) -> int:
+    """N of a folder step_N."""
+    number = step_number(folder)
+    assert number is not None, folder
+    return number
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """{"hash", "metric", "milestone", "files": {name: checksum}} of a step folder.
+
+    None if the manifest is missing or damaged.
+    """
+    content = read_object(folder / MANIFEST) or {}
+    sums, metric = content.get("files"), content.get("metric")
+    if not isinstance(sums, dict) or not isinstance(metric, int | float | None):
+        return None
+    paths = [Path(name) for name in sums]
+    return None if any(path.is_absolute() or ".." in path.parts for path in paths) else content
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a step folder can be resumed from, by its manifest or, without one, by its state/."""
+    manifest = read_manifest(folder)
+    return (folder / "state").is_dir() if manifest is None else TRAINER in manifest["files"]
+
+
+def damage(folder: Path) -> str | None:
+    """The first missing, changed or unlisted file of a step folder, in words; None if complete."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"no readable {MANIFEST}"
+    sums = manifest["files"]
+    for name in sums:
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+    required = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
+    if TRAINER in sums:
+        required |= {f"state/{path.name}" for path in (folder / "state").glob("*")}
+    if unlisted := sorted(required - sums.keys()):
+        return f"{unlisted[0]} has no checksum in {MANIFEST}"
+    actual = hash_files(folder, list(sums), manifest.get("hash", "blake2b"))
+    return next((f"{name} has changed" for name in sums if actual[name] != sums[name]), None)
+
+
+def identity(folder: Path) -> str:
+    """A hash of the model: from the manifest of a step folder, or the files of any other folder.
+
+    It excludes state/, so it stays the same when the state of an old checkpoint is deleted.
+    """
+    manifest = read_manifest(folder)
+    if manifest:
+        files = manifest["files"]
+        sums = {name: total for name, total in files.items() if not name.startswith("state/")}
+    else:
+        names = sorted(
+            path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")
+        )
+        sums = hash_files(folder, names, "sha256")
+    return blake2b(json.dumps(sums, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_position(folder: Path) -> dict[str, Any]:
+    """Content of trainer.json; ValueError if it is damaged."""
+    position = read_object(folder / TRAINER)
+    if position is None or not is_position(position):
+        raise ValueError(f"{folder / TRAINER} is damaged; use another copy of the checkpoint")
+    return position
+
+
+def read_phase(folder: Path) -> str:
+    """The phase that saved a step folder."""
+    return read_position(folder)["phase"]
+
+
+def check_complete(folder: Path) -> None:
+    """ValueError if a step folder is damaged or cannot be resumed from."""
+    if not has_state(folder):
+        raise ValueError(
+            f"{folder} has no state/ to resume from; load its weights only with init_from={folder}"
+        )
+    problem = damage(folder)
+    if problem:
+        raise ValueError(f"{folder} is damaged ({problem}); resume from another checkpoint")
+
+
+def hash_files(folder: Path, names: list[str], algorithm: str) -> dict[str, str]:
+    """Checksums of files in `folder`, by name, computed in parallel threads."""
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing and reading release the GIL
+        sums = pool.map(lambda name: _checksum(folder / name, algorithm), names)
+        return dict(zip(names, sums, strict=True))
+
+
+def _checksum(path: Path, algorithm: str) -> str:
+    # Old manifests, which name no algorithm, have blake2b.
+    digest = sha256() if algorithm == "sha256" else blake2b(digest_size=16)
+    block = memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+    return digest.hexdigest()

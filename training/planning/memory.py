@@ -1,0 +1,287 @@
+"""GPU memory of a training step, by part, and the settings that let a run fit.
+
+Weights, gradients, moments and saved activations follow from the model's shapes; tests compare them
+with a run on a CPU. What a GPU adds is an assumption. GPU memory has not been measured yet.
+"""
+
+import math
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from models.nanollama import ModelConfig, NanoLlama
+from training.config import RunConfig
+from training.meter import PEAK_FLOPS
+from training.muon import ROUND
+
+# Bytes, assumed: what torch does not count (CUDA context and kernels, NCCL, cuBLAS, block rounding)
+CONTEXT = 2.0e9
+TIGHT = 0.92  # of a GPU's memory; above it a run may not fit in practice
+LOGITS_CHUNK = 4096  # tokens; models/losses.py on a GPU
+
+
+class Gpu(NamedTuple):
+    """Memory and peak speed of a GPU."""
+
+    memory: float  # bytes that CUDA reports to torch
+    flops: float  # dense bf16 matmuls with fp32 accumulation, per second
+
+
+# Memory: "total capacity" in torch's out-of-memory messages in public issues, in GiB (B200:
+# pytorch/ao pull request 4002). Peaks: NVIDIA's data sheets of H100 SXM, H200 SXM, A100, HGX B200
+# (half of the figure with sparsity) and L40S; Ada architecture whitepaper for the RTX 4090.
+GPUS = {
+    "h100": Gpu(79.1 * 2**30, PEAK_FLOPS["H100"]),
+    "h200": Gpu(139.8 * 2**30, PEAK_FLOPS["H200"]),
+    "a100-80": Gpu(79.1 * 2**30, PEAK_FLOPS["A100"]),
+    "a100-40": Gpu(39.4 * 2**30, PEAK_FLOPS["A100"]),
+    "l40s": Gpu(44.4 * 2**30, 362.05e12),
+    "rtx4090": Gpu(23.6 * 2**30, 165.2e12),
+    "b200": Gpu(178.3 * 2**30, PEAK_FLOPS["B200"]),
+}
+
+
+@cache
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter, from a model on the meta device."""
+    with torch.device("meta"):
+        return {
+            name: tuple(parameter.shape) for name, parameter in NanoLlama(model).named_parameters()
+        }
+
+
+def sharded_bytes(model: ModelConfig, strategy: str, gpus: int) -> int:
+    """fp32 bytes of the largest parameter shard. FSDP2 splits first dimensions, rounded up."""
+    shards = 1 if strategy == "ddp" else gpus
+    return sum(
+        4 * -(-shape[0] // shards) * math.prod(shape[1:])
+        for shape in parameter_shapes(model).values()
+    )
+
+
+def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
+    """Shapes of the matrices that Muon updates."""
+    return [
+        shape
+        for name, shape in parameter_shapes(model).items()
+        if name.startswith("layers.") and len(shape) == 2
+    ]
+
+
+def moment_bytes(model: ModelConfig, strategy: str, gpus: int, optimizer: str = "adamw") -> int:
+    """Bytes of the optimizer state on one GPU.
+
+    AdamW: two fp32 moments and an fp32 step per tensor. Muon: one moment per matrix.
+    """
+    adamw = 2 * sharded_bytes(model, strategy, gpus) + 4 * len(parameter_shapes(model))
+    shards = 1 if strategy == "ddp" else gpus
+    hidden = hidden_shapes(model) if optimizer == "muon" else []
+    return adamw - sum(4 * -(-rows // shards) * columns + 4 for rows, columns in hidden)
+
+
+def update_bytes(model: ModelConfig, gpus: int, optimizer: str, size: int = 2) -> int:
+    """Peak temporary bytes of an update: AdamW none, Muon 9x the largest round of one rank."""
+    shapes = hidden_shapes(model) if optimizer == "muon" else []
+    per_rank = {shape: -(-shapes.count(shape) // gpus) for shape in shapes}
+    return max(
+        (
+            9 * size * (r * c) * min(max(1, ROUND // (r * c)), count)
+            for (r, c), count in per_rank.items()
+        ),
+        default=0,
+    )
+
+
+def activation_bytes(
+    model: ModelConfig, checkpointing: str, size: int = 2, compiled: bool = True
+) -> int:
+    """Bytes per token that one block saves for backward; 59,528 for the 1.1B model in bf16.
+
+    size: bytes per number. none, compiled: block input, both norm outputs, q, k, v as attention
+    sees them, attention output, o_proj output, gate, up and their product; fp32 logsumexp per head
+    and two norm statistics. selective: block input, outputs of all matmuls but the last, attention
+    output and logsumexp. full: block input. Eager norms also save an fp32 and a normalized copy.
+    """
+    d, ff, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
+    width, kv = heads * model.resolved_head_dim, model.num_key_value_heads * model.resolved_head_dim
+    attention = size * (2 * width + 2 * kv) + 4 * heads  # q, k, v, output, logsumexp
+    # Numbers and bytes of statistics of the q and k norms.
+    normed_heads = (
+        (width + kv, 4 * (heads + model.num_key_value_heads)) if model.qk_norm else (0, 0)
+    )
+    if checkpointing == "full":
+        return size * d
+    if checkpointing == "selective":
+        last_matmul = 0 if compiled else size * d
+        return size * (2 * d + 2 * ff) + attention + last_matmul
+    if compiled:
+        return size * (4 * d + 3 * ff) + attention + 8 + size * normed_heads[0] + normed_heads[1]
+    norm = 4 + size  # per normed number: fp32 copy and normalized value
+    # Of the norms; gate, silu(gate), up and their product.
+    outputs = size * 2 * d + size * 4 * ff + attention
+    return 2 * (norm * d + 4) + outputs + norm * normed_heads[0] + normed_heads[1]
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU at the moment of peak memory."""
+
+    moment: str
+    parts: dict[str, float]  # at that moment
+    moments: dict[str, float]  # total at each moment
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def micro_batches(run: RunConfig, gpus: int) -> int:
+    """Micro-batches per step and GPU; ValueError if the rows do not divide."""
+    rows, size = run.data.rows, run.data.micro_batch_size
+    if rows % (gpus * size):
+        raise ValueError(
+            f"{run.phase}: {rows} rows per step do not divide into micro-batches of {size} on "
+            f"{gpus} GPUs; change data.tokens_per_step, data.micro_batch_size or --gpus"
+        )
+    return rows // (gpus * size)
+
+
+def memory(run: RunConfig, gpus: int) -> Memory:
+    """Peak memory of a training step on each of `gpus` GPUs, by part.
+
+    Activations fall and gradients rise evenly over the backward pass, so the peak is at one of its
+    ends or in the optimizer. The block's working memory in backward is an estimate; the rest
+    follows from shapes and from what FSDP2 keeps gathered.
+    """
+    model, parallel = run.model, run.parallel
+    size = 4 if parallel.dtype == "float32" else 2  # all GPUs here compute in bf16
+    compiled = parallel.compile is not False
+    d, vocab, layers = model.hidden_size, model.vocab_size, model.num_hidden_layers
+    tokens = run.data.micro_batch_size * run.data.sequence_length
+    shard = sharded_bytes(model, parallel.strategy, gpus)
+    block = sum(
+        math.prod(shape)
+        for name, shape in parameter_shapes(model).items()
+        if name.startswith("layers.0.")
+    )
+    root = model.num_parameters - layers * block  # FSDP group of embedding, last norm and head
+    shards = 1 if parallel.strategy == "ddp" else gpus
+
+    def saved(checkpointing: str) -> int:
+        return activation_bytes(model, checkpointing, size, compiled)
+
+    always = {
+        "fp32 masters": shard,
+        "moments": moment_bytes(model, parallel.strategy, gpus, run.optim.name),
+        "rotary tables": 8 * model.max_position_embeddings * model.resolved_head_dim,
+        "CUDA context (assumed)": CONTEXT,
+    }
+    # Unsharded fp32 gradients until the last micro-batch.
+    accumulated = 4 * model.num_parameters if micro_batches(run, gpus) > 1 else 0
+    gathered = size * (
+        model.num_parameters if parallel.strategy != "zero3" else root + min(2, layers) * block
+    )
+    blocks = tokens * layers * saved(parallel.activation_checkpointing)
+    # The last norm is eager; the head reads its output.
+    last_norm = tokens * ((4 + 2 * size) * d + 4 if size == 2 else 12 * d + 4)
+    # Losses and logsumexp; ids, targets and document ids of the step.
+    losses = tokens * 12 + 20 * run.data.tokens_per_step // gpus
+    chunks = -(-tokens // LOGITS_CHUNK)
+    logits = (
+        min(tokens, LOGITS_CHUNK)
+        * vocab
+        * ((12 if size == 2 else 8) if chunks > 1 else (6 if size == 2 else 4))
+    )
+    head = {"logits chunk": logits, "head gradient": 4 * vocab * d + size * tokens * d}
+    # Gradients of block output, gate, up and their product.
+    working = tokens * size * (d + 3 * model.intermediate_size)
+    if not compiled:
+        working = max(working, tokens * (20 + size) * d)  # a norm's backward, in fp32
+    recomputed = saved("none") - saved(parallel.activation_checkpointing)
+    # Gradients of one block: from its matmuls, sent, and received.
+    reduced = block * (size + 4 + 4 / shards)
+    moments: dict[str, dict[str, float]] = {
+        "loss head": {
+            "gradients": accumulated,
+            "gathered": gathered,
+            "activations": blocks + last_norm + losses,
+            **head,
+        },
+        "last norm": {
+            "gradients": accumulated + size * vocab * d,
+            "gathered": gathered,
+            "activations": blocks + last_norm - tokens * 2 * size * d + losses,
+            "norm in backward": tokens * (20 if size == 2 else 16) * d,
+        },
+        "last block": {
+            "gradients": accumulated + size * vocab * d + reduced,
+            "gathered": gathered,
+            "activations": blocks + losses,
+            "block in backward": working + tokens * max(0, recomputed),
+        },
+        "end of backward": {
+            "gradients": max(shard, accumulated) + root * (size + 4 + 4 / shards),
+            # In the last micro-batch, blocks are freed one by one.
+            "gathered": gathered if accumulated else size * root,
+            "activations": losses,
+        },
+        # Fused AdamW and clipping work in place; Muon does not.
+        "optimizer step": {"gradients": shard},
+    }
+    if rounds := update_bytes(model, gpus, run.optim.name, size):
+        moments["optimizer step"]["Newton-Schulz"] = rounds
+    totals = {name: sum(always.values()) + sum(parts.values()) for name, parts in moments.items()}
+    peak = max(totals, key=lambda name: totals[name])
+    return Memory(peak, {**always, **moments[peak]}, totals)
+
+
+def what_fits(run: RunConfig, gpus: int, gpu: Gpu) -> list[str]:
+    """Settings with which a run fits, as typed on the command line, the smallest change first."""
+
+    def fits(changed: RunConfig) -> float | None:
+        needed = memory(changed, gpus).total
+        return needed if needed <= TIGHT * gpu.memory else None
+
+    data, parallel = run.data, run.parallel
+    rows = data.rows // gpus
+    sizes = [size for size in range(data.micro_batch_size - 1, 0, -1) if rows % size == 0]
+    levels: tuple[str, ...] = ("none", "selective", "full")
+    levels = levels[levels.index(parallel.activation_checkpointing) + 1 :]
+    strategies = [] if parallel.strategy == "zero3" or gpus == 1 else ["zero3"]
+    knobs = [
+        [{"data.micro_batch_size": str(size)} for size in sizes],
+        [{"parallel.activation_checkpointing": level} for level in levels],
+        [{"parallel.strategy": strategy} for strategy in strategies],
+    ]
+    fitting = []
+    for options in knobs:  # one setting: its first value that fits
+        for option in options:
+            if needed := fits(_changed(run, option)):
+                fitting.append(f"{_typed(option)} ({needed / 1e9:.1f} GB)")
+                break
+    if fitting:
+        return fitting
+    for level in ["", *levels]:  # several settings together
+        for size in [0, *sizes]:
+            for strategy in ["", *strategies]:
+                option = {
+                    "data.micro_batch_size": str(size or data.micro_batch_size),
+                    "parallel.activation_checkpointing": level or parallel.activation_checkpointing,
+                    "parallel.strategy": strategy or parallel.strategy,
+                }
+                if needed := fits(_changed(run, option)):
+                    return [f"{_typed(option)} together ({needed / 1e9:.1f} GB)"]
+    return []
+
+
+def _changed(run: RunConfig, option: dict[str, str]) -> RunConfig:
+    for key, value in option.items():
+        section, name = key.split(".")
+        setting = {name: int(value) if value.isdigit() else value}
+        run = replace(run, **{section: replace(getattr(run, section), **setting)})
+    return run
+
+
+def _typed(option: dict[str, str]) -> str:
+    return " ".join(f"{key}={value}" for key, value in option.items())
