@@ -132,7 +132,7 @@ def test_after_too_many_rollbacks_it_stops_with_its_checkpoint(settings, tmp_pat
 def test_bad_steps_before_the_first_checkpoint_say_so(settings, poison):
     poison(dict.fromkeys(range(9), math.nan))
     with pytest.raises(
-        ValueError, match="one has no checkpoint to roll back to. Restart it with a lower"
+        ValueError, match=r"one has no checkpoint to roll back to\. Restart it with a lower"
     ):
         train_here(settings())
 

