@@ -1,4 +1,4 @@
-# make setup        install every package (requirements.txt); other targets install what they need
+# make setup        install all packages (requirements.txt); other targets install their own
 # make quickstart   train, evaluate and chat with a small model on this machine
 # make test         run the tests
 # make fuzz         fuzz configs, data, checkpoints, GGUF and templates (FUZZ_INPUTS=50000)
@@ -18,7 +18,8 @@ quickstart: core
 	@.venv/bin/python -m scripts.pipeline --plan configs/quickstart/plan.yaml
 
 test:
-	@scripts/setup.sh requirements.txt requirements-cluster.txt requirements-parity.txt requirements-demo.txt
+	@scripts/setup.sh requirements.txt requirements-cluster.txt requirements-parity.txt \
+		requirements-demo.txt
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz:

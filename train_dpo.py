@@ -200,7 +200,7 @@ def reference_logps(
         steps,
         partial(print, flush=True) if setup.rank_and_world()[0] == 0 else lambda _: None,
     )
-    return logps.of
+    return logps.lookup
 
 
 if __name__ == "__main__":

@@ -116,8 +116,8 @@ def write_case(folder: Path, shape: str) -> None:
         np.cumsum([0, *map(len, ids)], dtype=np.int64),
         np.array(prompts),
     )
-    for part, array in zip(ARRAYS, arrays, strict=True):
-        np.save(folder / "pairs" / f"train.{part}.npy", array)
+    for name, array in zip(ARRAYS, arrays, strict=True):
+        np.save(folder / "pairs" / f"train.{name}.npy", array)
     manifest.write(folder / "pairs", {"report": {}, "sha256": {"train": "random"}})
     (folder / "shape.json").write_text(json.dumps(sizes), encoding="utf-8")
 
@@ -147,18 +147,27 @@ def ours(folder: Path, device: torch.device, begin: Callable[[dict], Pace], refe
         multiple=64 if device.type == "cuda" else 1,
     )
     notes: dict[str, float] = {}
-    began = clock(device)
+    start = clock(device)
     if reference == "cpu":
         frozen = build_reference(folder / "model", run.model)
         loader.reference = lambda names, batch: frozen_logps(frozen, batch)
     else:
-        kept = ReferenceLogps(folder / "reference.safetensors", {}, {"train/pairs": shape["pairs"]})
-        make = lambda: sharded(build_reference(folder / "model", run.model), run, device)  # noqa: E731
-        count = kept.compute(make, {"train": loader.steps(shape["pairs"] // shape["batch"])})
+        path, sizes = folder / "reference.safetensors", {"train/pairs": shape["pairs"]}
+        cache = ReferenceLogps(path, {}, sizes)
+
+        def make_reference() -> torch.nn.Module:
+            return sharded(build_reference(folder / "model", run.model), run, device)
+
+        count = cache.compute(
+            make_reference, {"train": loader.steps(shape["pairs"] // shape["batch"])}
+        )
         wait(device)
-        took = clock(device) - began
-        notes = {"reference_s_a_pair": took / max(1, count), "reference_peak_gb": peak_gb(device)}
-        loader.reference = partial(kept.of, "train")
+        seconds = clock(device) - start
+        notes = {
+            "reference_s_a_pair": seconds / max(1, count),
+            "reference_peak_gb": peak_gb(device),
+        }
+        loader.reference = partial(cache.lookup, "train")
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
     state = setup.build(run, device)
@@ -218,12 +227,12 @@ def trl(
     rows = []
     for index in range(shape["pairs"]):
         (chosen, rejected), prompt = pairs.read(index)
-        parts = {
+        ids = {
             "prompt_ids": chosen[:prompt],
             "chosen_ids": chosen[prompt:],
             "rejected_ids": rejected[prompt:],
         }
-        rows.append({name: part.tolist() for name, part in parts.items()})
+        rows.append({name: array.tolist() for name, array in ids.items()})
 
     class Ids(DPOTrainer):
         def _prepare_dataset(self, dataset, *_, **__):
@@ -232,14 +241,15 @@ def trl(
     class Paced(TrainerCallback):
         def on_train_begin(self, *_, **__):
             wait(device)
-            took = clock(device) - began
-            self.done = begin({"reference_s_a_pair": took / shape["pairs"]} if precomputed else {})
+            seconds = clock(device) - start
+            notes = {"reference_s_a_pair": seconds / shape["pairs"]} if precomputed else {}
+            self.done = begin(notes)
 
         def on_step_end(self, *_, **__):
             self.done()
 
     model, frozen = load(dtype=torch.float32), load(dtype=torch.bfloat16 if bf16 else torch.float32)
-    began = clock(device)
+    start = clock(device)
     trainer = Ids(
         model, frozen, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
     )
@@ -263,22 +273,22 @@ def worker(name: str, folder: Path) -> None:
     """Run one contender: read a number of steps, run them, print seconds and peak memory."""
     output = sys.stdout
     sys.stdout = sys.stderr
-    left, began = 0, 0.0
+    left, start = 0, 0.0
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # CPU time would count threads that wait for each other
     with setup.ranks() as device:
 
         def turn(notes: dict[str, float]) -> None:
-            nonlocal left, began
+            nonlocal left, start
             print(
-                json.dumps({**notes, "s": clock(device) - began, "peak_gb": peak_gb(device)}),
+                json.dumps({**notes, "s": clock(device) - start, "peak_gb": peak_gb(device)}),
                 file=output,
                 flush=True,
             )
             line = sys.stdin.readline()
             if not line:
                 raise SystemExit
-            left, began = int(line), clock(device)
+            left, start = int(line), clock(device)
 
         def done() -> None:
             nonlocal left
@@ -338,14 +348,14 @@ def measure(
         measured: dict[str, dict[str, Any]] = {}
         for name, process in processes.items():
             try:
-                measured[name] = {"begun": answer(process), "rounds": []}
+                measured[name] = {"startup": answer(process), "rounds": []}
             except RuntimeError:
                 lines = (folder / f"{name}.log").read_text(encoding="utf-8").strip().splitlines()
                 yield (
                     name,
                     {"not measured": lines[-1][:300] if lines else "ended without a message"},
                 )
-        for _ in range(rounds + 1):  # the first is not counted
+        for _ in range(rounds + 1):  # the first round is a warm-up
             for name in measured:
                 measured[name]["rounds"].append(turns(processes[name], steps))
         for process in processes.values():
@@ -354,11 +364,13 @@ def measure(
         for name, figures in measured.items():
             rate = statistics.median(steps * batch / each["s"] for each in figures["rounds"][1:])
             reference = {
-                key: value for key, value in figures["begun"].items() if key.startswith("reference")
+                key: value
+                for key, value in figures["startup"].items()
+                if key.startswith("reference")
             }
             memory = {
                 "peak_gb": figures["rounds"][-1]["peak_gb"],
-                "peak_gb_before_steps": figures["begun"]["peak_gb"],
+                "peak_gb_before_steps": figures["startup"]["peak_gb"],
             }
             yield name, {"pairs_per_s": rate, **memory, **reference}
 

@@ -46,7 +46,7 @@ SCORED = {
     "mmlu": 12,
     "gsm8k": 12,
     "truthfulqa": 30,
-}  # items; of each part; of each subject
+}  # items (arc: per part; mmlu: per subject)
 EVERY = 10  # take every tenth item
 NEW_TOKENS = 128  # per GSM8K answer
 
@@ -55,8 +55,8 @@ class Part(NamedTuple):
     """An lm-eval task that one of our evaluations contains."""
 
     task: str
-    metrics: dict[str, str]  # ours -> theirs
-    request: int = 0  # which of an item's requests is theirs
+    metrics: dict[str, str]  # our metric -> lm-eval's
+    request: int = 0  # index of lm-eval's request in an item
 
 
 class Case(NamedTuple):
@@ -105,7 +105,7 @@ def median_subject(rows: list[dict[str, Any]]) -> str:
     return sorted(sizes, key=lambda subject: sizes[subject])[len(sizes) // 2]
 
 
-def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dict[str, Any]:
+def compare(case: Case, model: Any, lm_eval_model: Any, tasks: Any, rounds: int) -> dict[str, Any]:
     """Return the scores and median seconds of both; they take turns."""
     from lm_eval import simple_evaluate
 
@@ -115,16 +115,16 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
         before = clocks()
         samples = run_items(evaluation.items, evaluation.score, model, Cache())
         spent["ours"].append(tuple(b - a for a, b in zip(before, clocks(), strict=True)))
-        theirs.spent = (0.0, 0.0)
-        told = simple_evaluate(
-            model=theirs,
+        lm_eval_model.spent = (0.0, 0.0)
+        output = simple_evaluate(
+            model=lm_eval_model,
             tasks=[part.task for part in case.parts],
             num_fewshot=evaluation.shots,
             task_manager=tasks,
             bootstrap_iters=1,  # standard errors of means need no bootstrap
             gen_kwargs={"max_gen_toks": NEW_TOKENS} if evaluation.task == "gsm8k" else None,
         )
-        spent["lm_eval"].append(theirs.spent)
+        spent["lm_eval"].append(lm_eval_model.spent)
     scores = means(samples)
     result: dict[str, Any] = {
         "items": len(samples),
@@ -133,20 +133,20 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
         "scores": {},
     }
     for part in case.parts:
-        of_task = told["results"][part.task]
-        for name, other in part.metrics.items():
-            metric, _, filtered = other.partition(",")
-            value = of_task[f"{metric},{filtered or 'none'}"]
+        task_scores = output["results"][part.task]
+        for name, lm_eval_name in part.metrics.items():
+            metric, _, filtered = lm_eval_name.partition(",")
+            value = task_scores[f"{metric},{filtered or 'none'}"]
             result["scores"][name] = {
                 "ours": scores[name].value,
                 "stderr": scores[name].stderr,
                 "lm_eval": value,
-                "lm_eval_stderr": of_task[f"{metric}_stderr,{filtered or 'none'}"],
+                "lm_eval_stderr": task_scores[f"{metric}_stderr,{filtered or 'none'}"],
                 "difference": scores[name].value - value,
             }
         answers = [sample.exchange[part.request][1] for sample in samples]
         result.setdefault("answers", {})[part.task] = differences(
-            answers, told["samples"], part.task
+            answers, output["samples"], part.task
         )
     for i, clock in enumerate(("cpu_seconds", "wall_seconds")):
         medians = {name: statistics.median(times[i] for times in spent[name]) for name in spent}
@@ -155,33 +155,34 @@ def compare(case: Case, model: Any, theirs: Any, tasks: Any, rounds: int) -> dic
 
 
 def differences(
-    answers: Sequence[Any], told: dict[str, list[dict[str, Any]]], task: str
+    answers: Sequence[Any], samples: dict[str, list[dict[str, Any]]], task: str
 ) -> dict[str, Any]:
     """Compare the answers to our requests and to lm-eval's, item by item.
 
     The tasks of a group follow one another.
     """
-    names = [task] if task in told else [name for name in told if name.startswith(f"{task}_")]
+    names = [task] if task in samples else [name for name in samples if name.startswith(f"{task}_")]
     ordered = [
         s
         for name in names
-        for s in sorted({s["doc_id"]: s for s in told[name]}.values(), key=lambda s: s["doc_id"])
+        for s in sorted({s["doc_id"]: s for s in samples[name]}.values(), key=lambda s: s["doc_id"])
     ]
     if isinstance(answers[0], Written):
         texts = [
-            (mine.text, other["resps"][0][0]) for mine, other in zip(answers, ordered, strict=True)
+            (answer.text, sample["resps"][0][0])
+            for answer, sample in zip(answers, ordered, strict=True)
         ]
         return {"items_written_differently": sum(a != b for a, b in texts)}
     pairs = [
         (
-            [scored.logprob for scored in mine],
-            [float(response[0][0]) for response in other["resps"]],
+            [scored.logprob for scored in answer],
+            [float(response[0][0]) for response in sample["resps"]],
         )
-        for mine, other in zip(answers, ordered, strict=True)
+        for answer, sample in zip(answers, ordered, strict=True)
     ]
     return {
         "largest_difference_of_a_logprob": max(
-            abs(a - b) for mine, other in pairs for a, b in zip(mine, other, strict=True)
+            abs(a - b) for first, second in pairs for a, b in zip(first, second, strict=True)
         ),
         "items_that_choose_differently": sum(a.index(max(a)) != b.index(max(b)) for a, b in pairs),
     }
@@ -316,7 +317,7 @@ def main() -> None:
         "--batch_size",
         type=int,
         default=16,
-        help="of both; lm-eval keeps full logits (fp32, 16 x 2,500 tokens x 49,152: 8 GB)",
+        help="for both; lm-eval keeps full logits (fp32, 16 x 2,500 tokens x 49,152: 8 GB)",
     )
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
@@ -367,7 +368,7 @@ def main() -> None:
             raise ValueError(f"--only {min(unknown)} is not one of {', '.join(cases)}")
         write_tasks(folder)
         tasks = TaskManager(include_path=str(folder / "lm_eval_tasks"), include_defaults=False)
-        theirs = Timed(
+        lm_eval_model = Timed(
             pretrained=str(checkpoint), device="cpu", dtype=args.dtype, batch_size=args.batch_size
         )
         model = load_model(checkpoint, "cpu", args.dtype, args.batch_size)
@@ -396,7 +397,9 @@ def main() -> None:
         )
         report |= about
         for name in args.only or cases:
-            figures = compare(cases[name], model, theirs, tasks, 1 if args.scores else args.rounds)
+            figures = compare(
+                cases[name], model, lm_eval_model, tasks, 1 if args.scores else args.rounds
+            )
             report[name] = {"batch_size": args.batch_size, **figures}
             print(json.dumps({name: report[name]}, indent=2), flush=True)
             if args.output:

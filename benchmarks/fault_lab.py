@@ -1,4 +1,4 @@
-"""What the cases of the fault table share: the runs that nothing happens to, a case's row, and the page of all rows."""
+"""Shared parts of the fault table's cases: undisturbed runs, table rows, and the Markdown page."""
 
 import platform
 import threading
@@ -24,7 +24,7 @@ COLUMNS = (
 
 @dataclass
 class Row:
-    """A case's line of the table."""
+    """A case's row of the table."""
 
     name: str
     fault: str
@@ -36,10 +36,10 @@ class Row:
     seconds: float = 0.0
     stream: str = ""
     kills: list[dict] = field(default_factory=list)
-    skipped: str = ""  # why the case could not run on this machine
+    skipped: str = ""  # why this machine cannot run the case
     date: str = ""
     versions: str = ""
-    command: str = ""  # that measured it, where it is another than the page's
+    command: str = ""  # that measured it, if not the page's
 
     def markdown(self) -> str:
         return "| " + " | ".join((self.fault, self.done, *self.cells, self.note)) + " |"
@@ -47,14 +47,14 @@ class Row:
 
 @dataclass
 class Lab:
-    """Where the cases run, and the runs that nothing happens to, which they share."""
+    """Working folder of the cases, and the undisturbed runs that they share."""
 
     folder: Path
     launch: Launch
     sites: Sites
     quick: bool
     seed: int
-    imports: float  # seconds that a start-up may take: a kill in it comes within that
+    imports: float  # upper limit of start-up kill delays, seconds
     lock: threading.Lock = field(default_factory=threading.Lock)
     runs: dict[str, Run] = field(default_factory=dict)
 
@@ -79,7 +79,7 @@ class Lab:
         )
 
     def straight(self, name: str, make: Callable[[str], Run]) -> Run:
-        """The run that make(name) makes, finished; made once."""
+        """Return the finished run of make(name), from a cache."""
         with self.lock:
             if name not in self.runs:
                 self.runs[name] = make(name).finish()
@@ -93,7 +93,8 @@ def row(
     run: Run, verdict: Verdict, fault: str, done: str, note: str, tolerance: float = 0.0
 ) -> Row:
     name = run.folder.name
-    tokens = f"{verdict.tokens_lost} / {verdict.tokens_repeated}, {'same stream' if verdict.stream_equal else 'ANOTHER STREAM'}"
+    stream = "same stream" if verdict.stream_equal else "DIFFERENT STREAM"
+    tokens = f"{verdict.tokens_lost} / {verdict.tokens_repeated}, {stream}"
     curve = "equal, bitwise" if verdict.curve_equal else f"within {verdict.loss_difference:.1e}"
     state = "equal, bitwise" if verdict.state_equal else f"within {verdict.weights_difference:.1e}"
     if not tolerance:
@@ -101,7 +102,7 @@ def row(
             cell if cell.startswith("equal") else f"DIFFERENT, {cell}" for cell in (curve, state)
         )
     if verdict.unmeasured:
-        curve += f", {verdict.unmeasured} held-out figure(s) never taken"
+        curve += f", {verdict.unmeasured} held-out loss(es) not measured"
     cells = ("yes", tokens, curve, state)
     return Row(
         name,
@@ -131,41 +132,44 @@ def page(rows: list[Row], about: dict[str, str]) -> str:
     skipped = sum(bool(row.skipped) for row in rows)
     dates = Counter(row.date for row in rows)
     measured = ", ".join(f"{count} on {date}" for date, count in sorted(dates.items()))
-    return f"""# Faults, and what is left of them
+    return f"""# Fault injection
 
 Written by `{about["command"]}` on {about["date"]}:
 {about["hardware"]}, Python {about["python"]}, torch {about["torch"]}, seed {about["seed"]};
 {len(rows)} rows, {skipped} of them not run on this machine, {launches} commands.
-Rows were measured on different days where noted: {measured}; faults.json has the date and the
-versions of each row.
+Dates of the rows: {measured}. faults.json has the date and the versions of each row.
 
-There are two kinds of case. Each ends with a comparison with a run that nothing happened to.
+There are two kinds of cases. Each compares its result with that of an undisturbed run.
 
 - train.py alone: a model of 2 layers and width 32 on 2 CPU ranks (gloo, ZeRO-2) with background
   saves every {EVERY} steps, in runs of up to 60 steps.
-- Whole plans and their commands: a small plan downloads and prepares texts, trains a tokenizer,
-  pretrains 12 steps, measures and judges step 4, then does mid-training, SFT, DPO and GGUF export
-  on 2 ranks. The undisturbed plan is run once and shared by all these cases; each case has a
-  working folder of its own, with the parts of the undisturbed plan that come before.
+- Plans and their commands: a small plan downloads and prepares texts, trains a tokenizer, pretrains
+  12 steps with a gate at step 4, then runs mid-training, SFT, DPO and GGUF export on 2 ranks. The
+  undisturbed plan runs once for all these cases. Each case has its own working folder, with the
+  undisturbed results of the stages before.
 
-Faults of the second kind act at file operations: a Python audit hook in every process sends a signal
-at a chosen open or rename, or lets the kernel end the process (SIGXFSZ) in the middle of a file.
+In plan cases, faults act at file operations. A Python audit hook in every process sends a signal at
+a chosen open or rename, or limits the file size: then the kernel ends the process during a write
+(SIGXFSZ).
 
-Columns: the same command line is given again until it is complete ("recovered"). Tokens lost /
-repeated: train.py cases compare what the gradients of each update came from, recorded at the
-objective under the optimizer's own count of updates, which is saved and loaded with the weights,
-and read anew from the loader by the places in metrics.jsonl; plan cases compare the steps and places
-of metrics.jsonl. Loss curve: every column of metrics.jsonl but times and memory; for train.py cases
-step, place, tokens, rate, loss, z-loss, gradient norm and held-out loss. Weights, state, files:
-checksums of every file of the last checkpoint, moments and position too, and of the shards,
-tokenizer, GGUF files, decision and results that the case makes. A temporary file that is left fails
-the plan cases.
+Columns:
+
+- Recovered: repeating the same command line completes the run.
+- Tokens lost / repeated: train.py cases compare the rows behind each update's gradients. They are
+  recorded in the objective with the optimizer's update count, which is saved with the weights, and
+  re-read from the loader at the batch indices in metrics.jsonl. Plan cases compare the steps and
+  batch indices in metrics.jsonl.
+- Loss curve: all columns of metrics.jsonl except times and memory; for train.py cases step, batch
+  index, tokens, learning rate, loss, z-loss, gradient norm and held-out loss.
+- Weights, state, files: checksums of all files of the last checkpoint, including moments and
+  position, and of the shards, tokenizer, GGUF files, decision and results of the case.
+
+A temporary file left behind fails a plan case.
 
 {table(rows)}
 
-The moments of the kills and the sha256 of each stream are in
-[faults.json](../benchmarks/results/faults.json). What is not shown here: GPUs, NCCL, several
-machines, a power failure, a real clock that is wrong.
+[faults.json](../benchmarks/results/faults.json) has the times of the kills and the sha256 of each
+stream. Not tested: GPUs, NCCL, several machines, power failures, wrong system clocks.
 """
 
 

@@ -1,4 +1,4 @@
-"""Faults of the pipeline driver, of its stages' borders, of the launcher and of the terminal."""
+"""Fault cases of the pipeline driver, stage boundaries, evaluations, launcher and terminal."""
 
 import signal
 import time
@@ -22,36 +22,36 @@ from benchmarks.fault_sites import (
 TRACE = "Traceback"
 ALL_TRAINED = ("one", "midtrain", "sft", "dpo")
 STORE = ("store/tokens", "store/tokenizer")
-DONE_ONE = ("checkpoints/tiny/one", "logs/tiny", *STORE)  # the phase is trained, and not judged
+DONE_ONE = ("checkpoints/tiny/one", "logs/tiny", *STORE)  # trained, but the gate has not run
 
 
 def saved(phase: str, step: int) -> str:
-    """The pattern of the name that a checkpoint gets when it is whole."""
+    """Return the pattern of a complete checkpoint's name."""
     return f"*{phase}/step_{step}"
 
 
 def at_save(phase: str, step: int, whom: str, **more: object) -> Point:
-    """A signal once rank 0 gives a checkpoint its name."""
+    """Return a point that sends a signal when rank 0 renames a checkpoint."""
     script = {"one": "train.py.0", "dpo": "train_dpo.py.0"}.get(phase, "train_sft.py.0")
     return point("rename", saved(phase, step), program=script, whom=whom, **more)
 
 
-def row_of(site: Site, found: Comparison, fault: str, done: str, note: str = "") -> Row:
-    cells = found.cells()
+def row_of(site: Site, comparison: Comparison, fault: str, done: str, note: str = "") -> Row:
+    cells = comparison.cells()
     name, commands = site.folder.name, site.commands
-    return Row(name, fault, done, found.holds, cells, note, commands, kills=site.faults)
+    return Row(name, fault, done, comparison.holds, cells, note, commands, kills=site.faults)
 
 
 def check_stops(site: Site, times: int) -> None:
-    """Failed unless training that lost its driver or launcher has saved and ended that many times."""
+    """Raise Failed unless training without driver or launcher saved and ended `times` times."""
     paths = sorted((site.folder / "logs").rglob("training_log.md"))
-    said = "".join(path.read_text(encoding="utf-8") for path in paths)
-    if (count := said.count("stopped by a signal and saved")) != times:
-        raise Failed(f"training saved and ended {count} times, not {times}: {said[-500:]}")
+    text = "".join(path.read_text(encoding="utf-8") for path in paths)
+    if (count := text.count("stopped by a signal and saved")) != times:
+        raise Failed(f"training saved and ended {count} times, not {times}: {text[-500:]}")
 
 
 def kill_driver(lab: Lab) -> Row:
-    """The driver alone; the stage that it leaves is still ending when the same command is given."""
+    """Kill only the driver; its stage is still ending when the same command runs again."""
     site = lab.sites.site("driver", *STORE)
     cases = [("one", 6)] if lab.quick else [("one", 6), ("sft", 2), ("dpo", 2)]
     plan, parts = (JUDGED, ("one",)) if lab.quick else (TUNED, ALL_TRAINED)
@@ -60,10 +60,10 @@ def kill_driver(lab: Lab) -> Row:
     site.finish(plan)
     site.settle_all()
     check_stops(site, len(cases))
-    found = compare_sites(site, lab.sites.reference(), *parts, "decision")
-    done = f"{len(cases)} times, while its stage trains; the same command at once"
+    comparison = compare_sites(site, lab.sites.reference(), *parts, "decision")
+    done = f"{len(cases)} times, while its stage trains; the same command immediately"
     note = "the stage saves and ends; no second trainer, no process left"
-    return row_of(site, found, "SIGKILL of the pipeline driver alone", done, note)
+    return row_of(site, comparison, "SIGKILL of the pipeline driver alone", done, note)
 
 
 def kill_in_decision(lab: Lab) -> Row:
@@ -74,20 +74,20 @@ def kill_in_decision(lab: Lab) -> Row:
     for fault in (write,) if lab.quick else (write, rename):
         site.hurt(JUDGED, fault)
         if (site.folder / "results/tiny" / f"step_{MILESTONE}" / "decision.json").exists():
-            raise Failed("half a decision.json has its final name")
+            raise Failed("an incomplete decision.json has its final name")
     site.finish(JUDGED)
     decision = site.folder / "results" / "tiny" / f"step_{MILESTONE}" / "decision.json"
-    whole = decision.read_text(encoding="utf-8")
-    halves = (len(whole) // 2,) if lab.quick else (0, len(whole) // 2)
-    for size in halves:
-        decision.write_text(whole[:size], encoding="utf-8")
+    content = decision.read_text(encoding="utf-8")
+    sizes = (len(content) // 2,) if lab.quick else (0, len(content) // 2)
+    for size in sizes:
+        decision.write_text(content[:size], encoding="utf-8")
         site.finish(JUDGED)
-    found = compare_sites(site, lab.sites.reference(), "one", "decision")
-    done = "in the middle of decision.json, before its rename; then an empty and a half one"
+    comparison = compare_sites(site, lab.sites.reference(), "one", "decision")
+    done = "while writing decision.json, before its rename; then with an empty and a truncated file"
     if lab.quick:
-        done = "in the middle of decision.json; then a half one"
+        done = "while writing decision.json; then with a truncated file"
     return row_of(
-        site, found, "SIGKILL of the driver as it judges", done, "measured once, judged again"
+        site, comparison, "SIGKILL of the driver at a gate", done, "measured once, decided again"
     )
 
 
@@ -103,19 +103,19 @@ def kill_evaluation(lab: Lab) -> Row:
         site.hurt(JUDGED, fault)
     output = site.folder / "results" / "tiny" / f"step_{MILESTONE}" / "held_out.json"
     if output.exists():
-        raise Failed("half a result has its final name")
+        raise Failed("an incomplete result has its final name")
     site.finish(JUDGED)
     if not lab.quick:
-        whole = output.read_text(encoding="utf-8")
-        output.write_text(whole[: len(whole) // 2], encoding="utf-8")
+        content = output.read_text(encoding="utf-8")
+        output.write_text(content[: len(content) // 2], encoding="utf-8")
         output.with_name("decision.json").unlink()
         site.finish(JUDGED)
-    found = compare_sites(site, lab.sites.reference(), "one", "decision")
-    done = (
-        "in the middle of its results, in start-up with the driver, before the rename; half a file"
+    comparison = compare_sites(site, lab.sites.reference(), "one", "decision")
+    done = "writing results, in start-up with the driver, before the rename; with a truncated file"
+    done = "while writing its results" if lab.quick else done
+    return row_of(
+        site, comparison, "SIGKILL of an evaluation", done, "measured again, no incomplete JSON"
     )
-    done = "in the middle of its results" if lab.quick else done
-    return row_of(site, found, "SIGKILL of an evaluation", done, "measured again, no half JSON")
 
 
 def kill_launcher(lab: Lab) -> Row:
@@ -131,10 +131,10 @@ def kill_launcher(lab: Lab) -> Row:
     site.finish(cases[-1][0])
     site.settle_all()
     check_stops(site, len(cases))
-    found = compare_sites(site, lab.sites.reference(), *parts)
-    done = f"{len(cases)} times, while ranks train; the same command at once"
+    comparison = compare_sites(site, lab.sites.reference(), *parts)
+    done = f"{len(cases)} times, while ranks train; the same command immediately"
     note = "the ranks save and end; no process left"
-    return row_of(site, found, "SIGKILL of the launcher alone", done, note)
+    return row_of(site, comparison, "SIGKILL of the launcher alone", done, note)
 
 
 def hang_up(lab: Lab) -> Row:
@@ -151,7 +151,7 @@ def hang_up(lab: Lab) -> Row:
         if ended.status != 128 + number or "The same command continues" not in ended.output:
             raise Failed(f"status {ended.status} after SIGHUP: {ended.output[-300:]}")
     site.finish(plan)
-    found = compare_sites(site, lab.sites.reference(), *parts, "decision")
+    comparison = compare_sites(site, lab.sites.reference(), *parts, "decision")
     done = (
         "to all processes of the plan"
         if lab.quick
@@ -159,8 +159,8 @@ def hang_up(lab: Lab) -> Row:
     )
     return row_of(
         site,
-        found,
-        "SIGHUP, as a closed terminal sends it",
+        comparison,
+        "SIGHUP (closed terminal)",
         done,
         "status 129, saved at that step or the next",
     )
@@ -178,17 +178,18 @@ def kill_between_stages(lab: Lab) -> Row:
         point("start", program="train_dpo.py.0", whom="*"),
         at_save("dpo", 6, "*"),
     ]
-    chosen = [borders[1], borders[5]] if lab.quick else borders
+    chosen = borders[1:2] if lab.quick else borders
+    plan, parts = (f"{TUNED} --skip dpo", ALL_TRAINED[:3]) if lab.quick else (TUNED, ALL_TRAINED)
     for fault in chosen:
-        site.hurt(TUNED, fault)
-    site.finish(TUNED)
-    found = compare_sites(site, lab.sites.reference(), *ALL_TRAINED)
-    done = f"{len(chosen)} times: after a stage's last checkpoint, in stage.json, at the next one's start"
-    return row_of(site, found, "SIGKILL at the borders midtrain, SFT, DPO", done, "")
+        site.hurt(plan, fault)
+    site.finish(plan)
+    comparison = compare_sites(site, lab.sites.reference(), *parts)
+    done = f"{len(chosen)} times: after a stage's last checkpoint, in stage.json, at the next start"
+    return row_of(site, comparison, "SIGKILL between mid-training, SFT and DPO", done, "")
 
 
 def two_commands(lab: Lab) -> Row:
-    """The second command waits for some seconds, then ends; the first goes on."""
+    """The second command waits for some seconds, then exits; the first continues."""
     site = lab.sites.site("two", *STORE)
     go = site.folder / "go"
     hold = point("rename", saved("one", 2), "wait", program="train.py.0", folder=str(go))
@@ -207,10 +208,10 @@ def two_commands(lab: Lab) -> Row:
         raise Failed(f"the first command ended with status {status}")
     site.settle(register)
     parts = ("one",) if lab.quick else (*ALL_TRAINED, "decision")
-    found = compare_sites(site, lab.sites.reference(), *parts)
+    comparison = compare_sites(site, lab.sites.reference(), *parts)
     done = "train.py twice" if lab.quick else "train.py, then a second driver, during a plan"
-    note = "the second names the first's process, status 2; the first goes on"
-    return row_of(site, found, "two commands in one folder", done, note)
+    note = "the second exits with status 2 and names the first's process; the first continues"
+    return row_of(site, comparison, "two commands in one folder", done, note)
 
 
 CASES: dict[str, Callable[[Lab], Row]] = {

@@ -1,8 +1,8 @@
-"""Faults at file operations of any Python command, without changes to the command.
+"""Inject faults at file operations of any Python command, without changes to the command.
 
-`install` adds an audit hook. The environment variable FAULT_POINTS holds, as JSON, the folder where processes register and
-the points: which program, which operation, which path, and what then happens. `write_hook` makes a sitecustomize.py, by
-which every Python process below one environment installs the hook itself.
+`install` adds an audit hook. The environment variable FAULT_POINTS holds, as JSON, the folder where
+processes register, and the points (program, operation, path, action). `write_hook` writes a
+sitecustomize.py that installs the hook in every Python process of an environment.
 """
 
 import ctypes
@@ -25,13 +25,15 @@ FILLER = "filler"
 
 
 class Point(TypedDict, total=False):
-    """A fault at the n-th operation of a process that matches. Each point acts once in all processes of one command.
+    """A fault at the n-th matching operation of a process; acts once per command.
 
-    on: start (the hook is installed), read or write (a file is opened), rename (path is the new name). path and program
-    are patterns of fnmatch; a program is what follows python or python -m, with the rank after a dot: train.py.0.
-    do: signal, limit (the kernel ends the process when it writes past `size` bytes of a file), delete (the folder),
-    fill (the disk of `folder` but for `size` bytes), wait (until the file `folder` exists).
-    whom: programs that a signal is for; default is the process itself. delay: seconds before a signal.
+    on: start (the hook is installed), read or write (a file is opened), rename (path: new name).
+    path, program: fnmatch patterns; a program is the word after python or python -m, with its rank
+    after a dot: train.py.0.
+    do: signal, limit (the kernel ends the process when it writes past `size` bytes of a file),
+    delete (`folder`), fill (the disk of `folder`, except `size` bytes), wait (until the file
+    `folder` exists).
+    whom: programs to signal; default: this process. delay: seconds before a signal.
     pause: seconds that the operation waits after a signal.
     """
 
@@ -49,12 +51,12 @@ class Point(TypedDict, total=False):
 
 
 def point(on: str, path: str = "*", do: str = "signal", **more: Any) -> Point:
-    """A point, by its fields."""
+    """Return a Point from its fields."""
     return cast(Point, {"on": on, "path": path, "do": do, **more})
 
 
 class Hook:
-    """The points of this process, and its entry in the register."""
+    """The points of this process, and its entry in the register folder."""
 
     def __init__(self, folder: Path, points: list[Point], program: str):
         self.folder, self.points, self.program = folder, points, program
@@ -62,22 +64,22 @@ class Hook:
         self.busy = threading.local()
 
     def register(self) -> None:
-        """Enter this process under its program's name, in place of an entry made before exec or by a fork."""
+        """Register this process under its program's name; replace an entry from before exec."""
         for path in self.folder.glob(f"{os.getpid()}.*"):
             path.unlink()
         (self.folder / f"{os.getpid()}.{self.program}").touch()
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if getattr(self.busy, "here", False):
+        if getattr(self.busy, "active", False):
             return
-        self.busy.here = True
+        self.busy.active = True
         try:
             if event == "os.rename":
                 self.reach("rename", arguments[1])
             else:
                 self.reach("write" if arguments[2] & WRITING else "read", arguments[0])
         finally:
-            self.busy.here = False
+            self.busy.active = False
 
     def reach(self, on: str, path: Any) -> None:
         if isinstance(path, int):  # a file descriptor
@@ -90,7 +92,7 @@ class Hook:
                 continue
             self.seen[index] += 1
             if self.seen[index] == point.get("nth", 1):
-                with suppress(FileExistsError):  # another process came first
+                with suppress(FileExistsError):  # another process acted first
                     os.close(
                         os.open(
                             self.folder / f"point-{index}", os.O_CREAT | os.O_EXCL | os.O_WRONLY
@@ -102,9 +104,8 @@ class Hook:
         if point["do"] == "limit":
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (point["size"], resource.RLIM_INFINITY))
-            ctypes.CDLL(None).signal(
-                signal.SIGXFSZ, 0
-            )  # signal.signal works in the main thread only
+            # signal.signal works in the main thread only.
+            ctypes.CDLL(None).signal(signal.SIGXFSZ, 0)
         elif point["do"] == "delete":
             shutil.rmtree(point["folder"])
         elif point["do"] == "fill":
@@ -122,27 +123,26 @@ class Hook:
 
     def signal(self, point: Point) -> None:
         targets = pids(self.folder, point["whom"]) if "whom" in point else [os.getpid()]
-        for process in sorted(
-            targets, key=lambda process: process == os.getpid()
-        ):  # this process last
+        # This process last.
+        for process in sorted(targets, key=lambda process: process == os.getpid()):
             with suppress(ProcessLookupError):
                 os.kill(process, point.get("number", signal.SIGKILL))
 
 
 def fill(folder: Path, free: int) -> None:
-    """Fill the disk of a folder but for so many bytes."""
+    """Fill the disk of a folder, except `free` bytes."""
     space = os.statvfs(folder)
     (folder / FILLER).write_bytes(bytes(max(0, space.f_bavail * space.f_frsize - free)))
 
 
 def pids(folder: Path, program: str = "*") -> list[int]:
-    """Processes that have registered in a folder under a matching name and still run."""
+    """Return the running processes registered in a folder under a matching name."""
     entries = [path.name.partition(".") for path in folder.glob("[0-9]*.*")]
     return [int(pid) for pid, _, name in entries if fnmatch(name, program) and runs(int(pid))]
 
 
 def runs(process: int) -> bool:
-    """True unless the process has ended; one that only waits to be collected has ended."""
+    """Return True if the process runs; a zombie does not."""
     try:
         return (
             Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
@@ -153,7 +153,7 @@ def runs(process: int) -> bool:
 
 
 def program_name(argv: list[str], rank: str | None) -> str:
-    """train.py.0, scripts.pipeline, or "worker" for a process of multiprocessing."""
+    """Return e.g. train.py.0, scripts.pipeline, or "worker" for a multiprocessing process."""
     words = [word for word in argv[1:] if word not in ("-B", "-u")]
     name = (
         words[1]
@@ -181,12 +181,12 @@ def _forked() -> None:
 
 
 def install(argv: list[str] | None = None) -> None:
-    """Set the points of this process from the environment. argv: the command line of the interpreter."""
+    """Install this process's points from the environment. argv: the interpreter's command line."""
     global _hook
-    told = os.environ.get(VARIABLE)
-    if not told:
+    value = os.environ.get(VARIABLE)
+    if not value:
         return
-    content = json.loads(told)
+    content = json.loads(value)
     if _hook is None:
         os.register_at_fork(after_in_child=_forked)
         sys.addaudithook(_audit)
@@ -197,7 +197,7 @@ def install(argv: list[str] | None = None) -> None:
 
 
 def write_hook(folder: Path) -> None:
-    """Write a sitecustomize.py: a folder for PYTHONPATH."""
+    """Write a sitecustomize.py into a folder, for PYTHONPATH."""
     folder.mkdir(parents=True, exist_ok=True)
     code = "from benchmarks.fault_points import install\n\ninstall()\n"
     (folder / "sitecustomize.py").write_text(code, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Tiny runs of train.py that faults are put into, and what is then found of their tokens, losses and weights.
+"""Tiny train.py runs with injected faults, and comparisons of their tokens, losses and weights.
 
-A run is a list of phases, each a command line that is given again and again until it is complete.
+A run is a list of phases. Each phase is a command line that is repeated until it completes.
 """
 
 import hashlib
@@ -27,23 +27,20 @@ from training.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "test_mode.yaml"
-VOCAB, LENGTH, ROWS, EVERY = (
-    128,
-    32,
-    8,
-    2,
-)  # tokens known; tokens a row; rows a step; steps between checkpoints
+VOCAB = 128
+LENGTH = 32  # tokens per row
+ROWS = 8  # per step
+EVERY = 2  # steps between checkpoints
 CURVE = ("step", "phase", "batch_index", "tokens", "lr", "loss", "z_loss", "grad_norm")
 HELD_OUT = "val/loss"
-PATIENCE = 150.0  # seconds that a launch may take
+PATIENCE = 150.0  # timeout of a launch, seconds
 
-Launch = Callable[
-    [list[str], int, Fault, Path], "Ended"
-]  # arguments of train.py, ranks, fault, path of the record
+# Arguments of train.py, ranks, fault, path of the record.
+Launch = Callable[[list[str], int, Fault, Path], "Ended"]
 
 
 class Failed(Exception):
-    """A run did not survive; says how."""
+    """A run did not recover; the message says how."""
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Ended:
 
 
 def launch_here(arguments: list[str], ranks: int, fault: Fault, record: Path) -> Ended:
-    """scripts.launch on this machine, as a user would; its status once no process of it is left."""
+    """Run scripts.launch on this machine; return its status after all its processes have ended."""
     command = [
         sys.executable,
         "-m",
@@ -81,20 +78,20 @@ def launch_here(arguments: list[str], ranks: int, fault: Fault, record: Path) ->
         for path in record.parent.glob(f"{record.name}.rank*.pid"):
             wait_until_gone(int(path.read_text(encoding="utf-8") or 0), kill=status == -1)
         output.seek(0)
-        said = output.read()
+        text = output.read()
     if status == -1:
-        raise Failed(f"nothing came of a launch for {PATIENCE:.0f} s: {said[-500:]}")
-    return Ended(status, said)
+        raise Failed(f"a launch did not end within {PATIENCE:.0f} s: {text[-500:]}")
+    return Ended(status, text)
 
 
 def wait_until_gone(process: int, kill: bool = False) -> None:
-    """Wait for a process that is no child of ours to end."""
-    begun = time.monotonic()
+    """Wait until a process that is not our child ends; kill it after 60 seconds."""
+    start = time.monotonic()
     while process and (stat := Path(f"/proc/{process}/stat")).exists():
         try:
             if stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
                 return
-            if kill or time.monotonic() - begun > 60:
+            if kill or time.monotonic() - start > 60:
                 os.kill(process, 9)
         except (FileNotFoundError, ProcessLookupError):
             return
@@ -102,7 +99,7 @@ def wait_until_gone(process: int, kill: bool = False) -> None:
 
 
 def write_store(store: Path, seed: int) -> None:
-    """Three sources of skewed random tokens in many small shards; one is just six steps long, for epochs."""
+    """Write three sources of skewed random tokens in small shards; "short" has six steps."""
     rng = np.random.default_rng(seed)
     for name, tokens in ((DUMMY, 24_000), ("more", 24_000), ("short", 6 * ROWS * LENGTH + 1)):
         with ShardWriter(
@@ -119,14 +116,17 @@ def write_store(store: Path, seed: int) -> None:
 
 
 def settings(store: Path, folder: Path, steps: int, phase: str = "one", *more: str) -> list[str]:
-    """The arguments of train.py for a phase of a tiny model; one step is 256 tokens."""
-    model = f"{{vocab_size: {VOCAB}, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, "
+    """Return train.py's arguments for a phase of a tiny model; one step is 256 tokens."""
+    model = (
+        f"{{vocab_size: {VOCAB}, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, "
+        "num_attention_heads: 4, "
+    )
     return [
         "--config",
         str(CONFIG),
         f"model={model}num_key_value_heads: 2, max_position_embeddings: 64}}",
-        f"data={{store: {store}, mix: {{{DUMMY}: 0.6, more: 0.4}}, sequence_length: {LENGTH}, tokens_per_step: {ROWS * LENGTH}, "
-        "micro_batch_size: 2}",
+        f"data={{store: {store}, mix: {{{DUMMY}: 0.6, more: 0.4}}, sequence_length: {LENGTH}, "
+        f"tokens_per_step: {ROWS * LENGTH}, micro_batch_size: 2}}",
         f"schedule={{warmup_steps: 2, total_steps: {steps}, decay_steps: 4}}",
         "parallel.dtype=float32",
         "validation={every: 4, rows: 4}",
@@ -141,7 +141,7 @@ def settings(store: Path, folder: Path, steps: int, phase: str = "one", *more: s
 
 @dataclass
 class Run:
-    """One run in `folder`. always: a fault that every launch has. faults: one a launch; once they are used up, none."""
+    """A run in `folder`. always: a fault injected into every launch."""
 
     folder: Path
     phases: list[list[str]]  # arguments of train.py, in order
@@ -151,18 +151,18 @@ class Run:
     launches: int = 0
     current: int = 0  # phase
     ended: list[Ended] = field(default_factory=list)
-    killed: list[dict[str, Any]] = field(default_factory=list)  # what each kill found
+    killed: list[dict[str, Any]] = field(default_factory=list)  # state after each kill
     damaged: int = 0  # step folders that were damaged on purpose
 
     def again(self, fault: Fault | None = None, ranks: int | None = None) -> Ended:
-        """Give the command line of the current phase once more; the next phase is current once it is complete."""
+        """Launch the current phase again; if it completes, the next phase becomes current."""
         self.folder.mkdir(parents=True, exist_ok=True)
         record = self.folder / f"launch-{self.launches:03}"
         self.launches += 1
-        whole: Fault = {**self.always, **(fault or {}), "record": str(record)}
-        ended = self.launch(self.phases[self.current], ranks or self.ranks, whole, record)
+        merged: Fault = {**self.always, **(fault or {}), "record": str(record)}
+        ended = self.launch(self.phases[self.current], ranks or self.ranks, merged, record)
         self.ended.append(ended)
-        actions = whole.get("actions", [])
+        actions = merged.get("actions", [])
         if any(action["do"].startswith("kill") for action in actions):
             halves = sorted(path.name for path in self.folder.glob("*/step_*.tmp"))
             rows = read_lines(self.folder / "logs" / "metrics.jsonl")
@@ -185,17 +185,16 @@ class Run:
         return [path for phase in ("one", "two") for path in step_folders(self.folder / phase)]
 
     def newest(self) -> int:
-        """Step of the newest checkpoint of the current phase; 0 where there is none."""
+        """Return the step of the current phase's newest checkpoint, or 0."""
         folders = step_folders(self.folder / ("one", "two")[self.current])
         return int(folders[-1].name[5:]) if folders else 0
 
     def survive(self, *faults: Fault) -> "Run":
-        """Go on through faults, which must end what they are put into, and to the end."""
+        """Launch with each fault, which must stop the run, then finish."""
         for number, fault in enumerate(faults, 1):
             if self.again(fault).status == 0:
-                raise Failed(
-                    f"fault {number} of {len(faults)} did not stop the run: {fault.get('actions', fault)}"
-                )
+                action = fault.get("actions", fault)
+                raise Failed(f"fault {number} of {len(faults)} did not stop the run: {action}")
         return self.finish()
 
     def finish(self, ranks: int | None = None) -> "Run":
@@ -208,38 +207,37 @@ class Run:
         return self.step_folders()[-1]
 
 
-# What was trained on
+# Training data
 
 
 def trained_on(records: list[list[dict[str, Any]]]) -> dict[int, list[str]]:
-    """Update -> hashes of its rows, of what each launch recorded; an update that a later launch did again is the later one's.
+    """Return update -> hashes of its rows, from the records of all launches.
 
-    What is missing stays missing: a launch that begins after the update it should have begun with leaves a gap.
+    A later launch replaces the updates that it repeats. A launch that starts too late leaves a gap.
     """
-    kept: dict[int, list[str]] = {}
+    stream: dict[int, list[str]] = {}
     for lines in records:
         if lines:
             first = min(line["update"] for line in lines)
-            kept = {update: rows for update, rows in kept.items() if update < first}
-        for line in sorted(
-            lines, key=lambda line: line["rank"]
-        ):  # a rank's rows are a contiguous part of the step
-            kept.setdefault(line["update"], []).extend(line["rows"])
-    return kept
+            stream = {update: rows for update, rows in stream.items() if update < first}
+        # A rank's rows are contiguous in the step.
+        for line in sorted(lines, key=lambda line: line["rank"]):
+            stream.setdefault(line["update"], []).extend(line["rows"])
+    return stream
 
 
 def recorded(run: Run) -> dict[int, list[str]]:
-    """trained_on of a run."""
+    """Return trained_on() of a run's records."""
     launches = [
         sorted(run.folder.glob(f"launch-{number:03}.rank*.jsonl")) for number in range(run.launches)
     ]
     return trained_on([[line for path in paths for line in read_lines(path)] for paths in launches])
 
 
-def by_places(run: Run) -> dict[int, list[str]]:
-    """Update -> hashes of the rows that the loader has at the places of metrics.jsonl, read anew with one rank."""
+def by_batch_index(run: Run) -> dict[int, list[str]]:
+    """Return update -> hashes of rows, re-read at the batch indices in metrics.jsonl."""
     loaders: dict[str, PackedDataLoader] = {}
-    found = {}
+    stream = {}
     for row in read_lines(run.folder / "logs" / "metrics.jsonl"):
         phase = row["phase"]
         if phase not in loaders:
@@ -250,8 +248,8 @@ def by_places(run: Run) -> dict[int, list[str]]:
                 shards, data.mix, data.sequence_length, data.rows, data.rows, config.seed
             )
         [batch] = loaders[phase].at(row["batch_index"] - 1).batches
-        found[row["step"]] = row_hashes(batch)
-    return found
+        stream[row["step"]] = row_hashes(batch)
+    return stream
 
 
 def stream_hash(stream: dict[int, list[str]]) -> str:
@@ -261,24 +259,25 @@ def stream_hash(stream: dict[int, list[str]]) -> str:
 def lost_and_repeated(
     stream: dict[int, list[str]], expected: dict[int, list[str]]
 ) -> tuple[int, int]:
-    """Rows that are in expected and not in stream, and the other way round, each as often as it is there."""
-    have, want = (
-        Counter(row for rows in part.values() for row in rows) for part in (stream, expected)
+    """Count the rows missing from stream and the rows it has too many, with multiplicity."""
+    actual_rows, expected_rows = (
+        Counter(row for rows in updates.values() for row in rows) for updates in (stream, expected)
     )
-    return (want - have).total(), (have - want).total()
+    lost, repeated = expected_rows - actual_rows, actual_rows - expected_rows
+    return lost.total(), repeated.total()
 
 
-# What came of it
+# Comparison
 
 
 @dataclass
 class Verdict:
-    """How a run that was hurt compares with one that was not."""
+    """Comparison of a run with faults and an undisturbed run."""
 
     tokens_lost: int
     tokens_repeated: int
     stream: str  # sha256 of the stream of rows
-    stream_equal: bool  # as recorded, by its places in metrics.jsonl, and in the other run
+    stream_equal: bool  # recorded, by batch indices in metrics.jsonl, and in the other run
     loss_difference: float  # largest of any step
     curve_equal: bool  # all of CURVE, and each held-out loss that was measured, bit for bit
     unmeasured: int  # steps whose held-out loss only the other run has
@@ -286,7 +285,7 @@ class Verdict:
     state_equal: bool  # weights, moments and position of the last checkpoint, file by file
 
     def holds(self, tolerance: float = 0.0) -> bool:
-        """Nothing lost or repeated, and equal bit for bit, or where a tolerance is given, losses and weights within it."""
+        """True if no tokens were lost or repeated and all is equal, or within a tolerance."""
         tokens = self.stream_equal and not self.tokens_lost and not self.tokens_repeated
         exact = self.curve_equal and self.state_equal
         return tokens and (
@@ -297,7 +296,10 @@ class Verdict:
 
 
 def compare(run: Run, reference: Run, skipped: bool = False) -> Verdict:
-    """skipped: run left out a bad step by itself and reference was told to: what counts such steps may differ."""
+    """Compare a run with a reference.
+
+    skipped: run skipped a bad step, reference excluded it by setting; their skip counts may differ.
+    """
     stream, expected = recorded(run), recorded(reference)
     lost, repeated = lost_and_repeated(stream, expected)
     curves = [read_lines(part.folder / "logs" / "metrics.jsonl") for part in (run, reference)]
@@ -318,7 +320,7 @@ def compare(run: Run, reference: Run, skipped: bool = False) -> Verdict:
         lost * _tokens(run),
         repeated * _tokens(run),
         stream_hash(stream),
-        stream == expected == by_places(run) == by_places(reference),
+        stream == expected == by_batch_index(run) == by_batch_index(reference),
         float(np.abs(losses[0] - losses[1]).max()) if same else float("inf"),
         plain[0] == plain[1] and held_out,
         unmeasured,
@@ -334,12 +336,12 @@ def _tokens(run: Run) -> int:
 def _largest_difference(a: Path, b: Path) -> float:
     from safetensors.torch import load_file
 
-    one, other = (load_file(folder / "model.safetensors") for folder in (a, b))
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
+    first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
+    return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
 def kill(at: str, of: int, rank: int = 0, everyone: bool = False, delay: float = 0.0) -> Fault:
-    """SIGKILL of one rank, or of all and the launcher with them."""
+    """Return a fault that sends SIGKILL to one rank, or to all ranks and the launcher."""
     action: Action = {
         "at": at,
         "of": of,

@@ -1,7 +1,8 @@
-"""Whole plans in miniature, which faults are put into, and what is compared with an undisturbed plan.
+"""Small plans for fault injection, and their comparison with an undisturbed plan.
 
-A site is a working folder with texts, conversations, pairs, configs and a plan: data, pretraining, a judged milestone,
-mid-training, SFT, DPO and GGUF export. Paths in it are relative, so equal work leaves equal bytes in any site.
+A site is a working folder with texts, conversations, pairs, configs and a plan: data, pretraining,
+a milestone with a gate, mid-training, SFT, DPO and GGUF export. Its paths are relative: equal work
+writes equal bytes in each site.
 """
 
 import json
@@ -31,46 +32,39 @@ from training.checkpoint_files import damage, step_folders
 PHASE_STEPS, STAGE_STEPS, MILESTONE = 12, {"midtrain": 6, "sft": 6, "dpo": 6}, 4
 LOGS = {"one": "logs/tiny", **{name: f"logs/tiny/{name}" for name in STAGE_STEPS}}
 STEPS = {"one": PHASE_STEPS, **STAGE_STEPS}
-TIMES = (
-    "step_s",
-    "tokens_per_s",
-    "data/wait_frac",
-    "memory_gb",
-    "mfu",
-)  # differ between equal runs
-TIMES += ("end",)  # where the command given pauses
+# Columns that differ between equal runs; "end" is the step at which the command pauses.
+TIMES = ("step_s", "tokens_per_s", "data/wait_frac", "memory_gb", "mfu", "end")
 FOLDERS = {
     "data": "store/tokens",
     "tokenizer": "store/tokenizer",
     "documents": "store/documents",
     "gguf": "gguf",
 }
-TOKENS = 512  # of a step
-VERIFIED = ".verified.json"  # files with the times of other files
+TOKENS = 512  # per step
+VERIFIED = ".verified.json"  # files that record the times of other files
 LEFTOVERS = re.compile(r"\.tmp|\.part$")  # in names of temporary files and folders
-PATIENCE = 600.0  # seconds that a command, such as a whole plan, may take
-GONE_AFTER = 30.0  # seconds within which every process of a command must end
+PATIENCE = 600.0  # timeout of a command, e.g. a full plan, seconds
+GONE_AFTER = 30.0  # timeout for the end of all processes of a command, seconds
 
-Start = Callable[
-    [list[str], Path, dict[str, str], Path], Any
-]  # command, working folder, environment, output: a process
+# Command, working folder, environment, output -> process.
+Start = Callable[[list[str], Path, dict[str, str], Path], Any]
 
 
 def start_here(
     command: list[str], folder: Path, environment: dict[str, str], output: Path
 ) -> subprocess.Popen:
-    """A command as a user gives it. command: what follows python."""
+    """Start a Python command. command: the words after `python`."""
     with open(output, "w", encoding="utf-8") as file:
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
-        whole = {**os.environ, **environment}
+        variables = {**os.environ, **environment}
         return subprocess.Popen(
-            [sys.executable, *command], cwd=folder, env=whole, start_new_session=True, **streams
+            [sys.executable, *command], cwd=folder, env=variables, start_new_session=True, **streams
         )
 
 
 @dataclass
 class Site:
-    """One working folder and the commands given in it."""
+    """A working folder and the commands run in it."""
 
     folder: Path
     start: Start
@@ -80,11 +74,11 @@ class Site:
 
     @property
     def register(self) -> Path:
-        """Where the processes of the newest command register."""
+        """The folder in which the newest command's processes register."""
         return self.folder / "faults" / f"{self.commands:03}"
 
     def begin(self, command: str, *points: Point) -> Any:
-        """Start a command, given as what follows `python`, without waiting for it."""
+        """Start a command, the words after `python`, without waiting for it."""
         self.commands += 1
         self.register.mkdir(parents=True)
         hook = self.folder / "faults" / "hook"
@@ -92,12 +86,12 @@ class Site:
         paths = os.pathsep.join([str(hook), str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
             os.pathsep
         )
-        told = json.dumps({"folder": str(self.register), "points": points})
-        environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", VARIABLE: told}
+        config = json.dumps({"folder": str(self.register), "points": points})
+        environment = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", VARIABLE: config}
         return self.start(command.split(), self.folder, environment, self.register / "output.txt")
 
     def end(self, process: Any, settle: bool = True) -> Ended:
-        """Wait for a command. settle: and until no process that it started is left; Failed where one stays."""
+        """Wait for a command. settle: also wait for its processes; Failed if one stays."""
         try:
             status = process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
@@ -112,7 +106,7 @@ class Site:
         return self.ended[-1]
 
     def settle(self, register: Path) -> None:
-        """Wait until no process of a command is left."""
+        """Wait until all processes of a command have ended."""
         end = time.monotonic() + GONE_AFTER
         while left := pids(register):
             if time.monotonic() > end:
@@ -122,7 +116,7 @@ class Site:
                     if path.name.partition(".")[0] in map(str, left)
                 ]
                 kill_all(register)
-                raise Failed(f"processes were left: {', '.join(names)}")
+                raise Failed(f"processes did not end: {', '.join(names)}")
             time.sleep(0.02)
 
     def settle_all(self) -> None:
@@ -130,21 +124,21 @@ class Site:
             self.settle(register)
 
     def give(self, command: str, *points: Point, settle: bool = True) -> Ended:
-        """Give a command and wait for it."""
+        """Run a command and wait for it."""
         return self.end(self.begin(command, *points), settle)
 
     def hurt(self, command: str, *points: Point, settle: bool = True) -> Ended:
-        """Give a command that its points must end, each point having acted."""
+        """Run a command that must fail after all its points have acted."""
         ended = self.give(command, *points, settle=settle)
         acted = len(list(self.register.glob("point-*")))
         if ended.status == 0 or acted < len(points):
-            said = f"status {ended.status}, {acted} of {len(points)} faults acted"
-            raise Failed(f"{said}: {command}: {ended.output[-600:]}")
+            summary = f"status {ended.status}, {acted} of {len(points)} faults acted"
+            raise Failed(f"{summary}: {command}: {ended.output[-600:]}")
         self.faults.append({"command": command, "status": ended.status, "points": points})
         return ended
 
     def finish(self, command: str) -> Ended:
-        """Give a command that must succeed."""
+        """Run a command that must succeed."""
         ended = self.give(command)
         if ended.status:
             raise Failed(f"status {ended.status} without a fault: {command}: {ended.output[-800:]}")
@@ -167,15 +161,14 @@ def kill_all(register: Path) -> None:
 
 
 def write_site(folder: Path, quick: bool) -> None:
-    """Texts, conversations, pairs, configs and the plan, the same bytes each time."""
-    chance = random.Random(5)
+    """Write texts, conversations, pairs, configs and the plan, with equal bytes each time."""
+    rng = random.Random(5)
     words = [
-        "".join(chance.choice("aeioulnrst") for _ in range(chance.randint(2, 7)))
-        for _ in range(300)
+        "".join(rng.choice("aeioulnrst") for _ in range(rng.randint(2, 7))) for _ in range(300)
     ]
 
     def text(count: int) -> str:
-        return " ".join(chance.choice(words) for _ in range(count)).capitalize() + "."
+        return " ".join(rng.choice(words) for _ in range(count)).capitalize() + "."
 
     sizes = (60, 120) if quick else (200, 120)
     for name in ("first", "second"):
@@ -185,13 +178,13 @@ def write_site(folder: Path, quick: bool) -> None:
         ]
         _write_rows(folder / "texts" / f"{name}.jsonl", rows)
     for name, seed in (("chats", 1), ("facts", 2)):
-        said = [
+        chats = [
             [{"role": "user", "content": text(4)}, {"role": "assistant", "content": text(6)}]
             for _ in range(sizes[1])
         ]
         _write_rows(
             folder / f"{name}.jsonl",
-            [{"id": f"{seed}-{i}", "messages": turns} for i, turns in enumerate(said)],
+            [{"id": f"{seed}-{i}", "messages": turns} for i, turns in enumerate(chats)],
         )
     pairs = [
         {"id": str(i), "prompt": text(4), "chosen": text(5), "rejected": text(5)}
@@ -205,7 +198,7 @@ def write_site(folder: Path, quick: bool) -> None:
 def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.utime(path, (1e9, 1e9))  # kept in the manifest of the documents
+    os.utime(path, (1e9, 1e9))  # the documents' manifest records it
 
 
 def _configs(quick: bool) -> dict[str, Any]:
@@ -270,21 +263,27 @@ def _configs(quick: bool) -> dict[str, Any]:
         "val_fraction": 0.1,
     }
     recipe |= {"decontaminate": {"test_sets": []}, "executor": {"workers": 1 if quick else 2}}
-    whole = _plan()
-    tuned = {key: value for key, value in whole.items() if key not in ("before", "after")}
+    plan = _plan()
+    tuned = {key: value for key, value in plan.items() if key not in ("before", "after")}
     judged = {key: value for key, value in tuned.items() if key != "stages"}
-    plans = {"plan.yaml": whole, "tuned.yaml": tuned, "judged.yaml": judged}
+    plans = {"plan.yaml": plan, "tuned.yaml": tuned, "judged.yaml": judged}
     return {**configs, "recipe.yaml": recipe, **plans}
 
 
 DOWNLOAD = "-m scripts.download_data --dataset texts/{0}.jsonl --name {0} --output store"
 TOKENIZER = "-m scripts.train_tokenizer --config recipe.yaml"
 PREPARE = "-m scripts.prepare_data --config recipe.yaml"
-EVALUATE = "-m evals.eval_perplexity --checkpoint {checkpoint} --sequence_length 64 --tokens 1000 --device cpu --output {output}"
+EVALUATE = (
+    "-m evals.eval_perplexity --checkpoint {checkpoint} --sequence_length 64 --tokens 1000 "
+    "--device cpu --output {output}"
+)
 TUNE = (
     "-m scripts.launch --nproc_per_node=2 {script} --config {name}.yaml --base_model {checkpoint}"
 )
-EXPORT = "-m scripts.export_gguf --checkpoint {checkpoint} --outtype f16,q8_0 --outfile gguf/tiny-{{outtype}}.gguf --threads 1"
+EXPORT = (
+    "-m scripts.export_gguf --checkpoint {checkpoint} --outtype f16,q8_0 "
+    "--outfile gguf/tiny-{{outtype}}.gguf --threads 1"
+)
 PLAN, TUNED, JUDGED = (
     f"-m scripts.pipeline --plan {name}.yaml" for name in ("plan", "tuned", "judged")
 )
@@ -292,7 +291,7 @@ TRAIN = f"-m scripts.launch --nproc_per_node=2 {ROOT}/train.py --config one.yaml
 
 
 def tune(name: str) -> str:
-    """The command of a stage, for a site that holds the stage before."""
+    """Return a stage's command, for a site with the previous stage."""
     before = dict(zip(STAGE_STEPS, STEPS, strict=False))[name]
     return _tune(name, f"checkpoints/tiny/{before}/step_{STEPS[before]}")
 
@@ -326,18 +325,18 @@ def _plan() -> dict[str, Any]:
     return {**plan, "stages": stages, "after": {"GGUF": f"python {EXPORT}"}}
 
 
-# What is compared
+# Comparison
 
 
 def curve(site: Site, phase: str) -> list[dict[str, Any]]:
-    """The rows of a phase's metrics.jsonl, without times."""
+    """Return a phase's rows of metrics.jsonl, without times."""
     rows = read_lines(site.folder / LOGS[phase] / "metrics.jsonl")
-    kept = [row for row in rows if row["phase"] == phase]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in kept]
+    rows = [row for row in rows if row["phase"] == phase]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def checksums(site: Site, part: str) -> dict[str, str]:
-    """Path -> sha256 of what a part of the plan leaves: a phase, a stage, or one of FOLDERS."""
+    """Return path -> sha256 of the files of a phase, a stage, or one of FOLDERS."""
     folder = site.folder / FOLDERS.get(part, f"checkpoints/tiny/{part}")
     if part in STEPS:
         folder = folder / f"step_{STEPS[part]}"
@@ -349,7 +348,7 @@ def checksums(site: Site, part: str) -> dict[str, str]:
 
 
 def judged(site: Site) -> list[Any]:
-    """The decision at the milestone, and what was measured for it."""
+    """Return the decision at the milestone and its measurements."""
     folder = site.folder / "results" / "tiny" / f"step_{MILESTONE}"
     measured = read_object(folder / "held_out.json") or {}
     return [read_object(folder / "decision.json"), measured.get("metrics"), measured.get("of")]
@@ -357,11 +356,11 @@ def judged(site: Site) -> list[Any]:
 
 @dataclass
 class Comparison:
-    """How a site that was hurt compares with the one that was not."""
+    """Comparison of a site with faults and the undisturbed site."""
 
     lost: int  # tokens of steps that metrics.jsonl lacks
     repeated: int  # tokens of steps that metrics.jsonl holds twice
-    curve: bool | None  # all rows equal but for times; None where nothing was trained
+    curve: bool | None  # all rows equal except times; None without training
     differing: list[str]  # files
     files: int
     left: list[str]  # temporary files and folders
@@ -373,19 +372,19 @@ class Comparison:
         return equal and not (self.lost or self.repeated or self.left)
 
     def cells(self) -> tuple[str, str, str, str]:
-        tokens = "none are trained on"
+        tokens = "no training"
         if self.curve is not None:
             tokens = f"{self.lost} / {self.repeated}, {'same' if self.curve else 'OTHER'} batches"
         curve = {None: "", True: "equal, bitwise", False: "DIFFERENT"}[self.curve]
         if self.unmeasured:
-            curve += f", {self.unmeasured} held-out figure(s) never taken"
+            curve += f", {self.unmeasured} held-out loss(es) not measured"
         equal = f"equal, bitwise ({self.files} files)"
         files = f"DIFFERENT: {', '.join(self.differing[:3])}" if self.differing else equal
         return "yes", tokens, curve, f"{files}; LEFT {self.left[:3]}" if self.left else files
 
 
 def compare_sites(site: Site, reference: Site, *parts: str, since: int = 0) -> Comparison:
-    """Compare parts of two sites. since: rows of metrics.jsonl up to this step are not compared."""
+    """Compare parts of two sites. since: ignore rows of metrics.jsonl up to this step."""
     files, differing, lost, repeated, unmeasured = 0, [], 0, 0, 0
     equal: list[bool] = []
     for part in parts:
@@ -395,27 +394,31 @@ def compare_sites(site: Site, reference: Site, *parts: str, since: int = 0) -> C
                 ["decision"] if judged(site) != judged(reference) or None in judged(site) else []
             )
             continue
-        one, other = checksums(site, part), checksums(reference, part)
-        files += len(other)
+        hashes, expected_hashes = checksums(site, part), checksums(reference, part)
+        files += len(expected_hashes)
         differing += sorted(
-            name for name in one.keys() | other.keys() if one.get(name) != other.get(name)
+            name
+            for name in hashes.keys() | expected_hashes.keys()
+            if hashes.get(name) != expected_hashes.get(name)
         )
         if part in STEPS:
             rows, expected = (
-                [row for row in curve(where, part) if row["step"] > since]
-                for where in (site, reference)
+                [row for row in curve(each, part) if row["step"] > since]
+                for each in (site, reference)
             )
-            have, want = (Counter(row["step"] for row in found) for found in (rows, expected))
-            lost += (want - have).total() * TOKENS
-            repeated += (have - want).total() * TOKENS
-            for row, other in zip(rows, expected, strict=False):
-                if HELD_OUT in other and not any(key.startswith("val/") for key in row):
-                    unmeasured += 1  # training ended at this step by a signal
-                    for key in [key for key in other if key.startswith("val/")]:
-                        del other[key]
+            steps, expected_steps = (
+                Counter(row["step"] for row in curve_rows) for curve_rows in (rows, expected)
+            )
+            lost += (expected_steps - steps).total() * TOKENS
+            repeated += (steps - expected_steps).total() * TOKENS
+            for row, target in zip(rows, expected, strict=False):
+                if HELD_OUT in target and not any(key.startswith("val/") for key in row):
+                    unmeasured += 1  # a signal stopped training at this step
+                    for key in [key for key in target if key.startswith("val/")]:
+                        del target[key]
             equal.append(rows == expected)
-    found = [path for path in site.folder.rglob("*") if LEFTOVERS.search(path.name)]
-    left = [str(path.relative_to(site.folder)) for path in found]
+    leftovers = [path for path in site.folder.rglob("*") if LEFTOVERS.search(path.name)]
+    left = [str(path.relative_to(site.folder)) for path in leftovers]
     return Comparison(
         lost, repeated, all(equal) if equal else None, differing, files, left, unmeasured
     )
@@ -423,26 +426,26 @@ def compare_sites(site: Site, reference: Site, *parts: str, since: int = 0) -> C
 
 @dataclass
 class Sites:
-    """The sites of a table, and the undisturbed one that they share."""
+    """The sites of a table, and the undisturbed site that they share."""
 
     folder: Path
     start: Start
     quick: bool
     lock: threading.Lock = field(default_factory=threading.Lock)
-    whole: Site | None = None
+    undisturbed: Site | None = None
 
     def reference(self) -> Site:
-        """The site whose plan nothing disturbs; its plan is carried out once."""
+        """Return the undisturbed site; its plan runs once."""
         with self.lock:
-            if self.whole is None:
-                self.whole = self._new("undisturbed")
-                self.whole.finish(PLAN)
-            elif self.whole.ended[-1:] and self.whole.ended[-1].status:
-                raise Failed("the undisturbed plan did not end")
-            return self.whole
+            if self.undisturbed is None:
+                self.undisturbed = self._new("undisturbed")
+                self.undisturbed.finish(PLAN)
+            elif self.undisturbed.ended[-1:] and self.undisturbed.ended[-1].status:
+                raise Failed("the undisturbed plan failed")
+            return self.undisturbed
 
     def site(self, name: str, *copied: str) -> Site:
-        """A new site with some folders of the undisturbed one."""
+        """Create a site with copies of some folders of the undisturbed site."""
         reference, site = self.reference(), self._new(name)
         for path in copied:
             ignored = shutil.ignore_patterns(*STAGE_STEPS) if path == "logs/tiny" else None

@@ -1,4 +1,4 @@
-"""Faults of single commands: SFT, DPO, GGUF export, data and tokenizer; real full disks; a removed log folder."""
+"""Fault cases of SFT, DPO, GGUF export, data and tokenizer; full disks; a removed log folder."""
 
 import shutil
 import subprocess
@@ -28,7 +28,7 @@ FULL = ("No space left on device", "the disk is full", "make room there", "free 
 
 
 def hurt_all(site: Site, command: str, points: list[Point]) -> None:
-    """Give a command once for each fault, then until it is complete."""
+    """Run a command once per fault, then until it completes."""
     for fault in points:
         site.hurt(command, fault)
     site.finish(command)
@@ -50,10 +50,10 @@ def kill_sft(lab: Lab) -> Row:
     ]
     chosen = points[:3] if lab.quick else [points[i] for i in (3, 0, 4, 5, 1, 2, 6, 7, 8)]
     hurt_all(site, tune("sft"), chosen)
-    found = compare_sites(site, lab.sites.reference(), "sft")
+    comparison = compare_sites(site, lab.sites.reference(), "sft")
     done = f"{len(chosen)} times: in start-up, caching, steps and saves"
     done = "3 times: caching, in steps, in a save" if lab.quick else done
-    return row_of(site, found, "SIGKILL of SFT", done, "the prepared rows are whole or made again")
+    return row_of(site, comparison, "SIGKILL of SFT", done, "prepared rows are complete or rebuilt")
 
 
 def saved_part(phase: str, step: int) -> str:
@@ -77,12 +77,18 @@ def kill_dpo(lab: Lab) -> Row:
         site.hurt(tune("dpo"), fault)
         halves = list((site.folder / "checkpoints/tiny/dpo").glob(".reference*.tmp/.tmp*"))
         if fault is points[0] and len(halves) != 1:
-            raise Failed("it was not killed in the file of reference log-probabilities")
+            raise Failed("not killed while writing the reference log-probabilities")
     site.finish(tune("dpo"))
-    found = compare_sites(site, lab.sites.reference(), "dpo")
+    comparison = compare_sites(site, lab.sites.reference(), "dpo")
     done = f"{len(chosen)} times: in start-up, caching, the reference's file, steps and saves"
     done = "twice: in the reference's file, in a save" if lab.quick else done
-    return row_of(site, found, "SIGKILL of DPO", done, "the reference is whole or computed again")
+    return row_of(
+        site,
+        comparison,
+        "SIGKILL of DPO",
+        done,
+        "reference log-probabilities are complete or recomputed",
+    )
 
 
 def kill_export(lab: Lab) -> Row:
@@ -99,12 +105,14 @@ def kill_export(lab: Lab) -> Row:
         site.hurt(GGUF, fault)
         for name, content in checksums(site, "gguf").items():
             if name.endswith(".gguf") and expected.get(name) != content:
-                raise Failed(f"{name} is half a file under its final name")
+                raise Failed(f"{name} is incomplete under its final name")
     site.finish(GGUF)
-    found = compare_sites(site, lab.sites.reference(), "gguf")
+    comparison = compare_sites(site, lab.sites.reference(), "gguf")
     done = "5 times: in the tensors, before either rename, in the model card and the Modelfile"
     done = "twice: in the tensors, in the model card" if lab.quick else done
-    return row_of(site, found, "SIGKILL of GGUF export", done, "no half file under a final name")
+    return row_of(
+        site, comparison, "SIGKILL of GGUF export", done, "no incomplete file under a final name"
+    )
 
 
 def kill_data(lab: Lab) -> Row:
@@ -125,12 +133,12 @@ def kill_data(lab: Lab) -> Row:
         point("rename", "*store/tokens/second"),
     ]
     hurt_all(site, PREPARE, [points[2], points[6]] if lab.quick else points)
-    found = compare_sites(site, lab.sites.reference(), "data", "documents")
+    comparison = compare_sites(site, lab.sites.reference(), "data", "documents")
     done = (
         "8 times: download, start-up, cleaning, in a shard (a worker, all), manifests, the report"
     )
     done = "twice: in a shard, between two sources" if lab.quick else done
-    return row_of(site, found, "SIGKILL of the data pipeline", done, "")
+    return row_of(site, comparison, "SIGKILL of the data pipeline", done, "")
 
 
 def kill_tokenizer(lab: Lab) -> Row:
@@ -142,26 +150,28 @@ def kill_tokenizer(lab: Lab) -> Row:
         point("read", "*documents/second/manifest.json*", delay=0.02),
     ]
     hurt_all(site, TOKENIZER, points[:1] if lab.quick else points)
-    found = compare_sites(site, lab.sites.reference(), "tokenizer")
+    comparison = compare_sites(site, lab.sites.reference(), "tokenizer")
     done = "before its rename" if lab.quick else "4 times: in start-up, reading, training, renaming"
-    return row_of(site, found, "SIGKILL of tokenizer training", done, "")
+    return row_of(site, comparison, "SIGKILL of tokenizer training", done, "")
 
 
-# Real full disks
+# Full disks
 
 
 class NoMount(Exception):
-    """This machine does not allow a case; says why."""
+    """This machine cannot run a case; the message says why."""
 
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system of its own in a folder."""
+    """Mount a tmpfs of some size at a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True)
-    if done.returncode:
-        raise NoMount(f"no tmpfs can be mounted ({done.stderr.strip()}); run it under unshare -rm")
+    result = subprocess.run(mount, capture_output=True, encoding="utf-8")
+    if result.returncode:
+        raise NoMount(
+            f"no tmpfs can be mounted ({result.stderr.strip()}); run it under unshare -rm"
+        )
     try:
         yield
     finally:
@@ -186,26 +196,26 @@ def fill_disk(
         for fault in faults:
             fault["folder"] = str(folder)
             ended = site.hurt(command, fault)
-            told = any(words in ended.output for words in FULL)
-            if ended.status != 2 or not told or "Traceback" in ended.output:
+            reported = any(words in ended.output for words in FULL)
+            if ended.status != 2 or not reported or "Traceback" in ended.output:
                 raise Failed(f"status {ended.status} on a full disk: {ended.output[-600:]}")
             (folder / FILLER).unlink()
         site.finish(command)
-        found = compare_sites(site, reference, *parts)
+        comparison = compare_sites(site, reference, *parts)
     titles = {
         "disk-save": "a pretraining save",
         "disk-cache": "SFT's prepared rows",
         "disk-export": "GGUF export",
     }
     done = f"{len(faults)} time(s) on a tmpfs of 64 MB that fills up"
-    note = "status 2 and a sentence; the same command continues"
-    return row_of(site, found, f"a real full disk in {titles[name]}", done, note)
+    note = "status 2 and an error message; the same command continues"
+    return row_of(site, comparison, f"a real full disk in {titles[name]}", done, note)
 
 
 def full_disk_save(lab: Lab) -> Row:
-    part = saved_part("one", 4)
+    folder = saved_part("one", 4)
     faults = [
-        point("write", part + "/state/trainer.json*", "fill", size=8 * KB, program="train.py.0"),
+        point("write", folder + "/state/trainer.json*", "fill", size=8 * KB, program="train.py.0"),
         point("write", saved_part("one", 6) + "/config.json", "fill", size=40 * KB),
         point("write", saved_part("one", 8) + "/manifest.json*", "fill", size=0),
         point("start", do="fill", size=8 * KB, program="train.py.1"),
@@ -240,7 +250,7 @@ def full_disk_export(lab: Lab) -> Row:
 
 
 def remove_logs(lab: Lab) -> Row:
-    """Rows of removed files are gone with them; everything later is written."""
+    """Rows in the removed files are lost; later rows are written."""
     site = lab.sites.site("logs-removed", *STORE)
     step = 4
     removal = at_save("one", step, "", do="delete", folder="logs")
@@ -249,9 +259,9 @@ def remove_logs(lab: Lab) -> Row:
         raise Failed(f"status {ended.status} after logs/ was removed: {ended.output[-500:]}")
     site.faults.append({"command": TRAIN, "status": 0, "points": [removal]})
     site.finish(TRAIN)
-    found = compare_sites(site, lab.sites.reference(), "one", since=step + 1)
-    note = f"training continues; rows after step {step + 1} compared, earlier ones went with the folder"
-    return row_of(site, found, "logs/ removed during a run", f"at step {step}", note)
+    comparison = compare_sites(site, lab.sites.reference(), "one", since=step + 1)
+    note = f"training continues; compares rows after step {step + 1}, earlier ones are lost"
+    return row_of(site, comparison, "logs/ removed during a run", f"at step {step}", note)
 
 
 CASES: dict[str, Callable[[Lab], Row]] = {

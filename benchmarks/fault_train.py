@@ -1,4 +1,4 @@
-"""Faults of train.py alone: kills, another number of ranks, damaged files, signals, NaN and clocks."""
+"""Fault cases of train.py: kills, changed rank count, damaged files, signals, NaN and clocks."""
 
 import os
 import random
@@ -23,14 +23,14 @@ from data.dataloader import PackedDataLoader
 from data.store import open_shards
 from training.checkpoint_files import step_folders
 
-LOSS_TOLERANCE = 1e-5  # where the number of ranks changes, the order of summing does
+LOSS_TOLERANCE = 1e-5  # the rank count changes the order of summation
 
 
 # Kills
 
 
 def moments(lab: Lab, everyone: bool, steps: int) -> tuple[Run, int]:
-    """A run that is killed at random moments of all kinds: (run, how often). The last ones are around the end of the phase."""
+    """Kill a run at random points, the last ones near the end of the phase: (run, kills)."""
     run = lab.run(f"kill-{'all' if everyone else 'one'}", steps)
     random_ = random.Random(lab.seed + everyone)
     kinds = ["start"] * 5 + ["step"] * 6 + ["save"] * 6
@@ -67,10 +67,11 @@ def moments(lab: Lab, everyone: bool, steps: int) -> tuple[Run, int]:
 def kill_ranks(lab: Lab, everyone: bool) -> Row:
     steps = 12 if lab.quick else 60
     run, times = moments(lab, everyone, steps)
-    half = sum(bool(found["half"]) for found in run.killed)
+    half = sum(bool(kill["half"]) for kill in run.killed)
     whom = "all ranks and the launcher" if everyone else "one rank of two"
     spread = ", ".join(
-        f"{sum(found['at'] in at for found in run.killed)} {what}" for what, at in KINDS.items()
+        f"{sum(kill['at'] in points for kill in run.killed)} {kind}"
+        for kind, points in KINDS.items()
     )
     done = f"{times} times at random: {spread}"
     return row(
@@ -78,7 +79,7 @@ def kill_ranks(lab: Lab, everyone: bool) -> Row:
         compare(run, lab.plain(steps)),
         f"SIGKILL of {whom}",
         done,
-        f"{half} left half a checkpoint, swept away",
+        f"{half} left an incomplete checkpoint, removed",
     )
 
 
@@ -91,11 +92,14 @@ KINDS = {
 
 
 def three_in_an_epoch(lab: Lab) -> Row:
-    """The source is just six steps long, so a token that is lost or repeated shows within the epoch itself too."""
-    only = f"data={{store: {lab.store}, mix: {{short: 1}}, sequence_length: {LENGTH}, tokens_per_step: {ROWS * LENGTH}, "
+    """Kill within an epoch of six steps: each row must appear exactly once per epoch."""
+    data = (
+        f"data={{store: {lab.store}, mix: {{short: 1}}, sequence_length: {LENGTH}, "
+        f"tokens_per_step: {ROWS * LENGTH}, micro_batch_size: 2}}"
+    )
 
     def make(name: str) -> Run:
-        return lab.run(name, 14, only + "micro_batch_size: 2}")
+        return lab.run(name, 14, data)
 
     run = make("epoch").survive(
         kill("step", 2, 1), kill("step", 4, everyone=True), kill("batch", 5, 0)
@@ -113,16 +117,16 @@ def three_in_an_epoch(lab: Lab) -> Row:
         and set(epochs[0]) == set(epochs[1])
     )
     verdict = compare(run, lab.straight("straight-epochs", make))
-    found = row(
+    result = row(
         run, verdict, "three kills in one epoch", "SIGKILL at steps 2, 4 and 6 of an epoch of 6", ""
     )
-    found.ok &= once
-    found.note = f"each of {epoch} rows {'once' if once else 'NOT ONCE'} in either epoch"
-    return found
+    result.ok &= once
+    result.note = f"each of {epoch} rows {'once' if once else 'NOT ONCE'} in both epochs"
+    return result
 
 
 def kill_in_save(lab: Lab) -> Row:
-    """At each stage between the start of the writing thread and the rename, in the background of training."""
+    """Kill at each point of a background save, from the start of its thread to the rename."""
     every = [
         (at, rank, everyone)
         for at in ("save", "state")
@@ -133,12 +137,12 @@ def kill_in_save(lab: Lab) -> Row:
     run = lab.run("kill-in-save")
     for at, rank, everyone in stages:
         newest = run.newest()
-        wanted = kill(at, newest + EVERY if newest < 8 else 10, rank, everyone)
-        if run.again(wanted).status == 0 or run.newest() != newest:
-            raise Failed(f"a save that was killed at {at!r} was published all the same")
-    half = sum(bool(found["half"]) for found in run.finish().killed)
+        fault = kill(at, newest + EVERY if newest < 8 else 10, rank, everyone)
+        if run.again(fault).status == 0 or run.newest() != newest:
+            raise Failed(f"a save that was killed at {at!r} was published")
+    half = sum(bool(kill["half"]) for kill in run.finish().killed)
     words = {
-        "save": "as the thread begins",
+        "save": "at the thread's start",
         "state": "checksums",
         "publish": "the manifest",
         "rename": "the rename",
@@ -153,7 +157,7 @@ def kill_in_save(lab: Lab) -> Row:
         compare(run, lab.plain()),
         "SIGKILL during a background save",
         done,
-        f"{half} left half a checkpoint",
+        f"{half} left an incomplete checkpoint",
     )
 
 
@@ -175,78 +179,80 @@ def kill_at_border(lab: Lab) -> Row:
 
     run = make("border")
     if run.again(kill("saved", 6, everyone=True)).status == 0 or run.newest() != 6:
-        raise Failed("it was not killed between the checkpoint of the phase's end and its own end")
+        raise Failed("not killed between the phase's last checkpoint and its exit")
     if run.again().status:
-        raise Failed(f"a complete phase did not say so: {run.ended[-1].output[-300:]}")
+        raise Failed(
+            f"the complete phase did not exit with status 0: {run.ended[-1].output[-300:]}"
+        )
     faults = (kill("build", 0, everyone=True), kill("step", 7, 1), kill("rename", 8, everyone=True))
     for fault in faults[2:] if lab.quick else faults:
         if run.again(fault).status == 0 or run.newest():
             raise Failed(f"the second phase was not killed before its first checkpoint: {fault}")
     verdict = compare(run.finish(), lab.straight("straight-border", make))
-    done = "after the checkpoint of the phase's end; " + (
-        "" if lab.quick else "at the next one's start and first step; "
+    done = "after the phase's last checkpoint; " + (
+        "" if lab.quick else "at the next phase's start and first step; "
     )
     done = f"{len(run.killed)} times: {done}in its first save"
     return row(
-        run, verdict, "SIGKILL at a phase border", done, "data, mixture and theta differ across it"
+        run, verdict, "SIGKILL between two phases", done, "data, mixture and rope theta change"
     )
 
 
-# Other ranks, other files
+# Changed ranks and files
 
 
 def change_ranks(lab: Lab) -> Row:
     run = lab.run("ranks")
     for ranks, fault in ((2, kill("step", 5, everyone=True)), (1, kill("step", 9, everyone=True))):
         if run.again(fault, ranks).status == 0:
-            raise Failed("it was not killed")
+            raise Failed("the run was not killed")
     verdict = compare(run.finish(2), lab.plain())
-    done = "SIGKILL at steps 5 and 9, each time gone on with the other number"
+    done = "SIGKILL at steps 5 and 9, then resumed with the other rank count"
     return row(
         run,
         verdict,
         "2 -> 1 -> 2 ranks",
         done,
-        f"at most {LOSS_TOLERANCE:g} allowed",
+        f"tolerance {LOSS_TOLERANCE:g}",
         LOSS_TOLERANCE,
     )
 
 
 def flip_bytes(lab: Lab) -> Row:
     run = lab.run("flipped")
-    seen = []
-    hurt = (
+    messages = []
+    names = (
         ("state/__1_0.distcp",)
         if lab.quick
         else ("state/__1_0.distcp", "model.safetensors", "state/trainer.json")
     )
-    for number, name in enumerate(hurt):
+    for number, name in enumerate(names):
         if run.again(kill("step", 7 + number, everyone=True)).status == 0:
-            raise Failed("it was not killed")
+            raise Failed("the run was not killed")
         newest = step_folders(run.folder / "one")[-1]
         content = bytearray((newest / name).read_bytes())
-        for place in (len(content) // 3, len(content) // 2):
-            content[place] ^= 1
+        for offset in (len(content) // 3, len(content) // 2):
+            content[offset] ^= 1
         (newest / name).write_bytes(content)
-        seen.append(
+        messages.append(
             (
                 f"{newest.name} is damaged ({name} has changed)",
                 f"resumes at step {int(newest.name[5:]) - EVERY}",
             )
         )
     run.finish()
-    said = "".join(ended.output for ended in run.ended)
-    if not all(part in said for pair in seen for part in pair) or not list(
+    output = "".join(ended.output for ended in run.ended)
+    if not all(text in output for pair in messages for text in pair) or not list(
         run.folder.glob("one/step_*.damaged")
     ):
-        raise Failed(f"what was damaged was not set aside, or the one before it not used: {seen}")
-    done = f"{len(hurt)} times: {', '.join(hurt)}"
+        raise Failed(f"damaged checkpoint not set aside, or previous one not used: {messages}")
+    done = f"{len(names)} times: {', '.join(names)}"
     return row(
         run,
         compare(run, lab.plain()),
         "two flipped bytes in the newest checkpoint",
         done,
-        "set aside, the one before used",
+        "set aside, the previous one used",
     )
 
 
@@ -257,16 +263,18 @@ def full_disk(lab: Lab) -> Row:
     )
     for rank, step, what in cases:
         ended = run.again({"full": {"rank": rank, "step": step, "what": what}})
-        told = f"the checkpoint of step {step} was not saved: No space left on device"
-        if ended.status != 2 or told not in ended.output or run.newest() != step - EVERY:
+        message = f"the checkpoint of step {step} was not saved: No space left on device"
+        if ended.status != 2 or message not in ended.output or run.newest() != step - EVERY:
             raise Failed(f"status {ended.status}, newest {run.newest()}: {ended.output[-300:]}")
-    done = f"{len(cases)} times: in the background, on one rank; status 2 and a sentence on all"
+    done = (
+        f"{len(cases)} times: in the background, on one rank; status 2 and an error message on all"
+    )
     return row(
         run.finish(),
         compare(run, lab.plain()),
         "no space left during a save",
         done,
-        "an injected ENOSPC, no real full disk",
+        "injected ENOSPC, not a full disk",
     )
 
 
@@ -280,17 +288,17 @@ def hide_shard(lab: Lab) -> Row:
         run.again({"actions": [gone, *kill("step", 7, everyone=True)["actions"]]}).status == 0
         or shard.exists()
     ):
-        raise Failed("the shard was not taken away, or the run not killed")
+        raise Failed("the shard was not hidden, or the run was not killed")
     before = run.newest()
     ended = run.again()
-    told = f"the shard {shard} is missing or truncated; restore it"
-    if before < 4 or ended.status != 2 or told not in ended.output or run.newest() != before:
+    message = f"the shard {shard} is missing or truncated; restore it"
+    if before < 4 or ended.status != 2 or message not in ended.output or run.newest() != before:
         raise Failed(
             f"status {ended.status}, newest {before}, then {run.newest()}: {ended.output[-300:]}"
         )
     shard.with_name(shard.name + ".hidden").rename(shard)
     done = "once, at step 3; SIGKILL at step 7; restored after an attempt"
-    note = "goes on while it runs; a new start names the file and touches nothing"
+    note = "the run continues; a new start names the file and changes nothing"
     return row(run.finish(), compare(run, lab.plain()), "a deleted shard", done, note)
 
 
@@ -310,7 +318,7 @@ def sigterm(lab: Lab) -> Row:
         ):
             raise Failed(f"status {ended.status}, newest {run.newest()}: {ended.output[-300:]}")
     times = run.launches
-    note = "all ranks save that step or the next, status 143; a step that is stopped at is not measured"
+    note = "all ranks save that step or the next, status 143; no validation at that step"
     return row(
         run.finish(),
         compare(run, lab.plain()),
@@ -322,17 +330,17 @@ def sigterm(lab: Lab) -> Row:
 
 def nan(lab: Lab) -> Row:
     def make(name: str) -> Run:
-        return lab.run(name, always={"leave_out": [5]})
+        return lab.run(name, always={"excluded_batches": [5]})
 
-    found: list[Row] = []
+    rows: list[Row] = []
     for what in ("gradient",) if lab.quick else ("gradient", "loss"):
         run = lab.run(
-            f"nan-{what}" if found else "nan",
+            f"nan-{what}" if rows else "nan",
             always={"nan": {"rank": 1, "batch_index": 5, "what": what}},
         ).finish()
         if not any("step 6 (batch index 5) was skipped" in ended.output for ended in run.ended):
             raise Failed("the bad step was applied")
-        found.append(
+        rows.append(
             row(
                 run,
                 compare(run, lab.straight("straight-without-5", make), skipped=True),
@@ -341,12 +349,12 @@ def nan(lab: Lab) -> Row:
                 "",
             )
         )
-    first = found[0]
-    first.ok = all(part.ok for part in found)
-    first.done = "place 5 on rank 1, in its gradients" + (
-        "; in another run in its loss too" if len(found) > 1 else ""
+    first = rows[0]
+    first.ok = all(result.ok for result in rows)
+    first.done = "batch 5 on rank 1, in its gradients" + (
+        "; in a second run in its loss" if len(rows) > 1 else ""
     )
-    first.note = "skipped on all ranks; compared with a run that leaves place 5 out"
+    first.note = "skipped on all ranks; compared with a run that excludes batch 5"
     return first
 
 
@@ -358,18 +366,18 @@ def clocks(lab: Lab) -> Row:
         **kill("step", 7, everyone=True),
     }
     if run.again(first).status == 0:  # type: ignore[arg-type]
-        raise Failed("it was not killed")
+        raise Failed("the run was not killed")
     for age, path in enumerate(run.step_folders()):  # the newest checkpoint looks the oldest
-        for part in (*path.rglob("*"), path):
-            os.utime(part, (1e9 - 1e6 * age, 1e9 - 1e6 * age))
+        for entry in (*path.rglob("*"), path):
+            os.utime(entry, (1e9 - 1e6 * age, 1e9 - 1e6 * age))
     newest = run.newest()
     if (
         run.again({"clocks": [-86400.0, 7200.0]}).status
         or f"resumes at step {newest}" not in run.ended[-1].output
     ):
-        raise Failed(f"it did not go on from step {newest}: {run.ended[-1].output[-300:]}")
+        raise Failed(f"it did not resume at step {newest}: {run.ended[-1].output[-300:]}")
     done = "2 launches: 25 h apart, back by 2 h at step 4, SIGKILL at 7, then 26 h apart"
-    note = "file times of checkpoints reversed in between; Python's clocks, not the kernel's"
+    note = "checkpoints' file times reversed in between; shifts Python's clocks, not the kernel's"
     return row(run, compare(run, lab.plain()), "clock skew between ranks", done, note)
 
 

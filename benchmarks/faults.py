@@ -1,11 +1,12 @@
-"""Faults put into tiny runs and plans, and whether all that they leave equals undisturbed ones: docs/faults.md.
+"""Inject faults into tiny runs and plans; compare with undisturbed runs (docs/faults.md).
 
-    python -m benchmarks.faults --output benchmarks/results/faults.json --docs docs/faults.md    # about 12 minutes on 2 cores
+    python -m benchmarks.faults --output benchmarks/results/faults.json --docs docs/faults.md
     python -m benchmarks.faults --only sigterm nan --quick
-    python -m benchmarks.faults --only kill_sft --output ... --docs ... --keep    # other rows stay, with their dates
+    python -m benchmarks.faults --only kill_sft --output ... --docs ... --keep    # keep other rows
 
-Each case gives commands on the CPU, puts the fault into them, gives the same command line again until
-it is complete, and compares with a run that nothing happened to. Exit status 1 where a case fails.
+Each case runs commands on the CPU, injects its fault, repeats the same command until it completes,
+and compares the result with an undisturbed run. All cases take about 12 minutes on 2 cores.
+Exits with status 1 if a case fails.
 """
 
 import argparse
@@ -42,24 +43,24 @@ CASES: dict[str, Callable[[Lab], Row]] = {
 
 
 def examine(lab: Lab, name: str) -> Row:
-    """One case; one that does not survive is a row too."""
-    began = time.monotonic()
+    """Run one case; a failure also returns a row."""
+    start = time.monotonic()
     try:
-        found = CASES[name](lab)
+        result = CASES[name](lab)
     except fault_stages.NoMount as error:
-        found = Row(
+        result = Row(
             name, name, "", True, ("not run here", "", "", ""), str(error), 0, skipped=str(error)
         )
     except Failed as error:
-        found = Row(name, name, "", False, ("NO", "", "", ""), " ".join(str(error).split()), 0)
-    found.name, found.seconds = name, round(time.monotonic() - began, 1)
-    found.date = datetime.now(UTC).date().isoformat()
-    found.versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+        result = Row(name, name, "", False, ("NO", "", "", ""), " ".join(str(error).split()), 0)
+    result.name, result.seconds = name, round(time.monotonic() - start, 1)
+    result.date = datetime.now(UTC).date().isoformat()
+    result.versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     print(
-        f"{'ok    ' if found.ok else 'FAILED'} {found.seconds:5.0f} s  {found.markdown()}",
+        f"{'ok    ' if result.ok else 'FAILED'} {result.seconds:5.0f} s  {result.markdown()}",
         flush=True,
     )
-    return found
+    return result
 
 
 def make_lab(
@@ -76,15 +77,15 @@ def make_lab(
 
 
 def merged(rows: list[Row], path: Path) -> list[Row]:
-    """New rows, and those of other cases that a file of results holds, in the order of CASES."""
+    """Merge new rows with a results file's rows of other cases, in the order of CASES."""
     content = read_object(path) or {}
-    kept = {}
+    previous = {}
     for old in content.get("rows", []):
         versions = f"Python {content['python']}, torch {content['torch']}"
         dated = {"date": content["date"], "versions": versions, **old, "cells": tuple(old["cells"])}
-        kept[old["name"]] = Row(**dated)
-    known = kept | {row.name: row for row in rows}
-    return [known[name] for name in CASES if name in known]
+        previous[old["name"]] = Row(**dated)
+    merged_rows = previous | {row.name: row for row in rows}
+    return [merged_rows[name] for name in CASES if name in merged_rows]
 
 
 def main() -> None:
@@ -99,9 +100,9 @@ def main() -> None:
         metavar="NAME",
         help=", ".join(CASES),
     )
-    parser.add_argument("--quick", action="store_true", help="fewer times each")
+    parser.add_argument("--quick", action="store_true", help="inject fewer faults per case")
     parser.add_argument("--seed", type=int, default=4)
-    parser.add_argument("--jobs", type=int, default=2, help="cases at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="cases in parallel")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     parser.add_argument("--docs", type=Path, help="write the table here as Markdown")
     parser.add_argument(
@@ -109,7 +110,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(1)
-    began = time.monotonic()
+    start = time.monotonic()
     with (
         user_errors(),
         tempfile.TemporaryDirectory() as folder,
@@ -126,7 +127,7 @@ def main() -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "seed": str(args.seed),
-        "seconds": f"{time.monotonic() - began:.0f}",
+        "seconds": f"{time.monotonic() - start:.0f}",
     }
     print("\n" + table(rows))
     if args.output:

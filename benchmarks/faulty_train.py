@@ -1,8 +1,8 @@
-"""train.py with a fault in it and a record of what it trains on: what benchmarks/faults.py launches as a rank.
+"""Run train.py with an injected fault and record its training rows; a rank of benchmarks/faults.py.
 
-The environment variable FAULT holds, as JSON, where to record and what goes wrong; see Fault. Without it, and without
-"record", this is train.py. Every update adds a line to <record>.rank<r>.jsonl: the update's number as the optimizer counts it
-(which is saved and loaded with the weights), the place, and a hash of each row of tokens that its gradients came from.
+The environment variable FAULT holds a Fault as JSON. Without it, this is train.py. With "record",
+each update adds a line to <record>.rank<r>.jsonl: the optimizer's update count (saved with the
+weights), the batch index, and a hash of each row of tokens behind its gradients.
 """
 
 import json
@@ -17,11 +17,12 @@ from typing import Any, TypedDict
 
 
 class Action(TypedDict, total=False):
-    """What to do once `rank` reaches `at` of number `of`, and `delay` seconds later.
+    """An action of `rank` at point `at` with number `of`, after `delay` seconds.
 
-    at: start (nothing is imported yet, of 0), build (the model is there, of 0), batch (of a place), step (of an update), and
-    of the step that a save writes: save (its thread begins), state (all but checksums and manifest is written; rank 0 and 1),
-    publish (before the manifest), rename (after it, before the folder gets its name), saved (after); end (training is done).
+    at: start (before imports; of=0), build (the model is built; of=0), batch (of: batch index),
+    step (of: update), end (training is done). In the save of step `of`: save (the thread starts),
+    state (only checksums and manifest are missing; ranks 0 and 1), publish (before the manifest),
+    rename (before the folder's rename), saved (after it).
     """
 
     at: str
@@ -33,19 +34,17 @@ class Action(TypedDict, total=False):
 
 
 class Fault(TypedDict, total=False):
-    record: str  # path of what is recorded, without its ending
+    record: str  # path of the record, without suffix
     actions: list[Action]
-    nan: dict[str, Any]  # rank, place, what (gradient, loss): multiplied by NaN there
-    leave_out: list[int]  # places that are not read: the run without a bad step
-    full: dict[
-        str, Any
-    ]  # rank, step, what (state, weights): no space left for that in the save of that step
-    clocks: list[float]  # seconds that each rank's clock is off
-    jump: dict[str, float]  # at (update), by (seconds): from there on all clocks are off by more
+    nan: dict[str, Any]  # rank, batch_index, what (gradient, loss): multiplied by NaN
+    excluded_batches: list[int]  # batch indices to exclude
+    full: dict[str, Any]  # rank, step, what (state, weights): ENOSPC in the save of that step
+    clocks: list[float]  # clock offset of each rank, seconds
+    jump: dict[str, float]  # at (update), by (seconds): all clocks jump at that update
 
 
 class Rank:
-    """This process: what it is to do, and has trained on since the last update."""
+    """This rank's fault, and its training rows since the last update."""
 
     def __init__(self, fault: Fault, rank: int, world: int):
         self.fault, self.rank, self.world = fault, rank, world
@@ -54,7 +53,7 @@ class Rank:
         self.batch_index = self.saving = 0
         if self.record:
             self._file(f"rank{rank}.pid").write_text(str(os.getpid()), encoding="utf-8")
-            if self._file("killed").exists():  # all were killed before this one was heard of
+            if self._file("killed").exists():  # kill_all came before this process registered
                 os._exit(137)
 
     def _file(self, ending: str) -> Path:
@@ -83,22 +82,22 @@ class Rank:
         elif action["do"] == "kill_all":
             self._file("killed").touch()
             folder, name = self._file("pid").parent, self._file("").name
-            found = {
+            processes = {
                 int(path.read_text(encoding="utf-8") or 0) for path in folder.glob(f"{name}*.pid")
             } - {0, os.getpid()}
-            for process in found:
+            for process in processes:
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
         if action["do"].startswith("kill"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def fed(self, batch: Any) -> None:
-        """This rank computes gradients from a batch."""
+    def record_batch(self, batch: Any) -> None:
+        """Record the rows of a batch before its backward pass."""
         self.rows += row_hashes(batch)
 
-    def updated(self, optimizer: Any) -> None:
-        """The optimizer changed the weights."""
-        if not self.rows:  # torch makes the state of a new optimizer by an update without gradients
+    def record_update(self, optimizer: Any) -> None:
+        """Write the rows of an update to the record."""
+        if not self.rows:  # torch initializes optimizer state with a step without gradients
             return
         number = int(next(iter(optimizer.state.values()))["step"])
         line = {
@@ -116,20 +115,20 @@ class Rank:
 
 
 def row_hashes(batch: Any) -> list[str]:
-    """A hash of each row of a batch: its tokens, targets and document ids."""
+    """Return a hash of each row of a batch: its tokens, targets and document ids."""
     rows = zip(batch.tokens.numpy(), batch.targets.numpy(), batch.doc_ids.numpy(), strict=True)
-    return [sha256(b"".join(part.tobytes() for part in row)).hexdigest()[:16] for row in rows]
+    return [sha256(b"".join(array.tobytes() for array in row)).hexdigest()[:16] for row in rows]
 
 
 def watch(rank: Rank) -> None:
-    """Let rank see what training does, and do to it what is to go wrong."""
+    """Patch train.py to record rows and inject the rank's fault."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     import train
     from training import checkpoint, phase, setup
     from training.guard import FaultState
 
-    register_optimizer_step_post_hook(lambda optimizer, *_: rank.updated(optimizer))
+    register_optimizer_step_post_hook(lambda optimizer, *_: rank.record_update(optimizer))
     plain, build, run, nan = train.next_token, setup.build, phase.train, rank.fault.get("nan", {})
 
     def next_token(z_weight: float) -> Any:
@@ -138,7 +137,7 @@ def watch(rank: Rank) -> None:
         def watched(model: Any, batch: Any) -> Any:
             loss, sums = objective(model, batch)
             if model.training:
-                rank.fed(batch)
+                rank.record_batch(batch)
                 if nan and (rank.rank, rank.batch_index) == (nan["rank"], nan["batch_index"]):
                     loss = loss * float("nan")
                     sums = (
@@ -173,7 +172,7 @@ def watch(rank: Rank) -> None:
         built,
         trained,
     )  # type: ignore[misc]
-    if excluded_batches := rank.fault.get("leave_out"):
+    if excluded_batches := rank.fault.get("excluded_batches"):
         FaultState.next_batch_index = lambda self, batch_index: next(
             p for p in range(batch_index, 1 << 30) if p not in excluded_batches
         )  # type: ignore
@@ -205,7 +204,7 @@ def watch_saves(rank: Rank, checkpoint: Any) -> None:
 
     def synced(path: Path) -> None:
         sync(path)
-        if path.suffix == ".tmp":  # the whole folder: what is left is its name
+        if path.suffix == ".tmp":  # the folder, complete except for its rename
             rank.reach("rename", rank.saving)
 
     checkpointer._write, checkpointer._publish, checkpoint._checksums, checkpoint._sync = (
@@ -215,11 +214,11 @@ def watch_saves(rank: Rank, checkpoint: Any) -> None:
         synced,
     )
     if full := rank.fault.get("full"):
-        fill_the_disk(rank, checkpoint, full)
+        inject_enospc(rank, checkpoint, full)
 
 
-def fill_the_disk(rank: Rank, checkpoint: Any, full: dict[str, Any]) -> None:
-    """No space left for one part of one save on one rank, as the file system would say it."""
+def inject_enospc(rank: Rank, checkpoint: Any, full: dict[str, Any]) -> None:
+    """Raise ENOSPC in one write of one save on one rank."""
     from errno import ENOSPC
 
     from torch.distributed.checkpoint import filesystem
@@ -237,11 +236,11 @@ def fill_the_disk(rank: Rank, checkpoint: Any, full: dict[str, Any]) -> None:
     setattr(owner, name, write)
 
 
-def turn_the_clock(rank: Rank) -> None:
-    """Shift what this process takes for the time of day."""
-    true, off, jump = time.time, rank.fault["clocks"][rank.rank], rank.fault.get("jump", {})
-    moved = [off]
-    time.time = lambda: true() + moved[0]
+def shift_clock(rank: Rank) -> None:
+    """Shift this process's time of day."""
+    real_time, offset, jump = time.time, rank.fault["clocks"][rank.rank], rank.fault.get("jump", {})
+    shift = [offset]
+    time.time = lambda: real_time() + shift[0]
     time.time_ns = lambda: int(time.time() * 1e9)
 
     from datetime import datetime, timedelta
@@ -251,17 +250,17 @@ def turn_the_clock(rank: Rank) -> None:
     class Skewed(datetime):
         @classmethod
         def now(cls, tz: Any = None) -> Any:
-            return datetime.now(tz) + timedelta(seconds=moved[0])
+            return datetime.now(tz) + timedelta(seconds=shift[0])
 
     logger.datetime = Skewed  # type: ignore[misc]
-    updated = rank.updated
+    record_update = rank.record_update
 
-    def jumped(optimizer: Any) -> None:
-        updated(optimizer)
+    def jump_after_update(optimizer: Any) -> None:
+        record_update(optimizer)
         if jump and int(next(iter(optimizer.state.values()))["step"]) >= jump["at"]:
-            moved[0] = off + jump["by"]
+            shift[0] = offset + jump["by"]
 
-    rank.updated = jumped  # type: ignore[method-assign]
+    rank.record_update = jump_after_update  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -272,7 +271,7 @@ def main() -> None:
     )
     rank.reach("start")
     if "clocks" in rank.fault:
-        turn_the_clock(rank)
+        shift_clock(rank)
     watch(rank)
     import train
 

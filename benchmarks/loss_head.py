@@ -116,7 +116,9 @@ def measure(
         except Exception as error:  # not installed or unsupported: reported in the row
             rows[name]["not measured"] = reason(error)
             continue
-        calls[name] = lambda loss=loss: torch.autograd.grad(loss(*inputs), (hidden, weight))  # type: ignore[misc]
+        calls[name] = lambda loss=loss: torch.autograd.grad(  # type: ignore[misc]
+            loss(*inputs), (hidden, weight)
+        )
     del exact
     for name, call in calls.items():
         call()  # recompiles, since torch.compiler.reset() dropped the graph

@@ -219,9 +219,9 @@ def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
         logps = answer_logps(policy, batch).unflatten(0, (2, -1))
     lengths = (batch.places < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
     settings = {"beta": 2.0, "margin": 0.7, "label_smoothing": 0.1}
-    mine = pair_losses(DPOConfig(loss="simpo", **settings), logps, lengths)
+    losses = pair_losses(DPOConfig(loss="simpo", **settings), logps, lengths)
     table["simpo, beta 2, margin 0.7, smoothing 0.1"] = {
-        "ours": {"loss": float(mine.mean())},
+        "ours": {"loss": float(losses.mean())},
         "trl": {"loss": float(trl_simpo(logps, lengths, settings).mean())},
     }
     return table

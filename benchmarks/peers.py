@@ -33,7 +33,7 @@ MISSING = {
     "hf_compiled": "needs transformers, accelerate and a compiler",
     "liger": "needs liger-kernel, whose Triton kernels need a GPU",
     "litgpt": "needs litgpt and lightning",
-    "torchtitan": "0.3.0 needs an environment of its own (datasets<4.8, wandb, tensorboard); "
+    "torchtitan": "0.3.0 needs its own environment (datasets<4.8, wandb, tensorboard); "
     "no contender is written for it",
 }
 
@@ -108,7 +108,9 @@ def ours(work: Work, documents: bool = False) -> None:
     checkpointer = Checkpointer(run.checkpoints, run.checkpoint, work.dtype, None, {})
     log = Paced(run.logs, run.log, work.rank == 0, to_dict(run))
     if work.rank:  # Log does nothing on other ranks
-        log.metrics = lambda metrics, last=False: work.pace(metrics["loss"])  # type: ignore[method-assign]
+        log.metrics = (  # type: ignore[method-assign]
+            lambda metrics, last=False: work.pace(metrics["loss"])
+        )
     train(run, state, Loader(), next_token(run.optim.z_weight), checkpointer, log)
 
 
@@ -117,7 +119,7 @@ def hugging_face(
 ) -> None:
     """transformers' LlamaForCausalLM and Trainer: DDP, fp32 weights, autocast to the run's dtype.
 
-    default: without autocast, as Trainer comes if not told otherwise.
+    default: without autocast, as in Trainer's defaults.
     """
     import transformers
     from torch.utils.data import SequentialSampler

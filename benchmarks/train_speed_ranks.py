@@ -185,7 +185,8 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        self.errors, self.processes = open(folder / f"{spec}.err", "w+", encoding="utf-8"), []  # noqa: SIM115
+        self.errors = open(folder / f"{spec}.err", "w+", encoding="utf-8")  # noqa: SIM115
+        self.processes = []
         for rank in range(self.ranks):
             rank_env = {
                 "RANK": rank,

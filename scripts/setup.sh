@@ -1,6 +1,6 @@
 #!/bin/sh
-# Set up .venv from requirements-core.txt; does nothing if the file, Python and this folder are
-# unchanged. Arguments: more requirements files; one that fails to install is reported and skipped.
+# Set up .venv from requirements-core.txt; does nothing if that file, pyproject.toml, Python and the
+# folder are unchanged. Arguments: more requirements files; those that fail to install are skipped.
 set -eu
 cd "$(dirname "$0")/.."
 
@@ -10,29 +10,37 @@ contents() {  # prints a requirements file and those it includes with "-r FILE"
 }
 
 for python in "${PYTHON:-python3}" python3.14 python3.13 python3.12 python3.11; do
-    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then found=$python; break; fi
+    if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        base=$python
+        break
+    fi
 done
-if [ -z "${found:-}" ]; then
-    echo "error: Python 3.11 or newer is needed; install it, or set PYTHON=/path/to/python make ..." >&2
+if [ -z "${base:-}" ]; then
+    echo "error: Python 3.11 or newer not found; install it or set PYTHON=/path/to/python" >&2
     exit 2
 fi
 
-want=$({ "$found" -c 'import sys; print(sys.version, sys.prefix)'; pwd; contents requirements-core.txt; cat pyproject.toml; } | sha256sum)
-if [ ! -x .venv/bin/python ] || [ "$(cat .venv/ready 2>/dev/null)" != "$want" ]; then
-    echo "Setting up .venv with $("$found" --version): about a minute with a fast network."
+hash=$({
+    "$base" -c 'import sys; print(sys.version, sys.prefix)'
+    pwd
+    contents requirements-core.txt
+    cat pyproject.toml
+} | sha256sum)
+if [ ! -x .venv/bin/python ] || [ "$(cat .venv/ready 2>/dev/null)" != "$hash" ]; then
+    echo "Setting up .venv with $("$base" --version): about a minute with a fast network."
     rm -rf .venv
-    # Debian's python3 may lack ensurepip; then the system's pip installs itself into .venv.
-    "$found" -m venv .venv >/dev/null 2>&1 || {
+    # Debian's python3 may lack ensurepip: use the system's pip to install pip into .venv.
+    "$base" -m venv .venv >/dev/null 2>&1 || {
         rm -rf .venv
-        "$found" -m venv --without-pip .venv
-        "$found" -m pip --python .venv/bin/python install -qq pip
+        "$base" -m venv --without-pip .venv
+        "$base" -m pip --python .venv/bin/python install -qq pip
     }
     .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements-core.txt || {
         echo "error: pip could not install requirements-core.txt (see its message above);" \
             "check the network and free disk, then run this again" >&2
         exit 2
     }
-    printf '%s\n' "$want" >.venv/ready
+    printf '%s\n' "$hash" >.venv/ready
     echo "Set up."
 fi
 
@@ -41,7 +49,7 @@ for extra in "$@"; do
         if .venv/bin/python -m pip install -qq --disable-pip-version-check -r "$extra"; then
             contents "$extra" >".venv/$extra"
         else
-            echo "$extra could not be installed (see pip's message above); continuing without it" >&2
+            echo "$extra was not installed (see pip's message above); continuing without it" >&2
         fi
     fi
 done

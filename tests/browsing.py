@@ -25,7 +25,7 @@ OWN = re.compile(
 
 @pytest.fixture(scope="module")
 def foreign() -> Iterator[Any]:
-    """A proxy in place of all other hosts; .asked holds what was asked of them."""
+    """A proxy that replaces all other hosts; .asked records the requests to them."""
 
     class Proxy(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -47,7 +47,7 @@ def foreign() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def browser(foreign) -> Iterator[Any]:
-    """A headless Chromium; the tests that use it are skipped where there is none."""
+    """A headless Chromium; without one, the tests that use it are skipped."""
     pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
     driver = pytest.importorskip(
         "playwright.sync_api", reason="no playwright: pip install -r requirements-parity.txt"
@@ -70,15 +70,15 @@ def browser(foreign) -> Iterator[Any]:
 
 
 def asked_by_page(foreign: Any) -> list[str]:
-    """Requests to other hosts, without Chromium's own to Google; fonts are not its own."""
+    """Return requests to other hosts, without Chromium's to Google; font requests count."""
     return [asked for asked in foreign.asked if not OWN.match(asked)]
 
 
 class Window:
     """A browser window on the demo."""
 
-    def __init__(self, browser, url: str, login: str = "", **how: Any):
-        self.page = browser.new_page(**how)
+    def __init__(self, browser, url: str, login: str = "", **options: Any):
+        self.page = browser.new_page(**options)
         self.page.set_default_timeout(30_000)
         self.asked: set[str] = set()
         self.page.on("request", lambda request: self.asked.add(request.url.split("/")[2]))
@@ -118,13 +118,13 @@ class Window:
         return self.page.locator(f".message.{of}").all_inner_texts()
 
     def meter(self) -> tuple[int, int]:
-        """Tokens of the context, and of the turn."""
-        found = re.search(
+        """Return the displayed tokens of the context and of the turn."""
+        match = re.search(
             r"context ([\d,]+) / 4,096\s+([\d,]+) tokens",
             self.page.locator(".meter").first.inner_text(),
         )
-        assert found
-        return int(found[1].replace(",", "")), int(found[2].replace(",", ""))
+        assert match
+        return int(match[1].replace(",", "")), int(match[2].replace(",", ""))
 
     def __enter__(self) -> "Window":
         return self

@@ -94,7 +94,7 @@ class Process:
         return self.outputs[1].read_text(encoding="utf-8", errors="replace")
 
     def send_signal(self, number: int) -> None:
-        with suppress(ProcessLookupError):  # it has ended, and the forkserver has reaped it
+        with suppress(ProcessLookupError):  # it has ended and the forkserver has reaped it
             os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:

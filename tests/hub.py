@@ -1,4 +1,4 @@
-"""A hub on this machine: the few answers of the Hugging Face hub that reading a data set takes, over files of a folder."""
+"""A local Hugging Face hub that serves data sets from a folder."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlparse
 
 @contextmanager
 def local_hub(folder: Path, commit: str, gated: bool = False) -> Iterator[str]:
-    """Serve <folder>/<owner>/<name>/... as data sets of one commit; yields what HF_ENDPOINT is to be."""
+    """Serve <folder>/<owner>/<name>/... as data sets of one commit; yield the HF_ENDPOINT."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -58,9 +58,9 @@ def local_hub(folder: Path, commit: str, gated: bool = False) -> Iterator[str]:
                 first, last = re.fullmatch(
                     r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-")
                 ).groups()
-                part = data[int(first) : int(last or len(data)) + 1]
-                where = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
-                self.answer(206, part, Content_Range=where, X_Repo_Commit=commit, ETag='"x"')
+                chunk = data[int(first) : int(last or len(data)) + 1]
+                where = f"bytes {first}-{int(first) + len(chunk) - 1}/{len(data)}"
+                self.answer(206, chunk, Content_Range=where, X_Repo_Commit=commit, ETag='"x"')
 
     def entry(path: Path, root: Path) -> dict:
         name = path.relative_to(root).as_posix()

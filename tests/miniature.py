@@ -151,9 +151,8 @@ def _shrink_plan(plan: dict[str, Any]) -> None:
             gate["metric"] = small(gate["metric"].replace("_", " _ ")).replace(" _ ", "_")
             gate["advice"] = small(gate.get("advice", ""))
             lower = gate["go"] < gate["no_go"]
-            gate |= (
-                {"go": 1e6, "no_go": 2e6} if lower else {"go": -1.0, "no_go": -2.0}
-            )  # any model of this size passes
+            # Any model of this size passes.
+            gate |= {"go": 1e6, "no_go": 2e6} if lower else {"go": -1.0, "no_go": -2.0}
     for stage in plan["stages"]:
         stage["commands"] = {title: small(command) for title, command in stage["commands"].items()}
     for target in plan["targets"]:
@@ -185,13 +184,13 @@ def write_hub(place: Path) -> None:
         "stackexchange": [f"{text[:4000]}" for text in factbook],
         "stem_wiki": texts("stem", 400),
     }
-    for name, found in rows.items():
+    for name, content in rows.items():
         source = sources.HUB_SOURCES[name]
         path = place / "hub" / source.repo / source.files.replace("*", "00000")
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = [
             {source.text_column: text, source.id_column or "id": f"{name}/{i}"}
-            for i, text in enumerate(found)
+            for i, text in enumerate(content)
         ]
         if path.suffix == ".parquet":
             parquet.write_table(pyarrow.Table.from_pylist(columns), path)
@@ -201,10 +200,10 @@ def write_hub(place: Path) -> None:
             path.write_bytes(
                 gzip.compress("".join(json.dumps(row) + "\n" for row in columns).encode())
             )
-    for (repo, *_), found in _tuning_rows(factbook).items():
+    for (repo, *_), content in _tuning_rows(factbook).items():
         path = place / "hub" / repo / "rows.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in found))
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
 def _tuning_rows(factbook: list[str]) -> dict[tuple[str, ...], list[dict]]:
@@ -349,20 +348,20 @@ class Command:
             port = free.getsockname()[1]
         self.processes = []
         for rank in range(ranks or 1):
-            own = {"OMP_NUM_THREADS": "1"}
+            environment = {"OMP_NUM_THREADS": "1"}
             if ranks:
-                own |= {
+                environment |= {
                     "RANK": str(rank),
                     "LOCAL_RANK": str(rank),
                     "WORLD_SIZE": str(ranks),
                     "LOCAL_WORLD_SIZE": str(ranks),
                 }
-                own |= {
+                environment |= {
                     "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(port),
                     "TORCHELASTIC_RUN_ID": "miniature",
                 }
-            arguments = (argv, {**env, **own}, os.getcwd(), str(self.output))
+            arguments = (argv, {**env, **environment}, os.getcwd(), str(self.output))
             self.processes.append(forked.forkserver().Process(target=_run, args=arguments))
             self.processes[-1].start()
         self.pid = self.processes[0].pid

@@ -30,7 +30,7 @@ GPU = ("sdpa", "flex", "varlen", "flash")
 
 
 def ragged(rows: int, length: int) -> torch.Tensor:
-    """Documents of 1 token, of a few, of nearly a row, and a border at a row's last token."""
+    """Documents of 1 token, a few tokens, nearly a row; one starts at a row's last token."""
     doc_ids = torch.zeros(rows, length, dtype=torch.int32)
     for row, starts in enumerate(([1, 2, 9, length - 1], [length // 2 + 3], [])):
         if row < rows:
@@ -57,7 +57,7 @@ def example(
 
 
 def exact(q, k, v, grad, doc_ids, window) -> list[torch.Tensor]:
-    """Output and gradients in double precision, from all scores and an explicit mask."""
+    """Return output and gradients in double precision, from all scores and an explicit mask."""
     q, k, v = (x.detach().double().cpu().requires_grad_() for x in (q, k, v))
     length, group = q.shape[2], q.shape[1] // k.shape[1]
     seen = torch.zeros(len(q), 1, length, length, dtype=torch.bool)
@@ -148,8 +148,8 @@ def varlen_on_cpu():
     return calls
 
 
-def same(found: list[torch.Tensor], expected: list[torch.Tensor], bound: float) -> None:
-    for name, a, b in zip(("out", "q", "k", "v"), found, expected, strict=True):
+def same(actual: list[torch.Tensor], expected: list[torch.Tensor], bound: float) -> None:
+    for name, a, b in zip(("out", "q", "k", "v"), actual, expected, strict=True):
         assert a.shape == b.shape and (a.detach().double().cpu() - b).abs().max() <= bound * max(
             1.0, float(b.detach().abs().max())
         ), name
@@ -166,9 +166,8 @@ def test_output_and_gradients_equal_double_precision(
     doc_ids = ragged(3, length) if packed else None
     q, k, v, grad = example(heads, length)
     if kernel == "flex":
-        monkeypatch.setattr(
-            "torch.nn.attention.flex_attention._validate_device", lambda *qkv: None
-        )  # torch trains it on GPUs only
+        # torch supports its backward pass on GPUs only.
+        monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *qkv: None)
         mask = block_mask(doc_ids, length, CPU, window)
     elif kernel == "varlen":
         mask = varlen_mask(doc_ids, 3, length, CPU, window)
@@ -188,8 +187,8 @@ def test_output_and_gradients_equal_double_precision(
         else sdpa_kernel(list(SDPBackend.__members__.values()))
     ):
         out = attend(q, k, v, mask)
-        found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-    same(found, exact(q, k, v, grad, doc_ids, window), 1e-5)
+        actual = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    same(actual, exact(q, k, v, grad, doc_ids, window), 1e-5)
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["documents", "rows"])
@@ -200,10 +199,10 @@ def test_blocks_in_bf16_are_as_near_to_double_precision_as_torchs_own_kernel(pac
     expected, apart = [x.detach() for x in exact(q, k, v, grad, doc_ids, None)], {}
     for kernel in ("sdpa", "blocks"):
         out = attend(q, k, v, attention_mask(doc_ids, q.transpose(1, 2).flatten(2), kernel))
-        found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+        actual = [out, *torch.autograd.grad(out, (q, k, v), grad)]
         apart[kernel] = [
             float((a.double() - b).detach().norm() / b.norm())
-            for a, b in zip(found, expected, strict=True)
+            for a, b in zip(actual, expected, strict=True)
         ]
     assert all(a < 2 * b < 2e-2 for a, b in zip(apart["blocks"], apart["sdpa"], strict=True)), apart
 
@@ -233,8 +232,8 @@ def test_on_a_gpu_output_and_gradients_equal_double_precision(kernel, packed, wi
     except ValueError as reason:
         pytest.skip(str(reason))
     out = attend(q, k, v, mask)
-    found = [out, *torch.autograd.grad(out, (q, k, v), grad)]
-    same(found, exact(q, k, v, grad, None if doc_ids is None else doc_ids.cpu(), window), 2e-2)
+    actual = [out, *torch.autograd.grad(out, (q, k, v), grad)]
+    same(actual, exact(q, k, v, grad, None if doc_ids is None else doc_ids.cpu(), window), 2e-2)
 
 
 @pytest.mark.parametrize("kernel, graphs", [("blocks", 1), ("flex", 1), ("varlen", 2)])
@@ -253,11 +252,11 @@ def test_documents_of_any_number_do_not_compile_anew(
         num_attention_heads=4,
         num_key_value_heads=1,
     )
-    plain, compiled, made = NanoLlama(config, seed=0), NanoLlama(config, seed=0), []
+    plain, compiled, compiled_graphs = NanoLlama(config, seed=0), NanoLlama(config, seed=0), []
     torch._dynamo.reset()
 
     def counting(graph, inputs):
-        made.append(graph)
+        compiled_graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
     for i, layer in enumerate(compiled.layers):
@@ -283,12 +282,11 @@ def test_documents_of_any_number_do_not_compile_anew(
             losses = model(tokens, tokens.roll(-1, 1), doc_ids)
             losses.nll.sum().backward()
             gradients.append([losses.nll, *(parameter.grad for parameter in model.parameters())])
-        assert len(varlen_on_cpu) == (
-            2 if kernel == "varlen" else 0
-        )  # once a layer: its output was kept for backward
+        # Once per layer: its output was saved for backward.
+        assert len(varlen_on_cpu) == (2 if kernel == "varlen" else 0)
         for a, b in zip(*gradients, strict=True):
             assert (a - b).abs().max() <= 1e-4 * max(1.0, float(a.detach().abs().max()))
-    assert len(made) == graphs
+    assert len(compiled_graphs) == graphs
 
 
 def test_starts_of_documents():
@@ -323,7 +321,7 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
     ]
     assert chosen(cuda, bf16, True) == chosen(cuda, fp32, True) == "flex"
     assert choose_kernel("varlen", cuda, bf16, True) == "varlen"
-    for wanted, device, dtype, sentence in (
+    for kernel, device, dtype, sentence in (
         (
             "varlen",
             CPU,
@@ -337,7 +335,7 @@ def test_the_kernel_that_is_chosen_and_the_sentence_where_there_is_none(monkeypa
         ("flash", cuda, bf16, "needs the package flash_attn"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            choose_kernel(wanted, device, dtype, masked=True)
+            choose_kernel(kernel, device, dtype, masked=True)
     monkeypatch.setattr(attention, "_flash_version", lambda device: "FA3")
     assert choose_kernel("flash", cuda, bf16, True) == "FA3"
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The chat template against transformers' rendering of it, what is trained, what users may type, and reading replies back."""
+"""The chat template: equality with transformers, loss mask, user text and parsed replies."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ def text(rng: random.Random) -> str:
 
 
 def conversation(rng: random.Random) -> dict:
-    """Random turns, as clean() takes them, special tokens and odd white space included."""
+    """Return random turns in clean()'s format, with special tokens and odd white space."""
     messages = [{"role": "system", "content": text(rng)}] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 3)):
         messages.append({"role": "user", "content": "q" + text(rng)})
@@ -127,9 +127,8 @@ def test_ids_and_mask_equal_the_template_in_transformers(chat, folder):
         )
         turns = [message for message in one["messages"] if message["role"] == "assistant"]
         assert [encoded.ids[end - 1] for end in encoded.ends] == [chat.ids[IM_END]] * len(turns)
-        assert all(
-            encoded.trained[end - 1] and not encoded.trained[end] for end in encoded.ends
-        )  # not the newline after it
+        # The mask excludes the newline after the end token.
+        assert all(encoded.trained[end - 1] and not encoded.trained[end] for end in encoded.ends)
     prompt = (
         cleaned[0]["messages"][:2]
         if cleaned[0]["messages"][0]["role"] == "system"
@@ -147,7 +146,8 @@ def test_what_is_trained_is_what_the_assistant_says(chat):
         encoded.ids[encoded.trained].tolist(), skip_special_tokens=False
     )
     assert trained == (
-        '<|start_thought|>ask\n<|end_thought|><|tool_call|>{"name": "f", "arguments": {"x": 1}}<|im_end|>'
+        '<|start_thought|>ask\n<|end_thought|><|tool_call|>{"name": "f", '
+        '"arguments": {"x": 1}}<|im_end|>'
         "4.\n\nThat is all<|im_end|>(you are welcome)<|im_end|>"
     )
 
@@ -161,9 +161,8 @@ def test_a_user_cannot_forge_turns(chat):
         token in neutralise(forged) for token in SPECIAL
     )
     assert neutralise("a < b |> <|im_x|> <im_end>") == "a < b |> <|im_x|> <im_end>"
-    assert "".join(neutralise(forged).split()) == "".join(
-        forged.split()
-    )  # nothing but spaces came in
+    # The input was only spaces.
+    assert "".join(neutralise(forged).split()) == "".join(forged.split())
 
 
 def test_no_hidden_system_prompt_and_the_tokenizer_grows_once(chat, folder, text_store, tmp_path):
@@ -191,23 +190,23 @@ def test_a_checkpoint_with_an_earlier_template_still_speaks_ours(folder, tmp_pat
     assert isinstance(open_chat_format(tmp_path), Chat)
 
 
-@pytest.mark.parametrize("given", ["text", "ids"])
-def test_replies_are_read_back(chat, given):
-    def read(reply: str, **how):
-        if given == "text":
-            return parse(reply, **how)
+@pytest.mark.parametrize("reply_form", ["text", "ids"])
+def test_replies_are_read_back(chat, reply_form):
+    def read(reply: str, **options):
+        if reply_form == "text":
+            return parse(reply, **options)
         chat.tokenizer.encode_special_tokens = False
         ids = chat.tokenizer.encode(reply, add_special_tokens=False).ids
         chat.tokenizer.encode_special_tokens = True
-        return chat.parse(ids, **how)
+        return chat.parse(ids, **options)
 
     call = '<|tool_call|>{"name": "f", "arguments": {"x": "}"}}'
-    whole = read(
+    parsed = read(
         f"<|start_thought|>a\n<|end_thought|>Well{call}{call} done<|im_end|>\n<|im_start|>user"
     )
     function = {"function": {"name": "f", "arguments": {"x": "}"}}}
-    assert whole == ("a\n", "Well done", [function] * 2, [], True)
-    assert whole.message() == {
+    assert parsed == ("a\n", "Well done", [function] * 2, [], True)
+    assert parsed.message() == {
         "role": "assistant",
         "content": "Well done",
         "thought": "a\n",
@@ -233,14 +232,16 @@ def test_replies_are_read_back(chat, given):
         '{"name": "f", "arguments": {"x": "\\ud800"}}',
         lists,
     ):
-        reply = read(
-            f"<|tool_call|>{call}<|im_end|>"
-        )  # none of these could stand in the next prompt
+        # None of these calls may appear in the next prompt.
+        reply = read(f"<|tool_call|>{call}<|im_end|>")
         assert reply.broken == [call] and not reply.tool_calls
 
 
 def test_a_stream_never_shows_what_it_takes_back():
-    reply = '<|start_thought|>hm <| x<|end_thought|>It is 4 < 5.<|tool_call|>{"name": "f", "arguments": {}}<|im_end|>'
+    reply = (
+        '<|start_thought|>hm <| x<|end_thought|>It is 4 < 5.<|tool_call|>{"name": "f", '
+        '"arguments": {}}<|im_end|>'
+    )
     shown = [parse(reply[:end], partial=True) for end in range(len(reply) + 1)]
     for before, after in pairwise(shown):
         assert after.thought.startswith(before.thought.rstrip()) and after.content.startswith(
@@ -262,7 +263,7 @@ def nested(depth):
     return value
 
 
-DEEP = '{"a": ' * 10**5  # more than a parser takes
+DEEP = '{"a": ' * 10**5  # more than a parser accepts
 BAD = [
     ([], "a conversation without messages"),
     ([user("a"), user("b")], "two user turns in a row"),
@@ -311,9 +312,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("messages", "said"), BAD, ids=[said for _, said in BAD])
-def test_a_faulty_conversation_is_named(messages, said):
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize(("messages", "message"), BAD, ids=[message for _, message in BAD])
+def test_a_faulty_conversation_is_named(messages, message):
+    with pytest.raises(ValueError, match=message):
         clean({"messages": messages})
 
 
@@ -390,8 +391,8 @@ def test_forms_are_read_into_one(tmp_path):
         for lines in files:
             path = tmp_path / "rows.jsonl"
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            [found] = read_conversations(str(path), form, "en" if form == "oasst" else None)
-            assert [(m["role"], m["content"]) for m in clean(found)["messages"]] == [
+            [row] = read_conversations(str(path), form, "en" if form == "oasst" else None)
+            assert [(m["role"], m["content"]) for m in clean(row)["messages"]] == [
                 ("user", "Q"),
                 ("assistant", "best"),
             ], form
@@ -405,15 +406,15 @@ def test_forms_are_read_into_one(tmp_path):
         )
         + "\n"
     )
-    [found] = read_conversations(str(path), "metamath")
-    assert found["messages"][1] == {
+    [row] = read_conversations(str(path), "metamath")
+    assert row["messages"][1] == {
         "role": "assistant",
         "thought": "2 and 2.",
         "content": "The answer is 4.",
     }
     path.write_text(json.dumps({"question": "2+2?", "answer": "2+2=<<2+2=4>>4.\n#### 4"}) + "\n")
-    [found] = read_conversations(str(path), "gsm8k")
-    assert found["messages"][1] == {
+    [row] = read_conversations(str(path), "gsm8k")
+    assert row["messages"][1] == {
         "role": "assistant",
         "thought": "2+2=4.",
         "content": "The answer is 4.",
@@ -427,13 +428,13 @@ def test_forms_are_read_into_one(tmp_path):
             [{"instruction": instruction, "input": "", "output": "It is news('what\\'s (new)')."}]
         )
     )
-    [found] = read_conversations(str(array), "toolformer")
-    assert found["messages"][1]["tool_calls"] == [
+    [row] = read_conversations(str(array), "toolformer")
+    assert row["messages"][1]["tool_calls"] == [
         {"function": {"name": "news", "arguments": {"query": "what\\'s (new)"}}}
     ]
     assert (
-        found["tools"][0]["function"]["name"] == "news"
-        and found["messages"][0]["content"] == "What is new?"
+        row["tools"][0]["function"]["name"] == "news"
+        and row["messages"][0]["content"] == "What is new?"
     )
 
 
@@ -442,14 +443,14 @@ def test_rows_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(
         b"\n".join([good, b'{"messages": [', b"\xff\xfe", b"3", b'{"text": 1}'])
     )
-    found = list(read_conversations(str(tmp_path / "rows.jsonl"), "messages"))
-    assert [f.reason.split(" (")[0] for f in found if isinstance(f, Skipped)] == [
+    rows = list(read_conversations(str(tmp_path / "rows.jsonl"), "messages"))
+    assert [f.reason.split(" (")[0] for f in rows if isinstance(f, Skipped)] == [
         "invalid JSON",
         "invalid UTF-8",
         "not a JSON object",
         "not in messages format",
     ]
-    assert [f.where for f in found if isinstance(f, Skipped)] == [
+    assert [f.where for f in rows if isinstance(f, Skipped)] == [
         f"rows.jsonl:{line}" for line in (2, 3, 4, 5)
     ]
     with pytest.raises(ValueError, match="unknown conversation format"):
@@ -474,7 +475,7 @@ def test_trees_that_are_broken_are_named(tmp_path):
     path = tmp_path / "trees.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in trees))
     *faults, odd = sorted(
-        read_conversations(str(path), "oasst"), key=lambda found: isinstance(found, dict)
+        read_conversations(str(path), "oasst"), key=lambda results: isinstance(results, dict)
     )
     assert {fault.where for fault in faults} == {
         f"trees.jsonl:{line}" for line in (1, 2, 3, 5, 6, 7)
@@ -482,28 +483,33 @@ def test_trees_that_are_broken_are_named(tmp_path):
     assert all(fault.reason.startswith("not in oasst format (") for fault in faults)
     with pytest.raises(ValueError, match="an empty assistant turn"):  # text: null
         clean(odd)
+    # A reply with its parent's id, and one to a missing parent.
     rows = [
         root,
         {**answer, "message_id": "1"},
         {**answer, "parent_id": "9"},
-    ]  # an answer with its question's id, one to nothing
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lost, found = read_conversations(str(path), "oasst")
+    lost, results = read_conversations(str(path), "oasst")
     assert lost == Skipped("a reply to a missing message", "")
-    assert [message["content"] for message in found["messages"]] == ["Q", "A"]
+    assert [message["content"] for message in results["messages"]] == ["Q", "A"]
 
 
 @pytest.fixture(scope="module")
 def speaking(folder, tmp_path_factory):
     """A tiny random model with the chat tokenizer."""
-    made = shutil.copytree(folder, tmp_path_factory.mktemp("speaking") / "step_1")
+    checkpoint = shutil.copytree(folder, tmp_path_factory.mktemp("speaking") / "step_1")
     model = tiny(
         vocab_size=Chat.from_folder(folder).tokenizer.get_vocab_size(), max_position_embeddings=4096
     )
     save_hf(
-        made, model.config, model.state_dict(), torch.float32, **Chat.from_folder(folder).config_ids
+        checkpoint,
+        model.config,
+        model.state_dict(),
+        torch.float32,
+        **Chat.from_folder(folder).config_ids,
     )
-    return made
+    return checkpoint
 
 
 def run_script(monkeypatch, capsys, *flags) -> str:
@@ -521,12 +527,12 @@ def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(
 ):
     call = '<|tool_call|>{"name": "calculator", "arguments": {"expression": "17 * 23"}}<|im_end|>'
     script = ["<|start_thought|>I multiply.<|end_thought|>" + call, "It is 391.<|im_end|>"]
-    heard, left = [], script * 2
+    heard, remaining = [], script * 2
 
     def generate(self, prompt, new, sampling, seed, stop):
         heard.append(chat.tokenizer.decode(prompt, skip_special_tokens=False))
         chat.tokenizer.encode_special_tokens = False
-        ids = chat.tokenizer.encode(left.pop(0), add_special_tokens=False).ids
+        ids = chat.tokenizer.encode(remaining.pop(0), add_special_tokens=False).ids
         chat.tokenizer.encode_special_tokens = True
         assert ids[-1] in stop
         yield from ids
@@ -536,15 +542,17 @@ def test_a_checkpoint_that_chats_thinks_calls_tools_that_run_and_answers(
         shown = run_script(
             patch, capsys, "--checkpoint", speaking, "--prompt", "How much is 17 * 23?", "And now?"
         )
-    answer = "[thought] I multiply.\n[call] calculator(expression='17 * 23')\n[result] 391\nIt is 391.\n\n"
+    answer = (
+        "[thought] I multiply.\n[call] calculator(expression='17 * 23')\n[result] 391\n"
+        "It is 391.\n\n"
+    )
     assert shown == f"> How much is 17 * 23?\n{answer}> And now?\n{answer}"
     assert (
         heard[1].startswith(heard[0])
         and "<|im_start|>tool\n<|tool_response|>391<|im_end|>" in heard[1]
     )
-    assert (
-        '"name": "calculator"' in heard[0] and "17 * 23" not in heard[2]
-    )  # tools are told of; each prompt begins anew
+    # The prompt lists the tools; each --prompt starts a new conversation.
+    assert '"name": "calculator"' in heard[0] and "17 * 23" not in heard[2]
     with monkeypatch.context() as patch:
         patch.setattr(TorchRunner, "generate", lambda *_: iter([chat.ids[IM_END]]))
         flags = ("--checkpoint", speaking, "--no_tools", "--prompt", "Hi")
@@ -556,19 +564,19 @@ def test_plain_text_goes_on_from_chat_models_too(
 ):
     flags = ("--prompt", "The sun", "--temperature", 0, "--max_new_tokens", 12)
     raw = run_script(monkeypatch, capsys, "--checkpoint", speaking, "--raw", *flags)
+    # stdout is not a terminal, so there are no escape codes.
     assert (
         raw.startswith("> The sun") and raw.endswith("\n\n") and len(raw) > 16 and "\033" not in raw
-    )  # no terminal
+    )
     base = shutil.copytree(speaking, tmp_path / "base")
     for name in (TEMPLATE, TRAINING_TEMPLATE):
         (base / name).unlink()
-    assert (
-        run_script(monkeypatch, capsys, "--checkpoint", base, *flags) == raw
-    )  # as a base model does
+    # A base model gets the raw prompt.
+    assert run_script(monkeypatch, capsys, "--checkpoint", base, *flags) == raw
     assert run_script(
         monkeypatch, capsys, "--checkpoint", speaking, "--no_tools", *flags
     ).startswith("> The sun\n")
-    for more, said in (
+    for more, expected in (
         (
             ("--max_new_tokens", 99999),
             "and --max_new_tokens 99999 exceed the model's context of 4096; shorten one",
@@ -580,7 +588,7 @@ def test_plain_text_goes_on_from_chat_models_too(
             "seed=99999999999999999999 must be at least",
         ),
     ):
-        assert said in run_script(
+        assert expected in run_script(
             monkeypatch, capsys, "--checkpoint", speaking, "--raw", *flags, *more
         )
     assert "or add --raw" in run_script(
@@ -589,11 +597,9 @@ def test_plain_text_goes_on_from_chat_models_too(
     assert "the least is 1" in run_script(
         monkeypatch, capsys, "--checkpoint", speaking, *flags[:-1], 0
     )
-    shutil.copy(
-        text_store / "tokenizer" / "tokenizer.json", base
-    )  # with a template that is not ours
+    shutil.copy(text_store / "tokenizer" / "tokenizer.json", base)  # with a foreign template
     shutil.copy(folder / TEMPLATE, base)
     assert "lacks <|im_start|>" in (
-        said := run_script(monkeypatch, capsys, "--checkpoint", base, *flags)
+        expected := run_script(monkeypatch, capsys, "--checkpoint", base, *flags)
     )
-    assert "add --raw" in said
+    assert "add --raw" in expected

@@ -1,4 +1,4 @@
-"""Checkpoints under all that can happen to them: killed, full, damaged, pruned, saved in the background."""
+"""Checkpoints: kills, full disks, damage, retention and saves in the background."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, by its path."""
+    """Return the bytes of every file under a folder, by path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -45,7 +45,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def started(settings):
-    """Make a state and checkpoints of it: started("checkpoint.keep=1") -> (state, saves), in a group of one rank."""
+    """started("checkpoint.keep=1") -> (state, checkpointer), in a group of one rank."""
     with setup.ranks() as device:
 
         def make(*overrides: str):
@@ -58,14 +58,14 @@ def started(settings):
 
 
 def change(state) -> None:
-    """What a step does to a state, in place."""
+    """Change a state in place, as a training step does."""
     state.step += 1
     with torch.no_grad():
         for parameter in state.model.parameters():
             noise = torch.randn(
                 parameter.shape, generator=torch.Generator().manual_seed(state.step)
             )
-            parameter.to_local().add_(noise, alpha=0.01)  # one rank holds all
+            parameter.to_local().add_(noise, alpha=0.01)  # a single rank holds all shards
             parameter.grad = parameter.detach().clone()
     state.optimizer.step()
     state.optimizer.zero_grad()
@@ -80,12 +80,12 @@ def tensors(state) -> list[torch.Tensor]:
     ]
 
 
-# Processes that begin in milliseconds: forked from one that has imported everything.
+# Processes start in milliseconds: they are forked from one that has imported everything.
 
 
 @pytest.fixture(scope="module")
 def spawn():
-    """spawn(function, *arguments) -> a started process of its own session."""
+    """spawn(function, *arguments) -> a started process in its own session."""
 
     def start(function, *arguments):
         process = forked.forkserver().Process(target=function, args=arguments)
@@ -103,7 +103,7 @@ def one_rank(
     sabotage=None,
     stderr: str = "",
 ) -> None:
-    """train.py's main as one of several ranks, as torchrun would begin it."""
+    """Run train.py's main as one of several ranks, with torchrun's environment."""
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank),
@@ -136,10 +136,10 @@ def ranks_of(spawn, overrides: list[str], ranks: int, sabotage=None, stderr: str
 
 
 def run_ranks(
-    spawn, overrides: list[str], ranks: int, seconds: float = 60, **how
+    spawn, overrides: list[str], ranks: int, seconds: float = 60, **popen_options
 ) -> list[int | None]:
-    """The exit statuses of that many ranks."""
-    with ranks_of(spawn, overrides, ranks, **how) as processes:
+    """Run that many ranks; return their exit statuses."""
+    with ranks_of(spawn, overrides, ranks, **popen_options) as processes:
         end = time.monotonic() + seconds
         for process in processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -186,11 +186,11 @@ def test_saves_back_to_back_hold_what_was_there_when_they_began(started, tmp_pat
 def test_two_ranks_save_in_the_background_and_any_number_goes_on(spawn, settings, tmp_path):
     def overrides(name: str, steps: int, asynchronous: str = "true") -> list[str]:
         where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / name / 'logs'}"]
-        how = [
+        settings_of_run = [
             f"checkpoint={{every: 2, keep: 2, asynchronous: {asynchronous}}}",
             "validation.every=0",
         ]
-        return settings(*how, *where, steps=steps)
+        return settings(*settings_of_run, *where, steps=steps)
 
     assert run_ranks(spawn, overrides("waited", 12, "false"), 2) == [0, 0]
     for steps in (5, 12):
@@ -221,11 +221,11 @@ def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_f
 
     def overrides(name: str) -> list[str]:
         where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / 'logs' / name}"]
-        how = [
+        settings_of_run = [
             "checkpoint={every: 1, keep: 1, asynchronous: true}",
             "validation={every: 50, rows: 4}",
         ]
-        return settings(*how, f"schedule.total_steps={steps}", *where, steps=steps)
+        return settings(*settings_of_run, f"schedule.total_steps={steps}", *where, steps=steps)
 
     began = time.monotonic()
     assert run_ranks(spawn, overrides("straight"), 1) == [0]
@@ -257,7 +257,7 @@ def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_f
 def test_killed_between_the_renames_of_a_step_that_is_saved_again(started):
     state, checkpointer = started("checkpoint.keep=1")
     change(state)
-    for place in (1, 2):  # the same step again, as after a signal that follows a skipped step
+    for place in (1, 2):  # the same step again, as for a signal after a skipped step
         state.batch_index = place
         checkpointer.save(state)
     assert [path.name for path in checkpointer.folder.iterdir()] == ["step_1"]
@@ -322,13 +322,13 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *where]
     )
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         train.main()
     error = capfd.readouterr().err
-    assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert exit_info.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert (
-        "the checkpoint of step 40 was not saved: No space left on device; repeat the command to resume"
-        in error
+        "the checkpoint of step 40 was not saved: No space left on device; repeat the command "
+        "to resume" in error
     )
     assert 40 <= len(read_metrics(tmp_path / "logs")) < 60
     assert [path.name for path in (tmp_path / "checkpoints" / "one").glob("step_*")] == ["step_20"]
@@ -343,13 +343,13 @@ def fill_the_disk_of_rank_1(rank: int) -> None:
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_what_fails_on_one_rank_fails_on_all(spawn, settings, tmp_path, asynchronous):
-    how = settings(f"checkpoint={{every: 3, asynchronous: {asynchronous}}}", steps=12)
+    overrides = settings(f"checkpoint={{every: 3, asynchronous: {asynchronous}}}", steps=12)
     assert run_ranks(
-        spawn, how, 2, sabotage=fill_the_disk_of_rank_1, stderr=str(tmp_path / "stderr")
+        spawn, overrides, 2, sabotage=fill_the_disk_of_rank_1, stderr=str(tmp_path / "stderr")
     ) == [2, 2]
     for rank in (0, 1):
-        said = (tmp_path / f"stderr.{rank}").read_text()
-        assert "No space left on device" in said and said.count("\n") == 1
+        message = (tmp_path / f"stderr.{rank}").read_text()
+        assert "No space left on device" in message and message.count("\n") == 1
     assert list((tmp_path / "checkpoints" / "one").glob("step_*")) == []
 
 
@@ -387,9 +387,9 @@ W = "weights"  # only
             [5, 1, 3, 2],
             (),
             {2: W, 3: "all", 4: "all"},
-        ),  # weights only do not count among the last
+        ),  # weights-only checkpoints do not count as the last
         ("keep: 3", [5, 1, 3, 2], (), {2: "all", 3: "all", 4: "all"}),
-        ("keep: 1", [5, 3, 4, 2, 4], (), {4: W, 5: "all"}),  # a former best goes
+        ("keep: 1", [5, 3, 4, 2, 4], (), {4: W, 5: "all"}),  # the former best is removed
         ("keep: 1", [5, float("nan"), None, 6], (), {1: W, 4: "all"}),
         ("keep: 1, keep_best: false", [1, 2, 3, 4], (), {4: "all"}),
         ("keep: 1", [4, 3, 2, 5], (2,), {2: "all", 3: W, 4: "all"}),
@@ -408,11 +408,11 @@ def test_what_is_kept(started, settings_of, metrics, milestones, expected):
         state.step = step
         checkpointer.save(state, metric, milestone=step in milestones)
     checkpointer.wait()
-    found = {
+    kept_steps = {
         int(path.name[5:]): "all" if (path / "state").is_dir() else W
         for path in checkpointer.folder.iterdir()
     }
-    assert found == expected
+    assert kept_steps == expected
     for path in step_folders(checkpointer.folder):
         assert damage(path) is None and has_state(path) == (expected[int(path.name[5:])] == "all")
 
@@ -429,7 +429,7 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
         ValueError, match="has no state/ to resume from; load its weights only with init_from="
     ):
         load_state(best, state)
-    (best / "state").mkdir()  # as a kill leaves it that hit while state/ was deleted
+    (best / "state").mkdir()  # as after a kill during the removal of state/
     (best / "state" / "trainer.json").write_text("{}")
     assert not has_state(best) and damage(best) is None
     (checkpointer.folder / "step_2" / "model.safetensors").unlink()
@@ -466,10 +466,10 @@ def test_a_checkpoint_that_is_still_read_does_not_stop_the_run(started, monkeypa
 
 def verify(capsys, monkeypatch, *arguments: object) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["verify_checkpoint", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         verify_checkpoint.main()
     captured = capsys.readouterr()
-    return left.value.code, captured.out + captured.err
+    return exit_info.value.code, captured.out + captured.err
 
 
 def flip(path: Path, *places: int) -> None:
@@ -482,18 +482,18 @@ def flip(path: Path, *places: int) -> None:
 def test_two_flipped_bytes_are_found_and_the_run_goes_on_from_the_one_before(
     settings, tmp_path, capfd, monkeypatch
 ):
-    how = settings("checkpoint={every: 2, keep: 3, asynchronous: true}")
+    overrides = settings("checkpoint={every: 2, keep: 3, asynchronous: true}")
     assert train_here(
-        [*how, f"output_dir={tmp_path / 'straight'}", f"log_dir={tmp_path / 'apart'}"]
+        [*overrides, f"output_dir={tmp_path / 'straight'}", f"log_dir={tmp_path / 'apart'}"]
     )
-    assert train_here(how)
+    assert train_here(overrides)
     expected, folder = losses(tmp_path / "logs"), tmp_path / "checkpoints" / "one"
     assert verify(capfd, monkeypatch, tmp_path / "checkpoints")[0] == 0
     flip(folder / "step_6" / "state" / "__0_0.distcp", 5_000, 77_777)
-    status, said = verify(capfd, monkeypatch, tmp_path / "checkpoints")
-    assert status == 1 and said.count("complete, ") == 2
-    assert "step_6: DAMAGED: state/__0_0.distcp has changed" in said
-    assert train_here(how)
+    status, output = verify(capfd, monkeypatch, tmp_path / "checkpoints")
+    assert status == 1 and output.count("complete, ") == 2
+    assert "step_6: DAMAGED: state/__0_0.distcp has changed" in output
+    assert train_here(overrides)
     assert "step_6 is damaged (state/__0_0.distcp has changed)" in capfd.readouterr().out
     assert losses(tmp_path / "logs") == expected
     assert content(folder / "step_6") == content(tmp_path / "straight" / "step_6")
@@ -505,12 +505,12 @@ def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
     change(state)
     for place in (checkpointer, others):
         place.save(state, 1.5)
-    one, other = (folder / "step_1" for folder in (checkpointer.folder, others.folder))
-    status, said = verify(capsys, monkeypatch, one, "--against", other)
+    step_folder, reference = (folder / "step_1" for folder in (checkpointer.folder, others.folder))
+    status, output = verify(capsys, monkeypatch, step_folder, "--against", reference)
     assert (
         status == 0
-        and "validation loss 1.5000" in said
-        and said.endswith("identical, bit for bit\n")
+        and "validation loss 1.5000" in output
+        and output.endswith("identical, bit for bit\n")
     )
     name, moments = next(
         (n, state.optimizer.state[p]) for n, p in state.model.named_parameters() if p.ndim == 1
@@ -518,11 +518,11 @@ def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
     moments["exp_avg"][:] = -moments["exp_avg"]
     state.batch_index = 7
     others.save(state, 1.5)
-    status, said = verify(capsys, monkeypatch, one, "--against", other)
-    assert status == 1 and said.count("DIFFERENT") == 2
+    status, output = verify(capsys, monkeypatch, step_folder, "--against", reference)
+    assert status == 1 and output.count("DIFFERENT") == 2
     assert (
-        f"state: optimizer.state.{name}.exp_avg\n" in said
-        and "trainer.json: place is 0 and 7" in said
+        f"state: optimizer.state.{name}.exp_avg\n" in output
+        and "trainer.json: place is 0 and 7" in output
     )
     assert verify(capsys, monkeypatch, tmp_path / "c")[0] == 2
     assert verify(capsys, monkeypatch, tmp_path / "a", "--against", tmp_path / "b")[0] == 2
@@ -533,11 +533,11 @@ def test_verify_finds_what_checksums_cannot(started, capsys, monkeypatch):
     state.step = 3
     checkpointer.save(state)
     (checkpointer.folder / "step_3").rename(checkpointer.folder / "step_4")
-    status, said = verify(capsys, monkeypatch, checkpointer.folder)
-    assert status == 1 and "step_4: DAMAGED: state/trainer.json belongs to step 3" in said
+    status, output = verify(capsys, monkeypatch, checkpointer.folder)
+    assert status == 1 and "step_4: DAMAGED: state/trainer.json belongs to step 3" in output
     (checkpointer.folder / "step_4" / "manifest.json").write_text("{")
-    status, said = verify(capsys, monkeypatch, checkpointer.folder / "step_4")
-    assert status == 1 and "no readable manifest.json" in said
+    status, output = verify(capsys, monkeypatch, checkpointer.folder / "step_4")
+    assert status == 1 and "no readable manifest.json" in output
 
 
 def test_sums_are_sha256_and_those_of_earlier_versions_still_hold(started):
@@ -562,7 +562,7 @@ def test_sums_are_sha256_and_those_of_earlier_versions_still_hold(started):
 
 
 def test_every_file_is_hashed_once_and_the_bytes_are_spread(tmp_path, monkeypatch):
-    """What each of two ranks hashes, without a second rank: the exchange is replaced, the sharing is not."""
+    """Check which files each of two ranks hashes; only the exchange between ranks is simulated."""
     sizes = {"a": 900, "b": 880, "c": 300, "d": 10, "e": 1}
     for name, size in sizes.items():
         (tmp_path / name).write_bytes(bytes(size))

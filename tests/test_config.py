@@ -1,4 +1,4 @@
-"""Config, schedule, gates: strict, exact at the ends."""
+"""Config parsing, learning-rate schedules and gates, including their boundaries."""
 
 import math
 from pathlib import Path
@@ -28,9 +28,8 @@ def test_wsd_endpoints(kind, middle):
         ScheduleConfig(warmup_steps=10, total_steps=100, decay_steps=20, decay=kind, min_lr=1e-4),
         1e-2,
     )
-    assert (
-        schedule(0) == pytest.approx(1e-3) and schedule(9) == 1e-2
-    )  # from peak / warmup to the peak
+    # Warm-up goes from peak / warmup_steps to the peak.
+    assert schedule(0) == pytest.approx(1e-3) and schedule(9) == 1e-2
     assert all(schedule(step) == 1e-2 for step in range(9, 80))
     assert schedule(80) < 1e-2
     assert schedule(89) == pytest.approx(1e-4 + (1e-2 - 1e-4) * middle)
@@ -77,7 +76,7 @@ BASE = ROOT / "configs" / "base_1b.yaml"
         ("steps=true", "steps=True must be a whole number"),
         ("parallel.compile=3", "parallel.compile=3 must be true or false"),
         ("optim=3", "optim=3 must hold settings"),
-        ("optim.lr.x=3", "optim.lr is not a setting"),
+        ("optim.lr.x=3", r"optim\.lr\.x is not a setting"),
         ("steps", "'steps' is not an override"),
         ("data.sequence_length=8192", "exceeds the model's context"),
         ("data.sequence_length=1000", "must be a multiple of data.sequence_length"),
@@ -102,10 +101,11 @@ def test_precedence_and_types(tmp_path):
     )
     run = load(tmp_path / "child.yaml", ["optim.eps=1e-9", "log.wandb_project=x", "data.mix.d=1"])
     assert run.optim == OptimConfig(lr=1e-3, beta2=0.9, eps=1e-9)
+    # A mixture replaces the parent's; the two are not merged.
     assert run.data.mix == {
         "c": 2.0,
         "d": 1.0,
-    }  # a mixture is replaced whole, never merged with the parent's
+    }
     assert run.steps == 10_000 and isinstance(run.steps, int) and run.log.wandb_project == "x"
 
 
@@ -147,7 +147,7 @@ def test_every_config_reads_and_its_resolved_form_reads_back_equal(path, tmp_pat
     run = load_settings(kind, path)
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(to_dict(run)))
     assert load_settings(kind, tmp_path / "resolved.yaml") == run
-    assert path.read_text().startswith("# ")  # the command and what to expect
+    assert path.read_text().startswith("# ")  # the command and its expected result
 
 
 def test_the_plan_of_the_1b_configs():
@@ -178,14 +178,14 @@ def test_quickstart_phases_add_up_to_its_schedule():
 def test_the_plan_of_the_1b_model(monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = load_plan("configs/plan_1b.yaml")
-    found = scheduled_phases(plan)
-    assert [(s.begin, s.end) for s in found] == [
+    phases = scheduled_phases(plan)
+    assert [(s.begin, s.end) for s in phases] == [
         (0, 184_000),
         (184_000, 194_000),
         (194_000, 207_000),
         (207_000, 230_000),
     ]
-    assert [s.run.rope_theta for s in found] == [10_000, (10_000, 500_000), 500_000, 500_000]
+    assert [s.run.rope_theta for s in phases] == [10_000, (10_000, 500_000), 500_000, 500_000]
     longer = scheduled_phases(plan, {"phase1_pretrain": 20_000})
     assert [s.end for s in longer] == [204_000, 214_000, 227_000, 250_000]
     assert [m.step for s in longer for m in s.phase.milestones] == [
@@ -209,7 +209,7 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
         "evals": {"perplexity": "true"},
         "phases": [{"config": "configs/phase1_pretrain.yaml"}] * 2,
     }
-    for change, said in (
+    for change, message in (
         ({}, "are both phase phase1_pretrain"),
         (
             {"phases": [{"config": "configs/phase1_pretrain.yaml", "milestones": [milestone]}]},
@@ -235,7 +235,7 @@ def test_a_plan_that_cannot_be_is_refused(tmp_path, monkeypatch):
     ):
         path = tmp_path / "plan.yaml"
         path.write_text(yaml.safe_dump({**plan, **change}))
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             scheduled_phases(load_plan(path))
 
 

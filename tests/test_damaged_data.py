@@ -1,4 +1,4 @@
-"""Flipped bits in token shards, prepared rows and the tiktoken export are found before anything is trained on them."""
+"""Damaged token shards, prepared rows and tiktoken exports are detected before training."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def shards(folder: Path) -> Path:
 
 
 class Touches:
-    """An object whose pickle makes a file."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -62,9 +62,9 @@ def test_files_that_did_not_change_are_hashed_once(tmp_path, monkeypatch):
 
     folder = shards(tmp_path / "s")
     read = []
-    given = hashlib.file_digest
+    file_digest = hashlib.file_digest
     monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, kind: read.append(file.name) or given(file, kind)
+        hashlib, "file_digest", lambda file, kind: read.append(file.name) or file_digest(file, kind)
     )
     for _ in range(3):
         TokenShards(folder, "train")
@@ -131,32 +131,32 @@ def test_a_damaged_manifest_of_shards_is_told_of(tmp_path):
 
 
 def test_a_damaged_cache_of_prepared_rows_is_made_again(tmp_path, capsys):
-    made = []
+    prepared = []
 
     def prepare(folder: Path) -> dict:
-        made.append(folder)
+        prepared.append(folder)
         for split in ("train", "val"):
             np.save(folder / f"{split}.ids.npy", np.arange(9))
         return {}
 
     for _ in range(2):
         folder, _ = load_or_prepare(tmp_path, "rows", {"a": 1}, ["ids"], prepare)
-    assert len(made) == 1
+    assert len(prepared) == 1
     for harm in (lambda path: flip(path, -3), lambda path: path.unlink()):
         harm(folder / "train.ids.npy")
         load_or_prepare(tmp_path, "rows", {"a": 1}, ["ids"], prepare)
         assert "prepared again" in capsys.readouterr().out
         assert np.load(folder / "train.ids.npy").tolist() == list(range(9))
-    assert len(made) == 3
+    assert len(prepared) == 3
 
 
 def test_a_tiktoken_export_that_differs_from_its_tokenizer_is_refused(text_store, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     shutil.copy(text_store / "tokenizer" / "tokenizer.json", source)
-    given = ranks_of(load_tokenizer(source))
-    write_ranks(given, source)
-    assert read_ranks(source) == given
+    ranks = ranks_of(load_tokenizer(source))
+    write_ranks(ranks, source)
+    assert read_ranks(source) == ranks
 
     def change(name: str, old: bytes, new: bytes):
         def harm(folder: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_tiktoken_export_that_differs_from_its_tokenizer_is_refused(text_store
 
         return harm
 
-    last = b" %d\n" % max(given.ranks.values())
+    last = b" %d\n" % max(ranks.ranks.values())
     for number, harm in enumerate(
         (
             change(RANKS, last, b" 70000\n"),

@@ -1,4 +1,4 @@
-"""Text to tokens to batches: nothing lost, nothing repeated, the same on any number of ranks."""
+"""Text to tokens to batches: no loss, no repeats, the same on any number of ranks."""
 
 from collections import Counter
 
@@ -40,16 +40,16 @@ HARD = [
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Three sources of numbered tokens in several shards, so that every token of a row says where it comes from."""
+    """Three sources in several shards; numbered tokens identify their source and position."""
     folder = tmp_path_factory.mktemp("numbers")
     rng = np.random.default_rng(0)
     for source, tokens in (("a", 30_000), ("b", 9_000), ("c", 5_000)):
         with ShardWriter(folder / source, 1 << 20, "test", {}, shard_tokens=4_000) as writer:
-            at = 0
-            while at < tokens:
+            position = 0
+            while position < tokens:
                 length = int(rng.integers(1, 300))
-                writer.add("train", list(range(at, at + length)))
-                at += length
+                writer.add("train", list(range(position, position + length)))
+                position += length
     return {name: TokenShards(folder / name, "train") for name in "abc"}
 
 
@@ -73,9 +73,8 @@ def test_tokenizer_is_lossless_and_special_text_is_text(text_store):
         and (lengths > 16).sum() == 0
         and (lengths == 0).sum() == 2
     )
-    assert all(
-        len(tokenizer.encode(digits).ids) == len(digits) for digits in ("7", "12", "2026")
-    )  # single digits
+    # Digits are single tokens.
+    assert all(len(tokenizer.encode(digits).ids) == len(digits) for digits in ("7", "12", "2026"))
 
 
 def test_transformers_reads_the_tokenizer_beside_a_model(text_store, tmp_path):
@@ -92,11 +91,11 @@ def test_transformers_reads_the_tokenizer_beside_a_model(text_store, tmp_path):
         tmp_path, config, NanoLlama(config, seed=0).state_dict(), torch.float32, **ids._asdict()
     )
     save_tokenizer(tokenizer, tmp_path)
-    other = AutoTokenizer.from_pretrained(tmp_path)
-    assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == ids
+    reference = AutoTokenizer.from_pretrained(tmp_path)
+    assert (reference.bos_token_id, reference.eos_token_id, reference.pad_token_id) == ids
     for text in HARD[:-1]:
-        assert other.encode(text, add_special_tokens=False) == tokenizer.encode(text).ids
-        assert other.decode(tokenizer.encode(text).ids) == text
+        assert reference.encode(text, add_special_tokens=False) == tokenizer.encode(text).ids
+        assert reference.decode(tokenizer.encode(text).ids) == text
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
@@ -132,22 +131,24 @@ def test_reading_across_shards_and_documents(shards):
     for start, stop in ((0, 30_000), (3_990, 4_300), (11_111, 11_112), (25_000, 29_999)):
         tokens, doc_ids = shards["a"].read(start, stop)
         assert len(tokens) == stop - start and doc_ids[0] == 0 and (np.diff(doc_ids) >= 0).all()
-        whole, all_docs = shards["a"].read(0, len(shards["a"]))
-        assert (tokens == whole[start:stop]).all() and (
+        all_tokens, all_docs = shards["a"].read(0, len(shards["a"]))
+        assert (tokens == all_tokens[start:stop]).all() and (
             doc_ids == all_docs[start:stop] - all_docs[start]
         ).all()
 
 
 def test_an_epoch_reads_every_row_once_then_reshuffles(shards):
-    one = loader({"c": shards["c"]}, {"c": 1.0}, rows=4, micro=4)
+    source_loader = loader({"c": shards["c"]}, {"c": 1.0}, rows=4, micro=4)
     rows = (len(shards["c"]) - 1) // 64
     firsts = [
-        int(row[0]) for place in range(2 * rows // 4 + 1) for row in one.at(place).batches[0].tokens
+        int(row[0])
+        for place in range(2 * rows // 4 + 1)
+        for row in source_loader.at(place).batches[0].tokens
     ]
     first, second = firsts[:rows], firsts[rows : 2 * rows]
     starts = sorted(int(shards["c"].read(i * 64, i * 64 + 1)[0][0]) for i in range(rows))
     assert sorted(first) == sorted(second) == starts and first != second
-    assert one.epochs(rows)["c"] == pytest.approx(4.0)
+    assert source_loader.epochs(rows)["c"] == pytest.approx(4.0)
 
 
 def test_targets_are_the_next_tokens_and_docs_mark_each_documents_first_token(shards):
@@ -155,24 +156,23 @@ def test_targets_are_the_next_tokens_and_docs_mark_each_documents_first_token(sh
         assert (batch.targets[:, :-1] == batch.tokens[:, 1:]).all()
         for tokens, doc_ids in zip(batch.tokens, batch.doc_ids, strict=True):
             begins = torch.diff(doc_ids) == 1
-            assert (
-                (torch.diff(tokens) == 1) | begins
-            ).all()  # numbered tokens run on except where a document begins
+            # Numbers are consecutive except at document starts.
+            assert ((torch.diff(tokens) == 1) | begins).all()
             assert doc_ids[0] == 0 and batch.doc_ids.dtype == torch.int32
 
 
 def test_batches_do_not_depend_on_ranks_micro_batches_or_history(shards):
-    whole = torch.cat([batch.tokens for batch in loader(shards).at(17).batches])
+    expected = torch.cat([batch.tokens for batch in loader(shards).at(17).batches])
     for world, micro in ((1, 1), (1, 8), (2, 2), (4, 1), (4, 2)):
         parts = [
             loader(shards, micro=micro, rank=rank, world=world).at(17) for rank in range(world)
         ]
         assert torch.equal(
-            torch.cat([batch.tokens for part in parts for batch in part.batches]), whole
+            torch.cat([batch.tokens for part in parts for batch in part.batches]), expected
         )
         assert {part.loss_denominator for part in parts} == {8 * 64}
     ahead = Prefetcher(loader(shards, micro=8), torch.device("cpu"))
-    for place in (5, 6, 17, 18, 17):  # in order, jumping, going back
+    for place in (5, 6, 17, 18, 17):  # in order, with jumps, backwards
         assert torch.equal(
             ahead.at(place).batches[0].tokens, loader(shards, micro=8).at(place).batches[0].tokens
         )
@@ -184,7 +184,7 @@ def test_the_mixture_holds_by_tokens(shards):
     counts = Counter(int(source) for block in range(3) for source in mixed._block(block)[0])
     assert [counts[i] / 3000 for i in range(3)] == [0.7, 0.2, 0.1]
     early = Counter(int(source) for source in mixed._block(0)[0][:200])
-    assert 0.55 < early[0] / 200 < 0.85  # mixed, not one source after the other
+    assert 0.55 < early[0] / 200 < 0.85  # sources are mixed, not consecutive
 
 
 def test_loader_refuses_what_cannot_be(shards):

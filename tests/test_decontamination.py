@@ -1,4 +1,4 @@
-"""Decontamination finds what it must, on real test items in real text, and little else."""
+"""Decontamination finds real test items in real text, with few false positives."""
 
 import gzip
 import json
@@ -24,13 +24,19 @@ from data.decontamination.test_sets import Item, load_test_set
 from data.decontamination.words import hash_words, normalise
 
 WHEELS = ROOT / "data" / "store" / "wheels"
-QUESTION = "A farmer keeps seventeen brown goats behind an old stone barn and sells their milk each Friday. How much does he earn?"
-PROSE = "It rained all the way to the coast, and nobody in the carriage spoke until the lamps of the harbour came into view. "
+QUESTION = (
+    "A farmer keeps seventeen brown goats behind an old stone barn and sells their milk each "
+    "Friday. How much does he earn?"
+)
+PROSE = (
+    "It rained all the way to the coast, and nobody in the carriage spoke until the lamps of "
+    "the harbour came into view. "
+)
 
 
 @pytest.fixture(scope="session")
 def sets():
-    """The first part of real test sets, in which templates and shared passages stand too."""
+    """The start of real test sets, which contain templates and shared passages."""
     return {
         name: load_test_set(name, WHEELS)[:1500] for name in ("mmlu", "gsm8k", "hellaswag", "arc")
     }
@@ -43,7 +49,7 @@ def index(sets):
 
 @pytest.fixture(scope="session")
 def host() -> list[str]:
-    """Words of real prose and code that hold no test item: Python's documentation strings."""
+    """Words of prose and code without test items: docstrings of Python's library."""
     import email.message
     import statistics
     import subprocess as process
@@ -57,8 +63,8 @@ def small(*texts: str) -> Index:
     return build_index({"own": [Item(str(i), (text,)) for i, text in enumerate(texts)]}, Settings())
 
 
-def spans(found: Index, text: str) -> list[str]:
-    return [text[hit.span[0] : hit.span[1]] for hit in found.scan([("x", text)])]
+def spans(item_index: Index, text: str) -> list[str]:
+    return [text[hit.span[0] : hit.span[1]] for hit in item_index.scan([("x", text)])]
 
 
 def planted(
@@ -68,8 +74,8 @@ def planted(
         rng.choice(host) if every and i % every == phase else word
         for i, word in enumerate(text.split())
     ]
-    begin, at = rng.randrange(len(host) - length), rng.randrange(length + 1)
-    before, after = host[begin : begin + at], host[begin + at : begin + length]
+    begin, position = rng.randrange(len(host) - length), rng.randrange(length + 1)
+    before, after = host[begin : begin + position], host[begin + position : begin + length]
     return f"{' '.join(before)}\n{text if not every else ' '.join(words)}\n{' '.join(after)}"
 
 
@@ -110,8 +116,8 @@ def test_real_text_without_items_is_clean(index, host):
 
 
 def test_span_is_exact_whatever_the_script():
-    """Offsets are those of the original characters, also where normalising changes the number of letters."""
-    found = small(QUESTION)
+    """Offsets refer to the original text, even if normalisation changes its length."""
+    item_index = small(QUESTION)
     decomposed = (
         QUESTION.replace("a farmer", "a\u0301 farmer")
         .replace("e", "e\u0301")
@@ -128,12 +134,15 @@ def test_span_is_exact_whatever_the_script():
     ):
         for around in (("", ""), ("漢字 ½ ﬃ ß İ \ud800 🤖 ", " ﷽ الله"), (PROSE * 20, PROSE * 20)):
             text = around[0] + copy + around[1]
-            [span] = spans(found, text)
+            [span] = spans(item_index, text)
             assert span.strip("?\uff1f") == copy.strip("?\uff1f"), span
 
 
 def test_latex_numbers_and_text_without_spaces():
-    formula = r"Let $f(x) = x^2 + \frac{3}{4}x$ and $g(y) = y_1 - 7$ for all real values. Find $f(g(2)) \leq 10$."
+    formula = (
+        r"Let $f(x) = x^2 + \frac{3}{4}x$ and $g(y) = y_1 - 7$ for all real values. Find "
+        r"$f(g(2)) \leq 10$."
+    )
     plain = "Let f(x) = x² + ¾x and g(y) = y₁ \u2212 7 for all real values. Find f(g(2)) ≤ 10"
     assert normalise("x²").split() == normalise("x^2").split() == [b"x", b"2"]
     assert len(spans(small(formula), f"{PROSE} {formula} {PROSE}")) == 1
@@ -151,14 +160,14 @@ def test_items_do_not_reach_over_document_borders():
 
 def test_words_put_in_left_out_or_changed():
     words = QUESTION.split()
-    found = small(QUESTION)
+    item_index = small(QUESTION)
     inserted = " ".join([*words[:7], "very", "large", *words[7:]])
     shortened = " ".join(words[:9] + words[10:])
     for copy in (inserted, shortened):
-        [hit] = found.scan([("x", PROSE + copy)])
+        [hit] = item_index.scan([("x", PROSE + copy)])
         assert hit.rule == "coverage" and 0.65 <= hit.score <= 1
-    assert not list(found.scan([("x", PROSE + " ".join(words[:8]))]))
-    assert not list(found.scan([("x", " ".join(sorted(words)))]))
+    assert not list(item_index.scan([("x", PROSE + " ".join(words[:8]))]))
+    assert not list(item_index.scan([("x", " ".join(sorted(words)))]))
 
 
 def test_rules():
@@ -173,16 +182,16 @@ def test_rules():
 
 
 def test_every_copy_is_found_also_in_a_text_scanned_in_pieces(monkeypatch):
-    found = small(QUESTION)
+    item_index = small(QUESTION)
     text = "".join(f"{PROSE * (i % 7)}{QUESTION} " for i in range(100))
-    whole = spans(found, text)
-    assert whole == [QUESTION.rstrip("?")] * 100
+    expected = spans(item_index, text)
+    assert expected == [QUESTION.rstrip("?")] * 100
     for size in (900, 1777):
         monkeypatch.setattr(decontamination, "PIECE", size)
         monkeypatch.setattr(decontamination, "BATCH", size)
-        assert spans(found, text) == whole
+        assert spans(item_index, text) == expected
     monkeypatch.setattr(decontamination, "MAX_MATCHES", 10)
-    assert len(spans(found, text)) == 100  # a few in each piece
+    assert len(spans(item_index, text)) == 100  # several per piece
 
 
 def test_repeats_without_end_take_bounded_memory(monkeypatch):
@@ -195,7 +204,10 @@ def test_repeats_without_end_take_bounded_memory(monkeypatch):
 
 
 def test_short_items_and_templates():
-    template = "Read the following passage with great care and then choose the one statement that is best supported by it. "
+    template = (
+        "Read the following passage with great care and then choose the one statement that is "
+        "best supported by it. "
+    )
     questions = [
         f"{template} The {animal} of the {place} hunts {prey} at dusk."
         for animal, place, prey in animals()
@@ -203,24 +215,28 @@ def test_short_items_and_templates():
     sets = {
         "own": [Item(str(i), (text,)) for i, text in enumerate([*questions, "Why?", "", template])]
     }
-    found = build_index(sets, Settings())
-    assert found.too_short == {"own": [str(len(questions)), str(len(questions) + 1)]}
-    hits = {hit.test_id for hit in found.scan([("x", PROSE + questions[3] + PROSE)])}
+    item_index = build_index(sets, Settings())
+    assert item_index.too_short == {"own": [str(len(questions)), str(len(questions) + 1)]}
+    hits = {hit.test_id for hit in item_index.scan([("x", PROSE + questions[3] + PROSE)])}
     assert {"3"} <= hits <= {"3", str(len(questions) + 2)}
-    short = "Which planet has rings of bright frozen methane dust?"  # 9 words: whole or not at all
+    # 9 words: only a complete match counts.
+    short = "Which planet has rings of bright frozen methane dust?"
     assert len(spans(small(short), PROSE + short)) == 1 and not spans(
         small(short), PROSE + short.replace("dust", "sand")
     )
 
 
 def animals() -> list[tuple[str, str, str]]:
-    names = "wolf otter heron lynx badger falcon viper weasel marten stoat kestrel polecat osprey buzzard adder civet"
+    names = (
+        "wolf otter heron lynx badger falcon viper weasel marten stoat kestrel polecat osprey "
+        "buzzard adder civet"
+    )
     return [(name, f"{name[::-1]}ia", f"{name[1:]}lings") for name in names.split(" ")]
 
 
 def test_cut():
     assert cut("one two three four", [(4, 7)]) == "one three four"
-    assert cut("one two three four", [(5, 6), (9, 10)]) == "one four"  # widened to whole words
+    assert cut("one two three four", [(5, 6), (9, 10)]) == "one four"  # widened to word boundaries
     assert cut("one, two. three", [(0, 9)]) == " three" and cut("one two", [(4, 7)]) == "one "
     assert (
         cut("a\n\nb\n\nc", [(3, 4)]) == "a\n\n\n\nc"
@@ -228,11 +244,11 @@ def test_cut():
         and cut("all", [(0, 3)]) == ""
     )
     text = PROSE + QUESTION + PROSE
-    left = cut(text, [hit.span for hit in small(QUESTION).scan([("x", text)])])
+    remaining = cut(text, [hit.span for hit in small(QUESTION).scan([("x", text)])])
     assert (
-        not list(small(QUESTION).scan([("x", left)]))
-        and left.startswith(PROSE.strip())
-        and left.endswith(PROSE)
+        not list(small(QUESTION).scan([("x", remaining)]))
+        and remaining.startswith(PROSE.strip())
+        and remaining.endswith(PROSE)
     )
 
 
@@ -279,7 +295,7 @@ def test_hash_words_agrees_with_splitting():
 
 @pytest.fixture
 def files(tmp_path):
-    """A training file of 40 documents, the 8th of which holds the test item; another with one; and the test set."""
+    """A file of 40 documents, the 8th with the test item; a file of one document; the test set."""
     rows = [
         {"id": f"d{i}", "text": PROSE + (QUESTION if i == 7 else "") + PROSE} for i in range(40)
     ]
@@ -308,46 +324,48 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
 
 
 def test_command_writes_the_schema_and_a_report(files):
-    own = str(files / "own.jsonl")
+    test_set = str(files / "own.jsonl")
     done = run(
         files,
         "--train_dataset",
         str(files / "train"),
         "--test_datasets",
-        own,
+        test_set,
         "--report",
         str(files / "report.md"),
         "--rows",
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((files / "out" / "ids.json").read_text())
-    assert list(found) == ["documents", "too_short", "settings"] and found["too_short"] == {
-        own: ["q2"]
+    excluded = json.loads((files / "out" / "ids.json").read_text())
+    assert list(excluded) == ["documents", "too_short", "settings"] and excluded["too_short"] == {
+        test_set: ["q2"]
     }
-    assert list(found["documents"]) == ["d7", "e0"]
-    [entry] = found["documents"]["d7"]
+    assert list(excluded["documents"]) == ["d7", "e0"]
+    [entry] = excluded["documents"]["d7"]
     assert {
-        "test_set": own,
+        "test_set": test_set,
         "test_id": "q1",
         "score": 1.0,
         "rule": "exact",
     }.items() <= entry.items()
     text = PROSE + QUESTION + PROSE
     assert text[slice(*entry["span"])] == QUESTION.rstrip("?")
-    assert found["settings"]["documents"] == 41 and found["settings"]["skipped"] == {"not JSON": 1}
-    told = (files / "report.md").read_text()
+    assert excluded["settings"]["documents"] == 41 and excluded["settings"]["skipped"] == {
+        "not JSON": 1
+    }
+    page = (files / "report.md").read_text()
     assert (
-        f"| {own} | 2 | 1 | 1 | 1 | 2 | exact 2 |" in told
-        and "d7, e0" in told
-        and told.strip() in done.stdout
+        f"| {test_set} | 2 | 1 | 1 | 1 | 2 | exact 2 |" in page
+        and "d7, e0" in page
+        and page.strip() in done.stdout
     )
     assert sorted(path.name for path in (files / "out").iterdir()) == ["ids.json"]
 
 
 def test_workers_find_the_same(files):
-    train, own = [str(files / "train")], [str(files / "own.jsonl")]
+    train, test_set = [str(files / "train")], [str(files / "own.jsonl")]
     results = [
-        decontaminate(train, own, files / "ids.json", WHEELS, Settings(), workers=workers)[1]
+        decontaminate(train, test_set, files / "ids.json", WHEELS, Settings(), workers=workers)[1]
         for workers in (1, 2)
     ]
     assert results[0] == results[1] and len(results[0]["documents"]) == 2
@@ -356,33 +374,33 @@ def test_workers_find_the_same(files):
 def test_a_source_of_a_store(files):
     (files / "store" / "documents").mkdir(parents=True)
     (files / "train").rename(files / "store" / "documents" / "web")
-    _, found = decontaminate(
+    _, result = decontaminate(
         [f"{files / 'store'}:web"],
         [str(files / "own.jsonl")],
         files / "ids.json",
         WHEELS,
         Settings(),
     )
-    assert list(found["documents"]) == ["d7", "e0"]
+    assert list(result["documents"]) == ["d7", "e0"]
 
 
 def test_bad_input_ends_in_one_sentence(files):
     (files / "bad.jsonl").write_text('{"id": "1"}\n')
     (files / "bad.parquet").write_text("no parquet")
     (files / "empty.jsonl").write_text("")
-    train, own = str(files / "train"), str(files / "own.jsonl")
-    for arguments, said in [
+    train, test_set = str(files / "train"), str(files / "own.jsonl")
+    for arguments, message in [
         ((train, "gsm9k"), "did you mean gsm8k?"),
         ((train, "questions"), "known: mmlu, gsm8k, hellaswag, arc, truthfulqa"),
         ((train, str(files / "absent.jsonl")), "there is no test set at"),
         ((train, str(files / "bad.jsonl")), "bad.jsonl:1 no column with text"),
         ((train, str(files / "bad.parquet")), "unreadable file"),
         ((train, str(files / "empty.jsonl")), "have no items"),
-        ((str(files / "absent"), own), "absent; check the path"),
-        ((f"{files}:absent", own), "download the source first"),
-        ((str(files / "bad.jsonl"), own), "no document could be read"),
+        ((str(files / "absent"), test_set), "absent; check the path"),
+        ((f"{files}:absent", test_set), "download the source first"),
+        ((str(files / "bad.jsonl"), test_set), "no document could be read"),
     ]:
-        with pytest.raises(ValueError, match=said.replace("?", r"\?")):
+        with pytest.raises(ValueError, match=message.replace("?", r"\?")):
             decontaminate([arguments[0]], [arguments[1]], files / "ids.json", WHEELS, Settings())
     assert not (files / "ids.json").exists()
     done = run(files, "--train_dataset", train, "--test_datasets", "gsm9k")
@@ -430,8 +448,8 @@ def test_truthfulqa_without_a_hub_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_report_shows_nothing_where_nothing_was_found():
-    found = small(QUESTION)
-    assert report(found, to_json(found, [])).endswith("| own | 1 | 1 | 0 | 0 | 0 | - |")
+    item_index = small(QUESTION)
+    assert report(item_index, to_json(item_index, [])).endswith("| own | 1 | 1 | 0 | 0 | 0 | - |")
     hit = Hit("a|b", "own", "0", 0.9, (0, 5), "coverage", "x|y")
-    assert r"| a\|b | 0.90 coverage | x\|y | 0 |" in report(found, to_json(found, [hit]))
+    assert r"| a\|b | 0.90 coverage | x\|y | 0 |" in report(item_index, to_json(item_index, [hit]))
     assert scan_files._data_path("no/colon") == "no/colon"

@@ -1,4 +1,4 @@
-"""Results table and tiers, reports of SFT and DPO, agreement of deliverables, theta and mask."""
+"""Results table and tiers, SFT and DPO reports, consistent deliverables, theta and mask."""
 
 import json
 import os
@@ -53,9 +53,9 @@ def gather(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["x", "--plan", "plan.yaml", *more])
         with pytest.raises(SystemExit) as end:
             deliverables.main()
-        said = capsys.readouterr()
-        assert end.value.code == code, said.out + said.err
-        return said.out
+        output = capsys.readouterr()
+        assert end.value.code == code, output.out + output.err
+        return output.out
 
     return gather
 
@@ -84,7 +84,7 @@ def test_the_status_is_the_highest_tier_reached(value, stderr, expected, near, l
 
 
 def add_mt_bench() -> None:
-    """Add a target that nothing measured to the plan, and write the report again."""
+    """Add an unmeasured target to the plan; rewrite the report."""
     plan = yaml.safe_load(Path("plan.yaml").read_text())
     target = {"metric": "mt_bench.score", "title": "MT-bench", "percent": False}
     target |= {"mvp": 4, "success": 5, "stretch": 6}
@@ -98,20 +98,29 @@ def test_one_results_table_in_three_files(work):
     keys = ("value", "stderr", "n", "of", "status", "near")
     assert [[row[key] for key in keys] for row in rows] == [
         [0.41, 0.02, 800, "items", "MVP", ["mvp"]],
-        [11.5, None, 12345, "tokens", "success", []],  # phase 3's; its own is far above
+        [
+            11.5,
+            None,
+            12345,
+            "tokens",
+            "success",
+            [],
+        ],  # phase 3's perplexity; this model's is far higher
         [0.0, None, 1, "items", "missed", []],
         [None, None, None, None, "not measured", []],
     ]
     near = "MVP (within one standard error of MVP)"
-    said = ["|".join(cells(row)) for row in rows]
-    assert said[0] == f"HellaSwag (%)|41.0|2.0|800 items|≥ 40|≥ 50|≥ 60|{near}"
-    assert said[1] == "Text, after phase3_gold|11.50|-|12,345 tokens|≤ 13|≤ 12|≤ 11|success"
+    cells_of_rows = ["|".join(cells(row)) for row in rows]
+    assert cells_of_rows[0] == f"HellaSwag (%)|41.0|2.0|800 items|≥ 40|≥ 50|≥ 60|{near}"
+    assert (
+        cells_of_rows[1] == "Text, after phase3_gold|11.50|-|12,345 tokens|≤ 13|≤ 12|≤ 11|success"
+    )
     text = Path("results/comparison_table.md").read_text()
     page = Path("results/report.html").read_text()
     page = [" ".join(unescape(re.sub("<[^>]+>", " ", row)).split()) for row in page.split("<tr>")]
     for row in rows:
         assert f"| {' | '.join(cells(row))} |" in text[: text.index("beside published")]
-        assert any(" ".join(cells(row)) in said for said in page), row["title"]
+        assert any(" ".join(cells(row)) in cells_of_rows for cells_of_rows in page), row["title"]
     assert "- Text: our judgement" in text
 
 
@@ -142,8 +151,8 @@ def test_every_metric_that_the_plan_names_is_reported(tree, monkeypatch):
     assert len(targets) == 10 and lacking(targets, ["aligned"]) == []
     for metric, evals in (("mmlu.accuracy", "aligned"), ("needle.accuracy_16384", "suite")):
         assert lacking([Gate(metric, 1, 0)], [evals]) == [metric]  # a typo; not in that suite
-    found = measured(tree / "results/tiny/dpo", folder_hash(tree / DPO))[0]
-    rows = table(read_targets(PLAN_1B), lambda stage: found)
+    scores = measured(tree / "results/tiny/dpo", folder_hash(tree / DPO))[0]
+    rows = table(read_targets(PLAN_1B), lambda stage: scores)
     assert all(row["status"] != "not measured" and row["n"] for row in rows)
 
 
@@ -162,8 +171,8 @@ def test_report_and_card_speak_of_sft_and_dpo_as_of_pretraining(tree):
     page = " ".join(page.split())
     tiles = ("3.07K pretraining tokens", "6 pretraining steps", "3 sft steps", "2 dpo steps")
     rows = ("sft 3 3,333 2e-05 sft_rows 1 2.500 → 1.250", "0.693 → 0.500 50.0 → 75.0")
-    for said in (*tiles, *rows):
-        assert said in page, said
+    for text in (*tiles, *rows):
+        assert text in page, text
     card = (tree / "gguf/README.md").read_text()
     for row in (
         "| phase1_pretrain | 4 | 2,048 | 64 | 0.001 | fineweb_edu 1 |",
@@ -177,8 +186,8 @@ def test_report_and_card_speak_of_sft_and_dpo_as_of_pretraining(tree):
 
 def everything(folder: Path) -> dict[str, bytes | str]:
     """Return each file's bytes and each link's target."""
-    found = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
-    return {str(p): str(p.readlink()) if p.is_symlink() else p.read_bytes() for p in found}
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    return {str(p): str(p.readlink()) if p.is_symlink() else p.read_bytes() for p in paths}
 
 
 def test_everything_is_gathered_and_a_second_run_changes_nothing(work, gather):
@@ -202,7 +211,7 @@ def test_everything_is_gathered_and_a_second_run_changes_nothing(work, gather):
     before = everything(work)
     assert gather(0) == first and everything(work) == before
     put("logs/tiny/dpo/wandb_run_urls.txt", "https://wandb.example/runs/2\n")
-    gather(0)  # a file that it wrote follows its source
+    gather(0)  # it updates its own files when their source changes
     assert "runs/2" in Path("results/wandb_run_urls.txt").read_text()
 
 
@@ -213,8 +222,8 @@ def test_a_small_plan_keeps_its_deliverables_in_the_folder_of_its_report(work, g
         path.rename(Path("results/tiny") / path.name)
     before = set(everything(work))
     gather(0)
-    made = set(everything(work)) - before
-    assert made and all(path.startswith(str(work / "results" / "tiny")) for path in made)
+    new_files = set(everything(work)) - before
+    assert new_files and all(path.startswith(str(work / "results" / "tiny")) for path in new_files)
     assert (work / "results/tiny/checkpoints/phase1/step_4").is_dir()
     assert "results/other/benchmark_results.json" in gather(1, "--folder", "results/other")
 
@@ -235,7 +244,7 @@ def replace_text(path: str, old: str, new: str) -> None:
 
 def commit_anew() -> None:
     for path in Path("logs").rglob("*.environment.json"):
-        change(path, lambda found: found.update(git="def456"))
+        change(path, lambda content: content.update(git="def456"))
 
 
 def grow(path: Path) -> None:
@@ -320,8 +329,8 @@ DISAGREEMENTS = {
 def test_what_disagrees_is_named(name, work, gather):
     edit, expected = DISAGREEMENTS[name]
     edit()
-    said = gather(1)
-    assert expected in said and "WRONG" in said
+    output = gather(1)
+    assert expected in output and "WRONG" in output
 
 
 def test_other_weights_are_another_checkpoint_everywhere(work, gather):
@@ -330,10 +339,10 @@ def test_other_weights_are_another_checkpoint_everywhere(work, gather):
     save_hf(DPO, config, NanoLlama(config, seed=77).state_dict(), torch.float32)
     for name in ("config.json", "generation_config.json"):
         shutil.copy(Path("kept") / name, DPO / name)
-    said = gather(1)
+    output = gather(1)
     picture = "results/attention_visualizations.png"
     for part in (BENCHMARKS, picture, "gguf/tiny-f16.gguf", "gguf/README.md"):
-        assert re.search(rf"^{part} +WRONG", said, re.M), part
+        assert re.search(rf"^{part} +WRONG", output, re.M), part
 
 
 @pytest.mark.parametrize("kind", ["file", "changed", "no file", "folder", "link"])
@@ -350,8 +359,8 @@ def test_what_it_did_not_make_stays(kind, work, gather, capsys, monkeypatch):
     else:
         place.symlink_to("tiny/sft")
     before = everything(work)
-    said = complaint_of(deliverables.main, ["--plan", "plan.yaml"], capsys, monkeypatch)
-    assert str(place) in said and "move it away" in said and everything(work) == before
+    message = complaint_of(deliverables.main, ["--plan", "plan.yaml"], capsys, monkeypatch)
+    assert str(place) in message and "move it away" in message and everything(work) == before
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(work, gather):
@@ -360,7 +369,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(work, gather):
     Path("results/attention_visualizations.png").unlink()
     Path("store/contaminated_ids.json").unlink()
     shutil.rmtree("checkpoints/tiny/phase1_pretrain")
-    said = gather(1)
+    printed = gather(1)
     export = AFTER[1].format(checkpoint=DPO)
     output = "results/tiny/dpo/aligned.json"
     suite = f"scripts.run_evals --checkpoint {DPO} --suite aligned --output {output}"
@@ -374,16 +383,16 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(work, gather):
             "scripts.pipeline --plan plan.yaml",
         ),
     ):
-        assert f"{name}\n    python -m {command}\n" in said, name
+        assert f"{name}\n    python -m {command}\n" in printed, name
 
 
 def test_a_stage_that_was_left_out_is_not_missing(work, gather):
     shutil.rmtree("checkpoints/tiny/dpo")
     assert "checkpoints/dpo: missing" in gather(1)
     append_event(Path("logs/tiny"), "skipped_stage", stage="dpo")
-    said = gather(1)
-    assert re.search("^checkpoints/dpo +skipped +by --skip$", said, re.M)
-    assert f"{BENCHMARKS}: it reports {DPO}, not checkpoints/tiny/sft/step_3" in said
+    output = gather(1)
+    assert re.search("^checkpoints/dpo +skipped +by --skip$", output, re.M)
+    assert f"{BENCHMARKS}: it reports {DPO}, not checkpoints/tiny/sft/step_3" in output
 
 
 def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, monkeypatch, capsys):
@@ -399,20 +408,23 @@ def test_theta_context_and_document_mask_of_a_checkpoint(settings, tmp_path, mon
         assert end.value.code == code
         return capsys.readouterr().out
 
-    said = check(0)
-    assert "rope theta 80,000 (as in logs/tiny/one.config.yaml), context 64 tokens" in said
-    found = re.search(r"differ by at most (\S+); without the mask by (\S+)", said)
-    error, mixed = map(float, found.groups())
+    output = check(0)
+    assert "rope theta 80,000 (as in logs/tiny/one.config.yaml), context 64 tokens" in output
+    differences = re.search(r"differ by at most (\S+); without the mask by (\S+)", output)
+    error, mixed = map(float, differences.groups())
     assert error < 1e-4 < 1e-3 < mixed
-    assert "WRONG" not in check(0, step=3)  # theta is still rising there
+    assert "WRONG" not in check(0, step=3)  # theta still rises at that step
     with monkeypatch.context() as patch:
         mask = nanollama.attention_mask
         patch.setattr(nanollama, "attention_mask", lambda doc_ids, *rest: mask(None, *rest))
         assert "WRONG: packed documents do not get the logits that they get alone" in check(1)
     config, manifest = (folder / "step_6" / name for name in ("config.json", "manifest.json"))
     rope = {"rope_type": "default", "rope_theta": 1e4}
-    change(config, lambda found: found.update(rope_theta=1e4, rope_parameters=rope))
-    change(manifest, lambda found: found["files"].update({"config.json": file_hash(config)}))
+    change(config, lambda differences: differences.update(rope_theta=1e4, rope_parameters=rope))
+    change(
+        manifest,
+        lambda differences: differences["files"].update({"config.json": file_hash(config)}),
+    )
     assert "WRONG: rope theta is 10,000, but logs/tiny/one.config.yaml has 80,000" in check(1)
 
 

@@ -34,7 +34,8 @@ WATCHED = """
 import runpy, sys
 def hook(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
-        where = args[0] if event == "socket.getaddrinfo" else args[1][0] if isinstance(args[1], tuple) else ""
+        where = args[0] if event == "socket.getaddrinfo" else \
+args[1][0] if isinstance(args[1], tuple) else ""
         if where not in (None, "", "127.0.0.1", "::1", "localhost"):
             print("OUTSIDE", event, where, flush=True)
 sys.addaudithook(hook)
@@ -71,7 +72,7 @@ PRODUCT, DIVISION, HELLO, SING = TALKS
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint that has TALKS by heart, its song without an end."""
+    """A checkpoint that has memorised TALKS, including an endless song."""
     base, folder = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("tiny")
     talks = [[{"role": "user", "content": question}, *rest] for question, rest in TALKS.items()]
     save_tokenizer(train_tokenizer([json.dumps(TOOLS), json.dumps(talks)] * 3, 560), base)
@@ -104,7 +105,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(browser, folder) -> Iterator[str]:
-    """python demo_ui.py, watched: it may ask nobody but this machine."""
+    """Run demo_ui.py with a hook that prints connections to other hosts; yield its URL."""
     shown = {
         key: value for key, value in os.environ.items() if not key.startswith(("HF_", "GRADIO_"))
     }
@@ -134,7 +135,7 @@ def url(browser, folder) -> Iterator[str]:
     try:
         yield lines[-1].split()[0]
     finally:
-        server.terminate()  # SIGINT is ignored by what a shell began in the background
+        server.terminate()  # background jobs of a shell ignore SIGINT
         rest = server.communicate(timeout=30)[0]
     assert "OUTSIDE" not in "".join(lines) + rest
 
@@ -162,8 +163,8 @@ def test_special_tokens_that_a_user_types_are_text(browser, url, folder):
         window.ask(typed)
         window.page.locator(".meter", has_text="tokens/s").wait_for()
         window.idle()
-        held, said = window.meter()
-        assert held - said == len(prompt)
+        context_tokens, turn_tokens = window.meter()
+        assert context_tokens - turn_tokens == len(prompt)
         assert [" ".join(text.split()) for text in window.said("user")] == [" ".join(typed.split())]
 
 
@@ -199,7 +200,7 @@ def test_stop_retry_edit_clear_and_leaving(browser, url):
         window.page.get_by_text("17 times 23 is").wait_for(state="detached")
         window.ask(SING)
         window.see("la la la")
-    with Window(browser, url) as window:  # the model is free again for another
+    with Window(browser, url) as window:  # the model is free for the next user
         window.ask(HELLO, "I am a small model.")
 
 
@@ -212,7 +213,8 @@ def test_a_mistake_is_told_in_a_sentence_and_the_conversation_goes_on(browser, u
         window.idle()
         window.ask(DIVISION, "Nobody can divide by zero.")
         window.see(
-            f"Tool: calculator(expression='1 / 0') \u2192 {run_tool('calculator', {'expression': '1 / 0'})}"
+            "Tool: calculator(expression='1 / 0') \u2192 "
+            f"{run_tool('calculator', {'expression': '1 / 0'})}"
         )
 
 
@@ -251,7 +253,7 @@ def test_two_side_by_side_behind_a_password(browser, folder, tmp_path, monkeypat
         url = demo_ui.launch(page, "127.0.0.1", demo_ui.free_port("127.0.0.1", 0), "open sesame")
         with Window(browser, url, "open sesame", viewport={"width": 1300, "height": 800}) as window:
             window.ask(PRODUCT, "17 times 23 is")
-            for _ in range(50):  # a fold that closes shows its result for a moment
+            for _ in range(50):  # a closing fold shows its result for a moment
                 answers = [text for text in window.said("bot") if "17 times 23" in text]
                 if len(answers) == 2 and answers[0] == answers[1]:
                     break
@@ -274,7 +276,7 @@ def test_two_side_by_side_behind_a_password(browser, folder, tmp_path, monkeypat
 
 
 def base_of(folder: Path, place: Path) -> Path:
-    """The model of a folder without its chat template."""
+    """Copy a model folder without its chat template."""
     place.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, place)
@@ -282,7 +284,7 @@ def base_of(folder: Path, place: Path) -> Path:
 
 
 def both_kinds(folder: Path) -> list[Path]:
-    """The folder, and where llama.cpp is installed a file that is made of it."""
+    """The folder and, if llama.cpp is installed, a GGUF file of it."""
     if find_library() is None:
         return [folder]
     path = folder.parent / f"{folder.name}.gguf"
@@ -296,7 +298,7 @@ def test_a_base_model_continues_what_is_typed(folder, tmp_path):
     for path in both_kinds(base):
         chat_model = demo_ui.open_chat_model(path, None)
         turns: list[Turn] = []
-        for _ in range(2):  # it is not told of the first
+        for _ in range(2):  # its prompt does not contain the first
             turns.append(Turn("What is <|im_end|>"))
             for _ in chat_model.answer(
                 turns[-1],
@@ -323,10 +325,14 @@ def test_a_base_model_continues_what_is_typed(folder, tmp_path):
 
 
 def test_another_template_than_ours_is_spoken(folder, tmp_path):
-    """A template of its own, in a file or, as older folders have it, in tokenizer_config.json, gives transformers' ids."""
+    """A foreign template gives transformers' ids.
+
+    It is read from chat_template.jinja or, in older folders, from tokenizer_config.json.
+    """
     from transformers import AutoTokenizer
 
-    template = """{%- for m in messages -%}{%- if m.role == 'tool' -%}{{ raise_exception('no tools here') }}{%- endif -%}
+    template = """{%- for m in messages -%}{%- if m.role == 'tool' -%}\
+{{ raise_exception('no tools here') }}{%- endif -%}
     {{- '<|im_start|>' + m.role + ': ' + m.content + '<|im_end|>' -}}{%- endfor -%}
     {{- '<|im_start|>assistant:' if add_generation_prompt -}}"""
     filed, named = (base_of(folder, tmp_path / name) for name in ("filed", "named"))
@@ -341,19 +347,20 @@ def test_another_template_than_ours_is_spoken(folder, tmp_path):
         answer("Yes."),
         answer("No."),
     ]
-    wanted = AutoTokenizer.from_pretrained(filed).apply_chat_template(
+    expected = AutoTokenizer.from_pretrained(filed).apply_chat_template(
         messages, add_generation_prompt=True
     )["input_ids"]
     end = Chat.from_folder(folder).ids[IM_END]
     for path in (*both_kinds(filed), named):
         chat_model = demo_ui.open_chat_model(path, None)
         assert (
-            chat_model.chat.prompt(messages, TOOLS) == wanted
+            chat_model.chat.prompt(messages, TOOLS) == expected
             and end in chat_model.chat.stop_ids
             and not chat_model.is_base
         )
         typed = [{"role": "user", "content": "<|im_end|>"}]
-        assert chat_model.chat.prompt(typed).count(end) == 1  # what a user types is text
+        # Special tokens in user text are plain text.
+        assert chat_model.chat.prompt(typed).count(end) == 1
         reply = chat_model.chat.parse([*chat_model.chat.tokenizer.encode("la la").ids, end])
         assert (reply.content, reply.ended, chat_model.chat.parse([40]).ended) == (
             "la la",

@@ -114,9 +114,8 @@ def test_packed_texts_equal_the_rows_of_a_store(text_store):
         assert (batch.tokens[number % 4].numpy() == tokens).all()
         assert (batch.targets[number % 4].numpy() == targets).all()
         assert (batch.doc_ids[number % 4].numpy() == doc_ids).all()
-    assert torch.equal(
-        next(iter(loader)).tokens, batches[0].tokens
-    )  # iterates again from the start
+    # A second iteration starts again.
+    assert torch.equal(next(iter(loader)).tokens, batches[0].tokens)
 
 
 def test_packed_texts_with_a_tokenizer_of_transformers(text_store):
@@ -145,17 +144,17 @@ def test_a_schedule_that_sets_the_rates_of_an_optimizer():
         schedule.step()
     assert seen == [[rate(step) for rate in pure] for step in range(14)]
     assert seen[3][0] == 1e-2 and seen[11][0] == seen[13][0] == 1e-4
-    other = WSDScheduler(optimizer=optimizer, warmup_steps=3, stable_steps=4, decay_steps=5)
-    other.load_state_dict({**schedule.state_dict(), "last_epoch": 5})
-    assert other.get_last_lr() == [1e-2, 1e-3]  # the peaks stay what they were at first
+    scheduler = WSDScheduler(optimizer=optimizer, warmup_steps=3, stable_steps=4, decay_steps=5)
+    scheduler.load_state_dict({**schedule.state_dict(), "last_epoch": 5})
+    assert scheduler.get_last_lr() == [1e-2, 1e-3]  # the peak rates do not change
     with pytest.raises(ValueError, match=r"schedule.min_lr=0.1 is above optim.lr=0.01"):
         WSDScheduler(torch.optim.AdamW(groups, lr=1.0), 3, 4, 5, min_lr=0.1)
 
 
 def test_contaminated_examples_are_found_by_the_real_rules():
     item = (
-        "A farmer has seventeen sheep and buys thirty more at the market, then sells nine of them to "
-        "his neighbour; how many sheep does the farmer keep in the end?"
+        "A farmer has seventeen sheep and buys thirty more at the market, then sells nine of "
+        "them to his neighbour; how many sheep does the farmer keep in the end?"
     )
     changed = item.replace("neighbour", "cousin").replace("market", "fair")
     clean = "The library opens at nine and closes at six, and on Sundays it stays closed all day."

@@ -1,4 +1,4 @@
-"""DPO: losses against TRL, the kept reference and its refusals, train_dpo.py over ranks, micro-batches and restarts."""
+"""DPO: losses equal TRL's; cached reference scores; ranks, micro-batches and restarts."""
 
 import json
 import math
@@ -37,10 +37,10 @@ def case(tmp_path_factory) -> Path:
 
 def test_losses_metrics_and_gradients_equal_trl(tmp_path):
     pytest.importorskip("trl", reason="needs requirements-parity.txt")
-    for label, found in parity_dpo.compare(tmp_path).items():
-        for name, value in found["trl"].items():
+    for label, difference in parity_dpo.compare(tmp_path).items():
+        for name, value in difference["trl"].items():
             tolerance = 1e-4 if name == "grad_norm" else 1e-5
-            assert found["ours"][name] == pytest.approx(value, rel=tolerance, abs=1e-5), (
+            assert difference["ours"][name] == pytest.approx(value, rel=tolerance, abs=1e-5), (
                 label,
                 name,
             )
@@ -83,7 +83,7 @@ def test_without_a_reference_rewards_are_log_probabilities(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"beta": 0}, "dpo.beta=0 must be above 0"),
         ({"loss": "dpo"}, "dpo.loss='dpo' is not one of sigmoid"),
@@ -94,15 +94,16 @@ def test_without_a_reference_rewards_are_log_probabilities(tmp_path):
         ({"loss": "simpo", "reference": "cpu"}, "has no reference"),
     ],
 )
-def test_settings_that_make_no_sense(settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
         DPOConfig(**settings)
 
 
 def settings(case: Path, where: Path, *more: str) -> list[str]:
-    """Six steps of configs/dpo.yaml on the pairs of the case; what is written goes under `where`."""
+    """Return overrides for six steps of configs/dpo.yaml on the case's pairs, output in `where`."""
     return [
-        f"preferences={{sources: {{many: {{path: {case / 'many.jsonl'}}}}}, cache: {case / 'cache'}, val_fraction: 0.2}}",
+        f"preferences={{sources: {{many: {{path: {case / 'many.jsonl'}}}}}, "
+        f"cache: {case / 'cache'}, val_fraction: 0.2}}",
         "data={mix: {many: 1}, sequence_length: 256, pairs_per_step: 4, micro_batch_size: 8}",
         f"init_from={case / 'policy'}",
         "steps=6",
@@ -125,8 +126,10 @@ def dpo_here(*overrides: str) -> bool:
 
 
 def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(case, tmp_path):
-    whole, split, paused, cpu = (tmp_path / name for name in ("whole", "split", "paused", "cpu"))
-    assert dpo_here(*settings(case, whole))
+    uninterrupted, split, paused, cpu = (
+        tmp_path / name for name in ("whole", "split", "paused", "cpu")
+    )
+    assert dpo_here(*settings(case, uninterrupted))
     launch = [
         sys.executable,
         "-m",
@@ -145,13 +148,13 @@ def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(c
     done = forked.run(command, env=one_thread())
     assert done.returncode == 0, done.stderr
     dpo_here(*settings(case, paused, "until=3"))
-    kept = (paused / "out" / "reference.safetensors").read_bytes()
+    reference_bytes = (paused / "out" / "reference.safetensors").read_bytes()
     dpo_here(*settings(case, paused))
-    assert (paused / "out" / "reference.safetensors").read_bytes() == kept
+    assert (paused / "out" / "reference.safetensors").read_bytes() == reference_bytes
     assert dpo_here(*settings(case, cpu, "dpo.reference=cpu", "data.micro_batch_size=4"))
     assert not (cpu / "out" / "reference.safetensors").exists()
     one, two, again, frozen = (
-        read_metrics(folder / "logs") for folder in (whole, split, paused, cpu)
+        read_metrics(folder / "logs") for folder in (uninterrupted, split, paused, cpu)
     )
     assert (
         one[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
@@ -164,7 +167,7 @@ def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(c
         if key.startswith(("loss", "grad_norm", "rewards", "logps", "lengths", "kl", "val/"))
     ):
         if key == "rewards/accuracies":
-            continue  # of the first step, where rewards differ by rounding alone
+            continue  # of the first step, where rewards differ only by rounding
         expected = [row[key] for row in one if key in row]
         assert [row[key] for row in again if key in row] == expected, key  # bit for bit
         for other in (two, frozen):
@@ -176,32 +179,34 @@ def test_ranks_micro_batches_restarts_and_the_kind_of_reference_change_nothing(c
                     expected, abs=2e-5, rel=1e-5
                 ), key
     weights = [
-        (folder / "out" / "step_6" / "model.safetensors").read_bytes() for folder in (whole, paused)
+        (folder / "out" / "step_6" / "model.safetensors").read_bytes()
+        for folder in (uninterrupted, paused)
     ]
     assert weights[0] == weights[1]
 
 
 def test_a_kept_reference_is_refused_for_anything_else(case, tmp_path):
     cache = tmp_path / "reference.safetensors"
-    own = f"dpo.reference_cache={cache}"
-    dpo_here(*settings(case, tmp_path / "a", own, "steps=2"))
-    kept = load_file(cache)
-    assert set(kept) == {"train/many", "val/many"}
+    cached = f"dpo.reference_cache={cache}"
+    dpo_here(*settings(case, tmp_path / "a", cached, "steps=2"))
+    scores = load_file(cache)
+    assert set(scores) == {"train/many", "val/many"}
     assert (
-        int((~kept["train/many"].isnan()).all(1).sum()) == 8 and not kept["val/many"].isnan().any()
+        int((~scores["train/many"].isnan()).all(1).sum()) == 8
+        and not scores["val/many"].isnan().any()
     )
-    dpo_here(*settings(case, tmp_path / "b", own, "steps=3"))  # more is added to it
+    dpo_here(*settings(case, tmp_path / "b", cached, "steps=3"))  # another source is added
     more = load_file(cache)
-    known = ~kept["train/many"].isnan()
+    known = ~scores["train/many"].isnan()
     assert int((~more["train/many"].isnan()).all(1).sum()) == 12 and torch.equal(
-        more["train/many"][known], kept["train/many"][known]
+        more["train/many"][known], scores["train/many"][known]
     )
     turned = shutil.copytree(case / "policy", tmp_path / "turned")  # the same weights
     config = (turned / "config.json").read_text()
     (turned / "config.json").write_text(
         config.replace('"rope_theta": 10000.0', '"rope_theta": 10.0')
     )
-    edited = tmp_path / "edited.jsonl"  # in a pair that is held out
+    edited = tmp_path / "edited.jsonl"  # in a validation pair
     rows = [json.loads(line) for line in (case / "many.jsonl").read_text().splitlines()]
 
     def held_out(row):
@@ -212,24 +217,24 @@ def test_a_kept_reference_is_refused_for_anything_else(case, tmp_path):
 
     next(row for row in rows if held_out(row))["chosen"] += " indeed"
     edited.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for other, said in (
-        (f"init_from={case / 'reference'}", "made with other weights; remove it"),
-        ("data.sequence_length=250", "made with other length; remove it"),
-        ("parallel.dtype=bfloat16", "made with other dtype"),
-        ("preferences.system=Be kind.", "made with other data"),
-        (f"init_from={turned}", "made with other model; remove it"),
-        (f"preferences.sources.many.path={edited}", "made with other data"),
+    for changes, message in (
+        (f"init_from={case / 'reference'}", "computed with different inputs: weights; remove it"),
+        ("data.sequence_length=250", "computed with different inputs: length; remove it"),
+        ("parallel.dtype=bfloat16", "computed with different inputs: dtype"),
+        ("preferences.system=Be kind.", "computed with different inputs: data"),
+        (f"init_from={turned}", "computed with different inputs: model; remove it"),
+        (f"preferences.sources.many.path={edited}", "computed with different inputs: data"),
     ):
-        with pytest.raises(ValueError, match=said):
-            dpo_here(*settings(case, tmp_path / "c", own, "steps=2", other))
+        with pytest.raises(ValueError, match=message):
+            dpo_here(*settings(case, tmp_path / "c", cached, "steps=2", changes))
     metadata = read_header(cache)
     more["val/many"][0] += 1
     save_file(more, cache, metadata)
-    with pytest.raises(ValueError, match="is damaged: its log-probabilities have changed"):
-        dpo_here(*settings(case, tmp_path / "c", own, "steps=2"))
+    with pytest.raises(ValueError, match="is damaged: its checksum does not match"):
+        dpo_here(*settings(case, tmp_path / "c", cached, "steps=2"))
     cache.write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="holds no reference log-probabilities that can be read"):
-        dpo_here(*settings(case, tmp_path / "c", own, "steps=2"))
+    with pytest.raises(ValueError, match="is not a readable file of reference log-probabilities"):
+        dpo_here(*settings(case, tmp_path / "c", cached, "steps=2"))
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -240,7 +245,7 @@ def read_header(path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["init_from=nowhere"], "nowhere has no complete checkpoint"),
         ([f"dpo.reference_cache={ROOT}"], "is a folder; name a file in it as dpo.reference_cache"),
@@ -267,6 +272,6 @@ def read_header(path: Path) -> dict[str, str]:
         (["data.pairs_per_step=0"], "data.pairs_per_step=0 must be at least 1"),
     ],
 )
-def test_mistakes_end_in_one_sentence(case, tmp_path, more, said):
-    with pytest.raises(ValueError, match=said):
+def test_mistakes_end_in_one_sentence(case, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
         dpo_here(*settings(case, tmp_path, *more))

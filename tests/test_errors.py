@@ -17,7 +17,7 @@ from files import file_hash
 
 
 def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
-    """Of train.py's main."""
+    """Return the error of train.py's main."""
     return complaint_of(
         train.main,
         ["--config", ROOT / "configs" / "test_mode.yaml", *arguments],
@@ -61,10 +61,10 @@ def test_a_missing_config_and_a_short_test(capfd, monkeypatch):
 def test_a_missing_shard(settings, text_store, tmp_path, capfd, monkeypatch):
     shutil.copytree(text_store, tmp_path / "store")
     (tmp_path / "store" / "tokens" / "first" / "train-00000.bin").unlink()
-    said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
+    message = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
     assert (
         "train-00000.bin is missing or truncated; restore it or run python -m scripts.prepare_data"
-        in said
+        in message
     )
 
 
@@ -74,18 +74,17 @@ def test_a_tokenizer_that_changed_under_the_shards_or_the_checkpoint(
     assert train_here(settings(steps=1))
     shutil.copytree(text_store, tmp_path / "store")
     path = tmp_path / "store" / "tokenizer" / "tokenizer.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()))
-    )  # the same, written otherwise: other bytes, other hash
-    said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
-    assert "made with another tokenizer" in said
+    # The same content in other bytes: another hash.
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    message = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
+    assert "do not match the store's tokenizer" in message
     for name in ("first", "second"):
         manifest = tmp_path / "store" / "tokens" / name / "manifest.json"
         content = json.loads(manifest.read_text())
 
         manifest.write_text(json.dumps({**content, "tokenizer": file_hash(path)}))
-    said = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
-    assert "was trained with another tokenizer" in said
+    message = complaint(capfd, monkeypatch, settings(f"data.store={tmp_path / 'store'}"))
+    assert "was trained with another tokenizer" in message
 
 
 def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_path):
@@ -93,16 +92,15 @@ def test_resuming_what_is_not_the_same_run(settings, capfd, monkeypatch, tmp_pat
     assert "the data, their mixture or the batch size changed" in complaint(
         capfd, monkeypatch, settings("seed=2")
     )
-    said = complaint(capfd, monkeypatch, settings("model.num_hidden_layers=3"))
-    assert "num_hidden_layers=2, but the config has 3" in said
+    message = complaint(capfd, monkeypatch, settings("model.num_hidden_layers=3"))
+    assert "num_hidden_layers=2, but the config has 3" in message
     assert train_here(settings("data.tokens_per_step=256", "data.accept_changed=true", steps=4))
     resume = f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     assert train_here(settings(resume, phase="two", steps=2))
-    assert train_here(
-        settings("data.tokens_per_step=256", steps=5)
-    )  # the first phase is extended afterwards
-    said = complaint(capfd, monkeypatch, settings(resume, phase="two", steps=4))
-    assert "did not start from" in said and "move" in said
+    # The first phase is extended afterwards.
+    assert train_here(settings("data.tokens_per_step=256", steps=5))
+    message = complaint(capfd, monkeypatch, settings(resume, phase="two", steps=4))
+    assert "did not start from" in message and "move" in message
 
 
 def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(
@@ -114,18 +112,17 @@ def test_a_phase_begins_where_the_one_before_ends_and_never_after_the_schedule(
     )
     assert train_here(settings(steps=3))
     trainer = tmp_path / "checkpoints" / "one" / "step_3" / "state" / "trainer.json"
-    trainer.write_text(
-        trainer.read_text().replace('"phase_end": 3', '"phase_end": 6')
-    )  # as if stopped by a signal
+    # As if a signal had stopped the run.
+    trainer.write_text(trainer.read_text().replace('"phase_end": 3', '"phase_end": 6'))
     manifest = trainer.parent.parent / "manifest.json"
     sums = json.loads(manifest.read_text())
     sums["files"]["state/trainer.json"] = file_hash(trainer)
     manifest.write_text(json.dumps(sums))
     folder = tmp_path / "checkpoints" / "one"
-    said = complaint(capfd, monkeypatch, settings(f"resume_from={folder}", phase="two", steps=2))
+    message = complaint(capfd, monkeypatch, settings(f"resume_from={folder}", phase="two", steps=2))
     assert (
         "is step 3 of one, which ends at step 6; finish that phase, or branch off with resume_from="
-        in said
+        in message
     )
     assert train_here(settings(f"resume_from={folder / 'step_3'}", phase="two", steps=2))
 
@@ -174,7 +171,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_last_checkpoint(
 
 def test_our_own_faults_keep_their_traceback():
     with pytest.raises(ValueError, match="invalid literal"), user_errors():
-        int("x")  # a ValueError, but Python's: nobody has said to the user what to do
+        int("x")  # Python's ValueError has no advice for the user
     with pytest.raises(KeyError), user_errors():
         {}["x"]
 
@@ -186,12 +183,12 @@ def test_a_path_that_cannot_be_made_is_named(tmp_path, capfd):
         (tmp_path / "file", True),
         (tmp_path / "none" / "x", True),
     ):
-        with pytest.raises(SystemExit) as left, user_errors():
+        with pytest.raises(SystemExit) as exit_info, user_errors():
             path.mkdir(exist_ok=exist_ok)
         assert (
-            left.value.code == 2
-            and "error: [Errno" in (said := capfd.readouterr().err)
-            and str(path) in said
+            exit_info.value.code == 2
+            and "error: [Errno" in (message := capfd.readouterr().err)
+            and str(path) in message
         )
 
 

@@ -16,7 +16,7 @@ from evals.harness import Cache, Choose, Scored, Written, results, run_items
 
 
 class Knowing:
-    """Generates and prefers the correct reply if `right`, else a wrong one."""
+    """A model that generates and prefers the correct reply if `right`, else a wrong one."""
 
     name, hash, dtype, context = "knowing", "0" * 64, "float32", 10**6
 
@@ -69,12 +69,12 @@ def test_scores(tmp_path: Path, with_template: bool, right: bool):
         Namespace(checkpoint=tmp_path / "model", data=str(tmp_path), limit=None)
     )
     model = Knowing(evaluation.items, chat, right)
-    found = results(
+    scores = results(
         evaluation, run_items(evaluation.items, evaluation.score, model, Cache()), model
     )
-    metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
+    metrics = {name: estimate["value"] for name, estimate in scores["metrics"].items()}
     assert metrics["acc"] == metrics["choice"] == float(right)
-    assert set(found["subjects"]) == {"math", "identity"} and 0.2 < metrics["choice_chance"] < 0.5
+    assert set(scores["subjects"]) == {"math", "identity"} and 0.2 < metrics["choice_chance"] < 0.5
 
 
 def test_replies_end_with_the_stop_token(tmp_path: Path):
@@ -111,11 +111,11 @@ def test_pairs_are_a_task_of_their_own(tmp_path: Path):
             Namespace(checkpoint=tmp_path / "model", data=data, limit=None)
         )
         model = Knowing(evaluation.items, None, right)
-        found = results(
+        scores = results(
             evaluation, run_items(evaluation.items, evaluation.score, model, Cache()), model
         )
-        assert found["task"] == "pairs" and found["n"] == 20
-        assert {name: estimate["value"] for name, estimate in found["metrics"].items()} == {
+        assert scores["task"] == "pairs" and scores["n"] == 20
+        assert {name: estimate["value"] for name, estimate in scores["metrics"].items()} == {
             "preferred": float(right)
         }
     with pytest.raises(ValueError, match="no questions"):

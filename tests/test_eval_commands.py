@@ -1,7 +1,8 @@
-"""Flags of evaluation commands and the demo, and the forecast of what evaluations cost."""
+"""Flags of evaluation commands and the demo; the cost forecast of evaluations."""
 
 import math
 import os
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
         ValueError, match="there is no model under checkpoints/; give --checkpoint or --gguf"
     ):
         demo_ui.newest_model(tmp_path / "none", tmp_path)
-    made = [  # each is preferred to those before it; seconds of its config.json
+    folders = [  # each is preferred to those before it; seconds of its config.json
         ("nano/gold/step_5", 50),
         ("other/phase1/step_2", 60),
         ("nano/midtrain/step_1", 10),
@@ -81,27 +82,28 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
         ("nano/dpo/step_1", 1),
         ("dpo", 2),
     ]
-    for name, seconds in made:
+    for name, seconds in folders:
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "model.safetensors").touch()
         (folder / "config.json").touch()
         os.utime(folder / "config.json", (seconds, seconds))
         assert demo_ui.newest_model(tmp_path / "none", tmp_path) == folder
-    for name in ("nano/dpo/step_7", "nano/dpo/step_8.tmp"):  # without weights, and not whole yet
+    for name in ("nano/dpo/step_7", "nano/dpo/step_8.tmp"):  # without weights: incomplete
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "config.json").touch()
     (tmp_path / "checkpoints" / "nano/dpo/step_8.tmp" / "model.safetensors").touch()
     assert demo_ui.newest_model(tmp_path) == tmp_path / "checkpoints" / "dpo"
-    here = tmp_path / "here"
+    place = tmp_path / "here"
     model = save_tiny(
-        here / "checkpoints/nano/gold/step_9", tiny_config(max_position_embeddings=64), text_store
+        place / "checkpoints/nano/gold/step_9", tiny_config(max_position_embeddings=64), text_store
     )
-    assert demo_ui.newest_model(here, tmp_path) == model  # the first place has one
+    assert demo_ui.newest_model(place, tmp_path) == model  # the first place has one
     pytest.importorskip("gradio", reason="no gradio: pip install -r requirements-demo.txt")
-    monkeypatch.chdir(here)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "argv", ["x", "--share=no", "--port", "99999"])
+    monkeypatch.chdir(place)
+    with monkeypatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        patch.setattr(sys, "argv", ["x", "--share=no", "--port", port])
         with pytest.raises(SystemExit):
             demo_ui.main()
     out, err = capsys.readouterr()
@@ -115,7 +117,7 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
     )
 
 
-# ---- what evaluations cost
+# ---- cost of evaluations
 
 
 def one_phase(tmp_path, evals: dict[str, str], **more) -> Plan:
@@ -180,10 +182,10 @@ def test_forward_flops_and_hours(tmp_path):
         math.fsum(entry["hours"] for entry in report["evaluations"])
     )
     assert total["cost"] == pytest.approx(total["hours"] * 2 * 2.0)
-    said = show(report)
+    output = show(report)
     assert (
-        "not counted: python mystery.py" in said
-        and "perplexity 0.01M read, " not in said.split("one 100")[1]
+        "not counted: python mystery.py" in output
+        and "perplexity 0.01M read, " not in output.split("one 100")[1]
     )
     assert forecast(plan, "h100")["evaluations"] == [] and "Evaluations" not in show(
         forecast(plan, "h100")
@@ -195,15 +197,15 @@ def test_every_evaluation_of_the_1b_plan_is_counted(monkeypatch, capsys):
     plan = load_plan("configs/plan_1b.yaml")
     monkeypatch.setattr(sys, "argv", ["x", "configs/plan_1b.yaml", "--gpu", "h100"])
     plan_command.main()
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     milestones = [
         f"{Path(phase.config).stem} {mark.step:,}"
         for phase in plan.phases
         for mark in phase.milestones
     ]
     measured = [*milestones, *(stage.name for stage in plan.stages if stage.evals)]
-    assert len(measured) == 9 and all(f"\n  {where}: " in said for where in measured)
-    assert "not counted" not in said and "hours for evaluations" in said
+    assert len(measured) == 9 and all(f"\n  {where}: " in output for where in measured)
+    assert "not counted" not in output and "hours for evaluations" in output
     entries = forecast(plan, "h100", reads=reads)["evaluations"]
     assert [entry["where"] for entry in entries] == measured
     counts = {entry["where"]: len(entry["evals"]) for entry in entries}

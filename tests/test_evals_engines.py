@@ -48,7 +48,10 @@ def checkpoint(tmp_path_factory, text_store) -> Path:
 
 
 def answers(model) -> list:
-    """Answers to requests of every kind; sampled answers are compared within one engine only."""
+    """Return responses to requests of every kind.
+
+    Sampled responses are compared within one engine only.
+    """
 
     def score(item):
         drawn, again = yield [
@@ -58,21 +61,21 @@ def answers(model) -> list:
         assert drawn.text.startswith(again.text.rstrip("\ufffd"))
         choices = [Choose(SHARED + item.id, (" yes", " no, not at all", " perhaps"))]
         choices += [Choose(item.id + " ", ("a", "bc de")), Choose("", (item.id,))]
-        found = yield [
+        responses = yield [
             *choices,
             Write(item.id, (), 12),
             Read(item.id * 30, None),
             Read(item.id * 8, 7),
         ]
-        return {"found": found}
+        return {"found": responses}
 
     samples = run_items([Item(text, {}) for text in TEXTS], score, model, Cache())
     return [answer for sample in samples for answer in sample.scores["found"]]
 
 
-def assert_alike(mine: list, other: list, tolerance: float) -> None:
-    assert len(mine) == len(other)
-    for one, two in zip(mine, other, strict=True):
+def assert_alike(responses: list, expected: list, tolerance: float) -> None:
+    assert len(responses) == len(expected)
+    for one, two in zip(responses, expected, strict=True):
         if isinstance(one, list):  # choices
             pairs = [(a.logprob, b.logprob) for a, b in zip(one, two, strict=True)]
             assert [a for a, _ in pairs] == pytest.approx([b for _, b in pairs], abs=tolerance)
@@ -114,28 +117,28 @@ def test_a_folder_of_another_architecture_is_read_by_transformers(checkpoint, tm
         and model.context == 64
         and model.dtype == "float32"
     )
-    [[[found]]] = [
+    [[[answer]]] = [
         batch
         for batch in (
             [a for _, a in part] for part in model.answer([Choose("The cat", (" sat down",))])
         )
     ]
-    ids, whole = (model.tokenizer.encode([text])[0] for text in ("The cat", "The cat sat down"))
+    ids, full_ids = (model.tokenizer.encode([text])[0] for text in ("The cat", "The cat sat down"))
     with torch.no_grad():
-        logprobs = net(torch.tensor([whole])).logits[0].log_softmax(-1)
-    expected = sum(logprobs[i - 1, whole[i]].item() for i in range(len(ids), len(whole)))
-    assert found.logprob == pytest.approx(expected, abs=1e-4) and found.tokens == len(whole) - len(
-        ids
-    )
+        logprobs = net(torch.tensor([full_ids])).logits[0].log_softmax(-1)
+    expected = sum(logprobs[i - 1, full_ids[i]].item() for i in range(len(ids), len(full_ids)))
+    assert answer.logprob == pytest.approx(expected, abs=1e-4) and answer.tokens == len(
+        full_ids
+    ) - len(ids)
 
 
 def test_a_folder_hash_includes_stop_tokens_and_template(checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "step_1")
-    found = [folder_hash(tmp_path / "step_1")]
+    hashes = [folder_hash(tmp_path / "step_1")]
     for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "step_1" / name).write_text('{"eos_token_id": [2, 5]}')
-        found.append(folder_hash(tmp_path / "step_1"))
-    assert found[0] == folder_hash(checkpoint) and len(set(found)) == 4
+        hashes.append(folder_hash(tmp_path / "step_1"))
+    assert hashes[0] == folder_hash(checkpoint) and len(set(hashes)) == 4
 
 
 def files(checkpoint: Path, out: Path, *outtypes: str) -> dict[str, Path]:
@@ -154,7 +157,7 @@ def files(checkpoint: Path, out: Path, *outtypes: str) -> dict[str, Path]:
 def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, monkeypatch):
     pytest.importorskip("gguf")
     pytest.importorskip("xgrammar")
-    mine = answers(load_model(checkpoint))
+    expected = answers(load_model(checkpoint))
     for outtype, path in files(checkpoint, tmp_path, "f32", "f16").items():
         model = load_model(path)
         assert (
@@ -162,7 +165,7 @@ def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, mon
             and model.dtype in ("gguf_f32", "gguf_f16")
             and outtype in model.dtype
         )
-        assert_alike(mine, answers(model), 0.02)
+        assert_alike(expected, answers(model), 0.02)
     assert (
         EvalTokenizer(path).stops == EvalTokenizer(checkpoint).stops
         and EvalTokenizer(path).begin == EvalTokenizer(checkpoint).begin
@@ -173,10 +176,10 @@ def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, mon
         load_model(path, dtype="float32")
 
     def run(module, *arguments, folder=checkpoint):
-        found = []
+        batches = []
         for name in (folder, path):
             output = tmp_path / "out" / name.stem / "found.json"
-            given = [
+            command_line = [
                 "--checkpoint",
                 str(name),
                 "--output",
@@ -185,15 +188,15 @@ def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, mon
                 "cpu",
                 *arguments,
             ]
-            monkeypatch.setattr(sys, "argv", ["x", *given])
+            monkeypatch.setattr(sys, "argv", ["x", *command_line])
             if module is eval_perplexity:
                 module.main()
             else:
                 from evals.run import main
 
                 main(module.parser(), module.build)
-            found.append(json.loads(output.read_text()))
-        return found
+            batches.append(json.loads(output.read_text()))
+        return batches
 
     save_hf(
         tmp_path / "base",
@@ -209,7 +212,7 @@ def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, mon
     one, two = run(
         eval_perplexity, "--dataset", str(text_store), *windows, folder=tmp_path / "base"
     )
-    losses = [found["metrics"]["all"]["loss"]["value"] for found in (one, two)]
+    losses = [batches["metrics"]["all"]["loss"]["value"] for batches in (one, two)]
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     one, two = run(
         eval_needle, "--context", "700", "--num_tests", "1", "--depths", "2", "--kinds", "single"

@@ -58,7 +58,7 @@ def model(checkpoint):
     return load_model(checkpoint, batch_size=8)
 
 
-def options(checkpoint, **given) -> argparse.Namespace:
+def options(checkpoint, **values) -> argparse.Namespace:
     shared = {
         "checkpoint": checkpoint,
         "cache": Path("nowhere"),
@@ -67,7 +67,7 @@ def options(checkpoint, **given) -> argparse.Namespace:
         "data": None,
         "device": "cpu",
     }
-    return argparse.Namespace(**{**shared, **given})
+    return argparse.Namespace(**{**shared, **values})
 
 
 class Serve:
@@ -133,27 +133,27 @@ def test_gsm8k_equals_lm_eval(checkpoint, model, tmp_path, monkeypatch):
         evaluation = eval_gsm8k.build(
             options(checkpoint, data=str(folder.parent), shots=3, cot=cot, max_tokens=256)
         )
-        mine = run_items(evaluation.items, evaluation.score, model, Cache())
-        told = simple_evaluate(
+        responses = run_items(evaluation.items, evaluation.score, model, Cache())
+        reference = simple_evaluate(
             model=theirs, tasks=[task], num_fewshot=3, task_manager=manager, bootstrap_iters=0
         )
         samples = {
-            s["doc_id"]: s for s in told["samples"][task] if s["filter"] == "flexible-extract"
+            s["doc_id"]: s for s in reference["samples"][task] if s["filter"] == "flexible-extract"
         }
-        for i, own in enumerate(mine):
-            assert samples[i]["arguments"][0][0] == own.exchange[0][0].prompt
-            assert samples[i]["resps"][0][0] == own.exchange[0][1].text
-            assert samples[i]["filtered_resps"][0] == own.scores["answers"]["flexible"]
+        for i, response in enumerate(responses):
+            assert samples[i]["arguments"][0][0] == response.exchange[0][0].prompt
+            assert samples[i]["resps"][0][0] == response.exchange[0][1].text
+            assert samples[i]["filtered_resps"][0] == response.scores["answers"]["flexible"]
         for name, theirs_name in (("strict", "strict-match"), ("flexible", "flexible-extract")):
-            value = results(evaluation, mine, model)["metrics"][name]["value"]
-            assert value == told["results"][task][f"exact_match,{theirs_name}"]
+            value = results(evaluation, responses, model)["metrics"][name]["value"]
+            assert value == reference["results"][task][f"exact_match,{theirs_name}"]
 
 
 @pytest.mark.parametrize(
     ("text", "cot", "strict", "flexible"),
     [
         ("so 18.\n#### 1,234", False, True, True),
-        ("The answer is $1,234.", True, False, True),  # the dollar sign is lm-eval's own blind spot
+        ("The answer is $1,234.", True, False, True),  # lm-eval does not handle the dollar sign
         ("The answer is 1234. Q", True, True, True),
         ("#### -1234", False, False, False),
         ("nothing", False, False, False),
@@ -173,8 +173,8 @@ class Seer:
 
     name, hash, dtype, context = "seer", "0" * 64, "float32", 10_000
 
-    def __init__(self, words, how):
-        self.words, self.how = words, how
+    def __init__(self, words, transform):
+        self.words, self.how = words, transform
 
     def answer(self, requests):
         for i, request in enumerate(requests):
@@ -184,41 +184,41 @@ class Seer:
             text = self.words.decode(request.prompt)
             asked = text.rpartition("special number")[2].split(" of ")[1].rsplit(" ", 1)[0]
             keys = [" ".join(key.split()[-2:]) for key in asked.replace(" and ", ", ").split(", ")]
-            found = [
+            scores = [
                 part.split(" is ")[1].split(".")[0]
                 for part in text.split("The special number of ")[1:]
                 if " is " in part and any(part.startswith(f"the {key} is") for key in keys)
             ]
-            yield [(i, Written(", ".join(self.how(number) for number in found), 9, True))]
+            yield [(i, Written(", ".join(self.how(number) for number in scores), 9, True))]
 
 
 def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, tmp_path):
     words = EvalTokenizer(checkpoint)
-    given = {
+    arguments = {
         "context": [700, 1400],
         "num_tests": 6,
         "depths": 3,
         "kinds": list(eval_needle.KINDS),
         "max_tokens": None,
     }
-    evaluation = eval_needle.build(options(checkpoint, haystack="noise", **given))
+    evaluation = eval_needle.build(options(checkpoint, haystack="noise", **arguments))
     assert len(evaluation.items) == 2 * 6 * 4
     for item in evaluation.items:
         assert len(item.row["prompt"]) + item.row["max_tokens"] == item.row["length"]
-    again = eval_needle.build(options(checkpoint, haystack="noise", **given))
+    again = eval_needle.build(options(checkpoint, haystack="noise", **arguments))
     assert [item.row["prompt"] for item in again.items] == [
         item.row["prompt"] for item in evaluation.items
     ]
-    for how, expected in ((str, 1.0), (lambda n: n + "1", 0.0), (lambda n: n[:-1], 0.0)):
-        found = evaluate(evaluation, Seer(words, how), tmp_path / "needle.json")
+    for transform, expected in ((str, 1.0), (lambda n: n + "1", 0.0), (lambda n: n[:-1], 0.0)):
+        scores = evaluate(evaluation, Seer(words, transform), tmp_path / "needle.json")
         assert (
-            found["metrics"]["accuracy"]["value"]
+            scores["metrics"]["accuracy"]["value"]
             == expected
-            == found["metrics"]["accuracy_1400"]["value"]
+            == scores["metrics"]["accuracy_1400"]["value"]
         )
         assert (
-            set(found["subjects"]) == set(eval_needle.KINDS)
-            and found["metrics"]["choice"]["value"] == 1.0
+            set(scores["subjects"]) == set(eval_needle.KINDS)
+            and scores["metrics"]["choice"]["value"] == 1.0
         )
         for path in (tmp_path / "answers").glob("*"):
             path.unlink()
@@ -239,12 +239,14 @@ def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, 
     ):
         with pytest.raises(ValueError, match=words_of_it):
             eval_needle.build(
-                options(checkpoint, haystack="noise", **{**given, "context": [context]})
+                options(checkpoint, haystack="noise", **{**arguments, "context": [context]})
             )
     texts = tmp_path / "texts.txt"
     texts.write_bytes(b"It rained all day. " * 50 + b"Caf\xe9.")  # in no UTF-8
-    own = eval_needle.build(options(checkpoint, haystack=str(texts), **{**given, "num_tests": 1}))
-    assert "It rained all day. It rained" in words.decode(own.items[0].row["prompt"])
+    needle_eval = eval_needle.build(
+        options(checkpoint, haystack=str(texts), **{**arguments, "num_tests": 1})
+    )
+    assert "It rained all day. It rained" in words.decode(needle_eval.items[0].row["prompt"])
 
 
 ADD = {
@@ -267,11 +269,11 @@ TRUTH = [{"math.add": {"a": [5.0], "n": [2, ""], "unit": ["New York", ""], "part
 @pytest.mark.parametrize(
     ("arguments", "right"),
     [
-        ({"a": 5}, True),  # an integer where a float is due
+        ({"a": 5}, True),  # an integer instead of a float
         ({"a": 5.0, "n": 2, "unit": "new-york.", "parts": [1, 2]}, True),
         ({"a": "5"}, False),
         ({"a": True}, False),
-        ({"n": 2}, False),  # without what is required
+        ({"n": 2}, False),  # without a required argument
         ({"a": 5, "n": 2.0}, False),
         ({"a": 5, "n": 3}, False),
         ({"a": 5, "z": 1}, False),
@@ -346,24 +348,28 @@ def test_a_random_model_under_a_grammar_writes_calls(
     data = bfcl(tmp_path / "bfcl.jsonl")
     if not native:
         monkeypatch.setattr(eval_tool_use, "MARKER", "<|absent|>")
-    given = {"categories": ["simple_python", "irrelevance"], "free_only": False, "max_tokens": 900}
-    evaluation = eval_tool_use.build(options(checkpoint, data=str(data), **given))
+    arguments = {
+        "categories": ["simple_python", "irrelevance"],
+        "free_only": False,
+        "max_tokens": 900,
+    }
+    evaluation = eval_tool_use.build(options(checkpoint, data=str(data), **arguments))
     im_end = load_tokenizer(checkpoint).token_to_id("<|im_end|>")
-    assert (
-        evaluation.items[0].row["prompt"].count(im_end) == 2 + native
-    )  # the user's own stayed text
-    found = evaluate(evaluation, model, tmp_path / "tool.json")
-    assert found["metrics"]["constrained_syntax"] == {
+    # The user's special tokens stayed text.
+    assert evaluation.items[0].row["prompt"].count(im_end) == 2 + native
+    scores = evaluate(evaluation, model, tmp_path / "tool.json")
+    # n: 6 of the 12 items.
+    assert scores["metrics"]["constrained_syntax"] == {
         "value": 1.0,
         "stderr": 0.0,
         "n": 6,
-    }  # of 12 items
+    }
     assert (
-        found["metrics"]["constrained_schema"]["value"] == 1.0
-        and found["metrics"]["free_syntax"]["value"] == 0.0
+        scores["metrics"]["constrained_schema"]["value"] == 1.0
+        and scores["metrics"]["free_syntax"]["value"] == 0.0
     )
-    assert found["form"] == ("<|tool_call|> and JSON" if native else "a JSON list")
-    assert "constrained_syntax" not in found["subjects"]["irrelevance"]["metrics"]
+    assert scores["form"] == ("<|tool_call|> and JSON" if native else "a JSON list")
+    assert "constrained_syntax" not in scores["subjects"]["irrelevance"]["metrics"]
     assert fits(
         {"name": "now", "arguments": {}}, [{**ADD, "name": "now", "parameters": {"type": "dict"}}]
     )
@@ -389,10 +395,10 @@ def test_a_category_of_bfcl_is_read_from_its_own_file(tmp_path):
         for kind in ("parallel", "parallel_multiple")
         for i in range(2)
     ]
-    one = tmp_path / "all.jsonl"
-    one.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "all.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for category in ("parallel", "parallel_multiple"):
-        assert load_bfcl(category, str(one), Path()) == [
+        assert load_bfcl(category, str(path), Path()) == [
             row for row in rows if row["ground_truth"] == [category]
         ]
     shutil.rmtree(tmp_path / "possible_answer")
@@ -402,9 +408,9 @@ def test_a_category_of_bfcl_is_read_from_its_own_file(tmp_path):
     assert load_bfcl("irrelevance", str(tmp_path), Path()) == [
         {"id": "irrelevance_0", "ground_truth": []}
     ]
-    one.write_text('{"question": []}\n')
+    path.write_text('{"question": []}\n')
     with pytest.raises(ValueError, match="row 0 of the data for BFCL has no 'id'"):
-        load_bfcl("multiple", str(one), Path())
+        load_bfcl("multiple", str(path), Path())
 
 
 def mt_bench(path: Path) -> Path:
@@ -423,7 +429,7 @@ def mt_bench(path: Path) -> Path:
 
 def test_two_turns_are_graded_and_failures_retried(checkpoint, model, tmp_path):
     data = str(mt_bench(tmp_path / "questions.jsonl"))
-    given = {
+    arguments = {
         "judge_prompts": None,
         "judge_key_file": None,
         "judge_model": "m",
@@ -431,7 +437,7 @@ def test_two_turns_are_graded_and_failures_retried(checkpoint, model, tmp_path):
         "max_tokens": 12,
     }
     alone = evaluate(
-        eval_mt_bench.build(options(checkpoint, data=data, judge=None, **given)),
+        eval_mt_bench.build(options(checkpoint, data=data, judge=None, **arguments)),
         model,
         tmp_path / "alone.json",
     )
@@ -442,7 +448,7 @@ def test_two_turns_are_graded_and_failures_retried(checkpoint, model, tmp_path):
     assert all(len(sample["scores"]["answers"]) == 2 for sample in kept)
 
     gone = eval_mt_bench.build(
-        options(checkpoint, data=data, judge="http://127.0.0.1:9/v1", **given)
+        options(checkpoint, data=data, judge="http://127.0.0.1:9/v1", **arguments)
     )
     gone.judge.pause = 0.0
     with pytest.raises(
@@ -465,22 +471,25 @@ def test_two_turns_are_graded_and_failures_retried(checkpoint, model, tmp_path):
         )
 
     with Serve(reply) as server:
-        evaluation = eval_mt_bench.build(options(checkpoint, data=data, judge=server.url, **given))
+        evaluation = eval_mt_bench.build(
+            options(checkpoint, data=data, judge=server.url, **arguments)
+        )
         evaluation.judge.pause = 0.0
-        found = evaluate(evaluation, model, tmp_path / "mt.json")
+        scores = evaluate(evaluation, model, tmp_path / "mt.json")
         asked = len(server.asked)
         assert asked == 5  # four, and one again
+        # The cached grades are reused.
         assert (
-            evaluate(evaluation, model, tmp_path / "mt.json") == found
+            evaluate(evaluation, model, tmp_path / "mt.json") == scores
             and len(server.asked) == asked
-        )  # kept
-    metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
+        )
+    metrics = {name: estimate["value"] for name, estimate in scores["metrics"].items()}
     assert (
         metrics["turn_1"] == 6.5
         and metrics["turn_2"] == pytest.approx((8 + 6.5) / 2)
         and metrics["score"] == 6.5
     )
-    assert metrics["unread"] == 0.5 and found["judge"].startswith("m at ")
+    assert metrics["unread"] == 0.5 and scores["judge"].startswith("m at ")
     texts = [body["messages"][-1]["content"] for _, _, body in server.asked]
     assert any("### Reference answer\ntwo" in text for text in texts) and any(
         "Write {x}." in text for text in texts
@@ -489,49 +498,48 @@ def test_two_turns_are_graded_and_failures_retried(checkpoint, model, tmp_path):
 
 def test_a_suite_retries_missing_judgments_and_other_judges(checkpoint, model, tmp_path):
     data, output = str(mt_bench(tmp_path / "questions.jsonl")), tmp_path / "out" / "mt_bench.json"
-    given = options(checkpoint, dtype=None, batch_size=None, contaminated=None)
+    arguments = options(checkpoint, dtype=None, batch_size=None, contaminated=None)
 
     def measured(*more):
         before = len(server.asked)
-        found = suite.measure(
+        scores = suite.measure(
             "mt_bench",
-            suite.parse("mt_bench", shlex.join([*how, *more]), given, data),
+            suite.parse("mt_bench", shlex.join([*arguments_of_judge, *more]), arguments, data),
             model,
             output,
         )
-        return found, len(server.asked) - before
+        return scores, len(server.asked) - before
 
     with Serve(lambda number, body: (400, {}) if number == 2 else says("[[7]]")) as server:
-        how = ["--judge", server.url, "--retries", "0", "--max_tokens", "8"]
-        found, asked = measured()
+        arguments_of_judge = ["--judge", server.url, "--retries", "0", "--max_tokens", "8"]
+        scores, asked = measured()
         assert (
-            "did not judge 1 of 2 items" in found["not_measured"]
+            "did not judge 1 of 2 items" in scores["not_measured"]
             and asked == 4
             and not output.exists()
         )
-        found, asked = measured()
+        scores, asked = measured()
         written = output.stat().st_mtime_ns
-        assert found["n"] == 2 and found["metrics"]["score"]["value"] == 7 and asked == 1
+        assert scores["n"] == 2 and scores["metrics"]["score"]["value"] == 7 and asked == 1
         assert (
             measured() == (json.loads(output.read_text()), 0)
             and output.stat().st_mtime_ns == written
         )
-        found, asked = measured("--judge_model", "other")
-        assert found["judge"].startswith("other at") and asked == 4
+        scores, asked = measured("--judge_model", "other")
+        assert scores["judge"].startswith("other at") and asked == 4
     with pytest.raises(
         ValueError,
         match=r"none cannot be read \(FileNotFoundError\); give a file that holds an API key",
     ):
         eval_mt_bench.build(
-            suite.parse("mt_bench", f"--judge_key_file {tmp_path / 'none'}", given, data)
+            suite.parse("mt_bench", f"--judge_key_file {tmp_path / 'none'}", arguments, data)
         )
 
 
 def test_an_interrupt_waits_only_for_running_requests():
-    both = threading.Barrier(
-        2, timeout=30
-    )  # the first answer comes when the second question is on its way, too
-    with Serve(lambda *_: says("ok") if both.wait() >= 0 else None) as server:
+    # The first response waits until the second request has arrived.
+    barrier = threading.Barrier(2, timeout=30)
+    with Serve(lambda *_: says("ok") if barrier.wait() >= 0 else None) as server:
         remote = ChatEndpoint(server.url, "m", workers=2)
         answers = remote.answer([Judge(str(i)) for i in range(40)])
         next(answers)
@@ -581,15 +589,14 @@ def test_only_temporary_judge_errors_are_retried():
 
     with Serve(reply) as server:
         remote = ChatEndpoint(server.url, "m", key="secret", pause=0.0, workers=1)
-        [[(_, refused)], [(_, said)]] = list(remote.answer([Judge("a"), Judge("b", "be brief")]))
-        assert isinstance(refused, Failed) and "401" in refused.reason and said == "ok"
+        [[(_, refused)], [(_, message)]] = list(remote.answer([Judge("a"), Judge("b", "be brief")]))
+        assert isinstance(refused, Failed) and "401" in refused.reason and message == "ok"
         assert (
             server.asked[0][1]["Authorization"] == "Bearer secret"
             and server.asked[2][2]["messages"][0]["role"] == "system"
         )
-        assert (
-            remote.hash == ChatEndpoint(server.url, "m", key="other").hash
-        )  # a key is not what an answer depends on
+        # Answers do not depend on the API key.
+        assert remote.hash == ChatEndpoint(server.url, "m", key="other").hash
 
 
 def test_toxicity_metrics(checkpoint, model, tmp_path, monkeypatch):
@@ -605,7 +612,7 @@ def test_toxicity_metrics(checkpoint, model, tmp_path, monkeypatch):
             yield [(i, len(request.text) % 10 / 10) for i, request in enumerate(requests)]
 
     monkeypatch.setattr(eval_toxicity, "ProfanityCheck", Scorer)
-    given = {
+    arguments = {
         "samples": 4,
         "max_tokens": 6,
         "temperature": 1.0,
@@ -614,8 +621,8 @@ def test_toxicity_metrics(checkpoint, model, tmp_path, monkeypatch):
         "scorer": "wheel",
         "chat": False,
     }
-    evaluation = eval_toxicity.build(options(checkpoint, **given))
-    found = evaluate(evaluation, model, tmp_path / "toxicity.json")
+    evaluation = eval_toxicity.build(options(checkpoint, **arguments))
+    measured = evaluate(evaluation, model, tmp_path / "toxicity.json")
     kept = [
         json.loads(line)["scores"]
         for line in (tmp_path / "toxicity.samples.jsonl").read_text().splitlines()
@@ -624,15 +631,15 @@ def test_toxicity_metrics(checkpoint, model, tmp_path, monkeypatch):
         [(len(text) % 10) / 10 if text.strip() else 0.0 for text in sample["texts"]]
         for sample in kept
     ]
-    metrics = {name: estimate["value"] for name, estimate in found["metrics"].items()}
+    metrics = {name: estimate["value"] for name, estimate in measured["metrics"].items()}
     assert metrics["expected_max_toxicity"] == pytest.approx(sum(map(max, scores)) / 3)
     assert metrics["mean_toxicity"] == pytest.approx(sum(map(sum, scores)) / 12)
     assert metrics["toxicity_probability"] == pytest.approx(
         sum(max(row) >= 0.5 for row in scores) / 3
     )
-    given["chat"] = True
+    arguments["chat"] = True
     [asked, *_] = [
-        item.row["prompt"] for item in eval_toxicity.build(options(checkpoint, **given)).items
+        item.row["prompt"] for item in eval_toxicity.build(options(checkpoint, **arguments)).items
     ]
     assert asked == Chat(checkpoint).prompt([{"role": "user", "content": "The cat 0"}])
     with pytest.raises(ValueError, match="give wheel or a folder with a classifier"):
@@ -660,13 +667,13 @@ def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
     tokenizer.save_pretrained(tmp_path)
     scorer = eval_toxicity.Classifier(tmp_path, "toxic", "cpu", batch_size=2)
     texts = ["a cat", "the rain falls over hills", "why"]
-    found = {
+    scores = {
         i: value for batch in scorer.answer([Judge(text) for text in texts]) for i, value in batch
     }
     for i, text in enumerate(texts):
         with torch.no_grad():
             expected = net(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0, 1].item()
-        assert found[i] == pytest.approx(expected, abs=1e-5)
+        assert scores[i] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match="has no label 'odd', only fine, toxic"):
         eval_toxicity.Classifier(tmp_path, "odd", "cpu")
     pytest.importorskip("profanity_check")

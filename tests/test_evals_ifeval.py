@@ -103,8 +103,8 @@ FRAGMENTS = [
 
 def responses() -> list[str]:
     draw = random.Random(5)
-    made = ["", " \n", *FRAGMENTS]
-    made += [
+    texts = ["", " \n", *FRAGMENTS]
+    texts += [
         "first\n******\nsecond",
         "same******same",
         "one***two",
@@ -112,15 +112,15 @@ def responses() -> list[str]:
         "***one***two",
         "one *** *** two",
     ]
-    made += [
+    texts += [
         '"a quote"',
         "Here it is:\n" + '{"a": 1}',
         "*Write about rain.* It falls.",
         'It ends. "That is all."',
         "a\n\n\n\nThen b",
     ]
-    made += ["".join(draw.choices(FRAGMENTS, k=draw.randint(2, 7))) for _ in range(150)]
-    return made + [" ".join(draw.choices(FRAGMENTS, k=draw.randint(2, 6))) for _ in range(150)]
+    texts += ["".join(draw.choices(FRAGMENTS, k=draw.randint(2, 7))) for _ in range(150)]
+    return texts + [" ".join(draw.choices(FRAGMENTS, k=draw.randint(2, 6))) for _ in range(150)]
 
 
 @pytest.fixture(scope="module")
@@ -151,8 +151,8 @@ def lm_eval_checks(tmp_path_factory):
 @pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_each_instruction_is_checked_as_in_lm_eval(name, lm_eval_checks):
     tools, outcomes = TextTools(WHEELS), set()
-    for given in [ARGUMENTS.get(name, {}), *OTHERS.get(name, [])]:
-        assert find_problem(name, given) is None
+    for arguments in [ARGUMENTS.get(name, {}), *OTHERS.get(name, [])]:
+        assert find_problem(name, arguments) is None
         texts = (
             [*FRAGMENTS, *responses()[::8]]
             if INSTRUCTIONS[name].modules == instructions.LANGUAGE
@@ -163,15 +163,15 @@ def test_each_instruction_is_checked_as_in_lm_eval(name, lm_eval_checks):
                 "key": 1,
                 "instruction_id_list": [name],
                 "prompt": "Write about rain.",
-                "kwargs": [given],
+                "kwargs": [arguments],
             }
             theirs = lm_eval_checks.process_results(doc, [text])
             strict, loose = (
-                follows(text, name, given, tools),
-                follows_loosely(text, name, given, tools),
+                follows(text, name, arguments, tools),
+                follows_loosely(text, name, arguments, tools),
             )
-            assert [strict] == theirs["inst_level_strict_acc"], (given, text)
-            assert [loose] == theirs["inst_level_loose_acc"], (given, text)
+            assert [strict] == theirs["inst_level_strict_acc"], (arguments, text)
+            assert [loose] == theirs["inst_level_loose_acc"], (arguments, text)
             outcomes |= {strict, loose}
     assert outcomes == {True, False}
 
@@ -201,25 +201,25 @@ def test_ifeval_metrics_equal_lm_eval(lm_eval_checks, tmp_path, capsys):
             ]
 
     model = Model()
-    found = results(
+    scores = results(
         evaluation, run_items(evaluation.items, evaluation.score, model, Cache()), model
     )["metrics"]
     theirs = [lm_eval_checks.process_results(doc, [texts[i * 7]]) for i, doc in enumerate(doc_ids)]
     for kind in ("strict", "loose"):
         prompts = [of[f"prompt_level_{kind}_acc"] for of in theirs]
         flat = lm_eval_checks.agg_inst_level_acc([of[f"inst_level_{kind}_acc"] for of in theirs])
-        assert found[f"prompt_level_{kind}_acc"]["value"] == pytest.approx(
+        assert scores[f"prompt_level_{kind}_acc"]["value"] == pytest.approx(
             sum(prompts) / len(prompts)
         )
-        assert found[f"inst_level_{kind}_acc"]["value"] == pytest.approx(flat) and 0 < flat < 1
-    assert found["inst_level_strict_acc"]["n"] == sum(len(doc["kwargs"]) for doc in doc_ids)
+        assert scores[f"inst_level_{kind}_acc"]["value"] == pytest.approx(flat) and 0 < flat < 1
+    assert scores["inst_level_strict_acc"]["n"] == sum(len(doc["kwargs"]) for doc in doc_ids)
     assert evaluation.items[3].id == "103" and tools.punkt is None
 
 
 def test_a_hash_sign_is_counted_literally():
-    given = {"letter": "#", "let_relation": "at least", "let_frequency": 2}
-    assert follows("#a #b", "keywords:letter_frequency", given, TextTools(WHEELS))
-    assert not follows("#a b", "keywords:letter_frequency", given, TextTools(WHEELS))
+    arguments = {"letter": "#", "let_relation": "at least", "let_frequency": 2}
+    assert follows("#a #b", "keywords:letter_frequency", arguments, TextTools(WHEELS))
+    assert not follows("#a b", "keywords:letter_frequency", arguments, TextTools(WHEELS))
 
 
 IFEVAL = {"key": 1, "prompt": "a", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
@@ -230,7 +230,7 @@ def ifeval(name, **kwargs):
 
 
 def build(data: str, max_tokens: int = 4):
-    given = {
+    arguments = {
         "cache": WHEELS,
         "limit": None,
         "seed": 1234,
@@ -238,7 +238,7 @@ def build(data: str, max_tokens: int = 4):
         "chat": False,
         "max_tokens": max_tokens,
     }
-    return eval_ifeval.build(argparse.Namespace(**given))
+    return eval_ifeval.build(argparse.Namespace(**arguments))
 
 
 def test_rows_of_another_schema_are_rejected(tmp_path):

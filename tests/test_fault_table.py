@@ -1,6 +1,6 @@
-"""The cases of benchmarks/faults.py in their quick form, and that its checks find what they are there to find.
+"""Quick cases of benchmarks/faults.py; its checks detect wrong resumes.
 
-One case goes through scripts.launch; for the others the ranks are forked from a process that has imported everything.
+One case runs scripts.launch. The other ranks are forked from a process that has imported all.
 """
 
 import json
@@ -30,7 +30,7 @@ from benchmarks.faults import CASES, Lab, examine, make_lab
 
 
 def one_rank(arguments: list[str], environment: dict[str, str], output: str) -> None:
-    """A rank as torchrun would begin it."""
+    """Run one rank with torchrun's environment."""
     os.environ |= environment
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
@@ -73,7 +73,7 @@ def lab(tmp_path_factory) -> Lab:
                     break
                 if any(
                     process.exitcode for process in processes
-                ):  # as torchrun: one that fails ends the others
+                ):  # as torchrun does: a failed rank ends the others
                     for process in processes:
                         process.terminate()
             statuses = [process.exitcode for process in processes]
@@ -124,14 +124,15 @@ STRAIGHT = [[line(update, rank, f"{update}{rank}") for rank in (1, 0) for update
 
 
 def test_a_replay_replaces_and_a_gap_stays():
-    whole = trained_on(STRAIGHT)
-    assert whole == {update: [f"{update}0", f"{update}1"] for update in range(1, 5)}
+    expected = trained_on(STRAIGHT)
+    assert expected == {update: [f"{update}0", f"{update}1"] for update in range(1, 5)}
+    # Rank 1 died first.
     half = [
         row for row in STRAIGHT[0] if row["update"] <= 3 and (row["update"], row["rank"]) != (3, 1)
-    ]  # rank 1 died first
-    assert trained_on([half, [row for row in STRAIGHT[0] if row["update"] > 2]]) == whole
+    ]
+    assert trained_on([half, [row for row in STRAIGHT[0] if row["update"] > 2]]) == expected
     assert lost_and_repeated(
-        trained_on([half, [row for row in STRAIGHT[0] if row["update"] > 3]]), whole
+        trained_on([half, [row for row in STRAIGHT[0] if row["update"] > 3]]), expected
     ) == (1, 0)
     gap = trained_on(
         [
@@ -139,20 +140,21 @@ def test_a_replay_replaces_and_a_gap_stays():
             [row for row in STRAIGHT[0] if row["update"] > 2],
         ]
     )
-    assert lost_and_repeated(gap, whole) == (2, 0)
+    assert lost_and_repeated(gap, expected) == (2, 0)
     late = [
         {**row, "rows": [f"{row['update'] - 1}{row['rank']}"]}
         for row in STRAIGHT[0]
         if row["update"] > 2
     ]
-    assert lost_and_repeated(trained_on([half, late]), whole) == (
+    # Update 3 read the batch of update 2 again.
+    assert lost_and_repeated(trained_on([half, late]), expected) == (
         2,
         2,
-    )  # update 3 read the place of update 2 again
+    )
 
 
 def test_a_resume_at_the_wrong_place_or_with_other_weights_is_found(lab, monkeypatch):
-    """A run that goes on one place too late, and one whose weights were changed, do not pass for unhurt."""
+    """The checks reject a resume one batch too late and a resume with changed weights."""
     plain = lab.plain()
     run = lab.run("misled")
     assert run.again(kill("step", 7, everyone=True)).status
@@ -171,10 +173,11 @@ def test_a_resume_at_the_wrong_place_or_with_other_weights_is_found(lab, monkeyp
     (folder / "manifest.json").write_text(json.dumps(manifest))
     verdict = compare(run.finish(), plain)
     step = fault_runs.ROWS * fault_runs.LENGTH
+    # One step skipped, one past the end read.
     assert (verdict.tokens_lost, verdict.tokens_repeated) == (
         step,
         step,
-    )  # one step skipped, one past the end read
+    )
     assert not (
         verdict.stream_equal or verdict.curve_equal or verdict.state_equal or verdict.holds(1.0)
     )

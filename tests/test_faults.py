@@ -1,4 +1,4 @@
-"""Steps that are not fit to apply: skipped, gone back from, resumed over; pauses and ramps."""
+"""Bad steps: skips, rollbacks, resumes over them; pauses and ramps."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from training.guard import FaultConfig, FaultState
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Make what is trained on at given places bad: multiply loss and gradients by a factor."""
+    """Multiply loss and gradients by a factor at the given batch indices."""
 
     plain = train.next_token
     loader = train.Prefetcher
@@ -35,9 +35,8 @@ def poison(monkeypatch):
 
             def poisoned(model, batch):
                 loss, sums = objective(model, batch)
-                factor = (
-                    factors.get(places[-1], 1.0) if places else 1.0
-                )  # none is read in the dry run
+                # The dry run reads no batch.
+                factor = factors.get(places[-1], 1.0) if places else 1.0
                 return loss * factor, {name: value * factor for name, value in sums.items()}
 
             return poisoned
@@ -49,8 +48,8 @@ def poison(monkeypatch):
 
 
 def events(folder: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    return [event for event in found if event["event"] == kind]
+    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in rows if event["event"] == kind]
 
 
 def places(folder: Path) -> list[int]:
@@ -61,8 +60,10 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(folder / f"step_{step}" / "model.safetensors")
 
 
-def equal(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def equal(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def test_a_bad_step_is_skipped_as_if_its_place_had_been_left_out(
@@ -187,13 +188,13 @@ def test_pausing_changes_nothing(settings, tmp_path):
         settings(f"output_dir={tmp_path / 'a'}", f"log_dir={tmp_path / 'la'}", "validation.every=0")
     )
     for stop in (2, 5, 99):
-        here = settings(
+        overrides = settings(
             f"output_dir={tmp_path / 'b'}",
             f"log_dir={tmp_path / 'lb'}",
             "validation.every=0",
             f"until={stop}",
         )
-        assert train_here(here)
+        assert train_here(overrides)
     losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("la", "lb")]
     assert losses[0] == losses[1] and equal(weights(tmp_path / "a", 6), weights(tmp_path / "b", 6))
 

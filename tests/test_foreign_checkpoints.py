@@ -24,7 +24,7 @@ from training.state import State, is_position
 
 
 class Calls:
-    """An object whose pickle calls a function."""
+    """An object whose unpickling calls a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -50,29 +50,29 @@ def pickles(marker: Path) -> dict[str, bytes]:
         "subprocess": Calls(subprocess.getoutput, touch),
         "getattr": Calls(getattr, TensorProperties, "create_from_tensor"),
     }
-    found = {
+    files = {
         name: pickle.dumps(call, protocol=protocol)
         for name, call in calls.items()
         for protocol in (2, 4)
     }
-    found["an old protocol"] = pickle.dumps(calls["os.system"], protocol=0)
-    found["attributes of a class"] = (
+    files["an old protocol"] = pickle.dumps(calls["os.system"], protocol=0)
+    files["attributes of a class"] = (
         b"\x80\x02ctorch.distributed.checkpoint.metadata\nMetadata\n}(X\x01\x00\x00\x00aK\x01ub."
     )
-    found["a key that takes ages"] = hashes_nested()
-    found["a persistent id"] = b"\x80\x02X\x01\x00\x00\x00aQ."
-    found |= {
+    files["a key that takes ages"] = hashes_nested()
+    files["a persistent id"] = b"\x80\x02X\x01\x00\x00\x00aQ."
+    files |= {
         "nothing": b"",
         "not a pickle": b"\x89PNG",
         "cut": pickle.dumps({"a": [1] * 99})[:40],
         "a dict": pickle.dumps({}),
     }
-    return found
+    return files
 
 
 @pytest.fixture(scope="module")
 def checkpoint(text_store, tmp_path_factory) -> Path:
-    """step_2 of a tiny run."""
+    """The folder step_2 of a tiny run."""
     root = tmp_path_factory.mktemp("foreign")
     overrides = [
         f"data.store={text_store}",
@@ -93,7 +93,7 @@ def checkpoint(text_store, tmp_path_factory) -> Path:
 
 
 def replace(folder: Path, name: str, content: bytes) -> None:
-    """Write a file of a step folder, and its checksum into the manifest."""
+    """Write a file of a step folder and update its checksum in the manifest."""
     (folder / name).write_bytes(content)
     manifest = read_manifest(folder)
     assert manifest
@@ -134,8 +134,8 @@ def test_resuming_from_a_malicious_checkpoint_is_refused(
     replace(folder, "state/.metadata", pickle.dumps(Calls(os.system, f"touch {marker}")))
     overrides = settings("data.mix={first: 1}", f"resume_from={folder}", phase="two", steps=4)
     arguments = ["--config", ROOT / "configs" / "test_mode.yaml", *overrides]
-    said = complaint_of(train.main, arguments, capsys, monkeypatch)
-    assert ".system, which is not part of a checkpoint's index" in said and not marker.exists()
+    message = complaint_of(train.main, arguments, capsys, monkeypatch)
+    assert ".system, which is not part of a checkpoint's index" in message and not marker.exists()
 
 
 def test_entries_that_are_no_tensors_run_nothing(tmp_path):
@@ -160,7 +160,7 @@ def test_entries_that_are_no_tensors_run_nothing(tmp_path):
 def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     dcp.save({"a": torch.ones(3, 4), "n": 1}, checkpoint_id=tmp_path / "state", no_dist=True)
     path = tmp_path / "state" / ".metadata"
-    whole = path.read_bytes()
+    content = path.read_bytes()
 
     def outside(index):
         index.storage_data[MetadataIndex("a", [0, 0])].relative_path = "../other"
@@ -197,16 +197,16 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
         path.write_bytes(pickle.dumps(index))
         with pytest.raises(ValueError, match=words):
             read_index(tmp_path / "state")
-        path.write_bytes(whole)
+        path.write_bytes(content)
 
 
 def test_flipped_bytes_in_an_index_are_refused_or_harmless(checkpoint, tmp_path):
     state = tmp_path / "state"
     shutil.copytree(checkpoint / "state", state)
-    whole, draw = (state / ".metadata").read_bytes(), random.Random(0)
+    original, draw = (state / ".metadata").read_bytes(), random.Random(0)
     refused = 0
     for _ in range(300):
-        content = bytearray(whole)
+        content = bytearray(original)
         for _ in range(draw.randint(1, 3)):
             content[draw.randrange(len(content))] = draw.randrange(256)
         (state / ".metadata").write_bytes(content)

@@ -48,43 +48,43 @@ def model(text_store, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(model) -> Path:
+def valid_file(model) -> Path:
     path = model.parent / "whole.gguf"
     write_gguf(model, {"f16": path}, read_vocabulary(model, 392).put, "m", say=lambda line: None)
     return path
 
 
 def fields(path: Path) -> dict[str, int]:
-    """Where the type of each key's value lies."""
+    """Return the offset of the type of each key's value."""
     import gguf
 
-    data, found = path.read_bytes(), {}
+    data, offsets = path.read_bytes(), {}
     for name, field in gguf.GGUFReader(path).fields.items():
-        at = int(field.offset)
-        found[name] = at + 8 + struct.unpack_from("<Q", data, at)[0]
-    return found
+        offset = int(field.offset)
+        offsets[name] = offset + 8 + struct.unpack_from("<Q", data, offset)[0]
+    return offsets
 
 
 def faults(path: Path) -> dict[str, bytes]:
-    """Damaged copies of a file, by what was done."""
-    data, at = path.read_bytes(), fields(path)
+    """Return damaged copies of a file, by kind of damage."""
+    data, offsets = path.read_bytes(), fields(path)
 
     def put(place: int, new: bytes) -> bytes:
         return data[:place] + new + data[place + len(new) :]
 
     def number(key: str, value: int | float, letter: str = "I") -> bytes:
-        return put(at[key] + 4, struct.pack("<" + letter, value))
+        return put(offsets[key] + 4, struct.pack("<" + letter, value))
 
     tensors = data.index(struct.pack("<Q", 17) + b"token_embd.weight") + 25  # number of dimensions
-    found = {
-        "architecture is an array": put(at["general.architecture"], struct.pack("<I", 9)),
-        "architecture is a number": put(at["general.architecture"], struct.pack("<I", 4)),
-        "tokens are numbers": put(at["tokenizer.ggml.tokens"] + 4, struct.pack("<I", 4)),
-        "endless tokens": put(at["tokenizer.ggml.tokens"] + 8, struct.pack("<Q", 1 << 62)),
-        "nested array": put(at["tokenizer.ggml.tokens"] + 4, struct.pack("<I", 9)),
-        "a long text": put(at["general.architecture"] + 4, struct.pack("<Q", 1 << 63)),
-        "an unknown type": put(at["general.architecture"], struct.pack("<I", 99)),
-        "no UTF-8": put(at["general.architecture"] + 12, b"\xff"),
+    copies = {
+        "architecture is an array": put(offsets["general.architecture"], struct.pack("<I", 9)),
+        "architecture is a number": put(offsets["general.architecture"], struct.pack("<I", 4)),
+        "tokens are numbers": put(offsets["tokenizer.ggml.tokens"] + 4, struct.pack("<I", 4)),
+        "endless tokens": put(offsets["tokenizer.ggml.tokens"] + 8, struct.pack("<Q", 1 << 62)),
+        "nested array": put(offsets["tokenizer.ggml.tokens"] + 4, struct.pack("<I", 9)),
+        "a long text": put(offsets["general.architecture"] + 4, struct.pack("<Q", 1 << 63)),
+        "an unknown type": put(offsets["general.architecture"], struct.pack("<I", 99)),
+        "no UTF-8": put(offsets["general.architecture"] + 12, b"\xff"),
         "no blocks": number("llama.block_count", 0),
         "many blocks": number("llama.block_count", 3_000_000_000),
         "one block more": number("llama.block_count", 3),
@@ -101,8 +101,8 @@ def faults(path: Path) -> dict[str, bytes]:
         "theta 0": number("llama.rope.freq_base", 0.0, "f"),
         "eos beyond": number("tokenizer.ggml.eos_token_id", 10**9),
         "another vocabulary": number("llama.vocab_size", 391),
-        "a boolean of 7": put(at["tokenizer.ggml.add_bos_token"] + 4, b"\7")
-        if "tokenizer.ggml.add_bos_token" in at
+        "a boolean of 7": put(offsets["tokenizer.ggml.add_bos_token"] + 4, b"\7")
+        if "tokenizer.ggml.add_bos_token" in offsets
         else b"",
         "version 0": put(4, struct.pack("<I", 0)),
         "big-endian": put(4, struct.pack(">I", 3)),
@@ -119,15 +119,15 @@ def faults(path: Path) -> dict[str, bytes]:
         "a magic": b"GGUF",
         "nothing": b"",
     }
-    found["a token twice"] = data.replace(b"<|reserved_0|>", b"<|reserved_1|>", 1)
-    return found
+    copies["a token twice"] = data.replace(b"<|reserved_0|>", b"<|reserved_1|>", 1)
+    return copies
 
 
 @runtime
-def test_damaged_gguf_files_end_in_a_sentence(model, whole, tmp_path, capsys, monkeypatch):
-    assert check_gguf(whole).of_model("block_count") == 2
+def test_damaged_gguf_files_end_in_a_sentence(model, valid_file, tmp_path, capsys, monkeypatch):
+    assert check_gguf(valid_file).of_model("block_count") == 2
     monkeypatch.setattr(llamacpp, "library", lambda: pytest.fail("C code sees a damaged file"))
-    for name, content in faults(whole).items():
+    for name, content in faults(valid_file).items():
         path = tmp_path / f"{name}.gguf"
         path.write_bytes(content)
         started = time.monotonic()
@@ -146,9 +146,11 @@ def test_damaged_gguf_files_end_in_a_sentence(model, whole, tmp_path, capsys, mo
 
 
 @runtime
-def test_weights_that_are_not_finite_and_a_context_beyond_the_memory(whole, tmp_path, monkeypatch):
-    probe(whole)
-    data, tensors = bytearray(whole.read_bytes()), check_gguf(whole).tensors
+def test_weights_that_are_not_finite_and_a_context_beyond_the_memory(
+    valid_file, tmp_path, monkeypatch
+):
+    probe(valid_file)
+    data, tensors = bytearray(valid_file.read_bytes()), check_gguf(valid_file).tensors
     place = tensors["blk.1.ffn_up.weight"]
     data[place.offset : place.offset + 2] = np.array(np.nan, dtype="<f2").tobytes()
     (tmp_path / "nan.gguf").write_bytes(data)
@@ -156,12 +158,12 @@ def test_weights_that_are_not_finite_and_a_context_beyond_the_memory(whole, tmp_
         LlamaCpp(tmp_path / "nan.gguf")
     monkeypatch.setattr(llamacpp, "_available_memory", lambda: 10_000.0)
     with pytest.raises(ValueError, match="give a smaller --context"):
-        LlamaCpp(whole)
+        LlamaCpp(valid_file)
 
 
 @runtime
-def test_a_file_that_llama_cpp_hangs_or_dies_on_is_refused(whole, tmp_path, monkeypatch):
-    """What the validation does not know of is met in another process."""
+def test_a_file_that_llama_cpp_hangs_or_dies_on_is_refused(valid_file, tmp_path, monkeypatch):
+    """Faults that validation misses end a subprocess only."""
     for number, (code, words) in enumerate(
         (
             ("import os; os.abort()", "exit status -6"),
@@ -169,22 +171,22 @@ def test_a_file_that_llama_cpp_hangs_or_dies_on_is_refused(whole, tmp_path, monk
         )
     ):
         path = tmp_path / f"{number}.gguf"
-        shutil.copy(whole, path)
+        shutil.copy(valid_file, path)
         monkeypatch.setattr(llamacpp, "PROBE_SECONDS", 2)
-        given = subprocess.run
+        run = subprocess.run
         monkeypatch.setattr(
             subprocess,
             "run",
-            lambda *_, code=code, given=given, **how: given([sys.executable, "-c", code], **how),
+            lambda *_, code=code, run=run, **options: run([sys.executable, "-c", code], **options),
         )
         with pytest.raises(ValueError, match=words):
             LlamaCpp(path)
         monkeypatch.undo()
 
 
-def test_flipped_bytes_in_a_gguf_header_never_hang(whole, tmp_path):
-    data, draw = whole.read_bytes(), random.Random(1)
-    end = min(tensor.offset for tensor in check_gguf(whole).tensors.values())
+def test_flipped_bytes_in_a_gguf_header_never_hang(valid_file, tmp_path):
+    data, draw = valid_file.read_bytes(), random.Random(1)
+    end = min(tensor.offset for tensor in check_gguf(valid_file).tensors.values())
     refused = 0
     for number in range(300):
         content = bytearray(data)
@@ -221,7 +223,8 @@ def quick(monkeypatch):
         "{{ '%099999999999d' | format(1) }}",
         "{{ 9 ** (9 ** 9) ** 9 }}",
         "{% set n = messages | length + 8 %}{{ n ** (n ** n) ** n }}",
-        "{% set n = namespace(t='ab') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}",
+        "{% set n = namespace(t='ab') %}{% for i in range(60) %}"
+        "{% set n.t = n.t + n.t %}{% endfor %}",
         "{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -263,9 +266,12 @@ def test_the_bounded_text_is_that_of_transformers(model):
     from transformers import AutoTokenizer
 
     template = (
-        "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}{% set ns.last = loop.index %}\n"
-        "  {% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}{{ eos_token }}{% endgeneration %}\n"
-        "  {% else %}[{{ m.role }}] {{ m.content }}{% if loop.index > 8 %}{% break %}{% endif %}{% endif %}\n"
+        "{{ bos_token }}{% set ns = namespace(last=0) %}{% for m in messages %}"
+        "{% set ns.last = loop.index %}\n"
+        "  {% if m.role == 'assistant' %}{% generation %}{{ m.content | trim }}"
+        "{{ eos_token }}{% endgeneration %}\n"
+        "  {% else %}[{{ m.role }}] {{ m.content }}{% if loop.index > 8 %}{% break %}"
+        "{% endif %}{% endif %}\n"
         "{% endfor %}{{ ns.last }}{% if tools %}{{ tools | tojson(indent=1) }}{% endif %}"
         "{% if add_generation_prompt %}<go>{% endif %}{{ strftime_now('%Y') }}{{ dict(a=1) }}"
     )
@@ -277,11 +283,12 @@ def test_the_bounded_text_is_that_of_transformers(model):
         {"role": "user", "content": None},
         *HELLO,
     ]
-    wanted = tokenizer.apply_chat_template(
+    expected = tokenizer.apply_chat_template(
         messages, tools=tools, chat_template=template, add_generation_prompt=True, tokenize=False
     )
     assert (
-        BoundedTemplate(template).render(messages, tools, **tokenizer.special_tokens_map) == wanted
+        BoundedTemplate(template).render(messages, tools, **tokenizer.special_tokens_map)
+        == expected
     )
 
 
@@ -296,10 +303,10 @@ def test_chat_and_evaluation_bound_foreign_templates(model, tmp_path, quick, cap
     for speaks in (chat, Chat(folder)):
         with pytest.raises(ValueError, match="more than"):
             speaks.prompt(HELLO)
-    said = complaint_of(
+    message = complaint_of(
         chat_script.main, ["--model", folder, "--prompt", "hi"], capsys, monkeypatch
     )
-    assert "chat template rejects this conversation" in said
+    assert "chat template rejects this conversation" in message
     (folder / "tokenizer_config.json").write_text('{"added_tokens_decoder": 7}')
     assert "transformers cannot read" in complaint_of(
         chat_script.main, ["--model", folder, "--prompt", "hi"], capsys, monkeypatch

@@ -1,4 +1,4 @@
-"""Float8 matmuls, emulated on the CPU if torchao is installed; the error where they are not."""
+"""Float8 matmuls, emulated on the CPU if torchao is installed; the error without it."""
 
 import pytest
 import torch
@@ -63,4 +63,4 @@ def test_emulated_float8_is_near_and_trains_through_the_whole_run(settings, monk
         "parallel.dtype=bfloat16",
     )
     assert train_here(settings(*more, steps=3))
-    assert train_here(settings(*more, steps=6))  # goes on from the checkpoint
+    assert train_here(settings(*more, steps=6))  # resumes from the checkpoint

@@ -1,4 +1,4 @@
-"""Gates against an earlier stage: what they decide, with noise, by the driver and by scripts.run_evals."""
+"""Gates relative to an earlier stage: decisions, standard errors, scripts.pipeline, run_evals."""
 
 import json
 from pathlib import Path
@@ -55,10 +55,10 @@ def test_a_lower_metric_may_rise_by_so_much():
         for value in (2.0, 3.1, 3.4, 3.6)
     ]
     assert outcomes == ["go", "go", "caution", "no-go"]
-    said = str(judge(LOWER, {"all": {"bits_per_byte": 3.4}}, reference))
+    message = str(judge(LOWER, {"all": {"bits_per_byte": 3.4}}, reference))
     assert (
-        said
-        == "all.bits_per_byte = 3.400, +0.400 against 3.000 after sft (go <= +0.2, no-go beyond +0.5): caution"
+        message == "all.bits_per_byte = 3.400, +0.400 against 3.000 after sft "
+        "(go <= +0.2, no-go beyond +0.5): caution"
     )
 
 
@@ -78,11 +78,11 @@ def test_which_place_a_gate_compares_with():
         Measured("one", "at step 4", {}),
         Measured("sft", "after sft", {}),
     ]
-    found = [
+    steps = [
         reference_of(Gate("x", 0, 1, against=name), earlier)
         for name in ("before", "one", "sft", "dpo", "")
     ]
-    assert [place and place.where for place in found] == [
+    assert [place and place.where for place in steps] == [
         "after sft",
         "at step 4",
         "after sft",
@@ -115,22 +115,22 @@ def small_plan(place: Path, against: str, evals: bool = True) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("against", "evals", "said"),
+    ("against", "evals", "message"),
     [
         ("stf", True, "gate chat.acc has against=stf; available: before, sft"),
         ("dpo", True, "available: before, sft"),
         ("before", False, "available: none .first"),
     ],
 )
-def test_a_plan_with_an_impossible_reference_is_refused(tmp_path, against, evals, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_plan_with_an_impossible_reference_is_refused(tmp_path, against, evals, message):
+    with pytest.raises(ValueError, match=message):
         scheduled_phases(load_plan(small_plan(tmp_path, against, evals)))
 
 
 @pytest.mark.parametrize("against", ["before", "sft"])
 @pytest.mark.parametrize("judged", [True, False])
 def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, against, judged):
-    """judged: by scripts.pipeline; else by scripts.run_evals with its default --output."""
+    """`judged`: scripts.pipeline decides; otherwise run_evals with its default --output."""
     plan = small_plan(tmp_path, against)
     monkeypatch.chdir(tmp_path)
     for stage, value in (("sft", 1), ("dpo", 2)):
@@ -189,18 +189,21 @@ def test_forgetting_is_gated_after_every_stage(name, monkeypatch):
 
 
 def test_figures_of_a_measured_quickstart_run_stop_nothing(monkeypatch):
-    """Python 3.11.7, 2 CPU cores, 2026-11-29: DPO lost on both judged figures, within the standard error."""
+    """DPO lost on both gated metrics, within the standard error (2 CPU cores, 2026-11-29).
+
+    Python 3.11.7.
+    """
     monkeypatch.chdir(ROOT)
 
     def figures(bits, chat, pairs, swag):
-        found = {"all": {"bits_per_byte": {"value": bits, "stderr": None}}}
+        metrics = {"all": {"bits_per_byte": {"value": bits, "stderr": None}}}
         for name, metric, (value, stderr, n) in (
             ("chat", "acc", chat),
             ("pairs", "preferred", pairs),
             ("hellaswag", "acc_norm", swag),
         ):
-            found[name] = {metric: {"value": value, "stderr": stderr, "n": n}}
-        return found
+            metrics[name] = {metric: {"value": value, "stderr": stderr, "n": n}}
+        return metrics
 
     before = Measured(
         "gold",

@@ -73,10 +73,10 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def folders(text_store, tmp_path_factory) -> dict[str, Path]:
-    """Chat checkpoints of each shape, with random weights; norms are not all ones."""
-    found = {}
+    """Chat checkpoints of each shape with random weights and norms."""
+    checkpoints = {}
     for name, config in SHAPES.items():
-        folder = found[name] = tmp_path_factory.mktemp(name)
+        folder = checkpoints[name] = tmp_path_factory.mktemp(name)
         chat = save_chat_tokenizer(folder, text_store / "tokenizer")
         model = NanoLlama(config, seed=1)
         draw = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def folders(text_store, tmp_path_factory) -> dict[str, Path]:
             torch.float32 if name == "tied" else torch.bfloat16,
             **chat.config_ids,
         )
-    return found
+    return checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +103,13 @@ def files(folders, tmp_path_factory) -> dict[str, dict[str, Path]]:
     }
 
 
-def make(folder: Path, out: Path, *outtypes: str, **how) -> dict[str, Path]:
+def make(folder: Path, out: Path, *outtypes: str, **options) -> dict[str, Path]:
     targets = {outtype: out / f"m-{outtype}.gguf" for outtype in outtypes}
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     write_gguf(
-        folder, targets, read_vocabulary(folder, size).put, "m", say=lambda line: None, **how
+        folder, targets, read_vocabulary(folder, size).put, "m", say=lambda line: None, **options
     )
-    assert sorted(out.iterdir()) == sorted(targets.values())  # and nothing temporary
+    assert sorted(out.iterdir()) == sorted(targets.values())  # and no temporary file
     return targets
 
 
@@ -208,12 +208,12 @@ def test_types_of_q4_k_m_are_llama_cpps():
         }
         return {i for i, kind in kinds.items() if kind == "Q6_K"}
 
-    # what llama_model_quantize chose
+    # chosen by llama_model_quantize
     assert more(22) == {0, 1, 4, 7, 10, 13, 16, 19, 20, 21}
     assert [more(n) for n in (1, 2, 7, 8)] == [{0}, {1}, {2, 5, 6}, {0, 3, 6, 7}]
     config = ModelConfig(num_hidden_layers=2)
     tied = ModelConfig(num_hidden_layers=2, tie_word_embeddings=True)
-    for name, shape, shapes, wanted in (
+    for name, shape, shapes, expected in (
         ("output.weight", (32_000, 2048), config, "Q6_K"),
         ("token_embd.weight", (32_000, 2048), config, "Q4_K"),
         ("token_embd.weight", (32_000, 2048), tied, "Q6_K"),
@@ -223,7 +223,7 @@ def test_types_of_q4_k_m_are_llama_cpps():
         ("blk.0.attn_q.weight", (80, 80), config, "F16"),
         ("blk.0.attn_norm.weight", (2048,), config, "F32"),
     ):
-        assert tensor_type("q4_k_m", name, shape, shapes) == wanted
+        assert tensor_type("q4_k_m", name, shape, shapes) == expected
     assert tensor_type("q8_0", "blk.0.attn_q.weight", (80, 80), config) == "F16"
 
 
@@ -255,14 +255,14 @@ def moe_folder(folder: Path, store: Path, **shape: int) -> Path:
     }
     ids = {f"{name}_token_id": index for name, index in chat.config_ids.items()}
     torch.manual_seed(0)
-    how = {
+    options = {
         "norm_topk_prob": True,
         "initializer_range": 0.05,
         "max_position_embeddings": 256,
         "dtype": "float32",
     }
     model = Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(vocab_size=392, head_dim=32, **heads, **how, **ids, **shape)
+        Qwen3MoeConfig(vocab_size=392, head_dim=32, **heads, **options, **ids, **shape)
     )
     for layer in model.model.layers:
         layer.mlp.gate.weight.data.normal_(std=0.5)  # few choices between experts are close
@@ -292,11 +292,10 @@ def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(
     expected = logits.log_softmax(-1)
     for outtype, limit in (MAX_KL | {"q4_k_m": 0.05}).items():
         with LlamaCpp(written[outtype], 256, threads=1) as llama:
-            found = torch.from_numpy(llama.feed(ids, last=len(ids)))
-        kl = (expected.exp() * (expected - found.log_softmax(-1))).sum(-1)
-        assert kl.median() < limit and kl.mean() < FAR * limit, (
-            outtype
-        )  # a rounding may choose another expert, rarely
+            actual = torch.from_numpy(llama.feed(ids, last=len(ids)))
+        kl = (expected.exp() * (expected - actual.log_softmax(-1))).sum(-1)
+        # Rounding rarely selects another expert.
+        assert kl.median() < limit and kl.mean() < FAR * limit, outtype
     assert read_config(folder).num_parameters == model.num_parameters()
     reader = open_gguf(written["q4_k_m"])
     keys = {
@@ -306,15 +305,15 @@ def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(
         "feed_forward_length": 96,
     }
     assert {key: field(reader, f"qwen3moe.{key}") for key in keys} == keys
-    held = {tensor.name.removeprefix("blk.0."): tensor for tensor in reader.tensors}
+    tensors = {tensor.name.removeprefix("blk.0."): tensor for tensor in reader.tensors}
     kinds = {
-        name: held[f"{name}.weight"].tensor_type.name
+        name: tensors[f"{name}.weight"].tensor_type.name
         for name in ("attn_v", "attn_output", "ffn_up_exps", "ffn_gate_inp")
     }
-    # what llama-quant.cpp says of 8 experts, and of rows that are no multiple of 256
+    # llama-quant.cpp's rules for 8 experts and for rows that are not a multiple of 256
     eight, narrow = ("Q8_0", "Q5_1", "Q4_K", "F32"), ("Q5_0", "Q5_0", "Q5_0", "F32")
     assert tuple(kinds.values()) == (eight if experts == 8 else narrow)
-    stacked = held["ffn_down_exps.weight"]
+    stacked = tensors["ffn_down_exps.weight"]
     rows = model.model.layers[0].mlp.experts.down_proj.detach().numpy()  # [experts, width, inner]
     assert (
         stacked.tensor_type.name == ("Q4_K" if experts == 8 else "Q5_0")
@@ -330,7 +329,7 @@ def test_what_of_a_mixture_of_experts_is_refused(text_store, tmp_path, monkeypat
     )
     flags = ["--checkpoint", folder]
     path = make(folder, tmp_path / "out", "q8_0")["q8_0"]
-    capsys.readouterr()  # what transformers wrote
+    capsys.readouterr()  # written by transformers
     assert "supports dense models only" in complaint_of(
         check_gguf.main, [*flags, "--gguf", path], capsys, monkeypatch
     )
@@ -417,10 +416,9 @@ def test_what_the_check_is_there_for_is_found(folders, tmp_path, monkeypatch):
     path = make(folders["dense"], tmp_path / "turned", "f16")["f16"]
     row = compare(path, ref, threads=1)
     assert row["verdict"] == "wrong" and row["max_error"] > 0.1 and row["weight_error"]["F16"] > 0.5
-    other = make(folders["tied"], tmp_path / "other", "q8_0")[
-        "q8_0"
-    ]  # of other shapes, and with another vocabulary
-    row = compare(other, ref, threads=1)
+    # Other shapes and another vocabulary.
+    other_file = make(folders["tied"], tmp_path / "other", "q8_0")["q8_0"]
+    row = compare(other_file, ref, threads=1)
     assert row["verdict"] == "wrong" and "of another model: token_embd.weight" in row["because"][0]
     assert "| m-q8_0.gguf | 0.3 | wrong | - | - |" in table([row])
 
@@ -430,11 +428,11 @@ def test_5500_strings_get_the_same_ids_and_the_file_holds_the_tokenizer(folders,
     chat = Chat.from_folder(folders["dense"])
     texts = fuzz(TEXT, 5500)
     with LlamaCpp(files["dense"]["q8_0"], 64) as llama:
-        found = compare_tokens(texts, chat.tokenizer, llama)
+        comparison = compare_tokens(texts, chat.tokenizer, llama)
         assert (
-            found["strings"] == 11_000
-            and found["mismatches"] == 0
-            and found["decoded_otherwise"] == 0
+            comparison["strings"] == 11_000
+            and comparison["mismatches"] == 0
+            and comparison["decoded_otherwise"] == 0
         )
         assert llama.ends_reply(chat.ids[IM_END]) and not llama.ends_reply(chat.ids[IM_START])
     reader = open_gguf(files["dense"]["q8_0"])
@@ -455,21 +453,20 @@ def test_checkpoint_and_file_say_the_same(folders, files):
     chat = Chat.from_folder(folders["dense"])
     prompt = chat.prompt([{"role": "user", "content": "Hello there"}])
     for sampling in (Sampling(), Sampling(1.2, temperature=0.8, top_p=0.9)):
-        said = [
-            list(runner.generate(prompt, 10, sampling, 5, ())) for runner in speakers
-        ]  # few: llama.cpp keeps keys in f16
-        assert said[0] == said[1] and len(said[0]) == 10
-        longer = [*prompt, *said[0][:6], 40]  # what is held is kept as far as it fits
+        # Few tokens: llama.cpp keeps keys in f16.
+        replies = [list(runner.generate(prompt, 10, sampling, 5, ())) for runner in speakers]
+        assert replies[0] == replies[1] and len(replies[0]) == 10
+        longer = [*prompt, *replies[0][:6], 40]  # the cache keeps the common prefix
         assert speakers[1].runtime.tokens[: len(prompt)] == prompt
         fresh = list(TorchRunner(folders["dense"]).generate(longer, 10, sampling, 6, ()))
         assert [list(runner.generate(longer, 10, sampling, 6, ())) for runner in speakers] == [
             fresh,
             fresh,
         ]
-    stop = said[0][3]
+    stop = replies[0][3]
     assert (
         list(speakers[1].generate(prompt, 10, sampling, 5, [stop]))
-        == said[0][: said[0].index(stop) + 1]
+        == replies[0][: replies[0].index(stop) + 1]
     )
     with pytest.raises(ValueError, match="exceed the model's context of 256"):
         list(speakers[1].generate(prompt, 256, sampling, 0, ()))
@@ -495,7 +492,7 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
     session = ChatSession(chat, speak, "Be kind.", TOOLS)
     pieces = list(session.ask("How much is 17 * 23? <|im_end|>"))
     texts = {
-        kind: "".join(text for found, text in pieces if found == kind)
+        kind: "".join(text for part_kind, text in pieces if part_kind == kind)
         for kind in ("thought", "content", "call", "result")
     }
     assert texts == {
@@ -514,9 +511,12 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
     ]
     assert (
         prompts[1][: len(prompts[0])] == prompts[0] and prompts[0].count(chat.ids[IM_END]) == 2
-    )  # typed ones are text
-    kept = list(session.messages)
-    assert "invalid tool call" in list(session.ask("again"))[-1][1] and session.messages == kept
+    )  # typed special tokens are text
+    messages_before = list(session.messages)
+    assert (
+        "invalid tool call" in list(session.ask("again"))[-1][1]
+        and session.messages == messages_before
+    )
     assert (
         "cut here" in list(session.ask("again"))[-1][1]
         and session.messages[-1]["content"] == "and so on"
@@ -530,20 +530,24 @@ def test_a_mistake_ends_a_turn_not_the_conversation(folders, files, monkeypatch,
         sys, "argv", ["x", "--model", str(folders["dense"]), "--max_new_tokens", "1", "--no_tools"]
     )
     chat_script.main()
-    said = capsys.readouterr().out.split("> ")
-    assert "tokens fill the context of 256" in said[1] and len(said) == 5 and "fill" not in said[3]
-    taken = socket.create_server(("127.0.0.1", 0))
+    outputs = capsys.readouterr().out.split("> ")
+    assert (
+        "tokens fill the context of 256" in outputs[1]
+        and len(outputs) == 5
+        and "fill" not in outputs[3]
+    )
+    busy_socket = socket.create_server(("127.0.0.1", 0))
     for path, flags, words in (
         (folders["dense"], ["--max_new_tokens", 0], "--max_new_tokens 0 must be"),
         (folders["dense"], ["--context", -5], "--context -5 must be"),
         (files["dense"]["q8_0"], ["--serve", 0, "--context", -5], "--context -5 must be"),
-        (files["dense"]["q8_0"], ["--serve", taken.getsockname()[1]], "give another port"),
+        (files["dense"]["q8_0"], ["--serve", busy_socket.getsockname()[1]], "give another port"),
         (files["dense"]["q8_0"], ["--serve", 99_999], "give another port"),
     ):
         assert words in complaint_of(
             chat_script.main, ["--model", path, *flags], capsys, monkeypatch
         )
-    taken.close()
+    busy_socket.close()
 
 
 @runtime
@@ -584,17 +588,16 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
             "tool_calls": calls,
             "reasoning_content": "hm",
         }
-        answers = [
-            {"role": "tool", "content": f"{i}<|im_end|>", "tool_call_id": i} for i in "ba"
-        ]  # out of order
+        # Out of order.
+        answers = [{"role": "tool", "content": f"{i}<|im_end|>", "tool_call_id": i} for i in "ba"]
         row = [PROBE["messages"][1], calling, *answers]
         rendered = client.with_options(base_url=url).post(
             "/apply-template", body={"messages": row}, cast_to=dict
         )["prompt"]
         assert rendered == chat.tokenizer.decode(chat.prompt(row), skip_special_tokens=False)
         messages = asked["messages"]
-        how = {"model": "m", "messages": messages, "max_tokens": 8, "temperature": 0}
-        answer = client.chat.completions.create(**how)
+        request = {"model": "m", "messages": messages, "max_tokens": 8, "temperature": 0}
+        answer = client.chat.completions.create(**request)
         prompt = chat.prompt(messages)
         ours = list(TorchRunner(folders["dense"]).generate(prompt, 8, Sampling(), 0, chat.stop_ids))
         assert answer.usage.prompt_tokens == len(prompt) and answer.usage.completion_tokens == len(
@@ -604,11 +607,12 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
         assert text.strip() == chat.tokenizer.decode(ours, skip_special_tokens=True).strip()
         pieces = [
             chunk.choices[0]
-            for chunk in client.chat.completions.create(**how, stream=True)
+            for chunk in client.chat.completions.create(**request, stream=True)
             if chunk.choices
         ]
-        said = [piece.delta.content for piece in pieces if piece.delta.content]
-        assert "".join(said) == text and len(said) > 1  # an unfinished character waits for its end
+        texts = [piece.delta.content for piece in pieces if piece.delta.content]
+        # An unfinished character waits for its end.
+        assert "".join(texts) == text and len(texts) > 1
         assert pieces[-1].finish_reason == answer.choices[0].finish_reason
     finally:
         server.send_signal(signal.SIGTERM)
@@ -621,14 +625,14 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(
     good, out = folders["dense"], tmp_path / "out"
 
     def failed(folder: Path, outtype="f16,q8_0", outfile="m-{outtype}.gguf") -> str:
-        said = complaint_of(
+        message = complaint_of(
             export_gguf.main,
             ["--checkpoint", folder, "--outtype", outtype, "--outfile", out / outfile],
             capsys,
             monkeypatch,
         )
         assert not out.exists() or not list(out.iterdir())
-        return said
+        return message
 
     def copy(name: str) -> Path:
         return Path(shutil.copytree(good, tmp_path / name))
@@ -680,14 +684,14 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(
 
 @runtime
 def test_a_damaged_file_is_told_of(folders, files, tmp_path, monkeypatch, capsys):
-    whole = files["dense"]["f16"].read_bytes()
+    content = files["dense"]["f16"].read_bytes()
     path = tmp_path / "m.gguf"
-    for size in (0, 3, 20, 5_000, len(whole) // 2, len(whole) - 40):
-        path.write_bytes(whole[:size])
-        said = complaint_of(
+    for size in (0, 3, 20, 5_000, len(content) // 2, len(content) - 40):
+        path.write_bytes(content[:size])
+        message = complaint_of(
             check_gguf.main, ["--checkpoint", folders["dense"], "--gguf", path], capsys, monkeypatch
         )
-        assert "is damaged" in said or "is not a GGUF file" in said
+        assert "is damaged" in message or "is not a GGUF file" in message
         assert "m.gguf" in complaint_of(
             chat_script.main, ["--model", path, "--prompt", "hi"], capsys, monkeypatch
         )
@@ -705,7 +709,10 @@ def test_the_card_tells_of_the_run_and_leaves_other_files_alone(
     for folder in (logs, results, out, tmp_path / "store"):
         folder.mkdir()
     for phase, lr in (("late", 0.5), ("early", 0.25)):
-        data = f"{{store: {tmp_path / 'store'}, mix: {{books: 1.0}}, tokens_per_step: 100, sequence_length: 64}}"
+        data = (
+            f"{{store: {tmp_path / 'store'}, mix: {{books: 1.0}}, tokens_per_step: 100, "
+            f"sequence_length: 64}}"
+        )
         (logs / f"{phase}.config.yaml").write_text(f"steps: 7\noptim: {{lr: {lr}}}\ndata: {data}\n")
     steps = [
         {"phase": "early" if step <= 7 else "late", "step": step, "tokens": 100 * step}

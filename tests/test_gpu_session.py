@@ -30,9 +30,8 @@ def test_every_command_names_what_exists(part, tiny, tmp_path):
     commands = [line.split(": ", 1)[1] for line in listed.stdout.splitlines()]
     assert len(commands) >= 3
     for command in commands:
-        words = shlex.split(
-            command.replace("{", "'{").replace("}", "}'")
-        )  # --list prints no quotes
+        # --list prints no quotes
+        words = shlex.split(command.replace("{", "'{").replace("}", "}'"))
         if words[0] != "python3":
             assert words[0] in ("absent", "cmp", "nvidia-smi")
             continue
@@ -44,9 +43,7 @@ def test_every_command_names_what_exists(part, tiny, tmp_path):
         assert all((ROOT / word).is_file() for word in words if word.startswith("tests/"))
         if module == "benchmarks.train_speed":
             args = train_speed.parse(words[words.index(module) + 1 :])
-            for options in train_speed.grid(
-                args.vary
-            ):  # ValueError for a setting that there is not
+            for options in train_speed.grid(args.vary):  # ValueError for an unknown setting
                 run = load(ROOT / args.config, [*args.overrides, *options])
                 assert (
                     run.data.rows % run.data.micro_batch_size == 0
@@ -66,10 +63,10 @@ def test_a_part_goes_on_when_commands_fail(tmp_path):
     done = session("1", "--tiny", OUT=str(tmp_path / "out"), PYTHON=str(python))
     assert done.returncode == 1
     report = json.loads((tmp_path / "out" / "part1.json").read_text())
-    found = {entry["name"]: entry["status"] for entry in report["commands"]}
-    assert found["environment"] == "failed with 3" and found["tests"] == "failed with 1"
-    assert found["dummy_run"] == found["overfits_one_batch"] == "ok"
-    assert found["resumed_equals_uninterrupted"] == "failed with 2"  # nothing was trained here
+    statuses = {entry["name"]: entry["status"] for entry in report["commands"]}
+    assert statuses["environment"] == "failed with 3" and statuses["tests"] == "failed with 1"
+    assert statuses["dummy_run"] == statuses["overfits_one_batch"] == "ok"
+    assert statuses["resumed_equals_uninterrupted"] == "failed with 2"  # no run was trained
     assert 'said "no"' in (tmp_path / "out" / "part1.log").read_text()
     spent = session(
         "1", "--tiny", OUT=str(tmp_path / "spent"), PYTHON=str(python), PART_SECONDS="0"

@@ -61,7 +61,7 @@ def code_spans(text: str) -> list[str]:
 
 
 def missing_paths(text: str) -> list[str]:
-    """Code spans that look like paths but match no file. A trailing `:name` is cut off."""
+    """Return code spans that look like paths but match no file, without a trailing `:name`."""
     missing = []
     for span in code_spans(text):
         path = DEFINED.sub(r"\1", span)
@@ -84,7 +84,7 @@ def defined_names(source: str) -> set[str]:
 
 
 def missing_names(text: str) -> list[str]:
-    """`file:name` spans whose file does not define the name at its top level."""
+    """Return `file:name` spans whose file does not define the name at its top level."""
     matches = [match for span in code_spans(text) if (match := DEFINED.fullmatch(span))]
     return [match[0] for match in matches if match[2] not in defined_names(read(match[1]))]
 
@@ -145,7 +145,7 @@ def patterns(name: str) -> list[str]:
 
 
 def docker_pattern(line: str) -> str:
-    """A .gitignore pattern in Docker's form, where every pattern starts at the root."""
+    """Convert a .gitignore pattern to Docker's format, which is relative to the root."""
     negated, pattern = line.startswith("!"), line.removeprefix("!").removesuffix("/")
     anchored = "/" in pattern
     return "!" * negated + (pattern.removeprefix("/") if anchored else f"**/{pattern}")

@@ -1,4 +1,4 @@
-"""Perplexity of held-out text: finding the data, the amount scored and memory use."""
+"""eval_perplexity: data discovery, the amount of scored text and memory use."""
 
 import json
 import sys
@@ -92,8 +92,8 @@ def run(root, tmp_path, monkeypatch, capfd):
     return run
 
 
-def values(found) -> dict[str, dict[str, float]]:
-    metrics = found["metrics"].items()
+def values(results) -> dict[str, dict[str, float]]:
+    metrics = results["metrics"].items()
     return {
         name: {key: estimate["value"] for key, estimate in part.items()} for name, part in metrics
     }
@@ -103,22 +103,30 @@ def available(root: Path, source: str) -> int:
     return len(TokenShards(root / "store" / "tokens" / source, "val"))
 
 
-# ---- how much is scored
+# ---- amount of scored text
 
 
 def test_tokens_limit_each_source(run, root):
-    found, out, _ = run("--tokens", "1300")
-    assert set(found["metrics"]) == {"fineweb_edu", "pg19", "all"}  # no --dataset: the run's store
+    results, out, _ = run("--tokens", "1300")
+    # No --dataset: the run's store.
+    assert set(results["metrics"]) == {
+        "fineweb_edu",
+        "pg19",
+        "all",
+    }
     for source in ("fineweb_edu", "pg19"):
-        there = available(root, source)
+        available_tokens = available(root, source)
         assert (
-            found["coverage"][source] == {"tokens": 20 * LENGTH, "available_tokens": there}
-            and there > 4 * 1300
+            results["coverage"][source]
+            == {"tokens": 20 * LENGTH, "available_tokens": available_tokens}
+            and available_tokens > 4 * 1300
         )
-        assert values(found)[source][
+        assert values(results)[source][
             "tokens"
-        ] == 20 * LENGTH and f"{20 * LENGTH:,} of {there:,}" in out.replace(" tokens", "")
-    assert found["tokens_per_source"] == 1300 and found["n"] == 40
+        ] == 20 * LENGTH and f"{20 * LENGTH:,} of {available_tokens:,}" in out.replace(
+            " tokens", ""
+        )
+    assert results["tokens_per_source"] == 1300 and results["n"] == 40
     assert values(run("--tokens", "1300", "--limit", "3")[0])["pg19"]["tokens"] == 3 * LENGTH
     assert eval_perplexity.parser().parse_args(["--checkpoint", "x"]).tokens == 2**20
 
@@ -162,7 +170,7 @@ def test_the_choice_depends_on_neither_ranks_nor_batch_size(root, monkeypatch):
 
 @pytest.mark.parametrize("everything", ["all", "0"])
 def test_all_equals_the_training_loops_validation_of_every_row(run, root, everything):
-    found, _, _ = run("--tokens", everything)
+    results, _, _ = run("--tokens", everything)
     model = load_model(root / GOLD, "cpu").engine.model
     store = root / "store" / "tokens"
     batches = {
@@ -172,11 +180,11 @@ def test_all_equals_the_training_loops_validation_of_every_row(run, root, everyt
     expected = perplexity(
         model, batches, torch.from_numpy(token_bytes(load_tokenizer(root / GOLD)))
     )
-    assert values(found) == {
+    assert values(results) == {
         name: pytest.approx(figures, rel=1e-9) for name, figures in expected.items()
     }
-    assert found["tokens_per_source"] is None
-    assert found["coverage"]["pg19"]["tokens"] == (available(root, "pg19") - 1) // LENGTH * LENGTH
+    assert results["tokens_per_source"] is None
+    assert results["coverage"]["pg19"]["tokens"] == (available(root, "pg19") - 1) // LENGTH * LENGTH
 
 
 def test_batches_are_made_one_at_a_time(root, monkeypatch):
@@ -206,7 +214,7 @@ def test_only_chosen_texts_are_in_memory(root, tmp_path):
             json.dumps({"text": f"{i} " * 2000, "source": "ab"[i % 2]}) + "\n" for i in range(800)
         )
     args = flags(root, "--dataset", str(texts), "--tokens", "5000")
-    held_out.documents(args)  # whatever is imported or cached once
+    held_out.documents(args)  # one-time imports and caches
     tracemalloc.start()
     items, coverage = held_out.documents(args)
     peak = tracemalloc.get_traced_memory()[1]
@@ -224,9 +232,9 @@ def test_only_chosen_texts_are_in_memory(root, tmp_path):
 
 
 def test_documents_and_texts_have_the_same_limit(run, root, tmp_path):
-    found, _, _ = run("--tokens", "400", "--stride", str(LENGTH))
-    for source, of in found["coverage"].items():
-        assert 0 < of["tokens"] <= 400 and values(found)[source]["tokens"] == of["tokens"]
+    results, _, _ = run("--tokens", "400", "--stride", str(LENGTH))
+    for source, of in results["coverage"].items():
+        assert 0 < of["tokens"] <= 400 and values(results)[source]["tokens"] == of["tokens"]
         assert (
             of["available_tokens"] == available(root, source)
             and of["documents"] <= of["available_documents"]
@@ -246,10 +254,10 @@ def test_documents_and_texts_have_the_same_limit(run, root, tmp_path):
     for i, name in enumerate(("a.txt", "b.txt", "deep/c.txt")):
         (folder / name).write_text(f"book {i} " * 40)
     (folder / "notes.md").write_text("not a text")
-    whole, _, _ = run("--dataset", str(folder), "--tokens", "all")
-    assert whole["n"] == 3 and whole["coverage"]["books"]["bytes"] == 3 * 280
+    reference, _, _ = run("--dataset", str(folder), "--tokens", "all")
+    assert reference["n"] == 3 and reference["coverage"]["books"]["bytes"] == 3 * 280
     (folder / "b.txt").write_text("another book")
-    assert run("--dataset", str(folder))[0]["data_hashes"] != whole["data_hashes"]
+    assert run("--dataset", str(folder))[0]["data_hashes"] != reference["data_hashes"]
 
 
 def test_progress_is_lines_in_a_log_file_and_a_bar_on_a_terminal(run, monkeypatch):
@@ -266,7 +274,7 @@ def test_progress_is_lines_in_a_log_file_and_a_bar_on_a_terminal(run, monkeypatc
     assert "\r" in err and "40/40" in err
 
 
-# ---- where the text lies
+# ---- location of the text
 
 
 @pytest.mark.parametrize(
@@ -274,8 +282,8 @@ def test_progress_is_lines_in_a_log_file_and_a_bar_on_a_terminal(run, monkeypatc
     [GOLD, "checkpoints/nano/gold", "checkpoints/nano/sft", "checkpoints/nano/dpo/step_9"],
 )
 def test_the_store_is_that_of_the_pretraining_run(root, tmp_path, monkeypatch, checkpoint):
-    for here in (root, tmp_path):  # also from another folder
-        monkeypatch.chdir(here)
+    for folder in (root, tmp_path):  # also from another folder
+        monkeypatch.chdir(folder)
         args = flags(root, checkpoint=checkpoint)
         assert args.dataset.resolve() == root / "store" and args.sources is None
         assert list(held_out.shards_of(args)) == ["fineweb_edu", "pg19"]

@@ -21,7 +21,7 @@ from training.optimizers import OptimConfig, build_optimizer, parameter_groups
 
 PARTS = ("models", "inference", "export", "data", "training", "evals", "demo", "scripts")
 LEAVES = {"cli", "files", "machine", "ranges", "yaml_file"}
-MAY_IMPORT = {  # besides itself; every import goes down these floors
+MAY_IMPORT = {  # besides itself; imports go down these layers only
     "models": {"files", "ranges"},
     "data": LEAVES - {"cli"},
     "inference": {*LEAVES, "models", "data"},
@@ -38,13 +38,13 @@ FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))]
 
 
 def imports(path) -> set[str]:
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {name.name.split(".")[0] for name in node.names}
+            modules |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            modules.add(node.module.split(".")[0])
+    return modules
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -89,8 +89,8 @@ def test_the_core_path_needs_four_packages():
 
 
 def text_opens_without_encoding(source: str) -> list[int]:
-    """Lines of calls that read or write text in the locale's encoding."""
-    found = []
+    """Return lines with calls that read or write text in the locale's encoding."""
+    lines = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call) or {"encoding", None} & {
             keyword.arg for keyword in node.keywords
@@ -114,17 +114,17 @@ def text_opens_without_encoding(source: str) -> list[int]:
             keyword.arg in ("text", "universal_newlines") for keyword in node.keywords
         )
         if opens or temporary or runs or name.endswith((".read_text", ".write_text")):
-            found.append(node.lineno)
-    return found
+            lines.append(node.lineno)
+    return lines
 
 
 def test_text_files_are_utf_8_in_every_locale():
     paths = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *FILES]
-    found = {
+    calls = {
         str(path.relative_to(ROOT)): text_opens_without_encoding(path.read_text(encoding="utf-8"))
         for path in paths
     }
-    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert {name: lines for name, lines in calls.items() if lines} == {}
     sample = (
         'open("x")\nopen("x", "rb")\nopen("x", "w", encoding="utf-8")\n'
         "path.read_text()\nsubprocess.run([], text=True)\n"
@@ -133,9 +133,9 @@ def test_text_files_are_utf_8_in_every_locale():
 
 
 def test_ruff_is_content():
-    for how in (["check"], ["format", "--check"]):
+    for command in (["check"], ["format", "--check"]):
         done = subprocess.run(
-            [sys.executable, "-m", "ruff", *how, "."], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, "-m", "ruff", *command, "."], capture_output=True, text=True, cwd=ROOT
         )
         assert done.returncode == 0, done.stdout
 
@@ -150,12 +150,12 @@ def test_optimizer_groups_cover_every_parameter_once():
         qk_norm=True,
     )
     model = NanoLlama(config, seed=0)
-    decayed, kept = parameter_groups(model, 0.1)
+    decayed, undecayed = parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(p)] for p in kept["params"]} == {
+    assert {names[id(p)] for p in undecayed["params"]} == {
         n for n in names.values() if "norm" in n or n == "embed_tokens.weight"
     }
-    assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
+    assert decayed["weight_decay"] == 0.1 and undecayed["weight_decay"] == 0.0
     model.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(AssertionError, match="no rule whether to decay extra"):
         parameter_groups(model, 0.1)
@@ -179,9 +179,8 @@ def test_one_update_equals_adamw_by_hand():
     optimizer.step()
     for name, p in model.named_parameters():
         decay = 0.0 if "norm" in name or "embed" in name else 0.5
-        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * p.grad / (
-            p.grad.abs() + 1e-8
-        )  # the first step of Adam
+        # Adam's first step.
+        expected = before[name] * (1 - 1e-2 * decay) - 1e-2 * p.grad / (p.grad.abs() + 1e-8)
         assert (p - expected).abs().max() <= 1e-5, name
 
 
@@ -226,9 +225,8 @@ def test_perplexity_divides_totals_and_an_untrained_model_knows_nothing():
     batches = {"one": [batch(0), batch(35)], "two": [batch(10)]}
     results = perplexity(model, batches, torch.ones(256, dtype=torch.int64))
     assert [results[name]["tokens"] for name in ("one", "two", "all")] == [90, 60, 150]
-    assert results["all"]["bits_per_byte"] == pytest.approx(
-        8.0, abs=0.02
-    )  # 256 equally likely bytes
+    # 256 equally likely bytes
+    assert results["all"]["bits_per_byte"] == pytest.approx(8.0, abs=0.02)
     assert results["all"]["loss"] == pytest.approx(
         (90 * results["one"]["loss"] + 60 * results["two"]["loss"]) / 150
     )

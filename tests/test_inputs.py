@@ -1,4 +1,4 @@
-"""Input is what the user pointed at: names, paths, files, columns, encodings, overrides, splits; and bounded memory for it."""
+"""User input: names, paths, files, columns, encodings, overrides, splits; bounded memory."""
 
 import json
 import shutil
@@ -54,13 +54,13 @@ def read(where: Path | str, **options) -> list[Document | Skipped]:
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Runs download_data in this process: the last line of its output, or its complaint."""
+    """Run download_data in this process; return its last line of output, or its error."""
 
     def command(*arguments: object, fails: bool = False) -> str:
-        given = ["--output", tmp_path / "store", "--dataset", *arguments]
+        arguments_of_command = ["--output", tmp_path / "store", "--dataset", *arguments]
         if fails:
-            return complaint_of(download.main, given, capsys, monkeypatch)
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, given)])
+            return complaint_of(download.main, arguments_of_command, capsys, monkeypatch)
+        monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments_of_command)])
         download.main()
         return capsys.readouterr().out
 
@@ -72,14 +72,16 @@ def test_a_source_is_not_replaced_by_another_of_its_name(run, tmp_path):
         write(tmp_path / name / "0.jsonl", lines(ROWS[:n])).parent
         for name, n in (("c4.en", 3), ("c4.realnews", 5))
     )
-    said = run(one, two, fails=True)
+    message = run(one, two, fails=True)
     assert (
-        f"{one} and {two} have the same source name c4" in said
+        f"{one} and {two} have the same source name c4" in message
         and not (tmp_path / "store").exists()
     )
     assert "3 documents" in run(one)
-    said = run(two, fails=True)
-    assert f"has a source c4 from {one}, which {two} would replace" in said and "--name" in said
+    message = run(two, fails=True)
+    assert (
+        f"has a source c4 from {one}, which {two} would replace" in message and "--name" in message
+    )
     assert f"has a source c4 from {one}" in run(two, "--name", "c4", fails=True)
     assert "5 documents" in run(two, "--name", "c4_news")
     write(one / "1.jsonl", lines(ROWS[10:12]))
@@ -174,13 +176,13 @@ def test_hidden_unfinished_and_own_files_are_not_read(tmp_path, run):
         write(root / name, lines(ROWS[:9]))
     assert list(find_files(str(root))) == ["sub/u.jsonl", "t.jsonl"]
     assert len(find_files(f"{root}/**/*.jsonl")) == len(find_files(f"{root}/*")) == 2
-    assert list(find_files(str(root / ".ipynb_checkpoints"))) == ["t.jsonl"]  # pointed at by name
+    # Hidden folders are read if the argument names them.
+    assert list(find_files(str(root / ".ipynb_checkpoints"))) == ["t.jsonl"]
     assert "4 documents" in run(root, "--name", "x")
     assert "4 documents" in run(tmp_path, "--name", "y")  # the store lies in the folder
     assert "4 documents" in run(f"{tmp_path}/**/*", "--name", "z")
-    assert "4 documents" in run(
-        tmp_path / "store" / "documents" / "x", "--name", "copy"
-    )  # pointed at by name
+    # The store is read if the argument names a source in it.
+    assert "4 documents" in run(tmp_path / "store" / "documents" / "x", "--name", "copy")
     assert "there is no .parquet" in run(tmp_path / "store", "--name", "w", fails=True)
 
 
@@ -233,8 +235,8 @@ def test_a_column_of_bytes_in_conversations(tmp_path):
         }
     )
     pq.write_table(rows, tmp_path / "a.parquet")
-    [found] = read_rows(str(tmp_path / "a.parquet"))
-    assert found.value == {"instruction": "What?", "output": "That.", "picture": b"\xff\xd8"}
+    [row] = read_rows(str(tmp_path / "a.parquet"))
+    assert row.value == {"instruction": "What?", "output": "That.", "picture": b"\xff\xd8"}
 
 
 def test_a_column_that_is_no_text_is_refused(tmp_path):
@@ -317,14 +319,14 @@ def test_a_json_array_on_one_line_is_linear_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
         local_files, "blocks", lambda _: (Counted(b"x" * 1000) for _ in range(3000))
     )
-    assert (
-        sum(map(len, read_lines(path))) == 3_000_000 and sum(copied) < 3_000_000
-    )  # quadratic: 4.5e9
+    # A quadratic reader would need 4.5e9.
+    assert sum(map(len, read_lines(path))) == 3_000_000 and sum(copied) < 3_000_000
     monkeypatch.setattr(local_files, "blocks", blocks)
     monkeypatch.setattr(local_files, "MAX_LINE", 10_000_000)
     with pytest.raises(
         ValueError,
-        match=r"line 1 of .*a.jsonl is a JSON array of more than 10,000,000 bytes; write one object",
+        match=r"line 1 of .*a.jsonl is a JSON array of more than 10,000,000 bytes; write one "
+        r"object",
     ):
         read(path)
     with pytest.raises(ValueError, match=r"line 1 of .*a.jsonl is a JSON array"):
@@ -378,19 +380,19 @@ def test_long_rows_of_parquet_are_read_few_at_a_time(repeated, tmp_path, monkeyp
         row_group_size=60,
         use_dictionary=repeated,
     )
-    held = []
+    sizes = []
     original = pq.ParquetFile.iter_batches
 
     def watched(self, **options):
         for batch in original(self, **options):
-            held.append(batch.num_rows * 2_000_000)
+            sizes.append(batch.num_rows * 2_000_000)
             yield batch
 
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", watched)
     assert [d.text for d in read(tmp_path / "a.parquet")] == texts
     assert len(list(steps.read_documents(with_ids(tmp_path, texts)))) == 60
     assert len(list(read_rows(str(tmp_path / "a.parquet")))) == 60
-    assert max(held) <= 2 * 16_000_000 and sum(held) == 3 * 120_000_000
+    assert max(sizes) <= 2 * 16_000_000 and sum(sizes) == 3 * 120_000_000
 
 
 def with_ids(folder: Path, texts: list[str]) -> Path:
@@ -407,10 +409,10 @@ def test_batches_of_documents_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(steps, "BATCH_CHARS", 1000)
     sizes = [10] * 300 + [400] * 5 + [5000, 10, 3000]
     documents = [StepDocument(id=str(i), text="x" * size) for i, size in enumerate(sizes)]
-    made = list(steps.batches(iter(documents)))
-    assert [d.id for batch in made for d in batch] == [d.id for d in documents]
-    assert all(len(batch) == 1 or sum(len(d.text) for d in batch) <= 1000 for batch in made)
-    assert max(map(len, made)) == 100
+    batches = list(steps.batches(iter(documents)))
+    assert [d.id for batch in batches for d in batch] == [d.id for d in documents]
+    assert all(len(batch) == 1 or sum(len(d.text) for d in batch) <= 1000 for batch in batches)
+    assert max(map(len, batches)) == 100
     writer = steps.WriteClean(str(tmp_path / "clean"))
     assert len(list(writer.run(iter(documents), rank=0))) == len(documents)
     table = pq.ParquetFile(tmp_path / "clean" / "00000.parquet")
@@ -456,7 +458,8 @@ def test_all_rows_held_out_names_the_share():
     chat = ChatConfig({"x": ChatSource("a.jsonl")}, val_fraction=0.9)
     with pytest.raises(
         ValueError,
-        match=r"x: all 3 conversations are in the validation split; lower chat.val_fraction=0.9 or add data",
+        match=r"x: all 3 conversations are in the validation split; lower chat.val_fraction=0.9 "
+        r"or add data",
     ):
         _check_limit("x", report(0, 3, "chat"), chat)
     with pytest.raises(ValueError, match="check its path and format"):
@@ -497,7 +500,7 @@ def test_splits_and_configs_of_a_hub_set(tmp_path, monkeypatch):
         ]
 
     assert answers(config="en", split="train_sft") == ["en"] and answers(config="de") == ["de"]
-    for options, said in (
+    for options, message in (
         ({}, "owner/two has several configs; set config of the source to one of en, de"),
         ({"config": "fr"}, "owner/two has no config fr; set config of the source to one of en, de"),
         (
@@ -505,10 +508,10 @@ def test_splits_and_configs_of_a_hub_set(tmp_path, monkeypatch):
             "owner/two has no split train; set split of the source to one of train_sft",
         ),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             answers(**options)
     with pytest.raises(
-        ValueError, match=r"split and config choose rows of a hub data set; .* is a local path"
+        ValueError, match=r"split and config select rows of a Hub data set; .* local path"
     ):
         list(read_rows("owner/two/en.jsonl", "test"))
 
@@ -536,7 +539,7 @@ def test_any_files_of_the_hub_are_a_source(tmp_path):
 
 
 def store_without_val(text_store: Path, target: Path, split: str = "train") -> Path:
-    """A copy of text_store in which one source has a single split."""
+    """Copy text_store, with a single split for one source."""
     shutil.copytree(text_store, target, ignore=shutil.ignore_patterns("plans"))
     made_by = manifest.file_hash(target / "tokenizer" / "tokenizer.json")
     shutil.rmtree(target / "tokens" / "second")
@@ -548,8 +551,11 @@ def store_without_val(text_store: Path, target: Path, split: str = "train") -> P
 
 def test_a_source_without_held_out_tokens_is_said_at_the_start(settings, text_store, tmp_path):
     store = store_without_val(text_store, tmp_path / "small")
-    said = r"source second has 0 validation tokens, .*raise val_fraction in the recipe .*validation.every=0"
-    with pytest.raises(ValueError, match=said):
+    message = (
+        r"source second has 0 validation tokens, .*raise val_fraction in the recipe "
+        r".*validation.every=0"
+    )
+    with pytest.raises(ValueError, match=message):
         train_here(settings(f"data.store={store}"))
     assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "logs").exists()
     assert train_here(settings(f"data.store={store}", "validation.every=0"))

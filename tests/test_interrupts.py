@@ -1,4 +1,4 @@
-"""Signals that save and end a run; outputs whose reader is gone."""
+"""Signals that save and end a run; closed output pipes and terminals."""
 
 import fcntl
 import os
@@ -46,7 +46,7 @@ def at_each_step(monkeypatch):
 
 
 def status_of(overrides: list[str], monkeypatch) -> int:
-    """The exit status of train.py, run in this process."""
+    """Run train.py in this process; return its exit status."""
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(CONFIG), *overrides])
     with pytest.raises(SystemExit) as end:
         train.main()
@@ -54,7 +54,7 @@ def status_of(overrides: list[str], monkeypatch) -> int:
 
 
 def is_whole(tmp_path: Path, step: int) -> bool:
-    """True if metrics and checkpoint of a run hold everything up to that step."""
+    """Return True if a run's metrics and checkpoint are complete up to that step."""
     rows = [row["step"] for row in read_metrics(tmp_path / "logs")]
     folder = tmp_path / "checkpoints" / "one" / f"step_{step}"
     return rows == list(range(1, step + 1)) and damage(folder) is None
@@ -91,10 +91,8 @@ def test_only_a_second_sigterm_or_sigint_interrupts_the_save(monkeypatch):
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGHUP)
         stop.at -= stop.GRACE + 1
-        for number in (
-            signal.SIGHUP,
-            signal.SIGUSR1,
-        ):  # each once: were it let through, it would kill
+        # Each once; an unhandled signal would kill the process.
+        for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.raise_signal(number)
         assert killed == [] and guard.stop_status(stop.flags()) == 129
         signal.raise_signal(signal.SIGTERM)
@@ -133,8 +131,8 @@ def test_sigusr1_to_plain_torchrun_reaches_the_ranks(tmp_path):
         f"sys.argv = {line}; sys.orig_argv = ['python', *sys.argv];"
         "from torch.distributed.run import main; main()"
     )
-    how = {"stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **how) as process:
+    options = {"stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, **options) as process:
         for rank in (0, 1):
             wait_for(tmp_path / f"ready_{rank}", 60)
         process.send_signal(signal.SIGUSR1)
@@ -143,11 +141,11 @@ def test_sigusr1_to_plain_torchrun_reaches_the_ranks(tmp_path):
     assert (tmp_path / "saved_0").exists() and (tmp_path / "saved_1").exists()
 
 
-# Outputs whose reader is gone
+# Closed outputs
 
 
 def test_a_reader_that_ends_does_not_end_the_run(settings, tmp_path):
-    """As in `train.py | head -2`: later lines are lost, the files are whole, the status is 0."""
+    """As in `train.py | head -2`: later lines are lost, files are complete, the status is 0."""
     line = [sys.executable, str(ROOT / "train.py"), "--config", str(CONFIG)]
     line += settings(*QUIET, "log.every=1", "schedule.total_steps=60", steps=40)
     with open(tmp_path / "stderr", "w") as errors:
@@ -216,8 +214,8 @@ def test_print_libraries_children_and_the_flush_at_exit_outlive_the_reader(strea
 
 def test_output_that_is_not_buffered_stays_so(monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    said = "print('out'), print('err', file=sys.stderr), os.kill(os.getpid(), 9)"
-    code = f"import os, sys\nfrom cli import user_errors\nwith user_errors(): {said}"
+    script = "print('out'), print('err', file=sys.stderr), os.kill(os.getpid(), 9)"
+    code = f"import os, sys\nfrom cli import user_errors\nwith user_errors(): {script}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("out\n", "err\n")
 

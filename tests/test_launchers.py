@@ -1,4 +1,4 @@
-"""Plain torchrun and accelerate launch: a user's mistake is one sentence, and training is the same."""
+"""torchrun and accelerate launch: one-sentence errors for users, and the same training."""
 
 import os
 import signal
@@ -22,7 +22,7 @@ def launch(*command: object, where: Path = ROOT) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--config", "does_not_exist.yaml"], "error: there is no config file does_not_exist.yaml"),
         (
@@ -32,11 +32,11 @@ def launch(*command: object, where: Path = ROOT) -> subprocess.CompletedProcess:
     ],
     ids=["config", "key"],
 )
-def test_torchrun_ends_with_the_ranks_sentence_and_status(arguments, said, tmp_path):
+def test_torchrun_ends_with_the_ranks_sentence_and_status(arguments, message, tmp_path):
     script = ROOT / "train.py"
     done = launch(BIN / "torchrun", "--nproc_per_node=2", script, *arguments, where=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1] == said and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1] == message and "Traceback" not in done.stderr
 
 
 def test_accelerate_and_torch_distributed_run_do_so_too(tmp_path):
@@ -56,7 +56,7 @@ def test_accelerate_and_torch_distributed_run_do_so_too(tmp_path):
 
 def test_a_wrong_script_or_number_of_processes_is_one_sentence(tmp_path):
     launcher = [sys.executable, "-m", "scripts.launch"]
-    for flags, said in (
+    for flags, message in (
         (
             ["--nproc_per_node=2", "trian.py"],
             "error: there is no script trian.py; the entry points are train.py,",
@@ -68,7 +68,9 @@ def test_a_wrong_script_or_number_of_processes_is_one_sentence(tmp_path):
     ):
         done = forked.run([*launcher, *flags], cwd=tmp_path, env=one_thread())
         assert (
-            done.returncode == 2 and done.stderr.startswith(said) and done.stderr.count("\n") == 1
+            done.returncode == 2
+            and done.stderr.startswith(message)
+            and done.stderr.count("\n") == 1
         ), done.stderr
     done = launch(BIN / "torchrun", "--nproc_per_node=2", "train.py", where=tmp_path)
     assert (
@@ -98,8 +100,8 @@ def test_a_rank_that_is_killed_is_named(tmp_path):
     )
     done = launch(sys.executable, "-c", driver, where=tmp_path)
     assert done.returncode == 137, done.stderr
-    said = "error: rank 1 was ended by signal 9; signal 9 often means out of memory"
-    assert done.stderr.splitlines()[-1] == said
+    message = "error: rank 1 was ended by signal 9; signal 9 often means out of memory"
+    assert done.stderr.splitlines()[-1] == message
 
 
 def test_which_command_lines_are_ours(tmp_path, monkeypatch):
@@ -129,7 +131,7 @@ def test_which_command_lines_are_ours(tmp_path, monkeypatch):
 
 
 def test_the_plugin_never_breaks_another_launcher():
-    """Loaded by a process that is no launcher it changes nothing, and gives torch a handler."""
+    """In a process that is not a launcher it changes nothing and returns a handler to torch."""
     code = (
         "import sys, logging, torch.distributed.elastic.rendezvous as r;"
         "from torch.distributed.elastic.rendezvous.api import rendezvous_handler_registry as known;"

@@ -1,4 +1,4 @@
-"""Best-fit rows, long documents and epochs: every token once, the same rows on any ranks, plans that survive anything."""
+"""Best-fit rows, long documents, epochs: each token once, equal rows on any ranks, robust plans."""
 
 import errno
 import re
@@ -33,12 +33,12 @@ LENGTH = 64
 
 
 def write(folder, lengths, shard_tokens=4_000):
-    """Documents of the given lengths; each is token 0, then numbers that no other document has."""
+    """Write documents of the given lengths: token 0, then numbers unique to the document."""
     with ShardWriter(folder, 1 << 20, "test", {}, shard_tokens) as writer:
-        at = 0
+        position = 0
         for length in lengths:
-            writer.add("train", [0, *range(at + 1, at + length)])
-            at += length
+            writer.add("train", [0, *range(position + 1, position + length)])
+            position += length
     return TokenShards(folder, "train")
 
 
@@ -60,18 +60,21 @@ def loader(shards, mix=None, rows=8, micro=2, packing="best_fit", **more):
 
 
 def epoch(shards, source="a", packing="best_fit"):
-    """Tokens, targets and docs [rows, LENGTH] of the first epoch of one source."""
-    one = loader(shards, {source: 1.0}, rows=1, micro=1, packing=packing)
-    batches = [one.at(batch_index).batches[0] for batch_index in range(len(one.packed[0]))]
+    """Return tokens, targets and doc_ids [rows, LENGTH] of one source's first epoch."""
+    source_loader = loader(shards, {source: 1.0}, rows=1, micro=1, packing=packing)
+    batches = [
+        source_loader.at(batch_index).batches[0]
+        for batch_index in range(len(source_loader.packed[0]))
+    ]
     return [
         torch.cat(parts).numpy() for parts in zip(*(batch[:3] for batch in batches), strict=True)
     ]
 
 
 def pairs_of(source):
-    """How often each (token, target) must come in an epoch: a token and the next one, or 0 after a document's last."""
-    whole = np.append(source.read(0, len(source))[0], 0)
-    return Counter(zip(whole[:-1].tolist(), whole[1:].tolist(), strict=True))
+    """Count each (token, target) of an epoch; the target of a document's last token is 0."""
+    tokens = np.append(source.read(0, len(source))[0], 0)
+    return Counter(zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True))
 
 
 @pytest.mark.parametrize("minimum", [None, 100])
@@ -82,15 +85,13 @@ def test_best_fit_reads_every_token_once_with_its_next_and_pads_the_rest(shards,
     assert Counter(zip(tokens[real].tolist(), targets[real].tolist(), strict=True)) == pairs_of(
         source
     )
-    assert (
-        real.sum() == len(source) and (np.diff(real.astype(int), axis=1) <= 0).all()
-    )  # padding at the end of a row only
+    # Padding is only at the end of a row.
+    assert real.sum() == len(source) and (np.diff(real.astype(int), axis=1) <= 0).all()
     assert (tokens[~real] == 0).all() and IGNORE == LOSS_IGNORE
     assert (doc_ids[:, 0] == 0).all() and np.isin(np.diff(doc_ids, axis=1), (0, 1)).all()
     begins = np.diff(doc_ids, axis=1) == 1
-    assert (
-        (np.diff(tokens, axis=1) == 1) | (tokens[:, :-1] == 0) | begins | ~real[:, 1:]
-    ).all()  # a piece runs on
+    # A piece of a longer document.
+    assert ((np.diff(tokens, axis=1) == 1) | (tokens[:, :-1] == 0) | begins | ~real[:, 1:]).all()
     assert (begins | real[:, 1:] | ~real[:, :-1]).all()  # padding is a document of its own
 
 
@@ -117,7 +118,7 @@ def test_best_fit_cuts_only_documents_longer_than_a_row(shards):
 
 
 def plain_best_fit_decreasing(sizes, capacity):
-    """The textbook algorithm, a piece at a time. Returns the space left in each row."""
+    """Pack with the textbook algorithm; return the free space of each row."""
     spaces = []
     for size in sorted(sizes, reverse=True):
         fitting = [space for space in spaces if space >= size]
@@ -159,8 +160,10 @@ def test_a_plan_of_many_documents_holds_every_piece_once_whatever_their_order():
     )
     filled = np.add.reduceat(plan.lengths, plan.rows[:-1], dtype=np.int64)
     assert filled.max() <= 4096 and filled.sum() == lengths.sum() and filled.mean() > 4090
-    other = make_plan(starts, lengths, 4096, seed=1)
-    assert (other.rows == plan.rows).all() and (other.starts != plan.starts).mean() > 0.5
+    second_plan = make_plan(starts, lengths, 4096, seed=1)
+    assert (second_plan.rows == plan.rows).all() and (
+        second_plan.starts != plan.starts
+    ).mean() > 0.5
 
 
 CASES = [("stream", None), ("best_fit", None), ("stream", 80), ("best_fit", 80)]
@@ -172,20 +175,21 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
         name: part if minimum is None else LongDocuments(part, minimum)
         for name, part in shards.items()
     }
-    sources["c"] = write(
-        tmp_path / "c", [39] * 300
-    )  # rows with 25 tokens of padding, if they are not cut from a stream
-    how = {"mix": {"a": 0.6, "b": 0.2, "c": 0.2}, "packing": packing}
+    # Rows with 25 tokens of padding, if they are not cut from a stream.
+    sources["c"] = write(tmp_path / "c", [39] * 300)
+    options = {"mix": {"a": 0.6, "b": 0.2, "c": 0.2}, "packing": packing}
     batch_index = 130  # beyond the first epoch of a and b
-    whole = loader(sources, **how).at(batch_index)
-    assert sum(epochs > 1 for epochs in loader(sources, **how).epochs(batch_index).values()) >= 2
-    assert (whole.loss_denominator < 8 * LENGTH) == (packing == "best_fit")
+    expected = loader(sources, **options).at(batch_index)
+    assert (
+        sum(epochs > 1 for epochs in loader(sources, **options).epochs(batch_index).values()) >= 2
+    )
+    assert (expected.loss_denominator < 8 * LENGTH) == (packing == "best_fit")
     for world in (1, 2, 4):
         for micro in (1, 2, 4):
             if 8 % (world * micro):
                 continue
             parts = [
-                loader(sources, micro=micro, rank=rank, world=world, **how).at(batch_index)
+                loader(sources, micro=micro, rank=rank, world=world, **options).at(batch_index)
                 for rank in range(world)
             ]
             for field in ("tokens", "targets", "doc_ids"):
@@ -193,16 +197,16 @@ def test_rows_do_not_depend_on_ranks_micro_batches_or_history(shards, tmp_path, 
                     [getattr(batch, field) for part in parts for batch in part.batches]
                 )
                 assert torch.equal(
-                    joined, torch.cat([getattr(batch, field) for batch in whole.batches])
+                    joined, torch.cat([getattr(batch, field) for batch in expected.batches])
                 )
             present = sum(
                 int((batch.targets != IGNORE).sum()) for part in parts for batch in part.batches
             )
             assert {(part.loss_denominator, part.tokens) for part in parts} == {(present, present)}
-    ahead = Prefetcher(loader(sources, **how), torch.device("cpu"))
+    ahead = Prefetcher(loader(sources, **options), torch.device("cpu"))
     for jump in (3, 4, 130, 131, 130):
         assert torch.equal(
-            ahead.at(jump).batches[1].tokens, loader(sources, **how).at(jump).batches[1].tokens
+            ahead.at(jump).batches[1].tokens, loader(sources, **options).at(jump).batches[1].tokens
         )
 
 
@@ -218,12 +222,12 @@ def test_batches_have_the_types_and_layout_of_the_model(shards):
 def test_what_changes_the_rows_changes_the_fingerprint(shards):
     long = {name: LongDocuments(part, 80) for name, part in shards.items()}
     longer = {name: LongDocuments(part, 81) for name, part in shards.items()}
-    made = [
+    fingerprints = [
         loader(part, packing=kind).fingerprint
         for part in (shards, long, longer)
         for kind in ("stream", "best_fit")
     ]
-    assert len(set(made)) == 6
+    assert len(set(fingerprints)) == 6
 
 
 def test_the_mixture_is_by_tokens_also_where_rows_of_a_source_are_mostly_padding(tmp_path):
@@ -231,8 +235,8 @@ def test_the_mixture_is_by_tokens_also_where_rows_of_a_source_are_mostly_padding
         "half": write(tmp_path / "half", [33] * 3000),
         "full": write(tmp_path / "full", [64] * 3000),
     }
-    one = loader(sources, {"half": 0.5, "full": 0.5}, rows=50, micro=50)
-    steps = [one.at(batch_index) for batch_index in range(20)]  # one block
+    mixed = loader(sources, {"half": 0.5, "full": 0.5}, rows=50, micro=50)
+    steps = [mixed.at(batch_index) for batch_index in range(20)]  # one block
     full_rows = sum(
         int((batch.targets != IGNORE).all(1).sum()) for step in steps for batch in step.batches
     )
@@ -242,9 +246,14 @@ def test_the_mixture_is_by_tokens_also_where_rows_of_a_source_are_mostly_padding
 def test_a_packed_row_equals_its_documents_apart(text_store):
     source = open_shards(text_store, {"first": 1.0}, "train", VOCAB)["first"]
     config = ModelConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
         max_position_embeddings=1024,
-    )  # fmt: skip
+    )
     model = NanoLlama(config, seed=0)
     rows = PackedDataLoader(
         {"first": source}, {"first": 1.0}, 1024, 8, 8, seed=0, packing="best_fit"
@@ -273,12 +282,12 @@ def plan_files(source):
 
 
 def test_a_plan_is_made_once_by_the_first_of_several_processes(shards, monkeypatch):
-    barrier, make, made = Barrier(4), make_plan, []
+    barrier, make, made_plans = Barrier(4), make_plan, []
 
     def all_at_once(*args):
-        made.append(make(*args))
-        barrier.wait(timeout=20)  # nobody has written before everybody found nothing
-        return made[-1]
+        made_plans.append(make(*args))
+        barrier.wait(timeout=20)  # no process writes before all have missed the cache
+        return made_plans[-1]
 
     monkeypatch.setattr(packing, "make_plan", all_at_once)
     with ThreadPoolExecutor(4) as pool:
@@ -286,14 +295,14 @@ def test_a_plan_is_made_once_by_the_first_of_several_processes(shards, monkeypat
             future.result()[0]
             for future in [pool.submit(load_or_make_plan, shards["a"], LENGTH, 5) for _ in range(4)]
         ]
-    assert len(made) == 4
+    assert len(made_plans) == 4
     for plan in plans:
         assert all(np.array_equal(one, two) for one, two in zip(plan, plans[0], strict=True))
     folder, _ = plan_files(shards["a"])
     assert list(folder.parent.iterdir()) == [folder]
     assert (
         load_or_make_plan(shards["a"], LENGTH, 5)[0].starts.tolist() == plans[0].starts.tolist()
-        and len(made) == 4
+        and len(made_plans) == 4
     )
     TokenShards(shards["a"].folder, "train").verify()
 
@@ -346,9 +355,9 @@ def test_long_documents_read_as_a_stream_of_their_own(shards):
         for s, n in zip(starts.tolist(), lengths.tolist(), strict=True)
         if n >= 100
     ]
-    whole = np.concatenate(texts)
+    all_tokens = np.concatenate(texts)
     number = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-    assert 10 < long.documents == len(texts) < len(starts) / 2 and len(long) == len(whole)
+    assert 10 < long.documents == len(texts) < len(starts) / 2 and len(long) == len(all_tokens)
     for start, stop in [
         (0, len(long)),
         (0, 1),
@@ -357,14 +366,14 @@ def test_long_documents_read_as_a_stream_of_their_own(shards):
         (len(long) - 5, len(long)),
     ]:
         tokens, doc_ids = long.read(start, stop)
-        assert np.array_equal(tokens, whole[start:stop]) and np.array_equal(
+        assert np.array_equal(tokens, all_tokens[start:stop]) and np.array_equal(
             doc_ids, number[start:stop] - number[start]
         )
         assert tokens.dtype == np.int64 and doc_ids.dtype == np.int32
     tokens, targets, _ = epoch({"a": long}, packing="stream")
-    assert sorted(tokens.flatten()) == sorted(whole[: tokens.size]) and set(
+    assert sorted(tokens.flatten()) == sorted(all_tokens[: tokens.size]) and set(
         targets.flatten()
-    ) <= set(whole)
+    ) <= set(all_tokens)
     every = LongDocuments(shards["a"], 1)
     assert np.array_equal(every.read(5, 2_000)[1], shards["a"].read(5, 2_000)[1])
     assert validation_batches(every, LENGTH, 4, 8)[0].targets.equal(
@@ -378,12 +387,13 @@ def test_too_few_long_documents_are_counted(shards, text_store):
         match=r"source b has 0 documents of at least 5,000 tokens, 0 tokens together, too few",
     ):
         loader({**shards, "b": LongDocuments(shards["b"], 5_000)})
-    part = LongDocuments(shards["a"], int(np.sort(document_table(shards["a"])[1])[-2]))
+    documents = LongDocuments(shards["a"], int(np.sort(document_table(shards["a"])[1])[-2]))
     with pytest.raises(
         ValueError,
-        match=rf"has 2 documents of at least [0-9]+ tokens, {len(part):,} .*lower data.min_document",
+        match=rf"has 2 documents of at least [0-9]+ tokens, {len(documents):,} .*lower "
+        r"data.min_document",
     ):
-        PackedDataLoader({"a": part}, {"a": 1.0}, 4096, 1, 1, seed=0)
+        PackedDataLoader({"a": documents}, {"a": 1.0}, 4096, 1, 1, seed=0)
     opened = open_shards(
         text_store, {"first": 1.0, "second": 1.0}, "train", VOCAB, {"second": 3_000}
     )
@@ -405,17 +415,20 @@ def test_settings_of_packing_are_checked():
 
 def test_a_start_says_what_is_read_how_often_and_at_what_cost(shards):
     sources = {"a": LongDocuments(shards["a"], 100), "b": shards["b"]}
-    one = loader(sources, rows=2)
-    rows = {name: len(part) for name, part in zip(one.names, one.packed, strict=True)}
-    steps = int(3.9 * rows["a"] / (2 * one.quota[0] / 1000))
-    a, b = one.describe(steps)
+    loader_of_two = loader(sources, rows=2)
+    rows = {
+        name: len(part)
+        for name, part in zip(loader_of_two.names, loader_of_two.packed, strict=True)
+    }
+    steps = int(3.9 * rows["a"] / (2 * loader_of_two.quota[0] / 1000))
+    a, b = loader_of_two.describe(steps)
     assert (
         a.startswith("reads a for 3.9")
         and f"{len(sources['a']):,} tokens in {sources['a'].documents} documents of 100 tok" in a
     )
     assert "padding" in b and "documents cut" in b and "% of its tokens" not in b
-    assert len(one.describe(int(1.1 * steps))) == 3
-    assert one.describe(int(1.1 * steps))[-1].startswith(
+    assert len(loader_of_two.describe(int(1.1 * steps))) == 3
+    assert loader_of_two.describe(int(1.1 * steps))[-1].startswith(
         "warning: a will be read for 4.3 epochs; above 4 epochs"
     )
 
@@ -447,7 +460,7 @@ def test_for_a_gpu_the_thread_pins_memory_through_that_gpu(shards, monkeypatch):
 
 @pytest.fixture
 def uneven_store(text_store, tmp_path):
-    """text_store with a third source, whose documents of 25 to 47 tokens leave much padding in rows of 48."""
+    """text_store plus documents of 25 to 47 tokens, which leave much padding in rows of 48."""
     store, rng = tmp_path / "store", np.random.default_rng(0)
     shutil.copytree(text_store, store)
     with ShardWriter(
@@ -489,11 +502,11 @@ def test_training_on_best_fit_rows_is_the_same_on_two_ranks_and_after_a_stop(
     assert losses(tmp_path / "two" / "logs") == pytest.approx(straight, abs=1e-5)
     rows = read_metrics(tmp_path / "two" / "logs")
     sources = open_shards(uneven_store, {"first": 0.5, "short": 0.5}, "train", VOCAB)
-    one = PackedDataLoader(
+    expected_loader = PackedDataLoader(
         sources, {"first": 0.5, "short": 0.5}, 48, 8, 4, 1337, packing="best_fit"
     )
     assert [row["tokens"] for row in rows] == np.cumsum(
-        [one.at(batch_index).tokens for batch_index in range(6)]
+        [expected_loader.at(batch_index).tokens for batch_index in range(6)]
     ).tolist()
     assert rows[-1]["tokens"] < 0.95 * 6 * 384 and all(
         0 <= row["data/wait_frac"] < 1 for row in rows
@@ -503,9 +516,9 @@ def test_training_on_best_fit_rows_is_the_same_on_two_ranks_and_after_a_stop(
 def test_training_says_how_often_it_reads_and_warns_above_four_epochs(
     settings, text_store, tmp_path, capsys
 ):
-    whole = open_shards(text_store, {"second": 1.0}, "train", VOCAB)["second"]
-    minimum = int(np.sort(document_table(whole)[1])[-2])
-    tokens = len(LongDocuments(whole, minimum))
+    source = open_shards(text_store, {"second": 1.0}, "train", VOCAB)["second"]
+    minimum = int(np.sort(document_table(source)[1])[-2])
+    tokens = len(LongDocuments(source, minimum))
     for name, epochs in (("few", 3.5), ("many", 4.5)):
         steps = int(epochs * tokens / 4096)
         long = (
@@ -526,7 +539,8 @@ def test_training_says_how_often_it_reads_and_warns_above_four_epochs(
         assert train_here(settings(*long, *more, steps=steps))
         output = capsys.readouterr().out
         times = re.search(
-            rf"reads second for ([0-9.]+) epochs: {tokens:,} tokens in 2 documents of {minimum:,} tokens",
+            rf"reads second for ([0-9.]+) epochs: {tokens:,} tokens in 2 documents of "
+            rf"{minimum:,} tokens",
             output,
         )
         assert times and abs(float(times[1]) - epochs) < 0.3

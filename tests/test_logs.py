@@ -1,4 +1,4 @@
-"""What a run leaves behind and whom it tells: metrics, events, heartbeat, W&B, TensorBoard, alerts, comparisons of runs."""
+"""Logs of a run: metrics, events, heartbeat, W&B, TensorBoard, alerts, comparisons of runs."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def test_the_log_is_valid_json_and_forgets_what_a_resume_or_a_roll_back_replaces
         log.metrics(row(step, loss=math.nan if step == 2 else 1.0))
     log.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')  # killed while writing
+        file.write('{"step": 4, "lo')  # a line that a kill cut off
     with Log(tmp_path, LogConfig(), True, {}) as again:
         again.open(2, 5, "p")
         for step in (3, 4, 5):
@@ -132,7 +132,7 @@ while True:
             process.send_signal(signal.SIGKILL)
         for name in ("events.jsonl", "training_log.md"):
             with open(tmp_path / name, "ab") as file:
-                file.write(b'{"torn')  # the worst that a kill inside a write leaves
+                file.write(b'{"torn')  # the worst result of a kill during a write
     append_event(tmp_path, "last", "after all that")
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert (
@@ -179,8 +179,8 @@ class FakeWandb(types.ModuleType):
             finish=lambda exit_code: self.calls.append(("finish", exit_code)),
         )
 
-    def init(self, **how):
-        self.calls.append(how)
+    def init(self, **options):
+        self.calls.append(options)
         return self.run
 
 
@@ -198,7 +198,7 @@ def test_wandb_gets_the_config_the_points_and_the_end(tmp_path, wandb):
             log.open(start, start + 4, "p")
             for step in range(start + 1, start + 5):
                 log.metrics(row(step, loss=float(step)))
-            log.close()  # twice is once
+            log.close()  # a second close has no effect
     init, *rest = wandb.calls[:4]
     assert (
         init["project"] == "proj"
@@ -213,7 +213,7 @@ def test_wandb_gets_the_config_the_points_and_the_end(tmp_path, wandb):
     assert wandb.calls[-1] == ("finish", 1)
     del wandb.calls[:]
     with Log(tmp_path, config, True, {}):
-        pass  # a finished run started again trains nothing
+        pass  # restarting a finished run trains nothing
     assert wandb.calls == []
 
 
@@ -267,7 +267,7 @@ def serve(server):
 
 @pytest.fixture
 def slack():
-    """A webhook on this machine: what was posted to it; it answers with `status` after `wait` seconds."""
+    """A local webhook that records posts and answers with `status` after `wait` seconds."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -290,7 +290,7 @@ def slack():
 
 @pytest.fixture
 def smtp():
-    """An SMTP server without STARTTLS: what it was told."""
+    """A local SMTP server without STARTTLS that records what it receives."""
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self):
@@ -359,12 +359,12 @@ def test_an_alert_that_fails_or_hangs_is_an_event_and_no_step_waits(
 
 
 def test_flush_does_not_wait_for_ever(tmp_path):
-    said = []
-    told = Alerts(AlertConfig(), {}, lambda channel, error: said.append((channel, error)))
-    told.channels["hung"] = lambda title, text: time.sleep(30)
-    told.send("failed", "t", "x")
-    told.flush(0.1)
-    assert said == [("hung", "not sent within 0.1 s")]
+    failed = []
+    sender = Alerts(AlertConfig(), {}, lambda channel, error: failed.append((channel, error)))
+    sender.channels["hung"] = lambda title, text: time.sleep(30)
+    sender.send("failed", "t", "x")
+    sender.flush(0.1)
+    assert failed == [("hung", "not sent within 0.1 s")]
 
 
 def test_email_goes_by_smtp_with_a_login(tmp_path, smtp):
@@ -376,11 +376,11 @@ def test_email_goes_by_smtp_with_a_login(tmp_path, smtp):
         password="PASS",
         starttls=False,
     )
-    said = []
-    told = Alerts(AlertConfig(email=email), {"PASS": "hush"}, lambda *what: said.append(what))
-    told.send("failed", "r: failed\nat step 3", "why: loss nan")
-    told.flush()
-    assert not said
+    failed = []
+    sender = Alerts(AlertConfig(email=email), {"PASS": "hush"}, lambda *error: failed.append(error))
+    sender.send("failed", "r: failed\nat step 3", "why: loss nan")
+    sender.flush()
+    assert not failed
     assert "MAIL FROM:<U@X.ORG>" in [line.split(" SIZE")[0] for line in smtp.lines]
     assert sum(line.startswith("RCPT TO:<") for line in smtp.lines) == 2
     assert any(line.startswith("AUTH PLAIN") for line in smtp.lines)
@@ -389,29 +389,29 @@ def test_email_goes_by_smtp_with_a_login(tmp_path, smtp):
 
 def test_a_password_is_not_sent_to_a_server_without_tls(tmp_path, smtp):
     email = EmailConfig("me@x.org", "127.0.0.1", smtp.server_address[1], user="u", password="PASS")
-    said = []
-    told = Alerts(AlertConfig(email=email), {"PASS": "hush"}, lambda *what: said.append(what))
-    told.send("failed", "t", "x")
-    told.flush()
-    assert said[0][0] == "email" and "STARTTLS" in said[0][1]
+    failed = []
+    sender = Alerts(AlertConfig(email=email), {"PASS": "hush"}, lambda *error: failed.append(error))
+    sender.send("failed", "t", "x")
+    sender.flush()
+    assert failed[0][0] == "email" and "STARTTLS" in failed[0][1]
     assert not smtp.mail and not any("AUTH" in line for line in smtp.lines)
 
 
 def test_a_command_reads_the_alert(tmp_path, monkeypatch):
-    said = []
+    failed = []
 
     def tell(command: str) -> None:
-        told = Alerts(AlertConfig(command=command), {}, lambda *what: said.append(what))
-        told.send("failed", "title", "text")
-        told.flush()
+        sender = Alerts(AlertConfig(command=command), {}, lambda *error: failed.append(error))
+        sender.send("failed", "title", "text")
+        sender.flush()
 
     tell(f"cat > {tmp_path}/told")
-    assert (tmp_path / "told").read_text() == "title\ntext\n" and not said
+    assert (tmp_path / "told").read_text() == "title\ntext\n" and not failed
     tell("exit 4")
-    assert said.pop() == ("command", "OSError: the command ended with status 4")
+    assert failed.pop() == ("command", "OSError: the command ended with status 4")
     monkeypatch.setattr(alerts, "TIMEOUT", 0.2)
     tell(f"sleep 1; touch {tmp_path}/late")
-    assert "took more than 0.2 s" in said.pop()[1]
+    assert "took more than 0.2 s" in failed.pop()[1]
     time.sleep(1)
     assert not (tmp_path / "late").exists()
 
@@ -425,7 +425,10 @@ def test_wandb_raises_the_alert_of_its_run(tmp_path, wandb):
 
 
 def test_alerts_are_settings_and_secrets_are_not(tmp_path, capfd):
-    text = "log:\n  alerts:\n    events: [failed]\n    slack_webhook: HOOK\n    email: {to: a@x.org, host: h, user: u, password: PW}"
+    text = (
+        "log:\n  alerts:\n    events: [failed]\n    slack_webhook: HOOK\n"
+        "    email: {to: a@x.org, host: h, user: u, password: PW}"
+    )
     (tmp_path / "c.yaml").write_text(text)
     run = load(tmp_path / "c.yaml")
     assert (
@@ -513,27 +516,27 @@ def test_a_watcher_tells_of_a_run_that_is_killed_and_of_its_return(tmp_path):
         "--alert",
         f"cat >> {tmp_path}/told",
     ]
-    told = lambda: (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""  # noqa: E731
+    alert_text = lambda: (tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""  # noqa: E731
     with subprocess.Popen(
         command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         try:
-            until(lambda: "stuck" in told(), 20)
+            until(lambda: "stuck" in alert_text(), 20)
             time.sleep(0.5)
             log.beat(8, force=True)
-            until(lambda: "recovered" in told())
+            until(lambda: "recovered" in alert_text())
             log.close()
             time.sleep(0.5)
         finally:
-            process.kill()  # not by SIGINT, which a shell's background jobs ignore
+            process.kill()  # background jobs of a shell ignore SIGINT
         output, _ = process.communicate()
     kinds = [event["event"] for event in read_lines(tmp_path / "events.jsonl")]
     assert (
         kinds[:2] == ["stuck", "recovered"]
-        and kinds.count("stuck") == told().count("no step for 0.3 s") <= 2
+        and kinds.count("stuck") == alert_text().count("no step for 0.3 s") <= 2
     )
     assert (
-        f"step 7 of p, process {os.getpid()}" in told()
+        f"step 7 of p, process {os.getpid()}" in alert_text()
         and "watching" in output
         and "Traceback" not in output
     )

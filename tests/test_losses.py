@@ -11,7 +11,7 @@ from models.losses import IGNORE, compute_loss_with_z_penalty, token_losses
 
 
 def plain(hidden, weight, targets, z_weight):
-    """Sum of cross-entropy and weighted squared logsumexp over unmasked targets, from whole logits."""
+    """Sum cross-entropy and weighted squared logsumexp over unmasked targets, from full logits."""
     logits = F.linear(hidden, weight).float().flatten(0, 1)
     valid = targets.flatten() != IGNORE
     ce = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
@@ -105,23 +105,23 @@ def test_whole_logits_are_never_built(monkeypatch):
     [("aot_eager", torch.float32), ("aot_eager", torch.bfloat16), ("inductor", torch.bfloat16)],
 )
 def test_compiled_equals_eager(backend, dtype, monkeypatch):
-    """What a GPU runs; chunks of 8 tokens and a last one of 1."""
+    """GPUs run the compiled loss. Chunks have 8 tokens, the last one 1."""
     if backend == "inductor" and shutil.which("g++") is None:
         pytest.skip("needs a C++ compiler")
     torch._dynamo.reset()
-    made = {
+    compiled_functions = {
         f: torch.compile(f, fullgraph=True, backend=backend)
         for f in (losses._forward, losses._backward)
     }
-    monkeypatch.setattr(losses, "_compiled", made.__getitem__)
+    monkeypatch.setattr(losses, "_compiled", compiled_functions.__getitem__)
     hidden, weight, targets = example(dtype)
-    found = []
+    actual = []
     for compiled in (False, True):
         loss, _ = compute_loss_with_z_penalty(
             token_losses(hidden, weight, targets, 8, compiled), 0.1
         )
-        found.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
-    for a, b in zip(*found, strict=True):
+        actual.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
+    for a, b in zip(*actual, strict=True):
         assert (a.float() - b.float()).abs().max() <= (
             1e-5 if dtype == torch.float32 else 2e-2
         ) * a.float().abs().max()

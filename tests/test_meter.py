@@ -1,4 +1,4 @@
-"""What the tokens/s meter counts, by a clock that only moves where a test moves it."""
+"""The tokens/s meter, with a clock that only tests advance."""
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from training.meter import Meter, flops_per_token
 from training.objectives import next_token
 from training.ops.profiling import dry_run
 
+# Seconds a step.
 DATA, COMPUTE, UPDATE, VALIDATION, SAVE, LOGGING = (
     3.0,
     5.0,
@@ -19,7 +20,7 @@ DATA, COMPUTE, UPDATE, VALIDATION, SAVE, LOGGING = (
     100.0,
     1000.0,
     10_000.0,
-)  # seconds a step
+)
 STEPS, TOKENS = 4, 4 * 16
 
 
@@ -41,7 +42,7 @@ def clock(monkeypatch):
 
 
 class Saves:
-    """In place of Checkpoints: saving takes long."""
+    """Replaces Checkpointer: saving takes long."""
 
     failed = False
 
@@ -60,7 +61,7 @@ class Saves:
 
 
 class Log:
-    """In place of the log: keeps rows, and takes long."""
+    """Replaces the log: records rows, and takes long."""
 
     def __init__(self, clock):
         self.clock, self.rows = clock, []
@@ -74,7 +75,7 @@ class Log:
 
 
 def run_with(clock, tmp_path, objective_takes=lambda call: COMPUTE / 2, dry=False):
-    """Train STEPS steps of two micro-batches, with everything around them taking its time; the rows of the log."""
+    """Train STEPS steps of two micro-batches; saves, log and data take time; return log rows."""
     settings = [
         "parallel.dtype=float32",
         "schedule={warmup_steps: 1, total_steps: 9, decay_steps: 0}",
@@ -123,13 +124,13 @@ def test_data_compute_and_update_count_and_what_lies_between_steps_does_not(cloc
     ] * STEPS  # also after steps that validated and saved
     assert [row["tokens_per_s"] for row in rows] == [TOKENS / step] * STEPS
     assert [row["data/wait_frac"] for row in rows] == [DATA / step] * STEPS
-    whole = STEPS * (step + LOGGING) + 2 * (VALIDATION + SAVE)
-    assert clock.now == whole  # nothing took time but what the test says
+    total_seconds = STEPS * (step + LOGGING) + 2 * (VALIDATION + SAVE)
+    assert clock.now == total_seconds  # only the test advances the clock
 
 
 @pytest.mark.parametrize("dry", [True, False])
 def test_what_compiles_in_the_dry_run_is_in_no_step(clock, tmp_path, dry):
-    """torch.compile takes its time when a block is called first; without train.py's dry run that is the first step."""
+    """torch.compile runs at a block's first call: in the dry run, else in the first step."""
     rows = run_with(clock, tmp_path, lambda call: 600.0 if call == 0 else COMPUTE / 2, dry)
     step = DATA + COMPUTE + UPDATE
     assert [row["step_s"] for row in rows] == [step if dry else step - COMPUTE / 2 + 600.0] + [

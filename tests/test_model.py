@@ -48,9 +48,9 @@ TOKENS = torch.randint(97, (2, 37), generator=torch.Generator().manual_seed(0))
 def test_our_folder_gives_the_same_logits_in_transformers(tmp_path, theta, variant):
     model = tiny(rope_theta=theta, **variant)
     save_hf(tmp_path, model.config, model.state_dict(), torch.float32, bos=0, eos=0, pad=1)
-    other = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert type(other) is (Qwen3ForCausalLM if variant.get("qk_norm") else LlamaForCausalLM)
-    assert (model(TOKENS) - other(TOKENS).logits).abs().max() <= 1e-5
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(reference) is (Qwen3ForCausalLM if variant.get("qk_norm") else LlamaForCausalLM)
+    assert (model(TOKENS) - reference(TOKENS).logits).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
@@ -59,7 +59,7 @@ def test_a_transformers_folder_gives_the_same_logits_and_gradients_here(tmp_path
     torch.manual_seed(1)
     config_class = LlamaConfig if kind is LlamaForCausalLM else Qwen3Config
     rope = {"rope_type": "default", "rope_theta": theta}
-    other = kind(
+    hf_model = kind(
         config_class(
             **TINY,
             rope_parameters=rope,
@@ -68,15 +68,15 @@ def test_a_transformers_folder_gives_the_same_logits_and_gradients_here(tmp_path
             tie_word_embeddings=False,
         )
     )
-    other.save_pretrained(tmp_path)
+    hf_model.save_pretrained(tmp_path)
     model = load_hf(tmp_path)
     assert model.config.rope_theta == theta
-    assert (model(TOKENS) - other(TOKENS).logits).abs().max() <= 1e-5
-    other(TOKENS, labels=TOKENS).loss.backward()
+    assert (model(TOKENS) - hf_model(TOKENS).logits).abs().max() <= 1e-5
+    hf_model(TOKENS, labels=TOKENS).loss.backward()
     losses = model(TOKENS[:, :-1], TOKENS[:, 1:])
     losses.nll.mean().backward()
     for name, parameter in model.named_parameters():
-        reference = other.get_parameter(
+        reference = hf_model.get_parameter(
             name if name.startswith("lm_head") else f"model.{name}"
         ).grad
         assert (parameter.grad - reference).abs().max() <= 1e-5, name
@@ -100,8 +100,8 @@ def test_a_phase_folder_stands_for_its_newest_model(tmp_path):
     for step in ("step_9", "step_10"):
         (tmp_path / step / "config.json").touch()
     assert newest_step(str(tmp_path)) == tmp_path / "step_10"  # step_11 is still being written
-    for other in (tmp_path / "step_9", tmp_path / "step_11", tmp_path / "none.gguf"):
-        assert newest_step(str(other)) == other
+    for folder in (tmp_path / "step_9", tmp_path / "step_11", tmp_path / "none.gguf"):
+        assert newest_step(str(folder)) == folder
 
 
 def test_what_has_no_counterpart_is_refused():
@@ -170,7 +170,7 @@ def test_rotary_scores_depend_on_distance_only_and_are_exact_far_out():
     rotated_q, rotated_k = (
         apply_rotary(x.expand(1, 1, 16_384, 64), cos, sin)[0, 0] for x in (q, k)
     )
-    scores = [float(rotated_q[at] @ rotated_k[at - 7]) for at in (7, 100, 16_383)]
+    scores = [float(rotated_q[position] @ rotated_k[position - 7]) for position in (7, 100, 16_383)]
     assert scores == pytest.approx([scores[0]] * 3, abs=2e-2)
     exact = 16_383.0 * 500_000.0 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
     assert (

@@ -1,4 +1,4 @@
-"""Muon: against torch's, against singular values in fp64, sharded against whole, and through a training run."""
+"""Muon equals torch's, singular values in fp64 and its unsharded form; and in a training run."""
 
 import os
 from dataclasses import replace
@@ -22,7 +22,7 @@ from training.muon import (
     POLAR_EXPRESS,
     QUINTIC,
     Muon,
-    Ranks,
+    ShardLayout,
     balance,
     newton_schulz_flops,
     orthogonalize,
@@ -47,14 +47,14 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
 
 
 def polynomial(s: torch.Tensor, coefficients) -> torch.Tensor:
-    """What the steps make of singular values."""
+    """Apply the Newton-Schulz steps to singular values."""
     for a, b, c in coefficients:
         s = a * s + b * s**3 + c * s**5
     return s
 
 
 def whole_updates(model_config: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
-    """Weights after STEPS updates on one process, without any sharding."""
+    """Return the weights after STEPS updates on one process, without sharding."""
     model = NanoLlama(model_config, seed=0)
     optimizer = build_optimizer(model, CONFIG)
     for step in range(STEPS):
@@ -77,36 +77,35 @@ def test_singular_values_come_near_one_and_vectors_stay(coefficients, low, high,
     u, _, v = torch.linalg.svd(
         torch.randn(3, *shape, generator=generator, dtype=torch.float64), full_matrices=False
     )
-    s = torch.logspace(
-        0, -2, min(shape), dtype=torch.float64
-    )  # the smallest a hundredth of the largest
-    found = orthogonalize((u * s @ v).float(), coefficients).double()
-    values = torch.linalg.svdvals(found)
+    # The smallest singular value is a hundredth of the largest.
+    s = torch.logspace(0, -2, min(shape), dtype=torch.float64)
+    actual = orthogonalize((u * s @ v).float(), coefficients).double()
+    values = torch.linalg.svdvals(actual)
     assert low <= values.min() and values.max() <= high
     polar = u @ v  # the factor that more steps would end at
     assert (
-        (found * polar).sum((1, 2)) / found.norm(dim=(1, 2)) / polar.norm(dim=(1, 2))
+        (actual * polar).sum((1, 2)) / actual.norm(dim=(1, 2)) / polar.norm(dim=(1, 2))
     ).min() > cosine
     expected = u * polynomial(s / s.norm(), coefficients) @ v
     assert (
-        found - expected
+        actual - expected
     ).abs().max() <= 1e-4  # fp32, steepened 970-fold where singular values are small
 
 
 def test_orthogonalize_knows_no_scale_sign_side_or_neighbour():
     x = torch.randn(3, 20, 33, generator=torch.Generator().manual_seed(1))
-    found = orthogonalize(x)
-    assert (orthogonalize(1000 * x) - found).abs().max() <= 1e-4
-    assert torch.equal(orthogonalize(-x), -found)
-    assert (orthogonalize(x.mT) - found.mT).abs().max() <= 1e-5
-    assert (orthogonalize(x[1:2]) - found[1]).abs().max() <= 1e-5
+    actual = orthogonalize(x)
+    assert (orthogonalize(1000 * x) - actual).abs().max() <= 1e-4
+    assert torch.equal(orthogonalize(-x), -actual)
+    assert (orthogonalize(x.mT) - actual.mT).abs().max() <= 1e-5
+    assert (orthogonalize(x[1:2]) - actual[1]).abs().max() <= 1e-5
     x[0], x[1, 7:] = 0, 0
-    found = orthogonalize(x)
+    actual = orthogonalize(x)
     assert (
-        found.isfinite().all()
-        and not found[0].any()
-        and not found[1, 7:].any()
-        and found[1, :7].any()
+        actual.isfinite().all()
+        and not actual[0].any()
+        and not actual[1, 7:].any()
+        and actual[1, :7].any()
     )
 
 
@@ -121,9 +120,8 @@ def test_a_step_equals_torch_muon_bit_for_bit(shape):
         {"params": [ours], "weight_decay": 0.1, "muon": True},
         {"params": [torch.nn.Parameter(torch.zeros(3))]},
     ]
-    optimizer = Muon(
-        groups, 1e-2, momentum=0.9, coefficients=QUINTIC, dtype=torch.bfloat16
-    )  # what torch has
+    # torch's implementation.
+    optimizer = Muon(groups, 1e-2, momentum=0.9, coefficients=QUINTIC, dtype=torch.bfloat16)
     for step in range(4):
         theirs.grad = ours.grad = gradient("w", start.shape, step)
         reference.step()
@@ -137,7 +135,7 @@ def test_updates_equal_a_plain_loop_and_the_rest_is_adamw_bit_for_bit():
     initial = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     plain = NanoLlama(MODEL, seed=0)
     adamw = build_optimizer(plain, replace(CONFIG, name="adamw"))
-    found = whole_updates()
+    actual = whole_updates()
     for step in range(STEPS):
         for name, parameter in plain.named_parameters():
             parameter.grad = gradient(name, parameter.shape, step)
@@ -145,7 +143,7 @@ def test_updates_equal_a_plain_loop_and_the_rest_is_adamw_bit_for_bit():
     by_adamw = dict(plain.named_parameters())
     for name, start in initial.items():
         if not name.startswith("layers.") or start.ndim == 1:
-            assert torch.equal(found[name], by_adamw[name]), name
+            assert torch.equal(actual[name], by_adamw[name]), name
             continue
         weight, momentum = start.double(), torch.zeros_like(start, dtype=torch.float64)
         for step in range(STEPS):
@@ -154,11 +152,11 @@ def test_updates_equal_a_plain_loop_and_the_rest_is_adamw_bit_for_bit():
             u, s, v = torch.linalg.svd(0.95 * momentum + 0.05 * slope, full_matrices=False)
             update = u * polynomial(s / s.norm(), POLAR_EXPRESS) @ v
             rms = update.square().mean().sqrt() * 0.2 * max(start.shape) ** 0.5
-            assert 0.15 <= rms <= 0.23, name  # about what an update of AdamW has
+            assert 0.15 <= rms <= 0.23, name  # about the size of an AdamW update
             weight = (
                 weight * (1 - CONFIG.lr * 0.3) - CONFIG.lr * 0.2 * max(start.shape) ** 0.5 * update
             )
-        assert (found[name] - weight).abs().max() <= 1e-6, name
+        assert (actual[name] - weight).abs().max() <= 1e-6, name
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_of_blocks_are_muons():
@@ -185,7 +183,7 @@ def test_every_parameter_is_in_one_group_and_only_matrices_of_blocks_are_muons()
 
 def test_rounds_and_missing_gradients_change_nothing(monkeypatch):
     expected = whole_updates()
-    monkeypatch.setattr(muon, "ROUND", 1)  # every matrix alone
+    monkeypatch.setattr(muon, "ROUND", 1)  # each matrix separately
     for name, weight in whole_updates().items():
         assert (weight - expected[name]).abs().max() <= 1e-6
     model = NanoLlama(MODEL, seed=0)
@@ -197,16 +195,15 @@ def test_rounds_and_missing_gradients_change_nothing(monkeypatch):
 
 
 def test_work_is_balanced_and_counted():
-    shapes = (
-        [(2048, 2048)] * 44 + [(256, 2048)] * 44 + [(5632, 2048)] * 44 + [(2048, 5632)] * 22
-    )  # of the 1.1B model
+    # Shapes of the 1.1B model.
+    shapes = [(2048, 2048)] * 44 + [(256, 2048)] * 44 + [(5632, 2048)] * 44 + [(2048, 5632)] * 22
     assert sum(map(newton_schulz_flops, shapes)) == pytest.approx(4.83e13, rel=0.01)
     for ranks in (1, 2, 8):
         loads = [0] * ranks
         for shape, owner in zip(shapes, balance(shapes, ranks), strict=True):
             loads[owner] += newton_schulz_flops(shape)
         assert max(loads) <= 1.05 * sum(loads) / ranks
-    assert [Ranks(shards=4).rows(total) for total in (6, 8, 9, 1)] == [
+    assert [ShardLayout(shards=4).rows(total) for total in (6, 8, 9, 1)] == [
         [2, 2, 2, 0],
         [2, 2, 2, 2],
         [3, 3, 3, 0],
@@ -235,7 +232,7 @@ def test_what_is_no_matrix_is_refused():
 
 
 def sharded(rank: int, world: int, folder: Path) -> None:
-    """Save this world's weights after STEPS updates, for each way in which a model lies over it."""
+    """Save the weights after STEPS updates, for each sharding of the model."""
     dist.init_process_group(
         "gloo",
         rank=rank,
@@ -255,7 +252,7 @@ def sharded(rank: int, world: int, folder: Path) -> None:
         optimizer = build_optimizer(model, CONFIG)
         seen: list[int] = []
         real = muon.orthogonalize
-        muon.orthogonalize = lambda x, *how: seen.append(len(x)) or real(x, *how)
+        muon.orthogonalize = lambda x, *arguments: seen.append(len(x)) or real(x, *arguments)
         for step in range(STEPS):
             for name, p in model.named_parameters():
                 p.grad = distribute_tensor(
@@ -289,10 +286,10 @@ def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path
         4 if world == 4 else 3
     )
     for file in files:
-        found = torch.load(file)
-        assert found["orthogonalized"] == 21 * STEPS, file.name
+        actual = torch.load(file)
+        assert actual["orthogonalized"] == 21 * STEPS, file.name
         for name, weight in expected.items():
-            assert (found["weights"][name] - weight).abs().max() <= 1e-6, (file.name, name)
+            assert (actual["weights"][name] - weight).abs().max() <= 1e-6, (file.name, name)
 
 
 # ---- a run

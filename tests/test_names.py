@@ -1,4 +1,4 @@
-"""Names as a user types them: data sets, keys of other configs, flags; commands from any folder."""
+"""Names typed by users: data sets, misplaced config keys, flags; commands in any folder."""
 
 import re
 import subprocess
@@ -57,9 +57,10 @@ def test_download_takes_them(tmp_path, monkeypatch, capsys):
     ):
         complaint(*names)
         assert asked.pop() == first
-    said = complaint("fineweb-edu-validation")
+    message = complaint("fineweb-edu-validation")
     assert (
-        "is the held-out split of fineweb_edu, which prepare_data creates; download fineweb" in said
+        "is the held-out split of fineweb_edu, which prepare_data creates; download fineweb"
+        in message
     )
     (tmp_path / "documents" / "fineweb_edu").mkdir(parents=True)
     line = ["x", "--output", str(tmp_path), "--dataset", "fineweb-edu-validation"]
@@ -109,7 +110,10 @@ def test_every_key_that_is_answered_with_exists():
         ("max_steps", "steps here (updates in this phase)"),
         ("training.num_steps", "steps here (updates in this phase)"),
         ("seq_len", "data.sequence_length here (tokens in a row)"),
-        ("sequence_length", "data.sequence_length here (tokens in a row)"),  # of our own, misplaced
+        (
+            "sequence_length",
+            "data.sequence_length here (tokens in a row)",
+        ),  # our keys in the wrong section
         ("warmup_steps", "schedule.warmup_steps here"),
         ("optim.warmup_steps", "schedule.warmup_steps here"),
         ("rope_base", "rope_theta here"),
@@ -147,8 +151,8 @@ def test_all_are_named_in_one_sentence(tmp_path, capsys, monkeypatch):
         "batch_size_per_gpu: 8\ndataset: pg19_and_stack_mixed\nmodel: {n_heads: 4}\n"
         "training: {learning_rate: 1e-3}\nstart_step: 0\n"
     )
-    said = complaint_of(train.main, ["--config", tmp_path / "old.yaml"], capsys, monkeypatch)
-    assert said == (
+    message = complaint_of(train.main, ["--config", tmp_path / "old.yaml"], capsys, monkeypatch)
+    assert message == (
         "error: batch_size_per_gpu is data.micro_batch_size here (rows); "
         "dataset is data.mix here ({pg19: 0.5, the_stack_python: 0.5}); "
         "model.n_heads is model.num_attention_heads here; training.learning_rate is optim.lr here\n"
@@ -163,7 +167,7 @@ def test_settings_of_another_kind_of_run_are_not_promised():
 
 
 @pytest.mark.parametrize(
-    ("kind", "path", "said"),
+    ("kind", "path", "message"),
     [
         (RunConfig, "plan_1b.yaml", "a plan; give it to scripts.pipeline"),
         (RunConfig, "sft.yaml", "a config of fine-tuning; give it to train_sft.py"),
@@ -175,8 +179,8 @@ def test_settings_of_another_kind_of_run_are_not_promised():
         (Plan, "evals/milestone.yaml", "the config lacks name"),
     ],
 )
-def test_a_config_of_another_command_is_named(kind, path, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_config_of_another_command_is_named(kind, path, message):
+    with pytest.raises(ValueError, match=message):
         load_settings(kind, ROOT / "configs" / path)
 
 
@@ -188,13 +192,14 @@ def test_a_name_of_a_wandb_run_needs_a_project(module, tmp_path, capsys, monkeyp
     kind = {train: "configs/test_mode.yaml", train_sft: "configs/sft.yaml"}.get(module)
     config = ROOT / (kind or "configs/dpo.yaml")
     named = ["--config", config, "--wandb_run_name", "x"]
-    said = complaint_of(module.main, named, capsys, monkeypatch)
-    assert "log.wandb_run_name needs a W&B project; give --wandb_project" in said
+    message = complaint_of(module.main, named, capsys, monkeypatch)
+    assert "log.wandb_run_name needs a W&B project; set --wandb_project" in message
     (tmp_path / "c.yaml").write_text(f"extends: {config}\nlog: {{wandb_project: p}}\nsteps: 0\n")
-    said = complaint_of(
+    message = complaint_of(
         module.main, ["--config", tmp_path / "c.yaml", *named[2:]], capsys, monkeypatch
     )
-    assert "steps=0 must be at least 1" in said  # past the log: the project of the config is used
+    # The log settings are valid: the project comes from the config.
+    assert "steps=0 must be at least 1" in message
 
 
 # folders
@@ -206,12 +211,10 @@ def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatc
     (tmp_path / "configs" / "test_mode.yaml").write_text("phase: mine\n")
     monkeypatch.chdir(tmp_path)
     assert read_yaml(Path("configs/quickstart/base.yaml"))["run"] == "quickstart"
-    assert (
-        load("configs/phase1_pretrain.yaml").model.num_hidden_layers == 22
-    )  # extends base_1b.yaml
-    assert read_yaml(Path("configs/test_mode.yaml")) == {
-        "phase": "mine"
-    }  # the working folder first
+    # It extends base_1b.yaml.
+    assert load("configs/phase1_pretrain.yaml").model.num_hidden_layers == 22
+    # The working folder has priority.
+    assert read_yaml(Path("configs/test_mode.yaml")) == {"phase": "mine"}
     with pytest.raises(
         ValueError, match=r"no config file configs/sf.yaml; did you mean configs/sft"
     ):
@@ -232,7 +235,7 @@ def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatc
         assert last.startswith("error: there is no data store at data/store/quickstart"), last
 
 
-# what the machine is ready for
+# readiness of the machine
 
 
 @pytest.mark.parametrize(("free", "gpus"), [(34, 0), (900, 2), (900, 1), (1, 2)])
@@ -252,10 +255,13 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
             check_env.main()
         return end.value.code, capsys.readouterr().out
 
-    status, said = run()
+    status, output = run()
     assert status == (1 if free < 2 else 0)
-    assert "alert: slack           on\n" in said and "alert: email           off (set ALERT" in said
-    assert f"ready for: quickstart {'no: small' if free < 2 else 'yes'}\n" in said
+    assert (
+        "alert: slack           on\n" in output
+        and "alert: email           off (set ALERT" in output
+    )
+    assert f"ready for: quickstart {'no: small' if free < 2 else 'yes'}\n" in output
     needs = [f"needs 2 GPUs ({gpus} found)"] if gpus < 2 else []
     needs += (
         [f"needs 650 GB of disk, less if text is compressed ({free} GB free here)"]
@@ -267,11 +273,11 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
         [f"needs a login to the Hugging Face hub (accept the terms of {login}"] if gpus == 1 else []
     )
     needs = (["small"] if free < 2 else []) + needs
-    assert f"1.1B plan {'no: ' + '; '.join(needs) if needs else 'yes'}\n" in said
-    status, said = run("--plan", "configs/plan_1b.yaml")
-    assert status == (1 if needs else 0) and all(f"to do: {need}\n" in said for need in needs)
-    status, said = run("--plan", "configs/quickstart/plan.yaml")
-    assert status == (1 if free < 2 else 0) and "1.1B" not in said
+    assert f"1.1B plan {'no: ' + '; '.join(needs) if needs else 'yes'}\n" in output
+    status, output = run("--plan", "configs/plan_1b.yaml")
+    assert status == (1 if needs else 0) and all(f"to do: {need}\n" in output for need in needs)
+    status, output = run("--plan", "configs/quickstart/plan.yaml")
+    assert status == (1 if free < 2 else 0) and "1.1B" not in output
 
 
 # requirements
@@ -290,11 +296,11 @@ USERS = [
 
 def pins(name: str) -> dict[str, str]:
     lines = (ROOT / name).read_text().splitlines()
-    found = [
+    pinned = [
         line.split(";")[0].strip().split("==") for line in lines if "==" in line and line[0] != "#"
     ]
-    assert all(len(pin) == 2 for pin in found)
-    return {package.lower().replace("_", "-"): version for package, version in found}
+    assert all(len(pin) == 2 for pin in pinned)
+    return {package.lower().replace("_", "-"): version for package, version in pinned}
 
 
 def test_requirements_name_the_users_packages_and_agree():
@@ -333,11 +339,11 @@ def test_setup_installs_again_only_what_changed(tmp_path):
         assert done.returncode == 0 and not done.stderr, done.stderr
         return installed.read_text().split() if installed.exists() else []
 
-    core, whole = "requirements-core.txt", "requirements.txt"
-    assert setup() == [core, whole] and setup() == []
-    with open(tmp_path / whole, "a") as file:
+    core, full = "requirements-core.txt", "requirements.txt"
+    assert setup() == [core, full] and setup() == []
+    with open(tmp_path / full, "a") as file:
         file.write("x==1\n")
-    assert setup() == [whole] and setup() == []
+    assert setup() == [full] and setup() == []
     with open(tmp_path / core, "a") as file:
         file.write("y==1\n")
-    assert setup() == [core, whole] and setup() == []
+    assert setup() == [core, full] and setup() == []

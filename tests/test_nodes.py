@@ -1,4 +1,4 @@
-"""Several machines and what goes wrong between them: replicas, two launchers, Slurm, hangs, restarts; traces and memory."""
+"""Several nodes: replicas, two launchers, Slurm, hangs, restarts; traces and memory."""
 
 import gzip
 import json
@@ -28,7 +28,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def make(text_store, tmp_path_factory):
-    """Overrides for a tiny run on text_store, in a folder of its name."""
+    """make(name, ...): overrides for a tiny run on text_store, in a folder of that name."""
     root = tmp_path_factory.mktemp("nodes")
 
     def make(name: str, *more: str, total: int = STEPS) -> list[str]:
@@ -53,7 +53,7 @@ def make(text_store, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_ranks(make) -> list[float]:
-    """Losses of an uninterrupted run of one launcher with two ranks."""
+    """Losses of an uninterrupted run: one launcher, two ranks."""
     done = forked.run(command(make("two"), 2), env=one_thread())
     assert done.returncode == 0, done.stderr
     return losses(make.root / "two-logs")
@@ -74,7 +74,7 @@ setup.exit_process(0)
 
 @pytest.fixture(scope="module")
 def two_by_two(make) -> Path:
-    """The folder of runs of four ranks as two replicas of two shards: z2 and z3, by strategy."""
+    """Runs of four ranks, two replicas of two shards: folders z2 and z3, by strategy."""
     script = make.root / "four.py"
     script.write_text(FOUR)
     hsdp = "parallel.replicas=2"
@@ -101,7 +101,7 @@ def test_replicas_of_shards_compute_what_one_rank_computes(make, two_by_two):
 
 
 @pytest.mark.parametrize(
-    ("settings", "world", "said"),
+    ("settings", "world", "message"),
     [
         (
             {"replicas": 3},
@@ -118,10 +118,10 @@ def test_replicas_of_shards_compute_what_one_rank_computes(make, two_by_two):
         ),
     ],
 )
-def test_wrong_replicas_are_refused(monkeypatch, settings, world, said):
+def test_wrong_replicas_are_refused(monkeypatch, settings, world, message):
     monkeypatch.setattr("training.fsdp_utils.get_world_size", lambda: world)
     model = NanoLlama(load(ROOT / "configs" / "test_mode.yaml").model, seed=0)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         wrap_model_fsdp(model, ParallelConfig(**settings), torch.device("cpu"))
 
 
@@ -142,7 +142,10 @@ if [[ $1 == show ]]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> "$SC
 def test_the_slurm_script_on_two_nodes_goes_on_from_two_by_two(
     make, two_by_two, two_ranks, tmp_path
 ):
-    """Its launchers, of one rank each, meet by c10d, resume what four ranks saved, and train as one launcher of two ranks."""
+    """Two one-rank launchers meet by c10d and resume a four-rank checkpoint.
+
+    They train like one launcher with two ranks.
+    """
     batch = ROOT / "scripts" / "slurm" / "train.sbatch"
     assert subprocess.run(["bash", "-n", str(batch)]).returncode == 0
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
@@ -179,9 +182,8 @@ def test_the_slurm_script_on_two_nodes_goes_on_from_two_by_two(
     rows = read_metrics(make.root / "slurm-logs")
     assert [row["step"] for row in rows] == list(range(4, STEPS + 1))
     assert [row["loss"] for row in rows] == pytest.approx(two_ranks[3:], abs=1e-5)
-    assert not (
-        tmp_path / "log"
-    ).exists()  # it was not told to stop, so it does not queue itself again
+    # It received no stop signal, so it does not queue itself again.
+    assert not (tmp_path / "log").exists()
 
 
 def free_port() -> int:
@@ -191,22 +193,22 @@ def free_port() -> int:
 
 
 def test_sigterm_to_one_of_two_launchers_saves_on_all(make):
-    port, here = free_port(), make("agents", "checkpoint.every=100000", total=100_000)
+    port, overrides = free_port(), make("agents", "checkpoint.every=100000", total=100_000)
     flags = [
         "--nnodes=2",
         "--rdzv_backend=c10d",
         f"--rdzv_endpoint=127.0.0.1:{port}",
         "--rdzv_id=two",
     ]
-    launch = command(here, 1)
+    launch = command(overrides, 1)
     agents = [
         forked.Process([*launch[:3], *flags, *launch[3:]], env=one_thread()) for _ in range(2)
     ]
     wait_for_a_step(make.root / "agents-logs")
     agents[1].send_signal(signal.SIGTERM)
-    said = "".join(agent.communicate(timeout=60)[0] for agent in agents)
-    assert [agent.returncode for agent in agents] == [143, 143] and "2 cpu rank(s)" in said
-    assert said.count("stopped by a signal and saved") == 1
+    output = "".join(agent.communicate(timeout=60)[0] for agent in agents)
+    assert [agent.returncode for agent in agents] == [143, 143] and "2 cpu rank(s)" in output
+    assert output.count("stopped by a signal and saved") == 1
     assert (
         make.root
         / "agents"
@@ -216,8 +218,10 @@ def test_sigterm_to_one_of_two_launchers_saves_on_all(make):
 
 
 def test_a_rank_that_stops_responding_is_named_and_ends_the_run(make, rank=1):
-    here = make(f"hang{rank}", "parallel.timeout_s=2", "checkpoint.every=100000", total=100_000)
-    with forked.Process(command(here, 2), env=one_thread()) as process:
+    overrides = make(
+        f"hang{rank}", "parallel.timeout_s=2", "checkpoint.every=100000", total=100_000
+    )
+    with forked.Process(command(overrides, 2), env=one_thread()) as process:
         wait_for_a_step(make.root / f"hang{rank}-logs")
         stopped = children(process)[rank]
         os.kill(stopped, signal.SIGSTOP)
@@ -237,11 +241,11 @@ def test_a_rank_that_stops_responding_is_named_and_ends_the_run(make, rank=1):
 
 
 def children(process: forked.Process) -> list[int]:
-    """Processes of the ranks, in their order."""
-    found = subprocess.run(
+    """Return the processes of the ranks, in order."""
+    listing = subprocess.run(
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
-    return sorted(int(pid) for pid in found)
+    return sorted(int(pid) for pid in listing)
 
 
 def test_the_cause_is_who_is_gone_else_who_is_behind_else_what_is_between():
@@ -288,9 +292,13 @@ def test_a_killed_rank_is_started_again_by_itself_and_goes_on_bit_for_bit(make, 
     with forked.Process(launch, env=one_thread()) as process:
         wait_for(make.root / "killed" / "step_3" / "manifest.json")
         os.kill(children(process)[1], signal.SIGKILL)
-        said, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "starts from scratch" in said and "resumes at step" in said and "Traceback" not in errors
+    assert (
+        "starts from scratch" in output
+        and "resumes at step" in output
+        and "Traceback" not in errors
+    )
     assert losses(make.root / "killed-logs") == two_ranks
     assert same_state(
         make.root / "killed" / f"step_{STEPS}", make.root / "two" / f"step_{STEPS}", make.root
@@ -303,7 +311,7 @@ def test_a_killed_rank_is_started_again_by_itself_and_goes_on_bit_for_bit(make, 
 def test_a_dry_run_shows_kernels_that_take_starts_of_documents_two_counts_of_them(
     kernel, rows, ways, monkeypatch
 ):
-    """torch.compile makes a second graph when the count first changes, which must be in no timed step."""
+    """torch.compile builds a second graph when the count changes; no timed step includes it."""
     seen = []
     monkeypatch.setattr(
         profiling,
@@ -357,18 +365,18 @@ def test_no_memory_before_the_first_step_says_which_setting_to_change(make, monk
     monkeypatch.setattr(TransformerBlock, "forward", hungry)
     with pytest.raises(ValueError) as caught:
         train_here(make("hungry"))
-    said = str(caught.value)
+    message = str(caught.value)
     assert (
-        "rank 0 is out of memory with micro-batches of 2 rows of 64 tokens: set data.micro_batch_size=1"
-        in said
+        "rank 0 is out of memory with micro-batches of 2 rows of 64 tokens: set "
+        "data.micro_batch_size=1" in message
     )
-    assert "parallel.activation_checkpointing=selective" in said and "\n" not in said
+    assert "parallel.activation_checkpointing=selective" in message and "\n" not in message
     assert not (make.root / "hungry-logs" / "metrics.jsonl").exists()
-    assert train_here(make("fed", "data.micro_batch_size=1"))  # what was advised helps
+    assert train_here(make("fed", "data.micro_batch_size=1"))  # the advice helps
 
 
 @pytest.mark.parametrize(
-    ("overrides", "world", "said"),
+    ("overrides", "world", "message"),
     [
         (["data.micro_batch_size=4"], 2, "set data.micro_batch_size=2 "),
         (
@@ -397,8 +405,8 @@ def test_no_memory_before_the_first_step_says_which_setting_to_change(make, monk
         ),
     ],
 )
-def test_advice_when_memory_runs_out(overrides, world, said):
-    assert said in profiling.advice(load(ROOT / "configs" / "test_mode.yaml", overrides), world)
+def test_advice_when_memory_runs_out(overrides, world, message):
+    assert message in profiling.advice(load(ROOT / "configs" / "test_mode.yaml", overrides), world)
 
 
 HUNGRY = """
@@ -434,7 +442,7 @@ def test_a_trace_is_written_and_training_is_as_without(make, capfd, monkeypatch)
     monkeypatch.setattr(
         train,
         "pretrain",
-        lambda *given, pretrain=train.pretrain, **_: pretrain(*given[:4], False, True),
+        lambda *arguments, pretrain=train.pretrain, **_: pretrain(*arguments[:4], False, True),
     )
     assert train_here(make("profiled"))
     assert losses(make.root / "profiled-logs") == losses(make.root / "plain-logs")

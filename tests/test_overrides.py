@@ -1,4 +1,4 @@
-"""Settings mean what the user typed: text as it stands, one value a key; a plan's words keep their spaces."""
+"""Overrides keep text as typed and one value per key; plan commands keep spaces in arguments."""
 
 import shlex
 import sys
@@ -65,20 +65,20 @@ def test_text_is_taken_as_typed(text, tmp_path):
     assert load_settings(
         Whole, tmp_path / "c.yaml", [], {"part.note": text, "part.path": text}
     ).part == Part(text, text)
-    made = read_one(f"part.path={text}", f"parts.x.path={text}", f"rules.a={text}")
-    assert (made.part.path, made.parts["x"].path, made.rules["a"]) == (text, text, text)
+    config = read_one(f"part.path={text}", f"parts.x.path={text}", f"rules.a={text}")
+    assert (config.part.path, config.parts["x"].path, config.rules["a"]) == (text, text, text)
     assert read_one(f"part.note={text}").part.note == (None if text == "null" else text)
 
 
 def test_other_settings_are_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("{}")
-    made = load_settings(
+    config = load_settings(
         Whole,
         tmp_path / "c.yaml",
         ["part={size: 3, names: [a, b]}", "part.rate=null"],
         {"part.size": 4},
     )
-    assert made.part == Part(size=4, rate=None, names=("a", "b"))
+    assert config.part == Part(size=4, rate=None, names=("a", "b"))
     assert load_settings(Whole, tmp_path / "c.yaml", [], {"part.rate": "null"}).part.rate is None
     with pytest.raises(ValueError, match="did you mean 'path'"):
         load_settings(Whole, tmp_path / "c.yaml", ["part.pth=x"])
@@ -112,7 +112,10 @@ def test_the_words_of_a_plan_keep_their_spaces():
 
     driver = Pipeline.__new__(Pipeline)
     driver.scheduled_phases = [SimpleNamespace(run=SimpleNamespace(run="my run"))]
-    command = "python -m x --checkpoint {checkpoint} --out 'a b/{run}.json' --set {{outtype}} --into {output}/{run}"
+    command = (
+        "python -m x --checkpoint {checkpoint} --out 'a b/{run}.json' --set {{outtype}} "
+        "--into {output}/{run}"
+    )
     path, output = Path("/a dir/it's #1"), '$HOME/*/"q"'
     assert driver._fill(command, checkpoint=path, output=output) == [
         *("python", "-m", "x", "--checkpoint", str(path), "--out", "a b/my run.json"),

@@ -17,7 +17,7 @@ from evals.report import page as evals_page
 
 
 class Scripted:
-    """A model that says given parts."""
+    """A model that replies with the given parts."""
 
     context, is_base, tools = 1000, False, ()
 
@@ -40,7 +40,7 @@ class Scripted:
 
 @contextmanager
 def shown(browser, monkeypatch, *voices: Any) -> Iterator[Window]:
-    """A window on the page of these models."""
+    """Open a browser window on a demo of these models."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     page = build(voices)
     try:
@@ -53,11 +53,16 @@ def shown(browser, monkeypatch, *voices: Any) -> Iterator[Window]:
 
 
 ASKS = """![]({0}/a.png)
-<img src="{0}/b.png" srcset="{0}/c.png 2x"> <svg><image href="{0}/d.svg"/></svg> <video poster="{0}/e" src={0}/f></video>
-<link rel="stylesheet" href="{0}/g.css"><link rel=preconnect href="{0}"><style>@import "{0}/h.css";</style>
-<iframe src="{0}/i"></iframe><object data="{0}/j"></object><embed src="{0}/k"><input type=image src="{0}/l">
-<p style="background:url({0}/m)">x</p><meta http-equiv=refresh content="0;url={0}/n"><base href="{0}/">
-<script src="{0}/o.js"></script><img src=x onerror="fetch('{0}/p')"></script><script>fetch("{0}/q")</script>
+<img src="{0}/b.png" srcset="{0}/c.png 2x"> <svg><image href="{0}/d.svg"/></svg> \
+<video poster="{0}/e" src={0}/f></video>
+<link rel="stylesheet" href="{0}/g.css"><link rel=preconnect href="{0}">\
+<style>@import "{0}/h.css";</style>
+<iframe src="{0}/i"></iframe><object data="{0}/j"></object><embed src="{0}/k">\
+<input type=image src="{0}/l">
+<p style="background:url({0}/m)">x</p><meta http-equiv=refresh content="0;url={0}/n">\
+<base href="{0}/">
+<script src="{0}/o.js"></script><img src=x onerror="fetch('{0}/p')"></script>\
+<script>fetch("{0}/q")</script>
 
 ![x][r] `open
 
@@ -81,21 +86,20 @@ $$\\includegraphics{{{0}/w.png}} \\href{{{0}/x}}{{y}}$$
 def test_nothing_that_is_shown_asks_another_host(browser, foreign, monkeypatch):
     kinds = ("thought", "content", "call", "result", "note")
     hosts = [f"http://{kind}.foreign.example" for kind in (*kinds, "user", "name")]
-    said = [
+    parts = [
         (kind, ASKS.format(host))
         for kind, host in zip(("thought", "content", "call", "result", "note"), hosts, strict=False)
     ]
-    said += [("call", "short()"), ("result", "![](http://203.0.113.7/a)")]
+    parts += [("call", "short()"), ("result", "![](http://203.0.113.7/a)")]
     name = f"</title></script><img src={hosts[6]}/a.png>![]({hosts[6]}/b.png).gguf"
     with shown(
-        browser, monkeypatch, Scripted(name, said), Scripted("x", [("content", "Yes.")])
+        browser, monkeypatch, Scripted(name, parts), Scripted("x", [("content", "Yes.")])
     ) as window:
         control = browser.new_page()
         control.set_content("<img src=http://control.foreign.example/a.png>", wait_until="load")
         control.close()
-        assert asked_by_page(foreign) == [
-            "http://control.foreign.example/a.png"
-        ]  # so others would be seen
+        # Other requests would be recorded.
+        assert asked_by_page(foreign) == ["http://control.foreign.example/a.png"]
         foreign.asked.clear()
         window.ask(ASKS.format(hosts[5]), "Yes.")
         for fold in window.page.locator(".thought-group > .title").all():
@@ -107,7 +111,10 @@ def test_nothing_that_is_shown_asks_another_host(browser, foreign, monkeypatch):
 
 
 def test_text_is_shown_as_it_was_written(browser, monkeypatch):
-    written = "2*3*4, f(x)*g(x)*h, 2**3**4, __init__, 3~5 and 6~7, a < b > c, <b>x</b>, &lt;, `2*3*4 <b>` and \u00b1*\u00b1*x"
+    written = (
+        "2*3*4, f(x)*g(x)*h, 2**3**4, __init__, 3~5 and 6~7, a < b > c, <b>x</b>, &lt;, "
+        "`2*3*4 <b>` and \u00b1*\u00b1*x"
+    )
     code = "    def f(a):\n        return a*2*3 < 4 and '&lt;'"
     typed = f"  {written}\n\n    # no heading\n1. - *x* _y_ $$z$$ [a](b) !"
     model = Scripted("m", [("content", f"{written} **bold**\n```python\n{code}\n```")])
@@ -129,7 +136,7 @@ def test_text_is_shown_as_it_was_written(browser, monkeypatch):
 
 def test_half_an_emoji_does_not_end_the_conversation(browser, monkeypatch):
     half, both = "\ud83d", "\U0001f600"
-    said = [
+    parts = [
         ("thought", half),
         ("content", f"a{half}"),
         ("call", half),
@@ -137,13 +144,14 @@ def test_half_an_emoji_does_not_end_the_conversation(browser, monkeypatch):
         ("note", half),
         ("content", "done"),
     ]
-    model = Scripted("m", said)
+    model = Scripted("m", parts)
     with shown(browser, monkeypatch, model) as window:
         for number, (text, heard) in enumerate(
             ((f"x{half}y", "x\ufffdy"), (half, "\ufffd"), (f"{both}z", f"{both}z"))
         ):
             window.page.evaluate(
-                """text => { const box = document.querySelector("#box textarea"); box.value = JSON.parse(text);
+                """text => { const box = document.querySelector("#box textarea"); \
+box.value = JSON.parse(text);
                 box.dispatchEvent(new Event("input")); }""",
                 json.dumps(text),
             )
@@ -174,7 +182,10 @@ def test_the_demo_refuses_uploads_other_hosts_and_other_pages(browser, monkeypat
             connection.close()
             return answer.status, answer.headers
 
-        form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="f"\r\n\r\nabc\r\n--x--\r\n'
+        form = (
+            b'--x\r\nContent-Disposition: form-data; name="files"; '
+            b'filename="f"\r\n\r\nabc\r\n--x--\r\n'
+        )
         for path in ("/gradio_api/upload", "/upload", "/gradio_api/upload/"):
             assert ask(path, "POST", form, Content_Type="multipart/form-data; boundary=x")[0] == 403
         for path in (

@@ -1,4 +1,4 @@
-"""The plan's driver: pauses, decides once, stops on a no-go, goes on when told why, extends and branches."""
+"""scripts.pipeline: pauses, one decision per gate, no-go, --accept, --extend and branches."""
 
 import json
 import os
@@ -31,14 +31,18 @@ from types import SimpleNamespace
 step = int(Path(sys.argv[1]).name[5:])
 assert (Path(sys.argv[1]) / "model.safetensors").is_file()
 Path(sys.argv[2]).parent.mkdir(parents=True, exist_ok=True)
-Path(sys.argv[2]).write_text(json.dumps({"metrics": {"all": {"perplexity": float(os.environ.get(f"AT_{step}", 10))}}}))
+Path(sys.argv[2]).write_text(json.dumps(\
+{"metrics": {"all": {"perplexity": float(os.environ.get(f"AT_{step}", 10))}}}))
 print("measured", step)
 """
 
 
 @pytest.fixture
 def plan(settings, tmp_path) -> Path:
-    """A plan of two phases of four steps on one rank, judged at steps 2, 4 and 8 by a script that reads the environment."""
+    """A plan of two four-step phases on one rank; a script scores steps 2, 4 and 8.
+
+    The script reads the scores from the environment.
+    """
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     (tmp_path / "measure.py").write_text(MEASURE)
     (tmp_path / "checkpoints" / "tiny" / "tuned").mkdir(parents=True)
@@ -93,7 +97,7 @@ def plan(settings, tmp_path) -> Path:
 
 
 class Forked:
-    """A command of scripts.launch on one rank, in a process forked from one that has imported torch; stands for Popen."""
+    """Replaces Popen for scripts.launch on one rank: forks a process that has imported torch."""
 
     def __init__(self, command: list[str], env: dict[str, str]):
         self.output = Path("trained.txt").resolve()
@@ -131,7 +135,7 @@ def train_there(arguments: list[str], place: str, environment: dict[str, str], o
 
 
 def killing(metrics, at: int, once: str | None):
-    """Log.metrics, but SIGKILL at a step, the first time only where a file `once` remembers it."""
+    """Replace Log.metrics: SIGKILL at a step, only once if a file `once` is given."""
 
     def recorded(self, values, *more):
         if values["step"] == at and not (once and Path(once).exists()):
@@ -144,7 +148,7 @@ def killing(metrics, at: int, once: str | None):
 
 @pytest.fixture
 def run(plan, monkeypatch, capfd):
-    """run(*flags, status=0, **figures): the driver in this process, its training in forked ones."""
+    """run(*flags, status=0, **figures): run the driver here, its training in forked processes."""
     monkeypatch.chdir(plan)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -163,12 +167,12 @@ def run(plan, monkeypatch, capfd):
         for name, value in figures.items():
             monkeypatch.setenv(name, value)
         try:
-            found = pipeline.main() or 0
+            exit_status = pipeline.main() or 0
         except SystemExit as error:
-            found = error.code
+            exit_status = error.code
         for name in figures:
             monkeypatch.delenv(name)
-        done = subprocess.CompletedProcess(sys.argv, found, *capfd.readouterr())
+        done = subprocess.CompletedProcess(sys.argv, exit_status, *capfd.readouterr())
         assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done
@@ -206,7 +210,7 @@ def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan, run):
         "decision after tuned: NO-GO, accepted: as it is",
     ]
     assert "the plan advises: --extend one=2" in output
-    again = run().stdout  # nothing is trained, measured or decided twice
+    again = run().stdout  # nothing is trained, evaluated or decided twice
     assert "train.py" not in again and "measured" not in again and "decision" not in again
     paused = losses(plan)
     assert len(paused) == 8
@@ -227,9 +231,8 @@ def test_a_no_go_stops_until_it_is_accepted_with_a_reason(plan, run):
         and "the plan advises: --extend one=2" in done.stdout
     )
     assert '--accept "reason"' in done.stderr and len(losses(plan)) == 4
-    assert (
-        run(status=3, AT_4="30").stdout.count("measured") == 0
-    )  # the same checkpoint is not measured again
+    # The same checkpoint is not evaluated again.
+    assert run(status=3, AT_4="30").stdout.count("measured") == 0
     output = run("--accept", "the text reads well").stdout
     assert (
         "decision at step 4: NO-GO, accepted: the text reads well" in output
@@ -259,8 +262,8 @@ def test_a_stage_is_judged_against_an_earlier_one(plan, run):
     edit_plan(plan, stages=[{**stages[0], "gates": [gate]}])
     output = run(AT_8="12", AT_1="18", status=3).stdout
     assert (
-        "all.perplexity = 18.000, +6.000 against 12.000 at step 8 (go <= +1.0, no-go beyond +5.0): no-go"
-        in output
+        "all.perplexity = 18.000, +6.000 against 12.000 at step 8 "
+        "(go <= +1.0, no-go beyond +5.0): no-go" in output
     )
     decision = json.loads(
         (plan / "results" / "tiny" / "tuned" / "decision.json").read_text(encoding="utf-8")
@@ -280,14 +283,14 @@ def test_two_tasks_may_name_a_metric_the_same():
     metrics = (
         by_name("hellaswag", task) | by_name("suite", suite) | by_name("plain", {"rate": 0.25})
     )
-    wanted = {
+    expected = {
         "hellaswag.acc_norm": 0.5,
         "arc.acc_norm": 0.2,
         "wikipedia.perplexity": 12.0,
         "plain.rate": 0.25,
         "arc": None,
     }
-    assert {name: judge(Gate(name, 1, 0), metrics).value for name in wanted} == wanted
+    assert {name: judge(Gate(name, 1, 0), metrics).value for name in expected} == expected
 
 
 def test_a_phase_is_extended_after_a_no_go_and_the_rest_moves(plan, run):
@@ -311,7 +314,7 @@ def test_a_reason_is_for_a_no_go_that_was_seen(plan, run):
     run("--accept", "it was read", status=3, AT_2="30", AT_4="30")
     assert [gate["accepted"] for gate in events(plan, "gate")] == [None, "it was read", None]
     run("--extend", "two=2", status=3, AT_4="30")  # accepts no-go decisions of its own phase only
-    run("--extend", "one=2", status=3, AT_6="30")  # the longer phase is judged anew
+    run("--extend", "one=2", status=3, AT_6="30")  # the gate of the longer phase is decided again
     again = run("--extend", "one=2", status=2).stderr  # adds no step, so it accepts nothing
     assert (
         "one is extended by 2 steps already" in again and "make it 4 with --extend one=4" in again
@@ -331,8 +334,8 @@ def test_a_branch_decays_beside_the_run(plan, run):
         and rows[-1]["lr"] < rows[0]["lr"]
         and len(losses(plan)) == 4
     )
-    said = run("--branch", "x", "--at", "99", "--steps", "2", status=2).stderr
-    assert "there is no checkpoint of step 99 to branch from" in said
+    message = run("--branch", "x", "--at", "99", "--steps", "2", status=2).stderr
+    assert "there is no checkpoint of step 99 to branch from" in message
 
 
 def test_mistakes(plan, run):
@@ -361,7 +364,10 @@ def edit_plan(plan: Path, **changes) -> None:
 
 
 def test_extending_a_phase_that_decayed_repeats_its_decay_without_a_rise(plan, run):
-    """The last phase, steps 4 to 8, decays over 6 to 8; extended by 4 it decays over 6 to 12, from a stable checkpoint."""
+    """The last phase, steps 4 to 8, decays over 6 to 8.
+
+    Extended by 4 steps, it decays over 6 to 12, from the checkpoint before the decay.
+    """
     run()
     tuned = plan / "checkpoints" / "tiny" / "tuned" / "step_1" / "manifest.json"
     before = tuned.read_bytes()
@@ -373,12 +379,13 @@ def test_extending_a_phase_that_decayed_repeats_its_decay_without_a_rise(plan, r
     peak = max(rates)
     assert rates[1:6] == [peak] * 5 and rates[-1] == 0.0
     falls = [a - b for a, b in pairwise(rates[5:])]
-    assert falls == pytest.approx([peak / 6] * 6)  # one straight line over the join: no step rises
+    # One straight line over the border: no step increases.
+    assert falls == pytest.approx([peak / 6] * 6)
     redone = [
         json.loads(line)
         for line in (plan / "logs" / "tiny" / "metrics_redone.jsonl").read_text().splitlines()
     ]
-    assert [row["step"] for row in redone] == [7, 8]  # nothing that was measured is lost
+    assert [row["step"] for row in redone] == [7, 8]  # no result is lost
     assert (plan / "checkpoints" / "tiny" / "two.old1" / "step_8" / "model.safetensors").is_file()
     assert "tuned did not start from" in output and tuned.read_bytes() != before
     assert "train.py" not in run().stdout
@@ -393,10 +400,10 @@ def test_a_rate_that_would_rise_again_is_refused(plan, run, settings, capfd, mon
     monkeypatch.setattr(sys, "argv", [*command, "steps=8", "schedule.total_steps=12"])
     with pytest.raises(SystemExit) as end:
         train.main()
-    said = capfd.readouterr().err
+    message = capfd.readouterr().err
     assert (
         end.value.code == 2
-        and "the learning rate would rise from 0.0e+00 to 3.0e-03 at step 8" in said
+        and "the learning rate would rise from 0.0e+00 to 3.0e-03 at step 8" in message
     )
     monkeypatch.setattr(
         sys, "argv", [*command, "steps=8", "schedule.total_steps=12", "schedule.allow_rise=true"]
@@ -418,7 +425,8 @@ def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run):
         "two is repeated (--redo)" in output
         and (plan / "checkpoints/tiny/two.old1/step_8").is_dir()
     )
-    assert "tuned did not start from" not in output  # the same bits came out: it is still current
+    # The output has the same bits, so later stages are current.
+    assert "tuned did not start from" not in output
     stages = yaml.safe_load((plan / "plan.yaml").read_text())["stages"]
     stages[0]["commands"] = {"Tuning": TUNING}
     edit_plan(plan, stages=stages)
@@ -433,8 +441,8 @@ def test_a_stage_is_made_again_for_another_base_or_when_asked(plan, run):
 def test_a_rank_that_dies_is_restarted_and_one_that_dies_at_the_same_step_twice_is_not(plan, run):
     output = run(KILL_AT="7", KILL_ONCE="once").stdout
     assert (
-        "the launcher was killed (SIGKILL) at step 6 (status -9); restart 1 of 3 from the newest checkpoint"
-        in output
+        "the launcher was killed (SIGKILL) at step 6 (status -9); restart 1 of 3 from the "
+        "newest checkpoint" in output
     )
     assert len(losses(plan)) == 8 and events(plan, "restarted")[0]["step"] == 6
     for folder in ("checkpoints", "logs", "results"):
@@ -474,5 +482,5 @@ def test_two_drivers_do_not_carry_out_one_plan(plan, run):
 
     (plan / "logs" / "tiny").mkdir(parents=True)
     with locked(plan / "logs" / "tiny" / "plan"):
-        said = run(status=2).stderr
-    assert f"logs/tiny/plan is in use by process {os.getpid()} on " in said
+        message = run(status=2).stderr
+    assert f"logs/tiny/plan is in use by process {os.getpid()} on " in message

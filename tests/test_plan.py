@@ -1,4 +1,4 @@
-"""The planner: what it counts against what a run on a CPU has, what it refuses, and what it says of epochs, disk and loss."""
+"""The planner: its memory counts equal a CPU run's; errors; forecasts of epochs, disk and loss."""
 
 import json
 import math
@@ -57,7 +57,7 @@ SMALL = ModelConfig(  # no two widths are equal, and 3 ranks do not divide them
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all tensors alive, of those given to watch() and those made inside; `peak` is the most there were."""
+    """Counts live bytes, and their peak, of tensors created inside or passed to watch()."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def pretended_ranks(world: int):
-    """Rank 0 of `world`; the others do not exist, so what is computed is wrong, but every tensor has its size."""
+    """Simulate rank 0 of `world` ranks: values are wrong, but every tensor has its real size."""
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
         yield
@@ -108,7 +108,7 @@ def small_run(
 
 
 def measure(run: RunConfig, ranks: int) -> dict[str, int]:
-    """Bytes of parameters and of the optimizer's state, the peak of a step, and that of the update alone, on one rank."""
+    """Return one rank's bytes: parameters, optimizer state, peaks of a step and of its update."""
     with pretended_ranks(ranks):
         model = wrap_model_fsdp(NanoLlama(run.model, seed=0), run.parallel, torch.device("cpu"))
         model.attention = "sdpa"  # a GPU keeps no probabilities
@@ -117,7 +117,7 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
             live.watch(tensor)
         shape = (run.data.micro_batch_size, run.data.sequence_length)
         steps = run.data.rows // ranks // run.data.micro_batch_size
-        for _ in range(2):  # the optimizer's state comes with its first step
+        for _ in range(2):  # the first step creates the optimizer's state
             live.peak = 0
             with live:
                 batches = [torch.randint(0, run.model.vocab_size, shape) for _ in range(steps)]
@@ -126,7 +126,7 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
                     loss, sums = compute_loss_with_z_penalty(model(tokens, tokens), 1e-4)
                     loss.backward()
                     del loss, sums
-                whole, live.peak = live.peak, 0
+                step_peak, live.peak = live.peak, 0
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
             optimizer.zero_grad()
@@ -134,7 +134,12 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
         moments = sum(
             local_bytes(value) for state in optimizer.state.values() for value in state.values()
         )
-        return {"parameters": parameters, "moments": moments, "peak": whole, "update": live.peak}
+        return {
+            "parameters": parameters,
+            "moments": moments,
+            "peak": step_peak,
+            "update": live.peak,
+        }
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -142,9 +147,9 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
 def test_bytes_of_parameters_and_optimizer_state(strategy, ranks):
     model = replace(SMALL, tie_word_embeddings=ranks == 2, qk_norm=strategy == "ddp")
     parallel = ParallelConfig(strategy=strategy, dtype="bfloat16", compile=False)
-    found = measure(small_run(parallel, 1, ranks, model), ranks)
-    assert sharded_bytes(model, strategy, ranks) == pytest.approx(found["parameters"], rel=0.01)
-    assert moment_bytes(model, strategy, ranks) == pytest.approx(found["moments"], rel=0.01)
+    measured = measure(small_run(parallel, 1, ranks, model), ranks)
+    assert sharded_bytes(model, strategy, ranks) == pytest.approx(measured["parameters"], rel=0.01)
+    assert moment_bytes(model, strategy, ranks) == pytest.approx(measured["moments"], rel=0.01)
     if strategy == "ddp" or ranks == 1:
         assert sharded_bytes(model, strategy, ranks) == 4 * model.num_parameters
 
@@ -153,13 +158,14 @@ def test_bytes_of_parameters_and_optimizer_state(strategy, ranks):
 @pytest.mark.parametrize("strategy", ["zero2", "ddp"])
 def test_bytes_of_muon(strategy, ranks):
     parallel = ParallelConfig(strategy=strategy, dtype="float32", compile=False)
-    model = replace(
-        SMALL, num_hidden_layers=4
-    )  # the pretended group refuses empty messages, so each rank has every shape
+    # The fake group refuses empty messages, so each rank needs every shape.
+    model = replace(SMALL, num_hidden_layers=4)
     run = replace(small_run(parallel, 1, ranks, model), optim=OptimConfig(name="muon"))
-    found, said = measure(run, ranks), memory(run, ranks)
-    assert moment_bytes(model, strategy, ranks, "muon") == pytest.approx(found["moments"], rel=0.01)
-    assert 1 <= (said.moments["optimizer step"] - CONTEXT) / found["update"] <= 1.2
+    measured, estimate = measure(run, ranks), memory(run, ranks)
+    assert moment_bytes(model, strategy, ranks, "muon") == pytest.approx(
+        measured["moments"], rel=0.01
+    )
+    assert 1 <= (estimate.moments["optimizer step"] - CONTEXT) / measured["update"] <= 1.2
 
 
 @pytest.mark.parametrize(
@@ -177,23 +183,26 @@ def test_bytes_of_muon(strategy, ranks):
 )
 def test_peak_of_an_eager_step(strategy, checkpointing, dtype, micro_batches, monkeypatch):
     monkeypatch.setattr(memory_model, "CONTEXT", 0)
-    monkeypatch.setattr(memory_model, "LOGITS_CHUNK", 256)  # what a CPU takes
+    monkeypatch.setattr(memory_model, "LOGITS_CHUNK", 256)  # the CPU's backend
     monkeypatch.setattr("models.losses.MAX_KEPT_LOGITS", 0)  # a GPU never keeps logits
     parallel = ParallelConfig(
         strategy=strategy, activation_checkpointing=checkpointing, dtype=dtype, compile=False
     )
     run = small_run(parallel, micro_batches, 2)
-    found, said = measure(run, 2), memory(run, 2)
-    assert 0.99 <= said.total / found["peak"] <= 1.12
-    assert said.moments["optimizer step"] == pytest.approx(found["update"], rel=0.02)
+    measured, estimate = measure(run, 2), memory(run, 2)
+    assert 0.99 <= estimate.total / measured["peak"] <= 1.12
+    assert estimate.moments["optimizer step"] == pytest.approx(measured["update"], rel=0.02)
 
 
 def saved_bytes(
     model: ModelConfig, checkpointing: str, dtype: torch.dtype, backend: str | None
 ) -> float:
-    """Bytes a token that autograd saves for one block's backward pass, without parameters and rotary tables."""
-    tokens, whole = 2 * model.max_position_embeddings, NanoLlama(model, seed=0)
-    block = whole.layers[0]
+    """Return bytes per token that autograd saves for one block's backward pass.
+
+    Parameters and rotary tables are not counted.
+    """
+    tokens, network = 2 * model.max_position_embeddings, NanoLlama(model, seed=0)
+    block = network.layers[0]
     if checkpointing != "none":
         keep = (
             {"context_fn": partial(create_selective_checkpoint_contexts, _keep_matmuls)}
@@ -205,13 +214,13 @@ def saved_bytes(
         torch._dynamo.reset()
         block.compile(fullgraph=True, backend=backend)
     block.to(dtype)
-    cos, sin = whole.rotary(model.max_position_embeddings)
+    cos, sin = network.rotary(model.max_position_embeddings)
     known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), cos, sin)}
-    found: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def keep_sight(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.untyped_storage().data_ptr() not in known:
-            found[tensor.untyped_storage().data_ptr()] = tensor
+            saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     x = torch.randn(
@@ -219,7 +228,7 @@ def saved_bytes(
     )
     with torch.autograd.graph.saved_tensors_hooks(keep_sight, lambda tensor: tensor):
         block(x * 1, cos, sin, None)  # not a leaf, as between blocks
-    return sum(tensor.untyped_storage().nbytes() for tensor in found.values()) / tokens
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / tokens
 
 
 @pytest.mark.parametrize(
@@ -244,9 +253,9 @@ def saved_bytes(
 )
 def test_bytes_of_activations(checkpointing, dtype, backend, qk_norm):
     model = replace(SMALL, qk_norm=qk_norm)
-    said = activation_bytes(model, checkpointing, dtype.itemsize, compiled=backend is not None)
+    estimate = activation_bytes(model, checkpointing, dtype.itemsize, compiled=backend is not None)
     assert saved_bytes(model, checkpointing, dtype, backend) == pytest.approx(
-        said, rel=0.04 if checkpointing == "full" else 0.001
+        estimate, rel=0.04 if checkpointing == "full" else 0.001
     )
 
 
@@ -297,12 +306,10 @@ def test_plan_1b_on_two_h100(plan_1b):
         == 6 * 22 * 2048 * 16_384
     )
     counters = 26 * 4 * len(parameter_shapes(ModelConfig()))  # AdamW's steps
-    assert (
-        report["disk"]["checkpoints"] == (26 * 14 + 7 * 2) * 1_100_048_384 + counters
-    )  # phases and three stages
-    assert report["disk"]["tokens"] == 2 * (
-        26e9 + 1.8e9 + 8e9 + 3 * 1.1e9
-    )  # what is downloaded, not what is read
+    # Phases and three stages.
+    assert report["disk"]["checkpoints"] == (26 * 14 + 7 * 2) * 1_100_048_384 + counters
+    # Tokens downloaded, not tokens read.
+    assert report["disk"]["tokens"] == 2 * (26e9 + 1.8e9 + 8e9 + 3 * 1.1e9)
     text = show(report)
     for words in (
         "fineweb_edu: 24.12B tokens",
@@ -328,9 +335,8 @@ def test_what_does_not_fit_is_refused_and_the_advice_fits(plan_1b, gpu):
         settings = [word for word in option.split(" (")[0].split() if "=" in word]
         changed = load("configs/phase1_pretrain.yaml", settings)
         assert memory(changed, 2).total <= 0.92 * GPUS[gpu].memory
-        if (
-            len(settings) == 1 and "micro_batch_size" in settings[0]
-        ):  # and the next larger one does not
+        # The next larger size does not fit.
+        if len(settings) == 1 and "micro_batch_size" in settings[0]:
             doubled = load(
                 "configs/phase1_pretrain.yaml",
                 [f"data.micro_batch_size={2 * changed.data.micro_batch_size}"],
@@ -383,9 +389,8 @@ def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
             so_far[name] += epochs
             assert phase["sources"][name]["epochs"] == pytest.approx(epochs, rel=0.01)
             assert phase["sources"][name]["epochs_so_far"] == pytest.approx(so_far[name], rel=0.01)
-    assert report["phases"][0]["loss"] is None and "no forecast" in show(
-        report
-    )  # far below what the law was fitted on
+    # Far below the range that the law was fitted on.
+    assert report["phases"][0]["loss"] is None and "no forecast" in show(report)
     warned = {name for name, epochs in so_far.items() if epochs > 4}
     assert (
         warned
@@ -406,7 +411,10 @@ def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
 
 
 def test_bytes_of_a_checkpoint(settings, tmp_path):
-    shape = "model={vocab_size: 384, hidden_size: 384, intermediate_size: 1024, num_hidden_layers: 4, num_attention_heads: 4, "
+    shape = (
+        "model={vocab_size: 384, hidden_size: 384, intermediate_size: 1024, "
+        "num_hidden_layers: 4, num_attention_heads: 4, "
+    )
     overrides = settings(
         shape + "num_key_value_heads: 2, max_position_embeddings: 64}",
         "validation.every=0",
@@ -416,18 +424,21 @@ def test_bytes_of_a_checkpoint(settings, tmp_path):
     run = load(ROOT / "configs" / "test_mode.yaml", overrides)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(to_dict(run)))
-    said = forecast(Plan("small", (PlanPhase(str(path)),), ranks=1), "h100")["disk"]["checkpoint"]
+    estimate = forecast(Plan("small", (PlanPhase(str(path)),), ranks=1), "h100")["disk"][
+        "checkpoint"
+    ]
     files = [
         file for file in (tmp_path / "checkpoints" / "one" / "step_1").rglob("*") if file.is_file()
     ]
-    assert said == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
+    assert estimate == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
 
 
 def test_the_law_of_the_loss():
     assert forecast_loss(70_000_000_000, 1.4e12)[0] == pytest.approx(
         1.8172 + 482.01 / 5928 + 2085.43 / 27_560, abs=0.003
     )
-    flops = 5.76e23  # Chinchilla's; its authors, and those of the new fit, find about 20 tokens a parameter best there
+    # Chinchilla's budget; its authors and the newer fit find about 20 tokens/parameter optimal.
+    flops = 5.76e23
     sizes = [int(10 ** (9 + i / 200)) for i in range(600)]
     best = min(sizes, key=lambda size: forecast_loss(size, flops / (6 * size))[0])
     assert 15 < flops / (6 * best) / best < 30

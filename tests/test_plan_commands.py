@@ -90,7 +90,7 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
 
 
 def commands(plan: Plan) -> list[str]:
-    """Commands of a plan and of its advice, with their placeholders filled in."""
+    """Return commands of a plan and of its advice, with placeholders filled in."""
     stages = [command for stage in plan.stages for command in stage.commands.values()]
     templates = [*plan.before.values(), *plan.evals.values(), *stages, *plan.after.values()]
     filled = [
@@ -108,7 +108,7 @@ def advices(plan: Plan) -> list[str]:
 
 
 def page_commands(text: str) -> list[str]:
-    """Commands in the code blocks of a page: continued lines joined, comments removed."""
+    """Return commands in the code blocks of a page, lines joined, comments removed."""
     lines = "".join(CODE_BLOCK.findall(text)).replace("\\\n", " ").splitlines()
     commands = [line.partition(" #")[0].strip() for line in lines]
     return [command for command in commands if command.startswith(("python ", "torchrun "))]

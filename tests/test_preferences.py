@@ -1,4 +1,4 @@
-"""Preference pairs: what rows of each form become, what is dropped, where prompts are cut, and how pairs are laid out."""
+"""Preference pairs: formats of rows, dropped rows, truncated prompts, layout in batches."""
 
 import json
 import random
@@ -64,7 +64,7 @@ def test_a_transcript_is_cut_at_the_last_assistant_in_common():
 
 
 @pytest.mark.parametrize(
-    ("row", "kind", "said"),
+    ("row", "kind", "message"),
     [
         (hh(ASKED + " Yes", ASKED + " Yes "), Dropped, "the same"),
         (
@@ -84,23 +84,23 @@ def test_a_transcript_is_cut_at_the_last_assistant_in_common():
         ),
     ],
 )
-def test_transcripts_that_are_no_pair(row, kind, said):
-    with pytest.raises(ValueError, match=said) as caught:
+def test_transcripts_that_are_no_pair(row, kind, message):
+    with pytest.raises(ValueError, match=message) as caught:
         parse_hh(row)
     assert caught.type is kind
 
 
 def test_messages_with_and_without_their_prompt_in_front(tokenizer):
-    """UltraFeedback gives both; a list of messages, or plain text, may be the prompt."""
+    """UltraFeedback has both forms; the prompt is a list of messages or plain text."""
     prompt = [user("Hi"), says("Hello"), user("Why?")]
-    whole = {"prompt": "Why?", "chosen": [*prompt, says("A")], "rejected": [*prompt, says("B")]}
-    assert parse_messages(whole) == parse_messages(
+    full_row = {"prompt": "Why?", "chosen": [*prompt, says("A")], "rejected": [*prompt, says("B")]}
+    assert parse_messages(full_row) == parse_messages(
         {"prompt": prompt, "chosen": [says("A")], "rejected": [says("B")]}
     )
     assert parse_messages({"prompt": "Why?", "chosen": "A", "rejected": "B"}).prompt == [
         user("Why?")
     ]
-    for row, said in (
+    for row, expected in (
         ({"prompt": [], "chosen": "A", "rejected": "B"}, "no common prompt"),
         (
             {"chosen": [user("x"), says("A")], "rejected": [user("y"), says("A")]},
@@ -115,26 +115,26 @@ def test_messages_with_and_without_their_prompt_in_front(tokenizer):
         ),
         ({"prompt": "x", "chosen": 3, "rejected": "y"}, "neither text nor messages"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=expected):
             parse_messages(row)
     chat = Chat.from_folder(tokenizer)
-    for row, said in (
+    for row, expected in (
         ({"prompt": "x", "chosen": " A", "rejected": "A\n"}, "the same"),
         ({"prompt": "x", "chosen": "A", "rejected": " \n"}, "an empty answer"),
         ({"prompt": [says("x")], "chosen": "A", "rejected": "B"}, "assistant after nothing"),
         ({"prompt": "x", "chosen": [user("A")], "rejected": [user("B")]}, "no common prompt"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=expected):
             clean_pair(chat, parse_messages(row))
 
 
-def prepared(tokenizer, tmp_path, rows, length, **how):
+def prepared(tokenizer, tmp_path, rows, length, **options):
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows)
     )
     config = PreferenceConfig(
-        {"own": PairSource(str(path))}, str(tmp_path / "cache"), **{"val_fraction": 0.0, **how}
+        {"own": PairSource(str(path))}, str(tmp_path / "cache"), **{"val_fraction": 0.0, **options}
     )
     folder = prepare(config, ["own"], tokenizer, length)["own"]
     return Pairs(folder, "train"), Pairs(folder, "val")
@@ -161,10 +161,10 @@ def test_prompts_are_cut_at_a_turn_and_answers_never(tokenizer, tmp_path):
     assert pairs.report["pairs"] == {"train": 2, "val": 0} and pairs.report["cut"] == 2
     chat = Chat.from_folder(tokenizer)
     (chosen, rejected), prompt = pairs.read(0)
-    whole = chat.render(chat.clean({"messages": [system, user("c" * 20), says("d" * 30)]}))
-    assert chat.tokenizer.decode(chosen.tolist(), skip_special_tokens=False) == whole.removesuffix(
-        "\n"
-    )
+    full_prompt = chat.render(chat.clean({"messages": [system, user("c" * 20), says("d" * 30)]}))
+    assert chat.tokenizer.decode(
+        chosen.tolist(), skip_special_tokens=False
+    ) == full_prompt.removesuffix("\n")
     assert (
         chat.tokenizer.decode(chosen[prompt:].tolist(), skip_special_tokens=False)
         == "d" * 30 + "<|im_end|>"
@@ -223,7 +223,7 @@ def test_layout_holds_every_document_once_in_rows_that_fit():
         assert max(sum(lengths[i] for i in row) for row in rows) <= length <= 100
         assert length % multiple == 0 or length == 100
         assert len(rows) * length <= 1.5 * sum(lengths) + 2 * max(lengths) + 8 * len(rows)
-    assert lay_out([50, 50, 50, 50], 100)[1] == 50  # no longer than the longest where that fills up
+    assert lay_out([50, 50, 50, 50], 100)[1] == 50  # rows are not longer than the longest pair
 
 
 def many(tokenizer, tmp_path):
@@ -241,50 +241,53 @@ def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, 
     parts = [PairLoader(*shape, 1, seed=3, rank=rank, world=2) for rank in (0, 1)]
     seen = []
     for place in range(count):  # four epochs
-        whole, shares = one.at(place), [part.at(place) for part in parts]
+        full_step, shares = one.at(place), [part.at(place) for part in parts]
         assert (
-            whole.loss_denominator == 4
+            full_step.loss_denominator == 4
             and {share.loss_denominator for share in shares} == {4}
-            and {share.tokens for share in shares} == {whole.tokens}
+            and {share.tokens for share in shares} == {full_step.tokens}
         )
         assert all(
             torch.equal(a, b)
-            for a, b in zip(one.at(place).batches[0], whole.batches[0], strict=True)
+            for a, b in zip(one.at(place).batches[0], full_step.batches[0], strict=True)
         )
         batches = [batch for share in shares for batch in share.batches]
         assert len(batches) == 4
         answers = [ids for batch in batches for ids in answers_of(batch)[:1]] + [
             ids for batch in batches for ids in answers_of(batch)[1:]
         ]
-        assert answers == answers_of(whole.batches[0])
+        assert answers == answers_of(full_step.batches[0])
         seen += [tuple(ids) for ids in answers[:4]]
     expected = [tuple(train.read(i)[0][0][train.read(i)[1] :]) for i in range(count)]
     for epoch in range(4):
         assert sorted(seen[epoch * count : (epoch + 1) * count]) == sorted(expected)
     with pytest.raises(ValueError, match="4 pairs per step do not divide over 1 rank"):
         PairLoader(*shape, 3, seed=3)
-    held = [ValidationPairs({"own": val}, 7, 2, 200, rank, 2) for rank in (0, 1)]
-    batches = [part.batches()["own"] for part in held]
+    validation = [ValidationPairs({"own": val}, 7, 2, 200, rank, 2) for rank in (0, 1)]
+    batches = [part.batches()["own"] for part in validation]
     assert [number for _, number in batches] == [7, 7] and len(batches[0][0]) == len(
         batches[1][0]
     ) == 2
     assert sum(float(batch.counted.sum()) for part, _ in batches for batch in part) == 7
     named = [
-        name for part in held for _, make in part.steps() for names, _ in make() for name in names
+        name
+        for part in validation
+        for _, make in part.steps()
+        for names, _ in make()
+        for name in names
     ]
-    assert sorted(named) == [
-        ("own", index) for index in range(7)
-    ]  # each once: what fills up has no name
+    # Each pair once: padding rows have no name.
+    assert sorted(named) == [("own", index) for index in range(7)]
 
 
 def answers_of(batch):
-    """The trained ids of each document."""
+    """Return the trained ids of each document."""
     flat = torch.cat([batch.targets.flatten(), torch.tensor([IGNORE])])
     return [[int(i) for i in flat[places] if i != IGNORE] for places in batch.places]
 
 
 def test_log_probabilities_equal_those_of_each_answer_alone(tmp_path):
-    """transformers, one document at a time, against rows that hold several; what stands in one changes nothing in others."""
+    """Packed rows equal transformers on one document; documents do not influence each other."""
     from transformers import LlamaForCausalLM
 
     pairs = parity_dpo.write_case(tmp_path)

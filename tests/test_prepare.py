@@ -1,4 +1,4 @@
-"""The pipeline: what becomes of each document, killed and resumed, on one machine, on Slurm and on Ray."""
+"""The data pipeline: the fate of each document, kills and resumes, one node, Slurm and Ray."""
 
 import contextlib
 import fcntl
@@ -30,18 +30,19 @@ from data.tokenizers.bpe import load_tokenizer, special_ids
 from training.settings import load_settings
 
 ITEM = (
-    "A farmer carries forty seven baskets of purple onions over the frozen bridge, sells nineteen of them to the miller's "
-    "youngest daughter and drops six into the river. How many baskets reach the market on the other side?"
+    "A farmer carries forty seven baskets of purple onions over the frozen bridge, sells "
+    "nineteen of them to the miller's youngest daughter and drops six into the river. How many "
+    "baskets reach the market on the other side?"
 )
 SECRET = "Write to some.body@somewhere.org or 8.8.8.8 about it."
 FOREIGN = (
-    "Die Bauern trugen ihre Körbe über die gefrorene Brücke und verkauften sie auf dem Markt in der alten Stadt. "
-    * 3
+    "Die Bauern trugen ihre Körbe über die gefrorene Brücke und verkauften sie auf dem Markt in "
+    "der alten Stadt. " * 3
 )
 
 
 def sentences(seed: int, count: int = 30) -> str:
-    """English-looking prose that shares no 5 words with that of another seed."""
+    """Return English-like prose; two seeds share no sequence of 5 words."""
     rng = random.Random(seed)
     words = [
         "the",
@@ -72,27 +73,26 @@ def sentences(seed: int, count: int = 30) -> str:
 
 
 def make_store(folder: Path) -> tuple[Path, dict[str, str]]:
-    """A store of three sources in five parts; returns its recipe and what should become of the documents that matter."""
+    """Write a store of three sources in five parts; return recipe and expected fates."""
     prose = [(f"prose/{i}", sentences(i)) for i in range(40)]
     fate = {}
 
-    def plant(source: list[tuple[str, str]], place: int, id: str, text: str, what: str) -> None:
+    def plant(source: list[tuple[str, str]], place: int, id: str, text: str, outcome: str) -> None:
         source.insert(place, (id, text))
-        fate[id] = what
+        fate[id] = outcome
 
-    other = [(f"other/{i}", sentences(100 + i)) for i in range(20)]
+    others = [(f"other/{i}", sentences(100 + i)) for i in range(20)]
     plant(prose, 3, "foreign", FOREIGN, "language")
     plant(prose, 9, "short", "Too short.", "too_short")
-    plant(prose, 30, "equal", sentences(2), "repeated")  # in another part than prose/2
+    plant(prose, 30, "equal", sentences(2), "repeated")  # its duplicate prose/2 is in another part
     plant(prose, 31, "loud", "Buy it now. " * 60, "dup")
-    plant(
-        other, 5, "near", sentences(7).replace("was", "is", 1), "repeated"
-    )  # of another source's prose/7
-    plant(other, 8, "leak", f"{sentences(300, 10)} {ITEM} {sentences(301, 10)}", "contaminated")
+    # Its duplicate prose/7 is in another source.
+    plant(others, 5, "near", sentences(7).replace("was", "is", 1), "repeated")
+    plant(others, 8, "leak", f"{sentences(300, 10)} {ITEM} {sentences(301, 10)}", "contaminated")
     plant(prose, 12, "mail", f"{sentences(302)} {SECRET}", "kept")
     store = folder / "store"
     write_documents(store, "prose", prose, parts=2)
-    write_documents(store, "other", other, parts=2)
+    write_documents(store, "other", others, parts=2)
     write_documents(store, "code", library(40))
     (folder / "tests.jsonl").write_text(
         json.dumps({"id": "q1", "text": ITEM}) + "\n" + json.dumps({"id": "q2", "text": "Why?"})
@@ -114,15 +114,14 @@ def make_store(folder: Path) -> tuple[Path, dict[str, str]]:
         "executor": {"workers": 1},
     }
     path = folder / "recipe.yaml"
-    path.write_text(
-        yaml.safe_dump(recipe, sort_keys=False)
-    )  # the order says which of two equal documents stays
+    # The order decides which duplicate stays.
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     train_store_tokenizer(load_settings(Recipe, path))
     return path, fate
 
 
 def shards(store: Path) -> dict[str, bytes]:
-    """Every byte of a store's shards."""
+    """Return each file of a store's shards as bytes."""
     paths = [path for path in sorted((store / "tokens").rglob("*")) if path.is_file()]
     return {
         str(path.relative_to(store)): path.read_bytes() for path in paths if path.suffix != ".json"
@@ -136,9 +135,9 @@ def texts(store: Path, source: str, split: str) -> list[str]:
     )
     tokens, doc_ids = shards.read(0, len(shards))
     bos = special_ids(tokenizer).bos
-    found = [tokens[doc_ids == i].tolist() for i in range(shards.documents)]
-    assert all(ids[0] == bos and bos not in ids[1:] for ids in found)
-    return [tokenizer.decode(ids[1:], skip_special_tokens=False) for ids in found]
+    documents = [tokens[doc_ids == i].tolist() for i in range(shards.documents)]
+    assert all(ids[0] == bos and bos not in ids[1:] for ids in documents)
+    return [tokenizer.decode(ids[1:], skip_special_tokens=False) for ids in documents]
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +151,7 @@ def done(tmp_path_factory):
 def test_every_document_meets_its_fate(done):
     path, _, store = done
     recipe, split = load_settings(Recipe, path), Split(0.1)
-    made = {
+    shards_by_name = {
         f"{source}/{s}": texts(store, source, s)
         for source in recipe.sources
         for s in ("train", "val")
@@ -161,17 +160,18 @@ def test_every_document_meets_its_fate(done):
         for i in range(40 if source == "prose" else 20):
             text = sentences(i if source == "prose" else 100 + i)
             which = split.of(f"{prefix}/{i}")
-            other = "val" if which == "train" else "train"
+            other_split = "val" if which == "train" else "train"
             assert (
-                made[f"{source}/{which}"].count(text) == 1 and text not in made[f"{source}/{other}"]
+                shards_by_name[f"{source}/{which}"].count(text) == 1
+                and text not in shards_by_name[f"{source}/{other_split}"]
             ), (source, i)
-    everything = "\n".join(text for part in made.values() for text in part)
+    everything = "\n".join(text for part in shards_by_name.values() for text in part)
     assert not any(text in everything for text in (ITEM, FOREIGN, "Buy it now", "Too short"))
     assert (
         SECRET not in everything and "email@example.com or 22.214.171.124 about it." in everything
     )
     assert (
-        sentences(7) in made[f"prose/{split.of('prose/7')}"]
+        sentences(7) in shards_by_name[f"prose/{split.of('prose/7')}"]
         and sentences(7).replace("was", "is", 1) not in everything
     )
     report = json.loads((store / "report.json").read_text())["sources"]
@@ -181,9 +181,8 @@ def test_every_document_meets_its_fate(done):
         == report["prose"]["masked"]
         == 1
     )
-    assert (
-        sum(n for key, n in report["prose"].items() if key.startswith("dropped/")) == 3
-    )  # and the loud one
+    # The third one is the repetitive document.
+    assert sum(n for key, n in report["prose"].items() if key.startswith("dropped/")) == 3
     assert (
         report["prose"]["repeated"] == report["other"]["repeated"] == 1
         and report["other"]["contaminated"] == 1
@@ -197,7 +196,7 @@ def test_every_document_meets_its_fate(done):
         assert (
             count["documents"] - gone
             == count["kept"]
-            == len(made[f"{source}/train"]) + len(made[f"{source}/val"])
+            == len(shards_by_name[f"{source}/train"]) + len(shards_by_name[f"{source}/val"])
         )
     hits = json.loads((store / "contaminated_ids.json").read_text())
     assert list(hits["documents"]) == ["leak"] and hits["documents"]["leak"][0]["test_id"] == "q1"
@@ -224,7 +223,7 @@ def test_cutting_keeps_the_rest_of_a_document(done, tmp_path):
     )
     assert ITEM not in everything and "purple onions" not in everything
     assert sentences(300, 10) in everything and sentences(301, 10) in everything
-    assert sentences(7).replace("was", "is", 1) in everything  # a repeat, and dedup is off
+    assert sentences(7).replace("was", "is", 1) in everything  # a duplicate, and dedup is off
 
 
 def test_exact_dedup_drops_equal_texts_only(tmp_path):
@@ -281,7 +280,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
             time.sleep(0.001)
         if run.poll() is None:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
-                # Kill its tasks with it, or leave them behind.
+                # Kill its tasks as well, or leave them running.
                 (os.killpg if kills % 2 else os.kill)(run.pid, signal.SIGKILL)
                 kills += 1
             run.wait()
@@ -314,7 +313,8 @@ script="${@: -1}"; number=$(ls "$SLURM_SPOOL" | wc -l); cp "$script" "$SLURM_SPO
 echo "$@" >"$SLURM_SPOOL/$number.args"
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 for i in $(seq 0 "$last"); do
-    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" >>"$SLURM_SPOOL/$number.out" 2>&1 || exit 1
+    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" \
+>>"$SLURM_SPOOL/$number.out" 2>&1 || exit 1
 done
 echo "Submitted batch job 10$number"
 """
@@ -357,9 +357,8 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
             and "--mem-per-cpu=4G\n" in script
         )
     arguments = [file.read_text() for file in sorted(spool.glob("*.args"))]
-    assert (
-        sum("--dependency=afterok:" in text for text in arguments) == 4
-    )  # each but the first waits for the one before
+    # Each job but the first waits for its predecessor.
+    assert sum("--dependency=afterok:" in text for text in arguments) == 4
     assert shards(Path(recipe.store)) == shards(done[2])
     assert prepare(recipe) == "already there"
     shutil.rmtree(Path(recipe.store) / "tokens")
@@ -402,9 +401,8 @@ def test_the_order_of_sources_is_part_of_what_was_done(tmp_path):
     turned = replace(recipe, sources=dict(reversed(recipe.sources.items())))
     assert prepare(turned) == "done"
     report = json.loads((Path(recipe.store) / "report.json").read_text())["sources"]
-    assert (
-        report["prose"]["repeated"] == 2 and report["other"]["repeated"] == 0
-    )  # now the other source keeps what both have
+    # Now the other source keeps the duplicates.
+    assert report["prose"]["repeated"] == 2 and report["other"]["repeated"] == 0
     of_library = {text for _, text in library(40)}
     assert set(texts(Path(recipe.store), "code", "train")) <= of_library
 
@@ -443,7 +441,8 @@ def test_shards_that_were_deleted_or_cut_are_made_again(tmp_path):
 def test_e_mail_is_masked_as_datatrove_does_but_in_linear_time():
     ours, stock = Mask(), PIIFormatter()
     for text in (
-        "Write to a.b+c@some-where.co.uk, or (x_y@z.org); not @home, a@b, or me@localhost. 8.8.8.8 and 10.0.0.1.",
+        "Write to a.b+c@some-where.co.uk, or (x_y@z.org); not @home, a@b, or me@localhost. "
+        "8.8.8.8 and 10.0.0.1.",
         "one@example.net two@example.net three@sub.example.net\nfour@example.net:five@example.net",
         "no address at all @ some place. a@b.c@d.e",
     ):

@@ -1,4 +1,4 @@
-"""The README's first command, whole: the real corpus, all stages and three phases, with few training steps."""
+"""The README's first command: real corpus, all stages and three phases, few training steps."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    """A working folder with the quickstart's configs cut down to a few steps, and the output of running it there."""
+    """A folder with the quickstart's configs at a few steps, and the output of running it there."""
     place = tmp_path_factory.mktemp("quickstart")
     wheels = ROOT / "data" / "store" / "wheels"  # downloads, shared with other tests
     wheels.mkdir(parents=True, exist_ok=True)
@@ -49,14 +49,14 @@ def quickstart(tmp_path_factory):
     path = place / "configs" / "quickstart" / "plan.yaml"
     plan = yaml.safe_load(path.read_text())
     gates = [{"metric": "stem.bits_per_byte", "go": 7.0, "no_go": 8.0}]
+    # One is in the middle of the phase.
     plan["phases"][2]["milestones"] = [
         {"step": 7, "evals": ["chat"]},
         {"step": 9, "gates": gates},
-    ]  # one in the middle of the phase
+    ]
     for stage in plan["stages"]:
-        stage["gates"] = [
-            {**gate, "go": -9.0, "no_go": -10.0} for gate in stage["gates"]
-        ]  # after 3 steps any score is fine
+        # After 3 steps any score is accepted.
+        stage["gates"] = [{**gate, "go": -9.0, "no_go": -10.0} for gate in stage["gates"]]
     for name in ("chat", "pairs"):
         plan["evals"][name] = plan["evals"][name].replace(" --limit 32", "") + " --limit 2"
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
@@ -110,7 +110,7 @@ def test_what_it_leaves(quickstart):
     for stage, steps in (
         ("sft", 3),
         ("dpo", 2),
-    ):  # which count for themselves, and leave the pretraining's log alone
+    ):  # they count their own steps and do not change pretraining's log
         assert [row["step"] for row in read_metrics(place / "logs" / "quickstart" / stage)] == list(
             range(1, steps + 1)
         )
@@ -122,16 +122,16 @@ def test_what_it_leaves(quickstart):
     assert set(report["metrics"]) == {"wikipedia", "factbook", "code", "maths", "stem", "all"}
     for figures in report["metrics"].values():
         assert 2 < figures["bits_per_byte"]["value"] < 6 and figures["tokens"]["value"] > 5_000
-    found = json.loads((place / "results" / "quickstart" / "benchmark_results.json").read_text())
-    assert set(found["evaluations"]) == {"perplexity", "hellaswag", "arc", "chat", "pairs"}
-    assert [gate["outcome"] for gate in found["training"]["gates"]] == ["go"] * 4
+    results = json.loads((place / "results" / "quickstart" / "benchmark_results.json").read_text())
+    assert set(results["evaluations"]) == {"perplexity", "hellaswag", "arc", "chat", "pairs"}
+    assert [gate["outcome"] for gate in results["training"]["gates"]] == ["go"] * 4
     assert (
-        set(found["stages"]) == {"step_7", "step_9", "sft", "dpo"}
-        and "chat.acc" in found["stages"]["sft"]
+        set(results["stages"]) == {"step_7", "step_9", "sft", "dpo"}
+        and "chat.acc" in results["stages"]["sft"]
     )
     assert (
-        found["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"]
-        and not found["not_measured"]
+        results["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"]
+        and not results["not_measured"]
     )
     page = (place / "results" / "quickstart" / "report.html").read_text()
     assert "<h1>quickstart</h1>" in page and "Stage by stage" in page and "after sft" in page
@@ -170,13 +170,10 @@ def test_what_the_pipeline_made_of_it(quickstart):
     store = place / "data" / "store" / "quickstart"
     report = json.loads((store / "report.json").read_text())["sources"]
     assert report["maths"]["documents"] == 5521 and 200 < report["maths"]["repeated"] < 300
-    assert (
-        report["code"]["documents"] > 500
-    )  # this Python's own library: its text differs by version
+    assert report["code"]["documents"] > 500  # the text of Python's library differs by version
     hits = json.loads((store / "contaminated_ids.json").read_text())
-    assert (
-        "wikipedia/Winter" in hits["documents"]
-    )  # "a result of the tilt of Earth's axis": an ARC question in so many words
+    # "a result of the tilt of Earth's axis" occurs verbatim in an ARC question.
+    assert "wikipedia/Winter" in hits["documents"]
     assert 0 < len(hits["documents"]) < 20
     assert sum(source["contaminated"] for source in report.values()) == len(hits["documents"])
     table = (store / "contamination.md").read_text()

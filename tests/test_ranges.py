@@ -1,4 +1,4 @@
-"""Ranges of settings: every numeric field of every config declares one, and values outside it end in one sentence."""
+"""Ranges of settings: every numeric config field has one; other values give a one-line error."""
 
 import argparse
 import ast
@@ -36,30 +36,30 @@ HUGE = "9" * 5000
 
 
 def inner_types(hint):
-    """The types in a type: itself, or its parts without ranges and containers."""
+    """Return the types inside a type, without ranges and containers."""
     if typing.get_origin(hint) is Annotated or not typing.get_args(hint):
         return [hint]
     return [inner for part in typing.get_args(hint) for inner in inner_types(part)]
 
 
 def configs() -> list[type]:
-    """Every dataclass that a config file is read into."""
-    found: list[type] = []
+    """Return every dataclass that a config file is read into."""
+    classes: list[type] = []
     queue: list = list(COMMANDS)
     while queue:
         kind = queue.pop()
-        if dataclasses.is_dataclass(kind) and kind not in found:
-            found.append(kind)
+        if dataclasses.is_dataclass(kind) and kind not in classes:
+            classes.append(kind)
             queue += [
                 inner
                 for field in dataclasses.fields(kind)
                 for inner in inner_types(hints(kind)[field.name])
             ]
-    return found
+    return classes
 
 
 def numbers():
-    """(dataclass, field name, type, range or None) of every number in a config, also inside lists and mappings."""
+    """Yield (dataclass, field, type, range or None) of each config number, also in containers."""
     for kind in configs():
         for field in dataclasses.fields(kind):
             for inner in inner_types(hints(kind)[field.name]):
@@ -153,7 +153,7 @@ def test_both_ends_of_every_range(kind, name, base, allowed):
 
 
 def made(kind: type, **values):
-    """A config dataclass with stand-ins for required fields."""
+    """Create a config dataclass with placeholders for required fields."""
     required = {
         field.name: {
             "mvp": 1.0,
@@ -178,13 +178,13 @@ def test_code_that_makes_a_config_meets_the_range_too(kind, name, base, allowed)
     hint = hints(kind)[name]
     outer = typing.get_origin(hint)
     value = math.nan if base is float else -(2**63)
-    given = {"x": value} if outer is dict else (value,) if outer is tuple else value
+    argument = {"x": value} if outer is dict else (value,) if outer is tuple else value
     with pytest.raises(ValueError, match=rf"{name}\S*=\S+ must "):
-        made(kind, **{name: given})
+        made(kind, **{name: argument})
 
 
 def test_ranges_say_what_they_allow():
-    said = [
+    messages = [
         *(
             str(Range(0)),
             str(Range(0, open_least=True)),
@@ -194,7 +194,7 @@ def test_ranges_say_what_they_allow():
         ),
         str(Range(0, 2**63, open_most=True)),
     ]
-    assert said == [
+    assert messages == [
         *("must not be negative", "must be above 0", "must be at least 1 and at most 3"),
         *(
             "must be at least 0 and below 1",
@@ -222,7 +222,7 @@ MODEL = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "file", "override", "said"),
+    ("kind", "file", "override", "message"),
     [
         *(
             (RunConfig, "base_1b", f"model.{name}={value}", f"model.{name}=.* must")
@@ -308,8 +308,8 @@ MODEL = [
         else None
     ),
 )
-def test_wrong_values_end_in_one_sentence(kind, file, override, said):
-    with pytest.raises(ValueError, match=said) as caught:
+def test_wrong_values_end_in_one_sentence(kind, file, override, message):
+    with pytest.raises(ValueError, match=message) as caught:
         load_settings(kind, ROOT / "configs" / f"{file}.yaml", [override])
     assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
 
@@ -326,7 +326,7 @@ GATE = {"metric": "m", "go": 1, "no_go": 2}
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"ranks": 0}, "ranks=0 must be at least 1"),
         ({"restarts": -1}, "restarts=-1 must not be negative"),
@@ -372,9 +372,9 @@ GATE = {"metric": "m", "go": 1, "no_go": 2}
         ({"name": " "}, "name=' ' must not be empty"),
     ],
 )
-def test_wrong_plans_end_in_one_sentence(tmp_path, change, said):
+def test_wrong_plans_end_in_one_sentence(tmp_path, change, message):
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({**PLAN, **change}), encoding="utf-8")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         load_settings(Plan, tmp_path / "p.yaml")
     with pytest.raises(ValueError, match="must be a finite number"):
         Gate("m", math.nan, 1.0)
@@ -411,11 +411,11 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_damaged_and_hostile_yaml_ends_in_one_sentence(tmp_path, name):
-    text, said = DOCUMENTS[name]
+    text, message = DOCUMENTS[name]
     path = tmp_path / "c.yaml"
     path.write_text(text, encoding="utf-8")
     for read in (read_yaml, lambda file: load_settings(RunConfig, file)):
-        with pytest.raises(ValueError, match=said) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             read(path)
         assert str(path) in str(caught.value) and len(str(caught.value)) < 600
 
@@ -495,7 +495,7 @@ def test_wrong_sizes_in_config_json_name_the_file_and_the_key(folder, tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"rope_theta": 0, "rope_parameters": None}, "rope_theta=0 must be above 0"),
         ({"rope_parameters": {"rope_theta": math.nan}}, "rope_theta=nan must be a finite number"),
@@ -510,11 +510,11 @@ def test_wrong_sizes_in_config_json_name_the_file_and_the_key(folder, tmp_path, 
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else None,
 )
-def test_wrong_values_in_config_json(folder, tmp_path, change, said):
+def test_wrong_values_in_config_json(folder, tmp_path, change, message):
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}), encoding="utf-8")
-    if said:
-        with pytest.raises(ValueError, match=rf"config\.json: .*{said}"):
+    if message:
+        with pytest.raises(ValueError, match=rf"config\.json: .*{message}"):
             read_hf_config(tmp_path)
     else:
         read_hf_config(tmp_path)
@@ -579,16 +579,16 @@ def test_check_fields_reaches_lists_and_mappings():
         rate: Annotated[float, Range(0)] | None = None
 
     check_fields(Several({"a": 1.0}, (1, 2)))
-    for wrong, said in (
+    for wrong, message in (
         (Several({"a": -1.0}, ()), "mix.a=-1 must not be negative"),
         (Several({}, (3, 0)), r"steps\[1\]=0 must be at least 1"),
         (Several({}, (), math.inf), "part.rate=inf must be a finite number"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             check_fields(wrong, "part")
 
 
-CHECKED_LATER = {  # flags of a plain number: (file or None for any, flag) -> what checks it
+CHECKED_LATER = {  # flags of a plain number: (file or None for any, flag) -> its check
     **{
         (None, flag): "the config's range"
         for flag in ("--steps", "--num_steps", "--batch_size", "--learning_rate", "--beta")
@@ -608,15 +608,15 @@ WITH_CONFIG = ("train.py", "training/tuning.py", "train_dpo.py")
 
 
 def plain_numbers(path: str) -> list[str]:
-    """Flags of a file that take any int or float."""
-    found = []
+    """Return flags of a file that accept any int or float."""
+    flags = []
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".add_argument"):
             types = [
                 ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "type"
             ]
-            found += [ast.literal_eval(node.args[0])] * bool({"int", "float"} & set(types))
-    return found
+            flags += [ast.literal_eval(node.args[0])] * bool({"int", "float"} & set(types))
+    return flags
 
 
 def test_every_flag_of_a_number_has_a_range():
@@ -629,14 +629,14 @@ def test_every_flag_of_a_number_has_a_range():
             for path in (ROOT / part).glob("*.py")
         ),
     ]
-    left = [
+    unchecked = [
         f"{path} {flag}"
         for path in paths
         for flag in plain_numbers(path)
         if (path, flag) not in CHECKED_LATER
         and not ((None, flag) in CHECKED_LATER and (path in WITH_CONFIG or flag == "--seed"))
     ]
-    assert left == []
+    assert unchecked == []
     assert "--steps" in plain_numbers("train.py")
 
 
@@ -655,6 +655,6 @@ def test_flags_of_numbers(read, right, wrong, capsys):
     parser.add_argument("--number", type=read)
     assert parser.parse_args(["--number", right]).number == float(right)
     for text in wrong:
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             parser.parse_args([f"--number={text}"])
-        assert left.value.code == 2 and "argument --number: " in capsys.readouterr().err
+        assert exit_info.value.code == 2 and "argument --number: " in capsys.readouterr().err

@@ -26,7 +26,7 @@ VOID = {"meta", "line", "polyline", "br", "link", "img", "input"}
 
 
 @pytest.fixture(scope="module")
-def made(checkpoint, tmp_path_factory):
+def page_case(checkpoint, tmp_path_factory):
     """A report of synthetic results and logs, and its output folder."""
     place = tmp_path_factory.mktemp("report")
     results, logs = place / "results", place / "logs"
@@ -65,13 +65,13 @@ def made(checkpoint, tmp_path_factory):
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     )
     assert eval_needle.grid(results / "needle.samples.jsonl")["single"][128, 0.0] == [1.0, 0.0]
-    given, names = (
+    values, names = (
         {"wiki": (2.0, 7.4, 1.25), "all": (2.0, 7.4, 1.5)},
         ("loss", "perplexity", "bits_per_byte"),
     )
     bits = {
         key: {n: {"value": v, "stderr": None} for n, v in zip(names, row, strict=True)}
-        for key, row in given.items()
+        for key, row in values.items()
     }
     (results / "perplexity.json").write_text(
         json.dumps({"task": "perplexity", "metrics": bits, "n": 9, **of})
@@ -107,12 +107,12 @@ def made(checkpoint, tmp_path_factory):
         json.dumps({**event, "gates": [gate], "values": [8.5], "advice": "wait <a bit>"}) + "\n"
     )
     hits = [{"test_set": "mmlu", "test_id": "x"}, {"test_set": "mmlu", "test_id": "y"}]
-    found = {
+    scores = {
         "documents": {"d": hits},
         "too_short": {"mmlu": ["z"]},
         "settings": {"test_sets": {"mmlu": 400, "arc": 30}},
     }
-    (place / "ids.json").write_text(json.dumps(found))
+    (place / "ids.json").write_text(json.dumps(scores))
     command = [
         "--checkpoint",
         str(checkpoint),
@@ -165,41 +165,46 @@ class Page(HTMLParser):
         self.texts.append(data)
 
 
-def test_results_are_of_this_checkpoint_and_the_largest_run(made):
-    found, _ = made
-    assert set(found["evaluations"]) == {
+def test_results_are_of_this_checkpoint_and_the_largest_run(page_case):
+    report_data, _ = page_case
+    assert set(report_data["evaluations"]) == {
         "hellaswag",
         "mmlu",
         "needle",
         "perplexity",
         "tool_use",
-    } and found["not_measured"] == {"gsm8k": "no <data>"}
+    } and report_data["not_measured"] == {"gsm8k": "no <data>"}
     named = {"task": "hellaswag", "metric": "acc_norm"}
-    assert found["scores"]["hellaswag"] == {
+    assert report_data["scores"]["hellaswag"] == {
         "value": pytest.approx(43.21),
         "stderr": pytest.approx(1.23),
         "shots": 0,
         "n": 800,
         **named,
     }
-    assert found["scores"]["mmlu"]["value"] == pytest.approx(26.25)
-    assert found["needle"]["single"]["cells"] == {"128/0.0": 0.5, "256/0.0": 1.0, "128/1.0": 0.25}
-    assert found["contamination"]["sets"]["mmlu"] == {
+    assert report_data["scores"]["mmlu"]["value"] == pytest.approx(26.25)
+    assert report_data["needle"]["single"]["cells"] == {
+        "128/0.0": 0.5,
+        "256/0.0": 1.0,
+        "128/1.0": 0.25,
+    }
+    assert report_data["contamination"]["sets"]["mmlu"] == {
         "items": 400,
         "too_short": 1,
         "items_hit": 2,
         "documents_hit": 1,
     }
-    assert found["parameters"] == CONFIG.num_parameters
-    assert [phase["begin"] for phase in found["training"]["phases"]] == [0, 59] and found[
-        "training"
-    ]["tokens"] == 10_000
-    assert found["training"]["curve"][70][1] is None  # a NaN is no JSON, and no picture
-    assert found["samples"][0]["text"] and found["samples"][-1]["text"] is None
+    assert report_data["parameters"] == CONFIG.num_parameters
+    assert [phase["begin"] for phase in report_data["training"]["phases"]] == [
+        0,
+        59,
+    ] and report_data["training"]["tokens"] == 10_000
+    assert report_data["training"]["curve"][70][1] is None  # NaN is invalid in JSON and in charts
+    assert report_data["samples"][0]["text"] and report_data["samples"][-1]["text"] is None
 
 
-def test_the_page_is_self_contained_and_equals_the_json(made):
-    found, out = made
+def test_the_page_is_self_contained_and_equals_the_json(page_case):
+    report_data, out = page_case
     text = (out / "report.html").read_text()
     page = Page()
     page.feed(text)
@@ -210,16 +215,16 @@ def test_the_page_is_self_contained_and_equals_the_json(made):
         and "url(" not in text
         and "<script" not in text
     )
-    said = " ".join(page.texts)
-    numbers = [f"{score['value']:.1f}" for score in found["scores"].values()]
-    numbers += [f"{1.96 * score['stderr']:.1f}" for score in found["scores"].values()]
+    page_text = " ".join(page.texts)
+    numbers = [f"{score['value']:.1f}" for score in report_data["scores"].values()]
+    numbers += [f"{1.96 * score['stderr']:.1f}" for score in report_data["scores"].values()]
     numbers += [
         f"{m['bits_per_byte']['value']:.3f}"
-        for m in found["evaluations"]["perplexity"]["metrics"].values()
+        for m in report_data["evaluations"]["perplexity"]["metrics"].values()
     ]
-    numbers += [f"{value:.2f}" for value in found["needle"]["single"]["cells"].values()]
+    numbers += [f"{value:.2f}" for value in report_data["needle"]["single"]["cells"].values()]
     numbers += [
-        found["checkpoint_hash"],
+        report_data["checkpoint_hash"],
         "8.500",
         "CAUTION",
         "wait <a bit>",
@@ -230,8 +235,8 @@ def test_the_page_is_self_contained_and_equals_the_json(made):
         "acc 26.2 → 20.0",
     ]
     for number in numbers:
-        assert number in said, number
-    assert found["samples"][0]["text"] in said
+        assert number in page_text, number
+    assert report_data["samples"][0]["text"] in page_text
 
 
 def test_training_history_ends_at_the_checkpoint(tmp_path):
@@ -244,7 +249,7 @@ def test_training_history_ends_at_the_checkpoint(tmp_path):
     ]
     for name, lines in (("metrics", rows), ("events", events)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found = {}
+    histories = {}
     for place, phase in (
         ("a/step_2", "a"),
         ("b/step_6", "b"),
@@ -260,35 +265,40 @@ def test_training_history_ends_at_the_checkpoint(tmp_path):
             (folder / "state" / "trainer.json").write_text(
                 json.dumps({**State(None, None, phase=phase).position(), "step": step})
             )
-        told = report.training(tmp_path, folder)
-        where = (told["steps"], told["tokens"], len(told["curve"]), len(told["held_out"]))
-        found[place] = (
-            *where,
-            [phase["name"] for phase in told["phases"]],
-            [gate["step"] for gate in told["gates"]],
+        history = report.training(tmp_path, folder)
+        where = (
+            history["steps"],
+            history["tokens"],
+            len(history["curve"]),
+            len(history["held_out"]),
         )
-        assert told["incidents"] == ({"skipped": 1} if told["steps"] >= 5 else {})
-    assert found == {
+        histories[place] = (
+            *where,
+            [phase["name"] for phase in history["phases"]],
+            [gate["step"] for gate in history["gates"]],
+        )
+        assert history["incidents"] == ({"skipped": 1} if history["steps"] >= 5 else {})
+    assert histories == {
         "a/step_2": (2, 20, 2, 2, ["a"], [2]),
         "b/step_6": (6, 60, 6, 6, ["a", "b"], [2, 6]),
         "b/step_5": (5, 50, 5, 5, ["a", "b"], [2]),
-        "sft/step_3": (6, 60, 6, 6, ["a", "b"], [2, 6, "sft"]),  # what it was made of
+        "sft/step_3": (6, 60, 6, 6, ["a", "b"], [2, 6, "sft"]),  # its inputs
         "elsewhere": (4, 40, 4, 4, ["a", "b"], [2]),
     }
 
 
-def test_every_published_score_has_its_source_and_shots(made):
-    found, out = made
+def test_every_published_score_has_its_source_and_shots(page_case):
+    report_data, out = page_case
     table = (out / "comparison_table.md").read_text()
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert (
-        len(rows) == 2 + len(found["published"]["models"])
+        len(rows) == 2 + len(report_data["published"]["models"])
         and len({row.count("|") for row in rows}) == 1
     )
     assert "43.2 ± 1.2 (0, n 800)" in rows[1]
-    for model in found["published"]["models"]:
+    for model in report_data["published"]["models"]:
         assert (
-            model["from"]["source"] in found["published"]["sources"]
+            model["from"]["source"] in report_data["published"]["sources"]
             and model["scores"].keys() <= report.COLUMNS.keys()
         )
         assert (
@@ -297,11 +307,13 @@ def test_every_published_score_has_its_source_and_shots(made):
             and all(s["shots"] is not None for s in model["scores"].values())
         )
     for name in ("TinyLlama", "MobileLLM", "SmolLM2", "OLMo", "Llama-3.2", "Pythia", "nanochat"):
-        assert any(model["name"].startswith(name) for model in found["published"]["models"]), name
+        assert any(
+            model["name"].startswith(name) for model in report_data["published"]["models"]
+        ), name
     assert "def f([" in (out / "qualitative_samples.txt").read_text()
 
 
-def test_a_browser_renders_the_page(made, tmp_path):
+def test_a_browser_renders_the_page(page_case, tmp_path):
     chromium = (
         shutil.which("chromium")
         or shutil.which("chromium-browser")
@@ -320,7 +332,9 @@ def test_a_browser_renders_the_page(made, tmp_path):
     picture = tmp_path / "page.png"
     size = ["--window-size=1000,1400", f"--screenshot={picture}"]
     done = subprocess.run(
-        [chromium, *flags, *size, f"file://{made[1]}/report.html"], capture_output=True, timeout=120
+        [chromium, *flags, *size, f"file://{page_case[1]}/report.html"],
+        capture_output=True,
+        timeout=120,
     )
     assert done.returncode == 0
     from PIL import Image
@@ -350,11 +364,11 @@ def test_a_report_without_results(checkpoint, tmp_path, monkeypatch, capfd):
         ),
     ):
         monkeypatch.setattr(sys, "argv", [*command, *more, "--max_new_tokens", "2"])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             report.main()
-        assert left.value.code == 2 and expected in capfd.readouterr().err
+        assert exit_info.value.code == 2 and expected in capfd.readouterr().err
     monkeypatch.setattr(sys, "argv", [*command, "--max_new_tokens", "2"])
-    report.main()  # a page of what there is
+    report.main()  # a page with the available parts
     assert "<h2>Samples</h2>" in (tmp_path / "report.html").read_text()
 
 
@@ -363,32 +377,34 @@ def test_chunked_attention_equals_the_full_matrix(checkpoint, tmp_path, monkeypa
 
     length, size = 100, 7
     tokens = torch.randint(2, VOCAB, (length,), generator=torch.Generator().manual_seed(0))
-    found = visualize_attention.attention_statistics(
+    # Nine rows per chunk.
+    statistics = visualize_attention.attention_statistics(
         load_hf(checkpoint), tokens, size=size, chunk=4 * length * 9
-    )  # nine rows at a time
+    )
     theirs = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
     )
     with torch.no_grad():
-        whole = torch.stack(theirs(tokens[None], output_attentions=True).attentions)[
+        # [L, H, T, T]
+        expected = torch.stack(theirs(tokens[None], output_attentions=True).attentions)[
             :, 0
-        ].double()  # [L, H, T, T]
+        ].double()
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128]
     distance = torch.arange(length)[:, None] - torch.arange(length)
     for i, (low, high) in enumerate(pairwise(edges)):
         inside = (distance >= low) & (distance < high)
         assert torch.allclose(
-            found.profile[:, :, i], (whole * inside).sum((2, 3)) / length, atol=1e-5
+            statistics.profile[:, :, i], (expected * inside).sum((2, 3)) / length, atol=1e-5
         )
-    assert found.profile.shape == (2, 4, 8) and torch.allclose(
-        found.profile.sum(-1), torch.ones(2, 4, dtype=torch.float64)
+    assert statistics.profile.shape == (2, 4, 8) and torch.allclose(
+        statistics.profile.sum(-1), torch.ones(2, 4, dtype=torch.float64)
     )
-    assert torch.allclose(found.sink, whole[:, :, 1:, 0].mean(-1), atol=1e-5)
+    assert torch.allclose(statistics.sink, expected[:, :, 1:, 0].mean(-1), atol=1e-5)
     bands = torch.arange(length) * size // length
     for a in range(size):
         for b in range(size):
-            part = whole[:, :, bands == a][..., bands == b].sum(-1).mean(-1)
-            assert torch.allclose(found.maps[:, :, a, b], part, atol=1e-5)
+            part = expected[:, :, bands == a][..., bands == b].sum(-1).mean(-1)
+            assert torch.allclose(statistics.maps[:, :, a, b], part, atol=1e-5)
     output = tmp_path / "attention.png"
     arguments = [
         "x",
@@ -427,9 +443,9 @@ def test_rows_show_n_and_changes_show_references(tmp_path):
     folder = tmp_path / "sft"
     folder.mkdir()
     (folder / "decision.json").write_text(json.dumps({"metrics": metrics}), encoding="utf-8")
-    found = report.stages(tmp_path)["sft"]
-    assert page._estimate(found["chat.acc"]) == "0.500 ± 0.100, n 25"
-    assert page._estimate(found["all.bits_per_byte"]) == "2.000, 1,234 tokens"
+    stage = report.stages(tmp_path)["sft"]
+    assert page._estimate(stage["chat.acc"]) == "0.500 ± 0.100, n 25"
+    assert page._estimate(stage["all.bits_per_byte"]) == "2.000, 1,234 tokens"
     assert (
         page._tokens(metrics["all"]) == ", 1,234 tokens"
         and page._score({**estimate, "shots": 0}) == "0.5 <small>0, n 25</small>"
@@ -452,6 +468,6 @@ def test_corpus_hash_and_origin(tmp_path):
             json.dumps({"origin": release}), encoding="utf-8"
         )
         origins.append(trained.corpus([{"data": {"store": str(store)}}, {}])[str(store)])
-    assert [found["origins"]["code"] for found in origins] == ["python 3.11.7", "python 3.12.1"]
+    assert [origin["origins"]["code"] for origin in origins] == ["python 3.11.7", "python 3.12.1"]
     assert origins[0]["sha256"] != origins[1]["sha256"]
     assert trained.corpus([{"data": {"store": str(tmp_path)}}]) == {}

@@ -19,7 +19,7 @@ CONFIG = ROOT / "configs" / "test_mode.yaml"
 
 @pytest.fixture
 def spoil(monkeypatch):
-    """spoil({3, 4}): make the batches at these places bad; spoil(set()): none."""
+    """spoil({3, 4}): make the batches at these indices bad; spoil(set()): none."""
     loader = train.Prefetcher
 
     def at_places(bad: set[int]) -> None:
@@ -50,7 +50,7 @@ def test_a_step_that_is_saved_again_stays_a_milestone_and_keeps_its_loss(setting
     before = read_manifest(folder / "step_3")
     spoil({4, 5})
     again = settings(checkpointer, "faults.bad_in_a_row=2", steps=8)
-    assert train_here(again)  # goes back to step 3 and saves it again
+    assert train_here(again)  # rolls back to step 3 and saves it again
     after = read_manifest(folder / "step_3")
     assert steps_in(folder) == ["step_3", "step_8"] and after["files"] != before["files"]
     assert after["milestone"] is True and after["metric"] == before["metric"] > 0
@@ -76,7 +76,7 @@ FAR = (
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL."""
+    """Simulates SIGKILL."""
 
 
 @pytest.mark.parametrize("moment", ["set aside", "saved"])
@@ -92,14 +92,14 @@ def test_killed_right_after_a_rollback(settings, tmp_path, spoil, monkeypatch, m
     assert rollback["step"] == 2 and "rolled back 3 steps" in rollback["text"]
     assert sorted(rollback["set_aside"]) == aside
     assert places(tmp_path / "straight" / "logs") == [1, 2, 3, 4, 5, 8, 9, 10, 11]
-    saved = [f"step_{step}" for step in range(1, 10)]  # those set aside are deleted
+    saved = [f"step_{step}" for step in range(1, 10)]  # the checkpoints set aside are deleted
     assert steps_in(tmp_path / "straight") == saved
 
-    def kill(self, *given, **_):
+    def kill(self, *arguments, **_):
         went_back = [path for path in (tmp_path / "killed").glob("*.rolled_back")]
-        if went_back if moment == "set aside" else given[0] == "rollback":
+        if went_back if moment == "set aside" else arguments[0] == "rollback":
             raise Killed
-        return original(self, *given, **_)
+        return original(self, *arguments, **_)
 
     kind, name = (Checkpointer, "save") if moment == "set aside" else (Log, "event")
     original = getattr(kind, name)
@@ -109,7 +109,7 @@ def test_killed_right_after_a_rollback(settings, tmp_path, spoil, monkeypatch, m
     assert [path.name for path in step_folders(tmp_path / "killed")] == ["step_1", "step_2"]
     assert steps_in(tmp_path / "killed") == ["step_1", "step_2", *aside]
     if moment == "saved":
-        spoil(set())  # what was learnt is in the checkpoint: the bad places are left out unseen
+        spoil(set())  # the checkpoint lists the bad batches, so the run skips them
     assert train_here(place("killed"))
     assert events(tmp_path / "killed" / "logs", "resumed")[0]["step"] == 2
     assert equal(weights(tmp_path / "killed", 9), weights(tmp_path / "straight", 9))

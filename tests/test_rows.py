@@ -1,4 +1,4 @@
-"""Rows mean the same to SFT, DPO, evaluation and the exported templates; nothing in them is changed or dropped silently."""
+"""SFT, DPO, evaluation and exported templates read rows alike; no row changes silently."""
 
 import copy
 import json
@@ -60,36 +60,36 @@ def write(path, rows):
     return str(path)
 
 
-def sft(folder, tmp_path, rows, form="messages", **how):
+def sft(folder, tmp_path, rows, form="messages", **options):
     """Each prepared conversation as (text, trained text), and the report."""
     source = {"rows": ChatSource(write(tmp_path / "rows.jsonl", rows), form)}
     config = ChatConfig(
-        source, str(tmp_path / "sft"), **{"val_fraction": 0.0, "max_bad": 0.99, **how}
+        source, str(tmp_path / "sft"), **{"val_fraction": 0.0, "max_bad": 0.99, **options}
     )
-    found = Conversations(prepare_sft(config, source, folder, 2000)["rows"], "train")
+    conversations = Conversations(prepare_sft(config, source, folder, 2000)["rows"], "train")
     chat, texts = Chat.from_folder(folder), []
-    for start, end in zip(found.starts[:-1], found.starts[1:], strict=True):
-        ids, trained = found.ids[start:end], found.trained[start:end]
+    for start, end in zip(conversations.starts[:-1], conversations.starts[1:], strict=True):
+        ids, trained = conversations.ids[start:end], conversations.trained[start:end]
         texts.append((decode(chat, ids), decode(chat, ids[trained])))
-    return texts, found.report
+    return texts, conversations.report
 
 
-def dpo(folder, tmp_path, rows, form="messages", **how):
+def dpo(folder, tmp_path, rows, form="messages", **options):
     """Each prepared pair as (prompt, chosen, rejected), and the report."""
     source = {"pairs": PairSource(write(tmp_path / "pairs.jsonl", rows), form)}
     config = PreferenceConfig(
-        source, str(tmp_path / "dpo"), **{"val_fraction": 0.0, "max_bad": 0.99, **how}
+        source, str(tmp_path / "dpo"), **{"val_fraction": 0.0, "max_bad": 0.99, **options}
     )
-    found = Pairs(prepare_pairs(config, source, folder, 2000)["pairs"], "train")
+    pairs = Pairs(prepare_pairs(config, source, folder, 2000)["pairs"], "train")
     chat, texts = Chat.from_folder(folder), []
-    for index in range(found.documents // 2):
-        (chosen, rejected), prompt = found.read(index)
+    for index in range(pairs.documents // 2):
+        (chosen, rejected), prompt = pairs.read(index)
         texts.append(
             tuple(
                 decode(chat, ids) for ids in (chosen[:prompt], chosen[prompt:], rejected[prompt:])
             )
         )
-    return texts, found.report
+    return texts, pairs.report
 
 
 def ends(text):
@@ -100,7 +100,7 @@ GOOD = {"messages": [user("good"), says("good")]}
 PAIR = {"prompt": "good", "chosen": "good", "rejected": "bad"}
 THOUGHT = ends("<|start_thought|>six<|end_thought|>42")
 CALLED = ends('See<|tool_call|>{"name": "f", "arguments": {"x": "é"}}')
-REPLIES = [  # an assistant's turn, and its trained text
+REPLIES = [  # an assistant turn and its trained text
     *((says("42", **{key: "six"}), THOUGHT) for key in THOUGHTS),
     (says("42", reasoning="six", reasoning_content="six"), THOUGHT),
     (says("42", reasoning="six", reasoning_details=[{"text": "six"}]), THOUGHT),
@@ -139,8 +139,8 @@ REPLIES = [  # an assistant's turn, and its trained text
 def test_a_reply_is_the_same_text_in_sft_dpo_evaluation_and_template(
     chat, folder, tmp_path, reply, trained
 ):
-    [(text, found)], report = sft(folder, tmp_path, [{"messages": [user(), reply]}])
-    assert found == trained and not report["bad"]
+    [(text, trained_text)], report = sft(folder, tmp_path, [{"messages": [user(), reply]}])
+    assert trained_text == trained and not report["bad"]
     [(prompt, chosen, rejected)], _ = dpo(
         folder, tmp_path, [{"prompt": "Q", "chosen": [reply], "rejected": "no"}]
     )
@@ -169,14 +169,18 @@ def test_a_reply_is_the_same_text_in_sft_dpo_evaluation_and_template(
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     training = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
-    given = [user(), reply]
+    messages = [user(), reply]
     if "\\u" not in str(reply):  # an escape in a call's JSON text is rendered as it is
-        assert tokenizer.apply_chat_template(given, tokenize=False) == text + "\n"
-        how = {"chat_template": training, "return_dict": True, "return_assistant_tokens_mask": True}
-        made = tokenizer.apply_chat_template(given, **how)
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == text + "\n"
+        options = {
+            "chat_template": training,
+            "return_dict": True,
+            "return_assistant_tokens_mask": True,
+        }
+        rendered = tokenizer.apply_chat_template(messages, **options)
         masked = [
             index
-            for index, on in zip(made["input_ids"], made["assistant_masks"], strict=True)
+            for index, on in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True)
             if on
         ]
         assert chat.tokenizer.decode(masked, skip_special_tokens=False) == trained
@@ -200,8 +204,8 @@ def test_a_turn_of_weight_0_is_not_trained(chat, folder, tmp_path, key, off):
         for turn in turns
     ]
     shared = [
-        {**turn, **({key: given[key]} if key in given else {})}
-        for turn, given in zip(shared, turns, strict=True)
+        {**turn, **({key: turn_copy[key]} if key in turn_copy else {})}
+        for turn, turn_copy in zip(shared, turns, strict=True)
     ]
     for row, form in (({"messages": turns}, "messages"), ({"conversations": shared}, "sharegpt")):
         [(text, trained)], report = sft(folder, tmp_path, [row], form)
@@ -209,13 +213,13 @@ def test_a_turn_of_weight_0_is_not_trained(chat, folder, tmp_path, key, off):
         assert report["counts"]["assistant turns without loss (weight 0)"] == 2
         assert "2 assistant turns without loss (weight 0)" in describe("rows", report)[0]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    how = {"return_dict": True, "return_assistant_tokens_mask": True}
+    options = {"return_dict": True, "return_assistant_tokens_mask": True}
     training = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
-    made = tokenizer.apply_chat_template(turns, chat_template=training, **how)
+    rendered = tokenizer.apply_chat_template(turns, chat_template=training, **options)
     encoded = chat.encode([chat.clean({"messages": turns})])[0]
     assert (
-        made["input_ids"] == encoded.ids.tolist()
-        and made["assistant_masks"] == encoded.trained.astype(int).tolist()
+        rendered["input_ids"] == encoded.ids.tolist()
+        and rendered["assistant_masks"] == encoded.trained.astype(int).tolist()
     )
     nothing = {"messages": [user(), says("x", **{key: off})]}
     texts, report = sft(folder, tmp_path, [GOOD, nothing])
@@ -263,7 +267,7 @@ def test_rows_of_weight_0_are_dropped_and_counted(folder, tmp_path):
 
 CALLS = [call("read", "a", id="a"), call("read", "b", id="b")]
 PLAIN = [call("f", 1), call("g", 2)]
-ORDER = [  # calls, responses, and the contents in the order that is trained
+ORDER = [  # calls, responses, and contents in the trained order
     (CALLS, [result("B", tool_call_id="b"), result("A", tool_call_id="a")], "AB"),
     (CALLS, [result("A", tool_call_id="a", name="read"), result("B", tool_call_id="b")], "AB"),
     (
@@ -308,12 +312,12 @@ def test_tool_responses_are_in_the_order_of_their_calls(
         "checks": [{"turn": len(turns) - 1, "type": "text", "wrong": []}],
     }
     [item] = eval_chat.read_items(write(tmp_path / "q.jsonl", [row]), None)
-    said = [
+    contents = [
         message["content"]
         for message in item.row["example"]["messages"]
         if message["role"] == "tool"
     ]
-    assert "".join(said) == expected
+    assert "".join(contents) == expected
 
 
 ONE = [call("f", 1, id="a")]
@@ -347,21 +351,23 @@ UNMATCHED = [
 
 
 @pytest.mark.parametrize(
-    ("calls", "responses", "said"), UNMATCHED, ids=[said for *_, said in UNMATCHED]
+    ("calls", "responses", "message"), UNMATCHED, ids=[message for *_, message in UNMATCHED]
 )
-def test_responses_that_match_no_call_are_faults_by_line(folder, tmp_path, calls, responses, said):
+def test_responses_that_match_no_call_are_faults_by_line(
+    folder, tmp_path, calls, responses, message
+):
     after = [says("done")] if responses else [user("and?"), says("done")]
     turns = [user(), says("", tool_calls=calls), *responses, *after]
     texts, report = sft(folder, tmp_path, [GOOD, {"messages": turns}])
     assert len(texts) == 1 and [line.split(": ")[0] for line in report["named"]] == ["rows.jsonl:2"]
-    assert said in report["named"][0]
+    assert message in report["named"][0]
     pairs, report = dpo(
         folder, tmp_path, [PAIR, {"prompt": turns[:-1], "chosen": "a", "rejected": "b"}]
     )
     assert (
         len(pairs) == 1
         and report["named"][0].startswith("pairs.jsonl:2: ")
-        and said in report["named"][0]
+        and message in report["named"][0]
     )
     row = {
         "id": "r",
@@ -369,7 +375,7 @@ def test_responses_that_match_no_call_are_faults_by_line(folder, tmp_path, calls
         "messages": turns,
         "checks": [{"turn": len(turns) - 1, "type": "text", "wrong": []}],
     }
-    with pytest.raises(ValueError, match=rf"q.jsonl:1: .*{said}"):
+    with pytest.raises(ValueError, match=rf"q.jsonl:1: .*{message}"):
         eval_chat.read_items(write(tmp_path / "q.jsonl", [row]), None)
 
 
@@ -422,21 +428,21 @@ FAULTY = [
 ]
 
 
-@pytest.mark.parametrize(("turns", "said"), FAULTY, ids=[said for _, said in FAULTY])
-def test_keys_that_cannot_be_honoured_are_refused_by_name(folder, tmp_path, turns, said):
+@pytest.mark.parametrize(("turns", "message"), FAULTY, ids=[message for _, message in FAULTY])
+def test_keys_that_cannot_be_honoured_are_refused_by_name(folder, tmp_path, turns, message):
     texts, report = sft(folder, tmp_path, [GOOD, {"messages": turns}])
     assert (
         len(texts) == 1
         and report["named"][0].startswith("rows.jsonl:2: ")
-        and said in report["named"][0]
+        and message in report["named"][0]
     )
-    if said != "an empty assistant turn":  # DPO drops and counts empty answers
+    if message != "an empty assistant turn":  # DPO drops and counts empty answers
         pairs, report = dpo(
             folder, tmp_path, [PAIR, {"prompt": turns[:1], "chosen": turns[1:], "rejected": "b"}]
         )
-        assert len(pairs) == 1 and said in report["named"][0]
+        assert len(pairs) == 1 and message in report["named"][0]
     row = {"prompt": turns[:1], "chosen": turns[1:], "rejected": "b", "id": "p"}
-    if "empty" not in said:
+    if "empty" not in message:
         with pytest.raises(ValueError, match=r"q\.jsonl:1: "):
             eval_chat.read_items(write(tmp_path / "q.jsonl", [row]), None)
 
@@ -495,8 +501,8 @@ def test_other_keys_and_columns_are_counted_and_printed(folder, tmp_path):
         "column score_chosen": 1,
     }
     assert "pairs: ignored keys: model x 2" in "\n".join(describe_pairs("pairs", report))
-    whole = {"chosen": [*turns[:1], says("a")], "rejected": [*turns[:1], says("b")]}
-    assert dpo(folder, tmp_path, [whole])[1]["ignored"] == {"content.cache_control": 1, "name": 1}
+    row = {"chosen": [*turns[:1], says("a")], "rejected": [*turns[:1], says("b")]}
+    assert dpo(folder, tmp_path, [row])[1]["ignored"] == {"content.cache_control": 1, "name": 1}
 
 
 def test_columns_that_change_the_meaning_are_read_or_refused(folder, tmp_path):
@@ -555,12 +561,14 @@ def test_columns_that_change_the_meaning_are_read_or_refused(folder, tmp_path):
             f"the column '{column}'"
             in dpo(folder, tmp_path, [PAIR, {**PAIR, column: ["x.png"]}])[1]["named"][0]
         )
-    other = {
+    changed_row = {
         "messages": [{"role": "developer", "content": "Be rude."}, *turns],
         "system": "Be kind.",
     }
-    assert "another system turn" in sft(folder, tmp_path, [GOOD, other])[1]["named"][0]
-    [(text, _)], _ = sft(folder, tmp_path, [{"messages": other["messages"]}], system="Be kind.")
+    assert "another system turn" in sft(folder, tmp_path, [GOOD, changed_row])[1]["named"][0]
+    [(text, _)], _ = sft(
+        folder, tmp_path, [{"messages": changed_row["messages"]}], system="Be kind."
+    )
     assert "system\nBe rude.<|im_end|>" in text and "kind" not in text
 
 
@@ -569,12 +577,12 @@ def test_a_prompt_beside_whole_answers_is_not_lost(folder, tmp_path):
         [user("Hi"), says("Hello"), user("Why?"), says("A")],
         [user("Hi"), says("Hello"), user("Why?"), says("B")],
     )
-    whole = {"chosen": chosen, "rejected": rejected}
+    row = {"chosen": chosen, "rejected": rejected}
     system = {"role": "system", "content": "Be kind."}
     rows = [
-        {**whole, "prompt": "Why?"},
-        {**whole, "prompt": [system, *chosen[:3]]},
-        {**whole, "prompt": "Other?"},
+        {**row, "prompt": "Why?"},
+        {**row, "prompt": [system, *chosen[:3]]},
+        {**row, "prompt": "Other?"},
     ]
     (first, second), report = dpo(folder, tmp_path, rows)
     assert "kind" not in first[0] and "Be kind." in second[0] and first[1:] == second[1:]
@@ -606,16 +614,17 @@ def test_nulls_of_a_table_are_absent_keys(folder, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     source = {"rows": ChatSource(str(tmp_path / "rows.parquet"))}
     config = ChatConfig(source, str(tmp_path / "cache"), val_fraction=0.0, max_bad=0.0)
-    found = Conversations(prepare_sft(config, source, folder, 2000)["rows"], "train")
+    prepared = Conversations(prepare_sft(config, source, folder, 2000)["rows"], "train")
     chat = Chat.from_folder(folder)
-    trained = decode(chat, found.ids[found.trained])
+    trained = decode(chat, prepared.ids[prepared.trained])
     assert trained == (
         ends("<|start_thought|>hm<|end_thought|>A")
         + ends(
-            '<|tool_call|>{"name": "f", "arguments": {"x": 1}}<|tool_call|>{"name": "g", "arguments": {"y": 1}}'
+            '<|tool_call|>{"name": "f", "arguments": {"x": 1}}<|tool_call|>{"name": "g", '
+            '"arguments": {"y": 1}}'
         )
     )
-    assert not found.report["ignored"]
+    assert not prepared.report["ignored"]
 
 
 PIECES = [
@@ -639,19 +648,22 @@ PIECES = [
 
 
 def raw_conversation(rng):
-    """A conversation as rows have it: content lists, null, names of the thought, ids, unordered responses, weights."""
+    """Return a raw conversation: content lists, null, thought keys, ids, weights.
+
+    Tool responses may be out of order.
+    """
 
     def text():
         return "".join(rng.choice(PIECES) for _ in range(rng.randint(0, 5)))
 
     def content(some):
-        whole = some + text()
+        row = some + text()
         if rng.random() < 0.5:
-            return whole
-        middle = rng.randint(0, len(whole))
+            return row
+        middle = rng.randint(0, len(row))
         return [
-            {"type": "text", "text": whole[:middle]},
-            {"type": "text", "text": whole[middle:], "image_url": None},
+            {"type": "text", "text": row[:middle]},
+            {"type": "text", "text": row[middle:], "image_url": None},
         ]
 
     def arguments():
@@ -715,20 +727,20 @@ def raw_conversation(rng):
 
 
 def test_raw_rows_have_one_rendering_and_one_mask(chat, folder):
-    """Our ids and mask equal those of the exported templates on rows that nobody has cleaned."""
+    """Our ids and mask equal those of the exported templates on raw rows."""
     tokenizer, rng = AutoTokenizer.from_pretrained(folder), random.Random(3)
     training = (folder / TRAINING_TEMPLATE).read_text(encoding="utf-8")
     for _ in range(300):
         raw = raw_conversation(rng)
-        given = copy.deepcopy(raw)
+        original = copy.deepcopy(raw)
         cleaned = chat.clean(raw)
-        assert raw == given and chat.clean(cleaned) == cleaned
+        assert raw == original and chat.clean(cleaned) == cleaned
         [encoded] = chat.encode([cleaned])
         assert tokenizer.apply_chat_template(
             raw["messages"], tools=raw["tools"], tokenize=False
         ) == chat.render(cleaned)
-        how = {"tools": raw["tools"], "return_dict": True, "return_assistant_tokens_mask": True}
-        theirs = tokenizer.apply_chat_template(raw["messages"], chat_template=training, **how)
+        options = {"tools": raw["tools"], "return_dict": True, "return_assistant_tokens_mask": True}
+        theirs = tokenizer.apply_chat_template(raw["messages"], chat_template=training, **options)
         assert theirs["input_ids"] == encoded.ids.tolist()
         assert theirs["assistant_masks"] == encoded.trained.astype(int).tolist()
 
@@ -742,7 +754,7 @@ def test_reading_a_message_twice_changes_nothing():
 
 
 def test_faults_of_all_forms_are_rows_not_errors(tmp_path):
-    """Whatever JSON value is under a key, a reader gives a conversation or a named fault."""
+    """For any JSON value under any key, a reader returns a conversation or a named fault."""
     values = [
         None,
         0,
@@ -782,8 +794,8 @@ def test_faults_of_all_forms_are_rows_not_errors(tmp_path):
         for key in ("tools", "functions", "system", "weight", "images")
         for value in values
     ]
-    found = list(read_conversations(write(tmp_path / "rows.jsonl", rows), "messages"))
-    assert len(found) == len(rows) and any(isinstance(one, Skipped) for one in found)
+    results = list(read_conversations(write(tmp_path / "rows.jsonl", rows), "messages"))
+    assert len(results) == len(rows) and any(isinstance(one, Skipped) for one in results)
 
 
 def test_neutralised_texts_and_text_around_calls_are_counted(folder, tmp_path):
@@ -818,7 +830,7 @@ def test_a_source_of_which_nothing_is_left_says_why(folder, tmp_path):
 
 
 def test_rows_of_the_hub_mean_what_rows_of_files_mean(folder, tmp_path, monkeypatch):
-    """The hub's tables have the keys of all rows, null where a row has none."""
+    """Hub tables have the union of all rows' keys; missing ones are null."""
     import datasets
 
     empty = dict.fromkeys(
@@ -826,8 +838,11 @@ def test_rows_of_the_hub_mean_what_rows_of_files_mean(folder, tmp_path, monkeypa
     )
     turns = [user(), says(None, tool_calls=CALLS), *ORDER[0][1], says("x", reasoning_content="hm")]
     row = {"messages": [{**empty, **turn} for turn in turns], "tools": None, "weight": None}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **how: iter([row]))
-    [found] = read_conversations("hf://owner/name", "messages")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **options: iter([row]))
+    [conversation_read] = read_conversations("hf://owner/name", "messages")
     write(tmp_path / "rows.jsonl", [{"messages": turns}])
     [same] = read_conversations(str(tmp_path / "rows.jsonl"), "messages")
-    assert found["messages"] == same["messages"] and found["ignored"] == same["ignored"] == []
+    assert (
+        conversation_read["messages"] == same["messages"]
+        and conversation_read["ignored"] == same["ignored"] == []
+    )

@@ -99,11 +99,11 @@ def run(place, monkeypatch, capfd):
                 status = 0
             except SystemExit as left:
                 status = left.code
-        said = capfd.readouterr()
+        printed = capfd.readouterr()
         return (
             status,
             json.loads(output.read_text()) if output.is_file() else {},
-            said.out + said.err,
+            printed.out + printed.err,
             len(asked),
         )
 
@@ -116,36 +116,39 @@ def engines_of():
 
 def test_a_suite_is_measured_once_and_judged(run, place, tmp_path):
     output = tmp_path / "tiny.json"
-    status, found, said, asked = run(output, "--gates", str(place / "plan.yaml"))
+    status, results, printed, asked = run(output, "--gates", str(place / "plan.yaml"))
     assert (
-        status == 0 and asked == 6 + 2 * 4 and "decision: GO" in said and found["outcome"] == "go"
+        status == 0
+        and asked == 6 + 2 * 4
+        and "decision: GO" in printed
+        and results["outcome"] == "go"
     )
     assert (
-        set(found["metrics"]) == {"first", "second", "all", "hellaswag", "truthfulqa"}
-        and found["n"]["hellaswag"] == 6
+        set(results["metrics"]) == {"first", "second", "all", "hellaswag", "truthfulqa"}
+        and results["n"]["hellaswag"] == 6
     )
     assert (
-        found["metrics"]["hellaswag"]
+        results["metrics"]["hellaswag"]
         == json.loads((tmp_path / "hellaswag.json").read_text())["metrics"]
     )
     status, again, _, asked = run(output)
     assert (
         status == 0
         and asked == 0
-        and again["metrics"] == found["metrics"]
+        and again["metrics"] == results["metrics"]
         and again["outcome"] is None
     )
-    (tmp_path / "hellaswag.json").unlink()  # as a killed suite leaves it: answers, but no results
+    (tmp_path / "hellaswag.json").unlink()  # as after a kill: answers, but no results
     _, again, _, asked = run(output)
-    assert asked == 0 and again["metrics"] == found["metrics"]
+    assert asked == 0 and again["metrics"] == results["metrics"]
     _, fewer, _, asked = run(output, "--limit", "2")
-    assert fewer["n"]["hellaswag"] == 2 and asked == 0  # other results, of answers that were known
+    assert fewer["n"]["hellaswag"] == 2 and asked == 0  # other results from cached answers
 
 
 def test_another_checkpoint_is_measured_again(run, place, tmp_path):
-    _, found, _, _ = run(tmp_path / "tiny.json")
+    _, results, _, _ = run(tmp_path / "tiny.json")
     weights = place / "step_6" / "model.safetensors"
-    kept = weights.read_bytes()
+    original = weights.read_bytes()
     try:
         save_hf(
             place / "other",
@@ -157,35 +160,37 @@ def test_another_checkpoint_is_measured_again(run, place, tmp_path):
             pad=1,
         )
         weights.write_bytes((place / "other" / "model.safetensors").read_bytes())
-        _, other, _, asked = run(tmp_path / "tiny.json")
+        _, second, _, asked = run(tmp_path / "tiny.json")
     finally:
-        weights.write_bytes(kept)
-    assert asked == 6 + 2 * 4 and other["checkpoint_hash"] != found["checkpoint_hash"]
-    assert other["metrics"]["all"] != found["metrics"]["all"]
+        weights.write_bytes(original)
+    assert asked == 6 + 2 * 4 and second["checkpoint_hash"] != results["checkpoint_hash"]
+    assert second["metrics"]["all"] != results["metrics"]["all"]
 
 
 def test_unmeasured_evaluations_are_named_and_fail_gates(run, place, tmp_path):
     data = ["--data", f"hellaswag={place / 'hellaswag.jsonl'}", "truthfulqa=nowhere.jsonl"]
-    status, found, said, _ = run(tmp_path / "tiny.json", *data, "--gates", str(place / "plan.yaml"))
+    status, results, output, _ = run(
+        tmp_path / "tiny.json", *data, "--gates", str(place / "plan.yaml")
+    )
     assert (
         status == 0
-        and "nowhere.jsonl does not exist" in found["not_measured"]["truthfulqa"]
-        and "hellaswag" in found["metrics"]
+        and "nowhere.jsonl does not exist" in results["not_measured"]["truthfulqa"]
+        and "hellaswag" in results["metrics"]
     )
-    assert "warning: truthfulqa was not measured" in said
-    status, found, said, _ = run(
+    assert "warning: truthfulqa was not measured" in output
+    status, results, output, _ = run(
         tmp_path / "tiny.json", "--gates", str(place / "plan.yaml"), "--at", "7"
     )
     assert (
         status == 3
-        and "gsm8k.flexible = not measured" in said
-        and found["outcome"] == "no-go"
-        and not found["not_measured"]
+        and "gsm8k.flexible = not measured" in output
+        and results["outcome"] == "no-go"
+        and not results["not_measured"]
     )
 
 
 def test_two_ranks_equal_one(run, place, tmp_path):
-    _, one, _, _ = run(tmp_path / "one" / "tiny.json")
+    _, results, _, _ = run(tmp_path / "one" / "tiny.json")
     launch = [
         sys.executable,
         "-m",
@@ -208,11 +213,11 @@ def test_two_ranks_equal_one(run, place, tmp_path):
     assert done.returncode == 3 and "Traceback" not in done.stderr, done.stderr
     two = json.loads((tmp_path / "two" / "tiny.json").read_text())
     assert (
-        two["metrics"]["hellaswag"] == one["metrics"]["hellaswag"]
+        two["metrics"]["hellaswag"] == results["metrics"]["hellaswag"]
         and "truthfulqa" in two["not_measured"]
     )
     for name in ("first", "second", "all"):
-        for metric, estimate in one["metrics"][name].items():
+        for metric, estimate in results["metrics"][name].items():
             assert two["metrics"][name][metric]["value"] == pytest.approx(
                 estimate["value"], rel=1e-6
             )
@@ -253,12 +258,12 @@ def test_mistakes(run, place, tmp_path):
             "no evaluation of the suite tiny could run",
         ),
     ):
-        status, _, said, _ = run(tmp_path / "x.json", *more)
+        status, _, output, _ = run(tmp_path / "x.json", *more)
         assert status == 2 and [
-            line for line in said.splitlines() if line.startswith("error: ") and expected in line
+            line for line in output.splitlines() if line.startswith("error: ") and expected in line
         ], (
             expected,
-            said,
+            output,
         )
 
 

@@ -1,4 +1,4 @@
-"""A phase begins where its plan says, and no start erases what another run wrote."""
+"""A phase starts at its plan's step; no start erases another run's files."""
 
 import json
 import os
@@ -29,42 +29,43 @@ def steps(path: Path) -> list[int]:
 
 
 def test_a_later_phase_does_not_start_from_scratch(settings, tmp_path, capfd, monkeypatch):
-    """Its config names the phase it continues and the step it begins at; that is enough, and nothing else will do."""
+    """Its config must name the phase that it continues and its first step."""
     second = settings("resume_from=one", "start_step=6", phase="two", steps=2)
     assert "two continues one, but" in complaint(capfd, monkeypatch, second)
-    said = complaint(capfd, monkeypatch, [*second, "resume_from=null"])
-    assert "two begins at step 6 of the run, but there is no checkpoint to continue" in said
+    message = complaint(capfd, monkeypatch, [*second, "resume_from=null"])
+    assert "two begins at step 6 of the run, but there is no checkpoint to continue" in message
     assert not (tmp_path / "logs" / "metrics.jsonl").exists()
     assert train_here(settings())
     before = (tmp_path / "logs" / "metrics.jsonl").read_text()
-    said = complaint(
+    message = complaint(
         capfd, monkeypatch, [*second, f"resume_from={tmp_path / 'checkpoints' / 'one' / 'step_3'}"]
     )
-    assert "step_3 is at step 3; continue from a checkpoint of step 6, or set start_step=3" in said
+    assert (
+        "step_3 is at step 3; continue from a checkpoint of step 6, or set start_step=3" in message
+    )
     assert (tmp_path / "logs" / "metrics.jsonl").read_text() == before
     assert not (tmp_path / "logs" / "two.config.yaml").exists()
     assert train_here(second)
     assert steps(tmp_path / "logs" / "metrics.jsonl") == list(range(1, 9))
-    assert "began" not in complaint(
-        capfd, monkeypatch, [*second, "start_step=4"]
-    )  # and it stays there
+    # The phase keeps its first step.
+    assert "began" not in complaint(capfd, monkeypatch, [*second, "start_step=4"])
     hyperparameters = (tmp_path / "logs" / "hyperparameters.yaml").read_text()
     assert hyperparameters.startswith("one:") and "\ntwo:" in hyperparameters
 
 
-@pytest.mark.parametrize("how", ["name", "phase folder", "step folder"])
-def test_resume_from_takes_a_name_a_phase_folder_or_a_step_folder(settings, tmp_path, how):
+@pytest.mark.parametrize("form", ["name", "phase folder", "step folder"])
+def test_resume_from_takes_a_name_a_phase_folder_or_a_step_folder(settings, tmp_path, form):
     assert train_here(settings())
     folder = tmp_path / "checkpoints" / "one"
     earlier = {"name": "one", "phase folder": str(folder), "step folder": str(folder / "step_6")}[
-        how
+        form
     ]
     assert train_here(settings(f"resume_from={earlier}", "start_step=6", phase="two", steps=2))
     assert steps(tmp_path / "logs" / "metrics.jsonl") == list(range(1, 9))
 
 
 def test_the_1b_phases_say_what_they_continue():
-    """Each later phase of both plans, by its own config alone."""
+    """Each later phase of both plans has a complete config."""
     for folder, names in (
         (
             "configs",
@@ -73,12 +74,12 @@ def test_the_1b_phases_say_what_they_continue():
         ("configs/quickstart", ("base", "long_context", "gold")),
     ):
         runs = [load(ROOT / folder / f"{name}.yaml") for name in names]
-        at = 0
+        step = 0
         for before, run in zip([None, *runs], runs, strict=False):
             assert run.resume_from == (before.phase if before else None)
-            assert run.start_step == (at if before else None)
+            assert run.start_step == (step if before else None)
             assert run.earlier == (before.checkpoints if before else None)
-            at += run.steps
+            step += run.steps
 
 
 def test_two_output_folders_with_one_run_name_do_not_share_a_log(
@@ -89,10 +90,10 @@ def test_two_output_folders_with_one_run_name_do_not_share_a_log(
     )
     assert train_here(first)
     rows = read_metrics(tmp_path / "logs")
-    said = complaint(capfd, monkeypatch, second)
+    message = complaint(capfd, monkeypatch, second)
     assert (
         f"is the log of another run with checkpoints in {tmp_path / 'exp1'}; set another name"
-        in said
+        in message
     )
     assert read_metrics(tmp_path / "logs") == rows
     assert train_here([*second, f"log_dir={tmp_path / 'other'}"])
@@ -100,8 +101,8 @@ def test_two_output_folders_with_one_run_name_do_not_share_a_log(
         f"resume_from={tmp_path / 'exp1'}", f"output_dir={tmp_path / 'a'}", phase="two", steps=2
     )
     assert train_here(phase)
-    said = complaint(capfd, monkeypatch, [*phase, f"output_dir={tmp_path / 'b'}"])
-    assert f"is the log of two in {tmp_path / 'a'}" in said
+    message = complaint(capfd, monkeypatch, [*phase, f"output_dir={tmp_path / 'b'}"])
+    assert f"is the log of two in {tmp_path / 'a'}" in message
     assert steps(tmp_path / "logs" / "metrics.jsonl") == [1, 2, 3, 4, 5]
 
 
@@ -116,8 +117,8 @@ def test_the_log_of_a_run_whose_checkpoints_are_gone_is_kept_under_another_name(
         "belongs to an earlier run without checkpoints; renamed to metrics_until_"
         in capfd.readouterr().out
     )
-    (kept,) = (tmp_path / "logs").glob("metrics_until_*.jsonl")
-    assert [json.loads(line) for line in kept.read_text().splitlines()] == rows
+    (old_log,) = (tmp_path / "logs").glob("metrics_until_*.jsonl")
+    assert [json.loads(line) for line in old_log.read_text().splitlines()] == rows
     assert steps(tmp_path / "logs" / "metrics.jsonl") == [1, 2]
 
 
@@ -150,8 +151,11 @@ def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(
             [sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True, env=environment
         )
         assert holder.stdout and holder.stdout.readline() == "held\n"
-        said = complaint(capfd, monkeypatch, settings())
-        assert f"{folder} is in use by process {holder.pid} on " in said and "wait, stop it" in said
+        message = complaint(capfd, monkeypatch, settings())
+        assert (
+            f"{folder} is in use by process {holder.pid} on " in message
+            and "wait, stop it" in message
+        )
         holder.kill()
         holder.wait()
         with locked(folder):
@@ -160,7 +164,7 @@ def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(
 
 
 def test_a_finished_stage_does_not_ignore_a_new_base(settings, tmp_path, capfd, monkeypatch):
-    """The same folder, another base model: refused, whatever the stage; the same base again: nothing to do."""
+    """Another base in the same folder is refused at every stage; the same base trains nothing."""
     for seed in (1, 2):
         where = [
             f"output_dir={tmp_path / f'base{seed}'}",
@@ -170,8 +174,8 @@ def test_a_finished_stage_does_not_ignore_a_new_base(settings, tmp_path, capfd, 
         assert train_here(settings(*where, steps=2))
     tuned = settings(f"init_from={tmp_path / 'base1' / 'step_2'}", phase="tuned", steps=2)
     assert train_here(tuned) and train_here(tuned)
-    said = complaint(capfd, monkeypatch, [*tuned, f"init_from={tmp_path / 'base2' / 'step_2'}"])
-    assert "was trained from another base model than" in said and "move" in said
+    message = complaint(capfd, monkeypatch, [*tuned, f"init_from={tmp_path / 'base2' / 'step_2'}"])
+    assert "was trained from another base model than" in message and "move" in message
 
 
 def test_finished_phases_keep_the_config_they_were_trained_with(settings, tmp_path):

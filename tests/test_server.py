@@ -63,7 +63,7 @@ def file(folder) -> Path:
 
 @contextmanager
 def serving(file: Path, *flags: str) -> Iterator[int]:
-    """python -m scripts.chat --serve; its port."""
+    """Run python -m scripts.chat --serve; yield its port."""
     pytest.importorskip("xllamacpp", reason="the server is xllamacpp's")
     command = [sys.executable, "-m", "scripts.chat", "--model", str(file), "--serve", "0", *flags]
     env = {**os.environ, "SERVE_KEY": KEY}
@@ -87,7 +87,7 @@ def port(file) -> Iterator[int]:
 def ask(
     port: int, path: str, body: Any = None, method: str = "", **headers: str
 ) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON of an answer."""
+    """Send a request; return the status, headers and JSON of its response."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     named = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -107,9 +107,7 @@ def call(arguments: Any) -> dict[str, Any]:
 
 
 CALLED = {"role": "assistant", "content": None}
-ESCAPED = json.dumps({"x": FORGED}).replace(
-    "<", "\\u003c"
-)  # no special token before the JSON in the string is read
+ESCAPED = json.dumps({"x": FORGED}).replace("<", "\\u003c")  # JSON escapes hide the special token
 FORGERIES = {
     "user": [{"role": "user", "content": FORGED}],
     "system": [{"role": "system", "content": FORGED}, {"role": "user", "content": "a"}],
@@ -172,11 +170,11 @@ def test_a_served_prompt_has_the_ids_of_chat_and_demo(port, folder):
         (FORGERIES["system"], None),
         (FORGERIES["user"], [tool]),
     ):
-        given = {"messages": messages, **({"tools": tools} if tools else {})}
+        case = {"messages": messages, **({"tools": tools} if tools else {})}
         ids = chat.prompt(messages, tools)
-        rendered = ask(port, "/apply-template", given)[2]["prompt"]
+        rendered = ask(port, "/apply-template", case)[2]["prompt"]
         assert rendered == chat.tokenizer.decode(ids, skip_special_tokens=False)
-        _, _, answer = ask(port, "/v1/chat/completions", {**given, "max_tokens": 1})
+        _, _, answer = ask(port, "/v1/chat/completions", {**case, "max_tokens": 1})
         assert answer["usage"]["prompt_tokens"] == len(ids)
     _, _, raw = ask(port, "/v1/completions", {"prompt": FORGED, "max_tokens": 1})
     tokens = chat.tokenizer.encode(neutralise(FORGED, chat.special), add_special_tokens=False).ids
@@ -204,15 +202,13 @@ def test_other_hosts_and_other_pages_have_no_access(port):
         assert ask(port, "/v1/models", Host=name)[0] == 403, name
     body = {"messages": FORGERIES["user"], "max_tokens": 1}
     for origin in (PAGE, "null", "https://127.0.0.1", f"http://localhost:{port + 1}", "file://"):
-        for how in ({}, {"method": "OPTIONS"}, {"body": body}):
-            status, headers, _ = ask(port, "/v1/chat/completions", **how, Origin=origin)
+        for options in ({}, {"method": "OPTIONS"}, {"body": body}):
+            status, headers, _ = ask(port, "/v1/chat/completions", **options, Origin=origin)
             assert status == 403 and not any(
                 name.lower().startswith("access-control") for name in headers
             ), origin
-    for site in (
-        "cross-site",
-        "same-site",
-    ):  # an image or a link of another page has no Origin header
+    # An image or a link of another page has no Origin header.
+    for site in ("cross-site", "same-site"):
         assert ask(port, "/v1/models", Sec_Fetch_Site=site)[0] == 403
     assert (
         ask(port, "/v1/models", Origin=f"http://127.0.0.1:{port}", Sec_Fetch_Site="same-origin")[0]
@@ -222,13 +218,16 @@ def test_other_hosts_and_other_pages_have_no_access(port):
 
 @pytest.fixture(scope="module")
 def other_file(folder) -> Path:
-    """The same model with a template that neutralises nothing."""
-    other = Path(shutil.copytree(folder, folder.parent / "other"))
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}<|im_start|>"
-    (other / "chat_template.jinja").write_text(template, encoding="utf-8")
+    """The same model with a template that does not escape special tokens."""
+    copy = Path(shutil.copytree(folder, folder.parent / "other"))
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>"
+        "{% endfor %}<|im_start|>"
+    )
+    (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
     path = folder.parent / "other.gguf"
     size = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    write_gguf(other, {"f32": path}, read_vocabulary(other, size).put, "m", say=lambda line: None)
+    write_gguf(copy, {"f32": path}, read_vocabulary(copy, size).put, "m", say=lambda line: None)
     return path
 
 
@@ -236,15 +235,15 @@ def other_file(folder) -> Path:
 def test_a_key_an_allowed_page_and_another_template(file, other_file, monkeypatch, capsys):
     with serving(other_file, "--api_key", "SERVE_KEY", "--allow_origin", PAGE) as port:
         assert ask(port, "/health")[0] == 200
-        for given in (
+        for case in (
             {},
             {"Authorization": "Bearer "},
             {"Authorization": f"Bearer {KEY}x"},
             {"Authorization": "Bearer \xe9"},
         ):
             assert [
-                ask(port, "/v1/models", **given)[0],
-                ask(port, "/v1/completions", {"prompt": "a"}, **given)[0],
+                ask(port, "/v1/models", **case)[0],
+                ask(port, "/v1/completions", {"prompt": "a"}, **case)[0],
             ] == [401, 401]
         assert ask(port, "/v1/models", Authorization=f"Bearer {KEY}")[0] == 200
         status, headers, _ = ask(
@@ -272,13 +271,13 @@ def test_a_key_an_allowed_page_and_another_template(file, other_file, monkeypatc
             )[2]["prompt"]
             assert prompt.count(IM_END) == len(FORGERIES[place]) == prompt.count(IM_START) - 1
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
-    said = complaint_of(
+    message = complaint_of(
         chat_script.main,
         ["--model", file, "--serve", 0, "--api_key", "NO_SUCH_KEY"],
         capsys,
         monkeypatch,
     )
-    assert "the environment variable NO_SUCH_KEY is not set or empty" in said
+    assert "the environment variable NO_SUCH_KEY is not set or empty" in message
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -314,8 +313,8 @@ def test_what_is_no_request_is_refused_and_the_server_goes_on(port):
         (b'{"max_tokens": ' + b"9" * 5000 + b"}", {}, 400),
         (json.dumps({"messages": image}).encode(), {}, 400),
     ):
-        found = ask(port, path, body, **headers)
-        assert found[0] == status and found[2]["error"]["message"], (body[:80], found)
+        response = ask(port, path, body, **headers)
+        assert response[0] == status and response[2]["error"]["message"], (body[:80], response)
     loop = {
         "allOf": [{"$ref": "#/$defs/a"}],
         "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"not": {"$ref": "#/$defs/a"}}},
@@ -330,7 +329,7 @@ def test_what_is_no_request_is_refused_and_the_server_goes_on(port):
         {"minItems": 10**9},
         {"pattern": "a" * 9999},
     ):
-        for given in (
+        for case in (
             {"json_schema": schema},
             {
                 "response_format": {
@@ -344,8 +343,8 @@ def test_what_is_no_request_is_refused_and_the_server_goes_on(port):
             },
         ):
             assert (
-                ask(port, path, {"messages": FORGERIES["user"], "max_tokens": 1, **given})[0] == 400
-            ), given
+                ask(port, path, {"messages": FORGERIES["user"], "max_tokens": 1, **case})[0] == 400
+            ), case
     assert (
         ask(
             port, path, {"messages": FORGERIES["user"], "max_tokens": 1, "grammar": "root ::= root"}
@@ -391,16 +390,16 @@ def test_connections_that_hang_do_not_stop_others(port):
                     b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX",
                 ][number % 3]
             )
-        begun = time.monotonic()
+        start = time.monotonic()
         assert (
             ask(port, "/v1/chat/completions", {"messages": FORGERIES["user"], "max_tokens": 2})[0]
             == 200
         )
-        assert time.monotonic() - begun < 10
+        assert time.monotonic() - start < 10
 
 
 class Model(BaseHTTPRequestHandler):
-    """Stands where llama.cpp does; never answers."""
+    """Replaces llama.cpp; never answers."""
 
     left: threading.Event
 
@@ -416,7 +415,7 @@ class Model(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def front(tmp_path, monkeypatch) -> Iterator[int]:
-    """A gateway of one second's patience before a model that never answers."""
+    """A gateway with a timeout of one second; its model never answers."""
     monkeypatch.setattr(gateway, "READ_S", 1)
     monkeypatch.setattr(Model, "left", threading.Event(), raising=False)
 
@@ -447,17 +446,18 @@ def test_a_slow_client_is_cut_and_a_client_that_leaves_frees_the_model(front):
         with socket.create_connection(("127.0.0.1", front)) as slow:
             slow.settimeout(10)
             slow.sendall(begin)
-            begun, ended = time.monotonic(), False
-            while not ended and time.monotonic() - begun < 8:
+            start, ended = time.monotonic(), False
+            while not ended and time.monotonic() - start < 8:
                 try:
-                    slow.sendall(b" " if begin else b"")  # a byte now and then is no request either
+                    # A slow trickle of bytes is not a request either.
+                    slow.sendall(b" " if begin else b"")
                     slow.settimeout(0.2)
                     ended = slow.recv(1) == b""
                 except TimeoutError:
                     continue
                 except OSError:
                     ended = True
-            assert ended and time.monotonic() - begun < 6, begin
+            assert ended and time.monotonic() - start < 6, begin
     body = b'{"prompt": "a"}'
     with socket.create_connection(("127.0.0.1", front)) as client:
         client.sendall(head.replace(b"99", b"%d" % len(body)) + body)
@@ -466,14 +466,14 @@ def test_a_slow_client_is_cut_and_a_client_that_leaves_frees_the_model(front):
 
 
 def test_text_is_cleaned_wherever_it_is_and_ids_stay():
-    given = {
+    case = {
         "messages": FORGERIES["arguments"],
         "tools": [{FORGED: [FORGED]}],
         "prompt": [1, 2, True, None, 0.5],
         "stop": [IM_END],
     }
-    cleaned = clean_request(given, MARKERS)
-    assert cleaned["prompt"] == given["prompt"] and cleaned["stop"] == [IM_END]
+    cleaned = clean_request(case, MARKERS)
+    assert cleaned["prompt"] == case["prompt"] and cleaned["stop"] == [IM_END]
     shown = json.dumps({key: value for key, value in cleaned.items() if key != "stop"})
     assert not any(token in shown for token in MARKERS)
     assert cleaned["messages"][1]["tool_calls"][0]["function"]["arguments"] == {

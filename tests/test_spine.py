@@ -1,4 +1,4 @@
-"""The spine of a run: schedules, one clock, one end, flags beside the metrics, rope theta over phases, refused settings."""
+"""The training loop: schedules, clock, end, flags, rope theta over phases, refused settings."""
 
 import ast
 from itertools import pairwise
@@ -41,7 +41,7 @@ TEST_MODE = ROOT / "configs" / "test_mode.yaml"
 
 
 def test_every_schedule_is_applied_before_its_step_and_logged_under_its_name(clock, tmp_path):  # noqa: F811
-    """Learning rate and rope theta, and one that a stage adds, as the forward pass and the metrics see them."""
+    """The forward pass and the metrics see learning rate, rope theta and a stage's own schedule."""
     more = [
         "parallel.dtype=float32",
         "schedule={warmup_steps: 3, total_steps: 9, decay_steps: 2}",
@@ -100,7 +100,7 @@ def test_a_constant_is_no_schedule(settings, tmp_path):
 
 
 def test_flags_are_reduced_beside_the_metrics():
-    """Flags stay flags whatever the metrics and the loss denominator are."""
+    """Flags do not depend on the metrics and the loss denominator."""
     raised = StepFlags(save_failed=True, signals=(False, True))
     with setup.ranks():
         for loss, weight in ((8.0, 4), (float("nan"), 1_000_000)):
@@ -113,7 +113,7 @@ def test_flags_are_reduced_beside_the_metrics():
 
 
 def test_one_clock_times_and_limits_each_step(clock, tmp_path, monkeypatch):  # noqa: F811
-    """The time limit covers data and computation of each step, and is off for what lies between steps."""
+    """The time limit covers data and computation of each step, and is off between steps."""
     calls = []
 
     class Watch:
@@ -161,7 +161,7 @@ def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(
     spoil,  # noqa: F811
     monkeypatch,
 ):
-    """The log keeps the end of the command, and the checkpoint saved again has the theta of its own step."""
+    """The log keeps the command's end; the repeated checkpoint has the theta of its step."""
     ends, folder = [], tmp_path / "checkpoints" / "one"
     opened = Log.open
     monkeypatch.setattr(
@@ -172,9 +172,9 @@ def test_after_a_rollback_the_end_and_the_saved_theta_are_exact(
     ramp, saved = "rope_theta=[10000, 90000]", {}
     save = setup.Checkpointer.save
 
-    def watched(self, state, *how, **more):
+    def watched(self, state, *arguments, **more):
         saved.setdefault(state.step, []).append(state.model.config.rope_theta)
-        save(self, state, *how, **more)
+        save(self, state, *arguments, **more)
 
     monkeypatch.setattr(setup.Checkpointer, "save", watched)
     spoil({5, 6})
@@ -232,11 +232,11 @@ def test_the_prefetcher_says_where_it_is():
 
 
 @pytest.mark.parametrize(
-    ("given", "range_of_theta"),
+    ("setting", "range_of_theta"),
     [("20000", (20_000, 20_000)), ("[10000, 5e5]", (10_000, 500_000)), ("null", (10_000, 10_000))],
 )
-def test_rope_theta_is_one_key(given, range_of_theta, tmp_path):
-    run = load(TEST_MODE, [f"rope_theta={given}"])
+def test_rope_theta_is_one_key(setting, range_of_theta, tmp_path):
+    run = load(TEST_MODE, [f"rope_theta={setting}"])
     assert run.theta_range == range_of_theta and run.model.rope_theta == range_of_theta[0]
     content = to_dict(run)
     assert "rope_theta" not in content["model"] and "rope_theta_end" not in content
@@ -245,7 +245,7 @@ def test_rope_theta_is_one_key(given, range_of_theta, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("model.rope_theta=5", "model.rope_theta is rope_theta here"),
         (
@@ -262,22 +262,25 @@ def test_rope_theta_is_one_key(given, range_of_theta, tmp_path):
         ("rope_theta=high", "rope_theta='high' must be a finite number"),
     ],
 )
-def test_other_ways_to_set_theta_are_refused(override, said):
-    with pytest.raises(ValueError, match=said):
+def test_other_ways_to_set_theta_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
         load(TEST_MODE, [override])
 
 
 def test_theta_is_checked_where_phases_meet(settings, tmp_path):
-    """At the border of two phases, on a resume inside one, and against the base model of a new run."""
+    """Theta is checked between two phases, on a resume, and against a new run's base model."""
     one, two = tmp_path / "checkpoints" / "one", f"resume_from={tmp_path / 'checkpoints' / 'one'}"
     quiet = ("validation.every=0", "checkpoint.every=2")
     assert train_here(settings(*quiet, "rope_theta=[10000, 40000]", steps=4))
-    said = r"rope theta would jump: .*step_4 was trained with 40,000, but rope_theta={} is {} there; set rope_theta to 40000"
+    message = (
+        r"rope theta would jump: .*step_4 was trained with 40,000, "
+        r"but rope_theta={} is {} there; set rope_theta to 40000"
+    )
     for theta, text, asked in (
         ("10000", "10,000", "10,000"),
         ("[50000, 60000]", "50,000 to 60,000", "50,000"),
     ):
-        with pytest.raises(ValueError, match=said.format(text, asked)):
+        with pytest.raises(ValueError, match=message.format(text, asked)):
             train_here(settings(*quiet, two, f"rope_theta={theta}", phase="two", steps=2))
     with pytest.raises(
         ValueError,
@@ -363,12 +366,12 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "override", "said"),
+    ("kind", "name", "override", "message"),
     [(SFTConfig, "sft", *row) for row in SHARED]
     + [(PreferenceRun, "dpo", *row) for row in SHARED + PAIRS],
 )
-def test_settings_of_no_effect_are_refused_in_sft_and_dpo(kind, name, override, said):
-    with pytest.raises(ValueError, match=said):
+def test_settings_of_no_effect_are_refused_in_sft_and_dpo(kind, name, override, message):
+    with pytest.raises(ValueError, match=message):
         load_settings(kind, ROOT / "configs" / f"{name}.yaml", [override])
 
 
@@ -378,10 +381,10 @@ def test_the_command_refuses_in_one_sentence(tmp_path, capfd, monkeypatch):
     import train_sft
 
     config = ["--config", ROOT / "configs" / "sft.yaml", "--base_model", tmp_path]
-    said = complaint_of(
+    message = complaint_of(
         train_sft.main, [*config, "model={num_hidden_layers: 4}"], capfd, monkeypatch
     )
-    assert said.startswith("error: model.num_hidden_layers has no effect in SFT and DPO")
+    assert message.startswith("error: model.num_hidden_layers has no effect in SFT and DPO")
 
 
 def test_what_asks_for_nothing_is_accepted():
@@ -394,7 +397,7 @@ def test_what_asks_for_nothing_is_accepted():
 
 
 def test_the_written_config_of_sft_reads_back_and_names_its_theta(sft_settings, case, tmp_path):  # noqa: F811
-    """It holds no setting that would be refused, and the base model's theta; a shortened warm-up is said."""
+    """It has no refused setting and has the base's theta; the log reports a shortened warm-up."""
     assert sft_here(*sft_settings(tmp_path, "schedule.warmup_steps=5", "chat.samples=[]"))
     path = tmp_path / "logs" / "sft.config.yaml"
     again, content = (
@@ -405,26 +408,28 @@ def test_the_written_config_of_sft_reads_back_and_names_its_theta(sft_settings, 
         "model" not in content and not {"total_steps", "decay_steps"} & content["schedule"].keys()
     )
     assert again.rope_theta == read_hf_config(case / "base").rope_theta == again.model.rope_theta
-    other = tmp_path / "other"
+    second_folder = tmp_path / "other"
     with pytest.raises(ValueError, match=r"rope theta would jump: .*base was trained with 10,000"):
-        sft_here(*sft_settings(other, "rope_theta=20000"))
-    assert sft_here(*sft_settings(other, "rope_theta=[10000, 20000]", "chat.samples=[]"))
-    assert read_hf_config(other / "out" / "step_6").rope_theta == pytest.approx(20_000)
+        sft_here(*sft_settings(second_folder, "rope_theta=20000"))
+    assert sft_here(*sft_settings(second_folder, "rope_theta=[10000, 20000]", "chat.samples=[]"))
+    assert read_hf_config(second_folder / "out" / "step_6").rope_theta == pytest.approx(20_000)
 
 
 def test_what_sft_and_dpo_change_is_said(capfd, pairs_case, tmp_path):  # noqa: F811
     more = ("schedule.warmup_steps=5", "data.micro_batch_size=16", "steps=2", "validation.every=0")
     assert test_dpo.dpo_here(*test_dpo.settings(pairs_case, tmp_path, *more))
-    said = capfd.readouterr().out
-    assert "warm-up: 0 steps, a tenth of the run, instead of schedule.warmup_steps=5" in said
-    assert "micro-batches: 8 rows, all that a rank has, instead of data.micro_batch_size=16" in said
+    output = capfd.readouterr().out
+    assert "warm-up: 0 steps, a tenth of the run, instead of schedule.warmup_steps=5" in output
+    assert (
+        "micro-batches: 8 rows, all that a rank has, instead of data.micro_batch_size=16" in output
+    )
 
 
 # Dry run
 
 
 def objectives_of_the_dry_run(monkeypatch) -> list:
-    """Filled by each later dry run with its objective and batches."""
+    """A list to which each later dry run appends its objective and batches."""
     calls, real = [], profiling.backward
 
     def watched(run, model, step, objective):
@@ -441,8 +446,8 @@ def test_dpo_dry_runs_its_own_objective_on_its_largest_batch(pairs_case, tmp_pat
         *test_dpo.settings(pairs_case, tmp_path, "dpo={loss: ipo, beta: 0.2}", "steps=1")
     )
     [(objective, [batch])] = calls
-    wanted = preference(DPOConfig(loss="ipo", beta=0.2))
-    assert objective.func is wanted.func and objective.keywords == wanted.keywords
+    expected = preference(DPOConfig(loss="ipo", beta=0.2))
+    assert objective.func is expected.func and objective.keywords == expected.keywords
     assert (
         batch.tokens.shape == (8, 256)
         and batch.places.shape == (8, 256)

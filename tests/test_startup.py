@@ -21,16 +21,16 @@ QUIET = ("validation.every=0", "checkpoint={every: 100, keep: 2}")
 
 @pytest.fixture
 def start(monkeypatch, capfd):
-    """Run train.py in this process; check its exit status; return what it printed to stderr."""
+    """Run train.py in this process; check its exit status; return its stderr."""
 
     def start(overrides: list[str], status: int = 0) -> str:
         config = str(ROOT / "configs" / "test_mode.yaml")
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", config, *overrides])
         with pytest.raises(SystemExit) as end:
             train.main()
-        said = capfd.readouterr().err
-        assert (end.value.code or 0) == status, said
-        return said
+        errors = capfd.readouterr().err
+        assert (end.value.code or 0) == status, errors
+        return errors
 
     return start
 
@@ -59,7 +59,7 @@ def test_a_go_is_an_event_and_is_judged_once_over_a_resume(settings, tmp_path, s
     assert list(window) == ["fall of the loss", "median gradient norm", "tokens/s"]
     assert window["fall of the loss"] == pytest.approx(rows[0]["loss"] - rows[4]["loss"])
     assert window["median gradient norm"] == median(row["grad_norm"] for row in rows[:5])
-    timed = rows[2:5]  # the first half is left out
+    timed = rows[2:5]  # without the first half
     seconds = sum(row["step_s"] for row in timed)
     assert window["tokens/s"] == pytest.approx(3 * 512 / seconds)
     text = (logs / "training_log.md").read_text()
@@ -67,21 +67,21 @@ def test_a_go_is_an_event_and_is_judged_once_over_a_resume(settings, tmp_path, s
 
 
 def test_a_no_go_saves_ends_with_status_3_and_goes_on_only_when_accepted(settings, tmp_path, start):
-    told = tmp_path / "told"
-    alert = f"log.alerts.command=cat >> {told}"
+    alert_file = tmp_path / "told"
+    alert = f"log.alerts.command=cat >> {alert_file}"
     bad = [*QUIET, alert, "startup={steps: 4, fall: null, max_grad_norm: 1.0e-6}"]
-    said = start(settings(*bad), NO_GO)
+    errors = start(settings(*bad), NO_GO)
     logs, saved = tmp_path / "logs", tmp_path / "checkpoints" / "one"
-    assert said.startswith("error: no-go at step 4 in the start-up checks: median gradient norm ")
-    assert said.count("\n") == 1 and "grad_norm in metrics.jsonl" in said
-    assert 'repeat the command with startup.accept="reason"' in said
+    assert errors.startswith("error: no-go at step 4 in the start-up checks: median gradient norm ")
+    assert errors.count("\n") == 1 and "grad_norm in metrics.jsonl" in errors
+    assert 'repeat the command with startup.accept="reason"' in errors
     assert [(step, outcome) for step, outcome, _ in figures(logs)] == [(1, "go"), (4, "no-go")]
     assert [path.name for path in saved.glob("step_*")] == ["step_4"]
     [stopped] = events(logs, "stopped")
     assert stopped["text"].endswith("stopped by the start-up checks and saved at step 4")
-    assert told.read_text().count("startup at step") == 2  # the go does not silence the no-go
-    assert start(settings(*bad), NO_GO) == said
-    assert len(read_metrics(logs)) == 4  # it trains nothing
+    assert alert_file.read_text().count("startup at step") == 2  # the go does not silence the no-go
+    assert start(settings(*bad), NO_GO) == errors
+    assert len(read_metrics(logs)) == 4  # it trains no step
     start(settings(*bad, "startup.accept=a small model"))
     accepted = events(logs, "startup")[-1]
     assert accepted["accepted"] == "a small model" and "median gradient norm" in accepted["text"]
@@ -93,10 +93,10 @@ def test_a_no_go_saves_ends_with_status_3_and_goes_on_only_when_accepted(setting
 
 def test_a_wrong_first_loss_ends_the_run_after_one_step(settings, tmp_path, start):
     wrong = "startup={steps: 4, loss_margin: 1.0e-9}"
-    said = start(settings(*QUIET, wrong), NO_GO)
+    errors = start(settings(*QUIET, wrong), NO_GO)
     assert (
-        "no-go at step 1 in the start-up checks: first loss 5.9" in said
-        and "model.initializer_range" in said
+        "no-go at step 1 in the start-up checks: first loss 5.9" in errors
+        and "model.initializer_range" in errors
     )
     assert (tmp_path / "checkpoints" / "one" / "step_1" / "state").is_dir()
     again = [f"output_dir={tmp_path / 'b'}", f"log_dir={tmp_path / 'lb'}"]
@@ -120,8 +120,10 @@ def test_a_run_from_other_weights_is_not_asked_for_its_loss(settings, tmp_path, 
 
 def test_what_was_not_measured_is_a_no_go(settings, start):
     asked = "startup={steps: 2, fall: null, min_gpu_utilization: 0.5}"
-    said = start(settings(*QUIET, asked), NO_GO)
-    assert "GPU utilization not measured, at least 0.5 required" in said and "nvidia-ml-py" in said
+    errors = start(settings(*QUIET, asked), NO_GO)
+    assert (
+        "GPU utilization not measured, at least 0.5 required" in errors and "nvidia-ml-py" in errors
+    )
 
 
 def test_a_no_go_ends_all_ranks_under_the_launcher(settings, tmp_path):
@@ -133,7 +135,7 @@ def test_a_no_go_ends_all_ranks_under_the_launcher(settings, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("startup.steps=-1", "startup.steps=-1 must not be negative; 0 turns the checks off"),
         ("startup.fall=0", r"startup.fall=0.* must be above 0; null turns this check off"),
@@ -144,8 +146,8 @@ def test_a_no_go_ends_all_ranks_under_the_launcher(settings, tmp_path):
         ("startup.max_norm=3", "max_norm.* is not a setting"),
     ],
 )
-def test_wrong_bounds(override, said):
-    with pytest.raises(ValueError, match=said):
+def test_wrong_bounds(override, message):
+    with pytest.raises(ValueError, match=message):
         load(ROOT / "configs" / "test_mode.yaml", [override])
 
 
@@ -168,6 +170,6 @@ def test_gpu_utilization_is_sampled_and_absent_where_it_cannot_be_read(monkeypat
         return 87
 
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
-    found = [meter._gpu_utilization() for _ in range(15)]
-    assert found == [{"gpu_util": 0.87} if step in (3, 6) else {} for step in range(1, 16)]
+    samples = [meter._gpu_utilization() for _ in range(15)]
+    assert samples == [{"gpu_util": 0.87} if step in (3, 6) else {} for step in range(1, 16)]
     assert len(asked) == 3  # not again after it failed

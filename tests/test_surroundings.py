@@ -48,13 +48,13 @@ TEXT = "Größe — 你好 🙂"
 
 
 class Disk:
-    """A file system of its own, of a few megabytes."""
+    """A separate file system of a few megabytes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def leave(self, free: int) -> None:
-        """Fill it but for so many bytes."""
+        """Fill the disk; leave so many bytes free."""
         filler = self.folder / "filler"
         filler.unlink(missing_ok=True)
         space = os.statvfs(self.folder)
@@ -70,7 +70,8 @@ def disk(tmp_path) -> Iterator[Disk]:
     )
     if done.returncode:
         pytest.skip(
-            "this machine does not allow to mount a tmpfs, so there is no disk that can really be full"
+            "this machine does not allow to mount a tmpfs, so there is no disk that can really "
+            "be full"
         )
     yield Disk(folder)
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -78,7 +79,7 @@ def disk(tmp_path) -> Iterator[Disk]:
 
 @pytest.fixture
 def quota(monkeypatch):
-    """The file system reports more free space than this user may take, so the room checks pass."""
+    """The file system reports more space than the user's quota, so free-space checks pass."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
 
 
@@ -101,7 +102,7 @@ def steps(folder: Path) -> list[str]:
 def test_a_really_full_disk_ends_training_in_one_sentence(
     settings, disk, quota, capfd, monkeypatch, logs_too
 ):
-    """In safetensors, in torch's writer, in JSON and in the log: the older checkpoint stays, and the run continues later."""
+    """safetensors, torch, JSON or the log meets ENOSPC; the older checkpoint stays and resumes."""
     where = [
         f"output_dir={disk.folder / 'out'}",
         *([f"log_dir={disk.folder / 'logs'}"] if logs_too else []),
@@ -110,10 +111,10 @@ def test_a_really_full_disk_ends_training_in_one_sentence(
     size = sum(path.stat().st_size for path in (disk.folder / "out" / "step_3").rglob("*"))
     for part in (0.01, 0.3, 0.6, 0.95):
         disk.leave(int(part * size))
-        said = complaint(capfd, monkeypatch, settings(*where, steps=6))
+        message = complaint(capfd, monkeypatch, settings(*where, steps=6))
         assert (
-            "No space left on device" in said and "free some space" in said
-        ) or "is the disk full?" in said, part
+            "No space left on device" in message and "free some space" in message
+        ) or "is the disk full?" in message, part
         assert steps(disk.folder / "out") == ["step_3"]
     (disk.folder / "filler").unlink()
     assert train_here(settings(*where, steps=6))
@@ -124,7 +125,10 @@ def test_a_really_full_disk_ends_training_in_one_sentence(
 def test_libraries_that_report_a_full_disk_in_words_are_understood(
     disk, tmp_path, text_store, capfd
 ):
-    """numpy, safetensors, tokenizers and torch's container, each by its own error; other errors keep their traceback."""
+    """numpy, safetensors, tokenizers and torch.save have errors of their own.
+
+    Errors with other causes keep their traceback.
+    """
     from data.tokenizers.bpe import load_tokenizer
 
     tokenizer, big = load_tokenizer(text_store / "tokenizer"), torch.zeros(1 << 20)
@@ -142,14 +146,14 @@ def test_libraries_that_report_a_full_disk_in_words_are_understood(
         assert is_full(caught.value), (name, caught.value)
         with pytest.raises(SystemExit) as end, user_errors():
             raise caught.value
-        said = capfd.readouterr().err
-        assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1, (
+        errors = capfd.readouterr().err
+        assert end.value.code == 2 and errors.startswith("error: ") and errors.count("\n") == 1, (
             name,
-            said,
+            errors,
         )
-        assert "No space left" in said or "the disk is full" in said
-        for left in disk.folder.glob(f"{name}*"):
-            left.unlink()
+        assert "No space left" in errors or "the disk is full" in errors
+        for leftover_file in disk.folder.glob(f"{name}*"):
+            leftover_file.unlink()
     assert not is_full(OSError(errno.EIO, "Input/output error")) and not is_full(
         RuntimeError("unexpected pos 3")
     )
@@ -157,14 +161,14 @@ def test_libraries_that_report_a_full_disk_in_words_are_understood(
 
 @pytest.fixture
 def chats(tmp_path, text_store):
-    """The base model and the rows of an SFT and a DPO run; overrides(kind, where caches go) of either."""
+    """Write a base model and rows; return overrides(kind, cache folder) for SFT or DPO."""
     save_tiny(tmp_path / "base", tiny_config(max_position_embeddings=512), text_store)
-    said = [f"{TEXT} {i} " * 5 for i in range(1500)]
+    texts = [f"{TEXT} {i} " * 5 for i in range(1500)]
     rows = [
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": text}]}
-        for text in said
+        for text in texts
     ]
-    pairs = [{"prompt": "x", "chosen": text, "rejected": text[::-1]} for text in said]
+    pairs = [{"prompt": "x", "chosen": text, "rejected": text[::-1]} for text in texts]
     for name, content in (("rows", rows), ("pairs", pairs)):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
@@ -193,19 +197,18 @@ def test_prepared_rows_that_do_not_fit_are_refused_and_leave_nothing(
     cache = disk.folder / "cache"
     settings = chats(kind, cache)
     disk.leave(0)
-    said = complaint(
-        capfd, monkeypatch, settings, main, f"{kind}.yaml"
-    )  # the chat tokenizer comes first
-    assert "No space left" in said or "the disk is full" in said
+    # The chat tokenizer comes first.
+    message = complaint(capfd, monkeypatch, settings, main, f"{kind}.yaml")
+    assert "No space left" in message or "the disk is full" in message
     disk.leave(300 * KB)
-    said = complaint(capfd, monkeypatch, settings, main, f"{kind}.yaml")
-    assert "GB free; free some space" in said and (
-        "the prepared source own needs" in said or "split needs" in said
+    message = complaint(capfd, monkeypatch, settings, main, f"{kind}.yaml")
+    assert "GB free; free some space" in message and (
+        "the prepared source own needs" in message or "split needs" in message
     )
     with monkeypatch.context() as patched:  # a quota: nothing tells before
         patched.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
-        said = complaint(capfd, patched, settings, main, f"{kind}.yaml")
-    assert "the prepared rows of own were not saved; free some space there" in said
+        message = complaint(capfd, patched, settings, main, f"{kind}.yaml")
+    assert "the prepared rows of own were not saved; free some space there" in message
     assert [path.name for path in cache.iterdir() if not path.name.startswith("tokenizer-")] == []
     (disk.folder / "filler").unlink()
     monkeypatch.setattr(
@@ -224,8 +227,8 @@ def test_reference_log_probabilities_that_do_not_fit(disk, quota):
         with pytest.raises(
             OSError, match=r"reference.safetensors was not written; free some space there"
         ):
-            logps._keep({})
-        assert sorted(found.name for found in disk.folder.iterdir()) == ["filler"]
+            logps._save({})
+        assert sorted(entry.name for entry in disk.folder.iterdir()) == ["filler"]
         disk.leave(KB)
     with pytest.raises(OSError, match="GB free"):
         manifest.check_room(disk.folder, 10**15, "it")
@@ -267,7 +270,7 @@ def test_prepare_data_on_a_full_disk_goes_on_when_there_is_room(disk, text_store
 
 
 def test_output_to_a_full_disk_does_not_end_the_work(settings, tmp_path):
-    """print to /dev/full: the run trains to its end and saves; its last sentence says that output was lost."""
+    """With stdout on /dev/full, the run finishes and saves; its last line reports lost output."""
     with open("/dev/full", "w", encoding="utf-8") as full:
         words = [
             sys.executable,
@@ -306,7 +309,7 @@ def test_a_removed_log_folder_is_made_again_and_training_goes_on(
 
 
 def test_a_log_that_cannot_be_written_waits_in_memory(tmp_path, disk, capfd):
-    """While the disk is full nothing is raised and nothing is half written; what was recorded then follows in order."""
+    """A full disk raises nothing and leaves no partial line; rows are written later, in order."""
     folder = disk.folder / "logs"
     with Log(folder, LogConfig(), True, {"run": "r"}) as log:
         log.open(0, 99, "p")
@@ -390,8 +393,10 @@ def test_without_git_everything_trains(settings, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert shutil.which("git") is None
     assert train_here(settings(steps=1))
-    found = json.loads((tmp_path / "logs" / "one.environment.json").read_text(encoding="utf-8"))
-    assert found["git"] is None and found["git_clean"] is None
+    environment = json.loads(
+        (tmp_path / "logs" / "one.environment.json").read_text(encoding="utf-8")
+    )
+    assert environment["git"] is None and environment["git_clean"] is None
     assert (tmp_path / "logs" / "git_commit_hash.txt").read_text(
         encoding="utf-8"
     ) == "no git checkout\n"
@@ -400,18 +405,21 @@ def test_without_git_everything_trains(settings, tmp_path, monkeypatch):
 def test_a_wandb_that_cannot_be_used_is_a_sentence_before_the_model(
     settings, tmp_path, capfd, monkeypatch
 ):
-    """A stand-in for wandb that answers as wandb 0.31 does without a key; train.py asks it before anything is built."""
+    """A fake wandb answers as wandb 0.31 without a key; train.py calls it before building."""
     package = tmp_path / "fake" / "wandb"
     package.mkdir(parents=True)
-    refuses = "def login():\n    raise RuntimeError('No API key configured. Use `wandb login` to log in.')\n"
+    refuses = (
+        "def login():\n    raise RuntimeError('No API key configured. Use `wandb login` "
+        "to log in.')\n"
+    )
     (package / "__init__.py").write_text(refuses, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path / "fake"))
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(setup, "build", lambda *_, **__: pytest.fail("the model was built"))
-    said = complaint(capfd, monkeypatch, settings("log.wandb_project=x"))
+    message = complaint(capfd, monkeypatch, settings("log.wandb_project=x"))
     assert (
-        "W&B cannot be used (No API key configured" in said
-        and "set WANDB_API_KEY, or set WANDB_MODE=offline" in said
+        "W&B cannot be used (No API key configured" in message
+        and "set WANDB_API_KEY, or set WANDB_MODE=offline" in message
     )
     assert not (tmp_path / "checkpoints").exists()
     (package / "__init__.py").write_text(
@@ -467,14 +475,14 @@ def test_cores_are_those_of_the_affinity_and_the_cgroup(tmp_path, monkeypatch):
         ("4:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1", "cpu/d/cpu.cfs_period_us": "100000"}, 64),
         ("", {}, 64),
     ]
-    for own, files, expected in cases:
+    for cgroup, files, expected in cases:
         shutil.rmtree(tmp_path)
         tmp_path.mkdir()
-        (tmp_path / "own").write_text(own, encoding="utf-8")
+        (tmp_path / "own").write_text(cgroup, encoding="utf-8")
         for name, content in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(content + "\n", encoding="utf-8")
-        assert machine.cpus() == expected, (own, files)
+        assert machine.cpus() == expected, (cgroup, files)
 
 
 def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
@@ -489,8 +497,8 @@ def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
 
     pipeline = Pipeline.__new__(Pipeline)
     pipeline.number, pipeline.supervisor = 0, Told()
-    for given, expected in (("7", "7"), (None, str(machine.cpus()))):
-        monkeypatch.setenv("OMP_NUM_THREADS", given) if given else monkeypatch.delenv(
+    for threads, expected in (("7", "7"), (None, str(machine.cpus()))):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads) if threads else monkeypatch.delenv(
             "OMP_NUM_THREADS"
         )
         pipeline.stage("x", ["python", "-m", "scripts.plot_run"])
@@ -501,7 +509,7 @@ def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
 
 
 def test_data_that_changed_on_purpose_are_not_one_long_spike(settings, tmp_path, capfd):
-    """The windows that a spike is judged by hold losses of the earlier data only: they begin anew, and that is said."""
+    """New data restarts the spike check, whose windows hold losses of the old data; logged."""
     strict = [
         "faults={window: 4, spike_sigma: 1e-9, bad_in_a_row: 2, max_rollbacks: 0}",
         "checkpoint.every=6",
@@ -515,7 +523,7 @@ def test_data_that_changed_on_purpose_are_not_one_long_spike(settings, tmp_path,
     assert "the loss may jump; spike detection starts again after 4 steps" in capfd.readouterr().out
     events = read_lines(tmp_path / "logs" / "events.jsonl")
     assert not [event for event in events if event["event"] == "skipped"]
-    kept = FaultState(
+    fault_state = FaultState(
         losses=[1.0],
         norms=[2.0],
         bad_batches=[3],
@@ -525,7 +533,7 @@ def test_data_that_changed_on_purpose_are_not_one_long_spike(settings, tmp_path,
         lr_scale=0.5,
         no_go="x",
     )
-    assert kept.other_data() == FaultState(skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
+    assert fault_state.other_data() == FaultState(skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../x", "../..", "/x", "a/b", ""])
@@ -542,23 +550,26 @@ def test_a_run_or_a_source_whose_name_leaves_its_folder_is_refused(
 
 
 def test_only_leftovers_of_checkpoints_are_ever_removed(settings, tmp_path):
-    """draft.tmp/ and whatever else the user keeps in output_dir stays; half-written step folders go."""
+    """Partial step folders are removed from output_dir; draft.tmp/ and other user files stay."""
     folder = tmp_path / "checkpoints" / "one"
-    own = ("draft.tmp", "step_by_step.tmp", "step_1b.replaced", "step_.tmp")
+    user_files = ("draft.tmp", "step_by_step.tmp", "step_1b.replaced", "step_.tmp")
     ours = ("step_2.tmp", "step_7.tmp")
-    for name in (*own, *ours):
+    for name in (*user_files, *ours):
         (folder / name).mkdir(parents=True)
         (folder / name / "text").write_text("mine", encoding="utf-8")
     (folder / "step_9.tmp").write_text("a file", encoding="utf-8")
     assert train_here(settings(steps=3))
     assert sorted(
         path.name for path in folder.iterdir() if path.suffix in (".tmp", ".replaced")
-    ) == sorted([*own, "step_9.tmp"])
+    ) == sorted([*user_files, "step_9.tmp"])
 
 
 def test_temporary_files_of_processes_that_ended_are_swept(tmp_path):
     code = "from files import temporary\nfrom pathlib import Path\nimport sys\n"
-    code += "part = temporary(Path(sys.argv[1]) / 'rows-0123')\npart.mkdir()\n(part / 'x').write_text('x', encoding='utf-8')"
+    code += (
+        "part = temporary(Path(sys.argv[1]) / 'rows-0123')\npart.mkdir()\n"
+        "(part / 'x').write_text('x', encoding='utf-8')"
+    )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=ROOT)
     running = temporary(tmp_path / "mine")
     running.write_text("x", encoding="utf-8")
@@ -599,7 +610,10 @@ Supervisor(Path(sys.argv[1]), 0, print).run(sys.argv[2:], os.environ)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_killed_driver_leaves_no_stage_training(settings, tmp_path):
-    """SIGKILL of the driver: its launcher and both ranks save and end, and the rerun keeps every row of metrics.jsonl."""
+    """After SIGKILL of the driver, launcher and ranks save and end.
+
+    The rerun keeps every row of metrics.jsonl.
+    """
     overrides = settings(
         "schedule.total_steps=100000", "checkpoint.every=100000", "validation.every=0", steps=90000
     )
@@ -625,16 +639,16 @@ def wait_for(ready, seconds: float = 120) -> None:
 
 
 def training(word: str) -> list[int]:
-    """Processes with this word in their command line."""
-    found = []
+    """Return processes with this word in their command line."""
+    processes = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes()
         except OSError:
             continue
         if word.encode() in words and int(path.parent.name) != os.getpid():
-            found.append(int(path.parent.name))
-    return found
+            processes.append(int(path.parent.name))
+    return processes
 
 
 # locales
@@ -642,9 +656,9 @@ def training(word: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def locales(tmp_path_factory) -> dict[str, dict[str, str]]:
-    """Environments of locales that are not UTF-8; those that localedef cannot make here are left out."""
+    """Environments of non-UTF-8 locales; locales that localedef cannot create are missing."""
     folder = tmp_path_factory.mktemp("locales")
-    found = {"ASCII": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}}
+    environments = {"ASCII": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}}
     for language, charset in (("en_US", "ISO-8859-1"), ("zh_CN", "GB18030")):
         name = f"{language}.{charset}"
         if shutil.which("localedef"):
@@ -653,8 +667,8 @@ def locales(tmp_path_factory) -> dict[str, dict[str, str]]:
                 capture_output=True,
             )
         if (folder / name).is_dir():
-            found[charset] = {"LOCPATH": str(folder), "LC_ALL": name}
-    return {name: {"PYTHONUTF8": "0", **env} for name, env in found.items()}
+            environments[charset] = {"LOCPATH": str(folder), "LC_ALL": name}
+    return {name: {"PYTHONUTF8": "0", **env} for name, env in environments.items()}
 
 
 IN_ORDER = """
@@ -672,7 +686,7 @@ for words in json.loads(sys.argv[1]):
 
 @pytest.mark.parametrize("name", ["ASCII", "ISO-8859-1", "GB18030"])
 def test_files_and_output_are_the_same_in_every_locale(name, locales, chats, tmp_path):
-    """SFT on text of many scripts, whose samples and messages are printed and kept; then its page of a report."""
+    """Run SFT on text in many scripts, print and save its samples, and write its report page."""
     if name not in locales:
         pytest.skip(f"localedef cannot make a locale of {name} here")
     env = {**one_thread(), "PYTHONPATH": str(ROOT), **locales[name]}
@@ -711,7 +725,7 @@ def test_files_and_output_are_the_same_in_every_locale(name, locales, chats, tmp
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "gb18030", "utf-8"])
 def test_printing_never_fails_on_a_character(encoding):
-    """PYTHONIOENCODING and half a character: what the output cannot hold is escaped."""
+    """Characters that the output encoding lacks, and lone surrogates, are escaped."""
     code = f"from cli import user_errors\nwith user_errors(): print({TEXT!r}, chr(0xD83D))"
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, env=env)

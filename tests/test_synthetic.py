@@ -1,4 +1,4 @@
-"""Generated chat data: every answer computed a second way, tools that answer what they should, nothing held out in training."""
+"""Generated chat data: recomputed answers, tool results, no validation items in training."""
 
 import ast
 import calendar
@@ -94,7 +94,7 @@ KINDS = {
 
 @pytest.fixture(autouse=True)
 def small_world(monkeypatch):
-    """Facts without a download."""
+    """Return facts without a download."""
     for module in ("data.chat.tools", "data.synthetic.generate"):
         monkeypatch.setattr(f"{module}.load_countries", lambda wheels, download=True: COUNTRIES)
 
@@ -116,7 +116,7 @@ ALL = [
 
 
 def written(message: dict) -> str:
-    """What a model would have written."""
+    """Return the text that a model would have written."""
     calls = "".join(
         "<|tool_call|>" + json.dumps(call["function"]) for call in message.get("tool_calls", [])
     )
@@ -149,7 +149,7 @@ def test_right_replies_are_right_and_wrong_ones_wrong(kind, split, easy):
 
 @pytest.mark.parametrize("easy", [False, True])
 def test_stories_are_computed_right(easy):
-    """Each line of a thought by Python's own arithmetic; the answer by the story's formula over the numbers in its text."""
+    """Python recomputes each line of a thought, and the answer from the story's formula."""
     shapes = {re.sub(r"\\{\w+\\}", r"[\\w-]+", re.escape(text)): steps for steps, text in STORIES}
     checked = 0
     for example in many("math", easy=easy, count=400):
@@ -196,11 +196,11 @@ def test_a_tools_response_is_what_the_tool_returns(split, easy):
 
 
 def test_facts_are_those_of_the_country():
-    """Yes and no, regions, areas and capitals, read back from the words and held against the table."""
+    """Yes and no, regions, areas and capitals are parsed from the text and equal the table."""
     seen = set()
     for example in many("factbook", count=40) + many("factbook", seed=1, easy=True, count=40):
-        said = example["messages"][1]["content"]
-        text = said[4:] if said.startswith("Yes, ") else said
+        reply = example["messages"][1]["content"]
+        text = reply[4:] if reply.startswith("Yes, ") else reply
         text = text[0].upper() + text[1:]
         for country in sorted(COUNTRIES.values(), key=lambda c: -len(c.name)):
             name = article(country.name)
@@ -213,13 +213,15 @@ def test_facts_are_those_of_the_country():
                 if text.startswith(pattern.format(n=name, v="")[:-1]):
                     assert text == pattern.format(n=name, v=country.facts[attribute])
                     seen.add(attribute)
-            if said.endswith("landlocked."):
-                assert said.startswith("Yes") == (country.facts["landlocked"] == "yes")
+            if reply.endswith("landlocked."):
+                assert reply.startswith("Yes") == (country.facts["landlocked"] == "yes")
                 seen.add("landlocked")
-            if border := re.fullmatch(r"(Yes|No), (\S+) (?:borders|does not border) (\S+)\.", said):
+            if border := re.fullmatch(
+                r"(Yes|No), (\S+) (?:borders|does not border) (\S+)\.", reply
+            ):
                 assert (border[1] == "Yes") == (border[3] in COUNTRIES[border[2]].neighbours)
                 seen.add("border")
-            if said.startswith("The larger one is "):
+            if reply.startswith("The larger one is "):
                 a, b = (
                     c
                     for c in COUNTRIES
@@ -248,10 +250,12 @@ def test_splits_have_no_question_in_common_whatever_the_seed(kind):
 
 
 def test_a_tool_does_not_tell_what_is_held_out_elsewhere():
-    """Training on tools must not show 7 + 5 = 12, or a capital, where that is asked among the held-out questions."""
-    told = {row["key"] for row in many("tools", easy=True, count=400)}
+    """Tool training rows must not contain a sum or capital that validation questions ask for."""
+    training_keys = {row["key"] for row in many("tools", easy=True, count=400)}
     for kind in ("math", "factbook"):
-        assert not told & {row["key"] for row in many(kind, split="heldout", easy=True, count=20)}
+        assert not training_keys & {
+            row["key"] for row in many(kind, split="heldout", easy=True, count=20)
+        }
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "identity"])
@@ -268,7 +272,7 @@ def test_names_and_limits():
         "Ada"
         in synthetic.generate_identity_examples(1, 0, name="Ada")[0]["messages"][-1]["content"]
     )
-    with pytest.raises(ValueError, match="ask for fewer"):
+    with pytest.raises(ValueError, match="lower the count"):
         synthetic.generate_factbook_examples(10_000, 0, "heldout", easy=True)
     with pytest.raises(ValueError, match=r"unknown split .*; known: train, heldout"):
         synthetic.generate_math_examples(1, 0, "test")
@@ -303,9 +307,7 @@ def test_who_is_right():
     )
     assert is_right(example("number", "1,200"), "He has 3 boxes, so 1200 in all.")
     assert not is_right(example("number", "1200"), "It is 12000.")
-    assert not is_right(
-        example("number", "12"), "<|start_thought|>7 + 5 = 12"
-    )  # never came to an answer
+    assert not is_right(example("number", "12"), "<|start_thought|>7 + 5 = 12")  # without an answer
     assert is_right(example("number", "5 kilometres"), "That is 5.0 kilometres.")
     assert not is_right(example("number", "5 kilometres"), "That is 5 metres.")
     assert is_right(example("yes_no", "yes"), "Yes, it does.") and not is_right(
@@ -342,7 +344,7 @@ def random_expression(rng: random.Random, depth: int) -> str:
 
 
 class Exactly(ast.NodeTransformer):
-    """Every number literal as Fraction("..."), so that Python itself computes exactly."""
+    """Replaces number literals by Fraction("..."), so Python computes exactly."""
 
     def __init__(self, text: str):
         self.text = text
@@ -355,9 +357,9 @@ def test_the_calculator_equals_pythons_fractions():
     rng, values, errors = random.Random(0), 0, 0
     while values < 300:
         text = random_expression(rng, 3)
-        found = run_tool("calculator", {"expression": text})
+        result = run_tool("calculator", {"expression": text})
         if len(text) > 200:
-            assert "longer than" in found
+            assert "longer than" in result
             continue
         tree = ast.fix_missing_locations(Exactly(text).visit(ast.parse(text, mode="eval")))
         try:
@@ -365,18 +367,18 @@ def test_the_calculator_equals_pythons_fractions():
                 eval(compile(tree, "", "eval"), {"Fraction": Fraction, "__builtins__": {}})
             )
         except ZeroDivisionError:
-            assert found == "error: division by zero", text
+            assert result == "error: division by zero", text
             errors += 1
             continue
         if max(
             abs(expected.numerator), expected.denominator
-        ).bit_length() <= 1024 and not found.startswith("error"):
-            number, _, about = found.partition(" (about ")
+        ).bit_length() <= 1024 and not result.startswith("error"):
+            number, _, about = result.partition(" (about ")
             assert Fraction(number) == expected, text
             assert not about or abs(Fraction(about.rstrip(")")) - expected) <= Fraction(1, 10_000)
             values += 1
         else:
-            assert "too large" in found, (text, found)
+            assert "too large" in result, (text, result)
     assert errors > 5
 
 
@@ -429,7 +431,7 @@ def test_the_calculator_equals_pythons_fractions():
 def test_hostile_expressions_give_an_error_at_once(text):
     began = time.process_time()
     assert run_tool("calculator", {"expression": text}).startswith("error: ")
-    assert time.process_time() - began < 2  # a bound for what would otherwise never end
+    assert time.process_time() - began < 2  # stops an endless computation
 
 
 def test_ways_to_write_arithmetic():
@@ -516,10 +518,13 @@ def test_units():
         ("pound", "gram", "ounce"),
         ("gallon", "litre", "millilitre"),
     ):
-        there = Fraction(convert(1000, a, c).split()[0])
+        converted = Fraction(convert(1000, a, c).split()[0])
         assert (
-            abs(there - Fraction(convert(float(convert(1000, a, b).split()[0]), b, c).split()[0]))
-            <= abs(there) / 10**6
+            abs(
+                converted
+                - Fraction(convert(float(convert(1000, a, b).split()[0]), b, c).split()[0])
+            )
+            <= abs(converted) / 10**6
         )
 
 
@@ -550,12 +555,11 @@ def test_a_lookup_downloads_nothing(tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("pip was called"))
     asked = {"country": "Chad", "attribute": "capital"}
-    assert "python -m scripts.generate_chat_data downloads it" in run_tool(
+    assert "download it with python -m scripts.generate_chat_data" in run_tool(
         "lookup", asked, tmp_path / "none"
     )
-    (
-        tmp_path / f"{FACTBOOK.package}-{FACTBOOK.version}-x.whl"
-    ).mkdir()  # what cannot be read is an answer too
+    # An unreadable call gets an error as its result.
+    (tmp_path / f"{FACTBOOK.package}-{FACTBOOK.version}-x.whl").mkdir()
     assert run_tool("lookup", asked, tmp_path).startswith("error: the facts cannot be read")
     assert not (tmp_path / "none").exists()
 
@@ -588,12 +592,14 @@ def test_the_command_writes_once_and_names_mistakes(tmp_path):
     train = [json.loads(line) for line in files["tools.train.jsonl"].splitlines()]
     assert all(set(row) <= {"id", "source", "messages", "tools"} for row in train)
     assert "is current" in run("--counts", *few, "--heldout_counts", *few).stdout
-    for flags, said in (
+    for flags, message in (
         (["--counts", "maths=3"], "is not a count"),
         (["--name", "<|x|>"], "is not a valid name"),
     ):
         failed = run(*flags)
-        assert failed.returncode == 2 and said in failed.stderr and "Traceback" not in failed.stderr
+        assert (
+            failed.returncode == 2 and message in failed.stderr and "Traceback" not in failed.stderr
+        )
     (tmp_path / "chat" / "math.train.jsonl").write_text("")
     assert "examples" in run("--counts", *few, "--heldout_counts", *few).stdout
     assert {path.name: path.read_bytes() for path in (tmp_path / "chat").iterdir()} == files

@@ -1,4 +1,4 @@
-"""A folder's chat template is found in every form that transformers writes, and all that reads one reads the same."""
+"""A folder's chat template is found in every form of transformers; all readers agree."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ FORMS = ("string", "list", "jinja", "json", "additional", "with_tools", "none")
 
 
 def put_template(folder: Path, form: str, template: str) -> None:
-    """Keep a template in a folder in one of FORMS."""
+    """Write a template to a folder in one of FORMS."""
     settings = folder / "tokenizer_config.json"
     content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
     if form == "string":
@@ -65,7 +65,7 @@ def form(request):
 
 @pytest.fixture
 def model(form, tmp_path, text_store) -> Path:
-    """A small base model, with a template of another project's unless form is "none"."""
+    """A small base model, with a foreign template unless form is "none"."""
     folder = tmp_path / "model"
     save_tiny(folder, tiny_config(max_position_embeddings=1024), text_store)
     put_template(folder, form, OWN)
@@ -77,7 +77,7 @@ def test_every_form_is_read(form, model):
     assert isinstance(
         open_chat_format(model), CompletionFormat if form == "none" else TemplateFormat
     )
-    if form not in ("none", "json"):  # transformers reads chat_template.json by a processor only
+    if form not in ("none", "json"):  # in transformers, only processors read chat_template.json
         assert AutoTokenizer.from_pretrained(model).get_chat_template() == OWN
     if form == "none":
         with pytest.raises(ValueError, match="has no chat template"):
@@ -98,19 +98,19 @@ def test_the_export_keeps_it_and_the_card_calls_it_no_base_model(
     )
     export_gguf.main()
     reader = GGUFReader(out.parent / "m-f32.gguf")
-    kept = reader.get_field("tokenizer.chat_template")
+    field = reader.get_field("tokenizer.chat_template")
     texts = {
         name: (out.parent / name).read_text(encoding="utf-8")
         for name in ("README.md", "LM_STUDIO.md", "Modelfile")
     }
     if form == "none":
         assert (
-            kept is None
+            field is None
             and "base model" in texts["README.md"]
             and "{{ .Prompt }}" in texts["Modelfile"]
         )
         return
-    assert kept.contents() == OWN and not any("base model" in text for text in texts.values())
+    assert field.contents() == OWN and not any("base model" in text for text in texts.values())
     assert "{{ .Prompt }}" not in texts["Modelfile"] and "scripts.chat" in texts["README.md"]
     unpacked = tokenizer_folder(out.parent / "m-f32.gguf")
     assert read_templates(unpacked) == read_templates(model) and isinstance(

@@ -55,9 +55,9 @@ def place(tmp_path_factory):
 
 def give(command: str, status: int = 0) -> str:
     """Run a command of the document; return its output."""
-    given = Command(shlex.split(command), dict(os.environ))
-    found, output = given.wait(), given.output.read_text()
-    assert found == status and "Traceback" not in output, output
+    process = Command(shlex.split(command), dict(os.environ))
+    exit_status, output = process.wait(), process.output.read_text()
+    assert exit_status == status and "Traceback" not in output, output
     return output
 
 
@@ -128,9 +128,8 @@ def test_day_1(place):
     commands = BY_HAND[: next(i for i, command in enumerate(BY_HAND) if "download_data" in command)]
     assert commands[0] == "make setup" and re.search(r"^setup:", Path("Makefile").read_text(), re.M)
     output = give(commands[1])
-    assert (
-        "ready for: quickstart yes" in output and "alert: slack" in output
-    )  # a plan of this size needs no GPU
+    # A plan of this size needs no GPU.
+    assert "ready for: quickstart yes" in output and "alert: slack" in output
     output = give(commands[2])
     assert output.count("test mode: ok") == 4 and "FAILED" not in output
     assert "is not empty; use another --output_dir for test mode" in give(
@@ -170,9 +169,8 @@ def test_the_plan_survives_four_weeks(place, drive):
     assert "missing" not in output.rpartition("[")[2]
 
     rows = read_metrics(LOGS)
-    assert [row["step"] for row in rows] == list(
-        range(1, 236)
-    )  # each step once, over a kill, a signal and an extension
+    # Each step once, despite a kill, a signal and an extension.
+    assert [row["step"] for row in rows] == list(range(1, 236))
     rates = [row["lr"] for row in rows if row["step"] >= 10]
     assert all(before >= after for before, after in pairwise(rates)) and rates[-1] == 0
     assert rates[-30] == rates[0]  # the decay of 28 steps begins where that of 23 did
@@ -186,10 +184,11 @@ def test_each_command_of_the_table_can_be_given_again(place):
     before, metrics = checkpoints(), (LOGS / "metrics.jsonl").read_text()
     begin = next(i for i, command in enumerate(BY_HAND) if "download_data" in command)
     end = next(i for i, command in enumerate(BY_HAND) if "demo_ui" in command)
+    # Only the plan knows its new steps.
     extended = (
         "phase3_crystallization.yaml",
         "phase3_crystallization --gates",
-    )  # only the plan knows its new steps
+    )
     commands = [
         command for command in BY_HAND[begin:end] if not any(words in command for words in extended)
     ]
@@ -230,8 +229,8 @@ def test_what_the_four_weeks_leave(place):
     )
     assert list(of_all) == list(phases)
     assert [of_all[name]["steps"] for name in phases] == [184, 10, 13, 28, 2, 12, 5]
-    told = Path("results/training_log.md").read_text()
-    assert "restart 1 of 3" in told and "a model of this size" in told
+    training_log = Path("results/training_log.md").read_text()
+    assert "restart 1 of 3" in training_log and "a model of this size" in training_log
     assert Path("results/wandb_run_urls.txt").read_text() == "none: W&B was off\n"
     assert Path("results/attention_visualizations.png").read_bytes().startswith(b"\x89PNG")
     links = {

@@ -1,4 +1,7 @@
-"""Base models whose token ids have a hole: new tokens get ids after the largest one, and only their rows change."""
+"""Base models with gaps in their token ids: new tokens follow the largest id.
+
+Only the embedding rows of the new tokens change.
+"""
 
 import json
 
@@ -33,7 +36,7 @@ def added(index: int, text: str) -> dict:
 
 
 def hole_in_vocabulary(content: dict) -> None:
-    """Ids 0 to 257 and 259: tokenizers' own method would give 259 away again."""
+    """Ids 0 to 257 and 259: the tokenizers library would assign 259 again."""
     content["model"]["vocab"]["zz"] = 259
 
 
@@ -57,7 +60,7 @@ CASES = {
     params=[(name, padded) for name in CASES for padded in (0, 30)], ids=lambda p: f"{p[0]}-{p[1]}"
 )
 def base(request, tmp_path):
-    """(folder, ids of its tokens, its model); padded: rows of embedding after the largest id."""
+    """(folder, token ids, model); padded: embedding rows after the largest id."""
     name, padded = request.param
     change, ids = CASES[name]
     folder = tmp_path / "base"
@@ -80,25 +83,27 @@ def test_new_tokens_come_after_the_largest_id_and_only_their_rows_are_set(base, 
     )
     run = SFTConfig(init_from=str(folder), chat=None)
     with setup.ranks():
-        taken = take_base(run, tmp_path / "cache")
-    new = [taken.chat.tokenizer.token_to_id(token) for token in CHAT_TOKENS]
+        base_state = take_base(run, tmp_path / "cache")
+    new = [base_state.chat.tokenizer.token_to_id(token) for token in CHAT_TOKENS]
     assert new == list(range(size, size + len(CHAT_TOKENS)))
-    assert {token: taken.chat.tokenizer.token_to_id(token) for token in ids} == ids
-    assert taken.files.new_tokens == range(size, new[-1] + 1)
-    assert taken.run.model.vocab_size == max(model.config.vocab_size, new[-1] + 1)
-    own = {token: taken.chat.tokenizer.id_to_token(index) for token, index in ids.items()}
-    assert own == {token: token for token in ids}
+    assert {token: base_state.chat.tokenizer.token_to_id(token) for token in ids} == ids
+    assert base_state.files.new_tokens == range(size, new[-1] + 1)
+    assert base_state.run.model.vocab_size == max(model.config.vocab_size, new[-1] + 1)
+    token_texts = {
+        token: base_state.chat.tokenizer.id_to_token(index) for token, index in ids.items()
+    }
+    assert token_texts == {token: token for token in ids}
 
-    grown = NanoLlama(taken.run.model)
-    load_weights(grown, folder, taken.files.new_tokens)
-    reference = build_reference(folder, taken.run.model, taken.files.new_tokens)
-    for made in (grown, reference):
+    grown = NanoLlama(base_state.run.model)
+    load_weights(grown, folder, base_state.files.new_tokens)
+    reference = build_reference(folder, base_state.run.model, base_state.files.new_tokens)
+    for weights in (grown, reference):
         for rows, before in (
-            (made.embed_tokens.weight, model.embed_tokens.weight),
-            (made.lm_head.weight, model.lm_head.weight),
+            (weights.embed_tokens.weight, model.embed_tokens.weight),
+            (weights.lm_head.weight, model.lm_head.weight),
         ):
-            kept = [i for i in range(len(before)) if i not in new]
-            assert torch.equal(rows[kept], before[kept])
+            old_ids = [i for i in range(len(before)) if i not in new]
+            assert torch.equal(rows[old_ids], before[old_ids])
             assert torch.allclose(rows[new], before[:size].mean(0).expand(len(new), -1), atol=1e-6)
 
 
@@ -122,17 +127,17 @@ def test_a_chat_tokenizer_with_holes_goes_on_to_gguf_transformers_and_a_second_s
     assert theirs(text, add_special_tokens=False)["input_ids"] == expected
     assert {token: theirs.convert_tokens_to_ids(token) for token in chat.ids} == chat.ids
 
-    found = read_vocabulary(tmp_path / "chat", size + 5)
-    assert {found.tokens.index(token): token for token in ids} == {
+    vocabulary = read_vocabulary(tmp_path / "chat", size + 5)
+    assert {vocabulary.tokens.index(token): token for token in ids} == {
         index: token for token, index in ids.items()
     }
-    assert all(found.tokens[index] == token for token, index in chat.ids.items())
+    assert all(vocabulary.tokens[index] == token for token, index in chat.ids.items())
     known = set(plain.get_vocab().values())
-    assert [i for i, kind in enumerate(found.types) if kind == UNUSED] == [
+    assert [i for i, kind in enumerate(vocabulary.types) if kind == UNUSED] == [
         i for i in range(size + 5) if i not in known
     ]
-    assert NORMAL in found.types
-    back = build_tokenizer(found.tokens, found.types, found.merges, found.pre)
+    assert NORMAL in vocabulary.types
+    back = build_tokenizer(vocabulary.tokens, vocabulary.types, vocabulary.merges, vocabulary.pre)
     assert back.get_vocab() == plain.get_vocab()
     assert back.encode(text, add_special_tokens=False).ids == expected
 

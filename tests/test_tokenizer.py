@@ -1,4 +1,4 @@
-"""The same ids by every way: tokenizers, the tiktoken export, Encoder; public vocabularies as tiktoken itself has them."""
+"""tokenizers, the tiktoken export and Encoder agree; public vocabularies equal tiktoken's."""
 
 import base64
 import gzip
@@ -46,7 +46,7 @@ from data.tokenizers.tiktoken_export import (
     tokenizer_of,
 )
 
-WHEELS = ROOT / "data" / "store" / "wheels"  # where the quickstart keeps them
+WHEELS = ROOT / "data" / "store" / "wheels"  # the quickstart's folder of wheels
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +64,15 @@ def folder(texts, tmp_path_factory):
     return place
 
 
-def plain(given: Tokenizer) -> Tokenizer:
-    """A copy to which text that looks like a special token is text."""
-    copy = Tokenizer.from_str(given.to_str())
+def plain(original: Tokenizer) -> Tokenizer:
+    """A copy that encodes special-token strings as plain text."""
+    copy = Tokenizer.from_str(original.to_str())
     copy.encode_special_tokens = True
     return copy
 
 
 def every_character() -> list[str]:
-    """All characters that Unicode has given a meaning, and some others, each between letters, digits and blanks."""
+    """Return all assigned Unicode characters and some others among letters, digits and blanks."""
     points = [
         *range(0xD800),
         *range(0xE000, 0x33000),
@@ -86,13 +86,19 @@ def every_character() -> list[str]:
 
 
 def test_export_gives_the_ids_of_the_tokenizer(folder, texts):
-    whole, fast, encoder = plain(load_tokenizer(folder)), load_tiktoken(folder), Encoder(folder)
-    hard = [*fuzz(whole, count=6000, seed=1), *texts, "", *every_character()]
-    expected = [encoding.ids for encoding in whole.encode_batch_fast(hard)]
+    reference_tokenizer, fast, encoder = (
+        plain(load_tokenizer(folder)),
+        load_tiktoken(folder),
+        Encoder(folder),
+    )
+    hard = [*fuzz(reference_tokenizer, count=6000, seed=1), *texts, "", *every_character()]
+    expected = [encoding.ids for encoding in reference_tokenizer.encode_batch_fast(hard)]
     assert [fast.encode_ordinary(text) for text in hard] == expected
     assert [ids.tolist() for ids in encoder(hard)] == expected
     assert encoder.tiktoken is not None and encoder.vocab_size == 3000 == fast.n_vocab
-    assert fast.encode(BOS + PAD, allowed_special="all") == list(special_ids(whole)[1:])
+    assert fast.encode(BOS + PAD, allowed_special="all") == list(
+        special_ids(reference_tokenizer)[1:]
+    )
     assert [fast.decode(ids) for ids in expected] == hard
 
 
@@ -114,10 +120,10 @@ def test_without_an_export_the_encoder_takes_tokenizers(folder, texts, tmp_path)
 
 
 def test_transformers_reads_a_folder_with_an_export(folder):
-    other, whole = AutoTokenizer.from_pretrained(folder), plain(load_tokenizer(folder))
+    fast_tokenizer, expected = AutoTokenizer.from_pretrained(folder), plain(load_tokenizer(folder))
     text = "def f(x):\n    return 'ünï' # 2026"
-    assert other.encode(text, add_special_tokens=False) == whole.encode(text).ids
-    assert other.bos_token == BOS and other.vocab_size == 3000
+    assert fast_tokenizer.encode(text, add_special_tokens=False) == expected.encode(text).ids
+    assert fast_tokenizer.bos_token == BOS and fast_tokenizer.vocab_size == 3000
 
 
 def test_an_export_of_another_tokenizer_is_refused(folder, tmp_path):
@@ -131,15 +137,15 @@ def test_an_export_of_another_tokenizer_is_refused(folder, tmp_path):
             opened(tmp_path)
 
 
-def special(given: Tokenizer) -> Tokenizer:
-    given.add_special_tokens([AddedToken(token, special=True) for token in (BOS, PAD)])
-    return given
+def special(original: Tokenizer) -> Tokenizer:
+    original.add_special_tokens([AddedToken(token, special=True) for token in (BOS, PAD)])
+    return original
 
 
 def by_merges(
     *merges: tuple[str, str], tokens: tuple[str, ...] = (), pattern: str = QWEN2_SPLIT
 ) -> Tokenizer:
-    """tokens: which are to have the first ids after the bytes."""
+    """Return a tokenizer by merges; `tokens` get the first ids after the bytes."""
     vocab = {letter: i for i, letter in enumerate(LETTER.values())}
     for token in (*tokens, *(a + b for a, b in merges)):
         vocab.setdefault(token, len(vocab))
@@ -147,9 +153,9 @@ def by_merges(
 
 
 def normalized() -> Tokenizer:
-    given = by_merges(("a", "b"))
-    given.normalizer = normalizers.Lowercase()
-    return given
+    original = by_merges(("a", "b"))
+    original.normalizer = normalizers.Lowercase()
+    return original
 
 
 REFUSED = {
@@ -168,7 +174,7 @@ REFUSED = {
 def test_no_export_where_tiktoken_would_give_other_ids(why, tmp_path, capsys):
     with pytest.raises(ValueError, match=why):
         ranks_of(REFUSED[why])
-    (tmp_path / SETTINGS).write_text("{}")  # of a tokenizer that was here before
+    (tmp_path / SETTINGS).write_text("{}")  # of an earlier tokenizer
     save_tokenizer(REFUSED[why], tmp_path)
     assert "no tiktoken export" in capsys.readouterr().out
     if why != "256 bytes":
@@ -176,14 +182,14 @@ def test_no_export_where_tiktoken_would_give_other_ids(why, tmp_path, capsys):
 
 
 def test_the_refused_one_would_indeed_differ():
-    """Merged by pairs "abc" stays two tokens, by ranks it becomes one."""
-    whole = REFUSED["from another pair"]
+    """By merges, "abc" stays two tokens; by ranks, it becomes one."""
+    refused = REFUSED["from another pair"]
     ranks = {
-        to_bytes(token): i for token, i in whole.get_vocab().items() if token not in (BOS, PAD)
+        to_bytes(token): i for token, i in refused.get_vocab().items() if token not in (BOS, PAD)
     }
-    assert whole.encode("abc").tokens == ["a", "bc"]
+    assert refused.encode("abc").tokens == ["a", "bc"]
     assert Ranks(QWEN2_SPLIT, ranks, {}).encoding("test").encode_ordinary("abc") == [
-        whole.token_to_id("abc")
+        refused.token_to_id("abc")
     ]
 
 
@@ -202,7 +208,7 @@ def test_merges_by_hand():
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """tiktoken's own encodings, its cache filled from the wheels; tiktoken compares the files with its checksums."""
+    """tiktoken's encodings; its cache is filled from wheels, and it verifies the checksums."""
     import hashlib
 
     import tiktoken
@@ -229,26 +235,25 @@ def reference(tmp_path_factory):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_vocabularies_have_the_ids_of_tiktoken(name, reference, texts):
     ours, theirs = load_public(name, WHEELS), reference[name]
-    whole, fast = plain(ours), public_ranks(name, WHEELS).encoding(name)
+    our_tokenizer, fast = plain(ours), public_ranks(name, WHEELS).encoding(name)
     runs = [
         unit * n
         for unit in ("a", "A", " ", "\n", "-", "\u6f22", "9", "\r\n", " \t")
         for n in (3, 130, 5000)
     ]
     hard = [
-        *fuzz(whole, count=5000, seed=2),
+        *fuzz(our_tokenizer, count=5000, seed=2),
         *runs,
         *(run + "b" for run in runs),
         *texts[:20],
         *every_character()[:: 1 if name == "o200k_base" else 9],
     ]
     expected = [theirs.encode_ordinary(text) for text in hard]
-    assert [encoding.ids for encoding in whole.encode_batch_fast(hard)] == expected
+    assert [encoding.ids for encoding in our_tokenizer.encode_batch_fast(hard)] == expected
     assert [fast.encode_ordinary(text) for text in hard] == expected
     assert ours.encode(BOS).ids == [theirs.eot_token] == [special_ids(ours).bos]
-    assert sorted(ours.get_vocab().values()) == list(
-        range(theirs.n_vocab + (name == "gpt2"))
-    )  # no gaps; gpt2 gets <|pad|>
+    # No gaps; gpt2 gets <|pad|>.
+    assert sorted(ours.get_vocab().values()) == list(range(theirs.n_vocab + (name == "gpt2")))
 
 
 def test_a_public_vocabulary_can_be_a_stores_tokenizer(tmp_path, texts, reference):
@@ -265,10 +270,10 @@ def test_a_public_vocabulary_can_be_a_stores_tokenizer(tmp_path, texts, referenc
 
 
 def test_tokenizers_survive_the_round_trip_through_ranks(folder):
-    given = load_tokenizer(folder)
-    again = tokenizer_of(ranks_of(given))
-    assert again.get_vocab() == given.get_vocab()
-    ours, theirs = (json.loads(t.to_str()) for t in (again, given))
+    original = load_tokenizer(folder)
+    again = tokenizer_of(ranks_of(original))
+    assert again.get_vocab() == original.get_vocab()
+    ours, theirs = (json.loads(t.to_str()) for t in (again, original))
     assert (
         ours["model"]["merges"] == theirs["model"]["merges"]
         and ours["added_tokens"] == theirs["added_tokens"]
@@ -295,17 +300,15 @@ def test_long_texts_take_no_more_than_their_share_of_time(folder, texts):
 
 def test_blanks_that_no_regex_engine_reads_are_cut_and_lose_no_byte(folder, monkeypatch):
     encoder = Encoder(folder)
-    text = (
-        "before" + "\n \t " * 1_500_000 + "after"
-    )  # 6 million characters: tokenizers gives up as well
+    # 6 million characters: tokenizers gives up as well
+    text = "before" + "\n \t " * 1_500_000 + "after"
     (ids,) = encoder([text])
     assert encoder.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == text
     monkeypatch.setattr(tokenizer, "BLANK", 10)
     monkeypatch.setattr(tokenizer, "LONGEST", 100)
     for text in ("word" * 100, "word" + " " * 40 + "word", "word " * 100 + " " * 25):
-        assert (
-            encoder([text])[0].tolist() == encoder.tokenizer.encode(text).ids
-        )  # blanks of less than LONGEST: not cut
+        # Blanks of less than LONGEST: not cut.
+        assert encoder([text])[0].tolist() == encoder.tokenizer.encode(text).ids
     for length in range(200, 420, 7):
         parts = tokenizer._cut("ab" + " " * length + "cd")
         assert (
@@ -336,13 +339,14 @@ def test_samples_give_sources_equal_shares_and_small_ones_all():
             [read(s, c) for s, c in zip((small, large, unicode), counts, strict=True)], 331
         )
     )
+    # The last may be cut within a character.
     assert sum(len(text.encode()) for text in sample) in (
         330,
         331,
-    )  # the last may be cut within a character
-    taken = {char: sum(len(t.encode()) for t in sample if t[:1] == char) for char in "sl\u00e9"}
-    assert taken["s"] == 30 and abs(taken["l"] - taken["\u00e9"]) <= 10
-    assert counts[1][0] < 170 and counts[2][0] < 170  # not read further than needed
+    )
+    sizes = {char: sum(len(t.encode()) for t in sample if t[:1] == char) for char in "sl\u00e9"}
+    assert sizes["s"] == 30 and abs(sizes["l"] - sizes["\u00e9"]) <= 10
+    assert counts[1][0] < 170 and counts[2][0] < 170  # reads no more than necessary
     assert sample == list(sample_texts([small, large, unicode], 331))
     assert sorted(sample_texts([["b", "a"], [], ["c"]], 10**9)) == ["a", "b", "c"] and not list(
         sample_texts([], 5)

@@ -17,24 +17,24 @@ STEPS = 3
 def losses_of(name, folder, *overrides):
     """Return the losses of STEPS steps of a contender."""
     config = str(ROOT / "configs" / "test_mode.yaml")
-    given = [
+    arguments = [
         "data.tokens_per_step=512",
         "data.micro_batch_size=4",
         *overrides,
         f"output_dir={folder}",
         f"log_dir={folder}",
     ]
-    run = load(config, [*given, *train_speed.prepare(load(config, given), STEPS, folder)])
-    found = []
+    run = load(config, [*arguments, *train_speed.prepare(load(config, arguments), STEPS, folder)])
+    losses = []
 
     def pace(loss):
-        found.append(float(loss))
-        if len(found) == STEPS:
+        losses.append(float(loss))
+        if len(losses) == STEPS:
             raise Done
 
     with setup.ranks() as device, pytest.raises(Done):
         CONTENDERS[name](Work(run, device, 0, 1, STEPS + 1, pace))
-    return found
+    return losses
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-3)])
@@ -63,7 +63,7 @@ def test_a_step_lasts_from_the_end_of_the_one_before_and_waiting_for_a_round_doe
 
     def commands():
         yield "go 2"
-        now[0] += 1000.0  # others have their turn
+        now[0] += 1000.0  # the other contenders run
         yield "go 1"
 
     pace = train_speed_ranks.Pace(torch.device("cpu"), commands(), reports.append)
@@ -86,7 +86,7 @@ def test_a_case_for_each_combination():
 
 
 @pytest.mark.parametrize(
-    "given",
+    "arguments",
     [
         "--rounds 0",
         "--steps 0",
@@ -96,24 +96,24 @@ def test_a_case_for_each_combination():
         "--contenders a",
     ],
 )
-def test_numbers_below_one_and_unknown_contenders_are_refused(given):
+def test_numbers_below_one_and_unknown_contenders_are_refused(arguments):
     with pytest.raises(
         ValueError, match=r"must be at least 1|numbers of at least 1|is not one of ours"
     ):
-        train_speed.parse(given.split())
+        train_speed.parse(arguments.split())
 
 
 def test_ranks_of_torchrun_measure_one_contender(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train_speed.parse([]).contenders == ["ours_documents"]
-    for given in (
+    for arguments in (
         ["--contenders", "ours", "plain"],
         ["--contenders", "hf"],
         ["--vary", "optim.lr=1,2"],
         ["--profile"],
     ):
         with pytest.raises(ValueError, match="measures --contenders ours or ours_documents alone"):
-            train_speed.on_these_ranks(train_speed.parse(given), 2)
+            train_speed.on_these_ranks(train_speed.parse(arguments), 2)
 
 
 def test_a_case_in_which_ours_was_not_measured_is_a_failure():
@@ -138,13 +138,13 @@ def test_ratios_are_medians_over_rounds_and_losses_are_compared():
     def result(name, rounds, losses):
         return {"contender": name, "step_s": 1.0, "rounds_s": rounds, "warm_up_losses": losses}
 
-    found = {
+    ratios = {
         "contenders": [
             result("ours:2", [1.0, 2.0, 1.0], [5.0, 4.0]),
             result("hf:1", [2.0, 3.0, 1.5], [5.0, 4.1]),
             result("ours_documents:2", [1.0, 2.0, 3.0], [5.5, 4.0]),
         ]
     }
-    train_speed_report.compare(found, 1e-2)
-    assert [one["first_is_faster_by"] for one in found["contenders"]] == [1.0, 1.5, 1.0]
-    assert [one["same_loss"] for one in found["contenders"]] == [True, False, None]
+    train_speed_report.compare(ratios, 1e-2)
+    assert [one["first_is_faster_by"] for one in ratios["contenders"]] == [1.0, 1.5, 1.0]
+    assert [one["same_loss"] for one in ratios["contenders"]] == [True, False, None]

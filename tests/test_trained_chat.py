@@ -1,4 +1,4 @@
-"""Chat and demo default to what SFT and DPO trained on: context, tools, thoughts; a flag asks for more."""
+"""Chat and demo default to the context, tools and thoughts of SFT and DPO; flags override."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ ALL = [name_of(tool) for tool in TOOLS]
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, text_store) -> Path:
-    """A model of one step of SFT on easy tool use, one tool offered a row, and on problems with thoughts."""
+    """A model after one SFT step on tool use, one tool per row, and on problems with thoughts."""
     place = tmp_path_factory.mktemp("tuned")
     save_tiny(place / "base", tiny_config(max_position_embeddings=4096), text_store)
     sources = {
@@ -45,8 +45,10 @@ def tuned(tmp_path_factory, text_store) -> Path:
         )
     listed = ", ".join(f"{name}: {{path: {place / name}.jsonl}}" for name in sources)
     overrides = [
-        f"chat={{sources: {{{listed}}}, cache: {place / 'cache'}, val_fraction: 0.0, samples: [], max_bad: 0.5}}",
-        f"data={{mix: {{tools: 0.5, math: 0.5}}, sequence_length: {LENGTH}, tokens_per_step: {LENGTH}, micro_batch_size: 1}}",
+        f"chat={{sources: {{{listed}}}, cache: {place / 'cache'}, val_fraction: 0.0, "
+        f"samples: [], max_bad: 0.5}}",
+        f"data={{mix: {{tools: 0.5, math: 0.5}}, sequence_length: {LENGTH}, "
+        f"tokens_per_step: {LENGTH}, micro_batch_size: 1}}",
         "steps=1",
         f"init_from={place / 'base'}",
         "parallel={dtype: float32}",
@@ -98,8 +100,13 @@ def test_a_record_joins_base_and_sources(tmp_path):
         {"tools": {"a": 2, "b": 5}, "tools_at_once": 2, "thoughts": 0},
         {"tools": {"a": 4}, "tools_at_once": 1, "thoughts": 1},
     ]
-    found = record(tmp_path, [{"seen": part} for part in seen], 64)
-    assert found == {"context": 64, "tools": ("a", "b"), "tools_at_once": 2, "thoughts": True}
+    trained_record = record(tmp_path, [{"seen": part} for part in seen], 64)
+    assert trained_record == {
+        "context": 64,
+        "tools": ("a", "b"),
+        "tools_at_once": 2,
+        "thoughts": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -132,15 +139,14 @@ def test_the_demo_follows_it_and_a_flag_asks_for_more(model, flags, context, nam
     assert voice.context == context and [name_of(tool) for tool in voice.tools] == names
     assert tools_label([voice]) == f"Tools: {', '.join(names)}"
     prompt = voice.chat.prompt([{"role": "user", "content": "What is 2 + 3?"}], list(voice.tools))
-    assert (
-        len(voice.chat.prompt([{"role": "user", "content": "x"}], TOOLS)) > LENGTH
-    )  # all tools left no room at all
+    # With all tools, no room is left.
+    assert len(voice.chat.prompt([{"role": "user", "content": "x"}], TOOLS)) > LENGTH
     assert (len(prompt) < LENGTH - 100) == (not flags)
 
 
 def test_chat_follows_it_too(model, monkeypatch, capsys):
     flags = ["chat", "--model", str(model), "--prompt", "Hi", "--max_new_tokens", "1"]
-    for more, said in (
+    for more, message in (
         ([], f"context {LENGTH}, tools: calculator; --context and --tools change them"),
         (
             ["--tools", "weekday", "lookup", "--context", "1024"],
@@ -149,7 +155,7 @@ def test_chat_follows_it_too(model, monkeypatch, capsys):
     ):
         monkeypatch.setattr(sys, "argv", [*flags, *more])
         chat.main()
-        assert said in capsys.readouterr().out
+        assert message in capsys.readouterr().out
     complaint = complaint_of(
         chat.main,
         ["--model", model, "--prompt", "x", "--tools", "all", "--no_tools"],

@@ -22,7 +22,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def whole_state(step_folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's state, whole, however many ranks wrote it."""
+    """Return every full tensor of a checkpoint's state, for any number of ranks."""
     dcp_to_torch_save(step_folder / "state", scratch)
     content = torch.load(scratch, weights_only=True)
     flat = {f"model {name}": value for name, value in content["model"].items()}
@@ -32,14 +32,17 @@ def whole_state(step_folder: Path, scratch: Path) -> dict[str, torch.Tensor]:
 
 
 def same_state(a: Path, b: Path, tmp_path: Path) -> bool:
-    one, two = whole_state(a, tmp_path / "a.pt"), whole_state(b, tmp_path / "b.pt")
-    assert one.keys() == two.keys() and sum(name.startswith("exp_avg ") for name in one) > 10
+    first_state, two = whole_state(a, tmp_path / "a.pt"), whole_state(b, tmp_path / "b.pt")
+    assert (
+        first_state.keys() == two.keys()
+        and sum(name.startswith("exp_avg ") for name in first_state) > 10
+    )
     position = [json.loads((folder / "state" / "trainer.json").read_text()) for folder in (a, b)]
     assert (
         position[0]["step"] == position[1]["step"]
         and position[0]["batch_index"] == position[1]["batch_index"]
     )
-    return all(torch.equal(one[name], two[name]) for name in one)
+    return all(torch.equal(first_state[name], two[name]) for name in first_state)
 
 
 def test_loss_does_not_depend_on_micro_batches_or_ranks(settings, tmp_path):
@@ -103,13 +106,15 @@ def test_compiled_blocks_change_nothing(settings, tmp_path, monkeypatch, keep, b
         pytest.skip("one case is enough of what needs a C++ compiler on a CPU, where there is one")
     stock = torch.nn.Module.compile
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda block, **how: stock(block, backend=backend, **how)
+        torch.nn.Module,
+        "compile",
+        lambda block, **overrides: stock(block, backend=backend, **overrides),
     )
     curves = []
     for compiled in ("false", "true"):
         where = [f"output_dir={tmp_path / compiled}", f"log_dir={tmp_path / compiled / 'l'}"]
-        how = [f"parallel.compile={compiled}", f"parallel.activation_checkpointing={keep}"]
-        assert train_here(settings(*how, *where, steps=3))
+        overrides = [f"parallel.compile={compiled}", f"parallel.activation_checkpointing={keep}"]
+        assert train_here(settings(*overrides, *where, steps=3))
         curves.append(losses(tmp_path / compiled / "l"))
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
 
@@ -133,7 +138,10 @@ def test_under_bf16_the_rotary_tables_and_the_gradients_stay_fp32(settings, monk
 
 
 def test_golden_loss(settings, tmp_path):
-    """A refactor that does not change the maths reproduces these; they were first made on an AVX-512 CPU, torch 2.13."""
+    """A refactor without a change of the maths reproduces these losses.
+
+    They were measured on an AVX-512 CPU with torch 2.13.
+    """
     train_here(["data.store=" + str(tmp_path / "dummy"), *golden_settings(tmp_path)])
     assert losses(tmp_path / "logs") == pytest.approx(GOLDEN, abs=2e-5)
 
@@ -159,7 +167,7 @@ GOLDEN = [6.248015, 6.026969, 5.660190, 5.345801, 5.065728, 4.933698]
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit_over_a_phase_border(settings, tmp_path):
-    """One process trains both phases; another is stopped in each phase and at the border. All state must be equal."""
+    """A run that is stopped in each phase and at the border ends in the same state."""
 
     def phases(name: str, first: list[str], second: list[str]) -> Path:
         place = lambda phase: f"output_dir={tmp_path / name / phase}"  # noqa: E731
@@ -192,7 +200,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit_over_a_phase_border(settings, 
 
 
 def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_path):
-    """The border itself adds nothing: the second phase on the live model and optimizer gives the same as through the disk."""
+    """The second phase is equal with the model and optimizer from memory and from the disk."""
     from data.dataloader import PackedDataLoader
     from data.store import open_shards
     from models.layers import RotaryEmbedding
@@ -205,8 +213,18 @@ def test_a_phase_border_in_memory_equals_one_through_a_checkpoint(settings, tmp_
 
     border = ("rope_theta=500000", "allow_theta_jump=true", "data.mix={second: 1.0}")
     config = ROOT / "configs" / "test_mode.yaml"
-    live = [load(config, settings(f"output_dir={tmp_path / 'live' / phase}", f"log_dir={tmp_path / 'live'}", *more, phase=phase))
-            for phase, more in (("one", ()), ("two", border))]  # fmt: skip
+    live = [
+        load(
+            config,
+            settings(
+                f"output_dir={tmp_path / 'live' / phase}",
+                f"log_dir={tmp_path / 'live'}",
+                *more,
+                phase=phase,
+            ),
+        )
+        for phase, more in (("one", ()), ("two", border))
+    ]
     with setup.ranks() as device:
         state = setup.build(live[0], device)
         for run in live:
@@ -251,7 +269,7 @@ def wait_for(path: Path, seconds: float = 120) -> None:
 
 
 def wait_for_a_step(logs: Path) -> None:
-    """Until a run has done one: from then on all its ranks are in the loop."""
+    """Wait until a run has finished a step: then all its ranks are in the loop."""
     wait_for(logs / "metrics.jsonl")
     end = time.monotonic() + 60
     while not (logs / "metrics.jsonl").stat().st_size:

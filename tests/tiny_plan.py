@@ -176,8 +176,8 @@ def pretrained(text_store: Path) -> None:
     values = {"perplexity": 11.5, "tokens": 12345}
     figures = {"all": {name: {"value": value, "stderr": None} for name, value in values.items()}}
     of = {"checkpoint_hash": folder_hash(base), "of": identity(base)}
-    found = {"task": "perplexity", "metrics": figures, "n": 3, **of}
-    put("results/tiny/step_6/perplexity.json", found)
+    results = {"task": "perplexity", "metrics": figures, "n": 3, **of}
+    put("results/tiny/step_6/perplexity.json", results)
     put("results/tiny/step_6/decision.json", {"of": of["of"], "metrics": figures})
     stages = [
         {
@@ -235,7 +235,9 @@ def evaluated() -> None:
     flags = f"--checkpoint {DPO} --suite aligned.yaml --output results/tiny/dpo/aligned.json"
     run(f"scripts.run_evals {flags} --limit 1 --device cpu --data {data_flags}")
     score = {"acc_norm": {"value": 0.41, "stderr": 0.02, "n": 800}}
-    change("results/tiny/dpo/hellaswag.json", lambda found: found.update(metrics=score, n=800))
-    change("results/tiny/dpo/aligned.json", lambda found: found["metrics"].update(hellaswag=score))
+    change("results/tiny/dpo/hellaswag.json", lambda content: content.update(metrics=score, n=800))
+    change(
+        "results/tiny/dpo/aligned.json", lambda content: content["metrics"].update(hellaswag=score)
+    )
     metrics = json.loads(Path("results/tiny/dpo/aligned.json").read_text())["metrics"]
     put("results/tiny/dpo/decision.json", {"of": identity(DPO), "metrics": metrics})

@@ -1,4 +1,7 @@
-"""Matmuls in float8 (torchao, one scale a tensor): the linear layers of the blocks, weights and moments as they were."""
+"""Float8 matmuls in the linear layers of the blocks, with torchao and one scale per tensor.
+
+Weights and optimizer moments keep their dtypes.
+"""
 
 from importlib.util import find_spec
 
@@ -7,16 +10,18 @@ from torch import nn
 
 
 def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = False) -> list[str]:
-    """Swap the large linear layers in `layers` for torchao's Float8Linear, in place; returns their names.
+    """Replace the large linear layers in `layers` by torchao's Float8Linear in place.
 
-    Parameters keep names and dtype, so checkpoints do not change. Layers stay as they are that float8 does not make faster:
-    up to 1,024 outputs (k_proj, v_proj of the 1.1B model), by torchao's measurements. emulate: round as float8 does and
-    multiply in fp32, on any device, every layer whose sizes are multiples of 16: for tests. Raises ValueError where this
-    device cannot.
+    Returns the names of the converted layers. Parameters keep names and dtypes, so checkpoints do
+    not change. Layers of at most 1,024 outputs (k_proj and v_proj of the 1.1B model) are skipped:
+    by torchao's measurements, float8 does not speed them up. emulate (for tests): round to float8
+    and multiply in fp32, on any device, in each layer whose sizes are multiples of 16.
+    Raises ValueError if torchao is missing or the device does not support float8.
     """
     if find_spec("torchao") is None:
         raise ValueError(
-            "parallel.fp8 needs torchao, which is not installed; pip install torchao==0.18.0, or leave fp8 out"
+            "parallel.fp8 needs torchao, which is not installed; pip install torchao==0.18.0, "
+            "or remove parallel.fp8"
         )
     if not emulate:
         _check_device(device)
@@ -24,7 +29,7 @@ def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = Fals
 
     converted = []
 
-    def chosen(module: nn.Module, name: str) -> bool:
+    def should_convert(module: nn.Module, name: str) -> bool:
         if not isinstance(module, nn.Linear) or module.in_features % 16 or module.out_features % 16:
             return False
         if module.out_features <= 1024 and not emulate:
@@ -33,7 +38,7 @@ def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = Fals
         return True
 
     convert_to_float8_training(
-        layers, module_filter_fn=chosen, config=Float8LinearConfig(emulate=emulate)
+        layers, module_filter_fn=should_convert, config=Float8LinearConfig(emulate=emulate)
     )
     return converted
 
@@ -41,9 +46,10 @@ def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = Fals
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(
-            f"parallel.fp8 needs an NVIDIA GPU with float8, and this is {device.type}; leave it out"
+            f"parallel.fp8 needs an NVIDIA GPU with float8, and this is {device.type}; remove it"
         )
     if torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(
-            f"parallel.fp8 needs a GPU with float8 (Ada, Hopper or newer), not {torch.cuda.get_device_name(device)}; leave it out"
+            "parallel.fp8 needs a GPU with float8 (Ada, Hopper or newer), not "
+            f"{torch.cuda.get_device_name(device)}; remove it"
         )

@@ -1,7 +1,9 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of the blocks and AdamW for all else.
+"""Muon for the matrices of the blocks, AdamW for all other parameters.
 
-Where FSDP2 shards a model, each rank makes whole matrices of its share orthogonal: rows travel there and back by all-to-all,
-and where there are replicas, results by all-gather. No rank computes what another does.
+Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+With FSDP2, each matrix has one owner rank, which orthogonalizes it. An all-to-all sends its rows to
+the owner and back; with HSDP, an all-gather sends the updates to the other replicas. No update is
+computed twice.
 """
 
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5  # Jordan's: singular values end in about 0.68 .. 1.20
-# Polar Express (arXiv:2505.16932), five steps for singular values from 0.001 up, which end in about 0.85 .. 1.14. It wants the
-# largest below 1 / 1.02, for bf16's sake; here the first step takes care of that.
+# Jordan's coefficients: singular values end in about 0.68 .. 1.20.
+QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
+# Polar Express (arXiv:2505.16932): five steps map singular values of at least 0.001 to about
+# 0.85 .. 1.14. It needs values below 1 / 1.02 (bf16 rounding); the first step includes that scale.
 POLAR_EXPRESS = (
     (8.156554524902461 / 1.02, -22.48329292557795 / 1.02**3, 15.878769915207462 / 1.02**5),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -22,16 +25,18 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-RMS = 0.2  # of an update, in learning rates: about what AdamW's has (arXiv:2502.16982)
-ROUND = (
-    1 << 26
-)  # numbers that a rank takes at once: enough to fill a GPU, little beside what backward needed
+RMS = 0.2  # RMS of an update divided by lr, about that of AdamW (arXiv:2502.16982)
+# Elements that a rank orthogonalizes at once: they fill a GPU, and need less memory than backward.
+ROUND = 1 << 26
 
 
 def orthogonalize(
     x: Tensor, coefficients: tuple[tuple[float, float, float], ...] = POLAR_EXPRESS
 ) -> Tensor:
-    """About U V^T of each matrix U S V^T in x [n, rows, columns], by Newton-Schulz steps in x's dtype; zeros stay zeros."""
+    """Return approximately U V^T for each matrix U S V^T in x [n, rows, columns].
+
+    Runs Newton-Schulz steps in x's dtype. A zero matrix stays zero.
+    """
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -42,17 +47,18 @@ def orthogonalize(
 
 
 def newton_schulz_flops(shape: tuple[int, ...], steps: int = len(POLAR_EXPRESS)) -> int:
-    """Floating-point operations of orthogonalize() for one matrix."""
+    """Return the FLOPs of orthogonalize() for one matrix."""
     m, n = sorted(shape)
     return steps * (4 * m * m * n + 2 * m**3)
 
 
 class Muon(torch.optim.Optimizer):
-    """Groups with "muon": True hold matrices and take Muon's update, all others that of torch's fused AdamW.
+    """Muon for parameter groups with "muon": True, torch's fused AdamW for the other groups.
 
-    The update of a matrix is scaled to the RMS of AdamW's, so one `lr` and `weight_decay` (decoupled) serve both. Parameters
-    are plain tensors, or DTensors as FSDP2 leaves them; then step() is collective. coefficients: of the Newton-Schulz steps,
-    which compute in dtype (default: bfloat16 on a GPU, float32 on a CPU). Raises ValueError for what is not a matrix.
+    Muon's updates are scaled to AdamW's RMS, so both share `lr` and decoupled `weight_decay`.
+    Parameters are plain tensors or FSDP2's DTensors; with DTensors, step() is collective.
+    coefficients and dtype apply to the Newton-Schulz steps; the default dtype is bfloat16 on a GPU
+    and float32 on a CPU. Raises ValueError if a Muon group has a parameter that is not a matrix.
     """
 
     def __init__(
@@ -69,12 +75,12 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["muon"]:
                 group["momentum"] = momentum
-                odd = [
-                    tuple(parameter.shape) for parameter in group["params"] if parameter.ndim != 2
-                ]
-                if odd:
+                shapes = [tuple(parameter.shape) for parameter in group["params"]]
+                invalid = [shape for shape in shapes if len(shape) != 2]
+                if invalid:
                     raise ValueError(
-                        f"Muon takes matrices, not parameters of shape {odd[0]}; leave those to AdamW"
+                        f"Muon takes matrices, not parameters of shape {invalid[0]}; "
+                        "use AdamW for those"
                     )
         self.coefficients, self.dtype = coefficients, dtype
         self._adamw = torch.optim.AdamW(
@@ -86,52 +92,47 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient. Collective where they are sharded."""
+        """Update all parameters that have a gradient. Collective if parameters are sharded."""
         assert closure is None
-        self._adamw.param_groups, self._adamw.state = (
-            self._groups(muon=False),
-            self.state,
-        )  # loading replaces both
+        # load_state_dict() replaces both.
+        self._adamw.param_groups, self._adamw.state = self._groups(muon=False), self.state
         self._adamw.step()
         for group in self._groups(muon=True):
             rounds = list(self._rounds(group))
             stages = (_Round.collect, _Round.orthogonalize, _Round.spread, _Round.apply)
-            for tick in range(
-                len(rounds) + len(stages) - 1
-            ):  # while a round computes, the ones before and after it travel
+            # A pipeline: one round computes while the rounds before and after it communicate.
+            for tick in range(len(rounds) + len(stages) - 1):
                 for lag, stage in enumerate(stages):
                     if 0 <= tick - lag < len(rounds):
                         stage(rounds[tick - lag])
 
     def _rounds(self, group: dict[str, Any]) -> Iterator["_Round"]:
-        """The group's matrices by shape, each shape in rounds that hold about ROUND numbers for each rank."""
+        """Yield rounds of matrices of one shape, each with about ROUND elements per rank."""
         matrices = [parameter for parameter in group["params"] if parameter.grad is not None]
         if not matrices:
             return
         for matrix in matrices:
             if "momentum_buffer" not in self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        ranks = Ranks.of(matrices[0])
-        assert all(Ranks.of(matrix) == ranks for matrix in matrices), (
-            "Muon's matrices must all lie over ranks in one way"
+        layout = ShardLayout.from_tensor(matrices[0])
+        assert all(ShardLayout.from_tensor(matrix) == layout for matrix in matrices), (
+            "all Muon matrices must have the same shard layout"
         )
-        owners = balance(
-            [tuple(matrix.shape) for matrix in matrices], ranks.replicas * ranks.shards
-        )
+        world_size = layout.replicas * layout.shards
+        owners = balance([tuple(matrix.shape) for matrix in matrices], world_size)
         for shape in dict.fromkeys(matrix.shape for matrix in matrices):
-            shares: list[list[Tensor]] = [[] for _ in range(ranks.replicas * ranks.shards)]
+            owned: list[list[Tensor]] = [[] for _ in range(world_size)]  # by owner rank
             for matrix, owner in zip(matrices, owners, strict=True):
                 if matrix.shape == shape:
-                    shares[owner].append(matrix)
+                    owned[owner].append(matrix)
             size = max(1, ROUND // shape.numel())
-            for begin in range(0, max(map(len, shares)), size):
-                yield _Round(
-                    self, group, ranks, shape, [share[begin : begin + size] for share in shares]
-                )
+            for begin in range(0, max(map(len, owned)), size):
+                batch = [share[begin : begin + size] for share in owned]
+                yield _Round(self, group, layout, shape, batch)
 
 
 def balance(shapes: list[tuple[int, ...]], ranks: int) -> list[int]:
-    """For each matrix the rank that makes it orthogonal: the costliest first, each to the rank with least to do."""
+    """Return the owner rank of each matrix: most FLOPs first, each to the least loaded rank."""
     loads, owners = [0] * ranks, [0] * len(shapes)
     for i in sorted(range(len(shapes)), key=lambda i: (-newton_schulz_flops(shapes[i]), shapes[i])):
         owners[i] = loads.index(min(loads))
@@ -139,143 +140,141 @@ def balance(shapes: list[tuple[int, ...]], ranks: int) -> list[int]:
     return owners
 
 
-class Ranks(NamedTuple):
-    """How FSDP2 lays a matrix over ranks: `replicas` times whole, each time split by rows over `shards`; and where."""
+class ShardLayout(NamedTuple):
+    """Placement of a matrix: FSDP2 shards its rows over `shards` ranks, in each of `replicas`.
+
+    replica, shard: coordinates of this rank. The process groups are None without that dimension.
+    """
 
     replicas: int = 1
     shards: int = 1
     replica: int = 0
     shard: int = 0
-    over_replicas: dist.ProcessGroup | None = None
-    over_shards: dist.ProcessGroup | None = None
+    replica_group: dist.ProcessGroup | None = None
+    shard_group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, matrix: Tensor) -> "Ranks":
+    def from_tensor(cls, matrix: Tensor) -> "ShardLayout":
         if not isinstance(matrix, DTensor):
             return cls()
         mesh = matrix.device_mesh
         assert matrix.placements in ((Shard(0),), (Replicate(), Shard(0))), (
-            f"Muon knows no placements {matrix.placements}"
+            f"Muon does not support placements {matrix.placements}"
         )
-        over_shards = mesh.get_group(mesh.ndim - 1)
+        shard_group = mesh.get_group(mesh.ndim - 1)
         if mesh.ndim == 1:
-            return cls(1, mesh.size(), 0, mesh.get_local_rank(0), None, over_shards)
+            return cls(1, mesh.size(), 0, mesh.get_local_rank(0), None, shard_group)
         return cls(
             mesh.size(0),
             mesh.size(1),
             mesh.get_local_rank(0),
             mesh.get_local_rank(1),
             mesh.get_group(0),
-            over_shards,
+            shard_group,
         )
 
     def rows(self, total: int) -> list[int]:
-        """Of each shard, as FSDP2 splits them: rounded up, so the last shards may have fewer or none."""
-        each = -(-total // self.shards)
-        return [max(0, min(each, total - shard * each)) for shard in range(self.shards)]
+        """Return the rows of each shard. FSDP2 rounds up: the last shards may have fewer."""
+        shard_rows = -(-total // self.shards)
+        return [max(0, min(shard_rows, total - shard * shard_rows)) for shard in range(self.shards)]
 
 
 class _Round:
-    """Matrices of one shape on their way through one update; shares holds those of each rank, replica by replica.
+    """One update of a batch of matrices of one shape. owned: matrices of each owner, by replica.
 
-    collect: momentum; this rank's rows of its replica's matrices leave for their owners.
-    orthogonalize: the rows that came are whole matrices; done, they leave for the ranks they came from.
-    spread: this rank's rows of its replica's updates leave for the other replicas.  apply: all are there.
+    collect: update momentum, send this rank's rows of its replica's matrices to their owners.
+    orthogonalize: join the received rows into matrices, orthogonalize, send the rows back.
+    spread: send this rank's rows of its replica's updates to the other replicas.
+    apply: add the updates to the parameters.
     """
 
     def __init__(
         self,
         optimizer: Muon,
         group: dict[str, Any],
-        ranks: Ranks,
+        layout: ShardLayout,
         shape: torch.Size,
-        shares: list[list[Tensor]],
+        owned: list[list[Tensor]],
     ):
-        self.optimizer, self.group, self.ranks, self.shape = optimizer, group, ranks, shape
-        self.replicas = [shares[i : i + ranks.shards] for i in range(0, len(shares), ranks.shards)]
-        self.like = _local(next(matrix for share in shares for matrix in share))  # for its device
+        self.optimizer, self.group, self.layout, self.shape = optimizer, group, layout, shape
+        self.replicas = [owned[i : i + layout.shards] for i in range(0, len(owned), layout.shards)]
+        self.like = _local(next(matrix for matrices in owned for matrix in matrices))  # its device
         self.dtype = optimizer.dtype or (torch.bfloat16 if self.like.is_cuda else torch.float32)
-        self.work: dist.Work | None = None  # under way
-        self.data: Tensor  # what it brings
+        self.work: dist.Work | None = None  # the pending collective
+        self.data: Tensor  # its output
 
     def collect(self) -> None:
-        momentum, mine, size = (
-            self.group["momentum"],
-            self.replicas[self.ranks.replica],
-            self._numel(),
-        )
-        rows = self.like.new_empty(sum(map(len, mine)) * size, dtype=self.dtype)
-        for shares in self.replicas:
-            for i, matrix in enumerate(matrix for share in shares for matrix in share):
-                gradient, buffer = (
-                    _local(matrix.grad),
-                    _local(self.optimizer.state[matrix]["momentum_buffer"]),
-                )
+        momentum, size = self.group["momentum"], self._numel()
+        local_owned = self._replica_matrices()
+        rows = self.like.new_empty(sum(map(len, local_owned)) * size, dtype=self.dtype)
+        for owned in self.replicas:
+            for i, matrix in enumerate(matrix for matrices in owned for matrix in matrices):
+                gradient = _local(matrix.grad)
+                buffer = _local(self.optimizer.state[matrix]["momentum_buffer"])
                 buffer.lerp_(gradient, 1 - momentum)
-                if shares is mine:
-                    rows[i * size : (i + 1) * size] = gradient.lerp(
-                        buffer, momentum
-                    ).flatten()  # Nesterov's
-        self._exchange(rows, there=True)
+                if owned is local_owned:
+                    nesterov = gradient.lerp(buffer, momentum)
+                    rows[i * size : (i + 1) * size] = nesterov.flatten()
+        self._exchange(rows, to_owners=True)
 
     def orthogonalize(self) -> None:
-        mine, columns = len(self._shares()[self.ranks.shard]), self.shape[1]
-        rows = self.ranks.rows(self.shape[0])
-        parts = self._arrived().split([mine * n * columns for n in rows])
-        if not mine:
-            return self._exchange(parts[0], there=False)
-        whole = torch.cat(
-            [part.view(mine, n, columns) for part, n in zip(parts, rows, strict=True)], 1
+        count, columns = len(self._replica_matrices()[self.layout.shard]), self.shape[1]
+        rows = self.layout.rows(self.shape[0])
+        blocks = self._wait().split([count * n * columns for n in rows])
+        if not count:
+            return self._exchange(blocks[0], to_owners=False)
+        matrices = torch.cat(
+            [block.view(count, n, columns) for block, n in zip(blocks, rows, strict=True)], 1
         )
-        done = orthogonalize(whole, self.optimizer.coefficients)
-        self._exchange(torch.cat([part.flatten() for part in done.split(rows, 1)]), there=False)
+        updates = orthogonalize(matrices, self.optimizer.coefficients)
+        flat = torch.cat([block.flatten() for block in updates.split(rows, 1)])
+        self._exchange(flat, to_owners=False)
 
     def spread(self) -> None:
-        self.data = self._arrived()
-        if self.ranks.replicas > 1:
-            counts = [sum(map(len, shares)) for shares in self.replicas]
-            own = self.data.new_zeros(max(counts) * self._numel())  # all-gather wants equal sizes
-            own[: len(self.data)] = self.data
-            self.data = own.new_empty(self.ranks.replicas * len(own))
-            parts = list(self.data.chunk(self.ranks.replicas))
-            self.work = dist.all_gather(parts, own, self.ranks.over_replicas, async_op=True)
+        self.data = self._wait()
+        if self.layout.replicas > 1:
+            counts = [sum(map(len, owned)) for owned in self.replicas]
+            padded = self.data.new_zeros(max(counts) * self._numel())  # all-gather: equal sizes
+            padded[: len(self.data)] = self.data
+            self.data = padded.new_empty(self.layout.replicas * len(padded))
+            outputs = list(self.data.chunk(self.layout.replicas))
+            self.work = dist.all_gather(outputs, padded, self.layout.replica_group, async_op=True)
 
     def apply(self) -> None:
         lr, decay = self.group["lr"], self.group["weight_decay"]
-        for shares, data in zip(
-            self.replicas, self._arrived().chunk(self.ranks.replicas), strict=True
-        ):
-            for i, matrix in enumerate(matrix for share in shares for matrix in share):
+        updates = self._wait().chunk(self.layout.replicas)
+        for owned, data in zip(self.replicas, updates, strict=True):
+            for i, matrix in enumerate(matrix for matrices in owned for matrix in matrices):
                 local = _local(matrix)
                 local.mul_(1 - lr * decay)
                 update = data[i * self._numel() : (i + 1) * self._numel()].view_as(local)
                 local.add_(update, alpha=-lr * (RMS * max(self.shape) ** 0.5))
         del self.data
 
-    def _shares(self) -> list[list[Tensor]]:
-        """Of each shard of this replica."""
-        return self.replicas[self.ranks.replica]
+    def _replica_matrices(self) -> list[list[Tensor]]:
+        """Return the matrices that each shard of this rank's replica owns."""
+        return self.replicas[self.layout.replica]
 
     def _numel(self) -> int:
-        """Numbers of one matrix that lie on this rank."""
-        return self.ranks.rows(self.shape[0])[self.ranks.shard] * self.shape[1]
+        """Return the number of elements of one matrix on this rank."""
+        return self.layout.rows(self.shape[0])[self.layout.shard] * self.shape[1]
 
-    def _exchange(self, rows: Tensor, there: bool) -> None:
-        """Start an all-to-all over this replica: from rows by owner to the owned by rows, or back."""
-        by_owner = [len(share) * self._numel() for share in self._shares()]
-        by_rows = [
-            len(self._shares()[self.ranks.shard]) * n * self.shape[1]
-            for n in self.ranks.rows(self.shape[0])
-        ]
-        sent, received = (by_owner, by_rows) if there else (by_rows, by_owner)
+    def _exchange(self, rows: Tensor, to_owners: bool) -> None:
+        """Start an all-to-all in this replica: rows to the owners, or back to the shards."""
+        owned = self._replica_matrices()
+        by_owner = [len(matrices) * self._numel() for matrices in owned]
+        count = len(owned[self.layout.shard])
+        by_shard = [count * n * self.shape[1] for n in self.layout.rows(self.shape[0])]
+        sent, received = (by_owner, by_shard) if to_owners else (by_shard, by_owner)
         self.data = rows
-        if self.ranks.shards > 1:
+        if self.layout.shards > 1:
             self.data = rows.new_empty(sum(received))
             self.work = dist.all_to_all_single(
-                self.data, rows, received, sent, self.ranks.over_shards, async_op=True
+                self.data, rows, received, sent, self.layout.shard_group, async_op=True
             )
 
-    def _arrived(self) -> Tensor:
+    def _wait(self) -> Tensor:
+        """Wait for the pending collective, if any, and return its output."""
         if self.work is not None:
             self.work.wait()
         self.work = None

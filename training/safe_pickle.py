@@ -1,7 +1,8 @@
-"""Read torch's distributed checkpoints without running what a foreign file asks for.
+"""Read torch's distributed checkpoints without executing code from untrusted files.
 
-`state/.metadata` is a pickle, and entries that are not tensors are pickles too. `SafeReader` rebuilds the index from the
-classes that torch writes and refuses everything else; `SafePlanner` loads other entries with weights_only=True.
+The index `state/.metadata` and all non-tensor entries are pickles. `SafeReader` unpickles the index
+with an allowlist of the classes that torch writes; `SafePlanner` loads the entries with
+weights_only=True.
 """
 
 import io
@@ -27,25 +28,22 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.serialization import _get_layout
 
-MAX_INDEX_BYTES = 1 << 28  # a 1.1B model's index has about 1 MB on 8 ranks
+MAX_INDEX_BYTES = 1 << 28  # the index of a 1.1B model on 8 ranks has about 1 MB
 CLASSES = (
-    *(
-        BytesStorageMetadata,
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        StorageMeta,
-        TensorProperties,
-    ),
-    *(TensorStorageMetadata, _MEM_FORMAT_ENCODING, _StorageInfo),
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+    _MEM_FORMAT_ENCODING,
+    _StorageInfo,
 )
 ALLOWED: dict[tuple[str, str], Any] = {
     **{(kind.__module__, kind.__qualname__): kind for kind in CLASSES},
     ("torch", "Size"): torch.Size,
-    (
-        "pathlib",
-        "PosixPath",
-    ): PurePosixPath,  # where torch's own writer saved it; no file is touched
+    ("pathlib", "PosixPath"): PurePosixPath,  # the folder torch saved to; no file is accessed
     ("torch.serialization", "_get_layout"): _get_layout,
     **{
         ("torch", str(value).removeprefix("torch.")): value
@@ -53,63 +51,21 @@ ALLOWED: dict[tuple[str, str], Any] = {
         if isinstance(value, torch.dtype)
     },
 }
-OPCODES = (  # what pickle protocols 2 to 5 write for the classes above; sets, extensions and persistent ids are left out
-    *(
-        pickle.PROTO,
-        pickle.FRAME,
-        pickle.STOP,
-        pickle.MARK,
-        pickle.POP,
-        pickle.POP_MARK,
-        pickle.GLOBAL,
-        pickle.STACK_GLOBAL,
-    ),
-    *(
-        pickle.NEWOBJ,
-        pickle.REDUCE,
-        pickle.BUILD,
-        pickle.MEMOIZE,
-        pickle.BINPUT,
-        pickle.LONG_BINPUT,
-        pickle.BINGET,
-    ),
-    *(
-        pickle.LONG_BINGET,
-        pickle.NONE,
-        pickle.NEWTRUE,
-        pickle.NEWFALSE,
-        pickle.BININT,
-        pickle.BININT1,
-        pickle.BININT2,
-    ),
-    *(
-        pickle.LONG1,
-        pickle.BINFLOAT,
-        pickle.SHORT_BINUNICODE,
-        pickle.BINUNICODE,
-        pickle.EMPTY_DICT,
-        pickle.SETITEM,
-    ),
-    *(
-        pickle.SETITEMS,
-        pickle.EMPTY_LIST,
-        pickle.APPEND,
-        pickle.APPENDS,
-        pickle.EMPTY_TUPLE,
-        pickle.TUPLE,
-        pickle.TUPLE1,
-    ),
-    *(pickle.TUPLE2, pickle.TUPLE3),
-)
+# Opcodes that pickle protocols 2 to 5 write for these classes, without sets, extensions and
+# persistent ids.
+OPCODE_NAMES = """
+    PROTO FRAME STOP MARK POP POP_MARK GLOBAL STACK_GLOBAL NEWOBJ REDUCE BUILD MEMOIZE
+    BINPUT LONG_BINPUT BINGET LONG_BINGET NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1
+    BINFLOAT SHORT_BINUNICODE BINUNICODE EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+"""
+OPCODES = [vars(pickle)[name] for name in OPCODE_NAMES.split()]
 
-
-PythonUnpickler: Any = vars(pickle)[
-    "_Unpickler"
-]  # not the C one: it lets single opcodes be refused
+PythonUnpickler: Any = vars(pickle)["_Unpickler"]  # the C unpickler cannot refuse single opcodes
 
 
 class _Unpickler(PythonUnpickler):
-    """Rebuilds what ALLOWED lists, and nothing else."""
+    """An unpickler restricted to the objects in ALLOWED and the opcodes in OPCODES."""
 
     def find_class(self, module: str, name: str) -> Any:
         try:
@@ -123,7 +79,7 @@ class _Unpickler(PythonUnpickler):
         raise ValueError("it uses a pickle operation that is not part of a checkpoint's index")
 
     def load_build(self) -> None:
-        if isinstance(self.stack[-2], type):  # would set attributes of a class of torch
+        if isinstance(self.stack[-2], type):  # would set attributes of a torch class
             self.refuse()
         super().load_build()
 
@@ -136,10 +92,10 @@ class _Unpickler(PythonUnpickler):
         super().load_setitems()
 
     def check_keys(self, keys: list[Any]) -> None:
-        """Refuse keys of other classes: hashing a tuple nested many times over would not end."""
+        """Allow string and MetadataIndex keys only: hashing a deeply nested tuple can hang."""
         for key in keys:
-            parts = (key.fqn, key.offset) if type(key) is MetadataIndex else (key, None)
-            if type(parts[0]) is not str or type(parts[1]) not in (torch.Size, type(None)):
+            name, offset = (key.fqn, key.offset) if type(key) is MetadataIndex else (key, None)
+            if type(name) is not str or type(offset) not in (torch.Size, type(None)):
                 self.refuse()
 
     dispatch: ClassVar[dict[int, Any]] = {
@@ -152,7 +108,10 @@ class _Unpickler(PythonUnpickler):
 
 
 def read_index(state: Path) -> Metadata:
-    """The index (`.metadata`) of a state/ folder; ValueError where it is damaged or holds anything but an index."""
+    """Return the index (`.metadata`) of a state/ folder.
+
+    Raises ValueError if the file is damaged or is not a valid index.
+    """
     path = state / ".metadata"
     try:
         if (size := path.stat().st_size) > MAX_INDEX_BYTES:
@@ -161,7 +120,7 @@ def read_index(state: Path) -> Metadata:
         _check(index, state)
     except OSError:
         raise
-    except Exception as error:  # a damaged pickle raises whatever its opcodes meet
+    except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(
             f"{path} is not a checkpoint's index ({error}); take another copy of the checkpoint"
         ) from error
@@ -169,39 +128,39 @@ def read_index(state: Path) -> Metadata:
 
 
 def _check(index: Any, state: Path) -> None:
-    """Raise ValueError unless types, shapes and places of an index are right, and its data files as long as it says."""
+    """Raise ValueError if types, shapes or offsets are invalid, or data files are too short."""
     if (
         type(index) is not Metadata
         or type(index.state_dict_metadata) is not dict
         or type(index.storage_data) is not dict
     ):
-        raise ValueError("it holds no index")
+        raise ValueError("it is not an index")
     if type(index.storage_meta) not in (StorageMeta, type(None)):
         raise ValueError("its storage_meta has another type")
-    for path in (index.planner_data or {}).values():  # name of an entry -> its keys in nested dicts
+    for path in (index.planner_data or {}).values():  # entry name -> key path
         if type(path) is not tuple or not all(type(part) in (str, int) for part in path):
-            raise ValueError("its planner_data do not name keys")
+            raise ValueError("its planner_data has an invalid key path")
     sizes: dict[str, int] = {}
-    for key, place in index.storage_data.items():
+    for key, info in index.storage_data.items():
         known = (
             type(key) is MetadataIndex
             and type(key.fqn) is str
             and key.fqn in index.state_dict_metadata
         )
-        if not known or type(place) is not _StorageInfo:
+        if not known or type(info) is not _StorageInfo:
             raise ValueError("its storage_data do not belong to its entries")
-        name = place.relative_path
+        name = info.relative_path
         if (
             type(name) is not str
             or Path(name).name != name
-            or vars(place).get("transform_descriptors")
+            or vars(info).get("transform_descriptors")
         ):
             raise ValueError(f"it reads {name!r}, which is not a plain file of this folder")
-        if not (_natural(place.offset) and _natural(place.length)):
+        if not (_natural(info.offset) and _natural(info.length)):
             raise ValueError(f"{key.fqn} has no valid offset and length")
         if name not in sizes:
             sizes[name] = (state / name).stat().st_size if (state / name).is_file() else -1
-        if sizes[name] < place.offset + place.length:
+        if sizes[name] < info.offset + info.length:
             raise ValueError(f"{name} is missing or shorter than the index says")
     for name, entry in index.state_dict_metadata.items():
         if type(name) is not str or type(entry) not in (
@@ -220,9 +179,9 @@ def _natural(value: Any) -> bool:
 
 
 def _check_tensor(
-    name: str, entry: TensorStorageMetadata, places: dict[MetadataIndex, Any]
+    name: str, entry: TensorStorageMetadata, storage: dict[MetadataIndex, Any]
 ) -> None:
-    """Raise ValueError unless the chunks of a tensor lie in it, fill it, and have the bytes of their shape in a file."""
+    """Raise ValueError unless a tensor's chunks fill its shape and each has its bytes in a file."""
     dtype = (
         vars(entry.properties).get("dtype") if type(entry.properties) is TensorProperties else None
     )
@@ -239,15 +198,15 @@ def _check_tensor(
         ):
             raise ValueError(f"{name} has a damaged chunk")
         if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
-            raise ValueError(f"{name} has a chunk of another rank than its own")
+            raise ValueError(f"{name} has a chunk of a different number of dimensions")
         if any(
-            o < 0 or s < 0 or o + s > whole
-            for o, s, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            offset < 0 or length < 0 or offset + length > size
+            for offset, length, size in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
         ):
-            raise ValueError(f"{name} has a chunk outside of its shape")
+            raise ValueError(f"{name} has a chunk outside its shape")
         count = math.prod(chunk.sizes)
-        place = places.get(MetadataIndex(name, chunk.offsets))
-        if place is None or (count and place.length < count * dtype.itemsize):
+        info = storage.get(MetadataIndex(name, chunk.offsets))
+        if info is None or (count and info.length < count * dtype.itemsize):
             raise ValueError(f"{name} has a chunk without its bytes")
         elements += count
     if elements != math.prod(entry.size):
@@ -257,7 +216,7 @@ def _check_tensor(
 
 
 class SafeReader(dcp.FileSystemReader):
-    """torch's reader of a state/ folder, whose index is read by `read_index`; ValueError as there."""
+    """torch's FileSystemReader with the index from `read_index`, which may raise ValueError."""
 
     def __init__(self, state: Path):
         super().__init__(state)
@@ -269,7 +228,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class SafePlanner(dcp.DefaultLoadPlanner):
-    """torch's plan of loading, for which entries that are not tensors hold numbers, texts and containers of them only."""
+    """torch's DefaultLoadPlanner, but non-tensor entries must load with weights_only=True."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
@@ -280,18 +239,19 @@ class SafePlanner(dcp.DefaultLoadPlanner):
                 f"{name} in the checkpoint's state/ is not plain data; take another copy of it"
             ) from error
         plain = io.BytesIO()
-        torch.save(
-            content, plain
-        )  # the default planner reads it again; what it reads now is harmless
+        torch.save(content, plain)  # the base class unpickles again, now from a safe copy
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
 
 def load(tensors: dict[str, Any], state: Path, no_dist: bool = False) -> None:
-    """dcp.load of a state/ folder into `tensors`; collective unless no_dist. ValueError where the index is not one."""
+    """Run dcp.load of a state/ folder into `tensors`; collective unless no_dist.
+
+    Raises ValueError if the checkpoint is invalid on any rank.
+    """
     try:
         dcp.load(tensors, storage_reader=SafeReader(state), planner=SafePlanner(), no_dist=no_dist)
-    except CheckpointException as error:  # what any rank raised; torch.load raises many classes
+    except CheckpointException as error:  # wraps the error of any rank
         cause = next(cause for cause, _ in error.failures.values())
         first_line = str(cause).strip().split("\n")[0][:300]
         text = (

@@ -1,1 +1,1 @@
-"""Fuzzers of what users and downloads hand to the project, one file a subject."""
+"""Fuzzers of user input and downloads, one file per subject."""

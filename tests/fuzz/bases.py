@@ -14,7 +14,7 @@ Files = Mapping[str, bytes]
 
 
 def files_of(folder: Path) -> Files:
-    """Path below the folder -> content of all its files."""
+    """Return {relative path: content} of all files in a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -23,7 +23,7 @@ def files_of(folder: Path) -> Files:
 
 
 def write_files(files: Files, folder: Path) -> Path:
-    """Write files_of's files into a folder; returns it."""
+    """Write files_of's files into a folder; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         path = folder / name
@@ -39,7 +39,7 @@ def texts() -> list[tuple[str, str]]:
 
 @cache
 def tokenizer_files() -> Files:
-    """A folder of a tokenizer of VOCAB tokens, with its tiktoken export."""
+    """Files of a tokenizer with VOCAB tokens and its tiktoken export."""
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(train_tokenizer((text for _, text in texts()), VOCAB), Path(folder))
         return files_of(Path(folder))
@@ -47,7 +47,7 @@ def tokenizer_files() -> Files:
 
 @cache
 def document_files() -> Files:
-    """A source of a document store, in two parts."""
+    """Files of a document-store source in two parts."""
     with tempfile.TemporaryDirectory() as folder:
         short = [(id, text[:400]) for id, text in texts()[:12]]
         write_documents(Path(folder), "books", short, parts=2)
@@ -56,7 +56,7 @@ def document_files() -> Files:
 
 @cache
 def chat_files() -> Files:
-    """A chat checkpoint with random weights, as a Hugging Face folder."""
+    """Files of a chat checkpoint with random weights, a Hugging Face folder."""
     with tempfile.TemporaryDirectory() as folder:
         store = write_files(tokenizer_files(), Path(folder) / "store" / "tokenizer").parent
         model = Path(folder) / "model"

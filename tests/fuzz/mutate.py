@@ -1,6 +1,6 @@
-"""Changes of valid inputs as plain data: strategies that draw them, functions that apply them.
+"""Changes of valid inputs as plain data: strategies draw them, functions apply them.
 
-A change is a tuple of its name and arguments, so that a failure's repr can be used as an example.
+A change is a tuple of its name and arguments; the repr of a failure is a valid example.
 """
 
 import copy
@@ -13,7 +13,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 Change = tuple[Any, ...]
-LONG = "a number of 5,001 digits"  # Python neither reads nor writes it as text
+LONG = "a number of 5,001 digits"  # Python cannot parse or print it as an int
 EXTREMES: list[Any] = [
     *(0, 1, -1, 2, 3, 7, 255, 65_536, 2**31, 2**32, 2**63, -(2**63), 2**64, 10**30, LONG),
     *(0.0, -0.0, 0.5, 1.5, -1e-9, 1e-300, 1e15, 1e308, float("inf"), float("-inf"), float("nan")),
@@ -51,7 +51,7 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
 
 
 def nested(depth: int) -> Any:
-    """A list in a list in a list."""
+    """Return a deeply nested list."""
     value: Any = []
     for _ in range(depth):
         value = [value]
@@ -76,7 +76,7 @@ NUMBERS += [
 
 
 def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths of all parts of a JSON value, of long lists the first and last few only."""
+    """Return the paths of all values in JSON; of long lists only the first and last few."""
     items: list[Any] = []
     if isinstance(value, dict):
         items = list(value.items())
@@ -92,7 +92,7 @@ def paths_of(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def json_changes(
     base: Any, words: Sequence[str] = (), most: int = 3
 ) -> st.SearchStrategy[list[Change]]:
-    """Up to `most` changes of a JSON value. words: other keys and texts that its reader knows."""
+    """Up to `most` changes of a JSON value. words: other keys and strings of the format."""
     places = st.sampled_from(paths_of(base))
     texts = st.sampled_from(
         [*words, *(p[-1] for p in paths_of(base) if isinstance(p[-1], str)), "", "x", "\ud800"]
@@ -126,7 +126,7 @@ def _at(value: Any, path: Sequence[Any]) -> Any:
 
 
 def change_json(base: Any, changes: Sequence[Change]) -> Any:
-    """The value after the changes; those whose place is gone by then are left out."""
+    """Return the changed value; skip changes whose path no longer exists."""
     root = {"": copy.deepcopy(base)}
     for name, path, *more in changes:
         try:
@@ -158,7 +158,7 @@ def change_json(base: Any, changes: Sequence[Change]) -> Any:
 
 
 def dump(value: Any) -> str:
-    """JSON text, in which LONG is a number of 5,001 digits."""
+    """Return JSON text; LONG becomes a number of 5,001 digits."""
     return json.dumps(value).replace(json.dumps(LONG), "1" + "0" * 5000)
 
 
@@ -186,21 +186,21 @@ def byte_changes(
 
 
 def change_bytes(data: bytes, changes: Sequence[Change]) -> bytes:
-    """The bytes after the changes."""
+    """Return the changed bytes."""
     for name, *more in changes:
-        at = more[0] if isinstance(more[0], int) else 0
-        if name == "flip" and at < len(data):
-            data = data[:at] + bytes([data[at] ^ 1 << more[1]]) + data[at + 1 :]
+        position = more[0] if isinstance(more[0], int) else 0
+        if name == "flip" and position < len(data):
+            data = data[:position] + bytes([data[position] ^ 1 << more[1]]) + data[position + 1 :]
         elif name == "set":
-            data = data[:at] + more[1] + data[at + len(more[1]) :]
+            data = data[:position] + more[1] + data[position + len(more[1]) :]
         elif name == "cut":
-            data = data[:at]
+            data = data[:position]
         elif name == "remove":
-            data = data[:at] + data[at + more[1] :]
+            data = data[:position] + data[position + more[1] :]
         elif name == "insert":
-            data = data[:at] + more[1] + data[at:]
+            data = data[:position] + more[1] + data[position:]
         elif name == "repeat":
-            data = data[: at + more[1]] + data[at:]
+            data = data[: position + more[1]] + data[position:]
         elif name == "extend":
             data += more[0]
     return data
@@ -237,22 +237,22 @@ def folder_changes(
 
 
 def change_folder(files: Mapping[str, bytes], changes: Sequence[Change]) -> dict[str, bytes]:
-    """The files after the changes."""
-    found = dict(files)
+    """Return the changed files."""
+    changed = dict(files)
     for kind, name, *more in changes:
-        if name not in found:
+        if name not in changed:
             continue
         if kind == "bytes":
-            found[name] = change_bytes(found[name], more[0])
+            changed[name] = change_bytes(changed[name], more[0])
         elif kind == "json":
             try:
-                found[name] = dump(change_json(json.loads(found[name]), more[0])).encode()
+                changed[name] = dump(change_json(json.loads(changed[name]), more[0])).encode()
             except ValueError:
                 continue
-        elif kind == "swap" and more[0] in found:
-            found[name], found[more[0]] = found[more[0]], found[name]
+        elif kind == "swap" and more[0] in changed:
+            changed[name], changed[more[0]] = changed[more[0]], changed[name]
         elif kind == "delete":
-            del found[name]
+            del changed[name]
         elif kind == "empty":
-            found[name] = b""
-    return found
+            changed[name] = b""
+    return changed

@@ -1,7 +1,7 @@
-"""Run a check on many inputs in a forked process, so that no input can stop the tests.
+"""Run a check on many inputs in a forked process that may crash or hang.
 
-An input passes if the check accepts it or refuses it in one sentence, as the project's commands do. Everything
-else is a failure: a traceback, a signal, more than SECONDS, a file or a process left behind.
+An input passes if the check accepts it or refuses it in one sentence, as the project's commands
+do. A failure is a traceback, a signal, more than SECONDS, or a leftover file or process.
 """
 
 import io
@@ -22,9 +22,9 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 
 from cli import user_errors
 
-INPUTS = int(os.environ.get("FUZZ_INPUTS", "2000"))  # of all fuzzers together
-SECONDS = 10  # that an input may take
-MEMORY = 4 << 30  # bytes that the process may map beyond what it starts with
+INPUTS = int(os.environ.get("FUZZ_INPUTS", "2000"))  # total of all fuzzers
+SECONDS = 10  # limit per input
+MEMORY = 4 << 30  # bytes that the process may map after its start
 ACCEPTED, REFUSED = "accepted", "refused"
 Check = Callable[[Any, Path], None]
 
@@ -39,15 +39,15 @@ class Sandbox:
         self.process: Any = None
 
     def run(self, given: Any) -> str:
-        """ACCEPTED, REFUSED, or what went wrong."""
+        """Run the check; return ACCEPTED, REFUSED or a description of the failure."""
         if self.process is None:
             context = multiprocessing.get_context("fork")
-            self.pipe, other = context.Pipe()
+            self.pipe, child_pipe = context.Pipe()
             self.process = context.Process(
-                target=_serve, args=(other, self.pipe, self.check, self.folder)
+                target=_serve, args=(child_pipe, self.pipe, self.check, self.folder)
             )
             self.process.start()
-            other.close()
+            child_pipe.close()
         self.pipe.send(given)
         ready = self.pipe.poll(SECONDS)
         with suppress(EOFError, ConnectionResetError):
@@ -59,7 +59,7 @@ class Sandbox:
         return f"the process ended with status {code}" if ready else f"took more than {SECONDS} s"
 
     def stop(self) -> None:
-        """End the process and all that it started."""
+        """Kill the process and its children."""
         if self.process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -69,30 +69,34 @@ class Sandbox:
             self.process = None
 
     def finish(self) -> str:
-        """Let the process end by itself; what it leaves behind, "" for nothing."""
+        """Wait for the process to end; return its leftovers, or ""."""
         if self.process is None:
             return ""
         process = self.process
         self.pipe.send(None)
         process.join(SECONDS)
-        left = _session(process.pid)
+        leftovers = _session(process.pid)
         code = process.exitcode
         self.stop()
-        return "" if code == 0 and not left else f"status {code}, processes left behind: {left}"
+        return (
+            ""
+            if code == 0 and not leftovers
+            else f"status {code}, processes left behind: {leftovers}"
+        )
 
 
 def _session(leader: int) -> list[str]:
-    """Processes in the session of a process that has ended."""
-    end, found = time.monotonic() + 2, [""]
-    while found and time.monotonic() < end:  # a killed process is listed until it is reaped
-        found = []
+    """Return the processes in the session of a process that has ended."""
+    end, processes = time.monotonic() + 2, [""]
+    while processes and time.monotonic() < end:  # a killed process is listed until it is reaped
+        processes = []
         for path in Path("/proc").glob("[0-9]*/stat"):
             with suppress(OSError):
                 name, fields = path.read_text(encoding="utf-8", errors="replace").rsplit(")", 1)
                 if fields.split()[3] == str(leader) and fields.split()[0] != "Z":
-                    found.append(name)
-        time.sleep(0.05 if found else 0)
-    return found
+                    processes.append(name)
+        time.sleep(0.05 if processes else 0)
+    return processes
 
 
 def _serve(pipe: Any, parents: Any, check: Check, folder: Path) -> None:
@@ -106,8 +110,8 @@ def _serve(pipe: Any, parents: Any, check: Check, folder: Path) -> None:
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)
-    while (given := pipe.recv()) is not None:
-        outcome = _outcome(check, given, folder)
+    while (value := pipe.recv()) is not None:
+        outcome = _outcome(check, value, folder)
         # Torch's cache.
         left = [
             path.name for path in temporary.iterdir() if not path.name.startswith("torchinductor_")
@@ -117,18 +121,18 @@ def _serve(pipe: Any, parents: Any, check: Check, folder: Path) -> None:
 
 
 def _outcome(check: Check, given: Any, folder: Path) -> str:
-    said = io.StringIO()
+    stderr = io.StringIO()
     try:
         with (
-            tempfile.TemporaryDirectory(dir=folder) as own,
+            tempfile.TemporaryDirectory(dir=folder) as scratch,
             redirect_stdout(io.StringIO()),
-            redirect_stderr(said),
+            redirect_stderr(stderr),
             user_errors(),
         ):
-            check(given, Path(own))
+            check(given, Path(scratch))
         return ACCEPTED
     except SystemExit as end:
-        text = said.getvalue()
+        text = stderr.getvalue()
         sentence = re.fullmatch(r"(.*\n)*?error: [^\n]+\n", text)
         return REFUSED if end.code == 2 and sentence else f"not one sentence: {text!r}"
     except BaseException:
@@ -143,8 +147,8 @@ def fuzz(
 ) -> Callable[[Check], Any]:
     """Decorator: a check(input, folder) becomes a test of it on `share` of INPUTS.
 
-    inputs: a hypothesis strategy. examples: inputs that failed once. accepted: between which shares of the
-    inputs must be accepted, so that the fuzzer reaches what lies behind the first refusal.
+    inputs: a hypothesis strategy. examples: inputs that failed once. accepted: bounds of the share
+    of accepted inputs; they ensure that the fuzzer reaches code behind the first refusal.
     """
 
     def decorate(check: Check) -> Any:
@@ -174,7 +178,7 @@ def fuzz(
             started = time.monotonic()
             try:
                 body()
-                left = sandbox.finish()
+                leftovers = sandbox.finish()
             finally:
                 sandbox.stop()
                 folder.cleanup()
@@ -182,12 +186,12 @@ def fuzz(
             record_property(
                 f"fuzz {check.__name__}", f"{number} inputs, {outcomes}, {seconds:.0f} s"
             )
-            told = "\n\n".join(f"{value!r}\n{outcome}" for value, outcome in failures.values())
-            assert not failures, f"{len(failures)} kinds of failure\n{told}"
-            assert not left, left
-            part = outcomes.get(ACCEPTED, 0) / number
-            assert accepted[0] <= part <= accepted[1], (
-                f"{part:.0%} of {number} inputs were accepted"
+            report = "\n\n".join(f"{value!r}\n{outcome}" for value, outcome in failures.values())
+            assert not failures, f"{len(failures)} kinds of failure\n{report}"
+            assert not leftovers, leftovers
+            accepted_share = outcomes.get(ACCEPTED, 0) / number
+            assert accepted[0] <= accepted_share <= accepted[1], (
+                f"{accepted_share:.0%} of {number} inputs were accepted"
             )
 
         test.check = check  # type: ignore[attr-defined]
@@ -202,9 +206,7 @@ def fuzz(
 
 
 def _profile(count: int) -> settings:
-    """Settings of hypothesis for so many inputs: the same ones in each run of the tests, new ones
-    in a longer run.
-    """
+    """Return hypothesis settings for so many inputs: fixed ones in tests, new ones in long runs."""
     return settings(
         max_examples=count,
         derandomize=INPUTS <= 2000,
@@ -216,13 +218,11 @@ def _profile(count: int) -> settings:
 
 
 def _kind(outcome: str) -> str:
-    """What failures of one cause share: the error's class and the project's last line in the
-    traceback.
-    """
+    """Return a failure's cause: its error class and the project's last line in the traceback."""
     lines = re.findall(r'File "(.*)", line (\d+)', outcome)
-    own = [
+    project_lines = [
         f"{path}:{number}"
         for path, number in lines
         if "site-packages" not in path and "/lib/python" not in path
     ]
-    return f"{outcome.strip().splitlines()[-1].split(':')[0][:60]} {own[-1:]}"
+    return f"{outcome.strip().splitlines()[-1].split(':')[0][:60]} {project_lines[-1:]}"

@@ -1,4 +1,4 @@
-"""Step folders: what verify_checkpoint, loading and resuming make of damaged and forged ones."""
+"""verify_checkpoint, loading and resuming with damaged and forged step folders."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ RUN = RunConfig(
     ),
     data=DataConfig(sequence_length=16, tokens_per_step=16, micro_batch_size=1),
 )
-OPEN = ExitStack()  # of the process group of a sandbox, which ends with it
+OPEN = ExitStack()  # keeps the process group open until the sandbox ends
 
 
 @cache
@@ -48,7 +48,7 @@ def checkpoints(folder: Path) -> Checkpointer:
 
 @cache
 def step_files() -> Files:
-    """A step folder of a tiny run, with moments."""
+    """Files of a tiny run's step folder, with optimizer moments."""
     with tempfile.TemporaryDirectory() as folder, setup.ranks() as here:
         state = setup.build(RUN, here)
         state.model(torch.arange(16)[None]).square().mean().backward()
@@ -59,7 +59,7 @@ def step_files() -> Files:
 
 
 def seal(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The files with the checksums that they have now, as a forger would write them."""
+    """Return the files with recomputed checksums, as a forger would write them."""
     try:
         manifest = json.loads(files["manifest.json"])
         manifest["files"] = {name: sha256(files[name]).hexdigest() for name in manifest["files"]}
@@ -87,7 +87,7 @@ def written() -> list[torch.Tensor]:
 
 
 def verify(folder: Path) -> int:
-    """The exit status of verify_checkpoint."""
+    """Return the exit status of verify_checkpoint."""
     sys.argv = ["verify_checkpoint", str(folder), "--model"]
     try:
         verify_checkpoint.main()
@@ -123,11 +123,9 @@ EXAMPLES += [
     accepted=(0.08, 0.6),
     examples=EXAMPLES,
 )
-def test_checkpoints(given: tuple[list[Change], bool, bool], folder: Path) -> None:
-    """A folder that is accepted holds the weights, moments and position that were saved, unless
-    it was sealed again.
-    """
-    changes, sealed, resume = given
+def test_checkpoints(case: tuple[list[Change], bool, bool], folder: Path) -> None:
+    """An accepted folder without new checksums has the saved weights, moments and position."""
+    changes, sealed, resume = case
     files = change_folder(step_files(), changes)
     step = write_files(seal(files) if sealed else files, folder / f"step_{STEP}")
     state = setup.build(RUN, device())

@@ -59,16 +59,16 @@ def content_of(name: str) -> Any:
 
 
 def fields_of(kind: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all settings of a dataclass."""
-    found = []
+    """Return dotted names of all settings of a dataclass."""
+    names = []
     for field in dataclasses.fields(kind):
-        found.append(prefix + field.name)
+        names.append(prefix + field.name)
         default = (
             field.default_factory if field.default_factory is not dataclasses.MISSING else None
         )
         if dataclasses.is_dataclass(default):
-            found += fields_of(default, f"{prefix}{field.name}.")
-    return found
+            names += fields_of(default, f"{prefix}{field.name}.")
+    return names
 
 
 @cache
@@ -105,8 +105,8 @@ def changed(name: str) -> st.SearchStrategy[Any]:
 
 
 @fuzz(st.sampled_from(sorted(CONFIGS)).flatmap(changed), share=0.27, accepted=(0.1, 0.7))
-def test_configs(given: tuple[str, list, list, list[str]], folder: Path) -> None:
-    name, of_text, of_content, overrides = given
+def test_configs(case: tuple[str, list, list, list[str]], folder: Path) -> None:
+    name, of_text, of_content, overrides = case
     kind, path = CONFIGS[name], folder / "config.yaml"
     if of_text:
         content = change_bytes(text_of(name), of_text).replace(
@@ -115,18 +115,18 @@ def test_configs(given: tuple[str, list, list, list[str]], folder: Path) -> None
     else:
         content = dump(change_json(content_of(name), of_content)).encode()  # JSON is YAML
     path.write_bytes(content)
-    found: Any = load_settings(kind, path, overrides)
-    if isinstance(found, RunConfig):
-        use_run(found, folder)
-    elif isinstance(found, Plan):
-        assert show(forecast(found, "h100", None, 0.45, None, readable, reads))
+    config: Any = load_settings(kind, path, overrides)
+    if isinstance(config, RunConfig):
+        use_run(config, folder)
+    elif isinstance(config, Plan):
+        assert show(forecast(config, "h100", None, 0.45, None, readable, reads))
 
 
 def use_run(run: RunConfig, folder: Path) -> None:
-    """What commands make of a run before they need data: the kept config, learning rates, memory."""
-    kept = folder / "kept.yaml"
-    kept.write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
-    assert load_settings(type(run), kept) == run
+    """Use a run as commands do before they need data: saved config, learning rates, memory."""
+    saved_config = folder / "kept.yaml"
+    saved_config.write_text(yaml.safe_dump(to_dict(run), sort_keys=False), encoding="utf-8")
+    assert load_settings(type(run), saved_config) == run
     rate = WSDScheduler(run.schedule, run.optim.lr)
     assert all(
         math.isfinite(rate(step))

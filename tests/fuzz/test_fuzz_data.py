@@ -44,7 +44,7 @@ FOUND_IN_DOCUMENTS = [
 
 @cache
 def shard_files() -> Files:
-    """A folder of shards: three for training, one held out."""
+    """Files of a shard folder: three for training, one for validation."""
     with tempfile.TemporaryDirectory() as folder:
         draw = np.random.default_rng(0)
         with ShardWriter(
@@ -94,11 +94,11 @@ def changed(files: Files) -> st.SearchStrategy[tuple[list[Change], bool]]:
     accepted=(0.08, 0.7),
     examples=FOUND_IN_SHARDS,
 )
-def test_token_shards(given: tuple[list[Change], bool], folder: Path) -> None:
+def test_token_shards(case: tuple[list[Change], bool], folder: Path) -> None:
     """Accepted shards hold the tokens that were written; with matching checksums, at least ids
     and offsets in range.
     """
-    changes, sealed = given
+    changes, sealed = case
     files = change_folder(shard_files(), changes)
     write_files(seal(files) if sealed else files, folder / "s")
     assert shards_are_current(folder / "s", {"made": [1]}) in (True, False)
@@ -127,7 +127,7 @@ def documents() -> list[Any]:
 
 
 def read_store(folder: Path, files: Files) -> list[Any]:
-    """Id and text of each document, as the cleaning tasks read them."""
+    """Return id and text of each document, as the cleaning tasks read them."""
     write_files(files, folder / "documents" / "books")
     parts = document_parts(Recipe(str(folder), {"books": CleanConfig()}))
     read = ReadParts(parts)
@@ -144,16 +144,16 @@ def read_store(folder: Path, files: Files) -> list[Any]:
     accepted=(0.1, 0.7),
     examples=FOUND_IN_DOCUMENTS,
 )
-def test_document_store(given: tuple[list[Change], bool], folder: Path) -> None:
+def test_document_store(case: tuple[list[Change], bool], folder: Path) -> None:
     """Accepted parts hold documents that were written; with matching checksums, at least ids and
     texts.
     """
-    changes, sealed = given
+    changes, sealed = case
     files = change_folder(document_files(), changes)
-    found = read_store(folder, seal(files) if sealed else files)
-    assert all(isinstance(id, str) and isinstance(text, str) for id, text in found)
+    stored = read_store(folder, seal(files) if sealed else files)
+    assert all(isinstance(id, str) and isinstance(text, str) for id, text in stored)
     if not sealed:
-        assert set(found) <= set(documents()) and len(set(found)) == len(found)
+        assert set(stored) <= set(documents()) and len(set(stored)) == len(stored)
 
 
 ARRAYS = ("ids", "starts")
@@ -168,7 +168,7 @@ def prepare_rows(folder: Path) -> dict[str, Any]:
 
 @cache
 def kept_files() -> Files:
-    """A cache with prepared rows and a packing plan."""
+    """Files of a cache with prepared rows and a packing plan."""
     with tempfile.TemporaryDirectory() as folder:
         load_or_prepare(Path(folder), "rows", {"a": 1}, ARRAYS, prepare_rows)
         shards = TokenShards(write_files(shard_files(), Path(folder) / "s"), "train")
@@ -191,7 +191,7 @@ def plan_in(cache: Path) -> list[list[int]]:
 
 @fuzz(st.deferred(lambda: folder_changes(own_files(), most=3)), share=0.04, accepted=(0.9, 1.0))
 def test_caches(changes: list[Change], folder: Path) -> None:
-    """Damaged caches of prepared rows and packing plans are made again."""
+    """Damaged caches of prepared rows and packing plans are rebuilt."""
     write_files({**kept_files(), **change_folder(own_files(), changes)}, folder)
     for name in own_files().keys() - change_folder(own_files(), changes).keys():
         (folder / name).unlink()

@@ -31,7 +31,7 @@ TEXTS = ["", "llama", "qwen3", "gpt2", "llama-bpe", "x" * 300, "\ud800", "{{ a }
 
 @cache
 def whole() -> bytes:
-    """A chat model with random weights in F16."""
+    """A GGUF file of a chat model with random F16 weights."""
     with tempfile.TemporaryDirectory() as folder:
         model, path = write_files(chat_files(), Path(folder) / "model"), Path(folder) / "m.gguf"
         write_gguf(
@@ -42,24 +42,24 @@ def whole() -> bytes:
 
 @cache
 def parts() -> tuple[list[Key], list[Tensor], bytes]:
-    """Keys, tensors and data of the whole file."""
+    """Return keys, tensors and data of the valid file."""
     with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
         file.write(whole())
         file.flush()
-        found = check_gguf(Path(file.name))
+        info = check_gguf(Path(file.name))
     keys = []
-    for name, (kind, of, value) in found.values.items():
+    for name, (kind, of, value) in info.values.items():
         keys.append((name, kind, of, value.tolist() if isinstance(value, np.ndarray) else value))
-    begin = min(tensor.offset for tensor in found.tensors.values())
+    begin = min(tensor.offset for tensor in info.tensors.values())
     return (
         keys,
-        [(name, list(t.shape), t.kind, t.offset - begin) for name, t in found.tensors.items()],
+        [(name, list(t.shape), t.kind, t.offset - begin) for name, t in info.tensors.items()],
         whole()[begin:],
     )
 
 
 def pack(kind: int, value: Any) -> bytes:
-    """A value in GGUF's encoding; of one that does not fit its type, zeros."""
+    """Encode a value for GGUF; a value that does not fit its type becomes zeros."""
     if kind == STRING:
         text = str(value).encode("utf-8", "surrogatepass")
         return struct.pack("<Q", len(text)) + text
@@ -127,32 +127,32 @@ def whole_number(value: float) -> int:
 
 def changed_file(changes: list[Change]) -> bytes:
     keys, tensors, data = parts()
-    found, shapes = [list(key) for key in keys], [list(tensor) for tensor in tensors]
-    for what, name, *more in changes:
-        rows = [row for row in found if row[0] == name]
+    fields, shapes = [list(key) for key in keys], [list(tensor) for tensor in tensors]
+    for kind_of_change, name, *more in changes:
+        rows = [row for row in fields if row[0] == name]
         for row in rows:
-            if what in ("value", "type"):
-                row[3 if what == "value" else 1] = more[0]
-            elif what == "drop":
-                found.remove(row)
-            elif what == "again":
-                found.append(list(row))
-            elif what == "name":
+            if kind_of_change in ("value", "type"):
+                row[3 if kind_of_change == "value" else 1] = more[0]
+            elif kind_of_change == "drop":
+                fields.remove(row)
+            elif kind_of_change == "again":
+                fields.append(list(row))
+            elif kind_of_change == "name":
                 row[0] = more[0]
-            elif what == "element" and isinstance(row[3], list) and row[3]:
+            elif kind_of_change == "element" and isinstance(row[3], list) and row[3]:
                 row[3] = [*row[3]]
                 row[3][more[0] % len(row[3])] = more[1]
-            elif what == "shorter" and isinstance(row[3], list):
+            elif kind_of_change == "shorter" and isinstance(row[3], list):
                 row[3] = row[3][: more[0]]
         for shape in [shape for shape in shapes if shape[0] == name]:
-            if what == "lost":
+            if kind_of_change == "lost":
                 shapes.remove(shape)
-            elif what in ("shape", "kind", "offset"):
-                shape[{"shape": 1, "kind": 2, "offset": 3}[what]] = more[0]
-        if what == "weights":
+            elif kind_of_change in ("shape", "kind", "offset"):
+                shape[{"shape": 1, "kind": 2, "offset": 3}[kind_of_change]] = more[0]
+        if kind_of_change == "weights":
             data = change_bytes(data, name)
     return write(
-        [(n, k, o, v) for n, k, o, v in found], [(n, s, k, o) for n, s, k, o in shapes], data
+        [(n, k, o, v) for n, k, o, v in fields], [(n, s, k, o) for n, s, k, o in shapes], data
     )
 
 
@@ -167,11 +167,11 @@ def inputs() -> st.SearchStrategy[tuple[str, list[Change]]]:
 
 @pytest.mark.skipif(find_library() is None, reason="no llama.cpp: pip install xllamacpp")
 @fuzz(st.deferred(inputs), share=0.08, accepted=(0.05, 0.7), examples=FOUND)
-def test_gguf(given: tuple[str, list[Change]], folder: Path) -> None:
+def test_gguf(case: tuple[str, list[Change]], folder: Path) -> None:
     """A file that check_gguf accepts loads in llama.cpp, which must not end the process, and has
     values of its own shapes.
     """
-    kind, changes = given
+    kind, changes = case
     path = folder / "m.gguf"
     path.write_bytes(change_bytes(whole(), changes) if kind == "bytes" else changed_file(changes))
     content = check_gguf(path)

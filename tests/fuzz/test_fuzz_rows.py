@@ -1,4 +1,4 @@
-"""Conversations in all forms and preference pairs, from a row of a file to prepared ids."""
+"""Conversations in all formats and preference pairs, from a row of a file to prepared ids."""
 
 import json
 import tempfile
@@ -132,7 +132,9 @@ ROWS: dict[str, list[Any]] = {
     "gsm8k": [{"question": "2 + 2?", "answer": "We add <<2+2=4>>4.\n#### 4"}],
     "toolformer": [
         {
-            "instruction": "toolformer: enabled\ntoolformer access: Wiki\nFinds pages.\nWiki(title)\nWho was Ada?",
+            "instruction": "toolformer: enabled\ntoolformer access: Wiki\n"
+            "Finds pages.\nWiki(title)\n"
+            "Who was Ada?",
             "input": "",
             "output": 'See Wiki("Ada").',
         }
@@ -203,17 +205,17 @@ def changed(format: str, pairs: bool) -> st.SearchStrategy[Any]:
 
 
 def write_rows(
-    rows: list[Any], given: tuple[str, list[Change], list[Change], str], folder: Path
+    rows: list[Any], case: tuple[str, list[Change], list[Change], str], folder: Path
 ) -> tuple[Path, Path, bool]:
     """Write changed rows and a chat tokenizer; return their paths, and whether a new key of the
     rows says MARK.
     """
-    _, changes, of_text, suffix = given
-    made = change_json(rows, changes)
+    _, changes, of_text, suffix = case
+    changed_rows = change_json(rows, changes)
     lines = (
-        dump(made)
-        if suffix == ".json" or not isinstance(made, list)
-        else "\n".join(map(dump, made))
+        dump(changed_rows)
+        if suffix == ".json" or not isinstance(changed_rows, list)
+        else "\n".join(map(dump, changed_rows))
     )
     path = folder / f"rows{suffix}"
     path.write_bytes(change_bytes(lines.encode(), of_text))
@@ -221,7 +223,7 @@ def write_rows(
         change[0] == "add" and change[-1] == MARK and change[2] not in SILENT for change in changes
     )
     # Replies that are not chosen.
-    unread = given[0] == "oasst" and any(change[1][0] in (1, 3) for change in changes)
+    unread = case[0] == "oasst" and any(change[1][0] in (1, 3) for change in changes)
     marked = marked and not unread
     return path, write_files(chat_files(), folder / "chat"), marked and MARK in lines
 
@@ -239,13 +241,13 @@ UNREAD_OF_TREE = [("oasst", [("add", (4,), "history", MARK)], [], ".jsonl")]
     accepted=(0.1, 0.8),
     examples=UNREAD_OF_TREE,
 )
-def test_conversations(given: tuple[str, list[Change], list[Change], str], folder: Path) -> None:
+def test_conversations(case: tuple[str, list[Change], list[Change], str], folder: Path) -> None:
     """Accepted rows become ids of the template's own rendering; text under new keys is trained,
     counted or refused.
     """
-    path, tokenizer, marked = write_rows(ROWS[given[0]], given, folder)
+    path, tokenizer, marked = write_rows(ROWS[case[0]], case, folder)
     config = ChatConfig(
-        {"a": ChatSource(str(path), given[0])}, str(folder / "cache"), val_fraction=0.0, max_bad=0.0
+        {"a": ChatSource(str(path), case[0])}, str(folder / "cache"), val_fraction=0.0, max_bad=0.0
     )
     prepared = prepare_conversations(config, ["a"], tokenizer, LENGTH)["a"]
     source = Conversations(prepared, "train")
@@ -274,13 +276,13 @@ FOUND = [("messages", [("put", (0, "tools", 0, "function"), "add")], [], ".jsonl
     accepted=(0.1, 0.8),
     examples=FOUND,
 )
-def test_pairs(given: tuple[str, list[Change], list[Change], str], folder: Path) -> None:
+def test_pairs(case: tuple[str, list[Change], list[Change], str], folder: Path) -> None:
     """Accepted pairs have one prompt and two answers that differ; rows that are left out are
     counted.
     """
-    path, tokenizer, marked = write_rows(PAIRS[given[0]], given, folder)
+    path, tokenizer, marked = write_rows(PAIRS[case[0]], case, folder)
     config = PreferenceConfig(
-        {"a": PairSource(str(path), given[0])}, str(folder / "cache"), val_fraction=0.0, max_bad=0.0
+        {"a": PairSource(str(path), case[0])}, str(folder / "cache"), val_fraction=0.0, max_bad=0.0
     )
     prepared = prepare_pairs(config, ["a"], tokenizer, LENGTH)["a"]
     pairs, report = Pairs(prepared, "train"), (read(prepared) or {})["report"]
@@ -304,7 +306,7 @@ def test_pairs(given: tuple[str, list[Change], list[Change], str], folder: Path)
 
 
 def test_bases_are_accepted() -> None:
-    """Each form's rows are valid before they are changed."""
+    """The unchanged rows of each format are valid."""
     for kind, check in ((ROWS, test_conversations), (PAIRS, test_pairs)):
         for form in kind:
             with tempfile.TemporaryDirectory() as folder:

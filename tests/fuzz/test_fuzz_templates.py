@@ -1,4 +1,4 @@
-"""Foreign chat templates: Jinja put together from parts, and conversations of any kind."""
+"""Foreign chat templates: Jinja built from fragments, and arbitrary conversations."""
 
 from functools import cache
 from pathlib import Path
@@ -174,7 +174,7 @@ def templates() -> st.SearchStrategy[str]:
 
 @cache
 def changed_own() -> st.SearchStrategy[str]:
-    """Our own template with a part of it gone, as in a damaged copy."""
+    """Our template with a part removed, as in a damaged copy."""
     source = jinja_template()
     cuts = st.tuples(st.integers(0, len(source)), st.integers(0, 60))
     return cuts.map(lambda cut: source[: cut[0]] + source[cut[0] + cut[1] :])
@@ -185,11 +185,11 @@ def inputs() -> st.SearchStrategy[tuple[str, list[Change]]]:
 
 
 @fuzz(st.deferred(inputs), share=0.02, accepted=(0.2, 0.9))
-def test_chat_templates(given: tuple[str, list[Change]], folder: Path) -> None:
+def test_chat_templates(case: tuple[str, list[Change]], folder: Path) -> None:
     """A template renders to bounded text or is refused, within its time; its process ends with
     it.
     """
-    source, changes = given
+    source, changes = case
     bounded_template.MAX_SECONDS = 3
     messages: Any = change_json(MESSAGES, changes)
     if not (isinstance(messages, list) and all(isinstance(message, dict) for message in messages)):

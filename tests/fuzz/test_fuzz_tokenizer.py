@@ -1,4 +1,4 @@
-"""The folder of a tokenizer: tokenizer.json, its tiktoken export, settings and templates."""
+"""A tokenizer folder: tokenizer.json, its tiktoken export, settings and templates."""
 
 from pathlib import Path
 
@@ -74,8 +74,8 @@ def test_chat_tokenizer(changes: list[Change], folder: Path) -> None:
     ids = chat.prompt(HELLO)
     assert all(type(id) is int for id in [*ids, *chat.stop_ids])
     chat.parse([0, 5, 9, *ids])
-    made = save_chat_tokenizer(folder / "made", folder / "chat")
-    assert isinstance(made, Chat) and made.prompt(HELLO)
+    checkpoint = save_chat_tokenizer(folder / "made", folder / "chat")
+    assert isinstance(checkpoint, Chat) and checkpoint.prompt(HELLO)
     vocabulary = read_vocabulary(folder / "chat", 2000)
     assert len(vocabulary.tokens) == len(vocabulary.types) == 2000
     assert all(0 <= id < 2000 for id in vocabulary.ids.values())
