@@ -11,7 +11,7 @@ def checkpoint_folder(path: Path) -> Path:
     check_model_folder(path)
     if not (path / "tokenizer.json").is_file():
         raise ValueError(
-            f"{path} holds no tokenizer.json; copy the tokenizer's files there, "
+            f"{path} has no tokenizer.json; copy the tokenizer's files there, "
             "a GGUF file contains them"
         )
     return path

@@ -35,6 +35,18 @@ PRELOADED = (
     *("transformers.utils.chat_template_utils", "matplotlib.pyplot", *TESTS),
 )
 STATES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
+
+
+def _renew_thread_pool() -> None:
+    """Replace torch's thread pool, which does not survive a fork, before autograd's threads do.
+
+    Two of them would race (torch 2.13 with CUDA): "pool INTERNAL ASSERT FAILED".
+    """
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(torch.get_num_threads())
+
+
+os.register_at_fork(after_in_child=_renew_thread_pool)
 original_execute_child = subprocess.Popen._execute_child  # type: ignore[attr-defined]
 
 

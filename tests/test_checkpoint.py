@@ -522,7 +522,7 @@ def test_verify_compares_bit_for_bit(started, tmp_path, capsys, monkeypatch):
     assert status == 1 and output.count("DIFFERENT") == 2
     assert (
         f"state: optimizer.state.{name}.exp_avg\n" in output
-        and "trainer.json: place is 0 and 7" in output
+        and "trainer.json: batch_index is 0 and 7" in output
     )
     assert verify(capsys, monkeypatch, tmp_path / "c")[0] == 2
     assert verify(capsys, monkeypatch, tmp_path / "a", "--against", tmp_path / "b")[0] == 2

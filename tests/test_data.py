@@ -101,7 +101,7 @@ def test_transformers_reads_the_tokenizer_beside_a_model(text_store, tmp_path):
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused():
     with pytest.raises(ValueError, match="too small"):
         train_tokenizer(["text"], 100)
-    with pytest.raises(ValueError, match="give more text"):
+    with pytest.raises(ValueError, match="add text or lower vocab_size"):
         train_tokenizer(["text"], 400)
 
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -569,7 +570,7 @@ def test_served_by_llama_cpp_with_our_template_to_openais_client(files, folders)
     try:
         while "/v1" not in server.stdout() and server.poll() is None:
             time.sleep(0.05)
-        url = server.stdout().split("/v1")[0].splitlines()[-1]
+        url = re.search(r"http://[^/]+", server.stdout())[0]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
         assert len(client.models.list().data) == 1
         chat = Chat.from_folder(folders["dense"])

@@ -90,7 +90,7 @@ def test_only_a_second_sigterm_or_sigint_interrupts_the_save(monkeypatch):
     monkeypatch.setattr(guard.os, "kill", lambda process, number: killed.append(number))
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGHUP)
-        stop.at -= stop.GRACE + 1
+        stop.time -= stop.GRACE + 1
         # Each once; an unhandled signal would kill the process.
         for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.raise_signal(number)

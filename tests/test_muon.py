@@ -215,7 +215,7 @@ def test_work_is_balanced_and_counted():
     ("override", "message"),
     [
         ("optim.name=moun", "optim.name='moun' is not one of adamw, muon"),
-        ("optim.momentum=1", r"optim.momentum=1.0 must be in \[0, 1\)"),
+        ("optim.momentum=1", r"optim.momentum=1 must be at least 0 and below 1"),
     ],
 )
 def test_bad_settings(override, message):
@@ -342,6 +342,6 @@ def test_a_run_resumes_bit_for_bit_on_fewer_ranks_too_and_keeps_its_optimizer(se
             assert train_here(settings("optim.name=adamw", *where("adamw")[1:], "steps=1"))
         with pytest.raises(
             ValueError,
-            match=r"was saved with another optim\.name; keep to that, or take its weights only",
+            match=r"was saved with another optim\.name; use that one, or load its weights only",
         ):
             train_here(settings(*where(other)[1:], *again))

@@ -480,7 +480,7 @@ def test_mistakes_get_a_sentence(done, tmp_path):
     assert "did you mean 'gopher_repetition'" in said("sources.prose.filters=[gopher_repetitoin]")
     assert "known: exact, coverage, 13-gram" in said("decontaminate.by_rule={exakt: cut}")
     assert "executor.kind=slurm needs executor.partition" in said("executor.kind=slurm")
-    assert "needs sbatch, which this machine does not have" in said(
+    assert "needs sbatch, which is not installed" in said(
         "executor.kind=slurm", "executor.partition=cpu"
     )
     assert "the store has code, other, prose" in said("sources.third={}")

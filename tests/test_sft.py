@@ -197,7 +197,7 @@ def test_faulty_rows_are_counted_named_and_refused_above_the_limit(case, tmp_pat
         rows_of(case, tmp_path, {"odd": write(tmp_path / "odd.jsonl", odd)})
     with pytest.raises(ValueError, match=r"has no usable conversation"):
         rows_of(case, tmp_path, {"none": write(tmp_path / "none.jsonl", [])})
-    with pytest.raises(ValueError, match="no form of conversations"):
+    with pytest.raises(ValueError, match="unknown conversation format"):
         rows_of(case, tmp_path, {"rows": ChatSource(str(tmp_path / "rows.jsonl"), "chatml")})
     excluded = {
         path.name for path in (tmp_path / "cache").glob(".*") if not path.match("*.verified.json")

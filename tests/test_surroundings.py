@@ -260,7 +260,7 @@ def test_prepare_data_on_a_full_disk_goes_on_when_there_is_room(disk, text_store
     assert (
         last.startswith("error: ")
         and "No space left on device" in last
-        and "Free some space; the same command" in last
+        and "Free some space, then run the same command" in last
     )
     assert not (store / "tokens").exists()
     (disk.folder / "filler").unlink()
@@ -359,7 +359,7 @@ def test_rows_that_never_reach_the_disk_are_counted_at_the_end(tmp_path, disk, c
             log.metrics({"step": step, **row})
         written = len(read_lines(disk.folder / "logs" / "metrics.jsonl"))
     assert (
-        f"warning: {59 - written} rows and events from step {written + 1} on are not in"
+        f"warning: {59 - written} rows and events from step {written + 1} on are missing from"
         in capfd.readouterr().out
     )
 

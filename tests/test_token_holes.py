@@ -162,7 +162,7 @@ def test_a_tokenizer_of_more_ids_than_the_model_has_rows_is_refused(tmp_path):
     save_hf(tmp_path, config, NanoLlama(config, seed=0).state_dict(), torch.float32)
     (tmp_path / "tokenizer.json").write_text(tokenizer_with(hole_in_added_tokens), encoding="utf-8")
     with (
-        pytest.raises(ValueError, match="has the id 270, but its model has 260 rows"),
+        pytest.raises(ValueError, match="has id 270, but the embedding has 260 rows"),
         setup.ranks(),
     ):
         take_base(SFTConfig(init_from=str(tmp_path), chat=None), tmp_path / "cache")

@@ -135,7 +135,7 @@ def model(request, tuned, tmp_path_factory) -> Path:
     ("flags", "context", "names"), [([], LENGTH, ["calculator"]), (["all"], 2048, ALL)]
 )
 def test_the_demo_follows_it_and_a_flag_asks_for_more(model, flags, context, names):
-    voice = demo_ui.open_voice(model, context if flags else None, flags or None)
+    voice = demo_ui.open_chat_model(model, context if flags else None, flags or None)
     assert voice.context == context and [name_of(tool) for tool in voice.tools] == names
     assert tools_label([voice]) == f"Tools: {', '.join(names)}"
     prompt = voice.chat.prompt([{"role": "user", "content": "What is 2 + 3?"}], list(voice.tools))
