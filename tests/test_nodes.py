@@ -457,5 +457,5 @@ def test_a_trace_is_written_and_training_is_as_without(make, capfd, monkeypatch)
         len({name for name in names if name.startswith("ProfilerStep#")}) == profiling.ACTIVE
         and "aten::mm" in names
     )
-    with pytest.raises(ValueError, match="--profile needs 6 steps, but .* has 3 left"):
+    with pytest.raises(ValueError, match=r"--profile needs 6 steps, but .* has 3 left"):
         train_here(make("short", "until=3"))

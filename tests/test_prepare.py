@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +18,7 @@ import forked
 import numpy as np
 import pytest
 import yaml
-from conftest import library, write_documents
+from conftest import ROOT, library, write_documents
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.formatters import PIIFormatter
@@ -275,7 +276,13 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
         "work/tokens-*/entries/*",
         "tokens/*/manifest.json",
     ):
-        run = forked.Process(command(path, "executor.workers=2"))
+        # A process of its own: forked tasks end before this test sees their files.
+        run = subprocess.Popen(
+            command(path, "executor.workers=2"),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         while run.poll() is None and not list(store.glob(moment)):
             time.sleep(0.001)
         if run.poll() is None:
@@ -483,7 +490,7 @@ def test_mistakes_get_a_sentence(done, tmp_path):
     assert "needs sbatch, which is not installed" in said(
         "executor.kind=slurm", "executor.partition=cpu"
     )
-    assert "the store has code, other, prose" in said("sources.third={}")
+    assert "sources in the store: code, other, prose" in said("sources.third={}")
     damaged = store / "documents" / "other" / "00001.parquet"
     damaged.write_bytes(damaged.read_bytes()[:-9])
     assert f"{damaged} is missing or damaged" in said()
