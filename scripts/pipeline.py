@@ -170,6 +170,11 @@ class Pipeline:
         else:
             step = milestone.name
             where, folder = f"after {step}", self.results / milestone.name
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"{checkpoint} is missing and the plan judges it {where}; restore the folder, or "
+                f"repeat with --redo {scheduled.run.phase if scheduled else step}"
+            )
         path, checkpoint_id = folder / "decision.json", identity(checkpoint)
         done = read_object(path) or {}
         phase = scheduled.run.phase if scheduled else str(step)

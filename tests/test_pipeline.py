@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,6 +255,14 @@ def test_what_was_not_measured_is_no_pass(plan, run):
     )
     (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     assert "hellaswag.accuracy = not measured" in run(status=3).stdout
+
+
+def test_a_milestone_without_its_checkpoint_is_named(plan, run):
+    run()
+    shutil.rmtree(plan / "checkpoints" / "tiny" / "one" / "step_2")
+    message = run(status=2).stderr
+    assert "step_2 is missing and the plan judges it at step 2" in message
+    assert message.strip().endswith("--redo one")
 
 
 def test_a_stage_is_judged_against_an_earlier_one(plan, run):

@@ -498,7 +498,7 @@ def test_mistakes_get_a_sentence(done, tmp_path):
     with open(store / "work" / "lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
         began = time.monotonic()
-        assert "another prepare_data is at work" in said()
+        assert "another prepare_data is running" in said()
         assert (
             time.monotonic() - began < 30 and (store / "work" / "clean-of-a-running-job").is_dir()
         )
