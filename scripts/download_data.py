@@ -12,7 +12,8 @@ python -m scripts.download_data --dataset fineweb10B --shards 9 --output data/fi
 python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa \\
     --output data/store/nanollama_1b
 
-To resume an interrupted download, run the same command again.
+--max_tokens limits each source, also each source of a group. To resume an interrupted download, run
+the same command again.
 """
 
 import sys

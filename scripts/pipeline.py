@@ -249,7 +249,7 @@ class Pipeline:
                 if gate.against
                 else [(m.where, estimate(gate.metric, m.metrics)) for m in self.measured[:-1]]
             )
-            before = [f"; {label}: {value.value:.3f}" for label, value in earlier if value]
+            before = [f"; before, {label}: {value.value:.3f}" for label, value in earlier if value]
             print(f"    {verdict}{(before or [''])[-1]}")
         print(
             f"decision {where}: {outcome.upper()}"

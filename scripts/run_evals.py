@@ -1,6 +1,6 @@
 """Evaluate a checkpoint with a suite of evaluations, loading the model once; optionally judge it.
 
-python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold/step_430 --suite quick
+python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold/step_260 --suite quick
 python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals --checkpoint ... \\
     --suite milestone --gates configs/plan_1b.yaml
 

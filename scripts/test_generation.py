@@ -1,8 +1,8 @@
 """Generate text with a checkpoint: a continuation from a base model, a reply from a chat model.
 
-python -m scripts.test_generation --checkpoint checkpoints/quickstart/gold/step_1000 \
+python -m scripts.test_generation --checkpoint checkpoints/quickstart/gold/step_260 \
     --prompt "The capital of"
-python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft/step_200 \
+python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft/step_90 \
     --prompt "What is 17 * 23?"
 
 Each prompt to a chat model starts a new conversation. Thoughts, tool calls and the answer are

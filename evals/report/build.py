@@ -1,6 +1,6 @@
 """Report on a checkpoint: results as JSON, a comparison table, samples and one HTML page.
 
-python -m evals.report --checkpoint checkpoints/quickstart/gold/step_430 --logs logs/quickstart
+python -m evals.report --checkpoint checkpoints/quickstart/gold/step_260 --logs logs/quickstart
 
 Collects every result under --results that was measured on this checkpoint (matched by hash) and
 the logs and gates of its run, and generates samples. Writes benchmark_results.json,
