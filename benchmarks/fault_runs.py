@@ -22,7 +22,7 @@ from data.dataloader import PackedDataLoader
 from data.shards import ShardWriter
 from data.store import DUMMY, open_shards
 from files import read_lines
-from training.checkpoint_files import damage, read_manifest, read_position, step_folders
+from training.checkpoint_files import damage, read_manifest, read_position, step_folders, step_of
 from training.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -187,7 +187,7 @@ class Run:
     def newest(self) -> int:
         """Return the step of the current phase's newest checkpoint, or 0."""
         folders = step_folders(self.folder / ("one", "two")[self.current])
-        return int(folders[-1].name[5:]) if folders else 0
+        return step_of(folders[-1]) if folders else 0
 
     def survive(self, *faults: Fault) -> "Run":
         """Launch with each fault, which must stop the run, then finish."""

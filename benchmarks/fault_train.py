@@ -21,7 +21,7 @@ from benchmarks.fault_runs import (
 from benchmarks.faulty_train import Action
 from data.dataloader import PackedDataLoader
 from data.store import open_shards
-from training.checkpoint_files import step_folders
+from training.checkpoint_files import step_folders, step_of
 
 LOSS_TOLERANCE = 1e-5  # the rank count changes the order of summation
 
@@ -237,7 +237,7 @@ def flip_bytes(lab: Lab) -> Row:
         messages.append(
             (
                 f"{newest.name} is damaged ({name} has changed)",
-                f"resumes at step {int(newest.name[5:]) - EVERY}",
+                f"resumes at step {step_of(newest) - EVERY}",
             )
         )
     run.finish()

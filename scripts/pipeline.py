@@ -26,7 +26,7 @@ from cli import ROOT, CommandParser, at_least, user_errors
 from files import read_object, write_json
 from machine import cpus
 from training import setup
-from training.checkpoint_files import damage, identity, step_folders
+from training.checkpoint_files import damage, identity, step_folders, step_of
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
 from training.planning.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
@@ -99,7 +99,7 @@ class Pipeline:
         """Train a phase up to step `stop`, unless its checkpoint exists."""
         run = scheduled.run
         folders = step_folders(run.checkpoints)
-        if folders and int(folders[-1].name[5:]) >= stop and damage(folders[-1]) is None:
+        if folders and step_of(folders[-1]) >= stop and damage(folders[-1]) is None:
             return
         settings = [f"until={stop}"] if stop < scheduled.end else []
         if self.extensions:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import sysconfig
@@ -165,17 +166,21 @@ def tiny_config(**changes: Any) -> Any:
     return ModelConfig(**{"vocab_size": VOCAB, **shape, "initializer_range": 0.2, **changes})
 
 
-def save_tiny(folder: Path, config: Any, store: Path) -> Path:
+def save_tiny(folder: Path, config: Any, store: Path, seed: int = 3) -> Path:
     """Save a random model and text_store's tokenizer as a checkpoint; return its folder."""
     from data.tokenizers.bpe import load_tokenizer, save_tokenizer
     from models.hf import save_hf
     from models.nanollama import NanoLlama
 
-    save_hf(
-        folder, config, NanoLlama(config, seed=3).state_dict(), torch.float32, bos=0, eos=0, pad=1
-    )
+    weights = NanoLlama(config, seed=seed).state_dict()
+    save_hf(folder, config, weights, torch.float32, bos=0, eos=0, pad=1)
     save_tokenizer(load_tokenizer(store / "tokenizer"), folder)
     return folder
+
+
+def random_word(rng: random.Random, max_length: int) -> str:
+    """A random text of a, b, c and spaces that ends with a full stop."""
+    return "".join(rng.choice("abc ") for _ in range(rng.randint(1, max_length))) + "."
 
 
 def complaint_of(

@@ -5,12 +5,13 @@ import math
 import random
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import forked
 import pytest
 import torch
-from conftest import ROOT, one_thread, read_metrics
+from conftest import ROOT, one_thread, random_word, read_metrics
 from safetensors.torch import load_file, save_file
 
 from benchmarks import parity_dpo
@@ -26,7 +27,7 @@ def case(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("case")
     parity_dpo.write_case(folder)
     rng = random.Random(0)
-    word = lambda most: "".join(rng.choice("abc ") for _ in range(rng.randint(1, most))) + "."  # noqa: E731
+    word = partial(random_word, rng)
     rows = (
         f'{{"prompt": "{word(30)}", "chosen": "yes {word(60)}", "rejected": "no {word(60)}"}}\n'
         for _ in range(40)

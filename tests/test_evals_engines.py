@@ -9,7 +9,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
-from conftest import one_thread
+from conftest import one_thread, save_tiny
 
 from data.chat.tokenizer import save_chat_tokenizer
 from data.tokenizers.bpe import load_tokenizer, save_tokenizer
@@ -198,16 +198,7 @@ def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, mon
             batches.append(json.loads(output.read_text()))
         return batches
 
-    save_hf(
-        tmp_path / "base",
-        CONFIG,
-        NanoLlama(CONFIG, seed=4).state_dict(),
-        torch.float32,
-        bos=0,
-        eos=0,
-        pad=1,
-    )
-    save_tokenizer(load_tokenizer(text_store / "tokenizer"), tmp_path / "base")
+    save_tiny(tmp_path / "base", CONFIG, text_store, seed=4)
     windows = ["--stride", "512", "--sequence_length", "512", "--limit", "1"]
     one, two = run(
         eval_perplexity, "--dataset", str(text_store), *windows, folder=tmp_path / "base"

@@ -2,10 +2,12 @@
 
 import json
 import random
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_word
 
 from benchmarks import parity_dpo
 from data.chat.pair_batches import PairLoader, Pairs, ValidationPairs, lay_out, make_batch
@@ -228,7 +230,7 @@ def test_layout_holds_every_document_once_in_rows_that_fit():
 
 def many(tokenizer, tmp_path):
     rng = random.Random(1)
-    word = lambda most: "".join(rng.choice("abc ") for _ in range(rng.randint(1, most))) + "."  # noqa: E731
+    word = partial(random_word, rng)
     rows = [{"prompt": word(30), "chosen": word(60), "rejected": word(60)} for _ in range(50)]
     return prepared(tokenizer, tmp_path, rows, 200, val_fraction=0.3)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import forked
 import pytest
-import torch
 import yaml
 from conftest import ROOT, one_thread, save_tiny, tiny_config
 
@@ -14,8 +13,6 @@ from evals import engines
 from evals.local_rows import write_rows
 from evals.plan_gates import gates_of
 from evals.suite_config import open_suite
-from models.hf import save_hf
-from models.nanollama import NanoLlama
 from scripts import run_evals
 
 CONFIG = tiny_config(max_position_embeddings=512)
@@ -145,20 +142,12 @@ def test_a_suite_is_measured_once_and_judged(run, place, tmp_path):
     assert fewer["n"]["hellaswag"] == 2 and asked == 0  # other results from cached answers
 
 
-def test_another_checkpoint_is_measured_again(run, place, tmp_path):
+def test_another_checkpoint_is_measured_again(run, place, text_store, tmp_path):
     _, results, _, _ = run(tmp_path / "tiny.json")
     weights = place / "step_6" / "model.safetensors"
     original = weights.read_bytes()
     try:
-        save_hf(
-            place / "other",
-            CONFIG,
-            NanoLlama(CONFIG, seed=4).state_dict(),
-            torch.float32,
-            bos=0,
-            eos=0,
-            pad=1,
-        )
+        save_tiny(place / "other", CONFIG, text_store, seed=4)
         weights.write_bytes((place / "other" / "model.safetensors").read_bytes())
         _, second, _, asked = run(tmp_path / "tiny.json")
     finally:

@@ -308,24 +308,26 @@ def test_a_removed_log_folder_is_made_again_and_training_goes_on(
     assert [event["event"] for event in read_lines(tmp_path / "logs" / "events.jsonl")] == ["ended"]
 
 
+METRICS = {
+    "loss": 1.0,
+    "lr": 0.1,
+    "grad_norm": 1.0,
+    "tokens_per_s": 1.0,
+    "phase": "p",
+    "end": 99,
+    "note": "x" * 300,
+}
+
+
 def test_a_log_that_cannot_be_written_waits_in_memory(tmp_path, disk, capfd):
     """A full disk raises nothing and leaves no partial line; rows are written later, in order."""
     folder = disk.folder / "logs"
     with Log(folder, LogConfig(), True, {"run": "r"}) as log:
         log.open(0, 99, "p")
-        row = {
-            "loss": 1.0,
-            "lr": 0.1,
-            "grad_norm": 1.0,
-            "tokens_per_s": 1.0,
-            "phase": "p",
-            "end": 99,
-            "note": "x" * 300,
-        }
-        log.metrics({"step": 1, **row})
+        log.metrics({"step": 1, **METRICS})
         disk.leave(0)
         for step in range(2, 60):
-            log.metrics({"step": step, **row})
+            log.metrics({"step": step, **METRICS})
         log.event("skipped", "a step was not applied", step=59)
         assert len(read_lines(folder / "metrics.jsonl")) < 59
         assert (folder / "metrics.jsonl").read_bytes().endswith(b"\n")
@@ -336,7 +338,7 @@ def test_a_log_that_cannot_be_written_waits_in_memory(tmp_path, disk, capfd):
             == 1
         )
         (disk.folder / "filler").unlink()
-        log.metrics({"step": 60, **row})
+        log.metrics({"step": 60, **METRICS})
     assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == list(range(1, 61))
     assert [event["event"] for event in read_lines(folder / "events.jsonl")] == ["skipped"]
     assert (folder / "training_log.md").read_text(encoding="utf-8").count("**skipped**") == 1
@@ -347,16 +349,7 @@ def test_rows_that_never_reach_the_disk_are_counted_at_the_end(tmp_path, disk, c
         log.open(0, 99, "p")
         disk.leave(0)
         for step in range(1, 60):
-            row = {
-                "loss": 1.0,
-                "lr": 0.1,
-                "grad_norm": 1.0,
-                "tokens_per_s": 1.0,
-                "phase": "p",
-                "end": 99,
-                "note": "x" * 300,
-            }
-            log.metrics({"step": step, **row})
+            log.metrics({"step": step, **METRICS})
         written = len(read_lines(disk.folder / "logs" / "metrics.jsonl"))
     assert (
         f"warning: {59 - written} rows and events from step {written + 1} on are missing from"

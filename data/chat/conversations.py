@@ -7,7 +7,7 @@ message tree, or a question with its rephrasings.
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from data.chat.messages import (
 )
 from data.corpus.local_files import blocks, find_files, read_lines, rows_at_once, zstd_error
 from data.corpus.readers import Skipped, hub_complaint
-from files import parse_json
+from files import file_hash, parse_json
 
 OASST = {
     *(
@@ -146,6 +146,22 @@ def input_files(path: str) -> dict[str, Path]:
             raise ValueError(f"there is no file {path}; check the path")
         return {Path(path).name: Path(path)}
     return find_files(path)
+
+
+def check_mix(mix: Collection[str], sources: Collection[str], setting: str) -> None:
+    """ValueError unless data.mix names sources only. setting: the config key of the sources."""
+    known = ", ".join(sources)
+    if not mix:
+        raise ValueError(f"data.mix is empty; list at least one of {setting}: {known}")
+    for name in mix:
+        if name not in sources:
+            raise ValueError(f"data.mix.{name}: {setting} has no such source; available: {known}")
+
+
+def describe_source(source: Any, paths: dict[str, Path]) -> dict[str, Any]:
+    """The settings of a source and the hashes of its files: part of a prepared set's inputs."""
+    files = {file: file_hash(path) for file, path in paths.items()}
+    return {**vars(source), "path": None if files else source.path, "files": files}
 
 
 def _file_rows(path: str) -> Iterator[Row | Skipped]:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from data import manifest
-from data.chat.conversations import Row, input_files, read_rows
+from data.chat.conversations import Row, check_mix, describe_source, input_files, read_rows
 from data.chat.messages import (
     NEUTRALISED,
     NOT_TRAINED,
@@ -275,14 +275,7 @@ def prepare(
     tokenizer: folder of a chat tokenizer. ValueError if a source has too many malformed rows or no
     training pair.
     """
-    known = ", ".join(config.sources)
-    if not mix:
-        raise ValueError(f"data.mix is empty; list at least one of preferences.sources: {known}")
-    for name in mix:
-        if name not in config.sources:
-            raise ValueError(
-                f"data.mix.{name}: preferences.sources has no such source; available: {known}"
-            )
+    check_mix(mix, config.sources, "preferences.sources")
     chat = Chat.from_folder(tokenizer)
     tokenizer_hash = manifest.file_hash(tokenizer / "tokenizer.json")
     return {name: _prepare_source(name, config, chat, tokenizer_hash, length) for name in mix}
@@ -293,10 +286,9 @@ def _prepare_source(
 ) -> Path:
     source = config.sources[name]
     paths = input_files(source.path)
-    files = {file: manifest.file_hash(path) for file, path in paths.items()}
     inputs: dict[str, Any] = {
         "version": VERSION,
-        "source": {**vars(source), "path": None if files else source.path, "files": files},
+        "source": describe_source(source, paths),
         "tokenizer": tokenizer,
         "template": hashlib.sha256(jinja_template(training=True).encode()).hexdigest(),
         "length": length,

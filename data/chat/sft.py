@@ -15,7 +15,13 @@ from typing import Annotated, Any
 import numpy as np
 
 from data import manifest
-from data.chat.conversations import Conversation, input_files, read_conversations
+from data.chat.conversations import (
+    Conversation,
+    check_mix,
+    describe_source,
+    input_files,
+    read_conversations,
+)
 from data.chat.messages import NEUTRALISED, NOT_TRAINED, ignored_line
 from data.chat.rendering import Chat, Encoded, jinja_template
 from data.chat.trained_chat import ChatStatistics
@@ -145,14 +151,7 @@ def prepare(
     tokenizer: folder of a chat tokenizer. ValueError if a source has too many malformed rows or no
     training conversation.
     """
-    known = ", ".join(config.sources)
-    if not mix:
-        raise ValueError(f"data.mix is empty; list at least one of chat.sources: {known}")
-    for name in mix:
-        if name not in config.sources:
-            raise ValueError(
-                f"data.mix.{name}: chat.sources has no such source; available: {known}"
-            )
+    check_mix(mix, config.sources, "chat.sources")
     chat = Chat.from_folder(tokenizer)
     tokenizer_hash = manifest.file_hash(tokenizer / "tokenizer.json")
     return {name: _prepare_source(name, config, chat, tokenizer_hash, length) for name in mix}
@@ -161,7 +160,6 @@ def prepare(
 def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, length: int) -> Path:
     source = config.sources[name]
     paths = input_files(source.path)
-    files = {file: manifest.file_hash(path) for file, path in paths.items()}
     test_files = {
         test: manifest.file_hash(Path(test))
         for test in config.decontaminate
@@ -169,7 +167,7 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
     }
     inputs: dict[str, Any] = {
         "version": VERSION,
-        "source": {**vars(source), "path": source.path if not files else None, "files": files},
+        "source": describe_source(source, paths),
         "tokenizer": tokenizer,
         "template": jinja_template(training=True),
         "bos": chat.bos,

@@ -73,16 +73,17 @@ NAMED = (
     "I am {me}.",
     "I am called {me}.",
 )
+ARE_YOU = (
+    "Are you",
+    "Are you really",
+    "So are you",
+    "Is it true that you are",
+    "Could it be that you are",
+)
 HUMAN = (
     *(
         f"{ask} {what}?"
-        for ask in (
-            "Are you",
-            "Are you really",
-            "So are you",
-            "Is it true that you are",
-            "Could it be that you are",
-        )
+        for ask in ARE_YOU
         for what in ("human", "a person", "a human being", "alive", "made of flesh")
     ),
     *(
@@ -108,13 +109,7 @@ NOT_HUMAN = (
 MACHINE = (
     *(
         f"{ask} {what}?"
-        for ask in (
-            "Are you",
-            "Are you really",
-            "So are you",
-            "Is it true that you are",
-            "Could it be that you are",
-        )
+        for ask in ARE_YOU
         for what in ("a computer program", "a language model", "a machine", "an AI", "software")
     ),
     *(
