@@ -25,16 +25,20 @@ MAX_EPOCHS = 4
 class Batch(NamedTuple):
     """One micro-batch of one rank. targets[i] is the token after tokens[i] in its document.
 
-    Padding has target IGNORE. doc_ids counts up at each document's first token and at padding.
+    Padding has target IGNORE. doc_ids counts up at each document's first token and at padding;
+    None: each row is one document.
     """
 
     tokens: Tensor  # [B, T] int64
     targets: Tensor  # [B, T] int64
-    doc_ids: Tensor  # [B, T] int32
+    doc_ids: Tensor | None  # [B, T] int32
     rows: Tensor = torch.empty(0, dtype=torch.int64)  # [B], row numbers in training order
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        tensors = {name: field for name, field in self._asdict().items() if field is not None}
+        return self._replace(
+            **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        )
 
 
 class Step(NamedTuple):
@@ -68,7 +72,7 @@ class PackedDataLoader:
     sources: name -> TokenShards, LongDocuments or PackedSource.
     mix: name -> weight, as a share of the targets that have a loss.
     rows: rows of one step over all ranks. Each rank gets an equal contiguous share of them.
-    packing: "stream" (documents end to end) or "best_fit" (cuts only documents longer than a row).
+    packing: "stream" (concatenate documents) or "best_fit" (cut only documents longer than a row).
     Every row of a source is used before one repeats.
 
     `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns a TextLoader, an iterable.
@@ -126,7 +130,7 @@ class PackedDataLoader:
         self._block = lru_cache(maxsize=4)(self._draw_block)
 
     def at(self, batch_index: int) -> Step:
-        """This rank's micro-batches of step `batch_index` >= 0."""
+        """Return this rank's micro-batches of step `batch_index` >= 0."""
         step_rows = [
             self._locate(row)
             for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)
@@ -150,7 +154,7 @@ class PackedDataLoader:
         return Step(batches, target_count, token_count)
 
     def shares(self, first: int, last: int) -> dict[str, float]:
-        """Each source's share of the targets in steps [first, last)."""
+        """Return each source's share of the targets in steps [first, last)."""
         sums = dict.fromkeys(self.names, 0)
         for row in range(first * self.rows, last * self.rows):
             source, index = self._locate(row)
@@ -158,13 +162,16 @@ class PackedDataLoader:
         return {name: count / max(1, sum(sums.values())) for name, count in sums.items()}
 
     def epochs(self, batch_index: int) -> dict[str, float]:
-        """Epochs of each source that the first `batch_index` steps read."""
+        """Return the epochs of each source that the first `batch_index` steps read."""
         blocks = batch_index * self.rows / BLOCK
         sources = zip(self.names, self.quota, self.packed, strict=True)
         return {name: blocks * int(quota) / len(rows) for name, quota, rows in sources}
 
     def describe(self, steps: int) -> list[str]:
-        """One line per source on its epochs in `steps` steps; warnings above MAX_EPOCHS epochs."""
+        """Return one line per source on its epochs in `steps` steps, and warnings.
+
+        A source above MAX_EPOCHS epochs gets a warning.
+        """
         lines, warnings = [], []
         for (name, epochs), rows in zip(self.epochs(steps).items(), self.packed, strict=True):
             source = self.sources[name]
@@ -196,7 +203,7 @@ class PackedDataLoader:
         return make_rows(packing, source, self.length, self.seed)
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """(source, row index within the source) of a row of the mixture."""
+        """Return the source of a row of the mixture, and the row's index within the source."""
         block, offset = divmod(row, BLOCK)
         row_sources, ordinals = self._block(block)
         source = int(row_sources[offset])
@@ -205,7 +212,7 @@ class PackedDataLoader:
         return source, int(self._order(source, epoch)[index])
 
     def _draw_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Each row's source in a block, and its ordinal among that source's rows of the block."""
+        """Return each row's source in a block, and its ordinal among that source's rows."""
         row_sources = np.repeat(np.arange(len(self.names)), self.quota)
         np.random.default_rng((self.seed, 0, block)).shuffle(row_sources)
         ordinals = np.empty(BLOCK, dtype=np.int64)
@@ -214,7 +221,7 @@ class PackedDataLoader:
         return row_sources, ordinals
 
     def _shuffle(self, source: int, epoch: int) -> np.ndarray:
-        """Order of a source's rows in an epoch, seeded by the source's name, seed and epoch."""
+        """Return the order of a source's rows in an epoch, seeded by name, seed and epoch."""
         name = int.from_bytes(self.names[source].encode(), "big")
         return (
             np.random.default_rng((self.seed, 1, name, epoch))
@@ -227,9 +234,9 @@ class TextLoader(PackedDataLoader):
     """Batches of packed rows from texts in order, tokenized on the fly in one process.
 
     Training reads a store instead (PackedDataLoader). dataset: texts, or rows with a text under
-    text_column. tokenizer: from tokenizers or transformers. Each document begins with bos (eos if
-    there is no bos); documents are packed end to end. The last incomplete batch is dropped. Each
-    iteration starts from the first text, if the dataset can be iterated again.
+    text_column. tokenizer: from tokenizers or transformers. Each document begins with bos, or eos
+    without a bos; rows are cut from the concatenated documents. The last incomplete batch is
+    dropped. Each iteration starts from the first text, if the dataset can be iterated again.
     """
 
     def __init__(
@@ -268,7 +275,7 @@ def validation_batches(
     rank: int = 0,
     world: int = 1,
 ) -> list[Batch]:
-    """The first `rows` rows (default: all) of a validation split, sharded over the ranks.
+    """Return the first `rows` rows (default: all) of a validation split, sharded over ranks.
 
     Padding rows with ignored targets give every rank the same number of batches; every token
     counts once.
@@ -290,14 +297,14 @@ def validation_batches(
 def row_batches(
     source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    """The first `rows` rows of a source, sharded over the ranks as in validation_batches."""
+    """Return the first `rows` rows of a source, sharded over the ranks as in validation_batches."""
     return list(stream_batches(source, sequence_length, batch_size, rows, rank, world))
 
 
 def stream_batches(
     source: Rows, sequence_length: int, batch_size: int, rows: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """As row_batches, with one batch in memory at a time."""
+    """Yield the batches of row_batches, with one in memory at a time."""
     for first in range(0, rows, batch_size * world):
         tokens = np.zeros((batch_size, sequence_length), dtype=np.int64)
         targets = np.full((batch_size, sequence_length), IGNORE, dtype=np.int64)
@@ -329,7 +336,13 @@ class Prefetcher:
         if self.device.type == "cuda":
             step = step._replace(
                 batches=[
-                    type(batch)(*(tensor.pin_memory() for tensor in batch))
+                    batch._replace(
+                        **{
+                            name: tensor.pin_memory()
+                            for name, tensor in batch._asdict().items()
+                            if tensor is not None
+                        }
+                    )
                     for batch in step.batches
                 ]
             )
@@ -363,7 +376,7 @@ def _check_enough(name: str, source: Source, length: int) -> None:
 
 
 def _largest_remainder(weights: np.ndarray, total: int) -> np.ndarray:
-    """Integers proportional to weights that sum to total exactly."""
+    """Return integers proportional to weights that sum to total exactly."""
     exact = weights / weights.sum() * total
     counts = np.floor(exact).astype(np.int64)
     counts[np.argsort(-(exact - counts), kind="stable")[: total - counts.sum()]] += 1

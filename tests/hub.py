@@ -60,7 +60,8 @@ def local_hub(folder: Path, commit: str, gated: bool = False) -> Iterator[str]:
                 ).groups()
                 chunk = data[int(first) : int(last or len(data)) + 1]
                 where = f"bytes {first}-{int(first) + len(chunk) - 1}/{len(data)}"
-                self.answer(206, chunk, Content_Range=where, X_Repo_Commit=commit, ETag='"x"')
+                etag = f'"{hashlib.sha256(data).hexdigest()}"'
+                self.answer(206, chunk, Content_Range=where, X_Repo_Commit=commit, ETag=etag)
 
     def entry(path: Path, root: Path) -> dict:
         name = path.relative_to(root).as_posix()

