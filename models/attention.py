@@ -135,9 +135,11 @@ def block_mask(
 ) -> BlockMask:
     """Build FlexAttention's mask, which skips 128 x 128 blocks between different documents."""
     doc_ids = None if doc_ids is None else doc_ids.to(device, non_blocking=True)
+    # As a tensor, a window that changes during training does not recompile the kernel.
+    width = None if window is None else torch.full((), window, device=device)
 
     def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        in_window = q >= k if window is None else (q >= k) & (q - k < window)
+        in_window = q >= k if width is None else (q >= k) & (q - k < width)
         return in_window if doc_ids is None else in_window & (doc_ids[b, q] == doc_ids[b, k])
 
     # Eager create_block_mask materialises T x T.

@@ -16,9 +16,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x_fp32 = x.float()
-        x_fp32 = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x_fp32.to(x.dtype)
+        return self.weight * rms_norm(x, self.eps)
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """Divide the last dimension of x by its root mean square, in fp32."""
+    x_fp32 = x.float()
+    return (x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 class RotaryEmbedding(nn.Module):
@@ -38,9 +42,18 @@ class RotaryEmbedding(nn.Module):
         self.set_theta(theta)
 
     def set_theta(self, theta: float) -> None:
-        """Refill the tables in place. Values are computed on the CPU: equal on every device."""
-        positions, head_dim = self.cos.shape
-        frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        """Refill the tables in place, with frequencies theta^(-2i / head_dim)."""
+        head_dim = self.cos.shape[1]
+        self.set_frequencies(
+            theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        )
+
+    def set_frequencies(self, frequencies: Tensor) -> None:
+        """Refill the tables in place, with radians per position, fp32 [head_dim / 2].
+
+        Values are computed on the CPU: equal on every device.
+        """
+        positions = len(self.cos)
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).repeat(1, 2)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
