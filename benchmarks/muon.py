@@ -5,8 +5,8 @@
         --config configs/phase1_pretrain.yaml
     python -m benchmarks.muon tokens --output benchmarks/results/muon.json    # CPU: 15 minutes
 
-cost: one model, random tokens; after each backward pass both optimizers step on the same gradients.
-Medians over --steps.
+cost: one model, random tokens; after each backward pass all optimizers step on the same gradients.
+Medians over --steps, of AdamW, Muon, Muon with bfloat16 Newton-Schulz, and NorMuon with it.
 tokens: sweeps both learning rates by factors of 2 until the best one has worse neighbours on both
 sides. Then trains Muon on fewer tokens, each run with its own schedule, and interpolates the tokens
 it needs for AdamW's best validation loss. Finished runs in --output with the same settings are
@@ -93,11 +93,20 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[str, Any]:
-    """Return the median seconds of a step's forward and backward passes, and of each update."""
+    """Return the median seconds of a step's forward and backward passes, and of each update.
+
+    step_ratio: time of a whole step divided by that with AdamW.
+    """
     state = setup.build(run, device)
-    names = ("adamw", "muon")
+    settings: dict[str, dict[str, Any]] = {
+        "adamw": {"name": "adamw"},
+        "muon": {"name": "muon"},
+        "muon_bfloat16": {"name": "muon", "muon_dtype": "bfloat16"},
+        "normuon_bfloat16": {"name": "muon", "muon_dtype": "bfloat16", "normuon_beta2": 0.95},
+    }
     optimizers = {
-        name: build_optimizer(state.model, replace(run.optim, name=name, lr=1e-5)) for name in names
+        name: build_optimizer(state.model, replace(run.optim, lr=1e-5, **changes))
+        for name, changes in settings.items()
     }
     size, count = (run.data.micro_batch_size, run.data.sequence_length), micro_batches(run, world)
 
@@ -107,7 +116,7 @@ def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[s
             tokens = torch.randint(run.model.vocab_size, size, device=device)
             (state.model(tokens, tokens).nll.sum() / run.data.tokens_per_step).backward()
 
-    times: dict[str, list[float]] = {"passes": [], "adamw": [], "muon": []}
+    times: dict[str, list[float]] = {name: [] for name in ("passes", *optimizers)}
     for step in range(steps + 2):  # the first two compile and allocate
         measured = {"passes": seconds(passes, device)}
         measured |= {
@@ -119,17 +128,11 @@ def cost(run: RunConfig, device: torch.device, world: int, steps: int) -> dict[s
                 times[name].append(value)
     median = {name: statistics.median(values) for name, values in times.items()}
     step_s = median["passes"] + median["adamw"]
-    print(
-        f"passes {median['passes']:.4f} s, AdamW {median['adamw']:.4f} s, "
-        f"Muon {median['muon']:.4f} s: "
-        f"Muon adds {(median['muon'] - median['adamw']) / step_s:.1%} to a step",
-        flush=True,
-    )
-    return {
-        "seconds": median,
-        "added_share_of_step": (median["muon"] - median["adamw"]) / step_s,
-        "steps": steps,
-    }
+    ratios = {name: (median["passes"] + median[name]) / step_s for name in optimizers}
+    for name, seconds_of in median.items():
+        ratio = f", step {ratios[name]:.3f} of AdamW's" if name in ratios else ""
+        print(f"{name} {seconds_of:.4f} s{ratio}", flush=True)
+    return {"seconds": median, "step_ratio": ratios, "steps": steps}
 
 
 def validation_loss(

@@ -6,6 +6,7 @@ NanoLlama is written as `LlamaForCausalLM`, or with qk_norm as `Qwen3ForCausalLM
 import errno
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from files import read_json, step_number
+from models.kinds import AnyConfig, AnyModel
 from models.nanollama import ModelConfig, NanoLlama
+from models.speedrun_gpt import GPTConfig
 from ranges import MAX_INT, shown
 
 _SHARED = (  # fields of ModelConfig with the same name in config.json
@@ -50,16 +53,27 @@ def newest_step(path: str) -> Path:
 def check_model_folder(folder: Path) -> None:
     """ValueError if a folder is not a checkpoint."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
+        raise ValueError(
+            f"{folder} is not a checkpoint: it has no config.json; give a step_N folder"
+        )
 
 
 def to_hf_config(
-    config: ModelConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None
+    config: AnyConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None
 ) -> dict[str, Any]:
     """Build the content of config.json.
 
-    The rotary base has both names: `rope_parameters` (transformers 5) and `rope_theta` (4).
+    The rotary base has both names: `rope_parameters` (transformers 5) and `rope_theta` (4). A
+    SpeedrunGPT, which transformers does not know, is written with the fields of its GPTConfig.
     """
+    if isinstance(config, GPTConfig):
+        return {
+            "architectures": ["SpeedrunGPT"],
+            "model_type": config.kind,
+            **asdict(config),
+            "dtype": str(dtype).removeprefix("torch."),
+            "bos_token_id": bos,
+        }
     return {
         "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
         "model_type": "qwen3" if config.qk_norm else "llama",
@@ -82,6 +96,11 @@ def to_hf_config(
 def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
     """Convert a Llama or Qwen3 config.json; ValueError names each unsupported setting."""
     model_type = hf.get("model_type")
+    if model_type == GPTConfig.kind:
+        raise ValueError(
+            "this is a model of the speedrun, which train_gpt.py resumes and evaluates; chat, "
+            "evaluations and export read Llama and Qwen3 folders"
+        )
     if model_type not in ("llama", "qwen3"):
         raise ValueError(
             f"model_type {model_type!r} is not supported; NanoLlama reads llama and qwen3 folders"
@@ -139,7 +158,7 @@ def from_hf_name(name: str) -> str:
 
 def save_hf(
     folder: Path,
-    config: ModelConfig,
+    config: AnyConfig,
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     bos: int | None = None,
@@ -213,6 +232,18 @@ def read_hf_config(
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
+def read_config(folder: Path) -> AnyConfig:
+    """Read a folder's config.json as the config of its kind of model; ValueError as above."""
+    content = config_json(folder)
+    if content.get("model_type") != GPTConfig.kind:
+        return read_hf_config(folder)
+    names = GPTConfig.__dataclass_fields__
+    try:
+        return GPTConfig(**{name: value for name, value in content.items() if name in names})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
 def config_json(folder: Path) -> dict[str, Any]:
     """Read a folder's config.json; ValueError if it is missing or damaged."""
     path = folder / "config.json"
@@ -228,10 +259,10 @@ def config_json(folder: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def load_weights(model: NanoLlama, folder: Path, new_tokens: range | None = None) -> None:
+def load_weights(model: AnyModel, folder: Path, new_tokens: range | None = None) -> None:
     """Copy a folder's weights into an unsharded model; ValueError if names or shapes differ.
 
-    new_tokens: token ids that the folder's tokenizer lacks; grow_vocabulary initialises their rows.
+    new_tokens: token ids that the folder's tokenizer lacks; grow_vocabulary initializes their rows.
     """
     weights = read_hf_weights(folder)
     if new_tokens is not None:
@@ -258,8 +289,8 @@ def load_weights(model: NanoLlama, folder: Path, new_tokens: range | None = None
 def grow_vocabulary(weight: Tensor, new: range, size: int) -> Tensor:
     """Resize a weight [rows, D] to [size, D].
 
-    The rows of `new` ids and all appended rows become the mean of the rows before `new`; the other
-    rows stay.
+    Rows of `new` ids and appended rows become the mean of the rows before `new`; the other
+    rows are unchanged.
     """
     mean = weight[: new.start].float().mean(0).to(weight.dtype)
     grown = torch.cat([weight[:size], mean.expand(max(0, size - len(weight)), -1)])

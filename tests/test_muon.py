@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import forked
@@ -21,13 +22,16 @@ from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
 from training.muon import (
     POLAR_EXPRESS,
     QUINTIC,
+    QUINTIC12,
     Muon,
     ShardLayout,
     balance,
     newton_schulz_flops,
     orthogonalize,
+    second_moment_shape,
+    update_scale,
 )
-from training.optimizers import OptimConfig, build_optimizer, parameter_groups
+from training.optimizers import GroupConfig, OptimConfig, build_optimizer
 
 MODEL = ModelConfig(  # rows: 18, 6 and 50, so that 4 ranks hold 2, 2, 2 and 0 of the 6
     vocab_size=32,
@@ -38,7 +42,34 @@ MODEL = ModelConfig(  # rows: 18, 6 and 50, so that 4 ranks hold 2, 2, 2 and 0 o
     num_key_value_heads=1,
 )
 CONFIG = OptimConfig(name="muon", lr=2e-2, weight_decay=0.3)
+EVERY_OPTION = replace(
+    CONFIG,
+    groups={
+        "embedding": GroupConfig(lr=8.0, beta2=0.99),
+        "head": GroupConfig(beta1=0.5, weight_decay=0.0),
+    },
+    cautious_decay=True,
+    adam_every=2,
+    nesterov=False,
+    muon_scale="spectral",
+    muon_coefficients="quintic12",
+    normuon_beta2=0.9,
+)
+CONFIGS = {"default": CONFIG, "every option": EVERY_OPTION}
 STEPS = 3
+
+
+class Stacked(torch.nn.Module):
+    """The model with stacks of matrices: 5 [4, 6] and 2 [7, 3], uneven over 2 and more ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = NanoLlama(MODEL, seed=0)
+        self.layers = self.model.layers  # FSDP units
+        generator = torch.Generator().manual_seed(5)
+        for name, shape in (("bank", (5, 4, 6)), ("qkv", (2, 7, 3))):
+            values = torch.randn(shape, generator=generator)
+            self.register_parameter(name, torch.nn.Parameter(values))
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
@@ -53,10 +84,12 @@ def polynomial(s: torch.Tensor, coefficients) -> torch.Tensor:
     return s
 
 
-def whole_updates(model_config: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
+def whole_updates(
+    config: OptimConfig = CONFIG, model: torch.nn.Module | None = None
+) -> dict[str, torch.Tensor]:
     """Return the weights after STEPS updates on one process, without sharding."""
-    model = NanoLlama(model_config, seed=0)
-    optimizer = build_optimizer(model, CONFIG)
+    model = model or NanoLlama(MODEL, seed=0)
+    optimizer = build_optimizer(model, config)
     for step in range(STEPS):
         for name, parameter in model.named_parameters():
             parameter.grad = gradient(name, parameter.shape, step)
@@ -69,7 +102,11 @@ def whole_updates(model_config: ModelConfig = MODEL) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("coefficients", "low", "high", "cosine"),
-    [(QUINTIC, 0.68, 1.21, 0.97), (POLAR_EXPRESS, 0.84, 1.15, 0.985)],
+    [
+        (QUINTIC, 0.68, 1.21, 0.97),
+        (POLAR_EXPRESS, 0.84, 1.15, 0.985),
+        (QUINTIC12, 0.998, 1.002, 0.9999),
+    ],
 )
 @pytest.mark.parametrize("shape", [(40, 64), (64, 40), (48, 48)])
 def test_singular_values_come_near_one_and_vectors_stay(coefficients, low, high, cosine, shape):
@@ -176,9 +213,6 @@ def test_every_parameter_is_in_one_group_and_only_matrices_of_blocks_are_muons()
             names.values()
         )
         assert {group["weight_decay"] for group in groups if group["muon"]} == {0.3}
-    with pytest.raises(AssertionError, match="no rule whether to decay extra"):
-        model.extra = torch.nn.Parameter(torch.zeros(3))
-        parameter_groups(model, 0.1, muon=True)
 
 
 def test_rounds_and_missing_gradients_change_nothing(monkeypatch):
@@ -211,6 +245,109 @@ def test_work_is_balanced_and_counted():
     ]
 
 
+# ---- variants
+
+
+def options(shape: tuple[int, ...], **settings) -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    """Return a random matrix, or a stack of them, and its Muon with torch's default AdamW."""
+    generator = torch.Generator().manual_seed(2)
+    matrix = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    groups = [
+        {"params": [matrix], "weight_decay": 0.1, "muon": True},
+        {"params": [torch.nn.Parameter(torch.zeros(3))]},
+    ]
+    return matrix, Muon(groups, 1e-2, **settings)
+
+
+@pytest.mark.parametrize("shape", [(24, 48), (48, 24), (32, 32)])
+@pytest.mark.parametrize("scale", ["rms", "spectral"])
+@pytest.mark.parametrize("beta2", [0.0, 0.95])
+def test_size_of_an_update(shape, scale, beta2):
+    matrix, optimizer = options(shape, scale=scale, normuon_beta2=beta2)
+    before, matrix.grad = matrix.detach().clone(), gradient("w", matrix.shape, 0)
+    optimizer.step()
+    update = ((1 - 1e-3) * before - matrix).detach() / 1e-2
+    rms = 0.2 if scale == "rms" else max(1, shape[0] / shape[1]) ** 0.5 / max(shape) ** 0.5
+    assert update.square().mean().sqrt() == pytest.approx(rms, rel=0.2)
+    assert update_scale((7, *shape), scale) == update_scale(shape, scale)
+    if beta2:  # each row, or column of a wide matrix, has the same size in the first update
+        sizes = update.norm(dim=0 if shape[0] < shape[1] else 1)
+        assert len(sizes) == max(shape) and sizes.std() / sizes.mean() < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (3, 9, 5), (3, 5, 9)])
+def test_normuon_is_its_definition_in_double_precision(shape):
+    matrix, optimizer = options(shape, normuon_beta2=0.9)
+    weight = matrix.detach().double()
+    momentum, second = torch.zeros_like(weight), 0.0
+    axis = -1 if shape[-2] >= shape[-1] else -2
+    for step in range(4):
+        matrix.grad = gradient("w", matrix.shape, step)
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * matrix.grad.double()
+        u, s, v = torch.linalg.svd(
+            0.95 * momentum + 0.05 * matrix.grad.double(), full_matrices=False
+        )
+        values = polynomial(s / s.norm(dim=-1, keepdim=True), POLAR_EXPRESS)
+        update = u * values[..., None, :] @ v
+        second = 0.9 * second + 0.1 * update.square().mean(axis, keepdim=True)
+        scaled = update / second.sqrt()
+        scaled *= update.norm(dim=(-2, -1), keepdim=True) / scaled.norm(dim=(-2, -1), keepdim=True)
+        weight = weight * (1 - 1e-3) - 1e-2 * 0.2 * max(shape[-2:]) ** 0.5 * scaled
+        assert (matrix - weight).abs().max() <= 1e-6
+    assert optimizer.state[matrix]["second_moment"].shape == second_moment_shape(shape)
+
+
+@pytest.mark.parametrize("settings", [{}, {"normuon_beta2": 0.9, "scale": "spectral"}])
+def test_a_stack_is_its_matrices_one_by_one(settings):
+    stack, optimizer = options((3, 6, 10), **settings)
+    singles = []
+    for i in range(3):
+        matrix, single = options((6, 10), **settings)
+        matrix.data.copy_(stack[i])
+        singles.append((matrix, single))
+    for step in range(3):
+        stack.grad = gradient("w", stack.shape, step)
+        optimizer.step()
+        for i, (matrix, single) in enumerate(singles):
+            matrix.grad = stack.grad[i].clone()
+            single.step()
+            assert (stack[i] - matrix).abs().max() <= 1e-6
+
+
+def test_cautious_decay_is_of_weights_that_the_update_shrinks():
+    (cautious, ours), (plain, theirs) = options((8, 6), cautious=True), options((8, 6))
+    start = plain.detach().clone()
+    for matrix, optimizer in ((cautious, ours), (plain, theirs)):
+        matrix.grad = gradient("w", matrix.shape, 0)
+        optimizer.step()
+    spared = (start * (start * (1 - 1e-3) - plain) < 0).detach()
+    assert 10 < spared.sum() < 40
+    difference = (cautious - plain).detach()
+    assert (difference - torch.where(spared, 1e-3 * start, 0.0)).abs().max() <= 1e-7
+
+
+def test_decay_without_a_gradient_signal_is_exact():
+    for settings in ({}, {"cautious": True}, {"normuon_beta2": 0.9}):
+        matrix, optimizer = options((8, 6), **settings)
+        before, matrix.grad = matrix.detach().clone(), torch.zeros(8, 6)
+        optimizer.step()
+        assert torch.equal(matrix, before * (1 - 1e-2 * 0.1))
+
+
+def test_without_nesterov_the_momentum_itself_is_orthogonalized():
+    matrix, optimizer = options((8, 6), nesterov=False)
+    before, momentum = matrix.detach().clone(), torch.zeros(8, 6)
+    for step in range(2):
+        before = matrix.detach().clone()
+        matrix.grad = gradient("w", matrix.shape, step)
+        momentum.lerp_(matrix.grad, 0.05)
+        optimizer.step()
+    update = orthogonalize(momentum[None])[0]
+    expected = before * (1 - 1e-3) - 1e-2 * 0.2 * 8**0.5 * update
+    assert (matrix - expected).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -232,15 +369,16 @@ def test_what_is_no_matrix_is_refused():
 
 
 def sharded(rank: int, world: int, folder: Path) -> None:
-    """Save the weights after STEPS updates, for each sharding of the model."""
+    """Save the weights after STEPS updates, for each sharding of the model and each config."""
     dist.init_process_group(
         "gloo",
         rank=rank,
         world_size=world,
         store=dist.FileStore(str(folder / f"store{world}"), world),
     )
-    for strategy in ("zero2", "zero3", "ddp", *(["hsdp"] if world == 4 else [])):
-        model = NanoLlama(MODEL, seed=0)
+    strategies = ("zero2", "zero3", "ddp", *(["hsdp"] if world == 4 else []))
+    for strategy, kind in product(strategies, CONFIGS):
+        model = NanoLlama(MODEL, seed=0) if kind == "default" else Stacked()
         if strategy == "hsdp":
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
             for module in (*model.layers, model):
@@ -249,7 +387,7 @@ def sharded(rank: int, world: int, folder: Path) -> None:
             wrap_model_fsdp(
                 model, ParallelConfig(strategy=strategy, dtype="float32"), torch.device("cpu")
             )
-        optimizer = build_optimizer(model, CONFIG)
+        optimizer = build_optimizer(model, CONFIGS[kind])
         seen: list[int] = []
         real = muon.orthogonalize
         muon.orthogonalize = lambda x, *arguments: seen.append(len(x)) or real(x, *arguments)
@@ -265,7 +403,8 @@ def sharded(rank: int, world: int, folder: Path) -> None:
         weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
         if rank == 0:
             torch.save(
-                {"weights": weights, "orthogonalized": int(work)}, folder / f"{world} {strategy}.pt"
+                {"weights": weights, "orthogonalized": int(work), "kind": kind},
+                folder / f"{world} {strategy} {kind}.pt",
             )
     dist.barrier()
     os._exit(0)  # gloo's threads may abort at exit
@@ -281,14 +420,16 @@ def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path
         process.start()
     for process in processes:
         process.join()
-    expected, files = whole_updates(), list(tmp_path.glob("*.pt"))
+    expected = {"default": whole_updates(), "every option": whole_updates(EVERY_OPTION, Stacked())}
+    files = list(tmp_path.glob("*.pt"))
     assert [process.exitcode for process in processes] == [0] * world and len(files) == (
-        4 if world == 4 else 3
+        8 if world == 4 else 6
     )
     for file in files:
         actual = torch.load(file)
-        assert actual["orthogonalized"] == 21 * STEPS, file.name
-        for name, weight in expected.items():
+        matrices = 21 if actual["kind"] == "default" else 21 + 5 + 2
+        assert actual["orthogonalized"] == matrices * STEPS, file.name
+        for name, weight in expected[actual["kind"]].items():
             assert (actual["weights"][name] - weight).abs().max() <= 1e-6, (file.name, name)
 
 
@@ -342,6 +483,6 @@ def test_a_run_resumes_bit_for_bit_on_fewer_ranks_too_and_keeps_its_optimizer(se
             assert train_here(settings("optim.name=adamw", *where("adamw")[1:], "steps=1"))
         with pytest.raises(
             ValueError,
-            match=r"was saved with another optim\.name; use that one, or load its weights only",
+            match=r"was saved with another optimizer \(optim.name, .*; use that one, or load its",
         ):
             train_here(settings(*where(other)[1:], *again))

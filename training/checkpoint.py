@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from files import read_object, step_number, write_json
 from models.hf import save_hf
-from models.nanollama import ModelConfig
+from models.kinds import AnyConfig
 from ranges import PositiveInt, check_fields
 from training.checkpoint_files import (
     MANIFEST,
@@ -62,10 +62,11 @@ class CheckpointConfig:
     """When checkpoints are saved, and which of them are kept."""
 
     every: PositiveInt = 1000  # steps; the end of a phase is always saved
-    keep: PositiveInt = 3  # newest checkpoints to keep; milestones and ends of phases stay, too
+    keep: PositiveInt = 3  # newest checkpoints to keep; milestones and ends of phases are kept, too
     # Steps of the whole run that are always saved and never deleted.
     milestones: tuple[PositiveInt, ...] = ()
-    # Also keep the one with the lowest validation loss; without its state/ once it is older.
+    # Also keep the checkpoint with the lowest validation loss; only its weights once `keep` newer
+    # ones exist.
     keep_best: bool = True
     asynchronous: bool | None = None  # save in the background; default: on a GPU
 
@@ -86,7 +87,7 @@ class Snapshot:
     """The content of one checkpoint, copied at one step."""
 
     position: dict[str, Any]  # of trainer.json
-    config: ModelConfig
+    config: AnyConfig
     metric: float | None  # validation loss
     milestone: bool
     weights: dict[str, torch.Tensor]  # unsharded; empty except on rank 0
@@ -224,7 +225,7 @@ class Checkpointer:
     def _begin(self, scratch: Path, snapshot: Snapshot) -> None:
         self._clean_up()
         (scratch / "state").mkdir(parents=True)
-        self.check_room(snapshot.config.num_parameters)
+        self.check_free_space(snapshot.config.num_parameters)
         save_hf(scratch, snapshot.config, snapshot.weights, self.dtype, **self.special)
         for name in TOKENIZER_FILES:
             if self.tokenizer and (self.tokenizer / name).is_file():
@@ -240,7 +241,7 @@ class Checkpointer:
         for leftover in _leftovers(self.folder, ".tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def check_room(self, parameters: int) -> None:
+    def check_free_space(self, parameters: int) -> None:
         """OSError if the disk cannot hold another checkpoint: fp32 weights, moments and export."""
         self.folder.mkdir(parents=True, exist_ok=True)
         size = parameters * (12 + self.dtype.itemsize)
@@ -304,7 +305,7 @@ class Checkpointer:
                 continue
             if path != best:
                 # Renamed first, so that step_N is never incomplete.
-                doomed = path.rename(path.with_name(path.name + ".tmp"))
+                removed = path.rename(path.with_name(path.name + ".tmp"))
             elif (path / "state").exists():
                 files = {
                     name: total
@@ -312,10 +313,10 @@ class Checkpointer:
                     if not name.startswith("state/")
                 }
                 write_json(path / MANIFEST, {**content, "files": files})
-                doomed = path / "state"
+                removed = path / "state"
             else:
                 continue
-            shutil.rmtree(doomed, ignore_errors=True)  # files still in use: on the next save
+            shutil.rmtree(removed, ignore_errors=True)  # files in use are deleted on the next save
 
     def newest(self) -> Path | None:
         """Collective. The newest complete step folder with state/, or None.
@@ -332,8 +333,8 @@ class Checkpointer:
     def roll_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
         """Collective. The newest complete step folder of `phase` up to `step`, else the oldest.
 
-        None if there is none. Newer folders are renamed to `step_N.rolled_back`, which hides them
-        from later starts; the second value has their names. Each is deleted when its step is saved
+        None if the phase has none. Newer folders are renamed to `step_N.rolled_back`, so that later
+        starts ignore them; the second value has their names. Each is deleted when its step is saved
         again.
         """
         self.wait()
@@ -379,23 +380,35 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
     model, optimizer = get_state_dict(state.model, state.optimizer)
     entries = read_index(folder / "state").state_dict_metadata
     moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
-    if any(
+    prefix = "optimizer.state."
+    saved = {
+        entry.rpartition(".")[0].removeprefix(prefix)
+        for entry in entries
+        if entry.startswith(prefix)
+    }
+    unused = [name for name in moments if name not in saved]  # parameters without a gradient yet
+    if len(unused) == len(moments) or any(
         f"optimizer.state.{name}.{kind}" not in entries
         for name, kinds in moments.items()
         for kind in kinds
+        if name in saved
     ):
         raise ValueError(
-            f"{folder} was saved with another optim.name; use that one, or load its weights only "
-            f"with init_from={folder}"
+            f"{folder} was saved with another optimizer (optim.name, normuon_beta2, adam_every); "
+            f"use that one, or load its weights only with init_from={folder}"
         )
     # Optimizer settings stay those of the config: only moments and counters are loaded.
     settings = [
         {k: v for k, v in group.items() if k != "params"} for group in state.optimizer.param_groups
     ]
-    load({"model": model, "optimizer": optimizer}, folder / "state")
+    loaded = {name: kinds for name, kinds in moments.items() if name in saved}
+    load({"model": model, "optimizer": {"state": loaded}}, folder / "state")
     set_state_dict(state.model, state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     for group, values in zip(state.optimizer.param_groups, settings, strict=True):
         group.update(values)
+    for name, parameter in state.model.named_parameters():
+        if _plain_name(name) in unused:
+            state.optimizer.state.pop(parameter, None)
     position = read_position(folder)
     state.step, state.tokens = position["step"], position["tokens"]
     return position
@@ -413,9 +426,13 @@ def whole_weights(
     for name, value in model.state_dict().items():
         weight = value.full_tensor() if isinstance(value, DTensor) else value
         if dist.get_rank() == 0:
-            plain = name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-            weights[plain] = copy(name, weight)
+            weights[_plain_name(name)] = copy(name, weight)
     return weights
+
+
+def _plain_name(name: str) -> str:
+    """The name of a parameter without those of activation checkpointing and torch.compile."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _leftovers(folder: Path, suffix: str) -> list[Path]:

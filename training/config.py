@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from models.nanollama import ModelConfig
 from ranges import FilledText, NonNegativeInt, PositiveFloat, PositiveInt, at_least, check_fields
 from training.checkpoint import CheckpointConfig
+from training.curves import Curve, check_curves
 from training.fsdp_utils import ParallelConfig
 from training.guard import FaultConfig
 from training.logger import LogConfig
@@ -29,7 +30,7 @@ class DataConfig:
     sequence_length: PositiveInt = 4096
     tokens_per_step: PositiveInt = 131_072  # over all ranks and micro-batches
     micro_batch_size: PositiveInt = 16  # rows per rank
-    packing: str = "stream"  # or best_fit: splits only documents longer than a row, pads rows
+    packing: str = "stream"  # best_fit: splits only documents longer than a row; pads rows
     # Source -> minimum length of its documents; shorter ones are skipped.
     min_document_tokens: dict[str, PositiveInt] = field(default_factory=dict)
     accept_changed: bool = False  # resume a phase with changed data, mixture or batch size
@@ -47,7 +48,8 @@ class DataConfig:
             if name not in self.mix:
                 sources = ", ".join(self.mix) or "nothing"
                 raise ValueError(
-                    f"data.min_document_tokens.{name}: data.mix reads {sources}, not {name}"
+                    f"data.min_document_tokens.{name}: data.mix reads {sources}, not {name}; "
+                    "remove it"
                 )
 
     @property
@@ -92,7 +94,7 @@ class RunConfig:
     # Base of the rotary embedding: one value, or [first, last] for a log-linear change over the
     # phase. Default: 10000, or that of the base model.
     rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = None
-    allow_theta_jump: bool = False  # begin with another rope theta than the source checkpoint's
+    allow_theta_jump: bool = False  # accept another rope theta than the source checkpoint's
     seed: Annotated[int, at_least(0, below=2**63)] = 1337
     output_dir: str | None = None  # default: checkpoints/<run>/<phase>
     log_dir: str | None = None  # default: logs/<run>
@@ -102,6 +104,8 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    # Settings that change over the steps, by name (training/curves.py:SCHEDULED).
+    schedules: dict[str, Curve] = field(default_factory=dict)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -111,25 +115,27 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._settle_theta()
+        check_curves(self.schedules, self.optim)
+        self._resolve_theta()
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds the model's context, "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}; "
                 "lower the first or raise the second"
             )
-        reach, back = (self.checkpoint.keep - 1) * self.checkpoint.every, self.faults.rollback_steps
-        if reach < back < self.steps:
+        covered = (self.checkpoint.keep - 1) * self.checkpoint.every
+        distance = self.faults.rollback_steps
+        if covered < distance < self.steps:
             raise ValueError(
-                f"faults.rollback_steps={back} needs older checkpoints than checkpoint.keep="
+                f"faults.rollback_steps={distance} needs older checkpoints than checkpoint.keep="
                 f"{self.checkpoint.keep} with checkpoint.every={self.checkpoint.every}; set "
-                f"checkpoint.keep={-(-back // self.checkpoint.every) + 1}"
+                f"checkpoint.keep={-(-distance // self.checkpoint.every) + 1}"
             )
         for key, name in (("run", self.run), ("phase", self.phase)):
             if name in ("", "..") or Path(name).name != name:
                 raise ValueError(f"{key}={name!r} must be a plain folder name")
 
-    def _settle_theta(self) -> None:
+    def _resolve_theta(self) -> None:
         """Check rope_theta, fill in its default, and copy its first value to the model section."""
         if isinstance(self.rope_theta, tuple) and len(self.rope_theta) != 2:
             raise ValueError(
@@ -155,8 +161,13 @@ class RunConfig:
         return " to ".join(f"{theta:,.0f}" for theta in dict.fromkeys(self.theta_range))
 
     @property
-    def earlier(self) -> Path | None:
-        """Folder of resume_from. A phase name: beside this phase, or in checkpoints/<run>."""
+    def positions_text(self) -> str:
+        """How the model encodes positions, for the summary of a run."""
+        return f"theta {self.theta_text}"
+
+    @property
+    def resume_folder(self) -> Path | None:
+        """Folder of resume_from; a phase name is sought beside this phase, then in the run."""
         if self.resume_from is None:
             return None
         path = Path(self.resume_from)
@@ -182,7 +193,7 @@ def load(
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:
-    """The resolved config as plain values that load() reads back, without settings of no effect."""
+    """Convert the resolved config to plain values that load() accepts, without NO_EFFECT ones."""
     values = dataclasses.asdict(run)
     if isinstance(run.rope_theta, tuple):
         values["rope_theta"] = list(run.rope_theta)

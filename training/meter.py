@@ -7,7 +7,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from models.nanollama import ModelConfig
+from models.kinds import AnyConfig
+from models.speedrun_gpt import GPTConfig
 from training.config import RunConfig
 from training.ops.watchdog import COMPUTES, READS, Watch
 
@@ -22,11 +23,13 @@ PEAK_FLOPS = {  # dense bf16, per GPU; the first name contained in the device's 
 }
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def flops_per_token(config: AnyConfig, length: int) -> float:
     """Training FLOPs per token, by the PaLM convention.
 
     6 per matmul parameter, and 12 * layers * width * length for attention, not halved for the mask.
     """
+    if isinstance(config, GPTConfig):
+        return config.flops_per_token(length)
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     matmul = config.num_parameters - embedding
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
@@ -36,13 +39,13 @@ def flops_per_token(config: ModelConfig, length: int) -> float:
 
 
 class Meter:
-    """Times single steps, including the wait for data, without validation and saving.
+    """Times training steps, including the wait for data but not validation or saving.
 
     every: steps between samples of GPU utilization.
     """
 
     def __init__(
-        self, config: ModelConfig, length: int, world: int, device: torch.device, every: int = 1
+        self, config: AnyConfig, length: int, world: int, device: torch.device, every: int = 1
     ):
         self.flops, self.world, self.device = flops_per_token(config, length), world, device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -123,7 +126,7 @@ class StepClock:
 
     def computed(self) -> None:
         """All ranks have passed the step's reduction; the time limit ends."""
-        self.watch.rest()
+        self.watch.pause()
 
     def figures(self, tokens: int) -> dict[str, float]:
         """End the step and return the metrics of Meter.stop. tokens: of all ranks."""

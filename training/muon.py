@@ -1,11 +1,12 @@
 """Muon for the matrices of the blocks, AdamW for all other parameters.
 
-Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon; NorMuon, arXiv:2510.05491.
 With FSDP2, each matrix has one owner rank, which orthogonalizes it. An all-to-all sends its rows to
 the owner and back; with HSDP, an all-gather sends the updates to the other replicas. No update is
 computed twice.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from training.adamw import AdamW, decay_cautiously, local
 
 # Jordan's coefficients: singular values end in about 0.68 .. 1.20.
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
@@ -25,6 +28,10 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+# Singular values of at least 0.001 end within 0.2 % of 1: modded-nanogpt f411b3d3,
+# records/track_3_optimization/train_gpt_simple.py.
+QUINTIC12 = ((2.0, -1.5, 0.5),) * 12
+COEFFICIENTS = {"polar_express": POLAR_EXPRESS, "quintic": QUINTIC, "quintic12": QUINTIC12}
 RMS = 0.2  # RMS of an update divided by lr, about that of AdamW (arXiv:2502.16982)
 # Elements that a rank orthogonalizes at once: they fill a GPU, and need less memory than backward.
 ROUND = 1 << 26
@@ -47,18 +54,50 @@ def orthogonalize(
 
 
 def newton_schulz_flops(shape: tuple[int, ...], steps: int = len(POLAR_EXPRESS)) -> int:
-    """Return the FLOPs of orthogonalize() for one matrix."""
-    m, n = sorted(shape)
-    return steps * (4 * m * m * n + 2 * m**3)
+    """Return the FLOPs of orthogonalize() for a parameter [..., rows, columns]."""
+    m, n = sorted(shape[-2:])
+    return steps * (4 * m * m * n + 2 * m**3) * math.prod(shape[:-2])
+
+
+def update_scale(shape: tuple[int, ...], scale: str) -> float:
+    """Return the factor of an orthogonalized update of a parameter [..., rows, columns].
+
+    rms: gives the update RMS elements, so that AdamW's lr fits (arXiv:2502.16982).
+    spectral: Jordan's max(1, rows / columns)^0.5, for an lr of about 0.02.
+    """
+    rows, columns = shape[-2:]
+    return float(RMS * max(shape[-2:]) ** 0.5 if scale == "rms" else max(1, rows / columns) ** 0.5)
+
+
+def second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of NorMuon's second moment: one number per row, or per column if wide."""
+    *stack, rows, columns = shape
+    return (*stack, rows, 1) if rows >= columns else (*stack, 1, columns)
+
+
+def normalizer(squares: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """Return NorMuon's factors of an orthogonalized update, and update second_moment in place.
+
+    squares: the update's mean squares, [..., rows, 1] or [..., 1, columns] as second_moment. The
+    factors divide by the root of the moving average and keep the update's Frobenius norm.
+    """
+    second_moment.lerp_(squares, 1 - beta2)
+    factors = second_moment.clamp(min=1e-10).rsqrt()
+    before = squares.sum((-2, -1), keepdim=True)
+    after = (squares * factors.square()).sum((-2, -1), keepdim=True)
+    return factors * (before / after.clamp(min=1e-20)).sqrt()
 
 
 class Muon(torch.optim.Optimizer):
     """Muon for parameter groups with "muon": True, torch's fused AdamW for the other groups.
 
-    Muon's updates are scaled to AdamW's RMS, so both share `lr` and decoupled `weight_decay`.
+    By default Muon's updates are scaled to AdamW's RMS (see update_scale), so both share `lr` and
+    decoupled `weight_decay`. A parameter [n, rows, columns] of a Muon group is n matrices.
     Parameters are plain tensors or FSDP2's DTensors; with DTensors, step() is collective.
     coefficients and dtype apply to the Newton-Schulz steps; the default dtype is bfloat16 on a GPU
-    and float32 on a CPU. Raises ValueError if a Muon group has a parameter that is not a matrix.
+    and float32 on a CPU. normuon_beta2: decay of NorMuon's second moment; 0 turns NorMuon off.
+    cautious, adam_every: see AdamW; cautious applies to the Muon groups, too. Raises ValueError if
+    a Muon group has a parameter that is not a matrix or a stack of matrices.
     """
 
     def __init__(
@@ -70,22 +109,27 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         coefficients: tuple[tuple[float, float, float], ...] = POLAR_EXPRESS,
         dtype: torch.dtype | None = None,
+        scale: str = "rms",
+        nesterov: bool = True,
+        normuon_beta2: float = 0.0,
+        cautious: bool = False,
+        adam_every: int = 1,
     ):
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "muon": False})
         for group in self.param_groups:
             if group["muon"]:
                 group["momentum"] = momentum
                 shapes = [tuple(parameter.shape) for parameter in group["params"]]
-                invalid = [shape for shape in shapes if len(shape) != 2]
+                invalid = [shape for shape in shapes if len(shape) not in (2, 3)]
                 if invalid:
                     raise ValueError(
                         f"Muon takes matrices, not parameters of shape {invalid[0]}; "
                         "use AdamW for those"
                     )
         self.coefficients, self.dtype = coefficients, dtype
-        self._adamw = torch.optim.AdamW(
-            self._groups(muon=False), lr=lr, betas=betas, eps=eps, fused=True
-        )
+        self.scale, self.nesterov, self.cautious = scale, nesterov, cautious
+        self.normuon_beta2 = normuon_beta2
+        self._adamw = AdamW(self._groups(muon=False), lr, betas, eps, cautious, adam_every)
 
     def _groups(self, muon: bool) -> list[dict[str, Any]]:
         return [group for group in self.param_groups if group["muon"] == muon]
@@ -112,10 +156,15 @@ class Muon(torch.optim.Optimizer):
         if not matrices:
             return
         for matrix in matrices:
-            if "momentum_buffer" not in self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+                if self.normuon_beta2:  # small, so every rank has it whole
+                    shape = second_moment_shape(matrix.shape)
+                    state["second_moment"] = torch.zeros(shape, device=matrix.device)
         layout = ShardLayout.from_tensor(matrices[0])
-        assert all(ShardLayout.from_tensor(matrix) == layout for matrix in matrices), (
+        # Equal meshes may have different objects for the same group.
+        assert all(ShardLayout.from_tensor(matrix)[:4] == layout[:4] for matrix in matrices), (
             "all Muon matrices must have the same shard layout"
         )
         world_size = layout.replicas * layout.shards
@@ -183,9 +232,12 @@ class _Round:
     """One update of a batch of matrices of one shape. owned: matrices of each owner, by replica.
 
     collect: update momentum, send this rank's rows of its replica's matrices to their owners.
-    orthogonalize: join the received rows into matrices, orthogonalize, send the rows back.
+    orthogonalize: join the received rows into matrices, orthogonalize, send the rows back. For
+        NorMuon the mean squares of the whole update follow its rows, as float32.
     spread: send this rank's rows of its replica's updates to the other replicas.
     apply: add the updates to the parameters.
+
+    "Rows" are slices along the first dimension. In a stack of matrices a row is a whole matrix.
     """
 
     def __init__(
@@ -198,43 +250,51 @@ class _Round:
     ):
         self.optimizer, self.group, self.layout, self.shape = optimizer, group, layout, shape
         self.replicas = [owned[i : i + layout.shards] for i in range(0, len(owned), layout.shards)]
-        self.like = _local(next(matrix for matrices in owned for matrix in matrices))  # its device
+        self.like = local(next(matrix for matrices in owned for matrix in matrices))  # its device
         self.dtype = optimizer.dtype or (torch.bfloat16 if self.like.is_cuda else torch.float32)
+        squares = math.prod(second_moment_shape(shape)) if optimizer.normuon_beta2 else 0
+        self.squares_size = squares * 4 // self.dtype.itemsize  # elements of dtype per update
         self.work: dist.Work | None = None  # the pending collective
         self.data: Tensor  # its output
 
     def collect(self) -> None:
-        momentum, size = self.group["momentum"], self._numel()
+        momentum, size, nesterov = self.group["momentum"], self._numel(), self.optimizer.nesterov
         local_owned = self._replica_matrices()
         rows = self.like.new_empty(sum(map(len, local_owned)) * size, dtype=self.dtype)
         for owned in self.replicas:
             for i, matrix in enumerate(matrix for matrices in owned for matrix in matrices):
-                gradient = _local(matrix.grad)
-                buffer = _local(self.optimizer.state[matrix]["momentum_buffer"])
+                gradient = local(matrix.grad)
+                buffer = local(self.optimizer.state[matrix]["momentum_buffer"])
                 buffer.lerp_(gradient, 1 - momentum)
                 if owned is local_owned:
-                    nesterov = gradient.lerp(buffer, momentum)
-                    rows[i * size : (i + 1) * size] = nesterov.flatten()
+                    direction = gradient.lerp(buffer, momentum) if nesterov else buffer
+                    rows[i * size : (i + 1) * size] = direction.flatten()
         self._exchange(rows, to_owners=True)
 
     def orthogonalize(self) -> None:
-        count, columns = len(self._replica_matrices()[self.layout.shard]), self.shape[1]
-        rows = self.layout.rows(self.shape[0])
-        blocks = self._wait().split([count * n * columns for n in rows])
+        count = len(self._replica_matrices()[self.layout.shard])
+        rows, row = self.layout.rows(self.shape[0]), self.shape[1:]
+        blocks = self._wait().split([count * n * row.numel() for n in rows])
         if not count:
             return self._exchange(blocks[0], to_owners=False)
         matrices = torch.cat(
-            [block.view(count, n, columns) for block, n in zip(blocks, rows, strict=True)], 1
+            [block.view(count, n, *row) for block, n in zip(blocks, rows, strict=True)], 1
         )
-        updates = orthogonalize(matrices, self.optimizer.coefficients)
-        flat = torch.cat([block.flatten() for block in updates.split(rows, 1)])
-        self._exchange(flat, to_owners=False)
+        updates = orthogonalize(matrices.flatten(0, -3), self.optimizer.coefficients)
+        updates = updates.view(matrices.shape)
+        parts = [block.flatten(1) for block in updates.split(rows, 1)]
+        if self.squares_size:
+            wide = self.shape[-2] < self.shape[-1]
+            squares = updates.float().square().mean(-2 if wide else -1)
+            parts = [torch.cat([part, squares.flatten(1).view(self.dtype)], 1) for part in parts]
+        self._exchange(torch.cat([part.flatten() for part in parts]), to_owners=False)
 
     def spread(self) -> None:
         self.data = self._wait()
         if self.layout.replicas > 1:
             counts = [sum(map(len, owned)) for owned in self.replicas]
-            padded = self.data.new_zeros(max(counts) * self._numel())  # all-gather: equal sizes
+            size = self._numel() + self.squares_size
+            padded = self.data.new_zeros(max(counts) * size)  # all-gather: equal sizes
             padded[: len(self.data)] = self.data
             self.data = padded.new_empty(self.layout.replicas * len(padded))
             outputs = list(self.data.chunk(self.layout.replicas))
@@ -242,14 +302,30 @@ class _Round:
 
     def apply(self) -> None:
         lr, decay = self.group["lr"], self.group["weight_decay"]
+        scale = update_scale(self.shape, self.optimizer.scale)
+        numel, size = self._numel(), self._numel() + self.squares_size
         updates = self._wait().chunk(self.layout.replicas)
         for owned, data in zip(self.replicas, updates, strict=True):
             for i, matrix in enumerate(matrix for matrices in owned for matrix in matrices):
-                local = _local(matrix)
-                local.mul_(1 - lr * decay)
-                update = data[i * self._numel() : (i + 1) * self._numel()].view_as(local)
-                local.add_(update, alpha=-lr * (RMS * max(self.shape) ** 0.5))
+                weight, begin = local(matrix), i * size
+                update = data[begin : begin + numel].view_as(weight)
+                if self.squares_size:
+                    update = update * self._factors(matrix, data[begin + numel : begin + size])
+                if self.optimizer.cautious:
+                    decay_cautiously(weight, update, lr * decay)
+                else:
+                    weight.mul_(1 - lr * decay)
+                weight.add_(update, alpha=-lr * scale)
         del self.data
+
+    def _factors(self, matrix: Tensor, squares: Tensor) -> Tensor:
+        """Return NorMuon's factors of this rank's rows; update the second moment."""
+        second_moment = self.optimizer.state[matrix]["second_moment"]
+        squares = squares.clone().view(torch.float32).view_as(second_moment)
+        factors = normalizer(squares, second_moment, self.optimizer.normuon_beta2)
+        if len(factors) != self.shape[0]:  # one factor per column
+            return factors
+        return factors.split(self.layout.rows(self.shape[0]))[self.layout.shard]
 
     def _replica_matrices(self) -> list[list[Tensor]]:
         """Return the matrices that each shard of this rank's replica owns."""
@@ -257,14 +333,15 @@ class _Round:
 
     def _numel(self) -> int:
         """Return the number of elements of one matrix on this rank."""
-        return self.layout.rows(self.shape[0])[self.layout.shard] * self.shape[1]
+        return self.layout.rows(self.shape[0])[self.layout.shard] * self.shape[1:].numel()
 
     def _exchange(self, rows: Tensor, to_owners: bool) -> None:
         """Start an all-to-all in this replica: rows to the owners, or back to the shards."""
         owned = self._replica_matrices()
-        by_owner = [len(matrices) * self._numel() for matrices in owned]
-        count = len(owned[self.layout.shard])
-        by_shard = [count * n * self.shape[1] for n in self.layout.rows(self.shape[0])]
+        squares = 0 if to_owners else self.squares_size
+        by_owner = [len(matrices) * (self._numel() + squares) for matrices in owned]
+        count, row = len(owned[self.layout.shard]), self.shape[1:].numel()
+        by_shard = [count * (n * row + squares) for n in self.layout.rows(self.shape[0])]
         sent, received = (by_owner, by_shard) if to_owners else (by_shard, by_owner)
         self.data = rows
         if self.layout.shards > 1:
@@ -279,7 +356,3 @@ class _Round:
             self.work.wait()
         self.work = None
         return self.data
-
-
-def _local(tensor: Any) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

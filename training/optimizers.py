@@ -1,12 +1,33 @@
-"""Parameter groups and optimizers."""
+"""Parameter groups by role, and the optimizers over them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ranges import Fraction, NonNegativeFloat, PositiveFloat, check_fields
-from training.muon import Muon
+from ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
+from training.adamw import AdamW
+from training.fsdp_utils import DTYPES
+from training.muon import COEFFICIENTS, Muon
+
+# Roles of parameters, in the order of the optimizer's groups.
+GROUPS = ("matrices", "embedding", "head", "vectors", "value_embeddings")
+DECAYED = ("matrices", "head")  # groups with weight decay by default
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Settings of one parameter group. None: as in the optim section."""
+
+    lr: NonNegativeFloat = 1.0  # factor of optim.lr
+    beta1: Fraction | None = None
+    beta2: Fraction | None = None
+    eps: PositiveFloat | None = None
+    weight_decay: NonNegativeFloat | None = None  # default: 0 except for matrices and head
+
+    def __post_init__(self) -> None:
+        check_fields(self, "optim.groups")
 
 
 @dataclass(frozen=True)
@@ -18,51 +39,133 @@ class OptimConfig:
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
     eps: PositiveFloat = 1.0e-8
-    momentum: Fraction = 0.95  # Muon's, Nesterov
+    momentum: Fraction = 0.95  # Muon's
     weight_decay: NonNegativeFloat = 0.1
     grad_clip: NonNegativeFloat = 1.0  # maximum global gradient norm; 0: no clipping
     z_weight: NonNegativeFloat = 1.0e-4
+    # Group (matrices, embedding, head, vectors, value_embeddings) -> settings that differ.
+    groups: dict[str, GroupConfig] = field(default_factory=dict)
+    cautious_decay: bool = False  # decay only weights that the update shrinks, arXiv:2510.12402
+    adam_every: PositiveInt = 1  # steps between updates of AdamW's groups beside Muon
+    nesterov: bool = True  # Muon's
+    muon_scale: str = "rms"  # of updates; spectral: Jordan's, for a lr of about 0.02
+    muon_coefficients: str = "polar_express"  # or quintic, quintic12
+    muon_dtype: str = "auto"  # of Newton-Schulz: bfloat16, float32; auto: bfloat16 on a GPU
+    normuon_beta2: Fraction = 0.0  # NorMuon's second moment, arXiv:2510.05491; 0: off
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
-        if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optim.name={self.name!r} is not one of adamw, muon")
+        for name, allowed in (
+            ("name", ("adamw", "muon")),
+            ("muon_scale", ("rms", "spectral")),
+            ("muon_coefficients", tuple(COEFFICIENTS)),
+            ("muon_dtype", ("auto", *DTYPES)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"optim.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
+        for name in self.groups:
+            if name not in GROUPS:
+                raise ValueError(
+                    f"optim.groups.{name} is not a parameter group; there are {', '.join(GROUPS)}"
+                )
+        if self.name == "adamw" and self.adam_every > 1:
+            raise ValueError(
+                f"optim.adam_every={self.adam_every} needs optim.name=muon; "
+                "with adamw, raise data.tokens_per_step"
+            )
+        if self.name == "muon" and "matrices" in self.groups:
+            for name in ("beta1", "beta2", "eps"):
+                if getattr(self.groups["matrices"], name) is not None:
+                    raise ValueError(
+                        f"optim.groups.matrices.{name} has no effect on Muon, which updates the "
+                        "matrices; remove it"
+                    )
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, muon: bool = False) -> list[dict]:
-    """Parameter groups: weight decay for matrices, none for norms and the input embedding.
+def group_of(name: str, parameter: Tensor) -> str:
+    """Return the group of a parameter: one of GROUPS.
 
-    muon: matrices of the blocks come first, in a separate group with "muon": True.
+    embedding: the input embedding, also if it is the head, too. value_embeddings: any other table
+    of tokens or positions. vectors: norms, biases, scalars and gates. matrices: all others, also
+    stacks of matrices [n, rows, columns].
     """
-    hidden: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        plain = name.endswith("norm.weight") or "embed_tokens" in name
-        assert plain or parameter.ndim == 2, f"no rule whether to decay {name}"
-        (kept if plain else hidden if muon and name.startswith("layers.") else decayed).append(
-            parameter
-        )
-    groups: list[dict] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    if muon:
-        groups = [
-            {"params": hidden, "weight_decay": weight_decay, "muon": True},
-            *(g for g in groups if g["params"]),
-        ]
-    ids = [id(parameter) for group in groups for parameter in group["params"]]
-    assert len(ids) == len(set(ids)) and set(ids) == {
-        id(parameter) for parameter in model.parameters()
+    parts = name.split(".")
+    if parameter.ndim < 2 or any(part.endswith(("gate", "lambdas")) for part in parts):
+        return "vectors"
+    if "embed_tokens" in parts:
+        return "embedding"
+    if "lm_head" in parts:
+        return "head"
+    if any("embed" in part for part in parts):
+        return "value_embeddings"
+    return "matrices"
+
+
+def group_settings(config: OptimConfig, name: str) -> dict[str, Any]:
+    """Return the settings of a parameter group in the form of torch's param_groups.
+
+    lr_factor: of the scheduled learning rate. lr: that of a run without a schedule.
+    """
+    group = config.groups.get(name, GroupConfig())
+    decay = group.weight_decay
+    if decay is None:
+        decay = config.weight_decay if name in DECAYED else 0.0
+    settings = {
+        "name": name,
+        "muon": config.name == "muon" and name == "matrices",
+        "lr": config.lr * group.lr,
+        "lr_factor": group.lr,
+        "weight_decay": decay,
     }
-    return groups
+    if settings["muon"]:
+        return settings
+    beta1 = config.beta1 if group.beta1 is None else group.beta1
+    beta2 = config.beta2 if group.beta2 is None else group.beta2
+    return settings | {"betas": (beta1, beta2), "eps": group.eps or config.eps}
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Return the model's parameters by role, in the order of GROUPS, without empty groups.
+
+    Raises ValueError if config.groups has a group that the model lacks.
+    """
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for name, parameter in model.named_parameters():  # a tied head occurs once
+        members[group_of(name, parameter)].append(parameter)
+    members = {name: parameters for name, parameters in members.items() if parameters}
+    for name in config.groups:
+        if name not in members:
+            raise ValueError(
+                f"optim.groups.{name}: the model has no parameters of this group; "
+                f"it has {', '.join(members)}"
+            )
+    ids = [id(parameter) for parameters in members.values() for parameter in parameters]
+    assert sorted(ids) == sorted(map(id, model.parameters()))
+    return [
+        {"params": parameters, **group_settings(config, name)}
+        for name, parameters in members.items()
+    ]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Fused AdamW, or Muon with AdamW, over parameter_groups."""
-    groups = parameter_groups(model, config.weight_decay, config.name == "muon")
+    """Return fused AdamW, or Muon with AdamW, over parameter_groups."""
+    groups = parameter_groups(model, config)
     betas = (config.beta1, config.beta2)
-    if config.name == "muon":
-        return Muon(groups, config.lr, config.momentum, betas, config.eps)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    if config.name == "adamw":
+        return AdamW(groups, config.lr, betas, config.eps, config.cautious_decay)
+    return Muon(
+        groups,
+        config.lr,
+        config.momentum,
+        betas,
+        config.eps,
+        coefficients=COEFFICIENTS[config.muon_coefficients],
+        dtype=DTYPES.get(config.muon_dtype),
+        scale=config.muon_scale,
+        nesterov=config.nesterov,
+        normuon_beta2=config.normuon_beta2,
+        cautious=config.cautious_decay,
+        adam_every=config.adam_every,
+    )

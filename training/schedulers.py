@@ -5,13 +5,17 @@ its name. Nothing else changes these settings.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.optim import Optimizer
 
+from models.nanollama import NanoLlama
 from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
+from training.curves import MULTI_TOKEN, OF_LOADER, SCHEDULED, WHOLE, WINDOWS
+from training.optimizers import GroupConfig, OptimConfig, group_settings
 
 if TYPE_CHECKING:
     from training.config import RunConfig
@@ -122,6 +126,15 @@ class OptimizerSchedule(WSDScheduler):
         self._set()
 
 
+NEEDS = {  # what a model or loader may lack
+    **dict.fromkeys(WINDOWS, "a model with attention windows"),
+    **dict.fromkeys(OF_LOADER, "a loader whose batches change over the steps"),
+    "softcap": "a model with a softcap",
+    "multi_token": "a model with multi-token prediction",
+}
+Setter = Callable[[float], None]
+
+
 class Schedule(NamedTuple):
     """One setting that changes over the steps."""
 
@@ -130,18 +143,28 @@ class Schedule(NamedTuple):
     apply: Callable[[float], None]  # sets it on the model or the optimizer
 
 
-def run_schedules(run: "RunConfig", state: "State") -> list[Schedule]:
-    """The schedules of a phase: the learning rate, and rope theta if it has a range."""
+def run_schedules(
+    run: "RunConfig", state: "State", by_loader: Collection[str] = ()
+) -> list[Schedule]:
+    """The schedules of a phase: learning rate, rope theta if it has a range, and run.schedules.
+
+    by_loader: names that the loader applies itself; they are listed to be logged. ValueError if the
+    model, the optimizer or the loader of this run lacks a scheduled setting.
+    """
     rate = WSDScheduler(run.schedule, run.optim.lr)
     first, last = run.theta_range
 
     def set_rate(value: float) -> None:
         for group in state.optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group.get("lr_factor", 1.0)
 
     # A rollback lowers lr_scale, which the checkpoint keeps.
-    schedules = [Schedule("lr", lambda step: rate(step) * state.faults.lr_scale, set_rate)]
+    schedules = [
+        *_curve_schedules(run, state, by_loader),  # before lr, which uses the groups' factors
+        Schedule("lr", lambda step: rate(step) * state.faults.lr_scale, set_rate),
+    ]
     if first != last:
+        assert isinstance(state.model, NanoLlama)  # SpeedrunRun allows one value only
         phase = state.phase_start, state.phase_end
         theta = Schedule(
             "rope_theta",
@@ -150,6 +173,86 @@ def run_schedules(run: "RunConfig", state: "State") -> list[Schedule]:
         )
         schedules.append(theta)
     return schedules
+
+
+def _curve_schedules(
+    run: "RunConfig", state: "State", by_loader: Collection[str]
+) -> list[Schedule]:
+    """One Schedule for each entry of run.schedules."""
+    curves = {name: curve.over(run.schedule.total_steps) for name, curve in run.schedules.items()}
+    setters = _setters(run.optim, state, [*curves]) | {name: lambda _: None for name in by_loader}
+    schedules = []
+    for name in SCHEDULED:  # in the order of WINDOWS and MULTI_TOKEN, which _together relies on
+        if (curve := curves.get(name)) is None:
+            continue
+        if name not in setters:
+            kind, group = name.split(".")[0], name.removeprefix("lr.")
+            need = f"a model with parameters in group {group}" if kind == "lr" else NEEDS[kind]
+            raise ValueError(f"schedules.{name} needs {need}; remove it")
+        schedules.append(Schedule(name, curve.whole if name in WHOLE else curve, setters[name]))
+    return schedules
+
+
+def of_step(run: "RunConfig", name: str, constant: int) -> int | Callable[[int], int]:
+    """Return a scheduled whole number as a function of the step; `constant` if not scheduled.
+
+    For settings of a loader, OF_LOADER.
+    """
+    curve = run.schedules.get(name)
+    return constant if curve is None else curve.over(run.schedule.total_steps).whole
+
+
+def _setters(optim: OptimConfig, state: "State", names: list[str]) -> dict[str, Setter]:
+    """Functions that set the scheduled settings which this model and optimizer have."""
+    model: Any = state.model
+    groups: dict[str, Any] = {
+        group.get("name", ""): group for group in state.optimizer.param_groups
+    }
+
+    def set_factor(key: str, names: list[str], value: float) -> None:
+        for name in names:
+            groups[name][key] = value * group_settings(optim, name)[key]
+
+    def set_beta2(value: float) -> None:
+        for name, group in groups.items():
+            if "betas" in group and optim.groups.get(name, GroupConfig()).beta2 is None:
+                group["betas"] = (group["betas"][0], value)
+
+    def set_momentum(value: float) -> None:
+        groups["matrices"]["momentum"] = value
+
+    setters: dict[str, Setter] = {
+        **{f"lr.{name}": partial(set_factor, "lr_factor", [name]) for name in groups},
+        "weight_decay": partial(set_factor, "weight_decay", [*groups]),
+        "beta2": set_beta2,
+        "momentum": set_momentum,
+    }
+    if hasattr(model, "set_softcap"):
+        setters["softcap"] = model.set_softcap
+    if hasattr(model, "set_windows"):
+        constant = {name: getattr(model.config, name) for name in WINDOWS}
+        setters |= _together(
+            [name for name in WINDOWS if name in names],
+            lambda values: model.set_windows(*(constant | values).values()),
+        )
+    if hasattr(model, "set_multi_token_weights"):
+        further = [name for name in MULTI_TOKEN if name in names]
+        setters |= _together(
+            further, lambda values: model.set_multi_token_weights((1.0, *values.values()))
+        )
+    return setters
+
+
+def _together(names: Sequence[str], apply: Callable[[dict[str, float]], None]) -> dict[str, Setter]:
+    """Setters of several names for one function of all their values, called with the last."""
+    values: dict[str, float] = {}
+
+    def set_value(name: str, value: float) -> None:
+        values[name] = value
+        if name == names[-1]:
+            apply(values)
+
+    return {name: partial(set_value, name) for name in names}
 
 
 def theta_at(first: float, last: float, step: int, phase_start: int, phase_end: int) -> float:

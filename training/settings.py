@@ -17,14 +17,15 @@ from training.aliases import renamed
 from yaml_file import parse_yaml, read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
-MAX_EXTENDS = 50
+MAX_EXTENDS = 100
 Kind = TypeVar("Kind")
-OF_COMMANDS = {  # key that only one kind of config has -> the kind, and its command
+CONFIG_KINDS = {  # key that only one kind of config has -> that kind and its command
     "phases": "a plan; give it to scripts.pipeline --plan",
     "chat": "a config of fine-tuning; give it to train_sft.py",
     "preferences": "a config of preference alignment; give it to train_dpo.py",
     "tokenizer": "a data recipe; give it to scripts.prepare_data",
     "evals": "a suite of evaluations; give it to scripts.run_evals --suite",
+    "variants": "an experiment; give it to scripts.experiment",
     "model": "a config of pretraining; give it to train.py",
     "schedule": "a config of pretraining; give it to train.py",
 }
@@ -72,7 +73,7 @@ class NoEffect(NamedTuple):
 def _check_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> None:
     """ValueError if the config has a setting that the command would ignore."""
     for key, (reason, harmless) in no_effect.items():
-        section, name = _place(key, values)
+        section, name = _section_of(key, values)
         value = section.get(name)
         if name in section and value not in harmless and value != {}:
             setting = f"{key}.{next(iter(value))}" if isinstance(value, dict) else key
@@ -82,14 +83,14 @@ def _check_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> 
 def without_no_effect(no_effect: Mapping[str, NoEffect], values: dict[str, Any]) -> dict[str, Any]:
     """Remove settings that load_settings would refuse. Changes `values`."""
     for key, (_, harmless) in no_effect.items():
-        section, name = _place(key, values)
+        section, name = _section_of(key, values)
         if section.get(name) not in harmless:
             section.pop(name, None)
     return values
 
 
-def _place(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """The section of a dotted key ({} if missing) and the key's last part."""
+def _section_of(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """The section of a dotted key, {} if missing, and the last word of the key."""
     *sections, last = key.split(".")
     for section in sections:
         inner = values.get(section)
@@ -100,7 +101,7 @@ def _place(key: str, values: dict[str, Any]) -> tuple[dict[str, Any], str]:
 def _check_kind(kind: Any, values: dict[str, Any], path: str | Path) -> None:
     """ValueError if a file is the config of another command."""
     known = {field.name for field in dataclasses.fields(kind)}
-    for key, what in OF_COMMANDS.items():
+    for key, what in CONFIG_KINDS.items():
         if key in values and key not in known:
             raise ValueError(f"{path} is {what}")
 
@@ -152,7 +153,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file() and (ROOT / path).is_file():
         path = ROOT / path
     if not path.is_file():
-        raise ValueError(f"there is no config file {path}" + _nearest(path))
+        raise ValueError(f"config file {path} not found" + _nearest(path))
     if path.resolve() in seen:
         raise ValueError(f"{path} extends itself")
     values = read_yaml_file(path)
@@ -165,11 +166,11 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise ValueError(f"{path}: extends={shown(parent)} must be the path of one config")
     if len(seen) == MAX_EXTENDS:
-        raise ValueError(f"{path} extends more than {MAX_EXTENDS} configs, each the next one")
+        raise ValueError(f"{path} extends more than {MAX_EXTENDS} configs in a chain; merge some")
     merged = read_yaml(path.parent / parent, (*seen, path.resolve()))
     for key, value in values.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = {**merged[key], **value} if both else value
+        are_sections = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if are_sections else value
     return merged
 
 
@@ -177,19 +178,20 @@ def _make(kind: Any, value: Any, name: str) -> Any:
     """Convert a YAML value to the type `kind` and check its range. name: dotted setting."""
     if dataclasses.is_dataclass(kind):
         return _make_dataclass(kind, value, name)
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        converted = _make(parts[0], value, name)
+        converted = _make(arguments[0], value, name)
         check(converted, kind, name)
         return converted
-    if type(None) in parts:  # X | None
-        inner = member(parts, value)
+    if type(None) in arguments:  # X | None
+        inner = member(arguments, value)
         cleared = value is None or (value == "" and _plain(inner) is str)
         return None if cleared else _make(inner, value, name)
     if origin is dict and isinstance(value, dict):
-        return {_key(k, name): _make(parts[1], v, f"{name}.{k}") for k, v in value.items()}
+        value = _joined(arguments[1], value)
+        return {_key(k, name): _make(arguments[1], v, f"{name}.{k}") for k, v in value.items()}
     if origin is tuple and isinstance(value, list):
-        return tuple(_make(parts[0], v, f"{name}[{i}]") for i, v in enumerate(value))
+        return tuple(_make(arguments[0], v, f"{name}[{i}]") for i, v in enumerate(value))
     if (
         kind in (int, float)
         and isinstance(value, (int, float, str))
@@ -206,6 +208,21 @@ def _make(kind: Any, value: Any, name: str) -> Any:
         return value
     words = "a list" if origin is tuple else WORDS.get(kind, "settings, as key: value")
     raise ValueError(f"{name}={shown(value)} must be {words}")
+
+
+def _joined(kind: Any, entries: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries of a section with dotted names, {"a": {"b": {...}}}, as {"a.b": {...}}."""
+    if not getattr(kind, "DOTTED_NAMES", False):
+        return entries
+    joined: dict[Any, Any] = {}
+    for name, value in entries.items():
+        parts = {name: value}
+        if isinstance(value, dict) and value and not value.keys() & hints(kind).keys():
+            parts = {f"{name}.{key}": inner for key, inner in value.items()}
+        for part, inner in parts.items():
+            both = isinstance(inner, dict) and isinstance(joined.get(part), dict)
+            joined[part] = {**joined[part], **inner} if both else inner
+    return joined
 
 
 def _plain(kind: Any) -> Any:
@@ -249,7 +266,7 @@ def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
     for key in value:
         if key not in fields:
             close = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(fields)}"
+            hint = f"did you mean {close[0]!r}?" if close else f"available: {', '.join(fields)}"
             path = f"{name}{'.' if name else ''}{key if isinstance(key, str) else shown(key)}"
             raise ValueError(f"{path[:200]} is not a setting; {hint}")
     for f in dataclasses.fields(kind):
@@ -257,7 +274,7 @@ def _make_dataclass(kind: Any, value: Any, name: str) -> Any:
         if required and f.name not in value:
             raise ValueError(f"{name or 'the config'} lacks {f.name}")
     prefix = f"{name}." if name else ""
-    return kind(**{key: _make(fields[key], part, prefix + key) for key, part in value.items()})
+    return kind(**{key: _make(fields[key], entry, prefix + key) for key, entry in value.items()})
 
 
 def _nearest(path: Path) -> str:

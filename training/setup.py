@@ -23,8 +23,9 @@ import yaml
 
 from files import write_json, write_text
 from models.attention import choose_kernel
-from models.hf import load_weights, read_hf_config
-from models.nanollama import NanoLlama
+from models.hf import load_weights, read_config
+from models.kinds import build_model
+from models.speedrun_gpt import GPTConfig
 from torchrun_plugin import LAUNCHER
 from training.checkpoint import Checkpointer, load_state
 from training.checkpoint_files import damage, has_state, identity, read_phase, step_folders
@@ -32,8 +33,8 @@ from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.distributed import run_on_rank0
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
 from training.guard import FaultState
-from training.ops.supervisor import end_with_launcher
-from training.ops.watchdog import leave_if_lost
+from training.ops.supervisor import terminate_with_launcher
+from training.ops.watchdog import exit_if_peer_lost
 from training.optimizers import build_optimizer
 from training.schedulers import ScheduleConfig, WSDScheduler, theta_at
 from training.state import State
@@ -64,7 +65,7 @@ def keep_freed_memory() -> None:
 def ranks() -> Iterator[torch.device]:
     """Join the process group of torchrun (or of one rank alone) and yield this rank's device."""
     rank, world = rank_and_world()
-    end_with_launcher(os.environ.get(LAUNCHER))
+    terminate_with_launcher(os.environ.get(LAUNCHER))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -92,7 +93,7 @@ def ranks() -> Iterator[torch.device]:
             backend, world_size=world, rank=rank, timeout=timedelta(minutes=60), store=store
         )
         yield device
-        sys.stdout.flush()  # torchrun may end this rank as soon as another has left
+        sys.stdout.flush()  # torchrun may end this rank as soon as another exits
         # The barrier keeps sockets open while other ranks need them. With gloo it may fail on a
         # peer that has already passed it, which is harmless.
         with suppress(RuntimeError):
@@ -101,7 +102,7 @@ def ranks() -> Iterator[torch.device]:
         if world == 1 and dist.is_initialized():
             dist.destroy_process_group()  # with more ranks it could wait for a stuck collective
         elif world > 1:
-            leave_if_lost(error, rank)
+            exit_if_peer_lost(error, rank)
         raise
     dist.destroy_process_group()
 
@@ -139,7 +140,7 @@ def build(
     from the tokenizer of run.init_from. Every rank builds the whole model before it is sharded,
     so weights do not depend on the world size.
     """
-    model = NanoLlama(run.model, seed=run.seed if seed is None else seed)
+    model = build_model(run.model, run.seed if seed is None else seed)
     dtype = compute_dtype(run.parallel, device)
     choose_kernel(run.parallel.attention, device, dtype, masked=True)  # ValueError if unavailable
     if compiles(run.parallel, device) and not has_compiler(device):
@@ -178,7 +179,7 @@ def restore_or_init(
     earlier = run_on_rank0(lambda: _find_earlier(run, required=latest is None))
     source = latest or earlier
     state.data, state.rate = fingerprint, {"peak": run.optim.lr, **vars(run.schedule)}
-    run_on_rank0(lambda: checkpointer.check_room(run.model.num_parameters))
+    run_on_rank0(lambda: checkpointer.check_free_space(run.model.num_parameters))
     _check_end(run, state)
     base = run_on_rank0(lambda: identity(Path(str(run.init_from)))) if run.init_from else ""
     if source is None and run.init_from and not grown:
@@ -220,8 +221,8 @@ def restore_or_init(
             f"the data, their mixture or the batch size changed since {source} was saved, so "
             "text would be repeated or skipped; undo the change, or set data.accept_changed=true"
         )
-    is_border = earlier and read_phase(earlier) != run.phase
-    if latest and earlier and is_border and identity(earlier) != state.parent:
+    is_phase_start = earlier and read_phase(earlier) != run.phase
+    if latest and earlier and is_phase_start and identity(earlier) != state.parent:
         raise ValueError(
             f"{latest} did not start from {earlier} but from another checkpoint; move "
             f"{latest.parent} away to restart this phase, or remove resume_from to continue it"
@@ -234,7 +235,7 @@ def restore_or_init(
     _check_rate(run, position)
     restored = f"resumes at step {state.step} from {source}"
     if changed:
-        state.faults = state.faults.other_data()
+        state.faults = state.faults.for_new_data()
         restored += (
             "; its data changed (data.accept_changed), so the loss may jump; spike detection "
             f"starts again after {run.faults.window} steps"
@@ -244,7 +245,7 @@ def restore_or_init(
 
 def _find_earlier(run: RunConfig, required: bool) -> Path | None:
     """The checkpoint of resume_from, or None; ValueError if it is required and missing."""
-    folder = run.earlier
+    folder = run.resume_folder
     if folder is None:
         return None
     is_phase = folder.name == run.resume_from  # a name, not a path
@@ -263,8 +264,8 @@ def _check_start(run: RunConfig, step: int, source: Path | None) -> None:
         return
     if source is None:
         raise ValueError(
-            f"{run.phase} begins at step {run.start_step:,} of the run, but there is no "
-            "checkpoint to continue; set --resume_from, or start a separate run with "
+            f"{run.phase} begins at step {run.start_step:,} of the run, but no "
+            "checkpoint to continue was found; set --resume_from, or start a separate run with "
             "start_step=0 run=NAME"
         )
     raise ValueError(
@@ -290,18 +291,18 @@ def _check_rate(run: RunConfig, position: dict[str, Any]) -> None:
             "the learning-rate schedule in the checkpoint's trainer.json is damaged; use another "
             "copy of the checkpoint"
         ) from error
-    now = WSDScheduler(run.schedule, run.optim.lr)(step)
-    if step > stable and now > 1.01 * used:
+    planned = WSDScheduler(run.schedule, run.optim.lr)(step)
+    if step > stable and planned > 1.01 * used:
         raise ValueError(
-            f"the learning rate would rise from {used:.1e} to {now:.1e} at step {step}, after its "
-            "decay had begun; to train longer, continue from a checkpoint before the decay "
+            f"the learning rate would rise from {used:.1e} to {planned:.1e} at step {step}, after "
+            "its decay had begun; to train longer, continue from a checkpoint before the decay "
             "(scripts.pipeline --extend does), or set schedule.allow_rise=true"
         )
 
 
 def _check_theta(run: RunConfig, source: Path, expected: float) -> None:
     """ValueError if `source` was last trained with another rope theta than `expected`."""
-    trained = read_hf_config(source).rope_theta
+    trained = read_config(source).rope_theta
     if not run.allow_theta_jump and not math.isclose(trained, expected, rel_tol=1e-6):
         raise ValueError(
             f"rope theta would jump: {source} was trained with {trained:,.0f}, but "
@@ -324,7 +325,7 @@ def _check_end(run: RunConfig, state: State) -> None:
 def find_checkpoint(path: Path, required: bool) -> Path | None:
     """`path` itself if it is a step folder, else the newest complete step folder in it.
 
-    None if there is none, or ValueError if it is required.
+    None if the folder has none; ValueError if it is required.
     """
     if (path / "config.json").is_file():
         return path
@@ -344,11 +345,17 @@ def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
 
     Context length and rope theta may differ.
     """
-    saved = vars(read_hf_config(source))
+    saved = read_config(source)
+    if isinstance(saved, GPTConfig) != isinstance(run.model, GPTConfig):
+        command = "train_gpt.py" if isinstance(saved, GPTConfig) else "train.py"
+        raise ValueError(
+            f"{source} holds another kind of model, which {command} trains; "
+            "continue it with that command"
+        )
     for name, value in vars(run.model).items():
-        if name not in PHASES_DIFFER and saved[name] != value:
+        if name not in PHASES_DIFFER and (before := getattr(saved, name)) != value:
             raise ValueError(
-                f"{source} has model.{name}={saved[name]}, but the config has {value}; "
+                f"{source} has model.{name}={before}, but the config has {value}; "
                 "make them equal, or choose another output_dir"
             )
     _check_tokenizer(source, tokenizer)
@@ -378,7 +385,7 @@ def run_summary(run: RunConfig, device: torch.device) -> str:
         f"{run.model.num_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on "
         f"{world} {device.type} rank(s), {run.parallel.strategy}, {', '.join(modes)}; "
         f"{run.steps:,} steps of {run.data.rows} x {run.data.sequence_length} tokens, "
-        f"theta {run.theta_text}"
+        f"{run.positions_text}"
     )
 
 
@@ -436,5 +443,5 @@ def write_run_files(run: RunConfig, device: torch.device) -> None:
 
 
 def secrets(names: Iterable[str]) -> dict[str, str]:
-    """Values of the environment variables that are set."""
+    """Read these environment variables; unset ones are omitted."""
     return {name: os.environ[name] for name in names if name in os.environ}

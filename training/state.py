@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from models.nanollama import NanoLlama
+from models.kinds import AnyModel
 from training.guard import FaultState
 
 
@@ -18,7 +18,7 @@ class State:
     including skipped ones.
     """
 
-    model: NanoLlama  # sharded by FSDP2
+    model: AnyModel  # sharded by FSDP2
     optimizer: torch.optim.Optimizer
     phase: str
     phase_start: int = 0  # first step of the phase
@@ -71,7 +71,7 @@ def is_position(content: dict[str, Any]) -> bool:
 
 
 def _is_fault(name: str, value: Any, expected: dict[str, Any]) -> bool:
-    """Whether a field of FaultState holds text, finite numbers or, for grad_clip only, None."""
+    """Whether a saved field of FaultState has a valid type and finite numbers."""
     if name not in expected or (value is None and name != "grad_clip"):
         return False
     if isinstance(expected[name], str) or value is None:

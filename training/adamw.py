@@ -1,0 +1,93 @@
+"""torch's fused AdamW with cautious weight decay and updates on every n-th step."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW with two options; with their defaults it is torch's, bit for bit.
+
+    cautious: weight decay applies only to elements that the update also moves towards zero
+    (arXiv:2510.12402). every: step() sums the gradients, and each `every`-th call updates the
+    parameters with the sum. The sums and their count are in the state, so that a checkpoint
+    between two updates resumes exactly. Parameters are plain tensors or DTensors.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        cautious: bool = False,
+        every: int = 1,
+    ):
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        self.cautious, self.every = cautious, every
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        assert closure is None
+        if self.every == 1:
+            return self._update()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if not self._accumulate(parameters):
+            return
+        gradients = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = self.state[p]["gradient_sum"]
+        self._update()
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+            self.state[p]["gradient_sum"].zero_()
+            self.state[p]["summed"].zero_()
+
+    def _accumulate(self, parameters: list[Tensor]) -> bool:
+        """Add the gradients to their sums. Returns True if the sums are of `every` steps."""
+        for p in parameters:
+            state = self.state[p]
+            if not state:  # all keys exist from the first step on, as checkpoints require
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                for name in ("exp_avg", "exp_avg_sq", "gradient_sum"):
+                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["summed"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            if p.grad is not None:
+                state["gradient_sum"].add_(p.grad)
+            state["summed"] += 1
+        return bool(parameters) and int(self.state[parameters[0]]["summed"]) >= self.every
+
+    def _update(self) -> None:
+        groups = self.param_groups
+        if self.cautious:
+            for group in groups:
+                self._decay(group)
+            self.param_groups = [{**group, "weight_decay": 0.0} for group in groups]
+        super().step()
+        self.param_groups = groups
+
+    def _decay(self, group: dict[str, Any]) -> None:
+        """Decay the weights whose sign is that of the coming first moment, and so of the update."""
+        for p in group["params"]:
+            if p.grad is None or not group["weight_decay"]:
+                continue
+            moment = local(p.grad)  # the sign of the first update's moment
+            if self.state[p]:
+                moment = local(self.state[p]["exp_avg"]).lerp(moment, 1 - group["betas"][0])
+            decay_cautiously(local(p), moment, group["lr"] * group["weight_decay"])
+
+
+def decay_cautiously(weight: Tensor, update: Tensor, rate: float) -> None:
+    """Multiply by 1 - rate the weights whose sign is that of their update (arXiv:2510.12402).
+
+    The update is subtracted later. A weight with an update of 0 decays, too.
+    """
+    weight.mul_(torch.where(weight * update >= 0, 1 - rate, 1.0))
+
+
+def local(tensor: Any) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
