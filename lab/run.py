@@ -1,0 +1,296 @@
+"""Runs the trials of an experiment as processes, each in its own folder, and remembers their state.
+
+`trial.json` in a run's folder holds its identity (a hash of its settings) and status. A finished
+run with the same identity is not repeated. A killed run continues from its newest checkpoint.
+"""
+
+import hashlib
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import yaml
+
+from cli import ROOT
+from files import read_object, write_json, write_text
+from lab.experiment import Experiment, Trial, make_trial, pilot
+from lab.measurements import measure, seconds_per_step
+from machine import cpus
+from torchrun_plugin import LAUNCHER
+from training.ops.supervisor import DRIVER
+
+STATE, OUTPUT = "trial.json", "output.txt"
+FINISHED, FAILED, RUNNING = "finished", "failed", "running"
+CODE = ("models", "data", "training", "cli.py", "files.py", "train.py", "train_gpt.py")
+MAX_LINES = 6  # of a failed run's output that are kept
+
+
+@dataclass
+class Slots:
+    """Where runs execute: one at a time on each device, or one at a time on this machine."""
+
+    environment: Mapping[str, str]
+    devices: Sequence[str] = ()
+    ranks: int = 1
+    threads: int | None = None
+    free: "queue.Queue[str | None]" = field(default_factory=queue.Queue)
+
+    def __post_init__(self) -> None:
+        if len(self.devices) % self.ranks:
+            raise ValueError(
+                f"--devices lists {len(self.devices)} devices and a run has {self.ranks} ranks; "
+                "list a multiple of that"
+            )
+        for begin in range(0, len(self.devices), self.ranks):
+            self.free.put(",".join(self.devices[begin : begin + self.ranks]))
+        if not self.devices:
+            self.free.put(None)
+        self.count = self.free.qsize()
+
+    def environment_on(self, slot: str | None) -> dict[str, str]:
+        """Environment of a run: its devices, threads and driver."""
+        threads = max(1, cpus() // (self.count * self.ranks))
+        environment = {"OMP_NUM_THREADS": str(threads), **self.environment}
+        if self.threads:
+            environment["OMP_NUM_THREADS"] = str(self.threads)
+        if slot is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = slot
+        paths = [str(ROOT), *filter(None, [self.environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        # A run must not outlive this process, which would start it a second time.
+        return {**environment, DRIVER: str(os.getpid()), LAUNCHER: str(os.getpid())}
+
+
+def is_finished(trial: Trial) -> bool:
+    """Whether the run has finished with its present settings."""
+    state = read_object(trial.folder / STATE) or {}
+    return state.get("identity") == trial.identity and state.get("status") == FINISHED
+
+
+def plan_trials(
+    experiment: Experiment, variants: Sequence[str], seeds: Sequence[int]
+) -> list[Trial]:
+    """All runs, seed by seed, so that drift of the machine meets every variant alike.
+
+    With a budget in seconds, a variant whose pilot has not finished is left out.
+    """
+    trials = []
+    for seed in seeds:
+        for variant in variants:
+            step_s = None
+            if experiment.needs_pilot(variant):
+                short = pilot(experiment, variant)
+                if not is_finished(short):
+                    continue
+                step_s = seconds_per_step(short)
+            trials.append(make_trial(experiment, variant, seed, step_s))
+    return trials
+
+
+def run_experiment(
+    experiment: Experiment, variants: Sequence[str], seeds: Sequence[int], slots: Slots
+) -> list[str]:
+    """Run everything that has not finished; return one line per failed run."""
+    needed = [name for name in variants if experiment.needs_pilot(name)]
+    failures = Runner(experiment, [pilot(experiment, name) for name in needed], slots).run()
+    return failures + Runner(experiment, plan_trials(experiment, variants, seeds), slots).run()
+
+
+class Runner:
+    """Runs trials in their order over the free slots, and prints one line per finished run."""
+
+    def __init__(self, experiment: Experiment, trials: list[Trial], slots: Slots):
+        self.experiment, self.trials, self.slots = experiment, trials, slots
+        self.waiting = [trial for trial in trials if not is_finished(trial)]
+        self.wall_s: list[float] = []
+        self.failures: list[str] = []
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.printing, self.interrupted = Lock(), False
+
+    def run(self) -> list[str]:
+        """Run the trials that are waiting; return one line per failure."""
+        for trial in self.trials:
+            if trial not in self.waiting:
+                self._clean(trial)  # a process may have been killed before it could
+                print(f"{trial.name}: finished earlier", flush=True)
+        with ThreadPoolExecutor(self.slots.count) as pool:
+            futures = [pool.submit(self._run_one, trial) for trial in self.waiting]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self._stop()
+                raise
+        return self.failures
+
+    def _stop(self) -> None:
+        """Let the running processes save their state, and start no more."""
+        self.interrupted = True
+        for process in list(self.running.values()):
+            process.terminate()
+
+    def _run_one(self, trial: Trial) -> None:
+        slot = self.slots.free.get()
+        try:
+            if not self.interrupted:
+                self._execute(trial, self.slots.environment_on(slot))
+        finally:
+            self.slots.free.put(slot)
+
+    def _execute(self, trial: Trial, environment: Mapping[str, str]) -> None:
+        earlier = _prepare(trial)
+        state: dict[str, Any] = {
+            "identity": trial.identity,
+            "variant": trial.variant,
+            "seed": trial.seed,
+            "command": list(trial.words),
+            "steps": trial.steps,
+            "codes": sorted({*earlier.get("codes", []), code_hash()}),
+        }
+        write_json(trial.folder / STATE, {**state, "status": RUNNING})
+        start = time.monotonic()
+        status = self._spawn(trial, environment)
+        wall_s = time.monotonic() - start
+        state |= {"exit_status": status, "wall_s": round(wall_s, 1)}
+        if self.interrupted:
+            return
+        error = _last_lines(trial.folder / OUTPUT) if status else ""
+        figures = ""
+        if not status:
+            try:
+                figures = self._figures(trial)
+            except ValueError as problem:
+                error = str(problem)
+        if error:
+            write_json(trial.folder / STATE, {**state, "status": FAILED, "error": error})
+            reason = error.splitlines()[-1]
+            if status < 0:
+                reason = f"killed by signal {-status}"
+            self.failures.append(f"{trial.name} ({reason})")
+            figures = f"FAILED, exit status {status}: {reason}"
+        else:
+            write_json(trial.folder / STATE, {**state, "status": FINISHED})
+            self._clean(trial)
+        with self.printing:
+            self.wall_s.append(wall_s)
+            print(f"{trial.name}: {figures}, {wall_s:.0f} s{self._remaining()}", flush=True)
+
+    def _spawn(self, trial: Trial, environment: Mapping[str, str]) -> int:
+        """Run the command to its end and return its exit status; 127 if it cannot be started."""
+        words = [sys.executable if word == "python" else word for word in trial.words]
+        words = [str(ROOT / word) if _is_entry_point(word) else word for word in words]
+        with open(trial.folder / OUTPUT, "ab") as output:
+            try:
+                process = subprocess.Popen(
+                    words,
+                    cwd=trial.working_folder,
+                    env=dict(environment),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            except OSError as error:
+                output.write(f"error: {error}\n".encode())
+                return 127
+            self.running[trial.name] = process
+            if self.interrupted:
+                process.terminate()
+            status = process.wait()
+            del self.running[trial.name]
+        return status
+
+    def _figures(self, trial: Trial) -> str:
+        if trial.name.endswith("-pilot"):
+            return f"{seconds_per_step(trial):.4f} s per step"
+        compare = self.experiment.compare
+        measured = measure(trial, compare.metrics)
+        return (
+            f"{compare.metric} {measured.final[compare.metric]:.4f}, {measured.steps:,} steps, "
+            f"{measured.seconds:.1f} s of training"
+        )
+
+    def _remaining(self) -> str:
+        left = len(self.waiting) - len(self.wall_s)
+        if not left:
+            return ""
+        seconds = left * sum(self.wall_s) / len(self.wall_s) / self.slots.count
+        return f"; {left} more, about {max(1, round(seconds / 60))} min"
+
+    def _clean(self, trial: Trial) -> None:
+        """Delete the checkpoints of a finished run, unless the experiment keeps them."""
+        keep = self.experiment.keep_checkpoints and not trial.name.endswith("-pilot")
+        if not keep and trial.checkpoints.is_dir():
+            shutil.rmtree(trial.checkpoints)
+
+
+def _prepare(trial: Trial) -> dict[str, Any]:
+    """Create the folder of a run and return the state of its earlier attempt, {} without one.
+
+    Sets aside the folders of a run with other settings.
+    """
+    state = read_object(trial.folder / STATE) or {}
+    if trial.folder.is_dir() and state.get("identity") != trial.identity:
+        suffix = next(
+            f".old{n}"
+            for n in range(1, 10_000)
+            if not any(_with_suffix(f, f".old{n}").exists() for f in _folders(trial))
+        )
+        for folder in _folders(trial):
+            if folder.is_dir():
+                folder.rename(_with_suffix(folder, suffix))
+        print(
+            f"{trial.name}: its settings have changed; the earlier run is in "
+            f"{_with_suffix(trial.folder, suffix)}",
+            flush=True,
+        )
+        state = {}
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in trial.files.items():
+        write_text(trial.folder / name, yaml.safe_dump(content, sort_keys=False))
+    if trial.files:  # a plan runs in its own folder and finds the data of this one
+        for name in ("data/store", "configs"):
+            link = trial.folder / name
+            if Path(name).exists() and not link.is_symlink():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(Path(name).resolve(), target_is_directory=True)
+    return state
+
+
+def _folders(trial: Trial) -> tuple[Path, Path]:
+    return trial.folder, trial.checkpoints
+
+
+def _with_suffix(folder: Path, suffix: str) -> Path:
+    return folder.with_name(folder.name + suffix)
+
+
+def _is_entry_point(word: str) -> bool:
+    """Whether a word is a script of the project that the working folder lacks."""
+    return word.endswith(".py") and not Path(word).exists() and (ROOT / word).is_file()
+
+
+def _last_lines(path: Path) -> str:
+    """The last lines of a run's output."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-MAX_LINES:]) or "no output"
+
+
+def code_hash() -> str:
+    """Hash of the source that a training step can depend on, to compare runs of one experiment."""
+    digest = hashlib.sha256()
+    for name in CODE:
+        path = ROOT / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

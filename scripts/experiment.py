@@ -1,0 +1,102 @@
+"""Run an experiment: variants x seeds of a command, then a record with intervals and charts.
+
+python -m scripts.experiment configs/lab/example.yaml
+python -m scripts.experiment configs/lab/example.yaml --seeds 0 1 2 3 4 --only muon
+python -m scripts.experiment configs/lab/example.yaml --devices 0,1     # two runs at a time
+python -m scripts.experiment configs/lab/example.yaml --report_only
+python -m scripts.experiment configs/lab/example.yaml budget.tokens=500000
+python -m scripts.experiment --compare logs/a logs/b --output results/compare  # .png and .md
+
+Run the same command again to resume: finished runs are not repeated, a killed run continues from
+its newest checkpoint, a failed run is tried again. Runs are in logs/lab/<name>/<variant>-<seed>,
+the record is in records/<date>_<name>. --devices sets CUDA_VISIBLE_DEVICES of each run; on a
+machine without GPUs it only sets how many run at a time. --compare plots any runs by step and
+tokens and needs no experiment.
+"""
+
+import os
+import shlex
+import signal
+from pathlib import Path
+
+from cli import CommandParser, at_least, user_errors
+from evals.report.runs import open_runs, plot, table
+from lab.experiment import Experiment, check, load_experiment
+from lab.record import write_record
+from lab.run import Slots, is_finished, plan_trials, run_experiment
+from training.run_folder import locked
+
+
+def main() -> None:
+    parser = CommandParser(__doc__)
+    parser.add_argument("experiment", nargs="?", help="YAML file of the experiment")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", help="instead of the file's seeds")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only")
+    parser.add_argument("--devices", default="", help="devices to share among the runs, as 0,1,2")
+    parser.add_argument("--report_only", action="store_true", help="write the record, run nothing")
+    parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", metavar="LOGS", help="compare these logs instead"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("results/compare"), help="of --compare, without suffix"
+    )
+    args = parser.parse_intermixed_args()
+    with user_errors():
+        if args.compare:
+            compare_logs(args.compare, args.output)
+            return
+        if args.experiment is None:
+            raise ValueError("name the YAML file of an experiment, e.g. configs/lab/example.yaml")
+        overrides = list(args.overrides)
+        if args.seeds:
+            overrides.append(f"seeds={args.seeds}")
+        experiment = load_experiment(args.experiment, overrides)
+        variants = _chosen(experiment, args.only)
+        check(experiment, experiment.variants)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: let runs save
+        devices = [device for device in args.devices.split(",") if device]
+        failures: list[str] = []
+        with locked(Path("logs/lab") / experiment.name):
+            if not args.report_only:
+                slots = Slots(dict(os.environ), devices, experiment.ranks, experiment.threads)
+                failures = run_experiment(experiment, variants, experiment.seeds, slots)
+            trials = plan_trials(experiment, list(experiment.variants), experiment.seeds)
+            words = ["python", "-m", "scripts.experiment", args.experiment, *overrides]
+            if not failures or any(is_finished(trial) for trial in trials):
+                folder = write_record(experiment, trials, shlex.join(words), args.records)
+                print(f"\n{_result(folder)}\nrecord: {folder / 'README.md'}")
+        if failures:
+            more = f" and {len(failures) - 3} more" * (len(failures) > 3)
+            raise ValueError(
+                f"{len(failures)} run(s) failed: {'; '.join(failures[:3])}{more}. The output is in "
+                f"logs/lab/{experiment.name}/RUN/output.txt; the same command tries them again"
+            )
+
+
+def compare_logs(folders: list[Path], output: Path) -> None:
+    """Plot runs into <output>.png and write their table into <output>.md."""
+    runs = open_runs(folders)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    curves, text = Path(f"{output}.png"), table(runs)
+    plot(runs, curves)
+    Path(f"{output}.md").write_text(text, encoding="utf-8")
+    print(f"{text}\ncurves: {curves}, this table: {output}.md")
+
+
+def _chosen(experiment: Experiment, only: list[str] | None) -> list[str]:
+    """The variants to run; ValueError for an unknown one."""
+    if unknown := [name for name in only or [] if name not in experiment.variants]:
+        raise ValueError(f"--only {unknown[0]}: the variants are {', '.join(experiment.variants)}")
+    return only or list(experiment.variants)
+
+
+def _result(folder: Path) -> str:
+    """The section "Result" of a record's README."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return text.partition("## Result\n\n")[2].partition("\n\n![")[0].partition("\n## ")[0]
+
+
+if __name__ == "__main__":
+    main()
