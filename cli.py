@@ -1,6 +1,6 @@
-"""Command-line helpers: flag types, error reporting and output that survives a closed pipe.
+"""Command-line helpers: flag types, error messages, and output that survives a closed pipe.
 
-A user's mistake ends in one sentence on standard error and exit status 2, without a traceback.
+A user error prints one sentence on standard error and exits with status 2, without a traceback.
 """
 
 import argparse
@@ -13,15 +13,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
+import ranges
 from files import FULL, is_full
-from ranges import MAX_INT, Range, shown
+from ranges import Range, shown, violation
 
 ROOT = Path(__file__).resolve().parent
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 DISCONNECTED = (errno.EPIPE, errno.EIO)  # the reader has ended or the terminal was closed
 PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # a missing or wrong path
+Number = TypeVar("Number", int, float)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,35 +36,27 @@ class CommandParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a flag type: an integer of at least `least`."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < least:
-            raise argparse.ArgumentTypeError(f"{value} is too small; the least is {least}")
-        if value >= MAX_INT:
-            raise argparse.ArgumentTypeError(f"{shown(value)} must be below 2**63")
-        return value
-
-    return number
-
-
-def within(kind: type, allowed: Range) -> Callable[[str], Any]:
+def within(kind: type[Number], allowed: Range) -> Callable[[str], Number]:
     """Return a flag type: an int or float within a range."""
 
-    def number(text: str) -> Any:
+    def number(text: str) -> Number:
         if (value := kind(text)) not in allowed:
-            raise argparse.ArgumentTypeError(f"{shown(value)} {allowed}")
+            raise argparse.ArgumentTypeError(f"{shown(value)} {violation(value, allowed)}")
         return value
 
     return number
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a flag type: an integer of at least `least`."""
+    return within(int, ranges.at_least(least))
 
 
 PORT = within(int, Range(0, 65_535))  # flag type: a TCP port
 
 
 def boolean(text: str) -> bool:
-    """Parse a boolean flag: true, yes, on, 1, false, no, off or 0."""
+    """Parse the value of a boolean flag: true, yes, on, 1, false, no, off or 0."""
     if (word := text.lower()) in ("true", "yes", "on", "1"):
         return True
     if word in ("false", "no", "off", "0"):
@@ -103,11 +97,11 @@ class Output(io.FileIO):
         return memoryview(data).nbytes
 
 
-def outlive_readers() -> None:
+def survive_closed_pipes() -> None:
     """Keep the program running when stdout or stderr loses its pipe or terminal.
 
-    Covers print, tqdm, warnings and the flush at exit. Streams that another tool has replaced
-    (pytest, a notebook) stay unchanged.
+    Covers print, tqdm, warnings and the flush at exit. Streams that pytest or a notebook has
+    replaced stay unchanged.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -143,8 +137,8 @@ def _check_dropped() -> None:
     if dropped:
         raise OSError(
             errno.ENOSPC,
-            f"{os.strerror(errno.ENOSPC)}: the work is done, but {dropped:,} bytes of its output "
-            "are lost",
+            f"{os.strerror(errno.ENOSPC)}: the command has finished, but {dropped:,} bytes of its "
+            "output are lost",
         )
 
 
@@ -154,7 +148,7 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
 
     Other exceptions keep their traceback.
     """
-    outlive_readers()
+    survive_closed_pipes()
     try:
         yield
         _check_dropped()
@@ -179,7 +173,7 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
         if not (ours or disk or full):
             raise
         if rank:
-            time.sleep(2)  # rank 0 usually has the same error, and its exit ends this rank first
+            time.sleep(2)  # rank 0 usually has the same error; its exit ends this rank first
         text = " ".join(str(error).split())
         if full and not (ours or disk):
             text = (

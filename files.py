@@ -41,7 +41,7 @@ def write_text(path: Path, content: str, sync: bool = True) -> None:
         raise
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write indented JSON atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -69,12 +69,12 @@ def parse_json(text: str | bytes) -> Any:
 def parse_object(text: str | bytes) -> dict[str, Any]:
     """Parse a JSON object; ValueError for any other value."""
     if not isinstance(value := parse_json(text), dict):
-        raise ValueError(f"it holds {'a list' if isinstance(value, list) else repr(value)[:50]}")
+        raise ValueError(f"it is {'a list' if isinstance(value, list) else repr(value)[:50]}")
     return value
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a file's JSON object. ValueError names a damaged file; OSError if it is missing."""
+    """Read a file's JSON object; ValueError if it is damaged, OSError if it is missing."""
     try:
         return parse_object(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -109,7 +109,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def is_full(error: BaseException | None) -> bool:
-    """True if an error or one of its causes reports a full disk or an exhausted quota."""
+    """Return True if an error or one of its causes reports a full disk or an exhausted quota."""
     visited: set[int] = set()
     while error is not None and id(error) not in visited:
         visited.add(id(error))
@@ -120,7 +120,7 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
-def no_room(folder: Path, error: BaseException, todo: str) -> OSError:
+def disk_full_error(folder: Path, error: BaseException, todo: str) -> OSError:
     """Build the error for a full disk: it names the folder, its free space and what to do."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -130,7 +130,7 @@ def no_room(folder: Path, error: BaseException, todo: str) -> OSError:
     return OSError(code, f"{os.strerror(code)}: {folder} has {free:.3f} GB free; {todo}")
 
 
-def check_room(folder: Path, size: int, what: str) -> None:
+def check_free_space(folder: Path, size: int, what: str) -> None:
     """OSError if the disk of `folder` has less than `size` bytes free for `what`."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
@@ -147,8 +147,8 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{next(_NUMBERS)}.{socket.gethostname()}.{os.getpid()}.tmp")
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Remove `temporary` paths of this host's ended processes; return the removed paths."""
+def remove_stale(folder: Path) -> list[Path]:
+    """Remove the `temporary` paths of this host's ended processes; return them."""
     removed = []
     for path in sorted(folder.glob(".*.tmp")):
         stem, _, pid = path.name.removesuffix(".tmp").rpartition(".")

@@ -17,7 +17,7 @@ MAX_SHOWN = 80  # characters of a value in an error message
 
 @dataclass(frozen=True)
 class Range:
-    """Allowed values of a number. NaN and infinities are never allowed."""
+    """Allowed values of a number; never NaN or infinite."""
 
     least: float = -math.inf
     most: float = math.inf
@@ -97,33 +97,29 @@ def check(value: Any, hint: Any, name: str) -> None:
                     f"{name}={shown(value)} must be {WORDS.get(kind, 'of another type')}"
                 )
             if value not in rule:
-                what = (
-                    "must be a finite number" if _is_infinite(value) else f"{_limit(value, rule)}"
-                )
-                raise ValueError(
-                    f"{name}={shown(value)} {what}" + (f"; {rule.hint}" if rule.hint else "")
-                )
+                hint = f"; {rule.hint}" if rule.hint else ""
+                raise ValueError(f"{name}={shown(value)} {violation(value, rule)}{hint}")
     if rules:
         return
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    origin, types = typing.get_origin(kind), typing.get_args(kind)
     if origin is dict and isinstance(value, dict):
         for key, inner in value.items():
-            check(inner, parts[1], f"{name}.{key}")
+            check(inner, types[1], f"{name}.{key}")
     elif origin is tuple and isinstance(value, (tuple, list)):
         for index, inner in enumerate(value):
-            check(inner, parts[0], f"{name}[{index}]")
-    elif value is not None and type(None) in parts:
-        check(value, member(parts, value), name)
+            check(inner, types[0], f"{name}[{index}]")
+    elif value is not None and type(None) in types:
+        check(value, member(types, value), name)
 
 
-def member(parts: tuple[Any, ...], value: Any) -> Any:
+def member(types: tuple[Any, ...], value: Any) -> Any:
     """Choose from X | tuple[X, ...] | None by value: the tuple for a list or tuple, else X."""
     tuples = [
-        part
-        for part in parts
-        if typing.get_origin(part) is tuple and isinstance(value, (list, tuple))
+        kind
+        for kind in types
+        if typing.get_origin(kind) is tuple and isinstance(value, (list, tuple))
     ]
-    return next(part for part in [*tuples, *parts] if part is not type(None))
+    return next(kind for kind in [*tuples, *types] if kind is not type(None))
 
 
 def check_fields(config: Any, section: str = "") -> None:
@@ -165,8 +161,10 @@ def _is_infinite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value)
 
 
-def _limit(value: Any, rule: Range | Filled) -> str:
-    """Describe a rule; the int64 bound if the value exceeds only that."""
+def violation(value: Any, rule: Range | Filled) -> str:
+    """Return what a value outside of a rule "must" be: the rule, finite, or within int64."""
+    if _is_infinite(value):
+        return "must be a finite number"
     if (
         isinstance(rule, Range)
         and isinstance(value, Integral)

@@ -4,9 +4,19 @@ scripts.plan uses it. Test sets are described by the mean size of their prompts 
 """
 
 import argparse
+import io
+import re
+import shlex
+from contextlib import redirect_stderr
+from importlib import import_module
+from itertools import pairwise
 from typing import NamedTuple
 
 from evals.held_out import BYTES_PER_TOKEN
+from evals.suite import parse
+from evals.suite_config import open_suite, suite_parser
+from training.config import RunConfig
+from training.planning.eval_cost import Tokens
 
 
 class ItemSizes(NamedTuple):
@@ -142,3 +152,55 @@ def _needle(args: argparse.Namespace, context: int) -> list[Workload]:
     return [
         Workload(NEEDLE_READS * tests * length, written, length) for length in sorted(set(lengths))
     ]
+
+
+def command_tokens(
+    command: str, run: RunConfig, sources: int
+) -> tuple[int, dict[str, list[Tokens] | None]]:
+    """Return a command's number of processes, and the tokens of each evaluation it runs.
+
+    Tokens are None for an evaluation without known sizes and for a command of another program.
+    """
+    processes = re.search(r"--nproc[_-]per[_-]node[= ](\d+)", command)
+    context = run.model.max_position_embeddings
+    try:
+        work = {
+            name: workload(name, args, context, sources)
+            for name, args in _evaluations(command).items()
+        }
+    except ValueError:
+        work = {command: None}
+    tokens = {
+        name: None if parts is None else [(part.read, part.written, part.length) for part in parts]
+        for name, parts in work.items()
+    }
+    return int(processes[1]) if processes else 1, tokens
+
+
+def _evaluations(command: str) -> dict[str, argparse.Namespace]:
+    """Return name -> flags of the evaluations that a command runs.
+
+    Raises ValueError for wrong flags and for a command that is not an evaluation.
+    """
+    words = shlex.split(command)
+    modules = [(i, word) for i, (flag, word) in enumerate(pairwise(words), 1) if flag == "-m"]
+    index, module = next(
+        (m for m in modules if m[1].startswith(("evals.eval_", "scripts.run_evals"))), (0, "")
+    )
+    flags = words[index + 1 :]
+    try:
+        with redirect_stderr(io.StringIO()):
+            if module == "scripts.run_evals":
+                args = suite_parser(None).parse_args(flags)
+                suite, _ = open_suite(args.suite)
+                return {name: parse(name, text, args, None) for name, text in suite.evals.items()}
+            if module:
+                return {
+                    module.removeprefix("evals.eval_"): import_module(module)
+                    .parser()
+                    .parse_args(flags)
+                }
+    # AttributeError: the evaluation has no parser().
+    except (SystemExit, ImportError, AttributeError) as error:
+        raise ValueError(f"{command} has invalid flags") from error
+    raise ValueError(f"{command} is not an evaluation")

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from data import manifest
+from data.packing import LongDocuments
+from data.shards import TokenShards
 from training.checkpoint import CheckpointConfig
 from training.config import RunConfig
 from training.meter import flops_per_token
@@ -65,6 +68,18 @@ def forecast_loss(parameters: int, tokens: float) -> tuple[float, float]:
 
 # Run of a phase -> {source: training tokens that the phase can read}, for sources that exist.
 Readable = Callable[[RunConfig], dict[str, int]]
+
+
+def readable_tokens(run: RunConfig) -> dict[str, int]:
+    """Return source -> training tokens that the phase can read, for sources in its store."""
+    tokens = {}
+    for name in run.data.mix:
+        folder = Path(run.data.store) / "tokens" / name
+        if manifest.read(folder) is not None:
+            shards = TokenShards(folder, "train")
+            minimum = run.data.min_document_tokens.get(name)
+            tokens[name] = len(shards if minimum is None else LongDocuments(shards, minimum))
+    return tokens
 
 
 def forecast(
@@ -240,7 +255,7 @@ def _disk(plan: Plan, parts: list[ScheduledPhase], tokens: int) -> dict[str, flo
     """
     model = parts[0].run.model
     weights = model.num_parameters * (4 if parts[0].run.parallel.dtype == "float32" else 2)
-    moments = moment_bytes(model, "ddp", 1, parts[0].run.optim.name)
+    moments = moment_bytes(model, "ddp", 1, parts[0].run.optim)
     size = model.num_parameters * 4 + moments + weights  # of one checkpoint
     saved = size  # the newest, while it is being written
     for part in parts:

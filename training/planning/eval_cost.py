@@ -1,6 +1,6 @@
 """Forecast of a plan's evaluations: forward FLOPs of the tokens they read and write, and hours.
 
-training/planning/cost.py adds it to its forecast; scripts/plan.py provides the token counts.
+training/planning/cost.py adds it to its forecast; evals/cost.py provides the token counts.
 """
 
 import shlex

@@ -15,6 +15,7 @@ from models.nanollama import ModelConfig, NanoLlama
 from training.config import RunConfig
 from training.meter import PEAK_FLOPS
 from training.muon import ROUND
+from training.optimizers import OptimConfig
 
 # Bytes, assumed: what torch does not count (CUDA context and kernels, NCCL, cuBLAS, block rounding)
 CONTEXT = 2.0e9
@@ -70,15 +71,25 @@ def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     ]
 
 
-def moment_bytes(model: ModelConfig, strategy: str, gpus: int, optimizer: str = "adamw") -> int:
+def moment_bytes(
+    model: ModelConfig, strategy: str, gpus: int, optim: OptimConfig | None = None
+) -> int:
     """Bytes of the optimizer state on one GPU.
 
-    AdamW: two fp32 moments and an fp32 step per tensor. Muon: one moment per matrix.
+    AdamW: two fp32 moments and an fp32 step per tensor; with optim.adam_every, a gradient sum and
+    its count, too. Muon: one moment per matrix. NorMuon: also the second moments of rows or
+    columns, which every GPU has whole. optim: default AdamW.
     """
-    adamw = 2 * sharded_bytes(model, strategy, gpus) + 4 * len(parameter_shapes(model))
+    optim = optim or OptimConfig()
+    sums = optim.adam_every > 1
+    hidden = hidden_shapes(model) if optim.name == "muon" else []
     shards = 1 if strategy == "ddp" else gpus
-    hidden = hidden_shapes(model) if optimizer == "muon" else []
-    return adamw - sum(4 * -(-rows // shards) * columns + 4 for rows, columns in hidden)
+    matrices = sum(4 * -(-rows // shards) * columns for rows, columns in hidden)
+    others = sharded_bytes(model, strategy, gpus) - matrices
+    adamw = (2 + sums) * others
+    adamw += 4 * (1 + sums) * (len(parameter_shapes(model)) - len(hidden))
+    normuon = sum(4 * max(shape) for shape in hidden) if optim.normuon_beta2 else 0
+    return adamw + matrices + normuon
 
 
 def update_bytes(model: ModelConfig, gpus: int, optimizer: str, size: int = 2) -> int:
@@ -173,7 +184,7 @@ def memory(run: RunConfig, gpus: int) -> Memory:
 
     always = {
         "fp32 masters": shard,
-        "moments": moment_bytes(model, parallel.strategy, gpus, run.optim.name),
+        "moments": moment_bytes(model, parallel.strategy, gpus, run.optim),
         "rotary tables": 8 * model.max_position_embeddings * model.resolved_head_dim,
         "CUDA context (assumed)": CONTEXT,
     }

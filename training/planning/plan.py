@@ -1,6 +1,6 @@
 """The plan of a whole run: phases, milestones, stages, and commands before and after them.
 
-A plan is data: scripts/pipeline.py executes it, training/planning/cost.py estimates its cost.
+A plan is data: training/planning/pipeline.py executes it, training/planning/cost.py estimates it.
 """
 
 from dataclasses import dataclass, field, replace

@@ -1,0 +1,442 @@
+"""Run a plan's commands in order: resume, evaluate, decide at gates, set aside, extend, branch."""
+
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cli import ROOT
+from files import read_object, write_json
+from machine import cpus
+from training import setup
+from training.checkpoint_files import damage, identity, step_folders, step_of
+from training.logger import append_event, open_alerts
+from training.ops.supervisor import Supervisor
+from training.planning.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
+from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, scheduled_phases
+from training.settings import read_yaml
+
+NO_GO = 3  # exit status
+
+
+class Pipeline:
+    """A plan's execution: events and decisions in logs/<run>/, evaluations in results/<run>/.
+
+    extend: phase -> steps to train longer. accept: reason to continue after a reported no-go.
+    environment: of the commands, which also get OMP_NUM_THREADS if it is not set.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        extend: dict[str, int],
+        accept: str | None,
+        environment: Mapping[str, str],
+    ):
+        self.plan, self.number, self.environment = plan, 0, environment
+        launch = f"python -m scripts.launch --nproc_per_node={plan.ranks} train.py"
+        self.launch = launch.split()
+        self.measured: list[Measured] = []  # in order of the plan
+        self.accept = accept
+        self.extended = extend  # extending a phase accepts the no-go that advised it
+        run = scheduled_phases(plan)[0].run
+        if not run.logs.exists() and (ROOT / run.logs).exists() and Path.cwd() != ROOT:
+            print(
+                f"warning: {Path.cwd()} has no run {run.run}, but {ROOT} has one; "
+                "to continue it, run the command there"
+            )
+        self.logs, self.results = run.logs, Path("results") / run.run
+        self.alerts = open_alerts(
+            self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets)
+        )
+        self.supervisor = Supervisor(self.logs, plan.restarts, self.event)
+        self.extensions = self._extensions(extend)
+        self.scheduled_phases = scheduled_phases(plan, self.extensions)
+
+    def run(self, redo: frozenset[str] = frozenset(), skip: frozenset[str] = frozenset()) -> None:
+        """Run the whole plan in order; SystemExit at a no-go or a failed command.
+
+        redo: phases and stages to repeat. skip: stages to skip.
+        """
+        self._check_names(redo, skip)
+        for title, command in self.plan.before.items():
+            self.run_command(title, shlex.split(command))
+        before: Path | None = None  # checkpoints of the previous phase
+        for scheduled in self.scheduled_phases:
+            self._renew(scheduled, before, scheduled.run.phase in redo)
+            milestones = scheduled.phase.milestones
+            for stop in sorted({milestone.step for milestone in milestones} | {scheduled.end}):
+                self.train(scheduled, stop, before)
+                for milestone in milestones:
+                    if milestone.step == stop:
+                        checkpoint = scheduled.run.checkpoints / f"step_{stop}"
+                        evals = milestone.evals or tuple(self.plan.evals)
+                        self.judge(replace(milestone, evals=evals), checkpoint, scheduled)
+            before = scheduled.run.checkpoints
+        checkpoint = step_folders(self.scheduled_phases[-1].run.checkpoints)[-1]
+        for stage in self.plan.stages:
+            if stage.name in skip:
+                text = f"stage {stage.name} is skipped (--skip)"
+                self.event("skipped_stage", text, stage=stage.name)
+                continue
+            checkpoint = self.run_stage(stage, checkpoint, stage.name in redo)
+        for title, command in self.plan.after.items():
+            self.run_command(title, self._fill(command, checkpoint=checkpoint))
+
+    def train(self, scheduled: ScheduledPhase, stop: int, before: Path | None) -> None:
+        """Train a phase up to step `stop`, unless a checkpoint of this or a later step exists.
+
+        before: the previous phase's checkpoints, from which a new phase starts.
+        """
+        run = scheduled.run
+        folders = step_folders(run.checkpoints)
+        if folders and step_of(folders[-1]) >= stop and damage(folders[-1]) is None:
+            return
+        settings = [f"until={stop}"] if stop < scheduled.end else []
+        if self.extensions:
+            schedule = run.schedule
+            settings += [f"steps={run.steps}", f"schedule.total_steps={schedule.total_steps}"]
+            settings += [f"schedule.decay_steps={schedule.decay_steps}"]
+            settings += [f"start_step={run.start_step}"] if run.start_step is not None else []
+        resume = ["--resume_from", str(before)] if before else []
+        data = run.data
+        self.run_command(
+            f"Training, phase {run.phase}, steps {scheduled.begin} to {stop} of {scheduled.end}: "
+            f"{', '.join(data.mix)}, sequence length {data.sequence_length}, "
+            f"rope theta {run.theta_text}",
+            [*self.launch, "--config", scheduled.phase.config, *resume, *settings],
+        )
+
+    def run_stage(self, stage: PlanStage, checkpoint: Path, redo: bool) -> Path:
+        """Run a stage's commands on a checkpoint, judge the new checkpoint and return it.
+
+        A stage whose base model has changed is set aside and repeated.
+        """
+        output, record = Path(stage.output_dir), self.results / stage.name / "stage.json"
+        inputs = {
+            "checkpoint": identity(checkpoint),
+            "commands": stage.commands,
+            "settings": _settings(stage),
+        }
+        done, folders = read_object(record), step_folders(output)
+        position = (read_object(folders[-1] / "state" / "trainer.json") if folders else None) or {}
+        parent = position.get("parent") if position.get("phase") == stage.name else None
+        base = parent or (done or {}).get("checkpoint")
+        if folders and redo:
+            self._set_aside(output, f"{stage.name} is repeated (--redo)")
+        elif folders and base not in (None, "", inputs["checkpoint"]):
+            text = f"{stage.name} did not start from {checkpoint} and is repeated"
+            self._set_aside(output, text)
+        elif (
+            folders
+            and done
+            and any(done.get(name) != inputs[name] for name in ("commands", "settings"))
+        ):
+            raise ValueError(
+                f"the settings of stage {stage.name} have changed since it ran; "
+                f"repeat it with --redo {stage.name}, or undo the change"
+            )
+        write_json(record, inputs)
+        for title, command in stage.commands.items():
+            self.run_command(title, self._fill(command, checkpoint=checkpoint))
+        if not step_folders(output):
+            raise ValueError(
+                f"stage {stage.name} wrote no checkpoint to {output}; make its commands write there"
+            )
+        newest = step_folders(output)[-1]
+        if stage.evals:
+            self.judge(stage, newest)
+        return newest
+
+    def judge(
+        self,
+        milestone: Milestone | PlanStage,
+        checkpoint: Path,
+        scheduled: ScheduledPhase | None = None,
+    ) -> None:
+        """Evaluate and judge a milestone or stage once; SystemExit(3) at a no-go."""
+        if isinstance(milestone, Milestone):
+            step: int | str = milestone.step
+            where, folder = f"at step {step}", self.results / f"step_{step}"
+        else:
+            step = milestone.name
+            where, folder = f"after {step}", self.results / milestone.name
+        if not checkpoint.is_dir():
+            raise ValueError(
+                f"{checkpoint} is missing, but the plan judges it {where}; restore the folder, or "
+                f"repeat with --redo {scheduled.run.phase if scheduled else step}"
+            )
+        path, checkpoint_id = folder / "decision.json", identity(checkpoint)
+        done = read_object(path) or {}
+        phase = scheduled.run.phase if scheduled else str(step)
+        compared = [reference_of(gate, self.measured) for gate in milestone.gates]
+        earlier_values = [
+            estimate(gate.metric, reference.metrics) if reference else None
+            for gate, reference in zip(milestone.gates, compared, strict=True)
+        ]
+        references = [value.value if value else None for value in earlier_values]
+        current = done.get("of") == checkpoint_id and done.get("gates") == _plain(milestone.gates)
+        current = current and done.get("references", [None] * len(references)) == references
+        if current and (done.get("outcome") != "no-go" or done.get("accepted")):
+            self._remember(milestone.evals, folder, phase, where)
+            return
+        for name in milestone.evals:
+            self._evaluate(name, checkpoint, checkpoint_id, folder / f"{name}.json", where)
+        metrics = self._remember(milestone.evals, folder, phase, where)
+        verdicts = [
+            judge(gate, metrics, reference)
+            for gate, reference in zip(milestone.gates, compared, strict=True)
+        ]
+        outcome = decide(verdicts) if verdicts else "go"
+        # A reason applies only to a no-go that an earlier call reported.
+        was_seen = current and done.get("outcome") == "no-go"
+        steps = self.extended.get(scheduled.run.phase) if scheduled else None
+        reason = self.accept or (f"{phase} extended by {steps} steps" if steps else None)
+        accepted = reason if outcome == "no-go" and was_seen else None
+        decision: dict[str, Any] = {"step": step, "outcome": outcome, "accepted": accepted}
+        decision["gates"] = _plain(milestone.gates)
+        decision |= (
+            {"references": references} if any(gate.against for gate in milestone.gates) else {}
+        )
+        values = [verdict.value for verdict in verdicts]
+        write_json(path, {**decision, "values": values, "of": checkpoint_id, "metrics": metrics})
+        advice = [
+            verdict.gate.advice
+            for verdict in verdicts
+            if verdict.outcome != "go" and verdict.gate.advice
+        ]
+        advice = list(dict.fromkeys(advice)) or (
+            [milestone.advice] if milestone.advice and outcome != "go" else []
+        )
+        text = (
+            f"{outcome} {where}: "
+            + "; ".join(map(str, verdicts))
+            + (f"; accepted: {accepted}" if accepted else "")
+        )
+        append_event(self.logs, "gate", text, **decision, values=values, advice="; ".join(advice))
+        self.alerts.send(
+            "gate",
+            f"{self.scheduled_phases[0].run.run}: {outcome} {where}",
+            "\n".join([text, *advice]),
+        )
+        self.alerts.flush()
+        for verdict in verdicts:
+            print(f"    {verdict}{self._previous_value(verdict.gate)}")
+        print(
+            f"decision {where}: {outcome.upper()}"
+            + (f", accepted: {accepted}" if accepted else ""),
+            flush=True,
+        )
+        for sentence in advice:
+            print(f"the plan advises: {sentence}", flush=True)
+        if outcome == "no-go" and not accepted:
+            print('To continue, run it again with --accept "reason".', file=sys.stderr)
+            raise SystemExit(NO_GO)
+        self.accept = None if accepted else self.accept  # one reason accepts one decision
+
+    def _evaluate(
+        self, name: str, checkpoint: Path, checkpoint_id: str, output: Path, where: str
+    ) -> None:
+        """Run an evaluation, unless `output` has its results for this checkpoint and command."""
+        key = {"of": checkpoint_id, "command": self.plan.evals[name]}
+        stored = read_object(output) or {}
+        if not stored.get("not_measured") and all(stored.get(k) == v for k, v in key.items()):
+            return
+        command = self._fill(self.plan.evals[name], checkpoint=checkpoint, output=output)
+        self.run_command(f"Evaluation {name} {where}", command)
+        content = read_object(output)
+        if content is None:
+            raise ValueError(
+                f"the evaluation {name} wrote no results to {output}; "
+                "make its command write to {output}"
+            )
+        write_json(output, {**content, **key})
+
+    def _previous_value(self, gate: Gate) -> str:
+        """Return "; before, WHERE: VALUE" for an absolute gate measured earlier, else ""."""
+        if gate.against:
+            return ""
+        earlier = [(m.where, estimate(gate.metric, m.metrics)) for m in self.measured[:-1]]
+        texts = [f"; before, {where}: {value.value:.3f}" for where, value in earlier if value]
+        return texts[-1] if texts else ""
+
+    def _remember(self, names: tuple[str, ...], folder: Path, phase: str, where: str) -> dict:
+        """Read the metrics of a milestone or stage and keep them for later gates."""
+        contents = [(name, read_object(folder / f"{name}.json")) for name in names]
+        metrics = [by_name(name, content["metrics"]) for name, content in contents if content]
+        merged = {name: values for one_eval in metrics for name, values in one_eval.items()}
+        self.measured.append(Measured(phase, where, merged))
+        return self.measured[-1].metrics
+
+    def _renew(self, scheduled: ScheduledPhase, before: Path | None, redo: bool) -> None:
+        """Set aside checkpoints that a phase cannot continue from.
+
+        Reasons: --redo, a changed base model, or a decay that ended before an extension.
+        """
+        run, folders = scheduled.run, step_folders(scheduled.run.checkpoints)
+        positions = [
+            (folder, position)
+            for folder in folders
+            if (position := read_object(folder / "state" / "trainer.json"))
+        ]
+        if not positions:
+            return
+        newest, position = positions[-1]
+        earlier = step_folders(before)[-1] if before and step_folders(before) else None
+        if redo:
+            self._set_aside(run.checkpoints, f"{run.phase} is repeated (--redo)")
+        elif (
+            earlier
+            and position["phase"] == run.phase
+            and position["parent"] not in ("", identity(earlier))
+        ):
+            self._set_aside(
+                run.checkpoints, f"{run.phase} did not start from {earlier} and is repeated"
+            )
+        elif self.extensions and position.get("rate", {}).get("total_steps") not in (
+            None,
+            run.schedule.total_steps,
+        ):
+            stable = run.schedule.total_steps - run.schedule.decay_steps  # the decay begins there
+            decayed = [folder for folder, where in positions if where["step"] > stable]
+            if decayed and position["step"] < scheduled.end:
+                text = (
+                    f"the learning rate of {newest} decayed for a shorter {run.phase}; "
+                    "the decay is repeated"
+                )
+                self._set_aside(run.checkpoints, text, decayed)
+
+    def _set_aside(self, folder: Path, why: str, steps: list[Path] | None = None) -> None:
+        """Move a folder of checkpoints, or some of its step folders, to <folder>.old<n>."""
+        number = next(
+            n for n in range(1, 1000) if not folder.with_name(f"{folder.name}.old{n}").exists()
+        )
+        aside = folder.with_name(f"{folder.name}.old{number}")
+        if steps is None:
+            folder.rename(aside)
+        else:
+            aside.mkdir()
+            for step in steps:
+                step.rename(aside / step.name)
+        text = f"{why}; its old checkpoints are in {aside}; delete them if you do not need them"
+        self.event("set_aside", text)
+
+    def event(self, kind: str, text: str, **fields: object) -> None:
+        """Log an event and print it."""
+        append_event(self.logs, kind, text, **fields)
+        print(text, flush=True)
+
+    def _fill(self, command: str, **values: object) -> list[str]:
+        """Split a plan's command into words and fill in {checkpoint}, {output} and {run}."""
+        return [
+            word.format(run=self.scheduled_phases[0].run.run, **values)
+            for word in shlex.split(command)
+        ]
+
+    def _check_names(self, redo: frozenset[str], skip: frozenset[str]) -> None:
+        stages = [stage.name for stage in self.plan.stages]
+        phases = [scheduled.run.phase for scheduled in self.scheduled_phases]
+        for flag, names, valid in (("--redo", redo, [*phases, *stages]), ("--skip", skip, stages)):
+            if unknown := sorted(names - set(valid)):
+                raise ValueError(f"{flag} {unknown[0]}: the plan has {', '.join(valid) or 'none'}")
+
+    def branch(self, name: str, step: int, steps: int) -> None:
+        """Decay the learning rate over `steps` steps from the checkpoint of `step`.
+
+        The branch gets its own folders beside the run's.
+        """
+        phases = [s for s in self.scheduled_phases if (s.run.checkpoints / f"step_{step}").is_dir()]
+        if not phases:
+            raise ValueError(
+                f"no phase has a checkpoint of step {step} to branch from; "
+                "checkpoint.keep sets how many are kept"
+            )
+        run = phases[0].run
+        warmup, end = run.schedule.warmup_steps, step + steps
+        settings = [
+            f"phase=branch_{name}",
+            f"steps={steps}",
+            f"start_step={step}",
+            f"schedule={{warmup_steps: {warmup}, total_steps: {end}, decay_steps: {steps}}}",
+            f"output_dir=checkpoints/{run.run}/branch_{name}",
+            f"log_dir={self.logs}/branch_{name}",
+        ]
+        base = str(run.checkpoints / f"step_{step}")
+        resume = ["--config", phases[0].phase.config, "--resume_from", base]
+        self.run_command(
+            f"Branch {name}: the learning rate decays from step {step} to {end}",
+            [*self.launch, *resume, *settings],
+        )
+
+    def run_command(self, title: str, command: list[str]) -> None:
+        """Run one command; restart it if a rank dies, exit with its status if it fails."""
+        self.number += 1
+        print(f"\n[{self.number}] {title}\n    {subprocess.list2cmdline(command)}", flush=True)
+        start = time.monotonic()
+        ranks = self.plan.ranks if "scripts.launch" in command else 1
+        environment = {"OMP_NUM_THREADS": str(max(1, cpus() // ranks)), **self.environment}
+        words = [str(ROOT / word) if _entry_point(word) else word for word in command]
+        program = [sys.executable, *words[1:]] if words[0] == "python" else words
+        status = self.supervisor.run(program, environment)
+        print(f"    {time.monotonic() - start:.0f} s", flush=True)
+        if status:
+            if self.supervisor.stopped:
+                reason = "was interrupted. The same command continues from here."
+            else:
+                reason = (
+                    f"stopped (exit status {status}). Fix the error above; "
+                    "the same command then continues from here."
+                )
+            print(f"\nStage {self.number} {reason}", file=sys.stderr)
+            raise SystemExit(status)
+
+    def _extensions(self, new: dict[str, int]) -> dict[str, int]:
+        """Return the steps that each phase is extended by, in this and earlier calls."""
+        path = self.logs / "extensions.json"
+        if path.is_file() and read_object(path) is None:
+            raise ValueError(
+                f"{path} is damaged; restore it as JSON: phase -> steps by which it was extended"
+            )
+        extensions = read_object(path) or {}
+        if new:
+            for phase, steps in new.items():
+                if steps <= (now := extensions.get(phase, 0)):
+                    raise ValueError(
+                        f"{phase} is extended by {now} steps already; continue without --extend, "
+                        f"or make it {now + steps} with --extend {phase}={now + steps}"
+                    )
+            extensions = {**extensions, **new}
+            scheduled_phases(self.plan, extensions)  # raises ValueError before anything is written
+            append_event(self.logs, "extend", f"extended by steps: {new}", **new)
+            write_json(path, extensions)
+        return extensions
+
+
+def _plain(gates: tuple[Gate, ...]) -> list[dict]:
+    """Return the gates as a decision stores them: thresholds without the advice."""
+    return [
+        {
+            "metric": gate.metric,
+            "go": gate.go,
+            "no_go": gate.no_go,
+            **({"against": gate.against} if gate.against else {}),
+        }
+        for gate in gates
+    ]
+
+
+def _settings(stage: PlanStage) -> dict[str, dict]:
+    """Return the content of the configs that a stage's commands name."""
+    words = {word for command in stage.commands.values() for word in shlex.split(command)}
+    return {
+        word: read_yaml(Path(word)) for word in sorted(words) if word.endswith((".yaml", ".yml"))
+    }
+
+
+def _entry_point(word: str) -> bool:
+    """Return True for a script of the project that the working folder lacks."""
+    return word.endswith(".py") and not Path(word).exists() and (ROOT / word).is_file()
