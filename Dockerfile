@@ -1,5 +1,4 @@
-# Image for training on NVIDIA GPUs. It has not been built or run yet: the tests and CI do not
-# build it, and no GPU was available.
+# Image for training on NVIDIA GPUs. It has not been built or run yet; CI does not build it.
 #
 #   docker build -t nanollama .
 #   docker run --rm -it --gpus all --ipc=host \

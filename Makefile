@@ -1,7 +1,7 @@
 # make setup        install all packages (requirements.txt); other targets install their own
 # make quickstart   train, evaluate and chat with a small model on this machine
 # make test         run the tests
-# make fuzz         fuzz configs, data, checkpoints, GGUF and templates (FUZZ_INPUTS=50000)
+# make fuzz         fuzz configs, data, checkpoints, GGUF files and templates (FUZZ_INPUTS=50000)
 # make demo         chat with the newest model under checkpoints/ in a browser
 # make check        run the linter and the type checker
 # make clean        delete the quickstart run, but not its data

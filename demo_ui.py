@@ -5,8 +5,8 @@ python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo
 python demo_ui.py --gguf gguf/nanollama-1b-q4_k_m.gguf --compare checkpoints/nanollama_1b/dpo
 python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo --share --password ...  # public link
 
-Needs gradio: pip install -r requirements-demo.txt. Binds to localhost unless --host or --share is
-given. A public link lasts a week.
+Needs gradio (pip install -r requirements-demo.txt). Binds to localhost unless --host or --share is
+given. A public link is valid for a week.
 """
 
 import hmac
@@ -37,9 +37,9 @@ def main() -> None:
     models.add_argument("--gguf", type=Path, help="file of scripts/export_gguf.py, for llama.cpp")
     flag("--compare", type=newest_step, help="a second model: a folder or a .gguf file")
     flag("--context", type=at_least(1), help="tokens of a conversation (default: as trained)")
-    about = "tools to offer, or all (default: those of chat training)"
+    about = "tools to offer, or all (default: the tools of chat training)"
     flag("--tools", nargs="+", metavar="NAME", help=about)
-    about = "address to bind to; other addresses than localhost need --password"
+    about = "address to bind to; any address but localhost needs --password"
     flag("--host", default="127.0.0.1", help=about)
     flag("--port", type=PORT, default=7860, help="0: any free port")
     add_boolean(parser, "--share", "create a public link on Gradio's servers; needs --password")
@@ -48,25 +48,25 @@ def main() -> None:
     with user_errors():
         start = time.monotonic()
         if importlib.util.find_spec("gradio") is None:
-            raise ValueError("the demo needs gradio; pip install -r requirements-demo.txt")
+            raise ValueError("the demo needs gradio; run pip install -r requirements-demo.txt")
         if (args.share or args.host not in LOOPBACK) and not args.password:
             raise ValueError("--share and --host open the demo to other machines; set a --password")
         first = args.checkpoint or args.gguf
         if first is None:
             first = newest_model(Path.cwd(), ROOT)
-            print(f"opens {first}, the newest model found; or give --checkpoint", flush=True)
+            print(f"opening {first}, the newest model; --checkpoint opens another", flush=True)
         port = free_port(args.host, args.port)
         paths = [path for path in (first, args.compare) if path]
         page = build([open_chat_model(path, args.context, args.tools) for path in paths])
         url = launch(page, args.host, port, args.password, args.share)
-        print(f"{url} after {time.monotonic() - start:.1f} s; Ctrl-C stops it", flush=True)
+        print(f"{url} (ready in {time.monotonic() - start:.1f} s); Ctrl-C stops it", flush=True)
         page.block_thread()
 
 
 def newest_model(*roots: Path) -> Path:
-    """Find the newest model under checkpoints/ of the first root with one; ValueError without any.
+    """Return the newest model under checkpoints/ of the first root that has one, else ValueError.
 
-    Later stages precede earlier ones: DPO, SFT, mid-training, pretraining.
+    Later stages are preferred: DPO, SFT, mid-training, pretraining.
     """
     for root in roots:
         candidates = []
@@ -76,11 +76,11 @@ def newest_model(*roots: Path) -> Path:
                 continue
             stage = folder.name if step_number(folder) is None else folder.parent.name
             rank = STAGES.index(stage) if stage in STAGES else -1
-            # Pruning changes the folder's own modification time.
+            # Retention changes the modification time of the folder, but not of config.json.
             candidates.append((rank, config.stat().st_mtime_ns, folder))
         if candidates:
             return max(candidates)[2]
-    text = "there is no model under checkpoints/; give --checkpoint or --gguf, or make quickstart"
+    text = "no model found under checkpoints/; give --checkpoint or --gguf, or run make quickstart"
     raise ValueError(text)
 
 
@@ -101,7 +101,7 @@ def launch(
 
 
 def open_chat_model(path: Path, context: int | None, tools: list[str] | None = None) -> ChatModel:
-    """Load a folder or GGUF file. tools: names to offer (default: those of chat training)."""
+    """Load a folder or GGUF file. tools: names to offer (default: the tools of chat training)."""
     chat, runner = open_model(path, context)
     return ChatModel(title(path), runner, chat, offered(trained_chat(path), tools))
 

@@ -9,7 +9,7 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 def cpus() -> int:
-    """Return the usable CPU cores, at least 1: affinity (cpuset, taskset) and cgroup quota."""
+    """Return the number of usable CPU cores: the minimum of CPU affinity and cgroup quota."""
     allowed = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -1,8 +1,8 @@
-"""Make torchrun end quietly for this project's scripts: a rank's error message stays the last line.
+"""Make torchrun print no traceback of its own, so that a rank's error message is the last line.
 
-torch loads the entry points of the group "torchrun.handlers" in the launcher's process; `plug_in`
-is ours (pyproject.toml). It changes nothing for scripts of other projects. scripts/launch.py uses
-the same functions. The module is at the top level so that torch finds it from any folder.
+torch loads the entry points of the group "torchrun.handlers" in the launcher's process; this
+project's is `plug_in` (pyproject.toml). Scripts of other projects are not affected.
+scripts/launch.py uses the same functions.
 """
 
 import logging
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent
 LAUNCHERS = ("torchrun", "accelerate", "accelerate-launch")
 LAUNCHER_MODULES = ("torch.distributed.run", "accelerate.commands.launch")
-LAUNCHER = "NANOLLAMA_LAUNCHER"  # environment variable: the process that its ranks must not outlive
+LAUNCHER = "NANOLLAMA_LAUNCHER"  # environment variable: the launcher's process id, for its ranks
 REASONS = {
     6: "NCCL aborts a rank with signal 6 when another rank is gone",
     9: "signal 9 often means out of memory",
@@ -25,18 +25,18 @@ REASONS = {
 
 
 def plug_in() -> Callable[..., Any]:
-    """Prepare the launcher if it starts one of our scripts; always return torch's own handler.
+    """Prepare the launcher if it starts one of our scripts; return torch's static rendezvous.
 
-    torch registers the result as the rendezvous backend "nanollama"; its use is optional.
+    torch registers the returned handler as the rendezvous backend "nanollama", which is unused.
     """
     if is_launcher(sys.orig_argv) and starts_our_script(sys.orig_argv[1:]):
         prepare()
-        sys.excepthook = end
+        sys.excepthook = exit_quietly
     return static_rendezvous
 
 
 def static_rendezvous(parameters: Any) -> Any:
-    """torch's "static" rendezvous; imported late, because torch is still loading."""
+    """Return torch's "static" rendezvous; imported late, because torch is still loading."""
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import create_rdzv_handler
 
     return create_rdzv_handler(parameters)
@@ -113,8 +113,10 @@ def exit_status(error: BaseException) -> int | None:
     return None
 
 
-def end(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """An excepthook that exits with the failed rank's status, without a traceback."""
+def exit_quietly(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Exit with the failed rank's status and without a traceback; an excepthook."""
     status = exit_status(error)
     if status is None:
         sys.__excepthook__(kind, error, traceback)

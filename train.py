@@ -30,7 +30,7 @@ from training.phase import Evaluate, Stage, TokenizerFiles, run_phase
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--config", help="YAML file (default: configs/phase1_pretrain.yaml)")
-    parser.add_argument("--output_dir", help="for step_N (default: checkpoints/<run>/<phase>)")
+    parser.add_argument("--output_dir", help="default: checkpoints/<run>/<phase>")
     parser.add_argument("--resume_from", help="step or phase folder of an earlier phase")
     parser.add_argument("--steps", type=int, help="updates in this phase")
     parser.add_argument("--wandb_project", help="Weights & Biases project for the metrics")
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--test_mode", action="store_true", help="train a tiny model on dummy data")
     parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
-    args = parser.parse_intermixed_args()  # overrides may stand between flags
+    args = parser.parse_intermixed_args()  # overrides may come between flags
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
         flags = {

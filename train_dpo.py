@@ -28,10 +28,10 @@ from training.config import DataConfig
 from training.distributed import run_on_rank0
 from training.fsdp_utils import compute_dtype
 from training.phase import Stage, run_phase
-from training.preference_losses import DPOConfig, held_out, preference
+from training.preference_losses import DPOConfig, evaluate_pairs, preference
 from training.reference import ReferenceLogps, build_reference, frozen_logps, sharded
 from training.settings import NoEffect
-from training.tuning import TuningRun, parser, start, take_base, with_record
+from training.tuning import TuningRun, open_base, parser, start, with_record
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def align(
     run: PreferenceRun, rank: int, world: int, device: torch.device, profile: bool = False
 ) -> int:
     """Train on preference pairs. Returns the exit status of training.loop.train."""
-    base = take_base(run, Path(run.preferences.cache))
+    base = open_base(run, Path(run.preferences.cache))
     _, folder, files, run = base
     data, new_tokens = run.data, files.new_tokens
     prepared = run_on_rank0(
@@ -100,7 +100,8 @@ def align(
     )
     files = with_record(base, [source.report for source in train.values()], data.sequence_length)
     size = max(1, min(data.micro_batch_size // 2, data.pairs_per_step // world))  # pairs
-    multiple = 64 if device.type == "cuda" else 1  # few row lengths, for kernels and compilation
+    # Row lengths are multiples of this: each length costs a compilation.
+    multiple = 64 if device.type == "cuda" else 1
     pairs = PairLoader(
         train,
         data.mix,
@@ -123,13 +124,13 @@ def align(
     lines = run.schedule_lines()
     if 2 * size < data.micro_batch_size:
         lines.append(
-            f"micro-batches: {2 * size} rows, all that a rank has, instead of "
+            f"micro-batches: {2 * size} rows, the rank's share of a step, instead of "
             f"data.micro_batch_size={data.micro_batch_size}"
         )
     run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
     objective = preference(run.dpo)
     evaluate = (
-        partial(held_out, objective=objective, sources=sources, total=setup.all_reduce_sum)
+        partial(evaluate_pairs, objective=objective, sources=sources, total=setup.all_reduce_sum)
         if sources
         else None
     )
@@ -163,16 +164,16 @@ def reference_logps(
     steps: dict,
     pairs: dict[str, dict[str, Pairs]],
 ) -> Callable[[str, list, PairBatch], torch.Tensor] | None:
-    """A function that returns the log-probabilities of a batch under the reference model.
+    """Return a function that looks up or computes a batch's reference log-probabilities.
 
-    The reference is run.init_from. Unless dpo.referred is "cpu", its log-probabilities are computed
-    before the policy is built. None if the loss has no reference.
+    The reference model is run.init_from. None if the loss needs no reference. "precomputed"
+    log-probabilities are computed here, before the policy is built.
     """
     base, dpo = Path(str(run.init_from)), run.dpo
-    if dpo.referred == "cpu":
+    if dpo.resolved_reference == "cpu":
         model = build_reference(base, run.model, new_tokens)
         return lambda split, names, batch: frozen_logps(model, batch)
-    if dpo.referred == "none":
+    if dpo.resolved_reference == "none":
         return None
     sources = [
         (split, name, source)

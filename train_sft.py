@@ -13,9 +13,9 @@ complete checkpoint. Set any other setting with section.key=value.
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from data.chat.rendering import Chat
 from data.chat.sft import ChatConfig, Conversations, describe, prepare
@@ -23,12 +23,13 @@ from data.dataloader import PackedDataLoader, Prefetcher, row_batches
 from data.tokenizers.bpe import token_bytes
 from evals.eval_perplexity import perplexity
 from evals.samples import write_samples
+from models.nanollama import NanoLlama
 from training import setup
 from training.checkpoint import whole_weights
 from training.distributed import run_on_rank0
 from training.objectives import next_token, with_neftune
 from training.phase import Stage, run_phase
-from training.tuning import TuningRun, parser, start, take_base, with_record
+from training.tuning import TuningRun, open_base, parser, start, with_record
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class SFTConfig(TuningRun):
 
 
 def main() -> None:
-    batch_size = "rows per rank and micro-batch; a step stays data.tokens_per_step"
+    batch_size = "rows per rank and micro-batch; the step keeps data.tokens_per_step tokens"
     args = parser(__doc__, "configs/sft.yaml", batch_size).parse_intermixed_args()
     epochs = None if args.num_steps is None else "null"  # --num_steps overrides chat.epochs
     flags = {"data.micro_batch_size": args.batch_size, "chat.epochs": epochs}
@@ -50,7 +51,7 @@ def finetune(
     run: SFTConfig, rank: int, world: int, device: torch.device, profile: bool = False
 ) -> int:
     """Train on conversations. Returns the exit status of training.loop.train."""
-    base = take_base(run, Path(run.chat.cache))
+    base = open_base(run, Path(run.chat.cache))
     chat, folder, _, run = base
     check_samples(run, chat)
     data, length = run.data, run.data.sequence_length
@@ -73,7 +74,8 @@ def finetune(
     bytes_of = torch.zeros(run.model.vocab_size, dtype=torch.int64)
     bytes_of[: len(token_sizes)] = token_sizes
 
-    def evaluate(model: Any) -> dict[str, dict[str, float]]:
+    def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
+        assert isinstance(model, NanoLlama)
         results = perplexity(model, batches, bytes_of, setup.all_reduce_sum) if batches else {}
         if end := loader.position:
             begin = max(0, end - run.validation.every)
@@ -91,8 +93,13 @@ def finetune(
         objective = with_neftune(objective, run.chat.neftune_alpha, run.seed)
     lines += [line for name, source in sources.items() for line in describe(name, source.report)]
     lines += packed.describe(run.steps)
-    measured = evaluate if batches or run.chat.samples else None
-    stage = Stage(loader, objective, files, measured, data_lines=lines)
+    stage = Stage(
+        loader=loader,
+        objective=objective,
+        tokenizer=files,
+        evaluate=evaluate if batches or run.chat.samples else None,
+        data_lines=lines,
+    )
     return run_phase(run, device, stage, profile)
 
 

@@ -1,7 +1,7 @@
-"""Read YAML configs within limits; any damaged or hostile file raises one ValueError.
+"""Read YAML configs within limits; a damaged or hostile file raises a ValueError.
 
-PyYAML keeps only the last of two equal keys, expands aliases and merges without a limit, and raises
-many kinds of errors.
+PyYAML itself keeps the last of two equal keys, expands aliases and merges without a limit, and
+raises many types of errors.
 """
 
 from collections.abc import Hashable

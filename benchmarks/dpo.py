@@ -4,9 +4,9 @@
     python -m benchmarks.dpo --output benchmarks/results/dpo.json    # a tiny model on a CPU
     python -m benchmarks.dpo --shape 1b --rounds 2    # 1.1B x 2,048 tokens in bf16, for a GPU
 
-Both use the same pairs and weights. Each contender is a process; they take turns. Pair lengths are
-those of hh-rlhf in the tiny shape, and random up to a full row in the other; the tokens are random.
-Ours reads batches through the loader and computes every metric. TRL uses its Trainer's defaults,
+Both use the same pairs and weights. Each contender is a process; they take turns. The tokens are
+random. Pairs of the tiny shape have hh-rlhf's lengths, those of the other up to a full row. Ours
+reads batches through the loader and computes every metric. TRL uses its Trainer's defaults,
 with our dtype and the same gradient checkpointing.
 """
 
@@ -400,17 +400,17 @@ def main(argv: list[str] | None = None) -> None:
             result["contenders"][contender] = figures
             print(f"{contender:>20}  {figures}", flush=True)
     contenders = result["contenders"]
-    for other in ("trl", "trl_precomputed"):
+    for peer in ("trl", "trl_precomputed"):
         if "pairs_per_s" in contenders.get("ours", {}) and "pairs_per_s" in contenders.get(
-            other, {}
+            peer, {}
         ):
             ratio = {
-                key: contenders["ours"][key] / contenders[other][key]
+                key: contenders["ours"][key] / contenders[peer][key]
                 for key in ("pairs_per_s", "peak_gb")
             }
-            result[f"ours over {other}"] = ratio
+            result[f"ours over {peer}"] = ratio
             print(
-                f"ours over {other}: {ratio['pairs_per_s']:.2f} x the pairs per second, "
+                f"ours over {peer}: {ratio['pairs_per_s']:.2f} x the pairs per second, "
                 f"{ratio['peak_gb']:.2f} x the memory"
             )
     write(args.output, result)

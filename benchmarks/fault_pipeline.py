@@ -56,7 +56,7 @@ def kill_driver(lab: Lab) -> Row:
     cases = [("one", 6)] if lab.quick else [("one", 6), ("sft", 2), ("dpo", 2)]
     plan, parts = (JUDGED, ("one",)) if lab.quick else (TUNED, ALL_TRAINED)
     for phase, step in cases:
-        site.hurt(plan, at_save(phase, step, "scripts.pipeline", pause=1.0), settle=False)
+        site.run_faulty(plan, at_save(phase, step, "scripts.pipeline", pause=1.0), settle=False)
     site.finish(plan)
     site.settle_all()
     check_stops(site, len(cases))
@@ -72,7 +72,7 @@ def kill_in_decision(lab: Lab) -> Row:
     write = point("write", "*decision.json.tmp", "limit", size=64, **driver)
     rename = point("rename", "*decision.json", **driver)
     for fault in (write,) if lab.quick else (write, rename):
-        site.hurt(JUDGED, fault)
+        site.run_faulty(JUDGED, fault)
         if (site.folder / "results/tiny" / f"step_{MILESTONE}" / "decision.json").exists():
             raise Failed("an incomplete decision.json has its final name")
     site.finish(JUDGED)
@@ -100,7 +100,7 @@ def kill_evaluation(lab: Lab) -> Row:
         point("rename", "*held_out.json", **evaluation),
     ]
     for fault in points[:1] if lab.quick else points:
-        site.hurt(JUDGED, fault)
+        site.run_faulty(JUDGED, fault)
     output = site.folder / "results" / "tiny" / f"step_{MILESTONE}" / "held_out.json"
     if output.exists():
         raise Failed("an incomplete result has its final name")
@@ -126,7 +126,7 @@ def kill_launcher(lab: Lab) -> Row:
     for command, phase, step in cases:
         if phase == "midtrain":
             site.finish(TRAIN)
-        site.hurt(command, at_save(phase, step, "scripts.launch", pause=1.0), settle=False)
+        site.run_faulty(command, at_save(phase, step, "scripts.launch", pause=1.0), settle=False)
     parts = ("one",) if lab.quick else ("one", "midtrain")
     site.finish(cases[-1][0])
     site.settle_all()
@@ -147,7 +147,7 @@ def hang_up(lab: Lab) -> Row:
     )
     plan, parts = (JUDGED, ("one",)) if lab.quick else (TUNED, ALL_TRAINED)
     for phase, step, whom in cases:
-        ended = site.hurt(plan, at_save(phase, step, whom, number=number))
+        ended = site.run_faulty(plan, at_save(phase, step, whom, number=number))
         if ended.status != 128 + number or "The same command continues" not in ended.output:
             raise Failed(f"status {ended.status} after SIGHUP: {ended.output[-300:]}")
     site.finish(plan)
@@ -181,7 +181,7 @@ def kill_between_stages(lab: Lab) -> Row:
     chosen = borders[1:2] if lab.quick else borders
     plan, parts = (f"{TUNED} --skip dpo", ALL_TRAINED[:3]) if lab.quick else (TUNED, ALL_TRAINED)
     for fault in chosen:
-        site.hurt(plan, fault)
+        site.run_faulty(plan, fault)
     site.finish(plan)
     comparison = compare_sites(site, lab.sites.reference(), *parts)
     done = f"{len(chosen)} times: after a stage's last checkpoint, in stage.json, at the next start"
@@ -199,7 +199,7 @@ def two_commands(lab: Lab) -> Row:
     while not (register / "point-0").exists() and time.monotonic() < end:
         time.sleep(0.02)
     for second in seconds:
-        ended = site.give(second)
+        ended = site.run(second)
         if ended.status != 2 or "is in use by process" not in ended.output or TRACE in ended.output:
             raise Failed(f"the second command: status {ended.status}: {ended.output[-400:]}")
         site.faults.append({"command": second, "status": ended.status, "points": [hold]})

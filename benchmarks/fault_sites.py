@@ -123,13 +123,13 @@ class Site:
         for register in sorted((self.folder / "faults").glob("[0-9]*")):
             self.settle(register)
 
-    def give(self, command: str, *points: Point, settle: bool = True) -> Ended:
+    def run(self, command: str, *points: Point, settle: bool = True) -> Ended:
         """Run a command and wait for it."""
         return self.end(self.begin(command, *points), settle)
 
-    def hurt(self, command: str, *points: Point, settle: bool = True) -> Ended:
+    def run_faulty(self, command: str, *points: Point, settle: bool = True) -> Ended:
         """Run a command that must fail after all its points have acted."""
-        ended = self.give(command, *points, settle=settle)
+        ended = self.run(command, *points, settle=settle)
         acted = len(list(self.register.glob("point-*")))
         if ended.status == 0 or acted < len(points):
             summary = f"status {ended.status}, {acted} of {len(points)} faults acted"
@@ -139,7 +139,7 @@ class Site:
 
     def finish(self, command: str) -> Ended:
         """Run a command that must succeed."""
-        ended = self.give(command)
+        ended = self.run(command)
         if ended.status:
             raise Failed(f"status {ended.status} without a fault: {command}: {ended.output[-800:]}")
         return ended

@@ -27,10 +27,10 @@ KB = 1024
 FULL = ("No space left on device", "the disk is full", "make room there", "free some space")
 
 
-def hurt_all(site: Site, command: str, points: list[Point]) -> None:
+def run_faults(site: Site, command: str, points: list[Point]) -> None:
     """Run a command once per fault, then until it completes."""
     for fault in points:
-        site.hurt(command, fault)
+        site.run_faulty(command, fault)
     site.finish(command)
 
 
@@ -49,7 +49,7 @@ def kill_sft(lab: Lab) -> Row:
         point("rename", "*sft/step_6", **first),
     ]
     chosen = points[:3] if lab.quick else [points[i] for i in (3, 0, 4, 5, 1, 2, 6, 7, 8)]
-    hurt_all(site, tune("sft"), chosen)
+    run_faults(site, tune("sft"), chosen)
     comparison = compare_sites(site, lab.sites.reference(), "sft")
     done = f"{len(chosen)} times: in start-up, caching, steps and saves"
     done = "3 times: caching, in steps, in a save" if lab.quick else done
@@ -74,7 +74,7 @@ def kill_dpo(lab: Lab) -> Row:
     ]
     chosen = points[:2] if lab.quick else [points[i] for i in (3, 4, 0, 5, 1, 2, 6)]
     for fault in chosen:
-        site.hurt(tune("dpo"), fault)
+        site.run_faulty(tune("dpo"), fault)
         halves = list((site.folder / "checkpoints/tiny/dpo").glob(".reference*.tmp/.tmp*"))
         if fault is points[0] and len(halves) != 1:
             raise Failed("not killed while writing the reference log-probabilities")
@@ -102,7 +102,7 @@ def kill_export(lab: Lab) -> Row:
         point("write", "*gguf/*Modelfile*", "limit", size=20),
     ]
     for fault in points[:2] if lab.quick else points:
-        site.hurt(GGUF, fault)
+        site.run_faulty(GGUF, fault)
         for name, content in checksums(site, "gguf").items():
             if name.endswith(".gguf") and expected.get(name) != content:
                 raise Failed(f"{name} is incomplete under its final name")
@@ -120,7 +120,7 @@ def kill_data(lab: Lab) -> Row:
     downloads = [point("rename", "*manifest.json"), point("rename", "*documents/first")]
     for name in ("first", "second"):
         faults = [] if lab.quick or name == "second" else downloads[:1]
-        hurt_all(site, DOWNLOAD.format(name), faults)
+        run_faults(site, DOWNLOAD.format(name), faults)
     worker = "scripts.prepare_data" if lab.quick else "worker"
     shard = "*tokens/*/.train-*.tmp"
     points = [
@@ -132,7 +132,7 @@ def kill_data(lab: Lab) -> Row:
         point("rename", "*store/tokens/first", whom="*"),
         point("rename", "*store/tokens/second"),
     ]
-    hurt_all(site, PREPARE, [points[2], points[6]] if lab.quick else points)
+    run_faults(site, PREPARE, [points[2], points[6]] if lab.quick else points)
     comparison = compare_sites(site, lab.sites.reference(), "data", "documents")
     done = (
         "8 times: download, start-up, cleaning, in a shard (a worker, all), manifests, the report"
@@ -149,7 +149,7 @@ def kill_tokenizer(lab: Lab) -> Row:
         point("start", delay=1.0),
         point("read", "*documents/second/manifest.json*", delay=0.02),
     ]
-    hurt_all(site, TOKENIZER, points[:1] if lab.quick else points)
+    run_faults(site, TOKENIZER, points[:1] if lab.quick else points)
     comparison = compare_sites(site, lab.sites.reference(), "tokenizer")
     done = "before its rename" if lab.quick else "4 times: in start-up, reading, training, renaming"
     return row_of(site, comparison, "SIGKILL of tokenizer training", done, "")
@@ -195,7 +195,7 @@ def fill_disk(
             shutil.copytree(reference.folder / path, site.folder / path, dirs_exist_ok=True)
         for fault in faults:
             fault["folder"] = str(folder)
-            ended = site.hurt(command, fault)
+            ended = site.run_faulty(command, fault)
             reported = any(words in ended.output for words in FULL)
             if ended.status != 2 or not reported or "Traceback" in ended.output:
                 raise Failed(f"status {ended.status} on a full disk: {ended.output[-600:]}")
@@ -254,7 +254,7 @@ def remove_logs(lab: Lab) -> Row:
     site = lab.sites.site("logs-removed", *STORE)
     step = 4
     removal = at_save("one", step, "", do="delete", folder="logs")
-    ended = site.give(TRAIN, removal)
+    ended = site.run(TRAIN, removal)
     if ended.status or not (site.register / "point-0").exists():
         raise Failed(f"status {ended.status} after logs/ was removed: {ended.output[-500:]}")
     site.faults.append({"command": TRAIN, "status": 0, "points": [removal]})

@@ -26,13 +26,13 @@ from training.preference_losses import DPOConfig, answer_logps, pair_losses, pre
 from training.reference import frozen_logps
 
 LENGTH = 256
+# Short answers keep sums of log-probabilities exact to 1e-5 in fp32.
 ROWS: list[dict[str, Any]] = [
     {"prompt": "2+2?", "chosen": "4", "rejected": "Maybe 5."},
     {"prompt": "Say hello to the world.", "chosen": "Hello, world!", "rejected": "No."},
     {"prompt": "Name a colour", "chosen": "Red", "rejected": "Six"},
     {"prompt": "What is the capital of France?", "chosen": "Paris.", "rejected": "Lyon"},
 ]
-# short answers keep sums of log-probabilities exact to 1e-5 in fp32
 # name -> our dpo settings, settings of TRL's trainer
 LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sigmoid": ({}, {"loss_types": ["sigmoid"]}),
@@ -217,7 +217,7 @@ def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
     }
     with torch.no_grad():
         logps = answer_logps(policy, batch).unflatten(0, (2, -1))
-    lengths = (batch.places < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
+    lengths = (batch.answer_positions < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
     settings = {"beta": 2.0, "margin": 0.7, "label_smoothing": 0.1}
     losses = pair_losses(DPOConfig(loss="simpo", **settings), logps, lengths)
     table["simpo, beta 2, margin 0.7, smoothing 0.1"] = {

@@ -23,7 +23,7 @@ from training import setup
 from training.settings import load_settings
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "sft.yaml"
-ROW = 384  # tokens: the conversations fill two rows; a row of twice that contains them all
+ROW = 384  # tokens; the conversations fill two rows, or one row of twice the length
 CALL = {"function": {"name": "now", "arguments": {"zone": "UTC"}}}
 TOOLS = [
     {

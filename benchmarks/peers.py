@@ -47,10 +47,9 @@ class Work(NamedTuple):
     device: torch.device
     rank: int
     world: int
-    steps: int  # at most
-    pace: Callable[
-        [Tensor | float], None
-    ]  # after each step, with its loss (of this rank, or of all)
+    steps: int  # maximum
+    # Called after each step with its loss, of this rank or of all.
+    pace: Callable[[Tensor | float], None]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,8 +95,8 @@ def ours(work: Work, documents: bool = False) -> None:
         def __init__(self) -> None:
             self.ahead = Prefetcher(work.loader(work.rank, work.world), work.device)
 
-        def at(self, place: int) -> Step:
-            step = self.ahead.at(place)
+        def at(self, batch_index: int) -> Step:
+            step = self.ahead.at(batch_index)
             return (
                 step
                 if documents
@@ -207,7 +206,7 @@ class PlainBlock(nn.Module):
             attention[name](y).unflatten(-1, (-1, self.size)).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         )
-        q, k = turn(q, cos, sin), turn(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + attention["o_proj"](y.transpose(1, 2).flatten(2))
         y = normed(self.post_attention_layernorm, x)
@@ -218,7 +217,7 @@ def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
@@ -322,11 +321,11 @@ def litgpt(work: Work) -> None:
         for a, b in (("fc_1", "gate_proj"), ("fc_2", "up_proj"), ("proj", "down_proj")):
             theirs[f"{new}.mlp.{a}.weight"] = ours[f"{old}.mlp.{b}.weight"]
     model.load_state_dict(theirs)
-    plainly = [p for name, p in model.named_parameters() if p.ndim == 1 or "wte" in name]
+    undecayed = [p for name, p in model.named_parameters() if p.ndim == 1 or "wte" in name]
     decayed = [p for name, p in model.named_parameters() if p.ndim == 2 and "wte" not in name]
     groups = [
         {"params": decayed, "weight_decay": run.optim.weight_decay},
-        {"params": plainly, "weight_decay": 0.0},
+        {"params": undecayed, "weight_decay": 0.0},
     ]
     model, optimizer = fabric.setup(model, adamw(groups, run.optim))
 

@@ -1,7 +1,7 @@
-"""Manifests: JSON files beside a stage's output that let the next run skip a finished stage.
+"""Manifests: JSON files beside a stage's output by which the next run skips a finished stage.
 
-A manifest holds "inputs" (hashes and settings that the output depends on) and the stage's own
-records. It is written last: an output without a manifest is unfinished.
+A manifest has "inputs" (hashes and settings that determine the output) and the stage's records. It
+is written last: an output without a manifest is unfinished.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ import numpy as np
 import files
 from data.verified import damaged
 from files import (
-    check_room,
+    check_free_space,
+    disk_full_error,
     file_hash,
     is_full,
-    no_room,
     read_object,
-    sweep,
+    remove_stale,
     temporary,
     write_text,
 )
@@ -31,17 +31,17 @@ NAME = "manifest.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} if the file is missing; ValueError for other content."""
+    """Return the object in a JSON file, {} if the file is missing; ValueError for other content."""
     return files.read_json(path) if path.is_file() else {}
 
 
 def read(folder: Path) -> dict | None:
-    """The manifest of a folder; None if it is missing or unreadable."""
+    """Return the manifest of a folder; None if it is missing or unreadable."""
     return read_object(folder / NAME)
 
 
 def is_current(folder: Path, inputs: dict) -> bool:
-    """True if this folder was finished from these inputs."""
+    """Return True if a folder's manifest has these inputs."""
     content = read(folder)
     return content is not None and content.get("inputs") == inputs
 
@@ -57,7 +57,7 @@ def write(folder: Path, content: dict) -> None:
 
 def save_arrays(folder: Path, split: str, arrays: Mapping[str, np.ndarray]) -> None:
     """Write each array as <split>.<name>.npy; OSError before any write if the disk is too full."""
-    check_room(
+    check_free_space(
         folder, sum(array.nbytes for array in arrays.values()), f"the prepared {split} split"
     )
     for name, array in arrays.items():
@@ -65,7 +65,7 @@ def save_arrays(folder: Path, split: str, arrays: Mapping[str, np.ndarray]) -> N
 
 
 def _cache_fault(folder: Path, content: dict[str, Any], arrays: Sequence[str]) -> str | None:
-    """The fault of a folder that `load_or_prepare` wrote; None if every array has its checksum."""
+    """Return the fault of a folder of `load_or_prepare`; None if all checksums match."""
     sums: dict[str, str] = {}
     for split in ("train", "val"):
         names = [f"{split}.{array}.npy" for array in arrays]
@@ -88,11 +88,11 @@ def load_or_prepare(
     prepare: Callable[[Path], dict[str, Any]],
     files: Iterable[Path] = (),
 ) -> tuple[Path, dict[str, Any]]:
-    """The cached folder of arrays prepared from these inputs, and its report; prepared if missing.
+    """Return the cached folder of arrays made from these inputs, and its report.
 
-    prepare(folder) writes <split>.<array>.npy for the splits train and val and returns the report.
-    The folder is published by rename. files: the input files; free space below a quarter of their
-    size raises an OSError before the work.
+    A missing folder is prepared. prepare(folder) writes <split>.<array>.npy for the splits train
+    and val and returns the report. The folder is published by rename. files: the input files; free
+    space below a quarter of their size raises an OSError before the work.
     """
     if Path(name).name in ("", "..") or Path(name).name != name:
         raise ValueError(f"the source name {name!r} must be a plain folder name, such as my_rows")
@@ -105,9 +105,9 @@ def load_or_prepare(
             return folder, content["report"]
         print(f"warning: {problem}; the rows of {name} are prepared again", flush=True)
     scratch = temporary(folder)
-    sweep(cache)
+    remove_stale(cache)
     shutil.rmtree(scratch, ignore_errors=True)
-    check_room(
+    check_free_space(
         cache, sum(path.stat().st_size for path in files) // 4, f"the prepared source {name}"
     )
     try:
@@ -126,7 +126,7 @@ def load_or_prepare(
                 f"the prepared rows of {name} were not saved; free some space there and run the "
                 "same command again"
             )
-            raise no_room(cache, error, todo) from error
+            raise disk_full_error(cache, error, todo) from error
         raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,8 +1,8 @@
 """Pack a source's documents into rows of fixed length: as one stream, or best-fit.
 
-Stream packing cuts rows from the documents end to end. Best-fit packing cuts only documents longer
-than a row. The target of a token is the next token of its document; after the last token it is bos.
-A best-fit plan is a pure function of (shards, row length, seed), cached beside the shards and
+Stream packing concatenates the documents and cuts the stream into rows. Best-fit packing cuts only
+documents longer than a row. A token's target is the next token of its document; the last token's is
+bos. A best-fit plan is a pure function of (shards, row length, seed), cached beside the shards and
 memory-mapped.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from data import manifest
 from data.shards import TokenShards
-from files import sweep, temporary
+from files import remove_stale, temporary
 
 IGNORE = -100  # target without a loss; models.losses.IGNORE
 PACKINGS = ("stream", "best_fit")
@@ -55,11 +55,14 @@ class LongDocuments:
         self.fingerprint = f"{shards.fingerprint} of {minimum} tokens or more"
 
     def __len__(self) -> int:
-        """Tokens in these documents."""
+        """Return the number of tokens in these documents."""
         return self.tokens
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) as int64, and for each the number of documents begun after start."""
+        """Return tokens [start, stop) as int64, and doc_ids.
+
+        doc_ids count the documents that began after start.
+        """
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
         tokens, doc_ids = (
             np.empty(stop - start, dtype=np.int64),
@@ -89,11 +92,11 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def targets(self, index: int) -> int:
-        """Number of a row's targets that have a loss."""
+        """Return the number of a row's targets that have a loss."""
         ...
 
     def tokens(self, index: int) -> int:
-        """Number of a row's tokens without padding."""
+        """Return the number of a row's tokens without padding."""
         ...
 
     def fill(
@@ -111,7 +114,7 @@ def make_rows(packing: str, source: Source, length: int, seed: int) -> Rows:
 
 
 class StreamRows:
-    """Rows cut from the documents end to end, without padding. A final partial row is dropped."""
+    """Rows cut from the concatenated documents, without padding; a partial last row is dropped."""
 
     share, report = 1.0, ""
 
@@ -143,7 +146,7 @@ class Plan(NamedTuple):
 
 
 class BestFitRows:
-    """Rows of uncut documents and of pieces of longer ones (Ding et al. 2024, arXiv:2404.10830).
+    """Rows of whole documents, and of pieces of longer ones (Ding et al. 2024, arXiv:2404.10830).
 
     Each piece has its own id in doc_ids. Padding has token 0, target IGNORE and one more id.
     """
@@ -188,7 +191,7 @@ class BestFitRows:
         tokens[begin:], targets[begin:], doc_ids[begin:] = 0, IGNORE, count
 
     def _read(self, start: int, length: int) -> np.ndarray:
-        """Tokens [start, start + length) of the shards; bos follows the last token."""
+        """Return tokens [start, start + length) of the shards; bos follows the last token."""
         shard = bisect_right(self.bounds, start) - 1
         base, end = self.bounds[shard], start + length
         if end <= self.bounds[shard + 1]:
@@ -257,7 +260,10 @@ def cut_into_pieces(
 
 
 def lay_out(groups: list[tuple[int, Pattern]], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Size of each piece in row order, and each row's first piece, from groups of equal rows."""
+    """Return each piece's size in row order, and each row's first piece.
+
+    groups: equal rows as (number of rows, pattern).
+    """
     rows = np.array([rows for rows, _ in groups])
     sizes = np.array([size for _, pattern in groups for size, _ in pattern], dtype=dtype)
     repeats = [number for _, pattern in groups for _, number in pattern]
@@ -286,7 +292,7 @@ def make_plan(starts: np.ndarray, lengths: np.ndarray, capacity: int, seed: int)
 
 
 def plan_cost(plan: Plan, lengths: np.ndarray, capacity: int) -> dict[str, float]:
-    """Shares of padding tokens, of documents the plan cuts, and of those stream packing cuts."""
+    """Return shares: padding tokens, documents cut by the plan, and by stream packing."""
     ends = np.cumsum(lengths)
     cut_by_stream = (ends - lengths) // capacity != (ends - 1) // capacity
     rows = len(plan.rows) - 1
@@ -299,14 +305,14 @@ def plan_cost(plan: Plan, lengths: np.ndarray, capacity: int) -> dict[str, float
 
 
 def plan_folder(source: Source, length: int, seed: int) -> tuple[Path, dict]:
-    """The folder of a source's plan, and the inputs that determine the plan."""
+    """Return the folder of a source's plan, and the inputs that determine the plan."""
     inputs = {"source": source.fingerprint, "length": length, "seed": seed, "algorithm": ALGORITHM}
     key = hashlib.sha256(repr(inputs).encode()).hexdigest()[:12]
     return source.folder / "plans" / f"best_fit-{length}-{seed}-{key}", inputs
 
 
 def load_or_make_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, float]]:
-    """A source's plan and its cost, memory-mapped from beside its shards.
+    """Return a source's plan and its cost, memory-mapped from beside its shards.
 
     A missing or damaged plan is made and written. Concurrent processes write equal plans to
     temporary folders, and the first rename wins. In a read-only store the plan stays in memory.
@@ -338,7 +344,7 @@ def load_or_make_plan(source: Source, length: int, seed: int) -> tuple[Plan, dic
 
 def _write_plan(folder: Path, plan: Plan, content: dict, replace: bool) -> None:
     scratch = temporary(folder)
-    sweep(folder.parent)
+    remove_stale(folder.parent)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         if replace:
@@ -358,7 +364,7 @@ def _write_plan(folder: Path, plan: Plan, content: dict, replace: bool) -> None:
 
 
 def _read_plan(folder: Path, inputs: dict) -> tuple[Plan, dict[str, float]] | None:
-    """A plan and its cost; None if it is missing, has other inputs or fails its checksums."""
+    """Return a plan and its cost; None if missing, damaged or made from other inputs."""
     content = manifest.read(folder)
     try:
         if content is None or content["inputs"] != inputs:

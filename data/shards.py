@@ -26,12 +26,12 @@ SPLITS = ("train", "val")
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """uint16, or uint32 for a vocabulary above 65,536."""
+    """Return uint16, or uint32 for a vocabulary above 65,536."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 class ShardFile:
-    """Writes one shard; tokens are streamed to disk and close() publishes the files by rename."""
+    """Writes one shard: tokens are streamed to disk, and close() publishes the files by rename."""
 
     def __init__(self, folder: Path, stem: str, dtype: np.dtype):
         self.folder, self.stem, self.dtype = folder, stem, dtype
@@ -75,7 +75,10 @@ def _sync(file: IO[bytes]) -> None:
 def shards_manifest(
     vocab_size: int, tokenizer_sha256: str, inputs: dict, splits: dict[str, list[dict]]
 ) -> dict:
-    """A shard folder's manifest content. splits: entries of ShardFile.close, in reading order."""
+    """Return a shard folder's manifest content.
+
+    splits: entries of ShardFile.close, in reading order.
+    """
     dtype = token_dtype(vocab_size).str
     return {
         "inputs": inputs,
@@ -130,7 +133,7 @@ class ShardWriter:
 
 
 def damaged_files(folder: Path, content: dict) -> Iterator[str]:
-    """Files listed in a manifest (its content) that are missing or have another size."""
+    """Yield the files in a manifest's content that are missing or have another size."""
     size = np.dtype(content["dtype"]).itemsize
     for shard in (shard for split in content["splits"].values() for shard in split):
         path, starts = folder / f"{shard['stem']}.bin", folder / f"{shard['stem']}.starts.npy"
@@ -141,7 +144,7 @@ def damaged_files(folder: Path, content: dict) -> Iterator[str]:
 
 
 def read_shards_manifest(folder: Path) -> dict:
-    """manifest.json of a shard folder; ValueError if it is missing or malformed."""
+    """Read the manifest of a shard folder; ValueError if it is missing or malformed."""
     content = manifest.read(folder)
     if content is None:
         raise ValueError(
@@ -174,7 +177,7 @@ def read_shards_manifest(folder: Path) -> dict:
 
 
 def _read_starts(folder: Path, shard: dict) -> np.ndarray:
-    """A shard's document starts, memory-mapped; ValueError unless they increase from 0."""
+    """Return a shard's document starts, memory-mapped; ValueError unless they increase from 0."""
     path = folder / f"{shard['stem']}.starts.npy"
     problem = ""
     try:
@@ -238,11 +241,14 @@ class TokenShards:
         ).hexdigest()
 
     def __len__(self) -> int:
-        """Tokens in this split."""
+        """Return the number of tokens in this split."""
         return int(self.bounds[-1])
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [start, stop) as int64, and for each the number of documents begun after start."""
+        """Return tokens [start, stop) as int64, and doc_ids.
+
+        doc_ids count the documents that began after start.
+        """
         assert 0 <= start < stop <= len(self), (start, stop, len(self))
         tokens, begins = (
             np.empty(stop - start, dtype=np.int64),
@@ -269,7 +275,7 @@ class TokenShards:
             self._verify(split, content)
 
     def _verify(self, split: str, content: dict) -> None:
-        """ValueError if a file of a split has changed or has ids beyond the vocabulary."""
+        """Raise ValueError if a file of a split has changed or has ids beyond the vocabulary."""
         dtype, size = np.dtype(content["dtype"]), content["vocab_size"]
 
         def too_large(path: Path) -> str | None:

@@ -24,7 +24,7 @@ class StoreTokenizer(NamedTuple):
 
 
 def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
-    """The tokenizer of a store; ValueError if the model's vocabulary size differs."""
+    """Return the tokenizer of a store; ValueError if the model's vocabulary size differs."""
     folder = Path(store) / "tokenizer"
     if not folder.is_dir() and (Path(store) / "tokens" / DUMMY).is_dir():
         return StoreTokenizer(
@@ -32,7 +32,7 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
         )  # every token counts as a byte
     if not folder.is_dir():
         raise ValueError(
-            f"there is no data store at {store}; create one with python -m scripts.download_data, "
+            f"no data store found at {store}; create one with python -m scripts.download_data, "
             "train_tokenizer and prepare_data"
         )
     tokenizer = load_tokenizer(folder)
@@ -51,9 +51,10 @@ def open_shards(
     vocab_size: int,
     min_document_tokens: Mapping[str, int] | None = None,
 ) -> dict[str, Source]:
-    """One split of every source in a mixture, checked for presence and for the store's tokenizer.
+    """Open one split of every source in a mixture.
 
-    min_document_tokens: source -> minimum length of the documents that are read, in tokens.
+    ValueError if a source is missing or was made with another tokenizer. min_document_tokens:
+    source -> minimum length of the documents that are read, in tokens.
     """
     present = sorted(
         path.name

@@ -15,13 +15,13 @@ from typing import Any
 from files import file_hash, read_object, write_json
 from machine import cpus
 
-NOTICE_BYTES = 2e9  # a longer verification prints a line
+NOTICE_BYTES = 2e9  # verifying more than this prints a line
 
 
 def damaged(
     folder: Path, sums: Mapping[str, str], check: Callable[[Path], str | None] | None = None
 ) -> str | None:
-    """The fault of a folder's first damaged file; None if every file has its sha256.
+    """Return the fault of a folder's first damaged file; None if every file has its sha256.
 
     sums: name -> sha256. check: returns any other fault of a file, such as ids beyond the
     vocabulary. One process verifies; concurrent ones wait for it.
@@ -51,7 +51,7 @@ def damaged(
 
 
 def _changed(folder: Path, sums: Mapping[str, str], note: Path) -> dict[str, list[Any]]:
-    """The state of each file that changed since it was verified."""
+    """Return the state of each file that changed since it was verified."""
     known = read_object(note) or {}
     states = {}
     for name, checksum in sums.items():

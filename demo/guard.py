@@ -126,7 +126,7 @@ async def _refuse(send: Callable[[Message], Awaitable[None]], status: int) -> No
 
 
 def _is_plain(body: bytes) -> bool:
-    """True if all inputs of a call are text or numbers. Gradio downloads URLs in objects."""
+    """Return True if a call's inputs are text or numbers: Gradio downloads URLs in objects."""
     try:
         inputs = json.loads(body).get("data")
     except (ValueError, AttributeError, RecursionError):

@@ -18,7 +18,7 @@ from inference.streaming import replace_surrogates
 REFRESH_SECONDS = 0.05  # interval of page updates during generation
 SHORT = 60  # maximum characters of a tool result in the title of its folded block
 HEIGHT = "calc(100dvh - 315px)"  # leaves room for the rest of the page
-# Two chats are lower on a phone, where one is above the other.
+# Two chats get less height on a phone, which shows one above the other.
 HEIGHT_OF_TWO = f"clamp(260px, (100vw - 700px) * 10, {HEIGHT})"
 CSS = """
 .gradio-container .fillable {
@@ -108,7 +108,7 @@ def build(models: Sequence[ChatModel]) -> Any:
     """Build the page (gr.Blocks). The models serve one visitor at a time."""
     import gradio as gr
 
-    busy = threading.Lock()  # the turn of a visitor who has left may still be running
+    busy = threading.Lock()  # a turn may still be running after its visitor has left
     smallest = min(model.context for model in models)
 
     def chat_values(visit: Visit, live: bool = False) -> list[Any]:

@@ -38,9 +38,9 @@ class Turn:
     seed: int = 0
     context_tokens: int = 0  # context usage
     tokens: int = 0  # generated tokens
-    prefill_seconds: float = 0.0  # until the first token, summed over replies
-    decode_seconds: float = 0.0  # for all later tokens
-    decode_tokens: int = 0  # number of later tokens
+    prefill_seconds: float = 0.0  # until the first token of each reply, summed over replies
+    decode_seconds: float = 0.0  # for all tokens after the first ones
+    decode_tokens: int = 0  # number of these tokens
 
     def add(self, kind: str, text: str) -> None:
         """Append a piece; consecutive pieces of thought or content are joined."""

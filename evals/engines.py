@@ -31,6 +31,7 @@ from inference.kv_cache import Cache, forward
 from inference.sampling import Sampling
 from models.hf import load_hf
 from models.nanollama import NanoLlama
+from models.speedrun_gpt import GPTConfig
 
 HEAD_CHUNK = {"cpu": 256}  # rows of logits per chunk; 4,096 on other devices
 MIN_SHARED = 32  # tokens of a shared prefix worth computing once
@@ -44,7 +45,8 @@ HASHED = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-NANOLLAMA = ("llama", "qwen3")  # model types that models/hf.py reads
+# Model types that models/hf.py reads, or, for the speedrun's, explains that it cannot be evaluated.
+NANOLLAMA = ("llama", "qwen3", GPTConfig.kind)
 
 
 def check_exists(checkpoint: Path) -> None:

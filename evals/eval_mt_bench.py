@@ -1,6 +1,6 @@
 """MT-bench: 80 two-turn questions, graded from 1 to 10 by a judge model (arXiv:2306.05685).
 
-python -m evals.eval_mt_bench --checkpoint checkpoints/sft/step_12000 \\
+python -m evals.eval_mt_bench --checkpoint checkpoints/nanollama_1b/sft \\
     --judge http://localhost:8000/v1 --judge_model name
 
 The judge is any OpenAI-compatible endpoint. Without one, answers are generated but not graded.

@@ -1,6 +1,6 @@
 r"""Closed-book TriviaQA and Natural Questions, as lm-evaluation-harness' `triviaqa` and `nq_open`.
 
-python -m evals.eval_open_qa --checkpoint checkpoints/quickstart/gold/step_300 --tasks triviaqa
+python -m evals.eval_open_qa --checkpoint checkpoints/quickstart/gold --tasks triviaqa
 
 TASK_exact_match: the text up to the first newline, full stop or comma equals an accepted answer,
 ignoring case and punctuation (Natural Questions: also articles).

@@ -191,7 +191,7 @@ def measure(
 
 
 def inputs(args: argparse.Namespace) -> list[Any]:
-    """All inputs of the results except the model. ValueError if there are no data."""
+    """All inputs of the results except the model. ValueError if no data are found."""
     resolve_data(args)
     data = [args.sources, args.tokens, args.limit, data_hashes(args)]
     return [VERSION, args.sequence_length, args.stride, *data]

@@ -1,6 +1,6 @@
 """Tool use on the Berkeley Function Calling Leaderboard (BFCL): syntax and semantics of calls.
 
-python -m evals.eval_tool_use --checkpoint checkpoints/sft/step_12000 --categories simple_python
+python -m evals.eval_tool_use --checkpoint checkpoints/nanollama_1b/sft --categories simple_python
 
 Modes: free decodes without constraints. constrained starts a call with its marker token, and
 xgrammar restricts the JSON to the functions' schemas. Irrelevance items, which need no call, are

@@ -1,6 +1,6 @@
 """Toxicity of completions: expected maximum over k samples, and probability (arXiv:2009.11462).
 
-python -m evals.eval_toxicity --checkpoint checkpoints/dpo/step_900 --data prompts.jsonl
+python -m evals.eval_toxicity --checkpoint checkpoints/nanollama_1b/dpo --data prompts.jsonl
 
 --scorer wheel is alt-profanity-check, a small linear classifier that needs no hub. It detects
 offensive words, a lower bar than the paper's. --scorer FOLDER is a Hugging Face classifier. Scores

@@ -59,7 +59,8 @@ class Write(NamedTuple):
     seed: int = 0  # differs between samples of one prompt
     keep_special: bool = False  # keep special tokens in the text
     schema: str = ""  # JSON schema that constrains the text
-    marker: int | None = None  # token id that ends the prompt; each repetition starts another JSON
+    # Token id that ends the prompt; each repetition starts another JSON value.
+    marker: int | None = None
 
 
 class Read(NamedTuple):
@@ -119,7 +120,7 @@ Score = Generator[Any, Any, Scores]
 
 
 class Model(Protocol):
-    """Answers requests. See evals/engines.py, and evals/judges.py for Judge requests."""
+    """Answers requests. evals/engines.py has models, evals/judges.py those for Judge requests."""
 
     name: str
     hash: str  # hash of weights, config and tokenizer
@@ -360,19 +361,19 @@ def results(
 
     Clean items are those not found in the training data. ValueError if no item could be scored.
     """
-    done = [sample for sample in samples if not sample.too_long]
-    long = [sample for sample in samples if sample.too_long]
-    if not done:
-        needed = max((sample.too_long for sample in long), default=0)
+    scored = [sample for sample in samples if not sample.too_long]
+    too_long = [sample for sample in samples if sample.too_long]
+    if not scored:
+        needed = max((sample.too_long for sample in too_long), default=0)
         raise ValueError(
             f"none of the {len(samples)} items of {evaluation.task} fits the model's context of "
             f"{model.context} tokens (the longest needs {needed}); reduce --shots or use a model "
             "with a longer context"
-            if long
+            if too_long
             else f"{evaluation.task} has no items; check --data and --limit"
         )
     subjects: dict[str, list[Sample]] = defaultdict(list)
-    for sample in done:
+    for sample in scored:
         subjects[sample.subject].append(sample)
     keys = "".join(
         request_key(request)
@@ -380,11 +381,11 @@ def results(
         for request, _ in sample.exchange
         if not isinstance(request, Judge)
     )
-    clean = [sample for sample in done if sample.id not in (contaminated or ())]
+    clean = [sample for sample in scored if sample.id not in (contaminated or ())]
     by_subject = {name: _metrics(evaluation, group) for name, group in sorted(subjects.items())}
     return {
         "task": evaluation.task,
-        **_metrics(evaluation, done),
+        **_metrics(evaluation, scored),
         "version": evaluation.version,
         "shots": evaluation.shots,
         "seed": evaluation.seed,
@@ -393,11 +394,11 @@ def results(
         if contaminated is None
         else {
             **_metrics(evaluation, clean),
-            "contaminated": sorted({s.id for s in done} & contaminated),
+            "contaminated": sorted({s.id for s in scored} & contaminated),
         },
         "too_long": {
-            "n": len(long),
-            "ids": [sample.id for sample in long],
+            "n": len(too_long),
+            "ids": [sample.id for sample in too_long],
             "context": model.context,
         },
         **(

@@ -64,7 +64,7 @@ def evenly_spaced(lengths: np.ndarray, budget: int) -> np.ndarray:
 def resolve_data(args: argparse.Namespace) -> None:
     """Set args.dataset to an existing path, and args.sources if --dataset names a source.
 
-    ValueError if there is no text.
+    ValueError if no text is found.
     """
     dataset = args.dataset or args.data
     if dataset is None:

@@ -158,11 +158,12 @@ def constrained_response(text: str, args: Arguments, tools: TextTools) -> bool:
 
 
 def number_highlighted_sections(text: str, args: Arguments, tools: TextTools) -> bool:
-    single = [part.strip("*") for part in re.findall(r"\*[^\n\*]*\*", text)]
+    single = [section.strip("*") for section in re.findall(r"\*[^\n\*]*\*", text)]
     double = [
-        part.removeprefix("**").removesuffix("**") for part in re.findall(r"\*\*[^\n\*]*\*\*", text)
+        section.removeprefix("**").removesuffix("**")
+        for section in re.findall(r"\*\*[^\n\*]*\*\*", text)
     ]
-    return sum(bool(part.strip()) for part in single + double) >= args["num_highlights"]
+    return sum(bool(section.strip()) for section in single + double) >= args["num_highlights"]
 
 
 def multiple_sections(text: str, args: Arguments, tools: TextTools) -> bool:
@@ -186,11 +187,11 @@ def title(text: str, args: Arguments, tools: TextTools) -> bool:
 
 
 def two_responses(text: str, args: Arguments, tools: TextTools) -> bool:
-    """Two different responses separated by ******; only the first and last part may be empty."""
-    parts = text.split("******")
-    if not all(part.strip() for part in parts[1:-1]):
+    """Two different responses separated by ******; only the first and last section may be empty."""
+    sections = text.split("******")
+    if not all(section.strip() for section in sections[1:-1]):
         return False
-    responses = [part.strip() for part in parts if part.strip()]
+    responses = [section.strip() for section in sections if section.strip()]
     return len(responses) == 2 and responses[0] != responses[1]
 
 

@@ -2,7 +2,7 @@
 
 Contexts and continuations are tokenized as in lm-evaluation-harness: encoded together, then split
 after the tokens of the context alone. Trailing spaces of the context are first moved to the
-continuation. An empty context becomes bos, or eos if there is no bos.
+continuation. An empty context becomes bos, or eos without a bos.
 """
 
 import functools
@@ -148,10 +148,10 @@ def build_constraint(
     """
     if not request.schema:
         return None
-    after = sorted(tokenizer.stops)
-    after = after if request.marker is None else [request.marker, *after]
+    followers = sorted(tokenizer.stops)
+    followers = followers if request.marker is None else [request.marker, *followers]
     grammar = JsonGrammar(request.schema, tokenizer.for_grammars, vocab_size)
-    constraint = grammar.constraint(request.marker, after, request.max_tokens)
+    constraint = grammar.constraint(request.marker, followers, request.max_tokens)
     if request.marker is not None:
         constraint.accept(request.marker)  # the prompt already ends with it
     return constraint

@@ -23,7 +23,7 @@ from export.gguf_plan import (
     plan_tensors,
     read_config,
 )
-from files import sweep, temporary
+from files import remove_stale, temporary
 from models.nanollama import ModelConfig
 
 OUTTYPES = {
@@ -251,7 +251,7 @@ def check_space(
 def _published_by_rename(targets: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
     """Yield temporary files; rename them to their targets on success, remove them on failure."""
     for folder in {path.parent for path in targets.values()}:
-        sweep(folder)
+        remove_stale(folder)
     scratch = {outtype: temporary(path) for outtype, path in targets.items()}
     try:
         yield scratch

@@ -1,6 +1,6 @@
 """Compare a GGUF file with its checkpoint: weights, tokens, logits, greedy text, perplexity.
 
-llama.cpp runs the file; the reference is our model in fp32. `judge` applies the limits below.
+llama.cpp runs the file; the reference is our model in fp32. `verdict_of` applies the limits below.
 """
 
 import random
@@ -244,7 +244,7 @@ def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
     errors = weight_errors(ref.folder, reader)
     different = [name for name in errors if name.endswith(".weight")]  # a tensor, not a type
     if different:
-        reason = f"it is of another model: {different[0]} is missing or of another shape"
+        reason = f"it contains another model: {different[0]} is missing or has another shape"
         return {**row, "verdict": "wrong", "because": [reason]}
     row["weight_error"] = errors
     with LlamaCpp(path, max(map(len, ref.windows)) + len(ref.greedy[0]), threads) as runtime:
@@ -254,7 +254,7 @@ def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
         row |= _compare_logits(ref, runtime)
         row["greedy"] = _compare_text(ref, runtime)
         row |= _speed(ref, runtime)
-    row["verdict"], row["because"] = judge(row, ref.spread)
+    row["verdict"], row["because"] = verdict_of(row, ref.spread)
     return row
 
 
@@ -320,7 +320,7 @@ def _speed(ref: Reference, runtime: LlamaCpp) -> dict[str, float]:
     }
 
 
-def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
+def verdict_of(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
     """Return the verdict and its reasons.
 
     The verdict is "ok", "high" (over a limit, but rounding can explain it) or "wrong". Rounding may
@@ -333,7 +333,7 @@ def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
             wrong.append(f"weights of type {kind} are off by {error:.2g}")
     if row["tokenizer"]["mismatches"]:
         wrong.append(
-            f"{row['tokenizer']['mismatches']} texts have other tokens in llama.cpp, "
+            f"{row['tokenizer']['mismatches']} texts are tokenized differently by llama.cpp, "
             f"such as {row['tokenizer']['first']!r}"
         )
     if not row["ends"]:
@@ -347,7 +347,7 @@ def judge(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
             f"a logit is off by {row['max_error']:.3g}, more than {allowed:.3g}"
         )
     if exact and row["greedy"]["largest_gap"] > 2 * allowed:
-        wrong.append("greedy texts differ where there is no tie")
+        wrong.append("greedy texts differ although the logits are not tied")
     if limit is not None and not row["kl"] < limit:
         far = exact or not row["kl"] < FAR * limit
         (wrong if far else high).append(f"KL {row['kl']:.2g} is above {limit:g}")

@@ -38,7 +38,7 @@ BLOCK_NAMES = {  # module of a block -> name in GGUF
 
 @dataclass(frozen=True)
 class MoeConfig(ModelConfig):
-    """Shape of a Qwen3-MoE with experts in every layer. There is no such network: export only."""
+    """Shape of a Qwen3-MoE with experts in every layer; used for export only."""
 
     num_experts: Size = 128
     num_experts_per_tok: Size = 8

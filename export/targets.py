@@ -12,7 +12,7 @@ def checkpoint_folder(path: Path) -> Path:
     if not (path / "tokenizer.json").is_file():
         raise ValueError(
             f"{path} has no tokenizer.json; copy the tokenizer's files there, "
-            "a GGUF file contains them"
+            "because a GGUF file needs them"
         )
     return path
 
@@ -28,7 +28,7 @@ def target_files(outtypes: str, outfile: str) -> dict[str, Path]:
     unknown = [name for name in names if name not in OUTTYPES]
     if unknown or not names:
         raise ValueError(
-            f"--outtype {outtypes}: {unknown[0] if unknown else 'nothing'!r} is none of "
+            f"--outtype {outtypes}: {unknown[0] if unknown else 'nothing'!r} is not one of "
             f"{', '.join(OUTTYPES)}"
         )
     if len(names) > 1 and "{outtype}" not in outfile:

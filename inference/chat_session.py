@@ -8,7 +8,7 @@ from data.chat.tools import run_tool
 from inference.chat_formats import ChatFormat
 
 MAX_CALL_ROUNDS = 6  # rounds of tool calls in a turn
-CUT = "the reply is cut here: it reached the token limit"
+CUT = "the reply stopped at the token limit"
 
 
 class ChatSession:

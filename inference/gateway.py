@@ -172,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
             self._forward(body)
 
     def do_OPTIONS(self) -> None:
-        """Answer a preflight request of a web page that has access."""
+        """Answer a CORS preflight request of an allowed web page."""
         if self._admitted():
             self.send_response(204)
             self._common_headers()
@@ -199,7 +199,9 @@ class Handler(BaseHTTPRequestHandler):
         if name.lower() not in HOSTS:
             self._refuse(403, f"the Host header must name this machine: {', '.join(HOSTS)}")
         elif foreign:
-            self._refuse(403, "web pages of another origin have no access; --allow_origin gives it")
+            self._refuse(
+                403, "web pages of another origin have no access; allow one with --allow_origin"
+            )
         elif self.command == "OPTIONS":
             return bool(origin) or self._refuse(405, "OPTIONS needs an Origin header")
         elif unauthorized and path not in ("/health", "/v1/health"):
@@ -234,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(body)
             self.server.expect(self.connection)
-            with suppress(OSError):  # read on: a sending client would see a reset otherwise
+            with suppress(OSError):  # a client that is still sending would see a reset
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(2**16):
                     pass
@@ -379,10 +381,10 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         if not all(
-            isinstance(part, dict) and isinstance(part.get("text"), str) for part in content
+            isinstance(piece, dict) and isinstance(piece.get("text"), str) for piece in content
         ):
             raise ValueError("content must be text; images, audio and files are not accepted")
-        message["content"] = "".join(part["text"] for part in content)
+        message["content"] = "".join(piece["text"] for piece in content)
     for call in message.get("tool_calls") or ():
         function = call.get("function") if isinstance(call, dict) else None
         if isinstance(function, dict) and isinstance(function.get("arguments"), str):
@@ -397,10 +399,10 @@ def _neutralised(value: Any, special: Sequence[str]) -> Any:
         return neutralise(value, special)
     if isinstance(value, dict):
         return {
-            neutralise(key, special): _neutralised(part, special) for key, part in value.items()
+            neutralise(key, special): _neutralised(item, special) for key, item in value.items()
         }
     if isinstance(value, list):
-        return [_neutralised(part, special) for part in value]
+        return [_neutralised(item, special) for item in value]
     if isinstance(value, int | float) and not abs(value) <= 2**53:
         raise ValueError("a number is out of range")
     return value

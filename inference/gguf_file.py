@@ -1,9 +1,9 @@
 """Validate a GGUF file in Python before C code or the gguf package reads it.
 
 A damaged file makes llama.cpp abort, crash or hang, and gguf.GGUFReader loop over impossible
-counts. Checked are the structure (types, lengths, counts, offsets, alignment), the ranges of known
-keys, the vocabulary, and for dense llama and qwen3 files the name and shape of every tensor. The
-values of weights are not checked.
+counts. The check covers the structure (types, lengths, counts, offsets, alignment), the ranges of
+known keys and the vocabulary. For dense llama and qwen3 files it covers the name and shape of every
+tensor. It does not read the weights.
 """
 
 import functools

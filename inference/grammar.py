@@ -25,17 +25,17 @@ class JsonGrammar:
 
     def constraint(
         self,
-        after: int | None = None,
-        then: int | Sequence[int] | None = None,
-        room: int | None = None,
+        marker: int | None = None,
+        followers: int | Sequence[int] | None = None,
+        max_tokens: int | None = None,
     ) -> "JsonConstraint":
-        """Constrain one row to JSON from the start, or after each token `after`.
+        """Constrain one row to JSON from the start, or after each `marker` token.
 
-        then: tokens of which one must follow the JSON. Markers are token ids, because a grammar
-        could also spell a marker in ordinary tokens. room: token limit of the row; after half of
-        it, `after` is no longer allowed in `then`: another JSON value could be cut off.
+        followers: tokens of which one must follow the JSON. Both are token ids, because a grammar
+        could also spell a marker in ordinary tokens. max_tokens: token limit of the row; after half
+        of it, `marker` may not follow, because the limit could truncate another JSON value.
         """
-        return JsonConstraint(self, after, then, room)
+        return JsonConstraint(self, marker, followers, max_tokens)
 
 
 @functools.lru_cache(maxsize=4)
@@ -67,18 +67,17 @@ class JsonConstraint:
     def __init__(
         self,
         grammar: JsonGrammar,
-        after: int | None,
-        then: int | Sequence[int] | None,
-        room: int | None = None,
+        marker: int | None,
+        followers: int | Sequence[int] | None,
+        max_tokens: int | None = None,
     ):
-        self.grammar, self.after = grammar, after
-        self.then = (
-            None if then is None else torch.tensor([then] if isinstance(then, int) else list(then))
-        )
-        self.room, self.length = room, 0
+        self.grammar, self.marker = grammar, marker
+        ids = [followers] if isinstance(followers, int) else followers
+        self.followers = None if ids is None else torch.tensor(list(ids))
+        self.max_tokens, self.length = max_tokens, 0
         self.bits = grammar.xgrammar.allocate_token_bitmask(1, grammar.vocab_size)
         self.force: Tensor | None = None
-        self.matcher = self._start() if after is None else None
+        self.matcher = self._start() if marker is None else None
 
     def _start(self) -> Any:
         return self.grammar.xgrammar.GrammarMatcher(
@@ -105,10 +104,11 @@ class JsonConstraint:
             accepted = self.matcher.accept_token(token)
             assert accepted, "the sampled token is forbidden by the mask"
             if self.matcher.is_terminated():
-                self.matcher, self.force = None, self.then
-                if self.then is not None and self.room is not None and 2 * self.length >= self.room:
-                    self.force = self.then[self.then != self.after]
+                self.matcher, self.force = None, self.followers
+                is_late = self.max_tokens is not None and 2 * self.length >= self.max_tokens
+                if self.followers is not None and is_late:
+                    self.force = self.followers[self.followers != self.marker]
             return
         self.force = None
-        if token == self.after:
+        if token == self.marker:
             self.matcher = self._start()

@@ -1,4 +1,4 @@
-"""Chat in a terminal: sampling flags, a session from these flags, coloured output of a turn."""
+"""Chat in a terminal: flags for sampling and tools, and coloured output."""
 
 import argparse
 import io

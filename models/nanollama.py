@@ -179,7 +179,7 @@ class NanoLlama(nn.Module):
             raise TypeError(f"NanoLlama: give a config or {', '.join(shape)}, not both")
         self.config = config
         self.attention = "auto"  # kernel: one of models.attention.KERNELS
-        self.compile_head: bool | None = None  # torch.compile for the loss head; None: on a GPU
+        self.compile_head: bool | None = None  # torch.compile for the loss head; None: only on GPUs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TransformerBlock(config) for _ in range(config.num_hidden_layers)
@@ -207,7 +207,7 @@ class NanoLlama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initialise every parameter. Values are drawn on the CPU in `named_parameters` order.
+        """Initialize every parameter. Values are drawn on the CPU in `named_parameters` order.
 
         | parameters           | value                                        |
         |----------------------|----------------------------------------------|
@@ -222,7 +222,7 @@ class NanoLlama(nn.Module):
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
                 continue
-            assert parameter.ndim == 2, f"no rule to initialise {name}"
+            assert parameter.ndim == 2, f"no rule to initialize {name}"
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             values = torch.empty(parameter.shape)
             values.normal_(0.0, residual_std if residual else std, generator=generator)

@@ -67,9 +67,9 @@ def main() -> None:
             names = ", ".join(name_of(tool) for tool in session.tools)
             print(f"context {runner.context:,}, tools: {names}; --context and --tools change them")
         if isinstance(chat, CompletionFormat):
-            print("a base model: it continues what you type")
+            print("a base model: it continues your text")
         elif isinstance(chat, TemplateFormat):
-            print("its own chat template: no tools")
+            print("the model has its own chat template, so no tools are offered")
         run_conversation(session, args.prompt)
 
 

@@ -66,7 +66,7 @@ def verdict(missing: list[str]) -> str:
 
 
 def missing_for(plan: Plan, run: RunConfig) -> list[str]:
-    """Return what this machine lacks for a plan; [] for small models, which train on the CPU."""
+    """Return a plan's requirements that this machine lacks; [] for models that fit a CPU."""
     if run.model.num_parameters < LARGE:
         return []
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -95,7 +95,7 @@ def missing_for(plan: Plan, run: RunConfig) -> list[str]:
 
 
 def gated_sources(plan: Plan) -> list[str]:
-    """Return the gated sources that a plan downloads: their terms must be accepted."""
+    """Return the sources of a plan whose terms must be accepted on the hub."""
     words = [word for command in plan.before.values() for word in command.split()]
     return [
         name

@@ -55,7 +55,7 @@ def main() -> None:
             open_gguf(path)
         library()
         if args.text and not args.text.is_file():
-            raise ValueError(f"there is no file {args.text}")
+            raise ValueError(f"--text {args.text} does not exist")
         files = (
             [args.text]
             if args.text

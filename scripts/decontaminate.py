@@ -31,7 +31,13 @@ def main() -> None:
         required=True,
         help="comma-separated names, or files with id and text",
     )
-    parser.add_argument("--output", type=Path, default=Path("data/contaminated_ids.json"))
+    # data/contaminated_ids.json is a deliverable: scripts.deliverables copies a store's file there
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("results/contaminated_ids.json"),
+        help="default: %(default)s",
+    )
     parser.add_argument("--report", type=Path, help="also write the report to this Markdown file")
     add_boolean(
         parser, "--rows", "short rows (SFT, preferences): also find near-duplicates with MinHash"
@@ -67,7 +73,7 @@ def main() -> None:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """Return the data sets that a name stands for; a path stands for itself."""
+    """Return the data sets of one --train_dataset value; an existing path is returned as it is."""
     return (text,) if Path(text).exists() else sources_of(text)
 
 
@@ -76,7 +82,7 @@ def find_contaminated_examples(
     test_texts: Iterable[str] | Mapping[str, str],
     settings: Settings | None = None,
 ) -> set[int | str]:
-    """Return the ids of training texts that contain a test text, by the pipeline's rules.
+    """Return the ids of the training texts that contain a test text, by the pipeline's rules.
 
     The id of a text is its key in a mapping, else its index; a row may be {"text": ...}. Training
     texts are streamed, so a generator works. Test texts of fewer than Settings.minimum_words (8)

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint",
         type=newest_step,
-        help="the final model (default: that of the plan's last stage)",
+        help="the final model (default: the checkpoint of the plan's last stage)",
     )
     parser.add_argument(
         "--folder",

@@ -51,8 +51,8 @@ def main() -> None:
     parser.add_argument(
         "--revision", help="commit or branch on the hub; default: the pinned commit"
     )
-    parser.add_argument("--text_column", help="default: text, or that of the hub data set")
-    parser.add_argument("--id_column", help="default: id, or that of the hub data set")
+    parser.add_argument("--text_column", help="default: text, or the hub data set's column")
+    parser.add_argument("--id_column", help="default: id, or the hub data set's column")
     about = "maximum share of unreadable rows of a source; more is an error"
     parser.add_argument(
         "--max_bad",
@@ -97,16 +97,16 @@ def main() -> None:
                 tokens = record["bytes"] / reader.bytes_per_token / 1e6
                 about = f"about {tokens:,.1f} M tokens (an estimate)"
                 print(f"{name:>16} {size}, {about}; {record['licence']}")
-        print("fetched" if fresh else "already there")
+        print("downloaded" if fresh else "already there")
 
 
 def _names(text: str) -> Iterable[str]:
-    """Return the data sets of one --dataset value; a path stands for itself."""
+    """Return the data sets of one --dataset value; an existing path is returned as it is."""
     if text == "quickstart":
         return quickstart_sources()
     if text in KNOWN and Path(text).exists():
         print(
-            f"note: {text} is the data set of that name; use ./{text} for the path",
+            f"note: {text} means the data set of that name; use ./{text} for the path",
             file=sys.stderr,
         )
     return [text] if Path(text).exists() else sources_of(text)

@@ -61,8 +61,7 @@ def main() -> None:
         }
         if not re.fullmatch(r"\w[\w .-]*", args.name):
             raise ValueError(
-                f"--name {args.name!r} is not a valid name; "
-                "use letters, digits, spaces, dots and dashes"
+                f"--name {args.name!r} may have letters, digits, spaces, dots and dashes only"
             )
         write(args.output, counts, args.seed, args.easy, args.name, args.wheels)
 
@@ -73,9 +72,7 @@ def read_counts(texts: list[str], default: dict[str, int]) -> dict[str, int]:
     for text in texts:
         kind, _, number = text.partition("=")
         if kind not in counts or not number.isdecimal():
-            raise ValueError(
-                f"{text!r} is not a count; give KIND=N with one of {', '.join(counts)}"
-            )
+            raise ValueError(f"{text!r} must be KIND=N, where KIND is one of {', '.join(counts)}")
         counts[kind] = int(number)
     return counts
 

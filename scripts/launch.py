@@ -1,4 +1,4 @@
-"""Run torchrun without its tracebacks: the failed rank's message comes last, with its exit status.
+"""Run torchrun without its own tracebacks; exit with the status of the first failed rank.
 
 Once the project is installed, plain torchrun does the same for its scripts (torchrun_plugin.py).
 
@@ -6,7 +6,7 @@ python -m scripts.launch --nproc_per_node=2 train.py --config configs/quickstart
 python -m scripts.launch --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
     --rdzv_endpoint=HOST:29400 train.py ...    # on each machine
 
-Takes all of torchrun's flags. Without a multi-node flag it runs on this machine only.
+Takes all of torchrun's flags. Without a multi-node flag, all ranks run on this machine.
 --max-restarts=3 restarts the ranks from the newest checkpoint when one of them dies.
 """
 
@@ -19,7 +19,7 @@ from torch.distributed import run
 
 from cli import user_errors
 from torchrun_plugin import ROOT, exit_status, prepare
-from training.ops.supervisor import DRIVER, end_with_driver
+from training.ops.supervisor import DRIVER, terminate_with_driver
 
 MULTI_NODE = (
     "nnodes",
@@ -34,7 +34,7 @@ MULTI_NODE = (
 
 
 def main() -> None:
-    end_with_driver(os.environ.pop(DRIVER, None))
+    terminate_with_driver(os.environ.pop(DRIVER, None))
     prepare()
     with user_errors():
         arguments = _arguments(sys.argv[1:])
@@ -47,9 +47,9 @@ def main() -> None:
 
 
 def _arguments(argv: list[str]) -> argparse.Namespace:
-    """Return torchrun's arguments.
+    """Parse torchrun's arguments; add --standalone, which finds a free port, for a single node.
 
-    Adds --standalone, which finds a free port, unless a flag or PET_<FLAG> is for several machines.
+    A flag of MULTI_NODE or its environment variable PET_<FLAG> means several nodes.
     """
     arguments, default = run.parse_args(argv), run.get_args_parser().get_default
     multi_node = [
@@ -71,8 +71,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         arguments.training_script = str(ROOT / script)
     elif not arguments.no_python and not script.exists():
         raise ValueError(
-            f"there is no script {script}; "
-            "the entry points are train.py, train_sft.py and train_dpo.py"
+            f"script {script} not found; "
+            "the entry points are train.py, train_sft.py, train_dpo.py and train_gpt.py"
         )
     return arguments
 

@@ -14,7 +14,6 @@ from data.pipeline.prepare import prepare
 from data.pipeline.recipe import Recipe
 from data.pipeline.steps import read_json
 from data.shards import SPLITS, TokenShards
-from training.settings import load_settings
 
 
 def main() -> None:
@@ -25,6 +24,9 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="recipe overrides: section.key=value")
     args = parser.parse_intermixed_args()
+    # Imports torch; worker processes import this module, and do not need it.
+    from training.settings import load_settings
+
     # Each task has one core, so its tokenizer must not start one thread per core.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with user_errors():

@@ -6,7 +6,7 @@ python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft/step_9
     --prompt "What is 17 * 23?"
 
 Each prompt to a chat model starts a new conversation. Thoughts, tool calls and the answer are
-printed apart. Tools are executed, unless --no_tools. --raw continues the text instead.
+printed separately. Tools are executed, unless --no_tools. --raw continues the prompt as plain text.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 def print_replies(args: argparse.Namespace) -> None:
     """Answer each prompt in a new conversation."""
     if args.stop:
-        raise ValueError("--stop is for plain text, a reply ends itself; omit it or add --raw")
+        raise ValueError("--stop applies to plain text only; omit it or add --raw")
     try:
         chat = open_chat_format(args.checkpoint)
     except ValueError as error:

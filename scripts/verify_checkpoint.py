@@ -4,15 +4,14 @@ python -m scripts.verify_checkpoint checkpoints/nanollama_1b    # a run, a phase
 python -m scripts.verify_checkpoint checkpoints/nanollama_1b/phase2_16k --model
 python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/phase1/step_2000
 
---model also checks rope theta and the document mask; --against compares two checkpoints bit by bit.
+--model also checks rope theta and the document mask; --against compares two checkpoints bitwise.
 Exit status 1 if a checkpoint is damaged, wrong or different.
 """
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +23,8 @@ from models.hf import load_hf
 from training.checkpoint_files import damage, has_state, read_manifest, read_position, step_folders
 from training.safe_pickle import load, read_index
 
+ReadEntry = Callable[[str], object]  # name -> tensor or other entry of a checkpoint
+
 
 def main() -> None:
     parser = CommandParser(__doc__)
@@ -34,7 +35,7 @@ def main() -> None:
         "--against",
         type=Path,
         metavar="OTHER",
-        help="a step_N folder whose weights and state must be equal",
+        help="a step_N folder that must have equal weights and state",
     )
     parser.add_argument(
         "--model",
@@ -76,8 +77,7 @@ def find(path: Path) -> list[Path]:
         ]
     if not steps:
         raise ValueError(
-            f"{path} holds no step_N folder; "
-            "give one, the folder of a phase, or the folder of a run"
+            f"{path} has no step_N folder; give one, or the folder of a phase or a run"
         )
     return steps
 
@@ -97,10 +97,10 @@ def describe(folder: Path) -> str:
 
 
 def model_faults(folder: Path) -> Iterator[str]:
-    """Print rope theta and the document mask of a checkpoint; yield their errors.
+    """Check rope theta and the document mask of a checkpoint: print figures, yield errors.
 
-    Theta must equal the phase's config in logs/<run>. The mask is checked by logits: two documents
-    packed in one row must get the logits that each gets alone.
+    Theta must equal the value in the phase's config in logs/<run>. Two documents packed in one row
+    must get the same logits as each document alone.
     """
     model = load_hf(folder).float().eval()
     theta, context = model.config.rope_theta, model.config.max_position_embeddings
@@ -110,7 +110,7 @@ def model_faults(folder: Path) -> Iterator[str]:
     setting = run.get("rope_theta")
     first, last = setting if isinstance(setting, list) else (setting, setting)
     if last is None:
-        source = f"there is no {path} to compare with"
+        source = f"no {path} to compare with"
     else:
         source = f"as in {path}" if last == theta else f"{path} has {last}"
     print(f"{folder}: rope theta {theta:,.0f} ({source}), context {context:,} tokens")
@@ -137,7 +137,7 @@ def model_faults(folder: Path) -> Iterator[str]:
     )
     if not error <= 1e-3 * max(1.0, separate.abs().max().item()):
         yield (
-            "packed documents do not get the logits that they get alone: "
+            "the logits of packed and separate documents differ: "
             f"the largest difference is {error:.2g}"
         )
 
@@ -147,7 +147,7 @@ def unreadable(folder: Path) -> str | None:
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as file:
             if not list(file.keys()):
-                return "model.safetensors holds no weights"
+                return "model.safetensors has no weights"
         if has_state(folder):
             position = read_position(folder)
             if f"step_{position['step']}" != folder.name:
@@ -179,17 +179,17 @@ def differences(first: Path, second: Path) -> Iterator[str]:
 
 
 def _compare(
-    kind: str, a_names: set[str], b_names: set[str], a_get: Any, b_get: Any
+    kind: str, a_names: set[str], b_names: set[str], a_get: ReadEntry, b_get: ReadEntry
 ) -> Iterator[str]:
     for name in sorted(a_names ^ b_names):
-        yield f"{kind}: {name} is in one of them only"
+        yield f"{kind}: only one checkpoint has {name}"
     for name in sorted(a_names & b_names):
         if not _same(a_get(name), b_get(name)):
             yield f"{kind}: {name}"
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether type, shape and every bit are equal: NaN equals itself, 0.0 differs from -0.0."""
+def _same(a: object, b: object) -> bool:
+    """Return True if type, shape and every bit are equal: NaN equals NaN, 0.0 is not -0.0."""
     if not (isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)):
         return a == b
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -199,13 +199,13 @@ def _same(a: Any, b: Any) -> bool:
     )
 
 
-def _state(folder: Path) -> tuple[set[str], Any]:
+def _state(folder: Path) -> tuple[set[str], ReadEntry]:
     """Return the names in state/, and a function that reads one unsharded entry."""
     index = read_index(folder / "state").state_dict_metadata
 
-    def read(name: str) -> Any:
+    def read(name: str) -> object:
         entry = index[name]
-        content: dict[str, Any] = {name: None}
+        content: dict[str, object] = {name: None}
         if isinstance(entry, TensorStorageMetadata):
             content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():

@@ -1,9 +1,9 @@
-"""Plot a model's attention: mass by distance per layer, attention sink, maps of single heads.
+"""Plot a model's attention: weights by distance per layer, attention sink, maps of single heads.
 
 python -m scripts.visualize_attention --checkpoint checkpoints/nanollama_1b/phase2_16k \\
     --input_length 8192
 
-Probabilities are computed in chunks of rows: no [T, T] matrix is stored.
+Computes probabilities in chunks of rows and stores no [T, T] matrix.
 """
 
 import math
@@ -38,7 +38,7 @@ class Attention(NamedTuple):
 def attention_statistics(
     model: NanoLlama, tokens: Tensor, size: int = 64, chunk: int = CHUNK
 ) -> Attention:
-    """Return the attention of one document, tokens [T]; chunk: probabilities held at a time."""
+    """Return the attention of one document, tokens [T]. chunk: probabilities per chunk."""
     x = model.embed_tokens(tokens[None])
     cos, sin = model.rotary(len(tokens))
     mask = attention_mask(None, x, model.attention)
@@ -160,7 +160,7 @@ def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
     text: default: modules of Python's library. Raises ValueError if the text is too short.
     """
     if text is not None and not text.is_file():
-        raise ValueError(f"there is no text {text}")
+        raise ValueError(f"--text {text} does not exist")
     library = Path(sysconfig.get_paths()["stdlib"])
     paths = (
         [text]

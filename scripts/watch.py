@@ -1,9 +1,9 @@
-"""Watch a run from outside; send an alert when it stops making steps (killed, hung, host down).
+"""Watch a run from another process; send an alert when it makes no more steps (killed, hung).
 
 python -m scripts.watch logs/nanollama_1b --stale 600
 
-Uses the alerts of the run's config (log.alerts) and --alert. Start it on another machine that sees
-the folder, to detect a host failure too. It runs until interrupted, across phases and restarts.
+Uses the alerts of the run's config (log.alerts) and --alert. On another machine with access to the
+folder it also detects a host failure. It runs until interrupted, across phases and restarts.
 """
 
 import json
@@ -40,7 +40,7 @@ def main() -> None:
         configs = sorted(args.run.glob("*.config.yaml"), key=lambda path: path.stat().st_mtime)
         if not configs:
             raise ValueError(
-                f"{args.run} holds no <phase>.config.yaml; give the log folder of a started run"
+                f"{args.run} has no <phase>.config.yaml; give the log folder of a started run"
             )
         config = load(configs[-1]).log.alerts
         config = replace(
@@ -56,9 +56,9 @@ def main() -> None:
 
 
 def watch(run: Path, stale: float, alerts: Alerts) -> None:
-    """Watch forever: log and alert if a running heartbeat is unchanged for `stale` seconds.
+    """Log and alert whenever a running heartbeat is unchanged for `stale` seconds; never return.
 
-    Times are those of this machine's clock, as the run's clock may differ.
+    Uses this machine's clock only, since the run's clock may differ.
     """
     seen, since, stuck = "", time.monotonic(), False
     while True:

@@ -21,8 +21,10 @@ VOCAB = 384
 torch.set_num_threads(1)
 # A worker runs whole files, because fixtures are expensive. The longest files start first.
 LONGEST = (
-    *("test_timeline", "test_fault_table", "test_quickstart", "test_nodes", "test_training"),
-    *("test_checkpoint", "test_prepare", "test_pipeline", "test_demo"),
+    *("test_timeline", "test_quickstart", "test_fault_table", "test_surroundings"),
+    *("test_launchers", "test_evals_benchmarks", "test_prepare", "test_pipeline", "test_nodes"),
+    *("test_checkpoint", "test_demo", "test_interrupts", "test_plan", "test_gguf"),
+    *("test_evals_generative", "test_tokenizer", "test_training", "test_attention"),
 )
 
 

@@ -5,6 +5,7 @@ process tree stays as with exec: the parent of a rank is its launcher, whose par
 """
 
 import atexit
+import inspect
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -23,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY_POINTS = ("train", "train_sft", "train_dpo", "training.run_folder")
-SCRIPTS = "pipeline launch export_gguf prepare_data train_tokenizer download_data run_evals"
+ENTRY_POINTS = ("train", "train_sft", "train_dpo", "train_gpt", "training.run_folder")
+SCRIPTS = (
+    "pipeline launch export_gguf prepare_data train_tokenizer download_data run_evals experiment"
+)
 TORCH = ("_dynamo", "_inductor.config", "distributed.checkpoint", "distributed.run", "onnx")
 TESTS = ("forked", "miniature", "test_checkpoint", "test_fault_table", "test_pipeline")
 PRELOADED = (
@@ -178,6 +181,7 @@ def run_python(argv: list[str], environment: dict[str, str]) -> None:
                 )
         os.environ.clear()
         os.environ.update(environment)
+        _name_frozen_frames()
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115
@@ -196,6 +200,15 @@ def run_python(argv: list[str], environment: dict[str, str]) -> None:
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def _name_frozen_frames() -> None:
+    """Spare inspect.stack a search of all modules (2 s in torchrun) for each frame of these files.
+
+    inspect looks their names up as paths in the working folder.
+    """
+    for name in ("<frozen runpy>", "<string>"):
+        inspect.modulesbyfile[os.path.abspath(name)] = "runpy"  # type: ignore[attr-defined]
 
 
 def _main(words: list[str]) -> int:

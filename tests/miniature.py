@@ -50,7 +50,7 @@ SUITE = {  # more flags of an evaluation
     "tool_use": "--limit 1 --max_tokens 12",
     "toxicity": "--limit 2 --samples 2 --max_tokens 4",
     "mt_bench": "--limit 1 --max_tokens 4",
-    "perplexity": "--tokens 20000",
+    "perplexity": "--tokens 4000",
 }
 
 
@@ -67,6 +67,8 @@ def small(text: str) -> str:
     text = text.replace("--batch_size 8", "--batch_size 2")
     text = text.replace("python demo_ui.py", "python demo_ui.py --port 0")
     text = re.sub(r"((?:step_|[a-z\d]=|--num_steps )\d+)000(?!\d)", r"\1", text)
+    if "check_gguf" in text:
+        text += " --tokens 200 --strings 50"
     if "generate_chat_data" in text:
         counts = " ".join(
             f"{kind}=40" for kind in ("math", "tools", "factbook", "identity", "pairs")

@@ -594,7 +594,7 @@ def test_plain_text_goes_on_from_chat_models_too(
     assert "or add --raw" in run_script(
         monkeypatch, capsys, "--checkpoint", speaking, "--stop", ".", *flags
     )
-    assert "the least is 1" in run_script(
+    assert "must be at least 1" in run_script(
         monkeypatch, capsys, "--checkpoint", speaking, *flags[:-1], 0
     )
     shutil.copy(text_store / "tokenizer" / "tokenizer.json", base)  # with a foreign template

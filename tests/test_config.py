@@ -129,7 +129,10 @@ CHATS = {
 }
 PAIRS = {path: PreferenceRun for path in ROOT.glob("configs/**/dpo.yaml")}
 KINDS = CHATS | PAIRS
-RUNS = sorted(set(ROOT.glob("configs/**/*.yaml")) - {*RECIPES, *PLANS, *SUITES, *KINDS})
+EXPERIMENTS = sorted(ROOT.glob("configs/lab/*.yaml"))
+RUNS = sorted(
+    set(ROOT.glob("configs/**/*.yaml")) - {*RECIPES, *PLANS, *SUITES, *KINDS, *EXPERIMENTS}
+)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -245,7 +245,7 @@ def test_an_interrupted_writer_leaves_nothing(tmp_path):
 def test_store_checks_tokenizer_against_model_and_shards(text_store, tmp_path):
     with pytest.raises(ValueError, match=r"has 384 tokens but model.vocab_size=4096"):
         open_tokenizer(text_store, 4096)
-    with pytest.raises(ValueError, match="there is no data store"):
+    with pytest.raises(ValueError, match="no data store found"):
         open_tokenizer(tmp_path, 384)
     with pytest.raises(ValueError, match=r"has no such source; available: first, second"):
         open_shards(text_store, {"third": 1.0}, "train", VOCAB)

@@ -397,7 +397,7 @@ def test_mistakes_of_the_command_are_told_in_a_sentence(folder, tmp_path, monkey
     assert "neither a GGUF file (*.gguf) nor a checkpoint" in said(
         "--checkpoint", tmp_path, "--port", 0
     )
-    assert "argument --context: -5 is too small" in said(
+    assert "argument --context: -5 must be at least 1" in said(
         "--checkpoint", folder, "--context", -5, "--port", 0
     )
     (tmp_path / "m.gguf").write_bytes(b"GGUF")

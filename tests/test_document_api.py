@@ -1,12 +1,12 @@
 """The short forms of docs/api.md give the results of the code that training uses."""
 
-import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, one_thread
+from conftest import one_thread
 from pyarrow import parquet
 
 from data.dataloader import PackedDataLoader
@@ -92,9 +92,7 @@ model(tokens, tokens).nll.sum().backward()
 assert all(parameter.grad is not None for parameter in model.parameters())
 print(type(model).__name__, torch.distributed.get_world_size())
 """
-    alone = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=one_thread()
-    )
+    alone = forked.run([sys.executable, "-c", code], env=one_thread())
     assert alone.stdout == "FSDPNanoLlama 1\n", alone.stderr
 
 

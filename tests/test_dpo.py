@@ -57,7 +57,9 @@ def test_policy_equal_to_reference_and_answers_swapped(tmp_path):
         for name in ("rewards/accuracies", "rewards/margins", "kl_per_token", "drift_per_token")
     } == {0.0}
     batch = parity_dpo.batch_of(pairs, reference)
-    swapped = batch._replace(places=batch.places.roll(4, 0), reference=batch.reference.roll(4))
+    swapped = batch._replace(
+        answer_positions=batch.answer_positions.roll(4, 0), reference=batch.reference.roll(4)
+    )
     straight, turned = (preference(DPOConfig())(policy, one)[1] for one in (batch, swapped))
     assert float(turned["rewards/margins"]) == -float(straight["rewards/margins"]) != 0
     assert float(turned["rewards/accuracies"]) == 4 - float(straight["rewards/accuracies"])
@@ -80,7 +82,7 @@ def test_without_a_reference_rewards_are_log_probabilities(tmp_path):
     assert float(sums["rewards/chosen"]) == pytest.approx(
         0.1 * float(sums["logps/chosen"]), rel=1e-6
     )
-    assert "kl_per_token" not in sums and DPOConfig(loss="simpo").referred == "none"
+    assert "kl_per_token" not in sums and DPOConfig(loss="simpo").resolved_reference == "none"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def complaint(capfd, monkeypatch, arguments: list[str]) -> str:
         ),
         ("model.vocab_size=500", f"has {VOCAB} tokens but model.vocab_size=500"),
         ("data.mix={third: 1}", "has no such source; available: first, second"),
-        ("data.store=nowhere", "there is no data store at nowhere"),
+        ("data.store=nowhere", "no data store found at nowhere"),
         ("init_from=nowhere", "nowhere has no model.safetensors"),
         ("resume_from=nowhere", "nowhere has no complete checkpoint"),
         ("log.wandb_project=x", "wandb is not installed"),
@@ -197,7 +197,8 @@ def test_numbers_that_are_too_small_are_refused(flag, capfd):
     with pytest.raises(SystemExit):
         eval_parser("x").parse_args(["--checkpoint", "x", flag])
     name, number = flag.split("=")
-    assert f"argument {name}: {number} is too small; the least is" in capfd.readouterr().err
+    limit = "must not be negative" if name == "--shots" else "must be at least 1"
+    assert f"argument {name}: {number} {limit}" in capfd.readouterr().err
 
 
 def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store):
@@ -207,7 +208,7 @@ def test_evaluation_and_plan_commands_complain_in_one_line(tmp_path, text_store)
             ["evals.eval_perplexity", "--checkpoint", str(tmp_path), "--dataset", str(text_store)],
             "has no tokenizer.json",
         ),
-        (["scripts.pipeline", "--plan", "nowhere.yaml"], "there is no config file nowhere.yaml"),
+        (["scripts.pipeline", "--plan", "nowhere.yaml"], "config file nowhere.yaml not found"),
         (
             ["scripts.test_generation", "--checkpoint", str(tmp_path), "--prompt", "x"],
             "is not a checkpoint",

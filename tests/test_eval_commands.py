@@ -13,10 +13,11 @@ from conftest import ROOT, complaint_of, save_tiny, tiny_config
 
 import demo_ui
 from evals import eval_gsm8k, eval_needle, eval_tool_use, eval_toxicity
+from evals.cost import command_tokens
 from scripts import plan as plan_command
-from scripts.plan import reads, show
 from training.config import load
 from training.planning.cost import forecast
+from training.planning.forecast_text import forecast_text
 from training.planning.memory import GPUS
 from training.planning.plan import Milestone, Plan, PlanPhase, load_plan
 
@@ -70,7 +71,7 @@ def test_boolean_flags_take_a_value_or_none(given, expected, capsys):
 
 def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monkeypatch, capsys):
     with pytest.raises(
-        ValueError, match="there is no model under checkpoints/; give --checkpoint or --gguf"
+        ValueError, match="no model found under checkpoints/; give --checkpoint or --gguf"
     ):
         demo_ui.newest_model(tmp_path / "none", tmp_path)
     folders = [  # each is preferred to those before it; seconds of its config.json
@@ -107,12 +108,12 @@ def test_the_demo_opens_the_model_of_the_latest_stage(text_store, tmp_path, monk
         with pytest.raises(SystemExit):
             demo_ui.main()
     out, err = capsys.readouterr()
-    assert f"opens {model}, the newest model found" in out and "give another port" in err
+    assert f"opening {model}, the newest model" in out and "give another port" in err
     empty = tmp_path / "empty"
     empty.mkdir()
     monkeypatch.chdir(empty)
     monkeypatch.setattr(demo_ui, "ROOT", empty)
-    assert "there is no model under checkpoints/" in complaint_of(
+    assert "no model found under checkpoints/" in complaint_of(
         demo_ui.main, [], capsys, monkeypatch
     )
 
@@ -149,7 +150,7 @@ def test_forward_flops_and_hours(tmp_path):
             "Talk": "python x.py",
         },
     )
-    report = forecast(plan, "h100", mfu=0.5, price=2.0, reads=reads)
+    report = forecast(plan, "h100", mfu=0.5, price=2.0, reads=command_tokens)
     first, second, end = report["evaluations"]
     assert [entry["where"] for entry in report["evaluations"]] == [
         "one 40",
@@ -182,12 +183,12 @@ def test_forward_flops_and_hours(tmp_path):
         math.fsum(entry["hours"] for entry in report["evaluations"])
     )
     assert total["cost"] == pytest.approx(total["hours"] * 2 * 2.0)
-    output = show(report)
+    output = forecast_text(report)
     assert (
         "not counted: python mystery.py" in output
         and "perplexity 0.01M read, " not in output.split("one 100")[1]
     )
-    assert forecast(plan, "h100")["evaluations"] == [] and "Evaluations" not in show(
+    assert forecast(plan, "h100")["evaluations"] == [] and "Evaluations" not in forecast_text(
         forecast(plan, "h100")
     )
 
@@ -206,7 +207,7 @@ def test_every_evaluation_of_the_1b_plan_is_counted(monkeypatch, capsys):
     measured = [*milestones, *(stage.name for stage in plan.stages if stage.evals)]
     assert len(measured) == 9 and all(f"\n  {where}: " in output for where in measured)
     assert "not counted" not in output and "hours for evaluations" in output
-    entries = forecast(plan, "h100", reads=reads)["evaluations"]
+    entries = forecast(plan, "h100", reads=command_tokens)["evaluations"]
     assert [entry["where"] for entry in entries] == measured
     counts = {entry["where"]: len(entry["evals"]) for entry in entries}
     assert (

@@ -27,7 +27,7 @@ def test_without_a_gpu_or_torchao_a_sentence_says_so(monkeypatch):
         fp8.convert_to_fp8(layers, CPU)
     monkeypatch.setattr(fp8, "find_spec", lambda name: name)
     with pytest.raises(
-        ValueError, match=r"parallel.fp8 needs an NVIDIA GPU with float8, and this is cpu"
+        ValueError, match=r"parallel.fp8 needs an NVIDIA GPU with float8; the device is cpu"
     ):
         fp8.convert_to_fp8(layers, CPU)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))

@@ -364,10 +364,10 @@ def test_a_row_is_held_to_its_grammar_and_no_other(text_store):
     prompts = [[5, 6], [9, start], [5, 6], [8]]
     sampling = Sampling(temperature=1.5)
     constraints = [
-        grammar.constraint(then=end),
+        grammar.constraint(followers=end),
         None,
         None,
-        grammar.constraint(after=start, then=end),
+        grammar.constraint(marker=start, followers=end),
     ]
     rows = generate(model, prompts, 120, sampling=sampling, constraints=constraints, logprobs=True)
     free = generate(model, prompts, 120, sampling=sampling)
@@ -382,7 +382,7 @@ def test_a_row_is_held_to_its_grammar_and_no_other(text_store):
     with pytest.raises(json.JSONDecodeError):
         json.loads(tokenizer.decode(free[0].tokens[: len(written)]))
     triggered = generate(
-        model, [[8]], 60, constraints=[Once(start, grammar.constraint(after=start, then=end))]
+        model, [[8]], 60, constraints=[Once(start, grammar.constraint(marker=start, followers=end))]
     )[0].tokens
     start_index = triggered.index(start)
     assert json.loads(

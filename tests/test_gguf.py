@@ -35,7 +35,16 @@ from data.chat.tools import TOOLS
 from evals.engines import folder_hash
 from export import gguf as gguf_export
 from export.gguf import k_rows, tensor_type, write_gguf
-from export.gguf_check import FAR, MAX_KL, compare, compare_tokens, fuzz, judge, reference, table
+from export.gguf_check import (
+    FAR,
+    MAX_KL,
+    compare,
+    compare_tokens,
+    fuzz,
+    reference,
+    table,
+    verdict_of,
+)
 from export.gguf_plan import read_config
 from inference.chat_session import ChatSession
 from inference.gguf_tokenizer import build_tokenizer, field, open_gguf, read_vocabulary
@@ -396,7 +405,7 @@ def test_the_worst_logit_alone_is_rounding_until_it_is_far_off(error, kl, verdic
         "outtype": "f16",
         "greedy": {"largest_gap": 0.0},
     }
-    assert judge({**row, "max_error": error, "kl": kl}, spread=3.0)[0] == verdict
+    assert verdict_of({**row, "max_error": error, "kl": kl}, spread=3.0)[0] == verdict
 
 
 @runtime
@@ -420,7 +429,10 @@ def test_what_the_check_is_there_for_is_found(folders, tmp_path, monkeypatch):
     # Other shapes and another vocabulary.
     other_file = make(folders["tied"], tmp_path / "other", "q8_0")["q8_0"]
     row = compare(other_file, ref, threads=1)
-    assert row["verdict"] == "wrong" and "of another model: token_embd.weight" in row["because"][0]
+    assert (
+        row["verdict"] == "wrong"
+        and "contains another model: token_embd.weight" in row["because"][0]
+    )
     assert "| m-q8_0.gguf | 0.3 | wrong | - | - |" in table([row])
 
 
@@ -519,7 +531,7 @@ def test_a_session_runs_tools_and_shows_thoughts_apart(folders):
         and session.messages == messages_before
     )
     assert (
-        "cut here" in list(session.ask("again"))[-1][1]
+        "stopped at the token limit" in list(session.ask("again"))[-1][1]
         and session.messages[-1]["content"] == "and so on"
     )
 
@@ -639,7 +651,7 @@ def test_mistakes_of_export_are_told_in_a_sentence_and_leave_nothing(
         return Path(shutil.copytree(good, tmp_path / name))
 
     assert "is not a checkpoint" in failed(tmp_path)
-    assert "'q3' is none of" in failed(good, "f16,q3")
+    assert "'q3' is not one of" in failed(good, "f16,q3")
     assert "one name for 2 files" in failed(good, outfile="m.gguf")
     bare = copy("bare")
     (bare / "tokenizer.json").unlink()

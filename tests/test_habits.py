@@ -24,8 +24,8 @@ CODE_BLOCK = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)+/?|[\w.-]+/|[\w.-]+\.(py|md|toml|txt|yaml|yml)")
 SOURCE_FILE = re.compile(
-    r"\b(?:benchmarks|configs|data|demo|docs|evals|export|inference|models|scripts|tests|training)"
-    r"/[\w/]+\.(?:md|py|sh|yaml)\b"
+    r"\b(?:benchmarks|configs|data|demo|docs|evals|export|inference|lab|models|scripts|tests|"
+    r"training)/[\w/]+\.(?:md|py|sh|yaml)\b"
 )
 DEFINED = re.compile(r"([\w/]+\.py):(\w+)")
 WRITTEN = ("checkpoints/", "logs/", "results/", "data/store/")  # git ignores their content

@@ -269,7 +269,7 @@ def test_progress_is_lines_in_a_log_file_and_a_bar_on_a_terminal(run, monkeypatc
     _, _, err = run("--tokens", "2560")
     assert sum(line.startswith("pg19: ") for line in err.splitlines()) > 9
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("cli.outlive_readers", lambda: None)
+    monkeypatch.setattr("cli.survive_closed_pipes", lambda: None)
     _, _, err = run("--tokens", "2560")
     assert "\r" in err and "40/40" in err
 

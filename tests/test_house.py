@@ -19,7 +19,7 @@ from training.loop import train
 from training.meter import flops_per_token
 from training.optimizers import OptimConfig, build_optimizer, parameter_groups
 
-PARTS = ("models", "inference", "export", "data", "training", "evals", "demo", "scripts")
+PARTS = ("models", "inference", "export", "data", "training", "evals", "lab", "demo", "scripts")
 LEAVES = {"cli", "files", "machine", "ranges", "yaml_file"}
 MAY_IMPORT = {  # besides itself; imports go down these layers only
     "models": {"files", "ranges"},
@@ -28,9 +28,12 @@ MAY_IMPORT = {  # besides itself; imports go down these layers only
     "export": {*LEAVES, "models", "data", "inference"},
     "training": {*LEAVES, "torchrun_plugin", "models", "data"},
     "evals": {*LEAVES, "models", "data", "inference", "export", "training"},
+    "lab": {*LEAVES, "torchrun_plugin", "training"},
     "demo": {*LEAVES, "models", "data", "inference"},
     "scripts": {*LEAVES, *PARTS, "torchrun_plugin"},
 }
+# Commands inside data/: entry points, which may import cli as well
+COMMANDS = {"data/cached_fineweb10B.py", "data/fineweb.py"}
 MODULES = {path.stem for path in ROOT.glob("*.py")} | {*PARTS, "tests", "benchmarks"}
 FILES = [path for part in PARTS for path in sorted((ROOT / part).rglob("*.py"))] + sorted(
     ROOT.glob("*.py")
@@ -51,7 +54,9 @@ def imports(path) -> set[str]:
 def test_direction_of_imports_and_length(path):
     part = path.relative_to(ROOT).parts[0]
     if part in MAY_IMPORT:
-        assert (imports(path) & MODULES) - {part} <= MAY_IMPORT[part]
+        command = str(path.relative_to(ROOT)) in COMMANDS
+        allowed = MAY_IMPORT[part] | ({"cli"} if command else set())
+        assert (imports(path) & MODULES) - {part} <= allowed
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 500
     if path.name not in ("setup.py", "cli.py", "torchrun_plugin.py") and part != "scripts":
@@ -150,15 +155,13 @@ def test_optimizer_groups_cover_every_parameter_once():
         qk_norm=True,
     )
     model = NanoLlama(config, seed=0)
-    decayed, undecayed = parameter_groups(model, 0.1)
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(p)] for p in undecayed["params"]} == {
-        n for n in names.values() if "norm" in n or n == "embed_tokens.weight"
+    decays = {names[id(p)]: group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {
+        n: 0.0 if "norm" in n or n == "embed_tokens.weight" else 0.1 for n in names.values()
     }
-    assert decayed["weight_decay"] == 0.1 and undecayed["weight_decay"] == 0.0
-    model.extra = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="no rule whether to decay extra"):
-        parameter_groups(model, 0.1)
+    assert sum(len(group["params"]) for group in groups) == len(names)
 
 
 def test_one_update_equals_adamw_by_hand():

@@ -157,7 +157,7 @@ def test_a_path_named_like_a_known_source_is_pointed_out(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert list(download._names("code")) == ["code"]
     assert (
-        "note: code is the data set of that name; use ./code for the path"
+        "note: code means the data set of that name; use ./code for the path"
         in capsys.readouterr().err
     )
 
@@ -183,7 +183,7 @@ def test_hidden_unfinished_and_own_files_are_not_read(tmp_path, run):
     assert "4 documents" in run(f"{tmp_path}/**/*", "--name", "z")
     # The store is read if the argument names a source in it.
     assert "4 documents" in run(tmp_path / "store" / "documents" / "x", "--name", "copy")
-    assert "there is no .parquet" in run(tmp_path / "store", "--name", "w", fails=True)
+    assert "no .parquet" in run(tmp_path / "store", "--name", "w", fails=True)
 
 
 def test_linked_folders_are_read_once(tmp_path):
@@ -204,7 +204,7 @@ def test_files_of_other_kinds_are_named(tmp_path, capsys):
     )
     with pytest.raises(
         ValueError,
-        match=r"there is no .parquet, .jsonl, .jsonl.gz or .jsonl.zst file at .*b.jsonl.bz2",
+        match=r"no .parquet, .jsonl, .jsonl.gz or .jsonl.zst file found at .*b.jsonl.bz2",
     ):
         list_files(str(tmp_path / "in" / "b.jsonl.bz2"))
 
@@ -511,7 +511,7 @@ def test_splits_and_configs_of_a_hub_set(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=message):
             answers(**options)
     with pytest.raises(
-        ValueError, match=r"split and config select rows of a Hub data set; .* local path"
+        ValueError, match=r"split and config select rows of a hub data set; .* local path"
     ):
         list(read_rows("owner/two/en.jsonl", "test"))
 

@@ -20,7 +20,7 @@ from conftest import ROOT
 
 from evals.report.runs import open_runs, table
 from files import read_lines
-from scripts.compare_runs import main as compare
+from scripts.experiment import main as compare
 from training.config import load, to_dict
 from training.logger import Log, LogConfig, append_event
 from training.ops import alerts
@@ -574,7 +574,9 @@ def test_runs_are_compared_in_a_table_and_a_picture(tmp_path, monkeypatch, capsy
     one = make_run(tmp_path / "one", 0.0, [])
     two = make_run(tmp_path / "two", 1.0, [skip, skip, {**skip, "batch_index": 12}, *rest])
     monkeypatch.setattr(
-        sys, "argv", ["x", str(one), str(two), "--output", str(tmp_path / "out" / "v1.2")]
+        sys,
+        "argv",
+        ["x", "--compare", str(one), str(two), "--output", str(tmp_path / "out" / "v1.2")],
     )
     compare()
     text = (tmp_path / "out" / "v1.2.md").read_text()

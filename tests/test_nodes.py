@@ -21,7 +21,7 @@ from models.nanollama import NanoLlama, TransformerBlock
 from training.config import load
 from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
 from training.ops import profiling
-from training.ops.watchdog import LOST, Watch, leave_if_lost
+from training.ops.watchdog import LOST, Watch, exit_if_peer_lost
 
 STEPS = 12
 
@@ -275,9 +275,9 @@ def test_a_lost_connection_is_told_from_other_errors(monkeypatch, capsys):
         ValueError("Timed out"),
         torch.OutOfMemoryError("CUDA out of memory"),
     ):
-        leave_if_lost(error, 0)
+        exit_if_peer_lost(error, 0)
     with pytest.raises(SystemExit, match=str(LOST)):
-        leave_if_lost(
+        exit_if_peer_lost(
             RuntimeError(
                 "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
             ),

@@ -108,7 +108,7 @@ def test_the_command_writes_where_it_was_told(settings, tmp_path):
 def test_the_words_of_a_plan_keep_their_spaces():
     from types import SimpleNamespace
 
-    from scripts.pipeline import Pipeline
+    from training.planning.pipeline import Pipeline
 
     driver = Pipeline.__new__(Pipeline)
     driver.scheduled_phases = [SimpleNamespace(run=SimpleNamespace(run="my run"))]

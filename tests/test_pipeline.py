@@ -261,7 +261,7 @@ def test_a_milestone_without_its_checkpoint_is_named(plan, run):
     run()
     shutil.rmtree(plan / "checkpoints" / "tiny" / "one" / "step_2")
     message = run(status=2).stderr
-    assert "step_2 is missing and the plan judges it at step 2" in message
+    assert "step_2 is missing, but the plan judges it at step 2" in message
     assert message.strip().endswith("--redo one")
 
 
@@ -344,7 +344,7 @@ def test_a_branch_decays_beside_the_run(plan, run):
         and len(losses(plan)) == 4
     )
     message = run("--branch", "x", "--at", "99", "--steps", "2", status=2).stderr
-    assert "there is no checkpoint of step 99 to branch from" in message
+    assert "no phase has a checkpoint of step 99 to branch from" in message
 
 
 def test_mistakes(plan, run):

@@ -25,13 +25,13 @@ from data.dataloader import PackedDataLoader
 from data.store import open_shards
 from models.losses import compute_loss_with_z_penalty
 from models.nanollama import ModelConfig, NanoLlama
-from scripts.plan import readable, show
 from training.config import DataConfig, RunConfig, load, to_dict
 from training.fsdp_utils import ParallelConfig, _keep_matmuls, set_last_micro_batch, wrap_model_fsdp
 from training.meter import flops_per_token
 from training.optimizers import OptimConfig, build_optimizer
 from training.planning import memory as memory_model
-from training.planning.cost import check, forecast, forecast_loss
+from training.planning.cost import check, forecast, forecast_loss, readable_tokens
+from training.planning.forecast_text import forecast_text
 from training.planning.memory import (
     CONTEXT,
     GPUS,
@@ -162,7 +162,7 @@ def test_bytes_of_muon(strategy, ranks):
     model = replace(SMALL, num_hidden_layers=4)
     run = replace(small_run(parallel, 1, ranks, model), optim=OptimConfig(name="muon"))
     measured, estimate = measure(run, ranks), memory(run, ranks)
-    assert moment_bytes(model, strategy, ranks, "muon") == pytest.approx(
+    assert moment_bytes(model, strategy, ranks, run.optim) == pytest.approx(
         measured["moments"], rel=0.01
     )
     assert 1 <= (estimate.moments["optimizer step"] - CONTEXT) / measured["update"] <= 1.2
@@ -267,9 +267,8 @@ def test_the_1b_model_by_hand():
     assert sharded_bytes(model, "zero2", 2) == 2 * model.num_parameters
     assert moment_bytes(model, "ddp", 2) == 8 * model.num_parameters + 4 * (22 * 9 + 3)
     hidden = 22 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 2048 * 5632)
-    assert moment_bytes(model, "ddp", 2, "muon") == 8 * model.num_parameters - 4 * hidden + 4 * (
-        22 * 2 + 3
-    )
+    muon = moment_bytes(model, "ddp", 2, OptimConfig(name="muon"))
+    assert muon == 8 * model.num_parameters - 4 * hidden + 4 * (22 * 2 + 3)
 
 
 @pytest.fixture
@@ -310,7 +309,7 @@ def test_plan_1b_on_two_h100(plan_1b):
     assert report["disk"]["checkpoints"] == (26 * 14 + 7 * 2) * 1_100_048_384 + counters
     # Tokens downloaded, not tokens read.
     assert report["disk"]["tokens"] == 2 * (26e9 + 1.8e9 + 8e9 + 3 * 1.1e9)
-    text = show(report)
+    text = forecast_text(report)
     for words in (
         "fineweb_edu: 24.12B tokens",
         "10,000 to 500,000",
@@ -376,7 +375,9 @@ def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
             )
         )
     report = forecast(
-        Plan("small", tuple(PlanPhase(str(path)) for path in paths)), "h100", readable=readable
+        Plan("small", tuple(PlanPhase(str(path)) for path in paths)),
+        "h100",
+        readable=readable_tokens,
     )
     so_far = dict.fromkeys(values, 0.0)
     for path, phase in zip(paths, report["phases"], strict=True):
@@ -390,7 +391,7 @@ def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
             assert phase["sources"][name]["epochs"] == pytest.approx(epochs, rel=0.01)
             assert phase["sources"][name]["epochs_so_far"] == pytest.approx(so_far[name], rel=0.01)
     # Far below the range that the law was fitted on.
-    assert report["phases"][0]["loss"] is None and "no forecast" in show(report)
+    assert report["phases"][0]["loss"] is None and "no forecast" in forecast_text(report)
     warned = {name for name, epochs in so_far.items() if epochs > 4}
     assert (
         warned
@@ -406,7 +407,9 @@ def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
     )
     with pytest.raises(ValueError, match="two: first has no document of 200000 tokens or more"):
         forecast(
-            Plan("small", tuple(PlanPhase(str(path)) for path in paths)), "h100", readable=readable
+            Plan("small", tuple(PlanPhase(str(path)) for path in paths)),
+            "h100",
+            readable=readable_tokens,
         )
 
 

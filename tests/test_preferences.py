@@ -10,7 +10,7 @@ import torch
 from conftest import random_word
 
 from benchmarks import parity_dpo
-from data.chat.pair_batches import PairLoader, Pairs, ValidationPairs, lay_out, make_batch
+from data.chat.pair_batches import PairLoader, Pairs, ValidationPairs, assign_to_rows, make_batch
 from data.chat.preferences import (
     Dropped,
     PairSource,
@@ -220,12 +220,14 @@ def test_layout_holds_every_document_once_in_rows_that_fit():
     for _ in range(300):
         lengths = [rng.randint(1, 100) for _ in range(2 * rng.randint(1, 8))]
         multiple = rng.choice([1, 8])
-        rows, length = lay_out(lengths, 100, multiple)
+        rows, length = assign_to_rows(lengths, 100, multiple)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert max(sum(lengths[i] for i in row) for row in rows) <= length <= 100
         assert length % multiple == 0 or length == 100
         assert len(rows) * length <= 1.5 * sum(lengths) + 2 * max(lengths) + 8 * len(rows)
-    assert lay_out([50, 50, 50, 50], 100)[1] == 50  # rows are not longer than the longest pair
+    assert (
+        assign_to_rows([50, 50, 50, 50], 100)[1] == 50
+    )  # rows are not longer than the longest pair
 
 
 def many(tokenizer, tmp_path):
@@ -285,7 +287,7 @@ def test_a_step_is_a_pure_function_of_its_place_and_split_over_ranks(tokenizer, 
 def answers_of(batch):
     """Return the trained ids of each document."""
     flat = torch.cat([batch.targets.flatten(), torch.tensor([IGNORE])])
-    return [[int(i) for i in flat[places] if i != IGNORE] for places in batch.places]
+    return [[int(i) for i in flat[places] if i != IGNORE] for places in batch.answer_positions]
 
 
 def test_log_probabilities_equal_those_of_each_answer_alone(tmp_path):
@@ -309,7 +311,7 @@ def test_log_probabilities_equal_those_of_each_answer_alone(tmp_path):
                 .sum()
             )
         assert logp == pytest.approx(float(alone), rel=1e-5)
-    row, column = np.unravel_index(int(batch.places[0, 0]), batch.targets.shape)
+    row, column = np.unravel_index(int(batch.answer_positions[0, 0]), batch.targets.shape)
     changed = answer_logps(
         model,
         batch._replace(

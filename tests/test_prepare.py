@@ -1,13 +1,10 @@
 """The data pipeline: the fate of each document, kills and resumes, one node, Slurm and Ray."""
 
-import contextlib
 import fcntl
 import json
 import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,11 +15,14 @@ import forked
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, library, write_documents
+from conftest import library, write_documents
 from datatrove.pipeline.dedup import MinhashDedupSignature
 from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.formatters import PIIFormatter
+from forked import Forked
 
+from benchmarks.fault_points import point
+from benchmarks.fault_sites import Site
 from data.pipeline.prepare import prepare, train_store_tokenizer
 from data.pipeline.recipe import Recipe, Split
 from data.pipeline.steps import ChooseDuplicates, Mask, Signature
@@ -266,32 +266,19 @@ def command(path: Path, *more: str) -> list[str]:
 
 def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
     path, _ = make_store(tmp_path)
-    store, kills = Path(load_settings(Recipe, path).store), 0
-    for moment in (
-        "work/clean-*/documents/*.parquet",
-        "work/clean-*/signatures/*/*.sig",
-        "work/clean-*/stages/clean/completions/*",
-        "work/clean-*/stages/pairs/completions/*",
-        "work/tokens-*/tokens/*/.train-*.tmp",
-        "work/tokens-*/entries/*",
-        "tokens/*/manifest.json",
+    store, site = Path(load_settings(Recipe, path).store), Site(tmp_path / "site", Forked)
+    arguments = f"-m scripts.prepare_data --config {path} executor.workers=2"
+    for whom, operation, nth, file in (
+        ("*", "write", 1, "work/clean-*/signatures/*/*.sig"),
+        ("*", "write", 2, "work/clean-*/stages/clean/completions/*"),
+        ("scripts.prepare_data", "write", 1, "work/clean-*/counts/*"),
+        ("*", "write", 2, "work/clean-*/stages/pairs/completions/*"),
+        ("scripts.prepare_data", "write", 1, "work/tokens-*/tokens/*/.train-*.starts.tmp"),
+        ("*", "rename", 2, "work/tokens-*/entries/*"),
+        ("scripts.prepare_data", "rename", 2, "tokens/*"),
     ):
-        # A process of its own: forked tasks end before this test sees their files.
-        run = subprocess.Popen(
-            command(path, "executor.workers=2"),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        while run.poll() is None and not list(store.glob(moment)):
-            time.sleep(0.001)
-        if run.poll() is None:
-            with contextlib.suppress(ProcessLookupError):  # it has just ended
-                # Kill its tasks as well, or leave them running.
-                (os.killpg if kills % 2 else os.kill)(run.pid, signal.SIGKILL)
-                kills += 1
-            run.wait()
-    assert kills >= 4
+        # Kill its tasks as well, or leave them running. Fails if a point is not reached.
+        site.run_faulty(arguments, point(operation, f"{store}/{file}", whom=whom, nth=nth))
     finished = forked.run(command(path, "executor.workers=2"))
     assert finished.returncode == 0, finished.stderr
     assert shards(store) == shards(done[2])
@@ -320,10 +307,22 @@ script="${@: -1}"; number=$(ls "$SLURM_SPOOL" | wc -l); cp "$script" "$SLURM_SPO
 echo "$@" >"$SLURM_SPOOL/$number.args"
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 for i in $(seq 0 "$last"); do
-    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" \
+    LAST_TASK=$last SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" \
 >>"$SLURM_SPOOL/$number.out" 2>&1 || exit 1
 done
 echo "Submitted batch job 10$number"
+"""
+FAKE_SRUN = f"""#!{sys.executable}
+# The last task of an array runs all its tasks, to import datatrove once.
+import os, sys
+last = int(os.environ["LAST_TASK"])
+if os.environ["SLURM_ARRAY_TASK_ID"] == str(last):
+    from datatrove.tools.launch_pickled_pipeline import main
+    assert sys.argv[1:5] == ["-l", "-n", "1", "launch_pickled_pipeline"], sys.argv
+    del sys.argv[1:5]
+    for task in range(last + 1):
+        os.environ["SLURM_ARRAY_TASK_ID"] = str(task)
+        main()
 """
 
 
@@ -334,7 +333,7 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
         folder.mkdir()
     for name, text in (
         ("sbatch", FAKE_SBATCH),
-        ("srun", '#!/bin/bash\nshift 3\nexec "$@"\n'),  # after -l -n 1
+        ("srun", FAKE_SRUN),
         ("scontrol", '#!/bin/bash\necho "$3"\n'),
         ("squeue", '#!/bin/bash\ncat "$SLURM_SPOOL"/queue 2>/dev/null\n'),
     ):

@@ -37,7 +37,7 @@ def quickstart(tmp_path_factory):
         ("long_context", {"start_step": 4, "steps": 2}),
         ("gold", {"start_step": 6, "steps": 3}),
         ("sft", {"steps": 3}),
-        ("dpo", {"steps": 2}),
+        ("dpo", {"steps": 2, "validation": {"before": True, "every": 60, "rows": 8}}),
     ):
         path = place / "configs" / "quickstart" / f"{name}.yaml"
         content = {
@@ -61,7 +61,10 @@ def quickstart(tmp_path_factory):
         plan["evals"][name] = plan["evals"][name].replace(" --limit 32", "") + " --limit 2"
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     path = place / "configs" / "quickstart" / "suite.yaml"
-    path.write_text(re.sub(r"--limit \d+", "--limit 2", path.read_text()))
+    suite = re.sub(r"--limit \d+", "--limit 2", path.read_text())
+    path.write_text(suite.replace("--sequence_length 256", "--sequence_length 256 --tokens 6000"))
+    path = place / "configs" / "data" / "quickstart.yaml"
+    path.write_text(path.read_text().replace("sample_megabytes: 30", "sample_megabytes: 3"))
     return place, run(place)
 
 

@@ -19,6 +19,7 @@ from data.manifest import read_json
 from data.pipeline.recipe import Recipe
 from evals.report.targets import read_targets
 from evals.suite_config import Suite
+from lab.experiment import Experiment
 from models.hf import load_hf, read_hf_config, save_hf, weight_files
 from models.nanollama import ModelConfig, NanoLlama
 from ranges import Filled, Range, above, check, check_fields, hints, shown
@@ -30,7 +31,7 @@ from training.planning.plan import Plan
 from training.settings import load_settings, read_yaml
 from yaml_file import MAX_BYTES, parse_yaml
 
-COMMANDS = (RunConfig, SFTConfig, PreferenceRun, Plan, Recipe, Suite)
+COMMANDS = (RunConfig, SFTConfig, PreferenceRun, Plan, Recipe, Suite, Experiment)
 OUTSIDE = (math.nan, math.inf, -math.inf, 2**63, -(2**63), 10**400)
 HUGE = "9" * 5000
 
@@ -430,9 +431,9 @@ def test_yaml_of_other_encodings_sizes_and_kinds(tmp_path):
     path.write_text("a: " + "x" * MAX_BYTES, encoding="utf-8")
     with pytest.raises(ValueError, match="a config has at most"):
         read_yaml(path)
-    for i in range(60):
+    for i in range(120):
         (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="extends more than 50 configs"):
+    with pytest.raises(ValueError, match="extends more than 100 configs"):
         read_yaml(tmp_path / "0.yaml")
     assert parse_yaml("a: &a [1, 2]\nb: *a\nc: {<<: {d: 1}, e: 2}") == {
         "a": [1, 2],
@@ -604,7 +605,7 @@ CHECKED_LATER = {  # flags of a plain number: (file or None for any, flag) -> it
     },
     (None, "--seed"): "any integer will do",
 }
-WITH_CONFIG = ("train.py", "training/tuning.py", "train_dpo.py")
+WITH_CONFIG = ("train.py", "training/tuning.py", "train_dpo.py", "train_gpt.py")
 
 
 def plain_numbers(path: str) -> list[str]:

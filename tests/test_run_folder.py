@@ -1,11 +1,12 @@
 """A phase starts at its plan's step; no start erases another run's files."""
 
 import json
-import os
-import subprocess
+import signal
 import sys
+import time
 from pathlib import Path
 
+import forked
 import pytest
 from conftest import ROOT, complaint_of, read_metrics, train_here
 
@@ -33,7 +34,7 @@ def test_a_later_phase_does_not_start_from_scratch(settings, tmp_path, capfd, mo
     second = settings("resume_from=one", "start_step=6", phase="two", steps=2)
     assert "two continues one, but" in complaint(capfd, monkeypatch, second)
     message = complaint(capfd, monkeypatch, [*second, "resume_from=null"])
-    assert "two begins at step 6 of the run, but there is no checkpoint to continue" in message
+    assert "two begins at step 6 of the run, but no checkpoint to continue was found" in message
     assert not (tmp_path / "logs" / "metrics.jsonl").exists()
     assert train_here(settings())
     before = (tmp_path / "logs" / "metrics.jsonl").read_text()
@@ -78,7 +79,7 @@ def test_the_1b_phases_say_what_they_continue():
         for before, run in zip([None, *runs], runs, strict=False):
             assert run.resume_from == (before.phase if before else None)
             assert run.start_step == (step if before else None)
-            assert run.earlier == (before.checkpoints if before else None)
+            assert run.resume_folder == (before.checkpoints if before else None)
             step += run.steps
 
 
@@ -145,18 +146,17 @@ def test_one_process_in_a_folder_and_a_killed_one_leaves_no_lock(
     settings, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.2)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for folder in (tmp_path / "checkpoints" / "one", tmp_path / "logs"):
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD, folder], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        assert holder.stdout and holder.stdout.readline() == "held\n"
+        holder = forked.Process([sys.executable, "-c", HOLD, folder])
+        while holder.stdout() != "held\n":
+            assert holder.poll() is None, holder.stderr()
+            time.sleep(0.01)
         message = complaint(capfd, monkeypatch, settings())
         assert (
             f"{folder} is in use by process {holder.pid} on " in message
             and "wait, stop it" in message
         )
-        holder.kill()
+        holder.send_signal(signal.SIGKILL)
         holder.wait()
         with locked(folder):
             pass

@@ -129,8 +129,8 @@ def test_one_clock_times_and_limits_each_step(clock, tmp_path, monkeypatch):  # 
         def begin(self, step, what):
             calls.append((step, what, clock.now))
 
-        def rest(self):
-            calls.append(("rest", clock.now))
+        def pause(self):
+            calls.append(("pause", clock.now))
 
     monkeypatch.setattr(meter, "Watch", Watch)
     rows = test_meter.run_with(clock, tmp_path)
@@ -421,7 +421,8 @@ def test_what_sft_and_dpo_change_is_said(capfd, pairs_case, tmp_path):  # noqa: 
     output = capfd.readouterr().out
     assert "warm-up: 0 steps, a tenth of the run, instead of schedule.warmup_steps=5" in output
     assert (
-        "micro-batches: 8 rows, all that a rank has, instead of data.micro_batch_size=16" in output
+        "micro-batches: 8 rows, the rank's share of a step, "
+        "instead of data.micro_batch_size=16" in output
     )
 
 
@@ -450,7 +451,7 @@ def test_dpo_dry_runs_its_own_objective_on_its_largest_batch(pairs_case, tmp_pat
     assert objective.func is expected.func and objective.keywords == expected.keywords
     assert (
         batch.tokens.shape == (8, 256)
-        and batch.places.shape == (8, 256)
+        and batch.answer_positions.shape == (8, 256)
         and batch.counted.shape == (4,)
     )
 

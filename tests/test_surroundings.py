@@ -34,10 +34,11 @@ import machine
 import train
 import train_dpo
 import train_sft
+from benchmarks.fault_points import runs
 from cli import user_errors
 from data import manifest
 from data.chat.tokenizer import cache_chat_tokenizer
-from files import is_full, read_lines, sweep, temporary, write_json
+from files import is_full, read_lines, remove_stale, temporary, write_json
 from training import setup
 from training.guard import FaultState
 from training.logger import Log, LogConfig, append_event, log_in
@@ -231,7 +232,7 @@ def test_reference_log_probabilities_that_do_not_fit(disk, quota):
         assert sorted(entry.name for entry in disk.folder.iterdir()) == ["filler"]
         disk.leave(KB)
     with pytest.raises(OSError, match="GB free"):
-        manifest.check_room(disk.folder, 10**15, "it")
+        manifest.check_free_space(disk.folder, 10**15, "it")
 
 
 def test_prepare_data_on_a_full_disk_goes_on_when_there_is_room(disk, text_store, tmp_path):
@@ -283,7 +284,7 @@ def test_output_to_a_full_disk_does_not_end_the_work(settings, tmp_path):
             words, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, env=one_thread()
         )
     assert done.returncode == 2 and b"Traceback" not in done.stderr
-    assert b"No space left on device: the work is done, but" in done.stderr
+    assert b"No space left on device: the command has finished, but" in done.stderr
     assert steps(tmp_path / "checkpoints" / "one") == ["step_3"]
 
 
@@ -433,14 +434,8 @@ def test_the_real_wandb_without_a_key_and_offline(tmp_path):
     known = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     for more, status in (({}, 2), ({"WANDB_MODE": "offline"}, 0)):
         env = {**known, "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), **more}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            cwd=ROOT,
-            env=env,
-            stdin=subprocess.DEVNULL,
-        )
-        assert done.returncode == status and (b"W&B cannot be used" in done.stderr) == bool(status)
+        done = forked.run([sys.executable, "-c", code], env=env)
+        assert done.returncode == status and ("W&B cannot be used" in done.stderr) == bool(status)
 
 
 def test_cores_are_those_of_the_affinity_and_the_cgroup(tmp_path, monkeypatch):
@@ -479,7 +474,7 @@ def test_cores_are_those_of_the_affinity_and_the_cgroup(tmp_path, monkeypatch):
 
 
 def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
-    from scripts.pipeline import Pipeline
+    from training.planning.pipeline import Pipeline
 
     class Told:
         stopped = 0
@@ -490,11 +485,12 @@ def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
 
     pipeline = Pipeline.__new__(Pipeline)
     pipeline.number, pipeline.supervisor = 0, Told()
+    pipeline.environment = os.environ
     for threads, expected in (("7", "7"), (None, str(machine.cpus()))):
         monkeypatch.setenv("OMP_NUM_THREADS", threads) if threads else monkeypatch.delenv(
             "OMP_NUM_THREADS"
         )
-        pipeline.stage("x", ["python", "-m", "scripts.plot_run"])
+        pipeline.run_command("x", ["python", "-m", "scripts.plot_run"])
         assert pipeline.supervisor.environment["OMP_NUM_THREADS"] == expected
 
 
@@ -526,7 +522,7 @@ def test_data_that_changed_on_purpose_are_not_one_long_spike(settings, tmp_path,
         lr_scale=0.5,
         no_go="x",
     )
-    assert fault_state.other_data() == FaultState(skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
+    assert fault_state.for_new_data() == FaultState(skipped=5, rollbacks=1, lr_scale=0.5, no_go="x")
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../x", "../..", "/x", "a/b", ""])
@@ -570,7 +566,7 @@ def test_temporary_files_of_processes_that_ended_are_swept(tmp_path):
     for name in elsewhere:
         (tmp_path / name).mkdir()
     assert len(list(tmp_path.iterdir())) == 6
-    assert [path.name.startswith(".rows-0123.") for path in sweep(tmp_path)] == [True]
+    assert [path.name.startswith(".rows-0123.") for path in remove_stale(tmp_path)] == [True]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*elsewhere, running.name])
 
 
@@ -611,14 +607,16 @@ def test_a_killed_driver_leaves_no_stage_training(settings, tmp_path):
         "schedule.total_steps=100000", "checkpoint.every=100000", "validation.every=0", steps=90000
     )
     words = [sys.executable, "-c", DRIVER, str(tmp_path / "logs"), *command(overrides, 2)]
-    driver = subprocess.Popen(words, cwd=ROOT, env=one_thread(), stdout=subprocess.DEVNULL)
+    driver = forked.Process(words, env=one_thread())
     try:
         logs = tmp_path / "logs" / "metrics.jsonl"
         wait_for(lambda: logs.is_file() and len(read_lines(logs)) > 3)
+        stage = descendants(driver.pid)
+        assert len(stage) == 3  # a launcher and two ranks
     finally:
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-    wait_for(lambda: not training(str(tmp_path / "logs")))
+    wait_for(lambda: not any(runs(process) for process in stage))
     rows = [row["step"] for row in read_metrics(tmp_path / "logs")]
     assert rows == list(range(1, len(rows) + 1))
     assert steps(tmp_path / "checkpoints" / "one") == [f"step_{len(rows)}"]
@@ -631,17 +629,11 @@ def wait_for(ready, seconds: float = 120) -> None:
         time.sleep(0.1)
 
 
-def training(word: str) -> list[int]:
-    """Return processes with this word in their command line."""
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes()
-        except OSError:
-            continue
-        if word.encode() in words and int(path.parent.name) != os.getpid():
-            processes.append(int(path.parent.name))
-    return processes
+def descendants(process: int) -> list[int]:
+    """Return the processes that a process and its descendants have started and not yet reaped."""
+    lists = Path(f"/proc/{process}/task").glob("*/children")  # one of each thread
+    children = [int(child) for path in lists for child in path.read_text("utf-8").split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
 # locales

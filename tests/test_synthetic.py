@@ -593,8 +593,8 @@ def test_the_command_writes_once_and_names_mistakes(tmp_path):
     assert all(set(row) <= {"id", "source", "messages", "tools"} for row in train)
     assert "is current" in run("--counts", *few, "--heldout_counts", *few).stdout
     for flags, message in (
-        (["--counts", "maths=3"], "is not a count"),
-        (["--name", "<|x|>"], "is not a valid name"),
+        (["--counts", "maths=3"], "must be KIND=N"),
+        (["--name", "<|x|>"], "may have letters, digits"),
     ):
         failed = run(*flags)
         assert (

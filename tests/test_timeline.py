@@ -254,7 +254,7 @@ def test_the_demo_opens_the_last_model(place):
     assert demo.wait() == 128 + signal.SIGKILL
     output = demo.output.read_text()
     assert (
-        f"opens {place / 'checkpoints'}" in output
-        and "/dpo/step_5, the newest model found" in output
+        f"opening {place / 'checkpoints'}" in output
+        and "/dpo/step_5, the newest model;" in output
         and "http://" in output
     )

@@ -17,7 +17,7 @@ from models.hf import load_weights, save_hf
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.reference import build_reference
-from training.tuning import take_base
+from training.tuning import open_base
 
 
 def tokenizer_with(change) -> str:
@@ -83,7 +83,7 @@ def test_new_tokens_come_after_the_largest_id_and_only_their_rows_are_set(base, 
     )
     run = SFTConfig(init_from=str(folder), chat=None)
     with setup.ranks():
-        base_state = take_base(run, tmp_path / "cache")
+        base_state = open_base(run, tmp_path / "cache")
     new = [base_state.chat.tokenizer.token_to_id(token) for token in CHAT_TOKENS]
     assert new == list(range(size, size + len(CHAT_TOKENS)))
     assert {token: base_state.chat.tokenizer.token_to_id(token) for token in ids} == ids
@@ -165,7 +165,7 @@ def test_a_tokenizer_of_more_ids_than_the_model_has_rows_is_refused(tmp_path):
         pytest.raises(ValueError, match="has id 270, but the embedding has 260 rows"),
         setup.ranks(),
     ):
-        take_base(SFTConfig(init_from=str(tmp_path), chat=None), tmp_path / "cache")
+        open_base(SFTConfig(init_from=str(tmp_path), chat=None), tmp_path / "cache")
 
 
 def test_a_tokenizer_without_holes_stays_byte_for_byte(tmp_path):

@@ -46,7 +46,7 @@ def convert_to_fp8(layers: nn.Module, device: torch.device, emulate: bool = Fals
 def _check_device(device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(
-            f"parallel.fp8 needs an NVIDIA GPU with float8, and this is {device.type}; remove it"
+            f"parallel.fp8 needs an NVIDIA GPU with float8; the device is {device.type}. Remove it"
         )
     if torch.cuda.get_device_capability(device) < (8, 9):
         raise ValueError(

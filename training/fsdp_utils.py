@@ -25,9 +25,10 @@ Model = TypeVar("Model", bound=nn.Module)
 class ParallelConfig:
     """How the model is distributed over ranks. Results are equal up to rounding."""
 
-    # zero2: parameters stay gathered from forward to backward; zero3: gathered twice; ddp: whole.
+    # zero2: parameters stay gathered from forward to backward. zero3: they are gathered again in
+    # backward. ddp: every rank has all of them.
     strategy: str = "zero2"
-    # Of parameters and activations in forward and backward: bfloat16, float32 or auto.
+    # Dtype of forward and backward: bfloat16, float32, or auto (bfloat16 where it is native).
     dtype: str = "auto"
     activation_checkpointing: str = "none"  # selective: keep matmuls and fused attention; full
     compile: bool | None = None  # torch.compile per block and loss head; default: on a GPU
@@ -35,7 +36,8 @@ class ParallelConfig:
     attention: str = "auto"
     fp8: bool = False  # float8 matmuls in the blocks, with torchao
     replicas: PositiveInt = 1  # HSDP: copies, each sharded over neighbouring ranks; one per node
-    # A step (not the first) in which ranks wait longer for each other ends the run.
+    # Seconds that ranks wait for each other in a step before the run ends; the first step may take
+    # half an hour more.
     timeout_s: Annotated[float, above(0, most=1e9)] = 300
 
     def __post_init__(self) -> None:

@@ -148,10 +148,10 @@ class FaultState:
             no_go=self.no_go,
         )
 
-    def other_data(self) -> "FaultState":
+    def for_new_data(self) -> "FaultState":
         """A copy without losses, gradient norms and batch indices, which belong to the old data."""
         return replace(self, losses=[], norms=[], bad_batches=[], excluded_batches=[])
 
     def next_phase(self) -> "FaultState":
         """The state at the start of the next phase, whose data are different."""
-        return replace(self.other_data(), no_go="")
+        return replace(self.for_new_data(), no_go="")

@@ -1,6 +1,6 @@
 """The log of a run: metrics, events, heartbeat, console, and optional W&B, TensorBoard and alerts.
 
-metrics.jsonl has one object per step and is the source for all else. events.jsonl and
+metrics.jsonl has one object per step; plots and reports are derived from it. events.jsonl and
 training_log.md have one line per event. heartbeat shows that the run is alive.
 """
 
@@ -61,11 +61,11 @@ class Log:
         self,
         folder: Path,
         config: LogConfig,
-        main: bool,
+        is_rank0: bool,
         run: dict[str, Any],
         secrets: Mapping[str, str] | None = None,
     ):
-        self.folder, self.config, self.main, self.run = folder, config, main, run
+        self.folder, self.config, self.is_rank0, self.run = folder, config, is_rank0, run
         self.name, self.phase, self.step = run.get("run", folder.name), run.get("phase"), 0
         self.bar: tqdm | None = None
         self.file: Rows | None = None
@@ -74,7 +74,7 @@ class Log:
         self.wandb: Any = None
         self.board: Any = None
         self.status, self.beaten = "running", -math.inf
-        if main:
+        if is_rank0:
             self.alerts = open_alerts(folder, config.alerts, secrets or {})
             self._import_sinks()
 
@@ -98,7 +98,7 @@ class Log:
 
     def open(self, step: int, end: int, phase: str) -> None:
         """Begin or resume at `step`. Metrics of later steps move to metrics_redone.jsonl."""
-        if not self.main:
+        if not self.is_rank0:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.phase, self.step, self.status = phase, step, "running"
@@ -160,7 +160,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """Print one line on the console."""
-        if self.main:
+        if self.is_rank0:
             tqdm.write(text) if self.bar else print(text, flush=True)
 
     def event(self, kind: str, text: str = "", **fields: Any) -> None:
@@ -170,7 +170,7 @@ class Log:
         update), rollback, startup, gate, extend, checkpoint, measured (before the first step),
         stuck, recovered, set_aside or alert_failed. fields: JSON values beside phase and step.
         """
-        if not self.main:
+        if not self.is_rank0:
             return
         if kind in ("ended", "paused", "stopped", "failed"):
             self.status = kind
@@ -190,7 +190,7 @@ class Log:
 
     def metrics(self, values: dict[str, Any], last: bool = False) -> None:
         """Record one step. `values` holds at least step, loss, lr, grad_norm and tokens_per_s."""
-        if not self.main:
+        if not self.is_rank0:
             return
         assert self.file
         self.file.waiting.append(_plain(values))
@@ -218,7 +218,7 @@ class Log:
                 f"step {values['step']:>6}/{values['end']}  {values['phase']}  {short}", flush=True
             )
         if "val/loss" in values:
-            self.say(f"        {held_out_text(values)}")
+            self.say(f"        {validation_text(values)}")
 
     def _draw(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -258,7 +258,7 @@ class Log:
 
     def beat(self, step: int, force: bool = False) -> None:
         """Write the heartbeat file, which scripts/watch.py reads, at most once a second."""
-        if not self.main or (time.monotonic() - self.beaten < 1 and not force):
+        if not self.is_rank0 or (time.monotonic() - self.beaten < 1 and not force):
             return
         self.beaten = time.monotonic()
         who = {
@@ -272,7 +272,7 @@ class Log:
 
     def close(self) -> None:
         """Close the files and wait for alerts. May be called twice, or without open()."""
-        if not self.main:
+        if not self.is_rank0:
             return
         if self.file:
             self.status = "ended" if self.status == "running" else self.status
@@ -332,7 +332,7 @@ class Rows:
             try:
                 _write_all(self.file, (json.dumps(self.waiting[0]) + "\n").encode())
             except OSError:
-                self.file.truncate(end)  # no half row
+                self.file.truncate(end)  # leave no partial row
                 raise
             del self.waiting[0]
         return restored
@@ -410,8 +410,8 @@ def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -
     return alerts
 
 
-def held_out_text(values: dict[str, Any]) -> str:
-    """One line with the metrics of training.loop.validate."""
+def validation_text(values: dict[str, Any]) -> str:
+    """Format the metrics of training.loop.validate as one line."""
     bits = {
         key.split("/")[1]: value for key, value in values.items() if key.endswith("/bits_per_byte")
     }

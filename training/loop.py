@@ -28,7 +28,7 @@ from training.state import State
 if TYPE_CHECKING:
     from data.dataloader import Loader, Step
 
-STORE_TIMEOUT = timedelta(seconds=60)  # a failed rank waits this long for the others to fail, too
+STORE_TIMEOUT = timedelta(seconds=60)  # a failed rank waits this long for the others to fail
 Metrics = dict[str, float | int | str]
 Evaluate = Callable[[nn.Module], dict[str, dict[str, float]]]
 MakeSchedules = Callable[[RunConfig, State], list[Schedule]]
@@ -69,8 +69,8 @@ def train(
             step = loader.at(batch_index)
             clock.data_ready()
             sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
-            own_flags = StepFlags(checkpointer.failed, stop.flags())
-            means, flags = reduce(sums, step.loss_denominator, own_flags)
+            rank_flags = StepFlags(checkpointer.failed, stop.flags())
+            means, flags = reduce(sums, step.loss_denominator, rank_flags)
             clock.computed()
 
             signal_status = stop_status(flags.signals)
@@ -130,7 +130,7 @@ def skip(
 ) -> None:
     """Record a skipped step; after faults.bad_in_a_row of them, roll back to an earlier checkpoint.
 
-    Scheduled settings return to those of the last applied step, which a checkpoint saved now needs.
+    Restores the scheduled settings of the last applied step, for a checkpoint saved now.
     A rollback saves its checkpoint again, with the excluded batches and the lower learning rate.
     ValueError after faults.max_rollbacks, or if the phase has no checkpoint.
     """
@@ -151,7 +151,7 @@ def skip(
     if faults.rollbacks >= policy.max_rollbacks:
         raise ValueError(
             f"{problem} at {where}: {skips} bad steps in a row after {faults.rollbacks} rollbacks. "
-            "Look in events.jsonl for what they share, then continue from the last checkpoint "
+            "Compare the skipped batches in events.jsonl, then continue from the last checkpoint "
             "with a lower optim.lr"
         )
     source, newer = checkpointer.roll_back(state.step - policy.rollback_steps, state.phase)
@@ -167,10 +167,10 @@ def skip(
     apply_schedules(schedules, state.step - 1)
     checkpointer.save(state)
     log.open(state.step, state.end, state.phase)
-    renamed = f"; set aside {', '.join(newer)}" if newer else ""
+    aside = f"; set aside {', '.join(newer)}" if newer else ""
     log.event(
         "rollback",
-        f"        rolled back {failed_step - state.step} steps to {source}{renamed}; "
+        f"        rolled back {failed_step - state.step} steps to {source}{aside}; "
         f"the learning rate is now {state.faults.lr_scale:g} of the schedule's",
         step=state.step,
         batch_index=state.batch_index,
@@ -191,7 +191,7 @@ def backward(
     """Compute one step's gradients over its micro-batches and clip them.
 
     Returns this rank's metric sums and the global gradient norm before clipping. grad_clip: a
-    second limit beside run.optim.grad_clip; the tighter one applies.
+    second limit; the smaller of it and run.optim.grad_clip applies.
     """
     totals: dict[str, Tensor] = {}
     for i, batch in enumerate(step.batches):
@@ -208,7 +208,7 @@ def backward(
 def reduce(
     sums: dict[str, Tensor], loss_denominator: int, flags: StepFlags | None = None
 ) -> tuple[dict[str, float], StepFlags]:
-    """Collective. Metric sums over all ranks divided by the step's loss denominator, and flags.
+    """Collective. Return metrics (sums over ranks / the step's loss denominator) and flags.
 
     A returned flag is set if any rank set it. One all-reduce carries sums and flags.
     """
@@ -229,8 +229,8 @@ def save_after_failure(
 ) -> None:
     """Save a step whose validation failed on every rank, so that a restart continues after it.
 
-    If only some ranks failed, nothing is saved. Ranks meet in the store, since a rank that did not
-    fail may be waiting in a collective of the validation.
+    If only some ranks failed, nothing is saved. Ranks synchronize through the store, because a rank
+    that did not fail may be waiting in a collective of the validation.
     """
     log.metrics(metrics, True)
     keys = [

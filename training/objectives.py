@@ -3,19 +3,26 @@
 An objective never averages: the loop divides by the loss denominator of the whole step.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from models.losses import compute_loss_with_z_penalty
 
+if TYPE_CHECKING:
+    from data.dataloader import Batch
+
 Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
 
-def _next_token(model: nn.Module, batch: Any, z_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+def _next_token(
+    model: nn.Module, batch: Batch, z_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
     return compute_loss_with_z_penalty(model(batch.tokens, batch.targets, batch.doc_ids), z_weight)
 
 
@@ -25,17 +32,20 @@ def next_token(z_weight: float) -> Objective:
 
 
 def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
-    """An objective with NEFTune noise on the embeddings (arXiv:2310.05914).
+    """Add NEFTune noise to the embeddings of an objective's model (arXiv:2310.05914).
 
     The noise is uniform within alpha / sqrt(L * d) in a document of L tokens. The noise of a row
     depends only on the seed and the row's number in training order, so it is the same for any
     number of ranks, any micro-batch size and after a resume.
     """
 
-    def noisy(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        def add(_module: nn.Module, _inputs: Any, embedded: Tensor) -> Tensor:
+    def noisy(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        assert batch.doc_ids is not None
+        doc_ids = batch.doc_ids
+
+        def add(_module: nn.Module, _inputs: object, embedded: Tensor) -> Tensor:
             return embedded + neftune_noise(
-                batch.doc_ids, batch.rows, embedded.shape[-1], alpha, seed
+                doc_ids, batch.rows, embedded.shape[-1], alpha, seed
             ).to(embedded.dtype)
 
         hook = model.get_submodule("embed_tokens").register_forward_hook(add)
@@ -48,10 +58,13 @@ def with_neftune(objective: Objective, alpha: float, seed: int) -> Objective:
 
 
 def neftune_noise(doc_ids: Tensor, rows: Tensor, width: int, alpha: float, seed: int) -> Tensor:
-    """fp32 [B, T, width] for doc_ids [B, T], which count up from 0 in each row, and rows [B]."""
+    """Return noise, fp32 [B, T, width].
+
+    doc_ids [B, T] count documents from 0 in each row; rows [B]: row numbers in training order.
+    """
     index = doc_ids.long()
     ones = torch.ones_like(index)
-    # [B, T]: length of each token's document.
+    # Length of each token's document, [B, T].
     length = torch.zeros_like(index).scatter_add_(1, index, ones).gather(1, index)
     noise = torch.empty(*doc_ids.shape, width, device=doc_ids.device)
     for i, row in enumerate(rows.tolist()):

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from files import FULL, is_full, no_room
+from files import FULL, disk_full_error, is_full
 from training import setup
 from training.checkpoint import Checkpointer
 from training.config import RunConfig
 from training.distributed import run_on_rank0
 from training.fsdp_utils import compute_dtype
-from training.logger import Log, held_out_text
+from training.logger import Log, validation_text
 from training.loop import Evaluate, MakeSchedules, train, validate
 from training.objectives import Objective
 from training.ops import profiling
@@ -52,7 +52,7 @@ def _full_disk(run: RunConfig) -> Iterator[None]:
         if not is_full(error) or is_ours:
             raise
         todo = "free some space and repeat the command; it continues from the newest checkpoint"
-        raise no_room(run.checkpoints, error, todo) from error
+        raise disk_full_error(run.checkpoints, error, todo) from error
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
 def _measure_before(state: State, log: Log, evaluate: Evaluate) -> None:
     """Log the validation metrics of the model before its first step."""
     if metrics := validate(state.model, evaluate):
-        text = f"        before the first step: {held_out_text(metrics)}"
+        text = f"        before the first step: {validation_text(metrics)}"
         log.event("measured", text, step=state.step, **metrics)
 
 

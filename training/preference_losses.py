@@ -1,4 +1,4 @@
-"""Preference losses over pairs of answers: DPO and related ones. Metrics have TRL's names.
+"""Preference losses over pairs of answers: DPO and its variants. Metrics have TRL's names.
 
 The log-probability of an answer is the negated sum of its tokens' losses from the model. All losses
 are sums over pairs; the loop divides by the number of pairs in the whole step.
@@ -49,9 +49,10 @@ class DPOConfig:
             )
         if self.loss == "simpo" and self.reference not in (None, "none"):
             raise ValueError("dpo.loss=simpo has no reference; remove dpo.reference")
-        if self.reference_cache and self.referred != "precomputed":
+        if self.reference_cache and self.resolved_reference != "precomputed":
             raise ValueError(
-                f"dpo.reference_cache has no effect with dpo.reference={self.referred}; remove it"
+                f"dpo.reference_cache has no effect with dpo.reference={self.resolved_reference}; "
+                "remove it"
             )
         if self.margin != 0.5 and self.loss != "simpo":
             raise ValueError(
@@ -59,8 +60,8 @@ class DPOConfig:
             )
 
     @property
-    def referred(self) -> str:
-        """One of REFERENCES."""
+    def resolved_reference(self) -> str:
+        """`reference` with its default filled in: one of REFERENCES."""
         return self.reference or ("none" if self.loss == "simpo" else "precomputed")
 
 
@@ -70,7 +71,7 @@ def answer_logps(model: nn.Module, batch: Any) -> Tensor:
     It gathers instead of scattering, which makes the order of additions deterministic on a GPU.
     """
     nll = model(batch.tokens, batch.targets, batch.doc_ids).nll.flatten()
-    return -torch.cat([nll, nll.new_zeros(1)])[batch.places].sum(1)
+    return -torch.cat([nll, nll.new_zeros(1)])[batch.answer_positions].sum(1)
 
 
 def pair_losses(config: DPOConfig, ratios: Tensor, lengths: Tensor) -> Tensor:
@@ -104,25 +105,25 @@ def _preference(
     model: nn.Module, batch: Any, config: DPOConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     logps = answer_logps(model, batch).unflatten(0, (2, -1))  # [2, n]
-    lengths = (batch.places < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
+    lengths = (batch.answer_positions < batch.targets.numel()).sum(1).unflatten(0, (2, -1))
     ratios = logps - batch.reference.unflatten(0, (2, -1))
     losses = pair_losses(config, ratios, lengths) * batch.counted
     loss = losses.sum()
-    parts = {}
+    sft_sums = {}
     if config.sft_weight:
         nll = -(logps[0] * batch.per_token * batch.counted).sum()
         loss = loss + config.sft_weight * nll
-        parts["sft_loss"] = nll.detach()
+        sft_sums["sft_loss"] = nll.detach()
     with torch.no_grad():
         sums = {
             "loss": loss.detach(),
-            **parts,
-            **_measures(config, logps.detach(), ratios.detach(), lengths, batch.counted),
+            **sft_sums,
+            **_metric_sums(config, logps.detach(), ratios.detach(), lengths, batch.counted),
         }
     return loss, sums
 
 
-def _measures(
+def _metric_sums(
     config: DPOConfig, logps: Tensor, ratios: Tensor, lengths: Tensor, counted: Tensor
 ) -> dict[str, Tensor]:
     """Metric sums over pairs. Equal rewards count as wrong, as in TRL."""
@@ -138,9 +139,9 @@ def _measures(
         "lengths/rejected": lengths[1],
         "lengths/delta": lengths[0] - lengths[1],
     }
-    if config.referred != "none":
-        # On the given answers. The first estimates KL(reference || policy) as if the reference
-        # had sampled them.
+    if config.resolved_reference != "none":
+        # kl_per_token estimates KL(reference || policy), as if the reference had sampled the
+        # answers.
         of_pairs["kl_per_token"] = -ratios.sum(0) / lengths.sum(0)
         of_pairs["drift_per_token"] = ratios.abs().sum(0) / lengths.sum(0)
     return {name: (values * counted).sum() for name, values in of_pairs.items()}
@@ -151,7 +152,7 @@ def preference(config: DPOConfig) -> Objective:
     return partial(_preference, config=config)
 
 
-def held_out(
+def evaluate_pairs(
     model: nn.Module,
     objective: Objective,
     sources: Mapping[str, tuple[list[Any], int]],
@@ -163,7 +164,7 @@ def held_out(
     """
     device = next(model.parameters()).device
     results: dict[str, dict[str, float]] = {}
-    everything: dict[str, float] = {}
+    overall: dict[str, float] = {}
     for name, (batches, pairs) in sources.items():
         sums: dict[str, Tensor] = {}
         for batch in batches:
@@ -171,8 +172,8 @@ def held_out(
                 sums[key] = (
                     sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
                 )
-        added = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
-        results[name] = {key: value / pairs for key, value in added.items()}
-        everything = {key: everything.get(key, 0.0) + value for key, value in added.items()}
+        totals = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        results[name] = {key: value / pairs for key, value in totals.items()}
+        overall = {key: overall.get(key, 0.0) + value for key, value in totals.items()}
     pairs = sum(number for _, number in sources.values())
-    return {**results, "all": {key: value / pairs for key, value in everything.items()}}
+    return {**results, "all": {key: value / pairs for key, value in overall.items()}}

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import check_room, is_full, no_room, sweep, temporary
+from files import check_free_space, disk_full_error, is_full, remove_stale, temporary
 from models.hf import load_weights
 from models.nanollama import ModelConfig, NanoLlama
 from training.config import RunConfig
@@ -115,8 +115,10 @@ class ReferenceLogps:
 
 def _write(path: Path, inputs: dict[str, str], values: dict[str, Tensor]) -> None:
     size = sum(tensor.nbytes for tensor in values.values())
-    check_room(path.parent, size, "the file of reference log-probabilities (dpo.reference_cache)")
-    sweep(path.parent)
+    check_free_space(
+        path.parent, size, "the file of reference log-probabilities (dpo.reference_cache)"
+    )
+    remove_stale(path.parent)
     folder = temporary(path)  # safetensors writes a file with a random name first
     try:
         folder.mkdir()
@@ -127,7 +129,7 @@ def _write(path: Path, inputs: dict[str, str], values: dict[str, Tensor]) -> Non
         if not is_full(error):
             raise
         advice = f"{path} was not written; free some space there and run the same command again"
-        raise no_room(path.parent, error, advice) from error
+        raise disk_full_error(path.parent, error, advice) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -115,14 +115,14 @@ def read_index(state: Path) -> Metadata:
     path = state / ".metadata"
     try:
         if (size := path.stat().st_size) > MAX_INDEX_BYTES:
-            raise ValueError(f"it has {size:,} bytes")
+            raise ValueError(f"it has {size:,} bytes, more than {MAX_INDEX_BYTES:,}")
         index = _Unpickler(io.BytesIO(path.read_bytes())).load()
         _check(index, state)
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise any exception
         raise ValueError(
-            f"{path} is not a checkpoint's index ({error}); take another copy of the checkpoint"
+            f"{path} is not a checkpoint's index ({error}); use another copy of the checkpoint"
         ) from error
     return index
 
@@ -138,7 +138,7 @@ def _check(index: Any, state: Path) -> None:
     if type(index.storage_meta) not in (StorageMeta, type(None)):
         raise ValueError("its storage_meta has another type")
     for path in (index.planner_data or {}).values():  # entry name -> key path
-        if type(path) is not tuple or not all(type(part) in (str, int) for part in path):
+        if type(path) is not tuple or not all(type(key) in (str, int) for key in path):
             raise ValueError("its planner_data has an invalid key path")
     sizes: dict[str, int] = {}
     for key, info in index.storage_data.items():
@@ -236,7 +236,8 @@ class SafePlanner(dcp.DefaultLoadPlanner):
             content = torch.load(value, weights_only=True)
         except Exception as error:
             raise ValueError(
-                f"{name} in the checkpoint's state/ is not plain data; take another copy of it"
+                f"{name} in the checkpoint's state/ is not plain data; "
+                "use another copy of the checkpoint"
             ) from error
         plain = io.BytesIO()
         torch.save(content, plain)  # the base class unpickles again, now from a safe copy

@@ -72,7 +72,7 @@ def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
     metrics.jsonl, so a resumed run has the steps before it and checks each step once.
     """
     done, window = state.step - state.phase_start, _window(run, state)
-    checks = [check for check, step in ((_first_step, 1), (_whole_window, window)) if done == step]
+    checks = [check for check, step in ((_first_step, 1), (_full_window, window)) if done == step]
     if not run.startup.steps or not checks or not _has_bound(run, state, first=done < window):
         return False
 
@@ -97,7 +97,7 @@ def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
 def is_refused(run: "RunConfig", state: State, log: Log) -> bool:
     """True if the start-up checks ended this run earlier and startup.accept is not set."""
     if state.faults.no_go and run.startup.accept:
-        text = f"        accepted: {run.startup.accept}; it was: {state.faults.no_go}"
+        text = f"        accepted: {run.startup.accept}; previous outcome: {state.faults.no_go}"
         log.event("startup", text, outcome="no-go", accepted=run.startup.accept, step=state.step)
         state.faults.no_go = ""
     return bool(state.faults.no_go)
@@ -135,10 +135,10 @@ def _first_step(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -> I
         yield Figure("first loss", loss, uniform - margin, uniform + margin, advice)
 
 
-def _whole_window(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -> Iterable[Figure]:
+def _full_window(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -> Iterable[Figure]:
     config, warm = run.startup, rows[min(WARM_UP, len(rows) // 2) :]
-    whole = _window(run, state) == config.steps
-    if config.fall is not None and whole and _from_scratch(run, state):
+    is_full = _window(run, state) == config.steps
+    if config.fall is not None and is_full and _from_scratch(run, state):
         first, last = _first_loss(state, rows), rows[-max(1, len(rows) // 10) :]
         fall = first - fmean(row["loss"] for row in last) if first is not None else None
         advice = (

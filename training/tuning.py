@@ -1,10 +1,10 @@
 """Shared parts of train_sft.py and train_dpo.py: flags, and a base model with the chat template."""
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -29,9 +29,9 @@ UNKNOWN_LENGTH = 10**9  # placeholder until the base model's config is read
 class TuningRun(RunConfig):
     """A run that starts at step 0 from the base model init_from, with its shape and its own logs.
 
-    The learning rate decays from warm-up to the end, as in transformers and TRL: the update after
-    the last would have min_lr. Settings that follow from the base model or from `steps` are
-    refused in a config.
+    The learning rate decays from warm-up to the end, as in transformers and TRL: it would reach
+    min_lr one step after the last. The config may not have settings that follow from the base model
+    or from `steps`.
     """
 
     SHAPE_FROM_BASE: ClassVar[bool] = True
@@ -62,7 +62,7 @@ class TuningRun(RunConfig):
     def logs(self) -> Path:
         return Path(self.log_dir or f"logs/{self.run}/{self.phase}")
 
-    def with_schedule(self) -> Any:
+    def with_schedule(self) -> Self:
         """This run with a learning-rate schedule over its own steps."""
         warmup = min(self.schedule.warmup_steps, self.steps // 10)
         decay, total = self.steps - warmup, self.steps + 1
@@ -82,13 +82,16 @@ class TuningRun(RunConfig):
         ] * (used < configured)
 
 
-class Base(NamedTuple):
+Run = TypeVar("Run", bound=TuningRun)
+
+
+class Base(NamedTuple, Generic[Run]):
     """The base model of a tuning run, with its chat tokenizer."""
 
     chat: Chat
     folder: Path  # of the chat tokenizer
     files: TokenizerFiles
-    run: Any  # the run with the base model's shape, and a vocabulary that has the chat tokens
+    run: Run  # the run with the base model's shape, and a vocabulary that has the chat tokens
 
 
 def parser(about: str | None, config: str, batch_size: str) -> argparse.ArgumentParser:
@@ -117,21 +120,23 @@ def parser(about: str | None, config: str, batch_size: str) -> argparse.Argument
 
 
 def start(
-    kind: type[TuningRun],
+    kind: type[Run],
     args: argparse.Namespace,
-    more: dict[str, Any],
-    train: Callable[[Any, int, int, torch.device, bool], int],
+    more_flags: Mapping[str, object],
+    train: Callable[[Run, int, int, torch.device, bool], int],
 ) -> None:
-    """Load the run with flags over its config, train, and exit with the status.
+    """Load the config with the flags applied, train, and exit with the status.
 
-    more: setting -> value of a flag, or None.
+    more_flags: setting -> value of a flag of one stage; None if unset.
     """
-    flags = {"init_from": args.base_model, "output_dir": args.output_dir, "steps": args.num_steps}
-    flags |= {
+    flags = {
+        "init_from": args.base_model,
+        "output_dir": args.output_dir,
+        "steps": args.num_steps,
         "optim.lr": args.learning_rate,
         "log.wandb_project": args.wandb_project,
         "log.wandb_run_name": args.wandb_run_name,
-        **more,
+        **more_flags,
     }
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
@@ -142,7 +147,7 @@ def start(
     setup.exit_process(status)
 
 
-def with_record(base: Base, reports: Iterable[dict[str, Any]], length: int) -> TokenizerFiles:
+def with_record(base: Base[Run], reports: Iterable[dict[str, Any]], length: int) -> TokenizerFiles:
     """The tokenizer files with a record of the training conversations for config.json.
 
     Chat and demo take their defaults from this record.
@@ -151,7 +156,7 @@ def with_record(base: Base, reports: Iterable[dict[str, Any]], length: int) -> T
     return base.files._replace(special={**base.files.special, KEY: trained})
 
 
-def take_base(run: TuningRun, cache: Path) -> Base:
+def open_base(run: Run, cache: Path) -> Base[Run]:
     """Find the base model and add the chat tokens to its tokenizer, stored under `cache`."""
     if not run.init_from:
         raise ValueError("no base model is set; use --base_model")

@@ -1,7 +1,7 @@
 """Render an untrusted chat template as transformers does, in a subprocess with resource limits.
 
 Jinja's sandbox protects Python's internals but allows endless loops and gigabytes of output. The
-subprocess answers JSON lines. A timeout kills it; the next conversation starts a new one.
+subprocess reads and writes JSON lines. A timeout kills it; the next conversation starts a new one.
 """
 
 import json
@@ -40,7 +40,7 @@ class BoundedTemplate:
         self.process: subprocess.Popen[bytes] | None = None
 
     def render(self, messages: list[dict[str, Any]], tools: Any = None, **variables: Any) -> str:
-        """Text of a conversation with the generation prompt.
+        """Return the text of a conversation with the generation prompt.
 
         variables: further template variables, such as bos_token. ValueError if the template raises
         an exception or exceeds a limit.
@@ -95,7 +95,7 @@ class BoundedTemplate:
         return True
 
     def _line(self, seconds: float) -> bytes | None:
-        """A line of the process; None on its end, on a timeout or if the line is too long."""
+        """Return a line of the process; None if it ended, timed out or wrote too long a line."""
         assert self.process and self.process.stdout
         stdout, end, line = self.process.stdout, time.monotonic() + seconds, bytearray()
         while not line.endswith(b"\n"):
@@ -219,7 +219,7 @@ def _rendered(template: Any, context: dict[str, Any]) -> dict[str, str]:
 
 
 def _answer_lines() -> None:
-    """Main loop of the subprocess: read the template, then conversations until the input ends."""
+    """Run the subprocess: read the template, then render conversations until input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Ctrl-C is for the parent; its end closes this process's input

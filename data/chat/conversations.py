@@ -1,8 +1,8 @@
-"""Read conversations of several formats from files and Hub data sets.
+"""Read conversations of several formats from files and hub data sets.
 
 A conversation is {"messages", "tools", "id", "group"}. A malformed row becomes Skipped with its
-file:line; an unrequested row, Skipped without. The train/val split keeps a `group` together: a
-message tree, or a question with its rephrasings.
+file:line; a valid but unsuitable one (another language, no answer) becomes Skipped without it. The
+train/val split keeps a `group` together: a message tree, or a question with its rephrasings.
 """
 
 import re
@@ -16,6 +16,8 @@ from data.chat.messages import (
     NOT_TRAINED,
     ROW_FLAGS,
     THOUGHTS,
+    Conversation,
+    Message,
     is_given,
     is_trained,
     read_messages,
@@ -61,7 +63,6 @@ SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
-Conversation = dict[str, Any]
 
 
 class Row(NamedTuple):
@@ -78,10 +79,11 @@ def read_conversations(
     split: str = "train",
     config: str | None = None,
 ) -> Iterator[Conversation | Skipped]:
-    """Conversations of a file, folder, glob or Hub data set (hf://owner/name) in one of FORMATS.
+    """Yield the conversations of files or of a hub data set.
 
-    language: for oasst, the language of the trees. split, config: of a Hub data set. ValueError if
-    the files are missing or the Hub fails.
+    path: a file, folder, glob or hf://owner/name. format: one of FORMATS. language: for oasst, the
+    language of the trees. split, config: of a hub data set. ValueError if the files are missing or
+    the hub fails.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown conversation format {format!r}; known: {', '.join(FORMATS)}")
@@ -103,7 +105,7 @@ def read_conversations(
 def _skip_malformed(
     format: str, where: str, parse: Callable[..., Conversation | Skipped], *arguments: Any
 ) -> Conversation | Skipped:
-    """parse(*arguments), or Skipped with the reason if the row is malformed."""
+    """Return parse(*arguments), or Skipped with the reason if the row is malformed."""
     try:
         return parse(*arguments)
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -113,7 +115,10 @@ def _skip_malformed(
 
 
 def _read(format: str, row: dict[str, Any]) -> Conversation | Skipped:
-    """A row's conversation with normalised messages, and "ignored": unused keys and columns."""
+    """Return a row's conversation with normalised messages.
+
+    Its "ignored" lists unused keys and columns.
+    """
     if not is_trained(row, ROW_FLAGS):
         return Skipped(NOT_TRAINED, "")
     columns = read_row(row, COLUMNS[format])
@@ -127,29 +132,32 @@ def _read(format: str, row: dict[str, Any]) -> Conversation | Skipped:
 def read_rows(
     path: str, split: str = "train", config: str | None = None
 ) -> Iterator[Row | Skipped]:
-    """Rows of local files, or of a split (and config) of a Hub data set, as JSON objects."""
+    """Return the rows of local files, or of a split of a hub data set, as JSON objects."""
     if path.startswith(HUB):
         return _hub_rows(path.removeprefix(HUB), split, config)
     if split != "train" or config:
         raise ValueError(
-            f"split and config select rows of a Hub data set; remove them for the local path {path}"
+            f"split and config select rows of a hub data set; remove them for the local path {path}"
         )
     return _file_rows(path)
 
 
 def input_files(path: str) -> dict[str, Path]:
-    """Local files of a path, by name; {} for the Hub. ValueError if there are none."""
+    """Return the local files of a path, by name; {} for the hub. ValueError if none exists."""
     if path.startswith(HUB):
         return {}
     if path.endswith((".json", ".json.gz")):
         if not Path(path).is_file():
-            raise ValueError(f"there is no file {path}; check the path")
+            raise ValueError(f"{path} does not exist; check the path")
         return {Path(path).name: Path(path)}
     return find_files(path)
 
 
 def check_mix(mix: Collection[str], sources: Collection[str], setting: str) -> None:
-    """ValueError unless data.mix names sources only. setting: the config key of the sources."""
+    """Raise ValueError if data.mix is empty or names an unknown source.
+
+    setting: the config key of the sources.
+    """
     known = ", ".join(sources)
     if not mix:
         raise ValueError(f"data.mix is empty; list at least one of {setting}: {known}")
@@ -159,7 +167,7 @@ def check_mix(mix: Collection[str], sources: Collection[str], setting: str) -> N
 
 
 def describe_source(source: Any, paths: dict[str, Path]) -> dict[str, Any]:
-    """The settings of a source and the hashes of its files: part of a prepared set's inputs."""
+    """Return a source's settings and file hashes, which identify its prepared rows."""
     files = {file: file_hash(path) for file, path in paths.items()}
     return {**vars(source), "path": None if files else source.path, "files": files}
 
@@ -191,7 +199,7 @@ def _parse(line: bytes, where: str) -> Row | Skipped:
 
 
 def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
-    """Rows of a file that is one JSON array, as Alpaca's."""
+    """Yield the rows of a file that is one JSON array, as Alpaca's."""
     try:
         rows = parse_json(b"".join(blocks(file)).decode())
     except (ValueError, EOFError, OSError, zlib.error):
@@ -237,7 +245,7 @@ def _hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row | Skipp
 
 
 def _present(value: Any) -> Any:
-    """A table value without null keys: Arrow structs have the keys of all rows."""
+    """Return a table value without null keys: Arrow structs have the keys of all rows."""
     if isinstance(value, dict):
         return {key: _present(field) for key, field in value.items() if field is not None}
     if isinstance(value, bytes):  # a binary column may contain text
@@ -251,7 +259,7 @@ def _messages(row: dict) -> Conversation:
 
 
 def _sharegpt(row: dict) -> Conversation:
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     for turn in row["conversations"]:
         role, value = SHAREGPT.get(turn["from"], turn["from"]), turn["value"]
         rest = {key: field for key, field in turn.items() if key not in ("from", "value")}
@@ -268,7 +276,7 @@ def _sharegpt(row: dict) -> Conversation:
 
 
 def _alpaca(row: dict) -> Conversation:
-    messages: list[dict[str, Any]] = []
+    messages: list[Message] = []
     prompt = "\n\n".join(text for text in (row["instruction"], row.get("input")) if text)
     for question, answer in [*(row.get("history") or []), (prompt, row["output"])]:
         messages += [
@@ -280,7 +288,10 @@ def _alpaca(row: dict) -> Conversation:
 
 
 def _metamath(row: dict) -> Conversation:
-    """MetaMathQA: the text before the last line, "The answer is: ...", is the thought."""
+    """Parse a row of MetaMathQA; the text before the last line is the thought.
+
+    The last line is "The answer is: ...".
+    """
     thought, separator, answer = row["response"].rpartition("The answer is:")
     if not separator:
         raise ValueError("no line 'The answer is:'")
@@ -292,7 +303,7 @@ def _metamath(row: dict) -> Conversation:
 
 
 def _gsm8k(row: dict) -> Conversation:
-    """GSM8K: the steps without calculator annotations are the thought."""
+    """Parse a row of GSM8K; the steps without calculator annotations are the thought."""
     thought, separator, answer = row["answer"].rpartition("####")
     if not separator:
         raise ValueError("no line '#### answer'")
@@ -309,9 +320,10 @@ def _solved(question: str, thought: str, answer: str) -> Conversation:
 
 
 def _toolformer(row: dict) -> Conversation:
-    """GPTeacher's Toolformer: the instruction lists tools, the answer contains calls.
+    """Parse a row of GPTeacher's Toolformer.
 
-    Each tool has two lines, its description and its signature.
+    The instruction lists tools, and the answer contains calls. Each tool has two lines, its
+    description and its signature.
     """
     lines = row["instruction"].split("\n")
     if not lines[0].startswith("toolformer:") or not lines[1].startswith("toolformer access:"):
@@ -355,7 +367,10 @@ def _toolformer(row: dict) -> Conversation:
 
 
 def _oasst(rows: Iterator[Row | Skipped], language: str | None) -> Iterator[Conversation | Skipped]:
-    """The best path of each OpenAssistant tree, from nested trees or the Hub's flat messages."""
+    """Yield the best path of each OpenAssistant tree.
+
+    Rows are nested trees, or flat messages as on the hub.
+    """
     flat: dict[str, list[dict]] = {}  # by parent
     roots: list[tuple[Row, dict]] = []
     for row in rows:
@@ -414,7 +429,10 @@ def _tree(
 
 
 def _best_path(root: dict, flat: dict[str, list[dict]]) -> list[dict]:
-    """Messages from the root down, choosing the best-ranked reply not deleted or rejected."""
+    """Return a path from the root, with the best-ranked valid reply at each message.
+
+    A reply is valid if it was neither deleted nor rejected.
+    """
     path = [root]
     while True:
         # pop: a cycle ends because each reply is used once

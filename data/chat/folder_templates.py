@@ -12,13 +12,13 @@ OLD_FILE = "chat_template.json"  # a processor's {"chat_template": ...}
 
 
 def template_files(folder: Path) -> list[Path]:
-    """Template files of a folder."""
+    """Return the template files of a folder."""
     single = [path for name in (TEMPLATE, OLD_FILE) if (path := folder / name).is_file()]
     return single + sorted((folder / NAMED).glob("*.jinja"))
 
 
 def read_templates(folder: Path) -> dict[str, str]:
-    """Name -> template; {} for a base model. ValueError if a template is not text.
+    """Return name -> template; {} for a base model. ValueError if a template is not text.
 
     As in transformers, files take priority over tokenizer_config.json.
     """
@@ -43,7 +43,7 @@ def read_templates(folder: Path) -> dict[str, str]:
 
 
 def _named(value: Any, path: Path) -> dict[str, str]:
-    """Templates by name from a text, a list of {"name", "template"} or an object."""
+    """Return templates by name from a text, a list of {"name", "template"} or an object."""
     if not value:
         return {}
     if isinstance(value, str):
@@ -60,7 +60,7 @@ def _named(value: Any, path: Path) -> dict[str, str]:
 
 
 def choose(templates: dict[str, str], tools: Any = None) -> str | None:
-    """The template for a conversation, chosen as in transformers; None if there are no templates.
+    """Choose the template for a conversation as transformers does; None without templates.
 
     ValueError if several templates have no default.
     """
@@ -75,5 +75,5 @@ def choose(templates: dict[str, str], tools: Any = None) -> str | None:
 
 
 def template_of(folder: Path) -> str | None:
-    """A folder's chat template; None for a base model."""
+    """Return a folder's chat template; None for a base model."""
     return choose(read_templates(folder))

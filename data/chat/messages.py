@@ -3,7 +3,7 @@
 A message becomes {"role", "content"} with optional "thought", "tool_calls", "tool_call_id", "name"
 (of a tool response) and "weight": 0 (an assistant turn without loss). ValueError names an
 unsupported key that changes the meaning. Other unknown keys are returned for the caller to count.
-null, "", [] and {} count as absent.
+The values null, "", [] and {} count as absent.
 """
 
 from collections.abc import Collection
@@ -12,6 +12,7 @@ from typing import Any
 from files import parse_json
 
 Message = dict[str, Any]
+Conversation = dict[str, Any]  # "messages", "tools" and keys of its source
 ROLES = ("system", "user", "assistant", "tool")
 SAME_ROLE = {"developer": "system", "function": "tool"}
 THOUGHTS = ("thought", "reasoning_content", "reasoning", "thinking")  # names of the same text
@@ -59,8 +60,11 @@ NEUTRALISED = "with special tokens in their text, neutralised"
 NOT_TRAINED = "no assistant turn has a loss (weight 0)"
 
 
-def read_messages(value: Any) -> tuple[list[Message], list[str]]:
-    """A conversation's messages, tool responses in the order of calls, and its ignored keys."""
+def read_messages(value: object) -> tuple[list[Message], list[str]]:
+    """Return a conversation's normalised messages and its ignored keys.
+
+    Tool responses are sorted into the order of their calls.
+    """
     if not isinstance(value, list) or not value:
         raise ValueError("a conversation without messages")
     results = [read_message(message) for message in value]
@@ -68,8 +72,8 @@ def read_messages(value: Any) -> tuple[list[Message], list[str]]:
     return order_responses([message for message, _ in results]), ignored
 
 
-def read_message(message: Any) -> tuple[Message, list[str]]:
-    """One normalised message and its ignored keys. Idempotent."""
+def read_message(message: object) -> tuple[Message, list[str]]:
+    """Return a normalised message and its ignored keys. Idempotent."""
     role = message.get("role") if isinstance(message, dict) else message
     role = SAME_ROLE.get(role, role) if isinstance(role, str) else role
     if not isinstance(message, dict) or role not in ROLES:
@@ -126,7 +130,7 @@ def _read_assistant(message: Message, read: Message) -> list[str]:
 
 
 def read_call(call: Any, ignored: list[str] | None = None) -> Message:
-    """A tool call as {"id" (if it has one), "function": {"name", "arguments": object}}."""
+    """Return a tool call as {"id" (if it has one), "function": {"name", "arguments": object}}."""
     try:
         name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
         arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
@@ -148,7 +152,7 @@ def read_call(call: Any, ignored: list[str] | None = None) -> Message:
 
 
 def order_responses(messages: list[Message]) -> list[Message]:
-    """The messages with tool responses sorted into the order of their calls.
+    """Return the messages with tool responses sorted into the order of their calls.
 
     Responses are matched by tool_call_id, else by function name, else by position. ValueError
     unless each call has one response; calls of the last message may have none.
@@ -197,13 +201,16 @@ def _match(calls: list[Message], responses: list[Message]) -> list[Message]:
     return ordered
 
 
-def is_given(value: Any) -> bool:
-    """True unless a value is empty: tables fill absent keys with null."""
+def is_given(value: object) -> bool:
+    """Return False for an empty value, with which tables fill absent keys."""
     return value is not None and not (isinstance(value, str | list | dict) and not value)
 
 
-def flag(holder: dict[str, Any], key: str) -> bool | None:
-    """A weight or flag as a boolean, None if absent; ValueError for weights other than 0 and 1."""
+def flag(holder: Message, key: str) -> bool | None:
+    """Return a weight or flag as a boolean; None if it is absent.
+
+    ValueError for weights other than 0 and 1.
+    """
     value = holder.get(key)
     if value is None:
         return None
@@ -212,8 +219,8 @@ def flag(holder: dict[str, Any], key: str) -> bool | None:
     return bool(value)
 
 
-def is_trained(holder: dict[str, Any], keys: Collection[str] = FLAGS) -> bool:
-    """True if a message or row has a loss; ValueError if its weights and flags disagree."""
+def is_trained(holder: Message, keys: Collection[str] = FLAGS) -> bool:
+    """Return True if a message or row has a loss; ValueError if its weights and flags disagree."""
     flags = {key: value for key in keys if (value := flag(holder, key)) is not None}
     if len(set(flags.values())) > 1:
         raise ValueError(f"the keys {' and '.join(flags)} disagree on whether the turn is trained")
@@ -221,7 +228,7 @@ def is_trained(holder: dict[str, Any], keys: Collection[str] = FLAGS) -> bool:
 
 
 def read_row(row: dict[str, Any], columns: Collection[str]) -> list[str]:
-    """The ignored columns of a row: all but `columns`. ValueError if one contains media."""
+    """Return the ignored columns of a row: all but `columns`. ValueError if one contains media."""
     for key in MEDIA:
         if row.get(key):
             raise ValueError(f"the column {key!r} is not supported")
@@ -230,7 +237,10 @@ def read_row(row: dict[str, Any], columns: Collection[str]) -> list[str]:
 
 
 def row_tools(row: dict[str, Any]) -> Any:
-    """The tools of a row: a list, its JSON text, a list of JSON texts, or legacy `functions`."""
+    """Return the tools of a row.
+
+    Accepts a list, its JSON text, a list of JSON texts, and legacy `functions`.
+    """
     tools, functions = row.get("tools"), row.get("functions")
     if is_given(tools) and is_given(functions):
         raise ValueError("both tools and functions")
@@ -244,7 +254,7 @@ def row_tools(row: dict[str, Any]) -> Any:
 
 
 def with_row_system(row: dict[str, Any], messages: Any) -> Any:
-    """Messages that begin with the row's system column, if it has one."""
+    """Return the messages, preceded by the row's system column if it has one."""
     system = row.get("system")
     if not is_given(system) or not isinstance(messages, list):
         return messages
@@ -257,26 +267,26 @@ def with_row_system(row: dict[str, Any], messages: Any) -> Any:
 
 
 def ignored_line(name: str, ignored: dict[str, int]) -> list[str]:
-    """A console line on a source's ignored keys, or []."""
+    """Return a console line that lists a source's ignored keys, or []."""
     keys = ", ".join(f"{key} x {count:,}" for key, count in ignored.items())
     return [f"{name}: ignored keys: {keys}"] if keys else []
 
 
-def _json(value: Any) -> Any:
+def _json(value: object) -> Any:
     try:
         return parse_json(value) if isinstance(value, str) and value else value
     except ValueError:
         raise ValueError("tools must be valid JSON") from None
 
 
-def _name(value: Any, key: str) -> str:
+def _name(value: object, key: str) -> str:
     if not isinstance(value, str | int):
         raise ValueError(f"the key {key!r} must be text")
     return str(value)
 
 
-def _text(content: Any, name: str = "content") -> tuple[str, list[str]]:
-    """Content as text (text parts joined), and the ignored keys of the parts."""
+def _text(content: object, name: str = "content") -> tuple[str, list[str]]:
+    """Return the content as text (text parts joined), and the ignored keys of the parts."""
     if content is None:
         return "", []
     if isinstance(content, str):

@@ -1,7 +1,7 @@
 """Batches of preference pairs: chosen and rejected answers packed into rows with little padding.
 
-Each answer with its prompt is a document. A step has a fixed number of pairs, its loss denominator;
-a batch is a pure function of the batch index.
+Each answer with its prompt is a document. A step has a fixed number of pairs, which is its loss
+denominator. A batch is a pure function of the batch index.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,16 +22,16 @@ from data.packing import IGNORE
 class PairBatch(NamedTuple):
     """n pairs as 2n documents: the n chosen, then the n rejected.
 
-    places: positions of each answer's tokens in the flat targets, filled up with R * L.
+    answer_positions: positions of each answer's tokens in the flat targets, filled up with R * L.
     """
 
     tokens: Tensor  # [R, L] int64
     targets: Tensor  # [R, L] int64, IGNORE except for answers
     doc_ids: Tensor  # [R, L] int32
-    places: Tensor  # [2n, longest answer] int64
+    answer_positions: Tensor  # [2n, longest answer] int64
     reference: Tensor  # [2n] fp32, log-probabilities of the answers under the reference model
-    counted: Tensor  # [n] fp32, 1, or 0 for a padding pair
-    per_token: Tensor  # [n] fp32, pairs of the step per token of its chosen answers
+    counted: Tensor  # [n] fp32, 0 for a padding pair, else 1
+    per_token: Tensor  # [n] fp32, the step's pairs divided by the tokens of its chosen answers
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -56,21 +56,21 @@ class Pairs:
         self.documents = 2 * len(self.prompts)
 
     def __len__(self) -> int:
-        """Input tokens; each answer's last token is a target only."""
+        """Return the number of input tokens; each answer's last token is only a target."""
         return len(self.ids) - self.documents
 
     def read(self, index: int) -> tuple[list[np.ndarray], int]:
-        """Token ids of the chosen and rejected documents, and the length of their prompt."""
+        """Return the token ids of both documents, chosen first, and their prompt's length."""
         first, second, end = self.starts[2 * index : 2 * index + 3].tolist()
         chosen, rejected = self.ids[first:second], self.ids[second:end]
         return [chosen.astype(np.int64), rejected.astype(np.int64)], int(self.prompts[index])
 
     def chosen_tokens(self, index: int) -> int:
-        """Tokens of a pair's chosen answer."""
+        """Return the number of tokens of a pair's chosen answer."""
         return int(self.starts[2 * index + 1] - self.starts[2 * index] - self.prompts[index])
 
     def tokens(self, index: int) -> int:
-        """Input tokens of a pair's two documents."""
+        """Return the number of input tokens of a pair's two documents."""
         return int(self.starts[2 * index + 2] - self.starts[2 * index]) - 2
 
     def pack(self, length: int, seed: int) -> "PairRows":
@@ -128,14 +128,14 @@ class PairLoader(PackedDataLoader):
         self.pairs, self.multiple, self.reference = sources, multiple, reference
 
     def at(self, batch_index: int) -> Step:
-        """This rank's micro-batches of a step. The loss denominator is the pairs per step."""
+        """Return this rank's micro-batches of a step; the loss denominator is its pairs."""
         names = self._step_names(batch_index)
         tokens = sum(self.pairs[name].tokens(index) for name, index in names)
         batches = [batch for _, batch in self._rank_batches(names)]
         return Step(batches, self.rows, tokens)  # type: ignore[arg-type]  # PairBatch for Batch
 
     def steps(self, count: int) -> Iterator[tuple[list[Name], Make]]:
-        """For each of the first steps, its pairs over all ranks and a function of its batches."""
+        """Yield, for each of the first steps, all its pairs and a function of its batches."""
         for batch_index in range(count):
             names = self._step_names(batch_index)
             yield names, partial(self._rank_batches, names)
@@ -168,14 +168,14 @@ def make_batch(
     reference: Reference | None = None,
     counted: int | None = None,
 ) -> PairBatch:
-    """A batch of named pairs in rows of at most `length` tokens.
+    """Return a batch of named pairs in rows of at most `length` tokens.
 
     counted: number of leading pairs that count; the others are padding (default: all count).
     """
     arrays = [pairs[name].read(index) for name, index in names]
     documents = [(ids[side], prompt) for side in (0, 1) for ids, prompt in arrays]
     lengths = [len(ids) - 1 for ids, _ in documents]
-    rows, width = lay_out(lengths, length, multiple)
+    rows, width = assign_to_rows(lengths, length, multiple)
     shape = (len(rows), width)
     tokens, targets, doc_ids = (
         np.zeros(shape, np.int64),
@@ -183,7 +183,7 @@ def make_batch(
         np.zeros(shape, np.int32),
     )
     longest = max(len(ids) - prompt for ids, prompt in documents)
-    places = np.full((len(documents), longest), tokens.size, np.int64)
+    answer_positions = np.full((len(documents), longest), tokens.size, np.int64)
     for row, row_documents in enumerate(rows):
         start = 0
         for count, document in enumerate(row_documents):
@@ -192,18 +192,18 @@ def make_batch(
             first = start + prompt - 1  # the token before the answer predicts its first token
             tokens[row, start:end], doc_ids[row, start:end] = ids[:-1], count
             targets[row, first:end] = ids[prompt:]
-            places[document, : end - first] = row * width + np.arange(first, end)
+            answer_positions[document, : end - first] = row * width + np.arange(first, end)
             start = end
         doc_ids[row, start:] = len(row_documents)
     counts = np.zeros(len(names), np.float32)
     counts[:counted] = 1
     zeros, scale = np.zeros(len(documents), np.float32), np.full(len(names), per_token, np.float32)
-    fields = (tokens, targets, doc_ids, places, zeros, counts, scale)
+    fields = (tokens, targets, doc_ids, answer_positions, zeros, counts, scale)
     batch = PairBatch(*map(torch.from_numpy, fields))
     return batch._replace(reference=reference(names, batch)) if reference else batch
 
 
-def lay_out(lengths: list[int], most: int, multiple: int = 1) -> tuple[list[list[int]], int]:
+def assign_to_rows(lengths: list[int], most: int, multiple: int = 1) -> tuple[list[list[int]], int]:
     """Assign documents to rows; returns the documents of each row and the row length.
 
     Each document, longest first, goes to the emptiest row. Rows become nearly equal, little longer
@@ -243,14 +243,14 @@ class ValidationPairs:
         self.size, self.shape, self.rank, self.world = size, (length, multiple), rank, world
 
     def batches(self, reference: Reference | None = None) -> dict[str, tuple[list[PairBatch], int]]:
-        """By source, the batches of this rank and the number of pairs over all ranks."""
+        """Return source -> (this rank's batches, number of pairs over all ranks)."""
         return {
             name: ([batch for _, batch in self._source_batches(name, reference)], number)
             for name, number in self.numbers.items()
         }
 
     def steps(self) -> Iterator[tuple[list[Name], Make]]:
-        """As PairLoader.steps, with one entry per source."""
+        """Yield what PairLoader.steps does, once per source."""
         for name, number in self.numbers.items():
             yield [(name, index) for index in range(number)], partial(self._source_batches, name)
 

@@ -25,6 +25,7 @@ from data.chat.messages import (
     NEUTRALISED,
     NOT_TRAINED,
     ROW_FLAGS,
+    Message,
     ignored_line,
     is_trained,
     read_message,
@@ -40,7 +41,7 @@ from ranges import FilledText, Fraction, at_least, check_fields
 
 VERSION = 3  # increment when the same inputs give other pairs
 BATCH = 1000  # pairs encoded at once
-MAX_NAMED = 20  # faulty rows in a source's report
+MAX_NAMED = 20  # faulty rows that a source's report lists
 ARRAYS = ("ids", "starts", "prompts")
 Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 FORMATS = ("messages", "hh")
@@ -67,8 +68,8 @@ class PairSource:
 
     path: FilledText  # file, folder, glob, or hf://owner/name@revision
     format: str = "messages"
-    split: str = "train"  # of a Hub data set; UltraFeedback binarized has train_prefs
-    config: str | None = None  # of a Hub data set with several
+    split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
+    config: str | None = None  # of a hub data set with several
     limit: Limit | None = None  # maximum number of pairs
 
     def __post_init__(self) -> None:
@@ -100,10 +101,10 @@ class PreferenceConfig:
 class Pair(NamedTuple):
     """A prompt that ends with a user or tool message, and two assistant messages."""
 
-    prompt: list[dict[str, Any]]
-    chosen: dict[str, Any]
-    rejected: dict[str, Any]
-    tools: list[dict[str, Any]]
+    prompt: list[Message]
+    chosen: Message
+    rejected: Message
+    tools: list[Message]
     ignored: tuple[str, ...] = ()  # unused keys and columns of its row
 
 
@@ -120,7 +121,7 @@ class EncodedPair(NamedTuple):
 
 
 def parse_hh(row: dict[str, Any]) -> Pair:
-    """A row of hh-rlhf: the prompt is the common prefix up to the last "Assistant:"."""
+    """Parse a row of hh-rlhf; the prompt is the common prefix up to the last "Assistant:"."""
     chosen, rejected = row["chosen"], row["rejected"]
     if chosen.strip() == rejected.strip():
         raise Dropped(SAME)
@@ -148,7 +149,10 @@ def parse_hh(row: dict[str, Any]) -> Pair:
 
 
 def parse_messages(row: dict[str, Any]) -> Pair:
-    """A row of the format "messages"; the prompt may be the common prefix of both answers."""
+    """Parse a row of the format "messages".
+
+    Both answers may begin with the prompt; their common prefix is then the prompt.
+    """
     (chosen, chosen_keys), (rejected, rejected_keys) = (
         _messages(row[name], "assistant") for name in ("chosen", "rejected")
     )
@@ -175,8 +179,8 @@ def parse_messages(row: dict[str, Any]) -> Pair:
 PARSERS = {"messages": parse_messages, "hh": parse_hh}
 
 
-def _messages(value: Any, role: str) -> tuple[list[dict[str, Any]], list[list[str]]]:
-    """Messages and the ignored keys of each; text becomes one message."""
+def _messages(value: object, role: str) -> tuple[list[Message], list[list[str]]]:
+    """Return messages and the ignored keys of each; text becomes one message."""
     if isinstance(value, str):
         return [{"role": role, "content": value}], [[]]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
@@ -185,10 +189,8 @@ def _messages(value: Any, role: str) -> tuple[list[dict[str, Any]], list[list[st
     return [message for message, _ in results], [keys for _, keys in results]
 
 
-def _with_prompt(
-    prompt: list[dict[str, Any]], shared: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The common prefix of both answers, after a system turn of `prompt`.
+def _with_prompt(prompt: list[Message], shared: list[Message]) -> list[Message]:
+    """Return the common prefix of both answers, after a system turn of `prompt`.
 
     ValueError if `prompt` has turns outside the prefix.
     """
@@ -202,7 +204,10 @@ def _with_prompt(
 
 
 def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
-    """The pair with messages normalised by chat.clean; Dropped or ValueError if it is unusable."""
+    """Return a pair with messages normalised by chat.clean.
+
+    Dropped if it has no training signal, ValueError if it is malformed.
+    """
     prompt = pair.prompt
     if system and prompt and prompt[0].get("role") != "system":
         prompt = [{"role": "system", "content": system}, *prompt]
@@ -227,7 +232,7 @@ def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
 
 
 def shorten(pair: Pair) -> Pair | None:
-    """The pair without the oldest user turn and its replies; None if one user turn remains."""
+    """Remove the oldest user turn and its replies; None if it is the only one."""
     system = pair.prompt[: pair.prompt[0]["role"] == "system"]
     users = [i for i, message in enumerate(pair.prompt) if message["role"] == "user"]
     return pair._replace(prompt=[*system, *pair.prompt[users[1] :]]) if len(users) > 1 else None
@@ -236,9 +241,9 @@ def shorten(pair: Pair) -> Pair | None:
 def encode_pairs(
     chat: Chat, pairs: list[Pair], length: int
 ) -> list[tuple[EncodedPair | None, bool]]:
-    """Encode clean pairs; returns each pair (None if longer than `length`) and if it was truncated.
+    """Encode clean pairs; return each as (pair or None, whether its prompt was truncated).
 
-    An answer's last token is a target only and does not count.
+    None: longer than `length`, without the answer's last token, which is only a target.
     """
     rows = [
         {"messages": [*p.prompt, answer], "tools": p.tools}
@@ -262,7 +267,7 @@ def encode_pairs(
 
 
 def _answer(row: Encoded) -> tuple[np.ndarray, int]:
-    """Token ids up to the end of the last answer, and the index of the answer's first token."""
+    """Return the ids up to the last answer's end, and the index of its first token."""
     before = row.ends[-2] if len(row.ends) > 1 else 0
     return row.ids[: row.ends[-1]], before + int(row.trained[before:].argmax())
 
@@ -270,7 +275,7 @@ def _answer(row: Encoded) -> tuple[np.ndarray, int]:
 def prepare(
     config: PreferenceConfig, mix: Collection[str], tokenizer: Path, length: int
 ) -> dict[str, Path]:
-    """Folders of the mixture's prepared sources; prepares missing ones.
+    """Prepare a mixture's sources, unless cached; return their folders.
 
     tokenizer: folder of a chat tokenizer. ValueError if a source has too many malformed rows or no
     training pair.
@@ -304,7 +309,7 @@ def _prepare_source(
 
 
 def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
-    """ValueError if a prepared source has too many faulty rows or no training pair."""
+    """Raise ValueError if a prepared source has too many faulty rows or no training pair."""
     path, pairs = config.sources[name].path, sum(report["pairs"].values())
     bad = sum(report["bad"].values())
     if bad > config.max_bad * report["rows"]:
@@ -380,7 +385,10 @@ def _write_source(
 
 
 def parse_row(row: Row | Skipped, format: str) -> Pair:
-    """The pair of a row; Dropped without a training signal, ValueError if it is malformed."""
+    """Parse a row as a pair.
+
+    Dropped if it has no training signal, ValueError if it is malformed.
+    """
     if isinstance(row, Skipped):
         raise ValueError(row.reason)
     try:
@@ -407,7 +415,7 @@ def _write_split(folder: Path, split: str, pairs: list[EncodedPair]) -> None:
 
 
 def describe(name: str, report: dict[str, Any]) -> list[str]:
-    """Console lines on a prepared source."""
+    """Return the console lines about a prepared source."""
     pairs, dropped = report["pairs"], report["dropped"].items()
     line = f"{name}: {pairs['train']:,} training and {pairs['val']:,} validation pairs"
     line += f"; {report['cut']:,} prompts truncated" if report["cut"] else ""

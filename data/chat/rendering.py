@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from data.chat.folder_templates import template_of
-from data.chat.messages import read_call, read_messages
+from data.chat.messages import Conversation, Message, read_call, read_messages
 from data.chat.template import (
     CHAT_TOKENS,
     END_THOUGHT,
@@ -52,7 +52,10 @@ def neutralise(text: str, tokens: Iterable[str] = MARKERS) -> str:
 
 
 def _neutralise_all(value: Any, tokens: Sequence[str], depth: int = 0) -> Any:
-    """A JSON value with all texts neutralised; ValueError for invalid Unicode or deep nesting."""
+    """Neutralise all texts of a JSON value.
+
+    ValueError for invalid Unicode or deep nesting.
+    """
     if depth > MAX_DEPTH:
         raise ValueError(f"values nested more than {MAX_DEPTH} deep")
     if isinstance(value, str):
@@ -72,10 +75,10 @@ def _neutralise_all(value: Any, tokens: Sequence[str], depth: int = 0) -> Any:
 
 
 def clean(
-    conversation: dict[str, Any],
+    conversation: Conversation,
     tokens: Sequence[str] = (BOS, PAD, *CHAT_TOKENS),
     answered: bool = True,
-) -> dict[str, Any]:
+) -> Conversation:
     """Normalise a conversation for encoding: check the order of roles, neutralise and trim texts.
 
     answered: require an assistant message, as in training. Returns {"messages", "tools"};
@@ -105,7 +108,7 @@ def clean(
     }
 
 
-def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
+def _clean_message(message: Message, tokens: Sequence[str]) -> Message:
     role = message["role"]
     content = _neutralise_all(message["content"], tokens)
     if role != "tool":
@@ -114,7 +117,7 @@ def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, 
         if not content and role == "user":
             raise ValueError("an empty user turn")
         return {"role": role, "content": content}
-    cleaned: dict[str, Any] = {"role": role, "content": content}
+    cleaned: Message = {"role": role, "content": content}
     if thought := _neutralise_all(message.get("thought", ""), tokens):
         cleaned["thought"] = thought
     if calls := [_clean_call(call, tokens) for call in message.get("tool_calls", ())]:
@@ -124,7 +127,7 @@ def _clean_message(message: dict[str, Any], tokens: Sequence[str]) -> dict[str, 
     return {**cleaned, "weight": 0} if "weight" in message else cleaned
 
 
-def _clean_call(call: Any, tokens: Sequence[str]) -> dict[str, Any]:
+def _clean_call(call: Any, tokens: Sequence[str]) -> Message:
     function = read_call(call)["function"]
     return {"function": {key: _neutralise_all(value, tokens) for key, value in function.items()}}
 
@@ -138,8 +141,8 @@ class Segment(NamedTuple):
     ends_reply: bool = False
 
 
-def segments(conversation: dict[str, Any], bos: str | None) -> Iterator[Segment]:
-    """Segments of a clean conversation. Their joined texts equal the template's rendering."""
+def segments(conversation: Conversation, bos: str | None) -> Iterator[Segment]:
+    """Yield a clean conversation's segments; joined, they equal the template's rendering."""
     messages, tools = conversation["messages"], conversation["tools"]
     system = messages[0]["content"] if messages[0]["role"] == "system" else ""
     if bos:
@@ -166,7 +169,7 @@ def _turn(*content: Segment, reply: bool = False) -> Iterator[Segment]:
     yield Segment("\n")
 
 
-def _reply(message: dict[str, Any]) -> Iterator[Segment]:
+def _reply(message: Message) -> Iterator[Segment]:
     trained = "weight" not in message
     if "thought" in message:
         yield Segment(START_THOUGHT, trained, True)
@@ -181,7 +184,7 @@ def _reply(message: dict[str, Any]) -> Iterator[Segment]:
         )
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)  # equals transformers' tojson
 
 
@@ -194,7 +197,7 @@ class Encoded(NamedTuple):
 
 
 def index_of(tokenizer: Tokenizer, token: str) -> int:
-    """Id of a token that the tokenizer must have."""
+    """Return the id of a token that the tokenizer must have."""
     index = tokenizer.token_to_id(token)
     assert index is not None, token
     return index
@@ -238,17 +241,17 @@ class Chat:
             special_text(config, "pad_token"),
         )
 
-    def clean(self, conversation: dict[str, Any], answered: bool = True) -> dict[str, Any]:
-        """clean() against all special tokens of this tokenizer."""
+    def clean(self, conversation: Conversation, answered: bool = True) -> Conversation:
+        """Apply clean() with all special tokens of this tokenizer."""
         return clean(conversation, self.special, answered)
 
-    def has_special(self, value: Any) -> bool:
-        """True if a text in a JSON value contains a special token, which clean() neutralises."""
+    def has_special(self, value: object) -> bool:
+        """Return True if a JSON value's texts have a special token, which clean() neutralises."""
         text = json.dumps(value, ensure_ascii=False)
         return any(token in text for token in self.special)
 
-    def encode(self, conversations: Sequence[dict[str, Any]]) -> list[Encoded]:
-        """Token ids, loss masks and ends of assistant turns of clean conversations."""
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """Return clean conversations as token ids, loss masks and ends of assistant turns."""
         rows = [list(segments(conversation, self.bos)) for conversation in conversations]
         texts = list(dict.fromkeys(part.text for row in rows for part in row if not part.special))
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -267,10 +270,11 @@ class Chat:
                 ends.append(len(ids))
         return Encoded(np.array(ids, dtype=np.uint32), np.array(trained, dtype=bool), ends)
 
-    def prompt(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None
-    ) -> list[int]:
-        """Token ids with the generation prompt; the last message must be a user or tool message."""
+    def prompt(self, messages: list[Message], tools: list[Message] | None = None) -> list[int]:
+        """Return a prompt's token ids, which end with the generation prompt.
+
+        The last message must be a user or tool message.
+        """
         cleaned = self.clean({"messages": messages, "tools": tools}, answered=False)
         if cleaned["messages"][-1]["role"] not in ("user", "tool"):
             raise ValueError("a prompt must end with a user or tool message")
@@ -288,8 +292,8 @@ class Chat:
         """Ids that end a reply."""
         return [self.ids[token] for token in (IM_END, IM_START, self.bos) if token]
 
-    def render(self, conversation: dict[str, Any]) -> str:
-        """A clean conversation as text."""
+    def render(self, conversation: Conversation) -> str:
+        """Return a clean conversation as text."""
         return "".join(part.text for part in segments(conversation, self.bos))
 
     def parse(self, ids: Sequence[int], partial: bool = False) -> "Reply":
@@ -316,13 +320,13 @@ class Reply(NamedTuple):
 
     thought: str
     content: str
-    tool_calls: list[dict[str, Any]]  # {"function": {"name", "arguments"}}
+    tool_calls: list[Message]  # {"function": {"name", "arguments"}}
     broken: list[str]
     ended: bool
 
-    def message(self) -> dict[str, Any]:
-        """The reply as a message of the conversation."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.content}
+    def message(self) -> Message:
+        """Return the reply as a message of the conversation."""
+        message: Message = {"role": "assistant", "content": self.content}
         if self.thought:
             message["thought"] = self.thought
         return {**message, "tool_calls": self.tool_calls} if self.tool_calls else message
@@ -349,7 +353,7 @@ def parse(text: str, partial: bool = False) -> Reply:
 
 
 def _read(pieces: list[tuple[str, bool]], partial: bool) -> Reply:
-    """A reply from a sequence of texts (False) and markers (True)."""
+    """Parse a reply from a sequence of texts (False) and markers (True)."""
     thoughts, content, calls, broken = [""], "", [], []
     mode, ended = "content", False
     for number, (text, marker) in enumerate(pieces):
@@ -380,8 +384,8 @@ def _read(pieces: list[tuple[str, bool]], partial: bool) -> Reply:
     )
 
 
-def _read_call(text: str) -> tuple[dict[str, Any] | None, str]:
-    """The tool call at the start of a text (None if invalid), and the rest of the text."""
+def _read_call(text: str) -> tuple[Message | None, str]:
+    """Parse the tool call that a text begins with; return it (None if invalid) and the rest."""
     text = text.lstrip()
     try:
         value, end = json.JSONDecoder().raw_decode(text)

@@ -33,7 +33,7 @@ from ranges import FilledText, Fraction, NonNegativeFloat, above, at_least, chec
 VERSION = 4  # increment when the same inputs give other rows
 BATCH = 2000  # conversations encoded at once
 CHECK_INTERVAL = 100  # one conversation per interval is compared with the template's rendering
-MAX_NAMED = 20  # faulty rows in a source's report
+MAX_NAMED = 20  # faulty rows that a source's report lists
 ARRAYS = ("ids", "trained", "starts")
 Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 
@@ -45,8 +45,8 @@ class ChatSource:
     path: FilledText  # file, folder, glob, or hf://owner/name@revision
     format: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
     language: str | None = None  # for oasst: the language of the trees
-    split: str = "train"  # of a Hub data set
-    config: str | None = None  # of a Hub data set with several
+    split: str = "train"  # of a hub data set
+    config: str | None = None  # of a hub data set with several
     limit: Limit | None = None  # maximum number of conversations
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class ChatConfig:
     # Passes over all rows of all sources, instead of steps; --num_steps overrides it
     epochs: Annotated[float, above(0, most=1e6)] | None = None
     neftune_alpha: NonNegativeFloat = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
-    # Answered at each validation
+    # Prompts to answer at each validation
     samples: tuple[str, ...] = ("What is 12 + 7?", "What is the capital of France?")
 
     def __post_init__(self) -> None:
@@ -91,7 +91,7 @@ class Conversations:
         self.fingerprint: str = content["sha256"][split]
 
     def __len__(self) -> int:
-        """Input tokens; each conversation's last token is a target only."""
+        """Return the number of input tokens; each conversation's last token is only a target."""
         return len(self.ids) - self.documents
 
     def pack(self, length: int, seed: int) -> "ConversationRows":
@@ -146,7 +146,7 @@ class ConversationRows:
 def prepare(
     config: ChatConfig, mix: Collection[str], tokenizer: Path, length: int
 ) -> dict[str, Path]:
-    """Folders of the mixture's prepared sources; prepares missing ones.
+    """Prepare a mixture's sources, unless cached; return their folders.
 
     tokenizer: folder of a chat tokenizer. ValueError if a source has too many malformed rows or no
     training conversation.
@@ -185,7 +185,7 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
 
 
 def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
-    """ValueError if a prepared source has too many malformed rows or no training conversation."""
+    """Raise ValueError for too many malformed rows or no training conversation."""
     bad = sum(report["bad"].values())
     share = bad / max(1, bad + report["conversations"])
     if share > config.max_bad:
@@ -293,7 +293,7 @@ def _write_split(folder: Path, split: str, rows: list[Encoded]) -> dict[str, int
 
 
 def check_against_template(chat: Chat, conversation: Conversation, encoded: Encoded) -> None:
-    """ValueError unless the ids equal the encoding of the Jinja template's rendering."""
+    """Raise ValueError if the ids differ from the encoded rendering of the Jinja template."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages, tools = [conversation["messages"]], conversation["tools"] or None
@@ -326,7 +326,7 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
 
 
 def _decontaminated(conversations: list[Conversation], config: ChatConfig) -> list[Conversation]:
-    """The conversations that contain no test item and no user turn that resembles one."""
+    """Return the conversations that contain no test item and no user turn that resembles one."""
     if not config.decontaminate:
         return conversations
     from data.decontamination.index import Settings, build_index
@@ -352,7 +352,7 @@ def _texts(conversation: Conversation) -> Iterator[str]:
 
 
 def describe(name: str, report: dict[str, Any]) -> list[str]:
-    """Console lines on a prepared source."""
+    """Return the console lines about a prepared source."""
     training, validation = report["splits"]["train"], report["splits"]["val"]
     line = (
         f"{name}: {training['conversations']:,} conversations, {training['trained']:,} of "

@@ -19,7 +19,7 @@ CHAT_TOKENS = (IM_START, IM_END, START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RES
 MARKERS = (*CHAT_TOKENS, BOS, PAD)
 TEMPLATE = "chat_template.jinja"
 TRAINING_TEMPLATE = "chat_template_training.jinja"  # marks the trained text
-PREVIOUS_TEMPLATES = {  # sha256 of templates that older checkpoints carry
+PREVIOUS_TEMPLATES = {  # sha256 of the templates in older checkpoints
     "37d777883af8dbe824847601da13a38533483dc96f5fe9f90b36bf2ce1279ba3",
 }
 NEUTRALISE = "".join(f"\n    | replace('{token}', '{token[0]} {token[1:]}')" for token in MARKERS)
@@ -160,7 +160,7 @@ TRAINED_REPLY = """\
 
 
 def jinja_template(training: bool = False) -> str:
-    """The template for transformers and llama.cpp.
+    """Return the Jinja template for transformers and llama.cpp.
 
     training: mark the trained text with {% generation %}, for the loss mask of transformers.
     """
@@ -178,7 +178,7 @@ def jinja_template(training: bool = False) -> str:
 
 
 def is_our_template(template: object) -> bool:
-    """True if a template is this one or one of an earlier version."""
+    """Return True for this template and for those of earlier versions."""
     if not isinstance(template, str):
         return False
     return (

@@ -18,7 +18,7 @@ from data.chat.rendering import (
 )
 from data.manifest import file_hash, read_json
 from data.tokenizers.bpe import BOS, PAD, add_special_tokens, load_tokenizer
-from files import sweep, temporary, write_json, write_text
+from files import remove_stale, temporary, write_json, write_text
 
 FILES = (
     "tokenizer.json",
@@ -53,7 +53,7 @@ PROBE = {  # uses every feature of the template
 
 
 def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
-    """A folder's tokenizer with CHAT_TOKENS appended (existing ones stay), and its new config.
+    """Return a folder's tokenizer with the missing CHAT_TOKENS added, and its new config.
 
     ValueError if the tokenizer merges text across special tokens: segments are encoded separately.
     """
@@ -100,7 +100,7 @@ def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def _names(config: dict[str, Any]) -> dict[str, str]:
-    """Special tokens in a tokenizer's config, as plain text."""
+    """Return the special tokens in a tokenizer's config, as plain text."""
     texts = {
         key: value.get("content") if isinstance(value, dict) else value
         for key, value in config.items()
@@ -113,7 +113,7 @@ def _names(config: dict[str, Any]) -> dict[str, str]:
 def cache_chat_tokenizer(base: Path, cache: Path) -> Path:
     """Write a base model's chat tokenizer to a folder in `cache`, named by its content."""
     scratch = temporary(cache / "tokenizer")
-    sweep(cache)
+    remove_stale(cache)
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         save_chat_tokenizer(scratch, base)

@@ -135,7 +135,10 @@ class ToolError(Exception):
 
 
 def run_tool(name: str, arguments: Any, wheels: Path = WHEELS) -> str:
-    """The result of a tool call as text, or "error: ...". wheels: folder of `lookup`'s facts."""
+    """Run a tool call; return its result as text, or "error: ...".
+
+    wheels: folder of `lookup`'s facts.
+    """
     functions: dict[str, Callable[..., str]] = {
         "calculator": calculator,
         "weekday": weekday,
@@ -153,7 +156,7 @@ def run_tool(name: str, arguments: Any, wheels: Path = WHEELS) -> str:
 
 
 def _checked(name: str, arguments: Any) -> dict[str, Any]:
-    """Arguments (an object or its JSON text) that match the tool's schema; else ToolError."""
+    """Check arguments (an object or its JSON text) against the tool's schema; else ToolError."""
     if isinstance(arguments, str):
         try:
             arguments = parse_json(arguments)
@@ -179,7 +182,7 @@ def _checked(name: str, arguments: Any) -> dict[str, Any]:
 
 
 def calculator(expression: str) -> str:
-    """The exact value of an expression of numbers, + - * / // % ** and parentheses.
+    """Compute an expression of numbers, + - * / // % ** and parentheses exactly.
 
     ToolError if the expression is invalid or its numbers exceed the bounds.
     """
@@ -228,7 +231,7 @@ def _bits(value: Fraction) -> int:
 
 
 def show_number(value: Fraction) -> str:
-    """An integer, a decimal of at most 12 places, or a fraction with its rounded value."""
+    """Format a number: integer, decimal of at most 12 places, or fraction with rounded value."""
     if value.denominator == 1:
         return str(value.numerator)
     if 10**MAX_PLACES % value.denominator == 0:
@@ -256,18 +259,18 @@ def _date(text: str) -> date:
 
 
 def weekday(date: str) -> str:
-    """The English name of the day of the week."""
+    """Return the English name of the day of the week."""
     days = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
     return days[_date(date).weekday()]
 
 
 def days_between(start: str, end: str) -> str:
-    """Days from start to end, negative if the end is earlier."""
+    """Return the days from start to end, negative if the end is earlier."""
     return str((_date(end) - _date(start)).days)
 
 
 def add_days(date: str, days: int) -> str:
-    """The date `days` days later (earlier if negative)."""
+    """Return the date `days` days later (earlier if negative)."""
     try:
         return (_date(date) + timedelta(days=days)).isoformat()
     except OverflowError:
@@ -275,7 +278,7 @@ def add_days(date: str, days: int) -> str:
 
 
 def convert(value: float, unit: str, to: str) -> str:
-    """The value in another unit, rounded by rounded(), with the unit's name."""
+    """Convert a value to another unit; return it rounded (see rounded), with the unit's name."""
     if not (math.isfinite(value) if isinstance(value, float) else True) or abs(value) > MAX_VALUE:
         raise ToolError(f"the value must be between -{MAX_VALUE:.0e} and {MAX_VALUE:.0e}")
     exact = Fraction(Decimal(str(value)))
@@ -306,7 +309,7 @@ def _unit(name: str) -> str:
 
 
 def unit_name(unit: str, number: str) -> str:
-    """A unit's name after a number: 1 mile, 2 miles, 3 degrees Celsius, 4 kelvin."""
+    """Return a unit's name after a number: 1 mile, 2 miles, 3 degrees Celsius, 4 kelvin."""
     if unit in TEMPERATURES:
         return unit if unit == "kelvin" else f"degrees {unit.capitalize()}"
     return unit if number == "1" else PLURALS.get(unit, unit + "s")
@@ -329,7 +332,7 @@ def _from_celsius(value: Fraction, unit: str) -> Fraction:
 
 
 def lookup(country: str, attribute: str, wheels: Path = WHEELS) -> str:
-    """A fact about a country from the World Factbook in `wheels`; never downloads."""
+    """Look up a fact about a country in the World Factbook in `wheels`; never download it."""
     if attribute not in ATTRIBUTES:
         raise ToolError(f"unknown attribute {attribute[:20]!r}; known: {', '.join(ATTRIBUTES)}")
     try:

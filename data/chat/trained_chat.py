@@ -65,13 +65,16 @@ class ChatStatistics:
 
 
 def name_of(tool: dict[str, Any]) -> str:
-    """The name in a tool's schema."""
+    """Return the name in a tool's schema."""
     function = tool.get("function")
     return str((function if isinstance(function, dict) else tool).get("name"))
 
 
 def record(base: Path, reports: Iterable[dict[str, Any]], context: int) -> dict[str, Any]:
-    """Record of a model trained from `base` on sources with these reports. context: row length."""
+    """Return the record of a model trained from `base` on these sources.
+
+    reports: of the sources. context: row length.
+    """
     base_record = read_trained_chat(base) or TrainedChat(1)
     counts: Counter[str] = Counter()
     at_once, thoughts = base_record.tools_at_once, base_record.thoughts
@@ -89,12 +92,12 @@ def record(base: Path, reports: Iterable[dict[str, Any]], context: int) -> dict[
 
 
 def read_trained_chat(folder: Path) -> TrainedChat | None:
-    """The record of a folder; None for a base, foreign or older model."""
+    """Return the record of a folder; None for a base, foreign or older model."""
     return parse(read_json(folder / "config.json").get(KEY))
 
 
 def parse(value: Any) -> TrainedChat | None:
-    """The record from its JSON value. ValueError if it is damaged."""
+    """Return the record from its JSON value. ValueError if it is damaged."""
     if value is None:
         return None
     fields = value if isinstance(value, dict) else {}
@@ -105,9 +108,10 @@ def parse(value: Any) -> TrainedChat | None:
 def offered(
     trained: TrainedChat | None, names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Schemas of the tools to offer: the named ones or "all"; else as many as the model's rows had.
+    """Return the schemas of the tools to offer: the named ones, or all for "all".
 
-    Without a record, all tools. ValueError for an unknown name.
+    Without names: the recorded tools, at most as many as the model's rows had. Without a record,
+    all tools. ValueError for an unknown name.
     """
     known = {name_of(tool): tool for tool in TOOLS}
     if names is None and trained:
@@ -121,6 +125,6 @@ def offered(
 
 
 def to_text(folder: Path) -> str | None:
-    """The record of a folder as JSON, for a GGUF file."""
+    """Return the record of a folder as JSON, for a GGUF file."""
     trained = read_trained_chat(folder)
     return json.dumps(asdict(trained)) if trained else None

@@ -52,7 +52,10 @@ def open_reader(
     text_column: str | None = None,
     id_column: str | None = None,
 ) -> tuple[str, Reader]:
-    """Store name and reader of a Hub source, a quickstart source or a path; else ValueError."""
+    """Return the store name and reader of a data set.
+
+    dataset: a source of the hub, a quickstart source or a path; else ValueError.
+    """
     packaged = quickstart_corpus.quickstart_sources()
     name = name or source_name(dataset)
     if dataset in HUB_SOURCES or dataset.startswith(HUB):
@@ -65,7 +68,7 @@ def open_reader(
         return name, HubReader(source, revision, recorded_inputs(store, name))
     if revision:
         raise ValueError(
-            f"--revision applies to Hub data sets only and {dataset} is not one; remove it"
+            f"--revision applies to hub data sets only and {dataset} is not one; remove it"
         )
     if dataset in packaged:
         corpus = packaged[dataset]
@@ -94,7 +97,7 @@ def open_reader(
 
 
 def source_name(dataset: str) -> str:
-    """Default store name of a source; "" for a glob.
+    """Return the default store name of a source; "" for a glob.
 
     A path gives its last component up to the first dot: overrides (section.key=value) exclude dots.
     """
@@ -110,7 +113,7 @@ def source_name(dataset: str) -> str:
 
 
 def _hub_source(dataset: str) -> HubSource:
-    """The source of any Hub data set's files, given as hf://owner/name/FILES@revision."""
+    """Return the source of any hub data set's files, given as hf://owner/name/FILES@revision."""
     repo, files, revision = hub_files(dataset)
     return HubSource(repo, revision, files, f"see https://huggingface.co/datasets/{repo}", "", 4.0)
 
@@ -170,14 +173,14 @@ def ingest(
 
 
 def recorded_inputs(store: Path, name: str) -> dict | None:
-    """Inputs of a source's finished or unfinished download, or None."""
+    """Return the inputs of a source's finished or unfinished download, or None."""
     target = store / "documents" / name
     record = _record(target, target.with_name(name + ".tmp"))
     return record.get("inputs") if record else None
 
 
 def _record(target: Path, work: Path) -> dict | None:
-    """Manifest or progress of a source's download, or None."""
+    """Return the manifest or progress of a source's download, or None."""
     return manifest.read(target) or manifest.read(work) or _progress(work)
 
 
@@ -186,7 +189,7 @@ def _progress(work: Path) -> dict | None:
 
 
 def _resume(work: Path, inputs: dict) -> dict[str, Any]:
-    """State of an unfinished download; removes all files that do not belong to it."""
+    """Return the state of an unfinished download; remove all files that do not belong to it."""
     state: dict[str, Any] = {
         "parts": [],
         "documents": 0,
@@ -213,7 +216,7 @@ def _resume(work: Path, inputs: dict) -> dict[str, Any]:
 
 
 def _is_complete(work: Path, progress: dict[str, Any], keys: Iterable[str]) -> bool:
-    """True if a progress record has its keys and the folder has its parts."""
+    """Return True if a progress record has its keys and the folder has its parts."""
     try:
         return all(key in progress for key in keys) and all(
             (work / part["name"]).is_file() for part in progress["parts"]
@@ -350,7 +353,10 @@ class _Part:
 
 
 def _valid_unicode(document: Document) -> tuple[Document, int, int]:
-    """The document as valid Unicode, its text's bytes, and 1 if lone surrogates were replaced."""
+    """Return a document in valid Unicode, and its text's bytes.
+
+    The last value is 1 if lone surrogates were replaced, else 0.
+    """
     try:
         document.id.encode()
         return document, len(document.text.encode()), 0
@@ -376,7 +382,7 @@ def _check_disk(reader: Reader, work: Path, max_bytes: int | None) -> None:
 
 
 def check_free(folder: Path, needed: int, what: str) -> None:
-    """ValueError if a folder's disk has fewer free bytes than needed."""
+    """Raise ValueError if a folder's disk has fewer free bytes than needed."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
@@ -416,7 +422,7 @@ def _report_skipped(name: str, state: dict[str, Any]) -> None:
 
 
 def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
-    """ValueError if a source has no document or too many unreadable rows."""
+    """Raise ValueError if a source has no document or too many unreadable rows."""
 
     def listing(skipped: dict[str, int]) -> str:
         return ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items())
@@ -440,7 +446,7 @@ def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
 
 
 def _check_origin(reader: Reader, target: Path, work: Path) -> None:
-    """ValueError if the name belongs to a source of another origin."""
+    """Raise ValueError if the name belongs to a source of another origin."""
     record = _record(target, work) or {}
     origin = record.get("origin")
     if origin and _without_version(origin) != _without_version(reader.origin):
@@ -452,6 +458,6 @@ def _check_origin(reader: Reader, target: Path, work: Path) -> None:
 
 
 def _without_version(origin: str) -> str:
-    """An origin without its commit or version; an absolute path for local files."""
+    """Return an origin without its commit or version; an absolute path for local files."""
     plain = re.sub(r"(@[^@/]+| \S+ \(PyPI\))$", "", origin)
     return os.path.realpath(plain) if plain == origin else plain

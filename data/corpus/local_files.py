@@ -19,16 +19,16 @@ BATCH_BYTES = 16_000_000  # approximate bytes of a parquet file in memory
 
 
 def find_files(where: str) -> dict[str, Path]:
-    """The data files of a path, by name; see list_files."""
+    """Return the data files of a path, by name; see list_files."""
     return list_files(where)[0]
 
 
 def list_files(where: str, excluded: Collection[Path] = ()) -> tuple[dict[str, Path], list[str]]:
-    """The data files of a file, a folder (recursively) or a glob, sorted, by relative name.
+    """Return the data files of a file, a folder (recursively) or a glob, sorted, by relative name.
 
     An existing path is never read as a glob. Hidden and temporary (*.tmp) files and folders are
     excluded, and so are `excluded` folders unless `where` is inside one. Also returns the names of
-    files of other kinds. ValueError if there is no data file.
+    files of other types. ValueError if it finds no data file.
     """
     root = Path(where)
     fixed = (
@@ -59,14 +59,13 @@ def list_files(where: str, excluded: Collection[Path] = ()) -> tuple[dict[str, P
     data_files = {name: path for name, path in named.items() if path.name.endswith(SUFFIXES)}
     if not data_files:
         raise ValueError(
-            f"there is no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file at {where}; check the "
-            "path"
+            f"no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file found at {where}; check the path"
         )
     return data_files, [name for name in named if name not in data_files]
 
 
 def _walk(root: Path, outside: Collection[Path]) -> Iterator[Path]:
-    """Files below a folder. Symbolic links are followed; each folder is visited once."""
+    """Yield the files below a folder; follow symbolic links, visit each folder once."""
     seen: set[str] = set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -87,7 +86,7 @@ def _is_in_any(path: Path, folders: Collection[Path]) -> bool:
 
 
 def rows_at_once(file: Any, group: int) -> int:
-    """Number of rows of a parquet row group to decode together within BATCH_BYTES."""
+    """Return the number of rows of a parquet row group to decode together within BATCH_BYTES."""
     info = file.metadata.row_group(group)
     columns = [info.column(i) for i in range(info.num_columns)]
     repeated = any("DICTIONARY" in encoding for column in columns for encoding in column.encodings)
@@ -98,9 +97,10 @@ def rows_at_once(file: Any, group: int) -> int:
 
 
 def read_lines(path: Path) -> Iterator[bytes]:
-    """Lines of a file without line ends, including an unterminated last line of an intact file.
+    """Yield a file's lines without line ends.
 
-    A UTF-8 byte-order mark is dropped. ValueError for UTF-16, UTF-32 and lines above MAX_LINE.
+    The last line of an intact file may lack its line end. A UTF-8 byte-order mark is dropped.
+    ValueError for UTF-16, UTF-32 and lines above MAX_LINE.
     """
     pending: list[bytes] = []
     size = number = 0
@@ -131,7 +131,7 @@ def read_lines(path: Path) -> Iterator[bytes]:
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """Decompressed content of a .gz, .zst or plain file in blocks.
+    """Yield the decompressed content of a .gz, .zst or plain file in blocks.
 
     EOFError for a truncated compressed file; ValueError if it expands beyond MAX_EXPANSION.
     """
@@ -196,7 +196,7 @@ def _unzstd(path: Path) -> Iterator[bytes]:
 
 
 def zstd_error() -> type[Exception]:
-    """zstandard's exception class; the package is imported on use."""
+    """Return zstandard's exception class, importing the package on use."""
     import zstandard
 
     return zstandard.ZstdError

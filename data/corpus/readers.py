@@ -1,4 +1,4 @@
-"""Readers of documents from local files, Hub data sets and the quickstart corpus.
+"""Readers of documents from local files, hub data sets and the quickstart corpus.
 
 A reader yields Document or Skipped. `position` (JSON) is the state after the last yielded row, from
 which another process can resume. `inputs` (JSON) determine the documents.
@@ -42,7 +42,7 @@ class Reader(Protocol):
     bytes_per_token: float
 
     def disk_bytes(self) -> int | None:
-        """Upper estimate of the source's size as zstd parquet; None if unknown."""
+        """Return an upper estimate of the source's bytes as zstd parquet; None if unknown."""
         ...
 
     def read(self) -> Generator[Document | Skipped, None, None]:
@@ -190,7 +190,7 @@ class FileReader:
 
 
 class HubReader:
-    """Streams one Hub source with `datasets`; downloads only the used columns and caches nothing.
+    """Streams one hub source with `datasets`; downloads only the used columns and caches nothing.
 
     recorded: inputs of an earlier run on the same store; its commit is reused for the same
     requested revision. Resuming within a file reads that file again from its start.
@@ -255,7 +255,7 @@ class HubReader:
             yield document
 
     def _stream(self) -> Iterator[dict[str, Any]]:
-        """Rows of all files: the used columns of parquet, or lines as "text"."""
+        """Yield the rows of all files: the used columns of parquet, or lines as "text"."""
         files = list(self._list_files())
         columns = [self.source.text_column, *({self.source.id_column} - {None})]
         parquet = self._is_parquet()
@@ -276,7 +276,7 @@ class HubReader:
             raise self._explained(error) from error
 
     def _list_files(self) -> dict[str, int]:
-        """Files of the source in order, as paths for `datasets`, with their sizes in bytes."""
+        """Return the source's files in order, as paths for `datasets`, with sizes in bytes."""
         if self.files is None:
             if self._is_local():
                 paths = sorted(Path(self.source.repo).glob(self.source.files))
@@ -316,7 +316,7 @@ class HubReader:
         return self.source.files.endswith(".parquet")
 
     def _explained(self, error: Exception) -> Exception:
-        """A Hub error as a ValueError that says what to do; other errors are returned unchanged."""
+        """Return a ValueError that says what to do for a hub error; other errors unchanged."""
         if (
             not isinstance(error, OSError)
             and type(error).__module__.split(".")[0] not in HUB_PACKAGES
@@ -326,7 +326,7 @@ class HubReader:
 
 
 def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
-    """One sentence on the cause of a Hub error and what to do."""
+    """Explain a hub error in one sentence: its cause and what to do."""
     from huggingface_hub.errors import (
         GatedRepoError,
         OfflineModeIsEnabled,
@@ -335,7 +335,7 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
         RevisionNotFoundError,
     )
 
-    chain: list[BaseException] = [error]  # the Hub's file system wraps the Hub's error
+    chain: list[BaseException] = [error]  # the hub's file system wraps the hub's error
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
 
@@ -356,7 +356,7 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
         return f"{repo} has no such revision; give another with --revision"
     if any_is(RepositoryNotFoundError):
         return (
-            f"the Hub has no public data set {repo}; check its name, or run `hf auth login` if it "
+            f"the hub has no public data set {repo}; check its name, or run `hf auth login` if it "
             "is private"
         )
     if any_is(RemoteEntryNotFoundError):
@@ -366,13 +366,13 @@ def hub_complaint(error: Exception, repo: str, gated: bool = False) -> str:
     if choice := _choice(chain, repo):
         return choice
     if any_is(OfflineModeIsEnabled):
-        return f"{repo} is on the Hub but HF_HUB_OFFLINE is set; unset it and {again}"
+        return f"{repo} is on the hub but HF_HUB_OFFLINE is set; unset it and {again}"
     reason = f"{type(error).__name__}: {_first_line(error)}"
-    return f"downloading {repo} from the Hub failed ({reason}); when the Hub is available, {again}"
+    return f"downloading {repo} from the hub failed ({reason}); when the hub is available, {again}"
 
 
 def _is_text(type_: Any) -> bool:
-    """True if an Arrow type holds text, or bytes that may be text."""
+    """Return True if an Arrow type holds text, or bytes that may be text."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(type_):
@@ -390,7 +390,7 @@ def _is_text(type_: Any) -> bool:
 
 
 def _choice(chain: list[BaseException], repo: str) -> str | None:
-    """What to set if the error is an unknown split or config of a data set; else None."""
+    """Say which split or config to set if the error is an unknown one; else None."""
     known_list = r".*?(?P<known>\[.*?\])"
     patterns = {
         "split": r"(?:Bad split: |Unknown split \")(?P<name>[^\". ]+)" + known_list,
@@ -409,7 +409,7 @@ def _choice(chain: list[BaseException], repo: str) -> str | None:
 def parse_line(
     line: bytes | str, where: str, text_column: str, id_column: str
 ) -> Document | Skipped:
-    """The document of one line of JSON."""
+    """Parse one line of JSON as a document."""
     import orjson
 
     try:
@@ -431,7 +431,10 @@ def parse_line(
 
 
 def to_document(text: object, row_id: object, where: str) -> Document | Skipped:
-    """The document of one row; `where` is its id if row_id is None. Bytes are decoded as UTF-8."""
+    """Return a row as a document. Bytes are decoded as UTF-8.
+
+    The id is `where` if row_id is None.
+    """
     try:
         text, row_id = (
             value.decode() if isinstance(value, bytes) else value for value in (text, row_id)

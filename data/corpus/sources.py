@@ -1,4 +1,4 @@
-"""The Hub data sets of the full-size plan: repository, commit, files and licence.
+"""The hub data sets of the full-size plan: repository, commit, files and licence.
 
 A revision pins a commit of the data set's repository. A branch given by --revision is resolved to
 its commit at the first download; the manifest records the commit for later runs.
@@ -21,9 +21,9 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class HubSource:
-    """A source on the Hub. bytes_per_token: estimate for a 32,000-token byte-level BPE."""
+    """A source on the hub. bytes_per_token: estimate for a 32,000-token byte-level BPE."""
 
-    repo: str  # on the Hub, or a local folder with the same layout
+    repo: str  # on the hub, or a local folder with the same layout
     revision: str  # commit, branch or tag
     files: str  # pattern within the repository, .parquet or .json(l).gz
     licence: str
@@ -101,11 +101,14 @@ GROUPS = {  # names of several sources together
     "gold_sources_mixed": ("open_web_math", "stackexchange", "stem_wiki"),
 }
 VALIDATION_SUFFIX = "_validation"
-HUB = "hf://"  # prefix of a Hub data set's address
+HUB = "hf://"  # prefix of a hub data set's address
 
 
 def hub_files(address: str) -> tuple[str, str, str]:
-    """Repository, file pattern and revision (default: main) of hf://owner/name/FILES@revision."""
+    """Split hf://owner/name/FILES@revision into repository, file pattern and revision.
+
+    The default revision is main.
+    """
     match = re.fullmatch(r"([^/@]+/[^/@]+)/([^@]+)(?:@(.+))?", address.removeprefix(HUB))
     if not match or not match[2].endswith((".parquet", ".json", ".jsonl", ".gz", ".zst")):
         raise ValueError(
@@ -117,16 +120,17 @@ def hub_files(address: str) -> tuple[str, str, str]:
 
 
 def sources_of(name: str) -> tuple[str, ...]:
-    """The sources of a name; hyphens count as underscores. Unknown names are returned unchanged.
+    """Return the sources of a name; an unknown name is returned unchanged.
 
-    fineweb-edu -> fineweb_edu, gold_sources_mixed -> its three members.
+    Hyphens count as underscores. fineweb-edu -> fineweb_edu, gold_sources_mixed -> its three
+    members.
     """
     plain = name.lower().replace("-", "_")
     return GROUPS.get(plain) or ((plain,) if plain in HUB_SOURCES else (name,))
 
 
 def validation_sources(name: str) -> tuple[str, ...]:
-    """The sources of a name that ends in -validation; () for any other name."""
+    """Return the sources of a name that ends in -validation; () for any other name."""
     plain = name.lower().replace("-", "_")
     sources = sources_of(plain.removesuffix(VALIDATION_SUFFIX))
     return sources if plain.endswith(VALIDATION_SUFFIX) and set(sources) <= set(HUB_SOURCES) else ()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.manifest import file_hash
-from files import FULL_TEXT, no_room
+from files import FULL_TEXT, disk_full_error
 
 
 class Wheel(NamedTuple):
@@ -24,14 +24,17 @@ class Wheel(NamedTuple):
 
 
 def find_wheel(wheel: Wheel, cache: Path) -> Path | None:
-    """Path of the wheel in the cache; None if it is missing or its sha256 differs."""
+    """Return the path of the wheel in the cache; None if it is missing or its sha256 differs."""
     return next(
         (path for path in cache.glob(wheel.pattern) if file_hash(path) == wheel.sha256), None
     )
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
-    """Path of the wheel in the cache; pip downloads a missing one. ValueError if that fails."""
+    """Return the wheel's path in the cache; pip downloads a missing wheel.
+
+    ValueError if the download fails.
+    """
     cache.mkdir(parents=True, exist_ok=True)
     if cached := find_wheel(wheel, cache):
         return cached
@@ -49,7 +52,7 @@ def fetch_wheel(wheel: Wheel, cache: Path) -> Path:
         )
         downloads = list(Path(scratch).glob(wheel.pattern))
         if result.returncode and FULL_TEXT.search(result.stderr):
-            raise no_room(
+            raise disk_full_error(
                 cache, OSError(result.stderr), "free some space and run the same command again"
             )
         if result.returncode or not downloads:

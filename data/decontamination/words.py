@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 NON_ASCII = re.compile(r"[^\x00-\x7f]+")
-FACTOR = 0x9E3779B97F4A7C15  # odd: it has an inverse modulo 2^64
+FACTOR = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 ASCII = bytes(
     byte if byte >= 128 or chr(byte).isalnum() else 32 for byte in bytes(range(256)).lower()
 )
@@ -50,7 +50,7 @@ TABLE = _Table()
 
 
 def normalise(text: str) -> bytes:
-    """Lower-case words in UTF-8, with every other character replaced by a space."""
+    """Return the lower-case words in UTF-8; a space replaces every other character."""
     if not text.isascii():
         text = NON_ASCII.sub(lambda run: run.group().translate(TABLE), text)
     return text.encode().translate(ASCII)
@@ -92,7 +92,10 @@ def ngrams(words: NDArray, size: int) -> NDArray:
 
 
 def character_offsets(text: str, spots: NDArray, first: int, last: int) -> tuple[int, int]:
-    """Character range of words `first` to `last` of a text. spots: its words from hash_words."""
+    """Return the character range of words `first` to `last` of a text.
+
+    spots: the text's words from hash_words.
+    """
     begin, end = int(spots[first, 0]), int(spots[last, 1])
     if text.isascii():
         return begin, end
@@ -107,7 +110,7 @@ def character_offsets(text: str, spots: NDArray, first: int, last: int) -> tuple
 
 @lru_cache(maxsize=2)
 def _powers(count: int) -> tuple[NDArray, NDArray]:
-    """Powers 0, 1, ... and 0, -1, ... of FACTOR modulo 2^64."""
+    """Return the powers 0, 1, ... and 0, -1, ... of FACTOR modulo 2^64."""
     bases = (FACTOR, pow(FACTOR, -1, 1 << 64))
     powers, inverse = (
         np.cumprod(np.append(np.uint64(1), np.full(count - 1, base, dtype=np.uint64)))

@@ -195,7 +195,10 @@ def _ray_executor(stage: Stage, config: ExecutorConfig) -> RayPipelineExecutor:
 
 
 def check_queue(jobs: Path) -> None:
-    """ValueError if submitted Slurm jobs are queued or running; new ones would repeat them."""
+    """Raise ValueError if submitted Slurm jobs are queued or running.
+
+    New jobs would repeat them.
+    """
     if jobs.is_file():
         try:
             queued = subprocess.run(

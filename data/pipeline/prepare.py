@@ -143,7 +143,7 @@ def prepare(recipe: Recipe) -> str:
 
 
 def shards_are_current(folder: Path, inputs: dict) -> bool:
-    """True if the shards were made from these inputs and every file has its size."""
+    """Return True if the shards were made from these inputs and every file has its size."""
     content = manifest.read(folder)
     if content is None or content.get("inputs") != inputs:
         return False
@@ -154,7 +154,7 @@ def shards_are_current(folder: Path, inputs: dict) -> bool:
 
 
 def _shards_lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
-    """True if a shard of a finished task is missing, among sources that are not published."""
+    """Return True if an unpublished source lacks a shard of a finished task."""
     for rank, part in enumerate(parts):
         entry = tokens / "entries" / f"{rank:05d}.json"
         if part.source in missing and entry.is_file():
@@ -167,7 +167,7 @@ def _shards_lost(tokens: Path, parts: list[Part], missing: list[str]) -> bool:
 
 
 def document_parts(recipe: Recipe) -> list[Part]:
-    """The parts of the recipe's sources in order; ValueError for an incomplete download."""
+    """Return the parts of the recipe's sources in order; ValueError for an incomplete download."""
     parts = []
     for source in recipe.sources:
         folder = Path(recipe.store).resolve() / "documents" / source
@@ -186,7 +186,7 @@ def document_parts(recipe: Recipe) -> list[Part]:
 
 
 def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
-    """Stages that read, filter and mask the documents and find duplicates."""
+    """Return the stages that read, filter and mask the documents and find duplicates."""
     dedup = recipe.dedup
     config = MinhashConfig(dedup.ngram, dedup.buckets, dedup.hashes)
     if dedup.kind == "exact":
@@ -221,7 +221,7 @@ def _clean_stages(recipe: Recipe, parts: list[Part], work: Path) -> list[Stage]:
 def _token_stages(
     recipe: Recipe, parts: list[Part], folders: WorkFolders, inputs: dict
 ) -> list[Stage]:
-    """Stages that remove duplicates and benchmark items, tokenize, and publish the shards."""
+    """Return the stages that remove duplicates and benchmark items, tokenize and publish."""
     work = folders.tokens
     steps: list[PipelineStep] = [ReadClean(folders.clean / "documents", folders.clean / "counts")]
     if recipe.dedup.kind != "none":
@@ -295,7 +295,7 @@ class Publish(PipelineStep):
         return read_json(self.work / "hits" / f"{rank:05d}.json")
 
     def _report(self, entries: list[dict]) -> dict[str, dict]:
-        """Counts per source: documents read, dropped, repeated, contaminated and kept; tokens."""
+        """Count per source: documents read, dropped, repeated, contaminated and kept; tokens."""
         report: dict[str, Counter] = {source: Counter() for source in self.recipe.sources}
         for rank, (part, entry) in enumerate(zip(self.parts, entries, strict=True)):
             count = report[part.source]
@@ -321,7 +321,7 @@ def _write_index(recipe: Recipe, folder: Path, cache: Path) -> None:
 
 
 def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
-    """Everything that determines the shards, as JSON values."""
+    """Return everything that determines the shards, as JSON values."""
     inputs = {
         "version": VERSION,
         "order": list(recipe.sources),  # decides which duplicate stays and which task reads a part
@@ -340,7 +340,7 @@ def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
 
 
 def _hashes(parts: Iterable[Part]) -> dict[str, str]:
-    """One hash per source, over the hashes of its parts."""
+    """Return one hash per source, over the hashes of its parts."""
     sums: dict[str, list[str]] = {}
     for part in parts:
         sums.setdefault(part.source, []).append(part.sha256)

@@ -1,4 +1,4 @@
-"""The recipe that scripts/prepare_data.py reads from YAML: pipeline steps and their executor."""
+"""The recipe that scripts/prepare_data.py reads: settings of the pipeline steps and executor."""
 
 import difflib
 import hashlib
@@ -20,7 +20,7 @@ class Split:
         self.val_fraction = val_fraction
 
     def of(self, document_id: str) -> str:
-        """ "train" or "val"."""
+        """Return "train" or "val"."""
         hashed = int.from_bytes(
             hashlib.blake2b(document_id.encode(), digest_size=8).digest(), "big"
         )
@@ -61,7 +61,7 @@ class DedupConfig:
     only. Both find every pair of equal texts.
     """
 
-    kind: str = "minhash"  # minhash, exact or none
+    kind: str = "minhash"  # or exact, none
     ngram: Annotated[int, at_least(1, most=1000)] = 5  # words
     buckets: Annotated[int, at_least(1, most=1000)] = 14
     hashes: Annotated[int, at_least(1, most=1000)] = 8  # per bucket

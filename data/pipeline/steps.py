@@ -1,4 +1,4 @@
-"""Pipeline steps that datatrove lacks or that replace slower ones. One task handles one part.
+"""Pipeline steps that datatrove lacks, and faster versions of its own. One task handles one part.
 
 Each task reads and writes its own files, named by its rank; a killed task can be run again.
 """
@@ -83,7 +83,7 @@ class ReadParts(PipelineStep):
 
 
 class ReadClean(PipelineStep):
-    """Reads the documents that the cleaning task of the same rank wrote; no file means no document.
+    """Reads the documents of the same rank's cleaning task; a missing file means no documents.
 
     ValueError if the number of documents differs from the task's count, as after a failed task.
     """
@@ -108,7 +108,10 @@ class ReadClean(PipelineStep):
 
 
 def listed_parts(folder: Path, content: dict) -> list[tuple[str, str]]:
-    """Name and sha256 of each part in a manifest; ValueError if a name is not a plain file name."""
+    """Return the name and sha256 of each part in a manifest.
+
+    ValueError if a name is not a plain file name.
+    """
     try:
         listed = [(part["name"], part["sha256"]) for part in content["parts"]]
         plain = all(
@@ -126,7 +129,7 @@ def listed_parts(folder: Path, content: dict) -> list[tuple[str, str]]:
 
 
 def read_part(part: Part) -> Iterator[Document]:
-    """Documents of a part; ValueError if its file is missing or its sha256 differs."""
+    """Yield the documents of a part; ValueError if its file is missing or its sha256 differs."""
     path = Path(part.path)
     if not path.is_file() or file_hash(path) != part.sha256:
         raise ValueError(
@@ -137,7 +140,7 @@ def read_part(part: Part) -> Iterator[Document]:
 
 
 def read_documents(path: Path) -> Iterator[Document]:
-    """Documents of a parquet file (columns id and text), in order.
+    """Yield the documents of a parquet file (columns id and text), in order.
 
     Memory: one row group, at most 16 MB by ingest. ValueError if the file is damaged or an id or
     text is not a string.
@@ -268,7 +271,7 @@ class Mask(PIIFormatter):
 
 
 def build_filters(settings: CleanConfig) -> list[BaseFilter]:
-    """datatrove filters for a source's settings."""
+    """Return datatrove's filters for a source's settings."""
     words = RegexWordTokenizer()
     known = {
         "gopher_repetition": lambda: GopherRepetitionFilter(language=words),
@@ -308,7 +311,7 @@ class Signature(MinhashDedupSignature):
         self.hash = create_hash_func(config.hash_config)
 
     def get_shingles(self, text: str) -> np.ndarray:
-        """Hashes of the document's shingles, uint64 [n-grams, 1]."""
+        """Return the hashes of the document's shingles, uint64 [n-grams, 1]."""
         if self.config.n_grams:
             pieces = (text[start : start + PIECE] for start in range(0, len(text), PIECE))
             shingles = ngrams(
@@ -319,7 +322,10 @@ class Signature(MinhashDedupSignature):
         return np.array([[self.hash(text)]], dtype=np.uint64)
 
     def get_signature(self, shingles: np.ndarray) -> list[list[int]]:
-        """datatrove's signature in bounded memory; a fold replaces division by the prime 2^61-1."""
+        """Compute datatrove's signature in bounded memory.
+
+        A fold replaces the division by the prime 2^61-1.
+        """
         scale, shift = self.parameters
         minima = np.full(self.num_hashes, np.iinfo(np.uint64).max, dtype=np.uint64)
         for start in range(0, len(shingles), 1024):
@@ -462,5 +468,5 @@ def write_json(path: Path, content: object) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """Return the object in a JSON file."""
     return parse_object(path.read_text(encoding="utf-8"))

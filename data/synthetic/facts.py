@@ -95,19 +95,19 @@ def fact_key(country: str, attribute: str) -> str:
 
 
 def pair_key(about: str, a: str, b: str) -> str:
-    """Key of a question about two countries, independent of their order."""
+    """Return the key of a question about two countries, independent of their order."""
     return " ".join(["fact", *sorted((a, b)), about])
 
 
 def about_countries(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    """A question of a random kind. easy: answers are few, short or part of the question."""
+    """Return a question of a random kind. easy: answers are few, short or part of the question."""
     kinds = (region, in_region, landlocked, hemisphere, border, larger)
     make = rng.choice([*kinds, reading] if easy else [*kinds, reading, single, single, single])
     return make(rng, countries, easy)
 
 
 def known(countries: Mapping[str, Country], attribute: str) -> list[Country]:
-    """Countries with a value that their name does not reveal, unlike Monaco's capital."""
+    """Return the countries with a value that their name does not reveal (Monaco's capital)."""
     return [
         c for c in countries.values() if attribute in c.facts and _apart(c.name, c.facts[attribute])
     ]
@@ -122,7 +122,7 @@ def _sentence(text: str) -> str:
 
 
 def say_fact(country: str, attribute: str, value: str) -> str:
-    """An attribute's value as a sentence."""
+    """Return an attribute's value as a sentence."""
     if attribute == "landlocked":
         return landlocked_text(country, value)
     return _sentence(SAY[attribute].format(c=article(country), v=value))
@@ -136,7 +136,7 @@ def landlocked_text(country: str, value: str) -> str:
 def other_values(
     rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, count: int = 3
 ) -> list[str]:
-    """Distinct other values of an attribute, from countries of the same region first."""
+    """Return distinct other values of an attribute, first from countries of the same region."""
     others = [c for c in countries.values() if attribute in c.facts]
     rng.shuffle(others)
     others.sort(key=lambda c: c.facts.get("region") != country.facts.get("region"))
@@ -151,7 +151,7 @@ def answer_type(attribute: str) -> str:
 def _about(
     rng: Random, countries: Mapping[str, Country], country: Country, attribute: str, text: str = ""
 ) -> Example:
-    """A question on one attribute of a country. text: a passage that contains the answer."""
+    """Return a question on one attribute of a country. text: a passage that contains the answer."""
     question = rng.choice(ASK[attribute]).format(c=article(country.name))
     question = rng.choice(READ).format(text=text, question=question) if text else question
     value = country.facts[attribute]
@@ -180,7 +180,7 @@ def _about(
 
 
 def _apart(a: str, b: str) -> bool:
-    """True if neither text contains the other, unlike Asia and Southeast Asia."""
+    """Return True if neither text contains the other, unlike Asia and Southeast Asia."""
     return a.lower() not in b.lower() and b.lower() not in a.lower()
 
 
@@ -205,7 +205,7 @@ def landlocked(rng: Random, countries: Mapping[str, Country], easy: bool) -> Exa
 
 
 def _with(rng: Random, countries: Mapping[str, Country], attribute: str, value: str) -> Country:
-    """A random country with this value: balances the answers."""
+    """Draw a country with this value, which balances the answers."""
     return rng.choice(
         [country for country in countries.values() if country.facts.get(attribute) == value]
     )
@@ -238,7 +238,7 @@ def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
     neighbours = country.neighbours or frozenset()
     yes = rng.random() < 0.5
     if yes:
-        other = rng.choice(sorted(neighbours))
+        second = rng.choice(sorted(neighbours))
     else:
         near = rng.random() < 0.5
         strangers = [c.name for c in plain if c is not country and c.name not in neighbours]
@@ -247,8 +247,8 @@ def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
             for name in strangers
             if countries[name].facts.get("region") == country.facts.get("region")
         ]
-        other = rng.choice(same if near and same else strangers)
-    a, b = rng.sample((country.name, other), 2)
+        second = rng.choice(same if near and same else strangers)
+    a, b = rng.sample((country.name, second), 2)
 
     def say(word: str) -> Message:
         does = "Yes, {} borders {}." if word == "yes" else "No, {} does not border {}."
@@ -262,12 +262,12 @@ def border(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
 
 
 def area_of(country: Country) -> int:
-    """A country's area in square kilometres."""
+    """Return a country's area in square kilometres."""
     return int(country.facts["area"].split()[0].replace(",", ""))
 
 
 def larger(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    """Which of two countries is larger; one is at least twice as large."""
+    """Ask which of two countries is larger; one is at least twice as large."""
     while True:
         a, b = _any(rng, countries, "area"), _any(rng, countries, "area")
         if max(area_of(a), area_of(b)) >= 2 * min(area_of(a), area_of(b)) and _apart(
@@ -287,7 +287,7 @@ def larger(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example
 
 
 def reading(rng: Random, countries: Mapping[str, Country], easy: bool) -> Example:
-    """A question with a passage that has the answer and other facts of the same country."""
+    """Return a question with a passage that has the answer and other facts of the same country."""
     attributes = EASY_TO_READ if easy else tuple(SAY)
     attribute = rng.choice(attributes)
     country = _any(rng, countries, attribute)

@@ -2,7 +2,7 @@
 
 Topics: arithmetic, tool use, facts about countries, the assistant's identity. Each generator
 returns `count` distinct examples of one split, deterministic by seed. The split depends on the
-question only (questions.is_heldout): training and heldout examples never overlap.
+question only (questions.is_heldout), so training and heldout examples never overlap.
 data/synthetic/questions.py defines the format and the scoring.
 """
 
@@ -35,14 +35,14 @@ PATIENCE = 2000  # consecutive draws without a new example
 def generate_math_examples(
     count: int, seed: int, split: str = "train", easy: bool = False
 ) -> list[Example]:
-    """Word problems with worked thoughts. easy: one step, numbers up to 12."""
+    """Return word problems with worked thoughts. easy: one step, numbers up to 12."""
     return _draw("math", lambda rng: story(rng, easy), count, seed, split)
 
 
 def generate_tool_use_examples(
     count: int, seed: int, split: str = "train", easy: bool = False, wheels: Path = WHEELS
 ) -> list[Example]:
-    """Questions for a tool, with the call and the tool's actual result.
+    """Return questions for a tool, with the call and the tool's actual result.
 
     easy: one tool offered, small numbers. wheels: folder of the World Factbook's wheel.
     """
@@ -53,7 +53,10 @@ def generate_tool_use_examples(
 def generate_factbook_examples(
     count: int, seed: int, split: str = "train", easy: bool = False, wheels: Path = WHEELS
 ) -> list[Example]:
-    """Facts about countries. easy: answers are yes or no, a region, or part of the question."""
+    """Return questions about countries.
+
+    easy: answers are yes or no, a region, or part of the question.
+    """
     countries = load_countries(wheels)
     return _draw("factbook", lambda rng: about_countries(rng, countries, easy), count, seed, split)
 
@@ -61,7 +64,7 @@ def generate_factbook_examples(
 def generate_identity_examples(
     count: int, seed: int, split: str = "train", name: str = NAME
 ) -> list[Example]:
-    """Questions about the assistant, which is called `name`."""
+    """Return questions about the assistant, which is called `name`."""
     return _draw("identity", lambda rng: identity(rng, name), count, seed, split)
 
 
@@ -73,7 +76,7 @@ def generate_preference_pairs(
     wheels: Path = WHEELS,
     name: str = NAME,
 ) -> list[dict[str, Any]]:
-    """Preference pairs of a right and a subtly wrong reply.
+    """Return preference pairs of a right and a subtly wrong reply.
 
     The wrong reply has another number, attribute, unit, call argument or assistant's name. A pair
     is {"id", "source", "prompt", "chosen", "rejected", "tools" (optional)}; prompt, chosen and
@@ -124,7 +127,7 @@ def _draw(
     split: str,
     needs_wrong: bool = False,
 ) -> list[Example]:
-    """Distinct examples of a split. needs_wrong: only examples with a wrong reply."""
+    """Return distinct examples of a split. needs_wrong: only examples with a wrong reply."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if count < 0:

@@ -159,7 +159,7 @@ STRANGERS = ("Orion", "Ada", "Sol", "HAL", "Robbie", "Marvin", "Nova", "Echo")
 
 
 def identity(rng: Random, name: str) -> Example:
-    """A question about the assistant, sometimes after a greeting with the user's name."""
+    """Return a question about the assistant, sometimes after a greeting with the user's name."""
     questions, answers, kind = rng.choice(MEANINGS)
     core = rng.choice(questions)
     greeting, ending = rng.choice(GREETINGS), rng.choice(ENDINGS)
@@ -167,7 +167,7 @@ def identity(rng: Random, name: str) -> Example:
     text = greeting + (core[0].lower() + core[1:] if lowercase_first else core) + ending
     answer = rng.choice(answers)
     reply = assistant(answer.format(me=name))
-    strangers = rng.sample([other for other in STRANGERS if other != name], 3)
+    strangers = rng.sample([stranger for stranger in STRANGERS if stranger != name], 3)
     if kind == "yes_no":
         right = "no" if answers is NOT_HUMAN else "yes"
         opposite = {"No": "Yes", "Yes": "No"}
@@ -176,7 +176,7 @@ def identity(rng: Random, name: str) -> Example:
         answer_check = check(1, kind, right, wrong)
     else:
         right = name
-        wrong = [assistant(answer.format(me=other)) for other in strangers]
+        wrong = [assistant(answer.format(me=stranger)) for stranger in strangers]
         answer_check = check(1, kind, right, wrong, STRANGERS)
     messages = [user(text), reply]
     if rng.random() < 0.2:

@@ -126,14 +126,14 @@ LONGER_STORIES = (
 
 
 def story(rng: Random, easy: bool) -> Example:
-    """A question and its answer. easy: one step, numbers up to 12."""
+    """Return a question and its answer. easy: one step, numbers up to 12."""
     steps, text = rng.choice(STORIES if easy or rng.random() < 0.4 else LONGER_STORIES)
     letters, operators = steps.split()[::2], steps.split()[1::2]
     numbers = _numbers(rng, operators, 12 if easy else rng.choice((20, 100, 1000)))
-    name, other = rng.sample(NAMES, 2)
+    name, second_name = rng.sample(NAMES, 2)
     words = {
         "name": name,
-        "other": other,
+        "other": second_name,
         "things": rng.choice(THINGS),
         "place": rng.choice(PLACES),
     }
@@ -154,7 +154,7 @@ def story(rng: Random, easy: bool) -> Example:
 
 
 def _numbers(rng: Random, operators: list[str], largest: int) -> list[int]:
-    """Numbers for which every step gives an integer in [0, 1,000,000)."""
+    """Return numbers for which every step gives an integer in [0, 1,000,000)."""
     while True:
         first = rng.randint(2, largest * (largest if operators[0] == "/" else 1))
         numbers = [
@@ -170,7 +170,7 @@ def _numbers(rng: Random, operators: list[str], largest: int) -> list[int]:
 
 
 def work(numbers: list[int], operators: list[str]) -> tuple[list[str], int]:
-    """The steps as lines, with products of larger numbers split, and the result."""
+    """Return the steps as lines, with products of larger numbers split, and the result."""
     lines, value = [], numbers[0]
     for sign, number in zip(operators, numbers[1:], strict=True):
         result = int(OPERATIONS[sign](Fraction(value), number))
@@ -186,7 +186,7 @@ def work(numbers: list[int], operators: list[str]) -> tuple[list[str], int]:
 
 
 def expression_key(numbers: list[int], operators: list[str]) -> str:
-    """Key of an expression; equal for 3 + 7 and 7 + 3."""
+    """Return the key of an expression; equal for 3 + 7 and 7 + 3."""
     if operators[0] in "+*":
         numbers = sorted(numbers[:2]) + numbers[2:]
     return "math " + " ".join(
@@ -195,7 +195,10 @@ def expression_key(numbers: list[int], operators: list[str]) -> str:
 
 
 def wrong_numbers(rng: Random, right: int, numbers: list[int], count: int = 3) -> list[int]:
-    """Wrong answers >= 0: near the right one or of another operation; equal lengths first."""
+    """Return wrong answers >= 0: near the right one, or of another operation.
+
+    Answers of the right one's length come first.
+    """
     near = [right - 2, right - 1, right + 1, right + 2, right + 10, right - 10]
     slips = [sum(numbers[:2]), abs(numbers[0] - numbers[1]), numbers[0] * numbers[1]]
     candidates = sorted({n for n in near + slips if n >= 0 and n != right})

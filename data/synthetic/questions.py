@@ -10,19 +10,24 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 from files import parse_json
 
 Message = dict[str, Any]
 Example = dict[str, Any]
+Check = dict[str, Any]
+Value = TypeVar("Value")
 HELDOUT_VALUES = 32  # of the 256 values of a hash byte
 SPLITS = ("train", "heldout")
 NUMBER = re.compile(r"(?<!\d)-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def is_heldout(key: str) -> bool:
-    """True if a question is in the heldout split. Depends on the key only: no seed leaks it."""
+    """Return True if a question is in the heldout split.
+
+    It depends on the key only, so that seeds cannot mix the splits.
+    """
     return hashlib.sha256(key.encode()).digest()[0] < HELDOUT_VALUES
 
 
@@ -43,8 +48,8 @@ def call(name: str, arguments: dict[str, Any], thought: str = "") -> Message:
 
 def check(
     turn: int, kind: str, answer: Any, wrong: Sequence[Message], others: Sequence[str] = ()
-) -> dict[str, Any]:
-    """A check of the assistant message at index `turn`.
+) -> Check:
+    """Return a check of the assistant message at index `turn`.
 
     kind: type of the answer, number, yes_no, text or call. others: wrong values of a text answer.
     """
@@ -61,10 +66,10 @@ def example(
     kind: str,
     key: str,
     messages: list[Message],
-    checks: list[dict[str, Any]],
+    checks: list[Check],
     tools: list[dict] | None = None,
 ) -> Example:
-    """A conversation whose id is a hash of its content."""
+    """Return a conversation whose id is a hash of its content."""
     names = [tool["function"]["name"] for tool in tools or ()]
     digest = hashlib.sha256(json.dumps([messages, names], sort_keys=True).encode()).hexdigest()[:16]
     content = {"messages": messages, **({"tools": tools} if tools else {})}
@@ -82,11 +87,11 @@ def single_turn(
     key: str,
     question: str,
     answer: tuple[str, Any],
-    values: Sequence[Any],
-    say: Callable[[Any], Message],
+    values: Sequence[Value],
+    say: Callable[[Value], Message],
     others: Sequence[str] = (),
 ) -> Example:
-    """An example with one question and one reply.
+    """Return an example with one question and one reply.
 
     answer: type and value of the right answer. values: arguments of `say`, the right one first.
     """
@@ -95,7 +100,7 @@ def single_turn(
 
 
 def answer_of(text: str, kind: str = "number") -> str:
-    """The final answer of a reply without its thoughts, normalised; "" if there is none.
+    """Return the normalised final answer of a reply without its thoughts; "" if it has none.
 
     number: the last number, without separators. yes_no: the first such word. text: the last line in
     lower case, without punctuation except dots that begin a word. call: the first JSON object with
@@ -119,7 +124,7 @@ def answer_of(text: str, kind: str = "number") -> str:
 
 
 def is_right(example: Example, text: str, check: int = -1) -> bool:
-    """True if a reply gives the right answer; other words may surround it.
+    """Return True if a reply gives the right answer; other words may surround it.
 
     A text answer must not appear with a wrong one. A value within a longer one does not count:
     Southeast Asia is not Asia. The unit of a number must be present. check: index into the
@@ -134,7 +139,7 @@ def is_right(example: Example, text: str, check: int = -1) -> bool:
         longest = [
             value
             for value in present
-            if not any(_within(value, other) for other in present if other != value)
+            if not any(_within(value, longer) for longer in present if longer != value)
         ]
         return longest == [_plain(answer)]
     if kind == "call":

@@ -74,7 +74,10 @@ class ToolQuestion(NamedTuple):
 
 
 def tool_use(rng: Random, countries: Mapping[str, Country], easy: bool, wheels: Path) -> Example:
-    """A question for one tool. easy: no other tool is offered, numbers are small, calls succeed."""
+    """Return a question for one tool.
+
+    easy: no other tool is offered, numbers are small, calls succeed.
+    """
     plans = [_calculate, _calculate, _weekday, _between, _later, _convert]
     chance = rng.random()
     if chance < 0.08 and not easy:
@@ -96,7 +99,8 @@ def tool_use(rng: Random, countries: Mapping[str, Country], easy: bool, wheels: 
         reply, wrong = f"That did not work: {answer}.", []
     else:
         kind, answer, others = plan.kind, _value(result, plan.kind), plan.others(result)
-        reply, wrong = plan.say(result), [assistant(plan.say(other)) for other in others]
+        reply = plan.say(result)
+        wrong = [assistant(plan.say(wrong_result)) for wrong_result in others]
     named = {"name": plan.tool, "arguments": plan.arguments}
     checks = [
         check(1, "call", named, calls[1:]),
@@ -108,7 +112,7 @@ def tool_use(rng: Random, countries: Mapping[str, Country], easy: bool, wheels: 
 
 
 def _value(result: str, kind: str) -> str:
-    """The answer in a result: a fraction's rounded value, a quantity with its unit."""
+    """Return the answer in a result: a fraction's rounded value, a quantity with its unit."""
     return result.partition("(about ")[2].rstrip(")") or result if kind == "number" else result
 
 
@@ -120,7 +124,7 @@ def _offered(rng: Random, tool: str, easy: bool) -> list[dict]:
 
 
 def _no_tool(rng: Random) -> Example:
-    """A conversation that offers tools but needs none."""
+    """Return a conversation that offers tools but needs none."""
     question, reply = rng.choice(NO_TOOL)
     wrong = [call("calculator", {"expression": "1 + 1"}), call("weekday", {"date": "2000-01-01"})]
     messages = [user(question), assistant(reply)]
@@ -131,7 +135,7 @@ def _no_tool(rng: Random) -> Example:
 
 
 def _failing(rng: Random) -> ToolQuestion:
-    """A correct call whose result is an error."""
+    """Return a correct call whose result is an error."""
     number = rng.randint(1, 999)
     year, month = rng.randint(1900, 2099), rng.choice(("02-30", "04-31", "06-31", "09-31", "11-31"))
     if rng.random() < 0.5:
@@ -161,7 +165,7 @@ def _plan(
 
 
 def _near(result: str) -> list[str]:
-    """Wrong results: one digit changed, or off by one in the last digit."""
+    """Return wrong results: one digit changed, or off by one in the last digit."""
     number = result.split()[0]
     digits = [i for i, character in enumerate(number) if character.isdigit()]
     changed = []
@@ -169,7 +173,7 @@ def _near(result: str) -> list[str]:
         digit = str((int(number[place]) + add) % 10) if place else str(int(number[place]) % 9 + 1)
         changed.append(number[:place] + digit + number[place + 1 :] + result[len(number) :])
     return list(
-        dict.fromkeys(other for other in changed if other != result and not other.startswith("-0"))
+        dict.fromkeys(near for near in changed if near != result and not near.startswith("-0"))
     )
 
 
@@ -194,9 +198,11 @@ def _calculate(rng: Random, easy: bool) -> ToolQuestion:
         {"expression": text},
         f"math {text}" if "(" in text else expression_key(numbers, signs),
         wrong=[
-            ("calculator", {"expression": other}) for other in dict.fromkeys(wrong) if other != text
+            ("calculator", {"expression": variant})
+            for variant in dict.fromkeys(wrong)
+            if variant != text
         ],
-        others=lambda result: [other for other in _near(result) if "/" not in result],
+        others=lambda result: [near for near in _near(result) if "/" not in result],
     )
 
 
@@ -218,10 +224,12 @@ def _weekday(rng: Random, easy: bool) -> ToolQuestion:
         rng.choice(WEEKDAY).format(d=day),
         {"date": str(day)},
         f"weekday {day}",
-        wrong=[("weekday", {"date": str(other)}) for other in wrong_days if other != day],
+        wrong=[
+            ("weekday", {"date": str(wrong_day)}) for wrong_day in wrong_days if wrong_day != day
+        ],
         kind="text",
         say=lambda result: f"{day} is a {result}.",
-        others=lambda result: [other for other in days if other != result],
+        others=lambda result: [name for name in days if name != result],
     )
 
 
@@ -295,7 +303,7 @@ def _look_up(rng: Random, countries: Mapping[str, Country], easy: bool) -> ToolQ
     country = rng.choice(choice)
     question = rng.choice(ASK[attribute]).format(c=article(country.name))
     right = {"country": country.name, "attribute": attribute}
-    other = rng.choice([a for a in SAY if a != attribute])
+    wrong_attribute = rng.choice([a for a in SAY if a != attribute])
     stranger = rng.choice([c.name for c in choice if c is not country])
     return _plan(
         "lookup",
@@ -303,7 +311,7 @@ def _look_up(rng: Random, countries: Mapping[str, Country], easy: bool) -> ToolQ
         right,
         fact_key(country.name, attribute),
         wrong=[
-            ("lookup", {**right, "attribute": other}),
+            ("lookup", {**right, "attribute": wrong_attribute}),
             ("lookup", {**right, "country": stranger}),
         ],
         kind=answer_type(attribute),

@@ -23,7 +23,7 @@ from data.tokenizers.tiktoken_export import (
 )
 from files import parse_object, write_json
 
-BOS = "<|endoftext|>"  # begins every document, and thereby ends the previous one
+BOS = "<|endoftext|>"  # begins every document and so ends the previous one
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (BOS, PAD)
 MAX_TOKEN_LENGTH = 16  # bytes; llama-cpp-python drops tokens of more than 32
@@ -80,7 +80,7 @@ def train_tokenizer(
 
 
 def _cut_long_pieces(text: str) -> Iterator[str]:
-    """The text, cut to limit runs of letters, signs or white space to MAX_PIECE characters."""
+    """Cut a text so that no run of letters, signs or white space exceeds MAX_PIECE."""
     done = 0
     for match in LONG_PIECES.finditer(text):
         for end in range(match.start() + MAX_PIECE, match.end() + 1, MAX_PIECE):
@@ -137,7 +137,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a folder; ValueError if it is missing or damaged."""
+    """Return the tokenizer of a folder; ValueError if it is missing or damaged."""
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         raise ValueError(
@@ -157,7 +157,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def _with_file_ids(tokenizer: Tokenizer, path: Path) -> Tokenizer:
-    """The tokenizer of a file, with the file's ids of added tokens.
+    """Return the tokenizer of a file, with the file's ids of added tokens.
 
     tokenizers itself renumbers added tokens that the model's vocabulary lacks, from its size on.
     """
@@ -171,7 +171,10 @@ def _with_file_ids(tokenizer: Tokenizer, path: Path) -> Tokenizer:
 
 
 def _with_ids(content: dict[str, Any], ids: dict[str, int]) -> Tokenizer:
-    """A tokenizer.json's content as a tokenizer with tokens at given ids; ValueError on a clash."""
+    """Build a tokenizer from tokenizer.json's content, with tokens at given ids.
+
+    ValueError if two tokens get the same id.
+    """
     vocabulary = content["model"]["vocab"]
     if not isinstance(vocabulary, dict):
         raise ValueError(f"its {content['model'].get('type')} model has no ids for added tokens")
@@ -187,7 +190,7 @@ def _with_ids(content: dict[str, Any], ids: dict[str, int]) -> Tokenizer:
 
 
 def vocabulary_size(tokenizer: Tokenizer) -> int:
-    """Embedding rows that a tokenizer needs: its largest id + 1, including unused ids."""
+    """Return the embedding rows a tokenizer needs: its largest id + 1, unused ids included."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -209,7 +212,7 @@ def add_special_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Ids of the special tokens; ValueError if the tokenizer lacks one."""
+    """Return the ids of the special tokens; ValueError if the tokenizer lacks one."""
     bos, pad = (tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
     if bos is None or pad is None:
         raise ValueError(
@@ -220,7 +223,7 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 
 def special_text(settings: dict[str, Any], key: str) -> str | None:
-    """A special token of tokenizer_config.json, given as text, {"content": text} or null."""
+    """Return a special token of tokenizer_config.json, given as text, {"content": text} or null."""
     value = settings.get(key)
     text = value.get("content") if isinstance(value, dict) else value
     if text is not None and not isinstance(text, str):
@@ -229,7 +232,7 @@ def special_text(settings: dict[str, Any], key: str) -> str | None:
 
 
 def listed_ids(config: dict[str, Any], key: str) -> list[int]:
-    """Token ids of a config file, such as eos_token_id: a number, a list or null."""
+    """Return the token ids of a config file, such as eos_token_id: a number, a list or null."""
     value = config.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(index) is int and 0 <= index < 1 << 31 for index in ids):
@@ -241,7 +244,10 @@ def listed_ids(config: dict[str, Any], key: str) -> list[int]:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Text bytes of each token, int64 [vocab]; 0 for special tokens. For exact bits per byte."""
+    """Return the text bytes of each token, int64 [vocab]; 0 for special tokens.
+
+    With them bits per byte are exact.
+    """
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     special = set(tokenizer.get_added_tokens_decoder())
     for token, index in tokenizer.get_vocab().items():
@@ -258,7 +264,7 @@ class Encoder:
     """
 
     def __init__(self, folder: str | Path):
-        """ValueError for a missing tokenizer, missing special tokens or a mismatched export."""
+        """Raise ValueError if tokenizer or special tokens are missing or the export differs."""
         self.folder = Path(folder)
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.encode_special_tokens = True
@@ -267,7 +273,7 @@ class Encoder:
         self.vocab_size: int = vocabulary_size(self.tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, uint32, without bos."""
+        """Return the token ids of each text, uint32, without bos."""
         if self.tiktoken is None:
             return self._by_tokenizers(texts)
         by_tiktoken = self.tiktoken.encode_to_numpy
@@ -292,9 +298,10 @@ class Encoder:
 
 
 def document_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """A function that encodes a document, bos first, with a tokenizers or transformers tokenizer.
+    """Return a function that encodes a document, bos first.
 
-    Special tokens in texts are encoded as plain text. ValueError without bos and eos.
+    tokenizer: from tokenizers or transformers. Special tokens in texts are encoded as plain text.
+    ValueError without bos and eos.
     """
     if isinstance(tokenizer, Tokenizer):
         bos, copy = special_ids(tokenizer).bos, Tokenizer.from_str(tokenizer.to_str())
@@ -310,12 +317,15 @@ def document_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 
 def _has_blank(text: str, length: int) -> bool:
-    """True if an aligned block of `length` characters is white space; finds runs of 2 * length."""
+    """Return True if an aligned block of `length` characters is white space.
+
+    This finds every run of 2 * length.
+    """
     return any(text[i : i + length].isspace() for i in range(0, len(text) - length + 1, length))
 
 
 def _cut(text: str) -> list[str]:
-    """The text, in pieces if its white space is too long for tokenizers.
+    """Cut a text into pieces if its white space is too long for tokenizers.
 
     Each cut may add a token or two; no byte is lost.
     """

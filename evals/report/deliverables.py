@@ -108,7 +108,9 @@ def open_plan(path: Path, checkpoint: Path | None, folder: Path | None) -> PlanO
             )
         checkpoint = step_folders(trained[-1])[-1]
     if not (checkpoint / "config.json").is_file():
-        raise ValueError(f"{checkpoint} is not a checkpoint: it has no config.json")
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint: it has no config.json; give a step_N folder"
+        )
     outputs = PlanOutputs(
         plan,
         path,

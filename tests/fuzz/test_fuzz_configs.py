@@ -11,6 +11,7 @@ from conftest import ROOT
 from hypothesis import strategies as st
 
 from data.pipeline.recipe import Recipe
+from evals.cost import command_tokens
 from evals.suite_config import Suite
 from fuzz.mutate import (
     EXTREMES,
@@ -23,11 +24,11 @@ from fuzz.mutate import (
     paths_of,
 )
 from fuzz.sandbox import fuzz
-from scripts.plan import readable, reads, show
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import RunConfig, to_dict
-from training.planning.cost import forecast
+from training.planning.cost import forecast, readable_tokens
+from training.planning.forecast_text import forecast_text
 from training.planning.memory import memory
 from training.planning.plan import Plan
 from training.schedulers import WSDScheduler
@@ -119,7 +120,8 @@ def test_configs(case: tuple[str, list, list, list[str]], folder: Path) -> None:
     if isinstance(config, RunConfig):
         use_run(config, folder)
     elif isinstance(config, Plan):
-        assert show(forecast(config, "h100", None, 0.45, None, readable, reads))
+        report = forecast(config, "h100", None, 0.45, None, readable_tokens, command_tokens)
+        assert forecast_text(report)
 
 
 def use_run(run: RunConfig, folder: Path) -> None:

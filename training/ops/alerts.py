@@ -31,7 +31,7 @@ class EmailConfig:
 
     to: FilledText  # one address, or several with commas between them
     host: FilledText  # of the SMTP server
-    port: Annotated[int, at_least(1, most=65_535)] = 587  # 465 speaks TLS from the first byte
+    port: Annotated[int, at_least(1, most=65_535)] = 587  # 465: implicit TLS
     sender: str | None = None  # default: the user, else the first recipient
     user: str | None = None
     password: str | None = None  # the NAME of the environment variable that holds it
@@ -215,7 +215,7 @@ def send_to_command(command: str, title: str, text: str) -> None:
     try:
         process.communicate(f"{title}\n{text}\n", timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the shell and what it started
+        os.killpg(process.pid, signal.SIGKILL)  # the shell and its child processes
         process.wait()
         raise OSError(f"the command took more than {TIMEOUT:g} s") from None
     if process.returncode:

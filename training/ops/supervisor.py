@@ -1,4 +1,4 @@
-"""Runs a plan's commands: forwards signals, and restarts failed training stages."""
+"""Run a plan's commands: forward signals, and restart failed training stages."""
 
 import ctypes
 import json
@@ -46,27 +46,27 @@ class Supervisor:
         for attempt in range(self.restarts + 1):
             before = self._logged()
             status = self._once(program, {**environment, DRIVER: str(os.getpid())})
-            why = DEATHS.get(status) if launches else None
-            if self.stopped or why is None:
+            cause = DEATHS.get(status) if launches else None
+            if self.stopped or cause is None:
                 break
             step = self._step(before)
             where = "before its first step" if step is None else f"at step {step:,}"
             if attempt and step == reached:
                 self.event(
                     "gave_up",
-                    f"{why} {where} again; the same step failed twice, so it is not restarted",
+                    f"{cause} {where} again; the same step failed twice, so it is not restarted",
                     step=step,
                 )
                 break
             if attempt == self.restarts:
                 self.event(
                     "gave_up",
-                    f"{why} {where}; it was restarted {self.restarts} times already",
+                    f"{cause} {where}; it was restarted {self.restarts} times already",
                     step=step,
                 )
                 break
             text = (
-                f"{why} {where} (status {status}); restart {attempt + 1} of {self.restarts} from "
+                f"{cause} {where} (status {status}); restart {attempt + 1} of {self.restarts} from "
                 "the newest checkpoint"
             )
             self.event("restarted", text, step=step, status=status)
@@ -75,7 +75,7 @@ class Supervisor:
 
     def _once(self, program: Sequence[str], environment: Mapping[str, str]) -> int:
         self.stopped = 0
-        with self._passing_signals_on() as started:
+        with self._forwarding_signals() as started:
             process = subprocess.Popen(program, env=dict(environment))
             started.append(process)
             try:
@@ -95,7 +95,7 @@ class Supervisor:
         return 128 + self.stopped if self.stopped else status
 
     @contextmanager
-    def _passing_signals_on(self) -> Iterator[list[Any]]:
+    def _forwarding_signals(self) -> Iterator[list[Any]]:
         started: list[Any] = []
 
         def note(number: int, frame: object) -> None:
@@ -134,7 +134,7 @@ def last_step(path: Path) -> int | None:
     return None
 
 
-def end_with_driver(driver: str | None) -> None:
+def terminate_with_driver(driver: str | None) -> None:
     """Make the kernel send SIGTERM to this process when its driver dies (Linux only)."""
     if driver and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
@@ -142,10 +142,13 @@ def end_with_driver(driver: str | None) -> None:
             raise SystemExit(128 + signal.SIGTERM)
 
 
-def end_with_launcher(launcher: str | None) -> None:
-    """The same for a rank and its launcher; a profiler may run between the two."""
+def terminate_with_launcher(launcher: str | None) -> None:
+    """Make the kernel send SIGTERM to this rank when its launcher dies (Linux only).
+
+    A profiler may run between the two.
+    """
     if launcher and (os.getppid() == int(launcher) or not _runs(int(launcher))):
-        end_with_driver(launcher)
+        terminate_with_driver(launcher)
 
 
 def _runs(process: int) -> bool:

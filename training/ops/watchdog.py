@@ -15,13 +15,13 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-READS, COMPUTES = "reading the data", "the computation"  # the parts of a step, in order
+READS, COMPUTES = "reading the data", "the computation"  # activities of a step, in order
 COMPILING = 1800  # extra seconds for the first step
 PULSE = 1.0  # seconds between heartbeats
 GONE = ": its process is stopped, or its machine is down or swapping"
 LOST = 75  # exit status: EX_TEMPFAIL of sysexits.h, "try again"
 AGAIN = "repeat the command to resume from the newest checkpoint"
-BROKEN = (
+BROKEN = (  # texts of RuntimeErrors that mean a lost connection
     "Connection closed",
     "Connection reset",
     "Connection refused",
@@ -34,7 +34,7 @@ BROKEN = (
 class Watch:
     """Ends this process with status 75 if a step takes longer than `seconds`; off with one rank.
 
-    The first step may take half an hour more. begin() starts the clock, rest() stops it for
+    The first step may take half an hour more. begin() starts the clock, pause() stops it for
     validation and saving. A thread writes a heartbeat to the process group's store, which
     distinguishes a stuck rank from a dead one. Each running rank writes the stacks of its threads
     and its last collectives (Flight Recorder pickles) to `folder`.
@@ -57,17 +57,17 @@ class Watch:
                 thread.start()
         return self
 
-    def begin(self, step: int, what: str) -> None:
-        """This rank begins part `what` of a step, counted from 1."""
+    def begin(self, step: int, activity: str) -> None:
+        """Record that this rank begins `activity`, READS or COMPUTES, of a step counted from 1."""
         if self.world == 1:
             return
         if step != self.step:
             self.first, self.step, self.since = self.first or step, step, time.monotonic()
             # Works even if the threads cannot get the GIL.
             faulthandler.dump_traceback_later(self._limit() + 60, exit=True)
-        self.store.set(f"watch/{self.rank}", f"{step} {what}")
+        self.store.set(f"watch/{self.rank}", f"{step} {activity}")
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """Pause the watchdog."""
         self.since = None
         if self.world > 1:
@@ -77,7 +77,7 @@ class Watch:
         return self.seconds + (COMPILING if self.step == self.first else 0)
 
     def __exit__(self, *_: object) -> None:
-        self.rest()
+        self.pause()
         self.done.set()
         if self.world > 1:
             self.threads[1].join()  # the other may wait for a closed store
@@ -122,7 +122,7 @@ class Watch:
             store = self.store.clone()
             before = self._pulses(store)
             time.sleep(4 * PULSE)
-            silent = [
+            silent_ranks = [
                 rank
                 for rank, (old, new) in enumerate(zip(before, self._pulses(store), strict=True))
                 if old == new
@@ -130,7 +130,8 @@ class Watch:
             doing = [
                 store.get(f"watch/{rank}").decode().split(" ", 1) for rank in range(self.world)
             ]
-            answer.append(self._cause(silent, doing) if store.add("watch/said", 1) == 1 else None)
+            is_first = store.add("watch/said", 1) == 1
+            answer.append(self._cause(silent_ranks, doing) if is_first else None)
 
     def _pulses(self, store: dist.Store) -> list[int]:
         return [store.add(f"watch/pulse/{rank}", 0) for rank in range(self.world)]
@@ -142,8 +143,8 @@ class Watch:
         ahead = max(doing, key=lambda work: (int(work[0]), work[1] == COMPUTES))
         behind = [rank for rank, work in enumerate(doing) if work != ahead]
         if behind:
-            step, what = doing[behind[0]]
-            return f"rank {behind[0]} is behind, in {what} of step {step}"
+            step, activity = doing[behind[0]]
+            return f"rank {behind[0]} is behind, in {activity} of step {step}"
         return (
             "every rank is alive and in the same step; check the network and the GPUs "
             "(nvidia-smi, dmesg)"
@@ -169,7 +170,7 @@ def _ranks(numbers: list[int]) -> str:
     )
 
 
-def leave_if_lost(error: BaseException, rank: int) -> None:
+def exit_if_peer_lost(error: BaseException, rank: int) -> None:
     """Exit with status 75 and one sentence if `error` only means that another rank has ended."""
     message = str(error)
     if isinstance(error, dist.DistError) or (
