@@ -27,6 +27,8 @@ class VariantResult:
     p_sigma: float | None  # z-test with the declared sigma
     reached: dict[str, dict[int, float | None]]  # axis -> seed -> position of the target
     ratio: dict[str, Estimate | None]  # axis -> position / that of the baseline, paired by seed
+    previous: str | None  # the variant before, if Compare.chain is set
+    previous_ratio: dict[str, Estimate | None]  # as ratio, to the variant before
     seconds: Estimate  # of training, per run
     steps: int
     tokens: int
@@ -68,7 +70,10 @@ def compare_variants(compare: Compare, measurements: Sequence[Measurement]) -> C
     target = compare.target
     if target is None and baseline:
         target = estimate([run.final[compare.metric] for run in baseline]).mean
-    results = [_result(compare, name, group, baseline, target) for name, group in runs.items()]
+    results: list[VariantResult] = []
+    for name, group in runs.items():
+        previous = results[-1] if compare.chain and results else None
+        results.append(_result(compare, name, group, baseline, target, previous))
     return Comparison(compare, target, results, runs)
 
 
@@ -78,6 +83,7 @@ def _result(
     runs: list[Measurement],
     baseline: list[Measurement],
     target: float | None,
+    previous: VariantResult | None,
 ) -> VariantResult:
     values = {metric: {run.seed: run.final[metric] for run in runs} for metric in compare.metrics}
     base = {metric: {run.seed: run.final[metric] for run in baseline} for metric in compare.metrics}
@@ -104,6 +110,11 @@ def _result(
         reached=reached,
         ratio={
             axis: None if is_baseline else _ratio(reached[axis], base_reached[axis])
+            for axis in AXES
+        },
+        previous=None if previous is None else previous.name,
+        previous_ratio={
+            axis: None if previous is None else _ratio(reached[axis], previous.reached[axis])
             for axis in AXES
         },
         seconds=estimate([run.seconds for run in runs]),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from ranges import (
     AnyFloat,
-    FilledText,
+    NonEmptyText,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -43,18 +43,19 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 class Variant:
     """What one variant changes. An empty field takes the experiment's value."""
 
-    config: FilledText | None = None
-    overrides: tuple[FilledText, ...] = ()
-    command: FilledText | None = None
+    config: NonEmptyText | None = None
+    overrides: tuple[NonEmptyText, ...] = ()
+    command: NonEmptyText | None = None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The length of each run: exactly one of tokens, steps and seconds."""
+    """The length of each run: exactly one of tokens, steps, seconds and own_steps."""
 
     tokens: PositiveInt | None = None
     steps: PositiveInt | None = None
     seconds: PositiveFloat | None = None  # of training steps, without validation and compilation
+    own_steps: bool = False  # the steps of each variant's config
     pilot_steps: Annotated[int, at_least(8)] = 30  # of the run that measures seconds per step
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class Budget:
         return {name: value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
+        if self.own_steps:
+            return "the steps of its config"
         return ", ".join(f"{value:,g} {name}" for name, value in self.limits.items()) or "the plan"
 
 
@@ -74,13 +77,14 @@ class Budget:
 class Compare:
     """The compared metric, and the variant and the value that it is compared with."""
 
-    baseline: FilledText
+    baseline: NonEmptyText
     # A metric of metrics.jsonl, or FILE.json:KEY.KEY, relative to the folder of a run.
-    metric: FilledText = "val/loss"
+    metric: NonEmptyText = "val/loss"
     target: AnyFloat | None = None  # default: the baseline's mean final value
     sigma: PositiveFloat | None = None  # declared sd of a run, for a z-test against the target
     higher_is_better: bool = False
-    also: tuple[FilledText, ...] = ()  # more metrics whose final values are reported
+    also: tuple[NonEmptyText, ...] = ()  # more metrics whose final values are reported
+    chain: bool = False  # also compare each variant with the one before
 
     def __post_init__(self) -> None:
         check_fields(self, "compare")
@@ -95,14 +99,15 @@ class Compare:
 class Experiment:
     """Variants x seeds of one command. ValueError names the setting that is wrong."""
 
-    name: FilledText
-    claim: FilledText  # one sentence: what the experiment is expected to show
-    variants: dict[str, Variant | tuple[FilledText, ...] | None]  # name -> overrides, or a Variant
+    name: NonEmptyText
+    claim: NonEmptyText  # one sentence: what the experiment is expected to show
+    # Name -> overrides, or a Variant.
+    variants: dict[str, Variant | tuple[NonEmptyText, ...] | None]
     compare: Compare
     # An entry point, scripts.pipeline, or any command that writes {logs}/metrics.jsonl.
-    command: FilledText = "train.py"
-    config: FilledText | None = None  # of the entry point; of the plan for scripts.pipeline
-    overrides: tuple[FilledText, ...] = ()  # for all variants
+    command: NonEmptyText = "train.py"
+    config: NonEmptyText | None = None  # of the entry point; of the plan for scripts.pipeline
+    overrides: tuple[NonEmptyText, ...] = ()  # for all variants
     seeds: tuple[NonNegativeInt, ...] = (0, 1, 2)
     budget: Budget = field(default_factory=Budget)
     ranks: PositiveInt = 1  # processes of a run
@@ -124,14 +129,16 @@ class Experiment:
             raise ValueError(f"seeds={list(self.seeds)} must be different numbers, at least one")
         plans = {self.command_of(name) == PLAN for name in self.variants}
         if plans == {True}:
-            if self.budget.limits:
+            if self.budget.limits or self.budget.own_steps:
                 raise ValueError("budget has no effect on a plan, which sets its steps; remove it")
             if self.ranks > 1:
                 raise ValueError("ranks has no effect on a plan, which sets its own; remove it")
-        elif len(self.budget.limits) != 1:
+        elif len(self.budget.limits) + self.budget.own_steps != 1:
+            limits = [f"{value:,g} {name}" for name, value in self.budget.limits.items()]
+            limits += ["own_steps"] * self.budget.own_steps
             raise ValueError(
-                f"budget has {str(self.budget) if self.budget.limits else 'no limit'}; set exactly "
-                "one of tokens, steps and seconds"
+                f"budget has {', '.join(limits) or 'no limit'}; set exactly one of tokens, steps, "
+                "seconds and own_steps"
             )
         elif True in plans:
             raise ValueError("a plan cannot be compared with other commands at a common budget")
@@ -215,6 +222,8 @@ def make_trial(
     elif budget.seconds:
         assert step_s is not None
         steps = round(budget.seconds / step_s)
+    elif budget.own_steps:
+        steps = run.steps
     else:
         steps = budget.steps or 0
     if steps < 1:
@@ -244,7 +253,7 @@ def _steps_of_tokens(run: RunConfig, tokens: int) -> int:
         return steps
     for _ in range(8):  # a curve by fraction depends on the number of steps
         batch = curve.over(max(1, steps))
-        steps = round(steps * tokens / max(1, sum(batch.whole(step) for step in range(steps))))
+        steps = round(steps * tokens / max(1, sum(batch.rounded(step) for step in range(steps))))
     return steps
 
 

@@ -37,6 +37,8 @@ def write_record(
     """
     finished = [trial for trial in trials if is_finished(trial)]
     measurements = [measure(trial, experiment.compare.metrics) for trial in finished]
+    order = list(experiment.variants)
+    measurements.sort(key=lambda measurement: order.index(measurement.variant))
     comparison = compare_variants(experiment.compare, measurements)
     newest = max((trial.folder / STATE).stat().st_mtime for trial in finished)
     date = datetime.fromtimestamp(newest, UTC).strftime("%Y-%m-%d")
@@ -92,6 +94,7 @@ def _readme(
         *_final_table(comparison),
         "",
         *(_target_table(comparison) if "to_target.png" in images else []),
+        *(_chain_table(comparison) if compare.chain and "to_target.png" in images else []),
     ]
     for metric in compare.metrics[1:]:
         lines += [f"### {metric}", "", *_metric_table(comparison, metric), ""]
@@ -112,6 +115,11 @@ def _readme(
         lines[-1] += (
             " The learning-rate schedule is scaled to the steps of the budget; the resolved "
             "settings are in `configs/`."
+        )
+    if experiment.budget.own_steps:
+        lines[-1] += (
+            " Each variant trains for the steps of its config, so compare the positions of the "
+            "target rather than final values."
         )
     if notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
@@ -145,13 +153,17 @@ def _verdict(comparison: Comparison) -> list[str]:
         elif baseline is not None and variant is not baseline:
             lines.append(f"{variant.name}: has no seed in common with the baseline.")
         lines += _tests(variant, comparison)
-    others = len(comparison.variants) - (baseline is not None)
-    if others > 5:
-        lines.append(
-            f"With {others} comparisons at {CONFIDENCE:.0%}, about {others * (1 - CONFIDENCE):.1f} "
-            "would exclude zero by chance alone."
-        )
-    return lines
+    return lines + _by_chance(len(comparison.variants) - (baseline is not None))
+
+
+def _by_chance(comparisons: int) -> list[str]:
+    """A sentence on the number of intervals that exclude no effect by chance, if there are many."""
+    if comparisons <= 5:
+        return []
+    return [
+        f"With {comparisons} comparisons at {CONFIDENCE:.0%}, about "
+        f"{comparisons * (1 - CONFIDENCE):.1f} would exclude zero by chance alone."
+    ]
 
 
 def judgement(difference: Estimate, higher_is_better: bool = False) -> str:
@@ -269,6 +281,40 @@ def _target_table(comparison: Comparison) -> list[str]:
             cells.append("-" if ratio is None else ratio.text(3))
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _chain_table(comparison: Comparison) -> list[str]:
+    """Ratios of each variant's positions of the target to those of the variant before."""
+    header = " | ".join(f"{axis}: ratio" for axis in AXES)
+    lines = [
+        "### Each variant against the one before",
+        "",
+        f"| variant | the one before | {header} | verdict by tokens |",
+        "|---|---|" + "---|" * (len(AXES) + 1),
+    ]
+    groups: dict[str, list[str]] = {}
+    for variant in comparison.variants:
+        if variant.previous is None:
+            continue
+        ratios = [variant.previous_ratio[axis] for axis in AXES]
+        verdict = step_verdict(variant.previous_ratio["tokens"])
+        groups.setdefault(verdict, []).append(variant.name)
+        cells = ["-" if ratio is None else ratio.text(3) for ratio in ratios]
+        lines.append(f"| {variant.name} | {variant.previous} | {' | '.join(cells)} | {verdict} |")
+    summary = [f"- {verdict}: {', '.join(names)}." for verdict, names in groups.items()]
+    chance = [f"- {sentence}" for sentence in _by_chance(len(comparison.variants) - 1)]
+    return [*lines, "", *summary, *chance, ""]
+
+
+def step_verdict(ratio: Estimate | None) -> str:
+    """Judge a ratio of tokens to target, by whether its interval contains 1."""
+    if ratio is None:
+        return "not compared, since a run did not reach the target"
+    if ratio.low is None or ratio.high is None:
+        return "one seed, cannot be told from noise"
+    if ratio.low <= 1 <= ratio.high:
+        return "no difference beyond noise"
+    return "helps (fewer tokens)" if ratio.high < 1 else "does not help (more tokens)"
 
 
 def _unreached(variant: VariantResult, axis: str, comparison: Comparison) -> str:

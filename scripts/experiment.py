@@ -16,22 +16,21 @@ tokens and needs no experiment.
 
 import os
 import shlex
-import signal
 from pathlib import Path
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from evals.report.runs import open_runs, plot, table
 from lab.experiment import Experiment, check, load_experiment
-from lab.record import write_record
-from lab.run import Slots, is_finished, plan_trials, run_experiment
-from training.run_folder import locked
+from lab.session import conduct
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("experiment", nargs="?", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
-    parser.add_argument("--seeds", type=at_least(0), nargs="+", help="instead of the file's seeds")
+    parser.add_argument(
+        "--seeds", type=int_at_least(0), nargs="+", help="instead of the file's seeds"
+    )
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only")
     parser.add_argument("--devices", default="", help="devices to share among the runs, as 0,1,2")
     parser.add_argument("--report_only", action="store_true", help="write the record, run nothing")
@@ -55,24 +54,16 @@ def main() -> None:
         experiment = load_experiment(args.experiment, overrides)
         variants = _chosen(experiment, args.only)
         check(experiment, experiment.variants)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: let runs save
-        devices = [device for device in args.devices.split(",") if device]
-        failures: list[str] = []
-        with locked(Path("logs/lab") / experiment.name):
-            if not args.report_only:
-                slots = Slots(dict(os.environ), devices, experiment.ranks, experiment.threads)
-                failures = run_experiment(experiment, variants, experiment.seeds, slots)
-            trials = plan_trials(experiment, list(experiment.variants), experiment.seeds)
-            words = ["python", "-m", "scripts.experiment", args.experiment, *overrides]
-            if not failures or any(is_finished(trial) for trial in trials):
-                folder = write_record(experiment, trials, shlex.join(words), args.records)
-                print(f"\n{_result(folder)}\nrecord: {folder / 'README.md'}")
-        if failures:
-            more = f" and {len(failures) - 3} more" * (len(failures) > 3)
-            raise ValueError(
-                f"{len(failures)} run(s) failed: {'; '.join(failures[:3])}{more}. The output is in "
-                f"logs/lab/{experiment.name}/RUN/output.txt; the same command tries them again"
-            )
+        words = ["python", "-m", "scripts.experiment", args.experiment, *overrides]
+        conduct(
+            experiment,
+            variants,
+            dict(os.environ),
+            [device for device in args.devices.split(",") if device],
+            args.report_only,
+            shlex.join(words),
+            args.records,
+        )
 
 
 def compare_logs(folders: list[Path], output: Path) -> None:
@@ -90,12 +81,6 @@ def _chosen(experiment: Experiment, only: list[str] | None) -> list[str]:
     if unknown := [name for name in only or [] if name not in experiment.variants]:
         raise ValueError(f"--only {unknown[0]}: the variants are {', '.join(experiment.variants)}")
     return only or list(experiment.variants)
-
-
-def _result(folder: Path) -> str:
-    """The section "Result" of a record's README."""
-    text = (folder / "README.md").read_text(encoding="utf-8")
-    return text.partition("## Result\n\n")[2].partition("\n\n![")[0].partition("\n## ")[0]
 
 
 if __name__ == "__main__":

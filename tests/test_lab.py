@@ -249,8 +249,8 @@ def test_a_plan_runs_in_its_own_folder_with_the_changes_of_its_variant(tmp_path)
     ("changes", "arguments", "sentence"),
     [
         ({"compare": {"baseline": "c"}}, [], "'c' is not a variant; variants: a, b"),
-        ({"budget": {}}, [], "budget has no limit; set exactly one of tokens, steps and seconds"),
-        ({"budget": {"steps": 9, "tokens": 9}}, [], "exactly one of tokens, steps and seconds"),
+        ({"budget": {}}, [], "budget has no limit; set exactly one of tokens, steps, seconds"),
+        ({"budget": {"steps": 9, "tokens": 9}}, [], "exactly one of tokens, steps, seconds"),
         ({"budget": {"tokens": 100}}, [], "less than one step of variant a"),
         ({"seeds": [1, 1]}, [], "must be different numbers"),
         ({"variants": {"a": ["steps=3"]}}, [], "variant a: steps is set by the experiment"),

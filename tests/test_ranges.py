@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import ROOT
 
-from cli import PORT, at_least, within
+from cli import PORT, int_at_least, within
 from data.manifest import read_json
 from data.pipeline.recipe import Recipe
 from evals.report.targets import read_targets
@@ -22,7 +22,7 @@ from evals.suite_config import Suite
 from lab.experiment import Experiment
 from models.hf import load_hf, read_hf_config, save_hf, weight_files
 from models.nanollama import ModelConfig, NanoLlama
-from ranges import Filled, Range, above, check, check_fields, hints, shown
+from ranges import NonEmpty, Range, above, check, check_fields, hints, shown
 from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training.config import RunConfig
@@ -135,8 +135,8 @@ def test_a_field_without_a_range_would_be_found(monkeypatch):
 def test_both_ends_of_every_range(kind, name, base, allowed):
     hint = Annotated[base, allowed]
     for end, is_open, outward in (
-        (allowed.least, allowed.open_least, -1),
-        (allowed.most, allowed.open_most, 1),
+        (allowed.minimum, allowed.open_minimum, -1),
+        (allowed.maximum, allowed.open_maximum, 1),
     ):
         if math.isfinite(end):
             step = 1 if base is int else max(abs(end), 1) * 1e-9
@@ -188,12 +188,12 @@ def test_ranges_say_what_they_allow():
     messages = [
         *(
             str(Range(0)),
-            str(Range(0, open_least=True)),
+            str(Range(0, open_minimum=True)),
             str(Range(1, 3)),
-            str(Range(0, 1, open_most=True)),
+            str(Range(0, 1, open_maximum=True)),
             str(Range()),
         ),
-        str(Range(0, 2**63, open_most=True)),
+        str(Range(0, 2**63, open_maximum=True)),
     ]
     assert messages == [
         *("must not be negative", "must be above 0", "must be at least 1 and at most 3"),
@@ -203,7 +203,7 @@ def test_ranges_say_what_they_allow():
             "must be at least 0 and below 2**63",
         ),
     ]
-    assert " " not in Filled() and "a" in Filled()
+    assert " " not in NonEmpty() and "a" in NonEmpty()
     assert len(shown("x" * 9999)) < 100 and "too large" in shown(10**5000)
     with pytest.raises(ValueError, match=r"model\.vocab_size=0 must be at least 1"):
         ModelConfig(vocab_size=0)
@@ -605,7 +605,7 @@ CHECKED_LATER = {  # flags of a plain number: (file or None for any, flag) -> it
     },
     (None, "--seed"): "any integer will do",
 }
-WITH_CONFIG = ("train.py", "training/tuning.py", "train_dpo.py", "train_gpt.py")
+WITH_CONFIG = ("train.py", "training/fine_tuning.py", "train_dpo.py", "train_gpt.py")
 
 
 def plain_numbers(path: str) -> list[str]:
@@ -644,8 +644,8 @@ def test_every_flag_of_a_number_has_a_range():
 @pytest.mark.parametrize(
     ("read", "right", "wrong"),
     [
-        (at_least(1), "1", ("0", "-1", str(2**63), "1.5", "x", HUGE, "nan")),
-        (within(float, above(0, most=1)), "1", ("0", "-1", "1.01", "nan", "inf", "1e999", "x")),
+        (int_at_least(1), "1", ("0", "-1", str(2**63), "1.5", "x", HUGE, "nan")),
+        (within(float, above(0, maximum=1)), "1", ("0", "-1", "1.01", "nan", "inf", "1e999", "x")),
         (within(float, Range(0)), "0", ("-1e-9", "nan", "inf")),
         (PORT, "65535", ("65536", "-1", "1.5")),
     ],

@@ -1,0 +1,51 @@
+"""A session of an experiment: run what is missing, write the record, print its result."""
+
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from lab.experiment import Experiment
+from lab.record import write_record
+from lab.run import Slots, is_finished, plan_trials, run_experiment
+from training.run_folder import locked
+
+
+def conduct(
+    experiment: Experiment,
+    variants: Sequence[str],
+    environment: Mapping[str, str],
+    devices: Sequence[str],
+    report_only: bool,
+    command: str,
+    records: Path,
+) -> Path | None:
+    """Run the variants, write the record of all finished runs and return its folder.
+
+    devices: values of CUDA_VISIBLE_DEVICES that runs share; empty: one run at a time. report_only:
+    run nothing. command: how to repeat the session. ValueError names runs that failed, after the
+    record of the others is written.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: let runs save
+    failures: list[str] = []
+    folder = None
+    with locked(Path("logs/lab") / experiment.name):
+        if not report_only:
+            slots = Slots(dict(environment), devices, experiment.ranks, experiment.threads)
+            failures = run_experiment(experiment, variants, experiment.seeds, slots)
+        trials = plan_trials(experiment, list(experiment.variants), experiment.seeds)
+        if not failures or any(is_finished(trial) for trial in trials):
+            folder = write_record(experiment, trials, command, records)
+            print(f"\n{_result(folder)}\nrecord: {folder / 'README.md'}")
+    if failures:
+        more = f" and {len(failures) - 3} more" * (len(failures) > 3)
+        raise ValueError(
+            f"{len(failures)} run(s) failed: {'; '.join(failures[:3])}{more}. The output is in "
+            f"logs/lab/{experiment.name}/RUN/output.txt; the same command tries them again"
+        )
+    return folder
+
+
+def _result(folder: Path) -> str:
+    """The section "Result" of a record's README."""
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    return text.partition("## Result\n\n")[2].partition("\n\n![")[0].partition("\n## ")[0]
