@@ -53,7 +53,7 @@ class GPTConfig:
 
     vocab_size: Size = 50_257
     hidden_size: Size = 768
-    num_hidden_layers: Annotated[int, at_least(1, most=10_000)] = 12
+    num_hidden_layers: Annotated[int, at_least(1, maximum=10_000)] = 12
     num_attention_heads: Size = 12
     head_dim: Size | None = None  # default: hidden_size / num_attention_heads
     max_position_embeddings: Size = 1024
@@ -65,7 +65,7 @@ class GPTConfig:
 
     positions: str = "learned"  # learned or rotary (2)
     rope_theta: PositiveFloat = 10_000.0  # 1,024 from record 17 on
-    rope_fraction: Annotated[float, above(0, most=1)] = 1.0  # rotated share of a head; 0.5 (17)
+    rope_fraction: Annotated[float, above(0, maximum=1)] = 1.0  # rotated share of a head; 0.5 (17)
     yarn: bool = False  # frequencies and attention scale follow the long window (31)
     norm: str = "layernorm"  # layernorm or rmsnorm (2)
     norm_gains: bool = True  # false: norms without weights (2)

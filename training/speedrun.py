@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from models.speedrun_gpt import GPTConfig
-from ranges import FilledText, NonNegativeInt, PositiveFloat, PositiveInt, check_fields
+from ranges import NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, check_fields
 from training.checkpoint import Checkpointer
 from training.checkpoint_files import read_manifest
 from training.config import DataConfig, RunConfig, ValidationConfig
@@ -21,8 +21,8 @@ OF_BINS = "has no effect on .bin shards, which data.train and data.val name; rem
 class BinDataConfig(DataConfig):
     """Shards and batches. data.micro_batch_size counts rows of data.sequence_length tokens."""
 
-    train: FilledText = "data/fineweb10B/fineweb_train_*.bin"  # pattern of the files
-    val: FilledText = "data/fineweb10B/fineweb_val_*.bin"
+    train: NonEmptyText = "data/fineweb10B/fineweb_train_*.bin"  # pattern of the files
+    val: NonEmptyText = "data/fineweb10B/fineweb_val_*.bin"
     bos_token: NonNegativeInt = 50_256  # first token of each document
     alignment: str = "sequential"  # bos: each row begins with a document (record 26)
     document_mask: bool = False  # tokens attend within their document (record 12)
