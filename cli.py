@@ -47,9 +47,9 @@ def within(kind: type[Number], allowed: Range) -> Callable[[str], Number]:
     return number
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a flag type: an integer of at least `least`."""
-    return within(int, ranges.at_least(least))
+def int_at_least(minimum: int) -> Callable[[str], int]:
+    """Return a flag type: an integer of at least `minimum`."""
+    return within(int, ranges.at_least(minimum))
 
 
 PORT = within(int, Range(0, 65_535))  # flag type: a TCP port
@@ -144,9 +144,9 @@ def _check_dropped() -> None:
 
 @contextmanager
 def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Print our own ValueErrors and disk errors as "error: ..." and exit with status 2.
+    """Print ValueErrors raised by this project, path and disk errors as "error: ..."; exit with 2.
 
-    Other exceptions keep their traceback.
+    Ctrl-C exits with 130. Other exceptions keep their traceback.
     """
     survive_closed_pipes()
     try:

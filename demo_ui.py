@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cli import PORT, ROOT, CommandParser, add_boolean, at_least, user_errors
+from cli import PORT, ROOT, CommandParser, add_boolean, int_at_least, user_errors
 from data.chat.trained_chat import offered
 from demo.guard import LOCAL, LOOPBACK, Guard
 from demo.markup import SCRIPT
@@ -24,7 +24,7 @@ from demo.talk import ChatModel, title
 from files import step_number
 from inference.open_model import open_model, trained_chat
 from inference.server import free_port
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 
 STAGES = ("midtrain", "sft", "dpo")  # in order; all other folders are pretraining phases
 
@@ -33,10 +33,10 @@ def main() -> None:
     parser = CommandParser(__doc__)
     models, flag = parser.add_mutually_exclusive_group(), parser.add_argument
     about = "step, phase, Llama or Qwen3 folder (default: the newest model under checkpoints/)"
-    models.add_argument("--checkpoint", type=newest_step, help=about)
+    models.add_argument("--checkpoint", type=resolve_checkpoint, help=about)
     models.add_argument("--gguf", type=Path, help="file of scripts/export_gguf.py, for llama.cpp")
-    flag("--compare", type=newest_step, help="a second model: a folder or a .gguf file")
-    flag("--context", type=at_least(1), help="tokens of a conversation (default: as trained)")
+    flag("--compare", type=resolve_checkpoint, help="a second model: a folder or a .gguf file")
+    flag("--context", type=int_at_least(1), help="tokens of a conversation (default: as trained)")
     about = "tools to offer, or all (default: the tools of chat training)"
     flag("--tools", nargs="+", metavar="NAME", help=about)
     about = "address to bind to; any address but localhost needs --password"

@@ -1,8 +1,8 @@
 """Ranges of settings, declared beside their types, and the functions that check them.
 
 A field of a config dataclass declares its range in its type: `steps: PositiveInt = 1000`, or
-`lr_factor: Annotated[float, above(0, most=1)] = 0.5`. training/settings.py checks values from YAML,
-overrides and flags. `check_fields` checks a dataclass that code creates.
+`lr_factor: Annotated[float, above(0, maximum=1)] = 0.5`. training/settings.py checks values from
+YAML, overrides and flags. `check_fields` checks a dataclass that code creates.
 """
 
 import math
@@ -19,10 +19,10 @@ MAX_SHOWN = 80  # characters of a value in an error message
 class Range:
     """Allowed values of a number; never NaN or infinite."""
 
-    least: float = -math.inf
-    most: float = math.inf
-    open_least: bool = False  # least itself is not allowed
-    open_most: bool = False  # most itself is not allowed
+    minimum: float = -math.inf
+    maximum: float = math.inf
+    open_minimum: bool = False  # minimum itself is not allowed
+    open_maximum: bool = False  # maximum itself is not allowed
     hint: str = ""  # what to do about a value outside the range
 
     def __contains__(self, value: Any) -> bool:
@@ -31,14 +31,14 @@ class Range:
                 return False
         elif not math.isfinite(value):
             return False
-        high_enough = value > self.least if self.open_least else value >= self.least
-        low_enough = value < self.most if self.open_most else value <= self.most
+        high_enough = value > self.minimum if self.open_minimum else value >= self.minimum
+        low_enough = value < self.maximum if self.open_maximum else value <= self.maximum
         return bool(high_enough and low_enough)
 
     def __str__(self) -> str:
         words = (
-            (("at least", "above")[self.open_least], self.least),
-            (("at most", "below")[self.open_most], self.most),
+            (("at least", "above")[self.open_minimum], self.minimum),
+            (("at most", "below")[self.open_maximum], self.maximum),
         )
         bounds = [f"{word} {_number(bound)}" for word, bound in words if math.isfinite(bound)]
         text = (
@@ -50,7 +50,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Filled:
+class NonEmpty:
     """Text that must not be empty or blank."""
 
     hint: str = ""
@@ -63,17 +63,19 @@ class Filled:
 
 
 def at_least(
-    least: float, *, most: float = math.inf, below: float | None = None, hint: str = ""
+    minimum: float, *, maximum: float = math.inf, below: float | None = None, hint: str = ""
 ) -> Range:
-    """Return the range least <= x <= most, or least <= x < below."""
-    return Range(least, most if below is None else below, open_most=below is not None, hint=hint)
+    """Return the range minimum <= x <= maximum, or minimum <= x < below."""
+    return Range(
+        minimum, maximum if below is None else below, open_maximum=below is not None, hint=hint
+    )
 
 
 def above(
-    least: float, *, most: float = math.inf, below: float | None = None, hint: str = ""
+    minimum: float, *, maximum: float = math.inf, below: float | None = None, hint: str = ""
 ) -> Range:
-    """Return the range least < x <= most, or least < x < below."""
-    return Range(least, most if below is None else below, True, below is not None, hint)
+    """Return the range minimum < x <= maximum, or minimum < x < below."""
+    return Range(minimum, maximum if below is None else below, True, below is not None, hint)
 
 
 PositiveInt = Annotated[int, at_least(1)]
@@ -82,7 +84,7 @@ PositiveFloat = Annotated[float, above(0)]
 NonNegativeFloat = Annotated[float, at_least(0)]
 AnyFloat = Annotated[float, Range()]
 Fraction = Annotated[float, at_least(0, below=1)]
-FilledText = Annotated[str, Filled()]
+NonEmptyText = Annotated[str, NonEmpty()]
 WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text"}
 
 
@@ -91,7 +93,7 @@ def check(value: Any, hint: Any, name: str) -> None:
     rules = getattr(hint, "__metadata__", ())
     kind = typing.get_args(hint)[0] if rules else hint
     for rule in rules:
-        if isinstance(rule, (Range, Filled)):
+        if isinstance(rule, (Range, NonEmpty)):
             if not _is_kind(value, kind):
                 raise ValueError(
                     f"{name}={shown(value)} must be {WORDS.get(kind, 'of another type')}"
@@ -161,7 +163,7 @@ def _is_infinite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value)
 
 
-def violation(value: Any, rule: Range | Filled) -> str:
+def violation(value: Any, rule: Range | NonEmpty) -> str:
     """Return what a value outside of a rule "must" be: the rule, finite, or within int64."""
     if _is_infinite(value):
         return "must be a finite number"
@@ -169,7 +171,7 @@ def violation(value: Any, rule: Range | Filled) -> str:
         isinstance(rule, Range)
         and isinstance(value, Integral)
         and int(value) >= MAX_INT
-        and not math.isfinite(rule.most)
+        and not math.isfinite(rule.maximum)
     ):
         return "must be below 2**63"
     return str(rule)

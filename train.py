@@ -35,7 +35,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="updates in this phase")
     parser.add_argument("--wandb_project", help="Weights & Biases project for the metrics")
     parser.add_argument("--wandb_run_name", help="Weights & Biases run name (default: run)")
-    parser.add_argument("--test_mode", action="store_true", help="train a tiny model on dummy data")
+    parser.add_argument(
+        "--test_mode",
+        action="store_true",
+        help="train on dummy data (without --config: a tiny model), then check logs and checkpoint",
+    )
     parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
     args = parser.parse_intermixed_args()  # overrides may come between flags
@@ -74,15 +78,17 @@ def pretrain(
         loader=Prefetcher(packed, device),
         objective=next_token(run.optim.z_weight),
         tokenizer=TokenizerFiles(tokenizer.folder, tokenizer.special),
-        evaluate=make_evaluate(run, rank, world, torch.from_numpy(tokenizer.bytes_of)),
+        evaluate=make_evaluate(run, rank, world, torch.from_numpy(tokenizer.token_bytes)),
         data_lines=packed.describe(run.steps),
         check=self_test.check if test else None,
     )
     return run_phase(run, device, stage, profile)
 
 
-def make_evaluate(run: RunConfig, rank: int, world: int, bytes_of: torch.Tensor) -> Evaluate | None:
-    """Perplexity on the validation shards; None if validation is off. bytes_of: [vocab]."""
+def make_evaluate(
+    run: RunConfig, rank: int, world: int, token_bytes: torch.Tensor
+) -> Evaluate | None:
+    """Perplexity on the validation shards; None if validation is off. token_bytes: [vocab]."""
     data, validation = run.data, run.validation
     if not (validation.every or validation.before):
         return None
@@ -92,7 +98,9 @@ def make_evaluate(run: RunConfig, rank: int, world: int, bytes_of: torch.Tensor)
         name: validation_batches(source, data.sequence_length, size, validation.rows, rank, world)
         for name, source in shards.items()
     }
-    return partial(perplexity, sources=batches, bytes_of=bytes_of, total=setup.all_reduce_sum)
+    return partial(
+        perplexity, sources=batches, token_bytes=token_bytes, all_reduce_sum=setup.all_reduce_sum
+    )
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ from ranges import PositiveInt, check_fields
 from training import setup
 from training.config import DataConfig
 from training.distributed import run_on_rank0
+from training.fine_tuning import TuningRun, open_base, parser, start, with_record
 from training.fsdp_utils import compute_dtype
 from training.phase import Stage, run_phase
 from training.preference_losses import DPOConfig, evaluate_pairs, preference
 from training.reference import ReferenceLogps, build_reference, frozen_logps, sharded
 from training.settings import NoEffect
-from training.tuning import TuningRun, open_base, parser, start, with_record
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,12 @@ def align(
     run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
     objective = preference(run.dpo)
     evaluate = (
-        partial(evaluate_pairs, objective=objective, sources=sources, total=setup.all_reduce_sum)
+        partial(
+            evaluate_pairs,
+            objective=objective,
+            sources=sources,
+            all_reduce_sum=setup.all_reduce_sum,
+        )
         if sources
         else None
     )

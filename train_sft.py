@@ -25,11 +25,11 @@ from evals.eval_perplexity import perplexity
 from evals.samples import write_samples
 from models.nanollama import NanoLlama
 from training import setup
-from training.checkpoint import whole_weights
+from training.checkpoint import full_state_dict
 from training.distributed import run_on_rank0
+from training.fine_tuning import TuningRun, open_base, parser, start, with_record
 from training.objectives import next_token, with_neftune
 from training.phase import Stage, run_phase
-from training.tuning import TuningRun, open_base, parser, start, with_record
 
 
 @dataclass(frozen=True)
@@ -70,19 +70,19 @@ def finetune(
             packed_rows = split.pack(length, run.seed)
             count = min(rows, len(packed_rows))
             batches[name] = row_batches(packed_rows, length, batch_size, count, rank, world)
-    token_sizes = torch.from_numpy(token_bytes(chat.tokenizer))
-    bytes_of = torch.zeros(run.model.vocab_size, dtype=torch.int64)
-    bytes_of[: len(token_sizes)] = token_sizes
+    token_sizes = torch.zeros(run.model.vocab_size, dtype=torch.int64)  # bytes; 0 for padding rows
+    sizes = torch.from_numpy(token_bytes(chat.tokenizer))
+    token_sizes[: len(sizes)] = sizes
 
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
         assert isinstance(model, NanoLlama)
-        results = perplexity(model, batches, bytes_of, setup.all_reduce_sum) if batches else {}
+        results = perplexity(model, batches, token_sizes, setup.all_reduce_sum) if batches else {}
         if end := loader.position:
             begin = max(0, end - run.validation.every)
             for name, share in packed.shares(begin, end).items():
                 results.setdefault(name, {})["trained_share"] = share
         if run.chat.samples:
-            weights, title = whole_weights(model), f"{run.phase}, batch {end}"
+            weights, title = full_state_dict(model), f"{run.phase}, batch {end}"
             if rank == 0:
                 path, prompts = run.logs / "samples.md", run.chat.samples
                 write_samples(path, title, model.config, weights, chat, prompts, device)

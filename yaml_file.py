@@ -61,12 +61,14 @@ def parse_yaml(text: str) -> Any:
 def read_yaml_file(path: Path) -> Any:
     """Read a YAML file; ValueError names the file and the problem."""
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{path} has {size:,} bytes; a config has at most {MAX_BYTES:,}")
+        raise ValueError(
+            f"{path} has {size:,} bytes, but a config has at most {MAX_BYTES:,}; check the path"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start})"
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from error
     try:
         return parse_yaml(text)

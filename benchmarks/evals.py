@@ -33,7 +33,7 @@ from data.corpus.wheels import Wheel, fetch_wheel
 from data.decontamination.benchmarks import Rows, load_rows
 from evals import eval_arc, eval_gsm8k, eval_hellaswag, eval_mmlu, eval_truthfulqa
 from evals.engines import load_model
-from evals.harness import Cache, Eval, Written, means, run_items
+from evals.harness import Cache, Eval, Generation, means, run_items
 from evals.local_rows import write_mmlu_tasks, write_rows, write_splits
 
 SMOLLM2 = Wheel(
@@ -167,7 +167,7 @@ def differences(
         for name in names
         for s in sorted({s["doc_id"]: s for s in samples[name]}.values(), key=lambda s: s["doc_id"])
     ]
-    if isinstance(answers[0], Written):
+    if isinstance(answers[0], Generation):
         texts = [
             (answer.text, sample["resps"][0][0])
             for answer, sample in zip(answers, ordered, strict=True)

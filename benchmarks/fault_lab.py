@@ -155,10 +155,9 @@ a chosen open or rename, or limits the file size: then the kernel ends the proce
 Columns:
 
 - Recovered: repeating the same command line completes the run.
-- Tokens lost / repeated: train.py cases compare the rows behind each update's gradients. They are
-  recorded in the objective with the optimizer's update count, which is saved with the weights, and
-  re-read from the loader at the batch indices in metrics.jsonl. Plan cases compare the steps and
-  batch indices in metrics.jsonl.
+- Tokens lost / repeated: in train.py cases the objective records the rows of each update, keyed by
+  the update count, which is saved with the weights. The test compares them with the loader's rows
+  at the logged batch indices. Plan cases compare the steps and batch indices in metrics.jsonl.
 - Loss curve: all columns of metrics.jsonl except times and memory; for train.py cases step, batch
   index, tokens, learning rate, loss, z-loss, gradient norm and held-out loss.
 - Weights, state, files: checksums of all files of the last checkpoint, including moments and

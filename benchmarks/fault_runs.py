@@ -22,7 +22,13 @@ from data.dataloader import PackedDataLoader
 from data.shards import ShardWriter
 from data.store import DUMMY, open_shards
 from files import read_lines
-from training.checkpoint_files import damage, read_manifest, read_position, step_folders, step_of
+from training.checkpoint_files import (
+    find_damage,
+    read_manifest,
+    read_position,
+    step_folders,
+    step_of,
+)
 from training.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +181,7 @@ class Run:
                 }
             )
         for path in self.step_folders():
-            if problem := damage(path):
+            if problem := find_damage(path):
                 raise Failed(f"after launch {self.launches} {path.name} is damaged: {problem}")
         if ended.status == 0:
             self.current += 1

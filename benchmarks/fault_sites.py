@@ -27,7 +27,7 @@ from benchmarks.fault_points import VARIABLE, Point, pids, write_hook
 from benchmarks.fault_runs import HELD_OUT, ROOT, Ended, Failed
 from data.manifest import file_hash
 from files import read_lines, read_object
-from training.checkpoint_files import damage, step_folders
+from training.checkpoint_files import find_damage, step_folders
 
 PHASE_STEPS, STAGE_STEPS, MILESTONE = 12, {"midtrain": 6, "sft": 6, "dpo": 6}, 4
 LOGS = {"one": "logs/tiny", **{name: f"logs/tiny/{name}" for name in STAGE_STEPS}}
@@ -340,7 +340,7 @@ def checksums(site: Site, part: str) -> dict[str, str]:
     folder = site.folder / FOLDERS.get(part, f"checkpoints/tiny/{part}")
     if part in STEPS:
         folder = folder / f"step_{STEPS[part]}"
-        if problem := damage(folder):
+        if problem := find_damage(folder):
             raise Failed(f"{folder.name} of {part} is damaged: {problem}")
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     paths = [path for path in paths if not path.name.endswith(VERIFIED)]

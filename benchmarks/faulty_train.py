@@ -126,7 +126,7 @@ def watch(rank: Rank) -> None:
 
     import train
     from training import checkpoint, phase, setup
-    from training.guard import FaultState
+    from training.faults import FaultState
 
     register_optimizer_step_post_hook(lambda optimizer, *_: rank.record_update(optimizer))
     plain, build, run, nan = train.next_token, setup.build, phase.train, rank.fault.get("nan", {})

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.side_by_side import machine, modules, write
-from cli import at_least, user_errors
+from cli import int_at_least, user_errors
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.fp8 import convert_to_fp8
@@ -74,10 +74,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=at_least(1), default=500 if cuda else 200)
-    parser.add_argument("--length", type=at_least(1), default=2048 if cuda else 128)
-    parser.add_argument("--rows", type=at_least(1), default=16 if cuda else 8)
-    parser.add_argument("--layers", type=at_least(1), default=8, help="layers of the GPU model")
+    parser.add_argument("--steps", type=int_at_least(1), default=500 if cuda else 200)
+    parser.add_argument("--length", type=int_at_least(1), default=2048 if cuda else 128)
+    parser.add_argument("--rows", type=int_at_least(1), default=16 if cuda else 8)
+    parser.add_argument("--layers", type=int_at_least(1), default=8, help="layers of the GPU model")
     parser.add_argument("--lr", type=float, default=1e-3 if cuda else 3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")

@@ -97,8 +97,10 @@ def batch_of(
     pairs: dict[str, Pairs], reference: NanoLlama | None, indices: range = range(len(ROWS))
 ) -> PairBatch:
     """Return a training batch of some of the pairs."""
-    per_token = len(ROWS) / sum(pairs["pairs"].chosen_tokens(i) for i in range(len(ROWS)))
-    batch = make_batch(pairs, [("pairs", i) for i in indices], per_token, LENGTH)
+    sft_weight_per_token = len(ROWS) / sum(
+        pairs["pairs"].chosen_tokens(i) for i in range(len(ROWS))
+    )
+    batch = make_batch(pairs, [("pairs", i) for i in indices], sft_weight_per_token, LENGTH)
     return batch if reference is None else batch._replace(reference=frozen_logps(reference, batch))
 
 

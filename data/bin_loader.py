@@ -35,7 +35,7 @@ class Shape(NamedTuple):
     max_document: int  # the most tokens of one document in a row
 
 
-class Place(NamedTuple):
+class StepStart(NamedTuple):
     """Where a step begins. `start` is a token (sequential) or a document (bos) of the shard."""
 
     visit: int  # number of shards read before, over all epochs
@@ -63,7 +63,7 @@ class DocumentIndex:
         self.following: dict[tuple[int, int], list[int]] = {}  # by row length, max_document
 
     def next_row(self, length: int, max_document: int) -> list[int]:
-        """For a row that begins with document i: the first document after the row.
+        """Return, for each document i, the first document after a row that begins with i.
 
         The value is above len(self.starts) if the shard ends before length + 1 tokens.
         """
@@ -122,7 +122,7 @@ class BinLoader:
         self.pool = ThreadPoolExecutor(1, "shard_index")
         self.indexes: dict[int, Future[DocumentIndex]] = {}
         self.lock = RLock()  # at() may run in several threads
-        self.places = [Place(0, 0, 0)]  # of the steps; grows as later steps are asked for
+        self.step_starts = [StepStart(0, 0, 0)]  # of the steps; grows as later steps are asked for
         self.announced = 0  # epochs whose beginning was printed
         settings = [_schedule_text(value) for value in (tokens, length, limit)]
         self.fingerprint = (
@@ -157,25 +157,25 @@ class BinLoader:
 
     def at(self, batch_index: int) -> Step:
         """This rank's micro-batches of step `batch_index` >= 0."""
-        shape, place = self.shape(batch_index), self.place(batch_index)
-        number, count = self._shard(place), shape.rows // self.world
+        shape, step_start = self.shape(batch_index), self.step_start(batch_index)
+        number, count = self._shard(step_start), shape.rows // self.world
         tokens, index, first = self.shards.shards[number], self.index(number), self.rank * count
         rows = np.empty((count, shape.length + 1), dtype=np.int64)
         doc_ids = np.zeros((count, shape.length), dtype=np.int32)
         if self.aligned:
-            documents = index.row_starts(place.start, shape)
+            documents = index.row_starts(step_start.start, shape)
             assert documents is not None
             bounds = documents[first : first + count + 1]
             _fill_aligned(rows, doc_ids, tokens, index, bounds, shape.max_document)
         else:
             for i in range(count):
-                start = place.start + (first + i) * shape.length
+                start = step_start.start + (first + i) * shape.length
                 rows[i] = tokens[start : start + shape.length + 1]
             begins = rows[:, 1:-1] == self.shards.bos
             np.cumsum(begins, axis=1, dtype=np.int32, out=doc_ids[:, 1:])
-        self._announce(batch_index, place)
+        self._announce(batch_index, step_start)
         inputs, targets = (np.ascontiguousarray(part) for part in (rows[:, :-1], rows[:, 1:]))
-        numbers = np.arange(count) + (place.row + first)
+        numbers = np.arange(count) + (step_start.row + first)
         size = self._micro_batch_rows(count, shape.length)
         fields = [torch.from_numpy(array) for array in (inputs, targets, doc_ids, numbers)]
         batches = [Batch(*pieces) for pieces in zip(*(f.split(size) for f in fields), strict=True)]
@@ -186,7 +186,7 @@ class BinLoader:
 
     def epoch(self, batch_index: int) -> int:
         """The epoch that a step reads, from 0."""
-        return self.place(batch_index).visit // len(self.shards.shards)
+        return self.step_start(batch_index).visit // len(self.shards.shards)
 
     def describe(self, steps: int) -> list[str]:
         """One line on the epochs that `steps` steps read; a warning above MAX_EPOCHS epochs.
@@ -214,15 +214,17 @@ class BinLoader:
         )
         return [line, warning]
 
-    def place(self, batch_index: int) -> Place:
-        """Where a step begins: the first shard with room for it, after the step before."""
+    def step_start(self, batch_index: int) -> StepStart:
+        """Return where a step begins: the first shard with room for it, after the step before."""
         with self.lock:
-            while len(self.places) <= batch_index + 1:
-                step = len(self.places) - 1
-                place, end = self._fit(self.places[step], self.shape(step), step)
-                self.places[step] = place
-                self.places.append(Place(place.visit, end, place.row + self.shape(step).rows))
-            return self.places[batch_index]
+            while len(self.step_starts) <= batch_index + 1:
+                step = len(self.step_starts) - 1
+                step_start, end = self._fit(self.step_starts[step], self.shape(step), step)
+                self.step_starts[step] = step_start
+                self.step_starts.append(
+                    StepStart(step_start.visit, end, step_start.row + self.shape(step).rows)
+                )
+            return self.step_starts[batch_index]
 
     def index(self, number: int) -> DocumentIndex:
         """The document index of a shard; the next shard's is built in the background."""
@@ -238,12 +240,12 @@ class BinLoader:
             future = self.indexes[number]
         return future.result()
 
-    def _fit(self, place: Place, shape: Shape, step: int) -> tuple[Place, int]:
-        """The place of a step, in this shard or a later one, and where the step ends."""
+    def _fit(self, step_start: StepStart, shape: Shape, step: int) -> tuple[StepStart, int]:
+        """Return the start of a step, in this shard or a later one, and where the step ends."""
         for _ in range(len(self.shards.shards) + 1):
-            if (end := self._end(place, shape)) is not None:
-                return place, end
-            place = Place(place.visit + 1, 0, place.row)
+            if (end := self._end(step_start, shape)) is not None:
+                return step_start, end
+            step_start = StepStart(step_start.visit + 1, 0, step_start.row)
         longest = max(map(len, self.shards.shards))
         raise ValueError(
             f"step {step} needs {shape.rows} rows of {shape.length:,} tokens, more than any shard "
@@ -251,16 +253,16 @@ class BinLoader:
             "tokens per step or write longer shards"
         )
 
-    def _end(self, place: Place, shape: Shape) -> int | None:
-        """Where a step ends that begins at a place; None if the shard is too short."""
+    def _end(self, step_start: StepStart, shape: Shape) -> int | None:
+        """Return where a step ends, by its start; None if the shard is too short."""
         if self.aligned:
-            documents = self.index(self._shard(place)).row_starts(place.start, shape)
+            documents = self.index(self._shard(step_start)).row_starts(step_start.start, shape)
             return None if documents is None else documents[-1]
-        end = place.start + shape.rows * shape.length
-        return end if end < len(self.shards.shards[self._shard(place)]) else None
+        end = step_start.start + shape.rows * shape.length
+        return end if end < len(self.shards.shards[self._shard(step_start)]) else None
 
-    def _shard(self, place: Place) -> int:
-        return place.visit % len(self.shards.shards)
+    def _shard(self, step_start: StepStart) -> int:
+        return step_start.visit % len(self.shards.shards)
 
     def _micro_batch_rows(self, rows: int, length: int) -> int:
         """The most rows of a micro-batch that divide the rank's rows evenly."""
@@ -281,8 +283,8 @@ class BinLoader:
             row, count = following[row], count + 1
         return min(1.0, max(1, count) * shape.length / len(self.shards.shards[0]))
 
-    def _announce(self, batch_index: int, place: Place) -> None:
-        epoch = place.visit // len(self.shards.shards)
+    def _announce(self, batch_index: int, step_start: StepStart) -> None:
+        epoch = step_start.visit // len(self.shards.shards)
         if epoch > self.announced and self.rank == 0:
             print(
                 f"step {batch_index:,}: epoch {epoch + 1} of {self.shards.pattern} (its tokens are "

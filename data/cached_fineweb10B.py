@@ -15,14 +15,18 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # instead of data/, whose tokenizers/ hides the library
     sys.path[0] = str(ROOT)
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from data.corpus.fineweb10b import SHARDS, download_fineweb10b, gpt2_tokenizer
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "shards", type=at_least(1), nargs="?", default=SHARDS, help="training shards (default: 103)"
+        "shards",
+        type=int_at_least(1),
+        nargs="?",
+        default=SHARDS,
+        help="training shards (default: 103)",
     )
     parser.add_argument(
         "--output", type=Path, default=ROOT / "data" / "fineweb10B", help="folder of the shards"

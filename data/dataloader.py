@@ -233,10 +233,11 @@ class PackedDataLoader:
 class TextLoader(PackedDataLoader):
     """Batches of packed rows from texts in order, tokenized on the fly in one process.
 
-    Training reads a store instead (PackedDataLoader). dataset: texts, or rows with a text under
-    text_column. tokenizer: from tokenizers or transformers. Each document begins with bos, or eos
-    without a bos; rows are cut from the concatenated documents. The last incomplete batch is
-    dropped. Each iteration starts from the first text, if the dataset can be iterated again.
+    `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns it. Training reads a store.
+    dataset: texts, or rows with a text under text_column. tokenizer: from tokenizers or
+    transformers. Each document begins with bos, or eos without a bos; rows are cut from the
+    concatenated documents. The last incomplete batch is dropped. Each iteration starts from the
+    first text, if the dataset can be iterated again.
     """
 
     def __init__(

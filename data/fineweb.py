@@ -27,7 +27,7 @@ if __name__ == "__main__":  # instead of data/, whose tokenizers/ hides the libr
 
 import numpy as np
 
-from cli import CommandParser, at_least, user_errors, within
+from cli import CommandParser, int_at_least, user_errors, within
 from data import manifest
 from data.bin_shards import MAX_TOKENS, SHARD_TOKENS, BinWriter, read_header
 from data.corpus.fineweb10b import gpt2_tokenizer
@@ -56,7 +56,7 @@ def main() -> None:
         default=SHARD_TOKENS,
         help=f"tokens of a shard (default: {SHARD_TOKENS:,})",
     )
-    parser.add_argument("--shards", type=at_least(1), help="training shards; default: all text")
+    parser.add_argument("--shards", type=int_at_least(1), help="training shards; default: all text")
     parser.add_argument("--documents", help="path or glob of .parquet or .jsonl files to read")
     parser.add_argument("--output", type=Path, help="folder; default: data/fineweb<version>")
     parser.add_argument("--revision", help=f"commit or branch on the hub (default: {REVISION})")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 import files
-from data.verified import damaged
+from data.verified import find_damaged_file
 from files import (
     check_free_space,
     disk_full_error,
@@ -77,7 +77,7 @@ def _cache_fault(folder: Path, content: dict[str, Any], arrays: Sequence[str]) -
             return f"{folder / NAME} lacks checksums"
     if not isinstance(content.get("report"), dict):
         return f"{folder / NAME} lacks the report"
-    return damaged(folder, sums)
+    return find_damaged_file(folder, sums)
 
 
 def load_or_prepare(

@@ -137,7 +137,7 @@ class StreamRows:
         tokens[:], targets[:], doc_ids[:] = ids[:-1], ids[1:], documents[:-1]
 
 
-class Plan(NamedTuple):
+class PackingPlan(NamedTuple):
     """Assigns pieces of documents to rows. Every token of the source is in exactly one piece."""
 
     starts: np.ndarray  # int64 [pieces], positions in the shards' stream, in row order
@@ -276,7 +276,7 @@ def lay_out(groups: list[tuple[int, Pattern]], dtype: np.dtype) -> tuple[np.ndar
     return patterns[index], first
 
 
-def make_plan(starts: np.ndarray, lengths: np.ndarray, capacity: int, seed: int) -> Plan:
+def make_plan(starts: np.ndarray, lengths: np.ndarray, capacity: int, seed: int) -> PackingPlan:
     """Pack documents, given by start and length in tokens, into rows of `capacity` tokens.
 
     seed: shuffles pieces of equal size among the rows.
@@ -288,10 +288,10 @@ def make_plan(starts: np.ndarray, lengths: np.ndarray, capacity: int, seed: int)
     by_size = shuffled[np.argsort(sizes[shuffled], kind="stable")]
     placed = np.empty(len(sizes), dtype=np.int64)
     placed[np.argsort(slots, kind="stable")] = begins[by_size]
-    return Plan(placed, slots, rows)
+    return PackingPlan(placed, slots, rows)
 
 
-def plan_cost(plan: Plan, lengths: np.ndarray, capacity: int) -> dict[str, float]:
+def plan_cost(plan: PackingPlan, lengths: np.ndarray, capacity: int) -> dict[str, float]:
     """Return shares: padding tokens, documents cut by the plan, and by stream packing."""
     ends = np.cumsum(lengths)
     cut_by_stream = (ends - lengths) // capacity != (ends - 1) // capacity
@@ -311,7 +311,9 @@ def plan_folder(source: Source, length: int, seed: int) -> tuple[Path, dict]:
     return source.folder / "plans" / f"best_fit-{length}-{seed}-{key}", inputs
 
 
-def load_or_make_plan(source: Source, length: int, seed: int) -> tuple[Plan, dict[str, float]]:
+def load_or_make_plan(
+    source: Source, length: int, seed: int
+) -> tuple[PackingPlan, dict[str, float]]:
     """Return a source's plan and its cost, memory-mapped from beside its shards.
 
     A missing or damaged plan is made and written. Concurrent processes write equal plans to
@@ -342,7 +344,7 @@ def load_or_make_plan(source: Source, length: int, seed: int) -> tuple[Plan, dic
     return _read_plan(folder, inputs) or (plan, cost)
 
 
-def _write_plan(folder: Path, plan: Plan, content: dict, replace: bool) -> None:
+def _write_plan(folder: Path, plan: PackingPlan, content: dict, replace: bool) -> None:
     scratch = temporary(folder)
     remove_stale(folder.parent)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -363,20 +365,21 @@ def _write_plan(folder: Path, plan: Plan, content: dict, replace: bool) -> None:
             raise
 
 
-def _read_plan(folder: Path, inputs: dict) -> tuple[Plan, dict[str, float]] | None:
+def _read_plan(folder: Path, inputs: dict) -> tuple[PackingPlan, dict[str, float]] | None:
     """Return a plan and its cost; None if missing, damaged or made from other inputs."""
     content = manifest.read(folder)
     try:
         if content is None or content["inputs"] != inputs:
             return None
         sums = content["sha256"]
-        if set(sums) != {f"{name}.npy" for name in Plan._fields}:
+        if set(sums) != {f"{name}.npy" for name in PackingPlan._fields}:
             return None
         if any(manifest.file_hash(folder / name) != expected for name, expected in sums.items()):
             return None
         arrays = (
-            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray) for name in Plan._fields
+            np.load(folder / f"{name}.npy", mmap_mode="r").view(np.ndarray)
+            for name in PackingPlan._fields
         )
-        return Plan(*arrays), content["cost"]
+        return PackingPlan(*arrays), content["cost"]
     except (OSError, KeyError, TypeError, AttributeError):
         return None

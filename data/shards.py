@@ -20,7 +20,7 @@ from typing import IO
 import numpy as np
 
 from data import manifest
-from data.verified import damaged
+from data.verified import find_damaged_file
 
 SPLITS = ("train", "val")
 
@@ -293,5 +293,5 @@ class TokenShards:
             for shard in content["splits"][split]
             for name, checksum in shard["sha256"].items()
         }
-        if problem := damaged(self.folder, sums, too_large):
+        if problem := find_damaged_file(self.folder, sums, too_large):
             raise ValueError(f"{problem}; delete it and run python -m scripts.prepare_data")

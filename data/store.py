@@ -20,7 +20,7 @@ class StoreTokenizer(NamedTuple):
 
     folder: Path | None
     special: dict[str, int]  # ids of bos, eos and pad
-    bytes_of: np.ndarray  # int64 [vocab], text bytes per token
+    token_bytes: np.ndarray  # int64 [vocab], text bytes per token
 
 
 def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
@@ -95,9 +95,10 @@ def open_shards(
 
 
 def write_dummy_store(store: Path, vocab_size: int, tokens: int, seed: int) -> None:
-    """Write a store with one source, "dummy": a fixed walk over tokens with 10 % random steps.
+    """Write a store with one source, "dummy".
 
-    A working model learns it: the loss falls from ln(vocab_size) to about 0.7 nats.
+    Each token has a fixed successor; 10 % of the tokens are random instead. A working model learns
+    it: the loss falls from ln(vocab_size) to about 0.7 nats.
     """
     rng = np.random.default_rng(seed)
     states = min(64, vocab_size - 1)

@@ -18,7 +18,7 @@ from machine import cpus
 NOTICE_BYTES = 2e9  # verifying more than this prints a line
 
 
-def damaged(
+def find_damaged_file(
     folder: Path, sums: Mapping[str, str], check: Callable[[Path], str | None] | None = None
 ) -> str | None:
     """Return the fault of a folder's first damaged file; None if every file has its sha256.

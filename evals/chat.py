@@ -13,7 +13,7 @@ Message = dict[str, Any]
 TEXTS = ("content", "thought")  # text fields of a message
 
 
-class Chat:
+class CheckpointChat:
     """A checkpoint's tokenizer and chat template; ValueError if either is missing or damaged."""
 
     def __init__(self, checkpoint: Path):

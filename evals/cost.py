@@ -28,8 +28,8 @@ class ItemSizes(NamedTuple):
     shot: float = 0  # bytes of one solved example
 
 
-# Counted from the pinned wheels of data/decontamination/benchmarks.py: HellaSwag, ARC, MMLU, GSM8K,
-# BFCL's default categories, and the sets of eval_choice, eval_lambada, eval_open_qa and eval_code.
+# Counted from the data of data/decontamination/benchmarks.py: HellaSwag, ARC, MMLU, GSM8K, BFCL's
+# default categories, and the sets of eval_choice, eval_lambada, eval_open_qa and eval_code.
 # Estimated, because their rows come from the hub: TruthfulQA, toxicity, MT-bench and IFEval.
 TEST_SETS = {
     "hellaswag": ItemSizes(10_042, 241, 563, 382),

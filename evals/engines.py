@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from data.chat.folder_templates import template_files
 from data.manifest import file_hash
 from evals.gguf_engine import GgufEngine
-from evals.harness import Scored, Write, Written
+from evals.harness import Generation, Scored, Write
 from evals.language_model import (
     Engine,
     EvalTokenizer,
@@ -211,7 +211,7 @@ class NanoLlamaEngine:
 
     def write(
         self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: EvalTokenizer
-    ) -> Iterator[list[tuple[int, Written]]]:
+    ) -> Iterator[list[tuple[int, Generation]]]:
         contexts = [ScoreRequest(tuple(prompt), ((),)) for prompt in prompts]
         steps = max((request.max_tokens for request in requests), default=0)
         for shared, members in group_by_prefix(contexts, STEP * steps):
@@ -242,7 +242,7 @@ class NanoLlamaEngine:
         sampling: Sampling,
         shared: int,
         prefix: Cache | None,
-    ) -> list[Written]:
+    ) -> list[Generation]:
         """Generate one batch; each row ends after its own max_tokens."""
         max_tokens = max(request.max_tokens for request in requests)
         length = max(map(len, prompts)) + max_tokens
@@ -263,7 +263,7 @@ class NanoLlamaEngine:
             sampling=sampling,
             seed=[request.seed for request in requests],
             stop_tokens=tuple(tokenizer.stops),
-            ended=ended,
+            stopping_criterion=ended,
             constraints=self._constraints(requests, tokenizer),
             cache=self._expand(prefix, len(prompts), length),
         )
@@ -405,7 +405,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def write(
         self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: EvalTokenizer
-    ) -> Iterator[list[tuple[int, Written]]]:
+    ) -> Iterator[list[tuple[int, Generation]]]:
         """Generate one prompt at a time."""
         if any(request.schema for request in requests):
             raise ValueError(

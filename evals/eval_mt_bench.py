@@ -15,9 +15,9 @@ import argparse
 import re
 from pathlib import Path
 
-from cli import at_least
+from cli import int_at_least
 from data.decontamination.benchmarks import describe, load_rows, read_jsonl
-from evals.chat import Chat
+from evals.chat import CheckpointChat
 from evals.harness import Eval, Item, Judge, Score, Write
 from evals.judges import ChatEndpoint, read_key
 from evals.multiple_choice import field
@@ -78,7 +78,7 @@ def rating(text: str) -> float | None:
     return grade if 1 <= grade <= 10 else None
 
 
-def two_turns(item: Item, chat: Chat, max_tokens: int) -> Score:
+def two_turns(item: Item, chat: CheckpointChat, max_tokens: int) -> Score:
     """Generate the model's answers to both turns."""
     messages: list[dict[str, str]] = []
     temperature = TEMPERATURE.get(item.subject, 0.0)
@@ -108,7 +108,7 @@ def graded(
 
 
 def build(args: argparse.Namespace) -> Eval:
-    chat, prompts = Chat(args.checkpoint), judge_prompts(args.judge_prompts)
+    chat, prompts = CheckpointChat(args.checkpoint), judge_prompts(args.judge_prompts)
     key = read_key(args.judge_key_file) if args.judge_key_file else ""
     judge = (
         ChatEndpoint(args.judge, args.judge_model, key, retries=args.retries)
@@ -164,11 +164,13 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--retries",
-        type=at_least(0),
+        type=int_at_least(0),
         default=4,
         help="retries of a judge request, with exponential backoff",
     )
-    parser.add_argument("--max_tokens", type=at_least(1), default=1024, help="tokens per answer")
+    parser.add_argument(
+        "--max_tokens", type=int_at_least(1), default=1024, help="tokens per answer"
+    )
     return parser
 
 

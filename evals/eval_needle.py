@@ -8,9 +8,11 @@ single: one key with one number. multi_key: needles of other keys are distractor
 numbers of one key. multi_query: four keys. --num_tests counts the tests per kind and length; depths
 are evenly spaced over --depths positions. Prompt and answer fill the context exactly.
 
-accuracy: share of the numbers in the generated text. choice: a correct number is more likely than
-nine wrong ones (chance 0.1). margin: that difference in nats. choice and margin also separate weak
-models. A heatmap of depth by length is saved beside the results.
+accuracy: share of the correct numbers in the generated text. choice: the likeliest number among the
+correct ones and nine wrong ones is correct (chance 1/10; 4/13 for multi_value and multi_query).
+margin: log-probability of the likeliest correct number minus that of the likeliest wrong one, in
+nats. choice and margin also separate weak models. A heatmap of depth by length is saved beside the
+results.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import Any
 
-from cli import at_least
+from cli import int_at_least
 from data.decontamination.benchmarks import read_jsonl
 from data.manifest import read_json
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, Write, means
@@ -308,19 +310,19 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--context",
         "--context_length",
-        type=at_least(1),
+        type=int_at_least(1),
         nargs="+",
         help="tokens of prompt and answer (default: 4096 8192 16384, up to the model's context)",
     )
     parser.add_argument(
         "--num_tests",
-        type=at_least(1),
+        type=int_at_least(1),
         default=NUM_TESTS,
         help="tests per kind and length, over all depths (default: %(default)s)",
     )
     parser.add_argument(
         "--depths",
-        type=at_least(1),
+        type=int_at_least(1),
         default=11,
         help="needle positions from 0 to 100 %% of the text (default: %(default)s)",
     )
@@ -337,7 +339,9 @@ def parser() -> argparse.ArgumentParser:
         help="noise, or a text file, preferably held out (default: --data, else noise)",
     )
     parser.add_argument(
-        "--max_tokens", type=at_least(1), help="tokens per answer (default: enough for the numbers)"
+        "--max_tokens",
+        type=int_at_least(1),
+        help="tokens per answer (default: enough for the numbers)",
     )
     return parser
 

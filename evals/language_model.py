@@ -16,14 +16,14 @@ from data.tokenizers.bpe import listed_ids, load_tokenizer, special_text
 from evals.harness import (
     Answer,
     Choose,
+    Generation,
     Read,
-    Reading,
     Request,
     Scored,
     Text,
+    TextScore,
     TooLong,
     Write,
-    Written,
 )
 from inference.gguf_tokenizer import tokenizer_folder
 from inference.grammar import JsonConstraint, JsonGrammar
@@ -53,7 +53,7 @@ class Engine(Protocol):
 
     def write(
         self, prompts: Sequence[list[int]], requests: Sequence[Write], tokenizer: "EvalTokenizer"
-    ) -> Iterator[list[tuple[int, Written]]]:
+    ) -> Iterator[list[tuple[int, Generation]]]:
         """Yield batches of (prompt index, completion)."""
         ...
 
@@ -118,7 +118,7 @@ class EvalTokenizer:
         text = self.decode(new[-tail:], request.keep_special)
         return any(stop in text for stop in request.stop)
 
-    def written(self, new: Sequence[int], request: Write) -> Written:
+    def written(self, new: Sequence[int], request: Write) -> Generation:
         """Decode generated tokens up to the first end token or stop string."""
         end = next((i for i, token in enumerate(new) if token in self.stops), len(new))
         text = self.decode(
@@ -126,7 +126,7 @@ class EvalTokenizer:
         )
         matches = (text.find(stop) for stop in request.stop)
         cut = min((index for index in matches if index >= 0), default=len(text))
-        return Written(text[:cut], len(new), end < len(new) or cut < len(text))
+        return Generation(text[:cut], len(new), end < len(new) or cut < len(text))
 
     @functools.cached_property
     def for_grammars(self) -> Any:
@@ -158,14 +158,14 @@ def build_constraint(
 
 
 class LanguageModel:
-    """An engine and its tokenizer as a harness.Model."""
+    """An engine and its tokenizer as a harness.Responder."""
 
     def __init__(self, name: str, hash: str, engine: Engine, tokenizer: EvalTokenizer):
         self.name, self.hash, self.engine, self.tokenizer = name, hash, engine, tokenizer
         self.context, self.dtype = engine.context, engine.dtype
 
     def answer(self, requests: Sequence[Request]) -> Iterator[list[tuple[int, Answer | TooLong]]]:
-        """See harness.Model."""
+        """See harness.Responder."""
         kinds = {
             kind: [i for i, r in enumerate(requests) if isinstance(r, kind)]
             for kind in (Choose, Read, Write)
@@ -243,9 +243,9 @@ class LanguageModel:
                 if isinstance(request.text, str)
                 else self.tokenizer.count_bytes(tokens)
             )
-            readings.append(Reading(0.0, len(tokens), size))
+            readings.append(TextScore(0.0, len(tokens), size))
         remaining = [owners.count(i) for i in range(len(requests))]
-        yield [(i, Reading(0.0, 0, 0)) for i, count in enumerate(remaining) if not count]
+        yield [(i, TextScore(0.0, 0, 0)) for i, count in enumerate(remaining) if not count]
         for batch in self._score(windows):
             done = []
             for window, [scored] in batch:

@@ -7,9 +7,15 @@ from evals.engines import folder_hash
 from evals.report.build import measured
 from evals.report.targets import judged_hash
 from files import read_object
-from training.checkpoint_files import identity, step_folders
+from training.checkpoint_files import model_hash, step_folders
 from training.planning.gates import Gate, Measured, Verdict, by_name, reference_of
-from training.planning.plan import Place, Plan, load_plan, places, scheduled_phases
+from training.planning.plan import (
+    EvaluationPoint,
+    Plan,
+    evaluation_points,
+    load_plan,
+    scheduled_phases,
+)
 
 
 def gates_of(path: Path, checkpoint: Path, name: str | None) -> tuple[Gate, ...]:
@@ -24,11 +30,10 @@ def gates_of(path: Path, checkpoint: Path, name: str | None) -> tuple[Gate, ...]
     stages = {stage.name: stage for stage in plan.stages}
     name = _name_of(plan, checkpoint, name)
     if name not in milestones | stages:
-        steps = ", ".join(milestones) or "none"
-        names = f", and stages {', '.join(stages)}" if stages else ""
         raise ValueError(
-            f"{path} has no milestone at step {name}; it has milestones at {steps}{names}: "
-            "choose one with --at"
+            f"{name!r} is neither a milestone nor a stage of {path}; choose one with --at "
+            f"(milestones: {', '.join(milestones) or 'none'}; stages: "
+            f"{', '.join(stages) or 'none'})"
         )
     return (milestones | stages)[name].gates
 
@@ -49,35 +54,35 @@ def references(
     first = scheduled_phases(plan)[0].run
     name = _name_of(plan, checkpoint, name)
     extensions = read_object(first.logs / "extensions.json") or {}
-    candidates = places(plan, scheduled_phases(plan, extensions))
-    if name not in [place.name for place in candidates]:  # a step from before an --extend
-        candidates = places(plan, scheduled_phases(plan))
-    earlier = candidates[: [place.name for place in candidates].index(name)]
+    candidates = evaluation_points(plan, scheduled_phases(plan, extensions))
+    if name not in [point.name for point in candidates]:  # a step from before an --extend
+        candidates = evaluation_points(plan, scheduled_phases(plan))
+    earlier = candidates[: [point.name for point in candidates].index(name)]
     compared = [reference_of(gate, earlier) for gate in gates]
     results = Path("results")
     measurements = {
-        place: Measured(place.phase, place.where, results_of(place, results, first.run))
-        for place in compared
-        if place
+        point: Measured(point.phase, point.where, results_of(point, results, first.run))
+        for point in compared
+        if point
     }
-    return [measurements[place] if place else None for place in compared]
+    return [measurements[point] if point else None for point in compared]
 
 
-def results_of(place: Place, results: Path, run: str) -> dict[str, Any]:
+def results_of(point: EvaluationPoint, results: Path, run: str) -> dict[str, Any]:
     """Return the metrics of a milestone's or stage's checkpoint.
 
     Reads the decision of scripts.pipeline and every results file under `results`.
     """
-    folder = results / run / place.folder
-    steps = step_folders(place.checkpoints)
-    if place.folder.startswith("step_"):
-        checkpoint = place.checkpoints / place.folder
+    folder = results / run / point.folder
+    steps = step_folders(point.checkpoints)
+    if point.folder.startswith("step_"):
+        checkpoint = point.checkpoints / point.folder
     else:
-        checkpoint = steps[-1] if steps else place.checkpoints
+        checkpoint = steps[-1] if steps else point.checkpoints
     exists = (checkpoint / "config.json").is_file()
-    digest = folder_hash(checkpoint) if exists else judged_hash(folder, place.phase)
+    digest = folder_hash(checkpoint) if exists else judged_hash(folder, point.phase)
     decision = read_object(folder / "decision.json") or {}
-    is_current = not exists or decision.get("of") == identity(checkpoint)
+    is_current = not exists or decision.get("of") == model_hash(checkpoint)
     decided = decision.get("metrics", {}) if is_current else {}
     tasks = measured(results, digest)[0] if digest else {}
     by_task = [by_name(task, content["metrics"]) for task, content in tasks.items()]
@@ -88,7 +93,7 @@ def verdict_record(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as the suite's summary stores it."""
     compared = {
         "reference": verdict.reference,
-        "change_stderr": verdict.error,
+        "change_stderr": verdict.stderr,
         "compared": verdict.where,
     }
     return {

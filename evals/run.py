@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from evals.engines import check_exists, load_model
 from evals.harness import (
     Cache,
     Eval,
-    Model,
+    Responder,
     Sample,
     contaminated_ids,
     results,
@@ -22,7 +22,7 @@ from evals.harness import (
     write_results,
     write_samples,
 )
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 
 
 def eval_parser(description: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def eval_parser(description: str | None, shots: int | None = 0) -> argparse.Argu
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=newest_step,
+        type=resolve_checkpoint,
         help="a step or phase folder, a Hugging Face folder, or a .gguf file",
     )
     parser.add_argument(
@@ -40,7 +40,7 @@ def eval_parser(description: str | None, shots: int | None = 0) -> argparse.Argu
         "(default: see above)",
     )
     parser.add_argument(
-        "--limit", type=at_least(1), help="evaluate only the first N items (per subject)"
+        "--limit", type=int_at_least(1), help="evaluate only the first N items (per subject)"
     )
     parser.add_argument(
         "--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)"
@@ -52,7 +52,7 @@ def eval_parser(description: str | None, shots: int | None = 0) -> argparse.Argu
         help="dtype of the weights (default: as stored)",
     )
     parser.add_argument(
-        "--batch_size", type=at_least(1), default=16, help="items or prompts per batch"
+        "--batch_size", type=int_at_least(1), default=16, help="items or prompts per batch"
     )
     parser.add_argument("--seed", type=int, default=1234, help="seed of the few-shot sampler")
     parser.add_argument(
@@ -69,7 +69,7 @@ def eval_parser(description: str | None, shots: int | None = 0) -> argparse.Argu
     if shots is not None:
         parser.add_argument(
             "--shots",
-            type=at_least(0),
+            type=int_at_least(0),
             default=shots,
             help="solved examples before each question (default: %(default)s)",
         )
@@ -95,7 +95,7 @@ def ranks(device: str) -> Iterator[tuple[int, int, str]]:
 
 def evaluate(
     evaluation: Eval,
-    model: Model,
+    model: Responder,
     output: Path | None,
     contaminated: Path | None = None,
     rank: int = 0,

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from cli import CommandParser, add_boolean, at_least
-from models.hf import newest_step
+from cli import CommandParser, add_boolean, int_at_least
+from models.hf import resolve_checkpoint
 from training.settings import load_settings
 
 SUITES = ("quick", "milestone", "aligned", "full")  # in configs/evals
@@ -35,7 +35,7 @@ def suite_parser(about: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=newest_step,
+        type=resolve_checkpoint,
         help="a step or phase folder, or a Hugging Face folder",
     )
     parser.add_argument(
@@ -45,7 +45,7 @@ def suite_parser(about: str | None) -> argparse.ArgumentParser:
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations"
     )
     parser.add_argument(
-        "--limit", type=at_least(1), help="maximum items of each evaluation (of each subject)"
+        "--limit", type=int_at_least(1), help="maximum items of each evaluation (of each subject)"
     )
     parser.add_argument(
         "--output",
@@ -69,7 +69,9 @@ def suite_parser(about: str | None) -> argparse.ArgumentParser:
         help="dtype of the weights (default: as stored)",
     )
     parser.add_argument(
-        "--batch_size", type=at_least(1), help="items per batch (default: each evaluation's own)"
+        "--batch_size",
+        type=int_at_least(1),
+        help="items per batch (default: each evaluation's own)",
     )
     parser.add_argument(
         "--contaminated",

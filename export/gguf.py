@@ -88,7 +88,7 @@ def write_gguf(
         out: [tensor_type(out, t.name, t.stored.shape, config) for t in tensors] for out in targets
     }
     has_k_quants = any(kind.endswith("_K") for kinds in types.values() for kind in kinds)
-    quantise_rows = k_rows() if has_k_quants else None
+    quantise_rows = find_k_quantizer() if has_k_quants else None
     for path in targets.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     check_space(tensors, types, targets)
@@ -202,7 +202,7 @@ def quantise(
     return np.concatenate(list(pool.map(quantise_slab, slabs)))
 
 
-def k_rows() -> RowQuantiser:
+def find_k_quantizer() -> RowQuantiser:
     """Find a quantiser for Q4_K and Q6_K: llama.cpp, else libgguf (same bytes, one thread)."""
     from inference.llamacpp import library, quantise_rows
 

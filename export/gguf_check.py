@@ -26,7 +26,7 @@ WINDOW = 512  # tokens per independent window of text
 MAX_ERROR = 0.02  # of a logit; times the logits' standard deviation where that exceeds 1
 # Nats per token. llama.cpp rounds activations to the weights' type.
 MAX_KL = {"f32": 1e-5, "f16": 1e-5, "bf16": 1e-4, "q8_0": 1e-3}
-FAR = 10  # factor over MAX_KL that rounding of activations cannot explain
+WRONG_FACTOR = 10  # over MAX_ERROR or MAX_KL: rounding of activations cannot explain more
 # Relative root mean square error of a tensor, by type. Normal weights have
 # 0, 0.0002, 0.0017, 0.006, 0.02, 0.04 and 0.08.
 MAX_WEIGHT_ERROR = {
@@ -97,7 +97,7 @@ class Reference(NamedTuple):
     logits: list[torch.Tensor]  # per window [n, V]
     greedy: list[list[int]]  # greedy continuations of the windows' first `prompt` tokens
     prompt: int
-    spread: float  # standard deviation of the logits
+    logit_std: float  # standard deviation of the logits
 
 
 def reference(folder: Path, text: str, tokens: int, strings: int, new: int = 40) -> Reference:
@@ -118,9 +118,9 @@ def reference(folder: Path, text: str, tokens: int, strings: int, new: int = 40)
         logits = [model(torch.tensor([window]))[0].float() for window in windows]
     prompt = min(32, len(windows[0]))
     greedy = [generate(model, [window[:prompt]], new)[0].tokens for window in windows[:4]]
-    spread = float(torch.stack([scores.std(-1).mean() for scores in logits]).mean())
+    logit_std = float(torch.stack([scores.std(-1).mean() for scores in logits]).mean())
     return Reference(
-        folder, tokenizer, model, fuzz(text, strings), windows, logits, greedy, prompt, spread
+        folder, tokenizer, model, fuzz(text, strings), windows, logits, greedy, prompt, logit_std
     )
 
 
@@ -254,7 +254,7 @@ def compare(path: Path, ref: Reference, threads: int = 0) -> dict[str, Any]:
         row |= _compare_logits(ref, runtime)
         row["greedy"] = _compare_text(ref, runtime)
         row |= _speed(ref, runtime)
-    row["verdict"], row["because"] = verdict_of(row, ref.spread)
+    row["verdict"], row["because"] = verdict_of(row, ref.logit_std)
     return row
 
 
@@ -320,7 +320,7 @@ def _speed(ref: Reference, runtime: LlamaCpp) -> dict[str, float]:
     }
 
 
-def verdict_of(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
+def verdict_of(row: dict[str, Any], logit_std: float) -> tuple[str, list[str]]:
     """Return the verdict and its reasons.
 
     The verdict is "ok", "high" (over a limit, but rounding can explain it) or "wrong". Rounding may
@@ -339,18 +339,20 @@ def verdict_of(row: dict[str, Any], spread: float) -> tuple[str, list[str]]:
     if not row["ends"]:
         wrong.append("llama.cpp does not end at eos and eot")
     exact = row["outtype"] in ("f32", "f16")
-    allowed = MAX_ERROR * max(1.0, spread)
+    allowed = MAX_ERROR * max(1.0, logit_std)
     limit = MAX_KL.get(row["outtype"])
     if exact and not row["max_error"] < allowed:
-        far = not (row["max_error"] < FAR * allowed and limit is not None and row["kl"] < limit)
-        (wrong if far else high).append(
+        is_wrong = not (
+            row["max_error"] < WRONG_FACTOR * allowed and limit is not None and row["kl"] < limit
+        )
+        (wrong if is_wrong else high).append(
             f"a logit is off by {row['max_error']:.3g}, more than {allowed:.3g}"
         )
     if exact and row["greedy"]["largest_gap"] > 2 * allowed:
         wrong.append("greedy texts differ although the logits are not tied")
     if limit is not None and not row["kl"] < limit:
-        far = exact or not row["kl"] < FAR * limit
-        (wrong if far else high).append(f"KL {row['kl']:.2g} is above {limit:g}")
+        is_wrong = exact or not row["kl"] < WRONG_FACTOR * limit
+        (wrong if is_wrong else high).append(f"KL {row['kl']:.2g} is above {limit:g}")
     return "wrong" if wrong else "high" if high else "ok", wrong + high
 
 

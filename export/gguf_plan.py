@@ -1,4 +1,4 @@
-"""What a GGUF file of a checkpoint contains: tensor names, shapes, and where each tensor is stored.
+"""Plan a GGUF file: name, shape and stored location of every tensor.
 
 Reads a Hugging Face folder of NanoLlama, Llama, Qwen3 or Qwen3-MoE.
 """

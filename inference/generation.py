@@ -16,13 +16,13 @@ GREEDY = Sampling()
 MIN_TOKENS_TO_PACK = 8  # new tokens from which packing the weights saves more time than it takes
 
 
-class Event(NamedTuple):
+class GeneratedToken(NamedTuple):
     """One new token of a row."""
 
     row: int
     token: int
     logprob: float | None  # under the model, before temperature, penalties and constraints
-    finish: str | None  # on a row's last token: "stop" (stop token or `ended`) or "length"
+    finish: str | None  # on a row's last token: "stop" (token or criterion) or "length"
 
 
 class Constraint(Protocol):
@@ -42,17 +42,17 @@ def stream(
     sampling: Sampling = GREEDY,
     seed: int | Sequence[int] = 0,
     stop_tokens: Sequence[int] = (),
-    ended: Callable[[int, list[int]], bool] | None = None,
+    stopping_criterion: Callable[[int, list[int]], bool] | None = None,
     constraints: Sequence[Constraint | None] | None = None,
     logprobs: bool = False,
     cache: Cache | None = None,
     compile: bool = False,
-) -> Iterator[Event]:
+) -> Iterator[GeneratedToken]:
     """Continue each prompt (token ids, at least one); yield tokens as they come, row by row.
 
     seed: one per row, or a number: row i uses seed + i. A row's tokens do not depend on the other
-    rows. ended(row, new tokens): called after each token; True ends the row. constraints: one per
-    row, None for an unconstrained row.
+    rows. stopping_criterion(row, new tokens): called after each token; True ends the row.
+    constraints: one per row, None for an unconstrained row.
     cache: continue its rows, one prompt each. A cache of one row afterwards holds all tokens but
     the last and can be continued again. A larger cache cannot: finished rows are dropped from it.
     compile: run each decoding step as a compiled graph over the full cache length, on a GPU as a
@@ -104,12 +104,12 @@ def stream(
             new_tokens[row].append(token)
             if constraints is not None and (constraint := constraints[row]) is not None:
                 constraint.accept(token)
-            stop = token in stop_tokens
-            stop = (ended is not None and ended(row, new_tokens[row])) or stop
+            stop = stopping_criterion is not None and stopping_criterion(row, new_tokens[row])
+            stop = stop or token in stop_tokens
             finish = "stop" if stop else "length" if step + 1 == max_new_tokens else None
             if finish:
                 active.remove(row)
-            yield Event(row, token, token_logprobs[index], finish)
+            yield GeneratedToken(row, token, token_logprobs[index], finish)
         if not active:
             return
         if seen is not None:

@@ -118,7 +118,7 @@ def check_gguf(path: Path) -> Gguf:
     """Read the keys and tensors of a GGUF file; ValueError if missing, damaged or not GGUF."""
     path = path.resolve()
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} does not exist; check the path")
     status = path.stat()
     return _checked(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
@@ -127,7 +127,9 @@ def check_gguf(path: Path) -> Gguf:
 def _checked(path: Path, size: int, changed: int, inode: int) -> Gguf:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file")
+            raise ValueError(
+                f"{path} is not a GGUF file; give a file of scripts.export_gguf or llama.cpp"
+            )
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 content = _Cursor(data).read()

@@ -31,8 +31,8 @@ class JsonGrammar:
     ) -> "JsonConstraint":
         """Constrain one row to JSON from the start, or after each `marker` token.
 
-        followers: tokens of which one must follow the JSON. Both are token ids, because a grammar
-        could also spell a marker in ordinary tokens. max_tokens: token limit of the row; after half
+        followers: tokens allowed right after the JSON. marker and followers are ids, since ordinary
+        tokens could spell the same text. max_tokens: token limit of the row; after half
         of it, `marker` may not follow, because the limit could truncate another JSON value.
         """
         return JsonConstraint(self, marker, followers, max_tokens)

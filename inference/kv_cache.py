@@ -143,7 +143,7 @@ def _trunk(
     """Return hidden states [B, T, D] of tokens at positions [1 or B, T]; attend to `end` slots.
 
     mask [1 or B, 1, T, end]; None: causal over an empty cache, or one token that sees all slots.
-    valid [N]: indices of the B * T tokens that are not padding; only attention computes the others.
+    valid [N]: indices of the non-padding tokens among the B * T; padding enters attention only.
     """
     rows, kv_heads = tokens.shape[0], model.config.num_key_value_heads
     row_starts = torch.arange(rows * kv_heads, device=tokens.device) * cache.length

@@ -113,7 +113,10 @@ def library() -> ctypes.CDLL:
     try:
         lib = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ValueError(f"the llama.cpp of {package} does not load: {error}") from None
+        raise ValueError(
+            f"the llama.cpp of {package} does not load: {error}; "
+            "pip install --force-reinstall xllamacpp"
+        ) from None
     for name, (result, arguments) in _FUNCTIONS.items():
         try:
             function = getattr(lib, name)
@@ -168,13 +171,15 @@ def _probed(path: Path, size: int, changed: int, inode: int) -> None:
         )
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"llama.cpp does not finish reading {path} in {seconds:.0f} s; it is damaged"
+            f"llama.cpp does not finish reading {path} in {seconds:.0f} s, so the file is damaged; "
+            "copy or export it again"
         ) from None
     if result.returncode == REFUSED:
         raise ValueError(result.stdout.decode(errors="replace").strip())
     if result.returncode:
         raise ValueError(
-            f"llama.cpp cannot read {path}: exit status {result.returncode}; the file is damaged"
+            f"llama.cpp crashes on {path} (exit status {result.returncode}), so the file is "
+            "damaged; copy or export it again"
         )
 
 
@@ -247,7 +252,9 @@ class LlamaCpp:
             os.fsencode(path), lib.llama_model_default_params()
         )
         if not self.model:
-            raise ValueError(f"llama.cpp cannot read {path}: {_error_text()}")
+            raise ValueError(
+                f"llama.cpp cannot read {path}: {_error_text()}; copy or export it again"
+            )
         self.vocab = lib.llama_model_get_vocab(self.model)
         self.vocab_size = lib.llama_vocab_n_tokens(self.vocab)
         self.trained = lib.llama_model_n_ctx_train(self.model)
@@ -258,7 +265,7 @@ class LlamaCpp:
         if not self.state:
             raise ValueError(
                 f"llama.cpp cannot run {path} with a context of {self.context} tokens: "
-                f"{_error_text()}"
+                f"{_error_text()}; give a smaller --context"
             )
         threads = threads or len(os.sched_getaffinity(0))
         lib.llama_set_n_threads(self.state, threads, threads)
@@ -309,7 +316,10 @@ class LlamaCpp:
         """Append tokens; return fp32 logits [last, V] after each of the `last` final tokens."""
         length = len(self.tokens) + len(ids)
         if length > self.context:
-            raise ValueError(f"{length} tokens do not fit a context of {self.context}")
+            raise ValueError(
+                f"{length} tokens do not fit a context of {self.context}; shorten the text or "
+                "raise --context"
+            )
         if not ids:
             raise ValueError("feed needs at least one token")
         unknown = [index for index in ids if not 0 <= index < self.vocab_size]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from data.chat.trained_chat import TrainedChat, read_trained_chat
+from data.chat.trained_chat import ChatDefaults, read_chat_defaults
 from inference.chat_formats import ChatFormat, open_chat_format
 from inference.gguf_tokenizer import tokenizer_folder
 from inference.runners import GgufRunner, Runner, TorchRunner
@@ -27,9 +27,9 @@ def open_model(path: Path, context: int | None) -> tuple[ChatFormat, Runner]:
     return open_chat_format(path), TorchRunner(path, device, context or trained_context(path))
 
 
-def trained_chat(model: Path) -> TrainedChat | None:
+def trained_chat(model: Path) -> ChatDefaults | None:
     """Return the chat settings a model was trained with; None if its folder or file has none."""
-    return read_trained_chat(tokenizer_folder(model))
+    return read_chat_defaults(tokenizer_folder(model))
 
 
 def trained_context(model: Path) -> int | None:

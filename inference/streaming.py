@@ -88,7 +88,7 @@ def stream_text(
 
     pieces: dict[int, str] = {}
     for event in stream(
-        model, prompts, max_new_tokens, stop_tokens=stop_tokens, ended=ended, **options
+        model, prompts, max_new_tokens, stop_tokens=stop_tokens, stopping_criterion=ended, **options
     ):
         piece = pieces.pop(event.row) + (texts[event.row].flush() if event.finish else "")
         if piece:

@@ -50,8 +50,8 @@ def choose_kernel(
     """Resolve a name of KERNELS to sdpa, blocks, flex, varlen, FA2, FA3 or FA4 on this device.
 
     dtype: of q, k and v. masked: documents or a window limit attention. shape: rows, length and
-    width of the hidden states. auto takes blocks on a CPU, sdpa without a mask, else flex. sdpa
-    replaces blocks where the probabilities exceed MAX_PROBABILITIES. ValueError if the kernel
+    width of the hidden states. auto: blocks on a CPU, flex on CUDA with a mask, otherwise sdpa.
+    sdpa replaces blocks where the probabilities exceed MAX_PROBABILITIES. ValueError if the kernel
     cannot train on this device.
     """
     assert kernel in KERNELS

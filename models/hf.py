@@ -37,7 +37,7 @@ _SHARED = (  # fields of ModelConfig with the same name in config.json
 _FLOATS = ("rms_norm_eps", "initializer_range", "rope_theta")
 
 
-def newest_step(path: str) -> Path:
+def resolve_checkpoint(path: str) -> Path:
     """Resolve a --checkpoint argument: a phase folder becomes its newest step_N model folder."""
     folder = Path(path)
     steps = {

@@ -7,7 +7,7 @@ from the saved logsumexp. This costs one more head matmul (about 2 % of a 1.1B s
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -325,37 +325,26 @@ def _check_fp8(hidden: Tensor, weight: Tensor) -> None:
             )
 
 
-@overload
-def compute_loss_with_z_penalty(
-    losses: TokenLosses, labels: float
-) -> tuple[Tensor, dict[str, Tensor]]: ...
+def token_loss_sum(losses: TokenLosses, z_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum cross-entropy plus `z_weight * logsumexp^2` over tokens; return it and its two terms.
 
-
-@overload
-def compute_loss_with_z_penalty(
-    losses: Tensor, labels: Tensor, z_weight: float = ...
-) -> Tensor: ...
-
-
-def compute_loss_with_z_penalty(
-    losses: TokenLosses | Tensor, labels: Tensor | float, z_weight: float = 1e-4
-) -> tuple[Tensor, dict[str, Tensor]] | Tensor:
-    """Cross-entropy plus `z_weight * logsumexp^2` (PaLM, arXiv:2204.02311, section 5). Two forms:
-
-    (losses, z_weight), the form of training: returns the sum over tokens and its two terms. Divide
-    by the number of unmasked targets of the *whole* step (all micro-batches, all ranks); a mean of
-    means is a different loss. The terms are detached sums: "loss" in nats, "z_loss" already
-    weighted. Ignored tokens add nothing.
-
-    (logits, labels): returns the mean over labels that are not IGNORE. logits [..., V], labels
-    [...] int64. labels[i] is the token that logits[i] predicts. For labels equal to the input, as
-    in transformers, pass logits[:, :-1] and labels[:, 1:].
+    Divide by the number of unmasked targets of the *whole* step (all micro-batches, all ranks); a
+    mean of means is a different loss. The terms are detached sums: "loss" in nats, "z_loss" already
+    weighted. Ignored tokens add nothing. z-loss: PaLM, arXiv:2204.02311, section 5.
     """
-    if isinstance(losses, TokenLosses):
-        nll, z = losses.nll.sum(), labels * losses.logsumexp.square().sum()
-        return nll + z, {"loss": nll.detach(), "z_loss": z.detach()}
-    assert isinstance(labels, Tensor)
-    logits, target = losses.flatten(0, -2).float(), labels.flatten()
-    nll = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
-    z = z_weight * logits.logsumexp(-1).mul(target != IGNORE).square().sum()
-    return (nll + z) / (target != IGNORE).sum().clamp_min(1)
+    nll, z = losses.nll.sum(), z_weight * losses.logsumexp.square().sum()
+    return nll + z, {"loss": nll.detach(), "z_loss": z.detach()}
+
+
+def compute_loss_with_z_penalty(logits: Tensor, labels: Tensor, z_weight: float = 1e-4) -> Tensor:
+    """Mean cross-entropy plus `z_weight * logsumexp^2` over labels that are not IGNORE.
+
+    logits [..., V], labels [...] int64. labels[i] is the token that logits[i] predicts. For labels
+    equal to the input, as in transformers, pass logits[:, :-1] and labels[:, 1:]. Training uses
+    token_losses and token_loss_sum, which compute the same without storing all logits.
+    """
+    flat_logits, target = logits.flatten(0, -2).float(), labels.flatten()
+    kept = target != IGNORE
+    nll = F.cross_entropy(flat_logits, target, ignore_index=IGNORE, reduction="none")
+    sums, _ = token_loss_sum(TokenLosses(nll, flat_logits.logsumexp(-1) * kept), z_weight)
+    return sums / kept.sum().clamp_min(1)

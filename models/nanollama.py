@@ -28,7 +28,7 @@ class ModelConfig:
     vocab_size: Size = 32_000
     hidden_size: Size = 2048
     intermediate_size: Size = 5632
-    num_hidden_layers: Annotated[int, at_least(1, most=10_000)] = 22
+    num_hidden_layers: Annotated[int, at_least(1, maximum=10_000)] = 22
     num_attention_heads: Size = 32
     num_key_value_heads: Size = 4
     head_dim: Size | None = None  # default: hidden_size / num_attention_heads

@@ -17,13 +17,16 @@ from inference.chat_formats import CompletionFormat, TemplateFormat
 from inference.open_model import open_model, trained_chat
 from inference.server import serve
 from inference.terminal import add_flags, open_session, run_conversation
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 
 
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "--model", required=True, type=newest_step, help="a .gguf file or a checkpoint folder"
+        "--model",
+        required=True,
+        type=resolve_checkpoint,
+        help="a .gguf file or a checkpoint folder",
     )
     parser.add_argument(
         "--prompt", nargs="+", help="the user's turns of one conversation, then exit"

@@ -38,6 +38,7 @@ NEEDED = (
     "tqdm",
     "matplotlib",
 )
+EVALUATION = ("xgrammar", "alt-profanity-check", "langdetect", "nltk")  # for the suites of a plan
 OPTIONAL = ("wandb", "flash-attn", "torchao")
 
 
@@ -78,6 +79,9 @@ def missing_for(plan: Plan, run: RunConfig) -> list[str]:
         missing.append(
             f"needs {need} GB of disk, less if text is compressed ({free:.0f} GB free here)"
         )
+    if absent := [name for name in EVALUATION if _version(name) is None]:
+        packages = ", ".join(absent)
+        missing.append(f"needs {packages} for its evaluations (pip install -r requirements.txt)")
     gated = [
         name
         for name in gated_sources(plan)

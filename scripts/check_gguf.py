@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from cli import ROOT, CommandParser, at_least, user_errors
+from cli import ROOT, CommandParser, int_at_least, user_errors
 from evals.engines import folder_hash
 from export.gguf_check import compare, open_gguf, reference, table
 from export.gguf_plan import MoeConfig, read_config
 from export.targets import checkpoint_folder
 from files import write_json, write_text
 from inference.llamacpp import find_library, library
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=newest_step,
+        type=resolve_checkpoint,
         help="the folder that the files were exported from",
     )
     parser.add_argument("--gguf", required=True, nargs="+", type=Path)
@@ -36,12 +36,15 @@ def main() -> None:
         help="text for logits and perplexity (default: this repository's documentation)",
     )
     parser.add_argument(
-        "--tokens", type=at_least(1), default=2048, help="tokens of the text to score"
+        "--tokens", type=int_at_least(1), default=2048, help="tokens of the text to score"
     )
     parser.add_argument(
-        "--strings", type=at_least(1), default=5500, help="strings to encode with both tokenizers"
+        "--strings",
+        type=int_at_least(1),
+        default=5500,
+        help="strings to encode with both tokenizers",
     )
-    parser.add_argument("--threads", type=at_least(0), default=0, help="0: all available CPUs")
+    parser.add_argument("--threads", type=int_at_least(0), default=0, help="0: all available CPUs")
     parser.add_argument("--output", type=Path, help="JSON file; the Markdown table goes beside it")
     args = parser.parse_args()
     with user_errors():

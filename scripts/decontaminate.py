@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cli import CommandParser, add_boolean, at_least, user_errors, within
+from cli import CommandParser, add_boolean, int_at_least, user_errors, within
 from data.corpus.sources import sources_of
 from data.decontamination.index import Settings, build_index
 from data.decontamination.report import report
@@ -43,11 +43,11 @@ def main() -> None:
         parser, "--rows", "short rows (SFT, preferences): also find near-duplicates with MinHash"
     )
     parser.add_argument(
-        "--workers", type=at_least(1), default=1, help="processes; each scans whole files"
+        "--workers", type=int_at_least(1), default=1, help="processes; each scans whole files"
     )
     parser.add_argument(
         "--coverage",
-        type=within(float, above(0, most=1)),
+        type=within(float, above(0, maximum=1)),
         default=Settings.coverage,
         help="share of an item's information that a document must contain",
     )

@@ -4,9 +4,9 @@ python -m scripts.deliverables --plan configs/plan_1b.yaml
 python -m scripts.deliverables --plan configs/quickstart/plan.yaml --folder results/quickstart
 
 Copies small files and writes relative links to checkpoints. results/... goes to --folder (default:
-the folder of the plan's report); data/, models/ and checkpoints/ go beside results/, or below any
-other folder. Never overwrites a file that this command did not write. Exit status 1 if a
-deliverable is missing or two of them disagree.
+the folder of the plan's report). With --folder results, data/, models/ and checkpoints/ are written
+next to it; with any other folder, inside it. Never overwrites a file that this command did not
+write. Exit status 1 if a deliverable is missing or two of them disagree.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from cli import CommandParser, user_errors
 from evals.report.deliverable_checks import ggufs, pictures, report, scores
 from evals.report.deliverables import gather, open_plan, table
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--plan", required=True, type=Path)
     parser.add_argument(
         "--checkpoint",
-        type=newest_step,
+        type=resolve_checkpoint,
         help="the final model (default: the checkpoint of the plan's last stage)",
     )
     parser.add_argument(

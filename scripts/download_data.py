@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from cli import CommandParser, at_least, user_errors, within
+from cli import CommandParser, int_at_least, user_errors, within
 from data import manifest
 from data.corpus.fineweb10b import SHARDS, download_fineweb10b
 from data.corpus.ingest import MAX_BAD, ingest, open_reader, source_name
@@ -62,7 +62,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--shards",
-        type=at_least(1),
+        type=int_at_least(1),
         default=SHARDS,
         help="training shards of fineweb10B, 100 million tokens each",
     )
@@ -127,14 +127,14 @@ def _check_names(datasets: Sequence[str]) -> None:
 
 
 def _check_held_out(name: str, sources: Sequence[str], store: Path) -> None:
-    """Check that the sources of a held-out split exist; prepare_data splits them."""
+    """Check that the sources of a validation split exist; prepare_data splits them."""
     for source in sources:
         if not (store / "documents" / source).is_dir():
             raise ValueError(
-                f"{name} is the held-out split of {source}, which prepare_data creates; "
+                f"{name} is the validation split of {source}, which prepare_data creates; "
                 f"download {source} first"
             )
-    print(f"{name:>16} is the held-out split of {', '.join(sources)}; prepare_data creates it")
+    print(f"{name:>16} is the validation split of {', '.join(sources)}; prepare_data creates it")
 
 
 if __name__ == "__main__":

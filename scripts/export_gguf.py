@@ -11,13 +11,13 @@ import resource
 import time
 from pathlib import Path
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from evals.report.model_card import write_companions
 from export.gguf import OUTTYPES, write_gguf
 from export.gguf_plan import read_config
 from export.targets import checkpoint_folder, model_name, target_files
 from inference.gguf_tokenizer import read_vocabulary
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=newest_step,
+        type=resolve_checkpoint,
         help="a step or phase folder, or a Llama, Qwen3 or Qwen3-MoE folder",
     )
     parser.add_argument(
@@ -37,7 +37,7 @@ def main() -> None:
         "--outfile", required=True, help="output file; {outtype} is replaced by the outtype"
     )
     parser.add_argument(
-        "--threads", type=at_least(0), default=0, help="for quantisation; 0: all available CPUs"
+        "--threads", type=int_at_least(0), default=0, help="for quantisation; 0: all available CPUs"
     )
     parser.add_argument(
         "--logs", type=Path, help="logs for the model card (default: logs/<run> of the checkpoint)"

@@ -8,17 +8,18 @@ python -m scripts.pipeline --plan configs/plan_1b.yaml --skip dpo
 python -m scripts.pipeline --plan configs/plan_1b.yaml --branch early --at 150000 --steps 15000
 
 Prints and runs the plan's commands. Run it again to resume: finished stages are skipped. A
-training command that dies restarts from its newest checkpoint, at most `restarts` times. If a
-stage's base model has changed, its checkpoints are set aside and the stage runs again. --extend
-moves all later steps. --branch decays the learning rate from a checkpoint, in folders beside the
-run. Exit status 3: a gate said no-go.
+training command that dies restarts from its newest checkpoint, at most `restarts` times, but not
+after two failures in a row at the same step. If a stage's base model has changed, its checkpoint
+folder is renamed to FOLDER.old1 and the stage runs again. --extend moves all later steps. --branch
+decays the learning rate from a checkpoint, in folders beside the run. Exit status 3: a gate said
+no-go.
 """
 
 import os
 import time
 from pathlib import Path
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from training.planning.pipeline import Pipeline
 from training.planning.plan import load_plan, scheduled_phases
 from training.run_folder import locked
@@ -42,7 +43,7 @@ def main() -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="set aside and repeat phases or stages",
+        help="rename the folders of phases or stages to FOLDER.old1 and run them again",
     )
     parser.add_argument(
         "--skip", nargs="+", default=[], metavar="STAGE", help="skip stages, such as dpo"
@@ -53,9 +54,9 @@ def main() -> None:
         help="instead of the plan, decay the learning rate from a checkpoint (--at, --steps)",
     )
     parser.add_argument(
-        "--at", type=at_least(1), help="step of the checkpoint that the branch starts from"
+        "--at", type=int_at_least(1), help="step of the checkpoint that the branch starts from"
     )
-    parser.add_argument("--steps", type=at_least(1), help="steps of the branch")
+    parser.add_argument("--steps", type=int_at_least(1), help="steps of the branch")
     args = parser.parse_args()
     start = time.monotonic()
     with user_errors():

@@ -9,7 +9,7 @@ Exit status 2 if a phase does not fit in GPU memory; the last line then names se
 import json
 from pathlib import Path
 
-from cli import CommandParser, at_least, user_errors, within
+from cli import CommandParser, int_at_least, user_errors, within
 from evals.cost import command_tokens
 from ranges import Range, above
 from training.planning.cost import check, forecast, readable_tokens
@@ -22,10 +22,10 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("--gpu", default="h100", help=", ".join(GPUS))
-    parser.add_argument("--gpus", type=at_least(1), help="default: the plan's ranks")
+    parser.add_argument("--gpus", type=int_at_least(1), help="default: the plan's ranks")
     parser.add_argument(
         "--mfu",
-        type=within(float, above(0, most=1)),
+        type=within(float, above(0, maximum=1)),
         default=0.45,
         help="assumed model FLOPs utilisation of training (default 0.45)",
     )

@@ -47,7 +47,7 @@ def show(recipe: Recipe, verify: bool) -> None:
         ("test items", 10),
         ("kept", 10),
         ("tokens", 14),
-        ("held out", 12),
+        ("validation", 12),
     )
     print(f"{'source':>16}", *(f"{name:>{width}}" for name, width in columns))
     for name in recipe.sources:

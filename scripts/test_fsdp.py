@@ -22,7 +22,7 @@ from data.dataloader import Batch, Step
 from models.losses import IGNORE
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
-from training.checkpoint import whole_weights
+from training.checkpoint import full_state_dict
 from training.config import DataConfig, RunConfig
 from training.fsdp_utils import ParallelConfig
 from training.loop import backward, reduce
@@ -100,8 +100,8 @@ def train_sharded(
         means, _ = reduce(sums, weight)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        # clone: whole_weights may return the live tensors
-        weights = {name: value.clone() for name, value in whole_weights(state.model).items()}
+        # clone: full_state_dict may return the live tensors
+        weights = {name: value.clone() for name, value in full_state_dict(state.model).items()}
         trace.append((means["loss"], norm, weights))
     return trace
 

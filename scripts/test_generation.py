@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from cli import CommandParser, add_boolean, at_least, user_errors
+from cli import CommandParser, add_boolean, int_at_least, user_errors
 from data.chat.folder_templates import template_of
 from data.tokenizers.bpe import load_tokenizer
 from inference.chat_formats import bos_and_stop_ids, open_chat_format
@@ -22,7 +22,7 @@ from inference.open_model import trained_context
 from inference.runners import TorchRunner
 from inference.streaming import stream_text
 from inference.terminal import add_flags, open_session, print_turn, sampling_of
-from models.hf import check_model_folder, load_hf, newest_step
+from models.hf import check_model_folder, load_hf, resolve_checkpoint
 
 
 def main() -> None:
@@ -30,13 +30,13 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint",
         required=True,
-        type=newest_step,
+        type=resolve_checkpoint,
         help="a step or phase folder, or a Hugging Face folder",
     )
     parser.add_argument("--prompt", required=True, nargs="+", help="one or more prompts")
     add_boolean(parser, "--raw", "continue the prompt as plain text, even with a chat model")
     parser.add_argument(
-        "--max_new_tokens", type=at_least(1), help="default: 60; 512 for a chat reply"
+        "--max_new_tokens", type=int_at_least(1), help="default: 60; 512 for a chat reply"
     )
     parser.add_argument(
         "--stop", nargs="+", default=[], help="stop strings of a plain continuation"

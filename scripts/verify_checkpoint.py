@@ -20,8 +20,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from cli import CommandParser, user_errors
 from evals.report.trained import settings
 from models.hf import load_hf
-from training.checkpoint_files import damage, has_state, read_manifest, read_position, step_folders
-from training.safe_pickle import load, read_index
+from training.checkpoint_files import (
+    find_damage,
+    has_state,
+    read_manifest,
+    read_position,
+    step_folders,
+)
+from training.safe_pickle import SafeReader, load, read_index
 
 ReadEntry = Callable[[str], object]  # name -> tensor or other entry of a checkpoint
 
@@ -49,7 +55,7 @@ def main() -> None:
             raise ValueError("--against compares one step_N folder with another; give two of them")
         damaged = 0
         for folder in [*folders, *([args.against] if args.against else [])]:
-            problem = damage(folder) or unreadable(folder)
+            problem = find_damage(folder) or unreadable(folder)
             damaged += problem is not None
             print(f"{folder}: {'DAMAGED: ' + problem if problem else describe(folder)}", flush=True)
         different = (
@@ -201,7 +207,8 @@ def _same(a: object, b: object) -> bool:
 
 def _state(folder: Path) -> tuple[set[str], ReadEntry]:
     """Return the names in state/, and a function that reads one unsharded entry."""
-    index = read_index(folder / "state").state_dict_metadata
+    reader = SafeReader(folder / "state")
+    index = reader.index.state_dict_metadata
 
     def read(name: str) -> object:
         entry = index[name]
@@ -210,7 +217,7 @@ def _state(folder: Path) -> tuple[set[str], ReadEntry]:
             content[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that no process group exists
-            load(content, folder / "state", no_dist=True)
+            load(content, folder / "state", no_dist=True, reader=reader)
         return content[name]
 
     return set(index), read

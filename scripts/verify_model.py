@@ -6,8 +6,8 @@ python -m scripts.verify_model --config configs/base_1b.yaml  # the 1.1B model, 
 
 import torch
 
-from cli import CommandParser, at_least, user_errors
-from models.losses import compute_loss_with_z_penalty
+from cli import CommandParser, int_at_least, user_errors
+from models.losses import token_loss_sum
 from models.nanollama import NanoLlama
 from training.config import load
 from training.optimizers import build_optimizer
@@ -18,7 +18,7 @@ TARGET = 0.01
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--config", default="configs/test_mode.yaml")
-    parser.add_argument("--steps", type=at_least(1), default=100)
+    parser.add_argument("--steps", type=int_at_least(1), default=100)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()  # overrides may appear between flags
@@ -47,7 +47,7 @@ def overfit(model: NanoLlama, run, steps: int) -> float:
     batch[:, 0] = torch.arange(4)
     for step in range(steps):
         losses = model(batch[:, :-1], batch[:, 1:])
-        loss, sums = compute_loss_with_z_penalty(losses, run.optim.z_weight)
+        loss, sums = token_loss_sum(losses, run.optim.z_weight)
         optimizer.zero_grad()
         (loss / losses.nll.numel()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

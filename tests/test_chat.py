@@ -265,12 +265,15 @@ def nested(depth):
 
 DEEP = '{"a": ' * 10**5  # more than a parser accepts
 BAD = [
-    ([], "a conversation without messages"),
-    ([user("a"), user("b")], "two user turns in a row"),
+    ([], "messages must be a list"),
+    ([user("a"), user("b")], "role 'user' follows role 'user'; allowed there: assistant"),
     ([user("a"), {"role": "wizard", "content": "b"}], "unknown role 'wizard'"),
     ([user("a")], "no assistant message"),
-    ([{"role": "assistant", "content": "a"}], "assistant after nothing"),
-    ([user("a"), {"role": "assistant", "content": " "}], "an empty assistant turn"),
+    (
+        [{"role": "assistant", "content": "a"}],
+        "'assistant' follows no message; allowed there: system",
+    ),
+    ([user("a"), {"role": "assistant", "content": " "}], "an assistant message is empty"),
     (
         [user("a"), {"role": "assistant", "content": "b"}, {"role": "tool", "content": "c"}],
         "tool message without a preceding tool call",
@@ -481,7 +484,7 @@ def test_trees_that_are_broken_are_named(tmp_path):
         f"trees.jsonl:{line}" for line in (1, 2, 3, 5, 6, 7)
     }
     assert all(fault.reason.startswith("not in oasst format (") for fault in faults)
-    with pytest.raises(ValueError, match="an empty assistant turn"):  # text: null
+    with pytest.raises(ValueError, match="an assistant message is empty"):  # text: null
         clean(odd)
     # A reply with its parent's id, and one to a missing parent.
     rows = [

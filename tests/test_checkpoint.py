@@ -24,7 +24,7 @@ from models.hf import load_hf
 from scripts import verify_checkpoint
 from training import checkpoint, setup
 from training.checkpoint import CheckpointConfig, Checkpointer, load_state
-from training.checkpoint_files import damage, has_state, step_folders
+from training.checkpoint_files import find_damage, has_state, step_folders
 from training.config import load
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -245,7 +245,7 @@ def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_f
         kills += 1
         while_saving += any(path.suffix == ".tmp" for path in folder.iterdir())
         assert step_folders(folder) and all(
-            damage(path) is None and has_state(path) for path in step_folders(folder)
+            find_damage(path) is None and has_state(path) for path in step_folders(folder)
         )
     assert while_saving >= 2 and not (folder / f"step_{steps}").exists()
     assert run_ranks(spawn, overrides("killed"), 1) == [0]
@@ -295,7 +295,7 @@ def test_a_dead_rank_ends_the_others_and_publishes_nothing(spawn, settings, tmp_
     assert time.monotonic() - began < 25
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, None)
     folders = step_folders(tmp_path / "checkpoints" / "one")
-    assert [path.name for path in folders] == ["step_3"] and damage(folders[0]) is None
+    assert [path.name for path in folders] == ["step_3"] and find_damage(folders[0]) is None
 
 
 # A full disk
@@ -414,7 +414,9 @@ def test_what_is_kept(started, settings_of, metrics, milestones, expected):
     }
     assert kept_steps == expected
     for path in step_folders(checkpointer.folder):
-        assert damage(path) is None and has_state(path) == (expected[int(path.name[5:])] == "all")
+        assert find_damage(path) is None and has_state(path) == (
+            expected[int(path.name[5:])] == "all"
+        )
 
 
 def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsys):
@@ -423,7 +425,7 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
         change(state)
         checkpointer.save(state, metric)
     best = checkpointer.folder / "step_1"
-    assert not has_state(best) and damage(best) is None
+    assert not has_state(best) and find_damage(best) is None
     assert load_hf(best).config.vocab_size == state.model.config.vocab_size
     with pytest.raises(
         ValueError, match="has no state/ to resume from; load its weights only with init_from="
@@ -431,7 +433,7 @@ def test_weights_alone_are_never_gone_on_from(started, settings, tmp_path, capsy
         load_state(best, state)
     (best / "state").mkdir()  # as after a kill during the removal of state/
     (best / "state" / "trainer.json").write_text("{}")
-    assert not has_state(best) and damage(best) is None
+    assert not has_state(best) and find_damage(best) is None
     (checkpointer.folder / "step_2" / "model.safetensors").unlink()
     assert checkpointer.newest() is None
     assert "step_2 is damaged (model.safetensors is missing)" in capsys.readouterr().out
@@ -558,7 +560,7 @@ def test_sums_are_sha256_and_those_of_earlier_versions_still_hold(started):
     checkpointer.config = CheckpointConfig(keep=1)
     checkpointer.save(state)
     flip(checkpointer.folder / "step_1" / "config.json", 3)
-    assert damage(checkpointer.folder / "step_1") == "config.json has changed"
+    assert find_damage(checkpointer.folder / "step_1") == "config.json has changed"
 
 
 def test_every_file_is_hashed_once_and_the_bytes_are_spread(tmp_path, monkeypatch):

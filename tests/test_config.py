@@ -16,6 +16,7 @@ from training.planning.gates import Gate, decide, judge
 from training.planning.plan import load_plan, scheduled_phases
 from training.schedulers import ScheduleConfig, WSDScheduler
 from training.settings import load_settings, read_yaml
+from training.speedrun import SpeedrunRun
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ CHATS = {
     path: SFTConfig for path in ROOT.glob("configs/**/*.yaml") if path.stem in ("sft", "midtrain")
 }
 PAIRS = {path: PreferenceRun for path in ROOT.glob("configs/**/dpo.yaml")}
-KINDS = CHATS | PAIRS
+KINDS = CHATS | PAIRS | {path: SpeedrunRun for path in ROOT.glob("configs/speedrun/**/*.yaml")}
 EXPERIMENTS = sorted(ROOT.glob("configs/lab/*.yaml"))
 RUNS = sorted(
     set(ROOT.glob("configs/**/*.yaml")) - {*RECIPES, *PLANS, *SUITES, *KINDS, *EXPERIMENTS}

@@ -86,7 +86,7 @@ def folder(tmp_path_factory) -> Path:
         targets[i, : len(ids) - 1] = ids[1:].where(torch.tensor(row.trained[1:]), -100)
     targets[-1, len(rows[-1].ids) - 5 :] = -100
     config = ModelConfig(
-        chat.tokenizer.get_vocab_size(), 64, 192, 2, 4, 2, max_position_embeddings=CONTEXT
+        chat.tokenizer.get_vocab_size(), 64, 192, 1, 4, 2, max_position_embeddings=CONTEXT
     )
     model = NanoLlama(config, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)

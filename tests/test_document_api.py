@@ -14,7 +14,7 @@ from data.packing import StreamRows
 from data.pipeline.recipe import Split
 from data.shards import TokenShards
 from data.tokenizers.bpe import load_tokenizer
-from models.losses import compute_loss_with_z_penalty, token_losses
+from models.losses import compute_loss_with_z_penalty, token_loss_sum, token_losses
 from models.nanollama import ModelConfig, NanoLlama
 from scripts.decontaminate import find_contaminated_examples
 from training.schedulers import ScheduleConfig, WSDScheduler
@@ -64,7 +64,7 @@ def test_the_loss_of_logits_equals_the_chunked_heads():
     for chunked in (True, False):
         h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         if chunked:
-            loss = compute_loss_with_z_penalty(token_losses(h, w, labels, chunk=4), 1e-4)[0] / 14
+            loss = token_loss_sum(token_losses(h, w, labels, chunk=4), 1e-4)[0] / 14
         else:
             loss = compute_loss_with_z_penalty(h @ w.T, labels)
         loss.backward()

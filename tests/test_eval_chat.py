@@ -12,7 +12,7 @@ from data.chat.tokenizer import save_chat_tokenizer
 from data.synthetic import generate as synthetic
 from data.tokenizers.bpe import save_tokenizer, train_tokenizer
 from evals import eval_chat
-from evals.harness import Cache, Choose, Scored, Written, results, run_items
+from evals.harness import Cache, Choose, Generation, Scored, results, run_items
 
 
 class Knowing:
@@ -49,7 +49,7 @@ class Knowing:
                     )
                 ]
             else:
-                yield [(i, Written(self.replies[request.prompt], 5, True))]
+                yield [(i, Generation(self.replies[request.prompt], 5, True))]
 
 
 @pytest.mark.parametrize("with_template", [False, True])

@@ -150,7 +150,7 @@ def test_forward_flops_and_hours(tmp_path):
             "Talk": "python x.py",
         },
     )
-    report = forecast(plan, "h100", mfu=0.5, price=2.0, reads=command_tokens)
+    report = forecast(plan, "h100", mfu=0.5, price=2.0, evaluation_tokens_of=command_tokens)
     first, second, end = report["evaluations"]
     assert [entry["where"] for entry in report["evaluations"]] == [
         "one 40",
@@ -207,7 +207,7 @@ def test_every_evaluation_of_the_1b_plan_is_counted(monkeypatch, capsys):
     measured = [*milestones, *(stage.name for stage in plan.stages if stage.evals)]
     assert len(measured) == 9 and all(f"\n  {where}: " in output for where in measured)
     assert "not counted" not in output and "hours for evaluations" in output
-    entries = forecast(plan, "h100", reads=command_tokens)["evaluations"]
+    entries = forecast(plan, "h100", evaluation_tokens_of=command_tokens)["evaluations"]
     assert [entry["where"] for entry in entries] == measured
     counts = {entry["where"]: len(entry["evals"]) for entry in entries}
     assert (

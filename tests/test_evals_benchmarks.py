@@ -15,7 +15,7 @@ from conftest import ROOT, one_thread, tiny_config
 from data.corpus.wheels import fetch_wheel
 from data.decontamination.benchmarks import load_rows
 from evals import eval_choice, eval_code, eval_lambada, eval_open_qa, sandbox
-from evals.harness import Cache, Written, results, run_items
+from evals.harness import Cache, Generation, results, run_items
 from evals.local_rows import write_rows
 
 CONFIG = tiny_config(intermediate_size=128, max_position_embeddings=4096)
@@ -243,7 +243,7 @@ def says(text):
         name, hash, dtype, context = "says", "1" * 64, "float32", 10_000
 
         def answer(self, requests):
-            yield [(i, Written(text, 1, True)) for i in range(len(requests))]
+            yield [(i, Generation(text, 1, True)) for i in range(len(requests))]
 
     return Says()
 

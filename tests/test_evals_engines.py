@@ -14,7 +14,7 @@ from conftest import one_thread, save_tiny
 from data.chat.tokenizer import save_chat_tokenizer
 from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_needle, eval_perplexity, eval_tool_use
-from evals.chat import Chat
+from evals.chat import CheckpointChat
 from evals.engines import NanoLlamaEngine, TransformersEngine, folder_hash, load_model
 from evals.harness import Cache, Choose, Item, Read, Write, run_items
 from evals.language_model import EvalTokenizer
@@ -171,7 +171,7 @@ def test_a_gguf_file_equals_its_checkpoint(checkpoint, text_store, tmp_path, mon
         and EvalTokenizer(path).begin == EvalTokenizer(checkpoint).begin
     )
     talk = [{"role": "user", "content": "How much is 2 + 2? <|im_end|>"}]
-    assert Chat(path).prompt(talk) == Chat(checkpoint).prompt(talk)
+    assert CheckpointChat(path).prompt(talk) == CheckpointChat(checkpoint).prompt(talk)
     with pytest.raises(ValueError, match="omit --dtype"):
         load_model(path, dtype="float32")
 

@@ -15,9 +15,9 @@ from conftest import ROOT, VOCAB, tiny_config
 from data.decontamination.benchmarks import load_bfcl
 from data.tokenizers.bpe import load_tokenizer, save_tokenizer
 from evals import eval_gsm8k, eval_mt_bench, eval_needle, eval_tool_use, eval_toxicity, suite
-from evals.chat import Chat
+from evals.chat import CheckpointChat
 from evals.engines import load_model
-from evals.harness import Cache, Failed, Judge, Scored, Written, results, run_items
+from evals.harness import Cache, Failed, Generation, Judge, Scored, results, run_items
 from evals.judges import ChatEndpoint
 from evals.language_model import EvalTokenizer
 from evals.run import evaluate
@@ -164,7 +164,7 @@ def test_gsm8k_matches(text, cot, strict, flexible):
     asked = eval_gsm8k.score(item)
     next(asked)
     with pytest.raises(StopIteration) as end:
-        asked.send(Written(text, 5, True))
+        asked.send(Generation(text, 5, True))
     assert (end.value.value["strict"], end.value.value["flexible"]) == (strict, flexible)
 
 
@@ -189,7 +189,7 @@ class Seer:
                 for part in text.split("The special number of ")[1:]
                 if " is " in part and any(part.startswith(f"the {key} is") for key in keys)
             ]
-            yield [(i, Written(", ".join(self.how(number) for number in scores), 9, True))]
+            yield [(i, Generation(", ".join(self.how(number) for number in scores), 9, True))]
 
 
 def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, tmp_path):
@@ -641,8 +641,8 @@ def test_toxicity_metrics(checkpoint, model, tmp_path, monkeypatch):
     [asked, *_] = [
         item.row["prompt"] for item in eval_toxicity.build(options(checkpoint, **arguments)).items
     ]
-    assert asked == Chat(checkpoint).prompt([{"role": "user", "content": "The cat 0"}])
-    with pytest.raises(ValueError, match="give wheel or a folder with a classifier"):
+    assert asked == CheckpointChat(checkpoint).prompt([{"role": "user", "content": "The cat 0"}])
+    with pytest.raises(ValueError, match="give alt-profanity-check or a folder with a classifier"):
         eval_toxicity.scorer(argparse.Namespace(scorer="nowhere"))
 
 
@@ -685,4 +685,4 @@ def test_toxicity_by_a_classifier_folder_and_by_the_wheel(tmp_path, checkpoint):
 
 def test_a_checkpoint_without_chat_template(checkpoint, text_store):
     with pytest.raises(ValueError, match="has no chat template"):
-        Chat(text_store / "tokenizer")
+        CheckpointChat(text_store / "tokenizer")

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 from data.corpus.wheels import fetch_wheel
 from evals import eval_ifeval, instructions
-from evals.harness import Cache, Written, results, run_items
+from evals.harness import Cache, Generation, results, run_items
 from evals.instructions import (
     INSTRUCTIONS,
     PUNKT,
@@ -196,7 +196,7 @@ def test_ifeval_metrics_equal_lm_eval(lm_eval_checks, tmp_path, capsys):
 
         def answer(self, requests):
             yield [
-                (i, Written(texts[int(request.prompt[4:]) * 7], 1, True))
+                (i, Generation(texts[int(request.prompt[4:]) * 7], 1, True))
                 for i, request in enumerate(requests)
             ]
 

@@ -1,6 +1,6 @@
 """Quick cases of benchmarks/faults.py; its checks detect wrong resumes.
 
-One case runs scripts.launch. The other ranks are forked from a process that has imported all.
+One case runs scripts.launch. All processes are forked from one that has imported all.
 """
 
 import json
@@ -12,8 +12,9 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
-from conftest import ROOT
+from conftest import ROOT, one_thread
 from forked import Forked, forkserver
 
 from benchmarks import fault_runs, faulty_train
@@ -22,7 +23,6 @@ from benchmarks.fault_runs import (
     Failed,
     compare,
     kill,
-    launch_here,
     lost_and_repeated,
     trained_on,
 )
@@ -101,7 +101,12 @@ def test_a_run_survives(lab, name):
 
 def test_a_signal_to_one_rank_under_the_launcher(lab):
     def launch(arguments: list[str], ranks: int, fault: faulty_train.Fault, record: Path) -> Ended:
-        return (launch_here if "actions" in fault else lab.launch)(arguments, ranks, fault, record)
+        if "actions" not in fault:
+            return lab.launch(arguments, ranks, fault, record)
+        command = [sys.executable, "-m", "scripts.launch", f"--nproc_per_node={ranks}"]
+        environment = {**one_thread(), "FAULT": json.dumps(fault)}
+        done = forked.run([*command, "-m", "benchmarks.faulty_train", *arguments], env=environment)
+        return Ended(done.returncode, done.stdout + done.stderr)
 
     row = examine(replace(lab, launch=launch), "sigterm")
     assert row.ok and row.launches == 2, row.markdown()

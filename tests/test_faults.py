@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import train
 from models.hf import read_hf_config
-from training.guard import FaultConfig, FaultState
+from training.faults import FaultConfig, FaultState
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from conftest import ROOT, complaint_of, train_here
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 
 from scripts import verify_checkpoint
-from training.checkpoint_files import damage, read_manifest, read_position
+from training.checkpoint_files import find_damage, read_manifest, read_position
 from training.safe_pickle import load, read_index
 from training.state import State, is_position
 
@@ -119,7 +119,7 @@ def test_a_pickle_in_the_index_runs_nothing(checkpoint, tmp_path, capsys, monkey
         with pytest.raises(ValueError, match="is not a checkpoint's index"):
             read_index(folder / "state")
         assert not marker.exists() and time.monotonic() - started < 5, name
-        assert damage(folder) is None and "DAMAGED" in verdict(folder, capsys, monkeypatch)
+        assert find_damage(folder) is None and "DAMAGED" in verdict(folder, capsys, monkeypatch)
     assert not marker.exists()
     assert not hasattr(sys.modules["torch.distributed.checkpoint.metadata"].Metadata, "a")
 

@@ -20,7 +20,7 @@ from test_foreign_checkpoints import Calls
 from data.chat import bounded_template
 from data.chat.bounded_template import BoundedTemplate
 from data.chat.tokenizer import save_chat_tokenizer
-from evals.chat import Chat
+from evals.chat import CheckpointChat
 from export.gguf import write_gguf
 from inference import llamacpp
 from inference.chat_formats import TemplateFormat, open_chat_format
@@ -300,7 +300,7 @@ def test_chat_and_evaluation_bound_foreign_templates(model, tmp_path, quick, cap
     )
     chat = open_chat_format(folder)
     assert isinstance(chat, TemplateFormat)
-    for speaks in (chat, Chat(folder)):
+    for speaks in (chat, CheckpointChat(folder)):
         with pytest.raises(ValueError, match="more than"):
             speaks.prompt(HELLO)
     message = complaint_of(
@@ -332,7 +332,7 @@ def test_no_code_of_a_foreign_folder_is_asked_for(model, tmp_path):
         json.dumps({**config, "model_type": "evil", "auto_map": {"AutoConfig": "evil.T"}})
     )
     try:
-        Chat(folder)
+        CheckpointChat(folder)
     except ValueError as error:
         assert "transformers cannot read" in str(error)
     assert not marker.exists()

@@ -9,10 +9,10 @@ from conftest import ROOT
 
 from evals.engines import folder_hash
 from evals.plan_gates import gates_of, references
-from training.checkpoint_files import identity
+from training.checkpoint_files import model_hash
 from training.planning.gates import Gate, Measured, judge, reference_of
 from training.planning.pipeline import _plain
-from training.planning.plan import load_plan, places, scheduled_phases
+from training.planning.plan import evaluation_points, load_plan, scheduled_phases
 
 HIGHER = Gate("chat.acc", go=0.0, no_go=-0.1, against="before")
 LOWER = Gate("all.bits_per_byte", go=0.2, no_go=0.5, against="sft")
@@ -145,7 +145,7 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
     )
     metrics = acc(0.5)["chat"]
     if judged:
-        of = identity(sft)
+        of = model_hash(sft)
         file, content = (
             Path("results/quickstart/sft/decision.json"),
             {"of": of, "metrics": {"chat": metrics}},
@@ -176,7 +176,7 @@ def test_by_hand_the_results_of_the_reference_are_found(tmp_path, monkeypatch, a
 def test_forgetting_is_gated_after_every_stage(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     plan = load_plan(Path("configs", name))
-    listed = {place.name: place for place in places(plan, scheduled_phases(plan))}
+    listed = {place.name: place for place in evaluation_points(plan, scheduled_phases(plan))}
     for stage in plan.stages:
         against = {gate.metric for gate in listed[stage.name].gates if gate.against}
         assert {"all.bits_per_byte", "hellaswag.acc_norm"} <= against, stage.name

@@ -34,10 +34,10 @@ from data.chat.tokenizer import PROBE, save_chat_tokenizer
 from data.chat.tools import TOOLS
 from evals.engines import folder_hash
 from export import gguf as gguf_export
-from export.gguf import k_rows, tensor_type, write_gguf
+from export.gguf import find_k_quantizer, tensor_type, write_gguf
 from export.gguf_check import (
-    FAR,
     MAX_KL,
+    WRONG_FACTOR,
     compare,
     compare_tokens,
     fuzz,
@@ -305,7 +305,7 @@ def test_llama_cpp_computes_what_transformers_does_of_a_mixture_of_experts(
             actual = torch.from_numpy(llama.feed(ids, last=len(ids)))
         kl = (expected.exp() * (expected - actual.log_softmax(-1))).sum(-1)
         # Rounding rarely selects another expert.
-        assert kl.median() < limit and kl.mean() < FAR * limit, outtype
+        assert kl.median() < limit and kl.mean() < WRONG_FACTOR * limit, outtype
     assert read_config(folder).num_parameters == model.num_parameters()
     reader = open_gguf(written["q4_k_m"])
     keys = {
@@ -370,7 +370,7 @@ def test_without_llama_cpp_libgguf_writes_the_same_file(folders, files, tmp_path
         raise ValueError("none")
 
     monkeypatch.setattr("inference.llamacpp.library", missing)
-    assert k_rows() is not quantise_rows
+    assert find_k_quantizer() is not quantise_rows
     assert (
         make(folders["dense"], tmp_path, "q4_k_m")["q4_k_m"].read_bytes()
         == files["dense"]["q4_k_m"].read_bytes()
@@ -405,7 +405,7 @@ def test_the_worst_logit_alone_is_rounding_until_it_is_far_off(error, kl, verdic
         "outtype": "f16",
         "greedy": {"largest_gap": 0.0},
     }
-    assert verdict_of({**row, "max_error": error, "kl": kl}, spread=3.0)[0] == verdict
+    assert verdict_of({**row, "max_error": error, "kl": kl}, logit_std=3.0)[0] == verdict
 
 
 @runtime

@@ -28,7 +28,7 @@ SOURCE_FILE = re.compile(
     r"training)/[\w/]+\.(?:md|py|sh|yaml)\b"
 )
 DEFINED = re.compile(r"([\w/]+\.py):(\w+)")
-WRITTEN = ("checkpoints/", "logs/", "results/", "data/store/")  # git ignores their content
+WRITTEN = ("checkpoints/", "logs/", "results/", "gguf/", "records/", "data/store/")  # by commands
 
 
 def read(name: str) -> str:

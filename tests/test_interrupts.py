@@ -19,9 +19,9 @@ from test_training import wait_for, wait_for_a_step
 
 import train
 from files import read_lines
-from training import guard
-from training.checkpoint_files import damage
-from training.guard import StopSignal
+from training import faults
+from training.checkpoint_files import find_damage
+from training.faults import StopSignal
 from training.logger import Log, LogConfig
 
 QUIET = ("validation.every=0", "checkpoint={every: 100, keep: 2}")
@@ -57,7 +57,7 @@ def is_whole(tmp_path: Path, step: int) -> bool:
     """Return True if a run's metrics and checkpoint are complete up to that step."""
     rows = [row["step"] for row in read_metrics(tmp_path / "logs")]
     folder = tmp_path / "checkpoints" / "one" / f"step_{step}"
-    return rows == list(range(1, step + 1)) and damage(folder) is None
+    return rows == list(range(1, step + 1)) and find_damage(folder) is None
 
 
 # Signals
@@ -87,14 +87,14 @@ def test_under_nohup_sighup_changes_nothing(settings, tmp_path, at_each_step, mo
 
 def test_only_a_second_sigterm_or_sigint_interrupts_the_save(monkeypatch):
     killed = []
-    monkeypatch.setattr(guard.os, "kill", lambda process, number: killed.append(number))
+    monkeypatch.setattr(faults.os, "kill", lambda process, number: killed.append(number))
     with StopSignal() as stop:
         signal.raise_signal(signal.SIGHUP)
         stop.time -= stop.GRACE + 1
         # Each once; an unhandled signal would kill the process.
         for number in (signal.SIGHUP, signal.SIGUSR1):
             signal.raise_signal(number)
-        assert killed == [] and guard.stop_status(stop.flags()) == 129
+        assert killed == [] and faults.stop_status(stop.flags()) == 129
         signal.raise_signal(signal.SIGTERM)
         assert killed == [signal.SIGTERM]
 

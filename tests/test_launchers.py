@@ -1,6 +1,5 @@
 """torchrun and accelerate launch: one-sentence errors for users, and the same training."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,11 @@ from test_training import losses, wait_for_a_step
 import torchrun_plugin
 
 BIN = Path(sys.executable).parent
+
+
+def launch_forked(*command: object, where: Path) -> subprocess.CompletedProcess:
+    """Do what `launch` does with a launcher and ranks that are forked: torch is imported once."""
+    return forked.run([sys.executable, *command], cwd=where, env=one_thread())
 
 
 def launch(*command: object, where: Path = ROOT) -> subprocess.CompletedProcess:
@@ -34,11 +38,12 @@ def test_accelerate_and_torch_distributed_run_do_so_too(tmp_path):
     flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     for launcher in (
         [BIN / "accelerate", "launch", *flags],
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"],
+        ["-m", "torch.distributed.run", "--nproc_per_node=2"],
     ):
         if launcher[0] == BIN / "accelerate" and not launcher[0].exists():
             continue
-        done = launch(*launcher, ROOT / "train_sft.py", "--config", "nope.yaml", where=tmp_path)
+        line = [*launcher, ROOT / "train_sft.py", "--config", "nope.yaml"]
+        done = launch_forked(*line, where=tmp_path)
         assert done.returncode == 2, done.stderr
         assert done.stderr.splitlines()[-1] == "error: config file nope.yaml not found"
         assert "Traceback" not in done.stderr
@@ -142,7 +147,7 @@ def test_accelerate_launch_trains_as_one_process_does(settings, tmp_path):
     flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     flags += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     script = [ROOT / "train.py", "--config", "configs/test_mode.yaml", *more]
-    done = launch(BIN / "accelerate", "launch", *flags, *script, where=tmp_path)
+    done = launch_forked(BIN / "accelerate", "launch", *flags, *script, where=tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == 6 and max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-5
@@ -153,16 +158,10 @@ def test_sigterm_to_plain_torchrun_saves_and_gives_its_status(settings, tmp_path
     more = settings("schedule.total_steps=5000", "checkpoint.every=4000", steps=4000)
     line = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
     line += ["--config", ROOT / "configs" / "test_mode.yaml", *more, "data.micro_batch_size=2"]
-    process = subprocess.Popen(
-        list(map(str, line)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**one_thread(), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"},
-    )
+    environment = {**one_thread(), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
+    process = forked.Process([sys.executable, *line], tmp_path, environment)
     wait_for_a_step(tmp_path / "logs")
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert "Traceback" not in errors

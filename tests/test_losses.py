@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from models import losses
-from models.losses import IGNORE, LossHead, compute_loss_with_z_penalty, token_losses
+from models.losses import IGNORE, LossHead, token_loss_sum, token_losses
 
 
 def plain(hidden, weight, targets, z_weight):
@@ -32,7 +32,7 @@ def example(dtype=torch.float32, ignored=0.3):
 @pytest.mark.parametrize("ignored", [0.0, 0.3])
 def test_loss_and_gradients_equal_the_plain_formula(chunk, z_weight, ignored):
     hidden, weight, targets = example(ignored=ignored)
-    loss, sums = compute_loss_with_z_penalty(token_losses(hidden, weight, targets, chunk), z_weight)
+    loss, sums = token_loss_sum(token_losses(hidden, weight, targets, chunk), z_weight)
     expected = plain(hidden, weight, targets, z_weight)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert sums["loss"].item() + sums["z_loss"].item() == pytest.approx(loss.item(), rel=1e-6)
@@ -69,7 +69,7 @@ def test_ignored_targets_count_for_nothing(chunk):
         and (losses.nll[~masked] > 0).all()
     )
     nothing = token_losses(hidden, weight, torch.full_like(targets, IGNORE), chunk)
-    loss, _ = compute_loss_with_z_penalty(nothing, 0.1)
+    loss, _ = token_loss_sum(nothing, 0.1)
     assert loss.item() == 0
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (hidden, weight)))
 
@@ -96,7 +96,7 @@ def test_whole_logits_are_never_built(monkeypatch):
     monkeypatch.setattr(
         "models.losses.F.linear", lambda *args: sizes.append(len(args[0])) or linear(*args)
     )
-    compute_loss_with_z_penalty(token_losses(hidden, weight, targets, 8), 1e-4)[0].backward()
+    token_loss_sum(token_losses(hidden, weight, targets, 8), 1e-4)[0].backward()
     assert max(sizes) == 8 and sum(sizes) == 2 * targets.numel()
 
 
@@ -123,9 +123,7 @@ def test_compiled_equals_eager(backend, dtype, head, monkeypatch):
     targets = targets.clamp_max(25)
     actual = []
     for compiled in (False, True):
-        loss, _ = compute_loss_with_z_penalty(
-            token_losses(hidden, weight, targets, 8, compiled, head=head), 0.1
-        )
+        loss, _ = token_loss_sum(token_losses(hidden, weight, targets, 8, compiled, head=head), 0.1)
         actual.append([loss, *torch.autograd.grad(loss, (hidden, weight))])
     for a, b in zip(*actual, strict=True):
         assert (a.float() - b.float()).abs().max() <= (
@@ -203,7 +201,7 @@ def test_no_softcap_and_one_target_keep_every_bit(chunk):
     for options in ({}, {"head": LossHead(vocab_size=29), "target_weights": (1.0,)}):
         for shape in (targets, targets[..., None]):
             losses = token_losses(hidden, weight, shape, chunk, **options)
-            loss, _ = compute_loss_with_z_penalty(losses, 0.1)
+            loss, _ = token_loss_sum(losses, 0.1)
             results.append([*losses, *torch.autograd.grad(loss, (hidden, weight))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

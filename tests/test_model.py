@@ -13,7 +13,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from models.hf import from_hf_config, load_hf, newest_step, save_hf
+from models.hf import from_hf_config, load_hf, resolve_checkpoint, save_hf
 from models.layers import RotaryEmbedding, apply_rotary
 from models.nanollama import ModelConfig, NanoLlama
 
@@ -99,9 +99,10 @@ def test_a_phase_folder_stands_for_its_newest_model(tmp_path):
         (tmp_path / step).mkdir()
     for step in ("step_9", "step_10"):
         (tmp_path / step / "config.json").touch()
-    assert newest_step(str(tmp_path)) == tmp_path / "step_10"  # step_11 is still being written
+    # step_11 is still being written.
+    assert resolve_checkpoint(str(tmp_path)) == tmp_path / "step_10"
     for folder in (tmp_path / "step_9", tmp_path / "step_11", tmp_path / "none.gguf"):
-        assert newest_step(str(folder)) == folder
+        assert resolve_checkpoint(str(folder)) == folder
 
 
 def test_what_has_no_counterpart_is_refused():

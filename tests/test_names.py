@@ -1,8 +1,10 @@
 """Names typed by users: data sets, misplaced config keys, flags; commands in any folder."""
 
+import ast
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -59,14 +61,14 @@ def test_download_takes_them(tmp_path, monkeypatch, capsys):
         assert asked.pop() == first
     message = complaint("fineweb-edu-validation")
     assert (
-        "is the held-out split of fineweb_edu, which prepare_data creates; download fineweb"
+        "is the validation split of fineweb_edu, which prepare_data creates; download fineweb"
         in message
     )
     (tmp_path / "documents" / "fineweb_edu").mkdir(parents=True)
     line = ["x", "--output", str(tmp_path), "--dataset", "fineweb-edu-validation"]
     monkeypatch.setattr(sys, "argv", line)
     download_data.main()  # downloads nothing
-    assert not asked and "is the held-out split of fineweb_edu" in capsys.readouterr().out
+    assert not asked and "is the validation split of fineweb_edu" in capsys.readouterr().out
 
 
 def test_a_mixture_of_other_names_is_answered(text_store):
@@ -279,6 +281,15 @@ def test_check_env_tells_what_the_1b_plan_lacks(free, gpus, tmp_path, monkeypatc
     assert status == (1 if free < 2 else 0) and "1.1B" not in output
 
 
+def test_check_env_names_missing_packages_of_evaluations(tmp_path, monkeypatch):
+    plan = check_env.load_plan("configs/plan_1b.yaml")
+    run = check_env.load(plan.phases[0].config)
+    monkeypatch.setattr(check_env, "_version", {"nltk": "1", "langdetect": "1"}.get)
+    absent = "needs xgrammar, alt-profanity-check for its evaluations"
+    missing = check_env.missing_for(plan, run)
+    assert f"{absent} (pip install -r requirements.txt)" in missing
+
+
 # requirements
 
 USERS = [
@@ -311,6 +322,28 @@ def test_requirements_name_the_users_packages_and_agree():
     )
     for name in {name for versions in files.values() for name in versions}:
         assert len({versions[name] for versions in files.values() if name in versions}) == 1, name
+
+
+def test_requirements_have_every_package_that_is_imported():
+    """A missing package is a missing score, and a no-go after days of training."""
+    packages = ("models", "data", "inference", "export", "training", "evals", "lab", "scripts")
+    trees = [
+        ast.parse(path.read_text(encoding="utf-8"))
+        for package in packages
+        for path in (ROOT / package).rglob("*.py")
+    ]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    ours = {path.stem for path in ROOT.glob("*") if path.suffix == ".py" or path.is_dir()}
+    foreign = {module.split(".")[0] for module in modules} - ours - sys.stdlib_module_names
+    distributions = packages_distributions()
+    names = {distributions.get(module, [module])[0] for module in foreign}
+    imported = {name.lower().replace("_", "-") for name in names}
+    assert {"xgrammar", "alt-profanity-check", "langdetect"} <= imported
+    installed = {**pins("requirements-core.txt"), **pins("requirements.txt")}
+    optional = {**pins("requirements-gpu.txt"), "ray": pins("requirements-cluster.txt")["ray"]}
+    assert imported - set(installed) - set(optional) == set()
 
 
 def test_setup_installs_again_only_what_changed(tmp_path):

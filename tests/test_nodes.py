@@ -21,7 +21,7 @@ from models.nanollama import NanoLlama, TransformerBlock
 from training.config import load
 from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
 from training.ops import profiling
-from training.ops.watchdog import LOST, Watch, exit_if_peer_lost
+from training.ops.watchdog import LOST, HangWatchdog, exit_if_peer_lost
 
 STEPS = 12
 
@@ -250,7 +250,7 @@ def children(process: forked.Process) -> list[int]:
 
 def test_the_cause_is_who_is_gone_else_who_is_behind_else_what_is_between():
     def cause(silent, *doing):
-        return Watch._cause(None, silent, [text.split(" ", 1) for text in doing])
+        return HangWatchdog._cause(None, silent, [text.split(" ", 1) for text in doing])
 
     computes, reads = "the computation", "reading the data"
     assert cause([1, 2], f"7 {computes}", f"7 {reads}", f"7 {reads}").startswith(
@@ -438,13 +438,14 @@ def test_no_memory_on_one_rank_ends_all_in_one_sentence(make, tmp_path):
 def test_a_trace_is_written_and_training_is_as_without(make, capfd, monkeypatch):
     import train
 
-    assert train_here(make("plain"))
+    rows = "data.micro_batch_size=8"  # one micro-batch: a short trace
+    assert train_here(make("plain", rows))
     monkeypatch.setattr(
         train,
         "pretrain",
         lambda *arguments, pretrain=train.pretrain, **_: pretrain(*arguments[:4], False, True),
     )
-    assert train_here(make("profiled"))
+    assert train_here(make("profiled", rows))
     assert losses(make.root / "profiled-logs") == losses(make.root / "plain-logs")
     printed = capfd.readouterr().out
     assert "ms/step" in printed and "aten::mm" in printed

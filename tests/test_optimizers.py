@@ -19,7 +19,7 @@ from training.optimizers import (
     group_of,
     parameter_groups,
 )
-from training.planning.memory import moment_bytes
+from training.planning.memory import optimizer_state_bytes
 
 MODEL = ModelConfig(
     vocab_size=32,
@@ -226,4 +226,4 @@ def test_bytes_of_the_state_with_every_option():
     gradients(model, 0)
     optimizer.step()
     actual = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-    assert moment_bytes(MODEL, "ddp", 1, config) == pytest.approx(actual, rel=0.001)
+    assert optimizer_state_bytes(MODEL, "ddp", 1, config) == pytest.approx(actual, rel=0.001)

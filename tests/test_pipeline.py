@@ -354,7 +354,7 @@ def test_mistakes(plan, run):
     content = yaml.safe_load((plan / "plan.yaml").read_text())
     content["before"] = {"Broken": "python -c exit(1)"}
     (plan / "plan.yaml").write_text(yaml.safe_dump(content))
-    assert "Stage 1 stopped (exit status 1)" in run(status=1).stderr
+    assert "Command 1 stopped (exit status 1)" in run(status=1).stderr
 
 
 def test_a_damaged_or_foreign_decision_is_made_again(plan, run):

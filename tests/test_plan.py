@@ -23,7 +23,7 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from data.dataloader import PackedDataLoader
 from data.store import open_shards
-from models.losses import compute_loss_with_z_penalty
+from models.losses import token_loss_sum
 from models.nanollama import ModelConfig, NanoLlama
 from training.config import DataConfig, RunConfig, load, to_dict
 from training.fsdp_utils import ParallelConfig, _keep_matmuls, set_last_micro_batch, wrap_model_fsdp
@@ -37,10 +37,10 @@ from training.planning.memory import (
     GPUS,
     activation_bytes,
     memory,
-    moment_bytes,
+    optimizer_state_bytes,
     parameter_shapes,
     sharded_bytes,
-    what_fits,
+    suggest_fitting_settings,
 )
 from training.planning.plan import Plan, PlanPhase, load_plan
 
@@ -123,7 +123,7 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
                 batches = [torch.randint(0, run.model.vocab_size, shape) for _ in range(steps)]
                 for i, tokens in enumerate(batches):
                     set_last_micro_batch(model, i == steps - 1, run.parallel.strategy)
-                    loss, sums = compute_loss_with_z_penalty(model(tokens, tokens), 1e-4)
+                    loss, sums = token_loss_sum(model(tokens, tokens), 1e-4)
                     loss.backward()
                     del loss, sums
                 step_peak, live.peak = live.peak, 0
@@ -149,7 +149,9 @@ def test_bytes_of_parameters_and_optimizer_state(strategy, ranks):
     parallel = ParallelConfig(strategy=strategy, dtype="bfloat16", compile=False)
     measured = measure(small_run(parallel, 1, ranks, model), ranks)
     assert sharded_bytes(model, strategy, ranks) == pytest.approx(measured["parameters"], rel=0.01)
-    assert moment_bytes(model, strategy, ranks) == pytest.approx(measured["moments"], rel=0.01)
+    assert optimizer_state_bytes(model, strategy, ranks) == pytest.approx(
+        measured["moments"], rel=0.01
+    )
     if strategy == "ddp" or ranks == 1:
         assert sharded_bytes(model, strategy, ranks) == 4 * model.num_parameters
 
@@ -162,10 +164,10 @@ def test_bytes_of_muon(strategy, ranks):
     model = replace(SMALL, num_hidden_layers=4)
     run = replace(small_run(parallel, 1, ranks, model), optim=OptimConfig(name="muon"))
     measured, estimate = measure(run, ranks), memory(run, ranks)
-    assert moment_bytes(model, strategy, ranks, run.optim) == pytest.approx(
+    assert optimizer_state_bytes(model, strategy, ranks, run.optim) == pytest.approx(
         measured["moments"], rel=0.01
     )
-    assert 1 <= (estimate.moments["optimizer step"] - CONTEXT) / measured["update"] <= 1.2
+    assert 1 <= (estimate.totals["optimizer step"] - CONTEXT) / measured["update"] <= 1.2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +193,7 @@ def test_peak_of_an_eager_step(strategy, checkpointing, dtype, micro_batches, mo
     run = small_run(parallel, micro_batches, 2)
     measured, estimate = measure(run, 2), memory(run, 2)
     assert 0.99 <= estimate.total / measured["peak"] <= 1.12
-    assert estimate.moments["optimizer step"] == pytest.approx(measured["update"], rel=0.02)
+    assert estimate.totals["optimizer step"] == pytest.approx(measured["update"], rel=0.02)
 
 
 def saved_bytes(
@@ -265,9 +267,9 @@ def test_the_1b_model_by_hand():
     assert activation_bytes(model, "selective") == 4 * 4096 + 2 * 512 + 2 * 11_264 + 128
     assert activation_bytes(model, "full") == 4096
     assert sharded_bytes(model, "zero2", 2) == 2 * model.num_parameters
-    assert moment_bytes(model, "ddp", 2) == 8 * model.num_parameters + 4 * (22 * 9 + 3)
+    assert optimizer_state_bytes(model, "ddp", 2) == 8 * model.num_parameters + 4 * (22 * 9 + 3)
     hidden = 22 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 2048 * 5632)
-    muon = moment_bytes(model, "ddp", 2, OptimConfig(name="muon"))
+    muon = optimizer_state_bytes(model, "ddp", 2, OptimConfig(name="muon"))
     assert muon == 8 * model.num_parameters - 4 * hidden + 4 * (22 * 2 + 3)
 
 
@@ -326,7 +328,7 @@ def test_what_does_not_fit_is_refused_and_the_advice_fits(plan_1b, gpu):
     with pytest.raises(ValueError, match=r"needs 7.* GB per GPU, but a GPU has"):
         check(report)
     run = load("configs/phase1_pretrain.yaml")
-    advice = what_fits(run, 2, GPUS[gpu])
+    advice = suggest_fitting_settings(run, 2, GPUS[gpu])
     assert advice and all(
         option.split(" (")[0] in report["phases"][0]["problem"] for option in advice
     )
@@ -347,11 +349,11 @@ def test_nothing_fits_and_wrong_arguments(plan_1b):
     run = load(
         "configs/phase1_pretrain.yaml", ["model.hidden_size=8192", "model.num_hidden_layers=80"]
     )
-    assert what_fits(run, 2, GPUS["rtx4090"]) == []
+    assert suggest_fitting_settings(run, 2, GPUS["rtx4090"]) == []
     for arguments, message in (
         ({"gpu": "h1000"}, "unknown --gpu h1000; available: h100, h200"),
         ({"gpu": "h100", "gpus": 3}, "32 rows per step do not divide into micro-batches of"),
-        ({"gpu": "h100", "mfu": 45.0}, "--mfu above 0 and at most 1"),
+        ({"gpu": "h100", "mfu": 45.0}, "--mfu 45 must be above 0 and at most 1"),
     ):
         with pytest.raises(ValueError, match=message):
             forecast(plan_1b, **arguments)
@@ -377,7 +379,7 @@ def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
     report = forecast(
         Plan("small", tuple(PlanPhase(str(path)) for path in paths)),
         "h100",
-        readable=readable_tokens,
+        training_tokens_of=readable_tokens,
     )
     so_far = dict.fromkeys(values, 0.0)
     for path, phase in zip(paths, report["phases"], strict=True):
@@ -409,7 +411,7 @@ def test_epochs_of_a_store_over_phases(settings, text_store, tmp_path):
         forecast(
             Plan("small", tuple(PlanPhase(str(path)) for path in paths)),
             "h100",
-            readable=readable_tokens,
+            training_tokens_of=readable_tokens,
         )
 
 

@@ -27,7 +27,7 @@ PLANS = sorted(
     if re.search(r"^phases:", path.read_text(), re.M)
 )
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CODE_BLOCK = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE_BLOCK = re.compile(r"^```\w*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"`((?:python|torchrun) [^`]+)`")
 SETTING = re.compile(r"`([a-z_.]+): ([^`]+)`")
 
@@ -39,7 +39,8 @@ class Parsed(Exception):
 def parse(command: str, monkeypatch) -> argparse.Namespace:
     """Parse a command's flags with its own parser.
 
-    Raises AssertionError if the parser refuses them or if a named .yaml or .py file is missing.
+    Raises AssertionError if the parser refuses them or if a named .yaml or .py file is missing. The
+    reader of a page writes files named my_*.
     """
     words = shlex.split(command)
     if words[0] == "torchrun":
@@ -81,7 +82,7 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
         except (SystemExit, ImportError, OSError) as error:
             raise AssertionError(f"{command}: {error!r}") from error
     for value in vars(namespaces[0]).values():
-        if str(value).endswith((".yaml", ".py")):
+        if str(value).endswith((".yaml", ".py")) and not str(value).startswith("my_"):
             assert Path(str(value)).is_file(), f"{command}: there is no {value}"
     if "scripts.run_evals" in words:
         for name, flags in open_suite(namespaces[0].suite)[0].evals.items():

@@ -115,7 +115,7 @@ def test_messages_with_and_without_their_prompt_in_front(tokenizer):
             },
             "several turns",
         ),
-        ({"prompt": "x", "chosen": 3, "rejected": "y"}, "neither text nor messages"),
+        ({"prompt": "x", "chosen": 3, "rejected": "y"}, "must be text or lists"),
     ):
         with pytest.raises(ValueError, match=expected):
             parse_messages(row)
@@ -123,7 +123,7 @@ def test_messages_with_and_without_their_prompt_in_front(tokenizer):
     for row, expected in (
         ({"prompt": "x", "chosen": " A", "rejected": "A\n"}, "the same"),
         ({"prompt": "x", "chosen": "A", "rejected": " \n"}, "an empty answer"),
-        ({"prompt": [says("x")], "chosen": "A", "rejected": "B"}, "assistant after nothing"),
+        ({"prompt": [says("x")], "chosen": "A", "rejected": "B"}, "'assistant' follows no message"),
         ({"prompt": "x", "chosen": [user("A")], "rejected": [user("B")]}, "no common prompt"),
     ):
         with pytest.raises(ValueError, match=expected):

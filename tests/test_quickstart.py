@@ -45,6 +45,8 @@ def quickstart(tmp_path_factory):
             **change,
             "checkpoint": {"every": 2, "keep": 2},
         }
+        if name == "base":
+            content["model"]["num_hidden_layers"] = 2
         path.write_text(yaml.safe_dump(content))
     path = place / "configs" / "quickstart" / "plan.yaml"
     plan = yaml.safe_load(path.read_text())
@@ -59,6 +61,12 @@ def quickstart(tmp_path_factory):
         stage["gates"] = [{**gate, "go": -9.0, "no_go": -10.0} for gate in stage["gates"]]
     for name in ("chat", "pairs"):
         plan["evals"][name] = plan["evals"][name].replace(" --limit 32", "") + " --limit 2"
+    for title, command in plan["before"].items():
+        if "generate_chat_data" in command:
+            plan["before"][title] += " --counts math=300 tools=200 factbook=300 pairs=200"
+    for title, command in plan["after"].items():
+        if "scripts.chat" in command:
+            plan["after"][title] = command.replace("tokens 60", "tokens 20")
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     path = place / "configs" / "quickstart" / "suite.yaml"
     suite = re.sub(r"--limit \d+", "--limit 2", path.read_text())

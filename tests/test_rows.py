@@ -327,7 +327,7 @@ UNMATCHED = [
     (PLAIN, [result("A")], "a tool call without a response"),
     (ONE, [result("Z", tool_call_id="z")], "unknown tool_call_id"),
     ([call("f", 1)], [result("Z", tool_call_id="z")], "unknown tool_call_id"),
-    (ONE, [result("A")], "without tool_call_id"),
+    (ONE, [result("A")], "lacks tool_call_id"),
     (
         CALLS,
         [result("A", tool_call_id="a"), result("A", tool_call_id="a")],
@@ -343,7 +343,7 @@ UNMATCHED = [
         [result("A", tool_call_id="a"), result("B")],
         "only some of the tool calls have an id",
     ),
-    ([call("f", 1)], [result("A"), result("B")], "more tool responses than tool calls"),
+    ([call("f", 1)], [result("A"), result("B")], "more tool messages than tool calls"),
     (ONE, [result("A", tool_call_id="a", name="g")], "names another function"),
     (ONE, [result("A", tool_call_id=["a"])], "'tool_call_id' must be text"),
     ([call("f", 1)], [result("A", name="g")], "a tool call without a response"),
@@ -393,9 +393,9 @@ FAULTY = [
     ([user(), says([{"type": "thinking", "thinking": "hm"}, TEXT])], "a part of type 'thinking'"),
     ([user(["a"]), says()], "content must be text"),
     ([user({"text": "a"}), says()], "content must be text"),
-    ([user([]), says()], "an empty user turn"),
-    ([user(None), says()], "an empty user turn"),
-    ([user(), says(None)], "an empty assistant turn"),
+    ([user([]), says()], "a user message is empty"),
+    ([user(None), says()], "a user message is empty"),
+    ([user(), says(None)], "an assistant message is empty"),
     ([user(), says("x", reasoning={"effort": "high"})], "reasoning must be text"),
     (
         [user(), says("x", reasoning="a", thinking="b")],
@@ -436,7 +436,7 @@ def test_keys_that_cannot_be_honoured_are_refused_by_name(folder, tmp_path, turn
         and report["named"][0].startswith("rows.jsonl:2: ")
         and message in report["named"][0]
     )
-    if message != "an empty assistant turn":  # DPO drops and counts empty answers
+    if message != "an assistant message is empty":  # DPO drops and counts empty answers
         pairs, report = dpo(
             folder, tmp_path, [PAIR, {"prompt": turns[:1], "chosen": turns[1:], "rejected": "b"}]
         )
@@ -565,7 +565,7 @@ def test_columns_that_change_the_meaning_are_read_or_refused(folder, tmp_path):
         "messages": [{"role": "developer", "content": "Be rude."}, *turns],
         "system": "Be kind.",
     }
-    assert "another system turn" in sft(folder, tmp_path, [GOOD, changed_row])[1]["named"][0]
+    assert "the column system differs" in sft(folder, tmp_path, [GOOD, changed_row])[1]["named"][0]
     [(text, _)], _ = sft(
         folder, tmp_path, [{"messages": changed_row["messages"]}], system="Be kind."
     )
@@ -587,7 +587,7 @@ def test_a_prompt_beside_whole_answers_is_not_lost(folder, tmp_path):
     (first, second), report = dpo(folder, tmp_path, rows)
     assert "kind" not in first[0] and "Be kind." in second[0] and first[1:] == second[1:]
     assert report["named"] == [
-        "pairs.jsonl:3: a prompt that is not among the turns before the answers"
+        "pairs.jsonl:3: prompt has turns that chosen and rejected do not begin with; remove them"
     ]
 
 

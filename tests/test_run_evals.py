@@ -240,7 +240,7 @@ def test_mistakes(run, place, tmp_path):
         (["--data", "mmlu=x"], "must be NAME=PATH with one of perplexity, hellaswag, truthfulqa"),
         (
             ["--gates", str(place / "plan.yaml"), "--at", "5"],
-            "has no milestone at step 5; it has milestones at 6, 7",
+            "choose one with --at (milestones: 6, 7; stages: none)",
         ),
         (
             ["--data", "perplexity=nowhere", "hellaswag=nowhere", "truthfulqa=nowhere"],
@@ -275,6 +275,6 @@ def test_gates_of_a_stage_are_found_by_its_folder(tmp_path):
     )
     assert gates_of(plan, folder / "phase1_pretrain" / "step_50000", None)[0].go == 25
     with pytest.raises(
-        ValueError, match=r"230000, and stages midtrain, sft, dpo: choose one with --at"
+        ValueError, match=r"neither a milestone nor a stage.*230000; stages: midtrain, sft, dpo"
     ):
         gates_of(plan, folder / "phase1_pretrain" / "step_51000", None)

@@ -103,7 +103,7 @@ def test_fractions_are_of_the_whole_run():
     steps = Curve(((0.55, 2.0), (0.6, 0.0)), by="fraction").over(100)
     assert steps(55) == 2.0 and steps(60) == 0.0
     windows = Curve(((0, 128), (10, 1792)))
-    assert [windows.whole(step) for step in (0, 1, 10)] == [128, 294, 1792]
+    assert [windows.rounded(step) for step in (0, 1, 10)] == [128, 294, 1792]
 
 
 # ---- applied

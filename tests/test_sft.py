@@ -20,10 +20,10 @@ from data.dataloader import PackedDataLoader
 from data.packing import IGNORE
 from models.hf import load_hf, read_hf_config
 from training import setup
+from training.fine_tuning import TuningRun
 from training.objectives import neftune_noise, next_token, with_neftune
 from training.schedulers import ScheduleConfig, WSDScheduler
 from training.settings import load_settings
-from training.tuning import TuningRun
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +450,7 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
             "chat.sources.rows.limit=-1 must be at least 1; leave it out to take all",
         ),
         (["chat.epochs=inf"], "chat.epochs='inf' must be a finite number"),
-        (["chat.samples=['']"], "chat.samples: invalid prompt '' .an empty user turn."),
+        (["chat.samples=['']"], "chat.samples: invalid prompt '' .a user message is empty"),
         (
             [f"chat.samples=['{'word ' * 400}']"],
             "chat.samples: 'word word .* leaves no room for a reply",

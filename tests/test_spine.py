@@ -22,7 +22,7 @@ from train_dpo import PreferenceRun
 from train_sft import SFTConfig
 from training import meter, setup
 from training.config import RunConfig, load, to_dict
-from training.guard import StepFlags
+from training.faults import StepFlags
 from training.logger import Log
 from training.loop import reduce, train
 from training.objectives import next_token
@@ -132,7 +132,7 @@ def test_one_clock_times_and_limits_each_step(clock, tmp_path, monkeypatch):  # 
         def pause(self):
             calls.append(("pause", clock.now))
 
-    monkeypatch.setattr(meter, "Watch", Watch)
+    monkeypatch.setattr(meter, "HangWatchdog", Watch)
     rows = test_meter.run_with(clock, tmp_path)
     first, *inner, last = calls[1:]
     assert calls[0] == (load(TEST_MODE).parallel.timeout_s, "hang") and (first, last) == (
@@ -146,7 +146,7 @@ def test_one_clock_times_and_limits_each_step(clock, tmp_path, monkeypatch):  # 
         )
     tree = ast.parse((ROOT / "training" / "loop.py").read_text(encoding="utf-8"))
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert not names & {"Meter", "Watch", "time"}
+    assert not names & {"Meter", "HangWatchdog", "time"}
 
 
 @pytest.mark.parametrize(("until", "end"), [(None, 9), (4, 4), (9, 9), (50, 9)])
@@ -201,7 +201,7 @@ def test_no_call_that_changes_a_run_hides_in_a_text():
     }
     for path in [
         *ROOT.glob("train*.py"),
-        ROOT / "training/tuning.py",
+        ROOT / "training/fine_tuning.py",
         *(ROOT / "training").glob("*.py"),
     ]:
         texts = [

@@ -40,7 +40,7 @@ from data import manifest
 from data.chat.tokenizer import cache_chat_tokenizer
 from files import is_full, read_lines, remove_stale, temporary, write_json
 from training import setup
-from training.guard import FaultState
+from training.faults import FaultState
 from training.logger import Log, LogConfig, append_event, log_in
 from training.reference import ReferenceLogps
 
@@ -644,7 +644,7 @@ def locales(tmp_path_factory) -> dict[str, dict[str, str]]:
     """Environments of non-UTF-8 locales; locales that localedef cannot create are missing."""
     folder = tmp_path_factory.mktemp("locales")
     environments = {"ASCII": {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}}
-    for language, charset in (("en_US", "ISO-8859-1"), ("zh_CN", "GB18030")):
+    for language, charset in (("en_US", "ISO-8859-1"), ("zh_CN", "GBK")):
         name = f"{language}.{charset}"
         if shutil.which("localedef"):
             subprocess.run(
@@ -669,7 +669,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("name", ["ASCII", "ISO-8859-1", "GB18030"])
+@pytest.mark.parametrize("name", ["ASCII", "ISO-8859-1", "GBK"])
 def test_files_and_output_are_the_same_in_every_locale(name, locales, chats, tmp_path):
     """Run SFT on text in many scripts, print and save its samples, and write its report page."""
     if name not in locales:

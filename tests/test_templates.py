@@ -17,7 +17,7 @@ from data.chat.template import jinja_template
 from data.chat.tokenizer import save_chat_tokenizer
 from data.synthetic import generate as synthetic
 from evals import eval_chat
-from evals.chat import Chat as OtherChat
+from evals.chat import CheckpointChat
 from evals.engines import folder_hash
 from inference.chat_formats import CompletionFormat, TemplateFormat, open_chat_format
 from inference.gguf_tokenizer import tokenizer_folder
@@ -81,10 +81,10 @@ def test_every_form_is_read(form, model):
         assert AutoTokenizer.from_pretrained(model).get_chat_template() == OWN
     if form == "none":
         with pytest.raises(ValueError, match="has no chat template"):
-            OtherChat(model)
+            CheckpointChat(model)
     else:
-        text = OtherChat(model).tokenizer.decode(
-            OtherChat(model).prompt([{"role": "user", "content": "Hi."}])
+        text = CheckpointChat(model).tokenizer.decode(
+            CheckpointChat(model).prompt([{"role": "user", "content": "Hi."}])
         )
         assert text == "[user] Hi.\n[assistant] "
 

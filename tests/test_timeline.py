@@ -11,7 +11,6 @@ import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import yaml
 from conftest import ROOT, read_metrics
@@ -142,8 +142,10 @@ def test_day_1(place):
 
 def test_the_plan_survives_four_weeks(place, drive):
     def real(words, env):
-        """Start scripts.launch; kill its rank 0 at step 20."""
-        launched = subprocess.Popen(words, env={**env, "OMP_NUM_THREADS": "1"})
+        """Start scripts.launch, whose parent is not the driver; kill its rank 0 at step 20."""
+        environment = {**env, "OMP_NUM_THREADS": "1"}
+        del environment[supervisor.DRIVER]
+        launched = forked.Process(words, Path.cwd(), environment)
         when(lambda: step() >= 20, lambda: os.kill(lock_holder(), signal.SIGKILL))
         return launched
 

@@ -16,8 +16,8 @@ from inference.gguf_tokenizer import NORMAL, UNUSED, build_tokenizer, read_vocab
 from models.hf import load_weights, save_hf
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
+from training.fine_tuning import open_base
 from training.reference import build_reference
-from training.tuning import open_base
 
 
 def tokenizer_with(change) -> str:

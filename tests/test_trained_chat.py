@@ -15,7 +15,7 @@ import train_sft
 from benchmarks import parity_dpo
 from data.chat.tokenizer import save_chat_tokenizer
 from data.chat.tools import TOOLS
-from data.chat.trained_chat import KEY, TrainedChat, name_of, offered, read_trained_chat, record
+from data.chat.trained_chat import KEY, ChatDefaults, name_of, offered, read_chat_defaults, record
 from data.manifest import read_json
 from data.synthetic import generate as synthetic
 from demo.page import tools_label
@@ -62,7 +62,7 @@ def tuned(tmp_path_factory, text_store) -> Path:
 
 
 def test_sft_records_what_it_trained_on(tuned):
-    trained = read_trained_chat(tuned)
+    trained = read_chat_defaults(tuned)
     assert trained and (trained.context, trained.tools_at_once, trained.thoughts) == (
         LENGTH,
         1,
@@ -92,7 +92,9 @@ def test_dpo_adds_to_the_record_of_its_base(tmp_path):
     }
     policy.write_text(json.dumps(config), encoding="utf-8")
     assert dpo_here(*dpo_settings(tmp_path, tmp_path), "steps=1")
-    assert read_trained_chat(tmp_path / "out" / "step_1") == TrainedChat(300, ("weekday",), 1, True)
+    assert read_chat_defaults(tmp_path / "out" / "step_1") == ChatDefaults(
+        300, ("weekday",), 1, True
+    )
 
 
 def test_a_record_joins_base_and_sources(tmp_path):
@@ -116,7 +118,7 @@ def test_a_record_joins_base_and_sources(tmp_path):
 def test_a_damaged_record_is_a_sentence(wrong, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({KEY: wrong}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"nanollama_chat of config\.json is damaged"):
-        read_trained_chat(tmp_path)
+        read_chat_defaults(tmp_path)
 
 
 @pytest.fixture(scope="module", params=["folder", "gguf"])
@@ -127,7 +129,7 @@ def model(request, tuned, tmp_path_factory) -> Path:
     write_gguf(
         tuned, {"f32": file}, read_vocabulary(tuned, read_config(tuned).vocab_size).put, "m", 1
     )
-    assert read_trained_chat(tokenizer_folder(file)) == read_trained_chat(tuned)
+    assert read_chat_defaults(tokenizer_folder(file)) == read_chat_defaults(tuned)
     return file
 
 
@@ -170,4 +172,4 @@ def test_without_a_record_all_is_offered(tmp_path, text_store):
     save_tiny(folder, tiny_config(max_position_embeddings=256), text_store)
     shutil.copytree(folder, tmp_path / "base")
     save_chat_tokenizer(folder, tmp_path / "base")
-    assert read_trained_chat(folder) is None and offered(None) == TOOLS
+    assert read_chat_defaults(folder) is None and offered(None) == TOOLS

@@ -24,7 +24,7 @@ from evals.local_rows import write_rows
 from evals.suite_config import open_suite
 from models.hf import save_hf
 from models.nanollama import NanoLlama
-from training.checkpoint_files import identity
+from training.checkpoint_files import model_hash
 from training.config import load, to_dict
 from training.logger import append_event
 
@@ -175,7 +175,7 @@ def pretrained(text_store: Path) -> None:
     base = Path("checkpoints/tiny/phase3_gold/step_6")
     values = {"perplexity": 11.5, "tokens": 12345}
     figures = {"all": {name: {"value": value, "stderr": None} for name, value in values.items()}}
-    of = {"checkpoint_hash": folder_hash(base), "of": identity(base)}
+    of = {"checkpoint_hash": folder_hash(base), "of": model_hash(base)}
     results = {"task": "perplexity", "metrics": figures, "n": 3, **of}
     put("results/tiny/step_6/perplexity.json", results)
     put("results/tiny/step_6/decision.json", {"of": of["of"], "metrics": figures})
@@ -240,4 +240,4 @@ def evaluated() -> None:
         "results/tiny/dpo/aligned.json", lambda content: content["metrics"].update(hellaswag=score)
     )
     metrics = json.loads(Path("results/tiny/dpo/aligned.json").read_text())["metrics"]
-    put("results/tiny/dpo/decision.json", {"of": identity(DPO), "metrics": metrics})
+    put("results/tiny/dpo/decision.json", {"of": model_hash(DPO), "metrics": metrics})

@@ -1,1 +1,1 @@
-"""What a run needs. Imports models; loaders and evaluators reach it as arguments."""
+"""Training: config, optimizers, loop, checkpoints. Loaders and evaluations are passed in."""

@@ -31,7 +31,7 @@ from training.checkpoint_files import (
     MANIFEST,
     TRAINER,
     check_complete,
-    damage,
+    find_damage,
     has_state,
     hash_files,
     read_manifest,
@@ -39,7 +39,7 @@ from training.checkpoint_files import (
     step_folders,
     step_of,
 )
-from training.checkpoint_writer import Copies, PlannerOfCopies, Writer, local_shards
+from training.checkpoint_writer import Copies, SnapshotSavePlanner, SyncedFileWriter, local_shards
 from training.distributed import raise_on_any_rank, run_on_every_rank, run_on_rank0
 from training.safe_pickle import load, read_index
 from training.state import State
@@ -99,7 +99,7 @@ class Checkpointer:
     """Saves and prunes the step folders of one phase. As a context, it waits for the last save.
 
     dtype: of the exported weights. tokenizer: folder whose files are copied into checkpoints; None
-    for dummy data. special: ids of bos, eos and pad, and other keys of config.json.
+    for dummy data. config_entries: ids of bos, eos and pad, and other keys of config.json.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class Checkpointer:
         config: CheckpointConfig,
         dtype: torch.dtype,
         tokenizer: Path | None,
-        special: dict[str, Any],
+        config_entries: dict[str, Any],
     ):
         self.folder, self.config, self.dtype = folder, config, dtype
-        self.tokenizer, self.special = tokenizer, special
+        self.tokenizer, self.config_entries = tokenizer, config_entries
         self._copies = Copies()
         self._group: dist.ProcessGroup | None = None  # of background saves only
         self._thread: threading.Thread | None = None
@@ -155,8 +155,8 @@ class Checkpointer:
     def save(self, state: State, metric: float | None = None, milestone: bool = False) -> None:
         """Write `step_N` atomically. metric: validation loss, if measured.
 
-        A milestone, or a step of config.milestones, is never pruned. A step saved again, as after
-        a signal that follows a skipped step, stays a milestone and keeps its metric.
+        A milestone, or a step of config.milestones, is never pruned. Saving an existing step again
+        keeps its milestone flag, and its metric if none is given.
 
         A background save returns as soon as all tensors are copied. An OSError (disk full) is
         raised on every rank, by save() or, for a background save, by wait(). Older folders stay.
@@ -181,7 +181,7 @@ class Checkpointer:
         tensors = {"model": model, "optimizer": optimizer}
         copies: dict[str, torch.Tensor] = {}
         if copy:
-            weights = whole_weights(
+            weights = full_state_dict(
                 state.model,
                 lambda name, weight: self._copies.take(f"whole {name}", weight.to(self.dtype)),
             )
@@ -190,7 +190,7 @@ class Checkpointer:
             }
             self._copies.finish()
         else:
-            weights = whole_weights(state.model)
+            weights = full_state_dict(state.model)
         metric = metric if metric is not None and math.isfinite(metric) else None
         return Snapshot(
             state.position(), state.model.config, metric, milestone, weights, tensors, copies
@@ -208,7 +208,10 @@ class Checkpointer:
         scratch = target.with_name(target.name + ".tmp")
         try:
             run_on_rank0(lambda: self._begin(scratch, snapshot), group)
-            planner, writer = PlannerOfCopies(snapshot.copies), Writer(scratch / "state")
+            planner, writer = (
+                SnapshotSavePlanner(snapshot.copies),
+                SyncedFileWriter(scratch / "state"),
+            )
             run_on_every_rank(
                 lambda: dcp.save(
                     snapshot.tensors, storage_writer=writer, planner=planner, process_group=group
@@ -226,7 +229,7 @@ class Checkpointer:
         self._clean_up()
         (scratch / "state").mkdir(parents=True)
         self.check_free_space(snapshot.config.num_parameters)
-        save_hf(scratch, snapshot.config, snapshot.weights, self.dtype, **self.special)
+        save_hf(scratch, snapshot.config, snapshot.weights, self.dtype, **self.config_entries)
         for name in TOKENIZER_FILES:
             if self.tokenizer and (self.tokenizer / name).is_file():
                 shutil.copyfile(self.tokenizer / name, scratch / name)
@@ -331,11 +334,11 @@ class Checkpointer:
         return self._first_complete(reversed(step_folders(self.folder)))
 
     def roll_back(self, step: int, phase: str) -> tuple[Path | None, list[str]]:
-        """Collective. The newest complete step folder of `phase` up to `step`, else the oldest.
+        """Collective. Rename checkpoints newer than the rollback target to `step_N.rolled_back`.
 
-        None if the phase has none. Newer folders are renamed to `step_N.rolled_back`, so that later
-        starts ignore them; the second value has their names. Each is deleted when its step is saved
-        again.
+        Returns the target and the new names. The target is the newest complete checkpoint of
+        `phase` at or before `step`, else the phase's oldest complete one, else None. Later starts
+        ignore renamed folders; each is deleted when its step is saved again.
         """
         self.wait()
         return run_on_rank0(lambda: self._roll_back(step, phase))
@@ -359,11 +362,11 @@ class Checkpointer:
         for path in folders:
             if not has_state(path):
                 continue
-            problem = damage(path)
+            problem = find_damage(path)
             if problem is None:
                 return path
             aside = self._set_aside(path, ".damaged")
-            print(f"warning: {path} is damaged ({problem}); set aside as {aside.name}", flush=True)
+            print(f"warning: {path} is damaged ({problem}); renamed to {aside.name}", flush=True)
         return None
 
     def _set_aside(self, path: Path, suffix: str) -> Path:
@@ -414,7 +417,7 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
     return position
 
 
-def whole_weights(
+def full_state_dict(
     model: torch.nn.Module,
     copy: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, weight: weight.cpu(),
 ) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def has_state(folder: Path) -> bool:
     return (folder / "state").is_dir() if manifest is None else TRAINER in manifest["files"]
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """The first missing, changed or unlisted file of a step folder, in words; None if complete."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -68,7 +68,7 @@ def damage(folder: Path) -> str | None:
     return next((f"{name} has changed" for name in sums if actual[name] != sums[name]), None)
 
 
-def identity(folder: Path) -> str:
+def model_hash(folder: Path) -> str:
     """A hash of the model: from the manifest of a step folder, or the files of any other folder.
 
     It excludes state/, so it stays the same when the state of an old checkpoint is deleted.
@@ -104,7 +104,7 @@ def check_complete(folder: Path) -> None:
         raise ValueError(
             f"{folder} has no state/ to resume from; load its weights only with init_from={folder}"
         )
-    problem = damage(folder)
+    problem = find_damage(folder)
     if problem:
         raise ValueError(f"{folder} is damaged ({problem}); resume from another checkpoint")
 

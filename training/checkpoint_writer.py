@@ -29,8 +29,8 @@ class Copies:
             torch.cuda.synchronize()
 
 
-class PlannerOfCopies(dcp.DefaultSavePlanner):
-    """Plans by the shapes of live tensors and writes their copies, if any."""
+class SnapshotSavePlanner(dcp.DefaultSavePlanner):
+    """Save planner that writes the snapshot's copies of tensors; without copies, live tensors."""
 
     def __init__(self, copies: dict[str, torch.Tensor]):
         super().__init__()
@@ -40,8 +40,11 @@ class PlannerOfCopies(dcp.DefaultSavePlanner):
         return self.copies[index.fqn] if index.fqn in self.copies else super().lookup_object(index)
 
 
-class Writer(dcp.FileSystemWriter):
-    """Writes one synced file per rank: torch 2.13 loses errors of all writing threads but one."""
+class SyncedFileWriter(dcp.FileSystemWriter):
+    """Storage writer with one synced file per rank.
+
+    With several writing threads torch 2.13 reports the error of only one.
+    """
 
     def __init__(self, folder: Path):
         super().__init__(folder, per_thread_copy_ahead=0)  # copying ahead waits for the GPU stream

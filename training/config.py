@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from models.nanollama import ModelConfig
-from ranges import FilledText, NonNegativeInt, PositiveFloat, PositiveInt, at_least, check_fields
+from ranges import NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, at_least, check_fields
 from training.checkpoint import CheckpointConfig
 from training.curves import Curve, check_curves
+from training.faults import FaultConfig
 from training.fsdp_utils import ParallelConfig
-from training.guard import FaultConfig
 from training.logger import LogConfig
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig
@@ -25,8 +25,8 @@ PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")
 class DataConfig:
     """Sources, mixture and batches."""
 
-    store: FilledText = "data/store/nanollama"  # folder with tokenizer/ and tokens/<source>/
-    mix: dict[str, PositiveFloat] = field(default_factory=dict)  # source -> weight, by tokens
+    store: NonEmptyText = "data/store/nanollama"  # folder with tokenizer/ and tokens/<source>/
+    mix: dict[str, PositiveFloat] = field(default_factory=dict)  # source -> weight of its tokens
     sequence_length: PositiveInt = 4096
     tokens_per_step: PositiveInt = 131_072  # over all ranks and micro-batches
     micro_batch_size: PositiveInt = 16  # rows per rank
@@ -60,11 +60,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """Evaluation on held-out rows during training."""
+    """Evaluation on validation rows during training."""
 
     every: NonNegativeInt = 1000  # steps, and always at the end of a phase; 0: no validation
-    before: bool = False  # also before the first step
-    rows: PositiveInt = 64  # held-out rows per source
+    before: bool = False  # also validate before the first step of a phase
+    rows: PositiveInt = 64  # validation rows per source
     batch_size: PositiveInt | None = None  # rows per rank; default: data.micro_batch_size
 
     def __post_init__(self) -> None:
@@ -86,11 +86,11 @@ class RunConfig:
         )
     }
 
-    run: str = "nanollama"
+    run: str = "nanollama"  # name in checkpoints/<run>/ and logs/<run>/; equal in all phases
     phase: str = "phase1_pretrain"
     steps: PositiveInt = 184_000  # updates in this phase
     start_step: NonNegativeInt | None = None  # step of the whole run at which this phase must begin
-    until: PositiveInt | None = None  # step of the whole run at which to save and pause
+    until: PositiveInt | None = None  # save and exit at this step of the whole run, as if paused
     # Base of the rotary embedding: one value, or [first, last] for a log-linear change over the
     # phase. Default: 10000, or that of the base model.
     rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = None
@@ -104,7 +104,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    # Settings that change over the steps, by name (training/curves.py:SCHEDULED).
+    # Other settings that change over the steps, by name (training/curves.py:SCHEDULED).
     schedules: dict[str, Curve] = field(default_factory=dict)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -61,7 +61,9 @@ class Curve:
         for i, point in enumerate(self.points):
             if len(point) != 2:
                 raise ValueError(f"{key}.points[{i}]={list(point)} must be two numbers, [x, value]")
-            at = NonNegativeFloat if self.by == "steps" else Annotated[float, at_least(0, most=1)]
+            at = (
+                NonNegativeFloat if self.by == "steps" else Annotated[float, at_least(0, maximum=1)]
+            )
             check(point[0], at, f"{key}.points[{i}][0]")
             check(point[1], allowed, f"{key}.points[{i}][1]")
         if any(before[0] >= after[0] for before, after in pairwise(self.points)):
@@ -78,7 +80,7 @@ class Curve:
         return replace(self, points=points, by="steps")
 
     def __call__(self, step: int) -> float:
-        """Return the value for the update after `step` updates."""
+        """Return the value for the update with the 0-based index `step`."""
         assert self.by == "steps", "call over() first"
         for (begin, first), (end, last) in pairwise(self.points):
             if step < end:
@@ -86,7 +88,7 @@ class Curve:
                 return first + (last - first) * SHAPES[self.shape](x)
         return self.points[-1][1]
 
-    def whole(self, step: int) -> int:
+    def rounded(self, step: int) -> int:
         """Return the value rounded to a whole number."""
         return round(self(step))
 
@@ -109,7 +111,7 @@ SCHEDULED: dict[str, Any] = {
 WINDOWS = ("short_window", "long_window")
 MULTI_TOKEN = ("multi_token.1", "multi_token.2")
 OF_LOADER = ("batch_tokens", "sequence_length")
-WHOLE = (*WINDOWS, *OF_LOADER)  # schedules whose values are rounded
+ROUNDED = (*WINDOWS, *OF_LOADER)  # schedules whose values are rounded
 
 
 def check_curves(curves: Mapping[str, Curve], optim: OptimConfig) -> None:

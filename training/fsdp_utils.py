@@ -23,7 +23,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model is distributed over ranks. Results are equal up to rounding."""
+    """Sharding, precision, compilation, attention kernel and activation checkpointing.
+
+    All choices but the precision (dtype, fp8) give equal results up to rounding.
+    """
 
     # zero2: parameters stay gathered from forward to backward. zero3: they are gathered again in
     # backward. ddp: every rank has all of them.
@@ -38,7 +41,7 @@ class ParallelConfig:
     replicas: PositiveInt = 1  # HSDP: copies, each sharded over neighbouring ranks; one per node
     # Seconds that ranks wait for each other in a step before the run ends; the first step may take
     # half an hour more.
-    timeout_s: Annotated[float, above(0, most=1e9)] = 300
+    timeout_s: Annotated[float, above(0, maximum=1e9)] = 300
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel")

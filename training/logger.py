@@ -68,7 +68,7 @@ class Log:
         self.folder, self.config, self.is_rank0, self.run = folder, config, is_rank0, run
         self.name, self.phase, self.step = run.get("run", folder.name), run.get("phase"), 0
         self.bar: tqdm | None = None
-        self.file: Rows | None = None
+        self.file: JsonlFile | None = None
         self.waiting: list[tuple[str, str]] = []  # (file name, line) of unwritten events
         self.broken = False  # the last write to the folder failed
         self.wandb: Any = None
@@ -125,7 +125,7 @@ class Log:
                 with open(self.folder / "metrics_redone.jsonl", "a", encoding="utf-8") as file:
                     file.write(redone)
             write_text(path, "".join(line for is_earlier, line in lines if is_earlier))
-        before, self.file = self.file, Rows(path, waiting)
+        before, self.file = self.file, JsonlFile(path, waiting)
         if before:
             before.close()
         if self.config.tensorboard:
@@ -167,8 +167,9 @@ class Log:
         """Record an event in both event files, print it, and send an alert if configured.
 
         kind: begun, resumed, ended, paused, stopped (by a signal or a no-go), failed, skipped (an
-        update), rollback, startup, gate, extend, checkpoint, measured (before the first step),
-        stuck, recovered, set_aside or alert_failed. fields: JSON values beside phase and step.
+        update), rollback, startup, measured (before the first step) or set_aside. append_event
+        records those of other processes: gate, extend, skipped_stage, restarted, gave_up,
+        set_aside, stuck, recovered and alert_failed. fields: JSON values beside phase and step.
         """
         if not self.is_rank0:
             return
@@ -317,7 +318,7 @@ class Log:
                 self.close()
 
 
-class Rows:
+class JsonlFile:
     """A .jsonl file. Rows wait until they can be written; a removed file is written again."""
 
     def __init__(self, path: Path, waiting: list[dict[str, Any]]):

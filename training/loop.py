@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from training.checkpoint import Checkpointer, load_state
 from training.config import RunConfig
+from training.faults import FaultState, StepFlags, StopSignal, stop_status
 from training.fsdp_utils import reshard, set_last_micro_batch
-from training.guard import FaultState, StepFlags, StopSignal, stop_status
 from training.logger import Log
 from training.meter import StepClock
 from training.objectives import Objective
 from training.schedulers import Schedule, apply_schedules, run_schedules
-from training.startup import NO_GO, check_startup, is_refused
+from training.startup import NO_GO, check_startup, resolve_earlier_no_go
 from training.state import State
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def train(
     0: reached the end. 128 + signal: stopped by a signal. 3: stopped by the start-up checks.
     evaluate(model) returns {source: {metric: value}}.
     """
-    if is_refused(run, state, log):
+    if resolve_earlier_no_go(run, state, log):
         return NO_GO
     if state.step >= state.end:
         return 0
@@ -98,7 +98,7 @@ def train(
                 "tokens": state.tokens,
                 "batch_index": state.batch_index,
                 "end": state.end,
-                **clock.figures(step.tokens),
+                **clock.metrics(step.tokens),
             }
 
             val_loss: float | None = None
@@ -167,7 +167,7 @@ def skip(
     apply_schedules(schedules, state.step - 1)
     checkpointer.save(state)
     log.open(state.step, state.end, state.phase)
-    aside = f"; set aside {', '.join(newer)}" if newer else ""
+    aside = f"; newer checkpoints are now {', '.join(newer)}" if newer else ""
     log.event(
         "rollback",
         f"        rolled back {failed_step - state.step} steps to {source}{aside}; "

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from models.kinds import AnyConfig
 from models.speedrun_gpt import GPTConfig
 from training.config import RunConfig
-from training.ops.watchdog import COMPUTES, READS, Watch
+from training.ops.watchdog import COMPUTES, READS, HangWatchdog
 
 PEAK_FLOPS = {  # dense bf16, per GPU; the first name contained in the device's name applies
     "H100 PCIe": 756e12,
@@ -65,20 +65,20 @@ class Meter:
         An optimizer step still in a GPU's queue counts toward the next step, so means are right.
         """
         seconds = time.perf_counter() - self.began
-        figures = {
+        metrics = {
             "tokens_per_s": tokens / seconds,
             "step_s": seconds,
             "data/wait_frac": self.waited / seconds,
         }
         if self.peak:
-            figures["mfu"] = tokens / seconds / self.world * self.flops / self.peak
+            metrics["mfu"] = tokens / seconds / self.world * self.flops / self.peak
         if self.device.type == "cuda":
-            figures["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            figures |= self._gpu_utilization()
+            metrics["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            metrics |= self._gpu_utilization()
         else:
             unit = 1 if sys.platform == "darwin" else 1024
-            figures["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-        return figures
+            metrics["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return metrics
 
     def _gpu_utilization(self) -> dict[str, float]:
         """Share of the last second in which the GPU ran kernels; {} between samples, on errors."""
@@ -95,7 +95,7 @@ class Meter:
 class StepClock:
     """The clock of the training loop: times each step, and limits its duration.
 
-    A step runs from begin() to figures(): first its data, then its computation. The time limit
+    A step runs from begin() to metrics(): first its data, then its computation. The time limit
     (parallel.timeout_s) covers begin() to computed(). Neither covers validation, logging or saving.
     """
 
@@ -103,7 +103,7 @@ class StepClock:
         self.meter = Meter(
             run.model, run.data.sequence_length, dist.get_world_size(), device, run.log.every
         )
-        self.watch = Watch(run.parallel.timeout_s, run.logs / "hang")
+        self.watch = HangWatchdog(run.parallel.timeout_s, run.logs / "hang")
         self.step = 0
 
     def __enter__(self) -> "StepClock":
@@ -128,6 +128,6 @@ class StepClock:
         """All ranks have passed the step's reduction; the time limit ends."""
         self.watch.pause()
 
-    def figures(self, tokens: int) -> dict[str, float]:
+    def metrics(self, tokens: int) -> dict[str, float]:
         """End the step and return the metrics of Meter.stop. tokens: of all ranks."""
         return self.meter.stop(tokens)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.losses import compute_loss_with_z_penalty
+from models.losses import token_loss_sum
 
 if TYPE_CHECKING:
     from data.dataloader import Batch
@@ -23,7 +23,7 @@ Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 def _next_token(
     model: nn.Module, batch: Batch, z_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    return compute_loss_with_z_penalty(model(batch.tokens, batch.targets, batch.doc_ids), z_weight)
+    return token_loss_sum(model(batch.tokens, batch.targets, batch.doc_ids), z_weight)
 
 
 def next_token(z_weight: float) -> Objective:

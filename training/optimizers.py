@@ -20,7 +20,7 @@ DECAYED = ("matrices", "head")  # groups with weight decay by default
 class GroupConfig:
     """Settings of one parameter group. None: as in the optim section."""
 
-    lr: NonNegativeFloat = 1.0  # factor of optim.lr
+    lr: NonNegativeFloat = 1.0  # factor on optim.lr, not a rate
     beta1: Fraction | None = None
     beta2: Fraction | None = None
     eps: PositiveFloat | None = None

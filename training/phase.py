@@ -37,7 +37,7 @@ class TokenizerFiles(NamedTuple):
     """The tokenizer that checkpoints contain."""
 
     folder: Path | None
-    special: dict[str, Any]  # ids of bos, eos and pad, and other keys of config.json
+    config_entries: dict[str, Any]  # ids of bos, eos and pad, and other keys of config.json
     new_tokens: range | None = None  # ids missing from the tokenizer of run.init_from
 
 
@@ -57,7 +57,7 @@ def _full_disk(run: RunConfig) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stage:
-    """The values in which pretraining, SFT and DPO differ."""
+    """What a training stage (pretraining, SFT or DPO) passes to run_phase."""
 
     loader: "Loader"
     objective: Objective
@@ -78,14 +78,14 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
         run_on_rank0(lambda: locks.enter_context(locked(run.checkpoints, run.logs)))
         tokenizer, dtype = stage.tokenizer, compute_dtype(run.parallel, device)
         checkpointer = Checkpointer(
-            run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.special
+            run.checkpoints, run.checkpoint, dtype, tokenizer.folder, tokenizer.config_entries
         )
         secrets = setup.secrets(run.log.alerts.secrets)
         log = Log(run.logs, run.log, dist.get_rank() == 0, asdict(run), secrets)
         state = setup.build(run, device, new_tokens=tokenizer.new_tokens)
-        grown = tokenizer.new_tokens is not None
+        tokenizer_extended = tokenizer.new_tokens is not None
         restored, source = setup.restore_or_init(
-            run, state, checkpointer, stage.loader.fingerprint, grown
+            run, state, checkpointer, stage.loader.fingerprint, tokenizer_extended
         )
         origin, will_train = f"{run.run} {run.phase}: {restored}", state.step < state.end
         at_start = state.step == state.phase_start

@@ -111,7 +111,7 @@ def _preference(
     loss = losses.sum()
     sft_sums = {}
     if config.sft_weight:
-        nll = -(logps[0] * batch.per_token * batch.counted).sum()
+        nll = -(logps[0] * batch.sft_weight_per_token * batch.counted).sum()
         loss = loss + config.sft_weight * nll
         sft_sums["sft_loss"] = nll.detach()
     with torch.no_grad():
@@ -156,11 +156,11 @@ def evaluate_pairs(
     model: nn.Module,
     objective: Objective,
     sources: Mapping[str, tuple[list[Any], int]],
-    total: Callable[[Tensor], Tensor],
+    all_reduce_sum: Callable[[Tensor], Tensor],
 ) -> dict[str, dict[str, float]]:
     """Means of the objective's metrics by source, and over all pairs as "all".
 
-    sources: batches of this rank, and number of pairs over all ranks. total: sums over ranks.
+    sources: batches of this rank, and number of pairs over all ranks. all_reduce_sum: over ranks.
     """
     device = next(model.parameters()).device
     results: dict[str, dict[str, float]] = {}
@@ -172,7 +172,9 @@ def evaluate_pairs(
                 sums[key] = (
                     sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
                 )
-        totals = dict(zip(sums, total(torch.stack(list(sums.values()))).tolist(), strict=True))
+        totals = dict(
+            zip(sums, all_reduce_sum(torch.stack(list(sums.values()))).tolist(), strict=True)
+        )
         results[name] = {key: value / pairs for key, value in totals.items()}
         overall = {key: overall.get(key, 0.0) + value for key, value in totals.items()}
     pairs = sum(number for _, number in sources.values())

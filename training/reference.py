@@ -27,8 +27,8 @@ from training.distributed import run_on_rank0
 from training.fsdp_utils import wrap_model_fsdp
 from training.preference_losses import answer_logps
 
-Name = tuple[str, int]  # source, pair index
-Steps = Iterable[tuple[list[Name], Callable[[], Iterable[tuple[list[Name], Any]]]]]
+PairKey = tuple[str, int]  # source, pair index
+Steps = Iterable[tuple[list[PairKey], Callable[[], Iterable[tuple[list[PairKey], Any]]]]]
 SAVE_EVERY = 200  # batches
 
 
@@ -47,7 +47,7 @@ class ReferenceLogps:
             if name in sizes:
                 self.values[name] = values
 
-    def lookup(self, split: str, names: list[Name], batch: Any = None) -> Tensor:
+    def lookup(self, split: str, names: list[PairKey], batch: Any = None) -> Tensor:
         """Return [2n] log-probabilities: the n chosen answers, then the n rejected ones."""
         return torch.stack(
             [self.values[f"{split}/{name}"][index] for name, index in names]
@@ -67,8 +67,8 @@ class ReferenceLogps:
         """
         computed, batches = 0, 0
         reference: nn.Module | None = None
-        logps_by_key: dict[Name, Tensor] = {}
-        scheduled: set[Name] = set()
+        logps_by_key: dict[PairKey, Tensor] = {}
+        scheduled: set[PairKey] = set()
         for split, step_pairs, make_batches in (
             (split, *step) for split, split_steps in steps.items() for step in split_steps
         ):
@@ -102,7 +102,7 @@ class ReferenceLogps:
             torch.cuda.empty_cache()
         return computed
 
-    def _save(self, logps_by_key: dict[Name, Tensor]) -> int:
+    def _save(self, logps_by_key: dict[PairKey, Tensor]) -> int:
         """Gather the results of all ranks and write the file; return their number. Collective."""
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, logps_by_key)

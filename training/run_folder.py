@@ -57,6 +57,18 @@ def _lock(handle: int) -> bool:
             time.sleep(0.1)
 
 
+def in_use(folder: Path) -> bool:
+    """Return True if a process holds the lock of a run's folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    with open(folder / LOCK, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def claim(run: RunConfig, source: Path | None) -> str:
     """Record that checkpoint and log folders belong to this run.
 

@@ -245,13 +245,17 @@ class SafePlanner(dcp.DefaultLoadPlanner):
         super().load_bytes(read_item, plain)
 
 
-def load(tensors: dict[str, Any], state: Path, no_dist: bool = False) -> None:
+def load(
+    tensors: dict[str, Any], state: Path, no_dist: bool = False, reader: SafeReader | None = None
+) -> None:
     """Run dcp.load of a state/ folder into `tensors`; collective unless no_dist.
 
-    Raises ValueError if the checkpoint is invalid on any rank.
+    reader: reads the index once for several loads. Raises ValueError if the checkpoint is invalid
+    on any rank.
     """
     try:
-        dcp.load(tensors, storage_reader=SafeReader(state), planner=SafePlanner(), no_dist=no_dist)
+        reader = reader or SafeReader(state)
+        dcp.load(tensors, storage_reader=reader, planner=SafePlanner(), no_dist=no_dist)
     except CheckpointException as error:  # wraps the error of any rank
         cause = next(cause for cause, _ in error.failures.values())
         first_line = str(cause).strip().split("\n")[0][:300]

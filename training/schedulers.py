@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from models.nanollama import NanoLlama
 from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
-from training.curves import MULTI_TOKEN, OF_LOADER, SCHEDULED, WHOLE, WINDOWS
+from training.curves import MULTI_TOKEN, OF_LOADER, ROUNDED, SCHEDULED, WINDOWS
 from training.optimizers import GroupConfig, OptimConfig, group_settings
 
 if TYPE_CHECKING:
@@ -52,10 +52,11 @@ DECAYS = {  # fraction of the way from the peak to min_lr, at fraction x of the 
 
 
 class WSDScheduler:
-    """Warmup-stable-decay (arXiv:2404.06395): number of updates made so far -> next learning rate.
+    """Warmup-stable-decay (arXiv:2404.06395): 0-based index of an update -> learning rate.
 
-    Update 0 has peak / warmup_steps, update warmup_steps - 1 the peak. The last update
-    (total_steps - 1) and all later ones have exactly min_lr.
+    Update 0 has peak / warmup_steps, update warmup_steps - 1 the peak. With decay_steps > 0, update
+    total_steps - 1 and all later ones have exactly min_lr. With decay_steps = 0 the rate stays at
+    the peak.
 
     `WSDScheduler(optimizer, warmup_steps, stable_steps, decay_steps)` returns an OptimizerSchedule.
     """
@@ -86,6 +87,7 @@ class WSDScheduler:
 class OptimizerSchedule(WSDScheduler):
     """Warmup-stable-decay with the interface of torch.optim.lr_scheduler.
 
+    `WSDScheduler(optimizer, warmup_steps, stable_steps, decay_steps)` returns it.
     The peak of a parameter group is its learning rate at construction, which sets the rates of the
     first update. Call step() after optimizer.step() to set those of the next.
     """
@@ -189,7 +191,7 @@ def _curve_schedules(
             kind, group = name.split(".")[0], name.removeprefix("lr.")
             need = f"a model with parameters in group {group}" if kind == "lr" else NEEDS[kind]
             raise ValueError(f"schedules.{name} needs {need}; remove it")
-        schedules.append(Schedule(name, curve.whole if name in WHOLE else curve, setters[name]))
+        schedules.append(Schedule(name, curve.rounded if name in ROUNDED else curve, setters[name]))
     return schedules
 
 
@@ -199,7 +201,7 @@ def of_step(run: "RunConfig", name: str, constant: int) -> int | Callable[[int],
     For settings of a loader, OF_LOADER.
     """
     curve = run.schedules.get(name)
-    return constant if curve is None else curve.over(run.schedule.total_steps).whole
+    return constant if curve is None else curve.over(run.schedule.total_steps).rounded
 
 
 def _setters(optim: OptimConfig, state: "State", names: list[str]) -> dict[str, Setter]:
@@ -256,13 +258,13 @@ def _together(names: Sequence[str], apply: Callable[[dict[str, float]], None]) -
 
 
 def theta_at(first: float, last: float, step: int, phase_start: int, phase_end: int) -> float:
-    """Rope theta of the update after `step` updates: log-linear from first to last in the phase."""
+    """Rope theta of the update with 0-based index `step`: log-linear over the phase."""
     fraction = max(0, step - phase_start) / max(1, phase_end - phase_start - 1)
     return first * (last / first) ** fraction
 
 
 def apply_schedules(schedules: Sequence[Schedule], step: int) -> dict[str, float]:
-    """Set every scheduled setting for the update after `step` updates; return them by name."""
+    """Set scheduled settings for the update with 0-based index `step`; return them by name."""
     values = {schedule.name: schedule.value(step) for schedule in schedules}
     for schedule in schedules:
         schedule.apply(values[schedule.name])

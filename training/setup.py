@@ -28,11 +28,11 @@ from models.kinds import build_model
 from models.speedrun_gpt import GPTConfig
 from torchrun_plugin import LAUNCHER
 from training.checkpoint import Checkpointer, load_state
-from training.checkpoint_files import damage, has_state, identity, read_phase, step_folders
+from training.checkpoint_files import find_damage, has_state, model_hash, read_phase, step_folders
 from training.config import PHASES_DIFFER, RunConfig, to_dict
 from training.distributed import run_on_rank0
+from training.faults import FaultState
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
-from training.guard import FaultState
 from training.ops.supervisor import terminate_with_launcher
 from training.ops.watchdog import exit_if_peer_lost
 from training.optimizers import build_optimizer
@@ -162,7 +162,11 @@ def build(
 
 
 def restore_or_init(
-    run: RunConfig, state: State, checkpointer: Checkpointer, fingerprint: str, grown: bool = False
+    run: RunConfig,
+    state: State,
+    checkpointer: Checkpointer,
+    fingerprint: str,
+    tokenizer_extended: bool = False,
 ) -> tuple[str, Path | None]:
     """Set `state` to the start of this run. Returns a description and the source folder, if any.
 
@@ -172,17 +176,18 @@ def restore_or_init(
     3. init_from: its weights, at step 0.
     4. From scratch.
 
-    grown: the tokenizer is that of init_from with added tokens. ValueError if the phase would not
+    tokenizer_extended: it is that of init_from with added tokens. ValueError if the phase would not
     begin at start_step, or if a checkpoint does not belong to this run.
     """
     latest = checkpointer.newest()
     earlier = run_on_rank0(lambda: _find_earlier(run, required=latest is None))
     source = latest or earlier
-    state.data, state.rate = fingerprint, {"peak": run.optim.lr, **vars(run.schedule)}
+    state.data_fingerprint = fingerprint
+    state.lr_schedule = {"peak": run.optim.lr, **vars(run.schedule)}
     run_on_rank0(lambda: checkpointer.check_free_space(run.model.num_parameters))
     _check_end(run, state)
-    base = run_on_rank0(lambda: identity(Path(str(run.init_from)))) if run.init_from else ""
-    if source is None and run.init_from and not grown:
+    base = run_on_rank0(lambda: model_hash(Path(str(run.init_from)))) if run.init_from else ""
+    if source is None and run.init_from and not tokenizer_extended:
         _check_tokenizer(Path(run.init_from), checkpointer.tokenizer)
     if source is None:
         _check_start(run, 0, None)
@@ -202,7 +207,7 @@ def restore_or_init(
                 f"resume_from={source}"
             )
         _check_start(run, state.step, source)
-        state.batch_index, state.phase_start, state.parent = 0, state.step, identity(source)
+        state.batch_index, state.phase_start, state.parent = 0, state.step, model_hash(source)
         state.faults = FaultState(**position["faults"]).next_phase()
         _check_end(run, state)
         _check_rate(run, position)
@@ -222,7 +227,7 @@ def restore_or_init(
             "text would be repeated or skipped; undo the change, or set data.accept_changed=true"
         )
     is_phase_start = earlier and read_phase(earlier) != run.phase
-    if latest and earlier and is_phase_start and identity(earlier) != state.parent:
+    if latest and earlier and is_phase_start and model_hash(earlier) != state.parent:
         raise ValueError(
             f"{latest} did not start from {earlier} but from another checkpoint; move "
             f"{latest.parent} away to restart this phase, or remove resume_from to continue it"
@@ -331,7 +336,7 @@ def find_checkpoint(path: Path, required: bool) -> Path | None:
         return path
     folders = reversed(step_folders(path)) if path.is_dir() else ()
     newest = next(
-        (folder for folder in folders if has_state(folder) and damage(folder) is None), None
+        (folder for folder in folders if has_state(folder) and find_damage(folder) is None), None
     )
     if newest is None and required:
         raise ValueError(

@@ -35,15 +35,15 @@ class StartupConfig:
     max_grad_norm: Bound | None = None  # bound on the median over the window, before clipping
     min_tokens_per_s: Bound | None = None  # over all ranks
     # Of rank 0's GPU, 0 to 1; needs nvidia-ml-py.
-    min_gpu_utilization: Annotated[float, above(0, most=1, hint=OFF)] | None = None
+    min_gpu_utilization: Annotated[float, above(0, maximum=1, hint=OFF)] | None = None
     accept: str | None = None  # reason to continue after a no-go; the log records it
 
     def __post_init__(self) -> None:
         check_fields(self, "startup")
 
 
-class Figure(NamedTuple):
-    """A measured value with its bounds."""
+class BoundedMetric(NamedTuple):
+    """A metric of the first steps with its bounds."""
 
     name: str
     value: float | None  # None: not measured, which is a no-go
@@ -76,7 +76,7 @@ def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
     if not run.startup.steps or not checks or not _has_bound(run, state, first=done < window):
         return False
 
-    def measure() -> list[Figure]:
+    def measure() -> list[BoundedMetric]:
         rows = _rows(run.logs, state)
         return [figure for check in checks for figure in check(run, state, rows)]
 
@@ -94,8 +94,11 @@ def check_startup(run: "RunConfig", state: State, log: Log) -> bool:
     return bool(state.faults.no_go)
 
 
-def is_refused(run: "RunConfig", state: State, log: Log) -> bool:
-    """True if the start-up checks ended this run earlier and startup.accept is not set."""
+def resolve_earlier_no_go(run: "RunConfig", state: State, log: Log) -> bool:
+    """Return True if start-up checks of an earlier command still forbid training.
+
+    With startup.accept, log that the no-go is accepted, clear state.faults.no_go and return False.
+    """
     if state.faults.no_go and run.startup.accept:
         text = f"        accepted: {run.startup.accept}; previous outcome: {state.faults.no_go}"
         log.event("startup", text, outcome="no-go", accepted=run.startup.accept, step=state.step)
@@ -126,16 +129,20 @@ def _rows(logs: Path, state: State) -> list[dict[str, Any]]:
     return [row for row in read_lines(logs / "metrics.jsonl") if row.get("step") in steps]
 
 
-def _first_step(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -> Iterable[Figure]:
+def _first_step(
+    run: "RunConfig", state: State, rows: list[dict[str, Any]]
+) -> Iterable[BoundedMetric]:
     margin = run.startup.loss_margin
     if margin is not None and _from_scratch(run, state):
         uniform = math.log(run.model.vocab_size)
         advice = "model.initializer_range, and whether the data use this tokenizer"
         loss = _first_loss(state, rows)
-        yield Figure("first loss", loss, uniform - margin, uniform + margin, advice)
+        yield BoundedMetric("first loss", loss, uniform - margin, uniform + margin, advice)
 
 
-def _full_window(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -> Iterable[Figure]:
+def _full_window(
+    run: "RunConfig", state: State, rows: list[dict[str, Any]]
+) -> Iterable[BoundedMetric]:
     config, warm = run.startup, rows[min(WARM_UP, len(rows) // 2) :]
     is_full = _window(run, state) == config.steps
     if config.fall is not None and is_full and _from_scratch(run, state):
@@ -144,25 +151,25 @@ def _full_window(run: "RunConfig", state: State, rows: list[dict[str, Any]]) -> 
         advice = (
             "the loss curve (python -m scripts.plot_run), optim.lr, schedule.warmup_steps and data"
         )
-        yield Figure("fall of the loss", fall, config.fall, None, advice)
+        yield BoundedMetric("fall of the loss", fall, config.fall, None, advice)
     if config.max_grad_norm is not None:
         norm = median(row["grad_norm"] for row in rows) if rows else None
         advice = (
             "grad_norm in metrics.jsonl; a lower optim.lr or a longer schedule.warmup_steps "
             "may help"
         )
-        yield Figure("median gradient norm", norm, None, config.max_grad_norm, advice)
+        yield BoundedMetric("median gradient norm", norm, None, config.max_grad_norm, advice)
     if config.min_tokens_per_s is not None:
         seconds = sum(row["step_s"] for row in warm)
         tokens = sum(row["step_s"] * row["tokens_per_s"] for row in warm)
         advice = "mfu and data/wait_frac in metrics.jsonl, and the parallel section of the config"
         rate = tokens / seconds if seconds else None
-        yield Figure("tokens/s", rate, config.min_tokens_per_s, None, advice)
+        yield BoundedMetric("tokens/s", rate, config.min_tokens_per_s, None, advice)
     if config.min_gpu_utilization is not None:
         shares = [row["gpu_util"] for row in warm if "gpu_util" in row]
         advice = "data/wait_frac in metrics.jsonl; the measurement needs nvidia-ml-py"
         share = fmean(shares) if shares else None
-        yield Figure("GPU utilization", share, config.min_gpu_utilization, None, advice)
+        yield BoundedMetric("GPU utilization", share, config.min_gpu_utilization, None, advice)
 
 
 def _first_loss(state: State, rows: list[dict[str, Any]]) -> float | None:
@@ -170,7 +177,7 @@ def _first_loss(state: State, rows: list[dict[str, Any]]) -> float | None:
     return rows[0]["loss"] if is_first else None
 
 
-def _no_go_text(bad: list[Figure], step: int) -> str:
+def _no_go_text(bad: list[BoundedMetric], step: int) -> str:
     figures, advice = "; ".join(map(str, bad)), "; ".join(figure.advice for figure in bad)
     return (
         f"no-go at step {step:,} in the start-up checks: {figures}. The run is saved. Inspect "

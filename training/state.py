@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from models.kinds import AnyModel
-from training.guard import FaultState
+from training.faults import FaultState
 
 
 @dataclass
@@ -21,15 +21,15 @@ class State:
     model: AnyModel  # sharded by FSDP2
     optimizer: torch.optim.Optimizer
     phase: str
-    phase_start: int = 0  # first step of the phase
-    phase_end: int = 0  # last step of the phase
+    phase_start: int = 0  # updates made before the phase
+    phase_end: int = 0  # updates made when the phase ends
     step: int = 0
     batch_index: int = 0
     tokens: int = 0  # over all phases
-    data: str = ""  # the loader's fingerprint
+    data_fingerprint: str = ""  # the loader's
     faults: FaultState = field(default_factory=FaultState)
     parent: str = ""  # identity of the checkpoint before this phase; "" for none
-    rate: dict[str, Any] = field(default_factory=dict)  # peak and schedule of the learning rate
+    lr_schedule: dict[str, Any] = field(default_factory=dict)  # peak and ScheduleConfig
     until: int | None = None  # step at which this command pauses; not saved in checkpoints
 
     @property
@@ -39,18 +39,18 @@ class State:
 
     def position(self) -> dict[str, Any]:
         """The content of trainer.json."""
-        names = (
-            "phase",
-            "phase_start",
-            "phase_end",
-            "step",
-            "batch_index",
-            "tokens",
-            "data",
-            "parent",
-            "rate",
-        )
-        return {**{name: getattr(self, name) for name in names}, "faults": asdict(self.faults)}
+        return {
+            "phase": self.phase,
+            "phase_start": self.phase_start,
+            "phase_end": self.phase_end,
+            "step": self.step,
+            "batch_index": self.batch_index,
+            "tokens": self.tokens,
+            "data": self.data_fingerprint,
+            "parent": self.parent,
+            "rate": self.lr_schedule,
+            "faults": asdict(self.faults),
+        }
 
 
 def is_position(content: dict[str, Any]) -> bool:

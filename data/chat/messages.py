@@ -66,7 +66,7 @@ def read_messages(value: object) -> tuple[list[Message], list[str]]:
     Tool responses are sorted into the order of their calls.
     """
     if not isinstance(value, list) or not value:
-        raise ValueError("a conversation without messages")
+        raise ValueError("messages must be a list of at least one message")
     results = [read_message(message) for message in value]
     ignored = [key for _, keys in results for key in keys]
     return order_responses([message for message, _ in results]), ignored
@@ -77,7 +77,7 @@ def read_message(message: object) -> tuple[Message, list[str]]:
     role = message.get("role") if isinstance(message, dict) else message
     role = SAME_ROLE.get(role, role) if isinstance(role, str) else role
     if not isinstance(message, dict) or role not in ROLES:
-        raise ValueError(f"unknown role {str(role)[:40]!r}")
+        raise ValueError(f"unknown role {str(role)[:40]!r}; available: {', '.join(ROLES)}")
     ignored: list[str] = []
     content, keys = _text(message.get("content"))
     read: Message = {"role": role, "content": content}
@@ -85,15 +85,17 @@ def read_message(message: object) -> tuple[Message, list[str]]:
     if role == "assistant":
         ignored += _read_assistant(message, read)
     elif any(flag(message, key) for key in FLAGS):
-        raise ValueError(f"a {role} turn with a loss; only assistant turns are trained")
+        raise ValueError(
+            f"a {role} turn with a loss; only assistant turns are trained: remove its weight"
+        )
     for key, value in message.items():
         if not is_given(value):
             continue
         if OWNER.get(key, role) != role:
-            raise ValueError(f"the key {key!r} in a turn of the role {role!r}")
+            raise ValueError(f"the key {key!r} in a turn of the role {role!r}; remove it")
         refused = key in THOUGHT_PARTS and "thought" not in read
         if refused or (key in REFUSED and (value or key == "mask")):
-            raise ValueError(f"the key {key!r} of a message is not supported")
+            raise ValueError(f"the key {key!r} of a message is not supported; remove it")
         if role == "tool" and key in ("tool_call_id", "name"):
             read[key] = _name(value, key)
         elif key not in KNOWN:
@@ -119,7 +121,7 @@ def _read_assistant(message: Message, read: Message) -> list[str]:
     if not isinstance(calls, list):
         raise ValueError("tool_calls must be a list")
     if calls and is_given(legacy):
-        raise ValueError("both tool_calls and function_call in one turn")
+        raise ValueError("a message has both tool_calls and function_call; keep tool_calls")
     if is_given(legacy):
         calls = [{"function": legacy}]
     if calls:
@@ -139,7 +141,7 @@ def read_call(call: Any, ignored: list[str] | None = None) -> Message:
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError("a tool call must be {function: {name, arguments}}")
     if call.get("type") not in (None, "", "function"):
-        raise ValueError("a tool call of a type other than 'function'")
+        raise ValueError("a tool call of a type other than 'function' is not supported; remove it")
     if ignored is not None:
         objects = {"tool_calls": call, "tool_calls.function": call["function"]}
         known = ("id", "type", "function", "name", "arguments")
@@ -175,15 +177,17 @@ def _match(calls: list[Message], responses: list[Message]) -> list[Message]:
     ids = [call["id"] for call in calls if "id" in call]
     targets = [response["tool_call_id"] for response in responses if "tool_call_id" in response]
     if len(set(ids)) < len(ids):
-        raise ValueError("two tool calls with the same id")
+        raise ValueError("two tool calls with the same id; make ids unique")
     if len(set(targets)) < len(targets):
-        raise ValueError("two tool responses with the same tool_call_id")
+        raise ValueError("two tool messages with the same tool_call_id; each call has one response")
     if not set(targets) <= set(ids):
-        raise ValueError("a tool response with an unknown tool_call_id")
+        raise ValueError(
+            "a tool message has an unknown tool_call_id; use the id of a preceding call"
+        )
     if ids and len(ids) < len(calls):
-        raise ValueError("only some of the tool calls have an id")
+        raise ValueError("only some of the tool calls have an id; give ids to all or none")
     if ids and len(targets) < len(responses):
-        raise ValueError("a tool response without tool_call_id to calls with ids")
+        raise ValueError("a tool message lacks tool_call_id, but its calls have ids; add it")
     remaining, ordered = list(responses), []
     for call in calls:
         name = call["function"]["name"]
@@ -192,12 +196,14 @@ def _match(calls: list[Message], responses: list[Message]) -> list[Message]:
             for r in remaining
         ]
         if True not in matches:
-            raise ValueError("a tool call without a response")
+            raise ValueError("a tool call without a response; add a tool message")
         ordered.append(remaining.pop(matches.index(True)))
         if ordered[-1].get("name", name) != name:
-            raise ValueError("a tool response names another function than its call")
+            raise ValueError(
+                "a tool message names another function than its call; correct name or tool_call_id"
+            )
     if remaining:
-        raise ValueError("more tool responses than tool calls")
+        raise ValueError("more tool messages than tool calls; remove the extra ones")
     return ordered
 
 
@@ -231,7 +237,7 @@ def read_row(row: dict[str, Any], columns: Collection[str]) -> list[str]:
     """Return the ignored columns of a row: all but `columns`. ValueError if one contains media."""
     for key in MEDIA:
         if row.get(key):
-            raise ValueError(f"the column {key!r} is not supported")
+            raise ValueError(f"the column {key!r} is not supported; remove it")
     known = {*columns, *ROW_COLUMNS, *ROW_FLAGS, "id", "group"}
     return [f"column {key}" for key, value in row.items() if key not in known and is_given(value)]
 
@@ -243,7 +249,7 @@ def row_tools(row: dict[str, Any]) -> Any:
     """
     tools, functions = row.get("tools"), row.get("functions")
     if is_given(tools) and is_given(functions):
-        raise ValueError("both tools and functions")
+        raise ValueError("the row has both tools and functions; keep tools")
     value = _json(tools if is_given(tools) else functions)
     if not isinstance(value, list):
         return value
@@ -262,7 +268,9 @@ def with_row_system(row: dict[str, Any], messages: Any) -> Any:
     if first.get("role") != "system":
         return [{"role": "system", "content": system}, *messages]
     if first["content"].strip() != str(system).strip():
-        raise ValueError("a system column and another system turn")
+        raise ValueError(
+            "the column system differs from the first message of role 'system'; keep one"
+        )
     return messages
 
 

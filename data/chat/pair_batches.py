@@ -31,16 +31,17 @@ class PairBatch(NamedTuple):
     answer_positions: Tensor  # [2n, longest answer] int64
     reference: Tensor  # [2n] fp32, log-probabilities of the answers under the reference model
     counted: Tensor  # [n] fp32, 0 for a padding pair, else 1
-    per_token: Tensor  # [n] fp32, the step's pairs divided by the tokens of its chosen answers
+    # [n] fp32, weight of a chosen token in the SFT term: the step's pairs / its chosen tokens
+    sft_weight_per_token: Tensor
 
     def to(self, device: torch.device) -> "PairBatch":
         return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
-Name = tuple[str, int]  # source and index of a pair
-# Returns this rank's batches, each with the names of its counted pairs
-Make = Callable[[], Iterable[tuple[list[Name], "PairBatch"]]]
-Reference = Callable[[list[Name], PairBatch], Tensor]  # [2n] fp32 for the pairs of a batch
+PairKey = tuple[str, int]  # source and index of a pair
+# Returns this rank's batches, each with the keys of its counted pairs
+BatchFactory = Callable[[], Iterable[tuple[list[PairKey], "PairBatch"]]]
+Reference = Callable[[list[PairKey], PairBatch], Tensor]  # [2n] fp32 for the pairs of a batch
 
 
 class Pairs:
@@ -134,35 +135,35 @@ class PairLoader(PackedDataLoader):
         batches = [batch for _, batch in self._rank_batches(names)]
         return Step(batches, self.rows, tokens)  # type: ignore[arg-type]  # PairBatch for Batch
 
-    def steps(self, count: int) -> Iterator[tuple[list[Name], Make]]:
+    def steps(self, count: int) -> Iterator[tuple[list[PairKey], BatchFactory]]:
         """Yield, for each of the first steps, all its pairs and a function of its batches."""
         for batch_index in range(count):
             names = self._step_names(batch_index)
             yield names, partial(self._rank_batches, names)
 
-    def _step_names(self, batch_index: int) -> list[Name]:
+    def _step_names(self, batch_index: int) -> list[PairKey]:
         located = (
             self._locate(row)
             for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)
         )
         return [(self.names[source], index) for source, index in located]
 
-    def _rank_batches(self, step_names: list[Name]) -> Iterator[tuple[list[Name], PairBatch]]:
+    def _rank_batches(self, step_names: list[PairKey]) -> Iterator[tuple[list[PairKey], PairBatch]]:
         chosen = sum(self.pairs[name].chosen_tokens(index) for name, index in step_names)
-        per_token = self.rows / chosen
+        sft_weight_per_token = self.rows / chosen
         share, size = self.rows // self.world, self.micro_batch_size
         for first in range(self.rank * share, (self.rank + 1) * share, size):
             names = step_names[first : first + size]
             batch = make_batch(
-                self.pairs, names, per_token, self.length, self.multiple, self.reference
+                self.pairs, names, sft_weight_per_token, self.length, self.multiple, self.reference
             )
             yield names, batch
 
 
 def make_batch(
     pairs: dict[str, Pairs],
-    names: list[Name],
-    per_token: float,
+    names: list[PairKey],
+    sft_weight_per_token: float,
     length: int,
     multiple: int = 1,
     reference: Reference | None = None,
@@ -197,17 +198,20 @@ def make_batch(
         doc_ids[row, start:] = len(row_documents)
     counts = np.zeros(len(names), np.float32)
     counts[:counted] = 1
-    zeros, scale = np.zeros(len(documents), np.float32), np.full(len(names), per_token, np.float32)
+    zeros = np.zeros(len(documents), np.float32)
+    scale = np.full(len(names), sft_weight_per_token, np.float32)
     fields = (tokens, targets, doc_ids, answer_positions, zeros, counts, scale)
     batch = PairBatch(*map(torch.from_numpy, fields))
     return batch._replace(reference=reference(names, batch)) if reference else batch
 
 
-def assign_to_rows(lengths: list[int], most: int, multiple: int = 1) -> tuple[list[list[int]], int]:
+def assign_to_rows(
+    lengths: list[int], max_length: int, multiple: int = 1
+) -> tuple[list[list[int]], int]:
     """Assign documents to rows; returns the documents of each row and the row length.
 
     Each document, longest first, goes to the emptiest row. Rows become nearly equal, little longer
-    than the longest document and at most `most` tokens: attention over full rows stays cheap.
+    than the longest document and at most max_length tokens: attention over full rows stays cheap.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     for count in range(-(-sum(lengths) // lengths[order[0]]), len(lengths) + 1):
@@ -217,13 +221,13 @@ def assign_to_rows(lengths: list[int], most: int, multiple: int = 1) -> tuple[li
             row = filled.index(min(filled))
             rows[row].append(document)
             filled[row] += lengths[document]
-        if max(filled) <= most:
+        if max(filled) <= max_length:
             break
-    return rows, min(most, -(-max(filled) // multiple) * multiple)
+    return rows, min(max_length, -(-max(filled) // multiple) * multiple)
 
 
 class ValidationPairs:
-    """The first `most` pairs of each validation split, in batches of `size` pairs over all ranks.
+    """Batches of `size` pairs over all ranks: the first max_pairs of each validation split.
 
     Every rank gets the same number of batches; padding pairs do not count.
     """
@@ -231,7 +235,7 @@ class ValidationPairs:
     def __init__(
         self,
         pairs: dict[str, Pairs],
-        most: int,
+        max_pairs: int,
         size: int,
         length: int,
         rank: int = 0,
@@ -239,7 +243,9 @@ class ValidationPairs:
         multiple: int = 1,
     ):
         self.pairs = {name: source for name, source in pairs.items() if source.documents}
-        self.numbers = {name: min(most, len(source.prompts)) for name, source in self.pairs.items()}
+        self.numbers = {
+            name: min(max_pairs, len(source.prompts)) for name, source in self.pairs.items()
+        }
         self.size, self.shape, self.rank, self.world = size, (length, multiple), rank, world
 
     def batches(self, reference: Reference | None = None) -> dict[str, tuple[list[PairBatch], int]]:
@@ -249,20 +255,22 @@ class ValidationPairs:
             for name, number in self.numbers.items()
         }
 
-    def steps(self) -> Iterator[tuple[list[Name], Make]]:
+    def steps(self) -> Iterator[tuple[list[PairKey], BatchFactory]]:
         """Yield what PairLoader.steps does, once per source."""
         for name, number in self.numbers.items():
             yield [(name, index) for index in range(number)], partial(self._source_batches, name)
 
     def _source_batches(
         self, name: str, reference: Reference | None = None
-    ) -> Iterator[tuple[list[Name], PairBatch]]:
+    ) -> Iterator[tuple[list[PairKey], PairBatch]]:
         number, source = self.numbers[name], self.pairs[name]
-        per_token = number / sum(source.chosen_tokens(index) for index in range(number))
+        sft_weight_per_token = number / sum(source.chosen_tokens(index) for index in range(number))
         for first in range(0, number, self.size * self.world):
             start = first + self.rank * self.size
             indices = range(start, start + self.size)
             names = [(name, index if index < number else 0) for index in indices]
             counted = sum(index < number for index in indices)
-            batch = make_batch(self.pairs, names, per_token, *self.shape, reference, counted)
+            batch = make_batch(
+                self.pairs, names, sft_weight_per_token, *self.shape, reference, counted
+            )
             yield names[:counted], batch

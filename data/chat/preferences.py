@@ -37,7 +37,7 @@ from data.chat.rendering import Chat, Encoded, jinja_template
 from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
 from data.pipeline.recipe import Split
-from ranges import FilledText, Fraction, at_least, check_fields
+from ranges import Fraction, NonEmptyText, at_least, check_fields
 
 VERSION = 3  # increment when the same inputs give other pairs
 BATCH = 1000  # pairs encoded at once
@@ -66,7 +66,7 @@ class PairSource:
     Anthropic's hh-rlhf.
     """
 
-    path: FilledText  # file, folder, glob, or hf://owner/name@revision
+    path: NonEmptyText  # file, folder, glob, or hf://owner/name@revision
     format: str = "messages"
     split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
     config: str | None = None  # of a hub data set with several
@@ -85,7 +85,7 @@ class PreferenceConfig:
     """Data of DPO. data.mix has each source's weight as a share of pairs."""
 
     sources: dict[str, PairSource]
-    cache: FilledText = "data/store/preferences"  # folder of prepared pairs
+    cache: NonEmptyText = "data/store/preferences"  # folder of prepared pairs
     val_fraction: Fraction = 0.02  # validation share of pairs, by a hash of the prompt
     max_bad: Fraction = 0.02  # maximum share of malformed rows in a source
     system: str | None = None  # system prompt for prompts without one
@@ -128,10 +128,10 @@ def parse_hh(row: dict[str, Any]) -> Pair:
     prefix = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 (of text, not paths)
     end = prefix.rfind(ASSISTANT)
     if end < 0:
-        raise ValueError("no common prompt")
+        raise ValueError("no common prompt; chosen and rejected must begin with the same turns")
     first, second = (text[end + len(ASSISTANT) :].strip() for text in (chosen, rejected))
     if any(mark in answer for answer in (first, second) for mark in (HUMAN, ASSISTANT)):
-        raise ValueError("an answer of several turns")
+        raise ValueError("an answer of several turns; keep one")
     before, *turns = re.split(r"\n\n(Human|Assistant):", chosen[:end])
     if before.strip() or not turns:
         raise ValueError("a transcript that does not begin with Human:")
@@ -169,9 +169,9 @@ def parse_messages(row: dict[str, Any]) -> Pair:
     else:
         chosen_keys = [*prompt_keys, *chosen_keys]
     if not prompt:
-        raise ValueError("no common prompt")
+        raise ValueError("no common prompt; chosen and rejected must begin with the same turns")
     if len(chosen) != 1 or len(rejected) != 1:
-        raise ValueError("an answer of several turns" if chosen and rejected else EMPTY)
+        raise ValueError("an answer of several turns; keep one" if chosen and rejected else EMPTY)
     ignored = tuple(key for keys in (*chosen_keys, *rejected_keys) for key in keys)
     return Pair(prompt, chosen[0], rejected[0], [], ignored)
 
@@ -184,7 +184,7 @@ def _messages(value: object, role: str) -> tuple[list[Message], list[list[str]]]
     if isinstance(value, str):
         return [{"role": role, "content": value}], [[]]
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise ValueError("an answer or a prompt that is neither text nor messages")
+        raise ValueError("prompt, chosen and rejected must be text or lists of messages")
     results = [read_message(message) for message in value]
     return [message for message, _ in results], [keys for _, keys in results]
 
@@ -199,7 +199,7 @@ def _with_prompt(prompt: list[Message], shared: list[Message]) -> list[Message]:
         shared = [*system, *shared]
     texts = [(message["role"], message["content"].strip()) for message in shared]
     if any((message["role"], message["content"].strip()) not in texts for message in prompt):
-        raise ValueError("a prompt that is not among the turns before the answers")
+        raise ValueError("prompt has turns that chosen and rejected do not begin with; remove them")
     return shared
 
 
@@ -213,7 +213,7 @@ def clean_pair(chat: Chat, pair: Pair, system: str | None = None) -> Pair:
         prompt = [{"role": "system", "content": system}, *prompt]
     for answer in (pair.chosen, pair.rejected):
         if answer.get("role") != "assistant":
-            raise ValueError("an answer that is not an assistant message")
+            raise ValueError("an answer must be a message of role 'assistant'")
         if "weight" in answer:
             raise ValueError("an answer without loss (weight 0)")
         content = answer.get("content")
@@ -313,7 +313,8 @@ def _check(name: str, report: dict[str, Any], config: PreferenceConfig) -> None:
     path, pairs = config.sources[name].path, sum(report["pairs"].values())
     bad = sum(report["bad"].values())
     if bad > config.max_bad * report["rows"]:
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in report["bad"].items())
+        faults = {reason.split("; ")[0]: count for reason, count in report["bad"].items()}
+        reasons = ", ".join(f"{count} x {fault}" for fault, count in faults.items())
         raise ValueError(
             f"{name}: {bad / report['rows']:.1%} of {report['rows']:,} pairs are malformed "
             f"({reasons}; the first is {report['named'][0]}); fix {path} or raise "

@@ -1,9 +1,9 @@
 """Chat: encode conversations as tokens with a loss mask, and parse replies.
 
 A conversation is {"messages": [...], "tools": [...]} in OpenAI's format; an assistant message may
-also have a "thought". data/chat/messages.py defines the keys of a message; data/chat/template.py
-has the same template in Jinja. The loss covers the assistant's thoughts, answers, tool calls and
-<|im_end|>, unless the turn has "weight": 0.
+also have a "thought" (reasoning_content elsewhere). data/chat/messages.py defines the keys of a
+message; data/chat/template.py has the same template in Jinja. The loss covers the assistant's
+thoughts, answers, tool calls and <|im_end|>, unless the turn has "weight": 0.
 """
 
 import json
@@ -57,7 +57,7 @@ def _neutralise_all(value: Any, tokens: Sequence[str], depth: int = 0) -> Any:
     ValueError for invalid Unicode or deep nesting.
     """
     if depth > MAX_DEPTH:
-        raise ValueError(f"values nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"values are nested more than {MAX_DEPTH} deep; flatten them")
     if isinstance(value, str):
         try:
             value.encode()
@@ -92,16 +92,16 @@ def clean(
     for number, message in enumerate(messages):
         role = message["role"]
         if role not in MAY_FOLLOW[previous]:
+            before = f"role {previous!r}" if previous else "no message"
             raise ValueError(
-                f"two {role} turns in a row"
-                if role == previous
-                else f"{role} after {previous or 'nothing'}"
+                f"a message of role {role!r} follows {before}; allowed there: "
+                f"{', '.join(MAY_FOLLOW[previous])}"
             )
         if role == "tool" and previous == "assistant" and "tool_calls" not in messages[number - 1]:
-            raise ValueError("tool message without a preceding tool call")
+            raise ValueError("tool message without a preceding tool call; remove it")
         previous = role
     if answered and not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("no assistant message")
+        raise ValueError("no assistant message; add a reply")
     return {
         "messages": [_clean_message(m, tokens) for m in messages],
         "tools": _neutralise_all(tools, tokens),
@@ -115,7 +115,7 @@ def _clean_message(message: Message, tokens: Sequence[str]) -> Message:
         content = content.strip()  # white space would merge with the newline of the header
     if role != "assistant":
         if not content and role == "user":
-            raise ValueError("an empty user turn")
+            raise ValueError("a user message is empty; add text or remove it")
         return {"role": role, "content": content}
     cleaned: Message = {"role": role, "content": content}
     if thought := _neutralise_all(message.get("thought", ""), tokens):
@@ -123,7 +123,7 @@ def _clean_message(message: Message, tokens: Sequence[str]) -> Message:
     if calls := [_clean_call(call, tokens) for call in message.get("tool_calls", ())]:
         cleaned["tool_calls"] = calls
     if not content and not thought and not calls:
-        raise ValueError("an empty assistant turn")
+        raise ValueError("an assistant message is empty; add content or remove it")
     return {**cleaned, "weight": 0} if "weight" in message else cleaned
 
 

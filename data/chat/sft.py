@@ -28,7 +28,7 @@ from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
 from data.packing import IGNORE, make_plan
 from data.pipeline.recipe import Split
-from ranges import FilledText, Fraction, NonNegativeFloat, above, at_least, check_fields
+from ranges import Fraction, NonEmptyText, NonNegativeFloat, above, at_least, check_fields
 
 VERSION = 4  # increment when the same inputs give other rows
 BATCH = 2000  # conversations encoded at once
@@ -42,7 +42,7 @@ Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 class ChatSource:
     """A source of conversations."""
 
-    path: FilledText  # file, folder, glob, or hf://owner/name@revision
+    path: NonEmptyText  # file, folder, glob, or hf://owner/name@revision
     format: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
     language: str | None = None  # for oasst: the language of the trees
     split: str = "train"  # of a hub data set
@@ -58,15 +58,15 @@ class ChatConfig:
     """Data of SFT. data.mix has each source's weight as a share of trained tokens."""
 
     sources: dict[str, ChatSource]
-    cache: FilledText = "data/store/sft"  # folder of prepared conversations
+    cache: NonEmptyText = "data/store/sft"  # folder of prepared conversations
     val_fraction: Fraction = 0.02  # validation share of conversations, by a hash of the id
     max_bad: Fraction = 0.01  # maximum share of malformed rows in a source
     # Test sets; conversations that contain or resemble an item are dropped
     decontaminate: tuple[str, ...] = ()
-    testsets: FilledText = "data/store/wheels"  # folder of downloaded test sets
+    testsets: NonEmptyText = "data/store/wheels"  # folder of downloaded test sets
     system: str | None = None  # system prompt for conversations without one
     # Passes over all rows of all sources, instead of steps; --num_steps overrides it
-    epochs: Annotated[float, above(0, most=1e6)] | None = None
+    epochs: Annotated[float, above(0, maximum=1e6)] | None = None
     neftune_alpha: NonNegativeFloat = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
     # Prompts to answer at each validation
     samples: tuple[str, ...] = ("What is 12 + 7?", "What is the capital of France?")
@@ -189,7 +189,7 @@ def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
     bad = sum(report["bad"].values())
     share = bad / max(1, bad + report["conversations"])
     if share > config.max_bad:
-        kinds = [f"{count} x {reason}" for reason, count in report["bad"].items()]
+        kinds = [f"{count} x {reason.split('; ')[0]}" for reason, count in report["bad"].items()]
         more = [f"{len(kinds) - 5} other faults"] if len(kinds) > 5 else []
         raise ValueError(
             f"{name}: {share:.1%} of {bad + report['conversations']:,} conversations are malformed "

@@ -1,4 +1,7 @@
-"""Record of a model's SFT and DPO rows in its config.json: the defaults of chat and demo."""
+"""Chat settings that SFT and DPO store in config.json: context length, tools, thoughts.
+
+scripts.chat and the demo use them as defaults.
+"""
 
 import json
 from collections import Counter
@@ -15,8 +18,8 @@ MAX_NAMES = 64  # recorded tools, the most frequent ones
 
 
 @dataclass(frozen=True)
-class TrainedChat:
-    """The record of a checkpoint."""
+class ChatDefaults:
+    """Chat settings of a checkpoint, from the rows that it was trained on."""
 
     context: int  # maximum tokens of a row
     tools: tuple[str, ...] = ()  # names of the tools in rows, the most frequent first
@@ -75,7 +78,7 @@ def record(base: Path, reports: Iterable[dict[str, Any]], context: int) -> dict[
 
     reports: of the sources. context: row length.
     """
-    base_record = read_trained_chat(base) or TrainedChat(1)
+    base_record = read_chat_defaults(base) or ChatDefaults(1)
     counts: Counter[str] = Counter()
     at_once, thoughts = base_record.tools_at_once, base_record.thoughts
     for report in reports:
@@ -87,26 +90,26 @@ def record(base: Path, reports: Iterable[dict[str, Any]], context: int) -> dict[
         )
     names = dict.fromkeys([*base_record.tools, *(name for name, _ in counts.most_common())])
     return asdict(
-        TrainedChat(max(context, base_record.context), tuple(names)[:MAX_NAMES], at_once, thoughts)
+        ChatDefaults(max(context, base_record.context), tuple(names)[:MAX_NAMES], at_once, thoughts)
     )
 
 
-def read_trained_chat(folder: Path) -> TrainedChat | None:
+def read_chat_defaults(folder: Path) -> ChatDefaults | None:
     """Return the record of a folder; None for a base, foreign or older model."""
     return parse(read_json(folder / "config.json").get(KEY))
 
 
-def parse(value: Any) -> TrainedChat | None:
+def parse(value: Any) -> ChatDefaults | None:
     """Return the record from its JSON value. ValueError if it is damaged."""
     if value is None:
         return None
     fields = value if isinstance(value, dict) else {}
-    known = {name: fields[name] for name in TrainedChat.__annotations__ if name in fields}
-    return TrainedChat(**{"context": 0, **known})
+    known = {name: fields[name] for name in ChatDefaults.__annotations__ if name in fields}
+    return ChatDefaults(**{"context": 0, **known})
 
 
 def offered(
-    trained: TrainedChat | None, names: Sequence[str] | None = None
+    trained: ChatDefaults | None, names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Return the schemas of the tools to offer: the named ones, or all for "all".
 
@@ -126,5 +129,5 @@ def offered(
 
 def to_text(folder: Path) -> str | None:
     """Return the record of a folder as JSON, for a GGUF file."""
-    trained = read_trained_chat(folder)
+    trained = read_chat_defaults(folder)
     return json.dumps(asdict(trained)) if trained else None

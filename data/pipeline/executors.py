@@ -10,6 +10,7 @@ import io
 import multiprocessing
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 from datatrove.executor.ray import RayPipelineExecutor
@@ -66,8 +67,9 @@ def run_stages(stages: list[Stage], config: ExecutorConfig, lock: Path, jobs: Pa
             failed = executor.get_incomplete_ranks(skip_completed=True)
             if failed:  # Ray gives up on a task after some attempts
                 raise ValueError(
-                    f"{stage.name}: {len(failed)} of {stage.tasks} tasks failed; "
-                    f"see {stage.folder / 'logs'}"
+                    f"{stage.name}: {len(failed)} of {stage.tasks} tasks failed; see "
+                    f"{stage.folder / 'logs'}, fix the cause and run the same command again: "
+                    "finished tasks are kept"
                 )
     return True
 
@@ -184,8 +186,20 @@ def _ray(config: ExecutorConfig) -> Iterator[None]:
         ray.shutdown()
 
 
+class _Ray(RayPipelineExecutor):
+    """datatrove's Ray executor, but a task's process ends on SIGTERM.
+
+    datatrove forks that process from a Ray worker and ends it with SIGTERM. The worker's handler,
+    which the fork inherits, can wait forever for threads that the fork lacks.
+    """
+
+    def _run_for_rank(self, *args: Any, **kwargs: Any) -> Any:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return super()._run_for_rank(*args, **kwargs)
+
+
 def _ray_executor(stage: Stage, config: ExecutorConfig) -> RayPipelineExecutor:
-    return RayPipelineExecutor(
+    return _Ray(
         stage.steps,
         tasks=stage.tasks,
         workers=config.workers or -1,

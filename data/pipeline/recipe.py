@@ -5,7 +5,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from ranges import FilledText, Fraction, NonNegativeInt, PositiveInt, at_least, check_fields
+from ranges import Fraction, NonEmptyText, NonNegativeInt, PositiveInt, at_least, check_fields
 
 RULES = ("exact", "coverage", "13-gram")
 FILTERS = ("gopher_repetition", "gopher_quality", "fineweb_quality", "c4_quality")
@@ -35,7 +35,7 @@ class CleanConfig:
     max_chars: PositiveInt | None = None
     # ISO 639-1 code, by fastText's lid.176 on the first 2,000 characters; None: any language
     language: str | None = None
-    min_language_score: Annotated[float, at_least(0, most=1)] = 0.65  # FineWeb's threshold
+    min_language_score: Annotated[float, at_least(0, maximum=1)] = 0.65  # FineWeb's threshold
     filters: tuple[str, ...] = ()  # from FILTERS: datatrove's, with their papers' thresholds
     mask_pii: bool = False  # replace e-mail and public IP addresses
 
@@ -62,9 +62,9 @@ class DedupConfig:
     """
 
     kind: str = "minhash"  # or exact, none
-    ngram: Annotated[int, at_least(1, most=1000)] = 5  # words
-    buckets: Annotated[int, at_least(1, most=1000)] = 14
-    hashes: Annotated[int, at_least(1, most=1000)] = 8  # per bucket
+    ngram: Annotated[int, at_least(1, maximum=1000)] = 5  # words
+    buckets: Annotated[int, at_least(1, maximum=1000)] = 14
+    hashes: Annotated[int, at_least(1, maximum=1000)] = 8  # per bucket
 
     def __post_init__(self) -> None:
         check_fields(self, "dedup")
@@ -132,7 +132,7 @@ class TokenizerConfig:
 class Recipe:
     """Settings of one data store."""
 
-    store: FilledText  # reads documents/<source>/, writes tokenizer/ and tokens/<source>/
+    store: NonEmptyText  # reads documents/<source>/, writes tokenizer/ and tokens/<source>/
     sources: dict[str, CleanConfig]
     val_fraction: Fraction = 0.02  # validation share of each source's documents
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

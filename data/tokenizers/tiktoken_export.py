@@ -1,9 +1,8 @@
 """Export a byte-level BPE tokenizer to tiktoken's rank file: each token's bytes and its id.
 
 tokenizers applies listed merges in order. tiktoken merges any two adjacent tokens that form a
-token, lowest id first. Both agree on every text if each token, merged from its bytes with lower
-ids only, ends as exactly two tokens and that pair is its listed merge. `merges_of` checks this per
-token.
+token, lowest id first. They agree if each token's bytes, merged using only lower ids, end as two
+tokens, and that pair is the token's listed merge. `merges_of` checks this.
 """
 
 import random

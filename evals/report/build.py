@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 
-from cli import CommandParser, at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from data.manifest import file_hash, read_json
 from evals.engines import LanguageModel, load_model
 from evals.eval_needle import grid
@@ -30,7 +30,7 @@ from evals.report.page import count, page
 from evals.report.targets import judged_hash, markdown, read_targets, stage_folder, table
 from evals.report.trained import training
 from files import write_text
-from models.hf import newest_step
+from models.hf import resolve_checkpoint
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 COLUMNS = {  # column -> (heading, task, metric, chance in percent)
@@ -407,7 +407,7 @@ def finite(value: Any) -> Any:
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--checkpoint", required=True, type=newest_step)
+    parser.add_argument("--checkpoint", required=True, type=resolve_checkpoint)
     parser.add_argument("--name", help="model name (default: the checkpoint's)")
     parser.add_argument(
         "--logs", type=Path, help="logs/<run>, for loss curves, gates and environment"
@@ -423,7 +423,7 @@ def main() -> None:
         "--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate"
     )
     parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="prompts of the samples")
-    parser.add_argument("--max_new_tokens", type=at_least(1), default=60)
+    parser.add_argument("--max_new_tokens", type=int_at_least(1), default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output", type=Path, default=Path("results"))

@@ -15,7 +15,7 @@ from export.gguf_plan import read_config
 from export.targets import model_name, target_files
 from files import read_object
 from inference.gguf_tokenizer import read_vocabulary
-from training.checkpoint_files import identity, step_folders, step_of
+from training.checkpoint_files import model_hash, step_folders, step_of
 
 
 def report(outputs: PlanOutputs) -> Iterator[Deliverable]:
@@ -82,7 +82,7 @@ def disagreements(outputs: PlanOutputs, content: dict[str, Any]) -> Iterator[str
                 )
     decision_path = outputs.results / (outputs.stage() or "none") / "decision.json"
     decision = read_object(decision_path) or {}
-    if decision and decision.get("of") != identity(outputs.checkpoint):
+    if decision and decision.get("of") != model_hash(outputs.checkpoint):
         yield f"{decision_path} judges another checkpoint; run the plan again"
     elif decision:
         for metric, estimate in leaves(decision.get("metrics", {})):

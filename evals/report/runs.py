@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from files import read_lines
+from files import read_lines, temporary
 
 MARKS = {  # event kind or gate outcome -> (marker, colour) on the loss curve
     "go": ("D", "#2ca02c"),
@@ -217,6 +217,44 @@ def plot(runs: list[Run], output: Path) -> None:
     for axis in grid.flat:
         axis.grid(alpha=0.25)
     figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def plot_losses(run: Run, output: Path, target: float | None = None) -> None:
+    """Plot training and validation loss against tokens. target: a loss to mark with a line.
+
+    Replaces the PNG file atomically.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
+
+    tokens, losses = run.column("tokens"), run.column("loss")
+    # With multi-token prediction, the training loss sums the weighted losses of several tokens.
+    label = f"training loss{', all predicted tokens' if 'multi_token.1' in run.rows[-1] else ''}"
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    axis.plot(tokens, losses, color="C0", alpha=0.3, linewidth=0.6)
+    axis.plot(tokens, run.smooth("loss"), color="C0", linewidth=1.5, label=label)
+    limits, title = [losses], f"{run.name}, step {run.rows[-1]['step']:,}"
+    if measured := run.measured("val/loss"):
+        values = [point[2] for point in measured]
+        axis.plot([point[1] for point in measured], values, "o-", color="C1", markersize=4)
+        axis.lines[-1].set_label("validation loss")
+        limits.append(np.array(values))
+        title += f": validation loss {values[-1]:.4f}"
+    if target is not None:
+        axis.axhline(target, color="0.4", linestyle=":", label=f"target {target:g}")
+        limits.append(np.array([target]))
+    _limit(axis, limits)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=9)
+    scratch = temporary(output)
+    figure.savefig(scratch, dpi=110, format="png")
+    scratch.replace(output)
     plt.close(figure)
 
 

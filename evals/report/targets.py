@@ -7,7 +7,7 @@ from typing import Any
 
 from cli import ROOT
 from data.manifest import read_json
-from ranges import AnyFloat, FilledText, check, shown
+from ranges import AnyFloat, NonEmptyText, check, shown
 from yaml_file import read_yaml_file
 
 TIERS = ("mvp", "success", "stretch")
@@ -34,8 +34,8 @@ def read_targets(plan: Path) -> list[dict[str, Any]]:
             )
         for name, kind in {
             **dict.fromkeys(TIERS, AnyFloat),
-            "metric": FilledText,
-            "title": FilledText,
+            "metric": NonEmptyText,
+            "title": NonEmptyText,
         }.items():
             check(target[name], kind, f"{plan}: targets[{number}].{name}")
     defaults = {"stage": "final", "lower": False, "percent": True, "note": ""}

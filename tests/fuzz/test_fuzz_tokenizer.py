@@ -54,7 +54,7 @@ def test_tokenizer_of_a_store(changes: list[Change], folder: Path) -> None:
     write_files(change_folder(tokenizer_files(), changes), folder / "tokenizer")
     encoder = Encoder(folder / "tokenizer")
     known = open_tokenizer(folder, encoder.vocab_size)
-    assert known.bytes_of.min() >= 0 and len(known.bytes_of) == encoder.vocab_size
+    assert known.token_bytes.min() >= 0 and len(known.token_bytes) == encoder.vocab_size
     ids = encoder(["a text of 12 words, and\n\nmore é"])[0]
     assert not len(ids) or int(ids.max()) < encoder.vocab_size
 

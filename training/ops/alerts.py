@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from email.message import EmailMessage
 from typing import Annotated, Any
 
-from ranges import FilledText, NonNegativeFloat, at_least, check_fields
+from ranges import NonEmptyText, NonNegativeFloat, at_least, check_fields
 
 TIMEOUT = 10.0  # seconds that a server or a command may take
 Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
@@ -29,9 +29,9 @@ Channel = Callable[[str, str], None]  # (title, text) -> None, or raises
 class EmailConfig:
     """SMTP settings. A text $NAME is read from an environment variable."""
 
-    to: FilledText  # one address, or several with commas between them
-    host: FilledText  # of the SMTP server
-    port: Annotated[int, at_least(1, most=65_535)] = 587  # 465: implicit TLS
+    to: NonEmptyText  # one address, or several with commas between them
+    host: NonEmptyText  # of the SMTP server
+    port: Annotated[int, at_least(1, maximum=65_535)] = 587  # 465: implicit TLS
     sender: str | None = None  # default: the user, else the first recipient
     user: str | None = None
     password: str | None = None  # the NAME of the environment variable that holds it

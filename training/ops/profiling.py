@@ -43,8 +43,8 @@ def dry_run(
 
     With gradient accumulation the step has two micro-batches, since unsharded gradients wait for
     the last one. AdamW's moments, which a new run does not have yet, are simulated with a
-    placeholder. Kernels that take document offsets run with two counts of documents, since they
-    recompile when the count first changes.
+    placeholder. Varlen and flash kernels recompile when the number of documents first changes, so
+    they run once with one document per row and once with two.
     """
     data, model, cuda = run.data, state.model, device.type == "cuda"
     if largest is None:

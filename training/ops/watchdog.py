@@ -31,7 +31,7 @@ BROKEN = (  # texts of RuntimeErrors that mean a lost connection
 )
 
 
-class Watch:
+class HangWatchdog:
     """Ends this process with status 75 if a step takes longer than `seconds`; off with one rank.
 
     The first step may take half an hour more. begin() starts the clock, pause() stops it for
@@ -47,7 +47,7 @@ class Watch:
         self.since: float | None = None
         self.done = threading.Event()
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "HangWatchdog":
         if self.world > 1:
             self.store: Any = dist.distributed_c10d._get_default_store()
             self.threads = [

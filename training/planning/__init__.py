@@ -1,1 +1,1 @@
-"""What a run will do and what it will cost."""
+"""Plans: phases, gates, execution and cost forecasts."""

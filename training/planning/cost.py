@@ -14,15 +14,15 @@ from data.shards import TokenShards
 from training.checkpoint import CheckpointConfig
 from training.config import RunConfig
 from training.meter import flops_per_token
-from training.planning.eval_cost import Reads, forecast_evaluations
+from training.planning.eval_cost import EvaluationTokens, forecast_evaluations
 from training.planning.memory import (
     GPUS,
     TIGHT,
     Gpu,
     memory,
     micro_batches,
-    moment_bytes,
-    what_fits,
+    optimizer_state_bytes,
+    suggest_fitting_settings,
 )
 from training.planning.plan import Plan, ScheduledPhase, scheduled_phases
 from training.schedulers import WSDScheduler
@@ -67,7 +67,7 @@ def forecast_loss(parameters: int, tokens: float) -> tuple[float, float]:
 
 
 # Run of a phase -> {source: training tokens that the phase can read}, for sources that exist.
-Readable = Callable[[RunConfig], dict[str, int]]
+TrainingTokens = Callable[[RunConfig], dict[str, int]]
 
 
 def readable_tokens(run: RunConfig) -> dict[str, int]:
@@ -88,24 +88,27 @@ def forecast(
     gpus: int | None = None,
     mfu: float = 0.45,
     price: float | None = None,
-    readable: Readable | None = None,
-    reads: Reads | None = None,
+    training_tokens_of: TrainingTokens | None = None,
+    evaluation_tokens_of: EvaluationTokens | None = None,
 ) -> dict[str, Any]:
     """Forecast the cost of a plan on `gpus` GPUs (default: the plan's ranks), as plain values.
 
-    mfu: assumed, in the convention of training/meter.py. price: per GPU and hour. reads: tokens of
-    each evaluation; without it evaluations are excluded. Their hours are not in "total". Call
-    check() on the result to test whether the plan fits.
+    mfu: assumed, in the convention of training/meter.py. price: per GPU and hour.
+    training_tokens_of: counts the tokens in a phase's store. evaluation_tokens_of: counts those of
+    an evaluation; without it evaluations are excluded. Their hours are not in "total". Call check()
+    on the result to test whether the plan fits.
     """
     gpus = plan.ranks if gpus is None else gpus
     if gpu not in GPUS:
         raise ValueError(f"unknown --gpu {gpu}; available: {', '.join(GPUS)}")
-    if gpus < 1 or not 0 < mfu <= 1 or (price is not None and price < 0):
-        raise ValueError(
-            "--gpus must be at least 1, --mfu above 0 and at most 1, --price not negative"
-        )
+    if gpus < 1:
+        raise ValueError(f"--gpus {gpus} must be at least 1")
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu {mfu:g} must be above 0 and at most 1")
+    if price is not None and not price >= 0:
+        raise ValueError(f"--price {price:g} must be at least 0")
     parts = scheduled_phases(plan)
-    phases = list(_phases(parts, GPUS[gpu], gpus, mfu, price, readable))
+    phases = list(_phases(parts, GPUS[gpu], gpus, mfu, price, training_tokens_of))
     run = parts[0].run
     sources: dict[str, float] = defaultdict(float)
     for phase in phases:
@@ -114,7 +117,10 @@ def forecast(
     total = {
         key: sum(phase[key] for phase in phases) for key in ("steps", "tokens", "flops", "hours")
     }
-    measured = forecast_evaluations(plan, parts, reads, GPUS[gpu].flops, gpus, mfu) if reads else []
+    measured = []
+    if evaluation_tokens_of:
+        peak = GPUS[gpu].flops
+        measured = forecast_evaluations(plan, parts, evaluation_tokens_of, peak, gpus, mfu)
     measuring = {key: math.fsum(entry[key] for entry in measured) for key in ("flops", "hours")}
     return {
         "plan": plan.name,
@@ -155,14 +161,14 @@ def _phases(
     gpus: int,
     mfu: float,
     price: float | None,
-    readable: Readable | None,
+    training_tokens_of: TrainingTokens | None,
 ) -> Iterator[dict[str, Any]]:
     epochs: dict[str, float] = defaultdict(float)  # of each source, over the phases so far
     for part in parts:
         run, steps = part.run, part.end - part.begin
         model, data = run.model, run.data
         tokens = steps * data.tokens_per_step
-        available = readable(run) if readable else {}
+        available = training_tokens_of(run) if training_tokens_of else {}
         warnings, sources = [], {}
         for name, weight in data.mix.items():
             used = tokens * weight / sum(data.mix.values())
@@ -191,7 +197,7 @@ def _phases(
         need, accumulation = memory(run, gpus), micro_batches(run, gpus)
         problem = None
         if need.total > gpu.memory:
-            options = what_fits(run, gpus, gpu)
+            options = suggest_fitting_settings(run, gpus, gpu)
             todo = f"set {' or '.join(options)}" if options else "use more or larger GPUs"
             problem = (
                 f"{run.phase} needs {need.total / 1e9:.1f} GB per GPU, but a GPU has "
@@ -233,10 +239,10 @@ def _phases(
             "flops_per_token": {"palm": flops, "causal": flops - attention / 2},
             "flops": tokens * flops,
             "memory": {
-                "moment": need.moment,
+                "moment": need.peak_at,
                 "total": need.total,
                 "parts": need.parts,
-                "moments": need.moments,
+                "moments": need.totals,
             },
             "hours": hours,
             "cost": None if price is None else hours * gpus * price,
@@ -255,7 +261,7 @@ def _disk(plan: Plan, parts: list[ScheduledPhase], tokens: int) -> dict[str, flo
     """
     model = parts[0].run.model
     weights = model.num_parameters * (4 if parts[0].run.parallel.dtype == "float32" else 2)
-    moments = moment_bytes(model, "ddp", 1, parts[0].run.optim)
+    moments = optimizer_state_bytes(model, "ddp", 1, parts[0].run.optim)
     size = model.num_parameters * 4 + moments + weights  # of one checkpoint
     saved = size  # the newest, while it is being written
     for part in parts:

@@ -17,7 +17,7 @@ WRITING_MFU = 0.01  # assumed: decoding is bound by weight reads and launches, n
 Tokens = tuple[float, float, int]  # read, written (maximum), tokens per row
 # (command, run of its checkpoint, number of sources in the plan) -> processes of the command, and
 # evaluation -> its token counts; None if unknown.
-Reads = Callable[[str, RunConfig, int], tuple[int, dict[str, list[Tokens] | None]]]
+EvaluationTokens = Callable[[str, RunConfig, int], tuple[int, dict[str, list[Tokens] | None]]]
 
 
 def forward_flops(model: ModelConfig, tokens: float, length: int) -> float:
@@ -26,7 +26,12 @@ def forward_flops(model: ModelConfig, tokens: float, length: int) -> float:
 
 
 def forecast_evaluations(
-    plan: Plan, parts: list[ScheduledPhase], reads: Reads, peak: float, gpus: int, mfu: float
+    plan: Plan,
+    parts: list[ScheduledPhase],
+    evaluation_tokens_of: EvaluationTokens,
+    peak: float,
+    gpus: int,
+    mfu: float,
 ) -> list[dict[str, Any]]:
     """One entry per evaluated milestone and stage, and one for evaluations after the last stage.
 
@@ -37,7 +42,7 @@ def forecast_evaluations(
     for where, run, commands in _measured(plan, parts):
         evals: list[dict[str, Any]] = []
         for command in commands:
-            processes, tokens = reads(command, run, sources)
+            processes, tokens = evaluation_tokens_of(command, run, sources)
             speed = min(processes, gpus) * peak
             for name, work in tokens.items():
                 cost = {} if work is None else _cost(run.model, work, speed, mfu)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeVar
 
-from ranges import AnyFloat, FilledText, check_fields
+from ranges import AnyFloat, NonEmptyText, check_fields
 
 OUTCOMES = ("go", "caution", "no-go")
 BEFORE = "before"  # Gate.against: the milestone or stage measured just before
@@ -19,7 +19,7 @@ class Gate:
     With `against`, they apply to the change of the metric since an earlier measurement.
     """
 
-    metric: FilledText  # dotted path into the results, e.g. "hellaswag.acc_norm"
+    metric: NonEmptyText  # dotted path into the results, e.g. "hellaswag.acc_norm"
     go: AnyFloat  # at least this good: go
     no_go: AnyFloat  # worse than this: no-go; in between: caution
     advice: str = ""  # what to do after a caution or no-go, with commands in backquotes
@@ -46,7 +46,7 @@ class Estimate(NamedTuple):
     """A metric with its standard error."""
 
     value: float
-    error: float  # standard error; 0 for a metric that is not a mean over items
+    stderr: float  # standard error; 0 for a metric that is not a mean over items
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Verdict:
     value: float | None
     outcome: str
     reference: float | None = None  # value at gate.against
-    error: float = 0.0  # standard error of the change
+    stderr: float = 0.0  # standard error of the change
     where: str = ""  # gate.against in words
 
     def __str__(self) -> str:
@@ -71,8 +71,8 @@ class Verdict:
             place = self.where or f"{gate.against!r}, which has no results"
             unknown = f", but it was not measured {place}, so the change is unknown"
             return f"{gate.metric} = {value}{unknown * (self.value is not None)}: {self.outcome}"
-        error = f" \u00b1 {self.error:.3f}" if self.error else ""
-        change = f"{self.value - self.reference:+.3f}{error}"
+        stderr = f" \u00b1 {self.stderr:.3f}" if self.stderr else ""
+        change = f"{self.value - self.reference:+.3f}{stderr}"
         return (
             f"{gate.metric} = {value}, {change} against {self.reference:.3f} {self.where} "
             f"(go {sign} {gate.go:+}, no-go beyond {gate.no_go:+}): {self.outcome}"
@@ -83,9 +83,9 @@ def judge(gate: Gate, results: dict, reference: Measured | None = None) -> Verdi
     """Apply a gate to nested results. A missing or non-finite metric is a no-go.
 
     reference: measurement that a gate with `against` compares with; if its metric is missing, the
-    gate is a no-go. The standard error of a change is that of two independent means. A change is a
-    no-go if it is beyond `no_go` by more than this error. It is a go if it is within `go`, and
-    within `no_go` by more than this error.
+    gate is a no-go. Let d be the worsening and e its standard error, that of two independent means.
+    No-go if d - e > no_go; go if d <= go and d + e <= no_go; otherwise caution (signs for a metric
+    where lower is better).
     """
     now = estimate(gate.metric, results)
     where = reference.where if reference else ""
@@ -98,11 +98,11 @@ def judge(gate: Gate, results: dict, reference: Measured | None = None) -> Verdi
     before = estimate(gate.metric, reference.metrics) if reference else None
     if before is None:
         return Verdict(gate, now.value, "no-go", where=where)
-    error = math.hypot(now.error, before.error)
+    stderr = math.hypot(now.stderr, before.stderr)
     loss = sign * (now.value - before.value)  # above 0: worse
-    is_go = loss <= sign * gate.go and loss + error <= sign * gate.no_go
-    outcome = "go" if is_go else "no-go" if loss - error > sign * gate.no_go else "caution"
-    return Verdict(gate, now.value, outcome, before.value, error, where)
+    is_go = loss <= sign * gate.go and loss + stderr <= sign * gate.no_go
+    outcome = "go" if is_go else "no-go" if loss - stderr > sign * gate.no_go else "caution"
+    return Verdict(gate, now.value, outcome, before.value, stderr, where)
 
 
 def estimate(metric: str, results: dict) -> Estimate | None:
@@ -122,8 +122,8 @@ def estimate(metric: str, results: dict) -> Estimate | None:
         or not math.isfinite(number)
     ):
         return None
-    error, n = about.get("stderr") or 0.0, about.get("n")
-    return Estimate(number, max(error, 1 / (n + 2)) if n else error)
+    stderr, n = about.get("stderr") or 0.0, about.get("n")
+    return Estimate(number, max(stderr, 1 / (n + 2)) if n else stderr)
 
 
 class OfPhase(Protocol):
@@ -135,16 +135,17 @@ P = TypeVar("P", bound=OfPhase)
 
 
 def reference_of(gate: Gate, earlier: Sequence[P]) -> P | None:
-    """The earlier place that a gate compares with, or None. earlier: in plan order."""
+    """The earlier milestone or stage that a gate compares with, or None. earlier: in plan order."""
     return next(
-        (place for place in reversed(earlier) if gate.against in (BEFORE, place.phase)), None
+        (point for point in reversed(earlier) if gate.against in (BEFORE, point.phase)), None
     )
 
 
 def by_name(name: str, metrics: dict) -> dict:
-    """The metrics of one results file with the names of gates: {task: {"acc_norm": ...}}.
+    """Nest one results file's metrics under its evaluation's name, as gates address them.
 
-    Sources of perplexity and tasks of a suite already have names.
+    For example {"hellaswag": {"acc_norm": ...}}. Metrics that are nested already, such as sources
+    of perplexity and tasks of a suite, stay as they are.
     """
     flat = any(not isinstance(metric, dict) or "value" in metric for metric in metrics.values())
     return {name: metrics} if flat else metrics

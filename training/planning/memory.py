@@ -71,7 +71,7 @@ def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     ]
 
 
-def moment_bytes(
+def optimizer_state_bytes(
     model: ModelConfig, strategy: str, gpus: int, optim: OptimConfig | None = None
 ) -> int:
     """Bytes of the optimizer state on one GPU.
@@ -138,9 +138,9 @@ def activation_bytes(
 class Memory(NamedTuple):
     """Bytes on one GPU at the moment of peak memory."""
 
-    moment: str
-    parts: dict[str, float]  # at that moment
-    moments: dict[str, float]  # total at each moment
+    peak_at: str  # part of the step, such as "loss head"
+    parts: dict[str, float]  # at the peak
+    totals: dict[str, float]  # at each part of the step
 
     @property
     def total(self) -> float:
@@ -184,7 +184,7 @@ def memory(run: RunConfig, gpus: int) -> Memory:
 
     always = {
         "fp32 masters": shard,
-        "moments": moment_bytes(model, parallel.strategy, gpus, run.optim),
+        "moments": optimizer_state_bytes(model, parallel.strategy, gpus, run.optim),
         "rotary tables": 8 * model.max_position_embeddings * model.resolved_head_dim,
         "CUDA context (assumed)": CONTEXT,
     }
@@ -212,7 +212,7 @@ def memory(run: RunConfig, gpus: int) -> Memory:
     recomputed = saved("none") - saved(parallel.activation_checkpointing)
     # Gradients of one block: from its matmuls, sent, and received.
     reduced = block * (size + 4 + 4 / shards)
-    moments: dict[str, dict[str, float]] = {
+    points: dict[str, dict[str, float]] = {
         "loss head": {
             "gradients": accumulated,
             "gathered": gathered,
@@ -241,13 +241,13 @@ def memory(run: RunConfig, gpus: int) -> Memory:
         "optimizer step": {"gradients": shard},
     }
     if rounds := update_bytes(model, gpus, run.optim.name, size):
-        moments["optimizer step"]["Newton-Schulz"] = rounds
-    totals = {name: sum(always.values()) + sum(parts.values()) for name, parts in moments.items()}
+        points["optimizer step"]["Newton-Schulz"] = rounds
+    totals = {name: sum(always.values()) + sum(parts.values()) for name, parts in points.items()}
     peak = max(totals, key=lambda name: totals[name])
-    return Memory(peak, {**always, **moments[peak]}, totals)
+    return Memory(peak, {**always, **points[peak]}, totals)
 
 
-def what_fits(run: RunConfig, gpus: int, gpu: Gpu) -> list[str]:
+def suggest_fitting_settings(run: RunConfig, gpus: int, gpu: Gpu) -> list[str]:
     """Settings with which a run fits, as typed on the command line, the smallest change first."""
 
     def fits(changed: RunConfig) -> float | None:

@@ -1,4 +1,4 @@
-"""Run a plan's commands in order: resume, evaluate, decide at gates, set aside, extend, branch."""
+"""Run a plan's commands in order: resume, evaluate, decide at gates, repeat, extend, branch."""
 
 import shlex
 import subprocess
@@ -13,7 +13,7 @@ from cli import ROOT
 from files import read_object, write_json
 from machine import cpus
 from training import setup
-from training.checkpoint_files import damage, identity, step_folders, step_of
+from training.checkpoint_files import find_damage, model_hash, step_folders, step_of
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
 from training.planning.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
@@ -94,7 +94,7 @@ class Pipeline:
         """
         run = scheduled.run
         folders = step_folders(run.checkpoints)
-        if folders and step_of(folders[-1]) >= stop and damage(folders[-1]) is None:
+        if folders and step_of(folders[-1]) >= stop and find_damage(folders[-1]) is None:
             return
         settings = [f"until={stop}"] if stop < scheduled.end else []
         if self.extensions:
@@ -114,11 +114,11 @@ class Pipeline:
     def run_stage(self, stage: PlanStage, checkpoint: Path, redo: bool) -> Path:
         """Run a stage's commands on a checkpoint, judge the new checkpoint and return it.
 
-        A stage whose base model has changed is set aside and repeated.
+        A stage whose base model has changed is repeated; its folder is renamed to FOLDER.old1.
         """
         output, record = Path(stage.output_dir), self.results / stage.name / "stage.json"
         inputs = {
-            "checkpoint": identity(checkpoint),
+            "checkpoint": model_hash(checkpoint),
             "commands": stage.commands,
             "settings": _settings(stage),
         }
@@ -170,7 +170,7 @@ class Pipeline:
                 f"{checkpoint} is missing, but the plan judges it {where}; restore the folder, or "
                 f"repeat with --redo {scheduled.run.phase if scheduled else step}"
             )
-        path, checkpoint_id = folder / "decision.json", identity(checkpoint)
+        path, checkpoint_id = folder / "decision.json", model_hash(checkpoint)
         done = read_object(path) or {}
         phase = scheduled.run.phase if scheduled else str(step)
         compared = [reference_of(gate, self.measured) for gate in milestone.gates]
@@ -292,7 +292,7 @@ class Pipeline:
         elif (
             earlier
             and position["phase"] == run.phase
-            and position["parent"] not in ("", identity(earlier))
+            and position["parent"] not in ("", model_hash(earlier))
         ):
             self._set_aside(
                 run.checkpoints, f"{run.phase} did not start from {earlier} and is repeated"
@@ -391,7 +391,7 @@ class Pipeline:
                     f"stopped (exit status {status}). Fix the error above; "
                     "the same command then continues from here."
                 )
-            print(f"\nStage {self.number} {reason}", file=sys.stderr)
+            print(f"\nCommand {self.number} {reason}", file=sys.stderr)
             raise SystemExit(status)
 
     def _extensions(self, new: dict[str, int]) -> dict[str, int]:

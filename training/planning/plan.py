@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from ranges import AnyFloat, FilledText, NonNegativeInt, PositiveInt, check_fields
+from ranges import AnyFloat, NonEmptyText, NonNegativeInt, PositiveInt, check_fields
 from training.config import PHASES_DIFFER, RunConfig, load
 from training.planning.gates import BEFORE, Gate
 from training.settings import load_settings
@@ -30,7 +30,7 @@ class Milestone:
 class PlanPhase:
     """A pretraining phase of a plan."""
 
-    config: FilledText  # a run's config, relative to the working folder
+    config: NonEmptyText  # a run's config, relative to the working folder
     milestones: tuple[Milestone, ...] = ()  # in order of their steps
 
 
@@ -41,9 +41,9 @@ class PlanStage:
     Its gates apply as those of a milestone.
     """
 
-    name: FilledText
-    output_dir: FilledText  # its newest checkpoint is {checkpoint} in the stages that follow
-    commands: dict[str, FilledText]  # description -> command
+    name: NonEmptyText
+    output_dir: NonEmptyText  # its newest checkpoint is {checkpoint} in the stages that follow
+    commands: dict[str, NonEmptyText]  # description -> command
     evals: tuple[str, ...] = ()  # of Plan.evals; default: none
     gates: tuple[Gate, ...] = ()
     advice: str = ""
@@ -53,7 +53,7 @@ class PlanStage:
 class Target:
     """One row of the results table (evals/report/targets.py): a metric and three target values."""
 
-    metric: FilledText  # dotted path into the results, as for a gate
+    metric: NonEmptyText  # dotted path into the results, as for a gate
     title: str
     mvp: AnyFloat  # minimum viable value
     success: AnyFloat  # goal of the plan
@@ -77,17 +77,17 @@ class Target:
 class Plan:
     """A whole run: data preparation, phases, stages, evaluations and exports."""
 
-    name: FilledText
+    name: NonEmptyText
     phases: tuple[PlanPhase, ...]
     stages: tuple[PlanStage, ...] = ()  # mid-training, SFT, DPO
     ranks: PositiveInt = 2  # processes, one per GPU
     restarts: NonNegativeInt = 3  # of a failed stage, from its newest checkpoint
     # description -> command, run before the first phase: data, tokenizer
-    before: dict[str, FilledText] = field(default_factory=dict)
+    before: dict[str, NonEmptyText] = field(default_factory=dict)
     # description -> command, run at the end; {checkpoint} is the final checkpoint
-    after: dict[str, FilledText] = field(default_factory=dict)
+    after: dict[str, NonEmptyText] = field(default_factory=dict)
     # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
-    evals: dict[str, FilledText] = field(default_factory=dict)
+    evals: dict[str, NonEmptyText] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()  # the results table of evals/report/build.py
 
     def __post_init__(self) -> None:
@@ -133,30 +133,30 @@ def load_plan(path: str | Path) -> Plan:
     return load_settings(Plan, path)
 
 
-def scheduled_phases(plan: Plan, longer: dict[str, int] | None = None) -> list[ScheduledPhase]:
+def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> list[ScheduledPhase]:
     """Place the plan's phases in the whole run.
 
-    longer: phase -> steps added to those of its config. Added steps move the end of the phase, of
+    extra_steps: phase -> steps added to those of its config. They move the end of the phase, of
     the learning-rate schedule and everything later. In a phase where the rate decays they extend
     the decay, which begins at the same step. ValueError if phases differ in schedule, run, model
     shape or batch, do not begin at their start_step, or have milestones outside their steps.
     """
-    longer, begin = longer or {}, 0
+    extra_steps, begin = extra_steps or {}, 0
     scheduled: list[ScheduledPhase] = []
     configs = [load(phase.config) for phase in plan.phases]
-    unknown = set(longer) - {config.phase for config in configs}
+    unknown = set(extra_steps) - {config.phase for config in configs}
     if unknown:
         known = ", ".join(config.phase for config in configs)
         raise ValueError(f"unknown phase {', '.join(sorted(unknown))}; available phases: {known}")
-    added, added_decay, end = sum(longer.values()), 0, 0
+    added, added_decay, end = sum(extra_steps.values()), 0, 0
     for config in configs:
         end += config.steps
         if end > config.schedule.total_steps - config.schedule.decay_steps:
-            added_decay += longer.get(config.phase, 0)
+            added_decay += extra_steps.get(config.phase, 0)
     for phase, config in zip(plan.phases, configs, strict=True):
         previous = scheduled[-1] if scheduled else None
-        shift = sum(longer.get(earlier.run.phase, 0) for earlier in scheduled)
-        extra = longer.get(config.phase, 0)
+        shift = sum(extra_steps.get(earlier.run.phase, 0) for earlier in scheduled)
+        extra = extra_steps.get(config.phase, 0)
         schedule = config.schedule
         overrides = [
             f"steps={config.steps + extra}",
@@ -190,11 +190,11 @@ def scheduled_phases(plan: Plan, longer: dict[str, int] | None = None) -> list[S
             f"the phases have {begin} steps, but the learning-rate schedule ends at "
             f"schedule.total_steps={total}; raise it or lower steps"
         )
-    places(plan, scheduled)
+    evaluation_points(plan, scheduled)
     return scheduled
 
 
-class Place(NamedTuple):
+class EvaluationPoint(NamedTuple):
     """A milestone or stage of a plan that is evaluated."""
 
     name: str  # value of --at: a step or a stage
@@ -208,30 +208,30 @@ class Place(NamedTuple):
         return f"at step {self.name}" if self.name.isdecimal() else f"after {self.name}"
 
 
-def places(plan: Plan, phases: list[ScheduledPhase]) -> list[Place]:
+def evaluation_points(plan: Plan, phases: list[ScheduledPhase]) -> list[EvaluationPoint]:
     """The evaluated milestones and stages of a plan, in order; phases: of scheduled_phases().
 
     ValueError for a gate with an unknown `against`.
     """
-    listed: list[Place] = []
+    listed: list[EvaluationPoint] = []
     for scheduled in phases:
         phase, folder = scheduled.run.phase, scheduled.run.checkpoints
         listed += [
-            Place(str(m.step), f"step_{m.step}", phase, folder, m.gates)
+            EvaluationPoint(str(m.step), f"step_{m.step}", phase, folder, m.gates)
             for m in scheduled.phase.milestones
         ]
     listed += [
-        Place(stage.name, stage.name, stage.name, Path(stage.output_dir), stage.gates)
+        EvaluationPoint(stage.name, stage.name, stage.name, Path(stage.output_dir), stage.gates)
         for stage in plan.stages
         if stage.evals
     ]
-    for number, place in enumerate(listed):
+    for number, point in enumerate(listed):
         known = [earlier.phase for earlier in listed[:number]]
-        for gate in place.gates:
+        for gate in point.gates:
             if gate.against and gate.against not in ([BEFORE, *known] if known else []):
                 options = ", ".join(dict.fromkeys([BEFORE, *known])) if known else "none (first)"
                 raise ValueError(
-                    f"{place.where}: gate {gate.metric} has against={gate.against}; "
+                    f"{point.where}: gate {gate.metric} has against={gate.against}; "
                     f"available: {options}"
                 )
     return listed

@@ -27,11 +27,11 @@ UNKNOWN_LENGTH = 10**9  # placeholder until the base model's config is read
 
 @dataclass(frozen=True)
 class TuningRun(RunConfig):
-    """A run that starts at step 0 from the base model init_from, with its shape and its own logs.
+    """A fine-tuning run from the base model init_from, with its shape and a log folder of its own.
 
-    The learning rate decays from warm-up to the end, as in transformers and TRL: it would reach
-    min_lr one step after the last. The config may not have settings that follow from the base model
-    or from `steps`.
+    The learning rate decays from warm-up to the last step and ends just above min_lr: it would
+    reach min_lr one step later, as in transformers and TRL. The config may not have settings that
+    follow from the base model or from `steps`.
     """
 
     SHAPE_FROM_BASE: ClassVar[bool] = True
@@ -153,7 +153,7 @@ def with_record(base: Base[Run], reports: Iterable[dict[str, Any]], length: int)
     Chat and demo take their defaults from this record.
     """
     trained = record(Path(str(base.run.init_from)), reports, length)
-    return base.files._replace(special={**base.files.special, KEY: trained})
+    return base.files._replace(config_entries={**base.files.config_entries, KEY: trained})
 
 
 def open_base(run: Run, cache: Path) -> Base[Run]:

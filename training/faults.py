@@ -75,7 +75,7 @@ class FaultConfig:
     bad_in_a_row: PositiveInt = 5  # skipped steps before a rollback
     rollback_steps: NonNegativeInt = 0  # minimum distance of a rollback; 0: newest checkpoint
     max_rollbacks: NonNegativeInt = 3  # one more stops the run
-    lr_factor: Annotated[float, above(0, most=1)] = 0.5  # on the learning rate, at each rollback
+    lr_factor: Annotated[float, above(0, maximum=1)] = 0.5  # on the learning rate, at each rollback
     grad_clip: NonNegativeFloat = 0.5  # after a rollback, if tighter than optim.grad_clip
 
     def __post_init__(self) -> None:
