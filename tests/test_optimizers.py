@@ -227,3 +227,14 @@ def test_bytes_of_the_state_with_every_option():
     optimizer.step()
     actual = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
     assert optimizer_state_bytes(MODEL, "ddp", 1, config) == pytest.approx(actual, rel=0.001)
+
+
+def test_hooks_run_once_also_beside_an_optimizer_of_torch():
+    """torch wraps the step of a class for its hooks when it makes the first instance."""
+    weight = nn.Parameter(torch.ones(2))
+    torch.optim.AdamW([weight])
+    optimizer, calls = AdamW([{"params": [weight]}], lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert calls == ["before"]

@@ -66,7 +66,10 @@ class AdamW(torch.optim.AdamW):
             for group in groups:
                 self._decay(group)
             self.param_groups = [{**group, "weight_decay": 0.0} for group in groups]
-        super().step()
+        step: Any = torch.optim.AdamW.step
+        while getattr(step, "hooked", False):  # torch's wrapper, which would run step hooks twice
+            step = step.__wrapped__
+        step(self)
         self.param_groups = groups
 
     def _decay(self, group: dict[str, Any]) -> None:
