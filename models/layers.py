@@ -53,8 +53,8 @@ class RotaryEmbedding(nn.Module):
 
         Values are computed on the CPU: equal on every device.
         """
-        positions = len(self.cos)
-        angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies).repeat(1, 2)
+        positions = torch.arange(len(self.cos), dtype=torch.float32, device=frequencies.device)
+        angles = torch.outer(positions, frequencies).repeat(1, 2)
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
