@@ -21,10 +21,10 @@ VOCAB = 384
 torch.set_num_threads(1)
 # A worker runs whole files, because fixtures are expensive. The longest files start first.
 LONGEST = (
-    *("test_timeline", "test_fault_table", "test_quickstart", "test_surroundings", "test_prepare"),
-    *("test_pipeline", "test_checkpoint", "test_nodes", "test_demo", "test_evals_benchmarks"),
-    *("test_interrupts", "test_tokenizer", "test_plan", "test_attention", "test_launchers"),
-    *("test_gguf", "test_training", "test_foreign_files", "test_names", "test_muon"),
+    *("test_fault_table", "test_timeline", "test_quickstart", "test_ladder", "test_surroundings"),
+    *("test_checkpoint", "test_nodes", "test_pipeline", "test_evals_benchmarks", "test_demo"),
+    *("test_tokenizer", "test_prepare", "test_plan", "test_training", "test_interrupts"),
+    *("test_launchers", "test_foreign_files", "test_train_gpt", "test_deliverables"),
 )
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import forked
@@ -38,7 +39,12 @@ LOSSES = Path(__file__).with_name("ladder_losses.json")  # of the third step of 
 
 
 def load(rung) -> SpeedrunRun:
-    return load_settings(SpeedrunRun, rung.path)
+    return load_path(rung.path)
+
+
+@cache  # a chain of fifty files takes a while to parse
+def load_path(path: Path) -> SpeedrunRun:
+    return load_settings(SpeedrunRun, path)
 
 
 # ---- configs
@@ -190,14 +196,11 @@ def three_steps(run: SpeedrunRun, rank: int, world: int) -> list[float]:
     return losses
 
 
-def climb(rank: int, world: int, folder: Path, names: list[str]) -> None:
+def climb(rank: int, world: int, folder: Path, runs: dict[str, SpeedrunRun]) -> None:
     """Write the losses of these rungs to <folder>/<world>.json."""
     store = dist.FileStore(str(folder / f"store{world}"), world)
     dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
-    rungs = {rung.name: rung for rung in RUNGS[MINIATURE]}
-    losses = {
-        name: three_steps(shrunk(rungs[name], folder / "train.bin"), rank, world) for name in names
-    }
+    losses = {name: three_steps(run, rank, world) for name, run in runs.items()}
     if rank == 0:
         (folder / f"{world}.json").write_text(json.dumps(losses), encoding="utf-8")
     dist.barrier()
@@ -212,10 +215,12 @@ def losses(tmp_path_factory):
     write_shard(folder / "train.bin")
     # Later rungs have fewer than four rows in their first step.
     worlds = {1: SMALL, 2: SMALL, 4: ["03_rms_norm", "22_drop_attention", "39_cautious_decay"]}
+    runs = {rung.name: shrunk(rung, folder / "train.bin") for rung in RUNGS[MINIATURE]}
     result = {}
     for world, names in worlds.items():
+        chosen = {name: runs[name] for name in names}
         processes = [
-            forked.forkserver().Process(target=climb, args=(rank, world, folder, names))
+            forked.forkserver().Process(target=climb, args=(rank, world, folder, chosen))
             for rank in range(world)
         ]
         for process in processes:
