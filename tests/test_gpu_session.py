@@ -61,7 +61,7 @@ def test_a_part_goes_on_when_commands_fail(tmp_path):
     python = tmp_path / "python"
     python.write_text(
         '#!/bin/sh\ncase "$*" in *check_env*) exit 3 ;; '
-        '*pytest*) echo "said \\"no\\""; exit 1 ;; esac\n'
+        '*"-m pytest"*) echo "said \\"no\\""; exit 1 ;; esac\n'
     )
     python.chmod(0o755)
     done = session("1", "--tiny", OUT=str(tmp_path / "out"), PYTHON=str(python))
