@@ -62,6 +62,25 @@ class NonEmpty:
         return "must not be empty"
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """Text that must be one of these names."""
+
+    names: tuple[str, ...]
+    hint: str = ""
+
+    def __contains__(self, value: Any) -> bool:
+        return value in self.names
+
+    def __str__(self) -> str:
+        return f"is not one of {', '.join(self.names)}"
+
+
+def one_of(*names: str) -> OneOf:
+    """Return the rule that a text must be one of these names."""
+    return OneOf(names)
+
+
 def at_least(
     minimum: float, *, maximum: float = math.inf, below: float | None = None, hint: str = ""
 ) -> Range:
@@ -93,7 +112,7 @@ def check(value: Any, hint: Any, name: str) -> None:
     rules = getattr(hint, "__metadata__", ())
     kind = typing.get_args(hint)[0] if rules else hint
     for rule in rules:
-        if isinstance(rule, (Range, NonEmpty)):
+        if isinstance(rule, (Range, NonEmpty, OneOf)):
             if not _is_kind(value, kind):
                 raise ValueError(
                     f"{name}={shown(value)} must be {WORDS.get(kind, 'of another type')}"
@@ -163,8 +182,8 @@ def _is_infinite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, Integral) and not math.isfinite(value)
 
 
-def violation(value: Any, rule: Range | NonEmpty) -> str:
-    """Return what a value outside of a rule "must" be: the rule, finite, or within int64."""
+def violation(value: Any, rule: Range | NonEmpty | OneOf) -> str:
+    """Return what is wrong with a value outside of a rule, e.g. "must be at least 1"."""
     if _is_infinite(value):
         return "must be a finite number"
     if (

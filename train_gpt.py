@@ -92,10 +92,12 @@ def make_evaluate(run: SpeedrunRun, rank: int, world: int) -> Evaluate | None:
     )
     folder = tokenizer_folder(run)
     known = None if folder is None else bin_token_bytes(folder.parent, vocab)
-    bytes_of = torch.zeros(vocab, dtype=torch.int64) if known is None else torch.from_numpy(known)
+    token_bytes = torch.zeros(vocab, dtype=torch.int64)
+    if known is not None:
+        token_bytes = torch.from_numpy(known)
 
     def evaluate(model: torch.nn.Module) -> dict[str, dict[str, float]]:
-        results = perplexity(model, {"all": batches}, bytes_of, setup.all_reduce_sum)
+        results = perplexity(model, {"all": batches}, token_bytes, setup.all_reduce_sum)
         if known is None:
             del results["all"]["bits_per_byte"]
         return results

@@ -98,7 +98,8 @@ def write_shards(
 
     shards: the most training shards; default: all documents. manifest.json in the folder records
     the reader's position at each finished shard. Another call with the same inputs continues there
-    and writes the same bytes. ValueError if the folder has other shards or there is no document.
+    and writes the same bytes. ValueError if the folder has other shards, or the
+    reader gives no document.
     """
     inputs = json.loads(json.dumps({"reader": reader.inputs, "shard_tokens": shard_tokens}))
     most = sys.maxsize if shards is None else shards + 1  # with the validation shard

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +23,8 @@ from ranges import (
 )
 from training.config import RunConfig, load
 from training.planning.plan import load_plan
-from training.settings import load_settings, read_yaml
+from training.settings import apply_overrides, load_settings, read_yaml
 from training.speedrun import SpeedrunRun
-from yaml_file import parse_yaml
 
 PLAN = "scripts.pipeline"
 CONFIGS = {  # entry point -> dataclass of its config
@@ -316,7 +315,9 @@ def _training(
     words = ["python", *(launch if experiment.ranks > 1 else []), command, "--config", config]
     settings = {
         "command": command,
-        "config": _merged(read_yaml(Path(config)), [*overrides, *derived]),
+        "config": apply_overrides(
+            CONFIGS[command], read_yaml(Path(config)), [*overrides, *derived]
+        ),
         "ranks": experiment.ranks,
         "threads": experiment.threads,
     }
@@ -350,7 +351,7 @@ def _plan(experiment: Experiment, variant: str, seed: int, label: str) -> Trial:
     for phase, name in zip(plan.phases, configs, strict=True):
         load(phase.config, changes[name])  # may be refused
     files: dict[str, Any] = {
-        f"{name}.yaml": _merged(config, [*changes[name], f"seed={seed}"])
+        f"{name}.yaml": apply_overrides(RunConfig, config, [*changes[name], f"seed={seed}"])
         for name, config in configs.items()
     }
     values["phases"] = [
@@ -403,18 +404,3 @@ def _external(experiment: Experiment, variant: str, seed: int, label: str) -> Tr
     words = tuple(PLACEHOLDER.sub(lambda match: values[match[1]], word) for word in template)
     settings = {"command": template, "values": {**values, "logs": "", "output": ""}}
     return Trial(variant, seed, words, settings, folder, checkpoints, Path())
-
-
-def _merged(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The values of a config with overrides; leaves `values` unchanged."""
-    merged = json.loads(json.dumps(values, default=str))
-    for override in overrides:
-        key, _, text = override.partition("=")
-        *sections, last = key.split(".")
-        section = merged
-        for name in sections:
-            section = section.setdefault(name, {})
-            if not isinstance(section, dict):
-                raise ValueError(f"{key} is not a setting: {name} is not a section")
-        section[last] = parse_yaml(text)
-    return merged

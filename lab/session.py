@@ -1,5 +1,6 @@
 """A session of an experiment: run what is missing, write the record, print its result."""
 
+import argparse
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,19 @@ from lab.experiment import Experiment
 from lab.record import write_record
 from lab.run import Slots, is_finished, plan_trials, run_experiment
 from training.run_folder import locked
+
+
+def add_session_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags --devices, --report_only and --records, whose values conduct() takes."""
+    parser.add_argument(
+        "--devices", type=_names, default=[], help="devices to share among the runs, as 0,1,2"
+    )
+    parser.add_argument("--report_only", action="store_true", help="write the record, run nothing")
+    parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records")
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 def conduct(

@@ -67,3 +67,13 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, H, T, head_dim] by its positions, in fp32. cos and sin are [T, head_dim]."""
     left, right = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+def default_head_dim(hidden_size: int, heads: int) -> int:
+    """Return hidden_size / heads; ValueError if it is not a whole number."""
+    if hidden_size % heads:
+        raise ValueError(
+            f"model.hidden_size={hidden_size} does not divide into {heads} heads; "
+            "change one of them or set model.head_dim"
+        )
+    return hidden_size // heads

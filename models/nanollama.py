@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import Mask, attend, attention_mask
-from models.layers import RMSNorm, RotaryEmbedding, apply_rotary
+from models.layers import RMSNorm, RotaryEmbedding, apply_rotary, default_head_dim
 from models.losses import TokenLosses, token_losses
 from ranges import NonNegativeFloat, PositiveFloat, at_least, check_fields
 
@@ -47,13 +47,8 @@ class ModelConfig:
                 f"model.num_key_value_heads={self.num_key_value_heads}"
             )
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"model.hidden_size={self.hidden_size} does not divide into "
-                    f"{self.num_attention_heads} heads; "
-                    "change one of them or set model.head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            head_dim = default_head_dim(self.hidden_size, self.num_attention_heads)
+            object.__setattr__(self, "head_dim", head_dim)
         if self.resolved_head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
 

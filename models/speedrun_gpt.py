@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.attention import Mask, attention_mask
-from models.layers import RotaryEmbedding
+from models.layers import RotaryEmbedding, default_head_dim
 from models.losses import SOFTCAPS, LossHead, TokenLosses, token_losses
 from models.speedrun_layers import (
     CONSTANTS,
@@ -41,6 +41,7 @@ from ranges import (
     at_least,
     check,
     check_fields,
+    one_of,
 )
 
 Size = Annotated[int, at_least(1, below=2**31)]
@@ -60,25 +61,26 @@ class GPTConfig:
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP / hidden_size
     initializer_range: NonNegativeFloat = 0.02
     # gpt2: normal, initializer_range; fan_in: normal, sqrt(0.33 / inputs), tables with 1 (2)
-    init: str = "gpt2"
+    init: Annotated[str, one_of("gpt2", "fan_in")] = "gpt2"
     zero_init: bool = False  # output projections and an untied head start at 0 (5)
 
-    positions: str = "learned"  # learned or rotary (2)
+    positions: Annotated[str, one_of("learned", "rotary")] = "learned"  # rotary (2)
     rope_theta: PositiveFloat = 10_000.0  # 1,024 from record 17 on
     rope_fraction: Annotated[float, above(0, maximum=1)] = 1.0  # rotated share of a head; 0.5 (17)
     yarn: bool = False  # frequencies and attention scale follow the long window (31)
-    norm: str = "layernorm"  # layernorm or rmsnorm (2)
+    norm: Annotated[str, one_of("layernorm", "rmsnorm")] = "layernorm"  # rmsnorm (2)
     norm_gains: bool = True  # false: norms without weights (2)
     norm_eps: PositiveFloat = 1e-5
     biases: bool = True  # of norms and linear layers of the blocks; false (2)
-    activation: str = "gelu"  # gelu or relu2 (5)
+    activation: Annotated[str, one_of("gelu", "relu2")] = "gelu"  # relu2 (5)
 
     vocab_multiple: PositiveInt = 1  # pads the vocabulary to a multiple; 128 (5)
     tie_word_embeddings: bool = True  # false: separate head (8)
     head_bias: bool = False  # track 3's baseline has one
     embedding_norm: bool = False  # norm after the embedding (8)
     softcap: NonNegativeFloat = 0.0  # bound of the logits; 0: none; 30 (9), 15 (18), 23 (54)
-    softcap_kind: str = "tanh"  # tanh (9), isru (M7), sigmoid (54)
+    # tanh (9), isru (M7), sigmoid (54).
+    softcap_kind: Annotated[str, one_of(*SOFTCAPS)] = "tanh"
     fp8_head: bool = False  # head in float8 during training, on a GPU (19)
     multi_token_weights: tuple[NonNegativeFloat, ...] = (1.0,)  # of the next tokens' losses (53)
 
@@ -117,25 +119,9 @@ class GPTConfig:
             if isinstance(value, (list, tuple)):
                 value = tuple(tuple(x) if isinstance(x, list) else x for x in value)
                 object.__setattr__(self, name, value)
-        for name, allowed in (
-            ("init", ("gpt2", "fan_in")),
-            ("positions", ("learned", "rotary")),
-            ("norm", ("layernorm", "rmsnorm")),
-            ("activation", ("gelu", "relu2")),
-            ("softcap_kind", SOFTCAPS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"model.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                )
         if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise ValueError(
-                    f"model.hidden_size={self.hidden_size} does not divide into "
-                    f"{self.num_attention_heads} heads; "
-                    "change one of them or set model.head_dim"
-                )
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+            head_dim = default_head_dim(self.hidden_size, self.num_attention_heads)
+            object.__setattr__(self, "head_dim", head_dim)
         if problem := self._problem():
             raise ValueError(f"model.{problem}")
         check_multi_token_weights(self.multi_token_weights)

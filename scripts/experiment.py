@@ -21,7 +21,7 @@ from pathlib import Path
 from cli import CommandParser, int_at_least, user_errors
 from evals.report.runs import open_runs, plot, table
 from lab.experiment import Experiment, check, load_experiment
-from lab.session import conduct
+from lab.session import add_session_flags, conduct
 
 
 def main() -> None:
@@ -32,9 +32,7 @@ def main() -> None:
         "--seeds", type=int_at_least(0), nargs="+", help="instead of the file's seeds"
     )
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="run these variants only")
-    parser.add_argument("--devices", default="", help="devices to share among the runs, as 0,1,2")
-    parser.add_argument("--report_only", action="store_true", help="write the record, run nothing")
-    parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records")
+    add_session_flags(parser)
     parser.add_argument(
         "--compare", type=Path, nargs="+", metavar="LOGS", help="compare these logs instead"
     )
@@ -59,7 +57,7 @@ def main() -> None:
             experiment,
             variants,
             dict(os.environ),
-            [device for device in args.devices.split(",") if device],
+            args.devices,
             args.report_only,
             shlex.join(words),
             args.records,

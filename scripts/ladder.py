@@ -1,6 +1,6 @@
 """Climb the speedrun ladder: train its rungs with several seeds and compare them in a record.
 
-python -m scripts.ladder --rungs 0-9 --seeds 3          # in miniature where there is no GPU
+python -m scripts.ladder --rungs 0-9 --seeds 3          # in miniature without a GPU
 python -m scripts.ladder --rungs muon untied_head 20-22 --seeds 5 --miniature
 python -m scripts.ladder --medium --devices 0,1,2,3     # track 2, four runs at a time
 python -m scripts.ladder --rungs 0-9 --report_only      # write the record again
@@ -18,7 +18,6 @@ python -m scripts.write_bin --store data/store/quickstart --output data/quicksta
 import os
 import shlex
 import sys
-from pathlib import Path
 
 import torch
 
@@ -28,7 +27,7 @@ from files import write_text
 from lab.experiment import check
 from lab.ladder import FULL, MEDIUM, MINIATURE, ladder_experiment, read_ladder, select_rungs
 from lab.learning_path import PAGE, learning_path
-from lab.session import conduct
+from lab.session import add_session_flags, conduct
 from training.settings import load_settings
 from training.speedrun import SpeedrunRun
 
@@ -42,10 +41,8 @@ def main() -> None:
     parser.add_argument("--medium", action="store_true", help="the ladder of track 2 (350M)")
     parser.add_argument("--miniature", action="store_true", help="small models, also with a GPU")
     parser.add_argument("--full", action="store_true", help="full size, also without a GPU")
-    parser.add_argument("--devices", default="", help="devices to share among the runs, as 0,1,2")
-    parser.add_argument("--report_only", action="store_true", help="write the record, run nothing")
+    add_session_flags(parser)
     parser.add_argument("--history", action="store_true", help="write docs/learning_path.md")
-    parser.add_argument("--records", type=Path, default=Path("records"), help="folder of records")
     args = parser.parse_args()
     with user_errors():
         if args.history:
@@ -68,7 +65,7 @@ def main() -> None:
             experiment,
             list(experiment.variants),
             dict(os.environ),
-            [device for device in args.devices.split(",") if device],
+            args.devices,
             args.report_only,
             shlex.join(["python", "-m", "scripts.ladder", *sys.argv[1:]]),
             args.records,

@@ -17,6 +17,7 @@ from ranges import (
     at_least,
     check,
     check_fields,
+    one_of,
 )
 from training.optimizers import GROUPS, OptimConfig
 
@@ -40,8 +41,8 @@ class Curve:
     DOTTED_NAMES: ClassVar[bool] = True  # settings.py accepts entries such as lr.embedding
 
     points: tuple[tuple[AnyFloat, ...], ...] = ()  # [step or fraction, value], in rising order
-    by: str = "steps"  # fraction: of schedule.total_steps
-    shape: str = "linear"  # step, cosine or cubic
+    by: Annotated[str, one_of("steps", "fraction")] = "steps"  # fraction: of schedule.total_steps
+    shape: Annotated[str, one_of(*SHAPES)] = "linear"
 
     def __post_init__(self) -> None:
         check_fields(self, "schedules")
@@ -51,11 +52,6 @@ class Curve:
 
     def check(self, key: str, allowed: Any) -> None:
         """ValueError if the curve is not defined or has a value outside `allowed` (ranges.py)."""
-        for name, names in (("by", ("steps", "fraction")), ("shape", tuple(SHAPES))):
-            if getattr(self, name) not in names:
-                raise ValueError(
-                    f"{key}.{name}={getattr(self, name)!r} is not one of {', '.join(names)}"
-                )
         if not self.points:
             raise ValueError(f"{key}.points is empty; list points as [[0, value], [step, value]]")
         for i, point in enumerate(self.points):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.attention import KERNELS, kernel_operators
-from ranges import PositiveInt, above, check_fields
+from ranges import PositiveInt, above, check_fields, one_of
 from training.fp8 import convert_to_fp8
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -30,13 +30,14 @@ class ParallelConfig:
 
     # zero2: parameters stay gathered from forward to backward. zero3: they are gathered again in
     # backward. ddp: every rank has all of them.
-    strategy: str = "zero2"
+    strategy: Annotated[str, one_of("zero2", "zero3", "ddp")] = "zero2"
     # Dtype of forward and backward: bfloat16, float32, or auto (bfloat16 where it is native).
-    dtype: str = "auto"
-    activation_checkpointing: str = "none"  # selective: keep matmuls and fused attention; full
+    dtype: Annotated[str, one_of("auto", *DTYPES)] = "auto"
+    # selective: keep the outputs of matmuls and fused attention.
+    activation_checkpointing: Annotated[str, one_of("none", "selective", "full")] = "none"
     compile: bool | None = None  # torch.compile per block and loss head; default: on a GPU
     # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2-4); auto: see models/attention.py.
-    attention: str = "auto"
+    attention: Annotated[str, one_of(*KERNELS)] = "auto"
     fp8: bool = False  # float8 matmuls in the blocks, with torchao
     replicas: PositiveInt = 1  # HSDP: copies, each sharded over neighbouring ranks; one per node
     # Seconds that ranks wait for each other in a step before the run ends; the first step may take
@@ -45,16 +46,6 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "parallel")
-        for name, allowed in (
-            ("strategy", ("zero2", "zero3", "ddp")),
-            ("dtype", ("auto", *DTYPES)),
-            ("activation_checkpointing", ("none", "selective", "full")),
-            ("attention", KERNELS),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"parallel.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                )
         if self.strategy == "ddp" and self.replicas > 1:
             raise ValueError(
                 f"parallel.replicas={self.replicas} has no effect with parallel.strategy=ddp, "

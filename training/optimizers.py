@@ -1,12 +1,12 @@
 """Parameter groups by role, and the optimizers over them."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields
+from ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields, one_of
 from training.adamw import AdamW
 from training.fsdp_utils import DTYPES
 from training.muon import COEFFICIENTS, Muon
@@ -34,7 +34,8 @@ class GroupConfig:
 class OptimConfig:
     """The optimizer's settings."""
 
-    name: str = "adamw"  # muon: Muon for the matrices of the blocks, AdamW for the rest
+    # muon: Muon for the matrices of the blocks, AdamW for the rest.
+    name: Annotated[str, one_of("adamw", "muon")] = "adamw"
     lr: PositiveFloat = 1.0e-3  # peak of the schedule
     beta1: Fraction = 0.9
     beta2: Fraction = 0.95
@@ -48,23 +49,15 @@ class OptimConfig:
     cautious_decay: bool = False  # decay only weights that the update shrinks, arXiv:2510.12402
     adam_every: PositiveInt = 1  # steps between updates of AdamW's groups beside Muon
     nesterov: bool = True  # Muon's
-    muon_scale: str = "rms"  # of updates; spectral: Jordan's, for a lr of about 0.02
-    muon_coefficients: str = "polar_express"  # or quintic, quintic12
-    muon_dtype: str = "auto"  # of Newton-Schulz: bfloat16, float32; auto: bfloat16 on a GPU
+    # Of updates; spectral: Jordan's, for a lr of about 0.02.
+    muon_scale: Annotated[str, one_of("rms", "spectral")] = "rms"
+    muon_coefficients: Annotated[str, one_of(*COEFFICIENTS)] = "polar_express"
+    # Of Newton-Schulz; auto: bfloat16 on a GPU.
+    muon_dtype: Annotated[str, one_of("auto", *DTYPES)] = "auto"
     normuon_beta2: Fraction = 0.0  # NorMuon's second moment, arXiv:2510.05491; 0: off
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
-        for name, allowed in (
-            ("name", ("adamw", "muon")),
-            ("muon_scale", ("rms", "spectral")),
-            ("muon_coefficients", tuple(COEFFICIENTS)),
-            ("muon_dtype", ("auto", *DTYPES)),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"optim.{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                )
         for name in self.groups:
             if name not in GROUPS:
                 raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, relu
 
-from ranges import AnyFloat, NonNegativeFloat, above, at_least, check_fields
+from ranges import AnyFloat, NonNegativeFloat, above, at_least, check_fields, one_of
 from training.objectives import Objective
 
 LOSSES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "simpo", "apo_zero")
@@ -24,28 +24,22 @@ REFERENCES = ("precomputed", "cpu", "none")
 class DPOConfig:
     """The preference loss and its reference model."""
 
-    loss: str = "sigmoid"
+    loss: Annotated[str, one_of(*LOSSES)] = "sigmoid"
     beta: Annotated[float, above(0, hint="0.1 is usual, 5 for sigmoid_norm, 2 for simpo")] = 0.1
     # Assumed share of pairs with swapped labels: for sigmoid (cDPO), robust and simpo.
     label_smoothing: Annotated[float, at_least(0, below=0.5)] = 0.0
     margin: AnyFloat = 0.5  # simpo's gamma: target margin of beta times mean log-probabilities
     sft_weight: NonNegativeFloat = 0.0  # of the chosen answers' mean nll per token
     # precomputed (default: cached on disk), cpu (a frozen model) or none (for simpo).
-    reference: str | None = None
+    reference: Annotated[str, one_of(*REFERENCES)] | None = None
     # File of precomputed log-probabilities; default: reference.safetensors in output_dir.
     reference_cache: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "dpo")
-        if self.loss not in LOSSES:
-            raise ValueError(f"dpo.loss={self.loss!r} is not one of {', '.join(LOSSES)}")
         if self.label_smoothing and self.loss not in ("sigmoid", "robust", "simpo"):
             raise ValueError(
                 f"dpo.label_smoothing has no effect with dpo.loss={self.loss}; remove it"
-            )
-        if self.reference not in (None, *REFERENCES):
-            raise ValueError(
-                f"dpo.reference={self.reference!r} is not one of {', '.join(REFERENCES)}"
             )
         if self.loss == "simpo" and self.reference not in (None, "none"):
             raise ValueError("dpo.loss=simpo has no reference; remove dpo.reference")

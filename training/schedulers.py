@@ -8,18 +8,25 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from torch.optim import Optimizer
 
 from models.nanollama import NanoLlama
-from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields
+from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields, one_of
 from training.curves import MULTI_TOKEN, OF_LOADER, ROUNDED, SCHEDULED, WINDOWS
 from training.optimizers import GroupConfig, OptimConfig, group_settings
 
 if TYPE_CHECKING:
     from training.config import RunConfig
     from training.state import State
+
+
+DECAYS = {  # fraction of the way from the peak to min_lr, at fraction x of the decay
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+    "1-sqrt": math.sqrt,
+}
 
 
 @dataclass(frozen=True)
@@ -29,26 +36,17 @@ class ScheduleConfig:
     warmup_steps: NonNegativeInt = 2000
     total_steps: PositiveInt = 230_000
     decay_steps: NonNegativeInt = 23_000
-    decay: str = "linear"  # linear, cosine or 1-sqrt
+    decay: Annotated[str, one_of(*DECAYS)] = "linear"
     min_lr: NonNegativeFloat = 0.0
     allow_rise: bool = False  # allow the learning rate to rise again after its decay began
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule")
-        if self.decay not in DECAYS:
-            raise ValueError(f"schedule.decay={self.decay!r} is not one of {', '.join(DECAYS)}")
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps="
                 f"{self.decay_steps} do not fit into schedule.total_steps={self.total_steps}"
             )
-
-
-DECAYS = {  # fraction of the way from the peak to min_lr, at fraction x of the decay
-    "linear": lambda x: x,
-    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
-    "1-sqrt": math.sqrt,
-}
 
 
 class WSDScheduler:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -45,7 +45,24 @@ def load_settings(
     """
     values = read_yaml(Path(path))
     _check_kind(kind, values, path)
-    changes = [(*_split(override), False) for override in overrides or []]
+    apply_overrides(kind, values, overrides or [], flags)
+    if clauses := renamed(kind, values):
+        raise ValueError("; ".join(clauses))
+    _check_effect(getattr(kind, "NO_EFFECT", {}), values)
+    return _make(kind, values, "")
+
+
+def apply_overrides(
+    kind: type,
+    values: dict[str, Any],
+    overrides: Sequence[str],
+    flags: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Set overrides, then flags, in the values of a file, as load_settings does. Changes `values`.
+
+    Returns `values`.
+    """
+    changes = [(*_split(override), False) for override in overrides]
     changes += [
         (key, str(value), True) for key, value in (flags or {}).items() if value is not None
     ]
@@ -57,10 +74,7 @@ def load_settings(
             if not isinstance(inner, dict):
                 raise ValueError(f"{key} is not a setting: {section} is not a section")
         inner[last] = _value(key, text, _setting_type(kind, key), is_flag)
-    if clauses := renamed(kind, values):
-        raise ValueError("; ".join(clauses))
-    _check_effect(getattr(kind, "NO_EFFECT", {}), values)
-    return _make(kind, values, "")
+    return values
 
 
 class NoEffect(NamedTuple):
