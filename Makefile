@@ -1,10 +1,13 @@
 # make setup        install all packages (requirements.txt); other targets install their own
-# make quickstart   train, evaluate and chat with a small model on this machine
+# make quickstart   train, evaluate and chat with a small model on this machine; MINUTES=30 writes
+#                   and runs a plan of that length (docs/new_plan.md)
 # make test         run the tests
 # make fuzz         fuzz configs, data, checkpoints, GGUF files and templates (FUZZ_INPUTS=50000)
 # make demo         chat with the newest model under checkpoints/ in a browser
 # make check        run the linter and the type checker
-# make clean        delete the quickstart run, but not its data
+# make clean        delete the quickstart run (MINUTES=30: that one), but not its data
+
+QUICKSTART = quickstart$(if $(MINUTES),_$(MINUTES)m)
 
 .PHONY: core setup quickstart test fuzz demo check clean
 
@@ -15,7 +18,11 @@ setup:
 	@scripts/setup.sh requirements.txt
 
 quickstart: core
-	@.venv/bin/python -m scripts.pipeline --plan configs/quickstart/plan.yaml
+ifdef MINUTES
+	@test -d configs/$(QUICKSTART) || .venv/bin/python -m scripts.new_plan --gpu cpu \
+		--minutes $(MINUTES) --name $(QUICKSTART)
+endif
+	@.venv/bin/python -m scripts.pipeline --plan configs/$(QUICKSTART)/plan.yaml
 
 test:
 	@scripts/setup.sh requirements.txt requirements-cluster.txt requirements-parity.txt \
@@ -34,4 +41,4 @@ check: core
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 clean:
-	rm -rf checkpoints/quickstart logs/quickstart results/quickstart
+	rm -rf checkpoints/$(QUICKSTART) logs/$(QUICKSTART) results/$(QUICKSTART)

@@ -25,6 +25,7 @@ from training.logger import log_in
 from training.objectives import next_token
 from training.ops import self_test
 from training.phase import Evaluate, Stage, TokenizerFiles, run_phase
+from training.schedulers import rows_of_step, run_schedules
 
 
 def main() -> None:
@@ -72,13 +73,14 @@ def pretrain(
         run_on_rank0(lambda: write_dummy_store(Path(data.store), vocab, tokens, run.seed))
     tokenizer = open_tokenizer(data.store, vocab)
     shards = open_shards(data.store, data.mix, "train", vocab, data.min_document_tokens)
-    shape = (data.sequence_length, data.rows, data.micro_batch_size)
-    packed = PackedDataLoader(shards, data.mix, *shape, run.seed, rank, world, data.packing)
+    batch = (data.sequence_length, rows_of_step(run), data.micro_batch_size, run.seed, rank, world)
+    packed = PackedDataLoader(shards, data.mix, *batch, data.packing, data.start_epoch)
     stage = Stage(
         loader=Prefetcher(packed, device),
         objective=next_token(run.optim.z_weight),
         tokenizer=TokenizerFiles(tokenizer.folder, tokenizer.special),
         evaluate=make_evaluate(run, rank, world, torch.from_numpy(tokenizer.token_bytes)),
+        make_schedules=partial(run_schedules, by_loader=("batch_tokens",)),
         data_lines=packed.describe(run.steps),
         check=self_test.check if test else None,
     )

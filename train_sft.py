@@ -11,18 +11,17 @@ complete checkpoint. Set any other setting with section.key=value.
 """
 
 from dataclasses import dataclass, field, replace
-from math import ceil
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data.chat.rendering import Chat
+from data.chat.replay import ReplayConfig, mixture, open_replay, replay_validation
 from data.chat.sft import ChatConfig, Conversations, describe, prepare
-from data.dataloader import PackedDataLoader, Prefetcher, row_batches
+from data.dataloader import Batch, PackedDataLoader, Prefetcher, row_batches
 from data.tokenizers.bpe import token_bytes
 from evals.eval_perplexity import perplexity
-from evals.samples import write_samples
+from evals.samples import check_samples, write_samples
 from models.nanollama import NanoLlama
 from training import setup
 from training.checkpoint import full_state_dict
@@ -37,6 +36,7 @@ class SFTConfig(TuningRun):
     """Config of a run on conversations."""
 
     chat: ChatConfig = field(kw_only=True)
+    replay: ReplayConfig | None = None  # pretraining text among the conversations; default: none
 
 
 def main() -> None:
@@ -53,15 +53,17 @@ def finetune(
     """Train on conversations. Returns the exit status of training.loop.train."""
     base = open_base(run, Path(run.chat.cache))
     chat, folder, _, run = base
-    check_samples(run, chat)
+    check_samples(run.chat.samples, chat, run.model.max_position_embeddings)
     data, length = run.data, run.data.sequence_length
     prepared = run_on_rank0(lambda: prepare(run.chat, data.mix, folder, length))
     sources = {name: Conversations(path, "train") for name, path in prepared.items()}
     files = with_record(base, [source.report for source in sources.values()], length)
     shape = (length, data.rows, data.micro_batch_size)
-    packed = PackedDataLoader(sources, data.mix, *shape, run.seed, rank, world)
+    text = open_replay(run.replay, "train", folder) if run.replay else {}
+    mix = mixture(data.mix, run.replay)
+    packed = PackedDataLoader({**sources, **text}, mix, *shape, run.seed, rank, world)
     if run.chat.epochs:
-        run = replace(run, steps=ceil(run.chat.epochs * sum(map(len, packed.packed)) / data.rows))
+        run = replace(run, steps=packed.steps_of_epochs(run.chat.epochs, sources))
     lines, run, loader = run.schedule_lines(), run.with_schedule(), Prefetcher(packed, device)
     batch_size, rows = run.validation.batch_size or data.micro_batch_size, run.validation.rows
     batches = {}
@@ -70,6 +72,12 @@ def finetune(
             packed_rows = split.pack(length, run.seed)
             count = min(rows, len(packed_rows))
             batches[name] = row_batches(packed_rows, length, batch_size, count, rank, world)
+    text_batches: dict[str, list[Batch]] = {}
+    if run.replay:
+        text_batches, text_lines = replay_validation(
+            run.replay, folder, length, batch_size, rows, rank, world
+        )
+        lines += text_lines
     token_sizes = torch.zeros(run.model.vocab_size, dtype=torch.int64)  # bytes; 0 for padding rows
     sizes = torch.from_numpy(token_bytes(chat.tokenizer))
     token_sizes[: len(sizes)] = sizes
@@ -77,9 +85,16 @@ def finetune(
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
         assert isinstance(model, NanoLlama)
         results = perplexity(model, batches, token_sizes, setup.all_reduce_sum) if batches else {}
+        if text_batches:  # apart, so that the loss over all sources is that of the conversations
+            of_text = perplexity(model, text_batches, token_sizes, setup.all_reduce_sum)
+            results["replay"] = of_text.pop("all")
+            results |= of_text
         if end := loader.position:
             begin = max(0, end - run.validation.every)
-            for name, share in packed.shares(begin, end).items():
+            shares = packed.shares(begin, end)
+            if text:
+                shares["replay"] = sum(shares[name] for name in text)
+            for name, share in shares.items():
                 results.setdefault(name, {})["trained_share"] = share
         if run.chat.samples:
             weights, title = full_state_dict(model), f"{run.phase}, batch {end}"
@@ -97,27 +112,10 @@ def finetune(
         loader=loader,
         objective=objective,
         tokenizer=files,
-        evaluate=evaluate if batches or run.chat.samples else None,
+        evaluate=evaluate if batches or text_batches or run.chat.samples else None,
         data_lines=lines,
     )
     return run_phase(run, device, stage, profile)
-
-
-def check_samples(run: SFTConfig, chat: Chat) -> None:
-    """ValueError if a prompt of chat.samples does not fit the template or the context."""
-    context = run.model.max_position_embeddings
-    for text in run.chat.samples:
-        try:
-            tokens = len(chat.prompt([{"role": "user", "content": text}]))
-        except ValueError as error:
-            raise ValueError(
-                f"chat.samples: invalid prompt {text[:40]!r} ({error}); change or remove it"
-            ) from None
-        if tokens >= context:
-            raise ValueError(
-                f"chat.samples: {text[:40]!r} leaves no room for a reply: {tokens} tokens with "
-                f"the template, context {context}; shorten it"
-            )
 
 
 if __name__ == "__main__":

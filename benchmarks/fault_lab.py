@@ -59,6 +59,16 @@ class Lab:
     runs: dict[str, Run] = field(default_factory=dict)
 
     @property
+    def overrides(self) -> tuple[str, ...]:
+        """Overrides that make quick runs smaller: one layer, one micro-batch per rank and step."""
+        return ("model.num_hidden_layers=1", "data.micro_batch_size=4") if self.quick else ()
+
+    @property
+    def pause(self) -> float:
+        """Seconds that a save waits after its launcher or driver was killed."""
+        return 0.5 if self.quick else 1.0
+
+    @property
     def store(self) -> Path:
         return self.folder / "store"
 
@@ -73,7 +83,7 @@ class Lab:
         folder = self.folder / name
         return Run(
             folder,
-            [settings(store or self.store, folder, steps, "one", *more)],
+            [settings(store or self.store, folder, steps, "one", *more, *self.overrides)],
             self.launch,
             always=always or Fault(),
         )

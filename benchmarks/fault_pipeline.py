@@ -56,7 +56,8 @@ def kill_driver(lab: Lab) -> Row:
     cases = [("one", 6)] if lab.quick else [("one", 6), ("sft", 2), ("dpo", 2)]
     plan, parts = (JUDGED, ("one",)) if lab.quick else (TUNED, ALL_TRAINED)
     for phase, step in cases:
-        site.run_faulty(plan, at_save(phase, step, "scripts.pipeline", pause=1.0), settle=False)
+        fault = at_save(phase, step, "scripts.pipeline", pause=lab.pause)
+        site.run_faulty(plan, fault, settle=False)
     site.finish(plan)
     site.settle_all()
     check_stops(site, len(cases))
@@ -126,7 +127,8 @@ def kill_launcher(lab: Lab) -> Row:
     for command, phase, step in cases:
         if phase == "midtrain":
             site.finish(TRAIN)
-        site.run_faulty(command, at_save(phase, step, "scripts.launch", pause=1.0), settle=False)
+        fault = at_save(phase, step, "scripts.launch", pause=lab.pause)
+        site.run_faulty(command, fault, settle=False)
     parts = ("one",) if lab.quick else ("one", "midtrain")
     site.finish(cases[-1][0])
     site.settle_all()

@@ -107,7 +107,8 @@ class Hook:
             # signal.signal works in the main thread only.
             ctypes.CDLL(None).signal(signal.SIGXFSZ, 0)
         elif point["do"] == "delete":
-            shutil.rmtree(point["folder"])
+            # Renamed first: another thread may create a file in it meanwhile.
+            shutil.rmtree(Path(point["folder"]).rename(f"{point['folder']}.deleted"))
         elif point["do"] == "fill":
             fill(Path(point["folder"]), point["size"])
         elif point["do"] == "wait":

@@ -209,14 +209,20 @@ def _configs(quick: bool) -> dict[str, Any]:
         "startup": {"steps": 0},
     }
     common["checkpoint"] = {"every": 2, "keep": 4, "asynchronous": True}
-    model = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+    layers, micro_batch_size = (1, 4) if quick else (2, 2)
+    model = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64}
+    model |= {
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+    }
     data = {"store": "store", "mix": {"first": 0.6, "second": 0.4}, "sequence_length": 64}
     one = {
         "phase": "one",
         "steps": PHASE_STEPS,
         "model": model,
-        "data": {**data, "tokens_per_step": 512, "micro_batch_size": 2},
+        "data": {**data, "tokens_per_step": 512, "micro_batch_size": micro_batch_size},
     }
     one["schedule"] = {"warmup_steps": 2, "total_steps": PHASE_STEPS, "decay_steps": 2}
     configs: dict[str, Any] = {"one.yaml": {**common, **one}}

@@ -174,8 +174,9 @@ def kill_at_border(lab: Lab) -> Row:
             "allow_theta_jump=true",
             "validation.every=0",
         ]
-        first = settings(lab.store, folder, 6, "one", more[1])
-        return Run(folder, [first, settings(lab.store, folder, 6, "two", *more)], lab.launch)
+        first = settings(lab.store, folder, 6, "one", more[1], *lab.overrides)
+        second = settings(lab.store, folder, 6, "two", *more, *lab.overrides)
+        return Run(folder, [first, second], lab.launch)
 
     run = make("border")
     if run.again(kill("saved", 6, everyone=True)).status == 0 or run.newest() != 6:

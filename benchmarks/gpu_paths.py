@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from benchmarks.side_by_side import machine, reason, write
 from cli import user_errors
 from models.losses import SOFTCAPS, LossHead, token_losses
-from models.speedrun_gpt import GPTConfig, SpeedrunGPT
+from models.speedrun_config import GPTConfig
+from models.speedrun_gpt import SpeedrunGPT
 from training import setup
 from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
 from training.muon import COEFFICIENTS, orthogonalize

@@ -49,6 +49,8 @@ SMALL = [  # 1.6M parameters and few tokens: nine or more runs on two busy CPU c
     "model.num_hidden_layers=3",
     "model.initializer_range=0.07",
     "data.tokens_per_step=1024",
+    "data.micro_batch_size=4",
+    "optim.groups={}",
 ]
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from data.dataloader import PackedDataLoader, Prefetcher, Step
 from data.store import open_shards
-from models.hf import to_hf_config, to_hf_name
+from models.hf import to_hf_config
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.checkpoint import Checkpointer
@@ -113,6 +113,51 @@ def ours(work: Work, documents: bool = False) -> None:
     train(run, state, Loader(), next_token(run.optim.z_weight), checkpointer, log)
 
 
+QUIET_TRAINER: dict[str, Any] = {  # arguments of transformers.TrainingArguments
+    "disable_tqdm": True,
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "report_to": "none",
+    "remove_unused_columns": False,
+}
+
+
+def hf_llama(shape: ModelConfig, **entries: Any) -> Any:
+    """transformers' LlamaForCausalLM in float32, with its own weights; entries: of its config."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    config = to_hf_config(shape, torch.float32, None, None, None)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig.from_dict({**config, "use_cache": False, **entries})
+    )
+
+
+def hf_rows(tokens: Tensor, targets: Tensor) -> list[dict[str, Tensor]]:
+    """Rows of tokens and targets [rows, T] as transformers' Trainer takes them."""
+    return [
+        {"input_ids": row, "labels": target, "shift_labels": target}
+        for row, target in zip(tokens, targets, strict=True)
+    ]
+
+
+def in_order_trainer(rows: list[dict[str, Tensor]], losses: list[Tensor]) -> Any:
+    """Make a transformers Trainer that reads rows in order and appends micro-batch losses."""
+    import transformers
+    from torch.utils.data import SequentialSampler
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *_: Any) -> Any:
+            return SequentialSampler(rows)  # type: ignore[arg-type]
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().compute_loss(*args, **kwargs)
+            losses.append(loss.detach())  # over the step's target count
+            return loss
+
+    return InOrder
+
+
 def hugging_face(
     work: Work, liger: bool = False, compiled: bool = False, default: bool = False
 ) -> None:
@@ -121,30 +166,13 @@ def hugging_face(
     default: without autocast, as in Trainer's defaults.
     """
     import transformers
-    from torch.utils.data import SequentialSampler
 
-    run, pace, losses = work.run, work.pace, []
-    transformers.logging.set_verbosity_error()
-    model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig.from_dict(
-            {**to_hf_config(run.model, torch.float32, None, None, None), "use_cache": False}
-        )
-    )
-    model.load_state_dict({to_hf_name(name): value for name, value in work.weights().items()})
-    tokens, targets = work.rows()
-    rows = [
-        {"input_ids": a, "labels": b, "shift_labels": b}
-        for a, b in zip(tokens, targets, strict=True)
-    ]
-
-    class Trainer(transformers.Trainer):
-        def _get_train_sampler(self, *_: Any) -> Any:
-            return SequentialSampler(rows)  # type: ignore[arg-type]
-
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().compute_loss(*args, **kwargs)
-            losses.append(loss.detach())  # of a micro-batch, over the step's target count
-            return loss
+    run, pace, losses = work.run, work.pace, list[Tensor]()
+    model = hf_llama(run.model)
+    weights = work.weights().items()
+    prefixes = {name: "" if name.startswith("lm_head.") else "model." for name, _ in weights}
+    model.load_state_dict({prefixes[name] + name: value for name, value in weights})
+    rows = hf_rows(*work.rows())
 
     class Pace(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -165,15 +193,11 @@ def hugging_face(
         use_liger_kernel=liger,
         torch_compile=compiled,
         ddp_backend="nccl" if cuda else "gloo",
-        disable_tqdm=True,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
         dataloader_pin_memory=cuda,
+        **QUIET_TRAINER,
     )
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step) / run.optim.lr)
-    Trainer(
+    in_order_trainer(rows, losses)(
         model, arguments, train_dataset=rows, optimizers=(optimizer, rate), callbacks=[Pace()]
     ).train()
 
@@ -272,22 +296,11 @@ def plain(work: Work, compiled: bool = False) -> None:
     follow(work, wrapped, build_optimizer(model, work.run.optim), loss_of, torch.Tensor.backward)
 
 
-def litgpt(work: Work) -> None:
-    """litgpt's GPT and chunked_cross_entropy under Lightning Fabric; one rank."""
-    from lightning import Fabric
+def litgpt_config(shape: ModelConfig) -> Any:
+    """litgpt's Config of a model of this shape."""
     from litgpt.config import Config
-    from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
 
-    run, shape = work.run, work.run.model
-    if work.world > 1:
-        raise ValueError("litgpt runs on one rank only; use litgpt:1")
-    fabric = Fabric(
-        accelerator=work.device.type,
-        devices=1,
-        precision="bf16-mixed" if work.dtype == torch.bfloat16 else "32-true",
-    )
-    config = Config(
+    return Config(
         block_size=shape.max_position_embeddings,
         vocab_size=shape.vocab_size,
         padded_vocab_size=shape.vocab_size,
@@ -304,7 +317,23 @@ def litgpt(work: Work) -> None:
         norm_eps=shape.rms_norm_eps,
         mlp_class_name="LLaMAMLP",
     )
-    model = GPT(config)
+
+
+def litgpt(work: Work) -> None:
+    """litgpt's GPT and chunked_cross_entropy under Lightning Fabric; one rank."""
+    from lightning import Fabric
+    from litgpt.model import GPT
+    from litgpt.utils import chunked_cross_entropy
+
+    run, shape = work.run, work.run.model
+    if work.world > 1:
+        raise ValueError("litgpt runs on one rank only; use litgpt:1")
+    fabric = Fabric(
+        accelerator=work.device.type,
+        devices=1,
+        precision="bf16-mixed" if work.dtype == torch.bfloat16 else "32-true",
+    )
+    model = GPT(litgpt_config(shape))
     ours, names = (
         work.weights(),
         {"embed_tokens": "transformer.wte", "norm": "transformer.ln_f", "lm_head": "lm_head"},

@@ -8,8 +8,7 @@ A step reads one shard; a shard's tail that is too short for a step is skipped. 
 rows for any number of ranks and micro-batches. modded-nanogpt gives this stream on 8 GPUs.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import RLock
 from typing import NamedTuple
@@ -18,13 +17,19 @@ import numpy as np
 import torch
 
 from data.bin_shards import BinShards
-from data.dataloader import MAX_EPOCHS, Batch, Step, stream_batches
+from data.dataloader import (
+    MAX_EPOCHS,
+    Batch,
+    OfStep,
+    Step,
+    as_function,
+    schedule_text,
+    stream_batches,
+)
 from data.packing import StreamRows
 
 ALIGNMENTS = ("sequential", "bos")
 MAX_OPEN = 4  # shards whose document index stays in memory
-HASHED_STEPS = 1 << 14  # of a batch-size or length schedule, for the fingerprint
-OfStep = Callable[[int], int]  # a number as a function of the step
 
 
 class Shape(NamedTuple):
@@ -114,9 +119,9 @@ class BinLoader:
                 "max_document has no effect on sequential rows; remove it or set alignment=bos"
             )
         self.shards, self.rank, self.world = shards, rank, world
-        self.tokens_at, self.length_at = _of_step(tokens), _of_step(length)
+        self.tokens_at, self.length_at = as_function(tokens), as_function(length)
         limit = len(shards) if max_document is None else max_document
-        self.max_document_at = _of_step(limit)
+        self.max_document_at = as_function(limit)
         self.micro_batch_tokens = micro_batch_tokens
         self.aligned, self.document_mask = alignment == "bos", document_mask
         self.pool = ThreadPoolExecutor(1, "shard_index")
@@ -124,7 +129,7 @@ class BinLoader:
         self.lock = RLock()  # at() may run in several threads
         self.step_starts = [StepStart(0, 0, 0)]  # of the steps; grows as later steps are asked for
         self.announced = 0  # epochs whose beginning was printed
-        settings = [_schedule_text(value) for value in (tokens, length, limit)]
+        settings = [schedule_text(value) for value in (tokens, length, limit)]
         self.fingerprint = (
             f"{shards.fingerprint} {alignment} tokens={settings[0]} length={settings[1]}"
             f" max_document={settings[2]} bos={shards.bos} mask={document_mask}"
@@ -352,15 +357,3 @@ def _fill_aligned(
             ids[begin : begin + length] = document - first
             begin += length
         assert begin == len(row), (begin, len(row))
-
-
-def _of_step(value: int | OfStep) -> OfStep:
-    return value if callable(value) else lambda step: value
-
-
-def _schedule_text(value: int | OfStep) -> str:
-    """A constant as text; a function of the step as a hash of its values."""
-    if not callable(value):
-        return str(value)
-    values = [value(step) for step in range(HASHED_STEPS)]
-    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]

@@ -4,9 +4,12 @@ The loader has no iterator state to save. Resuming asks for the next batch index
 free to change the world size. Each source's rows (packing.py) are shuffled anew in every epoch.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import hashlib
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,6 +23,9 @@ BLOCK = 1000  # rows; each block has the mixture's exact proportions, rounded to
 # Repeated tokens are nearly as good as new ones up to here (Muennighoff et al. 2023,
 # arXiv:2305.16264)
 MAX_EPOCHS = 4
+# Steps of a schedule that the fingerprint covers: of train_gpt.py, and of longer runs.
+HASHED_STEPS, MORE_HASHED_STEPS = 1 << 14, 1 << 18
+OfStep = Callable[[int], int]  # a number as a function of the step
 
 
 class Batch(NamedTuple):
@@ -71,8 +77,10 @@ class PackedDataLoader:
 
     sources: name -> TokenShards, LongDocuments or PackedSource.
     mix: name -> weight, as a share of the targets that have a loss.
-    rows: rows of one step over all ranks. Each rank gets an equal contiguous share of them.
+    rows: rows of a step over all ranks, constant or a function of the batch index. Each rank gets
+    an equal contiguous share of them.
     packing: "stream" (concatenate documents) or "best_fit" (cut only documents longer than a row).
+    start_epoch: source -> epochs of it that were read before; reading goes on there.
     Every row of a source is used before one repeats.
 
     `PackedDataLoader(dataset, tokenizer, seq_len, batch_size)` returns a TextLoader, an iterable.
@@ -87,32 +95,25 @@ class PackedDataLoader:
         sources: Mapping[str, Source | PackedSource],
         mix: dict[str, float],
         sequence_length: int,
-        rows: int,
+        rows: int | OfStep,
         micro_batch_size: int,
         seed: int,
         rank: int = 0,
         world: int = 1,
         packing: str = "stream",
+        start_epoch: Mapping[str, float] | None = None,
     ):
-        if rows % (world * micro_batch_size):
-            raise ValueError(
-                f"{rows} rows per step do not divide over {world} rank(s) with micro-batches of "
-                f"{micro_batch_size}; change data.tokens_per_step, data.micro_batch_size or the "
-                "world size"
-            )
         for name, weight in mix.items():
             if weight <= 0:
                 raise ValueError(
                     f"data.mix.{name}={weight} must be above 0; remove the source to exclude it"
                 )
         self.sources, self.names = sources, sorted(mix)
-        self.length, self.rows, self.micro_batch_size, self.seed = (
-            sequence_length,
-            rows,
-            micro_batch_size,
-            seed,
-        )
+        self.length, self.micro_batch_size, self.seed = sequence_length, micro_batch_size, seed
         self.rank, self.world = rank, world
+        self.varies, self.rows_of = callable(rows), as_function(rows)
+        self.rows = self.rows_at(0)  # of the first step
+        self.begins, self.lock = [0], Lock()  # first row of each step, if rows varies; it grows
         self.packed = [self._packed_rows(name, packing) for name in self.names]
         row_weights = [
             mix[name] / rows.share for name, rows in zip(self.names, self.packed, strict=True)
@@ -120,24 +121,61 @@ class PackedDataLoader:
         self.quota = _largest_remainder(np.array(row_weights), BLOCK)  # rows per block and source
         if (self.quota == 0).any():
             smallest = self.names[int(self.quota.argmin())]
-            raise ValueError(f"data.mix.{smallest} is below 1/{BLOCK} of the mixture; raise it")
+            raise ValueError(
+                f"source {smallest} is below 1/{BLOCK} of the mixture's rows; raise its weight"
+            )
         shares = dict(zip(self.names, self.quota.tolist(), strict=True))
         hashes = [sources[name].fingerprint for name in self.names]
-        self.fingerprint = f"{hashes} {shares} length={sequence_length} rows={rows} seed={seed}"
+        text = schedule_text(rows, MORE_HASHED_STEPS)
+        self.fingerprint = f"{hashes} {shares} length={sequence_length} rows={text} seed={seed}"
         if packing != "stream":
             self.fingerprint += f" packing={packing}"
+        self.start_epoch = dict(start_epoch or {})
+        if self.start_epoch:
+            self.fingerprint += f" start_epoch={dict(sorted(self.start_epoch.items()))}"
+        # First row of each source, counted over its epochs
+        self.first_rows = [
+            round(self.start_epoch.get(name, 0.0) * len(rows))
+            for name, rows in zip(self.names, self.packed, strict=True)
+        ]
         self._order = lru_cache(maxsize=2 * len(self.names))(self._shuffle)
         self._block = lru_cache(maxsize=4)(self._draw_block)
 
+    def rows_at(self, batch_index: int) -> int:
+        """Return the rows of a step over all ranks; ValueError if they do not divide over them."""
+        rows = self.rows_of(batch_index)
+        if rows < 1 or rows % (self.world * self.micro_batch_size):
+            raise ValueError(
+                f"{rows} rows per step do not divide over {self.world} rank(s) with micro-batches "
+                f"of {self.micro_batch_size}; change data.tokens_per_step"
+                f"{' or schedules.batch_tokens' if self.varies else ''}, data.micro_batch_size or "
+                "the world size"
+            )
+        return rows
+
+    def first_row(self, batch_index: int) -> int:
+        """Return the first row of a step in the mixture."""
+        if not self.varies:
+            return batch_index * self.rows
+        with self.lock:  # at() may run in several threads
+            for i in range(len(self.begins) - 1, batch_index):
+                self.begins.append(self.begins[i] + self.rows_at(i))
+            return self.begins[batch_index]
+
+    def steps_of_epochs(self, epochs: float, names: Collection[str]) -> int:
+        """Return the steps of so many passes over all rows of the named sources."""
+        chosen = [name in names for name in self.names]
+        count = sum(len(self.packed[i]) for i, is_chosen in enumerate(chosen) if is_chosen)
+        share = float(self.quota[chosen].sum() / self.quota.sum())  # of the rows of a step
+        return math.ceil(epochs * count / (self.rows_at(0) * share))
+
     def at(self, batch_index: int) -> Step:
         """Return this rank's micro-batches of step `batch_index` >= 0."""
-        step_rows = [
-            self._locate(row)
-            for row in range(batch_index * self.rows, (batch_index + 1) * self.rows)
-        ]
+        begin, rows = self.first_row(batch_index), self.rows_at(batch_index)
+        step_rows = [self._locate(row) for row in range(begin, begin + rows)]
         target_count = sum(self.packed[source].targets(index) for source, index in step_rows)
         token_count = sum(self.packed[source].tokens(index) for source, index in step_rows)
-        rank_rows = self.rows // self.world
+        rank_rows = rows // self.world
         first = self.rank * rank_rows
         shape = (rank_rows, self.length)
         tokens, targets, doc_ids = (
@@ -147,7 +185,7 @@ class PackedDataLoader:
         )
         for i, (source, index) in enumerate(step_rows[first : first + rank_rows]):
             self.packed[source].fill(index, tokens[i], targets[i], doc_ids[i])
-        row_numbers = np.arange(rank_rows) + (batch_index * self.rows + first)
+        row_numbers = np.arange(rank_rows) + (begin + first)
         tensors = [torch.from_numpy(array) for array in (tokens, targets, doc_ids, row_numbers)]
         splits = [tensor.split(self.micro_batch_size) for tensor in tensors]
         batches = [Batch(*fields) for fields in zip(*splits, strict=True)]
@@ -156,21 +194,21 @@ class PackedDataLoader:
     def shares(self, first: int, last: int) -> dict[str, float]:
         """Return each source's share of the targets in steps [first, last)."""
         sums = dict.fromkeys(self.names, 0)
-        for row in range(first * self.rows, last * self.rows):
+        for row in range(self.first_row(first), self.first_row(last)):
             source, index = self._locate(row)
             sums[self.names[source]] += self.packed[source].targets(index)
         return {name: count / max(1, sum(sums.values())) for name, count in sums.items()}
 
     def epochs(self, batch_index: int) -> dict[str, float]:
         """Return the epochs of each source that the first `batch_index` steps read."""
-        blocks = batch_index * self.rows / BLOCK
+        blocks = self.first_row(batch_index) / BLOCK
         sources = zip(self.names, self.quota, self.packed, strict=True)
         return {name: blocks * int(quota) / len(rows) for name, quota, rows in sources}
 
     def describe(self, steps: int) -> list[str]:
         """Return one line per source on its epochs in `steps` steps, and warnings.
 
-        A source above MAX_EPOCHS epochs gets a warning.
+        A source above MAX_EPOCHS epochs gets a warning. ValueError as rows_at, for any step.
         """
         lines, warnings = [], []
         for (name, epochs), rows in zip(self.epochs(steps).items(), self.packed, strict=True):
@@ -186,12 +224,14 @@ class PackedDataLoader:
                     f"({len(source) / len(shards):.1%} of its tokens, "
                     f"{source.documents / shards.documents:.1%} of its documents)"
                 )
+            start = self.start_epoch.get(name, 0.0)
+            line += f", from epoch {start:.2f} on" if start else ""
             lines.append(line + (f"; {rows.report}" if rows.report else ""))
-            if epochs > MAX_EPOCHS:
+            if (total := start + epochs) > MAX_EPOCHS:
                 warnings.append(
-                    f"warning: {name} will be read for {epochs:.1f} epochs; above {MAX_EPOCHS} "
+                    f"warning: {name} will be read for {total:.1f} epochs; above {MAX_EPOCHS} "
                     "epochs repeated tokens lose value (arXiv:2305.16264): "
-                    f"add data, lower data.mix.{name} or train for fewer steps"
+                    f"add data, lower the weight of {name} or train for fewer steps"
                 )
         return lines + warnings
 
@@ -207,7 +247,8 @@ class PackedDataLoader:
         block, offset = divmod(row, BLOCK)
         row_sources, ordinals = self._block(block)
         source = int(row_sources[offset])
-        position = block * int(self.quota[source]) + int(ordinals[offset])
+        ordinal = block * int(self.quota[source]) + int(ordinals[offset])
+        position = self.first_rows[source] + ordinal
         epoch, index = divmod(position, len(self.packed[source]))
         return source, int(self._order(source, epoch)[index])
 
@@ -358,6 +399,19 @@ class Prefetcher:
         )
         self.ahead = (batch_index + 1, self.pool.submit(self._load, batch_index + 1))
         return step._replace(batches=[batch.to(self.device) for batch in step.batches])
+
+
+def as_function(value: int | OfStep) -> OfStep:
+    """Return a number as a function of the step."""
+    return value if callable(value) else lambda step: value
+
+
+def schedule_text(value: int | OfStep, steps: int = HASHED_STEPS) -> str:
+    """Return a constant as text; a function of the step as a hash of its first values."""
+    if not callable(value):
+        return str(value)
+    values = [value(step) for step in range(steps)]
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def _check_enough(name: str, source: Source, length: int) -> None:

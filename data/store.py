@@ -50,11 +50,13 @@ def open_shards(
     split: str,
     vocab_size: int,
     min_document_tokens: Mapping[str, int] | None = None,
+    section: str = "data.mix",
 ) -> dict[str, Source]:
     """Open one split of every source in a mixture.
 
     ValueError if a source is missing or was made with another tokenizer. min_document_tokens:
-    source -> minimum length of the documents that are read, in tokens.
+    source -> minimum length of the documents that are read, in tokens. section: the setting of the
+    mixture, for messages.
     """
     present = sorted(
         path.name
@@ -63,7 +65,7 @@ def open_shards(
     )
     if not mix:
         raise ValueError(
-            f"data.mix is empty; list at least one source of {store}: "
+            f"{section} is empty; list at least one source of {store}: "
             f"{', '.join(present) or 'it has none'}"
         )
     tokenizer = Path(store) / "tokenizer" / "tokenizer.json"
@@ -74,7 +76,7 @@ def open_shards(
             members = ", ".join(sources_of(name))
             hint = f"; use {members} for {name}" if members != name else ""
             raise ValueError(
-                f"data.mix.{name}: {store} has no such source; "
+                f"{section}.{name}: {store} has no such source; "
                 f"available: {', '.join(present) or 'none'}{hint}"
             )
         source = TokenShards(Path(store) / "tokens" / name, split)

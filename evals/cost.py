@@ -150,7 +150,8 @@ def _needle(args: argparse.Namespace, context: int) -> list[Workload]:
     tests = min(args.num_tests, args.limit or args.num_tests) * len(args.kinds)
     written = tests * (args.max_tokens or NEEDLE_WRITES)
     return [
-        Workload(NEEDLE_READS * tests * length, written, length) for length in sorted(set(lengths))
+        Workload((NEEDLE_READS + args.gain) * tests * length, written, length)
+        for length in sorted(set(lengths))
     ]
 
 

@@ -29,9 +29,11 @@ from inference.generation import generate
 from inference.grammar import JsonConstraint
 from inference.kv_cache import Cache, forward
 from inference.sampling import Sampling
-from models.hf import load_hf
+from models.hf import TYPES, load_hf, read_hf_config
+from models.hf_experts import SHARED_TYPES
+from models.hf_experts import TYPES as EXPERT_TYPES
 from models.nanollama import NanoLlama
-from models.speedrun_gpt import GPTConfig
+from models.speedrun_config import GPTConfig
 
 HEAD_CHUNK = {"cpu": 256}  # rows of logits per chunk; 4,096 on other devices
 MIN_SHARED = 32  # tokens of a shared prefix worth computing once
@@ -46,7 +48,7 @@ HASHED = (
     "chat_template.jinja",
 )
 # Model types that models/hf.py reads, or, for the speedrun's, explains that it cannot be evaluated.
-NANOLLAMA = ("llama", "qwen3", GPTConfig.kind)
+NANOLLAMA = (*TYPES, *EXPERT_TYPES, GPTConfig.model_type)
 
 
 def check_exists(checkpoint: Path) -> None:
@@ -71,13 +73,25 @@ def load_model(
             )
         engine = GgufEngine(checkpoint, torch.get_num_threads())
         return LanguageModel(str(checkpoint), file_hash(checkpoint), engine, tokenizer)
-    model_type = read_json(checkpoint / "config.json").get("model_type")
-    if model_type in NANOLLAMA or not (checkpoint / "config.json").is_file():
+    if _is_ours(checkpoint):
         model = load_hf(checkpoint, getattr(torch, dtype) if dtype else None, device)
         engine = NanoLlamaEngine(model.eval(), batch_size)
     else:
         engine = TransformersEngine(checkpoint, device, dtype, batch_size)
     return LanguageModel(str(checkpoint), folder_hash(checkpoint), engine, tokenizer)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether models/hf.py reads this folder, or explains why it cannot be evaluated."""
+    if not (checkpoint / "config.json").is_file():
+        return True
+    model_type = read_json(checkpoint / "config.json").get("model_type")
+    if model_type in SHARED_TYPES:  # transformers has more of their settings
+        try:
+            read_hf_config(checkpoint)
+        except ValueError:
+            return False
+    return model_type in NANOLLAMA
 
 
 def check_device(device: str) -> None:

@@ -11,8 +11,10 @@ are evenly spaced over --depths positions. Prompt and answer fill the context ex
 accuracy: share of the correct numbers in the generated text. choice: the likeliest number among the
 correct ones and nine wrong ones is correct (chance 1/10; 4/13 for multi_value and multi_query).
 margin: log-probability of the likeliest correct number minus that of the likeliest wrong one, in
-nats. choice and margin also separate weak models. A heatmap of depth by length is saved beside the
-results.
+nats. choice and margin also separate weak models. gain, with --gain: how much likelier the correct
+numbers are than after the same text with other numbers in their needles, in nats. It is 0 for each
+test if the model ignores the needle, so it shows the first traces of retrieval in tiny models. It
+reads each text once more. A heatmap of depth by length is saved beside the results.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import accumulate, count
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from cli import int_at_least
@@ -141,10 +144,12 @@ def build_test(
     haystack: Haystack,
     rng: random.Random,
     max_tokens: int,
+    swap: bool = False,
 ) -> dict[str, Any]:
     """One test: prompt ids, correct numbers, and options with the correct ones first.
 
     The prompt and an answer of max_tokens have `length` tokens. ValueError if they do not fit.
+    swap: add the prompt with other numbers in place of the correct ones.
     """
     keys = [f"{a} {b}" for a in FIRST.split() for b in SECOND.split()]
     rng.shuffle(keys)
@@ -153,10 +158,14 @@ def build_test(
     correct = MULTIPLE if kind in ("multi_value", "multi_query") else 1
     others = DISTRACTORS if kind == "multi_key" else 0
     names = [keys[0] if kind == "multi_value" else key for key in keys[: correct + others]]
-    ids = [
-        haystack.ids(f" The special number of the {name} is {number}.")
-        for name, number in zip(names, numbers, strict=False)
-    ]
+
+    def hidden(numbers: Sequence[str]) -> list[list[int]]:
+        return [
+            haystack.ids(f" The special number of the {name} is {number}.")
+            for name, number in zip(names, numbers, strict=False)
+        ]
+
+    ids, swapped = hidden(numbers), hidden([*numbers[-correct:], *numbers[correct:]])
     depths = [depth, *(rng.random() for _ in ids[1:])]
     queried = [f"the {name}" for name in dict.fromkeys(names[:correct])]
     query = ", ".join(queried[:-1]) + f" and {queried[-1]}" if len(queried) > 1 else queried[0]
@@ -166,18 +175,23 @@ def build_test(
         f"\n\nQuestion: What {be} the special number{plural} of {query}?\nAnswer: {answer}"
     )
     preface = [haystack.tokenizer.begin, *haystack.ids(PREFACE)]
-    remaining = length - max_tokens - len(preface) - len(question) - sum(map(len, ids))
+    size = max(sum(map(len, needles)) for needles in ([ids, swapped] if swap else [ids]))
+    remaining = length - max_tokens - len(preface) - len(question) - size
     if remaining < 0:
         raise ValueError(
             f"a context of {length} tokens is too short for a {kind} needle and its question; "
             f"give --context {length - remaining} or more"
         )
     filler = haystack.sample(remaining, rng)
-    text = insert_needles(filler, list(zip(depths, ids, strict=True)))
-    prompt = (*preface, *text, *question)
+
+    def prompt(needles: list[list[int]]) -> tuple[int, ...]:
+        text = insert_needles(filler, list(zip(depths, needles, strict=True)))
+        return (*preface, *text, *question)
+
     options = [*numbers[:correct], *numbers[-WRONG:]]
     return {
-        "prompt": prompt,
+        "prompt": prompt(ids),
+        **({"swapped": prompt(swapped)} if swap else {}),
         "right": numbers[:correct],
         "options": options,
         "max_tokens": max_tokens,
@@ -185,20 +199,26 @@ def build_test(
 
 
 def score(item: Item, ids: Any) -> Score:
-    """accuracy, choice and margin."""
+    """accuracy, choice, margin and, of a test with another prompt, gain."""
     row = item.row
-    written, scored = yield [
+    options = tuple(tuple(ids(f" {option}")) for option in row["options"])
+    correct = options[: len(row["right"])]
+    written, scored, *without = yield [
         Write(row["prompt"], max_tokens=row["max_tokens"]),
-        Choose(row["prompt"], tuple(tuple(ids(f" {option}")) for option in row["options"])),
+        Choose(row["prompt"], options),
+        *([Choose(row["swapped"], correct)] if "swapped" in row else []),
     ]
     numbers = re.findall(r"\d+", written.text.replace(",", ""))
     accuracy = sum(number in numbers for number in row["right"]) / len(row["right"])
     logprobs = [option.logprob for option in scored]
-    margin = max(logprobs[: len(row["right"])]) - max(logprobs[len(row["right"]) :])
+    right, wrong = logprobs[: len(correct)], logprobs[len(correct) :]
+    margin = max(right) - max(wrong)
+    gain = [fmean(right) - fmean(option.logprob for option in other) for other in without]
     return {
         "accuracy": accuracy,
         "choice": float(margin > 0),
         "margin": margin,
+        **({"gain": gain[0]} if gain else {}),
         "text": written.text,
         "length": str(row["length"]),
         "depth": f"{row['depth']:.3f}",
@@ -240,7 +260,7 @@ def build(args: argparse.Namespace) -> Eval:
                 depth = step / (depths - 1) if depths > 1 else 0.5
                 name = f"{kind}/{length}/{depth:.3f}/{test}"
                 rng = random.Random(f"{args.seed} {name}")
-                row = build_test(kind, length, depth, haystack, rng, max_tokens)
+                row = build_test(kind, length, depth, haystack, rng, max_tokens, args.gain)
                 items.append(Item(name, {**row, "length": length, "depth": depth}, kind))
     metadata = {
         "haystack": args.haystack,
@@ -343,6 +363,7 @@ def parser() -> argparse.ArgumentParser:
         type=int_at_least(1),
         help="tokens per answer (default: enough for the numbers)",
     )
+    parser.add_argument("--gain", action="store_true", help="also measure gain, for tiny models")
     return parser
 
 

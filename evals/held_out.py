@@ -23,6 +23,7 @@ from data.tokenizers.bpe import load_tokenizer
 from evals.harness import Item
 from inference.gguf_tokenizer import tokenizer_folder
 from models.hf import resolve_checkpoint
+from training.averaging import sources_of
 from yaml_file import read_yaml_file
 
 TOKENS = 2**20  # default of --tokens
@@ -121,10 +122,11 @@ def _run_store(checkpoint: Path) -> Path:
 def _run_config(checkpoint: Path) -> tuple[Path, dict[str, Any]] | None:
     """Working folder and config of the run that wrote a checkpoint, or None.
 
-    Searches logs/ for the config whose output_dir is the checkpoint's folder.
+    Searches logs/ for the config whose output_dir is the checkpoint's folder; for an average, that
+    of its sources.
     """
     step = checkpoint.resolve()
-    folders = (step, step.parent)
+    folders = (step, step.parent, *(source.resolve().parent for source in sources_of(step)))
     for base in dict.fromkeys((Path.cwd(), *step.parents)):
         for path in sorted((base / "logs").rglob("*.config.yaml")):
             try:

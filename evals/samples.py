@@ -11,6 +11,22 @@ from inference.generation import generate
 from models.nanollama import ModelConfig, NanoLlama
 
 
+def check_samples(prompts: Sequence[str], chat: Chat, context: int) -> None:
+    """ValueError if a prompt of chat.samples does not fit the template or the context."""
+    for text in prompts:
+        try:
+            tokens = len(chat.prompt([{"role": "user", "content": text}]))
+        except ValueError as error:
+            raise ValueError(
+                f"chat.samples: invalid prompt {text[:40]!r} ({error}); change or remove it"
+            ) from None
+        if tokens >= context:
+            raise ValueError(
+                f"chat.samples: {text[:40]!r} leaves no room for a reply: {tokens} tokens with "
+                f"the template, context {context}; shorten it"
+            )
+
+
 def sample_replies(
     model: NanoLlama, chat: Chat, prompts: Sequence[str], max_new_tokens: int = 128
 ) -> list[str]:

@@ -22,6 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from machine import cpus
+
 CHILD = Path(__file__).with_name("sandbox_child.py")
 MEMORY = 1 << 30  # bytes of address space
 FILE_BYTES = 1 << 20  # size limit of each written file
@@ -113,7 +115,7 @@ class Sandbox:
         self.hash = hashlib.sha256(self.name.encode() + CHILD.read_bytes()).hexdigest()
 
     def answer(self, requests: Sequence[Any]) -> Iterator[list[tuple[int, Any]]]:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(cpus()) as pool:
             running = {
                 pool.submit(run_program, request.text, self.timeout): i
                 for i, request in enumerate(requests)

@@ -15,16 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from export.gguf_plan import (
-    MoeConfig,
-    PlannedTensor,
-    architecture,
-    permute,
-    plan_tensors,
-    read_config,
-)
+from export.gguf_plan import PlannedTensor, architecture, permute, plan_tensors, read_config
 from files import remove_stale, temporary
+from machine import cpus
 from models.nanollama import ModelConfig
+from models.rope import RopeScaling
 
 OUTTYPES = {
     "f32": "ALL_F32",
@@ -55,7 +50,7 @@ def tensor_type(outtype: str, name: str, shape: tuple[int, ...], config: ModelCo
             layer, layers = int(name.split(".")[1]), config.num_hidden_layers
             outer = layer < layers // 8 or layer >= 7 * layers // 8
             kind = "Q6_K" if outer or (layer - layers // 8) % 3 == 2 else "Q4_K"
-        if isinstance(config, MoeConfig) and config.num_experts == 8:
+        if config.kind == "moe" and config.moe.experts == 8:
             kind = EIGHT_EXPERTS.get(name.split(".")[-2], kind)
         kind = FALLBACK.get(kind, kind) if shape[-1] % 256 else kind
     return "F16" if shape[-1] % 32 else kind
@@ -92,7 +87,7 @@ def write_gguf(
     for path in targets.values():
         path.parent.mkdir(parents=True, exist_ok=True)
     check_space(tensors, types, targets)
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cpus()
     with _published_by_rename(targets) as scratch, ThreadPoolExecutor(threads) as pool:
         writers = {}
         for outtype, path in scratch.items():
@@ -141,18 +136,35 @@ def _add_model_keys(writer: Any, config: ModelConfig, name: str, outtype: str) -
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    if isinstance(config, MoeConfig):
-        writer.add_expert_count(config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    feed_forward = config.intermediate_size
+    if config.kind == "moe":
+        writer.add_expert_count(config.moe.experts)
+        writer.add_expert_used_count(config.moe.top_k)
+        if architecture(config) == "qwen3moe":
+            writer.add_expert_feed_forward_length(config.expert_size)
+        else:
+            feed_forward = config.expert_size
+    writer.add_feed_forward_length(feed_forward)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.resolved_head_dim)
     writer.add_value_length(config.resolved_head_dim)
     writer.add_rope_dimension_count(config.resolved_head_dim)
     writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None:
+        _add_scaling_keys(writer, config.rope_scaling)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+
+
+def _add_scaling_keys(writer: Any, scaling: RopeScaling) -> None:
+    import gguf
+
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+    if scaling.attention_factor is not None:  # llama.cpp multiplies this with the default factor
+        ratio = scaling.attention_factor / scaling.default_attention_factor
+        writer.add_rope_scaling_attn_factors(ratio)
 
 
 def _add_tensor_info(writer: Any, tensor: PlannedTensor, kind: Any) -> None:

@@ -1,22 +1,19 @@
 """Plan a GGUF file: name, shape and stored location of every tensor.
 
-Reads a Hugging Face folder of NanoLlama, Llama, Qwen3 or Qwen3-MoE.
+Reads a Hugging Face folder of NanoLlama, Llama, Qwen3, Mixtral or Qwen3-MoE.
 """
 
 import json
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from models.hf import from_hf_config, from_hf_name, read_hf_config, weight_files
-from models.nanollama import ModelConfig, Size
+from models.hf import from_hf_name, read_hf_config, weight_files
+from models.hf_experts import group_experts
+from models.nanollama import ModelConfig
 
-EXPERT = re.compile(r"(layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+\.weight)")
 BLOCK_NAMES = {  # module of a block -> name in GGUF
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -29,62 +26,35 @@ BLOCK_NAMES = {  # module of a block -> name in GGUF
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
-    "mlp.gate": "ffn_gate_inp",
+    "mlp.router": "ffn_gate_inp",
     "mlp.experts.gate_proj": "ffn_gate_exps",
     "mlp.experts.up_proj": "ffn_up_exps",
     "mlp.experts.down_proj": "ffn_down_exps",
 }
 
 
-@dataclass(frozen=True)
-class MoeConfig(ModelConfig):
-    """Shape of a Qwen3-MoE with experts in every layer; used for export only."""
-
-    num_experts: Size = 128
-    num_experts_per_tok: Size = 8
-    moe_intermediate_size: Size = 768
-
-    @property
-    def num_parameters(self) -> int:
-        router_row = self.hidden_size
-        expert = 3 * self.hidden_size * self.moe_intermediate_size + router_row
-        dense = 3 * self.hidden_size * self.intermediate_size
-        return super().num_parameters + self.num_hidden_layers * (self.num_experts * expert - dense)
-
-
 def read_config(folder: Path) -> ModelConfig:
     """Read a folder's config; ValueError names a setting that cannot be exported."""
-    return read_hf_config(folder, _from_config)
-
-
-def _from_config(hf: dict[str, Any]) -> ModelConfig:
-    if hf.get("model_type") != "qwen3_moe":
-        return from_hf_config(hf)
-    if hf.get("mlp_only_layers") or hf.get("decoder_sparse_step", 1) != 1:
+    config = read_hf_config(folder)
+    if config.kind == "moe" and (problem := config.moe.problem_of_mixtral):
         raise ValueError(
-            "the model has layers without experts; "
-            "only models with experts in every layer can be exported"
+            f"{folder} cannot be exported to GGUF: it has {problem}. Chat and evaluate the "
+            "checkpoint itself, or train with settings that Mixtral has"
         )
-    if not hf.get("norm_topk_prob"):
+    if config.rope_scaling is not None and config.rope_scaling.has_other_betas:
         raise ValueError(
-            "norm_topk_prob is false, but llama.cpp always normalises the weights of the "
-            "chosen experts"
+            f"{folder} cannot be exported to GGUF: llama.cpp has beta_fast=32 and beta_slow=1 for "
+            f"YaRN, but model.rope_scaling is {config.rope_scaling}. Chat and evaluate the "
+            "checkpoint itself"
         )
-    # As for Llama, the default head_dim is hidden_size / num_attention_heads; Qwen3's is 128.
-    dense = replace(
-        from_hf_config({"max_position_embeddings": 32_768, **hf, "model_type": "llama"}),
-        qk_norm=True,
-    )
-    experts: dict[str, Any] = {
-        name: hf[name] for name in ("num_experts_per_tok", "moe_intermediate_size") if name in hf
-    }
-    experts["num_experts"] = hf.get("num_experts", hf.get("num_local_experts", 128))
-    return MoeConfig(**asdict(dense), **experts)
+    return config
 
 
 def architecture(config: ModelConfig) -> str:
-    """Return llama.cpp's name of the architecture."""
-    return "qwen3moe" if isinstance(config, MoeConfig) else "qwen3" if config.qk_norm else "llama"
+    """Return llama.cpp's name of the architecture. Its llama includes Mixtral."""
+    if config.qk_norm:
+        return "qwen3moe" if config.kind == "moe" else "qwen3"
+    return "llama"
 
 
 class StoredTensor(NamedTuple):
@@ -159,31 +129,16 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def stack_experts(
-    stored: Mapping[str, StoredTensor],
-) -> dict[str, StoredTensor | StackedTensor]:
-    """Stack each layer's experts: mlp.experts.3.up_proj becomes part 3 of mlp.experts.up_proj."""
-    result: dict[str, StoredTensor | StackedTensor] = {}
-    experts: dict[str, dict[int, StoredTensor]] = {}
-    for name, tensor in stored.items():
-        if match := EXPERT.fullmatch(name):
-            experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = tensor
-        else:
-            result[name] = tensor
-    for name, parts in experts.items():
-        kinds = {(part.dtype, part.shape) for part in parts.values()}
-        if set(parts) != set(range(len(parts))) or len(kinds) > 1:
-            raise ValueError(
-                f"{name}: an expert is missing or has another dtype or shape; "
-                "restore the model from a copy"
-            )
-        result[name] = StackedTensor(tuple(parts[i] for i in sorted(parts)))
-    return result
-
-
 def plan_tensors(folder: Path, config: ModelConfig) -> list[PlannedTensor]:
     """List the GGUF file's tensors in order; ValueError if the weights do not fit the config."""
-    stored = stack_experts(stored_tensors(folder))
+    try:
+        groups = group_experts(stored_tensors(folder))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; restore the model from a copy") from error
+    stored: dict[str, StoredTensor | StackedTensor] = {
+        name: StackedTensor(tuple(group)) if isinstance(group, list) else group
+        for name, group in groups.items()
+    }
     if config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)  # llama.cpp uses token_embd
     expected = layout(config)
@@ -215,21 +170,19 @@ def plan_tensors(folder: Path, config: ModelConfig) -> list[PlannedTensor]:
 
 def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Map our name of each tensor to its GGUF name and shape."""
-    d, ffn, head_dim = config.hidden_size, config.intermediate_size, config.resolved_head_dim
+    d, head_dim = config.hidden_size, config.resolved_head_dim
+    ffn = config.expert_size if config.kind == "moe" else config.intermediate_size
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     feed_forward: dict[str, tuple[int, ...]] = {
         "gate_proj": (ffn, d),
         "up_proj": (ffn, d),
         "down_proj": (d, ffn),
     }
-    if isinstance(config, MoeConfig):
-        n, ffn = config.num_experts, config.moe_intermediate_size
-        feed_forward = {
-            "gate": (n, d),
-            "experts.gate_proj": (n, ffn, d),
-            "experts.up_proj": (n, ffn, d),
+    if config.kind == "moe":
+        n = config.moe.experts
+        feed_forward = {"router": (n, d)} | {
+            f"experts.{module}": (n, *shape) for module, shape in feed_forward.items()
         }
-        feed_forward["experts.down_proj"] = (n, d, ffn)
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm": (d,),
         "self_attn.q_proj": (q, d),
@@ -247,7 +200,10 @@ def layout(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     result: dict[str, tuple[str, tuple[int, ...]]] = {
         "embed_tokens.weight": ("token_embd.weight", (config.vocab_size, d)),
         **{
-            f"layers.{i}.{module}.weight": (f"blk.{i}.{BLOCK_NAMES[module]}.weight", shape)
+            f"layers.{i}.{module}{'' if '.experts.' in module else '.weight'}": (
+                f"blk.{i}.{BLOCK_NAMES[module]}.weight",
+                shape,
+            )
             for i in range(config.num_hidden_layers)
             for module, shape in shapes.items()
         },

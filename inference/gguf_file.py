@@ -54,6 +54,7 @@ KEYS: dict[str, tuple[str, float, float]] = {
     "rope.scaling.factor": ("f32", 1e-3, 1e6),
     "rope.scaling.type": ("str", 0, 0),
     "rope.scaling.original_context_length": ("u32", 1, MAX_CONTEXT),
+    "rope.scaling.attn_factor": ("f32", 1e-3, 1e3),
     "expert_count": ("u32", 0, 4096),
     "expert_used_count": ("u32", 0, 4096),
     "expert_feed_forward_length": WIDTH,

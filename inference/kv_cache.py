@@ -164,8 +164,7 @@ def _trunk(
             layer.self_attn, layer_ops, normed, rotary, keys, values, slots, mask, end, valid
         )
         normed = _rms_norm(layer.post_attention_layernorm, x)
-        gate, up = layer_ops.gate_up(normed).chunk(2, dim=-1)
-        x = x + layer_ops.down(F.silu(gate) * up)
+        x = x + layer_ops.feed_forward(normed)
     return _scatter(_rms_norm(model.norm, x), valid, tokens.numel()).view(*tokens.shape, -1)
 
 
@@ -249,7 +248,8 @@ def decode_compiled(model: NanoLlama, tokens: Tensor, cache: Cache) -> Tensor:
             f"the cache has room for {cache.length} tokens, not for one more; raise its length"
         )
     positions = torch.tensor(cache.lengths, device=tokens.device)[:, None]
-    if tokens.device.type != "cuda":
+    # Products of experts may ask the GPU for the experts' loads, which a graph cannot.
+    if tokens.device.type != "cuda" or model.config.kind == "moe":
         scores = _compiled_decode()(model, tokens[:, None], positions, cache)
     else:
         if cache.graph is None:

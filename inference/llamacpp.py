@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from inference.gguf_file import check_gguf
+from machine import cpus
 
 BATCH = 512  # tokens per llama_decode call
 MAX_ERROR_LINES = 4  # lines of llama.cpp's errors in our messages
@@ -267,7 +268,7 @@ class LlamaCpp:
                 f"llama.cpp cannot run {path} with a context of {self.context} tokens: "
                 f"{_error_text()}; give a smaller --context"
             )
-        threads = threads or len(os.sched_getaffinity(0))
+        threads = threads or cpus()
         lib.llama_set_n_threads(self.state, threads, threads)
         self.tokens: list[int] = []  # the sequence so far
 

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.nanollama import NanoLlama
+from models.moe import MoE
+from models.nanollama import NanoLlama, SwiGLU
 
 Product = Callable[[Tensor], Tensor]  # x [N, in] -> [N, out]
 ROWS_HINT = 16  # rows that oneDNN chooses its blocks for; the blocks also serve 1 and 1,000 rows
 
 
 class LayerOps(NamedTuple):
-    """Matrix products of one layer; qkv and gate_up each fuse several projections."""
+    """Products of one layer; qkv fuses three projections, and the feed-forward's first two."""
 
     qkv: Product
     out: Product
-    gate_up: Product
-    down: Product
+    feed_forward: Product
 
 
 class LinearOps(NamedTuple):
@@ -71,9 +71,21 @@ def _build(model: NanoLlama, layout: Callable[..., Product]) -> LinearOps:
         return LayerOps(
             layout(attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight),
             layout(attention.o_proj.weight),
-            layout(mlp.gate_proj.weight, mlp.up_proj.weight),
-            layout(mlp.down_proj.weight),
+            experts(mlp) if isinstance(mlp, MoE) else feed_forward(mlp),
         )
+
+    def feed_forward(mlp: SwiGLU) -> Product:
+        gate_up = layout(mlp.gate_proj.weight, mlp.up_proj.weight)
+        down = layout(mlp.down_proj.weight)
+
+        def swiglu(x: Tensor) -> Tensor:
+            gate, up = gate_up(x).chunk(2, dim=-1)
+            return down(F.silu(gate) * up)
+
+        return swiglu
+
+    def experts(mlp: MoE) -> Product:
+        return lambda x: mlp(x[None])[0][0]
 
     with torch.no_grad():
         return LinearOps([layer_ops(block) for block in model.layers], layout(model.head_weight))

@@ -55,7 +55,9 @@ class Budget:
     steps: PositiveInt | None = None
     seconds: PositiveFloat | None = None  # of training steps, without validation and compilation
     own_steps: bool = False  # the steps of each variant's config
-    pilot_steps: Annotated[int, at_least(8)] = 30  # of the run that measures seconds per step
+    # With a budget in seconds, pilots of all variants in turn measure the seconds per step.
+    pilot_steps: Annotated[int, at_least(8)] = 30
+    pilot_rounds: PositiveInt = 3
 
     def __post_init__(self) -> None:
         check_fields(self, "budget")
@@ -169,7 +171,9 @@ class Experiment:
         return "{logs}" in self.command_of(name)
 
     def needs_pilot(self, name: str) -> bool:
-        return self.budget.seconds is not None and not self.is_external(name)
+        """Whether a budget in seconds becomes steps; a command of another code base may keep it."""
+        takes_steps = not self.is_external(name) or "{steps}" in self.command_of(name)
+        return self.budget.seconds is not None and takes_steps
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
@@ -207,20 +211,20 @@ def make_trial(
 ) -> Trial:
     """Make the run of a variant and a seed.
 
-    step_s: seconds per step, measured by the variant's pilot; needed for a budget in seconds.
+    step_s: seconds per step, measured by the variant's pilots; needed for a budget in seconds.
     """
-    label = f"{variant}-{seed}"
+    label, budget = f"{variant}-{seed}", experiment.budget
+    steps_of_seconds = round((budget.seconds or 0) / step_s) if step_s else 0
     if experiment.is_external(variant):
-        return _external(experiment, variant, seed, label)
+        steps = steps_of_seconds if experiment.needs_pilot(variant) else budget.steps
+        return _external(experiment, variant, seed, label, steps, experiment.validations)
     if experiment.command_of(variant) == PLAN:
         return _plan(experiment, variant, seed, label)
     run = _read(experiment, variant)
-    budget = experiment.budget
     if budget.tokens:
         steps = _steps_of_tokens(run, budget.tokens)
     elif budget.seconds:
-        assert step_s is not None
-        steps = round(budget.seconds / step_s)
+        steps = steps_of_seconds
     elif budget.own_steps:
         steps = run.steps
     else:
@@ -230,17 +234,24 @@ def make_trial(
     return _training(experiment, variant, seed, label, run, steps)
 
 
-def pilot(experiment: Experiment, variant: str) -> Trial:
-    """Make the short run without validation that measures a variant's seconds per step."""
-    run, steps = _read(experiment, variant), experiment.budget.pilot_steps
-    return _training(experiment, variant, 0, f"{variant}-pilot", run, steps, validate=False)
+def pilots(experiment: Experiment, variant: str) -> list[Trial]:
+    """Make the short runs without validation that measure a variant's seconds per step."""
+    return [_pilot(experiment, variant, i) for i in range(experiment.budget.pilot_rounds)]
+
+
+def _pilot(experiment: Experiment, variant: str, seed: int) -> Trial:
+    label, steps = f"{variant}-{seed}-pilot", experiment.budget.pilot_steps
+    if experiment.is_external(variant):
+        return _external(experiment, variant, seed, label, steps, validations=0)
+    run = _read(experiment, variant)
+    return _training(experiment, variant, seed, label, run, steps, validate=False)
 
 
 def check(experiment: Experiment, variants: Iterable[str]) -> None:
     """ValueError if the config or the overrides of a variant are wrong, before anything runs."""
     for variant in variants:
         if experiment.needs_pilot(variant):
-            pilot(experiment, variant)
+            pilots(experiment, variant)
         else:
             make_trial(experiment, variant, experiment.seeds[0])
 
@@ -383,11 +394,20 @@ def _trains(command: str) -> bool:
     return re.search(r"\btrain_\w+\.py\b", command) is not None
 
 
-def _external(experiment: Experiment, variant: str, seed: int, label: str) -> Trial:
+def _external(
+    experiment: Experiment,
+    variant: str,
+    seed: int,
+    label: str,
+    steps: int | None,
+    validations: int,
+) -> Trial:
     """A command of another code base, with the values of the budget filled in."""
     folder, checkpoints = _folders(experiment, label)
     values = {
         **{name: str(value) for name, value in experiment.budget.limits.items()},
+        **({"steps": str(steps)} if steps else {}),
+        "validations": str(validations),
         "seed": str(seed),
         "logs": str(folder.absolute()),
         "output": str(checkpoints.absolute()),
@@ -403,4 +423,4 @@ def _external(experiment: Experiment, variant: str, seed: int, label: str) -> Tr
         )
     words = tuple(PLACEHOLDER.sub(lambda match: values[match[1]], word) for word in template)
     settings = {"command": template, "values": {**values, "logs": "", "output": ""}}
-    return Trial(variant, seed, words, settings, folder, checkpoints, Path())
+    return Trial(variant, seed, words, settings, folder, checkpoints, Path(), steps)

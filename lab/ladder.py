@@ -17,6 +17,7 @@ from yaml_file import parse_yaml
 
 FULL = Path("configs/speedrun")
 MINIATURE, MEDIUM = FULL / "miniature", FULL / "medium"
+VALIDATIONS = {FULL: 20, MINIATURE: 10, MEDIUM: 20}  # 20 take longer than 50 steps of a miniature
 COMMANDS = {FULL: "train_gpt.py", MINIATURE: "train_gpt.py", MEDIUM: "train_gpt_medium.py"}
 FILE = re.compile(r"(\d\d)_(\w+)\.yaml")
 RANGE = re.compile(r"(\d+)(?:-(\d+))?")
@@ -137,5 +138,6 @@ def ladder_experiment(folder: Path, rungs: Sequence[Rung], seeds: int) -> Experi
         variants={rung.name: Variant(config=str(rung.path)) for rung in rungs},
         seeds=tuple(range(seeds)),
         budget=Budget(own_steps=True),
+        validations=VALIDATIONS[folder],
         compare=Compare(baseline=rungs[0].name, chain=True),
     )

@@ -157,7 +157,7 @@ def _rung(rung: Rung, measured: str) -> list[str]:
 def code_of(rung: Rung) -> list[str]:
     """Places in the code that the rung's settings belong to, at most 3, as file:name."""
     if rung.number == 0:
-        return ["models/speedrun_gpt.py:GPTConfig"]
+        return ["models/speedrun_config.py:GPTConfig"]
     spans: dict[str, None] = {}
     for section, values in rung.changes.items():
         for setting in values if isinstance(values, dict) else [""]:

@@ -378,7 +378,7 @@ def _budget_note(experiment: Experiment, run: Measurement) -> list[str]:
         return []
     return [
         f"{run.variant}-{run.seed} used {run.seconds:.1f} s of training, "
-        f"{run.seconds / budget - 1:+.0%} against the budget of {budget:g} s: its pilot ran at "
+        f"{run.seconds / budget - 1:+.0%} against the budget of {budget:g} s: its pilots ran at "
         "another speed."
     ]
 

@@ -8,6 +8,7 @@ import hashlib
 import os
 import queue
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import yaml
 
 from cli import ROOT
 from files import read_object, write_json, write_text
-from lab.experiment import Experiment, Trial, make_trial, pilot
+from lab.experiment import Experiment, Trial, make_trial, pilots
 from lab.measurements import measure, seconds_per_step
 from machine import cpus
 from torchrun_plugin import LAUNCHER
@@ -81,27 +82,30 @@ def plan_trials(
 ) -> list[Trial]:
     """All runs, seed by seed, so that drift of the machine meets every variant alike.
 
-    With a budget in seconds, a variant whose pilot has not finished is left out.
+    With a budget in seconds, a variant whose pilots have not finished is left out.
     """
-    trials = []
-    for seed in seeds:
-        for variant in variants:
-            step_s = None
-            if experiment.needs_pilot(variant):
-                short = pilot(experiment, variant)
-                if not is_finished(short):
-                    continue
-                step_s = seconds_per_step(short)
-            trials.append(make_trial(experiment, variant, seed, step_s))
-    return trials
+    step_s: dict[str, float | None] = dict.fromkeys(variants)
+    for variant in filter(experiment.needs_pilot, variants):
+        shorts = pilots(experiment, variant)
+        if all(map(is_finished, shorts)):
+            step_s[variant] = statistics.fmean(map(seconds_per_step, shorts))
+        else:
+            del step_s[variant]
+    return [
+        make_trial(experiment, variant, seed, seconds)
+        for seed in seeds
+        for variant, seconds in step_s.items()
+    ]
 
 
 def run_experiment(
     experiment: Experiment, variants: Sequence[str], seeds: Sequence[int], slots: Slots
 ) -> list[str]:
     """Run everything that has not finished; return one line per failed run."""
-    needed = [name for name in variants if experiment.needs_pilot(name)]
-    failures = Runner(experiment, [pilot(experiment, name) for name in needed], slots).run()
+    needed = [pilots(experiment, name) for name in variants if experiment.needs_pilot(name)]
+    # One round after the other, so that drift of the machine meets every variant alike.
+    shorts = [short for round_ in zip(*needed, strict=True) for short in round_]
+    failures = Runner(experiment, shorts, slots).run()
     return failures + Runner(experiment, plan_trials(experiment, variants, seeds), slots).run()
 
 

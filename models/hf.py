@@ -1,11 +1,11 @@
 """Read and write Hugging Face model folders: config.json, model.safetensors, parameter names.
 
-NanoLlama is written as `LlamaForCausalLM`, or with qk_norm as `Qwen3ForCausalLM`. Both are read.
+NanoLlama is written as `LlamaForCausalLM`, or with qk_norm as `Qwen3ForCausalLM`; with experts as
+`MixtralForCausalLM` or `Qwen3MoeForCausalLM` (models/hf_experts.py). All four are read.
 """
 
 import errno
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from files import read_json, step_number
+from files import read_json, read_object, step_number
+from models import hf_experts
 from models.kinds import AnyConfig, AnyModel
 from models.nanollama import ModelConfig, NanoLlama
-from models.speedrun_gpt import GPTConfig
+from models.rope import rope_section, scaling_from_hf, unsupported_rope
+from models.speedrun_config import GPTConfig
 from ranges import MAX_INT, shown
 
 _SHARED = (  # fields of ModelConfig with the same name in config.json
@@ -34,6 +36,9 @@ _SHARED = (  # fields of ModelConfig with the same name in config.json
     "initializer_range",
     "tie_word_embeddings",
 )
+TYPES = ("llama", "qwen3")  # model_type of dense folders
+_CONTEXTS = {"llama": 2048, "mixtral": 131_072}  # transformers' default; Qwen3: 32,768
+_MIXTRAL = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5}  # transformers' defaults
 _FLOATS = ("rms_norm_eps", "initializer_range", "rope_theta")
 
 
@@ -63,23 +68,30 @@ def to_hf_config(
 ) -> dict[str, Any]:
     """Build the content of config.json.
 
-    The rotary base has both names: `rope_parameters` (transformers 5) and `rope_theta` (4). A
-    SpeedrunGPT, which transformers does not know, is written with the fields of its GPTConfig.
+    Rotary positions have both spellings: `rope_parameters` (transformers 5), and `rope_theta` and
+    `rope_scaling` (4). A SpeedrunGPT, which transformers does not know, is written with the fields
+    of its GPTConfig.
     """
     if isinstance(config, GPTConfig):
         return {
             "architectures": ["SpeedrunGPT"],
-            "model_type": config.kind,
+            "model_type": config.model_type,
             **asdict(config),
             "dtype": str(dtype).removeprefix("torch."),
             "bos_token_id": bos,
         }
+    scaling = config.rope_scaling
     return {
-        "architectures": ["Qwen3ForCausalLM" if config.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if config.qk_norm else "llama",
+        "architectures": [hf_experts.architecture(config)],
+        "model_type": hf_experts.model_type(config),
         **{name: getattr(config, name) for name in _SHARED},
+        **hf_experts.experts_to_hf(config),
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        **({} if scaling is None else {"rope_scaling": scaling.to_hf()}),
+        "rope_parameters": {
+            "rope_theta": config.rope_theta,
+            **({"rope_type": "default"} if scaling is None else scaling.to_hf()),
+        },
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -94,34 +106,36 @@ def to_hf_config(
 
 
 def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
-    """Convert a Llama or Qwen3 config.json; ValueError names each unsupported setting."""
+    """Convert the config.json of Llama, Qwen3, Mixtral, Qwen3-MoE or NanoLlama with experts.
+
+    ValueError names each unsupported setting.
+    """
     model_type = hf.get("model_type")
-    if model_type == GPTConfig.kind:
+    if model_type == GPTConfig.model_type:
         raise ValueError(
             "this is a model of the speedrun, which train_gpt.py resumes and evaluates; chat, "
             "evaluations and export read Llama and Qwen3 folders"
         )
-    if model_type not in ("llama", "qwen3"):
+    if model_type not in (*TYPES, *hf_experts.TYPES):
         raise ValueError(
-            f"model_type {model_type!r} is not supported; NanoLlama reads llama and qwen3 folders"
+            f"model_type {model_type!r} is not supported; NanoLlama reads folders of "
+            f"{', '.join((*TYPES, *hf_experts.SHARED_TYPES))}"
         )
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(section := hf.get(name) or {}, dict):
-            raise ValueError("rope_scaling and rope_parameters of config.json must be objects")
-        rope |= section
+    rope = rope_section(hf)
     unsupported = {
-        "rope_type": rope.get("rope_type", rope.get("type", "default")) != "default",
+        **unsupported_rope(rope),
         "hidden_act": hf.get("hidden_act", "silu") != "silu",
         "attention_bias": bool(hf.get("attention_bias")),
         "mlp_bias": bool(hf.get("mlp_bias")),
         "use_sliding_window": bool(hf.get("use_sliding_window")),
+        "sliding_window": model_type == "mixtral" and bool(hf.get("sliding_window")),
         "quantization_config": bool(hf.get("quantization_config")),
     }
     if any(unsupported.values()):
         names = ", ".join(name for name, is_set in unsupported.items() if is_set)
         raise ValueError(f"NanoLlama does not support this model's {names}")
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    default_theta = 1_000_000.0 if model_type == "mixtral" else 10_000.0
+    theta = rope.get("rope_theta", hf.get("rope_theta", default_theta))
     fields = {
         name: hf[name]
         for name in _SHARED
@@ -136,23 +150,48 @@ def from_hf_config(hf: dict[str, Any]) -> ModelConfig:
         wrong = wrong or (type(value) is int and abs(value) >= MAX_INT)
         if wrong and not (name == "head_dim" and value is None):
             raise ValueError(f"{name}={shown(value)} in config.json has the wrong type or size")
+    fields |= hf_experts.experts_from_hf(hf)
     # A missing key has transformers' default, which may differ from ModelConfig's.
+    if model_type == "mixtral":
+        fields = _MIXTRAL | fields
     fields.setdefault("num_key_value_heads", fields["num_attention_heads"])
     fields.setdefault("rms_norm_eps", 1e-6)
-    fields.setdefault("max_position_embeddings", 2048 if model_type == "llama" else 32_768)
+    fields.setdefault("max_position_embeddings", _CONTEXTS.get(model_type, 32_768))
     fields.setdefault("tie_word_embeddings", False)
     if model_type == "qwen3":
         fields.setdefault("head_dim", 128)
-    return ModelConfig(**fields, rope_theta=float(theta), qk_norm=model_type == "qwen3")
+    qk_norm = hf.get("qk_norm") if model_type == hf_experts.OWN_TYPE else "qwen3" in model_type
+    if not isinstance(qk_norm, bool):
+        raise ValueError(f"qk_norm={shown(qk_norm)} in config.json must be true or false")
+    scaling = scaling_from_hf(hf, fields["max_position_embeddings"])
+    return ModelConfig(**fields, rope_theta=float(theta), rope_scaling=scaling, qk_norm=qk_norm)
 
 
-def to_hf_name(name: str) -> str:
-    """Convert one of our parameter names to its name in a Hugging Face state dict."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
+def to_hf_tensors(
+    config: AnyConfig, weights: dict[str, Tensor], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Convert full tensors under our names to those of a Hugging Face folder, in `dtype`."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        parts = [(name, value)]
+        if isinstance(config, ModelConfig):
+            parts = list(hf_experts.split_experts(config, name, value))
+        for part, tensor in parts:
+            hf_name = part if part.startswith("lm_head.") else f"model.{part}"
+            tensors[hf_name] = tensor.detach().to("cpu", stored_dtype(part, dtype)).contiguous()
+    return tensors
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of a weight in a folder of `dtype`: float32 for biases of routers.
+
+    Small differences of these biases decide, and bfloat16 would lose them.
+    """
+    return torch.float32 if name.endswith(".router.bias") else dtype
 
 
 def from_hf_name(name: str) -> str:
-    """Convert a name of a Hugging Face state dict to ours."""
+    """Remove the prefix of a name of a Hugging Face state dict."""
     return name.removeprefix("model.")
 
 
@@ -173,10 +212,7 @@ def save_hf(
     folder.mkdir(parents=True, exist_ok=True)
     hf_config = {**to_hf_config(config, dtype, bos, eos, pad), **extra}
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-    tensors = {
-        to_hf_name(name): value.detach().to("cpu", dtype).contiguous()
-        for name, value in weights.items()
-    }
+    tensors = to_hf_tensors(config, weights, dtype)
     try:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     except SafetensorError as error:  # how safetensors reports a full disk
@@ -210,7 +246,7 @@ def weight_files(folder: Path) -> list[Path]:
 def read_hf_weights(folder: Path) -> dict[str, Tensor]:
     """Read a folder's weights under our names, in their stored dtype.
 
-    ValueError if a file is missing or damaged.
+    Experts are stacked. ValueError if a file or an expert is missing or damaged.
     """
     weights: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -218,16 +254,17 @@ def read_hf_weights(folder: Path) -> dict[str, Tensor]:
             weights |= {from_hf_name(name): value for name, value in load_file(path).items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
-    return weights
+    try:
+        return hf_experts.stack_experts(weights)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}; restore the model from a copy") from error
 
 
-def read_hf_config(
-    folder: Path, convert: Callable[[dict[str, Any]], ModelConfig] = from_hf_config
-) -> ModelConfig:
+def read_hf_config(folder: Path) -> ModelConfig:
     """Read a folder's config.json as a ModelConfig; ValueError names the file and the key."""
     content = config_json(folder)
     try:
-        return convert(content)
+        return from_hf_config(content)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
@@ -235,7 +272,7 @@ def read_hf_config(
 def read_config(folder: Path) -> AnyConfig:
     """Read a folder's config.json as the config of its kind of model; ValueError as above."""
     content = config_json(folder)
-    if content.get("model_type") != GPTConfig.kind:
+    if content.get("model_type") != GPTConfig.model_type:
         return read_hf_config(folder)
     names = GPTConfig.__dataclass_fields__
     try:
@@ -272,6 +309,14 @@ def load_weights(model: AnyModel, folder: Path, new_tokens: range | None = None)
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     parameters = model.state_dict()
+    model_type = (read_object(folder / "config.json") or {}).get("model_type")
+    if model_type in hf_experts.SHARED_TYPES:  # which lack a part of some routers
+        for name, value in parameters.items():
+            if name.endswith((".router.noise_weight", ".router.bias")):
+                weights[name] = torch.zeros_like(value)  # as at the start of training
+    for name in [name for name in weights if name.endswith(".router.noise_weight")]:
+        if name not in parameters:  # a router that continues without noise
+            del weights[name]
     if parameters.keys() != weights.keys():
         names = sorted(parameters.keys() ^ weights.keys())
         raise ValueError(

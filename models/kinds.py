@@ -1,7 +1,8 @@
 """The kinds of models that training builds: their configs and networks."""
 
 from models.nanollama import ModelConfig, NanoLlama
-from models.speedrun_gpt import GPTConfig, SpeedrunGPT
+from models.speedrun_config import GPTConfig
+from models.speedrun_gpt import SpeedrunGPT
 
 AnyConfig = ModelConfig | GPTConfig
 AnyModel = NanoLlama | SpeedrunGPT
@@ -12,3 +13,9 @@ def build_model(config: AnyConfig, seed: int | None = None) -> AnyModel:
     if isinstance(config, GPTConfig):
         return SpeedrunGPT(config, seed)
     return NanoLlama(config, seed)
+
+
+def parameters_text(config: AnyConfig) -> str:
+    """Return the number of parameters as text; of a mixture of experts, also the active ones."""
+    active = f" ({config.num_active_parameters:,} active)" if config.kind == "moe" else ""
+    return f"{config.num_parameters:,} parameters{active}"

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from models.rope import RopeScaling
+
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation (arXiv:1910.07467).
@@ -26,7 +28,7 @@ def rms_norm(x: Tensor, eps: float) -> Tensor:
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosine and sine tables for rotary positions (arXiv:2104.09864).
+    """Cosine and sine tables for rotary positions (arXiv:2104.09864), which YaRN may scale.
 
     The layout is the rotate-half layout of Hugging Face Llama. The tables are fp32 whatever the
     model's dtype, and the state dict leaves them out.
@@ -35,28 +37,35 @@ class RotaryEmbedding(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int, positions: int, theta: float):
+    def __init__(
+        self, head_dim: int, positions: int, theta: float, scaling: RopeScaling | None = None
+    ):
         super().__init__()
+        self.scaling = scaling
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(positions, head_dim), persistent=False)
         self.set_theta(theta)
 
     def set_theta(self, theta: float) -> None:
-        """Refill the tables in place, with frequencies theta^(-2i / head_dim)."""
+        """Refill the tables in place, with frequencies theta^(-2i / head_dim), then scaled."""
         head_dim = self.cos.shape[1]
-        self.set_frequencies(
-            theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-        )
+        if self.scaling is not None:
+            frequencies = self.scaling.frequencies(head_dim, theta)
+            self.set_frequencies(frequencies, self.scaling.rotation_scale)
+        else:
+            self.set_frequencies(
+                theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+            )
 
-    def set_frequencies(self, frequencies: Tensor) -> None:
+    def set_frequencies(self, frequencies: Tensor, scale: float = 1.0) -> None:
         """Refill the tables in place, with radians per position, fp32 [head_dim / 2].
 
-        Values are computed on the CPU: equal on every device.
+        scale: factor of cosine and sine. Values are computed on the CPU: equal on every device.
         """
         positions = torch.arange(len(self.cos), dtype=torch.float32, device=frequencies.device)
         angles = torch.outer(positions, frequencies).repeat(1, 2)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
+        self.cos.copy_(angles.cos() * scale)
+        self.sin.copy_(angles.sin() * scale)
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         """Return cos and sin [length, head_dim] of positions 0 to length - 1."""

@@ -7,11 +7,14 @@ from the saved logsumexp. This costs one more head matmul (about 2 % of a 1.1B s
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from models.moe import RouterStats
 
 MAX_KEPT_LOGITS = 2**24  # logits kept until backward: 32 MB in bf16, and as much for the gradient
 IGNORE = -100  # target without a loss; the value of torch and transformers
@@ -22,6 +25,7 @@ class TokenLosses(NamedTuple):
 
     nll: Tensor  # [B, T] negative log-likelihood, in nats
     logsumexp: Tensor  # [B, T] log of the softmax normaliser; the z-loss keeps it near 0
+    router: "RouterStats | None" = None  # of all layers with experts, each with [L] in front
 
 
 class LossHead(NamedTuple):

@@ -6,7 +6,7 @@ The model runs on one device. training/fsdp_utils.py adds sharding, compilation 
 checkpointing. Shapes: B rows, T tokens, D hidden_size, V vocab_size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from models.attention import Mask, attend, attention_mask
 from models.layers import RMSNorm, RotaryEmbedding, apply_rotary, default_head_dim
 from models.losses import TokenLosses, token_losses
-from ranges import NonNegativeFloat, PositiveFloat, at_least, check_fields
+from models.moe import KINDS, MoE, MoEConfig, RouterStats, check_moe, router_inputs
+from models.rope import RopeScaling
+from ranges import NonNegativeFloat, PositiveFloat, at_least, check_fields, one_of
 
 Size = Annotated[int, at_least(1, below=2**31)]
 
@@ -34,13 +36,17 @@ class ModelConfig:
     head_dim: Size | None = None  # default: hidden_size / num_attention_heads
     max_position_embeddings: Size = 4096
     rope_theta: PositiveFloat = 10_000.0
+    rope_scaling: RopeScaling | None = None  # YaRN: docs/long_context.md
     rms_norm_eps: PositiveFloat = 1e-5
     initializer_range: NonNegativeFloat = 0.02
     tie_word_embeddings: bool = False
     qk_norm: bool = False  # RMSNorm on each head of q and k: the Qwen3 architecture
+    kind: Annotated[str, one_of(*KINDS)] = "dense"  # moe: a mixture of experts in each block
+    moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
         check_fields(self, "model")
+        check_moe(self.kind, self.moe)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -51,6 +57,8 @@ class ModelConfig:
             object.__setattr__(self, "head_dim", head_dim)
         if self.resolved_head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
+        if self.rope_scaling is not None:
+            self.rope_scaling.ramp(self.resolved_head_dim, self.rope_theta)  # ValueError if empty
 
     @property
     def resolved_head_dim(self) -> int:
@@ -59,12 +67,30 @@ class ModelConfig:
         return self.head_dim
 
     @property
+    def expert_size(self) -> int:
+        """Width of one expert."""
+        return self.moe.size(self.intermediate_size)
+
+    @property
     def num_parameters(self) -> int:
         """Number of trained parameters: 1,100,048,384 for the defaults. A tied head counts once."""
+        return self._parameters(self.moe.experts)
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Number of parameters that one token uses: num_parameters without idle experts."""
+        return self._parameters(self.moe.top_k)
+
+    def _parameters(self, experts: int) -> int:
+        """Number of parameters with `experts` experts in each block of a mixture."""
         d, head_dim = self.hidden_size, self.resolved_head_dim
         projections = 2 * d * head_dim * (self.num_attention_heads + self.num_key_value_heads)
         qk_norms = 2 * head_dim if self.qk_norm else 0
-        block = projections + qk_norms + 3 * d * self.intermediate_size + 2 * d
+        feed_forward = 3 * d * self.intermediate_size
+        if self.kind == "moe":
+            feed_forward = 3 * d * (experts * self.expert_size + self.moe.shared_size)
+            feed_forward += self.moe.router_parameters(d)
+        block = projections + qk_norms + feed_forward + 2 * d
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * block + d + embeddings
 
@@ -146,16 +172,32 @@ class SwiGLU(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm attention, then pre-norm feed-forward; each adds to the residual stream."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int = 0):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = GroupedQueryAttention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config)
+        self.mlp: SwiGLU | MoE
+        if config.kind == "moe":
+            self.mlp = MoE(config.moe, config.hidden_size, config.expert_size, "swiglu", layer)
+        else:
+            self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Mask) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask,
+        noise_keys: Tensor | None = None,
+        trained: Tensor | None = None,
+    ) -> tuple[Tensor, RouterStats | None]:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if isinstance(self.mlp, MoE):
+            out, stats = self.mlp(normed, noise_keys, trained)
+            return x + out, stats
+        return x + self.mlp(normed), None
 
 
 class NanoLlama(nn.Module):
@@ -177,7 +219,7 @@ class NanoLlama(nn.Module):
         self.compile_head: bool | None = None  # torch.compile for the loss head; None: only on GPUs
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            TransformerBlock(config) for _ in range(config.num_hidden_layers)
+            TransformerBlock(config, i) for i in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
@@ -185,7 +227,10 @@ class NanoLlama(nn.Module):
             None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self.rotary = RotaryEmbedding(
-            config.resolved_head_dim, config.max_position_embeddings, config.rope_theta
+            config.resolved_head_dim,
+            config.max_position_embeddings,
+            config.rope_theta,
+            config.rope_scaling,
         )
         if seed is not None:
             self.init_weights(seed)
@@ -208,17 +253,18 @@ class NanoLlama(nn.Module):
         |----------------------|----------------------------------------------|
         | *norm.weight         | 1                                            |
         | o_proj, down_proj    | normal, initializer_range / sqrt(2 * layers) |
+        | router.noise_weight  | 0                                            |
         | every other matrix   | normal, initializer_range                    |
         """
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
         residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+            if name.endswith(("norm.weight", "noise_weight")):
+                parameter.fill_(1.0 if name.endswith("norm.weight") else 0.0)
                 continue
-            assert parameter.ndim == 2, f"no rule to initialize {name}"
-            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            assert parameter.ndim >= 2, f"no rule to initialize {name}"
+            residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
             values = torch.empty(parameter.shape)
             values.normal_(0.0, residual_std if residual else std, generator=generator)
             parameter.copy_(values)
@@ -241,9 +287,17 @@ class NanoLlama(nn.Module):
         x = self.embed_tokens(tokens)  # [B, T, D]
         cos, sin = self.rotary(length)  # [T, head_dim]
         mask = attention_mask(doc_ids, x, self.attention)
+        noise_keys = trained = None
+        if self.training:
+            kind, moe = self.config.kind, self.config.moe
+            noise_keys, trained = router_inputs(kind, moe, tokens, targets)
+        routers: list[RouterStats] = []
         for layer in self.layers:
-            x = layer(x, cos, sin, mask)
+            x, stats = layer(x, cos, sin, mask, noise_keys, trained)
+            if stats is not None:
+                routers.append(stats)
         x = self.norm(x)
         if targets is None:
             return F.linear(x, self.head_weight)  # [B, T, V]
-        return token_losses(x, self.head_weight, targets, compiled=self.compile_head)
+        losses = token_losses(x, self.head_weight, targets, compiled=self.compile_head)
+        return losses._replace(router=RouterStats.stack(routers))

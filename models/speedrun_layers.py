@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from models.attention import Mask, attend
 from models.layers import RMSNorm, RotaryEmbedding, apply_rotary, rms_norm
 from models.losses import IGNORE
+from models.moe import MoE, RouterStats, activate
 
 if TYPE_CHECKING:
-    from models.speedrun_gpt import GPTConfig
+    from models.speedrun_config import GPTConfig
 
 GATE_WIDTH = 12  # channels of the hidden state that a gate reads (record 28)
 SIGN_ROWS = 8192  # rows of the bigram embedding's sign table (record 83)
@@ -50,6 +51,8 @@ class BlockInputs(NamedTuple):
     bigram: Tensor | None  # [B, T, D]
     value_embedding: Tensor | None  # [B, T, H * head_dim]
     first_value: Tensor | None  # [B, T, H, head_dim] values of the first attention layer
+    noise_keys: Tensor | None  # [B, T] of a noisy router: models.moe.token_keys
+    trained: Tensor | None  # [B, T] bool: tokens that routers count
 
 
 class PlainRMSNorm(nn.Module):
@@ -202,14 +205,12 @@ class MLP(nn.Module):
     def __init__(self, config: "GPTConfig"):
         super().__init__()
         self.activation = config.activation
-        width = max(1, round(config.mlp_ratio * config.hidden_size))
+        width = config.mlp_size
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.biases)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.biases)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.up_proj(x)
-        x = F.gelu(x, approximate="tanh") if self.activation == "gelu" else F.relu(x).square()
-        return self.down_proj(x)
+        return self.down_proj(activate(self.up_proj(x), self.activation))
 
 
 class Block(nn.Module):
@@ -227,15 +228,17 @@ class Block(nn.Module):
             self.attn = Attention(config, layer)
         if layer not in config.layers_without_mlp:
             self.mlp_norm = make_norm(config)
-            self.mlp = MLP(config)
+            self.mlp = _feed_forward(config, layer)
         self.embedding_skips = config.embedding_skips
         self.returns_values = config.value_residual and layer == config.first_attention_layer
 
-    def forward(self, x: Tensor, inputs: BlockInputs) -> tuple[Tensor, Tensor | None]:
-        """Return hidden states [B, T, D] and, from the layer whose values later layers mix in,
-        attention's values [B, T, H, head_dim].
+    def forward(
+        self, x: Tensor, inputs: BlockInputs
+    ) -> tuple[Tensor, Tensor | None, RouterStats | None]:
+        """Return hidden states [B, T, D]; from the layer whose values later layers mix in,
+        attention's values [B, T, H, head_dim]; with experts, the router's stats.
         """
-        value = None
+        value = stats = None
         if self.embedding_skips:
             x = self.residual_weights[0] * x + self.residual_weights[1] * inputs.x0
         if inputs.bigram is not None:
@@ -244,9 +247,22 @@ class Block(nn.Module):
             out, value = self.attn(self.attn_norm(x), inputs)
             x = x + out
         if self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x))
+            normed = self.mlp_norm(x)
+            if isinstance(self.mlp, MoE):
+                out, stats = self.mlp(normed, inputs.noise_keys, inputs.trained)
+            else:
+                out = self.mlp(normed)
+            x = x + out
         # Copied: FSDP2 does not support views as outputs.
-        return x, value.clone() if value is not None and self.returns_values else None
+        value = value.clone() if value is not None and self.returns_values else None
+        return x, value, stats
+
+
+def _feed_forward(config: "GPTConfig", layer: int) -> MLP | MoE:
+    if config.kind == "dense":
+        return MLP(config)
+    moe, size = config.moe, config.moe.size(config.mlp_size)
+    return MoE(moe, config.hidden_size, size, config.activation, layer)
 
 
 class Smear(nn.Module):

@@ -14,7 +14,7 @@ import torch
 from cli import ROOT, CommandParser, int_at_least, user_errors
 from evals.engines import folder_hash
 from export.gguf_check import compare, open_gguf, reference, table
-from export.gguf_plan import MoeConfig, read_config
+from export.gguf_plan import read_config
 from export.targets import checkpoint_folder
 from files import write_json, write_text
 from inference.llamacpp import find_library, library
@@ -49,11 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         folder = checkpoint_folder(args.checkpoint)
-        if isinstance(read_config(folder), MoeConfig):
-            raise ValueError(
-                f"{folder} is a mixture of experts; check_gguf supports dense models only "
-                "(llama, qwen3)"
-            )
+        read_config(folder)
         for path in args.gguf:
             open_gguf(path)
         library()

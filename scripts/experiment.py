@@ -19,7 +19,7 @@ import shlex
 from pathlib import Path
 
 from cli import CommandParser, int_at_least, user_errors
-from evals.report.runs import open_runs, plot, table
+from evals.report.runs import has_experts, open_runs, plot, plot_routing, table
 from lab.experiment import Experiment, check, load_experiment
 from lab.session import add_session_flags, conduct
 
@@ -70,6 +70,8 @@ def compare_logs(folders: list[Path], output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     curves, text = Path(f"{output}.png"), table(runs)
     plot(runs, curves)
+    if any(map(has_experts, runs)):
+        plot_routing(runs, Path(f"{output}_routing.png"))
     Path(f"{output}.md").write_text(text, encoding="utf-8")
     print(f"{text}\ncurves: {curves}, this table: {output}.md")
 

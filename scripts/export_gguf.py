@@ -26,7 +26,7 @@ def main() -> None:
         "--checkpoint",
         required=True,
         type=resolve_checkpoint,
-        help="a step or phase folder, or a Llama, Qwen3 or Qwen3-MoE folder",
+        help="a step or phase folder, or a Llama, Qwen3, Mixtral or Qwen3-MoE folder",
     )
     parser.add_argument(
         "--outtype",

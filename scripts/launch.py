@@ -2,7 +2,7 @@
 
 Once the project is installed, plain torchrun does the same for its scripts (torchrun_plugin.py).
 
-python -m scripts.launch --nproc_per_node=2 train.py --config configs/quickstart/base.yaml
+python -m scripts.launch --nproc_per_node=2 train.py --config configs/phase1_pretrain.yaml
 python -m scripts.launch --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
     --rdzv_endpoint=HOST:29400 train.py ...    # on each machine
 

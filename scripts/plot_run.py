@@ -1,12 +1,14 @@
 """Plot a run: loss, validation loss per source, learning rate, gradient norm, speed and events.
 
 python -m scripts.plot_run logs/quickstart
+
+A run with experts also gets routing.png: the load of each expert, and two curves of routing.
 """
 
 from pathlib import Path
 
 from cli import CommandParser, user_errors
-from evals.report.runs import open_runs, plot
+from evals.report.runs import has_experts, open_runs, plot, plot_routing
 
 
 def main() -> None:
@@ -16,8 +18,13 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         output = args.output or args.run / "loss.png"
-        plot(open_runs([args.run]), output)
+        runs = open_runs([args.run])
+        plot(runs, output)
         print(f"curves: {output}")
+        if has_experts(runs[0]):
+            routing = output.with_name("routing.png")
+            plot_routing(runs, routing)
+            print(f"load of the experts: {routing}")
 
 
 if __name__ == "__main__":

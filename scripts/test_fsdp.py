@@ -4,7 +4,8 @@
 
 Each rank also trains the model alone in plain PyTorch (no FSDP, one backward, mean over all
 targets). Loss, gradient norm and every weight must agree after each step: for zero2, zero3, ddp
-and, with four or more ranks, HSDP; with and without gradient accumulation; with AdamW and Muon.
+and, with four or more ranks, HSDP; with and without gradient accumulation; with AdamW and Muon; and
+for a mixture of experts, gathered or divided among the ranks.
 The settings used on GPUs (bf16, torch.compile if a compiler exists, each kind of activation
 checkpointing) must match the fp32 run within bf16 rounding.
 """
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from cli import CommandParser, user_errors
 from data.dataloader import Batch, Step
 from models.losses import IGNORE
+from models.moe import MoEConfig
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.checkpoint import full_state_dict
@@ -37,6 +39,8 @@ MODEL = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+# Without router losses, which plain training lacks.
+MIXTURE = replace(MODEL, kind="moe", moe=MoEConfig(experts=8, balance="none", z_weight=0.0))
 STEPS, ROWS, LENGTH, TOLERANCE = 4, 8, 48, 2e-5
 ROUGH = (1e-2, 1e-2, 1e-3)  # bf16: loss, gradient norm, weights
 
@@ -58,10 +62,10 @@ def global_batch(step: int) -> Batch:
 
 
 def train_alone(
-    optim: OptimConfig, device: torch.device
+    config: ModelConfig, optim: OptimConfig, device: torch.device
 ) -> list[tuple[float, float, dict[str, torch.Tensor]]]:
     """Return loss, gradient norm and weights after each step of plain training."""
-    model = NanoLlama(MODEL, seed=0).to(device)
+    model = NanoLlama(config, seed=0).to(device)
     optimizer = build_optimizer(model, optim)
     trace = []
     for step in range(STEPS):
@@ -97,7 +101,7 @@ def train_sharded(
             Step(pieces, weight, batch.tokens.numel()),
             next_token(run.optim.z_weight),
         )
-        means, _ = reduce(sums, weight)
+        means, *_ = reduce(sums, weight)
         state.optimizer.step()
         state.optimizer.zero_grad()
         # clone: full_state_dict may return the live tensors
@@ -111,7 +115,11 @@ def compare(device: torch.device) -> bool:
     world = dist.get_world_size()
     adamw = OptimConfig(lr=3e-3, z_weight=1e-2)
     muon = replace(adamw, name="muon")
-    traces = {optim.name: train_alone(optim, device) for optim in (adamw, muon)}
+    traces = {
+        (model.kind, optim.name): train_alone(model, optim, device)
+        for model in (MODEL, MIXTURE)
+        for optim in (adamw, muon)
+    }
     all_agree = True
 
     def check(
@@ -120,13 +128,14 @@ def compare(device: torch.device) -> bool:
         name: str,
         bounds: tuple[float, float, float],
         optim: OptimConfig = adamw,
+        model: ModelConfig = MODEL,
     ) -> None:
         nonlocal all_agree
-        expected = traces[optim.name]
+        expected = traces[model.kind, optim.name]
         data = DataConfig(
             sequence_length=LENGTH, tokens_per_step=ROWS * LENGTH, micro_batch_size=micro
         )
-        run = RunConfig(model=MODEL, data=data, optim=optim, parallel=parallel)
+        run = RunConfig(model=model, data=data, optim=optim, parallel=parallel)
         worst = [0.0, 0.0, 0.0]
         for (loss, norm, weights), (loss0, norm0, weights0) in zip(
             train_sharded(run, micro, device), expected, strict=True
@@ -164,6 +173,10 @@ def compare(device: torch.device) -> bool:
         for micro in (1, ROWS // world):
             check(parallel, micro, name, (TOLERANCE,) * 3)
         check(parallel, 1, f"{name}, muon", (TOLERANCE,) * 3, muon)
+    divided = replace(exact[0], experts=world)
+    for parallel, name in ((exact[0], "gathered experts"), (divided, "divided experts")):
+        check(parallel, 1, name, (TOLERANCE,) * 3, model=MIXTURE)
+        check(parallel, ROWS // world, f"{name}, muon", (TOLERANCE,) * 3, muon, MIXTURE)
     cuda = device.type == "cuda"
     for keep in ("none", "selective", "full"):
         # On a CPU compile only one of them, to save time.

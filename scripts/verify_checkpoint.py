@@ -4,13 +4,15 @@ python -m scripts.verify_checkpoint checkpoints/nanollama_1b    # a run, a phase
 python -m scripts.verify_checkpoint checkpoints/nanollama_1b/phase2_16k --model
 python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/phase1/step_2000
 
---model also checks rope theta and the document mask; --against compares two checkpoints bitwise.
+--model also checks rope theta, YaRN and the document mask; --against compares two checkpoints
+bitwise.
 Exit status 1 if a checkpoint is damaged, wrong or different.
 """
 
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -46,7 +48,7 @@ def main() -> None:
     parser.add_argument(
         "--model",
         action="store_true",
-        help="load the newest weights; check rope theta and the document mask",
+        help="load the newest weights; check rope theta, YaRN and the document mask",
     )
     args = parser.parse_args()
     with user_errors():
@@ -103,13 +105,14 @@ def describe(folder: Path) -> str:
 
 
 def model_faults(folder: Path) -> Iterator[str]:
-    """Check rope theta and the document mask of a checkpoint: print figures, yield errors.
+    """Check rotary positions and the document mask of a checkpoint: print figures, yield errors.
 
-    Theta must equal the value in the phase's config in logs/<run>. Two documents packed in one row
-    must get the same logits as each document alone.
+    Theta and YaRN must equal the settings in the phase's config in logs/<run>. Two documents packed
+    in one row must get the same logits as each document alone.
     """
     model = load_hf(folder).float().eval()
     theta, context = model.config.rope_theta, model.config.max_position_embeddings
+    scaling = model.config.rope_scaling
     phase = folder.resolve().parent
     path = Path("logs") / phase.parent.name / f"{phase.name}.config.yaml"
     run = settings(path)
@@ -119,13 +122,17 @@ def model_faults(folder: Path) -> Iterator[str]:
         source = f"no {path} to compare with"
     else:
         source = f"as in {path}" if last == theta else f"{path} has {last}"
-    print(f"{folder}: rope theta {theta:,.0f} ({source}), context {context:,} tokens")
+    scaled = f", {scaling}" if scaling else ""
+    print(f"{folder}: rope theta {theta:,.0f} ({source}){scaled}, context {context:,} tokens")
     at_end = (
         not has_state(folder)
         or (position := read_position(folder))["step"] == position["phase_end"]
     )
     if last and last != theta and (at_end or first == last):
         yield f"rope theta is {theta:,.0f}, but {path} has {last:,.0f}"
+    expected = (run.get("model") or {}).get("rope_scaling")
+    if "model" in run and expected != (asdict(scaling) if scaling else None):
+        yield f"model.rope_scaling is {scaling or 'none'}, but {path} has {expected or 'none'}"
     length = min(context, 256)
     tokens = torch.randint(
         model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)

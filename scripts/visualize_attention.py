@@ -48,7 +48,7 @@ def attention_statistics(
         statistics.append(
             _head_statistics(layer.self_attn, layer.input_layernorm(x), cos, sin, size, chunk)
         )
-        x = layer(x, cos, sin, mask)
+        x, _ = layer(x, cos, sin, mask)
     return Attention(*(torch.stack(values).cpu() for values in zip(*statistics, strict=True)))
 
 

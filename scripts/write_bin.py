@@ -2,17 +2,20 @@
 
 python -m scripts.write_bin --store data/store/quickstart --output data/quickstart_bin
 python -m scripts.write_bin --store data/store/quickstart --output data/quickstart_bin \\
-    --mix wikipedia=0.6 code=0.4
+    --mix wikipedia=0.5 factbook=0.25 code=0.25 --max_document 256
 
-Shuffles the documents of all sources together; each occurs once, uncut. --mix sets the share of
-each source in the tokens: larger sources are reduced until the scarcest one has its share. The
-result is a function of the store and the flags alone. Existing shards of the same name are
-replaced.
+Shuffles the documents of all sources together; each occurs once. --mix selects sources and sets
+their shares of the training tokens: larger sources are reduced until the scarcest one has its
+share. --max_document cuts longer training documents into pieces and shuffles these, too; otherwise,
+long documents fill a small batch. The validation split has all held-out documents of
+the selected sources, uncut. The result is a function of the store and the flags alone. Existing
+shards of the same name are replaced.
 """
 
 import argparse
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -33,7 +36,12 @@ def main() -> None:
         nargs="+",
         type=_share,
         metavar="SOURCE=SHARE",
-        help="share of each source in the tokens; default: every source, all of its documents",
+        help="share of each source in training; default: every source, all of its documents",
+    )
+    parser.add_argument(
+        "--max_document",
+        type=int_at_least(2),
+        help="tokens of a piece of a training document, with its bos token; default: uncut",
     )
     parser.add_argument("--name", help="prefix of the files; default: the store's name")
     parser.add_argument("--shard_tokens", type=int_at_least(1), default=SHARD_TOKENS)
@@ -47,9 +55,11 @@ def main() -> None:
             dict(args.mix) if args.mix else None,
             args.shard_tokens,
             args.seed,
+            args.max_document,
         )
-        for split, (tokens, documents) in counts.items():
-            print(f"{split:>5} {tokens:>14,} tokens in {documents:,} documents")
+        for split, (tokens, pieces) in counts.items():
+            of = "pieces of documents" if args.max_document and split == "train" else "documents"
+            print(f"{split:>5} {tokens:>14,} tokens in {pieces:,} {of}")
         vocab_size, bos = _vocabulary(args.store)
         print(f"wrote {args.output}; vocabulary of {vocab_size:,} tokens, bos id {bos}")
 
@@ -61,12 +71,15 @@ def write_bin_store(
     mix: dict[str, float] | None = None,
     shard_tokens: int = SHARD_TOKENS,
     seed: int = 0,
+    max_document: int | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Write <output>/<name>_{train,val}_NNNNNN.bin and tokenizer/; tokens and documents by split.
+    """Write <output>/<name>_{train,val}_NNNNNN.bin and tokenizer/; tokens and pieces by split.
+
+    A piece is a document, or a part of one if max_document is set.
 
     ValueError if the vocabulary exceeds uint16, a source is missing or a split has no document.
     """
-    vocab_size, _ = _vocabulary(store)
+    vocab_size, bos = _vocabulary(store)
     if vocab_size > 1 << 16:
         raise ValueError(
             f"the tokenizer of {store} has {vocab_size:,} tokens; .bin shards hold ids up to "
@@ -78,41 +91,65 @@ def write_bin_store(
     for split, first in (("val", 0), ("train", 1)):
         shards = open_shards(store, mix or present, split, vocab_size)
         sources = {key: source for key, source in shards.items() if isinstance(source, TokenShards)}
-        order = _shuffled_documents(sources, mix, np.random.default_rng(seed))
-        if not order:
+        train = split == "train"
+        pieces = _shuffled_pieces(
+            sources,
+            mix if train else None,
+            max_document if train else None,
+            np.random.default_rng(seed),
+        )
+        if not pieces:
             raise ValueError(
                 f"the {split} split of {store} has no documents; add text or change --mix"
             )
         writer = BinWriter(
             lambda number: output / f"{name}_{split}_{number:06d}.bin", shard_tokens, first
         )
-        for source, start, length in order:
-            writer.add(sources[source].read(start, start + length)[0])
+        for piece in pieces:
+            text, _ = sources[piece.source].read(piece.start, piece.stop)
+            writer.add(np.concatenate([[bos], text]) if piece.needs_bos else text)
         writer.close()
         for path in sorted(output.glob(f"{name}_{split}_*.bin")):
             if path >= writer.path_of(writer.shard):  # of an earlier call
                 path.unlink()
-        counts[split] = (sum(length for *_, length in order), len(order))
+        tokens = sum(piece.stop - piece.start + piece.needs_bos for piece in pieces)
+        counts[split] = (tokens, len(pieces))
     shutil.copytree(store / "tokenizer", output / "tokenizer", dirs_exist_ok=True)
     return counts
 
 
-def _shuffled_documents(
-    sources: dict[str, TokenShards], mix: dict[str, float] | None, rng: np.random.Generator
-) -> list[tuple[str, int, int]]:
-    """Source, start and length of each selected document, shuffled."""
+class Piece(NamedTuple):
+    """A document, or a part of one, in the stream of a source's split."""
+
+    source: str
+    start: int  # position of its first token
+    stop: int
+    needs_bos: bool  # it begins within a document
+
+
+def _shuffled_pieces(
+    sources: dict[str, TokenShards],
+    mix: dict[str, float] | None,
+    max_document: int | None,
+    rng: np.random.Generator,
+) -> list[Piece]:
+    """Select documents, cut those longer than max_document, and shuffle the pieces."""
     # Tokens of the mixture at which the scarcest source is used up
     total = min(len(source) / mix[name] for name, source in sources.items()) if mix else np.inf
-    chosen = []
+    pieces = []
     for name, source in sources.items():
         starts, lengths = document_table(source)
         order = rng.permutation(len(starts))
         if mix:
             used = np.cumsum(lengths[order]) <= total * mix[name] + 0.5
             order = order[used]
-        pairs = zip(starts[order].tolist(), lengths[order].tolist(), strict=True)
-        chosen += [(name, start, length) for start, length in pairs]
-    return [chosen[i] for i in rng.permutation(len(chosen))]
+        for start, length in zip(starts[order].tolist(), lengths[order].tolist(), strict=True):
+            end = start + length
+            size = max_document or length
+            pieces.append(Piece(name, start, min(start + size, end), False))
+            for first in range(start + size, end, max(1, size - 1)):  # one token is the bos
+                pieces.append(Piece(name, first, min(first + size - 1, end), True))
+    return [pieces[i] for i in rng.permutation(len(pieces))]
 
 
 def _vocabulary(store: Path) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def foreign() -> Iterator[Any]:
 
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     server.asked = []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
@@ -79,7 +79,7 @@ class Window:
 
     def __init__(self, browser, url: str, login: str = "", **options: Any):
         self.page = browser.new_page(**options)
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(120_000)  # a loaded machine is slow
         self.asked: set[str] = set()
         self.page.on("request", lambda request: self.asked.add(request.url.split("/")[2]))
         self.url = url

@@ -1,12 +1,19 @@
 """Fixtures and helpers of all tests: small stores of real text, tiny models, runs of train.py."""
 
+import copy
+import gc
+import getpass
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,20 +25,44 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB = 384
+DISK = 2_000_000_000  # bytes; the tests write half as much
 torch.set_num_threads(1)
 # A worker runs whole files, because fixtures are expensive. The longest files start first.
 LONGEST = (
-    *("test_fault_table", "test_timeline", "test_quickstart", "test_ladder", "test_surroundings"),
-    *("test_checkpoint", "test_nodes", "test_pipeline", "test_evals_benchmarks", "test_demo"),
-    *("test_tokenizer", "test_prepare", "test_plan", "test_training", "test_interrupts"),
-    *("test_launchers", "test_foreign_files", "test_train_gpt", "test_deliverables"),
+    *("test_fault_table", "test_timeline", "test_quickstart", "test_demo", "test_surroundings"),
+    *("test_checkpoint", "test_prepare", "test_nodes", "test_pipeline", "test_evals_benchmarks"),
+    *("test_ladder", "test_training", "test_foreign_files", "test_launchers", "test_interrupts"),
+    *("test_tokenizer", "test_page", "test_plan", "test_train_gpt", "test_deliverables"),
 )
 
 
-def pytest_sessionstart() -> None:
-    """Start a worker's forkserver before a test starts one that has imported less."""
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "one_layer: the fixture `settings` makes a one-layer model")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Put all temporary files into pytest's folder, which it deletes after a run without failures.
+
+    A worker starts its forkserver here, before a test starts one that has imported less.
+    """
     if "PYTEST_XDIST_WORKER" in os.environ:
         forked.forkserver()
+        return
+    folder = session.config._tmp_path_factory.getbasetemp() / "t"  # type: ignore[attr-defined]
+    if (free := shutil.disk_usage(folder.parent).free) < DISK:
+        pytest.exit(
+            f"{free / 1e9:.1f} GB are free in {folder.parent}, but the tests need "
+            f"{DISK / 1e9:.0f}; free some, or set TMPDIR to a folder on another disk",
+            returncode=2,
+        )
+    # Code that torch compiled serves the next run too.
+    user = re.sub(r"\W", "_", getpass.getuser())
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{user}"
+    )
+    folder.mkdir()
+    os.environ["TMPDIR"] = str(folder)
+    tempfile.tempdir = None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,11 +70,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Exclude imported modules from garbage collection: about a million objects, never freed."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_code() -> None:
     """Forget what other files compiled: torch compiles a second size symbolically, and slowly."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def yaml_read_once() -> Iterator[None]:
+    """Parse equal texts once: a rung of the ladder extends up to fifty files."""
+    import yaml_file
+
+    parsed = cache(yaml_file.parse_yaml)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(yaml_file, "parse_yaml", lambda text: copy.deepcopy(parsed(text)))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -128,8 +181,11 @@ def write_documents(
 
 
 @pytest.fixture
-def settings(text_store, tmp_path):
-    """Overrides of configs/test_mode.yaml for a tiny fp32 run on text_store, output in tmp_path."""
+def settings(request, text_store, tmp_path):
+    """Overrides of configs/test_mode.yaml for a tiny fp32 run on text_store, output in tmp_path.
+
+    Tests marked one_layer train a model of one layer.
+    """
 
     def make(*more: str, phase: str = "one", steps: int = 6) -> list[str]:
         return [
@@ -144,6 +200,11 @@ def settings(text_store, tmp_path):
             f"steps={steps}",
             f"output_dir={tmp_path / 'checkpoints' / phase}",
             f"log_dir={tmp_path / 'logs'}",
+            *(
+                ["model.num_hidden_layers=1"]
+                if request.node.get_closest_marker("one_layer")
+                else []
+            ),
             *more,
         ]
 
@@ -173,6 +234,20 @@ def tiny_config(**changes: Any) -> Any:
         "num_key_value_heads": 2,
     }
     return ModelConfig(**{"vocab_size": VOCAB, **shape, "initializer_range": 0.2, **changes})
+
+
+def tiny_mixture(moe: Any, **changes: Any) -> Any:
+    """Return the ModelConfig of a smaller model with experts, for tests without text."""
+    shape = {
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.02,
+    }
+    return tiny_config(**{**shape, "kind": "moe", "moe": moe, **changes})
 
 
 def save_tiny(folder: Path, config: Any, store: Path, seed: int = 3) -> Path:

@@ -40,8 +40,8 @@ SMALL_MODEL = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
 }
 SUITE = {  # more flags of an evaluation
     "hellaswag": "--limit 4",
@@ -71,7 +71,7 @@ def small(text: str) -> str:
     text = text.replace("python demo_ui.py", "python demo_ui.py --port 0")
     text = re.sub(r"((?:step_|[a-z\d]=|--num_steps )\d+)000(?!\d)", r"\1", text)
     if "check_gguf" in text:
-        text += " --tokens 200 --strings 50"
+        text += " --tokens 200 --strings 50 --threads 1"
     if "generate_chat_data" in text:
         counts = " ".join(
             f"{kind}=40" for kind in ("math", "tools", "factbook", "identity", "pairs")
@@ -95,7 +95,8 @@ def shrink(place: Path) -> None:
             content["data"] |= {"tokens_per_step": 2048, "sequence_length": 256}
             content["optim"]["lr"] = 3e-3
             content["startup"] |= {"steps": 20, "min_tokens_per_s": 20}
-            content["validation"] = {"every": 20, "rows": 4}
+            content["validation"] = {"every": 60, "rows": 4}
+            content["checkpoint"]["every"] = 15
         if path.name in ("sft.yaml", "midtrain.yaml"):
             content["chat"]["decontaminate"] = ["arc", "truthfulqa"]
         if path.name == "sft.yaml":

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, VOCAB
+from conftest import ROOT, VOCAB, complaint_of
 from hub import local_hub
 
 from data import manifest
@@ -22,7 +22,7 @@ from data.corpus import fineweb10b
 from data.corpus.readers import FileReader, HubReader
 from data.corpus.sources import HubSource
 from data.corpus.wheels import fetch_wheel
-from data.fineweb import CHUNK, write_shards
+from data.fineweb import CHUNK, main, write_shards
 from data.packing import document_table
 from data.shards import TokenShards
 from data.tokenizers import public
@@ -186,6 +186,19 @@ def test_a_mixture_has_its_shares(text_store, tmp_path):
     parts = np.split(tokens, np.flatnonzero(tokens == 0))[1:]
     share = sum(len(part) for part in parts if part.tobytes() in known) / len(tokens)
     assert share == pytest.approx(0.75, abs=0.03)
+    held_out = BinShards(tmp_path / "mixed" / "m_val_*.bin", VOCAB, 0)
+    sources = [TokenShards(text_store / "tokens" / name, "val") for name in ("first", "second")]
+    assert len(held_out) == sum(map(len, sources))  # a mixture does not cut held-out text
+    done = forked.run([*command, "first=3", "second=1", "--max_document", "50"])
+    assert done.returncode == 0, done.stderr
+    shards = BinShards(tmp_path / "mixed" / "m_train_*.bin", VOCAB, 0)
+    cut, _ = shards.read(0, len(shards))
+    pieces = np.split(cut, np.flatnonzero(cut == 0))[1:]
+    assert max(map(len, pieces)) == 50
+    # Without bos tokens, the same tokens as uncut
+    assert np.array_equal(np.bincount(cut[cut > 0]), np.bincount(tokens[tokens > 0]))
+    text = tokens.tobytes()
+    assert all(piece[1:].tobytes() in text for piece in pieces)
     for mix, said in (
         (["first=0"], "'first=0' must be SOURCE=SHARE with a share above 0"),
         (["third=1"], "data.mix.third: "),
@@ -226,7 +239,7 @@ def gpt2(tmp_path_factory):
         yield tiktoken.get_encoding("gpt2")
 
 
-def test_text_files_become_gpt2_shards(fineweb, gpt2, tmp_path):
+def test_text_files_become_gpt2_shards(fineweb, gpt2, tmp_path, capsys, monkeypatch):
     folder, texts = fineweb
     stream = [token for text in texts for token in (50256, *gpt2.encode_ordinary(text))]
     command = [sys.executable, "data/fineweb.py", "--documents", str(folder / "sample" / "10BT")]
@@ -241,10 +254,9 @@ def test_text_files_become_gpt2_shards(fineweb, gpt2, tmp_path):
     assert [t for name in names for t in read_bin(tmp_path / "out" / name).tolist()] == stream
     lengths = bin_token_bytes(tmp_path / "out", 50304)
     assert lengths[stream].sum() == sum(len(text.encode()) for text in texts)
-    done = forked.run([*command, "-s", "30000"])
-    assert done.returncode == 2 and "has shards of other text or of another size" in done.stderr
-    done = forked.run([sys.executable, "data/fineweb.py", "-v", "1B"])
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    message = complaint_of(main, [*command[2:], "-s", "30000"], capsys, monkeypatch)
+    assert "has shards of other text or of another size" in message
+    complaint_of(main, ["-v", "1B"], capsys, monkeypatch)
 
 
 def reader_of(folder):

@@ -26,6 +26,9 @@ from training import checkpoint, setup
 from training.checkpoint import CheckpointConfig, Checkpointer, load_state
 from training.checkpoint_files import find_damage, has_state, step_folders
 from training.config import load
+from training.ops import watchdog
+
+pytestmark = pytest.mark.one_layer
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -153,10 +156,10 @@ def test_what_is_saved_in_the_background_is_what_a_save_that_waits_writes(settin
     for name in ("true", "false"):
         where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / 'logs' / name}"]
         assert train_here(
-            settings(f"checkpoint={{every: 1, keep: 9, asynchronous: {name}}}", *where)
+            settings(f"checkpoint={{every: 1, keep: 9, asynchronous: {name}}}", *where, steps=3)
         )
     background, waited = content(tmp_path / "true"), content(tmp_path / "false")
-    assert len([name for name in background if name.endswith(".distcp")]) == 6
+    assert len([name for name in background if name.endswith(".distcp")]) == 3
     assert background == waited
 
 
@@ -192,17 +195,17 @@ def test_two_ranks_save_in_the_background_and_any_number_goes_on(spawn, settings
         ]
         return settings(*settings_of_run, *where, steps=steps)
 
-    assert run_ranks(spawn, overrides("waited", 12, "false"), 2) == [0, 0]
-    for steps in (5, 12):
+    assert run_ranks(spawn, overrides("waited", 8, "false"), 2) == [0, 0]
+    for steps in (3, 8):
         assert run_ranks(spawn, overrides("background", steps), 2) == [0, 0]
     assert losses(tmp_path / "background" / "logs") == losses(tmp_path / "waited" / "logs")
-    one, two = (content(tmp_path / name / "step_12") for name in ("background", "waited"))
+    one, two = (content(tmp_path / name / "step_8") for name in ("background", "waited"))
     assert "state/__1_0.distcp" in one and one == two
     for name, ranks in (("background", 1), ("waited", 2)):
         assert (
             run_ranks(
                 spawn,
-                [*overrides(name, 13), "schedule.total_steps=13", "data.accept_changed=true"],
+                [*overrides(name, 9), "data.accept_changed=true"],
                 ranks,
             )
             == [0] * ranks
@@ -217,7 +220,7 @@ def test_two_ranks_save_in_the_background_and_any_number_goes_on(spawn, settings
 def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_for_bit(
     spawn, settings, tmp_path
 ):
-    steps = 40  # benchmarks/faults.py kills twice twenty times
+    steps = 28  # benchmarks/faults.py kills twice twenty times
 
     def overrides(name: str) -> list[str]:
         where = [f"output_dir={tmp_path / name}", f"log_dir={tmp_path / 'logs' / name}"]
@@ -232,7 +235,7 @@ def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_f
     pace = (time.monotonic() - began) / steps
     moments, while_saving, kills = random.Random(4), 0, 0
     folder, metrics = tmp_path / "killed", tmp_path / "logs" / "killed" / "metrics.jsonl"
-    while kills < 8:
+    while kills < 5:
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         process = spawn(one_rank, overrides("killed"))
         while not step_folders(folder) or metrics.stat().st_mtime_ns == before:  # it trains
@@ -247,7 +250,7 @@ def test_killed_at_many_moments_there_is_always_a_whole_one_and_it_goes_on_bit_f
         assert step_folders(folder) and all(
             find_damage(path) is None and has_state(path) for path in step_folders(folder)
         )
-    assert while_saving >= 2 and not (folder / f"step_{steps}").exists()
+    assert while_saving and not (folder / f"step_{steps}").exists()
     assert run_ranks(spawn, overrides("killed"), 1) == [0]
     assert not [path for path in folder.iterdir() if ".damaged" in path.name]
     assert losses(tmp_path / "logs" / "killed") == losses(tmp_path / "logs" / "straight")
@@ -269,6 +272,7 @@ def test_killed_between_the_renames_of_a_step_that_is_saved_again(started):
 
 
 def kill_rank_1_in_its_second_save(rank: int) -> None:
+    watchdog.GRACE = 0.1
     written = checkpoint._checksums
     calls = []
 
@@ -312,12 +316,12 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(
     settings, tmp_path, capfd, monkeypatch, target
 ):
     where = settings(
-        "checkpoint={every: 20, asynchronous: true}",
-        "schedule.total_steps=60",
+        "checkpoint={every: 10, asynchronous: true}",
+        "schedule.total_steps=30",
         "validation.every=0",
-        steps=60,
+        steps=30,
     )
-    assert train_here([*where, "steps=20"])
+    assert train_here([*where, "steps=10"])
     monkeypatch.setattr(target, full)
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--config", str(ROOT / "configs" / "test_mode.yaml"), *where]
@@ -327,13 +331,13 @@ def test_a_disk_that_fills_up_in_the_background_ends_the_run_at_the_next_step(
     error = capfd.readouterr().err
     assert exit_info.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
     assert (
-        "the checkpoint of step 40 was not saved: No space left on device; repeat the command "
+        "the checkpoint of step 20 was not saved: No space left on device; repeat the command "
         "to resume" in error
     )
-    assert 40 <= len(read_metrics(tmp_path / "logs")) < 60
-    assert [path.name for path in (tmp_path / "checkpoints" / "one").glob("step_*")] == ["step_20"]
+    assert 20 <= len(read_metrics(tmp_path / "logs")) < 30
+    assert [path.name for path in (tmp_path / "checkpoints" / "one").glob("step_*")] == ["step_10"]
     monkeypatch.undo()
-    assert train_here(where) and len(read_metrics(tmp_path / "logs")) == 60
+    assert train_here(where) and len(read_metrics(tmp_path / "logs")) == 30
 
 
 def fill_the_disk_of_rank_1(rank: int) -> None:

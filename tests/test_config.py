@@ -1,9 +1,11 @@
 """Config parsing, learning-rate schedules and gates, including their boundaries."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
 
@@ -21,8 +23,8 @@ from training.speedrun import SpeedrunRun
 
 @pytest.mark.parametrize(
     ("kind", "middle"),
-    [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5))],
-    ids=["linear", "cosine", "1-sqrt"],
+    [("linear", 0.5), ("cosine", 0.5), ("1-sqrt", 1 - math.sqrt(0.5)), ("power", 0.25)],
+    ids=["linear", "cosine", "1-sqrt", "power"],
 )
 def test_wsd_endpoints(kind, middle):
     schedule = WSDScheduler(
@@ -44,6 +46,20 @@ def test_wsd_without_warmup_or_decay_and_down_to_zero():
     assert WSDScheduler(ScheduleConfig(0, 5, 5, min_lr=0.0), 1.0)(4) == 0.0
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_power_decay_is_the_polynomial_of_torch(power):
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-2)
+    reference = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=20, power=power)
+    config = ScheduleConfig(0, 50, 20, "power", decay_power=power)
+    schedule = WSDScheduler(config, 1e-2)
+    for step in range(29, 50):  # the last stable update, then 20 of the decay
+        assert schedule(step) == pytest.approx(reference.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        reference.step()
+    ours = WSDScheduler(optimizer, 0, 30, 20, decay="power", decay_power=power)
+    assert ours.rates[0].config == replace(config, min_lr=0.0)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -51,7 +67,9 @@ def test_wsd_without_warmup_or_decay_and_down_to_zero():
             {"warmup_steps": 60, "total_steps": 100, "decay_steps": 50},
             "do not fit into schedule.total_steps=100",
         ),
-        ({"decay": "step"}, "not one of linear, cosine, 1-sqrt"),
+        ({"decay": "step"}, "not one of linear, cosine, 1-sqrt, power"),
+        ({"decay_power": 3.0}, "schedule.decay_power=3 has no effect with schedule.decay=linear"),
+        ({"decay": "power", "decay_power": 0.0}, "schedule.decay_power=0.* must be above 0"),
         ({"warmup_steps": -1}, "must not be negative"),
     ],
 )
@@ -129,7 +147,8 @@ CHATS = {
     path: SFTConfig for path in ROOT.glob("configs/**/*.yaml") if path.stem in ("sft", "midtrain")
 }
 PAIRS = {path: PreferenceRun for path in ROOT.glob("configs/**/dpo.yaml")}
-KINDS = CHATS | PAIRS | {path: SpeedrunRun for path in ROOT.glob("configs/speedrun/**/*.yaml")}
+SPEEDRUNS = {*ROOT.glob("configs/speedrun/**/*.yaml"), *ROOT.glob("configs/moe/speedrun*.yaml")}
+KINDS = CHATS | PAIRS | dict.fromkeys(SPEEDRUNS, SpeedrunRun)
 EXPERIMENTS = sorted(ROOT.glob("configs/lab/*.yaml"))
 RUNS = sorted(
     set(ROOT.glob("configs/**/*.yaml")) - {*RECIPES, *PLANS, *SUITES, *KINDS, *EXPERIMENTS}
@@ -146,7 +165,7 @@ def test_every_recipe_reads_and_holds_what_its_runs_mix(path):
 
 
 @pytest.mark.parametrize("path", [*RUNS, *sorted(KINDS)], ids=lambda path: path.stem)
-def test_every_config_reads_and_its_resolved_form_reads_back_equal(path, tmp_path):
+def test_every_config_reads_and_its_resolved_form_reads_back_equal(path, yaml_read_once, tmp_path):
     kind = KINDS.get(path, RunConfig)
     run = load_settings(kind, path)
     (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(to_dict(run)))

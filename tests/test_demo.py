@@ -31,7 +31,7 @@ from models.nanollama import ModelConfig, NanoLlama
 
 CONTEXT = 4096
 WATCHED = """
-import runpy, sys
+import runpy, sys, time
 def hook(event, args):
     if event in ("socket.connect", "socket.getaddrinfo"):
         where = args[0] if event == "socket.getaddrinfo" else \
@@ -41,6 +41,13 @@ args[1][0] if isinstance(args[1], tuple) else ""
 sys.addaudithook(hook)
 sys.argv = sys.argv[1:]
 sys.path.insert(0, "")
+from demo.talk import ChatModel
+generate = ChatModel._generate
+def slowly(self, prompt, turn, settings, stopped):
+    for token in generate(self, prompt, turn, settings, stopped):
+        yield token
+        time.sleep(0.02 * ("sing" in turn.text))
+ChatModel._generate = slowly
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -172,7 +179,7 @@ def test_stop_retry_edit_clear_and_leaving(browser, url):
     with Window(browser, url) as window:
         window.page.get_by_text("Settings").click()
         length = window.page.get_by_label("number input for Maximum tokens per reply")
-        length.fill("3500")
+        length.fill("3500")  # with WATCHED's pauses, the Stop button stays for at least 70 s
         length.press("Tab")
         window.ask(SING)
         window.see("la la la")

@@ -16,9 +16,9 @@ from evals import eval_gsm8k, eval_needle, eval_tool_use, eval_toxicity
 from evals.cost import command_tokens
 from scripts import plan as plan_command
 from training.config import load
+from training.planning.cards import GPUS
 from training.planning.cost import forecast
 from training.planning.forecast_text import forecast_text
-from training.planning.memory import GPUS
 from training.planning.plan import Milestone, Plan, PlanPhase, load_plan
 
 

@@ -66,6 +66,7 @@ def options(checkpoint, **values) -> argparse.Namespace:
         "seed": 1234,
         "data": None,
         "device": "cpu",
+        "gain": False,
     }
     return argparse.Namespace(**{**shared, **values})
 
@@ -190,6 +191,41 @@ class Seer:
                 if " is " in part and any(part.startswith(f"the {key} is") for key in keys)
             ]
             yield [(i, Generation(", ".join(self.how(number) for number in scores), 9, True))]
+
+
+class Scorer(Seer):
+    """Scores numbers by their digits; a reader also adds 9 nats to a number in the prompt."""
+
+    def answer(self, requests):
+        for i, request in enumerate(requests):
+            if not hasattr(request, "options"):
+                yield [(i, Generation("0", 1, True))]
+                continue
+            text, scores = self.words.decode(request.context), []
+            for ids in request.options:
+                found = f" is{self.words.decode(ids)}." in text
+                scores.append(Scored(-sum(ids) / 9 + 9 * (found and self.how), 1, False))
+            yield [(i, scores)]
+
+
+def test_the_gain_of_needles_is_zero_for_a_model_that_ignores_the_text(checkpoint, tmp_path):
+    words = EvalTokenizer(checkpoint)
+    arguments = {"context": [700], "num_tests": 2, "depths": 2, "kinds": list(eval_needle.KINDS)}
+    arguments |= {"haystack": "noise", "max_tokens": None}
+    evaluation = eval_needle.build(options(checkpoint, **arguments, gain=True))
+    for item in evaluation.items:
+        texts = [words.decode(item.row[name]) for name in ("prompt", "swapped")]
+        for number in item.row["right"]:
+            assert [text.count(f" is {number}.") for text in texts] == [1, 0]
+            texts[0] = texts[0].replace(f" is {number}.", " is .")
+        for number in item.row["options"][-4:]:
+            texts[1] = texts[1].replace(f" is {number}.", " is .")
+        assert texts[0] == texts[1]
+    for reads, expected in ((False, 0.0), (True, 9.0)):
+        output = tmp_path / str(reads) / "needle.json"
+        metrics = evaluate(evaluation, Scorer(words, reads), output)["metrics"]
+        assert metrics["gain"]["value"] == pytest.approx(expected)
+        assert metrics["gain"]["stderr"] == pytest.approx(0, abs=1e-9)
 
 
 def test_needles_fill_the_context_and_only_the_number_itself_counts(checkpoint, tmp_path):

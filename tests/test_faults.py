@@ -14,6 +14,8 @@ import train
 from models.hf import read_hf_config
 from training.faults import FaultConfig, FaultState
 
+pytestmark = pytest.mark.one_layer
+
 
 @pytest.fixture
 def poison(monkeypatch):

@@ -164,15 +164,15 @@ def test_weights_that_are_not_finite_and_a_context_beyond_the_memory(
 @runtime
 def test_a_file_that_llama_cpp_hangs_or_dies_on_is_refused(valid_file, tmp_path, monkeypatch):
     """Faults that validation misses end a subprocess only."""
-    for number, (code, words) in enumerate(
+    for number, (code, seconds, words) in enumerate(
         (
-            ("import os; os.abort()", "exit status -6"),
-            ("import time; time.sleep(60)", "does not finish"),
+            ("import os; os.abort()", 30, "exit status -6"),
+            ("import time; time.sleep(60)", 0.3, "does not finish"),
         )
     ):
         path = tmp_path / f"{number}.gguf"
         shutil.copy(valid_file, path)
-        monkeypatch.setattr(llamacpp, "PROBE_SECONDS", 2)
+        monkeypatch.setattr(llamacpp, "PROBE_SECONDS", seconds)
         run = subprocess.run
         monkeypatch.setattr(
             subprocess,
@@ -210,35 +210,36 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(bounded_template, "MAX_SECONDS", 2)
+    monkeypatch.setattr(bounded_template, "MAX_SECONDS", 0.5)
 
 
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(10**9) %}x{% endfor %}",
-        "{{ 'a' * 10**10 }}",
-        "{{ 'a'.ljust(10**11) }}",
-        "{{ '%099999999999d' | format(1) }}",
-        "{{ 9 ** (9 ** 9) ** 9 }}",
-        "{% set n = messages | length + 8 %}{{ n ** (n ** n) ** n }}",
-        "{% set n = namespace(t='ab') %}{% for i in range(60) %}"
-        "{% set n.t = n.t + n.t %}{% endfor %}",
-        "{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}",
-        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ raise_exception('no') }}",
-        "{% include '/etc/passwd' %}",
-        "{{ messages.append(1) }}",
-        "{{ messages[7].content }}{{ unknown.attribute }}",
-        "{% if %}",
-        "{{ " + "(" * 3000 + ")" * 3000 + " }}",
-        "{{ (messages | list * 10**9) | length }}",
-        "{{ 1 / 0 }}",
-    ],
-)
-def test_a_hostile_template_ends_in_a_sentence(source, quick):
+SLOW_OR_LARGE = [
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{{ 'a' * 10**10 }}",
+    "{{ 'a'.ljust(10**11) }}",
+    "{{ '%099999999999d' | format(1) }}",
+    "{{ 9 ** (9 ** 9) ** 9 }}",
+    "{% set n = messages | length + 8 %}{{ n ** (n ** n) ** n }}",
+    "{% set n = namespace(t='ab') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}",
+    "{% for i in range(90000) %}{{ 'a' * 1000 }}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ (messages | list * 10**9) | length }}",
+]
+FORBIDDEN_OR_WRONG = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ raise_exception('no') }}",
+    "{% include '/etc/passwd' %}",
+    "{{ messages.append(1) }}",
+    "{{ messages[7].content }}{{ unknown.attribute }}",
+    "{% if %}",
+    "{{ " + "(" * 3000 + ")" * 3000 + " }}",
+    "{{ 1 / 0 }}",
+]
+
+
+def rejection(source: str) -> str:
+    """Return why a template rejects a conversation, and check that it does so soon."""
     started = time.monotonic()
     template = BoundedTemplate(source)
     with pytest.raises(
@@ -246,9 +247,21 @@ def test_a_hostile_template_ends_in_a_sentence(source, quick):
     ) as error:
         template.render(HELLO)
     assert "\n" not in str(error.value) and time.monotonic() - started < 10
+    return str(error.value)
 
 
-def test_a_template_serves_again_after_it_was_stopped(quick):
+@pytest.mark.parametrize("source", SLOW_OR_LARGE)
+def test_a_template_that_takes_too_much_ends_in_a_sentence(source, quick):
+    rejection(source)
+
+
+@pytest.mark.parametrize("source", FORBIDDEN_OR_WRONG)
+def test_a_template_that_does_what_it_must_not_is_refused_at_once(source):
+    assert "more than" not in rejection(source)
+
+
+def test_a_template_serves_again_after_it_was_stopped(monkeypatch):
+    monkeypatch.setattr(bounded_template, "MAX_SECONDS", 1)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     template = BoundedTemplate(
         "{% if messages[0].content == 'loop' %}" + loop + "{% endif %}ok {{ bos_token }}"

@@ -10,8 +10,7 @@ from conftest import ROOT
 from evals.engines import folder_hash
 from evals.plan_gates import gates_of, references
 from training.checkpoint_files import model_hash
-from training.planning.gates import Gate, Measured, judge, reference_of
-from training.planning.pipeline import _plain
+from training.planning.gates import Gate, Measured, judge, reference_of, thresholds
 from training.planning.plan import evaluation_points, load_plan, scheduled_phases
 
 HIGHER = Gate("chat.acc", go=0.0, no_go=-0.1, against="before")
@@ -233,7 +232,7 @@ def test_figures_of_a_measured_quickstart_run_stop_nothing(monkeypatch):
 
 
 def test_a_decision_keeps_what_a_gate_is_against():
-    assert _plain((Gate("x", 1, 2), HIGHER)) == [
+    assert thresholds((Gate("x", 1, 2), HIGHER)) == [
         {"metric": "x", "go": 1, "no_go": 2},
         {"metric": "chat.acc", "go": 0.0, "no_go": -0.1, "against": "before"},
     ]

@@ -168,7 +168,7 @@ def test_packed_matrices_give_the_same_products(dtype, rows):
         "qkv": model.config.hidden_size,
         "out": model.config.num_attention_heads * model.config.resolved_head_dim,
     }
-    sizes |= {"gate_up": model.config.hidden_size, "down": model.config.intermediate_size}
+    sizes["feed_forward"] = model.config.hidden_size
     for layer, plainly in zip(ours.layers, exact.layers, strict=True):
         for name, size in sizes.items():
             x = torch.randn(rows, size, generator=generator).to(dtype)

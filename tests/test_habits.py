@@ -19,7 +19,7 @@ PAGES += [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != 
 # Other pages name files of a run, too.
 REPOSITORY_PAGES = ("CONTRIBUTING.md", "CHANGELOG.md", "docs/README.md", "docs/architecture.md")
 SEMANTIC_VERSION = re.compile(r"(?<![\d.])\d+\.\d+\.\d+(?![\d.])")
-PLACEHOLDER = re.compile(r"[A-Z]{4,}|step_N|eval_NAME")  # `STORE/tokens/SOURCE/` and the like
+PLACEHOLDER = re.compile(r"[A-Z]{4,}|step_N|eval_NAME|my_")  # `STORE/tokens/SOURCE/` and the like
 CODE_BLOCK = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 PATH = re.compile(r"[\w.*-]+(/[\w.*-]+)+/?|[\w.-]+/|[\w.-]+\.(py|md|toml|txt|yaml|yml)")

@@ -1,14 +1,14 @@
 """Signals that save and end a run; closed output pipes and terminals."""
 
-import fcntl
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
-import termios
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -23,6 +23,8 @@ from training import faults
 from training.checkpoint_files import find_damage
 from training.faults import StopSignal
 from training.logger import Log, LogConfig
+
+pytestmark = pytest.mark.one_layer
 
 QUIET = ("validation.every=0", "checkpoint={every: 100, keep: 2}")
 CONFIG = ROOT / "configs" / "test_mode.yaml"
@@ -144,46 +146,44 @@ def test_sigusr1_to_plain_torchrun_reaches_the_ranks(tmp_path):
 # Closed outputs
 
 
+def start(line: list[str], *streams: str, nohup: bool = False) -> Any:
+    """Start a Python command with these files as stdin, stdout and stderr."""
+    arguments = (line, one_thread(), streams, nohup)
+    process = forked.forkserver().Process(target=forked.run_with_streams, args=arguments)
+    process.start()
+    return process
+
+
 def test_a_reader_that_ends_does_not_end_the_run(settings, tmp_path):
     """As in `train.py | head -2`: later lines are lost, files are complete, the status is 0."""
     line = [sys.executable, str(ROOT / "train.py"), "--config", str(CONFIG)]
-    line += settings(*QUIET, "log.every=1", "schedule.total_steps=60", steps=40)
-    with open(tmp_path / "stderr", "w") as errors:
-        streams = {"stdout": subprocess.PIPE, "stderr": errors}
-        process = subprocess.Popen(line, **streams, cwd=ROOT, env=one_thread())
-        assert all(process.stdout.readline() for _ in range(2))
-        process.stdout.close()
-        status = process.wait(timeout=120)
-    assert status == 0 and (tmp_path / "stderr").read_text() == ""
-    assert is_whole(tmp_path, 40) and len(events(tmp_path / "logs", "ended")) == 1
+    line += settings(*QUIET, "log.every=1", "schedule.total_steps=60", steps=20)
+    (tmp_path / "stderr").touch()
+    os.mkfifo(tmp_path / "stdout")
+    reading = os.open(tmp_path / "stdout", os.O_RDONLY | os.O_NONBLOCK)  # waits for no writer
+    process = start(line, "/dev/null", str(tmp_path / "stdout"), str(tmp_path / "stderr"))
+    assert select.select([reading], [], [], 120)[0]
+    os.set_blocking(reading, True)
+    with open(reading) as reader:
+        assert all(reader.readline() for _ in range(2))
+    process.join(120)
+    assert process.exitcode == 0 and (tmp_path / "stderr").read_text() == ""
+    assert is_whole(tmp_path, 20) and len(events(tmp_path / "logs", "ended")) == 1
 
 
 @pytest.mark.parametrize("nohup", [False, True], ids=["terminal", "nohup"])
 def test_a_terminal_that_is_closed(settings, tmp_path, nohup):
     """SIGHUP saves and ends the run; under nohup it continues, and writes to the terminal fail."""
     master, slave = pty.openpty()
-
-    def own_terminal() -> None:
-        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-
     line = [sys.executable, str(ROOT / "train.py"), "--config", str(CONFIG)]
     line += settings(*LONG, steps=60 if nohup else 4000)
-    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
-    process = subprocess.Popen(
-        line,
-        **streams,
-        cwd=ROOT,
-        env=one_thread(),
-        start_new_session=True,
-        preexec_fn=own_terminal,
-        close_fds=False,
-    )
-    os.close(slave)
+    process = start(line, *[os.ttyname(slave)] * 3, nohup=nohup)
     wait_for_a_step(tmp_path / "logs")
+    os.close(slave)
     assert b"parameters" in os.read(master, 1 << 16)
     os.close(master)
-    assert process.wait(timeout=120) == (0 if nohup else 129)
+    process.join(120)
+    assert process.exitcode == (0 if nohup else 129)
     assert is_whole(tmp_path, 60 if nohup else len(read_metrics(tmp_path / "logs")))
 
 

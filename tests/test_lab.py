@@ -16,10 +16,10 @@ from scipy import stats
 
 from lab import run as lab_run
 from lab.comparison import compare_variants
-from lab.experiment import UNTIMED_STEPS, Compare, load_experiment, make_trial, pilot
-from lab.measurements import Measurement, Point, seconds_per_step, timed_seconds
+from lab.experiment import UNTIMED_STEPS, Compare, load_experiment, make_trial
+from lab.measurements import Measurement, Point, timed_seconds
 from lab.record import judgement, write_record
-from lab.run import Slots, plan_trials
+from lab.run import Runner, Slots, plan_trials, run_experiment
 from lab.statistics import crossing, estimate, p_below, p_below_with_sigma, paired_difference
 from scripts.experiment import main
 from training.config import load
@@ -201,20 +201,35 @@ def test_the_identity_holds_what_changes_a_run_and_nothing_else(tmp_path):
     assert len({*others, *same}) == 7
 
 
-def test_seconds_become_steps_by_a_pilot(tmp_path, monkeypatch):
+def test_seconds_become_steps_by_rounds_of_pilots(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    experiment = load_experiment(write(tmp_path, budget={"seconds": 30, "pilot_steps": 8}))
-    short = pilot(experiment, "a")
-    assert "validation.every=0" in short.words and short.steps == 8
-    assert plan_trials(experiment, ["a"], [0]) == []
-    short.folder.mkdir(parents=True)
-    lines = [{"step": s, "step_s": 9.0 if s <= UNTIMED_STEPS else 0.25} for s in range(1, 9)]
-    (short.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    state = {"identity": short.identity, "status": "finished"}
-    (short.folder / "trial.json").write_text(json.dumps(state))
-    assert seconds_per_step(short) == 0.25
-    [trial] = plan_trials(experiment, ["a"], [0])
-    assert trial.steps == 120
+    started, failing = [], {"b-0-pilot"}
+
+    def spawn(self, trial, environment):
+        started.append(trial.name)
+        is_pilot = trial.name.endswith("-pilot")
+        assert ("validation.every=0" if is_pilot else "validation.every=6") in trial.words or (
+            trial.words[-3:] == ("other", str(trial.steps), "0" if is_pilot else "20")
+        )
+        rows = [{"step": step, "tokens": step, "val/loss": 3.0} for step in range(1, 9)]
+        for row in rows:  # the machine slows down after the first round
+            row["step_s"] = 9.0 if row["step"] <= UNTIMED_STEPS else 0.2 + 0.1 * trial.seed
+        (trial.folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (trial.folder / "output.txt").write_text("error: x")
+        return int(trial.name in failing)
+
+    monkeypatch.setattr(Runner, "_spawn", spawn)
+    variants = {"a": None, "b": {"command": "python {logs} other {steps} {validations}"}}
+    budget = {"seconds": 30, "pilot_steps": 8, "pilot_rounds": 2}
+    experiment = load_experiment(write(tmp_path, budget=budget, variants=variants))
+    assert len(run_experiment(experiment, ["a", "b"], [0, 1], Slots({}))) == 1
+    # b is not run without all its pilots
+    assert started == ["a-0-pilot", "b-0-pilot", "a-1-pilot", "b-1-pilot", "a-0", "a-1"]
+    failing.clear()
+    assert run_experiment(experiment, ["a", "b"], [0, 1], Slots({})) == []
+    assert started[6:] == ["b-0-pilot", "b-0", "b-1"]
+    # 30 s / the mean of 0.2 and 0.3 s
+    assert {trial.steps for trial in plan_trials(experiment, ["a", "b"], [0, 1])} == {120}
 
 
 def test_a_plan_runs_in_its_own_folder_with_the_changes_of_its_variant(tmp_path):
@@ -226,13 +241,8 @@ def test_a_plan_runs_in_its_own_folder_with_the_changes_of_its_variant(tmp_path)
         "    SFT: python train_sft.py --config c.yaml --base_model {checkpoint}\n"
     )
     variants = {"a": None, "b": ["optim.lr=1e-3", "base:optim.beta1=0.8", "sft:chat.epochs=2"]}
-    path = write(
-        tmp_path,
-        command="scripts.pipeline",
-        config=str(tmp_path / "plan.yaml"),
-        variants=variants,
-        budget={},
-    )
+    plan = {"command": "scripts.pipeline", "config": str(tmp_path / "plan.yaml"), "budget": {}}
+    path = write(tmp_path, variants=variants, **plan)
     trial = make_trial(load_experiment(path), "b", 7)
     base = trial.files["base.yaml"]
     assert (base["seed"], base["optim"]["lr"], base["optim"]["beta1"]) == (7, "1e-3", 0.8)

@@ -1,4 +1,4 @@
-"""The speedrun ladder: its configs, three steps of every rung on 1, 2 and 4 ranks, its page."""
+"""The speedrun ladder: its configs, three steps of each rung, also on more ranks, and its page."""
 
 import json
 import os
@@ -22,7 +22,8 @@ from lab.experiment import make_trial
 from lab.ladder import FULL, MEDIUM, MINIATURE, ladder_experiment, read_ladder, select_rungs
 from lab.run import plan_trials
 from scripts import ladder as command
-from training import setup
+from training import loop, setup
+from training.config import to_dict
 from training.curves import OF_LOADER
 from training.loop import backward, reduce
 from training.objectives import next_token
@@ -34,15 +35,23 @@ RUNGS = {folder: read_ladder(folder) for folder in (FULL, MINIATURE, MEDIUM)}
 SMALL = [rung.name for rung in RUNGS[MINIATURE]]
 WITHOUT_MINIATURE = {"05_padded_vocab", "24_fp8_head"}  # no effect at 4,096 tokens; a GPU
 RECORDS = 89  # of track 1
+pytestmark = pytest.mark.usefixtures("yaml_read_once")
 LENGTH, VOCAB, STEPS = 64, 512, 3
 LOSSES = Path(__file__).with_name("ladder_losses.json")  # of the third step of each rung
+# Together these rungs have every setting of the ladder, because a rung keeps those of the one
+# before; values of rates and windows differ.
+LAST_OF_A_KIND = (
+    *("01_tuned_rate", "03_rms_norm", "09_wide_heads", "16_double_rate", "19_value_embeddings"),
+    *("22_drop_attention", "30_attention_gate", "35_polar_express", "39_cautious_decay"),
+    *("43_multi_token", "49_bigram_signs"),
+)
 
 
 def load(rung) -> SpeedrunRun:
     return load_path(rung.path)
 
 
-@cache  # a chain of fifty files takes a while to parse
+@cache
 def load_path(path: Path) -> SpeedrunRun:
     return load_settings(SpeedrunRun, path)
 
@@ -87,6 +96,27 @@ def test_a_miniature_rung_changes_the_settings_of_its_full_size_twin():
                     assert value == twin or name == "window_pattern"
 
 
+def test_the_rungs_on_two_ranks_have_every_setting():
+    def flat(values: dict, prefix: str = "") -> dict:
+        pairs = {}
+        for key, value in values.items():
+            nested = isinstance(value, dict)
+            pairs |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+        return pairs
+
+    runs = {rung.name: flat(to_dict(load(rung))) for rung in RUNGS[MINIATURE]}
+    baseline = runs["00_baseline"]
+    set_on_two_ranks = {
+        key
+        for name in LAST_OF_A_KIND
+        for key, value in runs[name].items()
+        if value != baseline.get(key)
+    }
+    for name, values in runs.items():
+        changed = {key for key, value in values.items() if value != baseline.get(key)}
+        assert changed <= set_on_two_ranks, name
+
+
 def test_sizes_and_tokens_are_those_of_the_records():
     sizes = {rung.name: load(rung).model.num_parameters for rung in RUNGS[FULL]}
     assert sizes["00_baseline"] == 124_439_808  # GPT-2
@@ -112,7 +142,7 @@ def test_every_record_is_a_rung_or_listed():
 
 
 def shrunk(rung, data: Path) -> SpeedrunRun:
-    """A miniature rung with a hidden size of 64 and rows of 64 tokens.
+    """A miniature rung in float32, of hidden size 64, in micro-batches of eight rows of 64 tokens.
 
     Once zero_init has had its rung, it is off: what a zero projection hides would not be compared.
     """
@@ -149,11 +179,14 @@ def shrunk(rung, data: Path) -> SpeedrunRun:
             run.data,
             train=str(data),
             sequence_length=LENGTH,
+            micro_batch_size=8,
             tokens_per_step=run.data.tokens_per_step // 4,
             max_document=scaled(run.data.max_document),
         ),
+        optim=replace(run.optim, muon_dtype="auto"),
         schedule=replace(run.schedule, total_steps=STEPS, warmup_steps=0, decay_steps=2),
         schedules=curves,
+        parallel=replace(run.parallel, dtype="float32"),
     )
 
 
@@ -189,7 +222,7 @@ def three_steps(run: SpeedrunRun, rank: int, world: int) -> list[float]:
         apply_schedules(schedules, number)
         step = loader.at(number)
         sums, _ = backward(run, state.model, step, next_token(0.0))
-        means, _ = reduce(sums, step.loss_denominator)
+        means, *_ = reduce(sums, step.loss_denominator)
         state.optimizer.step()
         state.optimizer.zero_grad()
         losses.append(means["loss"])
@@ -197,7 +230,10 @@ def three_steps(run: SpeedrunRun, rank: int, world: int) -> list[float]:
 
 
 def climb(rank: int, world: int, folder: Path, runs: dict[str, SpeedrunRun]) -> None:
-    """Write the losses of these rungs to <folder>/<world>.json."""
+    """Write the losses of these rungs to <folder>/<world>.json. One rank does not shard."""
+    if world == 1:
+        setup.wrap_model_fsdp = lambda model, *_: model
+        loop.set_last_micro_batch = lambda *_: None
     store = dist.FileStore(str(folder / f"store{world}"), world)
     dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
     losses = {name: three_steps(run, rank, world) for name, run in runs.items()}
@@ -210,11 +246,11 @@ def climb(rank: int, world: int, folder: Path, runs: dict[str, SpeedrunRun]) -> 
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory):
-    """Losses of the rungs on 1, 2 and 4 ranks: world size -> rung -> three losses."""
+    """Losses of rungs without sharding and on 2 and 4 ranks: world size -> rung -> three losses."""
     folder = tmp_path_factory.mktemp("ladder")
     write_shard(folder / "train.bin")
     # Later rungs have fewer than four rows in their first step.
-    worlds = {1: SMALL, 2: SMALL, 4: ["03_rms_norm", "22_drop_attention", "39_cautious_decay"]}
+    worlds = {1: SMALL, 2: LAST_OF_A_KIND, 4: ["03_rms_norm", "39_cautious_decay"]}
     runs = {rung.name: shrunk(rung, folder / "train.bin") for rung in RUNGS[MINIATURE]}
     result = {}
     for world, names in worlds.items():

@@ -135,9 +135,9 @@ while True:
                 file.write(b'{"torn')  # the worst result of a kill during a write
     append_event(tmp_path, "last", "after all that")
     lines = (tmp_path / "events.jsonl").read_text().splitlines()
-    assert (
-        len(read_lines(tmp_path / "events.jsonl")) == len(lines) - 3 and lines.count('{"torn') == 3
-    )
+    # The kill itself may tear a line too, between two pages of a write; the torn text then ends it.
+    assert sum(line.endswith('{"torn') for line in lines) == 3
+    assert len(read_lines(tmp_path / "events.jsonl")) == len(lines) - 3
     assert read_lines(tmp_path / "events.jsonl")[-1]["event"] == "last"
     assert (
         (tmp_path / "training_log.md")
@@ -341,7 +341,7 @@ def test_slack_gets_what_happened_and_only_what_was_asked_for(tmp_path, slack):
 def test_an_alert_that_fails_or_hangs_is_an_event_and_no_step_waits(
     tmp_path, slack, monkeypatch, capfd
 ):
-    monkeypatch.setattr(alerts, "TIMEOUT", 0.3)
+    monkeypatch.setattr(alerts, "TIMEOUT", 0.6)
     for number, (status, wait, url) in enumerate(
         [(500, 0, slack.url), (200, 5, slack.url), (200, 0, "http://127.0.0.1:9/hush")]
     ):
@@ -351,7 +351,7 @@ def test_an_alert_that_fails_or_hangs_is_an_event_and_no_step_waits(
             log.open(0, 9, "p")
             began = time.monotonic()
             log.event("rollback", "x")
-            assert time.monotonic() - began < 0.2
+            assert time.monotonic() - began < 0.5
         [event] = failures(tmp_path / str(number))
         assert event["channel"] == "slack" and "hush" not in json.dumps(event)
         assert ["HTTPError: HTTP Error 500", "timed out", "refused"][number] in event["text"]

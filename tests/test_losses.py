@@ -50,7 +50,7 @@ def test_each_output_has_its_own_gradient(chunk):
     lse = logits.logsumexp(-1)
     nll = lse - logits.gather(-1, targets.clamp_min(0)[..., None]).squeeze(-1)
     losses = token_losses(hidden, weight, targets, chunk)
-    for ours, plain_output in zip(losses, (nll, lse), strict=True):
+    for ours, plain_output in zip(losses[:2], (nll, lse), strict=True):
         a = torch.autograd.grad((ours * scale).sum(), (hidden, weight), retain_graph=True)
         b = torch.autograd.grad(
             (plain_output * scale * (targets != IGNORE)).sum(), (hidden, weight), retain_graph=True
@@ -134,7 +134,7 @@ def test_compiled_equals_eager(backend, dtype, head, monkeypatch):
 def test_logits_that_are_kept_are_few_and_give_the_same_losses_in_bf16(monkeypatch):
     hidden, weight, targets = example(torch.bfloat16)
     chunked = token_losses(hidden, weight, targets, 8)
-    for ours, others in zip(token_losses(hidden, weight, targets), chunked, strict=True):
+    for ours, others in zip(token_losses(hidden, weight, targets)[:2], chunked[:2], strict=True):
         assert (ours - others).abs().max() <= 1e-5  # the logits are the same numbers
     sizes = []
     linear = F.linear
@@ -202,7 +202,7 @@ def test_no_softcap_and_one_target_keep_every_bit(chunk):
         for shape in (targets, targets[..., None]):
             losses = token_losses(hidden, weight, shape, chunk, **options)
             loss, _ = token_loss_sum(losses, 0.1)
-            results.append([*losses, *torch.autograd.grad(loss, (hidden, weight))])
+            results.append([*losses[:2], *torch.autograd.grad(loss, (hidden, weight))])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

@@ -376,7 +376,8 @@ def sharded(rank: int, world: int, folder: Path) -> None:
         world_size=world,
         store=dist.FileStore(str(folder / f"store{world}"), world),
     )
-    strategies = ("zero2", "zero3", "ddp", *(["hsdp"] if world == 4 else []))
+    # zero3 differs from zero2 in the forward pass only.
+    strategies = ("zero2", "hsdp") if world == 4 else ("zero3", "ddp")
     for strategy, kind in product(strategies, CONFIGS):
         model = NanoLlama(MODEL, seed=0) if kind == "default" else Stacked()
         if strategy == "hsdp":
@@ -410,7 +411,7 @@ def sharded(rank: int, world: int, folder: Path) -> None:
     os._exit(0)  # gloo's threads may abort at exit
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, 4])
 def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path):
     processes = [
         forked.forkserver().Process(target=sharded, args=(rank, world, tmp_path))
@@ -422,9 +423,7 @@ def test_sharded_equals_whole_and_no_rank_does_what_another_does(world, tmp_path
         process.join()
     expected = {"default": whole_updates(), "every option": whole_updates(EVERY_OPTION, Stacked())}
     files = list(tmp_path.glob("*.pt"))
-    assert [process.exitcode for process in processes] == [0] * world and len(files) == (
-        8 if world == 4 else 6
-    )
+    assert [process.exitcode for process in processes] == [0] * world and len(files) == 4
     for file in files:
         actual = torch.load(file)
         matrices = 21 if actual["kind"] == "default" else 21 + 5 + 2

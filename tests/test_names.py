@@ -17,7 +17,7 @@ import train_sft
 from data.corpus.sources import GROUPS, HUB_SOURCES, sources_of, validation_sources
 from data.store import open_shards
 from models.nanollama import FIELD_ALIASES, ModelConfig
-from scripts import check_env, download_data
+from scripts import check_env, download_data, prepare_data
 from training.aliases import DATA_MIXES, NEW_NAMES, NOTES, RENAMED, _settings
 from training.config import RunConfig, load
 from training.planning.plan import Milestone, Plan
@@ -207,7 +207,7 @@ def test_a_name_of_a_wandb_run_needs_a_project(module, tmp_path, capsys, monkeyp
 # folders
 
 
-def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatch):
+def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "data" / "store").mkdir(parents=True)  # hides no package of ours
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "test_mode.yaml").write_text("phase: mine\n")
@@ -222,18 +222,17 @@ def test_commands_find_the_projects_configs_from_any_folder(tmp_path, monkeypatc
     ):
         read_yaml(Path("configs/sf.yaml"))
 
-    def said(*command: str) -> subprocess.CompletedProcess:
-        line = [sys.executable, *command]
-        return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=one_thread())
-
-    done = said("-m", "scripts.prepare_data", "--config", "configs/data/quickstart.yaml")
-    assert "/data/store/quickstart/tokenizer has no tokenizer.json" in done.stderr, done.stderr
-    quickstart = ["--config", "configs/quickstart/base.yaml"]
-    for launcher in ([str(ROOT / "train.py")], ["-m", "scripts.launch", "train.py"]):
-        done = said(*launcher, *quickstart)
-        assert done.returncode == 2 and not (ROOT / "logs" / "mine").exists()
-        last = done.stderr.splitlines()[-1]
-        assert last.startswith("error: no data store found at data/store/quickstart"), last
+    words = ["--config", "configs/data/quickstart.yaml"]
+    message = complaint_of(prepare_data.main, words, capsys, monkeypatch)
+    assert "/data/store/quickstart/tokenizer has no tokenizer.json" in message
+    # Not forked: Python looks for packages in the working folder when it starts.
+    command = ["-m", "scripts.launch", "train.py", "--config", "configs/quickstart/base.yaml"]
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path, env=one_thread()
+    )
+    assert done.returncode == 2 and not (ROOT / "logs" / "mine").exists()
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: no data store found at data/store/quickstart"), last
 
 
 # readiness of the machine

@@ -37,6 +37,7 @@ def make(text_store, tmp_path_factory):
             "data.mix={first: 0.6, second: 0.4}",
             "data.micro_batch_size=2",
             f"model.vocab_size={VOCAB}",
+            "model.num_hidden_layers=1",
             f"schedule={{warmup_steps: 2, total_steps: {total}, decay_steps: 4}}",
             "parallel.dtype=float32",
             "validation.every=0",
@@ -126,13 +127,16 @@ def test_wrong_replicas_are_refused(monkeypatch, settings, world, message):
 
 
 SRUN = """#!/bin/bash
-# Two "nodes" of this machine; the largest status, as srun has it.
+# Leaves the command of each "node" and its environment to the test, which forks it.
 while [[ $1 == --* ]]; do shift; done
-SLURM_PROCID=0 "$@" & first=$!
-SLURM_PROCID=1 "$@" & second=$!
-wait $first; a=$?
-wait $second; b=$?
-exit $((a > b ? a : b))
+env -0 > "$JOB/environment"
+printf '%s\\0' "$@" > "$JOB/command.tmp"
+mv "$JOB/command.tmp" "$JOB/command"
+for (( i = 0; i < 9000; i++ )); do
+    [[ -f $JOB/status ]] && exit "$(< "$JOB/status")"
+    sleep 0.02
+done
+exit 99
 """
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> "$SCONTROL_LOG"; fi
@@ -164,21 +168,32 @@ def test_the_slurm_script_on_two_nodes_goes_on_from_two_by_two(
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
         "PYTHON": sys.executable,
         "SCONTROL_LOG": str(tmp_path / "log"),
+        "JOB": str(tmp_path),
     }
     resume = ["--resume_from", str(two_by_two / "z3" / "step_3")]
     arguments = ["--config", "configs/test_mode.yaml", *resume, *make("slurm")]
-    done = subprocess.run(
-        ["bash", str(batch), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (
-        "2 cpu rank(s)" in done.stdout
-        and "from " + str(two_by_two / "z3" / "step_3") in done.stdout
-    )
+    script = subprocess.Popen(["bash", str(batch), *arguments], env=environment)
+    try:
+        wait_for(tmp_path / "command", 60)
+        words, variables = (
+            (tmp_path / name).read_text().rstrip("\0").split("\0")
+            for name in ("command", "environment")
+        )
+        nodes = [
+            forked.Process(
+                words, env=dict(line.split("=", 1) for line in [*variables, f"SLURM_PROCID={node}"])
+            )
+            for node in (0, 1)
+        ]
+        output = "".join("".join(node.communicate(timeout=120)) for node in nodes)
+        statuses = [node.returncode for node in nodes]
+        (tmp_path / "status.tmp").write_text(str(max(statuses)))
+        (tmp_path / "status.tmp").rename(tmp_path / "status")
+        script.wait(60)
+    finally:
+        script.kill()
+    assert statuses == [0, 0] and script.returncode == 0, output
+    assert "2 cpu rank(s)" in output and f"from {two_by_two / 'z3' / 'step_3'}" in output
     rows = read_metrics(make.root / "slurm-logs")
     assert [row["step"] for row in rows] == list(range(4, STEPS + 1))
     assert [row["loss"] for row in rows] == pytest.approx(two_ranks[3:], abs=1e-5)
@@ -321,7 +336,10 @@ def test_a_dry_run_shows_kernels_that_take_starts_of_documents_two_counts_of_the
     monkeypatch.setattr(profiling.dist, "get_world_size", lambda: 1)
     data = SimpleNamespace(micro_batch_size=2, sequence_length=8, rows=rows)
     run = SimpleNamespace(
-        data=data, parallel=ParallelConfig(attention=kernel), optim=SimpleNamespace(z_weight=0.0)
+        data=data,
+        model=SimpleNamespace(kind="dense"),
+        parallel=ParallelConfig(attention=kernel),
+        optim=SimpleNamespace(z_weight=0.0),
     )
     state = SimpleNamespace(
         model=torch.nn.Linear(1, 1), optimizer=torch.optim.SGD([torch.zeros(1)])

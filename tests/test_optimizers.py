@@ -8,7 +8,8 @@ from conftest import ROOT
 from torch import nn
 
 from models.nanollama import ModelConfig, NanoLlama
-from models.speedrun_gpt import GPTConfig, SpeedrunGPT
+from models.speedrun_config import GPTConfig
+from models.speedrun_gpt import SpeedrunGPT
 from training.adamw import AdamW
 from training.config import load
 from training.optimizers import (

@@ -19,9 +19,12 @@ from conftest import ROOT, read_metrics
 
 import train
 from scripts import pipeline
+from training import run_folder
 from training.logger import Log
 from training.ops import supervisor
 from training.planning.gates import Gate, by_name, judge
+
+pytestmark = pytest.mark.one_layer
 
 TUNING = "cp -r {checkpoint}/. checkpoints/tiny/tuned/step_1"
 MEASURE = """
@@ -52,6 +55,7 @@ def plan(settings, tmp_path) -> Path:
         content = {**base, "run": "tiny"}
         for override in settings(
             "schedule={warmup_steps: 2, total_steps: 8, decay_steps: 2}",
+            "data.micro_batch_size=8",
             *more,
             phase=phase,
             steps=4,
@@ -474,7 +478,7 @@ def test_a_closed_terminal_stops_the_stage_which_saves(plan, run, monkeypatch):
 
     thread = threading.Thread(target=close)
     thread.start()
-    done = run(status=129, SLOW="0.3")
+    done = run(status=129, SLOW="0.15")
     thread.join()
     assert "was interrupted. The same command continues from here." in done.stderr
     saved = [
@@ -486,10 +490,9 @@ def test_a_closed_terminal_stops_the_stage_which_saves(plan, run, monkeypatch):
     assert len(losses(plan)) == 8
 
 
-def test_two_drivers_do_not_carry_out_one_plan(plan, run):
-    from training.run_folder import locked
-
+def test_two_drivers_do_not_carry_out_one_plan(plan, run, monkeypatch):
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.2)
     (plan / "logs" / "tiny").mkdir(parents=True)
-    with locked(plan / "logs" / "tiny" / "plan"):
+    with run_folder.locked(plan / "logs" / "tiny" / "plan"):
         message = run(status=2).stderr
     assert f"logs/tiny/plan is in use by process {os.getpid()} on " in message

@@ -30,11 +30,11 @@ from training.fsdp_utils import ParallelConfig, _keep_matmuls, set_last_micro_ba
 from training.meter import flops_per_token
 from training.optimizers import OptimConfig, build_optimizer
 from training.planning import memory as memory_model
+from training.planning.cards import GPUS
 from training.planning.cost import check, forecast, forecast_loss, readable_tokens
 from training.planning.forecast_text import forecast_text
 from training.planning.memory import (
     CONTEXT,
-    GPUS,
     activation_bytes,
     memory,
     optimizer_state_bytes,
@@ -99,11 +99,15 @@ def local_bytes(tensor: torch.Tensor) -> int:
 
 
 def small_run(
-    parallel: ParallelConfig, micro_batches: int, ranks: int, model: ModelConfig = SMALL
+    parallel: ParallelConfig,
+    micro_batches: int,
+    ranks: int,
+    model: ModelConfig = SMALL,
+    rows: int = 4,
+    length: int = 256,
 ) -> RunConfig:
-    data = DataConfig(
-        sequence_length=256, micro_batch_size=4, tokens_per_step=ranks * micro_batches * 4 * 256
-    )
+    tokens = ranks * micro_batches * rows * length
+    data = DataConfig(sequence_length=length, micro_batch_size=rows, tokens_per_step=tokens)
     return RunConfig(model=model, data=data, parallel=parallel)
 
 
@@ -147,7 +151,7 @@ def measure(run: RunConfig, ranks: int) -> dict[str, int]:
 def test_bytes_of_parameters_and_optimizer_state(strategy, ranks):
     model = replace(SMALL, tie_word_embeddings=ranks == 2, qk_norm=strategy == "ddp")
     parallel = ParallelConfig(strategy=strategy, dtype="bfloat16", compile=False)
-    measured = measure(small_run(parallel, 1, ranks, model), ranks)
+    measured = measure(small_run(parallel, 1, ranks, model, rows=1, length=16), ranks)
     assert sharded_bytes(model, strategy, ranks) == pytest.approx(measured["parameters"], rel=0.01)
     assert optimizer_state_bytes(model, strategy, ranks) == pytest.approx(
         measured["moments"], rel=0.01
@@ -162,7 +166,8 @@ def test_bytes_of_muon(strategy, ranks):
     parallel = ParallelConfig(strategy=strategy, dtype="float32", compile=False)
     # The fake group refuses empty messages, so each rank needs every shape.
     model = replace(SMALL, num_hidden_layers=4)
-    run = replace(small_run(parallel, 1, ranks, model), optim=OptimConfig(name="muon"))
+    small = small_run(parallel, 1, ranks, model, rows=1, length=16)
+    run = replace(small, optim=OptimConfig(name="muon"))
     measured, estimate = measure(run, ranks), memory(run, ranks)
     assert optimizer_state_bytes(model, strategy, ranks, run.optim) == pytest.approx(
         measured["moments"], rel=0.01
@@ -217,7 +222,11 @@ def saved_bytes(
         block.compile(fullgraph=True, backend=backend)
     block.to(dtype)
     cos, sin = network.rotary(model.max_position_embeddings)
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*block.parameters(), cos, sin)}
+    given = (*block.parameters(), *block.buffers(), cos, sin)
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    keys = None
+    if model.moe.router == "noisy_top_k":
+        keys = torch.arange(tokens).view(2, -1)
     saved: dict[int, torch.Tensor] = {}
 
     def keep_sight(tensor: torch.Tensor) -> torch.Tensor:
@@ -229,7 +238,7 @@ def saved_bytes(
         2, model.max_position_embeddings, model.hidden_size, dtype=dtype, requires_grad=True
     )
     with torch.autograd.graph.saved_tensors_hooks(keep_sight, lambda tensor: tensor):
-        block(x * 1, cos, sin, None)  # not a leaf, as between blocks
+        block(x * 1, cos, sin, None, keys)  # not a leaf, as between blocks
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / tokens
 
 

@@ -40,7 +40,7 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
     """Parse a command's flags with its own parser.
 
     Raises AssertionError if the parser refuses them or if a named .yaml or .py file is missing. The
-    reader of a page writes files named my_*.
+    reader of a page writes files and folders named my_*.
     """
     words = shlex.split(command)
     if words[0] == "torchrun":
@@ -82,7 +82,8 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
         except (SystemExit, ImportError, OSError) as error:
             raise AssertionError(f"{command}: {error!r}") from error
     for value in vars(namespaces[0]).values():
-        if str(value).endswith((".yaml", ".py")) and not str(value).startswith("my_"):
+        mine = any(part.startswith("my_") for part in Path(str(value)).parts)
+        if str(value).endswith((".yaml", ".py")) and not mine:
             assert Path(str(value)).is_file(), f"{command}: there is no {value}"
     if "scripts.run_evals" in words:
         for name, flags in open_suite(namespaces[0].suite)[0].evals.items():
@@ -133,7 +134,7 @@ def test_commands_of_a_page_are_read_without_comments_and_continuations():
 def test_commands_of_plans_are_valid(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     plan_commands = commands(load_plan(path))
-    assert len(plan_commands) >= 10
+    assert len(plan_commands) >= 5
     for command in plan_commands:
         parse(command, monkeypatch)
     for wrong in (

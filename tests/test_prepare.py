@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -267,17 +268,17 @@ def command(path: Path, *more: str) -> list[str]:
 def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
     path, _ = make_store(tmp_path)
     store, site = Path(load_settings(Recipe, path).store), Site(tmp_path / "site", Forked)
-    arguments = f"-m scripts.prepare_data --config {path} executor.workers=2"
-    for whom, operation, nth, file in (
-        ("*", "write", 1, "work/clean-*/signatures/*/*.sig"),
-        ("*", "write", 2, "work/clean-*/stages/clean/completions/*"),
-        ("scripts.prepare_data", "write", 1, "work/clean-*/counts/*"),
-        ("*", "write", 2, "work/clean-*/stages/pairs/completions/*"),
-        ("scripts.prepare_data", "write", 1, "work/tokens-*/tokens/*/.train-*.starts.tmp"),
-        ("*", "rename", 2, "work/tokens-*/entries/*"),
-        ("scripts.prepare_data", "rename", 2, "tokens/*"),
+    for workers, whom, operation, nth, file in (  # one worker starts no pool
+        (2, "*", "write", 1, "work/clean-*/signatures/*/*.sig"),
+        (2, "*", "write", 2, "work/clean-*/stages/clean/completions/*"),
+        (2, "scripts.prepare_data", "write", 1, "work/clean-*/counts/*"),
+        (2, "*", "write", 2, "work/clean-*/stages/pairs/completions/*"),
+        (2, "scripts.prepare_data", "write", 1, "work/tokens-*/tokens/*/.train-*.starts.tmp"),
+        (2, "*", "rename", 2, "work/tokens-*/entries/*"),
+        (1, "scripts.prepare_data", "rename", 2, "tokens/*"),
     ):
         # Kill its tasks as well, or leave them running. Fails if a point is not reached.
+        arguments = f"-m scripts.prepare_data --config {path} executor.workers={workers}"
         site.run_faulty(arguments, point(operation, f"{store}/{file}", whom=whom, nth=nth))
     finished = forked.run(command(path, "executor.workers=2"))
     assert finished.returncode == 0, finished.stderr
@@ -292,37 +293,53 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(done, tmp_path):
 @pytest.mark.skipif(
     find_spec("ray") is None, reason="Ray is not installed; pip install -r requirements-cluster.txt"
 )
-def test_a_ray_cluster_makes_the_same_shards(done, tmp_path):
+def test_a_ray_cluster_cleans_and_tokenizes_alike(tmp_path, monkeypatch):
+    """Ray starts a process for each task, which imports all packages: few tasks.
+
+    Deduplication runs as tasks of the same kind (see the tests of Slurm and of a pool).
+    """
+    import ray
+
     path, _ = make_store(tmp_path)
-    recipe = load_settings(
-        Recipe, path, ["executor.kind=ray", "executor.workers=2", "executor.memory_gb=1"]
-    )
+    content = yaml.safe_load(path.read_text())
+    content["sources"].pop("code")
+    content["sources"].pop("other")
+    path.write_text(yaml.safe_dump({**content, "dedup": {"kind": "none"}}))
+    recipe = load_settings(Recipe, path)
     assert prepare(recipe) == "done"
-    assert shards(Path(recipe.store)) == shards(done[2])
+    store = Path(recipe.store)
+    expected = shards(store)
+    for folder in ("tokens", "work"):
+        shutil.rmtree(store / folder)
+    monkeypatch.setattr(ray, "init", partial(ray.init, include_dashboard=False))
+    more = ["executor.kind=ray", "executor.workers=2", "executor.memory_gb=1"]
+    assert prepare(load_settings(Recipe, path, more)) == "done"
+    assert expected and shards(store) == expected
 
 
 FAKE_SBATCH = """#!/bin/bash
-# Runs a job array at once, one task after the other, as Slurm would have.
+# Runs the script of each task of a job array at once.
 script="${@: -1}"; number=$(ls "$SLURM_SPOOL" | wc -l); cp "$script" "$SLURM_SPOOL/$number.sh"
 echo "$@" >"$SLURM_SPOOL/$number.args"
 last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\).*/\\1/p' "$script")
 for i in $(seq 0 "$last"); do
-    LAST_TASK=$last SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" \
+    SLURM_ARRAY_TASK_ID=$i SLURM_NODELIST=here bash "$script" \
 >>"$SLURM_SPOOL/$number.out" 2>&1 || exit 1
 done
 echo "Submitted batch job 10$number"
 """
-FAKE_SRUN = f"""#!{sys.executable}
-# The last task of an array runs all its tasks, to import datatrove once.
+FAKE_SRUN = """#!/bin/bash
+# Records a task; the test runs all of them in one process, to import datatrove once.
+echo "$SLURM_ARRAY_TASK_ID $@" >>"$SLURM_SPOOL/tasks"
+"""
+RUN_TASKS = """
 import os, sys
-last = int(os.environ["LAST_TASK"])
-if os.environ["SLURM_ARRAY_TASK_ID"] == str(last):
-    from datatrove.tools.launch_pickled_pipeline import main
-    assert sys.argv[1:5] == ["-l", "-n", "1", "launch_pickled_pipeline"], sys.argv
-    del sys.argv[1:5]
-    for task in range(last + 1):
-        os.environ["SLURM_ARRAY_TASK_ID"] = str(task)
-        main()
+from datatrove.tools.launch_pickled_pipeline import main
+for line in open(sys.argv[1], encoding="utf-8"):
+    task, *words = line.split()
+    assert words[:4] == ["-l", "-n", "1", "launch_pickled_pipeline"], words
+    os.environ["SLURM_ARRAY_TASK_ID"], sys.argv = task, words[3:]
+    main()
 """
 
 
@@ -345,6 +362,9 @@ def test_slurm_jobs_make_the_same_shards(done, tmp_path, monkeypatch):
         Recipe, path, ["executor.kind=slurm", "executor.partition=cpu", "executor.workers=3"]
     )
     assert prepare(recipe) == "submitted"
+    words = [sys.executable, "-c", RUN_TASKS, str(spool / "tasks")]
+    run = forked.run(words, env={**os.environ, "SLURM_NODELIST": "here"})
+    assert run.returncode == 0, run.stderr
     scripts = [
         file.read_text() for file in sorted(spool.glob("*.sh"), key=lambda file: int(file.stem))
     ]

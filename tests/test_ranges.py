@@ -163,6 +163,10 @@ def made(kind: type, **values):
             "go": 1.0,
             "no_go": 2.0,
             "at": 1,
+            "step": 1,
+            "type": "yarn",
+            "factor": 1.0,
+            "original_max_position_embeddings": 1,
         }.get(field.name, "x")
         for field in dataclasses.fields(kind)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

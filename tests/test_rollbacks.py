@@ -14,6 +14,8 @@ from training.config import load
 from training.logger import Log
 from training.planning.plan import load_plan
 
+pytestmark = pytest.mark.one_layer
+
 CONFIG = ROOT / "configs" / "test_mode.yaml"
 
 

@@ -15,6 +15,8 @@ from training import run_folder
 from training.config import load
 from training.run_folder import locked
 
+pytestmark = pytest.mark.one_layer
+
 
 def complaint(capfd, monkeypatch, overrides: list[str]) -> str:
     return complaint_of(

@@ -10,11 +10,12 @@ from conftest import ROOT, read_metrics, train_here
 from test_muon import state_of
 from torch.distributed.tensor import distribute_tensor
 
-from models.speedrun_gpt import GPTConfig, SpeedrunGPT
+from models.speedrun_config import GPTConfig
+from models.speedrun_gpt import SpeedrunGPT
 from training import setup
 from training.checkpoint import CheckpointConfig, Checkpointer, load_state
 from training.config import RunConfig, load, to_dict
-from training.curves import SCHEDULED, Curve
+from training.curves import OF_GROUPS, SCHEDULED, Curve
 from training.optimizers import GroupConfig, OptimConfig, build_optimizer
 from training.schedulers import (
     ScheduleConfig,
@@ -114,6 +115,7 @@ def test_every_schedule_sets_its_setting_and_is_listed_under_its_name():
         "lr.embedding": (1.0, 3.0),
         "weight_decay": (1.0, 0.0),
         "beta2": (0.9, 0.99),
+        "beta2.embedding": (0.95, 0.999),
         "momentum": (0.85, 0.95),
         "short_window": (2, 6),
         "long_window": (4, 12),
@@ -138,6 +140,7 @@ def test_every_schedule_sets_its_setting_and_is_listed_under_its_name():
         assert by_name["matrices"]["weight_decay"] == pytest.approx(0.2 * (1 - end))
         assert by_name["head"]["betas"] == (0.9, values["beta2"][end])
         assert by_name["vectors"]["betas"] == (0.9, 0.999)  # its own
+        assert by_name["embedding"]["betas"] == (0.9, values["beta2.embedding"][end])
         assert model.windows == {"S": (2, 6)[end], "L": (4, 12)[end]}
         assert model.softcap == values["softcap"][end]
         assert model.multi_token_weights == ((1.0, 0.5, 0.25), (1.0, 0.0, 0.0))[end]
@@ -177,11 +180,11 @@ def test_a_run_without_schedules_has_the_learning_rate_only():
         ("long_window", r"schedules.long_window needs a model with attention windows"),
         ("multi_token.1", r"schedules.multi_token.1 needs a model with multi-token prediction"),
         ("lr.value_embeddings", r"needs a model with parameters in group value_embeddings"),
-        ("batch_tokens", r"schedules.batch_tokens needs a loader whose batches change"),
+        ("sequence_length", r"schedules.sequence_length needs a loader whose batches change"),
     ],
 )
 def test_a_schedule_that_this_run_cannot_apply_is_refused_at_the_start(name, message, settings):
-    value = {"batch_tokens": 512, "long_window": 8, "softcap": 15}.get(name, 0.5)
+    value = {"sequence_length": 64, "long_window": 8, "softcap": 15}.get(name, 0.5)
     with pytest.raises(ValueError, match=message):
         train_here(settings(f"schedules={{{name}: {{points: [[0, {value}]]}}}}"))
 
@@ -220,6 +223,18 @@ def test_wrong_curves_are_refused_in_one_sentence(override, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("optim", "message"),
+    [
+        ("optim.groups.matrices.beta2=0.9", "optim.groups.matrices.beta2 has no effect with sched"),
+        ("optim.name=muon", "schedules.beta2.matrices has no effect on Muon, which updates the"),
+    ],
+)
+def test_a_curve_of_a_group_without_effect_is_refused(optim, message):
+    with pytest.raises(ValueError, match=message):
+        load(TEST_MODE, [optim, "schedules.beta2.matrices.points=[[0, 0.9]]"])
+
+
 def test_dotted_names_in_files_and_overrides_mean_the_same(tmp_path):
     (tmp_path / "parent.yaml").write_text(
         "schedules:\n  lr.head: {points: [[0, 1], [9, 2]]}\n  beta2: {points: [[0, 0.5]]}\n",
@@ -242,7 +257,8 @@ def test_dotted_names_in_files_and_overrides_mean_the_same(tmp_path):
 def test_every_documented_name_is_a_schedule():
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     section = text.split("## Optimizer and schedules")[1].split("\n## ")[0]
-    names = {"lr.GROUP" if name.startswith("lr.") else name for name in SCHEDULED}
+    of_groups = {name for name in SCHEDULED if name.startswith(tuple(f"{k}." for k in OF_GROUPS))}
+    names = {*SCHEDULED} - of_groups | {f"{kind}.GROUP" for kind in OF_GROUPS}
     assert {name for name in names if f"`{name}`" not in section} == set()
 
 

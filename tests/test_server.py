@@ -415,8 +415,8 @@ class Model(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def front(tmp_path, monkeypatch) -> Iterator[int]:
-    """A gateway with a timeout of one second; its model never answers."""
-    monkeypatch.setattr(gateway, "READ_S", 1)
+    """A gateway with a timeout of 0.3 seconds; its model never answers."""
+    monkeypatch.setattr(gateway, "READ_S", 0.3)
     monkeypatch.setattr(Model, "left", threading.Event(), raising=False)
 
     class Socket(HTTPServer):
@@ -432,7 +432,7 @@ def front(tmp_path, monkeypatch) -> Iterator[int]:
     place.unlink(missing_ok=True)
     servers = [Socket(str(place), Model), Gateway(0, str(place), MARKERS)]
     for server in servers:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield servers[1].server_address[1]
     for server in servers:
         server.shutdown()
@@ -451,7 +451,7 @@ def test_a_slow_client_is_cut_and_a_client_that_leaves_frees_the_model(front):
                 try:
                     # A slow trickle of bytes is not a request either.
                     slow.sendall(b" " if begin else b"")
-                    slow.settimeout(0.2)
+                    slow.settimeout(0.1)
                     ended = slow.recv(1) == b""
                 except TimeoutError:
                     continue

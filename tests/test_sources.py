@@ -426,6 +426,9 @@ COLUMNS = {  # as they are on the hub, beside the text
     "open_web_math": {"url": "https://a.org/{i}", "date": "2023", "metadata": "{{}}"},
     "stackexchange": {"id": "q{i}", "source": "stackexchange", "metadata": {"site": "a"}},
     "stem_wiki": {"id": "enwiki/{i}", "title": "t", "wikitext": "w", "infoboxes": None},
+    "climbmix": {},
+    "dclm_edu": {"url": "https://a.org/{i}", "language": "en", "edu_int_score": 3},
+    "finemath": {"url": "https://a.org/{i}", "fetch_time": 1, "score": 4.2, "int_score": 4},
 }
 FILES = {
     "sample/100BT/*.parquet": "sample/100BT/000_0000{n}.parquet",
@@ -470,8 +473,8 @@ def test_hub_sources_in_the_layout_of_the_hub(name, tmp_path):
     assert ingest(reader, tmp_path, name)
     got = documents(tmp_path / "documents" / name)
     assert got == [
-        Document(row[source.id_column], text)
-        for row, text in zip(rows, texts, strict=True)
+        Document(row[source.id_column] if source.id_column else f"hub/{i}", text)
+        for i, (row, text) in enumerate(zip(rows, texts, strict=True), 1)
         if not source.keep or is_stem(text)
     ]
     source_manifest = manifest.read(tmp_path / "documents" / name)

@@ -11,7 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from models import losses as loss_head
 from models.layers import RotaryEmbedding
 from models.losses import IGNORE
-from models.speedrun_gpt import GPTConfig, SpeedrunGPT
+from models.speedrun_config import GPTConfig
+from models.speedrun_gpt import SpeedrunGPT
 from models.speedrun_layers import query_factor, rotary_frequencies
 
 TINY = GPTConfig(

@@ -104,7 +104,7 @@ def test_flags_are_reduced_beside_the_metrics():
     raised = StepFlags(save_failed=True, signals=(False, True))
     with setup.ranks():
         for loss, weight in ((8.0, 4), (float("nan"), 1_000_000)):
-            means, flags = reduce({"loss": torch.tensor(loss)}, weight, raised)
+            means, flags, _ = reduce({"loss": torch.tensor(loss)}, weight, raised)
             assert means["loss"] == pytest.approx(loss / weight, nan_ok=True)
             assert flags == raised and all(
                 type(flag) is bool for flag in (flags.save_failed, *flags.signals)

@@ -31,7 +31,7 @@ RUN, LOGS, RESULTS = "nanollama_1b", Path("logs/nanollama_1b"), Path("results/na
 DOCUMENT = (ROOT / "docs" / "timeline.md").read_text()
 BY_HAND = [small(command) for command in table_commands(DOCUMENT)]
 PLAN = "python -m scripts.pipeline --plan configs/plan_1b.yaml"
-WAIT = 120  # seconds
+WAIT = 300  # seconds
 
 
 @pytest.fixture(scope="module")

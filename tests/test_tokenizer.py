@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import time
+import unicodedata
 import zipfile
 
 import numpy as np
@@ -71,14 +72,22 @@ def plain(original: Tokenizer) -> Tokenizer:
     return copy
 
 
-def every_character() -> list[str]:
-    """Return all assigned Unicode characters and some others among letters, digits and blanks."""
+def sampled_characters() -> list[str]:
+    """Return Unicode's characters among letters, digits and blanks, long blocks sampled.
+
+    Complete below U+3000 and for compatibility ideographs, whose normal forms differ. Elsewhere, in
+    runs of one general category (ideographs, syllables, unassigned), every sixteenth character.
+    """
+    kinds = [unicodedata.category(chr(i)) for i in range(0x33000)]
     points = [
-        *range(0xD800),
-        *range(0xE000, 0x33000),
+        *range(0x3000),
+        *range(0xF900, 0xFB00),
         *range(0x33000, 0x110000, 1009),
         *range(0xE0000, 0xE0200),
     ]
+    for block in (*range(0x3000, 0xD800, 16), *range(0xE000, 0x33000, 16)):
+        alike = len(set(kinds[block - 16 : block + 32])) == 1
+        points += range(block, block + 16, 16 if alike else 1)
     return [
         "".join(f"a{chr(i)}1{chr(i)} " for i in points[first : first + 1000])
         for first in range(0, len(points), 1000)
@@ -91,7 +100,7 @@ def test_export_gives_the_ids_of_the_tokenizer(folder, texts):
         load_tiktoken(folder),
         Encoder(folder),
     )
-    hard = [*fuzz(reference_tokenizer, count=6000, seed=1), *texts, "", *every_character()]
+    hard = [*fuzz(reference_tokenizer, count=6000, seed=1), *texts, "", *sampled_characters()]
     expected = [encoding.ids for encoding in reference_tokenizer.encode_batch_fast(hard)]
     assert [fast.encode_ordinary(text) for text in hard] == expected
     assert [ids.tolist() for ids in encoder(hard)] == expected
@@ -246,7 +255,7 @@ def test_public_vocabularies_have_the_ids_of_tiktoken(name, reference, texts):
         *runs,
         *(run + "b" for run in runs),
         *texts[:20],
-        *every_character()[:: 1 if name == "o200k_base" else 9],
+        *sampled_characters()[:: 1 if name == "o200k_base" else 9],
     ]
     expected = [theirs.encode_ordinary(text) for text in hard]
     assert [encoding.ids for encoding in our_tokenizer.encode_batch_fast(hard)] == expected
@@ -283,12 +292,12 @@ def test_tokenizers_survive_the_round_trip_through_ranks(folder):
 
 def test_long_texts_take_no_more_than_their_share_of_time(folder, texts):
     encoder, seconds = Encoder(folder), {}
-    book = "".join(texts * 10)[:2_000_000]
+    book = "".join(texts * 10)[:500_000]
     cases = {
         "book": book,
-        "a": "a" * 1_000_000,
-        "spaces": " " * 1_000_000 + "x",
-        "mixed": "text" + " \t" * 600_000 + "text",
+        "a": "a" * 500_000,
+        "spaces": " " * 500_000 + "x",
+        "mixed": "text" + " \t" * 300_000 + "text",
     }
     for name, text in cases.items():
         start = time.perf_counter()

@@ -30,6 +30,7 @@ from models.hf import load_weights, read_config
 from models.kinds import build_model
 from scripts import chat, export_gguf, live_plot, run_evals
 from scripts.write_bin import write_bin_store
+from training.ops import profiling
 from training.run_folder import locked
 
 VOCAB, STEPS = 384, 10
@@ -245,10 +246,11 @@ def test_ranks_train_the_same_steps(trained, config, tmp_path, ranks):
 
 
 def test_profiling_writes_a_trace_where_it_says(config, tmp_path, monkeypatch, capsys):
-    more = ["--experiment_name", "traced", "--enable_profiling", "steps=6", "validation.every=0"]
-    assert gpt(config, tmp_path, monkeypatch, PLAIN, *more) == 0
-    [line] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("traced 3 ste")]
-    trace = Path(line.removeprefix("traced 3 steps: "))
+    monkeypatch.setattr(profiling, "ACTIVE", 1)
+    more = ["--experiment_name", "traced", "--enable_profiling", "steps=4", "validation.every=0"]
+    assert gpt(config, tmp_path, monkeypatch, PLAIN, *more, "data.tokens_per_step=256") == 0
+    [line] = [row for row in capsys.readouterr().out.splitlines() if row.startswith("traced 1 ste")]
+    trace = Path(line.removeprefix("traced 1 steps: "))
     assert trace == tmp_path / "logs" / "profile" / "train.rank0.trace.json.gz"
     assert "aten::mm" in gzip.decompress(trace.read_bytes()).decode("utf-8")
 

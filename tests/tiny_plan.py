@@ -8,6 +8,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def pretrained(text_store: Path) -> None:
         data |= {"sequence_length": 64, "tokens_per_step": 512}
         settings = {"run": "tiny", "phase": phase, "steps": 4 if end == 4 else 2, "data": data}
         settings["schedule"] = {"warmup_steps": 1, "total_steps": 6, "decay_steps": 2}
-        shape = {key: value for key, value in vars(config).items() if key != "rope_theta"}
+        shape = {key: value for key, value in asdict(config).items() if key != "rope_theta"}
         put(f"{phase}.yaml", {**settings, "rope_theta": config.rope_theta, "model": shape})
         put(f"logs/tiny/{phase}.config.yaml", to_dict(load(f"{phase}.yaml")))
         put(f"logs/tiny/{phase}.environment.json", {"git": "abc123", "git_clean": True})
@@ -230,7 +231,8 @@ def evaluated() -> None:
     """Run plan_1b's suite on the DPO model with one item each; write the decision."""
     data = {**rows_of_benchmarks(Path("rows")), "perplexity": "store"}
     suite = open_suite("aligned")[0].evals
-    put("aligned.yaml", {"evals": {**suite, "perplexity": "--sequence_length 64"}})
+    short = {name: f"{suite[name]} --max_tokens 8" for name in ("gsm8k", "tool_use", "mt_bench")}
+    put("aligned.yaml", {"evals": {**suite, **short, "perplexity": "--sequence_length 64"}})
     data_flags = " ".join(f"{name}={path}" for name, path in data.items())
     flags = f"--checkpoint {DPO} --suite aligned.yaml --output results/tiny/dpo/aligned.json"
     run(f"scripts.run_evals {flags} --limit 1 --device cpu --data {data_flags}")

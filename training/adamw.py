@@ -1,10 +1,12 @@
-"""torch's fused AdamW with cautious weight decay and updates on every n-th step."""
+"""torch's fused AdamW with cautious weight decay, updates on every n-th step, and AdamH."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from training.hyperball import adamh, store_initial_norms
+from training.shard_layout import local
 
 
 class AdamW(torch.optim.AdamW):
@@ -13,7 +15,9 @@ class AdamW(torch.optim.AdamW):
     cautious: weight decay applies only to elements that the update also moves towards zero
     (arXiv:2510.12402). every: step() sums the gradients, and each `every`-th call updates the
     parameters with the sum. The sums and their count are in the state, so that a checkpoint
-    between two updates resumes exactly. Parameters are plain tensors or DTensors.
+    between two updates resumes exactly. Groups with "hyperball": True are updated by AdamH
+    (hyperball.py) and have no weight decay. Parameters are plain tensors or DTensors; with DTensors
+    in such a group, step() is collective.
     """
 
     def __init__(
@@ -58,14 +62,21 @@ class AdamW(torch.optim.AdamW):
             if p.grad is not None:
                 state["gradient_sum"].add_(p.grad)
             state["summed"] += 1
+        for group in self.param_groups:
+            if group.get("hyperball"):
+                store_initial_norms(self.state, group["params"])
         return bool(parameters) and int(self.state[parameters[0]]["summed"]) >= self.every
 
     def _update(self) -> None:
         groups = self.param_groups
+        for group in groups:
+            if group.get("hyperball"):
+                adamh(self.state, group)
+        self.param_groups = [group for group in groups if not group.get("hyperball")]
         if self.cautious:
-            for group in groups:
+            for group in self.param_groups:
                 self._decay(group)
-            self.param_groups = [{**group, "weight_decay": 0.0} for group in groups]
+            self.param_groups = [{**group, "weight_decay": 0.0} for group in self.param_groups]
         step: Any = torch.optim.AdamW.step
         while getattr(step, "hooked", False):  # torch's wrapper, which would run step hooks twice
             step = step.__wrapped__
@@ -89,8 +100,3 @@ def decay_cautiously(weight: Tensor, update: Tensor, rate: float) -> None:
     The update is subtracted later. A weight with an update of 0 decays, too.
     """
     weight.mul_(torch.where(weight * update >= 0, 1 - rate, 1.0))
-
-
-def local(tensor: Any) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -88,7 +88,7 @@ NOTES = {  # on a setting or one of its other names, if unit or values differ
     "warmup_ratio": "steps, not a fraction",
     "min_lr_ratio": "a learning rate, not a fraction",
     "stable_steps": "warm-up, stable part and decay together",
-    "schedule.decay": "linear, cosine or 1-sqrt",
+    "schedule.decay": "linear, cosine, 1-sqrt or power",
     "parallel.strategy": "zero2, zero3 or ddp",
     "parallel.dtype": "auto, bfloat16 or float32",
     "parallel.activation_checkpointing": "none, selective or full",

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from files import read_object, step_number, write_json
-from models.hf import save_hf
+from models.hf import save_hf, stored_dtype
 from models.kinds import AnyConfig
 from ranges import PositiveInt, check_fields
 from training.checkpoint_files import (
@@ -183,7 +183,9 @@ class Checkpointer:
         if copy:
             weights = full_state_dict(
                 state.model,
-                lambda name, weight: self._copies.take(f"whole {name}", weight.to(self.dtype)),
+                lambda name, weight: self._copies.take(
+                    f"whole {name}", weight.to(stored_dtype(name, self.dtype))
+                ),
             )
             copies = {
                 name: self._copies.take(name, shard) for name, shard in local_shards("", tensors)
@@ -384,21 +386,18 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
     entries = read_index(folder / "state").state_dict_metadata
     moments: dict[str, Any] = optimizer["state"]  # type: ignore[assignment]
     prefix = "optimizer.state."
-    saved = {
-        entry.rpartition(".")[0].removeprefix(prefix)
-        for entry in entries
-        if entry.startswith(prefix)
-    }
+    saved: dict[str, set[str]] = {}  # parameter -> kinds of its state
+    for entry in entries:
+        if entry.startswith(prefix):
+            name, _, kind = entry.removeprefix(prefix).rpartition(".")
+            saved.setdefault(name, set()).add(kind)
     unused = [name for name in moments if name not in saved]  # parameters without a gradient yet
     if len(unused) == len(moments) or any(
-        f"optimizer.state.{name}.{kind}" not in entries
-        for name, kinds in moments.items()
-        for kind in kinds
-        if name in saved
+        saved[name] != set(kinds) for name, kinds in moments.items() if name in saved
     ):
         raise ValueError(
-            f"{folder} was saved with another optimizer (optim.name, normuon_beta2, adam_every); "
-            f"use that one, or load its weights only with init_from={folder}"
+            f"{folder} was saved with another optimizer (optim.name, normuon_beta2, adam_every, "
+            f"hyperball); use that one, or load its weights only with init_from={folder}"
         )
     # Optimizer settings stay those of the config: only moments and counters are loaded.
     settings = [

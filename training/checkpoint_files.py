@@ -50,17 +50,22 @@ def has_state(folder: Path) -> bool:
     return (folder / "state").is_dir() if manifest is None else TRAINER in manifest["files"]
 
 
-def find_damage(folder: Path) -> str | None:
-    """The first missing, changed or unlisted file of a step folder, in words; None if complete."""
+def find_damage(folder: Path, with_state: bool = True) -> str | None:
+    """The first missing, changed or unlisted file of a step folder, in words; None if complete.
+
+    with_state: also look at state/, which only a resume reads.
+    """
     manifest = read_manifest(folder)
     if manifest is None:
         return f"no readable {MANIFEST}"
     sums = manifest["files"]
+    if not with_state:
+        sums = {name: total for name, total in sums.items() if not name.startswith("state/")}
     for name in sums:
         if not (folder / name).is_file():
             return f"{name} is missing"
     required = {"config.json", *(path.name for path in folder.glob("*.safetensors"))}
-    if TRAINER in sums:
+    if with_state and TRAINER in sums:
         required |= {f"state/{path.name}" for path in (folder / "state").glob("*")}
     if unlisted := sorted(required - sums.keys()):
         return f"{unlisted[0]} has no checksum in {MANIFEST}"

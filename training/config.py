@@ -5,8 +5,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from models.kinds import AnyConfig
+from models.moe import MoEConfig
 from models.nanollama import ModelConfig
-from ranges import NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, at_least, check_fields
+from models.rope import RopeScaling
+from ranges import (
+    NonEmptyText,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+    check_fields,
+)
 from training.checkpoint import CheckpointConfig
 from training.curves import Curve, check_curves
 from training.faults import FaultConfig
@@ -17,8 +28,19 @@ from training.schedulers import ScheduleConfig
 from training.settings import NoEffect, load_settings, without_no_effect
 from training.startup import StartupConfig
 
-# Fields of ModelConfig in which phases may differ; setup.py checks rope_theta separately.
-PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "initializer_range")
+# Fields of ModelConfig in which phases may differ; setup.py checks those of rotary positions.
+PHASES_DIFFER = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range")
+
+
+def scaling_of(model: AnyConfig) -> RopeScaling | None:
+    """Return model.rope_scaling; None for a model that has no such setting."""
+    return model.rope_scaling if isinstance(model, ModelConfig) else None
+
+
+def fixed(model: AnyConfig, name: str) -> object:
+    """Return the part of a model setting in which phases may not differ."""
+    value = getattr(model, name)
+    return value.fixed if isinstance(value, MoEConfig) else value
 
 
 @dataclass(frozen=True)
@@ -33,6 +55,8 @@ class DataConfig:
     packing: str = "stream"  # best_fit: splits only documents longer than a row; pads rows
     # Source -> minimum length of its documents; shorter ones are skipped.
     min_document_tokens: dict[str, PositiveInt] = field(default_factory=dict)
+    # Source -> epochs of it that earlier phases read; the phase goes on there (default: 0).
+    start_epoch: dict[str, NonNegativeFloat] = field(default_factory=dict)
     accept_changed: bool = False  # resume a phase with changed data, mixture or batch size
 
     def __post_init__(self) -> None:
@@ -44,13 +68,13 @@ class DataConfig:
             )
         if self.packing not in ("stream", "best_fit"):
             raise ValueError(f"data.packing={self.packing!r} must be stream or best_fit")
-        for name in self.min_document_tokens:
-            if name not in self.mix:
-                sources = ", ".join(self.mix) or "nothing"
-                raise ValueError(
-                    f"data.min_document_tokens.{name}: data.mix reads {sources}, not {name}; "
-                    "remove it"
-                )
+        for key in ("min_document_tokens", "start_epoch"):
+            for name in getattr(self, key):
+                if name not in self.mix:
+                    sources = ", ".join(self.mix) or "nothing"
+                    raise ValueError(
+                        f"data.{key}.{name}: data.mix reads {sources}, not {name}; remove it"
+                    )
 
     @property
     def rows(self) -> int:
@@ -95,6 +119,7 @@ class RunConfig:
     # phase. Default: 10000, or that of the base model.
     rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = None
     allow_theta_jump: bool = False  # accept another rope theta than the source checkpoint's
+    allow_rope_scaling_change: bool = False  # accept another model.rope_scaling than the source's
     seed: Annotated[int, at_least(0, below=2**63)] = 1337
     output_dir: str | None = None  # default: checkpoints/<run>/<phase>
     log_dir: str | None = None  # default: logs/<run>
@@ -117,6 +142,9 @@ class RunConfig:
         check_fields(self)
         check_curves(self.schedules, self.optim)
         self._resolve_theta()
+        self._check_rope_scaling()
+        if not self.SHAPE_FROM_BASE:
+            self.parallel.check_model(self.model.kind, self.model.moe)
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"data.sequence_length={self.data.sequence_length} exceeds the model's context, "
@@ -149,6 +177,25 @@ class RunConfig:
         if min(self.theta_range) <= 0:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 0")
 
+    def _check_rope_scaling(self) -> None:
+        """ValueError if model.rope_scaling contradicts the context or a changing rope_theta."""
+        scaling = scaling_of(self.model)
+        if scaling is None:
+            return
+        if len(set(self.theta_range)) > 1:
+            raise ValueError(
+                f"rope_theta={list(self.theta_range)} cannot change over a phase with "
+                "model.rope_scaling, which slows down the frequencies of one theta; give one number"
+            )
+        context = self.model.max_position_embeddings
+        scaled = scaling.factor * scaling.original_max_position_embeddings
+        if not self.SHAPE_FROM_BASE and round(scaled) != context:
+            raise ValueError(
+                f"model.rope_scaling covers {scaled:,.10g} tokens (factor "
+                f"x original_max_position_embeddings), but model.max_position_embeddings="
+                f"{context:,}; make them equal"
+            )
+
     @property
     def theta_range(self) -> tuple[float, float]:
         """Rope theta of the first and the last step of the phase."""
@@ -163,7 +210,8 @@ class RunConfig:
     @property
     def positions_text(self) -> str:
         """How the model encodes positions, for the summary of a run."""
-        return f"theta {self.theta_text}"
+        scaling = scaling_of(self.model)
+        return f"theta {self.theta_text}" + (f", {scaling}" if scaling else "")
 
     @property
     def resume_folder(self) -> Path | None:

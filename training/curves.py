@@ -94,7 +94,8 @@ LENGTH = Annotated[float, at_least(1)]
 SCHEDULED: dict[str, Any] = {
     **{f"lr.{group}": NonNegativeFloat for group in GROUPS},  # factor of the group's learning rate
     "weight_decay": NonNegativeFloat,  # factor of every group's weight decay
-    "beta2": Fraction,  # of AdamW's groups without their own beta2
+    "beta2": Fraction,  # of AdamW's groups without their own beta2 and without the next
+    **{f"beta2.{group}": Fraction for group in GROUPS},
     "momentum": Fraction,  # Muon's
     "short_window": LENGTH,  # tokens
     "long_window": LENGTH,
@@ -106,6 +107,7 @@ SCHEDULED: dict[str, Any] = {
 }
 WINDOWS = ("short_window", "long_window")
 MULTI_TOKEN = ("multi_token.1", "multi_token.2")
+OF_GROUPS = ("lr", "beta2")  # names before a group's
 OF_LOADER = ("batch_tokens", "sequence_length")
 ROUNDED = (*WINDOWS, *OF_LOADER)  # schedules whose values are rounded
 
@@ -120,5 +122,19 @@ def check_curves(curves: Mapping[str, Curve], optim: OptimConfig) -> None:
         curve.check(f"schedules.{name}", SCHEDULED[name])
     if "momentum" in curves and optim.name != "muon":
         raise ValueError("schedules.momentum needs optim.name=muon")
+    for group, settings in optim.groups.items():
+        if settings.beta2 is not None and f"beta2.{group}" in curves:
+            raise ValueError(
+                f"optim.groups.{group}.beta2 has no effect with schedules.beta2.{group}; remove it"
+            )
+    if "beta2.matrices" in curves and optim.name == "muon":
+        raise ValueError(
+            "schedules.beta2.matrices has no effect on Muon, which updates the matrices; remove it"
+        )
+    if "weight_decay" in curves and optim.uses_hyperball("matrices") and not optim.decays():
+        raise ValueError(
+            "schedules.weight_decay has no effect with optim.hyperball, where no group decays; "
+            "remove it"
+        )
     if "multi_token.2" in curves and "multi_token.1" not in curves:
         raise ValueError("schedules.multi_token.2 needs schedules.multi_token.1")

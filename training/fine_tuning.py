@@ -39,6 +39,10 @@ class TuningRun(RunConfig):
         "model": NoEffect(
             "has no effect in SFT and DPO: the base model (init_from) sets the shape; remove it"
         ),
+        "allow_rope_scaling_change": NoEffect(
+            "has no effect in SFT and DPO: the base model sets model.rope_scaling; remove it",
+            (False,),
+        ),
         "schedule.total_steps": NoEffect(
             "has no effect in SFT and DPO: the schedule ends with steps; remove it"
         ),
@@ -52,6 +56,7 @@ class TuningRun(RunConfig):
         "data.min_document_tokens": NoEffect(
             "has no effect in SFT and DPO; filter the files of the source", ({},)
         ),
+        "data.start_epoch": NoEffect("has no effect in SFT and DPO; remove it", ({},)),
     }
 
     model: ModelConfig = field(
@@ -174,6 +179,9 @@ def open_base(run: Run, cache: Path) -> Base[Run]:
         folder, chat.config_ids, range(known, tokens) if tokens > known else None
     )
     theta = config.rope_theta if run.rope_theta is None else run.rope_theta
+    # Few steps on few conversations: routers without noise, and biases that stay.
+    moe = replace(config.moe, router="top_k", bias_rate=0.0)
     model = replace(config, vocab_size=max(config.vocab_size, tokens))
+    model = replace(model, moe=moe) if model.kind == "moe" else model
     run = replace(run, model=model, rope_theta=theta, init_from=str(base))
     return Base(chat, folder, files, run)

@@ -14,11 +14,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.attention import KERNELS, kernel_operators
+from models.moe import MoEConfig
 from ranges import PositiveInt, above, check_fields, one_of
+from training.expert_parallel import DividedExperts, divide_experts
 from training.fp8 import convert_to_fp8
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 Model = TypeVar("Model", bound=nn.Module)
+RECOMPILATIONS = 32  # of one block: for lengths and numbers of rows, training and evaluation
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ class ParallelConfig:
     attention: Annotated[str, one_of(*KERNELS)] = "auto"
     fp8: bool = False  # float8 matmuls in the blocks, with torchao
     replicas: PositiveInt = 1  # HSDP: copies, each sharded over neighbouring ranks; one per node
+    # Expert parallelism: ranks among which each layer's experts are divided. 1, or the ranks of a
+    # replica: tokens travel to the experts, which are never gathered. Checkpoints are the same.
+    experts: PositiveInt = 1
     # Seconds that ranks wait for each other in a step before the run ends; the first step may take
     # half an hour more.
     timeout_s: Annotated[float, above(0, maximum=1e9)] = 300
@@ -50,6 +56,29 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.replicas={self.replicas} has no effect with parallel.strategy=ddp, "
                 "where every rank is a replica; remove it, or use parallel.strategy=zero2"
+            )
+        if self.strategy == "ddp" and self.experts > 1:
+            raise ValueError(
+                f"parallel.experts={self.experts} cannot be used with parallel.strategy=ddp, where "
+                "every rank has all experts; remove it, or use parallel.strategy=zero2"
+            )
+
+    def check_model(self, kind: str, moe: MoEConfig) -> None:
+        """ValueError if these settings do not fit a model of this kind, dense or moe."""
+        if kind == "dense" and self.experts > 1:
+            raise ValueError(
+                f"parallel.experts={self.experts} has no effect with model.kind=dense; "
+                "remove it, or set model.kind=moe"
+            )
+        if kind == "moe" and self.fp8:
+            raise ValueError(
+                "parallel.fp8 cannot be used with model.kind=moe, because torch has no grouped "
+                "product in float8 for training; remove it"
+            )
+        if moe.experts % self.experts:
+            raise ValueError(
+                f"model.moe.experts={moe.experts} cannot be divided equally among "
+                f"parallel.experts={self.experts} ranks; use a multiple of {self.experts} experts"
             )
 
 
@@ -97,21 +126,41 @@ def wrap_model_fsdp(
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         for i, block in enumerate(layers):
             layers[i] = checkpoint_wrapper(block, **options)
+    divided = divide_experts(layers, config.experts, mesh)
     if compiles(config, device):
-        for block in layers:
-            block.compile(fullgraph=True)
+        _compile_blocks(layers, divided)
     dtype = compute_dtype(config, device)
     # Inputs are not cast: hidden states already have the dtype, and rotary tables must stay fp32.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    ignored = {weight for experts in divided for weight in experts.parameters()}
     for module in (*layers, model):
         fully_shard(
-            module, mesh=mesh, mp_policy=precision, reshard_after_forward=config.strategy == "zero3"
+            module,
+            mesh=mesh,
+            mp_policy=precision,
+            reshard_after_forward=config.strategy == "zero3",
+            ignored_params=ignored or None,
         )
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     return model
+
+
+def _compile_blocks(layers: nn.ModuleList, divided: list[DividedExperts]) -> None:
+    """Compile each block as one graph; divided experts stay outside, between two graphs.
+
+    All blocks share the code of one forward(), and torch ends a run that compiles one code more
+    than 8 times. A model may have more structures of blocks than that.
+    """
+    limits, limit = torch._dynamo.config, RECOMPILATIONS * len(layers)
+    limits.recompile_limit = max(limits.recompile_limit, limit)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, limit)
+    for experts in divided:
+        experts.forward = torch.compiler.disable(experts.forward)  # type: ignore[method-assign]
+    for block in layers:
+        block.compile(fullgraph=not divided)
 
 
 def _device() -> torch.device:
@@ -165,6 +214,7 @@ def reshard(model: nn.Module) -> None:
 
 def _keep_matmuls(context, operator, *args, **kwargs) -> CheckpointPolicy:
     aten = torch.ops.aten
-    saved = {aten.mm.default, aten._scaled_mm.default, aten.max.default}  # the last two: float8
+    saved = {aten.mm.default, aten._grouped_mm.default, torch.ops.nanollama.grouped_linear.default}
+    saved |= {aten._scaled_mm.default, aten.max.default}  # float8
     keep = operator in saved or operator in kernel_operators()
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -167,9 +167,10 @@ class Log:
         """Record an event in both event files, print it, and send an alert if configured.
 
         kind: begun, resumed, ended, paused, stopped (by a signal or a no-go), failed, skipped (an
-        update), rollback, startup, measured (before the first step) or set_aside. append_event
-        records those of other processes: gate, extend, skipped_stage, restarted, gave_up,
-        set_aside, stuck, recovered and alert_failed. fields: JSON values beside phase and step.
+        update), rollback, startup, measured (before the first step), starved (an expert) or
+        set_aside. append_event records those of other processes: gate, forecast (of an average),
+        no_average, extend, skipped_stage, restarted, gave_up, set_aside, stuck, recovered and
+        alert_failed. fields: JSON values beside phase and step.
         """
         if not self.is_rank0:
             return
@@ -200,7 +201,7 @@ class Log:
         self.beat(self.step)
         due = last or values["step"] % self.config.every == 0 or "val/loss" in values
         if due and self.wandb:
-            self.wandb.log(values)
+            self.wandb.log(_without_lists(values))
         if due and self.board:
             self._keep(lambda: self._draw(values))
         short = (
@@ -222,7 +223,7 @@ class Log:
             self.say(f"        {validation_text(values)}")
 
     def _draw(self, values: dict[str, Any]) -> None:
-        for name, value in values.items():
+        for name, value in _without_lists(values).items():
             if isinstance(value, (int, float)) and name not in ("step", "end"):
                 self.board.add_scalar(name, value, values["step"])
 
@@ -469,6 +470,15 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }
+
+
+def _without_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """Values with the load of each expert, a list per layer, as its minimum and maximum."""
+    if "expert_load" not in values:
+        return values
+    loads = [load for layer in values["expert_load"] for load in layer]
+    others = {name: value for name, value in values.items() if name != "expert_load"}
+    return others | {"expert_load/min": min(loads), "expert_load/max": max(loads)}
 
 
 def _spell(fields: dict[str, Any]) -> str:

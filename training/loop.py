@@ -16,11 +16,13 @@ from torch.distributed.tensor import DTensor
 
 from training.checkpoint import Checkpointer, load_state
 from training.config import RunConfig
+from training.expert_parallel import sum_expert_gradients
 from training.faults import FaultState, StepFlags, StopSignal, stop_status
 from training.fsdp_utils import reshard, set_last_micro_batch
 from training.logger import Log
 from training.meter import StepClock
 from training.objectives import Objective
+from training.routing import Routing
 from training.schedulers import Schedule, apply_schedules, run_schedules
 from training.startup import NO_GO, check_startup, resolve_earlier_no_go
 from training.state import State
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from data.dataloader import Loader, Step
 
 STORE_TIMEOUT = timedelta(seconds=60)  # a failed rank waits this long for the others to fail
-Metrics = dict[str, float | int | str]
+Metrics = dict[str, float | int | str | list[list[float]]]
 Evaluate = Callable[[nn.Module], dict[str, dict[str, float]]]
 MakeSchedules = Callable[[RunConfig, State], list[Schedule]]
 
@@ -55,6 +57,7 @@ def train(
         return 0
     model = state.model
     schedules, signal_status, no_go = make_schedules(run, state), 0, False
+    routing = Routing(model, log, run.steps)
     model.train()
     with (
         StopSignal() as stop,
@@ -70,7 +73,7 @@ def train(
             clock.data_ready()
             sums, grad_norm = backward(run, model, step, objective, state.faults.grad_clip)
             rank_flags = StepFlags(checkpointer.failed, stop.flags())
-            means, flags = reduce(sums, step.loss_denominator, rank_flags)
+            means, flags, loads = reduce(sums, step.loss_denominator, rank_flags)
             clock.computed()
 
             signal_status = stop_status(flags.signals)
@@ -99,6 +102,7 @@ def train(
                 "batch_index": state.batch_index,
                 "end": state.end,
                 **clock.metrics(step.tokens),
+                **routing.after_step(state.step, loads),
             }
 
             val_loss: float | None = None
@@ -200,6 +204,7 @@ def backward(
         # FSDP sums gradients over ranks, so each rank divides by the denominator of the whole step.
         (loss / step.loss_denominator).backward()  # type: ignore[no-untyped-call]
         totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+    sum_expert_gradients(model)
     limit = min(run.optim.grad_clip or float("inf"), grad_clip or float("inf"))
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
     return totals, float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -207,21 +212,27 @@ def backward(
 
 def reduce(
     sums: dict[str, Tensor], loss_denominator: int, flags: StepFlags | None = None
-) -> tuple[dict[str, float], StepFlags]:
-    """Collective. Return metrics (sums over ranks / the step's loss denominator) and flags.
+) -> tuple[dict[str, float], StepFlags, Tensor | None]:
+    """Collective. Return metrics (sums over ranks / the step's loss denominator), flags and loads.
 
-    A returned flag is set if any rank set it. One all-reduce carries sums and flags.
+    A returned flag is set if any rank set it. Loads: "expert_counts" over all ranks, int64 [L, E]
+    on the CPU; None without experts. One all-reduce carries everything, counts exactly in float64.
     """
     flags = flags or StepFlags()
-    values = torch.stack([value.double() for value in sums.values()])
+    loads = sums.get("expert_counts")
+    scalars = {name: value for name, value in sums.items() if name != "expert_counts"}
+    values = torch.stack([value.double() for value in scalars.values()])
     counts = values.new_tensor([float(flag) for flag in (flags.save_failed, *flags.signals)])
-    totals = torch.cat([values, counts])
+    totals = torch.cat([values, counts, *([] if loads is None else [loads.flatten().double()])])
     dist.all_reduce(totals)
     reduced: list[float] = totals.tolist()
-    save_failed, *signals = reduced[len(values) :]
-    pairs = zip(sums, reduced[: len(values)], strict=True)
+    save_failed, *signals = reduced[len(values) : len(values) + len(counts)]
+    if loads is not None:
+        flat = torch.tensor(reduced[len(values) + len(counts) :], dtype=torch.float64)
+        loads = flat.long().view(loads.shape)
+    pairs = zip(scalars, reduced[: len(values)], strict=True)
     means = {name: total / loss_denominator for name, total in pairs}
-    return means, StepFlags(save_failed > 0, tuple(count > 0 for count in signals))
+    return means, StepFlags(save_failed > 0, tuple(count > 0 for count in signals)), loads
 
 
 def save_after_failure(

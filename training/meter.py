@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from models.kinds import AnyConfig
-from models.speedrun_gpt import GPTConfig
+from models.speedrun_config import GPTConfig
 from training.config import RunConfig
 from training.ops.watchdog import COMPUTES, READS, HangWatchdog
 
@@ -26,12 +26,13 @@ PEAK_FLOPS = {  # dense bf16, per GPU; the first name contained in the device's 
 def flops_per_token(config: AnyConfig, length: int) -> float:
     """Training FLOPs per token, by the PaLM convention.
 
-    6 per matmul parameter, and 12 * layers * width * length for attention, not halved for the mask.
+    6 per matmul parameter that a token uses (of its top_k experts only), and 12 * layers * width *
+    length for attention, not halved for the mask.
     """
     if isinstance(config, GPTConfig):
         return config.flops_per_token(length)
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    matmul = config.num_parameters - embedding
+    matmul = config.num_active_parameters - embedding
     norms = config.hidden_size * (2 * config.num_hidden_layers + 1)
     qk_norms = 2 * config.resolved_head_dim * config.num_hidden_layers if config.qk_norm else 0
     width = config.num_attention_heads * config.resolved_head_dim

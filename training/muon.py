@@ -1,6 +1,7 @@
 """Muon for the matrices of the blocks, AdamW for all other parameters.
 
-Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon; NorMuon, arXiv:2510.05491.
+Sources: Jordan et al. 2024, kellerjordan.github.io/posts/muon; NorMuon, arXiv:2510.05491; MuonH,
+arXiv:2606.16899.
 With FSDP2, each matrix has one owner rank, which orthogonalizes it. An all-to-all sends its rows to
 the owner and back; with HSDP, an all-gather sends the updates to the other replicas. No update is
 computed twice.
@@ -8,14 +9,15 @@ computed twice.
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from training.adamw import AdamW, decay_cautiously, local
+from training.adamw import AdamW, decay_cautiously
+from training.hyperball import partial_products, project, store_initial_norms
+from training.shard_layout import ShardLayout, local
 
 # Jordan's coefficients: singular values end in about 0.68 .. 1.20.
 QUINTIC = ((3.4445, -4.7750, 2.0315),) * 5
@@ -96,8 +98,9 @@ class Muon(torch.optim.Optimizer):
     Parameters are plain tensors or FSDP2's DTensors; with DTensors, step() is collective.
     coefficients and dtype apply to the Newton-Schulz steps; the default dtype is bfloat16 on a GPU
     and float32 on a CPU. normuon_beta2: decay of NorMuon's second moment; 0 turns NorMuon off.
-    cautious, adam_every: see AdamW; cautious applies to the Muon groups, too. Raises ValueError if
-    a Muon group has a parameter that is not a matrix or a stack of matrices.
+    cautious, adam_every: see AdamW; cautious applies to the Muon groups, too. A Muon group with
+    "hyperball": True has MuonH (hyperball.py): no weight decay, and `scale` has no effect. Raises
+    ValueError if a Muon group has a parameter that is not a matrix or a stack of matrices.
     """
 
     def __init__(
@@ -143,7 +146,8 @@ class Muon(torch.optim.Optimizer):
         self._adamw.step()
         for group in self._groups(muon=True):
             rounds = list(self._rounds(group))
-            stages = (_Round.collect, _Round.orthogonalize, _Round.spread, _Round.apply)
+            stages = [_Round.collect, _Round.orthogonalize, _Round.spread]
+            stages += [_Round.measure, _Round.project] if group.get("hyperball") else [_Round.apply]
             # A pipeline: one round computes while the rounds before and after it communicate.
             for tick in range(len(rounds) + len(stages) - 1):
                 for lag, stage in enumerate(stages):
@@ -162,6 +166,8 @@ class Muon(torch.optim.Optimizer):
                 if self.normuon_beta2:  # small, so every rank has it whole
                     shape = second_moment_shape(matrix.shape)
                     state["second_moment"] = torch.zeros(shape, device=matrix.device)
+        if group.get("hyperball"):
+            store_initial_norms(self.state, matrices)
         layout = ShardLayout.from_tensor(matrices[0])
         # Equal meshes may have different objects for the same group.
         assert all(ShardLayout.from_tensor(matrix)[:4] == layout[:4] for matrix in matrices), (
@@ -189,45 +195,6 @@ def balance(shapes: list[tuple[int, ...]], ranks: int) -> list[int]:
     return owners
 
 
-class ShardLayout(NamedTuple):
-    """Placement of a matrix: FSDP2 shards its rows over `shards` ranks, in each of `replicas`.
-
-    replica, shard: coordinates of this rank. The process groups are None without that dimension.
-    """
-
-    replicas: int = 1
-    shards: int = 1
-    replica: int = 0
-    shard: int = 0
-    replica_group: dist.ProcessGroup | None = None
-    shard_group: dist.ProcessGroup | None = None
-
-    @classmethod
-    def from_tensor(cls, matrix: Tensor) -> "ShardLayout":
-        if not isinstance(matrix, DTensor):
-            return cls()
-        mesh = matrix.device_mesh
-        assert matrix.placements in ((Shard(0),), (Replicate(), Shard(0))), (
-            f"Muon does not support placements {matrix.placements}"
-        )
-        shard_group = mesh.get_group(mesh.ndim - 1)
-        if mesh.ndim == 1:
-            return cls(1, mesh.size(), 0, mesh.get_local_rank(0), None, shard_group)
-        return cls(
-            mesh.size(0),
-            mesh.size(1),
-            mesh.get_local_rank(0),
-            mesh.get_local_rank(1),
-            mesh.get_group(0),
-            shard_group,
-        )
-
-    def rows(self, total: int) -> list[int]:
-        """Return the rows of each shard. FSDP2 rounds up: the last shards may have fewer."""
-        shard_rows = -(-total // self.shards)
-        return [max(0, min(shard_rows, total - shard * shard_rows)) for shard in range(self.shards)]
-
-
 class _Round:
     """One update of a batch of matrices of one shape. owned: matrices of each owner, by replica.
 
@@ -236,8 +203,7 @@ class _Round:
         NorMuon the mean squares of the whole update follow its rows, as float32.
     spread: send this rank's rows of its replica's updates to the other replicas.
     apply: add the updates to the parameters.
-
-    "Rows" are slices along the first dimension. In a stack of matrices a row is a whole matrix.
+    measure, project: Hyperball's stages in place of apply.
     """
 
     def __init__(
@@ -256,6 +222,7 @@ class _Round:
         self.squares_size = squares * 4 // self.dtype.itemsize  # elements of dtype per update
         self.work: dist.Work | None = None  # the pending collective
         self.data: Tensor  # its output
+        self.updates: list[tuple[Tensor, Tensor]]  # of measure
 
     def collect(self) -> None:
         momentum, size, nesterov = self.group["momentum"], self._numel(), self.optimizer.nesterov
@@ -303,20 +270,44 @@ class _Round:
     def apply(self) -> None:
         lr, decay = self.group["lr"], self.group["weight_decay"]
         scale = update_scale(self.shape, self.optimizer.scale)
+        for matrix, update in self._updates():
+            weight = local(matrix)
+            if self.optimizer.cautious:
+                decay_cautiously(weight, update, lr * decay)
+            else:
+                weight.mul_(1 - lr * decay)
+            weight.add_(update, alpha=-lr * scale)
+        del self.data
+
+    def measure(self) -> None:
+        """Sum the inner products of weights and updates over the shards."""
+        self.updates = list(self._updates())
+        parts = [
+            partial_products(local(matrix), update, self.shape, self.layout)
+            for matrix, update in self.updates
+        ]
+        self.data = torch.stack(parts)
+        if self.layout.shards > 1:
+            self.work = dist.all_reduce(self.data, group=self.layout.shard_group, async_op=True)
+
+    def project(self) -> None:
+        """Move the weights along their updates, and back to their initial norm."""
+        for (matrix, update), products in zip(self.updates, self._wait(), strict=True):
+            norm = self.optimizer.state[matrix]["initial_norm"]
+            project(local(matrix), update, products, norm, self.group["lr"], self.layout)
+        del self.data, self.updates
+
+    def _updates(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each matrix and this rank's rows of its update."""
         numel, size = self._numel(), self._numel() + self.squares_size
         updates = self._wait().chunk(self.layout.replicas)
         for owned, data in zip(self.replicas, updates, strict=True):
             for i, matrix in enumerate(matrix for matrices in owned for matrix in matrices):
-                weight, begin = local(matrix), i * size
-                update = data[begin : begin + numel].view_as(weight)
+                begin = i * size
+                update = data[begin : begin + numel].view_as(local(matrix))
                 if self.squares_size:
                     update = update * self._factors(matrix, data[begin + numel : begin + size])
-                if self.optimizer.cautious:
-                    decay_cautiously(weight, update, lr * decay)
-                else:
-                    weight.mul_(1 - lr * decay)
-                weight.add_(update, alpha=-lr * scale)
-        del self.data
+                yield matrix, update
 
     def _factors(self, matrix: Tensor, squares: Tensor) -> Tensor:
         """Return NorMuon's factors of this rank's rows; update the second moment."""

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from models.losses import token_loss_sum
+from models.losses import IGNORE, token_loss_sum
+from models.moe import router_loss_sum
 
 if TYPE_CHECKING:
     from data.dataloader import Batch
+    from models.kinds import AnyModel
 
 Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 
@@ -23,11 +25,17 @@ Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 def _next_token(
     model: nn.Module, batch: Batch, z_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    return token_loss_sum(model(batch.tokens, batch.targets, batch.doc_ids), z_weight)
+    losses = model(batch.tokens, batch.targets, batch.doc_ids)
+    loss, sums = token_loss_sum(losses, z_weight)
+    if losses.router is None:
+        return loss, sums
+    moe = cast("AnyModel", model).config.moe
+    router_loss, router_sums = router_loss_sum(losses.router, batch.targets != IGNORE, moe)
+    return loss + router_loss, sums | router_sums
 
 
 def next_token(z_weight: float) -> Objective:
-    """Cross-entropy of the next token within its document, plus z-loss."""
+    """Cross-entropy of the next token within its document, plus z-loss and the routers' losses."""
     return partial(_next_token, z_weight=z_weight)
 
 

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from ranges import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt, check_fields, one_of
 from training.adamw import AdamW
 from training.fsdp_utils import DTYPES
+from training.hyperball import frobenius_norms
 from training.muon import COEFFICIENTS, Muon
 
 # Roles of parameters, in the order of the optimizer's groups.
 GROUPS = ("matrices", "embedding", "head", "vectors", "value_embeddings")
-DECAYED = ("matrices", "head")  # groups with weight decay by default
+DECAYED = ("matrices", "head")  # groups with weight decay, or Hyperball, by default
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class GroupConfig:
     beta2: Fraction | None = None
     eps: PositiveFloat | None = None
     weight_decay: NonNegativeFloat | None = None  # default: 0 except for matrices and head
+    hyperball: bool | None = None  # of matrices and head only
 
     def __post_init__(self) -> None:
         check_fields(self, "optim.groups")
@@ -55,6 +57,9 @@ class OptimConfig:
     # Of Newton-Schulz; auto: bfloat16 on a GPU.
     muon_dtype: Annotated[str, one_of("auto", *DTYPES)] = "auto"
     normuon_beta2: Fraction = 0.0  # NorMuon's second moment, arXiv:2510.05491; 0: off
+    # Constant norms of matrices and head in place of weight decay: AdamH, or MuonH for matrices
+    # with name=muon (arXiv:2606.16899). The rate is that of an update relative to its matrix.
+    hyperball: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "optim")
@@ -75,17 +80,57 @@ class OptimConfig:
                         f"optim.groups.matrices.{name} has no effect on Muon, which updates the "
                         "matrices; remove it"
                     )
+        self._check_hyperball()
+
+    def _check_hyperball(self) -> None:
+        """ValueError for settings that Hyperball makes void, and for groups that it cannot have."""
+        for name, group in self.groups.items():
+            if group.hyperball and name not in DECAYED:
+                raise ValueError(
+                    f"optim.groups.{name}.hyperball: Hyperball is for {' and '.join(DECAYED)}; "
+                    "remove it"
+                )
+        constant = [name for name in DECAYED if self.uses_hyperball(name)]
+        void: list[tuple[str, Any, Any]] = [
+            (f"groups.{name}.weight_decay", self.groups[name].weight_decay, 0)
+            for name in constant
+            if name in self.groups
+        ]
+        if len(constant) == len(DECAYED):
+            void += [("weight_decay", self.weight_decay, 0)]
+        if "matrices" in constant:
+            void += [("muon_scale", self.muon_scale, "rms")]
+        for key, value, harmless in void:
+            if value not in (None, harmless):
+                raise ValueError(
+                    f"optim.{key}={value} has no effect with optim.hyperball, which keeps the "
+                    f"norms of weights and updates constant; set optim.{key}={harmless}"
+                )
+        if constant and self.cautious_decay and not self.decays():
+            raise ValueError(
+                "optim.cautious_decay=true has no effect with optim.hyperball, where no group "
+                "decays; set optim.cautious_decay=false"
+            )
+
+    def decays(self) -> bool:
+        """Whether any group has weight decay."""
+        return any(group_settings(self, name)["weight_decay"] for name in GROUPS)
+
+    def uses_hyperball(self, group: str) -> bool:
+        """Whether Hyperball updates the parameters of a group."""
+        own = self.groups[group].hyperball if group in self.groups else None
+        return group in DECAYED and (self.hyperball if own is None else own)
 
 
 def group_of(name: str, parameter: Tensor) -> str:
     """Return the group of a parameter: one of GROUPS.
 
     embedding: the input embedding, also if it is the head, too. value_embeddings: any other table
-    of tokens or positions. vectors: norms, biases, scalars and gates. matrices: all others, also
-    stacks of matrices [n, rows, columns].
+    of tokens or positions. vectors: norms, biases, scalars, gates and routers. matrices: all
+    others, also stacks of matrices [n, rows, columns].
     """
     parts = name.split(".")
-    if parameter.ndim < 2 or any(part.endswith(("gate", "lambdas")) for part in parts):
+    if parameter.ndim < 2 or any(part.endswith(("gate", "lambdas", "router")) for part in parts):
         return "vectors"
     if "embed_tokens" in parts:
         return "embedding"
@@ -112,6 +157,8 @@ def group_settings(config: OptimConfig, name: str) -> dict[str, Any]:
         "lr_factor": group.lr,
         "weight_decay": decay,
     }
+    if config.uses_hyperball(name):
+        settings |= {"hyperball": True, "weight_decay": 0.0}
     if settings["muon"]:
         return settings
     beta1 = config.beta1 if group.beta1 is None else group.beta1
@@ -143,8 +190,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Return fused AdamW, or Muon with AdamW, over parameter_groups."""
+    """Return fused AdamW, or Muon with AdamW, over parameter_groups.
+
+    Collective with Hyperball and sharded parameters. ValueError if Hyperball has a zero matrix.
+    """
     groups = parameter_groups(model, config)
+    _check_norms(model, groups)
     betas = (config.beta1, config.beta2)
     if config.name == "adamw":
         return AdamW(groups, config.lr, betas, config.eps, config.cautious_decay)
@@ -162,3 +213,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         cautious=config.cautious_decay,
         adam_every=config.adam_every,
     )
+
+
+def _check_norms(model: nn.Module, groups: list[dict[str, Any]]) -> None:
+    """Collective. ValueError if a matrix that Hyperball updates is 0, which its norm would stay."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for group in groups:
+        if not group.get("hyperball"):
+            continue
+        for parameter, norms in zip(group["params"], frobenius_norms(group["params"]), strict=True):
+            if not norms.all():
+                raise ValueError(
+                    f"optim.hyperball keeps the norm of {names[parameter]}, which is 0, so it "
+                    "could not learn; initialize it with other values than 0, or set "
+                    f"optim.groups.{group['name']}.hyperball=false"
+                )

@@ -142,7 +142,10 @@ def _metric_sums(
 
 
 def preference(config: DPOConfig) -> Objective:
-    """The objective of a preference loss, with its metrics."""
+    """The objective of a preference loss, with its metrics.
+
+    The routers' losses of a mixture of experts are not part of it, and their biases stay.
+    """
     return partial(_preference, config=config)
 
 

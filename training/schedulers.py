@@ -13,8 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from torch.optim import Optimizer
 
 from models.nanollama import NanoLlama
-from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, check_fields, one_of
-from training.curves import MULTI_TOKEN, OF_LOADER, ROUNDED, SCHEDULED, WINDOWS
+from ranges import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    check_fields,
+    one_of,
+)
+from training.curves import MULTI_TOKEN, OF_GROUPS, OF_LOADER, ROUNDED, SCHEDULED, WINDOWS
 from training.optimizers import GroupConfig, OptimConfig, group_settings
 
 if TYPE_CHECKING:
@@ -22,10 +29,12 @@ if TYPE_CHECKING:
     from training.state import State
 
 
-DECAYS = {  # fraction of the way from the peak to min_lr, at fraction x of the decay
-    "linear": lambda x: x,
-    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
-    "1-sqrt": math.sqrt,
+# Fraction of the way from the peak to min_lr, at fraction x of the decay. power: decay_power.
+DECAYS: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda x, power: x,
+    "cosine": lambda x, power: (1 - math.cos(math.pi * x)) / 2,
+    "1-sqrt": lambda x, power: math.sqrt(x),
+    "power": lambda x, power: 1 - (1 - x) ** power,  # as torch's PolynomialLR
 }
 
 
@@ -39,9 +48,15 @@ class ScheduleConfig:
     decay: Annotated[str, one_of(*DECAYS)] = "linear"
     min_lr: NonNegativeFloat = 0.0
     allow_rise: bool = False  # allow the learning rate to rise again after its decay began
+    decay_power: PositiveFloat = 2.0  # of decay=power: min_lr + (peak - min_lr) (1 - x)^decay_power
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule")
+        if self.decay != "power" and self.decay_power != 2.0:
+            raise ValueError(
+                f"schedule.decay_power={self.decay_power:g} has no effect with schedule.decay="
+                f"{self.decay}; set schedule.decay=power, or remove it"
+            )
         if self.warmup_steps + self.decay_steps > self.total_steps:
             raise ValueError(
                 f"schedule.warmup_steps={self.warmup_steps} and schedule.decay_steps="
@@ -77,9 +92,8 @@ class WSDScheduler:
             return self.peak
         if into_decay >= config.decay_steps:  # including decay_steps=0
             return config.min_lr if config.decay_steps else self.peak
-        return self.peak - (self.peak - config.min_lr) * DECAYS[config.decay](
-            into_decay / config.decay_steps
-        )
+        way = DECAYS[config.decay](into_decay / config.decay_steps, config.decay_power)
+        return self.peak - (self.peak - config.min_lr) * way
 
 
 class OptimizerSchedule(WSDScheduler):
@@ -98,9 +112,12 @@ class OptimizerSchedule(WSDScheduler):
         decay_steps: int,
         min_lr: float = 0.0,
         decay: str = "linear",
+        decay_power: float = 2.0,
     ):
         total = warmup_steps + stable_steps + decay_steps
-        config = ScheduleConfig(warmup_steps, total, decay_steps, decay, min_lr)
+        config = ScheduleConfig(
+            warmup_steps, total, decay_steps, decay, min_lr, decay_power=decay_power
+        )
         peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
         super().__init__(config, peaks[0])
         self.optimizer, self.rates = optimizer, [WSDScheduler(config, peak) for peak in peaks]
@@ -186,8 +203,9 @@ def _curve_schedules(
         if (curve := curves.get(name)) is None:
             continue
         if name not in setters:
-            kind, group = name.split(".")[0], name.removeprefix("lr.")
-            need = f"a model with parameters in group {group}" if kind == "lr" else NEEDS[kind]
+            kind, _, group = name.partition(".")
+            of_group = f"a model with parameters in group {group}"
+            need = of_group if kind in OF_GROUPS else NEEDS[kind]
             raise ValueError(f"schedules.{name} needs {need}; remove it")
         schedules.append(Schedule(name, curve.rounded if name in ROUNDED else curve, setters[name]))
     return schedules
@@ -202,6 +220,40 @@ def of_step(run: "RunConfig", name: str, constant: int) -> int | Callable[[int],
     return constant if curve is None else curve.over(run.schedule.total_steps).rounded
 
 
+def rows_of_step(run: "RunConfig") -> int | Callable[[int], int]:
+    """Return the rows of a step over all ranks, for PackedDataLoader.
+
+    With schedules.batch_tokens: as a function of the phase's batch index. It raises ValueError for
+    a step whose tokens are not whole rows. ValueError if the first step of the phase is unknown.
+    """
+    length, tokens = run.data.sequence_length, of_step(run, "batch_tokens", 0)
+    if not callable(tokens):
+        return run.data.rows
+    if run.resume_from and run.start_step is None:
+        raise ValueError(
+            "schedules.batch_tokens counts steps of the whole run, but start_step is not set; set "
+            "it to the last step of the phase before, or to 0 in the first phase"
+        )
+    start = run.start_step or 0
+
+    def rows(batch_index: int) -> int:
+        count = tokens(start + batch_index)
+        if count % length and batch_index < run.steps:
+            raise ValueError(
+                f"schedules.batch_tokens is {count} at step {start + batch_index}, which is not a "
+                f"multiple of data.sequence_length={length}; use shape: step and such multiples"
+            )
+        return count // length
+
+    return rows
+
+
+def tokens_of_steps(run: "RunConfig", begin: int, end: int) -> int:
+    """Return the tokens of the updates with 0-based indices begin to end - 1, padding included."""
+    tokens = of_step(run, "batch_tokens", run.data.tokens_per_step)
+    return sum(map(tokens, range(begin, end))) if callable(tokens) else tokens * (end - begin)
+
+
 def _setters(optim: OptimConfig, state: "State", names: list[str]) -> dict[str, Setter]:
     """Functions that set the scheduled settings which this model and optimizer have."""
     model: Any = state.model
@@ -213,10 +265,16 @@ def _setters(optim: OptimConfig, state: "State", names: list[str]) -> dict[str, 
         for name in names:
             groups[name][key] = value * group_settings(optim, name)[key]
 
-    def set_beta2(value: float) -> None:
-        for name, group in groups.items():
-            if "betas" in group and optim.groups.get(name, GroupConfig()).beta2 is None:
-                group["betas"] = (group["betas"][0], value)
+    adam = {name for name, group in groups.items() if "betas" in group}
+    shared = [  # groups that follow the curve beta2
+        name
+        for name in adam
+        if optim.groups.get(name, GroupConfig()).beta2 is None and f"beta2.{name}" not in names
+    ]
+
+    def set_beta2(names: list[str], value: float) -> None:
+        for name in names:
+            groups[name]["betas"] = (groups[name]["betas"][0], value)
 
     def set_momentum(value: float) -> None:
         groups["matrices"]["momentum"] = value
@@ -224,7 +282,8 @@ def _setters(optim: OptimConfig, state: "State", names: list[str]) -> dict[str, 
     setters: dict[str, Setter] = {
         **{f"lr.{name}": partial(set_factor, "lr_factor", [name]) for name in groups},
         "weight_decay": partial(set_factor, "weight_decay", [*groups]),
-        "beta2": set_beta2,
+        "beta2": partial(set_beta2, shared),
+        **{f"beta2.{name}": partial(set_beta2, [name]) for name in adam},
         "momentum": set_momentum,
     }
     if hasattr(model, "set_softcap"):

@@ -24,12 +24,12 @@ import yaml
 from files import write_json, write_text
 from models.attention import choose_kernel
 from models.hf import load_weights, read_config
-from models.kinds import build_model
-from models.speedrun_gpt import GPTConfig
+from models.kinds import build_model, parameters_text
+from models.speedrun_config import GPTConfig
 from torchrun_plugin import LAUNCHER
 from training.checkpoint import Checkpointer, load_state
 from training.checkpoint_files import find_damage, has_state, model_hash, read_phase, step_folders
-from training.config import PHASES_DIFFER, RunConfig, to_dict
+from training.config import PHASES_DIFFER, RunConfig, fixed, scaling_of, to_dict
 from training.distributed import run_on_rank0
 from training.faults import FaultState
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
@@ -41,6 +41,11 @@ from training.state import State
 from yaml_file import read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
+# Model settings that may differ from init_from's: seen in shapes, of training, or scheduled.
+MAY_DIFFER = (
+    *("vocab_size", "intermediate_size", "kind", "moe", "init", "zero_init", "fp8_head"),
+    *("multi_token_weights", "softcap", "long_window", "short_window"),
+)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -140,6 +145,7 @@ def build(
     from the tokenizer of run.init_from. Every rank builds the whole model before it is sharded,
     so weights do not depend on the world size.
     """
+    run.parallel.check_model(run.model.kind, run.model.moe)
     model = build_model(run.model, run.seed if seed is None else seed)
     dtype = compute_dtype(run.parallel, device)
     choose_kernel(run.parallel.attention, device, dtype, masked=True)  # ValueError if unavailable
@@ -192,10 +198,13 @@ def restore_or_init(
     if source is None:
         _check_start(run, 0, None)
         if run.init_from:
+            _check_function(run, Path(run.init_from))
             _check_theta(run, Path(run.init_from), run.theta_range[0])
         state.parent = base
         if base:
-            return f"starts from the weights of {run.init_from}", None
+            allowed = run.allow_rope_scaling_change
+            change = _rope_scaling_change(run, Path(str(run.init_from)), allowed)
+            return f"starts from the weights of {run.init_from}{change}", None
         return f"starts from scratch, seed {run.seed}", None
     _check_fits(run, source, checkpointer.tokenizer)
     position = load_state(source, state)
@@ -212,7 +221,9 @@ def restore_or_init(
         _check_end(run, state)
         _check_rate(run, position)
         _check_theta(run, source, run.theta_range[0])
-        return f"begins at step {state.step}, after {position['phase']}, from {source}", source
+        change = _rope_scaling_change(run, source, run.allow_rope_scaling_change)
+        start = f"begins at step {state.step}, after {position['phase']}, from {source}"
+        return start + change, source
     state.batch_index, state.phase_start = position["batch_index"], position["phase_start"]
     state.parent = position["parent"]
     state.faults = FaultState(**position["faults"])
@@ -220,6 +231,7 @@ def restore_or_init(
     _check_end(run, state)
     phase = state.phase_start, state.phase_end
     _check_theta(run, source, theta_at(*run.theta_range, state.step - 1, *phase))
+    _rope_scaling_change(run, source, allowed=False)
     changed = position["data"] != fingerprint
     if changed and not run.data.accept_changed:
         raise ValueError(
@@ -317,6 +329,20 @@ def _check_theta(run: RunConfig, source: Path, expected: float) -> None:
         )
 
 
+def _rope_scaling_change(run: RunConfig, source: Path, allowed: bool) -> str:
+    """Return how model.rope_scaling changes after `source`, or ""; ValueError if not allowed."""
+    before, after = (scaling_of(model) or "none" for model in (read_config(source), run.model))
+    if before == after:
+        return ""
+    if not allowed:
+        flag = "" if run.allow_rope_scaling_change else ", or set allow_rope_scaling_change=true"
+        raise ValueError(
+            f"model.rope_scaling would change: {source} was trained with {before}, but the config "
+            f"has {after}; make them equal{flag}"
+        )
+    return f"; model.rope_scaling changes from {before} to {after}"
+
+
 def _check_end(run: RunConfig, state: State) -> None:
     """Set state.phase_end; ValueError if the learning-rate schedule ends before it."""
     state.phase_end = state.phase_start + run.steps
@@ -348,7 +374,7 @@ def find_checkpoint(path: Path, required: bool) -> Path | None:
 def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
     """ValueError if a checkpoint has another shape or tokenizer than the run.
 
-    Context length and rope theta may differ.
+    The fields of PHASES_DIFFER may differ.
     """
     saved = read_config(source)
     if isinstance(saved, GPTConfig) != isinstance(run.model, GPTConfig):
@@ -358,12 +384,30 @@ def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
             "continue it with that command"
         )
     for name, value in vars(run.model).items():
-        if name not in PHASES_DIFFER and (before := getattr(saved, name)) != value:
+        if name not in PHASES_DIFFER and (before := fixed(saved, name)) != fixed(run.model, name):
             raise ValueError(
                 f"{source} has model.{name}={before}, but the config has {value}; "
                 "make them equal, or choose another output_dir"
             )
     _check_tokenizer(source, tokenizer)
+
+
+def _check_function(run: RunConfig, base: Path) -> None:
+    """ValueError if a setting that no weight's shape shows differs from that of `base`."""
+    saved = read_config(base)
+    settings = {
+        f"model.{name}": (value, getattr(run.model, name))
+        for name, value in vars(saved).items()
+        if name not in (*PHASES_DIFFER, *MAY_DIFFER) and hasattr(run.model, name)
+    }
+    if saved.kind == "moe":
+        settings["model.moe.top_k"] = saved.moe.top_k, run.model.moe.top_k
+    for key, (before, value) in settings.items():
+        if before != value:
+            raise ValueError(
+                f"{base} was trained with {key}={before}, but the config has {value}; set {key}="
+                f"{before}"
+            )
 
 
 def _check_tokenizer(source: Path, tokenizer: Path | None) -> None:
@@ -386,10 +430,11 @@ def run_summary(run: RunConfig, device: torch.device) -> str:
     kernel = choose_kernel(run.parallel.attention, device, dtype, masked=True, shape=shape)
     modes = ["compiled" if compiles(run.parallel, device) else "eager", kernel + " attention"]
     modes += ["float8"] * run.parallel.fp8
+    rows = "scheduled rows" if "batch_tokens" in run.schedules else str(run.data.rows)
     return (
-        f"{run.model.num_parameters:,} parameters, {str(dtype).removeprefix('torch.')} on "
+        f"{parameters_text(run.model)}, {str(dtype).removeprefix('torch.')} on "
         f"{world} {device.type} rank(s), {run.parallel.strategy}, {', '.join(modes)}; "
-        f"{run.steps:,} steps of {run.data.rows} x {run.data.sequence_length} tokens, "
+        f"{run.steps:,} steps of {rows} x {run.data.sequence_length} tokens, "
         f"{run.positions_text}"
     )
 
@@ -400,10 +445,10 @@ def all_reduce_sum(sums: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def _git(*arguments: str) -> str:
-    """Output of git in this project's folder; "" without git or outside a checkout."""
+def git_output(*arguments: str, folder: Path = ROOT) -> str:
+    """Output of git in a folder; "" without git or outside a checkout. Default: this project."""
     try:
-        process = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True)
+        process = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True)
     except OSError:
         return ""
     return process.stdout.decode(errors="replace").strip() if process.returncode == 0 else ""
@@ -411,7 +456,10 @@ def _git(*arguments: str) -> str:
 
 def environment(device: torch.device) -> dict[str, object]:
     """Code version, library versions and hardware of this run."""
-    commit, changes = _git("rev-parse", "--verify", "-q", "HEAD"), _git("status", "--porcelain")
+    commit, changes = (
+        git_output("rev-parse", "--verify", "-q", "HEAD"),
+        git_output("status", "--porcelain"),
+    )
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "git": commit or None,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from models.speedrun_gpt import GPTConfig
+from models.speedrun_config import GPTConfig
 from ranges import NonEmptyText, NonNegativeInt, PositiveFloat, PositiveInt, check_fields
 from training.checkpoint import Checkpointer
 from training.checkpoint_files import read_manifest
@@ -43,10 +43,14 @@ class SpeedrunRun(RunConfig):
     """One run of the speedrun. It has one phase."""
 
     NO_EFFECT: ClassVar[dict[str, NoEffect]] = RunConfig.NO_EFFECT | {
+        "allow_rope_scaling_change": NoEffect(
+            "has no effect in a speedrun, whose models have no model.rope_scaling", (False,)
+        ),
         "data.store": NoEffect(OF_BINS),
         "data.mix": NoEffect(OF_BINS, ({},)),
         "data.packing": NoEffect(OF_BINS),
         "data.min_document_tokens": NoEffect(OF_BINS, ({},)),
+        "data.start_epoch": NoEffect(OF_BINS, ({},)),
         "validation.rows": NoEffect("has no effect on .bin shards; set validation.tokens"),
     }
 

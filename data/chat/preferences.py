@@ -36,6 +36,7 @@ from data.chat.messages import (
 from data.chat.rendering import Chat, Encoded, jinja_template
 from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
+from data.corpus.sources import PAIRS, resolve_rows
 from data.pipeline.recipe import Split
 from ranges import Fraction, NonEmptyText, at_least, check_fields
 
@@ -66,7 +67,8 @@ class PairSource:
     Anthropic's hh-rlhf.
     """
 
-    path: NonEmptyText  # file, folder, glob, or hf://owner/name@revision
+    # File, folder, glob, hf://owner/name@revision, or a name of sources.py:PAIRS
+    path: NonEmptyText
     format: str = "messages"
     split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
     config: str | None = None  # of a hub data set with several
@@ -74,6 +76,7 @@ class PairSource:
 
     def __post_init__(self) -> None:
         check_fields(self, "source")
+        resolve_rows(self, PAIRS)
         if self.format not in FORMATS:
             raise ValueError(
                 f"unknown format of preference pairs {self.format!r}; known: {', '.join(FORMATS)}"

@@ -5,12 +5,12 @@ conversation as a document. Mixture weights count trained tokens.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import numpy as np
 
@@ -26,15 +26,21 @@ from data.chat.messages import NEUTRALISED, NOT_TRAINED, ignored_line
 from data.chat.rendering import Chat, Encoded, jinja_template
 from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
+from data.corpus.sources import CONVERSATIONS, resolve_rows
 from data.packing import IGNORE, make_plan
 from data.pipeline.recipe import Split
 from ranges import Fraction, NonEmptyText, NonNegativeFloat, above, at_least, check_fields
+
+if TYPE_CHECKING:
+    from data.decontamination.index import Index
+    from data.decontamination.test_sets import Item
 
 VERSION = 4  # increment when the same inputs give other rows
 BATCH = 2000  # conversations encoded at once
 CHECK_INTERVAL = 100  # one conversation per interval is compared with the template's rendering
 MAX_NAMED = 20  # faulty rows that a source's report lists
 ARRAYS = ("ids", "trained", "starts")
+TestSets: TypeAlias = "tuple[dict[str, list[Item]], Index]"  # by name, and their index
 Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 
 
@@ -42,7 +48,8 @@ Limit = Annotated[int, at_least(1, hint="leave it out to take all")]
 class ChatSource:
     """A source of conversations."""
 
-    path: NonEmptyText  # file, folder, glob, or hf://owner/name@revision
+    # File, folder, glob, hf://owner/name@revision, or a name of sources.py:CONVERSATIONS
+    path: NonEmptyText
     format: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
     language: str | None = None  # for oasst: the language of the trees
     split: str = "train"  # of a hub data set
@@ -51,6 +58,7 @@ class ChatSource:
 
     def __post_init__(self) -> None:
         check_fields(self, "source")
+        resolve_rows(self, CONVERSATIONS)
 
 
 @dataclass(frozen=True)
@@ -154,10 +162,21 @@ def prepare(
     check_mix(mix, config.sources, "chat.sources")
     chat = Chat.from_folder(tokenizer)
     tokenizer_hash = manifest.file_hash(tokenizer / "tokenizer.json")
-    return {name: _prepare_source(name, config, chat, tokenizer_hash, length) for name in mix}
+    load_test_sets = cache(partial(_test_sets, config))  # once, by the first source that needs it
+    return {
+        name: _prepare_source(name, config, chat, tokenizer_hash, length, load_test_sets)
+        for name in mix
+    }
 
 
-def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, length: int) -> Path:
+def _prepare_source(
+    name: str,
+    config: ChatConfig,
+    chat: Chat,
+    tokenizer: str,
+    length: int,
+    load_test_sets: Callable[[], TestSets],
+) -> Path:
     source = config.sources[name]
     paths = input_files(source.path)
     test_files = {
@@ -176,7 +195,14 @@ def _prepare_source(name: str, config: ChatConfig, chat: Chat, tokenizer: str, l
         "held_out": config.val_fraction,
         "decontaminate": [list(config.decontaminate), test_files],
     }
-    prepare = partial(_write_source, name=name, config=config, chat=chat, length=length)
+    prepare = partial(
+        _write_source,
+        name=name,
+        config=config,
+        chat=chat,
+        length=length,
+        load_test_sets=load_test_sets,
+    )
     folder, report = manifest.load_or_prepare(
         Path(config.cache), name, inputs, ARRAYS, prepare, () if source.limit else paths.values()
     )
@@ -213,7 +239,12 @@ def _check_limit(name: str, report: dict[str, Any], config: ChatConfig) -> None:
 
 
 def _write_source(
-    folder: Path, name: str, config: ChatConfig, chat: Chat, length: int
+    folder: Path,
+    name: str,
+    config: ChatConfig,
+    chat: Chat,
+    length: int,
+    load_test_sets: Callable[[], TestSets],
 ) -> dict[str, Any]:
     """Read, check, decontaminate, encode and truncate a source; returns its report."""
     source, counts = config.sources[name], Counter[str]()
@@ -250,7 +281,9 @@ def _write_source(
                 yield conversation
 
     conversations = list(islice(cleaned(), source.limit))
-    uncontaminated = _decontaminated(conversations, config)
+    uncontaminated = (
+        _decontaminated(conversations, *load_test_sets()) if config.decontaminate else conversations
+    )
     counts["contaminated"] = len(conversations) - len(uncontaminated)
     split = Split(config.val_fraction)
     splits: dict[str, list[Encoded]] = {"train": [], "val": []}
@@ -325,24 +358,30 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
     return {**conversation, "messages": [*first, *messages]}
 
 
-def _decontaminated(conversations: list[Conversation], config: ChatConfig) -> list[Conversation]:
-    """Return the conversations that contain no test item and no user turn that resembles one."""
-    if not config.decontaminate:
-        return conversations
-    from data.decontamination.index import Settings, build_index
-    from data.decontamination.scan import similar_rows
+def _test_sets(config: ChatConfig) -> TestSets:
+    """Load and index the test sets of config.decontaminate."""
+    from data.decontamination.index import build_index
     from data.decontamination.test_sets import load_test_set
 
     sets = {name: load_test_set(name, Path(config.testsets)) for name in config.decontaminate}
+    return sets, build_index(sets)
+
+
+def _decontaminated(
+    conversations: list[Conversation], sets: dict[str, list["Item"]], index: "Index"
+) -> list[Conversation]:
+    """Return the conversations that contain no test item and no user turn that resembles one."""
+    from data.decontamination.scan import similar_rows
+
     documents = ((str(i), "\n".join(_texts(c))) for i, c in enumerate(conversations))
-    contaminated = {hit.train_id for hit in build_index(sets, Settings()).scan(documents)}
+    contaminated = {hit.train_id for hit in index.scan(documents)}
     questions = (
         (str(i), m["content"])
         for i, c in enumerate(conversations)
         for m in c["messages"]
         if m["role"] == "user"
     )
-    contaminated |= {hit.train_id for hit in similar_rows(questions, sets, Settings())}
+    contaminated |= {hit.train_id for hit in similar_rows(questions, sets, index.settings)}
     return [c for i, c in enumerate(conversations) if str(i) not in contaminated]
 
 

@@ -10,6 +10,7 @@ import re
 import sys
 import sysconfig
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
@@ -101,7 +102,7 @@ def _fields(node: dict | list | str, path: tuple[str, ...]) -> Iterator[str]:
     elif isinstance(node, list):
         for value in node:
             yield from _fields(value, path)
-    elif isinstance(node, str):
+    elif len(node) >= MINIMUM_FIELD:  # removing markup only shortens the text
         text = re.sub(r"<(br|p|/p)[^>]*>", "\n", node)
         text = html.unescape(re.sub(r"<[^>]+>", "", text))
         text = re.sub(r"[ \t]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
@@ -139,10 +140,20 @@ def _sympy_docstrings() -> Iterator[Document]:
         if "tests" in path.parts:
             continue
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
+        for node in _statements(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
                 text = ast.get_docstring(node) or ""
                 if len(text) >= MINIMUM_DOCSTRING:
                     relative = path.relative_to(root).with_suffix("").as_posix()
                     line = getattr(node, "lineno", 0)
                     yield Document(f"sympy/{relative}:{line}", text)
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of ast.walk, in its order, without expressions, which contain no definitions."""
+    nodes = deque([tree])
+    while nodes:
+        node = nodes.popleft()
+        yield node
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            nodes.extend(getattr(node, block, ()))

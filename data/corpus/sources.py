@@ -1,4 +1,4 @@
-"""The hub data sets of the full-size plan: repository, commit, files and licence.
+"""Named hub data sets: repository, commit, files and licence.
 
 A revision pins a commit of the data set's repository. A branch given by --revision is resolved to
 its commit at the first download; the manifest records the commit for later runs.
@@ -7,9 +7,12 @@ its commit at the first download; the manifest records the commit for later runs
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from data.corpus.stem_filter import is_stem
+
+HUB = "hf://"  # prefix of a hub data set's address
 
 
 class Document(NamedTuple):
@@ -94,6 +97,84 @@ HUB_SOURCES = {
         id_column="id",
         keep=is_stem,
     ),
+    "climbmix": HubSource(
+        "karpathy/climbmix-400b-shuffle",
+        "915333b4f8b8684f39aeaafea600fea6f43fb703",
+        "shard_*.parquet",
+        "CC BY-NC 4.0, research and development only (NVIDIA's Nemotron-ClimbMix)",
+        "web pages clustered, filtered and mixed by NVIDIA (arXiv:2504.13161), 400 billion tokens "
+        "as shuffled text",
+        4.5,
+    ),
+    "dclm_edu": HubSource(
+        "HuggingFaceTB/dclm-edu",
+        "dbad8ad71224482740cd9c9d353591adbf62fe04",
+        "data/*.parquet",
+        "CC BY 4.0; Common Crawl's terms of use apply",
+        "web pages of DCLM with an educational score of 2 or more (arXiv:2502.02737)",
+        4.5,
+        id_column="url",
+    ),
+    "finemath": HubSource(
+        "HuggingFaceTB/finemath",
+        "e92b25a616738fe95dc186b64dfb19f9c8525594",
+        "finemath-4plus/*.parquet",
+        "ODC-By 1.0; Common Crawl's terms of use apply",
+        "web pages that teach mathematics, with a score of 4 or more (arXiv:2502.02737)",
+        3.5,
+        id_column="url",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class NamedRows:
+    """A hub data set of conversations or preference pairs, in the format "messages"."""
+
+    repo: str
+    revision: str  # commit
+    licence: str
+    about: str
+    split: str = "train"
+    config: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Its address as a source's `path`."""
+        return f"{HUB}{self.repo}@{self.revision}"
+
+
+CONVERSATIONS = {
+    "smoltalk2": NamedRows(
+        "HuggingFaceTB/smoltalk2",
+        "fc6cc2103c066455aade5d7fbb346039ae36ca5e",
+        "mixed: each split keeps the licence of its source",
+        "SFT data of SmolLM3; by default its largest split of chat without reasoning",
+        "smoltalk_smollm3_smol_magpie_ultra_no_think",
+        "SFT",
+    ),
+}
+PAIRS = {
+    "ultrafeedback": NamedRows(
+        "HuggingFaceH4/ultrafeedback_binarized",
+        "3949bf5f8c17c394422ccfab0c31ea9c20bdeb85",
+        "MIT",
+        "prompts with a better and a worse answer of several models, rated by GPT-4 "
+        "(arXiv:2310.01377)",
+        "train_prefs",
+    ),
+    "tulu_3_8b": NamedRows(
+        "allenai/llama-3.1-tulu-3-8b-preference-mixture",
+        "9a0482f3e122a0449bafaa2d65908cc095c99638",
+        "ODC-By 1.0; parts are for non-commercial use, and answers keep their models' terms",
+        "preference mix of Tulu 3 8B (arXiv:2411.15124)",
+    ),
+    "tulu_3_70b": NamedRows(
+        "allenai/llama-3.1-tulu-3-70b-preference-mixture",
+        "c3814155b6710034871fa5aa0cda6be5530565c9",
+        "ODC-By 1.0; parts are for non-commercial use, and answers keep their models' terms",
+        "preference mix of Tulu 3 70B (arXiv:2411.15124)",
+    ),
 }
 
 GROUPS = {  # names of several sources together
@@ -101,7 +182,6 @@ GROUPS = {  # names of several sources together
     "gold_sources_mixed": ("open_web_math", "stackexchange", "stem_wiki"),
 }
 VALIDATION_SUFFIX = "_validation"
-HUB = "hf://"  # prefix of a hub data set's address
 
 
 def hub_files(address: str) -> tuple[str, str, str]:
@@ -127,6 +207,22 @@ def sources_of(name: str) -> tuple[str, ...]:
     """
     plain = name.lower().replace("-", "_")
     return GROUPS.get(plain) or ((plain,) if plain in HUB_SOURCES else (name,))
+
+
+def resolve_rows(source: Any, named: dict[str, NamedRows]) -> None:
+    """Replace a name in the `path` of a frozen dataclass by its pinned address, split and config.
+
+    source: has path, split ("train" if unset) and config (None if unset). A local path of that
+    name, any other path, and an explicit split or config stay.
+    """
+    rows = named.get(source.path.lower().replace("-", "_"))
+    if rows is None or Path(source.path).exists():
+        return
+    object.__setattr__(source, "path", rows.path)
+    if source.split == "train":
+        object.__setattr__(source, "split", rows.split)
+    if source.config is None:
+        object.__setattr__(source, "config", rows.config)
 
 
 def validation_sources(name: str) -> tuple[str, ...]:

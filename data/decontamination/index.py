@@ -81,36 +81,35 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
     bounds = np.append(0, np.cumsum(np.concatenate([np.diff(ends) for _, _, ends in chunks])))
     item_of = np.array(owner, dtype=np.int32)
     variant_of = np.repeat(np.arange(len(texts), dtype=np.int32), np.diff(bounds))
-    _, kinds, counts = np.unique(words, return_inverse=True, return_counts=True)
-    weights = -np.log2(counts / max(MIN_TOTAL, len(words)))[kinds].astype(np.float32)
+    order, groups = _sort_into_groups(words)
+    weights = np.empty(len(words), dtype=np.float32)
+    weights[order] = -np.log2(np.bincount(groups) / max(MIN_TOTAL, len(words)))[groups]
 
-    def item_counts(size: int) -> tuple[NDArray, NDArray]:
-        """Hash of the n-gram at each word, and the number of items with it.
-
-        The number is 0 if the n-gram crosses a variant's end.
-        """
+    def item_counts(size: int, candidates: NDArray) -> tuple[NDArray, NDArray]:
+        """Hash and item count of the n-gram at each candidate; 0 if it crosses a variant's end."""
         grams = np.zeros(len(words), dtype=np.uint64)
         frequency = np.zeros(len(words), dtype=np.int64)
-        starts = np.flatnonzero(np.arange(len(words)) + size <= bounds[1:][variant_of])
+        starts = candidates[candidates + size <= bounds[1:][variant_of[candidates]]]
         if len(starts):
             grams[starts] = ngrams(words, size)[starts]
-            distinct, inverse = np.unique(grams[starts], return_inverse=True)
-            pairs = np.sort(inverse * len(items) + item_of[variant_of[starts]])
-            # Count each n-gram once per item
-            pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])] // len(items)
-            frequency[starts] = np.bincount(pairs, minlength=len(distinct))[inverse]
+            # Items are in order within the group of an n-gram; it counts once per item
+            in_order, group = _sort_into_groups(grams[starts])
+            new = (np.diff(group) > 0) | (np.diff(item_of[variant_of[starts[in_order]]]) != 0)
+            frequency[starts[in_order]] = np.bincount(group[np.append(True, new)])[group]
         return grams, frequency
 
-    grams, frequency = item_counts(settings.ngram)
+    grams, frequency = item_counts(settings.ngram, np.arange(len(words)))
     rare = (frequency > 0) & (frequency <= settings.common_items)
     weights[~_spread(rare, settings.ngram)] = 0  # words that occur in template text only
-    template = item_counts(settings.exact_ngram)[1] > settings.common_items
+    # The shorter n-gram at the start of a template is at least as common: ngram <= exact_ngram
+    common = np.flatnonzero(frequency > settings.common_items)
+    template = item_counts(settings.exact_ngram, common)[1] > settings.common_items
 
-    lengths, information = np.diff(bounds), np.zeros(len(texts))
-    np.add.at(information, variant_of, weights)
-    text_hashes = np.zeros(len(texts), dtype=np.uint64)
+    lengths = np.diff(bounds)
+    information = np.bincount(variant_of, weights, minlength=len(texts))
     positions = (np.arange(len(words)) - bounds[:-1][variant_of]).astype(np.uint64)
-    np.add.at(text_hashes, variant_of, words * (2 * positions + 1))
+    sums = np.append(np.uint64(0), np.cumsum(words * (2 * positions + 1)))
+    text_hashes = sums[bounds[1:]] - sums[bounds[:-1]]
     _, inverse, copies = np.unique(text_hashes, return_inverse=True, return_counts=True)
     enough = (information >= settings.minimum_information) | (lengths >= settings.exact_ngram)
     unique = copies[inverse] <= settings.common_items
@@ -157,6 +156,13 @@ def build_index(sets: dict[str, list[Item]], settings: Settings = Settings()) ->
         for name in names
     }
     return Index(settings, {name: len(sets[name]) for name in names}, too_short, arrays, items)
+
+
+def _sort_into_groups(keys: NDArray) -> tuple[NDArray, NDArray]:
+    """Return the stable order that sorts keys; and for each sorted key its group, from 0."""
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    return order, np.append(0, np.cumsum(ordered[1:] != ordered[:-1]))[: len(keys)]
 
 
 class Index:

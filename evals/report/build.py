@@ -30,7 +30,7 @@ from evals.report.page import count, page
 from evals.report.targets import judged_hash, markdown, read_targets, stage_folder, table
 from evals.report.trained import training
 from files import write_text
-from models.hf import resolve_checkpoint
+from models.hf import read_config, resolve_checkpoint
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
 COLUMNS = {  # column -> (heading, task, metric, chance in percent)
@@ -325,6 +325,7 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "config": read_json(args.checkpoint / "config.json"),
         "parameters": _parameters(args.checkpoint),
+        "active_parameters": _active_parameters(args.checkpoint),
         "targets": results_table(args.plan, args.results, evaluations, trained)
         if args.plan
         else [],
@@ -364,6 +365,15 @@ def _parameters(checkpoint: Path) -> int:
             names = list(file.keys())
             count += sum(int(np.prod(file.get_slice(name).get_shape())) for name in names)
     return count
+
+
+def _active_parameters(checkpoint: Path) -> int | None:
+    """Number of parameters that a token uses, of a mixture of experts; None of other models."""
+    try:
+        config = read_config(checkpoint)
+    except ValueError:  # a model that transformers runs
+        return None
+    return config.num_active_parameters if config.kind == "moe" else None
 
 
 def texts(report: dict[str, Any]) -> dict[str, str]:

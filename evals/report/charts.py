@@ -6,6 +6,7 @@ from html import escape
 from typing import Any
 
 Points = Sequence[Sequence[float]]
+LOAD_LEVELS = 8  # colours of loads on each side of an equal share
 
 
 def loss_chart(training: dict[str, Any]) -> str:
@@ -69,6 +70,87 @@ def loss_chart(training: dict[str, Any]) -> str:
     area = f'<div class="area">{bands}{svg}{dots}{gates}</div>'
     return (
         f'<div class="plot"><div class="y">{ys}</div>{area}<div class="x">{xs}</div></div>{legend}'
+    )
+
+
+def load_chart(steps: Sequence[int], loads: Sequence[Sequence[Sequence[float]]]) -> str:
+    """Heatmap of the load of experts, one panel per layer, experts as rows, steps as columns.
+
+    loads [columns][layers][experts]; 1 is an equal share. Colours are by powers of 2 around it.
+    """
+    panels = []
+    for layer, columns in enumerate(zip(*loads, strict=True)):  # columns [columns][experts]
+        runs: dict[int, list[str]] = {}  # level -> rectangles
+        for expert, row in enumerate(zip(*columns, strict=True)):
+            levels, begin = [load_level(load) for load in row], 0
+            for end in range(1, len(levels) + 1):
+                if end == len(levels) or levels[end] != levels[begin]:
+                    width = end - begin
+                    path = f"M{begin} {expert}h{width}v1h-{width}z"
+                    runs.setdefault(levels[begin], []).append(path)
+                    begin = end
+        paths = "".join(
+            f'<path d="{"".join(parts)}" style="fill:{_load_colour(level)}"/>'
+            for level, parts in sorted(runs.items())
+        )
+        experts = len(columns[0])
+        worst = max(map(max, columns))
+        panels.append(
+            f'<div class="head">layer {layer}</div>'
+            f'<svg viewBox="0 0 {len(columns)} {experts}" preserveAspectRatio="none" role="img" '
+            f'shape-rendering="crispEdges" style="height:{min(max(6 * experts, 28), 120)}px" '
+            f'aria-label="load of the experts of layer {layer}, at most {worst:.2f}">{paths}</svg>'
+        )
+    ends = f"<div></div><div>step {steps[0]:,} to {steps[-1]:,}</div>"
+    legend = "".join(
+        f'<span><i style="background:{_load_colour(level)};height:12px"></i>{name}</span>'
+        for level, name in (
+            (-LOAD_LEVELS, "a quarter or less"),
+            (-LOAD_LEVELS // 2, "half"),
+            (0, "equal share"),
+            (LOAD_LEVELS // 2, "twice"),
+            (LOAD_LEVELS, "4 times or more"),
+        )
+    )
+    return f'<div class="load">{"".join(panels)}{ends}</div><div class="legend">{legend}</div>'
+
+
+def load_level(load: float) -> int:
+    """Level of a load on a scale of powers of 2: 0 for 1, -LOAD_LEVELS or LOAD_LEVELS at 4x."""
+    power = math.log2(load) if load > 0 else -math.inf
+    return round(LOAD_LEVELS / 2 * min(max(power, -2.0), 2.0))
+
+
+def _load_colour(level: int) -> str:
+    colour = "var(--warm)" if level > 0 else "var(--accent)"
+    return f"color-mix(in srgb, {colour} {100 * abs(level) / LOAD_LEVELS:.0f}%, var(--faint))"
+
+
+def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
+    """A curve of one metric by step."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=1.0)
+    margin = 0.05 * (high - low) or 0.5
+    low, high = low - margin, high + margin
+    places = " ".join(
+        f"{100 * step / steps[-1]:.2f},{100 * (high - value) / (high - low):.2f}"
+        for step, value in zip(steps, values, strict=True)
+        if value is not None and math.isfinite(value)
+    )
+    style = "stroke:var(--accent);stroke-width:2px;fill:none;stroke-linejoin:round"
+    ys = "".join(
+        f'<i style="top:{100 * (high - tick) / (high - low):.2f}%">{tick:g}</i>'
+        for tick in ticks(low, high, 3)
+    )
+    xs = "".join(
+        f'<i style="left:{100 * tick / steps[-1]:.2f}%">{tick:,.0f}</i>'
+        for tick in ticks(0, steps[-1], 4)
+    )
+    return (
+        f'<p class="curve">{escape(name)}</p><div class="plot low"><div class="y">{ys}</div>'
+        '<div class="area"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(name)} by step"><polyline points="{places}" style="{style}" '
+        f'vector-effect="non-scaling-stroke"/></svg></div><div class="x">{xs}</div></div>'
     )
 
 

@@ -12,6 +12,8 @@ from evals.report.page import change
 from evals.report.trained import phases_of, read_history, settings
 from export.gguf_plan import architecture, read_config
 from files import write_text
+from models.hf_experts import model_type
+from models.nanollama import ModelConfig
 
 MARK = "written by scripts/export_gguf.py"
 OLLAMA = '''\
@@ -155,12 +157,13 @@ def model_card(
     stage_head = ("stage", "started from", "data", "validation loss", "pairs preferred, %")
     score_head = ("task", "metric", "value", "shots", "n")
     data_head = ("store", "source", "documents", "kept", "tokens", "origin", "sha256")
+    scaling = f", {config.rope_scaling}" if config.rope_scaling else ""
     sections = [
         f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
-        f"{config.num_parameters / 1e6:,.1f}M parameters, architecture {kind}, "
+        f"{config.num_parameters / 1e6:,.1f}M parameters{_active(config)}, architecture {kind}, "
         f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary "
         f"{config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
-        f"{config.rope_theta:,.0f}. {_chat_support(template)}\n",
+        f"{config.rope_theta:,.0f}{scaling}. {_chat_support(template)}\n",
         f"Exported from the checkpoint `{folder}`, sha256 `{digest}`.\n",
         f"## Files\n\n{_rows(('file', 'type', 'MB'), _files(targets))}",
         "## Use\n\n```\n"
@@ -176,6 +179,18 @@ def model_card(
         "data.\n",
     ]
     return "\n".join(section for section in sections if section)
+
+
+def _active(config: ModelConfig) -> str:
+    """Return the active parameters and the experts of a mixture as text; "" for a dense model."""
+    if config.kind == "dense":
+        return ""
+    form = {"mixtral": "as in Mixtral", "qwen3_moe": "as in Qwen3 MoE"}
+    return (
+        f" ({config.num_active_parameters / 1e6:,.1f}M active: {config.moe.top_k} of "
+        f"{config.moe.experts} experts per token, each of width {config.expert_size:,}, "
+        f"{form.get(model_type(config), 'in a form that only NanoLlama reads')})"
+    )
 
 
 def _chat_support(template: str | None) -> str:

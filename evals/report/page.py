@@ -4,7 +4,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from evals.report.charts import bar, heatmap, loss_chart
+from evals.report.charts import bar, heatmap, line_chart, load_chart, loss_chart
 from evals.report.targets import HEAD, cells
 
 Columns = dict[str, tuple[str, float | None]]
@@ -22,6 +22,7 @@ def page(report: dict[str, Any], columns: Columns) -> str:
         _gates(report),
         _stages(report),
         _loss(report),
+        _routing(report),
         _tuning(report),
         _held_out(report),
         _needle(report),
@@ -49,6 +50,8 @@ def _header(report: dict[str, Any], columns: Columns) -> str:
     gates = training.get("gates") or []
     chip = _chip(gates[-1]["outcome"]) if gates else ""
     tiles = [(_short(report["parameters"]), "parameters")]
+    if report.get("active_parameters"):
+        tiles.append((_short(report["active_parameters"]), "parameters per token"))
     if training:
         prefix = "pretraining " if training["tuning"] else ""
         tiles += [
@@ -142,9 +145,10 @@ def count(result: dict[str, Any], metric: str) -> int:
 
 
 def _gates(report: dict[str, Any]) -> str:
-    gates = (report["training"] or {}).get("gates") or []
+    training = report["training"] or {}
+    gates = (training.get("gates") or []) + (training.get("forecasts") or [])
     cards = []
-    for gate in gates:
+    for gate in sorted(gates, key=lambda gate: gate["time"]):
         references = gate.get("references") or [None] * len(gate["gates"])
         rows = "".join(
             _verdict(*row) for row in zip(gate["gates"], gate["values"], references, strict=True)
@@ -152,6 +156,8 @@ def _gates(report: dict[str, Any]) -> str:
         remark = gate["advice"] or "" if gate["outcome"] != "go" else ""
         if gate["accepted"]:
             remark = f"Accepted: {gate['accepted']}"
+        if number := gate.get("averages"):
+            remark = f"Average of {number} checkpoints: a forecast of the decay, not a decision."
         cards.append(
             f'<div class="decision {escape(gate["outcome"])}">{_chip(gate["outcome"])} '
             f"<b>{_milestone(gate['step'])}</b> "
@@ -199,12 +205,35 @@ def _loss(report: dict[str, Any]) -> str:
     if not training:
         return ""
     names = {"skipped": "skipped updates", "rollback": "rollbacks", "stuck": "times stuck"}
+    names |= {"starved": "starved experts"}
     incidents = (
         ", ".join(f"{count} {names[kind]}" for kind, count in training["incidents"].items())
         or "no skipped updates or rollbacks"
     )
     note = f"Nats per token, by step. {training['hours']:.2f} hours in steps; {incidents}."
     return _section("Training loss", note, loss_chart(training))
+
+
+def _routing(report: dict[str, Any]) -> str:
+    """Load of the experts, maximum violation and router entropy of each stage with experts."""
+    training = report["training"] or {}
+    parts = []
+    for stage in (training, *training.get("tuning", ())):
+        if not (routing := stage.get("routing")):
+            continue
+        title = f"<h3>{escape(stage['name'])}</h3>" if "name" in stage else ""
+        curves = (
+            line_chart("maximum violation", routing["steps"], routing["max_violation"]),
+            line_chart("router entropy, nats", routing["steps"], routing["entropy"]),
+        )
+        starved = "".join(f"<p>{escape(text.strip())}</p>" for text in stage["starved"])
+        parts.append(title + load_chart(routing["steps"], routing["load"]) + "".join(curves))
+        parts.append(starved)
+    note = (
+        "Share of tokens of each expert (rows) by layer and step; 1 is an equal share. Maximum "
+        "violation: the largest share of a layer, minus 1, as a mean over layers."
+    )
+    return _section("Experts", note, "".join(parts)) if parts else ""
 
 
 def _tuning(report: dict[str, Any]) -> str:
@@ -397,6 +426,8 @@ def _environment(report: dict[str, Any]) -> str:
         name: report["config"].get(name)
         for name in (*shapes, "vocab_size", "max_position_embeddings")
     }
+    experts = ("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+    pairs |= {name: report["config"][name] for name in experts if name in report["config"]}
     files = {
         f"{task} results": f"{result['file']}, prompts {result.get('prompt_hash', '-')[:16]}"
         for task, result in report["evaluations"].items()

@@ -18,6 +18,7 @@ MARKS = {  # event kind or gate outcome -> (marker, colour) on the loss curve
     "skipped": ("x", "#d62728"),
     "rollback": ("v", "#d62728"),
     "stuck": ("s", "#9467bd"),
+    "starved": ("1", "#8c564b"),
     "failed": ("X", "black"),
     "stopped": ("P", "0.5"),
 }
@@ -252,6 +253,61 @@ def plot_losses(run: Run, output: Path, target: float | None = None) -> None:
     axis.set(xlabel="tokens", ylabel="loss, nats per token", title=title)
     axis.grid(alpha=0.25)
     axis.legend(fontsize=9)
+    scratch = temporary(output)
+    figure.savefig(scratch, dpi=110, format="png")
+    scratch.replace(output)
+    plt.close(figure)
+
+
+def has_experts(run: Run) -> bool:
+    """Whether a run logged the load of experts."""
+    return any("expert_load" in row for row in run.rows)
+
+
+def plot_routing(runs: list[Run], output: Path) -> None:
+    """Plot the load of each expert over the steps, one column per run, and two curves of routing.
+
+    Runs without experts are left out; ValueError if none has any.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = [run for run in runs if has_experts(run)]
+    if not runs:
+        raise ValueError("no run has experts; train one with model.kind=moe")
+    loaded = {run.name: [row for row in run.rows if "expert_load" in row] for run in runs}
+    layers = max(len(rows[-1]["expert_load"]) for rows in loaded.values())
+    figure, grid = plt.subplots(
+        layers + 2,
+        len(runs),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        figsize=(2 + 5.5 * len(runs), 4 + 0.8 * layers),
+        height_ratios=[1.0] * layers + [2.0, 2.0],
+        layout="constrained",
+    )
+    for axes, run in zip(grid.T, runs, strict=True):
+        rows = loaded[run.name]
+        steps = [row["step"] for row in rows]
+        for layer, loads in enumerate(zip(*(row["expert_load"] for row in rows), strict=True)):
+            levels = np.log2(np.clip(np.array(loads).T, 0.25, 4.0))  # [E, steps]; 0: equal share
+            extent = (steps[0] - 0.5, steps[-1] + 0.5, len(levels) - 0.5, -0.5)
+            style = {"aspect": "auto", "interpolation": "nearest", "extent": extent}
+            image = axes[layer].imshow(levels, cmap="PuOr_r", vmin=-2, vmax=2, **style)
+            axes[layer].set(yticks=[], ylabel=str(layer))
+        for axis, key in zip(axes[layers:], ("max_violation", "router_entropy"), strict=True):
+            axis.plot(steps, [row[key] for row in rows], alpha=0.5, linewidth=0.8)
+            axis.grid(alpha=0.25)
+        axes[0].set_title(run.name)
+        axes[-1].set_xlabel("step")
+    grid[layers, 0].set_ylabel("maximum\nviolation")
+    grid[layers + 1, 0].set_ylabel("router entropy,\nnats")
+    bar = figure.colorbar(image, ax=list(grid[:layers].flat), ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["1/4 or less", "1/2", "equal share", "2", "4 or more"])
+    figure.suptitle("load of the experts (rows), by layer")
     scratch = temporary(output)
     figure.savefig(scratch, dpi=110, format="png")
     scratch.replace(output)

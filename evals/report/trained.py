@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from data.chat.replay import ReplayConfig, mixture
 from data.manifest import read_json
 from files import read_lines
 from training.checkpoint_files import TRAINER, read_position
 from yaml_file import read_yaml_file
 
 POINTS = 400  # maximum number of points per curve
+HEATMAP_COLUMNS, HEATMAP_CELLS = 120, 20_000  # of the experts' load
 Rows = list[dict[str, Any]]
 
 
@@ -28,33 +30,25 @@ def training(logs: Path, checkpoint: Path) -> dict[str, Any]:
         raise ValueError(
             f"{logs / 'metrics.jsonl'} has no metrics; give the --logs of the run or omit --logs"
         )
-    gates = [event for event in events if event["event"] == "gate"]
     return {
         "logs": str(logs),
         "tokens": rows[-1].get("tokens"),
         **curves(rows, events),
-        "gates": [
-            {
-                name: gate.get(name)
-                for name in (
-                    "time",
-                    "step",
-                    "outcome",
-                    "accepted",
-                    "gates",
-                    "values",
-                    "references",
-                    "advice",
-                )
-            }
-            for gate in gates
-        ],
+        "gates": decisions(events, "gate"),
+        "forecasts": decisions(events, "forecast"),
         "environment": next(
             (read_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {}
         ),
         "corpus": corpus(settings(path) for path in sorted(logs.glob("*.config.yaml"))),
         "tuning": tuned,
     }
+
+
+def decisions(events: Rows, kind: str) -> Rows:
+    """Decisions of a plan ("gate"), or those of averages at milestones ("forecast")."""
+    names = ["time", "step", "outcome", "accepted", "gates", "values", "references", "advice"]
+    names += ["averages"] * (kind == "forecast")
+    return [{name: event.get(name) for name in names} for event in events if event["event"] == kind]
 
 
 def corpus(configs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -153,7 +147,7 @@ def stage(folder: Path, name: str, step: str, config: dict[str, Any]) -> dict[st
         "started_from": config.get("init_from") or config.get("resume_from"),
         "tokens": rows[-1].get("tokens") if rows else None,
         "lr": config.get("optim", {}).get("lr"),
-        "mix": config.get("data", {}).get("mix") or {},
+        "mix": _mix(config),
         "sources": {key: source.get("path") for key, source in _sources(config).items()},
         "row": config.get("data", {}).get("sequence_length"),
         **curves(rows, [event for event in events if last is None or event.get("step", 0) <= last]),
@@ -167,6 +161,12 @@ def stage(folder: Path, name: str, step: str, config: dict[str, Any]) -> dict[st
     }
 
 
+def _mix(config: dict[str, Any]) -> dict[str, float]:
+    """The mixture of SFT or DPO, with the replayed text of SFT."""
+    replay = ReplayConfig(**config["replay"]) if config.get("replay") else None
+    return mixture(config.get("data", {}).get("mix") or {}, replay)
+
+
 def _sources(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Data sources of SFT or DPO, by their names in data.mix."""
     return (config.get("chat") or config.get("preferences") or {}).get("sources") or {}
@@ -177,7 +177,7 @@ def curves(rows: Rows, events: Rows) -> dict[str, Any]:
     steps, losses = [row["step"] for row in rows], [float(row["loss"]) for row in rows]
     window = max(1, len(rows) // POINTS)
     phases = phases_of(rows)
-    kinds = ("skipped", "rollback", "stuck")
+    kinds = ("skipped", "rollback", "stuck", "starved")
     return {
         "steps": steps[-1] if steps else 0,
         "hours": sum(row.get("step_s", 0.0) for row in rows) / 3600,
@@ -187,9 +187,38 @@ def curves(rows: Rows, events: Rows) -> dict[str, Any]:
             {"step": row["step"], "loss": row["val/loss"]} for row in rows if "val/loss" in row
         ],
         "phases": phases,
+        "routing": routing(rows),
+        "starved": [event.get("text", "") for event in events if event["event"] == "starved"],
         "incidents": {
             kind: n for kind in kinds if (n := sum(event["event"] == kind for event in events))
         },
+    }
+
+
+def routing(rows: Rows) -> dict[str, Any] | None:
+    """Load of the experts, maximum violation and router entropy over the steps; None without.
+
+    Each is a mean over equal windows of steps: "steps" (the last of each window) and "load"
+    [windows][layers][experts], 1 for an equal share; "max_violation" and "entropy" [windows].
+    """
+    rows = [row for row in rows if "expert_load" in row]
+    if not rows:
+        return None
+    cells = len(rows[-1]["expert_load"]) * len(rows[-1]["expert_load"][0])
+    count = min(len(rows), max(20, min(HEATMAP_COLUMNS, HEATMAP_CELLS // cells)))
+    windows = [[rows[i] for i in part] for part in np.array_split(np.arange(len(rows)), count)]
+    means = {
+        key: [
+            np.mean([np.asarray(row[key], float) for row in window], 0).tolist()
+            for window in windows
+        ]
+        for key in ("expert_load", "max_violation", "router_entropy")
+    }
+    return {
+        "steps": [window[-1]["step"] for window in windows],
+        "load": means["expert_load"],
+        "max_violation": means["max_violation"],
+        "entropy": means["router_entropy"],
     }
 
 

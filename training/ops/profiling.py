@@ -35,7 +35,9 @@ def dry_run(
     objective: Objective | None = None,
     largest: Any = None,
 ) -> float:
-    """Collective. Run the largest step on zeros, without an update, to find a lack of memory early.
+    """Collective. Run the largest step without an update, to find a lack of memory early.
+
+    Its tokens are zeros; of a mixture of experts 0, 1, 2 and so on, so that they use all experts.
 
     objective: of the stage (default: next token). largest: its largest micro-batch, a NamedTuple
     with `tokens` and `doc_ids` (default: a ZeroBatch of micro_batch_size rows). Gradients are
@@ -52,6 +54,10 @@ def dry_run(
             data.micro_batch_size, data.sequence_length, dtype=torch.int64, device=device
         )
         largest = ZeroBatch(zeros, zeros, zeros.int(), torch.arange(len(zeros), device=device))
+    if run.model.kind == "moe":
+        zeros = largest.tokens
+        count = torch.arange(zeros.numel(), device=zeros.device, dtype=zeros.dtype)
+        largest = largest._replace(tokens=(count % run.model.vocab_size).view_as(zeros))
     halves = largest.doc_ids.clone()
     halves[:, halves.shape[1] // 2 :] = 1
     batches = [largest, largest._replace(doc_ids=halves)]

@@ -33,6 +33,7 @@ def overrides(steps: int | None) -> list[str]:
         f"schedule={{warmup_steps: {tenth}, total_steps: {steps}, decay_steps: {tenth}}}",
         "data.mix={dummy: 1.0}",
         "data.min_document_tokens={}",
+        "data.start_epoch={}",
         "data.store=checkpoints/test_mode/data",
         f"checkpoint={{every: {steps // 2}, keep: 2}}",
         f"validation={{every: {steps // 2}, rows: 8}}",

@@ -18,6 +18,7 @@ import torch.distributed as dist
 READS, COMPUTES = "reading the data", "the computation"  # activities of a step, in order
 COMPILING = 1800  # extra seconds for the first step
 PULSE = 1.0  # seconds between heartbeats
+GRACE = 5.0  # seconds before a rank reports that it has lost another
 GONE = ": its process is stopped, or its machine is down or swapping"
 LOST = 75  # exit status: EX_TEMPFAIL of sysexits.h, "try again"
 AGAIN = "repeat the command to resume from the newest checkpoint"
@@ -177,7 +178,7 @@ def exit_if_peer_lost(error: BaseException, rank: int) -> None:
         isinstance(error, RuntimeError) and any(text in message for text in BROKEN)
     ):
         sys.stdout.flush()
-        time.sleep(5)  # torchrun may end this rank first, if it has noticed the other's end
+        time.sleep(GRACE)  # torchrun may end this rank first, if it has noticed the other's end
         print(
             f"error: rank {rank} lost its connection to another rank, which ended or whose machine "
             f"is down; look for its last output; {AGAIN}\n({message.splitlines()[0][:200]})",

@@ -11,21 +11,22 @@ from typing import Any
 from data import manifest
 from data.packing import LongDocuments
 from data.shards import TokenShards
+from models.kinds import parameters_text
 from training.checkpoint import CheckpointConfig
 from training.config import RunConfig
 from training.meter import flops_per_token
+from training.planning.cards import GPUS, Gpu
 from training.planning.eval_cost import EvaluationTokens, forecast_evaluations
 from training.planning.memory import (
-    GPUS,
     TIGHT,
-    Gpu,
     memory,
     micro_batches,
     optimizer_state_bytes,
     suggest_fitting_settings,
 )
 from training.planning.plan import Plan, ScheduledPhase, scheduled_phases
-from training.schedulers import WSDScheduler
+from training.planning.roofline import efficiency, step_bound
+from training.schedulers import WSDScheduler, tokens_of_steps
 from training.settings import read_yaml
 
 MAX_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv:2305.16264)
@@ -48,6 +49,7 @@ LOSS_LAW = {
 def forecast_loss(parameters: int, tokens: float) -> tuple[float, float]:
     """Loss in nats per token after `tokens` tokens with a decayed learning rate, and its error.
 
+    parameters: of a dense model.
     The error combines the standard errors as if independent. Those of A and alpha, and of B and
     beta, are correlated, so the law fits its own runs better. The law's runs had another tokenizer
     and other text, which the error does not include.
@@ -86,14 +88,15 @@ def forecast(
     plan: Plan,
     gpu: str,
     gpus: int | None = None,
-    mfu: float = 0.45,
+    mfu: float | None = None,
     price: float | None = None,
     training_tokens_of: TrainingTokens | None = None,
     evaluation_tokens_of: EvaluationTokens | None = None,
 ) -> dict[str, Any]:
     """Forecast the cost of a plan on `gpus` GPUs (default: the plan's ranks), as plain values.
 
-    mfu: assumed, in the convention of training/meter.py. price: per GPU and hour.
+    mfu: assumed, in the convention of training/meter.py; by default hours are the bound of
+    training/planning/roofline.py times its factor. price: per GPU and hour.
     training_tokens_of: counts the tokens in a phase's store. evaluation_tokens_of: counts those of
     an evaluation; without it evaluations are excluded. Their hours are not in "total". Call check()
     on the result to test whether the plan fits.
@@ -103,7 +106,7 @@ def forecast(
         raise ValueError(f"unknown --gpu {gpu}; available: {', '.join(GPUS)}")
     if gpus < 1:
         raise ValueError(f"--gpus {gpus} must be at least 1")
-    if not 0 < mfu <= 1:
+    if mfu is not None and not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu:g} must be above 0 and at most 1")
     if price is not None and not price >= 0:
         raise ValueError(f"--price {price:g} must be at least 0")
@@ -115,12 +118,14 @@ def forecast(
         for name, source in phase["sources"].items():
             sources[name] += source["tokens"]
     total = {
-        key: sum(phase[key] for phase in phases) for key in ("steps", "tokens", "flops", "hours")
+        key: sum(phase[key] for phase in phases)
+        for key in ("steps", "tokens", "flops", "hours", "bound_hours")
     }
     measured = []
+    peak = GPUS[gpu].flops
+    reached = total["flops"] / (3600 * total["hours"] * gpus * peak)
     if evaluation_tokens_of:
-        peak = GPUS[gpu].flops
-        measured = forecast_evaluations(plan, parts, evaluation_tokens_of, peak, gpus, mfu)
+        measured = forecast_evaluations(plan, parts, evaluation_tokens_of, peak, gpus, reached)
     measuring = {key: math.fsum(entry[key] for entry in measured) for key in ("flops", "hours")}
     return {
         "plan": plan.name,
@@ -128,8 +133,11 @@ def forecast(
         "gpus": gpus,
         "gpu_memory": GPUS[gpu].memory,
         "gpu_peak_flops": GPUS[gpu].flops,
-        "mfu": mfu,
+        "mfu": reached,
+        "efficiency": None if mfu else efficiency()._asdict(),
         "parameters": run.model.num_parameters,
+        "active_parameters": run.model.num_active_parameters,
+        "parameters_text": parameters_text(run.model),
         "phases": phases,
         "total": {**total, "cost": None if price is None else total["hours"] * gpus * price},
         "evaluations": measured,
@@ -159,15 +167,18 @@ def _phases(
     parts: list[ScheduledPhase],
     gpu: Gpu,
     gpus: int,
-    mfu: float,
+    mfu: float | None,
     price: float | None,
     training_tokens_of: TrainingTokens | None,
 ) -> Iterator[dict[str, Any]]:
     epochs: dict[str, float] = defaultdict(float)  # of each source, over the phases so far
+    read: set[str] = set()  # sources of the phases so far
+    trained = 0  # tokens of the phases so far, whose batches may differ
     for part in parts:
         run, steps = part.run, part.end - part.begin
         model, data = run.model, run.data
-        tokens = steps * data.tokens_per_step
+        tokens = tokens_of_steps(run, part.begin, part.end)
+        trained += tokens
         available = training_tokens_of(run) if training_tokens_of else {}
         warnings, sources = [], {}
         for name, weight in data.mix.items():
@@ -193,7 +204,10 @@ def _phases(
                 "readable": have,
                 "epochs": used / have if have else None,
                 "epochs_so_far": epochs[name] if have else None,
+                "read_before": name in read,
+                "start_epoch": data.start_epoch.get(name, 0.0),
             }
+        read |= data.mix.keys()
         need, accumulation = memory(run, gpus), micro_batches(run, gpus)
         problem = None
         if need.total > gpu.memory:
@@ -217,9 +231,14 @@ def _phases(
             * model.resolved_head_dim
             * data.sequence_length
         )
-        hours = tokens * flops / (gpus * gpu.flops * mfu) / 3600
+        bound_hours = tokens / data.tokens_per_step * step_bound(run, gpus, gpu).seconds / 3600
+        hours = bound_hours * efficiency().factor
+        if mfu:
+            hours = tokens * flops / (gpus * gpu.flops * mfu) / 3600
         rate = WSDScheduler(run.schedule, run.optim.lr)
-        seen = {"parameters": model.num_parameters, "tokens": part.end * data.tokens_per_step}
+        # Of a mixture of experts, the law forecasts a dense model with its active parameters.
+        size = model.num_active_parameters
+        seen = {"parameters": size, "tokens": trained}
         known = all(low <= seen[name] <= high for name, (low, high) in LAW_RANGE.items())
         loss, error = forecast_loss(seen["parameters"], seen["tokens"])
         yield {
@@ -245,6 +264,7 @@ def _phases(
                 "moments": need.totals,
             },
             "hours": hours,
+            "bound_hours": bound_hours,
             "cost": None if price is None else hours * gpus * price,
             "loss": {"nats_per_token": loss, "error": error, "perplexity": math.exp(loss)}
             if known
@@ -269,7 +289,8 @@ def _disk(plan: Plan, parts: list[ScheduledPhase], tokens: int) -> dict[str, flo
             part.run.checkpoint.milestones
         )
         milestones = sum(part.begin < step < part.end for step in steps)
-        saved += size * milestones
+        averages = sum(milestone.averages is not None for milestone in part.phase.milestones)
+        saved += size * milestones + weights * averages
         saved += _kept_bytes(part.run.checkpoint, part.end - part.begin, size, weights)
     for stage in plan.stages:
         for command in stage.commands.values():

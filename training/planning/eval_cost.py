@@ -61,11 +61,10 @@ def _measured(
     for part in parts:
         for milestone in part.phase.milestones:
             names = milestone.evals or tuple(plan.evals)
-            yield (
-                f"{part.run.phase} {milestone.step:,}",
-                part.run,
-                [plan.evals[name] for name in names],
-            )
+            where, commands = f"{part.run.phase} {milestone.step:,}", [plan.evals[n] for n in names]
+            yield where, part.run, commands
+            if milestone.averages:
+                yield f"{where}, average", part.run, commands
     last = parts[-1].run
     for stage in plan.stages:
         yield stage.name, last, [plan.evals[name] for name in stage.evals]

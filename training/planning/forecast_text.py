@@ -6,9 +6,12 @@ from typing import Any
 from training.planning.eval_cost import WRITING_MFU
 
 HOW_TO_READ = """How to read this
-  FLOPs   6 per matmul parameter and token, plus attention. PaLM's convention counts attention
-          without the causal mask; the causal convention counts half of that. MFU and hours use
-          PaLM's. Recomputed activations do not count as FLOPs: they lower the MFU.
+  FLOPs   6 per matmul parameter that a token uses, plus attention. PaLM's convention counts
+          attention without the causal mask; the causal convention counts half of that. The MFU
+          uses PaLM's. Recomputed activations do not count as FLOPs: they lower the MFU.
+  time    Without --mfu: the least time of each operation of a step at the GPU's peak and
+          bandwidth (a bound), times the factor by which published runs are slower.
+          See docs/new_plan.md.
   memory  Computed from shapes and compared with runs on a CPU; not measured on a GPU.
           1 GB is 10^9 bytes.
   loss    L = E + A / N^alpha + B / D^beta for N parameters and D tokens,
@@ -18,7 +21,8 @@ HOW_TO_READ = """How to read this
           text, after learning-rate decay; for a stable phase, the loss after a decay from its end.
           The error treats the standard errors as independent, which is too wide for their runs.
           It ignores that our text and tokenizer differ: tokens with 10 % fewer bytes have about
-          10 % less loss. Use it to compare plans, not as a threshold."""
+          10 % less loss. Use it to compare plans, not as a threshold. For a mixture of experts,
+          N counts active parameters: the forecast is that of a dense model of equal FLOPs."""
 
 
 def forecast_text(report: dict[str, Any]) -> str:
@@ -26,7 +30,7 @@ def forecast_text(report: dict[str, Any]) -> str:
     memory, peak = report["gpu_memory"] / 1e9, report["gpu_peak_flops"] / 1e12
     total = report["total"]
     lines = [
-        f"{report['plan']}: {report['parameters']:,} parameters, {total['steps']:,} steps, "
+        f"{report['plan']}: {report['parameters_text']}, {total['steps']:,} steps, "
         f"{_count(total['tokens'])} tokens on {report['gpus']} x {report['gpu']} "
         f"({memory:.1f} GB, {peak:.0f} TFLOP/s dense bf16 each)",
     ]
@@ -45,11 +49,12 @@ def forecast_text(report: dict[str, Any]) -> str:
         "  data        "
         + ", ".join(f"{name} {_count(tokens)}" for name, tokens in report["sources"].items()),
         f"  FLOPs       {total['flops']:.2e}",
-        f"  time        {_time(total)} at an assumed MFU of {report['mfu']:.0%}",
+        f"  time        {_time(total)} {_speed(report)}",
         f"              and {_time(report['evaluations_total'])} for evaluations",
         f"  disk        checkpoints {disk['checkpoints']:.0f} GB, each {disk['checkpoint']:.2f}; "
         f"tokens {disk['tokens']:.0f} GB; text about {disk['text']:.0f} GB, uncompressed",
         "",
+        *_target_lines(report.get("targets") or []),
         HOW_TO_READ.format(law=law),
     ]
     if report["warnings"]:
@@ -81,6 +86,13 @@ def _phase(phase: dict[str, Any], memory: float) -> list[str]:
         else:
             epochs = f"{source['epochs']:.2f} epochs of {_count(source['readable'])} tokens"
             epochs += f", {source['epochs_so_far']:.2f} including earlier phases"
+        if source["start_epoch"]:
+            epochs += f"; continues at epoch {source['start_epoch']:.2f}"
+        elif source["read_before"]:
+            epochs += "; starts again at its first row"
+            if source["epochs"] is not None:
+                before = source["epochs_so_far"] - source["epochs"]
+                epochs += f" (data.start_epoch.{name}={before:.8g} continues)"
         lines.append(f"  data        {name}: {_count(source['tokens'])} tokens{long}; {epochs}")
     moments = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need["moments"].items())
     parts = [f"{name} {size / 1e9:.2f}" for name, size in need["parts"].items()]
@@ -97,7 +109,36 @@ def _phase(phase: dict[str, Any], memory: float) -> list[str]:
         f"              in GB at other moments: {moments}",
         f"  time        {_time(phase)}",
         f"  loss        {loss}",
+        *_scaling_law_lines(phase.get("scaling_law")),
     ]
+
+
+def _scaling_law_lines(law: dict[str, Any] | None) -> list[str]:
+    """Return the forecast of training/planning/scaling_law.py, if there is one."""
+    if law is None:
+        return []
+    low, high = law["interval"]
+    return [
+        f"  own runs    {law['loss']:.2f} [{low:.2f}, {high:.2f}] {law['metric']} by the law of "
+        f"{law['source']},",
+        f"              extrapolated {law['parameters_factor']:,.0f} x in parameters and "
+        f"{law['tokens_factor']:,.0f} x in tokens",
+    ]
+
+
+def _target_lines(targets: list[dict[str, Any]]) -> list[str]:
+    """Return the plan's targets beside published scores (training/planning/published.py)."""
+    if not targets:
+        return []
+    lines = ["Targets, and published scores of models of similar size and tokens"]
+    for target in targets:
+        scale, unit = (100, " %") if target["percent"] else (1, "")
+        success, low, high = (scale * target[key] for key in ("success", "low", "high"))
+        scores = f"{low:.1f} to {high:.1f}{unit}" if high > low else f"{low:.1f}{unit}"
+        verdict = "plausible" if target["plausible"] else "not plausible without special data"
+        note = f"; {target['note']}" if target["note"] else ""
+        lines.append(f"  {target['title']} {success:g}{unit}: {verdict} ({scores}{note})")
+    return [*lines, "  Sources and limits: docs/forecast.md", ""]
 
 
 def _evaluation_lines(entries: list[dict[str, Any]]) -> list[str]:
@@ -131,6 +172,17 @@ def _evaluation_lines(entries: list[dict[str, Any]]) -> list[str]:
 
 def _written(tokens: float) -> str:
     return f" and {_count(tokens)} written" if tokens else ""
+
+
+def _speed(report: dict[str, Any]) -> str:
+    factors, bound = report["efficiency"], report["total"]["bound_hours"]
+    if not factors:
+        return f"at an assumed MFU of {report['mfu']:.0%}"
+    low, high = bound * factors["low"], bound * factors["high"]
+    return (
+        f"(range {low:.1f} to {high:.1f}): the bound, {bound:.1f} hours, times "
+        f"{factors['factor']:.2f}; MFU {report['mfu']:.0%}"
+    )
 
 
 def _count(tokens: float) -> str:

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from files import read_object
 from ranges import AnyFloat, NonEmptyText, check_fields
 
 OUTCOMES = ("go", "caution", "no-go")
@@ -154,3 +156,33 @@ def by_name(name: str, metrics: dict) -> dict:
 def decide(verdicts: list[Verdict]) -> str:
     """The worst outcome; "no-go" without verdicts."""
     return max((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default="no-go")
+
+
+def judge_all(
+    gates: Sequence[Gate], metrics: dict, references: Sequence[Measured | None]
+) -> tuple[list[Verdict], str]:
+    """The verdict of each gate, and the outcome of all; "go" without gates."""
+    verdicts = [
+        judge(gate, metrics, reference) for gate, reference in zip(gates, references, strict=True)
+    ]
+    return verdicts, decide(verdicts) if verdicts else "go"
+
+
+def read_metrics(names: Sequence[str], folder: Path) -> dict:
+    """The metrics of the named evaluations' results files in a folder, as gates address them."""
+    contents = [(name, read_object(folder / f"{name}.json")) for name in names]
+    metrics = [by_name(name, content["metrics"]) for name, content in contents if content]
+    return {name: values for one_eval in metrics for name, values in one_eval.items()}
+
+
+def thresholds(gates: Sequence[Gate]) -> list[dict]:
+    """The gates as a decision stores them: thresholds without the advice."""
+    return [
+        {
+            "metric": gate.metric,
+            "go": gate.go,
+            "no_go": gate.no_go,
+            **({"against": gate.against} if gate.against else {}),
+        }
+        for gate in gates
+    ]

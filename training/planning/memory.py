@@ -13,35 +13,14 @@ import torch
 
 from models.nanollama import ModelConfig, NanoLlama
 from training.config import RunConfig
-from training.meter import PEAK_FLOPS
-from training.muon import ROUND
-from training.optimizers import OptimConfig
+from training.muon import ROUND, second_moment_shape
+from training.optimizers import OptimConfig, group_of
+from training.planning.cards import Gpu
 
 # Bytes, assumed: what torch does not count (CUDA context and kernels, NCCL, cuBLAS, block rounding)
 CONTEXT = 2.0e9
 TIGHT = 0.92  # of a GPU's memory; above it a run may not fit in practice
 LOGITS_CHUNK = 4096  # tokens; models/losses.py on a GPU
-
-
-class Gpu(NamedTuple):
-    """Memory and peak speed of a GPU."""
-
-    memory: float  # bytes that CUDA reports to torch
-    flops: float  # dense bf16 matmuls with fp32 accumulation, per second
-
-
-# Memory: "total capacity" in torch's out-of-memory messages in public issues, in GiB (B200:
-# pytorch/ao pull request 4002). Peaks: NVIDIA's data sheets of H100 SXM, H200 SXM, A100, HGX B200
-# (half of the figure with sparsity) and L40S; Ada architecture whitepaper for the RTX 4090.
-GPUS = {
-    "h100": Gpu(79.1 * 2**30, PEAK_FLOPS["H100"]),
-    "h200": Gpu(139.8 * 2**30, PEAK_FLOPS["H200"]),
-    "a100-80": Gpu(79.1 * 2**30, PEAK_FLOPS["A100"]),
-    "a100-40": Gpu(39.4 * 2**30, PEAK_FLOPS["A100"]),
-    "l40s": Gpu(44.4 * 2**30, 362.05e12),
-    "rtx4090": Gpu(23.6 * 2**30, 165.2e12),
-    "b200": Gpu(178.3 * 2**30, PEAK_FLOPS["B200"]),
-}
 
 
 @cache
@@ -63,11 +42,11 @@ def sharded_bytes(model: ModelConfig, strategy: str, gpus: int) -> int:
 
 
 def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
-    """Shapes of the matrices that Muon updates."""
+    """Shapes of the matrices, and stacks of matrices, that Muon updates."""
     return [
         shape
         for name, shape in parameter_shapes(model).items()
-        if name.startswith("layers.") and len(shape) == 2
+        if group_of(name, torch.empty(shape, device="meta")) == "matrices"
     ]
 
 
@@ -84,11 +63,12 @@ def optimizer_state_bytes(
     sums = optim.adam_every > 1
     hidden = hidden_shapes(model) if optim.name == "muon" else []
     shards = 1 if strategy == "ddp" else gpus
-    matrices = sum(4 * -(-rows // shards) * columns for rows, columns in hidden)
+    matrices = sum(4 * -(-shape[0] // shards) * math.prod(shape[1:]) for shape in hidden)
     others = sharded_bytes(model, strategy, gpus) - matrices
     adamw = (2 + sums) * others
     adamw += 4 * (1 + sums) * (len(parameter_shapes(model)) - len(hidden))
-    normuon = sum(4 * max(shape) for shape in hidden) if optim.normuon_beta2 else 0
+    second_moments = sum(4 * math.prod(second_moment_shape(shape)) for shape in hidden)
+    normuon = second_moments if optim.normuon_beta2 else 0
     return adamw + matrices + normuon
 
 
@@ -98,8 +78,8 @@ def update_bytes(model: ModelConfig, gpus: int, optimizer: str, size: int = 2) -
     per_rank = {shape: -(-shapes.count(shape) // gpus) for shape in shapes}
     return max(
         (
-            9 * size * (r * c) * min(max(1, ROUND // (r * c)), count)
-            for (r, c), count in per_rank.items()
+            9 * size * math.prod(shape) * min(max(1, ROUND // math.prod(shape)), count)
+            for shape, count in per_rank.items()
         ),
         default=0,
     )
@@ -115,7 +95,7 @@ def activation_bytes(
     and two norm statistics. selective: block input, outputs of all matmuls but the last, attention
     output and logsumexp. full: block input. Eager norms also save an fp32 and a normalized copy.
     """
-    d, ff, heads = model.hidden_size, model.intermediate_size, model.num_attention_heads
+    d, heads = model.hidden_size, model.num_attention_heads
     width, kv = heads * model.resolved_head_dim, model.num_key_value_heads * model.resolved_head_dim
     attention = size * (2 * width + 2 * kv) + 4 * heads  # q, k, v, output, logsumexp
     # Numbers and bytes of statistics of the q and k norms.
@@ -124,15 +104,50 @@ def activation_bytes(
     )
     if checkpointing == "full":
         return size * d
+    feed_forward = feed_forward_bytes(model, checkpointing, size, compiled)
     if checkpointing == "selective":
-        last_matmul = 0 if compiled else size * d
-        return size * (2 * d + 2 * ff) + attention + last_matmul
+        return size * 2 * d + attention + feed_forward
     if compiled:
-        return size * (4 * d + 3 * ff) + attention + 8 + size * normed_heads[0] + normed_heads[1]
+        norms = size * normed_heads[0] + normed_heads[1] + 8
+        return size * 3 * d + attention + norms + feed_forward
     norm = 4 + size  # per normed number: fp32 copy and normalized value
-    # Of the norms; gate, silu(gate), up and their product.
-    outputs = size * 2 * d + size * 4 * ff + attention
-    return 2 * (norm * d + 4) + outputs + norm * normed_heads[0] + normed_heads[1]
+    norms = 2 * (norm * d + 4) + norm * normed_heads[0] + normed_heads[1]
+    return size * d + attention + norms + feed_forward
+
+
+def feed_forward_bytes(
+    model: ModelConfig, checkpointing: str, size: int = 2, compiled: bool = True
+) -> int:
+    """Bytes per token that a feed-forward network saves for backward, its input included.
+
+    size, checkpointing: see activation_bytes; not for "full". Dense: the input, gate, up, their
+    product, and eagerly silu(gate). With experts, a token has a row of these for each of its top_k
+    experts; their inputs and outputs are copies, sorted by expert. The router keeps its input in
+    fp32, scores and probabilities of all experts, and three int64 indices per chosen expert.
+    """
+    d, moe = model.hidden_size, model.moe
+    hidden = {"selective": 2}.get(checkpointing, 3 if compiled else 4)  # gate, up, product, silu
+    if model.kind == "dense":
+        last_matmul = 0 if compiled or checkpointing == "none" else size * d
+        inputs = size * d if checkpointing == "none" else 0
+        return inputs + size * hidden * model.intermediate_size + last_matmul
+    widths = size * hidden * (moe.top_k * model.expert_size + moe.shared_size)
+    noisy = moe.router == "noisy_top_k"
+    if checkpointing == "selective":  # scores, size and keys of the noise, outputs of experts
+        router = 4 * moe.experts + noisy * (4 * moe.experts + 8)
+        last_matmul = size * d if moe.shared_size and not compiled else 0
+        return router + size * moe.top_k * d + widths + last_matmul
+    router = 4 * d + 8 * moe.experts + 28 * moe.top_k + 4 + noisy * 8 * moe.experts
+    if not compiled:
+        router += size * moe.top_k + 4 + (4 * d if noisy and size == 2 else 0)
+    shared_input = size * d if moe.shared_size and size == 2 else 0  # in fp32, the router's
+    return router + size * 2 * moe.top_k * d + widths + shared_input
+
+
+def _size(model: ModelConfig, prefix: str) -> int:
+    """Number of parameters whose names begin with `prefix`."""
+    shapes = parameter_shapes(model).items()
+    return sum(math.prod(shape) for name, shape in shapes if name.startswith(prefix))
 
 
 class Memory(NamedTuple):
@@ -163,7 +178,8 @@ def memory(run: RunConfig, gpus: int) -> Memory:
 
     Activations fall and gradients rise evenly over the backward pass, so the peak is at one of its
     ends or in the optimizer. The block's working memory in backward is an estimate; the rest
-    follows from shapes and from what FSDP2 keeps gathered.
+    follows from shapes and from what FSDP2 keeps gathered. Tokens are assumed to be balanced over
+    the ranks of parallel.experts.
     """
     model, parallel = run.model, run.parallel
     size = 4 if parallel.dtype == "float32" else 2  # all GPUs here compute in bf16
@@ -171,12 +187,12 @@ def memory(run: RunConfig, gpus: int) -> Memory:
     d, vocab, layers = model.hidden_size, model.vocab_size, model.num_hidden_layers
     tokens = run.data.micro_batch_size * run.data.sequence_length
     shard = sharded_bytes(model, parallel.strategy, gpus)
-    block = sum(
-        math.prod(shape)
-        for name, shape in parameter_shapes(model).items()
-        if name.startswith("layers.0.")
-    )
-    root = model.num_parameters - layers * block  # FSDP group of embedding, last norm and head
+    # With expert parallelism a rank computes its own experts of each block; FSDP has the others.
+    experts = _size(model, "layers.0.mlp.experts.") if parallel.experts > 1 else 0
+    own = experts // parallel.experts
+    block = _size(model, "layers.0.") - experts
+    sharded = model.num_parameters - layers * experts
+    root = sharded - layers * block  # FSDP group of embedding, last norm and head
     shards = 1 if parallel.strategy == "ddp" else gpus
 
     def saved(checkpointing: str) -> int:
@@ -189,10 +205,11 @@ def memory(run: RunConfig, gpus: int) -> Memory:
         "CUDA context (assumed)": CONTEXT,
     }
     # Unsharded fp32 gradients until the last micro-batch.
-    accumulated = 4 * model.num_parameters if micro_batches(run, gpus) > 1 else 0
-    gathered = size * (
-        model.num_parameters if parallel.strategy != "zero3" else root + min(2, layers) * block
-    )
+    accumulated = 4 * (sharded + layers * own) if micro_batches(run, gpus) > 1 else 0
+    gathered = size * (sharded if parallel.strategy != "zero3" else root + min(2, layers) * block)
+    # Casts of a rank's own experts; without checkpointing they are kept for backward.
+    kept = layers if parallel.activation_checkpointing == "none" else 1
+    gathered += size * kept * own
     blocks = tokens * layers * saved(parallel.activation_checkpointing)
     # The last norm is eager; the head reads its output.
     last_norm = tokens * ((4 + 2 * size) * d + 4 if size == 2 else 12 * d + 4)
@@ -205,13 +222,16 @@ def memory(run: RunConfig, gpus: int) -> Memory:
         * ((12 if size == 2 else 8) if chunks > 1 else (6 if size == 2 else 4))
     )
     head = {"logits chunk": logits, "head gradient": 4 * vocab * d + size * tokens * d}
-    # Gradients of block output, gate, up and their product.
+    # Gradients of block output, gate, up and their product; or of the inputs of experts, twice.
     working = tokens * size * (d + 3 * model.intermediate_size)
+    if model.kind == "moe":
+        experts = model.moe.top_k * max(3 * model.expert_size, 2 * d)
+        working = tokens * size * (d + experts + 3 * model.moe.shared_size)
     if not compiled:
         working = max(working, tokens * (20 + size) * d)  # a norm's backward, in fp32
     recomputed = saved("none") - saved(parallel.activation_checkpointing)
     # Gradients of one block: from its matmuls, sent, and received.
-    reduced = block * (size + 4 + 4 / shards)
+    reduced = block * (size + 4 + 4 / shards) + own * (size + 4)
     points: dict[str, dict[str, float]] = {
         "loss head": {
             "gradients": accumulated,

@@ -13,10 +13,19 @@ from cli import ROOT
 from files import read_object, write_json
 from machine import cpus
 from training import setup
+from training.averaging import RECORD, last_checkpoints
 from training.checkpoint_files import find_damage, model_hash, step_folders, step_of
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
-from training.planning.gates import Gate, Measured, by_name, decide, estimate, judge, reference_of
+from training.planning.gates import (
+    Gate,
+    Measured,
+    estimate,
+    judge_all,
+    read_metrics,
+    reference_of,
+    thresholds,
+)
 from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, scheduled_phases
 from training.settings import read_yaml
 
@@ -75,7 +84,10 @@ class Pipeline:
                     if milestone.step == stop:
                         checkpoint = scheduled.run.checkpoints / f"step_{stop}"
                         evals = milestone.evals or tuple(self.plan.evals)
-                        self.judge(replace(milestone, evals=evals), checkpoint, scheduled)
+                        milestone = replace(milestone, evals=evals)
+                        if milestone.averages and checkpoint.is_dir():
+                            self.forecast(milestone, checkpoint, scheduled.run.checkpoint.every)
+                        self.judge(milestone, checkpoint, scheduled)
             before = scheduled.run.checkpoints
         checkpoint = step_folders(self.scheduled_phases[-1].run.checkpoints)[-1]
         for stage in self.plan.stages:
@@ -107,7 +119,7 @@ class Pipeline:
         self.run_command(
             f"Training, phase {run.phase}, steps {scheduled.begin} to {stop} of {scheduled.end}: "
             f"{', '.join(data.mix)}, sequence length {data.sequence_length}, "
-            f"rope theta {run.theta_text}",
+            f"rope {run.positions_text}",
             [*self.launch, "--config", scheduled.phase.config, *resume, *settings],
         )
 
@@ -173,13 +185,9 @@ class Pipeline:
         path, checkpoint_id = folder / "decision.json", model_hash(checkpoint)
         done = read_object(path) or {}
         phase = scheduled.run.phase if scheduled else str(step)
-        compared = [reference_of(gate, self.measured) for gate in milestone.gates]
-        earlier_values = [
-            estimate(gate.metric, reference.metrics) if reference else None
-            for gate, reference in zip(milestone.gates, compared, strict=True)
-        ]
-        references = [value.value if value else None for value in earlier_values]
-        current = done.get("of") == checkpoint_id and done.get("gates") == _plain(milestone.gates)
+        compared, references = self._references(milestone.gates)
+        gates = thresholds(milestone.gates)
+        current = done.get("of") == checkpoint_id and done.get("gates") == gates
         current = current and done.get("references", [None] * len(references)) == references
         if current and (done.get("outcome") != "no-go" or done.get("accepted")):
             self._remember(milestone.evals, folder, phase, where)
@@ -187,18 +195,14 @@ class Pipeline:
         for name in milestone.evals:
             self._evaluate(name, checkpoint, checkpoint_id, folder / f"{name}.json", where)
         metrics = self._remember(milestone.evals, folder, phase, where)
-        verdicts = [
-            judge(gate, metrics, reference)
-            for gate, reference in zip(milestone.gates, compared, strict=True)
-        ]
-        outcome = decide(verdicts) if verdicts else "go"
+        verdicts, outcome = judge_all(milestone.gates, metrics, compared)
         # A reason applies only to a no-go that an earlier call reported.
         was_seen = current and done.get("outcome") == "no-go"
         steps = self.extended.get(scheduled.run.phase) if scheduled else None
         reason = self.accept or (f"{phase} extended by {steps} steps" if steps else None)
         accepted = reason if outcome == "no-go" and was_seen else None
         decision: dict[str, Any] = {"step": step, "outcome": outcome, "accepted": accepted}
-        decision["gates"] = _plain(milestone.gates)
+        decision["gates"] = gates
         decision |= (
             {"references": references} if any(gate.against for gate in milestone.gates) else {}
         )
@@ -238,6 +242,52 @@ class Pipeline:
             raise SystemExit(NO_GO)
         self.accept = None if accepted else self.accept  # one reason accepts one decision
 
+    def forecast(self, milestone: Milestone, checkpoint: Path, every: int) -> None:
+        """Evaluate the average of the last checkpoints, `every` steps apart, at a milestone, once.
+
+        Its gates are reported and decide nothing. Training continues from `checkpoint`, the
+        milestone's own. If other checkpoints of the average were deleted, it is skipped.
+        """
+        step, phase, count = milestone.step, checkpoint.parent, milestone.averages or 0
+        average, folder = phase / f"average_{step}", self.results / f"step_{step}_average"
+        where = f"at step {step}, average of {count} checkpoints"
+        compared, references = self._references(milestone.gates)
+        inputs: dict[str, Any] = {
+            "raw": model_hash(checkpoint),
+            "averages": count,
+            "commands": {name: self.plan.evals[name] for name in milestone.evals},
+            "gates": thresholds(milestone.gates),
+            "references": references,
+        }
+        path = folder / "decision.json"
+        done = read_object(path) or {}
+        if all(done.get(key) == value for key, value in inputs.items()):
+            return
+        record = (read_object(average / RECORD) or {}).get("sources") or [{}]
+        if len(record) != count or record[-1].get("hash") != inputs["raw"]:
+            try:
+                sources = last_checkpoints(phase, count, until=step, max_distance=every)
+            except ValueError as error:
+                self.event("no_average", f"skipped the forecast {where}: {error}", step=step)
+                return
+            if average.exists():
+                self._set_aside(average, f"{checkpoint} was trained again since it was averaged")
+            command = f"python -m scripts.average_checkpoints --last {count} --until {step}"
+            paths = ["--phase_folder", str(phase), "--output_dir", str(average)]
+            names = ", ".join(source.name for source in sources)
+            self.run_command(f"Average of {names}", [*command.split(), *paths])
+        digest = model_hash(average)
+        for name in milestone.evals:
+            self._evaluate(name, average, digest, folder / f"{name}.json", where)
+        metrics = read_metrics(milestone.evals, folder)
+        verdicts, outcome = judge_all(milestone.gates, metrics, compared)
+        values = [verdict.value for verdict in verdicts]
+        decision = {"step": step, "outcome": outcome, **inputs, "values": values}
+        text = f"forecast {where}: {outcome}; " + "; ".join(map(str, verdicts))
+        logged = {key: value for key, value in decision.items() if key != "commands"}
+        self.event("forecast", text, **logged)
+        write_json(path, {**decision, "of": digest, "metrics": metrics})
+
     def _evaluate(
         self, name: str, checkpoint: Path, checkpoint_id: str, output: Path, where: str
     ) -> None:
@@ -256,6 +306,17 @@ class Pipeline:
             )
         write_json(output, {**content, **key})
 
+    def _references(
+        self, gates: tuple[Gate, ...]
+    ) -> tuple[list[Measured | None], list[float | None]]:
+        """Return the earlier measurement that each gate compares with, and its value there."""
+        compared = [reference_of(gate, self.measured) for gate in gates]
+        values = [
+            estimate(gate.metric, reference.metrics) if reference else None
+            for gate, reference in zip(gates, compared, strict=True)
+        ]
+        return compared, [value.value if value else None for value in values]
+
     def _previous_value(self, gate: Gate) -> str:
         """Return "; before, WHERE: VALUE" for an absolute gate measured earlier, else ""."""
         if gate.against:
@@ -266,10 +327,7 @@ class Pipeline:
 
     def _remember(self, names: tuple[str, ...], folder: Path, phase: str, where: str) -> dict:
         """Read the metrics of a milestone or stage and keep them for later gates."""
-        contents = [(name, read_object(folder / f"{name}.json")) for name in names]
-        metrics = [by_name(name, content["metrics"]) for name, content in contents if content]
-        merged = {name: values for one_eval in metrics for name, values in one_eval.items()}
-        self.measured.append(Measured(phase, where, merged))
+        self.measured.append(Measured(phase, where, read_metrics(names, folder)))
         return self.measured[-1].metrics
 
     def _renew(self, scheduled: ScheduledPhase, before: Path | None, redo: bool) -> None:
@@ -361,7 +419,9 @@ class Pipeline:
             f"phase=branch_{name}",
             f"steps={steps}",
             f"start_step={step}",
-            f"schedule={{warmup_steps: {warmup}, total_steps: {end}, decay_steps: {steps}}}",
+            f"schedule.warmup_steps={warmup}",
+            f"schedule.total_steps={end}",
+            f"schedule.decay_steps={steps}",
             f"output_dir=checkpoints/{run.run}/branch_{name}",
             f"log_dir={self.logs}/branch_{name}",
         ]
@@ -414,19 +474,6 @@ class Pipeline:
             append_event(self.logs, "extend", f"extended by steps: {new}", **new)
             write_json(path, extensions)
         return extensions
-
-
-def _plain(gates: tuple[Gate, ...]) -> list[dict]:
-    """Return the gates as a decision stores them: thresholds without the advice."""
-    return [
-        {
-            "metric": gate.metric,
-            "go": gate.go,
-            "no_go": gate.no_go,
-            **({"against": gate.against} if gate.against else {}),
-        }
-        for gate in gates
-    ]
 
 
 def _settings(stage: PlanStage) -> dict[str, dict]:

@@ -5,10 +5,10 @@ A plan is data: training/planning/pipeline.py executes it, training/planning/cos
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
-from ranges import AnyFloat, NonEmptyText, NonNegativeInt, PositiveInt, check_fields
-from training.config import PHASES_DIFFER, RunConfig, load
+from ranges import AnyFloat, NonEmptyText, NonNegativeInt, PositiveInt, at_least, check_fields
+from training.config import PHASES_DIFFER, RunConfig, fixed, load, scaling_of
 from training.planning.gates import BEFORE, Gate
 from training.settings import load_settings
 
@@ -21,6 +21,8 @@ class Milestone:
     evals: tuple[str, ...] = ()  # of Plan.evals; default: all of them
     gates: tuple[Gate, ...] = ()
     advice: str = ""  # one sentence on what to do after a no-go or a caution
+    # Also evaluate the average of this many last checkpoints: a forecast, without a decision.
+    averages: Annotated[int, at_least(2)] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "milestone")
@@ -138,8 +140,9 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
 
     extra_steps: phase -> steps added to those of its config. They move the end of the phase, of
     the learning-rate schedule and everything later. In a phase where the rate decays they extend
-    the decay, which begins at the same step. ValueError if phases differ in schedule, run, model
-    shape or batch, do not begin at their start_step, or have milestones outside their steps.
+    the decay, which begins at the same step. ValueError if phases differ in schedule, run or model
+    shape, do not begin at their start_step, or have milestones outside their steps. They may differ
+    in data.tokens_per_step: steps are updates of any size.
     """
     extra_steps, begin = extra_steps or {}, 0
     scheduled: list[ScheduledPhase] = []
@@ -157,7 +160,12 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
         previous = scheduled[-1] if scheduled else None
         shift = sum(extra_steps.get(earlier.run.phase, 0) for earlier in scheduled)
         extra = extra_steps.get(config.phase, 0)
-        schedule = config.schedule
+        schedule, batch = config.schedule, config.schedules.get("batch_tokens")
+        if added and batch and batch.by == "fraction":
+            raise ValueError(
+                f"{phase.config} has schedules.batch_tokens by fraction, so more steps would "
+                "change the batches of earlier steps; give its points by steps to extend a phase"
+            )
         overrides = [
             f"steps={config.steps + extra}",
             f"schedule.total_steps={schedule.total_steps + added}",
@@ -182,6 +190,7 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
                 raise ValueError(
                     f"milestone {milestone.step} is outside {run.phase}, steps {begin} to {end}"
                 )
+            _check_averages(milestone, moved, run, begin)
         scheduled.append(ScheduledPhase(PlanPhase(phase.config, moved), run, begin, end))
         begin = end
     total = scheduled[-1].run.schedule.total_steps
@@ -237,6 +246,26 @@ def evaluation_points(plan: Plan, phases: list[ScheduledPhase]) -> list[Evaluati
     return listed
 
 
+def _check_averages(
+    milestone: Milestone, milestones: tuple[Milestone, ...], run: RunConfig, begin: int
+) -> None:
+    """ValueError if the phase will not have the checkpoints that a milestone averages."""
+    count, config, step = milestone.averages, run.checkpoint, milestone.step
+    if count is None:
+        return
+    where = f"milestone {step} averages the last {count} checkpoints of {run.phase}"
+    if config.keep < count:
+        raise ValueError(f"{where}, but checkpoint.keep is {config.keep}; set it to {count}")
+    pauses = {other.step for other in milestones}
+    saved = sum(config.is_due(i) or i in pauses for i in range(begin + 1, step + 1))
+    if saved < count:
+        raise ValueError(
+            f"{where}, which saves {saved} by then; lower averages or checkpoint.every"
+        )
+    if len(set(run.theta_range)) > 1:
+        raise ValueError(f"{where}, in which rope theta changes; remove averages there")
+
+
 def _check_start(run: RunConfig, begin: int, before: str | None, config: str) -> None:
     """ValueError if start_step or resume_from of a config contradict its position in the plan."""
     if run.start_step != begin:
@@ -258,12 +287,11 @@ def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str)
     pairs = {
         "run": (before.run, after.run),
         "schedule": (before.schedule, after.schedule),
-        "data.tokens_per_step": (before.data.tokens_per_step, after.data.tokens_per_step),
         "optim.lr": (before.optim.lr, after.optim.lr),
     }
     for name in vars(before.model):
         if name not in PHASES_DIFFER:
-            pairs[f"model.{name}"] = (getattr(before.model, name), getattr(after.model, name))
+            pairs[f"model.{name}"] = (fixed(before.model, name), fixed(after.model, name))
     for name, (left, right) in pairs.items():
         if left != right:
             raise ValueError(
@@ -274,4 +302,10 @@ def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str)
         raise ValueError(
             f"rope_theta ends at {end:,.0f} in {first} and begins at {begin:,.0f} in {second}; "
             f"make them equal, or set allow_theta_jump: true in {second}"
+        )
+    scalings = [scaling_of(run.model) or "none" for run in (before, after)]
+    if scalings[0] != scalings[1] and not after.allow_rope_scaling_change:
+        raise ValueError(
+            f"model.rope_scaling is {scalings[0]} in {first} and {scalings[1]} in {second}; make "
+            f"them equal, or set allow_rope_scaling_change: true in {second}"
         )

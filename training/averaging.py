@@ -1,0 +1,246 @@
+"""Average the weights of checkpoints, tensor by tensor, into a new Hugging Face folder.
+
+At a stable learning rate, the mean of the last checkpoints forecasts what a decay would give
+(arXiv:2505.12082, arXiv:2507.17634). Averaging of weights along a run: arXiv:1803.05407.
+"""
+
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.chat.folder_templates import template_files
+from data.manifest import file_hash
+from files import check_free_space, read_object, step_number, temporary, write_json
+from models.hf import check_model_folder, read_config, weight_files
+from training.checkpoint import TOKENIZER_FILES
+from training.checkpoint_files import (
+    MANIFEST,
+    find_damage,
+    hash_files,
+    model_hash,
+    read_manifest,
+    step_folders,
+    step_of,
+)
+
+RECORD = "average.json"  # in the folder of an average: {"sources": [...]}
+
+
+class Stored(NamedTuple):
+    """A tensor in a folder, as the header of its safetensors file describes it."""
+
+    file: Any  # the open safetensors file
+    shape: tuple[int, ...]
+    dtype: str  # in safetensors' words, such as BF16
+
+
+def last_checkpoints(
+    phase: Path,
+    last: int,
+    every: int = 1,
+    until: int | None = None,
+    max_distance: int | None = None,
+) -> list[Path]:
+    """The `last` newest complete step folders of a phase, in order of their steps.
+
+    every: only steps that are multiples of it. until: the largest step. max_distance: of
+    neighbours, in steps. ValueError if there are fewer, or if one between them was deleted.
+    """
+    if not phase.is_dir():
+        raise ValueError(f"{phase} does not exist; give the folder of a phase, with its step_N")
+    folders = [
+        folder
+        for folder in step_folders(phase)
+        if step_of(folder) % every == 0
+        and (until is None or step_of(folder) <= until)
+        and read_manifest(folder) is not None
+    ]
+    if len(folders) < last:
+        names = ", ".join(folder.name for folder in folders) or "none"
+        limits = f" of every {every} steps" * (every > 1) + f" up to step {until}" * bool(until)
+        raise ValueError(
+            f"{phase} has {len(folders)} complete checkpoints{limits} ({names}), but {last} were "
+            "asked for; average fewer, or train with a larger checkpoint.keep"
+        )
+    chosen = folders[-last:]
+    for before, after in pairwise(chosen):
+        if max_distance and step_of(after) - step_of(before) > max_distance:
+            raise ValueError(f"the checkpoints between {before} and {after.name} were deleted")
+    return chosen
+
+
+def record_of(sources: Sequence[Path], weights: Sequence[float] | None = None) -> dict[str, Any]:
+    """Describe an average: path, step, hash and weight of each source. Default: equal weights.
+
+    ValueError if a source is not a complete model folder, is given twice, or lacks a weight.
+    """
+    if len(sources) < 2:
+        raise ValueError(f"{len(sources)} checkpoint was given; an average needs at least two")
+    weights = [1.0] * len(sources) if weights is None else list(weights)
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"{len(weights)} weights for {len(sources)} checkpoints; give one for each"
+        )
+    for source in sources:
+        if source.suffix == ".tmp":
+            raise ValueError(f"{source} is being written; wait until it has its final name")
+        check_model_folder(source)
+    resolved = [source.resolve() for source in sources]
+    if twice := [str(path) for path in resolved if resolved.count(path) > 1]:
+        raise ValueError(f"{twice[0]} is given twice; use --weights to count it more")
+    return {
+        "sources": [
+            {
+                "checkpoint": str(source),
+                "step": step_number(source),
+                "hash": model_hash(source),
+                "weight": weight,
+            }
+            for source, weight in zip(sources, weights, strict=True)
+        ]
+    }
+
+
+def sources_of(folder: Path) -> list[Path]:
+    """The checkpoints that an average was made of; [] for another folder."""
+    sources = (read_object(folder / RECORD) or {}).get("sources") or []
+    return [Path(source["checkpoint"]) for source in sources]
+
+
+def is_made(output: Path, record: dict[str, Any]) -> bool:
+    """Whether a complete folder has this average. ValueError if it has anything else."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return False
+    if _hashes(read_object(output / RECORD) or {}) != _hashes(record):
+        raise ValueError(f"{output} exists and is not this average; give another --output_dir")
+    if problem := find_damage(output):
+        raise ValueError(f"{output} is damaged ({problem}); remove it and run the command again")
+    return True
+
+
+def _hashes(record: dict[str, Any]) -> list[tuple[str, float]]:
+    """Hash and weight of each source; a path may be relative or absolute."""
+    return [(source["hash"], source["weight"]) for source in record.get("sources") or []]
+
+
+def write_average(record: dict[str, Any], output: Path) -> None:
+    """Write the weighted mean of a record's sources to a new or empty folder.
+
+    Sums are in float64 and stored in the sources' dtype. Memory: the new model and one tensor.
+    Config, tokenizer and chat template are those of the last source. An interrupted call leaves no
+    folder. ValueError if the sources differ in more than their weights, or are damaged.
+    """
+    sources = [Path(source["checkpoint"]) for source in record["sources"]]
+    weights = [source["weight"] for source in record["sources"]]
+    _check_same_model(sources)
+    for source in sources:  # a folder that another program wrote has no manifest
+        if read_manifest(source) and (problem := find_damage(source, with_state=False)):
+            raise ValueError(f"{source} is damaged ({problem}); leave it out")
+    size = sum(path.stat().st_size for path in weight_files(sources[-1]))
+    check_free_space(output.parent, size, "the average")
+    scratch = temporary(output)
+    try:
+        scratch.mkdir()
+        with ExitStack() as stack:
+            folders = [_open_tensors(source, stack) for source in sources]
+            _check_same_tensors(sources, folders)
+            tensors = {name: _mean(name, folders, weights) for name in folders[0]}
+            save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(sources[-1] / "config.json", scratch / "config.json")
+        copy_chat_files(sources[-1], scratch)
+        write_json(scratch / RECORD, record)
+        written = [str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()]
+        sums = hash_files(scratch, sorted(written), "sha256")
+        write_json(
+            scratch / MANIFEST,
+            {"hash": "sha256", "metric": None, "milestone": True, "files": sums},
+        )
+        scratch.rename(output)  # also replaces an empty folder
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def copy_chat_files(source: Path, target: Path) -> None:
+    """Copy the tokenizer and the chat templates of a model folder into another folder."""
+    tokenizer = [path for name in TOKENIZER_FILES if (path := source / name).is_file()]
+    for path in {*tokenizer, *template_files(source)}:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _mean(name: str, folders: Sequence[dict[str, Stored]], weights: Sequence[float]) -> Tensor:
+    """The weighted mean of one tensor, in the dtype of the sources."""
+    total = torch.zeros(folders[0][name].shape, dtype=torch.float64)
+    for tensors, weight in zip(folders, weights, strict=True):
+        tensor = tensors[name].file.get_tensor(name)
+        total.add_(tensor.double(), alpha=weight)
+    mean = total.div_(sum(weights)).to(tensor.dtype)
+    if not mean.isfinite().all():
+        raise ValueError(f"the mean of {name} is not finite; leave out the checkpoint with NaN")
+    return mean
+
+
+def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, Stored]:
+    """Open a folder's safetensors files, sharded or not, without reading the tensors."""
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            file = stack.enter_context(safe_open(path, "pt"))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); restore it from a copy") from error
+        for name in file.keys():  # noqa: SIM118 - the file is not a mapping
+            part = file.get_slice(name)
+            tensors[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
+    return tensors
+
+
+def _check_same_model(sources: Sequence[Path]) -> None:
+    """ValueError if two sources differ in their config or tokenizer."""
+    first = sources[0]
+    config, tokenizer = vars(read_config(first)), _tokenizer_hash(first)
+    for source in sources[1:]:
+        other = vars(read_config(source))
+        for name in {**config, **other}:
+            left, right = config.get(name), other.get(name)
+            if left != right:
+                cause = " (it changes over the phase)" if name == "rope_theta" else ""
+                raise ValueError(
+                    f"{name} is {left} in {first} and {right} in {source}{cause}; "
+                    "average checkpoints of one model with equal settings"
+                )
+        if _tokenizer_hash(source) != tokenizer:
+            raise ValueError(
+                f"{first} and {source} have different tokenizers; average checkpoints of one run"
+            )
+
+
+def _tokenizer_hash(folder: Path) -> str | None:
+    path = folder / "tokenizer.json"
+    return file_hash(path) if path.is_file() else None
+
+
+def _check_same_tensors(sources: Sequence[Path], folders: Sequence[dict[str, Stored]]) -> None:
+    """ValueError if two sources differ in the name, shape or dtype of a tensor."""
+    first = folders[0]
+    for source, tensors in zip(sources[1:], folders[1:], strict=True):
+        if names := sorted(first.keys() ^ tensors.keys()):
+            raise ValueError(
+                f"only one of {sources[0]} and {source} has {names[0]}; "
+                "average checkpoints of one model"
+            )
+        for name, (_, shape, dtype) in first.items():
+            other = tensors[name]
+            if (shape, dtype) != (other.shape, other.dtype):
+                raise ValueError(
+                    f"{name} is {dtype} {list(shape)} in {sources[0]} and {other.dtype} "
+                    f"{list(other.shape)} in {source}; average checkpoints of one shape and dtype"
+                )

@@ -1,0 +1,140 @@
+"""Print a chosen plan: shape, batches, rates, memory, hours, money, disk, loss, largest costs."""
+
+from typing import Any
+
+from training.planning.cards import GPUS
+from training.planning.cost import LAW_RANGE, forecast_loss
+from training.planning.cpu_plan import CpuChoice
+from training.planning.dial import Choice, size_text
+from training.planning.plan_files import downloads
+from training.planning.probe import Probe
+from training.planning.roofline import StepBound, efficiency, step_bound
+
+BYTES_PER_TOKEN = 4.0  # of text, about: docs/performance.md
+CLEANED = 1.5e6  # bytes of text per second that one core prepares: docs/performance.md
+
+
+def gpu_text(choice: Choice, report: dict[str, Any], price: float | None) -> str:
+    """Describe a plan for GPUs. report: forecast() of the written plan. price: per GPU and hour."""
+    request, run = choice.request, choice.fit.run
+    model, data, gpu = run.model, run.data, GPUS[request.gpu]
+    total, disk = report["total"], report["disk"]
+    peak = max(report["phases"], key=lambda phase: phase["memory"]["total"])
+    factors = efficiency()
+    low, high = (total["bound_hours"] * factor for factor in (factors.low, factors.high))
+    tuning = {
+        stage: tokens * choice.fit.seconds_per_token / 3600
+        for stage, tokens in choice.tuning_tokens.items()
+    }
+    measuring = report["evaluations_total"]["hours"]
+    hours = total["hours"] + sum(tuning.values()) + measuring
+    parts = [f"pretraining {total['hours']:.3g}"]
+    parts += [f"{stage.upper()} {value:.2g}" for stage, value in tuning.items()]
+    parts.append(f"evaluations {measuring:.2g}")
+    text = sum(downloads(choice).values()) * BYTES_PER_TOKEN
+    rows = f"{data.micro_batch_size} rows of {data.sequence_length:,}"
+    accumulated = data.rows // data.micro_batch_size // request.gpus
+    phases = ", ".join(f"{name} {count:,}" for name, count in choice.steps.items())
+    lines = [
+        f"  model       {_model_text(choice)}",
+        f"  GPUs        {request.gpus} x {gpu.title}",
+        f"  tokens      {size_text(choice.tokens)}, {choice.tokens / model.num_parameters:.0f} per "
+        f"parameter; steps: {phases}",
+        f"  batch       {data.tokens_per_step:,} tokens: {accumulated} x {rows} per GPU",
+        f"  settings    {run.parallel.strategy}, activation checkpointing "
+        f"{run.parallel.activation_checkpointing}; AdamW, peak rate {choice.lr:.2e}",
+        f"  memory      {peak['memory']['total'] / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB per GPU "
+        f"({peak['phase']}; computed, not measured)",
+        f"  hours       {hours:.3g} of {request.hours:g}: {', '.join(parts)}",
+        f"              pretraining is the bound, {total['bound_hours']:.3g} hours, x "
+        f"{factors.factor:.2f}; published runs: x {factors.low:.2f} to x {factors.high:.2f}, so "
+        f"{low:.3g} to {high:.3g}",
+    ]
+    if price is not None:
+        rate = request.gpus * price
+        rest = hours - total["hours"]
+        lines.append(
+            f"  money       {rate * hours:,.2f} at {price:g} per GPU hour; over that range "
+            f"{rate * (low + rest):,.2f} to {rate * (high + rest):,.2f}"
+        )
+    lines += [
+        f"  disk        {sum(disk[name] for name in ('checkpoints', 'tokens', 'text')) / 1e9:.0f} "
+        f"GB: checkpoints {disk['checkpoints'] / 1e9:.0f}, tokens {disk['tokens'] / 1e9:.1f}, text "
+        f"{disk['text'] / 1e9:.0f} before compression",
+        f"  data        {_data_text(choice)}",
+        f"              preparing them takes about {text / CLEANED / 3600:.2g} core hours, which "
+        "are not in the hours",
+        f"  loss        {_loss_text(model.num_parameters, choice.tokens)}",
+        *(f"  note        {note}" for note in choice.notes),
+        "",
+        *bound_lines(step_bound(run, request.gpus, gpu)),
+    ]
+    return "\n".join(lines)
+
+
+def bound_lines(bound: StepBound, count: int = 5) -> list[str]:
+    """Table of the largest costs of a step, a lower bound on its time."""
+    lines = [
+        f"Largest costs of a step, of at least {1000 * bound.seconds:,.1f} ms: a lower bound on "
+        "time, every operation",
+        "at the peak or the full bandwidth of the vendor's datasheet",
+        "",
+        "  operation                      ms       FLOPs   GB moved   GB sent   limited by",
+    ]
+    for operation, seconds in bound.largest(count):
+        flops = operation.flops + operation.extra_flops
+        limit = "bandwidth" if flops / bound.gpu.flops < seconds else "peak"
+        lines.append(
+            f"  {operation.name:<24} {1000 * seconds:>8,.1f}   {flops:>9.2e}   "
+            f"{operation.bytes / 1e9:>8,.1f}   {operation.sent / 1e9:>7,.2f}   "
+            f"{bound.gpu.over if operation.sent else limit}"
+        )
+    return lines
+
+
+def cpu_text(choice: CpuChoice, probe: Probe, parameters: int, minutes: float) -> str:
+    """Describe a plan for this machine's CPU."""
+    seconds = sum(choice.seconds.values())
+    parts = ", ".join(f"{name} {value:.0f}" for name, value in choice.seconds.items())
+    steps = ", ".join(f"{name} {count:,}" for name, count in choice.steps.items())
+    return "\n".join(
+        [
+            f"  model       {parameters / 1e6:.1f}M parameters, the quickstart's",
+            f"  machine     {probe.cores} cores: {probe.tokens_per_s:,.0f} tokens/s in "
+            f"{probe.steps} measured steps of {probe.step_s:.3f} s",
+            f"              bound of a step {probe.bound_s:.3f} s at {probe.flops / 1e9:,.0f} "
+            f"GFLOP/s and {probe.bandwidth / 1e9:.1f} GB/s, both measured: x "
+            f"{probe.step_s / probe.bound_s:.2f}",
+            f"  tokens      {choice.tokens / 1e6:.2f}M, {choice.tokens / parameters:.2f} per "
+            "parameter",
+            f"  steps       {steps}",
+            f"  minutes     {seconds / 60:.1f} of {minutes:g}; seconds: {parts}",
+            "  loss        no forecast: outside of the range of the law",
+            *(f"  note        {note}" for note in choice.notes),
+        ]
+    )
+
+
+def _model_text(choice: Choice) -> str:
+    model = choice.fit.run.model
+    return (
+        f"{size_text(model.num_parameters)} parameters: {model.num_hidden_layers} layers of width "
+        f"{model.hidden_size:,}, {model.num_attention_heads} heads of {model.resolved_head_dim} "
+        f"({model.num_key_value_heads} of keys and values)"
+    )
+
+
+def _data_text(choice: Choice) -> str:
+    amounts = (f"{name} {size_text(tokens)}" for name, tokens in downloads(choice).items())
+    return f"{', '.join(amounts)} tokens to download"
+
+
+def _loss_text(parameters: int, tokens: float) -> str:
+    """Forecast of the loss, and whether it is within the range of its law."""
+    loss, error = forecast_loss(parameters, tokens)
+    sizes = {"parameters": parameters, "tokens": tokens}
+    known = all(low <= sizes[name] <= high for name, (low, high) in LAW_RANGE.items())
+    where = (
+        "" if known else "; extrapolated: outside of the law's 70M-16B parameters, 5B-500B tokens"
+    )
+    return f"{loss:.2f} +- {error:.2f} nats per token (Hoffmann et al.){where}"
