@@ -6,14 +6,15 @@ python -m scripts.new_plan --gpu rtx3060 --hours 24 --params 1e8
 python -m scripts.new_plan --gpu cpu --minutes 30
 
 Writes configs/NAME/ and prints memory, hours, disk, money and the expected loss. It never
-overwrites a folder. Run the plan with `python -m scripts.pipeline --plan configs/NAME/plan.yaml`.
-docs/new_plan.md has the rules and their sources. --gpu cpu first trains for 20 seconds to measure
-this machine.
+overwrites a folder and refuses the name of another run. --goal code needs a login to the hub.
+Run the plan with `python -m scripts.pipeline --plan configs/NAME/plan.yaml`. docs/new_plan.md has
+the rules and their sources. --gpu cpu first trains for 20 seconds to measure this machine.
 """
 
 import argparse
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 from cli import CommandParser, int_at_least, user_errors, within
@@ -24,12 +25,12 @@ from training.config import load
 from training.planning.cards import GPUS
 from training.planning.cost import check, forecast
 from training.planning.cpu_plan import CORPUS, QUICKSTART, choose_cpu, cpu_files
-from training.planning.dial import GOALS, Request, choose
+from training.planning.dial import Request, choose
+from training.planning.dial_data import GOALS, gated_text
 from training.planning.dial_text import cpu_text, gpu_text
 from training.planning.plan import load_plan
 from training.planning.plan_files import (
     check_name,
-    check_new,
     config_headers,
     gpu_files,
     write_plan,
@@ -72,8 +73,12 @@ def main() -> None:
 def _gpu(request: Request, price: float | None, folder: Path, about: str) -> None:
     """Write and describe a plan for GPUs."""
     choice = choose(request)
+    gated = gated_text(request.goal, choice.fit.long_rows)
+    if gated:
+        print("\n".join(textwrap.wrap(f"note: {gated}", 100)), flush=True)
     files = gpu_files(choice, folder.name)
-    write_plan(folder, files, config_headers(folder.name, files, about))
+    notes = (gated, *choice.notes) if gated else choice.notes
+    write_plan(folder, files, config_headers(folder.name, files, about, notes))
     plan = load_plan(folder / "plan.yaml")
     report = forecast(
         plan, request.gpu, request.gpus, price=price, evaluation_tokens_of=command_tokens
@@ -92,14 +97,13 @@ def _cpu(args: argparse.Namespace, minutes: float, folder: Path, about: str) -> 
             )
     if args.gpus > 1:
         raise ValueError(f"--gpus {args.gpus} has no effect with --gpu cpu; remove it")
-    check_new(folder)
     run = load(QUICKSTART / "base.yaml")
     print("measuring training steps for 20 seconds", flush=True)
     probe = measure(run)
     prepared = all(manifest.read(STORE / "tokens" / source) for source in CORPUS)
     choice = choose_cpu(minutes, args.goal, probe, prepared)
     files = cpu_files(choice, folder.name)
-    write_plan(folder, files, config_headers(folder.name, files, about))
+    write_plan(folder, files, config_headers(folder.name, files, about, choice.notes))
     load_plan(folder / "plan.yaml")
     text = cpu_text(choice, probe, run.model.num_parameters, minutes)
     print(f"{folder}: a plan of goal {args.goal}\n{text}")

@@ -269,6 +269,14 @@ def test_the_command_and_the_planner(logs, tmp_path, monkeypatch, capsys):
     law = load_law(output / "forecast.json")
     again = fit(read_runs(logs, "val/loss"), 100)
     assert law.interval(1e9, 3e10) == pytest.approx(again.interval(1e9, 3e10), rel=1e-3)
+    # --predict has the interval of the expected loss; the held-out runs are judged with noise.
+    predicted, judged = (tuple(values[key]["interval"]) for key in ("predicted", "held_out"))
+    assert predicted == pytest.approx(again.interval(1e9, 3e10))
+    held_out = hold_out_largest(read_runs(logs, "val/loss"), 100, "val/loss")
+    cell = held_out.runs[0].cell
+    assert judged == pytest.approx(held_out.law.interval(*cell, seeds=2))
+    expected = held_out.law.interval(*cell)
+    assert judged[1] - judged[0] > expected[1] - expected[0]
     monkeypatch.chdir(ROOT)
     flags = ["configs/plan_1b.yaml", "--forecast", str(output / "forecast.json")]
     monkeypatch.setattr(sys, "argv", ["x", *flags, "--json"])

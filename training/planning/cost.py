@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data import manifest
+from data.corpus.sources import sources_of
 from data.packing import LongDocuments
 from data.shards import TokenShards
 from models.kinds import parameters_text
@@ -146,7 +147,7 @@ def forecast(
             "cost": None if price is None else measuring["hours"] * gpus * price,
         },
         "sources": dict(sources),
-        "disk": _disk(plan, parts, total["tokens"]),
+        "disk": _disk(plan, parts, phases, sources),
         "loss_law": {
             name: {"value": value, "standard_error": error}
             for name, (value, error) in LOSS_LAW.items()
@@ -172,6 +173,7 @@ def _phases(
     training_tokens_of: TrainingTokens | None,
 ) -> Iterator[dict[str, Any]]:
     epochs: dict[str, float] = defaultdict(float)  # of each source, over the phases so far
+    ends: dict[str, float] = defaultdict(float)  # epoch up to which the phases so far read a source
     read: set[str] = set()  # sources of the phases so far
     trained = 0  # tokens of the phases so far, whose batches may differ
     for part in parts:
@@ -206,7 +208,10 @@ def _phases(
                 "epochs_so_far": epochs[name] if have else None,
                 "read_before": name in read,
                 "start_epoch": data.start_epoch.get(name, 0.0),
+                "unread_from": ends[name] if have else None,
             }
+            if have:
+                ends[name] = max(ends[name], data.start_epoch.get(name, 0.0) + used / have)
         read |= data.mix.keys()
         need, accumulation = memory(run, gpus), micro_batches(run, gpus)
         problem = None
@@ -274,10 +279,17 @@ def _phases(
         }
 
 
-def _disk(plan: Plan, parts: list[ScheduledPhase], tokens: int) -> dict[str, float]:
+def _disk(
+    plan: Plan,
+    parts: list[ScheduledPhase],
+    phases: list[dict[str, Any]],
+    trained: dict[str, float],
+) -> dict[str, float]:
     """Bytes on disk: checkpoints of phases and stages, token shards and downloaded text.
 
-    Text and shards cover the tokens that the plan downloads, at least those it trains on.
+    phases: their forecasts. trained: source -> tokens over all phases. Text and shards have the
+    tokens that the plan downloads of a source, however often it reads them. Without a limit on the
+    download they have those that the store has, or at most those that the plan reads.
     """
     model = parts[0].run.model
     weights = model.num_parameters * (4 if parts[0].run.parallel.dtype == "float32" else 2)
@@ -298,7 +310,10 @@ def _disk(plan: Plan, parts: list[ScheduledPhase], tokens: int) -> dict[str, flo
                 content = read_yaml(Path(match[1]))
                 config = CheckpointConfig(**content.get("checkpoint", {}))
                 saved += _kept_bytes(config, content.get("steps", 1), size, weights)
-    tokens = max(tokens, sum(_downloaded(command) for command in plan.before.values()))
+    stored = trained | _readable(phases)
+    for command in plan.before.values():
+        stored |= _downloaded(command)
+    tokens = sum(stored.values())
     return {
         "checkpoint": size,
         "checkpoints": saved,
@@ -313,16 +328,27 @@ def _kept_bytes(config: CheckpointConfig, steps: int, size: int, weights: int) -
     return size * min(config.keep, -(-steps // config.every)) + best
 
 
-def _downloaded(command: str) -> int:
-    """Maximum tokens of a scripts.download_data command; 0 for others or without a limit."""
+def _readable(phases: list[dict[str, Any]]) -> dict[str, int]:
+    """Source -> training tokens in the store, for phases that read documents of any length."""
+    return {
+        name: source["readable"]
+        for phase in phases
+        for name, source in phase["sources"].items()
+        if source["readable"] and not source["least_document"]
+    }
+
+
+def _downloaded(command: str) -> dict[str, float]:
+    """Source -> limit of a scripts.download_data command; {} for others or without a limit."""
     words = command.split()
     if (
         "scripts.download_data" not in words
         or "--max_tokens" not in words
         or "--dataset" not in words
     ):
-        return 0
+        return {}
     names = itertools.takewhile(
         lambda word: not word.startswith("--"), words[words.index("--dataset") + 1 :]
     )
-    return int(float(words[words.index("--max_tokens") + 1])) * len(list(names))
+    limit = float(words[words.index("--max_tokens") + 1])
+    return {source: limit for name in names for source in sources_of(name)}

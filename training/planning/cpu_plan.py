@@ -9,8 +9,9 @@ import re
 from functools import cache
 from typing import Any, NamedTuple
 
-from training.planning.dial import GOALS, MAX_EPOCHS
-from training.planning.plan_files import Files
+from training.planning.cost import MAX_EPOCHS
+from training.planning.dial_data import GOALS
+from training.planning.plan_files import Files, save_interval
 from training.planning.probe import Probe
 from training.settings import ROOT, read_yaml
 from yaml_file import read_yaml_file
@@ -118,7 +119,7 @@ def choose_cpu(minutes: float, goal: str, probe: Probe, prepared: bool) -> CpuCh
     if 60 * minutes < seconds(LEAST_SCALE):
         least = math.ceil(10 * seconds(LEAST_SCALE) / 60) / 10
         raise ValueError(
-            f"{minutes:.2g} minutes are too few for any model on this machine, which trains "
+            f"{minutes:g} minutes are too few for any model on this machine, which trains "
             f"{probe.tokens_per_s:,.0f} tokens/s; use --minutes {least:g}"
         )
     if 60 * minutes > seconds(longest) + 60:
@@ -185,19 +186,31 @@ def cpu_files(choice: CpuChoice, name: str) -> Files:
             begin += steps[stage]
             content["data"]["mix"] = mixes(choice.goal)[stage]
         else:
-            content["checkpoint"]["every"] = content["validation"]["every"] = steps[stage]
+            content["checkpoint"]["every"] = _save_interval(choice, stage)
+            content["validation"]["every"] = steps[stage]
         files[f"{stage}.yaml"] = content
     base = files["base.yaml"]
+    decay = base["schedule"]["decay_steps"] / base["schedule"]["total_steps"]
     base["schedule"] |= {
         "warmup_steps": min(base["schedule"]["warmup_steps"], max(1, steps["base"] // 4)),
         "total_steps": total,
-        "decay_steps": steps["gold"],
+        "decay_steps": round(decay * total),
     }
-    base["checkpoint"]["every"] = max(20, total // 4)
+    base["checkpoint"]["every"] = _save_interval(choice, "base")
     base["validation"]["every"] = max(4, steps["base"] // 2)
     base["startup"]["steps"] = min(base["startup"]["steps"], steps["base"])
     files["plan.yaml"] = _plan(choice, name, total)
     return files
+
+
+def _save_interval(choice: CpuChoice, name: str) -> int:
+    """Steps between the checkpoints of a phase or stage."""
+    return save_interval(choice.seconds[name] / choice.steps[name], choice.steps[name])
+
+
+def save_seconds(choice: CpuChoice) -> float:
+    """Forecast seconds between checkpoints of the base phase, which a crash can cost."""
+    return _save_interval(choice, "base") * choice.seconds["base"] / choice.steps["base"]
 
 
 def _plan(choice: CpuChoice, name: str, total: int) -> dict[str, Any]:

@@ -8,58 +8,27 @@ import difflib
 import math
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from models.nanollama import ModelConfig, make_config
-from training.config import DataConfig, RunConfig
-from training.fsdp_utils import ParallelConfig
-from training.planning.cards import GPUS, Gpu
-from training.planning.cost import MAX_EPOCHS
-from training.planning.memory import TIGHT, memory
-from training.planning.roofline import efficiency, step_bound
+from models.nanollama import ModelConfig
+from training.planning.cards import GPUS
+from training.planning.cost import MAX_EPOCHS, forecast_loss
+from training.planning.dial_data import (
+    GOALS,
+    available_tokens,
+    download_tokens,
+    phase_shares,
+    round_down,
+    round_up,
+)
+from training.planning.dial_fit import TOKENS_PER_PARAMETER, Fit, fit, learning_rate, shapes
 
-TOKENS_PER_PARAMETER = 20  # compute-optimal, about (arXiv:2203.15556)
 LEAST_TOKENS_PER_PARAMETER = 1  # with --params; fewer are refused: our judgement
-ASPECT = (48, 72)  # width / layers; loss hardly depends on it (arXiv:2001.08361, figure 5)
-MAX_WIDTH = 5120
-LONG_CONTEXT_FROM = 300_000_000  # parameters; smaller plans have no long rows: our judgement
-LONG_ROWS_FROM = 1_000_000_000  # parameters with rows of 4,096 instead of 2,048
-MAX_MICRO_BATCH = 65_536  # tokens; more do not make products faster
-MAX_RATE = 3e-3  # the highest rate of public recipes of this kind (DCLM, arXiv:2406.11794)
-LONG_SHARE, DECAY_SHARE = 0.05, 0.2  # of the tokens; 10-20 % of decay is enough (arXiv:2405.18392)
+LEAST_STEPS = 20
 RESERVE = 0.05  # of the hours, for evaluations, checkpoints and restarts: our judgement
-DOWNLOAD_MARGIN = 1.1  # downloaded / trained tokens: filters and held-out documents take the rest
 # Stages of goal chat: share of the hours, and tokens after which more are not useful: our judgement
 TUNING = {"sft": (0.06, 100e6), "dpo": (0.03, 30e6)}
-GOALS = ("chat", "base", "code")
-
-# Tokens of each source: the sample's name (fineweb_edu), its paper (open_web_math,
-# arXiv:2310.06786), or what the 1.1B plan downloads; the set itself may have more.
-AVAILABLE = {
-    "fineweb_edu": 100e9,
-    "pg19": 1.8e9,
-    "the_stack_python": 8e9,
-    "open_web_math": 14.7e9,
-    "stackexchange": 1.1e9,
-    "stem_wiki": 1.1e9,
-}
-# Web text stays in the late phases: replaying it keeps what was learned (arXiv:2603.04964).
-TEXT_MIXES = {
-    "base": {"fineweb_edu": 1.0},
-    "long_context": {"fineweb_edu": 0.5, "pg19": 0.5},
-    "gold": {"fineweb_edu": 0.5, "open_web_math": 0.2, "stackexchange": 0.15, "stem_wiki": 0.15},
-}
-CODE_MIXES = {
-    "base": {"the_stack_python": 0.5, "fineweb_edu": 0.45, "stackexchange": 0.05},
-    "long_context": {"the_stack_python": 0.5, "fineweb_edu": 0.25, "pg19": 0.25},
-    "gold": {
-        **{"the_stack_python": 0.5, "fineweb_edu": 0.25, "stackexchange": 0.15},
-        "open_web_math": 0.1,
-    },
-}
-MIXES = {"chat": TEXT_MIXES, "base": TEXT_MIXES, "code": CODE_MIXES}
 
 
 @dataclass(frozen=True)
@@ -72,19 +41,6 @@ class Request:
     goal: str = "chat"
     tokens: float | None = None
     parameters: float | None = None
-
-
-class Fit(NamedTuple):
-    """A model on some GPUs: the run of its base phase, and the time per token of the phases."""
-
-    run: RunConfig
-    long_rows: int  # length of the rows of the long-context phase; 0: no such phase
-    seconds_per_token: float  # mean over the phases, with the factor of published runs
-
-    @property
-    def needed_tokens(self) -> float:
-        """Tokens of a compute-optimal run."""
-        return TOKENS_PER_PARAMETER * self.run.model.num_parameters
 
 
 class Choice(NamedTuple):
@@ -101,97 +57,10 @@ class Choice(NamedTuple):
     def tokens(self) -> int:
         return sum(self.steps.values()) * self.fit.run.data.tokens_per_step
 
-
-@cache
-def shapes() -> tuple[ModelConfig, ...]:
-    """Llama shapes in rising order of their parameters: widths are multiples of 128."""
-    found = []
-    for width in (*range(256, 2048, 128), *range(2048, MAX_WIDTH + 1, 256)):
-        head_dim = 64 if width < 2048 else 128
-        heads = width // head_dim
-        group = next(n for n in (4, 3, 2, 1) if heads % n == 0)
-        for layers in range(-(-width // ASPECT[1]), width // ASPECT[0] + 1):
-            found.append(
-                make_config(
-                    hidden_size=width,
-                    num_hidden_layers=layers,
-                    num_attention_heads=heads,
-                    num_key_value_heads=heads // group,
-                    # 0.02 is usual at width 2048; narrower models need more (docs/log.md).
-                    initializer_range=round(min(0.05, width**-0.5), 3),
-                )
-            )
-    return tuple(sorted(found, key=lambda model: model.num_parameters))
-
-
-def batch_tokens(tokens: float) -> float:
-    """Best tokens per step for a run of `tokens` tokens: Step Law (arXiv:2503.04715)."""
-    return float(0.58 * tokens**0.571)
-
-
-def learning_rate(model: ModelConfig, tokens: float) -> float:
-    """Best peak rate of AdamW: Step Law (arXiv:2503.04715), at most MAX_RATE.
-
-    The law counts parameters without embedding and head. Its runs had 60M to 1B of them.
-    """
-    blocks = model.num_parameters - 2 * model.vocab_size * model.hidden_size
-    return float(min(MAX_RATE, 1.79 * blocks**-0.713 * tokens**0.307))
-
-
-@cache
-def fit(model: ModelConfig, name: str, gpus: int) -> Fit | None:
-    """The fastest settings with which a model fits the GPUs `name`; None if there are none."""
-    gpu = GPUS[name]
-    length = 4096 if model.num_parameters >= LONG_ROWS_FROM else 2048
-    long_rows = 4 * length if model.num_parameters >= LONG_CONTEXT_FROM else 0
-    unit = gpus * (long_rows or length)  # a step has whole rows on every GPU in every phase
-    wanted = batch_tokens(TOKENS_PER_PARAMETER * model.num_parameters)
-    batch = unit * 2 ** max(0, round(math.log2(wanted / unit)))
-    context = replace(model, max_position_embeddings=long_rows or length)
-    options = []
-    for strategy in ("zero2", "zero3") if gpus > 1 else ("zero2",):
-        for level in ("none", "selective", "full"):
-            parallel = ParallelConfig(strategy=strategy, activation_checkpointing=level)
-            data = DataConfig(sequence_length=length, tokens_per_step=batch, micro_batch_size=1)
-            run = RunConfig(model=context, data=data, parallel=parallel)
-            if fitting := _largest_micro_batch(run, gpus, gpu):
-                options.append((_seconds_per_token(fitting, gpus, gpu, long_rows), fitting))
-    if not options:
-        return None
-    seconds, fastest = min(options, key=lambda option: option[0])
-    if long_rows and memory(long_run(fastest, long_rows), gpus).total > TIGHT * gpu.memory:
-        long_rows = 0
-        fastest = replace(fastest, model=replace(model, max_position_embeddings=length))
-        seconds = _seconds_per_token(fastest, gpus, gpu, 0)
-    return Fit(fastest, long_rows, seconds)
-
-
-def _largest_micro_batch(run: RunConfig, gpus: int, gpu: Gpu) -> RunConfig | None:
-    """The run with the largest micro-batch that fits, in powers of 2; None if one row does not."""
-    fitting = None
-    rows = 1
-    limit = min(run.data.rows // gpus, max(1, MAX_MICRO_BATCH // run.data.sequence_length))
-    while rows <= limit:
-        wider = replace(run, data=replace(run.data, micro_batch_size=rows))
-        if memory(wider, gpus).total > TIGHT * gpu.memory:
-            break
-        fitting, rows = wider, 2 * rows
-    return fitting
-
-
-def long_run(run: RunConfig, rows: int) -> RunConfig:
-    """The long-context phase of a base phase: rows of another length, as many tokens at once."""
-    size = max(1, run.data.micro_batch_size * run.data.sequence_length // rows)
-    return replace(run, data=replace(run.data, sequence_length=rows, micro_batch_size=size))
-
-
-def _seconds_per_token(run: RunConfig, gpus: int, gpu: Gpu, long_rows: int) -> float:
-    """Mean over the phases: bound of a step x factor of published runs / tokens of a step."""
-    seconds = step_bound(run, gpus, gpu).seconds
-    if long_rows:
-        longer = step_bound(long_run(run, long_rows), gpus, gpu).seconds
-        seconds += LONG_SHARE * (longer - seconds)
-    return seconds * efficiency().factor / run.data.tokens_per_step
+    @property
+    def downloads(self) -> dict[str, float]:
+        """Source -> tokens to download."""
+        return download_tokens(self.request.goal, self.fit.long_rows, self.tokens)
 
 
 def tuning_tokens(fitted: Fit, hours: float, goal: str) -> dict[str, float]:
@@ -223,27 +92,6 @@ def needed_hours(fitted: Fit, tokens: float, goal: str) -> float:
     return high
 
 
-def available_tokens(goal: str, long_rows: int) -> float:
-    """Most tokens of a plan: no source is read for more than MAX_EPOCHS epochs."""
-    shares = source_shares(goal, long_rows)
-    return min(MAX_EPOCHS * AVAILABLE[name] / share for name, share in shares.items())
-
-
-def phase_shares(long_rows: int) -> dict[str, float]:
-    """Share of each phase in the tokens."""
-    long = {"long_context": LONG_SHARE} if long_rows else {}
-    return {"base": 1 - DECAY_SHARE - sum(long.values()), **long, "gold": DECAY_SHARE}
-
-
-def source_shares(goal: str, long_rows: int) -> dict[str, float]:
-    """Share of each source in the tokens of all phases."""
-    shares: dict[str, float] = {}
-    for phase, share in phase_shares(long_rows).items():
-        for name, weight in MIXES[goal][phase].items():
-            shares[name] = shares.get(name, 0.0) + share * weight
-    return shares
-
-
 def choose(request: Request) -> Choice:
     """Choose model, tokens, batch and rates; ValueError names the nearest request that works."""
     check_request(request)
@@ -253,38 +101,93 @@ def choose(request: Request) -> Choice:
         fitted = _given_tokens(request)
     else:
         fitted = _given_hours(request)
-    affordable = affordable_tokens(fitted, request.hours, request.goal)
     available = available_tokens(request.goal, fitted.long_rows)
-    tokens, notes = min(affordable, available), []
+    larger = math.inf
     if request.tokens:
         _check_tokens(request, fitted, available)
-        tokens = request.tokens
-    elif not request.parameters:
-        larger = _next_needed_tokens(request, fitted)
-        if larger < 0.9 * tokens:
-            notes.append(
-                f"the plan ends at {size_text(larger)} tokens, with which the next larger model "
-                "begins, and takes fewer hours than asked for; --params uses them all"
-            )
-        tokens = min(tokens, larger)
-    if tokens == available:
+    else:
+        if not request.parameters:
+            larger = _next_needed_tokens(request, fitted)
+        fitted = _with_batch(request, fitted, min(available, larger))
+    affordable = affordable_tokens(fitted, request.hours, request.goal)
+    tokens = request.tokens or min(affordable, available, larger)
+    total = max(LEAST_STEPS, int(tokens / fitted.run.data.tokens_per_step))
+    shares = phase_shares(fitted.long_rows)
+    steps = {name: max(1, round(total * share)) for name, share in shares.items()}
+    steps["base"] += total - sum(steps.values())
+    notes = []
+    if tokens == larger < 0.9 * min(affordable, available):
+        notes.append(
+            f"the plan ends at {size_text(larger)} tokens, with which the next larger model "
+            "begins, and takes fewer hours than asked for; --params uses them all"
+        )
+    if tokens == available < affordable:
         notes.append(
             f"the data end at {available / 1e9:.0f}B tokens, {MAX_EPOCHS} epochs of the rarest "
             "source: the plan takes fewer hours than asked for"
         )
-    if (ratio := tokens / fitted.run.model.num_parameters) < 0.9 * TOKENS_PER_PARAMETER:
+    if tokens < 0.9 * fitted.needed_tokens:
+        notes.append(_few_tokens_note(request, fitted, tokens, tokens == available < affordable))
+    if fitted.wanted_rows > fitted.long_rows:
         notes.append(
-            f"{ratio:.1f} tokens per parameter are fewer than {TOKENS_PER_PARAMETER}: a smaller "
-            "model would reach a lower loss in these hours"
+            f"no long-context phase: rows of {fitted.wanted_rows:,} tokens do not fit the memory, "
+            f"so the context is {fitted.run.data.sequence_length:,} tokens and longer documents "
+            "are split; more memory or a smaller --params has that phase"
         )
-    total = max(20, int(tokens / fitted.run.data.tokens_per_step))
-    shares = phase_shares(fitted.long_rows)
-    steps = {name: max(1, round(total * share)) for name, share in shares.items()}
-    steps["base"] += total - sum(steps.values())
     tokens = total * fitted.run.data.tokens_per_step
     rate = learning_rate(fitted.run.model, tokens)
     tuning = tuning_tokens(fitted, request.hours, request.goal)
     return Choice(request, fitted, steps, rate, tuning, tuple(notes))
+
+
+def _fit(request: Request, model: ModelConfig, tokens: float | None = None) -> Fit | None:
+    """The fit of a model on the request's GPUs, with the batch for --tokens, or for `tokens`."""
+    return fit(model, request.gpu, request.gpus, request.goal, request.tokens or tokens)
+
+
+def _with_batch(request: Request, fitted: Fit, most: float) -> Fit:
+    """The fit whose batch is that of the tokens which it trains on, at most `most`.
+
+    Tokens set the batch and the batch sets the speed, which sets the tokens. From a batch for too
+    few tokens, both only rise.
+    """
+    while True:
+        tokens = min(affordable_tokens(fitted, request.hours, request.goal), most)
+        again = _fit(request, fitted.run.model, tokens)
+        batch = fitted.run.data.tokens_per_step
+        if again is None or again.run.data.tokens_per_step <= batch:
+            return fitted
+        fitted = again
+
+
+def _few_tokens_note(request: Request, fitted: Fit, tokens: float, data_end: bool) -> str:
+    """Note on a plan with fewer tokens than a compute-optimal one: which limit it meets."""
+    size = fitted.run.model.num_parameters
+    few = f"{tokens / size:.1f} tokens per parameter are fewer than {TOKENS_PER_PARAMETER}"
+    if request.tokens:
+        if request.parameters:
+            return f"{few}, as --params and --tokens ask"
+        return f"{few}: --tokens {request.tokens:g} are few even for the smallest shape"
+    if data_end:
+        return f"{few}, because the data end; with the same data no smaller model has a lower loss"
+    free = Request(request.gpu, request.gpus, request.hours, request.goal)
+    better = _largest(free, lambda fitted: _is_optimal(fitted, free))
+    if better is None:
+        return (
+            f"{few}, and the hours are too few for that with any shape; more hours lower the loss"
+        )
+    budget = min(
+        affordable_tokens(better, request.hours, request.goal),
+        available_tokens(request.goal, better.long_rows),
+    )
+    other = better.run.model.num_parameters
+    theirs, ours = (forecast_loss(*pair)[0] for pair in ((other, budget), (size, tokens)))
+    if theirs >= ours:
+        return f"{few}; more hours lower the loss"
+    return (
+        f"{few}: in these hours {size_text(other)} parameters reach a lower loss, {theirs:.2f} "
+        f"instead of {ours:.2f} nats per token by Hoffmann's law; leave out --params to get them"
+    )
 
 
 def check_request(request: Request) -> None:
@@ -305,42 +208,42 @@ def check_request(request: Request) -> None:
 
 def _given_hours(request: Request) -> Fit:
     """The largest model that is compute-optimal within the hours and the data."""
-    fitted = _largest(request, lambda fit: _is_optimal(fit, request, request.hours))
+    fitted = _largest(request, lambda fitted: _is_optimal(fitted, request))
     if fitted is None:
         first = _smallest(request)
-        least = _round_up(needed_hours(first, first.needed_tokens, request.goal))
+        least = round_up(needed_hours(first, first.needed_tokens, request.goal))
         raise ValueError(
-            f"--hours {request.hours:.2g} is too few for any model on {_gpus(request)}: the "
+            f"--hours {request.hours:g} is too few for any model on {_gpus(request)}: the "
             f"smallest ({size_text(first.run.model.num_parameters)} parameters, "
             f"{size_text(first.needed_tokens)} tokens) needs about {least:g}; use --hours {least:g}"
         )
     return fitted
 
 
-def _is_optimal(fitted: Fit, request: Request, hours: float) -> bool:
+def _is_optimal(fitted: Fit, request: Request) -> bool:
     """Whether hours and data allow TOKENS_PER_PARAMETER."""
     available = available_tokens(request.goal, fitted.long_rows)
-    affordable = affordable_tokens(fitted, hours, request.goal)
+    affordable = affordable_tokens(fitted, request.hours, request.goal)
     return fitted.needed_tokens <= min(affordable, available)
 
 
-def _largest(request: Request, passes: Callable[[Fit], bool]) -> Fit | None:
+def _largest(request: Request, passes: Callable[[Fit], bool] = lambda fitted: True) -> Fit | None:
     """The largest shape that fits the memory and passes; None if there is none.
 
     Bisection: with more hours every shape passes that passed before, so the size never falls.
     """
 
     def fails(model: ModelConfig) -> bool:
-        fitted = fit(model, request.gpu, request.gpus)
+        fitted = _fit(request, model)
         return fitted is None or not passes(fitted)
 
     index = bisect_left(shapes(), True, key=fails) - 1
-    return fit(shapes()[index], request.gpu, request.gpus) if index >= 0 else None
+    return _fit(request, shapes()[index]) if index >= 0 else None
 
 
 def _smallest(request: Request) -> Fit:
     """The smallest shape; every GPU of the table has memory for it."""
-    fitted = fit(shapes()[0], request.gpu, request.gpus)
+    fitted = _fit(request, shapes()[0])
     assert fitted is not None
     return fitted
 
@@ -353,7 +256,7 @@ def _next_needed_tokens(request: Request, fitted: Fit) -> float:
     ladder = shapes()
     sizes = [model.num_parameters for model in ladder]
     index = sizes.index(fitted.run.model.num_parameters) + 1
-    if index == len(ladder) or fit(ladder[index], request.gpu, request.gpus) is None:
+    if index == len(ladder) or _fit(request, ladder[index]) is None:
         return math.inf
     return float(TOKENS_PER_PARAMETER * sizes[index])
 
@@ -370,30 +273,23 @@ def _given_parameters(request: Request) -> Fit:
             f"--params {request.parameters:g} is outside of the shapes of this command; use "
             f"{smallest:.1e} to {largest:.1e}"
         )
-    fitted = fit(model, request.gpu, request.gpus)
+    least = float(LEAST_TOKENS_PER_PARAMETER * model.num_parameters)
+    fitted = _fit(request, model, least)
     if fitted is None:
-        best = _largest(request, lambda fit: _sees_enough(fit, request)) or _smallest(request)
+        best = _largest(request) or _smallest(request)
         raise ValueError(
             f"--params {request.parameters:g} does not fit the memory of {_gpus(request)}; the "
-            f"largest model that fits is --params {_round_down(best.run.model.num_parameters):g}"
+            f"largest model that fits is --params {round_down(best.run.model.num_parameters):g}"
         )
-    if not _sees_enough(fitted, request):
-        least = LEAST_TOKENS_PER_PARAMETER * model.num_parameters
-        optimal = _largest(request, lambda fit: _is_optimal(fit, request, request.hours))
-        best = optimal or _smallest(request)
-        hours = _round_up(needed_hours(fitted, least, request.goal))
+    if affordable_tokens(fitted, request.hours, request.goal) < least:
+        best = _largest(request, lambda fitted: _is_optimal(fitted, request)) or _smallest(request)
+        hours = round_up(needed_hours(fitted, least, request.goal))
         raise ValueError(
             f"--params {request.parameters:g} sees less than {LEAST_TOKENS_PER_PARAMETER} token "
             f"per parameter in {request.hours:g} hours; use --hours {hours:g} or more, or "
-            f"--params {_round_down(best.run.model.num_parameters):g}"
+            f"--params {round_down(best.run.model.num_parameters):g}"
         )
     return fitted
-
-
-def _sees_enough(fitted: Fit, request: Request) -> bool:
-    """Whether the hours allow LEAST_TOKENS_PER_PARAMETER."""
-    least = LEAST_TOKENS_PER_PARAMETER * fitted.run.model.num_parameters
-    return affordable_tokens(fitted, request.hours, request.goal) >= least
 
 
 def _given_tokens(request: Request) -> Fit:
@@ -411,22 +307,35 @@ def _given_tokens(request: Request) -> Fit:
 def _check_tokens(request: Request, fitted: Fit, available: float) -> None:
     """ValueError if --tokens needs more hours, or more data, than there are."""
     assert request.tokens
-    least = 20 * fitted.run.data.tokens_per_step
+    least = LEAST_STEPS * fitted.run.data.tokens_per_step
     if request.tokens < least:
-        raise ValueError(f"--tokens {request.tokens:g} is less than 20 steps; use {least:g}")
+        raise ValueError(
+            f"--tokens {request.tokens:g} is less than {LEAST_STEPS} steps; use --tokens {least}"
+        )
     if request.tokens > available:
         raise ValueError(
             f"--tokens {request.tokens:g} is more than {MAX_EPOCHS} epochs of the data; use "
-            f"--tokens {_round_down(available):g}"
+            f"--tokens {round_down(available):g}"
         )
     affordable = affordable_tokens(fitted, request.hours, request.goal)
     if affordable < request.tokens:
-        hours = _round_up(needed_hours(fitted, request.tokens, request.goal))
+        hours = round_up(needed_hours(fitted, request.tokens, request.goal))
         raise ValueError(
             f"--tokens {request.tokens:g} take {hours:g} hours on {_gpus(request)} with "
             f"{size_text(fitted.run.model.num_parameters)} parameters; use --hours {hours:g} or "
-            f"--tokens {_round_down(affordable):g}"
+            f"--tokens {_most_tokens(request, fitted):g}"
         )
+
+
+def _most_tokens(request: Request, fitted: Fit) -> float:
+    """Tokens that the hours allow, with the batch for so many."""
+    while True:
+        tokens = round_down(affordable_tokens(fitted, request.hours, request.goal))
+        smaller = fit(fitted.run.model, request.gpu, request.gpus, request.goal, tokens)
+        assert smaller is not None
+        if affordable_tokens(smaller, request.hours, request.goal) >= tokens:
+            return tokens
+        fitted = smaller
 
 
 def _gpus(request: Request) -> str:
@@ -436,15 +345,3 @@ def _gpus(request: Request) -> str:
 def size_text(count: float) -> str:
     """Format a number of parameters or tokens: 291M, 5.84B."""
     return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.0f}M"
-
-
-def _round_up(number: float) -> float:
-    """Round up to two digits."""
-    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
-    return float(f"{math.ceil(number / unit) * unit:.3g}")
-
-
-def _round_down(number: float) -> float:
-    """Round down to two digits."""
-    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
-    return float(f"{math.floor(number / unit) * unit:.3g}")

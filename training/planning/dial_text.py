@@ -1,12 +1,16 @@
 """Print a chosen plan: shape, batches, rates, memory, hours, money, disk, loss, largest costs."""
 
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from training.planning.cards import GPUS
 from training.planning.cost import LAW_RANGE, forecast_loss
-from training.planning.cpu_plan import CpuChoice
+from training.planning.cpu_plan import CpuChoice, save_seconds
 from training.planning.dial import Choice, size_text
-from training.planning.plan_files import downloads
+from training.planning.dial_fit import phase_seconds
+from training.planning.memory import memory
+from training.planning.plan_files import save_interval
 from training.planning.probe import Probe
 from training.planning.roofline import StepBound, efficiency, step_bound
 
@@ -19,7 +23,6 @@ def gpu_text(choice: Choice, report: dict[str, Any], price: float | None) -> str
     request, run = choice.request, choice.fit.run
     model, data, gpu = run.model, run.data, GPUS[request.gpu]
     total, disk = report["total"], report["disk"]
-    peak = max(report["phases"], key=lambda phase: phase["memory"]["total"])
     factors = efficiency()
     low, high = (total["bound_hours"] * factor for factor in (factors.low, factors.high))
     tuning = {
@@ -28,10 +31,10 @@ def gpu_text(choice: Choice, report: dict[str, Any], price: float | None) -> str
     }
     measuring = report["evaluations_total"]["hours"]
     hours = total["hours"] + sum(tuning.values()) + measuring
-    parts = [f"pretraining {total['hours']:.3g}"]
+    parts = [f"{phase['phase']} {phase['hours']:.3g}" for phase in report["phases"]]
     parts += [f"{stage.upper()} {value:.2g}" for stage, value in tuning.items()]
     parts.append(f"evaluations {measuring:.2g}")
-    text = sum(downloads(choice).values()) * BYTES_PER_TOKEN
+    text = sum(choice.downloads.values()) * BYTES_PER_TOKEN
     rows = f"{data.micro_batch_size} rows of {data.sequence_length:,}"
     accumulated = data.rows // data.micro_batch_size // request.gpus
     phases = ", ".join(f"{name} {count:,}" for name, count in choice.steps.items())
@@ -43,12 +46,12 @@ def gpu_text(choice: Choice, report: dict[str, Any], price: float | None) -> str
         f"  batch       {data.tokens_per_step:,} tokens: {accumulated} x {rows} per GPU",
         f"  settings    {run.parallel.strategy}, activation checkpointing "
         f"{run.parallel.activation_checkpointing}; AdamW, peak rate {choice.lr:.2e}",
-        f"  memory      {peak['memory']['total'] / 1e9:.1f} of {gpu.memory / 1e9:.1f} GB per GPU "
-        f"({peak['phase']}; computed, not measured)",
+        *_memory_lines(choice, report),
         f"  hours       {hours:.3g} of {request.hours:g}: {', '.join(parts)}",
         f"              pretraining is the bound, {total['bound_hours']:.3g} hours, x "
         f"{factors.factor:.2f}; published runs: x {factors.low:.2f} to x {factors.high:.2f}, so "
         f"{low:.3g} to {high:.3g}",
+        f"  checkpoints {_saves_text(choice)}",
     ]
     if price is not None:
         rate = request.gpus * price
@@ -66,10 +69,19 @@ def gpu_text(choice: Choice, report: dict[str, Any], price: float | None) -> str
         "are not in the hours",
         f"  loss        {_loss_text(model.num_parameters, choice.tokens)}",
         *(f"  note        {note}" for note in choice.notes),
-        "",
-        *bound_lines(step_bound(run, request.gpus, gpu)),
     ]
-    return "\n".join(lines)
+    bound = bound_lines(step_bound(run, request.gpus, gpu))
+    return "\n".join([*_wrapped(lines), "", *bound])
+
+
+def _wrapped(lines: Iterable[str]) -> list[str]:
+    """Wrap lines of a label and a text at 100 columns."""
+    indent = " " * 14
+    return [
+        part
+        for line in lines
+        for part in textwrap.wrap(line, 100, subsequent_indent=indent, break_on_hyphens=False)
+    ]
 
 
 def bound_lines(bound: StepBound, count: int = 5) -> list[str]:
@@ -98,20 +110,24 @@ def cpu_text(choice: CpuChoice, probe: Probe, parameters: int, minutes: float) -
     parts = ", ".join(f"{name} {value:.0f}" for name, value in choice.seconds.items())
     steps = ", ".join(f"{name} {count:,}" for name, count in choice.steps.items())
     return "\n".join(
-        [
-            f"  model       {parameters / 1e6:.1f}M parameters, the quickstart's",
-            f"  machine     {probe.cores} cores: {probe.tokens_per_s:,.0f} tokens/s in "
-            f"{probe.steps} measured steps of {probe.step_s:.3f} s",
-            f"              bound of a step {probe.bound_s:.3f} s at {probe.flops / 1e9:,.0f} "
-            f"GFLOP/s and {probe.bandwidth / 1e9:.1f} GB/s, both measured: x "
-            f"{probe.step_s / probe.bound_s:.2f}",
-            f"  tokens      {choice.tokens / 1e6:.2f}M, {choice.tokens / parameters:.2f} per "
-            "parameter",
-            f"  steps       {steps}",
-            f"  minutes     {seconds / 60:.1f} of {minutes:g}; seconds: {parts}",
-            "  loss        no forecast: outside of the range of the law",
-            *(f"  note        {note}" for note in choice.notes),
-        ]
+        _wrapped(
+            [
+                f"  model       {parameters / 1e6:.1f}M parameters, the quickstart's",
+                f"  machine     {probe.cores} cores: {probe.tokens_per_s:,.0f} tokens/s in "
+                f"{probe.steps} measured steps of {probe.step_s:.3f} s",
+                f"              bound of a step {probe.bound_s:.3f} s at {probe.flops / 1e9:,.0f} "
+                f"GFLOP/s and {probe.bandwidth / 1e9:.1f} GB/s, both measured: x "
+                f"{probe.step_s / probe.bound_s:.2f}",
+                f"  tokens      {choice.tokens / 1e6:.2f}M, {choice.tokens / parameters:.2f} per "
+                "parameter",
+                f"  steps       {steps}",
+                f"  minutes     {seconds / 60:.1f} of {minutes:g}; seconds: {parts}",
+                f"  checkpoints about every {save_seconds(choice):.0f} seconds of the base phase, "
+                "which a crash can cost, and the restart",
+                "  loss        no forecast: outside of the range of the law",
+                *(f"  note        {note}" for note in choice.notes),
+            ]
+        )
     )
 
 
@@ -124,9 +140,52 @@ def _model_text(choice: Choice) -> str:
     )
 
 
+def _memory_lines(choice: Choice, report: dict[str, Any]) -> list[str]:
+    """Memory and rows at once of each phase and stage, per GPU."""
+    gpus, tuning = choice.request.gpus, choice.fit.tuning
+    needs = {phase["phase"]: phase["memory"]["total"] for phase in report["phases"]}
+    needs |= {stage: memory(run, gpus).total for stage, run in tuning.items()}
+    parts = ", ".join(f"{name} {need / 1e9:.1f}" for name, need in needs.items())
+    lines = [
+        f"  memory      {max(needs.values()) / 1e9:.1f} of {report['gpu_memory'] / 1e9:.1f} GB per "
+        f"GPU: {parts}; computed, not measured"
+    ]
+    runs = {"long_context": choice.fit.long_run, **tuning}
+    for name, run in runs.items():
+        if run:
+            rows, level = run.data.micro_batch_size, run.parallel.activation_checkpointing
+            pairs = f" ({rows // 2} pairs of answers)" if name == "dpo" else ""
+            lines.append(
+                f"              {name}: {rows} x {run.data.sequence_length:,} tokens at once"
+                f"{pairs}, activation checkpointing {level}"
+            )
+    if "dpo" in tuning:
+        lines.append(
+            "              the reference model of DPO computes its log-probabilities before the "
+            "policy is built, and needs less"
+        )
+    return lines
+
+
+def _saves_text(choice: Choice) -> str:
+    """Interval of checkpoints and what a crash costs."""
+    run, gpus = choice.fit.run, choice.request.gpus
+    seconds = phase_seconds(run, gpus, GPUS[choice.request.gpu])
+    every = save_interval(seconds, choice.steps["base"])
+    return (
+        f"every {every:,} steps, about {every * seconds / 60:.0f} minutes of the base phase, which "
+        "a crash can cost, and the restart"
+    )
+
+
 def _data_text(choice: Choice) -> str:
-    amounts = (f"{name} {size_text(tokens)}" for name, tokens in downloads(choice).items())
+    amounts = (f"{name} {_exact(tokens)}" for name, tokens in choice.downloads.items())
     return f"{', '.join(amounts)} tokens to download"
+
+
+def _exact(tokens: float) -> str:
+    """Format a number of tokens with all its digits, which are few."""
+    return f"{tokens / 1e9:g}B" if tokens >= 1e9 else f"{tokens / 1e6:g}M"
 
 
 def _loss_text(parameters: int, tokens: float) -> str:

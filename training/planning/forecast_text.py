@@ -90,9 +90,8 @@ def _phase(phase: dict[str, Any], memory: float) -> list[str]:
             epochs += f"; continues at epoch {source['start_epoch']:.2f}"
         elif source["read_before"]:
             epochs += "; starts again at its first row"
-            if source["epochs"] is not None:
-                before = source["epochs_so_far"] - source["epochs"]
-                epochs += f" (data.start_epoch.{name}={before:.8g} continues)"
+            if source["unread_from"] is not None:
+                epochs += f" (data.start_epoch.{name}={source['unread_from']:.8g} continues)"
         lines.append(f"  data        {name}: {_count(source['tokens'])} tokens{long}; {epochs}")
     moments = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need["moments"].items())
     parts = [f"{name} {size / 1e9:.2f}" for name, size in need["parts"].items()]

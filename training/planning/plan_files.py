@@ -1,36 +1,33 @@
 """The files of a plan that the dial chose: configs of its phases and stages, a recipe, the plan."""
 
-import math
 import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from data.corpus.sources import HUB_SOURCES
 from files import temporary, write_text
 from models.nanollama import ModelConfig
-from training.planning.cost import LAW_RANGE, forecast_loss
-from training.planning.dial import (
-    AVAILABLE,
-    DOWNLOAD_MARGIN,
-    MIXES,
-    Choice,
-    long_run,
-    source_shares,
-)
+from training.config import RunConfig
+from training.planning.cards import GPUS
+from training.planning.dial import Choice
+from training.planning.dial_data import MIXES, source_shares
+from training.planning.dial_fit import PAIRS_PER_GPU, phase_seconds
+from training.planning.dial_gates import milestone_gates, runs_humaneval, stage_gates
 from training.planning.roofline import efficiency
-from training.settings import read_yaml
+from training.settings import ROOT, read_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # also part of shell commands and paths
 Files = dict[str, dict[str, Any]]  # file name -> content
 
-# Limits of the gates: bits per byte / its forecast, within the range of the law and outside of it.
-# Before its decay a model has about 5 % more. All three are our judgement.
-GO, NO_GO = 1.08, 1.2
-FAR_GO, FAR_NO_GO = 1.2, 1.4
-BEFORE_DECAY = 1.05
+SAVE_SECONDS = 1200.0  # between checkpoints, by the forecast: our judgement
+LEAST_SAVES = 3  # of a phase or stage, however short
+PAIR_TOKENS = 1024  # mean of a DPO pair, two answers with their prompts: our judgement
+OUTPUTS = ("checkpoints", "logs", "results", "data/store")  # a plan writes to <output>/<name>
+# Names that a config uses: of a run, of a plan, or of a folder that it writes.
+USED = re.compile(rf"(?:^(?:run|name): *|\b(?:{'|'.join(OUTPUTS)})/)([\w.-]+)", re.MULTILINE)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -47,9 +44,10 @@ _Dumper.add_representer(str, _text)
 def check_new(folder: Path) -> None:
     """ValueError if the folder of a plan exists."""
     if folder.exists():
+        plan = folder / "plan.yaml"
+        run = f", or run it: python -m scripts.pipeline --plan {plan}" if plan.exists() else ""
         raise ValueError(
-            f"{folder} exists, and plans are never overwritten; use another --name, or run it: "
-            f"python -m scripts.pipeline --plan {folder / 'plan.yaml'}"
+            f"{folder} exists, and plans are never overwritten; use another --name{run}"
         )
 
 
@@ -73,24 +71,66 @@ def write_plan(folder: Path, files: Files, headers: dict[str, str]) -> None:
 
 
 def check_name(name: str) -> None:
-    """ValueError unless a name is a plain folder name that needs no quotes in a shell."""
+    """ValueError unless a name is new and a plain folder name that needs no quotes in a shell.
+
+    A plan of another's name would read its checkpoints and add to its logs, results or text.
+    """
     if not NAME.fullmatch(name):
         raise ValueError(
             f"--name {name!r} must have letters, digits, '.', '_' and '-' only, such as weekend"
         )
+    check_new(Path("configs") / name)
+    configs = {path for root in (Path(), ROOT) for path in (root / "configs").rglob("*.yaml")}
+    for path in sorted(configs, key=lambda path: (len(path.parts), path)):
+        shown = path.relative_to(ROOT) if path.is_absolute() else path
+        is_beside = name == Path(shown.parts[1]).stem  # configs/<name>/ or configs/<name>.yaml
+        if is_beside or name in USED.findall(path.read_text(encoding="utf-8")):
+            raise ValueError(f"--name {name} is in use by {shown}; use another --name")
+    for folder in (Path(output) / name for output in OUTPUTS):
+        if folder.exists():
+            raise ValueError(
+                f"--name {name} is in use: {folder} exists; use another --name, or move it away"
+            )
 
 
-def config_headers(name: str, files: Files, about: str) -> dict[str, str]:
-    """First lines of each file: the command that uses it, and what wrote it."""
+def config_headers(
+    name: str, files: Files, about: str, notes: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """First lines of each file: the command that uses it; in the plan and its first phase `notes`.
+
+    about: what wrote the plan.
+    """
     commands = {
         "plan.yaml": f"python -m scripts.pipeline --plan configs/{name}/plan.yaml\n{about}",
         "data.yaml": f"python -m scripts.prepare_data --config configs/{name}/data.yaml",
         "sft.yaml": f"python train_sft.py --config configs/{name}/sft.yaml --base_model FOLDER",
         "dpo.yaml": f"python train_dpo.py --config configs/{name}/dpo.yaml --base_model FOLDER",
     }
-    return {
+    headers = {
         file: commands.get(file, f"python train.py --config configs/{name}/{file}")
         for file in files
+    }
+    wrapped = [line for note in notes for line in textwrap.wrap(f"Note: {note}", 96)]
+    for file in ("plan.yaml", "base.yaml"):
+        headers[file] = "\n".join([headers[file], *wrapped])
+    return headers
+
+
+def save_interval(step_seconds: float, steps: int) -> int:
+    """Steps between checkpoints: about SAVE_SECONDS, and at least LEAST_SAVES in all steps."""
+    return max(1, min(round(SAVE_SECONDS / step_seconds), steps // LEAST_SAVES))
+
+
+def _intervals(step_seconds: float, steps: int, validate: int) -> dict[str, dict[str, int]]:
+    """Sections with the intervals of checkpoints and of validation, in steps.
+
+    validate: wanted steps between validations. They are a multiple of those between checkpoints,
+    since only a checkpoint with a validation loss can be the best.
+    """
+    every = save_interval(step_seconds, steps)
+    return {
+        "checkpoint": {"every": every},
+        "validation": {"every": every * max(1, round(validate / every))},
     }
 
 
@@ -110,7 +150,14 @@ def _phases(choice: Choice, name: str) -> Files:
     run, steps = choice.fit.run, choice.steps
     data, total, mixes = run.data, sum(steps.values()), MIXES[choice.request.goal]
     length, rows = data.sequence_length, data.micro_batch_size
-    every = max(50, min(2000, total // 20))
+    level = run.parallel.activation_checkpointing
+    gpus, gpu = choice.request.gpus, GPUS[choice.request.gpu]
+
+    def intervals(run: RunConfig, phase: str) -> dict[str, dict[str, int]]:
+        validate = max(50, min(2000, total // 20))
+        return _intervals(phase_seconds(run, gpus, gpu), steps[phase], validate)
+
+    every = intervals(run, "base")
     factors = efficiency()  # half of the slowest published run's speed stops a phase
     slow = factors.factor / factors.high / choice.fit.seconds_per_token / 2
     configs: Files = {
@@ -122,7 +169,7 @@ def _phases(choice: Choice, name: str) -> Files:
             "model": _shape(run.model, length),
             "parallel": {
                 "strategy": run.parallel.strategy,
-                "activation_checkpointing": run.parallel.activation_checkpointing,
+                "activation_checkpointing": level,
             },
             "data": {
                 "store": f"data/store/{name}",
@@ -137,17 +184,18 @@ def _phases(choice: Choice, name: str) -> Files:
                 "total_steps": total,
                 "decay_steps": steps["gold"],
             },
-            "checkpoint": {"every": every, "keep": 3},
+            "checkpoint": {**every["checkpoint"], "keep": 3},
             "startup": {
                 "steps": min(500, max(20, total // 20)),
                 "max_grad_norm": 10,
                 "min_tokens_per_s": int(float(f"{slow:.2g}")),
             },
-            "validation": {"every": every, "rows": 256},
+            "validation": {**every["validation"], "rows": 256},
         }
     }
     previous, begin = "base", steps["base"]
-    if long := choice.fit.long_rows:
+    if longer := choice.fit.long_run:
+        long = longer.data.sequence_length
         configs["long_context"] = {
             "extends": "base.yaml",
             "phase": "long_context",
@@ -157,12 +205,14 @@ def _phases(choice: Choice, name: str) -> Files:
             "rope_theta": 500_000,
             "allow_theta_jump": True,
             "model": {"max_position_embeddings": long},
+            "parallel": {"activation_checkpointing": longer.parallel.activation_checkpointing},
             "data": {
                 "mix": mixes["long_context"],
                 "min_document_tokens": {"pg19": long},
                 "sequence_length": long,
-                "micro_batch_size": long_run(run, long).data.micro_batch_size,
+                "micro_batch_size": longer.data.micro_batch_size,
             },
+            **intervals(longer, "long_context"),
         }
         previous, begin = "long_context", begin + steps["long_context"]
     configs["gold"] = {
@@ -172,12 +222,14 @@ def _phases(choice: Choice, name: str) -> Files:
         "start_step": begin,
         "steps": steps["gold"],
         "allow_theta_jump": False,
+        "parallel": {"activation_checkpointing": level},
         "data": {
             "mix": mixes["gold"],
             "min_document_tokens": {},
             "sequence_length": length,
             "micro_batch_size": rows,
         },
+        **intervals(run, "gold"),
     }
     return configs
 
@@ -192,62 +244,47 @@ def _shape(model: ModelConfig, length: int) -> dict[str, Any]:
 
 def _recipe(choice: Choice, name: str) -> dict[str, Any]:
     """Data recipe: the 1.1B plan's cleaning of the sources that this plan reads."""
-    recipe = read_yaml(Path("configs/data/nanollama_1b.yaml"))
+    recipe = read_yaml(ROOT / "configs/data/nanollama_1b.yaml")
     shares = source_shares(choice.request.goal, choice.fit.long_rows)
     sources = {key: value for key, value in recipe["sources"].items() if key in shares}
     return {**recipe, "store": f"data/store/{name}", "sources": sources}
 
 
-def downloads(choice: Choice) -> dict[str, float]:
-    """Source -> tokens to download: those that the plan reads and a margin, or all there are."""
-    shares = source_shares(choice.request.goal, choice.fit.long_rows)
-    wanted = {name: share * choice.tokens * DOWNLOAD_MARGIN for name, share in shares.items()}
-    return {name: min(tokens, AVAILABLE[name]) for name, tokens in wanted.items()}
+def _tuning(choice: Choice, name: str, stage: str, lr: float, step_tokens: int) -> dict[str, Any]:
+    """A stage's config in configs/ with this plan's name, batches, rate and memory settings.
 
-
-def _tuning(config: str, choice: Choice, name: str, steps: int, lr: float) -> dict[str, Any]:
-    """A config of configs/ with this plan's name, length, rate and memory settings."""
-    values = read_yaml(Path(config))
+    step_tokens: of a step, for its time. Its micro-batch is the largest that fits the memory.
+    """
+    run = choice.fit.tuning[stage]
+    steps = max(10, int(choice.tuning_tokens[stage] / step_tokens))
+    values = read_yaml(ROOT / "configs" / f"{stage}.yaml")
     values |= {"run": name, "steps": steps}
     values["optim"]["lr"] = float(f"{lr:.2g}")
     values["schedule"]["warmup_steps"] = max(1, min(360, steps // 30))
-    run = choice.fit.run
     values["parallel"] = {
         "strategy": run.parallel.strategy,
         "activation_checkpointing": run.parallel.activation_checkpointing,
     }
-    values["checkpoint"]["every"] = values["validation"]["every"] = max(1, steps // 5)
+    values["data"]["micro_batch_size"] = run.data.micro_batch_size
+    seconds = step_tokens * choice.fit.seconds_per_token
+    for section, interval in _intervals(seconds, steps, steps // 5).items():
+        values[section] |= interval
     return values
 
 
 def _sft(choice: Choice, name: str) -> dict[str, Any]:
-    """SFT on rows of 2,048 tokens, at a tenth of pretraining's rate (our judgement)."""
-    run, gpus = choice.fit.run, choice.request.gpus
-    values = read_yaml(Path("configs/sft.yaml"))
-    length = values["data"]["sequence_length"]
-    rows = max(1, values["data"]["tokens_per_step"] // (gpus * length))  # per GPU and step
-    rows = 2 ** int(math.log2(rows))
-    step = rows * gpus * length
-    steps = max(10, int(choice.tuning_tokens["sft"] / step))
-    values = _tuning("configs/sft.yaml", choice, name, steps, choice.lr / 10)
-    at_once = run.data.micro_batch_size * run.data.sequence_length // length
-    values["data"] |= {"tokens_per_step": step, "micro_batch_size": max(1, min(rows, at_once))}
+    """SFT at a tenth of pretraining's rate (our judgement)."""
+    step_tokens = choice.fit.tuning["sft"].data.tokens_per_step
+    values = _tuning(choice, name, "sft", choice.lr / 10, step_tokens)
+    values["data"]["tokens_per_step"] = step_tokens
     return values
 
 
 def _dpo(choice: Choice, name: str) -> dict[str, Any]:
-    """DPO at a thousandth of pretraining's rate (our judgement), as SmolLM2-1.7B's 1e-6 is.
-
-    A pair is counted as two rows of 512 tokens. The frozen reference model needs memory as well,
-    so a micro-batch has a quarter of pretraining's tokens.
-    """
-    run, gpus = choice.fit.run, choice.request.gpus
-    pairs = 4 * gpus
-    steps = max(10, int(choice.tuning_tokens["dpo"] / (pairs * 1024)))
-    values = _tuning("configs/dpo.yaml", choice, name, steps, choice.lr / 1000)
-    tokens = run.data.micro_batch_size * run.data.sequence_length // 4
-    rows = tokens // values["data"]["sequence_length"] // 2 * 2
-    values["data"] |= {"pairs_per_step": pairs, "micro_batch_size": max(2, min(8, rows))}
+    """DPO at a thousandth of pretraining's rate (our judgement), as SmolLM2-1.7B's 1e-6 is."""
+    pairs = PAIRS_PER_GPU * choice.request.gpus
+    values = _tuning(choice, name, "dpo", choice.lr / 1000, pairs * PAIR_TOKENS)
+    values["data"]["pairs_per_step"] = pairs
     return values
 
 
@@ -258,8 +295,8 @@ def _plan(choice: Choice, name: str) -> dict[str, Any]:
     module = f"{python} -m" if gpus > 1 else "python -m"
     before = {
         f"Text: {source}": f"python -m scripts.download_data --dataset {source} --max_tokens "
-        f"{tokens:.2g} --output {store}"
-        for source, tokens in downloads(choice).items()
+        f"{tokens:g} --output {store}"
+        for source, tokens in choice.downloads.items()
     }
     before["Tokenizer"] = f"python -m scripts.train_tokenizer --config configs/{name}/data.yaml"
     before["Shards"] = f"python -m scripts.prepare_data --config configs/{name}/data.yaml"
@@ -272,17 +309,22 @@ def _plan(choice: Choice, name: str) -> dict[str, Any]:
     phases: list[dict[str, Any]] = [
         {
             "config": f"configs/{name}/base.yaml",
-            "milestones": [
-                _milestone(choice, name, step, BEFORE_DECAY) for step in (half, base) if step
-            ],
+            "milestones": [_milestone(choice, name, step) for step in (half, base) if step],
         }
     ]
     if choice.fit.long_rows:
         phases.append({"config": f"configs/{name}/long_context.yaml"})
-    last = _milestone(choice, name, total, 1.0)
+    last = _milestone(choice, name, total)
+    if runs_humaneval(choice):
+        last["evals"].append("code")
     phases.append({"config": f"configs/{name}/gold.yaml", "milestones": [last]})
     plan: dict[str, Any] = {"name": name, "ranks": gpus, "before": before}
     plan["evals"] = {"suite": suite}
+    if runs_humaneval(choice):  # it runs programs that the model writes, in evals/sandbox.py
+        plan["evals"]["code"] = (
+            f"{module} evals.eval_code --checkpoint {{checkpoint}} --tasks humaneval --run_code "
+            "--output {output}"
+        )
     plan["phases"] = phases
     if goal == "chat":
         plan["stages"] = _stages(name, run, python)
@@ -298,31 +340,11 @@ def _plan(choice: Choice, name: str) -> dict[str, Any]:
     return plan
 
 
-def forecast_bits(parameters: int, tokens: float) -> float:
-    """Bits per byte of web text after a decay, by the law of the loss; outside its range a guess.
-
-    The law counts nats per token; a token of fineweb_edu has HUB_SOURCES' bytes.
-    """
-    nats, _ = forecast_loss(parameters, tokens)
-    return nats / math.log(2) / HUB_SOURCES["fineweb_edu"].bytes_per_token
-
-
-def _milestone(choice: Choice, name: str, step: int, before_decay: float) -> dict[str, Any]:
-    """Gates scaled to the size: the forecast of web text with a margin, and HellaSwag's chance."""
-    parameters = choice.fit.run.model.num_parameters
-    tokens = step * choice.fit.run.data.tokens_per_step
-    low, high = LAW_RANGE["parameters"]
-    near = low <= parameters <= high and tokens >= LAW_RANGE["tokens"][0]
-    go, no_go = (GO, NO_GO) if near else (FAR_GO, FAR_NO_GO)
-    bits = forecast_bits(parameters, tokens) * before_decay
-    limits = {"go": round(bits * go, 3), "no_go": round(bits * no_go, 3)}
-    gates: list[dict[str, Any]] = [{"metric": "fineweb_edu.bits_per_byte", **limits}]
-    if parameters >= 100e6 and tokens >= 2e9:  # GPT-2 124M has 0.31; chance is 0.25
-        gates.append({"metric": "hellaswag.acc_norm", "go": 0.27, "no_go": 0.25})
+def _milestone(choice: Choice, name: str, step: int) -> dict[str, Any]:
     return {
         "step": step,
         "evals": ["suite"],
-        "gates": gates,
+        "gates": milestone_gates(choice, step),
         "advice": f"look at logs/{name}/metrics.jsonl and docs/log.md; lower optim.lr in "
         f"configs/{name}/base.yaml, then `python -m scripts.pipeline --plan "
         f"configs/{name}/plan.yaml --redo base`",
@@ -330,13 +352,7 @@ def _milestone(choice: Choice, name: str, step: int, before_decay: float) -> dic
 
 
 def _stages(name: str, run: str, python: str) -> list[dict[str, Any]]:
-    """SFT and DPO; their gates limit forgetting as those of configs/plan_1b.yaml do."""
-
-    def gates(go: float, no_go: float) -> list[dict[str, Any]]:
-        return [
-            {"metric": "all.bits_per_byte", "against": "before", "go": go, "no_go": no_go},
-            {"metric": "hellaswag.acc_norm", "against": "before", "go": -0.02, "no_go": -0.05},
-        ]
+    """SFT and DPO with their gates."""
 
     def advice(stage: str) -> str:
         return (
@@ -355,7 +371,7 @@ def _stages(name: str, run: str, python: str) -> list[dict[str, Any]]:
                 "{checkpoint}",
             },
             "evals": ["suite"],
-            "gates": gates(0.05, 0.15),
+            "gates": stage_gates(0.05, 0.15),
             "advice": advice("sft"),
         },
         {
@@ -366,7 +382,7 @@ def _stages(name: str, run: str, python: str) -> list[dict[str, Any]]:
                 "{checkpoint}"
             },
             "evals": ["suite"],
-            "gates": gates(0.02, 0.08),
+            "gates": stage_gates(0.02, 0.08),
             "advice": advice("dpo"),
         },
     ]
