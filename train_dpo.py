@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch import nn
 
 from data.chat.pair_batches import PairBatch, PairLoader, Pairs, ValidationPairs
 from data.chat.preferences import PreferenceConfig, describe, prepare
 from data.chat.rendering import TRAINING_TEMPLATE
-from data.dataloader import Prefetcher
+from data.chat.replay import PairReplayConfig, mixture, open_replay, replay_validation
+from data.dataloader import Batch, Prefetcher
 from data.manifest import file_hash
+from data.tokenizers.bpe import token_bytes
+from evals.eval_perplexity import perplexity
 from ranges import PositiveInt, check_fields
 from training import setup
 from training.config import DataConfig
@@ -29,7 +33,7 @@ from training.distributed import run_on_rank0
 from training.fine_tuning import TuningRun, open_base, parser, start, with_record
 from training.fsdp_utils import compute_dtype
 from training.phase import Stage, run_phase
-from training.preference_losses import DPOConfig, evaluate_pairs, preference
+from training.preference_losses import DPOConfig, evaluate_pairs, preference, with_text
 from training.reference import ReferenceLogps, build_reference, frozen_logps, sharded
 from training.settings import NoEffect
 
@@ -64,6 +68,7 @@ class PreferenceRun(TuningRun):
     data: PairDataConfig = field(default_factory=PairDataConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     preferences: PreferenceConfig = field(kw_only=True)
+    replay: PairReplayConfig | None = None  # pretraining text beside the pairs; default: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,8 +95,10 @@ def align(
 ) -> int:
     """Train on preference pairs. Returns the exit status of training.loop.train."""
     base = open_base(run, Path(run.preferences.cache))
-    _, folder, files, run = base
+    chat, folder, files, run = base
+    mixture(run.data.mix, run.replay)  # refuses names of both
     data, new_tokens = run.data, files.new_tokens
+    text = open_replay(run.replay, "train", folder) if run.replay else {}
     prepared = run_on_rank0(
         lambda: prepare(run.preferences, data.mix, folder, data.sequence_length)
     )
@@ -122,31 +129,46 @@ def align(
     pairs.reference = partial(logps, "train") if logps else None
     sources = val_pairs.batches(partial(logps, "val") if logps else None)
     lines = run.schedule_lines()
+    text_batches: dict[str, list[Batch]] = {}
+    if run.replay:
+        pairs.add_text(text, run.replay)
+        rows = (run.validation.batch_size or 2 * size, run.validation.rows)
+        text_batches, text_lines = replay_validation(
+            run.replay, folder, data.sequence_length, *rows, rank, world
+        )
+        lines += text_lines
     if 2 * size < data.micro_batch_size:
         lines.append(
             f"micro-batches: {2 * size} rows, the rank's share of a step, instead of "
             f"data.micro_batch_size={data.micro_batch_size}"
         )
     run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
-    objective = preference(run.dpo)
-    evaluate = (
-        partial(
-            evaluate_pairs,
-            objective=objective,
-            sources=sources,
-            all_reduce_sum=setup.all_reduce_sum,
-        )
-        if sources
-        else None
-    )
+    objective, loader = preference(run.dpo), Prefetcher(pairs, device)
+    token_sizes = torch.zeros(run.model.vocab_size, dtype=torch.int64)  # bytes
+    sizes = torch.from_numpy(token_bytes(chat.tokenizer))
+    token_sizes[: len(sizes)] = sizes
+
+    def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
+        results = evaluate_pairs(model, objective, sources, setup.all_reduce_sum) if sources else {}
+        if text_batches:
+            of_text = perplexity(model, text_batches, token_sizes, setup.all_reduce_sum)
+            results["replay"] = of_text.pop("all")
+            results |= of_text
+        if run.replay and (end := loader.position):
+            shares = pairs.shares(max(0, end - run.validation.every), end)
+            shares["replay"] = sum(v for name, v in shares.items() if name not in train)
+            for name, share in shares.items():
+                results.setdefault(name, {})["trained_share"] = share
+        return results
+
     lines += [
         line for name, source in train.items() for line in describe(name, source.report)
     ] + pairs.describe(run.steps)
     stage = Stage(
-        loader=Prefetcher(pairs, device),
-        objective=objective,
+        loader=loader,
+        objective=with_text(objective, run.replay.weight) if run.replay else objective,
         tokenizer=files,
-        evaluate=evaluate,
+        evaluate=evaluate if sources or text_batches else None,
         data_lines=lines,
         largest_batch=largest_batch(size, data.sequence_length, device),
     )

@@ -77,7 +77,7 @@ def finetune(
         text_batches, text_lines = replay_validation(
             run.replay, folder, length, batch_size, rows, rank, world
         )
-        lines += text_lines
+        lines += [f"replayed text is {run.replay.share:.1%} of the trained tokens", *text_lines]
     token_sizes = torch.zeros(run.model.vocab_size, dtype=torch.int64)  # bytes; 0 for padding rows
     sizes = torch.from_numpy(token_bytes(chat.tokenizer))
     token_sizes[: len(sizes)] = sizes

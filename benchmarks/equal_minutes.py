@@ -117,7 +117,9 @@ class Scored(nn.Module):
         super().__init__()
         self.model, self.losses = peer.model, peer.losses
 
-    def forward(self, tokens: Tensor, targets: Tensor, doc_ids: None) -> SimpleNamespace:
+    def forward(
+        self, tokens: Tensor, targets: Tensor, doc_ids: None, rows: Tensor | None = None
+    ) -> SimpleNamespace:
         return SimpleNamespace(nll=self.losses(tokens, targets))
 
 

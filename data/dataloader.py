@@ -23,8 +23,7 @@ BLOCK = 1000  # rows; each block has the mixture's exact proportions, rounded to
 # Repeated tokens are nearly as good as new ones up to here (Muennighoff et al. 2023,
 # arXiv:2305.16264)
 MAX_EPOCHS = 4
-# Steps of a schedule that the fingerprint covers: of train_gpt.py, and of longer runs.
-HASHED_STEPS, MORE_HASHED_STEPS = 1 << 14, 1 << 18
+HASHED_STEPS = 1 << 14  # that the fingerprint covers of a function without a definition
 OfStep = Callable[[int], int]  # a number as a function of the step
 
 
@@ -126,7 +125,7 @@ class PackedDataLoader:
             )
         shares = dict(zip(self.names, self.quota.tolist(), strict=True))
         hashes = [sources[name].fingerprint for name in self.names]
-        text = schedule_text(rows, MORE_HASHED_STEPS)
+        text = schedule_text(rows)
         self.fingerprint = f"{hashes} {shares} length={sequence_length} rows={text} seed={seed}"
         if packing != "stream":
             self.fingerprint += f" packing={packing}"
@@ -161,6 +160,10 @@ class PackedDataLoader:
             for i in range(len(self.begins) - 1, batch_index):
                 self.begins.append(self.begins[i] + self.rows_at(i))
             return self.begins[batch_index]
+
+    def source_of(self, row: int) -> str:
+        """Return the name of the source of a row, numbered as in Batch.rows."""
+        return self.names[self._locate(row)[0]]
 
     def steps_of_epochs(self, epochs: float, names: Collection[str]) -> int:
         """Return the steps of so many passes over all rows of the named sources."""
@@ -406,11 +409,16 @@ def as_function(value: int | OfStep) -> OfStep:
     return value if callable(value) else lambda step: value
 
 
-def schedule_text(value: int | OfStep, steps: int = HASHED_STEPS) -> str:
-    """Return a constant as text; a function of the step as a hash of its first values."""
+def schedule_text(value: int | OfStep) -> str:
+    """Return a constant as text, and a function of the step as its attribute `definition`.
+
+    A function without a definition is a hash of its first values.
+    """
     if not callable(value):
         return str(value)
-    values = [value(step) for step in range(steps)]
+    if definition := getattr(value, "definition", ""):
+        return str(definition)
+    values = [value(step) for step in range(HASHED_STEPS)]
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 

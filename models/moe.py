@@ -215,6 +215,17 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return F.gelu(x, approximate="tanh") if activation == "gelu" else F.relu(x).square()
 
 
+def unaligned(model: nn.Module) -> str:
+    """The first expert weight of a model that grouped_mm refuses in bfloat16, or "".
+
+    Both matrix dimensions must be multiples of 8, which are the kernel's 16 bytes.
+    """
+    for name, weight in model.named_parameters():
+        if weight.ndim == 3 and any(size % 8 for size in weight.shape[1:]):
+            return f"{name.replace('_checkpoint_wrapped_module.', '')} {list(weight.shape)}"
+    return ""
+
+
 def grouped_linear(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """Multiply groups of rows of x [rows, inputs] with the matrices of weight [E, out, inputs].
 
@@ -354,15 +365,20 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
 
 
 def router_inputs(
-    kind: str, config: MoEConfig, tokens: Tensor, targets: Tensor | None
+    kind: str,
+    config: MoEConfig,
+    tokens: Tensor,
+    targets: Tensor | None,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return noise_keys and `trained` of a training step, both [B, T] or None, for MoE.forward.
 
+    rows: see token_keys.
     `trained` marks the tokens up to a row's last target; those after it are padding.
     """
     if kind == "dense":
         return None, None
-    noise_keys = token_keys(tokens) if config.router == "noisy_top_k" else None
+    noise_keys = token_keys(tokens, rows) if config.router == "noisy_top_k" else None
     if targets is None:
         return noise_keys, None
     return noise_keys, (targets != IGNORE).long().flip(1).cumsum(1).flip(1) > 0
@@ -391,14 +407,17 @@ def router_loss_sum(
     }
 
 
-def token_keys(tokens: Tensor) -> Tensor:
-    """Return a pseudo-random int64 for each token [B, T], from its row's tokens and its position.
+def token_keys(tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Return a pseudo-random int64 for each token [B, T]: of its row's tokens, number and position.
 
+    rows [B]: the rows' numbers in training order, so that equal rows have different keys. None: 0.
     Noise from these keys is the same for any number of ranks, any micro-batch size, after a resume,
     and when activation checkpointing computes a block again.
     """
     position = torch.arange(tokens.shape[1], device=tokens.device) * _signed(0x9E3779B97F4A7C15)
     row = ((tokens + 1) * _mix(position)).sum(1, keepdim=True)
+    if rows is not None:
+        row = row + _mix(rows[:, None] * _signed(0x9E3779B97F4A7C15))
     return _mix(row + position)
 
 

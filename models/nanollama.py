@@ -36,7 +36,7 @@ class ModelConfig:
     head_dim: Size | None = None  # default: hidden_size / num_attention_heads
     max_position_embeddings: Size = 4096
     rope_theta: PositiveFloat = 10_000.0
-    rope_scaling: RopeScaling | None = None  # YaRN: docs/long_context.md
+    rope_scaling: RopeScaling | None = None  # YaRN or Llama 3: docs/long_context.md
     rms_norm_eps: PositiveFloat = 1e-5
     initializer_range: NonNegativeFloat = 0.02
     tie_word_embeddings: bool = False
@@ -58,7 +58,7 @@ class ModelConfig:
         if self.resolved_head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim} must be even for rotary positions")
         if self.rope_scaling is not None:
-            self.rope_scaling.ramp(self.resolved_head_dim, self.rope_theta)  # ValueError if empty
+            self.rope_scaling.check(self.resolved_head_dim, self.rope_theta)
 
     @property
     def resolved_head_dim(self) -> int:
@@ -270,11 +270,16 @@ class NanoLlama(nn.Module):
             parameter.copy_(values)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | TokenLosses:
         """Return logits [B, T, V] of tokens [B, T]; with targets [B, T], TokenLosses (fp32 [B, T]).
 
         doc_ids [B, T] numbers each token's document; tokens attend within their own document.
+        rows [B]: numbers of the rows in training order, for the noise of a router.
         ValueError if T exceeds max_position_embeddings.
         """
         length = tokens.shape[1]
@@ -290,7 +295,7 @@ class NanoLlama(nn.Module):
         noise_keys = trained = None
         if self.training:
             kind, moe = self.config.kind, self.config.moe
-            noise_keys, trained = router_inputs(kind, moe, tokens, targets)
+            noise_keys, trained = router_inputs(kind, moe, tokens, targets, rows)
         routers: list[RouterStats] = []
         for layer in self.layers:
             x, stats = layer(x, cos, sin, mask, noise_keys, trained)

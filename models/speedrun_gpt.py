@@ -154,11 +154,16 @@ class SpeedrunGPT(nn.Module):
             parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, doc_ids: Tensor | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor | TokenLosses:
         """Return logits [B, T, V] of tokens [B, T]; with targets [B, T], TokenLosses (fp32 [B, T]).
 
         doc_ids [B, T] numbers each token's document; tokens attend within their own document.
+        rows [B]: numbers of the rows in training order, for the noise of a router.
         In training mode, nll is the weighted sum over the next tokens (multi_token_weights).
         ValueError if T exceeds max_position_embeddings, or fp8_head trains without such a GPU.
         """
@@ -186,7 +191,7 @@ class SpeedrunGPT(nn.Module):
         x0, first_value = x, None
         noise_keys = trained = None
         if self.training:
-            noise_keys, trained = router_inputs(config.kind, config.moe, tokens, targets)
+            noise_keys, trained = router_inputs(config.kind, config.moe, tokens, targets, rows)
         routers: list[RouterStats] = []
         sources = {source for source, _ in config.skip_pairs} | {config.backout_layer}
         outputs: dict[int, Tensor] = {}  # of the layers that a later one reads

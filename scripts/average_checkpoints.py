@@ -9,7 +9,7 @@ The mean of the last checkpoints at a stable learning rate forecasts what a deca
 (arXiv:2505.12082). Inside the decay, the mean is a candidate for the final model. The folder has
 the files of a step folder without state/: evaluations, export, chat and --base_model take it, and
 training cannot resume from it. average.json in it names the sources. Run the same command again:
-a finished average is left as it is.
+a finished average is left as it is, even if its sources were deleted since.
 """
 
 import argparse
@@ -18,7 +18,14 @@ from pathlib import Path
 
 from cli import CommandParser, int_at_least, user_errors, within
 from ranges import above
-from training.averaging import is_made, last_checkpoints, record_of, write_average
+from training.averaging import (
+    complete_steps,
+    is_made,
+    last_checkpoints,
+    record_of,
+    recorded_last,
+    write_average,
+)
 from training.checkpoint_files import step_of
 
 
@@ -51,12 +58,11 @@ def main() -> None:
     args = parser.parse_args()
     with user_errors():
         sources, output = chosen_checkpoints(args)
-        record = record_of(sources, args.weights)
         names = ", ".join(str(source) for source in sources)
-        if is_made(output, record):
+        if is_made(output, sources, args.weights):
             print(f"{output} is the average of {names} already")
             return
-        write_average(record, output)
+        write_average(record_of(sources, args.weights), output)
         print(f"{output}: average of {len(sources)} checkpoints: {names}")
         steps = [step_of(source) for source in sources] if args.phase_folder else []
         if len({right - left for left, right in pairwise(steps)}) > 1:
@@ -66,9 +72,11 @@ def main() -> None:
 def chosen_checkpoints(args: argparse.Namespace) -> tuple[list[Path], Path]:
     """The checkpoints to average, in order, and the output folder; ValueError for wrong flags."""
     if args.phase_folder:
-        sources = last_checkpoints(args.phase_folder, args.last or 5, args.every or 1, args.until)
-        newest = step_of(sources[-1])
-        return sources, args.output_dir or args.phase_folder / f"average_{newest}"
+        phase, every = args.phase_folder, args.every or 1
+        choice = (phase, args.last or 5, every, args.until)
+        newest = [step_of(folder) for folder in complete_steps(phase, every, args.until)][-1:]
+        output = args.output_dir or phase / f"average_{newest[0] if newest else 0}"
+        return recorded_last(output, *choice) or last_checkpoints(*choice), output
     if args.last or args.every or args.until:
         raise ValueError("--last, --every and --until choose among a --phase_folder; give that")
     if args.output_dir is None:

@@ -23,7 +23,7 @@ from training.averaging import last_checkpoints, record_of, write_average
 from training.checkpoint_files import find_damage, has_state, hash_files, model_hash
 from training.ops import supervisor
 from training.planning.cost import forecast
-from training.planning.plan import load_plan
+from training.planning.plan import load_plan, scheduled_phases
 
 CONFIG = tiny_config(hidden_size=32, intermediate_size=48, max_position_embeddings=64)
 pytestmark = pytest.mark.one_layer
@@ -163,7 +163,10 @@ def test_the_last_checkpoints_are_those_of_complete_steps(phase):
         ),
         ("--phase_folder P --last 2 --weights 1 2 3", "3 weights for 2 checkpoints"),
         ("--phase_folder P --last 2 --weights 1 0", "0 must be above 0"),
-        ("--phase_folder P --last 2 --output_dir P/step_2", "exists and is not this average"),
+        (
+            "--phase_folder P --last 2 --output_dir P/step_2",
+            "step_2 exists and is not an average; give another",
+        ),
         ("--checkpoints P/step_4 P/wide --output_dir O", "intermediate_size is 48 in"),
         ("--checkpoints P/step_4 P/theta --output_dir O", "rope_theta is 10000.0 in"),
         ("--checkpoints P/step_4 P/half --output_dir O", "and BF16"),
@@ -275,22 +278,109 @@ def test_a_plan_measures_an_average_beside_the_raw_checkpoint(averaging, run):  
     phases[0]["milestones"][1]["averages"] = 3
     edit_plan(averaging, phases=phases)
     output = run().stdout
-    assert "skipped the forecast at step 4, average of 3 checkpoints" in output
+    assert "no forecast at step 4, average of 3 checkpoints" in output
     assert "measured" not in output and not (folder / "average_4").exists()
 
 
-def test_an_average_of_a_repeated_phase_is_made_again(averaging, run):  # noqa: F811
+def test_a_plan_makes_its_average_again_if_a_folder_has_another(averaging, run):  # noqa: F811
+    """A user's own average_4, one of weights that were trained again, a copy, a damaged folder."""
     run()
-    average = averaging / "checkpoints" / "tiny" / "one" / "average_4"
+    phase_folder = averaging / "checkpoints" / "tiny" / "one"
+    average = phase_folder / "average_4"
     decision = averaging / "results" / "tiny" / "step_4_average" / "decision.json"
-    record = read_json(average / "average.json")
-    record["sources"][-1]["hash"] = "of step 4 before it was trained again"
-    write_json(average / "average.json", record)
-    write_json(decision, {**read_json(decision), "raw": "of that, too"})
+    weights, sources = weights_of(average), [phase_folder / f"step_{step}" for step in (3, 4)]
+
+    def weigh() -> str:
+        shutil.rmtree(average)
+        write_average(record_of(sources, [2, 1]), average)
+        return f"is the average of {sources[0]} (weight 2), {sources[1]} (weight 1), not of check"
+
+    def train_again() -> str:
+        record = read_json(average / "average.json")
+        record["sources"][-1]["hash"] = "of step 4 before it was trained again"
+        write_json(average / "average.json", record)
+        return "is an average of step_4 before its weights changed"
+
+    def choose_others() -> str:
+        shutil.rmtree(average)
+        write_average(record_of([phase_folder / "step_2", sources[1]]), average)
+        return f"is the average of {phase_folder / 'step_2'}, {sources[1]}, not of checkpoints"
+
+    def copy() -> str:
+        (average / "average.json").unlink()
+        return "is not an average"
+
+    def damage() -> str:
+        (average / "config.json").write_text("{}")
+        return "is damaged (config.json has changed)"
+
+    for number, change in enumerate((weigh, train_again, choose_others, copy, damage), 1):
+        why = change()
+        write_json(decision, {**read_json(decision), "raw": "of another step 4"})
+        output = run().stdout
+        assert f"checkpoints/tiny/one/average_4 {why}" in output
+        assert average.with_name(f"average_4.old{number}").is_dir()
+        written = weights_of(average)
+        assert all(np.array_equal(written[name], weights[name]) for name in weights)
+        assert read_json(decision)["raw"] == model_hash(average.with_name("step_4"))
+        assert find_damage(average) is None
+    assert "average_4" not in run().stdout
+
+
+def test_a_plan_takes_its_average_without_the_deleted_sources(averaging, run):  # noqa: F811
+    run()
+    folder = averaging / "checkpoints" / "tiny" / "one"
+    shutil.rmtree(folder / "step_3")
+    shutil.rmtree(averaging / "results" / "tiny" / "step_4_average")
     output = run().stdout
-    assert "measured average_4" not in output  # the same weights: the results are current
-    assert average.with_name("average_4.old1").is_dir() and find_damage(average) is None
-    assert read_json(decision)["raw"] == model_hash(average.with_name("step_4"))
+    assert "measured average_4" in output and "average_checkpoints" not in output
+    # The record of another average needs the deleted source.
+    record = read_json(folder / "average_4" / "average.json")
+    record["sources"][0]["weight"] = 2.0
+    write_json(folder / "average_4" / "average.json", record)
+    (folder / "step_2" / "manifest.json").unlink()  # a third checkpoint is not complete
+    shutil.rmtree(averaging / "results" / "tiny" / "step_4_average")
+    output = run().stdout
+    assert "measured average_4" not in output
+    assert "warning: no forecast at step 4, average of 2 checkpoints" in output
+    assert (folder / "average_4").is_dir()  # not touched
+
+
+def test_a_failed_average_ends_neither_training_nor_the_plan(averaging, run, monkeypatch):  # noqa: F811
+    failing = SimpleNamespace(status=7)
+    start = supervisor.subprocess.Popen
+
+    def fail(command: list[str], env: dict[str, str]) -> object:
+        if "scripts.average_checkpoints" in command and failing.status:
+            return SimpleNamespace(wait=lambda: failing.status)
+        return start(command, env)
+
+    monkeypatch.setattr(supervisor, "subprocess", SimpleNamespace(Popen=fail))
+    done = run()
+    sentence = "no forecast at step 4, average of 2 checkpoints (exit status 7)"
+    assert f"{sentence}; the plan continues without it" in done.stdout
+    assert done.stdout.rstrip().splitlines()[-3] == f"warning: {sentence}"
+    assert [event["step"] for event in events(averaging, "no_average")] == [4]
+    assert (averaging / "checkpoints/tiny/tuned/step_1").is_dir() and "last check" in done.stdout
+    # A stage that needs it stops the plan, whether its command or its config names it.
+    content = yaml.safe_load((averaging / "plan.yaml").read_text())
+    stages, average = content["stages"], "checkpoints/tiny/one/average_4"
+    (averaging / "base.yaml").write_text(f"init_from: {average}\n")
+    for words in (f"--base_model {average}", f"init_from={average}", "--config base.yaml"):
+        stage = {"name": "more", "output_dir": "checkpoints/tiny/more"}
+        stage["commands"] = {"More": f"python none.py {words}"}
+        edit_plan(averaging, stages=[*stages, stage])
+        error = run(status=2).stderr
+        assert f"stage more needs {average}, which is missing: {sentence}; remove" in error
+    stage["commands"] = {"More": f"mkdir -p checkpoints/tiny/more/step_1/{average}0"}
+    stage["commands"] |= {"Copy": "cp -r {checkpoint}/. checkpoints/tiny/more/step_1"}
+    edit_plan(averaging, stages=[*stages, stage])
+    run()  # average_40 is another folder
+    # A signal still stops the plan, and a working command is tried again.
+    failing.status = 143
+    run(status=143)
+    failing.status = 0
+    assert "warning: no" not in run().stdout and (averaging / average).is_dir()
 
 
 def test_an_average_changes_no_loss_and_may_be_a_stage(averaging, run):  # noqa: F811
@@ -310,6 +400,67 @@ def test_an_average_changes_no_loss_and_may_be_a_stage(averaging, run):  # noqa:
     assert "\nlast checkpoints/tiny/averaged/step_8" in output
     again = run().stdout
     assert "measured" not in again and "step_8 is the average of" in again
+    # Retention may delete a source.
+    shutil.rmtree(averaging / "checkpoints" / "tiny" / "two" / "step_6")
+    again = run().stdout
+    assert "measured" not in again and "step_8 is the average of" in again
+
+
+def test_a_finished_average_needs_none_of_its_deleted_sources(phase, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "out"
+    steps = [str(phase / f"step_{step}") for step in (4, 5)]
+    given = ["--checkpoints", *steps, "--weights", "2", "1", "--output_dir", str(output)]
+    last = ["--phase_folder", str(phase), "--last", "3"]
+    for flags in (given, last):
+        monkeypatch.setattr("sys.argv", ["x", *flags])
+        average_checkpoints.main()
+    shutil.rmtree(phase / "step_4")
+    capsys.readouterr()
+    for flags in (given, last, [*last, "--until", "6"]):
+        monkeypatch.setattr("sys.argv", ["x", *flags])
+        average_checkpoints.main()
+    assert capsys.readouterr().out.count("is the average of") == 3
+    wrong = [
+        ([*given[:-4], "1", "2", *given[-2:]], "(weight 1), "),
+        ([*last, "--every", "2"], "has 2 complete checkpoints of every 2 steps"),
+        (["--phase_folder", str(phase), "--last", "2"], "average_6 exists and is the average of"),
+        (["--phase_folder", str(phase), "--last", "4"], "has 3 complete checkpoints"),
+    ]
+    for flags, message in wrong:
+        assert message in complaint_of(average_checkpoints.main, flags, capsys, monkeypatch)
+    shutil.copytree(phase / "step_5", phase / "step_8")
+    flags = [*last, "--output_dir", str(phase / "average_6")]  # trained on since
+    message = complaint_of(average_checkpoints.main, flags, capsys, monkeypatch)
+    assert "average_6 exists and is the average of" in message and "step_8" in message
+
+
+def test_a_phase_must_keep_what_a_stage_averages(averaging, monkeypatch):
+    monkeypatch.chdir(averaging)
+    config = yaml.safe_load(Path("two.yaml").read_text())
+
+    def planned(flags: str, **changes: object) -> None:
+        changed = {**config, "checkpoint": {**config["checkpoint"], "every": 1, **changes}}
+        Path("two.yaml").write_text(yaml.safe_dump(changed))
+        command = (
+            f"python -m scripts.average_checkpoints --phase_folder checkpoints/tiny/two {flags}"
+        )
+        stage = {"name": "mean", "output_dir": "checkpoints/tiny/mean", "commands": {"A": command}}
+        edit_plan(Path(), stages=[stage])
+        scheduled_phases(load_plan("plan.yaml"))
+
+    planned("--last 3")  # keep is 3, and every step is saved
+    planned("--last=4", keep=4)
+    planned("--last 2 --until 6", keep=1, milestones=[5, 6])
+    with pytest.raises(ValueError, match=r"last 4 checkpoints of two, but checkpoint.keep=3"):
+        planned("--last 4")
+    with pytest.raises(ValueError, match="leaves 3 of them at its end; set it to 4"):
+        planned("--last=4")
+    with pytest.raises(ValueError, match="leaves 1 of them at its end; set it to 3"):
+        planned("--last 2 --every 2", keep=2)
+    with pytest.raises(ValueError, match="last 5 checkpoints of two, which saves 4 of them; lower"):
+        planned("", keep=9)
+    (Path("checkpoints/tiny/mean") / "step_8").mkdir(parents=True)
+    planned("--last 4")  # the average exists already
 
 
 def test_a_phase_must_keep_what_a_milestone_averages(averaging, monkeypatch):

@@ -67,6 +67,29 @@ def test_the_fingerprint_has_the_growth(loader):
     assert len({*marks}) == 4 and loader(growing).fingerprint == marks[2]
 
 
+def test_the_fingerprint_has_the_definition_of_the_curve_and_calls_it_never(loader, monkeypatch):
+    def mark(points: str, *more: str) -> str:
+        growth = f"schedules.batch_tokens={{points: {points}, shape: step}}"
+        rows = rows_of_step(load(TEST_MODE, [growth, *more]))
+        calls = []
+        curve = rows.tokens.curve
+        monkeypatch.setattr(type(curve), "rounded", lambda self, step: calls.append(step) or 512)
+        packed = loader(rows)
+        monkeypatch.undo()
+        assert calls == [rows.start]  # rows of the first step
+        return packed.fingerprint
+
+    late = "[[0, 512], [400000, 1024]]"  # beyond the steps that a hash of values would cover
+    assert mark(late) == mark(late, "steps=9") == mark("[[0, 512.0], [4.0e5, 1024]]")
+    others = [
+        mark("[[0, 512], [400001, 1024]]"),
+        mark("[[0, 512], [400000, 2048]]"),
+        mark(late, "start_step=3", "resume_from=one"),
+        mark(late, "data.sequence_length=32"),
+    ]
+    assert len({mark(late), *others}) == 5
+
+
 def test_steps_that_do_not_divide_over_the_ranks_are_refused_before_training(loader):
     packed = loader(lambda step: 4 if step < 9 else 5)
     packed.describe(9)

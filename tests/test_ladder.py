@@ -1,6 +1,7 @@
 """The speedrun ladder: its configs, three steps of each rung, also on more ranks, and its page."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from lab import learning_path as page
 from lab.experiment import make_trial
 from lab.ladder import FULL, MEDIUM, MINIATURE, ladder_experiment, read_ladder, select_rungs
 from lab.run import plan_trials
+from models.moe import MoEConfig
 from scripts import ladder as command
 from training import loop, setup
 from training.config import to_dict
@@ -190,6 +192,12 @@ def shrunk(rung, data: Path) -> SpeedrunRun:
     )
 
 
+def with_experts(run: SpeedrunRun) -> SpeedrunRun:
+    """One step of a rung with four experts."""
+    moe = MoEConfig(experts=4, router="noisy_top_k")
+    return replace(run, steps=1, model=replace(run.model, kind="moe", moe=moe))
+
+
 def write_shard(path: Path) -> None:
     """Documents of random lengths whose tokens follow the one before, with noise."""
     rng, tokens = np.random.default_rng(0), [0]
@@ -200,8 +208,8 @@ def write_shard(path: Path) -> None:
     write_bin(path, np.array(tokens, dtype="<u2"))
 
 
-def three_steps(run: SpeedrunRun, rank: int, world: int) -> list[float]:
-    """The loss of each step, with the parts of a real run."""
+def train_steps(run: SpeedrunRun, rank: int, world: int) -> list[float]:
+    """The loss of each step, with the parts of a real run; NaN if tokens of experts are missing."""
     shards = BinShards(run.data.train, VOCAB, run.data.bos_token)
     loader = BinLoader(
         shards,
@@ -225,7 +233,7 @@ def three_steps(run: SpeedrunRun, rank: int, world: int) -> list[float]:
         means, *_ = reduce(sums, step.loss_denominator)
         state.optimizer.step()
         state.optimizer.zero_grad()
-        losses.append(means["loss"])
+        losses.append(math.nan if means.get("dropped_tokens") else means["loss"])
     return losses
 
 
@@ -236,7 +244,7 @@ def climb(rank: int, world: int, folder: Path, runs: dict[str, SpeedrunRun]) -> 
         loop.set_last_micro_batch = lambda *_: None
     store = dist.FileStore(str(folder / f"store{world}"), world)
     dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
-    losses = {name: three_steps(run, rank, world) for name, run in runs.items()}
+    losses = {name: train_steps(run, rank, world) for name, run in runs.items()}
     if rank == 0:
         (folder / f"{world}.json").write_text(json.dumps(losses), encoding="utf-8")
     dist.barrier()
@@ -255,6 +263,8 @@ def losses(tmp_path_factory):
     result = {}
     for world, names in worlds.items():
         chosen = {name: runs[name] for name in names}
+        if world == 1:
+            chosen |= {f"{name} with experts": with_experts(runs[name]) for name in names}
         processes = [
             forked.forkserver().Process(target=climb, args=(rank, world, folder, chosen))
             for rank in range(world)
@@ -270,12 +280,18 @@ def losses(tmp_path_factory):
 
 def test_golden_losses(losses, tmp_path):
     golden = json.loads(LOSSES.read_text(encoding="utf-8"))
-    actual = {name: round(values[-1], 6) for name, values in losses[1].items()}
+    actual = {name: round(losses[1][name][-1], 6) for name in SMALL}
     new = tmp_path / LOSSES.name
     new.write_text(json.dumps(actual, indent=1) + "\n", encoding="utf-8")
     assert actual == pytest.approx(golden, abs=1e-5), f"if the change is intended, take {new}"
     # Each rung differs from the one before
     assert list(golden) == SMALL and len(set(golden.values())) == len(golden)
+
+
+def test_every_rung_trains_with_experts(losses):
+    for name in SMALL:
+        [loss] = losses[1][f"{name} with experts"]
+        assert 0 < loss < 2 * losses[1][name][0], name
 
 
 @pytest.mark.parametrize("world", [2, 4])

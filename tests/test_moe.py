@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import tiny_mixture
+from conftest import ROOT, tiny_mixture
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,11 +20,12 @@ from models.losses import IGNORE, TokenLosses
 from models.moe import MoE, MoEConfig, RouterStats, token_keys
 from models.nanollama import ModelConfig, NanoLlama
 from training import loop, muon, setup
-from training.config import DataConfig, RunConfig, fixed
-from training.fsdp_utils import ParallelConfig, wrap_model_fsdp
+from training.config import DataConfig, RunConfig, fixed, load
+from training.fsdp_utils import ParallelConfig, check_alignment, wrap_model_fsdp
 from training.muon import Muon, orthogonalize, update_scale
 from training.objectives import next_token
 from training.routing import Routing
+from yaml_file import read_yaml_file
 
 WIDTH, SIZE, EXPERTS = 16, 12, 5
 CPU = torch.device("cpu")
@@ -190,9 +191,73 @@ def test_noise_is_standard_normal_and_belongs_to_the_row():
     assert torch.equal(token_keys(tokens[5:7]), keys[5:7])  # any micro-batch, any rank
     same_text = token_keys(tokens[:1].expand(2, -1))
     assert torch.equal(same_text[0], same_text[1]) and len(same_text[0].unique()) == 32
+    # Numbers of rows tell equal rows apart, of one micro-batch, two of them, or two steps.
+    text, rows = tokens[:1].expand(64, -1), torch.arange(64) + 1000
+    keys_of_rows = token_keys(text, rows)
+    assert len(keys_of_rows.unique()) == keys_of_rows.numel()
+    assert torch.equal(token_keys(text[5:7], rows[5:7]), keys_of_rows[5:7])
+    assert not torch.equal(token_keys(tokens, rows), token_keys(tokens[:, :].flip(0), rows).flip(0))
+    of_rows = moe.gaussian_noise(keys_of_rows, 8).flatten(1)
+    assert (torch.corrcoef(of_rows) - torch.eye(64)).abs().max() < 0.3
+    assert of_rows.mean().abs() < 0.03 and abs(of_rows.var() - 1) < 0.04
     layers = [MoE(CONFIG.moe, WIDTH, SIZE, "swiglu", i).noise_offset for i in range(3)]
     by_layer = torch.stack([moe.gaussian_noise(keys + offset, 8).flatten() for offset in layers])
     assert (torch.corrcoef(by_layer) - torch.eye(3)).abs().max() < 0.04
+
+
+def test_equal_rows_of_a_step_get_different_noise():
+    """Through the objective; the routes depend on the row's number, not on its micro-batch."""
+    noisy = replace(CONFIG, moe=replace(CONFIG.moe, balance="none"))
+    model, batch = NanoLlama(noisy, seed=0), random_batch(1)
+    for layer in model.layers:
+        layer.mlp.router.noise_weight.data.fill_(1.0)
+    model.train()
+    objective = next_token(0.0)
+
+    def counts(*numbers: int) -> Tensor:
+        tokens, targets = (field.expand(len(numbers), -1) for field in batch[:2])
+        rows = torch.tensor(numbers, dtype=torch.int64)
+        return objective(model, Batch(tokens, targets, None, rows))[1]["expert_counts"]
+
+    with torch.no_grad():
+        alone = [counts(number) for number in (3, 4, 9)]
+        assert not torch.equal(alone[0], alone[1]) and not torch.equal(alone[1], alone[2])
+        assert torch.equal(counts(3, 4, 9), sum(alone))
+        assert torch.equal(counts(9, 3), alone[0] + alone[2])
+        model.eval()
+        assert model(*batch[:2]).router is None
+
+
+def test_widths_that_grouped_mm_cannot_take_are_refused_on_a_gpu_only():
+    def complaint(dtype: torch.dtype, device: str, **sizes: int) -> str:
+        settings = {"expert_size": 16, "shared_size": 8, "hidden_size": 16} | sizes
+        hidden = settings.pop("hidden_size")
+        model = NanoLlama(tiny_mixture(MoEConfig(**settings), hidden_size=hidden), seed=0)
+        try:
+            check_alignment(model, dtype, torch.device(device))
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    assert complaint(torch.bfloat16, "cuda") == ""
+    for size in ({"expert_size": 12}, {"shared_size": 4}):
+        assert complaint(torch.float32, "cuda", **size) == ""
+        assert complaint(torch.bfloat16, "cpu", **size) == ""
+        message = complaint(torch.bfloat16, "cuda", **size)
+        assert "in bfloat16 on a GPU the widths of experts must be multiples of 8" in message
+        [[name, value]] = size.items()
+        assert f"[{1 if name == 'shared_size' else 8}, {value}, 16]" in message
+        # torch agrees, on its stand-in for a GPU's tensors.
+        x, weight = torch.empty(8, value, device="meta"), torch.empty(2, 16, value, device="meta")
+        x, weight = x.bfloat16(), weight.bfloat16()
+        with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+            F.grouped_mm(x, weight.mT, offs=torch.empty(2, dtype=torch.int32, device="meta"))
+    for path in sorted((ROOT / "configs" / "moe").glob("*.yaml")):
+        content = read_yaml_file(path)
+        if "phases" in content or "speedrun" in path.name:
+            continue
+        config = load(path).model
+        assert (config.moe.size(config.intermediate_size) % 8, config.hidden_size % 8) == (0, 0)
 
 
 def test_padding_after_the_last_target_counts_nowhere():

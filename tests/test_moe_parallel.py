@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.dataloader import Batch, Step
 from models.moe import MoEConfig
+from models.nanollama import ModelConfig
 from training import expert_parallel, loop, setup
 from training.checkpoint import full_state_dict
 from training.config import DataConfig, RunConfig, load
@@ -30,10 +31,16 @@ REPLICAS = replace(PLAIN, experts=2, replicas=2, strategy="zero3")
 ADAMW = OptimConfig(lr=3e-3)
 MUON = replace(ADAMW, name="muon")
 NORMUON = replace(MUON, normuon_beta2=0.9)
+OPTIMIZERS = {"adamw": ADAMW, "muon": MUON, "normuon": NORMUON}
+UNEVEN = tiny_mixture(MoEConfig(experts=3, shared_size=8, expert_size=12, balance="bias"))
 
 
 def trace(
-    parallel: ParallelConfig, micro: int, optim: OptimConfig, collapsed: bool
+    parallel: ParallelConfig,
+    micro: int,
+    optim: OptimConfig,
+    collapsed: bool,
+    config: ModelConfig = CONFIG,
 ) -> dict[str, Tensor]:
     """Return losses, gradient norms and loads of each step, and the last gradients and weights.
 
@@ -41,7 +48,7 @@ def trace(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     data = DataConfig(sequence_length=LENGTH, tokens_per_step=ROWS * LENGTH, micro_batch_size=micro)
-    run = RunConfig(model=CONFIG, data=data, optim=optim, parallel=parallel)
+    run = RunConfig(model=config, data=data, optim=optim, parallel=parallel)
     state = setup.build(run, torch.device("cpu"), seed=0)
     for layer in state.model.layers:
         if collapsed:
@@ -75,6 +82,34 @@ def doubled_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((value - b[name]).abs().max()) for name, value in a.items())
+
+
+def save_uneven(rank: int, folder: Path) -> None:
+    """Write the trace of a model on two ranks whose first dimensions FSDP2 pads."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
+    traces = {name: trace(PLAIN, 2, optim, False, UNEVEN) for name, optim in OPTIMIZERS.items()}
+    if rank == 0:
+        torch.save(traces, folder / "traces.pt")
+    dist.barrier()
+    os._exit(0)  # gloo's threads may abort at exit
+
+
+def test_fewer_experts_than_ranks_and_a_shared_expert_change_nothing(tmp_path):
+    """One rank has the whole shared expert [1, I, D]; of three experts, one rank has two."""
+    processes = [
+        forked.forkserver().Process(target=save_uneven, args=(rank, tmp_path)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    with setup.ranks():
+        alone = {name: trace(PLAIN, 4, optim, False, UNEVEN) for name, optim in OPTIMIZERS.items()}
+    for process in processes:
+        process.join(280)
+        assert process.exitcode == 0
+    for name, expected in torch.load(tmp_path / "traces.pt").items():
+        assert expected.keys() == alone[name].keys()
+        assert distance(expected, alone[name]) <= 1e-5, name
 
 
 def compare(rank: int, folder: Path) -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from data.chat.folder_templates import template_files
 from data.manifest import file_hash
+from data.tokenizers.folder import TOKENIZER_FILES
 from files import check_free_space, read_object, step_number, temporary, write_json
 from models.hf import check_model_folder, read_config, weight_files
-from training.checkpoint import TOKENIZER_FILES
 from training.checkpoint_files import (
     MANIFEST,
     find_damage,
@@ -42,6 +42,21 @@ class Stored(NamedTuple):
     dtype: str  # in safetensors' words, such as BF16
 
 
+def complete_steps(phase: Path, every: int = 1, until: int | None = None) -> list[Path]:
+    """The complete step folders of a phase whose steps are multiples of `every`, up to `until`."""
+    if not phase.is_dir():
+        raise ValueError(f"{phase} does not exist; give the folder of a phase, with its step_N")
+    return [
+        folder
+        for folder in step_folders(phase)
+        if _is_chosen(step_of(folder), every, until) and read_manifest(folder) is not None
+    ]
+
+
+def _is_chosen(step: int, every: int, until: int | None) -> bool:
+    return step % every == 0 and (until is None or step <= until)
+
+
 def last_checkpoints(
     phase: Path,
     last: int,
@@ -54,15 +69,7 @@ def last_checkpoints(
     every: only steps that are multiples of it. until: the largest step. max_distance: of
     neighbours, in steps. ValueError if there are fewer, or if one between them was deleted.
     """
-    if not phase.is_dir():
-        raise ValueError(f"{phase} does not exist; give the folder of a phase, with its step_N")
-    folders = [
-        folder
-        for folder in step_folders(phase)
-        if step_of(folder) % every == 0
-        and (until is None or step_of(folder) <= until)
-        and read_manifest(folder) is not None
-    ]
+    folders = complete_steps(phase, every, until)
     if len(folders) < last:
         names = ", ".join(folder.name for folder in folders) or "none"
         limits = f" of every {every} steps" * (every > 1) + f" up to step {until}" * bool(until)
@@ -84,11 +91,7 @@ def record_of(sources: Sequence[Path], weights: Sequence[float] | None = None) -
     """
     if len(sources) < 2:
         raise ValueError(f"{len(sources)} checkpoint was given; an average needs at least two")
-    weights = [1.0] * len(sources) if weights is None else list(weights)
-    if len(weights) != len(sources):
-        raise ValueError(
-            f"{len(weights)} weights for {len(sources)} checkpoints; give one for each"
-        )
+    weights = _weights(sources, weights)
     for source in sources:
         if source.suffix == ".tmp":
             raise ValueError(f"{source} is being written; wait until it has its final name")
@@ -109,26 +112,106 @@ def record_of(sources: Sequence[Path], weights: Sequence[float] | None = None) -
     }
 
 
+def _weights(sources: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    """One weight per source; equal ones by default. ValueError for another number of them."""
+    weights = [1.0] * len(sources) if weights is None else list(weights)
+    if len(weights) != len(sources):
+        raise ValueError(
+            f"{len(weights)} weights for {len(sources)} checkpoints; give one for each"
+        )
+    return weights
+
+
+def _recorded(folder: Path) -> list[dict[str, Any]]:
+    """The sources in the record of an average; [] for another folder or a damaged record."""
+    sources = (read_object(folder / RECORD) or {}).get("sources")
+    if not isinstance(sources, list):
+        return []
+    keys = {"checkpoint", "step", "hash", "weight"}
+    complete = all(
+        isinstance(source, dict)
+        and keys <= source.keys()
+        and isinstance(source["weight"], int | float)
+        for source in sources
+    )
+    return sources if complete else []
+
+
 def sources_of(folder: Path) -> list[Path]:
     """The checkpoints that an average was made of; [] for another folder."""
-    sources = (read_object(folder / RECORD) or {}).get("sources") or []
-    return [Path(source["checkpoint"]) for source in sources]
+    return [Path(source["checkpoint"]) for source in _recorded(folder)]
 
 
-def is_made(output: Path, record: dict[str, Any]) -> bool:
+def recorded_last(
+    folder: Path,
+    phase: Path,
+    last: int,
+    every: int = 1,
+    until: int | None = None,
+    max_distance: int | None = None,
+) -> list[Path]:
+    """The sources in a folder's record if last_checkpoints() would have chosen them, else [].
+
+    Retention may have deleted some of them since. No other checkpoint of the phase may be newer
+    than the first of them.
+    """
+    steps = [source["step"] for source in _recorded(folder)]
+    if len(steps) != last or not all(
+        isinstance(step, int) and _is_chosen(step, every, until) for step in steps
+    ):
+        return []
+    distances = [after - before for before, after in pairwise(steps)]
+    if min(distances, default=1) < 1 or (max_distance and max(distances) > max_distance):
+        return []
+    sources = [phase / f"step_{step}" for step in steps]
+    present = complete_steps(phase, every, until) if phase.is_dir() else []
+    others = [path for path in present if step_of(path) > steps[0] and path not in sources]
+    return [] if others else sources
+
+
+def difference(
+    folder: Path, sources: Sequence[Path], weights: Sequence[float] | None = None
+) -> str:
+    """Why a folder is not the average of these sources, as a verb phrase; "" if it is.
+
+    Compares weights, hashes of the sources on disk, and paths of deleted sources.
+    """
+    weights, recorded = _weights(sources, weights), _recorded(folder)
+    if not recorded:
+        return "is not an average"
+    asked = _in_words(sources, weights)
+    made_of = [Path(source["checkpoint"]) for source in recorded]
+    actual = _in_words(made_of, [source["weight"] for source in recorded])
+    if len(recorded) != len(sources) or [source["weight"] for source in recorded] != weights:
+        return f"is the average of {actual}, not of {asked}"
+    for source, path, entry in zip(sources, made_of, recorded, strict=True):
+        if source.is_dir():
+            if model_hash(source) == entry["hash"]:
+                continue
+            if path.resolve() == source.resolve():
+                return f"is an average of {path.name} before its weights changed"
+        elif path.resolve() == source.resolve():
+            continue
+        return f"is the average of {actual}, not of {asked}"
+    return ""
+
+
+def _in_words(sources: Sequence[Path], weights: Sequence[float]) -> str:
+    """Name sources, with their weights if these differ."""
+    equal = len(set(weights)) == 1
+    pairs = zip(sources, weights, strict=True)
+    return ", ".join(str(path) + f" (weight {weight:g})" * (not equal) for path, weight in pairs)
+
+
+def is_made(output: Path, sources: Sequence[Path], weights: Sequence[float] | None = None) -> bool:
     """Whether a complete folder has this average. ValueError if it has anything else."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
-    if _hashes(read_object(output / RECORD) or {}) != _hashes(record):
-        raise ValueError(f"{output} exists and is not this average; give another --output_dir")
+    if other := difference(output, sources, weights):
+        raise ValueError(f"{output} exists and {other}; give another --output_dir")
     if problem := find_damage(output):
         raise ValueError(f"{output} is damaged ({problem}); remove it and run the command again")
     return True
-
-
-def _hashes(record: dict[str, Any]) -> list[tuple[str, float]]:
-    """Hash and weight of each source; a path may be relative or absolute."""
-    return [(source["hash"], source["weight"]) for source in record.get("sources") or []]
 
 
 def write_average(record: dict[str, Any], output: Path) -> None:

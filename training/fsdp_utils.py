@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from models.attention import KERNELS, kernel_operators
-from models.moe import MoEConfig
+from models.moe import MoEConfig, unaligned
 from ranges import PositiveInt, above, check_fields, one_of
 from training.expert_parallel import DividedExperts, divide_experts
 from training.fp8 import convert_to_fp8
@@ -130,6 +130,7 @@ def wrap_model_fsdp(
     if compiles(config, device):
         _compile_blocks(layers, divided)
     dtype = compute_dtype(config, device)
+    check_alignment(model, dtype, device)
     # Inputs are not cast: hidden states already have the dtype, and rotary tables must stay fp32.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -146,6 +147,16 @@ def wrap_model_fsdp(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     return model
+
+
+def check_alignment(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError if the grouped product of a GPU cannot take the widths of the experts."""
+    if device.type == "cuda" and dtype == torch.bfloat16 and (weight := unaligned(model)):
+        raise ValueError(
+            f"{weight}: in bfloat16 on a GPU the widths of experts must be multiples of 8; change "
+            "model.moe.expert_size, model.moe.shared_size or model.hidden_size, or train more "
+            "slowly with parallel.dtype=float32"
+        )
 
 
 def _compile_blocks(layers: nn.ModuleList, divided: list[DividedExperts]) -> None:

@@ -203,7 +203,8 @@ def backward(
         loss, sums = objective(model, batch)
         # FSDP sums gradients over ranks, so each rank divides by the denominator of the whole step.
         (loss / step.loss_denominator).backward()  # type: ignore[no-untyped-call]
-        totals = {name: totals.get(name, 0) + value for name, value in sums.items()}
+        for name, value in sums.items():  # batches may differ in kind
+            totals[name] = totals.get(name, 0) + value
     sum_expert_gradients(model)
     limit = min(run.optim.grad_clip or float("inf"), grad_clip or float("inf"))
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)

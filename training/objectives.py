@@ -25,7 +25,8 @@ Objective = Callable[[nn.Module, Any], tuple[Tensor, dict[str, Tensor]]]
 def _next_token(
     model: nn.Module, batch: Batch, z_weight: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    losses = model(batch.tokens, batch.targets, batch.doc_ids)
+    rows = batch.rows if len(batch.rows) else None  # numbered by loaders
+    losses = model(batch.tokens, batch.targets, batch.doc_ids, rows)
     loss, sums = token_loss_sum(losses, z_weight)
     if losses.router is None:
         return loss, sums

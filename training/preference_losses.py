@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, relu
 
+from data.chat.replay import TextBatch
 from ranges import AnyFloat, NonNegativeFloat, above, at_least, check_fields, one_of
 from training.objectives import Objective
 
@@ -147,6 +148,23 @@ def preference(config: DPOConfig) -> Objective:
     The routers' losses of a mixture of experts are not part of it, and their biases stay.
     """
     return partial(_preference, config=config)
+
+
+def with_text(objective: Objective, weight: float) -> Objective:
+    """Add the loss of text batches to an objective of pairs: weight * their mean nll per token.
+
+    The metric "replay_loss" is that mean; "loss" is the sum of both.
+    """
+
+    def combined(model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        if not isinstance(batch, TextBatch):
+            return objective(model, batch)
+        nll = model(batch.tokens, batch.targets, batch.doc_ids).nll.sum()
+        mean = nll * batch.weight_per_token[0]
+        loss = weight * mean
+        return loss, {"loss": loss.detach(), "replay_loss": mean.detach()}
+
+    return combined
 
 
 def evaluate_pairs(

@@ -21,7 +21,15 @@ from ranges import (
     check_fields,
     one_of,
 )
-from training.curves import MULTI_TOKEN, OF_GROUPS, OF_LOADER, ROUNDED, SCHEDULED, WINDOWS
+from training.curves import (
+    MULTI_TOKEN,
+    OF_GROUPS,
+    OF_LOADER,
+    ROUNDED,
+    SCHEDULED,
+    WINDOWS,
+    Curve,
+)
 from training.optimizers import GroupConfig, OptimConfig, group_settings
 
 if TYPE_CHECKING:
@@ -211,41 +219,72 @@ def _curve_schedules(
     return schedules
 
 
-def of_step(run: "RunConfig", name: str, constant: int) -> int | Callable[[int], int]:
+@dataclass(frozen=True)
+class WholeNumbers:
+    """A curve, rounded, as a function of the step."""
+
+    curve: Curve  # over steps
+
+    def __call__(self, step: int) -> int:
+        return self.curve.rounded(step)
+
+    @property
+    def definition(self) -> str:
+        """Text that differs for every other curve."""
+        points = [(float(step), float(value)) for step, value in self.curve.points]
+        return f"{self.curve.shape}{points}"
+
+
+@dataclass(frozen=True)
+class RowsOfStep:
+    """Rows of a step over all ranks, as a function of the phase's batch index.
+
+    ValueError for a step of the phase whose tokens are not whole rows.
+    """
+
+    tokens: WholeNumbers  # of a step of the whole run
+    start: int  # the phase's first step
+    steps: int  # of the phase
+    length: int  # tokens of a row
+
+    def __call__(self, batch_index: int) -> int:
+        count, length = self.tokens(self.start + batch_index), self.length
+        if count % length and batch_index < self.steps:
+            raise ValueError(
+                f"schedules.batch_tokens is {count} at step {self.start + batch_index}, which is "
+                f"not a multiple of data.sequence_length={length}; use shape: step and such "
+                "multiples"
+            )
+        return count // length
+
+    @property
+    def definition(self) -> str:
+        return f"{self.tokens.definition} from {self.start} by {self.length}"
+
+
+def of_step(run: "RunConfig", name: str, constant: int) -> int | WholeNumbers:
     """Return a scheduled whole number as a function of the step; `constant` if not scheduled.
 
     For settings of a loader, OF_LOADER.
     """
     curve = run.schedules.get(name)
-    return constant if curve is None else curve.over(run.schedule.total_steps).rounded
+    return constant if curve is None else WholeNumbers(curve.over(run.schedule.total_steps))
 
 
-def rows_of_step(run: "RunConfig") -> int | Callable[[int], int]:
+def rows_of_step(run: "RunConfig") -> int | RowsOfStep:
     """Return the rows of a step over all ranks, for PackedDataLoader.
 
-    With schedules.batch_tokens: as a function of the phase's batch index. It raises ValueError for
-    a step whose tokens are not whole rows. ValueError if the first step of the phase is unknown.
+    ValueError if schedules.batch_tokens is set and the first step of the phase is unknown.
     """
-    length, tokens = run.data.sequence_length, of_step(run, "batch_tokens", 0)
-    if not callable(tokens):
+    tokens = of_step(run, "batch_tokens", 0)
+    if isinstance(tokens, int):
         return run.data.rows
     if run.resume_from and run.start_step is None:
         raise ValueError(
             "schedules.batch_tokens counts steps of the whole run, but start_step is not set; set "
             "it to the last step of the phase before, or to 0 in the first phase"
         )
-    start = run.start_step or 0
-
-    def rows(batch_index: int) -> int:
-        count = tokens(start + batch_index)
-        if count % length and batch_index < run.steps:
-            raise ValueError(
-                f"schedules.batch_tokens is {count} at step {start + batch_index}, which is not a "
-                f"multiple of data.sequence_length={length}; use shape: step and such multiples"
-            )
-        return count // length
-
-    return rows
+    return RowsOfStep(tokens, run.start_step or 0, run.steps, run.data.sequence_length)
 
 
 def tokens_of_steps(run: "RunConfig", begin: int, end: int) -> int:

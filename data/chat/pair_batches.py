@@ -7,7 +7,7 @@ denominator. A batch is a pure function of the batch index.
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from data import manifest
 from data.chat.preferences import ARRAYS
+from data.chat.replay import ReplayConfig, ReplayRows
 from data.dataloader import PackedDataLoader, Step
-from data.packing import IGNORE
+from data.packing import IGNORE, Source
 
 
 class PairBatch(NamedTuple):
@@ -55,6 +56,7 @@ class Pairs:
             np.load(folder / f"{split}.{array}.npy", mmap_mode="r") for array in ARRAYS
         )
         self.documents = 2 * len(self.prompts)
+        self.answer_tokens = len(self.ids) - 2 * int(self.prompts.sum())  # of all pairs
 
     def __len__(self) -> int:
         """Return the number of input tokens; each answer's last token is only a target."""
@@ -103,8 +105,11 @@ class PairLoader(PackedDataLoader):
     """Loads steps of `pairs` pairs from a mixture; each rank gets an equal contiguous share.
 
     micro_batch_size: pairs per micro-batch. multiple: row lengths are multiples of it. reference:
-    None for zeros.
+    None for zeros. text: see add_text.
     """
+
+    text: ReplayRows | None = None
+    text_share = 0.0  # of the trained tokens
 
     def __init__(
         self,
@@ -128,12 +133,54 @@ class PairLoader(PackedDataLoader):
         super().__init__(sources, mix, length, pairs, micro_batch_size, seed, rank, world)
         self.pairs, self.multiple, self.reference = sources, multiple, reference
 
+    def add_text(self, text: dict[str, Source], replay: ReplayConfig) -> None:
+        """Add micro-batches of text to each step, about replay.share of its trained tokens."""
+        mean = sum(
+            int(quota) / self.quota.sum() * self.pairs[name].answer_tokens / len(rows)
+            for name, quota, rows in zip(self.names, self.quota, self.packed, strict=True)
+        )
+        answers = mean * self.rows  # tokens of a step
+        tokens = answers * replay.share / (1 - replay.share)
+        shape = (tokens, self.length, self.seed, self.rank, self.world)
+        self.text = ReplayRows(text, replay.mix, *shape)
+        self.text_share = self.text.tokens / (self.text.tokens + answers)
+        self.fingerprint += f" text={self.text.rows.fingerprint}"
+
     def at(self, batch_index: int) -> Step:
         """Return this rank's micro-batches of a step; the loss denominator is its pairs."""
         names = self._step_names(batch_index)
         tokens = sum(self.pairs[name].tokens(index) for name, index in names)
-        batches = [batch for _, batch in self._rank_batches(names)]
-        return Step(batches, self.rows, tokens)  # type: ignore[arg-type]  # PairBatch for Batch
+        batches: list[Any] = [batch for _, batch in self._rank_batches(names)]
+        if self.text:
+            largest = 2 * self.micro_batch_size * self.length
+            text, text_tokens = self.text.at(batch_index, self.rows, largest)
+            batches, tokens = batches + text, tokens + text_tokens
+        return Step(batches, self.rows, tokens)
+
+    def shares(self, first: int, last: int) -> dict[str, float]:
+        """Return each source's share of the trained tokens in steps [first, last)."""
+        counts = dict.fromkeys(self.names, 0)
+        for name, index in (key for step in range(first, last) for key in self._step_names(step)):
+            pairs = self.pairs[name]
+            counts[name] += pairs.tokens(index) + 2 - 2 * int(pairs.prompts[index])
+        text = (last - first) * self.text.tokens if self.text else 0
+        total = max(1, text + sum(counts.values()))
+        shares = {name: count / total for name, count in counts.items()}
+        if self.text:
+            of_text = self.text.rows.shares(first, last).items()
+            shares |= {name: share * text / total for name, share in of_text}
+        return shares
+
+    def describe(self, steps: int) -> list[str]:
+        """Return lines on the pairs and the text that `steps` steps read."""
+        lines = super().describe(steps)
+        if self.text:
+            lines += [
+                f"replayed text: {self.text.tokens:,} tokens a step in rows of "
+                f"{self.text.length:,}, {self.text_share:.1%} of the trained tokens",
+                *self.text.rows.describe(steps),
+            ]
+        return lines
 
     def steps(self, count: int) -> Iterator[tuple[list[PairKey], BatchFactory]]:
         """Yield, for each of the first steps, all its pairs and a function of its batches."""

@@ -1,17 +1,22 @@
-"""Replay in SFT: pretraining text from a data store, mixed into the conversations.
+"""Replay in SFT and DPO: pretraining text from a data store, beside conversations or pairs.
 
 Rows of packed text, trained on every token, keep a model from forgetting the text (replay when the
 data change: arXiv:2403.08763). A text source is named "replay.SOURCE" in the mixture and the logs.
+In DPO, the text has a loss of its own, as in InstructGPT (arXiv:2203.02155, section 3.5).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
+
+import torch
+from torch import Tensor
 
 from data.chat.tokenizer import chat_tokenizer
-from data.dataloader import Batch, validation_batches
-from data.packing import Source
+from data.dataloader import Batch, PackedDataLoader, validation_batches
+from data.packing import IGNORE, Source
 from data.store import open_shards
 from data.tokenizers.bpe import load_tokenizer, vocabulary_size
 from ranges import NonEmptyText, PositiveFloat, above, check_fields
@@ -21,7 +26,7 @@ PREFIX = "replay."
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Pretraining text in SFT."""
+    """Pretraining text beside conversations."""
 
     store: NonEmptyText  # folder with tokenizer/ and tokens/<source>/
     mix: dict[str, PositiveFloat]  # source -> weight of its tokens in the text
@@ -30,6 +35,75 @@ class ReplayConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "replay")
+
+
+@dataclass(frozen=True)
+class PairReplayConfig(ReplayConfig):
+    """Pretraining text in DPO. The trained tokens of a pair are those of its two answers."""
+
+    weight: PositiveFloat = 1.0  # of the text's mean nll per token, beside the mean loss of a pair
+
+
+class TextBatch(NamedTuple):
+    """Rows of text beside pairs. Padding rows have the target IGNORE."""
+
+    tokens: Tensor  # [B, T] int64
+    targets: Tensor  # [B, T] int64
+    doc_ids: Tensor  # [B, T] int32
+    # [1] fp32, weight of a token's nll: the step's loss denominator / its text tokens
+    weight_per_token: Tensor
+
+    def to(self, device: torch.device) -> "TextBatch":
+        return TextBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class ReplayRows:
+    """The text of each step: equal rows, of which each rank gets as many, some of them padding.
+
+    A pure function of the batch index, as the loader's. tokens: text tokens that a step should
+    have; rows are at most `length` long, and a multiple of 64, if `length` is above 64.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Source],
+        mix: Mapping[str, float],
+        tokens: float,
+        length: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        count = max(1, math.ceil(tokens / length))
+        self.length = min(length, max(64, 64 * round(tokens / count / 64)))
+        named = {PREFIX + name: weight for name, weight in mix.items()}
+        self.rows = PackedDataLoader(sources, named, self.length, count, count, seed)
+        self.tokens = count * self.length  # of a step
+        self.share = -(-count // world)  # rows of a rank
+        self.first = rank * self.share
+
+    def at(
+        self, batch_index: int, denominator: int, batch_tokens: int
+    ) -> tuple[list[TextBatch], int]:
+        """Return this rank's micro-batches of a step, and the step's text tokens over all ranks.
+
+        denominator: of the step's loss. batch_tokens: most tokens of a micro-batch, or one row.
+        """
+        step = self.rows.at(batch_index)
+        size = max(1, batch_tokens // self.length)
+        weight = torch.tensor([denominator / step.loss_denominator])
+        [batch] = step.batches
+        fields = []
+        for tensor, filler in ((batch.tokens, 0), (batch.targets, IGNORE), (batch.doc_ids, 0)):
+            assert tensor is not None
+            part = tensor[self.first : self.first + self.share]
+            padding = part.new_full((self.share - len(part), self.length), filler)
+            fields.append(torch.cat([part, padding]).split(size))
+        batches = [
+            TextBatch(tokens, targets, doc_ids, weight)
+            for tokens, targets, doc_ids in zip(*fields, strict=True)
+        ]
+        return batches, step.tokens
 
 
 def mixture(mix: Mapping[str, float], replay: ReplayConfig | None) -> dict[str, float]:
@@ -79,12 +153,12 @@ def replay_validation(
     rank: int,
     world: int,
 ) -> tuple[dict[str, list[Batch]], list[str]]:
-    """Return the validation batches of each source of the text, and lines for the log.
+    """Return the validation batches of each source of the text, and warnings for the log.
 
     rows: at most, per source, of `length` tokens. A source without a full row has no batches and a
-    line.
+    warning.
     """
-    batches, lines = {}, [f"replayed text is {replay.share:.1%} of the trained tokens"]
+    batches, lines = {}, []
     for name, source in open_replay(replay, "val", tokenizer).items():
         if len(source) > length:
             batches[name] = validation_batches(source, length, batch_size, rows, rank, world)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.chat.replay import ReplayConfig, mixture
+from data.chat.replay import PairReplayConfig, ReplayConfig, mixture
 from data.manifest import read_json
 from files import read_lines
 from training.checkpoint_files import TRAINER, read_position
@@ -162,8 +162,9 @@ def stage(folder: Path, name: str, step: str, config: dict[str, Any]) -> dict[st
 
 
 def _mix(config: dict[str, Any]) -> dict[str, float]:
-    """The mixture of SFT or DPO, with the replayed text of SFT."""
-    replay = ReplayConfig(**config["replay"]) if config.get("replay") else None
+    """The mixture of SFT or DPO, with the replayed text."""
+    kind = PairReplayConfig if "preferences" in config else ReplayConfig
+    replay = kind(**config["replay"]) if config.get("replay") else None
     return mixture(config.get("data", {}).get("mix") or {}, replay)
 
 
@@ -173,7 +174,7 @@ def _sources(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def curves(rows: Rows, events: Rows) -> dict[str, Any]:
-    """Steps, hours, losses, phases and incidents of one metrics.jsonl."""
+    """Steps, hours, losses, learning rates, phases and incidents of one metrics.jsonl."""
     steps, losses = [row["step"] for row in rows], [float(row["loss"]) for row in rows]
     window = max(1, len(rows) // POINTS)
     phases = phases_of(rows)
@@ -183,6 +184,7 @@ def curves(rows: Rows, events: Rows) -> dict[str, Any]:
         "hours": sum(row.get("step_s", 0.0) for row in rows) / 3600,
         "curve": [[steps[i], losses[i]] for i in range(0, len(rows), window)],
         "smooth": _smooth(steps, losses, phases, window),
+        "learning_rate": [[row["step"], row["lr"]] for row in rows[::window] if "lr" in row],
         "held_out": [
             {"step": row["step"], "loss": row["val/loss"]} for row in rows if "val/loss" in row
         ],

@@ -13,7 +13,7 @@ from cli import ROOT
 from files import read_object, write_json
 from machine import cpus
 from training import setup
-from training.averaging import RECORD, last_checkpoints
+from training.averaging import difference, last_checkpoints, recorded_last
 from training.checkpoint_files import find_damage, model_hash, step_folders, step_of
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
@@ -27,7 +27,7 @@ from training.planning.gates import (
     thresholds,
 )
 from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, scheduled_phases
-from training.settings import read_yaml
+from training.planning.stages import check_average_is_there, stage_settings
 
 NO_GO = 3  # exit status
 
@@ -50,6 +50,7 @@ class Pipeline:
         launch = f"python -m scripts.launch --nproc_per_node={plan.ranks} train.py"
         self.launch = launch.split()
         self.measured: list[Measured] = []  # in order of the plan
+        self.missed: dict[Path, str] = {}  # average -> why it was not measured
         self.accept = accept
         self.extended = extend  # extending a phase accepts the no-go that advised it
         run = scheduled_phases(plan)[0].run
@@ -86,7 +87,7 @@ class Pipeline:
                         evals = milestone.evals or tuple(self.plan.evals)
                         milestone = replace(milestone, evals=evals)
                         if milestone.averages and checkpoint.is_dir():
-                            self.forecast(milestone, checkpoint, scheduled.run.checkpoint.every)
+                            self.try_forecast(milestone, checkpoint, scheduled.run.checkpoint.every)
                         self.judge(milestone, checkpoint, scheduled)
             before = scheduled.run.checkpoints
         checkpoint = step_folders(self.scheduled_phases[-1].run.checkpoints)[-1]
@@ -98,6 +99,8 @@ class Pipeline:
             checkpoint = self.run_stage(stage, checkpoint, stage.name in redo)
         for title, command in self.plan.after.items():
             self.run_command(title, self._fill(command, checkpoint=checkpoint))
+        for why in self.missed.values():
+            print(f"\nwarning: {why}", flush=True)
 
     def train(self, scheduled: ScheduledPhase, stop: int, before: Path | None) -> None:
         """Train a phase up to step `stop`, unless a checkpoint of this or a later step exists.
@@ -132,7 +135,7 @@ class Pipeline:
         inputs = {
             "checkpoint": model_hash(checkpoint),
             "commands": stage.commands,
-            "settings": _settings(stage),
+            "settings": stage_settings(stage),
         }
         done, folders = read_object(record), step_folders(output)
         position = (read_object(folders[-1] / "state" / "trainer.json") if folders else None) or {}
@@ -152,6 +155,7 @@ class Pipeline:
                 f"the settings of stage {stage.name} have changed since it ran; "
                 f"repeat it with --redo {stage.name}, or undo the change"
             )
+        check_average_is_there(stage, self.missed)
         write_json(record, inputs)
         for title, command in stage.commands.items():
             self.run_command(title, self._fill(command, checkpoint=checkpoint))
@@ -216,11 +220,8 @@ class Pipeline:
         advice = list(dict.fromkeys(advice)) or (
             [milestone.advice] if milestone.advice and outcome != "go" else []
         )
-        text = (
-            f"{outcome} {where}: "
-            + "; ".join(map(str, verdicts))
-            + (f"; accepted: {accepted}" if accepted else "")
-        )
+        remark = f"; accepted: {accepted}" if accepted else ""
+        text = f"{outcome} {where}: {'; '.join(map(str, verdicts))}{remark}"
         append_event(self.logs, "gate", text, **decision, values=values, advice="; ".join(advice))
         self.alerts.send(
             "gate",
@@ -242,15 +243,30 @@ class Pipeline:
             raise SystemExit(NO_GO)
         self.accept = None if accepted else self.accept  # one reason accepts one decision
 
-    def forecast(self, milestone: Milestone, checkpoint: Path, every: int) -> None:
+    def try_forecast(self, milestone: Milestone, checkpoint: Path, every: int) -> None:
+        """forecast(), whose failure is reported and ends nothing: training does not need it."""
+        average = checkpoint.parent / f"average_{milestone.step}"
+        where = f"at step {milestone.step}, average of {milestone.averages} checkpoints"
+        try:
+            self.forecast(milestone, checkpoint, average, every, where)
+        except (ValueError, SystemExit) as error:
+            if self.supervisor.stopped:
+                raise
+            why = f"exit status {error.code}" if isinstance(error, SystemExit) else error
+            self.missed[average] = f"no forecast {where} ({why})"
+            text = f"{self.missed[average]}; the plan continues without it"
+            self.event("no_average", text, step=milestone.step)
+
+    def forecast(
+        self, milestone: Milestone, checkpoint: Path, average: Path, every: int, where: str
+    ) -> None:
         """Evaluate the average of the last checkpoints, `every` steps apart, at a milestone, once.
 
-        Its gates are reported and decide nothing. Training continues from `checkpoint`, the
-        milestone's own. If other checkpoints of the average were deleted, it is skipped.
+        Its gates decide nothing. Training continues from `checkpoint`, the milestone's own.
+        ValueError if other checkpoints of a missing average were deleted.
         """
         step, phase, count = milestone.step, checkpoint.parent, milestone.averages or 0
-        average, folder = phase / f"average_{step}", self.results / f"step_{step}_average"
-        where = f"at step {step}, average of {count} checkpoints"
+        folder = self.results / f"step_{step}_average"
         compared, references = self._references(milestone.gates)
         inputs: dict[str, Any] = {
             "raw": model_hash(checkpoint),
@@ -263,19 +279,16 @@ class Pipeline:
         done = read_object(path) or {}
         if all(done.get(key) == value for key, value in inputs.items()):
             return
-        record = (read_object(average / RECORD) or {}).get("sources") or [{}]
-        if len(record) != count or record[-1].get("hash") != inputs["raw"]:
-            try:
-                sources = last_checkpoints(phase, count, until=step, max_distance=every)
-            except ValueError as error:
-                self.event("no_average", f"skipped the forecast {where}: {error}", step=step)
-                return
+        recorded = recorded_last(average, phase, count, until=step, max_distance=every)
+        if not recorded or difference(average, recorded) or find_damage(average):
+            sources = last_checkpoints(phase, count, until=step, max_distance=every)
             if average.exists():
-                self._set_aside(average, f"{checkpoint} was trained again since it was averaged")
+                why = difference(average, sources) or f"is damaged ({find_damage(average)})"
+                self._set_aside(average, f"{average} {why}")
             command = f"python -m scripts.average_checkpoints --last {count} --until {step}"
             paths = ["--phase_folder", str(phase), "--output_dir", str(average)]
-            names = ", ".join(source.name for source in sources)
-            self.run_command(f"Average of {names}", [*command.split(), *paths])
+            title = f"Average of {', '.join(source.name for source in sources)}"
+            self.run_command(title, [*command.split(), *paths])
         digest = model_hash(average)
         for name in milestone.evals:
             self._evaluate(name, average, digest, folder / f"{name}.json", where)
@@ -474,14 +487,6 @@ class Pipeline:
             append_event(self.logs, "extend", f"extended by steps: {new}", **new)
             write_json(path, extensions)
         return extensions
-
-
-def _settings(stage: PlanStage) -> dict[str, dict]:
-    """Return the content of the configs that a stage's commands name."""
-    words = {word for command in stage.commands.values() for word in shlex.split(command)}
-    return {
-        word: read_yaml(Path(word)) for word in sorted(words) if word.endswith((".yaml", ".yml"))
-    }
 
 
 def _entry_point(word: str) -> bool:

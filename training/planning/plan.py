@@ -10,6 +10,7 @@ from typing import Annotated, NamedTuple
 from ranges import AnyFloat, NonEmptyText, NonNegativeInt, PositiveInt, at_least, check_fields
 from training.config import PHASES_DIFFER, RunConfig, fixed, load, scaling_of
 from training.planning.gates import BEFORE, Gate
+from training.planning.stages import check_stage_averages
 from training.settings import load_settings
 
 
@@ -200,6 +201,7 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
             f"schedule.total_steps={total}; raise it or lower steps"
         )
     evaluation_points(plan, scheduled)
+    check_stage_averages(plan.stages, scheduled)
     return scheduled
 
 

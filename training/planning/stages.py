@@ -1,0 +1,87 @@
+"""Stages of a plan: the configs that their commands name, and the averages they make or need."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.checkpoint_files import step_folders
+from training.settings import read_yaml
+
+if TYPE_CHECKING:
+    from training.planning.plan import PlanStage, ScheduledPhase
+
+AVERAGE = "scripts.average_checkpoints"
+
+
+def stage_settings(stage: "PlanStage") -> dict[str, dict[str, Any]]:
+    """Return the content of the configs that a stage's commands name."""
+    words = {word for command in stage.commands.values() for word in shlex.split(command)}
+    return {
+        word: read_yaml(Path(word)) for word in sorted(words) if word.endswith((".yaml", ".yml"))
+    }
+
+
+def check_average_is_there(stage: "PlanStage", missed: Mapping[Path, str]) -> None:
+    """ValueError if a stage's commands or configs name an average that is missing.
+
+    missed: average -> why the plan has no such average.
+    """
+    texts = f"{stage.commands} {stage_settings(stage)}"
+    for average, why in missed.items():
+        if not average.is_dir() and re.search(rf"{re.escape(str(average))}(?!\d)", texts):
+            raise ValueError(
+                f"stage {stage.name} needs {average}, which is missing: {why}; remove the cause "
+                "and run the plan again, or name another base model in the stage"
+            )
+
+
+def check_stage_averages(stages: Sequence["PlanStage"], phases: Sequence["ScheduledPhase"]) -> None:
+    """ValueError if a phase will not keep the checkpoints that a stage averages.
+
+    A stage that has a checkpoint already needs them no more.
+    """
+    by_folder = {scheduled.run.checkpoints: scheduled for scheduled in phases}
+    for stage in stages:
+        for command in stage.commands.values():
+            words = shlex.split(command)
+            if AVERAGE not in words or step_folders(Path(stage.output_dir)):
+                continue
+            # The flags' errors are those of the command.
+            parts = [part for word in words for part in word.split("=", 1)]
+            flags = {flag.replace("-", "_"): value for flag, value in pairwise(parts)}
+            scheduled = by_folder.get(Path(flags.get("__phase_folder", "")))
+            numbers = [flags.get(f"__{name}", "") for name in ("last", "every", "until")]
+            if scheduled is None or not all(text.isdecimal() or not text for text in numbers):
+                continue
+            last, every, until = (int(text) if text else None for text in numbers)
+            _check_kept(stage.name, scheduled, last or 5, every or 1, until)
+
+
+def _check_kept(
+    stage: str, scheduled: "ScheduledPhase", last: int, every: int, until: int | None
+) -> None:
+    """ValueError if fewer than `last` checkpoints of a phase are on disk when it has ended."""
+    run, begin, end = scheduled.run, scheduled.begin, scheduled.end
+    config = run.checkpoint
+    pauses = {milestone.step for milestone in scheduled.phase.milestones}
+    saved = [i for i in range(begin + 1, end + 1) if config.is_due(i) or i in pauses or i == end]
+    forever = {end, *pauses, *config.milestones}
+
+    def count(steps: Sequence[int]) -> int:
+        return sum(step % every == 0 and step <= (until or end) for step in steps)
+
+    where = f"stage {stage} averages the last {last} checkpoints of {run.phase}"
+    if count(saved) < last:
+        raise ValueError(
+            f"{where}, which saves {count(saved)} of them; lower --last or checkpoint.every"
+        )
+    kept = sorted({*saved[-config.keep :], *(step for step in saved if step in forever)})
+    if count(kept) < last:
+        needed = next(n for n in range(1, len(saved) + 1) if count(saved[-n:]) >= last)
+        raise ValueError(
+            f"{where}, but checkpoint.keep={config.keep} leaves {count(kept)} of them at its end; "
+            f"set it to {needed}"
+        )
