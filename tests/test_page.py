@@ -221,6 +221,8 @@ def test_the_demo_refuses_uploads_other_hosts_and_other_pages(browser, monkeypat
 def test_a_report_asks_no_other_host(browser, foreign, tmp_path):
     hostile = ASKS.format("http://report.foreign.example")
     sample = {"prompt": hostile, "text": hostile, "temperature": 0}
+    kinds = ("thought", "content", "call", "result", "note", hostile)
+    chat = {**sample, "turn": [{"kind": kind, "text": hostile} for kind in kinds]}
     gate = {
         "outcome": f'"></span>{hostile}',
         "step": hostile,
@@ -250,7 +252,7 @@ def test_a_report_asks_no_other_host(browser, foreign, tmp_path):
     }
     report |= {
         "published": {"models": [], "sources": {}},
-        "samples": [sample],
+        "samples": [sample, chat],
         "not_measured": {hostile: hostile},
     }
     report |= {

@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,48 +22,19 @@ import yaml
 
 from cli import CommandParser, int_at_least, user_errors
 from data.manifest import file_hash, read_json
-from evals.engines import LanguageModel, load_model
+from evals.engines import load_model
 from evals.eval_needle import grid
-from evals.harness import Write
-from evals.report.page import count, page
+from evals.report.metric_names import COLUMNS
+from evals.report.page import items, page
+from evals.report.samples import as_text, samples
+from evals.report.stages import stages
 from evals.report.targets import judged_hash, markdown, read_targets, stage_folder, table
 from evals.report.trained import training
 from files import write_text
 from models.hf import read_config, resolve_checkpoint
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
-COLUMNS = {  # column -> (heading, task, metric, chance in percent)
-    "mmlu": ("MMLU", "mmlu", "acc", 25.0),
-    "gsm8k": ("GSM8K", "gsm8k", "flexible", 0.0),
-    "hellaswag": ("HellaSwag", "hellaswag", "acc_norm", 25.0),
-    "arc_challenge": ("ARC challenge", "arc", "challenge_acc_norm", 25.0),
-    "arc_mean": ("ARC, both parts", "", "", 25.0),
-    "piqa": ("PIQA", "choice", "piqa_acc_norm", 50.0),
-    "winogrande": ("WinoGrande", "choice", "winogrande_acc", 50.0),
-    "boolq": ("BoolQ", "choice", "boolq_acc", 50.0),
-    "openbookqa": ("OpenBookQA", "choice", "openbookqa_acc_norm", 25.0),
-    "sciq": ("SciQ", "choice", "sciq_acc_norm", 25.0),
-    "siqa": ("SIQA", "choice", "siqa_acc", 33.3),
-    "commonsense_qa": ("CommonsenseQA", "choice", "commonsense_qa_acc", 20.0),
-    "lambada": ("LAMBADA", "lambada", "acc", 0.0),
-    "triviaqa": ("TriviaQA", "open_qa", "triviaqa_exact_match", 0.0),
-    "nq_open": ("Natural Questions", "open_qa", "nq_open_exact_match", 0.0),
-    "humaneval": ("HumanEval", "code", "humaneval_pass@1", 0.0),
-    "mbpp": ("MBPP", "code", "mbpp_pass@1", 0.0),
-    "ifeval": ("IFEval", "ifeval", "prompt_level_strict_acc", 0.0),
-    "truthfulqa": ("TruthfulQA", "truthfulqa", "mc2", None),
-    "mt_bench": ("MT-bench, of 10", "mt_bench", "score", None),
-}
 OUT_OF_TEN = ("mt_bench",)
-PROMPTS = (
-    "The capital of France is",
-    "Photosynthesis is the process by which",
-    "Once upon a time, in a village by the sea,",
-    "Question: If a train travels 60 miles in an hour, how far does it travel in three hours?\n"
-    "Answer:",
-    "The three most important inventions of the nineteenth century were",
-    "def fibonacci(n):",
-)
 
 
 def measured(
@@ -93,52 +63,6 @@ def measured(
     return by_task, {name: reason for name, reason in missing.items() if name not in by_task}
 
 
-# Suffixes of the metrics to compare across stages.
-STAGE_METRICS = (
-    "bits_per_byte",
-    "acc",
-    "acc_norm",
-    "choice",
-    "preferred",
-    "accuracy",
-    "strict",
-    "flexible",
-    "mc2",
-)
-
-
-def stages(results: Path) -> dict[str, dict[str, dict[str, float | None]]]:
-    """stage -> metric -> estimate, for stages that scripts/pipeline.py judged, in order."""
-    decisions = sorted(results.glob("*/decision.json"), key=lambda path: path.stat().st_mtime)
-    by_stage = {}
-    for path in decisions:
-        metrics = dict(leaves(json.loads(path.read_text(encoding="utf-8")).get("metrics", {})))
-        tokens = {
-            name.removesuffix("tokens"): {"tokens": value["value"]}
-            for name, value in metrics.items()
-            if "tokens" in name
-        }
-        by_stage[path.parent.name] = {
-            name: {**estimate, **tokens.get(name.rpartition(".")[0] + ".", {})}
-            for name, estimate in metrics.items()
-            if name.endswith(STAGE_METRICS)
-        }
-    return by_stage
-
-
-def leaves(
-    metrics: dict[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, dict[str, float | None]]]:
-    """Yield the dotted name and estimate (value, stderr, n if known) of each number in metrics."""
-    for name, value in metrics.items():
-        if isinstance(value, dict) and "value" in value:
-            yield prefix + name, {"stderr": None, **value}
-        elif isinstance(value, dict):
-            yield from leaves(value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)):
-            yield prefix + name, {"value": value, "stderr": None}
-
-
 def contamination(path: Path) -> dict[str, Any]:
     """Per test set: items, items too short to search for, and items and training documents hit."""
     try:
@@ -164,24 +88,6 @@ def contamination(path: Path) -> dict[str, Any]:
     return {"file": str(path), "sets": sets}
 
 
-def samples(model: LanguageModel, prompts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
-    """Completions of prompts: greedy, and one sample at temperature 0.8."""
-    requests = [
-        Write(prompt, max_tokens=tokens, temperature=t, top_p=0.95)
-        for prompt in prompts
-        for t in (0.0, 0.8)
-    ]
-    answers: dict[int, Any] = {i: answer for batch in model.answer(requests) for i, answer in batch}
-    return [
-        {
-            "prompt": request.prompt,
-            "temperature": request.temperature,
-            "text": getattr(answers[i], "text", None),
-        }
-        for i, request in enumerate(requests)
-    ]
-
-
 def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Per needle kind: lengths, depths and the mean accuracy of each "length/depth" cell."""
     if "needle" not in evaluations:
@@ -195,6 +101,7 @@ def needle(evaluations: dict[str, dict[str, Any]]) -> dict[str, Any]:
                 f"{length}/{depth}": sum(tests) / len(tests)
                 for (length, depth), tests in tests_by_cell.items()
             },
+            "tests": {f"{a}/{b}": len(tests) for (a, b), tests in tests_by_cell.items()},
             "n": sum(map(len, tests_by_cell.values())),
         }
         for kind, tests_by_cell in (grid(samples) if samples.is_file() else {}).items()
@@ -220,7 +127,7 @@ def scores(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 "task": task,
                 "metric": metric,
                 "shots": shots,
-                "n": count(result, metric),
+                "n": items(result, metric),
             }
     return by_column
 
@@ -334,9 +241,9 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
         "not_measured": missing,
         "needle": needle(evaluations),
         "training": trained,
-        "stages": stages(args.results),
+        "stages": stages(args.results, trained["phases"] if trained else ()),
         "contamination": contamination(args.contaminated) if args.contaminated else None,
-        "samples": samples(model, args.prompt, args.max_new_tokens),
+        "samples": samples(model, args.checkpoint, args.prompt, args.max_new_tokens),
         "environment": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -380,9 +287,7 @@ def texts(report: dict[str, Any]) -> dict[str, str]:
     """File name -> content of the four files. All are derived from the JSON content."""
     content = json.dumps(finite(report), indent=1) + "\n"
     report = json.loads(content)
-    written = [
-        f"{s['prompt']}[{s['text']}]\n(temperature {s['temperature']})\n" for s in report["samples"]
-    ]
+    written = [as_text(sample) for sample in report["samples"]]
     header = (
         f"{report['name']}, {report['checkpoint']}, {report['made']}. "
         "Brackets enclose the generated text.\n\n"
@@ -432,7 +337,11 @@ def main() -> None:
     parser.add_argument(
         "--contaminated", type=Path, help="report of scripts.prepare_data or scripts.decontaminate"
     )
-    parser.add_argument("--prompt", nargs="+", default=PROMPTS, help="prompts of the samples")
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        help="prompts of the samples; user messages for a chat model (default: built-in ones)",
+    )
     parser.add_argument("--max_new_tokens", type=int_at_least(1), default=60)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))

@@ -50,26 +50,37 @@ def loss_chart(training: dict[str, Any]) -> str:
     )
     gates = "".join(
         f'<span class="gate {outcome}" style="left:{x(gate["step"]):.2f}%" '
-        f'title="{outcome}"></span>'
+        f'title="{outcome} at step {gate["step"]:,}"></span>'
         for gate, outcome in ((gate, escape(gate["outcome"])) for gate in training["gates"])
         if isinstance(gate["step"], int)  # stages after pretraining have a name instead
     )
-    svg = (
-        '<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
-        'aria-label="training loss by step">'
+    finals = [value for _, value in training["smooth"]][-1:]
+    ends = f", {finals[0]:.3f} at the end" if finals and finals[0] is not None else ""
+    svg = _svg(
+        f"training loss, nats per token, over {last:,} steps{ends}",
         f"{grid}{line(training['curve'], 'accent-soft', 1)}"
-        f"{line(training['smooth'], 'accent', 2.5)}</svg>"
+        f"{line(training['smooth'], 'accent', 2.5)}",
     )
     ys = "".join(f'<i style="top:{y(tick):.2f}%">{tick:g}</i>' for tick in ticks(low, high))
     xs = "".join(f'<i style="left:{x(tick):.2f}%">{tick:,.0f}</i>' for tick in ticks(0, last, 4))
     legend = (
         '<div class="legend"><span><i class="raw"></i>loss per step</span>'
         "<span><i></i>smoothed</span>"
-        '<span><i class="round"></i>validation loss</span></div>'
+        '<span><i class="round"></i>validation loss</span>'
+        + ('<span><i class="decided"></i>gate</span>' if gates else "")
+        + "</div>"
     )
     area = f'<div class="area">{bands}{svg}{dots}{gates}</div>'
     return (
         f'<div class="plot"><div class="y">{ys}</div>{area}<div class="x">{xs}</div></div>{legend}'
+    )
+
+
+def _svg(title: str, shapes: str) -> str:
+    """An image that fills its area. title: the alternative text."""
+    return (
+        f'<svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="{escape(title)}"><title>{escape(title)}</title>{shapes}</svg>'
     )
 
 
@@ -130,7 +141,8 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
     """A curve of one metric by step."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=1.0)
-    margin = 0.05 * (high - low) or 0.5
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.5
+    span = f", from {finite[0]:.3g} to {finite[-1]:.3g}" if finite else ""
     low, high = low - margin, high + margin
     places = " ".join(
         f"{100 * step / steps[-1]:.2f},{100 * (high - value) / (high - low):.2f}"
@@ -138,6 +150,7 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
         if value is not None and math.isfinite(value)
     )
     style = "stroke:var(--accent);stroke-width:2px;fill:none;stroke-linejoin:round"
+    shapes = f'<polyline points="{places}" style="{style}" vector-effect="non-scaling-stroke"/>'
     ys = "".join(
         f'<i style="top:{100 * (high - tick) / (high - low):.2f}%">{tick:g}</i>'
         for tick in ticks(low, high, 3)
@@ -148,74 +161,91 @@ def line_chart(name: str, steps: Sequence[int], values: Sequence[float]) -> str:
     )
     return (
         f'<p class="curve">{escape(name)}</p><div class="plot low"><div class="y">{ys}</div>'
-        '<div class="area"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(name)} by step"><polyline points="{places}" style="{style}" '
-        f'vector-effect="non-scaling-stroke"/></svg></div><div class="x">{xs}</div></div>'
+        f'<div class="area">{_svg(f"{name} by step{span}", shapes)}</div>'
+        f'<div class="x">{xs}</div></div>'
     )
 
 
-def bar(name: str, about: str, value: float, stderr: float | None, top: float, **more: Any) -> str:
-    """A bar of a value from 0 to `top` with its 95 % interval.
+def bar(name: str, value: str, number: float, top: float, **more: Any) -> str:
+    """A bar of a number from 0 to `top`, with ± one standard error. name, value: HTML.
 
-    more: chance, the score of guessing; refs, (name, value) pairs of other models; digits.
+    more: about, a text below the name; stderr; chance, the score of guessing; refs, (name, value)
+    pairs of other models.
     """
 
-    def place(number: float) -> float:
-        return 100 * min(max(number, 0.0), top) / top
+    def place(point: float) -> float:
+        return 100 * min(max(point, 0.0), top) / top
 
-    parts = [f'<div class="fill" style="width:{place(value):.2f}%"></div>']
+    parts = [f'<div class="fill" style="width:{place(number):.2f}%"></div>']
     refs = sorted(more.get("refs", ()), key=lambda ref: ref[1])
     parts += [
-        f'<span class="ref" style="left:{place(number):.2f}%" '
-        f'title="{escape(model)}: {number:g}"></span>'
-        for model, number in refs
+        f'<span class="ref" style="left:{place(point):.2f}%" '
+        f'title="{escape(model)}: {point:g}"></span>'
+        for model, point in refs
     ]
-    if more.get("chance"):
+    chance = more.get("chance")
+    if chance:
         parts.append(
-            f'<span class="chance" style="left:{place(more["chance"]):.2f}%" title="chance"></span>'
+            f'<span class="chance" style="left:{place(chance):.2f}%" '
+            f'title="chance: {chance:.1f}"></span>'
         )
-    error = ""
-    if stderr is not None:
-        begin, end = place(value - 1.96 * stderr), place(value + 1.96 * stderr)
+    if stderr := more.get("stderr"):
+        begin, end = place(number - stderr), place(number + stderr)
         parts.append(
             f'<span class="err" style="left:{begin:.2f}%;width:{end - begin:.2f}%"></span>'
         )
-        error = f" <span>± {1.96 * stderr:.{more.get('digits', 1)}f}</span>"
     ends = ""
     if refs:
         chosen = [refs[0], refs[-1]] if place(refs[-1][1]) - place(refs[0][1]) > 34 else [refs[-1]]
         labels = "".join(
-            f'<i style="left:{min(max(place(number), 14), 84):.2f}%">{escape(model)} {number:g}</i>'
-            for model, number in chosen
+            f'<i style="left:{min(max(place(point), 14), 84):.2f}%">{escape(model)} {point:g}</i>'
+            for model, point in chosen
         )
         ends = f'<div class="ends">{labels}</div>'
     return (
-        f'<div class="bar"><div class="what"><b>{escape(name)}</b>'
-        f"<span>{escape(about)}</span></div>"
-        f'<div class="track">{"".join(parts)}</div>'
-        f'<div class="val"><b>{value:.{more.get("digits", 1)}f}</b>{error}</div>{ends}</div>'
+        f'<div class="bar"><div class="what"><b>{name}</b>'
+        f"<span>{escape(more.get('about', ''))}</span></div>"
+        f'<div class="track">{"".join(parts)}</div><div class="val">{value}</div>{ends}</div>'
     )
 
 
 def heatmap(
-    kind: str, lengths: Sequence[int], depths: Sequence[float], cells: dict[str, float]
+    kind: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    cells: dict[str, float],
+    tests: dict[str, int],
 ) -> str:
-    """A grid of depth by length. cells: "length/depth" -> accuracy from 0 to 1."""
-    rows = [
-        f'<div class="head">{escape(kind)}</div>',
-        *(f'<div class="head">{length:,}</div>' for length in lengths),
-    ]
-    for depth in depths:
-        rows.append(f'<div class="head">{100 * depth:.0f} %</div>')
-        for length in lengths:
-            value = cells.get(f"{length}/{depth}")
-            style, text = "", ""
-            if value is not None:
-                style = f"background:hsl({8 + 125 * value:.0f} 62% {68 - 8 * value:.0f}%)"
-                text = f"{value:.2f}"
-            rows.append(f'<div class="cell" style="{style}">{text}</div>')
-    columns = f"grid-template-columns:84px repeat({len(lengths)},minmax(44px,1fr))"
-    return f'<div class="scroll"><div class="heat" style="{columns}">{"".join(rows)}</div></div>'
+    """A table of depth by length. cells: "length/depth" -> accuracy from 0 to 1; tests: its n."""
+
+    def cell(place: str) -> str:
+        if place not in cells:
+            return "<td></td>"
+        about = f" <small>n {tests[place]:,}</small>" if place in tests else ""
+        colour = heat_colour(cells[place])
+        return (
+            f'<td class="cell" style="background:{colour}">'
+            f'<span class="score">{cells[place]:.2f}{about}</span></td>'
+        )
+
+    heads = "".join(f'<th scope="col">{length:,}</th>' for length in lengths)
+    rows = "".join(
+        f'<tr><th scope="row">{100 * depth:.0f} %</th>'
+        + "".join(cell(f"{length}/{depth}") for length in lengths)
+        + "</tr>"
+        for depth in depths
+    )
+    return (
+        f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(kind)}">'
+        f'<table class="heat"><caption>{escape(kind)}</caption>'
+        f'<thead><tr><th scope="col">depth</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
+        "</div>"
+    )
+
+
+def heat_colour(share: float) -> str:
+    """From red (0) to green (1); light in both themes, for dark text."""
+    return f"hsl({8 + 125 * share:.0f} 62% {68 - 8 * share:.0f}%)"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from evals.engines import folder_hash
-from evals.report.build import finite, leaves, measured, results_table, texts
+from evals.report.build import finite, measured, results_table, texts
 from evals.report.deliverables import Deliverable, PlanOutputs, config_name
 from evals.report.model_card import MARK, model_card
+from evals.report.stages import leaves
 from evals.report.targets import LABELS, find
 from evals.report.trained import settings, training
 from export.gguf_plan import read_config
@@ -23,7 +24,7 @@ def report(outputs: PlanOutputs) -> Iterator[Deliverable]:
     command = outputs.command("evals.report")
     path = outputs.folder / "benchmark_results.json"
     content = read_object(path)
-    if content is None or "targets" not in content:
+    if content is None or not _is_current(content):
         old = "" if content is None else f": an earlier version of the report wrote {path}"
         yield Deliverable(str(path), f"missing{old}", command)
         return
@@ -37,6 +38,12 @@ def report(outputs: PlanOutputs) -> Iterator[Deliverable]:
         else:
             same = file.read_text(encoding="utf-8") == expected[name]
             yield Deliverable(str(file), "" if same else f"differs from {path}", command)
+
+
+def _is_current(content: dict[str, Any]) -> bool:
+    """Whether this version of the report wrote the content."""
+    stages = content.get("stages", {}).values()
+    return "targets" in content and all("gates" in stage for stage in stages)
 
 
 def disagreements(outputs: PlanOutputs, content: dict[str, Any]) -> Iterator[str]:

@@ -5,9 +5,24 @@ from pathlib import Path
 from typing import Any
 
 from evals.report.charts import bar, heatmap, line_chart, load_chart, loss_chart
+from evals.report.markup import (
+    ERRORS,
+    change_text,
+    count,
+    error,
+    listing,
+    named,
+    score,
+    section,
+    short,
+    table,
+)
+from evals.report.metric_names import Metric, metric_of
 from evals.report.targets import HEAD, cells
+from evals.report.verdicts import gates_section, stage_name, summary
 
 Columns = dict[str, tuple[str, float | None]]
+ROLES = {"thought": "thought", "call": "tool call", "result": "tool result", "note": "note"}
 
 
 def page(report: dict[str, Any], columns: Columns) -> str:
@@ -16,19 +31,19 @@ def page(report: dict[str, Any], columns: Columns) -> str:
     columns: table column -> (heading, score of guessing in percent).
     """
     sections = [
-        _header(report, columns),
+        _header(report),
         _targets(report),
-        _benchmarks(report, columns),
         _gates(report),
         _stages(report),
-        _loss(report),
-        _routing(report),
-        _tuning(report),
+        _benchmarks(report, columns),
         _held_out(report),
         _needle(report),
         _samples(report),
+        _curves(report),
+        _tuning(report),
+        _routing(report),
         _contamination(report),
-        _table(report, columns),
+        _published(report, columns),
         _environment(report),
     ]
     css = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
@@ -39,71 +54,127 @@ def page(report: dict[str, Any], columns: Columns) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
         '<meta name="color-scheme" content="light dark"/>'
         f"<title>{escape(report['name'])}</title><style>{css}</style></head>"
-        f"<body><main>{''.join(sections)}"
+        f"<body><main>{''.join(sections)}</main>"
         f"<footer>Created {escape(report['made'])} by <code>python -m evals.report</code>. "
-        "All values are in <code>benchmark_results.json</code>.</footer></main></body></html>\n"
+        "All values are in <code>benchmark_results.json</code>.</footer></body></html>\n"
     )
 
 
-def _header(report: dict[str, Any], columns: Columns) -> str:
+def _header(report: dict[str, Any]) -> str:
     training = report["training"] or {}
-    gates = training.get("gates") or []
-    chip = _chip(gates[-1]["outcome"]) if gates else ""
-    tiles = [(_short(report["parameters"]), "parameters")]
+    tiles = [(short(report["parameters"]), "parameters")]
     if report.get("active_parameters"):
-        tiles.append((_short(report["active_parameters"]), "parameters per token"))
+        tiles.append((short(report["active_parameters"]), "parameters per token"))
     if training:
         prefix = "pretraining " if training["tuning"] else ""
         tiles += [
-            (_short(training["tokens"] or 0), f"{prefix}tokens"),
+            (short(training["tokens"] or 0), f"{prefix}tokens"),
             (f"{training['steps']:,}", f"{prefix}steps"),
         ]
         tiles += [(f"{stage['steps']:,}", f"{stage['name']} steps") for stage in training["tuning"]]
-    perplexity = report["evaluations"].get("perplexity", {}).get("metrics", {})
-    bits = perplexity.get("all", {}).get("bits_per_byte", {})
-    if bits.get("value") is not None:
-        tiles.append((f"{bits['value']:.3f}", "bits per byte, held-out text"))
-    first = list(report["scores"].items())[:2]
-    tiles += [
-        (f"{score['value']:.1f}", f"{columns[name][0]}, {score['n']:,} items")
-        for name, score in first
-    ]
+    keys = [("perplexity", "all.bits_per_byte")]
+    keys += [(s["task"], f"{s['task']}.{s['metric']}") for s in report["scores"].values()][:2]
+    for task, key in keys:
+        estimate = _estimate(report["evaluations"].get(task, {}), key)
+        if estimate["value"] is not None:
+            metric = metric_of(key)
+            about = count(estimate.get("n"), estimate.get("tokens"))
+            label = f"{metric.title}{error(metric, estimate.get('stderr'))}, {about}"
+            tiles.append((metric.text(estimate["value"]), label))
     tiles_html = "".join(
         f'<div class="tile"><b>{value}</b><span>{escape(label)}</span></div>'
         for value, label in tiles
     )
     return (
-        f'<header><div class="title"><h1>{escape(report["name"])}</h1>{chip}</div>'
-        f"<p>{escape(report['checkpoint'])} · {escape(report['made'])}</p></header>"
-        f'<div class="tiles">{tiles_html}</div>'
+        f"<header><h1>{escape(report['name'])}</h1>"
+        f"<p>{escape(report['checkpoint'])} · {escape(report['made'])}</p>{summary(report)}"
+        f'</header><div class="tiles">{tiles_html}</div><p class="note">{escape(ERRORS)}</p>'
     )
+
+
+def _estimate(result: dict[str, Any], key: str) -> dict[str, Any]:
+    """Value, stderr, n and tokens of a metric such as mmlu.acc or wiki.bits_per_byte."""
+    task, _, name = key.rpartition(".")
+    metrics = result.get("metrics", {})
+    group = metrics.get(task)
+    if isinstance(group, dict) and "value" not in group:  # sources of perplexity
+        tokens = group.get("tokens", {}).get("value")
+        return {"value": None, "stderr": None, **group.get(name, {}), "tokens": tokens}
+    if name not in metrics:
+        return {"value": None, "stderr": None}
+    return {**metrics[name], "n": items(result, name)}
+
+
+def items(result: dict[str, Any], metric: str) -> int:
+    """Number of items with a metric; all items if the results file does not state it."""
+    return result["metrics"][metric].get("n") or result["n"]
 
 
 def _targets(report: dict[str, Any]) -> str:
     """The results table: scores beside the plan's targets."""
     if not report["targets"]:
         return ""
-    rows = [cells(row) for row in report["targets"]]
-    notes = _list({row["title"]: row["note"] for row in report["targets"] if row["note"]})
+    rows = [[escape(cell) for cell in cells(row)] for row in report["targets"]]
+    notes = listing({row["title"]: row["note"] for row in report["targets"] if row["note"]})
     details = f"<details><summary>Sources of the targets</summary>{notes}</details>"
     note = "Status is the highest tier reached. ≥: higher is better; ≤: lower is better."
-    return _section("Results", note, _rows(list(HEAD), rows) + details)
+    return section("Results", note, table("Scores and targets", HEAD, rows) + details)
+
+
+def _gates(report: dict[str, Any]) -> str:
+    return gates_section(report)
+
+
+def _stages(report: dict[str, Any]) -> str:
+    """Metrics of each judged stage, with the changes against the stage before and pretraining."""
+    stages = report["stages"]
+    names = dict.fromkeys(name for stage in stages.values() for name in stage["metrics"])
+    chances = {key: value for stage in stages.values() for key, value in stage["chances"].items()}
+    rows, bases = [], set()
+    for name in names:
+        metric = metric_of(name, chances)
+        estimates = [stage["metrics"].get(name) for stage in stages.values()]
+        if sum(estimate is not None for estimate in estimates) < 2:
+            continue
+        cells = ["" if e is None else _with_change(metric, e) for e in estimates]
+        since = (estimates[-1] or {}).get("since")
+        bases |= {stage_name(since["against"])} if since else set()
+        rows.append([named(metric), _chance(metric), *cells, change_text(metric, since)])
+    note = (
+        "Below each score: the change against the column before (averages of checkpoints are "
+        "compared, but not compared with). Base models see chat questions as plain lines."
+    )
+    heads = ["Metric", "Chance", *(escape(stage_name(name)) for name in stages)]
+    heads.append(f"Last, change since {escape(''.join(bases))}")
+    rows, heads = (rows, heads) if bases else ([row[:-1] for row in rows], heads[:-1])
+    return section("Stage by stage", note, table("Scores by stage", heads, rows)) if rows else ""
+
+
+def _with_change(metric: Metric, estimate: dict[str, Any]) -> str:
+    change = change_text(metric, estimate["change"])
+    return score(metric, estimate) + (f"<br/>{change}" if change else "")
+
+
+def _chance(metric: Metric) -> str:
+    return "-" if metric.chance is None else f"{metric.chance:.1f}"
 
 
 def _benchmarks(report: dict[str, Any], columns: Columns) -> str:
     bars = []
-    for name, score in report["scores"].items():
+    for name, result in report["scores"].items():
         heading, chance = columns[name]
         refs = [
             (f"{model['name']} {model['tokens']}", model["scores"][name]["value"])
             for model in report["published"]["models"]
             if model["kind"] == "base" and name in model["scores"]
         ]
-        about = f"{score['shots']}-shot, {score['n']:,} items"
-        top = 10.0 if name == "mt_bench" else 100.0
-        bars.append(
-            bar(heading, about, score["value"], score["stderr"], top, chance=chance, refs=refs)
-        )
+        metric = metric_of(f"{result['task']}.{result['metric']}")
+        estimate = {**_estimate(report["evaluations"][result["task"]], metric.key)}
+        heading = f'<span title="{escape(metric.key)}">{escape(heading)}</span>'
+        about = f"{metric.name.partition(', ')[2] or metric.name}, {result['shots']}-shot"
+        top = 100.0 if metric.share else 10.0
+        more = {"about": about, "stderr": result["stderr"], "chance": chance, "refs": refs}
+        bars.append(bar(heading, score(metric, estimate), result["value"], top, **more))
     bars += _other_metrics(report)
     missing = "".join(
         f"<p>Not measured: <b>{escape(name)}</b>, {escape(reason)}</p>"
@@ -113,12 +184,13 @@ def _benchmarks(report: dict[str, Any], columns: Columns) -> str:
         return ""
     legend = (
         '<div class="legend"><span><i></i>this model</span>'
-        '<span><i class="whisker"></i>95 % interval</span>'
+        '<span><i class="whisker"></i>± one standard error</span>'
         '<span><i class="chance"></i>chance</span>'
         '<span><i class="tick"></i>published base models, 0.5 to 1.7B</span></div>'
     )
-    note = "Percent. The table below gives shots and harness of the published models."
-    return _section("Benchmarks", note, f'<div class="bars">{"".join(bars)}</div>{legend}{missing}')
+    note = "Percent. The table of published models gives their shots and harness."
+    body = f'<div class="bars">{"".join(bars)}</div>{legend}{missing}'
+    return section("Benchmarks", note, body)
 
 
 def _other_metrics(report: dict[str, Any]) -> list[str]:
@@ -126,92 +198,113 @@ def _other_metrics(report: dict[str, Any]) -> list[str]:
     bars = []
     listed = {(score["task"], score["metric"]) for score in report["scores"].values()}
     for task, result in report["evaluations"].items():
-        for name, metric in result["metrics"].items():
+        chances = {f"{task}.{name}": value for name, value in result["metrics"].items()}
+        for name, chance in result.get("chance", {}).items():  # of evals/eval_own.py
+            chances[f"{task}.{name}_chance"] = {"value": chance}
+        for name, estimate in result["metrics"].items():
             is_rate = (
-                isinstance(metric, dict)
-                and metric.get("stderr") is not None
-                and 0 <= metric["value"] <= 1
+                isinstance(estimate, dict)
+                and estimate.get("stderr") is not None
+                and 0 <= estimate["value"] <= 1
             )
-            if is_rate and (task, name) not in listed and task != "needle":
-                about = f"{result.get('shots', 0)}-shot, {count(result, name):,} items"
-                label = f"{task} {name.replace('_', ' ')}"
-                bars.append(bar(label, about, 100 * metric["value"], 100 * metric["stderr"], 100.0))
+            if not is_rate or (task, name) in listed or task == "needle":
+                continue
+            metric = metric_of(f"{task}.{name}", chances)._replace(share=True)
+            more = {"about": f"{result.get('shots') or 0}-shot", "chance": metric.chance}
+            more["stderr"] = 100 * estimate["stderr"]
+            value = score(metric, _estimate(result, metric.key))
+            bars.append(bar(named(metric), value, 100 * estimate["value"], 100.0, **more))
     return bars
 
 
-def count(result: dict[str, Any], metric: str) -> int:
-    """Number of items with a metric; all items if the results file does not state it."""
-    return result["metrics"][metric].get("n") or result["n"]
+def _held_out(report: dict[str, Any]) -> str:
+    result = report["evaluations"].get("perplexity", {})
+    bits = {
+        name: estimate["value"]
+        for name in result.get("metrics", {})
+        if (estimate := _estimate(result, f"{name}.bits_per_byte"))["value"] is not None
+    }
+    top = max(4.0, max(bits.values(), default=0.0))
+    bars = []
+    for name, value in sorted(bits.items(), key=lambda pair: (pair[0] == "all", pair[1])):
+        metric, perplexity = (metric_of(f"{name}.{m}") for m in ("bits_per_byte", "perplexity"))
+        about = f"perplexity {perplexity.text(_estimate(result, perplexity.key)['value'])}"
+        heading = f'<span title="{escape(metric.key)}">{escape(name)}</span>'
+        estimate = _estimate(result, metric.key)
+        bars.append(bar(heading, score(metric, estimate), value, top, about=about))
+    note = "Bits per byte of held-out text; lower is better. Comparable across tokenizers."
+    body = f'<div class="bars">{"".join(bars)}</div>'
+    return section("Held-out text", note, body) if bars else ""
 
 
-def _gates(report: dict[str, Any]) -> str:
-    training = report["training"] or {}
-    gates = (training.get("gates") or []) + (training.get("forecasts") or [])
-    cards = []
-    for gate in sorted(gates, key=lambda gate: gate["time"]):
-        references = gate.get("references") or [None] * len(gate["gates"])
-        rows = "".join(
-            _verdict(*row) for row in zip(gate["gates"], gate["values"], references, strict=True)
+def _needle(report: dict[str, Any]) -> str:
+    grids = report.get("needle") or {}
+    maps = "".join(
+        heatmap(
+            f"{kind}, {grid['n']:,} tests" if "n" in grid else kind,
+            grid["lengths"],
+            grid["depths"],
+            grid["cells"],
+            grid.get("tests", {}),
         )
-        remark = gate["advice"] or "" if gate["outcome"] != "go" else ""
-        if gate["accepted"]:
-            remark = f"Accepted: {gate['accepted']}"
-        if number := gate.get("averages"):
-            remark = f"Average of {number} checkpoints: a forecast of the decay, not a decision."
-        cards.append(
-            f'<div class="decision {escape(gate["outcome"])}">{_chip(gate["outcome"])} '
-            f"<b>{_milestone(gate['step'])}</b> "
-            f"<small>{escape(gate['time'][:16].replace('T', ' '))}</small><ul>{rows}</ul>"
-            f"<p>{escape(remark)}</p></div>"
-        )
-    note = "Decisions at milestones, by predefined thresholds."
-    return _section("Gates", note, f'<div class="gates">{"".join(cards)}</div>') if cards else ""
-
-
-def _verdict(gate: dict[str, Any], value: float | None, reference: float | None) -> str:
-    """One gate of a decision: value, thresholds, and the change if the gate judges a change."""
-    text, sign = "not measured" if value is None else f"{value:.3f}", ""
-    if against := gate.get("against"):
-        change = "unknown" if value is None or reference is None else f"{value - reference:+.3f}"
-        text, sign = f"{text}, change against {against}: {change}", "+"
-    relation = "≤" if gate["go"] < gate["no_go"] else "≥"
-    limits = f"go {relation} {gate['go']:{sign}}, no-go beyond {gate['no_go']:{sign}}"
-    return (
-        f"<li><b>{escape(gate['metric'])}</b> {escape(text)} <small>{escape(limits)}</small></li>"
+        for kind, grid in grids.items()
     )
+    note = "Share of numbers retrieved, by depth (rows) and context length in tokens (columns)."
+    return section("Needle in a haystack", note, maps) if maps else ""
 
 
-def _milestone(step: int | str) -> str:
-    """A milestone's step, or the name of a stage after pretraining."""
-    return f"step {step:,}" if isinstance(step, int) else f"after {escape(step)}"
+def _samples(report: dict[str, Any]) -> str:
+    cards = []
+    for sample in report["samples"]:
+        decoding = f"temperature {sample['temperature']}" if sample["temperature"] else "greedy"
+        text = sample["text"] or "(the prompt does not fit the context)"
+        body = f"<b>{escape(sample['prompt'])}</b>{escape(text)}"
+        if "turn" in sample:
+            user = _part("user", sample["prompt"])
+            body = user + "".join(_part(part["kind"], part["text"]) for part in sample["turn"])
+        cards.append(f'<div class="sample"><small>{escape(decoding)}</small>{body}</div>')
+    is_chat = any("turn" in sample for sample in report["samples"])
+    note = "Tools were executed." if is_chat else "Prompts are grey."
+    body = f'<div class="samples">{"".join(cards)}</div>'
+    return section("Samples", f"{note} Samples are not selected.", body) if cards else ""
 
 
-def _stages(report: dict[str, Any]) -> str:
-    """Metrics measured at more than one stage: pretraining, SFT, DPO."""
-    stages = report["stages"]
-    names = dict.fromkeys(name for metrics in stages.values() for name in metrics)
-    rows = [
-        [name, *(_estimate(metrics.get(name)) for metrics in stages.values())]
-        for name in names
-        if sum(name in metrics for metrics in stages.values()) > 1
-    ]
-    note = "The same items at every stage; ± is one standard error. Base models see plain lines."
-    heads = ["", *(name.replace("_", " ") for name in stages)]
-    return _section("Stage by stage", note, _rows(heads, rows)) if rows else ""
+def _part(kind: str, text: str) -> str:
+    """One part of a conversation: a message, a thought to unfold, a tool call or its result."""
+    kind_class = kind if kind in ROLES or kind == "user" else "assistant"
+    role = f'<span class="role">{ROLES.get(kind, kind_class)}</span>'
+    content = f"<p>{escape(text)}</p>"
+    if kind == "thought":
+        content = f"<details><summary>{role}</summary>{content}</details>"
+        return f'<div class="part thought">{content}</div>'
+    if kind in ("call", "result"):
+        content = f"<pre><code>{escape(text)}</code></pre>"
+    return f'<div class="part {kind_class}">{role}{content}</div>'
 
 
-def _loss(report: dict[str, Any]) -> str:
+def _curves(report: dict[str, Any]) -> str:
+    """Loss and learning rate of pretraining and of each stage after it."""
     training = report["training"]
     if not training:
         return ""
     names = {"skipped": "skipped updates", "rollback": "rollbacks", "stuck": "times stuck"}
     names |= {"starved": "starved experts"}
-    incidents = (
-        ", ".join(f"{count} {names[kind]}" for kind, count in training["incidents"].items())
-        or "no skipped updates or rollbacks"
-    )
-    note = f"Nats per token, by step. {training['hours']:.2f} hours in steps; {incidents}."
-    return _section("Training loss", note, loss_chart(training))
+    charts = []
+    for stage in (training, *training["tuning"]):
+        if not stage["steps"]:
+            continue
+        found = stage["incidents"].items()
+        incidents = ", ".join(f"{n} {names[kind]}" for kind, n in found)
+        incidents = incidents or "no skipped updates or rollbacks"
+        phases = ", ".join(phase["name"] for phase in stage["phases"])
+        about = f"{stage['steps']:,} steps, {stage['hours']:.2f} hours in steps; {incidents}"
+        title = escape(stage.get("name") or (f"pretraining: {phases}" if phases else "pretraining"))
+        charts.append(f"<h3>{title} <small>{escape(about)}</small></h3>{loss_chart(stage)}")
+        if rates := stage.get("learning_rate"):
+            steps, values = ([pair[i] for pair in rates] for i in (0, 1))
+            charts.append(line_chart("learning rate", steps, values))
+    note = "Nats per token, by step. Losses of DPO are not losses per token of text."
+    return section("Training curves", note, "".join(charts)) if charts else ""
 
 
 def _routing(report: dict[str, Any]) -> str:
@@ -233,44 +326,29 @@ def _routing(report: dict[str, Any]) -> str:
         "Share of tokens of each expert (rows) by layer and step; 1 is an equal share. Maximum "
         "violation: the largest share of a layer, minus 1, as a mean over layers."
     )
-    return _section("Experts", note, "".join(parts)) if parts else ""
+    return section("Experts", note, "".join(parts)) if parts else ""
 
 
 def _tuning(report: dict[str, Any]) -> str:
-    """Mid-training, SFT and DPO: data, losses and loss curves of each stage."""
+    """Mid-training, SFT and DPO: data, learning rate and losses of each stage."""
     stages = (report["training"] or {}).get("tuning") or []
-    rows, charts = [], []
+    rows = []
     for stage in stages:
         mix = ", ".join(f"{name} {share:g}" for name, share in stage["mix"].items())
         held_out = [point["loss"] for point in stage["held_out"]]
         preferred = [100 * point["share"] for point in stage["preferred"]]
-        rows.append(
-            [
-                stage["name"],
-                f"{stage['steps']:,}",
-                f"{stage['tokens'] or 0:,}",
-                "-" if stage["lr"] is None else f"{stage['lr']:g}",
-                mix or "-",
-                change(held_out, 3),
-                change(preferred, 1),
-                f"{stage['hours']:.2f}",
-            ]
-        )
-        charts.append(
-            f"<h3>{escape(stage['name'])}</h3>{loss_chart(stage)}" if stage["steps"] else ""
-        )
-    head = [
-        "stage",
-        "steps",
-        "tokens",
-        "peak learning rate",
-        "data (share)",
-        "validation loss",
-        "preference accuracy, %",
-        "hours in steps",
-    ]
-    note = "Training stages after pretraining. Losses and accuracies: first → last measurement."
-    return _section("After pretraining", note, _rows(head, rows) + "".join(charts)) if rows else ""
+        row = [stage["name"], f"{stage['steps']:,}", f"{stage['tokens'] or 0:,}"]
+        row += ["-" if stage["lr"] is None else f"{stage['lr']:g}", mix or "-"]
+        row += [change(held_out, 3), change(preferred, 1), f"{stage['hours']:.2f}"]
+        rows.append([escape(cell) for cell in row])
+    head = ["Stage", "Steps", "Tokens", "Peak learning rate", "Data (share)", "Validation loss"]
+    head += ["Preference accuracy (%)", "Hours in steps"]
+    note = (
+        "Losses and accuracies: first → last measurement on the stage's own validation rows. The "
+        "log does not record their n, so they have no error; the scores above do."
+    )
+    body = table("Stages after pretraining", head, rows)
+    return section("After pretraining", note, body) if rows else ""
 
 
 def change(values: list[float], digits: int) -> str:
@@ -281,64 +359,6 @@ def change(values: list[float], digits: int) -> str:
     return " → ".join(
         f"{value:.{digits}f}" if isinstance(value, (int, float)) else str(value) for value in ends
     )
-
-
-def _held_out(report: dict[str, Any]) -> str:
-    metrics = report["evaluations"].get("perplexity", {}).get("metrics", {})
-    bits = {
-        name: value
-        for name, estimates in metrics.items()
-        if (value := estimates["bits_per_byte"]["value"]) is not None
-    }
-    if not bits:
-        return ""
-    top = max(4.0, max(bits.values()))
-    bars = [
-        bar(
-            name,
-            f"perplexity {metrics[name]['perplexity']['value']:,.1f}{_tokens(metrics[name])}",
-            value,
-            None,
-            top,
-            digits=3,
-        )
-        for name, value in sorted(bits.items(), key=lambda pair: (pair[0] == "all", pair[1]))
-    ]
-    note = "Bits per byte of held-out text; lower is better. Comparable across tokenizers."
-    return _section("Held-out text", note, f'<div class="bars">{"".join(bars)}</div>')
-
-
-def _tokens(metrics: dict[str, Any]) -> str:
-    tokens = metrics.get("tokens", {}).get("value")
-    return "" if tokens is None else f", {tokens:,.0f} tokens"
-
-
-def _needle(report: dict[str, Any]) -> str:
-    grids = report.get("needle") or {}
-    maps = "".join(
-        heatmap(
-            f"{kind}, {grid['n']:,} tests" if "n" in grid else kind,
-            grid["lengths"],
-            grid["depths"],
-            grid["cells"],
-        )
-        for kind, grid in grids.items()
-    )
-    note = "Share of numbers retrieved, by depth (rows) and context length in tokens (columns)."
-    return _section("Needle in a haystack", note, maps) if maps else ""
-
-
-def _samples(report: dict[str, Any]) -> str:
-    cards = []
-    for sample in report["samples"]:
-        decoding = f"temperature {sample['temperature']}" if sample["temperature"] else "greedy"
-        text = sample["text"] or "(the prompt does not fit the context)"
-        cards.append(
-            f'<div class="sample"><small>{decoding}</small>'
-            f"<b>{escape(sample['prompt'])}</b>{escape(text)}</div>"
-        )
-    body = f'<div class="samples">{"".join(cards)}</div>'
-    return _section("Samples", "Prompts are grey. Samples are not selected.", body) if cards else ""
 
 
 def _contamination(report: dict[str, Any]) -> str:
@@ -353,17 +373,17 @@ def _contamination(report: dict[str, Any]) -> str:
             for task, result in report["evaluations"].items()
             if task == name and result.get("clean")
         ]
-        rows.append([name, *cells, clean[0] if clean else "-"])
+        rows.append([escape(cell) for cell in (name, *cells, clean[0] if clean else "-")])
     head = [
-        "test set",
-        "items",
-        "too short to search",
-        "items found",
-        "documents removed or cut",
-        "score, all → clean items",
+        "Test set",
+        "Items",
+        "Too short to search",
+        "Items found",
+        "Documents removed or cut",
+        "Score (%), all → clean items",
     ]
     note = f"Benchmark items found in the training text; source: {contamination['file']}."
-    return _section("Contamination", note, _rows(head, rows))
+    return section("Contamination", note, table("Benchmark items in the training text", head, rows))
 
 
 def _clean(result: dict[str, Any]) -> str:
@@ -371,38 +391,51 @@ def _clean(result: dict[str, Any]) -> str:
     clean = result["clean"]["metrics"].get(name)
     if not clean:
         return "-"
-    n = f" (n {count(result, name):,} → {clean['n']:,})" if clean.get("n") else ""
-    return f"{name} {100 * result['metrics'][name]['value']:.1f} → {100 * clean['value']:.1f}{n}"
+    metric = metric_of(f"{result['task']}.{name}")
+    n = f"n {items(result, name):,} → {clean['n']:,}" if clean.get("n") else "n not recorded"
+    values = f"{metric.text(result['metrics'][name]['value'])} → {metric.text(clean['value'])}"
+    return f"{name} {values} ({n})"
 
 
-def _table(report: dict[str, Any], columns: Columns) -> str:
-    head = [
-        "model",
-        "tokens",
-        *(heading for heading, _ in columns.values()),
-        "harness",
-        "metric",
-        "source",
-    ]
+def _published(report: dict[str, Any], columns: Columns) -> str:
+    """Published models with a score on a benchmark that this model was measured on."""
+    models = report["published"]["models"]
+    shown = [name for name in columns if name in report["scores"]] or list(columns)
+    models = [model for model in models if model["scores"].keys() & set(shown)]
+    if not models:
+        return ""
+    head = ["Model", "Tokens", *(escape(columns[name][0]) for name in shown)]
+    head += ["Harness", "Metric", "Source"]
     sources = report["published"]["sources"]
-    tokens = _short(report["training"]["tokens"] or 0) if report["training"] else "?"
-    scores = [_score(report["scores"].get(name)) for name in columns]
+    tokens = short(report["training"]["tokens"] or 0) if report["training"] else "?"
+    scores = [_score(report["scores"].get(name)) for name in shown]
     rows = [[escape(report["name"]), tokens, *scores, "ours, as lm-eval 0.4.13", "", "this run"]]
-    for model in report["published"]["models"]:
+    for model in models:
         source = sources[model["from"]["source"]]
         link = f'<a rel="noreferrer" href="{escape(source["url"])}">{escape(source["title"])}</a>'
-        cells = [_score(model["scores"].get(name)) for name in columns]
+        cells = [_score(model["scores"].get(name)) for name in shown]
         origin = [escape(str(model["from"]["harness"])), escape(model["from"]["metric"]), link]
         rows.append([escape(model["name"]), escape(model["tokens"]), *cells, *origin])
-    note = "Small print: shots and our n. Compare only rows with equal harness, metric and shots."
-    first, *others = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
-    body = f'<tr class="own">{first}</tr>' + "".join(f"<tr>{row}</tr>" for row in others)
-    header = "".join(f"<th>{escape(name)}</th>" for name in head)
-    return _section(
-        "Beside published models",
-        note,
-        f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>',
+    chances = ["-" if columns[name][1] is None else f"{columns[name][1]:.1f}" for name in shown]
+    rows.insert(1, ["chance", "", *chances, "", "", "score of guessing"])
+    note = (
+        "Small print: shots and our n; the sources do not state n. Compare only rows with equal "
+        "harness, metric and shots. comparison_table.md has all benchmarks."
     )
+    body = table("Scores of published models, percent", head, rows, own=0)
+    return section("Beside published models", note, body)
+
+
+def _score(score: dict[str, Any] | None) -> str:
+    if score is None:
+        return "-"
+    is_ours = "n" in score
+    value = f"{score['value']:.1f}" if is_ours else f"{score['value']:g}"
+    shots = "shots unknown" if score["shots"] is None else f"{score['shots']}-shot"
+    n = f", {count(score['n'])}" if is_ours else ""
+    stderr = f" ± {score['stderr']:.1f}" if score.get("stderr") is not None else ""
+    kind = "score" if is_ours else "published"
+    return f'<span class="{kind}">{value}{stderr} <small>{escape(shots + n)}</small></span>'
 
 
 def _environment(report: dict[str, Any]) -> str:
@@ -433,57 +466,7 @@ def _environment(report: dict[str, Any]) -> str:
         for task, result in report["evaluations"].items()
     }
     hashes = {"checkpoint": report["checkpoint_hash"], **report["hashes"]}
-    details = f"<details><summary>Hashes and files</summary>{_list({**hashes, **files})}</details>"
-    return _section("Environment", "", _list(pairs) + details)
-
-
-def _list(pairs: dict[str, Any]) -> str:
-    entries = (
-        f"<dt>{escape(name)}</dt><dd><code>{escape(str(value))}</code></dd>"
-        for name, value in pairs.items()
+    details = (
+        f"<details><summary>Hashes and files</summary>{listing({**hashes, **files})}</details>"
     )
-    return f"<dl>{''.join(entries)}</dl>"
-
-
-def _rows(head: list[str], rows: list[list[str]]) -> str:
-    header = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{header}</tr>{body}</table></div>'
-
-
-def _score(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return "-"
-    value = f"{score['value']:.1f}" if "n" in score else f"{score['value']:g}"
-    n = f", n {score['n']:,}" if score.get("n") is not None else ""
-    return f"{value} <small>{escape(str(score['shots']) + n)}</small>"
-
-
-def _estimate(estimate: dict[str, float | None] | None) -> str:
-    if estimate is None or estimate["value"] is None:
-        return "-"
-    n = f", n {estimate['n']:,}" if estimate.get("n") else ""
-    n = f", {estimate['tokens']:,.0f} tokens" if estimate.get("tokens") else n
-    return (
-        f"{estimate['value']:.3f}"
-        + (f" ± {estimate['stderr']:.3f}" if estimate["stderr"] is not None else "")
-        + n
-    )
-
-
-def _section(title: str, note: str, body: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{body}</section>'
-
-
-def _chip(outcome: str) -> str:
-    return f'<span class="chip {escape(outcome)}">{escape(outcome.upper())}</span>'
-
-
-def _short(number: float) -> str:
-    """A number with a suffix: 1,100,048,384 as 1.1B."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:,.0f}"
+    return section("Environment", "", listing(pairs) + details)
