@@ -6,7 +6,7 @@ from typing import Any
 
 from data.chat.bounded_template import BoundedTemplate
 from data.chat.folder_templates import choose, read_templates
-from data.chat.rendering import neutralise
+from data.chat.rendering import marker_tokens, neutralise
 from evals.language_model import EvalTokenizer
 
 Message = dict[str, Any]
@@ -33,9 +33,7 @@ class CheckpointChat:
             raise ValueError(f"{checkpoint} has no chat template; use a checkpoint from SFT or DPO")
         choose(self.named)
         self.takes_tools = any("tools" in template for template in self.named.values())
-        self.special = [
-            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special
-        ]
+        self.special = marker_tokens(self.tokenizer.added_tokens_decoder.values())
 
     def prompt(
         self, messages: list[Message], tools: list[dict[str, Any]] | None = None

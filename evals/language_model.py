@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from data.chat.rendering import marker_tokens
 from data.manifest import read_json
 from data.tokenizers.bpe import listed_ids, load_tokenizer, special_text
 from evals.harness import (
@@ -75,6 +76,9 @@ class EvalTokenizer:
             self._special(special_text(named, f"{name}_token"), listed_ids(ids, f"{name}_token_id"))
             for name in ("bos", "eos")
         )
+        added = self.tokenizer.get_added_tokens_decoder()
+        markers = marker_tokens(added.values())
+        self.markers = {index for index, token in added.items() if token.content in markers}
         begin = self.eos if self.bos is None else self.bos
         if begin is None:
             raise ValueError(
@@ -108,7 +112,8 @@ class EvalTokenizer:
         return [ids[text] for text in texts]
 
     def decode(self, ids: Sequence[int], keep_special: bool = False) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special)
+        kept = [index for index in ids if keep_special or index not in self.markers]
+        return self.tokenizer.decode(kept, skip_special_tokens=not keep_special)
 
     def ended(self, new: Sequence[int], request: Write) -> bool:
         """Whether the last tokens contain one of the request's stop strings."""

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
 
+from data.chat.template import SHOWN
 from data.tokenizers.bpe import load_tokenizer
 from export.gguf import OUTTYPES
 from export.gguf_plan import permute, plan_tensors
 from inference.generation import generate
-from inference.gguf_tokenizer import SHOWN, field, open_gguf
+from inference.gguf_tokenizer import field, open_gguf
 from inference.llamacpp import LlamaCpp
 from models.hf import load_hf, read_hf_config
 from models.nanollama import NanoLlama

@@ -41,6 +41,11 @@ def read_config(folder: Path) -> ModelConfig:
             f"{folder} cannot be exported to GGUF: it has {problem}. Chat and evaluate the "
             "checkpoint itself, or train with settings that Mixtral has"
         )
+    if config.rope_scaling is not None and config.rope_scaling.type == "llama3":
+        raise ValueError(
+            f"{folder} has Llama 3's rope_scaling, which this export cannot write; use llama.cpp's "
+            "convert_hf_to_gguf.py, which reads the folder"
+        )
     if config.rope_scaling is not None and config.rope_scaling.has_other_betas:
         raise ValueError(
             f"{folder} cannot be exported to GGUF: llama.cpp has beta_fast=32 and beta_slow=1 for "

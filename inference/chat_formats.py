@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from data.chat.bounded_template import BoundedTemplate
 from data.chat.folder_templates import template_of
-from data.chat.rendering import Chat, Reply, neutralise
+from data.chat.rendering import Chat, Reply, marker_tokens, neutralise
 from data.chat.template import is_our_template
 from data.manifest import read_json
 from data.tokenizers.bpe import listed_ids, load_tokenizer
@@ -54,8 +54,7 @@ class TemplateFormat:
             raise ValueError(
                 f"transformers cannot read the tokenizer or chat template of {folder}: {reason}"
             ) from error
-        added_tokens = self.tokenizer.get_added_tokens_decoder().values()
-        self.special = [token.content for token in added_tokens if token.special]
+        self.special = marker_tokens(self.tokenizer.get_added_tokens_decoder().values())
         _, stop_ids = bos_and_stop_ids(folder)
         self.stop_ids = sorted({*stop_ids, self.renderer.eos_token_id} - {None})
 

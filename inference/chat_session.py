@@ -12,7 +12,7 @@ CUT = "the reply stopped at the token limit"
 
 
 class ChatSession:
-    """One conversation. `messages` can be saved and restored; a failed turn leaves no messages."""
+    """One conversation. `messages` are in OpenAI's format; a failed turn leaves none."""
 
     def __init__(
         self,
@@ -54,15 +54,19 @@ class ChatSession:
             if not (reply.content or reply.thought or reply.tool_calls):
                 yield "note", "the reply is empty; the turn is discarded"
                 return False
-            self.messages.append(reply.message())
+            before = sum(len(message.get("tool_calls", ())) for message in self.messages)
+            message = reply.message(before)
+            self.messages.append(message)
             if not reply.tool_calls:
                 if not reply.ended:
                     yield "note", CUT
                 return True
-            for call in reply.tool_calls:
+            for call, named in zip(reply.tool_calls, message["tool_calls"], strict=True):
                 result = self.run(call["function"]["name"], call["function"]["arguments"])
                 yield "result", result
-                self.messages.append({"role": "tool", "content": result})
+                self.messages.append(
+                    {"role": "tool", "tool_call_id": named["id"], "content": result}
+                )
         yield (
             "note",
             f"no answer after {MAX_CALL_ROUNDS} rounds of tool calls; the turn is discarded",

@@ -21,7 +21,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from data.chat.rendering import MAX_DEPTH, neutralise
-from inference.gguf_tokenizer import CONTROL, SHOWN, field
+from data.chat.template import SHOWN
+from inference.gguf_tokenizer import CONTROL, field
 
 MAX_BODY = 8 * 2**20  # bytes
 MAX_WAITING = 256  # connections whose request is incomplete; one more closes the oldest

@@ -15,21 +15,13 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.chat.folder_templates import DEFAULT, NAMED, choose, read_templates
-from data.chat.rendering import (
-    END_THOUGHT,
-    IM_END,
-    START_THOUGHT,
-    TEMPLATE,
-    TOOL_CALL,
-    TOOL_RESPONSE,
-)
+from data.chat.template import IM_END, SHOWN, TEMPLATE
 from data.chat.trained_chat import KEY, to_text
 from data.manifest import read_json
 from data.tokenizers.bpe import BOS, QWEN2_SPLIT, listed_ids, load_tokenizer, special_text
 from inference.gguf_file import check_gguf
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-SHOWN = (START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE)
 TRAINED = "nanollama.chat"
 GENERATION = re.compile(r"\{%(-?)\s*(?:end)?generation\s*(-?)%\}")
 
@@ -212,8 +204,8 @@ def build_tokenizer(
     tokenizer.decoder = decoders.ByteLevel()
     for token, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, USER_DEFINED):
-            special = kind == CONTROL or token in SHOWN
-            tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
+            added = AddedToken(token, special=kind == CONTROL, normalized=False)
+            tokenizer.add_tokens([added])
     return tokenizer
 
 

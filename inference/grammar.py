@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.chat.rendering import marker_tokens
+
 
 class JsonGrammar:
     """A JSON schema compiled for one tokenizer; `constraint()` applies it to one row.
@@ -53,7 +55,9 @@ def _compiler(tokenizer: Any, vocab_size: int) -> tuple[Any, Any, Tensor]:
             "constrained generation needs xgrammar; pip install xgrammar==0.2.8"
         ) from None
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, vocab_size=vocab_size)
-    forbidden = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.added_tokens_decoder
+    markers = marker_tokens(added.values())
+    forbidden = {index for index, token in added.items() if token.content in markers}
     forbidden |= {
         index for index, text in enumerate(info.decoded_vocab) if any(byte < 0x20 for byte in text)
     }

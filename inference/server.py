@@ -36,7 +36,7 @@ def serve(path: Path, port: int, context: int | None, key: str, origins: list[st
     params.model.path = str(path)
     params.n_ctx = context or (trained.context if trained else 0)
     params.verbosity = 1
-    params.model_alias = {path.name}
+    params.model_alias = {str(field(reader, "general.name") or path.stem)}
     params.ui = params.endpoint_slots = False
     params.cors_origins = ""
     port = free_port("127.0.0.1", port)

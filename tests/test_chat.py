@@ -206,11 +206,12 @@ def test_replies_are_read_back(chat, reply_form):
     )
     function = {"function": {"name": "f", "arguments": {"x": "}"}}}
     assert parsed == ("a\n", "Well done", [function] * 2, [], True)
-    assert parsed.message() == {
+    openai = {"type": "function", "function": {"name": "f", "arguments": '{"x": "}"}'}}
+    assert parsed.message(calls_before=3) == {
         "role": "assistant",
         "content": "Well done",
-        "thought": "a\n",
-        "tool_calls": [function] * 2,
+        "reasoning_content": "a\n",
+        "tool_calls": [{"id": "call_4", **openai}, {"id": "call_5", **openai}],
     }
     assert read("<|start_thought|>still thinking") == ("still thinking", "", [], [], False)
     assert read("begun by the prompt<|end_thought|>4<|im_end|>") == (

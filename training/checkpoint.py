@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
+from data.tokenizers.folder import copy_files
 from files import read_object, step_number, write_json
 from models.hf import save_hf, stored_dtype
 from models.kinds import AnyConfig
@@ -45,15 +46,6 @@ from training.safe_pickle import load, read_index
 from training.state import State
 
 ROLLED_BACK = ".rolled_back"  # suffix of checkpoints newer than the target of a rollback
-TOKENIZER_FILES = (
-    *(
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-    ),
-    *("chat_template.jinja", "chat_template_training.jinja"),
-)
 SAVE_TIMEOUT = timedelta(minutes=30)  # for a silent rank; a dead one is noticed at once
 
 
@@ -232,9 +224,8 @@ class Checkpointer:
         (scratch / "state").mkdir(parents=True)
         self.check_free_space(snapshot.config.num_parameters)
         save_hf(scratch, snapshot.config, snapshot.weights, self.dtype, **self.config_entries)
-        for name in TOKENIZER_FILES:
-            if self.tokenizer and (self.tokenizer / name).is_file():
-                shutil.copyfile(self.tokenizer / name, scratch / name)
+        if self.tokenizer:
+            copy_files(self.tokenizer, scratch)
         write_json(scratch / TRAINER, snapshot.position)
 
     def _clean_up(self) -> None:
@@ -414,6 +405,17 @@ def load_state(folder: Path, state: State) -> dict[str, Any]:
     position = read_position(folder)
     state.step, state.tokens = position["step"], position["tokens"]
     return position
+
+
+def same_tokenizer(path: Path, other: Path) -> bool:
+    """Whether two tokenizer.json encode alike; a chat marker may be special in only one of them."""
+    if path.read_bytes() == other.read_bytes():
+        return True
+    contents = [read_object(file) or {"damaged": str(file)} for file in (path, other)]
+    for content in contents:
+        for token in content.get("added_tokens") or ():
+            token.pop("special", None)
+    return contents[0] == contents[1]
 
 
 def full_state_dict(

@@ -6,11 +6,9 @@ train/val split keeps a `group` together: a message tree, or a question with its
 """
 
 import re
-import zlib
 from collections.abc import Callable, Collection, Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.chat.messages import (
     NOT_TRAINED,
@@ -25,8 +23,8 @@ from data.chat.messages import (
     row_tools,
     with_row_system,
 )
-from data.corpus.local_files import blocks, find_files, read_lines, rows_at_once, zstd_error
-from data.corpus.readers import Skipped, hub_complaint
+from data.chat.rows import Row, read_rows
+from data.corpus.documents import Skipped
 from files import file_hash, parse_json
 
 OASST = {
@@ -55,7 +53,6 @@ OASST = {
         "labels",
     ),
 }  # keys of OpenAssistant messages
-HUB = "hf://"  # hf://owner/name or hf://owner/name@revision
 SHAREGPT = {
     "human": "user",
     "gpt": "assistant",
@@ -63,13 +60,6 @@ SHAREGPT = {
     "observation": "tool",
     "function_response": "tool",
 }
-
-
-class Row(NamedTuple):
-    """A JSON object and its origin."""
-
-    where: str  # file:line
-    value: dict[str, Any]
 
 
 def read_conversations(
@@ -129,30 +119,6 @@ def _read(format: str, row: dict[str, Any]) -> Conversation | Skipped:
     return {**conversation, "messages": messages, "tools": tools, "ignored": ignored}
 
 
-def read_rows(
-    path: str, split: str = "train", config: str | None = None
-) -> Iterator[Row | Skipped]:
-    """Return the rows of local files, or of a split of a hub data set, as JSON objects."""
-    if path.startswith(HUB):
-        return _hub_rows(path.removeprefix(HUB), split, config)
-    if split != "train" or config:
-        raise ValueError(
-            f"split and config select rows of a hub data set; remove them for the local path {path}"
-        )
-    return _file_rows(path)
-
-
-def input_files(path: str) -> dict[str, Path]:
-    """Return the local files of a path, by name; {} for the hub. ValueError if none exists."""
-    if path.startswith(HUB):
-        return {}
-    if path.endswith((".json", ".json.gz")):
-        if not Path(path).is_file():
-            raise ValueError(f"{path} does not exist; check the path")
-        return {Path(path).name: Path(path)}
-    return find_files(path)
-
-
 def check_mix(mix: Collection[str], sources: Collection[str], setting: str) -> None:
     """Raise ValueError if data.mix is empty or names an unknown source.
 
@@ -170,88 +136,6 @@ def describe_source(source: Any, paths: dict[str, Path]) -> dict[str, Any]:
     """Return a source's settings and file hashes, which identify its prepared rows."""
     files = {file: file_hash(path) for file, path in paths.items()}
     return {**vars(source), "path": None if files else source.path, "files": files}
-
-
-def _file_rows(path: str) -> Iterator[Row | Skipped]:
-    for name, file in input_files(path).items():
-        if name.endswith((".json", ".json.gz")):
-            yield from _array(name, file)
-        elif name.endswith(".parquet"):
-            yield from _parquet(name, file)
-        else:
-            number = 0
-            try:
-                for number, line in enumerate(read_lines(file), 1):
-                    if line.strip():
-                        yield _parse(line, f"{name}:{number}")
-            except (EOFError, OSError, zlib.error, zstd_error()):
-                yield Skipped("rest of the file truncated or damaged", f"{name}:{number + 1}")
-
-
-def _parse(line: bytes, where: str) -> Row | Skipped:
-    try:
-        value = parse_json(line.decode())
-    except UnicodeDecodeError:
-        return Skipped("invalid UTF-8", where)
-    except ValueError:
-        return Skipped("invalid JSON", where)
-    return Row(where, value) if isinstance(value, dict) else Skipped("not a JSON object", where)
-
-
-def _array(name: str, file: Path) -> Iterator[Row | Skipped]:
-    """Yield the rows of a file that is one JSON array, as Alpaca's."""
-    try:
-        rows = parse_json(b"".join(blocks(file)).decode())
-    except (ValueError, EOFError, OSError, zlib.error):
-        rows = None
-    if not isinstance(rows, list):
-        raise ValueError(f"{file} is not a JSON array; fix it, or write one row per line as .jsonl")
-    for number, value in enumerate(rows, 1):
-        yield (
-            Row(f"{name}:{number}", value)
-            if isinstance(value, dict)
-            else Skipped("not a JSON object", f"{name}:{number}")
-        )
-
-
-def _parquet(name: str, file: Path) -> Iterator[Row | Skipped]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        table = pq.ParquetFile(file)
-        for group in range(table.num_row_groups):
-            for batch in table.iter_batches(
-                batch_size=rows_at_once(table, group), row_groups=[group]
-            ):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{name}:{number}", _present(value))
-    except (pa.ArrowException, OSError, UnicodeDecodeError):
-        yield Skipped("rest of the file damaged", f"{name}:{number + 1}")
-
-
-def _hub_rows(repo: str, split: str, config: str | None) -> Iterator[Row | Skipped]:
-    name, _, revision = repo.partition("@")
-    try:
-        from datasets import load_dataset
-
-        rows = load_dataset(name, config, split=split, revision=revision or None, streaming=True)
-        for number, value in enumerate(rows, 1):
-            yield Row(f"{name}:{number}", _present(dict(value)))
-    except Exception as error:
-        raise ValueError(hub_complaint(error, name)) from error
-
-
-def _present(value: Any) -> Any:
-    """Return a table value without null keys: Arrow structs have the keys of all rows."""
-    if isinstance(value, dict):
-        return {key: _present(field) for key, field in value.items() if field is not None}
-    if isinstance(value, bytes):  # a binary column may contain text
-        with suppress(UnicodeDecodeError):
-            return value.decode()
-    return [_present(field) for field in value] if isinstance(value, list) else value
 
 
 def _messages(row: dict) -> Conversation:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from data import manifest
-from data.chat.conversations import Row, check_mix, describe_source, input_files, read_rows
+from data.chat.conversations import check_mix, describe_source
 from data.chat.messages import (
     NEUTRALISED,
     NOT_TRAINED,
@@ -34,6 +34,7 @@ from data.chat.messages import (
     with_row_system,
 )
 from data.chat.rendering import Chat, Encoded, jinja_template
+from data.chat.rows import Row, input_files, read_rows
 from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
 from data.corpus.sources import PAIRS, resolve_rows

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from data.chat.folder_templates import template_of
 from data.chat.messages import Conversation, Message, read_call, read_messages
@@ -42,6 +42,11 @@ MAY_FOLLOW = {
 MAY_FOLLOW["tool"] = ("tool", "assistant")
 MAX_DEPTH = 100  # nested lists and objects in a call's arguments or a tool's schema
 TOOLS = "You can call these tools:"
+
+
+def marker_tokens(added: Iterable[AddedToken]) -> tuple[str, ...]:
+    """Return the added tokens that text must not contain: special ones, and our markers."""
+    return tuple(token.content for token in added if token.special or token.content in MARKERS)
 
 
 def neutralise(text: str, tokens: Iterable[str] = MARKERS) -> str:
@@ -208,11 +213,7 @@ class Chat:
 
     def __init__(self, tokenizer: Tokenizer, bos: str | None = BOS, pad: str | None = PAD):
         """bos: first token of a conversation, as of documents in pretraining; None if unused."""
-        self.special = tuple(
-            added.content
-            for added in tokenizer.get_added_tokens_decoder().values()
-            if added.special
-        )
+        self.special = marker_tokens(tokenizer.get_added_tokens_decoder().values())
         required = (*CHAT_TOKENS, *([bos] if bos else []))
         missing = [token for token in required if token not in self.special]
         if missing:
@@ -320,16 +321,30 @@ class Reply(NamedTuple):
 
     thought: str
     content: str
-    tool_calls: list[Message]  # {"function": {"name", "arguments"}}
+    tool_calls: list[Message]  # {"function": {"name", "arguments": object}}
     broken: list[str]
     ended: bool
 
-    def message(self) -> Message:
-        """Return the reply as a message of the conversation."""
+    def message(self, calls_before: int = 0) -> Message:
+        """Return the reply as a message in OpenAI's format, its thought as reasoning_content.
+
+        calls_before: tool calls earlier in the conversation; ids continue their numbers.
+        """
         message: Message = {"role": "assistant", "content": self.content}
         if self.thought:
-            message["thought"] = self.thought
-        return {**message, "tool_calls": self.tool_calls} if self.tool_calls else message
+            message["reasoning_content"] = self.thought
+        calls = [
+            {
+                "id": f"call_{number}",
+                "type": "function",
+                "function": {
+                    "name": call["function"]["name"],
+                    "arguments": _json(call["function"]["arguments"]),
+                },
+            }
+            for number, call in enumerate(self.tool_calls, calls_before + 1)
+        ]
+        return {**message, "tool_calls": calls} if calls else message
 
 
 _MARKER = re.compile("|".join(re.escape(token) for token in MARKERS))

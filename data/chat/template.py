@@ -17,6 +17,32 @@ TOOL_CALL, TOOL_RESPONSE = "<|tool_call|>", "<|tool_response|>"
 RESERVED = ("<|reserved_0|>", "<|reserved_1|>")
 CHAT_TOKENS = (IM_START, IM_END, START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE, *RESERVED)
 MARKERS = (*CHAT_TOKENS, BOS, PAD)
+# Not special in tokenizer.json: decoding with skip_special_tokens keeps them, as Qwen's <think>.
+SHOWN = (START_THOUGHT, END_THOUGHT, TOOL_CALL, TOOL_RESPONSE)
+RESPONSE_TEMPLATE = {  # in tokenizer_config.json: transformers parses replies with it
+    "defaults": {"role": "assistant"},
+    "start_anchor": f"{IM_START}assistant\n",
+    "fields": {
+        "reasoning_content": {
+            "open": START_THOUGHT,
+            "close": END_THOUGHT,
+            "content": "text",
+            "content_args": {"strip": False},
+        },
+        "tool_calls": {
+            "open": TOOL_CALL,
+            "close_pattern": r"(?=<\|(?:tool_call|im_end|im_start|endoftext)\|>)",
+            "repeats": True,
+            "content": "json",
+            "content_args": {"allow_non_json": True},  # a call that the token limit cut off
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {
+            "close_pattern": r"\s*<\|(?:im_end|im_start|endoftext)\|>",
+            "content": "text",
+        },
+    },
+}
 TEMPLATE = "chat_template.jinja"
 TRAINING_TEMPLATE = "chat_template_training.jinja"  # marks the trained text
 PREVIOUS_TEMPLATES = {  # sha256 of the templates in older checkpoints

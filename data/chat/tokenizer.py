@@ -1,6 +1,7 @@
 """Add the chat tokens and the chat template to a base model's tokenizer."""
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from data.chat.rendering import (
     index_of,
     jinja_template,
 )
+from data.chat.template import RESPONSE_TEMPLATE, SHOWN
 from data.manifest import file_hash, read_json
 from data.tokenizers.bpe import BOS, PAD, add_special_tokens, load_tokenizer
-from files import remove_stale, temporary, write_json, write_text
+from files import parse_object, remove_stale, temporary, write_json, write_text
 
 FILES = (
     "tokenizer.json",
@@ -65,7 +67,7 @@ def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = load_tokenizer(folder)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer = add_special_tokens(tokenizer, CHAT_TOKENS)
+    tokenizer = _with_shown_tokens(add_special_tokens(tokenizer, CHAT_TOKENS))
     names = ("special_tokens_map.json", "tokenizer_config.json")
     names_of_base = {
         key: text for name in names for key, text in _names(read_json(Path(folder) / name)).items()
@@ -84,6 +86,7 @@ def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
         "pad_token": pad,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
+        "response_template": RESPONSE_TEMPLATE,
     }
     chat = Chat(tokenizer, bos)
     conversation = chat.clean(PROBE)
@@ -97,6 +100,14 @@ def chat_tokenizer(folder: str | Path) -> tuple[Tokenizer, dict[str, Any]]:
         )
     tokenizer.encode_special_tokens = False
     return tokenizer, config
+
+
+def _with_shown_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """Return the tokenizer with SHOWN as added tokens that are not special; ids stay."""
+    content = parse_object(tokenizer.to_str())
+    for token in content["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in SHOWN
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def _names(config: dict[str, Any]) -> dict[str, str]:

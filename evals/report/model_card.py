@@ -3,12 +3,13 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.chat.template import is_our_template
 from evals.engines import folder_hash
-from evals.report.build import leaves, measured
+from evals.report.build import measured
 from evals.report.page import change
+from evals.report.stages import leaves
 from evals.report.trained import phases_of, read_history, settings
 from export.gguf_plan import architecture, read_config
 from files import write_text
@@ -37,6 +38,10 @@ TEMPLATE """<|endoftext|>{{- if or .System .Tools }}<|im_start|>system
 PARAMETER stop "<|im_end|>"
 PARAMETER stop "<|im_start|>"
 '''
+OLLAMA_TEMPLATE = OLLAMA.split('"""')[1]
+PHASE_HEAD = ("phase", "steps", "tokens", "sequence length", "peak lr", "mixture")
+SCORE_HEAD = ("task", "metric", "value", "shots", "n")
+SAMPLING = {"temperature": 0.7, "top_p": 0.9}
 
 
 def write_companions(
@@ -51,11 +56,7 @@ def write_companions(
 
     A file of that name without MARK is left alone. logs, results: default to those of the run.
     """
-    last = list(targets.values())[-1]
-    run = next(
-        (parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"),
-        folder.name,
-    )
+    last, run = list(targets.values())[-1], run_name(folder)
     logs, results = logs or Path("logs") / run, results or Path("results") / run
     texts = {
         "Modelfile": modelfile(last.name, template),
@@ -69,6 +70,14 @@ def write_companions(
             continue
         write_text(path, text)
         yield f"{path} written"
+
+
+def run_name(folder: Path) -> str:
+    """Return the run of a checkpoint: the folder below checkpoints/, else the folder's name."""
+    return next(
+        (parent.name for parent in folder.resolve().parents if parent.parent.name == "checkpoints"),
+        folder.name,
+    )
 
 
 def modelfile(file: str, template: str | None) -> str:
@@ -86,7 +95,8 @@ def modelfile(file: str, template: str | None) -> str:
             "# The GGUF file contains the model's own chat template. If Ollama does not "
             "support it, write it here as a Go template: TEMPLATE ...\n"
         )
-    return head + OLLAMA + "PARAMETER temperature 0.7\nPARAMETER top_p 0.9\n"
+    sampling = "".join(f"PARAMETER {name} {value}\n" for name, value in SAMPLING.items())
+    return head + OLLAMA + sampling
 
 
 def lm_studio(file: str, template: str | None) -> str:
@@ -111,6 +121,32 @@ def lm_studio(file: str, template: str | None) -> str:
     return "\n".join(lines) + "\n"
 
 
+class RunRecord(NamedTuple):
+    """What the logs say of a checkpoint's training."""
+
+    phases: dict[str, dict[str, Any]]  # pretraining phases and stages -> settings, steps, tokens
+    tuned: list[dict[str, Any]]  # stages after pretraining
+    events: list[dict[str, Any]]
+    stores: dict[Path, None]  # data stores of pretraining, in order
+
+
+def read_run(logs: Path, folder: Path) -> RunRecord:
+    """Read the logs of a run up to a checkpoint; an empty record without logs."""
+    tuned, rows, events = read_history(logs, folder)
+    phases = {phase["name"]: _config(logs, phase) for phase in phases_of(rows)}
+    phases |= {
+        stage["name"]: _config(logs / stage["name"], stage["phases"][-1])
+        for stage in tuned
+        if stage["phases"]
+    }
+    stores = dict.fromkeys(
+        Path(phase["data"]["store"])
+        for phase in phases.values()
+        if phase.get("data", {}).get("store")
+    )
+    return RunRecord(phases, tuned, events, stores)
+
+
 def model_card(
     folder: Path,
     targets: dict[str, Path],
@@ -124,21 +160,7 @@ def model_card(
     A section whose input is missing says so.
     """
     config = read_config(folder)
-    tuned, rows, events = read_history(logs, folder)
-    phases = {phase["name"]: _config(logs, phase) for phase in phases_of(rows)}
-    phases |= {
-        stage["name"]: _config(logs / stage["name"], stage["phases"][-1])
-        for stage in tuned
-        if stage["phases"]
-    }
-    stores = dict.fromkeys(
-        Path(phase["data"]["store"])
-        for phase in phases.values()
-        if phase.get("data", {}).get("store")
-    )
-    kind = architecture(config) + " (Llama with normalised q and k)" * (
-        architecture(config) == "qwen3"
-    )
+    run = read_run(logs, folder)
     smallest = min(targets.values(), key=lambda path: path.stat().st_size)
     usage = (
         f"python -m scripts.chat --model {smallest.name}"
@@ -146,39 +168,47 @@ def model_card(
         else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
     )
     digest = folder_hash(folder)
-    scores = _scores(measured(results, digest)[0])
+    scores = score_rows(measured(results, digest)[0])
     environment = next((_json(path) for path in sorted(logs.glob("*.environment.json"))[-1:]), {})
     versions = ", ".join(
         f"{package} {environment[package]}"
         for package in ("python", "torch")
         if environment.get(package)
     )
-    phase_head = ("phase", "steps", "tokens", "sequence length", "peak lr", "mixture")
     stage_head = ("stage", "started from", "data", "validation loss", "pairs preferred, %")
-    score_head = ("task", "metric", "value", "shots", "n")
     data_head = ("store", "source", "documents", "kept", "tokens", "origin", "sha256")
-    scaling = f", {config.rope_scaling}" if config.rope_scaling else ""
     sections = [
         f"---\nlicense: other\ntags: [gguf, nanollama]\n---\n<!-- {MARK} -->\n# {name}\n",
-        f"{config.num_parameters / 1e6:,.1f}M parameters{_active(config)}, architecture {kind}, "
-        f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary "
-        f"{config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
-        f"{config.rope_theta:,.0f}{scaling}. {_chat_support(template)}\n",
+        f"{describe(config, template)}\n",
         f"Exported from the checkpoint `{folder}`, sha256 `{digest}`.\n",
-        f"## Files\n\n{_rows(('file', 'type', 'MB'), _files(targets))}",
+        f"## Files\n\n{markdown_table(('file', 'type', 'MB'), _files(targets))}",
         "## Use\n\n```\n"
         f"{usage}\nollama create nanollama -f Modelfile && ollama run nanollama\n```\n",
-        f"## Training\n\n{_rows(phase_head, _training(phases)) or _none(logs)}",
-        _rows(stage_head, _tuning(tuned)),
+        f"## Training\n\n{markdown_table(PHASE_HEAD, training_rows(run.phases)) or _none(logs)}",
+        markdown_table(stage_head, _tuning(run.tuned)),
         f"Trained with {versions}.\n" if versions else "",
-        f"## Data\n\n{_rows(data_head, _data(stores)) or _none('a data report')}",
-        f"## Contamination\n\n{_contamination(stores) or _none('a contamination report')}",
-        f"## Gates\n\n{_gates(events) or _none('decisions')}",
-        f"## Scores\n\n{_rows(score_head, scores) or _none(f'its results in {results}')}",
+        f"## Data\n\n{markdown_table(data_head, _data(run.stores)) or _none('a data report')}",
+        f"## Contamination\n\n{_contamination(run.stores) or _none('a contamination report')}",
+        f"## Gates\n\n{_gates(run.events) or _none('decisions')}",
+        f"## Scores\n\n{markdown_table(SCORE_HEAD, scores) or _none(f'its results in {results}')}",
         "## Licence\n\nThe owner's choice: put it here and above, with the terms of the training "
         "data.\n",
     ]
     return "\n".join(section for section in sections if section)
+
+
+def describe(config: ModelConfig, template: str | None) -> str:
+    """Return the model's size, architecture and chat support as text."""
+    kind = architecture(config) + " (Llama with normalised q and k)" * (
+        architecture(config) == "qwen3"
+    )
+    scaling = f", {config.rope_scaling}" if config.rope_scaling else ""
+    return (
+        f"{config.num_parameters / 1e6:,.1f}M parameters{_active(config)}, architecture {kind}, "
+        f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary "
+        f"{config.vocab_size:,}, context {config.max_position_embeddings:,}, rope theta "
+        f"{config.rope_theta:,.0f}{scaling}. {_chat_support(template)}"
+    )
 
 
 def _active(config: ModelConfig) -> str:
@@ -219,7 +249,7 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _rows(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
+def markdown_table(head: tuple[str, ...], rows: Iterator[tuple[Any, ...]]) -> str:
     """Return a Markdown table; "" without rows."""
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
     return (
@@ -234,7 +264,8 @@ def _files(targets: dict[str, Path]) -> Iterator[tuple[Any, ...]]:
         yield path.name, outtype, f"{path.stat().st_size / 1e6:.1f}"
 
 
-def _training(phases: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+def training_rows(phases: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """Yield phase, steps, tokens, sequence length, peak learning rate and mixture."""
     for phase, run in phases.items():
         data = run.get("data", {})
         rate = run.get("optim", {}).get("lr")
@@ -282,7 +313,8 @@ def _gates(events: list[dict[str, Any]]) -> str:
     return "".join(f"- {event.get('text')}\n" for event in events if event.get("event") == "gate")
 
 
-def _scores(evaluations: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+def score_rows(evaluations: dict[str, dict[str, Any]]) -> Iterator[tuple[Any, ...]]:
+    """Yield task, metric, value with standard error, shots and n."""
     for task, result in sorted(evaluations.items()):
         for name, estimate in leaves(result["metrics"]):
             if estimate["value"] is not None and not name.endswith("tokens"):
