@@ -23,8 +23,23 @@ class FewShotSampler:
         _check_count(pool, count)
         self.pool, self.count, self.random = list(pool), count, random.Random(seed)
 
-    def sample(self) -> list[Any]:
-        return self.random.sample(self.pool, self.count) if self.count else []
+    def sample(self, excluded: Any = None) -> list[Any]:
+        """Draw examples. excluded: an example of the pool that must not be drawn, or None.
+
+        As in lm-eval, one more is drawn, so that the excluded one can be removed.
+        """
+        if not self.count:
+            return []
+        if excluded is None:
+            return self.random.sample(self.pool, self.count)
+        _check_count(self.pool, self.count + 1)
+        drawn = self.random.sample(self.pool, self.count + 1)
+        kept = [example for example in drawn if example != excluded][: self.count]
+        if len(kept) < self.count:  # the pool has equal examples
+            others = [example for example in self.pool if example != excluded]
+            _check_count(others, self.count)
+            kept = self.random.sample(others, self.count)
+        return kept
 
 
 def _check_count(pool: Sequence[Any], count: int) -> None:

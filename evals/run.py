@@ -179,10 +179,14 @@ def print_results(content: dict[str, Any]) -> None:
     for name, estimate in content["metrics"].items():
         error = f" +- {estimate['stderr']:.4f}" if estimate["stderr"] is not None else ""
         clean = ((content["clean"] or {}).get("metrics") or {}).get(name)
-        print(
-            f"{content['task']} {name}: {estimate['value']:.4f}{error}"
-            + (f"  (clean items: {clean['value']:.4f})" if clean else "")
-        )
+        chance = content.get("chance", {}).get(name)
+        about = [
+            *([f"n {estimate['n']:,}"] if estimate.get("n") else []),
+            *([f"chance {chance:.4f}"] if chance is not None else []),
+            *([f"clean items: {clean['value']:.4f}"] if clean else []),
+        ]
+        text = f"{content['task']} {name}: {estimate['value']:.4f}{error}"
+        print(text + (f"  ({', '.join(about)})" if about else ""))
     if content.get("note"):
         print(f"note: {content['note']}")
     too_long = content["too_long"]

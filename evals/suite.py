@@ -6,7 +6,6 @@ import json
 import shlex
 from dataclasses import replace
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from torch import distributed as dist
 
 from data.manifest import file_hash
-from evals import eval_perplexity
+from evals import eval_own, eval_perplexity
 from evals.engines import LanguageModel
 from evals.run import evaluate, print_results
 from files import write_json
@@ -28,7 +27,7 @@ def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) ->
 
     The smaller --limit applies. ValueError if the evaluation or a flag is unknown.
     """
-    parser = _module(name).parser()
+    parser = _module(name, flags).parser()
     try:
         args = parser.parse_args(["--checkpoint", str(suite.checkpoint), *shlex.split(flags)])
     except (SystemExit, ValueError) as error:  # ValueError: a quote that does not end
@@ -36,6 +35,8 @@ def parse(name: str, flags: str, suite: argparse.Namespace, data: str | None) ->
     for flag in SHARED_FLAGS:
         if getattr(suite, flag, None) is not None:
             setattr(args, flag, getattr(suite, flag))
+    if is_own(args) and (defined := eval_own.definition(args.config).name) != name:
+        raise ValueError(f"the suite lists {args.config} as {name}, but its name is {defined}")
     args.data = data or args.data
     if data and hasattr(args, "dataset"):
         args.dataset = data
@@ -61,7 +62,7 @@ def measure(
         if name == "perplexity":
             fingerprint = _hash(name, model.hash, model.dtype, eval_perplexity.inputs(args))
         else:
-            evaluation = _module(name).build(args)
+            evaluation = (eval_own if is_own(args) else _module(name)).build(args)
             items = [(item.id, item.row, item.subject) for item in evaluation.items]
             judge = (evaluation.judge.name, evaluation.judge.hash) if evaluation.judge else None
             settings = (
@@ -112,15 +113,21 @@ def report(name: str, content: dict[str, Any]) -> None:
         print_results(content)
 
 
-def _module(name: str) -> ModuleType:
-    if not name.isidentifier() or find_spec(f"evals.eval_{name}") is None:
-        known = ", ".join(
-            sorted(
-                path.stem.removeprefix("eval_") for path in Path(__file__).parent.glob("eval_*.py")
-            )
-        )
-        raise ValueError(f"unknown evaluation {name!r}; available: {known}")
-    return import_module(f"evals.eval_{name}")
+def is_own(args: argparse.Namespace) -> bool:
+    """Are these the flags of an evaluation that the user defines in a file?"""
+    return hasattr(args, "config")
+
+
+def _module(name: str, flags: str = "") -> ModuleType:
+    known = eval_own.built_in_names()
+    if name in known:
+        return import_module(f"evals.eval_{name}")
+    if flags.startswith("--config "):
+        return eval_own
+    raise ValueError(
+        f"unknown evaluation {name!r}; available: {', '.join(known)}, and the .yaml file of an "
+        "evaluation of your own"
+    )
 
 
 def _is_current(output: Path, fingerprint: str) -> bool:

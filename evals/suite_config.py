@@ -1,14 +1,16 @@
 """Suites of evaluations: configs/evals/<suite>.yaml, and the flags of scripts.run_evals."""
 
 import argparse
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from cli import CommandParser, add_boolean, int_at_least
+from evals.eval_own import definition
 from models.hf import resolve_checkpoint
-from training.settings import load_settings
+from training.settings import load_settings, read_yaml
 
 SUITES = ("quick", "milestone", "aligned", "full")  # in configs/evals
 
@@ -17,16 +19,32 @@ SUITES = ("quick", "milestone", "aligned", "full")  # in configs/evals
 class Suite:
     """The evaluations of a suite, in order."""
 
-    evals: dict[str, str]  # name of evals/eval_<name>.py -> its flags
+    # name of evals/eval_<name>.py, or a .yaml file of own_rows.OwnEval -> its flags
+    evals: dict[str, str]
 
 
 def open_suite(name: str) -> tuple[Suite, Path]:
-    """Load a suite by its name or file; return it and its file."""
+    """Load a suite by its name or file; return it and its file.
+
+    The file of one evaluation is a suite as well. Evaluations of files get their own name and the
+    flag --config.
+    """
     path = Path(name) if name.endswith(".yaml") else Path("configs/evals") / f"{name}.yaml"
-    suite = load_settings(Suite, path)
+    values = read_yaml(path)
+    is_definition = "evals" not in values and {"kind", "path"} & values.keys()
+    suite = Suite({str(path): ""}) if is_definition else load_settings(Suite, path)
     if not suite.evals:
         raise ValueError(f"{path} lists no evaluations; add some under evals")
-    return suite, path
+    evals: dict[str, str] = {}
+    for entry, flags in suite.evals.items():
+        task = entry
+        if entry.endswith(".yaml"):
+            task = definition(Path(entry)).name
+            flags = f"--config {shlex.quote(entry)} {flags}".rstrip()
+        if task in evals:
+            raise ValueError(f"{path} lists two evaluations with the name {task}; rename one")
+        evals[task] = flags
+    return Suite(evals), path
 
 
 def suite_parser(about: str | None) -> argparse.ArgumentParser:
@@ -39,7 +57,9 @@ def suite_parser(about: str | None) -> argparse.ArgumentParser:
         help="a step or phase folder, or a Hugging Face folder",
     )
     parser.add_argument(
-        "--suite", default="quick", help=f"{', '.join(SUITES)}, or a .yaml file of your own"
+        "--suite",
+        default="quick",
+        help=f"{', '.join(SUITES)}, or a .yaml file: a suite, or an evaluation of your own rows",
     )
     parser.add_argument(
         "--data", nargs="+", default=[], metavar="NAME=PATH", help="data of single evaluations"

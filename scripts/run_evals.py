@@ -4,7 +4,8 @@ python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold/step_260 --
 python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals --checkpoint ... \\
     --suite milestone --gates configs/plan_1b.yaml
 
-A suite is configs/evals/<suite>.yaml: names of evaluations, each with its flags. Run the same
+A suite is configs/evals/<suite>.yaml: names of evaluations, each with its flags. --suite also takes
+the file of an evaluation of your own (docs/own_evaluation.md), and so does a suite. Run the same
 command again to resume a killed suite; current results are reused. The checkpoint is only read,
 so training may continue meanwhile. An evaluation that fails is reported, and the others continue;
 a gate on it is a no-go. A gate with `against` compares with the results of that stage's newest
@@ -41,8 +42,10 @@ def main() -> None:
         parsed = {
             name: parse(name, flags, args, data.get(name)) for name, flags in suite.evals.items()
         }
-        output = output_path(args.output, args.checkpoint, path.stem)
-        summary = run(path.stem, parsed, args, output, rank, world)
+        # The results of an evaluation of that name are in <name>.json.
+        name = f"{path.stem}.suite" if path.stem in parsed else path.stem
+        output = output_path(args.output, args.checkpoint, name)
+        summary = run(name, parsed, args, output, rank, world)
         verdicts = [
             judge(gate, summary["metrics"], reference)
             for gate, reference in zip(gates, earlier, strict=True)
@@ -92,10 +95,17 @@ def run(
             print(f"[{number}/{len(parsed)}] {task}", flush=True)
         start = time.monotonic()
         path = output.parent / f"{task}.json"
+        if path == output:
+            path = output.with_name(f"{task}.results.json")
         results = _broadcast(measure(task, flags, model, path, rank, world), world)
         summary["seconds"][task] = round(time.monotonic() - start, 2)
         if "not_measured" in results:
             summary["not_measured"][task] = results["not_measured"]
+        elif clash := summary["metrics"].keys() & by_name(task, results["metrics"]).keys():
+            names = ", ".join(sorted(clash))
+            raise ValueError(
+                f"{task} and another evaluation both have results named {names}; rename one"
+            )
         else:
             summary["metrics"] |= by_name(task, results["metrics"])
             summary["n"][task] = results.get("n")

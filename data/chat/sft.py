@@ -19,11 +19,11 @@ from data.chat.conversations import (
     Conversation,
     check_mix,
     describe_source,
-    input_files,
     read_conversations,
 )
 from data.chat.messages import NEUTRALISED, NOT_TRAINED, ignored_line
 from data.chat.rendering import Chat, Encoded, jinja_template
+from data.chat.rows import input_files
 from data.chat.trained_chat import ChatStatistics
 from data.corpus.readers import Skipped
 from data.corpus.sources import CONVERSATIONS, resolve_rows
@@ -179,11 +179,7 @@ def _prepare_source(
 ) -> Path:
     source = config.sources[name]
     paths = input_files(source.path)
-    test_files = {
-        test: manifest.file_hash(Path(test))
-        for test in config.decontaminate
-        if Path(test).is_file()
-    }
+    test_files = _test_files(config)
     inputs: dict[str, Any] = {
         "version": VERSION,
         "source": describe_source(source, paths),
@@ -358,12 +354,22 @@ def _with_system(conversation: Conversation, system: str | None) -> Conversation
     return {**conversation, "messages": [*first, *messages]}
 
 
+def _test_files(config: ChatConfig) -> dict[str, str]:
+    """Fingerprints of the test sets that are local files."""
+    paths = [test for test in config.decontaminate if Path(test).is_file()]
+    if not paths:
+        return {}
+    from data.decontamination.test_sets import fingerprint
+
+    return {path: fingerprint(path) for path in paths}
+
+
 def _test_sets(config: ChatConfig) -> TestSets:
     """Load and index the test sets of config.decontaminate."""
     from data.decontamination.index import build_index
-    from data.decontamination.test_sets import load_test_set
+    from data.decontamination.test_sets import load_test_sets
 
-    sets = {name: load_test_set(name, Path(config.testsets)) for name in config.decontaminate}
+    sets = load_test_sets(config.decontaminate, Path(config.testsets))
     return sets, build_index(sets)
 
 

@@ -23,7 +23,7 @@ from data.corpus.readers import FileReader, Skipped
 from data.corpus.sources import HUB_SOURCES, Document
 from data.decontamination.index import EXCERPT, Hit, Index, Settings, build_index
 from data.decontamination.report import to_json
-from data.decontamination.test_sets import Item, load_test_set
+from data.decontamination.test_sets import Item, load_test_sets
 from data.decontamination.words import hash_words, ngrams
 from files import write_text
 
@@ -42,10 +42,10 @@ def decontaminate(
     """Scan training data for test sets; write the report to output and return it with the index.
 
     train: files, folders, sources of a store (STORE:SOURCE), or known names streamed from the hub.
-    tests: arguments of load_test_set. rows: also report similar_rows. workers: processes, one file
+    tests: arguments of load_test_sets. rows: also report similar_rows. workers: processes, one file
     at a time each.
     """
-    sets = {name: load_test_set(name, cache) for name in tests}
+    sets = load_test_sets(tests, cache)
     known_names = [name for name in train if name in HUB_SOURCES or name in quickstart_sources()]
     files = [(name, Path(name)) for name in known_names]
     files += _files([where for where in train if where not in known_names])
@@ -103,6 +103,7 @@ def _documents(file: tuple[str, Path]) -> Iterator[Document | Skipped]:
         return
     reader = FileReader(str(path))
     reader.files = {name: path}
+    reader.settings = reader.settings._replace(alone=False)  # count what cannot be read
     yield from reader.read()
 
 

