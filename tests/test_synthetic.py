@@ -36,7 +36,7 @@ COUNTRIES = {
                 "Aville",
                 "Africa",
                 1000,
-                {"landlocked": "yes", "hemisphere": "northern"},
+                {"landlocked": "yes", "hemisphere": "northern", "population": "1,000"},
                 {"Borland"},
             ),
             (
@@ -44,7 +44,7 @@ COUNTRIES = {
                 "Btown",
                 "Africa",
                 40_000,
-                {"landlocked": "no", "hemisphere": "southern"},
+                {"landlocked": "no", "hemisphere": "southern", "population": "20,000"},
                 {"Arland", "Corland"},
             ),
             (
@@ -52,7 +52,7 @@ COUNTRIES = {
                 "Cburg",
                 "Europe",
                 250_000,
-                {"landlocked": "no", "hemisphere": "northern"},
+                {"landlocked": "no", "hemisphere": "northern", "population": "300,000"},
                 {"Borland"},
             ),
             (
@@ -256,6 +256,41 @@ def test_a_tool_does_not_tell_what_is_held_out_elsewhere():
         assert not training_keys & {
             row["key"] for row in many(kind, split="heldout", easy=True, count=20)
         }
+
+
+SMALL = ("factbook", "tools", "elsewhere", "identity")
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("kind", SMALL)
+def test_questions_of_the_small_domain(kind, split):
+    """Right replies are right, wrong ones wrong, and the calculator is on offer."""
+    rows = synthetic.generate_small_domain(kind, 4, 0, split)
+    for row in rows:
+        assert is_heldout(row["key"]) == (split == "heldout")
+        assert [tool["function"]["name"] for tool in row["tools"]] == ["calculator"]
+        for number, check in enumerate(row["checks"]):
+            assert is_right(row, written(row["messages"][check["turn"]]), number), row
+            assert check["wrong"]
+            for wrong in check["wrong"]:
+                assert not is_right(row, written(wrong), number), (row, wrong)
+    assert rows == synthetic.generate_small_domain(kind, 4, 0, split)
+    assert rows != synthetic.generate_small_domain(kind, 4, 1, split)
+
+
+def test_small_conversations_mix_the_kinds_and_hold_questions_out():
+    rows = synthetic.generate_small_domain("conversations", 60, 0, "train")
+    asked = [key for row in rows for key in row["key"].split(" | ")]
+    assert not any(is_heldout(key) for key in asked)
+    assert {key.split()[0] for key in asked} == {"wording", "sum", "elsewhere", "identity"}
+    assert max(len(row["checks"]) for row in rows) > 5
+    for row in rows:
+        for number, check in enumerate(row["checks"]):
+            assert is_right(row, written(row["messages"][check["turn"]]), number), row
+    # A fact is asked in words that training never uses for it; training has the fact.
+    for question in synthetic.generate_small_domain("factbook", 4, 0, "heldout"):
+        fact = question["key"].split(" ")[:3]
+        assert question["key"] not in asked and any(key.split(" ")[:3] == fact for key in asked)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "identity"])

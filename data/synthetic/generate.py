@@ -1,6 +1,7 @@
 """Generate conversations with verified answers, and preference pairs from them.
 
-Topics: arithmetic, tool use, facts about countries, the assistant's identity. Each generator
+Topics: arithmetic, tool use, facts about countries, the assistant's identity; and a small domain
+for models of a few million parameters (data/synthetic/small_domain.py). Each generator
 returns `count` distinct examples of one split, deterministic by seed. The split depends on the
 question only (questions.is_heldout), so training and heldout examples never overlap.
 data/synthetic/questions.py defines the format and the scoring.
@@ -17,6 +18,7 @@ from data.synthetic.facts import about_countries
 from data.synthetic.identity import identity
 from data.synthetic.mathematics import story
 from data.synthetic.questions import SPLITS, Example, answer_of, is_heldout, is_right
+from data.synthetic.small_domain import WEIGHTS, conversation, makers
 from data.synthetic.tool_use import tool_use
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "generate_identity_examples",
     "generate_math_examples",
     "generate_preference_pairs",
+    "generate_small_domain",
     "generate_tool_use_examples",
     "is_right",
 ]
@@ -68,6 +71,20 @@ def generate_identity_examples(
     return _draw("identity", lambda rng: identity(rng, name), count, seed, split)
 
 
+def generate_small_domain(
+    kind: str, count: int, seed: int, split: str, wheels: Path = WHEELS, name: str = NAME
+) -> list[Example]:
+    """Return questions of a kind of small_domain.makers, or mixed conversations.
+
+    kind: factbook, tools, elsewhere, identity or conversations.
+    """
+    make = makers(load_countries(wheels), name)
+    if kind != "conversations":
+        return _draw(kind, make[kind], count, seed, split)
+    rng = Random(f"{kind} {split} {seed}")
+    return [conversation(rng, list(make.values()), split) for _ in range(count)]
+
+
 def generate_preference_pairs(
     count: int,
     seed: int,
@@ -75,6 +92,7 @@ def generate_preference_pairs(
     easy: bool = False,
     wheels: Path = WHEELS,
     name: str = NAME,
+    small_domain: bool = False,
 ) -> list[dict[str, Any]]:
     """Return preference pairs of a right and a subtly wrong reply.
 
@@ -83,16 +101,18 @@ def generate_preference_pairs(
     rejected are lists of messages.
     """
     countries = load_countries(wheels)
-    makers: list[Callable[[Random], Example]] = [
+    make: list[Callable[[Random], Example]] = [
         lambda rng: story(rng, easy),
         lambda rng: about_countries(rng, countries, easy),
         lambda rng: tool_use(rng, countries, easy, wheels),
         lambda rng: identity(rng, name),
     ]
-    weights = (4, 4, 3, 1)
+    weights: tuple[int, ...] = (4, 4, 3, 1)
+    if small_domain:
+        make, weights = list(makers(countries, name).values()), WEIGHTS
     pairs = _draw(
         "pairs",
-        lambda rng: rng.choices(makers, weights)[0](rng),
+        lambda rng: rng.choices(make, weights)[0](rng),
         count,
         seed,
         split,

@@ -164,7 +164,7 @@ def _plan(
     )
 
 
-def _near(result: str) -> list[str]:
+def near_results(result: str) -> list[str]:
     """Return wrong results: one digit changed, or off by one in the last digit."""
     number = result.split()[0]
     digits = [i for i, character in enumerate(number) if character.isdigit()]
@@ -202,7 +202,7 @@ def _calculate(rng: Random, easy: bool) -> ToolQuestion:
             for variant in dict.fromkeys(wrong)
             if variant != text
         ],
-        others=lambda result: [near for near in _near(result) if "/" not in result],
+        others=lambda result: [near for near in near_results(result) if "/" not in result],
     )
 
 
@@ -248,7 +248,7 @@ def _between(rng: Random, easy: bool) -> ToolQuestion:
             ("days_between", {**right, "end": str(end + timedelta(days=1))}),
         ],
         say=lambda result: f"It is {result} days.",
-        others=_near,
+        others=near_results,
     )
 
 
@@ -289,7 +289,7 @@ def _convert(rng: Random, easy: bool) -> ToolQuestion:
             ("convert", {**right, "value": value + 1}),
         ],
         say=lambda result: f"{value} {named['unit']} are {result}.",
-        others=lambda result: [*_near(result)[:2], _wrong_unit(result, strange)],
+        others=lambda result: [*near_results(result)[:2], _wrong_unit(result, strange)],
     )
 
 
