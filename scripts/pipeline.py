@@ -73,6 +73,8 @@ def main() -> None:
     if args.accept and pipeline.accept == args.accept:
         print("\n--accept was not used: no gate had said no-go")
     print(f"\nDone in {time.monotonic() - start:.0f} s.")
+    if plan.next and not args.branch:
+        print("Next:", *plan.next, sep="\n    ")
 
 
 def _extension(text: str) -> tuple[str, int]:

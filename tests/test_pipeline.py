@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +24,9 @@ from scripts import pipeline
 from training import run_folder
 from training.logger import Log
 from training.ops import supervisor
+from training.planning import progress
 from training.planning.gates import Gate, by_name, judge
+from training.planning.plan import load_plan, scheduled_phases
 
 pytestmark = pytest.mark.one_layer
 
@@ -197,6 +201,29 @@ def events(place: Path, kind: str) -> list[dict]:
     return [row for row in rows if row["event"] == kind]
 
 
+def numbers_of(output: str) -> list[str]:
+    return re.findall(r"^\[(\d+/\d+)\]", output, re.MULTILINE)
+
+
+def test_the_time_left_follows_the_pace_of_this_machine(plan, monkeypatch):
+    monkeypatch.chdir(plan)
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    whole = replace(load_plan("plan.yaml"), seconds=(10.0, *[30.0] * 10))
+    phases = scheduled_phases(whole)
+    counted = progress.Progress(whole, phases)
+    assert counted.heading("first") == "[1/11] first (0:00:00 elapsed, about 0:05:10 left)"
+    now[0] += 20
+    counted.done(20.0)  # half the expected speed
+    assert counted.heading("second") == "[2/11] second (0:00:20 elapsed, about 0:10:00 left)"
+    counted.skip(3)
+    assert counted.heading("sixth") == "[6/11] sixth (0:00:20 elapsed, about 0:06:00 left)"
+    plain = progress.Progress(replace(whole, seconds=()), phases)
+    assert plain.heading("first") == "[1/11] first (0:00:00 elapsed)"
+    with pytest.raises(ValueError, match=r"seconds has 2 values, but the plan has 11 commands"):
+        progress.Progress(replace(whole, seconds=(1.0, 2.0)), phases)
+
+
 def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan, run):
     stopped = run(AT_4="15", AT_1="30", status=3).stdout
     assert (
@@ -212,11 +239,13 @@ def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan, run):
         "decision at step 4: CAUTION",
         "decision at step 8: GO",
         "decision after tuned: NO-GO",
-        "decision after tuned: NO-GO, accepted: as it is",
+        "decision after tuned: NO-GO; accepted: as it is",
     ]
     assert "the plan advises: --extend one=2" in output
     again = run().stdout  # nothing is trained, evaluated or decided twice
     assert "train.py" not in again and "measured" not in again and "decision" not in again
+    assert numbers_of(stopped)[-1] == "10/11"  # the evaluation of the stage
+    assert numbers_of(again) == ["1/11", "8/11", "9/11", "11/11"]  # what is done is counted
     paused = losses(plan)
     assert len(paused) == 8
     content = yaml.safe_load((plan / "plan.yaml").read_text())
@@ -240,7 +269,7 @@ def test_a_no_go_stops_until_it_is_accepted_with_a_reason(plan, run):
     assert run(status=3, AT_4="30").stdout.count("measured") == 0
     output = run("--accept", "the text reads well").stdout
     assert (
-        "decision at step 4: NO-GO, accepted: the text reads well" in output
+        "decision at step 4: NO-GO; accepted: the text reads well" in output
         and len(losses(plan)) == 8
     )
     assert [event["accepted"] for event in events(plan, "gate") if event["step"] == 4] == [

@@ -27,6 +27,7 @@ from training.planning.gates import (
     thresholds,
 )
 from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, scheduled_phases
+from training.planning.progress import Progress
 from training.planning.stages import check_average_is_there, stage_settings
 
 NO_GO = 3  # exit status
@@ -46,7 +47,7 @@ class Pipeline:
         accept: str | None,
         environment: Mapping[str, str],
     ):
-        self.plan, self.number, self.environment = plan, 0, environment
+        self.plan, self.environment = plan, environment
         launch = f"python -m scripts.launch --nproc_per_node={plan.ranks} train.py"
         self.launch = launch.split()
         self.measured: list[Measured] = []  # in order of the plan
@@ -66,6 +67,7 @@ class Pipeline:
         self.supervisor = Supervisor(self.logs, plan.restarts, self.event)
         self.extensions = self._extensions(extend)
         self.scheduled_phases = scheduled_phases(plan, self.extensions)
+        self.progress = Progress(plan, self.scheduled_phases)
 
     def run(self, redo: frozenset[str] = frozenset(), skip: frozenset[str] = frozenset()) -> None:
         """Run the whole plan in order; SystemExit at a no-go or a failed command.
@@ -95,6 +97,7 @@ class Pipeline:
             if stage.name in skip:
                 text = f"stage {stage.name} is skipped (--skip)"
                 self.event("skipped_stage", text, stage=stage.name)
+                self.progress.skip(len(stage.commands) + len(stage.evals))
                 continue
             checkpoint = self.run_stage(stage, checkpoint, stage.name in redo)
         for title, command in self.plan.after.items():
@@ -110,6 +113,7 @@ class Pipeline:
         run = scheduled.run
         folders = step_folders(run.checkpoints)
         if folders and step_of(folders[-1]) >= stop and find_damage(folders[-1]) is None:
+            self.progress.skip()
             return
         settings = [f"until={stop}"] if stop < scheduled.end else []
         if self.extensions:
@@ -146,11 +150,7 @@ class Pipeline:
         elif folders and base not in (None, "", inputs["checkpoint"]):
             text = f"{stage.name} did not start from {checkpoint} and is repeated"
             self._set_aside(output, text)
-        elif (
-            folders
-            and done
-            and any(done.get(name) != inputs[name] for name in ("commands", "settings"))
-        ):
+        elif folders and done and any(done.get(k) != inputs[k] for k in ("commands", "settings")):
             raise ValueError(
                 f"the settings of stage {stage.name} have changed since it ran; "
                 f"repeat it with --redo {stage.name}, or undo the change"
@@ -195,6 +195,7 @@ class Pipeline:
         current = current and done.get("references", [None] * len(references)) == references
         if current and (done.get("outcome") != "no-go" or done.get("accepted")):
             self._remember(milestone.evals, folder, phase, where)
+            self.progress.skip(len(milestone.evals))
             return
         for name in milestone.evals:
             self._evaluate(name, checkpoint, checkpoint_id, folder / f"{name}.json", where)
@@ -207,9 +208,8 @@ class Pipeline:
         accepted = reason if outcome == "no-go" and was_seen else None
         decision: dict[str, Any] = {"step": step, "outcome": outcome, "accepted": accepted}
         decision["gates"] = gates
-        decision |= (
-            {"references": references} if any(gate.against for gate in milestone.gates) else {}
-        )
+        if any(gate.against for gate in milestone.gates):
+            decision["references"] = references
         values = [verdict.value for verdict in verdicts]
         write_json(path, {**decision, "values": values, "of": checkpoint_id, "metrics": metrics})
         advice = [
@@ -231,11 +231,7 @@ class Pipeline:
         self.alerts.flush()
         for verdict in verdicts:
             print(f"    {verdict}{self._previous_value(verdict.gate)}")
-        print(
-            f"decision {where}: {outcome.upper()}"
-            + (f", accepted: {accepted}" if accepted else ""),
-            flush=True,
-        )
+        print(f"decision {where}: {outcome.upper()}{remark}", flush=True)
         for sentence in advice:
             print(f"the plan advises: {sentence}", flush=True)
         if outcome == "no-go" and not accepted:
@@ -247,6 +243,7 @@ class Pipeline:
         """forecast(), whose failure is reported and ends nothing: training does not need it."""
         average = checkpoint.parent / f"average_{milestone.step}"
         where = f"at step {milestone.step}, average of {milestone.averages} checkpoints"
+        number = self.progress.number
         try:
             self.forecast(milestone, checkpoint, average, every, where)
         except (ValueError, SystemExit) as error:
@@ -254,6 +251,7 @@ class Pipeline:
                 raise
             why = f"exit status {error.code}" if isinstance(error, SystemExit) else error
             self.missed[average] = f"no forecast {where} ({why})"
+            self.progress.number = number + 1 + len(milestone.evals)
             text = f"{self.missed[average]}; the plan continues without it"
             self.event("no_average", text, step=milestone.step)
 
@@ -278,6 +276,7 @@ class Pipeline:
         path = folder / "decision.json"
         done = read_object(path) or {}
         if all(done.get(key) == value for key, value in inputs.items()):
+            self.progress.skip(1 + len(milestone.evals))
             return
         recorded = recorded_last(average, phase, count, until=step, max_distance=every)
         if not recorded or difference(average, recorded) or find_damage(average):
@@ -289,6 +288,8 @@ class Pipeline:
             paths = ["--phase_folder", str(phase), "--output_dir", str(average)]
             title = f"Average of {', '.join(source.name for source in sources)}"
             self.run_command(title, [*command.split(), *paths])
+        else:
+            self.progress.skip()
         digest = model_hash(average)
         for name in milestone.evals:
             self._evaluate(name, average, digest, folder / f"{name}.json", where)
@@ -308,6 +309,7 @@ class Pipeline:
         key = {"of": checkpoint_id, "command": self.plan.evals[name]}
         stored = read_object(output) or {}
         if not stored.get("not_measured") and all(stored.get(k) == v for k, v in key.items()):
+            self.progress.skip()
             return
         command = self._fill(self.plan.evals[name], checkpoint=checkpoint, output=output)
         self.run_command(f"Evaluation {name} {where}", command)
@@ -440,6 +442,7 @@ class Pipeline:
         ]
         base = str(run.checkpoints / f"step_{step}")
         resume = ["--config", phases[0].phase.config, "--resume_from", base]
+        self.progress.total, self.progress.seconds = 1, ()
         self.run_command(
             f"Branch {name}: the learning rate decays from step {step} to {end}",
             [*self.launch, *resume, *settings],
@@ -447,15 +450,17 @@ class Pipeline:
 
     def run_command(self, title: str, command: list[str]) -> None:
         """Run one command; restart it if a rank dies, exit with its status if it fails."""
-        self.number += 1
-        print(f"\n[{self.number}] {title}\n    {subprocess.list2cmdline(command)}", flush=True)
+        heading = self.progress.heading(title)
+        print(f"\n{heading}\n    {subprocess.list2cmdline(command)}", flush=True)
         start = time.monotonic()
         ranks = self.plan.ranks if "scripts.launch" in command else 1
         environment = {"OMP_NUM_THREADS": str(max(1, cpus() // ranks)), **self.environment}
         words = [str(ROOT / word) if _entry_point(word) else word for word in command]
         program = [sys.executable, *words[1:]] if words[0] == "python" else words
         status = self.supervisor.run(program, environment)
-        print(f"    {time.monotonic() - start:.0f} s", flush=True)
+        seconds = time.monotonic() - start
+        self.progress.done(seconds)
+        print(f"    {seconds:.0f} s", flush=True)
         if status:
             if self.supervisor.stopped:
                 reason = "was interrupted. The same command continues from here."
@@ -464,7 +469,7 @@ class Pipeline:
                     f"stopped (exit status {status}). Fix the error above; "
                     "the same command then continues from here."
                 )
-            print(f"\nCommand {self.number} {reason}", file=sys.stderr)
+            print(f"\nCommand {self.progress.number} {reason}", file=sys.stderr)
             raise SystemExit(status)
 
     def _extensions(self, new: dict[str, int]) -> dict[str, int]:

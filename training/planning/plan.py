@@ -7,7 +7,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from ranges import AnyFloat, NonEmptyText, NonNegativeInt, PositiveInt, at_least, check_fields
+from ranges import (
+    AnyFloat,
+    NonEmptyText,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+    check_fields,
+)
 from training.config import PHASES_DIFFER, RunConfig, fixed, load, scaling_of
 from training.planning.gates import BEFORE, Gate
 from training.planning.stages import check_stage_averages
@@ -92,6 +100,8 @@ class Plan:
     # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
     evals: dict[str, NonEmptyText] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()  # the results table of evals/report/build.py
+    seconds: tuple[PositiveFloat, ...] = ()  # expected of each command, for the time left
+    next: tuple[NonEmptyText, ...] = ()  # commands to suggest after the last one
 
     def __post_init__(self) -> None:
         check_fields(self)
