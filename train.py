@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=2 train.py --config configs/phase1_pretrain.yaml  # two ranks
     torchrun --nproc_per_node=2 train.py --test_mode --steps 1000               # on dummy data
     accelerate launch --multi_gpu --num_processes 2 train.py --config configs/phase1_pretrain.yaml
+    python train.py --config configs/continue.yaml --init_from FOLDER           # continued
 
 Run the same command again to resume from the newest complete checkpoint.
 Set any other setting with section.key=value.
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--config", help="YAML file (default: configs/phase1_pretrain.yaml)")
     parser.add_argument("--output_dir", help="default: checkpoints/<run>/<phase>")
     parser.add_argument("--resume_from", help="step or phase folder of an earlier phase")
+    parser.add_argument("--init_from", help="model folder whose weights and shape start the run")
     parser.add_argument("--steps", type=int, help="updates in this phase")
     parser.add_argument("--wandb_project", help="Weights & Biases project for the metrics")
     parser.add_argument("--wandb_run_name", help="Weights & Biases run name (default: run)")
@@ -46,10 +48,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()  # overrides may come between flags
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
-        flags = {
-            "output_dir": args.output_dir,
-            "resume_from": args.resume_from,
-            "steps": args.steps,
+        names = ("output_dir", "resume_from", "init_from", "steps")
+        flags = {name: getattr(args, name) for name in names} | {
             "log.wandb_project": args.wandb_project,
             "log.wandb_run_name": args.wandb_run_name,
         }
@@ -71,7 +71,7 @@ def pretrain(
         run_on_rank0(lambda: self_test.clear(run))
         tokens = 40 * data.tokens_per_step
         run_on_rank0(lambda: write_dummy_store(Path(data.store), vocab, tokens, run.seed))
-    tokenizer = open_tokenizer(data.store, vocab)
+    tokenizer = open_tokenizer(data.store, vocab, padded=run.init_from is not None)
     shards = open_shards(data.store, data.mix, "train", vocab, data.min_document_tokens)
     batch = (data.sequence_length, rows_of_step(run), data.micro_batch_size, run.seed, rank, world)
     packed = PackedDataLoader(shards, data.mix, *batch, data.packing, data.start_epoch)

@@ -145,7 +145,7 @@ def encoded_chunks(reader: Reader, encoder: Encoder) -> Iterator[tuple[Any, np.n
 
     def encode(rows: list[Document | Skipped]) -> np.ndarray:
         texts = [row.text for row in rows if isinstance(row, Document)]
-        bos = np.array([encoder.bos])
+        bos = np.array([encoder.documents.first])
         pieces = [piece for ids in encoder(texts) for piece in (bos, ids)]
         return np.concatenate([np.empty(0, np.int64), *pieces]).astype(np.int64)
 

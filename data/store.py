@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from data import manifest
 from data.corpus.sources import sources_of
 from data.manifest import file_hash
 from data.packing import LongDocuments, Source
 from data.shards import ShardWriter, TokenShards
-from data.tokenizers.bpe import load_tokenizer, special_ids, token_bytes, vocabulary_size
+from data.tokenizers.bpe import config_ids, load_tokenizer, token_bytes, vocabulary_size
 
 DUMMY = "dummy"  # source of a store without text; also its tokenizer hash
 
@@ -19,12 +20,15 @@ class StoreTokenizer(NamedTuple):
     """What training needs of a store's tokenizer. folder is None for dummy data."""
 
     folder: Path | None
-    special: dict[str, int]  # ids of bos, eos and pad
+    special: dict[str, Any]  # ids of bos, eos and pad for config.json
     token_bytes: np.ndarray  # int64 [vocab], text bytes per token
 
 
-def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
-    """Return the tokenizer of a store; ValueError if the model's vocabulary size differs."""
+def open_tokenizer(store: str | Path, vocab_size: int, padded: bool = False) -> StoreTokenizer:
+    """Return the tokenizer of a store; ValueError if the model's vocabulary size differs.
+
+    padded: the model may have more rows than the tokenizer has tokens, as published ones have.
+    """
     folder = Path(store) / "tokenizer"
     if not folder.is_dir() and (Path(store) / "tokens" / DUMMY).is_dir():
         return StoreTokenizer(
@@ -36,12 +40,22 @@ def open_tokenizer(store: str | Path, vocab_size: int) -> StoreTokenizer:
             "train_tokenizer and prepare_data"
         )
     tokenizer = load_tokenizer(folder)
-    if vocabulary_size(tokenizer) != vocab_size:
+    size = vocabulary_size(tokenizer)
+    if padded and size > vocab_size:
         raise ValueError(
-            f"the tokenizer of {store} has {vocabulary_size(tokenizer)} tokens but "
-            f"model.vocab_size={vocab_size}; make them equal"
+            f"the tokenizer of {store} has {size} tokens but the model has {vocab_size}; tokenize "
+            "the text with the model's own tokenizer (tokenizer.folder in the recipe)"
         )
-    return StoreTokenizer(folder, special_ids(tokenizer)._asdict(), token_bytes(tokenizer))
+    if size != vocab_size and not padded:
+        is_copy = "folder" in ((manifest.read(folder) or {}).get("inputs") or {})
+        hint = ", or continue the model of that tokenizer with --init_from FOLDER" * is_copy
+        raise ValueError(
+            f"the tokenizer of {store} has {size} tokens but "
+            f"model.vocab_size={vocab_size}; make them equal{hint}"
+        )
+    lengths = np.zeros(vocab_size, dtype=np.int64)
+    lengths[:size] = token_bytes(tokenizer)
+    return StoreTokenizer(folder, config_ids(folder, tokenizer), lengths)
 
 
 def open_shards(
@@ -80,7 +94,7 @@ def open_shards(
                 f"available: {', '.join(present) or 'none'}{hint}"
             )
         source = TokenShards(Path(store) / "tokens" / name, split)
-        if source.tokenizer != expected or source.vocab_size != vocab_size:
+        if source.tokenizer != expected or source.vocab_size > vocab_size:
             raise ValueError(
                 f"the shards of {name} do not match the store's tokenizer or "
                 f"model.vocab_size={vocab_size}; run python -m scripts.prepare_data again"

@@ -64,7 +64,11 @@ def check_model_folder(folder: Path) -> None:
 
 
 def to_hf_config(
-    config: AnyConfig, dtype: torch.dtype, bos: int | None, eos: int | None, pad: int | None
+    config: AnyConfig,
+    dtype: torch.dtype,
+    bos: int | None,
+    eos: int | list[int] | None,
+    pad: int | None,
 ) -> dict[str, Any]:
     """Build the content of config.json.
 
@@ -201,7 +205,7 @@ def save_hf(
     weights: dict[str, Tensor],
     dtype: torch.dtype,
     bos: int | None = None,
-    eos: int | None = None,
+    eos: int | list[int] | None = None,
     pad: int | None = None,
     **extra: object,
 ) -> None:

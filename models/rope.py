@@ -1,4 +1,4 @@
-"""Scaling of rotary positions to a longer context by YaRN, and its keys in config.json."""
+"""Scaling of rotary positions to a longer context, by YaRN or as in Llama 3, and its JSON keys."""
 
 import math
 from dataclasses import dataclass
@@ -9,19 +9,23 @@ from torch import Tensor
 
 from ranges import PositiveFloat, at_least, check_fields, one_of
 
-KEYS = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+YARN_KEYS = ("beta_fast", "beta_slow", "attention_factor")
+LLAMA3_KEYS = ("low_freq_factor", "high_freq_factor")
+KEYS = ("factor", "original_max_position_embeddings", *YARN_KEYS, *LLAMA3_KEYS)
+TYPES = ("yarn", "llama3")
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN (arXiv:2309.00071), with the names, defaults and values of transformers.
+    """YaRN (arXiv:2309.00071) or Llama 3's scaling, with the names and values of transformers.
 
     Channels that turn at least beta_fast times in the original context keep their frequency. Those
     that turn at most beta_slow times are slowed down by `factor`. Between them, a linear ramp
-    blends both. The result depends on the settings alone, not on the length of a row.
+    blends both. The result depends on the settings alone, not on the length of a row. In Llama 3,
+    the bounds are high_freq_factor and low_freq_factor, and the ramp is linear in the turns.
     """
 
-    type: Annotated[str, one_of("yarn")]
+    type: Annotated[str, one_of(*TYPES)]
     factor: Annotated[float, at_least(1, maximum=1e6)]  # longest context / original context
     # Longest context of the training before YaRN.
     original_max_position_embeddings: Annotated[int, at_least(1, below=2**31)]
@@ -29,9 +33,25 @@ class RopeScaling:
     beta_slow: PositiveFloat = 1.0
     # Factor of the rotated queries and keys. Default: 0.1 ln(factor) + 1.
     attention_factor: PositiveFloat | None = None
+    low_freq_factor: PositiveFloat | None = None  # these two: llama3, which needs both
+    high_freq_factor: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         check_fields(self, "model.rope_scaling")
+        others = YARN_KEYS if self.type == "llama3" else LLAMA3_KEYS
+        for name in others:
+            if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"model.rope_scaling.{name}={value:g} has no effect with type={self.type}; "
+                    "remove it"
+                )
+        if self.type == "llama3":
+            if not (self.low_freq_factor or 0) < (self.high_freq_factor or 0):
+                raise ValueError(
+                    "model.rope_scaling of type llama3 needs low_freq_factor and a larger "
+                    "high_freq_factor"
+                )
+            return
         if self.beta_fast <= self.beta_slow:
             raise ValueError(
                 f"model.rope_scaling.beta_fast={self.beta_fast:g} must be above "
@@ -39,8 +59,10 @@ class RopeScaling:
             )
 
     def __str__(self) -> str:
-        words = [f"YaRN factor {self.factor:g} of {self.original_max_position_embeddings:,} tokens"]
-        for name in ("beta_fast", "beta_slow", "attention_factor"):
+        title = "YaRN" if self.type == "yarn" else "Llama 3"
+        original = f"{self.original_max_position_embeddings:,} tokens"
+        words = [f"{title} factor {self.factor:g} of {original}"]
+        for name in (*YARN_KEYS, *LLAMA3_KEYS):
             if (value := getattr(self, name)) != self.__dataclass_fields__[name].default:
                 words.append(f"{name} {value:g}")
         return ", ".join(words)
@@ -57,11 +79,18 @@ class RopeScaling:
 
     @property
     def rotation_scale(self) -> float:
-        """attention_factor, or its default."""
+        """attention_factor, or its default; 1 in Llama 3."""
+        if self.type == "llama3":
+            return 1.0
         return self.attention_factor or self.default_attention_factor
 
+    def check(self, head_dim: int, theta: float) -> None:
+        """ValueError if YaRN's settings leave no channel to scale."""
+        if self.type == "yarn":
+            self.ramp(head_dim, theta)
+
     def ramp(self, head_dim: int, theta: float) -> tuple[int, int]:
-        """Return the channels where the ramp begins and ends.
+        """Return the channels where YaRN's ramp begins and ends.
 
         ValueError if the settings leave no channel to scale.
         """
@@ -85,15 +114,27 @@ class RopeScaling:
 
     def frequencies(self, head_dim: int, theta: float) -> Tensor:
         """Return radians per position, fp32 [head_dim / 2]."""
+        if self.type == "llama3":
+            return self._llama3_frequencies(head_dim, theta)
         begin, end = self.ramp(head_dim, theta)
         wavelengths = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         channels = torch.arange(head_dim // 2, dtype=torch.float32)
         kept = 1 - ((channels - begin) / max(end - begin, 0.001)).clamp(0, 1)
         return (1 - kept) / (self.factor * wavelengths) + kept / wavelengths
 
+    def _llama3_frequencies(self, head_dim: int, theta: float) -> Tensor:
+        assert self.low_freq_factor and self.high_freq_factor
+        channels = torch.arange(0, head_dim, 2, dtype=torch.float32)
+        frequencies = 1.0 / (theta ** (channels / head_dim))
+        turns = self.original_max_position_embeddings / (2 * math.pi / frequencies)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = kept.clamp(0, 1)
+        return (1 - kept) * frequencies / self.factor + kept * frequencies
+
     def to_hf(self) -> dict[str, Any]:
         """Return the keys of config.json's rope_parameters, or of rope_scaling (transformers 4)."""
-        values = {name: getattr(self, name) for name in KEYS}
+        others = YARN_KEYS if self.type == "llama3" else LLAMA3_KEYS
+        values = {name: getattr(self, name) for name in KEYS if name not in others}
         return {
             "rope_type": self.type,
             **{name: value for name, value in values.items() if value is not None},
@@ -120,7 +161,7 @@ def unsupported_rope(section: dict[str, Any]) -> dict[str, bool]:
     """Return for keys of a section of config.json whether NanoLlama cannot compute their value."""
     kind = rope_type(section)
     return {
-        "rope_type": kind not in ("default", "yarn"),
+        "rope_type": kind not in ("default", *TYPES),
         "partial_rotary_factor": section.get("partial_rotary_factor", 1) != 1,
         "truncate": kind == "yarn" and section.get("truncate", True) is not True,
         "mscale": kind == "yarn" and bool(section.get("mscale") and section.get("mscale_all_dim")),
@@ -128,7 +169,7 @@ def unsupported_rope(section: dict[str, Any]) -> dict[str, bool]:
 
 
 def scaling_from_hf(hf: dict[str, Any], context: int) -> RopeScaling | None:
-    """Convert config.json's settings of YaRN; None if it has none.
+    """Convert config.json's settings of a longer context; None if it has none.
 
     context: max_position_embeddings, transformers' default of the original context. ValueError for
     a missing factor or a wrong value.
@@ -140,5 +181,6 @@ def scaling_from_hf(hf: dict[str, Any], context: int) -> RopeScaling | None:
     original = "original_max_position_embeddings"
     values[original] = hf.get(original) or values.get(original, context)  # the former as in Phi-3
     if "factor" not in values:
-        raise ValueError("rope_parameters of config.json lacks the factor of YaRN")
-    return RopeScaling("yarn", **values)
+        title = "YaRN" if rope_type(section) == "yarn" else "Llama 3"
+        raise ValueError(f"rope_parameters of config.json lacks the factor of {title}")
+    return RopeScaling(rope_type(section), **values)

@@ -5,15 +5,17 @@ python -m scripts.download_data --dataset fineweb_edu --max_tokens 26e9 \\
     --output data/store/nanollama_1b
 python -m scripts.download_data --dataset pg19_and_stack_mixed --max_tokens 8e9 \\
     --output data/store/nanollama_1b
-python -m scripts.download_data --dataset my_texts.jsonl.zst --name mine --output data/store/mine
+python -m scripts.download_data --dataset my_texts/ --name mine --output data/store/mine
+python -m scripts.download_data --dataset hf://Salesforce/wikitext:wikitext-2-raw-v1 \\
+    --split train --output data/store/mine
 python -m scripts.download_data --dataset "hf://allenai/c4/en/*.json.gz" --name c4_en \\
     --max_tokens 1e9 --output data/store/mine
 python -m scripts.download_data --dataset fineweb10B --shards 9 --output data/fineweb10B
 python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa \\
     --output data/store/nanollama_1b
 
---max_tokens limits each source, also each source of a group. To resume an interrupted download, run
-the same command again.
+--max_tokens limits each source, also each source of a group. docs/own_data.md lists the accepted
+files. To resume an interrupted download, run the same command again.
 """
 
 import sys
@@ -36,7 +38,8 @@ def main() -> None:
     parser = CommandParser(__doc__)
     known = ", ".join(KNOWN)
     about = (
-        f"path, glob, hub files as hf://owner/name/FILES@revision, quickstart, or any of {known}"
+        "file, folder or glob, hub data set as hf://owner/name:config@revision, some of its files "
+        f"as hf://owner/name/FILES@revision, quickstart, or any of {known}"
     )
     parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=about)
     parser.add_argument(
@@ -51,8 +54,15 @@ def main() -> None:
     parser.add_argument(
         "--revision", help="commit or branch on the hub; default: the pinned commit"
     )
-    parser.add_argument("--text_column", help="default: text, or the hub data set's column")
+    parser.add_argument("--split", help="of a hub data set or save_to_disk folder; default: train")
+    about = "default: text, content, document, body or the only column of text; it is printed"
+    parser.add_argument("--text_column", help=about)
     parser.add_argument("--id_column", help="default: id, or the hub data set's column")
+    parser.add_argument(
+        "--document_chars",
+        type=int_at_least(1000),
+        help="cut .txt and .md files into documents of about this length; default: one each",
+    )
     about = "maximum share of unreadable rows of a source; more is an error"
     parser.add_argument(
         "--max_bad",
@@ -87,8 +97,10 @@ def main() -> None:
                 test_set = testsets.TEST_SETS[dataset]
                 print(f"{dataset:>16} {test_set.split}; {test_set.licence}; {path}")
             else:
+                columns = args.text_column, args.id_column
                 name, reader = open_reader(
-                    dataset, args.output, args.name, args.revision, args.text_column, args.id_column
+                    *(dataset, args.output, args.name, args.revision, *columns),
+                    *(args.split, args.document_chars),
                 )
                 fresh |= ingest(reader, args.output, name, args.max_tokens, max_bad=args.max_bad)
                 record = manifest.read(args.output / "documents" / name)

@@ -1,6 +1,7 @@
 """Clean, deduplicate, decontaminate and tokenize a store: <store>/tokens/<source>/.
 
 python -m scripts.prepare_data --config configs/data/quickstart.yaml
+python -m scripts.prepare_data --config configs/data/my_run.yaml --train_tokenizer
 python -m scripts.prepare_data --config configs/data/nanollama_1b.yaml \\
     executor.kind=slurm executor.partition=cpu
 """
@@ -10,10 +11,11 @@ from pathlib import Path
 
 from cli import CommandParser, user_errors
 from data.manifest import read
-from data.pipeline.prepare import prepare
+from data.pipeline.prepare import prepare, train_store_tokenizer
 from data.pipeline.recipe import Recipe
 from data.pipeline.steps import read_json
 from data.shards import SPLITS, TokenShards
+from data.tokenizers.bpe import load_tokenizer
 
 
 def main() -> None:
@@ -21,6 +23,11 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="the recipe")
     parser.add_argument(
         "--verify", action="store_true", help="then verify the checksum of every shard"
+    )
+    parser.add_argument(
+        "--train_tokenizer",
+        action="store_true",
+        help="first train the tokenizer, as scripts.train_tokenizer does",
     )
     parser.add_argument("overrides", nargs="*", help="recipe overrides: section.key=value")
     args = parser.parse_intermixed_args()
@@ -31,6 +38,9 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with user_errors():
         recipe = load_settings(Recipe, args.config, args.overrides)
+        if args.train_tokenizer:
+            fresh = train_store_tokenizer(recipe)
+            print(f"tokenizer: {'trained' if fresh else 'already there'}", flush=True)
         outcome = prepare(recipe)
         print(outcome)
         if outcome != "submitted":
@@ -82,6 +92,12 @@ def show(recipe: Recipe, verify: bool) -> None:
             TokenShards(store / "tokens" / name, "train").verify()
     for reason in reasons:
         print(f"dropped from {reason}")
+    if separators := (shards or {}).get("document_tokens"):
+        tokenizer = load_tokenizer(store / "tokenizer")
+        first, last = (
+            None if index is None else tokenizer.id_to_token(index) for index in separators.values()
+        )
+        print(f"documents begin with {first}" + f" and end with {last}" * (last is not None))
     if recipe.decontaminate.test_sets and read_json(store / "report.json")["inputs"] == (
         shards or {}
     ).get("inputs"):

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cli import CommandParser, int_at_least, user_errors, within
 from data.chat.trained_chat import KEY
+from data.tokenizers.folder import copy_files
 from files import check_free_space, temporary
 from models.hf import check_model_folder, config_json, load_hf, resolve_checkpoint, save_hf
 from models.moe import MoEConfig
 from models.nanollama import ModelConfig, NanoLlama
 from ranges import MAX_INT, above, at_least
-from training.averaging import copy_chat_files
 
 KEPT = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "pad_token_id", KEY: KEY}
 
@@ -128,7 +128,7 @@ def save(output: Path, source: Path, config: ModelConfig, weights: dict[str, Ten
     scratch = temporary(output)
     try:
         save_hf(scratch, config, weights, weights["norm.weight"].dtype, **entries)
-        copy_chat_files(source, scratch)
+        copy_files(source, scratch)
         scratch.rename(output)  # also replaces an empty folder
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -24,7 +24,7 @@ from data.bin_shards import SHARD_TOKENS, BinWriter
 from data.packing import document_table
 from data.shards import TokenShards
 from data.store import open_shards
-from data.tokenizers.bpe import load_tokenizer, special_ids, vocabulary_size
+from data.tokenizers.bpe import document_tokens, load_tokenizer, vocabulary_size
 
 
 def main() -> None:
@@ -155,7 +155,7 @@ def _shuffled_pieces(
 def _vocabulary(store: Path) -> tuple[int, int]:
     """Vocabulary size and bos id of a store's tokenizer."""
     tokenizer = load_tokenizer(store / "tokenizer")
-    return vocabulary_size(tokenizer), special_ids(tokenizer).bos
+    return vocabulary_size(tokenizer), document_tokens(store / "tokenizer", tokenizer).first
 
 
 def _share(text: str) -> tuple[str, float]:

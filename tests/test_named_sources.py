@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from data.chat.conversations import read_conversations, read_rows
+from data.chat.conversations import read_conversations
 from data.chat.preferences import PairSource, parse_row
+from data.chat.rows import read_rows
 from data.chat.sft import ChatSource
 from data.corpus.sources import CONVERSATIONS, HUB_SOURCES, PAIRS
 from train_dpo import PreferenceRun

@@ -123,7 +123,8 @@ def test_config_json_is_read_in_all_spellings():
     assert from_hf_config({**shape, **both}).rope_scaling == yarn(factor=8.0)
     for wrong, message in (
         ({"rope_type": "linear", "factor": 2.0}, "does not support this model's rope_type"),
-        ({"type": "llama3", "factor": 2.0}, "does not support this model's rope_type"),
+        ({"type": "llama3", "factor": 2.0}, "llama3 needs low_freq_factor and a larger"),
+        ({"type": "longrope", "factor": 2.0}, "does not support this model's rope_type"),
         ({**section, "truncate": False}, "does not support this model's truncate"),
         ({**section, "mscale": 1.0, "mscale_all_dim": 0.7}, "this model's mscale"),
         ({"partial_rotary_factor": 0.5}, "this model's partial_rotary_factor"),

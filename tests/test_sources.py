@@ -323,28 +323,26 @@ def test_damaged_parquet(tmp_path, capsys):
 
 
 def test_columns_budget_and_ids(tmp_path):
-    write_parquet(
-        tmp_path / "a.parquet", [{"number": i, "body": text} for i, text in enumerate(TEXTS)]
-    )
-    with pytest.raises(
-        ValueError, match=r"a.parquet has no column text, only number, body; give --text_column"
-    ):
+    rows = [{"number": i, "title": "t", "plot": text} for i, text in enumerate(TEXTS)]
+    write_parquet(tmp_path / "a.parquet", rows)
+    message = r"a.parquet has no column text, only number, title, plot; give --text_column"
+    with pytest.raises(ValueError, match=message):
         ingest(FileReader(str(tmp_path / "a.parquet")), tmp_path, "s")
     assert not (tmp_path / "documents" / "s.tmp").exists()
-    reader = FileReader(str(tmp_path / "a.parquet"), "body", "number")
+    reader = FileReader(str(tmp_path / "a.parquet"), "plot", "number")
     assert ingest(reader, tmp_path, "s", max_tokens=10_000)
     got = documents(tmp_path / "documents" / "s")
     sizes = np.cumsum([len(text) for text in TEXTS])
     # 4 bytes per token.
     assert [d.id for d in got] == [str(i) for i in range(int(np.searchsorted(sizes, 40_000)) + 1)]
-    (tmp_path / "b.jsonl").write_bytes(lines([{"body": "x"}]))
+    (tmp_path / "b.jsonl").write_bytes(lines([{"body": 5}]))
     with pytest.raises(
         ValueError,
-        match=r"b.jsonl has no readable document \(1 x no column with text\); check the path, "
-        r"--text_column",
+        match=r"b.jsonl has no readable document \(1 x no column with text; the first is "
+        r"b.jsonl:1\); check the path, --text_column",
     ):
         ingest(FileReader(str(tmp_path / "b.jsonl")), tmp_path, "t")
-    with pytest.raises(ValueError, match=r"no .parquet, .jsonl"):
+    with pytest.raises(ValueError, match=r"no file of type .txt, .md, .jsonl"):
         FileReader(str(tmp_path / "nothing"))
 
 

@@ -290,9 +290,8 @@ def test_theta_is_checked_where_phases_meet(settings, tmp_path):
     with pytest.raises(
         ValueError, match=r"step_4 was trained with 40,000, but rope_theta=10,000 is 10,000"
     ):
-        train_here(
-            settings(*quiet, f"init_from={one / 'step_4'}", "run=other", phase="three", steps=2)
-        )
+        start = f"init_from={one / 'step_4'}", "rope_theta=10000"
+        train_here(settings(*quiet, *start, "run=other", phase="three", steps=2))
     assert train_here(settings(*quiet, two, "rope_theta=[40000, 50000]", phase="two", steps=2))
     jump = ("rope_theta=9000", "allow_theta_jump=true")
     assert train_here(settings(*quiet, two, *jump, phase="four", steps=2))

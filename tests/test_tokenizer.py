@@ -115,7 +115,7 @@ def test_special_text_is_text_to_the_encoder(folder):
     encoder = Encoder(folder)
     (ids,) = encoder([f"{BOS} {PAD}"])
     assert (
-        not {encoder.bos, special_ids(encoder.tokenizer).pad} & set(ids.tolist())
+        not {encoder.documents.first, special_ids(encoder.tokenizer).pad} & set(ids.tolist())
         and ids.dtype == np.uint32
     )
 

@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.chat.folder_templates import template_files
 from data.manifest import file_hash
-from data.tokenizers.folder import TOKENIZER_FILES
+from data.tokenizers.folder import copy_files
 from files import check_free_space, read_object, step_number, temporary, write_json
 from models.hf import check_model_folder, read_config, weight_files
 from training.checkpoint_files import (
@@ -238,7 +237,7 @@ def write_average(record: dict[str, Any], output: Path) -> None:
             tensors = {name: _mean(name, folders, weights) for name in folders[0]}
             save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(sources[-1] / "config.json", scratch / "config.json")
-        copy_chat_files(sources[-1], scratch)
+        copy_files(sources[-1], scratch)
         write_json(scratch / RECORD, record)
         written = [str(path.relative_to(scratch)) for path in scratch.rglob("*") if path.is_file()]
         sums = hash_files(scratch, sorted(written), "sha256")
@@ -249,15 +248,6 @@ def write_average(record: dict[str, Any], output: Path) -> None:
         scratch.rename(output)  # also replaces an empty folder
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def copy_chat_files(source: Path, target: Path) -> None:
-    """Copy the tokenizer and the chat templates of a model folder into another folder."""
-    tokenizer = [path for name in TOKENIZER_FILES if (path := source / name).is_file()]
-    for path in {*tokenizer, *template_files(source)}:
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
 
 
 def _mean(name: str, folders: Sequence[dict[str, Stored]], weights: Sequence[float]) -> Tensor:

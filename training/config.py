@@ -19,13 +19,20 @@ from ranges import (
     check_fields,
 )
 from training.checkpoint import CheckpointConfig
+from training.continued import is_scaling_of, settings_from_base
 from training.curves import Curve, check_curves
 from training.faults import FaultConfig
 from training.fsdp_utils import ParallelConfig
 from training.logger import LogConfig
 from training.optimizers import OptimConfig
 from training.schedulers import ScheduleConfig
-from training.settings import NoEffect, load_settings, without_no_effect
+from training.settings import (
+    NoEffect,
+    apply_overrides,
+    load_settings,
+    read_yaml,
+    without_no_effect,
+)
 from training.startup import StartupConfig
 
 # Fields of ModelConfig in which phases may differ; setup.py checks those of rotary positions.
@@ -189,7 +196,8 @@ class RunConfig:
             )
         context = self.model.max_position_embeddings
         scaled = scaling.factor * scaling.original_max_position_embeddings
-        if not self.SHAPE_FROM_BASE and round(scaled) != context:
+        derived = self.SHAPE_FROM_BASE or is_scaling_of(self.init_from, scaling, context)
+        if scaling.type == "yarn" and not derived and round(scaled) != context:
             raise ValueError(
                 f"model.rope_scaling covers {scaled:,.10g} tokens (factor "
                 f"x original_max_position_embeddings), but model.max_position_embeddings="
@@ -236,8 +244,13 @@ class RunConfig:
 def load(
     path: str | Path, overrides: list[str] | None = None, flags: dict[str, Any] | None = None
 ) -> RunConfig:
-    """Read the run of a YAML file, with overrides and flags as load_settings takes them."""
-    return load_settings(RunConfig, path, overrides, flags)
+    """Read the run of a YAML file, with overrides and flags as load_settings takes them.
+
+    A run with init_from takes the settings that it omits from that folder.
+    """
+    values = apply_overrides(RunConfig, read_yaml(Path(path)), overrides or [], flags)
+    derived = settings_from_base(values)
+    return load_settings(RunConfig, path, overrides, {**(flags or {}), **derived})
 
 
 def to_dict(run: RunConfig) -> dict[str, Any]:

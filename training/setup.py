@@ -4,7 +4,6 @@ The only module of training/ that reads os.environ.
 """
 
 import ctypes
-import math
 import os
 import platform
 import shutil
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -25,27 +24,29 @@ from files import write_json, write_text
 from models.attention import choose_kernel
 from models.hf import load_weights, read_config
 from models.kinds import build_model, parameters_text
-from models.speedrun_config import GPTConfig
 from torchrun_plugin import LAUNCHER
 from training.checkpoint import Checkpointer, load_state
 from training.checkpoint_files import find_damage, has_state, model_hash, read_phase, step_folders
-from training.config import PHASES_DIFFER, RunConfig, fixed, scaling_of, to_dict
+from training.config import RunConfig, to_dict
 from training.distributed import run_on_rank0
 from training.faults import FaultState
 from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
 from training.ops.supervisor import terminate_with_launcher
 from training.ops.watchdog import exit_if_peer_lost
 from training.optimizers import build_optimizer
-from training.schedulers import ScheduleConfig, WSDScheduler, theta_at
+from training.schedulers import theta_at
+from training.source_checks import (
+    check_fits,
+    check_function,
+    check_rate,
+    check_theta,
+    check_tokenizer,
+    rope_scaling_change,
+)
 from training.state import State
 from yaml_file import read_yaml_file
 
 ROOT = Path(__file__).resolve().parent.parent
-# Model settings that may differ from init_from's: seen in shapes, of training, or scheduled.
-MAY_DIFFER = (
-    *("vocab_size", "intermediate_size", "kind", "moe", "init", "zero_init", "fp8_head"),
-    *("multi_token_weights", "softcap", "long_window", "short_window"),
-)
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -156,6 +157,9 @@ def build(
         )
     model.attention, model.compile_head = run.parallel.attention, run.parallel.compile
     if run.init_from:
+        rows = read_config(Path(run.init_from)).vocab_size
+        if new_tokens is None and rows < run.model.vocab_size:  # see training/continued.py
+            new_tokens = range(rows, run.model.vocab_size)
         load_weights(model, Path(run.init_from), new_tokens)
     wrapped = wrap_model_fsdp(model, run.parallel, device)
     return State(
@@ -194,19 +198,21 @@ def restore_or_init(
     _check_end(run, state)
     base = run_on_rank0(lambda: model_hash(Path(str(run.init_from)))) if run.init_from else ""
     if source is None and run.init_from and not tokenizer_extended:
-        _check_tokenizer(Path(run.init_from), checkpointer.tokenizer)
+        check_tokenizer(Path(run.init_from), checkpointer.tokenizer)
     if source is None:
         _check_start(run, 0, None)
         if run.init_from:
-            _check_function(run, Path(run.init_from))
-            _check_theta(run, Path(run.init_from), run.theta_range[0])
+            check_function(run, Path(run.init_from))
+            check_theta(run, Path(run.init_from), run.theta_range[0])
         state.parent = base
         if base:
             allowed = run.allow_rope_scaling_change
-            change = _rope_scaling_change(run, Path(str(run.init_from)), allowed)
+            change = rope_scaling_change(run, Path(str(run.init_from)), allowed)
+            if new := run.model.vocab_size - read_config(Path(str(run.init_from))).vocab_size:
+                change += f"; the embedding grows by {new} rows"
             return f"starts from the weights of {run.init_from}{change}", None
         return f"starts from scratch, seed {run.seed}", None
-    _check_fits(run, source, checkpointer.tokenizer)
+    check_fits(run, source, checkpointer.tokenizer)
     position = load_state(source, state)
     if position["phase"] != run.phase:
         if Path(run.resume_from or "") != source and position["phase_end"] > position["step"]:
@@ -219,9 +225,9 @@ def restore_or_init(
         state.batch_index, state.phase_start, state.parent = 0, state.step, model_hash(source)
         state.faults = FaultState(**position["faults"]).next_phase()
         _check_end(run, state)
-        _check_rate(run, position)
-        _check_theta(run, source, run.theta_range[0])
-        change = _rope_scaling_change(run, source, run.allow_rope_scaling_change)
+        check_rate(run, position)
+        check_theta(run, source, run.theta_range[0])
+        change = rope_scaling_change(run, source, run.allow_rope_scaling_change)
         start = f"begins at step {state.step}, after {position['phase']}, from {source}"
         return start + change, source
     state.batch_index, state.phase_start = position["batch_index"], position["phase_start"]
@@ -230,8 +236,8 @@ def restore_or_init(
     _check_start(run, state.phase_start, source)
     _check_end(run, state)
     phase = state.phase_start, state.phase_end
-    _check_theta(run, source, theta_at(*run.theta_range, state.step - 1, *phase))
-    _rope_scaling_change(run, source, allowed=False)
+    check_theta(run, source, theta_at(*run.theta_range, state.step - 1, *phase))
+    rope_scaling_change(run, source, allowed=False)
     changed = position["data"] != fingerprint
     if changed and not run.data.accept_changed:
         raise ValueError(
@@ -249,7 +255,7 @@ def restore_or_init(
             f"{latest} was trained from another base model than {run.init_from}; move "
             f"{latest.parent} away to restart, or choose another output_dir"
         )
-    _check_rate(run, position)
+    check_rate(run, position)
     restored = f"resumes at step {state.step} from {source}"
     if changed:
         state.faults = state.faults.for_new_data()
@@ -292,57 +298,6 @@ def _check_start(run: RunConfig, step: int, source: Path | None) -> None:
     )
 
 
-def _check_rate(run: RunConfig, position: dict[str, Any]) -> None:
-    """ValueError if this run would raise the learning rate after its decay had begun."""
-    saved, step = dict(position.get("rate") or {}), position["step"]
-    if not saved or run.schedule.allow_rise:
-        return
-    known = {
-        name: value for name, value in saved.items() if name in ScheduleConfig.__dataclass_fields__
-    }
-    try:
-        stable = known["total_steps"] - known["decay_steps"]
-        used = WSDScheduler(ScheduleConfig(**known), saved["peak"])(step - 1)  # by the last update
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            "the learning-rate schedule in the checkpoint's trainer.json is damaged; use another "
-            "copy of the checkpoint"
-        ) from error
-    planned = WSDScheduler(run.schedule, run.optim.lr)(step)
-    if step > stable and planned > 1.01 * used:
-        raise ValueError(
-            f"the learning rate would rise from {used:.1e} to {planned:.1e} at step {step}, after "
-            "its decay had begun; to train longer, continue from a checkpoint before the decay "
-            "(scripts.pipeline --extend does), or set schedule.allow_rise=true"
-        )
-
-
-def _check_theta(run: RunConfig, source: Path, expected: float) -> None:
-    """ValueError if `source` was last trained with another rope theta than `expected`."""
-    trained = read_config(source).rope_theta
-    if not run.allow_theta_jump and not math.isclose(trained, expected, rel_tol=1e-6):
-        raise ValueError(
-            f"rope theta would jump: {source} was trained with {trained:,.0f}, but "
-            f"rope_theta={run.theta_text} is {expected:,.0f} there; set rope_theta to "
-            f"{trained:.10g}, or to [{trained:.10g}, last] to change it over the phase, or set "
-            "allow_theta_jump=true"
-        )
-
-
-def _rope_scaling_change(run: RunConfig, source: Path, allowed: bool) -> str:
-    """Return how model.rope_scaling changes after `source`, or ""; ValueError if not allowed."""
-    before, after = (scaling_of(model) or "none" for model in (read_config(source), run.model))
-    if before == after:
-        return ""
-    if not allowed:
-        flag = "" if run.allow_rope_scaling_change else ", or set allow_rope_scaling_change=true"
-        raise ValueError(
-            f"model.rope_scaling would change: {source} was trained with {before}, but the config "
-            f"has {after}; make them equal{flag}"
-        )
-    return f"; model.rope_scaling changes from {before} to {after}"
-
-
 def _check_end(run: RunConfig, state: State) -> None:
     """Set state.phase_end; ValueError if the learning-rate schedule ends before it."""
     state.phase_end = state.phase_start + run.steps
@@ -369,57 +324,6 @@ def find_checkpoint(path: Path, required: bool) -> Path | None:
             f"{path} has no complete checkpoint; use a step_N folder or the folder of a phase"
         )
     return newest
-
-
-def _check_fits(run: RunConfig, source: Path, tokenizer: Path | None) -> None:
-    """ValueError if a checkpoint has another shape or tokenizer than the run.
-
-    The fields of PHASES_DIFFER may differ.
-    """
-    saved = read_config(source)
-    if isinstance(saved, GPTConfig) != isinstance(run.model, GPTConfig):
-        command = "train_gpt.py" if isinstance(saved, GPTConfig) else "train.py"
-        raise ValueError(
-            f"{source} holds another kind of model, which {command} trains; "
-            "continue it with that command"
-        )
-    for name, value in vars(run.model).items():
-        if name not in PHASES_DIFFER and (before := fixed(saved, name)) != fixed(run.model, name):
-            raise ValueError(
-                f"{source} has model.{name}={before}, but the config has {value}; "
-                "make them equal, or choose another output_dir"
-            )
-    _check_tokenizer(source, tokenizer)
-
-
-def _check_function(run: RunConfig, base: Path) -> None:
-    """ValueError if a setting that no weight's shape shows differs from that of `base`."""
-    saved = read_config(base)
-    settings = {
-        f"model.{name}": (value, getattr(run.model, name))
-        for name, value in vars(saved).items()
-        if name not in (*PHASES_DIFFER, *MAY_DIFFER) and hasattr(run.model, name)
-    }
-    if saved.kind == "moe":
-        settings["model.moe.top_k"] = saved.moe.top_k, run.model.moe.top_k
-    for key, (before, value) in settings.items():
-        if before != value:
-            raise ValueError(
-                f"{base} was trained with {key}={before}, but the config has {value}; set {key}="
-                f"{before}"
-            )
-
-
-def _check_tokenizer(source: Path, tokenizer: Path | None) -> None:
-    """ValueError if a folder of weights has another tokenizer than the data."""
-    path = source / "tokenizer.json"
-    if not tokenizer or not path.is_file():
-        return
-    if path.read_bytes() != (tokenizer / "tokenizer.json").read_bytes():
-        raise ValueError(
-            f"{source} was trained with another tokenizer than {tokenizer}; use data tokenized "
-            "with its tokenizer, or start from another checkpoint"
-        )
 
 
 def run_summary(run: RunConfig, device: torch.device) -> str:

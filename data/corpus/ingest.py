@@ -23,17 +23,9 @@ from tqdm import tqdm
 
 from data import manifest
 from data.corpus import quickstart_corpus
-from data.corpus.readers import (
-    NOT_READ,
-    PARQUET_SHARE,
-    UNREADABLE,
-    CorpusReader,
-    FileReader,
-    HubReader,
-    Reader,
-    Skipped,
-)
-from data.corpus.sources import HUB, HUB_SOURCES, Document, HubSource, hub_files
+from data.corpus.documents import ENCODING, NO_TEXT, UNREADABLE, Skipped
+from data.corpus.readers import PARQUET_SHARE, CorpusReader, FileReader, HubReader, Reader
+from data.corpus.sources import HUB, HUB_SOURCES, Document, HubSource, hub_files, hub_set
 from files import read_object, write_text
 
 PART_BYTES = 256_000_000  # UTF-8 bytes of text in a part
@@ -41,6 +33,7 @@ ROW_GROUP_BYTES = 16_000_000
 MAX_EXAMPLES = 5  # skipped rows that are listed, per reason
 PROGRESS = "progress.json"
 MAX_BAD = 0.01  # maximum share of unreadable rows, as in chat.max_bad
+MAX_UNDECODABLE = 0.5  # maximum share of text files in an encoding that is not read: our judgement
 STORE_FOLDERS = ("documents", "work", "tokens", "tokenizer")  # never read as a source
 
 
@@ -51,19 +44,34 @@ def open_reader(
     revision: str | None = None,
     text_column: str | None = None,
     id_column: str | None = None,
+    split: str | None = None,
+    document_chars: int | None = None,
 ) -> tuple[str, Reader]:
     """Return the store name and reader of a data set.
 
-    dataset: a source of the hub, a quickstart source or a path; else ValueError.
+    dataset: a source of the hub, a quickstart source or a path; else ValueError. A setting without
+    effect on it is a ValueError, too.
     """
     packaged = quickstart_corpus.quickstart_sources()
     name = name or source_name(dataset)
-    if dataset in HUB_SOURCES or dataset.startswith(HUB):
+    is_hub = dataset in HUB_SOURCES or dataset.startswith(HUB)
+    if document_chars and (is_hub or dataset in packaged):
+        raise ValueError(
+            f"--document_chars cuts local .txt and .md files only and {dataset} is not one; remove "
+            "it"
+        )
+    if split and (dataset in packaged or (is_hub and not hub_set(dataset))):
+        raise ValueError(
+            f"--split applies to whole hub data sets such as hf://owner/name, and {dataset} is not "
+            "one; remove it"
+        )
+    if is_hub:
         source = HUB_SOURCES[dataset] if dataset in HUB_SOURCES else _hub_source(dataset)
         source = replace(
             source,
             text_column=text_column or source.text_column,
             id_column=id_column or source.id_column,
+            split=split or source.split,
         )
         return name, HubReader(source, revision, recorded_inputs(store, name))
     if revision:
@@ -93,7 +101,9 @@ def open_reader(
     if not name:
         raise ValueError(f"the source at {dataset} needs a name in the store; give --name")
     excluded = [*(store / folder for folder in STORE_FOLDERS), store.parent / "wheels"]
-    return name, FileReader(dataset, text_column or "text", id_column or "id", excluded)
+    return name, FileReader(
+        dataset, text_column, id_column or "id", excluded, split, document_chars
+    )
 
 
 def source_name(dataset: str) -> str:
@@ -104,7 +114,7 @@ def source_name(dataset: str) -> str:
     if dataset in HUB_SOURCES or dataset in quickstart_corpus.quickstart_sources():
         return dataset
     if dataset.startswith(HUB):
-        last = hub_files(dataset)[0].rpartition("/")[2]
+        last = (hub_set(dataset) or hub_files(dataset))[0].rpartition("/")[2]
     elif glob.has_magic(dataset) and not Path(dataset).exists():
         return ""
     else:
@@ -113,9 +123,21 @@ def source_name(dataset: str) -> str:
 
 
 def _hub_source(dataset: str) -> HubSource:
-    """Return the source of any hub data set's files, given as hf://owner/name/FILES@revision."""
-    repo, files, revision = hub_files(dataset)
-    return HubSource(repo, revision, files, f"see https://huggingface.co/datasets/{repo}", "", 4.0)
+    """Return the source of any hub data set, given as hf://owner/name:config@revision.
+
+    Or of some of its files, given as hf://owner/name/FILES@revision.
+    """
+    if parts := hub_set(dataset):
+        repo, config, revision = parts
+        files, column = "", ""
+    else:
+        repo, files, revision = hub_files(dataset)
+        config, column = None, "text"
+    licence = f"see https://huggingface.co/datasets/{repo}"
+    id_column = None if files else "id"
+    return HubSource(
+        *(repo, revision or "main", files, licence, "", 4.0, column, id_column), config=config
+    )
 
 
 def ingest(
@@ -157,7 +179,7 @@ def ingest(
                 _check_disk(reader, work, max_bytes)
                 _write_parts(reader, work, name, inputs, state, part_bytes, max_bytes)
                 _check_read(reader, state, max_bad)
-                _report_skipped(name, state)
+                _report_skipped(name, reader, state)
                 manifest.write(
                     work,
                     {"inputs": inputs, "licence": reader.licence, "origin": reader.origin, **state},
@@ -405,7 +427,13 @@ def _full_disk(work: Path) -> Iterator[None]:
         ) from error
 
 
-def _report_skipped(name: str, state: dict[str, Any]) -> None:
+def _report_skipped(name: str, reader: Reader, state: dict[str, Any]) -> None:
+    for column, where in reader.notes.items():
+        print(
+            f"{name}: read the column {column!r} as text, first in {where}; --text_column names "
+            "another",
+            file=sys.stderr,
+        )
     for reason, count in state["skipped"].items():
         examples = state["skipped_examples"][reason]
         if examples:
@@ -427,15 +455,24 @@ def _check_read(reader: Reader, state: dict[str, Any], max_bad: float) -> None:
     def listing(skipped: dict[str, int]) -> str:
         return ", ".join(f"{count:,} x {reason}" for reason, count in skipped.items())
 
-    skipped = {reason: count for reason, count in state["skipped"].items() if reason != NOT_READ}
+    skipped, examples = state["skipped"], state["skipped_examples"]
     if not state["documents"]:
         reasons = listing(skipped) or "it is empty"
+        first = next((f"; the first is {rows[0]}" for rows in examples.values() if rows), "")
         raise ValueError(
-            f"{reader.origin} has no readable document ({reasons}); check the path, --text_column "
-            "and --id_column"
+            f"{reader.origin} has no readable document ({reasons}{first}); check the path, "
+            "--text_column and --id_column"
+        )
+    undecodable, texts = skipped.get(ENCODING, 0), state["documents"] + skipped.get(ENCODING, 0)
+    if undecodable > MAX_UNDECODABLE * texts:
+        raise ValueError(
+            f"{undecodable:,} of {texts:,} texts of {reader.origin} are neither UTF-8 nor UTF-16 "
+            f"with a byte-order mark (the first is {examples[ENCODING][0]}); convert them with "
+            "iconv -t UTF-8"
         )
     unreadable = {reason: count for reason, count in skipped.items() if reason in UNREADABLE}
-    rows, bad = state["documents"] + sum(skipped.values()), sum(unreadable.values())
+    bad = sum(unreadable.values())
+    rows = state["documents"] + bad + skipped.get(NO_TEXT, 0)
     if bad > max_bad * rows:
         first = next(state["skipped_examples"][reason][0] for reason in unreadable)
         raise ValueError(

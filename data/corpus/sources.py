@@ -28,14 +28,17 @@ class HubSource:
 
     repo: str  # on the hub, or a local folder with the same layout
     revision: str  # commit, branch or tag
-    files: str  # pattern within the repository, .parquet or .json(l).gz
+    # pattern within the repository, .parquet or .json(l).gz; "": the config and split below
+    files: str
     licence: str
     about: str
     bytes_per_token: float
-    text_column: str = "text"
+    text_column: str = "text"  # "" without `files`: chosen at the first row
     id_column: str | None = None  # None: <repo>/<row>
     keep: Callable[[str], bool] | None = None  # selects documents by their text
     gated: bool = False
+    config: str | None = None
+    split: str = "train"
 
 
 HUB_SOURCES = {
@@ -193,10 +196,19 @@ def hub_files(address: str) -> tuple[str, str, str]:
     if not match or not match[2].endswith((".parquet", ".json", ".jsonl", ".gz", ".zst")):
         raise ValueError(
             f"{address} must name the files to read, parquet or JSON lines, as in "
-            "hf://owner/name/data/train-*.parquet@revision; a split or config is a subset of the "
-            "files"
+            "hf://owner/name/data/train-*.parquet@revision; or a whole data set, as in "
+            "hf://owner/name:config@revision"
         )
     return match[1], match[2], match[3] or "main"
+
+
+def hub_set(address: str) -> tuple[str, str | None, str | None] | None:
+    """Split hf://owner/name:config@revision into repository, config and revision.
+
+    Config and revision are optional. None if the address names files or is not one of the hub.
+    """
+    match = re.fullmatch(rf"{HUB}([^/@:]+/[^/@:]+)(?::([^/@]+))?(?:@(.+))?", address)
+    return (match[1], match[2], match[3]) if match else None
 
 
 def sources_of(name: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashDedupFilter
@@ -46,6 +46,8 @@ from data.pipeline.steps import (
 )
 from data.shards import SPLITS, damaged_files, read_shards_manifest, shards_manifest
 from data.tokenizers.bpe import (
+    BOS,
+    document_tokens,
     load_tokenizer,
     sample_texts,
     save_tokenizer,
@@ -53,6 +55,7 @@ from data.tokenizers.bpe import (
     vocabulary_size,
 )
 from data.tokenizers.public import load_public
+from data.tokenizers.reuse import copy_tokenizer, ensure_tokenizer
 from files import write_text
 
 SAMPLED_PARTS = 32  # evenly spaced parts of a source in the tokenizer's training text
@@ -69,16 +72,21 @@ class WorkFolders(NamedTuple):
 
 
 def train_store_tokenizer(recipe: Recipe) -> bool:
-    """Train the store's tokenizer on a sample of its training split; False if it is up to date."""
+    """Train the store's tokenizer on a sample of its training split; False if it is up to date.
+
+    With tokenizer.folder, copy the tokenizer of that folder instead.
+    """
     store, config = Path(recipe.store), recipe.tokenizer
     target, scratch = store / "tokenizer", store / "tokenizer.tmp"
+    if config.folder:
+        return copy_tokenizer(Path(config.folder), target)
     parts = document_parts(recipe)
     order = list(recipe.sources)
     inputs = {
         "order": order,
         "documents": _hashes(parts),
         "val_fraction": recipe.val_fraction,
-        **asdict(config),
+        **{key: value for key, value in asdict(config).items() if key != "folder"},
     }
     if manifest.is_current(target, inputs):
         return False
@@ -109,6 +117,8 @@ def train_store_tokenizer(recipe: Recipe) -> bool:
 def prepare(recipe: Recipe) -> str:
     """Run the recipe's unfinished stages: "done", "already there" or, with Slurm, "submitted"."""
     store = Path(recipe.store).resolve()
+    if recipe.tokenizer.folder:
+        ensure_tokenizer(Path(recipe.tokenizer.folder), store / "tokenizer")
     load_tokenizer(store / "tokenizer")  # fails early if it is missing
     parts = document_parts(recipe)
     inputs = _inputs(recipe, parts)
@@ -255,7 +265,9 @@ class Publish(PipelineStep):
             self._write_hits()
         report = self._report(entries)
         write_json(self.store / "report.json", {"inputs": self.inputs, "sources": report})
-        vocab_size = vocabulary_size(load_tokenizer(self.store / "tokenizer"))
+        tokenizer = load_tokenizer(self.store / "tokenizer")
+        vocab_size = vocabulary_size(tokenizer)
+        separators = document_tokens(self.store / "tokenizer", tokenizer)._asdict()
         for source in self.recipe.sources:
             target, scratch = self.store / "tokens" / source, self.work / "tokens" / source
             if shards_are_current(target, self.inputs):  # an earlier run published them
@@ -274,7 +286,8 @@ class Publish(PipelineStep):
                     f"{scratch / name} is missing or truncated; delete {self.work} and run the "
                     "same command again"
                 )
-            manifest.write(scratch, {**content, "report": report[source]})
+            content |= {"document_tokens": separators, "report": report[source]}
+            manifest.write(scratch, content)
             target.parent.mkdir(exist_ok=True)
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
@@ -316,13 +329,14 @@ def _write_index(recipe: Recipe, folder: Path, cache: Path) -> None:
     """Build the index of the test sets if it is missing; workers memory-map it."""
     if folder.is_dir():
         return
-    sets = {name: test_sets.load_test_set(name, cache) for name in recipe.decontaminate.test_sets}
+    sets = test_sets.load_test_sets(recipe.decontaminate.test_sets, cache)
     decontamination.build_index(sets, decontamination.Settings()).save(folder)
 
 
 def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
     """Return everything that determines the shards, as JSON values."""
-    inputs = {
+    folder = Path(recipe.store) / "tokenizer"
+    inputs: dict[str, Any] = {
         "version": VERSION,
         "order": list(recipe.sources),  # decides which duplicate stays and which task reads a part
         "documents": _hashes(parts),
@@ -333,9 +347,13 @@ def _inputs(recipe: Recipe, parts: list[Part]) -> dict:
             "sets": {name: test_sets.fingerprint(name) for name in recipe.decontaminate.test_sets},
             "settings": asdict(decontamination.Settings()),
         },
-        "tokenizer": manifest.file_hash(Path(recipe.store) / "tokenizer" / "tokenizer.json"),
+        "tokenizer": manifest.file_hash(folder / "tokenizer.json"),
         "val_fraction": recipe.val_fraction,
     }
+    tokenizer = load_tokenizer(folder)
+    separators = document_tokens(folder, tokenizer)
+    if separators != (tokenizer.token_to_id(BOS), None):  # so that older stores stay current
+        inputs["document_tokens"] = separators._asdict()
     return json.loads(json.dumps(inputs))
 
 

@@ -117,15 +117,18 @@ class ExecutorConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """The BPE tokenizer to train, or a public vocabulary to use."""
+    """The BPE tokenizer to train, or a public vocabulary or a model's tokenizer to use."""
 
     # includes the special tokens and the 256 bytes
     vocab_size: Annotated[int, at_least(1, below=2**31)] = 32_000
     sample_megabytes: PositiveInt = 1_000  # training text, in equal shares from the sources
     public: str | None = None  # gpt2, cl100k_base or o200k_base: use it unchanged, train none
+    folder: str | None = None  # model folder whose tokenizer to use unchanged, train none
 
     def __post_init__(self) -> None:
         check_fields(self, "tokenizer")
+        if self.public and self.folder:
+            raise ValueError("tokenizer.public and tokenizer.folder exclude each other; give one")
 
 
 @dataclass(frozen=True)

@@ -444,7 +444,9 @@ class WriteShards(PipelineStep):
         folder = self.folder / part.source
         folder.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(self.tokenizer)
-        bos = np.array([encoder.bos])
+        first, last = encoder.documents
+        begin = np.array([first])
+        end = begin[:0] if last is None else np.array([last])
         dtype = token_dtype(encoder.vocab_size)
         shards: dict[str, ShardFile] = {}
         for batch in batches(data):
@@ -454,7 +456,7 @@ class WriteShards(PipelineStep):
                 split = self.split.of(document.id)
                 if split not in shards:
                     shards[split] = ShardFile(folder, f"{split}-{part.number:05d}", dtype)
-                shards[split].add(np.concatenate([bos, ids]).astype(dtype))
+                shards[split].add(np.concatenate([begin, ids, end]).astype(dtype))
         entries = {split: shard.close() for split, shard in shards.items()}
         write_json(
             self.folder.with_name("entries") / f"{rank:05d}.json",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
+from data.manifest import read_json
 from data.tokenizers.tiktoken_export import (
     SETTINGS,
     byte_level,
@@ -26,6 +27,10 @@ from files import parse_object, write_json
 BOS = "<|endoftext|>"  # begins every document and so ends the previous one
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (BOS, PAD)
+END_OF_TEXT = (BOS, "<|end_of_text|>", "</s>")  # names of a token that ends documents
+TURN_MARKERS = (  # of chat formats; a chat model's config may name one as bos or eos
+    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>"),
+)
 MAX_TOKEN_LENGTH = 16  # bytes; llama-cpp-python drops tokens of more than 32
 BLANK = 250_000  # characters; tiktoken's regex engine fails at 1,000,000 of white space in a row
 LONGEST = 2_000_000  # characters; tokenizers' engine fails at 5,000,000
@@ -34,6 +39,8 @@ MAX_PIECE = 1_000  # characters of a word in training; BPE training is quadratic
 LONG_PIECES = re.compile(
     rf"[^\W\d_]{{{MAX_PIECE},}}|(?:[^\w\s]|_){{{MAX_PIECE},}}|\s{{{MAX_PIECE},}}"
 )
+MARKER = re.compile(r"<\|.*\|>")
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # of SentencePiece's byte fallback
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -46,6 +53,13 @@ class SpecialIds(NamedTuple):
     bos: int
     eos: int  # equals bos: a base model ends a document by beginning the next
     pad: int
+
+
+class DocumentTokens(NamedTuple):
+    """Ids of the tokens around each document of token shards."""
+
+    first: int
+    last: int | None  # None: a document ends where the next begins
 
 
 def train_tokenizer(
@@ -222,6 +236,64 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
     return SpecialIds(bos, bos, pad)
 
 
+def special_names(folder: Path) -> dict[str, str]:
+    """Return the special tokens, such as bos_token, that a folder's config files name."""
+    files = ("special_tokens_map.json", "tokenizer_config.json")  # the latter takes priority
+    texts = {
+        key: text
+        for settings in (read_json(folder / name) for name in files)
+        for key in ("bos_token", "eos_token", "pad_token")
+        if (text := special_text(settings, key))
+    }
+    return texts
+
+
+def document_tokens(folder: Path, tokenizer: Tokenizer) -> DocumentTokens:
+    """Return the tokens that separate documents in text of a folder's tokenizer.
+
+    A document begins with bos and ends with eos, if these differ. A tokenizer without bos has eos
+    as first token and none at the end. Turn markers of chat formats do not separate documents:
+    instead of one, the tokenizer's END_OF_TEXT is used. ValueError if it has none of them.
+    """
+    names = special_names(folder)
+    for key, token in names.items():
+        if tokenizer.token_to_id(token) is None:
+            raise ValueError(
+                f"{folder}: {key} is {token!r}, which tokenizer.json lacks; correct "
+                "tokenizer_config.json"
+            )
+    known = [names.get("eos_token"), *END_OF_TEXT]
+    ids = [tokenizer.token_to_id(token) for token in known if token and token not in TURN_MARKERS]
+    last = next((index for index in ids if index is not None), None)
+    bos = names.get("bos_token")
+    first = tokenizer.token_to_id(bos) if bos and bos not in TURN_MARKERS else last
+    if first is None:
+        raise ValueError(
+            f"the tokenizer of {folder} has no bos or eos token to separate documents; name one in "
+            "its tokenizer_config.json"
+        )
+    return DocumentTokens(first, None if last == first else last)
+
+
+def config_ids(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return ids of bos, eos and pad for config.json; eos is a list if several tokens end text.
+
+    bos is the first token of documents if the folder names none. pad may be None.
+    """
+    names, documents = special_names(folder), document_tokens(folder, tokenizer)
+    bos, eos, pad = (
+        None if (token := names.get(key)) is None else tokenizer.token_to_id(token)
+        for key in ("bos_token", "eos_token", "pad_token")
+    )
+    end = documents.first if documents.last is None else documents.last
+    stops = list(dict.fromkeys([end if eos is None else eos, end]))
+    return {
+        "bos": documents.first if bos is None else bos,
+        "eos": stops if len(stops) > 1 else stops[0],
+        "pad": pad,
+    }
+
+
 def special_text(settings: dict[str, Any], key: str) -> str | None:
     """Return a special token of tokenizer_config.json, given as text, {"content": text} or null."""
     value = settings.get(key)
@@ -244,23 +316,35 @@ def listed_ids(config: dict[str, Any], key: str) -> list[int]:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """Return the text bytes of each token, int64 [vocab]; 0 for special tokens.
+    """Return the text bytes of each token, int64 [vocab]; 0 for special tokens and markers.
 
-    With them bits per byte are exact.
+    With them bits per byte are exact, for byte-level and SentencePiece vocabularies. The space that
+    some of the latter put before a text counts as a byte of it.
     """
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
-    special = set(tokenizer.get_added_tokens_decoder())
+    added = tokenizer.get_added_tokens_decoder()
+    content = parse_object(tokenizer.to_str())
+    steps = content["decoder"] or {}
+    is_byte_level = "ByteLevel" in [step["type"] for step in (steps, *steps.get("decoders", ()))]
     for token, index in tokenizer.get_vocab().items():
-        # The byte-level alphabet has one character per byte
-        lengths[index] = 0 if index in special else len(token)
+        if index in added:
+            is_text = not added[index].special and not MARKER.fullmatch(token)
+            lengths[index] = len(token.encode()) if is_text else 0
+        elif is_byte_level:
+            lengths[index] = len(token)  # the byte-level alphabet has one character per byte
+        elif content["model"].get("byte_fallback") and BYTE_TOKEN.fullmatch(token):
+            lengths[index] = 1
+        else:
+            lengths[index] = len(token.replace("\u2581", " ").encode())
     return lengths
 
 
 class Encoder:
     """Encode texts with tiktoken if the folder has its export, else with tokenizers; same ids.
 
-    Special tokens in texts are encoded as plain text. tiktoken runs in the calling thread;
-    tokenizers uses all cores unless TOKENIZERS_PARALLELISM=false. Can be pickled.
+    Special tokens in texts are encoded as plain text. `documents` are the tokens that separate
+    documents. tiktoken runs in the calling thread; tokenizers uses all cores unless
+    TOKENIZERS_PARALLELISM=false. Can be pickled.
     """
 
     def __init__(self, folder: str | Path):
@@ -268,12 +352,14 @@ class Encoder:
         self.folder = Path(folder)
         self.tokenizer = load_tokenizer(folder)
         self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()  # which a folder may have saved
+        self.tokenizer.no_padding()
         self.tiktoken = load_tiktoken(folder) if (self.folder / SETTINGS).is_file() else None
-        self.bos: int = special_ids(self.tokenizer).bos
+        self.documents = document_tokens(self.folder, self.tokenizer)
         self.vocab_size: int = vocabulary_size(self.tokenizer)
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Return the token ids of each text, uint32, without bos."""
+        """Return the token ids of each text, uint32, without special tokens."""
         if self.tiktoken is None:
             return self._by_tokenizers(texts)
         by_tiktoken = self.tiktoken.encode_to_numpy
@@ -287,7 +373,7 @@ class Encoder:
     def _by_tokenizers(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces = [_cut(text) for text in texts]
         flat = [piece for text_pieces in pieces for piece in text_pieces]
-        encodings = iter(self.tokenizer.encode_batch_fast(flat))
+        encodings = iter(self.tokenizer.encode_batch_fast(flat, add_special_tokens=False))
         return [
             np.concatenate([np.array(next(encodings).ids, dtype=np.uint32) for _ in text_pieces])
             for text_pieces in pieces
