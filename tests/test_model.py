@@ -111,7 +111,7 @@ def test_what_has_no_counterpart_is_refused():
     scaled = {
         "model_type": "llama",
         "num_attention_heads": 4,
-        "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+        "rope_scaling": {"rope_type": "longrope", "factor": 8.0},
     }
     with pytest.raises(ValueError, match="rope_type"):
         from_hf_config(scaled)

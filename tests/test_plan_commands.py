@@ -85,7 +85,8 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
         mine = any(part.startswith("my_") for part in Path(str(value)).parts)
         if str(value).endswith((".yaml", ".py")) and not mine:
             assert Path(str(value)).is_file(), f"{command}: there is no {value}"
-    if "scripts.run_evals" in words:
+    suite = str(vars(namespaces[0]).get("suite", ""))
+    if "scripts.run_evals" in words and not Path(suite).name.startswith("my_"):
         for name, flags in open_suite(namespaces[0].suite)[0].evals.items():
             parse_suite(name, flags, namespaces[0], None)
     return namespaces[0]

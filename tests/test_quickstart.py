@@ -67,7 +67,7 @@ def quickstart(tmp_path_factory):
         if "download_data" in command:
             plan["before"][title] += " --max_tokens 3e5"  # of each source
         if "generate_chat_data" in command:
-            plan["before"][title] += " --counts math=150 tools=100 factbook=150 pairs=150"
+            plan["before"][title] += " --counts conversations=300 pairs=150"
     for title, command in plan["after"].items():
         if "scripts.chat" in command:
             plan["after"][title] = command.replace("tokens 60", "tokens 20")

@@ -167,6 +167,7 @@ def made(kind: type, **values):
             "type": "yarn",
             "factor": 1.0,
             "original_max_position_embeddings": 1,
+            "share": 0.5,
         }.get(field.name, "x")
         for field in dataclasses.fields(kind)
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

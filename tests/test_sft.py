@@ -461,7 +461,10 @@ def test_rates_after_warm_up_equal_transformers(kind, steps, warmup):
         ),
         (["data.sequence_length=2048", "data.tokens_per_step=4096"], "exceeds the model's context"),
         (["chat.sources.rows.format=chatml"], "unknown conversation format 'chatml'"),
-        (["chat.sources.rows.path=nowhere.jsonl"], "no .parquet"),
+        (
+            ["chat.sources.rows.path=nowhere.jsonl"],
+            "no file of type .jsonl, .*found at nowhere.jsonl; check the path",
+        ),
     ],
 )
 def test_mistakes_end_in_one_sentence(settings, tmp_path, more, message):

@@ -484,6 +484,8 @@ def test_cores_are_those_of_the_affinity_and_the_cgroup(tmp_path, monkeypatch):
 
 def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
     from training.planning.pipeline import Pipeline
+    from training.planning.plan import Plan, PlanPhase
+    from training.planning.progress import Progress
 
     class Told:
         stopped = 0
@@ -493,7 +495,8 @@ def test_threads_that_the_user_set_are_not_overridden(tmp_path, monkeypatch):
             return 0
 
     pipeline = Pipeline.__new__(Pipeline)
-    pipeline.number, pipeline.supervisor = 0, Told()
+    pipeline.progress = Progress(Plan("x", (PlanPhase("configs/test_mode.yaml"),)), [])
+    pipeline.supervisor = Told()
     pipeline.environment = os.environ
     for threads, expected in (("7", "7"), (None, str(machine.cpus()))):
         monkeypatch.setenv("OMP_NUM_THREADS", threads) if threads else monkeypatch.delenv(
