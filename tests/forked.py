@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import resource_tracker
@@ -200,6 +201,8 @@ def run_python(argv: list[str], environment: dict[str, str]) -> None:
                 )
         os.environ.clear()
         os.environ.update(environment)
+        for inherited in weakref.finalize._registry.values():  # type: ignore[attr-defined]
+            inherited.atexit = False  # else temporary folders of the parent are deleted
         _name_frozen_frames()
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False, buffering=1)  # noqa: SIM115

@@ -92,7 +92,7 @@ def run(place):
 
 def test_every_stage_says_what_it_does(quickstart):
     _, output = quickstart
-    assert [int(n) for n in re.findall(r"^\[(\d+)\] ", output, flags=re.M)] == list(range(1, 25))
+    assert [int(n) for n in re.findall(r"^\[(\d+)/24\] ", output, flags=re.M)] == list(range(1, 25))
     begins = (
         "starts from scratch",
         "begins at step 4, after base",
