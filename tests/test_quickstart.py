@@ -145,7 +145,7 @@ def test_what_it_leaves(quickstart):
     assert [gate["outcome"] for gate in results["training"]["gates"]] == ["go"] * 4
     assert (
         set(results["stages"]) == {"step_7", "step_9", "sft", "dpo"}
-        and "chat.acc" in results["stages"]["sft"]
+        and "chat.acc" in results["stages"]["sft"]["metrics"]
     )
     assert (
         results["contamination"]["sets"]["arc"]["items"] == TEST_ITEMS["arc"]
