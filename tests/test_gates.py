@@ -188,9 +188,9 @@ def test_forgetting_is_gated_after_every_stage(name, monkeypatch):
 
 
 def test_figures_of_a_measured_quickstart_run_stop_nothing(monkeypatch):
-    """DPO lost on both gated metrics, within the standard error (2 CPU cores, 2026-11-29).
+    """DPO lost on pairs, within the standard error (2 CPU cores, 2026-11-30, Python 3.11.7).
 
-    Python 3.11.7.
+    Its figures are of a run whose SFT had 400 steps.
     """
     monkeypatch.chdir(ROOT)
 
@@ -206,23 +206,24 @@ def test_figures_of_a_measured_quickstart_run_stop_nothing(monkeypatch):
 
     before = Measured(
         "gold",
-        "at step 260",
-        figures(2.719, (0.006, 0.006, 160), (0.5, 0.04, 200), (0.208, 0.085, 24)),
+        "at step 400",
+        figures(2.135, (0.0, 0.0, 160), (0.5, 0.04, 200), (0.208, 0.085, 24)),
     )
+    tuned = figures(2.193, (0.892, 0.02, 250), (0.98, 0.01, 200), (0.167, 0.078, 24))
     sft = Measured(
         "sft",
         "after sft",
-        figures(3.627, (0.188, 0.031, 160), (0.605, 0.035, 200), (0.25, 0.09, 24)),
+        figures(2.321, (0.762, 0.034, 160), (0.98, 0.01, 200), (0.167, 0.078, 24)),
     )
-    dpo = figures(3.654, (0.163, 0.029, 160), (0.565, 0.035, 200), (0.25, 0.09, 24))
+    dpo = figures(2.320, (0.769, 0.033, 160), (0.97, 0.012, 200), (0.167, 0.078, 24))
     stages = {
         stage.name: stage.gates for stage in load_plan(Path("configs/quickstart/plan.yaml")).stages
     }
-    assert {judge(gate, sft.metrics, before).outcome for gate in stages["sft"]} == {"go"}
+    assert {judge(gate, tuned, before).outcome for gate in stages["sft"]} == {"go"}
     outcomes = {
         f"{gate.metric} {gate.against}": judge(gate, dpo, sft).outcome for gate in stages["dpo"]
     }
-    lost = {"chat.acc before", "pairs.preferred before"}
+    lost = {"pairs.preferred before"}
     assert {name for name, outcome in outcomes.items() if outcome == "caution"} == lost
     assert "no-go" not in outcomes.values()
     collapsed = figures(4.4, (0.05, 0.017, 160), (0.4, 0.035, 200), (0.25, 0.09, 24))
