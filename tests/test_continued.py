@@ -127,6 +127,7 @@ def arguments(base: Path, store: Path, *more: str, steps: int = 4) -> list[str]:
         *("--config", str(CONTINUE), "--init_from", str(base), "--steps", str(steps)),
         *(f"data.store={store}", "data.sequence_length=64", "data.tokens_per_step=128"),
         *("optim.lr=2e-3", "parallel.dtype=float32", "checkpoint.every=2"),
+        "data.micro_batch_size=1",
         *(f"output_dir={base.parent / 'out'}", f"log_dir={base.parent / 'logs'}", *more),
     ]
 
