@@ -21,11 +21,17 @@ from torch import nn
 from data.chat.pair_batches import PairBatch, PairLoader, Pairs, ValidationPairs
 from data.chat.preferences import PreferenceConfig, describe, prepare
 from data.chat.rendering import TRAINING_TEMPLATE
-from data.chat.replay import PairReplayConfig, mixture, open_replay, replay_validation
+from data.chat.replay import (
+    PairReplayConfig,
+    add_shares,
+    mixture,
+    open_replay,
+    replay_validation,
+)
 from data.dataloader import Batch, Prefetcher
 from data.manifest import file_hash
 from data.tokenizers.bpe import token_bytes
-from evals.eval_perplexity import perplexity
+from evals.eval_perplexity import replay_figures
 from ranges import PositiveInt, check_fields
 from training import setup
 from training.config import DataConfig
@@ -144,21 +150,14 @@ def align(
         )
     run = replace(run.with_schedule(), data=replace(data, micro_batch_size=2 * size))
     objective, loader = preference(run.dpo), Prefetcher(pairs, device)
-    token_sizes = torch.zeros(run.model.vocab_size, dtype=torch.int64)  # bytes
-    sizes = torch.from_numpy(token_bytes(chat.tokenizer))
-    token_sizes[: len(sizes)] = sizes
+    token_sizes = torch.from_numpy(token_bytes(chat.tokenizer, run.model.vocab_size))
 
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
         results = evaluate_pairs(model, objective, sources, setup.all_reduce_sum) if sources else {}
         if text_batches:
-            of_text = perplexity(model, text_batches, token_sizes, setup.all_reduce_sum)
-            results["replay"] = of_text.pop("all")
-            results |= of_text
+            results |= replay_figures(model, text_batches, token_sizes, setup.all_reduce_sum)
         if run.replay and (end := loader.position):
-            shares = pairs.shares(max(0, end - run.validation.every), end)
-            shares["replay"] = sum(v for name, v in shares.items() if name not in train)
-            for name, share in shares.items():
-                results.setdefault(name, {})["trained_share"] = share
+            add_shares(results, pairs.shares(max(0, end - run.validation.every), end), text)
         return results
 
     lines += [

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.chat.replay import ReplayConfig, mixture, open_replay, replay_validation
+from data.chat.replay import ReplayConfig, add_shares, mixture, open_replay, replay_validation
 from data.chat.sft import ChatConfig, Conversations, describe, prepare
 from data.dataloader import Batch, PackedDataLoader, Prefetcher, row_batches
 from data.tokenizers.bpe import token_bytes
-from evals.eval_perplexity import perplexity
+from evals.eval_perplexity import perplexity, replay_figures
 from evals.samples import check_samples, write_samples
 from models.nanollama import NanoLlama
 from training import setup
@@ -78,24 +78,15 @@ def finetune(
             run.replay, folder, length, batch_size, rows, rank, world
         )
         lines += [f"replayed text is {run.replay.share:.1%} of the trained tokens", *text_lines]
-    token_sizes = torch.zeros(run.model.vocab_size, dtype=torch.int64)  # bytes; 0 for padding rows
-    sizes = torch.from_numpy(token_bytes(chat.tokenizer))
-    token_sizes[: len(sizes)] = sizes
+    token_sizes = torch.from_numpy(token_bytes(chat.tokenizer, run.model.vocab_size))
 
     def evaluate(model: nn.Module) -> dict[str, dict[str, float]]:
         assert isinstance(model, NanoLlama)
         results = perplexity(model, batches, token_sizes, setup.all_reduce_sum) if batches else {}
         if text_batches:  # apart, so that the loss over all sources is that of the conversations
-            of_text = perplexity(model, text_batches, token_sizes, setup.all_reduce_sum)
-            results["replay"] = of_text.pop("all")
-            results |= of_text
+            results |= replay_figures(model, text_batches, token_sizes, setup.all_reduce_sum)
         if end := loader.position:
-            begin = max(0, end - run.validation.every)
-            shares = packed.shares(begin, end)
-            if text:
-                shares["replay"] = sum(shares[name] for name in text)
-            for name, share in shares.items():
-                results.setdefault(name, {})["trained_share"] = share
+            add_shares(results, packed.shares(max(0, end - run.validation.every), end), text)
         if run.chat.samples:
             weights, title = full_state_dict(model), f"{run.phase}, batch {end}"
             if rank == 0:

@@ -53,8 +53,7 @@ def open_tokenizer(store: str | Path, vocab_size: int, padded: bool = False) -> 
             f"the tokenizer of {store} has {size} tokens but "
             f"model.vocab_size={vocab_size}; make them equal{hint}"
         )
-    lengths = np.zeros(vocab_size, dtype=np.int64)
-    lengths[:size] = token_bytes(tokenizer)
+    lengths = token_bytes(tokenizer, vocab_size)
     return StoreTokenizer(folder, config_ids(folder, tokenizer), lengths)
 
 

@@ -76,6 +76,17 @@ def perplexity(
     return {**results, "all": _figures(*everything.tolist())}
 
 
+def replay_figures(
+    model: nn.Module,
+    sources: Mapping[str, Iterable[Batch]],
+    token_bytes: Tensor,
+    all_reduce_sum: Callable[[Tensor], Tensor],
+) -> dict[str, dict[str, float]]:
+    """Perplexity of pretraining text in SFT or DPO; its total is "replay", not "all"."""
+    figures = perplexity(model, sources, token_bytes, all_reduce_sum)
+    return {"replay": figures.pop("all"), **figures}
+
+
 def _figures(nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
     loss = nats / tokens
     perplexity = math.exp(loss) if loss < 700 else math.inf

@@ -2,16 +2,13 @@
 
 import http.client
 import json
-import signal
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import forked
 import pytest
 from scripted import CALL, CALLS, THINKS, scripted_model
+from test_server import serving
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, pipeline
 
@@ -219,20 +216,11 @@ def test_a_session_and_the_demo_record_openais_messages(calling, thinking):
 
 @pytest.fixture(scope="module")
 def served(calling) -> Iterator[int]:
-    pytest.importorskip("xllamacpp", reason="the server is xllamacpp's")
     file = calling / "some-file.gguf"
     vocabulary = read_vocabulary(calling, read_hf_config(calling).vocab_size)
     write_gguf(calling, {"f32": file}, vocabulary.put, "scripted-tiny", say=lambda line: None)
-    command = [sys.executable, "-m", "scripts.chat", "--model", str(file), "--serve", "0"]
-    server = forked.Process(command)
-    try:
-        while "/v1" not in server.stdout() and server.poll() is None:
-            time.sleep(0.05)
-        assert "/v1" in server.stdout(), server.stderr()
-        yield int(server.stdout().split("/v1")[0].rsplit(":", 1)[1])
-    finally:
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=30) == 0
+    with serving(file) as port:
+        yield port
 
 
 def ask(port: int, path: str, body: Any = None) -> str:

@@ -6,7 +6,7 @@ In DPO, the text has a loss of its own, as in InstructGPT (arXiv:2203.02155, sec
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -142,6 +142,19 @@ def open_replay(replay: ReplayConfig, split: str, tokenizer: Path) -> dict[str, 
     vocabulary = vocabulary_size(load_tokenizer(folder))
     shards = open_shards(replay.store, replay.mix, split, vocabulary, section="replay.mix")
     return {PREFIX + name: source for name, source in shards.items()}
+
+
+def add_shares(
+    results: dict[str, dict[str, float]], shares: dict[str, float], text: Collection[str]
+) -> None:
+    """Add "trained_share" to the results of each source, and of all text under "replay".
+
+    shares: of the trained tokens. text: names of the replayed sources.
+    """
+    if text:
+        shares = {**shares, "replay": sum(shares[name] for name in text)}
+    for name, share in shares.items():
+        results.setdefault(name, {})["trained_share"] = share
 
 
 def replay_validation(

@@ -60,16 +60,14 @@ class Vocabulary(NamedTuple):
 
 def source_texts(store: Path, source: str) -> Iterator[tuple[str, str]]:
     """Yield the ids and texts of a source's documents."""
-    import pyarrow.parquet as pq
+    from data.pipeline.steps import read_documents  # slow: datatrove
 
     folder = store / "documents" / source
     record = manifest.read(folder)
     assert record is not None
     for part in record["parts"]:
-        with pq.ParquetFile(folder / part["name"]) as file:
-            for batch in file.iter_batches(batch_size=16):
-                for row in batch.to_pylist():
-                    yield row["id"], row["text"]
+        for document in read_documents(folder / part["name"]):
+            yield document.id, document.text
 
 
 def source_size(documents: Iterable[tuple[str, str]]) -> SourceSize:

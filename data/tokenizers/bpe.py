@@ -315,13 +315,14 @@ def listed_ids(config: dict[str, Any], key: str) -> list[int]:
     return ids
 
 
-def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+def token_bytes(tokenizer: Tokenizer, rows: int | None = None) -> np.ndarray:
     """Return the text bytes of each token, int64 [vocab]; 0 for special tokens and markers.
 
+    rows: of the model's embedding, at least the vocabulary; rows without a token have 0 bytes.
     With them bits per byte are exact, for byte-level and SentencePiece vocabularies. The space that
     some of the latter put before a text counts as a byte of it.
     """
-    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
+    lengths = np.zeros(rows or vocabulary_size(tokenizer), dtype=np.int64)
     added = tokenizer.get_added_tokens_decoder()
     content = parse_object(tokenizer.to_str())
     steps = content["decoder"] or {}
