@@ -1,5 +1,6 @@
-"""Writes sample replies of a model in training to a Markdown file."""
+"""Writes sample replies of a model in training to a Markdown and a .jsonl file."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,19 +47,25 @@ def write_samples(
     prompts: Sequence[str],
     device: torch.device,
 ) -> None:
-    """Append replies of unsharded weights to a Markdown file; a failed write is only a warning."""
+    """Append replies of unsharded weights to a Markdown file, and to a .jsonl file beside it.
+
+    A failed write is only a warning.
+    """
     model = NanoLlama(config)
     model.load_state_dict(weights)
     for parameter in model.parameters() if device.type == "cuda" else ():
         parameter.data = parameter.data.to(torch.bfloat16)  # keeps the rotary tables in fp32
     model.to(device).eval()
-    lines = [f"## {title}", ""]
+    lines, rows = [f"## {title}", ""], ""
     for prompt, reply in zip(prompts, sample_replies(model, chat, prompts), strict=True):
         lines += [f"> {prompt}", "", f"```\n{reply}\n```", ""]
+        rows += json.dumps({"title": title, "prompt": prompt, "reply": reply}) + "\n"
+    texts = {path: "\n".join(lines) + "\n", path.with_suffix(".jsonl"): rows}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+        for file_path, text in texts.items():
+            with open(file_path, "a", encoding="utf-8") as file:
+                file.write(text)
     except OSError as error:  # a failed sample must not stop training
         print(
             f"warning: {path} cannot be written ({error.strerror}); samples of {title} are lost",

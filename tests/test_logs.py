@@ -1,4 +1,4 @@
-"""Logs of a run: metrics, events, heartbeat, W&B, TensorBoard, alerts, comparisons of runs."""
+"""Logs of a run: metrics, events, heartbeat, alerts, comparisons of runs."""
 
 import json
 import math
@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import forked
 import pytest
 import yaml
 from conftest import ROOT
+from sinks import FakeWandb
 
 from evals.report.runs import open_runs, table
 from files import read_lines
@@ -164,89 +164,11 @@ def test_an_exception_in_training_is_an_event_and_ends_the_heartbeat(tmp_path):
     assert not (tmp_path / "mistake").exists()
 
 
-# sinks
-
-
-class FakeWandb(types.ModuleType):
-    def __init__(self):
-        super().__init__("wandb")
-        self.calls = []
-        self.run = types.SimpleNamespace(
-            url="https://wandb.example/r",
-            define_metric=lambda name, step_metric: None,
-            log=lambda values: self.calls.append((values["step"], values["loss"])),
-            alert=lambda title, text: self.calls.append((title, text)),
-            finish=lambda exit_code: self.calls.append(("finish", exit_code)),
-        )
-
-    def init(self, **options):
-        self.calls.append(options)
-        return self.run
-
-
 @pytest.fixture
 def wandb(monkeypatch) -> FakeWandb:
     module = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", module)
     return module
-
-
-def test_wandb_gets_the_config_the_points_and_the_end(tmp_path, wandb):
-    config = LogConfig(every=2, wandb_project="proj")
-    for start in (0, 4):
-        with Log(tmp_path, config, True, {"run": "name", "steps": 4}) as log:
-            log.open(start, start + 4, "p")
-            for step in range(start + 1, start + 5):
-                log.metrics(row(step, loss=float(step)))
-            log.close()  # a second close has no effect
-    init, *rest = wandb.calls[:4]
-    assert (
-        init["project"] == "proj"
-        and init["name"] == init["group"] == "name"
-        and init["config"]["steps"] == 4
-    )
-    assert rest == [(2, 2.0), (4, 4.0), ("finish", 0)] and wandb.calls.count(("finish", 0)) == 2
-    assert (tmp_path / "wandb_run_urls.txt").read_text() == "https://wandb.example/r\n" * 2
-    with pytest.raises(RuntimeError), Log(tmp_path, config, True, {}) as log:
-        log.open(8, 9, "p")
-        raise RuntimeError
-    assert wandb.calls[-1] == ("finish", 1)
-    del wandb.calls[:]
-    with Log(tmp_path, config, True, {}):
-        pass  # restarting a finished run trains nothing
-    assert wandb.calls == []
-
-
-def test_a_sink_that_is_not_installed_is_a_sentence(tmp_path, monkeypatch):
-    for name, config in (
-        ("wandb", LogConfig(wandb_project="p")),
-        ("tensorboard", LogConfig(tensorboard=True)),
-    ):
-        monkeypatch.setitem(sys.modules, name, None)
-        monkeypatch.setitem(sys.modules, f"torch.utils.{name}", None)
-        with pytest.raises(ValueError, match=f"{name} is not installed; run pip install {name}"):
-            Log(tmp_path, config, True, {})
-
-
-def test_tensorboard_shows_one_curve_over_a_resume(tmp_path):
-    accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="needs tensorboard"
-    )
-    for start, loss in ((0, 1.0), (2, 5.0)):
-        with Log(tmp_path, LogConfig(every=1, tensorboard=True), True, {}) as log:
-            log.open(start, 4, "p")
-            for step in range(start + 1, start + 4):
-                log.metrics(row(step, loss=loss))
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert {"loss", "lr", "grad_norm", "tokens_per_s"} <= set(events.Tags()["scalars"])
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [
-        (1, 1.0),
-        (2, 1.0),
-        (3, 5.0),
-        (4, 5.0),
-        (5, 5.0),
-    ]
 
 
 # alerts
@@ -421,7 +343,7 @@ def test_wandb_raises_the_alert_of_its_run(tmp_path, wandb):
     with Log(tmp_path, config, True, {"run": "r"}) as log:
         log.open(0, 9, "p")
         log.event("skipped", "why", step=2)
-    assert [call[0] for call in wandb.calls[1:]] == ["r: skipped at step 2", "finish"]
+    assert wandb.alerts == ["r: skipped at step 2"] and wandb.ended == [0]
 
 
 def test_alerts_are_settings_and_secrets_are_not(tmp_path, capfd):

@@ -3,13 +3,13 @@
 import json
 import re
 import sys
-import types
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from sinks import FakeTensorboard, FakeWandb
 from test_plan import SMALL, measure, saved_bytes, small_run
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -284,22 +284,15 @@ def test_an_expert_that_starves_is_named_once(tmp_path, capsys):
 
 
 def test_sinks_get_numbers_and_the_log_gets_the_lists(tmp_path, monkeypatch):
-    sent, drawn = [], []
-    run = types.SimpleNamespace(
-        url="u", define_metric=lambda *_, **__: None, log=sent.append, finish=lambda **_: None
-    )
-    monkeypatch.setitem(
-        sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run, __spec__=None)
-    )
-    with Log(tmp_path, LogConfig(every=1, wandb_project="p"), True, {}) as log:
+    wandb, board = FakeWandb(), FakeTensorboard()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    with Log(tmp_path, LogConfig(every=1, wandb_project="p", tensorboard=True), True, {}) as log:
         log.open(0, 9, "p")
-        log.board = types.SimpleNamespace(
-            add_scalar=lambda name, value, step: drawn.append((name, value)), close=lambda: None
-        )
         log.metrics(a_row(1, [[0.5, 1.5], [0.2, 1.8]]))
-    assert "expert_load" not in sent[0] and not any(isinstance(v, list) for v in sent[0].values())
-    for pair in (("expert_load/min", 0.2), ("expert_load/max", 1.8)):
-        assert pair in sent[0].items() and pair in drawn
+    for name, value in (("experts/load_min", 0.2), ("experts/load_max", 1.8)):
+        assert wandb.series(name) == board.scalars[name] == [(1, value)]
+    assert not any("expert_load" in name for name in wandb.points[0])
     [row] = read_lines(tmp_path / "metrics.jsonl")
     assert row["expert_load"] == [[0.5, 1.5], [0.2, 1.8]]
 

@@ -18,8 +18,10 @@ import forked
 import pytest
 import yaml
 from conftest import ROOT, read_metrics
+from sinks import FakeWandb
 
 import train
+from files import write_json
 from scripts import pipeline
 from training import run_folder
 from training.logger import Log
@@ -256,6 +258,24 @@ def test_a_plan_pauses_decides_and_ends_as_if_it_had_not(plan, run):
     (plan / "plan.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     run()
     assert losses(plan) == paused
+
+
+def test_evaluations_and_gates_reach_the_wandb_runs_of_the_log_folders(plan, run, monkeypatch):
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder, id in (("logs/tiny", "phases"), ("logs/tiny/tuned", "stage")):
+        names = {"id": id, "project": "p", "name": id, "group": "tiny", "owner": None}
+        write_json(plan / folder / "wandb.json", names)  # as a training with log.wandb_project
+    run(AT_1="15")
+    assert [options["id"] for options in wandb.inits] == ["phases"] * 3 + ["stage"]
+    assert wandb.series("eval/all/perplexity") == [(2, 10.0), (4, 10.0), (8, 10.0), (1, 15.0)]
+    tables = wandb.series("gates/decisions")
+    assert [len(table.data) for _, table in tables] == [1, 2, 3, 4]
+    where, metric, value, go, no_go, _, verdict, decision = tables[-1][1].data[-1]
+    assert (where, metric, value, go, no_go) == ("after tuned", "all.perplexity", 15.0, 12, 20)
+    assert verdict == decision == "caution"
+    run()  # nothing is decided again
+    assert len(wandb.inits) == 4 and wandb.ended == [0] * 4
 
 
 def test_a_no_go_stops_until_it_is_accepted_with_a_reason(plan, run):

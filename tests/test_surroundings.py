@@ -411,13 +411,21 @@ def test_a_wandb_that_cannot_be_used_is_a_sentence_before_the_model(
     """A fake wandb answers as wandb 0.31 without a key; train.py calls it before building."""
     package = tmp_path / "fake" / "wandb"
     package.mkdir(parents=True)
-    refuses = (
-        "def login():\n    raise RuntimeError('No API key configured. Use `wandb login` "
-        "to log in.')\n"
+    common = (
+        "from types import SimpleNamespace\n"
+        "def Settings(silent=False):\n    return SimpleNamespace(mode='online')\n"
+        "def setup(settings=None):\n    return SimpleNamespace(settings=Settings())\n"
+        "def termsetup(settings, logger):\n    pass\n"
+        "def login(prompt=True):\n"
     )
-    (package / "__init__.py").write_text(refuses, encoding="utf-8")
+    refuses = (
+        "    if prompt:\n        raise RuntimeError('No API key configured. Use `wandb login` "
+        "to log in.')\n    return False\n"
+    )
+    (package / "__init__.py").write_text(common + refuses, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path / "fake"))
-    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(setup, "build", lambda *_, **__: pytest.fail("the model was built"))
     message = complaint(capfd, monkeypatch, settings("log.wandb_project=x"))
     assert (
@@ -425,13 +433,11 @@ def test_a_wandb_that_cannot_be_used_is_a_sentence_before_the_model(
         and "set WANDB_API_KEY, or set WANDB_MODE=offline" in message
     )
     assert not (tmp_path / "checkpoints").exists()
-    (package / "__init__.py").write_text(
-        "def login():\n    return False  # offline\n", encoding="utf-8"
-    )
-    for name in [name for name in sys.modules if name.split(".")[0] == "wandb"]:
-        monkeypatch.delitem(sys.modules, name)
+    (package / "__init__.py").write_text(common + "    return True\n", encoding="utf-8")
+    del sys.modules["wandb"]  # the fake one, here and below
     log_in(LogConfig(wandb_project="x"))
     log_in(LogConfig())
+    del sys.modules["wandb"]
 
 
 @pytest.mark.skipif(

@@ -21,9 +21,12 @@ from tqdm import tqdm
 
 from files import read_lines, write_text
 from ranges import PositiveInt, check_fields
+from training import trackers
+from training.console import StepTimes, metrics_text
 from training.ops.alerts import AlertConfig, Alerts
 
 MARKDOWN = "training_log.md"
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"  # with times of our own
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class LogConfig:
     # Steps between console lines (without a terminal), and points in W&B and TensorBoard.
     every: PositiveInt = 10
     wandb_project: str | None = None  # Weights & Biases; WANDB_MODE=offline keeps metrics local
-    wandb_run_name: str | None = None
+    wandb_run_name: str | None = None  # name of the W&B run; default: the run's
     tensorboard: bool = False  # write logs/<run>/tensorboard
     alerts: AlertConfig = field(default_factory=AlertConfig)
 
@@ -51,7 +54,8 @@ class Log:
     """The log of a run in `folder`. On ranks other than 0, methods do nothing.
 
     `with log:` closes it after training and records a "failed" event for an exception. W&B and
-    TensorBoard start in open(). secrets: environment variables that config.alerts names.
+    TensorBoard (training/trackers.py) start in open(). run: the settings. secrets: environment
+    variables that config.alerts names.
 
     After open(), a full disk or a removed or read-only folder does not end training: rows and
     events stay in memory, and each later write tries again.
@@ -71,30 +75,14 @@ class Log:
         self.file: JsonlFile | None = None
         self.waiting: list[tuple[str, str]] = []  # (file name, line) of unwritten events
         self.broken = False  # the last write to the folder failed
-        self.wandb: Any = None
-        self.board: Any = None
+        self.times: StepTimes | None = None
+        self.measured: dict[str, Any] = {}  # metrics of a model before its first step
         self.status, self.beaten = "running", -math.inf
         if is_rank0:
             self.alerts = open_alerts(folder, config.alerts, secrets or {})
-            self._import_sinks()
-
-    def _import_sinks(self) -> None:
-        """ValueError if W&B or TensorBoard is configured but not installed."""
-        if self.config.wandb_project:
-            try:
-                import wandb  # noqa: F401
-            except ImportError as error:
-                raise ValueError(
-                    "log.wandb_project is set but wandb is not installed; run pip install wandb"
-                ) from error
-        if self.config.tensorboard:
-            try:
-                import torch.utils.tensorboard  # noqa: F401
-            except ImportError as error:
-                raise ValueError(
-                    "log.tensorboard is set but tensorboard is not installed; "
-                    "run pip install tensorboard"
-                ) from error
+            self.trackers = trackers.Trackers(
+                folder, config.wandb_project, config.tensorboard, self.say
+            )
 
     def open(self, step: int, end: int, phase: str) -> None:
         """Begin or resume at `step`. Metrics of later steps move to metrics_redone.jsonl."""
@@ -105,10 +93,16 @@ class Log:
         waiting = self._waiting_until(step)
         self._close_files()
         self._begin_at(step, waiting)
+        self.trackers.open(step, phase, self.config.wandb_run_name, self.run)
+        if self.config.alerts.wandb:
+            self.alerts.channels["wandb"] = self.trackers.alert
+        if self.measured:
+            self.trackers.metrics(self.measured)
+            self.trackers.samples(step)
+            self.measured = {}
         if sys.stderr.isatty():
-            self.bar = tqdm(total=end, initial=step, desc=phase, unit="step")
-        if self.config.wandb_project and not self.wandb:
-            self._open_wandb(self.config.wandb_project)
+            self.bar = tqdm(total=end, initial=step, desc=phase, bar_format=BAR)
+        self.times = self.times or StepTimes()
         self.beat(step, force=True)
 
     def _waiting_until(self, step: int) -> list[dict[str, Any]]:
@@ -128,35 +122,6 @@ class Log:
         before, self.file = self.file, JsonlFile(path, waiting)
         if before:
             before.close()
-        if self.config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            if self.board:
-                self.board.close()
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1)
-
-    def _open_wandb(self, project: str) -> None:
-        import wandb
-
-        try:
-            self.wandb = wandb.init(
-                project=project,
-                name=self.config.wandb_run_name or self.name,
-                group=self.name,  # each start of train.py is a separate W&B run
-                job_type=self.phase,
-                config=self.run,
-                dir=str(self.folder.parent),
-            )
-        except Exception as error:
-            raise _unusable(error) from error
-        self.wandb.define_metric("*", step_metric="step")  # W&B's own step cannot decrease
-        url = self.wandb.url or f"offline; send it with wandb sync {Path(self.wandb.dir).parent}"
-        with open(self.folder / "wandb_run_urls.txt", "a", encoding="utf-8") as file:
-            file.write(f"{url}\n")
-        if self.config.alerts.wandb:
-            self.alerts.channels["wandb"] = lambda title, text: self.wandb.alert(
-                title=title, text=text
-            )
 
     def say(self, text: str) -> None:
         """Print one line on the console."""
@@ -178,6 +143,8 @@ class Log:
             self.status = kind
         if self.file:
             self.beat(self.step)
+        if kind == "measured":
+            self.measured = {"step": self.step, **fields}
         fields = {"phase": self.phase, "step": self.step, **fields}
         title = f"{kind} at step {fields['step']}"
         self.waiting += _event_lines(kind, text, fields)
@@ -194,38 +161,28 @@ class Log:
         """Record one step. `values` holds at least step, loss, lr, grad_norm and tokens_per_s."""
         if not self.is_rank0:
             return
-        assert self.file
+        assert self.file and self.times
         self.file.waiting.append(_plain(values))
         self._keep(self._write_waiting)
         self.step = values["step"]
         self.beat(self.step)
-        due = last or values["step"] % self.config.every == 0 or "val/loss" in values
-        if due and self.wandb:
-            self.wandb.log(_without_lists(values))
-        if due and self.board:
-            self._keep(lambda: self._draw(values))
-        short = (
-            f"loss {values['loss']:.3f}  lr {values['lr']:.1e}  grad {values['grad_norm']:.2f}  "
-        )
-        short += f"{values['tokens_per_s']:,.0f} tok/s"
-        if values.get("data/wait_frac", 0) >= 0.01:
-            short += f"  {values['data/wait_frac']:.0%} waiting for data"
-        if "mfu" in values:
-            short += f"  mfu {values['mfu']:.1%}"
+        validated = any(name.startswith("val/") for name in values)
+        due = last or self.step % self.config.every == 0 or validated
+        if due:
+            self.trackers.metrics(values)
+        if validated:
+            self.trackers.samples(self.step)
+        if "step_s" in values:
+            self.times.add(values["step_s"])
+        times = self.times.text(values["end"] - self.step)
         if self.bar:
+            self.bar.set_postfix_str(f"{times}  {metrics_text(values)}", refresh=False)
             self.bar.update(1)
-            self.bar.set_postfix_str(short, refresh=False)
         elif due:
-            print(
-                f"step {values['step']:>6}/{values['end']}  {values['phase']}  {short}", flush=True
-            )
+            where = f"step {self.step:>6}/{values['end']}  {values['phase']}"
+            print(f"{where}  {metrics_text(values)}  {times}", flush=True)
         if "val/loss" in values:
             self.say(f"        {validation_text(values)}")
-
-    def _draw(self, values: dict[str, Any]) -> None:
-        for name, value in _without_lists(values).items():
-            if isinstance(value, (int, float)) and name not in ("step", "end"):
-                self.board.add_scalar(name, value, values["step"])
 
     def _write_waiting(self) -> None:
         """Write waiting rows and events; OSError if the folder is still not writable."""
@@ -288,18 +245,14 @@ class Log:
                 )
         self._close_files()
         self.alerts.flush()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(self.status == "failed"))
-            self.wandb = None
+        self.trackers.close(failed=self.status == "failed")
 
     def _close_files(self) -> None:
         if self.bar:
             self.bar.close()
         if self.file:
             self._keep(self.file.close)
-        if self.board:
-            self._keep(self.board.close)
-        self.bar = self.file = self.board = None
+        self.bar = self.file = None
 
     def __enter__(self) -> "Log":
         return self
@@ -378,21 +331,8 @@ def _write_all(file: Any, data: bytes) -> None:
 
 def log_in(config: LogConfig) -> None:
     """Log in to W&B if it is configured, asking for a key on a terminal. ValueError if it fails."""
-    if not config.wandb_project:
-        return
-    try:
-        import wandb
-    except ImportError:
-        return  # Log raises the error
-    try:
-        wandb.login()  # False without a check if WANDB_MODE is offline or disabled
-    except Exception as error:
-        raise _unusable(error) from error
-
-
-def _unusable(error: Exception) -> ValueError:
-    todo = "run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline to send the run later"
-    return ValueError(f"W&B cannot be used ({' '.join(str(error).split())[:300]}); {todo}")
+    if config.wandb_project:
+        trackers.log_in()
 
 
 def open_alerts(folder: Path, config: AlertConfig, secrets: Mapping[str, str]) -> Alerts:
@@ -470,15 +410,6 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {
         k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()
     }
-
-
-def _without_lists(values: dict[str, Any]) -> dict[str, Any]:
-    """Values with the load of each expert, a list per layer, as its minimum and maximum."""
-    if "expert_load" not in values:
-        return values
-    loads = [load for layer in values["expert_load"] for load in layer]
-    others = {name: value for name, value in values.items() if name != "expert_load"}
-    return others | {"expert_load/min": min(loads), "expert_load/max": max(loads)}
 
 
 def _spell(fields: dict[str, Any]) -> str:

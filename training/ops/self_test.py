@@ -58,6 +58,8 @@ def clear(run: RunConfig) -> None:
         "metrics_*.jsonl",
         "dummy.*",
         "tensorboard",
+        "wandb",
+        "wandb.json",
         "wandb_run_urls.txt",
     )
     patterns_of = {

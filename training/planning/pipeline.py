@@ -17,6 +17,7 @@ from training.averaging import difference, last_checkpoints, recorded_last
 from training.checkpoint_files import find_damage, model_hash, step_folders, step_of
 from training.logger import append_event, open_alerts
 from training.ops.supervisor import Supervisor
+from training.planning.extensions import record_extensions
 from training.planning.gates import (
     Gate,
     Measured,
@@ -29,6 +30,7 @@ from training.planning.gates import (
 from training.planning.plan import Milestone, Plan, PlanStage, ScheduledPhase, scheduled_phases
 from training.planning.progress import Progress
 from training.planning.stages import check_average_is_there, stage_settings
+from training.trackers import record_evaluation
 
 NO_GO = 3  # exit status
 
@@ -65,7 +67,7 @@ class Pipeline:
             self.logs, replace(run.log.alerts, quiet_s=0.0), setup.secrets(run.log.alerts.secrets)
         )
         self.supervisor = Supervisor(self.logs, plan.restarts, self.event)
-        self.extensions = self._extensions(extend)
+        self.extensions = record_extensions(plan, self.logs, extend)
         self.scheduled_phases = scheduled_phases(plan, self.extensions)
         self.progress = Progress(plan, self.scheduled_phases)
 
@@ -222,13 +224,17 @@ class Pipeline:
         )
         remark = f"; accepted: {accepted}" if accepted else ""
         text = f"{outcome} {where}: {'; '.join(map(str, verdicts))}{remark}"
-        append_event(self.logs, "gate", text, **decision, values=values, advice="; ".join(advice))
+        fields = {**decision, "values": values, "verdicts": [v.outcome for v in verdicts]}
+        append_event(self.logs, "gate", text, **fields, advice="; ".join(advice))
         self.alerts.send(
             "gate",
             f"{self.scheduled_phases[0].run.run}: {outcome} {where}",
             "\n".join([text, *advice]),
         )
         self.alerts.flush()
+        # A stage logs its training to a folder and a W&B run of its own.
+        logs = self.logs if scheduled else self.logs / str(step)
+        record_evaluation(logs, step_of(checkpoint), metrics, self.logs / "events.jsonl")
         for verdict in verdicts:
             print(f"    {verdict}{self._previous_value(verdict.gate)}")
         print(f"decision {where}: {outcome.upper()}{remark}", flush=True)
@@ -301,6 +307,7 @@ class Pipeline:
         logged = {key: value for key, value in decision.items() if key != "commands"}
         self.event("forecast", text, **logged)
         write_json(path, {**decision, "of": digest, "metrics": metrics})
+        record_evaluation(self.logs, step, metrics, self.logs / "events.jsonl", "eval_average")
 
     def _evaluate(
         self, name: str, checkpoint: Path, checkpoint_id: str, output: Path, where: str
@@ -471,27 +478,6 @@ class Pipeline:
                 )
             print(f"\nCommand {self.progress.number} {reason}", file=sys.stderr)
             raise SystemExit(status)
-
-    def _extensions(self, new: dict[str, int]) -> dict[str, int]:
-        """Return the steps that each phase is extended by, in this and earlier calls."""
-        path = self.logs / "extensions.json"
-        if path.is_file() and read_object(path) is None:
-            raise ValueError(
-                f"{path} is damaged; restore it as JSON: phase -> steps by which it was extended"
-            )
-        extensions = read_object(path) or {}
-        if new:
-            for phase, steps in new.items():
-                if steps <= (now := extensions.get(phase, 0)):
-                    raise ValueError(
-                        f"{phase} is extended by {now} steps already; continue without --extend, "
-                        f"or make it {now + steps} with --extend {phase}={now + steps}"
-                    )
-            extensions = {**extensions, **new}
-            scheduled_phases(self.plan, extensions)  # raises ValueError before anything is written
-            append_event(self.logs, "extend", f"extended by steps: {new}", **new)
-            write_json(path, extensions)
-        return extensions
 
 
 def _entry_point(word: str) -> bool:

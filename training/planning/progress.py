@@ -1,8 +1,8 @@
 """Progress of a plan: the number of each command, elapsed time and an estimate of the time left."""
 
 import time
-from datetime import timedelta
 
+from training.console import clock
 from training.planning.plan import Plan, ScheduledPhase, scheduled_phases
 
 
@@ -41,12 +41,12 @@ class Progress:
         """Return the line to print before the next command."""
         self.number += 1
         position = f"[{self.number}/{self.total}]"
-        elapsed = _clock(time.monotonic() - self.start)
+        elapsed = clock(time.monotonic() - self.start)
         if not self.seconds:
             return f"{position} {title} ({elapsed} elapsed)"
         # The machine's speed against that of the plan's seconds
         pace = self.took / self.expected if self.expected else 1.0
-        left = _clock(pace * sum(self.seconds[self.number - 1 :]))
+        left = clock(pace * sum(self.seconds[self.number - 1 :]))
         return f"{position} {title} ({elapsed} elapsed, about {left} left)"
 
     def done(self, seconds: float) -> None:
@@ -54,7 +54,3 @@ class Progress:
         if self.seconds:
             self.took += seconds
             self.expected += self.seconds[self.number - 1]
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
