@@ -1,8 +1,13 @@
 """Chat with a model in the terminal: a checkpoint in PyTorch, a GGUF file in llama.cpp.
 
-python -m scripts.chat --model gguf/nanollama-1b-q4_k_m.gguf    # or a checkpoint; /reset, /quit
-python -m scripts.chat --model checkpoints/nanollama_1b/sft --prompt "What is 17 * 23?"
-python -m scripts.chat --model gguf/nanollama-1b-q4_k_m.gguf --serve 8080    # OpenAI-compatible API
+python -m scripts.chat --checkpoint checkpoints/quickstart/dpo
+python -m scripts.chat --checkpoint checkpoints/quickstart/sft --prompt "What is 17 * 23?"
+python -m scripts.chat --model checkpoints/quickstart/gguf/nanollama-quickstart-q4_k_m.gguf \\
+    --serve 8080    # OpenAI-compatible API
+
+--model and --checkpoint are the same flag. /help lists the commands of a chat: new conversation,
+retry, undo, save. Ctrl-C stops a reply, Ctrl-D ends the chat. Typed lines are kept for the next
+chat in ~/.local/state/nanollama/chat_history (or below XDG_STATE_HOME).
 
 Thoughts are printed dim. Tools (arithmetic, dates, units, facts about countries) are executed,
 unless --no_tools. A model with a foreign chat template uses that template, without tools. A base
@@ -10,6 +15,7 @@ model continues the typed text.
 """
 
 import os
+from pathlib import Path
 
 from cli import CommandParser, user_errors
 from data.chat.trained_chat import name_of
@@ -24,6 +30,7 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
         "--model",
+        "--checkpoint",
         required=True,
         type=resolve_checkpoint,
         help="a .gguf file or a checkpoint folder",
@@ -73,7 +80,14 @@ def main() -> None:
             print("a base model: it continues your text")
         elif isinstance(chat, TemplateFormat):
             print("the model has its own chat template, so no tools are offered")
-        run_conversation(session, args.prompt)
+        run_conversation(session, args, args.prompt, history_file())
+
+
+def history_file() -> Path | None:
+    """Return the file of typed lines in the user's state folder; None without a home folder."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    path = Path(state, "nanollama", "chat_history")
+    return path if path.is_absolute() else None
 
 
 def read_key(name: str) -> str:
