@@ -16,7 +16,8 @@ RUN apt-get update \
 
 WORKDIR /nanollama
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip make setup
+# The machine that builds the image may have no GPU.
+RUN --mount=type=cache,target=/root/.cache/pip TORCH_BUILD=cuda make setup
 
 ENV PATH=/nanollama/.venv/bin:$PATH
 CMD ["bash"]

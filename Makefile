@@ -25,19 +25,20 @@ endif
 	@.venv/bin/python -m scripts.pipeline --plan configs/$(QUICKSTART)/plan.yaml
 
 test:
-	@scripts/setup.sh requirements.txt requirements-cluster.txt requirements-parity.txt \
-		requirements-demo.txt
+	@scripts/setup.sh requirements.txt requirements-dev.txt requirements-cluster.txt \
+		requirements-parity.txt requirements-demo.txt
 	@.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 fuzz:
-	@scripts/setup.sh requirements.txt requirements-parity.txt
+	@scripts/setup.sh requirements.txt requirements-dev.txt requirements-parity.txt
 	@FUZZ_INPUTS=$${FUZZ_INPUTS:-50000} .venv/bin/python -m pytest tests/fuzz
 
 demo:
 	@scripts/setup.sh requirements-demo.txt
 	@.venv/bin/python demo_ui.py
 
-check: core
+check:
+	@scripts/setup.sh requirements-dev.txt
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
 
 clean:

@@ -1,11 +1,98 @@
-"""CPU cores available to this process."""
+"""This machine: usable CPU cores, memory, and the device that commands compute on.
 
+Devices: cuda, mps (Apple silicon) and cpu. torch's mps has neither float64 nor collectives:
+docs.pytorch.org/docs/stable/notes/mps.html, github.com/pytorch/pytorch/issues/189853.
+"""
+
+import argparse
 import math
 import os
+import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+KERNEL = Path("/proc/version")
+DEVICE = "NANOLLAMA_DEVICE"  # environment variable that replaces the choice of default_device
+COMPLETE = ("cpu", "cuda")  # device types with float64 and collectives
+
+
+def default_device() -> str:
+    """Return the device of commands without --device: cuda, else mps, else cpu.
+
+    The environment variable NANOLLAMA_DEVICE replaces it. ValueError if that is not available.
+    """
+    import torch
+
+    if chosen := os.environ.get(DEVICE):
+        try:
+            torch.empty(0, device=chosen)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"{DEVICE}={chosen} is not available here; unset it, or set {DEVICE}=cpu"
+            ) from error
+        return chosen
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def device_flag(text: str) -> str:
+    """Parse the value of --device: a device of torch, or auto for default_device()."""
+    try:
+        return default_device() if text == "auto" else text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def device_name(device: "torch.device") -> str:
+    """Return the name of a device's hardware."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"{torch.backends.mps.get_name()} (mps)"
+    return platform.processor() or "cpu"
+
+
+def exact_device(device: "torch.device") -> "torch.device":
+    """Return the device for float64 and collectives: `device` itself, or the CPU for mps."""
+    import torch
+
+    return device if device.type in COMPLETE else torch.device("cpu")
+
+
+def exact(tensor: "torch.Tensor") -> "torch.Tensor":
+    """Return the tensor on its exact_device, where it can be converted to float64."""
+    return tensor.to(exact_device(tensor.device))
+
+
+def synchronize(device: "torch.device") -> None:
+    """Wait for the work that was given to a device, so that a clock measures it."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def memory() -> int:
+    """Return the bytes of this machine's main memory; 0 if unknown."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return 0
+
+
+def is_wsl() -> bool:
+    """Whether this is Linux in the Windows Subsystem for Linux."""
+    return any("microsoft" in line.lower() for line in _lines(KERNEL))
 
 
 def cpus() -> int:

@@ -27,6 +27,14 @@ HASHED_STEPS = 1 << 14  # that the fingerprint covers of a function without a de
 OfStep = Callable[[int], int]  # a number as a function of the step
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device without waiting, where that is safe.
+
+    A copy to mps that does not wait may read freed memory: pytorch/pytorch issue 189690.
+    """
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
+
+
 class Batch(NamedTuple):
     """One micro-batch of one rank. targets[i] is the token after tokens[i] in its document.
 
@@ -42,7 +50,7 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> "Batch":
         tensors = {name: field for name, field in self._asdict().items() if field is not None}
         return self._replace(
-            **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+            **{name: to_device(tensor, device) for name, tensor in tensors.items()}
         )
 
 

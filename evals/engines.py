@@ -100,7 +100,8 @@ def check_device(device: str) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"device {device!r} is not available ({str(error).splitlines()[0]}); give --device cpu"
+            f"device {device!r} is not available ({str(error).splitlines()[0].split('. ')[0]}); "
+            "give --device cpu"
         ) from error
 
 

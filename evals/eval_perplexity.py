@@ -2,7 +2,7 @@
 
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold
 python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset stem-validation
-python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset texts.jsonl
+python -m evals.eval_perplexity --checkpoint checkpoints/quickstart/gold --dataset my_texts.jsonl
 
 The default data are the validation split of the checkpoint's own run: about --tokens tokens per
 source, evenly spread over the split, packed into rows as in training. With --stride, a store is
@@ -39,6 +39,7 @@ from evals.held_out import (
 from evals.progress import progress
 from evals.run import eval_parser, evaluate, output_path, ranks
 from files import write_json
+from machine import exact, exact_device
 from models.losses import IGNORE
 
 VERSION = 2  # of reading and scoring; 2 reads --tokens tokens, 1 read the whole split
@@ -59,7 +60,8 @@ def perplexity(
     """
     device = next(model.parameters()).device
     token_bytes = token_bytes.to(device)
-    everything = torch.zeros(3, dtype=torch.float64, device=device)  # nats, tokens, bytes
+    # nats, tokens, bytes
+    everything = torch.zeros(3, dtype=torch.float64, device=exact_device(device))
     results = {}
     for name, batches in sources.items():
         sums = torch.zeros_like(everything)
@@ -67,9 +69,8 @@ def perplexity(
             batch = batch.to(device)
             valid = batch.targets != IGNORE
             nll = model(batch.tokens, batch.targets, batch.doc_ids).nll
-            sums += torch.stack(
-                [nll.double().sum(), valid.sum(), token_bytes[batch.targets[valid]].sum()]
-            )
+            counts = valid.sum(), token_bytes[batch.targets[valid]].sum()
+            sums += torch.stack([exact(nll).double().sum(), *map(exact, counts)])
         sums = all_reduce_sum(sums)
         everything += sums
         results[name] = _figures(*sums.tolist())
@@ -117,10 +118,11 @@ def by_rows(
                 bar.update(min(size * world, len(source) - bar.n))
 
     def all_reduce_sum(sums: Tensor) -> Tensor:
-        if world > 1:
-            sums = sums.cpu()  # gloo reduces CPU tensors
-            dist.all_reduce(sums)
-        return sums.to(engine.device)
+        if world == 1:
+            return sums
+        reduced = sums.cpu()  # gloo reduces CPU tensors
+        dist.all_reduce(reduced)
+        return reduced.to(sums.device)
 
     sizes = torch.from_numpy(token_bytes(load_tokenizer(args.checkpoint)))
     sources = {name: batches(name) for name in rows}

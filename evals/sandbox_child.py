@@ -95,6 +95,8 @@ def main():
         resource.RLIMIT_NOFILE: 64,
         resource.RLIMIT_CORE: 0,
     }
+    if sys.platform == "darwin":  # a process on a Mac reserves more addresses than that
+        del limits[resource.RLIMIT_AS]
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
     sys.argv = [""]

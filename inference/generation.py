@@ -10,6 +10,7 @@ from torch import Tensor
 from inference.kv_cache import Cache, decode_compiled, forward
 from inference.packed_weights import LinearOps, linear_ops
 from inference.sampling import Sampling, next_token, uniforms
+from machine import exact_device
 from models.nanollama import NanoLlama
 
 GREEDY = Sampling()
@@ -71,7 +72,7 @@ def stream(
     random = None
     if sampling.temperature > 0:
         seeds = [seed + row for row in range(len(prompts))] if isinstance(seed, int) else list(seed)
-        random = uniforms(seeds, max_new_tokens).to(device)
+        random = uniforms(seeds, max_new_tokens).to(exact_device(device))
     rows = list(range(len(prompts)))  # prompt number of each row of the cache
     new_tokens: list[list[int]] = [[] for _ in prompts]
     active = set(rows)

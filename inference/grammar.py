@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from data.chat.rendering import marker_tokens
+from machine import exact
 
 
 class JsonGrammar:
@@ -96,9 +97,10 @@ class JsonConstraint:
             scores.fill_(-torch.inf)[allowed] = allowed_scores
         elif self.matcher is not None:
             self.matcher.fill_next_token_bitmask(self.bits)
-            self.grammar.xgrammar.apply_token_bitmask_inplace(
-                scores[None], self.bits.to(scores.device)
-            )
+            row = exact(scores[None])  # xgrammar would compile its kernel for mps
+            self.grammar.xgrammar.apply_token_bitmask_inplace(row, self.bits.to(row.device))
+            if row.device != scores.device:
+                scores.copy_(row[0])
             scores[self.grammar.forbidden.to(scores.device)] = -torch.inf
 
     def accept(self, token: int) -> None:

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import torch
-
 from data.chat.trained_chat import ChatDefaults, read_chat_defaults
 from inference.chat_formats import ChatFormat, open_chat_format
 from inference.gguf_tokenizer import tokenizer_folder
 from inference.runners import GgufRunner, Runner, TorchRunner
+from machine import default_device
 
 
 def open_model(path: Path, context: int | None) -> tuple[ChatFormat, Runner]:
@@ -23,8 +22,8 @@ def open_model(path: Path, context: int | None) -> tuple[ChatFormat, Runner]:
         raise ValueError(
             f"{path} is neither a GGUF file (*.gguf) nor a checkpoint: it holds no config.json"
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_chat_format(path), TorchRunner(path, device, context or trained_context(path))
+    length = context or trained_context(path)
+    return open_chat_format(path), TorchRunner(path, default_device(), length)
 
 
 def trained_chat(model: Path) -> ChatDefaults | None:

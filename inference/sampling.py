@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from machine import exact
+
 MIN_TEMPERATURE = 1e-6  # dividing by less may overflow fp32; 0 means greedy decoding
 
 
@@ -65,11 +67,12 @@ def process_logits(scores: Tensor, sampling: Sampling, seen: Tensor | None = Non
 def sample(scores: Tensor, random: Tensor) -> Tensor:
     """Sample a token [B] from each row's softmax by inverse transform.
 
-    random [B], fp64 in [0, 1), selects the token by cumulative probability in token-id order.
+    random [B], fp64 in [0, 1) on scores' exact_device, selects the token by cumulative probability
+    in token-id order.
     """
-    sums = scores.double().softmax(-1).cumsum(-1)
+    sums = exact(scores).double().softmax(-1).cumsum(-1)
     tokens = torch.searchsorted(sums, (random * sums[:, -1])[:, None], right=True)[:, 0]
-    return tokens.clamp(max=scores.shape[-1] - 1)
+    return tokens.clamp(max=scores.shape[-1] - 1).to(scores.device)
 
 
 def next_token(

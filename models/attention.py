@@ -190,6 +190,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         eager = torch.compiler.is_compiling() or q.device.type == "cpu"
         flex: Any = flex_attention if eager else _compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=True)
+    if q.device.type not in ("cpu", "cuda"):  # mps: enable_gqa has ended processes (issue 149132)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )

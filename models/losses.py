@@ -291,14 +291,14 @@ def token_losses(
 
     hidden [B, T, D] and weight [V, D] share a dtype; targets [B, T] int64, IGNORE without a loss.
     chunk: tokens whose logits exist at once. Default: 4096 on a GPU; on a CPU all tokens up to
-    MAX_KEPT_LOGITS logits, else 256. compiled: torch.compile a chunk's computation (default: on a
-    GPU). bias [V], differentiable. head: softcap, padding of the vocabulary, float8.
+    MAX_KEPT_LOGITS logits, else 256. compiled: torch.compile a chunk's computation (default: on
+    CUDA). bias [V], differentiable. head: softcap, padding of the vocabulary, float8.
     target_weights: with targets [B, T, K], nll is the weighted sum over the K targets of a token;
     tokens whose first target is IGNORE count for nothing, and the first weight is above 0.
     ValueError if float8 is not possible here.
     """
     cpu = hidden.device.type == "cpu"
-    compiled = not cpu if compiled is None else compiled
+    compiled = hidden.is_cuda if compiled is None else compiled
     target = targets.reshape(hidden.shape[0] * hidden.shape[1], -1)  # [B * T, K]
     target_weight = (target != IGNORE) * (target[:, :1] != IGNORE).float()
     if target_weights != (1.0,):

@@ -29,19 +29,21 @@ KINDS = ("dense", "moe")  # of feed-forward networks
 class MoEConfig:
     """The experts and their router. It applies with model.kind=moe."""
 
-    experts: Annotated[int, at_least(1, maximum=1023)] = 8  # CUDA's grouped product takes no more
-    top_k: Size = 2  # experts of a token
+    # Number of experts; CUDA's grouped product takes at most 1,023.
+    experts: Annotated[int, at_least(1, maximum=1023)] = 8
+    top_k: Size = 2  # experts that a token uses
     # Width of an expert. Default: that of the dense network / top_k, for equal active parameters.
     expert_size: Size | None = None
     shared_size: NonNegativeInt = 0  # width of an expert that every token uses; 0: none
-    # noisy_top_k: in training, noise of a learned size is added to the scores.
+    # Choice of experts; noisy_top_k: training adds noise of a learned size to the scores.
     router: Annotated[str, one_of("top_k", "noisy_top_k")] = "top_k"
-    # loss: a balance loss. bias: after each step, the scores that choose experts change by
+    # How loads are balanced. loss: a balance loss. bias: after each step, the scores that choose
+    # experts change by
     # bias_rate, up for experts below the mean load and down for those above. none: neither.
     balance: Annotated[str, one_of("loss", "bias", "none")] = "loss"
-    balance_weight: NonNegativeFloat = 0.01
-    z_weight: NonNegativeFloat = 0.001
-    bias_rate: NonNegativeFloat = 0.001
+    balance_weight: NonNegativeFloat = 0.01  # weight of the balance loss
+    z_weight: NonNegativeFloat = 0.001  # weight of the router z-loss
+    bias_rate: NonNegativeFloat = 0.001  # change of a bias per step, with balance=bias
 
     def __post_init__(self) -> None:
         check_fields(self, "model.moe")

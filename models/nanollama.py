@@ -27,19 +27,19 @@ Size = Annotated[int, at_least(1, below=2**31)]
 class ModelConfig:
     """Shape of a model. Field names are those of a Hugging Face config; defaults give 1.1B."""
 
-    vocab_size: Size = 32_000
-    hidden_size: Size = 2048
-    intermediate_size: Size = 5632
-    num_hidden_layers: Annotated[int, at_least(1, maximum=10_000)] = 22
-    num_attention_heads: Size = 32
-    num_key_value_heads: Size = 4
-    head_dim: Size | None = None  # default: hidden_size / num_attention_heads
-    max_position_embeddings: Size = 4096
-    rope_theta: PositiveFloat = 10_000.0
-    rope_scaling: RopeScaling | None = None  # YaRN or Llama 3: docs/long_context.md
-    rms_norm_eps: PositiveFloat = 1e-5
-    initializer_range: NonNegativeFloat = 0.02
-    tie_word_embeddings: bool = False
+    vocab_size: Size = 32_000  # rows of the embedding, at least the tokenizer's ids
+    hidden_size: Size = 2048  # width of the residual stream
+    intermediate_size: Size = 5632  # width of the feed-forward network
+    num_hidden_layers: Annotated[int, at_least(1, maximum=10_000)] = 22  # number of blocks
+    num_attention_heads: Size = 32  # query heads
+    num_key_value_heads: Size = 4  # heads of keys and values, each shared by some query heads
+    head_dim: Size | None = None  # width of a head; default: hidden_size / num_attention_heads
+    max_position_embeddings: Size = 4096  # the context: longest row in tokens
+    rope_theta: PositiveFloat = 10_000.0  # base of the rotary embedding
+    rope_scaling: RopeScaling | None = None  # default: none; docs/long_context.md
+    rms_norm_eps: PositiveFloat = 1e-5  # added to the mean square in each norm
+    initializer_range: NonNegativeFloat = 0.02  # standard deviation of initial weights
+    tie_word_embeddings: bool = False  # the head uses the embedding's weights
     qk_norm: bool = False  # RMSNorm on each head of q and k: the Qwen3 architecture
     kind: Annotated[str, one_of(*KINDS)] = "dense"  # moe: a mixture of experts in each block
     moe: MoEConfig = field(default_factory=MoEConfig)

@@ -25,15 +25,17 @@ class RopeScaling:
     the bounds are high_freq_factor and low_freq_factor, and the ramp is linear in the turns.
     """
 
-    type: Annotated[str, one_of(*TYPES)]
+    type: Annotated[str, one_of(*TYPES)]  # kind of scaling
     factor: Annotated[float, at_least(1, maximum=1e6)]  # longest context / original context
     # Longest context of the training before YaRN.
     original_max_position_embeddings: Annotated[int, at_least(1, below=2**31)]
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    # Factor of the rotated queries and keys. Default: 0.1 ln(factor) + 1.
+    beta_fast: PositiveFloat = 32.0  # yarn: turns from which on a channel keeps its frequency
+    beta_slow: PositiveFloat = 1.0  # yarn: turns up to which a channel is slowed down by factor
+    # yarn: factor of the rotated queries and keys. Default: 0.1 ln(factor) + 1.
     attention_factor: PositiveFloat | None = None
-    low_freq_factor: PositiveFloat | None = None  # these two: llama3, which needs both
+    # llama3, required: turns up to which a channel is slowed down by factor.
+    low_freq_factor: PositiveFloat | None = None
+    # llama3, required: turns from which on a channel keeps its frequency.
     high_freq_factor: PositiveFloat | None = None
 
     def __post_init__(self) -> None:

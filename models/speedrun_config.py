@@ -33,51 +33,54 @@ Layer = NonNegativeInt  # number of a layer, from 0
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Shape of a SpeedrunGPT and its tricks. Defaults give GPT-2 with 124M parameters."""
+    """Shape of a SpeedrunGPT; the defaults are GPT-2 124M. (5): the record that added a setting."""
 
-    vocab_size: Size = 50_257
-    hidden_size: Size = 768
-    num_hidden_layers: Annotated[int, at_least(1, maximum=10_000)] = 12
-    num_attention_heads: Size = 12
-    head_dim: Size | None = None  # default: hidden_size / num_attention_heads
-    max_position_embeddings: Size = 1024
+    vocab_size: Size = 50_257  # rows of the embedding
+    hidden_size: Size = 768  # width of the residual stream
+    num_hidden_layers: Annotated[int, at_least(1, maximum=10_000)] = 12  # number of blocks
+    num_attention_heads: Size = 12  # heads of queries, keys and values
+    head_dim: Size | None = None  # width of a head; default: hidden_size / num_attention_heads
+    max_position_embeddings: Size = 1024  # the context: longest row in tokens
     mlp_ratio: PositiveFloat = 4.0  # width of the MLP / hidden_size
-    initializer_range: NonNegativeFloat = 0.02
+    initializer_range: NonNegativeFloat = 0.02  # standard deviation of initial weights
     # gpt2: normal, initializer_range; fan_in: normal, sqrt(0.33 / inputs), tables with 1 (2)
     init: Annotated[str, one_of("gpt2", "fan_in")] = "gpt2"
     zero_init: bool = False  # output projections and an untied head start at 0 (5)
 
-    positions: Annotated[str, one_of("learned", "rotary")] = "learned"  # rotary (2)
-    rope_theta: PositiveFloat = 10_000.0  # 1,024 from record 17 on
+    # How positions are encoded; rotary (2).
+    positions: Annotated[str, one_of("learned", "rotary")] = "learned"
+    rope_theta: PositiveFloat = 10_000.0  # base of the rotary embedding; 1,024 from record 17 on
     rope_fraction: Annotated[float, above(0, maximum=1)] = 1.0  # rotated share of a head; 0.5 (17)
     yarn: bool = False  # frequencies and attention scale follow the long window (31)
-    norm: Annotated[str, one_of("layernorm", "rmsnorm")] = "layernorm"  # rmsnorm (2)
+    norm: Annotated[str, one_of("layernorm", "rmsnorm")] = "layernorm"  # kind of norms; rmsnorm (2)
     norm_gains: bool = True  # false: norms without weights (2)
-    norm_eps: PositiveFloat = 1e-5
-    biases: bool = True  # of norms and linear layers of the blocks; false (2)
-    activation: Annotated[str, one_of("gelu", "relu2")] = "gelu"  # relu2 (5)
+    norm_eps: PositiveFloat = 1e-5  # added to the variance in each norm
+    biases: bool = True  # norms and linear layers of the blocks have biases; false (2)
+    activation: Annotated[str, one_of("gelu", "relu2")] = "gelu"  # activation of the MLP; relu2 (5)
 
     vocab_multiple: PositiveInt = 1  # pads the vocabulary to a multiple; 128 (5)
-    tie_word_embeddings: bool = True  # false: separate head (8)
-    head_bias: bool = False  # track 3's baseline has one
+    tie_word_embeddings: bool = True  # false: the head has weights of its own (8)
+    head_bias: bool = False  # bias of the head; track 3's baseline has one
     embedding_norm: bool = False  # norm after the embedding (8)
     softcap: NonNegativeFloat = 0.0  # bound of the logits; 0: none; 30 (9), 15 (18), 23 (54)
-    # tanh (9), isru (M7), sigmoid (54).
+    # Function of the softcap: tanh (9), isru (M7), sigmoid (54).
     softcap_kind: Annotated[str, one_of(*SOFTCAPS)] = "tanh"
     fp8_head: bool = False  # head in float8 during training, on a GPU (19)
-    multi_token_weights: tuple[NonNegativeFloat, ...] = (1.0,)  # of the next tokens' losses (53)
+    # Weights of the losses of the next tokens (53).
+    multi_token_weights: tuple[NonNegativeFloat, ...] = (1.0,)
 
     qk_norm: bool = False  # RMSNorm without gains on each head of q and k (5)
-    attention_scale: PositiveFloat | None = None  # default: 1 / sqrt(head_dim); 0.12 (20)
+    # Factor of q @ k; default: 1 / sqrt(head_dim); 0.12 (20)
+    attention_scale: PositiveFloat | None = None
     merged_qkv: bool = False  # one parameter [3, H * head_dim, D] for q, k and v (20)
     attention_gate: bool = False  # gate per head, from the first 12 channels (28)
     key_offset: bool = False  # unrotated key channels of long layers come one token later (49)
-    paired_head_layers: tuple[Layer, ...] = ()  # pairs of heads attend to each other (58)
-    layers_without_attention: tuple[Layer, ...] = ()  # (17)
-    layers_without_mlp: tuple[Layer, ...] = ()  # (30)
-    # Visible tokens, itself included; null: all. Paired heads count two positions a token.
-    long_window: Size | None = None  # (13)
-    short_window: Size | None = None  # (20)
+    paired_head_layers: tuple[Layer, ...] = ()  # layers whose heads attend in pairs (58)
+    layers_without_attention: tuple[Layer, ...] = ()  # layers with an MLP only (17)
+    layers_without_mlp: tuple[Layer, ...] = ()  # layers with attention only (30)
+    # Visible tokens, itself included; null: all. Paired heads count two positions a token (13).
+    long_window: Size | None = None
+    short_window: Size | None = None  # visible tokens of the layers marked S (20)
     window_pattern: str = "L"  # L (long) or S (short) per layer, repeated, e.g. LSSS (20)
 
     embedding_skips: bool = False  # each block starts from a mix of x and the embedding (9)

@@ -320,7 +320,8 @@ def document_starts(tokens: Tensor, doc_ids: Tensor | None) -> Tensor:
     """Mark the first token of each row and of each document: bool [B, T]."""
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     if doc_ids is not None:
-        starts[:, 1:] = (doc_ids[:, 1:] != doc_ids[:, :-1]).to(tokens.device, non_blocking=True)
+        changes = doc_ids[:, 1:] != doc_ids[:, :-1]
+        starts[:, 1:] = changes.to(tokens.device, non_blocking=tokens.is_cuda)
     starts[:, 0] = True
     return starts
 

@@ -1,7 +1,13 @@
-"""Check this machine for training: Python, torch, GPUs, bf16, memory, disk and alerts.
+"""Check this machine for training, and print a line for each check.
 
 python -m scripts.check_env                               # exit status 1: cannot run the quickstart
 python -m scripts.check_env --plan configs/plan_1b.yaml   # exit status 1: cannot run this plan
+
+Checks Python and the packages, the build of torch, the device that commands use (cuda, mps or cpu)
+with its memory and dtype, CPU cores, memory, free disk, WSL, and the alerts of the config. On CUDA
+also the C compiler, NCCL, access between GPUs and /dev/shm. For a plan of 1B parameters or more
+also the number of GPUs, disk, packages of evaluations and the login to the Hugging Face hub.
+NANOLLAMA_DEVICE=cpu replaces the device of all commands.
 """
 
 import os
@@ -17,7 +23,7 @@ from huggingface_hub import get_token
 
 from cli import CommandParser, user_errors
 from data.corpus.sources import HUB_SOURCES, sources_of
-from machine import cpus
+from machine import cpus, default_device, device_name, is_wsl, memory
 from models.nanollama import ModelConfig
 from training.config import RunConfig, load
 from training.fsdp_utils import ParallelConfig, compute_dtype
@@ -59,6 +65,9 @@ def main() -> None:
         print(f"           {size / 1e9:.1f}B plan {verdict(problems + missing)}")
     for problem in problems + (missing if args.plan else []):
         print(f"to do: {problem}")
+    if not args.plan:
+        print("what fits: python -m scripts.new_plan --gpu cpu --minutes 30 measures this machine,")
+        print("           then writes a plan for it; --gpu NAME is for a GPU (docs/new_plan.md)")
     raise SystemExit(1 if problems or (args.plan and missing) else 0)
 
 
@@ -175,10 +184,23 @@ def check_machine() -> list[str]:
                 else None
             )
             line("/dev/shm", f"{shared:.1f} GB", small)
+    elif torch.backends.mps.is_available():
+        limit = torch.mps.recommended_max_memory() / 1e9
+        name = device_name(torch.device("mps"))
+        line("GPU", f"{name}, up to {limit:.0f} GB, trains in float32 in one process")
     else:
         line("GPU", "none: the quickstart and all tests run on the CPU, the 1.1B model needs a GPU")
+    if has_nvidia_driver() and not torch.backends.cuda.is_built():
+        line("torch build", "for CPUs, beside an NVIDIA driver: TORCH_BUILD=cuda make setup")
     dtype = str(compute_dtype(ParallelConfig(), torch.device("cpu"))).removeprefix("torch.")
-    line("CPU", f"{cpus()} cores, trains in {dtype}")
+    line("CPU", f"{cpus()} cores, {memory() / 1e9:.0f} GB of memory, trains in {dtype}")
+    try:
+        line("device of commands", f"{default_device()} (NANOLLAMA_DEVICE=cpu uses the CPU)")
+    except ValueError as error:
+        line("device of commands", "none", str(error))
+    if is_wsl():
+        slow = "this folder is on a Windows disk, which is slow; clone into ~ instead"
+        line("WSL", slow if Path.cwd().is_relative_to("/mnt") else "yes, on a Linux disk")
     free = shutil.disk_usage(".").free / 1e9
     few = f"the quickstart needs {QUICKSTART_GB} GB of free disk" if free < QUICKSTART_GB else None
     line("disk", f"{free:.0f} GB free here", few)
@@ -188,6 +210,12 @@ def check_machine() -> list[str]:
         f"    a training checkpoint of the {parameters / 1e9:.1f}B model takes {gigabytes:.1f} GB"
     )
     return problems
+
+
+def has_nvidia_driver() -> bool:
+    """Whether an NVIDIA driver is installed, by the rule of scripts/setup.sh."""
+    paths = ("/proc/driver/nvidia", "/usr/lib/wsl/lib/nvidia-smi")
+    return shutil.which("nvidia-smi") is not None or any(map(os.path.exists, paths))
 
 
 def _version(name: str) -> str | None:

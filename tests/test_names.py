@@ -365,7 +365,7 @@ def test_setup_installs_again_only_what_changed(tmp_path):
         installed = tmp_path / "installed"
         installed.unlink(missing_ok=True)
         command = ["sh", str(script), "requirements.txt"]
-        environment = {**one_thread(), "PYTHON": str(fake)}
+        environment = {**one_thread(), "PYTHON": str(fake), "TORCH_BUILD": "cuda"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0 and not done.stderr, done.stderr
         return installed.read_text().split() if installed.exists() else []

@@ -22,7 +22,7 @@ class Copies:
             self.buffers[name] = torch.empty(
                 value.shape, dtype=value.dtype, pin_memory=value.is_cuda
             )
-        return self.buffers[name].copy_(value.detach(), non_blocking=True)
+        return self.buffers[name].copy_(value.detach(), non_blocking=value.is_cuda)
 
     def finish(self) -> None:
         if any(buffer.is_pinned() for buffer in self.buffers.values()):

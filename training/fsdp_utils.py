@@ -1,4 +1,8 @@
-"""Wrap a model in float8, activation checkpointing, torch.compile per block and FSDP2, in order."""
+"""Wrap a model in float8, activation checkpointing, torch.compile per block and FSDP2, in order.
+
+On mps (Apple silicon), whose tensors torch cannot send between processes, a model stays a plain
+module of one process, in float32.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from machine import COMPLETE, DEVICE, default_device
 from models.attention import KERNELS, kernel_operators
 from models.moe import MoEConfig, unaligned
 from ranges import PositiveInt, above, check_fields, one_of
@@ -34,12 +39,15 @@ class ParallelConfig:
     # zero2: parameters stay gathered from forward to backward. zero3: they are gathered again in
     # backward. ddp: every rank has all of them.
     strategy: Annotated[str, one_of("zero2", "zero3", "ddp")] = "zero2"
-    # Dtype of forward and backward: bfloat16, float32, or auto (bfloat16 where it is native).
+    # Dtype of forward and backward: bfloat16, float32, or auto (bfloat16 where it is native and
+    # FSDP2 can keep fp32 masters: not on mps).
     dtype: Annotated[str, one_of("auto", *DTYPES)] = "auto"
-    # selective: keep the outputs of matmuls and fused attention.
+    # Recompute activations in backward, to save memory. selective: keep the outputs of matmuls and
+    # fused attention. full: keep the inputs of blocks only.
     activation_checkpointing: Annotated[str, one_of("none", "selective", "full")] = "none"
-    compile: bool | None = None  # torch.compile per block and loss head; default: on a GPU
-    # sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2-4); auto: see models/attention.py.
+    compile: bool | None = None  # torch.compile per block and loss head; default: on CUDA
+    # Attention kernel: sdpa, blocks (CPU), flex, varlen, flash (FlashAttention 2-4); auto: the
+    # fastest that fits, models/attention.py.
     attention: Annotated[str, one_of(*KERNELS)] = "auto"
     fp8: bool = False  # float8 matmuls in the blocks, with torchao
     replicas: PositiveInt = 1  # HSDP: copies, each sharded over neighbouring ranks; one per node
@@ -88,9 +96,14 @@ def compiles(config: ParallelConfig, device: torch.device) -> bool:
 
 
 def compute_dtype(config: ParallelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward: parallel.dtype, or for auto bfloat16 if it is native."""
+    """The dtype of forward and backward: parallel.dtype, or for auto bfloat16 if it is native.
+
+    Without FSDP2 (mps) it is that of the fp32 master weights.
+    """
     if config.dtype != "auto":
         return DTYPES[config.dtype]
+    if device.type not in COMPLETE:
+        return torch.float32
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -109,12 +122,17 @@ def wrap_model_fsdp(
     DDP and HSDP are the same with all or some ranks as replicas.
     Defaults: ParallelConfig(), and this rank's GPU or the CPU. Without a config and a process
     group, it creates a group of torchrun's ranks, or of this process alone.
+    On a device without collectives (mps), the model is not sharded; ValueError for settings that
+    need it.
     """
     device = device or _device()
     if config is None:
         config = ParallelConfig()
         _join(device)
-    mesh = _mesh(config, device)
+    shards = device.type in COMPLETE
+    if not shards:
+        check_unsharded(config, device)
+    mesh = _mesh(config, device) if shards else None
     layers = model.layers
     assert isinstance(layers, nn.ModuleList)
     model.to(device)
@@ -126,6 +144,8 @@ def wrap_model_fsdp(
             options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_matmuls)
         for i, block in enumerate(layers):
             layers[i] = checkpoint_wrapper(block, **options)
+    if mesh is None:
+        return model
     divided = divide_experts(layers, config.experts, mesh)
     if compiles(config, device):
         _compile_blocks(layers, divided)
@@ -147,6 +167,32 @@ def wrap_model_fsdp(
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     return model
+
+
+def check_ranks(device: torch.device, world: int) -> None:
+    """ValueError for several ranks on a device without collectives."""
+    if device.type not in COMPLETE and world > 1:
+        raise ValueError(
+            f"torch cannot exchange {device.type} tensors between {world} ranks; start one "
+            f"process without torchrun, or set {DEVICE}=cpu"
+        )
+
+
+def check_unsharded(config: ParallelConfig, device: torch.device) -> None:
+    """ValueError for several ranks, or settings that a device without FSDP2 lacks."""
+    check_ranks(device, get_world_size())
+    refused: dict[str, tuple[object, object]] = {
+        "dtype": (config.dtype == "bfloat16", "float32"),
+        "compile": (config.compile, "false"),
+        "replicas": (config.replicas > 1, 1),
+        "experts": (config.experts > 1, 1),
+    }
+    for name, (is_set, allowed) in refused.items():
+        if is_set:
+            raise ValueError(
+                f"parallel.{name}={getattr(config, name)} is not available on {device.type}, where "
+                f"the model is one plain float32 module; set parallel.{name}={allowed}"
+            )
 
 
 def check_alignment(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -176,8 +222,9 @@ def _compile_blocks(layers: nn.ModuleList, divided: list[DividedExperts]) -> Non
 
 def _device() -> torch.device:
     """This rank's GPU, or the CPU."""
+    device = torch.device(default_device())
     local = dist.get_node_local_rank(fallback_rank=0)
-    return torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", local) if device.type == "cuda" else device
 
 
 def _join(device: torch.device) -> None:
@@ -209,9 +256,10 @@ def _mesh(config: ParallelConfig, device: torch.device) -> DeviceMesh:
 def set_last_micro_batch(model: nn.Module, last: bool, strategy: str) -> None:
     """Call before each backward: gradients are reduced only after the step's last micro-batch.
 
-    Until then zero2 keeps parameters gathered.
+    Until then zero2 keeps parameters gathered. A model without FSDP2 (mps) has nothing to reduce.
     """
-    assert isinstance(model, FSDPModule)
+    if not isinstance(model, FSDPModule):
+        return
     model.set_requires_gradient_sync(last)
     model.set_reshard_after_backward(last or strategy == "zero3")
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from machine import exact, exact_device
 from training.shard_layout import ShardLayout, local
 
 MIN_NORM = 1e-10  # of an update; a smaller one is not enlarged to lr R
@@ -32,14 +33,15 @@ def partial_products(
     """Return this rank's part of |W|^2, <W, U> and |U|^2 of each matrix, float64 [matrices, 3].
 
     weight, update: this rank's rows of a parameter of that shape. The sums of the parts over the
-    shards are the products of whole matrices.
+    shards are the products of whole matrices. They are on the weight's exact_device.
     """
     update = update.float()
     pairs = ((weight, weight), (weight, update), (update, update))
     if len(shape) == 2:
-        return torch.stack([(a * b).sum(dtype=torch.float64) for a, b in pairs])[None]
-    products = weight.new_zeros(shape[0], len(pairs), dtype=torch.float64)
-    sums = [(a * b).sum((1, 2), dtype=torch.float64) for a, b in pairs]
+        return torch.stack([exact(a * b).sum(dtype=torch.float64) for a, b in pairs])[None]
+    device = exact_device(weight.device)
+    products = torch.zeros(shape[0], len(pairs), dtype=torch.float64, device=device)
+    sums = [exact(a * b).sum((1, 2), dtype=torch.float64) for a, b in pairs]
     products[layout.span(shape[0])] = torch.stack(sums, -1)
     return products
 
@@ -58,6 +60,7 @@ def project(
     A matrix with an update of 0 stays as it is, bit for bit.
     """
     weight_square, product, update_square = products.unbind(-1)
+    initial_norm = initial_norm.to(products.device)
     step = lr * initial_norm / update_square.sqrt().clamp(min=MIN_NORM)
     norm = (weight_square - 2 * step * product + step.square() * update_square).sqrt()
     factor = torch.where(update_square > 0, initial_norm / norm, 1.0)
@@ -65,7 +68,8 @@ def project(
     if weight.ndim == 3:
         span = layout.span(len(products))
         factor, step = factor[span, None, None], step[span, None, None]
-    weight.mul_(factor.float()).sub_(update * step.float())
+    factor, step = (number.float().to(weight.device) for number in (factor, step))
+    weight.mul_(factor).sub_(update * step)
 
 
 def frobenius_norms(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -85,7 +89,7 @@ def frobenius_norms(parameters: Sequence[Tensor]) -> list[Tensor]:
         layout,
     )
     sizes = [matrices_of(parameter.shape) for parameter in parameters]
-    return list(products[:, 0].sqrt().float().split(sizes))
+    return list(products[:, 0].sqrt().float().to(weights[0].device).split(sizes))
 
 
 def sum_over_shards(products: Tensor, layout: ShardLayout) -> Tensor:

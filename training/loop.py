@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from machine import exact
 from training.checkpoint import Checkpointer, load_state
 from training.config import RunConfig
 from training.expert_parallel import sum_expert_gradients
@@ -220,6 +221,7 @@ def reduce(
     on the CPU; None without experts. One all-reduce carries everything, counts exactly in float64.
     """
     flags = flags or StepFlags()
+    sums = {name: exact(value) for name, value in sums.items()}  # mps has no float64, collectives
     loads = sums.get("expert_counts")
     scalars = {name: value for name, value in sums.items() if name != "expert_counts"}
     values = torch.stack([value.double() for value in scalars.values()])

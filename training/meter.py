@@ -76,6 +76,8 @@ class Meter:
         if self.device.type == "cuda":
             metrics["memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             metrics |= self._gpu_utilization()
+        elif self.device.type == "mps":
+            metrics["memory_gb"] = torch.mps.driver_allocated_memory() / 1e9
         else:
             unit = 1 if sys.platform == "darwin" else 1024
             metrics["memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

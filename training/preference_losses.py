@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, relu
 
 from data.chat.replay import TextBatch
+from machine import exact, exact_device
 from ranges import AnyFloat, NonNegativeFloat, above, at_least, check_fields, one_of
 from training.objectives import Objective
 
@@ -25,13 +26,15 @@ REFERENCES = ("precomputed", "cpu", "none")
 class DPOConfig:
     """The preference loss and its reference model."""
 
-    loss: Annotated[str, one_of(*LOSSES)] = "sigmoid"
+    loss: Annotated[str, one_of(*LOSSES)] = "sigmoid"  # docs/dpo.md; sigmoid: DPO's loss
+    # Strength of the KL penalty.
     beta: Annotated[float, above(0, hint="0.1 is usual, 5 for sigmoid_norm, 2 for simpo")] = 0.1
     # Assumed share of pairs with swapped labels: for sigmoid (cDPO), robust and simpo.
     label_smoothing: Annotated[float, at_least(0, below=0.5)] = 0.0
     margin: AnyFloat = 0.5  # simpo's gamma: target margin of beta times mean log-probabilities
-    sft_weight: NonNegativeFloat = 0.0  # of the chosen answers' mean nll per token
-    # precomputed (default: cached on disk), cpu (a frozen model) or none (for simpo).
+    sft_weight: NonNegativeFloat = 0.0  # weight of the chosen answers' mean nll per token
+    # The reference model's log-probabilities: precomputed (default: cached on disk), cpu (a frozen
+    # model) or none (for simpo).
     reference: Annotated[str, one_of(*REFERENCES)] | None = None
     # File of precomputed log-probabilities; default: reference.safetensors in output_dir.
     reference_cache: str | None = None
@@ -184,9 +187,8 @@ def evaluate_pairs(
         sums: dict[str, Tensor] = {}
         for batch in batches:
             for key, value in objective(model, batch.to(device))[1].items():
-                sums[key] = (
-                    sums.get(key, torch.zeros((), dtype=torch.float64, device=device)) + value
-                )
+                zero = torch.zeros((), dtype=torch.float64, device=exact_device(device))
+                sums[key] = sums.get(key, zero) + exact(value)
         totals = dict(
             zip(sums, all_reduce_sum(torch.stack(list(sums.values()))).tolist(), strict=True)
         )

@@ -100,6 +100,8 @@ class ReferenceLogps:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        elif torch.backends.mps.is_available():
+            torch.mps.empty_cache()
         return computed
 
     def _save(self, logps_by_key: dict[PairKey, Tensor]) -> int:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import yaml
 
 from files import write_json, write_text
+from machine import COMPLETE, default_device, device_name
 from models.attention import choose_kernel
 from models.hf import load_weights, read_config
 from models.kinds import build_model, parameters_text
@@ -30,7 +31,7 @@ from training.checkpoint_files import find_damage, has_state, model_hash, read_p
 from training.config import RunConfig, to_dict
 from training.distributed import run_on_rank0
 from training.faults import FaultState
-from training.fsdp_utils import compiles, compute_dtype, wrap_model_fsdp
+from training.fsdp_utils import check_ranks, compiles, compute_dtype, wrap_model_fsdp
 from training.ops.supervisor import terminate_with_launcher
 from training.ops.watchdog import exit_if_peer_lost
 from training.optimizers import build_optimizer
@@ -73,7 +74,9 @@ def ranks() -> Iterator[torch.device]:
     rank, world = rank_and_world()
     terminate_with_launcher(os.environ.get(LAUNCHER))
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if torch.cuda.is_available():
+    device = torch.device(default_device())
+    check_ranks(device, world)
+    if device.type == "cuda":
         if local >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
             raise ValueError(
@@ -89,8 +92,7 @@ def ranks() -> Iterator[torch.device]:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    elif device.type == "cpu":
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = None if "MASTER_ADDR" in os.environ else dist.HashStore()
@@ -164,7 +166,7 @@ def build(
     wrapped = wrap_model_fsdp(model, run.parallel, device)
     return State(
         wrapped,
-        build_optimizer(wrapped, run.optim),
+        build_optimizer(wrapped, run.optim, dtype),
         phase=run.phase,
         phase_end=run.steps,
         until=run.until,
@@ -332,12 +334,13 @@ def run_summary(run: RunConfig, device: torch.device) -> str:
     world = dist.get_world_size()
     shape = run.data.micro_batch_size, run.data.sequence_length, run.model.hidden_size
     kernel = choose_kernel(run.parallel.attention, device, dtype, masked=True, shape=shape)
-    modes = ["compiled" if compiles(run.parallel, device) else "eager", kernel + " attention"]
+    modes = [run.parallel.strategy if device.type in COMPLETE else "not sharded"]
+    modes += ["compiled" if compiles(run.parallel, device) else "eager", kernel + " attention"]
     modes += ["float8"] * run.parallel.fp8
     rows = "scheduled rows" if "batch_tokens" in run.schedules else str(run.data.rows)
     return (
         f"{parameters_text(run.model)}, {str(dtype).removeprefix('torch.')} on "
-        f"{world} {device.type} rank(s), {run.parallel.strategy}, {', '.join(modes)}; "
+        f"{world} {device.type} rank(s), {', '.join(modes)}; "
         f"{run.steps:,} steps of {rows} x {run.data.sequence_length} tokens, "
         f"{run.positions_text}"
     )
@@ -364,14 +367,13 @@ def environment(device: torch.device) -> dict[str, object]:
         git_output("rev-parse", "--verify", "-q", "HEAD"),
         git_output("status", "--porcelain"),
     )
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "git": commit or None,
         "git_clean": not changes if commit else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
-        "device": gpu or platform.processor() or "cpu",
+        "device": device_name(device),
         "ranks": dist.get_world_size(),
         "threads": torch.get_num_threads(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

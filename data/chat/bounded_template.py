@@ -220,7 +220,8 @@ def _rendered(template: Any, context: dict[str, Any]) -> dict[str, str]:
 
 def _answer_lines() -> None:
     """Run the subprocess: read the template, then render conversations until input ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
+    if sys.platform != "darwin":  # a process on a Mac reserves more addresses than that
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # Ctrl-C is for the parent; its end closes this process's input
     signal.signal(signal.SIGINT, signal.SIG_IGN)

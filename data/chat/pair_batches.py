@@ -16,7 +16,7 @@ from torch import Tensor
 from data import manifest
 from data.chat.preferences import ARRAYS
 from data.chat.replay import ReplayConfig, ReplayRows
-from data.dataloader import PackedDataLoader, Step
+from data.dataloader import PackedDataLoader, Step, to_device
 from data.packing import IGNORE, Source
 
 
@@ -36,7 +36,7 @@ class PairBatch(NamedTuple):
     sft_weight_per_token: Tensor
 
     def to(self, device: torch.device) -> "PairBatch":
-        return PairBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return PairBatch(*(to_device(tensor, device) for tensor in self))
 
 
 PairKey = tuple[str, int]  # source and index of a pair

@@ -70,9 +70,9 @@ class PairSource:
 
     # File, folder, glob, hf://owner/name@revision, or a name of sources.py:PAIRS
     path: NonEmptyText
-    format: str = "messages"
-    split: str = "train"  # of a hub data set; UltraFeedback binarized has train_prefs
-    config: str | None = None  # of a hub data set with several
+    format: str = "messages"  # format of the rows: messages or hh
+    split: str = "train"  # split of a hub data set; UltraFeedback binarized has train_prefs
+    config: str | None = None  # config of a hub data set with several
     limit: Limit | None = None  # maximum number of pairs
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class PairSource:
 class PreferenceConfig:
     """Data of DPO. data.mix has each source's weight as a share of pairs."""
 
-    sources: dict[str, PairSource]
+    sources: dict[str, PairSource]  # data.mix gives their weights
     cache: NonEmptyText = "data/store/preferences"  # folder of prepared pairs
     val_fraction: Fraction = 0.02  # validation share of pairs, by a hash of the prompt
     max_bad: Fraction = 0.02  # maximum share of malformed rows in a source

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.chat.tokenizer import chat_tokenizer
-from data.dataloader import Batch, PackedDataLoader, validation_batches
+from data.dataloader import Batch, PackedDataLoader, to_device, validation_batches
 from data.packing import IGNORE, Source
 from data.store import open_shards
 from data.tokenizers.bpe import load_tokenizer, vocabulary_size
@@ -30,7 +30,7 @@ class ReplayConfig:
 
     store: NonEmptyText  # folder with tokenizer/ and tokens/<source>/
     mix: dict[str, PositiveFloat]  # source -> weight of its tokens in the text
-    # Of the trained tokens; the others are in conversations
+    # Share of the trained tokens; the others are in conversations or pairs.
     share: Annotated[float, above(0, below=1, hint="remove the section for no text")]
 
     def __post_init__(self) -> None:
@@ -41,7 +41,8 @@ class ReplayConfig:
 class PairReplayConfig(ReplayConfig):
     """Pretraining text in DPO. The trained tokens of a pair are those of its two answers."""
 
-    weight: PositiveFloat = 1.0  # of the text's mean nll per token, beside the mean loss of a pair
+    # Weight of the text's mean nll per token, beside the mean loss of a pair.
+    weight: PositiveFloat = 1.0
 
 
 class TextBatch(NamedTuple):
@@ -54,7 +55,7 @@ class TextBatch(NamedTuple):
     weight_per_token: Tensor
 
     def to(self, device: torch.device) -> "TextBatch":
-        return TextBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return TextBatch(*(to_device(tensor, device) for tensor in self))
 
 
 class ReplayRows:

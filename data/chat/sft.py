@@ -50,10 +50,11 @@ class ChatSource:
 
     # File, folder, glob, hf://owner/name@revision, or a name of sources.py:CONVERSATIONS
     path: NonEmptyText
-    format: str = "messages"  # or sharegpt, alpaca, oasst, metamath, gsm8k, toolformer
+    # Format of the rows: messages, sharegpt, alpaca, oasst, metamath, gsm8k or toolformer
+    format: str = "messages"
     language: str | None = None  # for oasst: the language of the trees
-    split: str = "train"  # of a hub data set
-    config: str | None = None  # of a hub data set with several
+    split: str = "train"  # split of a hub data set
+    config: str | None = None  # config of a hub data set with several
     limit: Limit | None = None  # maximum number of conversations
 
     def __post_init__(self) -> None:
@@ -65,7 +66,7 @@ class ChatSource:
 class ChatConfig:
     """Data of SFT. data.mix has each source's weight as a share of trained tokens."""
 
-    sources: dict[str, ChatSource]
+    sources: dict[str, ChatSource]  # data.mix gives their weights
     cache: NonEmptyText = "data/store/sft"  # folder of prepared conversations
     val_fraction: Fraction = 0.02  # validation share of conversations, by a hash of the id
     max_bad: Fraction = 0.01  # maximum share of malformed rows in a source
@@ -73,7 +74,7 @@ class ChatConfig:
     decontaminate: tuple[str, ...] = ()
     testsets: NonEmptyText = "data/store/wheels"  # folder of downloaded test sets
     system: str | None = None  # system prompt for conversations without one
-    # Passes over all rows of all sources, instead of steps; --num_steps overrides it
+    # Passes over all rows of all sources, instead of steps; --steps overrides it
     epochs: Annotated[float, above(0, maximum=1e6)] | None = None
     neftune_alpha: NonNegativeFloat = 0.0  # noise on embeddings (arXiv:2310.05914); 5 is usual
     # Prompts to answer at each validation

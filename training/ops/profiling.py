@@ -17,6 +17,7 @@ from training.state import State
 
 WAIT, WARMUP, ACTIVE = 1, 2, 3  # steps: compilation, warm-up of the profiler, traced steps
 HISTORY = 100_000  # allocations and frees in a memory snapshot, with their stacks
+MPS_FULL = "MPS backend out of memory"  # torch raises it as a plain RuntimeError
 
 
 class ZeroBatch(NamedTuple):
@@ -85,13 +86,15 @@ def dry_run(
 
 @contextmanager
 def out_of_memory(run: RunConfig, device: torch.device) -> Iterator[None]:
-    """Turn torch.OutOfMemoryError into a ValueError with the setting to change.
+    """Turn an error for a full GPU memory into a ValueError with the setting to change.
 
-    Writes a memory snapshot first.
+    Writes a memory snapshot first, on CUDA.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # includes torch.OutOfMemoryError
+        if not isinstance(error, torch.OutOfMemoryError) and MPS_FULL not in str(error):
+            raise
         rank = dist.get_rank()
         path = run.logs / "profile" / f"{run.phase}.out_of_memory.rank{rank}.pickle"
         written = snapshot(path, device)

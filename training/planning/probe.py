@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from data.dataloader import Batch, Step
-from machine import cpus
+from machine import cpus, synchronize
 from training import setup
 from training.config import RunConfig
 from training.fsdp_utils import compute_dtype
@@ -44,7 +44,7 @@ def measure(run: RunConfig, seconds: float = 20.0) -> Probe:
     with setup.ranks() as device:
         state = setup.build(run, device)
         objective = next_token(run.optim.z_weight)
-        step = _random_step(run)
+        step = _random_step(run, device)
         timings: list[float] = []
         begin = time.perf_counter()
         state.model.train()
@@ -57,14 +57,14 @@ def measure(run: RunConfig, seconds: float = 20.0) -> Probe:
             timings.append(time.perf_counter() - start)
         dtype = compute_dtype(run.parallel, device)
     step_s = median(timings[1:])
-    flops, bandwidth = _peak_flops(dtype), _bandwidth()
+    flops, bandwidth = _peak_flops(dtype, device), _bandwidth(device)
     machine = Gpu(0, flops, bandwidth, 1, "", 0, "this machine", "measured")
     bound_s = step_bound(run, 1, machine).seconds
     tokens = run.data.tokens_per_step
     return Probe(tokens / step_s, step_s, len(timings) - 1, bound_s, flops, bandwidth, cpus())
 
 
-def _random_step(run: RunConfig) -> Step:
+def _random_step(run: RunConfig, device: torch.device) -> Step:
     """Micro-batches of random tokens with document borders, as one step has."""
     data, generator = run.data, torch.Generator().manual_seed(run.seed)
     batches = []
@@ -73,28 +73,30 @@ def _random_step(run: RunConfig) -> Step:
         rows = torch.randint(run.model.vocab_size, shape, generator=generator)
         begins = torch.rand(shape[0], shape[1] - 1, generator=generator) < 1 / DOCUMENT
         doc_ids = begins.cumsum(1).int()
-        batches.append(Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), doc_ids))
+        batch = Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), doc_ids)
+        batches.append(batch.to(device))
     return Step(batches, data.tokens_per_step, data.tokens_per_step)
 
 
-def _peak_flops(dtype: torch.dtype) -> float:
+def _peak_flops(dtype: torch.dtype, device: torch.device) -> float:
     """FLOP/s of the fastest product of two square matrices."""
-    left, right = (torch.randn(MATRIX, MATRIX).to(dtype) for _ in range(2))
-    return 2 * MATRIX**3 / _fastest(lambda: torch.mm(left, right))
+    left, right = (torch.randn(MATRIX, MATRIX).to(device, dtype) for _ in range(2))
+    return 2 * MATRIX**3 / _fastest(lambda: torch.mm(left, right), device)
 
 
-def _bandwidth() -> float:
+def _bandwidth(device: torch.device) -> float:
     """Bytes per second of the fastest copy in memory, read and written."""
-    source = torch.ones(COPIED // 4)
+    source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED / _fastest(lambda: target.copy_(source))
+    return 2 * COPIED / _fastest(lambda: target.copy_(source), device)
 
 
-def _fastest(work: Callable[[], object]) -> float:
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
     """Seconds of the fastest of the repetitions that fit in PEAK_SECONDS."""
     best, end = float("inf"), time.perf_counter() + PEAK_SECONDS
     while time.perf_counter() < end:
         start = time.perf_counter()
         work()
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
