@@ -239,3 +239,27 @@ def test_hooks_run_once_also_beside_an_optimizer_of_torch():
     weight.grad = torch.ones(2)
     optimizer.step()
     assert calls == ["before"]
+
+
+@pytest.mark.parametrize(
+    ("muon_dtype", "compute", "expected"),
+    [
+        ("auto", torch.bfloat16, torch.bfloat16),
+        ("auto", torch.float32, torch.float32),
+        ("float32", torch.bfloat16, torch.float32),
+        ("bfloat16", torch.float32, torch.bfloat16),
+    ],
+)
+def test_newton_schulz_has_the_dtype_of_the_forward_pass(muon_dtype, compute, expected):
+    updates = []
+    for config, dtype in (
+        (OptimConfig(name="muon", muon_dtype=muon_dtype), compute),
+        (OptimConfig(name="muon", muon_dtype=str(expected).removeprefix("torch.")), None),
+    ):
+        torch.manual_seed(0)
+        model = NanoLlama(MODEL)
+        optimizer = build_optimizer(model, config, dtype)
+        gradients(model, 0)
+        optimizer.step()
+        updates.append(model.layers[0].mlp.up_proj.weight.detach().clone())
+    assert torch.equal(*updates)

@@ -22,11 +22,11 @@ class GroupConfig:
     """Settings of one parameter group. None: as in the optim section."""
 
     lr: NonNegativeFloat = 1.0  # factor on optim.lr, not a rate
-    beta1: Fraction | None = None
-    beta2: Fraction | None = None
-    eps: PositiveFloat | None = None
+    beta1: Fraction | None = None  # AdamW's decay of the first moment
+    beta2: Fraction | None = None  # AdamW's decay of the second moment
+    eps: PositiveFloat | None = None  # AdamW's, added to the root of the second moment
     weight_decay: NonNegativeFloat | None = None  # default: 0 except for matrices and head
-    hyperball: bool | None = None  # of matrices and head only
+    hyperball: bool | None = None  # constant norms, as optim.hyperball; matrices and head only
 
     def __post_init__(self) -> None:
         check_fields(self, "optim.groups")
@@ -36,27 +36,28 @@ class GroupConfig:
 class OptimConfig:
     """The optimizer's settings."""
 
-    # muon: Muon for the matrices of the blocks, AdamW for the rest.
+    # The optimizer; muon: Muon for the matrices of the blocks, AdamW for the rest.
     name: Annotated[str, one_of("adamw", "muon")] = "adamw"
-    lr: PositiveFloat = 1.0e-3  # peak of the schedule
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
-    eps: PositiveFloat = 1.0e-8
-    momentum: Fraction = 0.95  # Muon's
-    weight_decay: NonNegativeFloat = 0.1
+    lr: PositiveFloat = 1.0e-3  # learning rate at the peak of the schedule
+    beta1: Fraction = 0.9  # AdamW's decay of the first moment
+    beta2: Fraction = 0.95  # AdamW's decay of the second moment
+    eps: PositiveFloat = 1.0e-8  # AdamW's, added to the root of the second moment
+    momentum: Fraction = 0.95  # Muon's decay of the gradients' average
+    weight_decay: NonNegativeFloat = 0.1  # decoupled, on matrices and head
     grad_clip: NonNegativeFloat = 1.0  # maximum global gradient norm; 0: no clipping
-    z_weight: NonNegativeFloat = 1.0e-4
+    z_weight: NonNegativeFloat = 1.0e-4  # weight of the mean squared logsumexp of the logits
     # Group (matrices, embedding, head, vectors, value_embeddings) -> settings that differ.
     groups: dict[str, GroupConfig] = field(default_factory=dict)
     cautious_decay: bool = False  # decay only weights that the update shrinks, arXiv:2510.12402
     adam_every: PositiveInt = 1  # steps between updates of AdamW's groups beside Muon
-    nesterov: bool = True  # Muon's
-    # Of updates; spectral: Jordan's, for a lr of about 0.02.
+    nesterov: bool = True  # Muon: Nesterov momentum
+    # Muon: scale of updates. rms: as AdamW's. spectral: Jordan's, for a lr of about 0.02.
     muon_scale: Annotated[str, one_of("rms", "spectral")] = "rms"
+    # Muon: polynomials of the Newton-Schulz iteration.
     muon_coefficients: Annotated[str, one_of(*COEFFICIENTS)] = "polar_express"
-    # Of Newton-Schulz; auto: bfloat16 on a GPU.
+    # Muon: dtype of the Newton-Schulz iteration; auto: that of forward and backward.
     muon_dtype: Annotated[str, one_of("auto", *DTYPES)] = "auto"
-    normuon_beta2: Fraction = 0.0  # NorMuon's second moment, arXiv:2510.05491; 0: off
+    normuon_beta2: Fraction = 0.0  # decay of NorMuon's second moment, arXiv:2510.05491; 0: off
     # Constant norms of matrices and head in place of weight decay: AdamH, or MuonH for matrices
     # with name=muon (arXiv:2606.16899). The rate is that of an update relative to its matrix.
     hyperball: bool = False
@@ -189,9 +190,12 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype | None = None
+) -> torch.optim.Optimizer:
     """Return fused AdamW, or Muon with AdamW, over parameter_groups.
 
+    dtype: of Newton-Schulz if config.muon_dtype is auto; None: as Muon chooses.
     Collective with Hyperball and sharded parameters. ValueError if Hyperball has a zero matrix.
     """
     groups = parameter_groups(model, config)
@@ -206,7 +210,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         betas,
         config.eps,
         coefficients=COEFFICIENTS[config.muon_coefficients],
-        dtype=DTYPES.get(config.muon_dtype),
+        dtype=DTYPES.get(config.muon_dtype, dtype),
         scale=config.muon_scale,
         nesterov=config.nesterov,
         normuon_beta2=config.normuon_beta2,
