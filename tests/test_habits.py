@@ -28,6 +28,16 @@ SOURCE_FILE = re.compile(
     r"training)/[\w/]+\.(?:md|py|sh|yaml)\b"
 )
 DEFINED = re.compile(r"([\w/]+\.py):(\w+)")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+README_SECTIONS = [
+    "What you get",
+    "Your hardware",
+    "The 1.1B model on two H100",
+    "Your own things",
+    "Why this and not ...",
+    "When something fails",
+    "Documentation",
+]
 WRITTEN = ("checkpoints/", "logs/", "results/", "gguf/", "records/", "data/store/")  # by commands
 
 
@@ -89,10 +99,24 @@ def missing_names(text: str) -> list[str]:
     return [match[0] for match in matches if match[2] not in defined_names(read(match[1]))]
 
 
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", without_code_blocks(text), flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
 def broken_links(page: Path) -> list[str]:
-    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-    local = [link for link in links if "://" not in link]
-    return [link for link in local if not (page.parent / link).exists()]
+    """Return links to files that are missing, or to headings that their page lacks."""
+    broken = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        path = page.parent / name if name else page
+        if "://" not in link and not (
+            path.exists() and (not anchor or anchor in anchors(path.read_text(encoding="utf-8")))
+        ):
+            broken.append(link)
+    return broken
 
 
 def test_the_version_is_in_one_place():
@@ -153,7 +177,7 @@ def docker_pattern(line: str) -> str:
 
 def test_pre_commit_has_the_ruff_of_the_requirements():
     [repo] = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
-    [pinned] = re.findall(r"^ruff==(\S+)", read("requirements-core.txt"), flags=re.MULTILINE)
+    [pinned] = re.findall(r"^ruff==(\S+)", read("requirements-dev.txt"), flags=re.MULTILINE)
     assert repo["rev"] == f"v{pinned}"
     assert [hook["id"] for hook in repo["hooks"]] == ["ruff-check", "ruff-format"]
 
@@ -190,9 +214,15 @@ def test_readme_is_short_and_begins_with_the_commands():
     lines = read("README.md").splitlines()
     assert len(lines) <= 130
     first_screen = "\n".join(lines[:40])
-    assert "make quickstart" in first_screen and "make test" in first_screen
+    assert all(f"make {name}" in first_screen for name in ("quickstart", "demo", "test"))
     named = set(re.findall(r"^make (\w+)", read("README.md"), flags=re.MULTILINE))
     assert named and named <= targets()
+
+
+def test_readme_has_its_sections_and_no_figure_to_fill_in():
+    text = read("README.md")
+    assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == README_SECTIONS
+    assert re.findall(r"\w*PLACEHOLDER\w*|\b(?:TIME|HW)_\w+", text) == []
 
 
 def test_a_wrong_path_name_or_link_is_found(tmp_path):
@@ -202,8 +232,9 @@ def test_a_wrong_path_name_or_link_is_found(tmp_path):
     names = "`training/loop.py:train`, `training/loop.py:lost`, `training/schedulers.py:DECAYS`"
     assert missing_names(names) == ["training/loop.py:lost"]
     page = tmp_path / "page.md"
-    page.write_text("[a](page.md) [b](lost.md#part) [c](https://example.org)", encoding="utf-8")
-    assert broken_links(page) == ["lost.md"]
+    links = "[a](page.md) [b](lost.md#part) [c](https://example.org/#d) [e](#the-end) [f](#no)"
+    page.write_text(f"## The `end`!\n{links}\n", encoding="utf-8")
+    assert broken_links(page) == ["lost.md#part", "#no"]
 
 
 def test_every_document_is_in_the_index():
