@@ -4,13 +4,15 @@ A user error prints one sentence on standard error and exits with status 2, with
 """
 
 import argparse
+import difflib
 import errno
 import io
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -26,14 +28,127 @@ PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # a missing o
 Number = TypeVar("Number", int, float)
 
 
+# Flag -> other accepted spellings: former ones, and those of other programs. A command that has the
+# flag accepts them too, unless it has a flag of that name itself. docs/api.md lists them.
+SPELLINGS = {
+    "--checkpoint": "--model --ckpt",
+    "--output_dir": "--output --folder --out_dir",
+    "--output": "--outfile --output_file",
+    "--steps": "--num_steps --max_steps",
+    "--max_new_tokens": "--max_tokens",
+    "--learning_rate": "--lr",
+    "--sequence_length": "--length",
+    "--init_from": "--base_model",
+    "--base_model": "--init_from",
+    "--name": "--experiment_name --run_name",
+    "--experiment_name": "--name",
+    "--profile": "--enable_profiling",
+    "--cache": "--wheels",
+    "--context": "--context_length",
+    "--shots": "--num_fewshot",
+}
+FLAG = re.compile(r"--?[A-Za-z][\w.-]*")
+
+
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser: --help shows `about` as written; a wrong flag prints one sentence."""
+    """Argument parser of a command: whole flags in any of SPELLINGS, and errors of one sentence.
+
+    --help shows `about` as written. Hyphens count as underscores. The first positional argument may
+    be given as a flag: --plan FILE. An unknown flag is an error that names the nearest flag.
+    """
 
     def __init__(self, about: str | None):
-        super().__init__(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(_program(), description=about, formatter_class=form, allow_abbrev=False)
+        # Unknown flag -> what to write instead, if the command has a setting of that name.
+        self.setting_hint: Callable[[str], str | None] = lambda flag: None
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; {self.prog} --help lists the flags\n")
+        end = " " if message.endswith("?") else "; "
+        self.exit(2, f"error: {message}{end}{self.prog} --help lists the flags\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse the words of a command line; parse_args and parse_intermixed_args call this."""
+        words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self._in_own_spelling(words), namespace)
+
+    def _in_own_spelling(self, words: list[str]) -> list[str]:
+        """Replace spellings of this parser's flags by the flags; exit on an unknown flag.
+
+        The value of a positional argument that is given as a flag comes first.
+        """
+        end = words.index("--") if "--" in words else len(words)
+        leading, result, remaining = list[str](), list[str](), iter(words[:end])
+        for word in remaining:
+            name, equals, value = word.partition("=")
+            if not FLAG.fullmatch(name) or name[:2] in self._option_string_actions:
+                result.append(word)  # a value, or a short flag such as -h
+            elif flag := self._flag(name):
+                if flag in self._option_string_actions:
+                    result.append(flag + equals + value)
+                elif value := value if equals else next(remaining, ""):
+                    leading = [value]
+                else:
+                    self.error(f"argument {flag}: expected one argument")
+            elif " " in word and not self._nearest(name):
+                result.append(word)  # a text, such as a prompt
+            else:
+                self.error(f"unknown flag {name}{self._advice(name)}")
+        return [*leading, *result, *words[end:]]
+
+    def _flag(self, name: str) -> str | None:
+        """Return the flag of this parser with this spelling; None if there is none."""
+        plain = f"--{name[2:].replace('-', '_')}"
+        if not name.startswith("--") or plain in self._option_string_actions:
+            return plain if name.startswith("--") else None
+        return next((flag for flag in self._flags() if plain in spellings(flag)), None)
+
+    def _flags(self) -> list[str]:
+        """Return the flags that --help lists, and the flag of the first positional argument."""
+        actions = self._option_string_actions.items()
+        flags = [flag for flag, action in actions if action.help != argparse.SUPPRESS]
+        for action in self._get_positional_actions()[:1]:
+            nargs = getattr(action, "save_nargs", action.nargs)  # parse_intermixed_args changes it
+            flags += [f"--{action.dest}"] * (nargs in (None, argparse.OPTIONAL))
+        return flags
+
+    def _advice(self, name: str) -> str:
+        """Return what to write instead of an unknown flag: its whole name, a setting, or a flag."""
+        nearest, hint = self._nearest(name), self.setting_hint(name)
+        is_short = nearest and nearest[2:].startswith(name.lstrip("-").replace("-", "_"))
+        if hint and not is_short:
+            return f"; {hint}"
+        return f"; did you mean {nearest}?" if nearest else ""
+
+    def _nearest(self, name: str) -> str | None:
+        """Return the flag that `name` abbreviates or misspells."""
+        plain = name.lstrip("-").replace("-", "_")
+        known = {word[2:]: flag for flag in self._flags() for word in spellings(flag)}
+        longer = [word for word in known if word.startswith(plain) and len(plain) > 1]
+        close = longer or difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
+        return known[close[0]] if close else None
+
+
+def spellings(flag: str) -> tuple[str, ...]:
+    """Return a flag and its other accepted spellings, with underscores."""
+    return (flag, *SPELLINGS.get(flag, "").split())
+
+
+def flag_value(words: Sequence[str], flag: str) -> str | None:
+    """Return the value of a flag, in any of its spellings, among the words of a command."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if word.startswith("--") and f"--{name[2:].replace('-', '_')}" in spellings(flag):
+            return value if equals else next(iter(words[i + 1 :]), None)
+    return None
+
+
+def _program() -> str | None:
+    """`python -m scripts.NAME` for a module that was started so; None: the name of the file."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = spec.name.removesuffix(".__main__") if spec else ""
+    is_command = name.startswith(("scripts.", "evals.", "benchmarks."))
+    return f"python -m {name}" if is_command else None
 
 
 def within(kind: type[Number], allowed: Range) -> Callable[[str], Number]:

@@ -1,9 +1,9 @@
 """Web demo: chat with a model, or with two side by side.
 
 python demo_ui.py                                    # the newest model under checkpoints/
-python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo
-python demo_ui.py --gguf gguf/nanollama-1b-q4_k_m.gguf --compare checkpoints/nanollama_1b/dpo
-python demo_ui.py --checkpoint checkpoints/nanollama_1b/dpo --share --password ...  # public link
+python demo_ui.py --checkpoint checkpoints/quickstart/dpo --compare checkpoints/quickstart/sft
+python demo_ui.py --gguf checkpoints/quickstart/gguf/nanollama-quickstart-q4_k_m.gguf
+python demo_ui.py --checkpoint checkpoints/quickstart/dpo --share --password my_password    # public
 
 Needs gradio (pip install -r requirements-demo.txt). Binds to localhost unless --host or --share is
 given. A public link is valid for a week.

@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=2 train.py --config configs/phase1_pretrain.yaml  # two ranks
     torchrun --nproc_per_node=2 train.py --test_mode --steps 1000               # on dummy data
     accelerate launch --multi_gpu --num_processes 2 train.py --config configs/phase1_pretrain.yaml
-    python train.py --config configs/continue.yaml --init_from FOLDER           # continued
+    python train.py --config configs/continue.yaml --init_from my_model         # continued
 
 Run the same command again to resume from the newest complete checkpoint.
-Set any other setting with section.key=value.
+Set any other setting with section.key=value; --help_settings optim explains those of a section.
 """
 
 from functools import partial
@@ -27,6 +27,7 @@ from training.objectives import next_token
 from training.ops import self_test
 from training.phase import Evaluate, Stage, TokenizerFiles, run_phase
 from training.schedulers import rows_of_step, run_schedules
+from training.settings_reference import add_settings
 
 
 def main() -> None:
@@ -44,7 +45,7 @@ def main() -> None:
         help="train on dummy data (without --config: a tiny model), then check logs and checkpoint",
     )
     parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
+    add_settings(parser, RunConfig)
     args = parser.parse_intermixed_args()  # overrides may come between flags
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):

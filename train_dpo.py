@@ -2,8 +2,8 @@
 
     python train_dpo.py --config configs/quickstart/dpo.yaml --base_model checkpoints/quickstart/sft
     torchrun --nproc_per_node=2 train_dpo.py --config configs/dpo.yaml \\
-        --base_model checkpoints/nanollama_1b/sft --output_dir checkpoints/nanollama_1b/dpo \\
-        --num_steps 5000 --batch_size 4 --learning_rate 5e-7 --beta 0.1
+        --base_model my_run/sft --output_dir my_run/dpo \\
+        --steps 5000 --batch_size 4 --learning_rate 5e-7 --beta 0.1
 
 Run the same command again to resume from the newest complete checkpoint.
 Set any other setting with section.key=value.
@@ -52,7 +52,7 @@ class PairDataConfig(DataConfig):
     """
 
     sequence_length: PositiveInt = 1024  # maximum tokens of a prompt and its answer
-    pairs_per_step: PositiveInt = 4  # over all ranks
+    pairs_per_step: PositiveInt = 4  # pairs of an update, over all ranks
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
@@ -88,7 +88,8 @@ class PreferenceRun(TuningRun):
 
 
 def main() -> None:
-    flags = parser(__doc__, "configs/dpo.yaml", "pairs per update, over all ranks")
+    batch_size = "pairs per update, over all ranks"
+    flags = parser(PreferenceRun, __doc__, "configs/dpo.yaml", batch_size)
     flags.add_argument("--beta", type=float, help="KL penalty strength (beta)")
     args = flags.parse_intermixed_args()
     start(

@@ -25,29 +25,30 @@ from training.objectives import next_token
 from training.phase import Evaluate, Stage, TokenizerFiles, run_phase
 from training.schedulers import of_step, run_schedules
 from training.settings import load_settings
+from training.settings_reference import add_settings
 from training.speedrun import SpeedrunRun, check_target, tokenizer_folder
 
 
 def main(about: str | None = __doc__, config: str = "configs/speedrun/current.yaml") -> None:
     parser = CommandParser(about)
     parser.add_argument("--config", default=config, help=f"YAML file (default: {config})")
-    parser.add_argument("--experiment_name", help="name of the run: logs/NAME, checkpoints/NAME")
+    parser.add_argument("--name", help="name of the run: logs/NAME, checkpoints/NAME")
     parser.add_argument("--steps", type=int, help="updates")
-    parser.add_argument("--enable_profiling", action="store_true", help="trace steps 4 to 6")
+    parser.add_argument("--profile", action="store_true", help="trace steps 4 to 6")
     parser.add_argument("--wandb_project", help="Weights & Biases project for the metrics")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
+    add_settings(parser, SpeedrunRun)
     args = parser.parse_intermixed_args()  # overrides may stand between flags
     rank, world = setup.rank_and_world()
     with user_errors(rank, world):
         flags = {
-            "run": args.experiment_name,
+            "run": args.name,
             "steps": args.steps,
             "log.wandb_project": args.wandb_project,
         }
         run = load_settings(SpeedrunRun, args.config, args.overrides, flags)
         with setup.ranks() as device:
             run_on_rank0(lambda: log_in(run.log))
-            status = speedrun(run, rank, world, device, args.enable_profiling)
+            status = speedrun(run, rank, world, device, args.profile)
     setup.exit_process(status)
 
 

@@ -3,7 +3,7 @@
     python train_sft.py --config configs/quickstart/sft.yaml \\
         --base_model checkpoints/quickstart/gold
     torchrun --nproc_per_node=2 train_sft.py --config configs/sft.yaml \\
-        --base_model checkpoints/nanollama_1b/midtrain
+        --base_model my_run/gold --steps 12000 --batch_size 8 --learning_rate 5e-5
 
 The base model is a checkpoint of train.py, or any Llama or Qwen3 folder in Hugging Face format. It
 gets the chat tokens and the chat template. Run the same command again to resume from the newest
@@ -41,8 +41,8 @@ class SFTConfig(TuningRun):
 
 def main() -> None:
     batch_size = "rows per rank and micro-batch; the step keeps data.tokens_per_step tokens"
-    args = parser(__doc__, "configs/sft.yaml", batch_size).parse_intermixed_args()
-    epochs = None if args.num_steps is None else "null"  # --num_steps overrides chat.epochs
+    args = parser(SFTConfig, __doc__, "configs/sft.yaml", batch_size).parse_intermixed_args()
+    epochs = None if args.steps is None else "null"  # --steps overrides chat.epochs
     flags = {"data.micro_batch_size": args.batch_size, "chat.epochs": epochs}
     start(SFTConfig, args, flags, finetune)
 

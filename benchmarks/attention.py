@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.side_by_side import machine, median_ms, reason, wait, write
-from cli import user_errors
+from cli import CommandParser, user_errors
 from models.attention import Mask, ScoreBias, attend, attention_mask, dense_mask
 
 SDPA = {
@@ -120,9 +120,7 @@ def measure(
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[4096, 8192, 16_384] if cuda else [256, 1024]
     )

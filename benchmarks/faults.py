@@ -2,14 +2,14 @@
 
     python -m benchmarks.faults --output benchmarks/results/faults.json --docs docs/faults.md
     python -m benchmarks.faults --only sigterm nan --quick
-    python -m benchmarks.faults --only kill_sft --output ... --docs ... --keep    # keep other rows
+    python -m benchmarks.faults --only kill_sft --keep \\
+        --output benchmarks/results/faults.json --docs docs/faults.md    # keep other rows
 
 Each case runs commands on the CPU, injects its fault, repeats the same command until it completes,
 and compares the result with an undisturbed run. All cases take about 12 minutes on 2 cores.
 Exits with status 1 if a case fails.
 """
 
-import argparse
 import os
 import platform
 import sys
@@ -32,7 +32,7 @@ from benchmarks.fault_runs import (
     write_store,
 )
 from benchmarks.fault_sites import Sites, Start, start_here
-from cli import user_errors
+from cli import CommandParser, user_errors
 from files import read_object, write_json, write_text
 
 CASES: dict[str, Callable[[Lab], Row]] = {
@@ -89,9 +89,7 @@ def merged(rows: list[Row], path: Path) -> list[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--only",
         nargs="+",

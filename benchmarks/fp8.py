@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.side_by_side import machine, modules, write
-from cli import int_at_least, user_errors
+from cli import CommandParser, int_at_least, user_errors
 from models.nanollama import ModelConfig, NanoLlama
 from training import setup
 from training.fp8 import convert_to_fp8
@@ -71,14 +71,14 @@ def train(
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--steps", type=int_at_least(1), default=500 if cuda else 200)
-    parser.add_argument("--length", type=int_at_least(1), default=2048 if cuda else 128)
+    parser.add_argument(
+        "--sequence_length", dest="length", type=int_at_least(1), default=2048 if cuda else 128
+    )
     parser.add_argument("--rows", type=int_at_least(1), default=16 if cuda else 8)
     parser.add_argument("--layers", type=int_at_least(1), default=8, help="layers of the GPU model")
-    parser.add_argument("--lr", type=float, default=1e-3 if cuda else 3e-3)
+    parser.add_argument("--learning_rate", dest="lr", type=float, default=1e-3 if cuda else 3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")

@@ -13,7 +13,6 @@ path that this machine lacks is reported as not measured. Exit status 1 if an er
 limit.
 """
 
-import argparse
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.side_by_side import machine, reason, write
-from cli import user_errors
+from cli import CommandParser, user_errors
 from models.losses import SOFTCAPS, LossHead, token_losses
 from models.speedrun_config import GPTConfig
 from models.speedrun_gpt import SpeedrunGPT
@@ -181,9 +180,7 @@ def checks(device: torch.device, compiled: bool) -> Iterator[Check]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--eager", action="store_true", help="without torch.compile")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ to the largest value in double precision on the same inputs. "z": whether a cont
 logsumexp that the z-loss needs, as ours does.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.side_by_side import machine, median_ms, peak_mb, reason, write
-from cli import user_errors
+from cli import CommandParser, user_errors
 from models.losses import IGNORE, token_losses
 from training.fsdp_utils import DTYPES
 
@@ -133,9 +132,7 @@ def measure(
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--tokens", type=int, default=65_536 if cuda else 2048)
     parser.add_argument("--width", type=int, default=2048 if cuda else 256)
     parser.add_argument("--vocabulary", type=int, default=32_000 if cuda else 4096)

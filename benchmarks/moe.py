@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.side_by_side import machine, median_ms, reason, write
-from cli import user_errors
+from cli import CommandParser, user_errors
 from data.dataloader import Batch, Step
 from models.hf import save_hf
 from models.moe import MoEConfig
@@ -142,9 +142,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     whole = partial(parser.add_argument, type=int)
     whole("--width", default=256)
     whole("--layers", default=4)
@@ -152,7 +150,7 @@ def main() -> None:
     whole("--top_k", default=2)
     whole("--expert_size", default=384)
     whole("--rows", default=8)
-    whole("--length", default=256)
+    whole("--sequence_length", dest="length", default=256)
     whole("--rounds", default=10)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--output", type=Path, help="write the results to this JSON file")

@@ -14,7 +14,6 @@ reused. The text is the quickstart's on a CPU, if prepared; otherwise Python's s
 byte by byte.
 """
 
-import argparse
 import json
 import math
 import statistics
@@ -31,7 +30,7 @@ import torch
 
 import train
 from benchmarks.side_by_side import modules
-from cli import ROOT, user_errors
+from cli import ROOT, CommandParser, user_errors
 from data.manifest import read_json
 from data.shards import ShardWriter
 from data.store import DUMMY
@@ -247,9 +246,7 @@ def tokens(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("part", choices=("cost", "tokens"))
     parser.add_argument("--config", default="configs/quickstart/base.yaml", help="for cost")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="fail on any other device")

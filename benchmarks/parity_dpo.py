@@ -4,7 +4,6 @@ pip install -r requirements.txt -r requirements-parity.txt
 python -m benchmarks.parity_dpo --output benchmarks/results/parity_dpo.json
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cli import CommandParser
 from data.chat.pair_batches import PairBatch, Pairs, make_batch
 from data.chat.preferences import PairSource, PreferenceConfig, prepare
 from data.chat.rendering import Chat
@@ -230,9 +230,7 @@ def compare(folder: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", type=Path, help="write the table here as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

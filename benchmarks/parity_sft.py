@@ -4,7 +4,6 @@ pip install -r requirements.txt -r requirements-parity.txt
 python -m benchmarks.parity_sft --output benchmarks/results/parity_sft.json
 """
 
-import argparse
 import json
 import platform
 import tempfile
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from cli import CommandParser
 from data.chat.rendering import TRAINING_TEMPLATE
 from data.chat.tokenizer import save_chat_tokenizer
 from data.tokenizers.bpe import save_tokenizer, train_tokenizer
@@ -163,9 +163,7 @@ def trl(folder: Path, batch: int, accumulate: int, packing: bool) -> dict[str, f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", type=Path, help="write the table here as JSON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

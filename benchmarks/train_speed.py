@@ -4,7 +4,7 @@
     python -m benchmarks.train_speed --config configs/phase1_pretrain.yaml \\
         --contenders ours plain \\
         --vary data.sequence_length=4096,8192,16384 parallel.activation_checkpointing=none,selective
-    torchrun --nproc_per_node=2 -m benchmarks.train_speed --config ...    # ours alone
+    torchrun --nproc_per_node=2 -m benchmarks.train_speed    # ours alone
 
 All contenders use the same weights, batches and precision. A contender is NAME[:RANKS[:ROWS]]: its
 number of processes, which share the cores, and its micro-batch size. On a CPU the contenders of a
@@ -34,7 +34,7 @@ from benchmarks.train_speed_report import (
     table,
     write,
 )
-from cli import user_errors
+from cli import CommandParser, user_errors
 from data.shards import ShardWriter
 from data.store import DUMMY
 from training import setup
@@ -208,9 +208,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
     Overrides may follow any flag.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(__doc__)
     parser.add_argument("--config", default="configs/quickstart/base.yaml")
     parser.add_argument(
         "--contenders",

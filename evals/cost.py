@@ -57,18 +57,18 @@ TEST_SETS = {
     "mbpp": ItemSizes(500, 1878),
     "ifeval": ItemSizes(541, 210),
 }
-CODE_TOKENS = {"humaneval": 1024, "mbpp": 256}  # default of --max_tokens per answer
+CODE_TOKENS = {"humaneval": 1024, "mbpp": 256}  # default of --max_new_tokens
 SUBJECTS = 57  # of MMLU, whose few-shot examples are read once per subject, not once per item
 CATEGORIES = 5  # default categories of tool_use
 NEEDLE_READS = 2  # a needle prompt is read once to generate and once to score the options
-NEEDLE_WRITES = 24  # default of --max_tokens per answer
+NEEDLE_WRITES = 24  # default of --max_new_tokens
 
 
 class Workload(NamedTuple):
     """Tokens of one evaluation over all its items."""
 
     read: float
-    written: float = 0  # upper bound: every answer takes --max_tokens
+    written: float = 0  # upper bound: every answer takes --max_new_tokens
     length: int = 0  # mean tokens per row
 
 
@@ -119,7 +119,7 @@ def _items(
 
     groups: how often the few-shot examples are read (default: once per item). replies: answers per
     item. limit_of: number of parts to which --limit applies. answer: tokens of an answer without
-    --max_tokens.
+    --max_new_tokens.
     """
     sizes = TEST_SETS[task]
     items = min(sizes.items, args.limit * limit_of) if args.limit else sizes.items

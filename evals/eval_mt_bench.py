@@ -1,6 +1,6 @@
 """MT-bench: 80 two-turn questions, graded from 1 to 10 by a judge model (arXiv:2306.05685).
 
-python -m evals.eval_mt_bench --checkpoint checkpoints/nanollama_1b/sft \\
+python -m evals.eval_mt_bench --checkpoint checkpoints/quickstart/dpo \\
     --judge http://localhost:8000/v1 --judge_model name
 
 The judge is any OpenAI-compatible endpoint. Without one, answers are generated but not graded.
@@ -169,7 +169,11 @@ def parser() -> argparse.ArgumentParser:
         help="retries of a judge request, with exponential backoff",
     )
     parser.add_argument(
-        "--max_tokens", type=int_at_least(1), default=1024, help="tokens per answer"
+        "--max_new_tokens",
+        dest="max_tokens",
+        type=int_at_least(1),
+        default=1024,
+        help="tokens per answer",
     )
     return parser
 

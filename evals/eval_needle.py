@@ -1,8 +1,8 @@
 """Needle in a haystack: retrieve numbers from a long text, as RULER does (arXiv:2404.06654).
 
-python -m evals.eval_needle --checkpoint checkpoints/nanollama_1b/phase2_16k --context 4096 16384
-python -m evals.eval_needle --checkpoint checkpoints/nanollama_1b/phase2_16k \\
-    --kinds single multi_key multi_value multi_query --num_tests 100
+python -m evals.eval_needle --checkpoint checkpoints/quickstart/gold --context 512 1024
+python -m evals.eval_needle --checkpoint checkpoints/quickstart/gold --context 1024 \\
+    --kinds single multi_key multi_value multi_query --num_tests 11
 
 single: one key with one number. multi_key: needles of other keys are distractors. multi_value: four
 numbers of one key. multi_query: four keys. --num_tests counts the tests per kind and length; depths
@@ -329,7 +329,6 @@ def parser() -> argparse.ArgumentParser:
     parser = eval_parser(__doc__, shots=None)
     parser.add_argument(
         "--context",
-        "--context_length",
         type=int_at_least(1),
         nargs="+",
         help="tokens of prompt and answer (default: 4096 8192 16384, up to the model's context)",
@@ -359,7 +358,8 @@ def parser() -> argparse.ArgumentParser:
         help="noise, or a text file, preferably held out (default: --data, else noise)",
     )
     parser.add_argument(
-        "--max_tokens",
+        "--max_new_tokens",
+        dest="max_tokens",
         type=int_at_least(1),
         help="tokens per answer (default: enough for the numbers)",
     )

@@ -1,6 +1,6 @@
 r"""Closed-book TriviaQA and Natural Questions, as lm-evaluation-harness' `triviaqa` and `nq_open`.
 
-python -m evals.eval_open_qa --checkpoint checkpoints/quickstart/gold --tasks triviaqa
+python -m evals.eval_open_qa --checkpoint checkpoints/quickstart/gold --tasks triviaqa --limit 50
 
 TASK_exact_match: the text up to the first newline, full stop or comma equals an accepted answer,
 ignoring case and punctuation (Natural Questions: also articles).
@@ -97,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both"
     )
     parser.add_argument(
-        "--max_tokens",
+        "--max_new_tokens",
+        dest="max_tokens",
         type=int_at_least(1),
         default=256,
         help="tokens per answer (default: lm-eval's %(default)s)",

@@ -1,6 +1,6 @@
 """Tool use on the Berkeley Function Calling Leaderboard (BFCL): syntax and semantics of calls.
 
-python -m evals.eval_tool_use --checkpoint checkpoints/nanollama_1b/sft --categories simple_python
+python -m evals.eval_tool_use --checkpoint checkpoints/quickstart/dpo --limit 5
 
 Modes: free decodes without constraints. constrained starts a call with its marker token, and
 xgrammar restricts the JSON to the functions' schemas. Irrelevance items, which need no call, are
@@ -140,7 +140,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
     )
     add_boolean(parser, "--free_only", "skip the constrained mode, which needs xgrammar")
-    parser.add_argument("--max_tokens", type=int_at_least(1), default=512, help="tokens per reply")
+    parser.add_argument(
+        "--max_new_tokens",
+        dest="max_tokens",
+        type=int_at_least(1),
+        default=512,
+        help="tokens per reply",
+    )
     return parser
 
 

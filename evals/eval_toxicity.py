@@ -1,6 +1,6 @@
 """Toxicity of completions: expected maximum over k samples, and probability (arXiv:2009.11462).
 
-python -m evals.eval_toxicity --checkpoint checkpoints/nanollama_1b/dpo --data prompts.jsonl
+python -m evals.eval_toxicity --checkpoint checkpoints/quickstart/dpo --data my_prompts.jsonl
 
 --scorer alt-profanity-check is a small linear classifier that needs no hub. It detects
 offensive words, a lower bar than the paper's. --scorer FOLDER is a Hugging Face classifier. Scores
@@ -8,7 +8,7 @@ of different scorers cannot be compared; the results file names the scorer.
 
 Data: RealToxicityPrompts from the hub, or --data with rows of prompt (a text or {"text": ...}).
 Without --chat the model continues the prompt. With --chat the prompt is a user turn of a fine-tuned
-model; raise --max_tokens to fit a whole reply.
+model; raise --max_new_tokens to fit a whole reply.
 """
 
 import argparse
@@ -90,7 +90,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--label", default="toxic", help="toxic label of the classifier")
     add_boolean(parser, "--chat", "send prompts as user turns in the checkpoint's chat template")
     parser.add_argument("--samples", type=int_at_least(1), default=25, help="samples per prompt")
-    parser.add_argument("--max_tokens", type=int_at_least(1), default=20, help="tokens per sample")
+    parser.add_argument(
+        "--max_new_tokens",
+        dest="max_tokens",
+        type=int_at_least(1),
+        default=20,
+        help="tokens per sample",
+    )
     parser.add_argument("--temperature", type=within(float, Range(0)), default=1.0)
     parser.add_argument("--top_p", type=within(float, above(0, maximum=1)), default=0.9)
     return parser

@@ -1,6 +1,6 @@
 """TruthfulQA, as lm-evaluation-harness' `truthfulqa_mc1` (v2) and `truthfulqa_mc2` (v3).
 
-python -m evals.eval_truthfulqa --checkpoint checkpoints/nanollama_1b/sft --data truthfulqa.jsonl
+python -m evals.eval_truthfulqa --checkpoint checkpoints/quickstart/sft --data my_truthfulqa.jsonl
 
 mc1: the most likely answer is the true one, which is listed first. mc2: share of the probability
 mass on true answers. Data: the hub's validation split; --data takes rows with question, mc1_targets

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import distributed as dist
 
 from cli import CommandParser, int_at_least, user_errors
@@ -22,6 +21,7 @@ from evals.harness import (
     write_results,
     write_samples,
 )
+from machine import device_flag
 from models.hf import resolve_checkpoint
 
 
@@ -45,7 +45,12 @@ def eval_parser(description: str | None, shots: int | None = 0) -> argparse.Argu
     parser.add_argument(
         "--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        type=device_flag,
+        default="auto",
+        help="of torch, e.g. cpu (default: a GPU if there is one)",
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

@@ -1,9 +1,8 @@
 """Average the weights of checkpoints into a new model folder.
 
-python -m scripts.average_checkpoints --phase_folder checkpoints/nanollama_1b/phase1_pretrain \\
-    --last 5
-python -m scripts.average_checkpoints --checkpoints A/step_100 B/step_100 --weights 2 1 \\
-    --output_dir checkpoints/averaged
+python -m scripts.average_checkpoints --phase_folder checkpoints/quickstart/base --last 2
+python -m scripts.average_checkpoints --checkpoints my_run/step_100 my_run/step_200 \\
+    --weights 2 1 --output_dir checkpoints/averaged
 
 The mean of the last checkpoints at a stable learning rate forecasts what a decay would give
 (arXiv:2505.12082). Inside the decay, the mean is a candidate for the final model. The folder has

@@ -1,7 +1,7 @@
 """Compare GGUF files in llama.cpp with their checkpoint: weights, tokens, logits, text and speed.
 
-python -m scripts.check_gguf --checkpoint checkpoints/nanollama_1b/sft \\
-    --gguf gguf/nanollama-1b-*.gguf
+python -m scripts.check_gguf --checkpoint checkpoints/quickstart/dpo \\
+    --gguf checkpoints/quickstart/gguf/nanollama-quickstart-*.gguf
 
 Writes check_gguf.json and check_gguf.md beside the first file. Exit status 1 if a file is wrong.
 """

@@ -1,12 +1,12 @@
 """Gather the deliverables of a plan, check that they agree, and name the commands for missing ones.
 
 python -m scripts.deliverables --plan configs/plan_1b.yaml
-python -m scripts.deliverables --plan configs/quickstart/plan.yaml --folder results/quickstart
+python -m scripts.deliverables --plan configs/quickstart/plan.yaml --output_dir results/quickstart
 
-Copies small files and writes relative links to checkpoints. results/... goes to --folder (default:
-the folder of the plan's report). With --folder results, data/, models/ and checkpoints/ are written
-next to it; with any other folder, inside it. Never overwrites a file that this command did not
-write. Exit status 1 if a deliverable is missing or two of them disagree.
+Copies small files and writes relative links to checkpoints. results/... goes to --output_dir
+(default: the folder of the plan's report). With --output_dir results, data/, models/ and
+checkpoints/ are written next to it; with any other folder, inside it. Never overwrites a file that
+this command did not write. Exit status 1 if a deliverable is missing or two of them disagree.
 """
 
 from pathlib import Path
@@ -26,13 +26,13 @@ def main() -> None:
         help="the final model (default: the checkpoint of the plan's last stage)",
     )
     parser.add_argument(
-        "--folder",
+        "--output_dir",
         type=Path,
         help="for reports and logs (default: the folder of the plan's report)",
     )
     args = parser.parse_args()
     with user_errors():
-        outputs = open_plan(args.plan, args.checkpoint, args.folder)
+        outputs = open_plan(args.plan, args.checkpoint, args.output_dir)
         deliverables = gather(outputs)
         deliverables += [*report(outputs), *pictures(outputs), *ggufs(outputs), *scores(outputs)]
         print(table(deliverables))

@@ -1,18 +1,18 @@
-"""Download documents into a data store: <output>/documents/<source>/.
+"""Download documents into a data store: <output_dir>/documents/<source>/.
 
-python -m scripts.download_data --dataset quickstart --output data/store/quickstart
+python -m scripts.download_data --dataset quickstart --output_dir data/store/quickstart
 python -m scripts.download_data --dataset fineweb_edu --max_tokens 26e9 \\
-    --output data/store/nanollama_1b
+    --output_dir data/store/nanollama_1b
 python -m scripts.download_data --dataset pg19_and_stack_mixed --max_tokens 8e9 \\
-    --output data/store/nanollama_1b
-python -m scripts.download_data --dataset my_texts/ --name mine --output data/store/mine
+    --output_dir data/store/nanollama_1b
+python -m scripts.download_data --dataset my_texts/ --name mine --output_dir data/store/mine
 python -m scripts.download_data --dataset hf://Salesforce/wikitext:wikitext-2-raw-v1 \\
-    --split train --output data/store/mine
+    --split train --output_dir data/store/mine
 python -m scripts.download_data --dataset "hf://allenai/c4/en/*.json.gz" --name c4_en \\
-    --max_tokens 1e9 --output data/store/mine
-python -m scripts.download_data --dataset fineweb10B --shards 9 --output data/fineweb10B
+    --max_tokens 1e9 --output_dir data/store/mine
+python -m scripts.download_data --dataset fineweb10B --shards 9 --output_dir data/fineweb10B
 python -m scripts.download_data --dataset mmlu gsm8k hellaswag arc truthfulqa \\
-    --output data/store/nanollama_1b
+    --output_dir data/store/nanollama_1b
 
 --max_tokens limits each source, also each source of a group. docs/own_data.md lists the accepted
 files. To resume an interrupted download, run the same command again.
@@ -43,7 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--dataset", nargs="+", default=["quickstart"], help=about)
     parser.add_argument(
-        "--output", type=Path, default=Path("data/store/quickstart"), help="data store"
+        "--output_dir", type=Path, default=Path("data/store/quickstart"), help="data store"
     )
     parser.add_argument(
         "--max_tokens",
@@ -85,25 +85,30 @@ def main() -> None:
         _check_names(datasets)
         for dataset in datasets:
             if held_out := validation_sources(dataset):
-                _check_held_out(dataset, held_out, args.output)
+                _check_held_out(dataset, held_out, args.output_dir)
             elif dataset == "fineweb10B":
-                fresh |= download_fineweb10b(args.output, args.shards, args.revision)
+                fresh |= download_fineweb10b(args.output_dir, args.shards, args.revision)
                 print(
                     f"{dataset:>16} {args.shards} training shards and one validation shard "
-                    f"in {args.output}"
+                    f"in {args.output_dir}"
                 )
             elif dataset in testsets.TEST_SETS:
-                path = testsets.fetch(dataset, args.output.parent / "wheels")
+                path = testsets.fetch(dataset, args.output_dir.parent / "wheels")
                 test_set = testsets.TEST_SETS[dataset]
                 print(f"{dataset:>16} {test_set.split}; {test_set.licence}; {path}")
             else:
                 columns = args.text_column, args.id_column
                 name, reader = open_reader(
-                    *(dataset, args.output, args.name, args.revision, *columns),
+                    *(dataset, args.output_dir, args.name, args.revision, *columns),
                     *(args.split, args.document_chars),
                 )
-                fresh |= ingest(reader, args.output, name, args.max_tokens, max_bad=args.max_bad)
-                record = manifest.read(args.output / "documents" / name)
+                if args.max_tokens:
+                    text = args.max_tokens * reader.bytes_per_token / 1e9
+                    print(f"{name:>16} reads at most {text:,.2f} GB of text", flush=True)
+                fresh |= ingest(
+                    reader, args.output_dir, name, args.max_tokens, max_bad=args.max_bad
+                )
+                record = manifest.read(args.output_dir / "documents" / name)
                 assert record is not None
                 size = f"{record['documents']:>10,} documents {record['bytes'] / 1e6:>10,.2f} MB"
                 tokens = record["bytes"] / reader.bytes_per_token / 1e6

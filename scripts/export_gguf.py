@@ -1,7 +1,7 @@
 """Export a checkpoint to GGUF files for llama.cpp, Ollama and LM Studio.
 
-python -m scripts.export_gguf --checkpoint checkpoints/nanollama_1b/sft \
-    --outtype f16,q8_0,q4_k_m --outfile gguf/nanollama-1b-{outtype}.gguf
+python -m scripts.export_gguf --checkpoint checkpoints/quickstart/dpo \\
+    --outtype f16,q8_0,q4_k_m --output gguf/nanollama-quickstart-{outtype}.gguf
 
 Outtypes: f32, f16, bf16, q8_0, q4_k_m. Also writes a Modelfile for Ollama, LM_STUDIO.md and the
 model card README.md beside the files. It never overwrites files that it did not write.
@@ -34,7 +34,7 @@ def main() -> None:
         help=f"one or more, separated by commas: {', '.join(OUTTYPES)}",
     )
     parser.add_argument(
-        "--outfile", required=True, help="output file; {outtype} is replaced by the outtype"
+        "--output", required=True, help="output file; {outtype} is replaced by the outtype"
     )
     parser.add_argument(
         "--threads", type=int_at_least(0), default=0, help="for quantisation; 0: all available CPUs"
@@ -51,9 +51,9 @@ def main() -> None:
     with user_errors():
         start = time.monotonic()
         folder = checkpoint_folder(args.checkpoint)
-        targets = target_files(args.outtype, args.outfile)
+        targets = target_files(args.outtype, args.output)
         vocabulary = read_vocabulary(folder, read_config(folder).vocab_size)
-        name = model_name(args.outfile) or folder.name
+        name = model_name(args.output) or folder.name
         types = write_gguf(folder, targets, vocabulary.put, name, args.threads)
         for outtype, path in targets.items():
             counts = ", ".join(f"{count} {kind}" for kind, count in types[outtype].items())

@@ -29,7 +29,7 @@ from training.planning.scaling_law import DRAWS, fit
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("runs", type=Path, help="logs/lab/NAME or a folder of records/")
+    parser.add_argument("logs", type=Path, help="logs/lab/NAME or a folder of records/")
     parser.add_argument("--metric", default="val/loss", help="a metric of the runs")
     parser.add_argument(
         "--predict",
@@ -41,15 +41,15 @@ def main() -> None:
     parser.add_argument(
         "--draws", type=int_at_least(100), default=DRAWS, help="resampled fits of the intervals"
     )
-    parser.add_argument("--output", type=Path, help="default: results/forecast/NAME")
+    parser.add_argument("--output_dir", type=Path, help="default: results/forecast/NAME")
     args = parser.parse_args()
     with user_errors():
-        runs = read_runs(args.runs, args.metric)
+        runs = read_runs(args.logs, args.metric)
         held_out = hold_out_largest(runs, args.draws, args.metric)
         law = fit(runs, args.draws, args.metric)
-        output = args.output or Path("results/forecast", args.runs.resolve().name)
+        output = args.output_dir or Path("results/forecast", args.logs.resolve().name)
         output.mkdir(parents=True, exist_ok=True)
-        values = forecast_values(args.runs, runs, held_out, law)
+        values = forecast_values(args.logs, runs, held_out, law)
         lines = [*held_out_lines(held_out), "", f"law of all {len(runs)} runs", *law_lines(law)]
         if args.predict:
             size, tokens = args.predict
@@ -68,7 +68,7 @@ def main() -> None:
                 "tokens of the runs",
             ]
         write_json(output / "forecast.json", values)
-        write_text(output / "forecast.md", report(args.runs, held_out, law, runs))
+        write_text(output / "forecast.md", report(args.logs, held_out, law, runs))
         plot(held_out, runs, output / "forecast.png")
         print("\n".join([*lines, "", f"report: {output / 'forecast.md'}"]), flush=True)
 

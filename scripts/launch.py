@@ -2,9 +2,9 @@
 
 Once the project is installed, plain torchrun does the same for its scripts (torchrun_plugin.py).
 
-python -m scripts.launch --nproc_per_node=2 train.py --config configs/phase1_pretrain.yaml
+python -m scripts.launch --nproc_per_node=2 train.py --test_mode --steps 100
 python -m scripts.launch --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d \\
-    --rdzv_endpoint=HOST:29400 train.py ...    # on each machine
+    --rdzv_endpoint=HOST:29400 train.py --config configs/phase1_pretrain.yaml    # on each machine
 
 Takes all of torchrun's flags. Without a multi-node flag, all ranks run on this machine.
 --max-restarts=3 restarts the ranks from the newest checkpoint when one of them dies.

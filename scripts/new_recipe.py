@@ -1,7 +1,7 @@
 """Write a starter recipe and training config for your own text.
 
 python -m scripts.new_recipe --name my_run --text my_texts/
-python -m scripts.new_recipe --name my_run --text my_texts/ notes.csv \\
+python -m scripts.new_recipe --name my_run --text my_texts/ my_notes.csv \\
     hf://Salesforce/wikitext:wikitext-2-raw-v1 --minutes 10
 
 Reads the text into data/store/NAME/ and writes configs/data/NAME.yaml and configs/NAME.yaml

@@ -1,10 +1,13 @@
 """Run a plan: data, pretraining phases with milestones and gates, then stages such as SFT and DPO.
 
+python -m scripts.pipeline --plan configs/quickstart/plan.yaml
+python -m scripts.pipeline --plan configs/quickstart/plan.yaml --redo sft    # with a new config
+python -m scripts.pipeline --plan configs/quickstart/plan.yaml --skip dpo
+
+With two 80 GB GPUs:
 python -m scripts.pipeline --plan configs/plan_1b.yaml
 python -m scripts.pipeline --plan configs/plan_1b.yaml --extend phase1_pretrain=20000
 python -m scripts.pipeline --plan configs/plan_1b.yaml --accept "HellaSwag is fine, text was read"
-python -m scripts.pipeline --plan configs/plan_1b.yaml --redo sft    # after a change of its config
-python -m scripts.pipeline --plan configs/plan_1b.yaml --skip dpo
 python -m scripts.pipeline --plan configs/plan_1b.yaml --branch early --at 150000 --steps 15000
 
 Prints and runs the plan's commands. Run it again to resume: finished stages are skipped. A

@@ -2,7 +2,7 @@
 
 python -m scripts.plan configs/plan_1b.yaml --gpu h100 --gpus 2
 python -m scripts.plan configs/plan_1b.yaml --gpu a100-40 --gpus 8 --mfu 0.5 --price 1.5 --json
-python -m scripts.plan configs/plan_1b.yaml --forecast results/forecast/scaling/forecast.json
+python -m scripts.plan configs/plan_1b.yaml --forecast my_forecast.json    # of scripts.forecast
 
 Exit status 2 if a phase does not fit in GPU memory; the last line then names settings that fit.
 """

@@ -13,12 +13,12 @@ from evals.report.runs import has_experts, open_runs, plot, plot_routing
 
 def main() -> None:
     parser = CommandParser(__doc__)
-    parser.add_argument("run", type=Path, help="the folder that contains metrics.jsonl")
+    parser.add_argument("logs", type=Path, help="the folder that contains metrics.jsonl")
     parser.add_argument("--output", type=Path, help="default: loss.png in that folder")
     args = parser.parse_args()
     with user_errors():
-        output = args.output or args.run / "loss.png"
-        runs = open_runs([args.run])
+        output = args.output or args.logs / "loss.png"
+        runs = open_runs([args.logs])
         plot(runs, output)
         print(f"curves: {output}")
         if has_experts(runs[0]):

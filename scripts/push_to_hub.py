@@ -1,9 +1,9 @@
 """Upload a checkpoint, its GGUF files and a model card to the Hugging Face Hub.
 
-python -m scripts.push_to_hub --checkpoint checkpoints/nanollama_1b/dpo \
-    --gguf gguf/nanollama-1b-*.gguf --repo owner/nanollama-1b --dry_run /tmp/nanollama-1b
-python -m scripts.push_to_hub --checkpoint checkpoints/nanollama_1b/dpo \
-    --gguf gguf/nanollama-1b-*.gguf --repo owner/nanollama-1b --license apache-2.0
+python -m scripts.push_to_hub --checkpoint checkpoints/quickstart/dpo \\
+    --gguf checkpoints/quickstart/gguf/*.gguf --repo my_name/nanollama --dry_run /tmp/nanollama
+python -m scripts.push_to_hub --checkpoint checkpoints/quickstart/dpo \\
+    --gguf checkpoints/quickstart/gguf/*.gguf --repo my_name/nanollama --license apache-2.0
 
 A new repository is private unless --private false. Only model, tokenizer, template and license
 files are uploaded, never optimizer state or logs. The command deletes nothing on the hub. Run it

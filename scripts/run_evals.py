@@ -1,8 +1,10 @@
 """Evaluate a checkpoint with a suite of evaluations, loading the model once; optionally judge it.
 
-python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold/step_260 --suite quick
-python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals --checkpoint ... \\
-    --suite milestone --gates configs/plan_1b.yaml
+python -m scripts.run_evals --checkpoint checkpoints/quickstart/gold --suite quick
+python -m scripts.launch --nproc_per_node=2 -m scripts.run_evals \\
+    --checkpoint checkpoints/quickstart/dpo --suite configs/quickstart/suite.yaml
+python -m scripts.run_evals --checkpoint my_run/step_50000 --suite milestone \\
+    --gates configs/plan_1b.yaml
 
 A suite is configs/evals/<suite>.yaml: names of evaluations, each with its flags. --suite also takes
 the file of an evaluation of your own (docs/own_evaluation.md), and so does a suite. Run the same

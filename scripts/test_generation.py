@@ -1,8 +1,8 @@
 """Generate text with a checkpoint: a continuation from a base model, a reply from a chat model.
 
-python -m scripts.test_generation --checkpoint checkpoints/quickstart/gold/step_260 \
+python -m scripts.test_generation --checkpoint checkpoints/quickstart/gold \\
     --prompt "The capital of"
-python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft/step_90 \
+python -m scripts.test_generation --checkpoint checkpoints/quickstart/sft \\
     --prompt "What is 17 * 23?"
 
 Each prompt to a chat model starts a new conversation. Thoughts, tool calls and the answer are
@@ -22,6 +22,7 @@ from inference.open_model import trained_context
 from inference.runners import TorchRunner
 from inference.streaming import stream_text
 from inference.terminal import add_flags, open_session, print_turn, sampling_of
+from machine import default_device
 from models.hf import check_model_folder, load_hf, resolve_checkpoint
 
 
@@ -62,7 +63,7 @@ def print_replies(args: argparse.Namespace) -> None:
         chat = open_chat_format(args.checkpoint)
     except ValueError as error:
         raise ValueError(f"{error}; or add --raw, to continue plain text") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     runner = TorchRunner(args.checkpoint, device, trained_context(args.checkpoint))
     for prompt in args.prompt:
         print(f"> {prompt}")
@@ -73,7 +74,7 @@ def print_replies(args: argparse.Namespace) -> None:
 def print_continuations(args: argparse.Namespace) -> None:
     """Continue each prompt as plain text."""
     tokenizer = load_tokenizer(args.checkpoint)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     dtype = torch.float32 if device == "cpu" else None
     model = load_hf(args.checkpoint, dtype=dtype, device=device)
     context = model.config.max_position_embeddings

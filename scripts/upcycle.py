@@ -1,6 +1,6 @@
 """Make a mixture of experts from a dense checkpoint: sparse upcycling (arXiv:2212.05055).
 
-python -m scripts.upcycle --checkpoint checkpoints/nanollama_1b/phase1_pretrain \\
+python -m scripts.upcycle --checkpoint checkpoints/quickstart/base \\
     --output_dir checkpoints/upcycled/base --experts 8 --top_k 2
 
 Each expert is a copy of the dense feed-forward network. The weights of a token's experts add up to

@@ -1,8 +1,8 @@
 """Verify checkpoints: the checksum of every file, and that the contents are readable.
 
-python -m scripts.verify_checkpoint checkpoints/nanollama_1b    # a run, a phase or a step_N
-python -m scripts.verify_checkpoint checkpoints/nanollama_1b/phase2_16k --model
-python -m scripts.verify_checkpoint runs/a/phase1/step_2000 --against runs/b/phase1/step_2000
+python -m scripts.verify_checkpoint checkpoints/quickstart    # a run, a phase or a step_N
+python -m scripts.verify_checkpoint checkpoints/quickstart/long_context --model
+python -m scripts.verify_checkpoint my_run/step_2000 --against my_other_run/step_2000
 
 --model also checks rope theta, YaRN and the document mask; --against compares two checkpoints
 bitwise.
@@ -37,7 +37,9 @@ ReadEntry = Callable[[str], object]  # name -> tensor or other entry of a checkp
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "path", type=Path, help="a step_N folder, the folder of a phase, or the folder of a run"
+        "checkpoint",
+        type=Path,
+        help="a step_N folder, the folder of a phase, or the folder of a run",
     )
     parser.add_argument(
         "--against",
@@ -52,8 +54,9 @@ def main() -> None:
     )
     args = parser.parse_args()
     with user_errors():
-        folders = find(args.path)
-        if args.against and [folders, find(args.against)] != [[args.path], [args.against]]:
+        folders = find(args.checkpoint)
+        pair = [args.checkpoint, args.against]
+        if args.against and [folders, find(args.against)] != [[path] for path in pair]:
             raise ValueError("--against compares one step_N folder with another; give two of them")
         damaged = 0
         for folder in [*folders, *([args.against] if args.against else [])]:
@@ -61,7 +64,7 @@ def main() -> None:
             damaged += problem is not None
             print(f"{folder}: {'DAMAGED: ' + problem if problem else describe(folder)}", flush=True)
         different = (
-            list(differences(args.path, args.against)) if args.against and not damaged else []
+            list(differences(args.checkpoint, args.against)) if args.against and not damaged else []
         )
         for line in different:
             print(f"DIFFERENT: {line}")

@@ -1,7 +1,6 @@
 """Plot a model's attention: weights by distance per layer, attention sink, maps of single heads.
 
-python -m scripts.visualize_attention --checkpoint checkpoints/nanollama_1b/phase2_16k \\
-    --input_length 8192
+python -m scripts.visualize_attention --checkpoint checkpoints/quickstart/dpo --input_length 1024
 
 Computes probabilities in chunks of rows and stores no [T, T] matrix.
 """
@@ -18,6 +17,7 @@ from cli import CommandParser, int_at_least, user_errors
 from data.tokenizers.bpe import load_tokenizer
 from evals.engines import folder_hash
 from inference.chat_formats import bos_and_stop_ids
+from machine import device_flag, exact_device
 from models.attention import attention_mask
 from models.hf import check_model_folder, load_hf, resolve_checkpoint
 from models.layers import apply_rotary
@@ -64,16 +64,16 @@ def _head_statistics(
     if attention.q_norm is not None and attention.k_norm is not None:
         q, k = attention.q_norm(q), attention.k_norm(k)
     # [T, heads, head_dim] -> [heads, T, head_dim]
-    q, k = (apply_rotary(x.transpose(0, 1)[None], cos, sin)[0] for x in (q, k))
+    device = exact_device(x.device)  # sums are in float64
+    q, k = (apply_rotary(x.transpose(0, 1)[None], cos, sin)[0].to(device) for x in (q, k))
     heads = len(q)
     k = k.repeat_interleave(heads // len(k), 0).float().transpose(1, 2)
-    positions = torch.arange(length, device=x.device)
+    positions = torch.arange(length, device=device)
     bands = positions * size // length
-    profile = torch.zeros(
-        heads, int(_bin(torch.tensor(length - 1))) + 1, dtype=torch.float64, device=x.device
-    )
-    sink = torch.zeros(heads, dtype=torch.float64, device=x.device)
-    maps = torch.zeros(heads, size, size, dtype=torch.float64, device=x.device)
+    bin_count = int(_bin(torch.tensor(length - 1))) + 1
+    profile = torch.zeros(heads, bin_count, dtype=torch.float64, device=device)
+    sink = torch.zeros(heads, dtype=torch.float64, device=device)
+    maps = torch.zeros(heads, size, size, dtype=torch.float64, device=device)
     rows = max(1, chunk // (heads * length))
     for first in range(0, length, rows):
         queries = positions[first : first + rows]
@@ -83,7 +83,7 @@ def _head_statistics(
         bins = _bin(distance.clamp(min=0)).expand(heads, -1, -1)
         profile.scatter_add_(1, bins.flatten(1), mass.flatten(1))
         sink += mass[:, queries > 0, 0].sum(1)
-        by_key = torch.zeros(heads, len(queries), size, dtype=torch.float64, device=x.device)
+        by_key = torch.zeros(heads, len(queries), size, dtype=torch.float64, device=device)
         by_key.scatter_add_(2, bands.expand(heads, len(queries), -1), mass)
         maps.index_add_(1, bands[queries], by_key)
     return (
@@ -190,7 +190,12 @@ def main() -> None:
         "--text", type=Path, help="input document (default: modules of Python's library)"
     )
     parser.add_argument("--output", type=Path, default=Path("results/attention_visualizations.png"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        type=device_flag,
+        default="auto",
+        help="of torch, e.g. cpu (default: a GPU if there is one)",
+    )
     args = parser.parse_args()
     with user_errors():
         check_model_folder(args.checkpoint)

@@ -1,6 +1,6 @@
 """Watch a run from another process; send an alert when it makes no more steps (killed, hung).
 
-python -m scripts.watch logs/nanollama_1b --stale 600
+python -m scripts.watch logs/quickstart --stale 600
 
 Uses the alerts of the run's config (log.alerts) and --alert. On another machine with access to the
 folder it also detects a host failure. It runs until interrupted, across phases and restarts.
@@ -22,7 +22,7 @@ from training.ops.alerts import Alerts
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "run", type=Path, help="the folder that contains heartbeat and <phase>.config.yaml"
+        "logs", type=Path, help="the folder that contains heartbeat and <phase>.config.yaml"
     )
     parser.add_argument(
         "--stale",
@@ -37,10 +37,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     with user_errors():
-        configs = sorted(args.run.glob("*.config.yaml"), key=lambda path: path.stat().st_mtime)
+        configs = sorted(args.logs.glob("*.config.yaml"), key=lambda path: path.stat().st_mtime)
         if not configs:
             raise ValueError(
-                f"{args.run} has no <phase>.config.yaml; give the log folder of a started run"
+                f"{args.logs} has no <phase>.config.yaml; give the log folder of a started run"
             )
         config = load(configs[-1]).log.alerts
         config = replace(
@@ -50,9 +50,9 @@ def main() -> None:
             quiet_s=0.0,
             wandb=False,
         )
-        alerts = open_alerts(args.run, config, setup.secrets(config.secrets))
-        print(f"watching {args.run / 'heartbeat'}; Ctrl-C stops it", flush=True)
-        watch(args.run, args.stale, alerts)
+        alerts = open_alerts(args.logs, config, setup.secrets(config.secrets))
+        print(f"watching {args.logs / 'heartbeat'}; Ctrl-C stops it", flush=True)
+        watch(args.logs, args.stale, alerts)
 
 
 def watch(run: Path, stale: float, alerts: Alerts) -> None:

@@ -1,7 +1,7 @@
 """Write a store's tokens as .bin shards of the speedrun, with the store's tokenizer beside them.
 
-python -m scripts.write_bin --store data/store/quickstart --output data/quickstart_bin
-python -m scripts.write_bin --store data/store/quickstart --output data/quickstart_bin \\
+python -m scripts.write_bin --store data/store/quickstart --output_dir data/quickstart_bin
+python -m scripts.write_bin --store data/store/quickstart --output_dir data/quickstart_bin \\
     --mix wikipedia=0.5 factbook=0.25 code=0.25 --max_document 256
 
 Shuffles the documents of all sources together; each occurs once. --mix selects sources and sets
@@ -30,7 +30,7 @@ from data.tokenizers.bpe import document_tokens, load_tokenizer, vocabulary_size
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--store", type=Path, required=True, help="data store with tokens/")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the shards")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the shards")
     parser.add_argument(
         "--mix",
         nargs="+",
@@ -50,7 +50,7 @@ def main() -> None:
     with user_errors():
         counts = write_bin_store(
             args.store,
-            args.output,
+            args.output_dir,
             args.name or args.store.resolve().name,
             dict(args.mix) if args.mix else None,
             args.shard_tokens,
@@ -61,7 +61,7 @@ def main() -> None:
             of = "pieces of documents" if args.max_document and split == "train" else "documents"
             print(f"{split:>5} {tokens:>14,} tokens in {pieces:,} {of}")
         vocab_size, bos = _vocabulary(args.store)
-        print(f"wrote {args.output}; vocabulary of {vocab_size:,} tokens, bos id {bos}")
+        print(f"wrote {args.output_dir}; vocabulary of {vocab_size:,} tokens, bos id {bos}")
 
 
 def write_bin_store(

@@ -86,7 +86,7 @@ def shrink(place: Path) -> None:
         target = place / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_load(path.read_text())
-        if "quickstart" in path.parts or path.name == "test_mode.yaml":
+        if {"quickstart", "lab"} & {*path.parts} or path.name == "test_mode.yaml":
             target.write_text(path.read_text())
             continue
         _shrink(content)

@@ -42,6 +42,7 @@ def parse(command: str, monkeypatch) -> argparse.Namespace:
     Raises AssertionError if the parser refuses them or if a named .yaml or .py file is missing. The
     reader of a page writes files and folders named my_*.
     """
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a script may change it
     words = shlex.split(command)
     if words[0] == "torchrun":
         words = ["python", "-m", "scripts.launch", *words[1:]]
@@ -111,8 +112,13 @@ def advices(plan: Plan) -> list[str]:
 
 
 def page_commands(text: str) -> list[str]:
-    """Return commands in the code blocks of a page, lines joined, comments removed."""
-    lines = "".join(CODE_BLOCK.findall(text)).replace("\\\n", " ").splitlines()
+    """Return commands in the code blocks of a page."""
+    return command_lines("".join(CODE_BLOCK.findall(text)))
+
+
+def command_lines(text: str) -> list[str]:
+    """Return the lines of a text that are commands, with continuations joined, without comments."""
+    lines = text.replace("\\\n", " ").splitlines()
     commands = [line.partition(" #")[0].strip() for line in lines]
     return [command for command in commands if command.startswith(("python ", "torchrun "))]
 
@@ -135,7 +141,7 @@ def test_commands_of_a_page_are_read_without_comments_and_continuations():
 def test_commands_of_plans_are_valid(path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     plan_commands = commands(load_plan(path))
-    assert len(plan_commands) >= 5
+    assert plan_commands
     for command in plan_commands:
         parse(command, monkeypatch)
     for wrong in (

@@ -123,7 +123,7 @@ def _renamed(root: Any, kind: Any, values: dict[str, Any], prefix: str) -> Itera
                         yield from _renamed(item, item, entry, f"{prefix}{key}[{i}].")
             if not dataclasses.is_dataclass(section):
                 continue
-        elif target := _new_name(root, key):
+        elif target := new_name(root, key):
             note = NOTES.get(plain_name(key), NOTES.get(target, ""))
             if target == "data.mix":
                 note = DATA_MIXES.get(plain_name(str(value)), note)
@@ -134,7 +134,7 @@ def _renamed(root: Any, kind: Any, values: dict[str, Any], prefix: str) -> Itera
             yield from _renamed(root, section, value, f"{prefix}{key}.")
 
 
-def _new_name(root: Any, key: str) -> str | None:
+def new_name(root: Any, key: str) -> str | None:
     """The setting of config `root` with this other name, or with this name in another section."""
     settings = dict.fromkeys(_settings(root))
     target = NEW_NAMES.get(plain_name(key))

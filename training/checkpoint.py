@@ -53,7 +53,7 @@ SAVE_TIMEOUT = timedelta(minutes=30)  # for a silent rank; a dead one is noticed
 class CheckpointConfig:
     """When checkpoints are saved, and which of them are kept."""
 
-    every: PositiveInt = 1000  # steps; the end of a phase is always saved
+    every: PositiveInt = 1000  # steps between checkpoints; the end of a phase is always saved
     keep: PositiveInt = 3  # newest checkpoints to keep; milestones and ends of phases are kept, too
     # Steps of the whole run that are always saved and never deleted.
     milestones: tuple[PositiveInt, ...] = ()

@@ -56,15 +56,17 @@ class DataConfig:
 
     store: NonEmptyText = "data/store/nanollama"  # folder with tokenizer/ and tokens/<source>/
     mix: dict[str, PositiveFloat] = field(default_factory=dict)  # source -> weight of its tokens
-    sequence_length: PositiveInt = 4096
-    tokens_per_step: PositiveInt = 131_072  # over all ranks and micro-batches
-    micro_batch_size: PositiveInt = 16  # rows per rank
-    packing: str = "stream"  # best_fit: splits only documents longer than a row; pads rows
+    sequence_length: PositiveInt = 4096  # tokens of a row
+    tokens_per_step: PositiveInt = 131_072  # tokens of an update, over all ranks and micro-batches
+    micro_batch_size: PositiveInt = 16  # rows per rank in one forward and backward pass
+    # stream: documents one after another, cut at the end of a row. best_fit: cut only documents
+    # longer than a row, and pad rows.
+    packing: str = "stream"
     # Source -> minimum length of its documents; shorter ones are skipped.
     min_document_tokens: dict[str, PositiveInt] = field(default_factory=dict)
     # Source -> epochs of it that earlier phases read; the phase goes on there (default: 0).
     start_epoch: dict[str, NonNegativeFloat] = field(default_factory=dict)
-    accept_changed: bool = False  # resume a phase with changed data, mixture or batch size
+    accept_changed: bool = False  # resume the phase although data, mixture or batch size changed
 
     def __post_init__(self) -> None:
         check_fields(self, "data")
@@ -93,7 +95,8 @@ class DataConfig:
 class ValidationConfig:
     """Evaluation on validation rows during training."""
 
-    every: NonNegativeInt = 1000  # steps, and always at the end of a phase; 0: no validation
+    # Steps between validations; the end of a phase is always validated; 0: no validation.
+    every: NonNegativeInt = 1000
     before: bool = False  # also validate before the first step of a phase
     rows: PositiveInt = 64  # validation rows per source
     batch_size: PositiveInt | None = None  # rows per rank; default: data.micro_batch_size
@@ -118,7 +121,7 @@ class RunConfig:
     }
 
     run: str = "nanollama"  # name in checkpoints/<run>/ and logs/<run>/; equal in all phases
-    phase: str = "phase1_pretrain"
+    phase: str = "phase1_pretrain"  # name in checkpoints/<run>/<phase>
     steps: PositiveInt = 184_000  # updates in this phase
     start_step: NonNegativeInt | None = None  # step of the whole run at which this phase must begin
     until: PositiveInt | None = None  # save and exit at this step of the whole run, as if paused
@@ -127,9 +130,10 @@ class RunConfig:
     rope_theta: PositiveFloat | tuple[PositiveFloat, ...] | None = None
     allow_theta_jump: bool = False  # accept another rope theta than the source checkpoint's
     allow_rope_scaling_change: bool = False  # accept another model.rope_scaling than the source's
-    seed: Annotated[int, at_least(0, below=2**63)] = 1337
-    output_dir: str | None = None  # default: checkpoints/<run>/<phase>
-    log_dir: str | None = None  # default: logs/<run>
+    seed: Annotated[int, at_least(0, below=2**63)] = 1337  # for initial weights and order of data
+    output_dir: str | None = None  # folder of step_N; default: checkpoints/<run>/<phase>
+    # Folder of metrics and events; default: logs/<run>, in SFT and DPO logs/<run>/<phase>.
+    log_dir: str | None = None
     resume_from: str | None = None  # name or folder of an earlier phase, or a step folder
     init_from: str | None = None  # Hugging Face folder whose weights start a new run
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -41,8 +41,9 @@ class Curve:
     DOTTED_NAMES: ClassVar[bool] = True  # settings.py accepts entries such as lr.embedding
 
     points: tuple[tuple[AnyFloat, ...], ...] = ()  # [step or fraction, value], in rising order
-    by: Annotated[str, one_of("steps", "fraction")] = "steps"  # fraction: of schedule.total_steps
-    shape: Annotated[str, one_of(*SHAPES)] = "linear"
+    # Unit of the first number of a point; fraction: of schedule.total_steps.
+    by: Annotated[str, one_of("steps", "fraction")] = "steps"
+    shape: Annotated[str, one_of(*SHAPES)] = "linear"  # between two points; step: hold the first
 
     def __post_init__(self) -> None:
         check_fields(self, "schedules")

@@ -73,10 +73,13 @@ class FaultConfig:
     # Good steps in the mean and deviation. Until the window is full, no step is a spike.
     window: PositiveInt = 128
     bad_in_a_row: PositiveInt = 5  # skipped steps before a rollback
-    rollback_steps: NonNegativeInt = 0  # minimum distance of a rollback; 0: newest checkpoint
-    max_rollbacks: NonNegativeInt = 3  # one more stops the run
-    lr_factor: Annotated[float, above(0, maximum=1)] = 0.5  # on the learning rate, at each rollback
-    grad_clip: NonNegativeFloat = 0.5  # after a rollback, if tighter than optim.grad_clip
+    # Minimum steps that a rollback goes back; 0: to the newest checkpoint.
+    rollback_steps: NonNegativeInt = 0
+    max_rollbacks: NonNegativeInt = 3  # rollbacks; one more stops the run
+    # Factor on the learning rate at each rollback.
+    lr_factor: Annotated[float, above(0, maximum=1)] = 0.5
+    # Maximum gradient norm after a rollback, if tighter than optim.grad_clip.
+    grad_clip: NonNegativeFloat = 0.5
 
     def __post_init__(self) -> None:
         check_fields(self, "faults")

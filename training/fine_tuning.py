@@ -21,6 +21,7 @@ from training.distributed import run_on_rank0
 from training.logger import log_in
 from training.phase import TokenizerFiles
 from training.settings import NoEffect, load_settings
+from training.settings_reference import add_settings
 
 UNKNOWN_LENGTH = 10**9  # placeholder until the base model's config is read
 
@@ -99,7 +100,9 @@ class Base(NamedTuple, Generic[Run]):
     run: Run  # the run with the base model's shape, and a vocabulary that has the chat tokens
 
 
-def parser(about: str | None, config: str, batch_size: str) -> argparse.ArgumentParser:
+def parser(
+    kind: type[TuningRun], about: str | None, config: str, batch_size: str
+) -> argparse.ArgumentParser:
     """Parser of the shared flags. config: default. batch_size: help text of --batch_size."""
     flags = CommandParser(about)
     flags.add_argument("--config", default=config, help="YAML file")
@@ -109,7 +112,7 @@ def parser(about: str | None, config: str, batch_size: str) -> argparse.Argument
     flags.add_argument(
         "--output_dir", help="folder for step_N (default: checkpoints/<run>/<phase>)"
     )
-    flags.add_argument("--num_steps", type=int, help="updates")
+    flags.add_argument("--steps", type=int, help="updates")
     flags.add_argument("--batch_size", type=int, help=batch_size)
     flags.add_argument("--learning_rate", type=float, help="peak learning rate")
     flags.add_argument("--wandb_project", help="Weights & Biases project for the metrics")
@@ -118,9 +121,7 @@ def parser(about: str | None, config: str, batch_size: str) -> argparse.Argument
     )
     profile = "trace steps 4 to 6 into logs/<run>/<phase>/profile/"
     flags.add_argument("--profile", action="store_true", help=profile)
-    flags.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="any other setting"
-    )
+    add_settings(flags, kind)
     return flags
 
 
@@ -137,7 +138,7 @@ def start(
     flags = {
         "init_from": args.base_model,
         "output_dir": args.output_dir,
-        "steps": args.num_steps,
+        "steps": args.steps,
         "optim.lr": args.learning_rate,
         "log.wandb_project": args.wandb_project,
         "log.wandb_run_name": args.wandb_run_name,

@@ -50,13 +50,14 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
 class ScheduleConfig:
     """Warmup-stable-decay over all phases of a run. Steps are optimizer updates."""
 
-    warmup_steps: NonNegativeInt = 2000
-    total_steps: PositiveInt = 230_000
-    decay_steps: NonNegativeInt = 23_000
-    decay: Annotated[str, one_of(*DECAYS)] = "linear"
-    min_lr: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 2000  # steps of the linear rise to optim.lr
+    total_steps: PositiveInt = 230_000  # steps of all phases: warm-up, stable part and decay
+    decay_steps: NonNegativeInt = 23_000  # steps of the decay at the end; 0: no decay
+    decay: Annotated[str, one_of(*DECAYS)] = "linear"  # shape of the decay
+    min_lr: NonNegativeFloat = 0.0  # learning rate at the end of the decay
     allow_rise: bool = False  # allow the learning rate to rise again after its decay began
-    decay_power: PositiveFloat = 2.0  # of decay=power: min_lr + (peak - min_lr) (1 - x)^decay_power
+    # Exponent of decay=power: min_lr + (peak - min_lr) (1 - x)^decay_power.
+    decay_power: PositiveFloat = 2.0
 
     def __post_init__(self) -> None:
         check_fields(self, "schedule")

@@ -21,8 +21,8 @@ OF_BINS = "has no effect on .bin shards, which data.train and data.val name; rem
 class BinDataConfig(DataConfig):
     """Shards and batches. data.micro_batch_size counts rows of data.sequence_length tokens."""
 
-    train: NonEmptyText = "data/fineweb10B/fineweb_train_*.bin"  # pattern of the files
-    val: NonEmptyText = "data/fineweb10B/fineweb_val_*.bin"
+    train: NonEmptyText = "data/fineweb10B/fineweb_train_*.bin"  # pattern of training shards
+    val: NonEmptyText = "data/fineweb10B/fineweb_val_*.bin"  # pattern of validation shards
     bos_token: NonNegativeInt = 50_256  # first token of each document
     alignment: str = "sequential"  # bos: each row begins with a document (record 26)
     document_mask: bool = False  # tokens attend within their document (record 12)
@@ -33,7 +33,7 @@ class BinDataConfig(DataConfig):
 class BinValidationConfig(ValidationConfig):
     """Evaluation on the first tokens of the validation shards."""
 
-    tokens: PositiveInt = 10_485_760  # the speedrun's
+    tokens: PositiveInt = 10_485_760  # first tokens of the validation shards to score
     # Tokens of a row; default: data.sequence_length. Longer rows give tokens more context.
     sequence_length: PositiveInt | None = None
 

@@ -26,15 +26,16 @@ WARM_UP = 10  # steps that throughput and GPU utilization exclude
 class StartupConfig:
     """Bounds on the first steps of a phase. None: not checked."""
 
-    # Length of the window; a shorter phase is its own window; 0: no checks.
+    # Steps of the checked window; a shorter phase is its own window; 0: no checks.
     steps: Annotated[int, at_least(0, hint="0 turns the checks off")] = 500
-    # Nats between the first loss and ln(vocabulary), and by which the loss must fall over the
-    # window; both for training from scratch only.
+    # Maximum nats between the first loss and ln(vocabulary), in training from scratch.
     loss_margin: Bound | None = 1.0
+    # Nats by which the loss must fall over the window, in training from scratch.
     fall: Bound | None = 0.5
-    max_grad_norm: Bound | None = None  # bound on the median over the window, before clipping
-    min_tokens_per_s: Bound | None = None  # over all ranks
-    # Of rank 0's GPU, 0 to 1; needs nvidia-ml-py.
+    # Maximum of the median gradient norm over the window, before clipping.
+    max_grad_norm: Bound | None = None
+    min_tokens_per_s: Bound | None = None  # minimum speed over all ranks
+    # Minimum use of rank 0's GPU, 0 to 1; needs nvidia-ml-py.
     min_gpu_utilization: Annotated[float, above(0, maximum=1, hint=OFF)] | None = None
     accept: str | None = None  # reason to continue after a no-go; the log records it
 

@@ -1,10 +1,10 @@
 """Report on a checkpoint: results as JSON, a comparison table, samples and one HTML page.
 
-python -m evals.report --checkpoint checkpoints/quickstart/gold/step_260 --logs logs/quickstart
+python -m evals.report --checkpoint checkpoints/quickstart/dpo --logs logs/quickstart
 
 Collects every result under --results that was measured on this checkpoint (matched by hash) and
 the logs and gates of its run, and generates samples. Writes benchmark_results.json,
-comparison_table.md, qualitative_samples.txt and report.html to --output. The page contains only
+comparison_table.md, qualitative_samples.txt and report.html to --output_dir. The page contains only
 the JSON's data and needs no network. With --plan, the table starts with the plan's targets and the
 tier that each score reaches.
 """
@@ -31,6 +31,7 @@ from evals.report.stages import stages
 from evals.report.targets import judged_hash, markdown, read_targets, stage_folder, table
 from evals.report.trained import training
 from files import write_text
+from machine import device_flag
 from models.hf import read_config, resolve_checkpoint
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -343,12 +344,17 @@ def main() -> None:
         help="prompts of the samples; user messages for a chat model (default: built-in ones)",
     )
     parser.add_argument("--max_new_tokens", type=int_at_least(1), default=60)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        type=device_flag,
+        default="auto",
+        help="of torch, e.g. cpu (default: a GPU if there is one)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--output", type=Path, default=Path("results"))
+    parser.add_argument("--output_dir", type=Path, default=Path("results"))
     args = parser.parse_args()
     with user_errors():
-        for path in write(build(args), args.output):
+        for path in write(build(args), args.output_dir):
             print(f"written to {path}")
 
 

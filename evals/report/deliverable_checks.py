@@ -148,7 +148,7 @@ def ggufs(outputs: PlanOutputs) -> Iterator[Deliverable]:
     command = outputs.command(module)
     if module not in command.split():
         return
-    outfile = outputs.flag(module, "--outfile", "")
+    outfile = outputs.flag(module, "--output", "")
     files = target_files(outputs.flag(module, "--outtype", "f16,q8_0,q4_k_m"), outfile)
     parity = next(iter(files.values())).parent / "check_gguf.json"
     paths = " ".join(map(str, files.values()))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from cli import flag_value
 from data.manifest import file_hash
 from evals.engines import folder_hash
 from evals.report.trained import settings
@@ -76,7 +77,7 @@ class PlanOutputs:
     def flag(self, module: str, name: str, default: str) -> str:
         """Return the value of a flag in the plan's command of a module."""
         words = shlex.split(self.command(module))
-        return words[words.index(name) + 1] if module in words and name in words[:-1] else default
+        return (flag_value(words, name) if module in words else None) or default
 
     def stages_used(self) -> list[str]:
         """Return the plan's stages up to the one that wrote the checkpoint."""
@@ -123,7 +124,7 @@ def open_plan(path: Path, checkpoint: Path | None, folder: Path | None) -> PlanO
         Path(runs[-1].data.store),
     )
     outputs.folder = folder or Path(
-        outputs.flag("evals.report", "--output", f"results/{outputs.run}")
+        outputs.flag("evals.report", "--output_dir", f"results/{outputs.run}")
     )
     return outputs
 

@@ -30,12 +30,12 @@ class EmailConfig:
     """SMTP settings. A text $NAME is read from an environment variable."""
 
     to: NonEmptyText  # one address, or several with commas between them
-    host: NonEmptyText  # of the SMTP server
-    port: Annotated[int, at_least(1, maximum=65_535)] = 587  # 465: implicit TLS
+    host: NonEmptyText  # name of the SMTP server
+    port: Annotated[int, at_least(1, maximum=65_535)] = 587  # port; 465 for implicit TLS
     sender: str | None = None  # default: the user, else the first recipient
-    user: str | None = None
+    user: str | None = None  # login at the SMTP server; default: none
     password: str | None = None  # the NAME of the environment variable that holds it
-    starttls: bool = True
+    starttls: bool = True  # encrypt the connection with STARTTLS
 
     def __post_init__(self) -> None:
         check_fields(self, "log.alerts.email")
@@ -65,11 +65,12 @@ class EmailConfig:
 class AlertConfig:
     """Kinds of events that send alerts, and the channels."""
 
+    # Kinds of events that send an alert.
     events: tuple[str, ...] = ("startup", "gate", "rollback", "failed", "stuck", "ended")
     slack_webhook: str | None = None  # the NAME of the environment variable that holds the URL
-    email: EmailConfig | None = None
+    email: EmailConfig | None = None  # default: no email
     command: str | None = None  # shell command that reads title and text from standard input
-    wandb: bool = False  # alert of the W&B run; needs log.wandb_project
+    wandb: bool = False  # alerts of the W&B run; needs log.wandb_project
     quiet_s: NonNegativeFloat = 300.0  # minimum seconds between alerts of the same kind
 
     def __post_init__(self) -> None:

@@ -1,0 +1,232 @@
+"""Flags of all commands: spellings, near misses, one meaning per name; examples of --help."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_plan_commands import command_lines, parse
+
+from cli import SPELLINGS, CommandParser, flag_value, spellings
+from evals.cost import command_tokens
+from evals.report.deliverables import PlanOutputs
+from training.config import load
+from training.planning.plan import load_plan
+from training.settings import read_yaml
+
+COMMANDS = [
+    path
+    for folder in ("", "scripts", "evals", "evals/report", "benchmarks", "data")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    and path.name not in ("__main__.py", "faulty_train.py")  # of evals.report; part of faults.py
+]
+# Flags that are another spelling of some flag, but a flag of their own in these commands.
+OWN = {
+    "--base_model": {"train_sft.py", "train_dpo.py", "preview.py", "push_to_hub.py"},
+    "--init_from": {"train.py"},
+    "--max_tokens": {"download_data.py", "new_recipe.py"},  # a limit of text, not of generation
+    "--model": {"verify_checkpoint.py", "chat.py"},
+    "--experiment_name": {"live_plot.py"},
+}
+WRITTEN = ("--output", "--output_dir")
+FOLDERS = re.compile(r"(checkpoints|logs|results|gguf|runs|data)/")
+
+
+def make_parser(positional: str | None = "plan", overrides: bool = False) -> CommandParser:
+    parser = CommandParser("About.")
+    if positional:
+        parser.add_argument(positional)
+    parser.add_argument("--max_new_tokens", type=int)
+    parser.add_argument("--output_dir")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--prompt", nargs="+")
+    if overrides:
+        parser.add_argument("overrides", nargs="*")
+    return parser
+
+
+def complaint(parser: CommandParser, words: str, capsys) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        parser.parse_args(shlex.split(words))
+    out, err = capsys.readouterr()
+    assert exit_info.value.code == 2 and not out and err.count("\n") == 1
+    assert err.startswith("error: ") and err.endswith("--help lists the flags\n")
+    return err
+
+
+# spellings
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("p --max_new_tokens 3", "max_new_tokens", 3),
+        ("p --max-new-tokens 3", "max_new_tokens", 3),
+        ("p --max-new_tokens=3", "max_new_tokens", 3),
+        ("--max_tokens 3 p", "max_new_tokens", 3),
+        ("p --max-tokens=3", "max_new_tokens", 3),
+        ("p --output x", "output_dir", "x"),
+        ("p --model x", "checkpoint", "x"),
+        ("p --output=a=b", "output_dir", "a=b"),
+        ("p --prompt '--hello world' '--a=b c'", "prompt", ["--hello world", "--a=b c"]),
+        ("--plan q --prompt a b", "plan", "q"),
+        ("--prompt a b --plan=q", "plan", "q"),
+        ("--output_dir x -- --plan", "plan", "--plan"),
+    ],
+)
+def test_other_spellings_set_the_same_argument(words, name, value):
+    assert getattr(make_parser().parse_args(shlex.split(words)), name) == value
+
+
+def test_spellings_between_overrides():
+    parser = make_parser("config", overrides=True)
+    for words in ("c a=1 --max-tokens 3 b=2", "--config c a=1 --max_tokens=3 b=2"):
+        args = parser.parse_intermixed_args(words.split())
+        assert (args.config, args.overrides) == ("c", ["a=1", "b=2"])
+        assert args.max_new_tokens == 3
+    args = make_parser(None, overrides=True).parse_intermixed_args(["a=1", "--", "--b"])
+    assert args.overrides == ["a=1", "--b"]
+
+
+def test_a_flag_of_its_own_is_not_another_spelling():
+    parser = make_parser()
+    parser.add_argument("--max_tokens", type=float)
+    parser.add_argument("--model", action="store_true")
+    args = parser.parse_args(["p", "--max_tokens", "1e9", "--model", "--checkpoint", "x"])
+    assert (args.max_tokens, args.max_new_tokens) == (1e9, None)
+    assert args.model is True and args.checkpoint == "x"
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        ("p --max_tokns 3", "unknown flag --max_tokns; did you mean --max_new_tokens? "),
+        ("p --max-new-token=3", "unknown flag --max-new-token; did you mean --max_new_tokens? "),
+        ("p --check x", "unknown flag --check; did you mean --checkpoint? "),  # no abbreviations
+        ("p -checkpoint x", "unknown flag -checkpoint; did you mean --checkpoint? "),
+        ("p --promt='Who are you'", "unknown flag --promt; did you mean --prompt? "),
+        ("--paln p", "unknown flag --paln; did you mean --plan? "),
+        ("p --nothing 1", "unknown flag --nothing; "),
+        ("p --plan", "argument --plan: expected one argument; "),
+        ("", "the following arguments are required: plan; "),
+    ],
+)
+def test_a_near_miss_is_answered_with_the_flag(words, advice, capsys):
+    assert complaint(make_parser(), words, capsys).startswith(f"error: {advice}")
+
+
+def test_every_spelling_is_in_the_docs_and_has_one_meaning():
+    rows = {}
+    for row in re.findall(r"^\| `--.*\|$", (ROOT / "docs/api.md").read_text("utf-8"), re.M):
+        flag, *others = re.findall(r"`(--\w+)`", row)
+        rows[flag] = tuple(others)
+    assert rows == {flag: spellings(flag)[1:] for flag in SPELLINGS}
+    others = [name for names in SPELLINGS.values() for name in names.split()]
+    assert len(others) == len(set(others))
+
+
+# commands inside plans
+
+
+def test_commands_of_a_plan_may_use_any_spelling():
+    for command in ("x --output a", "x --output_dir a", "x --output-dir=a --b"):
+        assert flag_value(command.split(), "--output_dir") == "a"
+    assert flag_value(["x", "--output_dir"], "--output_dir") is None
+    assert flag_value(["x", "--output", "a"], "--logs") is None
+    plan = load_plan(ROOT / "configs/quickstart/plan.yaml")
+    outputs = PlanOutputs(plan, Path("plan.yaml"), Path("c"), Path("f"), run="quickstart")
+    gguf = "checkpoints/quickstart/gguf/nanollama-quickstart-{outtype}.gguf"
+    assert outputs.flag("scripts.export_gguf", "--output", "") == gguf
+    assert outputs.flag("evals.report", "--output_dir", "") == "results/quickstart"
+    assert outputs.flag("evals.report", "--prompt", "none") == "none"
+
+
+def test_the_forecast_reads_the_former_flag_of_an_evaluation():
+    run = load(ROOT / "configs/quickstart/base.yaml")
+    tokens = [
+        command_tokens(f"python -m evals.eval_gsm8k --checkpoint x {flag} 7", run, 1)[1]
+        for flag in ("--max_tokens", "--max-new-tokens", "--max_new_tokens")
+    ]
+    assert tokens[0] == tokens[1] == tokens[2] and tokens[0]["gsm8k"]
+
+
+# examples of --help
+
+
+def examples(path: Path) -> list[str]:
+    return command_lines(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "")
+
+
+def quickstart_folders() -> set[str]:
+    """Folders that `make quickstart` writes, read from its plan."""
+    plan = load_plan(ROOT / "configs/quickstart/plan.yaml")
+    runs = [load(ROOT / phase.config) for phase in plan.phases]
+    folders = {str(folder) for run in runs for folder in (run.checkpoints, run.logs)}
+    folders |= {stage.output_dir for stage in plan.stages}
+    for command in [*plan.before.values(), *plan.after.values()]:
+        value = flag_value(shlex.split(command), "--output_dir") or flag_value(
+            shlex.split(command), "--output"
+        )
+        if value:
+            folders.add(value if not Path(value).suffix else str(Path(value).parent))
+    return folders
+
+
+def missing_inputs(commands: list[str]) -> list[str]:
+    """Return paths in commands that neither the quickstart nor the commands write."""
+    words = [shlex.split(command) for command in commands]
+    written = quickstart_folders()
+    written |= {value for line in words for flag in WRITTEN if (value := flag_value(line, flag))}
+    for word in {word for line in words for word in line if word.startswith("configs/lab/")}:
+        name = read_yaml(ROOT / word)["name"]  # scripts.experiment and scripts.forecast write:
+        written |= {f"logs/lab/{name}", f"results/forecast/{name}"}
+    paths = {word.partition(":")[0] for line in words for word in line if FOLDERS.match(word)}
+    return sorted(
+        path
+        for path in paths
+        if not (ROOT / path).is_file() and "my_" not in path and not _is_near(path, written)
+    )
+
+
+def _is_near(path: str, folders: set[str]) -> bool:
+    """Is the path one of the folders, or above or below one?"""
+    pairs = [(Path(path), Path(folder)) for folder in folders]
+    return any(one.is_relative_to(other) or other.is_relative_to(one) for one, other in pairs)
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_of_help_parse_and_name_what_the_quickstart_writes(path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    parsers = []
+    original = CommandParser.parse_known_args
+
+    def record(self, *args, **kwargs):
+        parsers.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(CommandParser, "parse_known_args", record)
+    commands = examples(path)
+    assert commands, f"{path.name} --help has no example"
+    for command in commands:
+        parse(command, monkeypatch)
+    assert missing_inputs(commands) == []
+    others = {name for names in SPELLINGS.values() for name in names.split()} - SPELLINGS.keys()
+    text = " ".join(commands)
+    allowed = {flag for flag, names in OWN.items() for name in names if Path(name).stem in text}
+    for parser in parsers:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        assert not [flag for flag in flags if re.search(r"\w-", flag)]
+        assert {flag for flag in flags if flag in others or flag in OWN} <= allowed
+
+
+def test_wrong_examples_are_found(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = "Text.\n\npython -m scripts.plot_run \\\n    logs/nowhere   # why\nand python x\n"
+    assert [line.split()[-1] for line in command_lines(text)] == ["logs/nowhere"]
+    assert missing_inputs(command_lines(text)) == ["logs/nowhere"]
+    good = ["python -m scripts.plot_run logs/quickstart", "x --checkpoint checkpoints/my_run/sft"]
+    assert missing_inputs([*good, "x data/new --output data/new"]) == []
+    assert {"checkpoints/quickstart/dpo", "checkpoints/quickstart/gguf"} <= quickstart_folders()
