@@ -82,6 +82,16 @@ class Terminal:
         self.text = ""
         os.write(self.master, keys.encode())
 
+    def interrupt_at_prompt(self) -> None:
+        """Type half a line and Ctrl-C.
+
+        CPython's input() notices a signal only while it waits in select(), shortly after the echo.
+        """
+        self.type("half a line")
+        self.until("half a line$")
+        time.sleep(0.5)
+        self.type("\x03")
+
     def until(self, pattern: str, seconds: float = 60.0) -> str:
         """Read until the output, without colours, has the pattern, and return it."""
         end = time.monotonic() + seconds
@@ -137,13 +147,13 @@ def test_help_and_ctrl_c_on_a_terminal(endless, tmp_path):
         typed.until(rf"{REPLY}{REPLY}")
         typed.type("\x03")
         typed.until(r"\[stopped.*\n> $", 20)
-        typed.type("half a line\x03")
+        typed.interrupt_at_prompt()
         typed.until(r"\nCtrl-C again, Ctrl-D or /quit ends the chat\n> $")
         typed.type("/undo\n")  # another line in between: the next Ctrl-C is the first one again
         assert "[note] the conversation has no turn yet" in typed.until(r"\n> $")
-        typed.type("\x03")
+        typed.interrupt_at_prompt()
         typed.until(r"\nCtrl-C again.*\n> $")
-        typed.type("\x03")
+        typed.interrupt_at_prompt()
         assert typed.end() == 0 and "Traceback" not in typed.text
     history = tmp_path / "state" / "nanollama" / "chat_history"
     assert history.stat().st_mode & 0o777 == 0o600
