@@ -98,10 +98,11 @@ class CommandParser(argparse.ArgumentParser):
 
     def _flag(self, name: str) -> str | None:
         """Return the flag of this parser with this spelling; None if there is none."""
-        plain = f"--{name[2:].replace('-', '_')}"
-        if not name.startswith("--") or plain in self._option_string_actions:
-            return plain if name.startswith("--") else None
-        return next((flag for flag in self._flags() if plain in spellings(flag)), None)
+        if not name.startswith("--"):
+            return None
+        if (own := f"--{plain(name)}") in self._option_string_actions:
+            return own
+        return next((flag for flag in self._flags() if own in spellings(flag)), None)
 
     def _flags(self) -> list[str]:
         """Return the flags that --help lists, and the flag of the first positional argument."""
@@ -115,18 +116,23 @@ class CommandParser(argparse.ArgumentParser):
     def _advice(self, name: str) -> str:
         """Return what to write instead of an unknown flag: its whole name, a setting, or a flag."""
         nearest, hint = self._nearest(name), self.setting_hint(name)
-        is_short = nearest and nearest[2:].startswith(name.lstrip("-").replace("-", "_"))
+        is_short = nearest and nearest[2:].startswith(plain(name))
         if hint and not is_short:
             return f"; {hint}"
         return f"; did you mean {nearest}?" if nearest else ""
 
     def _nearest(self, name: str) -> str | None:
         """Return the flag that `name` abbreviates or misspells."""
-        plain = name.lstrip("-").replace("-", "_")
+        short = plain(name)
         known = {word[2:]: flag for flag in self._flags() for word in spellings(flag)}
-        longer = [word for word in known if word.startswith(plain) and len(plain) > 1]
-        close = longer or difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
+        longer = [word for word in known if word.startswith(short) and len(short) > 1]
+        close = longer or difflib.get_close_matches(short, known, n=1, cutoff=0.7)
         return known[close[0]] if close else None
+
+
+def plain(flag: str) -> str:
+    """Return the name of a flag: without leading hyphens, the others as underscores."""
+    return flag.lstrip("-").replace("-", "_")
 
 
 def spellings(flag: str) -> tuple[str, ...]:
@@ -138,7 +144,7 @@ def flag_value(words: Sequence[str], flag: str) -> str | None:
     """Return the value of a flag, in any of its spellings, among the words of a command."""
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
-        if word.startswith("--") and f"--{name[2:].replace('-', '_')}" in spellings(flag):
+        if word.startswith("--") and f"--{plain(name)}" in spellings(flag):
             return value if equals else next(iter(words[i + 1 :]), None)
     return None
 

@@ -29,24 +29,38 @@ def default_device() -> str:
     import torch
 
     if chosen := os.environ.get(DEVICE):
-        try:
-            torch.empty(0, device=chosen)
-        except (RuntimeError, AssertionError) as error:
+        if missing(chosen):
             raise ValueError(
                 f"{DEVICE}={chosen} is not available here; unset it, or set {DEVICE}=cpu"
-            ) from error
+            )
         return chosen
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def device_flag(text: str) -> str:
-    """Parse the value of --device: a device of torch, or auto for default_device()."""
+def missing(device: str) -> str:
+    """Return why torch cannot use a device, as one sentence; "" if it can."""
+    import torch
+
     try:
-        return default_device() if text == "auto" else text
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        return str(error).splitlines()[0].split(". ")[0]
+    return ""
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device: a device of torch, or auto (the default) for default_device()."""
+
+    def device(text: str) -> str:
+        try:
+            return default_device() if text == "auto" else text
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    about = "of torch, e.g. cpu (default: a GPU if there is one)"
+    parser.add_argument("--device", type=device, default="auto", help=about)
 
 
 def device_name(device: "torch.device") -> str:

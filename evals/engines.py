@@ -29,6 +29,7 @@ from inference.generation import generate
 from inference.grammar import JsonConstraint
 from inference.kv_cache import Cache, forward
 from inference.sampling import Sampling
+from machine import missing
 from models.hf import TYPES, load_hf, read_hf_config
 from models.hf_experts import SHARED_TYPES
 from models.hf_experts import TYPES as EXPERT_TYPES
@@ -96,13 +97,8 @@ def _is_ours(checkpoint: Path) -> bool:
 
 def check_device(device: str) -> None:
     """ValueError if the device is not available."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {device!r} is not available ({str(error).splitlines()[0].split('. ')[0]}); "
-            "give --device cpu"
-        ) from error
+    if reason := missing(device):
+        raise ValueError(f"device {device!r} is not available ({reason}); give --device cpu")
 
 
 def folder_hash(folder: Path) -> str:

@@ -18,7 +18,7 @@ from data.decontamination.benchmarks import describe, load_rows
 from evals.eval_choice import Row, unique_tasks
 from evals.harness import Eval, Item, Judge, Score, Write
 from evals.multiple_choice import field
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 from evals.sandbox import Sandbox, isolation
 
 TEMPLATE = (
@@ -153,12 +153,7 @@ def parser() -> argparse.ArgumentParser:
         default=3,
         help="CPU seconds per program (default: %(default)s)",
     )
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        help="tokens per answer (default: lm-eval's 1024 and 256)",
-    )
+    add_max_new_tokens(parser, "tokens per answer (default: lm-eval's 1024 and 256)")
     return parser
 
 

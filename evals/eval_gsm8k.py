@@ -15,11 +15,11 @@ import argparse
 import re
 from typing import Any
 
-from cli import add_boolean, int_at_least
+from cli import add_boolean
 from data.decontamination.benchmarks import describe, load_rows
 from evals.harness import Eval, Item, Score, Write
 from evals.multiple_choice import FewShotSampler, field, prompt
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 
 STRICT = {False: r"#### (\-?[0-9\.\,]+)", True: r"The answer is (\-?[0-9\.\,]+)."}
 FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
@@ -98,13 +98,7 @@ def build(args: argparse.Namespace) -> Eval:
 def parser() -> argparse.ArgumentParser:
     parser = eval_parser(__doc__, shots=8)
     add_boolean(parser, "--cot", 'solutions end with "The answer is N." instead of "#### N"')
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        default=256,
-        help="tokens per answer (default: lm-eval's %(default)s)",
-    )
+    add_max_new_tokens(parser, "tokens per answer (default: lm-eval's %(default)s)", 256)
     return parser
 
 

@@ -17,13 +17,13 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from cli import add_boolean, int_at_least
+from cli import add_boolean
 from data.decontamination.benchmarks import describe, load_rows
 from evals.chat import CheckpointChat
 from evals.harness import Estimate, Eval, Item, Sample, Score, Write, means
 from evals.instructions import INSTRUCTIONS, TextTools, find_problem, follows, follows_loosely
 from evals.multiple_choice import field, require
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 
 SCORES = {"strict": follows, "loose": follows_loosely}
 
@@ -109,13 +109,7 @@ def build(args: argparse.Namespace) -> Eval:
 def parser() -> argparse.ArgumentParser:
     parser = eval_parser(__doc__, shots=None)
     add_boolean(parser, "--chat", "send prompts as user turns in the checkpoint's chat template")
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        default=1280,
-        help="tokens per reply (default: lm-eval's %(default)s)",
-    )
+    add_max_new_tokens(parser, "tokens per reply (default: lm-eval's %(default)s)", 1280)
     return parser
 
 

@@ -21,7 +21,7 @@ from evals.chat import CheckpointChat
 from evals.harness import Eval, Item, Judge, Score, Write
 from evals.judges import ChatEndpoint, read_key
 from evals.multiple_choice import field
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 
 # FastChat's temperatures; 0 for other categories.
 TEMPERATURE = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -168,13 +168,7 @@ def parser() -> argparse.ArgumentParser:
         default=4,
         help="retries of a judge request, with exponential backoff",
     )
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        default=1024,
-        help="tokens per answer",
-    )
+    add_max_new_tokens(parser, "tokens per answer", 1024)
     return parser
 
 

@@ -34,7 +34,7 @@ from data.manifest import read_json
 from evals.harness import Choose, Estimate, Eval, Item, Sample, Score, Write, means
 from evals.language_model import EvalTokenizer
 from evals.multiple_choice import field
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 from inference.gguf_tokenizer import tokenizer_folder
 
 KINDS = ("single", "multi_key", "multi_value", "multi_query")
@@ -357,12 +357,7 @@ def parser() -> argparse.ArgumentParser:
         "--haystack",
         help="noise, or a text file, preferably held out (default: --data, else noise)",
     )
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        help="tokens per answer (default: enough for the numbers)",
-    )
+    add_max_new_tokens(parser, "tokens per answer (default: enough for the numbers)")
     parser.add_argument("--gain", action="store_true", help="also measure gain, for tiny models")
     return parser
 

@@ -16,12 +16,11 @@ import re
 import string
 from typing import Any, NamedTuple
 
-from cli import int_at_least
 from data.decontamination.benchmarks import describe, load_rows
 from evals.eval_choice import Row, unique_tasks
 from evals.harness import Eval, Item, Score, Write
 from evals.multiple_choice import FewShotSampler, field
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 
 STOP = ("\n", ".", ",")
 ARTICLES = r"\b(?:The |the |An |A |The |a |an )"
@@ -96,13 +95,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: both"
     )
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        default=256,
-        help="tokens per answer (default: lm-eval's %(default)s)",
-    )
+    add_max_new_tokens(parser, "tokens per answer (default: lm-eval's %(default)s)", 256)
     return parser
 
 

@@ -16,12 +16,12 @@ with id, question, function and ground_truth. --limit applies to each category.
 import argparse
 import json
 
-from cli import add_boolean, int_at_least
+from cli import add_boolean
 from data.decontamination.benchmarks import BFCL_CATEGORIES, describe, load_bfcl
 from evals.chat import CheckpointChat
 from evals.harness import Eval, Generation, Item, Score, Write
 from evals.multiple_choice import field, require
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 from evals.tool_calls import call_schema, fits, matches, read_calls, tools
 
 MARKER = "<|tool_call|>"
@@ -140,13 +140,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME",
     )
     add_boolean(parser, "--free_only", "skip the constrained mode, which needs xgrammar")
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        default=512,
-        help="tokens per reply",
-    )
+    add_max_new_tokens(parser, "tokens per reply", 512)
     return parser
 
 

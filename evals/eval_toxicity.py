@@ -20,7 +20,7 @@ from evals.chat import CheckpointChat
 from evals.harness import Eval, Item, Judge, Responder, Score, Write
 from evals.judges import Classifier, ProfanityCheck
 from evals.multiple_choice import field
-from evals.run import eval_parser, main
+from evals.run import add_max_new_tokens, eval_parser, main
 from ranges import Range, above
 
 TOXIC = 0.5
@@ -90,13 +90,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--label", default="toxic", help="toxic label of the classifier")
     add_boolean(parser, "--chat", "send prompts as user turns in the checkpoint's chat template")
     parser.add_argument("--samples", type=int_at_least(1), default=25, help="samples per prompt")
-    parser.add_argument(
-        "--max_new_tokens",
-        dest="max_tokens",
-        type=int_at_least(1),
-        default=20,
-        help="tokens per sample",
-    )
+    add_max_new_tokens(parser, "tokens per sample", 20)
     parser.add_argument("--temperature", type=within(float, Range(0)), default=1.0)
     parser.add_argument("--top_p", type=within(float, above(0, maximum=1)), default=0.9)
     return parser

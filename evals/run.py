@@ -21,8 +21,18 @@ from evals.harness import (
     write_results,
     write_samples,
 )
-from machine import device_flag
+from machine import add_device
 from models.hf import resolve_checkpoint
+
+
+def add_max_new_tokens(
+    parser: argparse.ArgumentParser, about: str, default: int | None = None
+) -> None:
+    """Add --max_new_tokens, the limit of one answer, as args.max_tokens."""
+    kind = int_at_least(1)
+    parser.add_argument(
+        "--max_new_tokens", dest="max_tokens", type=kind, default=default, help=about
+    )
 
 
 def eval_parser(description: str | None, shots: int | None = 0) -> argparse.ArgumentParser:
@@ -45,12 +55,7 @@ def eval_parser(description: str | None, shots: int | None = 0) -> argparse.Argu
     parser.add_argument(
         "--output", type=Path, help="results file (default: results/<checkpoint>/<task>.json)"
     )
-    parser.add_argument(
-        "--device",
-        type=device_flag,
-        default="auto",
-        help="of torch, e.g. cpu (default: a GPU if there is one)",
-    )
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

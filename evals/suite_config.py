@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cli import CommandParser, add_boolean, int_at_least
 from evals.eval_own import definition
-from machine import device_flag
+from machine import add_device
 from models.hf import resolve_checkpoint
 from training.settings import load_settings, read_yaml
 
@@ -81,12 +81,7 @@ def suite_parser(about: str | None) -> argparse.ArgumentParser:
         "--at",
         help="step of a milestone, or name of a stage (default: from the checkpoint's folder)",
     )
-    parser.add_argument(
-        "--device",
-        type=device_flag,
-        default="auto",
-        help="of torch, e.g. cpu (default: a GPU if there is one)",
-    )
+    add_device(parser)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),

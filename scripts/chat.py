@@ -2,12 +2,12 @@
 
 python -m scripts.chat --checkpoint checkpoints/quickstart/dpo
 python -m scripts.chat --checkpoint checkpoints/quickstart/sft --prompt "What is 17 * 23?"
-python -m scripts.chat --model checkpoints/quickstart/gguf/nanollama-quickstart-q4_k_m.gguf \\
+python -m scripts.chat --checkpoint checkpoints/quickstart/gguf/nanollama-quickstart-q4_k_m.gguf \\
     --serve 8080    # OpenAI-compatible API
 
---model and --checkpoint are the same flag. /help lists the commands of a chat: new conversation,
-retry, undo, save. Ctrl-C stops a reply, Ctrl-D ends the chat. Typed lines are kept for the next
-chat in ~/.local/state/nanollama/chat_history (or below XDG_STATE_HOME).
+/help lists the commands of a chat: new conversation, retry, undo, save. Ctrl-C stops a reply,
+Ctrl-D ends the chat. Typed lines are kept for the next chat in
+~/.local/state/nanollama/chat_history (or below XDG_STATE_HOME).
 
 Thoughts are printed dim. Tools (arithmetic, dates, units, facts about countries) are executed,
 unless --no_tools. A model with a foreign chat template uses that template, without tools. A base
@@ -29,7 +29,6 @@ from models.hf import resolve_checkpoint
 def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument(
-        "--model",
         "--checkpoint",
         required=True,
         type=resolve_checkpoint,
@@ -67,13 +66,13 @@ def main() -> None:
     with user_errors():
         if args.serve is not None:
             key = read_key(args.api_key) if args.api_key else ""
-            serve(args.model, args.serve, args.context, key, args.allow_origin)
+            serve(args.checkpoint, args.serve, args.context, key, args.allow_origin)
             return
         if args.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
-        chat, runner = open_model(args.model, args.context)
-        session = open_session(chat, runner, args, args.model)
-        if trained_chat(args.model) and session.tools:
+        chat, runner = open_model(args.checkpoint, args.context)
+        session = open_session(chat, runner, args, args.checkpoint)
+        if trained_chat(args.checkpoint) and session.tools:
             names = ", ".join(name_of(tool) for tool in session.tools)
             print(f"context {runner.context:,}, tools: {names}; --context and --tools change them")
         if isinstance(chat, CompletionFormat):

@@ -7,7 +7,7 @@ python -m scripts.verify_model --config configs/base_1b.yaml  # the 1.1B model, 
 import torch
 
 from cli import CommandParser, int_at_least, user_errors
-from machine import device_flag
+from machine import add_device
 from models.losses import token_loss_sum
 from models.nanollama import NanoLlama
 from training.config import load
@@ -20,12 +20,7 @@ def main() -> None:
     parser = CommandParser(__doc__)
     parser.add_argument("--config", default="configs/test_mode.yaml")
     parser.add_argument("--steps", type=int_at_least(1), default=100)
-    parser.add_argument(
-        "--device",
-        type=device_flag,
-        default="auto",
-        help="of torch, e.g. cpu (default: a GPU if there is one)",
-    )
+    add_device(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_intermixed_args()  # overrides may appear between flags
     with user_errors():

@@ -17,7 +17,7 @@ from cli import CommandParser, int_at_least, user_errors
 from data.tokenizers.bpe import load_tokenizer
 from evals.engines import folder_hash
 from inference.chat_formats import bos_and_stop_ids
-from machine import device_flag, exact_device
+from machine import add_device, exact_device
 from models.attention import attention_mask
 from models.hf import check_model_folder, load_hf, resolve_checkpoint
 from models.layers import apply_rotary
@@ -190,12 +190,7 @@ def main() -> None:
         "--text", type=Path, help="input document (default: modules of Python's library)"
     )
     parser.add_argument("--output", type=Path, default=Path("results/attention_visualizations.png"))
-    parser.add_argument(
-        "--device",
-        type=device_flag,
-        default="auto",
-        help="of torch, e.g. cpu (default: a GPU if there is one)",
-    )
+    add_device(parser)
     args = parser.parse_args()
     with user_errors():
         check_model_folder(args.checkpoint)

@@ -28,7 +28,7 @@ OWN = {
     "--base_model": {"train_sft.py", "train_dpo.py", "preview.py", "push_to_hub.py"},
     "--init_from": {"train.py"},
     "--max_tokens": {"download_data.py", "new_recipe.py"},  # a limit of text, not of generation
-    "--model": {"verify_checkpoint.py", "chat.py"},
+    "--model": {"verify_checkpoint.py"},
     "--experiment_name": {"live_plot.py"},
 }
 WRITTEN = ("--output", "--output_dir")

@@ -31,7 +31,7 @@ from training.meter import flops_per_token
 from training.optimizers import OptimConfig, build_optimizer
 from training.planning import memory as memory_model
 from training.planning.cards import GPUS
-from training.planning.cost import check, forecast, forecast_loss, readable_tokens
+from training.planning.cost import _downloaded, check, forecast, forecast_loss, readable_tokens
 from training.planning.forecast_text import forecast_text
 from training.planning.memory import (
     CONTEXT,
@@ -479,3 +479,9 @@ def test_the_command():
         and "data.micro_batch_size=" in done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("limit", ["--max_tokens 2e9", "--max-tokens 2e9", "--max_tokens=2e9"])
+def test_the_limit_of_a_download_is_read_in_any_spelling(limit):
+    command = f"python -m scripts.download_data --dataset pg19 fineweb_edu {limit}"
+    assert _downloaded(command) == {"pg19": 2e9, "fineweb_edu": 2e9}

@@ -174,11 +174,13 @@ class Log:
             self.trackers.samples(self.step)
         if "step_s" in values:
             self.times.add(values["step_s"])
+        if not (self.bar or due):
+            return
         times = self.times.text(values["end"] - self.step)
         if self.bar:
             self.bar.set_postfix_str(f"{times}  {metrics_text(values)}", refresh=False)
             self.bar.update(1)
-        elif due:
+        else:
             where = f"step {self.step:>6}/{values['end']}  {values['phase']}"
             print(f"{where}  {metrics_text(values)}  {times}", flush=True)
         if "val/loss" in values:

@@ -20,7 +20,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, NamedTuple, Union
 
-from cli import CommandParser, survive_closed_pipes
+from cli import CommandParser, plain, survive_closed_pipes
 from ranges import NonEmpty, OneOf, Range, hints
 from training.aliases import NOTES, new_name, plain_name
 from training.settings import NoEffect
@@ -74,8 +74,7 @@ def add_settings(parser: CommandParser, kind: type) -> None:
 
 def _hint(kind: type, flag: str) -> str | None:
     """Return how to write the setting that a flag names; None if it names none."""
-    name = flag.lstrip("-").replace("-", "_")
-    known = {setting.name for section in sections(kind) for setting in section.settings}
+    name, known = plain(flag), _names(sections(kind))
     target = name if name in known else new_name(kind, name)
     if target is None and "." in name:
         target = next(iter(difflib.get_close_matches(name, known, n=1)), None)
@@ -90,6 +89,10 @@ def _hint(kind: type, flag: str) -> str | None:
 def sections(kind: type) -> list[Section]:
     """Return the sections of a config's dataclass, without settings that have no effect."""
     return list(_sections(kind, "", GENERAL, _no_effect(kind)))
+
+
+def _names(parts: list[Section]) -> list[str]:
+    return [setting.name for section in parts for setting in section.settings]
 
 
 def _no_effect(kind: type) -> Mapping[str, NoEffect]:
@@ -231,8 +234,7 @@ def help_text(kind: type, name: str) -> str:
         chosen = list(_chosen(parts, target))
     if not chosen:
         known = [section.name for section in parts if section.name]
-        words = known + [setting.name for section in parts for setting in section.settings]
-        close = difflib.get_close_matches(name, words, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(name, known + _names(parts), n=1, cutoff=0.5)
         advice = f"did you mean {close[0]}?" if close else f"the sections are {', '.join(known)}"
         raise ValueError(f"no section or setting {name}; {advice}")
     return "\n\n".join(_paragraphs(section) for section in chosen)
@@ -270,7 +272,8 @@ def page(kinds: Mapping[str, type]) -> str:
     parts = [PAGE_HEAD, f"## {base}", *map(_markdown, sections(kinds[base]))]
     for command in others:
         kind = kinds[command]
-        known = {setting.name for section in sections(kind) for setting in section.settings}
+        parts_of_kind = sections(kind)
+        known = _names(parts_of_kind)
         refused = _no_effect(kind).keys() - _no_effect(kinds[base]).keys()
         missing = sorted(
             setting.name
@@ -285,7 +288,7 @@ def page(kinds: Mapping[str, type]) -> str:
         if missing:
             names = ", ".join(f"`{name}`" for name in missing)
             parts.append(_wrapped(f"Not settings of this command: {names}."))
-        for section in sections(kind):
+        for section in parts_of_kind:
             if new := [setting for setting in section.settings if setting not in shared]:
                 parts.append(_markdown(section._replace(settings=new)))
     return "\n\n".join(parts) + "\n"

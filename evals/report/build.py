@@ -31,7 +31,7 @@ from evals.report.stages import stages
 from evals.report.targets import judged_hash, markdown, read_targets, stage_folder, table
 from evals.report.trained import training
 from files import write_text
-from machine import device_flag
+from machine import add_device
 from models.hf import read_config, resolve_checkpoint
 
 PUBLISHED = Path(__file__).with_name("published.yaml")
@@ -344,12 +344,7 @@ def main() -> None:
         help="prompts of the samples; user messages for a chat model (default: built-in ones)",
     )
     parser.add_argument("--max_new_tokens", type=int_at_least(1), default=60)
-    parser.add_argument(
-        "--device",
-        type=device_flag,
-        default="auto",
-        help="of torch, e.g. cpu (default: a GPU if there is one)",
-    )
+    add_device(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--output_dir", type=Path, default=Path("results"))
     args = parser.parse_args()

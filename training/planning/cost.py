@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from cli import flag_value
 from data import manifest
 from data.corpus.sources import sources_of
 from data.packing import LongDocuments
@@ -341,14 +342,10 @@ def _readable(phases: list[dict[str, Any]]) -> dict[str, int]:
 def _downloaded(command: str) -> dict[str, float]:
     """Source -> limit of a scripts.download_data command; {} for others or without a limit."""
     words = command.split()
-    if (
-        "scripts.download_data" not in words
-        or "--max_tokens" not in words
-        or "--dataset" not in words
-    ):
+    limit = flag_value(words, "--max_tokens")
+    if "scripts.download_data" not in words or limit is None or "--dataset" not in words:
         return {}
     names = itertools.takewhile(
         lambda word: not word.startswith("--"), words[words.index("--dataset") + 1 :]
     )
-    limit = float(words[words.index("--max_tokens") + 1])
-    return {source: limit for name in names for source in sources_of(name)}
+    return {source: float(limit) for name in names for source in sources_of(name)}
