@@ -101,6 +101,28 @@ def test_only_a_second_sigterm_or_sigint_interrupts_the_save(monkeypatch):
         assert killed == [signal.SIGTERM]
 
 
+LOST = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "ends"),
+    [
+        (signal.SIGTERM, LOST, True),
+        (signal.SIGTERM, "shape mismatch", False),
+        (signal.SIGUSR1, LOST, False),
+    ],
+)
+def test_a_rank_that_torchrun_ends_says_nothing_of_its_lost_connection(
+    monkeypatch, number, message, ends
+):
+    killed = []
+    monkeypatch.setattr(faults.os, "kill", lambda process, number: killed.append(number))
+    with pytest.raises(RuntimeError), StopSignal():
+        signal.raise_signal(number)
+        raise RuntimeError(message)
+    assert killed == [signal.SIGTERM] * ends
+
+
 def test_sigusr1_to_the_launcher_saves_on_both_ranks(settings, tmp_path):
     more = settings(*LONG, "data.micro_batch_size=2", steps=4000)
     with forked.Process(command(more, 2), env=one_thread()) as process:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, NamedTuple
 
 from ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, above, check_fields
+from training.ops.watchdog import is_connection_lost
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
@@ -19,7 +20,9 @@ class StopSignal:
     The loop reduces the flags over ranks at each step, so all ranks save at the same step and exit.
     A second SIGTERM or SIGINT kills at once, unless it comes within GRACE seconds: on Ctrl-C a rank
     gets SIGINT from the terminal and from torchrun. A closed terminal (SIGHUP) never interrupts a
-    save. SIGHUP stays ignored if it was ignored before, as nohup sets it.
+    save. SIGHUP stays ignored if it was ignored before, as nohup sets it. torchrun sends SIGTERM to
+    the other ranks when one has failed; a rank that then loses its connection ends in silence,
+    since the failed rank has said why.
     """
 
     GRACE = 5.0
@@ -43,9 +46,11 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if error and self.received == signal.SIGTERM and is_connection_lost(error):
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def flags(self) -> tuple[bool, ...]:
         """One flag for each of SIGNALS: True if this rank received it."""

@@ -171,17 +171,21 @@ def _ranks(numbers: list[int]) -> str:
     )
 
 
+def is_connection_lost(error: BaseException) -> bool:
+    """Whether `error` means that another rank has ended or cannot be reached."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in BROKEN)
+    )
+
+
 def exit_if_peer_lost(error: BaseException, rank: int) -> None:
     """Exit with status 75 and one sentence if `error` only means that another rank has ended."""
-    message = str(error)
-    if isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(text in message for text in BROKEN)
-    ):
+    if is_connection_lost(error):
         sys.stdout.flush()
         time.sleep(GRACE)  # torchrun may end this rank first, if it has noticed the other's end
         print(
             f"error: rank {rank} lost its connection to another rank, which ended or whose machine "
-            f"is down; look for its last output; {AGAIN}\n({message.splitlines()[0][:200]})",
+            f"is down; look for its last output; {AGAIN}\n({str(error).splitlines()[0][:200]})",
             file=sys.stderr,
             flush=True,
         )
