@@ -8,7 +8,8 @@ beside built-in evaluations.
 
 multiple_choice: acc and acc_norm (log-probability per character). question_answer: exact_match
 (equal without case, punctuation and articles), number_match (the last number is equal) or contains
-(the answer's words are in the text). text: bits_per_byte, perplexity and loss.
+(the answer's words are in the text). text: bits_per_byte, perplexity and loss, with an error over
+blocks of rows (evals/text_blocks.py).
 """
 
 import argparse
@@ -32,7 +33,7 @@ from data.manifest import file_hash
 from evals import eval_perplexity
 from evals.chat import CheckpointChat
 from evals.eval_open_qa import ARTICLES, normalise
-from evals.harness import Estimate, Eval, Item, Sample, Score, Write, means
+from evals.harness import Estimate, Eval, Item, Sample, Score, Write
 from evals.multiple_choice import FewShotSampler, prompt, score_options
 from evals.run import eval_parser, main
 from ranges import shown
@@ -120,8 +121,13 @@ def score_choice(item: Item) -> Score:
 
 
 def aggregate_text(metrics: tuple[str, ...], samples: Sequence[Sample]) -> dict[str, Estimate]:
-    estimates = eval_perplexity.aggregate(samples)
+    estimates = eval_perplexity.text_estimates(samples, text_blocks(samples)["blocks"])
     return {name: estimates[name] for name in (*metrics, "tokens")}
+
+
+def text_blocks(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Blocks of all rows; subjects are not separated, since each may have one row."""
+    return {"blocks": {"all": eval_perplexity.document_blocks(samples)}}
 
 
 def build(args: argparse.Namespace) -> Eval:
@@ -138,9 +144,16 @@ def build(args: argparse.Namespace) -> Eval:
     }
     if own.kind == "text":
         items = [Item(r.id, {"text": r.text, "stride": None}, r.subject) for r in chosen]
-        aggregate = partial(aggregate_text, own.metrics)
+        if len(chosen) < 2:
+            metadata["note"] = "no standard error: it needs at least 2 rows"
         return Eval(
-            own.name, VERSION, items, eval_perplexity.score, 0, None, "", aggregate, metadata
+            own.name,
+            VERSION,
+            items,
+            eval_perplexity.score,
+            aggregate=partial(aggregate_text, own.metrics),
+            details=text_blocks,
+            metadata=metadata,
         )
     prompts = _prompts(own, rows, chosen, args)
     if own.kind == "multiple_choice":
@@ -171,7 +184,7 @@ def build(args: argparse.Namespace) -> Eval:
             for row, text in zip(chosen, prompts, strict=True)
         ]
         score = score_answer
-    return Eval(own.name, VERSION, items, score, own.shots, args.seed, "", means, metadata)
+    return Eval(own.name, VERSION, items, score, own.shots, args.seed, metadata=metadata)
 
 
 def _prompts(

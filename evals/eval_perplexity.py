@@ -9,10 +9,14 @@ source, evenly spread over the split, packed into rows as in training. With --st
 scored document by document. Texts are always scored that way (.jsonl with `text` and optional
 `source`, or .txt). Windows advance by --stride tokens and score each token once. The default
 stride is a whole window, as in lm-evaluation-harness; a smaller one gives each token more context.
+
+The standard errors of loss, perplexity and bits per byte are a jackknife over up to 32 blocks of
+consecutive rows or documents (evals/text_blocks.py), whose sums are in the results file.
 """
 
 import argparse
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
@@ -38,6 +42,7 @@ from evals.held_out import (
 )
 from evals.progress import progress
 from evals.run import eval_parser, evaluate, output_path, ranks
+from evals.text_blocks import SUMS, Sources, blocks_of, figures, stderrs
 from files import write_json
 from machine import exact, exact_device
 from models.losses import IGNORE
@@ -51,12 +56,14 @@ def perplexity(
     sources: Mapping[str, Iterable[Batch]],
     token_bytes: Tensor,
     all_reduce_sum: Callable[[Tensor], Tensor] = lambda sums: sums,
+    row_sums: Mapping[str, list[Tensor]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """loss (nats per token), perplexity, bits_per_byte and tokens, per source and for "all".
 
     token_bytes [vocab]: UTF-8 bytes of each token; bits are divided by the bytes of the scored
     targets. all_reduce_sum: sums a tensor over ranks. Ratios are computed from sums over all ranks,
-    not averaged.
+    not averaged. row_sums: if given, the nats, tokens and bytes [B, 3] of the rows of each batch
+    of this rank are appended to its lists.
     """
     device = next(model.parameters()).device
     token_bytes = token_bytes.to(device)
@@ -71,10 +78,14 @@ def perplexity(
             nll = model(batch.tokens, batch.targets, batch.doc_ids).nll
             counts = valid.sum(), token_bytes[batch.targets[valid]].sum()
             sums += torch.stack([exact(nll).double().sum(), *map(exact, counts)])
+            if row_sums is not None:
+                columns = nll, valid, token_bytes[batch.targets.clamp_min(0)] * valid
+                by_row = [exact(column).double().sum(1) for column in columns]
+                row_sums[name].append(torch.stack(by_row, 1))
         sums = all_reduce_sum(sums)
         everything += sums
-        results[name] = _figures(*sums.tolist())
-    return {**results, "all": _figures(*everything.tolist())}
+        results[name] = figures(*sums.tolist())
+    return {**results, "all": figures(*everything.tolist())}
 
 
 def replay_figures(
@@ -84,15 +95,8 @@ def replay_figures(
     all_reduce_sum: Callable[[Tensor], Tensor],
 ) -> dict[str, dict[str, float]]:
     """Perplexity of pretraining text in SFT or DPO; its total is "replay", not "all"."""
-    figures = perplexity(model, sources, token_bytes, all_reduce_sum)
-    return {"replay": figures.pop("all"), **figures}
-
-
-def _figures(nats: float, tokens: float, text_bytes: float) -> dict[str, float]:
-    loss = nats / tokens
-    perplexity = math.exp(loss) if loss < 700 else math.inf
-    bits = nats / math.log(2) / text_bytes if text_bytes else math.nan
-    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens}
+    results = perplexity(model, sources, token_bytes, all_reduce_sum)
+    return {"replay": results.pop("all"), **results}
 
 
 def by_rows(
@@ -126,10 +130,19 @@ def by_rows(
 
     sizes = torch.from_numpy(token_bytes(load_tokenizer(args.checkpoint)))
     sources = {name: batches(name) for name in rows}
-    figures = perplexity(engine.model, sources, sizes, all_reduce_sum)
+    row_sums: dict[str, list[Tensor]] = {name: [] for name in rows}
+    results = perplexity(engine.model, sources, sizes, all_reduce_sum, row_sums)
+    blocks = {}
+    for name, sums in row_sums.items():
+        all_rows = all_reduce_sum(_among_ranks(torch.stack(sums), rank, world)).flatten(0, 2)
+        blocks[name] = blocks_of(all_rows[: len(rows[name])].tolist())  # without padding
     return {
         "task": "perplexity",
-        "metrics": {source: _estimates(values) for source, values in figures.items()},
+        "metrics": {
+            source: _estimates(values, blocks if source == "all" else {source: blocks[source]})
+            for source, values in results.items()
+        },
+        "blocks": blocks,
         "n": sum(map(len, rows.values())),
         "version": VERSION,
         "model": model.name,
@@ -139,8 +152,19 @@ def by_rows(
     }
 
 
-def _estimates(figures: dict[str, float]) -> dict[str, dict[str, float | None]]:
-    return {name: {"value": value, "stderr": None} for name, value in figures.items()}
+def _among_ranks(sums: Tensor, rank: int, world: int) -> Tensor:
+    """Place this rank's sums [batches, rows, 3] among zeros for the others.
+
+    Returns [batches, world, rows, 3]: the order of stream_batches. The sum over ranks is exact.
+    """
+    all_rows = sums.new_zeros(len(sums), world, *sums.shape[1:])
+    all_rows[:, rank] = sums
+    return all_rows
+
+
+def _estimates(values: dict[str, float], sources: Sources) -> dict[str, dict[str, float | None]]:
+    errors = stderrs(sources)
+    return {name: {"value": value, "stderr": errors.get(name)} for name, value in values.items()}
 
 
 def _metadata(
@@ -162,15 +186,32 @@ def score(item: Item) -> Score:
 
 
 def aggregate(samples: Sequence[Sample]) -> dict[str, Estimate]:
-    """loss, perplexity, bits_per_byte and tokens from sums over documents."""
-    sums = [
-        math.fsum(sample.scores[name] for sample in samples) for name in ("nats", "tokens", "bytes")
-    ]
+    """loss, perplexity, bits_per_byte and tokens from sums over documents; subjects are sources."""
+    return text_estimates(samples, source_blocks(samples))
+
+
+def source_blocks(samples: Sequence[Sample]) -> dict[str, dict[str, list[float]]]:
+    """Blocks of the documents of each subject."""
+    subjects: dict[str, list[Sample]] = defaultdict(list)
+    for sample in samples:
+        subjects[sample.subject].append(sample)
+    return {name: document_blocks(documents) for name, documents in subjects.items()}
+
+
+def document_blocks(samples: Sequence[Sample]) -> dict[str, list[float]]:
+    """Blocks of documents in their order."""
+    return blocks_of([[sample.scores[name] for name in SUMS] for sample in samples])
+
+
+def text_estimates(samples: Sequence[Sample], sources: Sources) -> dict[str, Estimate]:
+    """Estimates from sums over documents, with standard errors from their blocks."""
+    sums = [math.fsum(sample.scores[name] for sample in samples) for name in SUMS]
     if not sums[1]:
         raise ValueError(
             f"every text of {samples[0].subject} is empty; give texts with at least one token"
         )
-    return {name: Estimate(value, None) for name, value in _figures(*sums).items()}
+    errors = stderrs(sources)
+    return {name: Estimate(value, errors.get(name)) for name, value in figures(*sums).items()}
 
 
 def by_documents(
@@ -181,7 +222,15 @@ def by_documents(
     model.context = min(model.context, args.sequence_length or model.context)
     items, coverage = documents(args)
     metadata = _metadata(args, model.context, coverage)
-    evaluation = Eval("perplexity", VERSION, items, score, aggregate=aggregate, metadata=metadata)
+    evaluation = Eval(
+        "perplexity",
+        VERSION,
+        items,
+        score,
+        aggregate=aggregate,
+        details=lambda samples: {"blocks": source_blocks(samples)},
+        metadata=metadata,
+    )
     content = evaluate(evaluation, model, args.output, None, rank, world)
     if content:
         sources = content.pop("subjects", {}) or {
@@ -247,13 +296,21 @@ def parser() -> argparse.ArgumentParser:
 
 def print_results(content: dict[str, Any]) -> None:
     """Print one line per source, with the share of its validation text that was scored."""
+    without_error = []
     for name, estimates in content["metrics"].items():
-        figures = {metric: estimate["value"] for metric, estimate in estimates.items()}
-        text = (
-            f"perplexity {figures['perplexity']:8.2f}  bits per byte {figures['bits_per_byte']:.3f}"
-        )
+        values = {metric: estimate["value"] for metric, estimate in estimates.items()}
+        stderr = estimates["bits_per_byte"]["stderr"]
+        error = "" if stderr is None else f" +- {stderr:.3f}"
+        without_error += [name] if stderr is None else []
+        bits = f"bits per byte {values['bits_per_byte']:.3f}{error}"
         share = _coverage_text(content["coverage"].get(name, {}))
-        print(f"{name:>12}  {text}  ({figures['tokens']:,.0f} tokens{share})")
+        about = f"({values['tokens']:,.0f} tokens{share})"
+        print(f"{name:>12}  perplexity {values['perplexity']:8.2f}  {bits}  {about}")
+    if without_error and "blocks" in content:
+        print(
+            f"note: no standard error for {', '.join(without_error)}: each source needs at least "
+            "2 rows or documents"
+        )
 
 
 def _coverage_text(coverage: dict[str, int]) -> str:

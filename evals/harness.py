@@ -199,6 +199,8 @@ class Eval:
     seed: int | None = None  # seed of the few-shot sampler
     test_set: str = ""  # name in the decontamination report; default: the task
     aggregate: Callable[[Sequence[Sample]], dict[str, Estimate]] = means
+    # More fields of the results file, from the scored samples
+    details: Callable[[Sequence[Sample]], dict[str, Any]] = lambda samples: {}
     metadata: dict[str, Any] = field(default_factory=dict)  # copied to the results file
     judge: Responder | None = None  # answers Judge requests
 
@@ -421,6 +423,7 @@ def results(
         "model": model.name,
         "checkpoint_hash": model.hash,
         "dtype": model.dtype,
+        **evaluation.details(scored),
         **evaluation.metadata,
     }
 

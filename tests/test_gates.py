@@ -61,6 +61,13 @@ def test_a_lower_metric_may_rise_by_so_much():
     )
 
 
+def test_the_error_of_a_text_does_not_excuse_a_rise_on_the_same_text():
+    text = {"all": {"bits_per_byte": {"value": 3.0, "stderr": 0.2}}}
+    later = {"all": {"bits_per_byte": {"value": 3.6, "stderr": 0.2}}}
+    verdict = judge(LOWER, later, Measured("sft", "after sft", text))
+    assert verdict.outcome == "no-go" and "\u00b1" not in str(verdict)
+
+
 def test_a_reference_that_was_not_measured_is_a_no_go_with_a_sentence():
     for reference in (
         None,

@@ -8,10 +8,11 @@ from evals.report.metric_names import Metric
 
 NOISE = 1.96  # standard errors; a smaller change is within noise (95 %)
 ERRORS = (
-    "Everywhere on this page, ± is one standard error. A score without ± is not a mean over items, "
-    "e.g. bits per byte, a ratio of sums over all tokens. The error of a change is that of the "
-    "mean difference if both stages scored the same items (paired), else that of two independent "
-    "means; it is at least 1 / (n + 2). Within noise: less than 1.96 standard errors."
+    "Everywhere on this page, ± is one standard error; for bits per byte, over blocks of the text. "
+    "A score without ± has no error in its results file. The error of a change is that of the mean "
+    "difference if both stages scored the same items or the same text (paired), else that of two "
+    "independent means; for a mean over n items it is at least 1 / (n + 2). Within noise: less "
+    "than 1.96 standard errors."
 )
 
 
@@ -72,7 +73,11 @@ def score(metric: Metric, estimate: dict[str, Any] | None) -> str:
 
 
 def error(metric: Metric, stderr: float | None) -> str:
-    return "" if stderr is None else f" ± {metric.text(stderr)}"
+    """± one standard error; one significant digit where the metric's format would show 0.000."""
+    if stderr is None:
+        return ""
+    is_small = not metric.share and 0 < stderr < 0.0005
+    return f" ± {stderr:.1g}" if is_small else f" ± {metric.text(stderr)}"
 
 
 def count(n: int | None, tokens: float | None = None) -> str:

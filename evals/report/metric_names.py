@@ -3,6 +3,8 @@
 import re
 from typing import Any, NamedTuple
 
+from evals.text_blocks import RATIOS
+
 COLUMNS = {  # column of published models -> (heading, task, metric, chance in percent)
     "mmlu": ("MMLU", "mmlu", "acc", 25.0),
     "gsm8k": ("GSM8K", "gsm8k", "flexible", 0.0),
@@ -84,7 +86,6 @@ METRICS = {  # longest matching end of a key -> (name, lower is better, is a sha
     "loss": ("loss, nats per token", True, False),
     "score": ("score of 10", False, False),
 }
-TEXT_METRICS = ("bits_per_byte", "perplexity", "loss")
 LENGTH = re.compile(r"(.*?)(?:_(\d+))?")  # a metric and the context length, as accuracy_16384
 CHANCE = {task: chance for _, task, metric, chance in COLUMNS.values() if metric[:3] == "acc"}
 CHANCE |= {name: column[3] for name, column in COLUMNS.items()}
@@ -131,7 +132,7 @@ def metric_of(key: str, metrics: dict[str, Any] | None = None) -> Metric:
     is_cloze = _ends(groups, "cloze")
     group = groups.removesuffix("cloze").rstrip("_") if is_cloze else groups
     about = TASKS.get(task, task)
-    if task not in TASKS and end in TEXT_METRICS:
+    if task not in TASKS and end in RATIOS:
         about = "held-out text" + (f", {task}" if task != "all" else "")
     words = [about, GROUPS.get(group, group.replace("_", " ")), "cloze" if is_cloze else "", label]
     words.append(f"at {int(length):,} tokens" if length else "")

@@ -163,7 +163,7 @@ def model_card(
     run = read_run(logs, folder)
     smallest = min(targets.values(), key=lambda path: path.stat().st_size)
     usage = (
-        f"python -m scripts.chat --model {smallest.name}"
+        f"python -m scripts.chat --checkpoint {smallest.name}"
         if template
         else f'llama-cli -m {smallest.name} -no-cnv -p "Once"'
     )

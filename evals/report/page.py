@@ -20,6 +20,7 @@ from evals.report.markup import (
 from evals.report.metric_names import Metric, metric_of
 from evals.report.targets import HEAD, cells
 from evals.report.verdicts import gates_section, stage_name, summary
+from evals.text_blocks import RATIOS
 
 Columns = dict[str, tuple[str, float | None]]
 ROLES = {"thought": "thought", "call": "tool call", "result": "tool result", "note": "note"}
@@ -207,7 +208,8 @@ def _other_metrics(report: dict[str, Any]) -> list[str]:
                 and estimate.get("stderr") is not None
                 and 0 <= estimate["value"] <= 1
             )
-            if not is_rate or (task, name) in listed or task == "needle":
+            is_listed = (task, name) in listed or task == "needle" or name in RATIOS
+            if not is_rate or is_listed:
                 continue
             metric = metric_of(f"{task}.{name}", chances)._replace(share=True)
             more = {"about": f"{result.get('shots') or 0}-shot", "chance": metric.chance}
@@ -218,23 +220,37 @@ def _other_metrics(report: dict[str, Any]) -> list[str]:
 
 
 def _held_out(report: dict[str, Any]) -> str:
-    result = report["evaluations"].get("perplexity", {})
-    bits = {
-        name: estimate["value"]
-        for name in result.get("metrics", {})
-        if (estimate := _estimate(result, f"{name}.bits_per_byte"))["value"] is not None
-    }
-    top = max(4.0, max(bits.values(), default=0.0))
-    bars = []
-    for name, value in sorted(bits.items(), key=lambda pair: (pair[0] == "all", pair[1])):
-        metric, perplexity = (metric_of(f"{name}.{m}") for m in ("bits_per_byte", "perplexity"))
-        about = f"perplexity {perplexity.text(_estimate(result, perplexity.key)['value'])}"
-        heading = f'<span title="{escape(metric.key)}">{escape(name)}</span>'
-        estimate = _estimate(result, metric.key)
-        bars.append(bar(heading, score(metric, estimate), value, top, about=about))
-    note = "Bits per byte of held-out text; lower is better. Comparable across tokenizers."
-    body = f'<div class="bars">{"".join(bars)}</div>'
-    return section("Held-out text", note, body) if bars else ""
+    """Bits per byte of each source and of the user's own texts (evals/eval_own.py, kind text)."""
+    evaluations = report["evaluations"]
+    held_out = evaluations.get("perplexity", {})
+    own = {name: result for name, result in evaluations.items() if result.get("kind") == "text"}
+    texts = [(int(name == "all"), name, held_out) for name in held_out.get("metrics", {})]
+    texts += [(2, name, result) for name, result in own.items()]
+    rows, others = [], ""
+    for group, name, result in texts:
+        bits, perplexity = (metric_of(f"{name}.{m}") for m in ("bits_per_byte", "perplexity"))
+        estimate = _estimate(result, bits.key)
+        about = ["your own texts"] if name in own else []
+        if (value := _estimate(result, perplexity.key)["value"]) is not None:
+            about.append(f"perplexity {perplexity.text(value)}")
+        heading = f'<span title="{escape(bits.key)}">{escape(name)}</span>'
+        if estimate["value"] is not None:
+            rows.append((group, heading, bits, estimate, ", ".join(about)))
+        elif name in own:  # its definition asks for other metrics only
+            metric = metric_of(f"{name}.{next(iter(result['metrics']))}")
+            others += f"<p>{named(metric)}: {score(metric, _estimate(result, metric.key))}</p>"
+    rows.sort(key=lambda row: (row[0], row[3]["value"]))
+    top = max([4.0, *(estimate["value"] for *_, estimate, _ in rows)])
+    bars = "".join(
+        bar(heading, score(bits, e), e["value"], top, about=about, stderr=e.get("stderr"))
+        for _, heading, bits, e, about in rows
+    )
+    note = (
+        "Bits per byte; lower is better. Comparable across tokenizers. ± covers the choice of the "
+        "text, not the seed of the training run."
+    )
+    body = f'<div class="bars">{bars}</div>{others}'
+    return section("Held-out text", note, body) if bars or others else ""
 
 
 def _needle(report: dict[str, Any]) -> str:

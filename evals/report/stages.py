@@ -5,9 +5,12 @@ import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from evals.text_blocks import RATIOS, Sources, change_stderr, figures, total
 from files import read_json, read_lines, read_object
 from training.planning.gates import Gate, Measured, estimate, judge, reference_of
 
@@ -44,6 +47,29 @@ class Stage:
     def metrics(self) -> dict[str, Any]:
         """Nested metrics, as gates address them."""
         return self.decision.get("metrics") or {}
+
+    @cached_property
+    def text_results(self) -> list[dict[str, Any]]:
+        """Results files of held-out text that store their blocks."""
+        contents = map(read_object, sorted(self.folder.glob("*.json")))
+        return [c for c in contents if c and isinstance(c.get("blocks"), dict)]
+
+    def scored_texts(self, key: str, value: float) -> Iterator[tuple[Any, Sources]]:
+        """Yield the scored text and its blocks, for each results file with this value of a metric.
+
+        Texts are equal if their data, settings and blocks are.
+        """
+        group, _, metric = key.rpartition(".")
+        for content in self.text_results if metric in RATIOS else ():
+            blocks: Sources = content["blocks"]
+            if content["task"] == "perplexity" and group in blocks:
+                blocks = {group: blocks[group]}
+            elif group != content["task"] and (group, content["task"]) != ("all", "perplexity"):
+                continue
+            if math.isclose(figures(*total(blocks))[metric], value, abs_tol=1e-6):
+                settings = [content.get(name) for name in ("sequence_length", "stride")]
+                sizes = {name: (sums["tokens"], sums["bytes"]) for name, sums in blocks.items()}
+                yield (sorted(content["data_hashes"].values()), settings, sizes), blocks
 
     def item_scores(self, task: str, metric: str) -> dict[tuple[str, str], float]:
         """(subject, id) -> score of each item in a task's samples file; {} if it is missing."""
@@ -155,8 +181,8 @@ def change(before: Stage, after: Stage, key: str) -> dict[str, Any] | None:
     """Change of a metric between two stages; None if either lacks it.
 
     "stderr": of the mean difference if both scored the same items ("paired"), else of two
-    independent means; at least 1 / (n + 2), as for gates. None for a metric that is not a mean over
-    items, e.g. bits per byte.
+    independent means; at least 1 / (n + 2), as for gates. For bits per byte: paired if both scored
+    the same blocks of the same text. None if a result has no error.
     """
     old, new = (estimate(key, stage.metrics) for stage in (before, after))
     if old is None or new is None:
@@ -168,6 +194,11 @@ def change(before: Stage, after: Stage, key: str) -> dict[str, Any] | None:
         n = len(differences)
         spread = statistics.stdev(differences) / math.sqrt(n) if n > 1 else 0.0
         return {**record, "stderr": max(spread, 1 / (n + 2)), "n": n, "paired": True}
+    texts = product(before.scored_texts(key, old.value), after.scored_texts(key, new.value))
+    for (old_text, old_blocks), (new_text, new_blocks) in texts:
+        if old_text == new_text:
+            stderr = change_stderr(old_blocks, new_blocks, key.rpartition(".")[2])
+            return {**record, "stderr": stderr, "n": None, "paired": stderr is not None}
     stderr = math.hypot(old.stderr, new.stderr) if old.stderr and new.stderr else None
     return {**record, "stderr": stderr, "n": int(min(counts)) or None, "paired": False}
 

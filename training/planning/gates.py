@@ -24,7 +24,7 @@ class Gate:
     metric: NonEmptyText  # dotted path into the results, e.g. "hellaswag.acc_norm"
     go: AnyFloat  # at least this good: go
     no_go: AnyFloat  # worse than this: no-go; in between: caution
-    advice: str = ""  # what to do after a caution or no-go, with commands in backquotes
+    advice: str = ""  # advice after a caution or no-go, with commands in backquotes
     against: str = ""  # "before", or the name of an earlier stage or phase (its last milestone)
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class Measured(NamedTuple):
     """Metrics of one milestone or stage."""
 
     phase: str  # the phase of a milestone, or the name of a stage
-    where: str  # in words: "at step 260", "after sft"
+    where: str  # description: "at step 260", "after sft"
     metrics: dict
 
 
@@ -48,7 +48,8 @@ class Estimate(NamedTuple):
     """A metric with its standard error."""
 
     value: float
-    stderr: float  # standard error; 0 for a metric that is not a mean over items
+    stderr: float  # 0 if the results have none
+    items: int = 0  # number of items that the value is a mean of; 0: it is no mean over items
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,11 @@ class Verdict:
 def judge(gate: Gate, results: dict, reference: Measured | None = None) -> Verdict:
     """Apply a gate to nested results. A missing or non-finite metric is a no-go.
 
-    reference: measurement that a gate with `against` compares with; if its metric is missing, the
-    gate is a no-go. Let d be the worsening and e its standard error, that of two independent means.
-    No-go if d - e > no_go; go if d <= go and d + e <= no_go; otherwise caution (signs for a metric
-    where lower is better).
+    reference: earlier measurement for a gate with `against`; if its metric is missing, the gate is
+    a no-go. Let d be the worsening and e its standard error, of two independent means. No-go if d -
+    e > no_go; go if d <= go and d + e <= no_go; otherwise caution (signs for a metric where lower
+    is better). e is 0 for figures of held-out text: both models read the same text, so the error of
+    independent texts is far too large for their difference.
     """
     now = estimate(gate.metric, results)
     where = reference.where if reference else ""
@@ -100,7 +102,7 @@ def judge(gate: Gate, results: dict, reference: Measured | None = None) -> Verdi
     before = estimate(gate.metric, reference.metrics) if reference else None
     if before is None:
         return Verdict(gate, now.value, "no-go", where=where)
-    stderr = math.hypot(now.stderr, before.stderr)
+    stderr = math.hypot(now.stderr, before.stderr) if now.items and before.items else 0.0
     loss = sign * (now.value - before.value)  # above 0: worse
     is_go = loss <= sign * gate.go and loss + stderr <= sign * gate.no_go
     outcome = "go" if is_go else "no-go" if loss - stderr > sign * gate.no_go else "caution"
@@ -108,10 +110,10 @@ def judge(gate: Gate, results: dict, reference: Measured | None = None) -> Verdi
 
 
 def estimate(metric: str, results: dict) -> Estimate | None:
-    """A metric in nested results; None if it is missing or not finite.
+    """Read a metric from nested results; None if it is missing or not finite.
 
-    The standard error of a mean of n items is at least 1 / (n + 2), since the sample error of a few
-    equal items is 0.
+    The standard error of a mean of n items is at least 1 / (n + 2), because the sample error of a
+    few equal items is 0.
     """
     value: object = results
     for key in metric.split("."):
@@ -125,7 +127,7 @@ def estimate(metric: str, results: dict) -> Estimate | None:
     ):
         return None
     stderr, n = about.get("stderr") or 0.0, about.get("n")
-    return Estimate(number, max(stderr, 1 / (n + 2)) if n else stderr)
+    return Estimate(number, max(stderr, 1 / (n + 2)) if n else stderr, n or 0)
 
 
 class OfPhase(Protocol):
@@ -137,7 +139,9 @@ P = TypeVar("P", bound=OfPhase)
 
 
 def reference_of(gate: Gate, earlier: Sequence[P]) -> P | None:
-    """The earlier milestone or stage that a gate compares with, or None. earlier: in plan order."""
+    """Return the earlier milestone or stage that a gate compares with, or None.
+
+    earlier: all earlier points, in plan order."""
     return next(
         (point for point in reversed(earlier) if gate.against in (BEFORE, point.phase)), None
     )
@@ -146,22 +150,22 @@ def reference_of(gate: Gate, earlier: Sequence[P]) -> P | None:
 def by_name(name: str, metrics: dict) -> dict:
     """Nest one results file's metrics under its evaluation's name, as gates address them.
 
-    For example {"hellaswag": {"acc_norm": ...}}. Metrics that are nested already, such as sources
-    of perplexity and tasks of a suite, stay as they are.
+    For example {"hellaswag": {"acc_norm": ...}}. Metrics that are already nested, such as sources
+    of perplexity and tasks of a suite, are unchanged.
     """
     flat = any(not isinstance(metric, dict) or "value" in metric for metric in metrics.values())
     return {name: metrics} if flat else metrics
 
 
 def decide(verdicts: list[Verdict]) -> str:
-    """The worst outcome; "no-go" without verdicts."""
+    """Return the worst outcome; "no-go" without verdicts."""
     return max((verdict.outcome for verdict in verdicts), key=OUTCOMES.index, default="no-go")
 
 
 def judge_all(
     gates: Sequence[Gate], metrics: dict, references: Sequence[Measured | None]
 ) -> tuple[list[Verdict], str]:
-    """The verdict of each gate, and the outcome of all; "go" without gates."""
+    """Return the verdict of each gate and the overall outcome; "go" without gates."""
     verdicts = [
         judge(gate, metrics, reference) for gate, reference in zip(gates, references, strict=True)
     ]
@@ -169,14 +173,14 @@ def judge_all(
 
 
 def read_metrics(names: Sequence[str], folder: Path) -> dict:
-    """The metrics of the named evaluations' results files in a folder, as gates address them."""
+    """Read the metrics of the named evaluations from a folder, keyed as gates address them."""
     contents = [(name, read_object(folder / f"{name}.json")) for name in names]
     metrics = [by_name(name, content["metrics"]) for name, content in contents if content]
     return {name: values for one_eval in metrics for name, values in one_eval.items()}
 
 
 def thresholds(gates: Sequence[Gate]) -> list[dict]:
-    """The gates as a decision stores them: thresholds without the advice."""
+    """Return the gates as a decision stores them: thresholds without advice."""
     return [
         {
             "metric": gate.metric,
