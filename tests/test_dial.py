@@ -219,7 +219,7 @@ def test_rates_and_batches_follow_the_step_law():
         (Request("rtx3060", 1, 48, parameters=7e9), "does not fit the memory .* is --params"),
         (Request("h100", 1, 48, parameters=1e3), "--params 1000 is outside .* use"),
         (Request("rtx4090", 1, 1, parameters=1e9), "less than 1 token .* use --hours"),
-        (Request("rtx4090", 1, 10, tokens=1e11), "--tokens 1e[+]11 take .* use --hours"),
+        (Request("rtx4090", 1, 10, tokens=1e11), "--tokens 1e[+]11 takes .* use --hours"),
         (Request("b200", 8, 5000, tokens=1e13), "more than 4 epochs of the data; use --tokens"),
         (Request("rtx4090", 1, 10, tokens=1e3), "less than 20 steps; use"),
     ],

@@ -17,7 +17,14 @@ from training.planning.cards import GPUS
 from training.planning.cost import forecast, forecast_loss, readable_tokens
 from training.planning.cpu_plan import choose_cpu, cpu_files, save_seconds
 from training.planning.dial import Choice, Request, choose
-from training.planning.dial_data import GOALS, download_tokens, round_down, round_up, source_shares
+from training.planning.dial_data import (
+    GOALS,
+    download_tokens,
+    phase_shares,
+    round_down,
+    round_up,
+    source_shares,
+)
 from training.planning.dial_fit import LEVELS, phase_seconds
 from training.planning.dial_gates import forecast_bits, milestone_gates, read_tokens
 from training.planning.dial_text import cpu_text, gpu_text
@@ -63,11 +70,15 @@ def test_the_batch_follows_the_tokens_that_are_trained(request_):
         (replace(WEEKEND, hours=100, parameters=1e9), "reach a lower loss, 2.", "data end"),
         (
             Request("h100", 8, 4000, "code", parameters=4e9),
-            "because the data end; with the same data no smaller model",
+            "because the data end; no smaller model has a lower loss",
             "reach a lower loss",
         ),
-        (replace(WEEKEND, tokens=5e7), "are few even for the smallest shape", "lower loss"),
-        (replace(WEEKEND, tokens=1e8, parameters=5e8), "--params and --tokens ask", "lower loss"),
+        (replace(WEEKEND, tokens=5e7), "is too few even for the smallest shape", "lower loss"),
+        (
+            replace(WEEKEND, tokens=1e8, parameters=5e8),
+            "--params and --tokens request",
+            "lower loss",
+        ),
         (replace(WEEKEND, hours=0.12, parameters=19e6), "more hours lower", "reach a lower loss"),
         (WEEKEND, "", "fewer than"),
     ],
@@ -307,15 +318,16 @@ def test_rounding_is_to_one_side():
 @pytest.mark.parametrize("hours", [1.7, 48])
 def test_downloads_cover_the_need_as_printed_and_written(hours, tmp_path, monkeypatch):
     choice = choose(replace(WEEKEND, hours=hours))
-    need = source_shares("chat", choice.fit.long_rows)
+    need = read_tokens(choice, sum(choice.steps.values()))
     commands = " ".join(gpu_files(choice, "mine")["plan.yaml"]["before"].values())
     written = {
         name: float(limit)
         for name, limit in re.findall(r"--dataset (\w+) --max_tokens (\S+)", commands)
     }
     assert written == choice.downloads
-    for name, share in need.items():
-        assert 1.1 * share * choice.tokens <= written[name] <= 1.012 * 1.1 * share * choice.tokens
+    assert need.keys() == written.keys()
+    for name, tokens in need.items():
+        assert 1.1 * tokens <= written[name] <= 1.012 * 1.1 * tokens
     _, text = plan_of(choice, tmp_path, monkeypatch)
     printed = re.sub(r"\s+", " ", text)
     for name, tokens in written.items():
@@ -324,7 +336,8 @@ def test_downloads_cover_the_need_as_printed_and_written(hours, tmp_path, monkey
 
 
 def test_downloads_are_at_most_what_there_is():
-    tokens = download_tokens("code", 16_384, 60e9)
+    shares = phase_shares(16_384).items()
+    tokens = download_tokens("code", {phase: 60e9 * share for phase, share in shares})
     assert tokens["the_stack_python"] == 8e9 and tokens["stackexchange"] == 1.1e9
 
 
@@ -356,7 +369,7 @@ def test_repeated_epochs_take_no_disk(phases, text_store):
         return disk["disk"]["tokens"] / 2
 
     trained = 50 * 2048
-    load = "python -m scripts.download_data --output x --dataset"
+    load = "python -m scripts.download_data --output_dir x --dataset"
     assert tokens({}) == trained  # unknown: at most what it reads
     assert tokens({"a": f"{load} first --max_tokens 1e4"}) == 1e4 + trained / 2
     assert tokens({"a": f"{load} first second --max_tokens 1e4"}) == 2e4

@@ -11,7 +11,7 @@ GIB = 2**30
 
 
 class Gpu(NamedTuple):
-    """Memory and peak speeds of a GPU. Speeds are the vendor's, which no program reaches."""
+    """Memory and peak speeds of a GPU. Speeds are the vendor's; real programs are slower."""
 
     memory: float  # bytes that CUDA reports to torch
     flops: float  # dense bf16 matmuls with fp32 accumulation, per second, without sparsity
@@ -26,7 +26,7 @@ class Gpu(NamedTuple):
 # Memory: "total capacity" in torch's out-of-memory messages in public issues, in GiB (B200:
 # pytorch/ao pull request 4002; RTX 5090: TrajectoryCrafter issue 20; RTX 3090: GaoLii/DSP issue 10;
 # RTX 4060: EdgeRegNet issue 2). Compute capability: developer.nvidia.com/cuda-gpus.
-# Vendors give links in both directions together; `link` is half of that. The GeForce and L4 cards
+# Vendors add both directions of a link; `link` is half of their figure. The GeForce and L4 cards
 # exchange data over PCIe. The RTX 4090 and 5090 copy through host memory, which is slower.
 GPUS = {
     "h100": Gpu(
@@ -109,7 +109,7 @@ class Published(NamedTuple):
 
 
 TINYLLAMA: dict[str, Any] = {}  # the defaults of ModelConfig
-# Two matrices of 4 x width become three of 8/3 x width: equal products.
+# Two matrices of 4 x width become three of 8/3 x width, with equal FLOPs.
 MPT_1B = {"vocab_size": 50_368, "hidden_size": 2048, "intermediate_size": 5461}
 MPT_1B |= {"num_hidden_layers": 24, "num_attention_heads": 16, "num_key_value_heads": 16}
 MPT_1B |= {"tie_word_embeddings": True}

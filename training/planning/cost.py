@@ -31,7 +31,8 @@ from training.planning.roofline import efficiency, step_bound
 from training.schedulers import WSDScheduler, tokens_of_steps
 from training.settings import read_yaml
 
-MAX_EPOCHS = 4  # up to here repeated tokens are nearly as good as new ones (arXiv:2305.16264)
+POSITION_ERROR = 1e-6  # of an epoch, because figures in configs and texts are rounded
+MAX_EPOCHS = 4  # up to here, repeated tokens are nearly as good as new tokens (arXiv:2305.16264)
 TEXT_BYTES = 4.0  # UTF-8 bytes per token of our tokenizer, about: docs/performance.md
 
 
@@ -49,12 +50,12 @@ LOSS_LAW = {
 
 
 def forecast_loss(parameters: int, tokens: float) -> tuple[float, float]:
-    """Loss in nats per token after `tokens` tokens with a decayed learning rate, and its error.
+    """Return the loss in nats per token after `tokens` tokens and a decay, and its error.
 
     parameters: of a dense model.
-    The error combines the standard errors as if independent. Those of A and alpha, and of B and
-    beta, are correlated, so the law fits its own runs better. The law's runs had another tokenizer
-    and other text, which the error does not include.
+    The error combines the standard errors as if they were independent. The errors of A and alpha,
+    and of B and beta, are correlated, so the law fits its own runs better. The law's runs had a
+    different tokenizer and different text, which the error does not include.
     """
     value = {name: pair[0] for name, pair in LOSS_LAW.items()}
     error = {name: pair[1] for name, pair in LOSS_LAW.items()}
@@ -112,9 +113,9 @@ def forecast(
         raise ValueError(f"--mfu {mfu:g} must be above 0 and at most 1")
     if price is not None and not price >= 0:
         raise ValueError(f"--price {price:g} must be at least 0")
-    parts = scheduled_phases(plan)
-    phases = list(_phases(parts, GPUS[gpu], gpus, mfu, price, training_tokens_of))
-    run = parts[0].run
+    scheduled = scheduled_phases(plan)
+    phases = list(_phases(scheduled, GPUS[gpu], gpus, mfu, price, training_tokens_of))
+    run = scheduled[0].run
     sources: dict[str, float] = defaultdict(float)
     for phase in phases:
         for name, source in phase["sources"].items():
@@ -127,7 +128,7 @@ def forecast(
     peak = GPUS[gpu].flops
     reached = total["flops"] / (3600 * total["hours"] * gpus * peak)
     if evaluation_tokens_of:
-        measured = forecast_evaluations(plan, parts, evaluation_tokens_of, peak, gpus, reached)
+        measured = forecast_evaluations(plan, scheduled, evaluation_tokens_of, peak, gpus, reached)
     measuring = {key: math.fsum(entry[key] for entry in measured) for key in ("flops", "hours")}
     return {
         "plan": plan.name,
@@ -148,7 +149,7 @@ def forecast(
             "cost": None if price is None else measuring["hours"] * gpus * price,
         },
         "sources": dict(sources),
-        "disk": _disk(plan, parts, phases, sources),
+        "disk": _disk(plan, scheduled, phases, sources),
         "loss_law": {
             name: {"value": value, "standard_error": error}
             for name, (value, error) in LOSS_LAW.items()
@@ -166,7 +167,7 @@ def check(report: dict[str, Any]) -> None:
 
 
 def _phases(
-    parts: list[ScheduledPhase],
+    scheduled: list[ScheduledPhase],
     gpu: Gpu,
     gpus: int,
     mfu: float | None,
@@ -174,21 +175,24 @@ def _phases(
     training_tokens_of: TrainingTokens | None,
 ) -> Iterator[dict[str, Any]]:
     epochs: dict[str, float] = defaultdict(float)  # of each source, over the phases so far
-    ends: dict[str, float] = defaultdict(float)  # epoch up to which the phases so far read a source
-    read: set[str] = set()  # sources of the phases so far
+    # (source, minimum length of its documents) -> epoch up to which the phases so far read it.
+    # Another minimum selects other documents, so its epochs are not comparable.
+    ends: dict[tuple[str, int | None], float] = defaultdict(float)
+    read: set[tuple[str, int | None]] = set()  # of the phases so far
     trained = 0  # tokens of the phases so far, whose batches may differ
-    for part in parts:
-        run, steps = part.run, part.end - part.begin
+    for entry in scheduled:
+        run, steps = entry.run, entry.end - entry.begin
         model, data = run.model, run.data
-        tokens = tokens_of_steps(run, part.begin, part.end)
+        tokens = tokens_of_steps(run, entry.begin, entry.end)
         trained += tokens
         available = training_tokens_of(run) if training_tokens_of else {}
         warnings, sources = [], {}
         for name, weight in data.mix.items():
             used = tokens * weight / sum(data.mix.values())
-            have = available.get(name)
+            have, least = available.get(name), data.min_document_tokens.get(name)
+            start, selection = data.start_epoch.get(name, 0.0), (name, least)
+            is_reread = ends[selection] > start + POSITION_ERROR
             if have == 0:
-                least = data.min_document_tokens.get(name)
                 raise ValueError(
                     f"{run.phase}: {name} has no document of {least} tokens or more; lower "
                     f"data.min_document_tokens.{name}"
@@ -203,17 +207,18 @@ def _phases(
                     )
             sources[name] = {
                 "tokens": used,
-                "least_document": data.min_document_tokens.get(name),
+                "least_document": least,
                 "readable": have,
                 "epochs": used / have if have else None,
                 "epochs_so_far": epochs[name] if have else None,
-                "read_before": name in read,
-                "start_epoch": data.start_epoch.get(name, 0.0),
-                "unread_from": ends[name] if have else None,
+                "read_before": selection in read,
+                "selected_anew": selection not in read and name in {source for source, _ in read},
+                "start_epoch": start,
+                "unread_from": ends[selection] if is_reread else None,
             }
             if have:
-                ends[name] = max(ends[name], data.start_epoch.get(name, 0.0) + used / have)
-        read |= data.mix.keys()
+                ends[selection] = max(ends[selection], start + used / have)
+        read |= {(name, data.min_document_tokens.get(name)) for name in data.mix}
         need, accumulation = memory(run, gpus), micro_batches(run, gpus)
         problem = None
         if need.total > gpu.memory:
@@ -242,15 +247,15 @@ def _phases(
         if mfu:
             hours = tokens * flops / (gpus * gpu.flops * mfu) / 3600
         rate = WSDScheduler(run.schedule, run.optim.lr)
-        # Of a mixture of experts, the law forecasts a dense model with its active parameters.
+        # For a mixture of experts, the law forecasts a dense model with its active parameters.
         size = model.num_active_parameters
         seen = {"parameters": size, "tokens": trained}
         known = all(low <= seen[name] <= high for name, (low, high) in LAW_RANGE.items())
         loss, error = forecast_loss(seen["parameters"], seen["tokens"])
         yield {
             "phase": run.phase,
-            "begin": part.begin,
-            "end": part.end,
+            "begin": entry.begin,
+            "end": entry.end,
             "steps": steps,
             "tokens": tokens,
             "sequence_length": data.sequence_length,
@@ -259,7 +264,7 @@ def _phases(
             "strategy": run.parallel.strategy,
             "activation_checkpointing": run.parallel.activation_checkpointing,
             "sources": sources,
-            "lr": [rate(part.begin), rate(part.end - 1)],
+            "lr": [rate(entry.begin), rate(entry.end - 1)],
             "rope_theta": list(run.theta_range),
             "flops_per_token": {"palm": flops, "causal": flops - attention / 2},
             "flops": tokens * flops,
@@ -282,7 +287,7 @@ def _phases(
 
 def _disk(
     plan: Plan,
-    parts: list[ScheduledPhase],
+    scheduled: list[ScheduledPhase],
     phases: list[dict[str, Any]],
     trained: dict[str, float],
 ) -> dict[str, float]:
@@ -290,21 +295,21 @@ def _disk(
 
     phases: their forecasts. trained: source -> tokens over all phases. Text and shards have the
     tokens that the plan downloads of a source, however often it reads them. Without a limit on the
-    download they have those that the store has, or at most those that the plan reads.
+    download, they have the tokens of the store, or at most the tokens that the plan reads.
     """
-    model = parts[0].run.model
-    weights = model.num_parameters * (4 if parts[0].run.parallel.dtype == "float32" else 2)
-    moments = optimizer_state_bytes(model, "ddp", 1, parts[0].run.optim)
+    model = scheduled[0].run.model
+    weights = model.num_parameters * (4 if scheduled[0].run.parallel.dtype == "float32" else 2)
+    moments = optimizer_state_bytes(model, "ddp", 1, scheduled[0].run.optim)
     size = model.num_parameters * 4 + moments + weights  # of one checkpoint
     saved = size  # the newest, while it is being written
-    for part in parts:
-        steps = {milestone.step for milestone in part.phase.milestones} | set(
-            part.run.checkpoint.milestones
+    for entry in scheduled:
+        steps = {milestone.step for milestone in entry.phase.milestones} | set(
+            entry.run.checkpoint.milestones
         )
-        milestones = sum(part.begin < step < part.end for step in steps)
-        averages = sum(milestone.averages is not None for milestone in part.phase.milestones)
+        milestones = sum(entry.begin < step < entry.end for step in steps)
+        averages = sum(milestone.averages is not None for milestone in entry.phase.milestones)
         saved += size * milestones + weights * averages
-        saved += _kept_bytes(part.run.checkpoint, part.end - part.begin, size, weights)
+        saved += _kept_bytes(entry.run.checkpoint, entry.end - entry.begin, size, weights)
     for stage in plan.stages:
         for command in stage.commands.values():
             if match := re.search(r"--config (\S+)", command):
@@ -324,7 +329,7 @@ def _disk(
 
 
 def _kept_bytes(config: CheckpointConfig, steps: int, size: int, weights: int) -> int:
-    """Bytes of the checkpoints that a phase or stage keeps, without milestones."""
+    """Return the bytes of the checkpoints that a phase or stage keeps, without milestones."""
     best = weights if config.keep_best else 0
     return size * min(config.keep, -(-steps // config.every)) + best
 

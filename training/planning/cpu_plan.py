@@ -9,9 +9,10 @@ import re
 from functools import cache
 from typing import Any, NamedTuple
 
-from training.planning.cost import MAX_EPOCHS
+from training.config import load
+from training.planning.cost import MAX_EPOCHS, readable_tokens
 from training.planning.dial_data import GOALS
-from training.planning.plan_files import Files, save_interval
+from training.planning.plan_files import Files, continue_sources, save_interval
 from training.planning.probe import Probe
 from training.settings import ROOT, read_yaml
 from yaml_file import read_yaml_file
@@ -189,6 +190,9 @@ def cpu_files(choice: CpuChoice, name: str) -> Files:
             content["checkpoint"]["every"] = _save_interval(choice, stage)
             content["validation"]["every"] = steps[stage]
         files[f"{stage}.yaml"] = content
+    # The prepared store has other amounts than CORPUS under another version of Python.
+    stored = CORPUS | readable_tokens(load(QUICKSTART / "base.yaml"))
+    continue_sources([files[f"{phase}.yaml"] for phase in CODE_MIXES], stored)
     base = files["base.yaml"]
     decay = base["schedule"]["decay_steps"] / base["schedule"]["total_steps"]
     base["schedule"] |= {

@@ -1,6 +1,6 @@
 """The dial: from a GPU and hours to a model, its batches, rates and phases, as plain values.
 
-`choose` decides; training/planning/plan_files.py writes the decision as configs. Rules and their
+`choose` makes the decision; training/planning/plan_files.py writes it as configs. Rules and their
 sources are in docs/new_plan.md.
 """
 
@@ -24,16 +24,16 @@ from training.planning.dial_data import (
 )
 from training.planning.dial_fit import TOKENS_PER_PARAMETER, Fit, fit, learning_rate, shapes
 
-LEAST_TOKENS_PER_PARAMETER = 1  # with --params; fewer are refused: our judgement
+LEAST_TOKENS_PER_PARAMETER = 1  # minimum with --params: our judgement
 LEAST_STEPS = 20
 RESERVE = 0.05  # of the hours, for evaluations, checkpoints and restarts: our judgement
-# Stages of goal chat: share of the hours, and tokens after which more are not useful: our judgement
+# Stages of goal chat: share of the hours, and maximum useful tokens: our judgement.
 TUNING = {"sft": (0.06, 100e6), "dpo": (0.03, 30e6)}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. tokens, parameters: chosen if None."""
+    """The user's request. tokens, parameters: None lets `choose` decide."""
 
     gpu: str
     gpus: int
@@ -44,7 +44,7 @@ class Request:
 
 
 class Choice(NamedTuple):
-    """A chosen plan. Steps are optimizer updates; tokens those of pretraining."""
+    """A chosen plan. Steps are optimizer updates; tokens are pretraining tokens."""
 
     request: Request
     fit: Fit
@@ -59,12 +59,14 @@ class Choice(NamedTuple):
 
     @property
     def downloads(self) -> dict[str, float]:
-        """Source -> tokens to download."""
-        return download_tokens(self.request.goal, self.fit.long_rows, self.tokens)
+        """Return source -> tokens to download."""
+        step_tokens = self.fit.run.data.tokens_per_step
+        phase_tokens = {phase: steps * step_tokens for phase, steps in self.steps.items()}
+        return download_tokens(self.request.goal, phase_tokens)
 
 
 def tuning_tokens(fitted: Fit, hours: float, goal: str) -> dict[str, float]:
-    """Tokens of SFT and DPO in a plan of `hours` hours."""
+    """Return the tokens of SFT and DPO in a plan of `hours` hours."""
     if goal != "chat":
         return {}
     seconds = 3600 * hours / fitted.seconds_per_token
@@ -72,14 +74,14 @@ def tuning_tokens(fitted: Fit, hours: float, goal: str) -> dict[str, float]:
 
 
 def affordable_tokens(fitted: Fit, hours: float, goal: str) -> float:
-    """Tokens of pretraining in `hours` hours, beside SFT, DPO and the reserve."""
+    """Return the pretraining tokens in `hours` hours, besides SFT, DPO and the reserve."""
     seconds = 3600 * hours * (1 - RESERVE)
     tuning = sum(tuning_tokens(fitted, hours, goal).values())
     return seconds / fitted.seconds_per_token - tuning
 
 
 def needed_hours(fitted: Fit, tokens: float, goal: str) -> float:
-    """Hours in which `tokens` tokens of pretraining are affordable."""
+    """Return the hours that `tokens` pretraining tokens need, with SFT, DPO and the reserve."""
     low, high = 0.0, 1.0
     while affordable_tokens(fitted, high, goal) < tokens:
         low, high = high, 2 * high
@@ -118,13 +120,13 @@ def choose(request: Request) -> Choice:
     notes = []
     if tokens == larger < 0.9 * min(affordable, available):
         notes.append(
-            f"the plan ends at {size_text(larger)} tokens, with which the next larger model "
-            "begins, and takes fewer hours than asked for; --params uses them all"
+            f"the plan ends at {size_text(larger)} tokens, where the next larger model becomes "
+            "optimal, and takes fewer hours than requested; --params uses all hours"
         )
     if tokens == available < affordable:
         notes.append(
-            f"the data end at {available / 1e9:.0f}B tokens, {MAX_EPOCHS} epochs of the rarest "
-            "source: the plan takes fewer hours than asked for"
+            f"the plan ends at {available / 1e9:.0f}B tokens, {MAX_EPOCHS} epochs of the rarest "
+            "source, and takes fewer hours than requested"
         )
     if tokens < 0.9 * fitted.needed_tokens:
         notes.append(_few_tokens_note(request, fitted, tokens, tokens == available < affordable))
@@ -132,7 +134,7 @@ def choose(request: Request) -> Choice:
         notes.append(
             f"no long-context phase: rows of {fitted.wanted_rows:,} tokens do not fit the memory, "
             f"so the context is {fitted.run.data.sequence_length:,} tokens and longer documents "
-            "are split; more memory or a smaller --params has that phase"
+            "are split; use more memory or a smaller --params to get that phase"
         )
     tokens = total * fitted.run.data.tokens_per_step
     rate = learning_rate(fitted.run.model, tokens)
@@ -141,15 +143,15 @@ def choose(request: Request) -> Choice:
 
 
 def _fit(request: Request, model: ModelConfig, tokens: float | None = None) -> Fit | None:
-    """The fit of a model on the request's GPUs, with the batch for --tokens, or for `tokens`."""
+    """Return the fit of a model on the request's GPUs, with the batch for --tokens or `tokens`."""
     return fit(model, request.gpu, request.gpus, request.goal, request.tokens or tokens)
 
 
 def _with_batch(request: Request, fitted: Fit, most: float) -> Fit:
-    """The fit whose batch is that of the tokens which it trains on, at most `most`.
+    """Return the fit whose batch suits the tokens that it trains on, at most `most`.
 
-    Tokens set the batch and the batch sets the speed, which sets the tokens. From a batch for too
-    few tokens, both only rise.
+    Tokens determine the batch, the batch the speed, and the speed the tokens. Starting from a batch
+    for too few tokens, both only rise.
     """
     while True:
         tokens = min(affordable_tokens(fitted, request.hours, request.goal), most)
@@ -161,21 +163,19 @@ def _with_batch(request: Request, fitted: Fit, most: float) -> Fit:
 
 
 def _few_tokens_note(request: Request, fitted: Fit, tokens: float, data_end: bool) -> str:
-    """Note on a plan with fewer tokens than a compute-optimal one: which limit it meets."""
+    """Return a note on the limit that keeps a plan below the compute-optimal tokens."""
     size = fitted.run.model.num_parameters
     few = f"{tokens / size:.1f} tokens per parameter are fewer than {TOKENS_PER_PARAMETER}"
     if request.tokens:
         if request.parameters:
-            return f"{few}, as --params and --tokens ask"
-        return f"{few}: --tokens {request.tokens:g} are few even for the smallest shape"
+            return f"{few}, as --params and --tokens request"
+        return f"{few}: --tokens {request.tokens:g} is too few even for the smallest shape"
     if data_end:
-        return f"{few}, because the data end; with the same data no smaller model has a lower loss"
+        return f"{few}, because the data end; no smaller model has a lower loss on the same data"
     free = Request(request.gpu, request.gpus, request.hours, request.goal)
     better = _largest(free, lambda fitted: _is_optimal(fitted, free))
     if better is None:
-        return (
-            f"{few}, and the hours are too few for that with any shape; more hours lower the loss"
-        )
+        return f"{few}, and no shape can reach that in these hours; more hours lower the loss"
     budget = min(
         affordable_tokens(better, request.hours, request.goal),
         available_tokens(request.goal, better.long_rows),
@@ -186,7 +186,7 @@ def _few_tokens_note(request: Request, fitted: Fit, tokens: float, data_end: boo
         return f"{few}; more hours lower the loss"
     return (
         f"{few}: in these hours {size_text(other)} parameters reach a lower loss, {theirs:.2f} "
-        f"instead of {ours:.2f} nats per token by Hoffmann's law; leave out --params to get them"
+        f"instead of {ours:.2f} nats per token by Hoffmann's law; omit --params to get them"
     )
 
 
@@ -207,7 +207,7 @@ def check_request(request: Request) -> None:
 
 
 def _given_hours(request: Request) -> Fit:
-    """The largest model that is compute-optimal within the hours and the data."""
+    """Return the largest model that is compute-optimal within the hours and the data."""
     fitted = _largest(request, lambda fitted: _is_optimal(fitted, request))
     if fitted is None:
         first = _smallest(request)
@@ -221,16 +221,16 @@ def _given_hours(request: Request) -> Fit:
 
 
 def _is_optimal(fitted: Fit, request: Request) -> bool:
-    """Whether hours and data allow TOKENS_PER_PARAMETER."""
+    """Return True if hours and data allow TOKENS_PER_PARAMETER."""
     available = available_tokens(request.goal, fitted.long_rows)
     affordable = affordable_tokens(fitted, request.hours, request.goal)
     return fitted.needed_tokens <= min(affordable, available)
 
 
 def _largest(request: Request, passes: Callable[[Fit], bool] = lambda fitted: True) -> Fit | None:
-    """The largest shape that fits the memory and passes; None if there is none.
+    """Return the largest shape that fits the memory and passes; None if there is none.
 
-    Bisection: with more hours every shape passes that passed before, so the size never falls.
+    Uses bisection. A shape that passes still passes with more hours, so the size never falls.
     """
 
     def fails(model: ModelConfig) -> bool:
@@ -242,16 +242,16 @@ def _largest(request: Request, passes: Callable[[Fit], bool] = lambda fitted: Tr
 
 
 def _smallest(request: Request) -> Fit:
-    """The smallest shape; every GPU of the table has memory for it."""
+    """Return the smallest shape, which fits every GPU of the table."""
     fitted = _fit(request, shapes()[0])
     assert fitted is not None
     return fitted
 
 
 def _next_needed_tokens(request: Request, fitted: Fit) -> float:
-    """Tokens with which the next larger shape begins; without one, unlimited.
+    """Return the tokens at which the next larger shape becomes optimal; infinity if there is none.
 
-    The limit keeps tokens from falling when more hours bring a larger model.
+    This limit keeps tokens from falling when more hours allow a larger model.
     """
     ladder = shapes()
     sizes = [model.num_parameters for model in ladder]
@@ -262,15 +262,15 @@ def _next_needed_tokens(request: Request, fitted: Fit) -> float:
 
 
 def _given_parameters(request: Request) -> Fit:
-    """The shape nearest to --params; ValueError if it does not fit the memory or the hours."""
+    """Return the shape nearest to --params; ValueError if it exceeds the memory or the hours."""
     assert request.parameters
     ladder = shapes()
-    wanted = math.log(request.parameters)
-    model = min(ladder, key=lambda shape: abs(math.log(shape.num_parameters) - wanted))
+    target = math.log(request.parameters)
+    model = min(ladder, key=lambda shape: abs(math.log(shape.num_parameters) - target))
     smallest, largest = ladder[0].num_parameters, ladder[-1].num_parameters
     if not 0.8 * smallest <= request.parameters <= 1.2 * largest:
         raise ValueError(
-            f"--params {request.parameters:g} is outside of the shapes of this command; use "
+            f"--params {request.parameters:g} is outside the sizes of this command; use "
             f"{smallest:.1e} to {largest:.1e}"
         )
     least = float(LEAST_TOKENS_PER_PARAMETER * model.num_parameters)
@@ -285,7 +285,7 @@ def _given_parameters(request: Request) -> Fit:
         best = _largest(request, lambda fitted: _is_optimal(fitted, request)) or _smallest(request)
         hours = round_up(needed_hours(fitted, least, request.goal))
         raise ValueError(
-            f"--params {request.parameters:g} sees less than {LEAST_TOKENS_PER_PARAMETER} token "
+            f"--params {request.parameters:g} gets less than {LEAST_TOKENS_PER_PARAMETER} token "
             f"per parameter in {request.hours:g} hours; use --hours {hours:g} or more, or "
             f"--params {round_down(best.run.model.num_parameters):g}"
         )
@@ -293,7 +293,7 @@ def _given_parameters(request: Request) -> Fit:
 
 
 def _given_tokens(request: Request) -> Fit:
-    """The shape for --tokens at TOKENS_PER_PARAMETER, or the largest smaller one in the hours."""
+    """Return the shape for --tokens at TOKENS_PER_PARAMETER, or the largest within the hours."""
     tokens = request.tokens
     assert tokens
 
@@ -305,7 +305,7 @@ def _given_tokens(request: Request) -> Fit:
 
 
 def _check_tokens(request: Request, fitted: Fit, available: float) -> None:
-    """ValueError if --tokens needs more hours, or more data, than there are."""
+    """ValueError if --tokens needs more hours or data than available."""
     assert request.tokens
     least = LEAST_STEPS * fitted.run.data.tokens_per_step
     if request.tokens < least:
@@ -321,14 +321,14 @@ def _check_tokens(request: Request, fitted: Fit, available: float) -> None:
     if affordable < request.tokens:
         hours = round_up(needed_hours(fitted, request.tokens, request.goal))
         raise ValueError(
-            f"--tokens {request.tokens:g} take {hours:g} hours on {_gpus(request)} with "
+            f"--tokens {request.tokens:g} takes {hours:g} hours on {_gpus(request)} with "
             f"{size_text(fitted.run.model.num_parameters)} parameters; use --hours {hours:g} or "
             f"--tokens {_most_tokens(request, fitted):g}"
         )
 
 
 def _most_tokens(request: Request, fitted: Fit) -> float:
-    """Tokens that the hours allow, with the batch for so many."""
+    """Return the tokens that the hours allow, with the batch for these tokens."""
     while True:
         tokens = round_down(affordable_tokens(fitted, request.hours, request.goal))
         smaller = fit(fitted.run.model, request.gpu, request.gpus, request.goal, tokens)

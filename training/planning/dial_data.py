@@ -1,12 +1,13 @@
-"""Text of a plan that the dial chose: sources, mixtures, how much exists, what to download."""
+"""Data of a plan that the dial chose: sources, mixtures, available tokens and downloads."""
 
 import math
+from collections.abc import Mapping
 
 from data.corpus.sources import HUB_SOURCES
 from training.planning.cost import MAX_EPOCHS
 
 LONG_SHARE, DECAY_SHARE = 0.05, 0.2  # of the tokens; 10-20 % of decay is enough (arXiv:2405.18392)
-DOWNLOAD_MARGIN = 1.1  # downloaded / trained tokens: filters and held-out documents take the rest
+DOWNLOAD_MARGIN = 1.1  # downloaded / trained tokens: filters and validation remove some
 GOALS = ("chat", "base", "code")
 
 # Tokens of each source: the sample's name (fineweb_edu), its paper (open_web_math,
@@ -20,7 +21,7 @@ AVAILABLE = {
     "stem_wiki": 1.1e9,
 }
 WEB, CODE = "fineweb_edu", "the_stack_python"
-# Web text stays in the late phases: replaying it keeps what was learned (arXiv:2603.04964).
+# Late phases keep web text: replay prevents forgetting (arXiv:2603.04964).
 TEXT_MIXES = {
     "base": {WEB: 1.0},
     "long_context": {WEB: 0.5, "pg19": 0.5},
@@ -35,38 +36,46 @@ MIXES = {"chat": TEXT_MIXES, "base": TEXT_MIXES, "code": CODE_MIXES}
 
 
 def phase_shares(long_rows: int) -> dict[str, float]:
-    """Share of each phase in the tokens. long_rows: 0 without a long-context phase."""
+    """Return each phase's share of the tokens. long_rows: 0 without a long-context phase."""
     long = {"long_context": LONG_SHARE} if long_rows else {}
     return {"base": 1 - DECAY_SHARE - sum(long.values()), **long, "gold": DECAY_SHARE}
 
 
-def source_shares(goal: str, long_rows: int) -> dict[str, float]:
-    """Share of each source in the tokens of all phases."""
-    shares: dict[str, float] = {}
-    for phase, share in phase_shares(long_rows).items():
+def source_tokens(goal: str, phase_tokens: Mapping[str, float]) -> dict[str, float]:
+    """Return source -> tokens that the phases read of it. phase_tokens: phase -> its tokens."""
+    read: dict[str, float] = {}
+    for phase, tokens in phase_tokens.items():
         for name, weight in MIXES[goal][phase].items():
-            shares[name] = shares.get(name, 0.0) + share * weight
-    return shares
+            read[name] = read.get(name, 0.0) + weight * tokens
+    return read
+
+
+def source_shares(goal: str, long_rows: int) -> dict[str, float]:
+    """Return each source's share of the tokens of all phases."""
+    return source_tokens(goal, phase_shares(long_rows))
 
 
 def available_tokens(goal: str, long_rows: int) -> float:
-    """Most tokens of a plan: no source is read for more than MAX_EPOCHS epochs."""
+    """Return the maximum tokens of a plan, at MAX_EPOCHS epochs of the rarest source."""
     shares = source_shares(goal, long_rows)
     return min(MAX_EPOCHS * AVAILABLE[name] / share for name, share in shares.items())
 
 
-def download_tokens(goal: str, long_rows: int, tokens: float) -> dict[str, float]:
-    """Source -> tokens to download for `tokens` trained ones, with a margin, or all there are.
+def download_tokens(goal: str, phase_tokens: Mapping[str, float]) -> dict[str, float]:
+    """Return source -> tokens to download for the phases, with a margin. phase_tokens: of each.
 
-    Amounts have three digits, rounded up: printed and written as they are, they cover the need.
+    A source has at most its available tokens. Amounts are rounded up to three digits, so the
+    printed figures are exact.
     """
-    shares = source_shares(goal, long_rows)
-    wanted = {name: share * tokens * DOWNLOAD_MARGIN for name, share in shares.items()}
-    return {name: min(round_up(need, 3), AVAILABLE[name]) for name, need in wanted.items()}
+    read = source_tokens(goal, phase_tokens)
+    return {
+        name: min(round_up(DOWNLOAD_MARGIN * tokens, 3), AVAILABLE[name])
+        for name, tokens in read.items()
+    }
 
 
 def gated_text(goal: str, long_rows: int) -> str:
-    """What a plan of this goal needs before it can download its text; "" without gated sources."""
+    """Return the steps that gated sources need before the download; "" without gated sources."""
     gated = _gated(goal, long_rows)
     if not gated:
         return ""
@@ -83,17 +92,17 @@ def _gated(goal: str, long_rows: int) -> list[str]:
 
 
 def round_up(number: float, digits: int = 2) -> float:
-    """Round up to so many digits."""
+    """Round up to `digits` significant digits."""
     rounded = float(f"{number:.{digits - 1}e}")
     return rounded if rounded >= number else float(f"{rounded + _unit(number, digits):.12g}")
 
 
 def round_down(number: float, digits: int = 2) -> float:
-    """Round down to so many digits."""
+    """Round down to `digits` significant digits."""
     rounded = float(f"{number:.{digits - 1}e}")
     return rounded if rounded <= number else float(f"{rounded - _unit(number, digits):.12g}")
 
 
 def _unit(number: float, digits: int) -> float:
-    """Value of the last of so many digits."""
+    """Return the value of the last of `digits` significant digits."""
     return 10.0 ** (math.floor(math.log10(number)) - digits + 1)

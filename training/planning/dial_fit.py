@@ -1,4 +1,4 @@
-"""A model on some GPUs: the fastest settings of its phases and stages that fit the memory."""
+"""Fit a model to GPUs: the fastest settings of its phases and stages that fit the memory."""
 
 import math
 from dataclasses import replace
@@ -14,47 +14,47 @@ from training.planning.memory import TIGHT, memory
 from training.planning.roofline import efficiency, step_bound
 from training.settings import ROOT, read_yaml
 
-TOKENS_PER_PARAMETER = 20  # compute-optimal, about (arXiv:2203.15556)
+TOKENS_PER_PARAMETER = 20  # about compute-optimal (arXiv:2203.15556)
 ASPECT = (48, 72)  # width / layers; loss hardly depends on it (arXiv:2001.08361, figure 5)
 MAX_WIDTH = 5120
-LONG_CONTEXT_FROM = 300_000_000  # parameters; smaller plans have no long rows: our judgement
-LONG_ROWS_FROM = 1_000_000_000  # parameters with rows of 4,096 instead of 2,048
-MAX_MICRO_BATCH = 65_536  # tokens; more do not make products faster
+LONG_CONTEXT_FROM = 300_000_000  # minimum parameters of a plan with long rows: our judgement
+LONG_ROWS_FROM = 1_000_000_000  # minimum parameters for rows of 4,096 instead of 2,048
+MAX_MICRO_BATCH = 65_536  # tokens; matmuls are not faster with more
 MAX_RATE = 3e-3  # the highest rate of public recipes of this kind (DCLM, arXiv:2406.11794)
 PAIRS_PER_GPU = 4  # of a DPO step: our judgement
-LEVELS = ("none", "selective", "full")  # of activation checkpointing, in rising order of time
+LEVELS = ("none", "selective", "full")  # activation checkpointing, from fastest to slowest
 
 
 class Fit(NamedTuple):
     """A model on some GPUs: the runs of its phases and stages, and the time per token."""
 
-    run: RunConfig  # of the base phase
-    long_run: RunConfig | None  # of the long-context phase, if there is one
+    run: RunConfig  # run of the base phase
+    long_run: RunConfig | None  # run of the long-context phase, if any
     tuning: dict[str, RunConfig]  # stage -> its batches and memory settings; {} without stages
     wanted_rows: int  # length of long rows by the model's size; 0: none
-    seconds_per_token: float  # mean over the phases, with the factor of published runs
+    seconds_per_token: float  # mean over the phases, times the factor of published runs
 
     @property
     def needed_tokens(self) -> float:
-        """Tokens of a compute-optimal run."""
+        """Return the tokens of a compute-optimal run."""
         return TOKENS_PER_PARAMETER * self.run.model.num_parameters
 
     @property
     def long_rows(self) -> int:
-        """Length of the rows of the long-context phase; 0 without one."""
+        """Return the row length of the long-context phase; 0 without one."""
         return self.long_run.data.sequence_length if self.long_run else 0
 
 
 @cache
 def shapes() -> tuple[ModelConfig, ...]:
-    """Llama shapes in rising order of their parameters: widths are multiples of 128."""
-    found = []
+    """Return Llama shapes in rising order of parameters; widths are multiples of 128."""
+    configs = []
     for width in (*range(256, 2048, 128), *range(2048, MAX_WIDTH + 1, 256)):
         head_dim = 64 if width < 2048 else 128
         heads = width // head_dim
         group = next(n for n in (4, 3, 2, 1) if heads % n == 0)
         for layers in range(-(-width // ASPECT[1]), width // ASPECT[0] + 1):
-            found.append(
+            configs.append(
                 make_config(
                     hidden_size=width,
                     num_hidden_layers=layers,
@@ -64,18 +64,18 @@ def shapes() -> tuple[ModelConfig, ...]:
                     initializer_range=round(min(0.05, width**-0.5), 3),
                 )
             )
-    return tuple(sorted(found, key=lambda model: model.num_parameters))
+    return tuple(sorted(configs, key=lambda model: model.num_parameters))
 
 
 def batch_tokens(tokens: float) -> float:
-    """Best tokens per step for a run of `tokens` tokens: Step Law (arXiv:2503.04715)."""
+    """Return the best tokens per step for a run of `tokens` tokens: Step Law (arXiv:2503.04715)."""
     return float(0.58 * tokens**0.571)
 
 
 def learning_rate(model: ModelConfig, tokens: float) -> float:
-    """Best peak rate of AdamW: Step Law (arXiv:2503.04715), at most MAX_RATE.
+    """Return AdamW's best peak rate: Step Law (arXiv:2503.04715), at most MAX_RATE.
 
-    The law counts parameters without embedding and head. Its runs had 60M to 1B of them.
+    The law counts parameters without embedding and head; it was fitted on 60M to 1B parameters.
     """
     blocks = model.num_parameters - 2 * model.vocab_size * model.hidden_size
     return float(min(MAX_RATE, 1.79 * blocks**-0.713 * tokens**0.307))
@@ -84,9 +84,9 @@ def learning_rate(model: ModelConfig, tokens: float) -> float:
 def fit(
     model: ModelConfig, name: str, gpus: int, goal: str, tokens: float | None = None
 ) -> Fit | None:
-    """The fastest settings with which a model fits the GPUs `name`; None if there are none.
+    """Return the fastest settings with which a model fits the GPUs `name`; None if none fit.
 
-    tokens: of pretraining, which set the batch; default: those of a compute-optimal run.
+    tokens: pretraining tokens, which determine the batch; default: compute-optimal.
     """
     length, long_rows = _row_lengths(model)
     unit = gpus * (long_rows or length)  # a step has whole rows on every GPU in every phase
@@ -96,14 +96,14 @@ def fit(
 
 
 def _row_lengths(model: ModelConfig) -> tuple[int, int]:
-    """Length of the rows of the base phase, and of the long-context phase (0: none)."""
+    """Return the row lengths of the base phase and of the long-context phase (0: none)."""
     length = 4096 if model.num_parameters >= LONG_ROWS_FROM else 2048
     return length, 4 * length if model.num_parameters >= LONG_CONTEXT_FROM else 0
 
 
 @cache
 def _fit(model: ModelConfig, name: str, gpus: int, tuned: bool, batch: int) -> Fit | None:
-    """Settings for batches of `batch` tokens. tuned: SFT and DPO must fit the memory, too."""
+    """Fit settings to batches of `batch` tokens. tuned: SFT and DPO must also fit the memory."""
     gpu = GPUS[name]
     length, long_rows = _row_lengths(model)
     context = replace(model, max_position_embeddings=long_rows or length)
@@ -139,9 +139,10 @@ def _fit(model: ModelConfig, name: str, gpus: int, tuned: bool, batch: int) -> F
 def _largest_micro_batch(
     run: RunConfig, gpus: int, gpu: Gpu, most: int | None = None
 ) -> RunConfig | None:
-    """The run with the largest micro-batch that fits, in powers of 2; None if none does.
+    """Return the run with the largest micro-batch that fits, in powers of 2; None if none fits.
 
-    The run's own micro-batch is the smallest. most: rows; default: MAX_MICRO_BATCH tokens.
+    The smallest candidate is the run's micro-batch. most: maximum rows; default: MAX_MICRO_BATCH
+    tokens.
     """
     fitting = None
     rows = run.data.micro_batch_size
@@ -157,7 +158,7 @@ def _largest_micro_batch(
 def _with_lightest_level(
     run: RunConfig, gpus: int, gpu: Gpu, most: int | None = None
 ) -> RunConfig | None:
-    """The run with the least activation checkpointing that fits, not less than its own."""
+    """Return the run with the least activation checkpointing that fits, from its level up."""
     level = run.parallel.activation_checkpointing
     for heavier in LEVELS[LEVELS.index(level) :]:
         parallel = replace(run.parallel, activation_checkpointing=heavier)
@@ -167,11 +168,11 @@ def _with_lightest_level(
 
 
 def _tuning_runs(run: RunConfig, gpus: int, gpu: Gpu) -> dict[str, RunConfig] | None:
-    """SFT and DPO with the model of a run; None if one row, or one pair, does not fit.
+    """Return SFT and DPO runs with the model of a run; None if a row or a pair does not fit.
 
-    Rows are as long as in configs/sft.yaml and configs/dpo.yaml. A pair of DPO is two rows. Its
-    reference model is gone when the policy is built (training/reference.py), and takes less memory:
-    it has no gradients, no moments and no saved activations.
+    Rows are as long as in configs/sft.yaml and configs/dpo.yaml. A DPO pair has two rows. The
+    reference model is freed before the policy is built (training/reference.py) and needs less
+    memory: it has no gradients, moments or saved activations.
     """
     sft, dpo = (tuning_data(stage) for stage in ("sft", "dpo"))
     rows = 2 ** int(math.log2(max(1, sft["tokens_per_step"] // (gpus * sft["sequence_length"]))))
@@ -191,11 +192,11 @@ def _tuning_runs(run: RunConfig, gpus: int, gpu: Gpu) -> dict[str, RunConfig] | 
 
 @cache
 def tuning_data(stage: str) -> dict[str, int]:
-    """The data section of configs/sft.yaml or configs/dpo.yaml."""
+    """Return the data section of configs/sft.yaml or configs/dpo.yaml."""
     section: dict[str, int] = read_yaml(ROOT / "configs" / f"{stage}.yaml")["data"]
     return section
 
 
 def phase_seconds(run: RunConfig, gpus: int, gpu: Gpu) -> float:
-    """Seconds of a step: its bound x the factor of published runs."""
+    """Return the seconds of a step: its bound times the factor of published runs."""
     return step_bound(run, gpus, gpu).seconds * efficiency().factor

@@ -6,47 +6,45 @@ from typing import Any
 from data.corpus.sources import HUB_SOURCES
 from training.planning.cost import LAW_RANGE, forecast_loss
 from training.planning.dial import Choice
-from training.planning.dial_data import CODE, MIXES, WEB
+from training.planning.dial_data import CODE, WEB, source_tokens
 
 # Limits of the gates: bits per byte / its forecast, within the range of the law and outside of it.
-# Before its decay a model has about 5 % more. All three are our judgement.
+# Before the decay, a model has about 5 % more. All three are our judgement.
 GO, NO_GO = 1.08, 1.2
 FAR_GO, FAR_NO_GO = 1.2, 1.4
 BEFORE_DECAY = 1.05
-# From here on HellaSwag is above its chance of 0.25: GPT-2 124M has 0.31.
+# From this size on, HellaSwag is above its chance of 0.25: GPT-2 124M has 0.31.
 HELLASWAG_FROM = {"parameters": 100e6, "tokens": 2e9}
-# From here on HumanEval is above its chance of 0, by our judgement: PolyCoder 160M solves 2.1 %,
-# CodeParrot 110M 3.8 % (arXiv:2202.13169; table of hf.co/spaces/codeparrot). It has 164 items.
+# From this size on, HumanEval is above its chance of 0, by our judgement: PolyCoder 160M solves 2.1
+# %, CodeParrot 110M 3.8 % (arXiv:2202.13169; table of hf.co/spaces/codeparrot). It has 164 items.
 HUMANEVAL_FROM = {"parameters": 160e6, "tokens": 10e9}
 
 
 def forecast_bits(parameters: int, tokens: float) -> float:
-    """Bits per byte of web text after a decay, by the law of the loss; outside its range a guess.
+    """Forecast bits per byte of web text after a decay, by the loss law; a guess outside its range.
 
-    The law counts nats per token; a token of fineweb_edu has HUB_SOURCES' bytes.
+    The law counts nats per token; HUB_SOURCES gives the bytes per token of fineweb_edu.
     """
     nats, _ = forecast_loss(parameters, tokens)
     return nats / math.log(2) / HUB_SOURCES[WEB].bytes_per_token
 
 
 def read_tokens(choice: Choice, step: int) -> dict[str, float]:
-    """Source -> tokens that the phases read of it before `step`."""
-    read: dict[str, float] = {}
-    begin = 0
+    """Return source -> tokens that the phases read of it before `step`."""
+    phase_tokens, begin = {}, 0
     for phase, steps in choice.steps.items():
-        tokens = min(steps, max(0, step - begin)) * choice.fit.run.data.tokens_per_step
-        for name, weight in MIXES[choice.request.goal][phase].items():
-            read[name] = read.get(name, 0.0) + weight * tokens
+        done = min(steps, max(0, step - begin))
+        phase_tokens[phase] = done * choice.fit.run.data.tokens_per_step
         begin += steps
-    return read
+    return source_tokens(choice.request.goal, phase_tokens)
 
 
 def milestone_gates(choice: Choice, step: int) -> list[dict[str, Any]]:
-    """Gates at a step: bits per byte on the source of the goal, and benchmarks above chance.
+    """Return the gates at a step: bits per byte on the goal's source, and benchmarks above chance.
 
-    A source's forecast has only its own tokens. Python has fewer bits per byte than web text, so
-    the forecast of web text limits both. In a plan for code, web text has the wide limits: the law
-    knows no such mixture.
+    A source's forecast counts only its own tokens. Python has fewer bits per byte than web text, so
+    the forecast for web text limits both. In a plan for code, web text has the wide limits, because
+    the law was not fitted on such mixtures.
     """
     parameters, read = choice.fit.run.model.num_parameters, read_tokens(choice, step)
     is_code, decayed = choice.request.goal == "code", step == sum(choice.steps.values())
@@ -66,13 +64,13 @@ def milestone_gates(choice: Choice, step: int) -> list[dict[str, Any]]:
 
 
 def runs_humaneval(choice: Choice) -> bool:
-    """Whether the final model of a plan for code is expected to solve items of HumanEval."""
+    """Return True if the final model of a plan for code should solve items of HumanEval."""
     read = read_tokens(choice, sum(choice.steps.values()))
     return _reaches(HUMANEVAL_FROM, choice.fit.run.model.num_parameters, read.get(CODE, 0.0))
 
 
 def _is_known(parameters: int, tokens: float) -> bool:
-    """Whether the law of the loss had runs of this size and as many tokens."""
+    """Return True if the loss law was fitted on this size and this number of tokens."""
     low, high = LAW_RANGE["parameters"]
     return low <= parameters <= high and tokens >= LAW_RANGE["tokens"][0]
 
@@ -82,7 +80,7 @@ def _reaches(least: dict[str, float], parameters: int, tokens: float) -> bool:
 
 
 def stage_gates(go: float, no_go: float) -> list[dict[str, Any]]:
-    """Gates that limit forgetting in a stage, as those of configs/plan_1b.yaml do."""
+    """Return gates that limit forgetting in a stage, as in configs/plan_1b.yaml."""
     return [
         {"metric": "all.bits_per_byte", "against": "before", "go": go, "no_go": no_go},
         {"metric": "hellaswag.acc_norm", "against": "before", "go": -0.02, "no_go": -0.05},

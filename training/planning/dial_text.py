@@ -1,4 +1,4 @@
-"""Print a chosen plan: shape, batches, rates, memory, hours, money, disk, loss, largest costs."""
+"""Format a chosen plan: shape, batches, rates, memory, hours, money, disk, loss, largest costs."""
 
 import textwrap
 from collections.abc import Iterable
@@ -75,17 +75,17 @@ def gpu_text(choice: Choice, report: dict[str, Any], price: float | None) -> str
 
 
 def _wrapped(lines: Iterable[str]) -> list[str]:
-    """Wrap lines of a label and a text at 100 columns."""
+    """Wrap lines that consist of a label and text at 100 columns."""
     indent = " " * 14
     return [
-        part
+        row
         for line in lines
-        for part in textwrap.wrap(line, 100, subsequent_indent=indent, break_on_hyphens=False)
+        for row in textwrap.wrap(line, 100, subsequent_indent=indent, break_on_hyphens=False)
     ]
 
 
 def bound_lines(bound: StepBound, count: int = 5) -> list[str]:
-    """Table of the largest costs of a step, a lower bound on its time."""
+    """Return the table of a step's largest costs; the times are lower bounds."""
     lines = [
         f"Largest costs of a step, of at least {1000 * bound.seconds:,.1f} ms: a lower bound on "
         "time, every operation",
@@ -141,7 +141,7 @@ def _model_text(choice: Choice) -> str:
 
 
 def _memory_lines(choice: Choice, report: dict[str, Any]) -> list[str]:
-    """Memory and rows at once of each phase and stage, per GPU."""
+    """Return memory and micro-batch of each phase and stage, per GPU."""
     gpus, tuning = choice.request.gpus, choice.fit.tuning
     needs = {phase["phase"]: phase["memory"]["total"] for phase in report["phases"]}
     needs |= {stage: memory(run, gpus).total for stage, run in tuning.items()}
@@ -168,7 +168,7 @@ def _memory_lines(choice: Choice, report: dict[str, Any]) -> list[str]:
 
 
 def _saves_text(choice: Choice) -> str:
-    """Interval of checkpoints and what a crash costs."""
+    """Return the interval of checkpoints and the cost of a crash."""
     run, gpus = choice.fit.run, choice.request.gpus
     seconds = phase_seconds(run, gpus, GPUS[choice.request.gpu])
     every = save_interval(seconds, choice.steps["base"])
@@ -184,12 +184,12 @@ def _data_text(choice: Choice) -> str:
 
 
 def _exact(tokens: float) -> str:
-    """Format a number of tokens with all its digits, which are few."""
+    """Format a rounded number of tokens with all its digits."""
     return f"{tokens / 1e9:g}B" if tokens >= 1e9 else f"{tokens / 1e6:g}M"
 
 
 def _loss_text(parameters: int, tokens: float) -> str:
-    """Forecast of the loss, and whether it is within the range of its law."""
+    """Return the loss forecast; says whether it is within the range of its law."""
     loss, error = forecast_loss(parameters, tokens)
     sizes = {"parameters": parameters, "tokens": tokens}
     known = all(low <= sizes[name] <= high for name, (low, high) in LAW_RANGE.items())

@@ -21,25 +21,25 @@ EvaluationTokens = Callable[[str, RunConfig, int], tuple[int, dict[str, list[Tok
 
 
 def forward_flops(model: ModelConfig, tokens: float, length: int) -> float:
-    """FLOPs of a forward pass: a third of a training step, by training/meter.py's convention."""
+    """Return the FLOPs of a forward pass: a third of a training step (training/meter.py)."""
     return tokens * flops_per_token(model, length) / 3
 
 
 def forecast_evaluations(
     plan: Plan,
-    parts: list[ScheduledPhase],
+    scheduled: list[ScheduledPhase],
     evaluation_tokens_of: EvaluationTokens,
     peak: float,
     gpus: int,
     mfu: float,
 ) -> list[dict[str, Any]]:
-    """One entry per evaluated milestone and stage, and one for evaluations after the last stage.
+    """Return one entry per evaluated milestone and stage, and one for the end of the plan.
 
-    peak: FLOP/s of a GPU. A command uses as many of the `gpus` as it has processes.
+    peak: FLOP/s of a GPU. A command uses one of the `gpus` per process.
     """
-    sources = len({name for part in parts for name in part.run.data.mix})
+    sources = len({name for entry in scheduled for name in entry.run.data.mix})
     entries = []
-    for where, run, commands in _measured(plan, parts):
+    for where, run, commands in _measured(plan, scheduled):
         evals: list[dict[str, Any]] = []
         for command in commands:
             processes, tokens = evaluation_tokens_of(command, run, sources)
@@ -55,17 +55,18 @@ def forecast_evaluations(
 
 
 def _measured(
-    plan: Plan, parts: list[ScheduledPhase]
+    plan: Plan, scheduled: list[ScheduledPhase]
 ) -> Iterator[tuple[str, RunConfig, list[str]]]:
-    """(place, run of its checkpoint, evaluation commands) of each evaluated place of a plan."""
-    for part in parts:
-        for milestone in part.phase.milestones:
+    """Yield (where, run of the checkpoint, evaluation commands) for each evaluation point."""
+    for entry in scheduled:
+        for milestone in entry.phase.milestones:
             names = milestone.evals or tuple(plan.evals)
-            where, commands = f"{part.run.phase} {milestone.step:,}", [plan.evals[n] for n in names]
-            yield where, part.run, commands
+            where = f"{entry.run.phase} {milestone.step:,}"
+            commands = [plan.evals[name] for name in names]
+            yield where, entry.run, commands
             if milestone.averages:
-                yield f"{where}, average", part.run, commands
-    last = parts[-1].run
+                yield f"{where}, average", entry.run, commands
+    last = scheduled[-1].run
     for stage in plan.stages:
         yield stage.name, last, [plan.evals[name] for name in stage.evals]
     evals = [command for command in plan.after.values() if _is_evaluation(command)]
@@ -83,8 +84,8 @@ def _cost(model: ModelConfig, work: list[Tokens], speed: float, mfu: float) -> d
     read = sum(forward_flops(model, tokens, length) for tokens, _, length in work)
     written = sum(forward_flops(model, tokens, length) for _, tokens, length in work)
     return {
-        "read": sum(part[0] for part in work),
-        "written": sum(part[1] for part in work),
+        "read": sum(counts[0] for counts in work),
+        "written": sum(counts[1] for counts in work),
         "flops": read + written,
         "hours": (read / mfu + written / WRITING_MFU) / speed / 3600,
     }

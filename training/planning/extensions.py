@@ -9,7 +9,7 @@ from training.planning.plan import Plan, scheduled_phases
 
 
 def record_extensions(plan: Plan, logs: Path, new: Mapping[str, int]) -> dict[str, int]:
-    """Return the steps that each phase is extended by: `new` ones and those of earlier calls.
+    """Return the total steps by which each phase is extended, earlier calls included.
 
     new: phase -> steps; ValueError if they do not exceed the earlier ones.
     """
@@ -27,7 +27,7 @@ def record_extensions(plan: Plan, logs: Path, new: Mapping[str, int]) -> dict[st
             )
     if new:
         extensions = {**extensions, **new}
-        scheduled_phases(plan, extensions)  # raises ValueError before anything is written
+        scheduled_phases(plan, extensions)  # validates the steps before anything is written
         append_event(logs, "extend", f"extended by steps: {dict(new)}", **new)
         write_json(path, extensions)
     return extensions

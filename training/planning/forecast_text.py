@@ -88,10 +88,14 @@ def _phase(phase: dict[str, Any], memory: float) -> list[str]:
             epochs += f", {source['epochs_so_far']:.2f} including earlier phases"
         if source["start_epoch"]:
             epochs += f"; continues at epoch {source['start_epoch']:.2f}"
+            if source["unread_from"] is not None:
+                epochs += ", within the text of earlier phases"
         elif source["read_before"]:
             epochs += "; starts again at its first row"
-            if source["unread_from"] is not None:
-                epochs += f" (data.start_epoch.{name}={source['unread_from']:.8g} continues)"
+        elif source["selected_anew"]:
+            epochs += "; selects documents anew, so it may repeat text of earlier phases"
+        if source["unread_from"] is not None:
+            epochs += f" (data.start_epoch.{name}={source['unread_from']:.8g} continues)"
         lines.append(f"  data        {name}: {_count(source['tokens'])} tokens{long}; {epochs}")
     moments = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in need["moments"].items())
     parts = [f"{name} {size / 1e9:.2f}" for name, size in need["parts"].items()]
@@ -145,7 +149,7 @@ def _evaluation_lines(entries: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Evaluations (estimates, without loading models and without judges)",
         f"  prompts at the MFU of training; answers at {WRITING_MFU:.0%} of peak FLOP/s, "
-        "each of --max_tokens tokens",
+        "each of --max_new_tokens tokens",
     ]
     for entry in entries:
         evals = entry["evals"]

@@ -1,7 +1,7 @@
-"""GPU memory of a training step, by part, and the settings that let a run fit.
+"""GPU memory of a training step, by category, and settings that make a run fit.
 
 Weights, gradients, moments and saved activations follow from the model's shapes; tests compare them
-with a run on a CPU. What a GPU adds is an assumption. GPU memory has not been measured yet.
+with a run on a CPU. The overhead of a GPU is an assumption. GPU memory has not been measured yet.
 """
 
 import math
@@ -17,15 +17,15 @@ from training.muon import ROUND, second_moment_shape
 from training.optimizers import OptimConfig, group_of
 from training.planning.cards import Gpu
 
-# Bytes, assumed: what torch does not count (CUDA context and kernels, NCCL, cuBLAS, block rounding)
+# Bytes that torch does not count, assumed (CUDA context and kernels, NCCL, cuBLAS, block rounding)
 CONTEXT = 2.0e9
-TIGHT = 0.92  # of a GPU's memory; above it a run may not fit in practice
+TIGHT = 0.92  # share of a GPU's memory above which a run may not fit in practice
 LOGITS_CHUNK = 4096  # tokens; models/losses.py on a GPU
 
 
 @cache
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every parameter, from a model on the meta device."""
+    """Return name -> shape of every parameter, from a model on the meta device."""
     with torch.device("meta"):
         return {
             name: tuple(parameter.shape) for name, parameter in NanoLlama(model).named_parameters()
@@ -33,7 +33,7 @@ def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def sharded_bytes(model: ModelConfig, strategy: str, gpus: int) -> int:
-    """fp32 bytes of the largest parameter shard. FSDP2 splits first dimensions, rounded up."""
+    """Return the fp32 bytes of the largest shard. FSDP2 splits first dimensions, rounded up."""
     shards = 1 if strategy == "ddp" else gpus
     return sum(
         4 * -(-shape[0] // shards) * math.prod(shape[1:])
@@ -42,7 +42,7 @@ def sharded_bytes(model: ModelConfig, strategy: str, gpus: int) -> int:
 
 
 def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
-    """Shapes of the matrices, and stacks of matrices, that Muon updates."""
+    """Return the shapes of the matrices and stacks of matrices that Muon updates."""
     return [
         shape
         for name, shape in parameter_shapes(model).items()
@@ -53,11 +53,11 @@ def hidden_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
 def optimizer_state_bytes(
     model: ModelConfig, strategy: str, gpus: int, optim: OptimConfig | None = None
 ) -> int:
-    """Bytes of the optimizer state on one GPU.
+    """Return the bytes of the optimizer state on one GPU.
 
-    AdamW: two fp32 moments and an fp32 step per tensor; with optim.adam_every, a gradient sum and
-    its count, too. Muon: one moment per matrix. NorMuon: also the second moments of rows or
-    columns, which every GPU has whole. optim: default AdamW.
+    AdamW: two fp32 moments and an fp32 step per tensor; with optim.adam_every, also a gradient sum
+    and its count. Muon: one moment per matrix. NorMuon: also second moments per row or column,
+    replicated on every GPU. optim: default AdamW.
     """
     optim = optim or OptimConfig()
     sums = optim.adam_every > 1
@@ -73,7 +73,7 @@ def optimizer_state_bytes(
 
 
 def update_bytes(model: ModelConfig, gpus: int, optimizer: str, size: int = 2) -> int:
-    """Peak temporary bytes of an update: AdamW none, Muon 9x the largest round of one rank."""
+    """Return an update's peak temporary bytes: AdamW 0, Muon 9x the largest round of a rank."""
     shapes = hidden_shapes(model) if optimizer == "muon" else []
     per_rank = {shape: -(-shapes.count(shape) // gpus) for shape in shapes}
     return max(
@@ -88,7 +88,7 @@ def update_bytes(model: ModelConfig, gpus: int, optimizer: str, size: int = 2) -
 def activation_bytes(
     model: ModelConfig, checkpointing: str, size: int = 2, compiled: bool = True
 ) -> int:
-    """Bytes per token that one block saves for backward; 59,528 for the 1.1B model in bf16.
+    """Return the bytes per token that a block saves for backward: 59,528 for 1.1B in bf16.
 
     size: bytes per number. none, compiled: block input, both norm outputs, q, k, v as attention
     sees them, attention output, o_proj output, gate, up and their product; fp32 logsumexp per head
@@ -110,7 +110,7 @@ def activation_bytes(
     if compiled:
         norms = size * normed_heads[0] + normed_heads[1] + 8
         return size * 3 * d + attention + norms + feed_forward
-    norm = 4 + size  # per normed number: fp32 copy and normalized value
+    norm = 4 + size  # per normalized number: fp32 copy and result
     norms = 2 * (norm * d + 4) + norm * normed_heads[0] + normed_heads[1]
     return size * d + attention + norms + feed_forward
 
@@ -118,7 +118,7 @@ def activation_bytes(
 def feed_forward_bytes(
     model: ModelConfig, checkpointing: str, size: int = 2, compiled: bool = True
 ) -> int:
-    """Bytes per token that a feed-forward network saves for backward, its input included.
+    """Return the bytes per token that a feed-forward network saves for backward, with its input.
 
     size, checkpointing: see activation_bytes; not for "full". Dense: the input, gate, up, their
     product, and eagerly silu(gate). With experts, a token has a row of these for each of its top_k
@@ -145,7 +145,7 @@ def feed_forward_bytes(
 
 
 def _size(model: ModelConfig, prefix: str) -> int:
-    """Number of parameters whose names begin with `prefix`."""
+    """Return the number of parameters whose names begin with `prefix`."""
     shapes = parameter_shapes(model).items()
     return sum(math.prod(shape) for name, shape in shapes if name.startswith(prefix))
 
@@ -154,8 +154,8 @@ class Memory(NamedTuple):
     """Bytes on one GPU at the moment of peak memory."""
 
     peak_at: str  # part of the step, such as "loss head"
-    parts: dict[str, float]  # at the peak
-    totals: dict[str, float]  # at each part of the step
+    parts: dict[str, float]  # bytes by category, at the peak
+    totals: dict[str, float]  # bytes at each part of the step
 
     @property
     def total(self) -> float:
@@ -163,7 +163,7 @@ class Memory(NamedTuple):
 
 
 def micro_batches(run: RunConfig, gpus: int) -> int:
-    """Micro-batches per step and GPU; ValueError if the rows do not divide."""
+    """Return the micro-batches per step and GPU; ValueError if the rows do not divide."""
     rows, size = run.data.rows, run.data.micro_batch_size
     if rows % (gpus * size):
         raise ValueError(
@@ -174,12 +174,12 @@ def micro_batches(run: RunConfig, gpus: int) -> int:
 
 
 def memory(run: RunConfig, gpus: int) -> Memory:
-    """Peak memory of a training step on each of `gpus` GPUs, by part.
+    """Return the peak memory of a training step on each of `gpus` GPUs, by category.
 
     Activations fall and gradients rise evenly over the backward pass, so the peak is at one of its
-    ends or in the optimizer. The block's working memory in backward is an estimate; the rest
-    follows from shapes and from what FSDP2 keeps gathered. Tokens are assumed to be balanced over
-    the ranks of parallel.experts.
+    ends or in the optimizer. A block's working memory in backward is an estimate; the rest follows
+    from shapes and from the parameters that FSDP2 keeps gathered. Tokens are assumed to be balanced
+    over the ranks of parallel.experts.
     """
     model, parallel = run.model, run.parallel
     size = 4 if parallel.dtype == "float32" else 2  # all GPUs here compute in bf16
@@ -187,9 +187,9 @@ def memory(run: RunConfig, gpus: int) -> Memory:
     d, vocab, layers = model.hidden_size, model.vocab_size, model.num_hidden_layers
     tokens = run.data.micro_batch_size * run.data.sequence_length
     shard = sharded_bytes(model, parallel.strategy, gpus)
-    # With expert parallelism a rank computes its own experts of each block; FSDP has the others.
+    # With expert parallelism, a rank has a share of each block's experts; FSDP shards the rest.
     experts = _size(model, "layers.0.mlp.experts.") if parallel.experts > 1 else 0
-    own = experts // parallel.experts
+    local_experts = experts // parallel.experts
     block = _size(model, "layers.0.") - experts
     sharded = model.num_parameters - layers * experts
     root = sharded - layers * block  # FSDP group of embedding, last norm and head
@@ -205,11 +205,11 @@ def memory(run: RunConfig, gpus: int) -> Memory:
         "CUDA context (assumed)": CONTEXT,
     }
     # Unsharded fp32 gradients until the last micro-batch.
-    accumulated = 4 * (sharded + layers * own) if micro_batches(run, gpus) > 1 else 0
+    accumulated = 4 * (sharded + layers * local_experts) if micro_batches(run, gpus) > 1 else 0
     gathered = size * (sharded if parallel.strategy != "zero3" else root + min(2, layers) * block)
-    # Casts of a rank's own experts; without checkpointing they are kept for backward.
-    kept = layers if parallel.activation_checkpointing == "none" else 1
-    gathered += size * kept * own
+    # Casts of a rank's experts; without checkpointing they are saved for backward.
+    cast_layers = layers if parallel.activation_checkpointing == "none" else 1
+    gathered += size * cast_layers * local_experts
     blocks = tokens * layers * saved(parallel.activation_checkpointing)
     # The last norm is eager; the head reads its output.
     last_norm = tokens * ((4 + 2 * size) * d + 4 if size == 2 else 12 * d + 4)
@@ -231,7 +231,7 @@ def memory(run: RunConfig, gpus: int) -> Memory:
         working = max(working, tokens * (20 + size) * d)  # a norm's backward, in fp32
     recomputed = saved("none") - saved(parallel.activation_checkpointing)
     # Gradients of one block: from its matmuls, sent, and received.
-    reduced = block * (size + 4 + 4 / shards) + own * (size + 4)
+    reduced = block * (size + 4 + 4 / shards) + local_experts * (size + 4)
     points: dict[str, dict[str, float]] = {
         "loss head": {
             "gradients": accumulated,
@@ -268,7 +268,7 @@ def memory(run: RunConfig, gpus: int) -> Memory:
 
 
 def suggest_fitting_settings(run: RunConfig, gpus: int, gpu: Gpu) -> list[str]:
-    """Settings with which a run fits, as typed on the command line, the smallest change first."""
+    """Return settings with which a run fits, as typed, the smallest change first."""
 
     def fits(changed: RunConfig) -> float | None:
         needed = memory(changed, gpus).total

@@ -1,4 +1,4 @@
-"""Run a plan's commands in order: resume, evaluate, decide at gates, repeat, extend, branch."""
+"""Run a plan: resume, evaluate, decide at gates, repeat, extend and branch."""
 
 import shlex
 import subprocess
@@ -39,7 +39,7 @@ class Pipeline:
     """A plan's execution: events and decisions in logs/<run>/, evaluations in results/<run>/.
 
     extend: phase -> steps to train longer. accept: reason to continue after a reported no-go.
-    environment: of the commands, which also get OMP_NUM_THREADS if it is not set.
+    environment: passed to the commands, with OMP_NUM_THREADS added if it is not set.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Pipeline:
         self.measured: list[Measured] = []  # in order of the plan
         self.missed: dict[Path, str] = {}  # average -> why it was not measured
         self.accept = accept
-        self.extended = extend  # extending a phase accepts the no-go that advised it
+        self.extended = extend  # extending a phase also accepts the no-go that advised it
         run = scheduled_phases(plan)[0].run
         if not run.logs.exists() and (ROOT / run.logs).exists() and Path.cwd() != ROOT:
             print(
@@ -110,7 +110,7 @@ class Pipeline:
     def train(self, scheduled: ScheduledPhase, stop: int, before: Path | None) -> None:
         """Train a phase up to step `stop`, unless a checkpoint of this or a later step exists.
 
-        before: the previous phase's checkpoints, from which a new phase starts.
+        before: folder of the previous phase's checkpoints, where a new phase starts.
         """
         run = scheduled.run
         folders = step_folders(run.checkpoints)
@@ -203,7 +203,7 @@ class Pipeline:
             self._evaluate(name, checkpoint, checkpoint_id, folder / f"{name}.json", where)
         metrics = self._remember(milestone.evals, folder, phase, where)
         verdicts, outcome = judge_all(milestone.gates, metrics, compared)
-        # A reason applies only to a no-go that an earlier call reported.
+        # --accept applies only to a no-go that an earlier call reported.
         was_seen = current and done.get("outcome") == "no-go"
         steps = self.extended.get(scheduled.run.phase) if scheduled else None
         reason = self.accept or (f"{phase} extended by {steps} steps" if steps else None)
@@ -232,7 +232,7 @@ class Pipeline:
             "\n".join([text, *advice]),
         )
         self.alerts.flush()
-        # A stage logs its training to a folder and a W&B run of its own.
+        # A stage logs its training to a separate folder and W&B run.
         logs = self.logs if scheduled else self.logs / str(step)
         record_evaluation(logs, step_of(checkpoint), metrics, self.logs / "events.jsonl")
         for verdict in verdicts:
@@ -243,10 +243,10 @@ class Pipeline:
         if outcome == "no-go" and not accepted:
             print('To continue, run it again with --accept "reason".', file=sys.stderr)
             raise SystemExit(NO_GO)
-        self.accept = None if accepted else self.accept  # one reason accepts one decision
+        self.accept = None if accepted else self.accept  # --accept accepts one decision
 
     def try_forecast(self, milestone: Milestone, checkpoint: Path, every: int) -> None:
-        """forecast(), whose failure is reported and ends nothing: training does not need it."""
+        """Run forecast(); report a failure and continue, because training does not need it."""
         average = checkpoint.parent / f"average_{milestone.step}"
         where = f"at step {milestone.step}, average of {milestone.averages} checkpoints"
         number = self.progress.number
@@ -264,9 +264,9 @@ class Pipeline:
     def forecast(
         self, milestone: Milestone, checkpoint: Path, average: Path, every: int, where: str
     ) -> None:
-        """Evaluate the average of the last checkpoints, `every` steps apart, at a milestone, once.
+        """Evaluate the average of a milestone's last checkpoints, `every` steps apart, once.
 
-        Its gates decide nothing. Training continues from `checkpoint`, the milestone's own.
+        Its gates are only reported. Training continues from `checkpoint`, the milestone's own.
         ValueError if other checkpoints of a missing average were deleted.
         """
         step, phase, count = milestone.step, checkpoint.parent, milestone.averages or 0
@@ -340,7 +340,7 @@ class Pipeline:
         return compared, [value.value if value else None for value in values]
 
     def _previous_value(self, gate: Gate) -> str:
-        """Return "; before, WHERE: VALUE" for an absolute gate measured earlier, else ""."""
+        """Return "; before, WHERE: VALUE" if an absolute gate was measured earlier, else ""."""
         if gate.against:
             return ""
         earlier = [(m.where, estimate(gate.metric, m.metrics)) for m in self.measured[:-1]]
@@ -348,12 +348,12 @@ class Pipeline:
         return texts[-1] if texts else ""
 
     def _remember(self, names: tuple[str, ...], folder: Path, phase: str, where: str) -> dict:
-        """Read the metrics of a milestone or stage and keep them for later gates."""
+        """Read the metrics of a milestone or stage and store them for later gates."""
         self.measured.append(Measured(phase, where, read_metrics(names, folder)))
         return self.measured[-1].metrics
 
     def _renew(self, scheduled: ScheduledPhase, before: Path | None, redo: bool) -> None:
-        """Set aside checkpoints that a phase cannot continue from.
+        """Rename checkpoints that a phase cannot continue from.
 
         Reasons: --redo, a changed base model, or a decay that ended before an extension.
         """
@@ -456,7 +456,7 @@ class Pipeline:
         )
 
     def run_command(self, title: str, command: list[str]) -> None:
-        """Run one command; restart it if a rank dies, exit with its status if it fails."""
+        """Run one command; restart it if a rank dies, and exit with its status if it fails."""
         heading = self.progress.heading(title)
         print(f"\n{heading}\n    {subprocess.list2cmdline(command)}", flush=True)
         start = time.monotonic()

@@ -24,13 +24,13 @@ from training.settings import load_settings
 
 @dataclass(frozen=True)
 class Milestone:
-    """A step at which training pauses for evaluations and gates; the pause does not change it."""
+    """A step at which training pauses for evaluations and gates, without changing the run."""
 
-    step: PositiveInt  # of the whole run, at most the end of the phase
+    step: PositiveInt  # step of the whole run, at most the end of the phase
     evals: tuple[str, ...] = ()  # of Plan.evals; default: all of them
     gates: tuple[Gate, ...] = ()
-    advice: str = ""  # one sentence on what to do after a no-go or a caution
-    # Also evaluate the average of this many last checkpoints: a forecast, without a decision.
+    advice: str = ""  # one sentence of advice after a no-go or a caution
+    # Also evaluate the average of this many last checkpoints: a forecast, without decision.
     averages: Annotated[int, at_least(2)] | None = None
 
     def __post_init__(self) -> None:
@@ -49,11 +49,11 @@ class PlanPhase:
 class PlanStage:
     """A stage after the phases (SFT, DPO): commands that train the previous checkpoint further.
 
-    Its gates apply as those of a milestone.
+    Its gates work like those of a milestone.
     """
 
     name: NonEmptyText
-    output_dir: NonEmptyText  # its newest checkpoint is {checkpoint} in the stages that follow
+    output_dir: NonEmptyText  # its newest checkpoint is {checkpoint} in later stages
     commands: dict[str, NonEmptyText]  # description -> command
     evals: tuple[str, ...] = ()  # of Plan.evals; default: none
     gates: tuple[Gate, ...] = ()
@@ -100,7 +100,7 @@ class Plan:
     # name -> command that measures {checkpoint} and writes {"metrics": ...} to {output}
     evals: dict[str, NonEmptyText] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()  # the results table of evals/report/build.py
-    seconds: tuple[PositiveFloat, ...] = ()  # expected of each command, for the time left
+    seconds: tuple[PositiveFloat, ...] = ()  # expected seconds per command, for the time left
     next: tuple[NonEmptyText, ...] = ()  # commands to suggest after the last one
 
     def __post_init__(self) -> None:
@@ -149,11 +149,11 @@ def load_plan(path: str | Path) -> Plan:
 def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> list[ScheduledPhase]:
     """Place the plan's phases in the whole run.
 
-    extra_steps: phase -> steps added to those of its config. They move the end of the phase, of
-    the learning-rate schedule and everything later. In a phase where the rate decays they extend
-    the decay, which begins at the same step. ValueError if phases differ in schedule, run or model
-    shape, do not begin at their start_step, or have milestones outside their steps. They may differ
-    in data.tokens_per_step: steps are updates of any size.
+    extra_steps: phase -> steps added to those of its config. They move the end of the phase, the
+    end of the learning-rate schedule and everything later. In a phase where the rate decays they
+    extend the decay, which begins at the same step. ValueError if phases differ in schedule, run or
+    model shape, do not begin at their start_step, or have milestones outside their steps. They may
+    differ in data.tokens_per_step: steps are updates of any size.
     """
     extra_steps, begin = extra_steps or {}, 0
     scheduled: list[ScheduledPhase] = []
@@ -191,7 +191,7 @@ def scheduled_phases(plan: Plan, extra_steps: dict[str, int] | None = None) -> l
             overrides += [f"start_step={begin}"]
         run = load(phase.config, overrides)
         end = begin + run.steps
-        planned_end = begin - shift + config.steps  # a milestone there moves with the phase's end
+        planned_end = begin - shift + config.steps  # a milestone at the phase's end moves with it
         moved = tuple(
             replace(m, step=m.step + shift + (extra if m.step == planned_end else 0))
             for m in phase.milestones
@@ -230,9 +230,9 @@ class EvaluationPoint(NamedTuple):
 
 
 def evaluation_points(plan: Plan, phases: list[ScheduledPhase]) -> list[EvaluationPoint]:
-    """The evaluated milestones and stages of a plan, in order; phases: of scheduled_phases().
+    """Return the evaluated milestones and stages of a plan, in order.
 
-    ValueError for a gate with an unknown `against`.
+    phases: from scheduled_phases(). ValueError for a gate with an unknown `against`.
     """
     listed: list[EvaluationPoint] = []
     for scheduled in phases:
@@ -261,7 +261,7 @@ def evaluation_points(plan: Plan, phases: list[ScheduledPhase]) -> list[Evaluati
 def _check_averages(
     milestone: Milestone, milestones: tuple[Milestone, ...], run: RunConfig, begin: int
 ) -> None:
-    """ValueError if the phase will not have the checkpoints that a milestone averages."""
+    """ValueError if the phase will not have all checkpoints that a milestone averages."""
     count, config, step = milestone.averages, run.checkpoint, milestone.step
     if count is None:
         return
@@ -293,7 +293,7 @@ def _check_start(run: RunConfig, begin: int, before: str | None, config: str) ->
 
 
 def _check_follows(before: RunConfig, after: RunConfig, first: str, second: str) -> None:
-    """ValueError if a phase cannot continue the one before."""
+    """ValueError if a phase cannot continue the previous phase."""
     if before.phase == after.phase:
         raise ValueError(f"{first} and {second} are both phase {before.phase}; rename one of them")
     pairs = {

@@ -3,6 +3,7 @@
 import re
 import shutil
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from models.nanollama import ModelConfig
 from training.config import RunConfig
 from training.planning.cards import GPUS
 from training.planning.dial import Choice
-from training.planning.dial_data import MIXES, source_shares
+from training.planning.dial_data import DOWNLOAD_MARGIN, MIXES, source_shares
 from training.planning.dial_fit import PAIRS_PER_GPU, phase_seconds
 from training.planning.dial_gates import milestone_gates, runs_humaneval, stage_gates
 from training.planning.roofline import efficiency
@@ -134,9 +135,37 @@ def _intervals(step_seconds: float, steps: int, validate: int) -> dict[str, dict
     }
 
 
+def continue_sources(phases: Sequence[dict[str, Any]], stored: Mapping[str, float]) -> None:
+    """Set data.start_epoch of the later phases: they continue sources that earlier ones read.
+
+    phases: configs in order, with steps of equal tokens; they are changed. stored: source ->
+    training tokens in the store. A phase with min_document_tokens of a source selects documents
+    anew, so it has no position to continue at and does not move that of the others.
+    """
+    step_tokens = phases[0]["data"]["tokens_per_step"]
+    epochs: dict[str, float] = {}  # source -> epoch up to which the phases so far read it
+    for number, config in enumerate(phases):
+        data = config["data"]
+        tokens, weights = config["steps"] * step_tokens, sum(data["mix"].values())
+        sources = data["mix"].keys() - data.get("min_document_tokens", {}).keys()
+        if number:  # an empty mapping replaces that of the phase which the config extends
+            data["start_epoch"] = {
+                source: float(f"{epochs[source]:.8g}") for source in sorted(sources & epochs.keys())
+            }
+        for source in sources:
+            used = tokens * data["mix"][source] / weights
+            epochs[source] = epochs.get(source, 0.0) + used / stored[source]
+
+
 def gpu_files(choice: Choice, name: str) -> Files:
-    """The files of a plan for GPUs, by name in configs/<name>/."""
+    """The files of a plan for GPUs, by name in configs/<name>/.
+
+    data.start_epoch assumes that filters and held-out documents take all of DOWNLOAD_MARGIN. If
+    they take less, a later phase skips some unread text rather than repeat text.
+    """
     phases = _phases(choice, name)
+    least = {source: tokens / DOWNLOAD_MARGIN for source, tokens in choice.downloads.items()}
+    continue_sources(list(phases.values()), least)
     files: Files = {f"{phase}.yaml": content for phase, content in phases.items()}
     files["data.yaml"] = _recipe(choice, name)
     if choice.tuning_tokens:
@@ -295,7 +324,7 @@ def _plan(choice: Choice, name: str) -> dict[str, Any]:
     module = f"{python} -m" if gpus > 1 else "python -m"
     before = {
         f"Text: {source}": f"python -m scripts.download_data --dataset {source} --max_tokens "
-        f"{tokens:g} --output {store}"
+        f"{tokens:g} --output_dir {store}"
         for source, tokens in choice.downloads.items()
     }
     before["Tokenizer"] = f"python -m scripts.train_tokenizer --config configs/{name}/data.yaml"
@@ -331,11 +360,11 @@ def _plan(choice: Choice, name: str) -> dict[str, Any]:
     gguf = f"{run}/gguf/{name}-{{{{outtype}}}}.gguf"
     plan["after"] = {
         "Three GGUF files, with a model card": "python -m scripts.export_gguf --checkpoint "
-        f"{{checkpoint}} --outtype f16,q8_0,q4_k_m --outfile {gguf}",
+        f"{{checkpoint}} --outtype f16,q8_0,q4_k_m --output {gguf}",
         "Loss curve": f"python -m scripts.plot_run logs/{name}",
         "Report": f"python -m evals.report --checkpoint {{checkpoint}} --name {name} --logs "
         f"logs/{name} --results results/{name} --contaminated {store}/contaminated_ids.json "
-        f"--output results/{name}",
+        f"--output_dir results/{name}",
     }
     return plan
 
@@ -366,7 +395,7 @@ def _stages(name: str, run: str, python: str) -> list[dict[str, Any]]:
             "output_dir": f"{run}/sft",
             "commands": {
                 "Conversations with verified answers": "python -m scripts.generate_chat_data "
-                "--output data/store/chat",
+                "--output_dir data/store/chat",
                 "SFT": f"{python} train_sft.py --config configs/{name}/sft.yaml --base_model "
                 "{checkpoint}",
             },

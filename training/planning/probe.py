@@ -18,20 +18,20 @@ from training.planning.cards import Gpu
 from training.planning.roofline import step_bound
 
 DOCUMENT = 170  # mean tokens of a document in the quickstart corpus, about
-LEAST_STEPS = 3  # measured after one that is not
-PEAK_SECONDS = 1.0  # for each of the two peak speeds
-MATRIX = 1024  # rows and columns of the products that give the peak
-COPIED = 1 << 28  # bytes of the copy that gives the bandwidth
+LEAST_STEPS = 3  # measured steps, after one warm-up step
+PEAK_SECONDS = 1.0  # time limit for each of the two peak speeds
+MATRIX = 1024  # rows and columns of the matmuls that measure the peak
+COPIED = 1 << 28  # bytes of the copy that measures the bandwidth
 
 
 class Probe(NamedTuple):
     """Measured speeds of this machine."""
 
-    tokens_per_s: float  # of training steps, median
+    tokens_per_s: float  # median speed of training steps
     step_s: float
     steps: int  # measured
-    bound_s: float  # of the same step, from the peak and the bandwidth
-    flops: float  # FLOP/s of matrix products in the dtype of training
+    bound_s: float  # lower bound of this step, from peak and bandwidth
+    flops: float  # FLOP/s of matmuls in the dtype of training
     bandwidth: float  # bytes per second of a copy, read and written
     cores: int
 
@@ -65,7 +65,7 @@ def measure(run: RunConfig, seconds: float = 20.0) -> Probe:
 
 
 def _random_step(run: RunConfig, device: torch.device) -> Step:
-    """Micro-batches of random tokens with document borders, as one step has."""
+    """Return one step's micro-batches of random tokens, split into documents."""
     data, generator = run.data, torch.Generator().manual_seed(run.seed)
     batches = []
     for _ in range(data.rows // data.micro_batch_size):
@@ -79,20 +79,20 @@ def _random_step(run: RunConfig, device: torch.device) -> Step:
 
 
 def _peak_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the fastest product of two square matrices."""
+    """Measure the FLOP/s of the fastest product of two square matrices."""
     left, right = (torch.randn(MATRIX, MATRIX).to(device, dtype) for _ in range(2))
     return 2 * MATRIX**3 / _fastest(lambda: torch.mm(left, right), device)
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Bytes per second of the fastest copy in memory, read and written."""
+    """Measure the bytes per second of the fastest memory copy, read plus written."""
     source = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(source)
     return 2 * COPIED / _fastest(lambda: target.copy_(source), device)
 
 
 def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of the repetitions that fit in PEAK_SECONDS."""
+    """Return the seconds of the fastest repetition within PEAK_SECONDS."""
     best, end = float("inf"), time.perf_counter() + PEAK_SECONDS
     while time.perf_counter() < end:
         start = time.perf_counter()

@@ -7,7 +7,7 @@ from training.planning.plan import Plan, ScheduledPhase, scheduled_phases
 
 
 def command_count(plan: Plan, phases: list[ScheduledPhase] | None = None) -> int:
-    """Return the number of commands of a whole plan. phases: if some were extended."""
+    """Return the number of commands of a plan. phases: if some were extended."""
     count = len(plan.before) + len(plan.after)
     for scheduled in phases or scheduled_phases(plan):
         milestones = scheduled.phase.milestones
@@ -31,10 +31,10 @@ class Progress:
                 "give one for each, or remove the setting"
             )
         self.start = time.monotonic()
-        self.took = self.expected = 0.0  # of the commands run by this call
+        self.took = self.expected = 0.0  # seconds of the commands run by this call
 
     def skip(self, count: int = 1) -> None:
-        """Pass over commands whose results exist."""
+        """Count commands that are skipped because their results exist."""
         self.number += count
 
     def heading(self, title: str) -> str:
@@ -44,7 +44,7 @@ class Progress:
         elapsed = clock(time.monotonic() - self.start)
         if not self.seconds:
             return f"{position} {title} ({elapsed} elapsed)"
-        # The machine's speed against that of the plan's seconds
+        # This machine's speed relative to the plan's seconds.
         pace = self.took / self.expected if self.expected else 1.0
         left = clock(pace * sum(self.seconds[self.number - 1 :]))
         return f"{position} {title} ({elapsed} elapsed, about {left} left)"

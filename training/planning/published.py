@@ -1,7 +1,7 @@
 """Targets of a plan against published scores of models of similar size and tokens.
 
-The scores come from different harnesses, prompts and numbers of shots, which move the score of one
-model by several points. docs/forecast.md lists the models and their sources.
+The scores come from different harnesses, prompts and numbers of shots, which change a model's score
+by several points. docs/forecast.md lists the models and their sources.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from training.planning.plan import Target
 
-# A plan of another size is not compared.
+# Plans outside these sizes are not compared.
 COMPARABLE = {"parameters": (0.7e9, 2e9), "tokens": (20e9, 60e9)}
 PERPLEXITY = "all.perplexity"
 
@@ -37,8 +37,8 @@ def target_outlook(
 ) -> list[dict[str, Any]]:
     """Return one entry per target with published scores; [] for a plan of another size.
 
-    parameters, tokens: of the end of pretraining. loss: the forecast of the last phase by
-    Hoffmann's law (training/planning/cost.py), for the target of perplexity.
+    parameters, tokens: at the end of pretraining. loss: the forecast of the last phase by
+    Hoffmann's law (training/planning/cost.py), for the perplexity target.
     """
     seen = {"parameters": parameters, "tokens": tokens}
     if not all(low <= seen[name] <= high for name, (low, high) in COMPARABLE.items()):

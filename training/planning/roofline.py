@@ -3,7 +3,7 @@
 The roofline model (Williams et al. 2009, doi.org/10.1145/1498765.1498785): an operation takes at
 least FLOPs / peak and at least bytes / bandwidth. Operations run one after the other; collectives
 are hidden behind them. Real steps are slower, by a factor that `efficiency` takes from published
-throughputs. Rows count as one document each; a document mask saves part of the attention.
+throughputs. Each row counts as one document; a document mask would reduce attention.
 """
 
 import math
@@ -24,33 +24,33 @@ class Operation(NamedTuple):
     """Work of one kind in a training step, on one GPU."""
 
     name: str
-    flops: float = 0.0  # counted by training/meter.py; of attention only the causal half
-    extra_flops: float = 0.0  # recomputation and Newton-Schulz, which meter.py does not count
+    flops: float = 0.0  # FLOPs as in training/meter.py, with only the causal half of attention
+    extra_flops: float = 0.0  # recomputation and Newton-Schulz, not counted by meter.py
     bytes: float = 0.0  # read from and written to GPU memory
     sent: float = 0.0  # bytes sent to other GPUs
 
     def seconds(self, gpu: Gpu) -> float:
-        """Least time of the operation."""
+        """Return the minimum seconds of the operation."""
         work = (self.flops + self.extra_flops) / gpu.flops
         return max(work, self.bytes / gpu.bandwidth, self.sent / gpu.link)
 
 
 class StepBound(NamedTuple):
-    """The operations of one step on each GPU, and the least time of the step."""
+    """The operations of one step on each GPU, and the minimum time of the step."""
 
     operations: tuple[Operation, ...]
     gpu: Gpu
 
     @property
     def seconds(self) -> float:
-        """Least seconds of a step: the optimizer waits for the collectives, which overlap."""
+        """Return the minimum seconds of a step; collectives overlap with all but the optimizer."""
         compute = sum(op.seconds(self.gpu) for op in self.operations if not op.sent)
         optimizer = sum(op.seconds(self.gpu) for op in self.operations if op.name == OPTIMIZER)
         link = sum(op.seconds(self.gpu) for op in self.operations if op.sent)
         return max(compute, link + optimizer)
 
     def largest(self, count: int = 5) -> list[tuple[Operation, float]]:
-        """The operations with the most seconds, and those seconds."""
+        """Return the operations with the most seconds, and their seconds."""
         timed = [(op, op.seconds(self.gpu)) for op in self.operations]
         return sorted(timed, key=lambda pair: -pair[1])[:count]
 
@@ -59,7 +59,7 @@ OPTIMIZER = "optimizer"
 
 
 def step_bound(run: RunConfig, gpus: int, gpu: Gpu) -> StepBound:
-    """Bound of a training step on each of `gpus` GPUs; ValueError if the rows do not divide."""
+    """Return the bound of a step on each of `gpus` GPUs; ValueError if the rows do not divide."""
     operations = [
         *_block_operations(run, gpus),
         _attention(run, gpus),
@@ -70,25 +70,25 @@ def step_bound(run: RunConfig, gpus: int, gpu: Gpu) -> StepBound:
 
 
 def _number_size(run: RunConfig) -> int:
-    """Bytes per number in forward and backward; GPUs here compute in bf16."""
+    """Return the bytes per number in forward and backward; all cards use bf16."""
     return 4 if run.parallel.dtype == "float32" else 2
 
 
 def _tokens(run: RunConfig, gpus: int) -> float:
-    """Tokens of one GPU in a step."""
+    """Return the tokens of one GPU in a step."""
     return run.data.tokens_per_step / gpus
 
 
 class _Products(NamedTuple):
-    """Products of a step with matrices [k, n], forward and backward: tokens x k x n each."""
+    """Matmuls of a step with weights [k, n], forward and backward: tokens x k x n each."""
 
     size: int  # bytes per number
-    tokens: float  # rows of the activations in the whole step
-    passes: float  # times that the matrices are read: micro-batches, or chunks of them
-    forwards: int = 1  # 2 if the forward product is computed again in backward
+    tokens: float  # tokens of the step
+    passes: float  # number of times the weights are read: micro-batches, or their chunks
+    forwards: int = 1  # 2 if backward recomputes the forward product
 
     def of(self, name: str, shapes: list[tuple[int, int]], extra: float = 0.0) -> Operation:
-        """One operation for all matrices; extra: further bytes."""
+        """Return one operation for all weights. extra: additional bytes."""
         weights = sum(k * n for k, n in shapes)
         activations = self.tokens * sum(k + n for k, n in shapes)
         products = 2 + self.forwards  # the gradients of inputs and weights, and the forward pass
@@ -101,12 +101,12 @@ class _Products(NamedTuple):
 
 
 def _block_operations(run: RunConfig, gpus: int) -> list[Operation]:
-    """Products and elementwise operations of all blocks.
+    """Return the matmuls and elementwise operations of all blocks.
 
-    Numbers per token that fused kernels read and write, forward + backward: a norm with its
-    residual addition 4 + 4 widths (two of them); rotary embedding 2 + 2 of q and k; SwiGLU 3 + 5 of
-    its width. Activation checkpointing runs the forward part again; "full" also the products, but
-    not the last one, whose output nothing reads.
+    Numbers per token that fused kernels read and write, forward + backward: each of two norms with
+    its residual addition, 4 + 4 widths; rotary embedding, 2 + 2 widths of q and k; SwiGLU, 3 + 5 of
+    its width. Activation checkpointing repeats the forward operations; "full" also repeats the
+    matmuls except the last, whose output backward does not read.
     """
     model, layers = run.model, run.model.num_hidden_layers
     level, size = run.parallel.activation_checkpointing, _number_size(run)
@@ -120,12 +120,12 @@ def _block_operations(run: RunConfig, gpus: int) -> list[Operation]:
     experts_bytes, active = 0.0, float(hidden)
     if model.kind == "moe":
         moe, expert = model.moe, model.expert_size
-        chosen = moe.top_k * expert + moe.shared_size  # width that one token uses
+        chosen = moe.top_k * expert + moe.shared_size  # feed-forward width that one token uses
         widened, narrowed, active = [(d, chosen)] * 2, [(chosen, d)], chosen
         idle = 3 * d * (moe.experts - moe.top_k) * expert  # weights of experts beyond top_k
         experts_bytes = size * 3 * passes * idle * layers
         widened.append((d, moe.experts))  # the router
-    # Checkpointing of any kind runs the elementwise operations of the forward pass again.
+    # Every kind of checkpointing repeats the elementwise operations of the forward pass.
     repeated = 0 if level == "none" else 1
     elementwise = layers * size * tokens
     down = _Products(size, tokens, passes)
@@ -140,7 +140,7 @@ def _block_operations(run: RunConfig, gpus: int) -> list[Operation]:
 
 
 def _widths(model: ModelConfig) -> tuple[int, int, int]:
-    """Widths of the residual stream, of q, and of k."""
+    """Return the widths of the residual stream, q and k."""
     head_dim = model.resolved_head_dim
     return (
         model.hidden_size,
@@ -150,7 +150,7 @@ def _widths(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def _attention(run: RunConfig, gpus: int) -> Operation:
-    """Fused causal attention. Its backward pass computes the scores again (arXiv:2307.08691)."""
+    """Return fused causal attention, whose backward recomputes the scores (arXiv:2307.08691)."""
     _, width, kv = _widths(run.model)
     tokens, layers = _tokens(run, gpus), run.model.num_hidden_layers
     forward = 2 * layers * width * run.data.sequence_length * tokens  # half of all pairs
@@ -164,7 +164,7 @@ def _attention(run: RunConfig, gpus: int) -> Operation:
 
 
 def _head_operations(run: RunConfig, gpus: int) -> list[Operation]:
-    """Embedding and loss head, whose logits exist in chunks (models/losses.py)."""
+    """Return embedding and loss head, which computes logits in chunks (models/losses.py)."""
     model, size = run.model, _number_size(run)
     tokens, passes = _tokens(run, gpus), micro_batches(run, gpus)
     micro_batch = tokens / passes
@@ -182,14 +182,14 @@ def _head_operations(run: RunConfig, gpus: int) -> list[Operation]:
 
 
 def _parameter_operations(run: RunConfig, gpus: int) -> list[Operation]:
-    """Gradient accumulation, collectives and the optimizer: work per parameter, not per token.
+    """Return gradient accumulation, collectives and the optimizer: work per parameter.
 
     AdamW reads the parameter, its gradient and two moments in fp32 and writes all but the gradient.
     Clipping reads the gradient, scales it and writes it. The parameter is then cast.
     """
     model, strategy, size = run.model, run.parallel.strategy, _number_size(run)
     parameters, passes = model.num_parameters, micro_batches(run, gpus)
-    own = parameters / (1 if strategy == "ddp" else gpus)
+    shard = parameters / (1 if strategy == "ddp" else gpus)
     accumulated = parameters * (passes * (size + 8) if passes > 1 else size + 4)
     clipping = 12 if run.optim.grad_clip else 4
     muon = 0.0
@@ -197,10 +197,10 @@ def _parameter_operations(run: RunConfig, gpus: int) -> list[Operation]:
         muon = sum(newton_schulz_flops(shape) for shape in hidden_shapes(model)) / gpus
     operations = [
         Operation("gradient accumulation", bytes=accumulated),
-        Operation(OPTIMIZER, extra_flops=muon, bytes=own * (28 + clipping + 4 + size)),
+        Operation(OPTIMIZER, extra_flops=muon, bytes=shard * (28 + clipping + 4 + size)),
     ]
     if gpus > 1:
-        shares = (gpus - 1) / gpus  # a ring sends this share of the whole
+        shares = (gpus - 1) / gpus  # share of the data that a ring sends
         gathers = {"zero2": 1, "zero3": 2 * passes, "ddp": 0}[strategy]
         reductions = 2 if strategy == "ddp" else 1
         sent = shares * parameters * size * gathers
@@ -212,7 +212,7 @@ def _parameter_operations(run: RunConfig, gpus: int) -> list[Operation]:
 
 
 class Efficiency(NamedTuple):
-    """Time of real steps divided by their bound, over published throughputs."""
+    """Ratio of real step time to its bound, over published throughputs."""
 
     factor: float  # median
     low: float
@@ -220,7 +220,7 @@ class Efficiency(NamedTuple):
 
 
 def published_bound(row: Published) -> float:
-    """Tokens per second and GPU that the bound allows for a published run."""
+    """Return the tokens per second and GPU that the bound allows for a published run."""
     shape = {"max_position_embeddings": max(4096, row.sequence_length)} | row.model
     data = DataConfig(
         sequence_length=row.sequence_length,
@@ -235,6 +235,6 @@ def published_bound(row: Published) -> float:
 
 @cache
 def efficiency() -> Efficiency:
-    """The factor between bound and published throughput: median, least and largest."""
+    """Return the ratio of bound to published throughput: median, minimum and maximum."""
     factors = [published_bound(row) / row.tokens_per_s for row in PUBLISHED]
     return Efficiency(median(factors), min(factors), max(factors))

@@ -1,11 +1,11 @@
 """Scaling law of small runs, L(N, D) = E + A / N^alpha + B / D^beta, with intervals.
 
 The form is that of Hoffmann et al. 2022 (arXiv:2203.15556, approach 3): Huber loss on the log of
-the loss, several starting points. Runs of one decade of sizes do not determine five parameters, so
-the fit adds a weak prior, and every interval contains the prior's uncertainty: each draw resamples
+the loss, several starting points. Sizes within one decade do not determine five parameters, so
+the fit adds a weak prior, and every interval includes the prior's uncertainty: each draw resamples
 the runs and moves the prior's centre by its own standard deviation (randomize-then-optimize,
 Bardsley et al. 2014, doi:10.1137/140964023). A quantity that the runs do not determine keeps the
-width of the prior; `ScalingLaw.prior_share` gives that share of each parameter.
+width of the prior; `ScalingLaw.prior_share` is each parameter's width relative to the prior.
 
 N counts non-embedding parameters that a token uses, D training tokens.
 """
@@ -59,7 +59,7 @@ class Run(NamedTuple):
 
     @property
     def cell(self) -> tuple[int, int]:
-        """Size and tokens; runs of a cell differ in their seed."""
+        """Return (size, tokens); runs of a cell differ only in their seed."""
         return self.parameters, self.tokens
 
     @property
@@ -76,7 +76,7 @@ class ScalingLaw:
     best: Array
     draws: Array
     seed_sd: float  # of one run's log loss
-    misfit_sd: float  # of a cell's mean log loss around the law, beyond the seeds
+    misfit_sd: float  # sd of a cell's mean log loss around the law, beyond seed noise
     parameters: Interval  # smallest and largest N of the runs
     tokens: Interval  # smallest and largest D of the runs
     metric: str = "val/loss"
@@ -88,17 +88,17 @@ class ScalingLaw:
     def interval(self, parameters: float, tokens: float, seeds: int | None = None) -> Interval:
         """Return the 95 % interval of the expected loss.
 
-        seeds: of the measured mean over so many seeds instead, with the runs' noise.
+        seeds: return the interval of a measured mean over this many seeds, with the runs' noise.
         """
         logs = _log_loss(np.log(self.draws), *self._relative(parameters, tokens))
         if seeds is not None:
             noise = math.hypot(self.seed_sd / math.sqrt(seeds), self.misfit_sd)
-            # One fixed sample per draw: the interval is a function of the law alone.
+            # One fixed sample per draw, so that the interval depends only on the law.
             logs = logs + noise * np.random.default_rng(1).standard_normal(logs.shape)
         return _quantiles(np.exp(logs))
 
     def factors(self, parameters: float, tokens: float) -> Interval:
-        """Return how far N and D lie beyond the largest run; below 1 within the runs."""
+        """Return N and D divided by the largest of the runs; at most 1 within the runs."""
         return parameters / self.parameters[1], tokens / self.tokens[1]
 
     def parameter_intervals(self) -> dict[str, Interval]:
@@ -107,13 +107,13 @@ class ScalingLaw:
 
     @property
     def prior_share(self) -> dict[str, float]:
-        """Each parameter's spread as a share of its prior's; at 1 the runs say nothing of it."""
+        """Return each parameter's spread relative to its prior; 1: the runs do not determine it."""
         spread = np.log(self.draws).std(axis=0) / PRIOR_SD
         return dict(zip(PARAMETERS, spread.tolist(), strict=True))
 
     @property
     def constants(self) -> dict[str, float]:
-        """E, A, B, alpha and beta of the law as published ones are written."""
+        """Return E, A, B, alpha and beta in the usual form of published laws."""
         e, size, data, alpha, beta = map(float, self.best)
         n, d = self.reference
         return {"E": e, "A": size * n**alpha, "B": data * d**beta, "alpha": alpha, "beta": beta}
@@ -136,7 +136,7 @@ class ScalingLaw:
 
 
 def law_from_json(values: dict[str, Any]) -> ScalingLaw:
-    """Return the law that as_json wrote; ValueError if the values are not one."""
+    """Return the law that as_json wrote; ValueError if the values are invalid."""
     try:
         best, draws = (np.array(values[key], dtype=np.float64) for key in ("best", "draws"))
         ranges = [values[key] for key in ("reference", "parameters", "tokens")]
@@ -163,7 +163,7 @@ def law_from_json(values: dict[str, Any]) -> ScalingLaw:
 
 
 def load_law(path: Path) -> ScalingLaw:
-    """Read the law of a forecast.json. ValueError says what is wrong with the file."""
+    """Read the law of a forecast.json; ValueError if the file is missing or invalid."""
     try:
         return law_from_json(read_json(path).get("law") or {})
     except FileNotFoundError:
@@ -361,7 +361,7 @@ def _quantiles(values: Array) -> Interval:
 def forecast_phases(law: ScalingLaw, source: str, parameters: int, report: dict[str, Any]) -> None:
     """Add the law's forecast to each phase of a report of training/planning/cost.py.
 
-    parameters: of the plan's model, see non_embedding_parameters. source: where the law is from.
+    parameters: of the plan's model, see non_embedding_parameters. source: file of the law.
     """
     tokens = 0
     for phase in report["phases"]:

@@ -1,4 +1,4 @@
-"""Stages of a plan: the configs that their commands name, and the averages they make or need."""
+"""Stages of a plan: configs that their commands name, and averages that they write or need."""
 
 import re
 import shlex
@@ -41,7 +41,7 @@ def check_average_is_there(stage: "PlanStage", missed: Mapping[Path, str]) -> No
 def check_stage_averages(stages: Sequence["PlanStage"], phases: Sequence["ScheduledPhase"]) -> None:
     """ValueError if a phase will not keep the checkpoints that a stage averages.
 
-    A stage that has a checkpoint already needs them no more.
+    A stage that already has a checkpoint is not checked.
     """
     by_folder = {scheduled.run.checkpoints: scheduled for scheduled in phases}
     for stage in stages:
@@ -49,9 +49,9 @@ def check_stage_averages(stages: Sequence["PlanStage"], phases: Sequence["Schedu
             words = shlex.split(command)
             if AVERAGE not in words or step_folders(Path(stage.output_dir)):
                 continue
-            # The flags' errors are those of the command.
-            parts = [part for word in words for part in word.split("=", 1)]
-            flags = {flag.replace("-", "_"): value for flag, value in pairwise(parts)}
+            # The command itself reports errors in these flags.
+            tokens = [token for word in words for token in word.split("=", 1)]
+            flags = {flag.replace("-", "_"): value for flag, value in pairwise(tokens)}
             scheduled = by_folder.get(Path(flags.get("__phase_folder", "")))
             numbers = [flags.get(f"__{name}", "") for name in ("last", "every", "until")]
             if scheduled is None or not all(text.isdecimal() or not text for text in numbers):
