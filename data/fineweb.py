@@ -3,7 +3,7 @@
 python data/fineweb.py                      # the sample of 10 billion tokens
 python data/fineweb.py --version 100B       # the sample of 100 billion tokens, data/fineweb100B/
 python data/fineweb.py --shards 9           # stop after 9 training shards
-python data/fineweb.py --documents my_texts/ --output data/my_bin    # your own files
+python data/fineweb.py --documents my_texts/ --output_dir data/my_bin    # your own files
 
 Shard 0 is for validation (fineweb_val_000000.bin), the others for training (fineweb_train_*.bin).
 To resume an interrupted run, run the same command again. python data/cached_fineweb10B.py downloads
@@ -58,10 +58,10 @@ def main() -> None:
     )
     parser.add_argument("--shards", type=int_at_least(1), help="training shards; default: all text")
     parser.add_argument("--documents", help="path or glob of .parquet or .jsonl files to read")
-    parser.add_argument("--output", type=Path, help="folder; default: data/fineweb<version>")
+    parser.add_argument("--output_dir", type=Path, help="default: data/fineweb<version>")
     parser.add_argument("--revision", help=f"commit or branch on the hub (default: {REVISION})")
     args = parser.parse_args()
-    folder = args.output or ROOT / "data" / f"fineweb{args.version}"
+    folder = args.output_dir or ROOT / "data" / f"fineweb{args.version}"
     with user_errors():
         if args.documents:
             _, reader = open_reader(args.documents, folder, "documents", args.revision)
@@ -173,7 +173,7 @@ def _checked_record(folder: Path, inputs: dict[str, Any]) -> dict[str, Any]:
         write_json(folder / manifest.NAME, record)
     elif record is None or record.get("inputs") != inputs:
         raise ValueError(
-            f"{folder} has shards of other text or of another size; choose another --output"
+            f"{folder} has shards of other text or of another size; choose another --output_dir"
         )
     for number in range(record["shards"]):
         read_header(folder / shard_name(number))

@@ -17,8 +17,8 @@ def checkpoint_folder(path: Path) -> Path:
     return path
 
 
-def target_files(outtypes: str, outfile: str) -> dict[str, Path]:
-    """Return outtype -> file of --outtype and --outfile.
+def target_files(outtypes: str, output: str) -> dict[str, Path]:
+    """Return outtype -> file of --outtype and --output.
 
     Raises ValueError for an unknown outtype, or for one file name with several outtypes.
     """
@@ -31,20 +31,20 @@ def target_files(outtypes: str, outfile: str) -> dict[str, Path]:
             f"--outtype {outtypes}: {unknown[0] if unknown else 'nothing'!r} is not one of "
             f"{', '.join(OUTTYPES)}"
         )
-    if len(names) > 1 and "{outtype}" not in outfile:
+    if len(names) > 1 and "{outtype}" not in output:
         raise ValueError(
-            f"--outfile {outfile} is one name for {len(names)} files; put {{outtype}} into it"
+            f"--output {output} is one name for {len(names)} files; put {{outtype}} into it"
         )
-    targets = {name: Path(outfile.replace("{outtype}", name)) for name in names}
+    targets = {name: Path(output.replace("{outtype}", name)) for name in names}
     folders = [path for path in targets.values() if path.is_dir()]
     if folders:
         raise ValueError(
-            f"--outfile {folders[0]} is a folder; name a file in it, "
+            f"--output {folders[0]} is a folder; name a file in it, "
             f"such as {folders[0]}/model-{{outtype}}.gguf"
         )
     return targets
 
 
-def model_name(outfile: str) -> str:
-    """Return the model's name from --outfile: the file name without type and suffix."""
-    return Path(outfile.replace("{outtype}", "")).stem.strip("-_.")
+def model_name(output: str) -> str:
+    """Return the model's name from --output: the file name without type and suffix."""
+    return Path(output.replace("{outtype}", "")).stem.strip("-_.")

@@ -48,11 +48,11 @@ SUITE = {  # more flags of an evaluation
     "arc": "--shots 0 --limit 4",
     "mmlu": "--shots 0 --limit 1",
     "truthfulqa": "--limit 4",
-    "gsm8k": "--shots 1 --limit 2 --max_tokens 8",
-    "needle": "--num_tests 2 --max_tokens 8",
-    "tool_use": "--limit 1 --max_tokens 12",
-    "toxicity": "--limit 2 --samples 2 --max_tokens 4",
-    "mt_bench": "--limit 1 --max_tokens 4",
+    "gsm8k": "--shots 1 --limit 2 --max_new_tokens 8",
+    "needle": "--num_tests 2 --max_new_tokens 8",
+    "tool_use": "--limit 1 --max_new_tokens 12",
+    "toxicity": "--limit 2 --samples 2 --max_new_tokens 4",
+    "mt_bench": "--limit 1 --max_new_tokens 4",
     "perplexity": "--tokens 4000",
 }
 
@@ -86,7 +86,7 @@ def shrink(place: Path) -> None:
         target = place / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         content = yaml.safe_load(path.read_text())
-        if {"quickstart", "lab"} & {*path.parts} or path.name == "test_mode.yaml":
+        if {"quickstart", "lab", "plus"} & {*path.parts} or path.name == "test_mode.yaml":
             target.write_text(path.read_text())
             continue
         _shrink(content)

@@ -3,13 +3,15 @@
 import ast
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
+import test_house
 from conftest import ROOT
 from test_plan_commands import command_lines, parse
 
-from cli import SPELLINGS, CommandParser, flag_value, spellings
+from cli import SPELLINGS, CommandParser, flag_value, plain, spellings
 from evals.cost import command_tokens
 from evals.report.deliverables import PlanOutputs
 from training.config import load
@@ -33,6 +35,24 @@ OWN = {
 }
 WRITTEN = ("--output", "--output_dir")
 FOLDERS = re.compile(r"(checkpoints|logs|results|gguf|runs|data)/")
+TEXTS = [  # without history, the table of spellings, and the user's timeline
+    *(path for path in test_house.FILES if path != ROOT / "cli.py"),
+    *sorted((ROOT / "benchmarks").glob("*.py")),
+    *sorted((ROOT / "configs").rglob("*.yaml")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile", "run.sh")),
+    *(path for path in (ROOT / "docs").glob("*.md") if path.stem not in ("api", "log", "timeline")),
+    *(path for name in ("scripts", "benchmarks") for path in (ROOT / name).rglob("*.s[hb]*")),
+]
+WORD = re.compile(
+    r"""(?P<end>\n\s*\n|\(\n|`|"{3}|"\s*[,)\]}]|^\ *(?:-\ )?(?:"[^"\n]*"|[\w\ -]+):(?=\s))
+    |\b(?P<command>(?:scripts|evals|benchmarks)\.\w+|[\w/]+\.py)\b
+    |(?<![\w-])(?P<flag>--[A-Za-z][\w-]*)""",
+    re.MULTILINE | re.VERBOSE,
+)
+ADDED = re.compile(r'\badd_\w+\(\s*(?:parser, )?"(--\w+)"')
+IMPORTED = re.compile(r"^from ([\w.]+) import", re.MULTILINE)
+OTHERS = {name for names in SPELLINGS.values() for name in names.split()}
+OTHER = re.compile("|".join(OTHERS).replace("_", "[-_]"))
 
 
 def make_parser(positional: str | None = "plan", overrides: bool = False) -> CommandParser:
@@ -153,6 +173,96 @@ def test_the_forecast_reads_the_former_flag_of_an_evaluation():
     assert tokens[0] == tokens[1] == tokens[2] and tokens[0]["gsm8k"]
 
 
+# commands in texts
+
+
+def command_file(name: str) -> Path | None:
+    """Return the file of a command given as train.py or scripts.chat; None for another name."""
+    stem = name.removesuffix(".py").replace(".", "/")
+    package = ROOT / stem / "__main__.py"
+    if package.is_file():
+        return package
+    return path if (path := ROOT / f"{stem}.py") in COMMANDS else None
+
+
+@cache
+def added_flags(path: Path) -> set[str]:
+    return set(ADDED.findall(path.read_text(encoding="utf-8")))
+
+
+@cache
+def declared(command: Path) -> list[set[str]]:
+    """Return the flags that a command's file adds, then those of each module that it imports."""
+    modules = IMPORTED.findall(command.read_text(encoding="utf-8"))
+    paths = [command, *(ROOT / f"{name.replace('.', '/')}.py" for name in modules)]
+    return [added_flags(path) for path in paths if path.is_file()]
+
+
+@cache
+def undeclared() -> set[str]:
+    """Return the spellings that are not a flag of any command."""
+    return OTHERS.difference(*map(added_flags, test_house.FILES))
+
+
+def is_former(flag: str, command: Path | None) -> bool:
+    """Does the command have this flag under another name? None: does no command have this flag?"""
+    for flags in declared(command) if command else ():
+        if any(flag in spellings(name) for name in flags):
+            return flag not in flags
+    return flag in undeclared()
+
+
+def former_flags(text: str, command: Path | None = None) -> list[str]:
+    """Return the flags in the commands of a text that are other spellings of the command's flags.
+
+    command: the file of the command whose flags the text has outside of commands.
+    """
+    result, current = list[str](), command
+    for match in WORD.finditer(text):
+        if match["end"]:
+            current = command
+        elif match["command"]:
+            current = command_file(match["command"]) or current
+        elif is_former(f"--{plain(match['flag'])}", current):
+            result.append(f"{current.stem if current else 'text'} {match['flag']}")
+    return result
+
+
+def test_commands_in_texts_use_the_flags_that_help_lists():
+    result = {}
+    for path in TEXTS:
+        text = path.read_text(encoding="utf-8")
+        if not OTHER.search(text):  # saves the time of the rest
+            continue
+        if path.suffix not in (".py", ".yaml"):  # a line is a command
+            text = text.replace("\\\n", " ").replace("\n", "\n\n")
+        # Flags of a suite, and in advice, are those of evaluations.
+        command = ROOT / "evals" / "run.py" if path.suffix == ".yaml" else None
+        if flags := former_flags(text, command):
+            result[str(path.relative_to(ROOT))] = flags
+    assert len(TEXTS) > 400
+    assert result == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("python -m scripts.download_data --max_tokens 9 --output x", "download_data --output"),
+        ("python -m scripts.export_gguf --output x --output-file y", "export_gguf --output-file"),
+        ("{launch} -m evals.eval_gsm8k --output x --max_tokens 9", "eval_gsm8k --max_tokens"),
+        ("python -m evals.report\n  --output x", "__main__ --output"),
+        ('"python data/fineweb.py "\nf"--output {x}"\n)\n"--output"', "fineweb --output"),
+        ("torchrun train.py --base_model x `--base_model`", "train --base_model"),
+        ("scripts.launch -m scripts.chat --model x\n\nlm_eval --model x", "chat --model"),
+        ("a: train_gpt.py --name x\nb: scripts.live_plot --name x", "live_plot --name"),
+        ("scripts.verify_checkpoint --model; train_sft.py --lr 1 --steps 2", "train_sft --lr"),
+        ('raise ValueError("use another --outfile")', "text --outfile"),
+    ],
+)
+def test_other_spellings_in_texts_are_found(text, flags):
+    assert former_flags(text) == [flags]
+
+
 # examples of --help
 
 
@@ -213,7 +323,7 @@ def test_examples_of_help_parse_and_name_what_the_quickstart_writes(path, monkey
     for command in commands:
         parse(command, monkeypatch)
     assert missing_inputs(commands) == []
-    others = {name for names in SPELLINGS.values() for name in names.split()} - SPELLINGS.keys()
+    others = OTHERS - SPELLINGS.keys()
     text = " ".join(commands)
     allowed = {flag for flag, names in OWN.items() for name in names if Path(name).stem in text}
     for parser in parsers:
