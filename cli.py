@@ -28,8 +28,8 @@ PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)  # a missing o
 Number = TypeVar("Number", int, float)
 
 
-# Flag -> other accepted spellings: former ones, and those of other programs. A command that has the
-# flag accepts them too, unless it has a flag of that name itself. docs/api.md lists them.
+# Flag -> its aliases: former names, and the names in other programs. A command with the flag
+# accepts its aliases, unless an alias is the name of another of its flags. docs/api.md lists them.
 SPELLINGS = {
     "--checkpoint": "--model --ckpt",
     "--output_dir": "--output --folder --out_dir",
@@ -51,7 +51,7 @@ FLAG = re.compile(r"--?[A-Za-z][\w.-]*")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser of a command: whole flags in any of SPELLINGS, and errors of one sentence.
+    """Argument parser with aliases (SPELLINGS), no abbreviations, and one-sentence errors.
 
     --help shows `about` as written. Hyphens count as underscores. The first positional argument may
     be given as a flag: --plan FILE. An unknown flag is an error that names the nearest flag.
@@ -73,9 +73,9 @@ class CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(self._in_own_spelling(words), namespace)
 
     def _in_own_spelling(self, words: list[str]) -> list[str]:
-        """Replace spellings of this parser's flags by the flags; exit on an unknown flag.
+        """Replace aliases by this parser's flags; exit on an unknown flag.
 
-        The value of a positional argument that is given as a flag comes first.
+        A positional argument that is given as a flag becomes the first word.
         """
         end = words.index("--") if "--" in words else len(words)
         leading, result, remaining = list[str](), list[str](), iter(words[:end])
@@ -91,18 +91,18 @@ class CommandParser(argparse.ArgumentParser):
                 else:
                     self.error(f"argument {flag}: expected one argument")
             elif " " in word and not self._nearest(name):
-                result.append(word)  # a text, such as a prompt
+                result.append(word)  # free text, such as a prompt
             else:
                 self.error(f"unknown flag {name}{self._advice(name)}")
         return [*leading, *result, *words[end:]]
 
     def _flag(self, name: str) -> str | None:
-        """Return the flag of this parser with this spelling; None if there is none."""
+        """Return the flag of this parser with this name or alias; None if there is none."""
         if not name.startswith("--"):
             return None
-        if (own := f"--{plain(name)}") in self._option_string_actions:
-            return own
-        return next((flag for flag in self._flags() if own in spellings(flag)), None)
+        if (exact := f"--{plain(name)}") in self._option_string_actions:
+            return exact
+        return next((flag for flag in self._flags() if exact in spellings(flag)), None)
 
     def _flags(self) -> list[str]:
         """Return the flags that --help lists, and the flag of the first positional argument."""
@@ -114,7 +114,7 @@ class CommandParser(argparse.ArgumentParser):
         return flags
 
     def _advice(self, name: str) -> str:
-        """Return what to write instead of an unknown flag: its whole name, a setting, or a flag."""
+        """Return the suggestion for an unknown flag: full flag, setting or similar flag."""
         nearest, hint = self._nearest(name), self.setting_hint(name)
         is_short = nearest and nearest[2:].startswith(plain(name))
         if hint and not is_short:
@@ -131,17 +131,17 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def plain(flag: str) -> str:
-    """Return the name of a flag: without leading hyphens, the others as underscores."""
+    """Return the name of a flag: no leading hyphens, inner hyphens as underscores."""
     return flag.lstrip("-").replace("-", "_")
 
 
 def spellings(flag: str) -> tuple[str, ...]:
-    """Return a flag and its other accepted spellings, with underscores."""
+    """Return a flag and its aliases, with underscores."""
     return (flag, *SPELLINGS.get(flag, "").split())
 
 
 def flag_value(words: Sequence[str], flag: str) -> str | None:
-    """Return the value of a flag, in any of its spellings, among the words of a command."""
+    """Return the value of a flag, or of one of its aliases, among the words of a command."""
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
         if word.startswith("--") and f"--{plain(name)}" in spellings(flag):
@@ -150,7 +150,7 @@ def flag_value(words: Sequence[str], flag: str) -> str | None:
 
 
 def _program() -> str | None:
-    """`python -m scripts.NAME` for a module that was started so; None: the name of the file."""
+    """Return `python -m scripts.NAME` for a module run with -m, else None (the file name)."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name.removesuffix(".__main__") if spec else ""
     is_command = name.startswith(("scripts.", "evals.", "benchmarks."))
@@ -233,7 +233,7 @@ def survive_closed_pipes() -> None:
         if isinstance(stream.buffer.raw if buffered else stream.buffer, Output):
             continue
         raw = Output(stream.fileno(), "wb", closefd=False)
-        with suppress(OSError):  # the reader may be gone already
+        with suppress(OSError):  # the pipe may be closed already
             stream.flush()
         guarded = io.TextIOWrapper(
             io.BufferedWriter(raw) if buffered else raw,
@@ -259,13 +259,19 @@ def _check_dropped() -> None:
         raise OSError(
             errno.ENOSPC,
             f"{os.strerror(errno.ENOSPC)}: the command has finished, but {dropped:,} bytes of its "
-            "output are lost",
+            "output are lost; free some space",
         )
+
+
+def print_error(text: str) -> None:
+    """Write "error: TEXT" to stderr in one write, since the lines of several ranks may mix."""
+    sys.stderr.write(f"error: {text}\n")
+    sys.stderr.flush()
 
 
 @contextmanager
 def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
-    """Print ValueErrors raised by this project, path and disk errors as "error: ..."; exit with 2.
+    """Print this project's ValueErrors, path errors and disk errors as "error: ..."; exit with 2.
 
     Ctrl-C exits with 130. Other exceptions keep their traceback.
     """
@@ -286,7 +292,7 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         path = Path(frame.filename).resolve()
         in_project = path.is_relative_to(ROOT) and "site-packages" not in path.parts
-        # A ValueError of a built-in function comes from a line without `raise`.
+        # A ValueError from a built-in function has a last line without `raise`.
         raised = (frame.line or "").startswith("raise")
         ours = isinstance(error, ValueError) and raised and in_project
         disk = isinstance(error, OSError) and error.errno in DISK + PATHS
@@ -301,7 +307,7 @@ def user_errors(rank: int = 0, world: int = 1) -> Iterator[None]:
                 f"the disk is full ({text[:200]}); free some space, then run the same command again"
             )
         line = text if full else " ".join(str(error).splitlines())  # paths may have line breaks
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print_error(line)
         if world > 1:
             os._exit(2)  # skips cleanup that would wait for other ranks in a collective
         sys.exit(2)

@@ -1,7 +1,6 @@
-"""One phase of a run, from its start to its last checkpoint: shared by pretraining, SFT and DPO."""
+"""Run one phase, from its start to its last checkpoint; shared by pretraining, SFT and DPO."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from cli import print_error
 from files import FULL, disk_full_error, is_full
 from training import setup
 from training.checkpoint import Checkpointer
@@ -43,7 +43,7 @@ class TokenizerFiles(NamedTuple):
 
 @contextmanager
 def _full_disk(run: RunConfig) -> Iterator[None]:
-    """Turn any library's error for a full disk into one sentence. Saved checkpoints stay."""
+    """Turn any library's full-disk error into one sentence. Saved checkpoints remain."""
     try:
         yield
     except Exception as error:
@@ -57,7 +57,7 @@ def _full_disk(run: RunConfig) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stage:
-    """What a training stage (pretraining, SFT or DPO) passes to run_phase."""
+    """Arguments that a training stage (pretraining, SFT or DPO) passes to run_phase."""
 
     loader: "Loader"
     objective: Objective
@@ -65,7 +65,7 @@ class Stage:
     evaluate: Evaluate | None = None
     make_schedules: MakeSchedules = run_schedules
     data_lines: Sequence[str] = ()  # description of the data, printed at the start
-    largest_batch: Any = None  # zeros shaped as the largest micro-batch; default: rows of tokens
+    largest_batch: Any = None  # zeros in the largest micro-batch's shape; default: rows of tokens
     check: Check | None = None  # called after a complete phase
 
 
@@ -120,7 +120,7 @@ def run_phase(run: RunConfig, device: torch.device, stage: Stage, profile: bool 
                 stage.check(run, state, checkpointer, log)
             _report_end(run, state, log, status, will_train)
         if state.faults.no_go and dist.get_rank() == 0:
-            print(f"error: {state.faults.no_go}", file=sys.stderr, flush=True)
+            print_error(state.faults.no_go)
         return status
 
 
@@ -132,7 +132,7 @@ def _measure_before(state: State, log: Log, evaluate: Evaluate) -> None:
 
 
 def _report_end(run: RunConfig, state: State, log: Log, status: int, trained: bool) -> None:
-    """Log whether the phase is stopped, complete or paused; as an event if this command trained."""
+    """Log that the phase is stopped, complete or paused; as an event if this command trained."""
     kind = "stopped" if status else "ended" if state.step == state.phase_end else "paused"
     reason = "the start-up checks" if status == NO_GO else "a signal"
     outcome = {

@@ -15,14 +15,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-READS, COMPUTES = "reading the data", "the computation"  # activities of a step, in order
+from cli import print_error
+
+READS, COMPUTES = "reading the data", "the computation"  # the two parts of a step, in order
 COMPILING = 1800  # extra seconds for the first step
 PULSE = 1.0  # seconds between heartbeats
-GRACE = 5.0  # seconds before a rank reports that it has lost another
+GRACE = 5.0  # seconds before a rank reports a lost peer
 GONE = ": its process is stopped, or its machine is down or swapping"
 LOST = 75  # exit status: EX_TEMPFAIL of sysexits.h, "try again"
 AGAIN = "repeat the command to resume from the newest checkpoint"
-BROKEN = (  # texts of RuntimeErrors that mean a lost connection
+BROKEN = (  # RuntimeError texts of a lost connection
     "Connection closed",
     "Connection reset",
     "Connection refused",
@@ -36,8 +38,8 @@ class HangWatchdog:
     """Ends this process with status 75 if a step takes longer than `seconds`; off with one rank.
 
     The first step may take half an hour more. begin() starts the clock, pause() stops it for
-    validation and saving. A thread writes a heartbeat to the process group's store, which
-    distinguishes a stuck rank from a dead one. Each running rank writes the stacks of its threads
+    validation and saving. A thread writes a heartbeat to the process group's store, so that
+    a stuck rank can be told from a dead rank. Each running rank writes the stacks of its threads
     and its last collectives (Flight Recorder pickles) to `folder`.
     """
 
@@ -64,7 +66,7 @@ class HangWatchdog:
             return
         if step != self.step:
             self.first, self.step, self.since = self.first or step, step, time.monotonic()
-            # Works even if the threads cannot get the GIL.
+            # This timer works even if no thread can get the GIL.
             faulthandler.dump_traceback_later(self._limit() + 60, exit=True)
         self.store.set(f"watch/{self.rank}", f"{step} {activity}")
 
@@ -81,7 +83,7 @@ class HangWatchdog:
         self.pause()
         self.done.set()
         if self.world > 1:
-            self.threads[1].join()  # the other may wait for a closed store
+            self.threads[1].join()  # the thread may wait for a closed store
 
     def _pulse(self) -> None:
         with suppress(RuntimeError):  # the store is closed
@@ -106,19 +108,17 @@ class HangWatchdog:
             else "rank 0, which hosts the ranks' shared store, does not respond" + GONE
         )
         if cause:
-            print(
-                f"error: step {self.step} did not end within {self._limit():g} s "
+            print_error(
+                f"step {self.step} did not end within {self._limit():g} s "
                 f"(parallel.timeout_s): {cause}; stacks and collectives of the waiting ranks are "
-                f"in {self.folder}; {AGAIN}",
-                file=sys.stderr,
-                flush=True,
+                f"in {self.folder}; {AGAIN}"
             )
         with suppress(OSError):  # end this rank even on a full disk
             self._dump()
         os._exit(LOST)
 
     def _ask(self, answer: list[str | None]) -> None:
-        """Append the cause to `answer`; None on all ranks except the first to find it."""
+        """Append the cause to `answer`; on all ranks but the first to find it, append None."""
         with suppress(RuntimeError):
             store = self.store.clone()
             before = self._pulses(store)
@@ -138,7 +138,7 @@ class HangWatchdog:
         return [store.add(f"watch/pulse/{rank}", 0) for rank in range(self.world)]
 
     def _cause(self, silent: list[int], doing: list[list[str]]) -> str:
-        """The most likely cause: a dead process, else a rank that is behind, else the network."""
+        """Return the most likely cause: a dead process, a rank that is behind, or the network."""
         if silent:
             return f"{_ranks(silent)} not respond" + GONE
         ahead = max(doing, key=lambda work: (int(work[0]), work[1] == COMPUTES))
@@ -172,21 +172,19 @@ def _ranks(numbers: list[int]) -> str:
 
 
 def is_connection_lost(error: BaseException) -> bool:
-    """Whether `error` means that another rank has ended or cannot be reached."""
+    """Return True if `error` means that another rank has ended or cannot be reached."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in BROKEN)
     )
 
 
 def exit_if_peer_lost(error: BaseException, rank: int) -> None:
-    """Exit with status 75 and one sentence if `error` only means that another rank has ended."""
+    """Exit with status 75 and one sentence if `error` is only the loss of another rank."""
     if is_connection_lost(error):
         sys.stdout.flush()
-        time.sleep(GRACE)  # torchrun may end this rank first, if it has noticed the other's end
-        print(
-            f"error: rank {rank} lost its connection to another rank, which ended or whose machine "
-            f"is down; look for its last output; {AGAIN}\n({str(error).splitlines()[0][:200]})",
-            file=sys.stderr,
-            flush=True,
+        time.sleep(GRACE)  # torchrun may end this rank first
+        print_error(
+            f"rank {rank} lost its connection to another rank, which ended or whose machine "
+            f"is down; look for its last output; {AGAIN}\n({str(error).splitlines()[0][:200]})"
         )
         os._exit(LOST)
